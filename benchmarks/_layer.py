@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -238,9 +239,8 @@ class Work:
             Slots int32 [num_tokens, topk], absorbed queries bfloat16 [num_tokens, heads, 576] and
             attended latents [num_tokens, heads, 512].
         """
-        with overlap.fork(self.num_tokens, project, self.given.x) as side:
-            qr, kv_a = self.down(self.layer.weights.down)
-            index_k, weights = side.join()
+        work = partial(self.down, self.layer.weights.down)
+        (qr, kv_a), (index_k, weights) = overlap.run(self.num_tokens, work, project, self.given.x)
         self.write(kv_a, index_k, write, meta)
         slots = self.select(*self.index_query(self.index_heads(qr), weights), write.layer_id, meta)
         query = self.query(*self.absorbed(qr))

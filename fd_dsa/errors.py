@@ -72,7 +72,7 @@ class DeviceError(FdDsaError, RuntimeError):
 
 
 class OverlapError(FdDsaError, RuntimeError):
-    """Work forked to a second stream is not joined, joined twice, or forked while another is."""
+    """Work is forked to a second stream inside of work that is forked already."""
 
 
 class RemoteError(FdDsaError, RuntimeError):

@@ -128,7 +128,7 @@ def test_a_wrong_result_and_an_error_fail(
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device whose tensors are host memory, and whose kernels are interpreted."""
     memory = open_memory("interpreter")
-    monkeypatch.setattr("fd_dsa.attention.device.empty_allocator", lambda device: memory.poisoned)
+    monkeypatch.setattr("fd_dsa.step.device.paddle_allocator", lambda device: memory.poisoned)
 
 
 def on_a_device(

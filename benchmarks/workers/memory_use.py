@@ -73,7 +73,7 @@ def device_buffers(max_model_len: int, max_num_tokens: int) -> dict[str, Any]:
         dtype="bfloat16",
     )
     attention = DeviceAttention(config, lambda shape, dtype: paddle.empty(list(shape), dtype))
-    logits = attention._buffers["logits"]
+    logits, _ = attention._buffers["logits"]
     return {"scores_mib": logits.size * logits.element_size() / _MIB}
 
 

@@ -22,31 +22,6 @@ from fd_dsa.step.views import Allocate
 _INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
 
 
-def step_of(forward_meta: Any) -> ForwardMeta:
-    """The step's metadata of a runner's `forward_meta`.
-
-    Raises:
-        MissingStepError: it has not been made yet.
-    """
-    step = getattr(forward_meta, "fd_dsa_step", None)
-    if step is None:
-        raise MissingStepError(
-            "forward_meta.fd_dsa_step is None: "
-            "DSAAttentionBackend.init_attention_metadata(forward_meta) must be called first"
-        )
-    return step
-
-
-def _attention_on(device: str, config: DSABackendConfig, allocate: Allocate | None) -> Any:
-    """The part of the backend that serves a device."""
-    if device == "cpu":
-        return HostAttention(config)
-    # kernels and their launcher are loaded only where a device is asked for
-    from fd_dsa.attention.device import DeviceAttention, empty_allocator
-
-    return DeviceAttention(config, allocate or empty_allocator(device))
-
-
 def cache_of(forward_meta: Any, index: int) -> Any:
     """Entry `index` of `forward_meta.caches`.
 
@@ -103,7 +78,15 @@ class DSAAttentionBackend:
             int32_position_ids=config.int32_position_ids,
         )
         self.attention_metadata: ForwardMeta | None = None
-        self.attention = _attention_on(device, config, allocate)
+        self.attention: Any = None
+        if device == "cpu":
+            self.attention = HostAttention(config)
+        else:
+            # kernels and their launcher are loaded only where a device is asked for
+            from fd_dsa.attention.device import DeviceAttention
+            from fd_dsa.step.device import paddle_allocator
+
+            self.attention = DeviceAttention(config, allocate or paddle_allocator(device))
         self.overlap = IndexerOverlap(device)
         self._hints: StepHints | None = None
         self._built_for: Any = None
@@ -159,14 +142,7 @@ class DSAAttentionBackend:
         """
         if self._built_for is forward_meta:
             return
-        known = hints or StepHints()
-        step = self.builder.build(
-            *inputs,
-            known.num_padded_tokens,
-            num_tokens=known.num_tokens,
-            num_prefill_tokens=known.num_prefill_tokens,
-            max_seqlen_k=known.max_seqlen_k,
-        )
+        step = self.builder.build_from(tuple(inputs), hints or StepHints())
         int32 = self.config.int32_position_ids
         forward_meta.fd_dsa_step = step
         forward_meta.position_ids = step.position_ids_int32 if int32 else step.position_ids
@@ -187,15 +163,15 @@ class DSAAttentionBackend:
         Raises:
             MissingStepError: `init_attention_metadata` has not been called for it.
         """
-        if self._built_for is forward_meta and self.attention_metadata is not None:
-            return self.attention_metadata
-        step = step_of(forward_meta)
-        if self._built_for is not forward_meta:
+        if self._built_for is not forward_meta or self.attention_metadata is None:
+            reason = "the backend holds another step"
+            if getattr(forward_meta, "fd_dsa_step", None) is None:
+                reason = "forward_meta.fd_dsa_step is None"
             raise MissingStepError(
-                "the backend holds another step: "
-                "init_attention_metadata(forward_meta) must be called first for this one"
+                f"{reason}: DSAAttentionBackend.init_attention_metadata(forward_meta) must be "
+                "called first"
             )
-        return step
+        return self.attention_metadata
 
     def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Any]:
         """Caches of `config.num_blocks` blocks, as `forward_meta.caches` has them.

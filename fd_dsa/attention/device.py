@@ -4,6 +4,9 @@ Every token is treated alike, whether of a prompt or of a decode row: the kernel
 `position_ids`, `batch_id_per_token` and `block_tables` alone. Grids and views follow from what the
 host knows of the step, so nothing is read back and, once the views of a size exist, nothing is
 allocated.
+
+Which of our kernels serve is decided when the attention is made (`fd_dsa.ops.providers`): the
+fastest that take its sizes and types.
 """
 
 from __future__ import annotations
@@ -12,56 +15,92 @@ from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
+from fd_dsa import custom_ops
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.device_kernels import kernel_bytes, make_attention, make_scores
-from fd_dsa.attention.device_logits import rounded_length
+from fd_dsa.attention.device_scores import (
+    CACHED_VIEWS,
+    PageScores,
+    Sizes,
+    TileScores,
+    rounded_length,
+    tile_sizes,
+)
+from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 from fd_dsa.ops import unchecked
 from fd_dsa.ops._host import check_shape
-from fd_dsa.ops.providers import device_kind, settle
+from fd_dsa.ops.logits import tile_forms
+from fd_dsa.ops.mla import tensor_core
+from fd_dsa.ops.mla.custom_op import choose_attention, kind_for
+from fd_dsa.ops.mla.triton_kernel import attend_slots
+from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, TRITON, choose, device_kind, settle
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
-from fd_dsa.step.device import Allocate, paddle_place
+from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.transfers import GpuTraits, transfers_for
 
 LOGITS_BYTES = 512 << 20
-"""Most memory for the scores of a layer; the tokens of a longer step are scored in chunks."""
+"""Most memory for the scores of a layer, but at least one token's are held; the tokens of a longer
+step are scored in chunks."""
 
-# views are small; lengths are rounded to powers of two, so a server sees few of them
-_CACHED_VIEWS = 512
 _WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
+Buffers = dict[str, tuple[Any, tuple[int, ...]]]
+"""Memory, and the shape of each value."""
 
 
 class DeviceAttention:
     """Reads the caches that `write_caches` fills; its buffers serve every layer and step.
 
-    Scores and attention run on tensor cores where those kernels can serve (`device_kernels.py`).
-
     Args:
         config: sizes and scale.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
-        logits_bytes: most memory for scores; at least one token's are always held.
     """
 
-    def __init__(
-        self, config: DSABackendConfig, allocate: Allocate, logits_bytes: int = LOGITS_BYTES
-    ) -> None:
+    def __init__(self, config: DSABackendConfig, allocate: Allocate) -> None:
         self.config, self._allocate = config, allocate
         self.block_size = config.cache_layout.block_size
-        buffers = _buffers(config, logits_bytes)
-        self._buffers = {name: allocate((size,), dtype) for name, (size, dtype) in buffers.items()}
-        self._view = lru_cache(maxsize=_CACHED_VIEWS)(partial(_view, self._buffers))
+        self._buffers: Buffers = {}
+        self._take(_sizes(config))
+        self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(_view, self._buffers))
         # the layer that made it, as the address of its cache, and the slots
         self._everything: tuple[int, Any] | None = None
-        logits = self._buffers["logits"]
-        kind, transfers = device_kind(logits), transfers_for(logits)
+        kind = device_kind(self._buffers["logits"][0])
         # the interpreter's tensors are in host memory
         kind = "interpreter" if kind == "cpu" else kind
         settle(kind)
         self._select_slots = slot_selector(kind, allocate)
-        made = self._view, buffers["logits"][0], self._select_slots, transfers
-        self._scores = make_scores(config, kind, allocate, *made)
+        self._scores = self._new_scores(kind)
+        self._attention = self._new_attention(kind)
+
+    def _take(self, sizes: Sizes) -> None:
+        """Allocate buffers."""
+        for name, (count, shape, dtype) in sizes.items():
+            self._buffers[name] = self._allocate((count * prod(shape),), dtype), shape
+
+    def _new_scores(self, kind: str) -> PageScores:
+        """What scores and chooses on a kind of device."""
+        config, logits = self.config, self._buffers["logits"][0]
+        made = config, self._view, int(logits.shape[0]), self._select_slots
+        conditions = {TENSOR_CORE: lambda: why_not_tiles(config)}
+        if choose("indexer_logits", kind, conditions).provider == TRITON:
+            return PageScores(*made)
+        transfers = transfers_for(logits)
+        self._take(tile_sizes(config, made[2], transfers.num_processors()))
+        return TileScores(*made, transfers)
+
+    def _new_attention(self, kind: str) -> TensorCoreAttention | None:
+        """What attends on tensor cores; None where `attend_slots` does, which takes everything."""
+        config, logits = self.config, self._buffers["logits"][0]
+        heads, types = config.num_heads, _types(config)
+        capability = transfers_for(logits).capability()
+        choice = choose_attention(kind, heads, *types, capability, self._allocate)
+        if choice.provider == TRITON:
+            return None
+        own = None
+        if choice.provider == CUSTOM_OP:
+            own = kind_for(heads, config.cache_layout.is_fp8)
+        custom = own(custom_ops.build().kernels) if own else None
         # scores of a layer are done with when its tokens attend
-        self._attention = make_attention(config, kind, allocate, logits, transfers)
+        return TensorCoreAttention(config, self._allocate, logits, custom)
 
     def begin_step(self, step: ForwardMeta | None = None) -> None:
         """Forget what the layers of the step before shared, and prepare what those of `step` will.
@@ -84,9 +123,7 @@ class DeviceAttention:
             `config.dtype`, for an fp8_ds_mla cache uint8, [num_tokens, index_n_heads,
             index_head_dim], and float32 [num_tokens, index_n_heads].
         """
-        heads, dim = self.config.index_n_heads, self.config.cache_layout.index_head_dim
-        queries = self._view("index_q", num_tokens, heads, dim)
-        return queries, self._view("index_weights", num_tokens, heads)
+        return self._view("index_q", num_tokens), self._view("index_weights", num_tokens)
 
     def projection_buffers(self, num_tokens: int) -> tuple[Any, Any]:
         """Where `project_indexer` writes: index keys and head weights of a step's tokens.
@@ -94,8 +131,7 @@ class DeviceAttention:
         Returns:
             `config.dtype` [num_tokens, index_head_dim] and float32 [num_tokens, index_n_heads].
         """
-        keys = self._view("index_k", num_tokens, self.config.cache_layout.index_head_dim)
-        return keys, self._view("head_weights", num_tokens, self.config.index_n_heads)
+        return self._view("index_k", num_tokens), self._view("head_weights", num_tokens)
 
     def mla_query_buffer(self, num_tokens: int) -> Any:
         """Where `prepare_mla_query` writes, and what `attend` takes.
@@ -103,9 +139,7 @@ class DeviceAttention:
         Returns:
             `config.dtype` [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim].
         """
-        layout = self.config.cache_layout
-        width = layout.kv_lora_rank + layout.qk_rope_head_dim
-        return self._view("mla_q", num_tokens, self.config.num_heads, width)
+        return self._view("mla_q", num_tokens)
 
     def allocate_cache(self, shape: list[int]) -> Any:
         """A cache with anything in it: nothing reads what was not written."""
@@ -116,8 +150,15 @@ class DeviceAttention:
         """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""
         unchecked.write_caches(kv_a, index_k, None, step.slot_mapping, cos_sin, *caches)
 
-    prepare_indexer_query = staticmethod(unchecked.prepare_indexer_query)
-    prepare_mla_query = staticmethod(unchecked.prepare_mla_query)
+    def prepare_indexer_query(self, q: Any, *others: Any, **how: Any) -> tuple[Any, Any]:
+        """See the operator, whose arguments these are; results are in `query_buffers`."""
+        out = self.query_buffers(q.shape[0])
+        return unchecked.prepare_indexer_query(q, *others, out=out, **how)
+
+    def prepare_mla_query(self, q_latent: Any, *others: Any) -> Any:
+        """See the operator, whose arguments these are; the result is in `mla_query_buffer`."""
+        out = self.mla_query_buffer(q_latent.shape[0])
+        return unchecked.prepare_mla_query(q_latent, *others, out)
 
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
         """See DSAAttentionBackend.select; `cache` is the layer's indexer cache.
@@ -137,19 +178,22 @@ class DeviceAttention:
 
     def attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any) -> Any:
         """See DSAAttentionBackend.attend; `cache` is the layer's latent cache."""
-        num_tokens, num_heads = q.shape[0], q.shape[1]
-        rank = self.config.cache_layout.kv_lora_rank
+        num_tokens = q.shape[0]
         if len(selection.shape) == 3:
             selection = selection.reshape([num_tokens, -1])
         check_shape("attend", "selection", selection, (num_tokens, None))
-        out = self._view("latents", num_tokens, num_heads, rank)
-        self._attention.attend(q, cache, selection, out, step=step)
+        out = self._view("latents", num_tokens)
+        if self._attention is None:
+            scale, rank = self.config.softmax_scale, self.config.cache_layout.kv_lora_rank
+            attend_slots(q, cache, selection, out, softmax_scale=scale, kv_lora_rank=rank)
+        else:
+            self._attention.attend(q, cache, selection, out, step=step)
         return out
 
     def _all_keys(self, step: ForwardMeta, cache: Any) -> Any:
         """The selection of a step whose tokens see all of their keys."""
         num_tokens = step.position_ids.shape[0]
-        width = rounded_length(step.max_seqlen_k, 64, self.config.index_topk)
+        width = rounded_length(step.max_seqlen_k, self.config.index_topk)
         slots = self._view("slots", num_tokens, width)
         self._select_slots(
             self._view("logits", 1, 1),
@@ -164,52 +208,55 @@ class DeviceAttention:
         return slots
 
 
-def _buffers(config: DSABackendConfig, logits_bytes: int) -> dict[str, tuple[int, str]]:
-    """Length and dtype of each buffer of a DeviceAttention."""
+def _sizes(config: DSABackendConfig) -> Sizes:
+    """The buffers of a DeviceAttention, but those of its schedules."""
     layout, tokens = config.cache_layout, config.max_num_tokens
+    heads, index_heads, rank = config.num_heads, config.index_n_heads, layout.kv_lora_rank
     max_keys = config.max_blocks_per_seq * layout.block_size
-    index_heads = tokens * config.index_n_heads
-    heads, rank = tokens * config.num_heads, layout.kv_lora_rank
+    num_logits = min(max(LOGITS_BYTES // 4, max_keys), tokens * max_keys)
+    codes = "uint8" if layout.is_fp8 else config.dtype
     return {
-        "logits": (min(max(logits_bytes // 4, max_keys), tokens * max_keys), "float32"),
-        "slots": (tokens * config.index_topk, "int32"),
-        "mla_q": (heads * (rank + layout.qk_rope_head_dim), config.dtype),
-        "latents": (heads * rank, config.dtype),
-        "index_q": (
-            index_heads * layout.index_head_dim,
-            "uint8" if layout.is_fp8 else config.dtype,
-        ),
-        "index_weights": (index_heads, "float32"),
-        "index_k": (tokens * layout.index_head_dim, config.dtype),
-        "head_weights": (index_heads, "float32"),
+        "logits": (num_logits, (), "float32"),
+        "slots": (tokens * config.index_topk, (), "int32"),
+        "mla_q": (tokens, (heads, rank + layout.qk_rope_head_dim), config.dtype),
+        "latents": (tokens, (heads, rank), config.dtype),
+        "index_q": (tokens, (index_heads, layout.index_head_dim), codes),
+        "index_weights": (tokens, (index_heads,), "float32"),
+        "index_k": (tokens, (layout.index_head_dim,), config.dtype),
+        "head_weights": (tokens, (index_heads,), "float32"),
     }
 
 
-def workspace_bytes(
-    config: DSABackendConfig, gpu: GpuTraits, logits_bytes: int = LOGITS_BYTES
-) -> int:
+def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
     """Bytes that a DeviceAttention of this configuration takes.
 
     Args:
         gpu: which kernels serve, and what they take, depends on it.
     """
-    buffers = _buffers(config, logits_bytes)
-    total = sum(size * _WIDTHS[dtype] for size, dtype in buffers.values())
-    return total + kernel_bytes(config, buffers["logits"][0], gpu)
+    sizes = _sizes(config)
+    if why_not_tiles(config) is None:
+        sizes |= tile_sizes(config, sizes["logits"][0], gpu.num_processors)
+    total = sum(count * prod(shape) * _WIDTHS[dtype] for count, shape, dtype in sizes.values())
+    if tensor_core.why_not(gpu.capability, *_types(config)) is None:
+        splits = tensor_core.new_partials(config.num_heads, lambda shape, _: 4 * prod(shape))
+        total += sum(splits)
+    return total
 
 
-def empty_allocator(device: str) -> Allocate:
-    """Makes uninitialised Paddle tensors on a device; see `fd_dsa.step.device.paddle_place`.
-
-    Raises:
-        BackendUnavailable: Paddle is missing, or serves no such device.
-    """
-    place = paddle_place(device)
-    import paddle
-
-    return lambda shape, dtype: paddle.empty(list(shape), dtype, device=place)
+def why_not_tiles(config: DSABackendConfig) -> str | None:
+    """Why TileScores cannot serve a configuration; None if they can."""
+    layout = config.cache_layout
+    return tile_forms.why_not(layout.kv_cache_dtype, layout.block_size, config.index_n_heads)
 
 
-def _view(buffers: dict[str, Any], name: str, *shape: int) -> Any:
-    """The start of a buffer as a tensor of `shape`."""
-    return buffers[name][: prod(shape)].reshape(list(shape))
+def _types(config: DSABackendConfig) -> tuple[str, str, int, int]:
+    """Types and widths that a kernel of attention is chosen by."""
+    layout = config.cache_layout
+    return config.dtype, layout.kv_cache_dtype, layout.kv_lora_rank, layout.qk_rope_head_dim
+
+
+def _view(buffers: Buffers, name: str, *counts: int) -> Any:
+    """The start of a buffer as a tensor of so many values, in as many axes, and their own."""
+    memory, shape = buffers[name]
+    shape = counts + shape
+    return memory[: prod(shape)].reshape(list(shape))

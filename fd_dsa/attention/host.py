@@ -53,14 +53,10 @@ class HostAttention:
         """A zeroed cache in host memory."""
         return self.config.cache_layout.allocate(shape)
 
-    def query_buffers(self, num_tokens: int) -> None:
-        """None: on a CPU `prepare_indexer_query` works in the memory of its input."""
+    def _no_buffer(self, num_tokens: int) -> None:
+        """On a CPU operators make their results, or work in the memory of their input."""
 
-    def projection_buffers(self, num_tokens: int) -> None:
-        """On a CPU `project_indexer` allocates."""
-
-    def mla_query_buffer(self, num_tokens: int) -> None:
-        """None: on a CPU `prepare_mla_query` makes its result."""
+    projection_buffers = query_buffers = mla_query_buffer = _no_buffer
 
     def prepare_indexer_query(
         self, q: Any, weights: Any, position_ids: None, cos_sin: np.ndarray, **how: Any
@@ -73,7 +69,7 @@ class HostAttention:
 
     @staticmethod
     def prepare_mla_query(
-        q_latent: np.ndarray, q_pe: np.ndarray, position_ids: None, cos_sin: np.ndarray, out: None
+        q_latent: np.ndarray, q_pe: np.ndarray, position_ids: None, cos_sin: np.ndarray
     ) -> np.ndarray:
         """See the operator, whose arguments these are."""
         query = np.concatenate((q_latent, q_pe), axis=-1)
@@ -83,15 +79,7 @@ class HostAttention:
     def plan(self, step: ForwardMeta) -> StepPlan:
         """Work lists of the step, made at the first layer that asks."""
         if self._plan is None:
-            config = self.config
-            self._plan = StepPlan(
-                step,
-                block_size=self.block_size,
-                index_topk=config.index_topk,
-                index_n_heads=config.index_n_heads,
-                num_heads=config.num_heads,
-                slots=self._slots,
-            )
+            self._plan = StepPlan(step, self.config, self._slots)
         return self._plan
 
     def write(
@@ -117,7 +105,7 @@ class HostAttention:
             write_caches(kv_a, index_k, None, slots, cos_sin, *caches, params)
             if form is not None:
                 # the views keep the caches, whose addresses are part of the form
-                for cache in (latent_cache, index_cache):
+                for cache in caches:
                     if cache is not None:
                         self._view(cache)
                 self._checked.add(form)
@@ -205,9 +193,9 @@ class HostAttention:
         out[plan.num_tokens :] = 0.0
         for i, tile in enumerate(plan.dense_tiles):
             if plan.needs_scores:
-                mask = tile.selection_mask(slots[tile.tokens], plan.slot_position)
+                mask = tile.mask(slots[tile.tokens], plan.slot_position)
             else:
-                mask = plan.window_masks[i]
+                mask = plan.masks[i]
             out[tile.tokens] = attend_dense(q[tile.tokens], rows, tile.key_slots, mask, **options)
         if len(tokens) == len(q):
             out[:] = attend_gathered(q, rows, slots, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,17 +19,6 @@ from fd_dsa.ops._linear import linear
 from fd_dsa.ops.unchecked import project_indexer
 
 
-@dataclass(frozen=True, slots=True)
-class IndexerConfig:
-    """Sizes of an indexer; `rope_interleave` is the pairing of its RoPE (False for V3.2)."""
-
-    hidden_size: int
-    q_lora_rank: int
-    index_n_heads: int
-    index_head_dim: int
-    rope_interleave: bool
-
-
 class Indexer(nn.Layer):
     """Scores past tokens with a few cheap heads and keeps the best `index_topk`.
 
@@ -38,11 +26,16 @@ class Indexer(nn.Layer):
     bias and eps 1e-6. Parameters have FastDeploy's names (docs/design.md, "FastDeploy's contract"),
     except `wk_weights_proj`: its `wk` and `weights_proj` side by side, for one GEMM.
 
+    Args:
+        config: the model's, of which sizes and `indexer_rope_interleave`, the pairing of the RoPE
+            (False for V3.2), are read.
+        layer_id: index of the layer.
+
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, in the form of Hugging Face transformers 5.23
     (DeepseekV32Indexer).
     """
 
-    def __init__(self, config: IndexerConfig, layer_id: int) -> None:
+    def __init__(self, config: Any, layer_id: int) -> None:
         super().__init__()
         self.config = config
         self.layer_id = layer_id
@@ -61,7 +54,7 @@ class Indexer(nn.Layer):
             both = both[:, :dim], both[:, dim:]
         return both, matrix(self.wq_b)
 
-    def project(self, hidden_states: Any, out: Any = None) -> tuple[Any, Any]:
+    def project(self, hidden_states: Any, backend: Any) -> tuple[Any, Any]:
         """Index keys and head weights as projected; `write_caches` norms the keys.
 
         They need only the hidden states, so they may run beside other projections, see
@@ -69,13 +62,14 @@ class Indexer(nn.Layer):
 
         Args:
             hidden_states: float32 [num_tokens, hidden_size], after the input norm.
-            out: on a device, where to write the results; see DSAAttentionBackend.
+            backend: on a device the results are in its `projection_buffers`.
 
         Returns:
             float32 [num_tokens, index_head_dim] and [num_tokens, index_n_heads].
         """
         weights, dim = self._weights[0], self.config.index_head_dim
         if not isinstance(weights, HostMatrix):
+            out = backend.projection_buffers(hidden_states.shape[0])
             return project_indexer(hidden_states, *weights, out=out)
         both = weights.times(hidden_states)
         return both[:, :dim], both[:, dim:]
@@ -100,11 +94,10 @@ class Indexer(nn.Layer):
             precomputed_weights,
             None,
             cos_sin,
-            rope_interleave=config.rope_interleave,
+            rope_interleave=config.indexer_rope_interleave,
             quantized=layout.is_fp8,
             hadamard=layout.index_hadamard,
             scale_fmt=layout.index_scale_fmt,
-            out=backend.query_buffers(qr.shape[0]),
         )
         return backend.select(q, weights, self.layer_id, forward_meta)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops._fixed_order import fixed_order
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops.cache_write.paddle_impl import places
@@ -52,13 +53,7 @@ class Tile:
     key_start: np.ndarray
     window: np.ndarray
 
-    def window_mask(self) -> np.ndarray:
-        """float32 [tokens, num_keys]: 0 where a token sees a key, -inf elsewhere."""
-        offset = np.arange(len(self.key_slots))[None, :] - self.key_start[:, None]
-        seen = (offset >= 0) & (offset < self.window[:, None])
-        return np.where(seen, np.float32(0), np.float32(-np.inf))
-
-    def selection_mask(self, slots: np.ndarray, slot_position: np.ndarray) -> np.ndarray:
+    def mask(self, slots: np.ndarray, slot_position: np.ndarray) -> np.ndarray:
         """float32 [tokens, num_keys]: 0 at the keys whose slots a token's row names.
 
         Args:
@@ -93,21 +88,13 @@ class StepPlan:
 
     Args:
         meta: metadata of the step; its arrays are read while the plan is made.
-        block_size, index_topk, index_n_heads, num_heads: of the model.
+        config: sizes.
         slots: int32 [max_num_tokens * index_topk]; buffer for the selection, kept by the caller.
     """
 
-    def __init__(
-        self,
-        meta: ForwardMeta,
-        *,
-        block_size: int,
-        index_topk: int,
-        index_n_heads: int,
-        num_heads: int,
-        slots: np.ndarray,
-    ) -> None:
-        self.block_size = block_size
+    def __init__(self, meta: ForwardMeta, config: DSABackendConfig, slots: np.ndarray) -> None:
+        index_topk, num_heads = config.index_topk, config.num_heads
+        self.block_size = config.cache_layout.block_size
         self.cu = as_numpy(meta.cu_seqlens_q).astype(np.int64)
         self.num_tokens = int(self.cu[-1])
         self.batch_ids = as_numpy(meta.batch_id_per_token)[: self.num_tokens].astype(np.int64)
@@ -130,7 +117,9 @@ class StepPlan:
         self.score_tiles: tuple[Tile, ...] = ()
         self.dense_tiles: tuple[Tile, ...] = ()
         if meta.num_prefill_tokens:
-            self.score_tiles = self._prefill_tiles(index_n_heads, self.window > index_topk, None)
+            self.score_tiles = self._prefill_tiles(
+                config.index_n_heads, self.window > index_topk, None
+            )
             limit = max(round((1 + _GATHER_COST / num_heads) * self.topk), _DENSE_KEYS)
             # with a fixed order of sums a token's way must not depend on the length of its row
             dense = self.window <= index_topk if fixed_order() else self.window > 0
@@ -242,9 +231,9 @@ class StepPlan:
         return np.flatnonzero(~covered)
 
     @cached_property
-    def window_masks(self) -> tuple[np.ndarray, ...]:
+    def masks(self) -> tuple[np.ndarray, ...]:
         """Masks of the dense tiles in a step where no token needs scores."""
-        return tuple(tile.window_mask() for tile in self.dense_tiles)
+        return tuple(t.mask(self.slots[t.tokens], self.slot_position) for t in self.dense_tiles)
 
     @cached_property
     def slot_position(self) -> np.ndarray:

@@ -8,39 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops._fp8 import LATENT_WIDTH
 from fd_dsa.ops.mla.custom_op import CustomAttention
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
-from fd_dsa.ops.mla.tensor_core import (
-    attend_on_tensor_cores,
-    new_partials,
-    partial_rows,
-    why_not,
-)
+from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores, new_partials
 from fd_dsa.step import ForwardMeta
-from fd_dsa.step.device import Allocate
+from fd_dsa.step.views import Allocate
 
 # of a step, below which a launch costs more than it saves
 _LEAST_PREFILL_TOKENS = 256
 # what a token saves for each 64 heads where records are dequantized, over what a record costs;
 # measured on an H200
 _KEYS_PER_TOKEN = 128
-
-
-def reason_against(config: DSABackendConfig, capability: int) -> str | None:
-    """Why the kernels cannot serve; None if they can.
-
-    Args:
-        capability: of the GPU, 90 on Hopper.
-    """
-    layout = config.cache_layout
-    widths = layout.kv_lora_rank, layout.qk_rope_head_dim
-    return why_not(capability, config.dtype, layout.kv_cache_dtype, *widths)
-
-
-def workspace_bytes(config: DSABackendConfig) -> int:
-    """Bytes that a TensorCoreAttention of this configuration takes at most."""
-    return 4 * (LATENT_WIDTH + 1) * partial_rows(config.num_heads)
 
 
 def keys_per_token(num_heads: int) -> int:
@@ -56,7 +34,7 @@ class TensorCoreAttention:
     those of prompts are dequantized first, where that is faster.
 
     Args:
-        config: one that `reason_against` finds nothing against.
+        config: one that `tensor_core.why_not` finds nothing against.
         allocate: as of a DeviceAttention.
         scratch: float32 [n] that nothing else uses during `attend`, for dequantized records.
         custom: a kernel of custom_ops/ for these heads and this cache.
@@ -71,10 +49,10 @@ class TensorCoreAttention:
     ) -> None:
         self._scale, self._custom = config.softmax_scale, custom
         self._partials = None
-        if self._custom is None or config.num_heads > self._custom.always_heads:
+        if custom is None or config.num_heads > custom.always_heads:
             self._partials = new_partials(config.num_heads, allocate)
         self._records: DequantizedRecords | None = None
-        takes_them = self._custom is not None and self._custom.takes_dequantized
+        takes_them = custom is not None and custom.takes_dequantized
         if takes_them and config.cache_layout.is_fp8 and scratch is not None:
             self._records = DequantizedRecords(scratch, keys_per_token(config.num_heads))
 
@@ -92,20 +70,12 @@ class TensorCoreAttention:
         Args:
             step: whose tokens these are, each with slots of its own row; None: any slots.
         """
+        how = {"softmax_scale": self._scale, "lse": lse}
         if self._custom is not None and self._custom.is_faster(q.shape[0], q.shape[1]):
-            self._custom(
-                q,
-                cache,
-                slots,
-                out,
-                softmax_scale=self._scale,
-                lse=lse,
-                dequantized=self._dequantized(cache, step),
-            )
+            dequantized = self._dequantized(cache, step)
+            self._custom(q, cache, slots, out, dequantized=dequantized, **how)
         else:
-            attend_on_tensor_cores(
-                q, cache, slots, out, softmax_scale=self._scale, lse=lse, partials=self._partials
-            )
+            attend_on_tensor_cores(q, cache, slots, out, partials=self._partials, **how)
 
     def _dequantized(self, cache: Any, step: ForwardMeta | None) -> Dequantized | None:
         """Records of the step's prompts, where that may save time."""

@@ -64,9 +64,9 @@ def run_checks(device: str) -> list[dict[str, Any]]:
 
 def _memory_on(device: str) -> Memory:
     """Memory of a device, whose kernels are loaded only where there is one."""
-    from fd_dsa.attention.device import empty_allocator
+    from fd_dsa.step.device import paddle_allocator
 
-    return Memory(empty_allocator(device))
+    return Memory(paddle_allocator(device))
 
 
 def _on(operator: str, place: str) -> list[str]:

@@ -9,6 +9,7 @@ of the method: DeepSeek-V3.2 (arXiv 2512.02556) §2 and DeepSeek-V2 (arXiv 2405.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -135,9 +136,8 @@ class PluginAttention:
         if projections.is_one_launch:
             project, num_tokens = projections.one_launch, hidden_states.shape[0]
             args.append(core.projection_buffers(num_tokens))
-        with core.overlap.fork(num_tokens, project, *args) as side:
-            qr, kv_a = self._down_projected(hidden_states)
-            index_k, weights = side.join()
+        work = partial(self._down_projected, hidden_states)
+        (qr, kv_a), (index_k, weights) = core.overlap.run(num_tokens, work, project, *args)
         self._write(backend, kv_a, index_k, forward_meta)
         backend.shared_selection = self.indexer(
             forward_meta, hidden_states, qr, self.indexer_rotary_emb, precomputed_weights=weights

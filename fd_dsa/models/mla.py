@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from paddle import nn
 
 from fd_dsa.attention.cache_layout import CacheLayout
-from fd_dsa.attention.indexer import Indexer, IndexerConfig
+from fd_dsa.attention.indexer import Indexer
 from fd_dsa.attention.layers import (
     RMSNorm,
     WeightLoader,
@@ -75,14 +75,7 @@ class DeepseekV32DSAAttention(nn.Layer):
             self.o_bias = zeros_parameter(self, [hidden])
         self.indexer = None
         if config.indexer_types[layer_id] == "full":
-            sizes = IndexerConfig(
-                hidden_size=hidden,
-                q_lora_rank=config.q_lora_rank,
-                index_n_heads=config.index_n_heads,
-                index_head_dim=config.index_head_dim,
-                rope_interleave=config.indexer_rope_interleave,
-            )
-            self.indexer = Indexer(sizes, layer_id)
+            self.indexer = Indexer(config, layer_id)
 
     @cached_property
     def _bound(self) -> _Bound:
@@ -111,22 +104,15 @@ class DeepseekV32DSAAttention(nn.Layer):
             float32 [num_tokens, hidden_size], int32 [num_tokens, topk].
         """
         backend, bound = forward_meta.attn_backend, self._bound
-        indexer, overlap = bound.indexer, backend.overlap
+        indexer = bound.indexer
         if indexer is None:
             qr, kv_a = self._down_projected(hidden_states)
             backend.write(kv_a, None, cos_sin, self, forward_meta)
             indices = shared_indices
         else:
-            if overlap.max_tokens:
-                num_tokens = hidden_states.shape[0]
-                out = backend.projection_buffers(num_tokens)
-                with overlap.fork(num_tokens, indexer.project, hidden_states, out) as side:
-                    qr, kv_a = self._down_projected(hidden_states)
-                    index_k, weights = side.join()
-            else:
-                qr, kv_a = self._down_projected(hidden_states)
-                out = backend.projection_buffers(hidden_states.shape[0])
-                index_k, weights = indexer.project(hidden_states, out)
+            num_tokens, work = hidden_states.shape[0], partial(self._down_projected, hidden_states)
+            side = indexer.project, hidden_states, backend
+            (qr, kv_a), (index_k, weights) = backend.overlap.run(num_tokens, work, *side)
             backend.write(kv_a, index_k, cos_sin, self, forward_meta)
             indices = indexer.forward(forward_meta, qr, cos_sin, weights)
         query = self._absorbed_query(qr, cos_sin, backend)
@@ -143,7 +129,7 @@ class DeepseekV32DSAAttention(nn.Layer):
                 "k_norm_weight": readable(k_norm.weight),
                 "k_norm_bias": readable(k_norm.bias),
                 "k_norm_eps": k_norm.epsilon,
-                "index_rope_interleave": self.indexer.config.rope_interleave,
+                "index_rope_interleave": self.indexer.config.indexer_rope_interleave,
             }
         return CacheWriteParams(
             layout.kv_cache_dtype,
@@ -165,8 +151,7 @@ class DeepseekV32DSAAttention(nn.Layer):
         bound, nope = self._bound, self.nope_dim
         q = linear(qr, bound.q_b).reshape([-1, self.num_heads, nope + self.rope_dim])
         q_latent = head_linear(q[:, :, :nope], bound.k_b)
-        out = backend.mla_query_buffer(qr.shape[0])
-        return backend.attention.prepare_mla_query(q_latent, q[:, :, nope:], None, cos_sin, out)
+        return backend.attention.prepare_mla_query(q_latent, q[:, :, nope:], None, cos_sin)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""

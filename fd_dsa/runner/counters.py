@@ -43,16 +43,22 @@ class StepCounters:
 
     Attributes:
         prepare_s: host seconds of the metadata of a step, by its kind.
-        mask_offsets_launched, mask_offsets_skipped: steps with and without the windows of
-            prefill tokens; a step that only decodes has none.
         sparse_tokens: tokens that had more keys than the indexer chooses.
     """
 
     def __init__(self) -> None:
         self.prepare_s = {kind: Histogram(_STEP_SECONDS) for kind in ("prefill", "decode", "mixed")}
-        self.mask_offsets_launched = 0
-        self.mask_offsets_skipped = 0
         self.sparse_tokens = 0
+
+    @property
+    def mask_offsets_launched(self) -> int:
+        """Steps with the windows of prefill tokens."""
+        return sum(sum(self.prepare_s[kind].counts) for kind in ("prefill", "mixed"))
+
+    @property
+    def mask_offsets_skipped(self) -> int:
+        """Steps without them, which only decode."""
+        return sum(self.prepare_s["decode"].counts)
 
     def count_step(
         self,
@@ -60,7 +66,6 @@ class StepCounters:
         num_tokens: int,
         num_prefill_tokens: int,
         num_sparse_tokens: int,
-        has_mask_offsets: bool,
     ) -> None:
         """Count one step."""
         kind = "mixed"
@@ -68,7 +73,3 @@ class StepCounters:
             kind = "prefill" if num_prefill_tokens else "decode"
         self.prepare_s[kind].observe(prepare_s)
         self.sparse_tokens += num_sparse_tokens
-        if has_mask_offsets:
-            self.mask_offsets_launched += 1
-        else:
-            self.mask_offsets_skipped += 1

@@ -58,7 +58,7 @@ class CaptureRefused(RuntimeError):
     """No graph can be made of a step, and nothing is spoiled by the try."""
 
 
-class DecodeGraphs:
+class DecodeGraphs(dict[PaddedStep, CapturedStep]):
     """The graphs of a runner.
 
     Args:
@@ -68,22 +68,14 @@ class DecodeGraphs:
     """
 
     def __init__(self, sizes: Sequence[int], index_topk: int, longest: int) -> None:
+        super().__init__()
         self.sizes = tuple(sorted(sizes))
         self._short, self._longest = min(index_topk, longest), longest
-        self._graphs: dict[PaddedStep, CapturedStep] = {}
 
     def steps(self) -> list[PaddedStep]:
         """What is to be captured, the largest first: smaller ones then do with its memory."""
         lengths = sorted({self._longest, self._short}, reverse=True)
         return [PaddedStep(size, length) for size in reversed(self.sizes) for length in lengths]
-
-    def add(self, step: PaddedStep, captured: CapturedStep) -> None:
-        """Serve steps that fit by this graph from now on."""
-        self._graphs[step] = captured
-
-    def captured(self, step: PaddedStep) -> CapturedStep:
-        """The graph of a step that `fitting` gave."""
-        return self._graphs[step]
 
     def fitting(self, num_tokens: int, max_seqlen_k: int) -> PaddedStep | None:
         """What a decode step is padded to; None where no graph is as large."""

@@ -26,7 +26,15 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "gpu:0" if has_gpu else "cpu"
     if name not in ("gpu", "gpu:0"):
-        return _custom_device(name)
+        if name.startswith("gpu:"):
+            # the engine's thread has device 0, as every thread that sets none
+            raise BackendUnavailable(
+                f"--device: got {name!r}, allowed is 'gpu'; choose the GPU by CUDA_VISIBLE_DEVICES"
+            )
+        from fd_dsa.step.device import paddle_place
+
+        paddle_place(name)
+        return name
     if not is_gpu_build:
         raise BackendUnavailable(
             f"--device: got {name!r}, but the installed Paddle is built for CPUs; install "
@@ -49,19 +57,6 @@ def keep_float32(device: str) -> None:
         from paddle.base import core
 
         core.set_cublas_switch(False)
-
-
-def _custom_device(name: str) -> str:
-    """The name itself, if the device exists."""
-    if name.startswith("gpu:"):
-        # the engine's thread has device 0, as every thread that sets none
-        raise BackendUnavailable(
-            f"--device: got {name!r}, allowed is 'gpu'; choose the GPU by CUDA_VISIBLE_DEVICES"
-        )
-    from fd_dsa.step.device import paddle_place
-
-    paddle_place(name)
-    return name
 
 
 def free_device_bytes(device: str, utilization: float = 1.0) -> int | None:

@@ -68,32 +68,15 @@ class InputBatch:
             CapacityError: more tokens than `max_num_tokens`.
         """
         num_new = len(token_ids)
-        if not self.num_rows <= row < self.max_num_seqs:
-            raise ValueError(
-                f"row: {row} must be at least {self.num_rows} (rows come in ascending order) "
-                f"and below max_num_seqs {self.max_num_seqs}"
-            )
         if num_new == 0:
             raise ValueError(f"token_ids: row {row} has no token; leave idle rows out")
-        end = self.num_tokens + num_new
-        if end > self.max_num_tokens:
-            raise CapacityError(
-                f"token_ids: row {row} brings the step to {end} tokens, "
-                f"max_num_tokens is {self.max_num_tokens}"
-            )
-        if min(token_ids) < 0:
-            raise ValueError(
-                f"token_ids: row {row} has the id {min(token_ids)}; ids are at least 0"
-            )
-        self.ids_remove_padding[self.num_tokens : end] = token_ids
+        self._append([row], np.asarray(token_ids, np.int64))
         self.seq_lens_encoder[row] = num_new if is_prefill else 0
         self.seq_lens_decoder[row] = num_computed_tokens
         self.seq_lens_this_time[row] = num_new
-        self.num_tokens = end
         self.num_prefill_tokens += num_new if is_prefill else 0
         self.max_seqlen_k = max(self.max_seqlen_k, num_computed_tokens + num_new)
-        self.num_rows = row + 1
-        return end - 1
+        return self.num_tokens - 1
 
     def add_decode_rows(
         self, rows: Sequence[int], token_ids: Sequence[int], num_computed_tokens: Sequence[int]
@@ -112,11 +95,24 @@ class InputBatch:
             ValueError: rows out of order, or a negative token id.
             CapacityError: more tokens than `max_num_tokens`.
         """
-        index, ids = np.array(rows, np.int64), np.array(token_ids, np.int64)
-        begin, end = self.num_tokens, self.num_tokens + len(index)
+        index, begin = np.array(rows, np.int64), self.num_tokens
         if not len(index):
             return index
-        if index[0] < self.num_rows or index[-1] >= self.max_num_seqs or (np.diff(index) < 1).any():
+        self._append(rows, np.array(token_ids, np.int64))
+        self.seq_lens_encoder[index] = 0
+        self.seq_lens_decoder[index] = num_computed_tokens
+        self.seq_lens_this_time[index] = 1
+        self.max_seqlen_k = max(self.max_seqlen_k, max(num_computed_tokens) + 1)
+        return np.arange(begin, self.num_tokens)
+
+    def _append(self, rows: Sequence[int], ids: np.ndarray) -> None:
+        """Put the tokens of one row, or one of each, after those of the step; see `add_row`."""
+        begin, end = self.num_tokens, self.num_tokens + len(ids)
+        if (
+            rows[0] < self.num_rows
+            or rows[-1] >= self.max_num_seqs
+            or (len(rows) > 1 and (np.diff(rows) < 1).any())
+        ):
             raise ValueError(
                 f"rows: {list(rows)} must ascend from {self.num_rows} on and stay below "
                 f"max_num_seqs {self.max_num_seqs}"
@@ -127,18 +123,10 @@ class InputBatch:
                 f"max_num_tokens is {self.max_num_tokens}"
             )
         if ids.min() < 0:
-            raise ValueError(
-                f"token_ids: row {rows[int(ids.argmin())]} has the id {ids.min()}; ids are at "
-                "least 0"
-            )
+            row = rows[min(int(ids.argmin()), len(rows) - 1)]
+            raise ValueError(f"token_ids: row {row} has the id {ids.min()}; ids are at least 0")
         self.ids_remove_padding[begin:end] = ids
-        self.seq_lens_encoder[index] = 0
-        self.seq_lens_decoder[index] = num_computed_tokens
-        self.seq_lens_this_time[index] = 1
-        self.num_tokens = end
-        self.max_seqlen_k = max(self.max_seqlen_k, max(num_computed_tokens) + 1)
-        self.num_rows = rows[-1] + 1
-        return np.arange(begin, end)
+        self.num_tokens, self.num_rows = end, rows[-1] + 1
 
     def num_tokens_past(self, num_keys: int) -> int:
         """Tokens of this step that attend to more keys than `num_keys`."""

@@ -24,7 +24,7 @@ from fd_dsa.runner.decode_graphs import (
 )
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.selections import Selections
-from fd_dsa.runner.step import DeviceInputs, Step, host_inputs
+from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, host_inputs
 from fd_dsa.step import StepHints
 
 logger = logging.getLogger(__name__)
@@ -102,15 +102,15 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self._padded: PaddedStep | None = None
         self._selections: Selections | None = None
-        self._inputs: Callable[..., tuple[Any, ...]] = host_inputs
+        self._to_device: DeviceInputs | None = None
         self._to_host: Callable[[Any], np.ndarray] = _plain_array
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
-            from fd_dsa.attention.device import empty_allocator
-            from fd_dsa.runner.host_logits import HostLogits
+            from fd_dsa.step.device import paddle_allocator
 
-            self._inputs = DeviceInputs(input_batch, empty_allocator(device))
-            self._to_host = HostLogits(input_batch.max_num_seqs * self.vocab_size)
+            self._to_device = DeviceInputs(input_batch, paddle_allocator(device))
+            num_logits = input_batch.max_num_seqs * self.vocab_size
+            self._to_host = HostLogits(self._to_device.transfers, num_logits)
 
     def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING) -> Step:
         """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.
@@ -128,7 +128,9 @@ class ModelRunner:
         else:
             tokens = padded.num_tokens
             hints = StepHints(batch.num_tokens, 0, padded.max_seqlen_k, tokens)
-        inputs = self._inputs(batch, sampled, tokens)
+        inputs: Any = host_inputs(batch, sampled)
+        if self._to_device is not None:
+            inputs = self._to_device(inputs, tokens)
         step = self.forward_meta = Step(hints, *inputs, self.caches, backend)
         backend.init_attention_metadata(step)
         return step
@@ -201,7 +203,7 @@ class ModelRunner:
             last = self._only_row(1, padded.max_seqlen_k - 1, is_prefill=False)
             self._padded = padded
             self.initialize_forward_meta(np.array([last]))
-            graphs.add(padded, capture(self._padded_step))
+            graphs[padded] = capture(self._padded_step)
 
     def _padded_step(self) -> Any:
         """Logits of all tokens of the step that `forward_meta` holds."""
@@ -220,15 +222,21 @@ class ModelRunner:
         Raises:
             ValueError: the batch holds no token, or lengths and tables disagree.
         """
-        if self.input_batch.num_tokens == 0:
+        batch = self.input_batch
+        if batch.num_tokens == 0:
             raise ValueError("execute_model: the step has no token; call add_row first")
         padded = self._padded = self._fitting(logits_indices)
         with paddle.no_grad():
             begin = time.perf_counter()
             step = self.initialize_forward_meta(logits_indices)
-            self._count_step(step, time.perf_counter() - begin)
+            self.counters.count_step(
+                time.perf_counter() - begin,
+                batch.num_tokens,
+                batch.num_prefill_tokens,
+                batch.num_tokens_past(self._index_topk),
+            )
             if self.graphs is not None and padded is not None:
-                captured = self.graphs.captured(padded)
+                captured = self.graphs[padded]
                 captured.replay()
                 return self._to_host(captured.logits[: len(logits_indices)])
             step.selections = self._selections
@@ -237,17 +245,6 @@ class ModelRunner:
                 return np.empty((0, self.vocab_size), np.float32)
             # on a device this is the step's one wait
             return self._to_host(self.model.compute_logits(rows_at(hidden, step.sampled)))
-
-    def _count_step(self, step: Step, seconds: float) -> None:
-        """Count a request's step, whose inputs and metadata took these seconds."""
-        batch = self.input_batch
-        self.counters.count_step(
-            seconds,
-            batch.num_tokens,
-            batch.num_prefill_tokens,
-            batch.num_tokens_past(self._index_topk),
-            step.indexer_attn_mask_offsets is not None,
-        )
 
     @property
     def shows_selections(self) -> bool:

@@ -1,4 +1,4 @@
-"""The record of a step in the embedded engine, and how its values reach the device.
+"""The record of a step in the embedded engine, and the way of its values to a device and back.
 
     who makes a field               field                             who reads it
     engine, by InputBatch           ids, lengths, tables, sampled     staging
@@ -12,7 +12,6 @@ staged while the one before runs (`fd_dsa.step.staging`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,8 @@ from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.selections import Selections
 from fd_dsa.step import ForwardMeta, StepHints
 from fd_dsa.step.staging import StagedInputs
+from fd_dsa.step.views import Allocate
+from fd_dsa.triton_runtime.transfers import Transfers
 
 
 @dataclass(slots=True)
@@ -37,8 +38,8 @@ class Step:
         ids_remove_padding: int64, on a device int32, [num_tokens]; packed token ids, on a device
             followed by zeros up to the padded number of tokens.
         seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [B].
-        block_tables: int32 [B, max_blocks_per_seq].
         sampled: int64, on a device int32, [n]; flat tokens whose logits are asked for.
+        block_tables: int32 [B, max_blocks_per_seq].
         caches: the backend's own, two tensors a layer for DSA: latents and indexer keys.
         attn_backend: the attention backend that all layers call.
         position_ids, slot_mapping, indexer_attn_mask_offsets: as in `fd_dsa_step`.
@@ -51,8 +52,8 @@ class Step:
     seq_lens_encoder: Any
     seq_lens_decoder: Any
     seq_lens_this_time: Any
-    block_tables: Any
     sampled: Any
+    block_tables: Any
     caches: list[Any]
     attn_backend: Any
     position_ids: Any = None
@@ -62,8 +63,8 @@ class Step:
     selections: Selections | None = None
 
 
-def host_inputs(batch: InputBatch, sampled: np.ndarray, num_padded_tokens: int) -> tuple[Any, ...]:
-    """Fields of a Step from `ids_remove_padding` to `sampled` for a model on the CPU.
+def host_inputs(batch: InputBatch, sampled: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Fields of a Step from `ids_remove_padding` to `block_tables` for a model on the CPU.
 
     They are the batch's own arrays, valid until its next `begin_step`; nothing is padded on a CPU.
     """
@@ -73,8 +74,8 @@ def host_inputs(batch: InputBatch, sampled: np.ndarray, num_padded_tokens: int) 
         batch.seq_lens_encoder[:rows],
         batch.seq_lens_decoder[:rows],
         batch.seq_lens_this_time[:rows],
-        batch.block_tables[:rows],
         sampled,
+        batch.block_tables[:rows],
     )
 
 
@@ -84,34 +85,53 @@ class DeviceInputs:
     Args:
         batch: rows that the engine fills.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
+
+    Attributes:
+        transfers: copies to and from the device.
     """
 
-    def __init__(self, batch: InputBatch, allocate: Callable[[tuple[int, ...], str], Any]) -> None:
+    def __init__(self, batch: InputBatch, allocate: Allocate) -> None:
         rows, columns = batch.block_tables.shape
         # most sampled tokens: one a row and three drafts
         sizes = (batch.max_num_tokens, rows, rows, rows, 4 * rows)
         self._staged = StagedInputs(allocate, sizes, rows, columns)
+        self.transfers = self._staged.staging.transfers
 
-    def __call__(
-        self, batch: InputBatch, sampled: np.ndarray, num_padded_tokens: int
-    ) -> tuple[Any, ...]:
-        """Queue the copy of the batch; the tensors that will hold it, valid until the next call.
+    def __call__(self, inputs: tuple[np.ndarray, ...], num_padded_tokens: int) -> list[Any]:
+        """Queue the copy of `host_inputs`; the tensors that will hold them until the next call.
 
         Args:
-            batch: rows of the step; may be refilled at once.
-            sampled: int [n]; flat tokens, each at most once.
+            inputs: may change at once.
             num_padded_tokens: tokens of a captured step; the batch may have fewer.
         """
-        rows, tokens = batch.num_rows, batch.num_tokens
-        values = (
-            batch.ids_remove_padding[:tokens],
-            batch.seq_lens_encoder[:rows],
-            batch.seq_lens_decoder[:rows],
-            batch.seq_lens_this_time[:rows],
-            sampled,
-        )
-        lengths = (max(tokens, num_padded_tokens), rows, rows, rows, len(sampled))
-        ids, encoder, decoder, this_time, wanted, tables = self._staged.upload(
-            values, batch.block_tables[:rows], lengths
-        )
-        return ids, encoder, decoder, this_time, tables, wanted
+        ids, *others, tables = inputs
+        sizes = (max(len(ids), num_padded_tokens), *map(len, others))
+        return self._staged.upload((ids, *others), tables, sizes)
+
+
+class HostLogits:
+    """Page-locked memory for the logits of a step: one copy, one wait.
+
+    Args:
+        transfers: of the device.
+        num_values: float32 values at first; a larger step makes it grow.
+    """
+
+    def __init__(self, transfers: Transfers, num_values: int) -> None:
+        self._transfers, self._copied = transfers, transfers.event()
+        self._buffer = transfers.host_buffer(4 * num_values).view(np.float32)
+
+    def __call__(self, logits: Any) -> np.ndarray:
+        """The values of a float32 tensor, which the calling thread waits for.
+
+        Returns:
+            float32 of the tensor's shape, valid until the next call.
+        """
+        size = int(np.prod(logits.shape))
+        if size > len(self._buffer):
+            self._buffer = self._transfers.host_buffer(4 * size).view(np.float32)
+        values = self._buffer[:size]
+        self._transfers.to_host(values, logits)
+        self._copied.record()
+        self._copied.wait()
+        return values.reshape(logits.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.step.checks import StepHints, StepLimits
@@ -10,12 +10,6 @@ from fd_dsa.step.forward_meta import Array, ForwardMeta
 from fd_dsa.step.host import HostProvider
 from fd_dsa.step.host_tensor import as_tensor
 from fd_dsa.step.views import Allocate, View
-
-
-class _Provider(Protocol):
-    """What checks and computes steps."""
-
-    def build(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta: ...
 
 
 class StepMetadataBuilder:
@@ -137,16 +131,20 @@ class StepMetadataBuilder:
         """
         arrays = (seq_lens_encoder, seq_lens_decoder, seq_lens_this_time, block_tables)
         hints = StepHints(num_tokens, num_prefill_tokens, max_seqlen_k, num_padded_tokens)
+        return self.build_from(arrays, hints)
+
+    def build_from(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta:
+        """`build` of its four arrays, and of its keywords in one record."""
         hints.check_types()
-        meta = self._provider.build(arrays, hints)
+        meta: ForwardMeta = self._provider.build(arrays, hints)
         self.num_builds += 1
         return meta
 
 
 def _provider_for(
     limits: StepLimits, device: str, allocate: Allocate | None, int32_position_ids: bool
-) -> _Provider:
-    """What computes the steps of a builder."""
+) -> Any:
+    """What checks and computes the steps of a builder."""
     if allocate is None and device == "numpy":
         return HostProvider(limits, lambda array: array, int32_position_ids)
     if allocate is None and device == "cpu":

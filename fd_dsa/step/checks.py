@@ -130,10 +130,7 @@ def check_host_step(arrays: Sequence[Any], limits: StepLimits, hints: StepHints)
             allowed.
     """
     inputs = StepInputs(*map(host_array, StepInputs._fields, arrays))
-    for name, array in zip(StepInputs._fields, inputs, strict=True):
-        if array.dtype != np.int32:
-            raise_dtype(name, array.dtype)
-    check_shapes([array.shape for array in inputs], limits)
+    check_arrays(inputs, np.int32, limits)
     return check_values(inputs, limits, hints)
 
 
@@ -164,39 +161,35 @@ def host_array(name: str, value: Any) -> npt.NDArray[Any]:
     return np.from_dlpack(value)
 
 
-def check_shapes(shapes: Sequence[tuple[int, ...]], limits: StepLimits) -> int:
-    """Rows of a step whose four inputs have these shapes.
+def check_arrays(arrays: Sequence[Any], int32: Any, limits: StepLimits) -> None:
+    """Check dtypes and shapes of the four inputs of a step, arrays or tensors.
+
+    Args:
+        int32: as the library of the arrays has it.
 
     Raises:
-        ShapeError, CapacityError: names the field, the found and the allowed.
+        DtypeError, ShapeError, CapacityError: names the field, the found and the allowed.
     """
-    rows, tables = shapes[2], shapes[3]
+    for name, array in zip(StepInputs._fields, arrays, strict=True):
+        if array.dtype is not int32 and array.dtype != int32:
+            raise DtypeError(f"{name}: got dtype {array.dtype}, allowed is int32; convert it")
+    shapes = [tuple(array.shape) for array in arrays]
+    rows = shapes[2]
     if len(rows) != 1:
         raise ShapeError(f"seq_lens_this_time: got shape {rows}, allowed is [rows]; flatten it")
-    for name, shape in zip(StepInputs._fields[:2], shapes[:2], strict=True):
-        if shape != rows:
+    allowed = (rows,) * 3 + ((rows[0], limits.max_blocks_per_seq),)
+    for name, shape, expected in zip(StepInputs._fields, shapes, allowed, strict=True):
+        if shape != expected:
+            rule = "[rows, max_blocks_per_seq]" if name == "block_tables" else "[rows]"
             raise ShapeError(
-                f"{name}: got shape {shape}, seq_lens_this_time has shape {rows}; "
-                "pass one entry for each row in both"
+                f"{name}: got shape {shape}, allowed is {expected} = {rule} (seq_lens_this_time "
+                f"has shape {rows}); pass one entry for each row of the step"
             )
-    allowed = (rows[0], limits.max_blocks_per_seq)
-    if tables != allowed:
-        raise ShapeError(
-            f"block_tables: got shape {tables}, allowed is {allowed} = "
-            f"[rows, max_blocks_per_seq] (seq_lens_this_time has shape {rows}); "
-            "pass one row of the table for each row of the step"
-        )
     if rows[0] > limits.max_num_seqs:
         raise CapacityError(
             f"seq_lens_this_time: got {rows[0]} rows, allowed are at most max_num_seqs = "
             f"{limits.max_num_seqs}; schedule fewer rows or raise max_num_seqs"
         )
-    return rows[0]
-
-
-def raise_dtype(name: str, dtype: Any) -> NoReturn:
-    """Name a field that is not int32."""
-    raise DtypeError(f"{name}: got dtype {dtype}, allowed is int32; convert it")
 
 
 def check_values(inputs: StepInputs, limits: StepLimits, hints: StepHints) -> HostStep:

@@ -1,12 +1,13 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The step's metadata in one Triton launch.
+"""The step's metadata in one Triton launch, by one of two kernels.
 
-Two ways through one kernel. In a decode-only step each lane takes a row and writes its few tokens
-where the rows before it end, so nothing is searched and the block-table entry is on its way while
-the lengths are still being summed. With prefill rows each lane takes a token and finds its row by
-counting the rows that end at or before it, so a long chunk is spread over many programs.
+In a decode-only step each lane takes a row and writes its few tokens where the rows before it end,
+so nothing is searched and the block-table entry is on its way while the lengths are still being
+summed. With prefill rows each lane takes a token and finds its row by counting the rows that end at
+or before it, so a long chunk is spread over many programs.
 
-There is no barrier inside a launch, so every program sums the row lengths itself.
+There is no barrier inside a launch, so every program sums the row lengths itself. Shapes, types and
+values of what is written are those of `ForwardMeta`.
 
 Source: PaddlePaddle/FastDeploy #7367 (positions and slots) and #7598 (windows), whose kernels give
 one thread to a row; the windows here reach back over cached prefixes.
@@ -19,6 +20,22 @@ from fd_dsa.triton_runtime import paddle_jit
 import triton
 import triton.language as tl
 
+_NUMBERS = (
+    "num_rows",
+    "num_padded_rows",
+    "num_padded_tokens",
+    "row_stride",
+    "num_columns",
+    "last_block",
+)
+# a decode-only step does not read the first
+_INPUTS = (
+    "seq_lens_encoder_ptr",
+    "seq_lens_decoder_ptr",
+    "seq_lens_this_time_ptr",
+    "block_tables_ptr",
+)
+
 
 @triton.jit
 def _lengths(seq_lens_this_time_ptr, rows, num_rows, num_padded_tokens):
@@ -28,17 +45,13 @@ def _lengths(seq_lens_this_time_ptr, rows, num_rows, num_padded_tokens):
 
 
 @triton.jit
-def _slots(
-    block_tables_ptr,
-    row_stride,
-    num_columns,
-    last_block,
-    rows,
-    positions,
-    live,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """Cache slot of each position; -1 where the table has no block of the cache for it."""
+def _slots(tables, rows, positions, live, BLOCK_SIZE: tl.constexpr):
+    """Cache slot of each position; -1 where the table has no block of the cache for it.
+
+    `tables` are the address of the block tables, the distance of two rows, and their columns; and
+    the last block of the cache.
+    """
+    block_tables_ptr, row_stride, num_columns, last_block = tables
     columns = positions // BLOCK_SIZE
     live = live & (positions >= 0) & (columns < num_columns)
     entries = block_tables_ptr + rows.to(tl.int64) * row_stride + columns
@@ -48,27 +61,18 @@ def _slots(
 
 
 @triton.jit
-def _store_tokens(
-    batch_id_per_token_ptr,
-    position_ids_ptr,
-    position_ids_int32_ptr,
-    slot_mapping_ptr,
-    tokens,
-    rows,
-    positions,
-    slots,
-    mask,
-):
-    """Row, position and slot of each token."""
+def _store_tokens(outputs, int32_ptr, tokens, rows, positions, slots, mask):
+    """Row, position (int32 too, where there is a buffer) and slot of each token."""
+    batch_id_per_token_ptr, position_ids_ptr, slot_mapping_ptr = outputs
     tl.store(batch_id_per_token_ptr + tokens, rows, mask)
     tl.store(position_ids_ptr + tokens, positions.to(tl.int64), mask)
-    if position_ids_int32_ptr is not None:
-        tl.store(position_ids_int32_ptr + tokens, positions, mask)
+    if int32_ptr is not None:
+        tl.store(int32_ptr + tokens, positions, mask)
     tl.store(slot_mapping_ptr + tokens, slots, mask)
 
 
-@triton.jit
-def _write_decode_step(
+@paddle_jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INPUTS[1:])
+def decode_step_metadata_kernel(
     seq_lens_decoder_ptr,
     seq_lens_this_time_ptr,
     block_tables_ptr,
@@ -90,20 +94,15 @@ def _write_decode_step(
     TILE: tl.constexpr,
 ):
     """Rows [TILE * program, TILE * (program + 1)), and padding in the tokens of that range."""
+    tables = (block_tables_ptr, row_stride, num_columns, last_block)
+    # Triton 3.3 takes no None in a tuple
+    int32_ptr = position_ids_int32_ptr
+    outputs = (batch_id_per_token_ptr, position_ids_ptr, slot_mapping_ptr)
     first = tl.program_id(0) * TILE
     rows = first + tl.arange(0, TILE)
     lengths = _lengths(seq_lens_this_time_ptr, rows, num_rows, num_padded_tokens)
     cached = tl.load(seq_lens_decoder_ptr + rows, rows < num_rows, other=0)
-    slots = _slots(
-        block_tables_ptr,
-        row_stride,
-        num_columns,
-        last_block,
-        rows,
-        cached,
-        lengths > 0,
-        BLOCK_SIZE,
-    )
+    slots = _slots(tables, rows, cached, lengths > 0, BLOCK_SIZE)
     before = 0
     num_tokens = 0
     for tile in range(NUM_ROW_TILES):
@@ -120,61 +119,22 @@ def _write_decode_step(
     tl.store(cache_seqlens_ptr + rows, tl.where(lengths > 0, cached + lengths, 0), exists)
 
     written = (lengths > 0) & (starts >= 0) & (starts < num_padded_tokens)
-    _store_tokens(
-        batch_id_per_token_ptr,
-        position_ids_ptr,
-        position_ids_int32_ptr,
-        slot_mapping_ptr,
-        starts,
-        rows,
-        cached,
-        slots,
-        written,
-    )
+    _store_tokens(outputs, int32_ptr, starts, rows, cached, slots, written)
     for draft in range(1, tl.max(lengths)):
         tokens = starts + draft
         positions = cached + draft
         written = (lengths > draft) & (tokens >= 0) & (tokens < num_padded_tokens)
-        slots = _slots(
-            block_tables_ptr,
-            row_stride,
-            num_columns,
-            last_block,
-            rows,
-            positions,
-            written,
-            BLOCK_SIZE,
-        )
-        _store_tokens(
-            batch_id_per_token_ptr,
-            position_ids_ptr,
-            position_ids_int32_ptr,
-            slot_mapping_ptr,
-            tokens,
-            rows,
-            positions,
-            slots,
-            written,
-        )
+        slots = _slots(tables, rows, positions, written, BLOCK_SIZE)
+        _store_tokens(outputs, int32_ptr, tokens, rows, positions, slots, written)
 
     tokens = first + tl.arange(0, TILE)
     padding = (tokens >= num_tokens) & (tokens < num_padded_tokens)
     zeros = tl.zeros((TILE,), tl.int32)
-    _store_tokens(
-        batch_id_per_token_ptr,
-        position_ids_ptr,
-        position_ids_int32_ptr,
-        slot_mapping_ptr,
-        tokens,
-        zeros - 1,
-        zeros,
-        zeros - 1,
-        padding,
-    )
+    _store_tokens(outputs, int32_ptr, tokens, zeros - 1, zeros, zeros - 1, padding)
 
 
-@triton.jit
-def _write_mixed_step(
+@paddle_jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INPUTS)
+def mixed_step_metadata_kernel(
     seq_lens_encoder_ptr,
     seq_lens_decoder_ptr,
     seq_lens_this_time_ptr,
@@ -199,6 +159,10 @@ def _write_mixed_step(
     TILE: tl.constexpr,
 ):
     """Tokens [TILE * program, TILE * (program + 1)); the first program also writes all rows."""
+    tables = (block_tables_ptr, row_stride, num_columns, last_block)
+    # Triton 3.3 takes no None in a tuple
+    int32_ptr = position_ids_int32_ptr
+    outputs = (batch_id_per_token_ptr, position_ids_ptr, slot_mapping_ptr)
     tokens = tl.program_id(0) * TILE + tl.arange(0, TILE)
     token_rows = tl.zeros((TILE,), tl.int32)
     # position of a token = its index + shift of its row
@@ -241,121 +205,13 @@ def _write_mixed_step(
     # a token past the last one has counted all rows, and the empty lanes of the last tile
     live = token_rows < num_rows
     positions = tl.where(live, tokens + shifts, 0)
-    slots = _slots(
-        block_tables_ptr,
-        row_stride,
-        num_columns,
-        last_block,
-        token_rows,
-        positions,
-        live,
-        BLOCK_SIZE,
-    )
+    slots = _slots(tables, token_rows, positions, live, BLOCK_SIZE)
     has_window = live & (windows >= 0)
     ks = tl.where(has_window, windows, 0)
     ke = tl.where(has_window, windows + positions + 1, 0)
     exists = tokens < num_padded_tokens
     _store_tokens(
-        batch_id_per_token_ptr,
-        position_ids_ptr,
-        position_ids_int32_ptr,
-        slot_mapping_ptr,
-        tokens,
-        tl.where(live, token_rows, -1),
-        positions,
-        slots,
-        exists,
+        outputs, int32_ptr, tokens, tl.where(live, token_rows, -1), positions, slots, exists
     )
     pairs = 2 * tokens[:, None] + tl.arange(0, 2)[None, :]
     tl.store(indexer_attn_mask_offsets_ptr + pairs, tl.join(ks, ke), exists[:, None])
-
-
-@paddle_jit(
-    do_not_specialize=(
-        "num_rows",
-        "num_padded_rows",
-        "num_padded_tokens",
-        "row_stride",
-        "num_columns",
-        "last_block",
-    ),
-    do_not_specialize_on_alignment=(
-        "seq_lens_encoder_ptr",
-        "seq_lens_decoder_ptr",
-        "seq_lens_this_time_ptr",
-        "block_tables_ptr",
-    ),
-)
-def step_metadata_kernel(
-    seq_lens_encoder_ptr,
-    seq_lens_decoder_ptr,
-    seq_lens_this_time_ptr,
-    block_tables_ptr,
-    batch_id_per_token_ptr,
-    position_ids_ptr,
-    position_ids_int32_ptr,
-    slot_mapping_ptr,
-    cu_seqlens_q_ptr,
-    cache_seqlens_ptr,
-    indexer_attn_mask_offsets_ptr,
-    cu_seqlens_kg_ptr,
-    num_rows,
-    num_padded_rows,
-    num_padded_tokens,
-    row_stride,
-    num_columns,
-    last_block,
-    BLOCK_SIZE: tl.constexpr,
-    HAS_PREFILL: tl.constexpr,
-    ROW_TILE: tl.constexpr,
-    NUM_ROW_TILES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """All arrays of a step; shapes, types and values are those of `ForwardMeta`."""
-    if HAS_PREFILL:
-        _write_mixed_step(
-            seq_lens_encoder_ptr,
-            seq_lens_decoder_ptr,
-            seq_lens_this_time_ptr,
-            block_tables_ptr,
-            batch_id_per_token_ptr,
-            position_ids_ptr,
-            position_ids_int32_ptr,
-            slot_mapping_ptr,
-            cu_seqlens_q_ptr,
-            cache_seqlens_ptr,
-            indexer_attn_mask_offsets_ptr,
-            cu_seqlens_kg_ptr,
-            num_rows,
-            num_padded_rows,
-            num_padded_tokens,
-            row_stride,
-            num_columns,
-            last_block,
-            BLOCK_SIZE,
-            ROW_TILE,
-            NUM_ROW_TILES,
-            TILE,
-        )
-    else:
-        _write_decode_step(
-            seq_lens_decoder_ptr,
-            seq_lens_this_time_ptr,
-            block_tables_ptr,
-            batch_id_per_token_ptr,
-            position_ids_ptr,
-            position_ids_int32_ptr,
-            slot_mapping_ptr,
-            cu_seqlens_q_ptr,
-            cache_seqlens_ptr,
-            num_rows,
-            num_padded_rows,
-            num_padded_tokens,
-            row_stride,
-            num_columns,
-            last_block,
-            BLOCK_SIZE,
-            ROW_TILE,
-            NUM_ROW_TILES,
-            TILE,
-        )

@@ -26,17 +26,16 @@ memory that is filled again under a copy spoils it (ROCm/ATOM #817, PyTorch #130
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.step.checks import Int32Array
-from fd_dsa.step.views import CACHED_VIEWS
-from fd_dsa.triton_runtime.transfers import Event, transfers_for
+from fd_dsa.step.views import CACHED_VIEWS, Allocate
+from fd_dsa.triton_runtime.transfers import transfers_for
 
-Allocate = Callable[[tuple[int, ...], str], Any]
 NUM_SLABS = 3
 # int32 values to which the sections of a packed tensor are rounded up: 256 bytes
 _SECTION = 64
@@ -57,6 +56,7 @@ class InputStaging:
 
     Attributes:
         slabs: int32 [num_slabs, num_values] on the device, at one address for life.
+        used: of each slab, the event after its readers.
         num_waits: how often `next_slab` found its copy unfinished and blocked.
     """
 
@@ -69,7 +69,7 @@ class InputStaging:
         ]
         self._stream = transfers.new_stream()
         self._copied = [transfers.event() for _ in range(num_slabs)]
-        self._used = [transfers.event() for _ in range(num_slabs)]
+        self.used = [transfers.event() for _ in range(num_slabs)]
         self._is_open = [False] * num_slabs
         # whether the readers of the slab that is filled now were seen to be done
         self._is_read = False
@@ -78,7 +78,7 @@ class InputStaging:
             transfers.upload(start + 4 * num_values * index, slab, self._stream)
             for index, slab in enumerate(self._host)
         ]
-        for used in self._used:
+        for used in self.used:
             # the memory may have been another's, whose work is still queued
             used.record()
         # and may become another's: no copy may arrive after that
@@ -96,7 +96,7 @@ class InputStaging:
         """
         if self._is_open[self._turn]:
             raise RuntimeError(
-                f"input staging: {len(self._used)} steps are uploaded and none is released; read "
+                f"input staging: {len(self.used)} steps are uploaded and none is released; read "
                 "the earliest one before another is staged"
             )
         # before an event is asked, which would end a capture
@@ -106,7 +106,7 @@ class InputStaging:
                 "this step again; capture a build from device tensors"
             )
         # readers run after the copy that they read: mostly one question answers two
-        self._is_read = self._used[self._turn].done()
+        self._is_read = self.used[self._turn].done()
         if not self._is_read:
             self.wait_for_copy()
         return self._host[self._turn]
@@ -122,7 +122,7 @@ class InputStaging:
         """Queue the copy of the first values of the slab from `next_slab`; its index."""
         index = self._turn
         if not self._is_read:
-            self._used[index].precede(self._stream)
+            self.used[index].precede(self._stream)
         self._copies[index].queue(4 * num_values)
         self._is_open[index], self._is_read = True, False
         self._copied[index].record(self._stream)
@@ -135,12 +135,8 @@ class InputStaging:
 
     def release(self, index: int) -> None:
         """The readers of a slab are queued on the current stream; after them it may change."""
-        self._used[index].record()
+        self.used[index].record()
         self._is_open[index] = False
-
-    def used(self, index: int) -> Event:
-        """The event after the readers of a slab, to query whether they are done."""
-        return self._used[index]
 
     @property
     def prep_stream(self) -> int:
@@ -148,19 +144,26 @@ class InputStaging:
         return self._stream.value or 0
 
 
-class StagedTensor:
-    """A tensor that never moves, filled through an `InputStaging`: for readers that keep views.
+class StagedInputs:
+    """What the host knows of a step, as sections of one tensor that never moves.
+
+    A copy of an `InputStaging` and one within the device fill it, once a step.
 
     Args:
         allocate: makes a contiguous tensor of a shape and dtype on the device.
-        num_values: int32 values of the tensor.
+        sizes: most int32 values of each section before the block tables.
+        max_rows, columns: of the block tables, the last section: a copy ends with the rows in use.
 
     Attributes:
-        tensor: int32 [num_values] on the device; it changes in stream order.
+        tensor: int32, all sections; it changes in stream order.
         staging: the slabs.
     """
 
-    def __init__(self, allocate: Allocate, num_values: int) -> None:
+    def __init__(
+        self, allocate: Allocate, sizes: Sequence[int], max_rows: int, columns: int
+    ) -> None:
+        ends = np.cumsum([-(-size // _SECTION) * _SECTION for size in sizes]).tolist()
+        num_values = ends[-1] + max_rows * columns
         self.tensor = allocate((num_values,), "int32")
         self.staging = InputStaging(allocate, num_values)
         transfers, slabs = self.staging.transfers, self.staging.slabs
@@ -169,47 +172,19 @@ class StagedTensor:
             transfers.copy(target, start + 4 * num_values * index)
             for index in range(int(slabs.shape[0]))
         ]
-
-    def next_slab(self) -> np.ndarray:
-        """The page-locked values to fill for the coming step; see `InputStaging.next_slab`."""
-        return self.staging.next_slab()
-
-    def upload(self, num_values: int) -> None:
-        """Queue the copy of the first values of the slab from `next_slab`.
-
-        To the device it runs on the stream of the staging; the current stream waits for it and
-        then copies from there to the tensor, after the readers of the step before.
-        """
-        index = self.staging.upload(num_values)
-        self.staging.acquire(index)
-        self._copies[index].queue(4 * num_values)
-        self.staging.release(index)
-
-
-class StagedInputs:
-    """What the host says of a step, as sections of one tensor that one copy a step fills.
-
-    Args:
-        allocate: makes a contiguous tensor of a shape and dtype on the device.
-        sizes: most int32 values of each section before the block tables.
-        max_rows, columns: of the block tables, the last section: a copy ends with the rows in use.
-    """
-
-    def __init__(
-        self, allocate: Allocate, sizes: Sequence[int], max_rows: int, columns: int
-    ) -> None:
-        ends = np.cumsum([-(-size // _SECTION) * _SECTION for size in sizes]).tolist()
-        self._starts, self._columns = [0, *ends], columns
-        self.staged = StagedTensor(allocate, ends[-1] + max_rows * columns)
         # rows of the tensor's tables that may hold blocks; at first its memory is anything
         self._used_rows = max_rows
-        view = partial(_section_view, self.staged.tensor, tuple(self._starts), columns)
+        self._starts, self._columns = [0, *ends], columns
+        view = partial(_section_view, self.tensor, tuple(self._starts), columns)
         self._view = lru_cache(maxsize=CACHED_VIEWS)(view)
 
     def upload(
         self, values: Sequence[Int32Array], tables: Int32Array, lengths: Sequence[int] | None = None
     ) -> list[Any]:
-        """Queue the copy of a step; the tensors that will hold it, valid until the next one.
+        """Queue the copies of a step; the tensors that will hold it, valid until the next one.
+
+        To the device it is copied on the stream of the staging; the current stream waits for that
+        and copies it from there to the tensor, after the readers of the step before.
 
         Args:
             values: integers, at most the size of each section, which zeros fill up.
@@ -219,7 +194,8 @@ class StagedInputs:
         Returns:
             int32 tensors, one a section, and the block tables.
         """
-        slab, starts = self.staged.next_slab(), self._starts
+        staging, starts = self.staging, self._starts
+        slab = staging.next_slab()
         for start, end, array in zip(starts, starts[1:], values, strict=False):
             slab[start : start + len(array)] = array
             slab[start + len(array) : end] = 0
@@ -230,9 +206,12 @@ class StagedInputs:
         packed[:rows] = tables
         packed[rows:] = -1
         self._used_rows = rows
-        self.staged.upload(end)
+        index = staging.upload(end)
+        staging.acquire(index)
+        self._copies[index].queue(4 * end)
+        staging.release(index)
         sizes = [*(lengths or map(len, values)), rows]
-        return [self._view(index, size) for index, size in enumerate(sizes)]
+        return [self._view(section, size) for section, size in enumerate(sizes)]
 
 
 def _section_view(

@@ -274,7 +274,7 @@ class DeviceSteps:
             return
         # a word may be seen before the others of its step
         used = self._staging.used
-        running = {stamp for stamp, slab, _ in self._expanded if not used(slab).done()}
+        running = {stamp for stamp, slab, _ in self._expanded if not used[slab].done()}
         for stamp, at in sorted(zip(self._fault_stamps.tolist(), range(ERROR_SLOTS), strict=True)):
             if stamp and stamp not in running:
                 fault, row, value, limit = self._faults[at, :4].tolist()

@@ -109,7 +109,7 @@ def test_each_architecture_has_its_pairing(fields: dict[str, Any], interleaved: 
     built = create_model(ModelConfig.from_dict(fields))
     indexers = [layer.self_attn.indexer for layer in built.layers if layer.self_attn.indexer]
     assert indexers
-    assert {indexer.config.rope_interleave for indexer in indexers} == {interleaved}
+    assert {indexer.config.indexer_rope_interleave for indexer in indexers} == {interleaved}
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
@@ -162,7 +162,7 @@ def other_pairing(model: OpenModel) -> Iterator[None]:
     indexers = [layer.self_attn.indexer for layer in runner.model.layers]
     own = [indexer.config for indexer in indexers]
     for indexer, config in zip(indexers, own, strict=True):
-        indexer.config = replace(config, rope_interleave=not config.rope_interleave)
+        indexer.config = replace(config, indexer_rope_interleave=not config.indexer_rope_interleave)
     yield
     for indexer, config in zip(indexers, own, strict=True):
         indexer.config = config

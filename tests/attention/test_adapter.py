@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints, step_of
+from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
 from fd_dsa.errors import ConfigError
 from tests.kernel_memory import KernelMemory
 from tests.step.helpers import as_numpy, assert_matches_oracle, builder_for, counts_of
@@ -45,7 +45,7 @@ def longer(batch: StepBatch, rows: int = 6) -> SimpleNamespace:
 def test_the_step_has_the_rows_that_are_given() -> None:
     backend, meta = DSAAttentionBackend(config()), longer(MIXED)
     backend.build_step(meta, MIXED.inputs())
-    assert_matches_oracle(step_of(meta), MIXED)
+    assert_matches_oracle(meta.fd_dsa_step, MIXED)
     assert meta.seq_lens_encoder.shape == (6,)
     assert backend.attention_metadata is meta.fd_dsa_step
     for name in ("position_ids", "slot_mapping", "indexer_attn_mask_offsets"):
@@ -57,7 +57,7 @@ def test_a_step_of_device_tensors(kernel_memory: KernelMemory) -> None:
     for batch in (MIXED, DECODE):
         meta, tensors = longer(batch), [m.put(array) for array in batch.inputs()]
         backend.build_step(meta, tensors, StepHints(**counts_of(batch)))
-        assert_matches_oracle(step_of(meta), batch, m.get)
+        assert_matches_oracle(meta.fd_dsa_step, batch, m.get)
 
 
 def test_hints_of_device_tensors_may_be_upper_bounds(kernel_memory: KernelMemory) -> None:
@@ -65,7 +65,7 @@ def test_hints_of_device_tensors_may_be_upper_bounds(kernel_memory: KernelMemory
     for batch in (MIXED, DECODE):
         meta = SimpleNamespace()
         backend.build_step(meta, [m.put(array) for array in batch.inputs()], BOUNDS)
-        step = step_of(meta)
+        step = meta.fd_dsa_step
         padding = BOUNDS.num_tokens - batch.num_tokens
         wanted = builder_for(batch).build(*batch.inputs()).slot_mapping
         assert m.get(step.slot_mapping).tolist() == wanted.tolist() + [-1] * padding
@@ -87,7 +87,7 @@ def test_on_a_cpu_the_lengths_say_it_all(hints: StepHints | None) -> None:
     meta = SimpleNamespace()
     DSAAttentionBackend(config()).build_step(meta, MIXED.inputs(), hints)
     padded = None if hints is None else hints.num_padded_tokens
-    assert_matches_oracle(step_of(meta), dataclasses.replace(MIXED, num_padded_tokens=padded))
+    assert_matches_oracle(meta.fd_dsa_step, dataclasses.replace(MIXED, num_padded_tokens=padded))
 
 
 def test_one_object_is_built_once() -> None:
@@ -111,26 +111,22 @@ def test_hints_set_for_a_runner_s_call_stay_for_it() -> None:
 
 
 @pytest.mark.parametrize("int32", [False, True])
-def test_positions_have_the_type_that_the_tree_takes(int32: bool) -> None:
-    backend, meta = DSAAttentionBackend(config(int32_position_ids=int32)), SimpleNamespace()
-    backend.build_step(meta, MIXED.inputs())
-    step = step_of(meta)
-    assert meta.position_ids is (step.position_ids_int32 if int32 else step.position_ids)
-    assert as_numpy(meta.position_ids).dtype == (np.int32 if int32 else np.int64)
-    assert meta.position_ids.numpy().tolist() == [17, 18, 19, 20, 9, 30, 31]
-    # what the operators here take
-    assert as_numpy(step.position_ids).dtype == np.int64
-
-
-def test_positions_have_the_type_that_the_tree_takes_on_a_device(
-    kernel_memory: KernelMemory,
+def test_positions_have_the_type_that_the_tree_takes(
+    kernel_memory: KernelMemory, int32: bool
 ) -> None:
-    m, meta = kernel_memory, SimpleNamespace()
-    backend = on_device(m, int32_position_ids=True)
-    backend.build_step(meta, [m.put(array) for array in MIXED.inputs()], BOUNDS)
-    found = m.get(meta.position_ids)
-    assert found.dtype == np.int32
-    assert found.tolist() == [17, 18, 19, 20, 9, 30, 31, 0, 0]
+    m = kernel_memory
+    host = DSAAttentionBackend(config(int32_position_ids=int32)), MIXED.inputs(), as_numpy
+    device = on_device(m, int32_position_ids=int32), [m.put(a) for a in MIXED.inputs()], m.get
+    for (backend, inputs, get), padding in ((host, []), (device, [0, 0])):
+        meta = SimpleNamespace()
+        backend.build_step(meta, inputs, BOUNDS if padding else None)
+        step = meta.fd_dsa_step
+        assert meta.position_ids is (step.position_ids_int32 if int32 else step.position_ids)
+        positions = get(meta.position_ids)
+        assert positions.dtype == (np.int32 if int32 else np.int64)
+        assert positions.tolist() == [17, 18, 19, 20, 9, 30, 31, *padding]
+        # what the operators here take
+        assert get(step.position_ids).dtype == np.int64
 
 
 def test_activations_are_float32_on_a_cpu_and_float32_or_bfloat16_elsewhere(
@@ -143,24 +139,14 @@ def test_activations_are_float32_on_a_cpu_and_float32_or_bfloat16_elsewhere(
     assert on_device(kernel_memory, dtype="bfloat16").config.dtype == "bfloat16"
 
 
-def test_queries_have_no_buffer_on_a_cpu() -> None:
-    backend = DSAAttentionBackend(config())
-    assert backend.mla_query_buffer(3) is None and backend.projection_buffers(3) is None
-
-
-def test_queries_have_one_buffer_on_a_device(kernel_memory: KernelMemory) -> None:
-    backend = on_device(kernel_memory, dtype="bfloat16")
-    views = [backend.mla_query_buffer(size) for size in (3, 32, 1)]
-    assert [list(view.shape) for view in views] == [[3, 2, 8], [32, 2, 8], [1, 2, 8]]
-    assert len({view.data_ptr() for view in views}) == 1
-    assert all(str(view.dtype).endswith("bfloat16") for view in views)
-
-
-def test_projections_have_buffers_on_a_device(kernel_memory: KernelMemory) -> None:
-    backend = on_device(kernel_memory, dtype="bfloat16")
-    keys, weights = backend.projection_buffers(3)
-    layout, heads = backend.config.cache_layout, backend.config.index_n_heads
-    assert [list(keys.shape), list(weights.shape)] == [[3, layout.index_head_dim], [3, heads]]
-    assert str(keys.dtype).endswith("bfloat16") and str(weights.dtype).endswith("float32")
-    again = backend.projection_buffers(1)
-    assert [view.data_ptr() for view in again] == [keys.data_ptr(), weights.data_ptr()]
+def test_a_cpu_has_no_buffers_and_a_device_has_one_of_each(kernel_memory: KernelMemory) -> None:
+    host, backend = DSAAttentionBackend(config()), on_device(kernel_memory, dtype="bfloat16")
+    addresses = set()
+    for size in (3, 32, 1):
+        assert host.mla_query_buffer(size) is host.projection_buffers(size) is None
+        views = backend.mla_query_buffer(size), *backend.projection_buffers(size)
+        assert [list(view.shape) for view in views] == [[size, 2, 8], [size, 4], [size, 3]]
+        kinds = [str(view.dtype).rpartition(".")[2] for view in views]
+        assert kinds == ["bfloat16", "bfloat16", "float32"]
+        addresses.add(tuple(view.data_ptr() for view in views))
+    assert len(addresses) == 1

@@ -43,10 +43,15 @@ def check_batch(batch: StepBatch, sizes: Sizes, seed: int = 0) -> None:
     batch=step_batches(min_rows=1, max_rows=6, max_len=36),
     topk=st.sampled_from([1, 4, 8, 30, 80]),
     seed=st.integers(0, 2**32 - 1),
+    poison_first_block=st.booleans(),
 )
-@settings(max_examples=150)
-def test_any_step(dtype: str, batch: StepBatch, topk: int, seed: int) -> None:
-    check_batch(batch, Sizes(topk, batch.block_size, dtype), seed)
+@settings(max_examples=200)
+def test_any_step(
+    dtype: str, batch: StepBatch, topk: int, seed: int, poison_first_block: bool
+) -> None:
+    """Beside blocks of NaN that no row owns; the first one may hold NaN or huge numbers."""
+    sizes = Sizes(topk, batch.block_size, dtype, poison_first_block=poison_first_block)
+    check_batch(batch, sizes, seed)
 
 
 @given(
@@ -143,3 +148,40 @@ def test_outputs_are_those_of_the_selection_alone() -> None:
     after = world.run(rows_of(batch))
     for token in (0, 12):
         np.testing.assert_array_equal(after.outputs[0][token], before.outputs[0][token])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(12, 0, 12), (9, 3, 9), (6, 0, 6)],
+        [(0, 20, 1), (0, 12, 1), (0, 3, 1)],
+        [(0, 20, 1), (9, 3, 9), (0, 3, 1)],
+    ],
+    ids=["prefill", "decode", "mixed"],
+)
+@pytest.mark.parametrize("spoiled", [0, 1, 2])
+def test_a_row_of_nan_spoils_no_other_row(rows: list[tuple[int, int, int]], spoiled: int) -> None:
+    batch = make_batch(rows, 16)
+    world = world_of(batch, Sizes())
+    clean = world.run(rows)
+    data = world.data[0][spoiled]
+    for name in ("q", "latent", "k_pe", "index_q", "index_k"):
+        getattr(data, name)[-1] = np.nan
+    found = world.run(rows)
+    row_of_token = np.repeat(np.arange(len(rows)), [new for _, _, new in rows])
+    others = row_of_token != spoiled
+    np.testing.assert_array_equal(found.slots[0][others], clean.slots[0][others])
+    np.testing.assert_allclose(
+        found.outputs[0][others], clean.outputs[0][others], rtol=0, atol=1e-5
+    )
+    assert np.isnan(found.outputs[0][np.flatnonzero(~others)[-1]]).any()
+
+
+def test_a_token_of_nan_spoils_no_token_before_it() -> None:
+    batch = make_batch([(12, 3, 12)], 16)
+    world = world_of(batch, Sizes())
+    clean = world.run(rows_of(batch))
+    for name in ("q", "latent", "k_pe", "index_q", "index_k"):
+        getattr(world.data[0][0], name)[-1] = np.nan
+    found = world.run(rows_of(batch))
+    np.testing.assert_allclose(found.outputs[0][:-1], clean.outputs[0][:-1], rtol=0, atol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.attention.harness import Sizes, World
@@ -62,18 +62,11 @@ def one_shot(request: pytest.FixtureRequest):
     chunks=st.lists(chunk_lengths(LENGTH), min_size=3, max_size=3),
     decode_from=st.sampled_from([LENGTH, 5, 30]),
 )
+@example(chunks=[[1] * LENGTH] * 3, decode_from=1)
 @settings(max_examples=40)
 def test_any_chunks_in_any_company(one_shot, chunks: list[list[int]], decode_from: int) -> None:
     dtype, slots, outputs = one_shot
     found = run_chunks(world(dtype), chunks, decode_from)
-    for row in range(3):
-        np.testing.assert_array_equal(found[0][row], slots[row])
-        np.testing.assert_allclose(found[1][row], outputs[row], rtol=0, atol=ROUNDING)
-
-
-def test_token_by_token_decode_equals_one_prefill(one_shot) -> None:
-    dtype, slots, outputs = one_shot
-    found = run_chunks(world(dtype), [[1] * LENGTH] * 3, decode_from=1)
     for row in range(3):
         np.testing.assert_array_equal(found[0][row], slots[row])
         np.testing.assert_allclose(found[1][row], outputs[row], rtol=0, atol=ROUNDING)

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("paddle", reason="the CPU's products are Paddle's")
 
 from fd_dsa.attention.cache_layout import CacheLayout
+from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops._host import as_numpy
 from tests.attention.harness import FP8, Sizes, Step, World, world_of
 from tests.kernel_memory import KernelMemory
@@ -29,7 +30,7 @@ NUM_TOKENS = PADDING + sum(new for _, _, new in ROWS)
 class OnDevice:
     """A step of a world, run on the CPU, and the same step's tensors in another memory."""
 
-    def __init__(self, m: KernelMemory, sizes: Sizes, rows: list[Any], **options: Any) -> None:
+    def __init__(self, m: KernelMemory, sizes: Sizes, rows: list[Any]) -> None:
         from fd_dsa.attention.device import DeviceAttention
 
         self.memory, self.rows = m, rows
@@ -38,7 +39,7 @@ class OnDevice:
         self.world: World = world_of(batch, sizes)
         self.cpu: Step = self.world.run(rows, PADDING)
         config = self.world.backend.config
-        self.attention = DeviceAttention(config, m.poisoned, **options)
+        self.attention = DeviceAttention(config, m.poisoned)
         meta = self.world.backend.attention_metadata
         arrays = {field.name: getattr(meta, field.name) for field in fields(meta)}
         self.step: Any = SimpleNamespace(
@@ -93,9 +94,10 @@ def test_selections_of_other_sizes(kernel_memory: KernelMemory, topk: int) -> No
 def test_scores_in_chunks_of_tokens(
     kernel_memory: KernelMemory, logits_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = OnDevice(kernel_memory, Sizes(8), ROWS, logits_bytes=logits_bytes)
+    monkeypatch.setattr("fd_dsa.attention.device.LOGITS_BYTES", logits_bytes)
+    case = OnDevice(kernel_memory, Sizes(8), ROWS)
     rows = []
-    import fd_dsa.attention.device_logits as module
+    import fd_dsa.attention.device_scores as module
 
     original = module.score_pages
 
@@ -114,7 +116,7 @@ def test_short_rows_are_not_scored_and_share_a_selection(
     kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = OnDevice(kernel_memory, Sizes(8, layers=2), SHORT_ROWS)
-    monkeypatch.setattr("fd_dsa.attention.device_logits.score_pages", None)
+    monkeypatch.setattr("fd_dsa.attention.device_scores.score_pages", None)
     case.check(0)
     first = case.select(0)
     assert case.select(1) is first
@@ -154,32 +156,34 @@ def test_every_layer_and_step_has_the_same_buffers(kernel_memory: KernelMemory) 
     assert len(addresses) == 1
 
 
-def test_query_buffers_have_the_form_of_the_cache(kernel_memory: KernelMemory) -> None:
-    for dtype, size, name in (("float32", 16, "float32"), (FP8, 64, "uint8")):
-        case = OnDevice(kernel_memory, Sizes(8, size, dtype), SHORT_ROWS)
-        q, weights = case.attention.query_buffers(4)
-        dim = case.world.sizes.widths[2]
-        assert (list(q.shape), list(weights.shape)) == ([4, 3, dim], [4, 3])
-        assert str(q.dtype).endswith(name) and str(weights.dtype).endswith("float32")
-
-
-def test_workspace_is_the_size_of_the_buffers(kernel_memory: KernelMemory) -> None:
+@pytest.mark.parametrize("logits_bytes", [1, 1000, 4 * 640_000])
+@pytest.mark.parametrize("index_heads", [3, 16, 64])
+def test_workspace_is_the_size_of_the_buffers(
+    kernel_memory: KernelMemory,
+    monkeypatch: pytest.MonkeyPatch,
+    logits_bytes: int,
+    index_heads: int,
+) -> None:
     from fd_dsa.attention.device import DeviceAttention, workspace_bytes
     from fd_dsa.triton_runtime.transfers import GpuTraits, transfers_for
 
-    tiny = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
     transfers = transfers_for(kernel_memory.poisoned((1,), "float32"))
-    gpu = GpuTraits(transfers.capability(), transfers.num_processors())
+    # the interpreter is one processor
+    monkeypatch.setattr(type(transfers), "num_processors", lambda self: 132)
+    monkeypatch.setattr("fd_dsa.attention.device.LOGITS_BYTES", logits_bytes)
+    gpu = GpuTraits(transfers.capability(), 132)
     widths = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
-    for config in (tiny, on_tensor_cores(tiny)):
+    layout = CacheLayout("float32", 16, 6, 2, 4)
+    sizes = DSABackendConfig(2, index_heads, 8, 0.4, layout, 4, 100, 10, tokens_per_row=2)
+    for config in (sizes, on_tensor_cores(sizes)):
         taken: list[int] = []
 
         def allocate(shape: tuple[int, ...], dtype: str, taken: list[int] = taken) -> Any:
             taken.append(int(np.prod(shape)) * widths[dtype])
             return kernel_memory.poisoned(shape, dtype)
 
-        DeviceAttention(config, allocate, logits_bytes=1000)
-        assert sum(taken) == workspace_bytes(config, gpu, 1000)
+        DeviceAttention(config, allocate)
+        assert sum(taken) == workspace_bytes(config, gpu)
 
 
 def on_tensor_cores(config: Any) -> Any:
@@ -196,8 +200,7 @@ def test_what_serves_is_told_once_and_remembered(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     from fd_dsa.attention import device
-    from fd_dsa.attention.device_logits import PageScores
-    from fd_dsa.attention.device_tiles import TileScores
+    from fd_dsa.attention.device_scores import PageScores, TileScores
     from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
     from fd_dsa.ops import providers
     from fd_dsa.triton_runtime.transfers import transfers_for
@@ -212,9 +215,11 @@ def test_what_serves_is_told_once_and_remembered(
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
         made = [device.DeviceAttention(config, kernel_memory.poisoned) for _ in range(2)]
+    # codes for the cache's format
+    assert str(made[0].query_buffers(4)[0].dtype).endswith("uint8" if serves else "float32")
     capability = transfers_for(kernel_memory.poisoned((1,), "float32")).capability()
     on_hopper = serves and capability == 90
-    assert all(isinstance(x._scores, TileScores if serves else PageScores) for x in made)
+    assert all(type(x._scores) is (TileScores if serves else PageScores) for x in made)
     assert all(isinstance(x._attention, TensorCoreAttention) == on_hopper for x in made)
     said = [r.getMessage() for r in caplog.records if "ndexer_logits on gpu" in r.getMessage()]
     if serves:
@@ -233,7 +238,7 @@ def test_what_serves_is_told_once_and_remembered(
 def test_a_schedule_is_made_once_in_a_step_that_is_scored(
     kernel_memory: KernelMemory, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fd_dsa.attention.device_tiles as module
+    import fd_dsa.attention.device_scores as module
 
     made, fill = [], module.fill_tile_schedule
     monkeypatch.setattr(

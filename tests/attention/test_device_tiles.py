@@ -1,8 +1,9 @@
-"""The selection by scores from tensor cores against that of the other kernel, and its sizes."""
+"""Scores from tensor cores against those of the other kernel, and the chunks of both."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,19 @@ import pytest
 
 pytest.importorskip("paddle", reason="the steps are on Paddle's tensors")
 
+from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
-from tests.attention.score_case import BLOCK, ScoreCase
+from fd_dsa.step import StepMetadataBuilder
 from tests.kernel_memory import KernelMemory
+from tests.strategies import make_batch
 
 pytestmark = pytest.mark.triton
 
+PADDING, TOPK, HEADS = 2, 64, 32
+DIM, BLOCK = 128, 64
+# e4m3 codes of 0, 1, 2, -1 and -2: dot products are exact in any order
+SMALL = np.array([0x00, 0x38, 0x40, 0xB8, 0xC0], np.uint8)
 # a first chunk below the selection of 64, decode with drafts and an idle row between chunks of
 # prompts after a prefix
 MIXED = [(2, 0, 2), (0, 140, 1), (3, 90, 3), (0, 0, 0), (0, 70, 2), (4, 66, 4)]
@@ -24,50 +31,70 @@ DECODE = [(0, 140, 1), (0, 0, 0), (0, 70, 2), (0, 20, 1), (0, 100, 3)]
 
 
 class Device:
-    """Stands for a device of some processors, whose stream is captured, or not."""
+    """Stands for a device of two processors, whose stream is captured, or not."""
 
-    def __init__(self, processors: int) -> None:
-        self.processors, self.capturing = processors, False
+    capturing = False
 
     def num_processors(self) -> int:
-        return self.processors
+        return 2
 
     def is_capturing(self) -> bool:
         return self.capturing
 
 
 class Tiles:
-    """A case that is scored with TileScores; poisoned scores and slots.
+    """A step over random fp8_ds_mla keys, scored with TileScores; poisoned scores and slots.
+
+    Args:
+        rows: (encoder, decoder, this_time) of each request.
+        num_logits: scores that are held at a time.
 
     Attributes:
-        shapes: of the scores that were asked for; they are kept.
+        shapes: of the scores that were asked for.
     """
 
     def __init__(
-        self,
-        m: KernelMemory,
-        rows: list[Any],
-        num_logits: int = 1 << 16,
-        drafts: int = 0,
-        device: Any = None,
+        self, m: KernelMemory, rows: list[Any], num_logits: int = 1 << 16, drafts: int = 0
     ) -> None:
-        from fd_dsa.attention.device_tiles import TileScores
-        from fd_dsa.triton_runtime.transfers import transfers_for
+        from fd_dsa.attention.device_scores import TileScores, tile_sizes
 
-        self.m, self.case = m, ScoreCase(m, rows)
-        self.config = self.case.config
-        self._buffer = m.poisoned((num_logits,), "float32")
-        self.shapes: list[tuple[int, int]] = []
-
-        def view(name: str, *shape: int) -> Any:
-            assert name == "logits"
-            self.shapes.append(shape)
-            return self._buffer[: shape[0] * shape[1]].reshape(list(shape))
-
-        device = device or transfers_for(self._buffer)
-        self.scores = TileScores(
-            self.config, m.poisoned, view, num_logits, self.choose, device, 1 + drafts
+        num_tokens = sum(new for _, _, new in rows) + PADDING
+        batch = make_batch(rows, BLOCK, num_padded_tokens=num_tokens)
+        sizes = len(rows), num_tokens, batch.block_tables.shape[1]
+        layout = CacheLayout("fp8_ds_mla", BLOCK, 512, 64, DIM)
+        self.config = DSABackendConfig(
+            64, HEADS, TOPK, 0.1, layout, *sizes, dtype="bfloat16", tokens_per_row=1 + drafts
         )
+        self.m, self.device = m, Device()
+        meta = StepMetadataBuilder(*sizes, BLOCK, device="numpy").build(*batch.inputs(), num_tokens)
+        values = {field.name: getattr(meta, field.name) for field in fields(meta)}
+        self.step = SimpleNamespace(
+            **{k: m.put(np.array(v)) if hasattr(v, "shape") else v for k, v in values.items()}
+        )
+        rng = np.random.default_rng(0)
+        scales = np.exp2(rng.integers(-2, 2, (batch.num_blocks, BLOCK))).astype(np.float32)
+        codes = rng.choice(SMALL, (batch.num_blocks, BLOCK * DIM))
+        keys = np.concatenate([codes, scales.view(np.uint8)], axis=1)
+        weights = rng.integers(-2, 3, (num_tokens, HEADS)).astype(np.float32) / 2
+        self.index_q = m.put(rng.choice(SMALL, (num_tokens, HEADS, DIM)))
+        self.weights, self.keys = m.put(weights), m.put(keys.reshape(-1, BLOCK, DIM + 4))
+        buffers = tile_sizes(self.config, num_logits, 2)
+        buffers["logits"] = num_logits, (), "float32"
+        self._buffers = {
+            name: (m.poisoned((n * int(np.prod(shape)),), dtype), shape)
+            for name, (n, shape, dtype) in buffers.items()
+        }
+        self.shapes: list[tuple[int, ...]] = []
+        scores = self.config, self.view, num_logits, self.choose, self.device
+        self.scores = TileScores(*scores)
+        self.max_width = BLOCK * sizes[2]
+
+    def view(self, name: str, *counts: int) -> Any:
+        if name == "logits":
+            self.shapes.append(counts)
+        from fd_dsa.attention.device import _view
+
+        return _view(self._buffers, name, *counts)
 
     def choose(
         self,
@@ -82,7 +109,7 @@ class Tiles:
         first_token: int,
     ) -> None:
         """`select_slots` as the CPU does it; its kernel takes seconds when it is interpreted."""
-        assert num_blocks == self.case.keys.shape[0]
+        assert num_blocks == self.keys.shape[0]
         rows = slice(first_token, first_token + logits.shape[0])
         batch, scores, k = self.m.get(batch)[rows], self.m.get(logits), slots.shape[1]
         lengths = np.where(batch < 0, 0, self.m.get(positions)[rows] + 1)
@@ -94,15 +121,13 @@ class Tiles:
         chosen = np.where(lengths[:, None] <= k, every, chosen)
         slots[rows] = self.m.put(positions_to_slots(chosen, batch, self.m.get(tables), block_size))
 
-    def select(self, step: Any = None, prepare: bool = True) -> np.ndarray:
-        """The slots of a step, or of the case's own."""
-        case = self.case
-        step = step or case.step
+    def select(self, scores: Any = None, prepare: bool = True, **changes: Any) -> np.ndarray:
+        """The slots of the step, some of whose fields are others."""
+        scores, step = scores or self.scores, SimpleNamespace(**(vars(self.step) | changes))
         if prepare:
-            self.scores.prepare(step)
-        tokens = step.position_ids.shape[0]
-        slots = self.m.poisoned((tokens, self.config.index_topk), "int32")
-        self.scores.select(step, case.index_q, case.weights, case.keys, slots)
+            scores.prepare(step)
+        slots = self.m.poisoned((self.config.max_num_tokens, TOPK), "int32")
+        scores.select(step, self.index_q, self.weights, self.keys, slots)
         return self.m.get(slots)
 
 
@@ -110,113 +135,47 @@ class Tiles:
 def test_the_choice_of_the_other_kernel(
     kernel_memory: KernelMemory, rows: list[Any], drafts: int
 ) -> None:
-    from fd_dsa.attention.device_logits import PageScores
+    from fd_dsa.attention.device_scores import PageScores
     from fd_dsa.ops.topk.custom_op import slot_selector
 
     tiles = Tiles(kernel_memory, rows, drafts=drafts)
-    case, num_logits = tiles.case, 1 << 12
-    logits = kernel_memory.poisoned((num_logits,), "float32")
-    pages = PageScores(
-        case.config,
-        lambda name, *shape: logits[: shape[0] * shape[1]].reshape(list(shape)),
-        num_logits,
-        slot_selector("gpu", kernel_memory.poisoned),
-    )
-    wanted = kernel_memory.poisoned((case.config.max_num_tokens, 64), "int32")
-    pages.prepare(case.step)
-    pages.select(case.step, case.index_q, case.weights, case.keys, wanted)
+    choose = slot_selector("gpu", kernel_memory.poisoned)
+    wanted = tiles.select(PageScores(tiles.config, tiles.view, 1 << 12, choose))
     # scores of small integers are the same in every order of sums
-    np.testing.assert_array_equal(tiles.select(), kernel_memory.get(wanted))
+    np.testing.assert_array_equal(tiles.select(), wanted)
+    # a schedule serves all layers
+    np.testing.assert_array_equal(tiles.select(prepare=False), wanted)
 
 
 def test_chunks_of_a_long_step(kernel_memory: KernelMemory) -> None:
     whole = Tiles(kernel_memory, MIXED)
-    width = whole.scores._max_width
+    width = whole.max_width
     parts = Tiles(kernel_memory, MIXED, num_logits=4 * width + 1)
     np.testing.assert_array_equal(parts.select(), whole.select())
     assert (whole.shapes, parts.shapes) == ([(14, width)], [(4, width), (2, width)])
 
 
-def test_a_schedule_serves_all_layers(kernel_memory: KernelMemory) -> None:
-    tiles = Tiles(kernel_memory, DECODE)
-    first = tiles.select()
-    np.testing.assert_array_equal(tiles.select(prepare=False), first)
-
-
 def test_captured_scores_hold_the_longest_row(kernel_memory: KernelMemory) -> None:
-    m, device = kernel_memory, Device(2)
-    tiles = Tiles(m, DECODE, device=device)
+    tiles = Tiles(kernel_memory, DECODE)
     wanted = tiles.select()
     # the capture believes in short rows; a replay reads what the device then has
-    step = tiles.case.step
-    captured = type(step)(**vars(step))
-    captured.max_seqlen_k = 65
-    device.capturing = True
-    np.testing.assert_array_equal(tiles.select(captured), wanted)
+    tiles.device.capturing = True
+    np.testing.assert_array_equal(tiles.select(max_seqlen_k=65), wanted)
     # without a capture it is taken at its word
-    device.capturing = False
-    assert (tiles.select(captured)[0] != wanted[0]).any()
-    assert (m.get(tiles.scores._schedules[0].programs) != 0).any()
+    tiles.device.capturing = False
+    assert (tiles.select(max_seqlen_k=65)[0] != wanted[0]).any()
 
 
 def test_replays_of_a_long_step_have_the_chunks_of_its_capture(
     kernel_memory: KernelMemory,
 ) -> None:
-    whole, device = Tiles(kernel_memory, MIXED), Device(2)
-    wanted, width = whole.select(), whole.scores._max_width
-    tiles = Tiles(kernel_memory, MIXED, num_logits=4 * width, device=device)
-    step = type(tiles.case.step)(**vars(tiles.case.step))
-    step.max_seqlen_k = 65
-    # the schedule is made outside of the graph, before its capture and before every replay
-    tiles.scores.prepare(step)
-    device.capturing = True
-    tiles.select(step, prepare=False)
-    device.capturing = False
-    tiles.scores.prepare(step)
-    device.capturing = True
-    np.testing.assert_array_equal(tiles.select(step, prepare=False), wanted)
-
-
-def config(**changes: Any) -> DSABackendConfig:
-    from fd_dsa.attention.cache_layout import CacheLayout
-
-    sizes = {
-        "num_heads": 64,
-        "index_n_heads": 32,
-        "index_topk": 64,
-        "softmax_scale": 0.1,
-        "cache_layout": CacheLayout("fp8_ds_mla", BLOCK, 512, 64, 128),
-        "max_num_seqs": 4,
-        "max_num_tokens": 100,
-        "max_blocks_per_seq": 10,
-    }
-    return DSABackendConfig(**(sizes | changes))
-
-
-def test_reasons_against_a_configuration() -> None:
-    from fd_dsa.attention.cache_layout import CacheLayout
-    from fd_dsa.attention.device_tiles import reason_against
-
-    assert reason_against(config()) is None
-    assert "float32" in str(
-        reason_against(config(cache_layout=CacheLayout("float32", BLOCK, 512, 64, 128)))
-    )
-    assert "129 index heads" in str(reason_against(config(index_n_heads=129)))
-
-
-@pytest.mark.parametrize("num_logits", [640, 64_000, 640_000])
-@pytest.mark.parametrize("heads", [16, 32, 64])
-def test_bytes_are_those_that_are_allocated(num_logits: int, heads: int) -> None:
-    from fd_dsa.attention.device_tiles import TileScores, tile_bytes
-
-    total = 0
-
-    def allocate(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        nonlocal total
-        assert dtype == "int32"
-        total += 4 * int(np.prod(shape))
-        return np.empty(shape, np.int32)
-
-    sizes = replace(config(), index_n_heads=heads)
-    TileScores(sizes, allocate, None, num_logits, None, Device(132))
-    assert total == tile_bytes(sizes, num_logits, 132)
+    whole = Tiles(kernel_memory, MIXED)
+    wanted, width = whole.select(), whole.max_width
+    tiles = Tiles(kernel_memory, MIXED, num_logits=4 * width)
+    for _ in range(2):
+        # the schedule is made outside of the graph, before its capture and before every replay
+        tiles.scores.prepare(SimpleNamespace(**(vars(tiles.step) | {"max_seqlen_k": 65})))
+        tiles.device.capturing = True
+        found = tiles.select(prepare=False, max_seqlen_k=65)
+        tiles.device.capturing = False
+    np.testing.assert_array_equal(found, wanted)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import paddle
 import pytest
 
-from fd_dsa.attention import CacheLayout, StepHints, step_of
+from fd_dsa.attention import CacheLayout, StepHints
 from fd_dsa.errors import ConfigError, MissingStepError, ShapeError
-from tests.attention.harness import INDEX_DIM, RANK, ROPE, Sizes, World, record_plans
+from tests.attention.harness import INDEX_DIM, RANK, ROPE, Sizes, World
 from tests.strategies import make_batch
 
 ROWS = [(3, 2, 3), (0, 9, 1)]
@@ -48,26 +49,16 @@ def attend(world: World, meta: Any, slots: Any = None, **changes: Any) -> Any:
 
 def test_step_metadata_hangs_on_the_forward_meta(world: World) -> None:
     assert world.backend.attention_metadata is None
-    meta = world.begin(ROWS)
-    step = step_of(meta)
-    assert world.backend.attention_metadata is step is meta.fd_dsa_step
-    for name in ("position_ids", "slot_mapping", "indexer_attn_mask_offsets"):
-        assert getattr(meta, name) is getattr(step, name)
-    assert meta.position_ids.numpy().tolist() == [2, 3, 4, 9]
-    assert meta.indexer_attn_mask_offsets.numpy().tolist() == [0, 3, 0, 4, 0, 5, 0, 0]
-
-
-def test_decode_only_steps_have_no_mask_offsets(world: World) -> None:
-    meta = world.begin([(0, 2, 1), (0, 9, 1)])
-    assert meta.indexer_attn_mask_offsets is None
-    assert step_of(meta).cu_seqlens_kg is None
-
-
-def test_layers_build_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = record_plans(monkeypatch)
-    for steps in (1, 2):
-        world.run(ROWS)
-        assert (world.backend.builder.num_builds, len(plans)) == (steps, steps)
+    for rows, offsets in ((ROWS, [0, 3, 0, 4, 0, 5, 0, 0]), ([(0, 2, 1), (0, 9, 1)], None)):
+        meta = world.begin(rows)
+        step = meta.fd_dsa_step
+        assert world.backend.attention_metadata is step
+        for name in ("position_ids", "slot_mapping", "indexer_attn_mask_offsets"):
+            assert getattr(meta, name) is getattr(step, name)
+        windows = meta.indexer_attn_mask_offsets
+        assert (windows if windows is None else windows.numpy().tolist()) == offsets
+        # decode-only steps have none
+        assert (step.cu_seqlens_kg is None) == (offsets is None)
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -88,6 +79,21 @@ def test_missing_inputs_say_what_comes_first(world: World, name: str, how: str) 
 def test_layers_before_the_metadata(world: World, call: Any) -> None:
     with pytest.raises(MissingStepError, match=r"init_attention_metadata.*must be called first"):
         call(world, world.forward_meta(ROWS))
+
+
+@pytest.mark.parametrize("caches", [None, [None] * 4])
+@pytest.mark.parametrize("call", [write, select, attend])
+def test_caches_not_allocated(world: World, call: Any, caches: Any) -> None:
+    meta = world.begin(ROWS)
+    meta.caches = caches
+    with pytest.raises(MissingStepError, match="caches"):
+        call(world, meta)
+
+
+def test_no_selection(world: World) -> None:
+    q = given(world)["q"]
+    with pytest.raises(MissingStepError, match="select of this layer"):
+        world.backend.attend(q, None, 0, world.begin(ROWS))
 
 
 @pytest.mark.parametrize("call", [write, select, attend])
@@ -139,6 +145,7 @@ def test_inputs_of_another_shape(world: World, name: str, value: Any, said: str)
         (write, {"index_k": paddle.zeros([4, 5])}, r"index_cache.*16, 4\].*5\]"),
         (write, {"latent": paddle.zeros([4, RANK + 1])}, r"latent_cache.*8\].*9\]"),
         (attend, {"q": paddle.zeros([4, 2, 5])}, r"\[4, 2, 5\].*\[\*, \*, 8\]"),
+        (attend, {"slots": paddle.full([3, 8], -1, "int32")}, r"\[3, 8\].*\[4, \*\]"),
     ],
 )
 def test_layer_arguments_of_another_shape(world: World, call: Any, changes: Any, said: str) -> None:
@@ -205,33 +212,22 @@ def test_a_layer_that_shares_a_selection_has_no_index_cache(world: World) -> Non
     assert index.shape == [num_blocks, 16, INDEX_DIM] and none is None
 
 
-def test_unknown_cache_dtype() -> None:
-    with pytest.raises(ConfigError, match=r"'fp8'.*float32, bfloat16, fp8_ds_mla"):
-        CacheLayout("fp8", 64, 512, 64, 128)
-
-
-def test_hadamard_has_128_points() -> None:
-    assert CacheLayout("float32", 16, 6, 2, 128, index_hadamard=True).index_hadamard
-    with pytest.raises(ConfigError, match=r"index_head_dim: got 64, .*128 alone"):
-        CacheLayout("float32", 16, 6, 2, 64, index_hadamard=True)
-
-
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("fields", "message"),
     [
-        ("block_size", 32),
-        ("kv_lora_rank", 256),
-        ("qk_rope_head_dim", 32),
-        ("index_head_dim", 64),
-        ("index_scale_fmt", "float32"),
+        ({"kv_cache_dtype": "fp8"}, "'fp8'.*float32, bfloat16, fp8_ds_mla"),
+        ({"block_size": 32}, "block_size: got 32, .*allows 64"),
+        ({"kv_lora_rank": 256}, "kv_lora_rank: got 256, .*allows 512"),
+        ({"qk_rope_head_dim": 32}, "qk_rope_head_dim: got 32, .*allows 64"),
+        ({"index_head_dim": 64}, "index_head_dim: got 64, .*allows 128"),
+        ({"index_scale_fmt": "float32"}, "index_scale_fmt: got 'float32', allowed are 'ue8m0'"),
+        (
+            {"kv_cache_dtype": "float32", "index_head_dim": 64, "index_hadamard": True},
+            "index_head_dim: got 64, .*128 alone",
+        ),
     ],
 )
-def test_fp8_caches_of_other_sizes(field: str, value: Any) -> None:
-    sizes = {
-        "block_size": 64,
-        "kv_lora_rank": 512,
-        "qk_rope_head_dim": 64,
-        "index_head_dim": 128,
-    }
-    with pytest.raises(ConfigError, match=rf"{field}: got {value!r}, .*allow"):
-        CacheLayout("fp8_ds_mla", **(sizes | {field: value}))
+def test_cache_layouts_that_do_not_exist(fields: dict[str, Any], message: str) -> None:
+    plain = CacheLayout("fp8_ds_mla", 64, 512, 64, 128)
+    with pytest.raises(ConfigError, match=message):
+        replace(plain, **fields)

@@ -56,13 +56,6 @@ def test_later_chunks_score_the_whole_prefix(dtype: str, chunk: int) -> None:
             assert (NEEDLE in row) == (start + j >= NEEDLE), (start, j)
 
 
-def test_decode_scores_the_whole_prefix() -> None:
-    world = needle_world()
-    world.remember(0, 0, LENGTH - 1)
-    (found,) = positions(world, world.run([(0, LENGTH - 1, 1)]).slots[0])
-    assert NEEDLE in found
-
-
 def test_indices_are_not_all_trailing() -> None:
     """With scores that prefer the first keys, the last tokens select the first positions."""
     world = needle_world()

@@ -15,15 +15,23 @@ from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS, overlap_max_tokens
 from fd_dsa.errors import ConfigError, DeviceError, OverlapError
 
+FORKED, IN_LINE = 8, 9
 
-class NotedStream:
-    """A second stream that notes its calls; `refuses` fail as the driver would."""
 
-    def __init__(self, log: list[str], refuses: tuple[str, ...] = ()) -> None:
-        self._log, self._refuses = log, refuses
+class Noted:
+    """An overlap of up to 8 tokens, whose second stream and work write one log.
+
+    It stands for the second stream, too; calls in `refuses` fail as the driver would.
+    """
+
+    def __init__(self, *refuses: str) -> None:
+        self.log: list[str] = []
+        self._refuses = refuses
+        self.overlap = IndexerOverlap("gpu:0", 8)
+        self.overlap.side_stream = self
 
     def _note(self, name: str) -> None:
-        self._log.append(name)
+        self.log.append(name)
         if name in self._refuses:
             raise DeviceError(f"{name}: CUDA error 901")
 
@@ -36,150 +44,91 @@ class NotedStream:
     def join(self) -> None:
         self._note("join")
 
-
-class Noted:
-    """An overlap of up to 8 tokens whose second stream and work write one log."""
-
-    def __init__(self, *refuses: str) -> None:
-        self.log: list[str] = []
-        self.overlap = IndexerOverlap("gpu:0", 8)
-        self.overlap.side_stream = NotedStream(self.log, refuses)
-
     def project(self, x: Any) -> Any:
         self.log.append("project")
-        if x is None:
-            raise RuntimeError("project failed")
         return x + 1
 
+    def work(self) -> str:
+        self.log.append("work")
+        return "done"
 
-def test_work_is_begun_at_the_fork_and_joined_behind_the_block() -> None:
+    def run(self, num_tokens: int = FORKED, x: Any = 4) -> tuple[Any, Any]:
+        return self.overlap.run(num_tokens, self.work, self.project, x)
+
+
+def test_work_runs_between_the_fork_and_its_join() -> None:
     noted = Noted()
-    with noted.overlap.fork(8, noted.project, 4) as side:
-        noted.log.append("beside")
-        assert side.join() == 5
-        noted.log.append("after")
-    assert noted.log == ["begin", "project", "end", "beside", "join", "after"]
+    for _ in range(3):
+        noted.log.clear()
+        assert noted.run() == ("done", 5)
+        assert noted.log == ["begin", "project", "end", "work", "join"]
 
 
-@pytest.mark.parametrize("num_tokens", [0, 9, 1 << 20])
+@pytest.mark.parametrize("num_tokens", [0, IN_LINE, 1 << 20])
 def test_a_long_step_and_an_empty_one_do_not_fork(num_tokens: int) -> None:
     noted = Noted()
-    with noted.overlap.fork(num_tokens, noted.project, 4) as side:
-        noted.log.append("beside")
-        assert side.join() == 5
-    assert noted.log == ["beside", "project"]
+    assert noted.run(num_tokens) == ("done", 5)
+    assert noted.log == ["work", "project"]
 
 
-def test_the_next_fork_follows_a_finished_one() -> None:
+@pytest.mark.parametrize("inner", ["project", "work"])
+@pytest.mark.parametrize("num_tokens", [FORKED, IN_LINE])
+def test_forks_are_not_nested(num_tokens: int, inner: str) -> None:
     noted = Noted()
-    for start in range(3):
-        with noted.overlap.fork(1, noted.project, start) as side:
-            assert side.join() == start + 1
-    assert noted.log == ["begin", "project", "end", "join"] * 3
-
-
-@pytest.mark.parametrize("num_tokens", [1, 9], ids=["forked", "in line"])
-def test_a_missing_join_is_an_error(num_tokens: int) -> None:
-    noted = Noted()
-    with (
-        pytest.raises(OverlapError, match="ended without join"),
-        noted.overlap.fork(num_tokens, noted.project, 4),
-    ):
-        pass
-    # the streams are joined all the same, so that a capture can end
-    assert noted.log == (["begin", "project", "end", "join"] if num_tokens == 1 else [])
-    with noted.overlap.fork(1, noted.project, 4) as side:
-        assert side.join() == 5
-
-
-@pytest.mark.parametrize("num_tokens", [1, 9], ids=["forked", "in line"])
-def test_a_join_needs_its_fork(num_tokens: int) -> None:
-    noted = Noted()
-    fork = noted.overlap.fork(num_tokens, noted.project, 4)
-    with pytest.raises(OverlapError, match="inside of the `with` block"):
-        fork.join()
-    with fork as side:
-        side.join()
-        with pytest.raises(OverlapError, match="allowed is one"):
-            side.join()
-    with pytest.raises(OverlapError, match="inside of the `with` block"):
-        fork.join()
-    with pytest.raises(OverlapError, match="this one has run"), fork:
-        pass
-
-
-def test_forks_are_not_nested() -> None:
-    noted = Noted()
-    with noted.overlap.fork(1, noted.project, 4) as side:
-        with pytest.raises(OverlapError, match="not nested"), noted.overlap.fork(1, noted.project):
-            pass
-        assert side.join() == 5
-    assert noted.log == ["begin", "project", "end", "join"]
-
-
-def test_a_projection_that_forks_is_an_error_and_leaves_nothing() -> None:
-    noted = Noted()
-
-    def project(x: Any) -> Any:
-        with noted.overlap.fork(1, noted.project, x) as inner:
-            return inner.join()
-
-    with pytest.raises(OverlapError, match="not nested"), noted.overlap.fork(1, project, 4):
-        pass
-    assert noted.log == ["begin", "end", "join"] and noted.overlap.current is None
+    setattr(noted, inner, lambda *_: noted.overlap.run(1, list, noted.project, 4))
+    with pytest.raises(OverlapError, match="forks are not nested"):
+        noted.run(num_tokens)
+    assert noted.log.count("begin") == noted.log.count("join")
+    del noted.__dict__[inner]
+    assert noted.run() == ("done", 5)
 
 
 @pytest.mark.parametrize("refuses", [(), ("end",), ("join",), ("end", "join")])
 def test_an_exception_of_the_projection_leaves_nothing_forked(refuses: tuple[str, ...]) -> None:
     noted = Noted(*refuses)
-    with (
-        pytest.raises(RuntimeError, match="project failed"),
-        noted.overlap.fork(1, noted.project, None),
-    ):
-        pytest.fail("the block must not begin")
-    assert noted.log == ["begin", "project", "end", "join"] and noted.overlap.current is None
+    with pytest.raises(TypeError, match="NoneType"):
+        noted.run(x=None)
+    assert noted.log == ["begin", "project", "end", "join"]
 
 
+@pytest.mark.parametrize("num_tokens", [FORKED, IN_LINE])
 @pytest.mark.parametrize("refuses", [(), ("join",)])
-def test_an_exception_beside_it_joins_back_and_goes_on(refuses: tuple[str, ...]) -> None:
+def test_an_exception_of_the_work_joins_back_and_goes_on(
+    refuses: tuple[str, ...], num_tokens: int
+) -> None:
     noted = Noted(*refuses)
-    with pytest.raises(KeyError, match="beside"), noted.overlap.fork(1, noted.project, 4):
-        raise KeyError("beside")
-    assert noted.log == ["begin", "project", "end", "join"] and noted.overlap.current is None
-
-
-def test_an_exception_in_line_runs_nothing() -> None:
-    noted = Noted()
-    with pytest.raises(KeyError), noted.overlap.fork(9, noted.project, 4):
-        raise KeyError("beside")
-    assert noted.log == [] and noted.overlap.current is None
+    with pytest.raises(ZeroDivisionError):
+        noted.overlap.run(num_tokens, lambda: 1 // 0, noted.project, 4)
+    assert noted.log == (["begin", "project", "end", "join"] if num_tokens == FORKED else [])
+    if not refuses:
+        assert noted.run() == ("done", 5)
 
 
 def test_arguments_and_results_are_held_until_the_join_and_not_longer() -> None:
-    noted = Noted()
-    x = np.zeros(3)
-    given = weakref.ref(x)
-    with noted.overlap.fork(1, noted.project, x) as side:
-        del x
+    noted, kept = Noted(), []
+
+    def project(x: np.ndarray) -> np.ndarray:
+        kept.append(weakref.ref(result := x + 1))
+        return result
+
+    def work() -> None:
         gc.collect()
-        assert given() is not None
-        made = weakref.ref(side.join())
+        assert all(held() is not None for held in kept)
+
+    x = [np.zeros(3)]
+    kept.append(weakref.ref(x[0]))
+    noted.overlap.run(1, work, project, x.pop())
     gc.collect()
-    assert given() is None and made() is None
+    assert [held() for held in kept] == [None, None]
 
 
-def test_a_cpu_never_has_a_second_stream() -> None:
-    overlap = IndexerOverlap("cpu", 1 << 20)
-    with overlap.fork(4, np.negative, np.ones(4)) as side:
-        np.testing.assert_array_equal(side.join(), -np.ones(4))
-    assert overlap.max_tokens == 0
-
-
-def test_the_launcher_is_not_loaded_for_a_cpu() -> None:
+def test_a_cpu_has_no_second_stream_and_loads_no_launcher() -> None:
     code = (
         "import sys, numpy as np\n"
         "from fd_dsa.attention.overlap import IndexerOverlap\n"
-        "with IndexerOverlap('cpu').fork(4, np.negative, np.ones(4)) as side: side.join()\n"
+        "for overlap in (IndexerOverlap('cpu'), IndexerOverlap('cpu', 1 << 20)):\n"
+        "    _, found = overlap.run(4, list, np.negative, np.ones(4))\n"
+        "    assert (found == -1).all() and overlap.max_tokens == 0\n"
         "assert 'triton' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -193,9 +142,8 @@ def test_where_kernels_are_interpreted_nothing_forks() -> None:
     if not INTERPRETING:
         pytest.skip("kernels are compiled in this process; set TRITON_INTERPRET=1 to interpret")
     overlap = IndexerOverlap("gpu:0", 8)
-    with overlap.fork(4, np.negative, np.ones(4)) as side:
-        np.testing.assert_array_equal(side.join(), -np.ones(4))
-    assert overlap.side_stream is None
+    _, found = overlap.run(4, list, np.negative, np.ones(4))
+    assert (found == -1).all() and overlap.side_stream is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.errors import OverlapError
 from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer
 from fd_dsa.triton_runtime import streams
 
@@ -40,11 +39,13 @@ class Layer:
         self.streams.append(self.torch.cuda.current_stream())
         return project_indexer(x, *self.halves, self.out)
 
+    def beside(self) -> Any:
+        for _ in range(BESIDE):
+            beside = self.x @ self.down
+        return beside
+
     def run(self) -> None:
-        with self.overlap.fork(TOKENS, self.project, self.x) as side:
-            for _ in range(BESIDE):
-                beside = self.x @ self.down
-            keys, weights = side.join()
+        beside, (keys, weights) = self.overlap.run(TOKENS, self.beside, self.project, self.x)
         self.torch.add(keys, beside * weights[:, :1].bfloat16(), out=self.total)
 
     def bits(self) -> bytes:
@@ -95,25 +96,24 @@ def test_by_default_only_a_captured_step_forks(monkeypatch: pytest.MonkeyPatch) 
     assert layer.bits() == wanted
 
 
-@pytest.mark.parametrize("where", ["project", "beside", "no join"])
+@pytest.mark.parametrize("where", ["project", "beside"])
 def test_a_failed_fork_leaves_a_capture_whole(where: str) -> None:
     layer = Layer()
     layer.run()
     wanted = layer.bits()
 
-    def project(x: Any) -> Any:
-        layer.project(x)
-        if where == "project":
+    def fail(name: str) -> None:
+        if name == where:
             raise KeyError(where)
+
+    def project(x: Any) -> None:
+        layer.project(x)
+        fail("project")
 
     graph = layer.torch.cuda.CUDAGraph()
     with layer.torch.cuda.graph(graph):
-        with (
-            pytest.raises(OverlapError if where == "no join" else KeyError),
-            layer.overlap.fork(TOKENS, project, layer.x),
-        ):
-            if where == "beside":
-                raise KeyError(where)
+        with pytest.raises(KeyError):
+            layer.overlap.run(TOKENS, lambda: fail("beside"), project, layer.x)
         layer.run()
     layer.total.zero_()
     graph.replay()

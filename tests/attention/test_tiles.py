@@ -10,6 +10,7 @@ import pytest
 import fd_dsa.attention.step_plan as step_plan
 import fd_dsa.ops.logits.paddle_impl as indexer_impl
 import fd_dsa.ops.mla.paddle_impl as sparse_impl
+from fd_dsa.attention import CacheLayout, DSABackendConfig
 from fd_dsa.attention.step_plan import StepPlan
 from fd_dsa.ops.logits.paddle_impl import PagedUnits
 from fd_dsa.step import StepMetadataBuilder
@@ -71,17 +72,12 @@ def test_every_budget_gives_the_oracle(
 def plan_of(rows: list[tuple[int, int, int]], topk: int, index_heads: int, heads: int) -> StepPlan:
     """The work lists of one step."""
     batch = make_batch(rows, 16)
-    builder = StepMetadataBuilder(
-        len(rows), max(1, batch.num_tokens), batch.block_tables.shape[1], 16, device="numpy"
-    )
-    return StepPlan(
-        builder.build(*batch.inputs()),
-        block_size=16,
-        index_topk=topk,
-        index_n_heads=index_heads,
-        num_heads=heads,
-        slots=np.full(batch.num_tokens * topk, -1, np.int32),
-    )
+    layout = CacheLayout("float32", 16, 6, 2, 4)
+    sizes = len(rows), max(1, batch.num_tokens), batch.block_tables.shape[1]
+    config = DSABackendConfig(heads, index_heads, topk, 1.0, layout, *sizes)
+    builder = StepMetadataBuilder(*sizes, 16, device="numpy")
+    slots = np.full(batch.num_tokens * topk, -1, np.int32)
+    return StepPlan(builder.build(*batch.inputs()), config, slots)
 
 
 def spans(tiles: Any) -> list[tuple[int, int]]:

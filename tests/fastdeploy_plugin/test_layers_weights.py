@@ -138,9 +138,9 @@ class Recorder:
     def __init__(self, overlap: Any) -> None:
         self.overlap, self.forked = overlap, []
 
-    def fork(self, num_tokens: int, project: Any, *args: Any) -> Any:
+    def run(self, num_tokens: int, work: Any, project: Any, *args: Any) -> Any:
         self.forked.append((num_tokens, project.__name__))
-        return self.overlap.fork(0, project, *args)
+        return self.overlap.run(0, work, project, *args)
 
 
 @pytest.mark.parametrize("plain", [True, False])

@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 
 from fd_dsa.runner import InputBatch
-from fd_dsa.runner.step import DeviceInputs
+from fd_dsa.runner.step import DeviceInputs, host_inputs
 from fd_dsa.step.device import paddle_allocator
 from fd_dsa.step.staging import InputStaging
 from fd_dsa.triton_runtime import paddle_jit
@@ -106,7 +106,7 @@ class RunnerSteps(_Stamped):
         self._inputs = DeviceInputs(self._batch, paddle_allocator(rig.device))
         self._wanted = np.zeros(1, np.int64)
         self._put(0)
-        ids, *_, tables, _ = self._inputs(self._batch, self._wanted, 0)
+        ids, *_, tables = self._inputs(host_inputs(self._batch, self._wanted), 0)
         self._last = (tables.data_ptr() - ids.data_ptr()) // 4 + rows * columns - 1
         super().__init__(rig, ids, max_steps)
 
@@ -121,7 +121,7 @@ class RunnerSteps(_Stamped):
     def stage(self, step: int) -> None:
         """Fill the batch and queue its copies."""
         self._put(step)
-        self._inputs(self._batch, self._wanted, 0)
+        self._inputs(host_inputs(self._batch, self._wanted), 0)
 
     def expand(self, step: int) -> None:
         """Read the stamps; the copies are queued before."""

@@ -115,39 +115,38 @@ def test_a_build_without_graphs_is_refused() -> None:
         PaddleCapture(PLACE)
 
 
-def test_a_capture_that_cannot_begin_is_refused(graph: type[Graph]) -> None:
-    graph.fails = "begin"
-    with pytest.raises(CaptureRefused, match="OSError: FatalError: begin is not permitted"):
-        PaddleCapture(PLACE)(lambda: None)
+def fails_in_the_capture(log: list[str]) -> None:
+    if "begin" in log:
+        raise RuntimeError("operation not permitted when stream is capturing")
 
 
-def test_work_that_fails_is_refused_before_a_capture(graph: type[Graph]) -> None:
-    with pytest.raises(CaptureRefused, match="ZeroDivisionError"):
-        PaddleCapture(PLACE)(lambda: 1 // 0)
-    assert "begin" not in graph.log
-
-
-def test_work_that_fails_inside_of_a_capture_ends_the_start(graph: type[Graph]) -> None:
-    def work() -> None:
-        if "begin" in graph.log:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    with pytest.raises(DeviceError, match=r"not permitted .*--enforce-eager"):
-        PaddleCapture(PLACE)(work)
-    assert graph.log[-1] == "end"
-
-
-def test_a_capture_that_cannot_end_ends_the_start(graph: type[Graph]) -> None:
-    graph.fails = "end"
-    with pytest.raises(DeviceError, match=r"FatalError: end is not permitted; .*--enforce-eager"):
-        PaddleCapture(PLACE)(lambda: None)
+@pytest.mark.parametrize(
+    ("fails", "work", "error", "message", "last"),
+    [
+        # before or at its begin: the process goes on
+        ("", lambda log: 1 // 0, CaptureRefused, "ZeroDivisionError", None),
+        ("begin", list, CaptureRefused, "OSError: FatalError: begin is not permitted", "begin"),
+        # inside or at its end: Paddle cannot
+        ("", fails_in_the_capture, DeviceError, "not permitted .*--enforce-eager", "end"),
+        ("end", list, DeviceError, "FatalError: end is not permitted; .*--enforce-eager", "end"),
+    ],
+    ids=["work", "begin", "work in capture", "end"],
+)
+def test_what_cannot_be_captured(
+    graph: type[Graph], fails: str, work: Any, error: type, message: str, last: str | None
+) -> None:
+    graph.fails = fails
+    with pytest.raises(error, match=message):
+        PaddleCapture(PLACE)(lambda: work(graph.log))
+    assert (graph.log[-1] if graph.log else None) == last
 
 
 @pytest.mark.triton
 def test_logits_come_in_memory_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fd_dsa.runner.host_logits import HostLogits
+    from fd_dsa.runner.step import HostLogits
+    from fd_dsa.triton_runtime.transfers import transfers_for
 
-    to_host = HostLogits(6)
+    to_host = HostLogits(transfers_for(paddle.zeros([1])), 6)
     first = to_host(paddle.to_tensor(np.arange(6, dtype=np.float32).reshape(2, 3)))
     assert first.tolist() == [[0, 1, 2], [3, 4, 5]]
     second = to_host(paddle.to_tensor(np.float32([[9, 8, 7]])))

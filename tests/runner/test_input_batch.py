@@ -75,23 +75,34 @@ def test_a_new_step_keeps_blocks_and_addresses() -> None:
     assert (batch.block_tables == -1).all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "said"),
-    [
-        ((1, [3], 0, True), ValueError, "row: 1 must be at least 2.*ascending"),
-        ((0, [3], 0, True), ValueError, "row: 0 must be at least 2"),
-        ((4, [3], 0, True), ValueError, "row: 4 .*below max_num_seqs 4"),
-        ((2, [], 0, True), ValueError, "row 2 has no token"),
-        ((2, [5, -1], 0, True), ValueError, "row 2 has the id -1; ids are at least 0"),
-        ((2, [1, 2, 3], 0, True), CapacityError, "row 2 brings the step to 5 tokens.*is 4"),
-    ],
-)
-def test_a_refused_row_changes_nothing(arguments, error, said) -> None:
-    batch = InputBatch(4, 4, 2, 16)
+REFUSED = {
+    "row before": ("row", (1, [3], 0, True), ValueError, r"rows: \[1\] must ascend from 2 on"),
+    "row past": ("row", (4, [3], 0, True), ValueError, "stay below max_num_seqs 4"),
+    "no token": ("row", (2, [], 0, True), ValueError, "row 2 has no token"),
+    "id": ("row", (2, [5, -1], 0, True), ValueError, "row 2 has the id -1; ids are at least 0"),
+    "tokens": ("row", (2, [1, 2, 3], 0, True), CapacityError, "rows 2 to 2 .* 5 tokens.*is 4"),
+    "rows before": (
+        "decode_rows",
+        ([1, 3], [3, 3], [5, 5]),
+        ValueError,
+        r"\[1, 3\] must .* from 2",
+    ),
+    "rows descend": ("decode_rows", ([3, 2], [3, 3], [5, 5]), ValueError, r"rows: \[3, 2\] must"),
+    "rows repeat": ("decode_rows", ([2, 2], [3, 3], [5, 5]), ValueError, r"rows: \[2, 2\] must"),
+    "rows past": ("decode_rows", ([2, 4], [3, 3], [5, 5]), ValueError, "stay below max_num_seqs 4"),
+    "ids": ("decode_rows", ([2, 3], [1, -1], [5, 5]), ValueError, "row 3 has the id -1; ids"),
+    "many": ("decode_rows", ([2, 3, 4], [3] * 3, [5] * 3), CapacityError, "to 4 .* 5 tokens.*is 4"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_rows_change_nothing(name: str) -> None:
+    method, arguments, error, message = REFUSED[name]
+    batch = InputBatch(5 if name == "many" else 4, 4, 2, 16)
     batch.add_row(1, [6, 7], 3, is_prefill=True)
     before = state(batch)
-    with pytest.raises(error, match=said):
-        batch.add_row(*arguments)
+    with pytest.raises(error, match=message):
+        getattr(batch, f"add_{method}")(*arguments)
     assert state(batch) == before
 
 
@@ -117,23 +128,3 @@ def test_rows_that_decode_are_those_of_add_row() -> None:
     assert state(both[0]) == state(both[1])
     before = state(both[0])
     assert both[0].add_decode_rows([], [], []).tolist() == [] and state(both[0]) == before
-
-
-@pytest.mark.parametrize(
-    ("rows", "ids", "error", "said"),
-    [
-        ([1, 3], [3, 3], ValueError, r"rows: \[1, 3\] must ascend from 2 on"),
-        ([3, 2], [3, 3], ValueError, r"rows: \[3, 2\] must ascend"),
-        ([2, 2], [3, 3], ValueError, r"rows: \[2, 2\] must ascend"),
-        ([2, 4], [3, 3], ValueError, "stay below max_num_seqs 4"),
-        ([3], [-1], ValueError, "row 3 has the id -1; ids are at least 0"),
-        ([2, 3], [3, 3], CapacityError, "rows 2 to 3 bring the step to 4 tokens.*is 3"),
-    ],
-)
-def test_refused_rows_that_decode_change_nothing(rows, ids, error, said) -> None:
-    batch = InputBatch(4, 3, 2, 16)
-    batch.add_row(1, [6, 7], 3, is_prefill=True)
-    before = state(batch)
-    with pytest.raises(error, match=said):
-        batch.add_decode_rows(rows, ids, [5] * len(rows))
-    assert state(batch) == before

@@ -9,7 +9,6 @@ import pytest
 
 from fd_dsa.runner import ModelRunner
 from tests.attention.harness import record_plans
-from tests.reference.bfloat16 import ref_array
 from tests.runner.tiny import (
     BLOCK_SIZE,
     BLOCKS_PER_ROW,
@@ -91,15 +90,6 @@ def test_metadata_of_a_step_is_computed_once(
         assert (builder.num_builds, len(plans)) == (step + 1, step + 1)
 
 
-def test_decode_only_steps_have_no_mask_offsets(model: Any) -> None:
-    runner = tiny_runner(model)
-    run_rows(runner, [(0, PROMPT[:20], 0, True)])
-    assert len(runner.forward_meta.indexer_attn_mask_offsets) == 40
-    run_rows(runner, [(0, PROMPT[20:23], 20, False)])
-    assert runner.forward_meta.indexer_attn_mask_offsets is None
-    assert runner.forward_meta.fd_dsa_step.cu_seqlens_kg is None
-
-
 def test_logits_of_chosen_tokens(model: Any) -> None:
     runner = tiny_runner(model)
     batch = runner.input_batch
@@ -164,33 +154,6 @@ def test_every_full_layer_selects_for_itself(monkeypatch: pytest.MonkeyPatch) ->
         # tokens with more than 12 keys name 12 of them, one with fewer names all
         assert all(len(set(row)) == 12 for row in layer[12:])
         assert layer[4][5:] == [-1] * 7
-
-
-def test_bfloat16_caches_hold_rounded_float32(model: Any) -> None:
-    exact, rounded = tiny_runner(model), tiny_runner(model, "bfloat16")
-    rows = [(0, PROMPT, 0, True)]
-    wanted, found = run_rows(exact, rows), run_rows(rounded, rows)
-    # nothing was read from a cache before layer 0 wrote its own
-    for one, other in zip(exact.caches[:2], rounded.caches[:2], strict=True):
-        bits = np.from_dlpack(other).view(np.uint16).astype(np.uint32) << 16
-        np.testing.assert_array_equal(bits.view(np.float32), ref_array(one.numpy()))
-    assert not np.array_equal(found, wanted)
-    cosine = (found * wanted).sum() / np.linalg.norm(found) / np.linalg.norm(wanted)
-    assert cosine > 0.99
-
-
-def test_a_prompt_s_end_sees_its_beginning(model: Any) -> None:
-    """Another first token changes the logits of the last, chunked or not."""
-    for chunks in ([45], [15, 15, 15], [44, 1]):
-        ends = []
-        for first in (3, 4):
-            runner, done = tiny_runner(model), 0
-            prompt = [first] * 14 + PROMPT[14:]
-            for n in chunks:
-                logits = run_rows(runner, [(0, prompt[done : done + n], done, True)])
-                done += n
-            ends.append(logits[-1].copy())
-        assert np.abs(ends[0] - ends[1]).max() > 1e-3
 
 
 def test_a_row_of_nan_spoils_no_other_row() -> None:

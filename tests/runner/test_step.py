@@ -35,8 +35,8 @@ def check(found: list[np.ndarray], batch: InputBatch, sampled: np.ndarray) -> No
         batch.seq_lens_encoder[:rows],
         batch.seq_lens_decoder[:rows],
         batch.seq_lens_this_time[:rows],
-        batch.block_tables[:rows],
         sampled,
+        batch.block_tables[:rows],
     )
     for array, values in zip(found, expected, strict=True):
         np.testing.assert_array_equal(array, values)
@@ -50,7 +50,7 @@ def test_device_inputs(kernel_memory: KernelMemory) -> None:
     addresses = set()
     for _ in range(12):
         wanted = filled(batch, rng)
-        staged = inputs(batch, wanted, batch.num_tokens)
+        staged = inputs(host_inputs(batch, wanted), batch.num_tokens)
         check([m.get(tensor) for tensor in staged], batch, wanted)
         addresses.add(staged[0].data_ptr())
         for field in staged:
@@ -64,7 +64,7 @@ def test_a_step_in_flight_keeps_its_values(kernel_memory: KernelMemory) -> None:
     inputs = DeviceInputs(batch, m.poisoned)
     batch.begin_step()
     batch.add_row(0, [7, 8], 0, True)
-    ids, *_ = inputs(batch, np.array([1]), 2)
+    ids, *_ = inputs(host_inputs(batch, np.array([1])), 2)
     batch.begin_step()
     batch.add_row(1, [1], 0, True)
     assert m.get(ids).tolist() == [7, 8]
@@ -76,23 +76,23 @@ def test_rows_of_one_token_and_three_drafts_are_all_sampled(kernel_memory: Kerne
     for row in range(MAX_ROWS):
         batch.add_row(row, [row] * 4, 9, is_prefill=False)
     sampled = np.arange(4 * MAX_ROWS)
-    check([m.get(tensor) for tensor in inputs(batch, sampled, 0)], batch, sampled)
+    check([m.get(tensor) for tensor in inputs(host_inputs(batch, sampled), 0)], batch, sampled)
 
 
 def test_padding_of_a_captured_step_is_token_0(kernel_memory: KernelMemory) -> None:
     m, batch = kernel_memory, InputBatch(MAX_ROWS, MAX_TOKENS, COLUMNS, 16)
     inputs = DeviceInputs(batch, m.poisoned)
     batch.add_row(0, [7, 8, 9], 0, is_prefill=True)
-    inputs(batch, np.array([2]), 3)
+    inputs(host_inputs(batch, np.array([2])), 3)
     batch.begin_step()
     batch.add_row(0, [5], 3, is_prefill=False)
     for _ in range(4):
-        assert m.get(inputs(batch, np.array([0]), 4)[0]).tolist() == [5, 0, 0, 0]
+        assert m.get(inputs(host_inputs(batch, np.array([0])), 4)[0]).tolist() == [5, 0, 0, 0]
 
 
 def test_host_inputs_are_the_batch() -> None:
     batch, rng = InputBatch(MAX_ROWS, MAX_TOKENS, COLUMNS, 16), np.random.default_rng(1)
     wanted = filled(batch, rng)
-    staged = host_inputs(batch, wanted, batch.num_tokens)
+    staged = host_inputs(batch, wanted)
     check(list(staged), batch, wanted)
-    assert np.shares_memory(staged[4], batch.block_tables)
+    assert np.shares_memory(staged[5], batch.block_tables)

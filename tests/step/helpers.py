@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,11 @@ def builder_for(batch: StepBatch, device: str = "numpy", **sizes: Any) -> StepMe
     )
 
 
+def device_builder(memory: KernelMemory, batch: StepBatch, **sizes: Any) -> StepMetadataBuilder:
+    """A builder over poisoned buffers in a kernel memory; capacity as in `builder_for`."""
+    return builder_for(batch, **{"device": "gpu", "allocate": memory.poisoned, **sizes})
+
+
 def as_numpy(array: Any) -> np.ndarray:
     """An array of either device as NumPy, over the same memory."""
     return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
@@ -51,13 +57,8 @@ def as_numpy(array: Any) -> np.ndarray:
 
 def arrays_of(meta: ForwardMeta, get: Get = as_numpy) -> dict[str, np.ndarray | None]:
     """Copies of all arrays of a step by name; `get` reads an array."""
-    found = {name: getattr(meta, name) for name in ARRAY_FIELDS}
-    return {name: None if a is None else get(a).copy() for name, a in found.items()}
-
-
-def address(array: Any) -> int:
-    """Where an array of either device starts."""
-    return int(as_numpy(array).__array_interface__["data"][0])
+    arrays = {name: getattr(meta, name) for name in ARRAY_FIELDS}
+    return {name: None if a is None else get(a).copy() for name, a in arrays.items()}
 
 
 def assert_matches_oracle(meta: ForwardMeta, batch: StepBatch, get: Get = as_numpy) -> None:
@@ -79,11 +80,6 @@ def assert_matches_oracle(meta: ForwardMeta, batch: StepBatch, get: Get = as_num
         assert getattr(meta, name) == wanted[name], name
 
 
-def device_builder(memory: KernelMemory, batch: StepBatch, **sizes: Any) -> StepMetadataBuilder:
-    """A builder over poisoned buffers in a kernel memory; capacity as in `builder_for`."""
-    return builder_for(batch, **{"device": "gpu", "allocate": memory.poisoned, **sizes})
-
-
 def counts_of(batch: StepBatch) -> dict[str, int]:
     """What a scheduler knows of a step, as the keywords of `build`."""
     lengths = (batch.seq_lens_decoder + batch.seq_lens_this_time) * (batch.seq_lens_this_time > 0)
@@ -94,9 +90,60 @@ def counts_of(batch: StepBatch) -> dict[str, int]:
     }
 
 
-def build_from_tensors(
-    builder: StepMetadataBuilder, memory: KernelMemory, batch: StepBatch
-) -> ForwardMeta:
-    """The step of a batch whose inputs are on the device."""
-    tensors = [memory.put(array) for array in batch.inputs()]
-    return builder.build(*tensors, batch.num_padded_tokens, **counts_of(batch))
+@dataclass(frozen=True)
+class Place:
+    """Where steps are built.
+
+    Attributes:
+        name: "numpy", "cpu", or that of a kernel memory.
+        memory: the kernel memory; None on the host.
+    """
+
+    name: str
+    memory: KernelMemory | None
+
+    @property
+    def get(self) -> Get:
+        """Reads an array of the place."""
+        return as_numpy if self.memory is None else self.memory.get
+
+    def builder(self, batch: StepBatch, **sizes: Any) -> StepMetadataBuilder:
+        """See `builder_for`; on a device over poisoned buffers."""
+        if self.memory is None:
+            return builder_for(batch, self.name, **sizes)
+        return device_builder(self.memory, batch, **sizes)
+
+    def put(self, batch: StepBatch) -> list[Any]:
+        """The inputs of a step as tensors of the place."""
+        if self.memory is not None:
+            return [self.memory.put(array) for array in batch.inputs()]
+        if self.name == "numpy":
+            return list(batch.inputs())
+        import paddle
+
+        return [paddle.to_tensor(array) for array in batch.inputs()]
+
+    def build(self, builder: StepMetadataBuilder, batch: StepBatch, on_host: bool) -> ForwardMeta:
+        """The step, from NumPy arrays or from tensors of the place."""
+        if on_host:
+            return builder.build(*batch.inputs(), batch.num_padded_tokens)
+        return builder.build(*self.put(batch), batch.num_padded_tokens, **counts_of(batch))
+
+    def both(
+        self, batch: StepBatch, **sizes: Any
+    ) -> Iterator[tuple[StepMetadataBuilder, ForwardMeta]]:
+        """A builder and its step, from tensors and from NumPy arrays."""
+        builder = self.builder(batch, **sizes)
+        for on_host in (False, True):
+            yield builder, self.build(builder, batch, on_host)
+
+    def check(self, batch: StepBatch, **sizes: Any) -> None:
+        """A step equals the oracle, from tensors and from NumPy arrays."""
+        for _, meta in self.both(batch, **sizes):
+            assert_matches_oracle(meta, batch, self.get)
+
+    def address(self, array: Any) -> int:
+        """Where an array of the place starts."""
+        if self.memory is None:
+            return int(as_numpy(array).__array_interface__["data"][0])
+        return int(array.data_ptr())

@@ -8,61 +8,39 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
-from tests.conftest import MEMORIES
-from tests.kernel_memory import open_memory
+from fd_dsa.step.checks import StepInputs
+from tests.kernel_memory import KernelMemory
 from tests.step.helpers import (
     ARRAY_FIELDS,
     PREFILL_FIELDS,
     ROW_FIELDS,
     TOKEN_FIELDS,
-    address,
+    Place,
     arrays_of,
     as_numpy,
     assert_matches_oracle,
-    device_builder,
+    counts_of,
 )
 from tests.strategies import StepBatch, make_batch
 
 REPOSITORY = Path(__file__).parents[2]
-DEVICES = pytest.mark.parametrize("device", ["numpy", "cpu"])
 
 LARGE = make_batch([(20, 30, 20), (0, 60, 1), (6, 0, 6), (0, 5, 4), (0, 40, 1)], 16, num_columns=4)
 SMALL = make_batch([(3, 2, 3), (0, 9, 1)], 16, num_columns=4)
 SMALL_DECODE = make_batch([(0, 2, 1), (0, 9, 1)], 16, num_columns=4)
 
 
-class Place(NamedTuple):
-    """Where the buffers of builders are: how one is made, its arrays read, their addresses told."""
-
-    builder: Callable[..., StepMetadataBuilder]
-    get: Callable[[Any], np.ndarray]
-    address: Callable[[Any], int]
-
-
-MARKED = [pytest.param(name, marks=getattr(pytest.mark, kind)) for name, kind in MEMORIES.items()]
-
-
-@pytest.fixture(params=["numpy", "cpu", *MARKED])
-def place(request: pytest.FixtureRequest) -> Place:
-    """Host memory with and without Paddle, and the memories of kernels."""
-    if request.param in ("numpy", "cpu"):
-        return Place(partial(_builder, request.param), as_numpy, address)
-    m = open_memory(request.param)
-    sizes = {"max_num_seqs": 5, "max_num_tokens": 40, "num_blocks": None}
-    return Place(partial(device_builder, m, LARGE, **sizes), m.get, lambda t: int(t.data_ptr()))
-
-
-def _builder(device: str, int32_position_ids: bool = True) -> StepMetadataBuilder:
-    return StepMetadataBuilder(5, 40, 4, 16, device=device, int32_position_ids=int32_position_ids)
+def _builder(place: Place | None = None, **sizes: Any) -> StepMetadataBuilder:
+    """Of NumPy arrays or of a place, for all steps of this file."""
+    sizes = {"max_num_seqs": 5, "max_num_tokens": 40, "num_blocks": None} | sizes
+    return (place or Place("numpy", None)).builder(LARGE, **sizes)
 
 
 def _build(builder: StepMetadataBuilder, batch: StepBatch) -> ForwardMeta:
@@ -70,7 +48,7 @@ def _build(builder: StepMetadataBuilder, batch: StepBatch) -> ForwardMeta:
 
 
 def test_addresses_never_move(place: Place) -> None:
-    builder = place.builder()
+    builder = _builder(place)
     large = _build(builder, LARGE)
     first = {name: place.address(getattr(large, name)) for name in ARRAY_FIELDS}
     assert len(set(first.values())) == len(ARRAY_FIELDS)
@@ -84,7 +62,7 @@ def test_addresses_never_move(place: Place) -> None:
 
 
 def test_a_step_of_known_size_makes_no_new_tensors(place: Place) -> None:
-    builder = place.builder()
+    builder = _builder(place)
     first, second = _build(builder, LARGE), _build(builder, LARGE)
     assert first is not second
     assert first != second
@@ -92,20 +70,20 @@ def test_a_step_of_known_size_makes_no_new_tensors(place: Place) -> None:
         assert getattr(first, name) is getattr(second, name), name
 
 
-@DEVICES
+@pytest.mark.parametrize("device", ["numpy", "cpu"])
 def test_many_sizes_are_served_from_the_same_memory(device: str) -> None:
     builder = StepMetadataBuilder(2, 2000, 4, 512, device=device)
     addresses = set()
     for num_tokens in (*range(1, 600), 1):
         batch = make_batch([(num_tokens, 0, num_tokens)], 512, num_columns=4)
         meta = _build(builder, batch)
-        addresses.add(address(meta.slot_mapping))
+        addresses.add(Place(device, None).address(meta.slot_mapping))
         assert as_numpy(meta.position_ids)[-1] == num_tokens - 1
     assert len(addresses) == 1
 
 
 def test_what_the_last_step_used_becomes_padding(place: Place) -> None:
-    builder = place.builder()
+    builder = _builder(place)
     large = _build(builder, LARGE)
     _build(builder, SMALL_DECODE)
     small = _build(builder, SMALL)
@@ -124,16 +102,8 @@ def test_what_the_last_step_used_becomes_padding(place: Place) -> None:
     assert_matches_oracle(small, SMALL, place.get)
 
 
-def test_windows_of_an_earlier_step_do_not_come_back_behind_a_decode_step() -> None:
-    builder = _builder("numpy")
-    for batch in (LARGE, SMALL_DECODE, SMALL):
-        _build(builder, batch)
-    meta = builder.build(*SMALL.inputs(), 40)
-    assert not meta.indexer_attn_mask_offsets[2 * SMALL.num_tokens :].any()
-
-
 def test_int32_positions_are_written_where_they_are_asked_for(place: Place) -> None:
-    asked, plain = place.builder(), place.builder(int32_position_ids=False)
+    asked, plain = _builder(place), _builder(place, int32_position_ids=False)
     for batch in (LARGE, SMALL, SMALL_DECODE):
         assert _build(plain, batch).position_ids_int32 is None
         meta = _build(asked, batch)
@@ -143,25 +113,33 @@ def test_int32_positions_are_written_where_they_are_asked_for(place: Place) -> N
 
 
 def test_inputs_are_copied(place: Place) -> None:
-    inputs = [array.copy() for array in LARGE.inputs()]
-    meta = place.builder().build(*inputs)
+    inputs: list[Any] = [array.copy() for array in LARGE.inputs()]
+    meta = _builder(place).build(*inputs)
     for array in inputs:
         array.fill(3)
     assert_matches_oracle(meta, LARGE, place.get)
+    if place.name == "cpu":
+        meta = _builder(place).build(*(inputs := place.put(LARGE)))
+        for tensor in inputs:
+            tensor.fill_(3)
+        assert_matches_oracle(meta, LARGE)
 
 
-def test_paddle_inputs_are_copied_too() -> None:
-    import paddle
+def test_device_tensors_are_used_where_they_are(kernel_memory: KernelMemory) -> None:
+    place = Place("", kernel_memory)
+    tensors = place.put(LARGE)
+    meta = _builder(place).build(*tensors, **counts_of(LARGE))
+    for name, tensor in zip(StepInputs._fields, tensors, strict=True):
+        assert getattr(meta, name) is tensor
 
-    tensors = [paddle.to_tensor(array) for array in LARGE.inputs()]
-    meta = _builder("cpu").build(*tensors)
-    for tensor in tensors:
-        tensor.fill_(3)
-    assert_matches_oracle(meta, LARGE)
+
+def test_a_new_builder_holds_padding_only(place: Place) -> None:
+    nothing = make_batch([], 16, num_columns=4, num_padded_tokens=40)
+    assert_matches_oracle(place.build(_builder(place), nothing, True), nothing, place.get)
 
 
 def test_the_next_step_may_be_built_from_the_last_one() -> None:
-    builder = _builder("numpy")
+    builder = _builder()
     meta = _build(builder, LARGE)
     # the decode rows of LARGE, one token on: cache_seqlens is a view of the buffers
     this_time = (meta.cache_seqlens > 0).astype(np.int32)
@@ -176,7 +154,7 @@ def test_the_next_step_may_be_built_from_the_last_one() -> None:
 
 
 def test_a_decode_step_leaves_the_windows_alone(place: Place) -> None:
-    builder = place.builder()
+    builder = _builder(place)
     large = _build(builder, LARGE)
     before = {name: place.get(getattr(large, name)).copy() for name in PREFILL_FIELDS}
     meta = _build(builder, SMALL_DECODE)
@@ -186,12 +164,12 @@ def test_a_decode_step_leaves_the_windows_alone(place: Place) -> None:
 
 
 def test_an_upper_bound_of_the_longest_row_is_kept() -> None:
-    meta = _builder("numpy").build(*LARGE.inputs(), max_seqlen_k=64)
+    meta = _builder().build(*LARGE.inputs(), max_seqlen_k=64)
     assert meta.max_seqlen_k == 64
 
 
 def test_the_metadata_can_be_neither_changed_nor_misspelt() -> None:
-    meta = _build(_builder("numpy"), SMALL)
+    meta = _build(_builder(), SMALL)
     with pytest.raises(dataclasses.FrozenInstanceError):
         meta.num_decode_tokens = 7
     with pytest.raises(AttributeError):
@@ -200,7 +178,7 @@ def test_the_metadata_can_be_neither_changed_nor_misspelt() -> None:
 
 
 def test_the_views_do_not_keep_a_builder_alive_and_outlive_it(place: Place) -> None:
-    builder = place.builder()
+    builder = _builder(place)
     meta = _build(builder, SMALL)
     alive = weakref.ref(builder)
     gc.disable()

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.step import StepMetadataBuilder
-from fd_dsa.step import launch as launch_module
+from fd_dsa.step import device as device_module
 from fd_dsa.triton_runtime.transfers import Transfers
 from tests.kernel_memory import KernelMemory, open_memory
 from tests.step.helpers import Get, arrays_of, as_numpy, counts_of, device_builder
@@ -157,13 +157,13 @@ def check_captured_steps(m: KernelMemory, capture: Capture, *, has_prefill: bool
 def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], None]]]:
     """Launches of the block are kept, not run, as in a capture."""
     calls: list[Callable[[], None]] = []
-    original = launch_module._Form.launch
+    original = device_module._Form.launch
 
     def keep(*args: Any) -> None:
         calls.append(lambda: original(*args))
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch_module._Form, "launch", keep)
+        patch.setattr(device_module._Form, "launch", keep)
         patch.setattr(Transfers, "is_capturing", lambda self: True)
         yield calls
 

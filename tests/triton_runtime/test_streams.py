@@ -74,12 +74,13 @@ def test_a_fork_and_its_join(api: StreamApi, library: LateLibrary) -> None:
         assert api.stream == SIDE
         return "keys"
 
+    def beside() -> int:
+        api.log.append("beside")
+        return api.stream
+
     for _ in range(2):
         api.log.clear()
-        with overlap.fork(4, project, X) as side:
-            assert api.stream == MAIN
-            api.log.append("beside")
-            assert side.join() == "keys"
+        assert overlap.run(4, beside, project, X) == (MAIN, "keys")
         assert api.log == [*BEGIN, "project", *END, "beside", *JOIN]
     # two events and one stream serve all forks
     assert library.num_events == 2 and api.priorities == [False]
@@ -92,8 +93,7 @@ def test_by_default_steps_fork_in_a_capture_alone(
     overlap = IndexerOverlap("gpu")
 
     def stream_of_work(num_tokens: int) -> int:
-        with overlap.fork(num_tokens, lambda x: api.stream, X) as side:
-            return side.join()
+        return overlap.run(num_tokens, lambda: None, lambda x: api.stream, X)[1]
 
     assert stream_of_work(4) == MAIN and library.num_events == 0 and api.priorities == []
     library.captured = {MAIN}
@@ -116,30 +116,26 @@ def test_a_fork_that_the_driver_refuses_changes_nothing(
 ) -> None:
     overlap = IndexerOverlap("gpu", 8)
     library.refused = {refused}
-    with (
-        pytest.raises(DeviceError, match="CUDA error 900"),
-        overlap.fork(4, lambda x: None, X),
-    ):
-        pass
+    with pytest.raises(DeviceError, match="CUDA error 900"):
+        overlap.run(4, lambda: None, lambda x: None, X)
     assert api.stream == MAIN and ("current", SIDE) not in api.log
     library.refused = set()
-    with overlap.fork(4, lambda x: 5, X) as side:
-        assert side.join() == 5
+    assert overlap.run(4, lambda: 4, lambda x: 5, X) == (4, 5)
 
 
 def test_a_refused_end_gives_the_stream_back(api: StreamApi, library: LateLibrary) -> None:
     def project(x: FakeTensor) -> None:
         library.refused = {"cuEventRecord"}
 
-    with pytest.raises(DeviceError), IndexerOverlap("gpu", 8).fork(4, project, X):
-        pass
+    with pytest.raises(DeviceError):
+        IndexerOverlap("gpu", 8).run(4, lambda: None, project, X)
     assert api.stream == MAIN
 
 
 def test_a_thread_without_a_context_gets_the_devices(api: StreamApi, library: LateLibrary) -> None:
     library.needs_context = True
-    with IndexerOverlap("gpu", 8).fork(4, lambda x: 5, FakeTensor(0x7000, device=1)) as side:
-        assert side.join() == 5
+    other = FakeTensor(0x7000, device=1)
+    assert IndexerOverlap("gpu", 8).run(4, list, lambda x: 5, other) == ([], 5)
     assert library.context() == 0x1001
     assert ("wait", SIDE + 1, 1) in api.log
 

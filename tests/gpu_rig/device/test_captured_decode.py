@@ -16,7 +16,7 @@ import numpy as np
 import paddle
 import pytest
 
-import fd_dsa.attention.device_logits as device_logits
+import fd_dsa.attention.device_scores as device_scores
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.errors import DeviceError
 from fd_dsa.models.config import ModelConfig
@@ -161,14 +161,14 @@ def test_steps_of_layers_wait_for_nothing_and_copy_nothing_to_the_host(rig: Rig)
 def test_short_steps_score_nothing_and_long_ones_reach_the_longest_row(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    widths, score = [], device_logits.score_pages
+    widths, score = [], device_scores.score_pages
 
     def recording(*args: Any, **kwargs: Any) -> None:
         widths.append(args[6].shape[1])
         score(*args, **kwargs)
 
     runner = filled(tiny_runner(V32, "float32", rig.device))
-    monkeypatch.setattr(device_logits, "score_pages", recording)
+    monkeypatch.setattr(device_scores, "score_pages", recording)
     with captured(rig, runner, (2,)):
         filled(runner)
         # three blocks of 16 are all that a row has

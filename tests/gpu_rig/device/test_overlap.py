@@ -9,7 +9,6 @@ import paddle
 import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.errors import OverlapError
 from fd_dsa.ops.indexer_projection.scratch import new_scratch
 from fd_dsa.ops.unchecked import project_indexer
 from fd_dsa.triton_runtime import streams
@@ -75,9 +74,7 @@ class Layer:
         add_kernel[(-(-n // BLOCK),)](x, y, self.total, n, BLOCK=BLOCK)
 
     def run(self) -> None:
-        with self.overlap.fork(self.num_tokens, self.project, self.x) as side:
-            beside = self.beside()
-            keys, _ = side.join()
+        beside, (keys, _) = self.overlap.run(self.num_tokens, self.beside, self.project, self.x)
         self.add(keys, beside)
 
     def check(self, x: np.ndarray) -> None:
@@ -127,7 +124,7 @@ def test_paddle_has_the_second_stream_between_begin_and_end(rig: Rig) -> None:
         assert (x.numpy() == 2).all()
 
 
-@pytest.mark.parametrize("where", ["project", "beside", "no join"])
+@pytest.mark.parametrize("where", ["project", "beside"])
 def test_whatever_goes_wrong_the_next_fork_is_right(rig: Rig, where: str) -> None:
     layer = Layer(rig)
     go_wrong(layer, where)
@@ -136,38 +133,39 @@ def test_whatever_goes_wrong_the_next_fork_is_right(rig: Rig, where: str) -> Non
 
 
 def go_wrong(layer: Layer, where: str) -> None:
-    """A fork that ends with an error: in the work, beside it, or for want of a join."""
+    """A fork that ends with an error in the work or beside it."""
 
-    def project(x: Any) -> Any:
+    def fail(name: str) -> None:
+        if name == where:
+            raise KeyError(where)
+
+    def project(x: Any) -> None:
         layer.project(x)
-        if where == "project":
-            raise KeyError(where)
+        fail("project")
 
-    with (
-        pytest.raises(OverlapError if where == "no join" else KeyError),
-        layer.overlap.fork(layer.num_tokens, project, layer.x) as side,
-    ):
+    def beside() -> None:
         layer.beside()
-        if where == "beside":
-            raise KeyError(where)
-        if where == "project":
-            # where it runs in line, it runs here
-            side.join()
+        fail("beside")
+
+    with pytest.raises(KeyError):
+        layer.overlap.run(layer.num_tokens, beside, project, layer.x)
 
 
 def test_memory_that_comes_and_goes_around_forks(real_rig: Rig) -> None:
     layer = Layer(real_rig)
     zeros = paddle.zeros(layer.x.shape)
     wanted = layer.numbers(0).astype(np.float64) @ layer.weights[0]
+
+    def beside() -> None:
+        paddle.full(layer.x.shape, float("nan"))
+        layer.beside()
+
     for round_ in range(200):
         # of the size of the results, given back at once: what the fork is given next
         paddle.full([layer.num_tokens, (WIDTH, HEADS)[round_ % 2]], float("nan"))
-        with layer.overlap.fork(
-            layer.num_tokens, project_indexer, layer.x + zeros, *layer.pairs[0]
-        ) as side:
-            paddle.full(layer.x.shape, float("nan"))
-            layer.beside()
-            keys, weights = side.join()
+        _, (keys, weights) = layer.overlap.run(
+            layer.num_tokens, beside, project_indexer, layer.x + zeros, *layer.pairs[0]
+        )
         if round_ % 20 == 0:
             found = np.concatenate([keys.numpy(), weights.numpy()], axis=1)
             np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-5)
@@ -195,7 +193,7 @@ def test_a_capture_holds_both_branches(real_rig: Rig) -> None:
 
 
 @pytest.mark.own_process
-@pytest.mark.parametrize("where", ["project", "beside", "no join"])
+@pytest.mark.parametrize("where", ["project", "beside"])
 def test_a_capture_ends_cleanly_after_a_failed_fork(real_rig: Rig, where: str) -> None:
     layer = Layer(real_rig)
     layer.run()
@@ -231,9 +229,9 @@ def test_paddles_own_graphs_hold_forks(real_rig: Rig) -> None:
     graph = CUDAGraph(place=real_rig.place, mode="thread_local")
     graph.capture_begin()
     # results in memory of the graph
-    with layer.overlap.fork(1, project_indexer, layer.x, *layer.pairs[0]) as side:
-        beside = layer.beside()
-        keys, _ = side.join()
+    beside, (keys, _) = layer.overlap.run(
+        1, layer.beside, project_indexer, layer.x, *layer.pairs[0]
+    )
     layer.add(keys, beside)
     graph.capture_end()
     for seed in (4, 5):

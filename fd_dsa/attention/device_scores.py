@@ -1,0 +1,221 @@
+"""How the tokens of a step are scored on a device, and their best keys chosen."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
+from fd_dsa.ops.logits.tile_kernel import score_tiles
+from fd_dsa.ops.logits.tile_schedule import (
+    PROGRAM_FIELDS,
+    TILE_FIELDS,
+    TileSchedule,
+    fill_tile_schedule,
+)
+from fd_dsa.ops.logits.triton_kernel import score_pages
+from fd_dsa.step import ForwardMeta
+from fd_dsa.triton_runtime.transfers import Transfers
+
+# views are small; lengths are rounded to powers of two, so a server sees few of them
+CACHED_VIEWS = 512
+_LEAST_WIDTH = 64
+Sizes = dict[str, tuple[int, tuple[int, ...], str]]
+"""Of buffers: how many values they hold, the shape of each, and the dtype."""
+
+
+def rounded_length(length: int, most: int) -> int:
+    """The next power of two from 64 on, but no more than `most`."""
+    return min(max(_LEAST_WIDTH, 1 << max(length - 1, 0).bit_length()), most)
+
+
+class PageScores:
+    """Scores by the kernel for every cache and GPU, in one buffer for all layers and steps.
+
+    Args:
+        config: sizes.
+        view: gives the start of the named buffer of a DeviceAttention as a tensor.
+        num_logits: scores that the buffer "logits" holds; at least one token's of the longest row.
+        select_slots: as `topk.custom_op.slot_selector` gives it.
+
+    Attributes:
+        is_captured: a captured graph reads what `prepare` makes, so it must go before every replay.
+    """
+
+    def __init__(
+        self, config: DSABackendConfig, view: Any, num_logits: int, select_slots: Any
+    ) -> None:
+        self._block_size, self._num_logits = config.cache_layout.block_size, num_logits
+        self._max_width = config.max_blocks_per_seq * self._block_size
+        self._select_slots, self.is_captured = select_slots, False
+        self._logits = lru_cache(maxsize=CACHED_VIEWS)(partial(_logits, view))
+
+    def prepare(self, step: ForwardMeta) -> None:
+        """Make what the scores of all layers of a step need: nothing here."""
+
+    def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any, slots: Any) -> None:
+        """Fill `slots` with the best keys of every token of the step prepared last."""
+        num_tokens = step.position_ids.shape[0]
+        stride, width, rows = self._chunks(step)
+        for first in range(0, num_tokens, rows):
+            logits = self._logits(min(rows, num_tokens - first), stride, width)
+            self._score(step, q, weights, cache, logits, first, rows)
+            self._select_slots(
+                logits,
+                step.position_ids,
+                step.batch_id_per_token,
+                step.block_tables,
+                slots,
+                block_size=self._block_size,
+                num_blocks=cache.shape[0],
+                first_token=first,
+            )
+
+    def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
+        """Distance between a step's rows of scores, their width, and tokens of a chunk."""
+        width = rounded_length(step.max_seqlen_k, self._max_width)
+        return width, width, max(1, self._num_logits // width)
+
+    def _score(
+        self, step: ForwardMeta, q: Any, weights: Any, cache: Any, logits: Any, first: int, _: int
+    ) -> None:
+        """Fill `logits` for the chunk that begins at token `first`."""
+        score_pages(
+            q,
+            weights,
+            cache,
+            step.position_ids,
+            step.batch_id_per_token,
+            step.block_tables,
+            logits,
+            block_size=self._block_size,
+            first_token=first,
+            max_seqlen_k=step.max_seqlen_k,
+        )
+
+
+class TileScores(PageScores):
+    """Scores of fp8_ds_mla caches on tensor cores, by a schedule that is made once a step.
+
+    Two forms of the kernel serve: one for steps of decode rows alone, one for all others. A
+    captured graph may be replayed in any step of as many tokens that is of the same kind, after
+    its `prepare`: captured scores are as wide as the longest row that there can be, and lengths
+    are read on the device.
+
+    Args:
+        config, view, num_logits, select_slots: as of PageScores; `view` has the buffers of
+            `tile_sizes`, too.
+        transfers: what is known of the device and of its current stream.
+
+    Attributes:
+        max_whole: tokens whose scores are held at once, however long their rows are. Steps of
+            more are cut into chunks by their longest row, unless one as long was captured.
+    """
+
+    def __init__(
+        self,
+        config: DSABackendConfig,
+        view: Any,
+        num_logits: int,
+        select_slots: Any,
+        transfers: Transfers,
+    ) -> None:
+        super().__init__(config, view, num_logits, select_slots)
+        self._index_topk, self._transfers = config.index_topk, transfers
+        self.max_whole = num_logits // self._max_width
+        # tokens of captured steps that are longer
+        self._captured: set[int] = set()
+        tokens, processors = config.max_num_tokens, transfers.num_processors()
+        buffers = view("tiles", tokens), view("page_ends", tokens)
+        chunks, self._kinds = -(-tokens // self.max_whole), []
+        for form in _forms(config):
+            programs = processors * form.programs_per_processor
+            schedule = TileSchedule(*buffers, view("programs", chunks, programs))
+            self._kinds.append((form, schedule))
+
+    def prepare(self, step: ForwardMeta) -> None:
+        """Make the schedule of a step: one launch."""
+        form, schedule = self._kind(step)
+        stride, _, rows = self._chunks(step)
+        fill_tile_schedule(
+            schedule,
+            step.position_ids,
+            step.batch_id_per_token,
+            step.cu_seqlens_q,
+            form=form,
+            max_keys=stride,
+            chunk_tokens=rows,
+            least_keys=self._index_topk,
+        )
+
+    def _kind(self, step: ForwardMeta) -> tuple[TileForm, TileSchedule]:
+        """Form and schedule of a step, by whether it has prompts."""
+        return self._kinds[step.num_prefill_tokens > 0]
+
+    def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
+        num_tokens = step.position_ids.shape[0]
+        width = rounded_length(step.max_seqlen_k, self._max_width)
+        is_capturing = self._transfers.is_capturing()
+        self.is_captured |= is_capturing
+        if num_tokens > self.max_whole and is_capturing:
+            # the graph's chunks are those of all its replays
+            self._captured.add(num_tokens)
+        if num_tokens <= self.max_whole or num_tokens in self._captured:
+            # a replay may have longer rows; without one, a choice among fewer columns is faster
+            return self._max_width, self._max_width if is_capturing else width, self.max_whole
+        return width, width, self._num_logits // width
+
+    def _score(
+        self,
+        step: ForwardMeta,
+        q: Any,
+        weights: Any,
+        cache: Any,
+        logits: Any,
+        first: int,
+        rows: int,
+    ) -> None:
+        form, schedule = self._kind(step)
+        score_tiles(
+            q,
+            weights,
+            cache,
+            step.position_ids,
+            step.block_tables,
+            schedule,
+            logits,
+            form=form,
+            first_token=first,
+            chunk=first // rows,
+        )
+
+
+def _logits(view: Any, num_rows: int, stride: int, width: int) -> Any:
+    """Rows of `width` scores at a distance of `stride`."""
+    logits = view("logits", num_rows, stride)
+    return logits if width == stride else logits[:, :width]
+
+
+def _forms(config: DSABackendConfig) -> tuple[TileForm, TileForm]:
+    """Forms of the kernel for steps without and with prompts."""
+    heads = config.index_n_heads
+    return decode_form(heads, config.tokens_per_row), prompt_form(heads)
+
+
+def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -> Sizes:
+    """The buffers of the schedules of a TileScores.
+
+    Args:
+        num_logits: as of a TileScores.
+        num_processors: multiprocessors of the device.
+    """
+    tokens = config.max_num_tokens
+    max_width = config.max_blocks_per_seq * config.cache_layout.block_size
+    chunks = -(-tokens // (num_logits // max_width))
+    programs = num_processors * max(form.programs_per_processor for form in _forms(config))
+    return {
+        "tiles": (tokens, (TILE_FIELDS,), "int32"),
+        "page_ends": (tokens, (), "int32"),
+        "programs": (chunks * programs, (PROGRAM_FIELDS,), "int32"),
+    }
