@@ -245,10 +245,10 @@ async def stream_outputs(
                 gone = "the engine has failed while it ran the request; the server is ending"
                 raise ApiError(500, gone)
             elif item[1].finish_reason == "error":
-                error = item[1].error
+                failed, error = item[1].request_id, item[1].error
                 # its own parameters are to blame, or the engine
                 status = 400 if isinstance(error, ConstraintError) else 500
-                raise ApiError(status, str(error or "the request has failed"))
+                raise ApiError(status, f"request {failed!r}: {error or 'has failed'}")
             else:
                 yield item
     finally:
