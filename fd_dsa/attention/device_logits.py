@@ -48,16 +48,7 @@ class PageScores:
         tokens = step.position_ids, step.batch_id_per_token, step.block_tables
         for first in range(0, num_tokens, rows):
             logits = self._view("logits", min(rows, num_tokens - first), width)
-            score_pages(
-                q,
-                weights,
-                cache,
-                *tokens,
-                logits,
-                block_size=self._block_size,
-                first_token=first,
-                max_seqlen_k=step.max_seqlen_k,
-            )
+            score_pages(q, weights, cache, step, logits, first)
             self._select_slots(
                 logits,
                 *tokens,

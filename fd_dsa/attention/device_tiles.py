@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device_logits import rounded_length
-from fd_dsa.ops.logits.tile_forms import (
-    BLOCK_SIZE,
-    TileForm,
-    decode_form,
-    prompt_form,
-    why_not,
-)
+from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, decode_form, prompt_form, why_not
 from fd_dsa.ops.logits.tile_kernel import score_tiles
-from fd_dsa.ops.logits.tile_schedule import (
-    PROGRAM_FIELDS,
-    TileSchedule,
-    fill_tile_schedule,
-)
+from fd_dsa.ops.logits.tile_schedule import PROGRAM_FIELDS, TileSchedule
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime.transfers import Transfers
@@ -68,7 +59,7 @@ class TileScores:
         tokens_per_row: int = 1,
     ) -> None:
         heads = config.index_n_heads
-        self._forms = decode_form(heads, tokens_per_row), prompt_form(heads)
+        forms = decode_form(heads, tokens_per_row), prompt_form(heads)
         self._max_width = config.max_blocks_per_seq * BLOCK_SIZE
         self._index_topk, self._num_logits = config.index_topk, num_logits
         self._select_slots, self._transfers = select_slots, transfers
@@ -79,28 +70,22 @@ class TileScores:
         self._captured: set[int] = set()
         max_chunks = -(-config.max_num_tokens // self.max_whole)
         processors = transfers.num_processors()
-        numbers = [processors * form.programs_per_processor for form in self._forms]
-        most = TileSchedule.allocate(config.max_num_tokens, max_chunks, max(numbers), allocate)
-        self._schedules = [_of_programs(most, number) for number in numbers]
+        programs = [processors * form.programs_per_processor for form in forms]
+        sizes = config.max_num_tokens, max_chunks, max(programs)
+        most = TileSchedule.allocate(forms[0], *sizes, allocate)
+        self._schedules = [
+            replace(most, form=form, programs=_first_programs(most.programs, number))
+            for form, number in zip(forms, programs, strict=True)
+        ]
 
     def prepare(self, step: ForwardMeta) -> None:
         """Make the schedule of a step: one launch."""
-        form, schedule = self._kind(step)
         stride, rows = self._chunks(step)
-        fill_tile_schedule(
-            schedule,
-            step.position_ids,
-            step.batch_id_per_token,
-            step.cu_seqlens_q,
-            form=form,
-            max_keys=stride,
-            chunk_tokens=rows,
-            least_keys=self._index_topk,
-        )
+        self._schedule_of(step).fill(step, stride, rows, self._index_topk)
 
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any, slots: Any) -> None:
         """Fill `slots` with the best keys of every token of the step prepared last."""
-        form, schedule = self._kind(step)
+        schedule = self._schedule_of(step)
         num_tokens = step.position_ids.shape[0]
         stride, rows = self._chunks(step)
         capturing = self._transfers.is_capturing()
@@ -109,18 +94,8 @@ class TileScores:
         width = stride if capturing else self._width(step)
         for chunk, first in enumerate(range(0, num_tokens, rows)):
             logits = self._logits(min(rows, num_tokens - first), stride, width)
-            score_tiles(
-                q,
-                weights,
-                cache,
-                step.position_ids,
-                step.block_tables,
-                schedule,
-                logits,
-                form=form,
-                first_token=first,
-                chunk=chunk,
-            )
+            where = {"first_token": first, "chunk": chunk}
+            score_tiles(q, weights, cache, step, schedule, logits, **where)
             self._select_slots(
                 logits,
                 step.position_ids,
@@ -132,10 +107,9 @@ class TileScores:
                 first_token=first,
             )
 
-    def _kind(self, step: ForwardMeta) -> tuple[TileForm, TileSchedule]:
-        """Form and schedule of a step, by whether it has prompts."""
-        has_prompt = step.num_prefill_tokens > 0
-        return self._forms[has_prompt], self._schedules[has_prompt]
+    def _schedule_of(self, step: ForwardMeta) -> TileSchedule:
+        """The one for steps with prompts, or without."""
+        return self._schedules[step.num_prefill_tokens > 0]
 
     def _width(self, step: ForwardMeta) -> int:
         """Columns that a step's longest row needs."""
@@ -159,12 +133,11 @@ def _logits(view: Any, num_rows: int, stride: int, width: int) -> Any:
     return logits if width == stride else logits[:, :width]
 
 
-def _of_programs(schedule: TileSchedule, num_programs: int) -> TileSchedule:
-    """The same buffers for fewer programs."""
-    num_chunks = schedule.programs.shape[0]
-    programs = schedule.programs.reshape([-1])[: num_chunks * num_programs * PROGRAM_FIELDS]
-    programs = programs.reshape([num_chunks, num_programs, PROGRAM_FIELDS])
-    return TileSchedule(schedule.tiles, schedule.page_ends, programs)
+def _first_programs(programs: Any, num_programs: int) -> Any:
+    """The same memory for fewer programs a chunk."""
+    num_chunks = programs.shape[0]
+    flat = programs.reshape([-1])[: num_chunks * num_programs * PROGRAM_FIELDS]
+    return flat.reshape([num_chunks, num_programs, PROGRAM_FIELDS])
 
 
 def tile_bytes(config: DSABackendConfig, num_logits: int, num_processors: int) -> int:

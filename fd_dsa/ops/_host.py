@@ -139,27 +139,26 @@ def check_array(
     check_dtype(operator, argument, value, dtypes)
 
 
-def check_rope(operator: str, cos_sin_cache: Any, num_rows: int | None, width: int) -> None:
-    """`check_array` of a table of cos and sin whose pairs fit in rows of `width` values."""
-    check_array(operator, "cos_sin_cache", cos_sin_cache, (num_rows, None), ("float32",))
-    rope_dim = cos_sin_cache.shape[1]
+def check_rope(
+    operator: str, position_ids: Any, cos_sin_cache: Any, num_tokens: int, width: int
+) -> None:
+    """Refuse a table of cos and sin without a row a token, or whose pairs are wider than `width`.
+
+    Args:
+        position_ids: rows of the table, int64 [num_tokens]; None = row t belongs to token t.
+    """
+    rows = num_tokens if position_ids is None else None
+    if position_ids is not None:
+        check_array(operator, "position_ids", position_ids, (num_tokens,), ("int64",))
+    check_array(operator, "cos_sin_cache", cos_sin_cache, (rows, None), ("float32",))
+    num_rows, rope_dim = cos_sin_cache.shape
+    if rows is None and num_rows == 0:
+        raise ShapeError(f"{operator}: cos_sin_cache has no row, allowed is one a position")
     if rope_dim % 2 or not 0 < rope_dim <= width:
         raise ShapeError(
             f"{operator}: cos_sin_cache has rows of {rope_dim} values, allowed are even numbers "
             f"from 2 to {width}"
         )
-
-
-def table_rows(operator: str, cos_sin_cache: Any) -> int:
-    """Rows of a table of cos and sin that a kernel looks positions up in.
-
-    Raises:
-        ShapeError: there is none.
-    """
-    rows = cos_sin_cache.shape[0]
-    if rows == 0:
-        raise ShapeError(f"{operator}: cos_sin_cache has no row, allowed is one a position")
-    return rows
 
 
 def check_values(operator: str, argument: str, values: np.ndarray, low: int, stop: int) -> None:

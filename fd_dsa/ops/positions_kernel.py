@@ -8,7 +8,7 @@ from fd_dsa.triton_runtime import paddle_jit
 
 import triton.language as tl  # isort: skip
 
-_BLOCK = 256
+_BLOCK = tl.constexpr(256)
 
 
 @paddle_jit(
@@ -20,18 +20,17 @@ def position_ids_kernel(
     seq_lens_this_time_ptr,
     position_ids_ptr,
     num_tokens,
-    BLOCK: tl.constexpr,
 ):
     """See `position_ids`; the tokens before a row's own are added up by its program."""
     row = tl.program_id(0)
     first = tl.full([], 0, tl.int32)
-    for start in range(0, row, BLOCK):
-        other = start + tl.arange(0, BLOCK)
+    for start in range(0, row, _BLOCK):
+        other = start + tl.arange(0, _BLOCK)
         first += tl.sum(tl.load(seq_lens_this_time_ptr + other, mask=other < row, other=0), axis=0)
     known = tl.load(seq_lens_decoder_ptr + row)
     new = tl.load(seq_lens_this_time_ptr + row)
-    for start in range(0, new, BLOCK):
-        j = start + tl.arange(0, BLOCK)
+    for start in range(0, new, _BLOCK):
+        j = start + tl.arange(0, _BLOCK)
         mask = (j < new) & (first + j < num_tokens)
         tl.store(position_ids_ptr + first + j, known + j, mask=mask)
 
@@ -47,5 +46,4 @@ def position_ids(
             seq_lens_this_time,
             position_ids,
             position_ids.shape[0],
-            BLOCK=_BLOCK,
         )

@@ -50,7 +50,7 @@ OPERATORS: dict[str, dict[str, str]] = {
     "indexer_logits": {
         TENSOR_CORE: "ops.logits.tile_kernel.score_step",
         PADDLE: "ops.logits.paddle_impl.score_step",
-        TRITON: "ops.logits.triton_kernel.score_step",
+        TRITON: "ops.logits.triton_kernel.score_pages",
     },
     "topk": {
         CUSTOM_OP: "ops.topk.custom_op.select_slots",
@@ -249,7 +249,7 @@ def parse(pairs: Iterable[str], source: str, text: str) -> dict[str, str]:
 def reason_for(provider: str) -> str:
     """Why a provider serves where it does, in words."""
     if provider == PADDLE:
-        return "a CPU: NumPy, and products by Paddle"
+        return "CPU: NumPy; GEMMs by oneDNN or Paddle"
     if provider == CUSTOM_OP:
         return "of fd_dsa_ops, agrees with the definition"
     # asked here, not at import: a process that stays on the CPU decides nothing about Triton

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fd_dsa.ops.unchecked import project_indexer
-from tests.compiling import output_of
 from tests.kernel_memory import KernelMemory
 from tests.reference.bfloat16 import ref_array, upper_half
 
@@ -201,28 +200,3 @@ def test_on_a_cpu_it_is_two_products() -> None:
     assert project_indexer(x, *parameters, out) is out
     for result in (found, out):
         np.testing.assert_allclose(np.concatenate(result, 1), wanted, rtol=0, atol=1e-5)
-
-
-COMPILE = """
-import triton.language as tl
-from fd_dsa.ops.indexer_projection import triton_kernel as k
-from fd_dsa.triton_runtime import Pointer
-for tokens in (1, 200, 1000):
-    for dtype, wide in (("bfloat16", tl.bfloat16), ("float32", tl.float32)):
-        names = "hidden_ptr", "wk_ptr", "weights_proj_ptr", "index_k_ptr"
-        arguments = dict.fromkeys(names, Pointer(dtype)) | dict.fromkeys(
-            ("hidden_stride", "wk_stride", "weights_proj_stride"), 192)
-        arguments |= dict(weights_ptr=Pointer("float32"), num_tokens=tokens, HIDDEN=7168,
-                          WIDTH=128, HEADS=64, WIDE=wide, COUNTERS=1024,
-                          scratch_ptr=None if tokens > 512 else Pointer("float32"))
-        _, options = k.launch_options(arguments, k.configuration(tokens))
-        compiled = k.project_indexer_kernel.warmup(**arguments, **options, capability=90)
-        assert compiled.shared_bytes < 227 << 10
-        print("compiled")
-"""
-
-
-@pytest.mark.triton
-def test_the_chosen_tilings_compile_for_hopper() -> None:
-    said = output_of("import fd_dsa.triton_runtime\n" + COMPILE)
-    assert said.split() == ["compiled"] * 6

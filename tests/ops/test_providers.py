@@ -127,7 +127,7 @@ def test_a_variable_that_cannot_be_read(
 def test_a_choice_is_logged_once(tensor: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
         assert len({serving("cache_write", tensor) for _ in range(3)}) == 1
-    text = "cache_write on cpu: paddle (a CPU: NumPy, and products by Paddle)"
+    text = "cache_write on cpu: paddle (CPU: NumPy; GEMMs by oneDNN or Paddle)"
     assert caplog.messages == [text]
     assert table()["cache_write"]["cpu"].provider == "paddle"
 

@@ -123,14 +123,7 @@ def _latent_rows(
     rows: np.ndarray, cos_sin: np.ndarray | None, params: CacheWriteParams
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latents, normed, and k_pe, rotated; float32 [num_tokens, width] each."""
-    rope_dim = 0
-    if cos_sin is not None:
-        rope_dim = cos_sin.shape[1]
-    elif params.kv_norm_weight is not None:
-        rope_dim = rows.shape[1] - params.kv_norm_weight.shape[0]
-    elif params.kv_cache_dtype == "fp8_ds_mla":
-        rope_dim = rows.shape[1] - LATENT_WIDTH
-    rank = rows.shape[1] - rope_dim
+    rank = rows.shape[1] - params.rope_width(rows, cos_sin)
     latent, k_pe = rows[:, :rank], rows[:, rank:]
     if params.kv_norm_weight is not None:
         latent = rms_norm(latent, as_numpy(params.kv_norm_weight), params.kv_norm_eps)

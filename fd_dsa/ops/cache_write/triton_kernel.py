@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import check_shape, table_rows
+from fd_dsa.ops._host import check_shape
 from fd_dsa.ops._triton_fp8 import (
     absolute_maximum,
     hadamard,
@@ -260,25 +260,15 @@ def write_caches_kernel(
 
 
 def write_caches(
-    kv_a: Any,
-    index_k: Any,
-    position_ids: Any,
-    slot_mapping: Any,
-    cos_sin_cache: Any,
-    latent_cache: Any,
-    index_cache: Any,
-    params: CacheWriteParams,
+    kv_a: Any, index_k: Any, position_ids: Any, slot_mapping: Any, *others: Any
 ) -> None:
     """See `fd_dsa.ops.cache_write.write_caches`."""
     num_tokens = slot_mapping.shape[0]
     if num_tokens == 0:
         return
-    arguments = kernel_arguments(
-        kv_a, index_k, position_ids, slot_mapping, cos_sin_cache, latent_cache, index_cache, params
-    )
     block_tokens, num_warps, maxnreg = configuration(num_tokens)
     write_caches_kernel[(-(-num_tokens // block_tokens),)](
-        **arguments,
+        **kernel_arguments(kv_a, index_k, position_ids, slot_mapping, *others),
         BLOCK_TOKENS=block_tokens,
         num_warps=num_warps,
         maxnreg=maxnreg,
@@ -323,7 +313,7 @@ def kernel_arguments(
         "k_bias_ptr": params.k_norm_bias,
         "num_tokens": slot_mapping.shape[0],
         "num_slots": _num_slots(latent_cache, index_cache),
-        "num_positions": table_rows("write_caches", cos_sin_cache) if has_positions else 0,
+        "num_positions": cos_sin_cache.shape[0] if has_positions else 0,
         "kv_eps": params.kv_norm_eps,
         "k_eps": params.k_norm_eps,
         "RANK": rank,
@@ -344,10 +334,8 @@ def _rope_half(kv_a: Any, index_k: Any, cos_sin_cache: Any, params: CacheWritePa
         half = cos_sin_cache.shape[1] // 2
     elif index_k is not None:
         half = index_k.shape[1] // 4
-    elif params.kv_norm_weight is not None:
-        half = (kv_a.shape[1] - params.kv_norm_weight.shape[0]) // 2
     else:
-        half = 32 if kv_a.shape[1] > 64 else 1
+        half = params.rope_width(kv_a, None) // 2 or (32 if kv_a.shape[1] > 64 else 1)
     if half < 1 or half & (half - 1):
         raise ShapeError(f"write_caches: a device needs a power of two as rope_dim, got {2 * half}")
     if index_k is not None and index_k.shape[1] != 4 * half:

@@ -17,7 +17,7 @@ def project_indexer(
     out: tuple[Any, Any] | None = None,
     scratch: None = None,
 ) -> tuple[Any, Any]:
-    """See `fd_dsa.ops.unchecked.project_indexer`."""
+    """See `fd_dsa.ops.indexer_projection`."""
     for index, result in enumerate(out or ()):
         check_writable("project_indexer", f"out[{index}]", result)
     x = as_numpy(hidden_states)

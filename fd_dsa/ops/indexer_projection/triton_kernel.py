@@ -10,23 +10,20 @@ Source: the count of arrivals, CUDA samples `threadFenceReduction`.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._triton import stored_values
 from fd_dsa.ops._triton_fp8 import stored
-from fd_dsa.ops.indexer_projection.scratch import (
-    NUM_COUNTERS,
-    NUM_PARTIALS,
-    clear_counters,
-    scratch_beside,
-)
+from fd_dsa.ops.indexer_projection.scratch import NUM_COUNTERS, NUM_PARTIALS, scratch_beside
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _NAME = "project_indexer"
+_COUNTERS = tl.constexpr(NUM_COUNTERS)
 Tiling = tuple[int, int, int, int, int, int]
 # BLOCK_TOKENS, _COLUMNS and _HIDDEN, programs that share the hidden size, num_warps, num_stages:
 # what benchmarks/tune.py times, for few tokens and for many
@@ -71,7 +68,6 @@ def project_indexer_kernel(
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     WIDE: tl.constexpr,
-    COUNTERS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
@@ -116,7 +112,7 @@ def project_indexer_kernel(
     if SPLITS > 1:
         counter = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         size: tl.constexpr = BLOCK_TOKENS * BLOCK_COLUMNS
-        part = scratch_ptr + COUNTERS + counter * (SPLITS * size)
+        part = scratch_ptr + _COUNTERS + counter * (SPLITS * size)
         part += in_tile[:, None] * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
         tl.store(part + tl.program_id(2) * size, total, mask=mask)
         # all threads have stored before one of them tells the other programs
@@ -144,7 +140,7 @@ def project_indexer(
     out: tuple[Any, Any] | None = None,
     scratch: Any = None,
 ) -> tuple[Any, Any]:
-    """See `fd_dsa.ops.unchecked.project_indexer`."""
+    """See `fd_dsa.ops.indexer_projection`."""
     if out is None:
         out = _allocated(hidden_states, wk.shape[1], weights_proj.shape[1])
     num_tokens = hidden_states.shape[0]
@@ -156,7 +152,11 @@ def project_indexer(
         try:
             project_indexer_kernel[grid](**arguments, **options)
         except BaseException:
-            clear_counters(scratch)
+            # an interpreted launch may end midway and leave counts, which would make every later
+            # sum wrong; a GPU runs a launch whole, or its error ends the use of the device
+            if scratch is not None:
+                with suppress(Exception):
+                    scratch.zero_()
             raise
     return out
 
@@ -191,7 +191,6 @@ def kernel_arguments(
         "WIDTH": wk.shape[1],
         "HEADS": weights_proj.shape[1],
         "WIDE": tl.bfloat16 if bfloat16 else tl.float32,
-        "COUNTERS": NUM_COUNTERS,
     }
 
 

@@ -51,10 +51,8 @@ def prepare_mla_query(
     num_tokens, num_heads, rank = q_latent.shape
     same = (dtype_name(q_latent.dtype),)
     check_array(_NAME, "q_pe", q_pe, (num_tokens, num_heads, None), same)
-    if position_ids is not None:
-        check_array(_NAME, "position_ids", position_ids, (num_tokens,), ("int64",))
     rope_dim = q_pe.shape[2]
-    check_rope(_NAME, cos_sin_cache, num_tokens if position_ids is None else None, rope_dim)
+    check_rope(_NAME, position_ids, cos_sin_cache, num_tokens, rope_dim)
     check_shape(_NAME, "cos_sin_cache", cos_sin_cache, (None, rope_dim))
     if out is not None:
         check_array(_NAME, "out", out, (num_tokens, num_heads, rank + rope_dim), same)

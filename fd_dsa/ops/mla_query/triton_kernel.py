@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import table_rows
 from fd_dsa.ops._triton_fp8 import load_pairs, rotated, store_pairs, stored
 from fd_dsa.triton_runtime import paddle_jit
 
@@ -93,7 +92,7 @@ def kernel_arguments(
     """Arguments of `prepare_mla_query_kernel` by name, but for BLOCK_ROWS; launch without fusion.
 
     Raises:
-        ShapeError: a width or strides that the kernel has no form for, or a table without a row.
+        ShapeError: a width or strides that the kernel has no form for.
     """
     num_tokens, num_heads, rank = q_latent.shape
     half = cos_sin_cache.shape[1] // 2
@@ -119,7 +118,7 @@ def kernel_arguments(
         "cos_sin_ptr": cos_sin_cache,
         "out_ptr": out,
         "num_rows": num_tokens * num_heads,
-        "num_positions": 0 if position_ids is None else table_rows(_NAME, cos_sin_cache),
+        "num_positions": 0 if position_ids is None else cos_sin_cache.shape[0],
         "HEADS": num_heads,
         "RANK": rank,
         "HALF": half,

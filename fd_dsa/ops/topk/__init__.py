@@ -9,7 +9,7 @@ import numpy as np
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._host import allocator_beside, as_numpy, check_array, check_values, result
-from fd_dsa.ops.providers import CUSTOM_OP, choose, device_kind, function
+from fd_dsa.ops.providers import choose, device_kind, function
 
 __all__ = ["topk_indices"]
 _NAME = "topk_indices"
@@ -112,10 +112,6 @@ def _serving(kind: str, logits: Any) -> Any:
     if kind == "cpu":
         return function("topk", choose("topk", kind).provider)
     # the library's part is loaded only where there is a device
-    from fd_dsa.ops.topk.custom_op import difference, why_not_compiled
+    from fd_dsa.ops.topk.custom_op import choose_topk
 
-    allocate = allocator_beside(logits)
-    choice = choose(
-        "topk", kind, {CUSTOM_OP: why_not_compiled}, lambda kernels: difference(kernels, allocate)
-    )
-    return function("topk", choice.provider)
+    return function("topk", choose_topk(kind, allocator_beside(logits)).provider)

@@ -15,7 +15,7 @@ from fd_dsa.triton_runtime import paddle_jit
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-_BLOCK = 1024
+_BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _ordered_bits(scores):
 
 
 @triton.jit
-def _kth_best(row_ptr, window, k, BLOCK: tl.constexpr):
+def _kth_best(row_ptr, window, k):
     """Largest image that at least k of the row's scores reach, and how many exceed it.
 
     Built from the highest bit down: a bit is set while k scores still reach the value.
@@ -40,8 +40,8 @@ def _kth_best(row_ptr, window, k, BLOCK: tl.constexpr):
     for i in range(32):
         candidate = kth | (tl.full([], 0x80000000, tl.uint32) >> i)
         reached = tl.full([], 0, tl.int32)
-        for start in range(0, window, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+        for start in range(0, window, _BLOCK):
+            column = start + tl.arange(0, _BLOCK)
             image = _ordered_bits(tl.load(row_ptr + column, mask=column < window, other=0.0))
             hit = (column < window) & (image >= candidate)
             reached += tl.sum(hit.to(tl.int32), axis=0)
@@ -80,7 +80,6 @@ def topk_kernel(
     logits_stride,
     num_blocks,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Slots of the k best keys of token `first_token + program 0`."""
     row = tl.program_id(0).to(tl.int64)
@@ -94,15 +93,15 @@ def topk_kernel(
     above = tl.full([], 0, tl.int32)
     if window > k:
         window = tl.minimum(window, logits_width)
-        kth, above = _kth_best(row_ptr, window, k, BLOCK)
+        kth, above = _kth_best(row_ptr, window, k)
     # scores equal to the k-th best fill what the better ones leave, lowest positions first
     wanted_ties = k - above
     scored_end = tl.where(window > k, window, 0)
     unscored_end = window - scored_end
     num_written = tl.full([], 0, tl.int32)
     num_ties = tl.full([], 0, tl.int32)
-    for start in range(0, window, BLOCK):
-        position = start + tl.arange(0, BLOCK)
+    for start in range(0, window, _BLOCK):
+        position = start + tl.arange(0, _BLOCK)
         seen = position < window
         image = _ordered_bits(tl.load(row_ptr + position, mask=position < scored_end, other=0.0))
         tie = seen & (image == kth)
@@ -117,9 +116,9 @@ def topk_kernel(
         tl.store(out_ptr + rank, slot, mask=chosen)
         num_written += tl.sum(chosen.to(tl.int32), axis=0)
         num_ties += tl.sum(tie.to(tl.int32), axis=0)
-    for start in range(0, k - num_written, BLOCK):
-        column = num_written + start + tl.arange(0, BLOCK)
-        tl.store(out_ptr + column, tl.full([BLOCK], -1, tl.int32), mask=column < k)
+    for start in range(0, k - num_written, _BLOCK):
+        column = num_written + start + tl.arange(0, _BLOCK)
+        tl.store(out_ptr + column, tl.full([_BLOCK], -1, tl.int32), mask=column < k)
 
 
 def select_slots(
@@ -174,6 +173,5 @@ def select_slots(
         logits.stride()[0],
         num_blocks,
         BLOCK_SIZE=block_size,
-        BLOCK=_BLOCK,
         num_warps=4,
     )
