@@ -9,7 +9,7 @@ from typing import Any
 
 import paddle
 
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops._triton import step_kernel
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -22,7 +22,7 @@ def empty_like_rows(x: Any, *shape: int) -> Any:
     return paddle.empty(list(shape), "float32", device=x.place)
 
 
-@paddle_jit(do_not_specialize=("stride", "epsilon"), contiguous=("weight_ptr", "out_ptr"))
+@step_kernel(strided=("x_ptr",))
 def rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, stride, epsilon, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -60,7 +60,7 @@ def sigmoid(x):
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
-@paddle_jit(contiguous=("gate_up_ptr", "out_ptr"))
+@step_kernel()
 def silu_and_mul_kernel(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Block `program 1` of row `program 0`."""
     row = tl.program_id(0).to(tl.int64)
@@ -89,7 +89,7 @@ def silu_and_mul(gate_up: Any) -> Any:
     return out
 
 
-@paddle_jit(do_not_specialize=("table_rows",), contiguous=("table_ptr", "index_ptr", "out_ptr"))
+@step_kernel()
 def rows_at_kernel(
     table_ptr, index_ptr, out_ptr, table_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 
 from fd_dsa.ops._dense_kernels import empty_like_rows, sigmoid
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops._triton import step_kernel
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -25,10 +25,7 @@ def _are_best(values, exists, k, SIZE: tl.constexpr):
     return exists & (rank < k)
 
 
-@paddle_jit(
-    do_not_specialize=("scaling",),
-    contiguous=("logits_ptr", "bias_ptr", "weights_ptr", "chosen_ptr"),
-)
+@step_kernel()
 def choose_experts_kernel(
     logits_ptr,
     bias_ptr,
@@ -124,10 +121,7 @@ def choose_experts(
     return weights, chosen
 
 
-@paddle_jit(
-    do_not_specialize=("num_tokens",),
-    contiguous=("parts_ptr", "weights_ptr", "chosen_ptr", "out_ptr"),
-)
+@step_kernel()
 def sum_experts_kernel(
     parts_ptr,
     weights_ptr,

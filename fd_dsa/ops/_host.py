@@ -161,6 +161,21 @@ def check_rope(
         )
 
 
+def outer_strides(operator: str, argument: str, tensor: Any) -> list[int]:
+    """Values from one entry to the next along each axis of a device's tensor but the last.
+
+    Raises:
+        ShapeError: the values of the last axis are not contiguous.
+    """
+    *outer, step = tensor.stride()
+    if step != 1 and tensor.shape[-1] > 1 and all(tensor.shape):
+        raise ShapeError(
+            f"{operator}: values of a row of {argument} are {step} apart, a device needs them "
+            "contiguous"
+        )
+    return outer
+
+
 def check_values(operator: str, argument: str, values: np.ndarray, low: int, stop: int) -> None:
     """Raise ValueError unless all `values` are in [low, stop); reads every value."""
     if values.size == 0 or (values.min() >= low and values.max() < stop):

@@ -36,7 +36,7 @@ OPERATORS: dict[str, dict[str, str]] = {
         TRITON: "ops.positions_kernel.position_ids",
     },
     "indexer_projection": {
-        PADDLE: "ops.indexer_projection.paddle_impl.project_indexer",
+        PADDLE: "ops.indexer_projection.project_on_host",
         TRITON: "ops.indexer_projection.triton_kernel.project_indexer",
     },
     "cache_write": {
@@ -58,7 +58,7 @@ OPERATORS: dict[str, dict[str, str]] = {
         TRITON: "ops.topk.triton_kernel.select_slots",
     },
     "mla_query": {
-        PADDLE: "ops.mla_query.paddle_impl.prepare_mla_query",
+        PADDLE: "ops.mla_query.prepare_on_host",
         TRITON: "ops.mla_query.triton_kernel.prepare_mla_query",
     },
     "sparse_mla": {

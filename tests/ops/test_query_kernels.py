@@ -322,7 +322,7 @@ def test_what_the_kernels_cannot_read_is_refused(kernel_memory: KernelMemory) ->
 
     refused(ShapeError, r"index_head_dim = 2 . rope_dim.*got 128 and 32", angles=zeros(5, 32))
     refused(LaunchError, "q_ptr", q=zeros(2, 4, 130)[..., :DIM])
-    refused(ShapeError, "values of a head of q_pe lie 2 apart", q_pe=zeros(2, 3, 8)[:, :, ::2])
+    refused(ShapeError, "values of a row of q_pe are 2 apart", q_pe=zeros(2, 3, 8)[:, :, ::2])
     refused(ShapeError, "heads of q_pe are .* both even", q_pe=zeros(2, 3, 5)[:, :, :4])
     refused(ShapeError, "heads of q_pe are .* both even", q_pe=zeros(2, 3, 6)[:, :, 1:5])
     refused(LaunchError, "out_ptr", out=zeros(2, 3, 14)[:, :, :12])

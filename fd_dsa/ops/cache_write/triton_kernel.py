@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import check_shape
+from fd_dsa.ops._host import check_shape, outer_strides
+from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import (
     absolute_maximum,
     hadamard,
@@ -28,7 +29,6 @@ from fd_dsa.ops._triton_fp8 import (
     to_e4m3,
     widened,
 )
-from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -155,19 +155,7 @@ def _load_angles(cos_sin_ptr, row, HALF: tl.constexpr):
     return tl.load(angle), tl.load(angle + HALF)
 
 
-@paddle_jit(
-    do_not_specialize=("num_tokens", "num_slots", "num_positions", "kv_eps", "k_eps"),
-    contiguous=(
-        "position_ids_ptr",
-        "slot_mapping_ptr",
-        "cos_sin_ptr",
-        "latent_ptr",
-        "index_ptr",
-        "kv_weight_ptr",
-        "k_weight_ptr",
-        "k_bias_ptr",
-    ),
-)
+@step_kernel(strided=("kv_a_ptr", "index_k_ptr"), specialized=("kv_a_stride", "index_k_stride"))
 def write_caches_kernel(
     kv_a_ptr,
     kv_a_stride,
@@ -350,11 +338,8 @@ def _row_stride(name: str, rows: Any) -> int:
     """Values from one row to the next; rows are dense and start where a pair of values may."""
     if rows is None:
         return 0
-    stride, step = rows.stride()
-    width = rows.shape[1]
-    if step != 1 and width > 1:
-        raise ShapeError(f"write_caches: values of a row of {name} lie {step} apart, wanted 1")
-    if (stride | width) % 2 or rows.data_ptr() % (2 * rows.element_size()):
+    (stride,) = outer_strides("write_caches", name, rows)
+    if (stride | rows.shape[1]) % 2 or rows.data_ptr() % (2 * rows.element_size()):
         raise ShapeError(
             f"write_caches: rows of {name} are {stride} values apart, from address "
             f"{rows.data_ptr()}; a device needs both even, in values"

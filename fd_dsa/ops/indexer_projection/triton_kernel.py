@@ -13,11 +13,10 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from fd_dsa.errors import ShapeError
-from fd_dsa.ops._triton import stored_values
+from fd_dsa.ops._host import outer_strides
+from fd_dsa.ops._triton import step_kernel, stored_values
 from fd_dsa.ops._triton_fp8 import stored
 from fd_dsa.ops.indexer_projection.scratch import NUM_COUNTERS, NUM_PARTIALS, scratch_beside
-from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -49,9 +48,9 @@ def configuration(num_tokens: int) -> Tiling:
     return (64, 32, 128, 1, 4, 4) if num_tokens <= 1024 else (64, 64, 64, 1, 4, 5)
 
 
-@paddle_jit(
-    do_not_specialize=("num_tokens",),
-    contiguous=("index_k_ptr", "weights_ptr", "scratch_ptr"),
+@step_kernel(
+    strided=("hidden_ptr", "wk_ptr", "weights_proj_ptr"),
+    specialized=("hidden_stride", "wk_stride", "weights_proj_stride"),
 )
 def project_indexer_kernel(
     hidden_ptr,
@@ -169,12 +168,8 @@ def kernel_arguments(
     Raises:
         ShapeError: the values of a row are not contiguous.
     """
-    strides = {}
-    matrices = {"hidden": hidden_states, "wk": wk, "weights_proj": weights_proj}
-    for name, matrix in matrices.items():
-        strides[name], step = matrix.stride()
-        if step != 1 and matrix.shape[1] > 1 and matrix.shape[0]:
-            raise ShapeError(f"{_NAME}: values of a row of {name} lie {step} apart, wanted 1")
+    matrices = ("hidden", hidden_states), ("wk", wk), ("weights_proj", weights_proj)
+    strides = {name: outer_strides(_NAME, name, matrix)[0] for name, matrix in matrices}
     bfloat16 = str(hidden_states.dtype).endswith("bfloat16")
     return {
         "hidden_ptr": hidden_states,

@@ -12,10 +12,10 @@ from typing import Any
 
 from fd_dsa.ops._fp8 import INDEX_WIDTH
 from fd_dsa.ops._host import allocator_beside
+from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, decode_form, padded_heads, prompt_form
 from fd_dsa.ops.logits.tile_schedule import TileSchedule
 from fd_dsa.step import ForwardMeta
-from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.triton_runtime.transfers import transfers_for
 
 import triton  # isort: skip
@@ -159,26 +159,7 @@ def _score_pages(
         scale = next_scale
 
 
-@paddle_jit(
-    do_not_specialize=(
-        "chunk",
-        "first_token",
-        "num_rows",
-        "table_width",
-        "logits_width",
-        "logits_stride",
-        "num_blocks",
-    ),
-    contiguous=(
-        "q_ptr",
-        "weights_ptr",
-        "cache_ptr",
-        "position_ids_ptr",
-        "block_tables_ptr",
-        "tiles_ptr",
-        "programs_ptr",
-    ),
-)
+@step_kernel(strided=("logits_ptr",))
 def tile_kernel(
     q_ptr,
     weights_ptr,
@@ -270,22 +251,11 @@ def score_tiles(
     num_rows, width = logits.shape
     if num_rows == 0 or width == 0:
         return
+    inputs = q, weights, cache, step.position_ids, step.block_tables
+    sizes = step.block_tables.shape[1], width, logits.stride()[0], cache.shape[0]
     tile_kernel[(schedule.programs.shape[1],)](
-        q,
-        weights,
-        cache,
-        step.position_ids,
-        step.block_tables,
-        schedule.tiles,
-        schedule.programs,
-        logits,
-        chunk,
-        first_token,
-        num_rows,
-        step.block_tables.shape[1],
-        width,
-        logits.stride()[0],
-        cache.shape[0],
+        *(*inputs, schedule.tiles, schedule.programs, logits),
+        *(chunk, first_token, num_rows, *sizes),
         NUM_HEADS=num_heads,
         HEADS=padded_heads(num_heads),
         FIRST=form.first_tokens,

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, TileForm
 from fd_dsa.step import ForwardMeta
-from fd_dsa.triton_runtime import paddle_jit
 
 import triton.language as tl  # isort: skip
 
@@ -22,25 +22,7 @@ _PAGE = tl.constexpr(BLOCK_SIZE)
 TILE_FIELDS, PROGRAM_FIELDS = 4, 8
 
 
-@paddle_jit(
-    do_not_specialize=(
-        "num_tokens",
-        "chunk_tokens",
-        "max_keys",
-        "least_keys",
-        "num_programs",
-        "tile_tokens",
-        "search_steps",
-    ),
-    contiguous=(
-        "position_ids_ptr",
-        "batch_id_per_token_ptr",
-        "cu_seqlens_q_ptr",
-        "tiles_ptr",
-        "page_ends_ptr",
-        "programs_ptr",
-    ),
-)
+@step_kernel()
 def tile_schedule_kernel(
     position_ids_ptr,
     batch_id_per_token_ptr,
@@ -171,19 +153,11 @@ class TileSchedule:
         if num_tokens == 0:
             return
         chunk_tokens = chunk_tokens or num_tokens
+        search_steps = min(chunk_tokens, num_tokens).bit_length()
         tile_schedule_kernel[(-(-num_tokens // chunk_tokens),)](
-            step.position_ids,
-            step.batch_id_per_token,
-            step.cu_seqlens_q,
-            self.tiles,
-            self.page_ends,
-            self.programs,
-            num_tokens,
-            chunk_tokens,
-            max_keys,
-            least_keys,
-            self.programs.shape[1],
-            self.form.tile_tokens,
-            min(chunk_tokens, num_tokens).bit_length(),
+            *(step.position_ids, step.batch_id_per_token, step.cu_seqlens_q),
+            *(self.tiles, self.page_ends, self.programs),
+            *(num_tokens, chunk_tokens, max_keys, least_keys),
+            *(self.programs.shape[1], self.form.tile_tokens, search_steps),
             num_warps=_NUM_WARPS,
         )

@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.ops._host import cache_format
-from fd_dsa.ops._triton import blocks_of, e4m3_values, stored_values
+from fd_dsa.ops._triton import blocks_of, e4m3_values, step_kernel, stored_values
 from fd_dsa.step import ForwardMeta
-from fd_dsa.triton_runtime import paddle_jit
 
 import triton.language as tl  # isort: skip
 
@@ -21,18 +20,7 @@ BLOCK_N = 64
 _BLOCK_N, _BLOCK_H, _BLOCK_D = tl.constexpr(BLOCK_N), tl.constexpr(16), tl.constexpr(32)
 
 
-@paddle_jit(
-    do_not_specialize=("first_token", "table_width", "logits_width", "num_blocks", "num_heads"),
-    contiguous=(
-        "q_ptr",
-        "weights_ptr",
-        "cache_ptr",
-        "position_ids_ptr",
-        "batch_id_per_token_ptr",
-        "block_tables_ptr",
-        "logits_ptr",
-    ),
-)
+@step_kernel()
 def logits_kernel(
     q_ptr,
     weights_ptr,
@@ -134,18 +122,9 @@ def score_pages(
     both_bfloat16 = "bfloat16" in str(q.dtype) and "float32" not in str(cache.dtype)
     wide = tl.float16 if fp8 else tl.bfloat16 if both_bfloat16 else tl.float32
     logits_kernel[(num_rows, -(-num_keys // BLOCK_N))](
-        q,
-        weights,
-        cache,
-        step.position_ids,
-        step.batch_id_per_token,
-        step.block_tables,
-        logits,
-        first_token,
-        step.block_tables.shape[1],
-        width,
-        cache.shape[0],
-        q.shape[1],
+        *(q, weights, cache),
+        *(step.position_ids, step.batch_id_per_token, step.block_tables),
+        *(logits, first_token, step.block_tables.shape[1], width, cache.shape[0], q.shape[1]),
         HEAD_DIM=q.shape[2],
         BLOCK_SIZE=cache.shape[1],
         FP8=fp8,

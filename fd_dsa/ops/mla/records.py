@@ -18,9 +18,8 @@ from fd_dsa.ops._fp8 import (
     LATENT_WIDTH,
     ROPE_WIDTH,
 )
-from fd_dsa.ops._triton import e4m3_values
+from fd_dsa.ops._triton import e4m3_values, step_kernel
 from fd_dsa.step import ForwardMeta
-from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -81,16 +80,7 @@ def _dequantize_slots(cache_ptr, values_ptr, slot, target, mask):
     )
 
 
-@paddle_jit(
-    do_not_specialize=("num_rows", "table_width", "num_blocks", "capacity", "keys_per_token"),
-    contiguous=(
-        "cache_ptr",
-        "block_tables_ptr",
-        "seq_lens_encoder_ptr",
-        "seq_lens_decoder_ptr",
-        "seq_lens_this_time_ptr",
-    ),
-)
+@step_kernel()
 def dequantize_kernel(
     cache_ptr,
     block_tables_ptr,
@@ -182,19 +172,10 @@ class DequantizedRecords:
         if capacity == 0 or num_rows == 0:
             return None
         dequantize_kernel[(min(_PROGRAMS, capacity),)](
-            cache,
-            step.block_tables,
-            step.seq_lens_encoder,
-            step.seq_lens_decoder,
-            step.seq_lens_this_time,
-            values,
-            blocks,
-            flags,
-            num_rows,
-            table_width,
-            num_blocks,
-            capacity,
-            self._keys_per_token,
+            *(cache, step.block_tables),
+            *(step.seq_lens_encoder, step.seq_lens_decoder, step.seq_lens_this_time),
+            *(values, blocks, flags),
+            *(num_rows, table_width, num_blocks, capacity, self._keys_per_token),
             BLOCK_SIZE=block_size,
             ROWS=1 << (num_rows - 1).bit_length(),
             num_warps=_NUM_WARPS,

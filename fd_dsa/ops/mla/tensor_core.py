@@ -153,20 +153,9 @@ def attend_on_tensor_cores(
     groups = -(-num_heads // form.block_h)
     tiles = -(-topk // form.block_n)
     attend_kernel[(num_tokens * groups * splits,)](
-        q,
-        cache,
-        slots,
-        None if is_split else out,
-        None if is_split else lse,
-        values,
-        partial_lse,
-        softmax_scale * log2(e),
-        topk,
-        num_heads,
-        prod(cache.shape[:-1]),
-        groups,
-        splits,
-        -(-tiles // splits) * form.block_n,
+        *(q, cache, slots, *((None, None) if is_split else (out, lse)), values, partial_lse),
+        *(softmax_scale * log2(e), topk, num_heads, prod(cache.shape[:-1])),
+        *(groups, splits, -(-tiles // splits) * form.block_n),
         BLOCK_H=form.block_h,
         BLOCK_N=form.block_n,
         COPIED=form.copied,
@@ -178,11 +167,7 @@ def attend_on_tensor_cores(
     if is_split:
         most, columns, num_warps = next(x for x in _COMBINE if x[0] >= splits)
         combine_kernel[(num_tokens * num_heads, RANK // columns)](
-            values,
-            partial_lse,
-            out,
-            lse,
-            splits,
+            *(values, partial_lse, out, lse, splits),
             MAX_SPLITS=most,
             COLUMNS=columns,
             num_warps=num_warps,

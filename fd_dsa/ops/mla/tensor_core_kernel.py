@@ -10,6 +10,7 @@ Source: the online softmax over splits is that of Flash-Decoding (Dao et al. 202
 
 from __future__ import annotations
 
+from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored, to_bfloat16
 from fd_dsa.ops.mla._tiles import (
     RANK,
@@ -30,7 +31,6 @@ from fd_dsa.ops.mla._tiles import (
     weighted,
     zeros,
 )
-from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -144,10 +144,7 @@ def _bfloat16_keys(key, seen, column, first: tl.constexpr):
     return x
 
 
-@paddle_jit(
-    do_not_specialize=("topk", "num_heads", "num_slots", "groups", "splits", "entries"),
-    contiguous=("q_ptr", "cache_ptr", "slots_ptr", "out_ptr", "lse_ptr"),
-)
+@step_kernel()
 def attend_kernel(
     q_ptr,
     cache_ptr,
@@ -249,7 +246,7 @@ def attend_kernel(
     )  # fmt: skip
 
 
-@paddle_jit(do_not_specialize=("splits",), contiguous=("out_ptr", "lse_ptr"))
+@step_kernel()
 def combine_kernel(
     partial_ptr,
     partial_lse_ptr,

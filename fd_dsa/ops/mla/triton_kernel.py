@@ -12,8 +12,7 @@ from typing import Any
 
 from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
 from fd_dsa.ops._host import cache_format
-from fd_dsa.ops._triton import e4m3_values, stored_values
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops._triton import e4m3_values, step_kernel, stored_values
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -54,10 +53,7 @@ def _roped(
     )
 
 
-@paddle_jit(
-    do_not_specialize=("topk", "num_heads", "num_slots"),
-    contiguous=("q_ptr", "cache_ptr", "slots_ptr", "out_ptr"),
-)
+@step_kernel()
 def sparse_mla_kernel(
     q_ptr,
     cache_ptr,
@@ -151,14 +147,8 @@ def attend_slots(
     both_bfloat16 = "bfloat16" in str(q.dtype) and "float32" not in str(cache.dtype)
     rope_dim = width - kv_lora_rank
     sparse_mla_kernel[(num_tokens, -(-num_heads // BLOCK_H))](
-        q,
-        cache,
-        slots,
-        out,
-        softmax_scale,
-        slots.shape[1],
-        num_heads,
-        prod(cache.shape[:-1]),
+        *(q, cache, slots, out, softmax_scale),
+        *(slots.shape[1], num_heads, prod(cache.shape[:-1])),
         RANK=kv_lora_rank,
         ROPE=rope_dim,
         RANK_PADDED=max(16, triton.next_power_of_2(kv_lora_rank)),
@@ -169,9 +159,7 @@ def attend_slots(
     )
 
 
-@paddle_jit(
-    do_not_specialize=("num_keys", "num_slots"), contiguous=("cache_ptr", "slots_ptr", "out_ptr")
-)
+@step_kernel()
 def dequantize_kernel(
     cache_ptr,
     slots_ptr,
@@ -204,11 +192,7 @@ def dequantize(cache: Any, slots: Any, out: Any) -> None:
         return
     fp8 = cache_format(cache) == "fp8_ds_mla"
     dequantize_kernel[(-(-num_keys // BLOCK_N),)](
-        cache,
-        slots,
-        out,
-        num_keys,
-        cache.shape[0],
+        *(cache, slots, out, num_keys, cache.shape[0]),
         # the parts of other caches are alike
         RANK=LATENT_WIDTH if fp8 else width,
         ROPE=ROPE_WIDTH if fp8 else 0,

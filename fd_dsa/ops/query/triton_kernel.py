@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.errors import ShapeError
+from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import (
     hadamard,
     load_row,
@@ -19,7 +20,6 @@ from fd_dsa.ops._triton_fp8 import (
     store_row_codes,
     widened,
 )
-from fd_dsa.triton_runtime import paddle_jit
 
 import triton.language as tl  # isort: skip
 
@@ -38,17 +38,7 @@ def configuration(num_rows: int) -> tuple[int, int]:
     return (32, 4) if num_rows <= 131072 else (32, 2)
 
 
-@paddle_jit(
-    do_not_specialize=("num_rows", "num_positions", "weights_scale"),
-    contiguous=(
-        "q_ptr",
-        "weights_ptr",
-        "position_ids_ptr",
-        "cos_sin_ptr",
-        "q_out_ptr",
-        "w_out_ptr",
-    ),
-)
+@step_kernel()
 def prepare_query_kernel(
     q_ptr,
     weights_ptr,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._triton import blocks_of
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops._triton import blocks_of, step_kernel
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -51,22 +50,7 @@ def _kth_best(row_ptr, window, k):
     return kth, above
 
 
-@paddle_jit(
-    do_not_specialize=(
-        "k",
-        "first_token",
-        "table_width",
-        "logits_width",
-        "logits_stride",
-        "num_blocks",
-    ),
-    contiguous=(
-        "position_ids_ptr",
-        "batch_id_per_token_ptr",
-        "block_tables_ptr",
-        "slots_ptr",
-    ),
-)
+@step_kernel(strided=("logits_ptr",))
 def topk_kernel(
     logits_ptr,
     position_ids_ptr,
@@ -161,17 +145,8 @@ def select_slots(
     if num_rows == 0:
         return
     topk_kernel[(num_rows,)](
-        logits,
-        position_ids,
-        batch_id_per_token,
-        block_tables,
-        slots,
-        slots.shape[1],
-        first_token,
-        block_tables.shape[1],
-        logits.shape[1],
-        logits.stride()[0],
-        num_blocks,
+        *(logits, position_ids, batch_id_per_token, block_tables, slots, slots.shape[1]),
+        *(first_token, block_tables.shape[1], logits.shape[1], logits.stride()[0], num_blocks),
         BLOCK_SIZE=block_size,
         num_warps=4,
     )
