@@ -68,27 +68,18 @@ def _paddle_matmul() -> Callable[..., Any]:
 
 def check_shape(operator: str, argument: str, value: Any, allowed: tuple[int | None, ...]) -> None:
     """Raise ShapeError unless `value` is an array whose shape fits `allowed` (None = any)."""
-    try:
-        shape = value.shape
-    except AttributeError:
-        raise ShapeError(
-            f"{operator}: {argument} is {_kind_of(value)}, allowed is an array of shape "
-            f"{_shape_text(allowed)}"
-        ) from None
-    if len(shape) == len(allowed):
+    shape = getattr(value, "shape", None)
+    if shape is not None and len(shape) == len(allowed):
         for extent, expected in zip(shape, allowed, strict=True):
             if expected is not None and extent != expected:
                 break
         else:
             return
-    raise ShapeError(
-        f"{operator}: {argument} has shape {list(shape)}, allowed is {_shape_text(allowed)}"
-    )
-
-
-def _shape_text(allowed: tuple[int | None, ...]) -> str:
-    """A shape in words, `*` for any extent."""
-    return "[" + ", ".join("*" if a is None else str(a) for a in allowed) + "]"
+    text = "[" + ", ".join("*" if a is None else str(a) for a in allowed) + "]"
+    if shape is None:
+        text = f"{_kind_of(value)}, allowed is an array of shape {text}"
+        raise ShapeError(f"{operator}: {argument} is {text}")
+    raise ShapeError(f"{operator}: {argument} has shape {list(shape)}, allowed is {text}")
 
 
 def _kind_of(value: Any) -> str:
@@ -114,17 +105,14 @@ def dtype_name(dtype: Any) -> str:
 
 def check_dtype(operator: str, argument: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise DtypeError unless `value` is an array whose dtype is one of `allowed`."""
-    try:
-        name = dtype_name(value.dtype)
-    except AttributeError:
-        raise DtypeError(
-            f"{operator}: {argument} is {_kind_of(value)}, allowed is an array of "
-            f"{' or '.join(allowed)}"
-        ) from None
-    if name not in allowed:
-        raise DtypeError(
-            f"{operator}: {argument} has dtype {name}, allowed is {' or '.join(allowed)}"
-        )
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and dtype_name(dtype) in allowed:
+        return
+    text = " or ".join(allowed)
+    if dtype is None:
+        text = f"{_kind_of(value)}, allowed is an array of {text}"
+        raise DtypeError(f"{operator}: {argument} is {text}")
+    raise DtypeError(f"{operator}: {argument} has dtype {dtype_name(dtype)}, allowed is {text}")
 
 
 def check_array(

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fd_dsa.ops._fp8 import absolute_maximum, decode_e4m3, encode_e4m3, index_scale, raw_scale
 from fd_dsa.ops._gather import gather_index_keys, gather_latents
-from fd_dsa.ops._hadamard import hadamard
 from fd_dsa.ops._host import Scratch
+from fd_dsa.ops._rope import hadamard
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_gathered, score_paged
 from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered

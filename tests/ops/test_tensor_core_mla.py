@@ -205,13 +205,6 @@ def test_records_past_two_to_the_31_bytes(kernel_memory: KernelMemory) -> None:
     np.testing.assert_array_equal(m.get(out), case.run(m)[0])
 
 
-class _Fake:
-    """What the checks look at of a tensor."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
-        self.shape, self.dtype = shape, dtype
-
-
 @given(st.integers(1, 5000), st.integers(1, 130), st.integers(0, 4096), st.booleans())
 def test_splits_fit_into_their_memory_and_cover_a_row(
     num_tokens: int, num_heads: int, topk: int, fp8: bool

@@ -149,3 +149,11 @@ def test_rows_past_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = select_positions(scores, lengths, 6)
     monkeypatch.setattr("fd_dsa.ops.topk.paddle_impl._TILE_KEYS", 110)
     np.testing.assert_array_equal(select_positions(scores, lengths, 6), whole)
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0xFF8000FF], ids=["+", "-"])
+def test_signalling_nan_past_the_length(bits: int) -> None:
+    # columns that no unit wrote hold what the memory held
+    scores = np.full((2, 4), bits, np.uint32).view(np.float32)
+    scores[:, :2] = [[1.0, 3.0], [2.0, -1.0]]
+    assert select_positions(scores, np.array([2, 2]), 1).tolist() == [[1], [0]]

@@ -133,22 +133,6 @@ def write_caches(
     Source: FlashMLA (README, "FP8 KV cache"), DeepGEMM's paged index cache, vLLM's
     concat_and_cache_ds_mla and indexer_k_quant_and_cache for the two formats.
     """
-    arguments = kv_a, index_k, position_ids, slot_mapping, cos_sin_cache, latent_cache, index_cache
-    _check(*arguments, params)
-    unchecked.write_caches(*arguments, params)
-
-
-def _check(
-    kv_a: Any,
-    index_k: Any,
-    position_ids: Any,
-    slot_mapping: Any,
-    cos_sin_cache: Any,
-    latent_cache: Any,
-    index_cache: Any,
-    params: CacheWriteParams,
-) -> None:
-    """Refuse keys of other tokens, caches of another form than the keys', norms of other widths."""
     check_array(_NAME, "slot_mapping", slot_mapping, (None,), ("int64",))
     num_tokens = slot_mapping.shape[0]
     rows = {name: x for name, x in (("kv_a", kv_a), ("index_k", index_k)) if x is not None}
@@ -183,3 +167,5 @@ def _check(
             norm = getattr(params, argument)
             if norm is not None:
                 check_array(_NAME, argument, norm, (index_k.shape[1],), ("float32",))
+    arguments = kv_a, index_k, position_ids, slot_mapping, cos_sin_cache, latent_cache, index_cache
+    unchecked.write_caches(*arguments, params)

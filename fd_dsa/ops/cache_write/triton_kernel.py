@@ -40,12 +40,6 @@ if TYPE_CHECKING:
 _TILE = 128
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
-# BLOCK_TOKENS, num_warps, maxnreg: what benchmarks/tune.py times
-CANDIDATES = (
-    *((1, 1, None), (1, 1, 64), (2, 1, None), (2, 1, 80), (4, 1, None), (4, 1, 128)),
-    *((2, 2, None), (4, 4, None), (4, 4, 48), (8, 2, None), (8, 2, 128)),
-)
-
 
 def configuration(num_tokens: int) -> tuple[int, int, int | None]:
     """BLOCK_TOKENS, num_warps and maxnreg: a warp a token, then all programs in one wave."""
@@ -286,6 +280,10 @@ def kernel_arguments(
     if kv_a is not None and params.kv_norm_weight is not None:
         check_shape("write_caches", "kv_norm_weight", params.kv_norm_weight, (rank,))
     has_positions = cos_sin_cache is not None and position_ids is not None
+    caches = [cache for cache in (latent_cache, index_cache) if cache is not None]
+    sizes = {cache.shape[0] * cache.shape[-2] for cache in caches}
+    if len(sizes) > 1:
+        raise ShapeError(f"write_caches: caches of {sorted(sizes)} slots; a step has one table")
     return {
         "kv_a_ptr": kv_a,
         "kv_a_stride": _row_stride("kv_a", kv_a),
@@ -300,13 +298,13 @@ def kernel_arguments(
         "k_weight_ptr": params.k_norm_weight,
         "k_bias_ptr": params.k_norm_bias,
         "num_tokens": slot_mapping.shape[0],
-        "num_slots": _num_slots(latent_cache, index_cache),
+        "num_slots": sizes.pop(),
         "num_positions": cos_sin_cache.shape[0] if has_positions else 0,
         "kv_eps": params.kv_norm_eps,
         "k_eps": params.k_norm_eps,
         "RANK": rank,
         "HALF": half,
-        "BLOCK_SIZE": (index_cache if latent_cache is None else latent_cache).shape[-2],
+        "BLOCK_SIZE": caches[0].shape[-2],
         "TILE": tile,
         "TILES": 1 << (-(-rank // tile) - 1).bit_length(),
         "FP8": params.kv_cache_dtype == "fp8_ds_mla",
@@ -345,11 +343,3 @@ def _row_stride(name: str, rows: Any) -> int:
             f"{rows.data_ptr()}; a device needs both even, in values"
         )
     return stride
-
-
-def _num_slots(latent_cache: Any, index_cache: Any) -> int:
-    """Slots of the caches that are written."""
-    sizes = {c.shape[0] * c.shape[-2] for c in (latent_cache, index_cache) if c is not None}
-    if len(sizes) > 1:
-        raise ShapeError(f"write_caches: caches of {sorted(sizes)} slots; a step has one table")
-    return sizes.pop()

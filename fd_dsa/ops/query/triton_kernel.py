@@ -24,11 +24,6 @@ from fd_dsa.ops._triton_fp8 import (
 import triton.language as tl  # isort: skip
 
 _NAME = "indexer_query"
-# (BLOCK_ROWS, num_warps) that benchmarks/tune.py times
-CANDIDATES = (
-    *((4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 2), (64, 2)),
-    *((32, 4), (64, 4), (128, 4), (64, 8), (128, 8)),
-)
 
 
 def configuration(num_rows: int) -> tuple[int, int]:

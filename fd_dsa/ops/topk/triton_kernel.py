@@ -119,14 +119,12 @@ def select_slots(
 ) -> None:
     """Fill rows of `slots` with the cache slots of the best keys of consecutive tokens.
 
-    Keys rank by higher score, then by lower position; NaN ranks below every number and -0.0
-    equals +0.0. Slots come in ascending position, -1 last. A token with at most k keys gets all
-    of them, without a look at its scores.
+    Ranks and order are those of `fd_dsa.ops.topk_indices`. A token with at most k keys gets all of
+    them, without a look at its scores.
 
     Args:
-        logits: float32 [num_rows, width]; scores of the tokens from `first_token` on, a column a
-            position, at any distance between rows but side by side within one. Entries past a
-            token's window are not looked at.
+        logits: float32 [num_rows, width]; scores of the tokens from `first_token` on, at any
+            distance between rows. Entries past a token's window are not looked at.
         position_ids: int64 [num_tokens]; a token sees the keys 0..position of its row.
         batch_id_per_token: int32 [num_tokens]; -1 = padding, whose rows become -1.
         block_tables: int32 [num_reqs, max_blocks].
@@ -139,7 +137,6 @@ def select_slots(
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch; no allocation, no wait.
-    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2; order: docs/concepts/dsa.md.
     """
     num_rows = logits.shape[0] if num_rows is None else num_rows
     if num_rows == 0:
