@@ -42,7 +42,11 @@ def test_bytes_are_those_of_the_cpu(
 ) -> None:
     for num_tokens in sizes(kernel_memory):
         case = make_case(num_tokens, dtype, seed=num_tokens, **params)
-        assert_same_bytes(in_kernel(kernel_memory, case), on_cpu(case))
+        wanted = on_cpu(case)
+        assert_same_bytes(in_kernel(kernel_memory, case), wanted)
+        # cos and sin gathered before
+        assert_same_bytes(on_cpu(case.gathered()), wanted)
+        assert_same_bytes(in_kernel(kernel_memory, case.gathered()), wanted)
 
 
 def parts_of(case: Case) -> dict[str, Case]:
@@ -64,15 +68,6 @@ def parts_of(case: Case) -> dict[str, Case]:
 def test_parts_are_left_out(kernel_memory: KernelMemory, dtype: str, part: str) -> None:
     case = parts_of(make_case(sizes(kernel_memory)[1], dtype))[part]
     assert_same_bytes(in_kernel(kernel_memory, case), on_cpu(case))
-
-
-@pytest.mark.parametrize("params", FORMATS.values(), ids=FORMATS.keys())
-def test_cos_and_sin_gathered_before(kernel_memory: KernelMemory, params: dict[str, Any]) -> None:
-    for num_tokens in sizes(kernel_memory):
-        case = make_case(num_tokens, seed=num_tokens, **params)
-        wanted = on_cpu(case)
-        assert_same_bytes(on_cpu(case.gathered()), wanted)
-        assert_same_bytes(in_kernel(kernel_memory, case.gathered()), wanted)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
