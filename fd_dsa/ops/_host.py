@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -20,14 +19,9 @@ def as_numpy(array: Any) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array
     view = np.from_dlpack(array)
-    return view if view.flags.writeable else _writable(view)
-
-
-def _writable(view: np.ndarray) -> np.ndarray:
-    """A tensor's memory, for writing.
-
-    With NumPy before 2.2.5, or Paddle before 3.3, views of tensors are read-only.
-    """
+    if view.flags.writeable:
+        return view
+    # with NumPy before 2.2.5, or Paddle before 3.3, views of tensors are read-only
     address, _ = view.__array_interface__["data"]
     interface = view.__array_interface__ | {"data": (address, False)}
     # NumPy keeps the object that it had the interface from, and so the tensor
@@ -55,15 +49,9 @@ def readable(tensor: Any) -> Any:
 
 def matmul(x: Any, y: Any, *, transpose_y: bool = False) -> Any:
     """Product of two Paddle tensors; Paddle is imported by the first one."""
-    return _paddle_matmul()(x, y, transpose_y=transpose_y)
-
-
-@cache
-def _paddle_matmul() -> Callable[..., Any]:
-    """Paddle's matmul."""
     import paddle
 
-    return paddle.matmul
+    return paddle.matmul(x, y, transpose_y=transpose_y)
 
 
 def check_shape(operator: str, argument: str, value: Any, allowed: tuple[int | None, ...]) -> None:
@@ -226,22 +214,11 @@ _STAGED_VALUES = 1 << 16
 
 
 class _Stage(threading.local):
-    """A thread's memory for operands of GEMMs, and the tensors that are views of it."""
+    """A thread's memory for operands of GEMMs, and arrays and tensors that are views of it."""
 
     def __init__(self) -> None:
         self.buffer = np.empty(_STAGED_VALUES, np.float32)
-        self.tensors: dict[tuple[int, ...], tuple[np.ndarray, Any]] = {}
-
-    def operand(self, shape: tuple[int, ...]) -> tuple[np.ndarray, Any]:
-        """An array and a tensor of `shape` on the same memory, valid until the next call."""
-        pair = self.tensors.get(shape)
-        if pair is None:
-            size = math.prod(shape)
-            if len(self.tensors) >= _STAGED_SHAPES:
-                self.tensors.clear()
-            array = self.buffer[:size].reshape(shape)
-            pair = self.tensors[shape] = array, as_tensor(array)
-        return pair
+        self.views: dict[tuple[int, ...], tuple[np.ndarray, Any]] = {}
 
 
 _stage = _Stage()
@@ -256,7 +233,13 @@ def staged(x: np.ndarray) -> Any:
     """
     if x.size > _STAGED_VALUES:
         return as_tensor(np.ascontiguousarray(x))
-    array, tensor = _stage.operand(x.shape)
+    views = _stage.views
+    if x.shape not in views:
+        if len(views) >= _STAGED_SHAPES:
+            views.clear()
+        array = _stage.buffer[: x.size].reshape(x.shape)
+        views[x.shape] = array, as_tensor(array)
+    array, tensor = views[x.shape]
     np.copyto(array, x)
     return tensor
 

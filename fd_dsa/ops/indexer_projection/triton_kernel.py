@@ -13,7 +13,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from fd_dsa.ops._host import outer_strides
+from fd_dsa.ops._host import allocator_beside, dtype_name, outer_strides
 from fd_dsa.ops._triton import step_kernel, stored_values
 from fd_dsa.ops._triton_fp8 import stored
 from fd_dsa.ops.indexer_projection.scratch import NUM_COUNTERS, NUM_PARTIALS, scratch_beside
@@ -140,9 +140,13 @@ def project_indexer(
     scratch: Any = None,
 ) -> tuple[Any, Any]:
     """See `fd_dsa.ops.indexer_projection`."""
-    if out is None:
-        out = _allocated(hidden_states, wk.shape[1], weights_proj.shape[1])
     num_tokens = hidden_states.shape[0]
+    if out is None:
+        allocate, dtype = allocator_beside(hidden_states), dtype_name(hidden_states.dtype)
+        out = (
+            allocate((num_tokens, wk.shape[1]), dtype),
+            allocate((num_tokens, weights_proj.shape[1]), "float32"),
+        )
     if num_tokens:
         if scratch is None and num_tokens <= MOST_SPLIT_TOKENS:
             scratch = scratch_beside(out[1])
@@ -217,12 +221,3 @@ def launch_options(
         "num_stages": num_stages,
     }
     return (token_tiles, tiles, splits), options
-
-
-def _allocated(hidden_states: Any, width: int, heads: int) -> tuple[Any, Any]:
-    """Memory for the results beside the hidden states."""
-    import paddle
-
-    num_tokens = hidden_states.shape[0]
-    index_k = hidden_states.new_empty([num_tokens, width])
-    return index_k, hidden_states.new_empty([num_tokens, heads], dtype=paddle.float32)

@@ -80,15 +80,13 @@ def topk_indices(
     if num_rows:
         places = {"block_size": block_size, "num_blocks": num_blocks}
         positions = lengths.astype("int64") - 1
-        _serving(kind, logits)(logits, positions, batch_ids, block_tables, out, **places)
+        if kind == "cpu":
+            provider = choose("topk", kind).provider
+        else:
+            # the library's part is loaded only where there is a device
+            from fd_dsa.ops.topk.custom_op import choose_topk
+
+            provider = choose_topk(kind, allocator_beside(logits)).provider
+        select = function("topk", provider)
+        select(logits, positions, batch_ids, block_tables, out, **places)
     return out
-
-
-def _serving(kind: str, logits: Any) -> Any:
-    """The function that serves."""
-    if kind == "cpu":
-        return function("topk", choose("topk", kind).provider)
-    # the library's part is loaded only where there is a device
-    from fd_dsa.ops.topk.custom_op import choose_topk
-
-    return function("topk", choose_topk(kind, allocator_beside(logits)).provider)
