@@ -26,19 +26,9 @@ def _kernels() -> ModuleType:
     return _dense_kernels
 
 
-def embedding(ids: Any, weight: Any) -> Any:
-    """Rows `ids` of `weight`: integers [num_tokens], float32 [vocab_size, hidden_size].
-
-    On a CPU `weight` is a NumPy array.
-    """
-    if isinstance(ids, np.ndarray):
-        return weight[ids]
-    return _kernels().rows_at(weight, ids) if on_device(ids) else weight[as_numpy(ids)]
-
-
 def rows_at(x: Any, index: Any) -> Any:
-    """Rows `index`, integers [n], of x [num_tokens, width]."""
-    return x[index] if isinstance(x, np.ndarray) else _kernels().rows_at(x, index)
+    """Rows `index`, integers [n], of x [num_rows, width]; on a CPU `x` is a NumPy array."""
+    return x[as_numpy(index)] if isinstance(x, np.ndarray) else _kernels().rows_at(x, index)
 
 
 def linear(x: Any, weight: Any, bias: Any = None, *, transpose_y: bool = False) -> Any:

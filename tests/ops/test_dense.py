@@ -11,7 +11,7 @@ pytest.importorskip("paddle", reason="the operators are on Paddle's tensors")
 
 import paddle
 
-from fd_dsa.ops._linear import embedding, head_linear, joined, linear, rows_at, silu_and_mul
+from fd_dsa.ops._linear import head_linear, joined, linear, rows_at, silu_and_mul
 from fd_dsa.ops._norm import layer_norm, rms_norm
 from fd_dsa.step.host_tensor import as_tensor
 from tests.kernel_memory import KernelMemory
@@ -80,7 +80,6 @@ def test_norms_of_column_slices(paddle_memory: KernelMemory, shape: tuple[int, i
 def test_rows(paddle_memory: KernelMemory, dtype: str) -> None:
     weight, ids = floats(9, 4), np.array([8, 0, 3, 3], dtype)
     tensors = paddle_memory.put(weight), paddle_memory.put(ids)
-    close(embedding(tensors[1], tensors[0]), embedding(ids, weight))
     close(rows_at(*tensors), rows_at(weight, ids))
 
 
