@@ -64,10 +64,10 @@ def test_weights_of_heads(way: str, rows: int) -> None:
             close(head_linear(x, weight), np.einsum("nhi,hio->nho", x, w))
 
 
-@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize(("count", "rows"), [(1, 3), (4, 1), (5, 1), (5, 3)])
 @pytest.mark.parametrize("transpose_y", [False, True])
-def test_a_batch(way: str, count: int, transpose_y: bool) -> None:
-    x, y = operands(count, (count, 3, 8), (count, 8, 5))
+def test_a_batch(way: str, count: int, rows: int, transpose_y: bool) -> None:
+    x, y = operands(count, (count, rows, 8), (count, 8, 5))
     stored = np.ascontiguousarray(y.transpose(0, 2, 1)) if transpose_y else y
     close(_gemm.batched(x, stored, transpose_y=transpose_y), x @ y)
 
