@@ -13,7 +13,7 @@ from benchmarks._peers import DeepGemm
 from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES
 from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
 from fd_dsa.ops.logits.tile_kernel import score_tiles
-from fd_dsa.ops.logits.tile_schedule import TileSchedule, fill_tile_schedule
+from fd_dsa.ops.logits.tile_schedule import TileSchedule
 
 DEVICE = "cuda"
 WIDTH, PAGE = 128, 64
@@ -147,18 +147,19 @@ class Step:
         logits: memory for scores that all steps share, at least as many as the shape has.
 
     Attributes:
+        position_ids, batch_id_per_token, cu_seqlens_q, block_tables: as of a ForwardMeta.
         logits: float32 [num_tokens, keys] in it.
     """
 
     def __init__(self, shape: Shape, cache: torch.Tensor, logits: torch.Tensor, seed: int) -> None:
         self.shape, self.cache = shape, cache
         blocks = np.random.default_rng(seed).choice(NUM_BLOCKS, shape.num_pages, replace=False)
-        self.tables = self._int32(blocks.reshape(shape.rows, -1))
+        self.block_tables = self._int32(blocks.reshape(shape.rows, -1))
         first = shape.keys - shape.new
         positions = np.tile(np.arange(first, shape.keys), shape.rows)
-        self.positions = torch.from_numpy(positions).to(DEVICE)
-        self.batch = self._int32(np.repeat(np.arange(shape.rows), shape.new))
-        self.cu = self._int32(np.arange(shape.rows + 1) * shape.new)
+        self.position_ids = torch.from_numpy(positions).to(DEVICE)
+        self.batch_id_per_token = self._int32(np.repeat(np.arange(shape.rows), shape.new))
+        self.cu_seqlens_q = self._int32(np.arange(shape.rows + 1) * shape.new)
         self.q = codes(shape.num_tokens, shape.heads, WIDTH)
         self.weights = torch.randn(shape.num_tokens, shape.heads, device=DEVICE)
         self.logits = logits[: shape.num_tokens * shape.keys].view(shape.num_tokens, shape.keys)
@@ -170,25 +171,24 @@ class Step:
     def ours(self, form: TileForm) -> Call:
         """Our launch, its schedule made beforehand."""
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        programs = processors * form.programs_per_processor
         schedule = TileSchedule.allocate(
+            form,
             self.shape.num_tokens,
             1,
-            programs,
+            processors * form.programs_per_processor,
             lambda size, dtype: torch.empty(size, device=DEVICE, dtype=getattr(torch, dtype)),
         )
-        tensors = self.positions, self.batch, self.cu
-        fill_tile_schedule(schedule, *tensors, form=form, max_keys=self.shape.keys)
-        rest = (self.positions, self.tables, schedule, self.logits)
-        return lambda: score_tiles(self.q, self.weights, self.cache, *rest, form=form)
+        schedule.fill(self, self.shape.keys)
+        inputs = self.q, self.weights, self.cache
+        return lambda: score_tiles(*inputs, self, schedule, self.logits)
 
     def error(self, scores: torch.Tensor) -> float:
         """Largest relative root mean square error of some tokens' scores in their windows."""
         tokens = np.linspace(0, self.shape.num_tokens - 1, _CHECKED_TOKENS).astype(int)
         worst = 0.0
         for token in map(int, tokens):
-            window = int(self.positions[token]) + 1
-            table = self.tables[token // self.shape.new]
+            window = int(self.position_ids[token]) + 1
+            table = self.block_tables[token // self.shape.new]
             wanted = exact_scores(self.q[token], self.weights[token], self.cache, table)[:window]
             found = scores[token, :window].double()
             worst = max(worst, float((found - wanted).norm() / wanted.norm()))
@@ -203,11 +203,11 @@ def peer_call(gemm: DeepGemm, step: Step) -> Call:
     """
     shape, q = step.shape, step.q.view(torch.float8_e4m3fn)
     if shape.is_prompt:
-        keys = keys_of(step.cache, step.tables[0])
-        windows = torch.zeros_like(step.batch), (step.positions + 1).int()
+        keys = keys_of(step.cache, step.block_tables[0])
+        windows = torch.zeros_like(step.batch_id_per_token), (step.position_ids + 1).int()
         return lambda: gemm.score_gathered(q, keys, step.weights, *windows)
     new = 1 if shape.new == 3 else shape.new
-    lengths = (step.positions + 1).int().view(-1, new)
-    tables = step.tables.repeat_interleave(shape.new // new, 0)
+    lengths = (step.position_ids + 1).int().view(-1, new)
+    tables = step.block_tables.repeat_interleave(shape.new // new, 0)
     rest = step.weights, lengths, tables, gemm.schedule(lengths), shape.keys
     return lambda: gemm.score_pages(q, step.cache, *rest)

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -188,11 +189,16 @@ def _dequantizing(inputs: Inputs) -> Callable[[], Dequantized | None]:
     records = DequantizedRecords(
         _allocate((LOGITS_BYTES // 4,), "float32"), keys_per_token(inputs.heads)
     )
-    table = torch.arange(keys // BLOCK, device=DEVICE, dtype=torch.int32)[None]
     lens = [torch.tensor([n], device=DEVICE).int() for n in (tokens, keys - tokens, tokens)]
-    ids = torch.zeros(tokens, device=DEVICE, dtype=torch.int32)
+    step: Any = SimpleNamespace(
+        block_tables=torch.arange(keys // BLOCK, device=DEVICE, dtype=torch.int32)[None],
+        seq_lens_encoder=lens[0],
+        seq_lens_decoder=lens[1],
+        seq_lens_this_time=lens[2],
+        batch_id_per_token=torch.zeros(tokens, device=DEVICE, dtype=torch.int32),
+    )
     pages = inputs.cache.view(-1, 1, BLOCK, RECORD)
-    return lambda: records.fill(pages, table, *lens, ids)
+    return lambda: records.fill(pages, step)
 
 
 def _allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:

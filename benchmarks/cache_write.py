@@ -24,7 +24,6 @@ from benchmarks._prepared import MAX_POSITION, ROPE, Launch, angles, as_numpy
 from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, LATENT_RECORD_BYTES
 from fd_dsa.ops.cache_write import CacheWriteParams, paddle_impl
 from fd_dsa.ops.cache_write.triton_kernel import (
-    CANDIDATES,
     configuration,
     kernel_arguments,
     write_caches_kernel,
@@ -34,6 +33,11 @@ RANK, DIM, BLOCK = 512, 128, 64
 FUSED_WIDTH = 1536 + RANK + ROPE
 BYTES_PER_TOKEN = 2 * (RANK + ROPE) + 2 * DIM + 4 * ROPE + 8
 BYTES_PER_TOKEN += LATENT_RECORD_BYTES + INDEX_RECORD_BYTES
+# BLOCK_TOKENS, num_warps, maxnreg: what tune.py times
+CANDIDATES = (
+    *((1, 1, None), (1, 1, 64), (2, 1, None), (2, 1, 80), (4, 1, None), (4, 1, 128)),
+    *((2, 2, None), (4, 4, None), (4, 4, 48), (8, 2, None), (8, 2, 128)),
+)
 
 
 class Layer:

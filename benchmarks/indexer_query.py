@@ -19,7 +19,6 @@ from benchmarks import _gpu, _peers
 from benchmarks._prepared import MAX_POSITION, ROPE, Launch, angles, as_numpy
 from fd_dsa.ops.query import paddle_impl
 from fd_dsa.ops.query.triton_kernel import (
-    CANDIDATES,
     configuration,
     kernel_arguments,
     prepare_query_kernel,
@@ -27,6 +26,11 @@ from fd_dsa.ops.query.triton_kernel import (
 
 DIM = 128
 INTERLEAVED = {"rope_interleave": True}
+# (BLOCK_ROWS, num_warps) that tune.py times
+CANDIDATES = (
+    *((4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 2), (64, 2)),
+    *((32, 4), (64, 4), (128, 4), (64, 8), (128, 8)),
+)
 
 
 class Query(Launch):

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import _gpu
 from benchmarks._prepared import MAX_POSITION, ROPE, Launch, angles, as_numpy
-from fd_dsa.ops.mla_query import paddle_impl
+from fd_dsa.ops.mla_query import prepare_on_host
 from fd_dsa.ops.mla_query.triton_kernel import (
     BLOCK_ROWS,
     NUM_WARPS,
@@ -66,7 +66,7 @@ class Query(Launch):
     def expected(self) -> list[np.ndarray]:
         """By the CPU."""
         inputs = as_numpy(self.latent, self.pe, self.positions, angles())
-        return [paddle_impl.prepare_mla_query(*inputs, None)]
+        return [prepare_on_host(*inputs, None)]
 
     def sides(self, peer: Any) -> dict[str, _gpu.Call]:
         """Operators, and ours with a look-up of cos and sin."""

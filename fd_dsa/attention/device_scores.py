@@ -8,12 +8,7 @@ from typing import Any
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
 from fd_dsa.ops.logits.tile_kernel import score_tiles
-from fd_dsa.ops.logits.tile_schedule import (
-    PROGRAM_FIELDS,
-    TILE_FIELDS,
-    TileSchedule,
-    fill_tile_schedule,
-)
+from fd_dsa.ops.logits.tile_schedule import PROGRAM_FIELDS, TILE_FIELDS, TileSchedule
 from fd_dsa.ops.logits.triton_kernel import score_pages
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime.transfers import Transfers
@@ -81,18 +76,7 @@ class PageScores:
         self, step: ForwardMeta, q: Any, weights: Any, cache: Any, logits: Any, first: int, _: int
     ) -> None:
         """Fill `logits` for the chunk that begins at token `first`."""
-        score_pages(
-            q,
-            weights,
-            cache,
-            step.position_ids,
-            step.batch_id_per_token,
-            step.block_tables,
-            logits,
-            block_size=self._block_size,
-            first_token=first,
-            max_seqlen_k=step.max_seqlen_k,
-        )
+        score_pages(q, weights, cache, step, logits, first)
 
 
 class TileScores(PageScores):
@@ -128,30 +112,22 @@ class TileScores(PageScores):
         self._captured: set[int] = set()
         tokens, processors = config.max_num_tokens, transfers.num_processors()
         buffers = view("tiles", tokens), view("page_ends", tokens)
-        chunks, self._kinds = -(-tokens // self.max_whole), []
-        for form in _forms(config):
-            programs = processors * form.programs_per_processor
-            schedule = TileSchedule(*buffers, view("programs", chunks, programs))
-            self._kinds.append((form, schedule))
+        chunks = -(-tokens // self.max_whole)
+        # for steps without and with prompts
+        self._schedules = [
+            TileSchedule(
+                form, *buffers, view("programs", chunks, processors * form.programs_per_processor)
+            )
+            for form in _forms(config)
+        ]
 
     def prepare(self, step: ForwardMeta) -> None:
         """Make the schedule of a step: one launch."""
-        form, schedule = self._kind(step)
         stride, _, rows = self._chunks(step)
-        fill_tile_schedule(
-            schedule,
-            step.position_ids,
-            step.batch_id_per_token,
-            step.cu_seqlens_q,
-            form=form,
-            max_keys=stride,
-            chunk_tokens=rows,
-            least_keys=self._index_topk,
-        )
+        self._schedule_of(step).fill(step, stride, rows, self._index_topk)
 
-    def _kind(self, step: ForwardMeta) -> tuple[TileForm, TileSchedule]:
-        """Form and schedule of a step, by whether it has prompts."""
-        return self._kinds[step.num_prefill_tokens > 0]
+    def _schedule_of(self, step: ForwardMeta) -> TileSchedule:
+        return self._schedules[step.num_prefill_tokens > 0]
 
     def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
         num_tokens = step.position_ids.shape[0]
@@ -176,19 +152,8 @@ class TileScores(PageScores):
         first: int,
         rows: int,
     ) -> None:
-        form, schedule = self._kind(step)
-        score_tiles(
-            q,
-            weights,
-            cache,
-            step.position_ids,
-            step.block_tables,
-            schedule,
-            logits,
-            form=form,
-            first_token=first,
-            chunk=first // rows,
-        )
+        where = {"first_token": first, "chunk": first // rows}
+        score_tiles(q, weights, cache, step, self._schedule_of(step), logits, **where)
 
 
 def _logits(view: Any, num_rows: int, stride: int, width: int) -> Any:

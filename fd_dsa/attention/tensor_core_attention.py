@@ -83,11 +83,4 @@ class TensorCoreAttention:
             return None
         if step.num_prefill_tokens < _LEAST_PREFILL_TOKENS:
             return None
-        return self._records.fill(
-            cache,
-            step.block_tables,
-            step.seq_lens_encoder,
-            step.seq_lens_decoder,
-            step.seq_lens_this_time,
-            step.batch_id_per_token,
-        )
+        return self._records.fill(cache, step)

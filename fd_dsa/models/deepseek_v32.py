@@ -14,7 +14,7 @@ from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import RotaryEmbedding
 from fd_dsa.ops._gemm import matrix
 from fd_dsa.ops._host import readable
-from fd_dsa.ops._linear import added, embedding, linear
+from fd_dsa.ops._linear import added, linear, rows_at
 from fd_dsa.ops._norm import rms_norm
 
 
@@ -103,7 +103,7 @@ class DeepseekV32ForCausalLM(nn.Layer):
                 Its `selections`, where there are any, are given every layer's choice.
         """
         weight, layers, _, _ = self._bound
-        hidden_states = embedding(ids_remove_padding, weight)
+        hidden_states = rows_at(weight, ids_remove_padding)
         cos_sin = self.rotary_emb(forward_meta.position_ids)
         indices, selections = None, forward_meta.selections
         for layer in layers:

@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 
 from fd_dsa.models.rope_config import RopeConfig, yarn_mscale
-from fd_dsa.ops._linear import embedding
+from fd_dsa.ops._linear import rows_at
 
 
 def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
@@ -68,7 +68,7 @@ class RotaryEmbedding:
 
     def __call__(self, position_ids: Any) -> Any:
         """float32 [num_tokens, dim], cos then sin, of int64 [num_tokens] positions."""
-        return embedding(position_ids, self.cos_sin_cache)
+        return rows_at(self.cos_sin_cache, position_ids)
 
     def to_device(self, device: str) -> None:
         """Move the table to the memory of a device."""

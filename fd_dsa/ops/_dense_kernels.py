@@ -9,14 +9,12 @@ from typing import Any
 
 import paddle
 
-from fd_dsa.ops._host import check_array
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops._triton import step_kernel
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _BLOCK = 1024
-_IDS = ("int32", "int64")
 
 
 def empty_like_rows(x: Any, *shape: int) -> Any:
@@ -24,7 +22,7 @@ def empty_like_rows(x: Any, *shape: int) -> Any:
     return paddle.empty(list(shape), "float32", device=x.place)
 
 
-@paddle_jit(do_not_specialize=("stride", "epsilon"), contiguous=("weight_ptr", "out_ptr"))
+@step_kernel(strided=("x_ptr",))
 def rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, stride, epsilon, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -45,13 +43,8 @@ def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     Args:
         x: float32 [num_tokens, width]; its rows may lie apart.
         weight: float32 [width].
-
-    Raises:
-        ShapeError, DtypeError: an argument is not as above; nothing is launched.
     """
-    check_array("rms_norm", "x", x, (None, None), ("float32",))
     rows, width = x.shape
-    check_array("rms_norm", "weight", weight, (width,), ("float32",))
     out = empty_like_rows(x, rows, width)
     if rows and width:
         block = triton.next_power_of_2(width)
@@ -67,7 +60,7 @@ def sigmoid(x):
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
-@paddle_jit(contiguous=("gate_up_ptr", "out_ptr"))
+@step_kernel()
 def silu_and_mul_kernel(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Block `program 1` of row `program 0`."""
     row = tl.program_id(0).to(tl.int64)
@@ -84,12 +77,8 @@ def silu_and_mul(gate_up: Any) -> Any:
 
     Args:
         gate_up: float32 [..., 2 * width], contiguous.
-
-    Raises:
-        ShapeError, DtypeError: an argument is not as above; nothing is launched.
     """
     *outer, both = gate_up.shape
-    check_array("silu_and_mul", "gate_up", gate_up, (None,) * (len(outer) + 1), ("float32",))
     out, rows, width = empty_like_rows(gate_up, *outer, both // 2), 1, both // 2
     for extent in outer:
         rows *= extent
@@ -100,7 +89,7 @@ def silu_and_mul(gate_up: Any) -> Any:
     return out
 
 
-@paddle_jit(do_not_specialize=("table_rows",), contiguous=("table_ptr", "index_ptr", "out_ptr"))
+@step_kernel()
 def rows_at_kernel(
     table_ptr, index_ptr, out_ptr, table_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -124,12 +113,7 @@ def rows_at(table: Any, index: Any) -> Any:
 
     Returns:
         float32 [n, width].
-
-    Raises:
-        ShapeError, DtypeError: an argument is not as above; nothing is launched.
     """
-    check_array("rows_at", "table", table, (None, None), ("float32",))
-    check_array("rows_at", "index", index, (None,), _IDS)
     width = table.shape[1]
     out = empty_like_rows(table, index.shape[0], width)
     if index.shape[0] and width:

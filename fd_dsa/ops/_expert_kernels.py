@@ -7,8 +7,7 @@ from typing import Any
 import paddle
 
 from fd_dsa.ops._dense_kernels import empty_like_rows, sigmoid
-from fd_dsa.ops._host import check_array
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops._triton import step_kernel
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -26,10 +25,7 @@ def _are_best(values, exists, k, SIZE: tl.constexpr):
     return exists & (rank < k)
 
 
-@paddle_jit(
-    do_not_specialize=("scaling",),
-    contiguous=("logits_ptr", "bias_ptr", "weights_ptr", "chosen_ptr"),
-)
+@step_kernel()
 def choose_experts_kernel(
     logits_ptr,
     bias_ptr,
@@ -98,14 +94,9 @@ def choose_experts(
         norm: weights are shares of their sum.
         scaling: factor of the weights.
 
-    Raises:
-        ShapeError, DtypeError: a tensor is not as above; nothing is launched.
-
     Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2.
     """
-    check_array("choose_experts", "logits", logits, (None, None), ("float32",))
     rows, experts = logits.shape
-    check_array("choose_experts", "bias", bias, (experts,), ("float32",))
     weights = empty_like_rows(logits, rows, experts)
     chosen = paddle.empty([rows, experts], "uint8", device=logits.place)
     if rows:
@@ -130,10 +121,7 @@ def choose_experts(
     return weights, chosen
 
 
-@paddle_jit(
-    do_not_specialize=("num_tokens",),
-    contiguous=("parts_ptr", "weights_ptr", "chosen_ptr", "out_ptr"),
-)
+@step_kernel()
 def sum_experts_kernel(
     parts_ptr,
     weights_ptr,
@@ -164,14 +152,8 @@ def sum_experts(parts: Any, weights: Any, chosen: Any) -> Any:
     Args:
         parts: float32 [num_experts, num_tokens, width], contiguous.
         weights, chosen: as of `choose_experts`.
-
-    Raises:
-        ShapeError, DtypeError: an argument is not as above; nothing is launched.
     """
-    check_array("sum_experts", "parts", parts, (None, None, None), ("float32",))
     experts, rows, width = parts.shape
-    check_array("sum_experts", "weights", weights, (rows, experts), ("float32",))
-    check_array("sum_experts", "chosen", chosen, (rows, experts), ("uint8",))
     out = empty_like_rows(parts, rows, width)
     if rows and width:
         block = min(_BLOCK, triton.next_power_of_2(width))

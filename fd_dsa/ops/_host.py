@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -20,14 +19,9 @@ def as_numpy(array: Any) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array
     view = np.from_dlpack(array)
-    return view if view.flags.writeable else _writable(view)
-
-
-def _writable(view: np.ndarray) -> np.ndarray:
-    """A tensor's memory, for writing.
-
-    With NumPy before 2.2.5, or Paddle before 3.3, views of tensors are read-only.
-    """
+    if view.flags.writeable:
+        return view
+    # with NumPy before 2.2.5, or Paddle before 3.3, views of tensors are read-only
     address, _ = view.__array_interface__["data"]
     interface = view.__array_interface__ | {"data": (address, False)}
     # NumPy keeps the object that it had the interface from, and so the tensor
@@ -55,40 +49,25 @@ def readable(tensor: Any) -> Any:
 
 def matmul(x: Any, y: Any, *, transpose_y: bool = False) -> Any:
     """Product of two Paddle tensors; Paddle is imported by the first one."""
-    return _paddle_matmul()(x, y, transpose_y=transpose_y)
-
-
-@cache
-def _paddle_matmul() -> Callable[..., Any]:
-    """Paddle's matmul."""
     import paddle
 
-    return paddle.matmul
+    return paddle.matmul(x, y, transpose_y=transpose_y)
 
 
 def check_shape(operator: str, argument: str, value: Any, allowed: tuple[int | None, ...]) -> None:
     """Raise ShapeError unless `value` is an array whose shape fits `allowed` (None = any)."""
-    try:
-        shape = value.shape
-    except AttributeError:
-        raise ShapeError(
-            f"{operator}: {argument} is {_kind_of(value)}, allowed is an array of shape "
-            f"{_shape_text(allowed)}"
-        ) from None
-    if len(shape) == len(allowed):
+    shape = getattr(value, "shape", None)
+    if shape is not None and len(shape) == len(allowed):
         for extent, expected in zip(shape, allowed, strict=True):
             if expected is not None and extent != expected:
                 break
         else:
             return
-    raise ShapeError(
-        f"{operator}: {argument} has shape {list(shape)}, allowed is {_shape_text(allowed)}"
-    )
-
-
-def _shape_text(allowed: tuple[int | None, ...]) -> str:
-    """A shape in words, `*` for any extent."""
-    return "[" + ", ".join("*" if a is None else str(a) for a in allowed) + "]"
+    text = "[" + ", ".join("*" if a is None else str(a) for a in allowed) + "]"
+    if shape is None:
+        text = f"{_kind_of(value)}, allowed is an array of shape {text}"
+        raise ShapeError(f"{operator}: {argument} is {text}")
+    raise ShapeError(f"{operator}: {argument} has shape {list(shape)}, allowed is {text}")
 
 
 def _kind_of(value: Any) -> str:
@@ -114,17 +93,14 @@ def dtype_name(dtype: Any) -> str:
 
 def check_dtype(operator: str, argument: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise DtypeError unless `value` is an array whose dtype is one of `allowed`."""
-    try:
-        name = dtype_name(value.dtype)
-    except AttributeError:
-        raise DtypeError(
-            f"{operator}: {argument} is {_kind_of(value)}, allowed is an array of "
-            f"{' or '.join(allowed)}"
-        ) from None
-    if name not in allowed:
-        raise DtypeError(
-            f"{operator}: {argument} has dtype {name}, allowed is {' or '.join(allowed)}"
-        )
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and dtype_name(dtype) in allowed:
+        return
+    text = " or ".join(allowed)
+    if dtype is None:
+        text = f"{_kind_of(value)}, allowed is an array of {text}"
+        raise DtypeError(f"{operator}: {argument} is {text}")
+    raise DtypeError(f"{operator}: {argument} has dtype {dtype_name(dtype)}, allowed is {text}")
 
 
 def check_array(
@@ -139,10 +115,21 @@ def check_array(
     check_dtype(operator, argument, value, dtypes)
 
 
-def check_rope(operator: str, cos_sin_cache: Any, num_rows: int | None, width: int) -> None:
-    """`check_array` of a table of cos and sin whose pairs fit in rows of `width` values."""
-    check_array(operator, "cos_sin_cache", cos_sin_cache, (num_rows, None), ("float32",))
-    rope_dim = cos_sin_cache.shape[1]
+def check_rope(
+    operator: str, position_ids: Any, cos_sin_cache: Any, num_tokens: int, width: int
+) -> None:
+    """Refuse a table of cos and sin without a row a token, or whose pairs are wider than `width`.
+
+    Args:
+        position_ids: rows of the table, int64 [num_tokens]; None = row t belongs to token t.
+    """
+    rows = num_tokens if position_ids is None else None
+    if position_ids is not None:
+        check_array(operator, "position_ids", position_ids, (num_tokens,), ("int64",))
+    check_array(operator, "cos_sin_cache", cos_sin_cache, (rows, None), ("float32",))
+    num_rows, rope_dim = cos_sin_cache.shape
+    if rows is None and num_rows == 0:
+        raise ShapeError(f"{operator}: cos_sin_cache has no row, allowed is one a position")
     if rope_dim % 2 or not 0 < rope_dim <= width:
         raise ShapeError(
             f"{operator}: cos_sin_cache has rows of {rope_dim} values, allowed are even numbers "
@@ -150,16 +137,19 @@ def check_rope(operator: str, cos_sin_cache: Any, num_rows: int | None, width: i
         )
 
 
-def table_rows(operator: str, cos_sin_cache: Any) -> int:
-    """Rows of a table of cos and sin that a kernel looks positions up in.
+def outer_strides(operator: str, argument: str, tensor: Any) -> list[int]:
+    """Values from one entry to the next along each axis of a device's tensor but the last.
 
     Raises:
-        ShapeError: there is none.
+        ShapeError: the values of the last axis are not contiguous.
     """
-    rows = cos_sin_cache.shape[0]
-    if rows == 0:
-        raise ShapeError(f"{operator}: cos_sin_cache has no row, allowed is one a position")
-    return rows
+    *outer, step = tensor.stride()
+    if step != 1 and tensor.shape[-1] > 1 and all(tensor.shape):
+        raise ShapeError(
+            f"{operator}: values of a row of {argument} are {step} apart, a device needs them "
+            "contiguous"
+        )
+    return outer
 
 
 def check_values(operator: str, argument: str, values: np.ndarray, low: int, stop: int) -> None:
@@ -224,22 +214,11 @@ _STAGED_VALUES = 1 << 16
 
 
 class _Stage(threading.local):
-    """A thread's memory for operands of GEMMs, and the tensors that are views of it."""
+    """A thread's memory for operands of GEMMs, and arrays and tensors that are views of it."""
 
     def __init__(self) -> None:
         self.buffer = np.empty(_STAGED_VALUES, np.float32)
-        self.tensors: dict[tuple[int, ...], tuple[np.ndarray, Any]] = {}
-
-    def operand(self, shape: tuple[int, ...]) -> tuple[np.ndarray, Any]:
-        """An array and a tensor of `shape` on the same memory, valid until the next call."""
-        pair = self.tensors.get(shape)
-        if pair is None:
-            size = math.prod(shape)
-            if len(self.tensors) >= _STAGED_SHAPES:
-                self.tensors.clear()
-            array = self.buffer[:size].reshape(shape)
-            pair = self.tensors[shape] = array, as_tensor(array)
-        return pair
+        self.views: dict[tuple[int, ...], tuple[np.ndarray, Any]] = {}
 
 
 _stage = _Stage()
@@ -254,7 +233,13 @@ def staged(x: np.ndarray) -> Any:
     """
     if x.size > _STAGED_VALUES:
         return as_tensor(np.ascontiguousarray(x))
-    array, tensor = _stage.operand(x.shape)
+    views = _stage.views
+    if x.shape not in views:
+        if len(views) >= _STAGED_SHAPES:
+            views.clear()
+        array = _stage.buffer[: x.size].reshape(x.shape)
+        views[x.shape] = array, as_tensor(array)
+    array, tensor = views[x.shape]
     np.copyto(array, x)
     return tensor
 

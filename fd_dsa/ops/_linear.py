@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._fixed_order import fixed_order, two_rows
 from fd_dsa.ops._gemm import HostMatrix
-from fd_dsa.ops._host import as_numpy, matmul, on_device, staged
+from fd_dsa.ops._host import as_numpy, matmul, on_device
 
 
 @cache
@@ -27,34 +26,23 @@ def _kernels() -> ModuleType:
     return _dense_kernels
 
 
-def embedding(ids: Any, weight: Any) -> Any:
-    """Rows `ids` of `weight`: integers [num_tokens], float32 [vocab_size, hidden_size].
-
-    On a CPU `weight` is a NumPy array.
-    """
-    if isinstance(ids, np.ndarray):
-        return weight[ids]
-    return _kernels().rows_at(weight, ids) if on_device(ids) else weight[as_numpy(ids)]
-
-
 def rows_at(x: Any, index: Any) -> Any:
-    """Rows `index`, integers [n], of x [num_tokens, width]."""
-    return x[index] if isinstance(x, np.ndarray) else _kernels().rows_at(x, index)
+    """Rows `index`, integers [n], of x [num_rows, width]; on a CPU `x` is a NumPy array."""
+    return x[as_numpy(index)] if isinstance(x, np.ndarray) else _kernels().rows_at(x, index)
 
 
 def linear(x: Any, weight: Any, bias: Any = None, *, transpose_y: bool = False) -> Any:
     """x [num_tokens, in] times weight [in, out], plus bias [out]; float32 [num_tokens, out].
 
     With `transpose_y` the weight is [out, in] and is read in that order: it is not copied. On a CPU
-    the weight is a HostMatrix, which knows its order, or a Paddle tensor.
+    the weight is a HostMatrix, which knows its order, or a contiguous Paddle tensor.
     """
-    if isinstance(weight, HostMatrix):
-        y = weight.times(x)
-    elif on_device(x):
-        product = matmul(x, weight, transpose_y=transpose_y)
-        return product if bias is None else product + bias
-    else:
-        y = as_numpy(matmul(staged(x), weight, transpose_y=transpose_y))
+    if not isinstance(weight, HostMatrix):
+        if on_device(x):
+            product = matmul(x, weight, transpose_y=transpose_y)
+            return product if bias is None else product + bias
+        weight = HostMatrix(weight, transposed=transpose_y)
+    y = weight.times(x)
     if bias is not None:
         y += bias
     return y
@@ -65,15 +53,11 @@ def head_linear(x: Any, weight: Any) -> Any:
 
     `x` may be a view. The result is float32 [num_tokens, num_heads, out], and not contiguous.
     """
-    if isinstance(weight, HostMatrix):
-        return weight.times_by_head(x)
-    if on_device(x):
-        return matmul(x.transpose([1, 0, 2]), weight).transpose([1, 0, 2])
-    by_head = as_numpy(x).transpose(1, 0, 2)
-    if fixed_order():
-        products = as_numpy(matmul(staged(two_rows(by_head)), weight))
-        return products.transpose(1, 0, 2)[: len(x)]
-    return as_numpy(matmul(staged(by_head), weight)).transpose(1, 0, 2)
+    if not isinstance(weight, HostMatrix):
+        if on_device(x):
+            return matmul(x.transpose([1, 0, 2]), weight).transpose([1, 0, 2])
+        weight = HostMatrix(weight)
+    return weight.times_by_head(x)
 
 
 def joined(left: Any, right: Any) -> Any:

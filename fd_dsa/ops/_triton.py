@@ -1,11 +1,37 @@
-"""Device functions that several kernels share."""
+"""What several kernels share: how they are launched, and device functions."""
 
 from __future__ import annotations
 
-# the runtime decides before Triton is imported whether kernels are compiled or interpreted
-import fd_dsa.triton_runtime  # noqa: F401  isort: skip
-import triton
-import triton.language as tl
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from fd_dsa.triton_runtime import paddle_jit
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+
+def step_kernel(
+    strided: tuple[str, ...] = (), specialized: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Any]:
+    """`paddle_jit` of a kernel whose numbers change from step to step.
+
+    None of them selects another compiled form but those `specialized`, and every tensor, named
+    `*_ptr`, must be contiguous but those `strided`.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        parameters = inspect.signature(function).parameters.values()
+        names = {p.name for p in parameters if "constexpr" not in str(p.annotation)}
+        tensors = {name for name in names if name.endswith("_ptr")}
+        return paddle_jit(
+            function,
+            do_not_specialize=names - tensors - set(specialized),
+            contiguous=tensors - set(strided),
+        )
+
+    return decorate
 
 
 @triton.jit

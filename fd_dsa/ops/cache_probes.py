@@ -6,6 +6,7 @@ definition in float64; written caches, queries and dequantized keys have the CPU
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -109,42 +110,37 @@ def _require_e4m3(codes: np.ndarray, scales: np.ndarray, expected: np.ndarray) -
     require(off <= allowed, f"e4m3 values are off by {off.max()}")
 
 
-def _cache_inputs() -> dict[str, np.ndarray]:
-    """What the cache case writes."""
+def _drawn(rng: np.random.Generator, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    """float32: normal numbers around 0."""
+    return [rng.normal(0, 2, shape).astype(np.float32) for shape in shapes]
+
+
+def _cache_write(call: Call, memory: Memory) -> Iterator[Outputs]:
+    """Five tokens, one without a slot, into fp8_ds_mla caches of two blocks.
+
+    Every record is within one step of e4m3 or bfloat16 of its definition; no other changed.
+    """
     rng = np.random.default_rng(2)
-    shapes = {
-        "kv_a": (5, _RANK + _ROPE),
-        "index_k": (5, _WIDTH),
-        "kv_norm_weight": (_RANK,),
-        "k_norm_weight": (_WIDTH,),
-        "k_norm_bias": (_WIDTH,),
-    }
-    drawn = {name: rng.normal(0, 2, shape).astype(np.float32) for name, shape in shapes.items()}
-    return drawn | {"cos_sin": _angles(rng)}
-
-
-def _cache_write(call: Call, memory: Memory) -> Outputs:
-    """Five tokens, one without a slot, into fp8_ds_mla caches of two blocks."""
-    x = {name: memory.put(array) for name, array in _cache_inputs().items()}
+    kv_a, index_k, *norms = _drawn(rng, (5, _RANK + _ROPE), (5, _WIDTH), (_RANK,), *2 * [(_WIDTH,)])
+    cos_sin = _angles(rng)
     latent = memory.blank((2, 1, _BLOCK, LATENT_RECORD_BYTES), np.uint8)
     index = memory.blank((2, _BLOCK, INDEX_RECORD_BYTES), np.uint8)
-    params = CacheWriteParams("fp8_ds_mla", **{name: x[name] for name in x if "norm" in name})
-    tokens = memory.put(_POSITIONS), memory.put(_SLOTS)
-    call(x["kv_a"], x["index_k"], *tokens, x["cos_sin"], latent, index, params)
-    return {"latent": memory.get(latent), "index": memory.get(index)}
+    names = "kv_norm_weight", "k_norm_weight", "k_norm_bias"
+    stored = dict(zip(names, map(memory.put, norms), strict=True))
+    params = CacheWriteParams("fp8_ds_mla", **stored)
+    inputs = map(memory.put, (kv_a, index_k, _POSITIONS, _SLOTS, cos_sin))
+    call(*inputs, latent, index, params)
+    out = {"latent": memory.get(latent), "index": memory.get(index)}
+    yield out
 
-
-def _check_cache_write(out: Outputs) -> None:
-    """Every record is within one step of e4m3 or bfloat16 of its definition; no other changed."""
-    inputs = {name: array.astype(np.float64) for name, array in _cache_inputs().items()}
     kept, slots = _SLOTS >= 0, _SLOTS[_SLOTS >= 0]
-    cos, sin = (half[_POSITIONS] for half in np.split(inputs["cos_sin"], 2, axis=1))
-    x = inputs["kv_a"][:, :_RANK]
-    x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6) * inputs["kv_norm_weight"]
-    pe = _rotated(inputs["kv_a"][:, _RANK:], cos, sin, interleaved=True)
-    k = inputs["index_k"] - inputs["index_k"].mean(1, keepdims=True)
-    k = k / np.sqrt((k**2).mean(1, keepdims=True) + 1e-6)
-    k = k * inputs["k_norm_weight"] + inputs["k_norm_bias"]
+    cos, sin = (half[_POSITIONS] for half in np.split(cos_sin.astype(np.float64), 2, axis=1))
+    kv_norm, k_norm, k_bias = norms
+    x = kv_a[:, :_RANK].astype(np.float64)
+    x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6) * kv_norm
+    pe = _rotated(kv_a[:, _RANK:], cos, sin, interleaved=True)
+    k = index_k - index_k.mean(1, keepdims=True, dtype=np.float64)
+    k = k / np.sqrt((k**2).mean(1, keepdims=True) + 1e-6) * k_norm + k_bias
     k = _rotated(k, cos, sin, interleaved=False)
 
     records = out["latent"].reshape(-1, LATENT_RECORD_BYTES)
@@ -163,122 +159,115 @@ def _check_cache_write(out: Outputs) -> None:
     require(keys[others] == UNTOUCHED, "an index key without a token was written")
 
 
-def _indexer_query(call: Call, memory: Memory) -> Outputs:
-    """Three tokens of four heads, quantised."""
+def _indexer_query(call: Call, memory: Memory) -> Iterator[Outputs]:
+    """Three tokens of four heads, quantised.
+
+    Codes times a power of two are the rotated queries; the weights hold that power.
+    """
     rng = np.random.default_rng(3)
-    q = rng.normal(0, 3, (3, _HEADS, _WIDTH)).astype(np.float32)
-    weights, cos_sin = rng.normal(0, 1, (3, _HEADS)).astype(np.float32), _angles(rng)
-    out = memory.blank(q.shape, np.uint8), memory.blank(weights.shape, np.float32)
+    (q, weights), cos_sin = _drawn(rng, (3, _HEADS, _WIDTH), (3, _HEADS)), _angles(rng)
+    made = memory.blank(q.shape, np.uint8), memory.blank(weights.shape, np.float32)
     inputs = map(memory.put, (q, weights, _POSITIONS[:3], cos_sin))
-    call(*inputs, rope_interleave=False, quantized=True, out=out)
-    written = dict(zip(("codes", "folded"), map(memory.get, out), strict=True))
-    return written | {"q": q, "weights": weights, "cos_sin": cos_sin}
-
-
-def _check_indexer_query(out: Outputs) -> None:
-    """Codes times a power of two are the rotated queries; the weights hold that power."""
-    cos, sin = (half[_POSITIONS[:3], None] for half in np.split(out["cos_sin"], 2, axis=1))
-    scales = out["folded"].astype(np.float64) / out["weights"]
+    call(*inputs, rope_interleave=False, quantized=True, out=made)
+    out = dict(zip(("codes", "folded"), map(memory.get, made), strict=True))
+    yield out
+    cos, sin = (half[_POSITIONS[:3], None] for half in np.split(cos_sin, 2, axis=1))
+    scales = out["folded"].astype(np.float64) / weights
     require(np.frexp(scales)[0] == 0.5, "a scale is no power of two")
-    _require_e4m3(out["codes"], scales, _rotated(out["q"], cos, sin, interleaved=False))
+    _require_e4m3(out["codes"], scales, _rotated(q, cos, sin, interleaved=False))
 
 
-def _mla_query(call: Call, memory: Memory) -> Outputs:
-    """Three tokens of four heads, the rotated part a slice of wider heads."""
+def _mla_query(call: Call, memory: Memory) -> Iterator[Outputs]:
+    """Three tokens of four heads, the rotated part a slice of wider heads.
+
+    The latent part as it came, then neighbouring values turned by their position's angle.
+    """
     rng = np.random.default_rng(9)
-    latent = rng.normal(0, 1, (3, _HEADS, _RANK)).astype(np.float32)
-    heads, cos_sin = rng.normal(0, 1, (3, _HEADS, 2 * _ROPE)).astype(np.float32), _angles(rng)
+    latent, heads = _drawn(rng, (3, _HEADS, _RANK), (3, _HEADS, 2 * _ROPE))
+    cos_sin, query = _angles(rng), memory.blank((3, _HEADS, _RANK + _ROPE), np.float32)
     inputs = memory.put(latent), memory.put(heads)[:, :, _ROPE:]
-    out = memory.blank((3, _HEADS, _RANK + _ROPE), np.float32)
-    call(*inputs, memory.put(_POSITIONS[:3]), memory.put(cos_sin), out)
-    return {"latent": latent, "heads": heads, "cos_sin": cos_sin, "query": memory.get(out)}
-
-
-def _check_mla_query(out: Outputs) -> None:
-    """The latent part as it came, then neighbouring values turned by their position's angle."""
-    cos, sin = (half[_POSITIONS[:3], None] for half in np.split(out["cos_sin"], 2, axis=1))
-    turned = _rotated(out["heads"][:, :, _ROPE:], cos, sin, interleaved=True)
-    require(out["query"][..., :_RANK] == out["latent"], "the latent part is another")
+    call(*inputs, memory.put(_POSITIONS[:3]), memory.put(cos_sin), query)
+    out = {"query": memory.get(query)}
+    yield out
+    cos, sin = (half[_POSITIONS[:3], None] for half in np.split(cos_sin, 2, axis=1))
+    turned = _rotated(heads[:, :, _ROPE:], cos, sin, interleaved=True)
+    require(out["query"][..., :_RANK] == latent, "the latent part is another")
     off = abs(out["query"][..., _RANK:] - turned).max()
     require(off <= 1e-6 * (1 + abs(turned).max()), f"the rotated part is off by {off}")
 
 
-def _logits(formats: tuple[str, ...], call: Call, memory: Memory) -> Outputs:
-    """Scores of five tokens over caches of some formats."""
+def _logits(
+    formats: tuple[str, ...], tolerance: float, call: Call, memory: Memory
+) -> Iterator[Outputs]:
+    """Scores of five tokens over caches of some formats.
+
+    Every score in a token's window is the weighted sum over heads; nothing else is written.
+    """
     rng = np.random.default_rng(6)
     tables = rng.permutation(_BLOCKS).astype(np.int32).reshape(2, 3)
     weights = rng.normal(0, 1, (5, _HEADS)).astype(np.float32)
-    out, step = {"tables": tables, "weights": weights}, memory.step(_STEP, tables, _BLOCK, 5)
+    step, out, known = memory.step(_STEP, tables, _BLOCK, 5), {}, {}
     for form in formats:
         cache, keys = _index_cache(rng, form)
-        q = _codes(rng, (5, _HEADS, _WIDTH)) if form == "fp8_ds_mla" else None
-        query = _floats(rng, (5, _HEADS, _WIDTH)) if q is None else E4M3_VALUES[q]
+        draw = _codes if form == "fp8_ds_mla" else _floats
+        q = draw(rng, (5, _HEADS, _WIDTH))
         logits = memory.blank((5, _LONGEST), np.float32)
-        inputs = map(memory.put, (query if q is None else q, weights, cache))
-        call(*inputs, step, logits)
-        out |= {form: memory.get(logits), f"{form} q": query, f"{form} keys": keys}
-    return out
-
-
-def _check_logits(formats: tuple[str, ...], tolerance: float, out: Outputs) -> None:
-    """Every score in a token's window is the weighted sum over heads; nothing else is written."""
-    for form in formats:
-        q, keys = out[f"{form} q"].astype(np.float64), out[f"{form} keys"]
+        call(*map(memory.put, (q, weights, cache)), step, logits)
+        out[form] = memory.get(logits)
+        known[form] = E4M3_VALUES[q] if form == "fp8_ds_mla" else q, keys
+    yield out
+    for form, (q, keys) in known.items():
         for token, (row, position) in enumerate(_TOKENS):
             window = np.arange(0 if row < 0 else position + 1)
-            own = keys[out["tables"][row, window // _BLOCK] * _BLOCK + window % _BLOCK]
-            weights = out["weights"][token].astype(np.float64)
-            expected = weights @ np.maximum(q[token] @ own.T, 0)
-            allowed = tolerance * (abs(weights) @ (abs(q[token]) @ abs(own).T))
+            own = keys[tables[row, window // _BLOCK] * _BLOCK + window % _BLOCK]
+            query, weight = q[token].astype(np.float64), weights[token].astype(np.float64)
+            expected = weight @ np.maximum(query @ own.T, 0)
+            allowed = tolerance * (abs(weight) @ (abs(query) @ abs(own).T))
             scores, rest = np.split(out[form][token], [len(window)])
             off = abs(scores - expected)
-            require(
-                off <= allowed, f"{form}: scores of token {token} are off by {off.max(initial=0)}"
-            )
+            message = f"{form}: scores of token {token} are off by {off.max(initial=0)}"
+            require(off <= allowed, message)
             message = f"{form}: token {token} was written past its window"
             require(rest.view(np.uint8) == UNTOUCHED, message)
 
 
 def logits_case(formats: tuple[str, ...] = FORMATS, tolerance: float = 1e-5) -> Case:
     """Scores over caches of some formats, within a part of the sum of their terms."""
-    check = partial(_check_logits, formats, tolerance)
-    return Case(partial(_logits, formats), check, same_bytes=False)
+    return Case(partial(_logits, formats, tolerance), same_bytes=False)
 
 
 def _mla(
-    formats: tuple[str, ...], heads: int, bfloat16: bool, call: Call, memory: Memory
-) -> Outputs:
-    """Attention of tokens that see 150, 1, no and 17 keys, over caches of some formats."""
+    limits: dict[str, float], heads: int, bfloat16: bool, call: Call, memory: Memory
+) -> Iterator[Outputs]:
+    """Attention of tokens that see 150, 1, no and 17 keys, over caches of some formats.
+
+    The mean of the selected latents, weighted by the softmax of their scores.
+    """
     rng = np.random.default_rng(7)
     q = _floats(rng, (4, heads, _RANK + _ROPE))
     slots = np.full((4, 150), -1, np.int32)
     for token, count in enumerate((150, 1, 0, 17)):
         slots[token, :count] = np.sort(rng.choice(_BLOCKS * _BLOCK, count, replace=False))
-    out: Outputs = {"q": q, "slots": slots}
-    for form in formats:
-        cache, keys = _latent_cache(rng, form)
+    out, known = {}, {}
+    for form in limits:
+        cache, known[form] = _latent_cache(rng, form)
         query = memory.put(_bfloat16(q), "bfloat16") if bfloat16 else memory.put(q)
         stored = memory.put(cache, "bfloat16" if bfloat16 and form == "bfloat16" else "")
         result = memory.blank((4, heads, _RANK), np.float32)
         options = {"softmax_scale": _SCALE, "kv_lora_rank": _RANK}
         call(query, stored, memory.put(slots), result, **options)
-        out |= {form: memory.get(result), f"{form} keys": keys}
-    return out
-
-
-def _check_mla(tolerance: dict[str, float], out: Outputs) -> None:
-    """The mean of the selected latents, weighted by the softmax of their scores."""
-    for form, relative in tolerance.items():
-        heads = out["q"].shape[1]
-        for token, (q, slots) in enumerate(zip(out["q"], out["slots"], strict=True)):
-            keys = out[f"{form} keys"][slots[slots >= 0]]
-            scores = _SCALE * q.astype(np.float64) @ keys.T
+        out[form] = memory.get(result)
+    yield out
+    for form, limit in limits.items():
+        for token, row in enumerate(slots):
+            keys = known[form][row[row >= 0]]
+            scores = _SCALE * q[token].astype(np.float64) @ keys.T
             weights = np.exp(scores - scores.max(axis=1, keepdims=True, initial=0))
             total = weights.sum(axis=1, keepdims=True)
             expected = weights / np.where(total == 0, 1, total) @ keys[:, :_RANK]
             off = abs(out[form][token] - expected)
             message = f"{form}, {heads} heads: outputs of token {token} are off by {off.max()}"
-            require(off <= relative * abs(expected).max(), message)
+            require(off <= limit * abs(expected).max(), message)
 
 
 def mla_case(tolerance: dict[str, float] | None = None, heads: int = 3) -> Case:
@@ -288,36 +277,37 @@ def mla_case(tolerance: dict[str, float] | None = None, heads: int = 3) -> Case:
         tolerance: format of the cache -> part of the largest result.
     """
     limits = tolerance or dict.fromkeys(FORMATS, 1e-5)
-    run = partial(_mla, tuple(limits), heads, tolerance is not None)
-    return Case(run, partial(_check_mla, limits), same_bytes=False)
+    return Case(partial(_mla, limits, heads, tolerance is not None), same_bytes=False)
 
 
-def _dequantize(call: Call, memory: Memory) -> Outputs:
-    """Keys of some slots, one of them twice, from caches of every format."""
-    rng, out = np.random.default_rng(4), {}
+def _dequantize(call: Call, memory: Memory) -> Iterator[Outputs]:
+    """Keys of some slots, one of them twice: code times scale, and the stored numbers otherwise."""
+    rng, out, known = np.random.default_rng(4), {}, {}
     slots = np.array([70, 0, 383, 5, 70], np.int64)
     for form in FORMATS:
         cache, keys = _latent_cache(rng, form)
         values = memory.blank((5, _RANK + _ROPE), np.float32)
         call(memory.put(cache), memory.put(slots), values)
-        out |= {form: memory.get(values), f"{form} keys": keys[slots]}
-    return out
-
-
-def _check_dequantize(out: Outputs) -> None:
-    """Each is code times scale in float32, and the stored numbers otherwise."""
-    for form in FORMATS:
-        require(out[form] == out[f"{form} keys"].astype(np.float32), f"{form}: a key is another")
+        out[form], known[form] = memory.get(values), keys[slots].astype(np.float32)
+    yield out
+    for form, keys in known.items():
+        require(out[form] == keys, f"{form}: a key is another")
 
 
 CASES: dict[str, Case] = {
     **STEP_CASES,
-    "cache_write": Case(_cache_write, _check_cache_write),
-    "indexer_query": Case(_indexer_query, _check_indexer_query),
-    "mla_query": Case(_mla_query, _check_mla_query),
+    "cache_write": Case(_cache_write),
+    "indexer_query": Case(_indexer_query),
+    "mla_query": Case(_mla_query),
     "indexer_logits": logits_case(),
     "sparse_mla": mla_case(),
-    "dequantize": Case(_dequantize, _check_dequantize),
+    "dequantize": Case(_dequantize),
 }
 TENSOR_CORE_TOLERANCE = {"fp8_ds_mla": 4e-3, "bfloat16": 2e-2}
 """Of attention, as a part of a token's largest result; weights have 8 to 11 bits."""
+# GEMMs on tensor cores have other widths, and take no float32; 20 heads: over records by one
+# kernel of custom_ops/, over bfloat16 latents by the other
+TENSOR_CORE_CASES = {
+    "indexer_logits": logits_case(("fp8_ds_mla",), 2e-4),
+    "sparse_mla": mla_case(TENSOR_CORE_TOLERANCE, 20),
+}

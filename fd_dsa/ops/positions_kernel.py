@@ -4,34 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops._triton import step_kernel
 
 import triton.language as tl  # isort: skip
 
-_BLOCK = 256
+_BLOCK = tl.constexpr(256)
 
 
-@paddle_jit(
-    do_not_specialize=("num_tokens",),
-    contiguous=("seq_lens_decoder_ptr", "seq_lens_this_time_ptr", "position_ids_ptr"),
-)
-def position_ids_kernel(
-    seq_lens_decoder_ptr,
-    seq_lens_this_time_ptr,
-    position_ids_ptr,
-    num_tokens,
-    BLOCK: tl.constexpr,
-):
+@step_kernel()
+def position_ids_kernel(seq_lens_decoder_ptr, seq_lens_this_time_ptr, position_ids_ptr, num_tokens):
     """See `position_ids`; the tokens before a row's own are added up by its program."""
     row = tl.program_id(0)
     first = tl.full([], 0, tl.int32)
-    for start in range(0, row, BLOCK):
-        other = start + tl.arange(0, BLOCK)
+    for start in range(0, row, _BLOCK):
+        other = start + tl.arange(0, _BLOCK)
         first += tl.sum(tl.load(seq_lens_this_time_ptr + other, mask=other < row, other=0), axis=0)
     known = tl.load(seq_lens_decoder_ptr + row)
     new = tl.load(seq_lens_this_time_ptr + row)
-    for start in range(0, new, BLOCK):
-        j = start + tl.arange(0, BLOCK)
+    for start in range(0, new, _BLOCK):
+        j = start + tl.arange(0, _BLOCK)
         mask = (j < new) & (first + j < num_tokens)
         tl.store(position_ids_ptr + first + j, known + j, mask=mask)
 
@@ -42,10 +33,5 @@ def position_ids(
     """See `fd_dsa.ops.positions.position_ids`."""
     num_rows = seq_lens_this_time.shape[0]
     if num_rows:
-        position_ids_kernel[(num_rows,)](
-            seq_lens_decoder,
-            seq_lens_this_time,
-            position_ids,
-            position_ids.shape[0],
-            BLOCK=_BLOCK,
-        )
+        tensors = seq_lens_decoder, seq_lens_this_time, position_ids
+        position_ids_kernel[(num_rows,)](*tensors, position_ids.shape[0])

@@ -6,7 +6,7 @@ of fd_dsa_ops serves after it has passed its case; `fd-dsa doctor` runs those of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -91,19 +91,19 @@ class Case:
     """A small case of an operator.
 
     Attributes:
-        run: the results of a provider's function, and the inputs that the definition needs.
-        check: raises CheckFailed unless they agree with the definition.
+        run: calls a provider's function and yields its results, then, with what these hold by
+            now, raises CheckFailed unless they agree with the definition.
         same_bytes: on a device every output has the CPU's bytes.
     """
 
-    run: Callable[[Call, Memory], Outputs]
-    check: Callable[[Outputs], None]
+    run: Callable[[Call, Memory], Iterator[Outputs]]
     same_bytes: bool = True
 
     def difference(self, call: Call, memory: Memory) -> str:
         """How the result of a function differs from the definition; "" if it does not."""
         try:
-            self.check(self.run(call, memory))
+            for _ in self.run(call, memory):
+                pass
         except CheckFailed as failure:
             return str(failure)
         return ""
@@ -114,76 +114,71 @@ _LENGTHS = [3, 0, 0], [2, 4, 0], [3, 1, 0]
 _POSITION_IDS = [2, 3, 4, 4]
 
 
-def _step_metadata(call: Call, memory: Memory) -> Outputs:
-    """`call` is StepMetadataBuilder, whatever the provider."""
+def _require_equal(out: Outputs, expected: dict[str, list[int]]) -> None:
+    """Refuse other numbers than the expected ones."""
+    for name, values in expected.items():
+        got = out[name].tolist()
+        require(got == values, f"{name}: got {got}, expected {values}")
+
+
+def _step_metadata(call: Call, memory: Memory) -> Iterator[Outputs]:
+    """The numbers of that step, by hand; `call` is StepMetadataBuilder, whatever the provider."""
     tables = np.random.default_rng(1).permutation(12).astype(np.int32).reshape(3, 4)
-    meta = memory.step(_LENGTHS, tables, 2, 4)
-    names = ("batch_id_per_token", "position_ids", "slot_mapping", "cu_seqlens_q", "cache_seqlens")
-    names += ("cu_seqlens_kg", "indexer_attn_mask_offsets")
-    return {"tables": tables} | {name: memory.get(getattr(meta, name)) for name in names}
-
-
-def _check_step_metadata(out: Outputs) -> None:
-    """The numbers of that step, worked by hand."""
+    rows = [0, 0, 0, 1]
     expected = {
-        "batch_id_per_token": [0, 0, 0, 1],
+        "batch_id_per_token": rows,
         "position_ids": _POSITION_IDS,
+        "slot_mapping": [
+            int(2 * tables[b, p // 2] + p % 2) for b, p in zip(rows, _POSITION_IDS, strict=True)
+        ],
         "cu_seqlens_q": [0, 3, 4, 4],
         "cache_seqlens": [0, 5, 0],
         "cu_seqlens_kg": [0, 5, 6, 6],
         "indexer_attn_mask_offsets": [0, 3, 0, 4, 0, 5, 0, 0],
     }
-    for name, values in expected.items():
-        require(out[name].tolist() == values, f"{name} is {out[name].tolist()}, not {values}")
-    rows = expected["batch_id_per_token"]
-    tables = out["tables"]
-    slots = [2 * tables[b, p // 2] + p % 2 for b, p in zip(rows, _POSITION_IDS, strict=True)]
-    require(out["slot_mapping"] == slots, f"slot_mapping is {out['slot_mapping']}, not {slots}")
+    meta = memory.step(_LENGTHS, tables, 2, 4)
+    out = {name: memory.get(getattr(meta, name)) for name in expected}
+    yield out
+    _require_equal(out, expected)
 
 
-def _position_ids(call: Call, memory: Memory) -> Outputs:
+def _position_ids(call: Call, memory: Memory) -> Iterator[Outputs]:
+    """Positions of that step, and nothing written after them."""
     positions = memory.put(np.full(6, -7, np.int32))
     call(*(memory.put(np.array(values, np.int32)) for values in _LENGTHS), positions)
-    return {"positions": memory.get(positions)}
+    out = {"positions": memory.get(positions)}
+    yield out
+    _require_equal(out, {"positions": [*_POSITION_IDS, -7, -7]})
 
 
-def _check_position_ids(out: Outputs) -> None:
-    """Positions of that step, and nothing written after them."""
-    expected, positions = [*_POSITION_IDS, -7, -7], out["positions"].tolist()
-    require(positions == expected, f"positions are {positions}, not {expected}")
-
-
-def _indexer_projection(call: Call, memory: Memory) -> Outputs:
-    """Three tokens of 320 values, to keys of 128 and weights of four heads."""
+def _indexer_projection(call: Call, memory: Memory) -> Iterator[Outputs]:
+    """Three tokens of 320 values, to keys of 128 and weights of four heads, summed in float32."""
     rng = np.random.default_rng(8)
-    shapes = {"hidden": (3, 320), "wk": (320, 128), "weights_proj": (320, 4)}
-    inputs = {name: rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
-    hidden, *parameters = (memory.put(array) for array in inputs.values())
-    if memory.on_host:
-        # parameters are Paddle's on a CPU, too
-        parameters = [as_tensor(array) for array in parameters]
-    out = (memory.blank((3, 128), np.float32), memory.blank((3, 4), np.float32))
-    call(hidden, *parameters, out)
-    return inputs | {"keys": memory.get(out[0]), "weights": memory.get(out[1])}
-
-
-def _check_indexer_projection(out: Outputs) -> None:
-    """Both products are within the rounding of a float32 sum."""
-    hidden = out["hidden"].astype(np.float64)
-    for name, weight in (("keys", out["wk"]), ("weights", out["weights_proj"])):
-        expected, size = hidden @ weight, abs(hidden) @ abs(weight)
-        worst = (abs(out[name] - expected) / size).max()
+    shapes = (3, 320), (320, 128), (320, 4)
+    hidden, *weights = (rng.normal(0, 1, shape).astype(np.float32) for shape in shapes)
+    # parameters are Paddle's on a CPU, too
+    parameters = map(as_tensor if memory.on_host else memory.put, weights)
+    made = memory.blank((3, 128), np.float32), memory.blank((3, 4), np.float32)
+    call(memory.put(hidden), *parameters, made)
+    out = dict(zip(("keys", "weights"), map(memory.get, made), strict=True))
+    yield out
+    wide = hidden.astype(np.float64)
+    for (name, found), weight in zip(out.items(), weights, strict=True):
+        worst = (abs(found - wide @ weight) / (abs(wide) @ abs(weight))).max()
         require(worst <= 2.0**-18, f"{name} are off by {worst} of the sum of their terms")
 
 
-def _topk(sizes: tuple[tuple[int, int], ...], call: Call, memory: Memory) -> Outputs:
+def _topk(sizes: tuple[tuple[int, int], ...], call: Call, memory: Memory) -> Iterator[Outputs]:
     """Rows with all, k, no and many keys: a plateau, both signs and numbers below the normal ones.
+
+    A sort by score, then by position, gives the same slots in ascending position.
 
     Args:
         sizes: widths of the scores, and k.
     """
     rng = np.random.default_rng(0)
-    out: Outputs = {"widths": np.array([width for width, _ in sizes])}
+    out: Outputs = {}
+    expected: Outputs = {}
     for width, k in sizes:
         positions = np.array([width - 1, k - 1, 0, width // 2 + k], np.int64)
         rows = np.array([0, 1, -1, 1], np.int32)
@@ -194,33 +189,25 @@ def _topk(sizes: tuple[tuple[int, int], ...], call: Call, memory: Memory) -> Out
         best = memory.blank((4, k), np.int32)
         inputs = map(memory.put, (scores, positions, rows, tables))
         call(*inputs, best, block_size=8, num_blocks=tables.size)
-        lengths = np.where(rows < 0, 0, positions + 1)
-        out |= {f"{width} best": memory.get(best), f"{width} scores": scores}
-        out |= {f"{width} lengths": lengths, f"{width} tables": tables[np.maximum(rows, 0)]}
-    return out
-
-
-def _check_topk(out: Outputs) -> None:
-    """A sort by score, then by position, gives the same slots in ascending position."""
-    for width in out["widths"]:
-        names = ("best", "scores", "lengths", "tables")
-        for token, (best, scores, length, table) in enumerate(
-            zip(*(out[f"{width} {name}"] for name in names), strict=True)
-        ):
-            chosen = np.sort(np.argsort(-scores[:length], kind="stable")[: len(best)])
-            expected = np.full(len(best), -1)
-            expected[: len(chosen)] = table[chosen // 8] * 8 + chosen % 8
-            require(best == expected, f"row {token} of {width} is {best}, not {expected}")
+        out[f"{width} best"], slots = memory.get(best), np.full((4, k), -1)
+        for token, length in enumerate(np.where(rows < 0, 0, positions + 1)):
+            chosen = np.sort(np.argsort(-scores[token, :length], kind="stable")[:k])
+            slots[token, : len(chosen)] = tables[rows[token], chosen // 8] * 8 + chosen % 8
+        expected[f"{width} best"] = slots
+    yield out
+    for name, slots in expected.items():
+        for token, (best, right) in enumerate(zip(out[name], slots, strict=True)):
+            require(best == right, f"row {token} of {name.split()[0]} is {best}, not {right}")
 
 
 def topk_case(*sizes: tuple[int, int]) -> Case:
     """Selections of k among so many scores."""
-    return Case(partial(_topk, sizes), _check_topk)
+    return Case(partial(_topk, sizes))
 
 
 STEP_CASES = {
-    "step_metadata": Case(_step_metadata, _check_step_metadata),
-    "position_ids": Case(_position_ids, _check_position_ids),
-    "indexer_projection": Case(_indexer_projection, _check_indexer_projection, same_bytes=False),
+    "step_metadata": Case(_step_metadata),
+    "position_ids": Case(_position_ids),
+    "indexer_projection": Case(_indexer_projection, same_bytes=False),
     "topk": topk_case((40, 8), (9000, 7)),
 }

@@ -36,7 +36,7 @@ OPERATORS: dict[str, dict[str, str]] = {
         TRITON: "ops.positions_kernel.position_ids",
     },
     "indexer_projection": {
-        PADDLE: "ops.indexer_projection.paddle_impl.project_indexer",
+        PADDLE: "ops.indexer_projection.project_on_host",
         TRITON: "ops.indexer_projection.triton_kernel.project_indexer",
     },
     "cache_write": {
@@ -50,7 +50,7 @@ OPERATORS: dict[str, dict[str, str]] = {
     "indexer_logits": {
         TENSOR_CORE: "ops.logits.tile_kernel.score_step",
         PADDLE: "ops.logits.paddle_impl.score_step",
-        TRITON: "ops.logits.triton_kernel.score_step",
+        TRITON: "ops.logits.triton_kernel.score_pages",
     },
     "topk": {
         CUSTOM_OP: "ops.topk.custom_op.select_slots",
@@ -58,7 +58,7 @@ OPERATORS: dict[str, dict[str, str]] = {
         TRITON: "ops.topk.triton_kernel.select_slots",
     },
     "mla_query": {
-        PADDLE: "ops.mla_query.paddle_impl.prepare_mla_query",
+        PADDLE: "ops.mla_query.prepare_on_host",
         TRITON: "ops.mla_query.triton_kernel.prepare_mla_query",
     },
     "sparse_mla": {
@@ -249,7 +249,7 @@ def parse(pairs: Iterable[str], source: str, text: str) -> dict[str, str]:
 def reason_for(provider: str) -> str:
     """Why a provider serves where it does, in words."""
     if provider == PADDLE:
-        return "a CPU: NumPy, and products by Paddle"
+        return "CPU: NumPy; GEMMs by oneDNN or Paddle"
     if provider == CUSTOM_OP:
         return "of fd_dsa_ops, agrees with the definition"
     # asked here, not at import: a process that stays on the CPU decides nothing about Triton

@@ -299,7 +299,7 @@ KNOWN_FAILURES: dict[str, tuple[str, ...]] = {
         f"{HERE}::test_a_choice_of_last_keys_alone_is_noticed",
         "tests/ops/test_many_scores.py::test_the_first_keys_are_found_whatever_the_number_of_scores",
         "tests/custom_ops/test_topk_kernel.py::test_more_scores_than_31_bits_count",
-        "tests/ops/test_indexer_logits_kernel.py::test_blocks_past_two_to_the_31_bytes",
+        "tests/ops/test_logits_kernels.py::test_blocks_past_two_to_the_31_bytes",
         "tests/ops/test_sparse_mla_kernel.py::test_records_past_two_to_the_31_bytes",
         "tests/ops/test_write_path_device.py::test_caches_past_two_gigabytes",
     ),
@@ -312,7 +312,7 @@ KNOWN_FAILURES: dict[str, tuple[str, ...]] = {
     "pages that a row does not have": (
         f"{ATTENTION}::test_no_page_is_read_that_a_row_does_not_have",
         f"{ATTENTION}::test_an_unmapped_tail_that_is_read_is_noticed",
-        "tests/ops/test_indexer_logits_kernel.py::test_a_key_without_a_block_scores_lowest",
+        "tests/ops/test_logits_kernels.py::test_keys_without_a_block_score_lowest",
         "tests/ops/test_topk_kernel.py::test_a_position_past_the_table_has_no_slot",
     ),
     "a prefix cache that never hits": (

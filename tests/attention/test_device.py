@@ -102,7 +102,7 @@ def test_scores_in_chunks_of_tokens(
     original = module.score_pages
 
     def recording(*args: Any, **kwargs: Any) -> None:
-        rows.append(args[6].shape[0])
+        rows.append(args[4].shape[0])
         original(*args, **kwargs)
 
     monkeypatch.setattr(module, "score_pages", recording)
@@ -238,12 +238,10 @@ def test_what_serves_is_told_once_and_remembered(
 def test_a_schedule_is_made_once_in_a_step_that_is_scored(
     kernel_memory: KernelMemory, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fd_dsa.attention.device_scores as module
+    from fd_dsa.ops.logits.tile_schedule import TileSchedule
 
-    made, fill = [], module.fill_tile_schedule
-    monkeypatch.setattr(
-        module, "fill_tile_schedule", lambda *a, **k: (made.append(1), fill(*a, **k))
-    )
+    made, fill = [], TileSchedule.fill
+    monkeypatch.setattr(TileSchedule, "fill", lambda *a, **k: (made.append(1), fill(*a, **k)))
     sizes = Sizes(8, 64 if dtype == FP8 else 16, dtype, layers=2)
     case = OnDevice(kernel_memory, sizes, ROWS)
     assert len(made) == (dtype == FP8)

@@ -31,7 +31,7 @@ def _memory(request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> Iterat
     else:
         library = emulated_library(request.module.KERNELS)
         # kernels on emulated threads count as compiled ones
-        patch.setattr("fd_dsa.ops.topk.custom_op.INTERPRETING", False)
+        patch.setattr("fd_dsa.ops._library.INTERPRETING", False)
     custom_ops.use_library(library)
     yield memory
     custom_ops.use_library(None)

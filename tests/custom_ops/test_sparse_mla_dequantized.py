@@ -142,15 +142,8 @@ class Step:
 
     def dequantized(self, words: int = WORDS, keys_per_token: int = 1 << 20) -> Any:
         """Records of the prompts in memory that held something else."""
-        meta, memory = self.meta, self.memory.poisoned((words,), "float32")
-        return DequantizedRecords(memory, keys_per_token).fill(
-            self.cache,
-            meta.block_tables,
-            meta.seq_lens_encoder,
-            meta.seq_lens_decoder,
-            meta.seq_lens_this_time,
-            meta.batch_id_per_token,
-        )
+        memory = self.memory.poisoned((words,), "float32")
+        return DequantizedRecords(memory, keys_per_token).fill(self.cache, self.meta)
 
     def run(self, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """What the kernel writes to poisoned memory."""

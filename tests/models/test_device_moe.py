@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("paddle", reason="the layers are on Paddle's tensors")
 
-from fd_dsa.errors import ShapeError
 from fd_dsa.models import device_moe
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.moe import DeepseekMoE
@@ -136,21 +135,6 @@ def test_rows_that_are_no_numbers_spoil_no_others(paddle_memory: KernelMemory) -
     assert chosen.numpy()[[0, 2]].tolist() == [[0, 1, 1], [1, 1, 0]]
     wanted = weights.numpy()[[0, 2]].sum(axis=1, keepdims=True)
     np.testing.assert_allclose(found[[0, 2]], np.repeat(wanted, 4, axis=1), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "said"),
-    [
-        (([2, 3], [4]), "choose_experts: bias has shape"),
-        (([2], [2]), "choose_experts: logits has shape"),
-    ],
-)
-def test_shapes_that_do_not_belong_together(
-    paddle_memory: KernelMemory, tensors: Any, said: str
-) -> None:
-    logits, bias = (paddle_memory.put(np.zeros(shape, np.float32)) for shape in tensors)
-    with pytest.raises(ShapeError, match=said):
-        choose_experts(logits, bias, **RULES)
 
 
 def test_an_expert_that_overflows_on_others_tokens_spoils_nothing(

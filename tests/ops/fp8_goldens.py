@@ -60,10 +60,10 @@ class Golden:
             given[name] = np.full(self.arrays[name].shape, UNTOUCHED, np.uint8)
         return given | {"params": self.params()}
 
-    def query_arguments(self) -> dict[str, Any]:
-        """Arguments of `prepare_indexer_query`."""
+    def query_arguments(self) -> tuple[list[np.ndarray], dict[str, Any]]:
+        """Arguments of `prepare_indexer_query`; on a CPU it writes to the first array."""
         names = ("q", "weights", "position_ids", "cos_sin_cache")
-        return {name: self.arrays[name].copy() for name in names} | {
+        return [self.arrays[name].copy() for name in names], {
             "rope_interleave": self.options["interleave"],
             "quantized": True,
             "hadamard": self.options["hadamard"],

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+
+from tests.kernel_memory import KernelMemory
 
 # (cached, new) tokens of each row: first chunk, decode, later chunk, drafts, a lone token
 SMALL_ROWS = ((0, 5), (37, 1), (20, 4), (63, 2), (0, 1))
@@ -34,6 +38,17 @@ class PagedRows:
     def num_tokens(self) -> int:
         """Tokens, padding included."""
         return len(self.batch_ids)
+
+    def meta(self, m: KernelMemory, max_seqlen_k: int = 1 << 30) -> Any:
+        """What kernels read of a ForwardMeta, in a memory."""
+        counts = np.bincount(self.batch_ids[self.batch_ids >= 0], minlength=len(self.block_tables))
+        return SimpleNamespace(
+            position_ids=m.put(self.position_ids),
+            batch_id_per_token=m.put(self.batch_ids),
+            block_tables=m.put(self.block_tables),
+            cu_seqlens_q=m.put(np.cumsum([0, *counts]).astype(np.int32)),
+            max_seqlen_k=max_seqlen_k,
+        )
 
     def key_slots(self, token: int) -> np.ndarray:
         """int64 [window of the token]; the slots of the keys it sees, in order."""

@@ -143,15 +143,17 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def records(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [n, 656] records, and their exact values, float64 [n, 576]."""
-    codes = rng.integers(0, 256, (n, RANK)).astype(np.uint8)
+def records(
+    rng: np.random.Generator, n: int, rank: int = RANK, rope: int = ROPE
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 records of n keys, and their exact values, float64 [n, rank + rope]."""
+    codes = rng.integers(0, 256, (n, rank)).astype(np.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0x08
-    scales = np.exp(rng.uniform(-9, -3, (n, RANK // 128))).astype(np.float32)
-    rope = bfloat16_bits(rng.standard_normal((n, ROPE)).astype(np.float32))
+    scales = np.exp(rng.uniform(-9, -3, (n, rank // 128))).astype(np.float32)
+    k_pe = bfloat16_bits(rng.standard_normal((n, rope)).astype(np.float32))
     wide = E4M3_VALUES[codes].astype(np.float64).reshape(n, -1, 128) * scales[:, :, None]
-    parts = [codes, scales.view(np.uint8), rope.view(np.uint8)]
-    return np.concatenate(parts, axis=1), np.concatenate([wide.reshape(n, -1), widened(rope)], 1)
+    parts = [codes, scales.view(np.uint8), k_pe.view(np.uint8)]
+    return np.concatenate(parts, axis=1), np.concatenate([wide.reshape(n, -1), widened(k_pe)], 1)
 
 
 def make(

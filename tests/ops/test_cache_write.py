@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.ops._gather import gather_rows
 from fd_dsa.ops._host import Scratch
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
@@ -33,7 +33,8 @@ def written(values: np.ndarray, slots: list[int], num_slots: int, dtype: str) ->
 @given(st.lists(st.floats(width=32), min_size=1, max_size=8))
 @settings(max_examples=400)
 def test_bfloat16_bits_of_any_value(values: list[float]) -> None:
-    row = np.array([values], np.float32)
+    nans = np.uint32([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF, 0x7FC00000])
+    row = np.concatenate([np.float32(values), nans.view(np.float32)])[None]
     found = written(row, [0], 1, "bfloat16").view(np.uint16)[0]
     for value, bits in zip(row[0], found, strict=True):
         if np.isnan(value):
@@ -65,28 +66,17 @@ def test_bfloat16_ties_and_limits(bits: int, wanted: int) -> None:
     assert hex(written(row, [0], 1, "bfloat16").view(np.uint16)[0, 0]) == hex(wanted)
 
 
-@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF, 0x7FC00000])
-def test_every_nan_stays_nan(bits: int) -> None:
-    row = np.array([[bits]], np.uint32).view(np.float32)
-    found = int(written(row, [0], 1, "bfloat16").view(np.uint16)[0, 0])
-    assert found & 0x7F80 == 0x7F80
-    assert found & 0x007F
-
-
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_slots_outside_the_cache_are_skipped(dtype: str) -> None:
+    for none in ([], [-1, -1]):
+        cache = written(np.ones((len(none), 2), np.float32), none, 3, dtype)
+        assert (cache == UNTOUCHED).all()
     values = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
     cache = written(values, [5, -1, 0, 6, -7], 6, dtype)
     assert (cache[[1, 2, 3, 4]] == UNTOUCHED).all()
     found = np.empty((2, 2), np.float32)
     gather_rows(cache, np.array([5, 0]), found, Scratch())
     assert found.tolist() == [[1, 2], [5, 6]]
-
-
-@pytest.mark.parametrize("slots", [[], [-1, -1]])
-def test_a_step_without_slots_writes_nothing(slots: list[int]) -> None:
-    cache = written(np.ones((len(slots), 2), np.float32), slots, 3, "float32")
-    assert (cache == UNTOUCHED).all()
 
 
 def test_float32_is_written_bit_by_bit() -> None:
@@ -144,8 +134,7 @@ def ref_key(given: dict[str, Any], token: int) -> np.ndarray:
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_norms_and_rotations(interleaved: bool) -> None:
     given = inputs()
-    fields = {name: getattr(given["params"], name) for name in CacheWriteParams.__slots__}
-    given["params"] = CacheWriteParams(**(fields | {"index_rope_interleave": interleaved}))
+    given["params"] = replace(given["params"], index_rope_interleave=interleaved)
     before = {name: given[name].copy() for name in ("kv_a", "index_k")}
     write_caches(**given)
     latents = given["latent_cache"].reshape(-1, RANK + ROPE)
@@ -170,21 +159,13 @@ def test_each_cache_may_be_written_alone() -> None:
         np.testing.assert_array_equal(alone[name], both[name])
 
 
-def test_columns_of_a_wider_projection() -> None:
-    given, sliced = inputs(), inputs()
-    write_caches(**given)
-    wide = np.full((5, 3 + RANK + ROPE), 1e9, np.float32)
-    wide[:, 3:] = sliced["kv_a"]
-    sliced["kv_a"] = wide[:, 3:]
-    write_caches(**sliced)
-    np.testing.assert_array_equal(sliced["latent_cache"], given["latent_cache"])
-
-
-def test_blocks_may_lie_apart() -> None:
+def test_columns_of_a_wider_projection_and_blocks_that_lie_apart() -> None:
     given, apart = inputs(), inputs()
     write_caches(**given)
+    wide = np.full((5, 3 + RANK + ROPE), 1e9, np.float32)
+    wide[:, 3:] = apart["kv_a"]
     padded = np.full((3, 1, BLOCK + 2, RANK + ROPE), UNTOUCHED, np.float32)
-    apart["latent_cache"] = padded[:, :, :BLOCK]
+    apart |= {"kv_a": wide[:, 3:], "latent_cache": padded[:, :, :BLOCK]}
     write_caches(**apart)
     np.testing.assert_array_equal(apart["latent_cache"], given["latent_cache"])
     assert (padded[:, :, BLOCK:] == UNTOUCHED).all()
@@ -203,8 +184,7 @@ def test_paddle_memory() -> None:
 def test_bfloat16_is_rounded_once_when_it_is_stored() -> None:
     given, rounded = inputs(), inputs()
     write_caches(**given)
-    fields = {name: getattr(given["params"], name) for name in CacheWriteParams.__slots__}
-    rounded["params"] = CacheWriteParams(**(fields | {"kv_cache_dtype": "bfloat16"}))
+    rounded["params"] = replace(given["params"], kv_cache_dtype="bfloat16")
     for name in ("latent_cache", "index_cache"):
         rounded[name] = np.zeros(rounded[name].shape, np.int16)
     write_caches(**rounded)
@@ -235,28 +215,3 @@ def test_gather_keeps_nan_and_infinities_of_bfloat16() -> None:
     assert np.isnan(found[0, 0])
     assert found[1:3, 0].tolist() == [np.inf, -np.inf]
     assert found.view(np.uint32)[3, 0] == 0x80000000
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "said"),
-    [
-        ({"kv_a": np.ones((4, 10), np.float32)}, ShapeError, r"kv_a has shape \[4, 10\].*\[5, \*"),
-        ({"kv_a": np.ones((5, 9), np.float32)}, ShapeError, r"latent_cache .*\[\*, 1, \*, 9\]"),
-        ({"kv_a": np.ones((5, 10))}, DtypeError, "kv_a has dtype float64"),
-        ({"index_k": np.ones((5, 7), np.float32)}, ShapeError, r"index_cache .*\[3, 4, 7\]"),
-        ({"index_k": np.ones((6, 8), np.float32)}, ShapeError, r"index_k has shape \[6, 8\]"),
-        ({"index_k": np.ones((5, 8))}, DtypeError, "index_k has dtype float64"),
-        ({"index_cache": np.zeros((3, 4, 8))}, DtypeError, "index_cache has dtype float64"),
-        ({"index_cache": np.zeros((3, 4, 8), np.int16)}, DtypeError, "allowed is float32"),
-        ({"position_ids": np.zeros(4, np.int64)}, ShapeError, r"position_ids has shape \[4\]"),
-        ({"position_ids": np.zeros(5, np.int32)}, DtypeError, "position_ids has dtype int32"),
-        ({"slot_mapping": np.zeros(5, np.int32)}, DtypeError, "slot_mapping has dtype int32"),
-        ({"params": CacheWriteParams("fp8_ds_mla")}, ShapeError, r"kv_a has .*\[\*, 576\]"),
-    ],
-)
-def test_refusals_come_before_the_write(changes: dict[str, Any], error: type, said: str) -> None:
-    given = inputs()
-    with pytest.raises(error, match=said):
-        write_caches(**(given | changes))
-    assert (given["latent_cache"] == UNTOUCHED).all()
-    assert (given["index_cache"] == UNTOUCHED).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,11 +56,16 @@ class World:
         from fd_dsa.ops.mla.records import DequantizedRecords
 
         memory = m.poisoned((words(self.num_blocks, len(self.rows), capacity),), "float32")
-        lens = [np.array(x, np.int32) for x in zip(*self.rows, strict=True)]
-        ids = np.repeat(np.arange(len(self.rows), dtype=np.int32), lens[2])
-        found = DequantizedRecords(memory, keys_per_token).fill(
-            m.put(self.cache), m.put(self.tables), *map(m.put, lens), m.put(ids)
-        )
+        encoder, decoder, new = (np.array(x, np.int32) for x in zip(*self.rows, strict=True))
+        step = {
+            "block_tables": self.tables,
+            "seq_lens_encoder": encoder,
+            "seq_lens_decoder": decoder,
+            "seq_lens_this_time": new,
+            "batch_id_per_token": np.repeat(np.arange(len(self.rows), dtype=np.int32), new),
+        }
+        tensors: Any = SimpleNamespace(**{name: m.put(x) for name, x in step.items()})
+        found = DequantizedRecords(memory, keys_per_token).fill(m.put(self.cache), tensors)
         if found is None:
             return None
         values = m.get(found.values).view(np.uint16).reshape(-1, BLOCK, WIDTH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import paddle
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 
 from fd_dsa.ops._fp8 import absolute_maximum, decode_e4m3, encode_e4m3, index_scale, raw_scale
 from fd_dsa.ops._gather import gather_index_keys, gather_latents
-from fd_dsa.ops._hadamard import hadamard
 from fd_dsa.ops._host import Scratch
+from fd_dsa.ops._rope import hadamard
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_gathered, score_paged
 from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 from fd_dsa.ops.unchecked import prepare_indexer_query
+from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.fp8_goldens import NAMES, Golden
 from tests.reference.float32 import ref_hadamard
@@ -97,6 +99,10 @@ def test_scales_of_tiles_without_numbers() -> None:
     assert raw_scale(absmax).tolist() == [2.0**-126, 2.0**-126, np.float32(3 / 448)]
 
 
+def in_memory(m: KernelMemory, array: Any) -> Any:
+    return m.put(array) if isinstance(array, np.ndarray) else array
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_byte_of_both_caches(name: str) -> None:
     golden = Golden.load(name)
@@ -107,17 +113,46 @@ def test_every_byte_of_both_caches(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_byte_of_both_caches_by_the_kernel(kernel_memory: KernelMemory, name: str) -> None:
+    from fd_dsa.ops.cache_write import triton_kernel
+
+    m, golden = kernel_memory, Golden.load(name)
+    *arrays, params = golden.write_arguments().values()
+    tensors = [in_memory(m, array) for array in arrays]
+    norms = {key: in_memory(m, getattr(params, key)) for key in CacheWriteParams.__slots__}
+    with np.errstate(all="ignore"):
+        triton_kernel.write_caches(*tensors, CacheWriteParams(**norms))
+    for tensor, cache in zip(tensors[-2:], ("latent_cache", "index_cache"), strict=True):
+        np.testing.assert_array_equal(m.get(tensor), golden.arrays[cache], err_msg=cache)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_byte_of_the_queries(name: str) -> None:
     golden = Golden.load(name)
     wanted = golden.arrays["q_codes"], golden.arrays["q_weights"]
+    arrays, how = golden.query_arguments()
     out = np.empty(wanted[0].shape, np.uint8), np.empty(wanted[1].shape, np.float32)
-    assert prepare_indexer_query(**golden.query_arguments(), out=out) is out
+    assert prepare_indexer_query(*(x.copy() for x in arrays), **how, out=out) is out
     for found, array in zip(out, wanted, strict=True):
         np.testing.assert_array_equal(found, array)
     # without buffers for codes it returns their values, which a GEMM on a CPU needs
-    values, weights = prepare_indexer_query(**golden.query_arguments())
+    values, weights = prepare_indexer_query(*arrays, **how)
     np.testing.assert_array_equal(values, decode_e4m3(wanted[0]))
     np.testing.assert_array_equal(weights, wanted[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_byte_of_the_queries_by_the_kernel(kernel_memory: KernelMemory, name: str) -> None:
+    from fd_dsa.ops.query import triton_kernel
+
+    m, golden = kernel_memory, Golden.load(name)
+    wanted = golden.arrays["q_codes"], golden.arrays["q_weights"]
+    arrays, how = golden.query_arguments()
+    out = m.poisoned(wanted[0].shape, "uint8"), m.poisoned(wanted[1].shape, "float32")
+    with np.errstate(all="ignore"):
+        triton_kernel.prepare_indexer_query(*map(m.put, arrays), **how, out=out)
+    for found, array in zip(out, wanted, strict=True):
+        np.testing.assert_array_equal(m.get(found).view(np.uint8), array.view(np.uint8))
 
 
 def test_goldens_have_what_they_are_for() -> None:

@@ -31,11 +31,6 @@ def stored(values: np.ndarray, dtype: type) -> np.ndarray:
     return values if dtype == np.float32 else upper_half(values)
 
 
-def poisoned(num_slots: int, dim: int, dtype: type) -> np.ndarray:
-    """A cache of NaN."""
-    return np.full((num_slots, dim), NAN_BITS[dtype], dtype)
-
-
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_scores_of_gathered_keys(dtype: str) -> None:
     rng = np.random.default_rng(0)
@@ -43,7 +38,7 @@ def test_scores_of_gathered_keys(dtype: str) -> None:
     weights = rng.standard_normal((5, 3)).astype(np.float32)
     keys = rng.standard_normal((11, 8)).astype(np.float32)
     slots = rng.permutation(40)[:11].astype(np.int64)
-    cache = poisoned(40, 8, CACHE_DTYPES[dtype])
+    cache = np.full((40, 8), NAN_BITS[CACHE_DTYPES[dtype]], CACHE_DTYPES[dtype])
     seen = keys if dtype == "float32" else ref_array(keys)
     cache[slots] = stored(seen, CACHE_DTYPES[dtype])
     cache = cache.reshape(8, 5, 8)
@@ -108,7 +103,7 @@ class PagedCase:
             self.tables[row, :count], free = free[:count], free[count:]
         self.round: Any = ref_array if dtype == np.int16 else np.asarray
         self.keys = [rng.standard_normal((n, dim)).astype(np.float32) for n in lengths]
-        cache = poisoned(num_blocks * block_size, dim, dtype)
+        cache = np.full((num_blocks * block_size, dim), NAN_BITS[dtype], dtype)
         for row, n in enumerate(lengths):
             slots = [ref_slot(p, self.tables[row], block_size) for p in range(n)]
             cache[slots] = stored(self.round(self.keys[row]), dtype)

@@ -20,7 +20,7 @@ import paddle
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.ops import providers
-from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_TOLERANCE, logits_case, mla_case
+from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_CASES
 from fd_dsa.ops.probes import Memory, topk_case
 from fd_dsa.ops.providers import OPERATORS, choose, function, on, serving, settle, table
 from tests.custom_ops.building import emulated_library
@@ -49,16 +49,8 @@ def install(monkeypatch: pytest.MonkeyPatch, archs: tuple[str, ...] = ()) -> Non
     monkeypatch.setitem(sys.modules, "fd_dsa_ops", package)
 
 
-def tensor_on(kind: str) -> Any:
-    """A tensor on a kind of device, as far as it is looked at."""
-    place = SimpleNamespace(is_cpu_place=lambda: False, is_gpu_place=lambda: kind == "gpu")
-    if kind == "cuda":
-        return SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    return SimpleNamespace(place=place if kind == "gpu" else Place(kind))
-
-
 class Place(str):
-    """A custom place, as Paddle prints it."""
+    """A place on a device, as Paddle prints a custom one."""
 
     def __str__(self) -> str:
         return f"Place({str.__str__(self)}:0)"
@@ -66,7 +58,8 @@ class Place(str):
     def is_cpu_place(self) -> bool:
         return False
 
-    is_gpu_place = is_cpu_place
+    def is_gpu_place(self) -> bool:
+        return self == "gpu"
 
 
 @pytest.mark.parametrize(("operator", "provider"), PAIRS)
@@ -96,12 +89,8 @@ def test_every_function_agrees_with_the_definition(operator: str, provider: str)
     if provider == "custom_op":
         assert callable(function(operator, provider))
         return
-    tensor_core = {
-        "indexer_logits": logits_case(("fp8_ds_mla",), 2e-4),
-        "sparse_mla": mla_case(TENSOR_CORE_TOLERANCE),
-    }
     case = topk_case((40, 8), (1104, 7)) if operator == "topk" else CASES[operator]
-    case = tensor_core[operator] if provider == "triton_tensor_core" else case
+    case = TENSOR_CORE_CASES[operator] if provider == "triton_tensor_core" else case
     memory = Memory(None if provider == "paddle" else open_memory("interpreter").poisoned)
     assert case.difference(function(operator, provider), memory) == ""
 
@@ -127,7 +116,7 @@ def test_a_variable_that_cannot_be_read(
 def test_a_choice_is_logged_once(tensor: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
         assert len({serving("cache_write", tensor) for _ in range(3)}) == 1
-    text = "cache_write on cpu: paddle (a CPU: NumPy, and products by Paddle)"
+    text = "cache_write on cpu: paddle (CPU: NumPy; GEMMs by oneDNN or Paddle)"
     assert caplog.messages == [text]
     assert table()["cache_write"]["cpu"].provider == "paddle"
 
@@ -143,7 +132,10 @@ def test_a_device(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", mode)
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
-        assert serving("mla_query", tensor_on(kind)) is function("mla_query", "triton")
+        tensor = SimpleNamespace(place=Place(kind))
+        if kind == "cuda":
+            tensor = SimpleNamespace(device=SimpleNamespace(type=kind))
+        assert serving("mla_query", tensor) is function("mla_query", "triton")
     assert caplog.messages == [f"mla_query on {kind}: triton (a device, {word} Triton kernel)"]
 
 
@@ -174,16 +166,8 @@ def test_a_faster_provider_that_cannot_serve_is_named(caplog: pytest.LogCaptureF
     assert on("indexer_logits", "gpu") == ["triton_tensor_core", "triton"]
 
 
-def state_of_library(state: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """The package fd_dsa_ops is missing, built without kernels, broken, or has kernels."""
-    if state == "no kernels":
-        install(monkeypatch)
-    elif state == "broken":
-        text = "raise ImportError('libX.so: undefined symbol: f')\n"
-        (folder / "fd_dsa_ops.py").write_text(text)
-        monkeypatch.syspath_prepend(str(folder))
-    elif state == "kernels":
-        custom_ops.use_library(emulated_library("position_ids"))
+def agrees(kernels: Any) -> str:
+    return ""
 
 
 def fails(kernels: Any) -> str:
@@ -193,12 +177,12 @@ def fails(kernels: Any) -> str:
 @pytest.mark.parametrize(
     ("state", "probe", "level", "reason"),
     [
-        ("missing", str, "INFO", "fd_dsa_ops is missing: not installed; make custom-ops"),
-        ("no kernels", str, "INFO", "fd_dsa_ops is built for Paddle 3.3.1 without CUDA kernels"),
-        ("broken", str, "WARNING", "fd_dsa_ops is broken: libX.so: undefined symbol: f"),
+        ("missing", agrees, "INFO", "fd_dsa_ops is missing: not installed; make custom-ops"),
+        ("no kernels", agrees, "INFO", "fd_dsa_ops is built for Paddle 3.3.1 without CUDA kernels"),
+        ("broken", agrees, "WARNING", "fd_dsa_ops is broken: libX.so: undefined symbol: f"),
         ("kernels", fails, "WARNING", "its probe failed: AttributeError: no such symbol"),
         ("kernels", lambda kernels: "row 1 is off", "WARNING", "row 1 is off"),
-        ("kernels", lambda kernels: "", "INFO", ""),
+        ("kernels", agrees, "INFO", ""),
     ],
 )
 def test_a_kernel_of_custom_ops(
@@ -210,8 +194,14 @@ def test_a_kernel_of_custom_ops(
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
 ) -> None:
-    state_of_library(state, monkeypatch, tmp_path)
-    probe = (lambda kernels: "") if probe is str else probe
+    if state == "no kernels":
+        install(monkeypatch)
+    elif state == "broken":
+        text = "raise ImportError('libX.so: undefined symbol: f')\n"
+        (tmp_path / "fd_dsa_ops.py").write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+    elif state == "kernels":
+        custom_ops.use_library(emulated_library("position_ids"))
     with caplog.at_level(logging.INFO, "fd_dsa"):
         choices = [choose("topk", "gpu", probe=probe) for _ in range(2)]
     assert [record.levelname for record in caplog.records] == [level]

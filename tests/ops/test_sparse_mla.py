@@ -16,21 +16,22 @@ from tests.reference.sparse_mla import ref_attend
 SCALE, RANK, ROPE = 0.3, 6, 2
 WIDTH = RANK + ROPE
 TOLERANCE = 1e-5
-CACHE_DTYPES = {"float32": np.float32, "bfloat16": np.int16}
-# garbage of unused slots: finite, so large that one visible value would spoil everything
-GARBAGE = {np.float32: 1e30, np.int16: 0x7149}
+CACHE_DTYPES = ["float32", "bfloat16"]
+# what unused slots hold: one visible value would spoil everything
+GARBAGE = [1e30, np.nan, np.inf, -np.inf]
 
 
 class Latents:
     """Random latents in every slot that may be named, garbage in the rest."""
 
-    def __init__(self, used: np.ndarray, num_slots: int, dtype: str, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        storage = CACHE_DTYPES[dtype]
-        rows = rng.standard_normal((len(used), WIDTH)).astype(np.float32)
-        self.cache = np.full((num_slots, WIDTH), GARBAGE[storage], storage)
-        seen = rows if dtype == "float32" else ref_array(rows)
-        self.cache[used] = seen if dtype == "float32" else upper_half(seen)
+    def __init__(
+        self, used: np.ndarray, num_slots: int, dtype: str = "float32", garbage: float = 1e30
+    ) -> None:
+        rows = np.random.default_rng(0).standard_normal((len(used), WIDTH)).astype(np.float32)
+        self.cache = np.full((num_slots, WIDTH), garbage, np.float32)
+        self.cache[used] = seen = rows if dtype == "float32" else ref_array(rows)
+        if dtype != "float32":
+            self.cache = upper_half(self.cache)
         self.by_slot = dict(zip(used.tolist(), seen, strict=True))
 
     def attend(self, q: np.ndarray, slots: list[int]) -> np.ndarray:
@@ -50,11 +51,12 @@ def run_sparse(q: np.ndarray, cache: Any, indices: Any, scratch: Scratch | None 
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("topk", [1, 4, 9])
-def test_selected_slots_of_ragged_rows(dtype: str, topk: int) -> None:
+def test_selected_slots_of_ragged_rows(dtype: str, topk: int, garbage: float) -> None:
     rng = np.random.default_rng(topk)
     used = rng.permutation(50)[:20]
-    latents, q = Latents(used, 50, dtype), queries(7)
+    latents, q = Latents(used, 50, dtype, garbage), queries(7)
     counts = [topk, 1, 0, topk, max(topk - 1, 0), 0, topk]
     chosen = [rng.permutation(used)[:n].tolist() for n in counts]
     indices = np.array([c + [-1] * (topk - len(c)) for c in chosen], np.int32)
@@ -66,18 +68,18 @@ def test_selected_slots_of_ragged_rows(dtype: str, topk: int) -> None:
 
 
 def test_rows_without_a_key_are_zeros() -> None:
-    latents = Latents(np.arange(3), 8, "float32")
+    latents = Latents(np.arange(3), 8)
     found = run_sparse(queries(4), latents.cache, np.full((4, 5), -1, np.int32))
     assert (found == 0).all()
 
 
 def test_no_tokens() -> None:
-    latents = Latents(np.arange(3), 8, "float32")
+    latents = Latents(np.arange(3), 8)
     assert run_sparse(queries(0), latents.cache, np.zeros((0, 5), np.int32)).shape == (0, 3, RANK)
 
 
 def test_order_of_the_selection_does_not_matter() -> None:
-    latents, q = Latents(np.arange(9), 9, "float32"), queries(1)
+    latents, q = Latents(np.arange(9), 9), queries(1)
     ways = [np.random.default_rng(i).permutation(9).astype(np.int32)[None, :] for i in range(3)]
     first, *others = (run_sparse(q, latents.cache, way).copy() for way in ways)
     for other in others:
@@ -85,7 +87,7 @@ def test_order_of_the_selection_does_not_matter() -> None:
 
 
 def test_scores_of_any_size_stay_finite() -> None:
-    latents = Latents(np.arange(6), 6, "float32")
+    latents = Latents(np.arange(6), 6)
     found = run_sparse(
         1e4 * queries(2), latents.cache, np.tile(np.arange(6, dtype=np.int32), 2).reshape(2, 6)
     )
@@ -97,7 +99,7 @@ def test_scores_of_any_size_stay_finite() -> None:
 def test_more_tokens_than_one_tile_gathers() -> None:
     # 8 values of 2,048 keys of 400 tokens are 26 million bytes, several budgets of a gather
     rng = np.random.default_rng(5)
-    latents, q = Latents(np.arange(3000), 3000, "float32"), queries(400, heads=2)
+    latents, q = Latents(np.arange(3000), 3000), queries(400, heads=2)
     indices = np.stack([rng.permutation(3000)[:2048] for _ in range(400)]).astype(np.int32)
     indices[::7, 5:] = -1
     scratch = Scratch()
@@ -130,5 +132,21 @@ def test_masked_and_gathered_agree_with_the_oracle(dtype: str) -> None:
     )
 
 
-Q, CACHE = np.zeros((2, 3, WIDTH), np.float32), np.zeros((9, WIDTH), np.float32)
-INDICES = np.zeros((2, 4), np.int32)
+@pytest.mark.parametrize("poison", GARBAGE[1:])
+def test_keys_that_the_mask_hides(poison: float) -> None:
+    latents, q = Latents(np.arange(12), 12), queries(4)
+    latents.cache[3] = poison
+    key_slots, mask = np.array([7, 3, 9, 2]), np.zeros((4, 4), np.float32)
+    mask[:, 1] = mask[2, 3] = -np.inf
+    sizes = {"softmax_scale": SCALE, "kv_lora_rank": RANK}
+    found = attend_dense(paddle.to_tensor(q), latents.cache, key_slots, mask, **sizes)
+    seen = [[7, 9, 2], [7, 9, 2], [7, 9], [7, 9, 2]]
+    wanted = [latents.attend(q[t], slots) for t, slots in enumerate(seen)]
+    np.testing.assert_allclose(found, np.array(wanted), rtol=0, atol=TOLERANCE)
+    # a token that selects it is not finite, by whatever it scores
+    q[0], q[1] = 1.0, -1.0
+    indices = np.tile(key_slots.astype(np.int32), (4, 1))
+    mask = np.zeros((4, 4), np.float32)
+    masked = attend_dense(paddle.to_tensor(q), latents.cache, key_slots, mask, **sizes)
+    for result in (masked, run_sparse(q, latents.cache, indices)):
+        assert not np.isfinite(result).any()

@@ -11,7 +11,7 @@ import pytest
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
 from fd_dsa.ops.mla.paddle_impl import attend_gathered
 from tests.kernel_memory import KernelMemory
-from tests.ops.e4m3 import E4M3_VALUES
+from tests.ops.tensor_core_case import records, widened
 from tests.reference.sparse_mla import ref_attend
 
 SCALE = 0.11
@@ -25,11 +25,6 @@ TOLERANCE = {
     ("bfloat16", "bfloat16"): 2**-7,
     ("bfloat16", "fp8_ds_mla"): 2**-7,
 }
-
-
-def widened(bits: np.ndarray) -> np.ndarray:
-    """float32 values of bfloat16 bits."""
-    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 @dataclass
@@ -72,17 +67,6 @@ class Case:
         return ref_attend(self.q[token], self.latents, chosen, SCALE, self.rank)
 
 
-def fp8_records(rng: np.random.Generator, n: int, rank: int, rope: int) -> tuple[Any, Any]:
-    """uint8 [n, rank + rank / 32 + 2 * rope] records and their values, float64 [n, rank + rope]."""
-    latent = rng.integers(0, 256, (n, rank)).astype(np.uint8)
-    latent[(latent & 0x7F) == 0x7F] = 0
-    scales = rng.uniform(0.002, 0.02, (n, rank // 128)).astype(np.float32)
-    k_pe = bfloat16_bits(rng.standard_normal((n, rope)).astype(np.float32))
-    parts = [latent, scales.view(np.uint8), k_pe.view(np.uint8)]
-    wide = E4M3_VALUES[latent].astype(np.float64).reshape(n, -1, 128) * scales[:, :, None]
-    return np.concatenate(parts, axis=1), np.concatenate([wide.reshape(n, -1), widened(k_pe)], 1)
-
-
 def make(
     q_dtype: str,
     cache_dtype: str,
@@ -106,7 +90,7 @@ def make(
     slots = np.array([c + [-1] * (topk - len(c)) for c in chosen], np.int32)
     unnamed = np.setdiff1d(np.arange(num_slots), slots)
     if cache_dtype == "fp8_ds_mla":
-        cache, latents = fp8_records(rng, num_slots, rank, rope)
+        cache, latents = records(rng, num_slots, rank, rope)
         cache[unnamed] = 0xFF
         if q_dtype == "bfloat16":
             # as the kernel's contract says: the latents are rounded, too
@@ -137,21 +121,20 @@ def check(case: Case, m: KernelMemory, times: int = 1) -> None:
 
 @pytest.mark.parametrize(("q_dtype", "cache_dtype"), TOLERANCE)
 def test_ragged_selections(kernel_memory: KernelMemory, q_dtype: str, cache_dtype: str) -> None:
-    case = make(q_dtype, cache_dtype, [40, 1, 0, 33, 16, 17, 0], 40)
-    check(case, kernel_memory)
+    check(make(q_dtype, cache_dtype, [40, 1, 0, 33, 16, 17, 0], 40), kernel_memory)
 
 
-@pytest.mark.parametrize("cache_dtype", ["float32", "fp8_ds_mla"])
-@pytest.mark.parametrize("heads", [1, 8, 16, 17])
-def test_any_number_of_heads(kernel_memory: KernelMemory, cache_dtype: str, heads: int) -> None:
-    case = make("float32", cache_dtype, [9, 0, 20], 20, heads=heads)
-    check(case, kernel_memory)
-
-
-@pytest.mark.parametrize("rank, rope", [(6, 2), (40, 24), (100, 64)])
-def test_widths_that_are_no_power_of_two(kernel_memory: KernelMemory, rank: int, rope: int) -> None:
-    case = make("float32", "float32", [5, 12], 12, rank=rank, rope=rope)
-    check(case, kernel_memory)
+@pytest.mark.parametrize(
+    ("cache_dtype", "sizes"),
+    [
+        *((c, {"heads": heads}) for c in ("float32", "fp8_ds_mla") for heads in (1, 8, 16, 17)),
+        *(("float32", {"rank": r, "rope": w}) for r, w in ((6, 2), (40, 24), (100, 64))),
+    ],
+)
+def test_heads_and_widths(
+    kernel_memory: KernelMemory, cache_dtype: str, sizes: dict[str, int]
+) -> None:
+    check(make("float32", cache_dtype, [9, 0, 20], 20, **sizes), kernel_memory)
 
 
 @pytest.mark.parametrize(("q_dtype", "cache_dtype"), TOLERANCE)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,21 +36,21 @@ class Step:
     def num_tokens(self) -> int:
         return sum(new for _, new in self.rows) + self.num_padded
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """position_ids, batch_id_per_token and cu_seqlens_q."""
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a schedule is made from of a ForwardMeta."""
         new = [n for _, n in self.rows]
         padding = np.zeros(self.num_padded, np.int64)
         positions = [np.arange(cached, cached + n) for cached, n in self.rows]
         batch = np.repeat(np.arange(len(self.rows)), new)
-        return (
-            np.concatenate([*positions, padding]).astype(np.int64),
-            np.concatenate([batch, padding - 1]).astype(np.int32),
-            np.cumsum([0, *new]).astype(np.int32),
-        )
+        return {
+            "position_ids": np.concatenate([*positions, padding]).astype(np.int64),
+            "batch_id_per_token": np.concatenate([batch, padding - 1]).astype(np.int32),
+            "cu_seqlens_q": np.cumsum([0, *new]).astype(np.int32),
+        }
 
     def tiles(self, tile_tokens: int, max_keys: int, least: int) -> list[Any]:
         """Of each chunk, the tiles by a loop over tokens: (token, number, request, pages)."""
-        positions, batch, _ = self.arrays()
+        positions, batch, _ = self.arrays().values()
         found = []
         for first in range(0, self.num_tokens, self.chunk_tokens):
             end, token, tiles = min(first + self.chunk_tokens, self.num_tokens), first, []
@@ -72,20 +73,14 @@ def fill(
 ) -> Any:  # fmt: skip
     """The schedule of a step, as NumPy arrays; poison where nothing was written."""
     from fd_dsa.ops.logits.tile_forms import TileForm
-    from fd_dsa.ops.logits.tile_schedule import TileSchedule, fill_tile_schedule
+    from fd_dsa.ops.logits.tile_schedule import TileSchedule
 
-    num_chunks = -(-step.num_tokens // step.chunk_tokens)
-    schedule = TileSchedule.allocate(step.num_tokens, num_chunks, num_programs, m.poisoned)
-    first = -(-tile_tokens // 2)
-    fill_tile_schedule(
-        schedule,
-        *map(m.put, step.arrays()),
-        form=TileForm(first, tile_tokens - first),
-        max_keys=max_keys,
-        chunk_tokens=step.chunk_tokens,
-        least_keys=least,
-    )
-    return TileSchedule(*map(m.get, (schedule.tiles, schedule.page_ends, schedule.programs)))
+    num_chunks, first = -(-step.num_tokens // step.chunk_tokens), -(-tile_tokens // 2)
+    sizes = max(step.num_tokens, 1), max(num_chunks, 1), num_programs
+    schedule = TileSchedule.allocate(TileForm(first, tile_tokens - first), *sizes, m.poisoned)
+    tensors: Any = SimpleNamespace(**{name: m.put(x) for name, x in step.arrays().items()})
+    schedule.fill(tensors, max_keys, step.chunk_tokens, least)
+    return replace(schedule, tiles=m.get(schedule.tiles), programs=m.get(schedule.programs))
 
 
 def check(found: Any, wanted: list[Any], chunk_tokens: int, num_programs: int) -> None:
@@ -171,29 +166,6 @@ def test_a_step_that_scores_nothing(kernel_memory: KernelMemory) -> None:
     assert found.programs[0, :, 2].tolist() == [0] * 5
 
 
-class _Given:
-    """Arguments of a small call, each of which a test replaces."""
-
-    def __init__(self, m: KernelMemory) -> None:
-        from fd_dsa.ops.logits.tile_schedule import TileSchedule
-
-        self.schedule = TileSchedule.allocate(4, 2, 3, m.poisoned)
-        tokens = zip(("position_ids", "batch_id_per_token", "cu_seqlens_q"),
-                     map(m.put, Step([(9, 3)], 1, 4).arrays()), strict=True)  # fmt: skip
-        self.tensors = dict(tokens)
-
-    def __call__(self, **changes: Any) -> None:
-        from fd_dsa.ops.logits.tile_forms import TileForm
-        from fd_dsa.ops.logits.tile_schedule import fill_tile_schedule
-
-        numbers = {"form": TileForm(1), "max_keys": 64}
-        given = {"schedule": self.schedule} | self.tensors | numbers | changes
-        fill_tile_schedule(**given)
-
-
 def test_no_tokens_is_no_launch(kernel_memory: KernelMemory) -> None:
-    given = _Given(kernel_memory)
-    empty = {"position_ids": np.zeros(0, np.int64), "batch_id_per_token": np.zeros(0, np.int32)}
-    given(**{name: kernel_memory.put(array) for name, array in empty.items()})
-    poison = kernel_memory.get(given.schedule.programs)
-    assert (poison == poison.flat[0]).all()
+    programs = fill(kernel_memory, Step([], 0, 1), 3).programs
+    assert programs.size and (programs == programs.flat[0]).all()

@@ -36,22 +36,17 @@ def scores_of(kind: str, step: PagedRows, seed: int = 0) -> np.ndarray:
     return np.where(unseen, rng.choice(np.float32([np.nan, np.inf]), shape), scores)
 
 
-def run(
-    m: KernelMemory, step: PagedRows, scores: np.ndarray, k: int, first_token: int = 0
-) -> np.ndarray:
-    """Slots of the tokens from `first_token` on whose scores are given."""
-    from fd_dsa.ops.topk.triton_kernel import select_slots
+def run(m: KernelMemory, step: PagedRows, scores: Any, k: int, **options: int) -> np.ndarray:
+    """Slots of the tokens whose scores, an array or a tensor, are given."""
+    from fd_dsa.ops.topk import triton_kernel
 
-    slots = m.poisoned((step.num_tokens, k), "int32")
-    select_slots(
-        m.put(scores),
-        m.put(step.position_ids),
-        m.put(step.batch_ids),
-        m.put(step.block_tables),
-        slots,
+    slots, meta = m.poisoned((step.num_tokens, k), "int32"), step.meta(m)
+    triton_kernel.select_slots(
+        m.put(scores) if isinstance(scores, np.ndarray) else scores,
+        *(meta.position_ids, meta.batch_id_per_token, meta.block_tables, slots),
         block_size=step.block_size,
         num_blocks=step.num_blocks,
-        first_token=first_token,
+        **options,
     )
     return m.get(slots)
 
@@ -106,22 +101,11 @@ def test_a_position_past_the_table_has_no_slot(kernel_memory: KernelMemory) -> N
 
 
 def test_a_short_window_needs_no_scores(kernel_memory: KernelMemory) -> None:
-    m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
-    from fd_dsa.ops.topk.triton_kernel import select_slots
-
-    slots = m.poisoned((step.num_tokens, 70), "int32")
-    select_slots(
-        m.put(np.zeros((1, 1), np.float32)),
-        m.put(step.position_ids),
-        m.put(step.batch_ids),
-        m.put(step.block_tables),
-        slots,
-        block_size=16,
-        num_blocks=step.num_blocks,
-        num_rows=step.num_tokens,
-    )
+    step = paged_rows(SMALL_ROWS, 16)
+    one = np.zeros((1, 1), np.float32)
+    found = run(kernel_memory, step, one, 70, num_rows=step.num_tokens)
     anything = np.zeros((step.num_tokens, 70), np.float32)
-    np.testing.assert_array_equal(m.get(slots), wanted(step, anything, 70))
+    np.testing.assert_array_equal(found, wanted(step, anything, 70))
 
 
 def test_a_chunk_of_tokens_leaves_the_others_alone(kernel_memory: KernelMemory) -> None:
@@ -162,21 +146,10 @@ def test_the_same_bits_every_time(kernel_memory: KernelMemory) -> None:
         np.testing.assert_array_equal(run(kernel_memory, step, scores, 20), first)
 
 
-def choose(m: KernelMemory, step: PagedRows, scores: Any, k: int, **options: Any) -> np.ndarray:
-    """`run` with scores that are a tensor already."""
-    from fd_dsa.ops.topk.triton_kernel import select_slots
-
-    slots = m.poisoned((step.num_tokens, k), "int32")
-    arrays = (m.put(step.position_ids), m.put(step.batch_ids), m.put(step.block_tables))
-    sizes = {"block_size": 16, "num_blocks": step.num_blocks}
-    select_slots(scores, *arrays, slots, **sizes, **options)
-    return m.get(slots)
-
-
 def test_rows_of_scores_may_lie_apart(kernel_memory: KernelMemory) -> None:
     m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
     scores = scores_of("normal", step)
     wide = np.full((len(scores), scores.shape[1] + 37), np.inf, np.float32)
     wide[:, : scores.shape[1]] = scores
-    found = choose(m, step, m.put(wide)[:, : scores.shape[1]], 4)
+    found = run(m, step, m.put(wide)[:, : scores.shape[1]], 4)
     np.testing.assert_array_equal(found, wanted(step, scores, 4))

@@ -75,6 +75,15 @@ class CacheWriteParams:
                 f"{missing}: got None, allowed are both of k_norm_weight and k_norm_bias, or none"
             )
 
+    def rope_width(self, kv_a: Any, cos_sin: Any) -> int:
+        """Values of a row of `kv_a` after the latent; 0 where nothing tells them apart."""
+        if cos_sin is not None:
+            return cos_sin.shape[1]  # type: ignore[no-any-return]
+        if self.kv_cache_dtype == "fp8_ds_mla":
+            return ROPE_WIDTH
+        weight = self.kv_norm_weight
+        return 0 if weight is None else max(kv_a.shape[1] - weight.shape[0], 0)
+
 
 def write_caches(
     kv_a: Any,
@@ -124,78 +133,39 @@ def write_caches(
     Source: FlashMLA (README, "FP8 KV cache"), DeepGEMM's paged index cache, vLLM's
     concat_and_cache_ds_mla and indexer_k_quant_and_cache for the two formats.
     """
-    arguments = (kv_a, index_k, position_ids, slot_mapping, cos_sin_cache)
-    _check(*arguments)
-    dtypes = activation_dtypes(index_k if kv_a is None else kv_a)
-    for argument, value in (("kv_a", kv_a), ("index_k", index_k)):
-        if value is not None:
-            check_dtype(_NAME, argument, value, dtypes)
-    _check_caches(kv_a, index_k, latent_cache, index_cache, params)
-    _check_params(kv_a, index_k, cos_sin_cache, params)
-    unchecked.write_caches(*arguments, latent_cache, index_cache, params)
-
-
-def _check(
-    kv_a: Any, index_k: Any, position_ids: Any, slot_mapping: Any, cos_sin_cache: Any
-) -> None:
-    """Refuse inputs that do not belong to the same tokens."""
     check_array(_NAME, "slot_mapping", slot_mapping, (None,), ("int64",))
     num_tokens = slot_mapping.shape[0]
-    if kv_a is None and index_k is None:
+    rows = {name: x for name, x in (("kv_a", kv_a), ("index_k", index_k)) if x is not None}
+    if not rows:
         raise ShapeError(f"{_NAME}: kv_a and index_k are None, allowed is at least one array")
-    for argument, value in (("kv_a", kv_a), ("index_k", index_k)):
-        if value is not None:
-            check_shape(_NAME, argument, value, (num_tokens, None))
-    if position_ids is not None:
-        check_array(_NAME, "position_ids", position_ids, (num_tokens,), ("int64",))
-    if cos_sin_cache is not None:
-        widths = [rows.shape[1] for rows in (kv_a, index_k) if rows is not None]
-        rows = num_tokens if position_ids is None else None
-        check_rope(_NAME, cos_sin_cache, rows, min(widths))
-
-
-def _check_caches(
-    kv_a: Any, index_k: Any, latent_cache: Any, index_cache: Any, params: CacheWriteParams
-) -> None:
-    """Refuse caches of another dtype than the format's, or of another row than the keys'."""
-    fp8 = params.kv_cache_dtype == "fp8_ds_mla"
-    allowed = _CACHE_DTYPES[params.kv_cache_dtype]
+    for argument, value in rows.items():
+        check_shape(_NAME, argument, value, (num_tokens, None))
+    for argument, value in rows.items():
+        check_dtype(_NAME, argument, value, activation_dtypes(value))
+    fp8, allowed = params.kv_cache_dtype == "fp8_ds_mla", _CACHE_DTYPES[params.kv_cache_dtype]
     num_blocks, block_size = None, FP8_BLOCK_SIZE if fp8 else None
+    if cos_sin_cache is not None:
+        width = min(x.shape[1] for x in rows.values())
+        check_rope(_NAME, position_ids, cos_sin_cache, num_tokens, width)
     if kv_a is not None:
         if fp8:
             check_shape(_NAME, "kv_a", kv_a, (None, LATENT_WIDTH + ROPE_WIDTH))
+            if cos_sin_cache is not None:
+                check_shape(_NAME, "cos_sin_cache", cos_sin_cache, (None, ROPE_WIDTH))
         row = LATENT_RECORD_BYTES if fp8 else kv_a.shape[1]
         check_array(_NAME, "latent_cache", latent_cache, (None, 1, block_size, row), allowed)
         num_blocks, block_size = latent_cache.shape[0], latent_cache.shape[2]
+        if params.kv_norm_weight is not None:
+            rank = kv_a.shape[1] - params.rope_width(kv_a, cos_sin_cache)
+            check_array(_NAME, "kv_norm_weight", params.kv_norm_weight, (rank,), ("float32",))
     if index_k is not None:
         if fp8 or params.index_hadamard:
             check_shape(_NAME, "index_k", index_k, (None, INDEX_WIDTH))
         row = INDEX_RECORD_BYTES if fp8 else index_k.shape[1]
         check_array(_NAME, "index_cache", index_cache, (num_blocks, block_size, row), allowed)
-
-
-def _check_params(kv_a: Any, index_k: Any, cos_sin_cache: Any, params: CacheWriteParams) -> None:
-    """Refuse norms of another width than the rows that they scale."""
-    norms = []
-    if kv_a is not None:
-        norms += [("kv_norm_weight", params.kv_norm_weight, _rank(kv_a, cos_sin_cache, params))]
-    if index_k is not None:
-        width = index_k.shape[1]
-        norms += [("k_norm_weight", params.k_norm_weight, width)]
-        norms += [("k_norm_bias", params.k_norm_bias, width)]
-    for argument, value, width in norms:
-        if value is not None:
-            check_array(_NAME, argument, value, (width,), ("float32",))
-
-
-def _rank(kv_a: Any, cos_sin_cache: Any, params: CacheWriteParams) -> int | None:
-    """Width of the latent in `kv_a`; None where its norm says it."""
-    fp8, width = params.kv_cache_dtype == "fp8_ds_mla", kv_a.shape[1]
-    if cos_sin_cache is not None:
-        if fp8:
-            check_shape(_NAME, "cos_sin_cache", cos_sin_cache, (None, ROPE_WIDTH))
-        return width - cos_sin_cache.shape[1]
-    if fp8:
-        return LATENT_WIDTH
-    weight = params.kv_norm_weight
-    return width if weight is not None and weight.shape[0] > width else None
+        for argument in ("k_norm_weight", "k_norm_bias"):
+            norm = getattr(params, argument)
+            if norm is not None:
+                check_array(_NAME, argument, norm, (index_k.shape[1],), ("float32",))
+    arguments = kv_a, index_k, position_ids, slot_mapping, cos_sin_cache, latent_cache, index_cache
+    unchecked.write_caches(*arguments, params)

@@ -19,10 +19,9 @@ from fd_dsa.ops._fp8 import (
     raw_scale,
 )
 from fd_dsa.ops._gather import index_planes
-from fd_dsa.ops._hadamard import hadamard
 from fd_dsa.ops._host import as_numpy, check_writable
 from fd_dsa.ops._norm import layer_norm, rms_norm
-from fd_dsa.ops._rope import cos_sin_of, rotate_
+from fd_dsa.ops._rope import cos_sin_of, hadamard, rotate_
 
 if TYPE_CHECKING:
     from fd_dsa.ops.cache_write import CacheWriteParams
@@ -48,15 +47,19 @@ def write_caches(
     params: CacheWriteParams,
 ) -> None:
     """See `fd_dsa.ops.cache_write.write_caches`."""
-    slots = as_numpy(slot_mapping)
     # [num_blocks, block_size, row] is a view whatever the stride of a block
     latents = None if kv_a is None else as_numpy(latent_cache)[:, 0]
     keys = None if index_k is None else as_numpy(index_cache)
     _check_memory(latents, keys)
-    keep, place = places(slots, *(keys if latents is None else latents).shape[:2])
-    cos_sin = _angles(position_ids, cos_sin_cache, keep)
-    rows = tuple(None if part is None else as_numpy(part) for part in (kv_a, index_k))
-    store_keys(*rows, cos_sin, latents, keys, (keep, place), params)
+    where = places(as_numpy(slot_mapping), *(keys if latents is None else latents).shape[:2])
+    cos_sin, keep = cos_sin_cache, where[0]
+    if cos_sin is not None:
+        if position_ids is not None and not isinstance(keep, slice):
+            # padding may carry any position
+            position_ids = np.where(keep, as_numpy(position_ids), 0)
+        cos_sin = cos_sin_of("write_caches", position_ids, cos_sin)
+    rows = (None if part is None else as_numpy(part) for part in (kv_a, index_k))
+    store_keys(*rows, cos_sin, latents, keys, where, params)
 
 
 def store_keys(
@@ -99,16 +102,6 @@ def _check_memory(latents: np.ndarray | None, keys: np.ndarray | None) -> None:
             )
 
 
-def _angles(position_ids: Any, cos_sin_cache: Any, keep: Any) -> np.ndarray | None:
-    """cos and sin of each token, None where nothing is rotated."""
-    if cos_sin_cache is None:
-        return None
-    if position_ids is not None and not isinstance(keep, slice):
-        # padding may carry any position
-        position_ids = np.where(keep, as_numpy(position_ids), 0)
-    return cos_sin_of("write_caches", position_ids, cos_sin_cache)
-
-
 def places(
     slots: np.ndarray, num_blocks: int, block_size: int
 ) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
@@ -123,14 +116,7 @@ def _latent_rows(
     rows: np.ndarray, cos_sin: np.ndarray | None, params: CacheWriteParams
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latents, normed, and k_pe, rotated; float32 [num_tokens, width] each."""
-    rope_dim = 0
-    if cos_sin is not None:
-        rope_dim = cos_sin.shape[1]
-    elif params.kv_norm_weight is not None:
-        rope_dim = rows.shape[1] - params.kv_norm_weight.shape[0]
-    elif params.kv_cache_dtype == "fp8_ds_mla":
-        rope_dim = rows.shape[1] - LATENT_WIDTH
-    rank = rows.shape[1] - rope_dim
+    rank = rows.shape[1] - params.rope_width(rows, cos_sin)
     latent, k_pe = rows[:, :rank], rows[:, rank:]
     if params.kv_norm_weight is not None:
         latent = rms_norm(latent, as_numpy(params.kv_norm_weight), params.kv_norm_eps)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import check_shape, table_rows
+from fd_dsa.ops._host import check_shape, outer_strides
+from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import (
     absolute_maximum,
     hadamard,
@@ -28,7 +29,6 @@ from fd_dsa.ops._triton_fp8 import (
     to_e4m3,
     widened,
 )
-from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -39,12 +39,6 @@ if TYPE_CHECKING:
 # values of a latent that share a scale
 _TILE = 128
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-
-# BLOCK_TOKENS, num_warps, maxnreg: what benchmarks/tune.py times
-CANDIDATES = (
-    *((1, 1, None), (1, 1, 64), (2, 1, None), (2, 1, 80), (4, 1, None), (4, 1, 128)),
-    *((2, 2, None), (4, 4, None), (4, 4, 48), (8, 2, None), (8, 2, 128)),
-)
 
 
 def configuration(num_tokens: int) -> tuple[int, int, int | None]:
@@ -155,19 +149,7 @@ def _load_angles(cos_sin_ptr, row, HALF: tl.constexpr):
     return tl.load(angle), tl.load(angle + HALF)
 
 
-@paddle_jit(
-    do_not_specialize=("num_tokens", "num_slots", "num_positions", "kv_eps", "k_eps"),
-    contiguous=(
-        "position_ids_ptr",
-        "slot_mapping_ptr",
-        "cos_sin_ptr",
-        "latent_ptr",
-        "index_ptr",
-        "kv_weight_ptr",
-        "k_weight_ptr",
-        "k_bias_ptr",
-    ),
-)
+@step_kernel(strided=("kv_a_ptr", "index_k_ptr"), specialized=("kv_a_stride", "index_k_stride"))
 def write_caches_kernel(
     kv_a_ptr,
     kv_a_stride,
@@ -260,25 +242,15 @@ def write_caches_kernel(
 
 
 def write_caches(
-    kv_a: Any,
-    index_k: Any,
-    position_ids: Any,
-    slot_mapping: Any,
-    cos_sin_cache: Any,
-    latent_cache: Any,
-    index_cache: Any,
-    params: CacheWriteParams,
+    kv_a: Any, index_k: Any, position_ids: Any, slot_mapping: Any, *others: Any
 ) -> None:
     """See `fd_dsa.ops.cache_write.write_caches`."""
     num_tokens = slot_mapping.shape[0]
     if num_tokens == 0:
         return
-    arguments = kernel_arguments(
-        kv_a, index_k, position_ids, slot_mapping, cos_sin_cache, latent_cache, index_cache, params
-    )
     block_tokens, num_warps, maxnreg = configuration(num_tokens)
     write_caches_kernel[(-(-num_tokens // block_tokens),)](
-        **arguments,
+        **kernel_arguments(kv_a, index_k, position_ids, slot_mapping, *others),
         BLOCK_TOKENS=block_tokens,
         num_warps=num_warps,
         maxnreg=maxnreg,
@@ -308,6 +280,10 @@ def kernel_arguments(
     if kv_a is not None and params.kv_norm_weight is not None:
         check_shape("write_caches", "kv_norm_weight", params.kv_norm_weight, (rank,))
     has_positions = cos_sin_cache is not None and position_ids is not None
+    caches = [cache for cache in (latent_cache, index_cache) if cache is not None]
+    sizes = {cache.shape[0] * cache.shape[-2] for cache in caches}
+    if len(sizes) > 1:
+        raise ShapeError(f"write_caches: caches of {sorted(sizes)} slots; a step has one table")
     return {
         "kv_a_ptr": kv_a,
         "kv_a_stride": _row_stride("kv_a", kv_a),
@@ -322,13 +298,13 @@ def kernel_arguments(
         "k_weight_ptr": params.k_norm_weight,
         "k_bias_ptr": params.k_norm_bias,
         "num_tokens": slot_mapping.shape[0],
-        "num_slots": _num_slots(latent_cache, index_cache),
-        "num_positions": table_rows("write_caches", cos_sin_cache) if has_positions else 0,
+        "num_slots": sizes.pop(),
+        "num_positions": cos_sin_cache.shape[0] if has_positions else 0,
         "kv_eps": params.kv_norm_eps,
         "k_eps": params.k_norm_eps,
         "RANK": rank,
         "HALF": half,
-        "BLOCK_SIZE": (index_cache if latent_cache is None else latent_cache).shape[-2],
+        "BLOCK_SIZE": caches[0].shape[-2],
         "TILE": tile,
         "TILES": 1 << (-(-rank // tile) - 1).bit_length(),
         "FP8": params.kv_cache_dtype == "fp8_ds_mla",
@@ -344,10 +320,8 @@ def _rope_half(kv_a: Any, index_k: Any, cos_sin_cache: Any, params: CacheWritePa
         half = cos_sin_cache.shape[1] // 2
     elif index_k is not None:
         half = index_k.shape[1] // 4
-    elif params.kv_norm_weight is not None:
-        half = (kv_a.shape[1] - params.kv_norm_weight.shape[0]) // 2
     else:
-        half = 32 if kv_a.shape[1] > 64 else 1
+        half = params.rope_width(kv_a, None) // 2 or (32 if kv_a.shape[1] > 64 else 1)
     if half < 1 or half & (half - 1):
         raise ShapeError(f"write_caches: a device needs a power of two as rope_dim, got {2 * half}")
     if index_k is not None and index_k.shape[1] != 4 * half:
@@ -362,21 +336,10 @@ def _row_stride(name: str, rows: Any) -> int:
     """Values from one row to the next; rows are dense and start where a pair of values may."""
     if rows is None:
         return 0
-    stride, step = rows.stride()
-    width = rows.shape[1]
-    if step != 1 and width > 1:
-        raise ShapeError(f"write_caches: values of a row of {name} lie {step} apart, wanted 1")
-    if (stride | width) % 2 or rows.data_ptr() % (2 * rows.element_size()):
+    (stride,) = outer_strides("write_caches", name, rows)
+    if (stride | rows.shape[1]) % 2 or rows.data_ptr() % (2 * rows.element_size()):
         raise ShapeError(
             f"write_caches: rows of {name} are {stride} values apart, from address "
             f"{rows.data_ptr()}; a device needs both even, in values"
         )
     return stride
-
-
-def _num_slots(latent_cache: Any, index_cache: Any) -> int:
-    """Slots of the caches that are written."""
-    sizes = {c.shape[0] * c.shape[-2] for c in (latent_cache, index_cache) if c is not None}
-    if len(sizes) > 1:
-        raise ShapeError(f"write_caches: caches of {sorted(sizes)} slots; a step has one table")
-    return sizes.pop()

@@ -1,1 +1,56 @@
-"""The indexer's projections of the hidden states: its keys and its head weights."""
+"""The indexer's projections of the hidden states, `fd_dsa.ops.unchecked.project_indexer`.
+
+index_k = hidden_states @ wk, weights = hidden_states @ weights_proj; one launch on a device
+
+Sums are float32, and the head weights stay so. The launch goes to the current stream; a GEMM of
+Paddle goes to the stream that its cuBLAS handle was made on, which a fork does not change
+(PaddlePaddle/Paddle #79155). It allocates only its results, which have the same bits every time.
+
+Launches of few tokens share scratch memory, one a device, so one must end before the next begins:
+on one stream, or on two with a join in between. Two at the same time, or graphs that are replayed
+at the same time, need a `scratch` each.
+
+Args:
+    hidden_states: float32, on a device also bfloat16, [num_tokens, hidden_size]; may be a column
+        slice of wider rows.
+    wk: of the same dtype, [hidden_size, index_head_dim].
+    weights_proj: of the same dtype, [hidden_size, index_n_heads]. Both may be column slices, as of
+        one parameter.
+    out: where to write the two results, on a device contiguous; None allocates.
+    scratch: on a device memory of `scratch.new_scratch`; None is the device's own, made by the
+        first launch outside of a capture.
+
+Returns:
+    index_k [num_tokens, index_head_dim] of the dtype of the hidden states, as `write_caches` takes
+    it, and weights float32 [num_tokens, index_n_heads], as `indexer_query`.
+
+Source: one GEMM for both weights, sgl-project/sglang #12094; on a second stream, vLLM #39943.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.ops._host import as_numpy, check_writable
+from fd_dsa.ops._linear import linear
+
+
+def project_on_host(
+    hidden_states: Any,
+    wk: Any,
+    weights_proj: Any,
+    out: tuple[Any, Any] | None = None,
+    scratch: None = None,
+) -> tuple[Any, Any]:
+    """Two GEMMs on a CPU."""
+    for index, result in enumerate(out or ()):
+        check_writable("project_indexer", f"out[{index}]", result)
+    x = as_numpy(hidden_states)
+    results = linear(x, wk), linear(x, weights_proj)
+    if out is None:
+        return results
+    for target, result in zip(out, results, strict=True):
+        np.copyto(as_numpy(target), result)
+    return out

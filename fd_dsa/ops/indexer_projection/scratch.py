@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from typing import Any
 
 from fd_dsa.triton_runtime import INTERPRETING
@@ -51,15 +50,3 @@ def scratch_beside(like: Any) -> Any:
             return None
         scratch = _OF_DEVICE.setdefault(key, new_scratch(like))
     return scratch
-
-
-def clear_counters(scratch: Any) -> None:
-    """Make scratch memory usable after a launch that raised; None stays None.
-
-    An interpreted launch may end midway and leave counts, which would make every later sum wrong.
-    A GPU's launch cannot: it runs whole, or its error ends the use of the device in this process.
-    """
-    if scratch is not None:
-        # the launch's own error is the one to report
-        with suppress(Exception):
-            scratch.zero_()

@@ -10,23 +10,19 @@ Source: the count of arrivals, CUDA samples `threadFenceReduction`.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
-from fd_dsa.errors import ShapeError
-from fd_dsa.ops._triton import stored_values
+from fd_dsa.ops._host import allocator_beside, dtype_name, outer_strides
+from fd_dsa.ops._triton import step_kernel, stored_values
 from fd_dsa.ops._triton_fp8 import stored
-from fd_dsa.ops.indexer_projection.scratch import (
-    NUM_COUNTERS,
-    NUM_PARTIALS,
-    clear_counters,
-    scratch_beside,
-)
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops.indexer_projection.scratch import NUM_COUNTERS, NUM_PARTIALS, scratch_beside
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _NAME = "project_indexer"
+_COUNTERS = tl.constexpr(NUM_COUNTERS)
 Tiling = tuple[int, int, int, int, int, int]
 # BLOCK_TOKENS, _COLUMNS and _HIDDEN, programs that share the hidden size, num_warps, num_stages:
 # what benchmarks/tune.py times, for few tokens and for many
@@ -52,9 +48,9 @@ def configuration(num_tokens: int) -> Tiling:
     return (64, 32, 128, 1, 4, 4) if num_tokens <= 1024 else (64, 64, 64, 1, 4, 5)
 
 
-@paddle_jit(
-    do_not_specialize=("num_tokens",),
-    contiguous=("index_k_ptr", "weights_ptr", "scratch_ptr"),
+@step_kernel(
+    strided=("hidden_ptr", "wk_ptr", "weights_proj_ptr"),
+    specialized=("hidden_stride", "wk_stride", "weights_proj_stride"),
 )
 def project_indexer_kernel(
     hidden_ptr,
@@ -71,7 +67,6 @@ def project_indexer_kernel(
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     WIDE: tl.constexpr,
-    COUNTERS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
@@ -116,7 +111,7 @@ def project_indexer_kernel(
     if SPLITS > 1:
         counter = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         size: tl.constexpr = BLOCK_TOKENS * BLOCK_COLUMNS
-        part = scratch_ptr + COUNTERS + counter * (SPLITS * size)
+        part = scratch_ptr + _COUNTERS + counter * (SPLITS * size)
         part += in_tile[:, None] * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
         tl.store(part + tl.program_id(2) * size, total, mask=mask)
         # all threads have stored before one of them tells the other programs
@@ -144,10 +139,14 @@ def project_indexer(
     out: tuple[Any, Any] | None = None,
     scratch: Any = None,
 ) -> tuple[Any, Any]:
-    """See `fd_dsa.ops.unchecked.project_indexer`."""
-    if out is None:
-        out = _allocated(hidden_states, wk.shape[1], weights_proj.shape[1])
+    """See `fd_dsa.ops.indexer_projection`."""
     num_tokens = hidden_states.shape[0]
+    if out is None:
+        allocate, dtype = allocator_beside(hidden_states), dtype_name(hidden_states.dtype)
+        out = (
+            allocate((num_tokens, wk.shape[1]), dtype),
+            allocate((num_tokens, weights_proj.shape[1]), "float32"),
+        )
     if num_tokens:
         if scratch is None and num_tokens <= MOST_SPLIT_TOKENS:
             scratch = scratch_beside(out[1])
@@ -156,7 +155,11 @@ def project_indexer(
         try:
             project_indexer_kernel[grid](**arguments, **options)
         except BaseException:
-            clear_counters(scratch)
+            # an interpreted launch may end midway and leave counts, which would make every later
+            # sum wrong; a GPU runs a launch whole, or its error ends the use of the device
+            if scratch is not None:
+                with suppress(Exception):
+                    scratch.zero_()
             raise
     return out
 
@@ -169,12 +172,8 @@ def kernel_arguments(
     Raises:
         ShapeError: the values of a row are not contiguous.
     """
-    strides = {}
-    matrices = {"hidden": hidden_states, "wk": wk, "weights_proj": weights_proj}
-    for name, matrix in matrices.items():
-        strides[name], step = matrix.stride()
-        if step != 1 and matrix.shape[1] > 1 and matrix.shape[0]:
-            raise ShapeError(f"{_NAME}: values of a row of {name} lie {step} apart, wanted 1")
+    matrices = ("hidden", hidden_states), ("wk", wk), ("weights_proj", weights_proj)
+    strides = {name: outer_strides(_NAME, name, matrix)[0] for name, matrix in matrices}
     bfloat16 = str(hidden_states.dtype).endswith("bfloat16")
     return {
         "hidden_ptr": hidden_states,
@@ -191,7 +190,6 @@ def kernel_arguments(
         "WIDTH": wk.shape[1],
         "HEADS": weights_proj.shape[1],
         "WIDE": tl.bfloat16 if bfloat16 else tl.float32,
-        "COUNTERS": NUM_COUNTERS,
     }
 
 
@@ -223,12 +221,3 @@ def launch_options(
         "num_stages": num_stages,
     }
     return (token_tiles, tiles, splits), options
-
-
-def _allocated(hidden_states: Any, width: int, heads: int) -> tuple[Any, Any]:
-    """Memory for the results beside the hidden states."""
-    import paddle
-
-    num_tokens = hidden_states.shape[0]
-    index_k = hidden_states.new_empty([num_tokens, width])
-    return index_k, hidden_states.new_empty([num_tokens, heads], dtype=paddle.float32)

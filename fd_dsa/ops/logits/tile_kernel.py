@@ -12,20 +12,16 @@ from typing import Any
 
 from fd_dsa.ops._fp8 import INDEX_WIDTH
 from fd_dsa.ops._host import allocator_beside
-from fd_dsa.ops.logits.tile_forms import (
-    BLOCK_SIZE,
-    TileForm,
-    decode_form,
-    padded_heads,
-    prompt_form,
-)
-from fd_dsa.ops.logits.tile_schedule import TileSchedule, fill_tile_schedule
+from fd_dsa.ops._triton import step_kernel
+from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, decode_form, padded_heads, prompt_form
+from fd_dsa.ops.logits.tile_schedule import TileSchedule
 from fd_dsa.step import ForwardMeta
-from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.triton_runtime.transfers import transfers_for
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
+
+_PAGE, _WIDTH = tl.constexpr(BLOCK_SIZE), tl.constexpr(INDEX_WIDTH)
 
 
 @triton.jit
@@ -39,14 +35,13 @@ def _queries(
     NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
     """Of `num` tokens from `first` on: queries, head weights, and how many keys each may score."""
     column = tl.arange(0, TOKENS * HEADS)
     token, head = column // HEADS, column % HEADS
     live = (token < num) & (head < NUM_HEADS)
     row = (first + token).to(tl.int64) * NUM_HEADS + head
-    value = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    value = row[:, None] * _WIDTH + tl.arange(0, _WIDTH)[None, :]
     # heads and tokens that are not there have queries and weights of 0
     q = tl.load(q_ptr + value, mask=live[:, None], other=0.0)
     weights = tl.load(weights_ptr + row, mask=live, other=0.0)
@@ -66,7 +61,6 @@ def _score(
     windows,
     out_ptr,
     logits_stride,
-    PAGE: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -74,7 +68,7 @@ def _score(
     dots = tl.dot(k, q)
     # one instruction; a NaN stays one
     dots = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    by_token = tl.reshape(dots * weights[None, :], [PAGE, TOKENS, HEADS])
+    by_token = tl.reshape(dots * weights[None, :], [_PAGE, TOKENS, HEADS])
     scores = tl.sum(by_token, axis=2) * scale[:, None]
     # a key without a block exists for nobody
     scores = tl.where(held, scores, float("-inf"))
@@ -96,16 +90,16 @@ def _block_of(entry, num_blocks):
 
 
 @triton.jit
-def _page(cache_ptr, block, PAGE: tl.constexpr, WIDTH: tl.constexpr):
+def _page(cache_ptr, block):
     """Where a block begins; block 0 replaces one that is not there."""
-    return cache_ptr + tl.maximum(block, 0).to(tl.int64) * (PAGE * (WIDTH + 4))
+    return cache_ptr + tl.maximum(block, 0).to(tl.int64) * (_PAGE * (_WIDTH + 4))
 
 
 @triton.jit
-def _scales(cache_ptr, block, PAGE: tl.constexpr, WIDTH: tl.constexpr):
+def _scales(cache_ptr, block):
     """float32 [PAGE]: the scales of a block's keys."""
-    start = _page(cache_ptr, block, PAGE, WIDTH) + PAGE * WIDTH
-    return tl.load(start.to(tl.pointer_type(tl.float32)) + tl.arange(0, PAGE))
+    start = _page(cache_ptr, block) + _PAGE * _WIDTH
+    return tl.load(start.to(tl.pointer_type(tl.float32)) + tl.arange(0, _PAGE))
 
 
 @triton.jit
@@ -126,8 +120,6 @@ def _score_pages(
     num_blocks,
     NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PAGE: tl.constexpr,
     FIRST: tl.constexpr,
     REST: tl.constexpr,
 ):
@@ -136,58 +128,38 @@ def _score_pages(
     The compiler copies pages ahead only if nothing else in the loop waits for memory: the table is
     read two pages ahead, and scales one.
     """
-    row = tl.arange(0, PAGE)
-    at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    row = tl.arange(0, _PAGE)
+    at = row[:, None] * _WIDTH + tl.arange(0, _WIDTH)[None, :]
     q, weights, windows = _queries(
         q_ptr, weights_ptr, position_ids_ptr, token, num, logits_width, NUM_HEADS, HEADS, FIRST,
-        WIDTH,
     )  # fmt: skip
     if REST > 0:
         more_q, more_weights, more_windows = _queries(
             q_ptr, weights_ptr, position_ids_ptr, token + FIRST, num - FIRST, logits_width,
-            NUM_HEADS, HEADS, REST, WIDTH,
+            NUM_HEADS, HEADS, REST,
         )  # fmt: skip
         more_ptr = out_ptr + FIRST * logits_stride.to(tl.int64)
     block = _block_of(_entry(table_ptr, first_page, table_width), num_blocks)
     next_entry = _entry(table_ptr, first_page + 1, table_width)
-    scale = _scales(cache_ptr, block, PAGE, WIDTH)
+    scale = _scales(cache_ptr, block)
     for page in range(first_page, end_page):
-        keys = _page(cache_ptr, block, PAGE, WIDTH).to(tl.pointer_type(tl.float8e4nv))
+        keys = _page(cache_ptr, block).to(tl.pointer_type(tl.float8e4nv))
         k = tl.load(keys + at)
         held = block >= 0
         block = _block_of(next_entry, num_blocks)
         next_entry = _entry(table_ptr, page + 2, table_width)
-        next_scale = _scales(cache_ptr, block, PAGE, WIDTH)
-        key = page * PAGE + row
-        _score(k, scale, held, key, q, weights, windows, out_ptr, logits_stride, PAGE, HEADS, FIRST)
+        next_scale = _scales(cache_ptr, block)
+        key = page * _PAGE + row
+        _score(k, scale, held, key, q, weights, windows, out_ptr, logits_stride, HEADS, FIRST)
         if REST > 0:
             _score(
                 k, scale, held, key, more_q, more_weights, more_windows, more_ptr, logits_stride,
-                PAGE, HEADS, REST,
+                HEADS, REST,
             )  # fmt: skip
         scale = next_scale
 
 
-@paddle_jit(
-    do_not_specialize=(
-        "chunk",
-        "first_token",
-        "num_rows",
-        "table_width",
-        "logits_width",
-        "logits_stride",
-        "num_blocks",
-    ),
-    contiguous=(
-        "q_ptr",
-        "weights_ptr",
-        "cache_ptr",
-        "position_ids_ptr",
-        "block_tables_ptr",
-        "tiles_ptr",
-        "programs_ptr",
-    ),
-)
+@step_kernel(strided=("logits_ptr",))
 def tile_kernel(
     q_ptr,
     weights_ptr,
@@ -206,8 +178,6 @@ def tile_kernel(
     num_blocks,
     NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PAGE: tl.constexpr,
     FIRST: tl.constexpr,
     REST: tl.constexpr,
 ):
@@ -227,14 +197,14 @@ def tile_kernel(
             _score_pages(
                 q_ptr, weights_ptr, cache_ptr, position_ids_ptr, table_ptr, out_ptr, token, num,
                 page, page + count, table_width, logits_width, logits_stride, num_blocks,
-                NUM_HEADS, HEADS, WIDTH, PAGE, FIRST, REST,
+                NUM_HEADS, HEADS, FIRST, REST,
             )  # fmt: skip
         else:
             # all tiles, or among prompts those of decode rows
             _score_pages(
                 q_ptr, weights_ptr, cache_ptr, position_ids_ptr, table_ptr, out_ptr, token, num,
                 page, page + count, table_width, logits_width, logits_stride, num_blocks,
-                NUM_HEADS, HEADS, WIDTH, PAGE, FIRST, 0,
+                NUM_HEADS, HEADS, FIRST, 0,
             )  # fmt: skip
         left -= count
         page = 0
@@ -249,34 +219,25 @@ def score_tiles(
     q: Any,
     weights: Any,
     cache: Any,
-    position_ids: Any,
-    block_tables: Any,
+    step: ForwardMeta,
     schedule: TileSchedule,
     logits: Any,
     *,
-    form: TileForm,
     first_token: int = 0,
     chunk: int = 0,
 ) -> None:
-    """Fill `logits` with the scores of a chunk of tokens against their own requests' keys.
+    """Fill `logits` with the scores of a chunk of tokens; see `fd_dsa.ops.indexer_logits`.
 
-    logits[i, s] = scale[s] * sum_h weights[t, h] * relu(q[t, h] . key s), t = first_token + i
-
-    The same as `score_pages`, on tensor cores: products of e4m3 numbers are exact, their sums have
-    the width of the processor's FP8 path. Results do not depend on the other tokens of a step.
+    Products of e4m3 numbers are exact, their sums have the width of the processor's FP8 path.
+    Results do not depend on the other tokens of a step.
 
     Args:
-        q: uint8 or float8_e4m3fn [num_tokens, index_n_heads, 128]; e4m3 values, roped.
-        weights: float32 [num_tokens, index_n_heads]; all scales of the query folded in.
-        cache: uint8 [num_blocks, 64, 132], fp8_ds_mla: a block's e4m3 keys, then its float32
-            scales.
-        position_ids: int64 [num_tokens]; a token sees the keys 0..position of its request.
-        block_tables: int32 [num_reqs, max_blocks].
-        schedule: filled by `fill_tile_schedule` of the same step and form.
+        q: uint8 or float8_e4m3fn.
+        step: its arrays are read when the kernel runs.
+        schedule: filled for the same step.
         logits: float32 [num_rows, width], written in place, at any distance between rows. Left as
             they are: entries past a token's window, rows of padding, and rows that the schedule
             leaves out. A key whose block is -1 or past the cache gets -inf.
-        form: of the schedule.
         first_token: the token of row 0, with which the chunk begins.
         chunk: which one of the schedule's.
 
@@ -284,33 +245,19 @@ def score_tiles(
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch of as many programs as the schedule has; no allocation, no wait.
-    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1; sharing work out to fixed programs as
-    DeepGEMM's paged_mqa_logits does.
+    Source: sharing work out to fixed programs as DeepGEMM's paged_mqa_logits does.
     """
-    num_heads = q.shape[1]
+    num_heads, form = q.shape[1], schedule.form
     num_rows, width = logits.shape
     if num_rows == 0 or width == 0:
         return
+    inputs = q, weights, cache, step.position_ids, step.block_tables
+    sizes = step.block_tables.shape[1], width, logits.stride()[0], cache.shape[0]
     tile_kernel[(schedule.programs.shape[1],)](
-        q,
-        weights,
-        cache,
-        position_ids,
-        block_tables,
-        schedule.tiles,
-        schedule.programs,
-        logits,
-        chunk,
-        first_token,
-        num_rows,
-        block_tables.shape[1],
-        width,
-        logits.stride()[0],
-        cache.shape[0],
+        *(*inputs, schedule.tiles, schedule.programs, logits),
+        *(chunk, first_token, num_rows, *sizes),
         NUM_HEADS=num_heads,
         HEADS=padded_heads(num_heads),
-        WIDTH=INDEX_WIDTH,
-        PAGE=BLOCK_SIZE,
         FIRST=form.first_tokens,
         REST=form.rest_tokens,
         num_warps=form.num_warps,
@@ -320,13 +267,10 @@ def score_tiles(
 
 
 def score_step(q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any) -> None:
-    """See `fd_dsa.ops.logits.indexer_logits`, with a result to write; it allocates a schedule."""
+    """`score_tiles` with a schedule of its own."""
     num_tokens, heads, _ = q.shape
     form = prompt_form(heads) if step.num_prefill_tokens else decode_form(heads, 1)
     programs = transfers_for(q).num_processors() * form.programs_per_processor
-    schedule = TileSchedule.allocate(num_tokens, 1, programs, allocator_beside(q))
-    tokens = step.position_ids, step.batch_id_per_token, step.cu_seqlens_q
-    fill_tile_schedule(schedule, *tokens, form=form, max_keys=logits.shape[1])
-    score_tiles(
-        q, weights, cache, step.position_ids, step.block_tables, schedule, logits, form=form
-    )
+    schedule = TileSchedule.allocate(form, num_tokens, 1, programs, allocator_beside(q))
+    schedule.fill(step, logits.shape[1])
+    score_tiles(q, weights, cache, step, schedule, logits)

@@ -10,66 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, TileForm
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.step import ForwardMeta
 
 import triton.language as tl  # isort: skip
 
 # tokens, and programs, that a program of the schedule's kernel takes at a time
-_LANES, _NUM_WARPS = 1024, 8
+_LANES, _NUM_WARPS = tl.constexpr(1024), 8
+_PAGE = tl.constexpr(BLOCK_SIZE)
 TILE_FIELDS, PROGRAM_FIELDS = 4, 8
 
 
-@dataclass(frozen=True)
-class TileSchedule:
-    """Tiles of the chunks of a step, in buffers that never move.
-
-    The tiles of the chunk that begins at token t begin at entry t: none has more tiles than tokens.
-
-    Attributes:
-        tiles: int32 [max_num_tokens, 4]; first token, number of tokens, request and number of pages
-            of each tile that is scored.
-        page_ends: int32 [max_num_tokens]; pages of a chunk's tiles up to and with this one.
-        programs: int32 [max_num_chunks, num_programs, 8]; the entry of a program's first tile, its
-            first page there, how many pages are its own, nothing, then that entry itself: what a
-            program must know first it reads at once.
-    """
-
-    tiles: Any
-    page_ends: Any
-    programs: Any
-
-    @classmethod
-    def allocate(
-        cls, max_num_tokens: int, max_num_chunks: int, num_programs: int, allocate: Any
-    ) -> TileSchedule:
-        """Buffers for steps of at most so many tokens, made by `(shape, dtype name) -> tensor`."""
-        return cls(
-            allocate((max_num_tokens, TILE_FIELDS), "int32"),
-            allocate((max_num_tokens,), "int32"),
-            allocate((max_num_chunks, num_programs, PROGRAM_FIELDS), "int32"),
-        )
-
-
-@paddle_jit(
-    do_not_specialize=(
-        "num_tokens",
-        "chunk_tokens",
-        "max_keys",
-        "least_keys",
-        "num_programs",
-        "tile_tokens",
-        "search_steps",
-    ),
-    contiguous=(
-        "position_ids_ptr",
-        "batch_id_per_token_ptr",
-        "cu_seqlens_q_ptr",
-        "tiles_ptr",
-        "page_ends_ptr",
-        "programs_ptr",
-    ),
-)
+@step_kernel()
 def tile_schedule_kernel(
     position_ids_ptr,
     batch_id_per_token_ptr,
@@ -84,15 +37,13 @@ def tile_schedule_kernel(
     num_programs,
     tile_tokens,
     search_steps,
-    PAGE: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     """The tiles of chunk `program 0`, and where each of its programs begins."""
     first = tl.program_id(0) * chunk_tokens
     end = tl.minimum(first + chunk_tokens, num_tokens)
-    lane = tl.arange(0, LANES)
+    lane = tl.arange(0, _LANES)
     num_tiles, num_pages = 0, 0
-    for start in range(first, end, LANES):
+    for start in range(first, end, _LANES):
         token = start + lane
         inside = token < end
         request = tl.load(batch_id_per_token_ptr + token, mask=inside, other=-1)
@@ -107,7 +58,7 @@ def tile_schedule_kernel(
         position = tl.load(position_ids_ptr + token + count - 1, mask=is_first, other=-1)
         keys = tl.minimum(position + 1, max_keys).to(tl.int32)
         scored = is_first & (keys > least_keys)
-        pages = tl.where(scored, (keys + PAGE - 1) // PAGE, 0)
+        pages = tl.where(scored, (keys + _PAGE - 1) // _PAGE, 0)
         tile = first + num_tiles + tl.cumsum(scored.to(tl.int32)) - 1
         entry = tiles_ptr + tile * 4
         tl.store(entry, token, mask=scored)
@@ -119,7 +70,7 @@ def tile_schedule_kernel(
         num_pages += tl.sum(pages)
     # what other threads wrote is read below
     tl.debug_barrier()
-    for start in range(0, num_programs, LANES):
+    for start in range(0, num_programs, _LANES):
         program = start + lane
         exists = program < num_programs
         # the first programs, which are on processors of their own, have one more
@@ -146,53 +97,67 @@ def tile_schedule_kernel(
             tl.store(entry + 4 + field, value, mask=exists)
 
 
-def fill_tile_schedule(
-    schedule: TileSchedule,
-    position_ids: Any,
-    batch_id_per_token: Any,
-    cu_seqlens_q: Any,
-    *,
-    form: TileForm,
-    max_keys: int,
-    chunk_tokens: int | None = None,
-    least_keys: int = 0,
-) -> None:
-    """Share out the scores of a step's tokens, in chunks that are scored in order.
+@dataclass(frozen=True)
+class TileSchedule:
+    """Tiles of the chunks of a step, in buffers that never move.
 
-    Args:
-        schedule: written in place, up to the step's tokens and chunks.
-        position_ids: int64 [num_tokens]; those of a request ascend by 1 from token to token.
-        batch_id_per_token: int32 [num_tokens]; -1 = padding, which is in no tile.
-        cu_seqlens_q: int32 [num_reqs + 1]; where the tokens of each request begin.
+    The tiles of the chunk that begins at token t begin at entry t: none has more tiles than tokens.
+
+    Attributes:
         form: of the kernel that scores.
-        max_keys: most keys that are looked at of a request; the width of its scores.
-        chunk_tokens: tokens of a chunk, but the last; None = all are one chunk.
-        least_keys: a tile none of whose tokens sees more keys is not scored: index_topk, if the
-            selection then takes all keys without a look at their scores.
-
-    Cost: one launch; no allocation, no wait. Lengths are read when the kernel runs: captured into a
-    graph, or ahead of one, it serves any lengths of that many tokens.
+        tiles: int32 [max_num_tokens, 4]; first token, number of tokens, request and number of pages
+            of each tile that is scored.
+        page_ends: int32 [max_num_tokens]; pages of a chunk's tiles up to and with this one.
+        programs: int32 [max_num_chunks, num_programs, 8]; the entry of a program's first tile, its
+            first page there, how many pages are its own, nothing, then that entry itself: what a
+            program must know first it reads at once.
     """
-    num_tokens = position_ids.shape[0]
-    if num_tokens == 0:
-        return
-    chunk_tokens = chunk_tokens or num_tokens
-    num_chunks, num_programs = -(-num_tokens // chunk_tokens), schedule.programs.shape[1]
-    tile_schedule_kernel[(num_chunks,)](
-        position_ids,
-        batch_id_per_token,
-        cu_seqlens_q,
-        schedule.tiles,
-        schedule.page_ends,
-        schedule.programs,
-        num_tokens,
-        chunk_tokens,
-        max_keys,
-        least_keys,
-        num_programs,
-        form.tile_tokens,
-        min(chunk_tokens, num_tokens).bit_length(),
-        PAGE=BLOCK_SIZE,
-        LANES=_LANES,
-        num_warps=_NUM_WARPS,
-    )
+
+    form: TileForm
+    tiles: Any
+    page_ends: Any
+    programs: Any
+
+    @classmethod
+    def allocate(
+        cls, form: TileForm, max_tokens: int, max_chunks: int, num_programs: int, allocate: Any
+    ) -> TileSchedule:
+        """Buffers for steps of at most so many tokens, made by `(shape, dtype name) -> tensor`."""
+        return cls(
+            form,
+            allocate((max_tokens, TILE_FIELDS), "int32"),
+            allocate((max_tokens,), "int32"),
+            allocate((max_chunks, num_programs, PROGRAM_FIELDS), "int32"),
+        )
+
+    def fill(
+        self,
+        step: ForwardMeta,
+        max_keys: int,
+        chunk_tokens: int | None = None,
+        least_keys: int = 0,
+    ) -> None:
+        """Share out the scores of a step's tokens, in chunks that are scored in order.
+
+        Args:
+            step: whose tokens are scored; padding is in no tile.
+            max_keys: most keys that are looked at of a request; the width of its scores.
+            chunk_tokens: tokens of a chunk, but the last; None = all are one chunk.
+            least_keys: a tile none of whose tokens sees more keys is not scored: index_topk, if the
+                selection then takes all keys without a look at their scores.
+
+        Cost: one launch; no allocation, no wait. Lengths are read when the kernel runs: captured
+        into a graph, or ahead of one, it serves any lengths of that many tokens.
+        """
+        num_tokens = step.position_ids.shape[0]
+        if num_tokens == 0:
+            return
+        chunk_tokens = chunk_tokens or num_tokens
+        search_steps = min(chunk_tokens, num_tokens).bit_length()
+        tile_schedule_kernel[(-(-num_tokens // chunk_tokens),)](
+            *(step.position_ids, step.batch_id_per_token, step.cu_seqlens_q),
+            *(self.tiles, self.page_ends, self.programs),
+            *(num_tokens, chunk_tokens, max_keys, least_keys),
+            *(self.programs.shape[1], self.form.tile_tokens, search_steps),
+            num_warps=_NUM_WARPS,
+        )

@@ -8,22 +8,21 @@ within 2^-11. Blocks of 64 heads: rounded where `attend_on_tensor_cores` says.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from functools import cache
 from math import prod
 from typing import Any, ClassVar
 
 from fd_dsa import custom_ops
-from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.ops._fp8 import LATENT_WIDTH
+from fd_dsa.ops._host import cache_format
+from fd_dsa.ops._library import LibraryKernel, difference, why_not_compiled
 from fd_dsa.ops.cache_probes import TENSOR_CORE_TOLERANCE, mla_case
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.records import Dequantized
-from fd_dsa.ops.probes import Memory
+from fd_dsa.ops.probes import Case
 from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice, Reason, choose
-from fd_dsa.ops.topk.custom_op import why_not_compiled
 from fd_dsa.step.device import Allocate
-from fd_dsa.triton_runtime.c_launch import CLaunch
-from fd_dsa.triton_runtime.device import api_for_type
 
 MOST_HEADS = 32
 """Of the kernel for few heads over FP8 records."""
@@ -45,43 +44,30 @@ class SparseMla(ctypes.Structure):
     )
 
 
-class CustomAttention:
-    """A kernel of a loaded library; one of these serves one thread at a time.
-
-    Args:
-        kernels: the library.
+class CustomAttention(LibraryKernel):
+    """A kernel of sparse MLA.
 
     Attributes:
-        launcher: name of its C function.
         takes_bfloat16: whether the cache may hold bfloat16 latents; records it always may.
         takes_dequantized: whether it reads records that were dequantized before.
         always_heads: up to which it was at least as fast as Triton's kernel for any tokens.
         probed_heads: of the small cases on which it has to agree before it serves.
         is_faster: of tokens and heads, whether it was at least as fast on an H200.
-
-    Raises:
-        BackendUnavailable: the library is of another release.
     """
 
-    launcher: ClassVar[str]
+    size, structure = "fd_dsa_sparse_mla_bytes", SparseMla
     takes_bfloat16: ClassVar[bool]
     takes_dequantized: ClassVar[bool]
     always_heads: ClassVar[int]
     probed_heads: ClassVar[tuple[int, ...]]
 
-    def __init__(self, kernels: Any) -> None:
-        # a library of an earlier release has no function of this name
-        num_bytes = getattr(kernels, "fd_dsa_sparse_mla_bytes", int)()
-        if num_bytes != ctypes.sizeof(SparseMla):
-            raise BackendUnavailable(
-                "fd_dsa_ops: its sparse MLA takes another structure than this fd_dsa passes; build "
-                "it again: make custom-ops"
-            )
-        self._kernels, self._job = kernels, SparseMla()
-        self._name = type(self).__name__
-        self._launch: CLaunch | None = None
-        self._api: Any = None
-        self._device = -1
+    @classmethod
+    def cases(cls) -> Iterable[Case]:
+        """Attention of few and of padded heads, over every cache that the kernel takes."""
+        limits = dict(TENSOR_CORE_TOLERANCE)
+        if not cls.takes_bfloat16:
+            del limits["bfloat16"]
+        return (mla_case(limits, heads) for heads in cls.probed_heads)
 
     def __call__(
         self,
@@ -114,61 +100,32 @@ class CustomAttention:
         if num_tokens == 0 or num_heads == 0:
             return
         job = self._job
-        self._take_device(q)
-        job.q, job.cache = self._address("q", q), self._address("cache", cache)
-        job.slots, job.out = self._address("slots", slots), self._address("out", out)
+        self._bind(q)
+        # read 16 bytes at a time
+        for name, tensor in (("q", q), ("cache", cache), ("out", out)):
+            setattr(job, name, self._address(name, tensor, multiple=16))
+        job.slots = self._address("slots", slots)
         job.lse = None if lse is None else self._address("lse", lse)
         job.softmax_scale, job.splits = softmax_scale, splits
-        job.is_fp8 = str(cache.dtype).endswith("uint8")
+        job.is_fp8 = cache_format(cache) == "fp8_ds_mla"
         job.num_tokens, job.num_heads, job.topk = num_tokens, num_heads, slots.shape[1]
         job.num_slots = min(prod(cache.shape[:-1]), 2**31 - 1)
         job.out_is_bfloat16 = str(out.dtype).endswith("bfloat16")
-        self._name_dequantized(dequantized)
+        job.dequantized = None
+        if dequantized is not None:
+            self._name_dequantized(dequantized)
         assert self._launch is not None
         self._launch()
 
-    def _name_dequantized(self, dequantized: Dequantized | None) -> None:
+    def _name_dequantized(self, records: Dequantized) -> None:
         """Put addresses and sizes of dequantized records into the structure."""
         job = self._job
-        if dequantized is None:
-            job.dequantized = None
-            return
-        job.dequantized = self._address("dequantized.values", dequantized.values)
-        job.dequantized_blocks = self._address("dequantized.blocks", dequantized.blocks)
-        flags = dequantized.is_dequantized
-        job.is_dequantized = self._address("dequantized.is_dequantized", flags)
-        ids = dequantized.batch_id_per_token
-        job.batch_id_per_token = self._address("dequantized.batch_id_per_token", ids)
-        job.num_rows = flags.shape[0]
-        job.block_size = dequantized.block_size
-        job.dequantized_slots = dequantized.num_slots
-
-    def _take_device(self, q: Any) -> None:
-        """Launch on the device of the queries."""
-        api = api_for_type(type(q))
-        device = api.device_of(q)
-        if (api, device) != (self._api, self._device):
-            self._launch = CLaunch(self._kernels, self.launcher, self._job, api, device)
-            self._api, self._device = api, device
-
-    def _address(self, name: str, tensor: Any) -> int:
-        """Address of a tensor on the queries' device; some are read 16 bytes at a time."""
-        device = self._api.device_of(tensor)
-        if device != self._device:
-            raise LaunchError(
-                f"{self._name}: {name} is on device {device}, q is on device {self._device}"
-            )
-        if not tensor.is_contiguous():
-            raise LaunchError(
-                f"{self._name}: {name} of shape {list(tensor.shape)} is not contiguous; call "
-                ".contiguous() first"
-            )
-        address = tensor.data_ptr()
-        if name in ("q", "cache", "out", "dequantized.values") and address % 16:
-            raise LaunchError(
-                f"{self._name}: {name} begins off a multiple of 16 bytes; copy it first"
-            )
-        return int(address)
+        job.dequantized = self._address("values", records.values, multiple=16)
+        job.dequantized_blocks = self._address("blocks", records.blocks)
+        job.is_dequantized = self._address("is_dequantized", records.is_dequantized)
+        job.batch_id_per_token = self._address("batch_id_per_token", records.batch_id_per_token)
+        job.num_rows = records.is_dequantized.shape[0]
+        job.block_size, job.dequantized_slots = records.block_size, records.num_slots
 
 
 class NarrowAttention(CustomAttention):
@@ -219,27 +176,6 @@ def why_not(num_heads: int, is_fp8: bool) -> str | None:
     return None
 
 
-_differences: dict[tuple[type[CustomAttention], Any], str] = {}
-
-
-def difference(kind: type[CustomAttention], kernels: Any, allocate: Allocate) -> str:
-    """How a kernel's attention differs from the definition; "" if it does not.
-
-    The thread waits for the device at the first call for a kernel and a library.
-    """
-    if (kind, kernels) not in _differences:
-        attend = kind(kernels)
-        tolerance = {
-            form: limit
-            for form, limit in TENSOR_CORE_TOLERANCE.items()
-            if kind.takes_bfloat16 or form != "bfloat16"
-        }
-        cases = (mla_case(tolerance, heads) for heads in kind.probed_heads)
-        differences = (case.difference(attend, Memory(allocate)) for case in cases)
-        _differences[kind, kernels] = next(filter(None, differences), "")
-    return _differences[kind, kernels]
-
-
 def choose_attention(
     kind: str,
     num_heads: int,
@@ -262,16 +198,13 @@ def choose_attention(
     """
     is_fp8 = cache_dtype == "fp8_ds_mla"
     reason = tensor_core.why_not(capability, dtype, cache_dtype, rank, rope)
-    own = kind_for(num_heads, is_fp8)
+    own: Any = kind_for(num_heads, is_fp8)
     conditions: dict[str, Reason] = {
         TENSOR_CORE: lambda: reason,
         CUSTOM_OP: lambda: reason or why_not_compiled() or why_not(num_heads, is_fp8),
     }
 
-    def probe(kernels: Any) -> str:
-        return difference(own, kernels, allocate) if own else ""
-
-    return choose("sparse_mla", kind, conditions, probe)
+    return choose("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
 
 
 @cache
@@ -282,6 +215,6 @@ def _attention(kind: type[CustomAttention], kernels: Any) -> CustomAttention:
 
 def attend_slots(q: Any, cache: Any, *others: Any, **options: Any) -> None:
     """See `CustomAttention.__call__`; one thread at a time."""
-    kind = kind_for(q.shape[1], str(cache.dtype).endswith("uint8"))
+    kind = kind_for(q.shape[1], cache_format(cache) == "fp8_ds_mla")
     assert kind is not None, why_not(q.shape[1], False)
     _attention(kind, custom_ops.build().kernels)(q, cache, *others, **options)

@@ -18,8 +18,8 @@ from fd_dsa.ops._fp8 import (
     LATENT_WIDTH,
     ROPE_WIDTH,
 )
-from fd_dsa.ops._triton import e4m3_values
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops._triton import e4m3_values, step_kernel
+from fd_dsa.step import ForwardMeta
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -29,7 +29,7 @@ _ROW_WORDS, _LINE_WORDS = (LATENT_WIDTH + ROPE_WIDTH) // 2, 32
 _RECORD, _SCALES_AT = tl.constexpr(LATENT_RECORD_BYTES), tl.constexpr(LATENT_SCALES_AT)
 _RANK, _ROPE_AT = tl.constexpr(LATENT_WIDTH), tl.constexpr(LATENT_ROPE_AT)
 _WIDTH = tl.constexpr(LATENT_WIDTH + ROPE_WIDTH)
-_PROGRAMS, _NUM_WARPS, _RECORDS = 528, 8, 16
+_PROGRAMS, _NUM_WARPS, _RECORDS = 528, 8, tl.constexpr(16)
 # as many allocations of blocks and numbers of rows as a server has
 _CACHED_LAYOUTS = 64
 
@@ -61,10 +61,8 @@ def _dequantize_slots(cache_ptr, values_ptr, slot, target, mask):
     # a record is four parts of 128 latents, each with its scale
     part, column = tl.arange(0, 4)[None, :], tl.arange(0, 128)[None, None, :]
     is_part = tl.broadcast_to(mask[:, None], [slot.shape[0], 4])
-    record, row = (
-        cache_ptr + slot * _RECORD,
-        values_ptr.to(tl.pointer_type(tl.int16)) + target * _WIDTH,
-    )
+    record = cache_ptr + slot * _RECORD
+    row = values_ptr.to(tl.pointer_type(tl.int16)) + target * _WIDTH
     codes = tl.load((record[:, None] + part * 128)[:, :, None] + column, mask=is_part[:, :, None])
     scales = (record + _SCALES_AT).to(tl.pointer_type(tl.float32))[:, None] + part
     scale = (tl.load(scales, mask=is_part) * 256.0).to(tl.float16).to(tl.float32)
@@ -82,16 +80,7 @@ def _dequantize_slots(cache_ptr, values_ptr, slot, target, mask):
     )
 
 
-@paddle_jit(
-    do_not_specialize=("num_rows", "table_width", "num_blocks", "capacity", "keys_per_token"),
-    contiguous=(
-        "cache_ptr",
-        "block_tables_ptr",
-        "seq_lens_encoder_ptr",
-        "seq_lens_decoder_ptr",
-        "seq_lens_this_time_ptr",
-    ),
-)
+@step_kernel()
 def dequantize_kernel(
     cache_ptr,
     block_tables_ptr,
@@ -108,7 +97,6 @@ def dequantize_kernel(
     keys_per_token,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    RECORDS: tl.constexpr,
 ):
     """See `DequantizedRecords.fill`; a program takes every `num_programs`th block."""
     row = tl.arange(0, ROWS)
@@ -134,8 +122,8 @@ def dequantize_kernel(
         block = tl.load(block_tables_ptr + request.to(tl.int64) * table_width + column)
         is_block = (block >= 0) & (block < num_blocks)
         tl.store(blocks + tl.where(is_block, block, 0), place, mask=is_block)
-        for first in range(0, tl.minimum(left, BLOCK_SIZE), RECORDS):
-            offset = first + tl.arange(0, RECORDS)
+        for first in range(0, tl.minimum(left, BLOCK_SIZE), _RECORDS):
+            offset = first + tl.arange(0, _RECORDS)
             slot = tl.where(is_block, block, 0).to(tl.int64) * BLOCK_SIZE + offset
             target = (place * BLOCK_SIZE + offset).to(tl.int64)
             # a vector throughout: Triton 3.9 interprets no mixed masks
@@ -158,15 +146,7 @@ class DequantizedRecords:
         self._memory, self._keys_per_token = memory, keys_per_token
         self._layout = lru_cache(maxsize=_CACHED_LAYOUTS)(self._laid_out)
 
-    def fill(
-        self,
-        cache: Any,
-        block_tables: Any,
-        seq_lens_encoder: Any,
-        seq_lens_decoder: Any,
-        seq_lens_this_time: Any,
-        batch_id_per_token: Any,
-    ) -> Dequantized | None:
+    def fill(self, cache: Any, step: ForwardMeta) -> Dequantized | None:
         """Dequantize the records of a step's prefill rows.
 
         Latents are float16(code / 256 * float16(256 * scale)), rounded once: the numbers that
@@ -178,8 +158,7 @@ class DequantizedRecords:
 
         Args:
             cache: uint8 [num_blocks, ..., block_size, 656] fp8_ds_mla records.
-            block_tables, seq_lens_encoder, seq_lens_decoder, seq_lens_this_time,
-                batch_id_per_token: see ForwardMeta.
+            step: whose prompts they are.
 
         Returns:
             Views of the memory; valid until the next call. None if not one block would fit.
@@ -188,31 +167,21 @@ class DequantizedRecords:
         Source: vLLM's cp_gather_and_upconvert_fp8_kv_cache does it for bfloat16 rows.
         """
         num_blocks, block_size = cache.shape[0], prod(cache.shape[1:-1])
-        num_rows = block_tables.shape[0]
+        num_rows, table_width = step.block_tables.shape
         values, blocks, flags, capacity = self._layout(num_blocks, num_rows, block_size)
         if capacity == 0 or num_rows == 0:
             return None
         dequantize_kernel[(min(_PROGRAMS, capacity),)](
-            cache,
-            block_tables,
-            seq_lens_encoder,
-            seq_lens_decoder,
-            seq_lens_this_time,
-            values,
-            blocks,
-            flags,
-            num_rows,
-            block_tables.shape[1],
-            num_blocks,
-            capacity,
-            self._keys_per_token,
+            *(cache, step.block_tables),
+            *(step.seq_lens_encoder, step.seq_lens_decoder, step.seq_lens_this_time),
+            *(values, blocks, flags),
+            *(num_rows, table_width, num_blocks, capacity, self._keys_per_token),
             BLOCK_SIZE=block_size,
             ROWS=1 << (num_rows - 1).bit_length(),
-            RECORDS=_RECORDS,
             num_warps=_NUM_WARPS,
         )
-        num_slots = capacity * block_size
-        return Dequantized(values, blocks, flags, batch_id_per_token, block_size, num_slots)
+        ids, num_slots = step.batch_id_per_token, capacity * block_size
+        return Dequantized(values, blocks, flags, ids, block_size, num_slots)
 
     def _laid_out(
         self, num_blocks: int, num_rows: int, block_size: int

@@ -12,13 +12,9 @@ from functools import lru_cache
 from math import e, log2, prod
 from typing import Any, NamedTuple
 
-from fd_dsa.ops._host import allocator_beside
+from fd_dsa.ops._host import allocator_beside, cache_format
 from fd_dsa.ops.mla._tiles import RANK, ROPE
-from fd_dsa.ops.mla.tensor_core_kernel import (
-    attend_copied_kernel,
-    attend_kernel,
-    combine_kernel,
-)
+from fd_dsa.ops.mla.tensor_core_kernel import attend_kernel, combine_kernel
 from fd_dsa.step.device import Allocate
 
 MAX_SPLITS = 32
@@ -122,17 +118,12 @@ def attend_on_tensor_cores(
     form: Form | None = None,
     splits: int | None = None,
 ) -> None:
-    """Fill `out` with the attention of each token over the cache slots that its row names.
-
-    out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . kv[s]) * kv[s, :512]
+    """Fill `out` with the attention of each token over its slots; see `fd_dsa.ops.sparse_mla`.
 
     Args:
-        q: bfloat16 [num_tokens, num_heads, 576]; absorbed.
-        cache: the layer's latent cache, a row a slot: bfloat16 or int16 (bfloat16 bits)
-            [..., 576], or uint8 [..., 656], fp8_ds_mla records, 16-byte aligned.
-        slots: int32 [num_tokens, topk]; -1 (or past the cache) = none, at any place; never read.
-        out: float32 or bfloat16 [num_tokens, num_heads, 512], written in place; zeros where a row
-            names no slot.
+        q: bfloat16 [num_tokens, num_heads, 576].
+        cache: bfloat16 or int16 [..., 576], or uint8 [..., 656], 16-byte aligned.
+        slots: -1 (or past the cache) = none, at any place; never read.
         lse: float32 [num_tokens, num_heads] or None; natural logarithm of the sum of the
             exponentials of the scores, -inf where a row names no slot.
         partials: memory for splits; None: nothing is split.
@@ -147,9 +138,8 @@ def attend_on_tensor_cores(
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch, with splits two; no allocation, no wait.
-    Source: DeepSeek-V2 (arXiv 2405.04434) §2.1, over the keys chosen as in arXiv 2512.02556.
     """
-    fp8 = str(cache.dtype).endswith("uint8")
+    fp8 = cache_format(cache) == "fp8_ds_mla"
     num_tokens, num_heads, _ = q.shape
     topk = slots.shape[1]
     if num_tokens == 0 or num_heads == 0:
@@ -162,37 +152,22 @@ def attend_on_tensor_cores(
     values, partial_lse = partials if is_split and partials else (None, None)
     groups = -(-num_heads // form.block_h)
     tiles = -(-topk // form.block_n)
-    options = {"BLOCK_H": form.block_h, "BLOCK_N": form.block_n, "SWAPPED": form.swapped}
-    kernel = attend_copied_kernel if form.copied else attend_kernel
-    if not form.copied:
-        options["FP8"] = fp8
-    kernel[(num_tokens * groups * splits,)](
-        q,
-        cache,
-        slots,
-        None if is_split else out,
-        None if is_split else lse,
-        values,
-        partial_lse,
-        softmax_scale * log2(e),
-        topk,
-        num_heads,
-        prod(cache.shape[:-1]),
-        groups,
-        splits,
-        -(-tiles // splits) * form.block_n,
-        **options,
+    attend_kernel[(num_tokens * groups * splits,)](
+        *(q, cache, slots, *((None, None) if is_split else (out, lse)), values, partial_lse),
+        *(softmax_scale * log2(e), topk, num_heads, prod(cache.shape[:-1])),
+        *(groups, splits, -(-tiles // splits) * form.block_n),
+        BLOCK_H=form.block_h,
+        BLOCK_N=form.block_n,
+        COPIED=form.copied,
+        FP8=fp8,
+        SWAPPED=form.swapped,
         num_warps=form.num_warps,
         num_stages=form.num_stages,
     )
     if is_split:
         most, columns, num_warps = next(x for x in _COMBINE if x[0] >= splits)
         combine_kernel[(num_tokens * num_heads, RANK // columns)](
-            values,
-            partial_lse,
-            out,
-            lse,
-            splits,
+            *(values, partial_lse, out, lse, splits),
             MAX_SPLITS=most,
             COLUMNS=columns,
             num_warps=num_warps,

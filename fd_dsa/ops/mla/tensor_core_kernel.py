@@ -10,6 +10,7 @@ Source: the online softmax over splits is that of Flash-Decoding (Dao et al. 202
 
 from __future__ import annotations
 
+from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored, to_bfloat16
 from fd_dsa.ops.mla._tiles import (
     RANK,
@@ -30,7 +31,6 @@ from fd_dsa.ops.mla._tiles import (
     weighted,
     zeros,
 )
-from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -135,10 +135,16 @@ def _float16_queries(q0, q1, q2, q3, SWAPPED: tl.constexpr):
     return q0, q1, (q2 * up).to(tl.float16), (q3 * up).to(tl.float16), back
 
 
-@paddle_jit(
-    do_not_specialize=("topk", "num_heads", "num_slots", "groups", "splits", "entries"),
-    contiguous=("q_ptr", "cache_ptr", "slots_ptr", "out_ptr", "lse_ptr"),
-)
+@triton.jit
+def _bfloat16_keys(key, seen, column, first: tl.constexpr):
+    """bfloat16 [keys, columns] of a bfloat16 or int16 (bfloat16 bits) cache; `key` [keys]."""
+    x = tl.load(key[:, None] + first + column[None, :], mask=seen[:, None], other=0)
+    if x.dtype == tl.int16:
+        x = x.to(tl.bfloat16, bitcast=True)
+    return x
+
+
+@step_kernel()
 def attend_kernel(
     q_ptr,
     cache_ptr,
@@ -156,131 +162,91 @@ def attend_kernel(
     entries,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    COPIED: tl.constexpr,
     FP8: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
     """Keys come through registers, one tile ahead.
 
+    COPIED: bfloat16 latents are copied to shared memory some tiles ahead instead, for few heads.
     FP8: latents become float16, which holds codes times scales more exactly than bfloat16 would;
     queries are brought into its range by a power of two a head. The roped part stays bfloat16.
     """
     token, head, is_head, split = _place(groups, splits, num_heads, BLOCK_H)
     row = token * num_heads + head
     column = latent_order(FP8)
+    if COPIED:
+        rope_column = tl.arange(0, 64)
     query = q_ptr + row * _WIDTH
     q0, q1, q2, q3, q_rope = _load_queries(query, is_head, column, SWAPPED)
     slots_ptr += token * topk
     begin = split * entries
     end = last_entry(slots_ptr, begin, tl.minimum(begin + entries, topk), num_slots, _LOOK)
-    slot, seen = slots_at(slots_ptr, begin + tl.arange(0, BLOCK_N), end, num_slots)
-    x0, x1, x2, x3, x_rope, scales = load_keys(cache_ptr, slot, seen, FP8)
-    latent_factor = scale_log2
-    if FP8:
-        q0, q1, q2, q3, back = _float16_queries(q0, q1, q2, q3, SWAPPED)
-        latent_factor = of_heads(back, SWAPPED) * scale_log2
-    top, total, o0, o1, o2, o3 = _start(BLOCK_H, BLOCK_N, SWAPPED)
-    # 1, which the compiler learns late. Triton keeps the left operand of a GEMM in shared
-    # memory if it comes into a loop, and not if it was just made; and it gives scores to all
-    # warps if it does not see from their GEMM that another one needs them
-    once = 1 + (tl.program_id(0) >> 31)
-    for start in range(begin, end, BLOCK_N):
-        k0, k1 = latents(x0, scales, 0, FP8), latents(x1, scales, 1, FP8)
-        k2, k3 = latents(x2, scales, 2, FP8), latents(x3, scales, 3, FP8)
-        scores = zeros(BLOCK_N, BLOCK_H, SWAPPED)
-        for i in range(once):
-            # made here, it is an operand from registers: weights follow it in shared memory, and
-            # ptxas of CUDA 12.8 loses the address of what products read there in two ways
-            k_rope = bfloat16_pairs(x_rope)
-            scores += _scores(
-                k0, k1, k2, k3, k_rope, q0, q1, q2, q3, q_rope, latent_factor, scale_log2, SWAPPED
+    if COPIED:
+        top, total, o0, o1, o2, o3 = _start(BLOCK_H, BLOCK_N, SWAPPED)
+        for start in range(begin, end, BLOCK_N):
+            slot, seen = slots_at(slots_ptr, start + tl.arange(0, BLOCK_N), end, num_slots)
+            key = cache_ptr + slot.to(tl.int64) * _WIDTH
+            k0 = _bfloat16_keys(key, seen, column, 0)
+            k1 = _bfloat16_keys(key, seen, column, 128)
+            k2 = _bfloat16_keys(key, seen, column, 256)
+            k3 = _bfloat16_keys(key, seen, column, 384)
+            k_rope = _bfloat16_keys(key, seen, rope_column, _RANK)
+            scores = _scores(
+                k0, k1, k2, k3, k_rope, q0, q1, q2, q3, q_rope, scale_log2, scale_log2, SWAPPED
             )
-            if SWAPPED:
-                here = start + i + tl.arange(0, BLOCK_N)
+            top, total, o0, o1, o2, o3 = _accumulate(
+                k0, k1, k2, k3, scores, seen, top, total, o0, o1, o2, o3, FP8, SWAPPED
+            )
+    else:
+        slot, seen = slots_at(slots_ptr, begin + tl.arange(0, BLOCK_N), end, num_slots)
+        x0, x1, x2, x3, x_rope, scales = load_keys(cache_ptr, slot, seen, FP8)
+        latent_factor = scale_log2
+        if FP8:
+            q0, q1, q2, q3, back = _float16_queries(q0, q1, q2, q3, SWAPPED)
+            latent_factor = of_heads(back, SWAPPED) * scale_log2
+        top, total, o0, o1, o2, o3 = _start(BLOCK_H, BLOCK_N, SWAPPED)
+        # 1, which the compiler learns late. Triton keeps the left operand of a GEMM in shared
+        # memory if it comes into a loop, and not if it was just made; and it gives scores to all
+        # warps if it does not see from their GEMM that another one needs them
+        once = 1 + (tl.program_id(0) >> 31)
+        for start in range(begin, end, BLOCK_N):
+            k0, k1 = latents(x0, scales, 0, FP8), latents(x1, scales, 1, FP8)
+            k2, k3 = latents(x2, scales, 2, FP8), latents(x3, scales, 3, FP8)
+            scores = zeros(BLOCK_N, BLOCK_H, SWAPPED)
+            for i in range(once):
+                # made here, it is an operand from registers: weights follow it in shared memory,
+                # and ptxas of CUDA 12.8 loses the address of what products read there in two ways
+                k_rope = bfloat16_pairs(x_rope)
+                scores += _scores(
+                    k0, k1, k2, k3, k_rope, q0, q1, q2, q3, q_rope, latent_factor, scale_log2,
+                    SWAPPED,
+                )  # fmt: skip
+                if SWAPPED:
+                    here = start + i + tl.arange(0, BLOCK_N)
+                    _, live = slots_at(slots_ptr, here, end, num_slots)
+                    slot, seen = slots_at(slots_ptr, here + BLOCK_N, end, num_slots)
+                    x0, x1, x2, x3, x_rope, scales = load_keys(cache_ptr, slot, seen, FP8)
+                    top, total, o0, o1, o2, o3 = _accumulate(
+                        k0, k1, k2, k3, scores, live, top, total, o0, o1, o2, o3, FP8, SWAPPED
+                    )
+                    k0, k1 = tl.zeros_like(k0), tl.zeros_like(k1)
+                    k2, k3 = tl.zeros_like(k2), tl.zeros_like(k3)
+            if not SWAPPED:
+                here = start + tl.arange(0, BLOCK_N)
                 _, live = slots_at(slots_ptr, here, end, num_slots)
                 slot, seen = slots_at(slots_ptr, here + BLOCK_N, end, num_slots)
                 x0, x1, x2, x3, x_rope, scales = load_keys(cache_ptr, slot, seen, FP8)
                 top, total, o0, o1, o2, o3 = _accumulate(
                     k0, k1, k2, k3, scores, live, top, total, o0, o1, o2, o3, FP8, SWAPPED
                 )
-                k0, k1 = tl.zeros_like(k0), tl.zeros_like(k1)
-                k2, k3 = tl.zeros_like(k2), tl.zeros_like(k3)
-        if not SWAPPED:
-            here = start + tl.arange(0, BLOCK_N)
-            _, live = slots_at(slots_ptr, here, end, num_slots)
-            slot, seen = slots_at(slots_ptr, here + BLOCK_N, end, num_slots)
-            x0, x1, x2, x3, x_rope, scales = load_keys(cache_ptr, slot, seen, FP8)
-            top, total, o0, o1, o2, o3 = _accumulate(
-                k0, k1, k2, k3, scores, live, top, total, o0, o1, o2, o3, FP8, SWAPPED
-            )
     _finish(
         out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, row, is_head, split, splits, column,
         o0, o1, o2, o3, top, total, SWAPPED,
     )  # fmt: skip
 
 
-@triton.jit
-def _bfloat16_keys(key, seen, column, first: tl.constexpr):
-    """bfloat16 [keys, columns] of a bfloat16 or int16 (bfloat16 bits) cache; `key` [keys]."""
-    x = tl.load(key[:, None] + first + column[None, :], mask=seen[:, None], other=0)
-    if x.dtype == tl.int16:
-        x = x.to(tl.bfloat16, bitcast=True)
-    return x
-
-
-@paddle_jit(
-    do_not_specialize=("topk", "num_heads", "num_slots", "groups", "splits", "entries"),
-    contiguous=("q_ptr", "cache_ptr", "slots_ptr", "out_ptr", "lse_ptr"),
-)
-def attend_copied_kernel(
-    q_ptr,
-    cache_ptr,
-    slots_ptr,
-    out_ptr,
-    lse_ptr,
-    partial_ptr,
-    partial_lse_ptr,
-    scale_log2,
-    topk,
-    num_heads,
-    num_slots,
-    groups,
-    splits,
-    entries,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SWAPPED: tl.constexpr,
-):
-    """bfloat16 latents, copied to shared memory some tiles ahead: for few heads."""
-    token, head, is_head, split = _place(groups, splits, num_heads, BLOCK_H)
-    row = token * num_heads + head
-    column, rope_column = latent_order(False), tl.arange(0, 64)
-    query = q_ptr + row * _WIDTH
-    q0, q1, q2, q3, q_rope = _load_queries(query, is_head, column, SWAPPED)
-    slots_ptr += token * topk
-    begin = split * entries
-    end = last_entry(slots_ptr, begin, tl.minimum(begin + entries, topk), num_slots, _LOOK)
-    top, total, o0, o1, o2, o3 = _start(BLOCK_H, BLOCK_N, SWAPPED)
-    for start in range(begin, end, BLOCK_N):
-        slot, seen = slots_at(slots_ptr, start + tl.arange(0, BLOCK_N), end, num_slots)
-        key = cache_ptr + slot.to(tl.int64) * _WIDTH
-        k0 = _bfloat16_keys(key, seen, column, 0)
-        k1 = _bfloat16_keys(key, seen, column, 128)
-        k2 = _bfloat16_keys(key, seen, column, 256)
-        k3 = _bfloat16_keys(key, seen, column, 384)
-        k_rope = _bfloat16_keys(key, seen, rope_column, _RANK)
-        scores = _scores(
-            k0, k1, k2, k3, k_rope, q0, q1, q2, q3, q_rope, scale_log2, scale_log2, SWAPPED
-        )
-        top, total, o0, o1, o2, o3 = _accumulate(
-            k0, k1, k2, k3, scores, seen, top, total, o0, o1, o2, o3, False, SWAPPED
-        )
-    _finish(
-        out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, row, is_head, split, splits, column,
-        o0, o1, o2, o3, top, total, SWAPPED,
-    )  # fmt: skip
-
-
-@paddle_jit(do_not_specialize=("splits",), contiguous=("out_ptr", "lse_ptr"))
+@step_kernel()
 def combine_kernel(
     partial_ptr,
     partial_lse_ptr,

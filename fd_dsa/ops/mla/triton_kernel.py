@@ -7,45 +7,45 @@ long selections between programs, can replace it without a change to callers.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
-from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH
-from fd_dsa.ops._triton import e4m3_values, stored_values
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
+from fd_dsa.ops._host import cache_format
+from fd_dsa.ops._triton import e4m3_values, step_kernel, stored_values
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-_BLOCK_H = 16
-_BLOCK_N = 16
-_BLOCK_D = 64
-_QUANT_TILE = 128
-"""Latents that share a scale in an FP8 record."""
+# heads, keys and values that are multiplied at a time
+BLOCK_H, BLOCK_N = 16, 16
+_BLOCK_H, _BLOCK_N, _BLOCK_D = tl.constexpr(BLOCK_H), tl.constexpr(BLOCK_N), tl.constexpr(64)
+_TILE = tl.constexpr(TILE_WIDTH)
 
 
 @triton.jit
 def _latents(
     cache_ptr, slot, dim, mask, RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
-    WIDE: tl.constexpr, QUANT_TILE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Latent values `dim` of the keys in `slot`; the two broadcast, and so does `mask`."""
     if FP8:
-        record = slot * (RANK + RANK // QUANT_TILE * 4 + ROPE * 2)
+        record = slot * (RANK + RANK // _TILE * 4 + ROPE * 2)
         values = e4m3_values(tl.load(cache_ptr + record + dim, mask=mask, other=0), tl.float32)
         scale_ptr = (cache_ptr + record + RANK).to(tl.pointer_type(tl.float32))
-        return (values * tl.load(scale_ptr + dim // QUANT_TILE, mask=mask, other=0.0)).to(WIDE)
+        return (values * tl.load(scale_ptr + dim // _TILE, mask=mask, other=0.0)).to(WIDE)
     return stored_values(tl.load(cache_ptr + slot * (RANK + ROPE) + dim, mask=mask, other=0), WIDE)
 
 
 @triton.jit
 def _roped(
     cache_ptr, slot, dim, mask, RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
-    WIDE: tl.constexpr, QUANT_TILE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Roped values `dim` of the keys in `slot`."""
     if FP8:
-        record = slot * (RANK + RANK // QUANT_TILE * 4 + ROPE * 2)
-        start = cache_ptr + record + (RANK + RANK // QUANT_TILE * 4)
+        record = slot * (RANK + RANK // _TILE * 4 + ROPE * 2)
+        start = cache_ptr + record + (RANK + RANK // _TILE * 4)
         values = tl.load(start.to(tl.pointer_type(tl.bfloat16)) + dim, mask=mask, other=0.0)
         return values.to(WIDE)
     return stored_values(
@@ -53,10 +53,7 @@ def _roped(
     )
 
 
-@paddle_jit(
-    do_not_specialize=("topk", "num_heads", "num_slots"),
-    contiguous=("q_ptr", "cache_ptr", "slots_ptr", "out_ptr"),
-)
+@step_kernel()
 def sparse_mla_kernel(
     q_ptr,
     cache_ptr,
@@ -72,14 +69,10 @@ def sparse_mla_kernel(
     ROPE_PADDED: tl.constexpr,
     FP8: tl.constexpr,
     WIDE: tl.constexpr,
-    QUANT_TILE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Attention of token `program 0` for the heads of group `program 1`."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head = tl.program_id(1) * _BLOCK_H + tl.arange(0, _BLOCK_H)
     is_head = head < num_heads
     query_start = (token * num_heads + head) * (RANK + ROPE)
     value_dim = tl.arange(0, RANK_PADDED)
@@ -89,29 +82,29 @@ def sparse_mla_kernel(
         q_ptr + query_start[:, None] + RANK + rope_dim[None, :], mask=rope_mask, other=0
     )
     q_rope = stored_values(q_rope, WIDE)
-    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    out = tl.zeros([BLOCK_H, RANK_PADDED], tl.float32)
-    for start in range(0, topk, BLOCK_N):
-        entry = start + tl.arange(0, BLOCK_N)
+    top = tl.full([_BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([_BLOCK_H], tl.float32)
+    out = tl.zeros([_BLOCK_H, RANK_PADDED], tl.float32)
+    for start in range(0, topk, _BLOCK_N):
+        entry = start + tl.arange(0, _BLOCK_N)
         slot = tl.load(slots_ptr + token * topk + entry, mask=entry < topk, other=-1)
         seen = (slot >= 0) & (slot < num_slots)
         # a row ends with its unused entries: tiles of nothing else cost one look
         if tl.max(seen.to(tl.int32), axis=0) > 0:
             key = slot.to(tl.int64)
-            scores = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
-            for first_dim in tl.static_range(0, RANK, BLOCK_D):
-                dim = first_dim + tl.arange(0, BLOCK_D)
+            scores = tl.zeros([_BLOCK_H, _BLOCK_N], tl.float32)
+            for first_dim in tl.static_range(0, RANK, _BLOCK_D):
+                dim = first_dim + tl.arange(0, _BLOCK_D)
                 q_mask = is_head[:, None] & (dim < RANK)[None, :]
                 q = tl.load(q_ptr + query_start[:, None] + dim[None, :], mask=q_mask, other=0)
                 k = _latents(
                     cache_ptr, key[None, :], dim[:, None], seen[None, :] & (dim < RANK)[:, None],
-                    RANK, ROPE, FP8, WIDE, QUANT_TILE,
+                    RANK, ROPE, FP8, WIDE,
                 )  # fmt: skip
                 scores = tl.dot(stored_values(q, WIDE), k, acc=scores, input_precision="ieee")
             k = _roped(
                 cache_ptr, key[None, :], rope_dim[:, None],
-                seen[None, :] & (rope_dim < ROPE)[:, None], RANK, ROPE, FP8, WIDE, QUANT_TILE,
+                seen[None, :] & (rope_dim < ROPE)[:, None], RANK, ROPE, FP8, WIDE,
             )  # fmt: skip
             scores = tl.dot(q_rope, k, acc=scores, input_precision="ieee")
             scores = tl.where(seen[None, :], scores * softmax_scale, float("-inf"))
@@ -123,7 +116,7 @@ def sparse_mla_kernel(
             total = total * shrink + tl.sum(weight, axis=1)
             value = _latents(
                 cache_ptr, key[:, None], value_dim[None, :],
-                seen[:, None] & (value_dim < RANK)[None, :], RANK, ROPE, FP8, WIDE, QUANT_TILE,
+                seen[:, None] & (value_dim < RANK)[None, :], RANK, ROPE, FP8, WIDE,
             )  # fmt: skip
             out = tl.dot(weight.to(WIDE), value, acc=out * shrink[:, None], input_precision="ieee")
             top = new_top
@@ -136,63 +129,37 @@ def sparse_mla_kernel(
 def attend_slots(
     q: Any, cache: Any, slots: Any, out: Any, *, softmax_scale: float, kv_lora_rank: int
 ) -> None:
-    """Fill `out` with the attention of each token over the cache slots that its row names.
+    """Fill `out` with the attention of each token over its slots; see `fd_dsa.ops.sparse_mla`.
 
-    out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . kv[s]) * kv[s, :kv_lora_rank]
-
-    Args:
-        q: float32 or bfloat16 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed.
-        cache: the layer's latent cache, [..., width] with a row a slot: float32, bfloat16 or
-            int16 (bfloat16 bits) of that width, or uint8 records of kv_lora_rank e4m3 latents, a
-            float32 scale for each 128 of them, and the roped part as bfloat16.
-        slots: int32 [num_tokens, topk]; -1 (or past the cache) = none, at any place.
-        out: float32 or bfloat16 [num_tokens, num_heads, kv_lora_rank], written in place; zeros
-            where a row names no slot.
-
-    Products are made in bfloat16 where the query is, with latents
-    rounded to it, and in float32 (no TF32) otherwise; sums are float32.
+    A slot of -1 or past the cache is none, at any place of a row. Products are made in bfloat16
+    where the query is, with latents rounded to it, and in float32 (no TF32) otherwise; sums are
+    float32.
 
     Raises:
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch; no allocation, no wait.
-    Source: DeepSeek-V2 (arXiv 2405.04434) §2.1, over the keys chosen as in arXiv 2512.02556.
     """
     num_tokens, num_heads, width = q.shape
     if num_tokens == 0:
         return
-    fp8 = str(cache.dtype).endswith("uint8")
+    fp8 = cache_format(cache) == "fp8_ds_mla"
     both_bfloat16 = "bfloat16" in str(q.dtype) and "float32" not in str(cache.dtype)
     rope_dim = width - kv_lora_rank
-    num_slots = 1
-    for extent in cache.shape[:-1]:
-        num_slots *= extent
-    sparse_mla_kernel[(num_tokens, -(-num_heads // _BLOCK_H))](
-        q,
-        cache,
-        slots,
-        out,
-        softmax_scale,
-        slots.shape[1],
-        num_heads,
-        num_slots,
+    sparse_mla_kernel[(num_tokens, -(-num_heads // BLOCK_H))](
+        *(q, cache, slots, out, softmax_scale),
+        *(slots.shape[1], num_heads, prod(cache.shape[:-1])),
         RANK=kv_lora_rank,
         ROPE=rope_dim,
         RANK_PADDED=max(16, triton.next_power_of_2(kv_lora_rank)),
         ROPE_PADDED=max(16, triton.next_power_of_2(rope_dim)),
         FP8=fp8,
         WIDE=tl.bfloat16 if both_bfloat16 else tl.float32,
-        QUANT_TILE=_QUANT_TILE,
-        BLOCK_H=_BLOCK_H,
-        BLOCK_N=_BLOCK_N,
-        BLOCK_D=_BLOCK_D,
         num_warps=4,
     )
 
 
-@paddle_jit(
-    do_not_specialize=("num_keys", "num_slots"), contiguous=("cache_ptr", "slots_ptr", "out_ptr")
-)
+@step_kernel()
 def dequantize_kernel(
     cache_ptr,
     slots_ptr,
@@ -202,24 +169,18 @@ def dequantize_kernel(
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     FP8: tl.constexpr,
-    QUANT_TILE: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
     """See `dequantize`; a program takes BLOCK_N keys."""
-    key = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    key = tl.program_id(0) * _BLOCK_N + tl.arange(0, _BLOCK_N)
     slot = tl.load(slots_ptr + key, mask=key < num_keys, other=-1)[:, None]
     held = (slot >= 0) & (slot < num_slots)
     dim = tl.arange(0, WIDTH)[None, :]
     is_latent, is_rope = dim < RANK, (dim >= RANK) & (dim < RANK + ROPE)
-    values = _latents(
-        cache_ptr, slot, dim, held & is_latent, RANK, ROPE, FP8, tl.float32, QUANT_TILE
-    )
+    values = _latents(cache_ptr, slot, dim, held & is_latent, RANK, ROPE, FP8, tl.float32)
     if FP8:
         rope = dim - RANK
-        values += _roped(
-            cache_ptr, slot, rope, held & is_rope, RANK, ROPE, FP8, tl.float32, QUANT_TILE
-        )
+        values += _roped(cache_ptr, slot, rope, held & is_rope, RANK, ROPE, FP8, tl.float32)
     out = out_ptr + key.to(tl.int64)[:, None] * (RANK + ROPE) + dim
     tl.store(out, values, mask=(key < num_keys)[:, None] & (is_latent | is_rope))
 
@@ -229,19 +190,13 @@ def dequantize(cache: Any, slots: Any, out: Any) -> None:
     num_keys, width = out.shape
     if num_keys == 0:
         return
-    fp8 = str(cache.dtype).endswith("uint8")
-    dequantize_kernel[(-(-num_keys // _BLOCK_N),)](
-        cache,
-        slots,
-        out,
-        num_keys,
-        cache.shape[0],
+    fp8 = cache_format(cache) == "fp8_ds_mla"
+    dequantize_kernel[(-(-num_keys // BLOCK_N),)](
+        *(cache, slots, out, num_keys, cache.shape[0]),
         # the parts of other caches are alike
         RANK=LATENT_WIDTH if fp8 else width,
         ROPE=ROPE_WIDTH if fp8 else 0,
         FP8=fp8,
-        QUANT_TILE=_QUANT_TILE,
         WIDTH=triton.next_power_of_2(width),
-        BLOCK_N=_BLOCK_N,
         num_warps=4,
     )

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fd_dsa.ops import unchecked
-from fd_dsa.ops._host import check_array, check_dtype, check_rope, check_shape, dtype_name
+from fd_dsa.ops._host import (
+    as_numpy,
+    check_array,
+    check_dtype,
+    check_rope,
+    check_shape,
+    check_writable,
+    dtype_name,
+)
+from fd_dsa.ops._rope import cos_sin_of, rotate_
 from fd_dsa.ops.providers import activation_dtypes
 
 __all__ = ["prepare_mla_query"]
@@ -51,11 +62,22 @@ def prepare_mla_query(
     num_tokens, num_heads, rank = q_latent.shape
     same = (dtype_name(q_latent.dtype),)
     check_array(_NAME, "q_pe", q_pe, (num_tokens, num_heads, None), same)
-    if position_ids is not None:
-        check_array(_NAME, "position_ids", position_ids, (num_tokens,), ("int64",))
     rope_dim = q_pe.shape[2]
-    check_rope(_NAME, cos_sin_cache, num_tokens if position_ids is None else None, rope_dim)
+    check_rope(_NAME, position_ids, cos_sin_cache, num_tokens, rope_dim)
     check_shape(_NAME, "cos_sin_cache", cos_sin_cache, (None, rope_dim))
     if out is not None:
         check_array(_NAME, "out", out, (num_tokens, num_heads, rank + rope_dim), same)
     return unchecked.prepare_mla_query(q_latent, q_pe, position_ids, cos_sin_cache, out)
+
+
+def prepare_on_host(
+    q_latent: Any, q_pe: Any, position_ids: Any, cos_sin_cache: Any, out: Any = None
+) -> Any:
+    """The same on a CPU, in NumPy."""
+    if out is not None:
+        check_writable(_NAME, "out", out)
+    cos_sin = cos_sin_of(_NAME, position_ids, cos_sin_cache)
+    parts = as_numpy(q_latent), as_numpy(q_pe)
+    query = np.concatenate(parts, axis=-1, out=None if out is None else as_numpy(out))
+    rotate_(query[..., parts[0].shape[-1] :], cos_sin, interleaved=True)
+    return query if out is None else out

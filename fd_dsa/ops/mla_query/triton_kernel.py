@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import table_rows
+from fd_dsa.ops._host import outer_strides
+from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import load_pairs, rotated, store_pairs, stored
-from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -22,9 +22,9 @@ _NAME = "prepare_mla_query"
 BLOCK_ROWS, NUM_WARPS = 2, 1
 
 
-@paddle_jit(
-    do_not_specialize=("num_rows", "num_positions"),
-    contiguous=("position_ids_ptr", "cos_sin_ptr", "out_ptr"),
+@step_kernel(
+    strided=("latent_ptr", "pe_ptr"),
+    specialized=("latent_token_stride", "latent_head_stride", "pe_token_stride", "pe_head_stride"),
 )
 def prepare_mla_query_kernel(
     latent_ptr,
@@ -93,7 +93,7 @@ def kernel_arguments(
     """Arguments of `prepare_mla_query_kernel` by name, but for BLOCK_ROWS; launch without fusion.
 
     Raises:
-        ShapeError: a width or strides that the kernel has no form for, or a table without a row.
+        ShapeError: a width or strides that the kernel has no form for.
     """
     num_tokens, num_heads, rank = q_latent.shape
     half = cos_sin_cache.shape[1] // 2
@@ -102,10 +102,11 @@ def kernel_arguments(
             f"{_NAME}: a device needs a power of two as rope_dim and an even kv_lora_rank, got "
             f"{2 * half} and {rank}"
         )
-    latent_strides, pe_strides = _strides("q_latent", q_latent), _strides("q_pe", q_pe)
+    latent_strides = outer_strides(_NAME, "q_latent", q_latent)
+    pe_strides = outer_strides(_NAME, "q_pe", q_pe)
     if any(stride % 2 for stride in pe_strides) or q_pe.data_ptr() % (2 * q_pe.element_size()):
         raise ShapeError(
-            f"{_NAME}: heads of q_pe are {list(pe_strides)} values apart, from address "
+            f"{_NAME}: heads of q_pe are {pe_strides} values apart, from address "
             f"{q_pe.data_ptr()}; a device needs both even, in values"
         )
     return {
@@ -119,17 +120,9 @@ def kernel_arguments(
         "cos_sin_ptr": cos_sin_cache,
         "out_ptr": out,
         "num_rows": num_tokens * num_heads,
-        "num_positions": 0 if position_ids is None else table_rows(_NAME, cos_sin_cache),
+        "num_positions": 0 if position_ids is None else cos_sin_cache.shape[0],
         "HEADS": num_heads,
         "RANK": rank,
         "HALF": half,
         "PADDED_RANK": triton.next_power_of_2(rank),
     }
-
-
-def _strides(name: str, heads: Any) -> tuple[int, int]:
-    """Values from one token to the next and from one head to the next; a head is dense."""
-    token, head, step = heads.stride()
-    if step != 1 and heads.shape[2] > 1:
-        raise ShapeError(f"{_NAME}: values of a head of {name} lie {step} apart, wanted 1")
-    return token, head

@@ -77,18 +77,20 @@ def indexer_query(
     dtypes = activation_dtypes(q)
     check_dtype(_NAME, "q", q, dtypes)
     check_array(_NAME, "weights", weights, tuple(q.shape[:2]), dtypes)
-    if position_ids is not None:
-        check_array(_NAME, "position_ids", position_ids, (q.shape[0],), ("int64",))
-    check_rope(_NAME, cos_sin_cache, q.shape[0] if position_ids is None else None, q.shape[2])
+    check_rope(_NAME, position_ids, cos_sin_cache, q.shape[0], q.shape[2])
     check_scale_fmt("scale_fmt", scale_fmt)
     if isinstance(weights_scale, bool) or not isinstance(weights_scale, Real):
         raise ValueError(f"{_NAME}: weights_scale is {weights_scale!r}, allowed is a number")
-    if out is not None:
-        codes = ("float32", "uint8") if len(dtypes) == 1 else ("uint8", "float8_e4m3fn")
-        _check_out(q, out, codes if quantized else dtypes)
+    shape = tuple(q.shape)
     if out is None:
-        dtype, shape = "uint8" if quantized else dtype_name(q.dtype), tuple(q.shape)
+        dtype = "uint8" if quantized else dtype_name(q.dtype)
         out = result(_NAME, None, q, shape, dtype), result(_NAME, None, q, shape[:2], "float32")
+    elif not isinstance(out, tuple | list) or len(out) != 2:
+        raise ShapeError(f"{_NAME}: out is no pair, allowed are queries and head weights, or None")
+    else:
+        codes = ("float32", "uint8") if len(dtypes) == 1 else ("uint8", "float8_e4m3fn")
+        check_array(_NAME, "out[0]", out[0], shape, codes if quantized else dtypes)
+        check_array(_NAME, "out[1]", out[1], shape[:2], ("float32",))
     return unchecked.prepare_indexer_query(
         # NumPy's form works in the memory of the query
         as_numpy(q).copy() if device_kind(q) == "cpu" else q,
@@ -102,11 +104,3 @@ def indexer_query(
         weights_scale=float(weights_scale),
         out=out,
     )
-
-
-def _check_out(q: Any, out: Any, dtypes: tuple[str, ...]) -> None:
-    """Refuse results that have another shape or type than is written."""
-    if not isinstance(out, tuple | list) or len(out) != 2:
-        raise ShapeError(f"{_NAME}: out is no pair, allowed are queries and head weights, or None")
-    check_array(_NAME, "out[0]", out[0], tuple(q.shape), dtypes)
-    check_array(_NAME, "out[1]", out[1], tuple(q.shape[:2]), ("float32",))

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.ops._fp8 import absolute_maximum, decode_e4m3, index_scale, quantise
-from fd_dsa.ops._hadamard import hadamard as rotate
 from fd_dsa.ops._host import as_numpy, check_writable
 from fd_dsa.ops._rope import cos_sin_of, rotate_
+from fd_dsa.ops._rope import hadamard as rotate
 
 
 def prepare_indexer_query(

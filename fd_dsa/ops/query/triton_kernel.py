@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import table_rows
+from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import (
     hadamard,
     load_row,
@@ -20,16 +20,10 @@ from fd_dsa.ops._triton_fp8 import (
     store_row_codes,
     widened,
 )
-from fd_dsa.triton_runtime import paddle_jit
 
 import triton.language as tl  # isort: skip
 
 _NAME = "indexer_query"
-# (BLOCK_ROWS, num_warps) that benchmarks/tune.py times
-CANDIDATES = (
-    *((4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 2), (64, 2)),
-    *((32, 4), (64, 4), (128, 4), (64, 8), (128, 8)),
-)
 
 
 def configuration(num_rows: int) -> tuple[int, int]:
@@ -39,17 +33,7 @@ def configuration(num_rows: int) -> tuple[int, int]:
     return (32, 4) if num_rows <= 131072 else (32, 2)
 
 
-@paddle_jit(
-    do_not_specialize=("num_rows", "num_positions", "weights_scale"),
-    contiguous=(
-        "q_ptr",
-        "weights_ptr",
-        "position_ids_ptr",
-        "cos_sin_ptr",
-        "q_out_ptr",
-        "w_out_ptr",
-    ),
-)
+@step_kernel()
 def prepare_query_kernel(
     q_ptr,
     weights_ptr,
@@ -107,38 +91,17 @@ def prepare_query_kernel(
 
 
 def prepare_indexer_query(
-    q: Any,
-    weights: Any,
-    position_ids: Any,
-    cos_sin_cache: Any,
-    *,
-    rope_interleave: bool,
-    quantized: bool,
-    hadamard: bool = False,
-    scale_fmt: str | None = "ue8m0",
-    weights_scale: float = 1.0,
-    out: tuple[Any, Any] | None = None,
+    q: Any, weights: Any, *others: Any, out: tuple[Any, Any], **how: Any
 ) -> tuple[Any, Any]:
-    """See `fd_dsa.ops.query.indexer_query`."""
-    if out is None:
-        out = _allocated(q, quantized)
-    arguments = kernel_arguments(
-        q,
-        weights,
-        position_ids,
-        cos_sin_cache,
-        out,
-        rope_interleave=rope_interleave,
-        quantized=quantized,
-        hadamard=hadamard,
-        scale_fmt=scale_fmt,
-        weights_scale=weights_scale,
-    )
-    num_rows = arguments["num_rows"]
+    """See `fd_dsa.ops.query.indexer_query`, with results to write."""
+    num_rows = weights.shape[0] * weights.shape[1]
     if num_rows:
         block_rows, num_warps = configuration(num_rows)
         prepare_query_kernel[(-(-num_rows // block_rows),)](
-            **arguments, BLOCK_ROWS=block_rows, num_warps=num_warps, enable_fp_fusion=False
+            **kernel_arguments(q, weights, *others, out, **how),
+            BLOCK_ROWS=block_rows,
+            num_warps=num_warps,
+            enable_fp_fusion=False,
         )
     return out
 
@@ -152,14 +115,14 @@ def kernel_arguments(
     *,
     rope_interleave: bool,
     quantized: bool,
-    hadamard: bool,
-    scale_fmt: str | None,
-    weights_scale: float,
+    hadamard: bool = False,
+    scale_fmt: str | None = "ue8m0",
+    weights_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Arguments of `prepare_query_kernel` by name, but for BLOCK_ROWS; launch without fusion.
 
     Raises:
-        ShapeError: a width that the kernel has no tiles for, or a table without a row.
+        ShapeError: a width that the kernel has no tiles for.
     """
     num_tokens, heads, width = q.shape
     half = cos_sin_cache.shape[1] // 2
@@ -177,7 +140,7 @@ def kernel_arguments(
         "q_out_ptr": out[0],
         "w_out_ptr": out[1],
         "num_rows": num_tokens * heads,
-        "num_positions": table_rows(_NAME, cos_sin_cache) if has_positions else 0,
+        "num_positions": cos_sin_cache.shape[0] if has_positions else 0,
         "weights_scale": weights_scale,
         "HEADS": heads,
         "HALF": half,
@@ -186,11 +149,3 @@ def kernel_arguments(
         "HADAMARD": hadamard,
         "UE8M0": scale_fmt == "ue8m0",
     }
-
-
-def _allocated(q: Any, quantized: bool) -> tuple[Any, Any]:
-    """Memory for the results beside `q`: codes as uint8, else queries of its own type."""
-    import paddle
-
-    codes = q.new_empty(q.shape, dtype=paddle.uint8 if quantized else q.dtype)
-    return codes, q.new_empty(q.shape[:2], dtype=paddle.float32)

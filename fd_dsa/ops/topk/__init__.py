@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
-
-import numpy as np
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._host import allocator_beside, as_numpy, check_array, check_values, result
-from fd_dsa.ops.providers import CUSTOM_OP, choose, device_kind, function
+from fd_dsa.ops.providers import choose, device_kind, function
 
 __all__ = ["topk_indices"]
 _NAME = "topk_indices"
@@ -73,49 +70,23 @@ def topk_indices(
     out, kind = result(_NAME, out, logits, (num_rows, k), "int32"), device_kind(logits)
     if kind == "cpu":
         check_values(_NAME, "lengths", as_numpy(lengths), 0, width + 1)
-    if num_rows:
-        _select(kind, logits, lengths, batch_ids, block_tables, out, block_size, num_blocks)
-    return out
-
-
-def _select(
-    kind: str,
-    logits: Any,
-    lengths: Any,
-    batch_ids: Any,
-    block_tables: Any,
-    out: Any,
-    block_size: int | None,
-    num_blocks: int | None,
-) -> None:
-    """Launch what serves; without tables one block holds every position, and slots are those."""
-    num_rows, width = logits.shape
-    if kind == "cpu":
-        make, where, lengths = np.zeros, np.where, as_numpy(lengths)
-        batch_ids = None if batch_ids is None else as_numpy(batch_ids)
-    else:
-        import paddle
-
-        make, where = partial(paddle.zeros, device=logits.place), paddle.where
+        lengths = as_numpy(lengths)
     if block_tables is None:
+        # one block holds every position, and slots are those
         block_size, num_blocks = 1 << max(width - 1, 1).bit_length(), 1
-        batch_ids, block_tables = make([num_rows], "int32"), make([1, 1], "int32")
-    positions = lengths.astype("int64") - 1
-    # a row without columns has no token
-    rows = where(lengths > 0, batch_ids, make([num_rows], "int32") - 1)
-    places = {"block_size": block_size, "num_blocks": num_blocks}
-    _serving(kind, logits)(logits, positions, rows, block_tables, out, **places)
+        batch_ids, block_tables = (
+            result(_NAME, None, logits, shape, "int32", fill=0) for shape in ((num_rows,), (1, 1))
+        )
+    if num_rows:
+        places = {"block_size": block_size, "num_blocks": num_blocks}
+        positions = lengths.astype("int64") - 1
+        if kind == "cpu":
+            provider = choose("topk", kind).provider
+        else:
+            # the library's part is loaded only where there is a device
+            from fd_dsa.ops.topk.custom_op import choose_topk
 
-
-def _serving(kind: str, logits: Any) -> Any:
-    """The function that serves."""
-    if kind == "cpu":
-        return function("topk", choose("topk", kind).provider)
-    # the library's part is loaded only where there is a device
-    from fd_dsa.ops.topk.custom_op import difference, why_not_compiled
-
-    allocate = allocator_beside(logits)
-    choice = choose(
-        "topk", kind, {CUSTOM_OP: why_not_compiled}, lambda kernels: difference(kernels, allocate)
-    )
-    return function("topk", choice.provider)
+            provider = choose_topk(kind, allocator_beside(logits)).provider
+        select = function("topk", provider)
+        select(logits, positions, batch_ids, block_tables, out, **places)
+    return out

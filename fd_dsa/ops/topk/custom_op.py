@@ -8,19 +8,16 @@ best are found; a row whose bound fails is read again, digit by digit. The resul
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
 from fd_dsa import custom_ops
-from fd_dsa.errors import BackendUnavailable, LaunchError
-from fd_dsa.ops.probes import Memory, topk_case
-from fd_dsa.ops.providers import CUSTOM_OP, choose
+from fd_dsa.ops._library import LibraryKernel, difference, why_not_compiled
+from fd_dsa.ops.probes import Case, topk_case
+from fd_dsa.ops.providers import CUSTOM_OP, Choice, choose
 from fd_dsa.ops.topk import triton_kernel
 from fd_dsa.step.device import Allocate
-from fd_dsa.triton_runtime import INTERPRETING
-from fd_dsa.triton_runtime.c_launch import CLaunch
-from fd_dsa.triton_runtime.device import api_for_type
 
 _TENSORS = ("position_ids", "batch_ids", "block_tables", "out")
 _NUMBERS = (
@@ -45,36 +42,21 @@ class TopkRows(ctypes.Structure):
     )
 
 
-class SlotSelector:
-    """`select_slots` of a loaded library; one of these serves one thread at a time.
+class SlotSelector(LibraryKernel):
+    """`triton_kernel.select_slots` of a loaded library."""
 
-    Args:
-        kernels: the library.
+    launcher, size, structure = "fd_dsa_topk_cuda", "fd_dsa_topk_bytes", TopkRows
+    _tensors: tuple[Any, ...] = (None,) * len(_TENSORS)
 
-    Raises:
-        BackendUnavailable: it is of another release.
-    """
-
-    def __init__(self, kernels: Any) -> None:
-        if kernels.fd_dsa_topk_bytes() != ctypes.sizeof(TopkRows):
-            raise BackendUnavailable(
-                "fd_dsa_ops: its top-k takes another structure than this fd_dsa passes; build it "
-                "again: make custom-ops"
-            )
-        self._kernels, self._rows = kernels, TopkRows()
-        self._tensors: tuple[Any, ...] = (None,) * len(_TENSORS)
-        self._api: Any = None
-        self._launch: CLaunch | None = None
-        self._device = -1
+    @classmethod
+    def cases(cls) -> Iterable[Case]:
+        """Rows that one pass finds, and others that are read again."""
+        return [topk_case((40, 5), (9000, 7), (20000, 2048))]
 
     def __call__(
         self,
         logits: Any,
-        position_ids: Any,
-        batch_id_per_token: Any,
-        block_tables: Any,
-        slots: Any,
-        *,
+        *tensors: Any,
         block_size: int,
         num_blocks: int,
         first_token: int = 0,
@@ -87,15 +69,14 @@ class SlotSelector:
 
         Cost: one launch; no allocation, no wait.
         """
-        tensors = position_ids, batch_id_per_token, block_tables, slots
         for tensor, known in zip(tensors, self._tensors, strict=True):
             if tensor is not known:
                 self._take(tensors)
                 break
-        rows = self._rows
+        rows = self._job
         # not held: a step's scores are large, and another step may reuse their memory
         rows.row_stride, rows.width = logits.stride()[0], logits.shape[1]
-        rows.logits = self._address("logits", logits)
+        rows.logits = self._address("logits", logits, may_have_gaps=True)
         rows.num_rows = logits.shape[0] if num_rows is None else num_rows
         rows.first_token = first_token
         rows.block_size, rows.num_blocks = block_size, num_blocks
@@ -105,75 +86,37 @@ class SlotSelector:
     def _take(self, tensors: tuple[Any, ...]) -> None:
         """Remember other tensors than those of the call before."""
         self._tensors = (None,) * len(_TENSORS)
-        slots, rows = tensors[3], self._rows
-        api = api_for_type(type(slots))
-        device = api.device_of(slots)
-        if (api, device) != (self._api, self._device):
-            self._launch = CLaunch(self._kernels, "fd_dsa_topk_cuda", rows, api, device)
-            self._api, self._device = api, device
+        slots, rows = tensors[3], self._job
+        self._bind(slots)
         for name, tensor in zip(_TENSORS, tensors, strict=True):
-            if not tensor.is_contiguous():
-                raise LaunchError(
-                    f"select_slots: {name} of shape {list(tensor.shape)} is not contiguous; call "
-                    ".contiguous() first"
-                )
             setattr(rows, name, self._address(name, tensor))
         rows.k, rows.table_width = slots.shape[1], tensors[2].shape[1]
         # held, so that no other tensor gets these addresses
         self._tensors = tensors
 
-    def _address(self, name: str, tensor: Any) -> int:
-        """Address of a tensor on the device of the slots."""
-        device = self._api.device_of(tensor)
-        if device != self._device:
-            raise LaunchError(
-                f"select_slots: {name} is on device {device}, the slots are on device "
-                f"{self._device}"
-            )
-        return tensor.data_ptr()
 
-
-_differences: dict[Any, str] = {}
-
-
-def difference(kernels: Any, allocate: Allocate) -> str:
-    """Which of a few selections is wrong; "" for none.
-
-    The thread waits for the device at the first call for a library.
-    """
-    if kernels not in _differences:
-        case = topk_case((40, 5), (9000, 7), (20000, 2048))
-        _differences[kernels] = case.difference(SlotSelector(kernels), Memory(allocate))
-    return _differences[kernels]
-
-
-def why_not_compiled() -> str:
-    """Why no compiled kernel reads the tensors of this process; "" if it does."""
-    return "Triton kernels are interpreted here, on host memory" if INTERPRETING else ""
-
-
-def slot_selector(kind: str, allocate: Allocate) -> Callable[..., None]:
-    """A `select_slots` for tensors in the memory of `allocate`, for one thread at a time.
-
-    A kernel of fd_dsa_ops is compared with the definition first, for which the thread waits.
+def choose_topk(kind: str, allocate: Allocate) -> Choice:
+    """What selects on a device; a kernel of fd_dsa_ops is compared with the definition first.
 
     Args:
         kind: of device, as `providers.device_kind` names it.
+        allocate: makes tensors on the device, for that comparison, for which the thread waits.
 
     Raises:
         ConfigError, BackendUnavailable: see `providers.choose`.
     """
     conditions = {CUSTOM_OP: why_not_compiled}
-    choice = choose("topk", kind, conditions, lambda kernels: difference(kernels, allocate))
-    if choice.provider == CUSTOM_OP:
+    return choose("topk", kind, conditions, lambda k: difference(SlotSelector, k, allocate))
+
+
+def slot_selector(kind: str, allocate: Allocate) -> Callable[..., None]:
+    """A `select_slots` for one thread at a time; arguments and errors of `choose_topk`."""
+    if choose_topk(kind, allocate).provider == CUSTOM_OP:
         return SlotSelector(custom_ops.build().kernels)
     return triton_kernel.select_slots
 
 
-@cache
-def _selector(kernels: Any) -> SlotSelector:
-    """The one of `select_slots`."""
-    return SlotSelector(kernels)
+_selector = cache(SlotSelector)
 
 
 def select_slots(*tensors: Any, **options: Any) -> None:

@@ -22,19 +22,6 @@ def ordered_bits(scores: np.ndarray) -> np.ndarray:
     return np.where(bits & _SIGN, ~bits, bits | _SIGN)
 
 
-def ordered_keys(scores: np.ndarray) -> np.ndarray:
-    """uint64 keys [rows, width]: larger key = higher score, then lower column; NaN lowest.
-
-    The upper half is the usual order-preserving image of a float32, with NaN at 0 and -0.0 at
-    +0.0; the lower half is the complement of the column. Tie rule: docs/concepts/dsa.md,
-    "The choice is exact".
-    """
-    image = ordered_bits(scores)
-    image[np.isnan(scores)] = 0
-    column = _LOW - np.arange(scores.shape[1], dtype=np.uint64)
-    return (image.astype(np.uint64) << np.uint64(32)) | column
-
-
 def select_positions(logits: Any, lengths: Any, k: int) -> np.ndarray:
     """Positions of the k best columns of each row: see `topk_indices`, without its checks.
 
@@ -61,10 +48,18 @@ def select_positions(logits: Any, lengths: Any, k: int) -> np.ndarray:
 
 
 def _best_columns(scores: np.ndarray, lengths: np.ndarray, take: int) -> np.ndarray:
-    """int32 [rows, take]: best columns of each row, ascending, -1 last."""
+    """int32 [rows, take]: best columns of each row, ascending, -1 last.
+
+    By keys that are larger for a higher score, then for a lower column: the upper half is the image
+    of the score, NaN lowest, the lower half the complement of the column. Tie rule:
+    docs/concepts/dsa.md, "The choice is exact".
+    """
     width = scores.shape[1]
-    keys = ordered_keys(scores)
-    # a valid key is never 0: its lower half is the complement of a column
+    image = ordered_bits(scores)
+    image[np.isnan(scores)] = 0
+    keys = image.astype(np.uint64) << np.uint64(32)
+    keys |= _LOW - np.arange(width, dtype=np.uint64)
+    # a valid key is never 0
     keys[np.arange(width)[None, :] >= lengths[:, None]] = 0
     if take < width:
         keys = np.partition(keys, width - take, axis=1)[:, width - take :]
@@ -110,8 +105,8 @@ def select_slots(
     rows, tables, out = map(as_numpy, (batch_id_per_token, block_tables, slots))
     lengths = np.where(rows < 0, 0, np.minimum(as_numpy(position_ids) + 1, logits.shape[1]))
     positions = select_positions(logits, lengths, out.shape[1])
-    pages = np.minimum(positions // block_size, tables.shape[1] - 1)
-    block = tables[np.maximum(rows, 0)[:, None], pages]
-    is_key = (positions >= 0) & (positions < tables.shape[1] * block_size)
-    is_key &= (block >= 0) & (block < num_blocks)
-    out[...] = np.where(is_key, block * block_size + positions % block_size, -1)
+    # what is no block of the cache, or past the table, has no slot
+    tables = np.where((tables >= 0) & (tables < num_blocks), tables, -1)
+    positions[positions >= tables.shape[1] * block_size] = -1
+    found = positions_to_slots(positions, np.maximum(rows, 0), tables, block_size)
+    out[...] = np.maximum(found, -1)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._triton import blocks_of
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops._triton import blocks_of, step_kernel
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-_BLOCK = 1024
+_BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
@@ -30,7 +29,7 @@ def _ordered_bits(scores):
 
 
 @triton.jit
-def _kth_best(row_ptr, window, k, BLOCK: tl.constexpr):
+def _kth_best(row_ptr, window, k):
     """Largest image that at least k of the row's scores reach, and how many exceed it.
 
     Built from the highest bit down: a bit is set while k scores still reach the value.
@@ -40,8 +39,8 @@ def _kth_best(row_ptr, window, k, BLOCK: tl.constexpr):
     for i in range(32):
         candidate = kth | (tl.full([], 0x80000000, tl.uint32) >> i)
         reached = tl.full([], 0, tl.int32)
-        for start in range(0, window, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+        for start in range(0, window, _BLOCK):
+            column = start + tl.arange(0, _BLOCK)
             image = _ordered_bits(tl.load(row_ptr + column, mask=column < window, other=0.0))
             hit = (column < window) & (image >= candidate)
             reached += tl.sum(hit.to(tl.int32), axis=0)
@@ -51,22 +50,7 @@ def _kth_best(row_ptr, window, k, BLOCK: tl.constexpr):
     return kth, above
 
 
-@paddle_jit(
-    do_not_specialize=(
-        "k",
-        "first_token",
-        "table_width",
-        "logits_width",
-        "logits_stride",
-        "num_blocks",
-    ),
-    contiguous=(
-        "position_ids_ptr",
-        "batch_id_per_token_ptr",
-        "block_tables_ptr",
-        "slots_ptr",
-    ),
-)
+@step_kernel(strided=("logits_ptr",))
 def topk_kernel(
     logits_ptr,
     position_ids_ptr,
@@ -80,7 +64,6 @@ def topk_kernel(
     logits_stride,
     num_blocks,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Slots of the k best keys of token `first_token + program 0`."""
     row = tl.program_id(0).to(tl.int64)
@@ -94,15 +77,15 @@ def topk_kernel(
     above = tl.full([], 0, tl.int32)
     if window > k:
         window = tl.minimum(window, logits_width)
-        kth, above = _kth_best(row_ptr, window, k, BLOCK)
+        kth, above = _kth_best(row_ptr, window, k)
     # scores equal to the k-th best fill what the better ones leave, lowest positions first
     wanted_ties = k - above
     scored_end = tl.where(window > k, window, 0)
     unscored_end = window - scored_end
     num_written = tl.full([], 0, tl.int32)
     num_ties = tl.full([], 0, tl.int32)
-    for start in range(0, window, BLOCK):
-        position = start + tl.arange(0, BLOCK)
+    for start in range(0, window, _BLOCK):
+        position = start + tl.arange(0, _BLOCK)
         seen = position < window
         image = _ordered_bits(tl.load(row_ptr + position, mask=position < scored_end, other=0.0))
         tie = seen & (image == kth)
@@ -117,9 +100,9 @@ def topk_kernel(
         tl.store(out_ptr + rank, slot, mask=chosen)
         num_written += tl.sum(chosen.to(tl.int32), axis=0)
         num_ties += tl.sum(tie.to(tl.int32), axis=0)
-    for start in range(0, k - num_written, BLOCK):
-        column = num_written + start + tl.arange(0, BLOCK)
-        tl.store(out_ptr + column, tl.full([BLOCK], -1, tl.int32), mask=column < k)
+    for start in range(0, k - num_written, _BLOCK):
+        column = num_written + start + tl.arange(0, _BLOCK)
+        tl.store(out_ptr + column, tl.full([_BLOCK], -1, tl.int32), mask=column < k)
 
 
 def select_slots(
@@ -136,14 +119,12 @@ def select_slots(
 ) -> None:
     """Fill rows of `slots` with the cache slots of the best keys of consecutive tokens.
 
-    Keys rank by higher score, then by lower position; NaN ranks below every number and -0.0
-    equals +0.0. Slots come in ascending position, -1 last. A token with at most k keys gets all
-    of them, without a look at its scores.
+    Ranks and order are those of `fd_dsa.ops.topk_indices`. A token with at most k keys gets all of
+    them, without a look at its scores.
 
     Args:
-        logits: float32 [num_rows, width]; scores of the tokens from `first_token` on, a column a
-            position, at any distance between rows but side by side within one. Entries past a
-            token's window are not looked at.
+        logits: float32 [num_rows, width]; scores of the tokens from `first_token` on, at any
+            distance between rows. Entries past a token's window are not looked at.
         position_ids: int64 [num_tokens]; a token sees the keys 0..position of its row.
         batch_id_per_token: int32 [num_tokens]; -1 = padding, whose rows become -1.
         block_tables: int32 [num_reqs, max_blocks].
@@ -156,24 +137,13 @@ def select_slots(
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch; no allocation, no wait.
-    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2; order: docs/concepts/dsa.md.
     """
     num_rows = logits.shape[0] if num_rows is None else num_rows
     if num_rows == 0:
         return
     topk_kernel[(num_rows,)](
-        logits,
-        position_ids,
-        batch_id_per_token,
-        block_tables,
-        slots,
-        slots.shape[1],
-        first_token,
-        block_tables.shape[1],
-        logits.shape[1],
-        logits.stride()[0],
-        num_blocks,
+        *(logits, position_ids, batch_id_per_token, block_tables, slots, slots.shape[1]),
+        *(first_token, block_tables.shape[1], logits.shape[1], logits.stride()[0], num_blocks),
         BLOCK_SIZE=block_size,
-        BLOCK=_BLOCK,
         num_warps=4,
     )

@@ -164,7 +164,7 @@ def test_short_steps_score_nothing_and_long_ones_reach_the_longest_row(
     widths, score = [], device_scores.score_pages
 
     def recording(*args: Any, **kwargs: Any) -> None:
-        widths.append(args[6].shape[1])
+        widths.append(args[4].shape[1])
         score(*args, **kwargs)
 
     runner = filled(tiny_runner(V32, "float32", rig.device))

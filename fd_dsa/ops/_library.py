@@ -1,0 +1,98 @@
+"""Kernels of custom_ops/ through their C ABI: their structures, and the probe before one serves."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from fd_dsa.errors import BackendUnavailable, LaunchError
+from fd_dsa.ops.probes import Case, Memory
+from fd_dsa.step.device import Allocate
+from fd_dsa.triton_runtime import INTERPRETING
+from fd_dsa.triton_runtime.c_launch import CLaunch
+from fd_dsa.triton_runtime.device import api_for_type
+
+
+class LibraryKernel:
+    """A kernel of a loaded library; one of these serves one thread at a time.
+
+    Args:
+        kernels: the library.
+
+    Attributes:
+        launcher: name of its C function.
+        size: name of the C function that gives the bytes of its structure.
+        structure: what it is called with.
+        cases: small cases on which it has to agree with the definition before it serves.
+
+    Raises:
+        BackendUnavailable: the library is of another release.
+    """
+
+    launcher: ClassVar[str]
+    size: ClassVar[str]
+    structure: ClassVar[type[ctypes.Structure]]
+    cases: ClassVar[Callable[[], Iterable[Case]]]
+
+    def __init__(self, kernels: Any) -> None:
+        # a library of an earlier release has no function of this name
+        if getattr(kernels, self.size, int)() != ctypes.sizeof(self.structure):
+            raise BackendUnavailable(
+                f"fd_dsa_ops: {self.launcher} takes another structure than this fd_dsa passes; "
+                "build it again: make custom-ops"
+            )
+        self._kernels, self._job = kernels, self.structure()
+        self._launch: CLaunch | None = None
+        self._api: Any = None
+        self._device = -1
+
+    def _bind(self, tensor: Any) -> None:
+        """Launch on the device of a tensor."""
+        api = api_for_type(type(tensor))
+        device = api.device_of(tensor)
+        if (api, device) != (self._api, self._device):
+            self._launch = CLaunch(self._kernels, self.launcher, self._job, api, device)
+            self._api, self._device = api, device
+
+    def _address(
+        self, name: str, tensor: Any, *, multiple: int = 1, may_have_gaps: bool = False
+    ) -> int:
+        """Address of a tensor on the device of the launch, a multiple of some bytes."""
+        device = self._api.device_of(tensor)
+        if device != self._device:
+            raise LaunchError(
+                f"{self.launcher}: {name} is on device {device}, others are on {self._device}"
+            )
+        if not may_have_gaps and not tensor.is_contiguous():
+            raise LaunchError(
+                f"{self.launcher}: {name} of shape {list(tensor.shape)} is not contiguous; call "
+                ".contiguous() first"
+            )
+        address = int(tensor.data_ptr())
+        if address % multiple:
+            raise LaunchError(
+                f"{self.launcher}: {name} begins off a multiple of {multiple} bytes; copy it first"
+            )
+        return address
+
+
+_differences: dict[tuple[type[LibraryKernel], Any], str] = {}
+
+
+def difference(kind: type[LibraryKernel], kernels: Any, allocate: Allocate) -> str:
+    """How a kernel's results differ from the definition; "" if they do not.
+
+    The thread waits for the device at the first call for a kernel and a library.
+    """
+    if (kind, kernels) not in _differences:
+        kernel: Any = kind(kernels)
+        memory = Memory(allocate)
+        differences = (case.difference(kernel, memory) for case in kind.cases())
+        _differences[kind, kernels] = next(filter(None, differences), "")
+    return _differences[kind, kernels]
+
+
+def why_not_compiled() -> str:
+    """Why no compiled kernel reads the tensors of this process; "" if it does."""
+    return "Triton kernels are interpreted here, on host memory" if INTERPRETING else ""
