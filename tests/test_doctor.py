@@ -15,7 +15,7 @@ import pytest
 
 from fd_dsa import custom_ops, doctor
 from fd_dsa.cli import main as fd_dsa
-from fd_dsa.doctor import checks, environment, graphs
+from fd_dsa.doctor import checks, environment
 from fd_dsa.ops.cache_probes import CASES
 from fd_dsa.ops.probes import Case, CheckFailed, Memory, require
 from fd_dsa.ops.providers import function
@@ -286,9 +286,9 @@ def test_whether_decode_steps_are_captured(
     from paddle.device.cuda import graphs as paddle_graphs
 
     monkeypatch.setattr(paddle_graphs, "is_cuda_graph_supported", lambda: supported)
-    found = graphs.facts("gpu:0", interpreting)
+    found = environment.graph_facts("gpu:0", interpreting)
     assert found["reason"] == reason and bool(found["sizes"]) == (not reason)
-    line = graphs.as_line(found)
+    line = environment.graph_line(found)
     assert reason in line if reason else "decode steps of 1, 2, 4, 8, 16" in line
 
 

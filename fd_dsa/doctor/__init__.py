@@ -62,10 +62,10 @@ def examine(device: str | None = None) -> dict[str, Any]:
 
     Returns:
         `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
-        `fastdeploy` (see `Fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
+        `fastdeploy` (see `fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
         Triton kernels run), `note` (what was not checked and why, or ""), `checks` (a list; see
-        `run_checks`), `custom_ops` (see `checks.library`), `graphs` (see `graphs.facts`), which
-        has no part in `healthy` either, `healthy`.
+        `run_checks`), `custom_ops` (see `checks.library`), `graphs` (see
+        `environment.graph_facts`), which has no part in `healthy` either, `healthy`.
 
     Raises:
         ConfigError: FD_DSA_OP_PROVIDER cannot be read.
@@ -75,25 +75,24 @@ def examine(device: str | None = None) -> dict[str, Any]:
     device = environment.device_to_check(device)
     # the check imports Paddle and Triton, whose absence has a clear error of its own above
     from fd_dsa.custom_ops import BROKEN
-    from fd_dsa.doctor import graphs
     from fd_dsa.doctor.checks import library, run_checks
     from fd_dsa.doctor.fastdeploy import examination
     from fd_dsa.triton_runtime import INTERPRETING
 
-    with examination() as fastdeploy:
+    with examination() as fastdeploy_facts:
         checks = run_checks(device)
-        found = fastdeploy.facts()
+        fastdeploy = fastdeploy_facts()
     built = library()
     return {
         "version": __version__,
         **facts,
-        "fastdeploy": found,
+        "fastdeploy": fastdeploy,
         "device": device,
         "kernels": "interpreted" if INTERPRETING else "compiled",
         "note": environment.not_checked(device, facts["gpu"], INTERPRETING),
         "checks": checks,
         "custom_ops": built,
-        "graphs": graphs.facts(device, INTERPRETING),
+        "graphs": environment.graph_facts(device, INTERPRETING),
         "healthy": all(check["passed"] for check in checks) and built["state"] != BROKEN,
     }
 
@@ -109,7 +108,6 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
     from fd_dsa.doctor.checks import as_lines as checks_lines
     from fd_dsa.doctor.checks import library_line
     from fd_dsa.doctor.fastdeploy import as_lines as fastdeploy_lines
-    from fd_dsa.doctor.graphs import as_line as graphs_line
 
     packages = ", ".join(f"{name} {v or 'not installed'}" for name, v in found["packages"].items())
     gpu = found["gpu"]
@@ -121,7 +119,7 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
         *fastdeploy_lines(found["fastdeploy"], with_tree),
         library_line(found["custom_ops"]),
         f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
-        graphs_line(found["graphs"]),
+        environment.graph_line(found["graphs"]),
         "",
         *checks_lines(found["checks"]),
     ]

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from fd_dsa.config import EngineConfig
 from fd_dsa.environment import has_nvidia_gpu, prepare_cpu_runtime, usable_cpus
 from fd_dsa.errors import BackendUnavailable
 
@@ -92,3 +93,30 @@ def not_checked(device: str, gpu: dict[str, str] | None, interpreting: bool) -> 
         "No GPU kernel was run: the GPU is there, but the device is the CPU (Paddle without CUDA, "
         "or --device cpu). With paddlepaddle-gpu installed, run this again."
     )
+
+
+def graph_facts(device: str, interpreting: bool) -> dict[str, Any]:
+    """Sizes of decode steps that the embedded engine would capture on a device without flags.
+
+    Returns:
+        `sizes`, none where `reason` says why nothing is captured.
+    """
+    reason = ""
+    if device == "cpu":
+        reason = "a CPU has none"
+    elif interpreting:
+        reason = "Triton kernels are interpreted in this process"
+    else:
+        from paddle.device.cuda.graphs import is_cuda_graph_supported
+
+        if not is_cuda_graph_supported():
+            reason = "this build of Paddle has no CUDA graphs"
+    return {"sizes": [] if reason else list(EngineConfig().capture_sizes), "reason": reason}
+
+
+def graph_line(found: dict[str, Any]) -> str:
+    """The same for a person."""
+    if found["reason"]:
+        return f"graphs     none: {found['reason']}"
+    sizes = ", ".join(map(str, found["sizes"]))
+    return f"graphs     decode steps of {sizes} rows, unless flags say otherwise"

@@ -26,6 +26,9 @@ from fd_dsa.attention import CacheLayout
 ATTENTION = "fastdeploy.model_executor.layers.attention"
 MODELS = "fastdeploy.model_executor.models.deepseek_v3"
 RUNNER = "fastdeploy.worker.gpu_model_runner"
+MARK = "__fd_dsa__"
+"""Attribute of every class of ours that is bound to a name of FastDeploy's."""
+
 _BACKEND_FILE = f"{ATTENTION}.dsa_attention_backend"
 
 _FORWARD = ("q", "k", "v", "qkv", "compressed_kv", "k_pe", "layer", "forward_meta")
@@ -170,15 +173,6 @@ class Check:
     in_worker: bool = False
 
 
-def import_models() -> ModuleType:
-    """The module of DeepSeek-V3.2, imported; FastDeploy runs its plug-ins when that is done.
-
-    Raises:
-        UnsupportedTree: there is no such module, or its import fails.
-    """
-    return imported(MODELS)
-
-
 def checks() -> list[dict[str, Any]]:
     """Every check of the table, each by itself, for a report.
 
@@ -186,20 +180,35 @@ def checks() -> list[dict[str, Any]]:
         for each check its `name`, `passed` (None = not examined in this process) and `reason`
         ("" = passed).
     """
-    return [{"name": check.name, **_outcome(check)} for check in CHECKS]
+    found = []
+    for check in CHECKS:
+        passed: bool | None = True
+        reason = ""
+        try:
+            check.run()
+        except NotExamined as error:
+            passed, reason = None, f"not examined here: {error}"
+        except Exception as error:
+            passed, reason = False, describe(error)
+        found.append({"name": check.name, "passed": passed, "reason": reason})
+    return found
 
 
-def _outcome(check: Check) -> dict[str, Any]:
-    """`passed` and `reason` of one check."""
-    try:
-        check.run()
-    except NotExamined as error:
-        return {"passed": None, "reason": f"not examined here: {error}"}
-    except UnsupportedTree as error:
-        return {"passed": False, "reason": str(error)}
-    except Exception as error:
-        return {"passed": False, "reason": f"{type(error).__name__}: {error}"}
-    return {"passed": True, "reason": ""}
+def examine() -> None:
+    """Run every check that holds in all processes.
+
+    Raises:
+        UnsupportedTree: what the first one that fails has found.
+    """
+    for check in CHECKS:
+        if not check.in_worker:
+            check.run()
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line; its type is named unless it is our own."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UnsupportedTree) else f"{type(error).__name__}: {text}"
 
 
 def backend_base() -> tuple[type, ModuleType | None]:
@@ -212,7 +221,7 @@ def backend_base() -> tuple[type, ModuleType | None]:
     if own is not None and own.__name__ != "AttentionBackend":
         _check_backend(own)
         return own, sys.modules.get(own.__module__)
-    if not _exists(_BACKEND_FILE):
+    if find_spec(_BACKEND_FILE) is None:
         raise UnsupportedTree("no DSAAttentionBackend in layers/attention: a tree before #6689")
     base = attribute(imported(f"{ATTENTION}.base_attention_backend"), "AttentionBackend")
     _check_methods(base, "AttentionBackend", {"forward": _FORWARD})
@@ -251,7 +260,7 @@ def _check_selection() -> None:
 
 def _check_model() -> None:
     """Refuse a model that makes positions itself, in every step after the backend has."""
-    model = attribute(import_models(), "DeepseekV3ForCausalLM", "models/deepseek_v3.py")
+    model = attribute(imported(MODELS), "DeepseekV3ForCausalLM", "models/deepseek_v3.py")
     if hasattr(model, "pre_process"):
         raise UnsupportedTree(f"{model.__name__} has a pre_process: a tree before #7367")
 
@@ -298,14 +307,6 @@ def imported(name: str) -> ModuleType:
         raise UnsupportedTree(f"{name} cannot be imported: {error!r}") from None
 
 
-def _exists(name: str) -> bool:
-    """Whether a module could be imported, as far as its file goes."""
-    try:
-        return find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
 def attribute(owner: Any, name: str, where: str = "") -> Any:
     """FastDeploy's own `owner.name`, which must be there."""
     found = getattr(owner, name, None)
@@ -316,7 +317,7 @@ def attribute(owner: Any, name: str, where: str = "") -> Any:
 
 def _upstream(thing: Any) -> Any:
     """FastDeploy's class, where ours is bound to its name and derives from it."""
-    return thing.__bases__[-1] if hasattr(thing, "__fd_dsa__") else thing
+    return thing.__bases__[-1] if hasattr(thing, MARK) else thing
 
 
 def _refuse_missing(owner: type, missing: list[str]) -> None:
@@ -349,7 +350,7 @@ def _check_parts(layer: type, parts: tuple[str, ...]) -> None:
 
 CHECKS = (
     Check("layers/attention", lambda: imported(ATTENTION)),
-    Check("models/deepseek_v3.py", import_models),
+    Check("models/deepseek_v3.py", lambda: imported(MODELS)),
     Check("layers/attention: DSAAttentionBackend", backend_base),
     Check("platforms/base.py: _Backend", _check_selection),
     *(Check(f"{known.file}: {known.name}", known.check) for known in KNOWN),

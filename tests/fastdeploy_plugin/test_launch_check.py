@@ -85,7 +85,7 @@ def test_a_run(tmp_path: Path) -> None:
         assert 5000 < entry["candidate"]["us"]["p50"] < 1_000_000
     env = result["env"]
     assert env["paths"][OURS]["live"] and not env["paths"][UPSTREAM]["live"]
-    assert env["paths"][OURS]["fastdeploy"] and env["commit"] and env["command"]
+    assert env["paths"][OURS]["version"] and env["commit"] and env["command"]
     assert f"for an issue: {tmp_path / 'report.md'}" in said
     report = (tmp_path / "report.md").read_text("utf-8")
     assert report.startswith("# fastdeploy_check: all passed\n")

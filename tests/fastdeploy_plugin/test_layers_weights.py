@@ -25,53 +25,37 @@ def run(rows: Rows, layer: Any, seed: int = 0) -> np.ndarray:
         return np.array(layer(rows.step(STEP), hidden_states(40, seed)))
 
 
-def norms_of(backend: Any, layer: Any) -> Any:
-    return backend.norms_of(layer.layer_id, layer.kv_a_layernorm, layer.indexer)
-
-
-class SimpleParameter:
+class BFloat16Weight:
     """A parameter whose values are bfloat16, as far as our code looks at it."""
 
-    def __init__(self, values: Any) -> None:
-        self.values = values.detach().astype("bfloat16")
+    def __init__(self, owner: Any) -> None:
+        self.values = owner.weight.detach().astype("bfloat16")
+        del owner.weight
+        owner.weight = self
 
     def detach(self) -> Any:
         return self.values
 
 
-def test_norm_weights_are_copied_once_and_refreshed_in_place() -> None:
+@pytest.mark.parametrize(("changes", "promised"), [(False, False), (True, True), (True, False)])
+def test_norm_weights_are_copied_once_and_refreshed_in_place(changes: bool, promised: bool) -> None:
+    """With FastDeploy's own runner, weights that reinforcement learning changes are read anew."""
     with registered():
-        backend = make_backend()
-        rows, layer = Rows(backend), make_layer()
-        norm = SimpleParameter(layer.kv_a_layernorm.weight)
-        del layer.kv_a_layernorm.weight
-        layer.kv_a_layernorm.weight = norm
-        before = run(rows, layer)
-        kept = norms_of(backend, layer).params.kv_norm_weight
-        assert kept.dtype == np.float32
-        norm.values = norm.values * 2
-        # FastDeploy loads no other weights: nothing is copied again
-        np.testing.assert_array_equal(run(rows, layer), before)
-        backend.refresh_weights()
-        assert norms_of(backend, layer).params.kv_norm_weight is kept
-        assert np.abs(run(rows, layer) - before).max() > 1e-3
-
-
-@pytest.mark.parametrize("promised", [True, False])
-def test_without_the_runner_changing_weights_are_read_every_time(promised: bool) -> None:
-    """Reinforcement learning on a worker whose runner has none of our hooks."""
-    with registered():
-        backend = make_backend(config(dynamic_load_weight=True))
+        backend = make_backend(config(dynamic_load_weight=changes))
         if promised:
             backend.promise_refresh()
         rows, layer = Rows(backend), make_layer()
-        norm = SimpleParameter(layer.kv_a_layernorm.weight)
-        del layer.kv_a_layernorm.weight
-        layer.kv_a_layernorm.weight = norm
+        norm = BFloat16Weight(layer.kv_a_layernorm)
         before = run(rows, layer)
+        norms = backend.norms_of(0, layer.kv_a_layernorm, layer.indexer)
+        kept = norms.kv_norm_weight
+        assert kept.dtype == np.float32
         norm.values = norm.values * 2
-        changed = np.abs(run(rows, layer) - before).max() > 1e-3
-        assert bool(changed) is not promised
+        assert bool(np.abs(run(rows, layer) - before).max() > 1e-3) is (changes and not promised)
+        backend.refresh_weights()
+        assert backend.norms_of(0, layer.kv_a_layernorm, layer.indexer) is norms
+        assert norms.kv_norm_weight is kept
+        assert np.abs(run(rows, layer) - before).max() > 1e-3
 
 
 def test_one_float32_table_for_all_layers() -> None:
@@ -98,17 +82,11 @@ def on_a_device(shape: list[int], dtype: Any = paddle.bfloat16) -> Any:
     return SimpleNamespace(shape=shape, dtype=dtype, place=place)
 
 
-class UnquantizedLinearMethod:
-    """Named as FastDeploy's."""
-
-
-class BlockWiseFP8LinearMethod:
-    """Named as FastDeploy's."""
-
-
-def linear(shape: list[int], **fields: Any) -> Any:
-    given = {"quant_method": UnquantizedLinearMethod(), "with_bias": False, **fields}
-    return SimpleNamespace(weight=on_a_device(shape, given.pop("dtype", paddle.bfloat16)), **given)
+def linear(shape: list[int], method: str = "UnquantizedLinearMethod", **fields: Any) -> Any:
+    """A layer of FastDeploy's with a plain weight, as far as it is looked at."""
+    weight = on_a_device(shape, fields.pop("dtype", paddle.bfloat16))
+    given = {"quant_method": type(method, (), {})(), "with_bias": False, **fields}
+    return SimpleNamespace(weight=weight, **given)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +94,7 @@ def linear(shape: list[int], **fields: Any) -> Any:
     [
         (linear([384, 128]), linear([384, 16]), True),
         (linear([384, 128]), SimpleNamespace(weight=on_a_device([384, 16])), True),
-        (linear([384, 128], quant_method=BlockWiseFP8LinearMethod()), linear([384, 16]), False),
+        (linear([384, 128], "BlockWiseFP8LinearMethod"), linear([384, 16]), False),
         (linear([384, 128]), linear([384, 16], dtype=paddle.float32), False),
         (linear([384, 128], with_bias=True), linear([384, 16]), False),
         # as a checkpoint stores it, before FastDeploy has turned it
@@ -127,9 +105,8 @@ def linear(shape: list[int], **fields: Any) -> Any:
 )
 def test_one_launch_needs_plain_weights(wk: Any, weights_proj: Any, one: bool) -> None:
     hidden = on_a_device([5, 384])
-    assert IndexerProjections(wk, weights_proj, hidden, may_copy=True).is_one_launch is one
-    on_the_host = IndexerProjections(wk, weights_proj, hidden_states(5), may_copy=True)
-    assert not on_the_host.is_one_launch
+    assert IndexerProjections(wk, weights_proj, hidden, None).is_one_launch is one
+    assert not IndexerProjections(wk, weights_proj, hidden_states(5), None).is_one_launch
 
 
 class Recorder:
@@ -228,27 +205,24 @@ def test_a_block_fp8_layer_overlaps_its_projections(
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"dtype": "int32"}, "neither plain nor block FP8 with float32 scales"),
-        ({"shape": [1, 3, 1]}, "neither plain nor block FP8"),
-        ({"shape": [2, 3]}, "neither plain nor block FP8"),
-    ],
+    "change",
+    [{"dtype": "int32"}, {"shape": [1, 3, 1]}, {"shape": [2, 3]}],
     ids=["packed scales", "rank", "blocks"],
 )
 def test_scales_of_another_form_are_left_to_fastdeploy(
-    change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(projections, "on_device", lambda tensor: True)
-    said: list[str] = []
-    monkeypatch.setattr(projections, "_log_once", said.append)
+    lines: list[str] = []
+    monkeypatch.setattr(projections, "_log_once", lines.append)
     with registered():
         indexer = make_layer(in_fp8()).indexer
         form = {"shape": [1, 3], "dtype": "float32"} | change
         del indexer.wk.weight_scale_inv
         indexer.wk.weight_scale_inv = paddle.zeros(**form)
         made = make_backend().projections_of(indexer, hidden_states(5))
-    assert not made.is_one_launch and reason in said[0]
+    assert not made.is_one_launch
+    assert "neither plain nor block FP8 with float32 scales" in lines[0]
 
 
 def test_upstreams_attention_may_call_our_indexer() -> None:

@@ -150,14 +150,6 @@ def test_ours_is_the_only_position_step(name: str) -> None:
         assert [event.name for event in _counters.events("launch") if "position" in event.name]
 
 
-def test_layers_share_a_backend_where_fastdeploy_makes_one_for_each() -> None:
-    with installed(TREES["develop"], OURS_ENV):
-        made = engine()
-        backends = made.runner.attn_backends
-        assert len(backends) == made.config.model_config.num_hidden_layers > 1
-        assert len(set(map(id, backends))) == 1
-
-
 def test_new_caches_let_the_step_go(monkeypatch: pytest.MonkeyPatch) -> None:
     with installed(TREES["develop"], OURS_ENV):
         watched = Watched(monkeypatch)
@@ -202,15 +194,19 @@ def test_caches_that_are_no_bytes_are_refused_when_they_are_made() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
-def test_positions_have_the_dtype_of_the_runners_buffer(dtype: str) -> None:
+def test_layers_share_a_backend_with_positions_of_the_runners_dtype(dtype: str) -> None:
+    """FastDeploy makes a backend for each layer."""
     with installed(replace(TREES["develop"], position_dtype=dtype), OURS_ENV):
-        runner = engine().runner
+        made = engine()
+        runner, backends = made.runner, made.runner.attn_backends
+        assert len(backends) == made.config.model_config.num_hidden_layers > 1
+        assert len(set(map(id, backends))) == 1
         buffer = runner.share_inputs["position_ids_buffer"]
         assert runner.forward_meta.position_ids.dtype == buffer.dtype
         assert str(buffer.dtype) == f"paddle.{dtype}"
 
 
-def test_hooks_for_methods_that_a_tree_lacks_are_not_there() -> None:
+def test_hooks_are_there_for_methods_that_the_tree_has() -> None:
     class Runner(Bare):
         def clear_cache(self, profile: bool = False) -> str:
             """Its own words."""
@@ -218,17 +214,13 @@ def test_hooks_for_methods_that_a_tree_lacks_are_not_there() -> None:
 
     made = make_runner_class(Runner)
     assert made.__name__ == "Runner"
-    for name in ("_dummy_run", "wakeup", "update_weights"):
-        assert not hasattr(made, name)
+    assert not any(hasattr(made, name) for name in ("_dummy_run", "wakeup", "update_weights"))
     assert made().clear_cache(profile=True) == "cleared, True"
     assert made.clear_cache.__doc__ == "Its own words."
-
-
-@pytest.mark.parametrize("name", RUNNER_METHODS)
-def test_a_runner_without_a_method_that_a_hook_needs_is_refused(name: str) -> None:
-    methods = {kept: lambda self: None for kept in RUNNER_METHODS if kept != name}
-    with pytest.raises(UnsupportedTree, match=f"^Lacking has no {name}$"):
-        make_runner_class(type("Lacking", (), methods))
+    for lacking in RUNNER_METHODS:
+        methods = {name: lambda self: None for name in RUNNER_METHODS if name != lacking}
+        with pytest.raises(UnsupportedTree, match=f"^Lacking has no {lacking}$"):
+            make_runner_class(type("Lacking", (), methods))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from fd_dsa import __version__
 from fd_dsa.doctor.environment import facts
 from fd_dsa.fastdeploy_plugin.launch.environment import server_environment
 from fd_dsa.fastdeploy_plugin.launch.flags import without_secrets
-from fd_dsa.fastdeploy_plugin.launch.probe import Probe
+from fd_dsa.fastdeploy_plugin.launch.probe import probe
 
 OURS, UPSTREAM = "fd_dsa", "FastDeploy"
 PATHS = (OURS, UPSTREAM)
@@ -87,17 +87,14 @@ def which_path(path: str) -> dict[str, Any]:
     """What the plug-in says of itself in a process that is started for a path.
 
     Returns:
-        `fastdeploy` (its version), `error` ("" where the path serves that should), and what
-        `fd_dsa.fastdeploy_plugin.status` reports there.
+        as of `fd_dsa.fastdeploy_plugin.status.report`; `error` also where another path serves.
     """
-    with Probe(server_environment(environment_of(path))[0]) as probe:
-        findings = probe.findings(_REQUEST_S)
-    status, error = dict(findings.status), ""
-    if findings.error:
-        error = f"FastDeploy cannot be imported: {findings.error}"
-    elif status.get("live") != (path == OURS):
-        error = f"{path} would not serve: {status.get('why', 'the plug-in says nothing')}"
-    return {"fastdeploy": findings.version, "error": error, **status}
+    found = probe(server_environment(environment_of(path))[0], _REQUEST_S)
+    if found["error"]:
+        found["error"] = f"FastDeploy cannot be imported: {found['error']}"
+    elif found["live"] != (path == OURS):
+        found["error"] = f"{path} would not serve: {found['why']}"
+    return found
 
 
 @contextmanager
@@ -168,7 +165,7 @@ def machine(argv: Sequence[str], paths: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **environment(),
         "fd_dsa": __version__,
-        "fastdeploy": paths[OURS]["fastdeploy"],
+        "fastdeploy": paths[OURS]["version"],
         "paddlepaddle-gpu": facts()["packages"]["paddlepaddle-gpu"],
         "os": platform.platform(),
         "gpus": _gpus(),

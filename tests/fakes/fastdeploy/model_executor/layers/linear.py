@@ -1,7 +1,7 @@
 """Projections with FastDeploy's keyword constructors (`model_executor/layers/linear.py`).
 
-Weights are [in, out] in a parameter named `weight`; checkpoints hold [out, in]. Nothing is reduced
-over ranks: a test that plays several ranks adds their results up itself.
+Weights are [in, out] in a parameter named `weight`; checkpoints hold [out, in]. There is one rank,
+which has every weight whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from .utils import fill, loader_of, tp_slice, zeros_parameter
+from .utils import fill, loader_of, zeros_parameter
 
 
 class LinearBase(nn.Layer):
@@ -45,13 +45,9 @@ class LinearBase(nn.Layer):
     def _quant_method(self) -> Any:
         """What quantises the layer; None of the kinds that the double leaves as they are."""
 
-    def share(self, weight: np.ndarray) -> np.ndarray:
-        """What this rank keeps of a weight [in, out], or of a bias [out]."""
-        return weight
-
     def weight_loader(self, param: Any, array: np.ndarray, shard_id: str | None = None) -> None:
         """Fill the weight, or the bias, from the checkpoint's tensor."""
-        fill(param, self.share(array.T if array.ndim == 2 else array))
+        fill(param, array.T if array.ndim == 2 else array)
 
     def forward(self, x: Any) -> Any:
         """[num_tokens, out] of [num_tokens, in]."""
@@ -76,34 +72,11 @@ class ReplicatedLinear(LinearBase):
 
 
 class ColumnParallelLinear(LinearBase):
-    """Each rank has its share of the outputs."""
-
-    def __init__(self, fd_config: Any, *args: Any, output_size: int, **kwargs: Any) -> None:
-        share = output_size // fd_config.parallel_config.tensor_parallel_size
-        super().__init__(fd_config, *args, output_size=share, **kwargs)
-
-    def share(self, weight: np.ndarray) -> np.ndarray:
-        return tp_slice(weight, -1, self.fd_config)
+    """Each rank would have its share of the outputs."""
 
 
 class RowParallelLinear(LinearBase):
-    """Each rank has its share of the inputs; `reduce_results` is not acted on here."""
-
-    def __init__(
-        self,
-        fd_config: Any,
-        *args: Any,
-        input_size: int,
-        reduce_results: bool = True,
-        layer_id: int = -1,
-        **kwargs: Any,
-    ) -> None:
-        share = input_size // fd_config.parallel_config.tensor_parallel_size
-        super().__init__(fd_config, *args, input_size=share, **kwargs)
-        self.reduce_results, self.layer_id = reduce_results, layer_id
-
-    def share(self, weight: np.ndarray) -> np.ndarray:
-        return tp_slice(weight, 0, self.fd_config) if weight.ndim == 2 else weight
+    """Each rank would have its share of the inputs, and the results would be reduced."""
 
 
 class _MergedLinear(LinearBase):
@@ -113,7 +86,7 @@ class _MergedLinear(LinearBase):
 
     def weight_loader(self, param: Any, array: np.ndarray, shard_id: str | None = None) -> None:
         found = self.__dict__.setdefault("_shards", {}).setdefault(param.name, {})
-        found[shard_id] = self.share(array.T if array.ndim == 2 else array)
+        found[shard_id] = array.T if array.ndim == 2 else array
         if len(found) == len(self.shard_ids):
             fill(param, np.concatenate([found[one] for one in self.shard_ids], axis=-1))
             found.clear()
@@ -129,14 +102,10 @@ class MergedReplicatedLinear(_MergedLinear):
         self.output_sizes = output_sizes
 
 
-class MergedColumnParallelLinear(_MergedLinear, ColumnParallelLinear):
-    """gate_proj and up_proj of an MLP; `activation` belongs to the layer after it."""
+class MergedColumnParallelLinear(_MergedLinear):
+    """gate_proj and up_proj of an MLP."""
 
     shard_ids = ("gate", "up")
-
-    def __init__(self, fd_config: Any, *args: Any, activation: str = "", **kwargs: Any) -> None:
-        super().__init__(fd_config, *args, **kwargs)
-        self.activation = activation
 
 
 class KVBatchLinear(nn.Layer):
@@ -160,7 +129,7 @@ class KVBatchLinear(nn.Layer):
         # a sub-layer of the attention layer, not of this one
         self.__dict__["kv_b_proj"] = kv_b_proj
         self.prefix = prefix
-        self.heads = num_attention_heads // fd_config.parallel_config.tensor_parallel_size
+        self.heads = num_attention_heads
         self.nope, self.v_dim, self.rank = qk_nope_head_dim, v_head_dim, kv_lora_rank
 
     def process_weights_after_loading(self) -> None:
