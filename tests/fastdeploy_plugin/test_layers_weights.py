@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 from fd_dsa.fastdeploy_plugin import projections
 from fd_dsa.fastdeploy_plugin.projections import IndexerProjections
 from tests.fastdeploy_plugin.layers import Rows, hidden_states, make_backend, make_layer
-from tests.fastdeploy_plugin.names import MODELS
 from tests.fastdeploy_plugin.steps import config, registered
 
 STEP = [(40, 0, 40)]
@@ -239,12 +237,3 @@ def test_upstreams_attention_may_call_our_indexer() -> None:
             found = attention.forward(layer, rows.step(STEP), hidden_states(40))
         np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-3, atol=1e-4)
         assert (np.asarray(cache) == np.asarray(rows.caches[1])).all()
-
-
-def test_the_layers_of_a_model_are_ours_by_construction() -> None:
-    with registered():
-        models = sys.modules[MODELS]
-        decoder = models.DeepSeekV3DecoderLayer(config(), prefix="deepseek_v3.layers.2")
-        assert type(decoder.self_attn) is models.DeepseekV32DSAAttention
-        assert type(decoder.self_attn.indexer) is models.Indexer
-        assert hasattr(models.Indexer, "__fd_dsa__")

@@ -200,20 +200,6 @@ def test_models_that_have_taken_a_layer_from_its_module_get_ours() -> None:
         assert other.DeepseekV32DSAAttention is object
 
 
-def test_the_second_runner_of_later_trees_is_left_alone(caplog: Any) -> None:
-    with with_upstream_imported(TREES["develop"]):
-        import_all()
-        other = ModuleType("fastdeploy.worker.gpu.model_runner")
-        other.GPUModelRunner = type("GPUModelRunner", (), {})  # type: ignore[attr-defined]
-        sys.modules["fastdeploy.worker.gpu"] = ModuleType("fastdeploy.worker.gpu")
-        sys.modules[other.__name__] = other
-        before = dict(vars(other))
-        register()
-        assert vars(other) == before
-        assert is_ours(sys.modules[ATTENTION].get_attention_backend())
-    assert len(our_lines(caplog.records)) == 1
-
-
 def test_what_was_said_goes_with_the_modules(caplog: Any) -> None:
     """A FastDeploy that is imported again is examined again."""
     for tree in (BROKEN["before_7367"], TREES["develop"], BROKEN["before_7367"]):

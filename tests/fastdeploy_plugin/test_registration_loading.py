@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.fastdeploy_plugin import model_runner, register
+from fd_dsa.fastdeploy_plugin import model_runner
 from fd_dsa.fastdeploy_plugin.take_over import is_ours
 from tests.fakes.trees import (
     BROKEN,
@@ -89,14 +89,6 @@ def test_a_runner_of_another_kind_stays_as_it_is(caplog: Any) -> None:
         assert model_runner() is runner.GPUModelRunner
     missing = "initialize_forward_meta, _initialize_attn_backend, _compute_position_ids_and"
     assert f"GPUModelRunnerV1 has no {missing}" in our_lines(caplog.records)[-1]
-
-
-def test_the_model_loader_of_an_offline_engine_calls_us_again() -> None:
-    with installed(TREES["develop"], OURS_ENV):
-        import_module(MODELS)
-        before = live()
-        register()
-        assert live() is before
 
 
 # what registering adds to a process; an allocation counts wherever it lies

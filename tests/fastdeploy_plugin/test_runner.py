@@ -11,7 +11,6 @@ import pytest
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
-from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.runner import FastDeployRunnerMixin, make_runner_class
 from fd_dsa.fastdeploy_plugin.take_over import is_ours
 from fd_dsa.fastdeploy_plugin.tree_checks import RUNNER_METHODS, UnsupportedTree
@@ -38,42 +37,6 @@ class Bare:
     def initialize_kv_cache(self, profile: bool = False) -> None: ...
 
 
-class Watched:
-    """An engine's hints to its backend and the metadata it made, step by step."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.hints: list[bool | None] = []
-        self.metas: list[Any] = []
-        self.forgotten = 0
-        make, hint, forget = (
-            PluginBackend.init_attention_metadata,
-            PluginBackend.set_step_hints,
-            PluginBackend.forget_step,
-        )
-
-        def init_attention_metadata(backend: Any, forward_meta: Any) -> None:
-            known = bool(self.metas) and self.metas[-1] is forward_meta
-            make(backend, forward_meta)
-            if not known:
-                self.metas.append(forward_meta)
-
-        def set_step_hints(backend: Any, has_prefill: bool | None) -> None:
-            self.hints.append(has_prefill)
-            hint(backend, has_prefill)
-
-        def forget_step(backend: Any) -> None:
-            self.forgotten += 1
-            forget(backend)
-
-        monkeypatch.setattr(PluginBackend, "init_attention_metadata", init_attention_metadata)
-        monkeypatch.setattr(PluginBackend, "set_step_hints", set_step_hints)
-        monkeypatch.setattr(PluginBackend, "forget_step", forget_step)
-
-    def clear(self) -> None:
-        self.hints.clear()
-        self.metas.clear()
-
-
 def engine(**overrides: Any) -> Engine:
     """FastDeploy's worker on the demo model, warmed up."""
     sizes = {"max_model_len": 256, "max_num_batched_tokens": 128, "max_num_seqs": 2}
@@ -83,26 +46,6 @@ def engine(**overrides: Any) -> Engine:
 def jobs() -> list[Job]:
     """A prompt in chunks, and one that joins while the first decodes."""
     return [Job(PROMPTS[0], 5, chunk=32), Job(PROMPTS[1], 3, start_at=4)]
-
-
-@pytest.mark.parametrize("name", SERVED)
-def test_the_runner_says_whether_a_step_has_a_prompt(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with installed(TREES[name], OURS_ENV):
-        watched = Watched(monkeypatch)
-        made = engine()
-        assert is_ours(type(made.runner))
-        # the profile run: one pass over prompts, then decoding
-        assert watched.hints[0] is True
-        assert set(watched.hints[1:]) == {False}
-        watched.clear()
-        made.generate(jobs())
-        for hint, meta in zip(watched.hints, watched.metas, strict=True):
-            has_windows = getattr(meta, "indexer_attn_mask_offsets", None) is not None
-            assert hint is has_windows
-        assert True in watched.hints
-        assert False in watched.hints
 
 
 def test_a_dummy_run_begins_with_prompts_whatever_the_flag_says() -> None:
@@ -130,37 +73,27 @@ def test_a_dummy_run_begins_with_prompts_whatever_the_flag_says() -> None:
     assert runner.step_hints() is None
 
 
-@pytest.mark.parametrize("name", ["pr7367", "develop"])
-def test_ours_is_the_only_position_step(name: str) -> None:
-    """FastDeploy's own would run after it, in every step, and replace what it has made."""
-    with installed(TREES[name], OURS_ENV):
+def test_without_a_step_of_ours_positions_are_fastdeploys() -> None:
+    """With one they are not made again, in no kind of step: see `test_behaviours_graphs.py`."""
+    with installed(TREES["develop"], OURS_ENV):
         from fastdeploy import _counters
 
-        made = engine()
-        _counters.clear()
-        with _counters.watch():
-            made.generate(jobs())
-        assert [
-            event.name for event in _counters.events("launch") if "position" in event.name
-        ] == []
-        # without a step of ours FastDeploy's own is what there is
-        made.runner.forward_meta.fd_dsa_step = None
-        with _counters.watch():
-            made.runner._compute_position_ids_and_slot_mapping()
-        assert [event.name for event in _counters.events("launch") if "position" in event.name]
+        runner = engine().runner
+        for step, launches in ((runner.forward_meta.fd_dsa_step, 0), (None, 1)):
+            _counters.clear()
+            runner.forward_meta.fd_dsa_step = step
+            runner._compute_position_ids_and_slot_mapping()
+            names = [event.name for event in _counters.events("launch")]
+            assert names.count("get_position_ids_and_mask_encoder_batch") == launches
 
 
-def test_new_caches_let_the_step_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_caches_let_the_step_go() -> None:
     with installed(TREES["develop"], OURS_ENV):
-        watched = Watched(monkeypatch)
-        made = engine()
-        # for the profile run, after it, and for the real caches
-        assert watched.forgotten == 3
-        made.generate(jobs()[:1])
-        backend = made.runner.dsa_backend()
-        for method in ("clear_cache", "initialize_kv_cache"):
-            backend.init_attention_metadata(SimpleNamespace(**vars(watched.metas[-1])))
-            getattr(made.runner, method)()
+        runner = engine().runner
+        backend, meta = runner.dsa_backend(), runner.forward_meta
+        for method in ("initialize_kv_cache", "clear_cache"):
+            backend.init_attention_metadata(SimpleNamespace(**vars(meta)))
+            getattr(runner, method)()
             assert backend._built_for is None
             assert backend.core._built_for is None
 

@@ -48,7 +48,6 @@ CHECKS = ("smoke", "parity", "step_time")
 _PASSED, _WRONG, _IMPOSSIBLE = 0, 1, 2
 # what FastDeploy's own path needs to be right
 _RECIPE = ("--no-enable-prefix-caching", "--enable-logprob")
-_ONE_PIECE = {"FD_DISABLE_CHUNKED_PREFILL": "1"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,9 +137,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, [*serve, *argv[place:]]
 
 
-def _as_recipe(serve: Sequence[str]) -> list[str]:
-    """Server arguments with those of FastDeploy's recipe after `--`."""
-    return [*serve, *([] if "--" in serve else ["--"]), *_RECIPE]
+def _serving(path: str, options: argparse.Namespace, serve: list[str]) -> Any:
+    """A server that runs as in FastDeploy's recipe: prompts in one piece, no prefix caching."""
+    flags = [*serve, *([] if "--" in serve else ["--"]), *_RECIPE]
+    return serving(path, flags, options.log_folder, FD_DISABLE_CHUNKED_PREFILL="1")
 
 
 def _smoke(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _parity(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
     """Both paths, in order."""
     answers = {}
     for path in PATHS:
-        with serving(path, _as_recipe(serve), options.log_folder, _ONE_PIECE) as server:
+        with _serving(path, options, serve) as server:
             answers[path] = parity.outputs(server, parity.prompts())
     pairs = zip(answers[OURS], answers[UPSTREAM], strict=True)
     found = [parity.compare(ours, theirs, options.margin) for ours, theirs in pairs]
@@ -165,7 +165,7 @@ def _step_time(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
     rounds = []
     for number in range(options.rounds):
         for path in PATHS if number % 2 == 0 else PATHS[::-1]:
-            with serving(path, _as_recipe(serve), options.log_folder, _ONE_PIECE) as server:
+            with _serving(path, options, serve) as server:
                 rounds.append((path, step_time.measure(server, options.batches)))
     return {"passed": True, "entries": step_time.report(rounds)}
 

@@ -64,9 +64,8 @@ def outputs(server: Server, texts: Sequence[str]) -> list[Output]:
 
 
 def _output(server: Server, text: str) -> Output:
-    answer = server.complete(
-        prompt=text, max_tokens=_MAX_TOKENS, min_tokens=_MAX_TOKENS, temperature=0, logprobs=_TOP
-    )
+    fields = {"max_tokens": _MAX_TOKENS, "min_tokens": _MAX_TOKENS, "temperature": 0}
+    answer = server.post("/v1/completions", prompt=text, logprobs=_TOP, **fields)
     logprobs = answer["choices"][0].get("logprobs")
     if not logprobs or not logprobs.get("tokens"):
         raise CheckFailed(

@@ -123,7 +123,6 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
 
     def execute_model_normal(self) -> None:
         """Inputs, model, sampler, state."""
-        self._process_reorder()
         self._prepare_inputs()
         self._execute()
 
@@ -132,7 +131,6 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
 
         A row that has stopped, or got fewer drafts, makes the prediction too large.
         """
-        self._process_reorder()
         saved_before = len(self.saved_output)
         cached = self._cached_real_bsz * (self.num_draft_tokens + 1)
         self._prepare_inputs(cached_token_num=cached, cached_real_bsz=self._cached_real_bsz)
