@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from tests.fakes.trees import TREES
-from tests.fastdeploy_plugin.demo_prompts import demo_prompts
-from tests.fastdeploy_plugin.engines import job, make_engine, ours, prompt
+from tests.fastdeploy_plugin.engines import job, ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [4, 2, 1]}
@@ -55,15 +54,6 @@ def test_what_sleeps_wakes_up_as_it_was(tree: str, graphs: Any, steps: str) -> N
         assert [cache.shape[0] for cache in new] == [21] * len(old)
         assert engine.generate(two_jobs()) == expected
         assert all((cache.numpy() == 0xFF).all() for cache in old)
-
-
-@pytest.mark.parametrize("total_block_num", [9, 40])
-def test_the_profile_run_has_caches_of_another_size(total_block_num: int) -> None:
-    with ours():
-        wanted = demo_prompts()["fact"]
-        engine = make_engine(24, total_block_num=total_block_num)
-        asked = job(wanted.token_ids, len(wanted.answer))
-        assert engine.generate([asked]) == [wanted.answer]
 
 
 @pytest.fixture

@@ -13,15 +13,6 @@ from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 SERVED = ["pr7367", "develop"]
 
 
-def expected_slots(step: Any) -> list[int]:
-    """Slots of a step's tokens in order."""
-    return [
-        int(step.tables[row, position // 64]) * 64 + position % 64
-        for row, (start, count) in enumerate(zip(*step.lengths[1:], strict=True))
-        for position in range(start, start + count)
-    ]
-
-
 @pytest.mark.parametrize("tree", SERVED)
 def test_a_step_is_a_new_object_over_buffers_that_stay(tree: str) -> None:
     """A long step, a short one, a longer one: `copy_` adopts shapes, addresses stay."""
@@ -77,43 +68,6 @@ def _move_block(engine: Any, moving: Any) -> None:
     moving.blocks[0] = new
     task = Request(moving.row, RequestType.DECODE, block_tables=list(moving.blocks))
     engine.worker.preprocess_new_task([task], 1)
-
-
-@pytest.mark.parametrize("tree", SERVED)
-def test_rows_come_and_go_around_a_row_that_stays(tree: str) -> None:
-    """Idle rows in the middle, preempted ones, and prompts beside decode rows."""
-    with ours(TREES[tree]):
-        engine = small_engine()
-        alone = [engine.generate([job(prompt(n, n), 8)])[0] for n in (20, 33, 70)]
-        watch = watch_steps(engine)
-        together = engine.generate(
-            [
-                job(prompt(20, 20), 8, preempt_at=(2, 5)),
-                job(prompt(33, 33), 8, chunk=8),
-                job(prompt(70, 70), 8, start_at=3, preempt_at=(1,)),
-            ]
-        )
-    assert together == alone
-    assert {"mixed", "later chunk", "idle row between others"} <= watch.kinds()
-    for step in watch.steps:
-        assert step.slot_mapping.tolist() == expected_slots(step)
-    assert watch.trespasses == []
-
-
-def test_more_tokens_are_launched_than_there_are() -> None:
-    """The overlap schedule predicts a decode step's tokens; a row may have stopped meanwhile."""
-    with ours():
-        jobs = [(prompt(30), 9), (prompt(21, 1), 3), (prompt(12, 2), 5)]
-        engine = small_engine(enable_overlap_schedule=True)
-        alone = [engine.generate([job(*one)])[0] for one in jobs]
-        watch = watch_steps(engine)
-        assert engine.generate([job(*one) for one in jobs]) == alone
-    surplus = [step for step in watch.steps if step.launched > step.tokens]
-    assert [step.launched - step.tokens for step in surplus] == [1, 1]
-    for step in surplus:
-        assert step.position_ids[step.tokens :].tolist() == [0]
-        assert step.slot_mapping[step.tokens :].tolist() == [-1]
-    assert watch.trespasses == []
 
 
 @pytest.mark.parametrize("expert_parallel_size", [1, 2])

@@ -1,7 +1,7 @@
-"""Projections with FastDeploy's keyword constructors (`model_executor/layers/linear.py`).
+"""Projections (`model_executor/layers/linear.py`): one rank, which has every weight whole.
 
-Weights are [in, out] in a parameter named `weight`; checkpoints hold [out, in]. There is one rank,
-which has every weight whole.
+Weights are [in, out] in a parameter named `weight`; checkpoints hold [out, in]. Constructors take
+what the double needs of upstream's keywords.
 """
 
 from __future__ import annotations
@@ -16,45 +16,40 @@ from .utils import fill, loader_of, zeros_parameter
 
 
 class LinearBase(nn.Layer):
-    """x @ weight (+ bias); `weight.weight_loader` takes checkpoint tensors."""
+    """x @ weight; `weight.weight_loader` takes checkpoint tensors."""
+
+    with_bias = False
 
     def __init__(
         self,
         fd_config: Any,
-        prefix: str = "",
-        input_size: int | None = None,
-        output_size: int | None = None,
-        with_bias: bool = False,
+        input_size: int,
+        output_size: int,
         skip_quant: bool = False,
-        weight_dtype: str = "",
+        weight_dtype: str | None = None,
     ) -> None:
         super().__init__()
-        self.fd_config, self.prefix = fd_config, prefix
-        self.input_size, self.output_size, self.with_bias = input_size, output_size, with_bias
-        self.skip_quant = skip_quant
+        self.fd_config, self.skip_quant = fd_config, skip_quant
+        self.input_size, self.output_size = input_size, output_size
         self.quant_method = self._quant_method()
         if self.quant_method is None:
-            self.weight = zeros_parameter(self, [input_size, output_size], weight_dtype or None)
+            self.weight = zeros_parameter(self, [input_size, output_size], weight_dtype)
         else:
             self.quant_method.create_weights(self)
         self.weight.weight_loader = loader_of(self)
-        self.bias = zeros_parameter(self, [output_size]) if with_bias else None
-        if self.bias is not None:
-            self.bias.weight_loader = loader_of(self)
 
     def _quant_method(self) -> Any:
         """What quantises the layer; None of the kinds that the double leaves as they are."""
 
     def weight_loader(self, param: Any, array: np.ndarray, shard_id: str | None = None) -> None:
-        """Fill the weight, or the bias, from the checkpoint's tensor."""
-        fill(param, array.T if array.ndim == 2 else array)
+        """Fill the weight from the checkpoint's tensor."""
+        fill(param, array.T)
 
     def forward(self, x: Any) -> Any:
         """[num_tokens, out] of [num_tokens, in]."""
         if self.quant_method is not None:
             return self.quant_method.apply(self, x)
-        y = paddle.matmul(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return paddle.matmul(x, self.weight)
 
 
 class ReplicatedLinear(LinearBase):
@@ -85,21 +80,17 @@ class _MergedLinear(LinearBase):
     shard_ids: tuple[str, ...] = ()
 
     def weight_loader(self, param: Any, array: np.ndarray, shard_id: str | None = None) -> None:
-        found = self.__dict__.setdefault("_shards", {}).setdefault(param.name, {})
-        found[shard_id] = array.T if array.ndim == 2 else array
-        if len(found) == len(self.shard_ids):
-            fill(param, np.concatenate([found[one] for one in self.shard_ids], axis=-1))
-            found.clear()
+        shards = self.__dict__.setdefault("_shards", {})
+        shards[shard_id] = array.T
+        if len(shards) == len(self.shard_ids):
+            fill(param, np.concatenate([shards[one] for one in self.shard_ids], axis=-1))
+            shards.clear()
 
 
 class MergedReplicatedLinear(_MergedLinear):
     """q_a_proj and kv_a_proj_with_mqa of an attention layer, the same on every rank."""
 
     shard_ids = ("q_a", "kv_a")
-
-    def __init__(self, fd_config: Any, *args: Any, output_sizes: list[int], **kwargs: Any) -> None:
-        super().__init__(fd_config, *args, output_size=sum(output_sizes), **kwargs)
-        self.output_sizes = output_sizes
 
 
 class MergedColumnParallelLinear(_MergedLinear):
@@ -116,21 +107,12 @@ class KVBatchLinear(nn.Layer):
     """
 
     def __init__(
-        self,
-        fd_config: Any,
-        kv_b_proj: nn.Layer | None = None,
-        prefix: str = "",
-        kv_lora_rank: int | None = None,
-        num_attention_heads: int | None = None,
-        qk_nope_head_dim: int | None = None,
-        v_head_dim: int | None = None,
+        self, kv_b_proj: nn.Layer, kv_lora_rank: int, heads: int, nope: int, v_head_dim: int
     ) -> None:
         super().__init__()
         # a sub-layer of the attention layer, not of this one
         self.__dict__["kv_b_proj"] = kv_b_proj
-        self.prefix = prefix
-        self.heads = num_attention_heads
-        self.nope, self.v_dim, self.rank = qk_nope_head_dim, v_head_dim, kv_lora_rank
+        self.rank, self.heads, self.nope, self.v_dim = kv_lora_rank, heads, nope, v_head_dim
 
     def process_weights_after_loading(self) -> None:
         """Split kv_b_proj's weight [rank, heads * (nope + v)] by head into key and value part."""
