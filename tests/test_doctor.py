@@ -77,29 +77,9 @@ def test_a_wrong_value_is_found(right: Any, name: str, output: str, place: int) 
         check(right[name] | {output: wrong})
 
 
-def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(["--device", "cpu"]) == 0
-    text = capsys.readouterr().out
-    assert text.endswith("\nhealthy\n") and "FAILED" not in text
-    assert "No GPU kernel was run" in text
-    assert "\ngraphs     none: a CPU has none\n" in text
-    assert all(name in text for name in CASES)
-    assert "\n  cache_write        cpu       paddle             ok" in text
-
-
-def test_it_fits_a_narrow_terminal(
+def test_a_healthy_machine(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
-    assert doctor.main(["--device", "cpu"]) == 0
-    narrow = capsys.readouterr().out
-    assert max(map(len, narrow.splitlines())) <= 60
-    words = " ".join(narrow.split())
-    assert words.count("a CPU: NumPy, and products by Paddle") == len(CASES)
-    assert "The CPU was checked alone." in words
-
-
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert fd_dsa(["doctor", "--json", "--device", "cpu"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["healthy"] and found["device"] == "cpu"
@@ -107,6 +87,19 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert {check["name"] for check in found["checks"]} == set(CASES)
     assert {check["provider"] for check in found["checks"]} == {"paddle"}
     assert all(check["reason"] and check["ms"] >= 0 for check in found["checks"])
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = doctor.as_text(found)
+    assert text.endswith("\nhealthy\n") and "FAILED" not in text
+    assert "No GPU kernel was run" in text
+    assert "\ngraphs     none: a CPU has none\n" in text
+    assert "\n  cache_write        cpu       paddle             ok" in text
+    # it fits a narrow terminal
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = doctor.as_text(found)
+    assert max(map(len, narrow.splitlines())) <= 60
+    words = " ".join(narrow.split())
+    assert words.count("a CPU: NumPy, and products by Paddle") == len(CASES)
+    assert "The CPU was checked alone." in words
 
 
 def test_a_wrong_result_and_an_error_fail(

@@ -66,7 +66,7 @@ def test_an_installation_in_words(tmp_path: Path) -> None:
     )
     assert lines[3].startswith("           --engine fastdeploy: fd_dsa serves: FastDeploy 0.0.0+fa")
     listed = [line.rsplit(maxsplit=1) for line in lines[4:][: len(CHECKS)]]
-    assert [(name.strip(), mark) for name, mark in listed] == [(one.name, "ok") for one in CHECKS]
+    assert [(name.strip(), mark) for name, mark in listed] == [(name, "ok") for name in CHECKS]
     assert text.endswith("fd_dsa serves in FastDeploy: see the lines below its version\n")
 
 

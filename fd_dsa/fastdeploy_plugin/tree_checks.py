@@ -158,21 +158,6 @@ class NotExamined(Exception):
     """This process cannot import what a check looks at; the text says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing that is looked for in a tree.
-
-    Attributes:
-        name: where it is looked for, and what.
-        run: raises UnsupportedTree where it is missing or different.
-        in_worker: a worker's process alone can be relied on to import it.
-    """
-
-    name: str
-    run: Callable[[], Any]
-    in_worker: bool = False
-
-
 def checks() -> list[dict[str, Any]]:
     """Every check of the table, each by itself, for a report.
 
@@ -181,28 +166,28 @@ def checks() -> list[dict[str, Any]]:
         ("" = passed).
     """
     found = []
-    for check in CHECKS:
+    for name, check in CHECKS.items():
         passed: bool | None = True
         reason = ""
         try:
-            check.run()
+            check()
         except NotExamined as error:
             passed, reason = None, f"not examined here: {error}"
         except Exception as error:
             passed, reason = False, describe(error)
-        found.append({"name": check.name, "passed": passed, "reason": reason})
+        found.append({"name": name, "passed": passed, "reason": reason})
     return found
 
 
 def examine() -> None:
-    """Run every check that holds in all processes.
+    """Run every check but that of the runner, which a worker's process alone can import.
 
     Raises:
         UnsupportedTree: what the first one that fails has found.
     """
-    for check in CHECKS:
-        if not check.in_worker:
-            check.run()
+    for check in CHECKS.values():
+        if check is not _check_installed_runner:
+            check()
 
 
 def describe(error: BaseException) -> str:
@@ -348,15 +333,18 @@ def _check_parts(layer: type, parts: tuple[str, ...]) -> None:
     _refuse_missing(layer, [part for part in parts if part not in named])
 
 
-CHECKS = (
-    Check("layers/attention", lambda: imported(ATTENTION)),
-    Check("models/deepseek_v3.py", lambda: imported(MODELS)),
-    Check("layers/attention: DSAAttentionBackend", backend_base),
-    Check("platforms/base.py: _Backend", _check_selection),
-    *(Check(f"{known.file}: {known.name}", known.check) for known in KNOWN),
-    Check("models/deepseek_v3.py: DeepseekV3ForCausalLM", _check_model),
-    Check("layers/attention/attention_selecter.py: _get_attn_backend", select),
-    Check("forward_meta.py: ForwardMeta", _check_forward_meta),
-    Check("worker/gpu_model_runner.py: GPUModelRunner", _check_installed_runner, in_worker=True),
-)
-"""All checks of a tree; `examine` raises the first failure in this order."""
+CHECKS: dict[str, Callable[[], Any]] = {
+    "layers/attention": lambda: imported(ATTENTION),
+    "models/deepseek_v3.py": lambda: imported(MODELS),
+    "layers/attention: DSAAttentionBackend": backend_base,
+    "platforms/base.py: _Backend": _check_selection,
+    **{f"{known.file}: {known.name}": known.check for known in KNOWN},
+    "models/deepseek_v3.py: DeepseekV3ForCausalLM": _check_model,
+    "layers/attention/attention_selecter.py: _get_attn_backend": select,
+    "forward_meta.py: ForwardMeta": _check_forward_meta,
+    "worker/gpu_model_runner.py: GPUModelRunner": _check_installed_runner,
+}
+"""Where something is looked for in a tree, and what -> what raises UnsupportedTree without it.
+
+`examine` raises the first failure in this order.
+"""

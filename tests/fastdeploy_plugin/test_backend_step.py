@@ -52,14 +52,21 @@ def test_the_worked_step(name: str) -> None:
     assert step.position_ids.dtype == paddle.int64
 
 
-def test_a_decode_only_step_has_no_windows() -> None:
+def test_a_decode_only_step_has_no_windows_and_memory_past_it_is_clean() -> None:
+    """A graph of a larger size reads that memory: slot -1, position 0, no row."""
     with registered():
         backend = make_backend()
+        long = forward_meta(backend)
+        backend.init_attention_metadata(long)
         meta = forward_meta(backend, 5, **decode_only())
         backend.init_attention_metadata(meta)
-    assert meta.indexer_attn_mask_offsets is None
-    assert values(meta.position_ids) == [130, 3, 20, 21, 22]
-    assert values(meta.slot_mapping) == [578, 259, 212, 213, 214]
+        assert meta.indexer_attn_mask_offsets is None
+        assert values(meta.position_ids) == [130, 3, 20, 21, 22]
+        assert values(meta.slot_mapping) == [578, 259, 212, 213, 214]
+        step = long.fd_dsa_step
+        assert values(step.slot_mapping)[5:] == [-1] * 8
+        assert values(step.position_ids)[5:] == [0] * 8
+        assert values(step.batch_id_per_token)[5:] == [-1] * 8
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -107,17 +114,6 @@ def test_steps_of_requests_are_counted_in_the_log(
     ]
 
 
-def test_metadata_is_made_once_an_object() -> None:
-    with registered():
-        backend = make_backend()
-        meta = forward_meta(backend)
-        for _ in range(3):
-            backend.init_attention_metadata(meta)
-        assert backend.core.builder.num_builds == 1
-        backend.init_attention_metadata(forward_meta(backend))
-        assert backend.core.builder.num_builds == 2
-
-
 @pytest.mark.parametrize("launched", [14, 20, 64])
 def test_more_tokens_launched_than_there_are(launched: int) -> None:
     """The overlap schedule predicts the count; the surplus is padding."""
@@ -142,19 +138,6 @@ def test_a_step_without_tokens() -> None:
     assert meta.position_ids.shape == [0]
     assert meta.indexer_attn_mask_offsets is None
     assert values(meta.max_len_tensor_cpu) == [0] * 6
-
-
-def test_memory_past_a_step_stays_clean() -> None:
-    """A graph of a larger size reads it: slot -1, position 0, no row."""
-    with registered():
-        backend = make_backend()
-        long = forward_meta(backend)
-        backend.init_attention_metadata(long)
-        backend.init_attention_metadata(forward_meta(backend, 5, **decode_only()))
-        step = long.fd_dsa_step
-        assert values(step.slot_mapping)[5:] == [-1] * 8
-        assert values(step.position_ids)[5:] == [0] * 8
-        assert values(step.batch_id_per_token)[5:] == [-1] * 8
 
 
 def test_what_the_runner_must_fill_is_named() -> None:
@@ -182,11 +165,13 @@ def test_layers_before_the_first_step_are_refused() -> None:
             backend.forward_mixed(*[None] * 7, forward_meta(backend))
 
 
-def test_a_step_let_go_holds_no_caches() -> None:
+def test_a_step_is_made_once_and_let_go_with_its_caches() -> None:
     with registered():
         backend = make_backend()
         meta = forward_meta(backend)
-        backend.init_attention_metadata(meta)
+        for _ in range(3):
+            backend.init_attention_metadata(meta)
+        assert backend.core.builder.num_builds == 1
         references = sys.getrefcount(meta)
         backend.forget_step()
         # the plug-in's and the core's own

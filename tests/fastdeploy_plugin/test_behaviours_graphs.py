@@ -56,10 +56,11 @@ def test_padded_replays_give_the_tokens_of_eager_steps(tree: str, overlap: bool)
         # a long step first: memory past every later one holds its values
         assert engine.generate(jobs(5)) == alone
         replayed = {(step.tokens, step.launched) for step in watch.steps if step.with_graph}
+        assert {launched for _, launched in replayed} >= {2, 3, 4, 5}
         # a row that has stopped is launched once more
-        surplus = {(n - 1, n) for n in range(2, 6)} if overlap else set()
-        assert replayed == {(n, n) for n in range(1, 6)} | surplus
-        assert graphs_of(engine).num_replays.keys() == {6, 4, 1}
+        padded = {launched for tokens, launched in replayed if launched > tokens}
+        assert padded == ({2, 3, 4, 5} if overlap else set())
+        assert graphs_of(engine).num_replays.keys() == ({6, 4} if overlap else {6, 4, 1})
         assert watch.trespasses == []
 
 

@@ -118,30 +118,44 @@ class Recorder:
         return self.overlap.fork(0, project, *args)
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_only_one_launch_runs_beside_the_attentions_projections(
-    plain: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with registered():
-        backend = make_backend()
-        rows, layer = Rows(backend), make_layer()
-        if plain:
-            monkeypatch.setattr(projections, "on_device", lambda tensor: True)
-        meta = rows.step(STEP)
-        backend.core.overlap = recorder = Recorder(backend.core.overlap)
-        with paddle.no_grad():
-            out = layer(meta, hidden_states(40))
-        assert recorder.forked == [(40, "one_launch") if plain else (0, "two_gemms")]
-        monkeypatch.undo()
-        np.testing.assert_allclose(np.asarray(out), run(rows, layer), rtol=1e-4, atol=1e-5)
-
-
 def in_fp8(**settings: Any) -> Any:
     """The configuration of a server with `--quantization block_wise_fp8`."""
     fd_config = config(**settings)
     module = import_module("fastdeploy.model_executor.layers.quantization.block_wise_fp8")
     fd_config.quant_config = module.BlockWiseFP8Config()
     return fd_config
+
+
+@pytest.mark.parametrize(
+    ("weights", "one"),
+    [("host", False), ("plain", True), ("fp8", True), ("fp8 that change", False)],
+)
+def test_only_one_launch_runs_beside_the_attentions_projections(
+    weights: str,
+    one: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_log: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of weights that may change without a word of it no copies are kept: they would be old."""
+    if weights != "host":
+        monkeypatch.setattr(projections, "on_device", lambda tensor: True)
+    projections._log_once.cache_clear()
+    with registered(), caplog.at_level("INFO", "fd_dsa"):
+        make = in_fp8 if "fp8" in weights else config
+        fd_config = make(dynamic_load_weight="change" in weights)
+        backend = make_backend(fd_config)
+        rows, layer = Rows(backend), make_layer(fd_config)
+        meta = rows.step(STEP)
+        backend.core.overlap = recorder = Recorder(backend.core.overlap)
+        with paddle.no_grad():
+            outputs = [np.array(layer(meta, hidden_states(40))) for _ in range(2)]
+        assert recorder.forked == [(40, "one_launch") if one else (0, "two_gemms")] * 2
+        monkeypatch.undo()
+        for out in outputs:
+            np.testing.assert_allclose(out, run(rows, layer), rtol=1e-4, atol=1e-5)
+    lines = [record.message for record in caplog.records if "GEMMs" in record.message]
+    assert ["may change without notice" in line for line in lines] == [True] * ("change" in weights)
 
 
 def both_of(projections: IndexerProjections, hidden: Any) -> list[np.ndarray]:
@@ -173,33 +187,6 @@ def test_block_fp8_weights_are_dequantised_once_and_refreshed_in_place(
         np.testing.assert_allclose(after[0], 2 * before[0], rtol=1e-6)
         np.testing.assert_array_equal(after[1], before[1])
         assert [copy.data_ptr() for copy in made._copies] == addresses
-
-
-@pytest.mark.parametrize("promised", [True, False])
-def test_a_block_fp8_layer_overlaps_its_projections(
-    promised: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    fresh_log: Any,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Unless weights may change without a word of it: copies of them would be old ones."""
-    monkeypatch.setattr(projections, "on_device", lambda tensor: True)
-    projections._log_once.cache_clear()
-    with registered(), caplog.at_level("INFO", "fd_dsa"):
-        fd_config = in_fp8(dynamic_load_weight=True)
-        backend = make_backend(fd_config)
-        if promised:
-            backend.promise_refresh()
-        rows, layer = Rows(backend), make_layer(fd_config)
-        meta = rows.step(STEP)
-        backend.core.overlap = recorder = Recorder(backend.core.overlap)
-        with paddle.no_grad():
-            for _ in range(2):
-                layer(meta, hidden_states(40))
-    assert recorder.forked == [(40, "one_launch") if promised else (0, "two_gemms")] * 2
-    lines = [record.message for record in caplog.records if "GEMMs" in record.message]
-    assert len(lines) == (not promised)
-    assert promised or "may change without notice" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -183,8 +183,8 @@ def test_the_page_lists_what_is_looked_for() -> None:
         re.findall(r"`\w+`", section)
     )
     for check in CHECKS:
-        where, _, what = check.name.partition(": ")
-        assert where in section and what in listed | {""}, check.name
+        where, _, what = check.partition(": ")
+        assert where in section and what in listed | {""}, check
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_all_checks_pass_and_change_nothing(name: str, ours: bool) -> None:
         before = snapshot()
         found = checks()
         assert changed(before, snapshot()) == set()
-    assert found == [{"name": one.name, "passed": True, "reason": ""} for one in CHECKS]
+    assert found == [{"name": name, "passed": True, "reason": ""} for name in CHECKS]
 
 
 def test_one_check_that_fails_hides_no_other() -> None:

@@ -154,7 +154,7 @@ def _parity(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
     answers = {}
     for path in PATHS:
         with _serving(path, options, serve) as server:
-            answers[path] = parity.outputs(server, parity.prompts())
+            answers[path] = [parity.answer(server, text) for text in parity.prompts()]
     pairs = zip(answers[OURS], answers[UPSTREAM], strict=True)
     found = [parity.compare(ours, theirs, options.margin) for ours, theirs in pairs]
     return {"passed": all(one["passed"] for one in found), "margin": options.margin, "cases": found}

@@ -36,13 +36,8 @@ _SAY_EVERY_S = 30.0
 _HEALTH_ANSWER_S = 5.0
 _EXIT_BAD_START = 2
 # sizes that the embedded engine checks in the same way
-_CHECKED = (
-    "model",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "num_gpu_blocks_override",
-)
+_CHECKED = ("model", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+_CHECKED += ("num_gpu_blocks_override",)
 
 logger = logging.getLogger("fd_dsa.serve")
 

@@ -206,5 +206,5 @@ def compute_slot_mapping(
     assert batch_id_per_token.shape == block_idx.shape
     blocks = block_tables[batch_id_per_token, block_idx]
     slots = (blocks * block_size + position_ids % block_size).astype("int64")
-    _counters.allocation("slot_mapping", 8 * slots.shape[0])
+    _counters.allocation("slot_mapping")
     return slots

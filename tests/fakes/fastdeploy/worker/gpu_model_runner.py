@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy import _counters, _tree, envs
+from fastdeploy import _tree, envs
 from fastdeploy._arrays import host
 from fastdeploy.cache_manager.v1 import CacheController
 from fastdeploy.model_executor.layers.attention import get_attention_backend
@@ -115,7 +115,6 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         self, model_forward_batch: Any = None, num_running_requests: int | None = None
     ) -> None:
         """One step; with the overlap schedule its output is saved by the call after it."""
-        _counters.begin_step()
         if self.scheduler_config.enable_overlap_schedule:
             self.execute_model_overlap()
         else:
