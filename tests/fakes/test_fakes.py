@@ -30,7 +30,7 @@ OWN = ("sources.py",)
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=lambda tree: tree.name)
 def test_every_module_imports_in_every_tree(tree: Any) -> None:
-    """With nothing but Paddle and NumPy."""
+    """It needs Paddle and NumPy alone."""
     with installed(tree):
         before = set(sys.modules)
         for path in sorted(PACKAGE.rglob("*.py")):

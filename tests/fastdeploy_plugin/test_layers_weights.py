@@ -37,7 +37,7 @@ class BFloat16Weight:
 
 @pytest.mark.parametrize(("changes", "promised"), [(False, False), (True, True), (True, False)])
 def test_norm_weights_are_copied_once_and_refreshed_in_place(changes: bool, promised: bool) -> None:
-    """With FastDeploy's own runner, weights that reinforcement learning changes are read anew."""
+    """With FastDeploy's own runner, weights that may change are read each step."""
     with registered():
         backend = make_backend(config(dynamic_load_weight=changes))
         if promised:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import shlex
 import sys
 import time
@@ -239,12 +240,12 @@ def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bo
     # here, because a start of the embedded engine imports this module too
     import httpx
 
-    url, say_at, answer = f"{plan.url}/health", time.monotonic() + _SAY_EVERY_S, "no answer"
+    say_at, answer = time.monotonic() + _SAY_EVERY_S, "no answer"
     # a proxy of the environment is for other machines
     with httpx.Client(timeout=_HEALTH_ANSWER_S, trust_env=False) as client:
         while server.wait(0) is None and not server.signals:
             try:
-                code = client.get(url).status_code
+                code = client.get(f"{plan.url}/health").status_code
                 if code == httpx.codes.OK:
                     return True
                 answer = f"status {code}"
@@ -252,11 +253,12 @@ def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bo
                 answer = type(error).__name__
             if time.monotonic() >= say_at:
                 say_at += _SAY_EVERY_S
-                logger.info(
-                    "still starting after %d s: GET %s gives %s. FastDeploy answers once its "
-                    "workers have loaded the model; their own logs are in %s/ (workerlog.0). "
-                    "Ctrl-C stops",
-                    *(time.monotonic() - started, url, answer, _logs(plan)),
+                seconds = math.floor(time.monotonic() - started)
+                line = (
+                    f"still starting after {seconds} s: GET {plan.url}/health gives {answer}. "
+                    "FastDeploy answers once its workers have loaded the model; their own logs "
+                    f"are in {_logs(plan)}/ (workerlog.0). Ctrl-C stops"
                 )
+                logger.info("%s", line)
             server.wait(_HEALTH_EVERY_S)
     return False
