@@ -11,12 +11,14 @@ import pytest
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
+from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.runner import FastDeployRunnerMixin, make_runner_class
 from fd_dsa.fastdeploy_plugin.take_over import is_ours
 from fd_dsa.fastdeploy_plugin.tree_checks import RUNNER_METHODS, UnsupportedTree
 from tests.fakes.driver import Engine, Job
 from tests.fakes.trees import OURS_ENV, TREES, V1_VARIABLE, installed, plugin_distribution
 from tests.fastdeploy_plugin.names import RUNNER
+from tests.fastdeploy_plugin.watching import watch_steps
 
 SERVED = ["pr7367", "develop"]
 # every token that follows leads by 0.3: a batch of other rows moves a logit by 0.003
@@ -46,6 +48,26 @@ def engine(**overrides: Any) -> Engine:
 def jobs() -> list[Job]:
     """A prompt in chunks, and one that joins while the first decodes."""
     return [Job(PROMPTS[0], 5, chunk=32), Job(PROMPTS[1], 3, start_at=4)]
+
+
+def test_the_runner_says_whether_a_step_has_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    hints: list[bool | None] = []
+    original = PluginBackend.set_step_hints
+
+    def set_step_hints(backend: Any, has_prefill: bool | None) -> None:
+        hints.append(has_prefill)
+        original(backend, has_prefill)
+
+    monkeypatch.setattr(PluginBackend, "set_step_hints", set_step_hints)
+    with installed(TREES["develop"], OURS_ENV):
+        made = engine(enable_overlap_schedule=False)
+        # the profile run: one pass over prompts, then decoding
+        assert hints[0] is True and set(hints[1:]) == {False}
+        hints.clear()
+        watch = watch_steps(made)
+        made.generate(jobs())
+    assert hints == [step.lengths[0].any() for step in watch.steps]
+    assert set(hints) == {True, False}
 
 
 def test_a_dummy_run_begins_with_prompts_whatever_the_flag_says() -> None:
