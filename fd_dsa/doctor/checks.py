@@ -157,16 +157,3 @@ def as_lines(checks: list[dict[str, Any]]) -> list[str]:
         if check["detail"]:
             lines.append(f"    {check['detail']}")
     return lines
-
-
-def library() -> dict[str, Any]:
-    """What is known of fd_dsa_ops: `state`, `reason` and `path`."""
-    build = custom_ops.build()
-    return {"state": build.state, "reason": build.reason, "path": build.path}
-
-
-def library_line(found: dict[str, Any]) -> str:
-    """The same for a person."""
-    mark = "BROKEN" if found["state"] == custom_ops.BROKEN else found["state"]
-    path = f" ({found['path']})" if found["path"] else ""
-    return f"custom ops {mark}: {found['reason']}{path}"

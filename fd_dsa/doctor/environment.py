@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import has_nvidia_gpu, prepare_cpu_runtime, usable_cpus
+from fd_dsa.environment import (
+    has_nvidia_gpu,
+    installed_version,
+    nvidia_smi,
+    prepare_cpu_runtime,
+    usable_cpus,
+)
 from fd_dsa.errors import BackendUnavailable
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
@@ -18,7 +22,6 @@ _NEEDED = {
     "paddle": "pip install '.[cpu]'",
     "triton": "pip install triton",
 }
-_QUERY = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "-i", "0")
 
 
 def facts() -> dict[str, Any]:
@@ -26,29 +29,16 @@ def facts() -> dict[str, Any]:
     return {
         "machine": f"{platform.system()} {platform.machine()}, {usable_cpus()} processors, "
         f"Python {platform.python_version()}",
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         "gpu": _gpu(),
     }
-
-
-def _version(package: str) -> str:
-    """Installed version, or "" where the package is absent."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _gpu() -> dict[str, str] | None:
     """Name and driver of the first NVIDIA GPU; None without one."""
     if not has_nvidia_gpu():
         return None
-    try:
-        done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=20)
-        answer = done.stdout.strip() if done.returncode == 0 else ""
-    except (OSError, subprocess.TimeoutExpired):
-        answer = ""
-    name, _, driver = answer.partition(", ")
+    name, _, driver = "".join(nvidia_smi("name,driver_version", "0")).partition(", ")
     return {"name": name or "unknown (nvidia-smi does not answer)", "driver": driver or "unknown"}
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.fakes.driver import Job
 from tests.fakes.trees import TREES
-from tests.fastdeploy_plugin.engines import job, ours, prompt
+from tests.fastdeploy_plugin.engines import ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [4, 2, 1]}
@@ -21,7 +22,7 @@ SERVED = [
 
 
 def two_jobs() -> list[Any]:
-    return [job(prompt(70), 5, chunk=40), job(prompt(9, 1), 7)]
+    return [Job(prompt(70), 5, chunk=40), Job(prompt(9, 1), 7)]
 
 
 @pytest.mark.parametrize(
@@ -102,9 +103,9 @@ def test_a_decode_node_goes_on_with_keys_of_a_prefill_node(drafts: int) -> None:
     tokens = prompt(100)
     speculative = {"method": "ngram", "num_speculative_tokens": drafts} if drafts else {}
     with ours():
-        expected = answers(job(tokens, 6))[0]
+        expected = answers(Job(tokens, 6))[0]
         first = small_engine(20)
-        source = job(tokens, 2)
+        source = Job(tokens, 2)
         waiting = [source]
         first.step(waiting)
         blocks, token = list(source.blocks), list(source.output)
@@ -119,7 +120,7 @@ def test_a_decode_node_goes_on_with_keys_of_a_prefill_node(drafts: int) -> None:
                 with writable(own) as values:
                     values[to[: len(blocks)]] = theirs.numpy()[blocks]
 
-        output = second.generate([job(tokens, 6, fetch=fetch, output=token)])
+        output = second.generate([Job(tokens, 6, fetch=fetch, output=token)])
     assert output == [expected]
     assert not any(step.lengths[0].any() for step in watch.steps)
     assert watch.steps[0].lengths[1:].tolist() == [[100], [1]]

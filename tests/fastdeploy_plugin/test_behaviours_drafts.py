@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.fastdeploy_plugin.engines import job, ours, prompt
+from tests.fakes.driver import Job
+from tests.fastdeploy_plugin.engines import ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 NUM_DRAFTS = 3
@@ -38,16 +39,16 @@ def test_rows_of_one_to_four_tokens_run_together(graphs: bool) -> None:
     captured = {"use_cudagraph": True, "cudagraph_capture_sizes": [16, 8, 4]} if graphs else {}
     with ours():
         prompts = [prompt(30), prompt(62, 1)]
-        outputs = answers(*(job(one, LENGTH) for one in prompts), **SMALL)
+        outputs = answers(*(Job(one, LENGTH) for one in prompts), **SMALL)
         first, second = (one + more for one, more in zip(prompts, outputs, strict=True))
         engine = small_engine(**SPECULATIVE, **captured)
         watch = watch_steps(engine)
         output = engine.generate(
             [
-                job(first[:-LENGTH], LENGTH, drafts=right(first, 3)),
-                job(second[:-LENGTH], LENGTH, drafts=wrong_from(second, 1), chunk=25),
-                job(first[:-LENGTH], LENGTH, drafts=right(first, 0)),
-                job(second[:-LENGTH], LENGTH, drafts=right(second, 2), start_at=2),
+                Job(first[:-LENGTH], LENGTH, drafts=right(first, 3)),
+                Job(second[:-LENGTH], LENGTH, drafts=wrong_from(second, 1), chunk=25),
+                Job(first[:-LENGTH], LENGTH, drafts=right(first, 0)),
+                Job(second[:-LENGTH], LENGTH, drafts=right(second, 2), start_at=2),
             ]
         )
     assert output == [one[-LENGTH:] for one in (first, second, first, second)]

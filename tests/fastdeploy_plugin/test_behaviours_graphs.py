@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.driver import Job
 from tests.fakes.trees import TREES
-from tests.fastdeploy_plugin.engines import job, ours, prompt
+from tests.fastdeploy_plugin.engines import ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 SERVED = ["pr7367", "develop"]
@@ -21,7 +22,7 @@ def graphs_of(engine: Any) -> Any:
 
 def jobs(count: int) -> list[Any]:
     """Rows of other lengths, which stop after other numbers of tokens."""
-    return [job(prompt(20 + 11 * n, n), 4 + n) for n in range(count)]
+    return [Job(prompt(20 + 11 * n, n), 4 + n) for n in range(count)]
 
 
 @pytest.mark.parametrize("tree", SERVED)
@@ -90,8 +91,8 @@ def test_no_kind_of_step_waits_and_no_layer_makes_a_tensor(tree: str) -> None:
         engine = small_engine(**ROWS)
         watch = watch_steps(engine)
         with _counters.watch():
-            first = job(prompt(90), 4, chunk=64)
-            engine.generate([first, job([*prompt(70), 7], 4, after=first), job(prompt(9), 6)])
+            first = Job(prompt(90), 4, chunk=64)
+            engine.generate([first, Job([*prompt(70), 7], 4, after=first), Job(prompt(9), 6)])
         assert {"prefill", "mixed", "decode", "later chunk"} <= watch.kinds()
         assert _counters.events("sync", module="fd_dsa") == []
         allocations = _counters.events("allocation", module="fd_dsa")
@@ -107,7 +108,7 @@ def test_metadata_is_made_once_a_step_whatever_the_layers(num_layers: int) -> No
         watch = watch_steps(engine)
         builder = engine.runner.attn_backends[0].core.builder
         before = builder.num_builds
-        engine.generate([job(prompt(90), 4, chunk=64), job(prompt(9), 6)])
+        engine.generate([Job(prompt(90), 4, chunk=64), Job(prompt(9), 6)])
         assert builder.num_builds - before == len(watch.steps)
         windows = [step.forward_meta.indexer_attn_mask_offsets for step in watch.steps]
         assert [w is not None for w in windows] == [s.lengths[0].any() for s in watch.steps]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.driver import Job
 from tests.fakes.trees import TREES
-from tests.fastdeploy_plugin.engines import job, ours, prompt
+from tests.fastdeploy_plugin.engines import ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 SERVED = ["pr7367", "develop"]
@@ -26,7 +27,7 @@ def test_a_step_is_a_new_object_over_buffers_that_stay(tree: str) -> None:
             shapes.append([meta.batch_id_per_token.shape[0], meta.cu_seqlens_q.shape[0]])
 
         engine.runner.model.register_forward_post_hook(note)
-        engine.generate([job(prompt(40), 3), job(prompt(9, 1), 5, start_at=2)])
+        engine.generate([Job(prompt(40), 3), Job(prompt(9, 1), 5, start_at=2)])
     steps = watch.steps
     assert [step.tokens for step in steps] == [40, 1, 10, 1, 1, 1, 1]
     assert [shape[0] for shape in shapes] == [step.launched for step in steps]
@@ -41,10 +42,10 @@ def test_a_step_is_a_new_object_over_buffers_that_stay(tree: str) -> None:
 def test_slots_follow_a_table_that_changes_under_a_decode_row() -> None:
     """The scheduler moves a row's block: the next step reads and writes where it lies now."""
     with ours():
-        expected = answers(job(prompt(70), 6))[0]
+        expected = answers(Job(prompt(70), 6))[0]
         engine = small_engine()
         watch = watch_steps(engine)
-        moving, waiting = job(prompt(70), 6), []
+        moving, waiting = Job(prompt(70), 6), []
         waiting.append(moving)
         for _ in range(3):
             engine.step(waiting)
@@ -75,7 +76,7 @@ def _move_block(engine: Any, moving: Any) -> None:
 def test_a_step_without_tokens(expert_parallel_size: int, overlap: bool) -> None:
     """All rows wait for blocks; a rank of experts runs those of others meanwhile."""
     with ours():
-        expected = answers(job(prompt(62), 6))[0]
+        expected = answers(Job(prompt(62), 6))[0]
         engine = small_engine(
             expert_parallel_size=expert_parallel_size, enable_overlap_schedule=overlap
         )
@@ -91,7 +92,7 @@ def test_a_step_without_tokens(expert_parallel_size: int, overlap: bool) -> None
             finish()
 
         engine.runner._execute = execute
-        assert engine.generate([job(prompt(62), 6, late_blocks=3)])[0] == expected
+        assert engine.generate([Job(prompt(62), 6, late_blocks=3)])[0] == expected
     assert len(empty) >= 2
     assert all(meta.fd_dsa_step is not None for meta in empty)
     if not overlap:

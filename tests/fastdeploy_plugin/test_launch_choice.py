@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fd_dsa.config import demo_model_path
+from fd_dsa.environment import nvidia_smi
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin.launch import choice
 from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
@@ -94,48 +95,58 @@ def test_a_folder_without_a_size_is_left_to_the_embedded_engine(
 @pytest.mark.parametrize(
     ("argv", "visible", "package", "answer", "asked_for"),
     [
-        ([], None, "3.3.1", "1024\n", "0"),
-        ([], "3,1", "3.3.1", "1024\n", "3"),
-        ([], "GPU-a", "3.3.1", "1024\n", "GPU-a"),
+        ([], None, "3.3.1", ["1024 MiB"], "0"),
+        ([], "3,1", "3.3.1", ["1024 MiB"], "3"),
+        ([], "GPU-a", "3.3.1", ["1024 MiB"], "GPU-a"),
         # the host's memory counts on the CPU, with Paddle for CPUs, and if the GPU does not say
-        (["--device", "cpu"], None, "3.3.1", "1024\n", None),
-        ([], None, None, "1024\n", None),
-        ([], None, "3.3.1", "", "0"),
-        ([], None, "3.3.1", "[N/A]", "0"),
-        ([], None, "3.3.1", None, "0"),
+        (["--device", "cpu"], None, "3.3.1", ["1024 MiB"], None),
+        ([], None, "", ["1024 MiB"], None),
+        ([], None, "3.3.1", [], "0"),
+        ([], None, "3.3.1", ["[N/A]"], "0"),
     ],
 )
 def test_the_memory_of_a_gpu(
     argv: list[str],
     visible: str | None,
-    package: str | None,
-    answer: str | None,
+    package: str,
+    answer: list[str],
     asked_for: str | None,
     large: str,
     installed: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        asked.append(command[-1])
-        if answer is None:
-            raise FileNotFoundError
-        return subprocess.CompletedProcess(command, 0, stdout=answer)
-
-    def version(name: str) -> str:
-        if package is None:
-            raise choice.PackageNotFoundError(name)
-        return package
+    def nvidia_smi(fields: str, gpu: str) -> list[str]:
+        asked.append(gpu)
+        return answer
 
     installed.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         installed.setenv("CUDA_VISIBLE_DEVICES", visible)
     installed.setattr(choice, "has_nvidia_gpu", lambda: True)
-    installed.setattr(choice, "version", version)
-    installed.setattr(choice.subprocess, "run", run)
+    installed.setattr(choice, "installed_version", lambda name: package)
+    installed.setattr(choice, "nvidia_smi", nvidia_smi)
     installed.setattr(memory_plan, "available_memory_bytes", lambda: 1 << 50)
-    counts = asked_for is not None and answer == "1024\n"
+    counts = asked_for is not None and answer == ["1024 MiB"]
     where = "1.0 GiB on the GPU" if counts else "free in host memory"
     assert choose_engine(*flags(*argv))[1].endswith(where)
     assert asked == ([] if asked_for is None else [asked_for])
     assert choose_engine(*flags(*argv, large))[0] == ("fastdeploy" if counts else "embedded")
+
+
+@pytest.mark.parametrize(("status", "lines"), [(0, ["one", "two"]), (9, []), (None, [])])
+def test_what_nvidia_smi_reports(
+    status: int | None, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        if status is None:
+            raise FileNotFoundError
+        return subprocess.CompletedProcess(command, status, stdout="one\ntwo\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert nvidia_smi("name", "3") == lines == nvidia_smi("name")
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    assert commands == [[*query, "-i", "3"], query]

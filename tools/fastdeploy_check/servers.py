@@ -21,7 +21,7 @@ import httpx
 
 from benchmarks._harness import environment
 from fd_dsa import __version__
-from fd_dsa.doctor.environment import facts
+from fd_dsa.environment import installed_version, nvidia_smi
 from fd_dsa.fastdeploy_plugin.launch.environment import server_environment
 from fd_dsa.fastdeploy_plugin.launch.flags import without_secrets
 from fd_dsa.fastdeploy_plugin.launch.probe import probe
@@ -170,19 +170,9 @@ def machine(argv: Sequence[str], paths: Mapping[str, Any]) -> dict[str, Any]:
         **environment(),
         "fd_dsa": __version__,
         "fastdeploy": paths[OURS]["version"],
-        "paddlepaddle-gpu": facts()["packages"]["paddlepaddle-gpu"],
+        "paddlepaddle-gpu": installed_version("paddlepaddle-gpu"),
         "os": platform.platform(),
-        "gpus": _gpus(),
+        "gpus": nvidia_smi("index,name,memory.total"),
         "command": shlex.join(["python", "-m", "tools.fastdeploy_check", *without_secrets(argv)]),
         "paths": dict(paths),
     }
-
-
-def _gpus() -> list[str]:
-    """Number, name and memory of each GPU; none where nvidia-smi does not answer."""
-    query = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.splitlines() if done.returncode == 0 else []

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.environment import has_nvidia_gpu, process_environment
+from fd_dsa.environment import (
+    has_nvidia_gpu,
+    installed_version,
+    nvidia_smi,
+    process_environment,
+)
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 
@@ -17,8 +20,6 @@ INSTALL = (
     "install it from Paddle's own package index (docs/fastdeploy.md has the commands), then fd_dsa "
     "beside it"
 )
-_QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "-i")
-_QUERY_S = 20
 
 
 def fastdeploy_is_installed() -> bool:
@@ -39,15 +40,7 @@ def require_fastdeploy() -> None:
 def fastdeploy_version() -> str:
     """Version of the installed package, "" where its files do not tell."""
     # the package for CUDA, and its name in a build from source
-    return _version("fastdeploy-gpu") or _version("fastdeploy")
-
-
-def _version(package: str) -> str:
-    """Installed version, "" where the package is absent."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
+    return installed_version("fastdeploy-gpu") or installed_version("fastdeploy")
 
 
 def choose_engine(args: argparse.Namespace, passed: PassedFlags) -> tuple[str, str]:
@@ -130,12 +123,10 @@ def _gpu_memory_bytes() -> int:
 
     0 without one, with Paddle for CPUs alone, and where nvidia-smi does not say.
     """
-    if not has_nvidia_gpu() or not _version("paddlepaddle-gpu"):
+    if not has_nvidia_gpu() or not installed_version("paddlepaddle-gpu"):
         return 0
     visible = process_environment().get("CUDA_VISIBLE_DEVICES", "0")
-    query = (*_QUERY, visible.partition(",")[0].strip())
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=_QUERY_S)
-        return int(done.stdout.split()[0]) << 20 if done.returncode == 0 else 0
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
-        return 0
+    memory = nvidia_smi("memory.total", visible.partition(",")[0].strip())
+    # such as "81559 MiB", or "[N/A]"
+    number = "".join(memory[:1]).partition(" ")[0]
+    return int(number) << 20 if number.isdecimal() else 0
