@@ -31,20 +31,15 @@ MARK = "__fd_dsa__"
 
 _BACKEND_FILE = f"{ATTENTION}.dsa_attention_backend"
 
-_FORWARD = ("q", "k", "v", "qkv", "compressed_kv", "k_pe", "layer", "forward_meta")
+_FORWARD = "q k v qkv compressed_kv k_pe layer forward_meta"
 _BACKEND_METHODS = {
     "__init__": (
-        "fd_config",
-        "kv_num_heads",
-        "num_heads",
-        "head_dim",
-        "encoder_block_shape_q",
-        "decoder_block_shape_q",
+        "fd_config kv_num_heads num_heads head_dim encoder_block_shape_q decoder_block_shape_q"
     ),
     "forward_mixed": _FORWARD,
     "forward": _FORWARD,
-    "init_attention_metadata": ("forward_meta",),
-    "get_kv_cache_shape": ("max_num_blocks", "kv_cache_quant_type"),
+    "init_attention_metadata": "forward_meta",
+    "get_kv_cache_shape": "max_num_blocks kv_cache_quant_type",
 }
 # what the shapes of caches follow from
 _SIZES = {
@@ -54,7 +49,7 @@ _SIZES = {
     "index_head_dim": 128,
     "quant_block_size": 128,
 }
-_LAYER = ("fd_config", "layer_id", "prefix")
+_LAYER = "fd_config layer_id prefix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +59,14 @@ class Known:
     Attributes:
         module: below `fastdeploy.model_executor`.
         name: of the class.
-        parts: attributes that ours read.
-        methods: name -> parameters after `self`.
+        parts: attributes that ours read, with spaces.
+        methods: name -> parameters after `self`, with spaces.
     """
 
     module: str
     name: str
-    parts: tuple[str, ...] = ()
-    methods: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: str = ""
+    methods: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -90,55 +85,32 @@ KNOWN = (
     Known(
         "models.deepseek_v3",
         "Indexer",
-        ("index_head_dim", "index_n_heads", "wq_b", "wk", "weights_proj", "k_norm"),
-        {"__init__": _LAYER, "forward": ("forward_meta", "hidden_states", "qr", "rotary_emb")},
+        "index_head_dim index_n_heads wq_b wk weights_proj k_norm",
+        {"__init__": _LAYER, "forward": "forward_meta hidden_states qr rotary_emb"},
     ),
     Known(
         "models.deepseek_v3",
         "DeepseekV32DSAAttention",
-        (
-            "num_attention_heads_tp",
-            "q_lora_rank",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_head_dim",
-            "v_head_dim",
-            "qkv_a_proj_with_mqa",
-            "q_a_layernorm",
-            "kv_a_layernorm",
-            "q_b_proj",
-            "kv_b_proj_bmm",
-            "o_proj",
-            "rotary_emb",
-            "indexer_rotary_emb",
-            "indexer",
-            "dsa_attn",
-        ),
-        {"__init__": _LAYER, "forward": ("forward_meta", "hidden_states")},
+        "num_attention_heads_tp q_lora_rank kv_lora_rank qk_nope_head_dim qk_head_dim v_head_dim "
+        "qkv_a_proj_with_mqa q_a_layernorm kv_a_layernorm q_b_proj kv_b_proj_bmm o_proj "
+        "rotary_emb indexer_rotary_emb indexer dsa_attn",
+        {"__init__": _LAYER, "forward": "forward_meta hidden_states"},
     ),
-    Known("layers.normalization", "RMSNorm", ("weight", "eps")),
-    Known("layers.normalization", "LayerNorm", ("weight", "bias")),
-    Known("layers.rotary_embedding", "DeepseekScalingRotaryEmbedding", ("cos_sin_cache",)),
-    Known("layers.linear", "KVBatchLinear", (), {"forward": ("x", "proj_type")}),
+    Known("layers.normalization", "RMSNorm", "weight eps"),
+    Known("layers.normalization", "LayerNorm", "weight bias"),
+    Known("layers.rotary_embedding", "DeepseekScalingRotaryEmbedding", "cos_sin_cache"),
+    Known("layers.linear", "KVBatchLinear", "", {"forward": "x proj_type"}),
     Known(
         "layers.attention.attention",
         "Attention",
-        (),
-        {"forward": ("q", "k", "v", "qkv", "compressed_kv", "k_pe", "forward_meta")},
+        "",
+        {"forward": "q k v qkv compressed_kv k_pe forward_meta"},
     ),
 )
 """The layers that ours derive from or call."""
 
-FORWARD_META = (
-    "ids_remove_padding",
-    "attn_backend",
-    "seq_lens_encoder",
-    "seq_lens_decoder",
-    "seq_lens_this_time",
-    "block_tables",
-    "caches",
-    "max_len_tensor_cpu",
-)
+FORWARD_META = ("ids_remove_padding", "attn_backend", "seq_lens_encoder", "seq_lens_decoder")
+FORWARD_META += ("seq_lens_this_time", "block_tables", "caches", "max_len_tensor_cpu")
 """Fields of FastDeploy's ForwardMeta that ours read and the runner fills."""
 
 RUNNER_METHODS = (
@@ -311,18 +283,18 @@ def _refuse_missing(owner: type, missing: list[str]) -> None:
         raise UnsupportedTree(f"{owner.__name__} has no {', '.join(missing)}")
 
 
-def _check_methods(owner: Any, name: str, methods: Mapping[str, tuple[str, ...]]) -> None:
+def _check_methods(owner: Any, name: str, methods: Mapping[str, str]) -> None:
     """Refuse a class one of whose methods takes other parameters after `self`."""
     for method, expected in methods.items():
         function = attribute(owner, method, name)
-        found = tuple(inspect.signature(function).parameters)[1:]
-        if found != expected:
+        found, known = list(inspect.signature(function).parameters)[1:], expected.split()
+        if found != known:
             raise UnsupportedTree(
-                f"{name}.{method} takes ({', '.join(found)}), known is ({', '.join(expected)})"
+                f"{name}.{method} takes ({', '.join(found)}), known is ({', '.join(known)})"
             )
 
 
-def _check_parts(layer: type, parts: tuple[str, ...]) -> None:
+def _check_parts(layer: type, parts: str) -> None:
     """Refuse a layer whose methods name none of these attributes: it has others in their place."""
     named: set[str] = set()
     for owner in layer.__mro__:
@@ -330,7 +302,7 @@ def _check_parts(layer: type, parts: tuple[str, ...]) -> None:
             code = getattr(inspect.unwrap(method) if callable(method) else method, "__code__", None)
             if code is not None:
                 named.update(code.co_names)
-    _refuse_missing(layer, [part for part in parts if part not in named])
+    _refuse_missing(layer, [part for part in parts.split() if part not in named])
 
 
 CHECKS: dict[str, Callable[[], Any]] = {

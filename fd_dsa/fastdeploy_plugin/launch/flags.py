@@ -18,28 +18,15 @@ from fd_dsa.errors import ConfigError
 BLOCK_SIZE = 64
 _MULTI_SERVER = "python -m fastdeploy.entrypoints.openai.multi_api_server"
 
-# our flag -> FastDeploy's flag of the same meaning
-MAPPED = {
-    "model": "--model",
-    "served_model_name": "--served-model-name",
-    "host": "--host",
-    "port": "--port",
-    "tensor_parallel_size": "--tensor-parallel-size",
-    "data_parallel_size": "--data-parallel-size",
-    "enable_expert_parallel": "--enable-expert-parallel",
-    "max_model_len": "--max-model-len",
-    "max_num_seqs": "--max-num-seqs",
-    "max_num_batched_tokens": "--max-num-batched-tokens",
-    "block_size": "--block-size",
-    "num_gpu_blocks_override": "--num-gpu-blocks-override",
-    "enable_prefix_caching": "--enable-prefix-caching",
-    "shutdown_timeout": "--timeout-graceful-shutdown",
-    "api_key": "--api-key",
-    "max_concurrency": "--max-concurrency",
-    "tokenizer": "--tokenizer",
-    "gpu_memory_utilization": "--gpu-memory-utilization",
-    "chat_template": "--chat-template",
-}
+# flags of ours that FastDeploy has under the same name, and all that it has -> its flag
+_SAME_NAME = (
+    "model served_model_name host port tensor_parallel_size data_parallel_size "
+    "enable_expert_parallel max_model_len max_num_seqs max_num_batched_tokens block_size "
+    "num_gpu_blocks_override enable_prefix_caching api_key max_concurrency tokenizer "
+    "gpu_memory_utilization chat_template"
+)
+MAPPED = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAME.split()}
+MAPPED["shutdown_timeout"] = "--timeout-graceful-shutdown"
 _CHOSEN_BY_LAUNCHER = ("model", "served_model_name", "host", "port", "block_size")
 _PARSERS = "FastDeploy's parsers have names of their own; give its {} after --"
 _GRAPHS = "FastDeploy's own flag is --graph-optimization-config, to be given after --, with '{}'"
