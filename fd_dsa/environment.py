@@ -104,6 +104,36 @@ def has_nvidia_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
+def nvidia_smi(fields: str, gpu: str = "") -> list[str]:
+    """What nvidia-smi reports, one line a GPU; none where it is missing or does not answer.
+
+    Args:
+        fields: names of its `--query-gpu`, with commas.
+        gpu: number or UUID of one GPU, "" = all.
+    """
+    # late: few commands ask
+    import subprocess
+
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(
+            [*query, *(["-i", gpu] if gpu else [])], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def installed_version(package: str) -> str:
+    """Version of an installed package, "" without it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def choose_triton_mode() -> bool:
     """True if Triton kernels of this process run in Triton's interpreter, False if compiled.
 

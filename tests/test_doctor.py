@@ -16,7 +16,7 @@ import pytest
 
 from fd_dsa import custom_ops, doctor
 from fd_dsa.cli import main as fd_dsa
-from fd_dsa.doctor import checks, environment, graphs
+from fd_dsa.doctor import checks, environment
 from fd_dsa.ops.cache_probes import CASES
 from fd_dsa.ops.probes import Case, CheckFailed, Memory, Outputs, require
 from fd_dsa.ops.providers import function
@@ -72,29 +72,9 @@ def test_a_wrong_value_is_found(name: str, output: str, place: int) -> None:
         list(results)
 
 
-def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(["--device", "cpu"]) == 0
-    text = capsys.readouterr().out
-    assert text.endswith("\nhealthy\n") and "FAILED" not in text
-    assert "No GPU kernel was run" in text
-    assert "\ngraphs     none: a CPU has none\n" in text
-    assert all(name in text for name in CASES)
-    assert "\n  cache_write        cpu       paddle             ok" in text
-
-
-def test_it_fits_a_narrow_terminal(
+def test_a_healthy_machine(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
-    assert doctor.main(["--device", "cpu"]) == 0
-    narrow = capsys.readouterr().out
-    assert max(map(len, narrow.splitlines())) <= 60
-    words = " ".join(narrow.split())
-    assert words.count("CPU: NumPy; GEMMs by oneDNN or Paddle") == len(CASES)
-    assert "The CPU was checked alone." in words
-
-
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert fd_dsa(["doctor", "--json", "--device", "cpu"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["healthy"] and found["device"] == "cpu"
@@ -102,6 +82,19 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert {check["name"] for check in found["checks"]} == set(CASES)
     assert {check["provider"] for check in found["checks"]} == {"paddle"}
     assert all(check["reason"] and check["ms"] >= 0 for check in found["checks"])
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = doctor.as_text(found)
+    assert text.endswith("\nhealthy\n") and "FAILED" not in text
+    assert "No GPU kernel was run" in text
+    assert "\ngraphs     none: a CPU has none\n" in text
+    assert "\n  cache_write        cpu       paddle             ok" in text
+    # it fits a narrow terminal
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = doctor.as_text(found)
+    assert max(map(len, narrow.splitlines())) <= 60
+    words = " ".join(narrow.split())
+    assert words.count("CPU: NumPy; GEMMs by oneDNN or Paddle") == len(CASES)
+    assert "The CPU was checked alone." in words
 
 
 def test_a_wrong_result_and_an_error_fail(
@@ -283,9 +276,9 @@ def test_whether_decode_steps_are_captured(
     from paddle.device.cuda import graphs as paddle_graphs
 
     monkeypatch.setattr(paddle_graphs, "is_cuda_graph_supported", lambda: supported)
-    found = graphs.facts("gpu:0", interpreting)
+    found = environment.graph_facts("gpu:0", interpreting)
     assert found["reason"] == reason and bool(found["sizes"]) == (not reason)
-    line = graphs.as_line(found)
+    line = environment.graph_line(found)
     assert reason in line if reason else "decode steps of 1, 2, 4, 8, 16" in line
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fd_dsa import doctor
 from fd_dsa.doctor import fastdeploy
-from fd_dsa.doctor.fastdeploy import Fastdeploy, as_lines, examination
+from fd_dsa.doctor.fastdeploy import as_lines, examination, facts
 from fd_dsa.fastdeploy_plugin.launch import choice
 from fd_dsa.fastdeploy_plugin.launch.environment import ENTRY_POINT_GROUPS
 from fd_dsa.fastdeploy_plugin.tree_checks import CHECKS
@@ -21,7 +21,6 @@ from tests.fastdeploy_plugin.launcher import environment, plugin_folder
 
 BEFORE_7367 = trees.BROKEN["before_7367"]
 OURS = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": "fd_dsa"}
-WAYS = {"from_here", "with_engine_fastdeploy"}
 
 
 def diagnose(
@@ -46,13 +45,15 @@ def diagnose(
 def paths(folder: Path, **more: Any) -> dict[str, Any]:
     """What would serve, by the way in which FastDeploy is started."""
     found = json.loads(diagnose(folder, "--json", **more).stdout)
-    assert found["healthy"] and set(found["fastdeploy"]["paths"]) == WAYS
+    assert found["healthy"]
+    assert set(found["fastdeploy"]["paths"]) == {"from_here", "with_engine_fastdeploy"}
     return found["fastdeploy"]["paths"]
 
 
 @pytest.mark.slow
 def test_an_installation_in_words(tmp_path: Path) -> None:
-    text = diagnose(tmp_path).stdout
+    """The launcher's environment is enough; the report says what a start from here would do."""
+    text = diagnose(tmp_path, "--fastdeploy").stdout
     lines = text.partition("\ndevice ")[0].splitlines()[4:]
     assert lines[:2] == [
         "fastdeploy 0.0.0+fake",
@@ -64,6 +65,9 @@ def test_an_installation_in_words(tmp_path: Path) -> None:
         "DSA_ATTN"
     )
     assert lines[3].startswith("           --engine fastdeploy: fd_dsa serves: FastDeploy 0.0.0+fa")
+    listed = [line.rsplit(maxsplit=1) for line in lines[4:][: len(CHECKS)]]
+    assert [(name.strip(), mark) for name, mark in listed] == [(name, "ok") for name in CHECKS]
+    assert text.endswith("fd_dsa serves in FastDeploy: see the lines below its version\n")
 
 
 @pytest.mark.slow
@@ -73,8 +77,9 @@ def test_an_installation_as_json(tmp_path: Path) -> None:
     assert found["entry_points"] == list(ENTRY_POINT_GROUPS)
     assert found["missing_entry_points"] == []
     assert found["environment"] == {**OURS, "FD_DSA_DISABLE": None}
-    here, launched = (found["paths"][way] for way in sorted(WAYS))
+    here, launched = found["paths"].values()
     assert here == launched and here["live"] and here["runner_is_ours"]
+    assert not {"checks", "version", "error"} & here.keys()
     assert not (tmp_path / "log").exists()
 
 
@@ -108,29 +113,12 @@ def test_why_not(tmp_path: Path, more: dict[str, Any], here: str, launched: str 
 
 
 @pytest.mark.slow
-def test_every_check_of_a_tree_that_fits_is_listed(tmp_path: Path) -> None:
-    """The launcher's environment is enough; the report says what a start from here would do."""
-    text = diagnose(tmp_path, "--fastdeploy").stdout
-    lines = text.partition("\ndevice ")[0].splitlines()
-    first = next(i for i, line in enumerate(lines) if "--engine fastdeploy: fd_dsa serves" in line)
-    listed = [line.rsplit(maxsplit=1) for line in lines[first + 1 :][: len(CHECKS)]]
-    assert [(name.strip(), mark) for name, mark in listed] == [(one.name, "ok") for one in CHECKS]
-    assert text.endswith("fd_dsa serves in FastDeploy: see the lines below its version\n")
-
-
-@pytest.mark.slow
 def test_a_check_that_fails_leaves_the_others_listed(tmp_path: Path) -> None:
     broken: dict[str, Any] = {"tree": trees.BROKEN["missing_symbol"], "status": 1}
     text = diagnose(tmp_path, "--fastdeploy", **broken).stdout
     (line,) = (x for x in text.splitlines() if x.strip().startswith("models/deepseek_v3.py: Index"))
     assert line.endswith("  models/deepseek_v3.py has no Indexer")
     assert "fd_dsa does NOT serve in FastDeploy" in text and "\nhealthy\n" in text
-    found = json.loads(diagnose(tmp_path, "--fastdeploy", "--json", **broken).stdout)["fastdeploy"]
-    assert not found["serves"]
-    assert [check["name"] for check in found["checks"]] == [check.name for check in CHECKS]
-    (failed,) = (check for check in found["checks"] if not check["passed"])
-    assert failed["name"] == "models/deepseek_v3.py: Indexer"
-    assert failed["reason"] in found["paths"]["with_engine_fastdeploy"]["why"]
 
 
 @pytest.mark.slow
@@ -143,29 +131,34 @@ def test_a_broken_installation_does_not_make_the_doctor_ill(tmp_path: Path, sour
         assert not path["live"] and path["why"].startswith("FastDeploy cannot be imported: ")
 
 
-def test_a_runner_that_is_not_ours_is_told() -> None:
-    path = {"live": True, "why": "x", "runner_is_ours": True}
-    facts = Fastdeploy({}).facts() | {"installed": True, "missing_entry_points": []}
-    told = []
-    for ours in (True, False):
-        facts["paths"] = {"from_here": path | {"runner_is_ours": ours}}
-        told.append(as_lines(facts)[-1].strip())
-    assert told[0] == "started from here: fd_dsa serves: x"
-    assert told[1] == f"{told[0]} (but the model runner is FastDeploy's own)"
+@pytest.mark.parametrize("serves", [True, False])
+def test_facts_and_lines(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runner that is not ours, and an entry point that is missing, are named."""
+    for name, value in (("installed", True), ("missing_entry_points", [ENTRY_POINT_GROUPS[1]])):
+        target = "fastdeploy_is_installed" if name == "installed" else name
+        monkeypatch.setattr(fastdeploy, target, lambda value=value: value)
+    checks = [{"name": "x", "passed": False, "reason": "y"}]
+    path = {"error": "", "version": "1", "live": serves, "why": "z", "runner_is_ours": not serves}
+    found = facts({"from_here": path, "with_engine_fastdeploy": path | {"checks": checks}})
+    assert found["serves"] is serves and found["checks"] == checks and found["version"] == "1"
+    assert found["entry_points"] == [ENTRY_POINT_GROUPS[0]]
+    lines = as_lines(found, with_tree=True)
+    missing = f"fd_dsa has no entry point in {ENTRY_POINT_GROUPS[1]}; install it as a package"
+    assert [lines[0], lines[1].strip()] == ["fastdeploy 1", missing]
+    alone = " (but the model runner is FastDeploy's own)" if serves else ""
+    who = "fd_dsa serves" if serves else "FastDeploy's own path serves"
+    assert lines[3].strip() == f"started from here: {who}: z{alone}"
+    assert lines[-1].split() == ["x", "y"]
 
 
-class _Silent:
-    """A probe whose child cannot be started."""
-
-    def __init__(self, environment: object) -> None:
+def test_a_probe_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object) -> Any:
         raise OSError("no room for a process")
 
-
-def test_a_probe_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastdeploy, "fastdeploy_is_installed", lambda: True)
-    monkeypatch.setattr(fastdeploy, "Probe", _Silent)
+    monkeypatch.setattr(fastdeploy, "probe", silent)
     with examination() as found:
-        for path in found.facts()["paths"].values():
+        for path in found()["paths"].values():
             why = "FastDeploy could not be tried: no room for a process"
             assert path == {"live": False, "why": why}
 
@@ -173,16 +166,6 @@ def test_a_probe_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_fastdeploy_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastdeploy, "fastdeploy_is_installed", lambda: False)
     with examination() as found:
-        facts = found.facts()
-    assert not facts["installed"] and facts["paths"] == {}
-    assert as_lines(facts) == ["fastdeploy not installed; --engine fastdeploy alone needs it"]
-
-
-def test_a_missing_entry_point_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastdeploy, "missing_entry_points", lambda: [ENTRY_POINT_GROUPS[1]])
-    facts = Fastdeploy({}).facts() | {"installed": True}
-    assert facts["entry_points"] == [ENTRY_POINT_GROUPS[0]]
-    said = (
-        f"           fd_dsa has no entry point in {ENTRY_POINT_GROUPS[1]}; install it as a package"
-    )
-    assert as_lines(facts)[1] == said
+        known = found()
+    assert not known["installed"] and known["paths"] == {}
+    assert as_lines(known) == ["fastdeploy not installed; --engine fastdeploy alone needs it"]

@@ -62,10 +62,10 @@ def examine(device: str | None = None) -> dict[str, Any]:
 
     Returns:
         `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
-        `fastdeploy` (see `Fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
+        `fastdeploy` (see `fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
         Triton kernels run), `note` (what was not checked and why, or ""), `checks` (a list; see
-        `run_checks`), `custom_ops` (see `checks.library`), `graphs` (see `graphs.facts`), which
-        has no part in `healthy` either, `healthy`.
+        `run_checks`), `custom_ops` (`state`, `reason` and `path` of fd_dsa_ops), `graphs`
+        (see `environment.graph_facts`), which has no part in `healthy` either, `healthy`.
 
     Raises:
         ConfigError: FD_DSA_OP_PROVIDER cannot be read.
@@ -74,27 +74,26 @@ def examine(device: str | None = None) -> dict[str, Any]:
     facts = environment.facts()
     device = environment.device_to_check(device)
     # the check imports Paddle and Triton, whose absence has a clear error of its own above
-    from fd_dsa.custom_ops import BROKEN
-    from fd_dsa.doctor import graphs
-    from fd_dsa.doctor.checks import library, run_checks
+    from fd_dsa import custom_ops
+    from fd_dsa.doctor.checks import run_checks
     from fd_dsa.doctor.fastdeploy import examination
     from fd_dsa.triton_runtime import INTERPRETING
 
-    with examination() as fastdeploy:
+    with examination() as fastdeploy_facts:
         checks = run_checks(device)
-        found = fastdeploy.facts()
-    built = library()
+        fastdeploy = fastdeploy_facts()
+    build = custom_ops.build()
     return {
         "version": __version__,
         **facts,
-        "fastdeploy": found,
+        "fastdeploy": fastdeploy,
         "device": device,
         "kernels": "interpreted" if INTERPRETING else "compiled",
         "note": environment.not_checked(device, facts["gpu"], INTERPRETING),
         "checks": checks,
-        "custom_ops": built,
-        "graphs": graphs.facts(device, INTERPRETING),
-        "healthy": all(check["passed"] for check in checks) and built["state"] != BROKEN,
+        "custom_ops": {"state": build.state, "reason": build.reason, "path": build.path},
+        "graphs": environment.graph_facts(device, INTERPRETING),
+        "healthy": all(check["passed"] for check in checks) and build.state != custom_ops.BROKEN,
     }
 
 
@@ -106,22 +105,23 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
         with_tree: list every check of the FastDeploy tree.
     """
     # its imports read no package that may be missing; the others of this room do
+    from fd_dsa.custom_ops import BROKEN
     from fd_dsa.doctor.checks import as_lines as checks_lines
-    from fd_dsa.doctor.checks import library_line
     from fd_dsa.doctor.fastdeploy import as_lines as fastdeploy_lines
-    from fd_dsa.doctor.graphs import as_line as graphs_line
 
     packages = ", ".join(f"{name} {v or 'not installed'}" for name, v in found["packages"].items())
-    gpu = found["gpu"]
+    gpu, ops = found["gpu"], found["custom_ops"]
+    state = "BROKEN" if ops["state"] == BROKEN else ops["state"]
+    path = f" ({ops['path']})" if ops["path"] else ""
     lines = [
         f"fd_dsa     {found['version']}",
         f"machine    {found['machine']}",
         f"packages   {packages}",
         f"gpu        {gpu['name'] + ', driver ' + gpu['driver'] if gpu else 'none'}",
         *fastdeploy_lines(found["fastdeploy"], with_tree),
-        library_line(found["custom_ops"]),
+        f"custom ops {state}: {ops['reason']}{path}",
         f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
-        graphs_line(found["graphs"]),
+        environment.graph_line(found["graphs"]),
         "",
         *checks_lines(found["checks"]),
     ]

@@ -38,20 +38,32 @@ def run_checks(device: str) -> list[dict[str, Any]]:
     for operator, case in CASES.items():
         host: Outputs = {}
         for place, memory in memories.items():
-            wanted = asked.get(operator) if place == device else None
-            here = [_checked(operator, p, case, place, memory, host) for p in _on(operator, place)]
-            able = [row["provider"] for row in here if row["able"]]
+            wanted = asked.get(operator, "") if place == device else ""
+            refused = {p: _why_not(operator, p, memory) for p in _on(operator, place)}
+            able = [provider for provider, reason in refused.items() if not reason]
             chosen = wanted or next(iter(able), "")
-            if wanted and wanted not in able:
-                reasons = {row["provider"]: row["reason"] for row in here}
-                reason = reasons.get(wanted, f"it serves no tensors on {place}")
-                here = [row for row in here if row["provider"] != wanted]
-                here.append(_row(operator, place, wanted, f"{VARIABLE} asks for it: {reason}"))
-            for row in here:
-                row["serves"] = row["provider"] == chosen
-                if row.pop("able") and not row["serves"]:
-                    row["reason"] += f"; {chosen} serves"
-            rows += here
+            if wanted and wanted not in refused:
+                refused[wanted] = f"it serves no tensors on {place}"
+            for provider, reason in refused.items():
+                detail, milliseconds = "", 0.0
+                if provider in able:
+                    others = "" if provider == chosen else f"; {chosen} serves"
+                    reason = reason_for(provider) + others
+                    detail, milliseconds = _checked(operator, provider, case, memory, host)
+                elif provider == wanted:
+                    detail, reason = f"{VARIABLE} asks for it: {reason}", ""
+                rows.append(
+                    {
+                        "name": operator,
+                        "device": place,
+                        "provider": provider,
+                        "reason": reason,
+                        "passed": not detail,
+                        "detail": detail,
+                        "ms": round(milliseconds, 1),
+                        "serves": provider == chosen,
+                    }
+                )
     return rows
 
 
@@ -90,12 +102,12 @@ def _why_not(operator: str, provider: str, memory: Memory) -> str:
 
 
 def _checked(
-    operator: str, provider: str, case: Case, place: str, memory: Memory, host: Outputs
-) -> dict[str, Any]:
-    """Check a provider, and keep the CPU's results in `host`; whatever it raises is its result."""
-    reason = _why_not(operator, provider, memory)
-    if reason:
-        return _row(operator, place, provider, "", reason) | {"able": False}
+    operator: str, provider: str, case: Case, memory: Memory, host: Outputs
+) -> tuple[str, float]:
+    """What was wrong with a provider, "" if nothing, and milliseconds.
+
+    Keeps the CPU's results in `host`; whatever the provider raises is wrong.
+    """
     if provider in (TENSOR_CORE, CUSTOM_OP):
         case = TENSOR_CORE_CASES.get(operator, case)
     begin, detail = time.perf_counter(), ""
@@ -113,9 +125,7 @@ def _checked(
         first_line = str(error).strip().partition("\n")[0]
         name = "" if isinstance(error, CheckFailed) else f"{type(error).__name__}: "
         detail = name + first_line
-    milliseconds = 1e3 * (time.perf_counter() - begin)
-    row = _row(operator, place, provider, detail, reason_for(provider), milliseconds)
-    return row | {"able": True}
+    return detail, 1e3 * (time.perf_counter() - begin)
 
 
 def _compare(host: Outputs, out: Outputs) -> None:
@@ -124,22 +134,6 @@ def _compare(host: Outputs, out: Outputs) -> None:
     for name, values in host.items():
         differ = int(np.count_nonzero(out[name] != values))
         require(differ == 0, f"{name}: {differ} of {values.size} values differ from the CPU's")
-
-
-def _row(
-    operator: str, place: str, provider: str, detail: str, reason: str = "", ms: float = 0.0
-) -> dict[str, Any]:
-    """A line of the table."""
-    return {
-        "name": operator,
-        "device": place,
-        "provider": provider,
-        "able": False,
-        "reason": reason,
-        "passed": not detail,
-        "detail": detail,
-        "ms": round(ms, 1),
-    }
 
 
 def as_lines(checks: list[dict[str, Any]]) -> list[str]:
@@ -158,16 +152,3 @@ def as_lines(checks: list[dict[str, Any]]) -> list[str]:
         if check["detail"]:
             lines.append(f"    {check['detail']}")
     return lines
-
-
-def library() -> dict[str, Any]:
-    """What is known of fd_dsa_ops: `state`, `reason` and `path`."""
-    build = custom_ops.build()
-    return {"state": build.state, "reason": build.reason, "path": build.path}
-
-
-def library_line(found: dict[str, Any]) -> str:
-    """The same for a person."""
-    mark = "BROKEN" if found["state"] == custom_ops.BROKEN else found["state"]
-    path = f" ({found['path']})" if found["path"] else ""
-    return f"custom ops {mark}: {found['reason']}{path}"

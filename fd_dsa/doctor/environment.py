@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from fd_dsa.environment import has_nvidia_gpu, prepare_cpu_runtime, usable_cpus
+from fd_dsa.config import EngineConfig
+from fd_dsa.environment import (
+    has_nvidia_gpu,
+    installed_version,
+    nvidia_smi,
+    prepare_cpu_runtime,
+    usable_cpus,
+)
 from fd_dsa.errors import BackendUnavailable
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
@@ -17,7 +22,6 @@ _NEEDED = {
     "paddle": "pip install '.[cpu]'",
     "triton": "pip install triton",
 }
-_QUERY = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "-i", "0")
 
 
 def facts() -> dict[str, Any]:
@@ -25,29 +29,16 @@ def facts() -> dict[str, Any]:
     return {
         "machine": f"{platform.system()} {platform.machine()}, {usable_cpus()} processors, "
         f"Python {platform.python_version()}",
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         "gpu": _gpu(),
     }
-
-
-def _version(package: str) -> str:
-    """Installed version, or "" where the package is absent."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _gpu() -> dict[str, str] | None:
     """Name and driver of the first NVIDIA GPU; None without one."""
     if not has_nvidia_gpu():
         return None
-    try:
-        done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=20)
-        answer = done.stdout.strip() if done.returncode == 0 else ""
-    except (OSError, subprocess.TimeoutExpired):
-        answer = ""
-    name, _, driver = answer.partition(", ")
+    name, _, driver = "".join(nvidia_smi("name,driver_version", "0")).partition(", ")
     return {"name": name or "unknown (nvidia-smi does not answer)", "driver": driver or "unknown"}
 
 
@@ -92,3 +83,30 @@ def not_checked(device: str, gpu: dict[str, str] | None, interpreting: bool) -> 
         "No GPU kernel was run: the GPU is there, but the device is the CPU (Paddle without CUDA, "
         "or --device cpu). With paddlepaddle-gpu installed, run this again."
     )
+
+
+def graph_facts(device: str, interpreting: bool) -> dict[str, Any]:
+    """Sizes of decode steps that the embedded engine would capture on a device without flags.
+
+    Returns:
+        `sizes`, none where `reason` says why nothing is captured.
+    """
+    reason = ""
+    if device == "cpu":
+        reason = "a CPU has none"
+    elif interpreting:
+        reason = "Triton kernels are interpreted in this process"
+    else:
+        from paddle.device.cuda.graphs import is_cuda_graph_supported
+
+        if not is_cuda_graph_supported():
+            reason = "this build of Paddle has no CUDA graphs"
+    return {"sizes": [] if reason else list(EngineConfig().capture_sizes), "reason": reason}
+
+
+def graph_line(found: dict[str, Any]) -> str:
+    """The same for a person."""
+    if found["reason"]:
+        return f"graphs     none: {found['reason']}"
+    sizes = ", ".join(map(str, found["sizes"]))
+    return f"graphs     decode steps of {sizes} rows, unless flags say otherwise"

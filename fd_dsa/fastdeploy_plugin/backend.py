@@ -1,8 +1,9 @@
 """FastDeploy's DSAAttentionBackend: its constructor, methods and caches, over our kernels.
 
 An object holds our own `fd_dsa.attention.DSAAttentionBackend`, made in the first step, since only
-the runner's block tables say where they lie and how wide they are. That step is the profile run,
-or the first one of a capture's warm-up: all buffers are there before anything is captured.
+the runner's block tables say on which device they are and how wide they are. That step is the
+profile run, or the first one of a capture's warm-up: all buffers are there before anything is
+captured.
 
 Source: FastDeploy's `layers/attention/dsa_attention_backend.py` and `base_attention_backend.py`
 (#7367, #7598, #7787, #8041, #8060).
@@ -10,6 +11,9 @@ Source: FastDeploy's `layers/attention/dsa_attention_backend.py` and `base_atten
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -20,33 +24,26 @@ from fd_dsa.attention import DSAAttentionBackend as CoreBackend
 from fd_dsa.attention import StepHints
 from fd_dsa.attention.backend import cache_of
 from fd_dsa.errors import ConfigError, MissingStepError
-from fd_dsa.fastdeploy_plugin.compat import Tree, derive
+from fd_dsa.fastdeploy_plugin import signals
 from fd_dsa.fastdeploy_plugin.projections import (
     IndexerProjections,
-    KeyNorms,
     cos_sin_table,
+    key_norms,
     table_key,
 )
-from fd_dsa.fastdeploy_plugin.settings import (
-    BackendSettings,
-    readable_upstream,
-    upstream_attributes,
-)
-from fd_dsa.fastdeploy_plugin.signals import KvSignals
-from fd_dsa.fastdeploy_plugin.step_counts import StepCounts
+from fd_dsa.fastdeploy_plugin.settings import core_config, readable_upstream, upstream_attributes
 from fd_dsa.fastdeploy_plugin.step_inputs import device_of, fill_max_lens, step_rows
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
 from fd_dsa.ops._linear import joined
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 
-
-def make_backend_class(tree: Tree) -> type:
-    """Our backend as a subclass of FastDeploy's, whose `isinstance` tests it passes."""
-    return derive(PluginBackend, tree.backend_base, "DSAAttentionBackend", tree=tree)
+logger = logging.getLogger(__name__)
 
 
 class PluginBackend:
     """The DSA backend as FastDeploy constructs and calls it; one object serves all layers.
+
+    `take_over` derives the class that is bound from this one and FastDeploy's.
 
     Args:
         fd_config: FastDeploy's configuration.
@@ -55,7 +52,9 @@ class PluginBackend:
         head_dim, encoder_block_shape_q, decoder_block_shape_q: not used, as upstream.
 
     Attributes:
-        tree: FastDeploy's; set by `make_backend_class`.
+        upstream_file: the module of FastDeploy's own backend, None where it was not imported.
+        tree_summary: the FastDeploy that the class was made for, for logs.
+        config: of our own backend.
         core: our own backend, None before the first step.
         shared_selection: what the newest indexer chose, for layers without one of their own.
 
@@ -66,6 +65,8 @@ class PluginBackend:
 
     # FastDeploy's static graphs read the types of a backend's class attributes: annotate none here
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
+    upstream_file = None
+    tree_summary = ""
 
     def __init__(
         self,
@@ -76,40 +77,40 @@ class PluginBackend:
         encoder_block_shape_q: int = -1,
         decoder_block_shape_q: int = -1,
     ) -> None:
-        self.settings = BackendSettings.of(fd_config, num_heads)
-        if self.settings.is_draft:
+        config = core_config(fd_config, num_heads, str(paddle.get_default_dtype()))
+        if fd_config.speculative_config.model_type == "mtp":
             raise ConfigError(
                 "speculative_config.method: got 'mtp', but FastDeploy has no draft model with DSA: "
                 "its proposer (spec_decode/mtp.py) unpacks two cache shapes of three, and gives "
                 "drafts neither positions nor slots; start it without --speculative-config"
             )
-        if self.tree.backend_file is not None:
+        if self.upstream_file is not None:
             shapes = encoder_block_shape_q, decoder_block_shape_q
             readable = readable_upstream(fd_config)
             super().__init__(readable, kv_num_heads, num_heads, head_dim, *shapes)
         else:
             super().__init__()
-        vars(self).update(upstream_attributes(fd_config, self.settings))
+        vars(self).update(upstream_attributes(fd_config, config))
         init_rank = import_module(f"{ATTENTION}.utils").init_rank_and_device_id
         self.rank, self.device_id = init_rank(fd_config)
         self.kv_num_heads = kv_num_heads
-        self.signals = KvSignals(self)
+        signals.check_operators(self.pd_disaggregation_mode)
         self.attention_metadata = None
-        self.core: CoreBackend | None = None
+        self.config, self.core = config, None
         self.shared_selection: Any = None
-        self._dtype = _default_dtype()
-        self._position_dtype, self._counts = "int32", StepCounts()
+        self._counts, self._next_count = [0, 0, 0], 1
         self._has_prefill: bool | None = None
         self._built_for: Any = None
         self._transfers: Any = None
-        self._norms: dict[tuple[int, bool], KeyNorms] = {}
+        self._copies: list[tuple[Callable[[], Any], Any]] = []
+        self._norms: dict[tuple[int, bool], CacheWriteParams] = {}
         self._projections: dict[int, IndexerProjections] = {}
         self._tables: dict[tuple[Any, ...], Any] = {}
-        self._refresh_is_promised = not self.settings.weights_change
+        self._weights_may_change = bool(getattr(fd_config.load_config, "dynamic_load_weight", 0))
 
     def set_position_dtype(self, dtype: str) -> None:
         """The dtype of the runner's own positions; int32 unless it says otherwise."""
-        self._position_dtype = dtype
+        self.config = replace(self.config, int32_position_ids=dtype == "int32")
 
     def set_step_hints(self, has_prefill: bool | None) -> None:
         """Whether the step whose metadata is made next has a prefill row; None = not known."""
@@ -126,10 +127,15 @@ class PluginBackend:
             MissingStepError: the runner has not filled the lengths or the block tables.
             CapacityError: more tokens than FastDeploy's configuration allows a step.
 
-        Cost: one launch; no wait, no copy; no allocation once the views of a size exist.
+        Cost: one launch; no wait, no copy; no allocation once the views of a size exist. Where
+        weights may change without notice (RL, FastDeploy's own runner), also copies of the norms.
         """
-        if self._built_for is forward_meta or not self._serves(forward_meta):
+        # trees from #8041 on make a backend for each layer; all layers go through the first one
+        first = getattr(forward_meta, "attn_backend", None)
+        if self._built_for is forward_meta or first not in (None, self):
             return
+        if self._weights_may_change:
+            self.refresh_weights()
         rows = step_rows(forward_meta)
         core = self._core_for(rows[3])
         num_tokens = int(forward_meta.ids_remove_padding.shape[0])
@@ -138,12 +144,12 @@ class PluginBackend:
         core.build_step(forward_meta, rows, self._hints(num_tokens, has_prefill))
         self._bound_lengths(forward_meta, num_tokens, has_prefill)
         self.attention_metadata = self._metadata(forward_meta)
-        self.signals.begin_step(self.attention_metadata, forward_meta)
+        signals.begin_step(self, self.attention_metadata, forward_meta)
         self._built_for = forward_meta
         if not getattr(forward_meta, "is_dummy_or_profile_run", False):
-            self._counts.count(num_tokens, has_prefill)
+            self._count(num_tokens, has_prefill)
 
-    def norms_of(self, layer_id: int, kv_norm: Any, indexer: Any) -> KeyNorms:
+    def norms_of(self, layer_id: int, kv_norm: Any, indexer: Any) -> CacheWriteParams:
         """Norms of a layer's keys, read at its first step, when the weights are loaded.
 
         Args:
@@ -151,15 +157,12 @@ class PluginBackend:
             kv_norm: its RMSNorm of the latent, or None: of the index key alone.
             indexer: its indexer, or None.
         """
-        key = layer_id, kv_norm is None
-        norms = self._norms.get(key)
+        norms = self._norms.get((layer_id, kv_norm is None))
         if norms is None:
             k_norm = None if indexer is None else indexer.k_norm
             pairing = indexer is not None and indexer.rope_interleave
-            norms = KeyNorms(self.settings.cache_layout, kv_norm, k_norm, pairing)
-            self._norms[key] = norms
-        elif not self._refresh_is_promised:
-            norms.refresh()
+            norms = key_norms(self.config.cache_layout, kv_norm, k_norm, pairing, self._keep)
+            self._norms[layer_id, kv_norm is None] = norms
         return norms
 
     def projections_of(self, indexer: Any, hidden_states: Any) -> IndexerProjections:
@@ -167,7 +170,8 @@ class PluginBackend:
         kept, layer_id = self._projections, indexer.layer_id
         if layer_id not in kept:
             linears = indexer.wk, indexer.weights_proj
-            kept[layer_id] = IndexerProjections(*linears, hidden_states, self._refresh_is_promised)
+            keep = None if self._weights_may_change else self._keep
+            kept[layer_id] = IndexerProjections(*linears, hidden_states, keep)
         return kept[layer_id]
 
     def cos_sin_of(self, rotary_emb: Any) -> Any:
@@ -178,28 +182,26 @@ class PluginBackend:
             table = self._tables[key] = cos_sin_table(rotary_emb)
         return table
 
+    def _keep(self, convert: Callable[[], Any]) -> Any:
+        """What a function makes of a weight; `refresh_weights` makes it again at this address."""
+        self._copies.append((convert, convert()))
+        return self._copies[-1][1]
+
     def promise_refresh(self) -> None:
         """The runner promises to call `refresh_weights` when FastDeploy has loaded others."""
-        self._refresh_is_promised = True
+        self._weights_may_change = False
 
     def refresh_weights(self) -> None:
         """Read again what is kept of weights, at the same addresses, so that graphs see it."""
-        for kept in (*self._norms.values(), *self._projections.values()):
-            kept.refresh()
+        with paddle.no_grad():
+            for convert, copy in self._copies:
+                paddle.assign(convert(), output=copy)
 
     def forget_step(self) -> None:
         """Let go of the newest step: the caches that it refers to are about to go."""
         self._built_for = self.shared_selection = None
         if self.core is not None:
             self.core.forget_step()
-
-    def _serves(self, forward_meta: Any) -> bool:
-        """Whether the step is this object's: trees from #8041 on make one for each layer.
-
-        The first of them is in `forward_meta.attn_backend`, and all layers go through that.
-        """
-        first = getattr(forward_meta, "attn_backend", None)
-        return first is None or first is self
 
     def get_attention_meta(self) -> Any:
         """FastDeploy's own record of the newest step, None before the first."""
@@ -209,7 +211,7 @@ class PluginBackend:
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
     ) -> tuple[list[int], list[int], list[int]]:
         """Shapes of the key (latent), value (empty) and indexer cache of a layer, all bytes."""
-        return cache_shapes(self.settings.cache_layout, max_num_blocks)
+        return cache_shapes(self.config.cache_layout, max_num_blocks)
 
     def create_kv_cache(
         self,
@@ -268,7 +270,7 @@ class PluginBackend:
         """
         step = self.current_core().current_step(forward_meta)
         if kv_a is not None:
-            self.signals.begin_layer(self.attention_metadata, layer_id)
+            signals.begin_layer(self, self.attention_metadata, layer_id)
         write_caches(
             kv_a,
             index_k,
@@ -311,7 +313,7 @@ class PluginBackend:
         """
         if compressed_kv is not None:
             kv_a = joined(compressed_kv, k_pe.reshape([-1, k_pe.shape[-1]]))
-            finished = CacheWriteParams(self.settings.cache_layout.kv_cache_dtype)
+            finished = CacheWriteParams(self.config.cache_layout.kv_cache_dtype)
             self.write_layer(kv_a, None, None, finished, layer.layer_id, forward_meta)
         return self.current_core().attend(q, v, layer.layer_id, forward_meta)
 
@@ -336,25 +338,24 @@ class PluginBackend:
         return self.core
 
     def _core_for(self, block_tables: Any) -> CoreBackend:
-        """Our backend, made where these tables lie."""
+        """Our backend, made where these tables are."""
         if self.core is None:
             device = device_of(block_tables)
-            width = int(block_tables.shape[1])
-            dtype = "float32" if device == "cpu" else self._dtype
-            int32 = self._position_dtype == "int32"
-            self.core = CoreBackend(self.settings.core_config(width, dtype, int32), device)
-            if device != "cpu":
+            self.config = replace(self.config, max_blocks_per_seq=int(block_tables.shape[1]))
+            if device == "cpu":
+                self.config = replace(self.config, dtype="float32")
+            else:
                 # kernels and their launcher are loaded only where a device is asked for
                 from fd_dsa.triton_runtime.transfers import transfers_for
 
                 self._transfers = transfers_for(block_tables)
+            self.core = CoreBackend(self.config, device)
         return self.core
 
     def _max_keys(self) -> int:
         """Most keys of a row; drafts may reach past `max_model_len`."""
-        config = self.current_core().config
-        longest = self.settings.max_model_len + self.settings.tokens_per_row - 1
-        return min(longest, config.max_blocks_per_seq * self.block_size)
+        longest = self.max_seq_len + self.config.tokens_per_row - 1
+        return min(longest, self.config.max_blocks_per_seq * self.block_size)
 
     def _hints(self, num_tokens: int, has_prefill: bool) -> StepHints:
         """What the host knows: bounds, which hold for the replays of a graph too."""
@@ -366,25 +367,26 @@ class PluginBackend:
     def _bound_lengths(self, forward_meta: Any, num_tokens: int, has_prefill: bool) -> None:
         """Fill `max_len_tensor_cpu`, which the model reads, except during a capture."""
         target = getattr(forward_meta, "max_len_tensor_cpu", None)
-        if target is None or (self._transfers is not None and self._transfers.is_capturing()):
-            return
-        fill_max_lens(
-            target,
-            num_tokens,
-            has_prefill,
-            tokens_per_row=self.settings.tokens_per_row,
-            max_keys=self._max_keys(),
-        )
+        if target is not None and not (self._transfers and self._transfers.is_capturing()):
+            tokens_per_row = self.config.tokens_per_row
+            fill_max_lens(target, num_tokens, has_prefill, tokens_per_row, self._max_keys())
 
     def _metadata(self, forward_meta: Any) -> Any:
         """FastDeploy's record of a step; what only its own kernels read stays unset."""
-        metadata = getattr(self.tree.backend_file, "DSAAttentionMetadata", SimpleNamespace)()
+        metadata = getattr(self.upstream_file, "DSAAttentionMetadata", SimpleNamespace)()
         metadata.block_tables = forward_meta.block_tables
         metadata.rotary_embs = getattr(forward_meta, "rotary_embs", None)
         metadata.slot_mapping = forward_meta.slot_mapping
         return metadata
 
+    def _count(self, num_tokens: int, has_prefill: bool) -> None:
+        """Count a step of requests; log the first, the tenth, the hundredth and so on.
 
-def _default_dtype() -> str:
-    """The dtype of activations: FastDeploy sets it before it makes a runner."""
-    return str(paddle.get_default_dtype())
+        A worker has no other way to show its counters: FastDeploy ends it without a word.
+        """
+        step = 1, int(has_prefill), num_tokens
+        self._counts = [count + more for count, more in zip(self._counts, step, strict=True)]
+        if self._counts[0] == self._next_count:
+            self._next_count *= 10
+            words = "fd_dsa: steps prepared: %d, with prompts: %d, tokens: %d"
+            logger.info(words, *self._counts)

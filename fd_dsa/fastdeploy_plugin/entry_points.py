@@ -33,11 +33,19 @@ def register() -> None:
         from fd_dsa.environment import fastdeploy_plugin_wanted
 
         if fastdeploy_plugin_wanted():
-            _take_over()
+            from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend, take_over
+            from fd_dsa.fastdeploy_plugin.tree_checks import MODELS, imported
+
+            # importing the models for the first time runs `register` inside of this one
+            imported(MODELS)
+            if not is_ours(live_backend()):
+                _log(logging.INFO, f"fd_dsa: serves FastDeploy's DSA path ({take_over()})")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        _log(logging.WARNING, f"fd_dsa: unsupported FastDeploy tree ({_reason(error)})")
+        from fd_dsa.fastdeploy_plugin.tree_checks import describe
+
+        _log(logging.WARNING, f"fd_dsa: unsupported FastDeploy tree ({describe(error)})")
 
 
 def model_runner() -> type:
@@ -62,23 +70,10 @@ def model_runner() -> type:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        logger.warning("fd_dsa: FastDeploy's model runner stays as it is (%s)", _reason(error))
+        from fd_dsa.fastdeploy_plugin.tree_checks import describe
+
+        logger.warning("fd_dsa: FastDeploy's model runner stays as it is (%s)", describe(error))
         return GPUModelRunner
-
-
-def _take_over() -> None:
-    """Check the tree, then bind all names or none."""
-    from fd_dsa.fastdeploy_plugin.compat import examine
-    from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend, take_over
-    from fd_dsa.fastdeploy_plugin.tree_checks import import_models
-
-    # importing the models for the first time runs `register` inside of this one
-    import_models()
-    if is_ours(live_backend()):
-        return
-    tree = examine()
-    take_over(tree)
-    _log(logging.INFO, f"fd_dsa: serves FastDeploy's DSA path ({tree.summary()})")
 
 
 def _log(level: int, text: str) -> None:
@@ -101,11 +96,3 @@ def last_logged() -> str:
     """What `register` has logged about the FastDeploy that is imported; "" = nothing."""
     fastdeploy = sys.modules.get("fastdeploy")
     return "" if fastdeploy is None else _logged.get(fastdeploy, "")
-
-
-def _reason(error: BaseException) -> str:
-    """One line about an error; the type is named unless the error is our own."""
-    from fd_dsa.fastdeploy_plugin.tree_checks import UnsupportedTree
-
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UnsupportedTree) else f"{type(error).__name__}: {text}"

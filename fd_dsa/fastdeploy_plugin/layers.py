@@ -77,9 +77,9 @@ class PluginIndexer:
         step, table = core.current_step(forward_meta), backend.cos_sin_of(rotary_emb)
         if weights is None:
             index_k, weights = self.wk(hidden_states), self.weights_proj(hidden_states)
-            params = backend.norms_of(self.layer_id, None, self).params
+            params = backend.norms_of(self.layer_id, None, self)
             backend.write_layer(None, index_k, table, params, self.layer_id, forward_meta)
-        layout = backend.settings.cache_layout
+        layout = backend.config.cache_layout
         q, weights = prepare_indexer_query(
             self.wq_b(qr).reshape([-1, self.index_n_heads, self.index_head_dim]),
             weights,
@@ -154,7 +154,7 @@ class PluginAttention:
         indexer = None if index_k is None else self.indexer
         norms = backend.norms_of(self.layer_id, self.kv_a_layernorm, indexer)
         table = backend.cos_sin_of(self.rotary_emb)
-        backend.write_layer(kv_a, index_k, table, norms.params, self.layer_id, forward_meta)
+        backend.write_layer(kv_a, index_k, table, norms, self.layer_id, forward_meta)
 
     def _absorbed_query(self, backend: PluginBackend, qr: Any, forward_meta: Any) -> Any:
         """[num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], rotated."""

@@ -1,5 +1,8 @@
 """Weights of FastDeploy's layers in the form that our operators take them.
 
+What is copied of a weight is made by a `Keep`: a function that has a conversion made once, and
+again into the same memory when FastDeploy has loaded other weights.
+
 Source of the layers: FastDeploy's `model_executor/layers/{linear,normalization}.py`,
 `layers/rotary_embedding.py` and `layers/quantization/block_wise_fp8.py` (form of block-FP8
 weights after loading).
@@ -8,10 +11,9 @@ weights after loading).
 from __future__ import annotations
 
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
-
-import paddle
 
 from fd_dsa.attention import CacheLayout
 from fd_dsa.ops._host import dtype_name, on_device, readable
@@ -20,6 +22,8 @@ from fd_dsa.ops.unchecked import project_indexer
 
 K_NORM_EPS = 1e-6
 """Of the indexer's key norm, whatever the model's `rms_norm_eps`, as in DeepSeek's own code."""
+
+Keep = Callable[[Callable[[], Any]], Any]
 
 _PLAIN_METHOD, _BLOCK_FP8_METHOD = "UnquantizedLinearMethod", "BlockWiseFP8LinearMethod"
 _PLAIN_DTYPES = ("float32", "bfloat16")
@@ -31,27 +35,26 @@ class IndexerProjections:
     """`wk` and `weights_proj` of an indexer, in one launch where their weights allow it.
 
     Plain weights are read where FastDeploy keeps them. Block-FP8 weights are dequantised once, into
-    copies of the activations' dtype (2.75 MB a layer of V3.2 in bfloat16), and again at the same
-    addresses after FastDeploy has loaded others. All else goes through FastDeploy's two GEMMs:
-    they allocate, so they never run on a second stream.
+    copies of the activations' dtype (2.75 MB a layer of V3.2 in bfloat16). All else goes through
+    FastDeploy's two GEMMs: they allocate, so they never run on a second stream.
 
     Args:
         wk, weights_proj: FastDeploy's linear layers, loaded.
         hidden_states: [num_tokens, hidden_size], of the dtype of all steps.
-        may_copy: whether `refresh` is called when FastDeploy has loaded other weights.
+        keep: makes the copies; None where nobody would refresh them.
     """
 
-    def __init__(self, wk: Any, weights_proj: Any, hidden_states: Any, may_copy: bool) -> None:
+    def __init__(self, wk: Any, weights_proj: Any, hidden_states: Any, keep: Keep | None) -> None:
         self._linears, self._copies = (wk, weights_proj), [None, None]
-        reasons = [_why_not_one_launch(one, hidden_states, may_copy) for one in self._linears]
+        reasons = [_why_not_one_launch(one, hidden_states, keep) for one in self._linears]
         self.is_one_launch = on_device(hidden_states) and not any(reasons)
-        if self.is_one_launch:
+        if self.is_one_launch and keep is not None:
             dtype = dtype_name(hidden_states.dtype)
             self._copies = [
-                _dequantized(linear, dtype) if _is_block_fp8(linear) else None
-                for linear in self._linears
+                keep(partial(_dequantized, one, dtype)) if _is_block_fp8(one) else None
+                for one in self._linears
             ]
-        elif on_device(hidden_states):
+        elif on_device(hidden_states) and any(reasons):
             _log_once(next(filter(None, reasons)))
 
     def one_launch(self, hidden_states: Any, out: Any) -> tuple[Any, Any]:
@@ -72,57 +75,40 @@ class IndexerProjections:
         wk, weights_proj = self._linears
         return wk(hidden_states), weights_proj(hidden_states)
 
-    def refresh(self) -> None:
-        """Dequantise the weights again, into the memory that captured graphs read."""
-        with paddle.no_grad():
-            for linear, copy in zip(self._linears, self._copies, strict=True):
-                if copy is not None:
-                    paddle.assign(_dequantized(linear, dtype_name(copy.dtype)), output=copy)
 
-
-class KeyNorms:
-    """Norms of a layer's keys in float32: copied once, refreshed at the same address.
+def key_norms(
+    layout: CacheLayout, kv_norm: Any, k_norm: Any, rope_interleave: bool, keep: Keep
+) -> CacheWriteParams:
+    """How `write_caches` norms a layer's keys, by float32 copies of the weights.
 
     Args:
         layout: format of the caches.
         kv_norm: RMSNorm of the latent, None where it is applied already.
         k_norm: LayerNorm of the index key, None in a layer without indexer.
         rope_interleave: pairing of the index key's RoPE.
-
-    Attributes:
-        params: what `write_caches` takes.
+        keep: makes the copies.
     """
-
-    def __init__(
-        self, layout: CacheLayout, kv_norm: Any, k_norm: Any, rope_interleave: bool
-    ) -> None:
-        self._sources: dict[str, Any] = {}
-        if kv_norm is not None:
-            self._sources["kv_norm_weight"] = kv_norm.weight
-        if k_norm is not None:
-            self._sources |= {"k_norm_weight": k_norm.weight, "k_norm_bias": k_norm.bias}
-        # of their own memory, also of float32: other weights may come at another address
-        self._copies = {name: _float32_copy(source) for name, source in self._sources.items()}
-        self.params = CacheWriteParams(
-            layout.kv_cache_dtype,
-            kv_norm_eps=getattr(kv_norm, "eps", K_NORM_EPS),
-            k_norm_eps=K_NORM_EPS,
-            index_rope_interleave=rope_interleave,
-            index_hadamard=layout.index_hadamard,
-            index_scale_fmt=layout.index_scale_fmt,
-            **{name: readable(copy) for name, copy in self._copies.items()},
-        )
-
-    def refresh(self) -> None:
-        """Copy the weights again, for graphs that were captured with their copies as well."""
-        with paddle.no_grad():
-            for name, source in self._sources.items():
-                paddle.assign(_float32_of(source), output=self._copies[name])
+    sources: dict[str, Any] = {}
+    if kv_norm is not None:
+        sources["kv_norm_weight"] = kv_norm.weight
+    if k_norm is not None:
+        sources |= {"k_norm_weight": k_norm.weight, "k_norm_bias": k_norm.bias}
+    # of their own memory, also of float32: other weights may come at another address
+    copies = {name: keep(partial(_float32_copy, one)) for name, one in sources.items()}
+    return CacheWriteParams(
+        layout.kv_cache_dtype,
+        kv_norm_eps=getattr(kv_norm, "eps", K_NORM_EPS),
+        k_norm_eps=K_NORM_EPS,
+        index_rope_interleave=rope_interleave,
+        index_hadamard=layout.index_hadamard,
+        index_scale_fmt=layout.index_scale_fmt,
+        **{name: readable(copy) for name, copy in copies.items()},
+    )
 
 
 def cos_sin_table(rotary_emb: Any) -> Any:
     """cos and sin of all positions, float32 [max_position, rope_dim]; on a CPU of NumPy."""
-    return readable(_float32_of(rotary_emb.cos_sin_cache))
+    return readable(_float32(rotary_emb.cos_sin_cache))
 
 
 def table_key(rotary_emb: Any) -> tuple[Any, ...]:
@@ -132,7 +118,7 @@ def table_key(rotary_emb: Any) -> tuple[Any, ...]:
     return (*shape, *(getattr(rotary_emb, name, None) for name in names))
 
 
-def _float32_of(tensor: Any) -> Any:
+def _float32(tensor: Any) -> Any:
     """A tensor's values in float32; its own memory where it has that dtype."""
     tensor = tensor.detach()
     return tensor if dtype_name(tensor.dtype) == "float32" else tensor.astype("float32")
@@ -140,18 +126,17 @@ def _float32_of(tensor: Any) -> Any:
 
 def _float32_copy(tensor: Any) -> Any:
     """A tensor's values in float32, in memory of their own."""
-    values = _float32_of(tensor)
-    return values.clone() if dtype_name(tensor.detach().dtype) == "float32" else values
+    return _float32(tensor).clone()
 
 
-def _why_not_one_launch(linear: Any, hidden_states: Any, may_copy: bool) -> str:
+def _why_not_one_launch(linear: Any, hidden_states: Any, keep: Keep | None) -> str:
     """The reason why our operator cannot multiply by a layer's weight; "" if it can."""
     if _is_plain(linear, hidden_states):
         return ""
     if not _is_block_fp8(linear):
         method = type(getattr(linear, "quant_method", None)).__name__
         return f"weights of {method} are neither plain nor block FP8 with float32 scales"
-    return "" if may_copy else "weights may change without notice, so none are kept dequantised"
+    return "weights may change without notice, so none are kept dequantised" if not keep else ""
 
 
 def _is_plain(linear: Any, hidden_states: Any) -> bool:
@@ -176,17 +161,14 @@ def _is_block_fp8(linear: Any) -> bool:
     """
     method = getattr(linear, "quant_method", None)
     scale = getattr(linear, "weight_scale_inv", None)
+    if type(method).__name__ != _BLOCK_FP8_METHOD or scale is None:
+        return False
+    extents = zip(linear.weight.shape, _block_of(linear), strict=True)
     return (
-        type(method).__name__ == _BLOCK_FP8_METHOD
-        and not getattr(linear, "with_bias", False)
-        and scale is not None
+        not getattr(linear, "with_bias", False)
         and dtype_name(linear.weight.dtype) == "float8_e4m3fn"
         and dtype_name(scale.dtype) == "float32"
-        and list(scale.shape)
-        == [
-            -(-size // block)
-            for size, block in zip(linear.weight.shape, _block_of(linear), strict=True)
-        ]
+        and list(scale.shape) == [-(-size // block) for size, block in extents]
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
-from fd_dsa.fastdeploy_plugin.compat import derive
+from fd_dsa.fastdeploy_plugin.take_over import derive
 from fd_dsa.fastdeploy_plugin.tree_checks import check_runner
 from fd_dsa.ops._host import dtype_name
 from fd_dsa.runner import DSAModelRunnerMixin
@@ -56,12 +56,6 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):
                 return True
         exists = getattr(self, "exist_prefill", None)
         return bool(exists()) if callable(exists) else None
-
-    def forget_step(self) -> None:
-        """Have the backend let go of its newest step."""
-        backend = self.dsa_backend()
-        if backend is not None:
-            backend.forget_step()
 
 
 def make_runner_class(upstream: type) -> type:
@@ -123,7 +117,9 @@ def _share_one(runner: Any, go_on: GoOn) -> Any:
 
 def _let_go(runner: Any, go_on: GoOn) -> Any:
     """What makes or drops caches: nothing of the old ones is held."""
-    runner.forget_step()
+    backend = runner.dsa_backend()
+    if backend is not None:
+        backend.forget_step()
     return go_on()
 
 

@@ -7,7 +7,6 @@ Source of the fields: FastDeploy's `config.py`; of the softmax scale and `rope_t
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 from fd_dsa.attention import CacheLayout, DSABackendConfig
@@ -19,89 +18,56 @@ from fd_dsa.models.config_reader import FieldReader
 from fd_dsa.models.families import FAMILIES
 from fd_dsa.models.rope_config import yarn_mscale
 
-_SCHEDULE = (
-    "indexer_types",
-    "index_topk_pattern",
-    "index_topk_freq",
-    "index_skip_topk_offset",
+_SCHEDULE = ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
+# of FastDeploy's model_config; its backend has them under the same names
+_OF_MODEL = (
+    "head_dim",
+    "index_head_dim",
+    "index_n_heads",
+    "index_topk",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
 )
 
 
-@dataclass(frozen=True, slots=True)
-class BackendSettings:
-    """What one backend object is made for; lengths in tokens.
+def core_config(fd_config: Any, num_heads: int, dtype: str) -> DSABackendConfig:
+    """Configuration of our backend for block tables that are as wide as a row can be long.
 
-    Attributes:
+    Args:
+        fd_config: FastDeploy's.
         num_heads: attention heads on this rank.
-        index_n_heads, index_topk: of the indexer.
-        softmax_scale: factor of the attention scores, YaRN's square included.
-        cache_layout: FastDeploy's fp8_ds_mla caches.
-        max_num_seqs: rows of a step.
-        max_num_tokens: tokens of a step, of a captured graph too.
-        max_model_len: of a row.
-        tokens_per_row: of a decode row at most: 1, and the drafts.
-        is_draft: the backend of FastDeploy's MTP proposer.
-        weights_change: FastDeploy may load other weights while it runs.
+        dtype: of activations on a device.
+
+    Raises:
+        ConfigError: a size for which there are no caches; the field and the flag are named.
     """
-
-    num_heads: int
-    index_n_heads: int
-    index_topk: int
-    softmax_scale: float
-    cache_layout: CacheLayout
-    max_num_seqs: int
-    max_num_tokens: int
-    max_model_len: int
-    tokens_per_row: int
-    is_draft: bool
-    weights_change: bool
-
-    @classmethod
-    def of(cls, fd_config: Any, num_heads: int) -> BackendSettings:
-        """The settings in an `fd_config`.
-
-        Raises:
-            ConfigError: a size for which there are no caches; the field and the flag are named.
-        """
-        model = fd_config.model_config
-        speculative = fd_config.speculative_config
-        drafts = speculative.num_speculative_tokens if speculative.method is not None else 0
-        tokens_per_row = 1 + int(drafts or 0)
-        max_num_seqs = int(fd_config.scheduler_config.max_num_seqs)
-        return cls(
-            num_heads=num_heads,
-            index_n_heads=model.index_n_heads,
-            index_topk=model.index_topk,
-            softmax_scale=softmax_scale(model),
-            cache_layout=_cache_layout(fd_config),
-            max_num_seqs=max_num_seqs,
-            max_num_tokens=_max_num_tokens(fd_config, max_num_seqs * tokens_per_row),
-            max_model_len=int(model.max_model_len),
-            tokens_per_row=tokens_per_row,
-            is_draft=speculative.model_type == "mtp",
-            weights_change=bool(getattr(fd_config.load_config, "dynamic_load_weight", False)),
+    model, block_size = fd_config.model_config, fd_config.cache_config.block_size
+    if block_size != FP8_BLOCK_SIZE:
+        raise ConfigError(
+            f"block_size: got {block_size}, DSA caches have blocks of {FP8_BLOCK_SIZE} tokens; "
+            f"start FastDeploy with --block-size {FP8_BLOCK_SIZE}"
         )
+    widths = model.kv_lora_rank, model.qk_rope_head_dim, model.index_head_dim
+    speculative = fd_config.speculative_config
+    drafts = speculative.num_speculative_tokens if speculative.method is not None else 0
+    tokens_per_row = 1 + int(drafts or 0)
+    max_num_seqs = int(fd_config.scheduler_config.max_num_seqs)
+    return DSABackendConfig(
+        num_heads=num_heads,
+        index_n_heads=model.index_n_heads,
+        index_topk=model.index_topk,
+        softmax_scale=_softmax_scale(model),
+        cache_layout=CacheLayout("fp8_ds_mla", block_size, *widths),
+        max_num_seqs=max_num_seqs,
+        max_num_tokens=_max_num_tokens(fd_config, max_num_seqs * tokens_per_row),
+        max_blocks_per_seq=-(-int(model.max_model_len) // block_size),
+        dtype=dtype,
+        int32_position_ids=True,
+        tokens_per_row=tokens_per_row,
+    )
 
-    def core_config(
-        self, max_blocks_per_seq: int, dtype: str, int32_position_ids: bool
-    ) -> DSABackendConfig:
-        """Configuration of our backend for block tables of this width and activations of a type."""
-        return DSABackendConfig(
-            num_heads=self.num_heads,
-            index_n_heads=self.index_n_heads,
-            index_topk=self.index_topk,
-            softmax_scale=self.softmax_scale,
-            cache_layout=self.cache_layout,
-            max_num_seqs=self.max_num_seqs,
-            max_num_tokens=self.max_num_tokens,
-            max_blocks_per_seq=max_blocks_per_seq,
-            dtype=dtype,
-            int32_position_ids=int32_position_ids,
-            tokens_per_row=self.tokens_per_row,
-        )
 
-
-def softmax_scale(model_config: Any) -> float:
+def _softmax_scale(model_config: Any) -> float:
     """(nope + rope)**-0.5, times YaRN's square where `rope_scaling` has a factor; GLM has none."""
     width = model_config.qk_nope_head_dim + model_config.qk_rope_head_dim
     scaling = getattr(model_config, "rope_scaling", None) or {}
@@ -112,11 +78,17 @@ def softmax_scale(model_config: Any) -> float:
     return float(width**-0.5 * mscale * mscale)
 
 
-def rope_theta(model_config: Any) -> float:
-    """Base of the angles; GLM has it in `rope_parameters`."""
-    parameters = getattr(model_config, "rope_parameters", None) or {}
-    theta = parameters.get("rope_theta", getattr(model_config, "rope_theta", None))
-    return 10000.0 if theta is None else float(theta)
+def _max_num_tokens(fd_config: Any, decode_tokens: int) -> int:
+    """Tokens for which buffers are made: prompts beside decode rows, or the largest graph."""
+    graphs = fd_config.graph_opt_config
+    captured = [
+        *(getattr(graphs, "cudagraph_capture_sizes", None) or ()),
+        *(getattr(graphs, "cudagraph_capture_sizes_prefill", None) or ()),
+    ]
+    scheduled = int(fd_config.scheduler_config.max_num_batched_tokens)
+    # without chunked prefill a prompt comes in one piece, whatever is scheduled
+    prompts = max(scheduled, int(fd_config.get_max_chunk_tokens()))
+    return max(prompts + decode_tokens, *captured, 1)
 
 
 def interleaves_indexer_rope(model_config: Any) -> bool:
@@ -141,76 +113,45 @@ def shares_selection(fd_config: Any, layer_id: int) -> bool:
         ConfigError: a schedule of indexers that no released model has.
     """
     model = fd_config.model_config
-    if fd_config.speculative_config.model_type == "mtp":
-        return False
     schedule = {name: getattr(model, name, None) for name in _SCHEDULE}
-    given = {name: value for name, value in schedule.items() if value is not None}
-    if not given:
+    known = {name: value for name, value in schedule.items() if value is not None}
+    if not known or fd_config.speculative_config.model_type == "mtp":
         return False
-    reader = FieldReader(given, "config.json")
+    reader = FieldReader(known, "config.json")
     types = read_indexer_types(reader, int(model.num_hidden_layers), FAMILIES[model.model_type])
     return types[layer_id] == "shared"
 
 
-def _cache_layout(fd_config: Any) -> CacheLayout:
-    """The layout of FastDeploy's DSA caches."""
-    model, block_size = fd_config.model_config, fd_config.cache_config.block_size
-    if block_size != FP8_BLOCK_SIZE:
-        raise ConfigError(
-            f"block_size: got {block_size}, DSA caches have blocks of {FP8_BLOCK_SIZE} tokens; "
-            f"start FastDeploy with --block-size {FP8_BLOCK_SIZE}"
-        )
-    return CacheLayout(
-        "fp8_ds_mla",
-        block_size,
-        model.kv_lora_rank,
-        model.qk_rope_head_dim,
-        model.index_head_dim,
-    )
-
-
-def _max_num_tokens(fd_config: Any, decode_tokens: int) -> int:
-    """Tokens for which buffers are made: prompts beside decode rows, or the largest graph."""
-    graphs = fd_config.graph_opt_config
-    captured = [
-        *(getattr(graphs, "cudagraph_capture_sizes", None) or ()),
-        *(getattr(graphs, "cudagraph_capture_sizes_prefill", None) or ()),
-    ]
-    scheduled = int(fd_config.scheduler_config.max_num_batched_tokens)
-    # without chunked prefill a prompt comes in one piece, whatever is scheduled
-    prompts = max(scheduled, int(fd_config.get_max_chunk_tokens()))
-    return max(prompts + decode_tokens, *captured, 1)
-
-
-def upstream_attributes(fd_config: Any, settings: BackendSettings) -> dict[str, Any]:
+def upstream_attributes(fd_config: Any, config: DSABackendConfig) -> dict[str, Any]:
     """What FastDeploy's own backend keeps as attributes, which runners and caches may read."""
     model, speculative = fd_config.model_config, fd_config.speculative_config
-    return {
-        "block_size": settings.cache_layout.block_size,
-        "max_seq_len": settings.max_model_len,
-        "rope_theta": rope_theta(model),
+    return {name: getattr(model, name) for name in _OF_MODEL} | {
+        "block_size": config.cache_layout.block_size,
+        "max_seq_len": int(model.max_model_len),
+        "rope_theta": _rope_theta(model),
         "rope_scaling": getattr(model, "rope_scaling", None),
         "rope_3d": bool(getattr(fd_config, "enable_rope_3d_runtime", False)),
         "causal": getattr(model, "causal", True),
         "speculative_method": speculative.method,
         "use_speculate": speculative.method is not None,
         "speculate_max_draft_token_num": speculative.num_speculative_tokens,
-        "keep_pd_step_flag": settings.is_draft,
+        "keep_pd_step_flag": speculative.model_type == "mtp",
         "num_layers_draft_model": int(speculative.method == "mtp"),
-        "num_heads": settings.num_heads,
-        "head_dim": model.head_dim,
+        "num_heads": config.num_heads,
         "num_layers": model.num_hidden_layers,
-        "index_head_dim": model.index_head_dim,
-        "index_n_heads": model.index_n_heads,
-        "index_topk": model.index_topk,
         "quant_block_size": 128,
-        "kv_lora_rank": model.kv_lora_rank,
-        "qk_rope_head_dim": model.qk_rope_head_dim,
         "qk_head_dim": model.qk_nope_head_dim + model.qk_rope_head_dim,
-        "attn_softmax_scale": settings.softmax_scale,
+        "attn_softmax_scale": config.softmax_scale,
         "pd_disaggregation_mode": fd_config.parallel_config.pd_disaggregation_mode,
         "start_layer_index": getattr(model, "start_layer_index", 0),
     }
+
+
+def _rope_theta(model_config: Any) -> float:
+    """Base of the angles; GLM has it in `rope_parameters`."""
+    parameters = getattr(model_config, "rope_parameters", None) or {}
+    theta = parameters.get("rope_theta", getattr(model_config, "rope_theta", None))
+    return 10000.0 if theta is None else float(theta)
 
 
 def readable_upstream(fd_config: Any) -> Any:
@@ -224,7 +165,7 @@ def readable_upstream(fd_config: Any) -> Any:
         return fd_config
     readable = copy.copy(fd_config)
     readable.model_config = copy.copy(model)
-    readable.model_config.rope_theta = rope_theta(model)
+    readable.model_config.rope_theta = _rope_theta(model)
     if scaling and "factor" not in scaling:
         readable.model_config.rope_scaling = None
     return readable

@@ -1,40 +1,66 @@
-"""Which DSA path is live in a process that has FastDeploy in it, and why."""
+"""Which DSA path is live in a process that has FastDeploy in it, and why.
+
+`python -m fd_dsa.fastdeploy_plugin.status FILE` imports FastDeploy, with its models and its worker,
+and writes that to a file as JSON: what FastDeploy prints may be anything. `launch/probe.py` starts
+it.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import json
+import signal
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from fd_dsa.environment import fastdeploy_plugin_wanted, process_environment
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.entry_points import last_logged
-from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend
-from fd_dsa.fastdeploy_plugin.tree_checks import UnsupportedTree, checks, import_models
 
 _WORKER = "fastdeploy.worker.gpu_worker"
+# from linux/prctl.h
+_PR_SET_PDEATHSIG = 1
 
 
 def report() -> dict[str, Any]:
     """What FastDeploy would use for DSA in this process, as plain JSON values.
 
-    Imports FastDeploy with its models and its worker where they are not imported yet, so it is for
-    a process that does nothing else (`launch/probe_child.py`).
-
     Returns:
-        `live` (our backend is bound), `why`, `checks` (the table of `tree_checks.py`), and, where
-        FastDeploy's models can be imported, the classes of `backend`, `indexer`, `attention` and
-        `runner` ("" = none) by module and name, and `runner_is_ours`. Without our runner the
-        backend is complete; it only cannot tell a step without prefill.
+        `error` (why FastDeploy cannot be imported; "" = it can) and `version` (of FastDeploy; "" =
+        it does not say). Without an error also `live` (our backend is bound), `why`, `checks` (the
+        table of `tree_checks.py`), and, where FastDeploy's models can be imported, the classes of
+        `backend`, `indexer`, `attention` and `runner` ("" = none) by module and name, and
+        `runner_is_ours`. Without our runner the backend is complete; it only cannot tell a step
+        without prefill.
     """
     try:
-        models = import_models()
+        import fastdeploy
+    except Exception as error:
+        return {"error": _line(error), "version": ""}
+    found = {"error": "", "version": str(getattr(fastdeploy, "__version__", None) or "")}
+    try:
+        return {**found, **_live()}
+    except Exception as error:
+        # a failure to find out is no failure of FastDeploy's
+        return {**found, "live": False, "why": _line(error)}
+
+
+def _live() -> dict[str, Any]:
+    """Which classes are bound."""
+    from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend
+    from fd_dsa.fastdeploy_plugin.tree_checks import MODELS, UnsupportedTree, checks, imported
+
+    try:
+        models = imported(MODELS)
     except UnsupportedTree as error:
         return {"live": False, "why": str(error), "checks": checks()}
     backend, runner = live_backend(), _runner()
     live = is_ours(backend)
     return {
         "live": live,
-        "why": backend.tree.summary() if live else _why_not(),
+        "why": backend.tree_summary if live else _why_not(),
         "backend": _name(backend),
         "indexer": _name(getattr(models, "Indexer", None)),
         "attention": _name(getattr(models, "DeepseekV32DSAAttention", None)),
@@ -74,3 +100,14 @@ def _runner() -> Any:
 def _name(thing: Any) -> str:
     """Module and name of a class."""
     return "" if thing is None else f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _line(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+if __name__ == "__main__":
+    # nobody waits for the report of a process whose parent is gone
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    Path(sys.argv[1]).write_text(json.dumps(report()), "utf-8")

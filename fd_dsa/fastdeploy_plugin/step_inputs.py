@@ -11,11 +11,11 @@ from typing import Any
 
 from fd_dsa.errors import MissingStepError
 
-_LENGTHS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time")
+_INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
 
 
-def step_rows(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
-    """Lengths int32 [B] and block tables int32 [B, M] of the rows of a step.
+def step_rows(forward_meta: Any) -> list[Any]:
+    """Lengths int32 [B], three of them, and block tables int32 [B, M] of the rows of a step.
 
     Trees give all slots, `[S]` or `[S, 1]`, or the running rows, `[B]`, and not the same for all
     four: B is the smallest. Views, nothing is copied.
@@ -23,41 +23,27 @@ def step_rows(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
     Raises:
         MissingStepError: one of them is None.
     """
-    arrays = []
-    for name in (*_LENGTHS, "block_tables"):
-        value = getattr(forward_meta, name, None)
-        if value is None:
+    arrays = [getattr(forward_meta, name, None) for name in _INPUTS]
+    for index, (name, array) in enumerate(zip(_INPUTS, arrays, strict=True)):
+        if array is None:
             raise MissingStepError(
                 f"forward_meta.{name} is None: the runner's initialize_forward_meta must fill it "
                 "before init_attention_metadata"
             )
-        if name in _LENGTHS and len(value.shape) > 1:
-            value = value.reshape([-1])
-        arrays.append(value)
+        if name != "block_tables" and len(array.shape) > 1:
+            arrays[index] = array.reshape([-1])
     rows = min(int(array.shape[0]) for array in arrays)
-    encoder, decoder, this_time, tables = (
-        array if array.shape[0] == rows else array[:rows] for array in arrays
-    )
-    return encoder, decoder, this_time, tables
+    return [array if array.shape[0] == rows else array[:rows] for array in arrays]
 
 
 def device_of(tensor: Any) -> str:
-    """Where a Paddle tensor lies, as our backend takes it: "cpu", "gpu:0" or "name:0"."""
-    place = tensor.place
-    if place.is_cpu_place():
-        return "cpu"
-    if place.is_gpu_place():
-        return f"gpu:{place.gpu_device_id()}"
-    return f"{place.custom_device_type()}:{place.custom_device_id()}"
+    """Where a Paddle tensor is, as our backend takes it: "cpu", "gpu:0" or "name:0"."""
+    # a place prints as Place(name:0)
+    return str(tensor.place).removeprefix("Place(").removesuffix(")")
 
 
 def fill_max_lens(
-    max_len_tensor_cpu: Any,
-    num_tokens: int,
-    has_prefill: bool,
-    *,
-    tokens_per_row: int,
-    max_keys: int,
+    max_len_tensor_cpu: Any, num_tokens: int, has_prefill: bool, tokens_per_row: int, max_keys: int
 ) -> None:
     """Write upper bounds of a step's maxima, which the host knows, instead of reading them back.
 

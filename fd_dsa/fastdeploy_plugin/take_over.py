@@ -12,8 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fd_dsa.fastdeploy_plugin.compat import MARK, Tree, derive
-from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, RUNNER
+from fd_dsa import __version__
+from fd_dsa.fastdeploy_plugin.tree_checks import (
+    ATTENTION,
+    MARK,
+    MODELS,
+    RUNNER,
+    backend_base,
+    examine,
+    imported,
+    select,
+)
 
 _BACKEND = "DSAAttentionBackend"
 _MODELS = "fastdeploy.model_executor.models."
@@ -30,36 +39,59 @@ def live_backend() -> Any:
     return getattr(sys.modules.get(ATTENTION), _BACKEND, None)
 
 
-def take_over(tree: Tree) -> None:
-    """Bind the backend, the indexer and the attention layer of a tree to ours.
+def derive(ours: type, upstream: type, name: str = "", **attributes: Any) -> type:
+    """A class with our methods before FastDeploy's, marked as ours.
+
+    Args:
+        ours: its methods take precedence.
+        upstream: FastDeploy's class, which `isinstance` tests still find.
+        name: of the class, "" = FastDeploy's.
+        attributes: further ones of the class.
+    """
+    marks = {MARK: __version__, "__module__": ours.__module__}
+    return type(upstream)(name or upstream.__name__, (ours, upstream), marks | attributes)
+
+
+def take_over() -> str:
+    """Bind the backend, the indexer and the attention layer of the installed tree to ours.
+
+    Returns:
+        the tree in words, for the log.
 
     Raises:
+        UnsupportedTree: a name is missing, takes other arguments or gives other cache shapes.
         Whatever making or binding one of them raises; every name is then as it was.
     """
-    from fd_dsa.fastdeploy_plugin.backend import make_backend_class
+    examine()
+    # late: a tree that does not fit costs no import of Paddle's parts
+    from fd_dsa.fastdeploy_plugin.backend import PluginBackend
     from fd_dsa.fastdeploy_plugin.layers import PluginAttention, PluginIndexer
 
-    models = tree.models
-    backend = make_backend_class(tree)
+    attention, models = imported(ATTENTION), imported(MODELS)
+    base, file = backend_base()
+    version = getattr(imported("fastdeploy"), "__version__", None) or "of unknown version"
+    how = "in place of" if file is None else "derived from"
+    summary = f"FastDeploy {version}, {how} its DSA backend"
+    backend = derive(PluginBackend, base, _BACKEND, upstream_file=file, tree_summary=summary)
     indexer = derive(PluginIndexer, models.Indexer)
-    attention = derive(PluginAttention, models.DeepseekV32DSAAttention)
+    dsa_attention = derive(PluginAttention, models.DeepseekV32DSAAttention)
     with _all_or_none() as bind:
-        for module in (tree.attention, tree.backend_file, sys.modules.get(RUNNER)):
-            if module is tree.attention or hasattr(module, _BACKEND):
+        for module in (attention, file, sys.modules.get(RUNNER)):
+            if module is attention or hasattr(module, _BACKEND):
                 bind(module, _BACKEND, backend)
         _bind_layer(bind, models.Indexer, indexer)
-        _bind_layer(bind, models.DeepseekV32DSAAttention, attention)
-        clear = getattr(tree.select, "cache_clear", None)
+        _bind_layer(bind, models.DeepseekV32DSAAttention, dsa_attention)
+        clear = getattr(select(), "cache_clear", None)
         if clear is not None:
             clear()
+    return summary
 
 
 def _bind_layer(bind: Callable[[Any, str, Any], None], upstream: type, ours: type) -> None:
     """Bind a layer's name in its module, and in those of models that have taken it from there."""
     name = upstream.__name__
     for module_name, module in list(sys.modules.items()):
-        holds = module_name.startswith(_MODELS) and vars(module).get(name) is upstream
-        if holds:
+        if module_name.startswith(_MODELS) and vars(module).get(name) is upstream:
             bind(module, name, ours)
 
 

@@ -26,22 +26,20 @@ from fd_dsa.attention import CacheLayout
 ATTENTION = "fastdeploy.model_executor.layers.attention"
 MODELS = "fastdeploy.model_executor.models.deepseek_v3"
 RUNNER = "fastdeploy.worker.gpu_model_runner"
+MARK = "__fd_dsa__"
+"""Attribute of every class of ours that is bound to a name of FastDeploy's."""
+
 _BACKEND_FILE = f"{ATTENTION}.dsa_attention_backend"
 
-_FORWARD = ("q", "k", "v", "qkv", "compressed_kv", "k_pe", "layer", "forward_meta")
+_FORWARD = "q k v qkv compressed_kv k_pe layer forward_meta"
 _BACKEND_METHODS = {
     "__init__": (
-        "fd_config",
-        "kv_num_heads",
-        "num_heads",
-        "head_dim",
-        "encoder_block_shape_q",
-        "decoder_block_shape_q",
+        "fd_config kv_num_heads num_heads head_dim encoder_block_shape_q decoder_block_shape_q"
     ),
     "forward_mixed": _FORWARD,
     "forward": _FORWARD,
-    "init_attention_metadata": ("forward_meta",),
-    "get_kv_cache_shape": ("max_num_blocks", "kv_cache_quant_type"),
+    "init_attention_metadata": "forward_meta",
+    "get_kv_cache_shape": "max_num_blocks kv_cache_quant_type",
 }
 # what the shapes of caches follow from
 _SIZES = {
@@ -51,7 +49,7 @@ _SIZES = {
     "index_head_dim": 128,
     "quant_block_size": 128,
 }
-_LAYER = ("fd_config", "layer_id", "prefix")
+_LAYER = "fd_config layer_id prefix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +59,14 @@ class Known:
     Attributes:
         module: below `fastdeploy.model_executor`.
         name: of the class.
-        parts: attributes that ours read.
-        methods: name -> parameters after `self`.
+        parts: attributes that ours read, with spaces.
+        methods: name -> parameters after `self`, with spaces.
     """
 
     module: str
     name: str
-    parts: tuple[str, ...] = ()
-    methods: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: str = ""
+    methods: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -87,55 +85,32 @@ KNOWN = (
     Known(
         "models.deepseek_v3",
         "Indexer",
-        ("index_head_dim", "index_n_heads", "wq_b", "wk", "weights_proj", "k_norm"),
-        {"__init__": _LAYER, "forward": ("forward_meta", "hidden_states", "qr", "rotary_emb")},
+        "index_head_dim index_n_heads wq_b wk weights_proj k_norm",
+        {"__init__": _LAYER, "forward": "forward_meta hidden_states qr rotary_emb"},
     ),
     Known(
         "models.deepseek_v3",
         "DeepseekV32DSAAttention",
-        (
-            "num_attention_heads_tp",
-            "q_lora_rank",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_head_dim",
-            "v_head_dim",
-            "qkv_a_proj_with_mqa",
-            "q_a_layernorm",
-            "kv_a_layernorm",
-            "q_b_proj",
-            "kv_b_proj_bmm",
-            "o_proj",
-            "rotary_emb",
-            "indexer_rotary_emb",
-            "indexer",
-            "dsa_attn",
-        ),
-        {"__init__": _LAYER, "forward": ("forward_meta", "hidden_states")},
+        "num_attention_heads_tp q_lora_rank kv_lora_rank qk_nope_head_dim qk_head_dim v_head_dim "
+        "qkv_a_proj_with_mqa q_a_layernorm kv_a_layernorm q_b_proj kv_b_proj_bmm o_proj "
+        "rotary_emb indexer_rotary_emb indexer dsa_attn",
+        {"__init__": _LAYER, "forward": "forward_meta hidden_states"},
     ),
-    Known("layers.normalization", "RMSNorm", ("weight", "eps")),
-    Known("layers.normalization", "LayerNorm", ("weight", "bias")),
-    Known("layers.rotary_embedding", "DeepseekScalingRotaryEmbedding", ("cos_sin_cache",)),
-    Known("layers.linear", "KVBatchLinear", (), {"forward": ("x", "proj_type")}),
+    Known("layers.normalization", "RMSNorm", "weight eps"),
+    Known("layers.normalization", "LayerNorm", "weight bias"),
+    Known("layers.rotary_embedding", "DeepseekScalingRotaryEmbedding", "cos_sin_cache"),
+    Known("layers.linear", "KVBatchLinear", "", {"forward": "x proj_type"}),
     Known(
         "layers.attention.attention",
         "Attention",
-        (),
-        {"forward": ("q", "k", "v", "qkv", "compressed_kv", "k_pe", "forward_meta")},
+        "",
+        {"forward": "q k v qkv compressed_kv k_pe forward_meta"},
     ),
 )
 """The layers that ours derive from or call."""
 
-FORWARD_META = (
-    "ids_remove_padding",
-    "attn_backend",
-    "seq_lens_encoder",
-    "seq_lens_decoder",
-    "seq_lens_this_time",
-    "block_tables",
-    "caches",
-    "max_len_tensor_cpu",
-)
+FORWARD_META = ("ids_remove_padding", "attn_backend", "seq_lens_encoder", "seq_lens_decoder")
+FORWARD_META += ("seq_lens_this_time", "block_tables", "caches", "max_len_tensor_cpu")
 """Fields of FastDeploy's ForwardMeta that ours read and the runner fills."""
 
 RUNNER_METHODS = (
@@ -155,30 +130,6 @@ class NotExamined(Exception):
     """This process cannot import what a check looks at; the text says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing that is looked for in a tree.
-
-    Attributes:
-        name: where it is looked for, and what.
-        run: raises UnsupportedTree where it is missing or different.
-        in_worker: a worker's process alone can be relied on to import it.
-    """
-
-    name: str
-    run: Callable[[], Any]
-    in_worker: bool = False
-
-
-def import_models() -> ModuleType:
-    """The module of DeepSeek-V3.2, imported; FastDeploy runs its plug-ins when that is done.
-
-    Raises:
-        UnsupportedTree: there is no such module, or its import fails.
-    """
-    return imported(MODELS)
-
-
 def checks() -> list[dict[str, Any]]:
     """Every check of the table, each by itself, for a report.
 
@@ -186,20 +137,35 @@ def checks() -> list[dict[str, Any]]:
         for each check its `name`, `passed` (None = not examined in this process) and `reason`
         ("" = passed).
     """
-    return [{"name": check.name, **_outcome(check)} for check in CHECKS]
+    found = []
+    for name, check in CHECKS.items():
+        passed: bool | None = True
+        reason = ""
+        try:
+            check()
+        except NotExamined as error:
+            passed, reason = None, f"not examined here: {error}"
+        except Exception as error:
+            passed, reason = False, describe(error)
+        found.append({"name": name, "passed": passed, "reason": reason})
+    return found
 
 
-def _outcome(check: Check) -> dict[str, Any]:
-    """`passed` and `reason` of one check."""
-    try:
-        check.run()
-    except NotExamined as error:
-        return {"passed": None, "reason": f"not examined here: {error}"}
-    except UnsupportedTree as error:
-        return {"passed": False, "reason": str(error)}
-    except Exception as error:
-        return {"passed": False, "reason": f"{type(error).__name__}: {error}"}
-    return {"passed": True, "reason": ""}
+def examine() -> None:
+    """Run every check but that of the runner, which a worker's process alone can import.
+
+    Raises:
+        UnsupportedTree: what the first one that fails has found.
+    """
+    for check in CHECKS.values():
+        if check is not _check_installed_runner:
+            check()
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line; its type is named unless it is our own."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UnsupportedTree) else f"{type(error).__name__}: {text}"
 
 
 def backend_base() -> tuple[type, ModuleType | None]:
@@ -212,7 +178,7 @@ def backend_base() -> tuple[type, ModuleType | None]:
     if own is not None and own.__name__ != "AttentionBackend":
         _check_backend(own)
         return own, sys.modules.get(own.__module__)
-    if not _exists(_BACKEND_FILE):
+    if find_spec(_BACKEND_FILE) is None:
         raise UnsupportedTree("no DSAAttentionBackend in layers/attention: a tree before #6689")
     base = attribute(imported(f"{ATTENTION}.base_attention_backend"), "AttentionBackend")
     _check_methods(base, "AttentionBackend", {"forward": _FORWARD})
@@ -251,7 +217,7 @@ def _check_selection() -> None:
 
 def _check_model() -> None:
     """Refuse a model that makes positions itself, in every step after the backend has."""
-    model = attribute(import_models(), "DeepseekV3ForCausalLM", "models/deepseek_v3.py")
+    model = attribute(imported(MODELS), "DeepseekV3ForCausalLM", "models/deepseek_v3.py")
     if hasattr(model, "pre_process"):
         raise UnsupportedTree(f"{model.__name__} has a pre_process: a tree before #7367")
 
@@ -298,14 +264,6 @@ def imported(name: str) -> ModuleType:
         raise UnsupportedTree(f"{name} cannot be imported: {error!r}") from None
 
 
-def _exists(name: str) -> bool:
-    """Whether a module could be imported, as far as its file goes."""
-    try:
-        return find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
 def attribute(owner: Any, name: str, where: str = "") -> Any:
     """FastDeploy's own `owner.name`, which must be there."""
     found = getattr(owner, name, None)
@@ -316,7 +274,7 @@ def attribute(owner: Any, name: str, where: str = "") -> Any:
 
 def _upstream(thing: Any) -> Any:
     """FastDeploy's class, where ours is bound to its name and derives from it."""
-    return thing.__bases__[-1] if hasattr(thing, "__fd_dsa__") else thing
+    return thing.__bases__[-1] if hasattr(thing, MARK) else thing
 
 
 def _refuse_missing(owner: type, missing: list[str]) -> None:
@@ -325,18 +283,18 @@ def _refuse_missing(owner: type, missing: list[str]) -> None:
         raise UnsupportedTree(f"{owner.__name__} has no {', '.join(missing)}")
 
 
-def _check_methods(owner: Any, name: str, methods: Mapping[str, tuple[str, ...]]) -> None:
+def _check_methods(owner: Any, name: str, methods: Mapping[str, str]) -> None:
     """Refuse a class one of whose methods takes other parameters after `self`."""
     for method, expected in methods.items():
         function = attribute(owner, method, name)
-        found = tuple(inspect.signature(function).parameters)[1:]
-        if found != expected:
+        found, known = list(inspect.signature(function).parameters)[1:], expected.split()
+        if found != known:
             raise UnsupportedTree(
-                f"{name}.{method} takes ({', '.join(found)}), known is ({', '.join(expected)})"
+                f"{name}.{method} takes ({', '.join(found)}), known is ({', '.join(known)})"
             )
 
 
-def _check_parts(layer: type, parts: tuple[str, ...]) -> None:
+def _check_parts(layer: type, parts: str) -> None:
     """Refuse a layer whose methods name none of these attributes: it has others in their place."""
     named: set[str] = set()
     for owner in layer.__mro__:
@@ -344,18 +302,21 @@ def _check_parts(layer: type, parts: tuple[str, ...]) -> None:
             code = getattr(inspect.unwrap(method) if callable(method) else method, "__code__", None)
             if code is not None:
                 named.update(code.co_names)
-    _refuse_missing(layer, [part for part in parts if part not in named])
+    _refuse_missing(layer, [part for part in parts.split() if part not in named])
 
 
-CHECKS = (
-    Check("layers/attention", lambda: imported(ATTENTION)),
-    Check("models/deepseek_v3.py", import_models),
-    Check("layers/attention: DSAAttentionBackend", backend_base),
-    Check("platforms/base.py: _Backend", _check_selection),
-    *(Check(f"{known.file}: {known.name}", known.check) for known in KNOWN),
-    Check("models/deepseek_v3.py: DeepseekV3ForCausalLM", _check_model),
-    Check("layers/attention/attention_selecter.py: _get_attn_backend", select),
-    Check("forward_meta.py: ForwardMeta", _check_forward_meta),
-    Check("worker/gpu_model_runner.py: GPUModelRunner", _check_installed_runner, in_worker=True),
-)
-"""All checks of a tree; `examine` raises the first failure in this order."""
+CHECKS: dict[str, Callable[[], Any]] = {
+    "layers/attention": lambda: imported(ATTENTION),
+    "models/deepseek_v3.py": lambda: imported(MODELS),
+    "layers/attention: DSAAttentionBackend": backend_base,
+    "platforms/base.py: _Backend": _check_selection,
+    **{f"{known.file}: {known.name}": known.check for known in KNOWN},
+    "models/deepseek_v3.py: DeepseekV3ForCausalLM": _check_model,
+    "layers/attention/attention_selecter.py: _get_attn_backend": select,
+    "forward_meta.py: ForwardMeta": _check_forward_meta,
+    "worker/gpu_model_runner.py: GPUModelRunner": _check_installed_runner,
+}
+"""Where something is looked for in a tree, and what -> what raises UnsupportedTree without it.
+
+`examine` raises the first failure in this order.
+"""

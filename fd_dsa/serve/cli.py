@@ -88,14 +88,14 @@ def _serve(args: argparse.Namespace) -> int:
     # late, so that --help and errors of flags are quick
     from fd_dsa.fastdeploy_plugin import launch
 
-    flags, passed = vars(args), launch.PassedFlags.read(args.passed)
+    passed = launch.PassedFlags.read(args.passed)
     engine = args.engine
     if engine == "auto":
-        engine, why = launch.choose_engine(flags, args.given, passed)
+        engine, why = launch.choose_engine(args, passed)
         logger.info("engine %s: %s", engine, why)
     if engine == "fastdeploy":
         return _serve_with_fastdeploy(args, passed, started)
-    launch.refuse_for_embedded(flags, args.given, passed)
+    launch.refuse_for_embedded(args, passed)
     return _show_plan(args) if args.dry_run else _serve_embedded(args, started)
 
 
@@ -106,7 +106,7 @@ def _serve_with_fastdeploy(
     from fd_dsa.fastdeploy_plugin import launch
     from fd_dsa.serve.server import bind_socket, curl_line
 
-    plan = launch.prepare(vars(args), args.given, passed)
+    plan = launch.prepare(args, passed)
     if args.dry_run:
         changed = plan.environment.items() - process_environment().items()
         words = [f"{name}={value}" for name, value in sorted(changed)]
@@ -116,11 +116,11 @@ def _serve_with_fastdeploy(
         # the same refusal of a taken address as with the other engine
         bind_socket(passed.values.get("--host", args.host), args.port).close()
 
-    def on_ready(ready: launch.Ready) -> None:
+    def on_ready(engine: str, seconds: float) -> None:
         # folders of DeepSeek-V3.2 come without a chat template, a completion always works
         curl = curl_line(plan.url, plan.model_name, plan.max_model_len, chat=False)
-        name, length = f"{plan.model_name} with {ready.engine}", plan.max_model_len
-        _say_ready(name, plan.url, ready.seconds, length, plan.metrics_url, curl)
+        name, length = f"{plan.model_name} with {engine}", plan.max_model_len
+        _say_ready(name, plan.url, seconds, length, plan.metrics_url, curl)
 
     return launch.launch(plan, started, on_ready)
 

@@ -13,10 +13,8 @@ from typing import Any
 import paddle
 import pytest
 
-from fd_dsa.config import demo_model_path
 from tests.fakes.sources import SOURCES, UNREAD
 from tests.fakes.trees import (
-    BROKEN,
     DEVELOP,
     FOLDER,
     OURS_ENV,
@@ -30,27 +28,14 @@ PACKAGE = FOLDER / "fastdeploy"
 OWN = ("sources.py",)
 
 
-def _modules() -> list[str]:
-    """Every module of the double, by dotted name."""
-    names = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(FOLDER).with_suffix("").parts
-        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    return names
-
-
 @pytest.mark.parametrize("tree", TREES.values(), ids=lambda tree: tree.name)
 def test_every_module_imports_in_every_tree(tree: Any) -> None:
+    """It needs Paddle and NumPy alone."""
     with installed(tree):
-        for name in _modules():
-            importlib.import_module(name)
-
-
-def test_the_package_needs_nothing_but_paddle_and_numpy() -> None:
-    with installed(DEVELOP):
         before = set(sys.modules)
-        for name in _modules():
-            importlib.import_module(name)
+        for path in sorted(PACKAGE.rglob("*.py")):
+            parts = path.relative_to(FOLDER).with_suffix("").parts
+            importlib.import_module(".".join(parts).removesuffix(".__init__"))
         added = {name.partition(".")[0] for name in set(sys.modules) - before}
     assert not added & {"torch", "triton", "transformers", "fd_dsa"}
 
@@ -67,126 +52,72 @@ def test_an_installation_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not [name for name in sys.modules if name.partition(".")[0] == "fastdeploy"]
 
 
-def test_unknown_names_of_the_package_print_and_are_none(
-    capsys: pytest.CaptureFixture[str],
+def test_names_that_nobody_has_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with installed(DEVELOP):
+    """Of the package they print and are None, of ForwardMeta they are None, of `envs` an error."""
+    with installed(DEVELOP, {}):
         import fastdeploy
+        from fastdeploy import envs
+        from fastdeploy.model_executor.forward_meta import ForwardMeta
 
         assert hasattr(fastdeploy, "no_such_thing") and fastdeploy.no_such_thing is None
         assert "no_such_thing" in capsys.readouterr().out
         assert fastdeploy.platforms.current_platform.device_name == "gpu"
-
-
-def test_variables_are_read_at_every_access(monkeypatch: pytest.MonkeyPatch) -> None:
-    with installed(DEVELOP, {}):
-        from fastdeploy import envs
-
+        meta = ForwardMeta(None)
+        assert hasattr(meta, "slot_maping") and meta.slot_maping is None
+        meta.caches = caches = [paddle.zeros([1])]
+        meta.clear_caches()
+        # the attribute goes, not what is in it
+        assert meta.caches is None and len(caches) == 1
         assert envs.FD_ATTENTION_BACKEND == "APPEND_ATTN" and envs.FD_PLUGINS is None
+        # read at every access, and not stripped
         monkeypatch.setenv("FD_PLUGINS", "a, b")
         assert envs.FD_PLUGINS == ["a", " b"]
         with pytest.raises(AttributeError):
             _ = envs.FD_NO_SUCH_VARIABLE
 
 
-def test_a_missing_attribute_of_forward_meta_reads_as_none() -> None:
-    with installed(DEVELOP):
-        from fastdeploy.model_executor.forward_meta import ForwardMeta
+def test_plugins_run_once_and_what_they_raise_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry point that cannot be loaded is left out; more or less than one runner is an error.
 
-        meta = ForwardMeta(None)
-        assert hasattr(meta, "slot_maping") and meta.slot_maping is None
-        assert meta.slot_mapping is None
-        meta.caches = caches = [paddle.zeros([1])]
-        meta.clear_caches()
-        # the attribute goes, not what is in it
-        assert meta.caches is None and len(caches) == 1
-
-
-def test_the_configuration_is_that_of_the_checkpoint() -> None:
-    with installed(DEVELOP):
-        from fastdeploy.config import fd_config
-
-        config = fd_config(demo_model_path(), max_num_seqs=3, cudagraph_capture_sizes=[1, 6, 3])
-        assert config.model_config.index_topk == 256
-        assert config.model_config.architectures == ["DeepseekV32ForCausalLM"]
-        assert config.scheduler_config.max_num_seqs == 3
-        graphs = config.graph_opt_config
-        assert graphs.cudagraph_capture_sizes == [6, 3, 1]
-        assert graphs.real_shape_to_captured_size == {0: 1, 1: 1, 2: 3, 3: 3, 4: 6, 5: 6, 6: 6}
-        assert config.get_max_chunk_tokens() == 512
-        assert config.enable_rope_3d_runtime is False
-        with pytest.raises(KeyError, match="no_such_field"):
-            fd_config(demo_model_path(), no_such_field=1)
-
-
-class _Plugins:
-    """Entry points of a temporary distribution, and what they did."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        source = "calls = []\ndef register():\n    calls.append('register')\n"
-        source += "def runner():\n    return type('Runner', (), {})\n"
-        source += "def broken():\n    raise RuntimeError('not today')\n"
-        (folder / "some_plugins.py").write_text(source)
-
-    def add(self, name: str, **targets: str) -> None:
-        plugin_distribution(
-            self.folder, name, **{key: f"some_plugins:{one}" for key, one in targets.items()}
-        )
-
-    def calls(self) -> list[str]:
-        return sys.modules["some_plugins"].calls if "some_plugins" in sys.modules else []
-
-
-@pytest.fixture
-def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Plugins:
+    `test_registration_loading.py` has what FastDeploy's worker does then.
+    """
     monkeypatch.delitem(sys.modules, "some_plugins", raising=False)
-    return _Plugins(tmp_path)
+    source = "calls = []\ndef register():\n    calls.append('register')\n"
+    source += "def runner():\n    return type('Runner', (), {})\n"
+    source += "def broken():\n    raise RuntimeError('not today')\n"
+    (tmp_path / "some_plugins.py").write_text(source)
+    for name, targets in {
+        "ours": {"register": "register", "runner": "runner"},
+        "second": {"runner": "runner"},
+        "missing": {"register": "no_such_function"},
+        "broken": {"register": "broken"},
+    }.items():
+        targets = {key: f"some_plugins:{one}" for key, one in targets.items()}
+        plugin_distribution(tmp_path, name, **targets)
 
+    def load(names: str, times: int = 1) -> list[Any]:
+        env: dict[str, str | None] = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": names}
+        with installed(DEVELOP, env, path=[tmp_path]):
+            from fastdeploy.plugins import load_model_register_plugins, load_model_runner_plugins
 
-def _env(plugins: str | None) -> dict[str, str | None]:
-    return {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": plugins}
+            for _ in range(times):
+                load_model_register_plugins()
+            return [load_model_runner_plugins() for _ in range(times)]
 
-
-def test_plugins_run_once(plugins: _Plugins) -> None:
-    plugins.add("ours", register="register", runner="runner")
-    with installed(DEVELOP, _env("ours"), path=[plugins.folder]):
-        from fastdeploy.plugins import load_model_register_plugins, load_model_runner_plugins
-
-        load_model_register_plugins()
-        load_model_register_plugins()
-        assert plugins.calls() == ["register"]
-        assert load_model_runner_plugins().__name__ == "Runner"
-        assert load_model_runner_plugins() is None
-
-
-def test_what_fails_at_loading_is_left_out_and_what_fails_at_the_call_goes_on(
-    plugins: _Plugins,
-) -> None:
-    plugins.add("missing", register="no_such_function")
-    plugins.add("broken", register="broken")
-    with installed(DEVELOP, _env("missing"), path=[plugins.folder]):
-        from fastdeploy.plugins import load_model_register_plugins
-
-        load_model_register_plugins()
-    with installed(DEVELOP, _env("broken"), path=[plugins.folder]):
-        from fastdeploy.plugins import load_model_register_plugins
-
-        with pytest.raises(RuntimeError, match="not today"):
-            load_model_register_plugins()
-
-
-@pytest.mark.parametrize(("names", "error"), [("a,b", AssertionError), ("neither", StopIteration)])
-def test_more_or_less_than_one_runner_is_an_error(
-    plugins: _Plugins, names: str, error: type[Exception]
-) -> None:
-    plugins.add("a", runner="runner")
-    plugins.add("b", runner="runner")
-    with installed(DEVELOP, _env(names), path=[plugins.folder]):
-        from fastdeploy.plugins import load_model_runner_plugins
-
+    first, again = load("ours,missing", times=2)
+    assert (first.__name__, again) == ("Runner", None)
+    assert sys.modules["some_plugins"].calls == ["register"]
+    for names, error in (
+        ("broken", RuntimeError),
+        ("ours,second", AssertionError),
+        ("neither", StopIteration),
+    ):
         with pytest.raises(error):
-            load_model_runner_plugins()
+            load(names)
 
 
 def test_the_backend_is_looked_up_once_by_name() -> None:
@@ -207,37 +138,13 @@ def test_the_backend_is_looked_up_once_by_name() -> None:
             get_attention_backend()
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_trees_differ_from_develop_in_one_thing(name: str) -> None:
-    def looks() -> dict[str, Any]:
-        from fastdeploy.model_executor.layers import attention
-        from fastdeploy.model_executor.models import deepseek_v3
-
-        backend = getattr(attention, "DSAAttentionBackend", None)
-        if backend is None:
-            return {"raising_import": True}
-        return {
-            "before_7367": hasattr(deepseek_v3.DeepseekV3ForCausalLM, "pre_process"),
-            "missing_symbol": hasattr(deepseek_v3, "Indexer"),
-        }
-
-    with installed(DEVELOP):
-        whole = looks()
-    with installed(BROKEN[name]):
-        broken = looks()
-    if name == "raising_import":
-        assert broken == {"raising_import": True}
-    else:
-        assert [key for key in whole if whole[key] != broken[key]] == [name]
-
-
 def test_every_module_names_the_public_file_that_it_stands_for() -> None:
     """With its commit in `sources.py`, or as one of which no newer version could be read."""
     known = [*SOURCES, *UNREAD, "fastdeploy/model_executor/models/deepseek_v3.py"]
     for path in sorted(PACKAGE.rglob("*.py")):
-        said = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
         # parts of the double that stand for no file begin with an underscore
-        files = [one for one in re.findall(r"`([\w/]+\.py)`", said) if not _is_own(one)]
+        files = [one for one in re.findall(r"`([\w/]+\.py)`", text) if not _is_own(one)]
         unknown = [f for f in files if not any(k.endswith(f) or f.endswith(k) for k in known)]
         assert unknown == [], path
 

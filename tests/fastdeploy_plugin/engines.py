@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.config import demo_model_path
+from tests.fakes.driver import Engine
 from tests.fakes.trees import DEVELOP, OURS_ENV, Tree, installed
 from tests.fastdeploy_plugin.launcher import plugin_folder
 
@@ -37,20 +38,11 @@ def ours(tree: Tree = DEVELOP) -> Iterator[None]:
 
 def make_engine(num_gpu_blocks: int = 24, **overrides: Any) -> Any:
     """An engine with the demo model; the events of its start are forgotten."""
-    from tests.fakes.driver import Engine
-
     engine = Engine(demo_model_path(), num_gpu_blocks, **{**SMALL, **overrides})
     from fastdeploy import _counters
 
     _counters.clear()
     return engine
-
-
-def job(*args: Any, **how: Any) -> Any:
-    """A job of the double's driver."""
-    from tests.fakes.driver import Job
-
-    return Job(*args, **how)
 
 
 def prompt(num_tokens: int, seed: int = 0) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.fastdeploy_plugin import signals
 from tests.fakes.trees import V1_VARIABLE
 from tests.fastdeploy_plugin.names import ATTENTION
 from tests.fastdeploy_plugin.steps import (
@@ -38,6 +39,10 @@ def test_attributes_are_those_of_upstream(name: str) -> None:
         assert isinstance(ours, type(theirs))
         names = vars(theirs).keys()
         assert {n: getattr(ours, n) for n in names} == {n: getattr(theirs, n) for n in names}
+        for num_blocks in (0, 1, 12345):
+            shapes = ([num_blocks, 1, 64, 656], [], [num_blocks, 64, 132])
+            for backend in (ours, theirs):
+                assert backend.get_kv_cache_shape(num_blocks, kv_cache_quant_type="uint8") == shapes
 
 
 def test_attributes_without_an_upstream_class() -> None:
@@ -50,36 +55,19 @@ def test_attributes_without_an_upstream_class() -> None:
         assert ours[name] == theirs[name]
 
 
-@pytest.mark.parametrize("num_blocks", [0, 1, 7, 12345])
-def test_cache_shapes_are_those_of_upstream(num_blocks: int) -> None:
-    with registered():
-        fd_config = config()
-        for backend in (construct(upstream_class(), fd_config), make_backend(fd_config)):
-            found = backend.get_kv_cache_shape(
-                max_num_blocks=num_blocks, kv_cache_quant_type="uint8"
-            )
-            assert found == ([num_blocks, 1, 64, 656], [], [num_blocks, 64, 132])
-
-
-def test_static_graphs_can_read_the_class() -> None:
-    """FastDeploy resolves the annotations of whatever has the marker's attribute."""
-    with registered():
-        backend_class = type(make_backend())
-        assert list(backend_class.__infer_dynamic_dims_fields__) == ["attention_metadata"]
-        hints = typing.get_type_hints(backend_class)
-        assert hints.keys() == {"attention_metadata"}
-
-
-def test_the_record_of_a_step_is_upstreams_own() -> None:
+def test_what_upstream_reads_of_a_backend_is_its_own() -> None:
+    """FastDeploy's static graphs resolve the annotations of whatever has the marker's attribute."""
     with registered():
         backend = make_backend()
+        assert backend.get_attention_meta() is None
+        assert list(type(backend).__infer_dynamic_dims_fields__) == ["attention_metadata"]
+        assert typing.get_type_hints(type(backend)).keys() == {"attention_metadata"}
         meta = forward_meta(backend)
         backend.init_attention_metadata(meta)
-        file = sys.modules[f"{ATTENTION}.dsa_attention_backend"]
         record = backend.get_attention_meta()
+        file = sys.modules[f"{ATTENTION}.dsa_attention_backend"]
         assert isinstance(record, file.DSAAttentionMetadata)
         assert record.block_tables is meta.block_tables
-        assert backend.attention_metadata is record
 
 
 @pytest.mark.parametrize(
@@ -153,30 +141,23 @@ def test_a_draft_model_is_refused_before_it_fails(v1: str, monkeypatch: pytest.M
             proposer(fd_config, main, 0, 0, {})
 
 
-class Calls:
-    """FastDeploy's operators of disaggregation, and in which order they were called."""
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Calls of FastDeploy's operators of disaggregation in their order, from now on."""
+    made: list[tuple[Any, ...]] = []
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made: list[tuple[Any, ...]] = []
-        operators = import_module(f"{ATTENTION}.ops")
-        for name in (
-            "init_kv_signal_per_query",
-            "open_shm_and_get_meta_signal",
-            "init_signal_layerwise",
-        ):
-            monkeypatch.setattr(operators, name, self._recorder(name))
+    def recorder(name: str) -> Any:
+        return lambda *args: (made.append((name, *args)), f"from {name}")[1]
 
-    def _recorder(self, name: str) -> Any:
-        def call(*args: Any) -> str:
-            self.made.append((name, *args))
-            return f"from {name}"
-
-        return call
+    operators = import_module(f"{ATTENTION}.ops")
+    for names in signals._OPERATORS.values():
+        for name in names:
+            monkeypatch.setattr(operators, name, recorder(name))
+    return made
 
 
 def test_disaggregation_by_chunk_announces_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     with registered():
-        calls = Calls(monkeypatch)
+        made = recorded(monkeypatch)
         fd_config = config(pd_disaggregation_mode="per_chunk")
         backend = make_backend(fd_config)
         meta = forward_meta(backend)
@@ -186,25 +167,25 @@ def test_disaggregation_by_chunk_announces_a_step(monkeypatch: pytest.MonkeyPatc
         num_layers = fd_config.model_config.num_hidden_layers
         lengths = meta.seq_lens_encoder, meta.seq_lens_this_time, meta.seq_lens_decoder
         expected = ("init_kv_signal_per_query", *lengths, backend.rank, num_layers)
-        assert len(calls.made) == 1
-        found = zip(calls.made[0], expected, strict=True)
+        assert len(made) == 1
+        found = zip(made[0], expected, strict=True)
         assert all(one is other or one == other for one, other in found)
         dummy = forward_meta(backend, is_dummy_or_profile_run=True)
         backend.init_attention_metadata(dummy)
-        assert len(calls.made) == 1
+        assert len(made) == 1
         attend(backend, dummy)
-        assert len(calls.made) == 1
+        assert len(made) == 1
 
 
 def test_disaggregation_by_query_announces_step_and_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with registered():
-        calls = Calls(monkeypatch)
+        made = recorded(monkeypatch)
         backend = make_backend(config(pd_disaggregation_mode="per_query", start_layer_index=3))
         attend(backend, forward_meta(backend))
         signal = "from open_shm_and_get_meta_signal"
-        assert calls.made == [
+        assert made == [
             ("open_shm_and_get_meta_signal", backend.rank, int(backend.device_id), False),
             ("init_signal_layerwise", signal, 3),
         ]

@@ -91,8 +91,7 @@ def test_each_token_attends_once_through_the_cache(heads: int, caller: str) -> N
     np.testing.assert_allclose(found, expected(q, keys, chosen, scale), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["forward", "forward_decode", "forward_extend"])
-def test_all_modes_are_the_mixed_one(method: str) -> None:
+def test_all_modes_are_the_mixed_one() -> None:
     keys, q, chosen = exact_keys(), query(8), selection()
     with registered():
         backend = make_backend()
@@ -102,7 +101,8 @@ def test_all_modes_are_the_mixed_one(method: str) -> None:
         tensors = [None if one is None else paddle.to_tensor(one) for one in arguments]
         call = (*tensors, SimpleNamespace(layer_id=0), meta)
         mixed = np.array(backend.forward_mixed(*call))
-        assert (np.array(getattr(backend, method)(*call)) == mixed).all()
+        for method in (backend.forward, backend.forward_decode, backend.forward_extend):
+            assert (np.array(method(*call)) == mixed).all()
 
 
 def test_padded_tokens_write_nothing_and_attend_to_nothing() -> None:
@@ -139,7 +139,8 @@ def test_padded_tokens_write_nothing_and_attend_to_nothing() -> None:
         assert (np.asarray(meta.caches[1]) == 0xAB).all()
 
 
-def test_a_layer_without_selection_is_told_who_must_come_first() -> None:
+def test_what_is_missing_is_named() -> None:
+    """A selection, and caches."""
     with registered():
         backend = make_backend()
         meta = forward_meta(backend)
@@ -147,13 +148,7 @@ def test_a_layer_without_selection_is_told_who_must_come_first() -> None:
         layer = SimpleNamespace(layer_id=3)
         with pytest.raises(MissingStepError, match="layer 3 has no selection"):
             backend.forward_mixed(paddle.to_tensor(query(8)), *[None] * 5, layer, meta)
-
-
-def test_caches_that_are_not_there_are_named() -> None:
-    with registered():
-        backend = make_backend()
-        meta = forward_meta(backend, caches=None)
-        backend.init_attention_metadata(meta)
+        meta.caches = None
         with pytest.raises(MissingStepError, match=r"forward_meta.caches\[0\] is None"):
             params = CacheWriteParams("fp8_ds_mla")
             backend.write_layer(paddle.to_tensor(exact_keys()), None, None, params, 0, meta)

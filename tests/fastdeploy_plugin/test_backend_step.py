@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,21 @@ def test_the_worked_step(name: str) -> None:
     assert step.position_ids.dtype == paddle.int64
 
 
-def test_a_decode_only_step_has_no_windows() -> None:
+def test_a_decode_only_step_has_no_windows_and_memory_past_it_is_clean() -> None:
+    """A graph of a larger size reads that memory: slot -1, position 0, no row."""
     with registered():
         backend = make_backend()
+        long = forward_meta(backend)
+        backend.init_attention_metadata(long)
         meta = forward_meta(backend, 5, **decode_only())
         backend.init_attention_metadata(meta)
-    assert meta.indexer_attn_mask_offsets is None
-    assert values(meta.position_ids) == [130, 3, 20, 21, 22]
-    assert values(meta.slot_mapping) == [578, 259, 212, 213, 214]
+        assert meta.indexer_attn_mask_offsets is None
+        assert values(meta.position_ids) == [130, 3, 20, 21, 22]
+        assert values(meta.slot_mapping) == [578, 259, 212, 213, 214]
+        step = long.fd_dsa_step
+        assert values(step.slot_mapping)[5:] == [-1] * 8
+        assert values(step.position_ids)[5:] == [0] * 8
+        assert values(step.batch_id_per_token)[5:] == [-1] * 8
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -106,17 +114,6 @@ def test_steps_of_requests_are_counted_in_the_log(
     ]
 
 
-def test_metadata_is_made_once_an_object() -> None:
-    with registered():
-        backend = make_backend()
-        meta = forward_meta(backend)
-        for _ in range(3):
-            backend.init_attention_metadata(meta)
-        assert backend.core.builder.num_builds == 1
-        backend.init_attention_metadata(forward_meta(backend))
-        assert backend.core.builder.num_builds == 2
-
-
 @pytest.mark.parametrize("launched", [14, 20, 64])
 def test_more_tokens_launched_than_there_are(launched: int) -> None:
     """The overlap schedule predicts the count; the surplus is padding."""
@@ -143,27 +140,13 @@ def test_a_step_without_tokens() -> None:
     assert values(meta.max_len_tensor_cpu) == [0] * 6
 
 
-def test_memory_past_a_step_stays_clean() -> None:
-    """A graph of a larger size reads it: slot -1, position 0, no row."""
+def test_what_the_runner_must_fill_is_named() -> None:
     with registered():
         backend = make_backend()
-        long = forward_meta(backend)
-        backend.init_attention_metadata(long)
-        backend.init_attention_metadata(forward_meta(backend, 5, **decode_only()))
-        step = long.fd_dsa_step
-        assert values(step.slot_mapping)[5:] == [-1] * 8
-        assert values(step.position_ids)[5:] == [0] * 8
-        assert values(step.batch_id_per_token)[5:] == [-1] * 8
-
-
-@pytest.mark.parametrize("name", LENGTHS)
-def test_what_the_runner_must_fill_is_named(name: str) -> None:
-    with registered():
-        backend = make_backend()
-        meta = forward_meta(backend)
-        setattr(meta, name, None)
-        with pytest.raises(MissingStepError, match=f"forward_meta.{name} is None"):
-            backend.init_attention_metadata(meta)
+        for name in (*LENGTHS, "block_tables"):
+            meta = forward_meta(backend, **{name: None})
+            with pytest.raises(MissingStepError, match=f"forward_meta.{name} is None"):
+                backend.init_attention_metadata(meta)
 
 
 def test_more_tokens_than_configured_are_refused() -> None:
@@ -175,19 +158,20 @@ def test_more_tokens_than_configured_are_refused() -> None:
             backend.init_attention_metadata(forward_meta(backend, 73))
 
 
-def test_layers_before_the_first_step_are_told_so() -> None:
+def test_layers_before_the_first_step_are_refused() -> None:
     with registered():
         backend = make_backend()
         with pytest.raises(MissingStepError, match="init_attention_metadata"):
             backend.forward_mixed(*[None] * 7, forward_meta(backend))
-        assert backend.get_attention_meta() is None
 
 
-def test_a_step_let_go_holds_no_caches() -> None:
+def test_a_step_is_made_once_and_let_go_with_its_caches() -> None:
     with registered():
         backend = make_backend()
         meta = forward_meta(backend)
-        backend.init_attention_metadata(meta)
+        for _ in range(3):
+            backend.init_attention_metadata(meta)
+        assert backend.core.builder.num_builds == 1
         references = sys.getrefcount(meta)
         backend.forget_step()
         # the plug-in's and the core's own
@@ -197,12 +181,13 @@ def test_a_step_let_go_holds_no_caches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("has_prefill", "expected"),
-    [(None, [13, 13, 256, 256, 256, 256]), (False, [1, 0, 256, 256, 256, 256])],
+    ("has_prefill", "drafts", "longest"), [(None, 0, 13), (False, 0, 1), (False, 3, 4)]
 )
-def test_bounds_of_the_maxima(has_prefill: bool | None, expected: list[int]) -> None:
+def test_bounds_of_the_maxima(has_prefill: bool | None, drafts: int, longest: int) -> None:
+    how = {"method": "ngram", "num_speculative_tokens": drafts} if drafts else {}
+    expected = [longest, 0 if has_prefill is False else 13, 256, 256, 256, 256]
     with registered():
-        backend = make_backend()
+        backend = make_backend(config(**how))
         backend.set_step_hints(has_prefill)
         meta = forward_meta(backend)
         backend.init_attention_metadata(meta)
@@ -214,15 +199,6 @@ def test_bounds_of_the_maxima(has_prefill: bool | None, expected: list[int]) -> 
         again = forward_meta(backend)
         backend.init_attention_metadata(again)
         assert values(again.max_len_tensor_cpu)[1] == 13
-
-
-def test_drafts_widen_the_bounds() -> None:
-    with registered():
-        backend = make_backend(config(method="ngram", num_speculative_tokens=3))
-        backend.set_step_hints(False)
-        meta = forward_meta(backend, 5, **decode_only())
-        backend.init_attention_metadata(meta)
-        assert values(meta.max_len_tensor_cpu) == [4, 0, *[256] * 4]
 
 
 @given(
@@ -244,17 +220,11 @@ def test_bounds_fit_the_tensor_of_the_tree(
 
 
 def test_bounds_stay_as_they_are_during_a_capture() -> None:
-    class Capturing:
-        def is_capturing(self) -> bool:
-            return True
-
     with registered():
         backend = make_backend()
         backend.init_attention_metadata(forward_meta(backend))
         meta = forward_meta(backend)
-        backend._transfers = Capturing()
-        backend._bound_lengths(meta, 13, True)
-        assert values(meta.max_len_tensor_cpu) == [0] * 6
-        backend._transfers = None
-        backend._bound_lengths(meta, 13, True)
-        assert values(meta.max_len_tensor_cpu)[0] == 13
+        for is_capturing, first in ((True, 0), (False, 13)):
+            backend._transfers = SimpleNamespace(is_capturing=lambda answer=is_capturing: answer)
+            backend._bound_lengths(meta, 13, True)
+            assert values(meta.max_len_tensor_cpu)[0] == first

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.fakes.driver import Job
 from tests.fakes.trees import TREES
-from tests.fastdeploy_plugin.demo_prompts import demo_prompts
-from tests.fastdeploy_plugin.engines import job, make_engine, ours, prompt
+from tests.fastdeploy_plugin.engines import ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [4, 2, 1]}
@@ -22,7 +22,7 @@ SERVED = [
 
 
 def two_jobs() -> list[Any]:
-    return [job(prompt(70), 5, chunk=40), job(prompt(9, 1), 7)]
+    return [Job(prompt(70), 5, chunk=40), Job(prompt(9, 1), 7)]
 
 
 @pytest.mark.parametrize(
@@ -55,15 +55,6 @@ def test_what_sleeps_wakes_up_as_it_was(tree: str, graphs: Any, steps: str) -> N
         assert [cache.shape[0] for cache in new] == [21] * len(old)
         assert engine.generate(two_jobs()) == expected
         assert all((cache.numpy() == 0xFF).all() for cache in old)
-
-
-@pytest.mark.parametrize("total_block_num", [9, 40])
-def test_the_profile_run_has_caches_of_another_size(total_block_num: int) -> None:
-    with ours():
-        wanted = demo_prompts()["fact"]
-        engine = make_engine(24, total_block_num=total_block_num)
-        asked = job(wanted.token_ids, len(wanted.answer))
-        assert engine.generate([asked]) == [wanted.answer]
 
 
 @pytest.fixture
@@ -112,9 +103,9 @@ def test_a_decode_node_goes_on_with_keys_of_a_prefill_node(drafts: int) -> None:
     tokens = prompt(100)
     speculative = {"method": "ngram", "num_speculative_tokens": drafts} if drafts else {}
     with ours():
-        expected = answers(job(tokens, 6))[0]
+        expected = answers(Job(tokens, 6))[0]
         first = small_engine(20)
-        source = job(tokens, 2)
+        source = Job(tokens, 2)
         waiting = [source]
         first.step(waiting)
         blocks, token = list(source.blocks), list(source.output)
@@ -129,7 +120,7 @@ def test_a_decode_node_goes_on_with_keys_of_a_prefill_node(drafts: int) -> None:
                 with writable(own) as values:
                     values[to[: len(blocks)]] = theirs.numpy()[blocks]
 
-        output = second.generate([job(tokens, 6, fetch=fetch, output=token)])
+        output = second.generate([Job(tokens, 6, fetch=fetch, output=token)])
     assert output == [expected]
     assert not any(step.lengths[0].any() for step in watch.steps)
     assert watch.steps[0].lengths[1:].tolist() == [[100], [1]]

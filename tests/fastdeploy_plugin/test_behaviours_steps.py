@@ -6,20 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.driver import Job
 from tests.fakes.trees import TREES
-from tests.fastdeploy_plugin.engines import job, ours, prompt
+from tests.fastdeploy_plugin.engines import ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 SERVED = ["pr7367", "develop"]
-
-
-def expected_slots(step: Any) -> list[int]:
-    """Slots of a step's tokens in order."""
-    return [
-        int(step.tables[row, position // 64]) * 64 + position % 64
-        for row, (start, count) in enumerate(zip(*step.lengths[1:], strict=True))
-        for position in range(start, start + count)
-    ]
 
 
 @pytest.mark.parametrize("tree", SERVED)
@@ -35,7 +27,7 @@ def test_a_step_is_a_new_object_over_buffers_that_stay(tree: str) -> None:
             shapes.append([meta.batch_id_per_token.shape[0], meta.cu_seqlens_q.shape[0]])
 
         engine.runner.model.register_forward_post_hook(note)
-        engine.generate([job(prompt(40), 3), job(prompt(9, 1), 5, start_at=2)])
+        engine.generate([Job(prompt(40), 3), Job(prompt(9, 1), 5, start_at=2)])
     steps = watch.steps
     assert [step.tokens for step in steps] == [40, 1, 10, 1, 1, 1, 1]
     assert [shape[0] for shape in shapes] == [step.launched for step in steps]
@@ -50,10 +42,10 @@ def test_a_step_is_a_new_object_over_buffers_that_stay(tree: str) -> None:
 def test_slots_follow_a_table_that_changes_under_a_decode_row() -> None:
     """The scheduler moves a row's block: the next step reads and writes where it lies now."""
     with ours():
-        expected = answers(job(prompt(70), 6))[0]
+        expected = answers(Job(prompt(70), 6))[0]
         engine = small_engine()
         watch = watch_steps(engine)
-        moving, waiting = job(prompt(70), 6), []
+        moving, waiting = Job(prompt(70), 6), []
         waiting.append(moving)
         for _ in range(3):
             engine.step(waiting)
@@ -79,49 +71,12 @@ def _move_block(engine: Any, moving: Any) -> None:
     engine.worker.preprocess_new_task([task], 1)
 
 
-@pytest.mark.parametrize("tree", SERVED)
-def test_rows_come_and_go_around_a_row_that_stays(tree: str) -> None:
-    """Idle rows in the middle, preempted ones, and prompts beside decode rows."""
-    with ours(TREES[tree]):
-        engine = small_engine()
-        alone = [engine.generate([job(prompt(n, n), 8)])[0] for n in (20, 33, 70)]
-        watch = watch_steps(engine)
-        together = engine.generate(
-            [
-                job(prompt(20, 20), 8, preempt_at=(2, 5)),
-                job(prompt(33, 33), 8, chunk=8),
-                job(prompt(70, 70), 8, start_at=3, preempt_at=(1,)),
-            ]
-        )
-    assert together == alone
-    assert {"mixed", "later chunk", "idle row between others"} <= watch.kinds()
-    for step in watch.steps:
-        assert step.slot_mapping.tolist() == expected_slots(step)
-    assert watch.trespasses == []
-
-
-def test_more_tokens_are_launched_than_there_are() -> None:
-    """The overlap schedule predicts a decode step's tokens; a row may have stopped meanwhile."""
-    with ours():
-        jobs = [(prompt(30), 9), (prompt(21, 1), 3), (prompt(12, 2), 5)]
-        engine = small_engine(enable_overlap_schedule=True)
-        alone = [engine.generate([job(*one)])[0] for one in jobs]
-        watch = watch_steps(engine)
-        assert engine.generate([job(*one) for one in jobs]) == alone
-    surplus = [step for step in watch.steps if step.launched > step.tokens]
-    assert [step.launched - step.tokens for step in surplus] == [1, 1]
-    for step in surplus:
-        assert step.position_ids[step.tokens :].tolist() == [0]
-        assert step.slot_mapping[step.tokens :].tolist() == [-1]
-    assert watch.trespasses == []
-
-
 @pytest.mark.parametrize("expert_parallel_size", [1, 2])
 @pytest.mark.parametrize("overlap", [False, True], ids=["normal", "overlap"])
 def test_a_step_without_tokens(expert_parallel_size: int, overlap: bool) -> None:
     """All rows wait for blocks; a rank of experts runs those of others meanwhile."""
     with ours():
-        expected = answers(job(prompt(62), 6))[0]
+        expected = answers(Job(prompt(62), 6))[0]
         engine = small_engine(
             expert_parallel_size=expert_parallel_size, enable_overlap_schedule=overlap
         )
@@ -137,7 +92,7 @@ def test_a_step_without_tokens(expert_parallel_size: int, overlap: bool) -> None
             finish()
 
         engine.runner._execute = execute
-        assert engine.generate([job(prompt(62), 6, late_blocks=3)])[0] == expected
+        assert engine.generate([Job(prompt(62), 6, late_blocks=3)])[0] == expected
     assert len(empty) >= 2
     assert all(meta.fd_dsa_step is not None for meta in empty)
     if not overlap:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fd_dsa import LLM, SamplingParams
+from tests.fakes.driver import Job
 from tests.fakes.trees import BROKEN, TREES
 from tests.fastdeploy_plugin.demo_prompts import demo_prompts
 from tests.fastdeploy_plugin.engines import make_engine, ours
@@ -53,7 +54,6 @@ def oracle(wanted: list[list[int]], wrong_every: int) -> Any:
 
 def jobs_of(prompts: Any, drafts: Any = None) -> tuple[list[str], list[Any]]:
     """Names and jobs: a long prompt in several steps, a prefix hit, chunks, preemptions, waits."""
-    from tests.fakes.driver import Job
 
     def job(name: str, **how: Any) -> Job:
         return Job(prompts[name].token_ids, len(prompts[name].answer), drafts=drafts, **how)
@@ -124,8 +124,6 @@ def test_the_v1_cache_manager_gets_our_caches_where_there_are_no_others(prompts:
         assert engine.runner.enable_cache_manager_v1
         caches = engine.runner.share_inputs["caches"]
         assert [str(cache.dtype) for cache in caches] == ["paddle.uint8"] * len(caches)
-        from tests.fakes.driver import Job
-
         job = Job(wanted.token_ids, len(wanted.answer))
         assert engine.generate([job]) == [wanted.answer]
 

@@ -23,7 +23,6 @@ from tests.fakes import trees
 from tests.fastdeploy_plugin.launcher import ROOT, environment, plugin_folder
 from tools.fastdeploy_check import parity, step_time
 from tools.fastdeploy_check.cut import main as cut
-from tools.fastdeploy_check.parity import Output
 from tools.fastdeploy_check.servers import OURS, UPSTREAM, CheckFailed
 from tools.fastdeploy_check.tiny import FLAGS, write_tiny_model
 
@@ -64,19 +63,21 @@ def tool(
 
 
 def test_without_fastdeploy_it_says_so(tmp_path: Path) -> None:
-    status, result, said = tool(tmp_path, installed=False)
+    status, result, output = tool(tmp_path, installed=False)
     assert (status, result) == (2, {})
-    assert said.startswith("fastdeploy_check: FastDeploy is not installed in this Python; install")
-    assert "Traceback" not in said
+    assert output.startswith(
+        "fastdeploy_check: FastDeploy is not installed in this Python; install"
+    )
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
 def test_a_run(tmp_path: Path) -> None:
     # streams that run long enough to be there at the same time, even if one is late
     script = {"tokens": [f" {i}" for i in range(64)], "step_s": 0.01}
-    status, result, said = tool(tmp_path, *OPTIONS, "--max-num-seqs", "8", script=script)
-    assert status == 0, said
-    assert result["passed"] and "all passed" in said
+    status, result, output = tool(tmp_path, *OPTIONS, "--max-num-seqs", "8", script=script)
+    assert status == 0, output
+    assert result["passed"] and "all passed" in output
     assert result["smoke"]["completion"] == "".join(script["tokens"][:16])
     assert [case["same"] for case in result["parity"]["cases"]] == [64] * 4
     for entry, batch in zip(result["step_time"]["entries"], (1, 4), strict=True):
@@ -85,8 +86,8 @@ def test_a_run(tmp_path: Path) -> None:
         assert 5000 < entry["candidate"]["us"]["p50"] < 1_000_000
     env = result["env"]
     assert env["paths"][OURS]["live"] and not env["paths"][UPSTREAM]["live"]
-    assert env["paths"][OURS]["fastdeploy"] and env["commit"] and env["command"]
-    assert f"for an issue: {tmp_path / 'report.md'}" in said
+    assert env["paths"][OURS]["version"] and env["commit"] and env["command"]
+    assert f"for an issue: {tmp_path / 'report.md'}" in output
     report = (tmp_path / "report.md").read_text("utf-8")
     assert report.startswith("# fastdeploy_check: all passed\n")
     assert "| FastDeploy | 0.0.0+fake |" in report and f"| commit | {env['commit']}" in report
@@ -94,7 +95,7 @@ def test_a_run(tmp_path: Path) -> None:
         assert f"\n## {name}: passed\n" in report
     assert "| 2 | 64 | 64 | 0 | ok |" in report
     for check in CHECKS:
-        assert f"| {check.name} | ok |" in report
+        assert f"| {check} | ok |" in report
     assert "| fd_dsa | fd_dsa | FastDeploy 0.0.0+fake, derived from its DSA backend" in report
     (ratio,) = re.findall(r"^\| 4 \| \S+ \| \S+ \| (\d\.\d{3}) \|$", report, flags=re.M)
     assert float(ratio) == round(result["step_time"]["entries"][1]["ratio_p50"], 3)
@@ -103,10 +104,10 @@ def test_a_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_without_a_model_it_makes_a_tiny_one(tmp_path: Path) -> None:
     script = {"imports": ["fastdeploy.model_executor.models.deepseek_v3"]}
-    status, result, said = tool(tmp_path, "--only", "smoke", model=False, script=script)
-    assert status == 0, said
+    status, result, output = tool(tmp_path, "--only", "smoke", model=False, script=script)
+    assert status == 0, output
     folder = tmp_path / "logs" / "tiny_model"
-    assert f"no MODEL: a random one of three layers, {folder}" in said
+    assert f"no MODEL: a random one of three layers, {folder}" in output
     # what its processes log of the plug-in is in the report
     (line,) = (line for line in result["log"] if "serves FastDeploy's DSA path" in line)
     assert f"| `{line}` | 1 |" in (tmp_path / "report.md").read_text("utf-8")
@@ -133,8 +134,8 @@ def test_the_tiny_model_is_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_tree_that_is_not_served_gives_its_table_and_runs_nothing(tmp_path: Path) -> None:
-    status, result, said = tool(tmp_path, tree=trees.BROKEN["missing_symbol"])
-    assert status == 2, said
+    status, result, output = tool(tmp_path, tree=trees.BROKEN["missing_symbol"])
+    assert status == 2, output
     report = (tmp_path / "report.md").read_text("utf-8")
     reason = "models/deepseek_v3.py has no Indexer"
     assert f"| models/deepseek_v3.py: Indexer | {reason} |" in report
@@ -145,80 +146,64 @@ def test_a_tree_that_is_not_served_gives_its_table_and_runs_nothing(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_other_tokens_are_found(tmp_path: Path) -> None:
-    script = {"tokens": ["a", "b", "c"], "tokens_upstream": ["a", "x", "c"], "gap": 0.3}
-    status, result, said = tool(tmp_path, "--only", "parity", script=script)
-    assert status == 1, said
-    found = {"same": 1, "tokens": 3, "gap": 0.3, "passed": False}
-    assert result["parity"]["cases"] == [found] * 4 and not result["passed"]
-    assert said.count("DIFFERENT") == 4 and "NOT passed" in said
-
-
-@pytest.mark.slow
 def test_a_server_that_does_not_come_up(tmp_path: Path) -> None:
     script = {"exit_with": 3, "say": ["", "RuntimeError: no memory\n"]}
-    status, result, said = tool(tmp_path, "--only", "smoke", script=script)
+    status, result, output = tool(tmp_path, "--only", "smoke", script=script)
     assert status == 1
-    assert "the server ended with status 3: fd_dsa: error: FastDeploy's server ended" in said
-    assert result["smoke"]["error"] in said and not result["passed"]
+    assert "the server ended with status 3: fd_dsa: error: FastDeploy's server ended" in output
+    assert result["smoke"]["error"] in output and not result["passed"]
 
 
 @pytest.mark.slow
 def test_a_check_that_fails_hides_no_other(tmp_path: Path) -> None:
-    # a completion without a token: smoke finds it, and parity is still run
-    script: dict[str, Any] = {"tokens": [""]}
-    options = ("--only", "smoke", "--only", "parity")
-    status, result, said = tool(tmp_path, *options, script=script)
-    assert status == 1, said
+    # a completion without a token: smoke finds it, and parity is still run and finds other tokens
+    script: dict[str, Any] = {"tokens": [""], "tokens_upstream": ["x"], "gap": 0.3}
+    status, result, output = tool(tmp_path, "--only", "smoke", "--only", "parity", script=script)
+    assert status == 1, output
     assert result["smoke"] == {"passed": False, "error": "/v1/completions: the text is empty"}
-    assert len(result["parity"]["cases"]) == 4
+    found = {"same": 0, "tokens": 1, "gap": 0.3, "passed": False}
+    assert result["parity"]["cases"] == [found] * 4 and not result["passed"]
+    assert output.count("DIFFERENT") == 4 and "NOT passed" in output
     report = (tmp_path / "report.md").read_text("utf-8")
     assert "## smoke: NOT passed\n\n/v1/completions: the text is empty\n" in report
 
 
-def output(*tokens: str, **top: float) -> Output:
-    """An answer; `top` is what its second token's candidates have."""
-    tops = [{token: 0.0} for token in tokens]
-    if len(tops) > 1:
-        tops[1] |= top
-    return Output(tokens, tuple(tops))
+def answer(*tokens: str, **top: float) -> dict[str, Any]:
+    """Log probabilities of an answer; `top` is what its second token's candidates have."""
+    tops = [{token: 0.0} | (top if place == 1 else {}) for place, token in enumerate(tokens)]
+    return {"tokens": tokens, "top_logprobs": tops}
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "passed", "gap"),
     [
-        (output("a", "b"), output("a", "b"), True, None),
-        (output("a", "c"), output("a", "b", c=-0.25), True, 0.25),
-        (output("a", "c"), output("a", "b", c=-0.26), False, 0.26),
+        (answer("a", "b"), answer("a", "b"), True, None),
+        (answer("a", "c"), answer("a", "b", c=-0.25), True, 0.25),
+        (answer("a", "c"), answer("a", "b", c=-0.26), False, 0.26),
         # not even among the candidates
-        (output("a", "z"), output("a", "b"), False, None),
+        (answer("a", "z"), answer("a", "b"), False, None),
         # only the compared path's own opinion counts
-        (output("a", "c", b=-0.1), output("a", "b", c=-9.0), False, 9.0),
-        (output("a"), output("a", "b"), False, None),
-        (output(), output(), False, None),
+        (answer("a", "c", b=-0.1), answer("a", "b", c=-9.0), False, 9.0),
+        (answer("a"), answer("a", "b"), False, None),
+        (answer(), answer(), False, None),
     ],
 )
-def test_the_margin_rule(ours: Output, theirs: Output, passed: bool, gap: float | None) -> None:
+def test_the_margin_rule(ours: Any, theirs: Any, passed: bool, gap: float | None) -> None:
     found = parity.compare(ours, theirs)
     assert (found["passed"], found["gap"]) == (passed, gap)
-
-
-def test_prompts_are_of_several_lengths_and_begin_differently() -> None:
+    # each prompt is a text of its own: none finds another in a prefix cache
     texts = parity.prompts()
     assert len({text[:20] for text in texts}) == len(texts)
     assert [len(text) // 1000 for text in texts] == [0, 2, 8, 24]
 
 
-def test_gaps_count_while_all_streams_run() -> None:
+def test_gaps_count_while_all_streams_run_and_all_rounds_make_one_ratio() -> None:
     first, second = [0.0, 1.0, 2.0, 3.0, 9.0], [1.5, 2.5, 3.5]
     assert step_time.overlapping_gaps_us([first, second]) == [1e6] * 3
     with pytest.raises(CheckFailed, match="did not run at the same time"):
         step_time.overlapping_gaps_us([[0.0, 1.0], [2.0, 3.0]])
     with pytest.raises(CheckFailed, match="no token"):
         step_time.overlapping_gaps_us([[0.0, 1.0], []])
-
-
-def test_step_times_of_all_rounds_make_one_ratio() -> None:
     rounds = [
         (OURS, {1: [1.0, 2.0, 3.0]}),
         (UPSTREAM, {1: [4.0, 4.0, 4.0]}),
@@ -231,7 +216,7 @@ def test_step_times_of_all_rounds_make_one_ratio() -> None:
     assert entry["ratio_p50"] == pytest.approx(3.0 / 4.5, abs=1e-4)
 
 
-def test_a_cut_is_a_model(tmp_path: Path) -> None:
+def test_a_cut_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "cut"
     assert cut([str(demo_model_path()), str(out), "--layers", "2"]) == 0
     assert ModelConfig.from_folder(out).num_hidden_layers == 2
@@ -242,9 +227,7 @@ def test_a_cut_is_a_model(tmp_path: Path) -> None:
             assert (part.raw(name) == whole.raw(name)).all(), name
     with LLM(model=out, max_num_seqs=1) as llm:
         assert llm.generate(["Hello"])[0].token_ids
-
-
-def test_a_cut_leaves_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # it leaves what is there
     assert cut([str(demo_model_path()), str(tmp_path)]) == 1
     assert "exists" in capsys.readouterr().err
     assert cut([str(tmp_path), str(tmp_path / "new")]) == 1

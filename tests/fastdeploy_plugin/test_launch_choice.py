@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fd_dsa.config import demo_model_path
+from fd_dsa.environment import nvidia_smi
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin.launch import choice
 from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
@@ -26,9 +27,9 @@ SEVERAL = [
 ]
 
 
-def flags(*argv: str) -> tuple[dict[str, Any], frozenset[str], PassedFlags]:
+def flags(*argv: str) -> tuple[argparse.Namespace, PassedFlags]:
     args = parse_args(argv)
-    return vars(args), args.given, PassedFlags.read(args.passed)
+    return args, PassedFlags.read(args.passed)
 
 
 @pytest.fixture
@@ -38,12 +39,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(choice, "has_nvidia_gpu", lambda: False)
     monkeypatch.setattr(memory_plan, "available_memory_bytes", lambda: 64 * GIB)
     return monkeypatch
-
-
-@pytest.fixture
-def absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FastDeploy is not there."""
-    monkeypatch.setattr(choice, "find_spec", lambda name: None)
 
 
 @pytest.fixture
@@ -72,30 +67,19 @@ def test_flags_for_several_devices_take_fastdeploy_or_are_an_error(
     assert "--engine embedded serves" in str(caught.value)
 
 
-def test_one_device_by_flag_is_one_device() -> None:
+def test_the_size_of_the_weights_decides(large: str, installed: pytest.MonkeyPatch) -> None:
     refuse_for_embedded(*flags("-tp", "1", "--data-parallel-size", "1"))
-
-
-@pytest.mark.usefixtures("installed")
-def test_a_model_that_fits_is_embedded(large: str, installed: pytest.MonkeyPatch) -> None:
-    engine, why = choose_engine(*flags())
-    assert engine == "embedded"
-    assert why == "one device is enough: weights 74.9 MiB in float32, 64.0 GiB free in host memory"
-    installed.setattr(memory_plan, "available_memory_bytes", lambda: 1 << 50)
-    assert choose_engine(*flags(large))[0] == "embedded"
-
-
-@pytest.mark.usefixtures("installed")
-def test_a_model_that_does_not_fit_takes_fastdeploy(large: str) -> None:
+    demo = "one device is enough: weights 74.9 MiB in float32, 64.0 GiB free in host memory"
+    assert choose_engine(*flags("-tp", "1")) == ("embedded", demo)
     engine, why = choose_engine(*flags(large))
     assert engine == "fastdeploy"
     assert why.startswith("one device is not enough: weights ") and "GiB in float32, 64.0" in why
-
-
-@pytest.mark.usefixtures("absent")
-def test_without_fastdeploy_the_embedded_engine_says_what_does_not_fit(large: str) -> None:
+    installed.setattr(memory_plan, "available_memory_bytes", lambda: 1 << 50)
+    assert choose_engine(*flags(large))[0] == "embedded"
+    installed.setattr(memory_plan, "available_memory_bytes", lambda: 0)
+    installed.setattr(choice, "find_spec", lambda name: None)
     engine, why = choose_engine(*flags(large))
-    assert (engine, why.endswith("is not installed")) == ("embedded", True)
+    assert engine == "embedded" and why.endswith("is not installed")
 
 
 @pytest.mark.parametrize("text", [None, "{", '{"model_type": "llama"}'])
@@ -108,63 +92,61 @@ def test_a_folder_without_a_size_is_left_to_the_embedded_engine(
     assert choose_engine(*flags(str(tmp_path)))[0] == "embedded"
 
 
-class TestMemoryOfAGpu:
-    """With a GPU and Paddle for it, the GPU's memory counts."""
+@pytest.mark.parametrize(
+    ("argv", "visible", "package", "answer", "asked_for"),
+    [
+        ([], None, "3.3.1", ["1024 MiB"], "0"),
+        ([], "3,1", "3.3.1", ["1024 MiB"], "3"),
+        ([], "GPU-a", "3.3.1", ["1024 MiB"], "GPU-a"),
+        # the host's memory counts on the CPU, with Paddle for CPUs, and if the GPU does not say
+        (["--device", "cpu"], None, "3.3.1", ["1024 MiB"], None),
+        ([], None, "", ["1024 MiB"], None),
+        ([], None, "3.3.1", [], "0"),
+        ([], None, "3.3.1", ["[N/A]"], "0"),
+    ],
+)
+def test_the_memory_of_a_gpu(
+    argv: list[str],
+    visible: str | None,
+    package: str,
+    answer: list[str],
+    asked_for: str | None,
+    large: str,
+    installed: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
 
-    @pytest.fixture
-    def asked(self, installed: pytest.MonkeyPatch) -> list[list[str]]:
-        """nvidia-smi answers 1024 MiB; the queries that were made."""
-        calls: list[list[str]] = []
+    def nvidia_smi(fields: str, gpu: str) -> list[str]:
+        asked.append(gpu)
+        return answer
 
-        def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-            calls.append(list(command))
-            return subprocess.CompletedProcess(command, 0, stdout="1024\n")
+    installed.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        installed.setenv("CUDA_VISIBLE_DEVICES", visible)
+    installed.setattr(choice, "has_nvidia_gpu", lambda: True)
+    installed.setattr(choice, "installed_version", lambda name: package)
+    installed.setattr(choice, "nvidia_smi", nvidia_smi)
+    installed.setattr(memory_plan, "available_memory_bytes", lambda: 1 << 50)
+    counts = asked_for is not None and answer == ["1024 MiB"]
+    where = "1.0 GiB on the GPU" if counts else "free in host memory"
+    assert choose_engine(*flags(*argv))[1].endswith(where)
+    assert asked == ([] if asked_for is None else [asked_for])
+    assert choose_engine(*flags(*argv, large))[0] == ("fastdeploy" if counts else "embedded")
 
-        installed.setattr(choice, "has_nvidia_gpu", lambda: True)
-        installed.setattr(choice, "version", lambda name: "3.3.1")
-        installed.setattr(choice.subprocess, "run", run)
-        return calls
 
-    @pytest.mark.parametrize(("visible", "first"), [(None, "0"), ("3,1", "3"), ("GPU-a", "GPU-a")])
-    def test_the_first_visible_one_is_asked(
-        self,
-        asked: list[list[str]],
-        monkeypatch: pytest.MonkeyPatch,
-        visible: str | None,
-        first: str,
-    ) -> None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if visible:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert choose_engine(*flags())[1].endswith("1.0 GiB on the GPU")
-        assert asked[0][-1] == first
+@pytest.mark.parametrize(("status", "lines"), [(0, ["one", "two"]), (9, []), (None, [])])
+def test_what_nvidia_smi_reports(
+    status: int | None, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
 
-    def test_it_is_what_must_hold_the_weights(self, asked: list[list[str]], large: str) -> None:
-        assert choose_engine(*flags(large))[0] == "fastdeploy"
-        assert asked
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        if status is None:
+            raise FileNotFoundError
+        return subprocess.CompletedProcess(command, status, stdout="one\ntwo\n")
 
-    def test_on_the_cpu_it_does_not_count(self, asked: list[list[str]]) -> None:
-        assert "host memory" in choose_engine(*flags("--device", "cpu"))[1]
-        assert not asked
-
-    def test_with_paddle_for_cpus_it_does_not_count(
-        self, asked: list[list[str]], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def none(name: str) -> str:
-            raise choice.PackageNotFoundError(name)
-
-        monkeypatch.setattr(choice, "version", none)
-        assert "host memory" in choose_engine(*flags())[1]
-        assert not asked
-
-    @pytest.mark.parametrize("answer", ["", "[N/A]", None])
-    def test_a_gpu_that_does_not_say_is_left_aside(
-        self, asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, answer: str | None
-    ) -> None:
-        def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-            if answer is None:
-                raise FileNotFoundError
-            return subprocess.CompletedProcess(command, 0, stdout=answer)
-
-        monkeypatch.setattr(choice.subprocess, "run", run)
-        assert "host memory" in choose_engine(*flags())[1]
+    monkeypatch.setattr(subprocess, "run", run)
+    assert nvidia_smi("name", "3") == lines == nvidia_smi("name")
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    assert commands == [[*query, "-i", "3"], query]

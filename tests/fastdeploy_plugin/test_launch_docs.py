@@ -66,7 +66,7 @@ def test_command_lines_are_accepted(line: str) -> None:
         del argv[place : place + 2]
     args = parse_args(argv)
     passed = PassedFlags.read(args.passed)
-    assert translate(vars(args), args.given, passed)[-2:] == ["--block-size", "64"]
+    assert translate(args, passed)[-2:] == ["--block-size", "64"]
 
 
 def test_the_tools_checks_are_those_of_the_page() -> None:

@@ -9,95 +9,87 @@ import pytest
 
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
-from fd_dsa.fastdeploy_plugin.launch.ports import Ports, choose_ports
+from fd_dsa.fastdeploy_plugin.launch.ports import choose_ports
 
 HOST = "127.0.0.1"
+FLAGS = ("--port", "--metrics-port", "--engine-worker-queue-port", "--cache-queue-port")
 
 
 @pytest.fixture
 def base() -> Iterator[int]:
     """The first of thirteen ports that are free, below those the system gives by itself."""
     for start in range(18000, 30000, 13):
-        if choose(start, given=True, num_queues=6).http == start and all(map(free, block(start))):
+        if all(map(free, range(start, start + 13))):
             yield start
             return
     pytest.fail("no free ports on this machine")
 
 
-def block(start: int) -> range:
-    return range(start, start + 13)
-
-
 def free(port: int) -> bool:
     try:
-        with socket.create_server(("0.0.0.0", port)):
-            return True
+        for host in ("0.0.0.0", HOST):
+            socket.create_server((host, port)).close()
     except OSError:
         return False
+    return True
 
 
-def choose(port: int, given: bool, num_queues: int = 1, passed: tuple[str, ...] = ()) -> Ports:
-    return choose_ports(HOST, port, given, PassedFlags.read(passed), num_queues)
+def choose(port: int, given: bool, num_queues: int = 1, passed: tuple[str, ...] = ()) -> list[str]:
+    """The values in the order of `FLAGS`; "" for what the user gave FastDeploy."""
+    found = choose_ports(HOST, port, given, PassedFlags.read(passed), num_queues)
+    assert list(found) == [flag for flag in FLAGS if flag in found]
+    return [found.get(flag, "") for flag in FLAGS]
 
 
-def arguments(http: int, metrics: int, workers: object, caches: object) -> tuple[str, ...]:
-    return (
-        *("--port", str(http)),
-        *("--metrics-port", str(metrics)),
-        *("--engine-worker-queue-port", str(workers)),
-        *("--cache-queue-port", str(caches)),
-    )
+def texts(*numbers: int) -> list[str]:
+    return list(map(str, numbers))
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_four_consecutive_ports(base: int, given: bool) -> None:
-    found = choose(base, given)
-    assert found == Ports(base, base + 1, arguments(base, base + 1, base + 2, base + 3))
-
-
-def test_a_port_that_was_given_stays_and_the_rest_moves(base: int) -> None:
-    with socket.create_server((HOST, base + 2)):
-        found = choose(base, given=True)
-        assert found.arguments == arguments(base, base + 3, base + 4, base + 5)
-
-
-def test_a_default_port_moves_as_well(base: int) -> None:
-    with socket.create_server((HOST, base)), socket.create_server(("0.0.0.0", base + 3)):
-        found = choose(base, given=False)
-        assert found.arguments == arguments(base + 4, base + 5, base + 6, base + 7)
-
-
-def test_a_port_that_is_taken_on_another_interface(base: int) -> None:
-    # FastDeploy's queues listen on all of them
-    with socket.create_server(("127.0.0.2", base + 1)):
-        assert choose(base, given=True).metrics == base + 2
+@pytest.mark.parametrize(
+    ("given", "taken", "offsets"),
+    [
+        (True, [], (0, 1, 2, 3)),
+        (False, [], (0, 1, 2, 3)),
+        # a port that was given stays and the rest moves; a default one moves as well
+        (True, [(HOST, 2)], (0, 3, 4, 5)),
+        (False, [(HOST, 0), ("0.0.0.0", 3)], (4, 5, 6, 7)),
+        # FastDeploy's queues listen on all interfaces
+        (True, [("127.0.0.2", 1)], (0, 2, 3, 4)),
+    ],
+)
+def test_four_consecutive_ports(
+    base: int, given: bool, taken: list[tuple[str, int]], offsets: tuple[int, ...]
+) -> None:
+    servers = [socket.create_server((host, base + offset)) for host, offset in taken]
+    try:
+        assert choose(base, given) == texts(*(base + offset for offset in offsets))
+    finally:
+        for server in servers:
+            server.close()
 
 
 def test_any_port() -> None:
-    found = choose(0, given=True)
-    assert found.http > 0
-    assert found.arguments == arguments(*range(found.http, found.http + 4))
+    first, *others = map(int, choose(0, given=True))
+    assert first > 0 and others == [first + 1, first + 2, first + 3]
 
 
 def test_ports_after_the_dashes_stay_where_they_are(base: int) -> None:
     passed = ("--port", str(base), "--cache-queue-port", "7")
-    found = choose(8000, given=False, passed=passed)
-    queue = ("--engine-worker-queue-port", str(base + 2))
-    assert found == Ports(base, base + 1, ("--metrics-port", str(base + 1), *queue))
-    every = (*arguments(1, 2, 3, 4),)
-    assert choose(8000, given=False, passed=every) == Ports(1, 2, ())
+    assert choose(8000, given=False, passed=passed) == ["", *texts(base + 1, base + 2), ""]
+    every = tuple(text for flag in FLAGS for text in (flag, "1"))
+    assert choose(8000, given=False, passed=every) == [""] * 4
+    with pytest.raises(ConfigError, match=r"--port \(after --\): got 'http'"):
+        choose(8000, given=False, passed=("--port", "http"))
 
 
 def test_each_data_parallel_rank_has_its_queues(base: int) -> None:
-    found = choose(base, given=True, num_queues=3)
-    workers = ",".join(str(base + n) for n in (2, 3, 4))
-    caches = ",".join(str(base + n) for n in (5, 6, 7))
-    assert found.arguments == arguments(base, base + 1, workers, caches)
+    workers, caches = (",".join(texts(*(base + n for n in one))) for one in ((2, 3, 4), (5, 6, 7)))
+    assert choose(base, given=True, num_queues=3) == [*texts(base, base + 1), workers, caches]
 
 
 def test_several_machines_need_the_same_ports(base: int) -> None:
     passed = ("--ips", "10.0.0.1,10.0.0.2")
-    assert choose(base, given=False, passed=passed).http == base
+    assert choose(base, given=False, passed=passed)[0] == str(base)
     with (
         socket.create_server((HOST, base + 2)),
         pytest.raises(ConfigError, match=f"port {base + 2} is taken, and with --ips every machine"),
@@ -108,11 +100,6 @@ def test_several_machines_need_the_same_ports(base: int) -> None:
 def test_no_room_is_an_error() -> None:
     with pytest.raises(ConfigError, match="found no 3 consecutive free ports from 65534 on"):
         choose(65533, given=True)
-
-
-def test_a_port_that_is_no_number() -> None:
-    with pytest.raises(ConfigError, match=r"--port \(after --\): got 'http'"):
-        choose(8000, given=False, passed=("--port", "http"))
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])

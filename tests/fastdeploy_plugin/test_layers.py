@@ -35,27 +35,23 @@ STEPS = [
 ]
 
 
-def parameters(layer: Any) -> list[tuple[str, list[int], Any]]:
-    return [(name, list(p.shape), p.dtype) for name, p in layer.named_parameters()]
+def test_parameters_are_those_of_upstream() -> None:
+    """Buffers that nothing reads are gone, and a decoder layer finds ours by name."""
 
+    def parameters(layer: Any) -> list[tuple[str, list[int], Any]]:
+        return [(name, list(p.shape), p.dtype) for name, p in layer.named_parameters()]
 
-@pytest.mark.parametrize("name", ["pr7367", "develop"])
-def test_parameters_are_those_of_upstream(name: str) -> None:
-    with registered(name):
-        fd_config = config()
-        ours = sys.modules[MODELS].DeepseekV32DSAAttention
-        upstream = ours.__mro__[2]
-        theirs = parameters(upstream(fd_config, 0, "model.layers.0.self_attn"))
-        assert parameters(ours(fd_config, 0, "model.layers.0.self_attn")) == theirs
-
-
-def test_buffers_that_nothing_reads_are_gone() -> None:
     with registered():
-        upstream = sys.modules[MODELS].Indexer.__mro__[2](config(), 0)
-        assert hasattr(upstream, "offsets")
-        indexer = make_layer(loaded=False).indexer
-        assert not hasattr(indexer, "offsets")
-        assert not hasattr(indexer, "lengths")
+        models, fd_config = sys.modules[MODELS], config()
+        decoder = models.DeepSeekV3DecoderLayer(fd_config, prefix="deepseek_v3.layers.0")
+        ours = decoder.self_attn
+        assert type(ours) is models.DeepseekV32DSAAttention
+        assert type(ours.indexer) is models.Indexer
+        theirs = type(ours).__mro__[2](fd_config, 0, "deepseek_v3.layers.0.self_attn")
+        assert parameters(ours) == parameters(theirs)
+        upstream = models.Indexer.__mro__[2](fd_config, 0)
+        for name in ("offsets", "lengths"):
+            assert hasattr(upstream, name) and not hasattr(ours.indexer, name)
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -83,17 +79,11 @@ def test_a_layer_gives_what_the_embedded_engine_gives(
             assert np.asarray(ours).any()
 
 
-def test_a_step_without_tokens_passes_through() -> None:
+def test_layers_without_tokens_and_before_their_backend() -> None:
     with registered():
-        backend = make_backend()
-        rows, layer = Rows(backend), make_layer(loaded=False)
+        rows, layer = Rows(make_backend()), make_layer(loaded=False)
         meta = rows.step([(0, 0, 0)], 0)
         assert layer(meta, paddle.zeros([0, 384])).shape == [0, 384]
-
-
-def test_layers_before_their_backend_are_told_so() -> None:
-    with registered():
-        layer = make_layer(loaded=False)
         meta = SimpleNamespace(attn_backend=object())
         with pytest.raises(MissingStepError, match="the runner was made before the plug-in"):
             layer(meta, hidden_states(3))
@@ -125,12 +115,9 @@ def test_pairing_of_the_indexers_rope(
     if own is not None:
         model.indexer_rope_interleave = own
     assert interleaves_indexer_rope(model) is interleaved
-
-
-def test_a_pairing_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FD_DSA_INDEXER_ROPE_INTERLEAVE", "half")
     with pytest.raises(ConfigError, match="FD_DSA_INDEXER_ROPE_INTERLEAVE: got 'half'"):
-        interleaves_indexer_rope(SimpleNamespace(model_type="deepseek_v32"))
+        interleaves_indexer_rope(model)
 
 
 def index_keys(caches: Any) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,12 +118,10 @@ def test_a_bfloat16_layer_is_near_the_float32_one(request: pytest.FixtureRequest
     with registered():
         expected, _ = run(make_backend(config(**SIZES)), make_layer())
         request.getfixturevalue("on_a_device")
-        request.getfixturevalue("monkeypatch").setattr(
-            backend_module, "_default_dtype", lambda: "bfloat16"
-        )
-        layer = make_layer()
+        layer, backend = make_layer(), make_backend(config(**SIZES))
         rounded_to_bfloat16(layer)
-        found, _ = run(make_backend(config(**SIZES)), layer, "bfloat16")
+        backend.config = replace(backend.config, dtype="bfloat16")
+        found, _ = run(backend, layer, "bfloat16")
     for ours, theirs in zip(found, expected, strict=True):
         assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
 
@@ -164,7 +163,7 @@ def test_what_a_graph_would_keep_does_not_move() -> None:
                 core.mla_query_buffer(count),
                 *core.query_buffers(count),
                 *core.projection_buffers(count),
-                backend.norms_of(0, layer.kv_a_layernorm, layer.indexer).params.kv_norm_weight,
+                backend.norms_of(0, layer.kv_a_layernorm, layer.indexer).kv_norm_weight,
                 backend.cos_sin_of(layer.rotary_emb),
             ]
             addresses.append([tensor.data_ptr() for tensor in kept])

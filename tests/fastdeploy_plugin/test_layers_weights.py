@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 from fd_dsa.fastdeploy_plugin import projections
 from fd_dsa.fastdeploy_plugin.projections import IndexerProjections
 from tests.fastdeploy_plugin.layers import Rows, hidden_states, make_backend, make_layer
-from tests.fastdeploy_plugin.names import MODELS
 from tests.fastdeploy_plugin.steps import config, registered
 
 STEP = [(40, 0, 40)]
@@ -25,53 +23,37 @@ def run(rows: Rows, layer: Any, seed: int = 0) -> np.ndarray:
         return np.array(layer(rows.step(STEP), hidden_states(40, seed)))
 
 
-def norms_of(backend: Any, layer: Any) -> Any:
-    return backend.norms_of(layer.layer_id, layer.kv_a_layernorm, layer.indexer)
-
-
-class SimpleParameter:
+class BFloat16Weight:
     """A parameter whose values are bfloat16, as far as our code looks at it."""
 
-    def __init__(self, values: Any) -> None:
-        self.values = values.detach().astype("bfloat16")
+    def __init__(self, owner: Any) -> None:
+        self.values = owner.weight.detach().astype("bfloat16")
+        del owner.weight
+        owner.weight = self
 
     def detach(self) -> Any:
         return self.values
 
 
-def test_norm_weights_are_copied_once_and_refreshed_in_place() -> None:
+@pytest.mark.parametrize(("changes", "promised"), [(False, False), (True, True), (True, False)])
+def test_norm_weights_are_copied_once_and_refreshed_in_place(changes: bool, promised: bool) -> None:
+    """With FastDeploy's own runner, weights that may change are read each step."""
     with registered():
-        backend = make_backend()
-        rows, layer = Rows(backend), make_layer()
-        norm = SimpleParameter(layer.kv_a_layernorm.weight)
-        del layer.kv_a_layernorm.weight
-        layer.kv_a_layernorm.weight = norm
-        before = run(rows, layer)
-        kept = norms_of(backend, layer).params.kv_norm_weight
-        assert kept.dtype == np.float32
-        norm.values = norm.values * 2
-        # FastDeploy loads no other weights: nothing is copied again
-        np.testing.assert_array_equal(run(rows, layer), before)
-        backend.refresh_weights()
-        assert norms_of(backend, layer).params.kv_norm_weight is kept
-        assert np.abs(run(rows, layer) - before).max() > 1e-3
-
-
-@pytest.mark.parametrize("promised", [True, False])
-def test_without_the_runner_changing_weights_are_read_every_time(promised: bool) -> None:
-    """Reinforcement learning on a worker whose runner has none of our hooks."""
-    with registered():
-        backend = make_backend(config(dynamic_load_weight=True))
+        backend = make_backend(config(dynamic_load_weight=changes))
         if promised:
             backend.promise_refresh()
         rows, layer = Rows(backend), make_layer()
-        norm = SimpleParameter(layer.kv_a_layernorm.weight)
-        del layer.kv_a_layernorm.weight
-        layer.kv_a_layernorm.weight = norm
+        norm = BFloat16Weight(layer.kv_a_layernorm)
         before = run(rows, layer)
+        norms = backend.norms_of(0, layer.kv_a_layernorm, layer.indexer)
+        kept = norms.kv_norm_weight
+        assert kept.dtype == np.float32
         norm.values = norm.values * 2
-        changed = np.abs(run(rows, layer) - before).max() > 1e-3
-        assert bool(changed) is not promised
+        assert bool(np.abs(run(rows, layer) - before).max() > 1e-3) is (changes and not promised)
+        backend.refresh_weights()
+        assert backend.norms_of(0, layer.kv_a_layernorm, layer.indexer) is norms
+        assert norms.kv_norm_weight is kept
+        assert np.abs(run(rows, layer) - before).max() > 1e-3
 
 
 def test_one_float32_table_for_all_layers() -> None:
@@ -98,17 +80,11 @@ def on_a_device(shape: list[int], dtype: Any = paddle.bfloat16) -> Any:
     return SimpleNamespace(shape=shape, dtype=dtype, place=place)
 
 
-class UnquantizedLinearMethod:
-    """Named as FastDeploy's."""
-
-
-class BlockWiseFP8LinearMethod:
-    """Named as FastDeploy's."""
-
-
-def linear(shape: list[int], **fields: Any) -> Any:
-    given = {"quant_method": UnquantizedLinearMethod(), "with_bias": False, **fields}
-    return SimpleNamespace(weight=on_a_device(shape, given.pop("dtype", paddle.bfloat16)), **given)
+def linear(shape: list[int], method: str = "UnquantizedLinearMethod", **fields: Any) -> Any:
+    """A layer of FastDeploy's with a plain weight, as far as it is looked at."""
+    weight = on_a_device(shape, fields.pop("dtype", paddle.bfloat16))
+    given = {"quant_method": type(method, (), {})(), "with_bias": False, **fields}
+    return SimpleNamespace(weight=weight, **given)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +92,7 @@ def linear(shape: list[int], **fields: Any) -> Any:
     [
         (linear([384, 128]), linear([384, 16]), True),
         (linear([384, 128]), SimpleNamespace(weight=on_a_device([384, 16])), True),
-        (linear([384, 128], quant_method=BlockWiseFP8LinearMethod()), linear([384, 16]), False),
+        (linear([384, 128], "BlockWiseFP8LinearMethod"), linear([384, 16]), False),
         (linear([384, 128]), linear([384, 16], dtype=paddle.float32), False),
         (linear([384, 128], with_bias=True), linear([384, 16]), False),
         # as a checkpoint stores it, before FastDeploy has turned it
@@ -127,9 +103,8 @@ def linear(shape: list[int], **fields: Any) -> Any:
 )
 def test_one_launch_needs_plain_weights(wk: Any, weights_proj: Any, one: bool) -> None:
     hidden = on_a_device([5, 384])
-    assert IndexerProjections(wk, weights_proj, hidden, may_copy=True).is_one_launch is one
-    on_the_host = IndexerProjections(wk, weights_proj, hidden_states(5), may_copy=True)
-    assert not on_the_host.is_one_launch
+    assert IndexerProjections(wk, weights_proj, hidden, None).is_one_launch is one
+    assert not IndexerProjections(wk, weights_proj, hidden_states(5), None).is_one_launch
 
 
 class Recorder:
@@ -143,30 +118,44 @@ class Recorder:
         return self.overlap.run(0, work, project, *args)
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_only_one_launch_runs_beside_the_attentions_projections(
-    plain: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with registered():
-        backend = make_backend()
-        rows, layer = Rows(backend), make_layer()
-        if plain:
-            monkeypatch.setattr(projections, "on_device", lambda tensor: True)
-        meta = rows.step(STEP)
-        backend.core.overlap = recorder = Recorder(backend.core.overlap)
-        with paddle.no_grad():
-            out = layer(meta, hidden_states(40))
-        assert recorder.forked == [(40, "one_launch") if plain else (0, "two_gemms")]
-        monkeypatch.undo()
-        np.testing.assert_allclose(np.asarray(out), run(rows, layer), rtol=1e-4, atol=1e-5)
-
-
 def in_fp8(**settings: Any) -> Any:
     """The configuration of a server with `--quantization block_wise_fp8`."""
     fd_config = config(**settings)
     module = import_module("fastdeploy.model_executor.layers.quantization.block_wise_fp8")
     fd_config.quant_config = module.BlockWiseFP8Config()
     return fd_config
+
+
+@pytest.mark.parametrize(
+    ("weights", "one"),
+    [("host", False), ("plain", True), ("fp8", True), ("fp8 that change", False)],
+)
+def test_only_one_launch_runs_beside_the_attentions_projections(
+    weights: str,
+    one: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_log: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of weights that may change without a word of it no copies are kept: they would be old."""
+    if weights != "host":
+        monkeypatch.setattr(projections, "on_device", lambda tensor: True)
+    projections._log_once.cache_clear()
+    with registered(), caplog.at_level("INFO", "fd_dsa"):
+        make = in_fp8 if "fp8" in weights else config
+        fd_config = make(dynamic_load_weight="change" in weights)
+        backend = make_backend(fd_config)
+        rows, layer = Rows(backend), make_layer(fd_config)
+        meta = rows.step(STEP)
+        backend.core.overlap = recorder = Recorder(backend.core.overlap)
+        with paddle.no_grad():
+            outputs = [np.array(layer(meta, hidden_states(40))) for _ in range(2)]
+        assert recorder.forked == [(40, "one_launch") if one else (0, "two_gemms")] * 2
+        monkeypatch.undo()
+        for out in outputs:
+            np.testing.assert_allclose(out, run(rows, layer), rtol=1e-4, atol=1e-5)
+    lines = [record.message for record in caplog.records if "GEMMs" in record.message]
+    assert ["may change without notice" in line for line in lines] == [True] * ("change" in weights)
 
 
 def both_of(projections: IndexerProjections, hidden: Any) -> list[np.ndarray]:
@@ -200,55 +189,25 @@ def test_block_fp8_weights_are_dequantised_once_and_refreshed_in_place(
         assert [copy.data_ptr() for copy in made._copies] == addresses
 
 
-@pytest.mark.parametrize("promised", [True, False])
-def test_a_block_fp8_layer_overlaps_its_projections(
-    promised: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    fresh_log: Any,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Unless weights may change without a word of it: copies of them would be old ones."""
-    monkeypatch.setattr(projections, "on_device", lambda tensor: True)
-    projections._log_once.cache_clear()
-    with registered(), caplog.at_level("INFO", "fd_dsa"):
-        fd_config = in_fp8(dynamic_load_weight=True)
-        backend = make_backend(fd_config)
-        if promised:
-            backend.promise_refresh()
-        rows, layer = Rows(backend), make_layer(fd_config)
-        meta = rows.step(STEP)
-        backend.core.overlap = recorder = Recorder(backend.core.overlap)
-        with paddle.no_grad():
-            for _ in range(2):
-                layer(meta, hidden_states(40))
-    assert recorder.forked == [(40, "one_launch") if promised else (0, "two_gemms")] * 2
-    lines = [record.message for record in caplog.records if "GEMMs" in record.message]
-    assert len(lines) == (not promised)
-    assert promised or "may change without notice" in lines[0]
-
-
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"dtype": "int32"}, "neither plain nor block FP8 with float32 scales"),
-        ({"shape": [1, 3, 1]}, "neither plain nor block FP8"),
-        ({"shape": [2, 3]}, "neither plain nor block FP8"),
-    ],
+    "change",
+    [{"dtype": "int32"}, {"shape": [1, 3, 1]}, {"shape": [2, 3]}],
     ids=["packed scales", "rank", "blocks"],
 )
 def test_scales_of_another_form_are_left_to_fastdeploy(
-    change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(projections, "on_device", lambda tensor: True)
-    said: list[str] = []
-    monkeypatch.setattr(projections, "_log_once", said.append)
+    lines: list[str] = []
+    monkeypatch.setattr(projections, "_log_once", lines.append)
     with registered():
         indexer = make_layer(in_fp8()).indexer
         form = {"shape": [1, 3], "dtype": "float32"} | change
         del indexer.wk.weight_scale_inv
         indexer.wk.weight_scale_inv = paddle.zeros(**form)
         made = make_backend().projections_of(indexer, hidden_states(5))
-    assert not made.is_one_launch and reason in said[0]
+    assert not made.is_one_launch
+    assert "neither plain nor block FP8 with float32 scales" in lines[0]
 
 
 def test_upstreams_attention_may_call_our_indexer() -> None:
@@ -265,12 +224,3 @@ def test_upstreams_attention_may_call_our_indexer() -> None:
             found = attention.forward(layer, rows.step(STEP), hidden_states(40))
         np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-3, atol=1e-4)
         assert (np.asarray(cache) == np.asarray(rows.caches[1])).all()
-
-
-def test_the_layers_of_a_model_are_ours_by_construction() -> None:
-    with registered():
-        models = sys.modules[MODELS]
-        decoder = models.DeepSeekV3DecoderLayer(config(), prefix="deepseek_v3.layers.2")
-        assert type(decoder.self_attn) is models.DeepseekV32DSAAttention
-        assert type(decoder.self_attn.indexer) is models.Indexer
-        assert hasattr(models.Indexer, "__fd_dsa__")

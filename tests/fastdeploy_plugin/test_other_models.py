@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
+from tests.fakes.driver import Engine, Job
 from tests.fakes.trees import TREES
 from tests.fastdeploy_plugin.engines import ours
 from tests.fastdeploy_plugin.watching import watch_steps
@@ -87,8 +88,6 @@ def greedy(runner: ModelRunner, prompt: list[int]) -> list[int]:
 def test_answers_are_those_of_the_embedded_engine(model: Any, graphs: bool) -> None:
     case, folder, answers = model
     with ours(TREES["develop"]):
-        from tests.fakes.driver import Engine, Job
-
         engine = Engine(folder, 24, **_engine_sizes(folder, graphs))
         watch = watch_steps(engine)
         jobs = [Job(case.prompt(n), NUM_TOKENS, chunk=40) for n in LENGTHS]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.fastdeploy_plugin import model_runner, register
+from fd_dsa.fastdeploy_plugin import model_runner
 from fd_dsa.fastdeploy_plugin.take_over import is_ours
 from tests.fakes.trees import (
     BROKEN,
@@ -29,7 +29,6 @@ from tests.fastdeploy_plugin.names import ATTENTION, MODELS, RUNNER, WORKER, our
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("fastdeploy.model_register_plugins", "fastdeploy.model_runner_plugins")
-SERVED = [TREES["pr7367"], TREES["develop"]]
 
 
 def worker_module() -> Any:
@@ -48,16 +47,6 @@ def test_both_groups_name_us() -> None:
     assert found[GROUPS[1]]["fd_dsa"] == "fd_dsa.fastdeploy_plugin:model_runner"
 
 
-@pytest.mark.parametrize("tree", SERVED, ids=[tree.name for tree in SERVED])
-def test_a_worker_gets_backend_and_runner_with_one_line(tree: Tree, caplog: Any) -> None:
-    with installed(tree, OURS_ENV):
-        runner = worker_module().ModelRunner
-        assert is_ours(runner)
-        assert issubclass(runner, sys.modules[RUNNER].GPUModelRunner)
-        assert is_ours(live())
-    assert len(our_lines(caplog.records)) == 1
-
-
 @pytest.mark.parametrize(
     ("tree", "plugins", "ours"),
     [
@@ -67,13 +56,18 @@ def test_a_worker_gets_backend_and_runner_with_one_line(tree: Tree, caplog: Any)
         (TREES["develop"], "other,fd_dsa", True),
         (TREES["pr7367"], "other", False),
         (TREES["develop"], "", False),
+        (BROKEN["before_7367"], "fd_dsa", False),
+        (BROKEN["missing_symbol"], "fd_dsa", False),
     ],
-    ids=["unset, loads none", "unset, loads all", "us", "us too", "another", "empty"],
 )
-def test_fd_plugins(tree: Tree, plugins: str | None, ours: bool) -> None:
+def test_fd_plugins(tree: Tree, plugins: str | None, ours: bool, caplog: Any) -> None:
     with installed(tree, {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": plugins}):
-        assert is_ours(worker_module().ModelRunner) is ours
+        runner = worker_module().ModelRunner
+        assert is_ours(runner) is ours
+        assert (runner is sys.modules[RUNNER].GPUModelRunner) is not ours
+        assert issubclass(runner, sys.modules[RUNNER].GPUModelRunner)
         assert is_ours(live()) is ours
+    assert len(our_lines(caplog.records)) == (ours or tree.defect != "")
 
 
 def test_another_runner_plugin_leaves_us_the_backend(tmp_path: Path, caplog: Any) -> None:
@@ -87,13 +81,6 @@ def test_another_runner_plugin_leaves_us_the_backend(tmp_path: Path, caplog: Any
     assert len(our_lines(caplog.records)) == 1
 
 
-@pytest.mark.parametrize("name", ["before_7367", "missing_symbol"])
-def test_in_a_tree_that_does_not_fit_the_worker_has_its_own_runner(name: str) -> None:
-    tree = {**TREES, **BROKEN}[name]
-    with installed(tree, OURS_ENV):
-        assert worker_module().ModelRunner is sys.modules[RUNNER].GPUModelRunner
-
-
 def test_a_runner_of_another_kind_stays_as_it_is(caplog: Any) -> None:
     """As the one of worker/gpu/model_runner.py (7bd5ea13), which knows FlashInfer alone."""
     with installed(TREES["develop"], OURS_ENV):
@@ -102,14 +89,6 @@ def test_a_runner_of_another_kind_stays_as_it_is(caplog: Any) -> None:
         assert model_runner() is runner.GPUModelRunner
     missing = "initialize_forward_meta, _initialize_attn_backend, _compute_position_ids_and"
     assert f"GPUModelRunnerV1 has no {missing}" in our_lines(caplog.records)[-1]
-
-
-def test_the_model_loader_of_an_offline_engine_calls_us_again() -> None:
-    with installed(TREES["develop"], OURS_ENV):
-        import_module(MODELS)
-        before = live()
-        register()
-        assert live() is before
 
 
 # what registering adds to a process; an allocation counts wherever it lies
@@ -134,8 +113,8 @@ print(json.dumps({{
 """
 
 
-def child(env: dict[str, str | None], code: str) -> Any:
-    """The last line that a process in this environment prints, as JSON."""
+def child(env: dict[str, str | None], code: str) -> tuple[Any, str]:
+    """The last line that a process in this environment prints, as JSON, and all that it says."""
     inherited = {**os.environ, **env}
     variables = {name: value for name, value in inherited.items() if value is not None}
     done = subprocess.run(
@@ -146,12 +125,12 @@ def child(env: dict[str, str | None], code: str) -> Any:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
 
 
 def test_registration_loads_no_kernel_and_makes_no_tensor() -> None:
     code = _CHILD.format(models=MODELS, attention=ATTENTION)
-    found = child(environment(TREES["develop"], UPSTREAM_ENV), code)
+    found, _ = child(environment(TREES["develop"], UPSTREAM_ENV), code)
     assert found["ours"]
     assert found["made"] == []
     roots = {name.partition(".")[0] for name in found["new"]}
@@ -160,7 +139,7 @@ def test_registration_loads_no_kernel_and_makes_no_tensor() -> None:
     assert [name for name in found["new"] if name.startswith("fd_dsa.triton_runtime")] == []
 
 
-def test_spawned_workers_are_served_too() -> None:
+def test_spawned_workers_are_served_and_say_so_where_nobody_configured_a_log() -> None:
     code = f"""
 import json
 from importlib import import_module
@@ -168,18 +147,6 @@ runner = import_module("{WORKER}").ModelRunner
 backend = import_module("{ATTENTION}").get_attention_backend()
 print(json.dumps([runner.__module__, backend.__module__]))
 """
-    found = child(environment(TREES["develop"], OURS_ENV), code)
+    found, said = child(environment(TREES["develop"], OURS_ENV), code)
     assert found == ["fd_dsa.fastdeploy_plugin.runner", "fd_dsa.fastdeploy_plugin.backend"]
-
-
-def test_the_line_is_seen_where_nobody_configured_a_log() -> None:
-    code = f'import json, sys\nimport {MODELS}\nsys.stderr.flush()\nprint(json.dumps("done"))\n'
-    env = {**os.environ, **environment(TREES["develop"], OURS_ENV)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={name: value for name, value in env.items() if value is not None},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.stdout + done.stderr).count("fd_dsa: serves FastDeploy's DSA path") == 1
+    assert said.count("fd_dsa: serves FastDeploy's DSA path") == 1

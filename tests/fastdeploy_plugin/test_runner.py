@@ -18,6 +18,7 @@ from fd_dsa.fastdeploy_plugin.tree_checks import RUNNER_METHODS, UnsupportedTree
 from tests.fakes.driver import Engine, Job
 from tests.fakes.trees import OURS_ENV, TREES, V1_VARIABLE, installed, plugin_distribution
 from tests.fastdeploy_plugin.names import RUNNER
+from tests.fastdeploy_plugin.watching import watch_steps
 
 SERVED = ["pr7367", "develop"]
 # every token that follows leads by 0.3: a batch of other rows moves a logit by 0.003
@@ -38,42 +39,6 @@ class Bare:
     def initialize_kv_cache(self, profile: bool = False) -> None: ...
 
 
-class Watched:
-    """An engine's hints to its backend and the metadata it made, step by step."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.hints: list[bool | None] = []
-        self.metas: list[Any] = []
-        self.forgotten = 0
-        make, hint, forget = (
-            PluginBackend.init_attention_metadata,
-            PluginBackend.set_step_hints,
-            PluginBackend.forget_step,
-        )
-
-        def init_attention_metadata(backend: Any, forward_meta: Any) -> None:
-            known = bool(self.metas) and self.metas[-1] is forward_meta
-            make(backend, forward_meta)
-            if not known:
-                self.metas.append(forward_meta)
-
-        def set_step_hints(backend: Any, has_prefill: bool | None) -> None:
-            self.hints.append(has_prefill)
-            hint(backend, has_prefill)
-
-        def forget_step(backend: Any) -> None:
-            self.forgotten += 1
-            forget(backend)
-
-        monkeypatch.setattr(PluginBackend, "init_attention_metadata", init_attention_metadata)
-        monkeypatch.setattr(PluginBackend, "set_step_hints", set_step_hints)
-        monkeypatch.setattr(PluginBackend, "forget_step", forget_step)
-
-    def clear(self) -> None:
-        self.hints.clear()
-        self.metas.clear()
-
-
 def engine(**overrides: Any) -> Engine:
     """FastDeploy's worker on the demo model, warmed up."""
     sizes = {"max_model_len": 256, "max_num_batched_tokens": 128, "max_num_seqs": 2}
@@ -85,24 +50,24 @@ def jobs() -> list[Job]:
     return [Job(PROMPTS[0], 5, chunk=32), Job(PROMPTS[1], 3, start_at=4)]
 
 
-@pytest.mark.parametrize("name", SERVED)
-def test_the_runner_says_whether_a_step_has_a_prompt(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with installed(TREES[name], OURS_ENV):
-        watched = Watched(monkeypatch)
-        made = engine()
-        assert is_ours(type(made.runner))
+def test_the_runner_says_whether_a_step_has_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    hints: list[bool | None] = []
+    original = PluginBackend.set_step_hints
+
+    def set_step_hints(backend: Any, has_prefill: bool | None) -> None:
+        hints.append(has_prefill)
+        original(backend, has_prefill)
+
+    monkeypatch.setattr(PluginBackend, "set_step_hints", set_step_hints)
+    with installed(TREES["develop"], OURS_ENV):
+        made = engine(enable_overlap_schedule=False)
         # the profile run: one pass over prompts, then decoding
-        assert watched.hints[0] is True
-        assert set(watched.hints[1:]) == {False}
-        watched.clear()
+        assert hints[0] is True and set(hints[1:]) == {False}
+        hints.clear()
+        watch = watch_steps(made)
         made.generate(jobs())
-        for hint, meta in zip(watched.hints, watched.metas, strict=True):
-            has_windows = getattr(meta, "indexer_attn_mask_offsets", None) is not None
-            assert hint is has_windows
-        assert True in watched.hints
-        assert False in watched.hints
+    assert hints == [step.lengths[0].any() for step in watch.steps]
+    assert set(hints) == {True, False}
 
 
 def test_a_dummy_run_begins_with_prompts_whatever_the_flag_says() -> None:
@@ -130,45 +95,27 @@ def test_a_dummy_run_begins_with_prompts_whatever_the_flag_says() -> None:
     assert runner.step_hints() is None
 
 
-@pytest.mark.parametrize("name", ["pr7367", "develop"])
-def test_ours_is_the_only_position_step(name: str) -> None:
-    """FastDeploy's own would run after it, in every step, and replace what it has made."""
-    with installed(TREES[name], OURS_ENV):
+def test_without_a_step_of_ours_positions_are_fastdeploys() -> None:
+    """With one they are not made again, in no kind of step: see `test_behaviours_graphs.py`."""
+    with installed(TREES["develop"], OURS_ENV):
         from fastdeploy import _counters
 
-        made = engine()
-        _counters.clear()
-        with _counters.watch():
-            made.generate(jobs())
-        assert [
-            event.name for event in _counters.events("launch") if "position" in event.name
-        ] == []
-        # without a step of ours FastDeploy's own is what there is
-        made.runner.forward_meta.fd_dsa_step = None
-        with _counters.watch():
-            made.runner._compute_position_ids_and_slot_mapping()
-        assert [event.name for event in _counters.events("launch") if "position" in event.name]
+        runner = engine().runner
+        for step, launches in ((runner.forward_meta.fd_dsa_step, 0), (None, 1)):
+            _counters.clear()
+            runner.forward_meta.fd_dsa_step = step
+            runner._compute_position_ids_and_slot_mapping()
+            names = [event.name for event in _counters.events("launch")]
+            assert names.count("get_position_ids_and_mask_encoder_batch") == launches
 
 
-def test_layers_share_a_backend_where_fastdeploy_makes_one_for_each() -> None:
+def test_new_caches_let_the_step_go() -> None:
     with installed(TREES["develop"], OURS_ENV):
-        made = engine()
-        backends = made.runner.attn_backends
-        assert len(backends) == made.config.model_config.num_hidden_layers > 1
-        assert len(set(map(id, backends))) == 1
-
-
-def test_new_caches_let_the_step_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    with installed(TREES["develop"], OURS_ENV):
-        watched = Watched(monkeypatch)
-        made = engine()
-        # for the profile run, after it, and for the real caches
-        assert watched.forgotten == 3
-        made.generate(jobs()[:1])
-        backend = made.runner.dsa_backend()
-        for method in ("clear_cache", "initialize_kv_cache"):
-            backend.init_attention_metadata(SimpleNamespace(**vars(watched.metas[-1])))
-            getattr(made.runner, method)()
+        runner = engine().runner
+        backend, meta = runner.dsa_backend(), runner.forward_meta
+        for method in ("initialize_kv_cache", "clear_cache"):
+            backend.init_attention_metadata(SimpleNamespace(**vars(meta)))
+            getattr(runner, method)()
             assert backend._built_for is None
             assert backend.core._built_for is None
 
@@ -176,7 +123,7 @@ def test_new_caches_let_the_step_go(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", ["update_parameters", "wakeup"])
 def test_new_weights_are_read_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with installed(TREES["develop"], OURS_ENV):
-        made = engine()
+        made = engine(dynamic_load_weight=True)
         before = made.generate(jobs())
         refreshed = []
         backend = made.runner.dsa_backend()
@@ -189,8 +136,9 @@ def test_new_weights_are_read_again(method: str, monkeypatch: pytest.MonkeyPatch
             made.runner.wakeup(tags="weight")
         else:
             made.runner.update_parameters()
-        assert refreshed == [True]
         assert made.generate(jobs()) == before
+        # by the hook alone: the runner has promised it, so steps do not
+        assert refreshed == [True]
 
 
 def test_caches_that_are_no_bytes_are_refused_when_they_are_made() -> None:
@@ -202,15 +150,19 @@ def test_caches_that_are_no_bytes_are_refused_when_they_are_made() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
-def test_positions_have_the_dtype_of_the_runners_buffer(dtype: str) -> None:
+def test_layers_share_a_backend_with_positions_of_the_runners_dtype(dtype: str) -> None:
+    """FastDeploy makes a backend for each layer."""
     with installed(replace(TREES["develop"], position_dtype=dtype), OURS_ENV):
-        runner = engine().runner
+        made = engine()
+        runner, backends = made.runner, made.runner.attn_backends
+        assert len(backends) == made.config.model_config.num_hidden_layers > 1
+        assert len(set(map(id, backends))) == 1
         buffer = runner.share_inputs["position_ids_buffer"]
         assert runner.forward_meta.position_ids.dtype == buffer.dtype
         assert str(buffer.dtype) == f"paddle.{dtype}"
 
 
-def test_hooks_for_methods_that_a_tree_lacks_are_not_there() -> None:
+def test_hooks_are_there_for_methods_that_the_tree_has() -> None:
     class Runner(Bare):
         def clear_cache(self, profile: bool = False) -> str:
             """Its own words."""
@@ -218,17 +170,13 @@ def test_hooks_for_methods_that_a_tree_lacks_are_not_there() -> None:
 
     made = make_runner_class(Runner)
     assert made.__name__ == "Runner"
-    for name in ("_dummy_run", "wakeup", "update_weights"):
-        assert not hasattr(made, name)
+    assert not any(hasattr(made, name) for name in ("_dummy_run", "wakeup", "update_weights"))
     assert made().clear_cache(profile=True) == "cleared, True"
     assert made.clear_cache.__doc__ == "Its own words."
-
-
-@pytest.mark.parametrize("name", RUNNER_METHODS)
-def test_a_runner_without_a_method_that_a_hook_needs_is_refused(name: str) -> None:
-    methods = {kept: lambda self: None for kept in RUNNER_METHODS if kept != name}
-    with pytest.raises(UnsupportedTree, match=f"^Lacking has no {name}$"):
-        make_runner_class(type("Lacking", (), methods))
+    for lacking in RUNNER_METHODS:
+        methods = {name: lambda self: None for name in RUNNER_METHODS if name != lacking}
+        with pytest.raises(UnsupportedTree, match=f"^Lacking has no {lacking}$"):
+            make_runner_class(type("Lacking", (), methods))
 
 
 @pytest.mark.parametrize(

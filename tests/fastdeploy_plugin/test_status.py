@@ -25,12 +25,17 @@ OURS = {
 def test_our_path(name: str) -> None:
     with installed({**TREES, **BROKEN}[name], OURS_ENV):
         found = report()
-    assert found["live"]
-    assert found["runner_is_ours"]
+        import_module("fastdeploy.worker")
+        # a worker's module needs its devices: without it there is no runner to show
+        sys.modules[WORKER] = None  # type: ignore[assignment]
+        without_worker = report()
+    assert found["live"] and found["runner_is_ours"]
+    assert found["error"] == "" and found["version"] == "0.0.0+fake"
     assert {part: found[part] for part in OURS} == OURS
     assert found["why"].endswith(" its DSA backend")
     assert all(check["passed"] for check in found["checks"])
     assert json.loads(json.dumps(found)) == found
+    assert without_worker == {**found, "runner": "", "runner_is_ours": False}
 
 
 WHY_NOT: list[tuple[str, dict[str, Any], str]] = [
@@ -49,8 +54,7 @@ WHY_NOT: list[tuple[str, dict[str, Any], str]] = [
 def test_fastdeploys_own_path(name: str, env: dict[str, Any], why: str) -> None:
     with installed({**TREES, **BROKEN}[name], {**OURS_ENV, **env}):
         found = report()
-    assert not found["live"]
-    assert not found["runner_is_ours"]
+    assert not found["live"] and not found["runner_is_ours"]
     assert found["why"].startswith("unsupported") is why.startswith("unsupported")
     assert why in found["why"]
     assert not found["backend"].startswith("fd_dsa")
@@ -65,16 +69,6 @@ def test_models_that_cannot_be_imported() -> None:
         sys.modules["fastdeploy.model_executor"] = None  # type: ignore[assignment]
         found = report()
         del sys.modules["fastdeploy.model_executor"]
-    assert found.keys() == {"live", "why", "checks"} and not found["live"]
+    assert found.keys() == {"error", "version", "live", "why", "checks"} and not found["live"]
     assert "deepseek_v3 cannot be imported" in found["why"]
     assert found["why"] in [check["reason"] for check in found["checks"]]
-
-
-def test_a_worker_that_cannot_be_imported_has_no_runner_to_show() -> None:
-    with installed(TREES["develop"], OURS_ENV):
-        import_module("fastdeploy.worker")
-        sys.modules[WORKER] = None  # type: ignore[assignment]
-        found = report()
-    assert found["live"]
-    assert found["runner"] == ""
-    assert not found["runner_is_ours"]

@@ -31,7 +31,7 @@ from fd_dsa.fastdeploy_plugin.launch.choice import require_fastdeploy
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 from fd_dsa.serve.flag_sources import parse_args
 from tools.fastdeploy_check import parity, smoke, step_time
-from tools.fastdeploy_check.report import as_markdown
+from tools.fastdeploy_check.report import as_markdown, body
 from tools.fastdeploy_check.servers import (
     OURS,
     PATHS,
@@ -48,7 +48,6 @@ CHECKS = ("smoke", "parity", "step_time")
 _PASSED, _WRONG, _IMPOSSIBLE = 0, 1, 2
 # what FastDeploy's own path needs to be right
 _RECIPE = ("--no-enable-prefix-caching", "--enable-logprob")
-_ONE_PIECE = {"FD_DISABLE_CHUNKED_PREFILL": "1"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for check in options.only:
         _write(options, result)
         print(f"{check} ...", flush=True)
-        found = _failed(f"not run: {refusals[0]}") if refusals else _outcome(check, options, serve)
-        result[check] = found
+        result[check] = _outcome(check, options, serve, refusals)
+        print("\n".join(f"  {line}" for line in body(check, result[check])), flush=True)
     result["passed"] = all(result[check]["passed"] for check in options.only)
     result["log"] = logged(options.log_folder)
     _write(options, result)
@@ -80,20 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _PASSED if result["passed"] else _WRONG
 
 
-def _outcome(check: str, options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
+def _outcome(
+    check: str, options: argparse.Namespace, serve: list[str], refusals: list[str]
+) -> dict[str, Any]:
     """What one check has found; what went wrong in it stops no other."""
+    if refusals:
+        return {"passed": False, "error": f"not run: {refusals[0]}"}
     try:
         return _RUN[check](options, serve)
-    except (CheckFailed, FdDsaError) as error:
-        return _failed(str(error))
     except Exception as error:
-        return _failed(f"{type(error).__name__}: {error}")
-
-
-def _failed(error: str) -> dict[str, Any]:
-    """A check that came to nothing, and why."""
-    print(f"  {error}", file=sys.stderr)
-    return {"passed": False, "error": error}
+        name = "" if isinstance(error, (CheckFailed, FdDsaError)) else f"{type(error).__name__}: "
+        return {"passed": False, "error": f"{name}{error}"}
 
 
 def _write(options: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -141,33 +137,26 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, [*serve, *argv[place:]]
 
 
-def _as_recipe(serve: Sequence[str]) -> list[str]:
-    """Server arguments with those of FastDeploy's recipe after `--`."""
-    return [*serve, *([] if "--" in serve else ["--"]), *_RECIPE]
+def _serving(path: str, options: argparse.Namespace, serve: list[str]) -> Any:
+    """A server that runs as in FastDeploy's recipe: prompts in one piece, no prefix caching."""
+    flags = [*serve, *([] if "--" in serve else ["--"]), *_RECIPE]
+    return serving(path, flags, options.log_folder, FD_DISABLE_CHUNKED_PREFILL="1")
 
 
 def _smoke(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
     """Our path with the defaults that users get."""
     with serving(OURS, serve, options.log_folder) as server:
-        found = smoke.smoke(server)
-    print(f"  completion {found['completion']!r}\n  chat {found['chat']!r}")
-    return {"passed": True, **found}
+        return {"passed": True, **smoke.smoke(server)}
 
 
 def _parity(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
     """Both paths, in order."""
-    texts, answers = parity.prompts(), {}
+    answers = {}
     for path in PATHS:
-        with serving(path, _as_recipe(serve), options.log_folder, _ONE_PIECE) as server:
-            answers[path] = parity.outputs(server, texts)
+        with _serving(path, options, serve) as server:
+            answers[path] = [parity.answer(server, text) for text in parity.prompts()]
     pairs = zip(answers[OURS], answers[UPSTREAM], strict=True)
     found = [parity.compare(ours, theirs, options.margin) for ours, theirs in pairs]
-    for text, one in zip(texts, found, strict=True):
-        mark = "ok" if one["passed"] else "DIFFERENT"
-        print(
-            f"  {len(text):>6} characters: {one['same']} of {one['tokens']} tokens the same, "
-            f"gap {one['gap']}  {mark}"
-        )
     return {"passed": all(one["passed"] for one in found), "margin": options.margin, "cases": found}
 
 
@@ -176,16 +165,9 @@ def _step_time(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
     rounds = []
     for number in range(options.rounds):
         for path in PATHS if number % 2 == 0 else PATHS[::-1]:
-            with serving(path, _as_recipe(serve), options.log_folder, _ONE_PIECE) as server:
+            with _serving(path, options, serve) as server:
                 rounds.append((path, step_time.measure(server, options.batches)))
-    found = step_time.report(rounds)
-    for entry in found:
-        us = {side: entry[side]["us"]["p50"] for side in ("baseline", "candidate")}
-        print(
-            f"  batch {entry['case']['batch']:>3}: FastDeploy {us['baseline'] / 1e3:.2f} ms, "
-            f"fd_dsa {us['candidate'] / 1e3:.2f} ms, ratio {entry['ratio_p50']:.3f}"
-        )
-    return {"passed": True, "entries": found}
+    return {"passed": True, "entries": step_time.report(rounds)}
 
 
 _RUN = {"smoke": _smoke, "parity": _parity, "step_time": _step_time}

@@ -27,7 +27,7 @@ _PER_LAYER = ("mlp_layer_types", "indexer_types", "layer_types")
 def cut(folder: Path, out: Path, num_layers: int) -> int:
     """Write the first layers of a model to a new folder; returns the bytes of their weights.
 
-    Tensors keep their bytes, and files their names; the layer for multi-token prediction, which
+    Tensors keep their bytes, in one file; the layer for multi-token prediction, which
     comes after the last one, is left out.
 
     Args:
@@ -47,15 +47,8 @@ def cut(folder: Path, out: Path, num_layers: int) -> int:
             if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX_FILE:
                 shutil.copyfile(file, out / file.name)
         (out / "config.json").write_text(json.dumps(_cut_config(config, num_layers), indent=2))
-        sources = list(dict.fromkeys(info.file for info in kept))
-        for source in sources:
-            _write(source, out / source.name, [info for info in kept if info.file == source])
-    total = sum(info.nbytes for info in kept)
-    if [source.name for source in sources] != [SINGLE_FILE]:
-        weight_map = {info.name: info.file.name for info in kept}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / INDEX_FILE).write_text(json.dumps(index, indent=2))
-    return total
+        _write(out / SINGLE_FILE, kept)
+    return sum(info.nbytes for info in kept)
 
 
 def _keeps(name: str, num_layers: int) -> bool:
@@ -73,8 +66,8 @@ def _cut_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
     return cut
 
 
-def _write(source: Path, target: Path, infos: Sequence[TensorInfo]) -> None:
-    """A safetensors file of some tensors of another one."""
+def _write(target: Path, infos: Sequence[TensorInfo]) -> None:
+    """A safetensors file of tensors of other ones."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for info in infos:
@@ -87,13 +80,14 @@ def _write(source: Path, target: Path, infos: Sequence[TensorInfo]) -> None:
     text = json.dumps(header).encode()
     # tensors begin at a multiple of eight bytes
     text += b" " * (-len(text) % 8)
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with target.open("wb") as writer:
         writer.write(len(text).to_bytes(8, "little") + text)
         for info in infos:
-            reader.seek(info.offset)
-            left = info.nbytes
-            while left:
-                left -= writer.write(reader.read(min(left, _COPY_BYTES)))
+            with info.file.open("rb") as reader:
+                reader.seek(info.offset)
+                left = info.nbytes
+                while left:
+                    left -= writer.write(reader.read(min(left, _COPY_BYTES)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

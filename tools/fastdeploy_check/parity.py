@@ -9,8 +9,7 @@ comes after that token is another text and is not compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from tools.fastdeploy_check.servers import CheckFailed, Server
@@ -31,17 +30,9 @@ _SENTENCES = (
 _LENGTHS = (200, 2_000, 8_000, 24_000)
 
 
-@dataclass(frozen=True)
-class Output:
-    """One greedy answer.
-
-    Attributes:
-        tokens: as texts.
-        top: for each token, log probabilities of the best candidates by text.
-    """
-
-    tokens: tuple[str, ...]
-    top: tuple[dict[str, float], ...]
+Logprobs = Mapping[str, Any]
+"""Of an answer, as the OpenAI API gives them: `tokens` as texts, and `top_logprobs`, log
+probabilities of the best candidates by text, for each token."""
 
 
 def prompts() -> list[str]:
@@ -54,28 +45,22 @@ def prompts() -> list[str]:
     return found
 
 
-def outputs(server: Server, texts: Sequence[str]) -> list[Output]:
-    """Greedy answers with log probabilities.
+def answer(server: Server, text: str) -> Logprobs:
+    """The greedy answer to a prompt.
 
     Raises:
         CheckFailed: the server gives no log probabilities.
     """
-    return [_output(server, text) for text in texts]
-
-
-def _output(server: Server, text: str) -> Output:
-    answer = server.complete(
-        prompt=text, max_tokens=_MAX_TOKENS, min_tokens=_MAX_TOKENS, temperature=0, logprobs=_TOP
-    )
-    logprobs = answer["choices"][0].get("logprobs")
-    if not logprobs or not logprobs.get("tokens"):
+    fields = {"max_tokens": _MAX_TOKENS, "min_tokens": _MAX_TOKENS, "temperature": 0}
+    choice = server.post("/v1/completions", prompt=text, logprobs=_TOP, **fields)["choices"][0]
+    if not (choice.get("logprobs") or {}).get("tokens"):
         raise CheckFailed(
             f"{server.path} gives no log probabilities, which parity needs; --enable-logprob"
         )
-    return Output(tuple(logprobs["tokens"]), tuple(logprobs["top_logprobs"]))
+    return choice["logprobs"]
 
 
-def compare(ours: Output, theirs: Output, margin: float = MARGIN) -> dict[str, Any]:
+def compare(ours: Logprobs, theirs: Logprobs, margin: float = MARGIN) -> dict[str, Any]:
     """Where two answers part, and whether they may.
 
     Args:
@@ -86,16 +71,13 @@ def compare(ours: Output, theirs: Output, margin: float = MARGIN) -> dict[str, A
         `same` tokens before they part, `tokens` in all, `gap` between the two candidates there
         (None where they do not part, or where ours is not among theirs), `passed`.
     """
-    length = min(len(ours.tokens), len(theirs.tokens))
-    pairs = zip(ours.tokens, theirs.tokens, strict=False)
+    own, other = ours["tokens"], theirs["tokens"]
+    length, pairs = min(len(own), len(other)), zip(own, other, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), length)
-    found: dict[str, Any] = {"same": same, "tokens": length, "gap": None, "passed": length > 0}
+    gap, passed = None, same == length > 0 and len(own) == len(other)
     if same < length:
-        candidates = theirs.top[same]
-        own, other = candidates.get(theirs.tokens[same]), candidates.get(ours.tokens[same])
-        if own is not None and other is not None:
-            found["gap"] = round(own - other, 4)
-        found["passed"] = found["gap"] is not None and found["gap"] <= margin
-    elif len(ours.tokens) != len(theirs.tokens):
-        found["passed"] = False
-    return found
+        candidates = theirs["top_logprobs"][same]
+        if other[same] in candidates and own[same] in candidates:
+            gap = round(candidates[other[same]] - candidates[own[same]], 4)
+            passed = gap <= margin
+    return {"same": same, "tokens": length, "gap": gap, "passed": passed}

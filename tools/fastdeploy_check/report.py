@@ -34,6 +34,15 @@ def as_markdown(result: Mapping[str, Any], names: Sequence[str]) -> str:
     """
     env = result["env"]
     env = env | {"commit": f"{env['commit']}{' with changes' if env['dirty'] else ''}"}
+    paths = [
+        (
+            name,
+            one["error"] or ("fd_dsa" if one.get("live") else "FastDeploy's own"),
+            one.get("why", ""),
+        )
+        for name, one in env["paths"].items()
+    ]
+    tree = [(one["name"], one["reason"] or "ok") for one in env["paths"][OURS].get("checks", [])]
     lines = [
         f"# fastdeploy_check: {'all passed' if result['passed'] else 'NOT passed'}",
         "",
@@ -41,19 +50,39 @@ def as_markdown(result: Mapping[str, Any], names: Sequence[str]) -> str:
         "",
         *_table(("what", "is"), ((title, env[key] or "none") for key, title in _VERSIONS.items())),
         *_section("Which path serves"),
-        *_table(("started for", "which serves", "why"), _paths(env["paths"])),
+        *_table(("started for", "which serves", "why"), paths),
         *_section("What the plug-in looks for"),
-        *_table(("check", "result"), _tree(env["paths"])),
+        *_table(("check", "result"), tree),
     ]
     for name in names:
         found = result.get(name, {"passed": False, "error": "not run"})
         lines += _section(f"{name}: {'passed' if found['passed'] else 'NOT passed'}")
-        # what a failed check has found before goes with it
-        lines += [found["error"]] if "error" in found else _BODY[name](found)
+        lines += body(name, found)
     said = result.get("log", {})
     lines += _section("What fd_dsa logged in its server")
     lines += _table(("line", "times"), ((f"`{line}`", n) for line, n in said.items()))
     return "\n".join(lines) + "\n"
+
+
+def body(name: str, found: Mapping[str, Any]) -> list[str]:
+    """What a check has found: a table, or why there is none."""
+    if "error" in found:
+        return [found["error"]]
+    if name == "smoke":
+        return _table(
+            ("asked for", "answer"), [(key, found[key]) for key in ("completion", "chat")]
+        )
+    if name == "parity":
+        rows = [
+            (n, c["same"], c["tokens"], c["gap"] or 0, "ok" if c["passed"] else "DIFFERENT")
+            for n, c in enumerate(found["cases"], 1)
+        ]
+        return _table(("case", "same tokens", "of", "gap", "result"), rows)
+    rows = []
+    for entry in found["entries"]:
+        ms = (f"{entry[side]['us']['p50'] / 1e3:.2f}" for side in ("baseline", "candidate"))
+        rows.append((entry["case"]["batch"], *ms, f"{entry['ratio_p50']:.3f}"))
+    return _table(("requests", "FastDeploy, ms", "fd_dsa, ms", "ratio"), rows)
 
 
 def _section(title: str) -> list[str]:
@@ -69,47 +98,3 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 def _cell(value: Any) -> str:
     """A value that cannot break its row."""
     return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def _paths(paths: Mapping[str, Any]) -> Iterable[Sequence[Any]]:
-    for name, found in paths.items():
-        serves = "fd_dsa" if found.get("live") else "FastDeploy's own"
-        yield name, found["error"] or serves, found.get("why", "")
-
-
-def _tree(paths: Mapping[str, Any]) -> Iterable[Sequence[Any]]:
-    for check in paths[OURS].get("checks", []):
-        yield check["name"], check["reason"] or "ok"
-
-
-def _smoke(found: Mapping[str, Any]) -> list[str]:
-    return _table(("asked for", "answer"), [(key, found[key]) for key in ("completion", "chat")])
-
-
-def _parity(found: Mapping[str, Any]) -> list[str]:
-    head = ("case", "same tokens", "of", "gap", "result")
-    cases = enumerate(found["cases"], 1)
-    return _table(
-        head,
-        (
-            (number, one["same"], one["tokens"], one["gap"] or 0, _mark(one["passed"]))
-            for number, one in cases
-        ),
-    )
-
-
-def _mark(passed: bool) -> str:
-    return "ok" if passed else "DIFFERENT"
-
-
-def _step_time(found: Mapping[str, Any]) -> list[str]:
-    head = ("requests", "FastDeploy, ms", "fd_dsa, ms", "ratio")
-    rows = []
-    for one in found["entries"]:
-        theirs, ours = (one[side]["us"]["p50"] / 1e3 for side in ("baseline", "candidate"))
-        row = (one["case"]["batch"], f"{theirs:.2f}", f"{ours:.2f}", f"{one['ratio_p50']:.3f}")
-        rows.append(row)
-    return _table(head, rows)
-
-
-_BODY = {"smoke": _smoke, "parity": _parity, "step_time": _step_time}

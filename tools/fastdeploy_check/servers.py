@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -20,10 +21,10 @@ import httpx
 
 from benchmarks._harness import environment
 from fd_dsa import __version__
-from fd_dsa.doctor.environment import facts
+from fd_dsa.environment import installed_version, nvidia_smi
 from fd_dsa.fastdeploy_plugin.launch.environment import server_environment
 from fd_dsa.fastdeploy_plugin.launch.flags import without_secrets
-from fd_dsa.fastdeploy_plugin.launch.probe import Probe
+from fd_dsa.fastdeploy_plugin.launch.probe import probe
 
 OURS, UPSTREAM = "fd_dsa", "FastDeploy"
 PATHS = (OURS, UPSTREAM)
@@ -32,7 +33,6 @@ _VARIABLES = {
     OURS: {"FD_DSA_DISABLE": "0", "FD_DSA_INDEXER_ROPE_INTERLEAVE": "1"},
     UPSTREAM: {"FD_DSA_DISABLE": "1"},
 }
-_NOTHING: Mapping[str, str] = {}
 _OUR_LINE = re.compile(r"fd_dsa: .+|\b\w+ on (?:cpu|gpu)\S*: \w+ \(.+\)")
 _STOP_S = 120.0
 _REQUEST_S = 600.0
@@ -48,23 +48,13 @@ class Server:
 
     Attributes:
         path: OURS or UPSTREAM.
-        url: without a path.
         name: of the model.
-        client: for requests.
+        client: for requests, with its address.
     """
 
     path: str
-    url: str
     name: str
     client: httpx.Client
-
-    def complete(self, **fields: Any) -> dict[str, Any]:
-        """The answer to a completion request.
-
-        Raises:
-            CheckFailed: another status than 200.
-        """
-        return self.post("/v1/completions", **fields)
 
     def post(self, route: str, **fields: Any) -> dict[str, Any]:
         """The answer to a request.
@@ -72,37 +62,48 @@ class Server:
         Raises:
             CheckFailed: another status than 200.
         """
-        answer = self.client.post(f"{self.url}{route}", json={"model": self.name, **fields})
+        answer = self.client.post(route, json={"model": self.name, **fields})
         if answer.status_code != httpx.codes.OK:
             raise CheckFailed(f"{route} of {self.path}: {answer.status_code} {answer.text[:300]}")
         return answer.json()
 
+    def stream(self, route: str, **fields: Any) -> Iterator[dict[str, Any]]:
+        """The events of a streamed answer that have a choice.
 
-def environment_of(path: str) -> dict[str, str]:
-    """The launcher's environment for a path."""
-    return {**os.environ, **_VARIABLES[path]}
+        Raises:
+            CheckFailed: another status than 200, or the stream has no end.
+        """
+        body = {"model": self.name, "stream": True, **fields}
+        with self.client.stream("POST", route, json=body) as answer:
+            if answer.status_code != httpx.codes.OK:
+                text = answer.read().decode()[:300]
+                raise CheckFailed(f"{route} of {self.path}: {answer.status_code} {text}")
+            for line in answer.iter_lines():
+                data = line.removeprefix("data: ")
+                if data == "[DONE]":
+                    return
+                if data != line and (event := json.loads(data)).get("choices"):
+                    yield event
+        raise CheckFailed(f"{route} of {self.path}: the stream ended without [DONE]")
 
 
 def which_path(path: str) -> dict[str, Any]:
     """What the plug-in says of itself in a process that is started for a path.
 
     Returns:
-        `fastdeploy` (its version), `error` ("" where the path serves that should), and what
-        `fd_dsa.fastdeploy_plugin.status` reports there.
+        as of `fd_dsa.fastdeploy_plugin.status.report`; `error` also where another path serves.
     """
-    with Probe(server_environment(environment_of(path))[0]) as probe:
-        findings = probe.findings(_REQUEST_S)
-    status, error = dict(findings.status), ""
-    if findings.error:
-        error = f"FastDeploy cannot be imported: {findings.error}"
-    elif status.get("live") != (path == OURS):
-        error = f"{path} would not serve: {status.get('why', 'the plug-in says nothing')}"
-    return {"fastdeploy": findings.version, "error": error, **status}
+    found = probe(server_environment({**os.environ, **_VARIABLES[path]})[0], _REQUEST_S)
+    if found["error"]:
+        found["error"] = f"FastDeploy cannot be imported: {found['error']}"
+    elif found["live"] != (path == OURS):
+        found["error"] = f"{path} would not serve: {found['why']}"
+    return found
 
 
 @contextmanager
 def serving(
-    path: str, arguments: Sequence[str], log_folder: Path, variables: Mapping[str, str] = _NOTHING
+    path: str, arguments: Sequence[str], log_folder: Path, **variables: str
 ) -> Iterator[Server]:
     """A server on free ports, started by the launcher that users start.
 
@@ -121,7 +122,7 @@ def serving(
     with log.open("wb") as errors:
         process = subprocess.Popen(
             [*command, *arguments],
-            env={**environment_of(path), **variables, **own},
+            env={**os.environ, **_VARIABLES[path], **variables, **own},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -129,8 +130,8 @@ def serving(
         )
     try:
         url, name = _ready(process, log)
-        with httpx.Client(timeout=_REQUEST_S, trust_env=False) as client:
-            yield Server(path, url, name, client)
+        with httpx.Client(base_url=url, timeout=_REQUEST_S, trust_env=False) as client:
+            yield Server(path, name, client)
     finally:
         process.terminate()
         try:
@@ -168,20 +169,10 @@ def machine(argv: Sequence[str], paths: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **environment(),
         "fd_dsa": __version__,
-        "fastdeploy": paths[OURS]["fastdeploy"],
-        "paddlepaddle-gpu": facts()["packages"]["paddlepaddle-gpu"],
+        "fastdeploy": paths[OURS]["version"],
+        "paddlepaddle-gpu": installed_version("paddlepaddle-gpu"),
         "os": platform.platform(),
-        "gpus": _gpus(),
+        "gpus": nvidia_smi("index,name,memory.total"),
         "command": shlex.join(["python", "-m", "tools.fastdeploy_check", *without_secrets(argv)]),
         "paths": dict(paths),
     }
-
-
-def _gpus() -> list[str]:
-    """Number, name and memory of each GPU; none where nvidia-smi does not answer."""
-    query = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.splitlines() if done.returncode == 0 else []

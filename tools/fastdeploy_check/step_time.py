@@ -14,7 +14,6 @@ from typing import Any
 
 from benchmarks._harness import percentiles
 from tools.fastdeploy_check.servers import OURS, UPSTREAM, CheckFailed, Server
-from tools.fastdeploy_check.smoke import stream
 
 BATCHES = (1, 8, 32)
 _TOKENS = 128
@@ -35,8 +34,8 @@ def gaps_us(server: Server, batch: int, tokens: int = _TOKENS) -> list[float]:
         words = " ".join(f"{row}-{number}" for number in range(_WORDS))
         fields = {"prompt": words, "max_tokens": tokens, "min_tokens": tokens, "temperature": 0}
         try:
-            for chunk in stream(server, "/v1/completions", **fields):
-                if chunk.get("choices") and chunk["choices"][0].get("text"):
+            for event in server.stream("/v1/completions", **fields):
+                if event["choices"][0].get("text"):
                     arrivals[row].append(time.perf_counter())
         except BaseException as error:
             errors.append(error)
@@ -90,7 +89,7 @@ def report(rounds: Sequence[tuple[str, dict[int, list[float]]]]) -> list[dict[st
         entries with `baseline` (FastDeploy's path) and `candidate` (ours), each with `us` (p20,
         p50, p80), and `ratio_p50`, the candidate's time over the baseline's: below 1 is faster.
     """
-    found = []
+    entries = []
     for batch in rounds[0][1]:
         sides = {}
         for path in (UPSTREAM, OURS):
@@ -99,7 +98,7 @@ def report(rounds: Sequence[tuple[str, dict[int, list[float]]]]) -> list[dict[st
             medians = [percentiles(gaps)["p50"] for gaps in taken]
             sides[path] = {"label": path, "us": percentiles(every), "p50_of_rounds": medians}
         ratio = sides[OURS]["us"]["p50"] / sides[UPSTREAM]["us"]["p50"]
-        found.append(
+        entries.append(
             {
                 "name": "fastdeploy_step_time",
                 "case": {"batch": batch, "tokens": _TOKENS, "mode": "decode"},
@@ -108,4 +107,4 @@ def report(rounds: Sequence[tuple[str, dict[int, list[float]]]]) -> list[dict[st
                 "ratio_p50": round(ratio, 4),
             }
         )
-    return found
+    return entries

@@ -5,12 +5,10 @@ Nothing below imports FastDeploy.
 
 from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags, without_secrets
-from fd_dsa.fastdeploy_plugin.launch.start import Launch, Ready, launch, prepare
+from fd_dsa.fastdeploy_plugin.launch.start import launch, prepare
 
 __all__ = [
-    "Launch",
     "PassedFlags",
-    "Ready",
     "choose_engine",
     "launch",
     "prepare",

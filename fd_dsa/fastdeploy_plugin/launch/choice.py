@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+import argparse
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.environment import has_nvidia_gpu, process_environment
+from fd_dsa.environment import (
+    has_nvidia_gpu,
+    installed_version,
+    nvidia_smi,
+    process_environment,
+)
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 
-# the package for CUDA, and its name in a build from source
-DISTRIBUTIONS = ("fastdeploy-gpu", "fastdeploy")
 INSTALL = (
     "install it from Paddle's own package index (docs/fastdeploy.md has the commands), then fd_dsa "
     "beside it"
 )
-_QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "-i")
-_QUERY_S = 20
 
 
 def fastdeploy_is_installed() -> bool:
@@ -41,31 +39,24 @@ def require_fastdeploy() -> None:
 
 def fastdeploy_version() -> str:
     """Version of the installed package, "" where its files do not tell."""
-    for name in DISTRIBUTIONS:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return ""
+    # the package for CUDA, and its name in a build from source
+    return installed_version("fastdeploy-gpu") or installed_version("fastdeploy")
 
 
-def choose_engine(
-    args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags
-) -> tuple[str, str]:
+def choose_engine(args: argparse.Namespace, passed: PassedFlags) -> tuple[str, str]:
     """The engine for `--engine auto`, and why in words.
 
     FastDeploy where it is installed and the request needs more than one device: a flag asks for
     several, or the weights do not fit the one device that the embedded engine would use.
 
     Args:
-        args: parsed flags, defaults included.
-        given: names of those which the user gave.
+        args: flags of ours, as `fd_dsa.serve.flag_sources.parse_args` gives them.
         passed: what stands after `--`.
 
     Raises:
         BackendUnavailable: the flags need FastDeploy, which is not installed.
     """
-    asked = _asked_for_several(args, given, passed)
+    asked = _asked_for_several(args, passed)
     installed = fastdeploy_is_installed()
     if asked and not installed:
         raise BackendUnavailable(
@@ -82,15 +73,13 @@ def choose_engine(
     return "fastdeploy", f"one device is not enough: {sizes}"
 
 
-def refuse_for_embedded(
-    args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags
-) -> None:
+def refuse_for_embedded(args: argparse.Namespace, passed: PassedFlags) -> None:
     """Refuse flags that only FastDeploy can honour.
 
     Raises:
         ConfigError: names the first of them.
     """
-    asked = _asked_for_several(args, given, passed)
+    asked = _asked_for_several(args, passed)
     if asked:
         raise ConfigError(
             f"{asked}, and --engine embedded serves on one device; leave it out, or take "
@@ -98,53 +87,46 @@ def refuse_for_embedded(
         )
 
 
-def _asked_for_several(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags) -> str:
+def _asked_for_several(args: argparse.Namespace, passed: PassedFlags) -> str:
     """The flag that asks for what FastDeploy alone has, in words; "" without one."""
     for name in ("tensor_parallel_size", "data_parallel_size"):
-        if name in given and args[name] > 1:
-            return f"--{name.replace('_', '-')} is {args[name]}"
-    if args["enable_expert_parallel"]:
+        if getattr(args, name) > 1:
+            return f"--{name.replace('_', '-')} is {getattr(args, name)}"
+    if args.enable_expert_parallel:
         return "--enable-expert-parallel is set"
     if passed.arguments:
         return f"{passed.arguments[0]} stands after --"
     return ""
 
 
-def _weights_fit(args: Mapping[str, Any]) -> tuple[bool, str]:
+def _weights_fit(args: argparse.Namespace) -> tuple[bool, str]:
     """Whether the embedded engine could hold the weights, and the two sizes in words."""
     # these read JSON files and count; neither imports Paddle
     from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.memory_plan import available_memory_bytes, format_bytes, weight_bytes
 
-    folder = Path(args.get("model", demo_model_path())).expanduser()
+    folder = Path(getattr(args, "model", demo_model_path())).expanduser()
     try:
         needed = weight_bytes(ModelConfig.from_folder(folder))
     except ConfigError:
         # the embedded engine refuses the folder with all that there is to say
         return True, "the model folder does not tell its size"
-    gpu_bytes = _gpu_memory_bytes() if _embedded_uses_gpu(args.get("device", "auto")) else 0
+    gpu_bytes = _gpu_memory_bytes() if getattr(args, "device", "auto") != "cpu" else 0
     room = gpu_bytes or available_memory_bytes()
     where = "on the GPU" if gpu_bytes else "free in host memory"
     sizes = f"weights {format_bytes(needed)} in float32, {format_bytes(room)} {where}"
     return needed <= room, sizes
 
 
-def _embedded_uses_gpu(device: str) -> bool:
-    """True if the embedded engine would run on a GPU; Paddle is not asked, only its package."""
-    if device == "cpu" or not has_nvidia_gpu():
-        return False
-    try:
-        return bool(version("paddlepaddle-gpu"))
-    except PackageNotFoundError:
-        return False
-
-
 def _gpu_memory_bytes() -> int:
-    """Memory of the GPU that the embedded engine would take; 0 where nvidia-smi does not say."""
-    visible = process_environment().get("CUDA_VISIBLE_DEVICES", "0")
-    query = (*_QUERY, visible.partition(",")[0].strip())
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=_QUERY_S)
-        return int(done.stdout.split()[0]) << 20 if done.returncode == 0 else 0
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
+    """Memory of the GPU that the embedded engine would take.
+
+    0 without one, with Paddle for CPUs alone, and where nvidia-smi does not say.
+    """
+    if not has_nvidia_gpu() or not installed_version("paddlepaddle-gpu"):
         return 0
+    visible = process_environment().get("CUDA_VISIBLE_DEVICES", "0")
+    memory = nvidia_smi("memory.total", visible.partition(",")[0].strip())
+    # such as "81559 MiB", or "[N/A]"
+    number = "".join(memory[:1]).partition(" ")[0]
+    return int(number) << 20 if number.isdecimal() else 0

@@ -18,79 +18,74 @@ from fd_dsa.errors import ConfigError
 BLOCK_SIZE = 64
 _MULTI_SERVER = "python -m fastdeploy.entrypoints.openai.multi_api_server"
 
-# our flag -> FastDeploy's flag of the same meaning
-MAPPED = {
-    "model": "--model",
-    "served_model_name": "--served-model-name",
-    "host": "--host",
-    "port": "--port",
-    "tensor_parallel_size": "--tensor-parallel-size",
-    "data_parallel_size": "--data-parallel-size",
-    "enable_expert_parallel": "--enable-expert-parallel",
-    "max_model_len": "--max-model-len",
-    "max_num_seqs": "--max-num-seqs",
-    "max_num_batched_tokens": "--max-num-batched-tokens",
-    "block_size": "--block-size",
-    "num_gpu_blocks_override": "--num-gpu-blocks-override",
-    "enable_prefix_caching": "--enable-prefix-caching",
-    "shutdown_timeout": "--timeout-graceful-shutdown",
-    "api_key": "--api-key",
-    "max_concurrency": "--max-concurrency",
-    "tokenizer": "--tokenizer",
-    "gpu_memory_utilization": "--gpu-memory-utilization",
-    "chat_template": "--chat-template",
-}
-# our flag -> the values that say what FastDeploy does anyway, so that no flag is needed
-IMPLIED = {
-    "device": ("auto", "gpu"),
-    "dtype": ("auto",),
-    "kv_cache_dtype": ("auto", "fp8", "fp8_ds_mla"),
-    "load_format": ("auto", "safetensors"),
-    "enable_chunked_prefill": (True,),
-    "log_requests": (False,),
-    "disable_ui": (False,),
-    "log_json": (False,),
-    "tool_call_parser": ("auto",),
-    "reasoning_parser": ("auto",),
-}
-# our flag -> why another value (None: any value) has no counterpart, and what is near to it
-NO_COUNTERPART = {
-    "device": "FastDeploy has no --device, it takes the GPUs of CUDA_VISIBLE_DEVICES and no CPU; "
-    "allowed: auto, gpu",
-    "dtype": "FastDeploy has no --dtype, it takes the type from config.json; allowed: auto",
-    "kv_cache_dtype": "FD_ATTENTION_BACKEND=DSA_ATTN has one kind of cache; allowed: auto, "
-    "fp8_ds_mla",
-    "kv_cache_memory_bytes": "FastDeploy has no size in bytes; take --gpu-memory-utilization or "
-    "--num-gpu-blocks-override",
-    "enforce_eager": "FastDeploy's own flag is --graph-optimization-config, to be given after --, "
-    """with '{"use_cudagraph": false}'""",
-    "cudagraph_capture_sizes": "FastDeploy's own flag is --graph-optimization-config, to be given "
-    """after --, with '{"use_cudagraph": true, "cudagraph_capture_sizes": [...]}'""",
-    "tool_call_parser": "FastDeploy's parsers have names of their own; give its --tool-call-parser "
-    "after --",
-    "reasoning_parser": "FastDeploy's parsers have names of their own; give its --reasoning-parser "
-    "after --",
-    "trust_request_chat_template": "FastDeploy decides itself about templates of requests",
-    "seed": "FastDeploy's --seed is another thing: a request without a seed gets a random one "
-    "there; put `seed` into the request",
-    "load_format": "FastDeploy reads the weights of the folder, by its own --load-choices after "
-    "--; allowed: auto, safetensors",
-    "index_topk": "FastDeploy takes the number from config.json of the folder",
-    "enable_chunked_prefill": "FastDeploy has its own switch, FD_DISABLE_CHUNKED_PREFILL; "
-    "allowed: True",
-    "target_inter_token_latency_ms": "FastDeploy's scheduler keeps to no time; what is near to it "
-    "is --max-num-batched-tokens",
-    "max_body_size": "FastDeploy has no limit of a body; put a proxy with one in front of it",
-    "max_body_values": "FastDeploy has no such flag; put a proxy with a limit of bodies in front "
-    "of it",
-    "max_answer_scores": "FastDeploy has no such flag",
-    "max_connections": "FastDeploy does not limit connections; put a proxy in front that does",
-    "allowed_host": "FastDeploy does not look at the Host header; put a proxy that does in front",
-    "max_prompt_bytes": "FastDeploy tokenizes texts of any length; put a proxy with a limit of "
-    "bodies in front of it",
-    "log_requests": "FastDeploy writes its requests to log/api_server.log in any case",
-    "log_json": "FastDeploy's log has one form",
-    "disable_ui": "FastDeploy's server has no page to leave out",
+# flags of ours that FastDeploy has under the same name, and all that it has -> its flag
+_SAME_NAME = (
+    "model served_model_name host port tensor_parallel_size data_parallel_size "
+    "enable_expert_parallel max_model_len max_num_seqs max_num_batched_tokens block_size "
+    "num_gpu_blocks_override enable_prefix_caching api_key max_concurrency tokenizer "
+    "gpu_memory_utilization chat_template"
+)
+MAPPED = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAME.split()}
+MAPPED["shutdown_timeout"] = "--timeout-graceful-shutdown"
+_CHOSEN_BY_LAUNCHER = ("model", "served_model_name", "host", "port", "block_size")
+_PARSERS = "FastDeploy's parsers have names of their own; give its {} after --"
+_GRAPHS = "FastDeploy's own flag is --graph-optimization-config, to be given after --, with '{}'"
+_BODIES = "put a proxy with a limit of bodies in front of it"
+# our flag -> why FastDeploy has no counterpart and what is near to it, then the values that say
+# what FastDeploy does anyway, which are accepted
+NO_COUNTERPART: dict[str, tuple[Any, ...]] = {
+    "device": (
+        "FastDeploy has no --device, it takes the GPUs of CUDA_VISIBLE_DEVICES and no CPU; "
+        "allowed: auto, gpu",
+        *("auto", "gpu"),
+    ),
+    "dtype": (
+        "FastDeploy has no --dtype, it takes the type from config.json; allowed: auto",
+        "auto",
+    ),
+    "kv_cache_dtype": (
+        "FD_ATTENTION_BACKEND=DSA_ATTN has one kind of cache; allowed: auto, fp8_ds_mla",
+        *("auto", "fp8", "fp8_ds_mla"),
+    ),
+    "kv_cache_memory_bytes": (
+        "FastDeploy has no size in bytes; take --gpu-memory-utilization or "
+        "--num-gpu-blocks-override",
+    ),
+    "enforce_eager": (_GRAPHS.format('{"use_cudagraph": false}'),),
+    "cudagraph_capture_sizes": (
+        _GRAPHS.format('{"use_cudagraph": true, "cudagraph_capture_sizes": [...]}'),
+    ),
+    "tool_call_parser": (_PARSERS.format("--tool-call-parser"), "auto"),
+    "reasoning_parser": (_PARSERS.format("--reasoning-parser"), "auto"),
+    "trust_request_chat_template": ("FastDeploy decides itself about templates of requests",),
+    "seed": (
+        "FastDeploy's --seed is another thing: a request without a seed gets a random one there; "
+        "put `seed` into the request",
+    ),
+    "load_format": (
+        "FastDeploy reads the weights of the folder, by its own --load-choices after --; allowed: "
+        "auto, safetensors",
+        *("auto", "safetensors"),
+    ),
+    "index_topk": ("FastDeploy takes the number from config.json of the folder",),
+    "enable_chunked_prefill": (
+        "FastDeploy has its own switch, FD_DISABLE_CHUNKED_PREFILL; allowed: True",
+        True,
+    ),
+    "target_inter_token_latency_ms": (
+        "FastDeploy's scheduler keeps to no time; what is near to it is --max-num-batched-tokens",
+    ),
+    "max_body_size": (f"FastDeploy has no limit of a body; {_BODIES}",),
+    "max_body_values": (f"FastDeploy has no such flag; {_BODIES}",),
+    "max_answer_scores": ("FastDeploy has no such flag",),
+    "max_connections": ("FastDeploy does not limit connections; put a proxy in front that does",),
+    "allowed_host": (
+        "FastDeploy does not look at the Host header; put a proxy that does in front",
+    ),
+    "max_prompt_bytes": (f"FastDeploy tokenizes texts of any length; {_BODIES}",),
+    "log_requests": ("FastDeploy writes its requests to log/api_server.log in any case", False),
+    "log_json": ("FastDeploy's log has one form", False),
+    "disable_ui": ("FastDeploy's server has no page to leave out", False),
 }
 # flags that the launcher uses itself
 LAUNCHER = ("config", "dry_run", "engine", "log_level")
@@ -107,7 +102,6 @@ _KNOWN = (
     "--engine-worker-queue-port",
     "--cache-queue-port",
     "--ips",
-    "--graph-optimization-config",
     "--config",
     # else the parser would read it as an abbreviation of --timeout-graceful-shutdown
     "--timeout",
@@ -150,8 +144,8 @@ class PassedFlags:
                     "start it by itself, it takes the plug-in from the environment: "
                     f"FD_ATTENTION_BACKEND=DSA_ATTN FD_PLUGINS=fd_dsa {_MULTI_SERVER} ..."
                 )
-        given = vars(known)
-        return cls(tuple(arguments), {**_config_file(given.get("--config")), **given})
+        on_line = vars(known)
+        return cls(tuple(arguments), {**_config_file(on_line.get("--config")), **on_line})
 
     def number(self, flag: str, default: int) -> int:
         """Value of a flag as a whole number.
@@ -174,12 +168,11 @@ class PassedFlags:
         return len(ips) if isinstance(ips, list) else ips.count(",") + 1
 
 
-def translate(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags) -> list[str]:
+def translate(args: argparse.Namespace, passed: PassedFlags) -> list[str]:
     """FastDeploy's arguments for the flags that were given, ports and model left out.
 
     Args:
-        args: parsed flags of ours, defaults included.
-        given: names of those which the user gave.
+        args: flags of ours, as `fd_dsa.serve.flag_sources.parse_args` gives them.
         passed: what stands after `--`.
 
     Returns:
@@ -189,47 +182,45 @@ def translate(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlag
         ConfigError: a flag has no counterpart, is given on both sides of `--`, or has a value that
             DSA cannot be served with; the message names both flags.
     """
-    for name in given:
-        _check_counterpart(name, args[name])
-        if MAPPED.get(name, "") in passed.values:
-            flag = MAPPED[name]
-            ours, theirs = repr(args[name]), repr(passed.values[flag])
-            if name == "api_key":
-                ours = theirs = "***"
-            raise ConfigError(
-                f"{_flag(name)}: got {ours}, and {flag} {theirs} after --, which is FastDeploy's "
-                "flag for it; give one of them"
-            )
-    _check_model_len(args, given, passed)
-    _check_block_size(args, given, passed)
-    found: list[str] = []
+    for name in args.given:
+        _check_counterpart(name, getattr(args, name), passed)
+    length = passed.number("--max-model-len", _given(args, "max_model_len", BLOCK_SIZE))
+    if past := length % BLOCK_SIZE:
+        # FastDeploy's buffers are made for whole blocks
+        raise ConfigError(
+            f"--max-model-len: got {length}, allowed with --engine fastdeploy: a multiple of "
+            f"{BLOCK_SIZE}, the tokens of a cache block; take {length - past + BLOCK_SIZE}"
+        )
+    block_size = passed.number("--block-size", _given(args, "block_size", BLOCK_SIZE))
+    if block_size != BLOCK_SIZE:
+        raise ConfigError(
+            f"--block-size: got {block_size}, allowed with --engine fastdeploy: {BLOCK_SIZE}; "
+            "leave it out"
+        )
+    translated: list[str] = []
     for name, flag in MAPPED.items():
-        if name in ("model", "served_model_name", "host", "port", "block_size"):
-            continue
-        if name in given:
-            found += _argument(flag, name, args[name])
+        if name in args.given and name not in _CHOSEN_BY_LAUNCHER:
+            translated += _argument(flag, name, getattr(args, name))
     if "--block-size" not in passed.values:
-        found += ["--block-size", str(BLOCK_SIZE)]
-    return found
+        translated += ["--block-size", str(BLOCK_SIZE)]
+    return translated
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
     """Arguments for a log: the values of keys and passwords are left out."""
-    found: list[str] = []
+    shown: list[str] = []
     hide_next = False
     for argument in arguments:
         flag, equals, _ = argument.partition("=")
         secret = flag.startswith("--") and flag.endswith(("-key", "-password"))
-        found.append("***" if hide_next else f"{flag}=***" if secret and equals else argument)
+        shown.append("***" if hide_next else f"{flag}=***" if secret and equals else argument)
         hide_next = secret and not equals
-    return found
+    return shown
 
 
-def parallel_size(args: Mapping[str, Any], passed: PassedFlags) -> tuple[int, int]:
-    """Tensor and data parallel size, from whichever side of `--` has them."""
-    tensor = passed.number("--tensor-parallel-size", args["tensor_parallel_size"])
-    data = passed.number("--data-parallel-size", args["data_parallel_size"])
-    return tensor, data
+def _given(args: argparse.Namespace, name: str, default: Any) -> Any:
+    """The value of a flag of ours where the user gave it."""
+    return getattr(args, name) if name in args.given else default
 
 
 def _argument(flag: str, name: str, value: Any) -> list[str]:
@@ -248,34 +239,19 @@ def _argument(flag: str, name: str, value: Any) -> list[str]:
     return [flag, str(value)]
 
 
-def _check_counterpart(name: str, value: Any) -> None:
-    """Refuse a flag, or a value of it, that FastDeploy does not have."""
-    if name in NO_COUNTERPART and value not in IMPLIED.get(name, ()):
+def _check_counterpart(name: str, value: Any, passed: PassedFlags) -> None:
+    """Refuse a flag, or a value of it, that FastDeploy does not have, or that it has already."""
+    own, flag = f"--{name.replace('_', '-')}", MAPPED.get(name, "")
+    reason, *accepted = NO_COUNTERPART.get(name, ("", value))
+    if value not in accepted:
+        raise ConfigError(f"{own}: got {value!r} with --engine fastdeploy: {reason}")
+    if flag in passed.values:
+        ours, theirs = repr(value), repr(passed.values[flag])
+        if name == "api_key":
+            ours = theirs = "***"
         raise ConfigError(
-            f"{_flag(name)}: got {value!r} with --engine fastdeploy: {NO_COUNTERPART[name]}"
-        )
-
-
-def _check_model_len(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags) -> None:
-    """A context must be whole blocks: FastDeploy's buffers are made for those."""
-    own = args["max_model_len"] if "max_model_len" in given else BLOCK_SIZE
-    length = passed.number("--max-model-len", own)
-    if length % BLOCK_SIZE:
-        next_length = -(-length // BLOCK_SIZE) * BLOCK_SIZE
-        raise ConfigError(
-            f"--max-model-len: got {length}, allowed with --engine fastdeploy: a multiple of "
-            f"{BLOCK_SIZE}, the tokens of a cache block; take {next_length}"
-        )
-
-
-def _check_block_size(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags) -> None:
-    """The caches of DSA_ATTN have one block size."""
-    own = args["block_size"] if "block_size" in given else BLOCK_SIZE
-    size = passed.number("--block-size", own)
-    if size != BLOCK_SIZE:
-        raise ConfigError(
-            f"--block-size: got {size}, allowed with --engine fastdeploy: {BLOCK_SIZE}; leave it "
-            "out"
+            f"{own}: got {ours}, and {flag} {theirs} after --, which is FastDeploy's flag for it; "
+            "give one of them"
         )
 
 
@@ -292,13 +268,8 @@ def _config_file(path: object) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"--config (after --): {path} holds no names with values")
     flags = {f"--{str(key).replace('_', '-')}": value for key, value in loaded.items()}
-    known = (*_KNOWN, *MAPPED.values())
+    known = (*_KNOWN, *_SWITCHES)
     return {flag: value for flag, value in flags.items() if flag in known and value is not None}
-
-
-def _flag(name: str) -> str:
-    """A flag of ours as it is typed."""
-    return f"--{name.replace('_', '-')}"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ ends those that are left once the server has ended.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import select
 import signal
@@ -63,20 +64,23 @@ def _prepare_server() -> None:
 
 
 def _watch(server: int, control: int, woken: int) -> int:
-    """Forward signals until the server ends; returns its status."""
-    while True:
-        ready, _, _ = select.select([control, woken], [], [])
+    """Forward signals until the server ends, or the launcher is gone; returns its status."""
+    deadline = math.inf
+    while (status := _reap(server)) is None:
+        is_alone = deadline < math.inf
+        timeout_s = _POLL_S if is_alone else None
+        ready, _, _ = select.select([woken] if is_alone else [control, woken], [], [], timeout_s)
         if woken in ready:
             os.read(woken, 4096)
-            status = _reap(server)
-            if status is not None:
-                return status
         if control in ready:
             numbers = os.read(control, 4096)
             if not numbers:
-                return _end_server(server)
-            for number in numbers:
+                deadline = time.monotonic() + _SERVER_GRACE_S
+            for number in numbers or [signal.SIGTERM]:
                 os.kill(server, number)
+        if time.monotonic() > deadline:
+            os.killpg(server, signal.SIGKILL)
+    return status
 
 
 def _reap(server: int) -> int | None:
@@ -92,17 +96,6 @@ def _reap(server: int) -> int | None:
         if pid == server:
             status = os.waitstatus_to_exitcode(code)
             status = 128 - status if status < 0 else status
-
-
-def _end_server(server: int) -> int:
-    """Ask the server to end, and end it when it does not."""
-    os.kill(server, signal.SIGTERM)
-    deadline = time.monotonic() + _SERVER_GRACE_S
-    while (status := _reap(server)) is None:
-        if time.monotonic() > deadline:
-            os.killpg(server, signal.SIGKILL)
-        time.sleep(_POLL_S)
-    return status
 
 
 def _end_children(grace_s: float) -> None:

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
 
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 
 _LAST_PORT = 65535
-
-
-@dataclass(frozen=True)
-class Ports:
-    """Where FastDeploy's server listens.
-
-    Attributes:
-        http: of the OpenAI API.
-        metrics: of `/metrics`.
-        arguments: FastDeploy's flags for the ports that the user did not give it.
-    """
-
-    http: int
-    metrics: int
-    arguments: tuple[str, ...]
+_QUEUES = ("--engine-worker-queue-port", "--cache-queue-port")
 
 
 def choose_ports(
     host: str, port: int, port_is_given: bool, passed: PassedFlags, num_queues: int
-) -> Ports:
+) -> dict[str, str]:
     """Free consecutive ports for all that the user left open.
 
     One for HTTP, one for metrics, and a queue of workers and one of caches for each data parallel
@@ -42,40 +27,32 @@ def choose_ports(
         passed: flags after `--`, whose ports stay.
         num_queues: data parallel ranks on this machine.
 
+    Returns:
+        FastDeploy's flags for the ports that the user did not give it, and their values.
+
     Raises:
         ConfigError: the interface is none of this machine's; no such ports are free; on several
             machines, where all must have the same ports, those above the HTTP port are taken.
     """
-    _check_host(host)
-    given = passed.values
-    if "--port" in given:
-        port, port_is_given = passed.number("--port", port), True
-    wanted = [] if port_is_given and port else ["--port"]
-    wanted += [] if "--metrics-port" in given else ["--metrics-port"]
-    for queue in ("--engine-worker-queue-port", "--cache-queue-port"):
-        wanted += [] if queue in given else [queue] * num_queues
-    start = (port + 1 if port_is_given else port) if port else _any_port(host)
-    found = _free_block(host, start, len(wanted), movable=passed.num_nodes == 1)
-    ports: dict[str, list[str]] = {}
-    for flag, number in zip(wanted, found, strict=True):
-        ports.setdefault(flag, []).append(str(number))
-    if "--port" not in given:
-        ports = {"--port": ports.get("--port", [str(port)]), **ports}
-    http = int(ports["--port"][0]) if "--port" in ports else port
-    metrics = int(ports.get("--metrics-port", ["0"])[0]) or passed.number("--metrics-port", 0)
-    arguments = tuple(text for flag in ports for text in (flag, ",".join(ports[flag])))
-    return Ports(http, metrics, arguments)
-
-
-def _check_host(host: str) -> None:
-    """Refuse an interface on which nothing can listen."""
     try:
-        _any_port(host)
+        any_port = _any_port(host)
     except OSError as error:
         raise ConfigError(
             f"--host: got {host!r}, which is no address of this machine ({error.strerror}); "
             "use 127.0.0.1, or 0.0.0.0 for all interfaces"
         ) from error
+    fixed: dict[str, str] = {}
+    if "--port" in passed.values:
+        port, port_is_given = passed.number("--port", port), True
+    elif port_is_given and port:
+        fixed["--port"] = str(port)
+    counts = {"--port": 1, "--metrics-port": 1, **dict.fromkeys(_QUEUES, num_queues)}
+    open_flags = [flag for flag in counts if flag not in (passed.values | fixed)]
+    start = (port + 1 if port_is_given else port) if port else any_port
+    num_ports = sum(counts[flag] for flag in open_flags)
+    block = iter(_free_block(host, start, num_ports, movable=passed.num_nodes == 1))
+    chosen = {flag: ",".join(str(next(block)) for _ in range(counts[flag])) for flag in open_flags}
+    return fixed | chosen
 
 
 def _free_block(host: str, start: int, count: int, movable: bool) -> range:
@@ -99,23 +76,22 @@ def _free_block(host: str, start: int, count: int, movable: bool) -> range:
 
 
 def _is_free(host: str, port: int) -> bool:
-    """True if `port` can be had on the interface and, as FastDeploy's queues want, on all."""
-    return all(_can_bind(address, port) for address in (host, "0.0.0.0"))
+    """True if a server could listen there now, and on all interfaces, as FastDeploy's queues do.
 
-
-def _can_bind(host: str, port: int) -> bool:
-    """True if a server could listen there now; a port in TIME_WAIT is free."""
+    A port in TIME_WAIT is free.
+    """
     try:
-        with socket.create_server((host, port), family=_family(host)):
-            return True
+        for address in (host, "0.0.0.0"):
+            socket.create_server((address, port), family=_family(address)).close()
     except OSError:
         return False
+    return True
 
 
 def _any_port(host: str) -> int:
     """A port that the system thinks free."""
-    with socket.create_server((host, 0), family=_family(host)) as probe:
-        return int(probe.getsockname()[1])
+    with socket.create_server((host, 0), family=_family(host)) as server:
+        return int(server.getsockname()[1])
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
+
+from fd_dsa.fastdeploy_plugin.launch.probe import last_line
 
 _GUARD = Path(__file__).with_name("guard.py")
 _FORWARDED = (signal.SIGINT, signal.SIGTERM)
@@ -78,22 +80,20 @@ class ServerProcess:
             stream.finish()
         self._restore()
 
-    def poll(self) -> int | None:
-        """Exit status, 128 + n after signal n; None while it runs."""
-        return _as_shell(self._process.poll())
-
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Exit status as soon as the command has ended; None after `timeout_s`."""
+        """Exit status of the command, 128 + n after signal n; None if it runs after `timeout_s`."""
         try:
-            return _as_shell(self._process.wait(timeout_s))
+            status = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
+        # below 0 where a signal ended the guard itself; its own statuses are so already
+        return 128 - status if status < 0 else status
 
     def last_words(self) -> str:
         """The last line that the command wrote to stderr, or else to stdout; "" without any."""
         for stream in reversed(self._streams):
             stream.finish()
-            if words := stream.last_line():
+            if words := last_line(stream.tail):
                 return words
         return ""
 
@@ -115,32 +115,18 @@ class _Stream:
 
     def __init__(self, source: IO[bytes], target: IO[str]) -> None:
         self._source, self._target = source, target
-        self._tail = b""
+        self.tail = b""
         self._thread = threading.Thread(target=self._copy, daemon=True)
         self._thread.start()
 
     def _copy(self) -> None:
-        for chunk in self._chunks():
-            self._tail = (self._tail + chunk)[-_KEPT_BYTES:]
+        while chunk := os.read(self._source.fileno(), _READ_BYTES):
+            self.tail = (self.tail + chunk)[-_KEPT_BYTES:]
             # the reader of our output is gone: the server must not stop for that
             with contextlib.suppress(OSError, ValueError):
                 self._target.buffer.write(chunk)
                 self._target.buffer.flush()
 
-    def _chunks(self) -> Iterator[bytes]:
-        while chunk := os.read(self._source.fileno(), _READ_BYTES):
-            yield chunk
-
     def finish(self) -> None:
         """Wait for what is still on its way."""
         self._thread.join(_LAST_OUTPUT_S)
-
-    def last_line(self) -> str:
-        """The last line that is not empty."""
-        lines = self._tail.decode("utf-8", "replace").splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def _as_shell(status: int | None) -> int | None:
-    """128 + n where a signal ended the guard itself; its own statuses are so already."""
-    return 128 - status if status is not None and status < 0 else status

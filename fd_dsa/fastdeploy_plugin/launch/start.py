@@ -6,6 +6,7 @@ alone, and what a user sees of it is its own log, a ready line and its exit stat
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import shlex
@@ -15,24 +16,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
-from typing import Any
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import fastdeploy_plugin_disabled, process_environment
 from fd_dsa.errors import BackendUnavailable, ConfigError
-from fd_dsa.fastdeploy_plugin.launch.choice import (
-    INSTALL,
-    fastdeploy_is_installed,
-)
-from fd_dsa.fastdeploy_plugin.launch.environment import require_entry_points, server_environment
-from fd_dsa.fastdeploy_plugin.launch.flags import (
-    PassedFlags,
-    parallel_size,
-    translate,
-    without_secrets,
-)
+from fd_dsa.fastdeploy_plugin.launch.choice import INSTALL, fastdeploy_is_installed
+from fd_dsa.fastdeploy_plugin.launch.environment import missing_entry_points, server_environment
+from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags, translate, without_secrets
 from fd_dsa.fastdeploy_plugin.launch.ports import choose_ports
-from fd_dsa.fastdeploy_plugin.launch.probe import Probe
+from fd_dsa.fastdeploy_plugin.launch.probe import probe
 from fd_dsa.fastdeploy_plugin.launch.server import ServerProcess
 
 SERVER_MODULE = "fastdeploy.entrypoints.openai.api_server"
@@ -44,6 +36,9 @@ _HEALTH_EVERY_S = 0.5
 _SAY_EVERY_S = 30.0
 _HEALTH_ANSWER_S = 5.0
 _EXIT_BAD_START = 2
+# sizes that the embedded engine checks in the same way
+_CHECKED = ("model", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+_CHECKED += ("num_gpu_blocks_override",)
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -71,69 +66,49 @@ class Launch:
     max_model_len: int
 
 
-@dataclass(frozen=True)
-class Ready:
-    """What there is to tell once the server answers.
-
-    Attributes:
-        engine: FastDeploy and its version.
-        seconds: since the launch was asked for.
-    """
-
-    engine: str
-    seconds: float
-
-
-def prepare(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags) -> Launch:
+def prepare(args: argparse.Namespace, passed: PassedFlags) -> Launch:
     """Command and environment of FastDeploy's server; nothing is started.
 
     Args:
-        args: parsed flags of `python -m fd_dsa.serve`, defaults included.
-        given: names of those which the user gave.
+        args: flags of ours, as `fd_dsa.serve.flag_sources.parse_args` gives them.
         passed: what stands after `--`.
 
     Raises:
         BackendUnavailable: FastDeploy is not installed, or fd_dsa is no installed package.
         ConfigError: a flag or a variable cannot be honoured; names both sides.
     """
-    if not fastdeploy_is_installed():
-        raise BackendUnavailable(
-            f"--engine fastdeploy: FastDeploy is not installed in this Python; {INSTALL}. "
-            "--engine embedded works without it, for models that fit one device"
-        )
-    require_entry_points()
-    translated = translate(args, given, passed)
+    _require_packages()
+    translated = translate(args, passed)
     environment, warnings = server_environment(process_environment())
     if fastdeploy_plugin_disabled():
         warnings.append(
             "FD_DSA_DISABLE is set: FastDeploy serves by its own DSA path, for comparison"
         )
-    model, name = _model_and_name(args, given, passed)
-    host = str(passed.values.get("--host", args["host"]))
-    data_parallel = parallel_size(args, passed)[1]
+    own = _model_and_name(args, passed) | {"--host": args.host}
+    host = str(passed.values.get("--host", args.host))
+    data_parallel = passed.number("--data-parallel-size", args.data_parallel_size)
     num_queues = max(1, data_parallel // passed.num_nodes)
-    ports = choose_ports(host, args["port"], "port" in given, passed, num_queues)
-    arguments = [] if "--model" in passed.values else ["--model", model]
-    arguments += [] if "--served-model-name" in passed.values else ["--served-model-name", name]
-    arguments += [] if "--host" in passed.values else ["--host", host]
-    arguments += [*ports.arguments, *translated, *passed.arguments]
-    length = passed.number("--max-model-len", args.get("max_model_len", _FASTDEPLOY_MODEL_LEN))
-    if "--max-model-len" not in passed.values and "max_model_len" not in given:
+    ports = choose_ports(host, args.port, "port" in args.given, passed, num_queues)
+    own = {flag: value for flag, value in own.items() if flag not in passed.values} | ports
+    words = [word for pair in own.items() for word in pair]
+    known = own | passed.values
+    length = passed.number("--max-model-len", getattr(args, "max_model_len", _FASTDEPLOY_MODEL_LEN))
+    if "--max-model-len" not in passed.values and "max_model_len" not in args.given:
         warnings.append(
             f"max_model_len is {length}, FastDeploy's default; --max-model-len N changes it"
         )
     return Launch(
-        command=(sys.executable, "-m", SERVER_MODULE, *arguments),
+        command=(sys.executable, "-m", SERVER_MODULE, *words, *translated, *passed.arguments),
         environment=environment,
         warnings=tuple(warnings),
-        url=_local_url(host, ports.http),
-        metrics_url=f"{_local_url(host, ports.metrics)}/metrics",
-        model_name=name,
+        url=_local_url(host, known["--port"]),
+        metrics_url=f"{_local_url(host, known['--metrics-port'])}/metrics",
+        model_name=str(known["--served-model-name"]),
         max_model_len=length,
     )
 
 
-def launch(plan: Launch, started: float, on_ready: Callable[[Ready], None]) -> int:
+def launch(plan: Launch, started: float, on_ready: Callable[[str, float], None]) -> int:
     """Run FastDeploy's server until it ends; returns its exit status, 128 + n after signal n.
 
     Its output is passed on as it comes. SIGINT and SIGTERM are forwarded to it, and its processes
@@ -142,7 +117,8 @@ def launch(plan: Launch, started: float, on_ready: Callable[[Ready], None]) -> i
     Args:
         plan: of `prepare`.
         started: `time.monotonic()` of the moment from which to count.
-        on_ready: called once, when GET /health of the server answers 200.
+        on_ready: called once, when GET /health of the server answers 200, with FastDeploy and its
+            version, and the seconds since `started`.
 
     Raises:
         BackendUnavailable: FastDeploy cannot be imported; says why.
@@ -152,63 +128,77 @@ def launch(plan: Launch, started: float, on_ready: Callable[[Ready], None]) -> i
     engine = _check_import(plan)
     logger.info("starting %s: %s", engine, shlex.join(without_secrets(plan.command)))
     with ServerProcess(plan.command, plan.environment) as server:
-        if _wait_until_ready(server, plan, started):
-            on_ready(Ready(engine, time.monotonic() - started))
-            status = server.wait()
-            assert status is not None
-            logger.info("FastDeploy's server ended with %s", describe_status(status))
-            return status
+        is_ready = _wait_until_ready(server, plan, started)
+        if is_ready:
+            on_ready(engine, time.monotonic() - started)
         status = server.wait()
         assert status is not None
+        words = _describe_status(status)
+        if is_ready:
+            logger.info("FastDeploy's server ended with %s", words)
+            return status
         if server.signals:
-            logger.info("stopped while starting, with %s", describe_status(status))
+            logger.info("stopped while starting, with %s", words)
             return status
         sys.stderr.write(
-            f"fd_dsa: error: FastDeploy's server ended with {describe_status(status)} before it "
-            f"was ready; its last words: {server.last_words() or 'none'}; its own logs are in "
-            f"{plan.environment.get('FD_LOG_DIR', 'log')}/\n"
+            f"fd_dsa: error: FastDeploy's server ended with {words} before it was ready; its last "
+            f"words: {server.last_words() or 'none'}; its own logs are in {_logs(plan)}/\n"
         )
         # FastDeploy returns 0 where its engine did not come up
         return status or _EXIT_BAD_START
 
 
-def describe_status(status: int) -> str:
+def _describe_status(status: int) -> str:
     """An exit status in words, with the name of the signal that caused it."""
-    if status <= 128:
-        return f"status {status}"
-    try:
+    if status - 128 in list(Signals):
         return f"status {status} ({Signals(status - 128).name})"
-    except ValueError:
-        return f"status {status}"
+    return f"status {status}"
+
+
+def _require_packages() -> None:
+    """Refuse a start in which FastDeploy is not there, or could not find the plug-in.
+
+    Raises:
+        BackendUnavailable: FastDeploy is not installed, or fd_dsa runs from a folder and is not
+            installed as a package.
+    """
+    if not fastdeploy_is_installed():
+        raise BackendUnavailable(
+            f"--engine fastdeploy: FastDeploy is not installed in this Python; {INSTALL}. "
+            "--engine embedded works without it, for models that fit one device"
+        )
+    missing = missing_entry_points()
+    if missing:
+        raise BackendUnavailable(
+            f"--engine fastdeploy: fd_dsa has no entry point in {', '.join(missing)}, by which "
+            "FastDeploy finds its plug-ins; install fd_dsa into this Python (pip install .), so "
+            "that it is a package and not only a folder"
+        )
 
 
 def _check_import(plan: Launch) -> str:
-    """Import FastDeploy in a child, and tell whose path is live; returns its name and version.
+    """Import FastDeploy in a child, and log whose path is live; returns its name and version.
 
     Raises:
         BackendUnavailable: it cannot be imported.
     """
-    with Probe(plan.environment) as probe:
-        findings = probe.findings(_IMPORT_S)
-    engine = f"FastDeploy {findings.version}".rstrip()
-    if findings.error:
+    found = probe(plan.environment, _IMPORT_S)
+    engine = f"FastDeploy {found['version']}".rstrip()
+    if found["error"]:
         raise BackendUnavailable(
-            f"--engine fastdeploy: {engine} is installed and cannot be used: {findings.error}; "
+            f"--engine fastdeploy: {engine} is installed and cannot be used: {found['error']}; "
             "repair its installation (docs/fastdeploy.md), or take --engine embedded, which works "
             "without it for models that fit one device"
         )
-    why = findings.status.get("why", "")
-    if findings.status.get("live"):
-        logger.info("fd_dsa serves its DSA path: %s", why)
+    if found["live"]:
+        logger.info("fd_dsa serves its DSA path: %s", found["why"])
     else:
-        logger.warning("FastDeploy serves by its own DSA path, not by fd_dsa: %s", why)
+        logger.warning("FastDeploy serves by its own DSA path, not by fd_dsa: %s", found["why"])
     return engine
 
 
-def _model_and_name(
-    args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags
-) -> tuple[str, str]:
-    """The model folder, and the name under which requests ask for it.
+def _model_and_name(args: argparse.Namespace, passed: PassedFlags) -> dict[str, str]:
+    """FastDeploy's flags for the model folder, and the name under which requests ask for it.
 
     Raises:
         ConfigError: there is no model, or more names than FastDeploy takes; or a number or the
@@ -219,24 +209,26 @@ def _model_and_name(
             "--model: got none, --engine fastdeploy needs the folder of a model; the demo model of "
             "the package is for --engine embedded"
         )
-    names = args.get("served_model_name", [])
+    names = getattr(args, "served_model_name", [])
     if len(names) > 1:
         raise ConfigError(
             f"--served-model-name: got {len(names)} names, --served-model-name of FastDeploy takes "
             "one; give one"
         )
-    checked = ("model", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
-    checked += ("num_gpu_blocks_override",)
-    config = EngineConfig(**{key: args[key] for key in checked if key in given and key in args})
+    config = EngineConfig(**{name: getattr(args, name) for name in _CHECKED if name in args.given})
     model = str(passed.values.get("--model", config.model_path))
-    name = passed.values.get("--served-model-name") or (names[0] if names else Path(model).name)
-    return model, str(name)
+    return {"--model": model, "--served-model-name": names[0] if names else Path(model).name}
 
 
-def _local_url(host: str, port: int) -> str:
+def _local_url(host: str, port: object) -> str:
     """The URL under which this machine reaches the server."""
     local = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
+
+
+def _logs(plan: Launch) -> str:
+    """The folder of FastDeploy's own logs."""
+    return plan.environment.get("FD_LOG_DIR", "log")
 
 
 def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bool:
@@ -248,12 +240,12 @@ def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bo
     # here, because a start of the embedded engine imports this module too
     import httpx
 
-    url, say_at, answer = f"{plan.url}/health", time.monotonic() + _SAY_EVERY_S, "no answer"
+    say_at, answer = time.monotonic() + _SAY_EVERY_S, "no answer"
     # a proxy of the environment is for other machines
     with httpx.Client(timeout=_HEALTH_ANSWER_S, trust_env=False) as client:
-        while server.poll() is None and not server.signals:
+        while server.wait(0) is None and not server.signals:
             try:
-                code = client.get(url).status_code
+                code = client.get(f"{plan.url}/health").status_code
                 if code == httpx.codes.OK:
                     return True
                 answer = f"status {code}"
@@ -261,22 +253,12 @@ def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bo
                 answer = type(error).__name__
             if time.monotonic() >= say_at:
                 say_at += _SAY_EVERY_S
-                logger.info("%s", waiting_line(plan, answer, time.monotonic() - started))
+                seconds = math.floor(time.monotonic() - started)
+                line = (
+                    f"still starting after {seconds} s: GET {plan.url}/health gives {answer}. "
+                    "FastDeploy answers once its workers have loaded the model; their own logs "
+                    f"are in {_logs(plan)}/ (workerlog.0). Ctrl-C stops"
+                )
+                logger.info("%s", line)
             server.wait(_HEALTH_EVERY_S)
     return False
-
-
-def waiting_line(plan: Launch, answer: str, seconds: float) -> str:
-    """What to say while the server is not ready yet.
-
-    Args:
-        plan: what was started.
-        answer: what came of the last GET /health.
-        seconds: since the launch was asked for.
-    """
-    logs = plan.environment.get("FD_LOG_DIR", "log")
-    return (
-        f"still starting after {math.floor(seconds)} s: GET {plan.url}/health gives {answer}. "
-        f"FastDeploy answers once its workers have loaded the model; their own logs are in "
-        f"{logs}/ (workerlog.0). Ctrl-C stops"
-    )

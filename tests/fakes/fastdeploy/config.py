@@ -14,40 +14,6 @@ from typing import Any
 
 from fastdeploy import _tree, envs
 
-# fields that FastDeploy's ModelConfig takes over from config.json as they are
-_FROM_CHECKPOINT = (
-    "model_type",
-    "architectures",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_hidden_layers",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "index_head_dim",
-    "index_n_heads",
-    "index_topk",
-    "rms_norm_eps",
-    "vocab_size",
-    "pad_token_id",
-    "first_k_dense_replace",
-    "n_routed_experts",
-    "n_shared_experts",
-    "num_experts_per_tok",
-    "n_group",
-    "topk_group",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "moe_intermediate_size",
-    "moe_layer_freq",
-    "intermediate_size",
-    "num_nextn_predict_layers",
-    "tie_word_embeddings",
-)
-
 
 @dataclass
 class FDConfig:
@@ -87,25 +53,16 @@ def fd_config(model_folder: str | Path, **overrides: Any) -> FDConfig:
     checkpoint = json.loads((Path(model_folder) / "config.json").read_text("utf-8"))
     config = FDConfig(
         model_config=_model(checkpoint),
-        cache_config=_cache(),
-        parallel_config=_parallel(),
-        speculative_config=_speculative(),
-        scheduler_config=_scheduler(),
-        graph_opt_config=_graphs(),
-        load_config=SimpleNamespace(load_choices="default_v1", dynamic_load_weight=False),
+        **_defaults(),
     )
     config.model_config.model = str(model_folder)
-    _override(config, overrides)
-    _settle(config)
-    return config
-
-
-def _override(config: FDConfig, overrides: dict[str, Any]) -> None:
     for name, value in overrides.items():
         parts = [part for part in vars(config).values() if hasattr(part, name)]
         if not parts:
             raise KeyError(f"fd_config: no part of the configuration has a field {name!r}")
         setattr(parts[0], name, value)
+    _settle(config)
+    return config
 
 
 def _settle(config: FDConfig) -> None:
@@ -118,85 +75,62 @@ def _settle(config: FDConfig) -> None:
         for size in range(graphs.max_capture_size + 1)
     }
     model.max_model_len = min(model.max_model_len, model.max_position_embeddings)
-    parallel = config.parallel_config
-    parallel.use_ep = parallel.expert_parallel_size > 1
-    parallel.enable_expert_parallel = parallel.use_ep
+    config.parallel_config.use_ep = config.parallel_config.expert_parallel_size > 1
 
 
 def _model(checkpoint: dict[str, Any]) -> Any:
-    fields = {name: checkpoint.get(name) for name in _FROM_CHECKPOINT}
+    """All fields of config.json as they are, and FastDeploy's own."""
     heads, hidden = checkpoint["num_attention_heads"], checkpoint["hidden_size"]
     rope = checkpoint.get("rope_parameters")
-    model = SimpleNamespace(
-        **fields,
-        dtype="float32",
+    own = {
+        "dtype": "float32",
         # FastDeploy's own head_dim has nothing to do with MLA's
-        head_dim=checkpoint.get("head_dim") or hidden // heads,
-        max_position_embeddings=checkpoint["max_position_embeddings"],
-        max_model_len=checkpoint["max_position_embeddings"],
-        rope_theta=checkpoint.get("rope_theta") or (rope or {}).get("rope_theta", 10000.0),
-        rope_scaling=checkpoint.get("rope_scaling"),
-        rope_parameters=rope,
-        ori_vocab_size=checkpoint["vocab_size"],
-        start_layer_index=0,
-        causal=True,
-    )
-    for name in ("indexer_rope_interleave", "rope_interleave", "indexer_types"):
-        if name in checkpoint:
-            setattr(model, name, checkpoint[name])
-    return model
+        "head_dim": checkpoint.get("head_dim") or hidden // heads,
+        "max_model_len": checkpoint["max_position_embeddings"],
+        "rope_theta": checkpoint.get("rope_theta") or (rope or {}).get("rope_theta", 10000.0),
+        "rope_scaling": checkpoint.get("rope_scaling"),
+        "rope_parameters": rope,
+        "ori_vocab_size": checkpoint["vocab_size"],
+        "start_layer_index": 0,
+        "causal": True,
+    }
+    return SimpleNamespace(**checkpoint | own)
 
 
-def _cache() -> Any:
-    return SimpleNamespace(
-        block_size=64,
-        total_block_num=32,
-        enc_dec_block_num=envs.FD_ENC_DEC_BLOCK_NUM,
-        gpu_memory_utilization=0.9,
-        enable_prefix_caching=True,
-        enable_chunked_prefill=not envs.FD_DISABLE_CHUNKED_PREFILL,
-        cache_dtype="bfloat16",
-    )
-
-
-def _parallel() -> Any:
-    return SimpleNamespace(
-        tensor_parallel_size=1,
-        tensor_parallel_rank=0,
-        expert_parallel_size=1,
-        data_parallel_rank=0,
-        use_ep=False,
-        enable_expert_parallel=False,
-        pd_disaggregation_mode="None",
-        device_ids="0",
-    )
-
-
-def _speculative() -> Any:
-    # one draft token without a method: code that adds one to it is used to that
-    return SimpleNamespace(
-        method=None,
-        num_speculative_tokens=1,
-        model_type="main",
-    )
-
-
-def _scheduler() -> Any:
-    return SimpleNamespace(
-        max_num_seqs=8,
-        max_num_batched_tokens=512,
-        enable_overlap_schedule=_tree.current().overlap_schedule,
-    )
-
-
-def _graphs() -> Any:
-    return SimpleNamespace(
-        use_cudagraph=False,
-        graph_opt_level=0,
-        full_cuda_graph=True,
-        cudagraph_capture_sizes=[8, 4, 2, 1],
-        cudagraph_capture_sizes_prefill=[64, 32],
-        cudagraph_num_of_warmups=1,
-        real_shape_to_captured_size={},
-        max_capture_size=0,
-    )
+def _defaults() -> dict[str, Any]:
+    """The parts that a checkpoint does not decide."""
+    return {
+        "cache_config": SimpleNamespace(
+            block_size=64,
+            total_block_num=32,
+            enc_dec_block_num=envs.FD_ENC_DEC_BLOCK_NUM,
+            enable_chunked_prefill=not envs.FD_DISABLE_CHUNKED_PREFILL,
+            cache_dtype="bfloat16",
+        ),
+        "parallel_config": SimpleNamespace(
+            tensor_parallel_size=1,
+            tensor_parallel_rank=0,
+            expert_parallel_size=1,
+            data_parallel_rank=0,
+            pd_disaggregation_mode="None",
+            device_ids="0",
+        ),
+        # one draft token without a method: code that adds one to it is used to that
+        "speculative_config": SimpleNamespace(
+            method=None, num_speculative_tokens=1, model_type="main"
+        ),
+        "scheduler_config": SimpleNamespace(
+            max_num_seqs=8,
+            max_num_batched_tokens=512,
+            enable_overlap_schedule=_tree.current().overlap_schedule,
+        ),
+        "graph_opt_config": SimpleNamespace(
+            use_cudagraph=False,
+            graph_opt_level=0,
+            full_cuda_graph=True,
+            cudagraph_capture_sizes=[8, 4, 2, 1],
+            cudagraph_capture_sizes_prefill=[64, 32],
+            cudagraph_num_of_warmups=1,
+        ),
+        "load_config": SimpleNamespace(load_choices="default_v1", dynamic_load_weight=False),
+    }

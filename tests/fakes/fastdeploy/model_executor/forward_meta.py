@@ -1,8 +1,8 @@
 """ForwardMeta: what a step's layers are given (`model_executor/forward_meta.py`).
 
 A new object every step, with the runner's buffers in it; attributes that no tree knows may be
-set, and one that was never set reads as None. Fields as at 8f8e7cf6, `attn_backends` as the runner
-at 39d329f2 sets it.
+set, and one that was never set reads as None. Fields as at 8f8e7cf6, but for those of other models
+and kernels; `attn_backends` as the runner at 39d329f2 sets it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,7 @@ class ForwardMeta:
     rotary_embs: Any = None
     attn_backend: Any = None
     forward_mode: ForwardMode = ForwardMode.MIXED
-    attn_mask: Any = None
-    attn_mask_offsets: Any = None
     is_dummy_or_profile_run: bool = False
-    # launch buffers of get_block_shape_and_split_kv_block
-    decoder_batch_ids: Any = None
-    decoder_tile_ids_per_batch: Any = None
-    decoder_num_blocks_cpu: Any = None
-    decoder_num_blocks_device: Any = None
-    decoder_chunk_size_device: Any = None
     # int32 on the host; the shared buffer, with the values of the step before until it is filled
     max_len_tensor_cpu: Any = None
     # int32 [B]
@@ -54,13 +46,6 @@ class ForwardMeta:
     block_tables: Any = None
     # uint8, two a layer; None before initialize_kv_cache
     caches: Any = None
-    encoder_batch_ids: Any = None
-    encoder_tile_ids_per_batch: Any = None
-    encoder_num_blocks_x_cpu: Any = None
-    kv_batch_ids: Any = None
-    kv_tile_ids_per_batch: Any = None
-    kv_num_blocks_x_cpu: Any = None
-    pre_caches_length: int = 0
     position_ids: Any = None
     # int64 [T]
     slot_mapping: Any = None
@@ -70,10 +55,6 @@ class ForwardMeta:
     attn_backends: Any = None
     # of the V1 cache manager; set after init_attention_metadata
     layer_done_counter: Any = None
-    routing_replay_table: Any = None
-    moe_num_chunk: int = 1
-    max_moe_num_chunk: int = 1
-    real_bsz: int = 0
     step_use_cudagraph: bool = False
     is_zero_size: bool = False
     exist_prefill: bool = False

@@ -14,17 +14,6 @@ from fastdeploy.model_executor.pre_and_post_process import set_row
 class RunnerMemory:
     """What happens between the model's load and the first request, and when caches change."""
 
-    fd_config: Any
-    model_config: Any
-    enable_cache_manager_v1: bool
-    cache_controller: Any
-    share_inputs: Any
-    attn_backends: list[Any]
-    model: Any
-    forward_meta: Any
-    use_cudagraph: bool
-    num_draft_tokens: int
-    num_gpu_blocks: int
     is_weight_sleeping = False
     is_kvcache_sleeping = False
     _sent: ClassVar[dict[str, Any]] = {}

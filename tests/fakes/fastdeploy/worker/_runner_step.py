@@ -18,21 +18,6 @@ from fastdeploy.model_executor.pre_and_post_process import (
     update_inputs_v1,
 )
 
-_LAUNCH_BUFFERS = (
-    "decoder_batch_ids",
-    "decoder_tile_ids_per_batch",
-    "decoder_num_blocks_cpu",
-    "decoder_num_blocks_device",
-    "decoder_chunk_size_device",
-    "max_len_tensor_cpu",
-    "encoder_batch_ids",
-    "encoder_tile_ids_per_batch",
-    "encoder_num_blocks_x_cpu",
-    "kv_batch_ids",
-    "kv_tile_ids_per_batch",
-    "kv_num_blocks_x_cpu",
-)
-
 
 class RunnerStep:
     """Inputs, ForwardMeta, the model's call, the sampler and the state after it.
@@ -40,23 +25,6 @@ class RunnerStep:
     Attributes:
         saved_output: (row, accepted tokens) of each row that made some, step after step.
     """
-
-    fd_config: Any
-    enable_cache_manager_v1: bool
-    cache_controller: Any
-    share_inputs: Any
-    attn_backends: list[Any]
-    model: Any
-    forward_meta: Any
-    exist_prefill_flag: bool
-    use_cudagraph: bool
-    speculative_decoding: bool
-    num_draft_tokens: int
-    proposer: Any
-    saved_output: list[tuple[int, list[int]]]
-
-    def _process_reorder(self) -> None:
-        """Rows stay in their order: no DSA backend has `enable_ids_reorder`."""
 
     def _prepare_inputs(
         self,
@@ -118,7 +86,7 @@ class RunnerStep:
             cu_seqlens_k=share["cu_seqlens_k"],
             caches=share.get("caches"),
             **{name: share[name][:rows] for name in per_row},
-            **{name: share[name] for name in _LAUNCH_BUFFERS if name in share},
+            max_len_tensor_cpu=share["max_len_tensor_cpu"],
         )
         self.forward_meta.attn_backends = self.attn_backends
         self.collect_distributed_status()
@@ -238,5 +206,5 @@ def compute_slot_mapping(
     assert batch_id_per_token.shape == block_idx.shape
     blocks = block_tables[batch_id_per_token, block_idx]
     slots = (blocks * block_size + position_ids % block_size).astype("int64")
-    _counters.allocation("slot_mapping", 8 * slots.shape[0])
+    _counters.allocation("slot_mapping")
     return slots

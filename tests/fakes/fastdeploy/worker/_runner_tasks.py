@@ -12,10 +12,6 @@ from fastdeploy.model_executor.pre_and_post_process import set_row
 class RunnerTasks:
     """The part of the runner that the scheduler talks to."""
 
-    share_inputs: Any
-    exist_prefill_flag: bool
-    speculative_decoding: bool
-
     def insert_tasks_v1(self, req_dicts: list[Request], num_running_requests: int) -> None:
         """Bring rows into the states that the next step runs from.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy import _counters, _tree, envs
+from fastdeploy import _tree, envs
 from fastdeploy._arrays import host
 from fastdeploy.cache_manager.v1 import CacheController
 from fastdeploy.model_executor.layers.attention import get_attention_backend
@@ -115,7 +115,6 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         self, model_forward_batch: Any = None, num_running_requests: int | None = None
     ) -> None:
         """One step; with the overlap schedule its output is saved by the call after it."""
-        _counters.begin_step()
         if self.scheduler_config.enable_overlap_schedule:
             self.execute_model_overlap()
         else:
@@ -123,7 +122,6 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
 
     def execute_model_normal(self) -> None:
         """Inputs, model, sampler, state."""
-        self._process_reorder()
         self._prepare_inputs()
         self._execute()
 
@@ -132,7 +130,6 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
 
         A row that has stopped, or got fewer drafts, makes the prediction too large.
         """
-        self._process_reorder()
         saved_before = len(self.saved_output)
         cached = self._cached_real_bsz * (self.num_draft_tokens + 1)
         self._prepare_inputs(cached_token_num=cached, cached_real_bsz=self._cached_real_bsz)

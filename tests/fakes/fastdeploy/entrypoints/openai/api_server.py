@@ -78,7 +78,7 @@ def main() -> None:
     for module in script.imports:
         importlib.import_module(module)
     workers = [_start_worker(script.stubborn) for _ in range(script.workers)]
-    found = started_with("fastdeploy.entrypoints.openai.api_server", workers)
+    found = started_with(workers)
     _listen_to_signals(script)
     _write(found)
     time.sleep(script.load_s)
@@ -115,15 +115,10 @@ def _listen_to_signals(script: Script) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN if name in script.ignore else end)
 
 
-def dump(module: str) -> None:
-    """Write what this process was started with."""
-    _write(started_with(module))
-
-
-def started_with(module: str, workers: Sequence[int] = ()) -> dict[str, Any]:
+def started_with(workers: Sequence[int]) -> dict[str, Any]:
     """What this process was started with; `ignored` are signals which it must not ignore."""
     return {
-        "module": module,
+        "module": "fastdeploy.entrypoints.openai.api_server",
         "argv": sys.argv[1:],
         "env": dict(os.environ),
         "pid": os.getpid(),

@@ -10,23 +10,14 @@ from paddle.nn import functional
 from .utils import default_weight_loader, zeros_parameter
 
 
-class _Table(nn.Layer):
-    """The parameter, one level down as in FastDeploy: `embed_tokens.embeddings.weight`."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.weight = zeros_parameter(self, [rows, width])
-        self.weight.weight_loader = default_weight_loader
-
-
 class VocabParallelEmbedding(nn.Layer):
-    """Rows of a table by token id."""
+    """Rows of a table by token id; its parameter is `embed_tokens.embeddings.weight`."""
 
-    def __init__(
-        self, fd_config: Any, num_embeddings: int, embedding_dim: int, prefix: str = ""
-    ) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
-        self.embeddings = _Table(num_embeddings, embedding_dim)
+        self.embeddings = nn.Layer()
+        self.embeddings.weight = zeros_parameter(self, [num_embeddings, embedding_dim])
+        self.embeddings.weight.weight_loader = default_weight_loader
 
     def forward(self, ids_remove_padding: Any, forward_meta: Any = None) -> Any:
         """[num_tokens, hidden] of int64 [num_tokens]."""

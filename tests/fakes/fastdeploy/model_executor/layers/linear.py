@@ -1,7 +1,7 @@
-"""Projections with FastDeploy's keyword constructors (`model_executor/layers/linear.py`).
+"""Projections (`model_executor/layers/linear.py`): one rank, which has every weight whole.
 
-Weights are [in, out] in a parameter named `weight`; checkpoints hold [out, in]. Nothing is reduced
-over ranks: a test that plays several ranks adds their results up itself.
+Weights are [in, out] in a parameter named `weight`; checkpoints hold [out, in]. Constructors take
+what the double needs of upstream's keywords.
 """
 
 from __future__ import annotations
@@ -12,53 +12,44 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from .utils import fill, loader_of, tp_slice, zeros_parameter
+from .utils import fill, loader_of, zeros_parameter
 
 
 class LinearBase(nn.Layer):
-    """x @ weight (+ bias); `weight.weight_loader` takes checkpoint tensors."""
+    """x @ weight; `weight.weight_loader` takes checkpoint tensors."""
+
+    with_bias = False
 
     def __init__(
         self,
         fd_config: Any,
-        prefix: str = "",
-        input_size: int | None = None,
-        output_size: int | None = None,
-        with_bias: bool = False,
+        input_size: int,
+        output_size: int,
         skip_quant: bool = False,
-        weight_dtype: str = "",
+        weight_dtype: str | None = None,
     ) -> None:
         super().__init__()
-        self.fd_config, self.prefix = fd_config, prefix
-        self.input_size, self.output_size, self.with_bias = input_size, output_size, with_bias
-        self.skip_quant = skip_quant
+        self.fd_config, self.skip_quant = fd_config, skip_quant
+        self.input_size, self.output_size = input_size, output_size
         self.quant_method = self._quant_method()
         if self.quant_method is None:
-            self.weight = zeros_parameter(self, [input_size, output_size], weight_dtype or None)
+            self.weight = zeros_parameter(self, [input_size, output_size], weight_dtype)
         else:
             self.quant_method.create_weights(self)
         self.weight.weight_loader = loader_of(self)
-        self.bias = zeros_parameter(self, [output_size]) if with_bias else None
-        if self.bias is not None:
-            self.bias.weight_loader = loader_of(self)
 
     def _quant_method(self) -> Any:
         """What quantises the layer; None of the kinds that the double leaves as they are."""
 
-    def share(self, weight: np.ndarray) -> np.ndarray:
-        """What this rank keeps of a weight [in, out], or of a bias [out]."""
-        return weight
-
     def weight_loader(self, param: Any, array: np.ndarray, shard_id: str | None = None) -> None:
-        """Fill the weight, or the bias, from the checkpoint's tensor."""
-        fill(param, self.share(array.T if array.ndim == 2 else array))
+        """Fill the weight from the checkpoint's tensor."""
+        fill(param, array.T)
 
     def forward(self, x: Any) -> Any:
         """[num_tokens, out] of [num_tokens, in]."""
         if self.quant_method is not None:
             return self.quant_method.apply(self, x)
-        y = paddle.matmul(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return paddle.matmul(x, self.weight)
 
 
 class ReplicatedLinear(LinearBase):
@@ -76,34 +67,11 @@ class ReplicatedLinear(LinearBase):
 
 
 class ColumnParallelLinear(LinearBase):
-    """Each rank has its share of the outputs."""
-
-    def __init__(self, fd_config: Any, *args: Any, output_size: int, **kwargs: Any) -> None:
-        share = output_size // fd_config.parallel_config.tensor_parallel_size
-        super().__init__(fd_config, *args, output_size=share, **kwargs)
-
-    def share(self, weight: np.ndarray) -> np.ndarray:
-        return tp_slice(weight, -1, self.fd_config)
+    """Each rank would have its share of the outputs."""
 
 
 class RowParallelLinear(LinearBase):
-    """Each rank has its share of the inputs; `reduce_results` is not acted on here."""
-
-    def __init__(
-        self,
-        fd_config: Any,
-        *args: Any,
-        input_size: int,
-        reduce_results: bool = True,
-        layer_id: int = -1,
-        **kwargs: Any,
-    ) -> None:
-        share = input_size // fd_config.parallel_config.tensor_parallel_size
-        super().__init__(fd_config, *args, input_size=share, **kwargs)
-        self.reduce_results, self.layer_id = reduce_results, layer_id
-
-    def share(self, weight: np.ndarray) -> np.ndarray:
-        return tp_slice(weight, 0, self.fd_config) if weight.ndim == 2 else weight
+    """Each rank would have its share of the inputs, and the results would be reduced."""
 
 
 class _MergedLinear(LinearBase):
@@ -112,11 +80,11 @@ class _MergedLinear(LinearBase):
     shard_ids: tuple[str, ...] = ()
 
     def weight_loader(self, param: Any, array: np.ndarray, shard_id: str | None = None) -> None:
-        found = self.__dict__.setdefault("_shards", {}).setdefault(param.name, {})
-        found[shard_id] = self.share(array.T if array.ndim == 2 else array)
-        if len(found) == len(self.shard_ids):
-            fill(param, np.concatenate([found[one] for one in self.shard_ids], axis=-1))
-            found.clear()
+        shards = self.__dict__.setdefault("_shards", {})
+        shards[shard_id] = array.T
+        if len(shards) == len(self.shard_ids):
+            fill(param, np.concatenate([shards[one] for one in self.shard_ids], axis=-1))
+            shards.clear()
 
 
 class MergedReplicatedLinear(_MergedLinear):
@@ -124,19 +92,11 @@ class MergedReplicatedLinear(_MergedLinear):
 
     shard_ids = ("q_a", "kv_a")
 
-    def __init__(self, fd_config: Any, *args: Any, output_sizes: list[int], **kwargs: Any) -> None:
-        super().__init__(fd_config, *args, output_size=sum(output_sizes), **kwargs)
-        self.output_sizes = output_sizes
 
-
-class MergedColumnParallelLinear(_MergedLinear, ColumnParallelLinear):
-    """gate_proj and up_proj of an MLP; `activation` belongs to the layer after it."""
+class MergedColumnParallelLinear(_MergedLinear):
+    """gate_proj and up_proj of an MLP."""
 
     shard_ids = ("gate", "up")
-
-    def __init__(self, fd_config: Any, *args: Any, activation: str = "", **kwargs: Any) -> None:
-        super().__init__(fd_config, *args, **kwargs)
-        self.activation = activation
 
 
 class KVBatchLinear(nn.Layer):
@@ -147,21 +107,12 @@ class KVBatchLinear(nn.Layer):
     """
 
     def __init__(
-        self,
-        fd_config: Any,
-        kv_b_proj: nn.Layer | None = None,
-        prefix: str = "",
-        kv_lora_rank: int | None = None,
-        num_attention_heads: int | None = None,
-        qk_nope_head_dim: int | None = None,
-        v_head_dim: int | None = None,
+        self, kv_b_proj: nn.Layer, kv_lora_rank: int, heads: int, nope: int, v_head_dim: int
     ) -> None:
         super().__init__()
         # a sub-layer of the attention layer, not of this one
         self.__dict__["kv_b_proj"] = kv_b_proj
-        self.prefix = prefix
-        self.heads = num_attention_heads // fd_config.parallel_config.tensor_parallel_size
-        self.nope, self.v_dim, self.rank = qk_nope_head_dim, v_head_dim, kv_lora_rank
+        self.rank, self.heads, self.nope, self.v_dim = kv_lora_rank, heads, nope, v_head_dim
 
     def process_weights_after_loading(self) -> None:
         """Split kv_b_proj's weight [rank, heads * (nope + v)] by head into key and value part."""

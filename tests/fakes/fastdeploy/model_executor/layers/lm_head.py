@@ -12,13 +12,9 @@ from .linear import ReplicatedLinear
 class ParallelLMHead(nn.Layer):
     """[n, vocab] of [n, hidden]; the parameter is `lm_head.linear.weight`."""
 
-    def __init__(
-        self, fd_config: Any, num_embeddings: int, embedding_dim: int, prefix: str = ""
-    ) -> None:
+    def __init__(self, fd_config: Any, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
-        self.linear = ReplicatedLinear(
-            fd_config, prefix, input_size=embedding_dim, output_size=num_embeddings
-        )
+        self.linear = ReplicatedLinear(fd_config, embedding_dim, num_embeddings)
 
     def forward(self, hidden_states: Any) -> Any:
         return self.linear(hidden_states)

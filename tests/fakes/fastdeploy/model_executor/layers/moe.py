@@ -22,25 +22,16 @@ _UP_GATE = ("gate", "up")
 class FusedMoE(nn.Layer):
     """Parameters `up_gate_proj_weight`, `down_proj_weight` and `gate_correction_bias`."""
 
-    def __init__(
-        self,
-        fd_config: Any,
-        hidden_size: int,
-        moe_intermediate_size: int,
-        num_experts: int,
-        top_k: int,
-        renormalize: bool,
-        routed_scaling_factor: float,
-        n_group: int = 1,
-        topk_group: int = 1,
-        layer_idx: int = -1,
-    ) -> None:
+    def __init__(self, model_config: Any) -> None:
         super().__init__()
-        if n_group != 1:
+        if model_config.n_group != 1:
             raise NotImplementedError("the double has no expert groups")
-        self.num_experts, self.top_k, self.renormalize = num_experts, top_k, renormalize
-        self.scaling, self.layer_idx = routed_scaling_factor, layer_idx
-        width = moe_intermediate_size
+        self.num_experts = model_config.n_routed_experts
+        self.top_k = model_config.num_experts_per_tok
+        self.renormalize = model_config.norm_topk_prob
+        self.scaling = model_config.routed_scaling_factor
+        num_experts, hidden_size = self.num_experts, model_config.hidden_size
+        width = model_config.moe_intermediate_size
         self.up_gate_proj_weight = zeros_parameter(self, [num_experts, hidden_size, 2 * width])
         self.down_proj_weight = zeros_parameter(self, [num_experts, width, hidden_size])
         self.gate_correction_bias = zeros_parameter(self, [1, num_experts], "float32")

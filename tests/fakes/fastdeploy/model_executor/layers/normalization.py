@@ -16,17 +16,9 @@ class RMSNorm(nn.Layer):
     The weight has the model's dtype, bfloat16, also where all else of the double is float32.
     """
 
-    def __init__(
-        self,
-        fd_config: Any,
-        hidden_size: int,
-        eps: float = 1e-5,
-        prefix: str = "",
-        layer_id: int = -1,
-    ) -> None:
+    def __init__(self, fd_config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.fd_config, self.hidden_size, self.eps = fd_config, hidden_size, eps
-        self.prefix, self.layer_id = prefix, layer_id
+        self.hidden_size, self.eps = hidden_size, eps
         self.weight = zeros_parameter(self, [hidden_size], "bfloat16")
         self.weight.weight_loader = default_weight_loader
 
@@ -43,29 +35,16 @@ class RMSNorm(nn.Layer):
 class LayerNorm(nn.Layer):
     """(x - mean) * rsqrt(variance + eps) * weight + bias, its parameters in float32."""
 
-    def __init__(
-        self,
-        fd_config: Any,
-        hidden_size: int,
-        eps: float = 1e-5,
-        prefix: str = "",
-        with_bias: bool = False,
-    ) -> None:
+    def __init__(self, fd_config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.fd_config, self.hidden_size, self.eps = fd_config, hidden_size, eps
-        self.prefix, self.with_bias = prefix, with_bias
+        self.hidden_size, self.eps = hidden_size, eps
         self.weight = zeros_parameter(self, [hidden_size], "float32")
-        self.weight.weight_loader = default_weight_loader
-        self.bias = zeros_parameter(self, [hidden_size], "float32") if with_bias else None
-        if self.bias is not None:
-            self.bias.weight_loader = default_weight_loader
+        self.bias = zeros_parameter(self, [hidden_size], "float32")
+        self.weight.weight_loader = self.bias.weight_loader = default_weight_loader
 
-    def forward(self, x: Any, residual_input: Any = None) -> Any:
-        """The normed tensor alone; with a residual the sum too."""
-        total = x if residual_input is None else x + residual_input
-        wide = total.astype("float32")
+    def forward(self, x: Any) -> Any:
+        """The normed tensor alone."""
+        wide = x.astype("float32")
         wide = wide - wide.mean(axis=-1, keepdim=True)
         variance = (wide * wide).mean(axis=-1, keepdim=True)
-        normed = wide * paddle.rsqrt(variance + self.eps) * self.weight
-        normed = (normed if self.bias is None else normed + self.bias).astype(x.dtype)
-        return normed if residual_input is None else (normed, total)
+        return (wide * paddle.rsqrt(variance + self.eps) * self.weight + self.bias).astype(x.dtype)

@@ -47,12 +47,3 @@ def loader_of(layer: Any) -> Callable[..., None]:
         load(*args, **kwargs)
 
     return weight_loader
-
-
-def tp_slice(array: np.ndarray, axis: int, fd_config: Any) -> np.ndarray:
-    """This rank's share of a tensor along an axis."""
-    parallel = fd_config.parallel_config
-    size = parallel.tensor_parallel_size
-    if array.shape[axis] % size:
-        raise ValueError(f"axis {axis} of {array.shape} cannot be shared by {size} ranks")
-    return np.split(array, size, axis=axis)[parallel.tensor_parallel_rank]

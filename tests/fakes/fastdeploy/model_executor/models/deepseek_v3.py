@@ -1,7 +1,8 @@
 """DeepSeek-V3.2 and GLM-5 as FastDeploy builds them (`model_executor/models/deepseek_v3.py`).
 
 Attribute and parameter names and the order of the layers' calls are upstream's, as at 8f8e7cf6
-(April 2026); what the calls compute is in `layers/`. The indexer's `forward` is a name alone.
+(April 2026); what the calls compute is in `layers/`. Names of weights for logs (`prefix`) are not
+passed on. The indexer's `forward` is a name alone.
 """
 
 from __future__ import annotations
@@ -36,13 +37,6 @@ _TREE = _tree.current()
 _DSA_MODELS = ("deepseek_v32", "glm_moe_dsa")
 
 
-def _plain_linear(fd_config: Any, prefix: str, inputs: int, outputs: int) -> ReplicatedLinear:
-    """A linear layer that every rank has whole."""
-    return ReplicatedLinear(
-        fd_config=fd_config, prefix=prefix, input_size=inputs, output_size=outputs
-    )
-
-
 class Indexer(nn.Layer):
     """The lightning indexer; its cache is entry 2 * layer_id + 1."""
 
@@ -52,16 +46,11 @@ class Indexer(nn.Layer):
         self.layer_id, self.max_model_len = layer_id, config.max_model_len
         self.index_head_dim, self.index_n_heads = config.index_head_dim, config.index_n_heads
         self.index_topk, self.rope_dim = config.index_topk, config.qk_rope_head_dim
-        self.q_lora_rank, self.hidden_size = config.q_lora_rank, config.hidden_size
         heads_width = self.index_head_dim * self.index_n_heads
-        self.wq_b = _plain_linear(fd_config, f"{prefix}.wq_b", self.q_lora_rank, heads_width)
-        self.wk = _plain_linear(fd_config, f"{prefix}.wk", self.hidden_size, self.index_head_dim)
-        self.weights_proj = _plain_linear(
-            fd_config, f"{prefix}.weights_proj", self.hidden_size, self.index_n_heads
-        )
-        self.k_norm = LayerNorm(
-            fd_config, self.index_head_dim, 1e-6, f"{prefix}.k_norm", with_bias=True
-        )
+        self.wq_b = ReplicatedLinear(fd_config, config.q_lora_rank, heads_width)
+        self.wk = ReplicatedLinear(fd_config, config.hidden_size, self.index_head_dim)
+        self.weights_proj = ReplicatedLinear(fd_config, config.hidden_size, self.index_n_heads)
+        self.k_norm = LayerNorm(fd_config, self.index_head_dim, 1e-6)
         # upstream never uses them
         self.offsets = paddle.zeros([self.max_model_len], dtype="int32")
         self.lengths = paddle.zeros([self.max_model_len], dtype="int32")
@@ -77,7 +66,7 @@ class DeepseekV32DSAAttention(nn.Layer):
     def __init__(self, fd_config: Any, layer_id: int, prefix: str = "") -> None:
         super().__init__()
         config = fd_config.model_config
-        self.layer_id, self.prefix = layer_id, prefix
+        self.layer_id = layer_id
         self.num_attention_heads = config.num_attention_heads
         tp_size = fd_config.parallel_config.tensor_parallel_size
         self.num_attention_heads_tp = self.num_attention_heads // tp_size
@@ -89,52 +78,24 @@ class DeepseekV32DSAAttention(nn.Layer):
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.v_head_dim, self.q_lora_rank = config.v_head_dim, config.q_lora_rank
         self.kv_lora_rank, self.rms_norm_eps = config.kv_lora_rank, config.rms_norm_eps
-        self._make_projections(fd_config, prefix)
+        self._make_projections(fd_config)
         self.rotary_emb = self._rotary(config)
         self.indexer_rotary_emb = self._rotary(config)
         self.indexer = _indexer_class()(fd_config=fd_config, layer_id=layer_id, prefix=prefix)
-        self.dsa_attn = Attention(
-            fd_config=fd_config, layer_id=layer_id, prefix=prefix, use_neox_rotary_style=False
-        )
+        self.dsa_attn = Attention(fd_config=fd_config, layer_id=layer_id)
 
-    def _make_projections(self, fd_config: Any, prefix: str) -> None:
-        heads, rank = self.num_attention_heads, self.kv_lora_rank
+    def _make_projections(self, fd_config: Any) -> None:
+        heads, rank, eps = self.num_attention_heads, self.kv_lora_rank, self.rms_norm_eps
+        hidden, nope, v = self.hidden_size, self.qk_nope_head_dim, self.v_head_dim
         self.qkv_a_proj_with_mqa = MergedReplicatedLinear(
-            fd_config=fd_config,
-            prefix=f"{prefix}.qkv_a_proj_with_mqa",
-            input_size=self.hidden_size,
-            output_sizes=[self.q_lora_rank, rank + self.qk_rope_head_dim],
+            fd_config, hidden, self.q_lora_rank + rank + self.qk_rope_head_dim
         )
-        eps = self.rms_norm_eps
-        self.q_a_layernorm = RMSNorm(fd_config, self.q_lora_rank, eps, f"{prefix}.q_a_layernorm")
-        self.kv_a_layernorm = RMSNorm(fd_config, rank, eps, f"{prefix}.kv_a_layernorm")
-        self.q_b_proj = ColumnParallelLinear(
-            fd_config=fd_config,
-            prefix=f"{prefix}.q_b_proj",
-            input_size=self.q_lora_rank,
-            output_size=heads * self.qk_head_dim,
-        )
-        self.kv_b_proj = ColumnParallelLinear(
-            fd_config=fd_config,
-            prefix=f"{prefix}.kv_b_proj",
-            input_size=rank,
-            output_size=heads * (self.qk_nope_head_dim + self.v_head_dim),
-        )
-        self.o_proj = RowParallelLinear(
-            fd_config=fd_config,
-            prefix=f"{prefix}.o_proj",
-            input_size=heads * self.v_head_dim,
-            output_size=self.hidden_size,
-        )
-        self.kv_b_proj_bmm = KVBatchLinear(
-            fd_config=fd_config,
-            kv_b_proj=self.kv_b_proj,
-            prefix=f"{prefix}.kv_b_proj",
-            kv_lora_rank=rank,
-            num_attention_heads=heads,
-            qk_nope_head_dim=self.qk_nope_head_dim,
-            v_head_dim=self.v_head_dim,
-        )
+        self.q_a_layernorm = RMSNorm(fd_config, self.q_lora_rank, eps)
+        self.kv_a_layernorm = RMSNorm(fd_config, rank, eps)
+        self.q_b_proj = ColumnParallelLinear(fd_config, self.q_lora_rank, heads * self.qk_head_dim)
+        self.kv_b_proj = ColumnParallelLinear(fd_config, rank, heads * (nope + v))
+        self.o_proj = RowParallelLinear(fd_config, heads * v, hidden)
+        self.kv_b_proj_bmm = KVBatchLinear(self.kv_b_proj, rank, heads, nope, v)
 
     def _rotary(self, config: Any) -> DeepseekScalingRotaryEmbedding:
         """YaRN where the model has a factor; GLM keeps its base in rope_parameters."""
@@ -205,16 +166,12 @@ class DeepSeekV3DecoderLayer(nn.Layer):
             fd_config=fd_config, layer_id=layer_id, prefix=f"{prefix}.self_attn"
         )
         if config.n_routed_experts and layer_id >= config.first_k_dense_replace:
-            self.mlp: nn.Layer = DeepSeekV3MoE(fd_config, layer_id, f"{prefix}.mlp")
+            self.mlp: nn.Layer = DeepSeekV3MoE(fd_config)
         else:
-            self.mlp = DeepSeekV3MLP(fd_config, config.intermediate_size, f"{prefix}.mlp")
-        norms = ("input_layernorm", "post_attention_layernorm")
-        self.input_layernorm, self.post_attention_layernorm = (
-            RMSNorm(
-                fd_config, config.hidden_size, config.rms_norm_eps, f"{prefix}.{name}", layer_id
-            )
-            for name in norms
-        )
+            self.mlp = DeepSeekV3MLP(fd_config, config.intermediate_size)
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(fd_config, hidden, eps)
+        self.post_attention_layernorm = RMSNorm(fd_config, hidden, eps)
 
     def forward(self, forward_meta: Any, hidden_states: Any, residual: Any) -> tuple[Any, Any]:
         """The MLP's output and the sum that the next norm adds it to."""
@@ -236,17 +193,10 @@ class DeepSeekV3Model(nn.Layer):
     def __init__(self, fd_config: Any) -> None:
         super().__init__()
         config = fd_config.model_config
-        self.num_layers = config.num_hidden_layers
-        self.embed_tokens = VocabParallelEmbedding(
-            fd_config, config.vocab_size, config.hidden_size, "deepseek_v3.embed_tokens"
-        )
-        self.layers = nn.LayerList(
-            [
-                DeepSeekV3DecoderLayer(fd_config, f"deepseek_v3.layers.{i}")
-                for i in range(self.num_layers)
-            ]
-        )
-        self.norm = RMSNorm(fd_config, config.hidden_size, config.rms_norm_eps, "deepseek_v3.norm")
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        names = (f"deepseek_v3.layers.{i}" for i in range(config.num_hidden_layers))
+        self.layers = nn.LayerList([DeepSeekV3DecoderLayer(fd_config, name) for name in names])
+        self.norm = RMSNorm(fd_config, config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
         """[num_tokens, hidden] of int64 [num_tokens], normed."""
@@ -267,7 +217,7 @@ class DeepseekV3ForCausalLM(ModelForCasualLM):
         config = fd_config.model_config
         self.model = DeepSeekV3Model(fd_config)
         self.ori_vocab_size = config.ori_vocab_size
-        self.lm_head = ParallelLMHead(fd_config, config.vocab_size, config.hidden_size, "lm_head")
+        self.lm_head = ParallelLMHead(fd_config, config.vocab_size, config.hidden_size)
         self.eval()
 
     def load_weights(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:

@@ -45,18 +45,16 @@ def fused_rotary_position_encoding(
         query, key: [T, ..., head_dim]; rows past the positions stay.
         position_ids: [T], in the dtype of the tree's position operator.
         cos_sin_cache: [positions, rotary_dim], cos then sin.
-        is_neox: pairs are halves apart, else neighbours.
+        is_neox: must be False: pairs are neighbours.
     """
     op = "fused_rotary_position_encoding"
     _counters.launch(op)
     _check_dtype(op, "position_ids", position_ids, _tree.current().position_dtype)
+    assert not is_neox, "the double pairs neighbours, as all of FastDeploy's callers do"
     angles = host(cos_sin_cache)[host(position_ids).reshape(-1)]
-    half = rotary_dim // 2
     first, second = slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
-    if is_neox:
-        first, second = slice(0, half), slice(half, rotary_dim)
     for tensor in (query, key):
-        shape = (len(angles), *[1] * (tensor.ndim - 2), half)
+        shape = (len(angles), *[1] * (tensor.ndim - 2), rotary_dim // 2)
         cos, sin = (x.reshape(shape) for x in np.split(angles.astype(np.float32), 2, axis=-1))
         with writable(tensor) as values:
             rows = values[: len(angles)]

@@ -10,20 +10,9 @@ from paddle import nn
 class Attention(nn.Layer):
     """Hands its arguments and itself to the step's backend."""
 
-    def __init__(
-        self,
-        fd_config: Any,
-        layer_id: int,
-        v_head_dim: int = -1,
-        rope_type: str = "",
-        qk_head_dim: int = -1,
-        rope_head_dim: int = -1,
-        prefix: str = "",
-        use_neox_rotary_style: bool = False,
-    ) -> None:
+    def __init__(self, fd_config: Any, layer_id: int) -> None:
         super().__init__()
-        self.fd_config, self.layer_id, self.prefix = fd_config, layer_id, prefix
-        self.use_neox_rotary_style = use_neox_rotary_style
+        self.fd_config, self.layer_id = fd_config, layer_id
 
     def forward(
         self,
