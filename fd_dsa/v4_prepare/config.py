@@ -66,17 +66,19 @@ class V4PrepareConfig:
     hca_mode: Literal["list", "table"] = None  # type: ignore[assignment]  # likewise
 
     def __post_init__(self) -> None:
+        words = {"swa": ("ring", "paged"), "hca_mode": ("list", "table", None)}
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            if name not in ("swa", "hca_mode") and not (name == "comp_base" and value is None):
-                self._set(name, _size(name, value))
-        _check_choice("swa", self.swa, ("ring", "paged"))
-        _check_choice("hca_mode", self.hca_mode, ("list", "table", None))
-        self._check_blocks()
-        if self.comp_base is None:
-            self._set("comp_base", self._num_window_rows)
-        self._check_int32()
-        self._choose_hca_mode()
+            if name not in words:
+                is_default = name == "comp_base" and value is None
+                self._set(name, self._num_window_rows if is_default else _size(name, value))
+            elif value not in words[name]:
+                allowed = ", ".join(map(repr, words[name]))
+                raise ValueError(f"{name}: got {value!r}, allowed are {allowed}")
+        if self.hca_mode is None:
+            is_short = 4 * self.hca_list_length <= HCA_LIST_BYTES_LIMIT
+            self._set("hca_mode", "list" if is_short else "table")
+        self._check_sizes()
 
     @classmethod
     def from_model(
@@ -85,16 +87,12 @@ class V4PrepareConfig:
         *,
         max_rows: int,
         max_model_len: int,
-        num_slots: int,
-        num_blocks: int,
         spec_tokens: int = 0,
         max_num_tokens: int | None = None,
         max_tokens_per_seq: int | None = None,
         max_blocks_per_seq: int | None = None,
         block_size: int = 128,
-        swa: Literal["ring", "paged"] = "ring",
-        comp_base: int | None = None,
-        hca_mode: Literal["list", "table"] | None = None,
+        **sizes: Any,
     ) -> V4PrepareConfig:
         """The sizes for a DeepSeek-V4 model: window, ratios and top-k come from its config.
 
@@ -108,38 +106,33 @@ class V4PrepareConfig:
                 Entries past `num_hidden_layers` belong to draft layers and do not count.
             max_rows: rows of the buffers (`max_num_seqs`).
             max_num_tokens: None = max_rows * (spec_tokens + 1), a decode step.
-            max_tokens_per_seq: None = spec_tokens + 1, or max_num_tokens where that is given.
+            max_tokens_per_seq: None = spec_tokens + 1, or max_num_tokens if that is set.
             max_blocks_per_seq: None = as many as max_model_len needs.
+            sizes: `num_slots` and `num_blocks`; optional `swa`, `comp_base` and `hca_mode`.
 
         Raises:
             ConfigError: a field of the model is missing or cannot be served.
             ValueError, V4PrepareError: as the constructor.
         """
-        model = read_model_fields(hf_config, _size("max_model_len", max_model_len))
-        for name, value in (("block_size", block_size), ("max_rows", max_rows)):
+        own = {"max_rows": max_rows, "max_model_len": max_model_len}
+        for name, value in (own | {"spec_tokens": spec_tokens, "block_size": block_size}).items():
             _size(name, value)
-        decode_tokens = _size("spec_tokens", spec_tokens) + 1
         if max_tokens_per_seq is None:
-            max_tokens_per_seq = decode_tokens if max_num_tokens is None else max_num_tokens
+            max_tokens_per_seq = max_num_tokens or spec_tokens + 1
         if max_num_tokens is None:
-            max_num_tokens = max_rows * decode_tokens
+            max_num_tokens = max_rows * (spec_tokens + 1)
         if max_blocks_per_seq is None:
             max_blocks_per_seq = -(-max_model_len // block_size)
         return cls(
-            *model[:1],
-            spec_tokens,
-            block_size,
-            *model[1:],
-            num_slots,
-            num_blocks,
-            max_blocks_per_seq,
-            max_rows,
-            max_num_tokens,
-            max_tokens_per_seq,
-            max_model_len,
-            swa,
-            comp_base,  # type: ignore[arg-type]
-            hca_mode,  # type: ignore[arg-type]
+            **read_model_fields(hf_config, max_model_len),
+            spec_tokens=spec_tokens,
+            block_size=block_size,
+            max_num_seqs=max_rows,
+            max_num_tokens=max_num_tokens,
+            max_tokens_per_seq=max_tokens_per_seq,
+            max_model_len=max_model_len,
+            max_blocks_per_seq=max_blocks_per_seq,
+            **sizes,
         )
 
     @property
@@ -188,42 +181,51 @@ class V4PrepareConfig:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_blocks(self) -> None:
-        """Blocks hold whole entries; the block table holds the longest row."""
-        if self.csa_ratio == self.hca_ratio:
-            raise ValueError(
-                f"hca_ratio: got {self.hca_ratio}, must differ from csa_ratio = {self.csa_ratio}, "
-                "since entries of the two pool different numbers of tokens; correct one of them"
-            )
-        for name in ("csa_ratio", "hca_ratio"):
-            ratio = getattr(self, name)
-            if self.block_size % ratio:
-                raise ValueError(
-                    f"block_size: got {self.block_size}, must be a multiple of {name} = {ratio}; "
-                    f"take for example {-(-self.block_size // ratio) * ratio}"
-                )
-        needed = -(-self.max_model_len // self.block_size)
-        if self.max_blocks_per_seq < needed:
-            raise ValueError(
-                f"max_blocks_per_seq: got {self.max_blocks_per_seq}, must be at least {needed} = "
-                f"ceil(max_model_len / block_size) = ceil({self.max_model_len} / "
-                f"{self.block_size}); widen the block table or lower max_model_len"
-            )
-
-    def _check_int32(self) -> None:
-        """Rows, table cells and list offsets are int32."""
-        num_compressed = self.num_blocks * (self.block_size // min(self.csa_ratio, self.hca_ratio))
+    def _check_sizes(self) -> None:
+        """Blocks hold whole entries, tables the longest row; rows and offsets are int32."""
+        block, lowest = self.block_size, min(self.csa_ratio, self.hca_ratio)
+        needed = -(-self.max_model_len // block)
+        blocks_rule = "must be a multiple of {0} = {1}; take for example {2}"
+        rows_rule = f"which makes {{}} rows or cells; they are int32, at most {INT32_MAX}; {{}}"
         owners = "num_slots" if self.swa == "ring" else "num_blocks"
-        for name, rows, cure in (
-            (owners, self._num_window_rows, "lower it"),
-            ("comp_base", self.comp_base + num_compressed, "lower it or num_blocks"),
-            ("max_blocks_per_seq", self.max_num_seqs * self.max_blocks_per_seq, "lower it"),
-        ):
-            if rows > INT32_MAX:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)}, which makes {rows} rows or cells; they "
-                    f"are int32, at most {INT32_MAX}; {cure}"
+        compressed = self.comp_base + self.num_blocks * (block // lowest)
+        cells, list_bytes = self.max_num_seqs * self.max_blocks_per_seq, 4 * self.hca_list_length
+        for is_bad, name, rule in (
+            (
+                self.csa_ratio == self.hca_ratio,
+                "hca_ratio",
+                f"must differ from csa_ratio = {self.csa_ratio}, since entries of the two pool "
+                "different numbers of tokens; correct one of them",
+            ),
+            *(
+                (block % r, "block_size", blocks_rule.format(name, r, -(-block // r) * r))
+                for name, r in (("csa_ratio", self.csa_ratio), ("hca_ratio", self.hca_ratio))
+            ),
+            (
+                self.max_blocks_per_seq < needed,
+                "max_blocks_per_seq",
+                f"must be at least {needed} = ceil(max_model_len / block_size) = "
+                f"ceil({self.max_model_len} / {block}); widen the block table or lower "
+                "max_model_len",
+            ),
+            *(
+                (rows > INT32_MAX, name, rows_rule.format(rows, cure))
+                for name, rows, cure in (
+                    (owners, self._num_window_rows, "lower it"),
+                    ("comp_base", compressed, "lower it or num_blocks"),
+                    ("max_blocks_per_seq", cells, "lower it"),
                 )
+            ),
+            (
+                self.hca_mode == "list" and list_bytes > HCA_LIST_BYTES_LIMIT,
+                "hca_mode",
+                f"but max_num_tokens * (max_model_len // hca_ratio) = {self.hca_list_length} rows "
+                f"are {list_bytes} bytes, allowed are at most {HCA_LIST_BYTES_LIMIT}; use 'table' "
+                "or lower max_num_tokens",
+            ),
+        ):
+            if is_bad:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, {rule}")
         widest = max(self.max_model_len // self.hca_ratio, self.index_topk, self.window_size)
         if self.max_num_tokens * widest > INT32_MAX:
             raise V4PrepareError(
@@ -232,18 +234,6 @@ class V4PrepareConfig:
                 f"Tcap*max(Lmax//r2, topk, W)={self.max_num_tokens}*{widest}="
                 f"{self.max_num_tokens * widest} > {INT32_MAX}, list offsets are int32; "
                 "lower max_num_tokens",
-            )
-
-    def _choose_hca_mode(self) -> None:
-        """List mode where the list is short enough."""
-        list_bytes = 4 * self.hca_list_length
-        if self.hca_mode is None:
-            self._set("hca_mode", "list" if list_bytes <= HCA_LIST_BYTES_LIMIT else "table")
-        elif self.hca_mode == "list" and list_bytes > HCA_LIST_BYTES_LIMIT:
-            raise ValueError(
-                f"hca_mode: got 'list', but max_num_tokens * (max_model_len // hca_ratio) = "
-                f"{self.hca_list_length} rows are {list_bytes} bytes, allowed are at most "
-                f"{HCA_LIST_BYTES_LIMIT}; use 'table' or lower max_num_tokens"
             )
 
 
@@ -280,9 +270,3 @@ def _size(name: str, value: Any) -> int:
     if not is_integer or not low <= index(value) <= INT32_MAX:
         raise ValueError(f"{name}: got {value!r}, allowed are integers in {low}..{INT32_MAX}")
     return index(value)
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
-    """Refuse a word that is not among those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(map(repr, allowed))}")

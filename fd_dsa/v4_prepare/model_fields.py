@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fd_dsa.models.config_reader import FieldReader, read_json_object
 
@@ -27,17 +27,8 @@ _NAMES = (
 _RELEASED = (4, 128)
 
 
-class ModelFields(NamedTuple):
-    """Window, ratios and top-k of a model, in the order of `V4PrepareConfig`."""
-
-    sliding_window: int
-    csa_ratio: int
-    hca_ratio: int
-    index_topk: int
-
-
-def read_model_fields(source: ModelSource, max_model_len: int) -> ModelFields:
-    """Window, ratios and top-k from a model's configuration, checked.
+def read_model_fields(source: ModelSource, max_model_len: int) -> dict[str, int]:
+    """Window, ratios and top-k from a model's configuration, checked, by `V4PrepareConfig` field.
 
     Raises:
         ConfigError: names the field, its value, the rule and the cure.
@@ -46,15 +37,19 @@ def read_model_fields(source: ModelSource, max_model_len: int) -> ModelFields:
     models/deepseek_v4.
     """
     reader = _reader(source)
-    is_written_by_transformers = reader.raw("layer_types") is not None
-    ratios = _ratios_by_type(reader) if is_written_by_transformers else _ratios_by_layer(reader)
+    has_types = reader.raw("layer_types") is not None
+    csa_ratio, hca_ratio = _ratios_by_type(reader) if has_types else _ratios_by_layer(reader)
     if reader.raw("max_position_embeddings") is not None:
         longest = reader.integer("max_position_embeddings", None)
         if max_model_len > longest:
             allowed = f"at least max_model_len = {max_model_len}"
             raise reader.error("max_position_embeddings", longest, allowed, "lower max_model_len")
-    window, topk = reader.integer("sliding_window", None), reader.integer("index_topk", None)
-    return ModelFields(window, *ratios, topk)
+    return {
+        "window_size": reader.integer("sliding_window", None),
+        "csa_ratio": csa_ratio,
+        "hca_ratio": hca_ratio,
+        "index_topk": reader.integer("index_topk", None),
+    }
 
 
 def _reader(source: ModelSource) -> FieldReader:
@@ -69,18 +64,18 @@ def _reader(source: ModelSource) -> FieldReader:
     return FieldReader(present, type(source).__name__)
 
 
-def _of_layers(reader: FieldReader, name: str, values: list[Any]) -> list[Any]:
-    """The entries of the model's own layers; those of draft layers are cut off."""
-    if reader.raw("num_hidden_layers") is None:
-        return values
-    layers = reader.integer("num_hidden_layers", None)
-    if len(values) < layers:
-        allowed = f"an entry for each of num_hidden_layers = {layers} layers, and more for drafts"
-        raise reader.error(name, values, allowed, "one of the two fields is wrong")
-    return values[:layers]
+def _own_layers(reader: FieldReader, name: str, values: Any) -> list[Any]:
+    """The entries of the model's own layers, without those of draft layers."""
+    num_layers = len(values)
+    if reader.raw("num_hidden_layers") is not None:
+        num_layers = reader.integer("num_hidden_layers", None)
+    if len(values) < num_layers:
+        allowed = f"an entry for each of num_hidden_layers = {num_layers} layers, and more for "
+        raise reader.error(name, values, f"{allowed}drafts", "one of the two fields is wrong")
+    return list(values)[:num_layers]
 
 
-def _ratios_by_type(reader: FieldReader) -> tuple[int, int]:
+def _ratios_by_type(reader: FieldReader) -> tuple[int, ...]:
     """CSA's and HCA's ratio where layers have types, and types have rates."""
     types = reader.raw("layer_types")
     if not isinstance(types, (list, tuple)) or any(
@@ -88,35 +83,27 @@ def _ratios_by_type(reader: FieldReader) -> tuple[int, int]:
     ):
         allowed = f"a list of {_WINDOW_ONLY!r}, {_KINDS[0]!r} or {_KINDS[1]!r} for each layer"
         raise reader.error("layer_types", types, allowed)
-    _of_layers(reader, "layer_types", list(types))
+    _own_layers(reader, "layer_types", types)
     rates = reader.section("compress_rates") or FieldReader({}, reader.source)
     pairs = zip(_KINDS, _RELEASED, strict=True)
-    csa_ratio, hca_ratio = (rates.integer(kind, released) for kind, released in pairs)
-    return csa_ratio, hca_ratio
+    return tuple(rates.integer(kind, released) for kind, released in pairs)
 
 
-def _ratios_by_layer(reader: FieldReader) -> tuple[int, int]:
+def _ratios_by_layer(reader: FieldReader) -> tuple[int, ...]:
     """CSA's and HCA's ratio where each layer has its ratio."""
     name = "compress_ratios"
     ratios = reader.raw(name)
     if not isinstance(ratios, (list, tuple)) or not all(
         type(ratio) is int and ratio >= 0 for ratio in ratios
     ):
-        raise reader.error(
-            name,
-            ratios,
-            "a list of one ratio a layer, 0 for a window-only layer",
-            "take it, or layer_types, from the checkpoint's config.json; no default fits every "
-            "model",
-        )
-    used = sorted({*_of_layers(reader, name, list(ratios))} - {0})
+        allowed = "a list of one ratio a layer, 0 for a window-only layer"
+        cure = "take it, or layer_types, from the checkpoint's config.json; no default fits every "
+        raise reader.error(name, ratios, allowed, f"{cure}model")
+    used = tuple(sorted({*_own_layers(reader, name, ratios)} - {0}))
     if {*used} <= {*_RELEASED}:
         return _RELEASED
     if len(used) != 2:
-        raise reader.error(
-            name,
-            list(ratios),
-            f"two ratios other than 0, CSA's and HCA's, or some of 0, 4 and 128; found {used}",
-            "for other layer mixes construct V4PrepareConfig with csa_ratio and hca_ratio",
-        )
-    return used[0], used[1]
+        allowed = "two ratios other than 0, CSA's and HCA's, or some of 0, 4 and 128; found "
+        cure = "for other layer mixes construct V4PrepareConfig with csa_ratio and hca_ratio"
+        raise reader.error(name, list(ratios), f"{allowed}{list(used)}", cure)
+    return used

@@ -20,7 +20,7 @@ from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.v4_prepare import V4Prepare
 from fd_dsa.v4_prepare.prepare import NUM_SLABS
 from tests.gpu_rig.rig import Rig
-from tests.v4_prepare.kernel_case import serving_config
+from tests.v4_prepare.cases import serving_config
 
 import triton.language as tl  # isort: skip
 

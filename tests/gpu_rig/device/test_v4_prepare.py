@@ -19,7 +19,7 @@ from fd_dsa.v4_prepare import (
 )
 from tests.gpu_rig import Rig
 from tests.gpu_rig.timing import Clock, Spin
-from tests.v4_prepare.kernel_case import CONFIGS, make_step, serving_config
+from tests.v4_prepare.cases import CONFIGS, make_step, serving_config
 
 import triton.language as tl  # isort: skip
 
