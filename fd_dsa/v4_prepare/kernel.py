@@ -24,9 +24,9 @@ the words up to the last cell are copied; those after it are left from an earlie
 What belongs together goes from function to function as one tuple:
 
     lengths  pointers to ctx and q of a slab, and how many rows the rollback has
-    table    pointer to a row of the block table, to where the slab would hold its column 0, the
-             columns [first, end) that the slab holds, and the first row of compressed entries
-    row      number, slot, first position, tokens, and how many of these are sound: all or none
+    table    pointer to a row of the block table, to where the slab would hold its column 0, and the
+             columns [first, end) that the slab holds
+    row      number, first position, and how many of its tokens are sound: all or none
     plans    pointers to plan, destinations and write plan of one ratio, and the rows of both plans
 
 Sources: ROCm/ATOM #728 (the lists), #817 and #894 (rows of the rings, prefill rows), #2039 (lists
@@ -152,7 +152,7 @@ def sums_before(
 @triton.jit
 def load_cells(table, columns, mask):
     """Blocks of a row's table columns: of the slab where they changed, else of the table."""
-    table_ptr, values_ptr, first_changed, end_changed = table[:4]
+    table_ptr, values_ptr, first_changed, end_changed = table
     changed = (columns >= first_changed) & (columns < end_changed)
     new = tl.load(values_ptr + columns, mask=mask & changed, other=0)
     old = tl.load(table_ptr + columns, mask=mask & (changed == 0), other=0)
@@ -179,7 +179,7 @@ def write_plans(
     """
     tokens, numbers, cells, comp_base = work
     plan_ptr, plan_dst_ptr, wplan_ptr = plans[:3]
-    number, _, start, _, kept = row
+    number, start, kept = row
     positions = start + numbers
     live = numbers < kept
     from_ring = POOL - tl.minimum(numbers + 1, POOL)
@@ -192,63 +192,6 @@ def write_plans(
     at = before[1] + numbers - first_kept
     is_kept = live & (numbers >= first_kept)
     _store_plan_rows(wplan_ptr, at, tokens, number, positions, from_ring, is_kept)
-
-
-@triton.jit
-def write_tokens(
-    outputs,
-    csa_plans,
-    hca_plans,
-    before,
-    row,
-    table,
-    share,
-    num_shares,
-    WINDOW: tl.constexpr,
-    DRAFTS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CSA_RATIO: tl.constexpr,
-    HCA_RATIO: tl.constexpr,
-    TOPK: tl.constexpr,
-    IS_PAGED: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """A share of what a row's tokens have one number of, and the plans."""
-    positions_ptr, req_ptr, win_len_ptr, ext_len_ptr, swa_write_ptr = outputs[:5]
-    hca_indptr_ptr, csa_visible_ptr, csa_indptr_ptr = outputs[5:]
-    number, slot, start, q, kept = row
-    is_prefill = kept > DRAFTS + 1
-    most_new = tl.where(is_prefill, WINDOW, 0)
-    # of a prefill row's keys a ring keeps the last ones, so that no two fall on one row
-    first_kept = tl.where(is_prefill, start + kept - WINDOW, 0)
-    hca_start = before[1] - sum_quotients(start, HCA_RATIO)
-    csa_start = before[2] - sum_capped(start, CSA_RATIO, TOPK)
-    for first in range(share * TILE, q, num_shares * TILE):
-        numbers = first + tl.arange(0, TILE)
-        exists, live = numbers < q, numbers < kept
-        tokens, positions = before[0] + numbers, start + numbers
-        tl.store(positions_ptr + tokens, tl.where(live, positions, 0), mask=exists)
-        tl.store(req_ptr + tokens, tl.where(live, number, -1), mask=exists)
-        new = tl.minimum(numbers + 1, most_new)
-        old = tl.minimum(positions + 1, WINDOW) - new
-        tl.store(win_len_ptr + tokens, tl.where(live, old, 0), mask=exists)
-        tl.store(ext_len_ptr + tokens, tl.where(live, new, 0), mask=exists)
-        cells = load_cells(table, positions // BLOCK_SIZE, live)
-        if IS_PAGED:
-            written = cells * BLOCK_SIZE + positions % BLOCK_SIZE
-        else:
-            ring: tl.constexpr = WINDOW + DRAFTS
-            written = tl.where(positions >= first_kept, slot * ring + positions % ring, -1)
-        tl.store(swa_write_ptr + tokens, tl.where(live, written, -1), mask=exists)
-        hca = tl.where(live, hca_start + sum_quotients(positions + 1, HCA_RATIO), before[1])
-        tl.store(hca_indptr_ptr + tokens + 1, hca, mask=exists)
-        visible = tl.where(live, (positions + 1) // CSA_RATIO, 0)
-        tl.store(csa_visible_ptr + tokens, visible, mask=exists)
-        csa = tl.where(live, csa_start + sum_capped(positions + 1, CSA_RATIO, TOPK), before[2])
-        tl.store(csa_indptr_ptr + tokens + 1, csa, mask=exists)
-        work = (tokens, numbers, cells, table[4])
-        write_plans(csa_plans, before[3:5], work, row, CSA_RATIO, 2 * CSA_RATIO, BLOCK_SIZE)
-        write_plans(hca_plans, before[5:], work, row, HCA_RATIO, HCA_RATIO, BLOCK_SIZE)
 
 
 @triton.jit
@@ -389,7 +332,7 @@ def expand_kernel(
     end_changed = first_changed + run_end - run_start
     values = sections + 5 * section + run_start - first_changed
     table_ptr = block_table_ptr + row * row_stride
-    table = (table_ptr, values, first_changed, end_changed, comp_base)
+    table = (table_ptr, values, first_changed, end_changed)
 
     is_padding = row >= num_rows
     padding_program = tl.where(is_padding, row - num_rows, 0)
@@ -397,6 +340,7 @@ def expand_kernel(
     limit = tl.minimum(row, num_rows)
 
     if part < TOKEN_PARTS:
+        # what tokens have one number of, and the plans
         sums = sums_before(lengths, rollback_ptr, limit, CSA_RATIO, HCA_RATIO, TOPK, ROW_TILE)
         q = tl.where(is_padding, num_tokens - sums[0], q)
         share = padding_program * TOKEN_PARTS + part
@@ -418,34 +362,39 @@ def expand_kernel(
         elif part == 0:
             tl.store(cu_q_ptr + row + 1, sums[0] + q)
             tl.store(ctx_ptr + row, ctx)
-        outputs = (
-            positions_ptr,
-            req_of_token_ptr,
-            win_len_ptr,
-            ext_len_ptr,
-            swa_write_ptr,
-            hca_indptr_ptr,
-            csa_visible_ptr,
-            csa_indptr_ptr,
-        )
-        write_tokens(
-            outputs,
-            csa_plans,
-            hca_plans,
-            sums,
-            (row, slot, start, q, kept),
-            table,
-            share,
-            num_shares,
-            WINDOW,
-            DRAFTS,
-            BLOCK_SIZE,
-            CSA_RATIO,
-            HCA_RATIO,
-            TOPK,
-            IS_PAGED,
-            TOKEN_TILE,
-        )
+        is_prefill = kept > DRAFTS + 1
+        most_new = tl.where(is_prefill, WINDOW, 0)
+        # of a prefill row's keys a ring keeps the last ones, so that no two fall on one row
+        first_kept = tl.where(is_prefill, start + kept - WINDOW, 0)
+        hca_start = sums[1] - sum_quotients(start, HCA_RATIO)
+        csa_start = sums[2] - sum_capped(start, CSA_RATIO, TOPK)
+        here = (row, start, kept)
+        for first in range(share * TOKEN_TILE, q, num_shares * TOKEN_TILE):
+            numbers = first + tl.arange(0, TOKEN_TILE)
+            exists, live = numbers < q, numbers < kept
+            tokens, positions = sums[0] + numbers, start + numbers
+            tl.store(positions_ptr + tokens, tl.where(live, positions, 0), mask=exists)
+            tl.store(req_of_token_ptr + tokens, tl.where(live, row, -1), mask=exists)
+            new = tl.minimum(numbers + 1, most_new)
+            old = tl.minimum(positions + 1, WINDOW) - new
+            tl.store(win_len_ptr + tokens, tl.where(live, old, 0), mask=exists)
+            tl.store(ext_len_ptr + tokens, tl.where(live, new, 0), mask=exists)
+            cells = load_cells(table, positions // BLOCK_SIZE, live)
+            if IS_PAGED:
+                written = cells * BLOCK_SIZE + positions % BLOCK_SIZE
+            else:
+                ring: tl.constexpr = WINDOW + DRAFTS
+                written = tl.where(positions >= first_kept, slot * ring + positions % ring, -1)
+            tl.store(swa_write_ptr + tokens, tl.where(live, written, -1), mask=exists)
+            hca = tl.where(live, hca_start + sum_quotients(positions + 1, HCA_RATIO), sums[1])
+            tl.store(hca_indptr_ptr + tokens + 1, hca, mask=exists)
+            visible = tl.where(live, (positions + 1) // CSA_RATIO, 0)
+            tl.store(csa_visible_ptr + tokens, visible, mask=exists)
+            csa = tl.where(live, csa_start + sum_capped(positions + 1, CSA_RATIO, TOPK), sums[2])
+            tl.store(csa_indptr_ptr + tokens + 1, csa, mask=exists)
+            work = (tokens, numbers, cells, comp_base)
+            write_plans(csa_plans, sums[3:5], work, here, CSA_RATIO, 2 * CSA_RATIO, BLOCK_SIZE)
+            write_plans(hca_plans, sums[5:], work, here, HCA_RATIO, HCA_RATIO, BLOCK_SIZE)
     elif part < TOKEN_PARTS + WINDOW_PARTS:
         # windows: rows of the window pool, the oldest key first
         tokens = tl.zeros((ROW_TILE,), tl.int32)

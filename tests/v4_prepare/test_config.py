@@ -190,19 +190,11 @@ def test_sizes_that_a_model_leaves_open() -> None:
     decode = V4PrepareConfig.from_model(FLASH, **ROWS)
     assert (decode.max_num_tokens, decode.max_tokens_per_seq) == (32, 1)
     assert (decode.max_blocks_per_seq, decode.swa, decode.comp_base) == (64, "ring", 64 * 128)
-    mixed = V4PrepareConfig.from_model(
-        FLASH,
-        **ROWS,
-        max_num_tokens=4096,
-        max_blocks_per_seq=70,
-        block_size=256,
-        swa="paged",
-        comp_base=0,
-        hca_mode="table",
-    )
-    assert (mixed.max_num_tokens, mixed.max_tokens_per_seq) == (4096, 4096)
-    assert (mixed.max_blocks_per_seq, mixed.block_size) == (70, 256)
-    assert (mixed.swa, mixed.comp_base, mixed.hca_mode) == ("paged", 0, "table")
+    given = {"max_num_tokens": 4096, "max_blocks_per_seq": 70, "block_size": 256}
+    given |= {"swa": "paged", "comp_base": 0, "hca_mode": "table"}
+    mixed = V4PrepareConfig.from_model(FLASH, **ROWS, **given)
+    assert mixed.max_tokens_per_seq == 4096
+    assert {name: getattr(mixed, name) for name in given} == given
     chunk = V4PrepareConfig.from_model(FLASH, **ROWS, max_num_tokens=4096, max_tokens_per_seq=512)
     assert chunk.max_tokens_per_seq == 512
 

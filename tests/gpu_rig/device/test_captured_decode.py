@@ -146,18 +146,6 @@ def test_a_replay_is_one_copy_in_one_out_one_wait_and_no_memory(rig: Rig) -> Non
             }
 
 
-def test_steps_of_layers_wait_for_nothing_and_copy_nothing_to_the_host(rig: Rig) -> None:
-    """Eager, which is what a capture asks for; no operator goes through the host."""
-    runner = filled(tiny_runner(V32, "float32", rig.device))
-    for step in steps_of(rig):
-        run_rows(runner, rows_of(step))
-        with rig.strict(), rig.counting() as counted:
-            run_rows(runner, rows_of(step))
-        assert counted.delta["h2d_async"] == counted.delta["d2h_async"] == 1
-        assert "h2d" not in counted.delta and "d2h" not in counted.delta
-        assert "stream_syncs" not in counted.delta and "device_syncs" not in counted.delta
-
-
 def test_short_steps_score_nothing_and_long_ones_reach_the_longest_row(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
