@@ -129,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=32, help="timed steps of each of three rounds")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="that are compared")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     rig = load(args.form)
     if rig.is_real:
         from benchmarks import _custom_ops

@@ -56,6 +56,7 @@ def measured(
 def test_both_ways_in_turn_and_how_they_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tmp_path /= "new"
     status, found = measured(tmp_path, monkeypatch, [[1, 2]])
     assert status == 0 and found["gate"] == "passed"
     assert [case["case"] for case in found["cases"]] == ["1 x 128", "2 x 128"]

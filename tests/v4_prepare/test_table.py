@@ -190,7 +190,7 @@ def test_a_row_has_the_blocks_that_were_set_last(by_slabs: Callable[..., V4Prepa
     prepare.set_blocks(1, [6])
     with pytest.raises(V4PrepareError, match=r"row 1: block_table\[1\]=-1"):
         prepare.stage(*step)
-    # cells that no token needed may have been garbage, and are not the row's, beside longer rows too
+    # cells that no token needed may be garbage, and are not the row's, beside longer rows too
     prepare = by_slabs()
     for ctx, cell in (([8, 8], 2), ([4, 8], 9)):
         prepare.stage(ctx, [1, 1], [0, 1], [[1, cell], [3, 4]])
