@@ -24,6 +24,8 @@ from fd_dsa.v4_prepare.checks import (
 from fd_dsa.v4_prepare.config import V4PrepareConfig
 from fd_dsa.v4_prepare.table import BlockTable, Run
 
+# NumPy has one object for it
+_INT32 = np.dtype(np.int32)
 NUM_SLABS = 3
 """Steps that may be staged and not yet expanded."""
 
@@ -56,6 +58,9 @@ class V4Prepare:
     ) -> None:
         self.cfg, self.place = cfg, place
         self._table = BlockTable(cfg)
+        # the last step, as `_is_repeat` compares it
+        self._q = self._slot = np.empty(0, np.int32)
+        self._num_tokens, self._version = 0, -1
         self._steps = _steps_for(cfg, place, allocate, self._table)
         self.buffers: V4Arrays = self._steps.buffers
         self.stage([], [], [])
@@ -98,7 +103,9 @@ class V4Prepare:
                 E_SLOT, E_TABLE, E_BLOCK row by row; E_TOKENS.
             RuntimeError: three steps are staged and not expanded, or a graph is being captured.
 
-        Cost: a fixed number of NumPy calls, one copy; nothing that grows with ctx is allocated.
+        Cost: a fixed number of NumPy calls, one copy; nothing that grows with ctx is allocated. A
+        step whose q and slot are int32 arrays equal to those of the last one is checked in a few
+        microseconds.
         """
         if len(self._steps.staged) == NUM_SLABS:
             raise RuntimeError(
@@ -106,6 +113,9 @@ class V4Prepare:
                 "call expand() first"
             )
         has_table = block_table is not None
+        if not has_table and self._is_repeat(ctx, q, slot):
+            self._steps.stage(ctx, q, slot, self._num_tokens, [])
+            return
         if not has_table:
             block_table = np.empty((np.shape(ctx)[:1] or (0,)) + (0,), np.int32)
         ctx, q, slot, table = step_inputs(self.cfg, ctx, q, slot, block_table)
@@ -116,6 +126,28 @@ class V4Prepare:
             table = table if has_table else self._table.table_of(len(ctx))
             raise_first_fault(self.cfg, ctx, q, slot, table)
         self._steps.stage(ctx, q, slot, num_tokens, runs)
+        # the slot of an idle row may be any number: some bits of it matter as little as all
+        self._q, self._slot = q.astype(np.int32), slot.astype(np.int32)
+        self._num_tokens, self._version = num_tokens, -1
+
+    def _is_repeat(self, ctx: Any, q: Any, slot: Any) -> bool:
+        """Whether int32 arrays are a good step that differs from the last one in `ctx` alone.
+
+        What is left to check is that the row's first token is between two bounds, of which the
+        upper one changes with the table. Where `ctx - q` passes int32 it is above any bound.
+        """
+        for array, last in ((ctx, self._q), (q, self._q), (slot, self._slot)):
+            is_like = type(array) is np.ndarray and array.dtype is _INT32
+            if not is_like or array.shape != last.shape:
+                return False
+        if q.tobytes() != self._q.tobytes() or slot.tobytes() != self._slot.tobytes():
+            return False
+        if self._version != self._table.version:
+            room = self._table.room(len(q))
+            room[q == 0] = self.cfg.max_model_len
+            self._most_before, self._version = (room - q).astype(np.int32), self._table.version
+        before = ctx - q
+        return not ((before < 0) | (before > self._most_before)).any()
 
     def expand(self, rollback: Array | None = None) -> V4Arrays:
         """Queue the launch that writes the outputs of the earliest staged step.

@@ -23,12 +23,21 @@ class BlockTable:
     A row's set cells are its first ones, without holes. The device has the first `num_sent` of
     them, and the rest goes with the next step that has the row. So a step costs the host one
     comparison of lengths, however long its rows are.
+
+    Attributes:
+        version: changes whenever a set cell may have; no two states of a table have the same.
     """
 
     def __init__(self, cfg: V4PrepareConfig) -> None:
         self._cfg = cfg
         self._cells = np.full((cfg.max_num_seqs, cfg.max_blocks_per_seq), -1, np.int32)
         self._num_set, self._num_sent = np.zeros((2, cfg.max_num_seqs), np.int32)
+        self.version, self._has_news = 0, False
+
+    def room(self, num_rows: int) -> npt.NDArray[np.int64]:
+        """Tokens that the set cells of each row hold, at most max_model_len, [num_rows]."""
+        tokens = self._num_set[:num_rows].astype(np.int64) * self._cfg.block_size
+        return np.minimum(tokens, self._cfg.max_model_len, out=tokens)
 
     def set_blocks(self, row: int, block_ids: Any, start: int) -> None:
         """Replace a row's cells from `start` on with `block_ids`; see `V4Prepare`."""
@@ -51,6 +60,8 @@ class BlockTable:
 
     def put(self, runs: list[Run]) -> None:
         """Replace the cells of each row from a column on with checked blocks."""
+        self.version += bool(runs)
+        self._has_news |= bool(runs)
         for row, start, ids in runs:
             stop = start + len(ids)
             self._cells[row, start:stop] = ids
@@ -99,6 +110,9 @@ class BlockTable:
             run_start: int32 [B + 1]; takes the prefix sums.
             values: int32 [max_num_seqs * max_blocks_per_seq]; takes the cells.
         """
+        if not self._has_news:
+            run_start.fill(0)
+            return 0
         num_set, num_sent = self._num_set[: len(run_column)], self._num_sent[: len(run_column)]
         run_column[:], run_start[0] = num_sent, 0
         np.cumsum(num_set - num_sent, out=run_start[1:])
@@ -108,4 +122,6 @@ class BlockTable:
             cells = [self._cells[row, num_sent[row] : num_set[row]] for row in rows]
             np.concatenate(cells, out=values[:num_cells])
             num_sent[:] = num_set
+        # rows that the step lacks keep their news for a later one
+        self._has_news = bool((self._num_set != self._num_sent).any())
         return num_cells

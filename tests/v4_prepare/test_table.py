@@ -192,10 +192,10 @@ def test_a_row_has_the_blocks_that_were_set_last(by_slabs: Callable[..., V4Prepa
         prepare.stage(*step)
     # cells that no token needed may be garbage, and are not the row's, beside longer rows too
     prepare = by_slabs()
-    for ctx, cell in (([8, 8], 2), ([4, 8], 9)):
-        prepare.stage(ctx, [1, 1], [0, 1], [[1, cell], [3, 4]])
+    for ctx in ([8, 12], [4, 12]):
+        prepare.stage(ctx, [1, 1], [0, 1], [[1, 2, 9], [3, 4, 5]])
     with pytest.raises(V4PrepareError, match=r"row 0: block_table\[1\]=-1"):
-        prepare.stage([8, 8], [1, 1], [0, 1])
+        prepare.stage([8, 12], [1, 1], [0, 1])
     for cell in (-1, 30, 2**31 - 1, 2):
         prepare = by_slabs()
         prepare.stage([8], [1], [0], [[1, 2]])
@@ -252,14 +252,58 @@ def test_steps_without_a_table_are_refused_with_the_same_words(
         prepare.stage(*np.ones((3, 2, 2), np.int32))
 
 
+EXTREMES = [-(2**31), -(2**31) + 1, -(2**31) + 4, -4, -1, 2**31 - 5, 2**31 - 4, 2**31 - 1]
+
+
+def verdict(call: Callable[..., Any], *arguments: Any) -> str:
+    """The text of the error that a call raises, or ""."""
+    try:
+        call(*arguments)
+    except V4PrepareError as error:
+        return str(error)
+    return ""
+
+
+@EXAMPLES
+@given(seed=st.integers(0, 1 << 30), dtype=st.sampled_from(["int32", "int32", "int64", "uint32"]))
+def test_steps_that_repeat_are_checked_as_others_are(
+    by_slabs: Callable[..., V4Prepare], seed: int, dtype: str
+) -> None:
+    """Arrays that differ from the last ones in `ctx` alone get the verdict that lists get."""
+    rng, (short, full) = np.random.default_rng(seed), (by_slabs(), by_slabs())
+    for number in range(20):
+        if number % 7 == 0:
+            num_rows = 3 if number < 7 else int(rng.integers(0, 4))
+            q, slot = rng.choice([0, 1, 1, 2, 4], num_rows), rng.permutation(4)[:num_rows]
+        if number < 3 or rng.random() < 0.3:
+            row, blocks = int(rng.integers(3)), rng.integers(0, 30, rng.integers(0, 6)).tolist()
+            for prepare in (short, full):
+                prepare.set_blocks(row, blocks)
+        ctx = q + rng.integers(0, rng.choice([2, 12, 24]), num_rows)
+        if num_rows and rng.random() < 0.4:
+            row = rng.integers(num_rows)
+            ctx[row] = rng.choice([q[row] - 1, 22, 23, *EXTREMES])
+        arrays = [array.astype(dtype) for array in (ctx, q, slot)]
+        fault = verdict(short.stage, *arrays)
+        assert fault == verdict(full.stage, *(array.tolist() for array in arrays))
+        if not fault:
+            lengths = arrays[0].tolist(), arrays[1].tolist(), slot.tolist()
+            table = short._table.table_of(num_rows)
+            for prepare in (short, full):
+                assert_step(prepare, *lengths, table)
+
+
 def test_rows_at_the_end_of_int32(by_slabs: Callable[..., V4Prepare]) -> None:
     """A row of several blocks of 2^29 tokens: what its blocks hold passes int32."""
     sizes = {"block_size": 1 << 29, "hca_ratio": 1 << 29, "csa_ratio": 1 << 28, "index_topk": 1}
     longest, sizes = 2**31 - 1, {**vars(CFG), **sizes, "max_num_tokens": 3}
     prepare = by_slabs(V4PrepareConfig(**sizes | {"max_model_len": longest, "hca_mode": None}))
+    q, slot = np.ones(1, np.int32), np.zeros(1, np.int32)
     prepare.set_blocks(0, [3] * 3)
-    prepare.stage([3 << 29], [1], [0])
+    # the first step is checked in full, the others as its repeats
+    for ctx in (3 << 29, (3 << 29) - 1):
+        prepare.stage(np.array([ctx], np.int32), q, slot)
     with pytest.raises(V4PrepareError, match=r"block_table\[3\]=-1"):
-        prepare.stage([(3 << 29) + 1], [1], [0])
+        prepare.stage(np.array([(3 << 29) + 1], np.int32), q, slot)
     prepare.set_blocks(0, [3] * 6)
-    prepare.stage([longest], [1], [0])
+    prepare.stage(np.array([longest], np.int32), q, slot)
