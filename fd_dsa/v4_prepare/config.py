@@ -158,7 +158,7 @@ class V4PrepareConfig:
     @property
     def ring_rows(self) -> int:
         """R = W + k, rows of one window ring: all keys of a decode step are written before any
-        is read, so the oldest key needed and the newest written lie W + k - 1 apart."""
+        is read, so the oldest key needed and the newest written are W + k - 1 apart."""
         return self.window_size + self.spec_tokens
 
     def pool(self, ratio: int) -> int:

@@ -5,7 +5,7 @@
 
 Real Paddle tensors in CUDA memory (the plug-in of this folder), raw events with timing around each
 copy and around the work of each step, which is a graph of kernels that spin. The engine is one
-step ahead of the device: it stages step n+1 when step n-1 is done. The share of a copy that lies
+step ahead of the device: it stages step n+1 when step n-1 is done. The share of a copy
 inside the work of a step is its overlap. `control` is the same with a copy stream that first waits
 for the main stream, as in ROCm/ATOM #728: it shows that the meter can say no.
 """
@@ -44,7 +44,7 @@ _SIDES = {"overlap": "staged", "control": "copies wait for the main stream"}
 
 
 def covered(span: Span, work: Sequence[Span]) -> float:
-    """The share of a span that lies inside spans which do not overlap each other."""
+    """The share of a span inside spans which do not overlap each other."""
     begin, end = span
     inside = sum(max(0.0, min(end, last) - max(begin, first)) for first, last in work)
     return inside / (end - begin)

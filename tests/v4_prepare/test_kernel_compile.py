@@ -61,8 +61,8 @@ for topk in (3, 512, 1024) if capability == "90" else ():
     ],
 )
 def test_forms_compile_without_spills(capability: int, forms: list[str]) -> None:
-    said = output_of(SCRIPT, str(capability), *forms)
-    found = [tuple(map(int, line.split())) for line in said.splitlines()]
+    output = output_of(SCRIPT, str(capability), *forms)
+    found = [tuple(map(int, line.split())) for line in output.splitlines()]
     assert len(found) == len(forms)
     for registers, stack_bytes, shared_bytes in found:
         assert stack_bytes == 0

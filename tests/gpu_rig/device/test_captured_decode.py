@@ -1,6 +1,6 @@
 """Decode steps of the embedded engine from graphs: tokens of eager steps, and nothing beside them.
 
-The forms without a GPU have no graphs. There a "graph" is the work itself, run again on what lies
+The forms without a GPU have no graphs. There a "graph" is the work itself, run again on what is
 at the addresses of its capture, so all else of captured steps runs on them too.
 """
 
@@ -200,8 +200,8 @@ def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCapt
 
     with caplog.at_level("INFO", logger="fd_dsa"):
         runner.capture_decode_graphs(SIZES, refusing)
-    (said,) = (r for r in caplog.records if r.levelname == "WARNING")
-    assert "stay eager" in said.getMessage() and "no graphs today" in said.getMessage()
+    (warning,) = (r for r in caplog.records if r.levelname == "WARNING")
+    assert "stay eager" in warning.getMessage() and "no graphs today" in warning.getMessage()
     assert runner.captured_sizes == () and runner.graphs is None
     filled(runner)
     np.testing.assert_array_equal(run_rows(runner, rows_of(STEPS[4])), wanted)

@@ -1,4 +1,4 @@
-"""Forks on Paddle's streams: the results of one stream, in graphs too, and nothing left behind."""
+"""Forks on Paddle's streams: the results of one stream, in graphs too, and nothing left over."""
 
 from __future__ import annotations
 

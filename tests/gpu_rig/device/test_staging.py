@@ -140,15 +140,15 @@ def test_the_host_goes_on_while_the_device_is_busy(real_rig: Rig, way: Callable[
     steps, spin, clock = way(real_rig, 4), Spin(real_rig), Clock(real_rig)
     engine_steps(steps, 2, lambda: None, clock)
     spin(LONG_US)
-    behind = clock.mark()
+    end = clock.mark()
     steps.stage(2)
     steps.expand(2)
-    assert not clock.is_past(behind)
-    clock.wait(behind)
+    assert not clock.is_past(end)
+    clock.wait(end)
     assert steps.wrong(3).tolist() == []
 
 
-def test_a_copy_to_the_host_is_read_behind_its_event(real_rig: Rig) -> None:
+def test_a_copy_to_the_host_is_read_after_its_event(real_rig: Rig) -> None:
     tensor = paddle.to_tensor(np.full(1024, 7, np.int32), place=real_rig.place)
     transfers, spin = transfers_for(tensor), Spin(real_rig)
     target = transfers.host_buffer(4096).view(np.int32)

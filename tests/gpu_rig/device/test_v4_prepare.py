@@ -115,10 +115,10 @@ def test_an_error_of_the_device_is_not_waited_for(real_rig: Rig) -> None:
     prepare.stage(*step.arrays())
     spin(20_000)
     prepare.expand(rollback)
-    behind = clock.mark()
+    end = clock.mark()
     prepare.poll_error()
-    assert not clock.is_past(behind)
-    clock.wait(behind)
+    assert not clock.is_past(end)
+    clock.wait(end)
     with pytest.raises(V4PrepareError, match="E_CTX: row 1: rollback=-5 < 0"):
         prepare.poll_error()
     prepare.poll_error()
