@@ -275,6 +275,9 @@ def test_steps_that_repeat_are_checked_as_others_are(
         if number % 7 == 0:
             num_rows = 3 if number < 7 else int(rng.integers(0, 4))
             q, slot = rng.choice([0, 1, 1, 2, 4], num_rows), rng.permutation(4)[:num_rows]
+        if rng.random() < 0.2:
+            # alone, and any numbers
+            slot = rng.integers(-1, 5, num_rows)
         if number < 3 or rng.random() < 0.3:
             row, blocks = int(rng.integers(3)), rng.integers(0, 30, rng.integers(0, 6)).tolist()
             for prepare in (short, full):
