@@ -37,11 +37,6 @@ class Size:
         """For example "128 x 8k, MTP 1"."""
         return f"{self.batch} x {self.context // 1024}k, MTP {self.drafts}"
 
-    @property
-    def num_tokens(self) -> int:
-        """Query tokens of a step."""
-        return self.batch * (self.drafts + 1)
-
 
 def sizes() -> Iterator[Size]:
     """All sizes, those that share a configuration one after another."""

@@ -11,8 +11,9 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks._staging_timeline import COPY, WORK, ZOOM_US
-
+COPY, WORK = "copy", "a step's work"
+# microseconds around the end of a step that the lower part of a timeline shows
+ZOOM_US = (-30, 120)
 # ours first; readable on a light and on a dark page
 _OURS = "#1f77d0"
 _OTHERS = ("#c26a12", "#8c6bb1", "#7a8793", "#b5485d", "#4d9221")
@@ -119,8 +120,6 @@ def timeline(result: Mapping[str, Any]) -> str:
 
 def _limits(result: Mapping[str, Any]) -> tuple[tuple[float | None, float | None], ...]:
     """From where to where both halves of a timeline run; the second is a closer look."""
-    if "zoom" in result:
-        return (None, None), tuple(result["zoom"])
     events = next(iter(result["timeline"].values()))
     end = next(e["start_us"] + e["us"] for e in events if e["name"] == WORK)
     return (0, None), tuple(end + from_end for from_end in ZOOM_US)

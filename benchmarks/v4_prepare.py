@@ -15,9 +15,9 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -26,10 +26,7 @@ import torch
 
 from benchmarks import _gpu, _torch_device
 from benchmarks._harness import percentiles
-from benchmarks._staging_timeline import ZOOM_US
 from benchmarks._v4_sides import (
-    ArrangementSide,
-    LoopSide,
     Operators,
     OperatorsSide,
     Ours,
@@ -37,28 +34,19 @@ from benchmarks._v4_sides import (
     VectorisedSide,
     check_equal,
     device_memory,
-    overlap_of,
-    pinned,
 )
 from benchmarks._v4_steps import NUM_STEPS, Decode, Size, config_of, sizes
-from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Arrays, V4PrepareConfig
-from fd_dsa.v4_prepare.checks import StepChecks, rows_have_room
-from fd_dsa.v4_prepare.launch import ExpandLaunch, ExpandTiles
-from fd_dsa.v4_prepare.slab import ERROR_SLOTS, ERROR_WORDS, StepWords, slab_words
-from fd_dsa.v4_prepare.table import TableMirror
+from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Prepare, V4PrepareConfig
 
-OURS, WHOLE_TABLE = "ours", "ours, whole table"
-LOOP, VECTORISED, ARRANGEMENT = "loop", "vectorised", "vectorised, arrays ready"
+OURS, WHOLE_TABLE, VECTORISED = "ours", "ours, whole table", "vectorised"
 EAGER, GRAPH = "operators", "operators, graph"
-HOST = (LOOP, VECTORISED, EAGER, GRAPH, WHOLE_TABLE, OURS)
-EXPOSED = (LOOP, VECTORISED, ARRANGEMENT, EAGER, GRAPH, OURS)
+HOST = (VECTORISED, EAGER, GRAPH, WHOLE_TABLE, OURS)
+EXPOSED = (VECTORISED, EAGER, GRAPH, OURS)
 QUICK = (Size(1, 1024, 0), Size(128, 8192, 1))
 # a run that is cut off has these first
 IMPORTANCE = (128, 256, 32, 1)
 # of the sizes, where every side's launches and copies are counted
 COUNTED = Size(128, 8192, 1)
-TRACED = Size(256, 8192, 1)
-LONGEST = 1 << 20
 _TURN = 20
 _WARM_STEPS = 8
 # GEMMs of two square matrices that stand for a step's layers
@@ -93,9 +81,7 @@ class Sides:
     def __init__(self, config: V4PrepareConfig, work: _gpu.Call) -> None:
         self.config, self._work = config, work
         self.all: dict[str, Side] = {
-            LOOP: LoopSide(config),
             VECTORISED: VectorisedSide(config),
-            ARRANGEMENT: ArrangementSide(config),
             EAGER: OperatorsSide(config, in_graph=False),
             GRAPH: OperatorsSide(config, in_graph=True),
             WHOLE_TABLE: Ours(config, whole_table=True),
@@ -114,16 +100,14 @@ class Sides:
             for _ in range(_WARM_STEPS):
                 one_step(self.all[label], decode)
                 torch.cuda.synchronize()
-        # the arrays of this side stay those of the first step
-        compared = {label: self.all[label] for label in decodes if label != ARRANGEMENT}
-        check_equal(compared, OURS)
+        check_equal({label: self.all[label] for label in decodes}, OURS)
         return decodes
 
     def host_times(self, context: int) -> tuple[_gpu.Times, dict[str, Any]]:
         """Host microseconds of a step by side, and the parts of some."""
         decodes = self.begin(HOST, context)
         samples: dict[str, list[float]] = {label: [] for label in HOST}
-        parts: dict[str, list[float]] = {label: [] for label in (LOOP, VECTORISED, OURS)}
+        parts: dict[str, list[float]] = {label: [] for label in (VECTORISED, OURS)}
         for label in in_turns(HOST):
             side, decode = self.all[label], decodes[label]
             for _ in range(_TURN):
@@ -133,7 +117,7 @@ class Sides:
                     parts[label].append(side.part_us)
         both = [whole - part for whole, part in zip(samples[OURS], parts[OURS], strict=True)]
         notes = {
-            "arrays_us": {label: spread(parts[label]) for label in (LOOP, VECTORISED)},
+            "arrays_us": {VECTORISED: spread(parts[VECTORISED])},
             "stage_and_expand_us": spread(both),
         }
         return {label: spread(values) for label, values in samples.items()}, notes
@@ -188,41 +172,20 @@ def one_step(side: Side, decode: Decode) -> float:
     return (time.perf_counter_ns() - begin) / 1e3
 
 
-class Launches:
-    """The launch alone, over sets of buffers in turn.
-
-    Args:
-        config: sizes of the steps.
-        decode: the step.
-        count: sets of buffers.
-        tiles: another cut into programs than the package's.
-
-    Attributes:
-        calls: one launch a set; all have the same step.
-        buffers: where each writes.
-    """
-
-    def __init__(
-        self,
-        config: V4PrepareConfig,
-        decode: Decode,
-        count: int,
-        tiles: ExpandTiles | None = None,
-    ) -> None:
-        slab = pinned(slab_words(config))
-        words = StepWords(config)
-        words.take_rows(decode.q, decode.slot, int(decode.q.sum()))
-        # the whole table is on the device, no cell comes with the step
-        words.write(slab, 1, decode.ctx, TableMirror(config))
-        slabs = torch.from_numpy(slab).to("cuda")
-        # written by a step at fault; no tensor, since the device writes the host's memory
-        self._faults = pinned(ERROR_SLOTS * ERROR_WORDS).reshape(ERROR_SLOTS, ERROR_WORDS)
-        self.buffers = [V4Arrays(config, device_memory) for _ in range(count)]
-        self.calls: list[Callable[[], None]] = []
-        for buffers in self.buffers:
-            buffers.block_table.copy_(torch.from_numpy(decode.block_table))
-            launch = ExpandLaunch(buffers, slabs, self._faults, tiles)
-            self.calls.append(lambda launch=launch: launch(0))
+def launches_of(
+    config: V4PrepareConfig, decode: Decode, count: int
+) -> list[tuple[_gpu.Call, V4Prepare]]:
+    """The launch alone, over sets of buffers in turn; all have the same step."""
+    launches: list[tuple[_gpu.Call, V4Prepare]] = []
+    for _ in range(count):
+        prepare = V4Prepare(config, "gpu:0", allocate=device_memory)
+        # the first brings the whole table; of the second no cell comes with the step
+        for table in (decode.block_table, None):
+            prepare.stage(*decode.inputs(), table)
+            slab = prepare._steps.staged[0][1]
+            prepare.expand()
+        launches.append((partial(prepare._steps.launch, slab), prepare))
+    return launches
 
 
 def least_bytes(config: V4PrepareConfig, decode: Decode) -> int:
@@ -236,12 +199,12 @@ def least_bytes(config: V4PrepareConfig, decode: Decode) -> int:
 
 def device_times(config: V4PrepareConfig, decode: Decode) -> _gpu.Times:
     """Device microseconds in a graph; those of eager calls under labels of their own."""
-    launches = Launches(config, decode, _gpu.num_sets(least_bytes(config, decode)))
+    calls = [c for c, _ in launches_of(config, decode, _gpu.num_sets(least_bytes(config, decode)))]
     operators = Operators(config)
     operators.inputs.copy_(torch.from_numpy(np.stack([decode.ctx, decode.slot])))
-    sides = {"operators, graph": [operators], OURS: launches.calls}
+    sides = {GRAPH: [operators], OURS: calls}
     times = _gpu.interleaved(sides, mode="graph", rounds=15)
-    eager = {"operators": [operators], "ours, eager": launches.calls[:1]}
+    eager = {EAGER: [operators], "ours, eager": calls[:1]}
     return _gpu.interleaved(eager, mode="events", rounds=50) | times
 
 
@@ -261,70 +224,8 @@ def measure(record: _gpu.Recorder, sides: Sides, size: Size) -> None:
     record.case(f"{name}, device", times, ours=OURS, bytes_moved=least, kind="device", **notes)
 
 
-def table_mode(record: _gpu.Recorder) -> None:
-    """Rows of a million tokens: no list is made, so none is allocated.
-
-    Raises:
-        AssertionError: there is a list, or offsets other than its would be.
-    """
-    config = config_of(128, 3, LONGEST, hca_mode="table")
-    before = torch.cuda.memory_allocated()
-    side, decode = Ours(config), Decode(config, LONGEST - 1024)
-    allocated = torch.cuda.memory_allocated() - before
-    samples = [one_step(side, decode) for _ in range(_WARM_STEPS + NUM_STEPS)][_WARM_STEPS:]
-    buffers = side.prepare.buffers
-    torch.cuda.synchronize()
-    side.prepare.poll_error()
-    positions = (decode.ctx - decode.q)[:, None] + np.arange(config.spec_tokens + 1)
-    wanted = np.cumsum((positions.reshape(-1) + 1) // config.hca_ratio)
-    assert buffers.hca_idx is None, "table mode made a list"
-    assert np.array_equal(buffers.hca_indptr[1:].cpu().numpy(), wanted), "table mode: hca_indptr"
-    least = least_bytes(config, decode)
-    launches = Launches(config, decode, 4)
-    times = _gpu.interleaved({OURS: launches.calls}, mode="graph", rounds=15)
-    record.case(
-        "128 x 1024k, MTP 3, table",
-        times,
-        ours=OURS,
-        bytes_moved=least,
-        kind="table",
-        host_us=spread(samples),
-        allocated_bytes=allocated,
-        list_bytes=4 * config.hca_list_length,
-    )
-
-
-def check_times(batch: int = 256, repeats: int = 2000) -> dict[str, float]:
-    """Host microseconds of all checks of a step of new rows, without a block table."""
-    config = config_of(batch, 3)
-    decode, checks = Decode(config, 8192), StepChecks(config)
-    room = ((decode.block_table >= 0).sum(axis=1) * config.block_size).astype(np.int32)
-    samples = []
-    for _ in range(repeats):
-        begin = time.perf_counter_ns()
-        good = checks.num_tokens(*decode.inputs()) >= 0
-        good &= rows_have_room(decode.ctx, decode.q, room)
-        samples.append((time.perf_counter_ns() - begin) / 1e3)
-        assert good, "a good step was refused"
-    return spread(samples)
-
-
-def overlaps(work: _gpu.Call) -> dict[str, Any]:
-    """How much of the copies runs beside work, by side, and the timeline of some steps."""
-    config = config_of(TRACED.batch, TRACED.drafts)
-    found = {}
-    for label, side in {ARRANGEMENT: ArrangementSide(config), OURS: Ours(config)}.items():
-        found[label] = overlap_of(side, Decode(config, TRACED.context), work, NUM_STEPS)
-    return {
-        "timeline": {label: each.pop("timeline") for label, each in found.items()},
-        "zoom": ZOOM_US,
-        "overlap": found,
-        "overlap_case": TRACED.label,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all sizes, then what holds for all; returns 0."""
+    """Measure all sizes; returns 0."""
     args = _gpu.arguments(__doc__, argv)
     _torch_device.register()
     chosen = QUICK if args.quick else sorted(sizes(), key=lambda s: IMPORTANCE.index(s.batch))
@@ -332,21 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.freeze()
     with _gpu.Recorder("v4_prepare", args.out) as record:
         work = step_work()
-        once: deque[Callable[[], None]] = deque(
-            [
-                lambda: record.note(check_us=check_times()),
-                lambda: table_mode(record),
-                lambda: record.note(**overlaps(work)),
-            ]
-        )
         for (batch, drafts), group in groupby(chosen, key=lambda s: (s.batch, s.drafts)):
             sides = Sides(config_of(batch, drafts), work)
             for size in group:
                 measure(record, sides, size)
-            if once:
-                once.popleft()()
-        while once:
-            once.popleft()()
     return 0
 
 
@@ -356,9 +246,9 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     found: dict[str, tuple[_gpu.Call, list[torch.Tensor]]] = {}
     for size in (COUNTED, Size(256, 131072, 3)):
         config = config_of(size.batch, size.drafts)
-        launches = Launches(config, Decode(config, size.context), 1)
-        outputs = [getattr(launches.buffers[0], name) for name in OUTPUT_SHAPES(config)]
-        found[size.label] = launches.calls[0], outputs
+        ((call, prepare),) = launches_of(config, Decode(config, size.context), 1)
+        outputs = [getattr(prepare.buffers, name) for name in OUTPUT_SHAPES(config)]
+        found[size.label] = call, outputs
     return found
 
 

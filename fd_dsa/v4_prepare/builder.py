@@ -9,16 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.errors import DtypeError, ShapeError
-from fd_dsa.v4_prepare.checks import StepInputs, check_step, step_inputs
+from fd_dsa.v4_prepare.checks import check_step, step_inputs
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
 
 Int32Array = npt.NDArray[np.int32]
 # a NumPy array, or a tensor of the library that the place belongs to
 Array = Any
 Allocate = Callable[[tuple[int, ...], str], Array]
-
-# entries, those of the longest token for every token, up to which one gather is the faster way
-_MAX_GATHERED = 2**15
 
 
 class V4Arrays:
@@ -54,25 +51,6 @@ class V4Arrays:
             nothing. `v4_prepare_np` leaves it alone.
     """
 
-    positions: Array
-    req_of_token: Array
-    cu_q: Array
-    ctx: Array
-    win_idx: Array
-    win_len: Array
-    ext_len: Array
-    swa_write: Array
-    hca_indptr: Array
-    csa_visible: Array
-    csa_indptr: Array
-    plan_r1: Array
-    plan_dst_r1: Array
-    wplan_r1: Array
-    plan_r2: Array
-    plan_dst_r2: Array
-    wplan_r2: Array
-    counts: Array
-    block_table: Array
     hca_idx: Array | None = None
 
     def __init__(self, cfg: V4PrepareConfig, allocate: Allocate | None = None) -> None:
@@ -127,28 +105,38 @@ def v4_prepare_np(
         V4PrepareError: a rule is broken; `.code` says which, `.row` where; nothing was written.
         ValueError: `out` belongs to another configuration.
 
-    Cost: a fixed number of NumPy calls, and one copy a token where the HCA list is long; memory
-    beside `out` in proportion to the window cells of the step and its part of the block table.
+    Cost: a fixed number of NumPy calls, and one copy a token for the HCA list; memory beside `out`
+    in proportion to the window cells of the step and its part of the block table.
     Source: the idea is ROCm/ATOM #728.
     """
-    inputs = step_inputs(cfg, ctx, q, slot, block_table)
-    num_tokens = check_step(cfg, inputs)
+    ctx, q, slot, table = step_inputs(cfg, ctx, q, slot, block_table)
+    num_tokens = check_step(cfg, ctx, q, slot, table)
     if out is None:
         out = V4Arrays(cfg)
     elif out.config != cfg:
         raise ValueError(
             f"out: got arrays of {out.config}, must be of {cfg}; allocate them with V4Arrays(cfg)"
         )
-    step = _step(inputs, num_tokens)
-    _write_layout(step, out)
+    # the slot of an idle row may be any number; it is never used
+    ctx, q, slot = (array.astype(np.int32, copy=False) for array in (ctx, q, slot))
+    row = np.arange(len(q), dtype=np.int32).repeat(q)
+    ends = np.cumsum(q, dtype=np.int32)
+    number = np.arange(num_tokens, dtype=np.int32) - (ends - q)[row]
+    position = (ctx - q)[row] + number
+    step = _Step(ctx, q, slot, table, row, position, number)
+    out.cu_q[0] = 0
+    _fill(out.cu_q[1:], ends, num_tokens)
+    _fill(out.ctx, ctx, 0)
+    _fill(out.positions, position, 0)
+    _fill(out.req_of_token, row, -1)
     _write_window(cfg, step, out)
-    num_hca = _write_offsets((step.position + 1) // cfg.hca_ratio, out.hca_indptr)
+    num_hca = _write_offsets((position + 1) // cfg.hca_ratio, out.hca_indptr)
     if out.hca_idx is not None:
         _write_hca_list(cfg, step, out.hca_indptr, out.hca_idx)
-    visible = (step.position + 1) // cfg.csa_ratio
+    visible = (position + 1) // cfg.csa_ratio
     _fill(out.csa_visible, visible, 0)
     num_csa = _write_offsets(np.minimum(visible, cfg.index_topk), out.csa_indptr)
-    counts = [len(step.q), num_tokens, num_hca, num_csa]
+    counts = [len(q), num_tokens, num_hca, num_csa]
     for name, ratio in (("r1", cfg.csa_ratio), ("r2", cfg.hca_ratio)):
         plans = (getattr(out, kind + name) for kind in ("plan_", "plan_dst_", "wplan_"))
         counts += _write_plans(cfg, step, ratio, *plans)
@@ -156,29 +144,10 @@ def v4_prepare_np(
     return out
 
 
-def _step(inputs: StepInputs, num_tokens: int) -> _Step:
-    """Checked inputs as int32, and the tokens of every row, rows in order."""
-    # the slot of an idle row may be any number; it is never used
-    ctx, q, slot = (array.astype(np.int32, copy=False) for array in inputs[:3])
-    row = np.arange(len(q), dtype=np.int32).repeat(q)
-    first = np.cumsum(q, dtype=np.int32) - q
-    number = np.arange(num_tokens, dtype=np.int32) - first[row]
-    return _Step(ctx, q, slot, inputs.block_table, row, (ctx - q)[row] + number, number)
-
-
 def _fill(array: Int32Array, values: Any, pad: int) -> None:
     """Values at the front of an array, padding after them."""
     array[: len(values)] = values
     array[len(values) :] = pad
-
-
-def _write_layout(step: _Step, out: V4Arrays) -> None:
-    """Positions, rows of tokens, prefix sums of q and contexts."""
-    _fill(out.positions, step.position, 0)
-    _fill(out.req_of_token, step.row, -1)
-    out.cu_q[0] = 0
-    _fill(out.cu_q[1:], np.cumsum(step.q), len(step.row))
-    _fill(out.ctx, step.ctx, 0)
 
 
 def _write_window(cfg: V4PrepareConfig, step: _Step, out: V4Arrays) -> None:
@@ -241,24 +210,14 @@ def _write_hca_list(
 ) -> None:
     """The rows of all HCA entries that each token sees; cells after them are kept.
 
-    The tokens of a row see its first entries, so these are computed once a row. Short lists are
-    made in one masked gather; long ones by a slice copy a token, which moves a row many times
-    faster once the call itself no longer counts.
+    The tokens of a row see its first entries, so these are computed once a row.
     """
-    offsets = hca_indptr[: len(step.row) + 1]
-    counts = np.diff(offsets)
-    most = int(counts.max(initial=0))
-    if most == 0:
-        return
+    bounds = hca_indptr[: len(step.row) + 1].tolist()
+    most = int(((step.ctx * (step.q > 0)) // cfg.hca_ratio).max(initial=0))
     per_block = cfg.block_size // cfg.hca_ratio
     blocks = step.block_table[:, : -(-most // per_block)].astype(np.int32) * per_block
     inside = np.arange(cfg.comp_base, cfg.comp_base + per_block, dtype=np.int32)
-    entries = (blocks[:, :, None] + inside).reshape(len(blocks), -1)
-    if entries.shape[1] * len(step.row) <= _MAX_GATHERED:
-        seen = np.arange(entries.shape[1], dtype=np.int32) < counts[:, None]
-        hca_idx[: offsets[-1]] = entries[step.row][seen]
-        return
-    bounds = offsets.tolist()
+    entries = (blocks[:, :, None] + inside).reshape(len(blocks), blocks.shape[1] * per_block)
     for row, at, stop in zip(step.row.tolist(), bounds, bounds[1:], strict=False):
         hca_idx[at:stop] = entries[row, : stop - at]
 

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from operator import index
+from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
 from fd_dsa.errors import V4PrepareError
-from fd_dsa.v4_prepare.model_fields import ModelSource, read_model_fields
+from fd_dsa.models.config_reader import FieldReader, read_json_object
 
 INT32_MAX = 2**31 - 1
 # above this many bytes `hca_idx` is not written: its reader takes rows from the block table
 HCA_LIST_BYTES_LIMIT = 64 * 2**20
 
 _MAY_BE_ZERO = ("spec_tokens", "comp_base")
+
+# an object with the fields as attributes, a mapping of them, or a path
+ModelSource = Any
+
+_WINDOW_ONLY = "sliding_attention"
+_KINDS = ("compressed_sparse_attention", "heavily_compressed_attention")
+_NAMES = (
+    "layer_types",
+    "compress_rates",
+    "compress_ratios",
+    "sliding_window",
+    "index_topk",
+    "max_position_embeddings",
+    "num_hidden_layers",
+)
+# CSA's and HCA's, where a model has layers of one kind or of none
+_RELEASED = (4, 128)
 
 
 @dataclass(frozen=True)
@@ -66,17 +86,19 @@ class V4PrepareConfig:
     hca_mode: Literal["list", "table"] = None  # type: ignore[assignment]  # likewise
 
     def __post_init__(self) -> None:
+        words = {"swa": ("ring", "paged"), "hca_mode": ("list", "table", None)}
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            if name not in ("swa", "hca_mode") and not (name == "comp_base" and value is None):
-                self._set(name, _size(name, value))
-        _check_choice("swa", self.swa, ("ring", "paged"))
-        _check_choice("hca_mode", self.hca_mode, ("list", "table", None))
-        self._check_blocks()
-        if self.comp_base is None:
-            self._set("comp_base", self._num_window_rows)
-        self._check_int32()
-        self._choose_hca_mode()
+            if name not in words:
+                is_default = name == "comp_base" and value is None
+                self._set(name, self._num_window_rows if is_default else _size(name, value))
+            elif value not in words[name]:
+                allowed = ", ".join(map(repr, words[name]))
+                raise ValueError(f"{name}: got {value!r}, allowed are {allowed}")
+        if self.hca_mode is None:
+            is_short = 4 * self.hca_list_length <= HCA_LIST_BYTES_LIMIT
+            self._set("hca_mode", "list" if is_short else "table")
+        self._check_sizes()
 
     @classmethod
     def from_model(
@@ -85,16 +107,12 @@ class V4PrepareConfig:
         *,
         max_rows: int,
         max_model_len: int,
-        num_slots: int,
-        num_blocks: int,
         spec_tokens: int = 0,
         max_num_tokens: int | None = None,
         max_tokens_per_seq: int | None = None,
         max_blocks_per_seq: int | None = None,
         block_size: int = 128,
-        swa: Literal["ring", "paged"] = "ring",
-        comp_base: int | None = None,
-        hca_mode: Literal["list", "table"] | None = None,
+        **sizes: Any,
     ) -> V4PrepareConfig:
         """The sizes for a DeepSeek-V4 model: window, ratios and top-k come from its config.
 
@@ -108,44 +126,39 @@ class V4PrepareConfig:
                 Entries past `num_hidden_layers` belong to draft layers and do not count.
             max_rows: rows of the buffers (`max_num_seqs`).
             max_num_tokens: None = max_rows * (spec_tokens + 1), a decode step.
-            max_tokens_per_seq: None = spec_tokens + 1, or max_num_tokens where that is given.
+            max_tokens_per_seq: None = spec_tokens + 1, or max_num_tokens if that is set.
             max_blocks_per_seq: None = as many as max_model_len needs.
+            sizes: `num_slots` and `num_blocks`; optional `swa`, `comp_base` and `hca_mode`.
 
         Raises:
             ConfigError: a field of the model is missing or cannot be served.
             ValueError, V4PrepareError: as the constructor.
         """
-        model = read_model_fields(hf_config, _size("max_model_len", max_model_len))
-        for name, value in (("block_size", block_size), ("max_rows", max_rows)):
+        own = {"max_rows": max_rows, "max_model_len": max_model_len}
+        for name, value in (own | {"spec_tokens": spec_tokens, "block_size": block_size}).items():
             _size(name, value)
-        decode_tokens = _size("spec_tokens", spec_tokens) + 1
         if max_tokens_per_seq is None:
-            max_tokens_per_seq = decode_tokens if max_num_tokens is None else max_num_tokens
+            max_tokens_per_seq = max_num_tokens or spec_tokens + 1
         if max_num_tokens is None:
-            max_num_tokens = max_rows * decode_tokens
+            max_num_tokens = max_rows * (spec_tokens + 1)
         if max_blocks_per_seq is None:
             max_blocks_per_seq = -(-max_model_len // block_size)
         return cls(
-            *model[:1],
-            spec_tokens,
-            block_size,
-            *model[1:],
-            num_slots,
-            num_blocks,
-            max_blocks_per_seq,
-            max_rows,
-            max_num_tokens,
-            max_tokens_per_seq,
-            max_model_len,
-            swa,
-            comp_base,  # type: ignore[arg-type]
-            hca_mode,  # type: ignore[arg-type]
+            **_model_fields(hf_config, max_model_len),
+            spec_tokens=spec_tokens,
+            block_size=block_size,
+            max_num_seqs=max_rows,
+            max_num_tokens=max_num_tokens,
+            max_tokens_per_seq=max_tokens_per_seq,
+            max_model_len=max_model_len,
+            max_blocks_per_seq=max_blocks_per_seq,
+            **sizes,
         )
 
     @property
     def ring_rows(self) -> int:
         """R = W + k, rows of one window ring: all keys of a decode step are written before any
-        is read, so the oldest key needed and the newest written lie W + k - 1 apart."""
+        is read, so the oldest key needed and the newest written are W + k - 1 apart."""
         return self.window_size + self.spec_tokens
 
     def pool(self, ratio: int) -> int:
@@ -188,42 +201,51 @@ class V4PrepareConfig:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_blocks(self) -> None:
-        """Blocks hold whole entries; the block table holds the longest row."""
-        if self.csa_ratio == self.hca_ratio:
-            raise ValueError(
-                f"hca_ratio: got {self.hca_ratio}, must differ from csa_ratio = {self.csa_ratio}, "
-                "since entries of the two pool different numbers of tokens; correct one of them"
-            )
-        for name in ("csa_ratio", "hca_ratio"):
-            ratio = getattr(self, name)
-            if self.block_size % ratio:
-                raise ValueError(
-                    f"block_size: got {self.block_size}, must be a multiple of {name} = {ratio}; "
-                    f"take for example {-(-self.block_size // ratio) * ratio}"
-                )
-        needed = -(-self.max_model_len // self.block_size)
-        if self.max_blocks_per_seq < needed:
-            raise ValueError(
-                f"max_blocks_per_seq: got {self.max_blocks_per_seq}, must be at least {needed} = "
-                f"ceil(max_model_len / block_size) = ceil({self.max_model_len} / "
-                f"{self.block_size}); widen the block table or lower max_model_len"
-            )
-
-    def _check_int32(self) -> None:
-        """Rows, table cells and list offsets are int32."""
-        num_compressed = self.num_blocks * (self.block_size // min(self.csa_ratio, self.hca_ratio))
+    def _check_sizes(self) -> None:
+        """Blocks hold whole entries, tables the longest row; rows and offsets are int32."""
+        block, lowest = self.block_size, min(self.csa_ratio, self.hca_ratio)
+        needed = -(-self.max_model_len // block)
+        blocks_rule = "must be a multiple of {0} = {1}; take for example {2}"
+        rows_rule = f"which makes {{}} rows or cells; they are int32, at most {INT32_MAX}; {{}}"
         owners = "num_slots" if self.swa == "ring" else "num_blocks"
-        for name, rows, cure in (
-            (owners, self._num_window_rows, "lower it"),
-            ("comp_base", self.comp_base + num_compressed, "lower it or num_blocks"),
-            ("max_blocks_per_seq", self.max_num_seqs * self.max_blocks_per_seq, "lower it"),
-        ):
-            if rows > INT32_MAX:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)}, which makes {rows} rows or cells; they "
-                    f"are int32, at most {INT32_MAX}; {cure}"
+        compressed = self.comp_base + self.num_blocks * (block // lowest)
+        cells, list_bytes = self.max_num_seqs * self.max_blocks_per_seq, 4 * self.hca_list_length
+        for is_bad, name, rule in (
+            (
+                self.csa_ratio == self.hca_ratio,
+                "hca_ratio",
+                f"must differ from csa_ratio = {self.csa_ratio}, since entries of the two pool "
+                "different numbers of tokens; correct one of them",
+            ),
+            *(
+                (block % r, "block_size", blocks_rule.format(name, r, -(-block // r) * r))
+                for name, r in (("csa_ratio", self.csa_ratio), ("hca_ratio", self.hca_ratio))
+            ),
+            (
+                self.max_blocks_per_seq < needed,
+                "max_blocks_per_seq",
+                f"must be at least {needed} = ceil(max_model_len / block_size) = "
+                f"ceil({self.max_model_len} / {block}); widen the block table or lower "
+                "max_model_len",
+            ),
+            *(
+                (rows > INT32_MAX, name, rows_rule.format(rows, cure))
+                for name, rows, cure in (
+                    (owners, self._num_window_rows, "lower it"),
+                    ("comp_base", compressed, "lower it or num_blocks"),
+                    ("max_blocks_per_seq", cells, "lower it"),
                 )
+            ),
+            (
+                self.hca_mode == "list" and list_bytes > HCA_LIST_BYTES_LIMIT,
+                "hca_mode",
+                f"but max_num_tokens * (max_model_len // hca_ratio) = {self.hca_list_length} rows "
+                f"are {list_bytes} bytes, allowed are at most {HCA_LIST_BYTES_LIMIT}; use 'table' "
+                "or lower max_num_tokens",
+            ),
+        ):
+            if is_bad:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, {rule}")
         widest = max(self.max_model_len // self.hca_ratio, self.index_topk, self.window_size)
         if self.max_num_tokens * widest > INT32_MAX:
             raise V4PrepareError(
@@ -232,18 +254,6 @@ class V4PrepareConfig:
                 f"Tcap*max(Lmax//r2, topk, W)={self.max_num_tokens}*{widest}="
                 f"{self.max_num_tokens * widest} > {INT32_MAX}, list offsets are int32; "
                 "lower max_num_tokens",
-            )
-
-    def _choose_hca_mode(self) -> None:
-        """List mode where the list is short enough."""
-        list_bytes = 4 * self.hca_list_length
-        if self.hca_mode is None:
-            self._set("hca_mode", "list" if list_bytes <= HCA_LIST_BYTES_LIMIT else "table")
-        elif self.hca_mode == "list" and list_bytes > HCA_LIST_BYTES_LIMIT:
-            raise ValueError(
-                f"hca_mode: got 'list', but max_num_tokens * (max_model_len // hca_ratio) = "
-                f"{self.hca_list_length} rows are {list_bytes} bytes, allowed are at most "
-                f"{HCA_LIST_BYTES_LIMIT}; use 'table' or lower max_num_tokens"
             )
 
 
@@ -282,7 +292,83 @@ def _size(name: str, value: Any) -> int:
     return index(value)
 
 
-def _check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
-    """Refuse a word that is not among those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(map(repr, allowed))}")
+def _model_fields(source: ModelSource, max_model_len: int) -> dict[str, int]:
+    """Window, ratios and top-k from a model's configuration, checked, by `V4PrepareConfig` field.
+
+    Raises:
+        ConfigError: names the field, its value, the rule and the cure.
+
+    Source: the configs of DeepSeek-V4-Flash and -Pro; Hugging Face transformers,
+    models/deepseek_v4.
+    """
+    reader = _reader(source)
+    has_types = reader.raw("layer_types") is not None
+    csa_ratio, hca_ratio = _ratios_by_type(reader) if has_types else _ratios_by_layer(reader)
+    if reader.raw("max_position_embeddings") is not None:
+        longest = reader.integer("max_position_embeddings", None)
+        if max_model_len > longest:
+            allowed = f"at least max_model_len = {max_model_len}"
+            raise reader.error("max_position_embeddings", longest, allowed, "lower max_model_len")
+    return {
+        "window_size": reader.integer("sliding_window", None),
+        "csa_ratio": csa_ratio,
+        "hca_ratio": hca_ratio,
+        "index_topk": reader.integer("index_topk", None),
+    }
+
+
+def _reader(source: ModelSource) -> FieldReader:
+    """A reader over a path, a mapping or an object."""
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        path = path / "config.json" if path.is_dir() else path
+        return FieldReader(read_json_object(path), str(path))
+    if isinstance(source, Mapping):
+        return FieldReader(dict(source), "hf_config")
+    present = {name: getattr(source, name) for name in _NAMES if hasattr(source, name)}
+    return FieldReader(present, type(source).__name__)
+
+
+def _own_layers(reader: FieldReader, name: str, values: Any) -> list[Any]:
+    """The entries of the model's own layers, without those of draft layers."""
+    num_layers = len(values)
+    if reader.raw("num_hidden_layers") is not None:
+        num_layers = reader.integer("num_hidden_layers", None)
+    if len(values) < num_layers:
+        allowed = f"an entry for each of num_hidden_layers = {num_layers} layers, and more for "
+        raise reader.error(name, values, f"{allowed}drafts", "one of the two fields is wrong")
+    return list(values)[:num_layers]
+
+
+def _ratios_by_type(reader: FieldReader) -> tuple[int, ...]:
+    """CSA's and HCA's ratio where layers have types, and types have rates."""
+    types = reader.raw("layer_types")
+    if not isinstance(types, (list, tuple)) or any(
+        kind not in (_WINDOW_ONLY, *_KINDS) for kind in types
+    ):
+        allowed = f"a list of {_WINDOW_ONLY!r}, {_KINDS[0]!r} or {_KINDS[1]!r} for each layer"
+        raise reader.error("layer_types", types, allowed)
+    _own_layers(reader, "layer_types", types)
+    rates = reader.section("compress_rates") or FieldReader({}, reader.source)
+    pairs = zip(_KINDS, _RELEASED, strict=True)
+    return tuple(rates.integer(kind, released) for kind, released in pairs)
+
+
+def _ratios_by_layer(reader: FieldReader) -> tuple[int, ...]:
+    """CSA's and HCA's ratio where each layer has its ratio."""
+    name = "compress_ratios"
+    ratios = reader.raw(name)
+    if not isinstance(ratios, (list, tuple)) or not all(
+        type(ratio) is int and ratio >= 0 for ratio in ratios
+    ):
+        allowed = "a list of one ratio a layer, 0 for a window-only layer"
+        cure = "take it, or layer_types, from the checkpoint's config.json; no default fits every "
+        raise reader.error(name, ratios, allowed, f"{cure}model")
+    used = tuple(sorted({*_own_layers(reader, name, ratios)} - {0}))
+    if {*used} <= {*_RELEASED}:
+        return _RELEASED
+    if len(used) != 2:
+        allowed = "two ratios other than 0, CSA's and HCA's, or some of 0, 4 and 128; found "
+        cure = "for other layer mixes construct V4PrepareConfig with csa_ratio and hca_ratio"
+        raise reader.error(name, list(ratios), f"{allowed}{list(used)}", cure)
+    return used

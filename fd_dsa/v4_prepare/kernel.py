@@ -10,12 +10,23 @@ No sum runs over tokens or programs: what a row adds to an offset is a closed fo
 Sums are int32 and may pass 2^31 on the way. They are right modulo 2^32, as nothing is divided
 after a multiplication, and every offset that is stored fits int32 (`V4PrepareConfig` checks it).
 
+A slab is the int32 words that go from the host to the device in one copy a step: a header, five
+sections of equally many words, then the cells of the block table that changed, one run a row. Only
+the words up to the last cell are copied; those after it are left from an earlier step.
+
+    header      stamp, rows B, tokens T, number n of changed cells; the rest is not read
+    ctx, q      [max_num_seqs] each; 0 from row B on
+    slot        [max_num_seqs]
+    run_column  [max_num_seqs]: the first changed column of a row
+    run_start   [max_num_seqs + 1]: where a row's new cells start among `values`
+    values      [n]: the new cells of row b from run_start[b] to run_start[b + 1]
+
 What belongs together goes from function to function as one tuple:
 
     lengths  pointers to ctx and q of a slab, and how many rows the rollback has
-    table    pointer to a row of the block table, to where the slab would hold its column 0, the
-             columns [first, end) that the slab holds, and the first row of compressed entries
-    row      number, slot, first position, tokens, and how many of these are sound: all or none
+    table    pointer to a row of the block table, to where the slab would hold its column 0, and the
+             columns [first, end) that the slab holds
+    row      number, first position, and how many of its tokens are sound: all or none
     plans    pointers to plan, destinations and write plan of one ratio, and the rows of both plans
 
 Sources: ROCm/ATOM #728 (the lists), #817 and #894 (rows of the rings, prefill rows), #2039 (lists
@@ -26,14 +37,21 @@ made on the device); vLLM #57122 (what is valid is decided where it is written),
 from __future__ import annotations
 
 from fd_dsa.triton_runtime import paddle_jit
-from fd_dsa.v4_prepare import slab as slab_words
 
 import triton
 import triton.language as tl
 
-_HEADER = tl.constexpr(slab_words.HEADER_WORDS)
-_ERROR_SLOTS = tl.constexpr(slab_words.ERROR_SLOTS)
-_ERROR_WORDS = tl.constexpr(slab_words.ERROR_WORDS)
+HEADER_WORDS = 16
+"""Sections start at multiples of this many words: 64 bytes."""
+ERROR_SLOTS = 16
+"""Steps whose faults are kept; the fault of a step goes to slot `stamp % ERROR_SLOTS`."""
+ERROR_WORDS = 8
+"""Words of such a slot: fault (1: negative rollback, 2: the row has fewer tokens than it adds),
+row, value (rollback, or ctx - rollback), q of the row, stamp of the step; the rest is unused."""
+
+_HEADER = tl.constexpr(HEADER_WORDS)
+_ERROR_SLOTS = tl.constexpr(ERROR_SLOTS)
+_ERROR_WORDS = tl.constexpr(ERROR_WORDS)
 
 
 @triton.jit
@@ -78,16 +96,6 @@ def load_rows(lengths, rollback_ptr, rows, limit):
         held = rows < tl.minimum(limit, num_rollback)
         kept, ctx = effective(q, ctx, tl.load(rollback_ptr + rows, mask=held, other=0))
     return q, kept, ctx
-
-
-@triton.jit
-def tokens_before(lengths, limit, ROW_TILE: tl.constexpr):
-    """Tokens of the rows below `limit`."""
-    tokens = tl.zeros((ROW_TILE,), tl.int32)
-    for first in range(0, limit, ROW_TILE):
-        rows = first + tl.arange(0, ROW_TILE)
-        tokens += tl.where(rows < limit, tl.load(lengths[1] + rows), 0)
-    return tl.sum(tokens)
 
 
 @triton.jit
@@ -144,80 +152,11 @@ def sums_before(
 @triton.jit
 def load_cells(table, columns, mask):
     """Blocks of a row's table columns: of the slab where they changed, else of the table."""
-    table_ptr, values_ptr, first_changed, end_changed = table[:4]
+    table_ptr, values_ptr, first_changed, end_changed = table
     changed = (columns >= first_changed) & (columns < end_changed)
     new = tl.load(values_ptr + columns, mask=mask & changed, other=0)
     old = tl.load(table_ptr + columns, mask=mask & (changed == 0), other=0)
     return tl.where(changed, new, old)
-
-
-@triton.jit
-def write_hca_lists(
-    hca_idx_ptr,
-    before,
-    row,
-    table,
-    part,
-    RATIO: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
-    TILE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """A share of a row's lists: tiles of entries, each loaded once for GROUP tokens."""
-    _, _, start, _, kept = row
-    per_block: tl.constexpr = BLOCK_SIZE // RATIO
-    longest = tl.where(kept > 0, (start + kept) // RATIO, 0)
-    num_tiles = tl.cdiv(longest, TILE)
-    for item in range(part, num_tiles * tl.cdiv(kept, GROUP), PARTS):
-        group = item // num_tiles
-        entries = (item - group * num_tiles) * TILE + tl.arange(0, TILE)
-        cells = load_cells(table, entries // per_block, entries < longest)
-        listed = table[4] + cells * per_block + entries % per_block
-        for number in range(group * GROUP, tl.minimum(group * GROUP + GROUP, kept)):
-            position = start + number
-            at = before + sum_quotients(position, RATIO) - sum_quotients(start, RATIO)
-            tl.store(hca_idx_ptr + at + entries, listed, mask=entries < (position + 1) // RATIO)
-
-
-@triton.jit
-def write_windows(
-    win_idx_ptr,
-    before,
-    row,
-    table,
-    share,
-    num_shares,
-    WINDOW: tl.constexpr,
-    WINDOW_TILE: tl.constexpr,
-    DRAFTS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    IS_PAGED: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """A share of a row's windows: rows of the window pool, the oldest key first."""
-    _, slot, start, q, kept = row
-    # a prefill row takes the keys of this step from their own tensor
-    most_new = tl.where(kept > DRAFTS + 1, WINDOW, 0)
-    for first in range(share * TILE, q, num_shares * TILE):
-        numbers = first + tl.arange(0, TILE)
-        seen = tl.minimum(start + numbers + 1, WINDOW)
-        length = tl.where(numbers < kept, seen - tl.minimum(numbers + 1, most_new), 0)
-        oldest = start + numbers + 1 - seen
-        index = tl.arange(0, WINDOW_TILE)[None, :]
-        positions = oldest[:, None] + index
-        valid = index < length[:, None]
-        if IS_PAGED:
-            cells = load_cells(table, positions // BLOCK_SIZE, valid)
-            pool_rows = cells * BLOCK_SIZE + positions % BLOCK_SIZE
-        else:
-            ring: tl.constexpr = WINDOW + DRAFTS
-            pool_rows = slot * ring + positions % ring
-        targets = win_idx_ptr + (before + numbers)[:, None] * WINDOW + index
-        exists = (numbers < q)[:, None]
-        if WINDOW_TILE != WINDOW:
-            exists = exists & (index < WINDOW)
-        tl.store(targets, tl.where(valid, pool_rows, -1), mask=exists)
 
 
 @triton.jit
@@ -240,7 +179,7 @@ def write_plans(
     """
     tokens, numbers, cells, comp_base = work
     plan_ptr, plan_dst_ptr, wplan_ptr = plans[:3]
-    number, _, start, _, kept = row
+    number, start, kept = row
     positions = start + numbers
     live = numbers < kept
     from_ring = POOL - tl.minimum(numbers + 1, POOL)
@@ -253,63 +192,6 @@ def write_plans(
     at = before[1] + numbers - first_kept
     is_kept = live & (numbers >= first_kept)
     _store_plan_rows(wplan_ptr, at, tokens, number, positions, from_ring, is_kept)
-
-
-@triton.jit
-def write_tokens(
-    outputs,
-    csa_plans,
-    hca_plans,
-    before,
-    row,
-    table,
-    share,
-    num_shares,
-    WINDOW: tl.constexpr,
-    DRAFTS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CSA_RATIO: tl.constexpr,
-    HCA_RATIO: tl.constexpr,
-    TOPK: tl.constexpr,
-    IS_PAGED: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """A share of what a row's tokens have one number of, and the plans."""
-    positions_ptr, req_ptr, win_len_ptr, ext_len_ptr, swa_write_ptr = outputs[:5]
-    hca_indptr_ptr, csa_visible_ptr, csa_indptr_ptr = outputs[5:]
-    number, slot, start, q, kept = row
-    is_prefill = kept > DRAFTS + 1
-    most_new = tl.where(is_prefill, WINDOW, 0)
-    # of a prefill row's keys a ring keeps the last ones, so that no two fall on one row
-    first_kept = tl.where(is_prefill, start + kept - WINDOW, 0)
-    hca_start = before[1] - sum_quotients(start, HCA_RATIO)
-    csa_start = before[2] - sum_capped(start, CSA_RATIO, TOPK)
-    for first in range(share * TILE, q, num_shares * TILE):
-        numbers = first + tl.arange(0, TILE)
-        exists, live = numbers < q, numbers < kept
-        tokens, positions = before[0] + numbers, start + numbers
-        tl.store(positions_ptr + tokens, tl.where(live, positions, 0), mask=exists)
-        tl.store(req_ptr + tokens, tl.where(live, number, -1), mask=exists)
-        new = tl.minimum(numbers + 1, most_new)
-        old = tl.minimum(positions + 1, WINDOW) - new
-        tl.store(win_len_ptr + tokens, tl.where(live, old, 0), mask=exists)
-        tl.store(ext_len_ptr + tokens, tl.where(live, new, 0), mask=exists)
-        cells = load_cells(table, positions // BLOCK_SIZE, live)
-        if IS_PAGED:
-            written = cells * BLOCK_SIZE + positions % BLOCK_SIZE
-        else:
-            ring: tl.constexpr = WINDOW + DRAFTS
-            written = tl.where(positions >= first_kept, slot * ring + positions % ring, -1)
-        tl.store(swa_write_ptr + tokens, tl.where(live, written, -1), mask=exists)
-        hca = tl.where(live, hca_start + sum_quotients(positions + 1, HCA_RATIO), before[1])
-        tl.store(hca_indptr_ptr + tokens + 1, hca, mask=exists)
-        visible = tl.where(live, (positions + 1) // CSA_RATIO, 0)
-        tl.store(csa_visible_ptr + tokens, visible, mask=exists)
-        csa = tl.where(live, csa_start + sum_capped(positions + 1, CSA_RATIO, TOPK), before[2])
-        tl.store(csa_indptr_ptr + tokens + 1, csa, mask=exists)
-        work = (tokens, numbers, cells, table[4])
-        write_plans(csa_plans, before[3:5], work, row, CSA_RATIO, 2 * CSA_RATIO, BLOCK_SIZE)
-        write_plans(hca_plans, before[5:], work, row, HCA_RATIO, HCA_RATIO, BLOCK_SIZE)
 
 
 @triton.jit
@@ -426,8 +308,8 @@ def expand_kernel(
 ):
     """All outputs of a step; names, shapes and values are those of `V4Arrays`.
 
-    Grid: (rows + programs for padding, parts). `slabs_ptr` points to slabs as `slab.py` has them,
-    of sections of `section` words; `error_address` to host memory of ERROR_SLOTS * ERROR_WORDS.
+    Grid: (rows + programs for padding, parts). `slabs_ptr` points to slabs with sections of
+    `section` words, `error_address` to host memory of ERROR_SLOTS * ERROR_WORDS words.
     """
     # slabs and their sections start at multiples of 16 words; here the compiler learns it
     slab = slabs_ptr + slab_offset // 16 * 16
@@ -450,7 +332,7 @@ def expand_kernel(
     end_changed = first_changed + run_end - run_start
     values = sections + 5 * section + run_start - first_changed
     table_ptr = block_table_ptr + row * row_stride
-    table = (table_ptr, values, first_changed, end_changed, comp_base)
+    table = (table_ptr, values, first_changed, end_changed)
 
     is_padding = row >= num_rows
     padding_program = tl.where(is_padding, row - num_rows, 0)
@@ -458,6 +340,7 @@ def expand_kernel(
     limit = tl.minimum(row, num_rows)
 
     if part < TOKEN_PARTS:
+        # what tokens have one number of, and the plans
         sums = sums_before(lengths, rollback_ptr, limit, CSA_RATIO, HCA_RATIO, TOPK, ROW_TILE)
         q = tl.where(is_padding, num_tokens - sums[0], q)
         share = padding_program * TOKEN_PARTS + part
@@ -479,67 +362,88 @@ def expand_kernel(
         elif part == 0:
             tl.store(cu_q_ptr + row + 1, sums[0] + q)
             tl.store(ctx_ptr + row, ctx)
-        outputs = (
-            positions_ptr,
-            req_of_token_ptr,
-            win_len_ptr,
-            ext_len_ptr,
-            swa_write_ptr,
-            hca_indptr_ptr,
-            csa_visible_ptr,
-            csa_indptr_ptr,
-        )
-        write_tokens(
-            outputs,
-            csa_plans,
-            hca_plans,
-            sums,
-            (row, slot, start, q, kept),
-            table,
-            share,
-            num_shares,
-            WINDOW,
-            DRAFTS,
-            BLOCK_SIZE,
-            CSA_RATIO,
-            HCA_RATIO,
-            TOPK,
-            IS_PAGED,
-            TOKEN_TILE,
-        )
+        is_prefill = kept > DRAFTS + 1
+        most_new = tl.where(is_prefill, WINDOW, 0)
+        # of a prefill row's keys a ring keeps the last ones, so that no two fall on one row
+        first_kept = tl.where(is_prefill, start + kept - WINDOW, 0)
+        hca_start = sums[1] - sum_quotients(start, HCA_RATIO)
+        csa_start = sums[2] - sum_capped(start, CSA_RATIO, TOPK)
+        here = (row, start, kept)
+        for first in range(share * TOKEN_TILE, q, num_shares * TOKEN_TILE):
+            numbers = first + tl.arange(0, TOKEN_TILE)
+            exists, live = numbers < q, numbers < kept
+            tokens, positions = sums[0] + numbers, start + numbers
+            tl.store(positions_ptr + tokens, tl.where(live, positions, 0), mask=exists)
+            tl.store(req_of_token_ptr + tokens, tl.where(live, row, -1), mask=exists)
+            new = tl.minimum(numbers + 1, most_new)
+            old = tl.minimum(positions + 1, WINDOW) - new
+            tl.store(win_len_ptr + tokens, tl.where(live, old, 0), mask=exists)
+            tl.store(ext_len_ptr + tokens, tl.where(live, new, 0), mask=exists)
+            cells = load_cells(table, positions // BLOCK_SIZE, live)
+            if IS_PAGED:
+                written = cells * BLOCK_SIZE + positions % BLOCK_SIZE
+            else:
+                ring: tl.constexpr = WINDOW + DRAFTS
+                written = tl.where(positions >= first_kept, slot * ring + positions % ring, -1)
+            tl.store(swa_write_ptr + tokens, tl.where(live, written, -1), mask=exists)
+            hca = tl.where(live, hca_start + sum_quotients(positions + 1, HCA_RATIO), sums[1])
+            tl.store(hca_indptr_ptr + tokens + 1, hca, mask=exists)
+            visible = tl.where(live, (positions + 1) // CSA_RATIO, 0)
+            tl.store(csa_visible_ptr + tokens, visible, mask=exists)
+            csa = tl.where(live, csa_start + sum_capped(positions + 1, CSA_RATIO, TOPK), sums[2])
+            tl.store(csa_indptr_ptr + tokens + 1, csa, mask=exists)
+            work = (tokens, numbers, cells, comp_base)
+            write_plans(csa_plans, sums[3:5], work, here, CSA_RATIO, 2 * CSA_RATIO, BLOCK_SIZE)
+            write_plans(hca_plans, sums[5:], work, here, HCA_RATIO, HCA_RATIO, BLOCK_SIZE)
     elif part < TOKEN_PARTS + WINDOW_PARTS:
-        tokens = tokens_before(lengths, limit, ROW_TILE)
-        q = tl.where(is_padding, num_tokens - tokens, q)
+        # windows: rows of the window pool, the oldest key first
+        tokens = tl.zeros((ROW_TILE,), tl.int32)
+        for first_row in range(0, limit, ROW_TILE):
+            rows = first_row + tl.arange(0, ROW_TILE)
+            tokens += tl.where(rows < limit, tl.load(lengths[1] + rows), 0)
+        before = tl.sum(tokens)
+        q = tl.where(is_padding, num_tokens - before, q)
         share = padding_program * WINDOW_PARTS + part - TOKEN_PARTS
-        write_windows(
-            win_idx_ptr,
-            tokens,
-            (row, slot, start, q, kept),
-            table,
-            share,
-            num_programs * WINDOW_PARTS,
-            WINDOW,
-            WINDOW_TILE,
-            DRAFTS,
-            BLOCK_SIZE,
-            IS_PAGED,
-            WINDOW_ROWS,
-        )
+        # a prefill row takes the keys of this step from their own tensor
+        most_new = tl.where(kept > DRAFTS + 1, WINDOW, 0)
+        for first in range(share * WINDOW_ROWS, q, num_programs * WINDOW_PARTS * WINDOW_ROWS):
+            numbers = first + tl.arange(0, WINDOW_ROWS)
+            seen = tl.minimum(start + numbers + 1, WINDOW)
+            length = tl.where(numbers < kept, seen - tl.minimum(numbers + 1, most_new), 0)
+            oldest = start + numbers + 1 - seen
+            index = tl.arange(0, WINDOW_TILE)[None, :]
+            positions = oldest[:, None] + index
+            valid = index < length[:, None]
+            if IS_PAGED:
+                cells = load_cells(table, positions // BLOCK_SIZE, valid)
+                pool_rows = cells * BLOCK_SIZE + positions % BLOCK_SIZE
+            else:
+                ring: tl.constexpr = WINDOW + DRAFTS
+                pool_rows = slot * ring + positions % ring
+            targets = win_idx_ptr + (before + numbers)[:, None] * WINDOW + index
+            exists = (numbers < q)[:, None]
+            if WINDOW_TILE != WINDOW:
+                exists = exists & (index < WINDOW)
+            tl.store(targets, tl.where(valid, pool_rows, -1), mask=exists)
     elif hca_idx_ptr is not None:
-        # a row that lists nothing needs no offset
-        entries = hca_before(lengths, rollback_ptr, tl.where(kept > 0, row, 0), HCA_RATIO, ROW_TILE)
-        write_hca_lists(
-            hca_idx_ptr,
-            entries,
-            (row, slot, start, q, kept),
-            table,
-            part - TOKEN_PARTS - WINDOW_PARTS,
-            HCA_RATIO,
-            BLOCK_SIZE,
-            HCA_PARTS,
-            HCA_TILE,
-            HCA_GROUP,
-        )
+        # HCA lists: tiles of entries, each loaded once for HCA_GROUP tokens; a row that lists
+        # nothing needs no offset
+        listed = hca_before(lengths, rollback_ptr, tl.where(kept > 0, row, 0), HCA_RATIO, ROW_TILE)
+        per_block: tl.constexpr = BLOCK_SIZE // HCA_RATIO
+        longest = tl.where(kept > 0, (start + kept) // HCA_RATIO, 0)
+        num_tiles = tl.cdiv(longest, HCA_TILE)
+        first_item = part - TOKEN_PARTS - WINDOW_PARTS
+        for item in range(first_item, num_tiles * tl.cdiv(kept, HCA_GROUP), HCA_PARTS):
+            group = item // num_tiles
+            entries = (item - group * num_tiles) * HCA_TILE + tl.arange(0, HCA_TILE)
+            blocks = load_cells(table, entries // per_block, entries < longest)
+            entry_rows = comp_base + blocks * per_block + entries % per_block
+            last = tl.minimum(group * HCA_GROUP + HCA_GROUP, kept)
+            for number in range(group * HCA_GROUP, last):
+                position = start + number
+                at = listed + sum_quotients(position, HCA_RATIO) - sum_quotients(start, HCA_RATIO)
+                is_listed = entries < (position + 1) // HCA_RATIO
+                tl.store(hca_idx_ptr + at + entries, entry_rows, mask=is_listed)
 
     # no program reads these cells of the table in this launch
     num_parts: tl.constexpr = TOKEN_PARTS + WINDOW_PARTS + HCA_PARTS

@@ -6,26 +6,22 @@ Launches are bound to buffers and slabs that never move.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.step.staging import InputStaging
 from fd_dsa.v4_prepare.builder import Allocate, Array, V4Arrays, check_topk
-from fd_dsa.v4_prepare.checks import rollback_error
+from fd_dsa.v4_prepare.checks import Integers, rollback_error
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
-from fd_dsa.v4_prepare.kernel import csa_rows_kernel, expand_kernel
-from fd_dsa.v4_prepare.slab import (
+from fd_dsa.v4_prepare.kernel import (
     ERROR_SLOTS,
     ERROR_WORDS,
-    FAULT_ROLLBACK,
-    MAX_STAMP,
-    StepWords,
-    section_words,
-    slab_words,
+    HEADER_WORDS,
+    csa_rows_kernel,
+    expand_kernel,
 )
-from fd_dsa.v4_prepare.table import TableMirror
+from fd_dsa.v4_prepare.table import BlockTable, Run
 
 import triton
 
@@ -41,66 +37,53 @@ _LONG_ROW = 64
 _CSA_TILE = 512
 _FAULT_STAMP = 4
 _NO_FAULTS = bytes(4 * ERROR_SLOTS)
+# steps are stamped 1, 2, ... up to here and then from 1 on again; 0 is no step
+_MAX_STAMP = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class ExpandTiles:
-    """How the work of a step is cut into programs; all tiles are powers of two.
+def section_words(cfg: V4PrepareConfig) -> int:
+    """Words of each section of a slab."""
+    return -(-(cfg.max_num_seqs + 1) // HEADER_WORDS) * HEADER_WORDS
 
-    Attributes:
-        token_parts, window_parts, hca_parts: programs that share a row's work of each kind.
-        padding_programs: programs that share the padding, times the parts.
-        token_tile: tokens of one round of the first kind.
-        window_rows: tokens whose windows one round of the second kind writes.
-        hca_tile, hca_group: entries that a round of the third kind loads, and tokens it loads
-            them for.
-        row_tile: rows that a program sums at a time; at most 1024.
-        num_warps: warps of a program.
+
+def tiles_for(cfg: V4PrepareConfig) -> dict[str, int]:
+    """How the work of a step is cut into programs: a long row is not the work of one program.
+
+    Returns:
+        TOKEN_PARTS, WINDOW_PARTS, HCA_PARTS: programs that share a row's work of each kind.
+        TOKEN_TILE: tokens of one round of the first kind.
+        WINDOW_ROWS: tokens whose windows one round of the second kind writes.
+        HCA_TILE, HCA_GROUP: entries that a round of the third kind loads, and tokens it loads them
+        for. ROW_TILE: rows that a program sums at a time, at most 1024. All tiles are powers of
+        two. num_warps: warps of a program.
     """
-
-    token_parts: int
-    window_parts: int
-    hca_parts: int
-    padding_programs: int
-    token_tile: int
-    window_rows: int
-    hca_tile: int
-    hca_group: int
-    row_tile: int
-    num_warps: int
-
-
-def tiles_for(cfg: V4PrepareConfig) -> ExpandTiles:
-    """The cut for the steps of a configuration: a long row is not the work of one program."""
     longest = cfg.max_tokens_per_seq
     is_decode = longest <= _LONG_ROW
     programs = _DECODE_PROGRAMS if is_decode else _PREFILL_PROGRAMS
     most = max(1, programs // cfg.max_num_seqs)
     token_tile = min(max(32, triton.next_power_of_2(longest)), 128)
-    window_rows = min(triton.next_power_of_2(longest), 8)
-    hca_group = min(triton.next_power_of_2(longest), 8)
+    group = min(triton.next_power_of_2(longest), 8)
     entries = max(1, cfg.max_model_len // cfg.hca_ratio)
     hca_tile = min(max(32, triton.next_power_of_2(entries)), 128)
     row_tile = min(max(32, triton.next_power_of_2(cfg.max_num_seqs)), _MAX_ROW_TILE)
     if hca_tile == row_tile:
         # tiles of one shape get one layout, and that of the rows does not fit unaligned lists
         hca_tile *= 2
-    num_items = -(-entries // hca_tile) * -(-longest // hca_group)
-    return ExpandTiles(
-        token_parts=min(-(-longest // token_tile), most),
-        window_parts=min(-(-longest // window_rows), most),
-        hca_parts=0 if cfg.hca_mode == "table" else min(num_items, most),
-        padding_programs=min(-(-cfg.max_num_tokens // 16), 64),
-        token_tile=token_tile,
-        window_rows=window_rows,
-        hca_tile=hca_tile,
-        hca_group=hca_group,
-        row_tile=row_tile,
-        num_warps=1 if is_decode else 4,
-    )
+    num_items = -(-entries // hca_tile) * -(-longest // group)
+    return {
+        "TOKEN_PARTS": min(-(-longest // token_tile), most),
+        "WINDOW_PARTS": min(-(-longest // group), most),
+        "HCA_PARTS": 0 if cfg.hca_mode == "table" else min(num_items, most),
+        "ROW_TILE": row_tile,
+        "TOKEN_TILE": token_tile,
+        "WINDOW_ROWS": group,
+        "HCA_TILE": hca_tile,
+        "HCA_GROUP": group,
+        "num_warps": 1 if is_decode else 4,
+    }
 
 
-def expand_arguments(cfg: V4PrepareConfig, tiles: ExpandTiles) -> dict[str, int | bool]:
+def expand_arguments(cfg: V4PrepareConfig) -> dict[str, int | bool]:
     """What is bound beside the tensors: numbers that select no other kernel, then constants."""
     return {
         "num_rows": cfg.max_num_seqs,
@@ -120,97 +103,22 @@ def expand_arguments(cfg: V4PrepareConfig, tiles: ExpandTiles) -> dict[str, int 
         # no token has more entries than this, and RATIO * TOPK stays in int32
         "TOPK": min(cfg.index_topk, cfg.max_model_len // cfg.csa_ratio + 1),
         "IS_PAGED": cfg.swa == "paged",
-        "TOKEN_PARTS": tiles.token_parts,
-        "WINDOW_PARTS": tiles.window_parts,
-        "HCA_PARTS": tiles.hca_parts,
-        "ROW_TILE": tiles.row_tile,
-        "TOKEN_TILE": tiles.token_tile,
-        "WINDOW_ROWS": tiles.window_rows,
         "WINDOW_TILE": triton.next_power_of_2(cfg.window_size),
-        "HCA_TILE": tiles.hca_tile,
-        "HCA_GROUP": tiles.hca_group,
         "RUN_TILE": _RUN_TILE,
+        **tiles_for(cfg),
     }
-
-
-class ExpandLaunch:
-    """Writes every output of a step, and the table cells that changed, in one launch.
-
-    Both forms, with and without rollback, are compiled and loaded here, and none later. Nothing
-    is launched: the buffers hold what they held until the first step.
-
-    A row whose rollback is negative or leaves less than the step adds becomes padding: its tokens
-    keep their places, but have no row, no keys and no part in any plan, and its `ctx` is 0. Fault,
-    row, value found, limit and stamp of the lowest such row go to slot `stamp % ERROR_SLOTS` of
-    `error_words`; they are there when the launch is done. A sound step writes no error words.
-
-    Args:
-        buffers: where the kernel writes; all int32.
-        slabs: int32 on the device, contiguous; one or more slabs of `slab_words`.
-        error_words: int32 [ERROR_SLOTS, ERROR_WORDS] in memory of the host that the device can
-            write: `Transfers.host_buffer`.
-        tiles: another cut into programs than that of `tiles_for`.
-
-    Raises:
-        LaunchError: a tensor is not where kernels run.
-        BackendUnavailable: no GPU, and no interpreter either.
-    """
-
-    def __init__(
-        self,
-        buffers: V4Arrays,
-        slabs: Array,
-        error_words: np.ndarray,
-        tiles: ExpandTiles | None = None,
-    ) -> None:
-        cfg = buffers.config
-        tiles = tiles or tiles_for(cfg)
-        # the kernel knows only their address
-        self._error_words = error_words
-        names = (*OUTPUT_SHAPES(cfg), "hca_idx", "block_table")
-        arguments: dict[str, Any] = {f"{name}_ptr": getattr(buffers, name) for name in names}
-        arguments |= expand_arguments(cfg, tiles) | {
-            "slabs_ptr": slabs,
-            "slab_offset": _WIDE,
-            "error_address": error_words.ctypes.data,
-            "num_warps": tiles.num_warps,
-            "num_rollback": 0,
-        }
-        parts = tiles.token_parts + tiles.window_parts + tiles.hca_parts
-        grid = (cfg.max_num_seqs + tiles.padding_programs, parts)
-        self._plain = expand_kernel.bind(
-            grid, **arguments, rollback_ptr=None, scalars=("slab_offset",)
-        )
-        # any int32 tensor stands for the rollback until there is one
-        self._with_rollback = expand_kernel.bind(
-            grid, **arguments, rollback_ptr=buffers.ctx, scalars=("slab_offset", "num_rollback")
-        )
-        self._rollback_address = 0
-
-    def __call__(self, slab_offset: int, rollback: Array | None = None) -> None:
-        """Queue the step of a slab on the current stream, or put it into a graph.
-
-        Args:
-            slab_offset: words before the slab in `slabs`.
-            rollback: int32 on the device, contiguous, one number for each row of the step or more:
-                how many of the row's tokens before this step were rejected. It is read when the
-                launch runs, and ignored for idle rows.
-
-        Raises:
-            LaunchError: the rollback is not int32, or not on the buffers' device.
-        """
-        if rollback is None:
-            self._plain(slab_offset)
-            return
-        if rollback.data_ptr() != self._rollback_address:
-            # the bound launch keeps the tensor's memory, so no other can come to that address
-            self._with_rollback.exchange(rollback_ptr=rollback)
-            self._rollback_address = rollback.data_ptr()
-        self._with_rollback(slab_offset, int(rollback.shape[0]))
 
 
 class DeviceSteps:
     """Slabs, outputs and launches on a device; a step is staged, then expanded, in order.
+
+    Both forms of the launch, with and without rollback, are compiled and loaded here, and none
+    later. Nothing is launched: the buffers hold what they held until the first step.
+
+    A row whose rollback is negative or leaves less than the step adds becomes padding: its tokens
+    keep their places, but have no row, no keys and no part in any plan, and its `ctx` is 0. The
+    kernel writes the lowest such row to page-locked memory of the host, so no copy is needed to
+    see it. A sound step writes nothing there.
 
     Args:
         cfg: sizes of the steps.
@@ -221,52 +129,107 @@ class DeviceSteps:
     Attributes:
         buffers: the outputs.
         staged: stamp, slab and tokens of the steps that are not expanded yet.
+
+    Raises:
+        LaunchError: a tensor is not where kernels run.
+        BackendUnavailable: no GPU, and no interpreter either.
     """
 
     def __init__(
-        self, cfg: V4PrepareConfig, allocate: Allocate, table: TableMirror, num_slabs: int
+        self, cfg: V4PrepareConfig, allocate: Allocate, table: BlockTable, num_slabs: int
     ) -> None:
         self._cfg, self._allocate, self._table = cfg, allocate, table
-        self._words, self._slab_words = StepWords(cfg), slab_words(cfg)
+        self._first_value = HEADER_WORDS + 5 * section_words(cfg)
+        cells = cfg.max_num_seqs * cfg.max_blocks_per_seq
+        self._slab_words = self._first_value + -(-cells // HEADER_WORDS) * HEADER_WORDS
         self.buffers = V4Arrays(cfg, allocate)
         self._staging = InputStaging(allocate, self._slab_words, num_slabs)
-        # page-locked: the kernel writes a fault to the host itself, no copy is needed to see one
         memory = self._staging.transfers.host_buffer(4 * ERROR_SLOTS * ERROR_WORDS)
         self._faults = memory.view(np.int32).reshape(ERROR_SLOTS, ERROR_WORDS)
         self._fault_stamps = self._faults[:, _FAULT_STAMP]
-        self._launch = ExpandLaunch(self.buffers, self._staging.slabs, self._faults)
-        self._stamp = self._num_tokens = 0
+        names = (*OUTPUT_SHAPES(cfg), "hca_idx", "block_table")
+        arguments: dict[str, Any] = {f"{name}_ptr": getattr(self.buffers, name) for name in names}
+        arguments |= expand_arguments(cfg) | {
+            "slabs_ptr": self._staging.slabs,
+            "slab_offset": _WIDE,
+            "error_address": self._faults.ctypes.data,
+            "num_rollback": 0,
+        }
+        parts = sum(arguments[f"{kind}_PARTS"] for kind in ("TOKEN", "WINDOW", "HCA"))
+        # as many programs as share the padding, times the parts
+        padding_programs = min(-(-cfg.max_num_tokens // 16), 64)
+        grid = (cfg.max_num_seqs + padding_programs, parts)
+        self._plain = expand_kernel.bind(
+            grid, **arguments, rollback_ptr=None, scalars=("slab_offset",)
+        )
+        # any int32 tensor stands for the rollback until there is one
+        self._with_rollback = expand_kernel.bind(
+            grid,
+            **arguments,
+            rollback_ptr=self.buffers.ctx,
+            scalars=("slab_offset", "num_rollback"),
+        )
+        self._stamp = self._rollback_address = self._topk_address = 0
         self.staged: deque[tuple[int, int, int]] = deque()
         self._expanded: deque[tuple[int, int, int]] = deque(maxlen=2 * num_slabs)
         self._csa: tuple[Any, Array] | None = None
-        self._topk_address = 0
 
-    def begin(self) -> None:
-        """Take a slab, before anything of a step is written.
+    def stage(
+        self, ctx: Integers, q: Integers, slot: Integers, num_tokens: int, runs: list[Run]
+    ) -> None:
+        """Fill a slab with a step that has passed all checks, and queue its copy.
+
+        Args:
+            ctx, q, slot: [B], any integer dtype.
+            num_tokens: T.
+            runs: what the step changes in the block table.
 
         Raises:
             RuntimeError: a graph is being captured.
         """
-        self._slab = self._staging.next_slab()
-
-    def take_rows(self, q: np.ndarray, slot: np.ndarray, num_tokens: int) -> None:
-        """The numbers of tokens and the slots [B] of the steps from now on, and their T."""
-        self._words.take_rows(q, slot, num_tokens)
-        self._num_tokens = num_tokens
-
-    def stage(self, ctx: np.ndarray) -> None:
-        """Fill the slab and queue its copy."""
-        self._stamp = self._stamp % MAX_STAMP + 1
-        num_words = self._words.write(self._slab, self._stamp, ctx, self._table)
-        self.staged.append((self._stamp, self._staging.upload(num_words), self._num_tokens))
+        # refuses in a capture, so before anything is written
+        slab, num_rows = self._staging.next_slab(), len(q)
+        self._table.put(runs)
+        self._stamp = self._stamp % _MAX_STAMP + 1
+        sections = slab[HEADER_WORDS : self._first_value].reshape(5, -1)
+        sections[:2, num_rows:] = 0
+        sections[0, :num_rows], sections[1, :num_rows], sections[2, :num_rows] = ctx, q, slot
+        num_values = self._table.send(
+            sections[3, :num_rows], sections[4, : num_rows + 1], slab[self._first_value :]
+        )
+        sections[4, num_rows + 1 :] = num_values
+        slab[:4] = self._stamp, num_rows, num_tokens, num_values
+        index = self._staging.upload(self._first_value + num_values)
+        self.staged.append((self._stamp, index, num_tokens))
 
     def expand(self, rollback: Array | None) -> None:
-        """Queue the launch of the earliest staged step after its copy."""
+        """Queue the launch of the earliest staged step after its copy.
+
+        Args:
+            rollback: int32 on the device, contiguous, one number for each row of the step or more:
+                how many of the row's tokens before this step were rejected. It is read when the
+                launch runs, and ignored for idle rows.
+
+        Raises:
+            LaunchError: the rollback is not int32, or not on the buffers' device.
+        """
         slab = self.staged[0][1]
         self._staging.acquire(slab)
-        self._launch(slab * self._slab_words, rollback)
+        self.launch(slab, rollback)
         self._staging.release(slab)
         self._expanded.append(self.staged.popleft())
+
+    def launch(self, slab: int, rollback: Array | None = None) -> None:
+        """Queue the step of a slab on the current stream; see `expand`."""
+        offset = slab * self._slab_words
+        if rollback is None:
+            self._plain(offset)
+            return
+        if rollback.data_ptr() != self._rollback_address:
+            # the bound launch keeps the tensor's memory, so no other can come to that address
+            self._with_rollback.exchange(rollback_ptr=rollback)
+            self._rollback_address = rollback.data_ptr()
+        self._with_rollback(offset, int(rollback.shape[0]))
 
     def poll_error(self) -> None:
         """Raise the earliest error of the steps that have run, once; see `V4Prepare`."""
@@ -277,9 +240,9 @@ class DeviceSteps:
         running = {stamp for stamp, slab, _ in self._expanded if not used[slab].done()}
         for stamp, at in sorted(zip(self._fault_stamps.tolist(), range(ERROR_SLOTS), strict=True)):
             if stamp and stamp not in running:
-                fault, row, value, limit = self._faults[at, :4].tolist()
+                fault, row, value, q = self._faults[at, :4].tolist()
                 self._faults[at] = 0
-                raise rollback_error(row, fault == FAULT_ROLLBACK, value, limit)
+                raise rollback_error(row, value if fault == 1 else 0, value, q)
 
     def csa_translate(self, local_topk: Array) -> Array:
         """Queue the launch that turns chosen entries into rows; see `V4Prepare`."""

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fd_dsa.errors import BackendUnavailable, DtypeError
 from fd_dsa.step.checks import host_array
 from fd_dsa.step.host_tensor import as_tensor
 from fd_dsa.v4_prepare.builder import Allocate, Array, V4Arrays, csa_translate, v4_prepare_np
 from fd_dsa.v4_prepare.checks import (
-    StepChecks,
-    StepInputs,
+    Integers,
+    count_tokens,
     raise_first_fault,
     rollback_error,
-    rows_have_room,
     step_inputs,
 )
 from fd_dsa.v4_prepare.config import V4PrepareConfig
-from fd_dsa.v4_prepare.table import Run, TableMirror
+from fd_dsa.v4_prepare.table import BlockTable, Run
 
+# NumPy has one object for it
+_INT32 = np.dtype(np.int32)
 NUM_SLABS = 3
 """Steps that may be staged and not yet expanded."""
 
@@ -56,7 +57,10 @@ class V4Prepare:
         self, cfg: V4PrepareConfig, place: str = "cpu", allocate: Allocate | None = None
     ) -> None:
         self.cfg, self.place = cfg, place
-        self._checks, self._table = StepChecks(cfg), TableMirror(cfg)
+        self._table = BlockTable(cfg)
+        # the last step, as `_is_repeat` compares it
+        self._q = self._slot = np.empty(0, np.int32)
+        self._num_tokens, self._version = 0, -1
         self._steps = _steps_for(cfg, place, allocate, self._table)
         self.buffers: V4Arrays = self._steps.buffers
         self.stage([], [], [])
@@ -79,24 +83,6 @@ class V4Prepare:
             V4PrepareError: E_DTYPE, E_TABLE or E_BLOCK; the row is as it was.
         """
         self._table.set_blocks(row, block_ids, start)
-
-    def append_blocks(self, rows: Any, block_ids: Any) -> None:
-        """Give each of some rows one more block, for its next step.
-
-        As `set_blocks(row, [id], n)` for each of the rows, n the number of blocks that it has: what
-        decoding rows need when they reach the ends of their blocks. One call for all of them costs
-        about as much as one of `set_blocks`.
-
-        Args:
-            rows: [n] integers, rows of the steps, all different.
-            block_ids: [n] integers in [0, num_blocks).
-
-        Raises:
-            ValueError: no such row, or one twice.
-            V4PrepareError: E_DTYPE or E_SHAPE; E_TABLE or E_BLOCK of the first row at fault. All
-                rows are as they were.
-        """
-        self._table.append_blocks(rows, block_ids)
 
     def stage(self, ctx: Any, q: Any, slot: Any, block_table: Any = None) -> None:
         """Check the next step and queue its copy; the device is not waited for.
@@ -126,22 +112,42 @@ class V4Prepare:
                 f"stage: {NUM_SLABS} steps are staged and not expanded, no slab is free; "
                 "call expand() first"
             )
-        if block_table is None and self._checks.is_repeat(ctx, q, slot, self._table):
-            self._steps.begin()
-        else:
-            has_table = block_table is not None
-            if not has_table:
-                block_table = np.empty((np.shape(ctx)[:1] or (0,)) + (0,), np.int32)
-            inputs = step_inputs(self.cfg, ctx, q, slot, block_table)
-            num_tokens, runs = self._check(inputs, has_table)
-            # refuses in a capture, so before anything is written
-            self._steps.begin()
-            if runs:
-                self._table.put(runs)
-            ctx, q, slot, _ = inputs
-            self._steps.take_rows(q, slot, num_tokens)
-            self._checks.remember(q, slot)
-        self._steps.stage(ctx)
+        has_table = block_table is not None
+        if not has_table and self._is_repeat(ctx, q, slot):
+            self._steps.stage(ctx, q, slot, self._num_tokens, [])
+            return
+        if not has_table:
+            block_table = np.empty((np.shape(ctx)[:1] or (0,)) + (0,), np.int32)
+        ctx, q, slot, table = step_inputs(self.cfg, ctx, q, slot, block_table)
+        num_tokens, runs = count_tokens(self.cfg, ctx, q, slot), None
+        if num_tokens >= 0:
+            runs = self._table.changes(ctx, q, table if has_table else None)
+        if runs is None:
+            table = table if has_table else self._table.table_of(len(ctx))
+            raise_first_fault(self.cfg, ctx, q, slot, table)
+        self._steps.stage(ctx, q, slot, num_tokens, runs)
+        # the slot of an idle row may be any number: some bits of it matter as little as all
+        self._q, self._slot = q.astype(np.int32), slot.astype(np.int32)
+        self._num_tokens, self._version = num_tokens, -1
+
+    def _is_repeat(self, ctx: Any, q: Any, slot: Any) -> bool:
+        """Whether int32 arrays are a good step that differs from the last one in `ctx` alone.
+
+        What is left to check is that the row's first token is between two bounds, of which the
+        upper one changes with the table. Where `ctx - q` passes int32 it is above any bound.
+        """
+        for array, last in ((ctx, self._q), (q, self._q), (slot, self._slot)):
+            is_like = type(array) is np.ndarray and array.dtype is _INT32
+            if not is_like or array.shape != last.shape:
+                return False
+        if q.tobytes() != self._q.tobytes() or slot.tobytes() != self._slot.tobytes():
+            return False
+        if self._version != self._table.version:
+            room = self._table.room(len(q))
+            room[q == 0] = self.cfg.max_model_len
+            self._most_before, self._version = (room - q).astype(np.int32), self._table.version
+        before = ctx - q
+        return not ((before < 0) | (before > self._most_before)).any()
 
     def expand(self, rollback: Array | None = None) -> V4Arrays:
         """Queue the launch that writes the outputs of the earliest staged step.
@@ -202,20 +208,6 @@ class V4Prepare:
         """
         return self._steps.csa_translate(local_topk)
 
-    def _check(self, inputs: StepInputs, has_table: bool) -> tuple[int, list[Run]]:
-        """Tokens of a good step, and what its block table changes."""
-        ctx, q, slot, table = inputs
-        num_tokens = self._checks.num_tokens(ctx, q, slot)
-        if not has_table:
-            if num_tokens >= 0 and rows_have_room(ctx, q, self._table.room(len(ctx))):
-                return num_tokens, []
-            table = self._table.table_of(len(ctx))
-        elif num_tokens >= 0:
-            runs = self._table.changes(table, ctx, q)
-            if runs is not None:
-                return num_tokens, runs
-        raise_first_fault(self.cfg, StepInputs(ctx, q, slot, table))
-
 
 class HostSteps:
     """Steps in host memory; a step is built by `v4_prepare_np` when it is expanded.
@@ -231,31 +223,27 @@ class HostSteps:
     """
 
     def __init__(
-        self, cfg: V4PrepareConfig, table: TableMirror, view: Callable[[np.ndarray], Array]
+        self, cfg: V4PrepareConfig, table: BlockTable, view: Callable[[np.ndarray], Array]
     ) -> None:
-        self._cfg, self._table = cfg, table
+        self._table = table
         self._out = V4Arrays(cfg)
-        self.buffers = V4Arrays.__new__(V4Arrays)
+        self.buffers = copy(self._out)
         for name, value in vars(self._out).items():
-            is_array = isinstance(value, np.ndarray)
-            setattr(self.buffers, name, view(value) if is_array else value)
+            if isinstance(value, np.ndarray):
+                setattr(self.buffers, name, view(value))
         self._csa = np.zeros(max(cfg.csa_list_length, 1), np.int32)
         self._csa_view = view(self._csa)
-        self._q, self._slot = np.empty((2, 0), np.int32)
         self.staged: deque[tuple[np.ndarray, ...]] = deque()
 
-    def begin(self) -> None:
-        """Nothing has to be free."""
-
-    def take_rows(self, q: np.ndarray, slot: np.ndarray, num_tokens: int) -> None:
-        """The numbers of tokens and the slots [B] of the steps from now on."""
-        self._q, self._slot = q.copy(), slot.copy()
-
-    def stage(self, ctx: np.ndarray) -> None:
+    def stage(
+        self, ctx: Integers, q: Integers, slot: Integers, num_tokens: int, runs: list[Run]
+    ) -> None:
         """Keep a copy of the step and of its part of the table."""
-        width = -(-int(ctx.max(initial=0)) // self._cfg.block_size)
-        table = self._table.table_of(len(ctx), width)
-        self.staged.append((ctx.copy(), self._q, self._slot, table))
+        self._table.put(runs)
+        width = -(-int(ctx.max(initial=0)) // self._out.config.block_size)
+        self.staged.append(
+            (ctx.copy(), q.copy(), slot.copy(), self._table.table_of(len(ctx), width))
+        )
 
     def expand(self, rollback: Any) -> None:
         """Build the earliest staged step.
@@ -267,7 +255,7 @@ class HostSteps:
         ctx, q, slot, table = self.staged[0]
         if rollback is not None:
             ctx = _rolled_back(ctx, q, host_array("rollback", rollback))
-        v4_prepare_np(self._cfg, ctx, q, slot, table, out=self._out)
+        v4_prepare_np(self._out.config, ctx, q, slot, table, out=self._out)
         self._out.block_table[: len(table), : table.shape[1]] = table
         self.staged.popleft()
 
@@ -282,9 +270,7 @@ class HostSteps:
         return self._csa_view
 
 
-def _rolled_back(
-    ctx: npt.NDArray[Any], q: npt.NDArray[Any], rollback: npt.NDArray[Any]
-) -> npt.NDArray[np.int64]:
+def _rolled_back(ctx: Integers, q: Integers, rollback: Integers) -> Integers:
     """Contexts of the active rows less the tokens that were rejected before the step."""
     if rollback.dtype != np.int32 or rollback.ndim != 1:
         raise DtypeError(
@@ -294,18 +280,16 @@ def _rolled_back(
     taken = np.zeros(len(q), np.int64)
     taken[: len(rollback)] = rollback[: len(q)]
     taken[q == 0] = 0
-    left = ctx - taken
+    left = ctx.astype(np.int64) - taken
     is_bad = (taken < 0) | (left < q)
     if is_bad.any():
         row = int(is_bad.argmax())
-        is_negative = bool(taken[row] < 0)
-        value = taken[row] if is_negative else left[row]
-        raise rollback_error(row, is_negative, int(value), int(q[row]))
+        raise rollback_error(row, int(taken[row]), int(left[row]), int(q[row]))
     return left
 
 
 def _steps_for(
-    cfg: V4PrepareConfig, place: str, allocate: Allocate | None, table: TableMirror
+    cfg: V4PrepareConfig, place: str, allocate: Allocate | None, table: BlockTable
 ) -> Any:
     """What stages and expands steps in a place."""
     if allocate is None and place == "numpy":

@@ -1,16 +1,15 @@
-"""The baselines of the V4 preparation make the arrays of the loop oracle."""
+"""The baseline of the V4 preparation makes the arrays of the loop oracle."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from benchmarks._v4_baselines import GROUPS, NAMES, HostArrays, Loop, Vectorised
+from benchmarks._v4_baselines import NAMES, HostArrays, Vectorised
 from benchmarks._v4_steps import Decode, Size, config_of, sizes
 from fd_dsa.v4_prepare import V4PrepareConfig
 from tests.reference.v4_prepare import naive
 
-SIDES = {"loop": Loop, "vectorised": Vectorised}
 SMALL = {"window_size": 8, "block_size": 16, "csa_ratio": 4, "hca_ratio": 16, "index_topk": 3}
 SMALL |= {"num_slots": 8, "num_blocks": 64}
 
@@ -19,32 +18,33 @@ def poisoned(count: int) -> np.ndarray:
     return np.full(count, -77, np.int32)
 
 
-def check(side: str, config: V4PrepareConfig, inputs: tuple[np.ndarray, ...]) -> None:
+def check(config: V4PrepareConfig, inputs: tuple[np.ndarray, ...]) -> None:
     """Compare every array of one step."""
     out = HostArrays(config, poisoned)
     for name in NAMES:
         out.arrays[name].fill(-77)
-    SIDES[side](config, out).build(*inputs)
+    ctx, q, slot, table = inputs
+    baseline = Vectorised(config, out)
+    baseline.first(ctx, q, slot)
+    baseline.second(ctx, q, table)
     wanted = naive(config, *inputs)
     assert set(wanted) == {*NAMES, "ext_len"} and not wanted["ext_len"].any()
     for name in NAMES:
-        end = out.used(name) if name == "hca_idx" else None
+        end = out.used("entries") if name == "hca_idx" else None
         np.testing.assert_array_equal(out.arrays[name][:end], wanted[name], name)
 
 
-@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("drafts", [0, 1, 3])
-def test_decode_steps(side: str, drafts: int) -> None:
+def test_decode_steps(drafts: int) -> None:
     config = config_of(5, drafts, max_model_len=4096)
     decode = Decode(config, 1024)
     for _ in range(3):
-        check(side, config, (*decode.inputs(), decode.block_table))
+        check(config, (*decode.inputs(), decode.block_table))
         for _ in range(13):
             decode.advance()
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_ragged_rows_idle_rows_and_padding(side: str) -> None:
+def test_ragged_rows_idle_rows_and_padding() -> None:
     sizes = {"max_blocks_per_seq": 8, "max_num_seqs": 6, "max_num_tokens": 20}
     sizes |= {"max_tokens_per_seq": 4, "max_model_len": 128, "spec_tokens": 3}
     config = V4PrepareConfig(**SMALL | sizes)
@@ -55,21 +55,7 @@ def test_ragged_rows_idle_rows_and_padding(side: str) -> None:
         ([0, 7, 0, 0, 0], [0, 0, 0, 0, 0]),
     ):
         rows = [np.array(values, np.int32) for values in (ctx, q, [7, 1, -1, 0, 4])]
-        check(side, config, (*rows, table))
-
-
-def test_copies_move_what_a_step_has() -> None:
-    config = config_of(3, 1, max_model_len=4096)
-    decode, out = Decode(config, 1024), HostArrays(config, poisoned)
-    Loop(config, out).build(*decode.inputs(), decode.block_table)
-    assert (
-        out.used("hca_idx")
-        == out.used("entries")
-        == sum((int(n) - j) // 128 for n in decode.ctx for j in (0, 1))
-    )
-    assert sum(out.used(group) for group in GROUPS) == sum(out.used(name) for name in NAMES)
-    for group, names in GROUPS.items():
-        assert all(np.shares_memory(out.arrays[name], out.groups[group]) for name in names)
+        check(config, (*rows, table))
 
 
 def test_rows_grow_by_blocks_of_their_own() -> None:
@@ -93,7 +79,7 @@ def test_rows_grow_by_blocks_of_their_own() -> None:
 def test_every_size_of_the_comparison() -> None:
     every = list(sizes())
     assert len(set(every)) == 36 and every[0].label == "1 x 1k, MTP 0"
-    assert Size(256, 131072, 3) in every and Size(256, 131072, 3).num_tokens == 1024
+    assert Size(256, 131072, 3) in every
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 3])

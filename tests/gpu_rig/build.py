@@ -41,7 +41,7 @@ CUDA_LINK_FLAGS = ("-lcudart_static", "-lpthread", "-ldl", "-lrt")
 
 
 class BuildError(RuntimeError):
-    """A form cannot be built here; the message says what is missing or what the compiler said."""
+    """A form cannot be built here; the message names what is missing, or is the compiler's."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ def find_nvcc() -> str | None:
 
 def _cuda_folder(nvcc: str) -> Path:
     """Folder with CUDA's headers and static runtime, as nvcc itself names it."""
-    said = subprocess.run(
+    output = subprocess.run(
         [nvcc, "--dryrun", "-c", "-o", "/dev/null", str(SOURCES / BOTH)],
         capture_output=True,
         text=True,
     ).stderr
-    top = [line.partition("TOP=")[2] for line in said.splitlines() if "TOP=" in line]
+    top = [line.partition("TOP=")[2] for line in output.splitlines() if "TOP=" in line]
     if not top:
-        raise BuildError(f"{nvcc} --dryrun names no folder of CUDA:\n{said}")
+        raise BuildError(f"{nvcc} --dryrun names no folder of CUDA:\n{output}")
     return Path(top[0]).resolve()
 
 

@@ -5,7 +5,7 @@
 
 Real Paddle tensors in CUDA memory (the plug-in of this folder), raw events with timing around each
 copy and around the work of each step, which is a graph of kernels that spin. The engine is one
-step ahead of the device: it stages step n+1 when step n-1 is done. The share of a copy that lies
+step ahead of the device: it stages step n+1 when step n-1 is done. The share of a copy
 inside the work of a step is its overlap. `control` is the same with a copy stream that first waits
 for the main stream, as in ROCm/ATOM #728: it shows that the meter can say no.
 """
@@ -44,7 +44,7 @@ _SIDES = {"overlap": "staged", "control": "copies wait for the main stream"}
 
 
 def covered(span: Span, work: Sequence[Span]) -> float:
-    """The share of a span that lies inside spans which do not overlap each other."""
+    """The share of a span inside spans which do not overlap each other."""
     begin, end = span
     inside = sum(max(0.0, min(end, last) - max(begin, first)) for first, last in work)
     return inside / (end - begin)
@@ -143,38 +143,6 @@ def overlap_run(
     return Run(copied, worked)
 
 
-def host_times(
-    rig: Rig, steps: StagedSteps, num_steps: int, work: Callable[[], Any]
-) -> dict[str, float]:
-    """Microseconds that the host spends in `stage` and in `expand` beside a busy device."""
-    from tests.gpu_rig.timing import Clock
-
-    clock, taken = Clock(rig, 2 * num_steps), {"stage": [], "expand": []}
-
-    class Timed:
-        """The same steps, with the host's clock around them."""
-
-        name = steps.name
-
-        def stage(self, step: int) -> None:
-            begin = time.perf_counter_ns()
-            steps.stage(step)
-            taken["stage"].append(time.perf_counter_ns() - begin)
-
-        def expand(self, step: int) -> None:
-            begin = time.perf_counter_ns()
-            steps.expand(step)
-            taken["expand"].append(time.perf_counter_ns() - begin)
-
-    engine_steps(Timed(), num_steps, work, clock)
-    clock.times_us()
-    return {
-        f"{name}_p{q}": round(float(np.percentile(values[_WARM_UP:], q)) / 1e3, 3)
-        for name, values in taken.items()
-        for q in (50, 99)
-    }
-
-
 def race(rig: Rig, steps: StagedSteps, num_steps: int, seed: int = 0, **held: float) -> np.ndarray:
     """Run steps with random sleeps of the host, of the copies and of the main stream.
 
@@ -253,26 +221,25 @@ def all_steps(rig: Rig, max_steps: int) -> list[StagedSteps]:
 
 def case_of(rig: Rig, steps: StagedSteps, num_steps: int, num_raced: int) -> dict[str, Any]:
     """All figures of one way to the device, and two timelines."""
-    from tests.gpu_rig.timing import Spin
+    from tests.gpu_rig.timing import Clock, Spin
 
     # without a GPU nothing is ever late
     guards = GUARDS if rig.is_real else ()
     work = Spin(rig).graph(BUSY_US)
     runs = {"overlap": overlap_run(rig, steps, num_steps, work)}
     runs["control"] = overlap_run(rig, steps, num_steps, work, control=True)
-    host_us = host_times(rig, steps, num_steps, work)
+    clock = Clock(rig, 2 * num_steps)
     with rig.counting() as counted:
-        # the points of the clock are not among the waits that are counted
-        host_times(rig, steps, num_steps, lambda: None)
+        # the clock's own waits are not among those that are counted
+        engine_steps(steps, num_steps, lambda: None, clock)
+    clock.times_us()
     raced = race(rig, steps, num_raced)
     waits = sum(number for name, number in counted.delta.items() if name.endswith("_syncs"))
     return {
         "case": steps.name,
         "tier": "T1p",
         **{name: run.figures() for name, run in runs.items()},
-        "host_us": host_us,
-        # one wait for the device is that of the clock after the last step
-        "host_waits": waits - 1,
+        "host_waits": waits,
         "copies_a_step": counted.delta["h2d_async"] / num_steps,
         "bytes_a_step": counted.delta["h2d_bytes"] / num_steps,
         "raced_steps": num_raced,
@@ -309,22 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result["cases"].append(case)
         result.setdefault("timeline", case["timeline"])
         write_json(args.out / "staging.json", result)
-        print(line_of(case), flush=True)
+        print({key: case[key] for key in case if key != "timeline"}, flush=True)
     return 0
-
-
-def line_of(case: dict[str, Any]) -> str:
-    """A case in one line."""
-    ours, control, host = case["overlap"], case["control"], case["host_us"]
-    return (
-        f"{case['case']:24} overlap {ours['median']:.3f} (p5 {ours['p5']:.3f}, >= 0.8 in "
-        f"{ours['share_of_steps_above_80']:.1%}), control {control['median']:.3f}; copy "
-        f"{ours['copy_us']:.1f} us of {case['bytes_a_step'] / 1024:.1f} KiB, work "
-        f"{ours['work_us']:.0f} us; stage p50 {host['stage_p50']:.1f} p99 {host['stage_p99']:.1f} "
-        f"us, expand p50 {host['expand_p50']:.1f} p99 {host['expand_p99']:.1f} us; "
-        f"{case['host_waits']} waits; {case['wrong_steps']} of {case['raced_steps']} steps wrong; "
-        f"without guards, of {case['unguarded_steps']}: {list(case['unguarded'].values())}"
-    )
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.gpu_rig.build import LIBRARY, build
-from tests.gpu_rig.cublas import find_cublas
+from tests.gpu_rig.build import CUDA_FOLDER, LIBRARY, build
 from tests.gpu_rig.transfers import counted_transfers
 
 DEVICE_TYPE = "hopper"
+CUBLAS = "libcublas.so.13"
 _POINTER = ctypes.c_void_p
 
 
@@ -187,6 +187,14 @@ class Rig:
         return capture.replay
 
 
+def _find_cublas() -> Path | None:
+    """The library in CUDA's folder or in NVIDIA's wheels; None leaves it to the loader."""
+    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), CUDA_FOLDER) if home]
+    folders = [home / "lib64" for home in homes]
+    folders += [wheel for path in sys.path for wheel in sorted(Path(path).glob("nvidia/*/lib"))]
+    return next((folder / CUBLAS for folder in folders if (folder / CUBLAS).is_file()), None)
+
+
 _loaded: Rig | None = None
 
 
@@ -216,7 +224,7 @@ def load(form: str) -> Rig:
     os.environ["CUSTOM_DEVICE_ROOT"] = str(folder)
     # Paddle logs every plug-in it loads, and each callback that is optional and absent
     os.environ.setdefault("GLOG_minloglevel", "2")
-    cublas = find_cublas() if form == "real" else None
+    cublas = _find_cublas() if form == "real" else None
     if cublas is not None:
         os.environ.setdefault("RIG_CUBLAS", str(cublas))
     rig = Rig(form, folder)

@@ -7,7 +7,7 @@ Three ways to the device: an `InputStaging` alone, the embedded engine's `Device
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import paddle
@@ -20,7 +20,7 @@ from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.v4_prepare import V4Prepare
 from fd_dsa.v4_prepare.prepare import NUM_SLABS
 from tests.gpu_rig.rig import Rig
-from tests.v4_prepare.kernel_case import serving_config
+from tests.v4_prepare.cases import serving_config
 
 import triton.language as tl  # isort: skip
 
@@ -35,8 +35,8 @@ def stamps_kernel(values_ptr, out_ptr, first, last, at):
     tl.store(out_ptr + at + 1, tl.load(values_ptr + last))
 
 
-class StagedSteps(Protocol):
-    """Steps of one way to the device; step numbers are 0, 1, ...
+class StagedSteps:
+    """Steps of one way to the device, numbered 0, 1, ..., and where found stamps are kept.
 
     Attributes:
         name: of the way.
@@ -44,13 +44,13 @@ class StagedSteps(Protocol):
 
     name: str
 
-    def stage(self, step: int) -> None: ...
-    def expand(self, step: int) -> None: ...
-    def wrong(self, num_steps: int) -> np.ndarray: ...
+    def stage(self, step: int) -> None:
+        """What the host does for a step."""
+        raise NotImplementedError
 
-
-class _Stamped:
-    """Where the stamps that were found are kept."""
+    def expand(self, step: int) -> None:
+        """What the main stream does with a step."""
+        raise NotImplementedError
 
     def __init__(self, rig: Rig, values: Any, max_steps: int) -> None:
         zeros = np.full(2 * max_steps, -1, np.int32)
@@ -69,7 +69,7 @@ class _Stamped:
         return np.arange(num_steps)
 
 
-class SlabSteps(_Stamped):
+class SlabSteps(StagedSteps):
     """An `InputStaging` alone: first and last value of each slab are the number of the step."""
 
     name = "InputStaging"
@@ -95,7 +95,7 @@ class SlabSteps(_Stamped):
         self.staging.release(index)
 
 
-class RunnerSteps(_Stamped):
+class RunnerSteps(StagedSteps):
     """The embedded engine's inputs: the first token id and the last block of the last row."""
 
     name = "DeviceInputs"
@@ -128,7 +128,7 @@ class RunnerSteps(_Stamped):
         self.note(0, self._last, 2 * step)
 
 
-class V4Steps(_Stamped):
+class V4Steps(StagedSteps):
     """`V4Prepare`: the tokens of the first and of the last row are those of the step.
 
     Args:

@@ -21,9 +21,9 @@ def test_the_share_of_a_span_inside_work(span: tuple[float, float], share: float
 def test_copies_beside_the_step_before_and_copies_behind_it() -> None:
     # the copy of step n is inside the work of step n - 1, or between the two
     beside = Run([(begin - 60, begin - 40) for begin, _ in WORK], WORK).figures()
-    behind = Run([(begin - 9, begin - 1) for begin, _ in WORK], WORK).figures()
+    after = Run([(begin - 9, begin - 1) for begin, _ in WORK], WORK).figures()
     assert (beside["median"], beside["share_of_steps_above_80"]) == (1.0, 1.0)
-    assert (behind["median"], behind["share_of_steps_above_80"]) == (0.0, 0.0)
+    assert (after["median"], after["share_of_steps_above_80"]) == (0.0, 0.0)
     assert beside["copy_us"] == 20 and beside["work_us"] == 90 and beside["steps"] == 7
 
 

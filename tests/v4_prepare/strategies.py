@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import lcm
 
 import numpy as np
 from hypothesis import strategies as st
 
 from fd_dsa.v4_prepare import V4PrepareConfig
+from tests.v4_prepare.cases import Step
 
 KINDS = ("idle", "idle_with_cache", "decode", "mtp", "fresh_prompt", "chunk")
-
-
-@dataclass(frozen=True)
-class V4Step:
-    """Inputs of one step and the configuration they fit."""
-
-    cfg: V4PrepareConfig
-    ctx: np.ndarray
-    q: np.ndarray
-    slot: np.ndarray
-    block_table: np.ndarray
-
-    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The four arrays in the order of `v4_prepare_np`."""
-        return self.ctx, self.q, self.slot, self.block_table
 
 
 @st.composite
@@ -76,8 +61,8 @@ def _lengths(draw: st.DrawFn, cfg: V4PrepareConfig, most: int) -> tuple[int, int
 
 
 @st.composite
-def steps(draw: st.DrawFn, **fixed: object) -> V4Step:
-    """A valid step; cells and slots that nobody reads hold anything."""
+def steps(draw: st.DrawFn, **fixed: object) -> tuple[V4PrepareConfig, Step]:
+    """Sizes and a valid step; cells and slots that nobody reads hold anything."""
     cfg = draw(configs(**fixed))
     num_rows = draw(st.integers(0, cfg.max_num_seqs))
     rest, ctx, q = cfg.max_num_tokens, [], []
@@ -96,8 +81,5 @@ def steps(draw: st.DrawFn, **fixed: object) -> V4Step:
     table[unused] = rng.choice([-1, -(2**31), 2**31 - 1, 0], unused.sum())
     slot = rng.permutation(cfg.num_slots)[:num_rows]
     slot[np.array(q, np.int64) == 0] = rng.choice([-1, 0, 2**31 - 1])
-    return V4Step(
-        cfg,
-        *(np.array(values, np.int32).reshape(np.shape(values)) for values in (ctx, q, slot)),
-        table.astype(np.int32),
-    )
+    lengths = (np.array(values, np.int32).reshape(num_rows) for values in (ctx, q, slot))
+    return cfg, Step(*lengths, table.astype(np.int32))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,14 @@ from fd_dsa.v4_prepare import (
     v4_prepare_np,
 )
 from tests.reference.v4_prepare import naive
+from tests.v4_prepare.cases import Step, assert_same, outputs_of, serving_config
 from tests.v4_prepare.golden import (
     CASES,
-    assert_hca_tokens,
     assert_outputs,
     config_of,
     inputs_of,
 )
-from tests.v4_prepare.kernel_case import assert_same, outputs_of, serving_config
-from tests.v4_prepare.strategies import V4Step, steps
+from tests.v4_prepare.strategies import steps
 
 DTYPES = ["int32", "int64", "uint32", "uint64", ">i4"]
 
@@ -46,18 +44,6 @@ def check(cfg: V4PrepareConfig, inputs: Any, out: V4Arrays | None = None) -> V4A
     return out
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("garbage", [-1, 77, -(2**31)])
-def test_every_output_is_that_of_the_example(name: str, garbage: int) -> None:
-    case = CASES[name]
-    cfg = config_of(case["config"])
-    out = poisoned(cfg, garbage)
-    assert v4_prepare_np(cfg, *inputs_of(case), out) is out
-    assert_outputs(case, lambda field: getattr(out, field))
-    if "out_compact" in case:
-        assert_hca_tokens(case, out.hca_indptr, out.hca_idx)
-
-
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, dtype) for name in CASES for dtype in DTYPES] + [("G8", "int8"), ("G8", "uint8")],
@@ -71,28 +57,21 @@ def test_inputs_of_any_integer_dtype_in_a_table_of_any_layout(name: str, dtype: 
     for row, blocks in enumerate(table):
         wide[row, : len(blocks)] = blocks
     arrays = [np.array(one, np.int64).astype(dtype) for one in lengths]
-    out = v4_prepare_np(cfg, *arrays, np.asfortranarray(wide.astype(dtype)))
-    assert_outputs(case, lambda field: getattr(out, field))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_table_mode_leaves_the_list_out_and_nothing_else(name: str) -> None:
-    case = CASES[name]
-    cfg = replace(config_of(case["config"]), hca_mode="table")
-    out = v4_prepare_np(cfg, *inputs_of(case))
-    assert out.hca_idx is None
+    out = poisoned(cfg, -(2**31))
+    assert v4_prepare_np(cfg, *arrays, np.asfortranarray(wide.astype(dtype)), out) is out
     assert_outputs(case, lambda field: getattr(out, field))
 
 
 @settings(max_examples=500, deadline=None)
-@given(step=steps(), garbage=st.integers(-(2**31), 2**31 - 1))
-def test_any_step_over_garbage(step: V4Step, garbage: int) -> None:
-    inputs = step.inputs()
+@given(made=steps(), garbage=st.integers(-(2**31), 2**31 - 1))
+def test_any_step_over_garbage(made: tuple[V4PrepareConfig, Step], garbage: int) -> None:
+    cfg, step = made
+    inputs = step.arrays()
     before = [array.copy() for array in inputs]
-    out = check(step.cfg, inputs, poisoned(step.cfg, garbage))
+    out = check(cfg, inputs, poisoned(cfg, garbage))
     for array, copy in zip(inputs, before, strict=True):
         np.testing.assert_array_equal(array, copy)
-    if step.cfg.swa == "ring":
+    if cfg.swa == "ring":
         # no two tokens write one row
         written = out.swa_write[out.swa_write >= 0].tolist()
         assert len(set(written)) == len(written)
@@ -132,7 +111,7 @@ SHORT = [(4 + 97 * n % 696, n % 5) for n in range(256)]
     ],
 )
 def test_real_sizes(lengths: list[tuple[int, int]], sizes: dict[str, Any]) -> None:
-    """Lists that are gathered and lists so long that they are copied; one HCA entry a block, two.
+    """Long lists and short ones; one HCA entry a block, two.
 
     A short step after a long one leaves nothing of it, at the same addresses.
     """
@@ -176,29 +155,26 @@ print(out.hca_idx[0], prepare.expand().hca_idx[0], csa_translate(out, [[19, 26]]
     assert result.stdout == "51 51 [136 108  -1]\n", result.stderr
 
 
-def chosen_entries(step: V4Step, seed: int) -> np.ndarray:
-    """Numbers as an indexer might leave them: most are entries, some are not."""
-    rng = np.random.default_rng(seed)
-    shape = (step.cfg.max_num_tokens, step.cfg.index_topk)
-    chosen = rng.integers(-2, 2 + step.cfg.max_model_len // step.cfg.csa_ratio, shape)
-    return np.where(rng.random(shape) < 0.1, rng.choice([2**31 - 1, -(2**31)]), chosen)
-
-
 @settings(max_examples=150, deadline=None)
-@given(step=steps(), seed=st.integers(0, 2**16), dtype=st.sampled_from([np.int32, np.int64]))
-def test_translated_entries(step: V4Step, seed: int, dtype: Any) -> None:
-    cfg, out = step.cfg, v4_prepare_np(step.cfg, *step.inputs())
-    chosen, per_block = chosen_entries(step, seed).astype(dtype), cfg.block_size // cfg.csa_ratio
+@given(made=steps(), seed=st.integers(0, 2**16), dtype=st.sampled_from([np.int32, np.int64]))
+def test_translated_entries(made: tuple[V4PrepareConfig, Step], seed: int, dtype: Any) -> None:
+    """Of numbers as an indexer might leave them: most are entries, some are not."""
+    cfg, step = made
+    out, rng = v4_prepare_np(cfg, *step.arrays()), np.random.default_rng(seed)
+    shape, per_block = (cfg.max_num_tokens, cfg.index_topk), cfg.block_size // cfg.csa_ratio
+    chosen = rng.integers(-2, 2 + cfg.max_model_len // cfg.csa_ratio, shape)
+    extreme = rng.choice([2**31 - 1, -(2**31)])
+    chosen = np.where(rng.random(shape) < 0.1, extreme, chosen).astype(dtype)
     expected = []
     for t in range(int(out.counts[1])):
         visible, row = int(out.csa_visible[t]), int(out.req_of_token[t])
         for entry in chosen[t, : min(visible, cfg.index_topk)].tolist():
             if 0 <= entry < visible:
-                block = int(step.block_table[row, entry // per_block])
+                block = int(step.table[row, entry // per_block])
                 expected.append(cfg.comp_base + block * per_block + entry % per_block)
             else:
                 expected.append(-1)
-    rows = csa_translate(out, step.block_table, chosen)
+    rows = csa_translate(out, step.table, chosen)
     assert rows.dtype == np.int32
     assert rows.tolist() == expected
 

@@ -11,8 +11,8 @@ import re, subprocess, sys, tempfile
 from pathlib import Path
 from fd_dsa.triton_runtime import Pointer
 from fd_dsa.v4_prepare.kernel import csa_rows_kernel, expand_kernel as kernel
-from fd_dsa.v4_prepare.launch import expand_arguments, tiles_for
-from tests.v4_prepare.kernel_case import serving_config
+from fd_dsa.v4_prepare.launch import expand_arguments
+from tests.v4_prepare.cases import serving_config
 import triton
 
 capability, *names = sys.argv[1:]
@@ -29,17 +29,14 @@ forms = {
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 for name in names:
     cfg, has_rollback = forms[name]
-    tiles = tiles_for(cfg)
     given = {n: Pointer("int32") for n in kernel.arg_names if n.endswith("_ptr")}
     if not has_rollback:
         given["rollback_ptr"] = None
     if cfg.hca_mode == "table":
         given["hca_idx_ptr"] = None
-    given |= expand_arguments(cfg, tiles)
+    given |= expand_arguments(cfg)
     given |= {"slab_offset": 1 << 40, "error_address": 1 << 40, "num_rollback": 7}
-    compiled = kernel.warmup(
-        **given, num_warps=tiles.num_warps, capability=int(capability)
-    )
+    compiled = kernel.warmup(**given, capability=int(capability))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.image)
         text = subprocess.run(
@@ -64,8 +61,8 @@ for topk in (3, 512, 1024) if capability == "90" else ():
     ],
 )
 def test_forms_compile_without_spills(capability: int, forms: list[str]) -> None:
-    said = output_of(SCRIPT, str(capability), *forms)
-    found = [tuple(map(int, line.split())) for line in said.splitlines()]
+    output = output_of(SCRIPT, str(capability), *forms)
+    found = [tuple(map(int, line.split())) for line in output.splitlines()]
     assert len(found) == len(forms)
     for registers, stack_bytes, shared_bytes in found:
         assert stack_bytes == 0

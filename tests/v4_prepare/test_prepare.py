@@ -8,30 +8,26 @@ import pytest
 from fd_dsa.errors import DtypeError, LaunchError, ShapeError
 from fd_dsa.v4_prepare import (
     OUTPUT_SHAPES,
-    V4Prepare,
     V4PrepareConfig,
     V4PrepareError,
     csa_translate,
     v4_prepare_np,
 )
 from tests.reference.v4_prepare import naive
+from tests.v4_prepare.cases import PLACES, Place, Step, assert_same, expected
 from tests.v4_prepare.golden import (
     CASES,
     ERRORS,
-    assert_hca_tokens,
     assert_outputs,
     config_of,
     error_config,
     inputs_of,
 )
-from tests.v4_prepare.kernel_case import Step as StepCase
-from tests.v4_prepare.kernel_case import assert_same, expected
-from tests.v4_prepare.places import PLACES, Place, open_place
 
 
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest) -> Place:
-    return open_place(request.param)
+    return Place(request.param)
 
 
 SIZES = dict(
@@ -50,36 +46,44 @@ SIZES = dict(
     max_model_len=40,
 )
 CFG = V4PrepareConfig(**SIZES)  # type: ignore[arg-type]
-Step = tuple[list[int], list[int], list[int], list[list[int]]]
 # a decode row, a prompt and an idle row; one token more each; the rows in another order
-STEPS: list[Step] = [
-    ([17, 9, 6], [3, 9, 0], [2, 0, -1], [[7, 3, 1], [4, 5, -1], [-1, -1, -1]]),
-    ([20, 10, 6], [3, 1, 2], [2, 0, 1], [[7, 3, 1], [4, 5, -1], [9, -1, -1]]),
-    ([12, 25], [1, 1], [0, 2], [[4, 5, -1, -1], [7, 3, 1, 30]]),
+STEPS = [
+    Step(*(np.array(values, np.int32) for values in inputs))
+    for inputs in (
+        ([17, 9, 6], [3, 9, 0], [2, 0, -1], [[7, 3, 1], [4, 5, -1], [-1, -1, -1]]),
+        ([20, 10, 6], [3, 1, 2], [2, 0, 1], [[7, 3, 1], [4, 5, -1], [9, -1, -1]]),
+        ([12, 25], [1, 1], [0, 2], [[4, 5, -1, -1], [7, 3, 1, 30]]),
+    )
 ]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_goldens(place: Place, name: str) -> None:
-    if place.name == "interpreter" and name not in ("G6", "G8"):
-        pytest.skip("the kernel's own tests interpret all of them")
     case = CASES[name]
-    prepare = place.prepare(config_of(case["config"]))
-    prepare.stage(*inputs_of(case))
+    prepare, inputs = place.prepare(config_of(case["config"])), inputs_of(case)
+    prepare.stage(*inputs)
     buffers = prepare.expand()
     assert_outputs(case, lambda field: place.get(getattr(buffers, field)))
-    if "out_compact" in case:
-        assert_hca_tokens(case, place.get(buffers.hca_indptr), place.get(buffers.hca_idx))
+    if not place.is_host:
+        *lengths, table = (np.array(one, np.int32) for one in inputs)
+        table = table.reshape(len(lengths[0]), prepare.cfg.max_blocks_per_seq)
+        place.assert_nothing_else(prepare, Step(*lengths, table))
 
 
-def test_an_empty_step_is_there_from_the_beginning(place: Place) -> None:
-    assert_same(place.outputs(place.prepare(CFG)), naive(CFG, [], [], [], []))
+def test_steps_without_tokens(place: Place) -> None:
+    prepare = place.new(CFG)
+    assert_same(place.outputs(prepare), naive(CFG, [], [], [], []))
+    place.run(prepare, STEPS[0])
+    for ctx in ([], [9, 0]):
+        idle = Step(*np.array([ctx, [0] * len(ctx), ctx], np.int32), np.zeros((len(ctx), 0)))
+        idle.table = idle.table.astype(np.int32)
+        assert_same(place.run(prepare, idle), expected(CFG, idle))
 
 
 def test_a_refused_step_changes_nothing(place: Place) -> None:
     cfg = error_config()
     prepare = place.prepare(cfg)
-    good: Step = ([5, 20, 33], [1, 2, 1], [0, 3, 2], [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    good = [5, 20, 33], [1, 2, 1], [0, 3, 2], [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     prepare.stage(*good)
     prepare.expand()
     before = place.outputs(prepare)
@@ -97,96 +101,65 @@ def test_a_refused_step_changes_nothing(place: Place) -> None:
     assert_same(place.outputs(prepare), naive(cfg, [6, 21, 33], [1, 1, 1], *good[2:]))
 
 
-@pytest.mark.parametrize("name", sorted(set(ERRORS) - {"X5", "X6"}))
-def test_arrays_without_a_table_are_checked_as_lists_are(name: str) -> None:
-    cfg, case = error_config(), ERRORS[name]
-    prepare = V4Prepare(cfg, "numpy")
-    for row in range(3):
-        prepare.set_blocks(row, [1, 2, 3])
-    before = open_place("numpy").outputs(prepare)
-    with pytest.raises(V4PrepareError) as caught:
-        prepare.stage(*(np.array(values, np.int32) for values in inputs_of(case)[:3]))
-    assert str(caught.value) == case["text"]
-    with pytest.raises(V4PrepareError, match="E_SHAPE"):
-        prepare.stage(*np.ones((3, 2, 2), np.int32))
-    assert_same(open_place("numpy").outputs(prepare), before)
-
-
 def test_steps_are_expanded_in_the_order_of_staging(place: Place) -> None:
     prepare = place.prepare(CFG)
-    for ctx, q, slot, table in STEPS:
-        arrays = [np.array(values, np.int32) for values in (ctx, q, slot, table)]
+    for step in STEPS:
+        arrays = [array.copy() for array in step.arrays()]
         prepare.stage(*arrays)
         for array in arrays:
             array.fill(-7)
     with pytest.raises(RuntimeError, match="3 steps are staged"):
-        prepare.stage(*STEPS[0])
+        prepare.stage(*STEPS[0].arrays())
     addresses = None
     for step in STEPS:
         buffers = prepare.expand()
         assert buffers is prepare.buffers
-        assert_same(place.outputs(prepare), naive(CFG, *step))
+        assert_same(place.outputs(prepare), expected(CFG, step))
         found = {n: place.address(getattr(buffers, n)) for n in OUTPUT_SHAPES(CFG)}
         assert addresses in (None, found)
         addresses = found
-    prepare.stage(*STEPS[0])
-    prepare.expand()
-    assert_same(place.outputs(prepare), naive(CFG, *STEPS[0]))
+    assert_same(place.run(prepare, STEPS[0]), expected(CFG, STEPS[0]))
 
 
 def test_blocks_set_row_by_row_give_the_same_as_tables(place: Place) -> None:
     prepare = place.prepare(CFG)
     prepare.set_blocks(0, [7, 3, 1])
     prepare.set_blocks(1, np.array([4, 5]))
-    prepare.stage(*STEPS[0][:3])
-    # said between two steps: of no account to the one that is staged already
+    prepare.stage(*STEPS[0].arrays()[:3])
+    # set between two steps: the one that is staged already does not change
     prepare.set_blocks(2, [9])
-    prepare.stage(*STEPS[1][:3])
+    prepare.stage(*STEPS[1].arrays()[:3])
     prepare.set_blocks(0, [4, 5])
     prepare.set_blocks(1, [7, 3])
     prepare.set_blocks(1, [1, 30], start=2)
-    prepare.stage(*STEPS[2][:3])
+    prepare.stage(*STEPS[2].arrays()[:3])
     for step in STEPS:
         prepare.expand()
-        assert_same(place.outputs(prepare), naive(CFG, *step))
-
-
-def test_blocks_of_rows_that_a_step_lacks_wait(place: Place) -> None:
-    prepare = place.prepare(CFG)
-    prepare.set_blocks(2, [9])
-    prepare.stage([2], [1], [0], [[3]])
-    prepare.expand()
-    prepare.stage([3, 0, 6], [1, 0, 2], [0, 0, 1])
-    prepare.expand()
-    assert_same(
-        place.outputs(prepare), naive(CFG, [3, 0, 6], [1, 0, 2], [0, 0, 1], [[3], [-1], [9]])
-    )
+        assert_same(place.outputs(prepare), expected(CFG, step))
 
 
 def test_drafts_that_were_rejected(place: Place) -> None:
     prepare = place.prepare(CFG)
-    ctx, q, slot, table = STEPS[1]
-    for rollback, left in (([2, 0, 1], [18, 10, 5]), ([1], [19, 10, 6]), ([0] * 3, ctx)):
-        prepare.stage(ctx, q, slot, table)
-        prepare.expand(place.put(np.array(rollback, np.int32)))
-        assert_same(place.outputs(prepare), naive(CFG, left, q, slot, table))
+    # an idle row keeps its tokens, whatever its number; rows past the rollback keep theirs
+    for step, rollback in (
+        (STEPS[1], [2, 0, 1]),
+        (STEPS[1], [1]),
+        (STEPS[1], [0] * 3),
+        (STEPS[0], [3, 0, 100]),
+        (STEPS[0], [1, 0, -7, 99, 5]),
+    ):
+        assert_same(place.run(prepare, step, rollback), expected(CFG, step, rollback))
         prepare.poll_error()
-    # an idle row keeps its tokens
-    ctx, q, slot, table = STEPS[0]
-    prepare.stage(ctx, q, slot, table)
-    prepare.expand(place.put(np.array([3, 0, 100], np.int32)))
-    assert_same(place.outputs(prepare), naive(CFG, [14, 9, 6], q, slot, table))
-    prepare.poll_error()
 
 
 def test_a_rollback_of_another_type(place: Place) -> None:
     prepare = place.prepare(CFG)
-    prepare.stage(*STEPS[0])
+    prepare.stage(*STEPS[0].arrays())
     with pytest.raises((DtypeError, LaunchError), match="rollback"):
         prepare.expand(place.put(np.zeros(3, np.float32)))
     # the step is still there
     prepare.expand()
-    assert_same(place.outputs(prepare), naive(CFG, *STEPS[0]))
+    assert_same(place.outputs(prepare), expected(CFG, STEPS[0]))
 
 
 IMPOSSIBLE = [
@@ -195,44 +168,45 @@ IMPOSSIBLE = [
     (STEPS[1], [0, 10, -1], "row 1: ctx=0 < q=1"),
     (STEPS[1], [2**31 - 1, 1, -(2**31)], "row 0: ctx=-2147483627 < q=3"),
     (STEPS[2], [0, -1], "row 1: rollback=-1 < 0"),
+    (STEPS[0], [0, 1, 0], "row 1: ctx=8 < q=9"),
 ]
 
 
 def test_impossible_rollbacks(place: Place) -> None:
     prepare = place.prepare(CFG)
     for step, rollback, text in IMPOSSIBLE:
-        prepare.stage(*step)
-        back = np.array(rollback, np.int32)
         with pytest.raises(V4PrepareError) as caught:
-            prepare.expand(place.put(back))
             # only the device goes on, with padding instead of the rows' tokens
-            case = StepCase(*(np.array(one, np.int32) for one in step))
-            assert_same(place.outputs(prepare), expected(CFG, case, back))
+            assert_same(place.run(prepare, step, rollback), expected(CFG, step, rollback))
             prepare.poll_error()
         assert str(caught.value) == f"v4_prepare: E_CTX: {text}"
         assert (caught.value.code, caught.value.row) == ("E_CTX", int(text[4]))
         prepare.poll_error()
-        if place.name in ("numpy", "cpu"):
+        if place.is_host:
             # the step is still there
             prepare.expand()
-            assert_same(place.outputs(prepare), naive(CFG, *step))
+            assert_same(place.outputs(prepare), expected(CFG, step))
     # nothing is left of them
-    prepare.stage(*STEPS[2])
-    prepare.expand(place.put(np.zeros(2, np.int32)))
-    assert_same(place.outputs(prepare), naive(CFG, *STEPS[2]))
+    assert_same(place.run(prepare, STEPS[2], [0, 0]), expected(CFG, STEPS[2]))
     prepare.poll_error()
 
 
 @pytest.mark.triton
-def test_errors_of_two_steps_are_raised_in_order() -> None:
-    place = open_place("interpreter")
+def test_errors_of_two_steps_are_raised_in_order_once_they_have_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fd_dsa.triton_runtime.transfers import Event
+
+    place = Place("interpreter")
     prepare = place.prepare(CFG)
     # the later one has the lower slot for errors
     prepare._steps._stamp = 28
     for row in (None, 2, None, None, None, 1):
-        prepare.stage(*STEPS[1])
-        rollback = None if row is None else place.put(-(np.arange(3) == row).astype(np.int32))
-        prepare.expand(rollback)
+        rollback = None if row is None else -(np.arange(3) == row).astype(np.int32)
+        place.run(prepare, STEPS[1], rollback)
+    with monkeypatch.context() as busy:
+        busy.setattr(Event, "done", lambda event: False)
+        prepare.poll_error()
     for row in (2, 1):
         with pytest.raises(V4PrepareError, match=f"row {row}: rollback=-1"):
             prepare.poll_error()
@@ -242,10 +216,9 @@ def test_errors_of_two_steps_are_raised_in_order() -> None:
 def test_table_mode(place: Place) -> None:
     cfg = V4PrepareConfig(**SIZES, hca_mode="table")  # type: ignore[arg-type]
     prepare = place.prepare(cfg)
-    prepare.stage(*STEPS[0])
-    assert prepare.expand().hca_idx is None
-    found, expected = place.outputs(prepare), naive(cfg, *STEPS[0])
-    assert_same(found, expected)
+    found, wanted = place.run(prepare, STEPS[0]), expected(cfg, STEPS[0])
+    assert prepare.buffers.hca_idx is None
+    assert_same(found, wanted)
     # the reader takes rows from the table that the step was built from
     table, per_block = place.get(prepare.buffers.block_table), cfg.block_size // cfg.hca_ratio
     rows = [
@@ -253,16 +226,15 @@ def test_table_mode(place: Place) -> None:
         for t, b in enumerate(found["req_of_token"][: found["counts"][1]])
         for e in range(found["hca_indptr"][t + 1] - found["hca_indptr"][t])
     ]
-    assert rows == expected["hca_idx"].tolist()
+    assert rows == wanted["hca_idx"].tolist()
 
 
 def test_rows_of_chosen_entries(place: Place) -> None:
     """Those of the host function, at one address; numbers that are no entry give -1."""
     prepare, rng, addresses = place.prepare(CFG), np.random.default_rng(1), set()
     for step in STEPS[:2]:
-        prepare.stage(*step)
-        prepare.expand()
-        out = v4_prepare_np(CFG, *step)
+        place.run(prepare, step)
+        out = v4_prepare_np(CFG, *step.arrays())
         visible = out.csa_visible[:, None]
         chosen = rng.integers(0, np.maximum(visible, 1), (CFG.max_num_tokens, CFG.index_topk))
         garbage = rng.random(chosen.shape) < 0.3
@@ -270,7 +242,7 @@ def test_rows_of_chosen_entries(place: Place) -> None:
         chosen = np.where(rng.random(chosen.shape) < 0.1, visible, chosen).astype(np.int32)
         rows = prepare.csa_translate(place.put(chosen))
         found = place.get(rows)
-        wanted = csa_translate(out, step[3], chosen)
+        wanted = csa_translate(out, step.table, chosen)
         np.testing.assert_array_equal(found[: len(wanted)], wanted)
         addresses.add(place.address(rows))
     assert len(addresses) == 1

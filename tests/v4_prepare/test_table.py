@@ -1,26 +1,27 @@
 """Blocks and lengths between the host and the device: what is sent is what every step needs.
 
-The builders here get their steps out of slabs, as a device does, and build them in NumPy.
+The steps here travel through slabs, as on a device, and are built in NumPy at the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig, V4PrepareError
-from fd_dsa.v4_prepare.checks import StepChecks, rows_have_room
-from fd_dsa.v4_prepare.table import TableMirror
+from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig, V4PrepareError, v4_prepare_np
 from tests.reference.v4_prepare import naive
+from tests.v4_prepare.cases import POISON_WORD, Place, assert_same, outputs_of
 from tests.v4_prepare.golden import ERRORS, error_config, inputs_of
-from tests.v4_prepare.kernel_case import assert_same, outputs_of
-from tests.v4_prepare.slab_steps import by_slabs
 
-SIZES: dict[str, Any] = dict(
+pytestmark = pytest.mark.triton
+
+CFG = V4PrepareConfig(
     window_size=3,
     spec_tokens=1,
     block_size=4,
@@ -35,14 +36,49 @@ SIZES: dict[str, Any] = dict(
     max_tokens_per_seq=6,
     max_model_len=22,
 )
-CFG = V4PrepareConfig(**SIZES)
-INT32 = 2**31
-EXTREMES = [-INT32, -INT32 + 1, -INT32 + 4, -4, -1, INT32 - 5, INT32 - 4, INT32 - 1]
+EXAMPLES = settings(
+    max_examples=80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture
+def by_slabs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., V4Prepare]:
+    """Makes builders whose launch is a NumPy reader of slabs, over a table that only slabs fill."""
+    from fd_dsa.v4_prepare import launch
+
+    class SlabSteps(launch.DeviceSteps):
+        """Attributes: `cells`, the table's cells that came with the last step."""
+
+        def launch(self, slab: int, rollback: Any = None) -> None:
+            cfg, words = self._cfg, np.array(self._staging.slabs[slab].numpy())
+            _, num_rows, num_tokens, num_cells = words[:4]
+            sections = words[launch.HEADER_WORDS : self._first_value].reshape(5, -1)
+            ctx, q, slot, columns, starts = sections[:, : cfg.max_num_seqs + 1]
+            self.cells = words[self._first_value :][:num_cells].tolist()
+            assert q[:num_rows].sum() == num_tokens and not ctx[num_rows:].any()
+            assert starts[0] == 0 and not q[num_rows:].any()
+            assert (starts[num_rows:] == num_cells).all()
+            table = self.buffers.block_table.numpy()
+            for row, (begin, end) in enumerate(pairwise(starts)):
+                table[row, columns[row] : columns[row] + end - begin] = self.cells[begin:end]
+            self.buffers.block_table.copy_(paddle_of(table), False)
+            lengths = ctx[:num_rows], q[:num_rows], slot[:num_rows]
+            self.built = v4_prepare_np(cfg, *lengths, table[:num_rows])
+
+    import paddle
+
+    paddle_of = paddle.to_tensor
+    monkeypatch.setattr(launch, "DeviceSteps", SlabSteps)
+    place = Place("interpreter")
+    return lambda cfg=CFG: place.prepare(cfg)
 
 
 def assert_step(prepare: V4Prepare, *step: Any) -> None:
     """Expand the earliest staged step and compare it with the oracle's."""
-    assert_same(outputs_of(prepare.expand()), naive(prepare.cfg, *step))
+    prepare.expand()
+    assert_same(outputs_of(prepare._steps.built), naive(prepare.cfg, *step))
 
 
 @st.composite
@@ -70,21 +106,25 @@ def histories(draw: st.DrawFn) -> list[tuple[Any, ...]]:
     return steps
 
 
-@settings(max_examples=80)
+@EXAMPLES
 @given(history=histories(), ahead=st.integers(1, 3))
-def test_whole_tables(history: list[tuple[Any, ...]], ahead: int) -> None:
-    prepare = by_slabs(CFG)
+def test_whole_tables(
+    by_slabs: Callable[..., V4Prepare], history: list[tuple[Any, ...]], ahead: int
+) -> None:
+    prepare = by_slabs()
     for number, step in enumerate(history):
         prepare.stage(*step)
         if number + 1 >= ahead:
             assert_step(prepare, *history[number + 1 - ahead])
 
 
-@settings(max_examples=80)
+@EXAMPLES
 @given(history=histories(), data=st.data())
-def test_rows_that_are_set(history: list[tuple[Any, ...]], data: st.DataObject) -> None:
-    """A scheduler that says what changed, in one or several calls, in rows of this step or not."""
-    prepare = by_slabs(CFG)
+def test_rows_that_are_set(
+    by_slabs: Callable[..., V4Prepare], history: list[tuple[Any, ...]], data: st.DataObject
+) -> None:
+    """A scheduler sets what changed, in one or several calls, in rows of this step or not."""
+    prepare = by_slabs()
     known: list[list[int]] = [[], [], []]
     for step in history:
         ctx, q, slot, table = step
@@ -115,45 +155,32 @@ REFUSED = [
     ((-1, [1]), "row: got -1, allowed is 0..2"),
     ((1, [1], 3), "start: got 3, row 1 has 2 blocks, allowed is 0..2"),
     ((1, [1], -1), "start: got -1, row 1 has 2 blocks"),
-    (([0, 3], [1, 2]), "row: got 3, allowed is 0..2 = max_num_seqs - 1; name a row"),
-    (([-1], [1]), "row: got -1, allowed is 0..2"),
-    (([0, 1, 0], [1, 2, 3]), "rows: got row 0 twice"),
-    (([0, 1], [1, 30]), "E_BLOCK: row 1: block_table[2]=30 not in [0, 30)"),
-    (([1, 0], [-1, 30]), "E_BLOCK: row 1: block_table[2]=-1 not in [0, 30)"),
-    (([0, 1], np.array([3, 2**63], np.uint64)), "row 1: block_table[2]=9223372036854775808"),
-    (([0, 2], [1, 2]), "E_TABLE: row 2: needs 7 blocks, table has 6 columns"),
-    (([0, 1], [1]), "E_SHAPE: batch: got 2 rows and 1 block_ids"),
-    (([0], [1.0]), "E_DTYPE: batch: block_ids of shape [1] and dtype float64, must be [n] int"),
-    (([True], [1]), "E_DTYPE: batch: rows of shape [1] and dtype bool"),
-    (([[0]], [[1]]), "E_DTYPE: batch: rows of shape [1, 1] and dtype int"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "text"), REFUSED)
-def test_blocks_that_cannot_be_set_or_appended(arguments: Any, text: str) -> None:
-    prepare = by_slabs(CFG)
+def test_blocks_that_cannot_be_set(
+    by_slabs: Callable[..., V4Prepare], arguments: Any, text: str
+) -> None:
+    prepare = by_slabs()
     prepare.set_blocks(1, [8, 9])
     prepare.set_blocks(2, [1] * 6)
-    call = prepare.set_blocks if isinstance(arguments[0], int) else prepare.append_blocks
     with pytest.raises(ValueError, match=r"got|E_") as caught:
-        call(*arguments)
+        prepare.set_blocks(*arguments)
     assert text in str(caught.value)
     # all rows are as they were
     with pytest.raises(V4PrepareError, match=r"row 1: block_table\[2\]=-1"):
         prepare.stage([0, 9, 22], [0, 1, 1], [0, 1, 2])
     prepare.stage([0, 8, 22], [0, 1, 1], [0, 1, 2])
-    assert prepare._steps.values() == [8, 9] + [1] * 6
-    prepare.append_blocks([], [])
-    prepare.append_blocks([1, 0], [4, 5])
-    prepare.stage([1, 9, 22], [1, 1, 1], [0, 1, 2])
-    assert prepare._steps.values() == [5, 4]
+    prepare.expand()
+    assert prepare._steps.cells == [8, 9] + [1] * 6
 
 
-def test_a_row_has_the_blocks_that_were_said_last() -> None:
-    prepare = by_slabs(CFG)
+def test_a_row_has_the_blocks_that_were_set_last(by_slabs: Callable[..., V4Prepare]) -> None:
+    prepare = by_slabs()
     prepare.set_blocks(0, [1, 2])
     prepare.set_blocks(1, [3])
-    step = np.array([8, 5], np.int32), np.array([1, 1], np.int32), np.array([0, 1], np.int32)
+    step = [8, 5], [1, 1], [0, 1]
     with pytest.raises(V4PrepareError) as caught:
         prepare.stage(*step)
     assert str(caught.value) == "v4_prepare: E_BLOCK: row 1: block_table[1]=-1 not in [0, 30)"
@@ -163,9 +190,14 @@ def test_a_row_has_the_blocks_that_were_said_last() -> None:
     prepare.set_blocks(1, [6])
     with pytest.raises(V4PrepareError, match=r"row 1: block_table\[1\]=-1"):
         prepare.stage(*step)
-    # cells that no token needed may have been garbage, and are not the row's
+    # cells that no token needed may be garbage, and are not the row's, beside longer rows too
+    prepare = by_slabs()
+    for ctx in ([8, 12], [4, 12]):
+        prepare.stage(ctx, [1, 1], [0, 1], [[1, 2, 9], [3, 4, 5]])
+    with pytest.raises(V4PrepareError, match=r"row 0: block_table\[1\]=-1"):
+        prepare.stage([8, 12], [1, 1], [0, 1])
     for cell in (-1, 30, 2**31 - 1, 2):
-        prepare = by_slabs(CFG)
+        prepare = by_slabs()
         prepare.stage([8], [1], [0], [[1, 2]])
         prepare.stage([4], [1], [0], [[1, cell]])
         with pytest.raises(V4PrepareError, match=r"row 0: block_table\[1\]=-1"):
@@ -179,133 +211,37 @@ def test_a_row_has_the_blocks_that_were_said_last() -> None:
             assert_step(prepare, ctx, [1], [0], table)
 
 
-def test_cells_that_were_set_and_never_sent() -> None:
-    prepare = by_slabs(CFG)
-    # the mirror has what the table says; the device has nothing of it
-    prepare.set_blocks(0, [5, 6])
-    prepare.set_blocks(0, [5])
-    prepare.stage([8], [1], [0], [[5, 6]])
-    assert_step(prepare, [8], [1], [0], [[5, 6]])
-
-
-def test_only_changed_cells_travel() -> None:
-    prepare, sent = by_slabs(CFG), []
+def test_only_changed_cells_travel(by_slabs: Callable[..., V4Prepare]) -> None:
+    prepare, sent = by_slabs(), []
+    # cells that were set and never sent; and one that the row no longer has
+    prepare.set_blocks(0, [1, 5])
+    prepare.set_blocks(0, [1])
     table = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    for number, ctx in enumerate([[8, 8, 8], [8, 8, 8], [9, 8, 8], [9, 12, 8]]):
+    contexts = [[8, 8, 8], [8, 8, 8], [9, 8, 8], [9, 12, 8]]
+    for number, ctx in enumerate([*contexts, contexts[-1]]):
+        table[2, 0] = 11 if number == 4 else 7
         # an idle row keeps its cells
         prepare.stage(ctx, [1, 1, number != 1], [0, 1, 2], table)
         prepare.expand()
-        sent.append(prepare._steps.values())
-    table[2, 0] = 11
-    prepare.stage([9, 12, 8], [1, 1, 1], [0, 1, 2], table)
+        sent.append(prepare._steps.cells)
     # one run a row, from the first changed cell on
-    assert [*sent, prepare._steps.values()] == [[1, 2, 4, 5, 7, 8], [], [3], [6], [11, 8]]
-    # rows that a step lacks keep their news for a later one
-    prepare.expand()
-    prepare.append_blocks([0, 2], [20, 21])
-    for ctx, cells in (([10], [20]), ([10, 12], []), ([10, 12, 9], [21])):
-        prepare.stage(ctx, [1] * len(ctx), [0, 1, 2][: len(ctx)])
-        assert prepare._steps.values() == cells
-        prepare.expand()
-
-
-@settings(max_examples=60)
-@given(seed=st.integers(0, 1 << 30))
-def test_appended_blocks_are_those_set_one_by_one(seed: int) -> None:
-    """One call for several rows says what one call of `set_blocks` for each of them says."""
-    rng, (ours, other), lengths = (
-        np.random.default_rng(seed),
-        (by_slabs(CFG), by_slabs(CFG)),
-        [0, 0, 0],
+    assert sent == [[1, 2, 4, 5, 7, 8], [], [3], [6], [11, 8]]
+    np.testing.assert_array_equal(
+        prepare.buffers.block_table.numpy(),
+        [[1, 2, 3] + [POISON_WORD] * 3, [4, 5, 6] + [POISON_WORD] * 3, [11, 8] + [POISON_WORD] * 4],
     )
-    for _ in range(12):
-        rows = rng.permutation([row for row in range(3) if lengths[row] < 6])
-        rows = rows[: rng.integers(0, len(rows) + 1)].astype(rng.choice(["i4", "u1", "i8"]))
-        ids = rng.integers(0, 30, len(rows))
-        given_rows, given_ids = rows.copy(), ids.astype("u1")
-        ours.append_blocks(given_rows, given_ids)
-        # the arrays are the caller's again
-        given_rows.fill(99)
-        given_ids.fill(99)
-        for row, block in zip(rows.tolist(), ids.tolist(), strict=True):
-            other.set_blocks(row, [block], lengths[row])
-            lengths[row] += 1
-        if rng.random() < 0.3:
-            row = int(rng.integers(3))
-            lengths[row] = int(rng.integers(0, lengths[row] + 1))
-            for prepare in (ours, other):
-                prepare.set_blocks(row, [], lengths[row])
-        count = int(rng.integers(0, 4))
-        q = np.array([n > 0 for n in lengths[:count]], np.int32)
-        ctx = q * rng.integers(1, 5, count).astype(np.int32)
-        for prepare in (ours, other):
-            prepare.stage(ctx, q, np.arange(count, dtype=np.int32))
-            prepare.expand()
-        assert ours._steps.values() == other._steps.values()
-        np.testing.assert_array_equal(ours.buffers.block_table, other.buffers.block_table)
-
-
-# steps that differ from the last one in `ctx` alone: the short check says what the full one does
-
-
-def some_rows(rng: np.random.Generator, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """q and slot, mostly good ones."""
-    q, slot = rng.choice([0, 1, 1, 2, 4], num_rows), rng.permutation(4)[:num_rows]
-    if num_rows and rng.random() < 0.3:
-        q[rng.integers(num_rows)] = rng.choice([-1, 7, INT32 - 1])
-    if num_rows and rng.random() < 0.3:
-        slot[rng.integers(num_rows)] = rng.choice([-1, 4, slot[0], INT32 - 1])
-    return q.astype(np.int32), slot.astype(np.int32)
-
-
-def contexts(rng: np.random.Generator, q: np.ndarray) -> np.ndarray:
-    """Contexts around the bounds of rows, and some from the ends of int32."""
-    ctx = np.maximum(q, 0) + rng.integers(0, rng.choice([2, 12, 24]), len(q))
-    if len(q) and rng.random() < 0.4:
-        row = rng.integers(len(q))
-        ctx[row] = rng.choice([q[row] - 1, 22, 23, *EXTREMES])
-    return ctx.astype(np.int32)
-
-
-def verdict(call: Any, *arguments: Any) -> str:
-    """The text of the error that a call raises, or ""."""
-    try:
-        call(*arguments)
-    except (V4PrepareError, ValueError) as error:
-        return str(error)
-    return ""
-
-
-@settings(max_examples=150)
-@given(seed=st.integers(0, 1 << 30), dtype=st.sampled_from(["int32"] * 3 + ["int64", "uint32"]))
-def test_arrays_are_checked_as_lists_are(seed: int, dtype: str) -> None:
-    """A builder that gets arrays agrees on everything with one that gets lists."""
-    rng, ours, full = np.random.default_rng(seed), by_slabs(CFG), by_slabs(CFG)
-    known = [some_rows(rng, n) for n in (3, 3, rng.integers(0, 3))]
-    q, slot = known[0]
-    for number in range(20):
-        kind = rng.choice(["again", "rows", "set", "table"], p=[0.5, 0.1, 0.3, 0.1])
-        if kind == "set" or number < 3:
-            row, start = int(rng.integers(3)), int(rng.integers(0, 3)) if number > 2 else 0
-            ids = rng.integers(-1 if rng.random() < 0.2 else 0, 30, rng.integers(0, 4)).tolist()
-            said = [verdict(each.set_blocks, row, ids, start) for each in (ours, full)]
-            assert said[0] == said[1]
-            continue
-        if kind == "rows":
-            q, slot = known[rng.integers(3)]
-        arrays = [contexts(rng, q), q, slot]
-        if kind == "table":
-            arrays.append(rng.integers(0, 31, (len(q), 6)))
-        elif dtype != "int32" and rng.random() < 0.5:
-            arrays = [array.astype(dtype) for array in arrays]
-        fault = verdict(ours.stage, *arrays)
-        assert fault == verdict(full.stage, *(array.tolist() for array in arrays))
-        if not fault:
-            assert_same(outputs_of(ours.expand()), outputs_of(full.expand()))
+    # rows that a step lacks keep their news for a later one
+    prepare.set_blocks(2, [21], 2)
+    for ctx, cells in (([10], []), ([10, 12], []), ([10, 12, 9], [21])):
+        prepare.stage(ctx, [1] * len(ctx), [0, 1, 2][: len(ctx)])
+        prepare.expand()
+        assert prepare._steps.cells == cells
 
 
 @pytest.mark.parametrize("name", sorted(set(ERRORS) - {"X5", "X6"}))
-def test_arrays_without_a_table_are_refused_with_the_same_words(name: str) -> None:
+def test_steps_without_a_table_are_refused_with_the_same_words(
+    by_slabs: Callable[..., V4Prepare], name: str
+) -> None:
     prepare, case = by_slabs(error_config()), ERRORS[name]
     for row in range(3):
         prepare.set_blocks(row, [1, 2, 3])
@@ -316,52 +252,61 @@ def test_arrays_without_a_table_are_refused_with_the_same_words(name: str) -> No
         prepare.stage(*np.ones((3, 2, 2), np.int32))
 
 
-@settings(max_examples=150)
-@given(seed=st.integers(0, 1 << 30), is_long=st.booleans())
-def test_the_short_check_knows_every_good_step(seed: int, is_long: bool) -> None:
-    long = dict(block_size=1 << 29, hca_ratio=1 << 29, csa_ratio=1 << 28, max_model_len=INT32 - 1)
-    cfg = V4PrepareConfig(**SIZES | dict(max_num_tokens=3, index_topk=1) | long) if is_long else CFG
-    rng, table = np.random.default_rng(seed), TableMirror(cfg)
-    checks, (q, slot) = StepChecks(cfg), some_rows(rng, 3)
-    q = np.clip(q, 0, 1)
-    checks.remember(q, slot)
-    for _ in range(12):
-        if rng.random() < 0.4:
-            table.set_blocks(int(rng.integers(3)), [0] * int(rng.integers(0, 5)))
-        ctx, room = contexts(rng, q), table.room(3)
-        if rng.random() < 0.5:
-            ctx[0] = min(int(room[0]) + int(rng.integers(-2, 3)), INT32 - 1)
-        is_good = bool((ctx >= q).all() and (ctx <= cfg.max_model_len).all())
-        assert checks.is_repeat(ctx, q, slot, table) == (is_good and rows_have_room(ctx, q, room))
+EXTREMES = [-(2**31), -(2**31) + 1, -(2**31) + 4, -4, -1, 2**31 - 5, 2**31 - 4, 2**31 - 1]
 
 
-def test_a_step_like_the_last_one_is_not_checked_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = V4Prepare(CFG, "numpy")
-    prepare.set_blocks(0, [3, 4])
-    step = [np.array([value], np.int32) for value in (4, 1, 2)]
-    prepare.stage(*step)
-    monkeypatch.delattr(StepChecks, "num_tokens")
-    step[0][0] = 8
-    prepare.stage(*step)
-    with pytest.raises(AttributeError):
-        prepare.stage(step[0], step[1], step[2] + 1)
+def verdict(call: Callable[..., Any], *arguments: Any) -> str:
+    """The text of the error that a call raises, or ""."""
+    try:
+        call(*arguments)
+    except V4PrepareError as error:
+        return str(error)
+    return ""
 
 
-def test_what_is_no_array_like_the_last_ones_goes_the_long_way() -> None:
-    checks, table = StepChecks(CFG), TableMirror(CFG)
-    ctx, q, slot = np.ones(3, np.int32), np.zeros(3, np.int32), np.arange(3, dtype=np.int32)
-    assert not checks.is_repeat(ctx, q, slot, table)
-    checks.remember(q.astype(np.int64), slot.astype(np.int64))
-    assert checks.is_repeat(ctx, q, slot, table)
-    assert checks.is_repeat(ctx[::-1], q[::-1], slot, table)
-    for others in (
-        (ctx.tolist(), q, slot),
-        (ctx.view(np.uint32), q, slot),
-        (ctx[:, None], q[:, None], slot[:, None]),
-        (ctx, q, slot[::-1]),
-        (ctx[:1], q, slot),
-        (ctx[:2], q[:2], slot[:2]),
-        (ctx, np.int32(0), slot),
-        (None, q, slot),
-    ):
-        assert not checks.is_repeat(*others, table)
+@EXAMPLES
+@given(seed=st.integers(0, 1 << 30), dtype=st.sampled_from(["int32", "int32", "int64", "uint32"]))
+def test_steps_that_repeat_are_checked_as_others_are(
+    by_slabs: Callable[..., V4Prepare], seed: int, dtype: str
+) -> None:
+    """Arrays that differ from the last ones in `ctx` alone get the verdict that lists get."""
+    rng, (short, full) = np.random.default_rng(seed), (by_slabs(), by_slabs())
+    for number in range(20):
+        if number % 7 == 0:
+            num_rows = 3 if number < 7 else int(rng.integers(0, 4))
+            q, slot = rng.choice([0, 1, 1, 2, 4], num_rows), rng.permutation(4)[:num_rows]
+        if rng.random() < 0.2:
+            # alone, and any numbers
+            slot = rng.integers(-1, 5, num_rows)
+        if number < 3 or rng.random() < 0.3:
+            row, blocks = int(rng.integers(3)), rng.integers(0, 30, rng.integers(0, 6)).tolist()
+            for prepare in (short, full):
+                prepare.set_blocks(row, blocks)
+        ctx = q + rng.integers(0, rng.choice([2, 12, 24]), num_rows)
+        if num_rows and rng.random() < 0.4:
+            row = rng.integers(num_rows)
+            ctx[row] = rng.choice([q[row] - 1, 22, 23, *EXTREMES])
+        arrays = [array.astype(dtype) for array in (ctx, q, slot)]
+        fault = verdict(short.stage, *arrays)
+        assert fault == verdict(full.stage, *(array.tolist() for array in arrays))
+        if not fault:
+            lengths = arrays[0].tolist(), arrays[1].tolist(), slot.tolist()
+            table = short._table.table_of(num_rows)
+            for prepare in (short, full):
+                assert_step(prepare, *lengths, table)
+
+
+def test_rows_at_the_end_of_int32(by_slabs: Callable[..., V4Prepare]) -> None:
+    """A row of several blocks of 2^29 tokens: what its blocks hold passes int32."""
+    sizes = {"block_size": 1 << 29, "hca_ratio": 1 << 29, "csa_ratio": 1 << 28, "index_topk": 1}
+    longest, sizes = 2**31 - 1, {**vars(CFG), **sizes, "max_num_tokens": 3}
+    prepare = by_slabs(V4PrepareConfig(**sizes | {"max_model_len": longest, "hca_mode": None}))
+    q, slot = np.ones(1, np.int32), np.zeros(1, np.int32)
+    prepare.set_blocks(0, [3] * 3)
+    # the first step is checked in full, the others as its repeats
+    for ctx in (3 << 29, (3 << 29) - 1):
+        prepare.stage(np.array([ctx], np.int32), q, slot)
+    with pytest.raises(V4PrepareError, match=r"block_table\[3\]=-1"):
+        prepare.stage(np.array([(3 << 29) + 1], np.int32), q, slot)
+    prepare.set_blocks(0, [3] * 6)
+    prepare.stage(np.array([longest], np.int32), q, slot)

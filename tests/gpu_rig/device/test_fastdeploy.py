@@ -1,4 +1,4 @@
-"""FastDeploy's double with its tensors on the device, our plug-in in it: answers, costs, graphs.
+"""FastDeploy's double with its tensors on the device, our plug-in in it: answers and costs.
 
 The forms without a GPU interpret the kernels, so there the model has two layers and answers are
 two tokens; on a GPU it is the whole demo model with all that a scheduler does.
@@ -20,7 +20,6 @@ from tests.fakes.trees import OURS_ENV, TREES, installed
 from tests.fastdeploy_plugin.demo_prompts import demo_prompts
 from tests.fastdeploy_plugin.test_end_to_end import MODES, NUM_BLOCKS, SIZES, jobs_of, oracle
 from tests.gpu_rig import Rig
-from tests.gpu_rig.device.attention_graphs import AttentionGraphs
 from tests.gpu_rig.device.test_adapter_steps import (
     LAYER_KERNELS,
     STEP_KERNELS,
@@ -120,45 +119,34 @@ class Costs:
         self._rig = rig
         self.found: Counter[str] = Counter()
 
-    def ours(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, counted."""
+    def _counted(self, function: Callable[..., Any], is_ours: bool) -> Callable[..., Any]:
+        """The function, counted where it is ours, and taken off where it is FastDeploy's."""
+        flag, sign = "FLAGS_enable_api_kernel_fallback", 1 if is_ours else -1
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            before = Counter(self._rig.counters())
-            with self._rig.strict(), counted_transfers() as transfers:
+            before, flags = Counter(self._rig.counters()), paddle.get_flags([flag])
+            paddle.set_flags({flag: not is_ours})
+            with counted_transfers() as transfers:
                 result = function(*args, **kwargs)
-            self.found.update(transfers)
-            self.found.update(self._rig.counters())
-            self.found.subtract(before)
+            paddle.set_flags(flags)
+            for name, count in self._rig.counters().items():
+                self.found[name] += sign * (count - before[name])
+            if is_ours:
+                self.found.update(transfers)
             return result
 
         return counted
 
-    def theirs(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, taken off."""
-
-        def left_out(*args: Any, **kwargs: Any) -> Any:
-            flag = "FLAGS_enable_api_kernel_fallback"
-            before, flags = Counter(self._rig.counters()), paddle.get_flags([flag])
-            paddle.set_flags({flag: True})
-            result = function(*args, **kwargs)
-            paddle.set_flags(flags)
-            self.found.update(before)
-            self.found.subtract(self._rig.counters())
-            return result
-
-        return left_out
-
     def watch(self, engine: Any) -> None:
         """Count the metadata of a step and the attention of every layer."""
         backend = engine.runner.attn_backends[0]
-        backend.init_attention_metadata = self.ours(backend.init_attention_metadata)
+        backend.init_attention_metadata = self._counted(backend.init_attention_metadata, True)
         for layer in engine.runner.model.model.layers:
             attention = layer.self_attn
             for name, inner in attention.named_sublayers():
                 if list(inner.parameters(include_sublayers=False)) and name != "kv_b_proj":
-                    inner.forward = self.theirs(inner.forward)
-            attention.forward = self.ours(attention.forward)
+                    inner.forward = self._counted(inner.forward, False)
+            attention.forward = self._counted(attention.forward, True)
 
     def take(self) -> dict[str, int]:
         """Copies and waits since the last call."""
@@ -187,38 +175,3 @@ def test_steps_copy_nothing_and_wait_for_nothing_in_our_parts(rig: Rig) -> None:
                 assert found == dict.fromkeys(FLOAT32_KERNELS, FEW_LAYERS)
     # a decode step has no windows
     assert has_windows == [True, True, False, False, False]
-
-
-@pytest.mark.slow
-@pytest.mark.own_process
-def test_attention_layers_replay_from_graphs(rig: Rig) -> None:
-    """Captured in the double's own capture run, replayed with fewer rows and other lengths."""
-    if rig.is_real:
-        sizes: dict[str, Any] = {**SIZES, "cudagraph_capture_sizes": [4, 2, 1]}
-        names = ["number", "food", "edge", "unknown"]
-        num_blocks, wanted = NUM_BLOCKS, {name: demo_prompts()[name] for name in names}
-    else:
-        sizes, num_blocks, wanted = {**SMALL, "num_hidden_layers": 1}, 6, {}
-    # eager around the attention layers: a split graph
-    sizes |= {
-        "graph_opt_level": 1,
-        "full_cuda_graph": False,
-        "cudagraph_capture_sizes_prefill": [],
-    }
-    with engine_on(rig.device, "develop", num_blocks, **sizes) as engine:
-
-        def jobs() -> list[Any]:
-            from tests.fakes.driver import Job
-
-            several = [Job(one.token_ids, len(one.answer)) for one in wanted.values()]
-            return several or small_jobs()
-
-        eager = engine.generate(jobs())
-        runner = engine.runner
-        runner.use_cudagraph = True
-        graphs = AttentionGraphs(rig, runner)
-        runner.capture_model()
-        assert engine.generate(jobs()) == eager
-        assert sum(graphs.num_replays.values()) > 0
-    if wanted:
-        assert eager == [one.answer for one in wanted.values()]

@@ -1,4 +1,4 @@
-"""Forks on Paddle's streams: the results of one stream, in graphs too, and nothing left behind."""
+"""Forks on Paddle's streams: the results of one stream, in graphs too, and nothing left over."""
 
 from __future__ import annotations
 
@@ -83,30 +83,19 @@ class Layer:
         np.testing.assert_allclose(self.total.numpy(), keys, rtol=0, atol=5e-5)
 
 
-def test_the_sum_is_that_of_one_stream(rig: Rig) -> None:
-    layers = Layer(rig), Layer(rig, max_tokens=0)
+def test_a_fork_has_a_stream_of_its_own_and_the_result_of_one_stream(rig: Rig) -> None:
+    layers, main = (Layer(rig), Layer(rig, max_tokens=0)), rig.stream().value
     for layer in layers:
+        # the first fork makes the stream
         layer.run()
+        with rig.strict(), rig.counting() as counted:
+            layer.run()
+        assert counted.delta == {}
         layer.check(layer.numbers(0))
     assert layers[0].total.numpy().tobytes() == layers[1].total.numpy().tobytes()
-
-
-def test_a_fork_makes_no_copy_no_wait_and_takes_no_memory(rig: Rig) -> None:
-    layer = Layer(rig)
-    # the first fork makes the stream
-    layer.run()
-    with rig.strict(), rig.counting() as counted:
-        layer.run()
-    assert counted.delta == {}
-
-
-def test_the_work_of_a_fork_is_on_a_stream_of_its_own(rig: Rig) -> None:
-    layer = Layer(rig)
-    main = rig.stream().value
-    layer.run()
     # where kernels are interpreted there is no second stream
-    assert (layer.stream_of_project != main) == rig.is_real
-    assert rig.stream().value == main
+    assert (layers[0].stream_of_project != main) == rig.is_real
+    assert layers[1].stream_of_project == main == rig.stream().value
 
 
 def test_paddle_has_the_second_stream_between_begin_and_end(rig: Rig) -> None:
@@ -218,29 +207,6 @@ def test_a_capture_without_the_join_fails(real_rig: Rig) -> None:
         side.end()
     layer.run()
     layer.check(layer.numbers(0))
-
-
-@pytest.mark.own_process
-def test_paddles_own_graphs_hold_forks(real_rig: Rig) -> None:
-    from paddle.device.cuda.graphs import CUDAGraph
-
-    layer = Layer(real_rig)
-    layer.run()
-    graph = CUDAGraph(place=real_rig.place, mode="thread_local")
-    graph.capture_begin()
-    # results in memory of the graph
-    beside, (keys, _) = layer.overlap.run(
-        1, layer.beside, project_indexer, layer.x, *layer.pairs[0]
-    )
-    layer.add(keys, beside)
-    graph.capture_end()
-    for seed in (4, 5):
-        x = layer.numbers(seed)
-        layer.x.copy_(layer.put(x), False)
-        graph.replay()
-        layer.check(x)
-    # a graph that lives at exit ends the process
-    graph.reset()
 
 
 def test_logits_of_a_model_are_the_same_bits(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,12 +108,6 @@ def test_without_one_guard_steps_are_spoiled(
     assert len(spoiled(real_rig, steps, [guard])) > FEW
 
 
-def test_one_slab_without_events_is_spoiled(real_rig: Rig) -> None:
-    steps = SlabSteps(real_rig, SPOILED_STEPS, num_slabs=1)
-    # once the driver's queue is full, the host is held back, and a late copy brings the new stamp
-    assert len(spoiled(real_rig, steps, GUARDS)) > FEW
-
-
 def test_one_slab_is_right_with_its_guards(rig: Rig) -> None:
     num_steps = sized(rig, 300)
     steps = SlabSteps(rig, num_steps, num_slabs=1)
@@ -123,22 +117,14 @@ def test_one_slab_is_right_with_its_guards(rig: Rig) -> None:
 def test_staging_memory_is_page_locked_and_no_tensor(rig: Rig) -> None:
     staging = InputStaging(paddle_allocator(rig.device), 1024)
     slab = staging.next_slab()
-    assert type(slab) is np.ndarray
-    if rig.is_real:
-        assert memory_type(slab.ctypes.data) == _HOST_MEMORY
-    # where it is stays so, whatever is done with its values
     address = slab.ctypes.data
+    # where it is stays so, whatever is done with its values
     paddle.to_tensor(slab, place=rig.place)
     staging.upload(1024)
-    assert slab.ctypes.data == address
-    if rig.is_real:
-        assert memory_type(address) == _HOST_MEMORY
-
-
-def test_slabs_of_the_device_lie_there(rig: Rig) -> None:
-    staging = InputStaging(paddle_allocator(rig.device), 1024)
+    assert type(slab) is np.ndarray and slab.ctypes.data == address
     assert staging.slabs.place.is_custom_place()
     if rig.is_real:
+        assert memory_type(address) == _HOST_MEMORY
         assert memory_type(staging.slabs.data_ptr()) == _DEVICE_MEMORY
 
 
@@ -154,22 +140,15 @@ def test_the_host_goes_on_while_the_device_is_busy(real_rig: Rig, way: Callable[
     steps, spin, clock = way(real_rig, 4), Spin(real_rig), Clock(real_rig)
     engine_steps(steps, 2, lambda: None, clock)
     spin(LONG_US)
-    behind = clock.mark()
+    end = clock.mark()
     steps.stage(2)
     steps.expand(2)
-    assert not clock.is_past(behind)
-    clock.wait(behind)
+    assert not clock.is_past(end)
+    clock.wait(end)
     assert steps.wrong(3).tolist() == []
 
 
-def test_the_usual_way_to_the_device_waits(rig: Rig) -> None:
-    array = np.arange(8, dtype=np.int32)
-    with rig.counting() as counted:
-        paddle.to_tensor(array, place=rig.place)
-    assert counted.delta["h2d"] == 1 and counted.delta["stream_syncs"] >= 1
-
-
-def test_a_copy_to_the_host_is_read_behind_its_event(real_rig: Rig) -> None:
+def test_a_copy_to_the_host_is_read_after_its_event(real_rig: Rig) -> None:
     tensor = paddle.to_tensor(np.full(1024, 7, np.int32), place=real_rig.place)
     transfers, spin = transfers_for(tensor), Spin(real_rig)
     target = transfers.host_buffer(4096).view(np.int32)

@@ -8,84 +8,21 @@ import numpy as np
 import paddle
 import pytest
 
-from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.v4_prepare import (
     OUTPUT_SHAPES,
-    V4Arrays,
     V4Prepare,
     V4PrepareConfig,
     V4PrepareError,
+    csa_translate,
     v4_prepare_np,
 )
 from tests.gpu_rig import Rig
 from tests.gpu_rig.timing import Clock, Spin
-from tests.v4_prepare.kernel_case import CONFIGS, make_step, serving_config
-
-import triton.language as tl  # isort: skip
+from tests.v4_prepare.cases import CONFIGS, make_step, rejected_drafts, serving_config
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
 
 ROWS, DRAFTS, SHORT, LONG = 8, 3, 1000, 131_072
-TILE = 1024
-
-
-@paddle_jit(do_not_specialize=("n", "column"))
-def digest_kernel(
-    values_ptr,
-    n,
-    total_ptr,
-    history_ptr,
-    step_ptr,
-    column,
-    COLUMNS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """One number for all values of a buffer, or for as many as `total_ptr` says."""
-    if total_ptr is not None:
-        n = tl.load(total_ptr)
-    total = tl.zeros([TILE], tl.int64)
-    for first in range(0, n, TILE):
-        offsets = first + tl.arange(0, TILE)
-        values = tl.load(values_ptr + offsets, mask=offsets < n, other=0)
-        total += values.to(tl.int64) * (offsets + 1)
-    step = tl.load(step_ptr)
-    tl.store(history_ptr + step * COLUMNS + column, tl.sum(total))
-
-
-@paddle_jit
-def next_step_kernel(step_ptr):
-    tl.store(step_ptr, tl.load(step_ptr) + 1)
-
-
-class Layers:
-    """Instead of layers: they read all outputs of a step and note what they found."""
-
-    def __init__(self, rig: Rig, prepare: V4Prepare, max_steps: int) -> None:
-        buffers, names = prepare.buffers, list(OUTPUT_SHAPES(prepare.cfg))
-        self.names = names
-        self.step = paddle.to_tensor(np.zeros(1, np.int32), place=rig.place)
-        zeros = np.zeros((max_steps, len(names)), np.int64)
-        self.history = paddle.to_tensor(zeros, place=rig.place)
-        total = buffers.hca_indptr[prepare.cfg.max_num_tokens :]
-        self._reads = []
-        for column, name in enumerate(names):
-            values = getattr(buffers, name)
-            size, until = int(np.prod(values.shape)), total if name == "hca_idx" else None
-            arguments = (values, size, until, self.history, self.step, column)
-            options: dict[str, Any] = {"COLUMNS": len(names), "TILE": TILE}
-            self._reads.append(digest_kernel.bind((1,), *arguments, **options))
-        self._count = next_step_kernel.bind((1,), self.step)
-
-    def __call__(self) -> None:
-        for read in self._reads:
-            read()
-        self._count()
-
-    def digests(self, outputs: V4Arrays) -> list[int]:
-        """What they must note of these outputs."""
-        arrays = {name: getattr(outputs, name).ravel().astype(np.int64) for name in self.names}
-        arrays["hca_idx"] = arrays["hca_idx"][: outputs.counts[2]]
-        return [int((a * np.arange(1, len(a) + 1)).sum()) for a in arrays.values()]
 
 
 def config(rig: Rig) -> V4PrepareConfig:
@@ -94,42 +31,62 @@ def config(rig: Rig) -> V4PrepareConfig:
 
 
 def test_layers_of_a_graph_follow_every_step(rig: Rig) -> None:
+    """In place of layers, copies of all outputs and the rows of chosen entries, in one graph."""
     cfg, rng = config(rig), np.random.default_rng(4)
     num_steps, most = (300, LONG) if rig.is_real else (2, cfg.max_model_len)
-    prepare = V4Prepare(cfg, rig.device)
-    layers = Layers(rig, prepare, num_steps + 2)
-    addresses = [getattr(prepare.buffers, name).data_ptr() for name in layers.names]
-    steps, rejected = [], []
+    prepare, names = V4Prepare(cfg, rig.device), list(OUTPUT_SHAPES(cfg))
+    outputs = [getattr(prepare.buffers, name) for name in names]
+    addresses = [output.data_ptr() for output in outputs]
+
+    def put(array: np.ndarray) -> Any:
+        return paddle.to_tensor(array, place=rig.place)
+
+    steps, rejected, chosen = [], [], []
     for number in range(num_steps):
         longest = min(SHORT, most // 2) + number * (most - min(SHORT, most // 2)) // num_steps
         rows = rng.integers(0, (longest, DRAFTS + 2), (cfg.max_num_seqs, 2)).tolist()
         rows[number % len(rows)] = (longest, DRAFTS + 1)
-        step = make_step(cfg, rows, rng)
-        back = rng.integers(0, DRAFTS + 1, len(step.ctx)).clip(max=step.ctx - step.q)
-        steps.append(step)
-        rejected.append(np.where(step.q > 0, back, 0).astype(np.int32))
-    # written where the sampler runs; the host never knows them
-    patterns = paddle.to_tensor(np.stack(rejected), place=rig.place)
-    rollback = paddle.to_tensor(np.zeros_like(rejected[0]), place=rig.place)
+        steps.append(make_step(cfg, rows, rng))
+        rejected.append(rejected_drafts(steps[-1], DRAFTS, rng))
+        shape = cfg.max_num_tokens, cfg.index_topk
+        chosen.append(rng.integers(-1, cfg.max_model_len // cfg.csa_ratio, shape, np.int32))
+    # written where the sampler and the indexer run; the host never knows them
+    rollbacks, choices = put(np.stack(rejected)), put(np.stack(chosen))
+    rollback, topk = put(rejected[0]), put(chosen[0])
     prepare.stage(*steps[0].arrays())
     prepare.expand(rollback)
+    outputs.append(prepare.csa_translate(topk))
+    copies = [paddle.zeros(output.shape, output.dtype) for output in outputs]
+    history = [paddle.zeros([num_steps, *output.shape], output.dtype) for output in outputs]
+
+    def layers() -> None:
+        prepare.csa_translate(topk)
+        for output, copy in zip(outputs, copies, strict=True):
+            copy.copy_(output, False)
+
     replay = rig.captured(layers)
-    layers.step.copy_(paddle.to_tensor(np.zeros(1, np.int32), place=rig.place), False)
     with rig.strict(), rig.counting() as counted:
         for number, step in enumerate(steps):
             prepare.stage(*step.arrays())
-            rollback.copy_(patterns[number], False)
+            rollback.copy_(rollbacks[number], False)
+            topk.copy_(choices[number], False)
             prepare.expand(rollback)
             replay()
             prepare.poll_error()
+            for kept, copy in zip(history, copies, strict=True):
+                kept[number].copy_(copy, False)
     assert "d2h" not in counted.delta and "d2h_async" not in counted.delta
     assert counted.delta["h2d_async"] == num_steps and "h2d" not in counted.delta
-    found = layers.history.numpy()
+    found = [kept.numpy() for kept in history]
     for number, (step, back) in enumerate(zip(steps, rejected, strict=True)):
-        wanted = layers.digests(v4_prepare_np(cfg, step.ctx - back, *step.arrays()[1:]))
-        wrong = [n for n, a, b in zip(layers.names, found[number], wanted, strict=True) if a != b]
-        assert wrong == [], number
-    assert addresses == [getattr(prepare.buffers, name).data_ptr() for name in layers.names]
+        out = v4_prepare_np(cfg, step.ctx - np.where(step.q > 0, back, 0), *step.arrays()[1:])
+        wanted = [getattr(out, name) for name in names]
+        wanted.append(csa_translate(out, step.table, chosen[number]))
+        ends = {"hca_idx": out.counts[2], "rows": out.counts[3]}
+        for name, kept, array in zip([*names, "rows"], found, wanted, strict=True):
+            end = ends.get(name, len(array))
+            np.testing.assert_array_equal(kept[number][:end], array[:end], f"{number} {name}")
+    assert addresses == [getattr(prepare.buffers, name).data_ptr() for name in names]
 
 
 def test_a_step_is_one_small_copy_and_takes_no_memory(rig: Rig) -> None:
@@ -158,10 +115,10 @@ def test_an_error_of_the_device_is_not_waited_for(real_rig: Rig) -> None:
     prepare.stage(*step.arrays())
     spin(20_000)
     prepare.expand(rollback)
-    behind = clock.mark()
+    end = clock.mark()
     prepare.poll_error()
-    assert not clock.is_past(behind)
-    clock.wait(behind)
+    assert not clock.is_past(end)
+    clock.wait(end)
     with pytest.raises(V4PrepareError, match="E_CTX: row 1: rollback=-5 < 0"):
         prepare.poll_error()
     prepare.poll_error()

@@ -1,4 +1,4 @@
-"""What the kernel tests share: configurations, random steps, a device that is stepped by hand."""
+"""What the tests of V4 steps share: configurations, steps, the oracle's outputs, and places."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 
-from fd_dsa.triton_runtime.transfers import transfers_for
-from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Arrays, V4PrepareConfig
-from fd_dsa.v4_prepare.launch import ExpandLaunch, ExpandTiles
-from fd_dsa.v4_prepare.slab import (
-    ERROR_SLOTS,
-    ERROR_WORDS,
-    HEADER_WORDS,
-    section_words,
-    slab_words,
-)
-from tests.kernel_memory import POISON, KernelMemory
+from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Arrays, V4Prepare, V4PrepareConfig
+from tests.kernel_memory import POISON, open_memory
 from tests.reference.v4_prepare import naive
 
 V4_SIZES = {
@@ -96,9 +88,6 @@ CONFIGS = {
 }
 
 
-_POISON = np.frombuffer(bytes([POISON]) * 4, np.int32)[0]
-
-
 @dataclass
 class Step:
     """Inputs of one step: ctx, q and slot [B], block table [B, MB] with -1 in unused cells."""
@@ -135,109 +124,18 @@ def make_step(
     return Step(*(np.array(x, np.int32) for x in (ctx, q, slots)), table)
 
 
-class DeviceStepper:
-    """Steps on a device without `V4Prepare`: slabs of garbage, outputs and table of poison.
-
-    Args:
-        memory: where the kernel runs.
-        cfg: sizes of the steps.
-        tiles: another cut into programs.
-        send_all: send all cells of a row in every step, not those that changed.
-    """
-
-    def __init__(
-        self,
-        memory: KernelMemory,
-        cfg: V4PrepareConfig,
-        tiles: ExpandTiles | None = None,
-        send_all: bool = False,
-    ) -> None:
-        self.memory, self.cfg, self._send_all = memory, cfg, send_all
-        self.num_words = slab_words(cfg)
-        self.buffers = V4Arrays(cfg, memory.poisoned)
-        self.slabs = memory.poisoned((2, self.num_words), "int32")
-        transfers, num_bytes = transfers_for(self.slabs), 4 * self.num_words
-        words = transfers.host_buffer(4 * ERROR_SLOTS * ERROR_WORDS).view(np.int32)
-        self.errors = words.reshape(ERROR_SLOTS, ERROR_WORDS)
-        self._host = transfers.host_buffer(num_bytes).view(np.int32)
-        start = self.slabs.data_ptr()
-        self._copies = [
-            transfers.upload(start + index * num_bytes, self._host, None) for index in range(2)
-        ]
-        self.launch = ExpandLaunch(self.buffers, self.slabs, self.errors, tiles)
-        # cells that the device's table holds; -2 = it does not have them
-        self.mirror = np.full((cfg.max_num_seqs, cfg.max_blocks_per_seq), -2, np.int32)
-        self.stamp = 0
-        self._longest_list = 0
-
-    def write(self, step: Step, slab: int | None = None) -> int:
-        """Put a step into slab 0 or 1, by default in turn; where it starts."""
-        self.stamp += 1
-        slab = self.stamp % 2 if slab is None else slab
-        self._host[:] = self.fill(step)
-        self._copies[slab].queue(self._host.nbytes)
-        self.memory.sync()
-        return slab * self.num_words
-
-    def fill(self, step: Step) -> np.ndarray:
-        """The words of a step; what no launch may read is garbage."""
-        slab = np.full(self.num_words, 0x5A5A5A5A, np.int32)
-        slab[:4] = self.stamp, len(step.ctx), step.q.sum(), 0
-        rows, section = self.cfg.max_num_seqs, section_words(self.cfg)
-        ends = HEADER_WORDS + 5 * section
-        ctx, q, slot, run_column, run_start = slab[HEADER_WORDS:ends].reshape(5, section)
-        values = slab[ends:]
-        for words, given, empty in ((ctx, step.ctx, 0), (q, step.q, 0), (slot, step.slot, -1)):
-            words[:rows] = empty
-            words[: len(given)] = given
-        run_column[:rows] = end = 0
-        for row in range(rows):
-            run_start[row] = end
-            if row < len(step.ctx):
-                run_column[row], cells = self._run(step, row)
-                values[end : end + len(cells)] = cells
-                end += len(cells)
-        run_start[rows] = end
-        return slab
-
-    def _run(self, step: Step, row: int) -> tuple[int, np.ndarray]:
-        """First column and cells of the run that a row sends."""
-        cells = step.table[row][: -(-int(step.ctx[row]) // self.cfg.block_size)]
-        held = self.mirror[row, : len(cells)]
-        changed = np.arange(len(cells)) if self._send_all else np.flatnonzero(held != cells)
-        if not len(changed):
-            return 0, cells[:0]
-        first, end = int(changed[0]), int(changed[-1]) + 1
-        self.mirror[row, first:end] = cells[first:end]
-        return first, cells[first:end]
-
-    def run(self, step: Step, rollback: Any = None) -> dict[str, np.ndarray]:
-        """Launch a step; all outputs by name. `rollback` is a NumPy array or None."""
-        given = None if rollback is None else self.memory.put(np.asarray(rollback, np.int32))
-        self.launch(self.write(step), given)
-        return self.outputs()
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """Copies of all outputs; the HCA list is cut to its length."""
-        found = outputs_of(self.buffers, self.memory.get)
-        self._longest_list = max(self._longest_list, len(found.get("hca_idx", ())))
-        return found
-
-    def assert_nothing_else(self) -> None:
-        """Of the table the cells that were sent were written, of the HCA list those of a step."""
-        wanted = np.where(self.mirror == -2, _POISON, self.mirror)
-        np.testing.assert_array_equal(self.memory.get(self.buffers.block_table), wanted)
-        if self.buffers.hca_idx is not None:
-            assert (self.memory.get(self.buffers.hca_idx)[self._longest_list :] == _POISON).all()
+def rejected_drafts(step: Step, most: int, rng: np.random.Generator) -> np.ndarray:
+    """int32 [B], a rollback that every row can have."""
+    return rng.integers(0, most + 1, len(step.q)).clip(max=step.ctx - step.q).astype(np.int32)
 
 
-def expected(
-    cfg: V4PrepareConfig, step: Step, rollback: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
+def expected(cfg: V4PrepareConfig, step: Step, rollback: Any = None) -> dict[str, np.ndarray]:
     """The oracle's outputs; rows that no rollback allows are padding in the middle."""
     ctx, q = step.ctx.astype(np.int64), step.q.copy()
     if rollback is not None:
-        back = np.where(q > 0, np.resize(rollback, len(q)), 0).astype(np.int64)
+        back = np.zeros(len(q), np.int64)
+        back[: len(rollback)] = rollback[: len(q)]
+        back[q == 0] = 0
         bad = (back < 0) | (ctx - back < q)
         ctx, q = np.where(bad, 0, ctx - back), np.where(bad, 0, q)
     found = naive(cfg, ctx, q, step.slot, step.table)
@@ -251,9 +149,9 @@ def _with_gaps(
     is_kept = np.repeat(kept > 0, q)
     places, num_kept = np.flatnonzero(is_kept), int(kept.sum())
     moved = {name: array.copy() for name, array in found.items()}
-    per_token = ("positions", "req_of_token", "win_idx", "win_len", "ext_len", "swa_write")
-    for name in (*per_token, "csa_visible"):
-        moved[name][: len(is_kept)] = _padding(name)
+    pads = {"positions": 0, "req_of_token": -1, "win_idx": -1, "win_len": 0, "ext_len": 0}
+    for name, pad in (pads | {"swa_write": -1, "csa_visible": 0}).items():
+        moved[name][: len(is_kept)] = pad
         moved[name][places] = found[name][:num_kept]
     for name in ("hca_indptr", "csa_indptr"):
         counts = np.zeros(cfg.max_num_tokens, np.int32)
@@ -266,11 +164,6 @@ def _with_gaps(
     moved["cu_q"][len(q) :] = q.sum()
     moved["counts"][1] = q.sum()
     return moved
-
-
-def _padding(name: str) -> int:
-    """What a token that is none has in an output."""
-    return -1 if name in ("req_of_token", "win_idx", "swa_write") else 0
 
 
 def outputs_of(out: V4Arrays, get: Callable[[Any], np.ndarray] = np.copy) -> dict[str, np.ndarray]:
@@ -287,3 +180,92 @@ def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> 
     for name, array in found.items():
         assert array.dtype == np.int32, name
         np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+
+
+POISON_WORD = int(np.frombuffer(bytes([POISON]) * 4, np.int32)[0])
+PLACES = [
+    "numpy",
+    "cpu",
+    pytest.param("interpreter", marks=pytest.mark.triton),
+    pytest.param("torch", marks=pytest.mark.gpu),
+    pytest.param("rig", marks=pytest.mark.gpu_rig),
+]
+DEVICES = PLACES[2:]
+
+
+class Place:
+    """Where `V4Prepare` puts its outputs, and a way to look at them; skips where it is not there.
+
+    Attributes:
+        is_host: whether it is host memory, whose builder launches no kernel.
+        large: True on a GPU.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.is_host = name, name in ("numpy", "cpu")
+        self._memory = None if self.is_host else open_memory(name)
+        self.large = bool(self._memory and self._memory.large)
+        if name == "cpu":
+            pytest.importorskip("paddle")
+
+    def new(self, cfg: V4PrepareConfig) -> V4Prepare:
+        """A builder there, in memory that was poisoned before its empty first step."""
+        if self._memory is None:
+            return V4Prepare(cfg, self.name)
+        return V4Prepare(cfg, self.name, self._memory.poisoned)
+
+    def prepare(self, cfg: V4PrepareConfig) -> V4Prepare:
+        """A builder there. On a device what it writes, and the slabs it reads, are poisoned."""
+        prepare = self.new(cfg)
+        if self._memory is not None:
+            self._memory.sync()
+            for slab in prepare._steps._staging._host:
+                slab.fill(POISON_WORD)
+            for name in (*OUTPUT_SHAPES(cfg), "block_table"):
+                tensor = getattr(prepare.buffers, name)
+                tensor.copy_(self._memory.poisoned(tuple(tensor.shape), "int32"), False)
+        return prepare
+
+    def put(self, array: np.ndarray) -> Any:
+        """An array of the place with the values of a NumPy array."""
+        if self._memory is not None:
+            return self._memory.put(array)
+        if self.name == "numpy":
+            return array.copy()
+        import paddle
+
+        return paddle.to_tensor(array)
+
+    def get(self, array: Any) -> np.ndarray:
+        """The values of an array of the place, a copy."""
+        if self._memory is not None:
+            return self._memory.get(array)
+        return np.array(array if self.name == "numpy" else array.numpy())
+
+    def address(self, array: Any) -> int:
+        """Where an array is."""
+        return array.ctypes.data if self.name == "numpy" else array.data_ptr()
+
+    def outputs(self, prepare: V4Prepare) -> dict[str, np.ndarray]:
+        """Copies of all outputs that mean something, by name."""
+        return outputs_of(prepare.buffers, self.get)
+
+    def run(self, prepare: V4Prepare, step: Step, rollback: Any = None) -> dict[str, np.ndarray]:
+        """Stage and expand a step; all outputs by name."""
+        prepare.stage(*step.arrays())
+        given = None if rollback is None else self.put(np.asarray(rollback, np.int32))
+        prepare.expand(given)
+        return self.outputs(prepare)
+
+    def assert_nothing_else(self, prepare: V4Prepare, *steps: Step) -> None:
+        """Of the poisoned table the cells that were sent were written, of the list those listed."""
+        cfg, longest = prepare.cfg, 0
+        table = np.full((cfg.max_num_seqs, cfg.max_blocks_per_seq), POISON_WORD)
+        for step in steps:
+            for row in np.flatnonzero(step.q):
+                used = -(-int(step.ctx[row]) // cfg.block_size)
+                table[row, :used] = step.table[row, :used]
+            longest = max(longest, naive(cfg, *step.arrays())["counts"][2])
+        np.testing.assert_array_equal(self.get(prepare.buffers.block_table), table)
+        if prepare.buffers.hca_idx is not None:
+            assert (self.get(prepare.buffers.hca_idx)[longest:] == POISON_WORD).all()
