@@ -35,11 +35,9 @@ with random data, so that a replay does not find its inputs in the L2.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -189,14 +187,6 @@ def effects(call: Call) -> dict[str, int]:
         "host_waits": sum("Synchronize" in name for name in inside),
         "allocations": after - before,
     }
-
-
-def trace_events(profiler: Any) -> list[dict[str, Any]]:
-    """The events of a profiler's Chrome trace."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_text())["traceEvents"]
 
 
 def _on_host(event: Any) -> bool:

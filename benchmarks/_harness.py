@@ -182,7 +182,6 @@ class Worker:
 
     Args:
         target: a module, whose functions answer, or "module:Class", an object of which does.
-        args: of a module that is run as a program instead, and answers by itself.
         checkout: whose `fd_dsa` it imports; the worker itself is always the one of this tree.
         cpus: processors that it runs on; None = all.
         options: arguments of the class.
@@ -191,13 +190,13 @@ class Worker:
     def __init__(
         self,
         target: str,
-        *args: str,
+        *,
         checkout: Path = ROOT,
         cpus: Iterable[int] | None = None,
         **options: Any,
     ) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.workers"]
-        command += [str(checkout.resolve()), target, json.dumps(options), *args]
+        command += [str(checkout.resolve()), target, json.dumps(options)]
         with on_cpus(os.sched_getaffinity(0) if cpus is None else cpus):
             self._process = subprocess.Popen(
                 command,

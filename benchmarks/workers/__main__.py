@@ -1,4 +1,4 @@
-"""Run a worker with the package of a checkout: `python -m benchmarks.workers CHECKOUT TARGET ...`.
+"""Run a worker with the package of a checkout: `python -m benchmarks.workers CHECKOUT TARGET OPTIONS`.
 
 `benchmarks` itself is imported already, so the checkout may be one that has no such worker.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks._harness import serve_requests
 
 
-def main(checkout: str, target: str, options: str, *args: str) -> None:
+def main(checkout: str, target: str, options: str) -> None:
     """Answer requests; see `Worker`.
 
     Raises:
@@ -25,11 +25,7 @@ def main(checkout: str, target: str, options: str, *args: str) -> None:
         raise RuntimeError(f"fd_dsa: imported from {package}, not from {checkout}")
     name, _, kind = target.partition(":")
     module = import_module(name)
-    if args:
-        sys.argv = [name, *args]
-        module.main()
-    else:
-        serve_requests(getattr(module, kind)(**json.loads(options)) if kind else module)
+    serve_requests(getattr(module, kind)(**json.loads(options)) if kind else module)
 
 
 if __name__ == "__main__":

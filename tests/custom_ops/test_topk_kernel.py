@@ -10,7 +10,7 @@ import pytest
 from fd_dsa import custom_ops
 from tests.custom_ops.topk_rows import KINDS, best, call, rows_of, scores_of
 from tests.kernel_memory import KernelMemory
-from tests.ops.test_many_scores import K, scored, step_for, tokens_to_look_at, wanted_positions
+from tests.ops.test_many_scores import K, best_positions, scored
 
 KERNELS = "topk"
 POISON = -91
@@ -126,11 +126,11 @@ def test_a_graph_sees_lengths_of_its_replay(gpu_memory: KernelMemory) -> None:
 def test_more_scores_than_31_bits_count(gpu_memory: KernelMemory) -> None:
     if not gpu_memory.large:
         pytest.skip("sizes of serving")
-    m, step = gpu_memory, step_for(gpu_memory)
-    logits, width = scored(m, step), int(step.window.max())
+    m, (step, logits) = gpu_memory, scored(gpu_memory)
+    width = logits.shape[1]
     counts = m.put(step.window.astype(np.int32))
     out = m.put(np.full((step.num_tokens, K), POISON, np.int32))
     call(custom_ops.build().kernels, rows_of(logits, counts, out, width, width))
     found = m.get(out)
-    for token in tokens_to_look_at(step):
-        assert found[token].tolist() == wanted_positions(int(step.position_ids[token]))
+    for token, positions in best_positions(step).items():
+        assert found[token].tolist() == positions

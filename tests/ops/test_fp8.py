@@ -7,7 +7,6 @@ from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
-import paddle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -252,6 +251,8 @@ def test_latents_are_code_times_scale_in_float32() -> None:
 
 @pytest.mark.parametrize("how", ["gathered", "masked"])
 def test_attention_on_fp8_latents(how: str) -> None:
+    import paddle
+
     rng = np.random.default_rng(3)
     used = rng.permutation(192)[:40].astype(np.int64)
     filled = Filled(used, 3)

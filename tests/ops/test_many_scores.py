@@ -45,29 +45,39 @@ def layer_inputs(m: KernelMemory, step: PagedRows) -> list[Any]:
     ]
 
 
+def scored(m: KernelMemory) -> tuple[PagedRows, Any]:
+    """A step, on a GPU one whose last tokens come after 2^31 scores, and its scores."""
+    from fd_dsa.ops.logits.triton_kernel import score_pages
+
+    cached, new = LARGE if m.name == "torch" else SMALL
+    assert m.name != "torch" or (cached + new) * (new - 16) > 2**31
+    step = paged_rows(((cached, new),), BLOCK, num_padded=0)
+    logits = empty(m, (new, int(step.window.max())))
+    score_pages(*layer_inputs(m, step), step.meta(m), logits)
+    return step, logits
+
+
+def best_positions(step: PagedRows) -> dict[int, list[int]]:
+    """Of some tokens, at 2^31 scores too: the needle and the last keys, whose scores grow."""
+    edge, new = 2**31 // int(step.window.max()), step.num_tokens
+    tokens = {0, 1, new - 2, new - 1, edge - 1, edge, edge + 1} & set(range(new))
+    ends = {token: int(step.position_ids[token]) + 1 for token in tokens}
+    return {token: [NEEDLE, *range(end - K + 1, end)] for token, end in ends.items()}
+
+
 @pytest.mark.slow
 def test_the_first_keys_are_found_whatever_the_number_of_scores(
     kernel_memory: KernelMemory,
 ) -> None:
-    from fd_dsa.ops.logits.triton_kernel import score_pages
     from fd_dsa.ops.topk.triton_kernel import select_slots
 
-    m, (cached, new) = kernel_memory, LARGE if kernel_memory.name == "torch" else SMALL
-    assert m.name != "torch" or (cached + new) * (new - 16) > 2**31
-    step = paged_rows(((cached, new),), BLOCK, num_padded=0)
-    meta, width = step.meta(m), int(step.window.max())
-    logits, slots = empty(m, (new, width)), m.poisoned((new, K), "int32")
-    score_pages(*layer_inputs(m, step), meta, logits)
+    m, (step, logits) = kernel_memory, scored(kernel_memory)
+    meta, slots = step.meta(m), m.poisoned((step.num_tokens, K), "int32")
     tokens = meta.position_ids, meta.batch_id_per_token, meta.block_tables
     select_slots(logits, *tokens, slots, block_size=BLOCK, num_blocks=step.num_blocks)
     found = m.get(slots)
-    # the first and the last tokens, and those at 2^31 scores
-    edge = 2**31 // width
-    for token in {0, 1, new - 2, new - 1, edge - 1, edge, edge + 1} & set(range(new)):
-        position = int(step.position_ids[token])
+    for token, positions in best_positions(step).items():
         places = {int(slot): p for p, slot in enumerate(step.key_slots(token))}
-        # the needle, and the last keys before the token: their scores grow
-        wanted = [NEEDLE, *range(position + 2 - K, position + 1)]
-        assert [places[slot] for slot in found[token].tolist()] == wanted
-        row = m.get(logits[token : token + 1])[0]
-        assert row[NEEDLE] == 4 and row[position] == np.float32(position / 2**18)
+        assert [places[slot] for slot in found[token].tolist()] == positions
+        row, last = m.get(logits[token : token + 1])[0], positions[-1]
+        assert row[NEEDLE] == 4 and row[last] == np.float32(last / 2**18)
