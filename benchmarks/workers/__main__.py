@@ -1,4 +1,4 @@
-"""Run a worker with the package of a checkout: `python -m benchmarks.workers CHECKOUT TARGET OPTIONS`.
+"""Run a worker with a checkout: `python -m benchmarks.workers CHECKOUT TARGET OPTIONS`.
 
 `benchmarks` itself is imported already, so the checkout may be one that has no such worker.
 """
