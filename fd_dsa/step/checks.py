@@ -170,15 +170,14 @@ def check_arrays(arrays: Sequence[Any], int32: Any, limits: StepLimits) -> None:
     Raises:
         DtypeError, ShapeError, CapacityError: names the field, the found and the allowed.
     """
-    for name, array in zip(StepInputs._fields, arrays, strict=True):
-        if array.dtype is not int32 and array.dtype != int32:
-            raise DtypeError(f"{name}: got dtype {array.dtype}, allowed is int32; convert it")
-    shapes = [tuple(array.shape) for array in arrays]
-    rows = shapes[2]
+    rows = tuple(arrays[2].shape)
     if len(rows) != 1:
         raise ShapeError(f"seq_lens_this_time: got shape {rows}, allowed is [rows]; flatten it")
-    allowed = (rows,) * 3 + ((rows[0], limits.max_blocks_per_seq),)
-    for name, shape, expected in zip(StepInputs._fields, shapes, allowed, strict=True):
+    shapes = rows, rows, rows, (rows[0], limits.max_blocks_per_seq)
+    for name, array, expected in zip(StepInputs._fields, arrays, shapes, strict=True):
+        if array.dtype is not int32 and array.dtype != int32:
+            raise DtypeError(f"{name}: got dtype {array.dtype}, allowed is int32; convert it")
+        shape = tuple(array.shape)
         if shape != expected:
             rule = "[rows, max_blocks_per_seq]" if name == "block_tables" else "[rows]"
             raise ShapeError(

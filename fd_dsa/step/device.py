@@ -59,8 +59,9 @@ class DeviceProvider:
 
     def build(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta:
         """The step of four device tensors or NumPy arrays; see `StepMetadataBuilder.build`."""
-        is_host = {isinstance(array, np.ndarray) for array in arrays}
-        if len(is_host) != 1 or not all(hasattr(array, "shape") for array in arrays):
+        kinds_of = {type(array): array for array in arrays}.values()
+        is_host = {isinstance(array, np.ndarray) for array in kinds_of}
+        if len(is_host) != 1 or not all(hasattr(array, "shape") for array in kinds_of):
             kinds = ", ".join(type(array).__name__ for array in arrays)
             raise DtypeError(
                 f"{', '.join(StepInputs._fields)}: got {kinds}, allowed are four NumPy arrays or "
@@ -91,7 +92,7 @@ class DeviceProvider:
         checks.check_arrays(tensors, self._int32, self._limits)
         for name, tensor in zip(StepInputs._fields, tensors, strict=True):
             # rows of a table may lie apart, the values of one must not
-            if tensor.shape[0] and tensor.shape[-1] > 1 and tensor.stride()[-1] != 1:
+            if tensor.stride()[-1] != 1 and tensor.shape[0] and tensor.shape[-1] > 1:
                 raise ShapeError(
                     f"{name}: got strides {list(tensor.stride())}, the last must be 1; "
                     "call .contiguous() first"
@@ -108,7 +109,10 @@ class DeviceProvider:
         padded, tables = counts.num_padded_tokens, inputs[3]
         has_prefill = counts.num_prefill_tokens > 0
         extents = (self._tokens, self._windows) if has_prefill else (self._tokens,)
-        written = padded if is_captured else max(padded, *(extent.used for extent in extents))
+        written = padded
+        if not is_captured:
+            for extent in extents:
+                written = max(written, extent.used)
         self._forms[has_prefill].launch(
             inputs, int(tables.shape[0]), written, int(tables.stride()[0])
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from fd_dsa.step.checks import StepCounts, StepInputs, StepLimits
+from fd_dsa.step.checks import StepCounts, StepLimits
 from fd_dsa.step.forward_meta import Array, ForwardMeta
 
 View = Callable[[Any], Array]
@@ -77,25 +77,29 @@ class StepViews:
 
     def forward_meta(self, inputs: Sequence[Array], counts: StepCounts) -> ForwardMeta:
         """The metadata of a step whose inputs, of exactly its rows, are these four arrays."""
-        has_prefill = counts.num_prefill_tokens > 0
+        num_tokens, num_prefill_tokens, max_seqlen_k, padded = counts
+        encoder, decoder, this_time, tables = inputs
+        has_prefill, num_rows = num_prefill_tokens > 0, int(this_time.shape[0])
+        cu_q, cache_lens, cu_kg = self._cut(True, num_rows, has_prefill)
+        batch_ids, positions, int32_positions, slots, windows = self._cut(
+            False, padded, has_prefill
+        )
+        # by position: names would double the time of this call, which each step waits for
         return ForwardMeta(
-            **dict(zip(StepInputs._fields, inputs, strict=True)),
-            **self._cut(True, int(inputs[2].shape[0]), has_prefill),
-            **self._cut(False, counts.num_padded_tokens, has_prefill),
-            num_prefill_tokens=counts.num_prefill_tokens,
-            num_decode_tokens=counts.num_tokens - counts.num_prefill_tokens,
-            max_seqlen_k=counts.max_seqlen_k,
+            *(encoder, decoder, this_time, cu_q, tables, batch_ids, positions, int32_positions),
+            *(slots, cache_lens, windows, cu_kg),
+            *(num_prefill_tokens, num_tokens - num_prefill_tokens, max_seqlen_k),
         )
 
 
 def _cut(
     buffers: dict[str, Any], view: View, of_rows: bool, size: int, has_prefill: bool
-) -> dict[str, Array | None]:
+) -> list[Array | None]:
     """The fields of rows or of tokens, cut to those of a step; None where it has none."""
-    views = {}
+    views = []
     for name, field in FIELDS.items():
         if field.of_rows == of_rows:
             is_there = buffers[name] is not None and (has_prefill or not field.is_window)
             end = field.values * size + field.more
-            views[name] = view(buffers[name][:end]) if is_there else None
+            views.append(view(buffers[name][:end]) if is_there else None)
     return views
