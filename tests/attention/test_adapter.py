@@ -110,23 +110,32 @@ def test_hints_set_for_a_runner_s_call_stay_for_it() -> None:
     assert meta.slot_mapping.shape == [9]
 
 
+def check_types_of_positions(
+    backend: DSAAttentionBackend, inputs: Any, get: Any = as_numpy
+) -> None:
+    """A step has positions of the backend's type, and int64 for the operators here."""
+    int32, meta = backend.config.int32_position_ids, SimpleNamespace()
+    hints, padding = (None, []) if get is as_numpy else (BOUNDS, [0, 0])
+    backend.build_step(meta, inputs, hints)
+    step = meta.fd_dsa_step
+    assert meta.position_ids is (step.position_ids_int32 if int32 else step.position_ids)
+    positions = get(meta.position_ids)
+    assert positions.dtype == (np.int32 if int32 else np.int64)
+    assert positions.tolist() == [17, 18, 19, 20, 9, 30, 31, *padding]
+    assert get(step.position_ids).dtype == np.int64
+
+
 @pytest.mark.parametrize("int32", [False, True])
-def test_positions_have_the_type_that_the_tree_takes(
+def test_positions_on_a_cpu_have_the_type_that_the_tree_takes(int32: bool) -> None:
+    check_types_of_positions(DSAAttentionBackend(config(int32_position_ids=int32)), MIXED.inputs())
+
+
+@pytest.mark.parametrize("int32", [False, True])
+def test_positions_on_a_device_have_the_type_that_the_tree_takes(
     kernel_memory: KernelMemory, int32: bool
 ) -> None:
-    m = kernel_memory
-    host = DSAAttentionBackend(config(int32_position_ids=int32)), MIXED.inputs(), as_numpy
-    device = on_device(m, int32_position_ids=int32), [m.put(a) for a in MIXED.inputs()], m.get
-    for (backend, inputs, get), padding in ((host, []), (device, [0, 0])):
-        meta = SimpleNamespace()
-        backend.build_step(meta, inputs, BOUNDS if padding else None)
-        step = meta.fd_dsa_step
-        assert meta.position_ids is (step.position_ids_int32 if int32 else step.position_ids)
-        positions = get(meta.position_ids)
-        assert positions.dtype == (np.int32 if int32 else np.int64)
-        assert positions.tolist() == [17, 18, 19, 20, 9, 30, 31, *padding]
-        # what the operators here take
-        assert get(step.position_ids).dtype == np.int64
+    m, backend = kernel_memory, on_device(kernel_memory, int32_position_ids=int32)
+    check_types_of_positions(backend, [m.put(array) for array in MIXED.inputs()], m.get)
 
 
 def test_activations_are_float32_on_a_cpu_and_float32_or_bfloat16_elsewhere(
@@ -139,11 +148,14 @@ def test_activations_are_float32_on_a_cpu_and_float32_or_bfloat16_elsewhere(
     assert on_device(kernel_memory, dtype="bfloat16").config.dtype == "bfloat16"
 
 
-def test_a_cpu_has_no_buffers_and_a_device_has_one_of_each(kernel_memory: KernelMemory) -> None:
-    host, backend = DSAAttentionBackend(config()), on_device(kernel_memory, dtype="bfloat16")
-    addresses = set()
+def test_a_cpu_has_no_buffers() -> None:
+    backend = DSAAttentionBackend(config())
+    assert backend.mla_query_buffer(3) is backend.projection_buffers(3) is None
+
+
+def test_a_device_has_one_buffer_of_each(kernel_memory: KernelMemory) -> None:
+    backend, addresses = on_device(kernel_memory, dtype="bfloat16"), set()
     for size in (3, 32, 1):
-        assert host.mla_query_buffer(size) is host.projection_buffers(size) is None
         views = backend.mla_query_buffer(size), *backend.projection_buffers(size)
         assert [list(view.shape) for view in views] == [[size, 2, 8], [size, 4], [size, 3]]
         kinds = [str(view.dtype).rpartition(".")[2] for view in views]
