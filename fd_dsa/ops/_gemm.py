@@ -155,15 +155,17 @@ def matrix(tensor: Any, *, transposed: bool = False) -> Any:
 
 
 def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.ndarray:
-    """Multiply n pairs of matrices: x [n, rows, k] by y [n, k, columns], C-contiguous float32.
+    """Multiply n pairs of matrices: x [n, rows, k] by y [n, k, columns], float32.
 
-    With `transpose_y` y is [n, columns, k]. The C function is called for each pair; many vectors
-    times matrices run as one operator of Paddle.
+    With `transpose_y` y is [n, columns, k]. y is C-contiguous, or the first columns of wider rows.
+    The C function is called for each pair; many vectors times matrices run as one operator of
+    Paddle.
     """
     sgemm, (count, rows, width) = _thread.sgemm, x.shape
     if sgemm is None or (rows == 1 and count > _FEW_VECTORS):
-        return as_numpy(matmul(staged(x), as_tensor(y), transpose_y=transpose_y))
-    columns, leading = y.shape[1 if transpose_y else 2], y.shape[2]
+        y = as_tensor(np.ascontiguousarray(y))
+        return as_numpy(matmul(staged(x), y, transpose_y=transpose_y))
+    columns, leading = y.shape[1 if transpose_y else 2], y.strides[1] >> 2
     x = np.ascontiguousarray(x)
     out = np.empty((count, rows, columns), np.float32)
     mode = b"T" if transpose_y else b"N"

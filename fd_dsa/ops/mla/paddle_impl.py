@@ -70,8 +70,7 @@ def attend_gathered(
         if hidden.any():
             np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
         _softmax(probabilities)
-        values = _weighted(probabilities, kv)
-        out[start : start + step] = values[:, :, :kv_lora_rank]
+        out[start : start + step] = _weighted(probabilities, kv[:, :, :kv_lora_rank])
         out[start : start + step][hidden[:, 0]] = 0.0
     return out
 
@@ -100,21 +99,22 @@ def attend_dense(
     num_tokens, heads, width = query.shape
     kv = scratch.take("latents", (len(key_slots), width))
     gather_latents(latents, key_slots, kv, scratch)
+    values = kv[None, :, :kv_lora_rank]
     scaled = (query * np.float32(softmax_scale)).reshape(1, -1, width)
     scores = batched(scaled, kv[None], transpose_y=True)
     probabilities = scores.reshape(num_tokens, heads, -1)
     hidden = np.isneginf(as_numpy(mask))
     np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
     _softmax(probabilities)
-    values = _weighted(scores, kv[None]).reshape(num_tokens, heads, width)
-    if np.isfinite(values).all():
-        return values[:, :, :kv_lora_rank]
+    out = _weighted(scores, values).reshape(num_tokens, heads, -1)
+    if np.isfinite(out).all():
+        return out
     # a weight of 0 times a key that is not finite is NaN: leave those keys out of the GEMM
     spoiled = ~np.isfinite(kv).all(axis=1)
     kv[spoiled] = 0.0
-    values = _weighted(scores, kv[None]).reshape(num_tokens, heads, width)
-    values[(~hidden[:, spoiled]).any(axis=1)] = np.nan
-    return values[:, :, :kv_lora_rank]
+    out = _weighted(scores, values).reshape(num_tokens, heads, -1)
+    out[(~hidden[:, spoiled]).any(axis=1)] = np.nan
+    return out
 
 
 def attend_slots(q: Any, cache: Any, slots: Any, out: Any, **options: Any) -> None:
