@@ -10,8 +10,6 @@ from fd_dsa.triton_runtime.device import DeviceApi
 from fd_dsa.triton_runtime.grid import Grid, resolve_grid
 from fd_dsa.triton_runtime.variant import Frame, Variant
 
-_MAX_GRIDS = 4096
-
 
 class BoundLaunch:
     """A launch with bound arguments; made by `Kernel.bind`.
@@ -51,7 +49,6 @@ class BoundLaunch:
         )
         self._bound_scalars = tuple(values[name] for name in scalars)
         self._write_grid = struct.Struct("=III").pack_into
-        self._grids: dict[Any, tuple[int, int, int]] = {}
         self._free: list[Frame] = []
 
     def _resolve(self, grid: Grid, values: dict[str, Any]) -> tuple[int, int, int]:
@@ -79,10 +76,10 @@ class BoundLaunch:
         if grid is None and self._fixed_grid:
             numbers = self.grid
         else:
-            try:
-                numbers = self._grids[grid]
-            except (KeyError, TypeError):
-                numbers = self._grid_of(scalars, grid)
+            grid, values = grid or self._grid_function or self.grid, self._values
+            if callable(grid):
+                values = values | dict(zip(self._scalars, scalars, strict=False))
+            numbers = self._resolve(grid, values)
             if 0 in numbers:
                 return
         free = self._free
@@ -114,19 +111,6 @@ class BoundLaunch:
     def current_stream(self) -> int:
         """The stream on which a call would launch now."""
         return self._stream(self._device)
-
-    def _grid_of(self, scalars: tuple[Any, ...], grid: Grid | None) -> tuple[int, int, int]:
-        """The grid of one call."""
-        if grid is None:
-            grid = self._grid_function or self.grid
-        if callable(grid):
-            named = dict(zip(self._scalars, scalars, strict=False))
-            return self._resolve(grid, {**self._values, **named})
-        numbers = self._resolve(grid, self._values)
-        if len(self._grids) >= _MAX_GRIDS:
-            self._grids.clear()
-        self._grids[tuple(grid)] = numbers
-        return numbers
 
     def _unfit(self, scalars: tuple[Any, ...], why: Any) -> LaunchError:
         """The error for scalars that are too many, too few or of another type."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from fd_dsa.errors import LaunchError
@@ -26,7 +27,18 @@ def resolve_grid(
     Raises:
         LaunchError: it is no sequence of one to three integers, or one is out of CUDA's range.
     """
-    sizes = grid({**options, **arguments}) if callable(grid) else grid
+    if callable(grid):
+        return _numbers(kernel, grid({**options, **arguments}))
+    try:
+        # most launches have one of a few grids
+        return _known_numbers(kernel, grid)
+    except TypeError:
+        # no hash, such as a list's
+        return _numbers(kernel, grid)
+
+
+def _numbers(kernel: str, sizes: Any) -> tuple[int, int, int]:
+    """Three numbers of one to three."""
     try:
         numbers = tuple(int(n) for n in sizes)
         fits = 1 <= len(numbers) <= 3 and all(
@@ -42,3 +54,6 @@ def resolve_grid(
         )
     x, y, z = (*numbers, 1, 1)[:3]
     return x, y, z
+
+
+_known_numbers = lru_cache(maxsize=4096)(_numbers)

@@ -24,7 +24,6 @@ import triton
 # generated functions that are tried in order; some twenty in vain take as long as a look-up with
 # all checks
 _MAX_CHAIN = 16
-_MAX_LAUNCHERS = 1024
 
 
 def paddle_jit(
@@ -86,7 +85,6 @@ class Kernel:
         self._variants: dict[Any, Variant] = {}
         self._chain: list[Any] = []
         self._chained: set[Any] = set()
-        self._launchers: dict[Any, Any] = {}
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
         """The launch on this grid; call it with the kernel's arguments.
@@ -95,22 +93,9 @@ class Kernel:
             grid: one to three numbers of programs, or a function that makes them of a dict of all
                 arguments and options by name.
         """
-        try:
-            return self._launchers[grid]
-        except (KeyError, TypeError):
-            return self._make_launcher(grid)
-
-    def _make_launcher(self, grid: Grid) -> Callable[..., None]:
-        """The launcher of a grid, kept for the next time unless the grid is a function."""
-        if callable(grid):
-            return partial(self._chain[0] if self._chain else self.run, grid)
-        numbers = resolve_grid(self.__name__, grid, {}, {})
-        with self._lock:
-            if len(self._launchers) >= _MAX_LAUNCHERS:
-                self._launchers.clear()
-            launcher = partial(self._chain[0] if self._chain else self.run, numbers)
-            self._launchers[tuple(grid)] = launcher
-        return launcher
+        if not callable(grid):
+            grid = resolve_grid(self.__name__, grid, {}, {})
+        return partial(self._chain[0] if self._chain else self.run, grid)
 
     def run(self, grid: Grid, *args: Any, **kwargs: Any) -> None:
         """Launch; the same as `kernel[grid](*args, **kwargs)`, with all checks.
@@ -216,14 +201,9 @@ class Kernel:
         with self._lock:
             if spelling in self._chained or len(self._chain) >= _MAX_CHAIN:
                 return
-            position = len(self._chain)
-            self._chain.append(
-                fastpath.generate(variant, api, spelled, partial(self._after, position))
-            )
+            miss = partial(self._after, len(self._chain))
+            self._chain.append(fastpath.generate(variant, api, spelled, miss))
             self._chained.add(spelling)
-            if position == 0:
-                # launchers made so far lead to the long way
-                self._launchers.clear()
 
     def _after(
         self, position: int, grid: Grid, values: tuple[Any, ...], spelled: dict[str, Any]
