@@ -18,14 +18,12 @@ prompt without one if their texts are nearly the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from fd_dsa.accuracy.types import shown
 from fd_dsa.client.questions import Question
@@ -36,6 +34,7 @@ OFFICIAL = Path(__file__).with_name("data") / "ifeval_prompts.jsonl"
 
 _RELATIONS = ("at least", "less than")
 _TEXT_RULE = "a text that is not empty"
+_LINE_RULE = "one JSON object a line"
 # that older wording and the present one have 0.992
 _SAME_PROMPT = 0.97
 
@@ -59,32 +58,41 @@ def read_prompts(path: Path | str | None = None) -> list[Prompt]:
     """The prompts of a file, in its order; None reads the official ones."""
     if path is None:
         return list(_official().values())
+    prompts: dict[str, Prompt] = {}
+    lines: dict[str, int] = {}
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        for number, data in _objects(path):
+            prompt = _prompt(data, f"{path}:{number}: ")
+            first = lines.setdefault(prompt.key, number)
+            if first != number:
+                raise ConfigError(
+                    f"{path}:{number}: key: {prompt.key!r} is also the key of line {first}; keys "
+                    "must be unique"
+                )
+            prompts[prompt.key] = prompt
     except OSError as error:
         raise ConfigError(
             f"prompts: {path} cannot be read ({error.strerror}); a JSONL file with one prompt "
             "a line is needed"
         ) from None
-    prompts: list[Prompt] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    if not prompts:
+        raise ConfigError(f"prompts: {path} holds no prompt; at least one is needed")
+    return list(prompts.values())
+
+
+def _objects(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number and the JSON object of every line that is not empty."""
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            prompt = _parse(line)
-            if prompt.key in seen:
-                first = seen[prompt.key]
-                raise ValueError(
-                    f"key: {prompt.key!r} is also the key of line {first}; keys must be unique"
-                )
+            data = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"{path}:{number}: {error}") from None
-        seen[prompt.key] = number
-        prompts.append(prompt)
-    if not prompts:
-        raise ConfigError(f"prompts: {path} holds no prompt; at least one is needed")
-    return prompts
+            reason = str(error).split(": line ")[0]
+            raise ConfigError(f"{path}:{number}: not JSON ({reason}); {_LINE_RULE}") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}:{number}: {shown(data)} is no JSON object; {_LINE_RULE}")
+        yield number, data
 
 
 def set_warning(prompts: Sequence[Prompt]) -> str | None:
@@ -105,8 +113,7 @@ def set_warning(prompts: Sequence[Prompt]) -> str | None:
 def _official() -> Mapping[str, Prompt]:
     """The official prompts by key, in their order."""
     found = {}
-    for line in OFFICIAL.read_bytes().splitlines():
-        data = orjson.loads(line)
+    for _, data in _objects(OFFICIAL):
         kwargs = tuple(_without_nulls(given) for given in data["kwargs"])
         names = tuple(data["instruction_id_list"])
         found[str(data["key"])] = Prompt(str(data["key"]), data["prompt"], names, kwargs)
@@ -128,46 +135,45 @@ def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _parse(line: bytes) -> Prompt:
-    """The prompt of one line; raises ValueError with field, value and rule."""
-    try:
-        data = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        reason = str(error).split(": line ")[0]
-        raise ValueError(f"not JSON ({reason}); one JSON object a line") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{shown(data)} is no JSON object; one prompt a line")
+def _prompt(data: Mapping[str, Any], where: str) -> Prompt:
+    """The prompt of one line, each field checked; `where` begins the errors."""
     key, text = data.get("key"), data.get("prompt")
-    if isinstance(key, bool) or not isinstance(key, int | str) or key == "":
-        raise ValueError(f"key: {shown(key)}; a whole number or a text is needed")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"prompt: {shown(text)}; {_TEXT_RULE} is needed")
     names, kwargs = data.get("instruction_id_list"), data.get("kwargs")
-    if not isinstance(names, list) or not names:
-        raise ValueError(
-            f"instruction_id_list: {shown(names)}; a list of at least one instruction is needed"
-        )
-    if not isinstance(kwargs, list) or len(kwargs) != len(names):
-        count = f"{len(kwargs)} entries" if isinstance(kwargs, list) else shown(kwargs)
-        raise ValueError(
-            f"kwargs: {count} for {len(names)} instructions; one object for each is needed"
-        )
+    given = f"{len(kwargs)} entries" if isinstance(kwargs, list) else shown(kwargs)
+    for good, problem in (
+        (
+            isinstance(key, int | str) and not isinstance(key, bool) and key != "",
+            f"key: {shown(key)}; a whole number or a text is needed",
+        ),
+        (_is_text(text), f"prompt: {shown(text)}; {_TEXT_RULE} is needed"),
+        (
+            isinstance(names, list) and names,
+            f"instruction_id_list: {shown(names)}; a list of at least one instruction is needed",
+        ),
+        (
+            isinstance(kwargs, list) and isinstance(names, list) and len(kwargs) == len(names),
+            f"kwargs: {given}; one object for each instruction is needed",
+        ),
+    ):
+        if not good:
+            raise ConfigError(where + problem)
     pairs = zip(names, kwargs, strict=True)
-    return Prompt(str(key), text, tuple(names), tuple(_checked(*pair) for pair in pairs))
+    return Prompt(str(key), text, tuple(names), tuple(_checked(*pair, where) for pair in pairs))
 
 
-def _checked(name: Any, given: Any) -> dict[str, Any]:
+def _checked(name: Any, given: Any, where: str) -> dict[str, Any]:
     """Arguments of one instruction without those that are null, all of them checked."""
     if not isinstance(name, str) or name not in arguments():
         known = ", ".join(arguments())
-        raise ValueError(f"instruction_id_list: {shown(name)}; allowed are {known}")
+        raise ConfigError(f"{where}instruction_id_list: {shown(name)}; allowed are {known}")
+    where = f"{where}kwargs of {name}: "
     if not isinstance(given, dict):
-        raise ValueError(f"kwargs of {name}: {shown(given)}; an object is needed")
+        raise ConfigError(f"{where}{shown(given)}; an object is needed")
     expected, kept = arguments()[name], _without_nulls(given)
     for key in kept:
         if key not in expected:
             allowed = ", ".join(expected) or "none"
-            raise ValueError(f"kwargs of {name}: {shown(key)}; allowed are {allowed}")
+            raise ConfigError(f"{where}{shown(key)}; allowed are {allowed}")
     for key, kind in expected.items():
         value = kept.get(key)
         if key.endswith("relation"):
@@ -181,7 +187,7 @@ def _checked(name: Any, given: Any) -> dict[str, Any]:
             rule = "a list of texts, none of them empty"
         if not good:
             found = f": {shown(value)}" if key in kept else " is missing"
-            raise ValueError(f"kwargs of {name}: {key}{found}; {rule} is needed")
+            raise ConfigError(f"{where}{key}{found}; {rule} is needed")
     return kept
 
 
@@ -230,10 +236,11 @@ def read_responses(path: Path, prompts: Sequence[Prompt]) -> Responses:
     texts: dict[str, str] = {}
     unknown: dict[int, tuple[str, str]] = {}
     lines: dict[str, int] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        prompt, response = _response(line, f"{path}:{number}")
+    for number, data in _objects(path):
+        prompt, response = data.get("prompt"), data.get("response")
+        for name, text in (("prompt", prompt), ("response", response)):
+            if not isinstance(text, str):
+                raise ConfigError(f"{path}:{number}: {name}: {shown(text)}; a text is needed")
         if prompt in lines:
             raise ConfigError(
                 f"{path}:{number}: prompt: {shown(prompt)} is also the prompt of line "
@@ -257,17 +264,3 @@ def read_responses(path: Path, prompts: Sequence[Prompt]) -> Responses:
         reworded.append(keys[near[0]])
     missing = tuple(prompt.key for prompt in prompts if prompt.key not in texts)
     return Responses(texts, missing, tuple(reworded))
-
-
-def _response(line: bytes, where: str) -> tuple[str, str]:
-    """Prompt and response of a line."""
-    try:
-        entry: Any = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON ({error}); one JSON object a line") from None
-    if not isinstance(entry, dict):
-        raise ConfigError(f"{where}: {shown(entry)} is no JSON object; one response a line")
-    for name in ("prompt", "response"):
-        if not isinstance(entry.get(name), str):
-            raise ConfigError(f"{where}: {name}: {shown(entry.get(name))}; a text is needed")
-    return entry["prompt"], entry["response"]

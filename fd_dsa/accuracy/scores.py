@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,6 @@ from fd_dsa.accuracy.types import (
 from fd_dsa.client.report import Table, as_json, page, write_files
 from fd_dsa.errors import ConfigError
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 MOST_CUT_SHARE = 0.02
 """Above this share of answers cut at max_tokens, a report warns."""
 _HOW = (
@@ -144,43 +142,23 @@ def read_scores(path: Path) -> Scores:
             f"{file}: has no settings and prompts of a scored run; give a {SCORES_FILE} that "
             "`python -m fd_dsa.accuracy score` made"
         )
-    scores = tuple(_prompt(entry, f"{file}: prompts[{i}]") for i, entry in enumerate(prompts))
+    scores = []
+    for place, entry in enumerate(prompts):
+        try:
+            scores.append(PromptScore.from_json(entry))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{file}: prompts[{place}]: {shown(entry)}: is no score ({error}); score the run "
+                "again"
+            ) from error
     key, count = Counter(score.key for score in scores).most_common(1)[0]
     if count > 1:
         raise ConfigError(f"{file}: key {key!r} is there twice; each may be there once")
     try:
-        return Scores(RunSettings.from_json(data["settings"]), scores)
+        return Scores(RunSettings.from_json(data["settings"]), tuple(scores))
     except TypeError as error:
         reason = str(error).replace("RunSettings.__init__() ", "")
         raise ConfigError(f"{file}: settings: {reason}") from error
-
-
-def _prompt(entry: Any, where: str) -> PromptScore:
-    """One entry of the list of prompts, each field checked."""
-    if not isinstance(entry, dict):
-        raise ConfigError(f"{where}: {shown(entry)}; a JSON object is needed")
-    missing = [name for name in PromptScore.__dataclass_fields__ if name not in entry]
-    if missing:
-        raise ConfigError(f"{where}: {', '.join(missing)} missing; score the run again")
-    names, sha = entry["instruction_ids"], entry["answer_sha256"]
-    count = len(names) if isinstance(names, list) else 0
-    follows = f"a list of {count} of true and false, one for each instruction"
-    for name, good, rule in (
-        ("key", isinstance(entry["key"], str), "a text"),
-        ("instruction_ids", _is_list(names, str, max(1, count)), "a list of at least one text"),
-        ("follow_strict", _is_list(entry["follow_strict"], bool, count), follows),
-        ("follow_loose", _is_list(entry["follow_loose"], bool, count), follows),
-        ("answer_sha256", sha is None or _SHA256.fullmatch(str(sha)), "64 hexadecimal digits"),
-    ):
-        if not good:
-            raise ConfigError(f"{where}: {name}: {shown(entry[name])}; {rule} is needed")
-    return PromptScore.from_json(entry)
-
-
-def _is_list(value: Any, kind: type, count: int) -> bool:
-    """Reports whether a value is a list of `count` values of one kind."""
-    same = isinstance(value, list) and all(type(one) is kind for one in value)
-    return same and len(value) == count
 
 
 def write_report(out: Path, scores: Scores, notes: Sequence[str] = ()) -> list[Path]:

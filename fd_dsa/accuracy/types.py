@@ -89,10 +89,19 @@ class PromptScore:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PromptScore:
-        """The score of a JSON object that a file has kept."""
-        lists = ("instruction_ids", "follow_strict", "follow_loose")
+        """The score of a JSON object that a file has kept.
+
+        Raises:
+            TypeError, ValueError: it is none.
+        """
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-        return cls(**{**known, **{name: tuple(data[name]) for name in lists}})
+        score = cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
+        follows = score.follow_strict, score.follow_loose
+        if any(type(one) is not bool for follow in follows for one in follow):
+            raise ValueError("follow_strict and follow_loose are lists of true and false")
+        if not score.instruction_ids or {*map(len, follows)} != {len(score.instruction_ids)}:
+            raise ValueError("each instruction is followed or not, and there is one at least")
+        return score
 
 
 def without_reasoning(text: str) -> str:

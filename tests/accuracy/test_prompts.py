@@ -93,8 +93,8 @@ WORDS = "length_constraints:number_words"
             "instruction_id_list: 'punctuation:comma'; allowed are change_case:capital_word_freq",
         ),
         ({"instruction_id_list": [["x"], WORDS]}, r"instruction_id_list: \['x'\]; allowed are"),
-        ({"kwargs": [{}]}, "kwargs: 1 entries for 2 instructions; one object for each is needed"),
-        ({"kwargs": None}, "kwargs: None for 2 instructions"),
+        ({"kwargs": [{}]}, "kwargs: 1 entries; one object for each instruction is needed"),
+        ({"kwargs": None}, "kwargs: None; one object for each"),
         ({"kwargs": [{}, 3]}, f"kwargs of {WORDS}: 3; an object is needed"),
         ({"kwargs": [{"x": 1}, {}]}, "kwargs of punctuation:no_comma: 'x'; allowed are none"),
         ({"kwargs": [{}, {"num_words": 3}]}, f"kwargs of {WORDS}: relation is missing; 'at least'"),
@@ -124,9 +124,9 @@ def test_bad_line_names_line_field_value_and_rule(
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (b"{", "not JSON (unexpected end of data); one JSON object a line"),
+        (b"{", "not JSON (Expecting property name"),
         (b'{"key": "\xff"}', "not JSON ("),
-        (b"[]", "[] is no JSON object; one prompt a line"),
+        (b"[]", "[] is no JSON object; one JSON object a line"),
         (GOOD, "key: '7' is also the key of line 1; keys must be unique"),
         ({**GOOD, "key": "7"}, "key: '7' is also the key of line 1"),
     ],

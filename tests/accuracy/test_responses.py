@@ -66,7 +66,7 @@ def test_prompts_without_a_response_are_named(
         (ROWS[0], "is also the prompt of line 1; each prompt has one response"),
         ({"prompt": "a", "response": None}, "response: None; a text is needed"),
         ({"response": "a"}, "prompt: None; a text is needed"),
-        ([1], "[1] is no JSON object; one response a line"),
+        ([1], "[1] is no JSON object; one JSON object a line"),
         ("{", "not JSON ("),
     ],
 )
