@@ -123,11 +123,10 @@ def _metric_table(found: Comparison, names: tuple[str, str]) -> Table:
         rows.append((name, *sides, change.difference.points(), *flips, p))
     notes = (
         f"The primary metric, named before any run, is {PROMPT_STRICT}; the others are strongly "
-        "correlated with it and no further evidence. Differences in points with 95 % intervals by "
-        f"bootstrap over prompts ({RESAMPLES:,} resamples, seed {SEED}), which are too narrow "
-        "where only a handful of prompts flip: the verdict's interval is made from the flips. p: "
-        "exact McNemar, on the prompt level only, since instructions of one prompt are not "
-        "independent.",
+        "correlated with it and no further evidence. Differences in points with 95 % intervals: of "
+        "prompts from their flips, of instructions by bootstrap over prompts "
+        f"({RESAMPLES:,} resamples, seed {SEED}). p: exact McNemar, on the prompt level only, "
+        "since instructions of one prompt are not independent.",
     )
     heading = ("metric", names[0], names[1], "difference", "worse", "better", "p")
     return Table("Metrics, %", heading, tuple(rows), notes)
@@ -222,14 +221,14 @@ def _visible(found: Comparison) -> str:
 def _tested(found: Comparison) -> list[str]:
     """What flips, exact test and interval say about the primary metric."""
     change = found.primary
-    assert change.paired is not None and change.p is not None
+    assert change.p is not None
     if change.worse + change.better == 0:
         most = 100 * most_unseen_share(found.prompts)
         return [
             "No change: no prompt changed its strict result. At most "
             f"{most:.2g} % of such prompts change theirs (95 % confidence)."
         ]
-    value, low, high = map(signed, change.paired)
+    value, low, high = map(signed, change.difference)
     digits = p_digits(change.p)
     p = f"p {digits}" if digits.startswith("<") else f"p = {digits}"
     flips = (
@@ -238,7 +237,7 @@ def _tested(found: Comparison) -> list[str]:
         f"{high}"
     )
     if change.p > ALPHA:
-        return [f"No difference shown: {flips}.", _not_excluded(change.paired)]
+        return [f"No difference shown: {flips}.", _not_excluded(change.difference)]
     return [f"After is {'worse' if change.worse > change.better else 'better'}: {flips}."]
 
 

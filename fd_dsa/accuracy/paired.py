@@ -48,9 +48,8 @@ class MetricChange:
     """One metric in both runs.
 
     Attributes:
-        difference: after - before, by bootstrap over prompts.
-        paired: the same from the flips alone, which holds with few of them; None on the
-            instruction level.
+        difference: after - before; on the prompt level from the flips alone, which holds with
+            few of them, on the instruction level by bootstrap over prompts.
         worse, better: prompts or instructions that passed before only, and after only.
         p: exact McNemar; None on the instruction level, where trials are not independent.
     """
@@ -58,16 +57,14 @@ class MetricChange:
     before: Metric
     after: Metric
     difference: Estimate
-    paired: Estimate | None
     worse: int
     better: int
     p: float | None
 
     def to_json(self) -> dict[str, Any]:
         """The change as a JSON object, in percent and points."""
-        estimates = ("before", "after", "difference", "paired")
-        found = {"worse": self.worse, "better": self.better, "p": self.p}
-        return {n: v and v.to_json() for n in estimates for v in [getattr(self, n)]} | found
+        estimates = {n: getattr(self, n).to_json() for n in ("before", "after", "difference")}
+        return estimates | {"worse": self.worse, "better": self.better, "p": self.p}
 
 
 @dataclass(frozen=True)
@@ -207,16 +204,12 @@ def _metric_change(
         for x, y in rows:
             worse += x > y
             better += x < y
+    sides = metric(before, name), metric(after, name)
+    if by_prompt:
+        difference = paired_difference(worse, better, len(before))
+        return MetricChange(*sides, difference, worse, better, mcnemar(worse, better))
     (old, sizes), (new, _) = columns(before, name), columns(after, name)
-    return MetricChange(
-        before=metric(before, name),
-        after=metric(after, name),
-        difference=bootstrap_difference(old, new, sizes),
-        paired=paired_difference(worse, better, len(before)) if by_prompt else None,
-        worse=worse,
-        better=better,
-        p=mcnemar(worse, better) if by_prompt else None,
-    )
+    return MetricChange(*sides, bootstrap_difference(old, new, sizes), worse, better, None)
 
 
 def _flips(pairs: Sequence[_Pair]) -> tuple[Flip, ...]:

@@ -99,8 +99,7 @@ def test_borderline_is_said(worse: int, better: int) -> None:
 def test_no_difference_shown_says_what_it_leaves_open(worse: int, better: int) -> None:
     found = compare(passing(GOOD), passing(_worse(worse, better)))
     told = " ".join(verdict(found))
-    assert found.primary.paired is not None
-    loss, gain = -100 * found.primary.paired.low, 100 * found.primary.paired.high
+    loss, gain = -100 * found.primary.difference.low, 100 * found.primary.difference.high
     assert loss > 0.5 and gain > 0.5
     assert f"No difference shown: of 100 prompts, {worse} got worse" in told
     assert f"a loss of up to {loss:.1f} points and a gain of up to {gain:.1f} points" in told
