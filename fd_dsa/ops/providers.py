@@ -7,7 +7,8 @@ one that can serve does, unless FD_DSA_OP_PROVIDER asks for another. A choice is
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -97,6 +98,7 @@ class Choice:
 
 
 _choices: dict[tuple[str, str], Choice] = {}
+_asked: dict[str, str] | None = None
 
 
 def device_kind(tensor: Any) -> str:
@@ -213,12 +215,27 @@ def forget() -> None:
     _choices.clear()
 
 
+@contextmanager
+def asking_for(asked: Mapping[str, str]) -> Iterator[None]:
+    """Choose anew inside, by these pairs; without any by FD_DSA_OP_PROVIDER."""
+    global _asked
+    before, _asked = _asked, dict(asked) or None
+    forget()
+    try:
+        yield
+    finally:
+        _asked = before
+        forget()
+
+
 def requested() -> dict[str, str]:
-    """Operator -> provider that FD_DSA_OP_PROVIDER asks for.
+    """Operator -> provider that `asking_for` or FD_DSA_OP_PROVIDER asks for.
 
     Raises:
         ConfigError: a pair of another form, an unknown operator, or a provider that it has not.
     """
+    if _asked is not None:
+        return _asked
     text = op_provider_variable()
     return parse(text.split(","), VARIABLE, text) if text else {}
 

@@ -1,16 +1,8 @@
-"""`selection`: recall of what the indexer chose, for every cache dtype, length and provider.
-
-Which kernel serves an operator is settled once in a process, so every setting of providers but the
-first has a process of its own, which is this command again.
-"""
+"""`selection`: recall of what the indexer chose, for every cache dtype, length and provider."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +20,9 @@ from fd_dsa.accuracy.selection.measure import (
 from fd_dsa.accuracy.types import REPORT_FILE
 from fd_dsa.client.report import Table, as_json, check_folder, page, show, write_files
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import process_environment, quiet
+from fd_dsa.environment import quiet
 from fd_dsa.errors import BackendUnavailable, ConfigError
-from fd_dsa.ops.providers import parse
+from fd_dsa.ops.providers import asking_for, parse
 from fd_dsa.serve.flag_values import add_numbers
 
 CACHE_DTYPES = ("float32", "bfloat16", "fp8_ds_mla")
@@ -90,15 +82,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; 0 when at least one setting could be measured."""
-    for text in args.providers:
-        _check_provider(text)
+    providers = {text: _provider(text) for text in args.providers}
     args.lengths = _checked_lengths(args)
     if args.out is not None:
         check_folder(Path(args.out))
     runs: list[dict[str, Any]] = []
-    for number, text in enumerate(args.providers):
-        here = number == 0 and "," not in text
-        runs += _runs_here(args, text) if here else _runs_in_child(args, text)
+    for text, asked in providers.items():
+        with asking_for(asked):
+            runs += _runs(args, text)
     if not any("layers" in found for found in runs):
         raise ConfigError(runs[0]["unavailable"])
     decisive = {"model": EngineConfig(model=args.model).model_path.name}
@@ -112,11 +103,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_provider(text: str) -> None:
-    """Refuse an operator without a choice, or a provider or device that there is not."""
+def _provider(text: str) -> dict[str, str]:
+    """Operator -> provider of a setting.
+
+    Raises:
+        ConfigError: there is no such device, operator or provider.
+    """
     device, *operators = text.split(",")
-    parse(operators, "--providers", text)
     EngineConfig(device=device)
+    return parse(operators, "--providers", text)
 
 
 def _checked_lengths(args: argparse.Namespace) -> list[int]:
@@ -138,11 +133,12 @@ def _checked_lengths(args: argparse.Namespace) -> list[int]:
     return lengths
 
 
-def _runs_here(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+def _runs(args: argparse.Namespace, provider: str) -> list[dict[str, Any]]:
     """A JSON object for each cache dtype and length, or one that says why a dtype has none."""
+    device, *operators = provider.split(",")
     runs = []
     for dtype in args.kv_cache_dtypes:
-        known = {"provider": device, "kv_cache_dtype": dtype}
+        known = {"provider": provider, "kv_cache_dtype": dtype}
         try:
             with quiet():
                 model = open_model(
@@ -153,7 +149,7 @@ def _runs_here(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
                     kv_cache_dtype=dtype,
                     max_num_batched_tokens=args.max_num_batched_tokens,
                 )
-                known["provider"] = model.device
+                known["provider"] = ",".join([model.device, *operators])
                 runs += [known | _measured(args, model, length) for length in args.lengths]
         except (ConfigError, BackendUnavailable) as error:
             if len(args.kv_cache_dtypes) == len(args.providers) == 1:
@@ -178,31 +174,6 @@ def _measured(args: argparse.Namespace, model: OpenModel, length: int) -> dict[s
         "served_by": {op: by[kind].provider for op, by in table().items() if kind in by},
         "layers": [figure.to_json() for figure in figures],
     }
-
-
-def _runs_in_child(args: argparse.Namespace, text: str) -> list[dict[str, Any]]:
-    """`_runs_here` in a process of its own, in which the setting's providers are asked for."""
-    device, *operators = text.split(",")
-    environment = process_environment()
-    if operators:
-        environment["FD_DSA_OP_PROVIDER"] = ",".join(operators)
-    with tempfile.TemporaryDirectory(prefix="fd_dsa_") as folder:
-        # of a flag that is there twice the last one counts
-        command = [sys.executable, "-m", "fd_dsa.accuracy", *args.arguments]
-        command += ["--providers", device, "--out", folder]
-        with progress(f"{text}, in a process of its own", 1):
-            done = subprocess.run(
-                command, env=environment, text=True, check=False, capture_output=True
-            )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["it printed nothing"]
-            reason = lines[-1].removeprefix("fd_dsa: error: ")
-            known = {"provider": text, "unavailable": reason}
-            return [{**known, "kv_cache_dtype": dtype} for dtype in args.kv_cache_dtypes]
-        runs: list[dict[str, Any]] = json.loads((Path(folder) / JSON_FILE).read_text())["runs"]
-    for found in runs:
-        found["provider"] = ",".join([found["provider"], *operators])
-    return runs
 
 
 def parts(result: Mapping[str, Any]) -> list[str | Table]:

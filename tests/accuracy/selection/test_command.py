@@ -17,7 +17,7 @@ SHORT = ("--lengths", "300", "--texts", "1", "--queries", "3", "--seed", "2")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder: two processes, of which one has no device."""
+    """A run's folder: two devices, of which one is not there."""
     out = tmp_path_factory.mktemp("selection") / "run"
     dtypes = ("--kv-cache-dtypes", "float32", "fp8_ds_mla")
     providers = ("--providers", "cpu", "nonesuch:0")
