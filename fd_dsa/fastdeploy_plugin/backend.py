@@ -32,10 +32,11 @@ from fd_dsa.fastdeploy_plugin.projections import (
     table_key,
 )
 from fd_dsa.fastdeploy_plugin.settings import core_config, readable_upstream, upstream_attributes
-from fd_dsa.fastdeploy_plugin.step_inputs import device_of, fill_max_lens, step_rows
+from fd_dsa.fastdeploy_plugin.step_inputs import fill_max_lens, step_rows
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
 from fd_dsa.ops._linear import joined
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
+from fd_dsa.ops.providers import device_name
 
 logger = logging.getLogger(__name__)
 
@@ -340,7 +341,7 @@ class PluginBackend:
     def _core_for(self, block_tables: Any) -> CoreBackend:
         """Our backend, made where these tables are."""
         if self.core is None:
-            device = device_of(block_tables)
+            device = device_name(block_tables)
             self.config = replace(self.config, max_blocks_per_seq=int(block_tables.shape[1]))
             if device == "cpu":
                 self.config = replace(self.config, dtype="float32")

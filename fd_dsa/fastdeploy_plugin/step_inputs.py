@@ -36,12 +36,6 @@ def step_rows(forward_meta: Any) -> list[Any]:
     return [array if array.shape[0] == rows else array[:rows] for array in arrays]
 
 
-def device_of(tensor: Any) -> str:
-    """Where a Paddle tensor is, as our backend takes it: "cpu", "gpu:0" or "name:0"."""
-    # a place prints as Place(name:0)
-    return str(tensor.place).removeprefix("Place(").removesuffix(")")
-
-
 def fill_max_lens(
     max_len_tensor_cpu: Any, num_tokens: int, has_prefill: bool, tokens_per_row: int, max_keys: int
 ) -> None:

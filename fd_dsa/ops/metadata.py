@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.ops._host import as_numpy, check_array, on_device
-from fd_dsa.ops.providers import choose, device_kind, function
+from fd_dsa.ops.providers import choose, device_kind, device_name, function
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 
 
@@ -68,13 +68,5 @@ def step_metadata(
     builder = function(name, choose(name, kind).provider)
     if out is None:
         sizes = max(num_rows, 1), max(num_tokens, 1), max(max_blocks, 1), block_size, num_blocks
-        out = builder(*sizes, device="cpu" if kind == "cpu" else _device_of(block_tables))
+        out = builder(*sizes, device="cpu" if kind == "cpu" else device_name(block_tables))
     return out.build(*inputs, block_tables, num_tokens=num_tokens, **counts)  # type: ignore[no-any-return]
-
-
-def _device_of(tensor: Any) -> str:
-    """Paddle's name of the device that a tensor is on."""
-    place = tensor.place
-    if place.is_gpu_place():
-        return f"gpu:{place.gpu_device_id()}"
-    return str(place).removeprefix("Place(").removesuffix(")")

@@ -109,13 +109,15 @@ def device_kind(tensor: Any) -> str:
     """
     if isinstance(tensor, np.ndarray):
         return "cpu"
-    place = getattr(tensor, "place", None)
-    if place is None:
+    if getattr(tensor, "place", None) is None:
         return str(tensor.device.type)
-    if place.is_cpu_place():
-        return "cpu"
-    # a custom place prints as Place(name:0)
-    return "gpu" if place.is_gpu_place() else str(place).removeprefix("Place(").split(":")[0]
+    return "cpu" if tensor.place.is_cpu_place() else device_name(tensor).partition(":")[0]
+
+
+def device_name(tensor: Any) -> str:
+    """Where a Paddle tensor is: "cpu", "gpu:0" or "name:0"."""
+    # a place prints as Place(name:0)
+    return str(tensor.place).removeprefix("Place(").removesuffix(")")
 
 
 def activation_dtypes(tensor: Any) -> tuple[str, ...]:

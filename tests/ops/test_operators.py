@@ -113,7 +113,7 @@ def test_a_layer_by_kernels_and_by_numpy(fp8: bool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
     for module in ("topk", "logits", "mla", "query", "metadata"):
         monkeypatch.setattr(f"fd_dsa.ops.{module}.device_kind", lambda tensor: "gpu")
-    monkeypatch.setattr("fd_dsa.ops.metadata._device_of", lambda tensor: "cpu")
+    monkeypatch.setattr("fd_dsa.ops.metadata.device_name", lambda tensor: "cpu")
     device = run_layer(attention_inputs(fp8), fp8)
     served = {operator: by["gpu"].provider for operator, by in providers.table().items()}
     assert served["indexer_logits"] == ("triton_tensor_core" if fp8 else "triton")

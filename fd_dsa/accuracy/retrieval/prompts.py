@@ -7,7 +7,6 @@ template included.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
@@ -18,6 +17,7 @@ from typing import Any
 from fd_dsa.accuracy.retrieval.tasks import BEFORE, Item
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import ConfigError
+from fd_dsa.models.config_reader import FieldReader, read_json_object
 
 # a haystack's last sentence is at least so long: shorter ones can hardly be cut to size
 _MIN_LAST_TOKENS = 8
@@ -156,8 +156,12 @@ class TokenCounter:
         switch = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
         self._kwargs: dict[str, Any] = dict(switch)
         config = folder / "config.json"
-        self.index_topk = _positive(config, "index_topk")
-        self.max_position_embeddings = _positive(config, "max_position_embeddings")
+        known = read_json_object(config) if config.is_file() else {}
+        names = ("index_topk", "max_position_embeddings")
+        reader = FieldReader(known, f"--tokenizer: {config}")
+        self.index_topk, self.max_position_embeddings = (
+            reader.integer(name, None) if name in known else None for name in names
+        )
 
     def text(self, text: str) -> int:
         """Tokens of a text inside a longer one."""
@@ -175,17 +179,3 @@ class TokenCounter:
             return len(self._tokenizer.apply_chat_template(messages, **self._kwargs))
         except ValueError as error:
             raise ConfigError(f"--tokenizer: {self.folder}: {error}") from error
-
-
-def _positive(file: Path, name: str) -> int | None:
-    """A positive integer of config.json, None without the file or the field."""
-    if not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"--tokenizer: {file} is no valid JSON: {error}") from error
-    value = config.get(name) if isinstance(config, dict) else None
-    if value is not None and (type(value) is not int or value < 1):
-        raise ConfigError(f"--tokenizer: {file}: {name}: got {value!r}; must be above 0")
-    return value

@@ -227,7 +227,7 @@ def test_a_length_that_only_the_server_refuses(
 def test_damaged_tokenizer_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tokenizer.json").write_bytes((demo_model_path() / "tokenizer.json").read_bytes())
     for text, message in (
-        ("{", "config.json is no valid JSON"),
+        ("{", "config.json: cannot be read as JSON"),
         ('{"index_topk": "64"}', "index_topk: got '64'"),
     ):
         (tmp_path / "config.json").write_text(text)
