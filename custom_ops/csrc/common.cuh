@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace fd_dsa {
@@ -30,6 +31,22 @@ inline cudaLaunchConfig_t launch_config(unsigned blocks, unsigned threads, void*
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   return config;
+}
+
+// Lets a kernel have so much shared memory and, where asked for, clusters of any size; once for each
+// kernel and device, `done` has a bit for each device.
+template <typename Kernel>
+cudaError_t prepare(Kernel* kernel, int device, int bytes, bool clusters,
+                    std::atomic<uint64_t>& done) {
+  const uint64_t bit = uint64_t{1} << device % 64;
+  if ((done.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && clusters) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
+  return error;
 }
 
 // Launches by the call that answers for itself: cudaGetLastError would answer for others too.

@@ -27,68 +27,34 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
+// Functions of one instruction: from the memory at an address, and to it.
+#define FD_DSA_LOAD(TYPE, NAME, TEXT, ...)                  \
+  __device__ __forceinline__ TYPE NAME(uint32_t at) {       \
+    TYPE x;                                                 \
+    asm volatile(TEXT : __VA_ARGS__ : "r"(at) : "memory"); \
+    return x;                                               \
+  }
+#define FD_DSA_STORE(TYPE, TEXT, ...)                                    \
+  __device__ __forceinline__ void store_shared(uint32_t at, TYPE x) {    \
+    asm volatile("st.shared." TEXT ::"r"(at), __VA_ARGS__ : "memory"); \
+  }
+#define FD_DSA_TWO(KIND) KIND(x.x), KIND(x.y)
+#define FD_DSA_FOUR(KIND) FD_DSA_TWO(KIND), KIND(x.z), KIND(x.w)
+
 template <typename T>
-__device__ __forceinline__ void store_shared(uint32_t at, T value) {
-  static_assert(sizeof(T) == 4);
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(*reinterpret_cast<uint32_t*>(&value))
-               : "memory");
-}
+FD_DSA_STORE(T, "b32 [%0], %1;", "r"(*reinterpret_cast<uint32_t*>(&x)))
+FD_DSA_STORE(uint16_t, "b16 [%0], %1;", "h"(x))
+FD_DSA_STORE(float2, "v2.f32 [%0], {%1, %2};", FD_DSA_TWO("f"))
+FD_DSA_STORE(uint4, "v4.b32 [%0], {%1, %2, %3, %4};", FD_DSA_FOUR("r"))
+FD_DSA_STORE(float4, "v4.f32 [%0], {%1, %2, %3, %4};", FD_DSA_FOUR("f"))
 
-__device__ __forceinline__ void store_shared(uint32_t at, uint4 x) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),
-               "r"(x.w)
-               : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t at, float4 x) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(x.x), "f"(x.y), "f"(x.z),
-               "f"(x.w)
-               : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t at, float2 x) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x.x), "f"(x.y) : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t at, uint16_t value) {
-  asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(value) : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_shared(uint32_t at) {
-  uint32_t x;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ float load_shared_float(uint32_t at) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ float2 load_shared_float2(uint32_t at) {
-  float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ uint4 load_shared_uint4(uint32_t at) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(at)
-               : "memory");
-  return x;
-}
-
-__device__ __forceinline__ float4 load_shared_float4(uint32_t at) {
-  float4 x;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(at)
-               : "memory");
-  return x;
-}
+FD_DSA_LOAD(uint32_t, load_shared, "ld.shared.b32 %0, [%1];", "=r"(x))
+FD_DSA_LOAD(float, load_shared_float, "ld.shared.f32 %0, [%1];", "=f"(x))
+FD_DSA_LOAD(float2, load_shared_float2, "ld.shared.v2.f32 {%0, %1}, [%2];", FD_DSA_TWO("=f"))
+FD_DSA_LOAD(uint4, load_shared_uint4, "ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];",
+            FD_DSA_FOUR("=r"))
+FD_DSA_LOAD(float4, load_shared_float4, "ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];",
+            FD_DSA_FOUR("=f"))
 
 // ---- barriers
 
@@ -223,27 +189,11 @@ __device__ __forceinline__ uint32_t address_at_rank(uint32_t address, uint32_t r
   return there;
 }
 
-__device__ __forceinline__ float4 load_cluster_float4(uint32_t address) {
-  float4 x;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address));
-  return x;
-}
-
-__device__ __forceinline__ float load_cluster_float(uint32_t address) {
-  float x;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ float2 load_cluster_float2(uint32_t address) {
-  float2 x;
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
-               : "=f"(x.x), "=f"(x.y)
-               : "r"(address));
-  return x;
-}
+FD_DSA_LOAD(float, load_cluster_float, "ld.shared::cluster.f32 %0, [%1];", "=f"(x))
+FD_DSA_LOAD(float2, load_cluster_float2, "ld.shared::cluster.v2.f32 {%0, %1}, [%2];",
+            FD_DSA_TWO("=f"))
+FD_DSA_LOAD(float4, load_cluster_float4, "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];",
+            FD_DSA_FOUR("=f"))
 
 // ---- registers of a warpgroup, in a kernel with __launch_bounds__(threads, blocks)
 
@@ -269,16 +219,13 @@ __device__ __forceinline__ int unknown(int x) {
 // float16 values of the codes in the lower, or upper, half of a word.
 template <bool kUpper>
 __device__ __forceinline__ uint32_t values_of_codes(uint32_t word) {
+#define FD_DSA_VALUES(HALF)                                                                \
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, " HALF ";}" \
+      : "=r"(values)                                                                       \
+      : "r"(word))
   uint32_t values;
-  if constexpr (kUpper) {
-    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high;}"
-        : "=r"(values)
-        : "r"(word));
-  } else {
-    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low;}"
-        : "=r"(values)
-        : "r"(word));
-  }
+  if constexpr (kUpper) FD_DSA_VALUES("high");
+  else FD_DSA_VALUES("low");
   return values;
 }
 
@@ -339,17 +286,13 @@ __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&fr
 template <bool kBfloat16>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]) {
-  if constexpr (kBfloat16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  }
+#define FD_DSA_MMA(TYPE)                                                                     \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                      \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (kBfloat16) FD_DSA_MMA("bf16");
+  else FD_DSA_MMA("f16");
 }
 
 // ---- tensor cores of a warpgroup

@@ -3,7 +3,6 @@
 #define FD_DSA_SPARSE_MLA_LAUNCH_CUH
 
 #include <array>
-#include <atomic>
 
 #include "common.cuh"
 
@@ -12,25 +11,17 @@ namespace fd_dsa::sparse_mla {
 // most blocks that share a token
 constexpr int kMostSplits = 16;
 
-// Lets a kernel have the shared memory and the clusters that it needs; asked once for each kernel
-// and device, `done` has a bit for each device.
+// Lets a kernel have the shared memory and the clusters that it needs, on Hopper.
 template <typename Kernel>
 cudaError_t prepare(Kernel* kernel, int32_t bytes, std::atomic<uint64_t>& done) {
   int device = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
-  const uint64_t bit = uint64_t{1} << device % 64;
-  if (error != cudaSuccess || (done.load(std::memory_order_relaxed) & bit) != 0) return error;
-  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
   // elsewhere the kernel has no body
   if (error == cudaSuccess && major != 9) error = cudaErrorNoKernelImageForDevice;
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
-  return error;
+  return error != cudaSuccess ? error : fd_dsa::prepare(kernel, device, bytes, true, done);
 }
 
 // [n]: clusters of n blocks that a device holds at once.

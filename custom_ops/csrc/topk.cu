@@ -5,7 +5,6 @@
 // the k-th best is found by counting digits. A bound that fails, or a plateau of equal scores at
 // it, is seen by the number of scores kept; passes over the row for each digit then serve. Counts
 // are integers, so nothing depends on the order of threads.
-#include <atomic>
 #include <utility>
 
 #include "topk_row.cuh"
@@ -776,27 +775,12 @@ int launch_held(const Rows& rows, void* stream) {
                 held_kernel<kThreads, kMinBlocks, kUnroll>, job_of(rows, {}));
 }
 
-// Lets a kernel have all shared memory of a device and clusters of any size; asked once for each
-// kernel and device, `done` has a bit for each device.
-template <typename Kernel>
-cudaError_t prepare(Kernel* kernel, const Gpu& gpu, bool clusters, std::atomic<uint64_t>& done) {
-  const uint64_t bit = uint64_t{1} << gpu.device % 64;
-  if ((done.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           gpu.shared_bytes);
-  if (error == cudaSuccess && clusters) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
-  return error;
-}
-
 // Static, so that two libraries in one process have flags of their own.
 template <int kThreads, int kMinBlocks, int kUnroll, bool kAhead, bool kCluster>
 static int launch_bound(const Rows& rows, const Sizes& sizes, const Gpu& gpu, void* stream) {
   static std::atomic<uint64_t> prepared{0};
   auto* kernel = bound_kernel<kThreads, kMinBlocks, kUnroll, kAhead, kCluster>;
-  const cudaError_t error = prepare(kernel, gpu, kCluster, prepared);
+  const cudaError_t error = prepare(kernel, gpu.device, gpu.shared_bytes, kCluster, prepared);
   if (error != cudaSuccess) return static_cast<int>(error);
   const unsigned blocks = static_cast<unsigned>(rows.num_rows) * sizes.cluster;
   const unsigned bytes = static_cast<unsigned>(sizeof(Shared)) + sizes.list_bytes();
