@@ -13,12 +13,14 @@ import triton.language as tl  # isort: skip
 
 
 def step_kernel(
-    strided: tuple[str, ...] = (), specialized: tuple[str, ...] = ()
+    strided: tuple[str, ...] = (),
+    specialized: tuple[str, ...] = (),
+    unaligned: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Any]:
     """`paddle_jit` of a kernel whose numbers change from step to step.
 
-    None of them selects another compiled form but those `specialized`, and every tensor, named
-    `*_ptr`, must be contiguous but those `strided`.
+    None of them selects another compiled form but those `specialized`, nor does the alignment of
+    tensors `unaligned`; every tensor, named `*_ptr`, must be contiguous but those `strided`.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -28,6 +30,7 @@ def step_kernel(
         return paddle_jit(
             function,
             do_not_specialize=names - tensors - set(specialized),
+            do_not_specialize_on_alignment=unaligned,
             contiguous=tensors - set(strided),
         )
 

@@ -36,7 +36,7 @@ made on the device); vLLM #57122 (what is valid is decided where it is written),
 
 from __future__ import annotations
 
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.ops._triton import step_kernel
 
 import triton
 import triton.language as tl
@@ -237,22 +237,7 @@ def report_fault(slab, lengths, rollback_ptr, num_rows, error_address, ROW_TILE:
         tl.store(words + 4, stamp)
 
 
-@paddle_jit(
-    do_not_specialize=(
-        "slab_offset",
-        "num_rollback",
-        "error_address",
-        "num_rows",
-        "num_tokens",
-        "row_stride",
-        "comp_base",
-        "csa_plan_rows",
-        "csa_wplan_rows",
-        "hca_plan_rows",
-        "hca_wplan_rows",
-    ),
-    do_not_specialize_on_alignment=("rollback_ptr",),
-)
+@step_kernel(specialized=("section",), unaligned=("rollback_ptr",))
 def expand_kernel(
     slabs_ptr,
     rollback_ptr,
@@ -453,11 +438,7 @@ def expand_kernel(
         tl.store(table_ptr + columns, new, mask=columns < end_changed)
 
 
-@paddle_jit(
-    do_not_specialize=("num_given", "row_stride", "comp_base"),
-    do_not_specialize_on_alignment=("local_topk_ptr",),
-    contiguous=("local_topk_ptr",),
-)
+@step_kernel(unaligned=("local_topk_ptr",))
 def csa_rows_kernel(
     local_topk_ptr,
     csa_rows_ptr,
