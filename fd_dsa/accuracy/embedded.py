@@ -8,14 +8,13 @@ steps that the engine would make of one request.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import prepare_cpu_runtime
@@ -23,6 +22,8 @@ from fd_dsa.environment import prepare_cpu_runtime
 if TYPE_CHECKING:
     from fd_dsa.engine.tokenizer import Tokenizer
     from fd_dsa.models.config import ModelConfig
+
+T = TypeVar("T")
 
 
 class OneSequence:
@@ -129,9 +130,6 @@ def open_model(
     return OpenModel(OneSequence(engine.runner), engine.tokenizer, config, asked, length)
 
 
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error; gives the function that moves it on by one."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+def tracked(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """The same items, with a progress bar on standard error while they are taken."""
+    return track(items, what, total, console=Console(stderr=True), transient=True)

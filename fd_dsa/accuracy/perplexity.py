@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model, progress, read_config
+from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model, read_config, tracked
 from fd_dsa.accuracy.types import REPORT_FILE
 from fd_dsa.client.report import Table, as_json, check_folder, page, show, write_files
 from fd_dsa.config import EngineConfig
@@ -129,41 +129,24 @@ def losses_of(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     return np.log(np.exp(wide).sum(axis=1)) - chosen
 
 
-def measure(
-    model: OpenModel,
-    text: str,
-    *,
-    context: int | None = None,
-    overlap: int = 0,
-    tell: Callable[[], None] = lambda: None,
-) -> Losses:
-    """Losses of a text, in windows of `context` tokens; None is all that the model takes."""
-    windows = windows_of(model, text, context, overlap)
+def measure(model: OpenModel, text: str, *, overlap: int = 0) -> Losses:
+    """Losses of a text, in windows of as many tokens as the model takes."""
+    lead = start_of_sequence(model.tokenizer)
+    token_ids = model.tokenizer.encode(text, add_special_tokens=False)
+    windows = cut(token_ids, model.max_model_len, overlap, lead)
     nats, num_keys = [], []
-    for index, window in enumerate(windows):
+    what = f"{model.model_config.index_topk} keys"
+    for index, window in enumerate(tracked(windows, what, len(windows))):
         losses = token_losses(model.sequence, window.token_ids)
         if not np.isfinite(losses).all():
             place = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
             raise FdDsaError(f"window {index}: the loss of token {place} is not finite")
         nats.append(losses[window.first - 1 :])
         num_keys.append(np.arange(window.first, len(window.token_ids)))
-        tell()
-    if not start_of_sequence(model.tokenizer):
+    if not lead:
         text = text.removeprefix(model.tokenizer.decode(windows[0].token_ids[:1]))
     size = len(text), len(text.encode())
     return Losses(np.concatenate(nats), np.concatenate(num_keys), len(windows), *size)
-
-
-def windows_of(
-    model: OpenModel, text: str, context: int | None = None, overlap: int = 0
-) -> list[Window]:
-    """The windows that `measure` reads."""
-    most = model.max_model_len
-    if context is not None and not 2 <= context <= most:
-        raise ConfigError(f"--context: got {context}, allowed: 2 to {most}, the model's own")
-    token_ids = model.tokenizer.encode(text, add_special_tokens=False)
-    lead = start_of_sequence(model.tokenizer)
-    return cut(token_ids, most if context is None else context, overlap, lead)
 
 
 def start_of_sequence(tokenizer: Tokenizer) -> list[int]:
@@ -286,10 +269,7 @@ def _read_through(
             kv_cache_dtype=args.kv_cache_dtype,
             max_num_batched_tokens=args.max_num_batched_tokens,
         )
-        total = len(windows_of(model, text, overlap=args.overlap))
-        with progress(f"{model.model_config.index_topk} keys", total) as tell:
-            losses = measure(model, text, overlap=args.overlap, tell=tell)
-    return losses, model
+        return measure(model, text, overlap=args.overlap), model
 
 
 def _stretches_json(sparse: Losses, dense: Losses | None, index_topk: int) -> list[dict[str, Any]]:

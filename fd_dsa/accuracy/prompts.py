@@ -137,8 +137,8 @@ def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _prompt(data: Mapping[str, Any], where: str) -> Prompt:
     """The prompt of one line, each field checked; `where` begins the errors."""
-    key, text = data.get("key"), data.get("prompt")
-    names, kwargs = data.get("instruction_id_list"), data.get("kwargs")
+    fields: Any = map(data.get, ("key", "prompt", "instruction_id_list", "kwargs"))
+    key, text, names, kwargs = fields
     given = f"{len(kwargs)} entries" if isinstance(kwargs, list) else shown(kwargs)
     for good, problem in (
         (
@@ -237,8 +237,9 @@ def read_responses(path: Path, prompts: Sequence[Prompt]) -> Responses:
     unknown: dict[int, tuple[str, str]] = {}
     lines: dict[str, int] = {}
     for number, data in _objects(path):
-        prompt, response = data.get("prompt"), data.get("response")
-        for name, text in (("prompt", prompt), ("response", response)):
+        both: Any = data.get("prompt"), data.get("response")
+        prompt, response = both
+        for name, text in zip(("prompt", "response"), both, strict=True):
             if not isinstance(text, str):
                 raise ConfigError(f"{path}:{number}: {name}: {shown(text)}; a text is needed")
         if prompt in lines:

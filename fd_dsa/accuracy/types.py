@@ -94,8 +94,9 @@ class PromptScore:
         Raises:
             TypeError, ValueError: it is none.
         """
-        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-        score = cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
+        known: dict[str, Any] = {n: data[n] for n in cls.__dataclass_fields__ if n in data}
+        lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        score = cls(**known | lists)
         follows = score.follow_strict, score.follow_loose
         if any(type(one) is not bool for follow in follows for one in follow):
             raise ValueError("follow_strict and follow_loose are lists of true and false")

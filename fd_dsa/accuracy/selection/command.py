@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, read_config
+from fd_dsa.accuracy.embedded import OpenModel, open_model, read_config, tracked
 from fd_dsa.accuracy.selection.measure import (
     ATTENDS,
     INDEXER,
@@ -163,9 +163,8 @@ def _measured(args: argparse.Namespace, model: OpenModel, length: int) -> dict[s
     from fd_dsa.ops.providers import device_kind, table
 
     what = f"{model.device}, {model.engine_config.cache_dtype} caches, {length} tokens"
-    texts = needle_texts(model, length, args.texts, args.seed)
-    with progress(what, args.texts) as tell:
-        figures = measure(model, texts, num_queries=args.queries, seed=args.seed, tell=tell)
+    texts = tracked(needle_texts(model, length, args.texts, args.seed), what, args.texts)
+    figures = measure(model, texts, num_queries=args.queries, seed=args.seed)
     kind = device_kind(model.sequence.runner.caches[0])
     return {
         "device": model.device,

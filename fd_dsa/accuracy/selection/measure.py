@@ -9,7 +9,7 @@ array of distinct positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,6 @@ def measure(
     num_queries: int,
     seed: int = 0,
     backend: type[RecordingBackend] = RecordingBackend,
-    tell: Callable[[], None] = lambda: None,
 ) -> list[LayerFigures]:
     """Figures of every layer; raises FdDsaError where attention is not finite.
 
@@ -128,7 +127,6 @@ def measure(
             for token in text.answer:
                 sequence.run([token], decode=True)
             _compare(model, text, queries, watching, figures, generator)
-            tell()
     return figures
 
 
