@@ -38,11 +38,26 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) {
   __device__ __forceinline__ void store_shared(uint32_t at, TYPE x) {    \
     asm volatile("st.shared." TEXT ::"r"(at), __VA_ARGS__ : "memory"); \
   }
+// What has an effect and no operand, or the address of a barrier, or a barrier and a number.
+#define FD_DSA_DO(NAME, TEXT) \
+  __device__ __forceinline__ void NAME() { asm volatile(TEXT ::: "memory"); }
+#define FD_DSA_DO_AT(NAME, TEXT)                          \
+  __device__ __forceinline__ void NAME(uint32_t barrier) { \
+    asm volatile(TEXT ::"r"(barrier) : "memory");         \
+  }
+#define FD_DSA_DO_WITH(TYPE, NAME, TEXT)                            \
+  __device__ __forceinline__ void NAME(TYPE barrier, TYPE number) { \
+    asm volatile(TEXT ::"r"(barrier), "r"(number) : "memory");      \
+  }
 #define FD_DSA_TWO(KIND) KIND(x.x), KIND(x.y)
 #define FD_DSA_FOUR(KIND) FD_DSA_TWO(KIND), KIND(x.z), KIND(x.w)
 
 template <typename T>
-FD_DSA_STORE(T, "b32 [%0], %1;", "r"(*reinterpret_cast<uint32_t*>(&x)))
+__device__ __forceinline__ void store_shared(uint32_t at, T x) {
+  static_assert(sizeof(T) == 4);
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(*reinterpret_cast<uint32_t*>(&x))
+               : "memory");
+}
 FD_DSA_STORE(uint16_t, "b16 [%0], %1;", "h"(x))
 FD_DSA_STORE(float2, "v2.f32 [%0], {%1, %2};", FD_DSA_TWO("f"))
 FD_DSA_STORE(uint4, "v4.b32 [%0], {%1, %2, %3, %4};", FD_DSA_FOUR("r"))
@@ -58,18 +73,12 @@ FD_DSA_LOAD(float4, load_shared_float4, "ld.shared.v4.f32 {%0, %1, %2, %3}, [%4]
 
 // ---- barriers
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
+// A barrier of so many arrivals.
+FD_DSA_DO_WITH(uint32_t, barrier_init, "mbarrier.init.shared::cta.b64 [%0], %1;")
 
 // After the barriers of a block were initialised, before its threads use them.
-__device__ __forceinline__ void barriers_ready() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
+FD_DSA_DO(barriers_ready, "fence.mbarrier_init.release.cluster;")
+FD_DSA_DO_AT(barrier_arrive, "mbarrier.arrive.shared::cta.b64 _, [%0];")
 
 // Arrivals of a warp that has read or written what a barrier guards: its first lane's, after those
 // of the others. For racecheck, which does not follow the order from one lane to another, each lane
@@ -86,10 +95,8 @@ __device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
 }
 
 // Arrives, and makes the phase wait for so many bytes of copies.
-__device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
+FD_DSA_DO_WITH(uint32_t, barrier_arrive_expecting,
+               "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;")
 
 // Waits for the end of the phase of this parity; a new barrier is past the phase of parity 1.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -105,19 +112,13 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 }
 
 // A barrier of `threads` threads of the block; numbers 1 to 15.
-__device__ __forceinline__ void named_barrier(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
+FD_DSA_DO_WITH(int, named_barrier, "bar.sync %0, %1;")
 
 // The same for warps that come to it at different places in the code.
-__device__ __forceinline__ void named_barrier_apart(int number, int threads) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
+FD_DSA_DO_WITH(int, named_barrier_apart, "barrier.sync %0, %1;")
 
 // Arrives at a barrier of `threads` threads without waiting; see `named_barrier`.
-__device__ __forceinline__ void named_barrier_arrive(int number, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
+FD_DSA_DO_WITH(int, named_barrier_arrive, "bar.arrive %0, %1;")
 
 // ---- copies
 
@@ -139,9 +140,7 @@ __device__ __forceinline__ void store_bulk(void* to, uint32_t from, uint32_t byt
 }
 
 // Waits until what this thread stores in bulk has been read.
-__device__ __forceinline__ void wait_for_bulk_stores() {
-  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
-}
+FD_DSA_DO(wait_for_bulk_stores, "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;")
 
 // 16 bytes from global to shared memory, zeros instead where `read` is false.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool read) {
@@ -151,14 +150,10 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool read
 }
 
 // The barrier gets an arrival of this thread once its copies by copy_16 have landed.
-__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
+FD_DSA_DO_AT(barrier_arrive_after_copies, "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];")
 
 // Waits until this thread's copies by copy_16 have landed.
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
+FD_DSA_DO(wait_for_copies, "cp.async.wait_all;")
 
 // 16 bytes that are read once by this block, zeros instead where `read` is false. Not as constant
 // (ld.global.nc): the compiler moves such loads past the next wait, when they are late.
@@ -175,12 +170,8 @@ __device__ __forceinline__ uint4 load_16(const char* from, bool read) {
 
 // ---- clusters
 
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-}
+FD_DSA_DO(cluster_sync,
+          "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;")
 
 // The same place in the shared memory of another block of the cluster.
 __device__ __forceinline__ uint32_t address_at_rank(uint32_t address, uint32_t rank) {
@@ -259,21 +250,18 @@ __device__ __forceinline__ float high_of(uint32_t x) { return __uint_as_float(x 
 
 // ---- tensor cores of a warp
 
-// Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(row)
-               : "memory");
-}
-
-// The same, each matrix transposed.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(row)
-               : "memory");
-}
+// Four 8x8 matrices of 16-bit values, as they are or each transposed; lane i gives the address of
+// row i % 8 of matrix i / 8.
+#define FD_DSA_LOAD_MATRICES(NAME, TRANSPOSED)                                              \
+  __device__ __forceinline__ void NAME(uint32_t (&to)[4], uint32_t row) {                   \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" TRANSPOSED                                 \
+                 ".shared.b16 {%0, %1, %2, %3}, [%4];"                                      \
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])                       \
+                 : "r"(row)                                                                 \
+                 : "memory");                                                               \
+  }
+FD_DSA_LOAD_MATRICES(load_matrices, "")
+FD_DSA_LOAD_MATRICES(load_matrices_transposed, ".trans")
 
 // Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&from)[4]) {
@@ -327,17 +315,9 @@ __device__ __forceinline__ Operand row_major(uint32_t address, uint32_t next_col
 }
 
 // What this thread wrote to shared memory, or waited for, is seen by wgmma.
-__device__ __forceinline__ void publish_to_async() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ __forceinline__ void wgmma_fence() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+FD_DSA_DO(publish_to_async, "fence.proxy.async.shared::cta;")
+FD_DSA_DO(wgmma_fence, "wgmma.fence.sync.aligned;")
+FD_DSA_DO(wgmma_commit, "wgmma.commit_group.sync.aligned;")
 
 // Waits until at most so many of the last groups run.
 template <int kGroups>
