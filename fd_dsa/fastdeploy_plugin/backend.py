@@ -318,13 +318,8 @@ class PluginBackend:
             self.write_layer(kv_a, None, None, finished, layer.layer_id, forward_meta)
         return self.current_core().attend(q, v, layer.layer_id, forward_meta)
 
-    def forward_decode(self, *args: Any, **kwargs: Any) -> Any:
-        """See `forward_mixed`: a decode-only step is one without prefill rows."""
-        return self.forward_mixed(*args, **kwargs)
-
-    def forward_extend(self, *args: Any, **kwargs: Any) -> Any:
-        """See `forward_mixed`: a prefill-only step is one without decode rows."""
-        return self.forward_mixed(*args, **kwargs)
+    # a decode-only step is one without prefill rows, and a prefill-only one the other way round
+    forward_decode = forward_extend = forward_mixed
 
     def current_core(self) -> CoreBackend:
         """Our backend.

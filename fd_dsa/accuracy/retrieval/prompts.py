@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,11 +35,7 @@ def sentences() -> tuple[str, ...]:
 
 def endless(random: Random) -> Iterator[str]:
     """The sentences from a random one on, again from the first after the last, without end."""
-    text = sentences()
-    place = random.randrange(len(text))
-    while True:
-        yield text[place]
-        place = (place + 1) % len(text)
+    return islice(cycle(sentences()), random.randrange(len(sentences())), None)
 
 
 class PromptBuilder:
