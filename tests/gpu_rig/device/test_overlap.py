@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.ops.indexer_projection.scratch import new_scratch
+from fd_dsa.ops.indexer_projection.triton_kernel import new_scratch
 from fd_dsa.ops.unchecked import project_indexer
 from fd_dsa.triton_runtime import streams
 from fd_dsa.triton_runtime.device import PaddleApi
