@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import hashlib
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +25,11 @@ from fd_dsa.accuracy.retrieval.tasks import TASKS, TaskSizes, check_sizes
 from fd_dsa.accuracy.run import add_run_flags, connected, thinking
 from fd_dsa.accuracy.types import REPORT_FILE
 from fd_dsa.client import report
-from fd_dsa.client.questions import ChatClient, Question
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.flag_values import add_numbers
 
 _MAX_TOKENS, _TRIALS = 64, 5
-# sentences of the two prompts that show whether the server counts as we do
-_PROBES = (2, 40)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -68,7 +63,8 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--tokenizer",
         metavar="DIR",
-        help="folder of the served model, at least its tokenizer (default: that of --serve)",
+        help="folder of the served model, at least its tokenizer (default: that of --serve; "
+        "with --base-url it must be given)",
     )
 
 
@@ -103,8 +99,6 @@ def run(args: argparse.Namespace) -> int:
         limits = Limits(topk, min(known_lengths, default=None))
         plan = Plan(lengths=_lengths(args, limits), **known)
         questions = list(plan.questions(builder))
-        if args.tokenizer is None:
-            _probe(target.client, counter)
         tokenizer = (counter.folder / "tokenizer.json").read_bytes()
         decisive = {
             **plan.to_json(),
@@ -124,6 +118,11 @@ def _tokenizer_folder(args: argparse.Namespace) -> Path:
     """That of the flag, of the model that is served for the run, or the demo model's."""
     if args.tokenizer is not None:
         return Path(args.tokenizer)
+    if args.base_url is not None:
+        raise ConfigError(
+            "--tokenizer: not given with --base-url; give the folder of the served model's "
+            "tokenizer, by which prompts get their lengths"
+        )
     return Path(args.serve) if args.serve else demo_model_path()
 
 
@@ -134,31 +133,3 @@ def _lengths(args: argparse.Namespace, limits: Limits) -> tuple[int, ...]:
     if args.continuity:
         return continuity_lengths(limits, args.max_tokens)
     return default_lengths(limits, args.max_tokens)
-
-
-def _probe(client: ChatClient, counter: TokenCounter) -> None:
-    """Refuse a tokenizer that nobody gave and that counts otherwise than the server.
-
-    Two prompts are sent, a short and a longer one: another template adds the same to both.
-    """
-    texts = [" ".join(sentences()[:count]) for count in _PROBES]
-    ours = {text: counter.prompt(text) for text in texts}
-    theirs = asyncio.run(_count(client, texts))
-    differences = {theirs[text] - ours[text] for text in theirs}
-    if len(differences) > 1:
-        text = texts[-1]
-        raise ConfigError(
-            f"--tokenizer: not given, and {counter.folder} counts {ours[text]} tokens where the "
-            f"server counts {theirs[text]}; give the folder of the served model's tokenizer"
-        )
-
-
-async def _count(client: ChatClient, texts: list[str]) -> dict[str, int]:
-    """Tokens of each text as a prompt, as the server counts; a text without an answer is absent."""
-    questions = [Question(text, ({"role": "user", "content": text},), 1) for text in texts]
-    found = {}
-    async with aclosing(client.ask(questions)) as answers:
-        async for answer in answers:
-            if answer.prompt_tokens is not None:
-                found[answer.key] = answer.prompt_tokens
-    return found

@@ -36,13 +36,13 @@ def reading(
     """A server that answers prompts so, and counts their tokens so.
 
     Args:
-        answer: of a prompt; the tales alone, without a question, are answered with nothing.
+        answer: of a prompt.
         tokens: what the server says of so many tokens.
     """
 
     def reply(body: dict[str, Any]) -> Reply:
         text = asked(body)
-        choice = {"message": {"content": answer(text) if "\n\n" in text else ""}}
+        choice = {"message": {"content": answer(text)}}
         count = tokens(counter().prompt(text))
         usage = {} if count is None else {"prompt_tokens": count, "completion_tokens": 1}
         return 200, {}, {"choices": [{**choice, "finish_reason": "stop"}], "usage": usage}
@@ -51,9 +51,15 @@ def reading(
         yield server
 
 
+def at(server: Scripted) -> list[str]:
+    """Flags that name a server and its tokenizer."""
+    return ["--base-url", server.base_url, "--tokenizer", str(demo_model_path())]
+
+
 def run(server: Scripted, out: Path, *flags: str) -> Any:
     """A run that ends well, and its scores."""
-    assert main(["retrieval", "--base-url", server.base_url, "--out", str(out), *flags]) == 0
+    command = ["retrieval", *at(server), "--out", str(out), *flags]
+    assert main(command) == 0
     return json.loads((out / "scores.json").read_text())
 
 
@@ -135,9 +141,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFi
         assert run(server, tmp_path, *FEW) == scores
         asked_again = [text for body in server.bodies if "\n\n" in (text := asked(body))]
         assert len(asked_again) == 12 - 5
-        line = error_line(
-            capsys, "--base-url", server.base_url, "--out", str(tmp_path), *FEW, "--keys", "5"
-        )
+        line = error_line(capsys, *at(server), "--out", str(tmp_path), *FEW, "--keys", "5")
     assert "task_settings.sizes" in line and "another folder" in line
 
 
@@ -165,19 +169,14 @@ def test_the_defaults_reach_the_longest_prompt_that_the_server_takes(tmp_path: P
     assert [c["length"] for c in scores["cells"]] == [128, 256, 512, 1136]
 
 
-def test_another_template_is_told_and_another_tokenizer_refused(
+def test_another_template_and_another_tokenizer_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with reading(tokens=lambda n: n + 7) as server:
         run(server, tmp_path / "a", *FEW, "--tasks", "passkey")
     assert "counts +7 tokens in every prompt (4)" in capsys.readouterr().out
     with reading(tokens=lambda n: 2 * n) as server:
-        flags = (*FEW, "--tasks", "passkey", "--base-url", server.base_url)
-        line = error_line(capsys, *flags, "--out", str(tmp_path / "b"))
-        assert line.startswith("--tokenizer: not given, and ")
-        assert not (tmp_path / "b").exists()
-        # who gives it has the last word, and is warned
-        run(server, tmp_path / "b", *flags, "--tokenizer", str(demo_model_path()))
+        run(server, tmp_path / "b", *FEW, "--tasks", "passkey")
     assert "WARNING: the server counts +300 to +600 tokens" in capsys.readouterr().out
     with reading(tokens=lambda n: None) as server:
         run(server, tmp_path / "c", *FEW, "--tasks", "passkey")
@@ -195,6 +194,7 @@ def test_another_template_is_told_and_another_tokenizer_refused(
         (("--keys", "many"), "--keys: got 'many'"),
         (("--index-topk", "-3"), "--index-topk: got '-3'"),
         (("--tokenizer", "/nowhere"), "--tokenizer: /nowhere is no folder"),
+        (("--base-url", "http://127.0.0.1:9/v1"), "--tokenizer: not given with --base-url; give"),
     ],
 )
 def test_bad_input_is_told_before_a_server_is_started(
@@ -217,7 +217,7 @@ def test_a_length_that_only_the_server_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with reading() as server:
-        flags = ("--base-url", server.base_url, "--lengths", "1137", "--out", str(tmp_path / "x"))
+        flags = (*at(server), "--lengths", "1137", "--out", str(tmp_path / "x"))
         line = error_line(capsys, *flags)
         assert not server.bodies
     assert line.startswith("--lengths: got 1137; with 64 tokens for the answer the model's 1200")

@@ -29,7 +29,8 @@ def test_the_demo_model_finds_pass_keys_on_both_sides_of_index_topk(
 ) -> None:
     flags = ["--continuity", "--tasks", "passkey", "--depths", "0,0.5", "--trials", "1"]
     flags += ["--lengths", "topk-64,topk,topk+1,2*topk", "--max-tokens", "16"]
-    assert main(["retrieval", "--base-url", demo.url, "--out", str(tmp_path), *flags]) == 0
+    flags += ["--base-url", demo.url, "--tokenizer", str(demo_model_path())]
+    assert main(["retrieval", "--out", str(tmp_path), *flags]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     topk = scores["index_topk"]
     assert scores["length_check"] == {"compared": 8, "server_minus_ours": {"0": 8}}
