@@ -232,17 +232,14 @@ __device__ __forceinline__ float exp2_of(float x) {
   return y;
 }
 
-__device__ __forceinline__ uint32_t pack_half(float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-__device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
+#define FD_DSA_PACK(NAME, TYPE)                                                    \
+  __device__ __forceinline__ uint32_t NAME(float low, float high) {                \
+    uint32_t both;                                                                 \
+    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low)); \
+    return both;                                                                   \
+  }
+FD_DSA_PACK(pack_half, "f16")
+FD_DSA_PACK(pack_bfloat16, "bf16")
 
 // Half a word as a float: bfloat16 bits.
 __device__ __forceinline__ float low_of(uint32_t x) { return __uint_as_float(x << 16); }

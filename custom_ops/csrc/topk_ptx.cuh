@@ -46,16 +46,14 @@ struct Cluster {
 // Where a function takes a rank, `at` stands for the same place in the memory of that block.
 template <>
 struct Cluster<true> {
-  static __device__ __forceinline__ uint32_t rank() {
-    uint32_t value;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
-    return value;
+#define FD_DSA_REGISTER(NAME, REGISTER)                    \
+  static __device__ __forceinline__ uint32_t NAME() {      \
+    uint32_t value;                                        \
+    asm("mov.u32 %0, %%" REGISTER ";" : "=r"(value)); \
+    return value;                                          \
   }
-  static __device__ __forceinline__ uint32_t size() {
-    uint32_t value;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(value));
-    return value;
-  }
+  FD_DSA_REGISTER(rank, "cluster_ctarank")
+  FD_DSA_REGISTER(size, "cluster_nctarank")
   static __device__ __forceinline__ void arrive() {
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
   }

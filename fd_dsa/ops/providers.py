@@ -219,7 +219,7 @@ def forget() -> None:
 
 @contextmanager
 def asking_for(asked: Mapping[str, str]) -> Iterator[None]:
-    """Choose anew inside, by these pairs; without any by FD_DSA_OP_PROVIDER."""
+    """Forget all choices and make others inside, by these pairs; none = FD_DSA_OP_PROVIDER's."""
     global _asked
     before, _asked = _asked, dict(asked) or None
     forget()
