@@ -1,15 +1,9 @@
-"""Failures that other DSA engines have had: each one is put in here, and has to be noticed.
-
-The table at the end says where else each is tested; it is checked to tell the truth.
-"""
+"""Failures that other DSA engines have had: each one is put in here, and has to be noticed."""
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +34,6 @@ from tests.accuracy.broken_selectors import FirstKeysOnly, OwnChunkOnly, Trailin
 from tests.models.folders import TINY, TINY_GLM
 from tests.reference.rope import ref_frequencies, ref_rotate
 
-ROOT = Path(__file__).parents[2]
 LENGTH, CHUNK = 640, 256
 NUM_KEYS, TOPK, DIM, ROPE, THETA = 400, 8, 32, 16, 100.0
 
@@ -265,76 +258,3 @@ def test_shared_prompts_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hits_of_a_shared_prompt() == (192, 402)
     monkeypatch.setattr(BlockManager, "cache_full_blocks", lambda *_: None)
     assert hits_of_a_shared_prompt() == (0, 402)
-
-
-HERE = "tests/accuracy/test_known_failures.py"
-ATTENTION = "tests/attention/test_known_failures.py"
-KNOWN_FAILURES: dict[str, tuple[str, ...]] = {
-    "the indexer's RoPE with the other pairing": (
-        "tests/ops/test_rope.py::test_against_the_formula",
-        "tests/models/test_mla.py::test_the_other_pairing_selects_other_keys",
-        f"{HERE}::test_needle_recall_collapses_with_the_other_pairing",
-        f"{HERE}::test_attention_mass_shows_the_other_pairing",
-    ),
-    "a wrong default pairing of an architecture": (
-        f"{HERE}::test_each_architecture_has_its_pairing",
-        "tests/models/test_rope.py::test_pairing_of_the_indexer_by_architecture",
-    ),
-    "second and later chunks score their own chunk alone": (
-        f"{HERE}::test_a_needle_in_the_first_of_three_chunks",
-        f"{HERE}::test_chunks_that_see_themselves_alone_are_noticed",
-        f"{ATTENTION}::test_later_chunks_score_the_whole_prefix",
-        "tests/ops/test_fixed_order.py::test_logits_do_not_depend_on_chunks_company_or_batch",
-    ),
-    "buffers of the choice that were not written": (
-        f"{ATTENTION}::test_nothing_but_minus_one_past_the_count",
-        f"{ATTENTION}::test_a_buffer_written_in_part_is_noticed",
-        "tests/ops/test_topk_kernel.py::test_a_chunk_of_tokens_leaves_the_others_alone",
-        "tests/ops/test_topk.py::test_columns_past_the_length_are_not_looked_at",
-    ),
-    "scores lost for very large tensors": (
-        f"{ATTENTION}::test_one_of_many_keys_is_found",
-        f"{ATTENTION}::test_scores_that_are_lost_are_noticed",
-        f"{ATTENTION}::test_indices_are_not_all_trailing",
-        f"{HERE}::test_a_choice_of_last_keys_alone_is_noticed",
-        "tests/ops/test_many_scores.py::test_the_first_keys_are_found_whatever_the_number_of_scores",
-        "tests/custom_ops/test_topk_kernel.py::test_more_scores_than_31_bits_count",
-        "tests/ops/test_logits_kernels.py::test_blocks_past_two_to_the_31_bytes",
-        "tests/ops/test_sparse_mla_kernel.py::test_records_past_two_to_the_31_bytes",
-        "tests/ops/test_write_path_device.py::test_caches_past_two_gigabytes",
-    ),
-    "a collapse exactly at index_topk": (
-        f"{HERE}::test_a_short_question_after_a_long_text",
-        f"{ATTENTION}::test_no_jump_at_the_selection_s_size",
-        "tests/accuracy/test_losses.py::test_no_jump_at_the_selection_s_size",
-        "tests/accuracy/retrieval/test_command.py::test_continuity_shows_a_collapse_past_index_topk",
-    ),
-    "pages that a row does not have": (
-        f"{ATTENTION}::test_no_page_is_read_that_a_row_does_not_have",
-        f"{ATTENTION}::test_an_unmapped_tail_that_is_read_is_noticed",
-        "tests/ops/test_logits_kernels.py::test_keys_without_a_block_score_lowest",
-        "tests/ops/test_topk_kernel.py::test_a_position_past_the_table_has_no_slot",
-    ),
-    "a prefix cache that never hits": (
-        f"{HERE}::test_shared_prompts_hit",
-        "tests/engine/test_prefix_caching.py::test_a_conversation_hits_its_own_answers",
-    ),
-}
-"""Failure -> the tests that would notice it."""
-
-
-@cache
-def functions_of(path: str) -> dict[str, list[str]]:
-    """Tests of a file and the decorators of each."""
-    tree = ast.parse((ROOT / path).read_text("utf-8"))
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return {node.name: [ast.unparse(one) for one in node.decorator_list] for node in found}
-
-
-@pytest.mark.parametrize("failure", KNOWN_FAILURES)
-def test_the_table_tells_the_truth(failure: str) -> None:
-    for test in KNOWN_FAILURES[failure]:
-        path, _, name = test.partition("::")
-        assert name in functions_of(path), f"{path} has no {name}"
-        marks = " ".join(functions_of(path)[name])
-        assert "skip" not in marks and "xfail" not in marks, test

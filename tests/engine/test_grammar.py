@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -278,16 +277,6 @@ def test_a_form_that_is_too_complex_is_not_compiled_for_every_output(monkeypatch
     monkeypatch.setattr("fd_dsa.engine.grammar._RENEWED_AFTER_S", 0.0)
     allowed(GrammarMatcher(compiler, form))
     assert len(compiled) == 2
-
-
-def test_a_missing_library_is_told_with_the_cure(monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        "fd_dsa.engine.grammar.find_spec",
-        lambda name: None if name == "llguidance" else find_spec(name),
-    )
-    with pytest.raises(ValueError, match=r"pip install 'fd_dsa\[structured\]'"):
-        make_engine().validate([5], params(FORMS["regex"]))
 
 
 def test_the_tokenizer_of_a_model_folder():

@@ -18,7 +18,6 @@ from fd_dsa.serve.completions import CompletionRequest
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.protocol.fields import Body
 from fd_dsa.serve.tokenization import DetokenizeRequest, TokenizeRequest
-from tests.soak.forms import GREEDY
 from tests.soak.hostile import GRAMMARS, JSON, REGEXES, SCHEMAS, HostileRequest
 
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = (
@@ -37,6 +36,14 @@ SENTENCE_SOURCES = sorted((Path(__file__).resolve().parents[2] / "docs").glob("*
 # a prompt of so many tokens takes the demo model seconds, not minutes
 LONG_PROMPT = 8192
 USER = [{"role": "user", "content": "a"}]
+# regular expressions whose states grow with every token, or with every step of an output
+GREEDY = (
+    "(a|b)*a(a|b){20}x",
+    "(?s:.{1000,10000})",
+    "(.*[aeiou].{15})+x",
+    "(\\w{1,20}\\W{1,20}){1,300}",
+    "|".join(f"(.*{chr(97 + i)}.{{{8 + i}}})" for i in range(20)),
+)
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ def _with_schema(schema: dict[str, Any]) -> Iterator[HostileRequest]:
 
 
 def _bombs(_: Facts) -> Iterator[HostileRequest]:
-    """Every form that `tests.soak.hostile` and `tests.soak.forms` know."""
+    """Every form that `tests.soak.hostile` knows, and greedy ones."""
     forms: list[dict[str, Any]] = [{"regex": text} for text in (*REGEXES, *GREEDY)]
     forms += [{"grammar": text} for text in GRAMMARS] + [{"json": schema} for schema in SCHEMAS]
     for form in forms:

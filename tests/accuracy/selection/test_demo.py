@@ -83,10 +83,6 @@ def test_the_indexer_finds_the_number_where_a_head_looks_for_it(
         assert 0 < figure.recall(RANDOM).value < 0.9
 
 
-def test_the_selection_is_the_exact_one(figures: list[LayerFigures]) -> None:
-    assert all(figure.exact and min(figure.exact) == 1.0 for figure in figures)
-
-
 def test_a_selector_of_last_keys_collapses(
     model: OpenModel, text: NeedleText, figures: list[LayerFigures]
 ) -> None:
