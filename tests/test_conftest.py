@@ -37,39 +37,27 @@ def _run(folder: Path, requirements: str, *flags: str) -> str:
 
 
 def test_missing_things_are_skipped_with_the_reason(tmp_path: Path) -> None:
-    output = _run(
-        tmp_path,
-        "gpu=lambda: 'no card', gpu_rig=lambda: 'no card', oracle=lambda: 'not installed: torch'",
+    (tmp_path / "test_other.py").write_text(
+        "import pytest\npytest.skip('not today', allow_module_level=True)\n"
     )
-    assert "1 passed, 4 skipped" in output
-    assert output.count("no card") == 2
+    missing = "gpu=lambda: 'no card', gpu_rig=lambda: 'no card'"
+    output = _run(tmp_path, f"{missing}, oracle=lambda: 'not installed: torch'", "test_other.py")
+    assert "1 passed, 5 skipped" in output
+    assert output.count("no card") == 2 and "not today" in output
     assert "needs a package index; select it with -m network" in output
     assert "GPU tests skipped: 2" in output
-    told = "parity with Hugging Face: from the committed goldens (not installed: torch)"
+    mode = "parity with Hugging Face: from the committed goldens (not installed: torch)"
     # before the tests and after them
-    assert output.count(told) == 2
+    assert output.count(mode) == 2
 
 
-def test_what_is_there_runs(tmp_path: Path) -> None:
-    there = "gpu=lambda: None, gpu_rig=lambda: None"
-    output = _run(tmp_path, there, "-m", "gpu or gpu_rig or network")
-    assert "3 passed, 2 deselected" in output
-    assert "GPU tests skipped: 0" in output
-
-
-def test_live_parity_names_the_versions(tmp_path: Path) -> None:
+def test_what_is_there_runs_and_live_parity_names_the_versions(tmp_path: Path) -> None:
     for name, version in (("torch", "9.1"), ("transformers", "8.2")):
         info = tmp_path / f"{name}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
-    output = _run(tmp_path, "oracle=lambda: None", "-m", "oracle")
-    assert "1 passed, 4 deselected" in output
+    there = ", ".join(f"{marker}=lambda: None" for marker in ("gpu", "gpu_rig", "oracle"))
+    output = _run(tmp_path, there, "-m", "gpu or gpu_rig or network or oracle")
+    assert "4 passed, 1 deselected" in output
+    assert "GPU tests skipped: 0" in output
     assert "parity with Hugging Face: live (torch 9.1, transformers 8.2)" in output
-
-
-def test_a_module_may_skip_itself(tmp_path: Path) -> None:
-    (tmp_path / "test_other.py").write_text(
-        "import pytest\npytest.skip('not today', allow_module_level=True)\n"
-    )
-    output = _run(tmp_path, "", "-m", "not network", "test_other.py")
-    assert "not today" in output and "GPU tests skipped:" in output

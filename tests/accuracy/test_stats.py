@@ -16,34 +16,13 @@ from fd_dsa.accuracy import stats
 COUNTS = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
 
-@pytest.mark.parametrize(
-    ("passed", "total", "low", "high"),
-    [
-        # closed form: at 20 of 20 the lower bound is n / (n + z²)
-        (20, 20, 20 / (20 + 1.959964**2), 1.0),
-        (0, 20, 0.0, 1.959964**2 / (20 + 1.959964**2)),
-        # published with the percentages of an IFEval run
-        (469, 541, 0.836, 0.893),
-        (475, 541, 0.848, 0.903),
-        (759, 834, 0.889, 0.928),
-        (764, 834, 0.895, 0.933),
-        (484, 541, 0.866, 0.918),
-        (492, 541, 0.882, 0.931),
-        (776, 834, 0.911, 0.946),
-        (781, 834, 0.918, 0.951),
-    ],
-)
-def test_wilson(passed: int, total: int, low: float, high: float) -> None:
-    found = stats.wilson(passed, total)
-    assert found.value == passed / total
-    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-4)
-
-
 @given(COUNTS)
 def test_wilson_solves_its_equation(counts: tuple[int, int]) -> None:
     # |share - bound| = z sqrt(bound (1 - bound) / n) at both bounds
     found = stats.wilson(*counts)
+    assert found.value == counts[0] / counts[1]
     assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.low < found.high
     for bound in (found.low, found.high):
         if bound not in (0.0, 1.0):
             distance = 1.959964 * math.sqrt(bound * (1 - bound) / counts[1])
@@ -132,15 +111,6 @@ def test_paired_difference_of_no_flips_is_not_nothing() -> None:
     assert found == pytest.approx((0, -0.00705, 0.00705), abs=5e-5)
     assert stats.paired_difference(0, 5, 5).high == 1.0
     assert math.isnan(stats.paired_difference(0, 0, 0).value)
-
-
-@pytest.mark.parametrize(("rate", "normal"), [(0.02, 1.7), (0.05, 2.7), (0.10, 3.8)])
-def test_smallest_difference_beside_the_normal_approximation(rate: float, normal: float) -> None:
-    approximate = (1.959964 + 0.841621) * math.sqrt(rate / 541)
-    assert 100 * approximate == pytest.approx(normal, abs=0.05)
-    exact = stats.smallest_difference(541, rate)
-    assert exact is not None
-    assert 0 < 100 * (exact - approximate) < 0.15
 
 
 def test_smallest_difference_has_the_power_it_says() -> None:

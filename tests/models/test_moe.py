@@ -85,38 +85,24 @@ def test_scores_are_sigmoids() -> None:
     )
 
 
-def test_ties_go_to_the_lower_expert() -> None:
-    logits, bias = np.zeros((1, 8), np.float32), np.zeros(8, np.float32)
-    assert check_gate(logits, bias, GateRule(3)) == [[0, 1, 2]]
-    bias[5] = 0.5
-    assert check_gate(logits, bias, GateRule(3)) == [[0, 1, 5]]
-
-
-def test_ties_of_groups_go_to_the_lower_group() -> None:
-    logits, bias = np.zeros((1, 8), np.float32), np.zeros(8, np.float32)
+# logits (all zero where a number), bias, rule, chosen experts
+CHOICES = {
+    "ties go to the lower expert": (8, [0] * 8, GateRule(3), [0, 1, 2]),
+    "the bias decides": (8, [0] * 5 + [0.5, 0, 0], GateRule(3), [0, 1, 5]),
     # groups 1 and 3 equal, 0 and 2 below
-    bias[[2, 7]] = 0.5
-    assert check_gate(logits, bias, GateRule(2, n_group=4, topk_group=1)) == [[2, 3]]
-
-
-def test_dropped_groups_lose_to_negative_scores() -> None:
-    logits, bias = np.zeros((1, 8), np.float32), np.full(8, -5.0, np.float32)
-    bias[4:] = -2.0
+    "ties of groups": (8, [0, 0, 0.5, 0, 0, 0, 0, 0.5], GateRule(2, 4, 1), [2, 3]),
     # the kept experts score -1.5; a dropped group masked with 0 would win over them
-    assert check_gate(logits, bias, GateRule(3, n_group=2, topk_group=1)) == [[4, 5, 6]]
-
-
-def test_bias_chooses_but_does_not_weigh() -> None:
-    logits = np.array([[3.0, 0.0, -3.0, -3.0]], np.float32)
-    bias = np.array([0.0, 0.0, 0.0, 9.0], np.float32)
-    assert check_gate(logits, bias, GateRule(1, norm_topk_prob=False)) == [[3]]
-
-
-def test_a_group_counts_by_its_best_two() -> None:
-    logits = np.zeros((1, 8), np.float32)
-    bias = np.array([1.0, -1.0, -1.0, -1.0, 0.25, 0.25, -9.0, -9.0], np.float32)
+    "dropped groups": (8, [-5] * 4 + [-2] * 4, GateRule(3, 2, 1), [4, 5, 6]),
+    "the bias does not weigh": ([3, 0, -3, -3], [0, 0, 0, 9], GateRule(1, 1, 1, False), [3]),
     # group 0 has the best expert, group 1 the better pair
-    assert check_gate(logits, bias, GateRule(2, n_group=2, topk_group=1)) == [[4, 5]]
+    "best two of a group": (8, [1, -1, -1, -1, 0.25, 0.25, -9, -9], GateRule(2, 2, 1), [4, 5]),
+}
+
+
+@pytest.mark.parametrize(("logits", "bias", "rule", "experts"), CHOICES.values(), ids=CHOICES)
+def test_choices_by_hand(logits: Any, bias: list[float], rule: GateRule, experts: Any) -> None:
+    row = [0.0] * logits if isinstance(logits, int) else logits
+    assert check_gate(np.float32([row]), np.float32(bias), rule) == [experts]
 
 
 def random_tensors(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -9,12 +9,11 @@ import pytest
 
 from fd_dsa.models.config import ModelConfig, RopeConfig
 from fd_dsa.models.rope import RotaryEmbedding, inverse_frequencies
-from tests.models.folders import TINY, TINY_GLM, YARN
+from tests.models.folders import TINY, YARN
 from tests.reference.rope import ref_frequencies, ref_yarn_frequencies
 
 # DeepSeek-V3.2's config.json
 V32 = TINY | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "index_head_dim": 128}
-GLM = TINY_GLM | {"qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "index_head_dim": 128}
 
 
 def rope_of(fields: dict[str, Any]) -> RopeConfig:
@@ -50,18 +49,6 @@ def test_yarn_of_other_settings(factor, original, beta_fast, beta_slow, theta, d
     rope = RopeConfig(theta, "yarn", factor, original, beta_fast, beta_slow, 1.0, 1.0)
     _, _, wanted = ref_yarn_frequencies(dim, theta, factor, original, beta_fast, beta_slow)
     np.testing.assert_allclose(inverse_frequencies(rope, dim), wanted, rtol=2e-6)
-
-
-def test_softmax_scales() -> None:
-    v32 = ModelConfig.from_dict(V32 | {"rope_scaling": YARN})
-    assert v32.softmax_scale == pytest.approx(0.1352337789, abs=1e-10)
-    assert ModelConfig.from_dict(GLM).softmax_scale == 0.0625
-    assert ModelConfig.from_dict(V32).softmax_scale == pytest.approx(192**-0.5)
-
-
-def test_pairing_of_the_indexer_by_architecture() -> None:
-    assert ModelConfig.from_dict(V32).indexer_rope_interleave is False
-    assert ModelConfig.from_dict(GLM).indexer_rope_interleave is True
 
 
 def test_table_of_all_positions() -> None:
