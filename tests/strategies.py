@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
@@ -42,17 +42,6 @@ class StepBatch:
             self.seq_lens_decoder,
             self.seq_lens_this_time,
             self.block_tables,
-        )
-
-    def take_rows(self, rows: list[int]) -> StepBatch:
-        """The same step with its rows in another order."""
-        encoder, decoder, this_time, tables = (array[rows] for array in self.inputs())
-        return replace(
-            self,
-            seq_lens_encoder=encoder,
-            seq_lens_decoder=decoder,
-            seq_lens_this_time=this_time,
-            block_tables=tables,
         )
 
 

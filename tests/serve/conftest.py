@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,30 +73,6 @@ def running(
         server.should_exit = True
         thread.join(TIMEOUT_S)
     assert not thread.is_alive()
-
-
-async def leave_stream(url: str, body: Mapping[str, Any], leave_after: int) -> None:
-    """Ask for a stream, and hang up after so many of its lines, or at its end.
-
-    By a bare connection: generators of a client library that are left in the middle wait for the
-    garbage collector, which may run in another thread.
-    """
-    content = json.dumps({**body, "stream": True}).encode()
-    reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
-    try:
-        head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        )
-        writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        line = await reader.readline()
-        assert line.startswith(b"HTTP/1.1 200 "), line
-        while leave_after and line != b"data: [DONE]\n":
-            line = await reader.readline()
-            assert line, "a stream ended without [DONE]"
-            leave_after -= line.startswith(b"data: ")
-    finally:
-        writer.transport.abort()
-        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
 
 @pytest.fixture(scope="module")

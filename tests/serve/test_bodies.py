@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import socket
-import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +15,6 @@ from hypothesis import strategies as st
 from fd_dsa.serve import body
 from fd_dsa.serve.body import CONTAINER_WEIGHT, MAX_DEPTH, check_values
 from fd_dsa.serve.errors import ApiError
-from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from tests.serve.conftest import Live, connected, num_admitted, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_connections import HEAD
@@ -35,26 +32,6 @@ def trickle(live: Live, stack: ExitStack, num_bytes: int, first: bytes = b"{") -
     return clients
 
 
-def send_until_closed(clients: list[socket.socket]) -> bytes:
-    """Send a byte on each, again and again, until all are closed; what the first was answered."""
-    answer = b""
-    left = list(clients)
-    while left:
-        for client in tuple(left):
-            client.setblocking(False)
-            try:
-                client.send(b"x")
-                answer += (part := client.recv(65536)) if client is clients[0] else b""
-                if client is clients[0] and not part:
-                    left.remove(client)
-            except BlockingIOError:
-                pass
-            except ConnectionError:
-                left.remove(client)
-        time.sleep(0.05)
-    return answer
-
-
 def test_slow_bodies_take_no_place_of_max_concurrency() -> None:
     with running(FakeEngine(), max_concurrency=2) as live, ExitStack() as stack:
         clients = trickle(live, stack, 15)
@@ -64,23 +41,6 @@ def test_slow_bodies_take_no_place_of_max_concurrency() -> None:
         # and are served when they are there after all
         clients[0].sendall(b'"prompt": "a"}')
         assert clients[0].recv(65536).startswith(b"HTTP/1.1 200 ")
-
-
-@pytest.mark.parametrize("sent", [HEAD, HEAD + b"Content-Length: 9999\r\n\r\n{"])
-def test_many_that_send_a_byte_at_a_time_are_closed_at_the_limit(
-    monkeypatch: pytest.MonkeyPatch, sent: bytes
-) -> None:
-    monkeypatch.setattr(StrictH11Protocol, "head_timeout_s", 1.0)
-    with running(FakeEngine(), body_timeout_s=1.0) as live, ExitStack() as stack:
-        clients = [stack.enter_context(connected(live)) for _ in range(NUM_SLOW)]
-        for client in clients:
-            client.sendall(sent)
-        answer = send_until_closed(clients)
-        wait_until(lambda: len(live.server.server_state.connections) == 0)
-        # a byte that crosses the server's last words may take them away
-        assert not answer or answer.startswith(b"HTTP/1.1 408 ")
-        assert complete(live).status_code == 200
-        wait_until(lambda: num_admitted(live) == 0)
 
 
 def test_bodies_together_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:

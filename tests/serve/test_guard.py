@@ -19,6 +19,7 @@ from tests.serve.conftest import Live, exchange, num_admitted, running, wait_unt
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.processes import FAKE, serving
 from tests.serve.test_errors import complete, error_of
+from tests.serve.test_heads import before_it_is_closed, dripped
 
 KEYS = ("first-key", "zweiter-schlüssel")
 
@@ -132,17 +133,16 @@ JSON = {"Content-Type": "application/json"}
 
 
 def test_a_body_that_does_not_end_is_a_408() -> None:
+    """Bytes that come one by one do not put it off."""
     with small_bodies(body_timeout_s=0.3) as live:
         head = (
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 50\r\n\r\n{"
+            b"Content-Length: 500\r\n\r\n{"
         )
-        answer = exchange(live.url, head)
+        answer = before_it_is_closed(lambda: dripped(live, head))
         assert answer.startswith(b"HTTP/1.1 408 ")
-        assert (
-            "did not come within 0.3 s"
-            in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
-        )
+        error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert "did not come within 0.3 s" in error["message"]
         # what it held is given back
         wait_until(lambda: num_admitted(live) == 0)
 

@@ -218,6 +218,19 @@ def before_it_is_closed(talk: Callable[[], bytes]) -> bytes:
     return talk()
 
 
+def dripped(live: Live, sent: bytes) -> bytes:
+    """The answer to a client that sends this, and then, if it was anything, a byte at a time."""
+    with connected(live) as connection:
+        connection.sendall(sent)
+        deadline = time.monotonic() + TIMEOUT_S
+        while not select.select([connection], [], [], 0.1)[0]:
+            assert time.monotonic() < deadline, "the connection is still open"
+            if sent:
+                connection.sendall(b"x")
+        # head and body may come in two pieces
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"])
 def test_a_head_that_does_not_come_holds_no_connection(
     monkeypatch: pytest.MonkeyPatch, sent: bytes
@@ -225,19 +238,8 @@ def test_a_head_that_does_not_come_holds_no_connection(
     """Bytes that come one by one do not put it off."""
     monkeypatch.setattr(StrictH11Protocol, "head_timeout_s", 0.4)
 
-    def talk() -> bytes:
-        with connected(live) as connection:
-            connection.sendall(sent)
-            deadline = time.monotonic() + TIMEOUT_S
-            while not select.select([connection], [], [], 0.1)[0]:
-                assert time.monotonic() < deadline, "the connection is still open"
-                if sent:
-                    connection.sendall(b"x")
-            # head and body may come in two pieces
-            return b"".join(iter(lambda: connection.recv(65536), b""))
-
     with running(FakeEngine()) as live:
-        answer = before_it_is_closed(talk)
+        answer = before_it_is_closed(lambda: dripped(live, sent))
     if not sent:
         assert answer == b""
         return

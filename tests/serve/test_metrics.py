@@ -17,7 +17,6 @@ from tests.serve.conftest import TIMEOUT_S, Live, active, running, wait_until
 from tests.serve.test_errors import complete
 
 Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
-LABEL = ("model_name", "demo")
 # names that a dashboard made for vLLM asks for, its prefix replaced
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = (

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 import fd_dsa
 from fd_dsa.engine.async_engine import AsyncEngine
 from tests.engine.fakes import EOS, byte_tokenizer, expected_greedy, make_engine
-from tests.serve.conftest import TIMEOUT_S, Live, chunks_of, leave_stream, running, wait_until
+from tests.serve.conftest import chunks_of, running, wait_until
 from tests.serve.test_errors import complete, error_of
 
-NUM_CLIENTS = 64
 GREEDY = {"temperature": 0, "max_tokens": 40}
 
 
@@ -110,42 +107,6 @@ def test_usage_tells_what_was_cached_and_salts_keep_apart() -> None:
         for salt in ("", 3, ["a"]):
             error = error_of(complete(live, **fields, cache_salt=salt), 400)
             assert error["param"] == "cache_salt"
-
-
-async def stream_to_the_end(client: httpx.AsyncClient, number: int) -> tuple[int, str]:
-    """The text of a streamed completion."""
-    answer = await client.post("/v1/completions", json=stream_of(number))
-    return number, "".join(chunk["choices"][0]["text"] for chunk in chunks_of(answer))
-
-
-def stream_of(number: int) -> dict[str, Any]:
-    """The request of one client."""
-    prompt = [2 + number % 26, 3 + number // 26]
-    fields = {"model": "demo", "prompt": prompt, "max_tokens": 40, "temperature": 0}
-    return {**fields, "stream": True}
-
-
-async def many_clients(live: Live) -> list[tuple[int, str]]:
-    """All clients at once, every second of which leaves; the texts of the others."""
-    leaves_after = random.Random(0)
-    async with httpx.AsyncClient(base_url=live.url, timeout=TIMEOUT_S) as client:
-        staying = [stream_to_the_end(client, number) for number in range(0, NUM_CLIENTS, 2)]
-        leaving = [
-            leave_stream(live.url, stream_of(number), leaves_after.randrange(1, 10))
-            for number in range(1, NUM_CLIENTS, 2)
-        ]
-        texts, _ = await asyncio.gather(asyncio.gather(*staying), asyncio.gather(*leaving))
-        return texts
-
-
-def test_many_streams_with_disconnects_leave_nothing_behind() -> None:
-    engine = make_engine(num_blocks=40)
-    with running(AsyncEngine(engine)) as live:
-        for number, text in asyncio.run(many_clients(live)):
-            prompt = [2 + number % 26, 3 + number // 26]
-            assert text == expected_text(prompt, 40)
-        wait_until(lambda: engine.stats().num_running + engine.stats().num_waiting == 0)
-        wait_until(lambda: engine.stats().num_used_blocks == 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])

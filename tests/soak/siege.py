@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -24,13 +23,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks._harness import ROOT, environment
+from benchmarks._harness import Worker, environment
 from tests.serve.processes import Server, serving
 from tests.soak import large_model
 from tests.soak.siege_cases import CASES, Facts
@@ -51,7 +49,6 @@ AFTERWARDS_S = 1.0
 IN_WORK_S = 0.2
 # a stall of so long is no stall any more: the memory of such a server need not be waited for
 FROZEN_S = 10.0
-MAKE_WITHIN_S = 120.0
 EXIT_MARGIN_S = 10.0
 
 
@@ -136,69 +133,21 @@ class Record:
         return found
 
 
-class Attacker:
-    """The process that sends; see `tests.soak.attacker`."""
-
-    def __init__(self, process: asyncio.subprocess.Process, patience_s: float) -> None:
-        self._process, self._patience_s = process, patience_s
-
-    async def line(self, seconds: float) -> str:
-        """The next line that it prints."""
-        assert self._process.stdout is not None
-        read = await asyncio.wait_for(self._process.stdout.readline(), seconds)
-        assert read, "the attacker has ended"
-        return read.decode().strip()
-
-    def send(self) -> None:
-        """Let it send the requests."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(b"go\n")
-
-    async def result(self) -> dict[str, Any]:
-        """What was answered."""
-        while (line := await self.line(self._patience_s + MAKE_WITHIN_S)) == "sent":
-            pass
-        result: dict[str, Any] = json.loads(line)
-        return result
-
-
-@contextlib.asynccontextmanager
-async def attacking(
-    case: str, port: int, facts: Facts, patience_s: float
-) -> AsyncIterator[Attacker]:
-    """An attacker that has made its requests."""
-    arguments = [case, str(port), json.dumps(asdict(facts)), str(patience_s)]
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.soak.attacker", *arguments),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-    )
-    try:
-        attacker = Attacker(process, patience_s)
-        assert await attacker.line(MAKE_WITHIN_S) == "ready"
-        yield attacker
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-
-
 async def besiege(record: Record, server: Server, facts: Facts, bounds: Bounds) -> None:
     """Let one kind of request at a running server, which has ended afterwards."""
     port = urlsplit(server.url).port
     assert port is not None
     patience_s = bounds.patience_s * CASES[record.case].patience
-    async with attacking(record.case, port, facts, patience_s) as attacker:
+    case = {"case": record.case, "facts": asdict(facts), "patience_s": patience_s}
+    with Worker("tests.soak.attacker:Attacker", port=port, **case) as attacker:
+        attacker.call(op="ready")
         body = STREAM | {"max_tokens": facts.max_model_len - PROMPT_ROOM}
         async with Watch(port, server.process.pid, body) as watch:
             has_begun = await watch.until(lambda: watch.tokens.begin is not None, FIRST_WITHIN_S)
             assert has_begun, "no first token"
             await _attack(record, attacker, watch, server, bounds)
-        attacker.send()
         # a server that reads slowly gets the signal before it has read all
-        with contextlib.suppress(asyncio.TimeoutError):
-            await attacker.line(1.0)
+        await asyncio.to_thread(attacker.call, op="start")
         await asyncio.sleep(IN_WORK_S)
         begin = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
@@ -211,7 +160,7 @@ async def besiege(record: Record, server: Server, facts: Facts, bounds: Bounds) 
 
 
 async def _attack(
-    record: Record, attacker: Attacker, watch: Watch, server: Server, bounds: Bounds
+    record: Record, attacker: Worker, watch: Watch, server: Server, bounds: Bounds
 ) -> None:
     """The requests, and what the watch has seen of them."""
     begin = time.monotonic()
@@ -224,8 +173,8 @@ async def _attack(
     def growth_mib(resident: int) -> float:
         return (resident - memory.planned() - before + planned) / MIB
 
-    attacker.send()
-    result = await attacker.result()
+    await asyncio.to_thread(attacker.call, op="start")
+    result = await asyncio.to_thread(attacker.call, op="result")
     await asyncio.sleep(AFTERWARDS_S)
     record.answers, record.attack_s = result["answers"], result["seconds"]
     record.health_s = watch.probes.longest_s(begin)
@@ -252,7 +201,7 @@ def run_case(case: str, folder: Path, facts: Facts, bounds: Bounds, *flags: str)
     try:
         with serving(folder, *flags, open_files=CASES[case].open_files) as server:
             asyncio.run(besiege(record, server, facts, bounds))
-    except (AssertionError, asyncio.TimeoutError) as error:
+    except (AssertionError, RuntimeError) as error:
         # the other kinds are still worth their time
         record.faults.append(repr(error))
     return record

@@ -26,7 +26,6 @@ from typing import Any
 
 import httpx
 
-from tests.serve.conftest import leave_stream
 from tests.serve.processes import serving
 from tests.soak import report
 from tests.soak.fuzz import body_fields, check_answer, send
@@ -136,6 +135,30 @@ async def read_stream(client: httpx.AsyncClient, body: Mapping[str, Any]) -> lis
         for choice in chunk["choices"]:
             answers[choice["index"]].add(choice)
     return answers
+
+
+async def leave_stream(url: str, body: Mapping[str, Any], leave_after: int) -> None:
+    """Ask for a stream, and hang up after so many of its lines, or at its end.
+
+    By a bare connection: generators of a client library that are left in the middle wait for the
+    garbage collector, which may run in another thread.
+    """
+    content = json.dumps({**body, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+    try:
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        )
+        writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        line = await reader.readline()
+        assert line.startswith(b"HTTP/1.1 200 "), line
+        while leave_after and line != b"data: [DONE]\n":
+            line = await reader.readline()
+            assert line, "a stream ended without [DONE]"
+            leave_after -= line.startswith(b"data: ")
+    finally:
+        writer.transport.abort()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
 
 def compare(alone: Sequence[Answer], found: Sequence[Answer], is_exact: bool) -> bool:
