@@ -119,6 +119,13 @@ def test_the_caches_fit_into_a_limited_address_space(tmp_path: Path) -> None:
     assert 0 < plan["memory"]["kv_cache_bytes"] < plan["memory"]["free_bytes"] < 3_000_000 << 10
 
 
+def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".cache").touch()
+    line = ["env", f"HOME={tmp_path}", *command("--port", "0")]
+    message = error_line(finish(tmp_path, line, status=2))
+    assert message.startswith("HOME: Paddle needs a folder .cache/paddle below it")
+
+
 def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom fd_dsa.serve.cli import main\n"
