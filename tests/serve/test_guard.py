@@ -137,7 +137,7 @@ def test_a_body_that_does_not_end_is_a_408() -> None:
     with small_bodies(body_timeout_s=0.3) as live:
         head = (
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 500\r\n\r\n{"
+            b"Content-Length: 100\r\n\r\n{"
         )
         answer = before_it_is_closed(lambda: dripped(live, head))
         assert answer.startswith(b"HTTP/1.1 408 ")
