@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import paddle
 import pytest
 
-from tests.fakes.sources import SOURCES, UNREAD
 from tests.fakes.trees import (
     DEVELOP,
     FOLDER,
@@ -25,7 +22,6 @@ from tests.fakes.trees import (
 )
 
 PACKAGE = FOLDER / "fastdeploy"
-OWN = ("sources.py",)
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=lambda tree: tree.name)
@@ -136,20 +132,3 @@ def test_the_backend_is_looked_up_once_by_name() -> None:
 
         with pytest.raises(ValueError, match="Invalid attention backend"):
             get_attention_backend()
-
-
-def test_every_module_names_the_public_file_that_it_stands_for() -> None:
-    """With its commit in `sources.py`, or as one of which no newer version could be read."""
-    known = [*SOURCES, *UNREAD, "fastdeploy/model_executor/models/deepseek_v3.py"]
-    for path in sorted(PACKAGE.rglob("*.py")):
-        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-        # parts of the double that stand for no file begin with an underscore
-        files = [one for one in re.findall(r"`([\w/]+\.py)`", text) if not _is_own(one)]
-        unknown = [f for f in files if not any(k.endswith(f) or f.endswith(k) for k in known)]
-        assert unknown == [], path
-
-
-def _is_own(file: str) -> bool:
-    """Whether a file that a docstring names is one of the double's."""
-    name = file.rpartition("/")[2]
-    return (name.startswith("_") and name != "__init__.py") or name in OWN
