@@ -27,7 +27,6 @@ class Built(NamedTuple):
     cfg: Any
     out: Arrays
     slot: np.ndarray
-    table: np.ndarray
     kept: Arrays
 
     def rows(self, is_prefill: bool | None = None) -> Iterator[tuple[int, range]]:
@@ -141,7 +140,7 @@ def wrong_builder(mistake: Callable[[Built], None]) -> Callable[..., Arrays]:
 
     def build(cfg: Any, ctx: Any, q: Any, slot: Any, table: Any) -> Arrays:
         out = naive(cfg, ctx, q, slot, table)
-        mistake(Built(cfg, out, slot, table, kept))
+        mistake(Built(cfg, out, slot, kept))
         return out
 
     return build
