@@ -84,10 +84,6 @@ def main(argv: list[str] | None = None) -> int:
             sides["baseline"] = stack.enter_context(baseline)
         result["cases"] = compare(sides)
         result["growth"] = growth(ours)
-        result["profile"] = [
-            ours.call(op="profile", requests=1, context=2048),
-            ours.call(op="profile", requests=32, context=512),
-        ]
     print(f"written: {save('engine_cpu', result)}")
     return 0
 

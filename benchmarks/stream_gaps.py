@@ -2,12 +2,10 @@
 
     python -m benchmarks.stream_gaps                    # about fifteen minutes on 2 cores
     python -m benchmarks.stream_gaps --targets 0 200    # others; 0, no target, is always first
-    python -m benchmarks.stream_gaps --by-processor     # on a machine that other work shares
 
 Each target has an engine in a process of its own, and they take turns. A gap is the time from the
 end of a step to the end of the next one. Prompts alone are computed in steps without a request that
-decodes, for which a target changes nothing. `--by-processor` gives engines one thread, and counts
-its processor time, in the engine as well. Writes benchmarks/results/stream_gaps.json.
+decodes, for which a target changes nothing. Writes benchmarks/results/stream_gaps.json.
 """
 
 from __future__ import annotations
@@ -29,16 +27,14 @@ PROMPT_TOKENS, ROUNDS = 8000, 5
 ALONE, ALONE_REPEATS = (2, 1024), 4
 
 
-def measure(targets: Sequence[float], rounds: int, clock: str) -> list[dict[str, Any]]:
+def measure(targets: Sequence[float], rounds: int) -> list[dict[str, Any]]:
     """Every target; the first round, whose engines know no step times yet, counts by itself.
 
     Args:
         targets: milliseconds, 0 the first of them.
         rounds: after the first.
-        clock: `wall`, or `processor` for one thread's processor time.
     """
     fields = {"max_num_seqs": 8, "kv_cache_memory_bytes": "1G"}
-    fields |= {"threads": 1, "by_processor": True} if clock == "processor" else {}
     # no side is always the one after another
     turns = [*targets, *reversed(targets)]
     beside: dict[float, list[dict[str, Any]]] = {target: [] for target in targets}
@@ -89,13 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS, metavar="MS")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
-    parser.add_argument("--by-processor", action="store_true", help="processor time, one thread")
     args = parser.parse_args(argv)
-    clock = "processor" if args.by_processor else "wall"
     targets = sorted({0.0, *args.targets})
-    sides = measure(targets, args.rounds, clock)
-    result = {"tier": "T0", "clock": clock, "prompt_tokens": PROMPT_TOKENS, "alone": ALONE}
-    result["rounds"] = args.rounds
+    sides = measure(targets, args.rounds)
+    result = {"tier": "T0", "prompt_tokens": PROMPT_TOKENS, "alone": ALONE, "rounds": args.rounds}
     print(f"written: {save('stream_gaps', result | {'sides': sides})}")
     return 0
 

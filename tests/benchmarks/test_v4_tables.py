@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from benchmarks.report import plots
 from tests.benchmarks import results
 from tests.benchmarks.results import ENV, percentiles, shown
 
@@ -76,10 +73,6 @@ def test_where_others_are_faster(tmp_path: Path) -> None:
 
 def staged() -> dict[str, Any]:
     """What the rig writes, for one way to the device."""
-    run = [
-        {"name": name, "stream": stream, "start_us": start, "us": us}
-        for name, stream, start, us in (("a step's work", 0, 0.0, 199.0), ("copy", 1, 40.0, 4.0))
-    ]
     shares = {"median": 1.0, "p5": 1.0, "share_of_steps_above_80": 1.0}
     shares |= {"copy_us": 4.0, "work_us": 2012.0}
     case = {
@@ -93,26 +86,14 @@ def staged() -> dict[str, Any]:
         "raced_steps": 10000,
         "wrong_steps": 0,
     }
-    timeline = {"staged": run, "copies wait": run}
-    return results.result("staging", [case], env=ENV | {"form": "real"}, timeline=timeline)
+    return results.result("staging", [case], env=ENV | {"form": "real"})
 
 
 def test_staged_copies_and_their_control(tmp_path: Path) -> None:
     text = shown(tmp_path, staged())
     row = "| V4Prepare | 1, 5.0 | 4.00 | 2,012 | 100% (100%) | 100% | 0% |"
     assert f"{row} 0 | 0 of 10,000 | T1p |" in text
-    assert "img/staging.svg" in text and "without guards" not in text
-    assert [path.name for path, _ in plots(tmp_path)] == ["staging.svg"]
+    assert "without guards" not in text
     cases = [staged()["cases"][0] | {"unguarded": {"no event": 97}, "unguarded_steps": 100}]
     text = shown(tmp_path, staged() | {"cases": cases})
     assert "V4Prepare without guards, steps read wrong of 100: no event: 97." in text
-
-
-def test_the_timeline_of_copies_is_drawn() -> None:
-    pytest.importorskip("matplotlib")
-    from benchmarks.plots import digest, picture
-
-    svg = picture(staged())
-    assert digest(staged()) in svg
-    for text in ("staged, main", "staged, second", "copies wait, second", "copy"):
-        assert text in svg
