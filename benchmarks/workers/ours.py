@@ -15,7 +15,6 @@ from benchmarks._harness import random_prompts
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.factory import build_engine
-from fd_dsa.environment import set_cpu_threads
 
 # a decode step is timed this often, the scan as well
 _REPEATS = 15
@@ -37,18 +36,15 @@ class Engine:
     """The engine, built once, and the parts that are timed on their own.
 
     Args:
-        threads: of the processor; None = all.
         fields: of EngineConfig.
     """
 
-    def __init__(self, threads: int | None = None, **fields: Any) -> None:
+    def __init__(self, **fields: Any) -> None:
         # the baseline computes every prompt, and prompts come again in later runs
         defaults = {"max_num_seqs": 32, "kv_cache_memory_bytes": "4G"}
         config = EngineConfig(**(defaults | fields), enable_prefix_caching=False)
         self.engine = build_engine(config)
         self.llm = LLM.from_engine(self.engine)
-        if threads is not None:
-            set_cpu_threads(threads)
         self._seconds: Counter[str] | None = None
 
     def _prompts(self, requests: int, tokens: int, seed: int) -> list[list[int]]:
