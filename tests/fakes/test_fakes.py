@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import paddle
@@ -18,7 +17,6 @@ from tests.fakes.trees import (
     TREES,
     UPSTREAM_ENV,
     installed,
-    plugin_distribution,
 )
 
 PACKAGE = FOLDER / "fastdeploy"
@@ -72,48 +70,6 @@ def test_names_that_nobody_has_set(
         assert envs.FD_PLUGINS == ["a", " b"]
         with pytest.raises(AttributeError):
             _ = envs.FD_NO_SUCH_VARIABLE
-
-
-def test_plugins_run_once_and_what_they_raise_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An entry point that cannot be loaded is left out; more or less than one runner is an error.
-
-    `test_registration_loading.py` has what FastDeploy's worker does then.
-    """
-    monkeypatch.delitem(sys.modules, "some_plugins", raising=False)
-    source = "calls = []\ndef register():\n    calls.append('register')\n"
-    source += "def runner():\n    return type('Runner', (), {})\n"
-    source += "def broken():\n    raise RuntimeError('not today')\n"
-    (tmp_path / "some_plugins.py").write_text(source)
-    for name, targets in {
-        "ours": {"register": "register", "runner": "runner"},
-        "second": {"runner": "runner"},
-        "missing": {"register": "no_such_function"},
-        "broken": {"register": "broken"},
-    }.items():
-        targets = {key: f"some_plugins:{one}" for key, one in targets.items()}
-        plugin_distribution(tmp_path, name, **targets)
-
-    def load(names: str, times: int = 1) -> list[Any]:
-        env: dict[str, str | None] = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": names}
-        with installed(DEVELOP, env, path=[tmp_path]):
-            from fastdeploy.plugins import load_model_register_plugins, load_model_runner_plugins
-
-            for _ in range(times):
-                load_model_register_plugins()
-            return [load_model_runner_plugins() for _ in range(times)]
-
-    first, again = load("ours,missing", times=2)
-    assert (first.__name__, again) == ("Runner", None)
-    assert sys.modules["some_plugins"].calls == ["register"]
-    for names, error in (
-        ("broken", RuntimeError),
-        ("ours,second", AssertionError),
-        ("neither", StopIteration),
-    ):
-        with pytest.raises(error):
-            load(names)
 
 
 def test_the_backend_is_looked_up_once_by_name() -> None:
