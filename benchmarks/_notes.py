@@ -6,19 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks._harness import three_digits
-from benchmarks._render import Case, Column, Result, Table, labels_of, paragraphs
-
-
-def profiles_of_steps(result: Result) -> Iterator[str]:
-    """The functions with the most time of their own, of each profiled step."""
-    columns = [
-        ("function", lambda f: f"`{f['name'].removeprefix('~:')}`"),
-        ("calls", "{calls_per_step:.0f}"),
-        ("share of the time", "{share:.1%}"),
-    ]
-    head = "Profile of a decode step of {requests} x {context}, {ms:.1f} ms without the profiler:"
-    for profile in result["profile"]:
-        yield from paragraphs(profile, [head, Table(lambda p: p["functions"][:6], columns)])
+from benchmarks._render import Case, Column, Result, Table, labels_of
 
 
 def texts(result: Result) -> Iterator[str]:

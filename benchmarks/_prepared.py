@@ -89,11 +89,6 @@ class Launch:
         return self.kernel.bind(grid, **arguments, **options, enable_fp_fusion=False)
 
     @classmethod
-    def sets_of(cls, *shape: int) -> list[Launch]:
-        """Input sets past the L2 together."""
-        return [cls(*shape) for _ in range(_gpu.num_sets(cls.bytes_of(*shape)))]
-
-    @classmethod
     def check_bytes(cls) -> None:
         """Compare every configuration with the CPU, byte by byte.
 
@@ -115,7 +110,8 @@ class Launch:
     @classmethod
     def compare(cls, record: _gpu.Recorder, peer: Any, shape: tuple[int, ...]) -> None:
         """Time all sides of one shape."""
-        sides = [launch.sides(peer) | {OURS: launch.call()} for launch in cls.sets_of(*shape)]
+        sets = [cls(*shape) for _ in range(_gpu.num_sets(cls.bytes_of(*shape)))]
+        sides = [launch.sides(peer) | {OURS: launch.call()} for launch in sets]
         times = _gpu.interleaved({label: [side[label] for side in sides] for label in sides[0]})
         record.case(cls.name.format(*shape), times, ours=OURS, bytes_moved=cls.bytes_of(*shape))
 

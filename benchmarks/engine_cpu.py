@@ -73,21 +73,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--skip-hf", action="store_true", help="leave the baseline out")
-    parser.add_argument("--threads", type=int, default=None, help="default: all processors")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"tier": "T0", "model": "demo model", "threads": args.threads}
+    result: dict[str, Any] = {"tier": "T0", "model": "demo model"}
     with ExitStack() as stack:
-        ours = stack.enter_context(Worker("benchmarks.workers.ours:Engine", threads=args.threads))
+        ours = stack.enter_context(Worker("benchmarks.workers.ours:Engine"))
         sides = {"candidate": ours}
         if not args.skip_hf:
-            baseline = Worker("benchmarks.workers.hugging_face:Model", threads=args.threads)
+            baseline = Worker("benchmarks.workers.hugging_face:Model")
             sides["baseline"] = stack.enter_context(baseline)
         result["cases"] = compare(sides)
         result["growth"] = growth(ours)
-        result["profile"] = [
-            ours.call(op="profile", requests=1, context=2048),
-            ours.call(op="profile", requests=32, context=512),
-        ]
     print(f"written: {save('engine_cpu', result)}")
     return 0
 

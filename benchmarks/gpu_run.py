@@ -7,9 +7,7 @@ this order. Every section is a process with a time limit of its own; its output 
 DIR/<section>.log, and after each one DIR/run.json is rewritten. Started again on the same DIR it
 goes on after the sections that passed, and inside checks that had no time for all tests. A failure
 of the small correctness tests ends the run. The results, DIR/<benchmark>.json, are copied to
-benchmarks/results by hand. --commit names the commit of a copy of the tree without git. `--dry-run`
-needs no GPU: it imports the benchmarks and collects the tests, without Paddle, as on a machine that
-has none.
+benchmarks/results by hand. --commit names the commit of a copy of the tree without git.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -193,28 +190,6 @@ def _wait(command: Sequence[str], log: Any, variables: Mapping[str, str], limit_
             process.wait()
 
 
-def dry_run(chosen: Sequence[Section], tests: Sequence[str]) -> int:
-    """Import what the sections run and collect their tests, without Paddle; 1 on a failure."""
-    for tool in ("nvidia-smi", "nvcc", "ncu", "compute-sanitizer"):
-        print(f"{tool:<20} {shutil.which(tool) or 'not here'}")
-    hidden = "import sys; sys.modules['paddle'] = None; "
-    checks = {
-        name: [sys.executable, "-c", f"{hidden}import benchmarks.{name} as m; m.main"]
-        for name in ("ceilings", *BENCHMARKS)
-    }
-    collect = f"{hidden}import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    flags = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu"]
-    checks["tests"] = [sys.executable, "-c", collect, *flags, *tests]
-    failed = 0
-    for name, command in checks.items():
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        lines = (done.stdout + done.stderr).strip().splitlines() or [""]
-        print(f"{name:<20} {'ok' if done.returncode == 0 else 'FAILED'}  {lines[-1][:100]}")
-        failed |= done.returncode != 0
-    print("sections:", ", ".join(section.name for section in chosen))
-    return int(failed)
-
-
 def table(run: Run) -> str:
     """What happened, in short: sections, figures, profiles."""
     lines = [
@@ -243,7 +218,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=1e9, help="seconds for the whole run")
     parser.add_argument("--quick", action="store_true", help="one or two shapes a benchmark")
     parser.add_argument("--commit", help="full hash of this tree, with -dirty where it differs")
-    parser.add_argument("--dry-run", action="store_true", help="check imports, without a GPU")
     args = parser.parse_args(argv)
     # sections run in the root of the tree
     args.out, args.peers = args.out.resolve(), args.peers and args.peers.resolve()
@@ -259,8 +233,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = ", ".join(section.name for section in every)
         sys.exit(f"gpu_run: no section {', '.join(sorted(unknown))}; there are {names}")
     chosen = [section for section in every if not args.only or section.name in args.only]
-    if args.dry_run:
-        return dry_run(chosen, args.tests or gpu_tests())
     if args.commit:
         os.environ["FD_DSA_COMMIT"] = args.commit
     end = time.monotonic() + args.budget_s

@@ -1,12 +1,11 @@
-"""What grows when requests, layers and contexts do: host time, metadata and launches of a step.
+"""What a step costs the host when requests grow.
 
     python -m benchmarks.growth                         # about five minutes on 2 cores
     python -m benchmarks.growth --baseline CHECKOUT     # and the package of another checkout
 
 Host time is that of `LLMEngine.step` over a runner that does nothing: scheduling, the input batch,
 sampling, text and outputs of decode steps, as a + b * requests, with the demo model's vocabulary
-and with that of DeepSeek-V3.2. With a baseline the two packages take turns. Metadata and launches
-are counted on tiny models whose layers, rows and contexts double.
+and with that of DeepSeek-V3.2. With a baseline the two packages take turns.
 Writes benchmarks/results/growth.json.
 """
 
@@ -33,11 +32,6 @@ SAMPLING: dict[str, dict[str, Any]] = {
 # vocabulary -> steps timed in a round
 STEPS = {4096: 25, 129_280: 5}
 ROUNDS = 6
-# what doubles, from a step of 2 layers, 1 row and 30 tokens of context
-STEP = {"layers": 2, "rows": 1, "context": 30}
-LAYERS = (2, 4, 8, 16)
-ROWS = (1, 2, 4)
-CONTEXTS = (30, 60, 120)
 
 
 def host_times(sides: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
@@ -68,39 +62,14 @@ def _fitted(times: Mapping[int, Sequence[float]]) -> dict[str, Any]:
     return {"us": {str(n): value for n, value in us.items()}, "a_us": float(a), "b_us": float(b)}
 
 
-def step_growth() -> dict[str, Any]:
-    """Metadata and launches of a decode step whose layers, rows and contexts double."""
-    cases = [
-        *({**STEP, "layers": n} for n in LAYERS),
-        *({**STEP, "rows": n} for n in ROWS[1:]),
-        *({**STEP, "context": n} for n in CONTEXTS[1:]),
-    ]
-    with Worker("benchmarks.workers.step_growth:Steps") as worker:
-        found = []
-        for case in cases:
-            counted = worker.call(op="count", **case)
-            found.append({"case": case, **counted})
-            print(f"{case}: {counted}", flush=True)
-    by_layers = {e["case"]["layers"]: e["launches"] for e in found[: len(LAYERS)]}
-    a_layer = (by_layers[LAYERS[-1]] - by_layers[LAYERS[0]]) / (LAYERS[-1] - LAYERS[0])
-    return {
-        "cases": found,
-        "launches_a_layer": a_layer,
-        "launches_are_linear": all(
-            count - by_layers[LAYERS[0]] == a_layer * (layers - LAYERS[0])
-            for layers, count in by_layers.items()
-        ),
-    }
-
-
 def measure(checkouts: dict[str, Path], rounds: int) -> dict[str, Any]:
-    """Host times of all packages, and what grows in a step."""
+    """Host times of all packages."""
     with workers("benchmarks.workers.engine_host", checkouts) as sides:
         host_time = host_times(sides, rounds)
         case = {"op": "pass_us", "requests": REQUESTS[-1]}
         passes = {n: sides["fd_dsa"].call(**case, steps=STEPS[n], vocab_size=n) for n in STEPS}
     pass_us = {str(n): percentiles(answer["us"]) for n, answer in passes.items()}
-    return {"host_time": host_time, "pass_us": pass_us, "growth": step_growth()}
+    return {"host_time": host_time, "pass_us": pass_us}
 
 
 main = partial(compare_packages, "growth", __doc__, measure, ROUNDS)

@@ -55,11 +55,7 @@ def plots(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Every plot of the pages: its file and what it shows."""
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        if refusal(result):
-            continue
-        if "timeline" in result:
-            yield IMAGES / f"{path.stem}.svg", result
-        if path.stem in _ratios.PICTURED and result["cases"]:
+        if path.stem in _ratios.PICTURED and result["cases"] and not refusal(result):
             yield IMAGES / f"{path.stem}.svg", {"groups": _ratios.drawn(path.stem, result)}
 
 

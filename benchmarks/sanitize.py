@@ -30,8 +30,9 @@ from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, ROOT
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
 _LEFT_OUT = ("graph", "capture", "replay", "thousand", "repeated", "every_time", "refus")
 _LEFT_OUT += ("gigabytes", "to_the_31", "neither_waits", "outlive")
-# whose GEMMs are torch's: racecheck finds races in them, or breaks on them
-_WITH_PRODUCTS = ("overlap_streams",)
+# flags of pytest that choose the tests
+_CHOICE = ("-m", "gpu", "--hypothesis-profile=brief")
+_CHOICE += ("-k", "not " + " and not ".join(_LEFT_OUT))
 # torch's own pool would hide an access past the end of a tensor
 _VARIABLES = {"FD_DSA_SMALL_TESTS": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # racecheck does not follow the order from lanes to the one that arrives at a barrier for them
@@ -50,15 +51,9 @@ CLEAN = {
 }
 
 
-def choice(tool: str) -> tuple[str, ...]:
-    """Flags of pytest that choose the tests for a tool."""
-    left_out = _LEFT_OUT + (_WITH_PRODUCTS if tool == "racecheck" else ())
-    return "-m", "gpu", "--hypothesis-profile=brief", "-k", "not " + " and not ".join(left_out)
-
-
-def collect(tool: str, paths: Sequence[str]) -> list[str]:
+def collect(paths: Sequence[str]) -> list[str]:
     """Identifiers of the tests to check."""
-    command = [*_PYTEST, *choice(tool), "--collect-only", *paths]
+    command = [*_PYTEST, *_CHOICE, "--collect-only", *paths]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     tests = re.findall(r"^tests/.*::.*$", done.stdout, re.MULTILINE)
     if done.returncode or not tests:
@@ -109,7 +104,7 @@ def checked(tool: str, tests: Sequence[str], end: float, stem: Path) -> subproce
     # a driver call that is refused, and answered, is no wrong access
     checker += ["--report-api-errors", "no"] if tool == "memcheck" else []
     command = [*checker, "--target-processes", "application-only", *_PYTEST]
-    command += ["-p", "benchmarks.sanitize", "-rs", *choice(tool), *tests]
+    command += ["-p", "benchmarks.sanitize", "-rs", *_CHOICE, *tests]
     done = stem.with_suffix(".done")
     done.touch()
     variables = os.environ | _VARIABLES | {_END: str(end), _DONE: str(done)}
@@ -136,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     limit_s = float(os.environ.get(LIMIT_VARIABLE, "inf"))
     end = time.time() + (1 - _RESERVE) * limit_s
-    every = collect(args.tool, args.paths)
+    every = collect(args.paths)
     has_done = args.done and args.done.exists()
     done = set(args.done.read_text().split("\n")) - {""} if has_done else set()
     tests = [test for test in every if test not in done]

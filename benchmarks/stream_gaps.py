@@ -1,13 +1,10 @@
 """A stream beside a long prompt: the time between its tokens, by target; and prompts alone.
 
-    python -m benchmarks.stream_gaps                    # about fifteen minutes on 2 cores
-    python -m benchmarks.stream_gaps --targets 0 200    # others; 0, no target, is always first
-    python -m benchmarks.stream_gaps --by-processor     # on a machine that other work shares
+    python -m benchmarks.stream_gaps     # about fifteen minutes on 2 cores
 
 Each target has an engine in a process of its own, and they take turns. A gap is the time from the
 end of a step to the end of the next one. Prompts alone are computed in steps without a request that
-decodes, for which a target changes nothing. `--by-processor` gives engines one thread, and counts
-its processor time, in the engine as well. Writes benchmarks/results/stream_gaps.json.
+decodes, for which a target changes nothing. Writes benchmarks/results/stream_gaps.json.
 """
 
 from __future__ import annotations
@@ -23,42 +20,36 @@ import numpy as np
 from benchmarks._harness import Worker, percentiles, save
 
 MODULE = "benchmarks.workers.ours:Engine"
+# milliseconds; none comes first
 TARGETS = (0.0, 100.0, 200.0, 400.0)
 PROMPT_TOKENS, ROUNDS = 8000, 5
 # prompts of the load without streams, and their tokens; how often in a round
 ALONE, ALONE_REPEATS = (2, 1024), 4
 
 
-def measure(targets: Sequence[float], rounds: int, clock: str) -> list[dict[str, Any]]:
-    """Every target; the first round, whose engines know no step times yet, counts by itself.
-
-    Args:
-        targets: milliseconds, 0 the first of them.
-        rounds: after the first.
-        clock: `wall`, or `processor` for one thread's processor time.
-    """
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """Every target; the first round, whose engines know no step times yet, counts by itself."""
     fields = {"max_num_seqs": 8, "kv_cache_memory_bytes": "1G"}
-    fields |= {"threads": 1, "by_processor": True} if clock == "processor" else {}
     # no side is always the one after another
-    turns = [*targets, *reversed(targets)]
-    beside: dict[float, list[dict[str, Any]]] = {target: [] for target in targets}
-    alone: dict[float, list[float]] = {target: [] for target in targets}
+    turns = [*TARGETS, *reversed(TARGETS)]
+    beside: dict[float, list[dict[str, Any]]] = {target: [] for target in TARGETS}
+    alone: dict[float, list[float]] = {target: [] for target in TARGETS}
     with contextlib.ExitStack() as stack:
         workers = {}
-        for target in targets:
+        for target in TARGETS:
             engine = Worker(MODULE, target_inter_token_latency_ms=target, **fields)
             workers[target] = stack.enter_context(engine)
         for seed in range(rounds + 1):
-            for target in targets if seed % 2 else reversed(targets):
+            for target in TARGETS if seed % 2 else reversed(TARGETS):
                 answer = workers[target].call(op="beside", prompt_tokens=PROMPT_TOKENS, seed=seed)
                 beside[target].append(answer)
                 print(f"round {seed}, target {target:g}: {_spread(answer['gaps_ms'])}", flush=True)
             for repeat in range(ALONE_REPEATS // 2):
                 for n, target in enumerate(turns):
                     case = {"requests": ALONE[0], "prompt_tokens": ALONE[1]}
-                    case["seed"] = 2 * repeat + n // len(targets)
+                    case["seed"] = 2 * repeat + n // len(TARGETS)
                     alone[target].append(workers[target].call(op="alone", **case))
-    return [_side(t, beside[t], alone[t], alone[targets[0]]) for t in targets]
+    return [_side(t, beside[t], alone[t], alone[TARGETS[0]]) for t in TARGETS]
 
 
 def _side(
@@ -87,15 +78,10 @@ def _spread(gaps: Sequence[float]) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS, metavar="MS")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
-    parser.add_argument("--by-processor", action="store_true", help="processor time, one thread")
     args = parser.parse_args(argv)
-    clock = "processor" if args.by_processor else "wall"
-    targets = sorted({0.0, *args.targets})
-    sides = measure(targets, args.rounds, clock)
-    result = {"tier": "T0", "clock": clock, "prompt_tokens": PROMPT_TOKENS, "alone": ALONE}
-    result["rounds"] = args.rounds
+    sides = measure(args.rounds)
+    result = {"tier": "T0", "prompt_tokens": PROMPT_TOKENS, "alone": ALONE, "rounds": args.rounds}
     print(f"written: {save('stream_gaps', result | {'sides': sides})}")
     return 0
 

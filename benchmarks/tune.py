@@ -1,7 +1,7 @@
 """Other forms of our kernels beside the ones that serve: device time of each.
 
     python -m benchmarks.tune                     # all kernels of KERNELS
-    python -m benchmarks.tune cache_write ...     # some of them
+    python -m benchmarks.tune indexer_logits      # one of them
 
 The numbers of tiles, warps and stages in `fd_dsa` come from these tables. A form that a compiler or
 the device refuses is left out, and so is one whose result is wrong; both are named.
@@ -13,19 +13,16 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 
-from benchmarks import _gpu, indexer_logits, indexer_query, mla_query, overlap
+from benchmarks import _gpu, indexer_logits, overlap
 from benchmarks import _sparse_mla_sides as sparse
 from benchmarks._layer import Sizes, Weights
 from benchmarks._logits_sides import Shape, form_of
 from benchmarks._logits_sides import random_cache as random_keys
-from benchmarks._prepared import Launch
 from benchmarks._torch_device import register
-from benchmarks.cache_write import Write
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_forms import TileForm
 from fd_dsa.ops.mla.tensor_core import Form, form_for, num_splits
@@ -33,19 +30,6 @@ from fd_dsa.ops.mla.tensor_core import Form, form_for, num_splits
 CHOSEN = "chosen"
 # name, calls by form, the form that serves ("" = several or none)
 Case: TypeAlias = tuple[str, Mapping[str, Sequence[_gpu.Call]], str]
-
-
-def tune_launch(kind: type[Launch], shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
-    """Rows of a program, warps and registers of a small launch."""
-    for shape in shapes:
-        sets = kind.sets_of(*shape)
-        sides = {_words(how): [s.call(how) for s in sets] for how in kind.candidates}
-        yield kind.name.format(*shape), sides, _words(sets[0].chosen)
-
-
-def _words(configuration: tuple[Any, ...]) -> str:
-    """A configuration in words: rows of a program, warps, registers where they are limited."""
-    return " x ".join(str(x) for x in configuration if x is not None)
 
 
 def tune_projections() -> Iterator[Case]:
@@ -57,10 +41,10 @@ def tune_projections() -> Iterator[Case]:
         out = overlap.outputs(tokens, sizes)
         tried = projection.CANDIDATES if tokens <= 2 * limit else projection.WHOLE
         sides = {
-            _words(tiling): [overlap.launch(x, both, out, tiling) for both in copies]
+            str(tiling): [overlap.launch(x, both, out, tiling) for both in copies]
             for tiling in (projection.SPLIT if tokens < limit else tried)
         }
-        yield f"{tokens} tokens", sides, _words(projection.configuration(tokens))
+        yield f"{tokens} tokens", sides, str(projection.configuration(tokens))
 
 
 # registers of a thread -> blocks of four warps that a processor then has
@@ -160,19 +144,6 @@ def _right(
 
 
 KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
-    "cache_write": partial(
-        tune_launch, Write, [(n,) for n in (1, 128, 512, 1024, 2048, 4096, 8192)]
-    ),
-    "indexer_query": partial(
-        tune_launch,
-        indexer_query.Query,
-        [*((n, 64) for n in (1, 32, 128, 512, 1024, 8192)), (1024, 32)],
-    ),
-    "mla_query": partial(
-        tune_launch,
-        mla_query.Query,
-        [*((n, 128) for n in (1, 8, 32, 128, 1024, 8192)), (1, 16), (128, 16)],
-    ),
     "projections": tune_projections,
     "indexer_logits": tune_indexer_logits,
     "sparse_mla": tune_sparse_mla,

@@ -16,8 +16,8 @@ from fd_dsa.environment import usable_cpus
 class Model:
     """The model, loaded once."""
 
-    def __init__(self, threads: int | None) -> None:
-        torch.set_num_threads(threads or usable_cpus())
+    def __init__(self) -> None:
+        torch.set_num_threads(usable_cpus())
         self.model = DeepseekV32ForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
         self.model.eval()
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import cProfile
-import pstats
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,6 @@ from benchmarks._harness import random_prompts
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.factory import build_engine
-from fd_dsa.environment import set_cpu_threads
 
 # a decode step is timed this often, the scan as well
 _REPEATS = 15
@@ -40,24 +36,15 @@ class Engine:
     """The engine, built once, and the parts that are timed on their own.
 
     Args:
-        threads: of the processor; None = all.
-        by_processor: whether gaps are processor seconds of one thread, also for the engine: what
-            an idle machine with one processor would take.
         fields: of EngineConfig.
     """
 
-    def __init__(
-        self, threads: int | None = None, by_processor: bool = False, **fields: Any
-    ) -> None:
+    def __init__(self, **fields: Any) -> None:
         # the baseline computes every prompt, and prompts come again in later runs
         defaults = {"max_num_seqs": 32, "kv_cache_memory_bytes": "4G"}
         config = EngineConfig(**(defaults | fields), enable_prefix_caching=False)
         self.engine = build_engine(config)
         self.llm = LLM.from_engine(self.engine)
-        if threads is not None:
-            set_cpu_threads(threads)
-        if by_processor:
-            self.engine.clock = time.process_time
         self._seconds: Counter[str] | None = None
 
     def _prompts(self, requests: int, tokens: int, seed: int) -> list[list[int]]:
@@ -156,27 +143,6 @@ class Engine:
                 select_positions(logits[0], window, config.index_topk)
             times.append(time.perf_counter() - start)
         return float(np.median(times) * 1e3)
-
-    def profile(self, requests: int, context: int) -> dict[str, Any]:
-        """Where a decode step spends its time: the functions with the most time of their own."""
-        profiler, steps = cProfile.Profile(), 10
-        with self._decoding(requests, context, 5 + steps):
-            ms = 1e3 * float(np.median([self._step_s() for _ in range(5)]))
-            with profiler:
-                for _ in range(steps):
-                    self.engine.step()
-        stats: Any = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-        total = sum(own for _, _, own, *_ in stats.values())
-        busiest = sorted(stats.items(), key=lambda item: -item[1][2])[:6]
-        functions = [
-            {
-                "name": f"{Path(file).name}:{name}",
-                "calls_per_step": calls / steps,
-                "share": own / total,
-            }
-            for (file, _, name), (calls, _, own, *_) in busiest
-        ]
-        return {"requests": requests, "context": context, "ms": ms, "functions": functions}
 
     def _add(self, name: str, prompt: list[int], new_tokens: int) -> None:
         """Queue a greedy request."""

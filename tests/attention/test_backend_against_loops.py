@@ -134,22 +134,6 @@ def test_rows_may_share_prefix_blocks() -> None:
     world.check(rows_of(batch), world.run(rows_of(batch)))
 
 
-def test_outputs_are_those_of_the_selection_alone() -> None:
-    """A dominant key that the indexer does not choose changes nothing."""
-    batch = make_batch([(0, 40, 1), (12, 20, 12)], 16)
-    world = world_of(batch, Sizes())
-    before = world.run(rows_of(batch))
-    for row, position in ((0, 40), (1, 31)):
-        data = world.data[0][row]
-        unseen = set(range(20)) - set(data.selected(position, 8))
-        for p in sorted(unseen):
-            data.latent[p] = 1000.0
-            world.remember(row, p, p + 1)
-    after = world.run(rows_of(batch))
-    for token in (0, 12):
-        np.testing.assert_array_equal(after.outputs[0][token], before.outputs[0][token])
-
-
 @pytest.mark.parametrize(
     "rows",
     [

@@ -8,7 +8,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.attention.harness import Sizes, World
-from tests.reference.topk import ref_slot
 from tests.strategies import chunk_lengths, make_batch
 
 LENGTH = 45
@@ -70,46 +69,3 @@ def test_any_chunks_in_any_company(one_shot, chunks: list[list[int]], decode_fro
     for row in range(3):
         np.testing.assert_array_equal(found[0][row], slots[row])
         np.testing.assert_allclose(found[1][row], outputs[row], rtol=0, atol=ROUNDING)
-
-
-def test_rows_in_another_order() -> None:
-    rows = [(9, 11, 9), (0, 30, 2), (0, 0, 0), (12, 0, 12), (0, 5, 1)]
-    batch = make_batch(rows, 16)
-    lengths = [cached + new for _, cached, new in rows]
-    first = World(Sizes(), batch.block_tables, lengths, batch.num_blocks, 64)
-    order = [3, 1, 4, 0, 2]
-    turned = World(
-        Sizes(), batch.block_tables[order], [lengths[i] for i in order], batch.num_blocks, 64
-    )
-    turned.data = [[first.data[0][i] for i in order]]
-    for target, wanted in ((first, range(5)), (turned, order)):
-        for row, i in enumerate(wanted):
-            target.remember(row, 0, rows[i][1])
-    one, two = first.run(rows), turned.run([rows[i] for i in order])
-    starts = np.cumsum([0] + [new for _, _, new in rows])
-    tokens = [t for i in order for t in range(starts[i], starts[i + 1])]
-    np.testing.assert_array_equal(two.slots[0], one.slots[0][tokens])
-    np.testing.assert_allclose(two.outputs[0], one.outputs[0][tokens], rtol=0, atol=ROUNDING)
-
-
-def test_physical_blocks_do_not_matter() -> None:
-    """The same rows over other blocks: the same positions and, bit by bit, the same outputs."""
-    rows = [(9, 31, 9), (0, 40, 1)]
-    found = []
-    for seed in (1, 2):
-        batch = make_batch(rows, 16, seed=seed)
-        target = World(Sizes(), batch.block_tables, [40, 41], batch.num_blocks, 64)
-        for row in (0, 1):
-            target.remember(row, 0, rows[row][1])
-        step = target.run(rows)
-        place = [
-            {ref_slot(p, table, 16): p for p in range(41) if table[p // 16] >= 0}
-            for table in batch.block_tables
-        ]
-        positions = [
-            [place[t >= 9][s] for s in line] for t, line in enumerate(step.slots[0].tolist())
-        ]
-        found.append((positions, step.outputs[0], batch.block_tables.tolist()))
-    assert found[0][2] != found[1][2]
-    assert found[0][0] == found[1][0]
-    np.testing.assert_array_equal(found[0][1], found[1][1])

@@ -56,14 +56,6 @@ class Noted:
         return self.overlap.run(num_tokens, self.work, self.project, x)
 
 
-def test_work_runs_between_the_fork_and_its_join() -> None:
-    noted = Noted()
-    for _ in range(3):
-        noted.log.clear()
-        assert noted.run() == ("done", 5)
-        assert noted.log == ["begin", "project", "end", "work", "join"]
-
-
 @pytest.mark.parametrize("num_tokens", [0, IN_LINE, 1 << 20])
 def test_a_long_step_and_an_empty_one_do_not_fork(num_tokens: int) -> None:
     noted = Noted()
@@ -133,17 +125,6 @@ def test_a_cpu_has_no_second_stream_and_loads_no_launcher() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.triton
-def test_where_kernels_are_interpreted_nothing_forks() -> None:
-    from fd_dsa.triton_runtime import INTERPRETING
-
-    if not INTERPRETING:
-        pytest.skip("kernels are compiled in this process; set TRITON_INTERPRET=1 to interpret")
-    overlap = IndexerOverlap("gpu:0", 8)
-    _, found = overlap.run(4, list, np.negative, np.ones(4))
-    assert (found == -1).all() and overlap.side_stream is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import fd_dsa.ops.logits.paddle_impl as indexer_impl
 import fd_dsa.ops.mla.paddle_impl as sparse_impl
 from fd_dsa.attention import CacheLayout, DSABackendConfig
 from fd_dsa.attention.step_plan import StepPlan
-from fd_dsa.ops.logits.paddle_impl import PagedUnits
 from fd_dsa.step import StepMetadataBuilder
 from tests.attention.harness import Sizes, rows_of, world_of
 from tests.strategies import make_batch
@@ -124,31 +123,11 @@ def test_short_rows_share_a_tile_up_to_a_number_of_keys(
     assert any(len(rows) > 1 for rows in rows_of) == (joined == 64)
 
 
-def test_a_tile_spans_neighbouring_rows() -> None:
-    plan = plan_of(ROWS, 8, 3, 2)
-    # rows 0 and 1, then row 2 past its first 8 tokens, then rows 4 to 7 without the idle one
-    assert spans(plan.score_tiles) == [(0, 8), (16, 20), (22, 36), (37, 57)]
-    assert len(plan.score_tiles[0].key_slots) == 27 + 31
-    assert plan.score_tiles[0].key_start.tolist() == [0] * 7 + [27]
-
-
-def test_decode_rows_have_no_prefill_tiles() -> None:
-    plan = plan_of([(0, 30, 1), (0, 4, 2)], 8, 3, 2)
-    assert (plan.score_tiles, plan.dense_tiles) == ((), ())
-    assert plan.decode_rows is not None
-    assert plan.decode_rows.tokens.tolist() == [[0]]
-
-
 def test_short_rows_need_no_scores() -> None:
     plan = plan_of([(8, 0, 8), (0, 7, 1), (3, 4, 3)], 8, 3, 2)
     assert not plan.needs_scores
     assert plan.score_tiles == ()
     assert plan.decode_rows is None
-
-
-def test_units_of_a_large_block_hold_one_block() -> None:
-    units = PagedUnits.build(np.array([600]), np.array([[4, 2]], np.int32), 512)
-    assert units.blocks.tolist() == [[4], [2]]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

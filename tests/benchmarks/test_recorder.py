@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,20 +64,6 @@ def test_no_case_is_begun_without_time(tmp_path: Path, monkeypatch: pytest.Monke
     with _gpu.Recorder("it", tmp_path) as record:
         add(record, "first")
     assert result(tmp_path)["not_run"] == ["first"]
-
-
-def test_the_driver_runs_every_case_and_what_follows_them(tmp_path: Path) -> None:
-    def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
-        for name in ("first", "bad", "last")[: 2 if args.quick else 3]:
-            yield name, partial(timed, record, name)
-        record.note(count=len(record.cases))
-
-    command = ["--out", str(tmp_path)]
-    assert _gpu.main("it", "A benchmark.", cases, [*command, "--quick"]) == 1
-    assert result(tmp_path)["count"] == 2
-    assert _gpu.main("it", "A benchmark.", cases, command) == 1
-    assert [case["case"] for case in result(tmp_path)["cases"]] == TIMED
-    assert list(result(tmp_path)["failed"]) == ["bad"]
 
 
 def test_sides_that_fail_or_are_wrong_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

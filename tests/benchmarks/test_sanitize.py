@@ -47,9 +47,9 @@ def checked_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sanitize, "ROOT", tmp_path)
-    monkeypatch.setattr(sanitize, "choice", lambda tool: ())
+    monkeypatch.setattr(sanitize, "_CHOICE", ())
     names = [f"tests/test_it.py::test_{name}" for name in ("one", "two")]
-    monkeypatch.setattr(sanitize, "collect", lambda tool, paths: names)
+    monkeypatch.setattr(sanitize, "collect", lambda paths: names)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     return tmp_path
 

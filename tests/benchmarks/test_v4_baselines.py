@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks._v4_baselines import NAMES, HostArrays, Vectorised
-from benchmarks._v4_steps import Decode, Size, config_of, sizes
+from benchmarks._v4_steps import Decode, config_of
 from fd_dsa.v4_prepare import V4PrepareConfig
 from tests.reference.v4_prepare import naive
 
@@ -56,30 +56,6 @@ def test_ragged_rows_idle_rows_and_padding() -> None:
     ):
         rows = [np.array(values, np.int32) for values in (ctx, q, [7, 1, -1, 0, 4])]
         check(config, (*rows, table))
-
-
-def test_rows_grow_by_blocks_of_their_own() -> None:
-    config = config_of(4, 3, max_model_len=4096)
-    decode = Decode(config, 1024, seed=5)
-    assert len(set(decode.slot.tolist())) == 4
-    seen = decode.block_table.copy()
-    grown = 0
-    for _ in range(40):
-        rows, blocks = decode.advance()
-        for row, block in zip(rows, blocks, strict=True):
-            seen[row, (seen[row] >= 0).sum()] = block
-        grown += len(rows)
-        assert ((decode.block_table >= 0).sum(axis=1) == -(-decode.ctx // 128)).all()
-        np.testing.assert_array_equal(decode.block_table, seen)
-    assert grown == 4 * 40 * 4 // 128
-    blocks = seen[seen >= 0]
-    assert len(set(blocks.tolist())) == len(blocks)
-
-
-def test_every_size_of_the_comparison() -> None:
-    every = list(sizes())
-    assert len(set(every)) == 36 and every[0].label == "1 x 1k, MTP 0"
-    assert Size(256, 131072, 3) in every
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 3])

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from demo_training.config import ASSISTANT, BOS, EOS, PAD, USER
-from demo_training.evalset import (
-    LENGTHS,
-    PER_LENGTH,
-    PER_TASK,
-    TASK_LENGTHS,
-    TASKS,
-    prompt_of,
-    read,
-)
+from demo_training.evalset import TASKS, prompt_of, read
 from demo_training.rows import TRAINED, encode, pack
 from demo_training.sources import DATA_FILES, Sources, changed_files
 from demo_training.synth import check
@@ -53,11 +46,11 @@ def test_texts_are_read_from_a_folder(tmp_path):
 def test_the_evaluation_file_is_complete_and_small():
     retrieval, chat = read(EVALUATION)
     assert EVALUATION.stat().st_size <= 600_000
-    for length in LENGTHS:
-        plain = [x for x in retrieval if x["length"] == length and "task" not in x]
-        assert len(plain) == PER_LENGTH
+    lengths = [x["length"] for x in retrieval if "task" not in x]
+    assert Counter(lengths) == dict.fromkeys((256, 512, 1024, 2048, 3072, 4000, 6000, 8000), 40)
     for task in TASKS:
-        assert sum(x.get("task") == task for x in retrieval) == PER_TASK * len(TASK_LENGTHS)
+        lengths = [x["length"] for x in retrieval if x.get("task") == task]
+        assert Counter(lengths) == dict.fromkeys((257, 1024, 4000, 8000), 10)
     groups = {x["group"] for x in chat}
     assert groups >= {"fact", "reading", "unknown", "talk", "arithmetic", "memory", "copying"}
     assert len({x["id"] for x in (*retrieval, *chat)}) == len(retrieval) + len(chat)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import os
-import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import paddle
 import pytest
 
-from tests.fakes.sources import SOURCES, UNREAD
 from tests.fakes.trees import (
     DEVELOP,
     FOLDER,
@@ -21,11 +17,9 @@ from tests.fakes.trees import (
     TREES,
     UPSTREAM_ENV,
     installed,
-    plugin_distribution,
 )
 
 PACKAGE = FOLDER / "fastdeploy"
-OWN = ("sources.py",)
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=lambda tree: tree.name)
@@ -78,48 +72,6 @@ def test_names_that_nobody_has_set(
             _ = envs.FD_NO_SUCH_VARIABLE
 
 
-def test_plugins_run_once_and_what_they_raise_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An entry point that cannot be loaded is left out; more or less than one runner is an error.
-
-    `test_registration_loading.py` has what FastDeploy's worker does then.
-    """
-    monkeypatch.delitem(sys.modules, "some_plugins", raising=False)
-    source = "calls = []\ndef register():\n    calls.append('register')\n"
-    source += "def runner():\n    return type('Runner', (), {})\n"
-    source += "def broken():\n    raise RuntimeError('not today')\n"
-    (tmp_path / "some_plugins.py").write_text(source)
-    for name, targets in {
-        "ours": {"register": "register", "runner": "runner"},
-        "second": {"runner": "runner"},
-        "missing": {"register": "no_such_function"},
-        "broken": {"register": "broken"},
-    }.items():
-        targets = {key: f"some_plugins:{one}" for key, one in targets.items()}
-        plugin_distribution(tmp_path, name, **targets)
-
-    def load(names: str, times: int = 1) -> list[Any]:
-        env: dict[str, str | None] = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": names}
-        with installed(DEVELOP, env, path=[tmp_path]):
-            from fastdeploy.plugins import load_model_register_plugins, load_model_runner_plugins
-
-            for _ in range(times):
-                load_model_register_plugins()
-            return [load_model_runner_plugins() for _ in range(times)]
-
-    first, again = load("ours,missing", times=2)
-    assert (first.__name__, again) == ("Runner", None)
-    assert sys.modules["some_plugins"].calls == ["register"]
-    for names, error in (
-        ("broken", RuntimeError),
-        ("ours,second", AssertionError),
-        ("neither", StopIteration),
-    ):
-        with pytest.raises(error):
-            load(names)
-
-
 def test_the_backend_is_looked_up_once_by_name() -> None:
     with installed(DEVELOP):
         from fastdeploy.model_executor.layers import attention
@@ -136,20 +88,3 @@ def test_the_backend_is_looked_up_once_by_name() -> None:
 
         with pytest.raises(ValueError, match="Invalid attention backend"):
             get_attention_backend()
-
-
-def test_every_module_names_the_public_file_that_it_stands_for() -> None:
-    """With its commit in `sources.py`, or as one of which no newer version could be read."""
-    known = [*SOURCES, *UNREAD, "fastdeploy/model_executor/models/deepseek_v3.py"]
-    for path in sorted(PACKAGE.rglob("*.py")):
-        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-        # parts of the double that stand for no file begin with an underscore
-        files = [one for one in re.findall(r"`([\w/]+\.py)`", text) if not _is_own(one)]
-        unknown = [f for f in files if not any(k.endswith(f) or f.endswith(k) for k in known)]
-        assert unknown == [], path
-
-
-def _is_own(file: str) -> bool:
-    """Whether a file that a docstring names is one of the double's."""
-    name = file.rpartition("/")[2]
-    return (name.startswith("_") and name != "__init__.py") or name in OWN

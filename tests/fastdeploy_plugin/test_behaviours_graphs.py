@@ -9,7 +9,7 @@ import pytest
 from tests.fakes.driver import Job
 from tests.fakes.trees import TREES
 from tests.fastdeploy_plugin.engines import ours, prompt
-from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
+from tests.fastdeploy_plugin.watching import small_engine, watch_steps
 
 SERVED = ["pr7367", "develop"]
 GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [6, 4, 1]}
@@ -41,28 +41,6 @@ def test_a_dummy_run_is_one_prompt_step_then_decode_steps(tree: str) -> None:
     windows = [meta.indexer_attn_mask_offsets for meta in metas]
     assert [one is None for one in windows] == [False, True, True, True]
     assert windows[0].shape == [20]
-
-
-@pytest.mark.parametrize(("tree", "overlap"), [("pr7367", False), ("develop", True)])
-def test_padded_replays_give_the_tokens_of_eager_steps(tree: str, overlap: bool) -> None:
-    """Sizes are captured from the largest down; rows stop, so ever fewer tokens are in a graph.
-
-    With the overlap schedule a step's own padding comes first, then the graph's.
-    """
-    with ours(TREES[tree]):
-        alone = answers(*jobs(5), **ROWS)
-        engine = small_engine(**{**ROWS, "enable_overlap_schedule": overlap}, **GRAPHS)
-        assert list(graphs_of(engine).graphs) == [6, 4, 1]
-        watch = watch_steps(engine)
-        # a long step first: memory past every later one holds its values
-        assert engine.generate(jobs(5)) == alone
-        replayed = {(step.tokens, step.launched) for step in watch.steps if step.with_graph}
-        assert {launched for _, launched in replayed} >= {2, 3, 4, 5}
-        # a row that has stopped is launched once more
-        padded = {launched for tokens, launched in replayed if launched > tokens}
-        assert padded == ({2, 3, 4, 5} if overlap else set())
-        assert graphs_of(engine).num_replays.keys() == ({6, 4} if overlap else {6, 4, 1})
-        assert watch.trespasses == []
 
 
 @pytest.mark.parametrize("tree", SERVED)

@@ -120,27 +120,6 @@ def test_new_caches_let_the_step_go() -> None:
             assert backend.core._built_for is None
 
 
-@pytest.mark.parametrize("method", ["update_parameters", "wakeup"])
-def test_new_weights_are_read_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with installed(TREES["develop"], OURS_ENV):
-        made = engine(dynamic_load_weight=True)
-        before = made.generate(jobs())
-        refreshed = []
-        backend = made.runner.dsa_backend()
-        monkeypatch.setattr(backend, "refresh_weights", lambda: refreshed.append(True))
-        if method == "wakeup":
-            made.runner.sleep(tags="weight,kv_cache")
-            made.runner.wakeup(tags="kv_cache")
-            # the weights have no memory yet
-            assert refreshed == []
-            made.runner.wakeup(tags="weight")
-        else:
-            made.runner.update_parameters()
-        assert made.generate(jobs()) == before
-        # by the hook alone: the runner has promised it, so steps do not
-        assert refreshed == [True]
-
-
 def test_caches_that_are_no_bytes_are_refused_when_they_are_made() -> None:
     """Without the V1 manager #8060 makes them of the model's dtype; half would be read as codes."""
     reason = r"made them of float32.*ENABLE_V1_KVCACHE_MANAGER=1"

@@ -39,8 +39,6 @@ RACE_STEPS = 10_000
 SPOILED_STEPS, _LATE_US = 200, 2000.0
 # the first steps have no work beside them, or bring whole tables
 _WARM_UP = 3
-_SHOWN = 4
-_SIDES = {"overlap": "staged", "control": "copies wait for the main stream"}
 
 
 def covered(span: Span, work: Sequence[Span]) -> float:
@@ -72,23 +70,6 @@ class Run:
             "copy_us": float(np.median([end - begin for begin, end in self.copies[_WARM_UP:]])),
             "work_us": float(np.median([end - begin for begin, end in self.work[_WARM_UP:]])),
         }
-
-    def timeline(self) -> list[dict[str, Any]]:
-        """A few steps from the middle: `name`, `stream` 1 for copies, `start_us`, `us`."""
-        first = len(self.work) // 2
-        start, end = self.work[first][0], self.work[min(first + _SHOWN, len(self.work)) - 1][1]
-        named = [("copy", 1, span) for span in self.copies]
-        named += [("a step's work", 0, span) for span in self.work]
-        return [
-            {
-                "name": name,
-                "stream": stream,
-                "start_us": round(span[0] - start, 3),
-                "us": round(span[1] - span[0], 3),
-            }
-            for name, stream, span in sorted(named, key=lambda entry: entry[2])
-            if start <= span[0] < end
-        ]
 
 
 def engine_steps(
@@ -220,7 +201,7 @@ def all_steps(rig: Rig, max_steps: int) -> list[StagedSteps]:
 
 
 def case_of(rig: Rig, steps: StagedSteps, num_steps: int, num_raced: int) -> dict[str, Any]:
-    """All figures of one way to the device, and two timelines."""
+    """All figures of one way to the device."""
     from tests.gpu_rig.timing import Clock, Spin
 
     # without a GPU nothing is ever late
@@ -246,7 +227,6 @@ def case_of(rig: Rig, steps: StagedSteps, num_steps: int, num_raced: int) -> dic
         "wrong_steps": len(raced),
         "unguarded": {f"no {name}": len(spoiled(rig, steps, [name])) for name in guards},
         "unguarded_steps": SPOILED_STEPS,
-        "timeline": {_SIDES[name]: run.timeline() for name, run in runs.items()},
     }
 
 
@@ -274,9 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for steps in all_steps(rig, max(args.steps, args.raced, SPOILED_STEPS)):
         case = case_of(rig, steps, args.steps, args.raced)
         result["cases"].append(case)
-        result.setdefault("timeline", case["timeline"])
         write_json(args.out / "staging.json", result)
-        print({key: case[key] for key in case if key != "timeline"}, flush=True)
+        print(case, flush=True)
     return 0
 
 

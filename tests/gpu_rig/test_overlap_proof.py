@@ -25,13 +25,3 @@ def test_copies_beside_the_step_before_and_copies_behind_it() -> None:
     assert (beside["median"], beside["share_of_steps_above_80"]) == (1.0, 1.0)
     assert (after["median"], after["share_of_steps_above_80"]) == (0.0, 0.0)
     assert beside["copy_us"] == 20 and beside["work_us"] == 90 and beside["steps"] == 7
-
-
-def test_a_few_steps_are_shown_in_their_order() -> None:
-    shown = Run([(begin - 60, begin - 40) for begin, _ in WORK], WORK).timeline()
-    assert [(event["stream"], event["start_us"]) for event in shown[:3]] == [
-        (0, 0.0),
-        (1, 40.0),
-        (0, 100.0),
-    ]
-    assert sum(event["stream"] == 0 for event in shown) == 4

@@ -31,6 +31,10 @@ INT32 = ("batch_id_per_token_ptr", "slots_ptr", "block_tables_ptr", "index_ptr",
          "seq_lens_decoder_ptr", "seq_lens_this_time_ptr", "seq_lens_encoder_ptr", "programs_ptr",
          "cu_seqlens_q_ptr", "page_ends_ptr")
 INT64 = "position_ids_ptr", "slot_mapping_ptr"
+
+def integers(kernel):
+    return {name: "int64" if name in INT64 else "int32" for name in kernel.arg_names}
+
 UINT8 = "latent_ptr", "q_out_ptr", "chosen_ptr"
 TYPES = (dict.fromkeys(INT32, "int32") | dict.fromkeys(INT64, "int64")
          | dict.fromkeys(UINT8, "uint8"))
@@ -39,7 +43,7 @@ FLOATS = "epsilon", "scaling", "kv_eps", "k_eps", "weights_scale", "softmax_scal
 DESCRIPTOR = r"(?:or\\.b64|add\\.s64)\\s+%rd\\d+, (%rd\\d+), (-?\\d{19});"
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-def compile(label, kernel, types={}, fusion=True, blocks=1, **options):
+def compile(label, kernel, types={}, fusion=True, blocks=1, capability=90, **options):
     def argument(name):
         if name.endswith("_ptr"):
             return Pointer((TYPES | types).get(name, "float32"))
@@ -48,7 +52,7 @@ def compile(label, kernel, types={}, fusion=True, blocks=1, **options):
         return 0.5 if name in FLOATS else 7
     options |= {} if fusion else {"enable_fp_fusion": False}
     arguments = {name: argument(name) for name in kernel.arg_names if name not in options}
-    made = kernel.warmup(**arguments, **options, capability=90)
+    made = kernel.warmup(**arguments, **options, capability=capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(made.image)
         command = [tool, "-res-usage", file.name]
@@ -78,6 +82,9 @@ from fd_dsa.ops.mla_query.triton_kernel import BLOCK_ROWS, NUM_WARPS, prepare_ml
 from fd_dsa.ops.positions_kernel import position_ids_kernel
 from fd_dsa.ops.query.triton_kernel import prepare_query_kernel
 from fd_dsa.ops.topk.triton_kernel import topk_kernel
+from fd_dsa.step import device as step
+from fd_dsa.step.kernel import decode_step_metadata_kernel, mixed_step_metadata_kernel
+from fd_dsa.v4_prepare.kernel import csa_rows_kernel
 
 for q, cache, wide in (("float32", "float32", tl.float32), ("float32", "bfloat16", tl.float32),
                        ("bfloat16", "bfloat16", tl.bfloat16), ("uint8", "uint8", tl.float16)):
@@ -120,6 +127,20 @@ for positions in ({}, {"position_ids_ptr": None}):
         types = dict.fromkeys(("latent_ptr", "pe_ptr", "out_ptr"), dtype)
         compile("mla_query", prepare_mla_query_kernel, types, False, HEADS=128, RANK=512, HALF=32,
                 PADDED_RANK=512, BLOCK_ROWS=BLOCK_ROWS, num_warps=NUM_WARPS, **positions)
+# the largest with positions of both types
+for rows in (1, 100, 256, 1024, 4096):
+    narrow = {} if rows == 4096 else {"position_ids_int32_ptr": None}
+    tile = step.row_tile_for(rows)
+    for kernel, size, warps in (
+        (decode_step_metadata_kernel, step.DECODE_TILE, step.DECODE_WARPS),
+        (mixed_step_metadata_kernel, step.MIXED_TILE, step.MIXED_WARPS),
+    ):
+        compile("step", kernel, integers(kernel), BLOCK_SIZE=64, ROW_TILE=tile, TILE=size,
+                NUM_ROW_TILES=-(-rows // tile), num_warps=warps, **narrow)
+# rows of chosen entries: a small model, V4-Flash, V4-Pro
+for topk in (3, 512, 1024):
+    compile("v4 rows", csa_rows_kernel, integers(csa_rows_kernel), TOPK=topk, ENTRIES_PER_BLOCK=32,
+            TILE=512 if topk > 3 else 4)
 """
 
 TUNED = """
@@ -128,6 +149,9 @@ from fd_dsa.ops.logits.tile_forms import decode_form, padded_heads, prompt_form
 from fd_dsa.ops.logits.tile_kernel import tile_kernel
 from fd_dsa.ops.logits.tile_schedule import tile_schedule_kernel
 from fd_dsa.ops.mla import tensor_core as core, tensor_core_kernel as kernels
+from fd_dsa.v4_prepare.kernel import expand_kernel
+from fd_dsa.v4_prepare.launch import expand_arguments
+from tests.v4_prepare.cases import serving_config
 
 for tokens in (1, 200, 1000):
     for dtype, wide in (("bfloat16", tl.bfloat16), ("float32", tl.float32)):
@@ -162,6 +186,20 @@ for heads, tokens, fp8, split in ((8, 9, True, False), (16, 9, True, False), (32
 for most, columns, warps in core._COMBINE:
     compile("combine", kernels.combine_kernel, {"out_ptr": "bfloat16"}, num_warps=warps, blocks=4,
             num_stages=1, MAX_SPLITS=most, COLUMNS=columns)
+decode = serving_config(256, 131072, 3)
+chunks = {"max_num_tokens": 8448, "max_tokens_per_seq": 8192}
+for capability, cfg, absent in (
+    (80, decode, []),
+    (90, decode, []),
+    (90, serving_config(128, 8192, 1, swa="paged"), ["rollback_ptr"]),
+    (90, serving_config(1, 1024, 0), ["rollback_ptr"]),
+    (90, serving_config(8, 1 << 20, 3, hca_mode="table"), ["hca_idx_ptr"]),
+    (90, serving_config(129, 16384, 1, **chunks), ["rollback_ptr"]),
+    (100, decode, []),
+):
+    compile("expand", expand_kernel, integers(expand_kernel), capability=capability,
+            slab_offset=1 << 40, error_address=1 << 40, **expand_arguments(cfg),
+            **dict.fromkeys(absent))
 """
 
 
@@ -185,18 +223,24 @@ def test_every_form_compiles() -> None:
         *["choice"] * 4,
         "sum",
         *[*["write"] * 2, *["query"] * 2, *["mla_query"] * 2] * 2,
+        *["step"] * 10,
+        *["v4 rows"] * 3,
     ]
-    assert all(form["shared"] <= SHARED_BYTES for form in made)
+    for form in made:
+        most = 16 << 10 if form["label"] == "step" else SHARED_BYTES
+        assert form["shared"] <= most, form["label"]
 
 
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
-    assert len(made) == 6 + 1 + 5 + 9 + 2
+    assert len(made) == 6 + 1 + 5 + 9 + 2 + 7
     for form in made:
         name, blocks = form["label"], form["blocks"]
         assert blocks * (form["shared"] + RESERVED_BYTES) <= SHARED_BYTES, name
         registers = blocks * form["warps"] * 32 * -(-form["registers"] // 8) * 8
         assert registers <= REGISTERS, name
+        if name == "expand":
+            assert form["stack"] == 0 and form["registers"] <= 168 and form["shared"] <= 16 << 10
         if name.startswith("tiles"):
             # products of e4m3 numbers on tensor cores, and pages copied ahead of them
             assert form["products"] and all("e4m3.e4m3" in p for p in form["products"]), name

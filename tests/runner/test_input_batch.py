@@ -20,24 +20,6 @@ def state(batch: InputBatch) -> dict[str, object]:
     return found | {"ids": batch.ids_remove_padding[: batch.num_tokens].tolist()}
 
 
-def test_a_mixed_step() -> None:
-    batch = InputBatch(5, 16, 4, 64)
-    assert batch.add_row(0, [7, 8, 9], 0, is_prefill=True) == 2
-    assert batch.add_row(2, [5], 40, is_prefill=False) == 3
-    assert batch.add_row(3, [1, 2], 64, is_prefill=True) == 5
-    assert state(batch) == {
-        "seq_lens_encoder": [3, 0, 0, 2, 0],
-        "seq_lens_decoder": [0, 0, 40, 64, 0],
-        "seq_lens_this_time": [3, 0, 1, 2, 0],
-        "block_tables": [[-1] * 4] * 5,
-        "num_tokens": 6,
-        "num_prefill_tokens": 5,
-        "max_seqlen_k": 66,
-        "num_rows": 4,
-        "ids": [7, 8, 9, 5, 1, 2],
-    }
-
-
 @given(st.data())
 def test_steps_of_any_rows(data: st.DataObject) -> None:
     batch = InputBatch(6, 64, 2, 16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -165,30 +164,6 @@ def test_what_is_given_back_during_a_capture_does_not_end_it() -> None:
         x.add_(1)
     graph.replay()
     assert x.tolist() == [2.0] * 4
-
-
-def test_capture_by_the_driver() -> None:
-    cuda = ctypes.CDLL("libcuda.so.1")
-    out = _out()
-    fill_kernel[(8,)](out, 1000, 5.0, BLOCK=128)
-    out.fill_(-1)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    handle = ctypes.c_void_p(stream.cuda_stream)
-    graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
-    with torch.cuda.stream(stream):
-        # mode 1 allows no call that another thread's capture would forbid
-        assert cuda.cuStreamBeginCapture_v2(handle, 1) == 0
-        for value in range(20):
-            fill_kernel[(8,)](out, 1000 - 50 * value, float(value), BLOCK=128)
-        assert cuda.cuStreamEndCapture(handle, ctypes.byref(graph)) == 0
-    assert cuda.cuGraphInstantiateWithFlags(ctypes.byref(ready), graph, ctypes.c_ulonglong(0)) == 0
-    torch.cuda.synchronize()
-    assert (out == -1).all()
-    assert cuda.cuGraphLaunch(ready, handle) == 0
-    torch.cuda.synchronize()
-    expected = torch.arange(19, -1, -1, device="cuda").repeat_interleave(50).float()
-    assert (out == expected).all()
 
 
 def test_four_threads() -> None:

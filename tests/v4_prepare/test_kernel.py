@@ -17,7 +17,6 @@ from tests.v4_prepare.cases import (
     assert_same,
     expected,
     make_step,
-    rejected_drafts,
 )
 
 # the fixture holds no state that one example could leave to the next
@@ -90,18 +89,3 @@ def test_a_long_row_is_shared_by_many_programs() -> None:
     # the lists of a lone decode row of 128k tokens
     cfg = replace(CONFIGS["decode"], max_model_len=131072, max_blocks_per_seq=8192)
     assert launch.tiles_for(cfg)["HCA_PARTS"] >= 8
-
-
-@pytest.mark.parametrize("name", ["decode", "paged"])
-def test_any_pattern_of_rejected_drafts(place: Place, name: str) -> None:
-    """Rows grow over the ends of blocks; blocks in the middle of rows are exchanged."""
-    rng, rows = np.random.default_rng(5), 12
-    cfg = replace(CONFIGS[name], max_num_seqs=rows, num_slots=rows, max_num_tokens=4 * rows)
-    cfg = replace(cfg, max_tokens_per_seq=4)
-    prepare = place.prepare(cfg)
-    for _ in range(25 if place.large else 2):
-        lengths = rng.integers(4, cfg.max_model_len - 4, rows)
-        step = make_step(cfg, [(int(n), int(rng.integers(0, 5))) for n in lengths], rng)
-        rollback = rejected_drafts(step, 4, rng)
-        assert_same(place.run(prepare, step, rollback), expected(cfg, step, rollback))
-        prepare.poll_error()

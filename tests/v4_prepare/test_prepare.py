@@ -121,23 +121,6 @@ def test_steps_are_expanded_in_the_order_of_staging(place: Place) -> None:
     assert_same(place.run(prepare, STEPS[0]), expected(CFG, STEPS[0]))
 
 
-def test_blocks_set_row_by_row_give_the_same_as_tables(place: Place) -> None:
-    prepare = place.prepare(CFG)
-    prepare.set_blocks(0, [7, 3, 1])
-    prepare.set_blocks(1, np.array([4, 5]))
-    prepare.stage(*STEPS[0].arrays()[:3])
-    # set between two steps: the one that is staged already does not change
-    prepare.set_blocks(2, [9])
-    prepare.stage(*STEPS[1].arrays()[:3])
-    prepare.set_blocks(0, [4, 5])
-    prepare.set_blocks(1, [7, 3])
-    prepare.set_blocks(1, [1, 30], start=2)
-    prepare.stage(*STEPS[2].arrays()[:3])
-    for step in STEPS:
-        prepare.expand()
-        assert_same(place.outputs(prepare), expected(CFG, step))
-
-
 def test_drafts_that_were_rejected(place: Place) -> None:
     prepare = place.prepare(CFG)
     # an idle row keeps its tokens, whatever its number; rows past the rollback keep theirs

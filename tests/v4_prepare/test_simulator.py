@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 
 from fd_dsa.v4_prepare import V4Arrays, V4PrepareConfig, csa_translate, v4_prepare_np
 from tests.reference.v4_prepare import naive
-from tests.v4_prepare.cases import DEVICES, Place, Step, assert_same, expected
+from tests.v4_prepare.cases import DEVICES, Place
 from tests.v4_prepare.simulator import Sizes, simulate
 
 # a smaller seed is no simpler history
@@ -151,28 +150,3 @@ def test_the_device_serves_any_history(name: str, swa: str, spec_tokens: int, la
         build = Prepared(cfg, place)
         for seed in range(12 if place.large else 1):
             simulate(cfg, build, seed, 50 if place.large else 5, late=late)
-
-
-@pytest.mark.parametrize("name", ["numpy", *DEVICES])
-@ways
-def test_steps_staged_ahead_keep_order_and_tables(name: str, by_cells: bool) -> None:
-    """Histories played again with up to three steps staged before the first is expanded."""
-    place = Place(name)
-    if name == "interpreter" and not by_cells:
-        pytest.skip("for a GPU: an interpreted step takes half a second")
-    is_quick = place.is_host or place.large
-    cfg, depth = small(0, **({} if is_quick else DEVICE_SIZES)), Random(9)
-    for seed in range(5 if is_quick else 1):
-        steps: list[tuple[Any, ...]] = []
-
-        def record(cfg: Any, *inputs: Any, steps: list[Any] = steps) -> dict[str, np.ndarray]:
-            steps.append((inputs, expected(cfg, Step(*inputs[:4]), inputs[4])))
-            return steps[-1][1]
-
-        simulate(cfg, record, seed, 50 if is_quick else 6, late=True)
-        build, staged = Prepared(cfg, place, by_cells), 0
-        for number, ((*_, rollback), wanted) in enumerate(steps):
-            while staged < min(len(steps), number + depth.randint(1, 3)):
-                build.stage(*steps[staged][0][:4])
-                staged += 1
-            assert_same(build.expand(rollback), wanted)

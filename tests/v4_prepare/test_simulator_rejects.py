@@ -8,7 +8,6 @@ a ring without room for drafts, #894 a prompt that wrote more rows than its ring
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -28,7 +27,6 @@ class Built(NamedTuple):
     cfg: Any
     out: Arrays
     slot: np.ndarray
-    table: np.ndarray
     kept: Arrays
 
     def rows(self, is_prefill: bool | None = None) -> Iterator[tuple[int, range]]:
@@ -63,39 +61,17 @@ def window_of_first_token(made: Built) -> None:
             made.out[name][list(tokens)] = made.out[name][tokens[0]]
 
 
-def full_window_of_first_token(made: Built) -> None:
-    """The same mistake with lengths of each token: short windows hold as many keys as they must."""
-    lengths = made.out["win_len"].copy()
-    window_of_first_token(made)
-    for t, length in enumerate(lengths.tolist()):
-        cells = made.out["win_idx"][t]
-        cells[made.out["win_len"][t] : length] = cells[0]
-    made.out["win_len"] = lengths
-
-
-def read_ring(made: Built, size: int, rows: Iterator[tuple[int, range]]) -> None:
-    """Windows that end with the token's own key, of rings that go around after `size` rows."""
-    cfg, out = made.cfg, made.out
-    if cfg.swa == "ring":
-        for b, tokens in rows:
-            first = made.slot[b] * (cfg.window_size + cfg.spec_tokens)
-            for t in tokens:
-                p = int(out["positions"][t])
-                x = np.arange(max(0, p - cfg.window_size + 1), p + 1)
-                out["win_idx"][t, : len(x)] = first + x % size
-                out["win_len"][t], out["ext_len"][t] = len(x), 0
-                if out["swa_write"][t] >= 0:
-                    out["swa_write"][t] = first + p % size
-
-
 def ring_without_drafts(made: Built) -> None:
     """Positions go around in W rows of the ring, not in W + k."""
-    read_ring(made, made.cfg.window_size, made.rows(False))
-
-
-def prefill_reads_own_keys_from_ring(made: Built) -> None:
-    """A prompt chunk reads its own keys where a decode row does, before they are written."""
-    read_ring(made, made.cfg.window_size + made.cfg.spec_tokens, made.rows(True))
+    cfg, out = made.cfg, made.out
+    for b, tokens in made.rows(False) if cfg.swa == "ring" else ():
+        first = made.slot[b] * (cfg.window_size + cfg.spec_tokens)
+        for t in tokens:
+            p = int(out["positions"][t])
+            x = np.arange(max(0, p - cfg.window_size + 1), p + 1)
+            out["win_idx"][t, : len(x)] = first + x % cfg.window_size
+            if out["swa_write"][t] >= 0:
+                out["swa_write"][t] = first + p % cfg.window_size
 
 
 def prefill_writes_every_row(made: Built) -> None:
@@ -122,23 +98,6 @@ def stale_plan_tail(made: Built) -> None:
             made.kept[array] = made.out[array].copy()
 
 
-def stale_plan_tail_counted(made: Built) -> None:
-    """The same, and the counts of the plans agree with it."""
-    stale_plan_tail(made)
-    made.recount()
-
-
-def keys_are_written_once(made: Built) -> None:
-    """A position that a refused draft wrote is not written again by the token that replaces it."""
-    written = made.kept.setdefault("written", np.zeros(made.cfg.num_slots, np.int64))
-    for b, tokens in made.rows():
-        again = int(written[made.slot[b]]) - int(made.out["positions"][tokens[0]])
-        # the next owner of a slot starts far below, a row that refused drafts does not
-        if 0 < again <= made.cfg.spec_tokens >= len(tokens) - 1:
-            made.out["swa_write"][tokens[0] : min(tokens[0] + again, tokens[-1] + 1)] = -1
-        written[made.slot[b]] = made.out["ctx"][b]
-
-
 def drafts_finish_no_entry(made: Built) -> None:
     """Only the first token of a decode row finishes an entry."""
     drafts = [t for _, tokens in made.rows(False) for t in tokens[1:]]
@@ -160,37 +119,19 @@ def entries_in_the_next_row(made: Built) -> None:
     made.out["plan_dst_r1"][made.out["plan_dst_r1"] >= 0] += 1
 
 
-def table_of_another_row(made: Built) -> None:
-    """Entries of ratio 2 are read through the block table of the row before."""
-    per_block = made.cfg.block_size // made.cfg.hca_ratio
-    first = made.cfg.num_slots * (made.cfg.window_size + made.cfg.spec_tokens)
-    first = first if made.cfg.swa == "ring" else made.cfg.num_blocks * made.cfg.block_size
-    sums = made.out["hca_indptr"]
-    for b, tokens in made.rows():
-        for t in tokens:
-            entry = np.arange(sums[t + 1] - sums[t])
-            rows = first + made.table[b - 1][entry // per_block] * per_block + entry % per_block
-            made.out["hca_idx"][sums[t] : sums[t + 1]] = rows
-
-
 # mistake -> the lists in which it is found
 WRONG: dict[Callable[[Built], None], set[str]] = {
     hca_by_request: {"r2"},
     window_of_first_token: {"window"},
-    full_window_of_first_token: {"window"},
     ring_without_drafts: {"window"},
-    prefill_reads_own_keys_from_ring: {"window"},
     prefill_writes_every_row: {"window"},
     sources_of_this_step_only: {"r1", "r2", "sources of r1", "sources of r2"},
     stale_plan_tail: {"layout"},
-    stale_plan_tail_counted: {"r1", "r2"},
-    keys_are_written_once: {"window"},
     drafts_finish_no_entry: {"r1", "r2"},
     sources_of_one_group_kept: {"sources of r1"},
     entries_in_the_next_row: {"r1"},
-    table_of_another_row: {"r2"},
 }
-ONLY_IN_RINGS = {ring_without_drafts, prefill_writes_every_row, prefill_reads_own_keys_from_ring}
+ONLY_IN_RINGS = {ring_without_drafts, prefill_writes_every_row}
 
 
 def wrong_builder(mistake: Callable[[Built], None]) -> Callable[..., Arrays]:
@@ -199,7 +140,7 @@ def wrong_builder(mistake: Callable[[Built], None]) -> Callable[..., Arrays]:
 
     def build(cfg: Any, ctx: Any, q: Any, slot: Any, table: Any) -> Arrays:
         out = naive(cfg, ctx, q, slot, table)
-        mistake(Built(cfg, out, slot, table, kept))
+        mistake(Built(cfg, out, slot, kept))
         return out
 
     return build
@@ -234,7 +175,7 @@ def test_a_violation_says_how_to_see_it_again() -> None:
     assert caught.value.__notes__[0].startswith("seed 3, step ")
 
 
-class StartsBehindTheHit(Engine):
+class StartsAfterTheHit(Engine):
     """After a prefix hit, nothing runs again although the ring holds another request's keys."""
 
     def _take_hit(self, request: Request, hits: list[int]) -> None:
@@ -252,38 +193,14 @@ class RunsAgainInSharedBlocks(Engine):
             request.blocks.append(self.share(request.hit_block))
 
 
-class RunsLastGroupAgain(Engine):
-    """With pages, the last r1 tokens of a hit run again for the sources of the next entry."""
-
-    def _take_hit(self, request: Request, hits: list[int]) -> None:
-        super()._take_hit(request, hits)
-        if hits:
-            # the state ring belongs to the previous request of the slot
-            self.memory.free_slot(request.slot)
-            self.memory.slot_owner[request.slot] = request.handle
-            request.done -= self.cfg.csa_ratio
-
-
-class ForgetsToFree(Engine):
-    """A slot goes to the next request while the one before still runs."""
-
-    def _admit(self, request: Request) -> None:
-        super()._admit(request)
-        self.free_slots.insert(0, request.slot)
-
-
 WRONG_ENGINES = {
-    StartsBehindTheHit: {"window", "sources of r1"},
+    StartsAfterTheHit: {"window", "sources of r1"},
     RunsAgainInSharedBlocks: {"window", "r1", "r2"},
-    RunsLastGroupAgain: {"sources of r1", "sources of r2", "window", "r1", "r2"},
-    ForgetsToFree: {"window", "sources of r1", "sources of r2", "r1"},
 }
 
 
 @pytest.mark.parametrize("engine", WRONG_ENGINES, ids=lambda engine: engine.__name__)
 def test_a_wrong_engine_is_found(engine: type[Engine]) -> None:
-    swa = "paged" if engine is RunsLastGroupAgain else "ring"
-    sizes = replace(Sizes(swa=swa), num_blocks=40)
-    found = [v for v in violations(sizes, lambda: naive, engine=engine) if v]
+    found = [v for v in violations(Sizes(num_blocks=40), lambda: naive, engine=engine) if v]
     assert len(found) >= 2
     assert {violation.part for violation in found} <= WRONG_ENGINES[engine], found

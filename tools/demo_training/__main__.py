@@ -18,12 +18,6 @@ if not __package__:  # started as a folder: python tools/demo_training
     __package__ = "demo_training"
 
 
-def _tokenizer(folder: str):
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-
-
 def _sources(folder: str):
     from demo_training.sources import Sources, changed_files
 
@@ -103,6 +97,8 @@ def _train(args: argparse.Namespace, words, log, stop_at: float) -> bool:
 
 def all_steps(args: argparse.Namespace) -> None:
     """Tokenizer, training, export and evaluation; what is done already is not done again."""
+    from tokenizers import Tokenizer
+
     from demo_training import checkpoint, training
 
     started, out = time.time(), Path(args.out)
@@ -111,7 +107,7 @@ def all_steps(args: argparse.Namespace) -> None:
     log = training.open_log(out / "train.log")
     if not (out / "tokenizer.json").exists():
         tokenizer(args)
-    words = _tokenizer(args.out)
+    words = Tokenizer.from_file(str(out / "tokenizer.json"))
     exported = (out / "model.safetensors").exists() or _train(args, words, log, stop_at)
     if exported and not (out / "results.json").exists():
         if stop_at - time.time() < args.evaluation_seconds:
@@ -141,30 +137,12 @@ def _evaluate(args: argparse.Namespace, model, words, log) -> None:
     log("evaluated")
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """All rates of an exported folder."""
-    from demo_training import checkpoint, training
-
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    model = checkpoint.load(args.model).to(args.device)
-    _evaluate(args, model, _tokenizer(args.model), training.open_log(Path(args.out) / "eval.log"))
-
-
 def parity(args: argparse.Namespace) -> None:
     """Prints the comparison with Hugging Face transformers."""
     from demo_training.reports import parity as compare
 
     for row in compare(args.model):
         print(row)
-
-
-def selection(args: argparse.Namespace) -> None:
-    """Prints needle and mass recall of the indexer by layer."""
-    from demo_training.reports import selection as report
-
-    rows = report(args.model, _tokenizer(args.model), _sources(args.data), args.texts)
-    for name, values in rows.items():
-        print(name, values)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -190,9 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     places = {"out": None, "device": "cuda", "config": "demo"}
     sizes = {"workers": 8, "tokens": 32768}
     command(all_steps, "all", data=None, **places, **times, **sizes, **shards, **rates)
-    command(evaluate, model=None, out=None, device="cuda", **rates)
     command(parity, model=None)
-    command(selection, model=None, data=None, texts=16)
     return parser
 
 

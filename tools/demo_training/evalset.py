@@ -21,11 +21,7 @@ from pathlib import Path
 
 from .tables import load
 
-LENGTHS = (256, 512, 1024, 2048, 3072, 4000, 6000, 8000)
-TASK_LENGTHS = (257, 1024, 4000, 8000)
 TASKS = ("keys", "variables", "after")
-PER_LENGTH = 40
-PER_TASK = 10
 SAMPLES = load("samples").prompts
 
 

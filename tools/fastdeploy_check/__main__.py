@@ -30,7 +30,7 @@ from fd_dsa.errors import FdDsaError
 from fd_dsa.fastdeploy_plugin.launch.choice import require_fastdeploy
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 from fd_dsa.serve.flag_sources import parse_args
-from tools.fastdeploy_check import parity, smoke, step_time
+from tools.fastdeploy_check import parity, step_time
 from tools.fastdeploy_check.report import as_markdown, body
 from tools.fastdeploy_check.servers import (
     OURS,
@@ -144,9 +144,27 @@ def _serving(path: str, options: argparse.Namespace, serve: list[str]) -> Any:
 
 
 def _smoke(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
-    """Our path with the defaults that users get."""
+    """Our path with the defaults that users get: a completion whole and streamed, and a chat.
+
+    Raises:
+        CheckFailed: an answer is missing, empty, or another when it is streamed.
+    """
+    greedy, prompt = {"max_tokens": 16, "temperature": 0}, "The capital of France is"
     with serving(OURS, serve, options.log_folder) as server:
-        return {"passed": True, **smoke.smoke(server)}
+        route = "/v1/completions"
+        whole = server.post(route, prompt=prompt, **greedy)["choices"][0]["text"]
+        events = server.stream(route, prompt=prompt, **greedy)
+        streamed = "".join(event["choices"][0].get("text") or "" for event in events)
+        if not whole:
+            raise CheckFailed(f"{route}: the text is empty")
+        if streamed != whole:
+            raise CheckFailed(f"{route}: streamed {streamed!r}, whole {whole!r}")
+        messages = [{"role": "user", "content": "Hello! What can you do?"}]
+        answer = server.post("/v1/chat/completions", messages=messages, **greedy)
+        content = answer["choices"][0]["message"]["content"]
+    if not content:
+        raise CheckFailed("/v1/chat/completions: the answer is empty")
+    return {"passed": True, "completion": whole, "chat": content}
 
 
 def _parity(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
@@ -166,7 +184,10 @@ def _step_time(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
     for number in range(options.rounds):
         for path in PATHS if number % 2 == 0 else PATHS[::-1]:
             with _serving(path, options, serve) as server:
-                rounds.append((path, step_time.measure(server, options.batches)))
+                # the first answers are slower
+                step_time.gaps_us(server, options.batches[0], tokens=16)
+                gaps = {batch: step_time.gaps_us(server, batch) for batch in options.batches}
+                rounds.append((path, gaps))
     return {"passed": True, "entries": step_time.report(rounds)}
 
 

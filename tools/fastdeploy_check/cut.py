@@ -19,7 +19,6 @@ from fd_dsa.errors import FdDsaError
 from fd_dsa.models.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_COPY_BYTES = 1 << 24
 # one entry a layer, where a config has them
 _PER_LAYER = ("mlp_layer_types", "indexer_types", "layer_types")
 
@@ -47,7 +46,7 @@ def cut(folder: Path, out: Path, num_layers: int) -> int:
             if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX_FILE:
                 shutil.copyfile(file, out / file.name)
         (out / "config.json").write_text(json.dumps(_cut_config(config, num_layers), indent=2))
-        _write(out / SINGLE_FILE, kept)
+        _write(out / SINGLE_FILE, checkpoint, kept)
     return sum(info.nbytes for info in kept)
 
 
@@ -66,8 +65,8 @@ def _cut_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
     return cut
 
 
-def _write(target: Path, infos: Sequence[TensorInfo]) -> None:
-    """A safetensors file of tensors of other ones."""
+def _write(target: Path, checkpoint: Checkpoint, infos: Sequence[TensorInfo]) -> None:
+    """A safetensors file of some tensors of a checkpoint."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for info in infos:
@@ -83,11 +82,7 @@ def _write(target: Path, infos: Sequence[TensorInfo]) -> None:
     with target.open("wb") as writer:
         writer.write(len(text).to_bytes(8, "little") + text)
         for info in infos:
-            with info.file.open("rb") as reader:
-                reader.seek(info.offset)
-                left = info.nbytes
-                while left:
-                    left -= writer.write(reader.read(min(left, _COPY_BYTES)))
+            writer.write(checkpoint.raw(info.name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -73,12 +73,6 @@ def overlapping_gaps_us(arrivals: Sequence[Sequence[float]]) -> list[float]:
     return found
 
 
-def measure(server: Server, batches: Sequence[int]) -> dict[int, list[float]]:
-    """Gaps for each batch size, the first answers left out."""
-    gaps_us(server, batches[0], tokens=16)
-    return {batch: gaps_us(server, batch) for batch in batches}
-
-
 def report(rounds: Sequence[tuple[str, dict[int, list[float]]]]) -> list[dict[str, Any]]:
     """One entry for each batch size, of all rounds of one run.
 
@@ -100,7 +94,6 @@ def report(rounds: Sequence[tuple[str, dict[int, list[float]]]]) -> list[dict[st
         ratio = sides[OURS]["us"]["p50"] / sides[UPSTREAM]["us"]["p50"]
         entries.append(
             {
-                "name": "fastdeploy_step_time",
                 "case": {"batch": batch, "tokens": _TOKENS, "mode": "decode"},
                 "baseline": sides[UPSTREAM],
                 "candidate": sides[OURS],

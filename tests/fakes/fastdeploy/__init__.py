@@ -1,7 +1,7 @@
 """A double of FastDeploy for tests: its modules as far as a DSA plug-in meets them.
 
 Written from the public interface; every module names the file of PaddlePaddle/FastDeploy that it
-stands for, `tests/fakes/sources.py` the commits. Importing the real package imports the whole
+stands for, `tests/fakes/README.md` the commits. Importing the real package imports the whole
 engine and with it the models, so plug-ins run; this one does that only when a name asks for it.
 """
 

@@ -113,18 +113,6 @@ def test_a_step_copies_nothing_waits_for_nothing_and_takes_no_memory(rig: Rig, r
     assert counted.delta == {}
 
 
-def test_a_step_of_a_new_size_takes_no_memory_either(rig: Rig) -> None:
-    world = make_world(DECODE)
-    world.step(DECODE)
-    step = Bfloat16Step(world, [(0, 71, 1), (0, 0, 0), (0, 4, 1), (0, 0, 0)], padding=0)
-    inputs = [world.m.put(array) for array in world.inputs(step.rows)]
-    given, hints = step.given(), world.hints(step.rows, padding=0)
-    with rig.strict(), rig.counting() as counted:
-        step.build(hints, inputs)
-        step.layer(step.meta, given)
-    assert counted.delta == {}
-
-
 @pytest.mark.own_process
 def test_a_graph_of_the_layers_follows_steps_that_are_made_outside_of_it(rig: Rig) -> None:
     world = make_world([(0, 70, 4), (0, 0, 0), (0, 3, 5), (0, 64, 4)])

@@ -71,21 +71,6 @@ def test_a_mixed_step(rig: Rig, dtype: str) -> None:
     world.check(MIXED, world.run(MIXED, PADDING), PADDING)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_steps(rig: Rig, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    sizes = Sizes(int(rng.choice([1, 4, 30])), int(rng.choice([1, 16, 64])))
-    rows = []
-    for _ in range(int(rng.integers(1, 5))):
-        cached, new = int(rng.integers(0, 30)), int(rng.integers(0, 5))
-        prefill = not cached or bool(rng.integers(2))
-        rows.append((new if prefill else 0, cached, new))
-    if not any(new for _, _, new in rows):
-        rows[-1] = (1, 0, 1)
-    world = DeviceWorld(make_batch(rows, sizes.block_size, seed), sizes, rig.place)
-    world.check(rows, world.run(rows))
-
-
 def test_device_tensors_and_hints_in_place_of_host_arrays(rig: Rig) -> None:
     sizes = sizes_of("float32")
     world = DeviceWorld(make_batch(MIXED, 16), sizes, rig.place)
