@@ -70,7 +70,6 @@ soak: $(VENV)/.dev
 	  $(BIN)/python -m pytest -q -x tests/step tests/engine tests/v4_prepare $(ARGS) || exit 1; done
 	$(BIN)/python -m tests.soak.histories --first $(SEED)0000 --histories $(CASES)
 	$(BIN)/python -m tests.soak.fuzz --first $(SEED)00000 --requests $(CASES)0
-	$(BIN)/python -m tests.soak.wire --first $(SEED)0000 --requests $(CASES)
 	$(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
 	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
 	$(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)

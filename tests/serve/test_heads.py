@@ -6,11 +6,13 @@ import contextlib
 import json
 import re
 import select
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import HTTPConnection
+from random import Random
 
 import httpx
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from fd_dsa.serve.h11_protocol import MAX_HEAD_BYTES, MAX_HEADERS, StrictH11Protocol
 from tests.serve.conftest import TIMEOUT_S, Live, connected, exchange, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
+from tests.soak.fuzz import check_error
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 GET = b"GET /health HTTP/1.1\r\nHost: a\r\n"
@@ -68,7 +71,14 @@ def refusal(live: Live, sent: bytes, status: int) -> str:
         ),
         (POST + b"Content-Length: 15\r\nContent-Length: 5\r\n\r\n" + BODY, "content-length and"),
         (POST + b"Content-Length: 15, 15\r\n\r\n" + BODY, "Content-Length is not one number"),
-        (POST + b"Content-Length: +15\r\n\r\n" + BODY, "Content-Length is not one number"),
+        *(
+            (POST + b"Content-Length: " + length + b"\r\n\r\n" + BODY, "Content-Length")
+            for length in (b"+15", b"-1", b"1e3", b"9" * 5000, b"", b"0x10", b"\xb2")
+        ),
+        *(
+            (POST + b"Transfer-Encoding: chunked\r\n\r\n" + size + b"\r\n" + BODY, "illegal chunk")
+            for size in (b"zz\r\n", b"-1\r\n", b"0" * 5000, b"\r\n")
+        ),
         (POST + b"Content-Length : 15\r\n\r\n" + BODY, "illegal header line"),
         (
             POST.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED,
@@ -98,7 +108,11 @@ def refusal(live: Live, sent: bytes, status: int) -> str:
         (b"nonsense\r\n\r\n", "no HTTP/1.1 or HTTP/1.0"),
         (GET + b"Host: a\r\n\r\n", "multiple Host"),
         (b"GET /health HTTP/1.1\r\n\r\n", "mandatory Host"),
-        (b"GET /health HTTP/2.0\r\nHost: a\r\n\r\n", "no HTTP/1.1 or HTTP/1.0"),
+        *(
+            (b"GET /health HTTP/" + version + b"\r\nHost: a\r\n\r\n", "no HTTP/1.1 or HTTP/1.0")
+            for version in (b"2.0", b"2", b"0.9", b"")
+        ),
+        (b"GET /health?\xff=%zz HTTP/1.1\r\nHost: a\r\n\r\n", "illegal request line"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "control character"),
         (b"GET /health\r\nHost: a\r\n\r\n", "no HTTP/1.1 or HTTP/1.0"),
     ],
@@ -109,6 +123,39 @@ def test_a_head_of_two_meanings_is_refused_with_all_after_it(
     message = refusal(live, sent + SMUGGLED, 400)
     assert "no valid HTTP/1.1" in message and reason in message
     assert httpx.get(f"{live.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        (b"GET http://other/health HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        (GET + b"Upgrade: websocket\r\nConnection: Upgrade, close\r\n\r\n", 200),
+    ],
+)
+def test_requests_of_proxies_are_answered(live: Live, sent: bytes, status: int) -> None:
+    assert exchange(live.url, sent + SMUGGLED).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_random_damage_is_answered_by_an_error_object(live: Live) -> None:
+    whole = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+    num_errors = 0
+    for seed in range(150):
+        draw = Random(seed)
+        place = draw.randrange(len(whole))
+        noise = draw.randbytes(draw.choice([1, 3, 30]))
+        with connected(live) as connection:
+            connection.sendall(whole[:place] + noise + whole[place + 1 :])
+            connection.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        if found := statuses(answer):
+            assert all(status < 500 for status in found), (seed, answer)
+            if found[0] >= 400:
+                num_errors += 1
+                body = answer.partition(b"\r\n\r\n")[2].decode()
+                check_error(json.JSONDecoder().raw_decode(body)[0])
+    assert num_errors > 30
 
 
 def test_a_broken_head_after_a_good_request_is_refused_too(live: Live) -> None:

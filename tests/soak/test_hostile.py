@@ -8,9 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from fd_dsa.serve import tokenization
-from tests.serve.conftest import running
-from tests.serve.fake_engine import FakeEngine
-from tests.soak import fuzz, streams, wire
+from tests.soak import fuzz, streams
 
 
 def test_hostile_requests_get_no_5xx_and_leave_nothing_behind() -> None:
@@ -36,12 +34,6 @@ def test_a_route_that_fails_is_found(
 def test_an_error_of_another_shape_is_found(wrong: dict[str, object]) -> None:
     with pytest.raises((AssertionError, TypeError)):
         fuzz.check_error(wrong)
-
-
-def test_bytes_that_are_no_http() -> None:
-    with running(FakeEngine()) as live:
-        counts = wire.run(live.url, first=0, count=200)
-    assert counts["status 400"] > 40
 
 
 @pytest.mark.slow
