@@ -73,7 +73,6 @@ soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
 	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
 	$(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)
-	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)
 	$(BIN)/python -m tests.soak.siege $(SIEGE)
 	$(BIN)/python -m tests.soak.siege --large $(SIEGE)
 

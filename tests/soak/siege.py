@@ -3,12 +3,10 @@
     python -m tests.soak.siege                       # all kinds, three times each: 35 minutes
     python -m tests.soak.siege --large               # 129,280 tokens, a context of 163,840
     python -m tests.soak.siege --case "15 MB" --repeats 1
-    python -m tests.soak.siege --neighbour --repeats 1 --save demo-neighbour
 
 Each repeat starts a server with default flags, and lets one stream run and /health be probed. Then
 the requests of one kind are sent, the memory gets 60 seconds to come back, and the requests are
-sent again, with a SIGTERM while the first is running. Ends with status 1 where a bound is
-broken, unless a neighbour takes the processors.
+sent again, with a SIGTERM while the first is running. Ends with status 1 where a bound is broken.
 """
 
 from __future__ import annotations
@@ -16,23 +14,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from benchmarks._harness import Worker, environment
+from benchmarks._harness import Worker, environment, table_row
 from tests.serve.processes import Server, serving
 from tests.soak import large_model
 from tests.soak.siege_cases import CASES, Facts
-from tests.soak.siege_page import lines_of, save
 from tests.soak.watching import Watch
 
 DEMO = Facts(max_model_len=8192, vocab_size=4096)
@@ -50,6 +46,10 @@ IN_WORK_S = 0.2
 # a stall of so long is no stall any more: the memory of such a server need not be waited for
 FROZEN_S = 10.0
 EXIT_MARGIN_S = 10.0
+HEAD = (
+    *("requests", "answers", "/health, s", "gap, s (alone)", "memory grows by, MiB"),
+    *("left after 60 s, MiB", "log grows by, KiB", "SIGTERM to the end, s"),
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ async def besiege(record: Record, server: Server, facts: Facts, bounds: Bounds) 
     with Worker("tests.soak.attacker:Attacker", port=port, **case) as attacker:
         attacker.call(op="ready")
         body = STREAM | {"max_tokens": facts.max_model_len - PROMPT_ROOM}
-        async with Watch(port, server.process.pid, body) as watch:
+        async with Watch(server.url, server.process.pid, body) as watch:
             has_begun = await watch.until(lambda: watch.tokens.begin is not None, FIRST_WITHIN_S)
             assert has_begun, "no first token"
             await _attack(record, attacker, watch, server, bounds)
@@ -207,18 +207,24 @@ def run_case(case: str, folder: Path, facts: Facts, bounds: Bounds, *flags: str)
     return record
 
 
-@contextlib.contextmanager
-def neighbours(wanted: bool) -> Iterator[None]:
-    """A process for each processor that takes all of it, as long as this one lives."""
-    spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n sum(range(10**6))"
-    count = len(os.sched_getaffinity(0)) if wanted else 0
-    processes = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def _most(records: Sequence[Record], name: str, digits: int) -> str:
+    """The worst of the repeats; one without a figure is the worst."""
+    values = [getattr(record, name) for record in records]
+    return "none" if None in values else f"{max(values):.{digits}f}"
+
+
+def lines_of(records: Sequence[Record]) -> list[str]:
+    """A table of records in Markdown, a line for each kind, the worst of its repeats."""
+    lines = [table_row(HEAD), table_row(["---"] * len(HEAD))]
+    for case in dict.fromkeys(record.case for record in records):
+        repeats = [record for record in records if record.case == case]
+        answers = sum((Counter(record.answers) for record in repeats), Counter[str]())
+        counts = ", ".join(f"{status}: {count}" for status, count in sorted(answers.items()))
+        gap = f"{_most(repeats, 'gap_s', 2)} ({_most(repeats, 'alone_s', 2)})"
+        growth = [_most(repeats, name, 0) for name in ("growth_mib", "left_mib", "log_kib")]
+        health, drain = _most(repeats, "health_s", 2), _most(repeats, "drain_s", 1)
+        lines.append(table_row([case, counts, health, gap, *growth, drain]))
+    return lines
 
 
 def siege(names: Sequence[str], repeats: int, is_large: bool, bounds: Bounds) -> list[Record]:
@@ -232,7 +238,7 @@ def siege(names: Sequence[str], repeats: int, is_large: bool, bounds: Bounds) ->
                 record = run_case(name, Path(folder), facts, bounds, *flags)
                 records.append(record)
                 marks = "; ".join(record.broken(bounds)) or "within bounds"
-                print(f"{lines_of([asdict(record)])[-1]} {marks}", flush=True)
+                print(f"{lines_of([record])[-1]} {marks}", flush=True)
     return records
 
 
@@ -248,8 +254,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, help="default: 3, quick: 1")
     parser.add_argument("--large", action="store_true", help="a large vocabulary, a long context")
-    parser.add_argument("--neighbour", action="store_true", help="others take the processors")
-    parser.add_argument("--save", metavar="NAME", help="keep the result, for the page")
     args = parser.parse_args(argv)
     bounds = BUSY if args.quick else FULL
     kinds, starts = QUICK if args.quick else tuple(CASES), tuple(args.case or [""])
@@ -259,16 +263,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # an end that is asked for goes through the blocks that end the processes
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     repeats = args.repeats or (1 if args.quick else 3)
-    with neighbours(args.neighbour):
-        records = siege(names, repeats, args.large, bounds)
-    rows = [asdict(record) for record in records]
-    if args.save:
-        result = {"env": environment(), "large": args.large, "neighbour": args.neighbour}
-        save(args.save, result | {"repeats": repeats, "bounds": asdict(bounds), "rows": rows})
-    print("\n".join(["", *lines_of(rows)]))
-    broken = Counter(record.case for record in records if record.broken(bounds))
+    records = siege(names, repeats, args.large, bounds)
+    env = environment()
+    where = ", ".join(f"{key} {env[key]}" for key in ("cpu", "cpus", "python", "commit"))
+    print("\n".join(["", f"{where}; the worst of {repeats}", "", *lines_of(records)]))
+    broken = {record.case for record in records if record.broken(bounds)}
     print(f"\n{len(broken)} of {len(names)} kinds out of bounds")
-    return int(bool(broken) and not args.neighbour)
+    return int(bool(broken))
 
 
 if __name__ == "__main__":

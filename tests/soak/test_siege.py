@@ -13,8 +13,6 @@ import pytest
 from fd_dsa.engine.tokenizer import Tokenizer
 from tests.serve.processes import Server, serving
 from tests.soak import large_model, siege
-from tests.soak.siege_cases import CASES
-from tests.soak.siege_page import FOLDER, PAGE, filled, results
 from tests.soak.watching import Watch
 
 pytestmark = pytest.mark.slow
@@ -43,9 +41,8 @@ def test_a_long_text_for_a_long_context_holds_nobody_up(large: Path, tmp_path: P
 
 def test_a_server_that_stands_still_is_found(tmp_path: Path) -> None:
     async def watch(server: Server) -> tuple[float, float]:
-        port = int(server.url.rpartition(":")[2])
         body = siege.STREAM | {"max_tokens": 8000}
-        async with Watch(port, server.process.pid, body) as watch:
+        async with Watch(server.url, server.process.pid, body) as watch:
             assert await watch.until(lambda: watch.tokens.begin is not None, 60)
             begin = time.monotonic()
             os.killpg(server.process.pid, signal.SIGSTOP)
@@ -74,15 +71,6 @@ def test_a_record_names_what_is_out_of_bounds() -> None:
 def test_a_server_that_does_not_start_is_found(tmp_path: Path) -> None:
     record = siege.run_case(siege.QUICK[1], tmp_path, siege.DEMO, siege.BUSY, "--no-such-flag")
     assert "unknown flag" in record.broken(siege.BUSY)[0] and record.drain_s is None
-
-
-def test_the_page_is_made_from_the_committed_results() -> None:
-    page = PAGE.read_text("utf-8")
-    assert page == filled(page), "run python -m tests.soak.siege_page"
-    for name, result in results():
-        assert f"<!-- siege: {name} -->" in page, FOLDER
-        assert len(result["env"]["commit"]) == 40 and not result["env"]["dirty"]
-        assert {row["case"] for row in result["rows"]} <= CASES.keys()
 
 
 def test_the_large_tokenizer_has_the_real_size(large: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import resource
 import signal
@@ -17,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HOST = "127.0.0.1"
+import httpx
+
 EVERY_S = 0.05
 # a server that takes more is killed, so that the machine of the test lives
 MOST_BYTES = 6 * 2**30
 # of an anonymous mapping at the start: what the memory plan has, weights and caches
 PLANNED_BYTES = 100 * 2**20
 PAGE_BYTES = resource.getpagesize()
-_EVENT = b"data: {"
 
 
 class Spans:
@@ -141,7 +140,7 @@ class Watch:
     """Reads one stream after the other, probes /health and samples the memory, until it is left.
 
     Args:
-        port: of the server, on this machine.
+        url: of the server.
         pid: of its process, the first of its group.
         body: of POST /v1/completions, a long stream.
 
@@ -152,12 +151,11 @@ class Watch:
         memory: of the server.
     """
 
-    def __init__(self, port: int, pid: int, body: dict[str, Any]) -> None:
+    def __init__(self, url: str, pid: int, body: dict[str, Any]) -> None:
         self.tokens, self.probes = Spans(), Spans()
         self.faults: list[str] = []
         self.memory = Memory(pid)
-        self._port, self._pid = port, pid
-        self._body = json.dumps({**body, "stream": True}).encode()
+        self._url, self._pid, self._body = url, pid, body
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Watch:
@@ -179,40 +177,38 @@ class Watch:
 
     async def _read_streams(self) -> None:
         """One stream after the other."""
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: %b:%d\r\nConnection: close\r\n"
-        head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-        request = head % (HOST.encode(), self._port, len(self._body), self._body)
-        while True:
-            tail = b""
-            try:
-                async with _connected(self._port) as (reader, writer):
-                    writer.write(request)
-                    while data := await reader.read(1 << 16):
-                        for _ in range((tail[1 - len(_EVENT) :] + data).count(_EVENT)):
-                            self.tokens.next()
-                        tail = (tail + data)[-500:]
-            except OSError as error:
-                tail = repr(error).encode()
-            self.tokens.stop()
-            if b"data: [DONE]" not in tail:
-                self.faults.append(f"a stream ended with {tail!r}")
-                await asyncio.sleep(EVERY_S)
+        async with httpx.AsyncClient(base_url=self._url, timeout=None) as client:
+            while True:
+                last = ""
+                try:
+                    body = {**self._body, "stream": True}
+                    async with client.stream("POST", "/v1/completions", json=body) as answer:
+                        async for line in answer.aiter_lines():
+                            if line.startswith("data: {"):
+                                self.tokens.next()
+                            last = line or last
+                except httpx.HTTPError as error:
+                    last = repr(error)
+                self.tokens.stop()
+                if last != "data: [DONE]":
+                    self.faults.append(f"a stream ended with {last:.500}")
+                    await asyncio.sleep(EVERY_S)
 
     async def _probe(self) -> None:
         """One probe after the other, each on a connection of its own."""
-        request = b"GET /health HTTP/1.1\r\nHost: %b:%d\r\nConnection: close\r\n\r\n"
-        while True:
-            self.probes.next()
-            try:
-                async with _connected(self._port) as (reader, writer):
-                    writer.write(request % (HOST.encode(), self._port))
-                    answer = await reader.read()
-            except OSError as error:
-                answer = repr(error).encode()
-            self.probes.stop()
-            if not answer.startswith(b"HTTP/1.1 200 "):
-                self.faults.append(f"/health: {answer[:200]!r}")
-            await asyncio.sleep(EVERY_S)
+        limits = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=self._url, timeout=None, limits=limits) as client:
+            while True:
+                self.probes.next()
+                try:
+                    answer = await client.get("/health")
+                    fault = "" if answer.status_code == 200 else answer.text
+                except httpx.HTTPError as error:
+                    fault = repr(error)
+                self.probes.stop()
+                if fault:
+                    self.faults.append(f"/health: {fault:.200}")
+                await asyncio.sleep(EVERY_S)
 
     async def _sample(self) -> None:
         """The memory, and now and then the processes."""
@@ -223,13 +219,3 @@ class Watch:
                 os.killpg(self._pid, signal.SIGKILL)
                 return
             await asyncio.sleep(EVERY_S)
-
-
-@contextlib.asynccontextmanager
-async def _connected(port: int) -> Any:
-    """A connection that is gone when the block is left."""
-    reader, writer = await asyncio.open_connection(HOST, port)
-    try:
-        yield reader, writer
-    finally:
-        writer.transport.abort()
