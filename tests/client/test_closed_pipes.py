@@ -13,23 +13,24 @@ import pytest
 from tests.serve.processes import console, environment
 
 COMMANDS = [
-    [],
-    ["--help"],
-    ["version"],
-    *([name, "--help"] for name in ("serve", "chat", "bench", "accuracy", "doctor")),
-    ["accuracy", "ifeval", "--help"],
+    *(console(*arguments) for arguments in ((), ("version",), ("serve", "--help"))),
+    *(console(name, "--help") for name in ("chat", "bench", "accuracy", "doctor")),
+    console("accuracy", "ifeval", "--help"),
+    *([sys.executable, "-m", f"fd_dsa.{name}", "--help"] for name in ("serve", "accuracy")),
+    # output that is not buffered
+    [sys.executable, "-u", *console("version")[1:]],
 ]
 
 
-def unread(folder: Path, line: list[str], unbuffered: str = "") -> tuple[int, str]:
-    """Status and stderr of a command whose stdout nobody reads."""
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[-2:]))
+def test_a_command_whose_output_nobody_reads(tmp_path: Path, command: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
         done = subprocess.run(
-            line,
-            cwd=folder,
-            env={**environment(), "PYTHONUNBUFFERED": unbuffered},
+            command,
+            cwd=tmp_path,
+            env={**environment(), "PYTHONUNBUFFERED": ""},
             stdout=writer,
             stderr=subprocess.PIPE,
             text=True,
@@ -37,19 +38,4 @@ def unread(folder: Path, line: list[str], unbuffered: str = "") -> tuple[int, st
         )
     finally:
         os.close(writer)
-    return done.returncode, done.stderr
-
-
-@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
-def test_the_console_script(tmp_path: Path, arguments: list[str]) -> None:
-    assert unread(tmp_path, console(*arguments)) == (128 + signal.SIGPIPE, "")
-
-
-@pytest.mark.parametrize("module", ["serve", "accuracy", "doctor"])
-def test_the_modules(tmp_path: Path, module: str) -> None:
-    line = [sys.executable, "-m", f"fd_dsa.{module}", "--help"]
-    assert unread(tmp_path, line) == (128 + signal.SIGPIPE, "")
-
-
-def test_output_that_is_not_buffered(tmp_path: Path) -> None:
-    assert unread(tmp_path, console("version"), "1") == (128 + signal.SIGPIPE, "")
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

@@ -92,16 +92,6 @@ def held_port() -> Iterator[int]:
         yield int(held.getsockname()[1])
 
 
-def active(live: Live) -> set[str]:
-    """Ids of the requests that the server counts as running."""
-    return live.state.active
-
-
-def num_admitted(live: Live) -> int:
-    """Outputs that hold a place of --max-concurrency; given back a moment after the answer."""
-    return live.state.num_admitted
-
-
 def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
     """Return as soon as the condition holds; fail after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
@@ -110,16 +100,15 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> N
         time.sleep(0.01)
 
 
-def connected(live: Live) -> socket.socket:
-    """A connection to the server."""
-    url = httpx.URL(live.url)
-    return socket.create_connection((url.host, url.port or 80), timeout=TIMEOUT_S)
+def connected(url: str) -> socket.socket:
+    """A connection to the server at this URL."""
+    parts = httpx.URL(url)
+    return socket.create_connection((parts.host, parts.port or 80), timeout=TIMEOUT_S)
 
 
 def exchange(url: str, data: bytes) -> bytes:
     """What a server answers to bytes, until it closes the connection."""
-    parts = httpx.URL(url)
-    with socket.create_connection((parts.host, parts.port or 80), TIMEOUT_S) as connection:
+    with connected(url) as connection:
         connection.sendall(data)
         answer = b""
         while part := connection.recv(65536):

@@ -18,7 +18,7 @@ import pytest
 
 from fd_dsa.serve import generation
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
-from tests.serve.conftest import TIMEOUT_S, Live, active, num_admitted, running, wait_until
+from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete
 
@@ -35,15 +35,15 @@ def slow() -> Iterator[Live]:
 
 def test_closing_a_stream_aborts_all_its_prompts(slow: Live) -> None:
     slow.client.completions.create(model="demo", prompt="a", max_tokens=3)
-    assert slow.engine.closed == [] and not active(slow)
+    assert slow.engine.closed == [] and not slow.state.active
     body = {**TWO_ENDLESS, "stream": True}
     with slow.http.stream("POST", "/v1/completions", json=body) as answer:
         # held: dropping the iterator closes the connection
         lines = answer.iter_lines()
         assert next(lines).startswith('data: {"id"')
-        assert len(active(slow)) == 2
+        assert len(slow.state.active) == 2
     wait_until(lambda: len(slow.engine.closed) == 2)
-    wait_until(lambda: not active(slow))
+    wait_until(lambda: not slow.state.active)
     assert slow.http.get("/health").status_code == 200
 
 
@@ -53,7 +53,7 @@ def test_a_client_that_stops_waiting_aborts(slow: Live) -> None:
         connection.request("POST", "/v1/completions", json.dumps(TWO_ENDLESS), headers)
         wait_until(lambda: len(slow.engine.requests) == 2)
     wait_until(lambda: len(slow.engine.closed) == 2)
-    wait_until(lambda: not active(slow))
+    wait_until(lambda: not slow.state.active)
     assert slow.http.get("/health").status_code == 200
 
 
@@ -104,7 +104,7 @@ def test_a_client_that_does_not_read_is_aborted_and_told_why_when_it_reads(
                 assert part, "the stream has no end"
                 text = text[-2000:] + part
             assert b'"code":"client_too_slow"' in text
-        wait_until(lambda: num_admitted(live) == 0)
+        wait_until(lambda: live.state.num_admitted == 0)
 
 
 def test_a_stalled_connection_is_closed_and_its_place_given_back(
@@ -114,7 +114,7 @@ def test_a_stalled_connection_is_closed_and_its_place_given_back(
     engine = FakeEngine(step_s=0.001, max_model_len=1_000_000, words=LONG)
     with running(engine) as live, silent_client(live.url) as client:
         wait_until(lambda: len(live.engine.requests) == 1)
-        wait_until(lambda: num_admitted(live) == 0)
+        wait_until(lambda: live.state.num_admitted == 0)
         assert "has read nothing for 0.5 s" in caplog.text
         wait_until(lambda: len(live.engine.closed) == 1)
         text = b""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fd_dsa.serve import body
 from fd_dsa.serve.body import CONTAINER_WEIGHT, MAX_DEPTH, check_values
 from fd_dsa.serve.errors import ApiError
-from tests.serve.conftest import Live, connected, num_admitted, running, wait_until
+from tests.serve.conftest import Live, connected, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_connections import HEAD
 from tests.serve.test_errors import complete, error_of
@@ -26,7 +26,7 @@ NUM_SLOW = 60
 
 def trickle(live: Live, stack: ExitStack, num_bytes: int, first: bytes = b"{") -> Any:
     """Many clients that announce so many bytes and send the first ones."""
-    clients = [stack.enter_context(connected(live)) for _ in range(NUM_SLOW)]
+    clients = [stack.enter_context(connected(live.url)) for _ in range(NUM_SLOW)]
     for client in clients:
         client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % num_bytes + first)
     return clients
@@ -36,7 +36,7 @@ def test_slow_bodies_take_no_place_of_max_concurrency() -> None:
     with running(FakeEngine(), max_concurrency=2) as live, ExitStack() as stack:
         clients = trickle(live, stack, 15)
         wait_until(lambda: len(live.server.server_state.tasks) == NUM_SLOW)
-        assert num_admitted(live) == 0
+        assert live.state.num_admitted == 0
         assert complete(live).status_code == 200
         # and are served when they are there after all
         clients[0].sendall(b'"prompt": "a"}')
@@ -54,7 +54,7 @@ def test_bodies_together_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) 
 
         with ExitStack() as stack:
             for _ in range(3):
-                client = stack.enter_context(connected(live))
+                client = stack.enter_context(connected(live.url))
                 client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % size + b" " * (size - 1))
             wait_until(lambda: live.state.num_body_bytes == 3 * (size - 1 - (64 << 10)))
             answer = post(size)
@@ -75,7 +75,7 @@ def test_a_client_that_leaves_in_its_body_gives_its_memory_back(
     size = 1 << 20
     with running(FakeEngine(), max_body_size=size) as live:
         for _ in range(10):
-            with connected(live) as client:
+            with connected(live.url) as client:
                 client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % size + b" " * (size - 1))
 
         def is_served() -> bool:

@@ -271,34 +271,6 @@ def test_refusal_of_the_template_is_a_bad_request(live: Live) -> None:
     assert caught.value.param == "messages"
 
 
-@pytest.mark.parametrize(
-    ("message", "param", "text"),
-    [
-        (None, "messages", "got []"),
-        ({"role": "user"}, "messages[0].content", "is missing"),
-        ({"content": "x"}, "messages[0].role", "is missing"),
-        ({"role": "robot", "content": "x"}, "messages[0].role", "allowed are system, developer"),
-        ({"role": "user", "content": None}, "messages[0].content", "got null"),
-        ({"role": "user", "content": []}, "messages[0].content", "got []"),
-        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content", "no text"),
-        (
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
-            "messages[0].content",
-            'part 0 has type "image_url"',
-        ),
-        ("text", "messages[0]", "got"),
-    ],
-)
-def test_bad_messages(live: Live, message: object, param: str, text: str) -> None:
-    messages = [] if message is None else [message]
-    answer = live.http.post("/v1/chat/completions", json={"messages": messages})
-    assert answer.status_code == 400
-    error = answer.json()["error"]
-    assert error["param"] == param
-    assert error["message"].startswith(f"{param}: ")
-    assert text in error["message"]
-
-
 def test_a_template_of_the_request_needs_trust() -> None:
     body = {"messages": HELLO, "chat_template": "{{ bos_token }}{{ messages[0].content }}!{{ k }}"}
     kwargs = {"chat_template_kwargs": {"k": 3}}

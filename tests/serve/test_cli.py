@@ -161,6 +161,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             "got 8193, allowed: at most 8192",
         ),
         (["--dry-run", "--kv-cache-memory-bytes", "900T"], "--kv-cache-memory-bytes"),
+        (["--dry-run", "--max-model-len", "1000000"], "--max-model-len"),
         (["--no-enable-chunked-prefill"], "--enable-chunked-prefill: got False, allowed: True"),
         (["--cudagraph-capture-sizes", "2", "x"], "--cudagraph-capture-sizes: got 'x'"),
         (["--cudagraph-capture-sizes", "2", "--enforce-eager"], "got [2] together with --enforce"),

@@ -51,7 +51,7 @@ def is_closed(connection: socket.socket) -> bool:
 def test_connections_without_a_request_make_room_the_oldest_first(sent: bytes) -> None:
     limit = 4
     with small(limit) as live, ExitStack() as stack:
-        crowd = [stack.enter_context(connected(live)) for _ in range(60)]
+        crowd = [stack.enter_context(connected(live.url)) for _ in range(60)]
         for connection in crowd:
             with contextlib.suppress(ConnectionError):
                 connection.sendall(sent)
@@ -83,7 +83,7 @@ def test_where_all_have_requests_in_work_others_are_a_503_and_probes_are_answere
                     assert exchange(live.url, probe.encode()).startswith(b"HTTP/1.1 200 ")
             with ExitStack() as stack:
                 for _ in range(40):
-                    stack.enter_context(connected(live))
+                    stack.enter_context(connected(live.url))
                 assert httpx.get(f"{live.url}/health", timeout=TIMEOUT_S).status_code == 200
             # those with a request in progress are not touched
             assert next(last.iter_lines())
@@ -115,7 +115,7 @@ def test_out_of_descriptors_the_accept_loop_rests_and_recovers(
             raise OSError(24, os.strerror(24))
         return accept(self)
 
-    with small(4) as live, connected(live) as idle:
+    with small(4) as live, connected(live.url) as idle:
         wait_until(lambda: len(live.server.server_state.connections) == 1)
         monkeypatch.setattr(socket.socket, "accept", failing)
         began = time.monotonic()
@@ -128,11 +128,10 @@ def test_out_of_descriptors_the_accept_loop_rests_and_recovers(
 
 def crowd(url: str, num: int, sent: bytes, stack: ExitStack) -> Sequence[socket.socket]:
     """So many clients that send this and then nothing."""
-    parts = httpx.URL(url)
     clients = []
     for _ in range(num):
-        client = socket.create_connection((parts.host, parts.port or 80), TIMEOUT_S)
-        clients.append(stack.enter_context(client))
+        client = stack.enter_context(connected(url))
+        clients.append(client)
         with contextlib.suppress(ConnectionError):
             client.sendall(sent)
     return clients

@@ -111,12 +111,6 @@ def test_metrics_count_what_the_model_did(tmp_path: Path) -> None:
     }
 
 
-def test_limits_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
-    assert "--max-model-len" in failed_start(tmp_path, "--max-model-len", "1000000")
-    line = failed_start(tmp_path, "--kv-cache-memory-bytes", "900T")
-    assert "--kv-cache-memory-bytes" in line
-
-
 RENAMED = {
     "<|bos|>": "<｜begin▁of▁sentence｜>",
     "<|eos|>": "<｜end▁of▁sentence｜>",

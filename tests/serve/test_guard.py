@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 
 from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.guard import OPEN_PATHS, host_rule
-from tests.serve.conftest import Live, exchange, num_admitted, running, wait_until
+from tests.serve.conftest import Live, exchange, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.processes import FAKE, serving
 from tests.serve.test_errors import complete, error_of
@@ -103,13 +102,6 @@ def test_each_key_opens(guarded: Live, key: str, scheme: str) -> None:
     assert answer.status_code == 200
 
 
-@contextmanager
-def small_bodies(**fields: Any) -> Iterator[Live]:
-    """A server that takes bodies of up to 1000 bytes."""
-    with running(FakeEngine(), max_body_size=1000, **fields) as live:
-        yield live
-
-
 def body_of(num_bytes: int) -> bytes:
     """A completion of so many bytes."""
     head = b'{"prompt": "a", "user": "'
@@ -117,7 +109,7 @@ def body_of(num_bytes: int) -> bytes:
 
 
 def test_long_bodies_are_refused_with_and_without_a_length() -> None:
-    with small_bodies() as live:
+    with running(FakeEngine(), max_body_size=1000) as live:
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
             for content in (body_of(1001), iter([body_of(700), b" " * 700])):
                 answer = live.http.post(path, content=content, headers=JSON)
@@ -134,7 +126,7 @@ JSON = {"Content-Type": "application/json"}
 
 def test_a_body_that_does_not_end_is_a_408() -> None:
     """Bytes that come one by one do not put it off."""
-    with small_bodies(body_timeout_s=0.3) as live:
+    with running(FakeEngine(), body_timeout_s=0.3) as live:
         head = (
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
             b"Content-Length: 100\r\n\r\n{"
@@ -144,7 +136,7 @@ def test_a_body_that_does_not_end_is_a_408() -> None:
         error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
         assert "did not come within 0.3 s" in error["message"]
         # what it held is given back
-        wait_until(lambda: num_admitted(live) == 0)
+        wait_until(lambda: live.state.num_admitted == 0)
 
 
 def test_more_than_the_limit_is_a_429_and_then_served_again() -> None:
@@ -184,7 +176,7 @@ def test_every_prompt_of_a_request_counts() -> None:
         for fields in ({"temperature": -1}, {"prompt": [999]}, {"model": "other"}, {"prompt": []}):
             for _ in range(4):
                 assert complete(live, **fields).status_code in (400, 404)
-        wait_until(lambda: num_admitted(live) == 0)
+        wait_until(lambda: live.state.num_admitted == 0)
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def test_random_damage_is_answered_by_an_error_object(live: Live) -> None:
         draw = Random(seed)
         place = draw.randrange(len(whole))
         noise = draw.randbytes(draw.choice([1, 3, 30]))
-        with connected(live) as connection:
+        with connected(live.url) as connection:
             connection.sendall(whole[:place] + noise + whole[place + 1 :])
             connection.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -205,7 +205,7 @@ def test_a_body_in_chunks_of_a_byte_is_refused(live: Live) -> None:
 def test_a_refused_client_that_still_sends_reads_its_answer(live: Live) -> None:
     """A server that closes at once makes the client's kernel throw the answer away."""
     for _ in range(20):
-        with connected(live) as connection:
+        with connected(live.url) as connection:
             connection.sendall(GET + b"X: a\r\n b\r\n\r\n")
             connection.sendall(b"x" * 300_000)
             assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
@@ -225,7 +225,7 @@ def test_the_rest_of_an_answered_body_has_its_time_too(
             return True
         return False
 
-    with connected(live) as connection:
+    with connected(live.url) as connection:
         connection.sendall(head)
         assert connection.recv(65536).startswith(b"HTTP/1.1 405 ")
         wait_until(is_closed)
@@ -241,7 +241,7 @@ def test_requests_ahead_of_an_answer_take_a_bounded_memory(live: Live) -> None:
     one = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
     num_requests = 1000
     most, received = 0, b""
-    with connected(live) as connection, ThreadPoolExecutor(1) as sender:
+    with connected(live.url) as connection, ThreadPoolExecutor(1) as sender:
         sent = sender.submit(connection.sendall, one * num_requests + SMUGGLED)
         while part := connection.recv(65536):
             received += part
@@ -267,7 +267,7 @@ def before_it_is_closed(talk: Callable[[], bytes]) -> bytes:
 
 def dripped(live: Live, sent: bytes) -> bytes:
     """The answer to a client that sends this, and then, if it was anything, a byte at a time."""
-    with connected(live) as connection:
+    with connected(live.url) as connection:
         connection.sendall(sent)
         deadline = time.monotonic() + TIMEOUT_S
         while not select.select([connection], [], [], 0.1)[0]:

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.runner.counters import Histogram
 from tests.engine.fakes import make_engine
-from tests.serve.conftest import TIMEOUT_S, Live, active, running, wait_until
+from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
 from tests.serve.test_errors import complete
 
 Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
@@ -120,45 +120,36 @@ def test_prefix_hits_and_load() -> None:
         assert value(samples, "prefix_cache_queries_total") == 36
         assert value(samples, "prefix_cache_hits_total") == 16
         endless = {"prompt": [5], "max_tokens": 60, "ignore_eos": True, "stream": True}
-        gate = Gate(engine)
+        inside, opened = held(engine)
         with live.http.stream("POST", "/v1/completions", json=endless):
-            gate.wait_until_in_a_step()
+            assert inside.wait(TIMEOUT_S)
             samples = scrape(live)
             assert value(samples, "num_requests_running") == 1
             assert 0 < value(samples, "kv_cache_usage_perc") <= 1
         # else the request might come to its end before the server knows that nobody listens
-        wait_until(lambda: not active(live))
-        gate.open()
+        wait_until(lambda: not live.state.active)
+        opened.set()
         ended = 'finished_reason="abort",model_name="demo"} 1.0'
         wait_until(lambda: ended in live.http.get("/metrics").text)
 
 
-class Gate:
-    """Holds an engine inside a step."""
+def held(engine: Any) -> tuple[threading.Event, threading.Event]:
+    """Hold an engine in its next step: set once it waits there, and to be set to let it run."""
+    inside, opened = threading.Event(), threading.Event()
+    run = engine.runner.execute_model
 
-    def __init__(self, engine: Any) -> None:
-        self._inside, self._open = threading.Event(), threading.Event()
-        self._run = engine.runner.execute_model
-        engine.runner.execute_model = self.execute_model
+    def execute_model(logits_indices: Any) -> Any:
+        inside.set()
+        assert opened.wait(TIMEOUT_S)
+        return run(logits_indices)
 
-    def execute_model(self, logits_indices: Any) -> Any:
-        """Wait, then run."""
-        self._inside.set()
-        assert self._open.wait(TIMEOUT_S)
-        return self._run(logits_indices)
-
-    def wait_until_in_a_step(self) -> None:
-        """Return when the engine waits."""
-        assert self._inside.wait(TIMEOUT_S)
-
-    def open(self) -> None:
-        """Let it run from now on."""
-        self._open.set()
+    engine.runner.execute_model = execute_model
+    return inside, opened
 
 
 def test_preempted_requests_have_an_interval_for_each_token_too() -> None:
     engine = make_engine(num_blocks=16)
-    gate = Gate(engine)
+    _, opened = held(engine)
     with running(AsyncEngine(engine)) as live:
         threads = [
             threading.Thread(
@@ -171,8 +162,8 @@ def test_preempted_requests_have_an_interval_for_each_token_too() -> None:
         for thread in threads:
             thread.start()
         # all at once, however late they come
-        wait_until(lambda: len(active(live)) == 4)
-        gate.open()
+        wait_until(lambda: len(live.state.active) == 4)
+        opened.set()
         for thread in threads:
             thread.join()
         samples = scrape(live)

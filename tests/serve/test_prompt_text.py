@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -73,20 +74,11 @@ def test_tools_are_texts_of_the_prompt_too() -> None:
 
 
 def test_messages_that_are_too_long_reach_no_template() -> None:
-    engine = FakeEngine()
-    with running(engine, max_prompt_bytes=100) as live:
-        engine.tokenizer.chat_renderer = None
-        error_of(live.http.post("/v1/chat/completions", json=chat("a")), 400)
-
-        class Untouched:
-            source, origin = "plain", "a script"
-
-            def render(self, *_: object, **__: object) -> str:
-                raise AssertionError("rendered")
-
-        engine.tokenizer.chat_renderer = Untouched()
+    renderer = Mock(source="plain", origin="a script")
+    with running(FakeEngine(renderer=renderer), max_prompt_bytes=100) as live:
         error = error_of(live.http.post("/v1/chat/completions", json=chat("a" * 101)), 400)
         assert "--max-prompt-bytes" in error["message"]
+    renderer.render.assert_not_called()
 
 
 def test_by_default_a_text_has_sixteen_bytes_for_each_token(live: Live) -> None:

@@ -256,7 +256,21 @@ def call(arguments: Any) -> dict[str, Any]:
         ({"messages": [*HI, call(5)]}, "messages[1].tool_calls[0].function.arguments", "got 5"),
         ({"messages": [*HI, call("[")]}, "messages[1].tool_calls[0].function.arguments", "JSON"),
         ({"messages": [*HI, call("[]")]}, "messages[1].tool_calls[0].function.arguments", "object"),
+        ({"messages": []}, "messages", "got []"),
+        ({"messages": ["text"]}, "messages[0]", "got"),
         ({"messages": [{"role": "assistant"}]}, "messages[0].content", "is missing"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", "is missing"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "allowed are sys"),
+        *(
+            ({"messages": [{"role": "user", "content": content}]}, "messages[0].content", text)
+            for content, text in (
+                (None, "got null"),
+                ([], "got []"),
+                ([{"type": "text"}], "no text"),
+                ([{"type": "image_url", "image_url": {"url": "x"}}], 'part 0 has type "image_url"'),
+            )
+        ),
         (
             {"messages": [{"role": "user", "content": "x", "tool_calls": call("")["tool_calls"]}]},
             "messages[0].tool_calls",

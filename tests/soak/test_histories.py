@@ -26,18 +26,6 @@ def test_random_histories_keep_every_invariant() -> None:
         assert counts[what] > 0, what
 
 
-def _keeps_its_owner(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Freed blocks go, one of them stays counted."""
-
-    def free(self: BlockManager, request_id: str) -> None:
-        owned = self.blocks_of(request_id)
-        original(self, request_id)
-        if owned:
-            self._num_owners[owned[-1]] += 1
-
-    return free
-
-
 def _hands_out_twice(original: Callable[..., Any]) -> Callable[..., Any]:
     """A block that is given away stays in the free list."""
 
@@ -50,19 +38,6 @@ def _hands_out_twice(original: Callable[..., Any]) -> Callable[..., Any]:
     return take
 
 
-def _stays_findable(_: Callable[..., Any]) -> Callable[..., Any]:
-    """An evicted block is still found by its old key."""
-
-    def take(self: BlockManager) -> int:
-        if self._free:
-            return self._free.pop()
-        block, _ = self._unowned.popitem(last=False)
-        del self._key_of[block]
-        return block
-
-    return take
-
-
 def _forgets_the_salt(original: Callable[..., Any]) -> Callable[..., Any]:
     """All salts are the same."""
 
@@ -70,15 +45,6 @@ def _forgets_the_salt(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, token_ids, block_size, None)
 
     return init
-
-
-def _hits_whole_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Blocks that are not full yet can be found."""
-
-    def cache(self: BlockManager, request_id: str, keys: BlockKeys, num_tokens: int) -> None:
-        original(self, request_id, keys, num_tokens + self.block_size - 1)
-
-    return cache
 
 
 def _shares_before_the_step(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,10 +72,7 @@ def _latest_first(original: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("owner", "name", "defect"),
     [
-        (BlockManager, "free", _keeps_its_owner),
         (BlockManager, "_take_free", _hands_out_twice),
-        (BlockManager, "cache_full_blocks", _hits_whole_prompts),
-        (BlockManager, "_take_free", _stays_findable),
         (BlockKeys, "__init__", _forgets_the_salt),
         (Scheduler, "_take", _shares_before_the_step),
         (Scheduler, "_preempt", _latest_first),

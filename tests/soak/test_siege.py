@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from fd_dsa.engine.tokenizer import Tokenizer
 from tests.serve.processes import Server, serving
 from tests.soak import large_model, siege
 from tests.soak.watching import Watch
@@ -71,14 +70,3 @@ def test_a_record_names_what_is_out_of_bounds() -> None:
 def test_a_server_that_does_not_start_is_found(tmp_path: Path) -> None:
     record = siege.run_case(siege.QUICK[1], tmp_path, siege.DEMO, siege.BUSY, "--no-such-flag")
     assert "unknown flag" in record.broken(siege.BUSY)[0] and record.drain_s is None
-
-
-def test_the_large_tokenizer_has_the_real_size(large: Path) -> None:
-    tokenizer = Tokenizer.from_folder(large)
-    assert tokenizer.vocab_size == large_model.VOCAB_SIZE == tokenizer.highest_token_id + 1
-    text = "The server answers 12345 requests. 服务器 <｜user｜>\n    return x  "
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert len(ids) < len(text) / 2
-    longest = max(map(len, tokenizer.token_bytes or []))
-    assert longest >= large_model.LONGEST_RUN
