@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,36 +110,8 @@ def test_metrics_count_what_the_model_did(tmp_path: Path) -> None:
     }
 
 
-RENAMED = {
-    "<|bos|>": "<｜begin▁of▁sentence｜>",
-    "<|eos|>": "<｜end▁of▁sentence｜>",
-    "<|user|>": "<｜User｜>",
-    "<|assistant|>": "<｜Assistant｜>",
-    "<|pad|>": "</think>",
-}
-
-
-def as_v32(path: Path) -> Path:
-    """A folder as DeepSeek-V3.2's: no chat template, and its own encoding of messages beside."""
-    shutil.copytree(demo_model_path(), path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (path / name).read_text(encoding="utf-8")
-        for old, new in RENAMED.items():
-            text = text.replace(old, new)
-        (path / name).write_text(text, encoding="utf-8")
-    file = path / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    del config["chat_template"]
-    file.write_text(json.dumps(config), encoding="utf-8")
-    (path / "encoding").mkdir()
-    words = 'TOOLS_SYSTEM_TEMPLATE = "TOOLS: {tool_schemas}"\n'
-    (path / "encoding" / "encoding_dsv32.py").write_text(words, encoding="utf-8")
-    return path
-
-
 def test_calls_are_forced(tmp_path: Path) -> None:
     """The demo model has never seen a tool; under the grammar it calls one, also streamed."""
-    folder = as_v32(tmp_path / "v32")
     level = {"type": "integer", "minimum": 1, "maximum": 9}
     parameters = {
         "type": "object",
@@ -151,11 +122,11 @@ def test_calls_are_forced(tmp_path: Path) -> None:
         {"type": "function", "function": {"name": name, "parameters": parameters}}
         for name in ("start", "stop")
     ]
-    prompt = Tokenizer.from_folder(folder).apply_chat_template(HELLO, tools=tools)
+    prompt = Tokenizer.from_folder(demo_model_path()).apply_chat_template(HELLO, tools=tools)
     named = {"type": "function", "function": {"name": "stop"}}
-    with serving(tmp_path, str(folder)) as server, server.client() as client:
+    with serving(tmp_path, "--tool-call-parser", "glm47") as server, server.client() as client:
         for choice, names in (("required", ("start", "stop")), (named, ("stop",))):
-            fields = {"model": "v32", "tools": tools, "tool_choice": choice, "max_tokens": 400}
+            fields = {"tools": tools, "tool_choice": choice, "max_tokens": 400}
             whole = greedy(client, parallel_tool_calls=False, **fields)
             assert whole.usage.prompt_tokens == len(prompt)
             answer = whole.choices[0]

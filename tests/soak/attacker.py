@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
-from typing import Any
 
 from tests.soak.hostile import HostileRequest
 from tests.soak.siege_cases import CASES, Facts
@@ -71,11 +70,11 @@ class Attacker:
             thread.start()
         return self._sent.wait(1.0)
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> dict[str, int]:
         """Wait until all are answered, or the patience is over; what was answered."""
         for thread in self._threads:
             thread.join()
-        return {"answers": self._answers, "seconds": time.monotonic() - self._begin}
+        return dict(self._answers)
 
     def _client(self) -> None:
         """One request after the other."""

@@ -12,7 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+from fd_dsa.serve.completions import CompletionRequest
+from fd_dsa.serve.protocol.chat import ChatCompletionRequest
+from fd_dsa.serve.protocol.fields import Body
+from fd_dsa.serve.tokenization import DetokenizeRequest, TokenizeRequest
+
+BODIES: dict[str, type[Body]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+POSTS = tuple(BODIES)
 GETS = ("/v1/models", "/health", "/version", "/metrics", "/openapi.json", "/server_info", "/docs")
 JSON = (b"content-type", b"application/json")
 WORD = "\u202e\U0001f642\u0000 {{ 7*7 }} <|im_start|>"
@@ -143,16 +154,16 @@ def _valid(draw: random.Random, path: str) -> dict[str, Any]:
     return body if path == "/tokenize" else {**body, "max_tokens": draw.choice([1, 3, 12])}
 
 
-def _fields(draw: random.Random, path: str, names: list[str]) -> bytes:
+def _fields(draw: random.Random, path: str) -> bytes:
     """A body some of whose fields have values from the pools above."""
-    body = _valid(draw, path)
+    body, names = _valid(draw, path), sorted(BODIES[path].model_fields)
     for _ in range(draw.choice([1, 1, 2, 5])):
         value = deep(draw) if draw.random() < 0.1 else draw.choice((*SIMPLE, *LISTS))
         body[draw.choice(names) if draw.random() < 0.9 else draw.choice(TEXTS)] = value
     return json.dumps(body).encode()
 
 
-def _special(draw: random.Random, path: str, _: list[str]) -> bytes:
+def _special(draw: random.Random, path: str) -> bytes:
     """A body with a form, tools or messages."""
     body = _valid(draw, path)
     body.update(draw.choice([_structured, _structured, _tools, _messages])(draw))
@@ -163,7 +174,7 @@ def _special(draw: random.Random, path: str, _: list[str]) -> bytes:
     return json.dumps(body).encode()
 
 
-def _broken(draw: random.Random, path: str, _: list[str]) -> bytes:
+def _broken(draw: random.Random, path: str) -> bytes:
     """Bytes that are no JSON, or not the JSON that they seem."""
     text = json.dumps(_valid(draw, path))
     body = text.encode()
@@ -229,13 +240,8 @@ def _elsewhere(draw: random.Random) -> HostileRequest:
     return HostileRequest(method, path, (_header(draw),), body)
 
 
-def draw_request(number: int, names: dict[str, list[str]]) -> HostileRequest:
-    """The hostile request of that number.
-
-    Args:
-        number: any integer.
-        names: fields of the body of every path of `POSTS`.
-    """
+def draw_request(number: int) -> HostileRequest:
+    """The hostile request of that number, any integer."""
     draw = random.Random(number)
     if draw.random() < 0.1:
         return _elsewhere(draw)
@@ -245,4 +251,4 @@ def draw_request(number: int, names: dict[str, list[str]]) -> HostileRequest:
     if draw.random() < 0.15:
         given = _header(draw)
         headers = [given] if given[0] == JSON[0] else [JSON, given]
-    return HostileRequest("POST", path, tuple(headers), make(draw, path, names[path]))
+    return HostileRequest("POST", path, tuple(headers), make(draw, path))

@@ -97,7 +97,6 @@ class Record:
     Attributes:
         case: name of the kind.
         answers: how many of the hostile requests got which status.
-        attack_s: until all were answered, or the patience was over.
         health_s, gap_s: longest answer of /health, longest gap of the stream.
         alone_s: longest gap before the attack.
         growth_mib, left_mib: memory beyond that before at most, and once it has settled.
@@ -109,7 +108,6 @@ class Record:
 
     case: str
     answers: dict[str, int] = field(default_factory=dict)
-    attack_s: float | None = None
     health_s: float | None = None
     gap_s: float | None = None
     alone_s: float | None = None
@@ -174,9 +172,8 @@ async def _attack(
         return (resident - memory.planned() - before + planned) / MIB
 
     await asyncio.to_thread(attacker.call, op="start")
-    result = await asyncio.to_thread(attacker.call, op="result")
+    record.answers = await asyncio.to_thread(attacker.call, op="result")
     await asyncio.sleep(AFTERWARDS_S)
-    record.answers, record.attack_s = result["answers"], result["seconds"]
     record.health_s = watch.probes.longest_s(begin)
     record.gap_s = watch.tokens.longest_s(begin)
     record.growth_mib = growth_mib(memory.peak)

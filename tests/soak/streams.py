@@ -26,7 +26,7 @@ import httpx
 from tests.serve.conftest import chunks_of
 from tests.serve.processes import serving
 from tests.soak import report
-from tests.soak.fuzz import body_fields, check_answer, send
+from tests.soak.fuzz import check_answer, send
 from tests.soak.hostile import draw_request
 
 NUM_CLIENTS = 64
@@ -51,7 +51,6 @@ class Load:
     Attributes:
         url: of the server.
         questions: bodies, and the answers that they get alone.
-        names: fields of the bodies, for bad requests.
         ends_at: when clients stop, of the monotonic clock.
         counts: what has happened.
         longest_s: the longest that an answer took.
@@ -59,7 +58,6 @@ class Load:
 
     url: str
     questions: list[tuple[dict[str, Any], Answer]]
-    names: dict[str, list[str]]
     ends_at: float
     counts: Counter[str] = field(default_factory=Counter)
     longest_s: float = 0.0
@@ -151,7 +149,7 @@ async def _request(client: httpx.AsyncClient, load: Load, kind: str, draw: rando
     """One request of that kind."""
     body, alone = draw.choice(load.questions)
     if kind == "bad":
-        hostile = draw_request(draw.randrange(10**9), load.names)
+        hostile = draw_request(draw.randrange(10**9))
         check_answer(hostile.method, hostile.path, await send(client, hostile, load.url))
     elif kind == "disconnect":
         await leave_stream(load.url, {**body, "max_tokens": 64}, draw.randint(0, 8))
@@ -191,11 +189,10 @@ async def _run(
     """Ask alone, then all at once, then see that nothing is left."""
     draw = random.Random(seed)
     async with httpx.AsyncClient(base_url=url, timeout=ANSWER_WITHIN_S) as client:
-        names = body_fields((await client.get("/openapi.json")).json())
         bodies = [draw_question(draw) for _ in range(num_questions)]
         questions = [(body, await ask(client, body)) for body in bodies]
         before = await _wait_until_idle(client)
-        load = Load(url, questions, names, time.monotonic() + seconds)
+        load = Load(url, questions, time.monotonic() + seconds)
         await asyncio.gather(*(_client(load, seed * 1000 + i) for i in range(num_clients)))
         after = await _wait_until_idle(client)
         # what was computed meanwhile is still right
