@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import contextlib
 import random
 import re
 import tempfile
@@ -106,30 +106,6 @@ async def read_stream(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Ans
     return joined((chunk["choices"][0] for chunk in chunks_of(answer)), body["n"])
 
 
-async def leave_stream(url: str, body: Mapping[str, Any], leave_after: int) -> None:
-    """Ask for a stream, and hang up after so many of its lines, or at its end.
-
-    By a bare connection: generators of a client library that are left in the middle wait for the
-    garbage collector, which may run in another thread.
-    """
-    content = json.dumps({**body, "stream": True}).encode()
-    reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
-    try:
-        head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        )
-        writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        line = await reader.readline()
-        assert line.startswith(b"HTTP/1.1 200 "), line
-        while leave_after and line != b"data: [DONE]\n":
-            line = await reader.readline()
-            assert line, "a stream ended without [DONE]"
-            leave_after -= line.startswith(b"data: ")
-    finally:
-        writer.transport.abort()
-        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
-
-
 async def _client(load: Load, number: int) -> None:
     """One client: one request after the other, of a random kind, until the time is over."""
     draw = random.Random(number)
@@ -152,7 +128,12 @@ async def _request(client: httpx.AsyncClient, load: Load, kind: str, draw: rando
         hostile = draw_request(draw.randrange(10**9))
         check_answer(hostile.method, hostile.path, await send(client, hostile, load.url))
     elif kind == "disconnect":
-        await leave_stream(load.url, {**body, "max_tokens": 64}, draw.randint(0, 8))
+        stream = {**body, "max_tokens": 64, "stream": True}
+        async with client.stream("POST", "/v1/completions", json=stream) as answer:
+            assert answer.status_code == 200
+            async with contextlib.aclosing(answer.aiter_lines()) as lines:
+                for _ in range(draw.randint(0, 16)):
+                    await anext(lines, None)
     elif kind == "give up":
         try:
             await asyncio.wait_for(ask(client, body), draw.uniform(0.01, 2))
