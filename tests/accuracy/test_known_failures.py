@@ -1,4 +1,8 @@
-"""Failures that other DSA engines have had: each one is put in here, and has to be noticed."""
+"""Failures that other DSA engines have had: each one is put in here, and has to be noticed.
+
+Those of a single operator are injected in `tests/attention/test_known_failures.py`, a choice of the
+last keys alone in `tests/accuracy/selection/test_demo.py`.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +30,9 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.factory import build_engine
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.registry import create_model
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.unchecked import prepare_indexer_query
-from tests.accuracy.broken_selectors import FirstKeysOnly, OwnChunkOnly, TrailingKeysOnly
-from tests.models.folders import TINY, TINY_GLM
+from tests.accuracy.broken_selectors import FirstKeysOnly, OwnChunkOnly
 from tests.reference.rope import ref_frequencies, ref_rotate
 
 LENGTH, CHUNK = 640, 256
@@ -93,16 +94,6 @@ def key_of(model: OpenModel, text: NeedleText) -> str:
 
 
 # The pairing of the indexer's RoPE: DeepSeek-V3.2-Exp commit 8631a81, vLLM #28968, mlxcel #583.
-
-
-@pytest.mark.parametrize(
-    ("fields", "interleaved"), [(TINY, False), (TINY_GLM, True)], ids=["deepseek_v32", "glm"]
-)
-def test_each_architecture_has_its_pairing(fields: dict[str, Any], interleaved: bool) -> None:
-    built = create_model(ModelConfig.from_dict(fields))
-    indexers = [layer.self_attn.indexer for layer in built.layers if layer.self_attn.indexer]
-    assert indexers
-    assert {indexer.config.indexer_rope_interleave for indexer in indexers} == {interleaved}
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
@@ -203,14 +194,6 @@ def test_chunks_that_see_themselves_alone_are_noticed(
         said, logits = answer(model, text.prompt)
     assert key_of(model, text) not in said
     assert np.abs(logits - one_shot).max() > 1e-2
-
-
-# Zero scores for very large tensors, so that only the last keys are seen: mlx-lm #1454.
-
-
-def test_a_choice_of_last_keys_alone_is_noticed(model: OpenModel, text: NeedleText) -> None:
-    with broken(model, TrailingKeysOnly):
-        assert key_of(model, text) not in answer(model, text.prompt)[0]
 
 
 # A collapse exactly at index_topk: mlx-lm #1443, ik_llama.cpp #2045.
