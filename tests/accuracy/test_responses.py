@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fd_dsa.accuracy.cli import main
-from fd_dsa.accuracy.prompts import read_prompts
-from fd_dsa.accuracy.scores import read_scores
+from fd_dsa.accuracy.prompts import OFFICIAL, read_prompts
+from fd_dsa.accuracy.scores import by_type, read_scores
 from fd_dsa.accuracy.types import METRICS
 from tests.accuracy import gpt4
 
@@ -38,6 +38,8 @@ def test_published_answers_in_any_order_give_the_published_counts(
     assert [metrics[name]["total"] for name in METRICS] == [541, 834, 541, 834]
     found = read_scores(tmp_path / "out")
     assert [score.key for score in found.prompts] == [prompt.key for prompt in PROMPTS]
+    types = {name: (t.strict, t.loose, t.total) for name, t in by_type(found.prompts).items()}
+    assert types == gpt4.BY_TYPE
     assert (found.settings.task, found.settings.model) == ("ifeval", "responses")
     shown = capsys.readouterr().out
     assert "The file has another wording of key 2785;" in shown
@@ -47,13 +49,15 @@ def test_published_answers_in_any_order_give_the_published_counts(
 def test_prompts_without_a_response_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = written(tmp_path, [*ROWS[:3], *ROWS[5:]])
-    assert main(["score", str(file)]) == 0
+    prompts = tmp_path / "five.jsonl"
+    prompts.write_text("\n".join(OFFICIAL.read_text("utf-8").splitlines()[:5]), "utf-8")
+    file = written(tmp_path, ROWS[:3])
+    assert main(["score", str(file), "--prompts", str(prompts)]) == 0
     missing = f"{PROMPTS[3].key}, {PROMPTS[4].key}"
     shown = " ".join(capsys.readouterr().out.split())
     assert f"Warning: 2 prompts have no response and are left out: key {missing}." in shown
-    assert "partial set: 539 of 541 prompts" in shown
-    assert len(read_scores(tmp_path).prompts) == 539
+    assert "partial set: 3 of 541 prompts" in shown
+    assert len(read_scores(tmp_path).prompts) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Scores are those of the reference implementation, repeatable, and need no network."""
+"""Scores are repeatable; test_responses.py compares them with those of the reference."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from fd_dsa.accuracy.prompts import Prompt, read_prompts
 from fd_dsa.accuracy.scorer import random_keys, ready, score
-from fd_dsa.accuracy.scores import by_type, metrics
-from fd_dsa.accuracy.types import METRICS, PromptScore
+from fd_dsa.accuracy.types import PromptScore
 from fd_dsa.client.questions import Answer
 from fd_dsa.errors import ConfigError
 from tests.accuracy import gpt4
@@ -30,40 +29,14 @@ def answered(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[PromptScor
     return score(prompts, [Answer(prompt.key, text) for prompt, text in pairs])
 
 
-@pytest.fixture(scope="module")
-def responses() -> list[str]:
-    return [row["response"] for row in gpt4.rows()]
-
-
-@pytest.fixture(scope="module")
-def scores(responses: list[str]) -> list[PromptScore]:
-    random.seed(20231107)
-    return answered(PROMPTS, responses)
-
-
-def test_four_metrics_of_gpt4(scores: list[PromptScore]) -> None:
-    found = metrics(scores)
-    assert tuple(found) == METRICS
-    assert tuple(metric.passed for metric in found.values()) == gpt4.PASSED
-    assert tuple(metric.total for metric in found.values()) == (541, 834, 541, 834)
-    for metric in found.values():
-        assert metric.share.value == metric.passed / metric.total
-        assert metric.share.low < metric.share.value < metric.share.high
-
-
-def test_every_type_of_gpt4(scores: list[PromptScore]) -> None:
-    rows = {name: (row.strict, row.loose, row.total) for name, row in by_type(scores).items()}
-    assert rows == gpt4.BY_TYPE
-
-
-def test_score_depends_on_prompt_and_answer_alone(
-    scores: list[PromptScore], responses: list[str]
-) -> None:
-    keys = random_keys(PROMPTS)
+def test_score_depends_on_prompt_and_answer_alone() -> None:
+    responses, keys = [row["response"] for row in gpt4.rows()], random_keys(PROMPTS)
     some = [i for i, prompt in enumerate(PROMPTS) if prompt.key in keys or i % 25 == 0]
+    scores: dict[int, PromptScore] = {}
     for seed, order in ((1, some), (2, some[::-1]), (3, some[-1:])):
         random.seed(seed)
         again = answered([PROMPTS[i] for i in order], [responses[i] for i in order])
+        scores = scores or dict(zip(order, again, strict=True))
         assert again == [scores[i] for i in order]
 
 
@@ -98,11 +71,9 @@ def test_random_keys_are_the_prompts_whose_checkers_draw() -> None:
     assert tuple(drawing) == random_keys(PROMPTS)
 
 
-@pytest.mark.parametrize("text", ["", " \n\n\t"])
-def test_empty_answer_follows_nothing(text: str) -> None:
-    scores = answered(PROMPTS, [text] * len(PROMPTS))
+def test_empty_answer_follows_nothing() -> None:
+    scores = answered(PROMPTS, ["", " \n\n\t"] * 270 + [""])
     assert not any(any(one.follow_strict + one.follow_loose) for one in scores)
-    assert [metric.passed for metric in metrics(scores).values()] == [0, 0, 0, 0]
 
 
 PIECES = (
