@@ -97,11 +97,13 @@ def kernel_memory(request: pytest.FixtureRequest) -> Any:
     return open_memory(request.param)
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(m, marks=getattr(pytest.mark, MEMORIES[m])) for m in ("interpreter", "rig")
-    ]
-)
+# those that hold Paddle's tensors
+PADDLE_MEMORIES = [
+    pytest.param(m, marks=getattr(pytest.mark, MEMORIES[m])) for m in ("interpreter", "rig")
+]
+
+
+@pytest.fixture(params=PADDLE_MEMORIES)
 def paddle_memory(request: pytest.FixtureRequest) -> Any:
     """As `kernel_memory`, for operators that make their results by Paddle."""
     from tests.kernel_memory import open_memory

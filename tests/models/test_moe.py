@@ -1,7 +1,8 @@
-"""Gate, mixture and MLP against loops over tokens, groups and experts."""
+"""Gate, mixture and MLP against loops over tokens, groups and experts, on host and device."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fd_dsa.models import device_moe
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE, NoAuxTopkGate
+from fd_dsa.ops._expert_kernels import choose_experts
+from fd_dsa.ops._host import as_numpy
+from tests.conftest import PADDLE_MEMORIES
+from tests.kernel_memory import KernelMemory, open_memory
 from tests.models.folders import TINY
 from tests.reference.moe import GateRule, ref_gate, ref_mlp
 
@@ -30,8 +36,37 @@ def config_of(rule: GateRule, num_experts: int, **more: Any) -> ModelConfig:
     )
 
 
-def check_gate(logits: np.ndarray, bias: np.ndarray, rule: GateRule) -> list[list[int]]:
-    """Run the gate on rows that give these logits exactly; returns the chosen experts."""
+def check_gate(
+    memory: KernelMemory | None, logits: np.ndarray, bias: np.ndarray, rule: GateRule
+) -> list[list[int]]:
+    """Choose experts by these logits, on the host or by the kernel in a memory; returns them."""
+    if memory is None:
+        found = of_the_host(logits, bias, rule)
+    else:
+        weights, chosen = choose_experts(
+            memory.put(logits),
+            memory.put(bias),
+            top_k=rule.top_k,
+            n_group=rule.n_group,
+            topk_group=rule.topk_group,
+            norm=rule.norm_topk_prob,
+            scaling=rule.scaling,
+        )
+        rows = [np.flatnonzero(row) for row in memory.get(chosen)]
+        found = rows, [row[ids] for row, ids in zip(memory.get(weights), rows, strict=True)]
+    with np.errstate(over="ignore"):
+        scores = np.float32(1) / (np.float32(1) + np.exp(-logits))
+    for row, experts, weights in zip(scores, *found, strict=True):
+        wanted = ref_gate(row, bias, rule)
+        assert experts.tolist() == list(wanted)
+        np.testing.assert_allclose(weights, list(wanted.values()), rtol=1e-5, atol=1e-37)
+    return [experts.tolist() for experts in found[0]]
+
+
+def of_the_host(
+    logits: np.ndarray, bias: np.ndarray, rule: GateRule
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gate's experts and weights for rows that give these logits exactly."""
     tokens, num_experts = logits.shape
     gate = NoAuxTopkGate(config_of(rule, num_experts, hidden_size=max(tokens, 4)))
     weight = np.zeros(gate.weight.shape, np.float32)
@@ -40,12 +75,7 @@ def check_gate(logits: np.ndarray, bias: np.ndarray, rule: GateRule) -> list[lis
     gate.e_score_correction_bias.set_value(bias)
     experts, weights = gate(np.eye(len(weight), dtype=np.float32)[:tokens])
     assert (experts.dtype, weights.dtype) == (np.int32, np.float32)
-    scores = np.float32(1) / (np.float32(1) + np.exp(-logits))
-    for t in range(tokens):
-        wanted = ref_gate(scores[t], bias, rule)
-        assert experts[t].tolist() == list(wanted), t
-        np.testing.assert_allclose(weights[t], list(wanted.values()), rtol=1e-5)
-    return experts.tolist()
+    return experts, weights
 
 
 RULES = [
@@ -70,39 +100,65 @@ def test_gate_of_random_tokens(rule: GateRule, seed: int, coarse: bool) -> None:
     else:
         logits = (3 * rng.standard_normal((4, 12))).astype(np.float32)
         bias = rng.standard_normal(12).astype(np.float32)
-    check_gate(logits, bias, rule)
+    check_gate(None, logits, bias, rule)
 
 
-def test_scores_are_sigmoids() -> None:
-    logits = np.array([[-100.0, -9.0, 0.0, 9.0]], np.float32)
-    gate = NoAuxTopkGate(config_of(GateRule(4, norm_topk_prob=False), 4, hidden_size=4))
-    weight = np.zeros((4, 4), np.float32)
-    weight[0] = logits
-    gate.weight.set_value(weight)
-    _, weights = gate(np.eye(4, dtype=np.float32)[:1])
-    np.testing.assert_allclose(
-        weights, 1 / (1 + np.exp(-logits.astype(np.float64))), rtol=1e-5, atol=1e-37
-    )
-
-
-# logits (all zero where a number), bias, rule, chosen experts
-CHOICES = {
-    "ties go to the lower expert": (8, [0] * 8, GateRule(3), [0, 1, 2]),
-    "the bias decides": (8, [0] * 5 + [0.5, 0, 0], GateRule(3), [0, 1, 5]),
+ONE_GROUP = {"n_group": 2, "topk_group": 1}
+PLACES = ["host", *PADDLE_MEMORIES]
+# logits, correction bias, rule, chosen experts
+DECIDED: dict[str, tuple[Any, Any, GateRule, list[list[int]]]] = {
+    "sigmoids": ([[-100, -9, 0, 9]], [0] * 4, GateRule(4, norm_topk_prob=False), [[0, 1, 2, 3]]),
+    "ties go to the lower expert": (
+        [[1, 2, 2, 2, 0], [0] * 5, [-1, -2, 3, -1, -1]],
+        [0] * 5,
+        GateRule(2, norm_topk_prob=False, scaling=2.0),
+        [[1, 2], [0, 1], [0, 2]],
+    ),
+    "a tie after the bias": ([[0] * 8], [0, 0, 0, 0, 0, 0.5, 0, 0], GateRule(3), [[0, 1, 5]]),
     # groups 1 and 3 equal, 0 and 2 below
-    "ties of groups": (8, [0, 0, 0.5, 0, 0, 0, 0, 0.5], GateRule(2, 4, 1), [2, 3]),
+    "ties of groups go to the lower group": (
+        [[0] * 8],
+        [0, 0, 0.5, 0, 0, 0, 0, 0.5],
+        GateRule(2, n_group=4, topk_group=1),
+        [[2, 3]],
+    ),
+    # three groups of three: two best of 2 + 1, of 1 + 2 and of 3 + 0
+    "sizes need not be powers of two": (
+        [[2, 1, -9, -9, 1, 2, 3, 0, -9]],
+        [0, 0, 0, 0, 0, 0, -0.1, -0.1, 0],
+        GateRule(2, n_group=3, topk_group=1),
+        [[0, 1]],
+    ),
     # the kept experts score -1.5; a dropped group masked with 0 would win over them
-    "dropped groups": (8, [-5] * 4 + [-2] * 4, GateRule(3, 2, 1), [4, 5, 6]),
-    "the bias does not weigh": ([3, 0, -3, -3], [0, 0, 0, 9], GateRule(1, 1, 1, False), [3]),
+    "dropped groups lose to negative scores": (
+        [[0] * 8],
+        [-5] * 4 + [-2] * 4,
+        GateRule(3, **ONE_GROUP),
+        [[4, 5, 6]],
+    ),
+    "the bias chooses but does not weigh": (
+        [[3, 0, -3, -3]],
+        [0, 0, 0, 9],
+        GateRule(1, norm_topk_prob=False),
+        [[3]],
+    ),
     # group 0 has the best expert, group 1 the better pair
-    "best two of a group": (8, [1, -1, -1, -1, 0.25, 0.25, -9, -9], GateRule(2, 2, 1), [4, 5]),
+    "a group counts by its best two": (
+        [[0] * 8],
+        [1, -1, -1, -1, 0.25, 0.25, -9, -9],
+        GateRule(2, **ONE_GROUP),
+        [[4, 5]],
+    ),
 }
 
 
-@pytest.mark.parametrize(("logits", "bias", "rule", "experts"), CHOICES.values(), ids=CHOICES)
-def test_choices_by_hand(logits: Any, bias: list[float], rule: GateRule, experts: Any) -> None:
-    row = [0.0] * logits if isinstance(logits, int) else logits
-    assert check_gate(np.float32([row]), np.float32(bias), rule) == [experts]
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("logits", "bias", "rule", "experts"), DECIDED.values(), ids=DECIDED)
+def test_gate_of_decided_tokens(
+    place: str, logits: Any, bias: Any, rule: GateRule, experts: list[list[int]]
+) -> None:
+    memory = None if place == "host" else open_memory(place)
+    assert check_gate(memory, np.float32(logits), np.float32(bias), rule) == experts
 
 
 def random_tensors(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -134,16 +190,58 @@ def ref_mlp_of(tensors: dict[str, np.ndarray], prefix: str, x: np.ndarray) -> np
     return ref_mlp(x, *(tensors[f"{prefix}{n}.weight"].astype(np.float64) for n in names))
 
 
+def mixture(rule: GateRule, seed: int = 0) -> tuple[DeepseekMoE, dict[str, np.ndarray]]:
+    """A mixture of twelve experts and its tensors."""
+    config = config_of(rule, 12)
+    layer, tensors = DeepseekMoE(config), random_tensors(config, np.random.default_rng(seed))
+    load(layer, tensors)
+    return layer, tensors
+
+
+def tokens(count: int) -> np.ndarray:
+    """Random hidden states."""
+    shape = (count, TINY["hidden_size"])
+    return np.random.default_rng([count, 1]).standard_normal(shape).astype(np.float32)
+
+
+def routed(layer: DeepseekMoE, x: np.ndarray, m: KernelMemory) -> np.ndarray:
+    """The routed experts as on a device, whose layers hold these tensors."""
+
+    def put(parameter: Any) -> Any:
+        return m.put(as_numpy(parameter.detach()))
+
+    gate = layer.gate
+    names = ("top_k", "n_group", "topk_group", "norm_topk_prob", "scaling")
+    own = SimpleNamespace(
+        weight=put(gate.weight),
+        readable_bias=put(gate.e_score_correction_bias),
+        **{name: getattr(gate, name) for name in names},
+    )
+    on_device = SimpleNamespace(
+        gate=own,
+        experts_gate_up_proj=put(layer.experts_gate_up_proj),
+        experts_down_proj=put(layer.experts_down_proj),
+        num_experts=layer.num_experts,
+        intermediate_size=layer.intermediate_size,
+    )
+    return m.get(device_moe.routed(on_device, m.put(x)))
+
+
+def run(place: str, layer: DeepseekMoE, x: np.ndarray) -> np.ndarray:
+    """Output of a mixture in a place."""
+    if place == "host":
+        return layer(x)
+    return layer.shared_experts(x) + routed(layer, x, open_memory(place))
+
+
 @pytest.mark.parametrize("num_tokens", [1, 2, 9])
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_mixture(rule: GateRule, num_tokens: int) -> None:
-    rng = np.random.default_rng(num_tokens)
-    config = config_of(rule, 12)
-    layer, tensors = DeepseekMoE(config), random_tensors(config, rng)
-    load(layer, tensors)
-    x = rng.standard_normal((num_tokens, config.hidden_size)).astype(np.float32)
+@pytest.mark.parametrize("place", PLACES)
+def test_mixture(place: str, rule: GateRule, num_tokens: int) -> None:
+    layer, tensors = mixture(rule, num_tokens)
+    x = tokens(num_tokens)
     before = x.copy()
-    found = layer(x)
+    found = run(place, layer, x)
     np.testing.assert_array_equal(x, before)
     for t in range(num_tokens):
         logits = tensors["gate.weight"].astype(np.float64) @ x[t]
@@ -155,19 +253,32 @@ def test_mixture(rule: GateRule, num_tokens: int) -> None:
         np.testing.assert_allclose(found[t], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_tokens_do_not_meet() -> None:
-    """A token of NaN or of huge values changes no other token."""
-    rng = np.random.default_rng(0)
-    config = config_of(GateRule(4, n_group=4, topk_group=2), 12)
-    layer = DeepseekMoE(config)
-    load(layer, random_tensors(config, rng))
-    x = rng.standard_normal((5, config.hidden_size)).astype(np.float32)
-    clean = layer(x)
+@pytest.mark.parametrize("place", PLACES)
+def test_tokens_do_not_meet(place: str) -> None:
+    """A token of NaN changes no other token, nor does an expert that overflows on others."""
+    layer, _ = mixture(RULES[3])
+    x = tokens(5)
+    clean = run(place, layer, x)
+    experts, _ = layer.gate(x)
     x[2] = np.nan
-    found = layer(x)
     others = [0, 1, 3, 4]
+    found = run(place, layer, x)
     np.testing.assert_allclose(found[others], clean[others], rtol=0, atol=1e-5)
     assert np.isnan(found[2]).all()
+    unused = int(np.setdiff1d(np.arange(12), experts[:2])[0])
+    as_numpy(layer.experts_down_proj.detach())[unused] = np.inf
+    np.testing.assert_allclose(run(place, layer, x)[:2], clean[:2], rtol=0, atol=1e-5)
+
+
+def test_chunks_of_tokens(paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = mixture(RULES[3])
+    x = tokens(11)
+    whole = routed(layer, x, paddle_memory)
+    widest = max(2 * layer.intermediate_size, x.shape[1])
+    for rows in (1, 3, 10):
+        monkeypatch.setattr(device_moe, "EXPERT_BYTES", 4 * 12 * widest * rows)
+        found = routed(layer, x, paddle_memory)
+        np.testing.assert_allclose(found, whole, rtol=0, atol=1e-6)
 
 
 def test_mlp_of_extreme_values() -> None:
