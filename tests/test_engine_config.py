@@ -17,27 +17,13 @@ from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads, step_checks
 from fd_dsa.errors import ConfigError
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("4096", 4096),
-        ("8G", 8 << 30),
-        ("8g", 8 << 30),
-        ("512MiB", 512 << 20),
-        ("512MB", 512 << 20),
-        ("1.5K", 1536),
-        ("2 T", 2 << 40),
-        (" 7B ", 7),
-    ],
-)
-def test_sizes_with_units(text: str, expected: int) -> None:
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "G", "8X", "-1G", "8GG", "1e9", "8 G B"])
-def test_texts_that_are_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="8G or 512MiB"):
-        parse_bytes(text)
+def test_sizes_with_units() -> None:
+    texts = ["4096", "8G", "8g", "512MiB", "512MB", "1.5K", "2 T", " 7B "]
+    sizes = [4096, 8 << 30, 8 << 30, 512 << 20, 512 << 20, 1536, 2 << 40, 7]
+    assert [parse_bytes(text) for text in texts] == sizes
+    for text in ("", "G", "8X", "-1G", "8GG", "1e9", "8 G B"):
+        with pytest.raises(ConfigError, match="8G or 512MiB"):
+            parse_bytes(text)
 
 
 def test_defaults_serve_the_demo_on_a_cpu() -> None:
@@ -47,6 +33,8 @@ def test_defaults_serve_the_demo_on_a_cpu() -> None:
     assert (config.compute_dtype, config.cache_dtype) == ("float32", "float32")
     assert config.num_batched_tokens == 512
     assert config.resolve_max_model_len(4096) == 4096
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -58,15 +46,14 @@ def test_defaults_serve_the_demo_on_a_cpu() -> None:
         ({"max_num_seqs": 64, "max_num_batched_tokens": 9}, (1, 2, 4, 8, 9)),
         ({"max_num_seqs": 9, "cudagraph_capture_sizes": [9, 3, 3]}, (3, 9)),
         ({"enforce_eager": True}, ()),
+        (
+            {"max_num_seqs": 4096, "max_num_batched_tokens": 8192},
+            (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)),
+        ),
     ],
 )
 def test_sizes_of_captured_steps(fields: dict[str, Any], sizes: tuple[int, ...]) -> None:
     assert EngineConfig(**fields).capture_sizes == sizes
-
-
-def test_sizes_by_default_end_at_512() -> None:
-    sizes = EngineConfig(max_num_seqs=4096, max_num_batched_tokens=8192).capture_sizes
-    assert sizes[:5] == (1, 2, 4, 8, 16) and sizes[-3:] == (480, 496, 512)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +71,6 @@ def test_sizes_by_default_end_at_512() -> None:
 def test_sizes_that_no_step_can_have(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         EngineConfig(**fields)
-
-
-def test_a_config_cannot_be_changed() -> None:
-    with pytest.raises(FrozenInstanceError):
-        EngineConfig().seed = 1  # type: ignore[misc]
 
 
 def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,14 +139,11 @@ def test_max_model_len_beyond_the_model() -> None:
         config.resolve_max_model_len(4096)
 
 
-def test_the_users_own_setting_of_the_runtime_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_amd_processors_take_the_fast_path_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")
     prepare_cpu_runtime()
     assert os.environ["MKL_DEBUG_CPU_TYPE"] == "4"
-
-
-def test_amd_processors_take_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MKL_DEBUG_CPU_TYPE", raising=False)
+    monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
     prepare_cpu_runtime()
     is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     assert os.environ.pop("MKL_DEBUG_CPU_TYPE", None) == ("5" if is_amd else None)
@@ -201,31 +180,19 @@ def test_configuration_and_checkpoint_reading_do_not_import_paddle() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("device", ["auto", "cpu", "gpu", "hopper:0"])
-def test_devices_of_the_python_api(device: str) -> None:
-    assert EngineConfig(device=device).device == device
-
-
-@pytest.mark.parametrize(
-    ("value", "on"),
-    [("", False), ("0", False), ("false", False), ("1", True), ("true", True), (" True ", True)],
-)
-def test_switch_of_the_checks(value: str, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FD_DSA_CHECK", value)
-    assert step_checks_requested() is on
-
-
-def test_switch_of_the_checks_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switch_of_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FD_DSA_CHECK", raising=False)
     assert step_checks_requested() is False
+    for value in ("", "0", "false", "1", "true", " True "):
+        monkeypatch.setenv("FD_DSA_CHECK", value)
+        assert step_checks_requested() is (value.strip().lower() in ("1", "true"))
+    for value in ("yes", "2", "on"):
+        monkeypatch.setenv("FD_DSA_CHECK", value)
+        with pytest.raises(ConfigError, match=f"FD_DSA_CHECK: got '{value}', allowed: 0, 1, false"):
+            step_checks_requested()
 
 
-@pytest.mark.parametrize("value", ["yes", "2", "on"])
-def test_other_words_switch_nothing(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FD_DSA_CHECK", value)
-    with pytest.raises(ConfigError, match=f"FD_DSA_CHECK: got '{value}', allowed: 0, 1, false"):
-        step_checks_requested()
-
-
-def test_fp8_is_another_name() -> None:
+def test_devices_and_another_name_of_fp8() -> None:
+    for device in ("auto", "cpu", "gpu", "hopper:0"):
+        assert EngineConfig(device=device).device == device
     assert EngineConfig(kv_cache_dtype="fp8") == EngineConfig(kv_cache_dtype="fp8_ds_mla")
