@@ -1,11 +1,11 @@
 """Failures that other DSA engines have had: each one is put in here, and has to be noticed.
 
-Those of a single operator are injected in `tests/attention/test_known_failures.py`, a choice of the
-last keys alone in `tests/accuracy/selection/test_demo.py`.
+Those of a single operator are injected in `tests/attention/test_known_failures.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +23,7 @@ from fd_dsa.accuracy.selection.measure import (
     NeedleText,
     measure,
     needle_texts,
+    tokens_of,
 )
 from fd_dsa.accuracy.selection.tap import RecordingBackend, recording
 from fd_dsa.attention.cache_layout import CacheLayout
@@ -30,9 +31,10 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.factory import build_engine
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.errors import ConfigError
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.unchecked import prepare_indexer_query
-from tests.accuracy.broken_selectors import FirstKeysOnly, OwnChunkOnly
+from tests.accuracy.broken_selectors import FirstKeysOnly, OwnChunkOnly, TrailingKeysOnly
 from tests.reference.rope import ref_frequencies, ref_rotate
 
 LENGTH, CHUNK = 640, 256
@@ -91,6 +93,40 @@ def broken(model: OpenModel, backend: type[RecordingBackend]) -> Any:
 def key_of(model: OpenModel, text: NeedleText) -> str:
     """The hidden number."""
     return model.tokenizer.decode([text.prompt[needle] for _, needle in text.pairs])
+
+
+# Texts with a hidden number, by which most failures show.
+
+
+def test_a_text_has_its_length_and_says_where_the_number_stands(
+    model: OpenModel, text: NeedleText
+) -> None:
+    assert len(text.prompt) == LENGTH
+    ids = [*text.prompt, *text.answer]
+    number = "".join(model.tokenizer.decode([text.prompt[needle]]) for _, needle in text.pairs)
+    assert len(number) == 5 and number.isdigit()
+    assert f"The pass key is {number}. Remember it." in model.tokenizer.decode(text.prompt)
+    assert model.tokenizer.decode(text.answer) == f"The pass key is {number[:-1]}"
+    # at a query the token of its needle comes next
+    follow = [*ids[1:], text.prompt[text.pairs[-1][1]]]
+    assert [follow[query] for query in text.queries] == [ids[needle] for _, needle in text.pairs]
+
+
+def test_texts_do_not_depend_on_their_number(model: OpenModel, text: NeedleText) -> None:
+    first, second = itertools.islice(needle_texts(model, LENGTH, 4, seed=3), 2)
+    assert first == text
+    assert second.prompt != first.prompt and second.depth != first.depth
+
+
+def test_a_text_that_is_not_there_once_is_refused(model: OpenModel) -> None:
+    ids = model.tokenizer.encode("48 by the sea, 48")
+    with pytest.raises(ConfigError, match="'48' is in the text 2 times, not once"):
+        tokens_of(model.tokenizer, ids, "48")
+    # tokens that the text reaches into count
+    found = tokens_of(model.tokenizer, ids, "he se")
+    assert found == list(range(found[0], found[-1] + 1)) and len(found) < len(ids)
+    assert "he se" in model.tokenizer.decode([ids[place] for place in found])
+    assert "he se" not in model.tokenizer.decode([ids[place] for place in found[1:]])
 
 
 # The pairing of the indexer's RoPE: DeepSeek-V3.2-Exp commit 8631a81, vLLM #28968, mlxcel #583.
@@ -158,8 +194,21 @@ def figures(model: OpenModel, text: NeedleText) -> list[LayerFigures]:
     return measure(model, [text], num_queries=12)
 
 
+def test_the_indexer_finds_the_number_where_a_head_looks_for_it(
+    figures: list[LayerFigures], model: OpenModel, text: NeedleText
+) -> None:
+    looking = [figure for figure in figures if figure.attends]
+    assert looking and len(looking) < len(figures)
+    topk = model.model_config.index_topk
+    for figure in looking:
+        assert figure.recall(INDEXER).value == 1.0
+        assert figure.recall(LAST).value == float(text.pairs[0][1] >= LENGTH - topk)
+        assert 0 < figure.recall(RANDOM).value < 0.9
+
+
 def test_the_selection_holds_the_attention(figures: list[LayerFigures]) -> None:
     for figure in figures:
+        assert min(figure.exact) == 1.0
         assert np.mean(figure.mass[INDEXER]) > max(0.6, np.mean(figure.mass[RANDOM]) + 0.1)
 
 
@@ -194,6 +243,24 @@ def test_chunks_that_see_themselves_alone_are_noticed(
         said, logits = answer(model, text.prompt)
     assert key_of(model, text) not in said
     assert np.abs(logits - one_shot).max() > 1e-2
+
+
+# Zero scores for very large tensors, so that only the last keys are seen: mlx-lm #1454.
+
+
+def test_a_selector_of_last_keys_collapses(
+    model: OpenModel, text: NeedleText, figures: list[LayerFigures]
+) -> None:
+    spoiled = measure(model, [text], num_queries=12, backend=TrailingKeysOnly)
+    assert text.pairs[-1][1] < LENGTH - model.model_config.index_topk
+    looking = [figure for figure in spoiled if figure.attends]
+    assert looking
+    for figure in looking:
+        assert figure.recall(INDEXER).value == 0.0
+        assert figure.mass[INDEXER] == pytest.approx(figure.mass[LAST])
+    assert min(min(figure.exact) for figure in spoiled) < 0.9
+    best = max(figures, key=lambda figure: np.mean(figure.needle_attention)).layer
+    assert sum(spoiled[best].mass[INDEXER]) < sum(figures[best].mass[INDEXER])
 
 
 # A collapse exactly at index_topk: mlx-lm #1443, ik_llama.cpp #2045.
