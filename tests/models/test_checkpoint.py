@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fd_dsa.config import demo_model_path
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.checkpoint import Checkpoint
 from tests.models.folders import bf16, f8, f16, f32, write_safetensors, write_shards
+from tests.ops.e4m3 import E4M3_VALUES
 
 RNG = np.random.default_rng(7)
-
-
-def e4m3_value(code: int) -> float:
-    """Value of one e4m3 byte, by the definition of the format."""
-    sign, exponent, mantissa = code >> 7, (code >> 3) & 15, code & 7
-    if exponent == 15 and mantissa == 7:
-        return math.nan
-    value = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
-    return -value if sign else value
 
 
 def open_with(folder: Path, **tensors: object) -> Checkpoint:
@@ -31,20 +21,13 @@ def open_with(folder: Path, **tensors: object) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-def test_float32_is_a_read_only_view_of_the_file(tmp_path: Path) -> None:
+def test_float32_is_a_read_only_view_of_the_file_unless_at_an_odd_offset(tmp_path: Path) -> None:
     values = RNG.standard_normal((5, 3)).astype(np.float32)
-    read = open_with(tmp_path, a=f32(values[:1]), w=f32(values)).read("w")
-    assert read.dtype == np.float32
-    np.testing.assert_array_equal(read, values)
-    assert not read.flags.writeable
-    assert not read.flags.owndata
-
-
-def test_float32_at_an_odd_offset_is_still_aligned(tmp_path: Path) -> None:
-    values = RNG.standard_normal((5, 3)).astype(np.float32)
-    read = open_with(tmp_path, a=f8(np.zeros((1, 3))), w=f32(values)).read("w")
-    assert read.flags.aligned
-    np.testing.assert_array_equal(read, values)
+    for before, is_view in ((f32(values[:1]), True), (f8(np.zeros((1, 3))), False)):
+        read = open_with(tmp_path, a=before, w=f32(values)).read("w")
+        assert read.dtype == np.float32 and read.flags.aligned
+        np.testing.assert_array_equal(read, values)
+        assert not is_view or not (read.flags.writeable or read.flags.owndata)
 
 
 def test_bfloat16_is_exact(tmp_path: Path) -> None:
@@ -74,31 +57,20 @@ def test_files_of_the_safetensors_library(tmp_path: Path) -> None:
         np.testing.assert_array_equal(checkpoint.read(name), values.astype(np.float32))
 
 
-def test_every_e4m3_byte(tmp_path: Path) -> None:
-    codes = np.arange(256).reshape(16, 16)
-    scale = np.array([[0.25]], np.float32)
-    checkpoint = open_with(tmp_path, w=f8(codes), w_scale_inv=f32(scale))
-    expected = [[e4m3_value(int(code)) * 0.25 for code in row] for row in codes]
-    np.testing.assert_array_equal(checkpoint.read("w", (128, 128)), np.float32(expected))
-    assert np.nanmax(checkpoint.read("w", (16, 16))) == 448 * 0.25
-
-
 @pytest.mark.parametrize(
     ("shape", "block"),
-    [((128, 128), (128, 128)), ((129, 257), (128, 128)), ((7, 5), (2, 3)), ((1, 1), (128, 128))],
+    [((16, 16), (16, 16)), ((129, 257), (128, 128)), ((7, 5), (2, 3)), ((1, 1), (128, 128))],
 )
 def test_fp8_blocks_with_ragged_ends(
     tmp_path: Path, shape: tuple[int, int], block: tuple[int, int]
 ) -> None:
-    codes = RNG.integers(0, 127, shape)
+    codes = RNG.integers(0, 127, shape) if shape != (16, 16) else np.arange(256).reshape(16, 16)
     scales = RNG.uniform(0.5, 2, (-(-shape[0] // block[0]), -(-shape[1] // block[1])))
     scales = scales.astype(np.float32)
     checkpoint = open_with(tmp_path, w=f8(codes), w_scale_inv=f32(scales))
-    expected = np.empty(shape, np.float32)
-    for n in range(shape[0]):
-        for k in range(shape[1]):
-            scale = scales[n // block[0], k // block[1]]
-            expected[n, k] = np.float32(e4m3_value(int(codes[n, k]))) * scale
+    expected = E4M3_VALUES[codes].astype(np.float32)
+    for n, k in np.ndindex(*shape):
+        expected[n, k] *= scales[n // block[0], k // block[1]]
     np.testing.assert_array_equal(checkpoint.read("w", block), expected)
 
 
@@ -135,11 +107,3 @@ def test_views_outlive_the_checkpoint(tmp_path: Path) -> None:
     np.testing.assert_array_equal(view, np.ones(3, np.float32))
     with pytest.raises(RuntimeError, match="the file is closed"):
         checkpoint.read("w")
-
-
-def test_demo_weights_agree_with_their_header() -> None:
-    checkpoint = Checkpoint.open(demo_model_path())
-    embedding = checkpoint.read("model.embed_tokens.weight")
-    assert embedding.shape == (4096, 384)
-    assert np.isfinite(embedding).all()
-    assert 0 < embedding.std() < 10

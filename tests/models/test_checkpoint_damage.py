@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,76 +77,46 @@ def test_single_file_and_index_at_once(tmp_path: Path) -> None:
     assert "holds both" in refusal(tmp_path)
 
 
-def _rename_tensor(folder: Path, weight_map: dict[str, Any]) -> str:
-    weight_map["c"] = weight_map.pop("b")
-    return "tensor 'c': expected in model-00002-of-00002.safetensors, found in no shard"
+FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+# what the index says of tensors, and the message
+INDICES: dict[str, tuple[dict[str, Any], str]] = {
+    "renamed": ({"a": FIRST, "c": SECOND}, f"tensor 'c': expected in {SECOND}, found in no shard"),
+    "wrong shard": (
+        {"a": FIRST, "b": FIRST, "extra": SECOND},
+        f"tensor 'b': expected in {FIRST}, found in {SECOND}",
+    ),
+    "no such shard": (
+        {"a": FIRST, "b": "x.safetensors"},
+        "names the shard x.safetensors, which is not in the folder",
+    ),
+    "outside": (
+        {"a": FIRST, "b": "../elsewhere.safetensors"},
+        "weight_map.b: got '../elsewhere.safetensors', allowed: a file name in the folder",
+    ),
+    "no name": ({"a": FIRST, "b": 3}, "weight_map.b: got 3"),
+    "empty": ({}, "weight_map: got {}"),
+}
 
 
-def _forget_tensor(folder: Path, weight_map: dict[str, Any]) -> str:
-    write_shards(folder, TENSORS | {"c": TENSORS["a"]}, 2)
-    return "tensor 'c' is not in model.safetensors.index.json (1 such)"
-
-
-def _wrong_shard(folder: Path, weight_map: dict[str, Any]) -> str:
-    weight_map["extra"] = weight_map["b"]
-    weight_map["b"] = weight_map["a"]
-    return "tensor 'b': expected in model-00001-of-00002.safetensors, found in model-00002"
-
-
-def _missing_shard(folder: Path, weight_map: dict[str, Any]) -> str:
-    (folder / weight_map["b"]).unlink()
-    return "names the shard model-00002-of-00002.safetensors, which is not in the folder"
-
-
-def _tensor_in_two_shards(folder: Path, weight_map: dict[str, Any]) -> str:
-    write_safetensors(folder / weight_map["b"], TENSORS)
-    return "tensor 'a' is in model-00001-of-00002.safetensors too"
-
-
-def _shard_outside(folder: Path, weight_map: dict[str, Any]) -> str:
-    weight_map["b"] = "../elsewhere.safetensors"
-    return "weight_map.b: got '../elsewhere.safetensors', allowed: a file name in the folder"
-
-
-def _shard_without_name(folder: Path, weight_map: dict[str, Any]) -> str:
-    weight_map["b"] = 3
-    return "weight_map.b: got 3"
-
-
-def _empty_map(folder: Path, weight_map: dict[str, Any]) -> str:
-    weight_map.clear()
-    return "weight_map: got {}"
-
-
-def _damaged_shard(folder: Path, weight_map: dict[str, Any]) -> str:
-    path = folder / weight_map["b"]
-    path.write_bytes(path.read_bytes()[:-1])
-    return f"{path}: truncated or no sound safetensors file (119 bytes)"
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        _rename_tensor,
-        _forget_tensor,
-        _wrong_shard,
-        _missing_shard,
-        _tensor_in_two_shards,
-        _shard_outside,
-        _shard_without_name,
-        _empty_map,
-        _damaged_shard,
-    ],
-)
+@pytest.mark.parametrize(("weight_map", "text"), INDICES.values(), ids=INDICES)
 def test_index_and_shards_that_disagree(
-    tmp_path: Path, damage: Callable[[Path, dict[str, Any]], str]
+    tmp_path: Path, weight_map: dict[str, Any], text: str
 ) -> None:
     write_shards(tmp_path, TENSORS, 2)
-    index_path = tmp_path / "model.safetensors.index.json"
-    index = json.loads(index_path.read_text())
-    expected = damage(tmp_path, index["weight_map"])
-    index_path.write_text(json.dumps(index))
-    assert expected in refusal(tmp_path)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert text in refusal(tmp_path)
+
+
+def test_shards_that_are_damaged_or_hold_other_tensors(tmp_path: Path) -> None:
+    write_shards(tmp_path, TENSORS, 2)
+    path = tmp_path / SECOND
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{path}: {TRUNCATED}{path.stat().st_size} bytes)" in refusal(tmp_path)
+    write_safetensors(path, TENSORS)
+    assert f"tensor 'a' is in {FIRST} too" in refusal(tmp_path)
+    write_safetensors(path, {"b": TENSORS["b"], "c": TENSORS["a"]})
+    assert "tensor 'c' is not in model.safetensors.index.json (1 such)" in refusal(tmp_path)
 
 
 def test_index_that_is_no_json(tmp_path: Path) -> None:
