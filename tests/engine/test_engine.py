@@ -1,6 +1,12 @@
-"""The engine over a fake runner: tokens, text, ends, refusals, failures."""
+"""The engine over a fake runner: tokens, text, ends, refusals, failures, order of service.
+
+That tokens depend on their request alone, whatever the load, that nobody starves and that requests
+are served in order, is shown by `tests.soak.histories`.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -179,3 +185,35 @@ def test_prompt_ids_may_be_a_numpy_array():
     outputs = run_one(make_engine(), np.array([2, 3]), GREEDY)
     assert outputs[-1].token_ids == expected_greedy([2, 3], 12, eos=None)
     assert type(outputs[-1].prompt_token_ids[0]) is int
+
+
+def test_decode_goes_on_while_a_long_prompt_is_read_in_chunks():
+    engine = make_engine(max_num_batched_tokens=8, block_size=4)
+    engine.add_request("talks", [2, 3], replace(GREEDY, max_tokens=20))
+    engine.step()
+    engine.add_request("reads", [4] * 30, replace(GREEDY, max_tokens=2))
+    chunks = []
+    while engine.has_unfinished_requests() and len(chunks) < 5:
+        outputs = engine.step()
+        chunks.append(engine.runner.steps[-1])
+        assert "talks" in [output.request_id for output in outputs]
+    # 30 tokens at 7 a step: the decoding row takes one token of each step
+    assert [step[1] for step in chunks] == [
+        (7, 0, True),
+        (7, 7, True),
+        (7, 14, True),
+        (7, 21, True),
+        (2, 28, True),
+    ]
+    assert all(step[0][0] == 1 and not step[0][2] for step in chunks)
+
+
+def test_short_requests_wait_behind_a_long_one_only_for_its_share():
+    engine = make_engine(max_num_batched_tokens=16)
+    engine.add_request("long", [4] * 40, replace(GREEDY, max_tokens=2))
+    engine.add_request("short", [5] * 3, replace(GREEDY, max_tokens=2))
+    first = {}
+    for step in range(10):
+        for output in engine.step():
+            first.setdefault(output.request_id, step)
+    assert first == {"long": 2, "short": 2}

@@ -82,16 +82,6 @@ def test_running_requests_share_what_finished_steps_have_filled():
     assert engine.stats().num_used_blocks == 0
 
 
-def test_requests_of_one_step_share_nothing_yet():
-    engine = make_engine(max_num_batched_tokens=64)
-    for name in "ab":
-        engine.add_request(name, PREFIX, GREEDY)
-    engine.step()
-    assert [row[:2] for row in engine.runner.steps[-1].values()] == [(18, 0), (18, 0)]
-    assert hits(engine) == (0, 36)
-    assert len({tuple(outputs[-1].token_ids) for outputs in run_all(engine).values()}) == 1
-
-
 @pytest.mark.parametrize(("num_blocks", "num_running"), [(7, 1), (8, 2)])
 def test_admission_asks_for_new_blocks_alone_and_one_to_spare(num_blocks, num_running):
     engine = make_engine(num_blocks=num_blocks, max_num_batched_tokens=32, max_model_len=28)
@@ -103,16 +93,6 @@ def test_admission_asks_for_new_blocks_alone_and_one_to_spare(num_blocks, num_ru
     assert engine.stats().num_running == num_running
     for name, outputs in run_all(engine).items():
         assert outputs[-1].token_ids == expected_greedy(prompts[name], 6, eos=None)
-
-
-def test_salts_keep_requests_apart():
-    engine = make_engine()
-    salts = [None, "a", "b", "a", None, "b", "c"]
-    outputs = [answer(engine, PREFIX, replace(GREEDY, cache_salt=salt)) for salt in salts]
-    assert [output.num_cached_tokens for output in outputs] == [0, 0, 0, 16, 16, 16, 0]
-    assert {tuple(output.token_ids) for output in outputs} == {
-        tuple(expected_greedy(PREFIX, 6, eos=None))
-    }
 
 
 def test_a_request_may_ask_for_its_whole_prompt_to_be_computed():

@@ -129,15 +129,6 @@ def test_a_nucleus_is_of_the_largest_logits_where_their_weights_are_equal(temper
     assert all(t == p or d < 1e-6 for t, (p, d) in zip(tokens, places, strict=True))
 
 
-def test_equal_logits_of_a_large_vocabulary_are_drawn_by_their_share():
-    vocab_size, num_rows = 129_280, 64
-    tokens = sample(np.zeros((num_rows, vocab_size), np.float32), [SamplingParams()] * num_rows)
-    places = np.array([ref_uniform(seed, 0) for seed in range(num_rows)]) * vocab_size
-    clear = np.abs(places - places.round()) > 1e-3
-    assert clear.sum() > 60
-    assert (tokens[clear] == places[clear].astype(int)).all()
-
-
 def test_seeds_draw_independently_of_each_other():
     num_seeds = 20_000
     sampler = Sampler(num_seeds)
@@ -173,17 +164,6 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(params, seed):
     alone = [sample(logits[i : i + 1], [one], seeds=[i])[0] for i, one in enumerate(params)]
     assert together.tolist() == alone
     assert shuffled.tolist() == together[order].tolist()
-
-
-def test_a_slot_takes_the_parameters_set_last():
-    sampler = Sampler(1)
-    logits = np.array([[0.0, 0.0, 5.0, 0.0]], np.float32)
-    sampler.set_slot(0, SamplingParams(temperature=100.0), 1)
-    many = {int(sampler.sample(logits, np.array([0]), np.array([p]))[0]) for p in range(50)}
-    sampler.set_slot(0, SamplingParams(temperature=0), 1)
-    one = {int(sampler.sample(logits, np.array([0]), np.array([p]))[0]) for p in range(50)}
-    assert len(many) == 4
-    assert one == {2}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=["nan", "inf", "all -inf"])

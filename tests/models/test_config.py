@@ -50,25 +50,22 @@ def test_demo_folder() -> None:
     assert (config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim) == (512, 64, 128)
 
 
-def test_file_written_by_transformers_for_deepseek(caplog: pytest.LogCaptureFixture) -> None:
-    fields = json.loads((DATA / "deepseek_v32_yarn.json").read_text())
+def test_files_written_by_transformers(caplog: pytest.LogCaptureFixture) -> None:
+    v32, glm = (
+        json.loads((DATA / name).read_text())
+        for name in ("deepseek_v32_yarn.json", "glm_moe_dsa_shared.json")
+    )
     with caplog.at_level(logging.WARNING):
-        config = read(fields)
+        config = read(v32)
+        shared = read(glm)
     assert not caplog.records
     assert config.rope == RopeConfig(50000.0, "yarn", 4.0, 128, 32.0, 1.0, 1.0, 1.0)
     assert config.mlp_layer_types == ("dense", "sparse", "sparse", "sparse")
     assert (config.n_group, config.topk_group) == (4, 2)
-
-
-def test_file_written_by_transformers_for_glm(caplog: pytest.LogCaptureFixture) -> None:
-    fields = json.loads((DATA / "glm_moe_dsa_shared.json").read_text())
-    with caplog.at_level(logging.WARNING):
-        config = read(fields)
-    assert not caplog.records
-    assert config.rope == RopeConfig(10000.0)
-    assert config.indexer_types == tuple(fields["indexer_types"])
-    assert config.attention_bias
-    assert config.eos_token_ids == (1, 2)
+    assert shared.rope == RopeConfig(10000.0)
+    assert shared.indexer_types == tuple(glm["indexer_types"])
+    assert shared.attention_bias
+    assert shared.eos_token_ids == (1, 2)
 
 
 @pytest.mark.parametrize("with_theta", [True, False])

@@ -85,26 +85,26 @@ def test_index_scores_are_those_of_the_oracle() -> None:
     np.testing.assert_allclose(index_scores(*single), wanted, rtol=0, atol=1e-5)
 
 
-class TestExactness:
-    """How much of a selection is among the best."""
+SCORES = np.array([5, 1, 4, 4, 0, 3], np.float32)
+CLOSE = np.array([1.0, 1.0 - 1e-7, 0.5], np.float32)
 
-    SCORES = np.array([5, 1, 4, 4, 0, 3], np.float32)
 
-    def test_the_oracle_s_choice_is_exact(self) -> None:
-        for k in range(1, 9):
-            chosen = [p for p in ref_topk(self.SCORES, 6, k) if p >= 0]
-            assert exactness(np.array(chosen), self.SCORES, k) == 1.0
-
-    @pytest.mark.parametrize(("selected", "wanted"), [([0, 3], 1.0), ([0, 1], 0.5), ([4, 1], 0.0)])
-    def test_a_tie_counts_and_a_worse_key_does_not(
-        self, selected: list[int], wanted: float
-    ) -> None:
-        assert exactness(np.array(selected), self.SCORES, 2) == wanted
-
-    def test_keys_that_are_missing_count_against_it(self) -> None:
-        assert exactness(np.array([0]), self.SCORES, 2) == 0.5
-
-    def test_scores_within_rounding_are_as_good(self) -> None:
-        scores = np.array([1.0, 1.0 - 1e-7, 0.5], np.float32)
-        assert exactness(np.array([1]), scores, 1) == 1.0
-        assert exactness(np.array([2]), scores, 1) == 0.0
+@pytest.mark.parametrize(
+    ("selected", "scores", "k", "wanted"),
+    [
+        # a tie counts, a worse key does not
+        ([0, 3], SCORES, 2, 1.0),
+        ([0, 1], SCORES, 2, 0.5),
+        ([4, 1], SCORES, 2, 0.0),
+        # a key that is missing
+        ([0], SCORES, 2, 0.5),
+        # within rounding
+        ([1], CLOSE, 1, 1.0),
+        ([2], CLOSE, 1, 0.0),
+        *(([p for p in ref_topk(SCORES, 6, k) if p >= 0], SCORES, k, 1.0) for k in range(1, 9)),
+    ],
+)
+def test_exactness_is_the_share_of_the_best(
+    selected: list[int], scores: np.ndarray, k: int, wanted: float
+) -> None:
+    assert exactness(np.array(selected), scores, k) == wanted
