@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fd_dsa.accuracy.embedded import OneSequence, open_model
+from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model
 from fd_dsa.accuracy.perplexity import (
     Losses,
     cut,
@@ -149,65 +148,57 @@ def test_a_sequence_begins_as_its_tokenizer_says(
 TEXT = PROSE * 3
 
 
-class Demo:
-    """The demo model, and what it makes of the text."""
-
-    def __init__(self) -> None:
-        self.model = open_model(device="cpu", max_model_len=512)
-        self.topk = self.model.model_config.index_topk
-        self.losses = measure(self.model, TEXT)
+@pytest.fixture(scope="module")
+def model() -> OpenModel:
+    """The demo model."""
+    return open_model(device="cpu", max_model_len=512)
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[Demo]:
-    yield Demo()
+def losses(model: OpenModel) -> Losses:
+    """What it makes of the text."""
+    return measure(model, TEXT)
 
 
-def test_the_demo_model_s_losses_cover_the_text(demo: Demo) -> None:
-    tokenizer = demo.model.tokenizer
-    assert len(demo.losses.nats) == len(tokenizer.encode(TEXT)) > demo.topk + 16
-    assert demo.losses.num_keys.tolist() == list(range(1, len(demo.losses.nats) + 1))
-    assert demo.losses.characters == len(TEXT)
-    assert np.isfinite(demo.losses.nats).all()
-
-
-def test_windows_of_the_demo_model(demo: Demo) -> None:
-    ids = demo.model.tokenizer.encode(PROSE)
-    found = measure(replace(demo.model, max_model_len=41), PROSE, overlap=10)
+def test_windows_of_the_demo_model(model: OpenModel, losses: Losses) -> None:
+    ids = model.tokenizer.encode(PROSE)
+    found = measure(replace(model, max_model_len=41), PROSE, overlap=10)
     assert found.num_windows == 1 + math.ceil((len(ids) - 40) / 30)
     assert len(found.nats) == len(ids)
-    np.testing.assert_allclose(found.nats[:40], demo.losses.nats[:40], rtol=0, atol=1e-3)
-    bos = demo.model.tokenizer.bos_token_id
-    again = token_losses(demo.model.sequence, [bos, *ids[30:70]])
+    np.testing.assert_allclose(found.nats[:40], losses.nats[:40], rtol=0, atol=1e-3)
+    bos = model.tokenizer.bos_token_id
+    again = token_losses(model.sequence, [bos, *ids[30:70]])
     np.testing.assert_allclose(found.nats[40:70], again[10:], rtol=0, atol=1e-3)
 
 
-def test_no_jump_at_the_selection_s_size(demo: Demo) -> None:
+def test_no_jump_at_the_selection_s_size(model: OpenModel, losses: Losses) -> None:
     """Losses before, at and after index_topk follow dense attention; a collapse would not."""
     dense = measure(open_model(device="cpu", max_model_len=512, index_topk=512), TEXT)
-    difference = np.abs(demo.losses.nats - dense.nats)
-    border = demo.topk
+    difference = np.abs(losses.nats - dense.nats)
+    border = model.model_config.index_topk
     # num_keys is the index plus one: up to here every key is chosen
     assert difference[:border].max() < 1e-3
     assert difference[border:].max() > 1e-5, "nothing is selected"
     assert difference[border : border + 16].max() < 0.1
-    with recording(demo.model.sequence.runner, "cpu", FewLastKeysOnly):
-        spoiled = measure(demo.model, TEXT)
-    jump = np.abs(spoiled.nats - demo.losses.nats)
+    with recording(model.sequence.runner, "cpu", FewLastKeysOnly):
+        spoiled = measure(model, TEXT)
+    jump = np.abs(spoiled.nats - losses.nats)
     # only rounding: on some processors the sums of a GEMM depend on the address of its memory
     assert jump[:border].max() < 1e-4
     assert jump[border : border + 16].max() > 1
 
 
-def test_losses_that_are_no_numbers_are_told(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_that_are_no_numbers_are_told(
+    model: OpenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(hidden: np.ndarray) -> np.ndarray:
-        logits = np.zeros((len(hidden), demo.model.sequence.runner.vocab_size), np.float32)
+        logits = np.zeros((len(hidden), model.sequence.runner.vocab_size), np.float32)
         logits[1] = np.nan
         return logits
 
-    monkeypatch.setattr(demo.model.sequence, "logits", broken)
+    monkeypatch.setattr(model.sequence, "logits", broken)
     with pytest.raises(FdDsaError, match="window 0: the loss of token 2 is not finite"):
-        measure(demo.model, "One, two, three.")
+        measure(model, "One, two, three.")
 
 
 def test_open_model_refuses_a_selection_of_nothing() -> None:

@@ -104,18 +104,6 @@ def test_rows_and_phases_follow_the_time():
         assert [kinds.count(k) for k in ("short", "long", "longest")] == [60 - 2 * each, each, each]
 
 
-def test_batches_keep_their_tokens_and_sparse_ones_their_memory():
-    from demo_training.config import MODEL
-    from demo_training.model import DemoModel
-    from demo_training.training import Settings, Trainer
-
-    trainer = Trainer(Settings(seconds=1), DemoModel(TINY), print)
-    trainer.lengths = {"short": 1024, "long": 4096, "longest": 8192}
-    assert MODEL["max_position_embeddings"] == 8192
-    found = [[trainer.rows(f, k) for k in trainer.lengths] for f in ("A", "C1", "C2")]
-    assert found == [[32, 8, 4], [32, 8, 2], [32, 8, 2]]
-
-
 def test_a_run_cut_into_stages_goes_on_where_it_was(trainer, tmp_path):
     import torch
     from demo_training.model import DemoModel

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import numpy as np
@@ -207,27 +206,6 @@ def test_a_form_may_begin_behind_a_token():
     late = StructuredOutputsParams(regex="a", after_token_id=VOCAB_SIZE, source="guided_it")
     with pytest.raises(ValueError, match="guided_it has the token id 300"):
         make_engine().validate([5], params(late))
-
-
-def test_threads_that_ask_for_grammars_at_once_get_their_own():
-    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
-    forms = [StructuredOutputsParams(regex=f"x{{{1 + i % 100}}}") for i in range(300)]
-
-    def length(form):
-        matcher = GrammarMatcher(compiler, form)
-        x = id_of("x")
-        return next(i for i in range(1, 200) if matcher.accept(x))
-
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(length, forms)) == [1 + i % 100 for i in range(300)]
-
-
-def test_matchers_of_one_grammar_do_not_disturb_each_other():
-    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
-    form = StructuredOutputsParams(regex="ax|bx")
-    first, second = GrammarMatcher(compiler, form), GrammarMatcher(compiler, form)
-    first.accept(id_of("a"))
-    assert allowed(second) == {id_of("a"), id_of("b")}
 
 
 def test_what_others_have_asked_of_a_form_does_not_wear_it_out(monkeypatch):

@@ -103,11 +103,6 @@ def test_truncation_and_padding_of_the_file_are_off(folder):
     assert len(Tokenizer.from_folder(folder).encode("one two three four five six")) > 4
 
 
-def test_a_lone_surrogate_is_a_value_error(demo):
-    with pytest.raises(ValueError, match="no valid Unicode"):
-        demo.encode("broken \ud800 text")
-
-
 def test_the_template_file_goes_first_and_of_named_templates_the_default(folder):
     tokenizer = with_config(
         folder,

@@ -19,7 +19,7 @@ from tests.reference.indexer import ref_layer_norm, ref_rms_norm, ref_score
 from tests.reference.rope import ref_rotate
 from tests.reference.sparse_mla import ref_expanded
 from tests.reference.topk import ref_topk
-from tests.runner.tiny import GLM, V32, random_tensors, run_rows, tiny_model, tiny_runner
+from tests.runner.tiny import GLM, V32, random_tensors, tiny_model, tiny_runner
 
 NUM_TOKENS = 30
 PREFIX = "model.layers.0.self_attn."
@@ -171,24 +171,3 @@ def test_the_other_pairing_selects_other_keys(name: str) -> None:
     _, _, reference, x = layer_and_reference(name, seed=3)
     other = replace(reference, interleaved=not reference.interleaved)
     assert reference.forward(x)[0] != other.forward(x)[0]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_every_tensor_of_the_layer_matters(name: str) -> None:
-    """A change of any one tensor changes the logits, so none is loaded into the wrong place."""
-    ids = np.random.default_rng(5).integers(2, 50, NUM_TOKENS).tolist()
-
-    def logits(fields: dict[str, Any], changed: str | None) -> np.ndarray:
-        model = tiny_model(fields)
-        if changed is not None:
-            array = random_tensors(model.config)[changed]
-            # another order of rows, not a factor: a norm would undo that
-            model.weight_loaders()[changed](np.ascontiguousarray(array[::-1]) * np.float32(3))
-        return run_rows(tiny_runner(model), [(0, ids, 0, True)]).copy()
-
-    fields = CASES[name] | {"index_topk": 4}
-    base = logits(fields, None)
-    names = [n for n in random_tensors(tiny_model(fields).config) if n.startswith(PREFIX)]
-    assert len(names) >= 12
-    for changed in names:
-        assert np.abs(logits(fields, changed) - base).max() > 1e-4, changed

@@ -103,52 +103,27 @@ def test_gate_of_random_tokens(rule: GateRule, seed: int, coarse: bool) -> None:
     check_gate(None, logits, bias, rule)
 
 
-ONE_GROUP = {"n_group": 2, "topk_group": 1}
 PLACES = ["host", *PADDLE_MEMORIES]
+EQUAL, TIES = [[0] * 8], [[1, 2, 2, 2, 0], [0] * 5, [-1, -2, 3, -1, -1]]
 # logits, correction bias, rule, chosen experts
 DECIDED: dict[str, tuple[Any, Any, GateRule, list[list[int]]]] = {
-    "sigmoids": ([[-100, -9, 0, 9]], [0] * 4, GateRule(4, norm_topk_prob=False), [[0, 1, 2, 3]]),
-    "ties go to the lower expert": (
-        [[1, 2, 2, 2, 0], [0] * 5, [-1, -2, 3, -1, -1]],
-        [0] * 5,
-        GateRule(2, norm_topk_prob=False, scaling=2.0),
-        [[1, 2], [0, 1], [0, 2]],
-    ),
-    "a tie after the bias": ([[0] * 8], [0, 0, 0, 0, 0, 0.5, 0, 0], GateRule(3), [[0, 1, 5]]),
+    "sigmoids": ([[-100, -9, 0, 9]], [0] * 4, GateRule(4, 1, 1, False), [[0, 1, 2, 3]]),
+    "ties": (TIES, [0] * 5, GateRule(2, 1, 1, False, 2.0), [[1, 2], [0, 1], [0, 2]]),
+    "a tie after the bias": (EQUAL, [0] * 5 + [0.5, 0, 0], GateRule(3), [[0, 1, 5]]),
     # groups 1 and 3 equal, 0 and 2 below
-    "ties of groups go to the lower group": (
-        [[0] * 8],
-        [0, 0, 0.5, 0, 0, 0, 0, 0.5],
-        GateRule(2, n_group=4, topk_group=1),
-        [[2, 3]],
-    ),
+    "ties of groups": (EQUAL, [0, 0, 0.5, 0, 0, 0, 0, 0.5], GateRule(2, 4, 1), [[2, 3]]),
     # three groups of three: two best of 2 + 1, of 1 + 2 and of 3 + 0
-    "sizes need not be powers of two": (
+    "no powers of two": (
         [[2, 1, -9, -9, 1, 2, 3, 0, -9]],
-        [0, 0, 0, 0, 0, 0, -0.1, -0.1, 0],
-        GateRule(2, n_group=3, topk_group=1),
+        [0] * 6 + [-0.1, -0.1, 0],
+        GateRule(2, 3, 1),
         [[0, 1]],
     ),
     # the kept experts score -1.5; a dropped group masked with 0 would win over them
-    "dropped groups lose to negative scores": (
-        [[0] * 8],
-        [-5] * 4 + [-2] * 4,
-        GateRule(3, **ONE_GROUP),
-        [[4, 5, 6]],
-    ),
-    "the bias chooses but does not weigh": (
-        [[3, 0, -3, -3]],
-        [0, 0, 0, 9],
-        GateRule(1, norm_topk_prob=False),
-        [[3]],
-    ),
+    "dropped groups": (EQUAL, [-5] * 4 + [-2] * 4, GateRule(3, 2, 1), [[4, 5, 6]]),
+    "no weight of the bias": ([[3, 0, -3, -3]], [0, 0, 0, 9], GateRule(1, 1, 1, False), [[3]]),
     # group 0 has the best expert, group 1 the better pair
-    "a group counts by its best two": (
-        [[0] * 8],
-        [1, -1, -1, -1, 0.25, 0.25, -9, -9],
-        GateRule(2, **ONE_GROUP),
-        [[4, 5]],
-    ),
+    "best two": (EQUAL, [1, -1, -1, -1, 0.25, 0.25, -9, -9], GateRule(2, 2, 1), [[4, 5]]),
 }
 
 
