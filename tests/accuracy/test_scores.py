@@ -9,13 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from fd_dsa.accuracy.scores import Scores, by_type, metrics, parts, read_scores, write_report
+from fd_dsa.accuracy.scores import Scores, parts, read_scores, write_report
 from fd_dsa.accuracy.types import (
     INST_LOOSE,
-    INST_STRICT,
-    METRICS,
-    PROMPT_LOOSE,
-    PROMPT_STRICT,
     PromptScore,
 )
 from fd_dsa.errors import ConfigError
@@ -28,24 +24,6 @@ THREE = run(
         PromptScore("3", ("a:0",), (False,), (True,)),
     ]
 )
-
-
-def test_metrics_count_prompts_and_instructions() -> None:
-    found = {name: (m.passed, m.total) for name, m in metrics(THREE.prompts).items()}
-    assert found == {
-        PROMPT_STRICT: (1, 3),
-        INST_STRICT: (3, 5),
-        PROMPT_LOOSE: (2, 3),
-        INST_LOOSE: (4, 5),
-    }
-    assert tuple(found) == METRICS
-
-
-def test_types_are_counted_by_name() -> None:
-    found = by_type(THREE.prompts)
-    assert list(found) == ["a:0", "b:1"]
-    assert (found["a:0"].total, found["a:0"].strict, found["a:0"].loose) == (3, 2, 3)
-    assert (found["b:1"].total, found["b:1"].strict, found["b:1"].loose) == (2, 1, 1)
 
 
 @given(pairs())

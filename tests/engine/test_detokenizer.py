@@ -153,16 +153,6 @@ def test_no_more_is_held_back_than_may_become_a_stop_string(text, stops):
     assert shown + checker.flush() == text
 
 
-def test_long_stop_strings_that_begin_alike_are_told_apart():
-    # as many and as long as a request may have, each the beginning of a text that goes wrong
-    stops = ["ab" * 200 + "c" * (1 + i) + "d" * (111 - i) for i in range(64)]
-    text = "ab" * 300 + "c" * 40 + "ab" * 200 + "c" * 7 + "d" * 105 + "after"
-    for size in (1, 3, 700):
-        pieces = [text[i : i + size] for i in range(0, len(text), size)]
-        assert stop_after(pieces, stops) == first_stop(text, stops)
-        assert stop_after(pieces, stops)[1] == stops[6]
-
-
 def test_many_long_stop_strings_of_many_choices_take_little_memory():
     stops = [f"{i:02d}" * 256 for i in range(64)]
     tracemalloc.start()

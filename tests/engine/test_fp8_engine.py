@@ -30,19 +30,16 @@ def test_blocks_take_788_bytes_a_token_and_layer() -> None:
     assert sum(c.nbytes for c in caches) == num_blocks * 64 * 788 * 6
 
 
-@pytest.mark.parametrize(
-    ("chunk", "num_fillers"), [(100, 25), pytest.param(512, 60, marks=pytest.mark.slow)]
-)
-def test_a_needle_past_the_selection_is_found(chunk: int, num_fillers: int) -> None:
-    """About 450 and 1,100 tokens, of which a token sees 256; greedy, beside other requests."""
-    prompt = f"{FILLER * 3}{NEEDLE}{FILLER * num_fillers}\n\n{QUESTION}"
+def test_a_needle_past_the_selection_is_found() -> None:
+    """About 450 tokens, of which a token sees 256; greedy, beside other requests."""
+    prompt = f"{FILLER * 3}{NEEDLE}{FILLER * 25}\n\n{QUESTION}"
     chats = [
         [{"role": "user", "content": text}]
         for text in (prompt, "What is the capital of France?", "What is 7 + 5?")
     ]
-    llm = LLM(kv_cache_dtype="fp8_ds_mla", max_num_seqs=3, max_num_batched_tokens=chunk)
+    llm = LLM(kv_cache_dtype="fp8_ds_mla", max_num_seqs=3, max_num_batched_tokens=100)
     outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=30))
-    assert len(outputs[0].prompt_token_ids) > 14 * num_fillers
+    assert len(outputs[0].prompt_token_ids) > 350
     assert [o.text for o in outputs] == [
         ANSWER,
         "The capital of France is Paris.",

@@ -61,11 +61,8 @@ class Host:
         return steps
 
 
-def test_a_step_of_few_tokens_has_short_chunks() -> None:
-    assert StepTimes(5).longest_chunk(1, 0, 1e6) == 5
-
-
 def test_nothing_is_known_at_first() -> None:
+    assert StepTimes(5).longest_chunk(1, 0, 1e6) == 5
     times = StepTimes(512)
     assert times.expected(1) == times.expected(1, 16) == math.inf
     assert times.longest_chunk(1, 0, 1e6) == SMALLEST_CHUNK

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.checkpoint import Checkpoint
@@ -43,18 +42,6 @@ def test_float16_is_exact(tmp_path: Path) -> None:
     read = open_with(tmp_path, w=f16(values)).read("w")
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, values.astype(np.float32))
-
-
-def test_files_of_the_safetensors_library(tmp_path: Path) -> None:
-    tensors = {
-        "w": RNG.standard_normal((7, 2)).astype(np.float32),
-        "h": RNG.standard_normal(5).astype(np.float16),
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path)
-    assert sorted(checkpoint.names()) == ["h", "w"]
-    for name, values in tensors.items():
-        np.testing.assert_array_equal(checkpoint.read(name), values.astype(np.float32))
 
 
 @pytest.mark.parametrize(
