@@ -1,6 +1,7 @@
 """Failures that other DSA engines have had: each one is put in here, and has to be noticed.
 
-Those of a single operator are injected in `tests/attention/test_known_failures.py`.
+Those of a single operator are injected in `tests/attention/test_known_failures.py`; the other
+pairing of a RoPE also in `tests/models/test_mla.py`.
 """
 
 from __future__ import annotations
@@ -26,19 +27,14 @@ from fd_dsa.accuracy.selection.measure import (
     tokens_of,
 )
 from fd_dsa.accuracy.selection.tap import RecordingBackend, recording
-from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.factory import build_engine
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.errors import ConfigError
-from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-from fd_dsa.ops.unchecked import prepare_indexer_query
 from tests.accuracy.broken_selectors import FirstKeysOnly, OwnChunkOnly, TrailingKeysOnly
-from tests.reference.rope import ref_frequencies, ref_rotate
 
 LENGTH, CHUNK = 640, 256
-NUM_KEYS, TOPK, DIM, ROPE, THETA = 400, 8, 32, 16, 100.0
 
 
 @pytest.fixture(scope="module")
@@ -130,49 +126,6 @@ def test_a_text_that_is_not_there_once_is_refused(model: OpenModel) -> None:
 
 
 # The pairing of the indexer's RoPE: DeepSeek-V3.2-Exp commit 8631a81, vLLM #28968, mlxcel #583.
-
-
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
-def test_needle_recall_collapses_with_the_other_pairing(interleaved: bool) -> None:
-    """Queries made for their needles by the definition of a pairing find them by it alone."""
-    assert needle_recall(interleaved, interleaved) == 1.0
-    # a random choice would hold 8 of 400
-    assert needle_recall(interleaved, not interleaved) < 0.2
-
-
-def needle_recall(made_for: bool, served_with: bool) -> float:
-    """Share of needles among the best keys, by our operators with a pairing.
-
-    Args:
-        made_for: pairing by which each query, rotated at its position, equals its needle's key.
-        served_with: pairing that the operators are asked for.
-    """
-    rng = np.random.default_rng(0)
-    angles = np.outer(np.arange(NUM_KEYS + 1), ref_frequencies(ROPE, THETA))
-    cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    keys = np.zeros((NUM_KEYS, DIM), np.float32)
-    keys[:, :ROPE] = rng.standard_normal((NUM_KEYS, ROPE))
-    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    needles = rng.permutation(NUM_KEYS)[:50]
-    queries = np.zeros((len(needles), 1, DIM), np.float32)
-    for query, needle in zip(queries, needles, strict=True):
-        turned = ref_rotate(keys[needle, :ROPE], angles[needle], made_for)
-        # turned back, so that at the query's own position it is the needle's turned key
-        query[0, :ROPE] = ref_rotate(turned, -angles[NUM_KEYS], made_for)
-    layout = CacheLayout("float32", 64, 8, 4, DIM)
-    cache = layout.allocate(layout.indexer_shape(-(-NUM_KEYS // 64)))
-    params = CacheWriteParams("float32", index_rope_interleave=served_with)
-    slots = np.arange(NUM_KEYS)
-    write_caches(None, keys, slots, slots, cos_sin, None, cache, params)
-    weights = np.ones((len(needles), 1), np.float32)
-    at = np.full(len(needles), NUM_KEYS, np.int64)
-    rotated, _ = prepare_indexer_query(
-        queries, weights, at, cos_sin, rope_interleave=served_with, quantized=False
-    )
-    stored = np.from_dlpack(cache).reshape(-1, DIM)[:NUM_KEYS]
-    scores = np.asarray(rotated)[:, 0] @ stored.T
-    best = np.argsort(-scores, axis=1)[:, :TOPK]
-    return float(np.mean([needle in row for needle, row in zip(needles, best, strict=True)]))
 
 
 @pytest.fixture
