@@ -92,11 +92,8 @@ def test_no_figure_without_green_tests_and_a_commit(
     assert said in text and not re.search(r"\d", text)
 
 
-def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
+def test_what_was_not_measured_or_was_cut_off_says_so(tmp_path: Path) -> None:
     assert region("cache_write", tmp_path) == "Not measured yet.\n"
-
-
-def test_a_run_that_was_cut_off_says_so(tmp_path: Path) -> None:
     text = shown(tmp_path, gpu_result(error="RuntimeError: gone"))
     assert "cut off: RuntimeError: gone" in text and "**2.00**" in text
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from fd_dsa.accuracy.selection.measure import (
     needle_texts,
     tokens_of,
 )
-from fd_dsa.accuracy.selection.tap import RecordingBackend, recording
+from fd_dsa.accuracy.selection.tap import recording
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.factory import build_engine
@@ -79,11 +78,6 @@ def answer(
         said.append(token)
         logits = model.sequence.logits(model.sequence.run([token], decode=True))[0]
     return model.tokenizer.decode(said), first
-
-
-def broken(model: OpenModel, backend: type[RecordingBackend]) -> Any:
-    """A context in which the model is served by another backend."""
-    return recording(model.sequence.runner, "cpu", backend)
 
 
 def key_of(model: OpenModel, text: NeedleText) -> str:
@@ -192,7 +186,7 @@ def test_a_needle_in_the_first_of_three_chunks(
 def test_chunks_that_see_themselves_alone_are_noticed(
     model: OpenModel, text: NeedleText, one_shot: np.ndarray
 ) -> None:
-    with broken(model, OwnChunkOnly):
+    with recording(model.sequence.runner, "cpu", OwnChunkOnly):
         said, logits = answer(model, text.prompt)
     assert key_of(model, text) not in said
     assert np.abs(logits - one_shot).max() > 1e-2
@@ -237,7 +231,7 @@ def test_a_short_question_after_a_long_text(model: OpenModel) -> None:
     assert len(short) < topk < 2 * topk < len(long) <= LENGTH
     assert "12" in answer(model, short)[0]
     assert "12" in answer(model, long)[0]
-    with broken(model, FirstKeysOnly):
+    with recording(model.sequence.runner, "cpu", FirstKeysOnly):
         assert "12" not in answer(model, long)[0]
 
 
