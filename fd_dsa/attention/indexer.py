@@ -7,13 +7,7 @@ from typing import Any
 
 from paddle import nn
 
-from fd_dsa.attention.layers import (
-    LayerNorm,
-    WeightLoader,
-    loads,
-    loads_slice,
-    zeros_parameter,
-)
+from fd_dsa.attention.layers import LayerNorm, WeightLoader, loads, zeros_parameter
 from fd_dsa.ops._gemm import HostMatrix, matrix
 from fd_dsa.ops._linear import linear
 from fd_dsa.ops.unchecked import project_indexer
@@ -104,14 +98,12 @@ class Indexer(nn.Layer):
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter, or its part of one."""
         both, dim, rows = self.wk_weights_proj, self.config.index_head_dim, slice(None)
-        weights = loads_slice(
-            both, (rows, slice(dim, None)), transpose=True, scale=self.weights_scale
-        )
+        columns, scale = slice(dim, None), self.weights_scale
         loaders = {
             "wq_b.weight": loads(self.wq_b, transpose=True),
-            "wk.weight": loads_slice(both, (rows, slice(0, dim)), transpose=True),
+            "wk.weight": loads(both, rows, slice(0, dim), transpose=True),
             "k_norm.weight": loads(self.k_norm.weight),
             "k_norm.bias": loads(self.k_norm.bias),
-            "weights_proj.weight": weights,
+            "weights_proj.weight": loads(both, rows, columns, transpose=True, scale=scale),
         }
         return {prefix + name: loader for name, loader in loaders.items()}

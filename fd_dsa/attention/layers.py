@@ -55,15 +55,8 @@ class LayerNorm(nn.Layer):
         self.bias = zeros_parameter(self, [width])
 
 
-def loads(parameter: Any, *, transpose: bool = False, scale: float = 1.0) -> WeightLoader:
-    """Loader that writes a checkpoint tensor into a parameter of the same or transposed shape."""
-    return loads_slice(parameter, (), transpose=transpose, scale=scale)
-
-
-def loads_slice(
-    parameter: Any, where: tuple[Any, ...], *, transpose: bool = False, scale: float = 1.0
-) -> WeightLoader:
-    """Loader that writes a checkpoint tensor into `parameter[where]`.
+def loads(parameter: Any, *where: Any, transpose: bool = False, scale: float = 1.0) -> WeightLoader:
+    """Loader that writes a checkpoint tensor into `parameter[where]`, without indices into all.
 
     Hugging Face stores [out, in], Paddle multiplies by [in, out]: projections pass `transpose`.
     """

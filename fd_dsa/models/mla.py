@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from paddle import nn
 
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.indexer import Indexer
-from fd_dsa.attention.layers import (
-    RMSNorm,
-    WeightLoader,
-    loads,
-    loads_slice,
-    zeros_parameter,
-)
+from fd_dsa.attention.layers import RMSNorm, WeightLoader, loads, zeros_parameter
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._gemm import matrix
 from fd_dsa.ops._host import as_numpy, readable
 from fd_dsa.ops._linear import head_linear, linear
 from fd_dsa.ops._norm import rms_norm
 from fd_dsa.ops.cache_write import CacheWriteParams
-
-
-class _Bound(NamedTuple):
-    """Parameters of an attention layer as GEMMs and norms read them; biases may be None."""
-
-    down_bias: Any
-    out_bias: Any
-    down: Any
-    q_b: Any
-    k_b: Any
-    v_b: Any
-    out: Any
-    norm: tuple[Any, float]
-    indexer: Any
 
 
 class DeepseekV32DSAAttention(nn.Layer):
@@ -78,15 +59,18 @@ class DeepseekV32DSAAttention(nn.Layer):
             self.indexer = Indexer(config, layer_id)
 
     @cached_property
-    def _bound(self) -> _Bound:
-        """What a step reads of the parameters, bound in the first one."""
-        biases = (self.qkv_a_bias, self.o_bias)
-        return _Bound(
-            *(None if bias is None else readable(bias) for bias in biases),
-            *map(matrix, (self.qkv_a_proj_with_mqa, self.q_b_proj, self.k_b_proj)),
-            *map(matrix, (self.v_b_proj, self.o_proj)),
-            self.q_a_layernorm.bound,
-            self.indexer,
+    def _bound(self) -> SimpleNamespace:
+        """What a step reads of the parameters, as GEMMs and norms do, bound in the first one."""
+        return SimpleNamespace(
+            down=matrix(self.qkv_a_proj_with_mqa),
+            down_bias=None if self.qkv_a_bias is None else readable(self.qkv_a_bias),
+            norm=self.q_a_layernorm.bound,
+            q_b=matrix(self.q_b_proj),
+            k_b=matrix(self.k_b_proj),
+            v_b=matrix(self.v_b_proj),
+            out=matrix(self.o_proj),
+            out_bias=None if self.o_bias is None else readable(self.o_bias),
+            indexer=self.indexer,
         )
 
     def forward(
@@ -155,14 +139,11 @@ class DeepseekV32DSAAttention(nn.Layer):
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
-        rank, q_rank = self.kv_lora_rank, self.q_lora_rank
-        everything = slice(None)
-        fused = self.qkv_a_proj_with_mqa
+        of_q, of_kv = slice(0, self.q_lora_rank), slice(self.q_lora_rank, None)
+        fused, rows = self.qkv_a_proj_with_mqa, slice(None)
         loaders = {
-            "q_a_proj.weight": loads_slice(fused, (everything, slice(0, q_rank)), transpose=True),
-            "kv_a_proj_with_mqa.weight": loads_slice(
-                fused, (everything, slice(q_rank, None)), transpose=True
-            ),
+            "q_a_proj.weight": loads(fused, rows, of_q, transpose=True),
+            "kv_a_proj_with_mqa.weight": loads(fused, rows, of_kv, transpose=True),
             "q_a_layernorm.weight": loads(self.q_a_layernorm.weight),
             "kv_a_layernorm.weight": loads(self.kv_a_layernorm.weight),
             "q_b_proj.weight": loads(self.q_b_proj, transpose=True),
@@ -170,10 +151,8 @@ class DeepseekV32DSAAttention(nn.Layer):
             "kv_b_proj.weight": self._load_kv_b,
         }
         if self.qkv_a_bias is not None:
-            loaders["q_a_proj.bias"] = loads_slice(self.qkv_a_bias, (slice(0, q_rank),))
-            loaders["kv_a_proj_with_mqa.bias"] = loads_slice(
-                self.qkv_a_bias, (slice(q_rank, q_rank + rank + self.rope_dim),)
-            )
+            loaders["q_a_proj.bias"] = loads(self.qkv_a_bias, of_q)
+            loaders["kv_a_proj_with_mqa.bias"] = loads(self.qkv_a_bias, of_kv)
             loaders["o_proj.bias"] = loads(self.o_bias)
         if self.indexer is not None:
             loaders |= self.indexer.weight_loaders("indexer.")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from paddle import nn
 
-from fd_dsa.attention.layers import WeightLoader, loads, loads_slice, zeros_parameter
+from fd_dsa.attention.layers import WeightLoader, loads, zeros_parameter
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._gemm import matrix
 from fd_dsa.ops._host import on_device, readable
@@ -44,10 +44,10 @@ def _gated_loaders(prefix: str, gate_up: Any, down: Any, *expert: int) -> dict[s
     width = gate_up.shape[-1] // 2
     columns = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
     loaders = {
-        f"{prefix}{name}.weight": loads_slice(gate_up, (*expert, slice(None), part), transpose=True)
+        f"{prefix}{name}.weight": loads(gate_up, *expert, slice(None), part, transpose=True)
         for name, part in columns.items()
     }
-    loaders[f"{prefix}down_proj.weight"] = loads_slice(down, (*expert, ...), transpose=True)
+    loaders[f"{prefix}down_proj.weight"] = loads(down, *expert, ..., transpose=True)
     return loaders
 
 
