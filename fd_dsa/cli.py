@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from fd_dsa import __version__, environment
 
@@ -19,6 +20,15 @@ commands:
   version   print the version
 """
 
+# imported by its own command alone
+_MODULES = {
+    "serve": "fd_dsa.serve.cli",
+    "chat": "fd_dsa.client.chat",
+    "bench": "fd_dsa.client.bench",
+    "accuracy": "fd_dsa.accuracy.cli",
+    "doctor": "fd_dsa.doctor",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 for an unknown command.
@@ -32,26 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, *rest: str) -> int:
     """Run one command with its flags."""
-    if command == "serve":
-        from fd_dsa.serve.cli import main as serve
-
-        return serve(rest)
-    if command == "chat":
-        from fd_dsa.client.chat import main as chat
-
-        return chat(rest)
-    if command == "bench":
-        from fd_dsa.client.bench import main as bench
-
-        return bench(rest)
-    if command == "accuracy":
-        from fd_dsa.accuracy.cli import main as accuracy
-
-        return accuracy(rest)
-    if command == "doctor":
-        from fd_dsa.doctor import main as doctor
-
-        return doctor(rest)
+    if command in _MODULES:
+        status: int = import_module(_MODULES[command]).main(rest)
+        return status
     if command in ("version", "--version"):
         print(f"fd_dsa {__version__}")
         return 0
@@ -59,8 +52,7 @@ def _run(command: str, *rest: str) -> int:
         print(_USAGE, end="")
         return 0
     print(
-        f"fd_dsa: error: unknown command {command!r}; allowed are serve, chat, bench, accuracy, "
-        "doctor, version",
+        f"fd_dsa: error: unknown command {command!r}; allowed are {', '.join(_MODULES)}, version",
         file=sys.stderr,
     )
     return 2

@@ -134,7 +134,10 @@ class EngineConfig:
         if self.max_num_batched_tokens is None:
             self._set("max_num_batched_tokens", DEFAULT_NUM_BATCHED_TOKENS)
         if isinstance(self.kv_cache_memory_bytes, str):
-            self._set("kv_cache_memory_bytes", self._parsed_cache_bytes())
+            try:
+                self._set("kv_cache_memory_bytes", parse_bytes(self.kv_cache_memory_bytes))
+            except ConfigError as error:
+                raise ConfigError(f"--kv-cache-memory-bytes: {error}") from None
         self._check_numbers()
         self._check_choices()
         self._check_capture_sizes()
@@ -279,13 +282,6 @@ class EngineConfig:
                 "cudagraph_capture_sizes", [], "at least one integer", "or take --enforce-eager"
             )
         self._set("cudagraph_capture_sizes", tuple(sorted(set(sizes))))
-
-    def _parsed_cache_bytes(self) -> int:
-        """`kv_cache_memory_bytes` as a number."""
-        try:
-            return parse_bytes(str(self.kv_cache_memory_bytes))
-        except ConfigError as error:
-            raise ConfigError(f"--kv-cache-memory-bytes: {error}") from None
 
     def _check_numbers(self) -> None:
         """Refuse counts and sizes out of range, and two answers to one question."""

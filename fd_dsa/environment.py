@@ -146,11 +146,6 @@ def choose_triton_mode() -> bool:
     return (value or "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def step_checks_requested() -> bool:
-    """True if FD_DSA_CHECK=1 asks for checks that read device tensors back; as `switch`."""
-    return switch("FD_DSA_CHECK") or False
-
-
 def batch_invariant() -> bool:
     """True if FD_DSA_BATCH_INVARIANT=1: a token's numbers depend on its row alone; as `switch`."""
     return switch("FD_DSA_BATCH_INVARIANT") or False
@@ -172,21 +167,7 @@ def fastdeploy_plugin_wanted() -> bool:
         ConfigError: FD_DSA_DISABLE is none of 0, 1, false and true, in any case.
     """
     chosen = os.environ.get("FD_ATTENTION_BACKEND") == "DSA_ATTN"
-    return chosen and not fastdeploy_plugin_disabled()
-
-
-def fastdeploy_plugin_disabled() -> bool:
-    """True if FD_DSA_DISABLE=1: FastDeploy serves by its own DSA path; as `switch`."""
-    return switch("FD_DSA_DISABLE") or False
-
-
-def indexer_rope_interleave() -> bool | None:
-    """Pairing of the indexer's RoPE that FD_DSA_INDEXER_ROPE_INTERLEAVE asks for; None = nothing.
-
-    Raises:
-        ConfigError: the variable is none of 0, 1, false and true, in any case.
-    """
-    return switch("FD_DSA_INDEXER_ROPE_INTERLEAVE")
+    return chosen and not switch("FD_DSA_DISABLE")
 
 
 def switch(name: str) -> bool | None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.config import EngineConfig, demo_model_path, parse_bytes
-from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads, step_checks_requested
+from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads, switch
 from fd_dsa.errors import ConfigError
 
 
@@ -179,14 +179,15 @@ def test_configuration_and_checkpoint_reading_do_not_import_paddle() -> None:
 
 def test_switch_of_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FD_DSA_CHECK", raising=False)
-    assert step_checks_requested() is False
+    assert switch("FD_DSA_CHECK") is None
     for value in ("", "0", "false", "1", "true", " True "):
         monkeypatch.setenv("FD_DSA_CHECK", value)
-        assert step_checks_requested() is (value.strip().lower() in ("1", "true"))
+        on = value.strip().lower() in ("1", "true") if value else None
+        assert switch("FD_DSA_CHECK") is on
     for value in ("yes", "2", "on"):
         monkeypatch.setenv("FD_DSA_CHECK", value)
         with pytest.raises(ConfigError, match=f"FD_DSA_CHECK: got '{value}', allowed: 0, 1, false"):
-            step_checks_requested()
+            switch("FD_DSA_CHECK")
 
 
 def test_devices_and_another_name_of_fp8() -> None:

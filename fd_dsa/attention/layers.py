@@ -14,7 +14,6 @@ import numpy as np
 from paddle import nn
 
 from fd_dsa.ops._host import as_numpy, readable
-from fd_dsa.ops._norm import rms_norm
 
 WeightLoader = Callable[[np.ndarray], None]
 
@@ -28,7 +27,7 @@ def zeros_parameter(layer: nn.Layer, shape: list[int]) -> Any:
 
 
 class RMSNorm(nn.Layer):
-    """x * rsqrt(mean(x^2) + eps) * weight over the last axis."""
+    """Parameters of x * rsqrt(mean(x^2) + eps) * weight over the last axis, as `rms_norm` takes."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -39,10 +38,6 @@ class RMSNorm(nn.Layer):
     def bound(self) -> tuple[Any, float]:
         """Weight and epsilon as `rms_norm` takes them."""
         return readable(self.weight), self.epsilon
-
-    def forward(self, x: Any) -> Any:
-        """Normed `x`, float32 [num_tokens, width]; `x` may be a view of wider rows."""
-        return rms_norm(x, *self.bound)
 
 
 class LayerNorm(nn.Layer):

@@ -14,10 +14,17 @@ from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.draws import NOT_FINITE
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.limits import RequestLimits
+from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.metrics import EngineMetrics
-from fd_dsa.engine.output import ConstraintError, FinishReason, RequestOutput, TopkPositions
-from fd_dsa.engine.request import Request, make_group
+from fd_dsa.engine.output import (
+    ConstraintError,
+    FinishReason,
+    OutputState,
+    RequestOutput,
+    TopkPositions,
+)
+from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler, derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
@@ -140,18 +147,25 @@ class LLMEngine:
         arrival, end_token_ids = self._num_arrived, frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             end_token_ids |= self._eos_token_ids
-        group = make_group(
-            request_id,
-            np.asarray(prompt_token_ids).tolist(),
-            params,
-            arrival=arrival,
-            max_tokens=max_tokens,
-            end_token_ids=end_token_ids,
-            seed=derive_seed(self._seed, arrival) if params.seed is None else params.seed,
-            block_size=self._batch.block_size,
-            tokenizer=self.tokenizer,
-            grammars=self.grammars,
-        )
+        seed = derive_seed(self._seed, arrival) if params.seed is None else params.seed
+        prompt, now = np.asarray(prompt_token_ids).tolist(), time.monotonic()
+        bad_words = BadWords.of(params.bad_words, self.tokenizer)
+        group: list[Request] = []
+        for index in range(params.n):
+            request = Request(
+                state=OutputState(request_id, index, prompt, arrival_time=now),
+                params=params,
+                max_tokens=max_tokens,
+                end_token_ids=end_token_ids,
+                arrival=arrival + index,
+                seed=derive_seed(seed, index) if index else seed,
+                group=group,
+                block_size=self._batch.block_size,
+                tokenizer=self.tokenizer,
+                grammars=self.grammars,
+                bad_words=bad_words,
+            )
+            group.append(request)
         self._num_arrived += params.n
         self._stats.prompt_tokens += len(prompt_token_ids)
         self._has_watched |= params.return_topk_positions

@@ -59,12 +59,6 @@ class CompiledGrammar:
     num_tokens: int = 0
     since: float = field(default_factory=time.monotonic)
 
-    @property
-    def may_be_renewed(self) -> bool:
-        """Whether it has served for long enough to be compiled again."""
-        age_s = time.monotonic() - self.since
-        return self.num_tokens >= _RENEWED_AFTER_TOKENS or age_s >= _RENEWED_AFTER_S
-
 
 class GrammarMatcher:
     """Follows one output through its grammar; for the thread that steps the engine.
@@ -166,8 +160,11 @@ class GrammarMatcher:
         That says nothing of this output, which may have reached few of them itself. The step waits
         for it, seldom and within the limits of a grammar.
         """
-        worn = self._matcher.stop_reason() in _WORN_OUT
-        if not worn or self._compiled is None or not self._compiled.may_be_renewed:
+        compiled = self._compiled
+        if compiled is None or self._matcher.stop_reason() not in _WORN_OUT:
+            return False
+        age_s = time.monotonic() - compiled.since
+        if compiled.num_tokens < _RENEWED_AFTER_TOKENS and age_s < _RENEWED_AFTER_S:
             return False
         self._begin(self._compiler.find(self._params, again=True)).consume_tokens(self._taken)
         return True
@@ -240,7 +237,11 @@ class GrammarCompiler:
         compiled = None if again else self._kept(key)
         if compiled is not None:
             return compiled
-        _check_installed(params.source)
+        if find_spec("llguidance") is None:
+            raise ValueError(
+                f"{params.source} needs llguidance, which is not installed here; pip install "
+                "'fd_dsa[structured]'"
+            )
         # not under the lock, which the engine's thread takes too
         matcher = self._compile(*key)
         if isinstance(matcher, str):
@@ -342,15 +343,6 @@ def _later(work: Callable[[], None]) -> None:
     timer = threading.Timer(_KEPT_FOR_S, work)
     timer.daemon = True
     timer.start()
-
-
-def _check_installed(source: str) -> None:
-    """ValueError where llguidance is missing; `source` is the field that needs it."""
-    if find_spec("llguidance") is None:
-        raise ValueError(
-            f"{source} needs llguidance, which is not installed here; pip install "
-            "'fd_dsa[structured]'"
-        )
 
 
 def _limits() -> LLParserLimits:

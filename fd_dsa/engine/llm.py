@@ -248,7 +248,8 @@ class LLM:
             num_running = sum(one.n for one in params)
             while num_running:
                 while not queue:
-                    self._step()
+                    for new in self._open_engine().step():
+                        self._outbox[new.request_id].append(new)
                 output = queue.popleft()
                 num_running -= output.finished
                 yield output
@@ -256,11 +257,6 @@ class LLM:
             for request_id in request_ids:
                 if self._outbox.pop(request_id, None) is not None:
                     engine.abort_request(request_id)
-
-    def _step(self) -> None:
-        """One step; hands the outputs to the calls they belong to."""
-        for output in self._open_engine().step():
-            self._outbox[output.request_id].append(output)
 
 
 def _special_markers(tokenizer: Tokenizer, has_tools: bool) -> frozenset[int]:

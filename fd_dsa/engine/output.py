@@ -13,8 +13,9 @@ from fd_dsa.engine.logprobs import TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Added = tuple[Any, ...]
-"""What a step has added to an output: its request's id, its index, new token ids and new text, and
-further entries only where there is more: written by `RequestOutput.added`, read by `take_added`."""
+"""What a step has added to an output: its request's id, its index, the arguments of `RequestOutput`
+after the state, and further entries only where there is more: written by `RequestOutput.added`,
+read by `take_added`."""
 
 
 class ConstraintError(RuntimeError):
@@ -147,17 +148,16 @@ class RequestOutput:
 
     def added(self) -> Added:
         """What the step has added, for a process that keeps what was there before."""
-        start = (self.request_id, self.index, self.new_token_ids, self.new_text)
+        start = (self.new_token_ids, self.new_text)
         is_first = self.num_tokens <= len(self.new_token_ids)
         if not (is_first or self.finished or self.new_logprobs):
-            return start
+            return self.request_id, self.index, start
         times = (self.arrival_time, self.first_token_time, self.finish_time)
         # the outputs of a request share the scores of its prompt, which the first of them reads
         prompt_logprobs = self.prompt_logprobs if is_first and self.index == 0 else None
-        return (
-            *(*start, self.new_logprobs, self.finish_reason, self.stop_reason, self.error),
-            *(self.topk_positions, times, self.num_cached_tokens, prompt_logprobs),
-        )
+        more = (self.new_logprobs, self.finish_reason, self.stop_reason, self.error)
+        gained = (*start, *more, self.topk_positions)
+        return self.request_id, self.index, gained, times, self.num_cached_tokens, prompt_logprobs
 
     def __repr__(self) -> str:
         """Short form for logs and the interactive prompt."""
@@ -171,13 +171,7 @@ class RequestOutput:
 def take_added(
     states: Sequence[OutputState],
     index: int,
-    new_token_ids: list[int],
-    new_text: str,
-    new_logprobs: Sequence[TokenLogprobs] = (),
-    finish_reason: FinishReason | None = None,
-    stop_reason: str | int | None = None,
-    error: RuntimeError | None = None,
-    topk_positions: TopkPositions | None = None,
+    gained: tuple[Any, ...],
     times: tuple[float, float | None, float | None] | None = None,
     num_cached_tokens: int = 0,
     prompt_logprobs: list[TokenLogprobs | None] | None = None,
@@ -186,21 +180,19 @@ def take_added(
 
     Args:
         states: all outputs of the request as they were before the step; that of `index` grows.
-        index, new_token_ids, ...: entries of `Added` after the request's id.
+        index, gained, ...: entries of `Added` after the request's id.
     """
     state = states[index]
+    new_token_ids, new_text, *more = gained
     state.token_ids += new_token_ids
     if new_text:
         state.pieces.append(new_text)
-    if state.logprobs is not None:
-        state.logprobs += new_logprobs
+    if state.logprobs is not None and more:
+        state.logprobs += more[0]
     if times is not None:
         state.arrival_time, state.first_token_time, state.finish_time = times
         state.num_cached_tokens = num_cached_tokens
     if prompt_logprobs is not None:
         for each in states:
             each.prompt_logprobs = prompt_logprobs
-    return RequestOutput(
-        *(state, new_token_ids, new_text, new_logprobs),
-        *(finish_reason, stop_reason, error, topk_positions),
-    )
+    return RequestOutput(state, *gained)

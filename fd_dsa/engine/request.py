@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import partial
@@ -13,7 +12,6 @@ from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
 from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenLogprobs, TokenScore
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput, TopkPositions
-from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 
@@ -29,6 +27,8 @@ class Request:
             block manager.
         max_tokens: output tokens allowed, already resolved against the context.
         end_token_ids: tokens that end the output.
+        block_size, tokenizer, grammars, bad_words: of the cache, for the texts, for the form, and
+            what `params.bad_words` forbids; arguments alone.
         output_token_ids: the list of the state.
         token_ids: prompt and output so far; what must be in the cache before the next token.
         num_computed_tokens: leading tokens of `token_ids` whose keys are in the cache.
@@ -51,10 +51,13 @@ class Request:
     end_token_ids: frozenset[int]
     arrival: int
     seed: int
-    detokenizer: Detokenizer
-    stop_checker: StopChecker | None
+    group: list[Request]
     block_size: InitVar[int]
-    group: list[Request] = field(default_factory=list)
+    tokenizer: InitVar[Tokenizer]
+    grammars: InitVar[GrammarCompiler]
+    bad_words: InitVar[BadWords | None]
+    detokenizer: Detokenizer = field(init=False)
+    stop_checker: StopChecker | None = None
     token_ids: list[int] = field(init=False)
     output_token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
@@ -72,11 +75,37 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
-    def __post_init__(self, block_size: int) -> None:
-        """Start with the prompt as the tokens to compute."""
-        self.token_ids = list(self.state.prompt_token_ids)
-        self.output_token_ids = self.state.token_ids
-        self.block_keys = BlockKeys(self.token_ids, block_size, self.params.cache_salt)
+    def __post_init__(
+        self,
+        block_size: int,
+        tokenizer: Tokenizer,
+        grammars: GrammarCompiler,
+        bad_words: BadWords | None,
+    ) -> None:
+        """Start with the prompt as the tokens to compute.
+
+        A grammar that cannot be compiled ends the output with an error later.
+        """
+        params, state, prompt = self.params, self.state, self.state.prompt_token_ids
+        self.token_ids, self.output_token_ids = list(prompt), state.token_ids
+        self.block_keys = BlockKeys(self.token_ids, block_size, params.cache_salt)
+        kept = params.kept_special_token_ids
+        detokenizer = partial(new_detokenizer, tokenizer, params.skip_special_tokens)
+        self.detokenizer = detokenizer(prompt, kept)
+        if stops := params.stop_strings:
+            self.stop_checker = StopChecker(stops, params.include_stop_str_in_output)
+        if params.structured_outputs is not None:
+            self.grammar = GrammarMatcher(grammars, params.structured_outputs)
+        output, ends = self.output_token_ids, self.end_token_ids
+        rules = LogitRules(params, prompt, output, bad_words, ends, self.grammar)
+        self.rules = None if rules.is_empty else rules
+        if params.logprobs is not None:
+            self.logprobs = OutputLogprobs()
+            state.logprobs = self.logprobs.shown
+        # the first of a group reads the prompt's scores for all
+        if params.prompt_logprobs is not None and state.index == 0:
+            reader = detokenizer(kept_token_ids=kept)
+            self.prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs, reader)
 
     @property
     def is_decode(self) -> bool:
@@ -151,7 +180,6 @@ class Request:
         self, new_token_ids: list[int], new_text: str, error: RuntimeError | None = None
     ) -> RequestOutput:
         """What the caller sees after a step."""
-        # the first of a group reads the prompt's scores for all
         prompt_scores = self.group[0].prompt_logprobs
         if prompt_scores is not None and prompt_scores.is_complete:
             self.state.prompt_logprobs = prompt_scores.entries
@@ -165,65 +193,3 @@ class Request:
             error,
             self.topk_positions if self.finish_reason is not None else None,
         )
-
-
-def make_group(
-    request_id: str,
-    prompt: list[int],
-    params: SamplingParams,
-    *,
-    arrival: int,
-    max_tokens: int,
-    end_token_ids: frozenset[int],
-    seed: int,
-    block_size: int,
-    tokenizer: Tokenizer,
-    grammars: GrammarCompiler,
-) -> list[Request]:
-    """The outputs of a request, of that arrival number and the next ones.
-
-    A grammar that cannot be compiled ends them with an error later.
-
-    Args:
-        request_id, prompt, params: as the caller gave them; the prompt as a list of its own.
-        arrival, max_tokens, end_token_ids: see `Request`.
-        seed: of the first output.
-        block_size: tokens per cache block.
-        tokenizer: for the texts of outputs and bad words.
-        grammars: compiles the form of the outputs.
-    """
-    stops, form = params.stop_strings, params.structured_outputs
-    bad_words = BadWords.of(params.bad_words, tokenizer)
-    detokenizer = partial(
-        new_detokenizer,
-        tokenizer,
-        params.skip_special_tokens,
-        kept_token_ids=params.kept_special_token_ids,
-    )
-    now = time.monotonic()
-    group: list[Request] = []
-    for index in range(params.n):
-        request = Request(
-            state=OutputState(request_id, index, prompt, arrival_time=now),
-            params=params,
-            max_tokens=max_tokens,
-            end_token_ids=end_token_ids,
-            arrival=arrival + index,
-            seed=derive_seed(seed, index) if index else seed,
-            detokenizer=detokenizer(prompt_token_ids=prompt),
-            stop_checker=StopChecker(stops, params.include_stop_str_in_output) if stops else None,
-            block_size=block_size,
-            group=group,
-            grammar=None if form is None else GrammarMatcher(grammars, form),
-        )
-        rules = LogitRules(
-            params, prompt, request.output_token_ids, bad_words, end_token_ids, request.grammar
-        )
-        request.rules = None if rules.is_empty else rules
-        if params.logprobs is not None:
-            request.logprobs = OutputLogprobs()
-            request.state.logprobs = request.logprobs.shown
-        group.append(request)
-    if params.prompt_logprobs is not None:
-        group[0].prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs, detokenizer())
-    return group

@@ -195,20 +195,6 @@ class Tokenizer:
             texts.update(zip(some, decoded, strict=True))
         return [texts[token_id] for token_id in token_ids]
 
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        **kwargs: Any,
-    ) -> str:
-        """Text of a conversation; arguments and errors are those of `apply_chat_template`."""
-        if self.chat_renderer is None:
-            raise ValueError(
-                "the model folder has no chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json); send a plain prompt instead of messages"
-            )
-        return self.chat_renderer.render(messages, add_generation_prompt, **kwargs)
-
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -226,7 +212,12 @@ class Tokenizer:
         Raises:
             ValueError: the folder has no template, or the template refuses the messages.
         """
-        text = self.render_chat(messages, add_generation_prompt, **kwargs)
+        if self.chat_renderer is None:
+            raise ValueError(
+                "the model folder has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json); send a plain prompt instead of messages"
+            )
+        text = self.chat_renderer.render(messages, add_generation_prompt, **kwargs)
         return self.encode(text, add_special_tokens=False)
 
     def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:

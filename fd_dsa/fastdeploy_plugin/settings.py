@@ -11,7 +11,7 @@ from typing import Any
 
 from fd_dsa.attention import CacheLayout, DSABackendConfig
 from fd_dsa.config import FP8_BLOCK_SIZE
-from fd_dsa.environment import indexer_rope_interleave
+from fd_dsa.environment import switch
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config import read_indexer_types
 from fd_dsa.models.config_reader import FieldReader
@@ -97,7 +97,7 @@ def interleaves_indexer_rope(model_config: Any) -> bool:
     By FD_DSA_INDEXER_ROPE_INTERLEAVE, else by the model's own `indexer_rope_interleave`, else by
     its family. FastDeploy interleaves for both (`layers/rotary_embedding.py`).
     """
-    asked = indexer_rope_interleave()
+    asked = switch("FD_DSA_INDEXER_ROPE_INTERLEAVE")
     if asked is not None:
         return asked
     by_model = getattr(model_config, "indexer_rope_interleave", None)

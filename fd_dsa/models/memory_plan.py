@@ -170,10 +170,12 @@ def plan_memory(
     if free_bytes is None:
         free_bytes = available_memory_bytes()
     needed_blocks = -(-max_model_len // config.block_size)
-    flag = _size_flag(config)
+    # None where the size of the caches is ours to choose
+    flag = None
     if config.num_gpu_blocks_override is not None:
-        num_blocks = config.num_gpu_blocks_override
+        flag, num_blocks = "--num-gpu-blocks-override", config.num_gpu_blocks_override
     elif config.kv_cache_memory_bytes is not None:
+        flag = "--kv-cache-memory-bytes"
         num_blocks = int(config.kv_cache_memory_bytes) // bytes_per_block
     else:
         room = max(free_bytes - weight_bytes - graph_bytes, 0)
@@ -199,13 +201,6 @@ def plan_memory(
         block_size=config.block_size,
         max_model_len=max_model_len,
     )
-
-
-def _size_flag(config: EngineConfig) -> str | None:
-    """The flag that sets the size of the caches; None where it is ours to choose."""
-    if config.num_gpu_blocks_override is not None:
-        return "--num-gpu-blocks-override"
-    return None if config.kv_cache_memory_bytes is None else "--kv-cache-memory-bytes"
 
 
 def _check_fit(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.environment import step_checks_requested
+from fd_dsa.environment import switch
 from fd_dsa.errors import BackendUnavailable, DtypeError, ShapeError
 from fd_dsa.step import checks
 from fd_dsa.step.checks import INT32_MAX, StepCounts, StepHints, StepInputs, StepLimits
@@ -55,7 +55,8 @@ class DeviceProvider:
         a_buffer: Any = buffers["cu_seqlens_q"]
         self._int32, self._transfers = a_buffer.dtype, transfers_for(a_buffer)
         self._staging: StagedInputs | None = None
-        self._reads_back = step_checks_requested()
+        # checks that read device tensors back
+        self._reads_back = bool(switch("FD_DSA_CHECK"))
 
     def build(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta:
         """The step of four device tensors or NumPy arrays; see `StepMetadataBuilder.build`."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from signal import Signals
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import fastdeploy_plugin_disabled, process_environment
+from fd_dsa.environment import process_environment, switch
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin.launch.choice import INSTALL, fastdeploy_is_installed
 from fd_dsa.fastdeploy_plugin.launch.environment import missing_entry_points, server_environment
@@ -80,7 +80,7 @@ def prepare(args: argparse.Namespace, passed: PassedFlags) -> Launch:
     _require_packages()
     translated = translate(args, passed)
     environment, warnings = server_environment(process_environment())
-    if fastdeploy_plugin_disabled():
+    if switch("FD_DSA_DISABLE"):
         warnings.append(
             "FD_DSA_DISABLE is set: FastDeploy serves by its own DSA path, for comparison"
         )
