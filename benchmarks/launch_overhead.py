@@ -161,7 +161,9 @@ def _paddle_driver(api: Any) -> Any:
             self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
             self.get_current_device = lambda: 0
             self.set_current_device = lambda device: None
-            self.get_device_capability = lambda device=0: divmod(cuda().capability(device), 10)
+            self.get_device_capability = lambda device=0: divmod(
+                cuda().traits(device).capability, 10
+            )
             self.get_current_stream = api.current_stream
 
     return PaddleDriver()

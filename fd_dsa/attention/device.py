@@ -36,7 +36,8 @@ from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, TRITON, choose, device_
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.views import Allocate
-from fd_dsa.triton_runtime.transfers import GpuTraits, transfers_for
+from fd_dsa.triton_runtime.driver import GpuTraits
+from fd_dsa.triton_runtime.transfers import transfers_for
 
 LOGITS_BYTES = 512 << 20
 """Most memory for the scores of a layer, but at least one token's are held; the tokens of a longer
@@ -84,14 +85,14 @@ class DeviceAttention:
         if choose("indexer_logits", kind, conditions).provider == TRITON:
             return PageScores(*made)
         transfers = transfers_for(logits)
-        self._take(tile_sizes(config, made[2], transfers.num_processors()))
+        self._take(tile_sizes(config, made[2], transfers.traits.num_processors))
         return TileScores(*made, transfers)
 
     def _new_attention(self, kind: str) -> TensorCoreAttention | None:
         """What attends on tensor cores; None where `attend_slots` does, which takes everything."""
         config, logits = self.config, self._buffers["logits"][0]
         heads, types = config.num_heads, _types(config)
-        capability = transfers_for(logits).capability()
+        capability = transfers_for(logits).traits.capability
         choice = choose_attention(kind, heads, *types, capability, self._allocate)
         if choice.provider == TRITON:
             return None

@@ -110,7 +110,7 @@ class TileScores(PageScores):
         self.max_whole = num_logits // self._max_width
         # tokens of captured steps that are longer
         self._captured: set[int] = set()
-        tokens, processors = config.max_num_tokens, transfers.num_processors()
+        tokens, processors = config.max_num_tokens, transfers.traits.num_processors
         buffers = view("tiles", tokens), view("page_ends", tokens)
         chunks = -(-tokens // self.max_whole)
         # for steps without and with prompts

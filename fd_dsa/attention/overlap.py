@@ -101,9 +101,9 @@ class IndexerOverlap:
         """True while the current stream of a tensor's device is captured; asked in every layer."""
         if self._capturing is None:
             # the launcher is loaded only where a device is asked for
-            from fd_dsa.triton_runtime.streams import capture_query
+            from fd_dsa.triton_runtime.transfers import transfers_for
 
-            self._capturing = capture_query(tensor)
+            self._capturing = transfers_for(tensor).is_capturing
         return self._capturing()
 
     def stream_for(self, tensor: Any) -> Any:

@@ -97,7 +97,7 @@ def _why_not(operator: str, provider: str, memory: Memory) -> str:
     reason = why_not_compiled() if provider == CUSTOM_OP else ""
     if operator == "topk" or reason:
         return reason
-    capability = transfers_for(memory.allocate((1,), "int32")).capability()
+    capability = transfers_for(memory.allocate((1,), "int32")).traits.capability
     return why_not(capability, "bfloat16", "fp8_ds_mla", 512, 64) or ""
 
 

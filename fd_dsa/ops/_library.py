@@ -12,6 +12,7 @@ from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
+from fd_dsa.triton_runtime.transfers import Transfers
 
 
 class LibraryKernel:
@@ -52,7 +53,8 @@ class LibraryKernel:
         api = api_for_type(type(tensor))
         device = api.device_of(tensor)
         if (api, device) != (self._api, self._device):
-            self._launch = CLaunch(self._kernels, self.launcher, self._job, api, device)
+            transfers = Transfers(api, device)
+            self._launch = CLaunch(self._kernels, self.launcher, self._job, transfers)
             self._api, self._device = api, device
 
     def _address(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fd_dsa.errors import BackendUnavailable
 
 if TYPE_CHECKING:
-    from fd_dsa.triton_runtime.transfers import GpuTraits
+    from fd_dsa.triton_runtime.driver import GpuTraits
 
 
 def resolve_device(name: str) -> str:
@@ -86,9 +86,9 @@ def free_device_bytes(device: str, utilization: float = 1.0) -> int | None:
 
 def traits_of(device: str) -> GpuTraits:
     """What kernels are chosen and sized by on a device other than "cpu"."""
-    from fd_dsa.triton_runtime.transfers import gpu_traits
+    from fd_dsa.triton_runtime.driver import cuda
 
-    return gpu_traits(_index_of(device))
+    return cuda().traits(_index_of(device))
 
 
 def _index_of(device: str) -> int:

@@ -75,7 +75,7 @@ class InputStaging:
         self._is_read = False
         start = self.slabs.data_ptr()
         self._copies = [
-            transfers.upload(start + 4 * num_values * index, slab, self._stream)
+            transfers.copy("h2d", start + 4 * num_values * index, slab.ctypes.data, self._stream)
             for index, slab in enumerate(self._host)
         ]
         for used in self.used:
@@ -169,7 +169,7 @@ class StagedInputs:
         transfers, slabs = self.staging.transfers, self.staging.slabs
         target, start = self.tensor.data_ptr(), slabs.data_ptr()
         self._copies = [
-            transfers.copy(target, start + 4 * num_values * index)
+            transfers.copy("d2d", target, start + 4 * num_values * index)
             for index in range(int(slabs.shape[0]))
         ]
         # rows of the tensor's tables that may hold blocks; at first its memory is anything

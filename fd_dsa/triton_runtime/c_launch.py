@@ -6,8 +6,8 @@ import ctypes
 from typing import Any
 
 from fd_dsa.errors import DeviceError
-from fd_dsa.triton_runtime.device import DeviceApi
 from fd_dsa.triton_runtime.driver import cuda
+from fd_dsa.triton_runtime.transfers import Transfers
 
 
 class CLaunch:
@@ -20,21 +20,19 @@ class CLaunch:
         kernels: the loaded library.
         function: name of the launcher.
         structure: its first argument.
-        api: library of the tensors whose addresses the structure holds.
-        device: index of their CUDA device.
+        transfers: of the tensors whose addresses the structure holds; its stream takes the work.
 
     Raises:
         AttributeError: the library has no such function.
     """
 
     def __init__(
-        self, kernels: Any, function: str, structure: ctypes.Structure, api: DeviceApi, device: int
+        self, kernels: Any, function: str, structure: ctypes.Structure, transfers: Transfers
     ) -> None:
         self._name, self._kernels = function, kernels
         self._function = getattr(kernels, function)
         self._argument = ctypes.byref(structure)
-        self._current_stream, self._device = api.current_stream, device
-        self._handle, self._stream = 0, ctypes.c_void_p()
+        self._stream, self._device = transfers.stream, transfers.device
         self._many_devices = cuda().num_devices > 1
 
     def __call__(self) -> None:
@@ -43,15 +41,12 @@ class CLaunch:
         Raises:
             DeviceError: the CUDA runtime refuses the launch, or earlier work has failed.
         """
-        handle = self._current_stream(self._device)
-        if handle != self._handle:
-            self._handle, self._stream = handle, ctypes.c_void_p(handle)
         # the runtime takes the device of the thread's context, or the first where it has none
         if self._many_devices and cuda().current_device() != self._device:
             with cuda().context(self._device):
-                code = self._function(self._argument, self._stream)
+                code = self._function(self._argument, self._stream())
         else:
-            code = self._function(self._argument, self._stream)
+            code = self._function(self._argument, self._stream())
         if code:
             text = self._kernels.fd_dsa_cuda_error
             text.restype = ctypes.c_char_p

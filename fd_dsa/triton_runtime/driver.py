@@ -10,18 +10,16 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 from fd_dsa.triton_runtime.compiler import Compiled
 from fd_dsa.triton_runtime.host import HostLibrary
 from fd_dsa.triton_runtime.mode import INTERPRETING
 
-INVALID_CONTEXT = 201
-_NO_CONTEXT = (3, INVALID_CONTEXT)
-_DEVICE_CAPABILITY = (75, 76)
-_DEVICE_PROCESSORS = 16
-_DEVICE_SHARED_OPTIN = 97
+# no context was made yet, none is the thread's, and a handle or function of another one
+_NO_CONTEXT, _WRONG_CONTEXT = (3, 201), (201, 400, 709)
+_PROCESSORS, _MAJOR, _MINOR, _SHARED_OPTIN = 16, 75, 76, 97
 _FUNCTION_SHARED_BYTES = 1
 _FUNCTION_MAX_DYNAMIC_SHARED = 8
 _FUNCTION_LARGE_CLUSTERS = 14
@@ -29,8 +27,25 @@ _FUNCTION_LARGE_CLUSTERS = 14
 _SHARED_BYTES_WITHOUT_OPTIN = 48 << 10
 
 
+class GpuTraits(NamedTuple):
+    """What kernels are chosen and sized by.
+
+    Attributes:
+        capability: major * 10 + minor, 90 on Hopper.
+        num_processors: multiprocessors.
+    """
+
+    capability: int
+    num_processors: int
+
+
 class Driver:
-    """The loaded driver library; one a process."""
+    """The loaded driver library; one a process.
+
+    Attributes:
+        library: its functions as they are; arguments are ready ctypes objects.
+        num_devices: CUDA devices that this process sees.
+    """
 
     def __init__(self, library: Any) -> None:
         """Initialise the driver.
@@ -41,19 +56,17 @@ class Driver:
         Raises:
             BackendUnavailable: there is no usable device.
         """
-        self._library = library
+        self.library = library
         self._contexts: dict[int, int] = {}
         code = library.cuInit(0)
         if code:
-            raise BackendUnavailable(f"the CUDA driver cannot start: {self.error_text(code)}")
-        # no argument types: all arguments of a launch are ready ctypes objects
-        self.launch = library.cuLaunchKernelEx
+            raise BackendUnavailable(f"the CUDA driver cannot start: {self._error_text(code)}")
         self.num_devices = self._integer("cuDeviceGetCount")
 
-    def error_text(self, code: int) -> str:
+    def _error_text(self, code: int) -> str:
         """`CUDA error 201: invalid device context`, for a code that the driver returned."""
         text = ctypes.c_char_p()
-        self._library.cuGetErrorString(code, ctypes.byref(text))
+        self.library.cuGetErrorString(code, ctypes.byref(text))
         return f"CUDA error {code}: {(text.value or b'unknown').decode()}"
 
     def check(self, code: int, what: str) -> None:
@@ -63,54 +76,68 @@ class Driver:
             DeviceError: with the driver's text.
         """
         if code:
-            raise DeviceError(f"{what}: {self.error_text(code)}")
+            raise DeviceError(f"{what}: {self._error_text(code)}")
 
-    def function(self, name: str) -> Callable[..., int]:
-        """A function of the driver as it is; arguments are ready ctypes objects."""
-        return getattr(self._library, name)
+    def function(self, name: str, device: int) -> Callable[..., None]:
+        """A function of the driver that works on a device and raises its errors.
 
-    def call(self, device: int, function: str, *arguments: Any) -> None:
-        """Call the driver; a thread that has no context yet gets the device's.
+        A thread without a context gets the device's; another context is put back afterwards.
+        """
+        function = getattr(self.library, name)
+
+        def call(*arguments: Any) -> None:
+            code = function(*arguments)
+            if code:
+                self.recover(code, device, name, function, arguments)
+
+        return call
+
+    def call(self, device: int, name: str, *arguments: Any) -> None:
+        """Call a function of the driver once; see `function`.
 
         Raises:
             DeviceError: the driver reports an error; call and error are named.
         """
-        code = getattr(self._library, function)(*arguments)
-        if code == INVALID_CONTEXT:
-            self.bind_context(device)
-            code = getattr(self._library, function)(*arguments)
-        self.check(code, function)
+        self.function(name, device)(*arguments)
+
+    def recover(
+        self, code: int, device: int, what: str, function: Callable[..., int], arguments: Any
+    ) -> None:
+        """Call again if it failed because another context, or none, is the thread's.
+
+        Raises:
+            DeviceError: any other error of the call, or of earlier work on the device.
+        """
+        if code in _WRONG_CONTEXT:
+            with self.context(device):
+                code = function(*arguments)
+        self.check(code, what)
 
     def _integer(self, function: str, *args: Any) -> int:
         """The int that a driver function writes to its first argument."""
         value = ctypes.c_int()
-        self.check(getattr(self._library, function)(ctypes.byref(value), *args), function)
+        self.check(getattr(self.library, function)(ctypes.byref(value), *args), function)
         return value.value
+
+    def _attribute(self, device: int, number: int) -> int:
+        """An attribute of a device."""
+        return self._integer("cuDeviceGetAttribute", number, self._integer("cuDeviceGet", device))
 
     def current_device(self) -> int:
         """Device of the calling thread's context; 0 where the thread has none."""
         device = ctypes.c_int()
-        code = self._library.cuCtxGetDevice(ctypes.byref(device))
+        code = self.library.cuCtxGetDevice(ctypes.byref(device))
         if code in _NO_CONTEXT:
             return 0
         self.check(code, "cuCtxGetDevice")
         return device.value
 
-    def capability(self, device: int) -> int:
-        """Compute capability of a device, major * 10 + minor."""
-        major, minor = (
-            self._integer("cuDeviceGetAttribute", name, self._device(device))
-            for name in _DEVICE_CAPABILITY
+    def traits(self, device: int) -> GpuTraits:
+        """What kernels for a device are chosen and sized by; no tensor has to be there yet."""
+        major, minor, num_processors = (
+            self._attribute(device, number) for number in (_MAJOR, _MINOR, _PROCESSORS)
         )
-        return major * 10 + minor
-
-    def num_processors(self, device: int) -> int:
-        """Multiprocessors of a device."""
-        return self._integer("cuDeviceGetAttribute", _DEVICE_PROCESSORS, self._device(device))
-
-    def _device(self, index: int) -> int:
-        """The driver's handle of a device."""
-        return self._integer("cuDeviceGet", index)
+        return GpuTraits(major * 10 + minor, num_processors)
 
     @contextmanager
     def context(self, device: int) -> Iterator[None]:
@@ -118,47 +145,39 @@ class Driver:
 
         Afterwards the thread has the context that it had; if it had none, it keeps this one.
         """
-        before = ctypes.c_void_p()
-        self._library.cuCtxGetCurrent(ctypes.byref(before))
-        self.bind_context(device)
+        before, own = ctypes.c_void_p(), ctypes.c_void_p(self._primary_context(device))
+        self.library.cuCtxGetCurrent(ctypes.byref(before))
+        self.check(self.library.cuCtxSetCurrent(own), f"context of device {device}")
         try:
             yield
         finally:
             if before.value:
-                self._library.cuCtxSetCurrent(before)
-
-    def bind_context(self, device: int) -> None:
-        """Make the device's primary context this thread's, for good."""
-        context = ctypes.c_void_p(self._primary_context(device))
-        self.check(self._library.cuCtxSetCurrent(context), f"context of device {device}")
+                self.library.cuCtxSetCurrent(before)
 
     def _primary_context(self, device: int) -> int:
         """Handle of the device's primary context, which stays alive from now on."""
         if device not in self._contexts:
-            context = ctypes.c_void_p()
-            place = ctypes.byref(context)
-            code = self._library.cuDevicePrimaryCtxRetain(place, self._device(device))
+            context, number = ctypes.c_void_p(), self._integer("cuDeviceGet", device)
+            code = self.library.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
             self.check(code, f"context of device {device}")
             # of two threads that ask at once both get the same one
             self._contexts[device] = context.value or 0
         return self._contexts[device]
 
-    def time_us(self, call: Callable[[], None], stream: int) -> float:
+    def time_us(self, device: int, call: Callable[[], None], stream: int) -> float:
         """Microseconds of device time of what one call queues on a stream; waits for it."""
-        library, events = self._library, [ctypes.c_void_p(), ctypes.c_void_p()]
-        for event in events:
-            self.check(library.cuEventCreate(ctypes.byref(event), 0), "cuEventCreate")
+        begin, end, elapsed_ms = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
         try:
-            handle, elapsed_ms = ctypes.c_void_p(stream), ctypes.c_float()
-            self.check(library.cuEventRecord(events[0], handle), "cuEventRecord")
+            for event in (begin, end):
+                self.call(device, "cuEventCreate", ctypes.byref(event), 0)
+            self.call(device, "cuEventRecord", begin, ctypes.c_void_p(stream))
             call()
-            self.check(library.cuEventRecord(events[1], handle), "cuEventRecord")
-            self.check(library.cuEventSynchronize(events[1]), "cuEventSynchronize")
-            code = library.cuEventElapsedTime(ctypes.byref(elapsed_ms), *events)
-            self.check(code, "cuEventElapsedTime")
+            self.call(device, "cuEventRecord", end, ctypes.c_void_p(stream))
+            self.call(device, "cuEventSynchronize", end)
+            self.call(device, "cuEventElapsedTime", ctypes.byref(elapsed_ms), begin, end)
         finally:
-            for event in events:
-                library.cuEventDestroy_v2(event)
+            for event in (begin, end):
+                self.library.cuEventDestroy_v2(event)
         return elapsed_ms.value * 1e3
 
     def load(self, compiled: Compiled, device: int) -> int:
@@ -171,30 +190,29 @@ class Driver:
             LaunchError: the kernel needs more shared memory than the device has.
             DeviceError: the driver refuses the image.
         """
-        library, what = self._library, f"loading kernel {compiled.name}"
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        limit = self._integer("cuDeviceGetAttribute", _DEVICE_SHARED_OPTIN, self._device(device))
+        limit = self._attribute(device, _SHARED_OPTIN)
         if compiled.shared_bytes > limit:
             raise LaunchError(
                 f"kernel {compiled.name}: needs {compiled.shared_bytes} bytes of shared memory a "
                 f"block, device {device} has {limit}; use smaller tiles or fewer stages"
             )
+
+        def call(name: str, *arguments: Any) -> None:
+            self.check(getattr(self.library, name)(*arguments), f"loading kernel {compiled.name}")
+
         with self.context(device):
-            self.check(library.cuModuleLoadData(ctypes.byref(module), compiled.image), what)
+            call("cuModuleLoadData", ctypes.byref(module), compiled.image)
             name = compiled.name.encode()
-            code = library.cuModuleGetFunction(ctypes.byref(function), module, name)
-            self.check(code, what)
+            call("cuModuleGetFunction", ctypes.byref(function), module, name)
             if compiled.shared_bytes > _SHARED_BYTES_WITHOUT_OPTIN:
                 own = self._integer("cuFuncGetAttribute", _FUNCTION_SHARED_BYTES, function)
-                dynamic = limit - own
-                code = library.cuFuncSetAttribute(function, _FUNCTION_MAX_DYNAMIC_SHARED, dynamic)
-                self.check(code, what)
+                call("cuFuncSetAttribute", function, _FUNCTION_MAX_DYNAMIC_SHARED, limit - own)
             if compiled.num_ctas > 8:
-                self.check(library.cuFuncSetAttribute(function, _FUNCTION_LARGE_CLUSTERS, 1), what)
-            load_now = getattr(library, "cuFuncLoad", None)
-            if load_now is not None:
+                call("cuFuncSetAttribute", function, _FUNCTION_LARGE_CLUSTERS, 1)
+            if hasattr(self.library, "cuFuncLoad"):
                 # lazy loading would load at the first launch, which may be inside a capture
-                self.check(load_now(function), what)
+                call("cuFuncLoad", function)
         return function.value or 0
 
 

@@ -90,7 +90,7 @@ def _pointer(element: str, address: int) -> Any:
     from triton.runtime.interpreter import TensorHandle
 
     kind = _pointer_type(element)
-    place = np.array([cuda().function("host_address")(address)], np.uint64)
+    place = np.array([cuda().library.host_address(address)], np.uint64)
     return core.tensor(TensorHandle(place, kind), kind)
 
 

@@ -187,7 +187,9 @@ class Kernel:
                 variant = InterpretedVariant(self.fn, self.signature, arguments, options)
             else:
                 serving.announce_compilation(self.__name__, arguments, options)
-                compiled = compile_kernel(self.fn, arguments, options, cuda().capability(device))
+                compiled = compile_kernel(
+                    self.fn, arguments, options, cuda().traits(device).capability
+                )
                 function = cuda().load(compiled, device)
                 variant = Variant(
                     self.signature, arguments, options, compiled, function, device, cuda()

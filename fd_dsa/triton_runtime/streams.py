@@ -7,13 +7,12 @@ capture they become edges of the graph.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
 from fd_dsa.triton_runtime.mode import INTERPRETING
-from fd_dsa.triton_runtime.transfers import Transfers, transfers_for
+from fd_dsa.triton_runtime.transfers import Transfers
 
 
 class SideStream:
@@ -80,18 +79,4 @@ def side_stream_for(tensor: Any) -> SideStream | None:
     return _side_stream(api, api.device_of(tensor))
 
 
-def capture_query(tensor: Any) -> Callable[[], bool]:
-    """A function that reports whether the current stream of a tensor's device is captured.
-
-    One driver call each time. False where kernels are interpreted, of whatever the tensor is.
-
-    Raises:
-        BackendUnavailable: no library is known for its type, or no CUDA driver is found.
-    """
-    return (lambda: False) if INTERPRETING else transfers_for(tensor).is_capturing
-
-
-@cache
-def _side_stream(api: DeviceApi, device: int) -> SideStream:
-    """The second stream of a device."""
-    return SideStream(api, device)
+_side_stream = cache(SideStream)

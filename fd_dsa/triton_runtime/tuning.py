@@ -133,10 +133,10 @@ class TunedKernel(HeuristicKernel):
                 # too much shared memory, too many registers, a tile that does not compile
                 errors.append(f"{config}: {error}")
                 continue
-            stream = launch.current_stream()
+            device, stream = launch.variant.device, launch.current_stream()
             for _ in range(_WARM_CALLS):
                 launch()
-            timed = [cuda().time_us(launch, stream) for _ in range(_TIMED_CALLS)]
+            timed = [cuda().time_us(device, launch, stream) for _ in range(_TIMED_CALLS)]
             times.append((statistics.median(timed), len(times), config))
         if not times:
             raise LaunchError(

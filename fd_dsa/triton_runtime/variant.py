@@ -20,8 +20,6 @@ from fd_dsa.triton_runtime.parameters import Parameter, Signature
 _WARP_SIZE = 32
 # scratch pointers that a kernel takes after its arguments, null here: one or two by Triton version
 _SCRATCH_POINTERS = 2
-# invalid context, and a function or stream that is not of the current context
-_WRONG_CONTEXT = (201, 400, 709)
 _CLUSTER_DIMENSION, _CLUSTER_SCHEDULING = 4, 5
 _COOPERATIVE, _OVERLAP_LAUNCHES = 2, 6
 _SPREAD = 1
@@ -80,7 +78,7 @@ class Variant:
         driver: Driver,
     ) -> None:
         self.signature, self.arguments, self.device = signature, arguments, device
-        self.compiled, self.driver, self.queue = compiled, driver, driver.launch
+        self.compiled, self.driver, self.queue = compiled, driver, driver.library.cuLaunchKernelEx
         self.free: list[Frame] = []
         self.passed: list[Parameter] = [
             parameter
@@ -141,17 +139,9 @@ class Variant:
         self.free.append(frame)
 
     def recover(self, code: int, frame: Frame) -> None:
-        """Launch again if it failed because another context, or none, is the thread's.
-
-        A thread without a context gets the device's; another context is put back afterwards.
-
-        Raises:
-            DeviceError: any other error of the launch, or of earlier work on the device.
-        """
-        if code in _WRONG_CONTEXT:
-            with self.driver.context(self.device):
-                code = self.queue(*frame.call)
-        self.driver.check(code, f"launch of kernel {self.signature.kernel}")
+        """Launch again if it failed for want of a context; see `Driver.recover`."""
+        what = f"launch of kernel {self.signature.kernel}"
+        self.driver.recover(code, self.device, what, self.queue, frame.call)
 
 
 def _attributes(num_ctas: int, options: Mapping[str, Any]) -> Any:

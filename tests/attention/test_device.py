@@ -165,13 +165,14 @@ def test_workspace_is_the_size_of_the_buffers(
     index_heads: int,
 ) -> None:
     from fd_dsa.attention.device import DeviceAttention, workspace_bytes
-    from fd_dsa.triton_runtime.transfers import GpuTraits, transfers_for
+    from fd_dsa.triton_runtime.driver import GpuTraits
+    from fd_dsa.triton_runtime.transfers import transfers_for
 
     transfers = transfers_for(kernel_memory.poisoned((1,), "float32"))
     # the interpreter is one processor
-    monkeypatch.setattr(type(transfers), "num_processors", lambda self: 132)
+    gpu = GpuTraits(transfers.traits.capability, 132)
+    monkeypatch.setattr(type(transfers), "traits", gpu)
     monkeypatch.setattr("fd_dsa.attention.device.LOGITS_BYTES", logits_bytes)
-    gpu = GpuTraits(transfers.capability(), 132)
     widths = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
     layout = CacheLayout("float32", 16, 6, 2, 4)
     sizes = DSABackendConfig(2, index_heads, 8, 0.4, layout, 4, 100, 10, tokens_per_row=2)
@@ -217,7 +218,7 @@ def test_what_serves_is_told_once_and_remembered(
         made = [device.DeviceAttention(config, kernel_memory.poisoned) for _ in range(2)]
     # codes for the cache's format
     assert str(made[0].query_buffers(4)[0].dtype).endswith("uint8" if serves else "float32")
-    capability = transfers_for(kernel_memory.poisoned((1,), "float32")).capability()
+    capability = transfers_for(kernel_memory.poisoned((1,), "float32")).traits.capability
     on_hopper = serves and capability == 90
     assert all(type(x._scores) is (TileScores if serves else PageScores) for x in made)
     assert all(isinstance(x._attention, TensorCoreAttention) == on_hopper for x in made)

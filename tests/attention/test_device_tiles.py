@@ -34,9 +34,7 @@ class Device:
     """Stands for a device of two processors, whose stream is captured, or not."""
 
     capturing = False
-
-    def num_processors(self) -> int:
-        return 2
+    traits = SimpleNamespace(num_processors=2)
 
     def is_capturing(self) -> bool:
         return self.capturing

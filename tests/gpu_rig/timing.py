@@ -61,7 +61,7 @@ class Clock:
 
     def is_past(self, point: int) -> bool:
         """Whether the work before a point is done."""
-        return not self._rig.is_real or cuda().function("cuEventQuery")(self._points[point]) == 0
+        return not self._rig.is_real or cuda().library.cuEventQuery(self._points[point]) == 0
 
     def wait(self, point: int) -> None:
         """Block the host until the work before a point is done."""

@@ -29,24 +29,9 @@ def replaced(base: type, name: str, change: Callable[[Callable[..., Any]], Any])
 @contextmanager
 def counted_transfers() -> Iterator[Counter[str]]:
     """Count the launcher's copies and waits inside the block, under the plug-in's names."""
-    import numpy as np
-
-    from fd_dsa.triton_runtime.transfers import Event, FixedCopy, Transfers
+    from fd_dsa.triton_runtime.transfers import Event, FixedCopy
 
     counts: Counter[str] = Counter()
-
-    def copies(kind: str) -> Callable[[Callable[..., Any]], Any]:
-        """Counts a method of `Transfers` that takes a tensor and an array."""
-
-        def counting(original: Callable[..., Any]) -> Any:
-            def copy(self: Any, *args: Any) -> Any:
-                counts[f"{kind}_async"] += 1
-                counts[f"{kind}_bytes"] += sum(a.nbytes for a in args if isinstance(a, np.ndarray))
-                return original(self, *args)
-
-            return copy
-
-        return counting
 
     def counting_queue(original: Callable[..., Any]) -> Any:
         def queue(self: Any, num_bytes: int) -> Any:
@@ -64,8 +49,6 @@ def counted_transfers() -> Iterator[Counter[str]]:
         return wait
 
     with (
-        replaced(Transfers, "to_device", copies("h2d")),
-        replaced(Transfers, "to_host", copies("d2h")),
         replaced(FixedCopy, "queue", counting_queue),
         replaced(Event, "wait", counting_wait),
     ):

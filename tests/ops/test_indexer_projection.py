@@ -166,8 +166,9 @@ def test_captured_before_the_first_run_it_does_without_scratch(
     kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from fd_dsa.ops.indexer_projection import triton_kernel as scratch
+    from fd_dsa.triton_runtime.transfers import Transfers
 
-    monkeypatch.setattr(scratch, "capture_query", lambda tensor: lambda: True)
+    monkeypatch.setattr(Transfers, "is_capturing", lambda self: True)
     monkeypatch.setattr(scratch, "_OF_DEVICE", {})
     x, weight = case(*SMALL[1])
     close(in_kernel(kernel_memory, x, weight, 128), x.astype(np.float64) @ weight)

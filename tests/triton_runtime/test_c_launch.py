@@ -11,6 +11,7 @@ import pytest
 
 from fd_dsa.errors import DeviceError
 from fd_dsa.triton_runtime.c_launch import CLaunch
+from fd_dsa.triton_runtime.transfers import Transfers
 from tests.triton_runtime.fakes import FakeApi, FakeLibrary, driven_by
 
 pytestmark = pytest.mark.triton
@@ -43,7 +44,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
 
 def test_a_call_reads_the_structure_and_the_stream_of_its_time(kernels: Kernels) -> None:
     step, api = Step(1), FakeApi(stream=7)
-    launch = CLaunch(kernels, "launch", step, api, 0)
+    launch = CLaunch(kernels, "launch", step, Transfers(api, 0))
     launch()
     step.number, api.stream = 5, 0
     launch()
@@ -58,7 +59,7 @@ def test_a_call_reads_the_structure_and_the_stream_of_its_time(kernels: Kernels)
 def test_tensors_of_another_device_are_launched_there() -> None:
     with driven_by(FakeLibrary(num_devices=2)) as driver:
         kernels = Kernels(driver)
-        launch = CLaunch(kernels, "launch", Step(1), FakeApi(stream=7), 1)
+        launch = CLaunch(kernels, "launch", Step(1), Transfers(FakeApi(stream=7), 1))
         for before in (0x1000, 0x1001):
             driver.enter(before)
             launch()
@@ -68,4 +69,4 @@ def test_tensors_of_another_device_are_launched_there() -> None:
 
 def test_a_library_without_the_function_is_refused(kernels: Kernels) -> None:
     with pytest.raises(AttributeError, match="launch"):
-        CLaunch(SimpleNamespace(), "launch", Step(1), FakeApi(), 0)
+        CLaunch(SimpleNamespace(), "launch", Step(1), Transfers(FakeApi(), 0))

@@ -201,7 +201,7 @@ def test_a_thread_that_never_used_cuda() -> None:
 
 
 def test_processors() -> None:
-    found = transfers_for(_out()).num_processors()
+    found = transfers_for(_out()).traits.num_processors
     assert found == torch.cuda.get_device_properties(0).multi_processor_count
 
 

@@ -19,7 +19,7 @@ from fd_dsa.ops._triton import step_kernel, stored_values
 from fd_dsa.ops._triton_fp8 import stored
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.streams import capture_query
+from fd_dsa.triton_runtime.transfers import transfers_for
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -166,7 +166,7 @@ def scratch_beside(like: Any) -> Any:
     key = api, str(getattr(like, "place", "")) if INTERPRETING else api.device_of(like)
     scratch = _OF_DEVICE.get(key)
     if scratch is None:
-        if capture_query(like)():
+        if transfers_for(like).is_capturing():
             _logger.warning(
                 "project_indexer: captured before its first run, so the graph keeps its slow form; "
                 "run a step before the capture"

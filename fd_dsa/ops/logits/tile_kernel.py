@@ -270,7 +270,7 @@ def score_step(q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any)
     """`score_tiles` with a schedule of its own."""
     num_tokens, heads, _ = q.shape
     form = prompt_form(heads) if step.num_prefill_tokens else decode_form(heads, 1)
-    programs = transfers_for(q).num_processors() * form.programs_per_processor
+    programs = transfers_for(q).traits.num_processors * form.programs_per_processor
     schedule = TileSchedule.allocate(form, num_tokens, 1, programs, allocator_beside(q))
     schedule.fill(step, logits.shape[1])
     score_tiles(q, weights, cache, step, schedule, logits)

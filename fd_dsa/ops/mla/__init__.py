@@ -83,7 +83,7 @@ def sparse_mla(
 
         types = dtype_name(q.dtype), cache_format(cache)
         sizes = num_heads, *types, kv_lora_rank, width - kv_lora_rank
-        capability = transfers_for(q).capability()
+        capability = transfers_for(q).traits.capability
         provider = choose_attention(kind, *sizes, capability, allocator_beside(q)).provider
     if num_tokens and num_heads:
         attend: Callable[..., None] = function(name, provider)
