@@ -29,7 +29,7 @@ class BoundLaunch:
         grid: Grid,
         values: dict[str, Any],
         options: dict[str, Any],
-        scalars: tuple[str, ...],
+        scalars: tuple[str, ...] = (),
     ) -> None:
         self.variant, self._api, self._options = variant, api, options
         self._values, self._scalars = values, scalars
@@ -54,12 +54,6 @@ class BoundLaunch:
     def _resolve(self, grid: Grid, values: dict[str, Any]) -> tuple[int, int, int]:
         """The grid as three numbers."""
         return resolve_grid(self.variant.signature.kernel, grid, values, self._options)
-
-    def _frame(self) -> Frame:
-        """A frame with the bound arguments."""
-        frame = self.variant.frame()
-        self.variant.pack(frame, self._values, self.grid)
-        return frame
 
     def __call__(self, *scalars: Any, grid: Grid | None = None) -> None:
         """Launch on the current stream.
@@ -86,7 +80,7 @@ class BoundLaunch:
         try:
             frame = free.pop()
         except IndexError:
-            frame = self._frame()
+            frame = self.variant.frame(self._values)
         if self._writers:
             try:
                 for (write, offset), value in zip(

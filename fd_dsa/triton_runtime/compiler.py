@@ -112,11 +112,6 @@ def compile_kernel(
             "TRITON_CACHE_DIR (~/.triton/cache by default) and TMPDIR to folders that this "
             "process can write to"
         ) from error
-    return _read(kernel, arguments)
-
-
-def _read(kernel: Any, arguments: Mapping[str, Argument]) -> Compiled:
-    """The parts of Triton's result that a launch needs."""
     metadata = kernel.metadata
     for scratch in ("global_scratch_size", "profile_scratch_size"):
         if getattr(metadata, scratch, 0):

@@ -27,16 +27,16 @@ def resolve_grid(
     Raises:
         LaunchError: it is no sequence of one to three integers, or one is out of CUDA's range.
     """
-    if callable(grid):
-        return _numbers(kernel, grid({**options, **arguments}))
+    sizes = grid({**options, **arguments}) if callable(grid) else grid
     try:
         # most launches have one of a few grids
-        return _known_numbers(kernel, grid)
+        return _numbers(kernel, sizes)
     except TypeError:
         # no hash, such as a list's
-        return _numbers(kernel, grid)
+        return _numbers.__wrapped__(kernel, sizes)
 
 
+@lru_cache(maxsize=4096)
 def _numbers(kernel: str, sizes: Any) -> tuple[int, int, int]:
     """Three numbers of one to three."""
     try:
@@ -54,6 +54,3 @@ def _numbers(kernel: str, sizes: Any) -> tuple[int, int, int]:
         )
     x, y, z = (*numbers, 1, 1)[:3]
     return x, y, z
-
-
-_known_numbers = lru_cache(maxsize=4096)(_numbers)

@@ -48,14 +48,8 @@ def paddle_jit(
     Raises:
         LaunchError: a declared name is no parameter.
     """
-    if fn is None:
-        return partial(
-            paddle_jit,
-            do_not_specialize=do_not_specialize,
-            do_not_specialize_on_alignment=do_not_specialize_on_alignment,
-            contiguous=contiguous,
-        )
-    return Kernel(fn, do_not_specialize, do_not_specialize_on_alignment, contiguous)
+    declared = do_not_specialize, do_not_specialize_on_alignment, contiguous
+    return (lambda function: Kernel(function, *declared)) if fn is None else Kernel(fn, *declared)
 
 
 class Kernel:
@@ -66,17 +60,9 @@ class Kernel:
         signature: its parameters.
     """
 
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        do_not_specialize: Iterable[str] = (),
-        do_not_specialize_on_alignment: Iterable[str] = (),
-        contiguous: Iterable[str] = (),
-    ) -> None:
+    def __init__(self, fn: Callable[..., Any], *declared: Iterable[str]) -> None:
         function = fn.fn if hasattr(fn, "run") else fn
-        self.signature = Signature(
-            function, do_not_specialize, do_not_specialize_on_alignment, contiguous
-        )
+        self.signature = Signature(function, *declared)
         self.fn = fn if hasattr(fn, "run") else triton.jit(fn)
         self.arg_names = tuple(self.signature.parameters)
         self.__name__ = self.signature.kernel
@@ -109,7 +95,7 @@ class Kernel:
         spelled = {name: kwargs[name] for name in kwargs if name in OPTIONS}
         api, variant = self._variant_for(values, options)
         self._extend_chain(api, variant, spelled)
-        variant.launch(api, values, resolve_grid(self.__name__, grid, values, options))
+        BoundLaunch(api, variant, grid, values, options)()
 
     def bind(
         self, grid: Grid, *args: Any, scalars: tuple[str, ...] = (), **kwargs: Any

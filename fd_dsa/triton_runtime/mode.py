@@ -17,21 +17,9 @@ except ImportError as error:
         "triton is not installed, so no Triton kernel can run; install triton>=3.3,<3.10"
     ) from error
 
-_LOWEST, _HIGHEST = (3, 3), (3, 9)
-
-
-def require_supported() -> None:
-    """Refuse Triton versions whose internals were never read and tried.
-
-    Raises:
-        BackendUnavailable: the version is outside 3.3 to 3.9.
-    """
-    major, minor = map(int, re.findall(r"\d+", triton.__version__)[:2])
-    if not _LOWEST <= (major, minor) <= _HIGHEST:
-        raise BackendUnavailable(
-            f"triton {triton.__version__}: the launcher is tested with 3.3 to 3.9; "
-            "install triton>=3.3,<3.10"
-        )
-
-
-require_supported()
+# versions whose internals were read and tried
+if not (3, 3) <= tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) <= (3, 9):
+    raise BackendUnavailable(
+        f"triton {triton.__version__}: the launcher is tested with 3.3 to 3.9; "
+        "install triton>=3.3,<3.10"
+    )

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fd_dsa.triton_runtime.compiler import Argument, Compiled
-from fd_dsa.triton_runtime.device import DeviceApi
 from fd_dsa.triton_runtime.driver import Driver
 from fd_dsa.triton_runtime.parameters import Parameter, Signature
 
@@ -95,14 +94,18 @@ class Variant:
         self._attributes = _attributes(compiled.num_ctas, options)
         self._null = ctypes.c_uint64(0)
 
-    def frame(self) -> Frame:
-        """A new frame with no arguments yet."""
+    def frame(self, values: Mapping[str, Any] | None = None) -> Frame:
+        """A new frame with these arguments, or none yet, and no grid."""
         compiled = self.compiled
         memory = ctypes.create_string_buffer(self.grid_offset + _CONFIG.size)
         base, num_attributes = ctypes.addressof(memory), len(self._attributes) // _ATTRIBUTE.size
         attributes = ctypes.addressof(self._attributes) if num_attributes else 0
         block = compiled.num_warps * _WARP_SIZE
         config = (1, 1, 1, block, 1, 1, compiled.shared_bytes, 0, attributes, num_attributes)
+        if values is not None:
+            passed = (values[parameter.name] for parameter in self.passed)
+            plain = (v.data_ptr() if hasattr(v, "data_ptr") else v for v in passed)
+            self.values.pack_into(memory, 0, *plain, 1, 1, 1)
         _CONFIG.pack_into(memory, self.grid_offset, *config)
         addresses = [base + offset for offset in self.offsets]
         addresses += [ctypes.addressof(self._null)] * _SCRATCH_POINTERS
@@ -114,29 +117,6 @@ class Variant:
             None,
         )
         return Frame(memory, call, self.grid_offset + _STREAM_OFFSET, (pointers, self))
-
-    def pack(self, frame: Frame, values: Mapping[str, Any], grid: tuple[int, int, int]) -> None:
-        """Write all arguments and the grid into a frame."""
-        plain = [
-            value.data_ptr() if hasattr(value, "data_ptr") else value
-            for value in (values[parameter.name] for parameter in self.passed)
-        ]
-        x, y, z = frame.grid = grid
-        self.values.pack_into(frame.memory, 0, *plain, x * self.compiled.num_ctas, y, z)
-
-    def launch(self, api: DeviceApi, values: Mapping[str, Any], grid: tuple[int, int, int]) -> None:
-        """Launch with values that were found to fit this variant."""
-        if 0 in grid:
-            return
-        frame = self.free.pop() if self.free else self.frame()
-        self.pack(frame, values, grid)
-        stream = api.current_stream(self.device)
-        if frame.stream != stream:
-            frame.set_stream(stream)
-        code = self.queue(*frame.call)
-        if code:
-            self.recover(code, frame)
-        self.free.append(frame)
 
     def recover(self, code: int, frame: Frame) -> None:
         """Launch again if it failed for want of a context; see `Driver.recover`."""
