@@ -6,12 +6,12 @@ import ctypes
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from fd_dsa.errors import BackendUnavailable, LaunchError
+from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 from fd_dsa.ops.probes import Case, Memory
 from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime import INTERPRETING
-from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
+from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.transfers import Transfers
 
 
@@ -44,7 +44,8 @@ class LibraryKernel:
                 "build it again: make custom-ops"
             )
         self._kernels, self._job = kernels, self.structure()
-        self._launch: CLaunch | None = None
+        self._function, self._argument = getattr(kernels, self.launcher), ctypes.byref(self._job)
+        self._stream: Callable[[], ctypes.c_void_p]
         self._api: Any = None
         self._device = -1
 
@@ -53,9 +54,27 @@ class LibraryKernel:
         api = api_for_type(type(tensor))
         device = api.device_of(tensor)
         if (api, device) != (self._api, self._device):
-            transfers = Transfers(api, device)
-            self._launch = CLaunch(self._kernels, self.launcher, self._job, transfers)
-            self._api, self._device = api, device
+            self._api, self._device, self._stream = api, device, Transfers(api, device).stream
+
+    def _launch(self) -> None:
+        """Queue the kernel on the current stream of the device that was bound last.
+
+        The structure is read during the call, so it may change between two calls.
+
+        Raises:
+            DeviceError: the CUDA runtime refuses the launch, or earlier work has failed.
+        """
+        driver = cuda()
+        # the runtime takes the device of the thread's context, or the first where it has none
+        if driver.num_devices > 1 and driver.current_device() != self._device:
+            with driver.context(self._device):
+                code = self._function(self._argument, self._stream())
+        else:
+            code = self._function(self._argument, self._stream())
+        if code:
+            text = self._kernels.fd_dsa_cuda_error
+            text.restype = ctypes.c_char_p
+            raise DeviceError(f"{self.launcher}: CUDA error {code}: {text(code).decode()}")
 
     def _address(
         self, name: str, tensor: Any, *, multiple: int = 1, may_have_gaps: bool = False

@@ -114,7 +114,6 @@ class CustomAttention(LibraryKernel):
         job.dequantized = None
         if dequantized is not None:
             self._name_dequantized(dequantized)
-        assert self._launch is not None
         self._launch()
 
     def _name_dequantized(self, records: Dequantized) -> None:

@@ -80,7 +80,6 @@ class SlotSelector(LibraryKernel):
         rows.num_rows = logits.shape[0] if num_rows is None else num_rows
         rows.first_token = first_token
         rows.block_size, rows.num_blocks = block_size, num_blocks
-        assert self._launch is not None
         self._launch()
 
     def _take(self, tensors: tuple[Any, ...]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.errors import DeviceError
-from fd_dsa.triton_runtime.c_launch import CLaunch
-from fd_dsa.triton_runtime.transfers import Transfers
-from tests.triton_runtime.fakes import FakeApi, FakeLibrary, driven_by
+from fd_dsa.errors import BackendUnavailable, DeviceError
+from fd_dsa.ops._library import LibraryKernel
+from fd_dsa.triton_runtime import register_device_api
+from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, driven_by
 
 pytestmark = pytest.mark.triton
 
@@ -21,12 +21,24 @@ class Step(ctypes.Structure):
     _fields_ = (("number", ctypes.c_int32),)
 
 
+class Launch(LibraryKernel):
+    """Launches with a number on a device."""
+
+    launcher, size, structure = "launch", "size", Step
+
+    def __call__(self, number: int, device: int = 0) -> None:
+        self._bind(FakeTensor(0x7000, device=device))
+        self._job.number = number
+        self._launch()
+
+
 class Kernels:
     """A library that notes what is launched: number in the structure, stream, context."""
 
     def __init__(self, driver: FakeLibrary) -> None:
         self.driver, self.answer = driver, 0
         self.launched: list[tuple[int, int | None, int | None]] = []
+        self.size = lambda: ctypes.sizeof(Step)
         self.fd_dsa_cuda_error = lambda code: b"out of luck"
 
     def launch(self, argument: Any, stream: ctypes.c_void_p) -> int:
@@ -43,30 +55,28 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
 
 
 def test_a_call_reads_the_structure_and_the_stream_of_its_time(kernels: Kernels) -> None:
-    step, api = Step(1), FakeApi(stream=7)
-    launch = CLaunch(kernels, "launch", step, Transfers(api, 0))
-    launch()
-    step.number, api.stream = 5, 0
-    launch()
-    api.stream = 9
-    launch()
+    launch, api = Launch(kernels), FakeApi()
+    register_device_api(FakeTensor, api)
+    for number, api.stream in ((1, 7), (5, 0), (5, 9)):
+        launch(number)
     assert kernels.launched == [(1, 7, 0x1000), (5, None, 0x1000), (5, 9, 0x1000)]
     kernels.answer = 400
     with pytest.raises(DeviceError, match="launch: CUDA error 400: out of luck"):
-        launch()
+        launch(5)
 
 
 def test_tensors_of_another_device_are_launched_there() -> None:
+    register_device_api(FakeTensor, FakeApi(stream=7))
     with driven_by(FakeLibrary(num_devices=2)) as driver:
         kernels = Kernels(driver)
-        launch = CLaunch(kernels, "launch", Step(1), Transfers(FakeApi(stream=7), 1))
+        launch = Launch(kernels)
         for before in (0x1000, 0x1001):
             driver.enter(before)
-            launch()
+            launch(1, device=1)
             assert driver.context() == before
     assert kernels.launched == [(1, 7, 0x1001)] * 2
 
 
-def test_a_library_without_the_function_is_refused(kernels: Kernels) -> None:
-    with pytest.raises(AttributeError, match="launch"):
-        CLaunch(SimpleNamespace(), "launch", Step(1), Transfers(FakeApi(), 0))
+def test_a_library_without_the_function_is_refused() -> None:
+    with pytest.raises(BackendUnavailable, match="launch takes another structure"):
+        Launch(SimpleNamespace())
