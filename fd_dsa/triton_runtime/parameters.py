@@ -128,11 +128,6 @@ class Signature:
             )
             for name, parameter in self._call.parameters.items()
         }
-        self._defaults = {
-            name: parameter.default
-            for name, parameter in self.parameters.items()
-            if parameter.default is not MISSING
-        }
 
     def error(self, name: str, problem: str) -> LaunchError:
         """The error about the argument of a parameter."""
@@ -149,16 +144,14 @@ class Signature:
         """
         options = {n: v for n, v in kwargs.items() if n in OPTIONS and n not in self.parameters}
         named = {name: value for name, value in kwargs.items() if name not in options}
-        given = {**dict(zip(self.parameters, args, strict=False)), **named}
-        complete = {**self._defaults, **given}
-        if len(given) < len(args) + len(named) or complete.keys() != self.parameters.keys():
-            try:
-                self._call.bind(*args, **named)
-            except TypeError as error:
-                raise LaunchError(
-                    f"kernel {self.kernel}: {error}; parameters are {', '.join(self.parameters)}, "
-                    f"options {', '.join(OPTIONS)}"
-                ) from None
+        try:
+            bound = self._call.bind(*args, **named)
+        except TypeError as error:
+            raise LaunchError(
+                f"kernel {self.kernel}: {error}; parameters are {', '.join(self.parameters)}, "
+                f"options {', '.join(OPTIONS)}"
+            ) from None
+        bound.apply_defaults()
         for name, most in _POWERS.items():
             value = options.get(name, 1)
             if type(value) is not int or not 1 <= value <= most or value & (value - 1):
@@ -167,10 +160,10 @@ class Signature:
                     f"two from 1 to {most}"
                 )
         # NumPy's scalars become Python's
-        values = {name: complete[name] for name in self.parameters}
-        for name, value in values.items():
-            if isinstance(value, np.generic):
-                values[name] = value.item()
+        values = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in bound.arguments.items()
+        }
         return values, OPTIONS | options
 
     def describe(self, parameter: Parameter, value: Any) -> Argument:
@@ -265,24 +258,24 @@ class Signature:
         Raises:
             LaunchError: tensors of two libraries or devices meet, or there is no tensor.
         """
-        api, device, first = None, 0, ""
+        first, place = "", None
         for name, argument in arguments.items():
             if argument.type[0] != "*":
                 continue
-            own = api_for_type(type(values[name]))
-            on = self.device_of(name, values[name], own)
-            if api is None:
-                api, device, first = own, on, name
-            if own is not api or on != device:
+            api = api_for_type(type(values[name]))
+            device = self.device_of(name, values[name], api)
+            if place is None:
+                first, place = name, (api, device)
+            if place != (api, device):
                 raise self.error(
                     name,
-                    f"is a {type(values[name]).__module__} tensor on device {on}, but {first!r} "
-                    f"is a {type(values[first]).__module__} tensor on device {device}; put all on "
-                    "one device",
+                    f"is a {type(values[name]).__module__} tensor on device {device}, but "
+                    f"{first!r} is a {type(values[first]).__module__} tensor on device "
+                    f"{place[1]}; put all on one device",
                 )
-        if api is None:
+        if place is None:
             raise LaunchError(f"kernel {self.kernel}: no argument is a tensor")
-        return api, device
+        return place
 
     def check_changing(self, scalars: Sequence[str], values: Mapping[str, Any]) -> None:
         """Refuse names whose value cannot change from launch to launch of one variant.
@@ -294,8 +287,7 @@ class Signature:
             if name not in self.parameters:
                 raise LaunchError(f"kernel {self.kernel}: scalar {name!r} is no parameter")
             value, parameter = values[name], self.parameters[name]
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if parameter.is_constexpr or not is_number:
+            if parameter.is_constexpr or type(value) not in (int, float):
                 raise LaunchError(
                     f"kernel {self.kernel}: scalar {name!r} is {value!r}; a number that is passed "
                     "at run time is wanted"

@@ -137,9 +137,8 @@ def v4_prepare_np(
     _fill(out.csa_visible, visible, 0)
     num_csa = _write_offsets(np.minimum(visible, cfg.index_topk), out.csa_indptr)
     counts = [len(q), num_tokens, num_hca, num_csa]
-    for name, ratio in (("r1", cfg.csa_ratio), ("r2", cfg.hca_ratio)):
-        plans = (getattr(out, kind + name) for kind in ("plan_", "plan_dst_", "wplan_"))
-        counts += _write_plans(cfg, step, ratio, *plans)
+    counts += _write_plans(cfg, step, cfg.csa_ratio, out.plan_r1, out.plan_dst_r1, out.wplan_r1)
+    counts += _write_plans(cfg, step, cfg.hca_ratio, out.plan_r2, out.plan_dst_r2, out.wplan_r2)
     out.counts[:] = counts
     return out
 

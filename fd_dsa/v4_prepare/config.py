@@ -108,9 +108,6 @@ class V4PrepareConfig:
         max_rows: int,
         max_model_len: int,
         spec_tokens: int = 0,
-        max_num_tokens: int | None = None,
-        max_tokens_per_seq: int | None = None,
-        max_blocks_per_seq: int | None = None,
         block_size: int = 128,
         **sizes: Any,
     ) -> V4PrepareConfig:
@@ -125,10 +122,10 @@ class V4PrepareConfig:
                 and, where they are there, `max_position_embeddings` and `num_hidden_layers`.
                 Entries past `num_hidden_layers` belong to draft layers and do not count.
             max_rows: rows of the buffers (`max_num_seqs`).
-            max_num_tokens: None = max_rows * (spec_tokens + 1), a decode step.
-            max_tokens_per_seq: None = spec_tokens + 1, or max_num_tokens if that is set.
-            max_blocks_per_seq: None = as many as max_model_len needs.
-            sizes: `num_slots` and `num_blocks`; optional `swa`, `comp_base` and `hca_mode`.
+            sizes: `num_slots` and `num_blocks`; optional `swa`, `comp_base`, `hca_mode`,
+                `max_num_tokens` (a decode step's, max_rows * (spec_tokens + 1)),
+                `max_tokens_per_seq` (spec_tokens + 1, or `max_num_tokens` if that is set) and
+                `max_blocks_per_seq` (as many as max_model_len needs).
 
         Raises:
             ConfigError: a field of the model is missing or cannot be served.
@@ -137,22 +134,19 @@ class V4PrepareConfig:
         own = {"max_rows": max_rows, "max_model_len": max_model_len}
         for name, value in (own | {"spec_tokens": spec_tokens, "block_size": block_size}).items():
             _size(name, value)
-        if max_tokens_per_seq is None:
-            max_tokens_per_seq = max_num_tokens or spec_tokens + 1
-        if max_num_tokens is None:
-            max_num_tokens = max_rows * (spec_tokens + 1)
-        if max_blocks_per_seq is None:
-            max_blocks_per_seq = -(-max_model_len // block_size)
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        defaults = {
+            "max_num_tokens": max_rows * (spec_tokens + 1),
+            "max_tokens_per_seq": sizes.get("max_num_tokens", spec_tokens + 1),
+            "max_blocks_per_seq": -(-max_model_len // block_size),
+        }
         return cls(
             **_model_fields(hf_config, max_model_len),
             spec_tokens=spec_tokens,
             block_size=block_size,
             max_num_seqs=max_rows,
-            max_num_tokens=max_num_tokens,
-            max_tokens_per_seq=max_tokens_per_seq,
             max_model_len=max_model_len,
-            max_blocks_per_seq=max_blocks_per_seq,
-            **sizes,
+            **(defaults | sizes),
         )
 
     @property
@@ -164,10 +158,6 @@ class V4PrepareConfig:
     def pool(self, ratio: int) -> int:
         """K(r), tokens pooled into one entry of the ratio: 2 * r1 for CSA, r2 for HCA."""
         return 2 * ratio if ratio == self.csa_ratio else ratio
-
-    def state_rows(self, ratio: int) -> int:
-        """K(r) + k, rows of one slot's compressor state for the ratio."""
-        return self.pool(ratio) + self.spec_tokens
 
     @property
     def hca_list_length(self) -> int:
