@@ -47,7 +47,7 @@ from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS
 from fd_dsa.ops.indexer_projection import triton_kernel
 from fd_dsa.ops.indexer_projection.triton_kernel import new_scratch
-from fd_dsa.triton_runtime.streams import SideStream
+from fd_dsa.triton_runtime.transfers import SideStream
 
 ONE, TWO, SERVED = "one stream", "two streams", "as served"
 # what is measured of a number of tokens, and how a case of it is called

@@ -109,7 +109,7 @@ class IndexerOverlap:
     def stream_for(self, tensor: Any) -> Any:
         """The second stream beside a tensor's, None where there is none."""
         if self.side_stream is _NOT_RUN:
-            from fd_dsa.triton_runtime.streams import side_stream_for
+            from fd_dsa.triton_runtime.transfers import side_stream_for
 
             self.side_stream = side_stream_for(tensor)
         return self.side_stream

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 from fd_dsa.triton_runtime.compiler import Compiled
-from fd_dsa.triton_runtime.host import HostLibrary
 from fd_dsa.triton_runtime.mode import INTERPRETING
 
 # no context was made yet, none is the thread's, and a handle or function of another one
@@ -37,6 +36,52 @@ class GpuTraits(NamedTuple):
 
     capability: int
     num_processors: int
+
+
+class HostLibrary:
+    """What stands for `libcuda.so.1` where kernels are interpreted: one device in host memory.
+
+    Those that are not here succeed and do nothing: whatever an event or a stream could wait for is
+    done. Kernels are not loaded: `InterpretedVariant` runs them.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, Any] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+        return lambda *arguments: 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:
+        # compute capability of Hopper, for which kernels are made; one multiprocessor
+        value._obj.value = {_MAJOR: 9, _MINOR: 0, _PROCESSORS: 1}[attribute]
+        return 0
+
+    def cuMemHostAlloc(self, address: Any, size: Any, flags: Any) -> int:
+        buffer = ctypes.create_string_buffer(size.value)
+        address._obj.value = ctypes.addressof(buffer)
+        self._buffers[address._obj.value] = buffer
+        return 0
+
+    def cuMemFreeHost(self, address: Any) -> int:
+        del self._buffers[address.value]
+        return 0
+
+    def cuMemcpyHtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> int:
+        places = map(self.host_address, (target.value, source.value))
+        ctypes.memmove(*places, size.value)
+        return 0
+
+    cuMemcpyDtoHAsync_v2 = cuMemcpyDtoDAsync_v2 = cuMemcpyHtoDAsync_v2
+
+    def host_address(self, address: int) -> int:
+        """Where host code finds what is at an address of the device."""
+        return address
 
 
 class Driver:

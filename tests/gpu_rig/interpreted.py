@@ -8,7 +8,7 @@ import paddle
 
 from fd_dsa.triton_runtime import driver, register_device_api
 from fd_dsa.triton_runtime.device import HostApi
-from fd_dsa.triton_runtime.host import HostLibrary
+from fd_dsa.triton_runtime.driver import HostLibrary
 
 
 class RigApi(HostApi):

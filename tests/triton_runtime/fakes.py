@@ -20,7 +20,7 @@ import pytest
 from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime import DeviceApi, driver, paddle_jit, unfreeze
 from fd_dsa.triton_runtime.compiler import Argument, Compiled, argument_codes
-from fd_dsa.triton_runtime.host import HostLibrary
+from fd_dsa.triton_runtime.driver import HostLibrary
 
 import triton.language as tl
 
