@@ -31,7 +31,7 @@ from fd_dsa.fastdeploy_plugin.projections import (
     key_norms,
     table_key,
 )
-from fd_dsa.fastdeploy_plugin.settings import core_config, readable_upstream, upstream_attributes
+from fd_dsa.fastdeploy_plugin.settings import core_config, upstream_attributes
 from fd_dsa.fastdeploy_plugin.step_inputs import fill_max_lens, step_rows
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
 from fd_dsa.ops._linear import joined
@@ -85,12 +85,7 @@ class PluginBackend:
                 "its proposer (spec_decode/mtp.py) unpacks two cache shapes of three, and gives "
                 "drafts neither positions nor slots; start it without --speculative-config"
             )
-        if self.upstream_file is not None:
-            shapes = encoder_block_shape_q, decoder_block_shape_q
-            readable = readable_upstream(fd_config)
-            super().__init__(readable, kv_num_heads, num_heads, head_dim, *shapes)
-        else:
-            super().__init__()
+        # in the place of FastDeploy's constructor, which cannot read every model's rope_scaling
         vars(self).update(upstream_attributes(fd_config, config))
         init_rank = import_module(f"{ATTENTION}.utils").init_rank_and_device_id
         self.rank, self.device_id = init_rank(fd_config)

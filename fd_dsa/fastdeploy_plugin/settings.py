@@ -6,7 +6,6 @@ Source of the fields: FastDeploy's `config.py`; of the softmax scale and `rope_t
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from fd_dsa.attention import CacheLayout, DSABackendConfig
@@ -152,20 +151,3 @@ def _rope_theta(model_config: Any) -> float:
     parameters = getattr(model_config, "rope_parameters", None) or {}
     theta = parameters.get("rope_theta", getattr(model_config, "rope_theta", None))
     return 10000.0 if theta is None else float(theta)
-
-
-def readable_upstream(fd_config: Any) -> Any:
-    """`fd_config` as FastDeploy's constructor reads it: a factor in every rope_scaling.
-
-    GLM-5 has no factor, and `rope_theta` in `rope_parameters`; a copy has what is missing.
-    """
-    model = fd_config.model_config
-    scaling = getattr(model, "rope_scaling", None)
-    if (not scaling or "factor" in scaling) and hasattr(model, "rope_theta"):
-        return fd_config
-    readable = copy.copy(fd_config)
-    readable.model_config = copy.copy(model)
-    readable.model_config.rope_theta = _rope_theta(model)
-    if scaling and "factor" not in scaling:
-        readable.model_config.rope_scaling = None
-    return readable
