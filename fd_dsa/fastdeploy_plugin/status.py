@@ -1,8 +1,8 @@
 """Which DSA path is live in a process that has FastDeploy in it, and why.
 
 `python -m fd_dsa.fastdeploy_plugin.status FILE` imports FastDeploy, with its models and its worker,
-and writes that to a file as JSON: what FastDeploy prints may be anything. `launch/probe.py` starts
-it.
+and writes that to a file as JSON: what FastDeploy prints may be anything. `launch.environment.probe`
+starts it.
 """
 
 from __future__ import annotations

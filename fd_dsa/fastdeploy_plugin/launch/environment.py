@@ -1,4 +1,7 @@
-"""The environment in which FastDeploy's server runs; that of the launcher stays as it is.
+"""The environment in which FastDeploy's server runs, and what a child with it says of itself.
+
+The launcher's own environment stays as it is, and it never imports FastDeploy: that imports a whole
+engine, starts plug-ins and leaves files behind.
 
 Source of the variables' meaning: `fastdeploy/envs.py` and `fastdeploy/plugins/utils.py` of
 PaddlePaddle/FastDeploy.
@@ -6,13 +9,23 @@ PaddlePaddle/FastDeploy.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 from fd_dsa.errors import ConfigError
+from fd_dsa.fastdeploy_plugin.launch.choice import fastdeploy_version
+from fd_dsa.fastdeploy_plugin.launch.server import last_line
 
 BACKEND = "DSA_ATTN"
 PLUGIN = "fd_dsa"
+_CHILD = "fd_dsa.fastdeploy_plugin.status"
 ENTRY_POINT_GROUPS = ("fastdeploy.model_register_plugins", "fastdeploy.model_runner_plugins")
 
 
@@ -73,3 +86,50 @@ def plugin_names() -> set[str]:
 def missing_entry_points() -> list[str]:
     """Groups in which the installed packages have no entry point named fd_dsa."""
     return [group for group in ENTRY_POINT_GROUPS if not entry_points(group=group, name=PLUGIN)]
+
+
+def probe(environment: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
+    """Import FastDeploy in a child process.
+
+    Args:
+        environment: of the child: what FastDeploy's server would get.
+        timeout_s: longest wait; a child that takes longer is ended.
+
+    Returns:
+        `fd_dsa.fastdeploy_plugin.status.report` of the child; `error` also where it has none.
+    """
+    version = fastdeploy_version()
+    with tempfile.TemporaryDirectory(prefix="fd_dsa-probe-") as name:
+        folder = Path(name)
+        report, output = folder / "report.json", folder / "output"
+        # FastDeploy writes its logs and metrics somewhere when it is imported: not where we are
+        own = {
+            "FD_LOG_DIR": str(folder / "log"),
+            "PYTHONPATH": _with_working_folder(environment.get("PYTHONPATH", "")),
+        }
+        try:
+            with output.open("wb") as file:
+                status = subprocess.run(
+                    [sys.executable, "-m", _CHILD, str(report)],
+                    env={**environment, **own},
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=timeout_s,
+                ).returncode
+        except subprocess.TimeoutExpired:
+            return {"error": f"its import takes more than {timeout_s:g} s", "version": version}
+        try:
+            found = json.loads(report.read_text("utf-8"))
+        except (OSError, ValueError):
+            last = last_line(output.read_bytes()) or "no output"
+            error = f"its import ended Python with status {status}: {last}"
+            return {"error": error, "version": version}
+        return {**found, "version": version or found["version"]}
+
+
+def _with_working_folder(path: str) -> str:
+    """PYTHONPATH for a child in another folder, in which `python -m` finds what it finds here."""
+    entries = ["", *filter(None, path.split(os.pathsep))]
+    return os.pathsep.join(os.path.abspath(entry) for entry in entries)

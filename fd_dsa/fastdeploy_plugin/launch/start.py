@@ -21,10 +21,13 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.environment import process_environment, switch
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin.launch.choice import INSTALL, fastdeploy_is_installed
-from fd_dsa.fastdeploy_plugin.launch.environment import missing_entry_points, server_environment
+from fd_dsa.fastdeploy_plugin.launch.environment import (
+    missing_entry_points,
+    probe,
+    server_environment,
+)
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags, translate, without_secrets
 from fd_dsa.fastdeploy_plugin.launch.ports import choose_ports
-from fd_dsa.fastdeploy_plugin.launch.probe import probe
 from fd_dsa.fastdeploy_plugin.launch.server import ServerProcess
 
 SERVER_MODULE = "fastdeploy.entrypoints.openai.api_server"
