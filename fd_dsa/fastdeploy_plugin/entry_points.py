@@ -12,12 +12,11 @@ from __future__ import annotations
 import logging
 import sys
 from types import ModuleType
-from weakref import WeakKeyDictionary
 
 logger = logging.getLogger(__name__)
 
-# the newest line that was logged about an imported FastDeploy; it goes with the module
-_logged: WeakKeyDictionary[ModuleType, str] = WeakKeyDictionary()
+# the FastDeploy that was imported when the newest line was logged, and the line
+_newest: tuple[ModuleType | None, str] = None, ""
 
 
 def register() -> None:
@@ -78,11 +77,11 @@ def model_runner() -> type:
 
 def _log(level: int, text: str) -> None:
     """Log a line once for each imported FastDeploy, where somebody sees it."""
+    global _newest
     fastdeploy = sys.modules.get("fastdeploy")
-    if fastdeploy is not None:
-        if _logged.get(fastdeploy) == text:
-            return
-        _logged[fastdeploy] = text
+    if _newest == (fastdeploy, text):
+        return
+    _newest = fastdeploy, text
     package = logging.getLogger("fd_dsa")
     if package.level == logging.NOTSET:
         package.setLevel(logging.INFO)
@@ -94,5 +93,4 @@ def _log(level: int, text: str) -> None:
 
 def last_logged() -> str:
     """What `register` has logged about the FastDeploy that is imported; "" = nothing."""
-    fastdeploy = sys.modules.get("fastdeploy")
-    return "" if fastdeploy is None else _logged.get(fastdeploy, "")
+    return _newest[1] if _newest[0] is sys.modules.get("fastdeploy") else ""
