@@ -25,18 +25,17 @@ from fd_dsa.attention import StepHints
 from fd_dsa.attention.backend import cache_of
 from fd_dsa.errors import ConfigError, MissingStepError
 from fd_dsa.fastdeploy_plugin import signals
-from fd_dsa.fastdeploy_plugin.projections import (
-    IndexerProjections,
-    cos_sin_table,
-    key_norms,
-    table_key,
-)
+from fd_dsa.fastdeploy_plugin.projections import IndexerProjections, float32, key_norms
 from fd_dsa.fastdeploy_plugin.settings import core_config, upstream_attributes
 from fd_dsa.fastdeploy_plugin.step_inputs import fill_max_lens, step_rows
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
+from fd_dsa.ops._host import readable
 from fd_dsa.ops._linear import joined
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.providers import device_name
+
+# what tells the tables of two rotary embeddings of one shape apart
+_OF_TABLE = ("rotary_dim", "max_position_embeddings", "base", "scaling_factor", "mscale")
 
 logger = logging.getLogger(__name__)
 
@@ -153,13 +152,11 @@ class PluginBackend:
             kv_norm: its RMSNorm of the latent, or None: of the index key alone.
             indexer: its indexer, or None.
         """
-        norms = self._norms.get((layer_id, kv_norm is None))
-        if norms is None:
-            k_norm = None if indexer is None else indexer.k_norm
-            pairing = indexer is not None and indexer.rope_interleave
-            norms = key_norms(self.config.cache_layout, kv_norm, k_norm, pairing, self._keep)
-            self._norms[layer_id, kv_norm is None] = norms
-        return norms
+        key = layer_id, kv_norm is None
+        if key not in self._norms:
+            layout = self.config.cache_layout
+            self._norms[key] = key_norms(layout, kv_norm, indexer, self._keep)
+        return self._norms[key]
 
     def projections_of(self, indexer: Any, hidden_states: Any) -> IndexerProjections:
         """Projections of a layer's indexer, made at its first step, when the weights are loaded."""
@@ -171,12 +168,15 @@ class PluginBackend:
         return kept[layer_id]
 
     def cos_sin_of(self, rotary_emb: Any) -> Any:
-        """Table of a layer's rotary embedding in float32; one for all layers that agree."""
-        key = table_key(rotary_emb)
-        table = self._tables.get(key)
-        if table is None:
-            table = self._tables[key] = cos_sin_table(rotary_emb)
-        return table
+        """Table of a layer's rotary embedding, float32 [max_position, rope_dim].
+
+        One for all layers that agree; of NumPy on a CPU.
+        """
+        cached = rotary_emb.cos_sin_cache
+        key = (*cached.shape, *(getattr(rotary_emb, name, None) for name in _OF_TABLE))
+        if key not in self._tables:
+            self._tables[key] = readable(float32(cached))
+        return self._tables[key]
 
     def _keep(self, convert: Callable[[], Any]) -> Any:
         """What a function makes of a weight; `refresh_weights` makes it again at this address."""

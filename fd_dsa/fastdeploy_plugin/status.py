@@ -17,7 +17,7 @@ from typing import Any
 
 from fd_dsa.environment import fastdeploy_plugin_wanted, process_environment
 from fd_dsa.errors import ConfigError
-from fd_dsa.fastdeploy_plugin.entry_points import last_logged
+from fd_dsa.fastdeploy_plugin import last_logged
 
 _WORKER = "fastdeploy.worker.gpu_worker"
 # from linux/prctl.h

@@ -10,6 +10,7 @@ import argparse
 import logging
 import math
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +28,6 @@ from fd_dsa.fastdeploy_plugin.launch.environment import (
     server_environment,
 )
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags, translate, without_secrets
-from fd_dsa.fastdeploy_plugin.launch.ports import choose_ports
 from fd_dsa.fastdeploy_plugin.launch.server import ServerProcess
 
 SERVER_MODULE = "fastdeploy.entrypoints.openai.api_server"
@@ -42,6 +42,8 @@ _EXIT_BAD_START = 2
 # sizes that the embedded engine checks in the same way
 _CHECKED = ("model", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
 _CHECKED += ("num_gpu_blocks_override",)
+_LAST_PORT = 65535
+_QUEUES = ("--engine-worker-queue-port", "--cache-queue-port")
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -221,6 +223,94 @@ def _model_and_name(args: argparse.Namespace, passed: PassedFlags) -> dict[str, 
     config = EngineConfig(**{name: getattr(args, name) for name in _CHECKED if name in args.given})
     model = str(passed.values.get("--model", config.model_path))
     return {"--model": model, "--served-model-name": names[0] if names else Path(model).name}
+
+
+def choose_ports(
+    host: str, port: int, port_is_given: bool, passed: PassedFlags, num_queues: int
+) -> dict[str, str]:
+    """Free consecutive ports for all that the user left open.
+
+    One for HTTP, one for metrics, and a queue of workers and one of caches for each data parallel
+    rank of this machine: four in all for one rank. FastDeploy's own defaults differ from version
+    to version, and two servers on one machine must not share them.
+
+    Args:
+        host: interface of the HTTP port.
+        port: our `--port`, 0 for any.
+        port_is_given: the user gave it, so it stays; else others are tried above it.
+        passed: flags after `--`, whose ports stay.
+        num_queues: data parallel ranks on this machine.
+
+    Returns:
+        FastDeploy's flags for the ports that the user did not give it, and their values.
+
+    Raises:
+        ConfigError: the interface is none of this machine's; no such ports are free; on several
+            machines, where all must have the same ports, those above the HTTP port are taken.
+    """
+    try:
+        any_port = _any_port(host)
+    except OSError as error:
+        raise ConfigError(
+            f"--host: got {host!r}, which is no address of this machine ({error.strerror}); "
+            "use 127.0.0.1, or 0.0.0.0 for all interfaces"
+        ) from error
+    fixed: dict[str, str] = {}
+    if "--port" in passed.values:
+        port, port_is_given = passed.number("--port", port), True
+    elif port_is_given and port:
+        fixed["--port"] = str(port)
+    counts = {"--port": 1, "--metrics-port": 1, **dict.fromkeys(_QUEUES, num_queues)}
+    open_flags = [flag for flag in counts if flag not in (passed.values | fixed)]
+    start = (port + 1 if port_is_given else port) if port else any_port
+    num_ports = sum(counts[flag] for flag in open_flags)
+    block = iter(_free_block(host, start, num_ports, movable=passed.num_nodes == 1))
+    chosen = {flag: ",".join(str(next(block)) for _ in range(counts[flag])) for flag in open_flags}
+    return fixed | chosen
+
+
+def _free_block(host: str, start: int, count: int, movable: bool) -> range:
+    """The first `count` consecutive ports from `start` on that are all free."""
+    base = start
+    while base + count - 1 <= _LAST_PORT:
+        taken = [port for port in range(base, base + count) if not _is_free(host, port)]
+        if not taken:
+            return range(base, base + count)
+        if not movable:
+            raise ConfigError(
+                f"port {taken[0]} is taken, and with --ips every machine needs the same ports; "
+                "give another --port, or --metrics-port, --engine-worker-queue-port and "
+                "--cache-queue-port after --"
+            )
+        base = taken[-1] + 1
+    raise ConfigError(
+        f"found no {count} consecutive free ports from {start} on; give a lower --port, or "
+        "--metrics-port, --engine-worker-queue-port and --cache-queue-port after --"
+    )
+
+
+def _is_free(host: str, port: int) -> bool:
+    """True if a server could listen there now, and on all interfaces, as FastDeploy's queues do.
+
+    A port in TIME_WAIT is free.
+    """
+    try:
+        for address in (host, "0.0.0.0"):
+            socket.create_server((address, port), family=_family(address)).close()
+    except OSError:
+        return False
+    return True
+
+
+def _any_port(host: str) -> int:
+    """A port that the system thinks free."""
+    with socket.create_server((host, 0), family=_family(host)) as server:
+        return int(server.getsockname()[1])
+
+
+def _family(host: str) -> socket.AddressFamily:
+    """Of the interface's address."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _local_url(host: str, port: object) -> str:
