@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.errors import describe_error
 from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_CASES
-from fd_dsa.ops.probes import Case, CheckFailed, Memory, Outputs, require
+from fd_dsa.ops.probes import Case, Memory, Outputs, require
 from fd_dsa.ops.providers import (
     CUSTOM_OP,
     PADDLE,
@@ -119,9 +120,7 @@ def _checked(
         if provider == PADDLE:
             host.update(out)
     except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        name = "" if isinstance(error, CheckFailed) else f"{type(error).__name__}: "
-        detail = name + first_line
+        detail = describe_error(error).removeprefix("CheckFailed: ")
     return detail, 1e3 * (time.perf_counter() - begin)
 
 

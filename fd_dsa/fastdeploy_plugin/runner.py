@@ -65,22 +65,14 @@ def make_runner_class(upstream: type) -> type:
         UnsupportedTree: it lacks one of `RUNNER_METHODS`.
     """
     check_runner(upstream)
-    hooked = {
-        name: _hooked(getattr(upstream, name), hook)
-        for name, hook in _HOOKS.items()
-        if hasattr(upstream, name)
-    }
+    methods = {name: getattr(upstream, name, None) for name in _HOOKS}
+    hooked = {name: _hooked(one, _HOOKS[name]) for name, one in methods.items() if one is not None}
     return derive(FastDeployRunnerMixin, upstream, **hooked)
 
 
 def _hooked(method: Callable[..., Any], hook: Callable[[Any, GoOn], Any]) -> Callable[..., Any]:
     """A method that calls our hook with the runner and what FastDeploy's own does."""
-
-    @wraps(method)
-    def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return hook(self, partial(method, self, *args, **kwargs))
-
-    return hooked
+    return wraps(method)(lambda self, *a, **kw: hook(self, partial(method, self, *a, **kw)))
 
 
 def _count_passes(runner: Any, go_on: GoOn) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.environment import fastdeploy_plugin_wanted, process_environment
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, describe_error
 from fd_dsa.fastdeploy_plugin import last_logged
 
 _WORKER = "fastdeploy.worker.gpu_worker"
@@ -36,7 +36,7 @@ def report() -> dict[str, Any]:
     try:
         import fastdeploy
     except Exception as error:
-        return {"error": _line(error), "version": ""}
+        return {"error": describe_error(error), "version": ""}
     from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend
     from fd_dsa.fastdeploy_plugin.tree_checks import MODELS, UnsupportedTree, checks, imported
 
@@ -76,11 +76,6 @@ def _why_not() -> str:
         f"FastDeploy has not loaded the plug-in fd_dsa: FD_PLUGINS is {plugins or 'unset'}, and "
         "must name it"
     )
-
-
-def _line(error: Exception) -> str:
-    """An error in a line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 if __name__ == "__main__":

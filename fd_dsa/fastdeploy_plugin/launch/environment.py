@@ -56,11 +56,6 @@ def server_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], 
     plugins = list(dict.fromkeys(name for name in names if name))
     plugins += [] if PLUGIN in plugins else [PLUGIN]
     changes = {"FD_ATTENTION_BACKEND": BACKEND, "FD_PLUGINS": ",".join(plugins)}
-    return {**environment, **changes}, _warnings(environment)
-
-
-def _warnings(environment: Mapping[str, str]) -> list[str]:
-    """A line for each value that works against the plug-in."""
     lines = []
     unchunked = environment.get("FD_DISABLE_CHUNKED_PREFILL", "")
     if unchunked not in ("", "0"):
@@ -75,7 +70,7 @@ def _warnings(environment: Mapping[str, str]) -> list[str]:
             f"FD_PLUGINS is set to {PLUGIN} for FastDeploy's server, so its other plug-ins "
             f"({', '.join(others)}) stay out; name them in FD_PLUGINS to load them too"
         )
-    return lines
+    return {**environment, **changes}, lines
 
 
 def plugin_names() -> set[str]:
@@ -102,10 +97,12 @@ def probe(environment: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="fd_dsa-probe-") as name:
         folder = Path(name)
         report, output = folder / "report.json", folder / "output"
-        # FastDeploy writes its logs and metrics somewhere when it is imported: not where we are
+        # FastDeploy writes its logs and metrics somewhere when it is imported: not where we are;
+        # but `python -m` finds there what it finds here
+        entries = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
         own = {
             "FD_LOG_DIR": str(folder / "log"),
-            "PYTHONPATH": _with_working_folder(environment.get("PYTHONPATH", "")),
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, entries)),
         }
         try:
             with output.open("wb") as file:
@@ -127,9 +124,3 @@ def probe(environment: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
             error = f"its import ended Python with status {status}: {last}"
             return {"error": error, "version": version}
         return {**found, "version": version or found["version"]}
-
-
-def _with_working_folder(path: str) -> str:
-    """PYTHONPATH for a child in another folder, in which `python -m` finds what it finds here."""
-    entries = ["", *filter(None, path.split(os.pathsep))]
-    return os.pathsep.join(os.path.abspath(entry) for entry in entries)

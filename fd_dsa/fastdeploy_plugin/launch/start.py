@@ -132,13 +132,15 @@ def launch(plan: Launch, started: float, on_ready: Callable[[str, float], None])
         logger.warning("%s", line)
     engine = _check_import(plan)
     logger.info("starting %s: %s", engine, shlex.join(without_secrets(plan.command)))
+    logs = f"{plan.environment.get('FD_LOG_DIR', 'log')}/"
     with ServerProcess(plan.command, plan.environment) as server:
-        is_ready = _wait_until_ready(server, plan, started)
+        is_ready = _wait_until_ready(server, plan.url, logs, started)
         if is_ready:
             on_ready(engine, time.monotonic() - started)
         status = server.wait()
         assert status is not None
-        words = _describe_status(status)
+        cause = f" ({Signals(status - 128).name})" if status - 128 in list(Signals) else ""
+        words = f"status {status}{cause}"
         if is_ready:
             logger.info("FastDeploy's server ended with %s", words)
             return status
@@ -147,17 +149,10 @@ def launch(plan: Launch, started: float, on_ready: Callable[[str, float], None])
             return status
         sys.stderr.write(
             f"fd_dsa: error: FastDeploy's server ended with {words} before it was ready; its last "
-            f"words: {server.last_words() or 'none'}; its own logs are in {_logs(plan)}/\n"
+            f"words: {server.last_words() or 'none'}; its own logs are in {logs}\n"
         )
         # FastDeploy returns 0 where its engine did not come up
         return status or _EXIT_BAD_START
-
-
-def _describe_status(status: int) -> str:
-    """An exit status in words, with the name of the signal that caused it."""
-    if status - 128 in list(Signals):
-        return f"status {status} ({Signals(status - 128).name})"
-    return f"status {status}"
 
 
 def _require_packages() -> None:
@@ -319,12 +314,7 @@ def _local_url(host: str, port: object) -> str:
     return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
 
 
-def _logs(plan: Launch) -> str:
-    """The folder of FastDeploy's own logs."""
-    return plan.environment.get("FD_LOG_DIR", "log")
-
-
-def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bool:
+def _wait_until_ready(server: ServerProcess, url: str, logs: str, started: float) -> bool:
     """True as soon as /health answers 200, False when the server ends or gets a signal before.
 
     There is no limit: hundreds of gigabytes of weights take as long as they take. A line now and
@@ -338,7 +328,7 @@ def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bo
     with httpx.Client(timeout=_HEALTH_ANSWER_S, trust_env=False) as client:
         while server.wait(0) is None and not server.signals:
             try:
-                code = client.get(f"{plan.url}/health").status_code
+                code = client.get(f"{url}/health").status_code
                 if code == httpx.codes.OK:
                     return True
                 answer = f"status {code}"
@@ -348,9 +338,9 @@ def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bo
                 say_at += _SAY_EVERY_S
                 seconds = math.floor(time.monotonic() - started)
                 line = (
-                    f"still starting after {seconds} s: GET {plan.url}/health gives {answer}. "
+                    f"still starting after {seconds} s: GET {url}/health gives {answer}. "
                     "FastDeploy answers once its workers have loaded the model; their own logs "
-                    f"are in {_logs(plan)}/ (workerlog.0). Ctrl-C stops"
+                    f"are in {logs} (workerlog.0). Ctrl-C stops"
                 )
                 logger.info("%s", line)
             server.wait(_HEALTH_EVERY_S)
