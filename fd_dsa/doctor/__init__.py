@@ -231,18 +231,14 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
         serves = "serves" if found["fastdeploy"]["serves"] else "does NOT serve"
         lines.append(f"fd_dsa {serves} in FastDeploy: see the lines below its version")
     # a file, and a pipe without COLUMNS, have no width
-    width = shutil.get_terminal_size((_NO_WIDTH, 24)).columns
-    return "".join(f"{_folded(line, width)}\n" for line in lines)
-
-
-def _folded(line: str, width: int) -> str:
-    """A line of the report on as many lines of the screen as it takes."""
-    indent = " " * max(4, len(line) - len(line.lstrip()) + 2)
-    return textwrap.fill(
-        line,
-        width,
-        subsequent_indent=indent,
+    fold = textwrap.TextWrapper(
+        shutil.get_terminal_size((_NO_WIDTH, 24)).columns,
         break_long_words=False,
         break_on_hyphens=False,
         replace_whitespace=False,
     )
+    text = ""
+    for line in lines:
+        fold.subsequent_indent = " " * max(4, len(line) - len(line.lstrip()) + 2)
+        text += f"{fold.fill(line)}\n"
+    return text

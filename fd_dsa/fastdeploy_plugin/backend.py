@@ -24,10 +24,9 @@ from fd_dsa.attention import DSAAttentionBackend as CoreBackend
 from fd_dsa.attention import StepHints
 from fd_dsa.attention.backend import cache_of
 from fd_dsa.errors import ConfigError, MissingStepError
-from fd_dsa.fastdeploy_plugin import signals
+from fd_dsa.fastdeploy_plugin import steps
 from fd_dsa.fastdeploy_plugin.projections import IndexerProjections, float32, key_norms
 from fd_dsa.fastdeploy_plugin.settings import core_config, upstream_attributes
-from fd_dsa.fastdeploy_plugin.step_inputs import fill_max_lens, step_rows
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
 from fd_dsa.ops._host import readable
 from fd_dsa.ops._linear import joined
@@ -84,12 +83,12 @@ class PluginBackend:
                 "its proposer (spec_decode/mtp.py) unpacks two cache shapes of three, and gives "
                 "drafts neither positions nor slots; start it without --speculative-config"
             )
-        # in the place of FastDeploy's constructor, which cannot read every model's rope_scaling
+        # instead of FastDeploy's constructor, which cannot read every model's rope_scaling
         vars(self).update(upstream_attributes(fd_config, config))
         init_rank = import_module(f"{ATTENTION}.utils").init_rank_and_device_id
         self.rank, self.device_id = init_rank(fd_config)
         self.kv_num_heads = kv_num_heads
-        signals.check_operators(self.pd_disaggregation_mode)
+        steps.check_operators(self.pd_disaggregation_mode)
         self.attention_metadata = None
         self.config, self.core = config, None
         self.shared_selection: Any = None
@@ -103,9 +102,14 @@ class PluginBackend:
         self._tables: dict[tuple[Any, ...], Any] = {}
         self._weights_may_change = bool(getattr(fd_config.load_config, "dynamic_load_weight", 0))
 
-    def set_position_dtype(self, dtype: str) -> None:
-        """The dtype of the runner's own positions; int32 unless it says otherwise."""
-        self.config = replace(self.config, int32_position_ids=dtype == "int32")
+    def serve_runner(self, position_dtype: str) -> None:
+        """Serve a runner with our hooks, which calls `refresh_weights` after other weights came.
+
+        Args:
+            position_dtype: of the runner's own positions; int32 where no runner calls this.
+        """
+        self.config = replace(self.config, int32_position_ids=position_dtype == "int32")
+        self._weights_may_change = False
 
     def set_step_hints(self, has_prefill: bool | None) -> None:
         """Whether the step whose metadata is made next has a prefill row; None = not known."""
@@ -131,7 +135,7 @@ class PluginBackend:
             return
         if self._weights_may_change:
             self.refresh_weights()
-        rows = step_rows(forward_meta)
+        rows = steps.step_rows(forward_meta)
         core = self._core_for(rows[3])
         num_tokens = int(forward_meta.ids_remove_padding.shape[0])
         has_prefill = self._has_prefill is not False and num_tokens > 0
@@ -139,7 +143,7 @@ class PluginBackend:
         core.build_step(forward_meta, rows, self._hints(num_tokens, has_prefill))
         self._bound_lengths(forward_meta, num_tokens, has_prefill)
         self.attention_metadata = self._metadata(forward_meta)
-        signals.begin_step(self, self.attention_metadata, forward_meta)
+        steps.begin_step(self, self.attention_metadata, forward_meta)
         self._built_for = forward_meta
         if not getattr(forward_meta, "is_dummy_or_profile_run", False):
             self._count(num_tokens, has_prefill)
@@ -182,10 +186,6 @@ class PluginBackend:
         """What a function makes of a weight; `refresh_weights` makes it again at this address."""
         self._copies.append((convert, convert()))
         return self._copies[-1][1]
-
-    def promise_refresh(self) -> None:
-        """The runner promises to call `refresh_weights` when FastDeploy has loaded others."""
-        self._weights_may_change = False
 
     def refresh_weights(self) -> None:
         """Read again what is kept of weights, at the same addresses, so that graphs see it."""
@@ -266,7 +266,7 @@ class PluginBackend:
         """
         step = self.current_core().current_step(forward_meta)
         if kv_a is not None:
-            signals.begin_layer(self, self.attention_metadata, layer_id)
+            steps.begin_layer(self, self.attention_metadata, layer_id)
         write_caches(
             kv_a,
             index_k,
@@ -360,7 +360,7 @@ class PluginBackend:
         target = getattr(forward_meta, "max_len_tensor_cpu", None)
         if target is not None and not (self._transfers and self._transfers.is_capturing()):
             tokens_per_row = self.config.tokens_per_row
-            fill_max_lens(target, num_tokens, has_prefill, tokens_per_row, self._max_keys())
+            steps.fill_max_lens(target, num_tokens, has_prefill, tokens_per_row, self._max_keys())
 
     def _metadata(self, forward_meta: Any) -> Any:
         """FastDeploy's record of a step; what only its own kernels read stays unset."""

@@ -30,20 +30,9 @@ GoOn = Callable[[], Any]
 class FastDeployRunnerMixin(DSAModelRunnerMixin):
     """Goes before GPUModelRunner; a runner whose first backend is not ours is left alone."""
 
+    backend_class = PluginBackend
     # passes of the dummy run that is going on
     _num_dummy_passes: int | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        backend = self.dsa_backend()
-        if backend is not None:
-            backend.promise_refresh()
-
-    def dsa_backend(self) -> Any:
-        """The runner's backend where it is ours, or None."""
-        backends = getattr(self, "attn_backends", None)
-        first = backends[0] if backends else None
-        return first if isinstance(first, PluginBackend) else None
 
     def step_hints(self) -> bool | None:
         """Whether the coming step may have a prefill row; None where the runner cannot tell.
@@ -103,7 +92,7 @@ def _share_one(runner: Any, go_on: GoOn) -> Any:
     backend = runner.dsa_backend()
     if backend is not None:
         runner.attn_backends[:] = [backend] * len(runner.attn_backends)
-        backend.set_position_dtype(dtype_name(runner.share_inputs["position_ids_buffer"].dtype))
+        backend.serve_runner(dtype_name(runner.share_inputs["position_ids_buffer"].dtype))
     return result
 
 

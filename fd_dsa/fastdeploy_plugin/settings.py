@@ -19,14 +19,8 @@ from fd_dsa.models.rope_config import yarn_mscale
 
 _SCHEDULE = ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
 # of FastDeploy's model_config; its backend has them under the same names
-_OF_MODEL = (
-    "head_dim",
-    "index_head_dim",
-    "index_n_heads",
-    "index_topk",
-    "kv_lora_rank",
-    "qk_rope_head_dim",
-)
+_OF_MODEL = ("head_dim", "index_head_dim", "index_n_heads", "index_topk")
+_OF_MODEL += ("kv_lora_rank", "qk_rope_head_dim")
 
 
 def core_config(fd_config: Any, num_heads: int, dtype: str) -> DSABackendConfig:

@@ -86,10 +86,12 @@ class ServerProcess:
         finally:
             os.close(reading)
         assert self._process.stdout is not None and self._process.stderr is not None
-        self._streams = (
-            _Stream(self._process.stdout, sys.stdout),
-            _Stream(self._process.stderr, sys.stderr),
-        )
+        self._tails = bytearray(), bytearray()
+        sources = self._process.stdout, self._process.stderr
+        streams = zip(sources, (sys.stdout, sys.stderr), self._tails, strict=True)
+        self._copies = [threading.Thread(target=_copy, args=a, daemon=True) for a in streams]
+        for thread in self._copies:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,8 +99,7 @@ class ServerProcess:
         control, self._control = self._control, -1
         os.close(control)
         self._process.wait()
-        for stream in self._streams:
-            stream.finish()
+        self._wait_for_output()
         self._restore()
 
     def wait(self, timeout_s: float | None = None) -> int | None:
@@ -112,11 +113,14 @@ class ServerProcess:
 
     def last_words(self) -> str:
         """The last line that the command wrote to stderr, or else to stdout; "" without any."""
-        for stream in reversed(self._streams):
-            stream.finish()
-            if words := last_line(stream.tail):
-                return words
-        return ""
+        self._wait_for_output()
+        out, err = map(last_line, self._tails)
+        return err or out
+
+    def _wait_for_output(self) -> None:
+        """Wait for what is still on its way."""
+        for thread in self._copies:
+            thread.join(_LAST_OUTPUT_S)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         """Hand a signal to the guard, which gives it to the server."""
@@ -131,29 +135,17 @@ class ServerProcess:
             signal.signal(number, handler)
 
 
-class _Stream:
-    """One stream of the command, copied in a thread as it comes."""
-
-    def __init__(self, source: IO[bytes], target: IO[str]) -> None:
-        self._source, self._target = source, target
-        self.tail = b""
-        self._thread = threading.Thread(target=self._copy, daemon=True)
-        self._thread.start()
-
-    def _copy(self) -> None:
-        while chunk := os.read(self._source.fileno(), _READ_BYTES):
-            self.tail = (self.tail + chunk)[-_KEPT_BYTES:]
-            # the reader of our output is gone: the server must not stop for that
-            with contextlib.suppress(OSError, ValueError):
-                self._target.buffer.write(chunk)
-                self._target.buffer.flush()
-
-    def finish(self) -> None:
-        """Wait for what is still on its way."""
-        self._thread.join(_LAST_OUTPUT_S)
+def _copy(source: IO[bytes], target: IO[str], tail: bytearray) -> None:
+    """Copy a stream of the command as it comes, and keep its last bytes in `tail`."""
+    while chunk := os.read(source.fileno(), _READ_BYTES):
+        tail[:] = (tail + chunk)[-_KEPT_BYTES:]
+        # the reader of our output is gone: the server must not stop for that
+        with contextlib.suppress(OSError, ValueError):
+            target.buffer.write(chunk)
+            target.buffer.flush()
 
 
-def last_line(output: bytes) -> str:
+def last_line(output: bytes | bytearray) -> str:
     """The last line that is not empty; "" without any."""
     lines = output.decode("utf-8", "replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

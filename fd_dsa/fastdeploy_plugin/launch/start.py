@@ -244,7 +244,9 @@ def choose_ports(
             machines, where all must have the same ports, those above the HTTP port are taken.
     """
     try:
-        any_port = _any_port(host)
+        # a port that the system thinks free
+        with socket.create_server((host, 0), family=_family(host)) as server:
+            any_port = int(server.getsockname()[1])
     except OSError as error:
         raise ConfigError(
             f"--host: got {host!r}, which is no address of this machine ({error.strerror}); "
@@ -295,12 +297,6 @@ def _is_free(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _any_port(host: str) -> int:
-    """A port that the system thinks free."""
-    with socket.create_server((host, 0), family=_family(host)) as server:
-        return int(server.getsockname()[1])
 
 
 def _family(host: str) -> socket.AddressFamily:
