@@ -8,25 +8,13 @@ from importlib import import_module
 
 from fd_dsa import __version__, environment
 
-_USAGE = """\
-usage: fd-dsa COMMAND [flags]
-
-commands:
-  serve     serve a model over the OpenAI API (flags: fd-dsa serve --help)
-  chat      talk to a model in the terminal (flags: fd-dsa chat --help)
-  bench     measure the speed of a server (flags: fd-dsa bench --help)
-  accuracy  measure a served model: IFEval, retrieval, comparisons (flags: fd-dsa accuracy --help)
-  doctor    report device, versions and providers, and check every operator (--json)
-  version   print the version
-"""
-
-# imported by its own command alone
-_MODULES = {
-    "serve": "fd_dsa.serve.cli",
-    "chat": "fd_dsa.client.chat",
-    "bench": "fd_dsa.client.bench",
-    "accuracy": "fd_dsa.accuracy.cli",
-    "doctor": "fd_dsa.doctor",
+# command -> its module, which is imported when it runs, and what it does
+_COMMANDS = {
+    "serve": ("serve.cli", "serve a model over the OpenAI API"),
+    "chat": ("client.chat", "talk to a model in the terminal"),
+    "bench": ("client.bench", "measure the speed of a server"),
+    "accuracy": ("accuracy.cli", "measure a served model: IFEval, retrieval, comparisons"),
+    "doctor": ("doctor", "report device, versions and providers, and check every operator"),
 }
 
 
@@ -42,17 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, *rest: str) -> int:
     """Run one command with its flags."""
-    if command in _MODULES:
-        status: int = import_module(_MODULES[command]).main(rest)
-        return status
+    if command in _COMMANDS:
+        return int(import_module(f"fd_dsa.{_COMMANDS[command][0]}").main(rest))
     if command in ("version", "--version"):
         print(f"fd_dsa {__version__}")
         return 0
     if command in ("--help", "-h", "help"):
-        print(_USAGE, end="")
+        print("usage: fd-dsa COMMAND [flags]\n\ncommands (fd-dsa COMMAND --help lists the flags):")
+        for name, (_, purpose) in _COMMANDS.items():
+            print(f"  {name:<9} {purpose}")
+        print("  version   print the version")
         return 0
     print(
-        f"fd_dsa: error: unknown command {command!r}; allowed are {', '.join(_MODULES)}, version",
+        f"fd_dsa: error: unknown command {command!r}; allowed are {', '.join(_COMMANDS)}, version",
         file=sys.stderr,
     )
     return 2

@@ -14,9 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.errors import BackendUnavailable
+from fd_dsa.errors import BackendUnavailable, describe_error
 
 PACKAGE = "fd_dsa_ops"
+_NO_KERNELS = "without CUDA kernels"
 BUILT, MISSING, BROKEN = "built", "missing", "broken"
 
 
@@ -94,15 +95,7 @@ def _examine() -> Build:
         operators = tuple(package.__all__)
     except Exception as error:
         # a half-made package raises anything
-        return Build(BROKEN, _first_line(error))
-    if not made["archs"]:
-        what = f"for Paddle {made['paddle']} without CUDA kernels"
-        return Build(BUILT, what, path, None, operators)
-    what = f"for Paddle {made['paddle']} with kernels for {', '.join(made['archs'])}"
-    return Build(BUILT, what, path, ctypes.CDLL(path), operators)
-
-
-def _first_line(error: Exception) -> str:
-    """An error in one line, with its type unless that says nothing."""
-    text = str(error).strip().partition("\n")[0]
-    return text if isinstance(error, ImportError) and text else f"{type(error).__name__}: {text}"
+        return Build(BROKEN, describe_error(error).removeprefix("ImportError: "))
+    archs = ", ".join(made["archs"])
+    what = f"for Paddle {made['paddle']} {f'with kernels for {archs}' if archs else _NO_KERNELS}"
+    return Build(BUILT, what, path, ctypes.CDLL(path) if archs else None, operators)

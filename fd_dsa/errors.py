@@ -1,18 +1,4 @@
-"""Exceptions of fd_dsa.
-
-FdDsaError
-├── ShapeError          a ValueError: an array has the wrong shape
-├── DtypeError          a ValueError: an array has the wrong dtype
-├── ConfigError         a ValueError: a flag or a field of a model folder cannot be served
-│   └── CheckpointError a tensor or file of a checkpoint is missing, damaged or of another shape
-├── CapacityError       a ValueError: more tokens, rows or blocks than were allocated for
-├── DeviceError         a RuntimeError: the CUDA driver reports an error
-├── V4PrepareError      a ValueError: a V4 decode step breaks a rule; has a code and a row
-├── LaunchError         a ValueError: a Triton kernel cannot be launched with these arguments
-├── OverlapError        a RuntimeError: a fork and its join do not belong together
-├── RemoteError         a RuntimeError: a server that is asked cannot be reached or refuses
-├── MissingStepError    a RuntimeError: a step field is read before the call that makes it
-└── BackendUnavailable  an ImportError: a device or provider cannot serve here
+"""Exceptions of fd_dsa, all of them FdDsaError.
 
 A message says what, what was found, what is allowed and what to do.
 """

@@ -16,7 +16,7 @@ import pytest
 
 from fd_dsa import custom_ops, doctor
 from fd_dsa.cli import main as fd_dsa
-from fd_dsa.doctor import checks, environment
+from fd_dsa.doctor import checks
 from fd_dsa.ops.cache_probes import CASES
 from fd_dsa.ops.probes import Case, CheckFailed, Memory, Outputs, require
 from fd_dsa.ops.providers import function
@@ -203,7 +203,7 @@ def test_an_unknown_device_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_missing_package_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
 ) -> None:
-    monkeypatch.setattr(environment, "find_spec", lambda name: None if name == package else 1)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == package else 1)
     assert doctor.main([]) == 1
     assert capsys.readouterr().err.startswith(f"fd_dsa: error: {package} is not installed; pip ")
 
@@ -228,10 +228,10 @@ def test_the_log_of_its_caller_stays_as_it_is(
 
 def test_what_was_not_checked_is_said() -> None:
     gpu = {"name": "x", "driver": "y"}
-    assert "no NVIDIA GPU" in environment.not_checked("cpu", None, True)
-    assert "GPU is there" in environment.not_checked("cpu", gpu, False)
-    assert "interpreted" in environment.not_checked("gpu:0", gpu, True)
-    assert environment.not_checked("gpu:0", gpu, False) == ""
+    assert "no NVIDIA GPU" in doctor.not_checked("cpu", None, True)
+    assert "GPU is there" in doctor.not_checked("cpu", gpu, False)
+    assert "interpreted" in doctor.not_checked("gpu:0", gpu, True)
+    assert doctor.not_checked("gpu:0", gpu, False) == ""
 
 
 def test_as_a_module_of_its_own() -> None:
@@ -277,9 +277,9 @@ def test_whether_decode_steps_are_captured(
     from paddle.device.cuda import graphs as paddle_graphs
 
     monkeypatch.setattr(paddle_graphs, "is_cuda_graph_supported", lambda: supported)
-    found = environment.graph_facts("gpu:0", interpreting)
+    found = doctor.graph_facts("gpu:0", interpreting)
     assert found["reason"] == reason and bool(found["sizes"]) == (not reason)
-    line = environment.graph_line(found)
+    line = doctor.graph_line(found)
     assert reason in line if reason else "decode steps of 1, 2, 4, 8, 16" in line
 
 

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from fd_dsa import __version__
-from fd_dsa.doctor import environment
-from fd_dsa.environment import quiet
-from fd_dsa.errors import FdDsaError
+from fd_dsa.config import EngineConfig
+from fd_dsa.environment import (
+    has_nvidia_gpu,
+    installed_version,
+    nvidia_smi,
+    prepare_cpu_runtime,
+    quiet,
+    usable_cpus,
+)
+from fd_dsa.errors import BackendUnavailable, FdDsaError
 
+_PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
+_NEEDED = {
+    "numpy": "pip install numpy",
+    "paddle": "pip install '.[cpu]'",
+    "triton": "pip install triton",
+}
 _OK, _BAD = 0, 1
 _NO_WIDTH = 1 << 20
 
@@ -65,14 +80,14 @@ def examine(device: str | None = None) -> dict[str, Any]:
         `fastdeploy` (see `fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
         Triton kernels run), `note` (what was not checked and why, or ""), `checks` (a list; see
         `run_checks`), `custom_ops` (`state`, `reason` and `path` of fd_dsa_ops), `graphs`
-        (see `environment.graph_facts`), which has no part in `healthy` either, `healthy`.
+        (see `graph_facts`), which has no part in `healthy` either, `healthy`.
 
     Raises:
         ConfigError: FD_DSA_OP_PROVIDER cannot be read.
         BackendUnavailable: Paddle, Triton or the device that was asked for is not there.
     """
-    facts = environment.facts()
-    device = environment.device_to_check(device)
+    device = device_to_check(device)
+    gpu, cpus = _gpu(), f"{usable_cpus()} processors"
     # the check imports Paddle and Triton, whose absence has a clear error of its own above
     from fd_dsa import custom_ops
     from fd_dsa.doctor.checks import run_checks
@@ -85,16 +100,97 @@ def examine(device: str | None = None) -> dict[str, Any]:
     build = custom_ops.build()
     return {
         "version": __version__,
-        **facts,
+        "machine": f"{platform.system()} {platform.machine()}, {cpus}, "
+        f"Python {platform.python_version()}",
+        "packages": {name: installed_version(name) for name in _PACKAGES},
+        "gpu": gpu,
         "fastdeploy": fastdeploy,
         "device": device,
         "kernels": "interpreted" if INTERPRETING else "compiled",
-        "note": environment.not_checked(device, facts["gpu"], INTERPRETING),
+        "note": not_checked(device, gpu, INTERPRETING),
         "checks": checks,
         "custom_ops": {"state": build.state, "reason": build.reason, "path": build.path},
-        "graphs": environment.graph_facts(device, INTERPRETING),
+        "graphs": graph_facts(device, INTERPRETING),
         "healthy": all(check["passed"] for check in checks) and build.state != custom_ops.BROKEN,
     }
+
+
+def _gpu() -> dict[str, str] | None:
+    """Name and driver of the first NVIDIA GPU; None without one."""
+    if not has_nvidia_gpu():
+        return None
+    name, _, driver = "".join(nvidia_smi("name,driver_version", "0")).partition(", ")
+    return {"name": name or "unknown (nvidia-smi does not answer)", "driver": driver or "unknown"}
+
+
+def device_to_check(asked: str | None) -> str:
+    """The device whose kernels are checked: that asked for, or the best one Paddle has.
+
+    Raises:
+        BackendUnavailable: a package is missing, or Paddle has no such device.
+    """
+    for package, cure in _NEEDED.items():
+        if find_spec(package) is None:
+            raise BackendUnavailable(f"{package} is not installed; {cure}, then run this again")
+    prepare_cpu_runtime()
+    # Triton, which this imports, was looked for above
+    from fd_dsa.step.device import paddle_device_counts
+
+    counts = paddle_device_counts()
+    devices = [f"{kind}:{number}" for kind, count in counts.items() for number in range(count)]
+    if asked is None:
+        return [*devices, "cpu"][0]
+    if asked == "cpu" or asked in devices or f"{asked}:0" in devices:
+        return asked
+    raise BackendUnavailable(
+        f"--device: got {asked!r}, the installed Paddle has: {', '.join(['cpu', *devices])}"
+    )
+
+
+def not_checked(device: str, gpu: dict[str, str] | None, interpreting: bool) -> str:
+    """What the self-check leaves open, in words; "" where it leaves nothing.
+
+    Args:
+        device: where the operators were checked.
+        gpu: name and driver of the GPU, None without one.
+        interpreting: whether Triton kernels run in the interpreter.
+    """
+    if device != "cpu":
+        where = "Triton kernels are interpreted in this process (TRITON_INTERPRET)."
+        return f"No GPU kernel was run: {where}" if interpreting else ""
+    if gpu is None:
+        return "No GPU kernel was run: this machine has no NVIDIA GPU. The CPU was checked alone."
+    return (
+        "No GPU kernel was run: the GPU is there, but the device is the CPU (Paddle without CUDA, "
+        "or --device cpu). With paddlepaddle-gpu installed, run this again."
+    )
+
+
+def graph_facts(device: str, interpreting: bool) -> dict[str, Any]:
+    """Sizes of decode steps that the embedded engine would capture on a device without flags.
+
+    Returns:
+        `sizes`, none where `reason` says why nothing is captured.
+    """
+    reason = ""
+    if device == "cpu":
+        reason = "a CPU has none"
+    elif interpreting:
+        reason = "Triton kernels are interpreted in this process"
+    else:
+        from paddle.device.cuda.graphs import is_cuda_graph_supported
+
+        if not is_cuda_graph_supported():
+            reason = "this build of Paddle has no CUDA graphs"
+    return {"sizes": [] if reason else list(EngineConfig().capture_sizes), "reason": reason}
+
+
+def graph_line(found: dict[str, Any]) -> str:
+    """The same for a person."""
+    if found["reason"]:
+        return f"graphs     none: {found['reason']}"
+    sizes = ", ".join(map(str, found["sizes"]))
+    return f"graphs     decode steps of {sizes} rows, unless flags say otherwise"
 
 
 def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
@@ -121,7 +217,7 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
         *fastdeploy_lines(found["fastdeploy"], with_tree),
         f"custom ops {state}: {ops['reason']}{path}",
         f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
-        environment.graph_line(found["graphs"]),
+        graph_line(found["graphs"]),
         "",
         *checks_lines(found["checks"]),
     ]
@@ -135,18 +231,14 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
         serves = "serves" if found["fastdeploy"]["serves"] else "does NOT serve"
         lines.append(f"fd_dsa {serves} in FastDeploy: see the lines below its version")
     # a file, and a pipe without COLUMNS, have no width
-    width = shutil.get_terminal_size((_NO_WIDTH, 24)).columns
-    return "".join(f"{_folded(line, width)}\n" for line in lines)
-
-
-def _folded(line: str, width: int) -> str:
-    """A line of the report on as many lines of the screen as it takes."""
-    indent = " " * max(4, len(line) - len(line.lstrip()) + 2)
-    return textwrap.fill(
-        line,
-        width,
-        subsequent_indent=indent,
+    fold = textwrap.TextWrapper(
+        shutil.get_terminal_size((_NO_WIDTH, 24)).columns,
         break_long_words=False,
         break_on_hyphens=False,
         replace_whitespace=False,
     )
+    text = ""
+    for line in lines:
+        fold.subsequent_indent = " " * max(4, len(line) - len(line.lstrip()) + 2)
+        text += f"{fold.fill(line)}\n"
+    return text

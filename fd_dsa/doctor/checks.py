@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa import custom_ops
+from fd_dsa.errors import describe_error
 from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_CASES
-from fd_dsa.ops.probes import Case, CheckFailed, Memory, Outputs, require
+from fd_dsa.ops.probes import Case, Memory, Outputs, require
 from fd_dsa.ops.providers import (
     CUSTOM_OP,
     PADDLE,
@@ -19,6 +19,7 @@ from fd_dsa.ops.providers import (
     on,
     reason_for,
     requested,
+    why_not_library,
 )
 
 
@@ -77,11 +78,8 @@ def _memory_on(device: str) -> Memory:
 def _on(operator: str, place: str) -> list[str]:
     """Providers for a place; those of a library that is not there are none."""
     kind = place.partition(":")[0]
-    build = custom_ops.build()
-    is_built = build.operators if operator == "position_ids" else build.kernels
-    if kind != "cpu" and build.kernels is None:
-        is_built = None
-    return [p for p in on(operator, kind) if p != CUSTOM_OP or is_built]
+    providers = on(operator, kind)
+    return [p for p in providers if p != CUSTOM_OP or not why_not_library(operator, kind)[0]]
 
 
 def _why_not(operator: str, provider: str, memory: Memory) -> str:
@@ -122,9 +120,7 @@ def _checked(
         if provider == PADDLE:
             host.update(out)
     except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        name = "" if isinstance(error, CheckFailed) else f"{type(error).__name__}: "
-        detail = name + first_line
+        detail = describe_error(error).removeprefix("CheckFailed: ")
     return detail, 1e3 * (time.perf_counter() - begin)
 
 

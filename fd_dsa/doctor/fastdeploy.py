@@ -16,9 +16,9 @@ from fd_dsa.fastdeploy_plugin.launch.choice import fastdeploy_is_installed, fast
 from fd_dsa.fastdeploy_plugin.launch.environment import (
     ENTRY_POINT_GROUPS,
     missing_entry_points,
+    probe,
     server_environment,
 )
-from fd_dsa.fastdeploy_plugin.launch.probe import probe
 
 VARIABLES = ("FD_ATTENTION_BACKEND", "FD_PLUGINS", "FD_DSA_DISABLE")
 _WAIT_S = 120.0

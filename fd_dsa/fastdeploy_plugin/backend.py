@@ -24,19 +24,17 @@ from fd_dsa.attention import DSAAttentionBackend as CoreBackend
 from fd_dsa.attention import StepHints
 from fd_dsa.attention.backend import cache_of
 from fd_dsa.errors import ConfigError, MissingStepError
-from fd_dsa.fastdeploy_plugin import signals
-from fd_dsa.fastdeploy_plugin.projections import (
-    IndexerProjections,
-    cos_sin_table,
-    key_norms,
-    table_key,
-)
-from fd_dsa.fastdeploy_plugin.settings import core_config, readable_upstream, upstream_attributes
-from fd_dsa.fastdeploy_plugin.step_inputs import fill_max_lens, step_rows
+from fd_dsa.fastdeploy_plugin import steps
+from fd_dsa.fastdeploy_plugin.projections import IndexerProjections, float32, key_norms
+from fd_dsa.fastdeploy_plugin.settings import core_config, upstream_attributes
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
+from fd_dsa.ops._host import readable
 from fd_dsa.ops._linear import joined
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.providers import device_name
+
+# what tells the tables of two rotary embeddings of one shape apart
+_OF_TABLE = ("rotary_dim", "max_position_embeddings", "base", "scaling_factor", "mscale")
 
 logger = logging.getLogger(__name__)
 
@@ -85,17 +83,12 @@ class PluginBackend:
                 "its proposer (spec_decode/mtp.py) unpacks two cache shapes of three, and gives "
                 "drafts neither positions nor slots; start it without --speculative-config"
             )
-        if self.upstream_file is not None:
-            shapes = encoder_block_shape_q, decoder_block_shape_q
-            readable = readable_upstream(fd_config)
-            super().__init__(readable, kv_num_heads, num_heads, head_dim, *shapes)
-        else:
-            super().__init__()
+        # instead of FastDeploy's constructor, which cannot read every model's rope_scaling
         vars(self).update(upstream_attributes(fd_config, config))
         init_rank = import_module(f"{ATTENTION}.utils").init_rank_and_device_id
         self.rank, self.device_id = init_rank(fd_config)
         self.kv_num_heads = kv_num_heads
-        signals.check_operators(self.pd_disaggregation_mode)
+        steps.check_operators(self.pd_disaggregation_mode)
         self.attention_metadata = None
         self.config, self.core = config, None
         self.shared_selection: Any = None
@@ -109,9 +102,14 @@ class PluginBackend:
         self._tables: dict[tuple[Any, ...], Any] = {}
         self._weights_may_change = bool(getattr(fd_config.load_config, "dynamic_load_weight", 0))
 
-    def set_position_dtype(self, dtype: str) -> None:
-        """The dtype of the runner's own positions; int32 unless it says otherwise."""
-        self.config = replace(self.config, int32_position_ids=dtype == "int32")
+    def serve_runner(self, position_dtype: str) -> None:
+        """Serve a runner with our hooks, which calls `refresh_weights` after other weights came.
+
+        Args:
+            position_dtype: of the runner's own positions; int32 where no runner calls this.
+        """
+        self.config = replace(self.config, int32_position_ids=position_dtype == "int32")
+        self._weights_may_change = False
 
     def set_step_hints(self, has_prefill: bool | None) -> None:
         """Whether the step whose metadata is made next has a prefill row; None = not known."""
@@ -137,7 +135,7 @@ class PluginBackend:
             return
         if self._weights_may_change:
             self.refresh_weights()
-        rows = step_rows(forward_meta)
+        rows = steps.step_rows(forward_meta)
         core = self._core_for(rows[3])
         num_tokens = int(forward_meta.ids_remove_padding.shape[0])
         has_prefill = self._has_prefill is not False and num_tokens > 0
@@ -145,7 +143,7 @@ class PluginBackend:
         core.build_step(forward_meta, rows, self._hints(num_tokens, has_prefill))
         self._bound_lengths(forward_meta, num_tokens, has_prefill)
         self.attention_metadata = self._metadata(forward_meta)
-        signals.begin_step(self, self.attention_metadata, forward_meta)
+        steps.begin_step(self, self.attention_metadata, forward_meta)
         self._built_for = forward_meta
         if not getattr(forward_meta, "is_dummy_or_profile_run", False):
             self._count(num_tokens, has_prefill)
@@ -158,13 +156,11 @@ class PluginBackend:
             kv_norm: its RMSNorm of the latent, or None: of the index key alone.
             indexer: its indexer, or None.
         """
-        norms = self._norms.get((layer_id, kv_norm is None))
-        if norms is None:
-            k_norm = None if indexer is None else indexer.k_norm
-            pairing = indexer is not None and indexer.rope_interleave
-            norms = key_norms(self.config.cache_layout, kv_norm, k_norm, pairing, self._keep)
-            self._norms[layer_id, kv_norm is None] = norms
-        return norms
+        key = layer_id, kv_norm is None
+        if key not in self._norms:
+            layout = self.config.cache_layout
+            self._norms[key] = key_norms(layout, kv_norm, indexer, self._keep)
+        return self._norms[key]
 
     def projections_of(self, indexer: Any, hidden_states: Any) -> IndexerProjections:
         """Projections of a layer's indexer, made at its first step, when the weights are loaded."""
@@ -176,21 +172,20 @@ class PluginBackend:
         return kept[layer_id]
 
     def cos_sin_of(self, rotary_emb: Any) -> Any:
-        """Table of a layer's rotary embedding in float32; one for all layers that agree."""
-        key = table_key(rotary_emb)
-        table = self._tables.get(key)
-        if table is None:
-            table = self._tables[key] = cos_sin_table(rotary_emb)
-        return table
+        """Table of a layer's rotary embedding, float32 [max_position, rope_dim].
+
+        One for all layers that agree; of NumPy on a CPU.
+        """
+        cached = rotary_emb.cos_sin_cache
+        key = (*cached.shape, *(getattr(rotary_emb, name, None) for name in _OF_TABLE))
+        if key not in self._tables:
+            self._tables[key] = readable(float32(cached))
+        return self._tables[key]
 
     def _keep(self, convert: Callable[[], Any]) -> Any:
         """What a function makes of a weight; `refresh_weights` makes it again at this address."""
         self._copies.append((convert, convert()))
         return self._copies[-1][1]
-
-    def promise_refresh(self) -> None:
-        """The runner promises to call `refresh_weights` when FastDeploy has loaded others."""
-        self._weights_may_change = False
 
     def refresh_weights(self) -> None:
         """Read again what is kept of weights, at the same addresses, so that graphs see it."""
@@ -271,7 +266,7 @@ class PluginBackend:
         """
         step = self.current_core().current_step(forward_meta)
         if kv_a is not None:
-            signals.begin_layer(self, self.attention_metadata, layer_id)
+            steps.begin_layer(self, self.attention_metadata, layer_id)
         write_caches(
             kv_a,
             index_k,
@@ -365,7 +360,7 @@ class PluginBackend:
         target = getattr(forward_meta, "max_len_tensor_cpu", None)
         if target is not None and not (self._transfers and self._transfers.is_capturing()):
             tokens_per_row = self.config.tokens_per_row
-            fill_max_lens(target, num_tokens, has_prefill, tokens_per_row, self._max_keys())
+            steps.fill_max_lens(target, num_tokens, has_prefill, tokens_per_row, self._max_keys())
 
     def _metadata(self, forward_meta: Any) -> Any:
         """FastDeploy's record of a step; what only its own kernels read stays unset."""

@@ -76,57 +76,38 @@ class IndexerProjections:
         return wk(hidden_states), weights_proj(hidden_states)
 
 
-def key_norms(
-    layout: CacheLayout, kv_norm: Any, k_norm: Any, rope_interleave: bool, keep: Keep
-) -> CacheWriteParams:
+def key_norms(layout: CacheLayout, kv_norm: Any, indexer: Any, keep: Keep) -> CacheWriteParams:
     """How `write_caches` norms a layer's keys, by float32 copies of the weights.
 
     Args:
         layout: format of the caches.
         kv_norm: RMSNorm of the latent, None where it is applied already.
-        k_norm: LayerNorm of the index key, None in a layer without indexer.
-        rope_interleave: pairing of the index key's RoPE.
+        indexer: FastDeploy's, whose LayerNorm the index key gets; None in a layer without one.
         keep: makes the copies.
     """
     sources: dict[str, Any] = {}
     if kv_norm is not None:
         sources["kv_norm_weight"] = kv_norm.weight
-    if k_norm is not None:
-        sources |= {"k_norm_weight": k_norm.weight, "k_norm_bias": k_norm.bias}
+    if indexer is not None:
+        norm = indexer.k_norm
+        sources |= {"k_norm_weight": norm.weight, "k_norm_bias": norm.bias}
     # of their own memory, also of float32: other weights may come at another address
-    copies = {name: keep(partial(_float32_copy, one)) for name, one in sources.items()}
+    copies = {name: keep(lambda one=one: float32(one).clone()) for name, one in sources.items()}
     return CacheWriteParams(
         layout.kv_cache_dtype,
         kv_norm_eps=getattr(kv_norm, "eps", K_NORM_EPS),
         k_norm_eps=K_NORM_EPS,
-        index_rope_interleave=rope_interleave,
+        index_rope_interleave=indexer is not None and indexer.rope_interleave,
         index_hadamard=layout.index_hadamard,
         index_scale_fmt=layout.index_scale_fmt,
         **{name: readable(copy) for name, copy in copies.items()},
     )
 
 
-def cos_sin_table(rotary_emb: Any) -> Any:
-    """cos and sin of all positions, float32 [max_position, rope_dim]; on a CPU of NumPy."""
-    return readable(_float32(rotary_emb.cos_sin_cache))
-
-
-def table_key(rotary_emb: Any) -> tuple[Any, ...]:
-    """What tells the tables of two rotary embeddings apart."""
-    names = ("rotary_dim", "max_position_embeddings", "base", "scaling_factor", "mscale")
-    shape = tuple(rotary_emb.cos_sin_cache.shape)
-    return (*shape, *(getattr(rotary_emb, name, None) for name in names))
-
-
-def _float32(tensor: Any) -> Any:
+def float32(tensor: Any) -> Any:
     """A tensor's values in float32; its own memory where it has that dtype."""
     tensor = tensor.detach()
     return tensor if dtype_name(tensor.dtype) == "float32" else tensor.astype("float32")
-
-
-def _float32_copy(tensor: Any) -> Any:
-    """A tensor's values in float32, in memory of their own."""
-    return _float32(tensor).clone()
 
 
 def _why_not_one_launch(linear: Any, hidden_states: Any, keep: Keep | None) -> str:

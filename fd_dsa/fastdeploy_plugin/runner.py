@@ -30,20 +30,9 @@ GoOn = Callable[[], Any]
 class FastDeployRunnerMixin(DSAModelRunnerMixin):
     """Goes before GPUModelRunner; a runner whose first backend is not ours is left alone."""
 
+    backend_class = PluginBackend
     # passes of the dummy run that is going on
     _num_dummy_passes: int | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        backend = self.dsa_backend()
-        if backend is not None:
-            backend.promise_refresh()
-
-    def dsa_backend(self) -> Any:
-        """The runner's backend where it is ours, or None."""
-        backends = getattr(self, "attn_backends", None)
-        first = backends[0] if backends else None
-        return first if isinstance(first, PluginBackend) else None
 
     def step_hints(self) -> bool | None:
         """Whether the coming step may have a prefill row; None where the runner cannot tell.
@@ -65,22 +54,14 @@ def make_runner_class(upstream: type) -> type:
         UnsupportedTree: it lacks one of `RUNNER_METHODS`.
     """
     check_runner(upstream)
-    hooked = {
-        name: _hooked(getattr(upstream, name), hook)
-        for name, hook in _HOOKS.items()
-        if hasattr(upstream, name)
-    }
+    methods = {name: getattr(upstream, name, None) for name in _HOOKS}
+    hooked = {name: _hooked(one, _HOOKS[name]) for name, one in methods.items() if one is not None}
     return derive(FastDeployRunnerMixin, upstream, **hooked)
 
 
 def _hooked(method: Callable[..., Any], hook: Callable[[Any, GoOn], Any]) -> Callable[..., Any]:
     """A method that calls our hook with the runner and what FastDeploy's own does."""
-
-    @wraps(method)
-    def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return hook(self, partial(method, self, *args, **kwargs))
-
-    return hooked
+    return wraps(method)(lambda self, *a, **kw: hook(self, partial(method, self, *a, **kw)))
 
 
 def _count_passes(runner: Any, go_on: GoOn) -> Any:
@@ -111,7 +92,7 @@ def _share_one(runner: Any, go_on: GoOn) -> Any:
     backend = runner.dsa_backend()
     if backend is not None:
         runner.attn_backends[:] = [backend] * len(runner.attn_backends)
-        backend.set_position_dtype(dtype_name(runner.share_inputs["position_ids_buffer"].dtype))
+        backend.serve_runner(dtype_name(runner.share_inputs["position_ids_buffer"].dtype))
     return result
 
 

@@ -6,7 +6,6 @@ Source of the fields: FastDeploy's `config.py`; of the softmax scale and `rope_t
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from fd_dsa.attention import CacheLayout, DSABackendConfig
@@ -20,14 +19,8 @@ from fd_dsa.models.rope_config import yarn_mscale
 
 _SCHEDULE = ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
 # of FastDeploy's model_config; its backend has them under the same names
-_OF_MODEL = (
-    "head_dim",
-    "index_head_dim",
-    "index_n_heads",
-    "index_topk",
-    "kv_lora_rank",
-    "qk_rope_head_dim",
-)
+_OF_MODEL = ("head_dim", "index_head_dim", "index_n_heads", "index_topk")
+_OF_MODEL += ("kv_lora_rank", "qk_rope_head_dim")
 
 
 def core_config(fd_config: Any, num_heads: int, dtype: str) -> DSABackendConfig:
@@ -51,7 +44,12 @@ def core_config(fd_config: Any, num_heads: int, dtype: str) -> DSABackendConfig:
     speculative = fd_config.speculative_config
     drafts = speculative.num_speculative_tokens if speculative.method is not None else 0
     tokens_per_row = 1 + int(drafts or 0)
-    max_num_seqs = int(fd_config.scheduler_config.max_num_seqs)
+    scheduler, graphs = fd_config.scheduler_config, fd_config.graph_opt_config
+    max_num_seqs = int(scheduler.max_num_seqs)
+    # without chunked prefill a prompt comes in one piece, whatever is scheduled
+    prompts = max(int(scheduler.max_num_batched_tokens), int(fd_config.get_max_chunk_tokens()))
+    names = "cudagraph_capture_sizes", "cudagraph_capture_sizes_prefill"
+    captured = [size for name in names for size in getattr(graphs, name, None) or ()]
     return DSABackendConfig(
         num_heads=num_heads,
         index_n_heads=model.index_n_heads,
@@ -59,7 +57,8 @@ def core_config(fd_config: Any, num_heads: int, dtype: str) -> DSABackendConfig:
         softmax_scale=_softmax_scale(model),
         cache_layout=CacheLayout("fp8_ds_mla", block_size, *widths),
         max_num_seqs=max_num_seqs,
-        max_num_tokens=_max_num_tokens(fd_config, max_num_seqs * tokens_per_row),
+        # prompts beside decode rows, or the largest graph
+        max_num_tokens=max(prompts + max_num_seqs * tokens_per_row, *captured, 1),
         max_blocks_per_seq=-(-int(model.max_model_len) // block_size),
         dtype=dtype,
         int32_position_ids=True,
@@ -76,19 +75,6 @@ def _softmax_scale(model_config: Any) -> float:
     if factor is not None:
         mscale = yarn_mscale(float(factor), float(scaling.get("mscale_all_dim") or 0.0))
     return float(width**-0.5 * mscale * mscale)
-
-
-def _max_num_tokens(fd_config: Any, decode_tokens: int) -> int:
-    """Tokens for which buffers are made: prompts beside decode rows, or the largest graph."""
-    graphs = fd_config.graph_opt_config
-    captured = [
-        *(getattr(graphs, "cudagraph_capture_sizes", None) or ()),
-        *(getattr(graphs, "cudagraph_capture_sizes_prefill", None) or ()),
-    ]
-    scheduled = int(fd_config.scheduler_config.max_num_batched_tokens)
-    # without chunked prefill a prompt comes in one piece, whatever is scheduled
-    prompts = max(scheduled, int(fd_config.get_max_chunk_tokens()))
-    return max(prompts + decode_tokens, *captured, 1)
 
 
 def interleaves_indexer_rope(model_config: Any) -> bool:
@@ -125,10 +111,13 @@ def shares_selection(fd_config: Any, layer_id: int) -> bool:
 def upstream_attributes(fd_config: Any, config: DSABackendConfig) -> dict[str, Any]:
     """What FastDeploy's own backend keeps as attributes, which runners and caches may read."""
     model, speculative = fd_config.model_config, fd_config.speculative_config
+    # GLM has it in `rope_parameters`
+    parameters = getattr(model, "rope_parameters", None) or {}
+    rope_theta = parameters.get("rope_theta", getattr(model, "rope_theta", None))
     return {name: getattr(model, name) for name in _OF_MODEL} | {
         "block_size": config.cache_layout.block_size,
         "max_seq_len": int(model.max_model_len),
-        "rope_theta": _rope_theta(model),
+        "rope_theta": 10000.0 if rope_theta is None else float(rope_theta),
         "rope_scaling": getattr(model, "rope_scaling", None),
         "rope_3d": bool(getattr(fd_config, "enable_rope_3d_runtime", False)),
         "causal": getattr(model, "causal", True),
@@ -145,27 +134,3 @@ def upstream_attributes(fd_config: Any, config: DSABackendConfig) -> dict[str, A
         "pd_disaggregation_mode": fd_config.parallel_config.pd_disaggregation_mode,
         "start_layer_index": getattr(model, "start_layer_index", 0),
     }
-
-
-def _rope_theta(model_config: Any) -> float:
-    """Base of the angles; GLM has it in `rope_parameters`."""
-    parameters = getattr(model_config, "rope_parameters", None) or {}
-    theta = parameters.get("rope_theta", getattr(model_config, "rope_theta", None))
-    return 10000.0 if theta is None else float(theta)
-
-
-def readable_upstream(fd_config: Any) -> Any:
-    """`fd_config` as FastDeploy's constructor reads it: a factor in every rope_scaling.
-
-    GLM-5 has no factor, and `rope_theta` in `rope_parameters`; a copy has what is missing.
-    """
-    model = fd_config.model_config
-    scaling = getattr(model, "rope_scaling", None)
-    if (not scaling or "factor" in scaling) and hasattr(model, "rope_theta"):
-        return fd_config
-    readable = copy.copy(fd_config)
-    readable.model_config = copy.copy(model)
-    readable.model_config.rope_theta = _rope_theta(model)
-    if scaling and "factor" not in scaling:
-        readable.model_config.rope_scaling = None
-    return readable

@@ -1,8 +1,8 @@
 """Which DSA path is live in a process that has FastDeploy in it, and why.
 
 `python -m fd_dsa.fastdeploy_plugin.status FILE` imports FastDeploy, with its models and its worker,
-and writes that to a file as JSON: what FastDeploy prints may be anything. `launch/probe.py` starts
-it.
+and writes that to a file as JSON: what FastDeploy prints may be anything. The `probe` of
+`launch/environment.py` starts it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.environment import fastdeploy_plugin_wanted, process_environment
-from fd_dsa.errors import ConfigError
-from fd_dsa.fastdeploy_plugin.entry_points import last_logged
+from fd_dsa.errors import ConfigError, describe_error
+from fd_dsa.fastdeploy_plugin import last_logged
 
 _WORKER = "fastdeploy.worker.gpu_worker"
 # from linux/prctl.h
@@ -29,42 +29,32 @@ def report() -> dict[str, Any]:
 
     Returns:
         `error` (why FastDeploy cannot be imported; "" = it can) and `version` (of FastDeploy; "" =
-        it does not say). Without an error also `live` (our backend is bound), `why`, `checks` (the
-        table of `tree_checks.py`), and, where FastDeploy's models can be imported, the classes of
-        `backend`, `indexer`, `attention` and `runner` ("" = none) by module and name, and
-        `runner_is_ours`. Without our runner the backend is complete; it only cannot tell a step
-        without prefill.
+        it does not say). Without an error also `live` (our backend, indexer and attention are
+        bound), `why`, `runner_is_ours` and `checks` (the table of `tree_checks.py`). Without our
+        runner the backend is complete; it only cannot tell a step without prefill.
     """
     try:
         import fastdeploy
     except Exception as error:
-        return {"error": _line(error), "version": ""}
-    found = {"error": "", "version": str(getattr(fastdeploy, "__version__", None) or "")}
-    try:
-        return {**found, **_live()}
-    except Exception as error:
-        # a failure to find out is no failure of FastDeploy's
-        return {**found, "live": False, "why": _line(error)}
-
-
-def _live() -> dict[str, Any]:
-    """Which classes are bound."""
+        return {"error": describe_error(error), "version": ""}
     from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend
     from fd_dsa.fastdeploy_plugin.tree_checks import MODELS, UnsupportedTree, checks, imported
 
     try:
-        models = imported(MODELS)
+        imported(MODELS)
+        why = live_backend().tree_summary if is_ours(live_backend()) else _why_not()
     except UnsupportedTree as error:
-        return {"live": False, "why": str(error), "checks": checks()}
-    backend, runner = live_backend(), _runner()
-    live = is_ours(backend)
+        why = str(error)
+    try:
+        # a worker's module needs the devices of a worker
+        runner = import_module(_WORKER).ModelRunner
+    except Exception:
+        runner = None
     return {
-        "live": live,
-        "why": backend.tree_summary if live else _why_not(),
-        "backend": _name(backend),
-        "indexer": _name(getattr(models, "Indexer", None)),
-        "attention": _name(getattr(models, "DeepseekV32DSAAttention", None)),
-        "runner": _name(runner),
+        "error": "",
+        "version": str(getattr(fastdeploy, "__version__", None) or ""),
+        "live": is_ours(live_backend()),
+        "why": why,
         "runner_is_ours": is_ours(runner),
         "checks": checks(),
     }
@@ -86,25 +76,6 @@ def _why_not() -> str:
         f"FastDeploy has not loaded the plug-in fd_dsa: FD_PLUGINS is {plugins or 'unset'}, and "
         "must name it"
     )
-
-
-def _runner() -> Any:
-    """The runner class that a worker of this process would make; None where it cannot say."""
-    try:
-        return getattr(import_module(_WORKER), "ModelRunner", None)
-    except Exception:
-        # a worker's module needs the devices of a worker
-        return None
-
-
-def _name(thing: Any) -> str:
-    """Module and name of a class."""
-    return "" if thing is None else f"{thing.__module__}.{thing.__qualname__}"
-
-
-def _line(error: Exception) -> str:
-    """An error in a line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ class of ours carries `__fd_dsa__`; nothing else remembers that we were here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from fd_dsa import __version__
@@ -26,7 +24,6 @@ from fd_dsa.fastdeploy_plugin.tree_checks import (
 
 _BACKEND = "DSAAttentionBackend"
 _MODELS = "fastdeploy.model_executor.models."
-_ABSENT: Any = object()
 
 
 def is_ours(thing: Any) -> bool:
@@ -60,7 +57,7 @@ def take_over() -> str:
 
     Raises:
         UnsupportedTree: a name is missing, takes other arguments or gives other cache shapes.
-        Whatever making or binding one of them raises; every name is then as it was.
+        Whatever making one of the classes raises; every name is then as it was.
     """
     examine()
     # late: a tree that does not fit costs no import of Paddle's parts
@@ -73,43 +70,18 @@ def take_over() -> str:
     how = "in place of" if file is None else "derived from"
     summary = f"FastDeploy {version}, {how} its DSA backend"
     backend = derive(PluginBackend, base, _BACKEND, upstream_file=file, tree_summary=summary)
-    indexer = derive(PluginIndexer, models.Indexer)
-    dsa_attention = derive(PluginAttention, models.DeepseekV32DSAAttention)
-    with _all_or_none() as bind:
-        for module in (attention, file, sys.modules.get(RUNNER)):
-            if module is attention or hasattr(module, _BACKEND):
-                bind(module, _BACKEND, backend)
-        _bind_layer(bind, models.Indexer, indexer)
-        _bind_layer(bind, models.DeepseekV32DSAAttention, dsa_attention)
-        clear = getattr(select(), "cache_clear", None)
-        if clear is not None:
-            clear()
+    pairs = (PluginIndexer, models.Indexer), (PluginAttention, models.DeepseekV32DSAAttention)
+    layers = {upstream: derive(ours, upstream) for ours, upstream in pairs}
+    # a name is bound once nothing can fail any more
+    clear = getattr(select(), "cache_clear", None)
+    if clear is not None:
+        clear()
+    for module in (attention, file, sys.modules.get(RUNNER)):
+        if module is attention or hasattr(module, _BACKEND):
+            setattr(module, _BACKEND, backend)
+    for upstream, ours in layers.items():
+        # in its module, and in those of models that have taken it from there
+        for module_name, module in list(sys.modules.items()):
+            if module_name.startswith(_MODELS) and vars(module).get(upstream.__name__) is upstream:
+                setattr(module, upstream.__name__, ours)
     return summary
-
-
-def _bind_layer(bind: Callable[[Any, str, Any], None], upstream: type, ours: type) -> None:
-    """Bind a layer's name in its module, and in those of models that have taken it from there."""
-    name = upstream.__name__
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith(_MODELS) and vars(module).get(name) is upstream:
-            bind(module, name, ours)
-
-
-@contextmanager
-def _all_or_none() -> Iterator[Callable[[Any, str, Any], None]]:
-    """Gives a function that binds a name; after an exception all of them are as before."""
-    before: list[tuple[Any, str, Any]] = []
-
-    def bind(owner: Any, name: str, value: Any) -> None:
-        before.append((owner, name, vars(owner).get(name, _ABSENT)))
-        setattr(owner, name, value)
-
-    try:
-        yield bind
-    except BaseException:
-        for owner, name, value in reversed(before):
-            if value is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
-        raise

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -41,14 +41,7 @@ _BACKEND_METHODS = {
     "init_attention_metadata": "forward_meta",
     "get_kv_cache_shape": "max_num_blocks kv_cache_quant_type",
 }
-# what the shapes of caches follow from
-_SIZES = {
-    "block_size": 64,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "index_head_dim": 128,
-    "quant_block_size": 128,
-}
+_LAYOUT = CacheLayout("fp8_ds_mla", 64, 512, 64, 128)
 _LAYER = "fd_config layer_id prefix"
 
 
@@ -189,11 +182,11 @@ def _check_backend(own: Any) -> None:
     """Refuse a DSA backend that is called otherwise, or whose caches look otherwise."""
     name = "DSAAttentionBackend"
     _check_methods(own, name, _BACKEND_METHODS)
-    expected = cache_shapes(CacheLayout("fp8_ds_mla", 64, 512, 64, 128), 2)
+    expected = cache_shapes(_LAYOUT, 2)
     try:
         # not constructed: the constructor allocates on the device
         probe = own.__new__(own)
-        vars(probe).update(_SIZES)
+        vars(probe).update(asdict(_LAYOUT), quant_block_size=128)
         found = probe.get_kv_cache_shape(max_num_blocks=2, kv_cache_quant_type="uint8")
     except Exception as error:
         raise UnsupportedTree(f"{name}.get_kv_cache_shape fails with {error!r}") from None

@@ -178,7 +178,7 @@ def choose(
         elif conditions and provider in conditions:
             reason = conditions[provider]()
         if not reason and provider == CUSTOM_OP:
-            reason, is_fault = _why_not_library(operator, kind, probe)
+            reason, is_fault = why_not_library(operator, kind, probe)
             level = logging.WARNING if is_fault else level
         if reason:
             against[provider] = reason
@@ -283,8 +283,8 @@ def on(operator: str, kind: str) -> list[str]:
     return [p for p in names if (p in on_host if kind == "cpu" else p != PADDLE)]
 
 
-def _why_not_library(
-    operator: str, kind: str, probe: Callable[[Any], str] | None
+def why_not_library(
+    operator: str, kind: str, probe: Callable[[Any], str] | None = None
 ) -> tuple[str, bool]:
     """Why fd_dsa_ops does not serve, "" if it does; and whether something is wrong with it."""
     build = custom_ops.build()

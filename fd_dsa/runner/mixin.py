@@ -18,14 +18,15 @@ class DSAModelRunnerMixin:
     reviews of #7598.
     """
 
+    backend_class: type = DSAAttentionBackend
     attn_backends: list[Any]
     forward_meta: Any
 
-    def dsa_backend(self) -> DSAAttentionBackend | None:
+    def dsa_backend(self) -> Any:
         """The runner's DSA backend, or None."""
         backends = getattr(self, "attn_backends", None)
         first = backends[0] if backends else None
-        return first if isinstance(first, DSAAttentionBackend) else None
+        return first if isinstance(first, self.backend_class) else None
 
     def step_hints(self) -> StepHints | None:
         """What the host knows of the coming step; None where the runner knows nothing."""

@@ -29,7 +29,7 @@ from fd_dsa.serve.logs import set_up_logging
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.engine.startup import StartupProgress
-    from fd_dsa.fastdeploy_plugin import launch
+    from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
     from fd_dsa.serve.flags import ServerOptions
 
 logger = logging.getLogger("fd_dsa.serve")
@@ -86,31 +86,31 @@ def _serve(args: argparse.Namespace) -> int:
     """Serve by the engine that the flags ask for."""
     started = time.monotonic()
     # late, so that --help and errors of flags are quick
-    from fd_dsa.fastdeploy_plugin import launch
+    from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
+    from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 
-    passed = launch.PassedFlags.read(args.passed)
+    passed = PassedFlags.read(args.passed)
     engine = args.engine
     if engine == "auto":
-        engine, why = launch.choose_engine(args, passed)
+        engine, why = choose_engine(args, passed)
         logger.info("engine %s: %s", engine, why)
     if engine == "fastdeploy":
         return _serve_with_fastdeploy(args, passed, started)
-    launch.refuse_for_embedded(args, passed)
+    refuse_for_embedded(args, passed)
     return _show_plan(args) if args.dry_run else _serve_embedded(args, started)
 
 
-def _serve_with_fastdeploy(
-    args: argparse.Namespace, passed: launch.PassedFlags, started: float
-) -> int:
+def _serve_with_fastdeploy(args: argparse.Namespace, passed: PassedFlags, started: float) -> int:
     """Start FastDeploy's server and stay with it."""
-    from fd_dsa.fastdeploy_plugin import launch
+    from fd_dsa.fastdeploy_plugin.launch.flags import without_secrets
+    from fd_dsa.fastdeploy_plugin.launch.start import launch, prepare
     from fd_dsa.serve.server import bind_socket, curl_line
 
-    plan = launch.prepare(args, passed)
+    plan = prepare(args, passed)
     if args.dry_run:
         changed = plan.environment.items() - process_environment().items()
         words = [f"{name}={value}" for name, value in sorted(changed)]
-        _say(shlex.join([*words, *launch.without_secrets(plan.command)]))
+        _say(shlex.join([*words, *without_secrets(plan.command)]))
         return 0
     if "port" in args.given and args.port:
         # the same refusal of a taken address as with the other engine
@@ -122,7 +122,7 @@ def _serve_with_fastdeploy(
         name, length = f"{plan.model_name} with {engine}", plan.max_model_len
         _say_ready(name, plan.url, seconds, length, plan.metrics_url, curl)
 
-    return launch.launch(plan, started, on_ready)
+    return launch(plan, started, on_ready)
 
 
 def _show_plan(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import BackendUnavailable, ConfigError
-from fd_dsa.fastdeploy_plugin import signals
+from fd_dsa.fastdeploy_plugin import steps
 from tests.fakes.trees import V1_VARIABLE
 from tests.fastdeploy_plugin.names import ATTENTION
 from tests.fastdeploy_plugin.steps import (
@@ -149,7 +149,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return lambda *args: (made.append((name, *args)), f"from {name}")[1]
 
     operators = import_module(f"{ATTENTION}.ops")
-    for names in signals._OPERATORS.values():
+    for names in steps._OPERATORS.values():
         for name in names:
             monkeypatch.setattr(operators, name, recorder(name))
     return made

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fd_dsa.errors import CapacityError, MissingStepError
-from fd_dsa.fastdeploy_plugin.step_inputs import fill_max_lens
+from fd_dsa.fastdeploy_plugin.steps import fill_max_lens
 from tests.fakes import golden
 from tests.fastdeploy_plugin.steps import (
     config,

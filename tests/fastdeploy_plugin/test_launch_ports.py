@@ -9,7 +9,7 @@ import pytest
 
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
-from fd_dsa.fastdeploy_plugin.launch.ports import choose_ports
+from fd_dsa.fastdeploy_plugin.launch.start import choose_ports
 
 HOST = "127.0.0.1"
 FLAGS = ("--port", "--metrics-port", "--engine-worker-queue-port", "--cache-queue-port")

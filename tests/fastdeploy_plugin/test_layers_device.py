@@ -52,7 +52,7 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             monkeypatch.setattr(module, "on_device", everywhere)
     monkeypatch.setattr(providers, "_choices", {})
     monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
-    monkeypatch.setattr(backend_module, "device_of", lambda tensor: "gpu:0")
+    monkeypatch.setattr(backend_module, "device_name", lambda tensor: "gpu:0")
     monkeypatch.setattr(backend_module, "CoreBackend", on_device)
     yield
     active.clear()

@@ -41,7 +41,7 @@ def test_norm_weights_are_copied_once_and_refreshed_in_place(changes: bool, prom
     with registered():
         backend = make_backend(config(dynamic_load_weight=changes))
         if promised:
-            backend.promise_refresh()
+            backend.serve_runner("int32")
         rows, layer = Rows(backend), make_layer()
         norm = BFloat16Weight(layer.kv_a_layernorm)
         before = run(rows, layer)

@@ -13,13 +13,6 @@ from fd_dsa.fastdeploy_plugin.status import report
 from tests.fakes.trees import BROKEN, OURS_ENV, TREES, UPSTREAM_ENV, installed
 from tests.fastdeploy_plugin.names import WORKER
 
-OURS = {
-    "backend": "fd_dsa.fastdeploy_plugin.backend.DSAAttentionBackend",
-    "indexer": "fd_dsa.fastdeploy_plugin.layers.Indexer",
-    "attention": "fd_dsa.fastdeploy_plugin.layers.DeepseekV32DSAAttention",
-    "runner": "fd_dsa.fastdeploy_plugin.runner.GPUModelRunner",
-}
-
 
 @pytest.mark.parametrize("name", ["pr7367", "develop", "raising_import"])
 def test_our_path(name: str) -> None:
@@ -31,11 +24,10 @@ def test_our_path(name: str) -> None:
         without_worker = report()
     assert found["live"] and found["runner_is_ours"]
     assert found["error"] == "" and found["version"] == "0.0.0+fake"
-    assert {part: found[part] for part in OURS} == OURS
     assert found["why"].endswith(" its DSA backend")
     assert all(check["passed"] for check in found["checks"])
     assert json.loads(json.dumps(found)) == found
-    assert without_worker == {**found, "runner": "", "runner_is_ours": False}
+    assert without_worker == {**found, "runner_is_ours": False}
 
 
 WHY_NOT: list[tuple[str, dict[str, Any], str]] = [
@@ -57,7 +49,6 @@ def test_fastdeploys_own_path(name: str, env: dict[str, Any], why: str) -> None:
     assert not found["live"] and not found["runner_is_ours"]
     assert found["why"].startswith("unsupported") is why.startswith("unsupported")
     assert why in found["why"]
-    assert not found["backend"].startswith("fd_dsa")
     reasons = [check["reason"] for check in found["checks"] if not check["passed"]]
     # the first that fails is what the log says; a tree that fits is no matter of the environment
     assert bool(reasons) is why.startswith("unsupported")
@@ -69,6 +60,6 @@ def test_models_that_cannot_be_imported() -> None:
         sys.modules["fastdeploy.model_executor"] = None  # type: ignore[assignment]
         found = report()
         del sys.modules["fastdeploy.model_executor"]
-    assert found.keys() == {"error", "version", "live", "why", "checks"} and not found["live"]
+    assert not found["error"] and not found["live"] and not found["runner_is_ours"]
     assert "deepseek_v3 cannot be imported" in found["why"]
     assert found["why"] in [check["reason"] for check in found["checks"]]

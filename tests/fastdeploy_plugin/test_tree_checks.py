@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.fastdeploy_plugin.entry_points import register
+from fd_dsa.fastdeploy_plugin import register
 from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend
 from fd_dsa.fastdeploy_plugin.tree_checks import (
     CHECKS,

@@ -22,9 +22,8 @@ import httpx
 from benchmarks._harness import environment
 from fd_dsa import __version__
 from fd_dsa.environment import installed_version, nvidia_smi
-from fd_dsa.fastdeploy_plugin.launch.environment import server_environment
+from fd_dsa.fastdeploy_plugin.launch.environment import probe, server_environment
 from fd_dsa.fastdeploy_plugin.launch.flags import without_secrets
-from fd_dsa.fastdeploy_plugin.launch.probe import probe
 
 OURS, UPSTREAM = "fd_dsa", "FastDeploy"
 PATHS = (OURS, UPSTREAM)

@@ -1,4 +1,7 @@
-"""The environment in which FastDeploy's server runs; that of the launcher stays as it is.
+"""The environment in which FastDeploy's server runs, and what a child with it says of itself.
+
+The launcher's own environment stays as it is, and it never imports FastDeploy: that imports a whole
+engine, starts plug-ins and leaves files behind.
 
 Source of the variables' meaning: `fastdeploy/envs.py` and `fastdeploy/plugins/utils.py` of
 PaddlePaddle/FastDeploy.
@@ -6,13 +9,23 @@ PaddlePaddle/FastDeploy.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 from fd_dsa.errors import ConfigError
+from fd_dsa.fastdeploy_plugin.launch.choice import fastdeploy_version
+from fd_dsa.fastdeploy_plugin.launch.server import last_line
 
 BACKEND = "DSA_ATTN"
 PLUGIN = "fd_dsa"
+_CHILD = "fd_dsa.fastdeploy_plugin.status"
 ENTRY_POINT_GROUPS = ("fastdeploy.model_register_plugins", "fastdeploy.model_runner_plugins")
 
 
@@ -43,11 +56,6 @@ def server_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], 
     plugins = list(dict.fromkeys(name for name in names if name))
     plugins += [] if PLUGIN in plugins else [PLUGIN]
     changes = {"FD_ATTENTION_BACKEND": BACKEND, "FD_PLUGINS": ",".join(plugins)}
-    return {**environment, **changes}, _warnings(environment)
-
-
-def _warnings(environment: Mapping[str, str]) -> list[str]:
-    """A line for each value that works against the plug-in."""
     lines = []
     unchunked = environment.get("FD_DISABLE_CHUNKED_PREFILL", "")
     if unchunked not in ("", "0"):
@@ -62,7 +70,7 @@ def _warnings(environment: Mapping[str, str]) -> list[str]:
             f"FD_PLUGINS is set to {PLUGIN} for FastDeploy's server, so its other plug-ins "
             f"({', '.join(others)}) stay out; name them in FD_PLUGINS to load them too"
         )
-    return lines
+    return {**environment, **changes}, lines
 
 
 def plugin_names() -> set[str]:
@@ -73,3 +81,46 @@ def plugin_names() -> set[str]:
 def missing_entry_points() -> list[str]:
     """Groups in which the installed packages have no entry point named fd_dsa."""
     return [group for group in ENTRY_POINT_GROUPS if not entry_points(group=group, name=PLUGIN)]
+
+
+def probe(environment: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
+    """Import FastDeploy in a child process.
+
+    Args:
+        environment: of the child: what FastDeploy's server would get.
+        timeout_s: longest wait; a child that takes longer is ended.
+
+    Returns:
+        `fd_dsa.fastdeploy_plugin.status.report` of the child; `error` also where it has none.
+    """
+    version = fastdeploy_version()
+    with tempfile.TemporaryDirectory(prefix="fd_dsa-probe-") as name:
+        folder = Path(name)
+        report, output = folder / "report.json", folder / "output"
+        # FastDeploy writes its logs and metrics somewhere when it is imported: not where we are;
+        # but `python -m` finds there what it finds here
+        entries = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+        own = {
+            "FD_LOG_DIR": str(folder / "log"),
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, entries)),
+        }
+        try:
+            with output.open("wb") as file:
+                status = subprocess.run(
+                    [sys.executable, "-m", _CHILD, str(report)],
+                    env={**environment, **own},
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=timeout_s,
+                ).returncode
+        except subprocess.TimeoutExpired:
+            return {"error": f"its import takes more than {timeout_s:g} s", "version": version}
+        try:
+            found = json.loads(report.read_text("utf-8"))
+        except (OSError, ValueError):
+            last = last_line(output.read_bytes()) or "no output"
+            error = f"its import ended Python with status {status}: {last}"
+            return {"error": error, "version": version}
+        return {**found, "version": version or found["version"]}

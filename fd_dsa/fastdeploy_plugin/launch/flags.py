@@ -31,61 +31,54 @@ _CHOSEN_BY_LAUNCHER = ("model", "served_model_name", "host", "port", "block_size
 _PARSERS = "FastDeploy's parsers have names of their own; give its {} after --"
 _GRAPHS = "FastDeploy's own flag is --graph-optimization-config, to be given after --, with '{}'"
 _BODIES = "put a proxy with a limit of bodies in front of it"
-# our flag -> why FastDeploy has no counterpart and what is near to it, then the values that say
-# what FastDeploy does anyway, which are accepted
-NO_COUNTERPART: dict[str, tuple[Any, ...]] = {
-    "device": (
-        "FastDeploy has no --device, it takes the GPUs of CUDA_VISIBLE_DEVICES and no CPU; "
-        "allowed: auto, gpu",
-        *("auto", "gpu"),
-    ),
-    "dtype": (
-        "FastDeploy has no --dtype, it takes the type from config.json; allowed: auto",
-        "auto",
-    ),
-    "kv_cache_dtype": (
-        "FD_ATTENTION_BACKEND=DSA_ATTN has one kind of cache; allowed: auto, fp8_ds_mla",
-        *("auto", "fp8", "fp8_ds_mla"),
-    ),
+# our flag -> why FastDeploy has no counterpart and what is near to it
+NO_COUNTERPART = {
+    "device": "FastDeploy has no --device, it takes the GPUs of CUDA_VISIBLE_DEVICES and no CPU",
+    "dtype": "FastDeploy has no --dtype, it takes the type from config.json",
+    "kv_cache_dtype": "FD_ATTENTION_BACKEND=DSA_ATTN has one kind of cache",
     "kv_cache_memory_bytes": (
         "FastDeploy has no size in bytes; take --gpu-memory-utilization or "
-        "--num-gpu-blocks-override",
+        "--num-gpu-blocks-override"
     ),
-    "enforce_eager": (_GRAPHS.format('{"use_cudagraph": false}'),),
-    "cudagraph_capture_sizes": (
-        _GRAPHS.format('{"use_cudagraph": true, "cudagraph_capture_sizes": [...]}'),
+    "enforce_eager": _GRAPHS.format('{"use_cudagraph": false}'),
+    "cudagraph_capture_sizes": _GRAPHS.format(
+        '{"use_cudagraph": true, "cudagraph_capture_sizes": [...]}'
     ),
-    "tool_call_parser": (_PARSERS.format("--tool-call-parser"), "auto"),
-    "reasoning_parser": (_PARSERS.format("--reasoning-parser"), "auto"),
-    "trust_request_chat_template": ("FastDeploy decides itself about templates of requests",),
+    "tool_call_parser": _PARSERS.format("--tool-call-parser"),
+    "reasoning_parser": _PARSERS.format("--reasoning-parser"),
+    "trust_request_chat_template": "FastDeploy decides itself about templates of requests",
     "seed": (
         "FastDeploy's --seed is another thing: a request without a seed gets a random one there; "
-        "put `seed` into the request",
+        "put `seed` into the request"
     ),
     "load_format": (
-        "FastDeploy reads the weights of the folder, by its own --load-choices after --; allowed: "
-        "auto, safetensors",
-        *("auto", "safetensors"),
+        "FastDeploy reads the weights of the folder, by its own --load-choices after --"
     ),
-    "index_topk": ("FastDeploy takes the number from config.json of the folder",),
-    "enable_chunked_prefill": (
-        "FastDeploy has its own switch, FD_DISABLE_CHUNKED_PREFILL; allowed: True",
-        True,
-    ),
+    "index_topk": "FastDeploy takes the number from config.json of the folder",
+    "enable_chunked_prefill": "FastDeploy has its own switch, FD_DISABLE_CHUNKED_PREFILL",
     "target_inter_token_latency_ms": (
-        "FastDeploy's scheduler keeps to no time; what is near to it is --max-num-batched-tokens",
+        "FastDeploy's scheduler keeps to no time; what is near to it is --max-num-batched-tokens"
     ),
-    "max_body_size": (f"FastDeploy has no limit of a body; {_BODIES}",),
-    "max_body_values": (f"FastDeploy has no such flag; {_BODIES}",),
-    "max_answer_scores": ("FastDeploy has no such flag",),
-    "max_connections": ("FastDeploy does not limit connections; put a proxy in front that does",),
-    "allowed_host": (
-        "FastDeploy does not look at the Host header; put a proxy that does in front",
-    ),
-    "max_prompt_bytes": (f"FastDeploy tokenizes texts of any length; {_BODIES}",),
-    "log_requests": ("FastDeploy writes its requests to log/api_server.log in any case", False),
-    "log_json": ("FastDeploy's log has one form", False),
-    "disable_ui": ("FastDeploy's server has no page to leave out", False),
+    "max_body_size": f"FastDeploy has no limit of a body; {_BODIES}",
+    "max_body_values": f"FastDeploy has no such flag; {_BODIES}",
+    "max_answer_scores": "FastDeploy has no such flag",
+    "max_connections": "FastDeploy does not limit connections; put a proxy in front that does",
+    "allowed_host": "FastDeploy does not look at the Host header; put a proxy that does in front",
+    "max_prompt_bytes": f"FastDeploy tokenizes texts of any length; {_BODIES}",
+    "log_requests": "FastDeploy writes its requests to log/api_server.log in any case",
+    "log_json": "FastDeploy's log has one form",
+    "disable_ui": "FastDeploy's server has no page to leave out",
+}
+# the values of these that say what FastDeploy does anyway
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "device": ("auto", "gpu"),
+    "dtype": ("auto",),
+    "kv_cache_dtype": ("auto", "fp8_ds_mla", "fp8"),
+    "tool_call_parser": ("auto",),
+    "reasoning_parser": ("auto",),
+    "load_format": ("auto", "safetensors"),
+    "enable_chunked_prefill": (True,),
+    **dict.fromkeys(("log_requests", "log_json", "disable_ui"), (False,)),
 }
 # flags that the launcher uses itself
 LAUNCHER = ("config", "dry_run", "engine", "log_level")
@@ -242,8 +235,10 @@ def _argument(flag: str, name: str, value: Any) -> list[str]:
 def _check_counterpart(name: str, value: Any, passed: PassedFlags) -> None:
     """Refuse a flag, or a value of it, that FastDeploy does not have, or that it has already."""
     own, flag = f"--{name.replace('_', '-')}", MAPPED.get(name, "")
-    reason, *accepted = NO_COUNTERPART.get(name, ("", value))
-    if value not in accepted:
+    accepted = _ACCEPTED.get(name, ())
+    if name in NO_COUNTERPART and value not in accepted:
+        allowed = f"; allowed: {', '.join(map(str, accepted))}" if accepted else ""
+        reason = f"{NO_COUNTERPART[name]}{allowed}"
         raise ConfigError(f"{own}: got {value!r} with --engine fastdeploy: {reason}")
     if flag in passed.values:
         ours, theirs = repr(value), repr(passed.values[flag])

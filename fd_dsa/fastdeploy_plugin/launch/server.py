@@ -1,26 +1,47 @@
-"""FastDeploy's server as a child process: its output passed on, signals forwarded."""
+"""FastDeploy's server as a child process, below a guard that ends it with its launcher.
+
+`ServerProcess` is the launcher's side; `python -I server.py FD COMMAND...`, run by path and with
+the standard library alone, is the guard. FD is the reading end of a pipe: each byte is the number
+of a signal for the server, and its end means that the launcher is gone, however it went. FastDeploy
+starts its workers in process groups of their own (`fastdeploy/engine/engine.py`), so the guard is
+the reaper of orphans among its descendants, and ends those that are left once the server has ended.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import math
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from fd_dsa.fastdeploy_plugin.launch.probe import last_line
-
-_GUARD = Path(__file__).with_name("guard.py")
 _FORWARDED = (signal.SIGINT, signal.SIGTERM)
 _READ_BYTES = 1 << 16
 _KEPT_BYTES = 4096
 # for the last output, after all processes that could write have ended
 _LAST_OUTPUT_S = 5.0
+# from linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_SIGNALS = (*_FORWARDED, signal.SIGHUP)
+# for the server when the launcher is gone, and for its workers when the server is
+_SERVER_GRACE_S = 10.0
+_ORPHAN_GRACE_S = 5.0
+# after SIGKILL; a process that waits for a driver cannot be ended
+_GIVE_UP_S = 60.0
+_POLL_S = 0.05
+_EXIT_NO_COMMAND = 127
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class ServerProcess:
@@ -51,7 +72,7 @@ class ServerProcess:
         try:
             # -I: the guard needs the standard library alone, whatever the environment says
             self._process = subprocess.Popen(
-                [sys.executable, "-I", str(_GUARD), str(reading), *self._command],
+                [sys.executable, "-I", __file__, str(reading), *self._command],
                 env=self._environment,
                 pass_fds=(reading,),
                 stdin=subprocess.DEVNULL,
@@ -65,10 +86,12 @@ class ServerProcess:
         finally:
             os.close(reading)
         assert self._process.stdout is not None and self._process.stderr is not None
-        self._streams = (
-            _Stream(self._process.stdout, sys.stdout),
-            _Stream(self._process.stderr, sys.stderr),
-        )
+        self._tails = bytearray(), bytearray()
+        sources = self._process.stdout, self._process.stderr
+        streams = zip(sources, (sys.stdout, sys.stderr), self._tails, strict=True)
+        self._copies = [threading.Thread(target=_copy, args=a, daemon=True) for a in streams]
+        for thread in self._copies:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,8 +99,7 @@ class ServerProcess:
         control, self._control = self._control, -1
         os.close(control)
         self._process.wait()
-        for stream in self._streams:
-            stream.finish()
+        self._wait_for_output()
         self._restore()
 
     def wait(self, timeout_s: float | None = None) -> int | None:
@@ -91,11 +113,14 @@ class ServerProcess:
 
     def last_words(self) -> str:
         """The last line that the command wrote to stderr, or else to stdout; "" without any."""
-        for stream in reversed(self._streams):
-            stream.finish()
-            if words := last_line(stream.tail):
-                return words
-        return ""
+        self._wait_for_output()
+        out, err = map(last_line, self._tails)
+        return err or out
+
+    def _wait_for_output(self) -> None:
+        """Wait for what is still on its way."""
+        for thread in self._copies:
+            thread.join(_LAST_OUTPUT_S)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         """Hand a signal to the guard, which gives it to the server."""
@@ -110,23 +135,116 @@ class ServerProcess:
             signal.signal(number, handler)
 
 
-class _Stream:
-    """One stream of the command, copied in a thread as it comes."""
+def _copy(source: IO[bytes], target: IO[str], tail: bytearray) -> None:
+    """Copy a stream of the command as it comes, and keep its last bytes in `tail`."""
+    while chunk := os.read(source.fileno(), _READ_BYTES):
+        tail[:] = (tail + chunk)[-_KEPT_BYTES:]
+        # the reader of our output is gone: the server must not stop for that
+        with contextlib.suppress(OSError, ValueError):
+            target.buffer.write(chunk)
+            target.buffer.flush()
 
-    def __init__(self, source: IO[bytes], target: IO[str]) -> None:
-        self._source, self._target = source, target
-        self.tail = b""
-        self._thread = threading.Thread(target=self._copy, daemon=True)
-        self._thread.start()
 
-    def _copy(self) -> None:
-        while chunk := os.read(self._source.fileno(), _READ_BYTES):
-            self.tail = (self.tail + chunk)[-_KEPT_BYTES:]
-            # the reader of our output is gone: the server must not stop for that
-            with contextlib.suppress(OSError, ValueError):
-                self._target.buffer.write(chunk)
-                self._target.buffer.flush()
+def last_line(output: bytes | bytearray) -> str:
+    """The last line that is not empty; "" without any."""
+    lines = output.decode("utf-8", "replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
-    def finish(self) -> None:
-        """Wait for what is still on its way."""
-        self._thread.join(_LAST_OUTPUT_S)
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit status, 128 + n if signal n ended it."""
+    control, command = int(arguments[0]), arguments[1:]
+    os.set_inheritable(control, False)
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    woken, waker = os.pipe()
+    os.set_blocking(waker, False)
+    signal.set_wakeup_fd(waker)
+    # a handler, not SIG_IGN, which the server would inherit
+    for number in (*_SIGNALS, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    try:
+        server = subprocess.Popen(command, start_new_session=True, preexec_fn=_prepare_server)
+    except OSError as error:
+        sys.stderr.write(f"fd_dsa: error: {command[0]}: {error.strerror}\n")
+        return _EXIT_NO_COMMAND
+    status = _watch(server.pid, control, woken)
+    _end_children(_ORPHAN_GRACE_S)
+    return status
+
+
+def _prepare_server() -> None:
+    """In the server, before it starts: the usual signals, and one when the guard is killed."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _watch(server: int, control: int, woken: int) -> int:
+    """Forward signals until the server ends, or the launcher is gone; returns its status."""
+    deadline = math.inf
+    while (status := _reap(server)) is None:
+        is_alone = deadline < math.inf
+        timeout_s = _POLL_S if is_alone else None
+        ready, _, _ = select.select([woken] if is_alone else [control, woken], [], [], timeout_s)
+        if woken in ready:
+            os.read(woken, 4096)
+        if control in ready:
+            numbers = os.read(control, 4096)
+            if not numbers:
+                deadline = time.monotonic() + _SERVER_GRACE_S
+            for number in numbers or [signal.SIGTERM]:
+                os.kill(server, number)
+        if time.monotonic() > deadline:
+            os.killpg(server, signal.SIGKILL)
+    return status
+
+
+def _reap(server: int) -> int | None:
+    """Collect the processes that have ended; the server's status if it is among them."""
+    status = None
+    while True:
+        try:
+            pid, code = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return status
+        if pid == 0:
+            return status
+        if pid == server:
+            status = os.waitstatus_to_exitcode(code)
+            status = 128 - status if status < 0 else status
+
+
+def _end_children(grace_s: float) -> None:
+    """End what is left of the server: first by SIGTERM, after `grace_s` by SIGKILL."""
+    deadline = time.monotonic() + grace_s
+    asked: set[int] = set()
+    while children := _children():
+        if time.monotonic() > deadline + _GIVE_UP_S:
+            sys.stderr.write(f"fd_dsa: error: processes that do not end: {children}\n")
+            return
+        for pid in children:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            elif pid not in asked:
+                asked.add(pid)
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(_POLL_S)
+
+
+def _children() -> list[int]:
+    """Processes whose parent this one is, orphans of the server included; ended ones are reaped."""
+    _reap(-1)
+    own, found = os.getpid(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            # the name before, in brackets, may hold anything
+            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == own:
+            found.append(int(folder.name))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

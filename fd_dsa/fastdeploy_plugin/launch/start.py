@@ -10,6 +10,7 @@ import argparse
 import logging
 import math
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,10 +22,12 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.environment import process_environment, switch
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin.launch.choice import INSTALL, fastdeploy_is_installed
-from fd_dsa.fastdeploy_plugin.launch.environment import missing_entry_points, server_environment
+from fd_dsa.fastdeploy_plugin.launch.environment import (
+    missing_entry_points,
+    probe,
+    server_environment,
+)
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags, translate, without_secrets
-from fd_dsa.fastdeploy_plugin.launch.ports import choose_ports
-from fd_dsa.fastdeploy_plugin.launch.probe import probe
 from fd_dsa.fastdeploy_plugin.launch.server import ServerProcess
 
 SERVER_MODULE = "fastdeploy.entrypoints.openai.api_server"
@@ -39,6 +42,8 @@ _EXIT_BAD_START = 2
 # sizes that the embedded engine checks in the same way
 _CHECKED = ("model", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
 _CHECKED += ("num_gpu_blocks_override",)
+_LAST_PORT = 65535
+_QUEUES = ("--engine-worker-queue-port", "--cache-queue-port")
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -127,13 +132,15 @@ def launch(plan: Launch, started: float, on_ready: Callable[[str, float], None])
         logger.warning("%s", line)
     engine = _check_import(plan)
     logger.info("starting %s: %s", engine, shlex.join(without_secrets(plan.command)))
+    logs = f"{plan.environment.get('FD_LOG_DIR', 'log')}/"
     with ServerProcess(plan.command, plan.environment) as server:
-        is_ready = _wait_until_ready(server, plan, started)
+        is_ready = _wait_until_ready(server, plan.url, logs, started)
         if is_ready:
             on_ready(engine, time.monotonic() - started)
         status = server.wait()
         assert status is not None
-        words = _describe_status(status)
+        cause = f" ({Signals(status - 128).name})" if status - 128 in list(Signals) else ""
+        words = f"status {status}{cause}"
         if is_ready:
             logger.info("FastDeploy's server ended with %s", words)
             return status
@@ -142,17 +149,10 @@ def launch(plan: Launch, started: float, on_ready: Callable[[str, float], None])
             return status
         sys.stderr.write(
             f"fd_dsa: error: FastDeploy's server ended with {words} before it was ready; its last "
-            f"words: {server.last_words() or 'none'}; its own logs are in {_logs(plan)}/\n"
+            f"words: {server.last_words() or 'none'}; its own logs are in {logs}\n"
         )
         # FastDeploy returns 0 where its engine did not come up
         return status or _EXIT_BAD_START
-
-
-def _describe_status(status: int) -> str:
-    """An exit status in words, with the name of the signal that caused it."""
-    if status - 128 in list(Signals):
-        return f"status {status} ({Signals(status - 128).name})"
-    return f"status {status}"
 
 
 def _require_packages() -> None:
@@ -220,18 +220,97 @@ def _model_and_name(args: argparse.Namespace, passed: PassedFlags) -> dict[str, 
     return {"--model": model, "--served-model-name": names[0] if names else Path(model).name}
 
 
+def choose_ports(
+    host: str, port: int, port_is_given: bool, passed: PassedFlags, num_queues: int
+) -> dict[str, str]:
+    """Free consecutive ports for all that the user left open.
+
+    One for HTTP, one for metrics, and a queue of workers and one of caches for each data parallel
+    rank of this machine: four in all for one rank. FastDeploy's own defaults differ from version
+    to version, and two servers on one machine must not share them.
+
+    Args:
+        host: interface of the HTTP port.
+        port: our `--port`, 0 for any.
+        port_is_given: the user gave it, so it stays; else others are tried above it.
+        passed: flags after `--`, whose ports stay.
+        num_queues: data parallel ranks on this machine.
+
+    Returns:
+        FastDeploy's flags for the ports that the user did not give it, and their values.
+
+    Raises:
+        ConfigError: the interface is none of this machine's; no such ports are free; on several
+            machines, where all must have the same ports, those above the HTTP port are taken.
+    """
+    try:
+        # a port that the system thinks free
+        with socket.create_server((host, 0), family=_family(host)) as server:
+            any_port = int(server.getsockname()[1])
+    except OSError as error:
+        raise ConfigError(
+            f"--host: got {host!r}, which is no address of this machine ({error.strerror}); "
+            "use 127.0.0.1, or 0.0.0.0 for all interfaces"
+        ) from error
+    fixed: dict[str, str] = {}
+    if "--port" in passed.values:
+        port, port_is_given = passed.number("--port", port), True
+    elif port_is_given and port:
+        fixed["--port"] = str(port)
+    counts = {"--port": 1, "--metrics-port": 1, **dict.fromkeys(_QUEUES, num_queues)}
+    open_flags = [flag for flag in counts if flag not in (passed.values | fixed)]
+    start = (port + 1 if port_is_given else port) if port else any_port
+    num_ports = sum(counts[flag] for flag in open_flags)
+    block = iter(_free_block(host, start, num_ports, movable=passed.num_nodes == 1))
+    chosen = {flag: ",".join(str(next(block)) for _ in range(counts[flag])) for flag in open_flags}
+    return fixed | chosen
+
+
+def _free_block(host: str, start: int, count: int, movable: bool) -> range:
+    """The first `count` consecutive ports from `start` on that are all free."""
+    base = start
+    while base + count - 1 <= _LAST_PORT:
+        taken = [port for port in range(base, base + count) if not _is_free(host, port)]
+        if not taken:
+            return range(base, base + count)
+        if not movable:
+            raise ConfigError(
+                f"port {taken[0]} is taken, and with --ips every machine needs the same ports; "
+                "give another --port, or --metrics-port, --engine-worker-queue-port and "
+                "--cache-queue-port after --"
+            )
+        base = taken[-1] + 1
+    raise ConfigError(
+        f"found no {count} consecutive free ports from {start} on; give a lower --port, or "
+        "--metrics-port, --engine-worker-queue-port and --cache-queue-port after --"
+    )
+
+
+def _is_free(host: str, port: int) -> bool:
+    """True if a server could listen there now, and on all interfaces, as FastDeploy's queues do.
+
+    A port in TIME_WAIT is free.
+    """
+    try:
+        for address in (host, "0.0.0.0"):
+            socket.create_server((address, port), family=_family(address)).close()
+    except OSError:
+        return False
+    return True
+
+
+def _family(host: str) -> socket.AddressFamily:
+    """Of the interface's address."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def _local_url(host: str, port: object) -> str:
     """The URL under which this machine reaches the server."""
     local = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
 
 
-def _logs(plan: Launch) -> str:
-    """The folder of FastDeploy's own logs."""
-    return plan.environment.get("FD_LOG_DIR", "log")
-
-
-def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bool:
+def _wait_until_ready(server: ServerProcess, url: str, logs: str, started: float) -> bool:
     """True as soon as /health answers 200, False when the server ends or gets a signal before.
 
     There is no limit: hundreds of gigabytes of weights take as long as they take. A line now and
@@ -245,7 +324,7 @@ def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bo
     with httpx.Client(timeout=_HEALTH_ANSWER_S, trust_env=False) as client:
         while server.wait(0) is None and not server.signals:
             try:
-                code = client.get(f"{plan.url}/health").status_code
+                code = client.get(f"{url}/health").status_code
                 if code == httpx.codes.OK:
                     return True
                 answer = f"status {code}"
@@ -255,9 +334,9 @@ def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bo
                 say_at += _SAY_EVERY_S
                 seconds = math.floor(time.monotonic() - started)
                 line = (
-                    f"still starting after {seconds} s: GET {plan.url}/health gives {answer}. "
+                    f"still starting after {seconds} s: GET {url}/health gives {answer}. "
                     "FastDeploy answers once its workers have loaded the model; their own logs "
-                    f"are in {_logs(plan)}/ (workerlog.0). Ctrl-C stops"
+                    f"are in {logs} (workerlog.0). Ctrl-C stops"
                 )
                 logger.info("%s", line)
             server.wait(_HEALTH_EVERY_S)

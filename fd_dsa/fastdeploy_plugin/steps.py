@@ -1,0 +1,117 @@
+"""A step between FastDeploy and the backend: its rows and their bounds, and who must hear of it.
+
+FastDeploy's cache messenger of a prefill node (prefill-decode disaggregation) waits for the calls
+below before it sends blocks on.
+
+Source of the fields: FastDeploy's `model_executor/forward_meta.py`; of `max_len_tensor_cpu`,
+`custom_ops/gpu_ops/append_attn/get_block_shape_and_split_kv_block.cu`; of the calls,
+`layers/attention/dsa_attention_backend.py` and the operators in `layers/attention/ops`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from importlib import import_module
+from typing import Any
+
+from fd_dsa.errors import BackendUnavailable, MissingStepError
+from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION
+
+_INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
+PER_CHUNK, PER_QUERY = "per_chunk", "per_query"
+_OPERATORS = {
+    PER_CHUNK: ("init_kv_signal_per_query",),
+    PER_QUERY: ("open_shm_and_get_meta_signal", "init_signal_layerwise"),
+}
+
+
+def step_rows(forward_meta: Any) -> list[Any]:
+    """Lengths int32 [B], three of them, and block tables int32 [B, M] of the rows of a step.
+
+    Trees give all slots, `[S]` or `[S, 1]`, or the running rows, `[B]`, and not the same for all
+    four: B is the smallest. Views, nothing is copied.
+
+    Raises:
+        MissingStepError: one of them is None.
+    """
+    arrays = [getattr(forward_meta, name, None) for name in _INPUTS]
+    for index, (name, array) in enumerate(zip(_INPUTS, arrays, strict=True)):
+        if array is None:
+            raise MissingStepError(
+                f"forward_meta.{name} is None: the runner's initialize_forward_meta must fill it "
+                "before init_attention_metadata"
+            )
+        if name != "block_tables" and len(array.shape) > 1:
+            arrays[index] = array.reshape([-1])
+    rows = min(int(array.shape[0]) for array in arrays)
+    return [array if array.shape[0] == rows else array[:rows] for array in arrays]
+
+
+def fill_max_lens(
+    max_len_tensor_cpu: Any, num_tokens: int, has_prefill: bool, tokens_per_row: int, max_keys: int
+) -> None:
+    """Write upper bounds of a step's maxima, which the host knows, instead of reading them back.
+
+    Entries: this_time, encoder, decoder, decoder + this_time, decoder of decode rows, keys of rows
+    with cached ones. Entries past the sixth are other trees' own and stay as they are. Written at
+    the tensor's address: with NumPy before 2.2.5, or Paddle before 3.3, views are read-only.
+
+    Args:
+        max_len_tensor_cpu: int32 [n], contiguous, in host memory, pinned or not.
+        num_tokens: launched tokens of the step; 0 makes all entries 0.
+        has_prefill: whether a prefill row may be there; without one the second entry is 0.
+        tokens_per_row: of a decode row, at most.
+        max_keys: of a row, at most.
+    """
+    longest = num_tokens if has_prefill else min(num_tokens, tokens_per_row)
+    keys = max_keys if num_tokens else 0
+    values = (longest, num_tokens if has_prefill else 0, keys, keys, keys, keys)
+    count = min(len(values), int(max_len_tensor_cpu.shape[0]))
+    memory = (ctypes.c_int32 * count).from_address(max_len_tensor_cpu.data_ptr())
+    memory[:] = values[:count]
+
+
+def check_operators(mode: str) -> None:
+    """Refuse a mode of disaggregation whose operators the tree lacks.
+
+    Raises:
+        BackendUnavailable: names the mode and the operator.
+    """
+    for name in _OPERATORS.get(mode, ()):
+        if not hasattr(import_module(f"{ATTENTION}.ops"), name):
+            raise BackendUnavailable(
+                f"pd_disaggregation_mode: got {mode!r}, this FastDeploy has no operator {name}; "
+                "start it without splitwise roles"
+            )
+
+
+def begin_step(of: Any, metadata: Any, forward_meta: Any) -> None:
+    """Announce a step.
+
+    Args:
+        of: the backend, with FastDeploy's attributes.
+        metadata: FastDeploy's record of the step, whose `kv_signal_*` fields are set.
+        forward_meta: its lengths, and whether it is a dummy run, which is not announced by chunk.
+    """
+    metadata.kv_signal_data_list = [None] * of.num_layers
+    dummy = getattr(forward_meta, "is_dummy_or_profile_run", False)
+    if of.pd_disaggregation_mode == PER_CHUNK and not of.keep_pd_step_flag and not dummy:
+        import_module(f"{ATTENTION}.ops").init_kv_signal_per_query(
+            forward_meta.seq_lens_encoder,
+            forward_meta.seq_lens_this_time,
+            forward_meta.seq_lens_decoder,
+            of.rank,
+            of.num_layers + of.num_layers_draft_model,
+        )
+    elif of.pd_disaggregation_mode == PER_QUERY:
+        open_signal = import_module(f"{ATTENTION}.ops").open_shm_and_get_meta_signal
+        metadata.kv_signal_metadata = open_signal(of.rank, int(of.device_id), of.keep_pd_step_flag)
+
+
+def begin_layer(of: Any, metadata: Any, layer_id: int) -> None:
+    """Announce a layer, before its keys are written."""
+    if of.pd_disaggregation_mode == PER_QUERY:
+        init_signal = import_module(f"{ATTENTION}.ops").init_signal_layerwise
+        metadata.kv_signal_data_list[layer_id] = init_signal(
+            metadata.kv_signal_metadata, layer_id + of.start_layer_index
+        )
