@@ -154,7 +154,7 @@ def test_settling_covers_what_has_one_provider_and_sees_what_is_asked_for(
 
 
 def test_a_faster_provider_that_cannot_serve_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    reasons = {"triton_tensor_core": lambda: "the cache is float32"}
+    reasons = {"triton_tensor_core": "the cache is float32"}
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
         choice = choose("indexer_logits", "gpu", reasons)
         assert choose("indexer_logits", "gpu", reasons) == choice
