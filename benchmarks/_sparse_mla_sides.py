@@ -178,7 +178,7 @@ class Ours:
             return lambda: attend(*inputs, dequantized=dequantize(), **how)
 
         plain = [call(s, lambda: None) for s in sets]
-        if not (first.is_prompt and first.fp8 and attend.takes_dequantized):
+        if not (first.is_prompt and first.fp8 and not attend.records_alone):
             return {CUDA: plain}
         return {CUDA: [call(s, _dequantizing(s)) for s in sets], RECORDS: plain}
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import _gpu, _peers
 from benchmarks._prepared import MAX_POSITION, ROPE, Launch, angles, as_numpy
-from fd_dsa.ops.query import paddle_impl
+from fd_dsa.ops.query import prepare_on_host
 from fd_dsa.ops.query.triton_kernel import (
     configuration,
     kernel_arguments,
@@ -76,7 +76,7 @@ class Query(Launch):
         """Bits of the codes, and folded weights."""
         inputs = as_numpy(self.q, self.weights, self.positions, angles())
         out = np.empty(self.q.shape, np.uint8), np.empty(self.weights.shape, np.float32)
-        paddle_impl.prepare_indexer_query(*inputs, **self._options | variant, out=out)
+        prepare_on_host(*inputs, **self._options | variant, out=out)
         return out
 
     def sides(self, peer: Any) -> dict[str, _gpu.Call]:

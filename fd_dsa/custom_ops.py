@@ -51,20 +51,6 @@ def build() -> Build:
     return _build
 
 
-def registered(name: str) -> Any:
-    """An operator of the package that Paddle knows by name, as a function.
-
-    Raises:
-        BackendUnavailable: the package is missing or broken, or has none of that name.
-    """
-    known = build()
-    if name not in known.operators:
-        raise BackendUnavailable(
-            f"{PACKAGE} has no operator {name} here; it is {known.state}: {known.reason}"
-        )
-    return getattr(import_module(PACKAGE), name)
-
-
 def use_library(path: Path | str | None) -> None:
     """Take the kernels of a C library, as `custom_ops.build_library` makes it without Paddle.
 

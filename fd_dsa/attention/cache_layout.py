@@ -25,6 +25,7 @@ from fd_dsa.ops._fp8 import (
     LATENT_RECORD_BYTES,
     LATENT_WIDTH,
     ROPE_WIDTH,
+    check_scale_fmt,
 )
 
 # bfloat16 is held as its bits: neither NumPy nor Paddle's CPU build computes with it
@@ -72,10 +73,7 @@ class CacheLayout:
                 f"kv_cache_dtype: {self.kv_cache_dtype!r} has no cache layout, allowed are "
                 f"{', '.join(_STORAGE)}"
             )
-        if self.index_scale_fmt not in (None, "ue8m0"):
-            raise ConfigError(
-                f"index_scale_fmt: got {self.index_scale_fmt!r}, allowed are 'ue8m0' and None"
-            )
+        check_scale_fmt("index_scale_fmt", self.index_scale_fmt)
         if self.index_hadamard and self.index_head_dim != INDEX_WIDTH:
             raise ConfigError(
                 f"index_head_dim: got {self.index_head_dim}, index_hadamard allows {INDEX_WIDTH} "

@@ -81,7 +81,7 @@ class DeviceAttention:
         """What scores and chooses on a kind of device."""
         config, logits = self.config, self._buffers["logits"][0]
         made = config, self._view, int(logits.shape[0]), self._select_slots
-        conditions = {TENSOR_CORE: lambda: why_not_tiles(config)}
+        conditions = {TENSOR_CORE: why_not_tiles(config)}
         if choose("indexer_logits", kind, conditions).provider == TRITON:
             return PageScores(*made)
         transfers = transfers_for(logits)

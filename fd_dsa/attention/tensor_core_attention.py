@@ -49,10 +49,10 @@ class TensorCoreAttention:
     ) -> None:
         self._scale, self._custom = config.softmax_scale, custom
         self._partials = None
-        if custom is None or config.num_heads > custom.always_heads:
+        if custom is None or not custom.is_faster(1, config.num_heads):
             self._partials = new_partials(config.num_heads, allocate)
         self._records: DequantizedRecords | None = None
-        takes_them = custom is not None and custom.takes_dequantized
+        takes_them = custom is not None and not custom.records_alone
         if takes_them and config.cache_layout.is_fp8 and scratch is not None:
             self._records = DequantizedRecords(scratch, keys_per_token(config.num_heads))
 

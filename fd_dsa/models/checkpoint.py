@@ -115,12 +115,12 @@ class Checkpoint:
             raise RuntimeError(f"{info.file}: the file is closed")
         return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.offset)
 
-    def read(self, name: str, weight_block_size: tuple[int, int] = (128, 128)) -> np.ndarray:
+    def read(self, name: str, weight_block_size: tuple[int, int] | None = None) -> np.ndarray:
         """A tensor as float32, in its stored shape.
 
         Args:
             name: Hugging Face name; of a checkpoint that `validate` has passed.
-            weight_block_size: rows and columns of a block of FP8 weights.
+            weight_block_size: rows and columns of a block, of an FP8 weight.
 
         Returns:
             float32; a read-only view of the file for F32, a new array for BF16, F16 and F8_E4M3
@@ -132,6 +132,7 @@ class Checkpoint:
         info = self.info(name)
         if info.dtype != "F8_E4M3":
             return to_float32(self.raw(name), info)
+        assert weight_block_size is not None, name
         scale = self.info(name + SCALE_SUFFIX)
         scales = to_float32(self.raw(scale.name), scale)
         return dequantize_blocks(self.raw(name).reshape(info.shape), scales, weight_block_size)

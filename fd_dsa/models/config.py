@@ -13,7 +13,7 @@ from fd_dsa.models.config_reader import INT32_MAX, FieldReader, read_json_object
 from fd_dsa.models.families import FAMILIES, Family
 from fd_dsa.models.rope_config import RopeConfig, read_rope, yarn_mscale
 
-__all__ = ["Fp8BlockQuant", "ModelConfig", "RopeConfig"]
+__all__ = ["ModelConfig", "RopeConfig"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +68,6 @@ _HARMLESS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8BlockQuant:
-    """FP8 weights (e4m3) with one float32 multiplier a block.
-
-    Attributes:
-        weight_block_size: rows and columns of a block, of weights stored [out, in].
-    """
-
-    weight_block_size: tuple[int, int] = (128, 128)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig(Family):
     """Everything about a model that its layers, caches and weights depend on.
@@ -95,7 +84,8 @@ class ModelConfig(Family):
         indexer_types: "full" (own indexer) or "shared" (uses the choice of the nearest "full"
             layer before it), one a layer.
         eos_token_ids: of config.json, then those that generation_config.json adds.
-        quantization: None where the weights are plain.
+        weight_block_size: rows and columns of a block with one float32 multiplier, of FP8 weights
+            (e4m3) stored [out, in]; None where the weights are plain.
         generation: parameters that generation_config.json proposes for requests that do not say;
             a temperature of 0 where the file turns sampling off (`do_sample` false).
     """
@@ -109,7 +99,7 @@ class ModelConfig(Family):
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
-    quantization: Fp8BlockQuant | None = None
+    weight_block_size: tuple[int, int] | None = None
     generation: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -209,7 +199,7 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
         "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
         "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
         "pad_token_id": reader.token_id("pad_token_id", vocab_size),
-        "quantization": _read_quantization(reader),
+        "weight_block_size": _read_quantization(reader),
     }
     _check_consistency(reader, values)
     if unknown := [name for name in reader.unread() if name not in _HARMLESS]:
@@ -258,8 +248,8 @@ def read_indexer_types(reader: FieldReader, num_layers: int, family: Family) -> 
     return types
 
 
-def _read_quantization(reader: FieldReader) -> Fp8BlockQuant | None:
-    """Quantisation of the weights, if any."""
+def _read_quantization(reader: FieldReader) -> tuple[int, int] | None:
+    """Block size of quantised weights, if they are."""
     section = reader.section("quantization_config")
     if section is None:
         return None
@@ -272,7 +262,7 @@ def _read_quantization(reader: FieldReader) -> Fp8BlockQuant | None:
     # of type int: true is none
     if not isinstance(size, list) or [type(n) is int and n > 0 for n in size] != [True, True]:
         raise section.error("weight_block_size", size, "two integers of at least 1")
-    return Fp8BlockQuant((size[0], size[1]))
+    return size[0], size[1]
 
 
 def _read_generation(

@@ -14,7 +14,7 @@ import numpy as np
 
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import Fp8BlockQuant, ModelConfig
+from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
 from fd_dsa.models.expected_tensors import EMBEDDING, LM_HEAD, ExpectedTensor, expected_tensors
 
@@ -99,13 +99,12 @@ def load_weights(
         raise ValueError(
             f"loaders: got {len(loaders)} names, expected {len(expected)}; {odd!r} is only in one"
         )
-    block_size = (config.quantization or Fp8BlockQuant()).weight_block_size
     names = [name for name in checkpoint.names() if name in expected]
     total = sum(checkpoint.info(name).nbytes for name in names)
     done = 0
     progress(done, total)
     for name in names:
-        loaders[name](checkpoint.read(name, block_size))
+        loaders[name](checkpoint.read(name, config.weight_block_size))
         for stored in (name, name + SCALE_SUFFIX):
             if stored in checkpoint:
                 checkpoint.release(stored)
@@ -140,11 +139,10 @@ def _scale_problems(
     checkpoint: Checkpoint, config: ModelConfig, name: str, where: str
 ) -> Iterator[str]:
     """What is wrong with the scales of an FP8 weight."""
-    if config.quantization is None:
+    if config.weight_block_size is None:
         yield f"{where}: found dtype F8_E4M3, but config.json has no quantization_config"
         return
-    block_size = config.quantization.weight_block_size
-    expected = list(num_blocks(checkpoint.info(name).shape, block_size))
+    expected = list(num_blocks(checkpoint.info(name).shape, config.weight_block_size))
     scale_name = name + SCALE_SUFFIX
     if scale_name not in checkpoint:
         yield f"{where}: its scales {scale_name!r} are missing, expected shape {expected}"

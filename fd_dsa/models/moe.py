@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import paddle
 from paddle import nn
 
 from fd_dsa.attention.layers import WeightLoader, loads, zeros_parameter
@@ -13,6 +14,9 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._gemm import matrix
 from fd_dsa.ops._host import on_device, readable
 from fd_dsa.ops._linear import linear, silu_and_mul
+
+EXPERT_BYTES = 256 << 20
+"""On a device, most memory for one activation of all experts; a longer step comes in chunks."""
 
 
 class DeepseekMLP(nn.Layer):
@@ -127,10 +131,7 @@ class DeepseekMoE(nn.Layer):
         gate, shared, experts = self._bound
         out = shared.forward(x)
         if experts is None:
-            # its kernels are loaded only where there is a device
-            from fd_dsa.models.device_moe import routed
-
-            return out + routed(self, x)
+            return out + routed_on_device(self, x)
         _add_routed(out, x, *gate.forward(x), experts)
         return out
 
@@ -190,3 +191,40 @@ def _add_routed(
         y *= factors[pairs, None]
         # an expert meets a token at most once, so plain indexing adds every row
         out[rows] += y
+
+
+def routed_on_device(layer: Any, x: Any) -> Any:
+    """Weighted sum of the chosen experts, float32 [num_tokens, hidden_size]; nothing is read back.
+
+    Which experts have tokens is known on the device alone. Reading it back would cost a wait in
+    every layer, so all experts run as one batched GEMM and the gate selects what counts. That takes
+    `n_routed_experts / num_experts_per_tok` times the work of the chosen experts: right for few
+    experts and for decoding, where reading the weights is the cost, and wasteful for long prompts
+    of a model with hundreds of experts, which needs a grouped GEMM.
+
+    Args:
+        layer: a DeepseekMoE whose weights are on the device of `x`.
+        x: float32 [num_tokens, hidden_size].
+    """
+    widest = max(2 * layer.intermediate_size, x.shape[1])
+    rows = max(1, EXPERT_BYTES // (4 * layer.num_experts * widest))
+    if x.shape[0] > rows:
+        chunks = range(0, x.shape[0], rows)
+        return paddle.concat([routed_on_device(layer, x[i : i + rows]) for i in chunks])
+    # kernels are loaded only where there is a device
+    from fd_dsa.ops import _dense_kernels
+    from fd_dsa.ops._expert_kernels import choose_experts, sum_experts
+
+    gate = layer.gate
+    weights, chosen = choose_experts(
+        paddle.matmul(x, gate.weight),
+        gate.readable_bias,
+        top_k=gate.top_k,
+        n_group=gate.n_group,
+        topk_group=gate.topk_group,
+        norm=gate.norm_topk_prob,
+        scaling=float(gate.scaling),
+    )
+    hidden = paddle.matmul(x.reshape([1, *x.shape]), layer.experts_gate_up_proj)
+    parts = paddle.matmul(_dense_kernels.silu_and_mul(hidden), layer.experts_down_proj)
+    return sum_experts(parts, weights, chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, ClassVar
 
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
@@ -98,17 +99,19 @@ class LibraryKernel:
         return address
 
 
-_differences: dict[tuple[type[LibraryKernel], Any], str] = {}
+shared_kernel = cache(lambda kind, kernels: kind(kernels))
+"""The kernel of a type and a library that callers without one of their own share."""
+
+_differences: dict[tuple[Any, Any], str] = {}
 
 
-def difference(kind: type[LibraryKernel], kernels: Any, allocate: Allocate) -> str:
+def difference(kind: Any, kernels: Any, allocate: Allocate) -> str:
     """How a kernel's results differ from the definition; "" if they do not.
 
     The thread waits for the device at the first call for a kernel and a library.
     """
     if (kind, kernels) not in _differences:
-        kernel: Any = kind(kernels)
-        memory = Memory(allocate)
+        kernel, memory = kind(kernels), Memory(allocate)
         differences = (case.difference(kernel, memory) for case in kind.cases())
         _differences[kind, kernels] = next(filter(None, differences), "")
     return _differences[kind, kernels]

@@ -8,8 +8,6 @@ tensors of other libraries too.
 
 from __future__ import annotations
 
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,17 +16,13 @@ from fd_dsa.ops._gemm import HostMatrix
 from fd_dsa.ops._host import as_numpy, matmul, on_device
 
 
-@cache
-def _kernels() -> ModuleType:
-    """Launches between two products."""
-    from fd_dsa.ops import _dense_kernels
-
-    return _dense_kernels
-
-
 def rows_at(x: Any, index: Any) -> Any:
     """Rows `index`, integers [n], of x [num_rows, width]; on a CPU `x` is a NumPy array."""
-    return x[as_numpy(index)] if isinstance(x, np.ndarray) else _kernels().rows_at(x, index)
+    if isinstance(x, np.ndarray):
+        return x[as_numpy(index)]
+    from fd_dsa.ops import _dense_kernels
+
+    return _dense_kernels.rows_at(x, index)
 
 
 def linear(x: Any, weight: Any, bias: Any = None, *, transpose_y: bool = False) -> Any:
@@ -80,7 +74,9 @@ def added(x: Any, y: Any) -> Any:
 def silu_and_mul(gate_up: Any) -> Any:
     """silu(gate) * up of float32 [num_tokens, 2 * width] whose halves are gate and up."""
     if not isinstance(gate_up, np.ndarray) and on_device(gate_up):
-        return _kernels().silu_and_mul(gate_up)
+        from fd_dsa.ops import _dense_kernels
+
+        return _dense_kernels.silu_and_mul(gate_up)
     width = gate_up.shape[1] // 2
     gate = gate_up[:, :width]
     # exp(-x) may overflow to inf for very negative x: x / inf is the right 0

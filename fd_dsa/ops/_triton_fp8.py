@@ -86,28 +86,6 @@ def absolute_maximum(magnitudes, AXIS: tl.constexpr):
 
 
 @triton.jit
-def index_scale(largest, UE8M0: tl.constexpr):
-    """Scale of an index key or query: max(largest, 1e-4) / 448, up to a power of two if UE8M0."""
-    scale = over_448(tl.maximum(largest, 1e-4))
-    if UE8M0:
-        bits = scale.to(tl.uint32, bitcast=True)
-        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.uint32)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
-    return scale
-
-
-@triton.jit
-def index_divisor(scale, UE8M0: tl.constexpr):
-    """What `divided` takes: the scale, or for a power of two its reciprocal, which is exact."""
-    if UE8M0:
-        exponent = scale.to(tl.uint32, bitcast=True) >> 23
-        # 1 / infinity is 0; no other scale is as large as 2^127
-        inverse = tl.where(exponent < 254, 254 - exponent, 0)
-        scale = (inverse << 23).to(tl.float32, bitcast=True)
-    return scale
-
-
-@triton.jit
 def quotient(x, scale):
     """x / scale, correctly rounded, of a tile and its one scale [..., 1]; scale is no denormal.
 
@@ -137,14 +115,6 @@ def over_448(x):
     q = x * (1.0 / 448.0)
     corrected = tl.fma(tl.fma(q, -448.0, x), 1.0 / 448.0, q)
     return tl.where(x == float("inf"), x, corrected)
-
-
-@triton.jit
-def divided(x, divisor, UE8M0: tl.constexpr):
-    """x / scale, correctly rounded, with the result of `index_divisor`."""
-    if UE8M0:
-        return x * divisor
-    return quotient(x, divisor)
 
 
 @triton.jit
@@ -237,10 +207,18 @@ def store_row(
 
 @triton.jit
 def scale_of_row(a, b, c, d, UE8M0: tl.constexpr):
-    """float32 [ROWS]: `index_scale` of rows that `load_row` gave."""
+    """float32 [ROWS]: scales of index keys or queries that `load_row` gave.
+
+    max(largest, 1e-4) / 448, up to a power of two if UE8M0.
+    """
     high = tl.maximum(magnitude(a), magnitude(b))
     low = tl.maximum(magnitude(c), magnitude(d))
-    return index_scale(absolute_maximum(tl.maximum(high, low), 1), UE8M0)
+    scale = over_448(tl.maximum(absolute_maximum(tl.maximum(high, low), 1), 1e-4))
+    if UE8M0:
+        bits = scale.to(tl.uint32, bitcast=True)
+        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.uint32)
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+    return scale
 
 
 @triton.jit
@@ -258,9 +236,16 @@ def store_row_codes(
     UE8M0: tl.constexpr,
 ):
     """e4m3 codes of rows over their scales [ROWS], to uint8 memory; else as `store_row`."""
-    by = index_divisor(scale, UE8M0)[:, None]
-    a, b = divided(a, by, UE8M0), divided(b, by, UE8M0)
-    c, d = divided(c, by, UE8M0), divided(d, by, UE8M0)
+    if UE8M0:
+        # the reciprocal of a power of two is exact
+        exponent = scale.to(tl.uint32, bitcast=True) >> 23
+        # 1 / infinity is 0; no other scale is as large as 2^127
+        inverse = tl.where(exponent < 254, 254 - exponent, 0)
+        by = (inverse << 23).to(tl.float32, bitcast=True)[:, None]
+        a, b, c, d = a * by, b * by, c * by, d * by
+    else:
+        by = scale[:, None]
+        a, b, c, d = quotient(a, by), quotient(b, by), quotient(c, by), quotient(d, by)
     store_codes(pointer, a, b, mask, HALF, INTERLEAVED)
     store_codes(pointer + 2 * HALF, c, d, mask, HALF, INTERLEAVED or not HADAMARD)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,6 @@ from fd_dsa import custom_ops
 from fd_dsa.ops._host import as_numpy, check_array, check_values, check_writable
 from fd_dsa.ops.providers import choose, device_kind, function
 from fd_dsa.step.host_tensor import as_tensor
-
-REGISTERED = "get_position_ids_and_mask_encoder_batch"
-"""Name under which Paddle knows the operator of custom_ops/."""
 
 
 def position_ids(
@@ -65,8 +63,8 @@ def position_ids(
 
 def registered_position_ids(*tensors: Any) -> None:
     """The same by the operator of fd_dsa_ops, which is registered with Paddle."""
-    operator = custom_ops.registered(REGISTERED)
-    operator(*(as_tensor(x) if isinstance(x, np.ndarray) else x for x in tensors))
+    write = import_module(custom_ops.PACKAGE).get_position_ids_and_mask_encoder_batch
+    write(*(as_tensor(x) if isinstance(x, np.ndarray) else x for x in tensors))
 
 
 def position_ids_on_host(

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ OPERATORS: dict[str, dict[str, str]] = {
         TRITON: "ops.cache_write.triton_kernel.write_caches",
     },
     "indexer_query": {
-        PADDLE: "ops.query.paddle_impl.prepare_indexer_query",
+        PADDLE: "ops.query.prepare_on_host",
         TRITON: "ops.query.triton_kernel.prepare_indexer_query",
     },
     "indexer_logits": {
@@ -73,9 +74,6 @@ OPERATORS: dict[str, dict[str, str]] = {
         TRITON: "ops.mla.triton_kernel.dequantize",
     },
 }
-
-Reason = Callable[[], str | None]
-"""Why a provider cannot serve; None or "" if it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +153,15 @@ def serving(operator: str, tensor: Any) -> Callable[..., Any]:
 def choose(
     operator: str,
     kind: str,
-    conditions: Mapping[str, Reason] | None = None,
+    conditions: Mapping[str, str | None] = MappingProxyType({}),
     probe: Callable[[Any], str] | None = None,
 ) -> Choice:
     """The provider that serves; remembered for `table`, and logged where it is new.
 
     Args:
         kind: of device, as `device_kind` names it.
-        conditions: provider -> why it cannot serve these shapes, types and this GPU.
+        conditions: provider -> why it cannot serve these shapes, types and this GPU; None or "" if
+            it can.
         probe: runs the kernel of the library that it is given on small cases; returns what is
             wrong, or "". None: nothing of the library needs to agree first.
 
@@ -172,11 +171,9 @@ def choose(
     """
     asked, against, level = requested().get(operator), {}, logging.INFO
     for provider in [asked] if asked else on(operator, kind):
-        reason: str | None = None
+        reason = conditions.get(provider)
         if provider not in on(operator, kind):
             reason = f"it serves tensors on {'a CPU' if provider == PADDLE else 'a device'}"
-        elif conditions and provider in conditions:
-            reason = conditions[provider]()
         if not reason and provider == CUSTOM_OP:
             reason, is_fault = why_not_library(operator, kind, probe)
             level = logging.WARNING if is_fault else level

@@ -20,7 +20,7 @@ from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
 from fd_dsa.ops.cache_write.paddle_impl import write_caches as cpu_cache_write
 from fd_dsa.ops.mla_query import prepare_mla_query
 from fd_dsa.ops.mla_query import prepare_on_host as cpu_mla_query
-from fd_dsa.ops.query.paddle_impl import prepare_indexer_query as cpu_indexer_query
+from fd_dsa.ops.query import prepare_on_host as cpu_indexer_query
 from fd_dsa.ops.unchecked import prepare_indexer_query
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from tests.kernel_memory import KernelMemory

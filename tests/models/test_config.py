@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.models.config import Fp8BlockQuant, ModelConfig, RopeConfig
+from fd_dsa.models.config import ModelConfig, RopeConfig
 from tests.models.folders import TINY, TINY_GLM, YARN
 
 DATA = Path(__file__).parents[1] / "data" / "model_configs"
@@ -130,10 +130,10 @@ def test_other_names_of_the_number_of_experts() -> None:
 
 def test_quantization() -> None:
     section = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0"}
-    assert read(TINY).quantization is None
-    assert read(TINY | {"quantization_config": section}).quantization == Fp8BlockQuant((128, 128))
+    assert read(TINY).weight_block_size is None
+    assert read(TINY | {"quantization_config": section}).weight_block_size == (128, 128)
     section |= {"weight_block_size": [32, 64], "modules_to_not_convert": ["lm_head"]}
-    assert read(TINY | {"quantization_config": section}).quantization == Fp8BlockQuant((32, 64))
+    assert read(TINY | {"quantization_config": section}).weight_block_size == (32, 64)
 
 
 def test_keys_of_our_own() -> None:

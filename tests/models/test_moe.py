@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.models import device_moe
+from fd_dsa.models import moe
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE, NoAuxTopkGate
+from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE, NoAuxTopkGate, routed_on_device
 from fd_dsa.ops._expert_kernels import choose_experts
 from fd_dsa.ops._host import as_numpy
 from tests.conftest import PADDLE_MEMORIES
@@ -199,7 +199,7 @@ def routed(layer: DeepseekMoE, x: np.ndarray, m: KernelMemory) -> np.ndarray:
         num_experts=layer.num_experts,
         intermediate_size=layer.intermediate_size,
     )
-    return m.get(device_moe.routed(on_device, m.put(x)))
+    return m.get(routed_on_device(on_device, m.put(x)))
 
 
 def run(place: str, layer: DeepseekMoE, x: np.ndarray) -> np.ndarray:
@@ -251,7 +251,7 @@ def test_chunks_of_tokens(paddle_memory: KernelMemory, monkeypatch: pytest.Monke
     whole = routed(layer, x, paddle_memory)
     widest = max(2 * layer.intermediate_size, x.shape[1])
     for rows in (1, 3, 10):
-        monkeypatch.setattr(device_moe, "EXPERT_BYTES", 4 * 12 * widest * rows)
+        monkeypatch.setattr(moe, "EXPERT_BYTES", 4 * 12 * widest * rows)
         found = routed(layer, x, paddle_memory)
         np.testing.assert_allclose(found, whole, rtol=0, atol=1e-6)
 

@@ -154,7 +154,7 @@ def test_settling_covers_what_has_one_provider_and_sees_what_is_asked_for(
 
 
 def test_a_faster_provider_that_cannot_serve_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    reasons = {"triton_tensor_core": lambda: "the cache is float32"}
+    reasons = {"triton_tensor_core": "the cache is float32"}
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
         choice = choose("indexer_logits", "gpu", reasons)
         assert choose("indexer_logits", "gpu", reasons) == choice
@@ -220,8 +220,6 @@ def test_the_registered_operator_needs_no_kernels_on_a_cpu(monkeypatch: pytest.M
     assert choice.provider == "triton" and "without CUDA" in choice.against["custom_op"]
     custom_ops.use_library(emulated_library("position_ids"))
     assert "without Paddle's operators" in choose("position_ids", "gpu").against["custom_op"]
-    with pytest.raises(BackendUnavailable, match="fd_dsa_ops has no operator nothing here"):
-        custom_ops.registered("nothing")
 
 
 def test_a_library_that_is_none_is_refused(tmp_path: Path) -> None:

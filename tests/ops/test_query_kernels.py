@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fd_dsa.errors import LaunchError, ShapeError
 from fd_dsa.ops.mla_query import prepare_mla_query
-from fd_dsa.ops.query import paddle_impl
+from fd_dsa.ops.query import prepare_on_host
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.cache_write_case import FORMATS, extreme_rows
 from tests.reference.bfloat16 import ref_array, ref_bits, upper_half
@@ -70,7 +70,7 @@ class IndexerQuery:
         out = np.zeros(inputs[0].shape, dtype), np.zeros(inputs[1].shape, np.float32)
         with np.errstate(all="ignore"):
             copies = (None if array is None else array.copy() for array in inputs)
-            return list(paddle_impl.prepare_indexer_query(*copies, out=out, **self.how))
+            return list(prepare_on_host(*copies, out=out, **self.how))
 
     def in_kernel(
         self, m: KernelMemory, inputs: Inputs, dtype: str = "float32"

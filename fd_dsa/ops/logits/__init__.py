@@ -50,7 +50,7 @@ def indexer_logits(q: Any, weights: Any, cache: Any, step: ForwardMeta, out: Any
     shape = num_tokens, max(step.max_seqlen_k, 1)
     out = result(_NAME, out, q, shape, "float32", fill=float("-inf"))
     reason = why_not(form, cache.shape[1], q.shape[1])
-    choice = choose(_NAME, device_kind(q), {TENSOR_CORE: lambda: reason})
+    choice = choose(_NAME, device_kind(q), {TENSOR_CORE: reason})
     if num_tokens:
         function(_NAME, choice.provider)(q, weights, cache, step, out)
     return out

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from functools import cache
 from math import prod
 from typing import Any, ClassVar
 
 from fd_dsa import custom_ops
 from fd_dsa.ops._fp8 import LATENT_WIDTH
 from fd_dsa.ops._host import cache_format
-from fd_dsa.ops._library import LibraryKernel, difference, why_not_compiled
+from fd_dsa.ops._library import LibraryKernel, difference, shared_kernel, why_not_compiled
 from fd_dsa.ops.cache_probes import TENSOR_CORE_TOLERANCE, mla_case
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.records import Dequantized
 from fd_dsa.ops.probes import Case
-from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice, Reason, choose
+from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice, choose
 from fd_dsa.step.device import Allocate
 
 MOST_HEADS = 32
@@ -48,24 +47,21 @@ class CustomAttention(LibraryKernel):
     """A kernel of sparse MLA.
 
     Attributes:
-        takes_bfloat16: whether the cache may hold bfloat16 latents; records it always may.
-        takes_dequantized: whether it reads records that were dequantized before.
-        always_heads: up to which it was at least as fast as Triton's kernel for any tokens.
+        records_alone: it reads neither bfloat16 latents nor records that were dequantized before.
         probed_heads: of the small cases on which it has to agree before it serves.
-        is_faster: of tokens and heads, whether it was at least as fast on an H200.
+        is_faster: of tokens and heads, whether it was at least as fast on an H200; with more tokens
+            it stays so.
     """
 
     size, structure = "fd_dsa_sparse_mla_bytes", SparseMla
-    takes_bfloat16: ClassVar[bool]
-    takes_dequantized: ClassVar[bool]
-    always_heads: ClassVar[int]
+    records_alone: ClassVar[bool]
     probed_heads: ClassVar[tuple[int, ...]]
 
     @classmethod
     def cases(cls) -> Iterable[Case]:
         """Attention of few and of padded heads, over every cache that the kernel takes."""
         limits = dict(TENSOR_CORE_TOLERANCE)
-        if not cls.takes_bfloat16:
+        if cls.records_alone:
             del limits["bfloat16"]
         return (mla_case(limits, heads) for heads in cls.probed_heads)
 
@@ -131,24 +127,20 @@ class NarrowAttention(CustomAttention):
     """The kernel for 1 to 32 heads over FP8 records."""
 
     launcher = "fd_dsa_sparse_mla_narrow_cuda"
-    takes_bfloat16 = takes_dequantized = False
-    always_heads = 16
+    records_alone = True
     probed_heads = (7, 20)
 
     @staticmethod
     def is_faster(num_tokens: int, num_heads: int) -> bool:
         """With more heads Triton's splits fill the device better for a few tokens."""
-        return num_heads <= NarrowAttention.always_heads or (
-            num_heads <= MOST_HEADS and num_tokens >= 8
-        )
+        return num_heads <= 16 or (num_heads <= MOST_HEADS and num_tokens >= 8)
 
 
 class WideAttention(CustomAttention):
     """The kernel for blocks of 64 heads; a multiple of 64 goes without padding."""
 
     launcher = "fd_dsa_sparse_mla_wide_cuda"
-    takes_bfloat16 = takes_dequantized = True
-    always_heads = 0
+    records_alone = False
     probed_heads = (64, 100)
 
     @staticmethod
@@ -157,8 +149,7 @@ class WideAttention(CustomAttention):
         if num_heads <= MOST_HEADS:
             # bfloat16 latents: it was faster for prompts, though half of its GEMM rows were padding
             return num_heads > FEW_HEADS and num_tokens >= 1024
-        blocks = num_tokens * -(-num_heads // 64)
-        return blocks > 4
+        return num_tokens * -(-num_heads // 64) > 4
 
 
 def kind_for(num_heads: int, is_fp8: bool) -> type[CustomAttention] | None:
@@ -166,13 +157,6 @@ def kind_for(num_heads: int, is_fp8: bool) -> type[CustomAttention] | None:
     if is_fp8 and num_heads <= MOST_HEADS:
         return NarrowAttention
     return WideAttention if num_heads > FEW_HEADS else None
-
-
-def why_not(num_heads: int, is_fp8: bool) -> str | None:
-    """Why no kernel of custom_ops/ takes so many heads over a cache; None if one does."""
-    if kind_for(num_heads, is_fp8) is None:
-        return f"{num_heads} heads over bfloat16 latents, it takes more than {FEW_HEADS}"
-    return None
 
 
 def choose_attention(
@@ -195,25 +179,17 @@ def choose_attention(
     Raises:
         ConfigError, BackendUnavailable: see `providers.choose`.
     """
-    is_fp8 = cache_dtype == "fp8_ds_mla"
     reason = tensor_core.why_not(capability, dtype, cache_dtype, rank, rope)
-    own: Any = kind_for(num_heads, is_fp8)
-    conditions: dict[str, Reason] = {
-        TENSOR_CORE: lambda: reason,
-        CUSTOM_OP: lambda: reason or why_not_compiled() or why_not(num_heads, is_fp8),
-    }
-
+    conditions, own = {TENSOR_CORE: reason}, kind_for(num_heads, cache_dtype == "fp8_ds_mla")
+    conditions[CUSTOM_OP] = reason or why_not_compiled()
+    if own is None:
+        few = f"{num_heads} heads over bfloat16 latents, it takes more than {FEW_HEADS}"
+        conditions[CUSTOM_OP] = conditions[CUSTOM_OP] or few
     return choose("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
-
-
-@cache
-def _attention(kind: type[CustomAttention], kernels: Any) -> CustomAttention:
-    """The one of `attend_slots`."""
-    return kind(kernels)
 
 
 def attend_slots(q: Any, cache: Any, *others: Any, **options: Any) -> None:
     """See `CustomAttention.__call__`; one thread at a time."""
     kind = kind_for(q.shape[1], cache_format(cache) == "fp8_ds_mla")
-    assert kind is not None, why_not(q.shape[1], False)
-    _attention(kind, custom_ops.build().kernels)(q, cache, *others, **options)
+    assert kind is not None, f"no kernel takes {q.shape[1]} heads"
+    shared_kernel(kind, custom_ops.build().kernels)(q, cache, *others, **options)

@@ -5,18 +5,30 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops import unchecked
-from fd_dsa.ops._fp8 import INDEX_WIDTH, check_scale_fmt
+from fd_dsa.ops._fp8 import (
+    INDEX_WIDTH,
+    absolute_maximum,
+    check_scale_fmt,
+    decode_e4m3,
+    index_scale,
+    quantise,
+)
 from fd_dsa.ops._host import (
     as_numpy,
     check_array,
     check_dtype,
     check_rope,
     check_shape,
+    check_writable,
     dtype_name,
     result,
 )
+from fd_dsa.ops._rope import cos_sin_of, rotate_
+from fd_dsa.ops._rope import hadamard as hadamard_rotated
 from fd_dsa.ops.providers import activation_dtypes, device_kind
 
 __all__ = ["indexer_query"]
@@ -104,3 +116,39 @@ def indexer_query(
         weights_scale=float(weights_scale),
         out=out,
     )
+
+
+def prepare_on_host(
+    q: Any,
+    weights: Any,
+    position_ids: Any,
+    cos_sin_cache: Any,
+    *,
+    rope_interleave: bool,
+    quantized: bool,
+    hadamard: bool = False,
+    scale_fmt: str | None = "ue8m0",
+    weights_scale: float = 1.0,
+    out: tuple[Any, Any] | None = None,
+) -> tuple[Any, Any]:
+    """The same on a CPU, in NumPy; `q` is overwritten, and without `out` values are returned."""
+    query, head_weights = as_numpy(q), as_numpy(weights)
+    for argument, array in zip(("q", "out[0]", "out[1]"), (q, *(out or ())), strict=False):
+        check_writable(_NAME, argument, array)
+    cos_sin = cos_sin_of(_NAME, position_ids, cos_sin_cache)
+    rotate_(query[:, :, : cos_sin.shape[1]], cos_sin, interleaved=rope_interleave)
+    if hadamard:
+        query = hadamard_rotated(query)
+    if weights_scale != 1.0:
+        head_weights = head_weights * np.float32(weights_scale)
+    if quantized:
+        scale = index_scale(absolute_maximum(query), scale_fmt)
+        codes = quantise(query, scale)
+        head_weights = head_weights * scale
+        wants_codes = out is not None and as_numpy(out[0]).dtype == np.uint8
+        query = codes if wants_codes else decode_e4m3(codes)
+    if out is None:
+        return query, head_weights
+    as_numpy(out[0])[...] = query
+    as_numpy(out[1])[...] = head_weights
+    return out

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 from fd_dsa import custom_ops
-from fd_dsa.ops._library import LibraryKernel, difference, why_not_compiled
+from fd_dsa.ops._library import LibraryKernel, difference, shared_kernel, why_not_compiled
 from fd_dsa.ops.probes import Case, topk_case
 from fd_dsa.ops.providers import CUSTOM_OP, Choice, choose
 from fd_dsa.ops.topk import triton_kernel
@@ -104,7 +103,7 @@ def choose_topk(kind: str, allocate: Allocate) -> Choice:
     Raises:
         ConfigError, BackendUnavailable: see `providers.choose`.
     """
-    conditions = {CUSTOM_OP: why_not_compiled}
+    conditions = {CUSTOM_OP: why_not_compiled()}
     return choose("topk", kind, conditions, lambda k: difference(SlotSelector, k, allocate))
 
 
@@ -115,9 +114,6 @@ def slot_selector(kind: str, allocate: Allocate) -> Callable[..., None]:
     return triton_kernel.select_slots
 
 
-_selector = cache(SlotSelector)
-
-
 def select_slots(*tensors: Any, **options: Any) -> None:
     """See `SlotSelector.__call__`; one thread at a time."""
-    _selector(custom_ops.build().kernels)(*tensors, **options)
+    shared_kernel(SlotSelector, custom_ops.build().kernels)(*tensors, **options)
