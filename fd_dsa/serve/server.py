@@ -245,24 +245,8 @@ class DrainingServer(uvicorn.Server):
 
     async def _load_engine(self) -> None:
         """Load in a thread, which a signal need not wait for, then serve."""
-        loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[AsyncEngine] = loop.create_future()
-
-        def work() -> None:
-            try:
-                engine = self._load(self._state.startup)
-            except Exception as error:
-                loop.call_soon_threadsafe(loaded.set_exception, error)
-            except BaseException as error:
-                # as SystemExit, which would end the event loop
-                ended = f"the engine's loading ended with {type(error).__name__}: {error}"
-                loop.call_soon_threadsafe(loaded.set_exception, RuntimeError(ended))
-            else:
-                loop.call_soon_threadsafe(loaded.set_result, engine)
-
-        threading.Thread(target=work, name="fd_dsa-load", daemon=True).start()
         try:
-            engine = await loaded
+            engine = await asyncio.to_thread(self._load, self._state.startup)
             engine.start()
             self._state.loaded_engine = engine
             self._state.startup.done(f"in {self._state.startup.elapsed_s:.1f} s")
@@ -270,7 +254,12 @@ class DrainingServer(uvicorn.Server):
             self._spawn(log_while_busy(engine))
         except Exception as error:
             self.start_error = error
-            self.should_exit = True
+        except SystemExit as error:
+            # would end the event loop
+            self.start_error = RuntimeError(f"the engine's loading ended with SystemExit: {error}")
+        else:
+            return
+        self.should_exit = True
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something beside the server."""
