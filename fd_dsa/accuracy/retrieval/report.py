@@ -9,6 +9,7 @@ from typing import Any
 
 from fd_dsa.accuracy.retrieval.plan import Plan
 from fd_dsa.accuracy.retrieval.scoring import ItemScore, steps, verdict
+from fd_dsa.accuracy.retrieval.tasks import CHAINS, HOPS, KEYS
 from fd_dsa.accuracy.scores import settings_table
 from fd_dsa.accuracy.stats import wilson
 from fd_dsa.accuracy.types import REPORT_FILE, SCORES_FILE, RunSettings, shown
@@ -76,7 +77,7 @@ def _about(results: Results) -> str:
     return (
         f"Model `{results.settings.model}`, {len(results.scores)} answers; seed "
         f"{plan.seed}, {plan.trials} prompts a cell, depths {depths} "
-        f"%; {plan.sizes.keys} keys, {plan.sizes.chains} chains of {plan.sizes.hops + 1} "
+        f"%; {KEYS} keys, {CHAINS} chains of {HOPS + 1} "
         "variables. Passed: the answer names all that is asked for and nothing else that the text "
         f"hides. Intervals: Wilson, 95 %.{selects}"
     )

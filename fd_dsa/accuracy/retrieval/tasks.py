@@ -16,11 +16,9 @@ from pathlib import Path
 from random import Random
 from string import ascii_uppercase
 
-from fd_dsa.errors import ConfigError
-
 BEFORE = "Read the text and answer the question at its end."
-# names of variables are a letter and a digit from 1 to 9
-_NUM_NAMES = 26 * 9
+KEYS, CHAINS, HOPS = 4, 2, 3
+"""Numbers with keys, chains of variables, and statements of a chain after its first."""
 
 
 @dataclass(frozen=True)
@@ -48,26 +46,17 @@ class Item:
     others: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class TaskSizes:
-    """Numbers with keys, chains of variables, and statements of a chain after its first."""
-
-    keys: int = 4
-    chains: int = 2
-    hops: int = 3
-
-
-def passkey(random: Random, depth: float, sizes: TaskSizes) -> Item:
+def passkey(random: Random, depth: float) -> Item:
     """One number at `depth`."""
     (value,) = _numbers(random, 1)
     needle = Needle(f"The pass key is {value}. Remember it.", depth)
     return Item((needle,), "What is the pass key?", (value,))
 
 
-def multikey(random: Random, depth: float, sizes: TaskSizes) -> Item:
+def multikey(random: Random, depth: float) -> Item:
     """Numbers with keys anywhere; the one that is asked for at `depth`."""
-    keys = random.sample(cities(), sizes.keys)
-    values = _numbers(random, sizes.keys)
+    keys = random.sample(cities(), KEYS)
+    values = _numbers(random, KEYS)
     needles: list[Needle] = []
     for key, value in zip(keys, values, strict=True):
         place = random.random() if needles else depth
@@ -77,21 +66,21 @@ def multikey(random: Random, depth: float, sizes: TaskSizes) -> Item:
     return Item(tuple(needles), question, (first,), tuple(others))
 
 
-def variables(random: Random, depth: float, sizes: TaskSizes) -> Item:
+def variables(random: Random, depth: float) -> Item:
     """Chains of assignments; the one that is asked for begins at `depth`, its rest comes later.
 
     The statements of a chain are in order, with those of other chains anywhere between them.
     """
-    length = sizes.hops + 1
+    length = HOPS + 1
     drawn: dict[str, None] = {}
-    while len(drawn) < sizes.chains * length:
+    while len(drawn) < CHAINS * length:
         drawn[random.choices(ascii_uppercase)[0] + str(random.randint(1, 9))] = None
-    names, values = list(drawn), _numbers(random, sizes.chains)
+    names, values = list(drawn), _numbers(random, CHAINS)
     needles = []
     for chain, value in enumerate(values):
         own = names[chain * length : (chain + 1) * length]
         start = depth if chain == 0 else random.random()
-        places = sorted(random.uniform(start, 1) for _ in range(sizes.hops))
+        places = sorted(random.uniform(start, 1) for _ in range(HOPS))
         needles.append(Needle(f"VAR {own[0]} = {value}.", start))
         for name, source, place in zip(own[1:], own, places, strict=False):
             needles.append(Needle(f"VAR {name} = VAR {source}.", place))
@@ -99,23 +88,12 @@ def variables(random: Random, depth: float, sizes: TaskSizes) -> Item:
     return Item(tuple(needles), question, tuple(names[:length]), tuple(names[length:]))
 
 
-TASKS: dict[str, Callable[[Random, float, TaskSizes], Item]] = {
+TASKS: dict[str, Callable[[Random, float], Item]] = {
     "passkey": passkey,
     "multikey": multikey,
     "variables": variables,
 }
-"""Task -> its generator, which takes the random stream, depth and sizes."""
-
-
-def check_sizes(sizes: TaskSizes) -> None:
-    """Refuse sizes for which there are no distinct keys or names."""
-    for name, value, most in (
-        ("keys", sizes.keys, len(cities())),
-        ("hops", sizes.hops, _NUM_NAMES // 2 - 1),
-        ("chains", sizes.chains, _NUM_NAMES // (2 * (max(0, sizes.hops) + 1))),
-    ):
-        if not 1 <= value <= most:
-            raise ConfigError(f"--{name}: got {value}; allowed 1 to {most}")
+"""Task -> its generator, which takes the random stream and the depth."""
 
 
 @cache

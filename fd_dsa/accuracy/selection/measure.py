@@ -18,7 +18,7 @@ import numpy as np
 
 from fd_dsa.accuracy.embedded import OpenModel
 from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter
-from fd_dsa.accuracy.retrieval.tasks import TaskSizes, passkey
+from fd_dsa.accuracy.retrieval.tasks import passkey
 from fd_dsa.accuracy.selection.tap import (
     RecordingBackend,
     read_index_keys,
@@ -271,7 +271,7 @@ def needle_texts(model: OpenModel, length: int, count: int, seed: int) -> Iterat
         # a text depends on its own number alone: more texts leave the first ones as they were
         random = Random(f"{seed}:{length}:{index}")
         depth = (index + 0.5) * _GOLDEN % 1
-        item = passkey(random, depth, TaskSizes())
+        item = passkey(random, depth)
         content = builder.build(item, length, random)
         (value,) = item.references
         sentence = item.needles[0].sentence
