@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from fd_dsa.accuracy.answers import AnswerStore, Run, open_store
+from fd_dsa.accuracy.answers import Run, open_store
 from fd_dsa.accuracy.types import ANSWERS_FILE, RunSettings
 from fd_dsa.client.own_server import OwnServer, own_server
 from fd_dsa.client.questions import ChatClient, Question
@@ -110,16 +110,16 @@ class Target:
         SIGTERM a KeyboardInterrupt; both say what is kept, and the command that asks the others.
         """
         path = Path(self.args.out) / ANSWERS_FILE
-        with open_store(path, self.settings(task, task_settings)) as store:
-            missing = store.missing(questions)
+        with open_store(path, self.settings(task, task_settings)) as run:
+            missing = run.missing(questions)
             interrupted, failure = False, None
             try:
-                interrupted = asyncio.run(self._ask(task, missing, len(questions), store))
+                interrupted = asyncio.run(self._ask(task, missing, len(questions), run))
             except RemoteError as error:
                 failure = str(error)
-            left = store.missing(questions)
+            left = run.missing(questions)
         if not left:
-            return store.run
+            return run
         command = shlex.join(["python", "-m", "fd_dsa.accuracy", *self.args.arguments])
         kept = (
             f"{len(questions) - len(left)} of {len(questions)} answers are kept in {path}; "
@@ -128,13 +128,11 @@ class Target:
         if interrupted:
             raise KeyboardInterrupt(f"interrupted; {kept}")
         if failure is None:
-            failure = f"{left[-1].key}: {store.run.failures[left[-1].key].error}"
+            failure = f"{left[-1].key}: {run.failures[left[-1].key].error}"
         log = f" (its log: {self.own.log})" if self.own is not None else ""
         raise RemoteError(f"{failure}{log}; {kept}")
 
-    async def _ask(
-        self, task: str, missing: list[Question], total: int, store: AnswerStore
-    ) -> bool:
+    async def _ask(self, task: str, missing: list[Question], total: int, run: Run) -> bool:
         """Ask and keep; True if a signal ended it early."""
         by_key = {question.key: question for question in missing}
         stopped = threading.Event()
@@ -147,7 +145,7 @@ class Target:
             bar = progress.add_task(task, total=total, completed=total - len(missing))
             async with contextlib.aclosing(self.client.ask(missing)) as answers:
                 async for answer in answers:
-                    store.add(by_key[answer.key], answer)
+                    run.add(by_key[answer.key], answer)
                     progress.advance(bar, answer.error is None)
         return stopped.is_set()
 

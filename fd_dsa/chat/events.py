@@ -36,29 +36,25 @@ def type_of(text: str) -> str:
     return by_first.get(first) or ("number" if set(text) & set(".eE") else "integer")
 
 
-def types_of(schema: Any, root: Any = None) -> frozenset[str]:
+def types_of(schema: Any, root: Any = None, depth: int = _MAX_DEPTH) -> frozenset[str]:
     """Types that a schema allows, "number" with "integer"; empty where it does not say.
 
     Args:
         schema: of a value.
         root: the schema in which references of `schema` are looked up.
+        depth: references and alternatives to follow inside each other.
     """
-    return _types(schema, root, _MAX_DEPTH)
-
-
-def _types(schema: Any, root: Any, depth: int) -> frozenset[str]:
-    """`types_of`, so many references and alternatives deep."""
     if not isinstance(schema, dict) or not depth:
         return frozenset()
     if "$ref" in schema:
-        return _types(_target(schema["$ref"], root), root, depth - 1)
+        return types_of(_target(schema["$ref"], root), root, depth - 1)
     named = schema.get("type")
     listed = named if isinstance(named, list) else [named]
     names = {name for name in listed if isinstance(name, str)}
     for keyword in ("anyOf", "oneOf"):
         branches = schema.get(keyword)
         for branch in branches if isinstance(branches, list) and not names else ():
-            of_branch = _types(branch, root, depth - 1)
+            of_branch = types_of(branch, root, depth - 1)
             if not of_branch:
                 return frozenset()
             names |= of_branch
