@@ -100,17 +100,15 @@ def steps(scores: Sequence[ItemScore]) -> list[Step]:
         # what the prompts of all lengths share: task, depth, trial
         task, _, rest = score.key.split("/", 2)
         by_length.setdefault(score.cell.length, {})[f"{task}/{rest}"] = score.passed
-    base = min(by_length)
-    return [_step(base, by_length[base], n, by_length[n]) for n in sorted(by_length)]
-
-
-def _step(base: int, before: dict[str, bool], length: int, after: dict[str, bool]) -> Step:
-    """The flips between two lengths."""
-    both = before.keys() & after.keys()
-    worse = sum(before[item] and not after[item] for item in both)
-    better = sum(after[item] and not before[item] for item in both)
-    passed = sum(after[item] for item in both)
-    return Step(base, length, passed, len(both), worse, better, mcnemar(worse, better))
+    base, found = min(by_length), []
+    for length, after in sorted(by_length.items()):
+        before = by_length[base]
+        both = before.keys() & after.keys()
+        worse = sum(before[item] and not after[item] for item in both)
+        better = sum(after[item] and not before[item] for item in both)
+        passed, p = sum(after[item] for item in both), mcnemar(worse, better)
+        found.append(Step(base, length, passed, len(both), worse, better, p))
+    return found
 
 
 def verdict(scores: Sequence[ItemScore], index_topk: int, max_tokens: int) -> str:
