@@ -84,7 +84,7 @@ router = APIRouter(route_class=BodyRoute)
 @router.post("/v1/completions", summary="Continue a text or a list of token ids")
 async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response:
     """Continue each prompt; one choice per prompt, in their order."""
-    request.state.ticket.extend(len(body.prompt))
+    state.hold(request.scope["state"], len(body.prompt))
     make = functools.partial(_read_prompts, state, body)
     return await respond(make, "cmpl", body, request, state)
 

@@ -22,7 +22,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fd_dsa.serve.body import check_length, receive_body
-from fd_dsa.serve.errors import ApiError, FieldError, show
+from fd_dsa.serve.errors import ApiError, show
 from fd_dsa.serve.pages import CHAT_PATHS
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.status import PROBE_PATHS
@@ -89,56 +89,12 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-class Ticket:
-    """The running and waiting outputs of one request; used in the event loop alone.
-
-    Args:
-        state: counts those of all requests.
-    """
-
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
-        self._num_outputs = 0
-
-    def extend(self, num_outputs: int, param: str = "prompt") -> None:
-        """Hold so many outputs in all, not fewer than before.
-
-        Args:
-            num_outputs: choices that the request asks for.
-            param: the field of the request that says how many.
-
-        Raises:
-            ApiError: 400, no server with this limit could take the request; 429, not now.
-        """
-        limit, num_admitted = self._state.options.max_concurrency, self._state.num_admitted
-        if num_outputs > limit:
-            raise FieldError(
-                f"{param}: the request asks for {num_outputs} outputs, --max-concurrency is "
-                f"{limit}; send fewer at a time"
-            )
-        added = max(num_outputs - self._num_outputs, 0)
-        if num_admitted + added > limit:
-            raise ApiError(
-                429,
-                f"the server has {num_admitted} outputs running and waiting, --max-concurrency is "
-                f"{limit}; send the request again later",
-                code="too_many_requests",
-                headers={"Retry-After": "1"},
-            )
-        self._state.num_admitted += added
-        self._num_outputs += added
-
-    def release(self) -> None:
-        """Give everything back."""
-        self._state.num_admitted -= self._num_outputs
-
-
 class GuardMiddleware:
     """Refuses requests before their bodies are read, and bodies that are too long or too slow.
 
     A POST is counted from the end of its body until its answer has been sent: a slow client takes
-    nobody's place. Routes find its body in `request.state.body`, and its ticket in
-    `request.state.ticket`, which they extend when they ask for several outputs.
+    nobody's place. Routes find its body in `request.state.body`; they call
+    `ServerState.hold` when they ask for several outputs.
 
     Args:
         app: the next application.
@@ -159,9 +115,8 @@ class GuardMiddleware:
                 if self._check_head(scope):
                     scope["state"]["body"] = [await receive_body(self._state, receive, held)]
                     self._state.check_available()
-                    ticket = scope["state"]["ticket"] = Ticket(self._state)
-                    ticket.extend(1)
-                    held.callback(ticket.release)
+                    held.callback(self._state.release, scope["state"])
+                    self._state.hold(scope["state"], 1)
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
