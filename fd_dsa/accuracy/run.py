@@ -9,9 +9,8 @@ import argparse
 import asyncio
 import contextlib
 import shlex
-import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from fd_dsa.client.questions import ChatClient, Question
 from fd_dsa.client.remote import ServerInfo
 from fd_dsa.client.report import check_folder
 from fd_dsa.errors import ConfigError, RemoteError
-from fd_dsa.serve.flag_values import add_numbers
+from fd_dsa.serve.flag_values import add_numbers, signals_call
 
 # RunSettings.base_url of a run that started its server
 OWN = "own"
@@ -137,11 +136,11 @@ class Target:
         by_key = {question.key: question for question in missing}
         stopped = threading.Event()
 
-        def stop() -> None:
+        def stop(_: int) -> None:
             stopped.set()
             self.client.stop()
 
-        with _signals_call(stop), Progress(console=Console(stderr=True)) as progress:
+        with signals_call(stop), Progress(console=Console(stderr=True)) as progress:
             bar = progress.add_task(task, total=total, completed=total - len(missing))
             async with contextlib.aclosing(self.client.ask(missing)) as answers:
                 async for answer in answers:
@@ -184,19 +183,3 @@ def connected(args: argparse.Namespace) -> Iterator[Target]:
                 "tokens, prompt and answer together"
             )
         yield Target(args, client, info, own)
-
-
-@contextmanager
-def _signals_call(stop: Callable[[], None]) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM call `stop` in the event loop; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-    for signal_number in numbers:
-        loop.add_signal_handler(signal_number, stop)
-    try:
-        yield
-    finally:
-        for signal_number in numbers:
-            loop.remove_signal_handler(signal_number)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shlex
-import signal
 import socket
 import sys
 import threading
@@ -22,6 +21,7 @@ import uvicorn
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
+from fd_dsa.serve.flag_values import signals_call
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
 from fd_dsa.serve.metrics import log_while_busy
@@ -73,7 +73,6 @@ Load = Callable[[StartupProgress], "AsyncEngine"]
 _LAST_RESPONSES_S = 5
 # then for all that should have ended: the step in progress has 30 s
 _FORCED_EXIT_S = 45.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BIND_CURES = {
     errno.EADDRINUSE: "stop the process that has it or choose another --host or --port",
     errno.EADDRNOTAVAIL: "no interface of this machine has it; choose another --host",
@@ -297,18 +296,9 @@ class DrainingServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle signals in the event loop while serving; only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
+        """Handle signals in the event loop while serving."""
+        with signals_call(self.handle_signal):
             yield
-            return
-        loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, self.handle_signal, number)
-        try:
-            yield
-        finally:
-            for number in _SIGNALS:
-                loop.remove_signal_handler(number)
 
     def handle_signal(self, number: int) -> None:
         """First signal: drain, then end. Second, or while loading: end now.

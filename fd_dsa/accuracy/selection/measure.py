@@ -75,7 +75,7 @@ class LayerFigures:
     def to_json(self) -> dict[str, Any]:
         """The figures as a JSON object."""
         # a query counts as one trial
-        interval = wilson(sum(self.found[INDEXER]), len(self.found[INDEXER]))
+        interval = wilson(round(sum(self.found[INDEXER])), len(self.found[INDEXER]))
         return {
             "layer": self.layer,
             "has_indexer": self.has_indexer,
