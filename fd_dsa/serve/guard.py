@@ -15,8 +15,7 @@ import hashlib
 import hmac
 import ipaddress
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -33,30 +32,29 @@ ANY_HOST = "*"
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]+)(:[0-9]*)?")
 
 
-@dataclass(frozen=True)
-class HostRule:
-    """The hosts that requests may name.
+def host_rule(host: str, bound: str, allowed: Sequence[str]) -> Callable[[str], None] | None:
+    """What refuses the Host header of a request; None where every Host is served.
 
-    Attributes:
-        names: in lower case; localhost and loopback addresses need not be among them.
-        takes_addresses: whether every IP address is allowed, as nobody can let one resolve to
-            another; probes of an orchestrator come with the server's.
+    On other addresses than loopback it lets every IP address through, as nobody can let one resolve
+    to another; probes of an orchestrator come with the server's.
+
+    Args:
+        host: the --host of the command line; localhost and loopback addresses are always allowed.
+        bound: the address that it resolved to.
+        allowed: the values of --allowed-host.
     """
+    names = {name.strip("[]").lower() for name in (host, "localhost", *allowed)}
+    address = _address(bound)
+    is_loopback = address is not None and address.is_loopback
+    if ANY_HOST in names or not (is_loopback or allowed):
+        return None
 
-    names: frozenset[str]
-    takes_addresses: bool
-
-    def check(self, value: str) -> None:
-        """Refuse a Host header.
-
-        Raises:
-            ApiError: 403, the host is none of this server's.
-        """
+    def check(value: str) -> None:
         match = _HOST.fullmatch(value)
-        host = match[1].strip("[]").lower().rstrip(".") if match else ""
-        address = _address(host)
-        is_allowed = address is not None and (self.takes_addresses or address.is_loopback)
-        if host != "localhost" and host not in self.names and not is_allowed:
+        name = match[1].strip("[]").lower().rstrip(".") if match else ""
+        asked = _address(name)
+        is_allowed = asked is not None and (not is_loopback or asked.is_loopback)
+        if name not in names and not is_allowed:
             raise ApiError(
                 403,
                 f"Host: got {show(value)}, which is no name of this server; allowed are localhost "
@@ -64,21 +62,7 @@ class HostRule:
                 code="host_not_allowed",
             )
 
-
-def host_rule(host: str, bound: str, allowed: Iterable[str]) -> HostRule | None:
-    """The rule of a server; None where every Host is served.
-
-    Args:
-        host: the --host of the command line.
-        bound: the address that it resolved to.
-        allowed: the values of --allowed-host.
-    """
-    names = frozenset(name.strip("[]").lower() for name in (host, *allowed))
-    address = _address(bound)
-    is_loopback = address is not None and address.is_loopback
-    if ANY_HOST in names or not (is_loopback or allowed):
-        return None
-    return HostRule(names, takes_addresses=not is_loopback)
+    return check
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -128,7 +112,7 @@ class GuardMiddleware:
         host = headers.get("host")
         # HTTP/1.1 has the header; older clients, which are no browsers, may not
         if options.hosts is not None and host is not None:
-            options.hosts.check(host)
+            options.hosts(host)
         if scope["path"] in OPEN_PATHS:
             return False
         self._check_key(headers.get("authorization", ""))
