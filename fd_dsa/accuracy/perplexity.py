@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model, read_config, tracked
-from fd_dsa.accuracy.types import REPORT_FILE
-from fd_dsa.client.report import Table, as_json, check_folder, page, show, write_files
+from fd_dsa.client.report import Table, check_folder, publish
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
 from fd_dsa.errors import ConfigError, FdDsaError
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 _LOGITS_AT_ONCE = 1 << 24
 _NEIGHBOURS = 8
-JSON_FILE = "perplexity.json"
 DEFAULT_TEXT = "wizard_in_oz.txt"
 
 
@@ -99,7 +97,6 @@ def cut(token_ids: Sequence[int], context: int, lead: Sequence[int] = ()) -> lis
 
 def token_losses(sequence: OneSequence, token_ids: Sequence[int]) -> np.ndarray:
     """float64 [n - 1]: -log p of every token but the first, given those before it."""
-    sequence.restart()
     found = []
     for start, hidden in sequence.chunks(token_ids):
         following = np.asarray(token_ids[start + 1 : start + 1 + int(hidden.shape[0])])
@@ -228,11 +225,7 @@ def run(args: argparse.Namespace) -> int:
         "dense": None if dense is None else dense.to_json(),
         "stretches": _stretches_json(sparse, dense, settings["index_topk"]),
     }
-    parts = report_parts(result)
-    if args.out is not None:
-        texts = {JSON_FILE: as_json(result), REPORT_FILE: page("Perplexity", parts)}
-        write_files(Path(args.out), texts)
-    show(parts)
+    publish(args.out, "Perplexity", result, report_parts(result))
     return 0
 
 

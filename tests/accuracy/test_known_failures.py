@@ -59,7 +59,7 @@ def one_shot(model: OpenModel, text: NeedleText) -> np.ndarray:
 
 def read(model: OpenModel, token_ids: Sequence[int], chunk: int) -> np.ndarray:
     """float32 [vocab_size]: logits after a prompt that is read in chunks."""
-    model.sequence.restart()
+    model.sequence.length = 0
     for start in range(0, len(token_ids), chunk):
         hidden = model.sequence.run(token_ids[start : start + chunk])
     return model.sequence.logits(hidden[-1:])[0]

@@ -116,7 +116,6 @@ def measure(
             queries = list(dict.fromkeys([*text.queries, *others.tolist()]))
             watching.watch(queries)
             # the prompt in chunks, the answer token by token, as the engine runs a request
-            sequence.restart()
             for _ in sequence.chunks(text.prompt):
                 pass
             for token in text.answer:
