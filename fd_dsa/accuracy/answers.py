@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fd_dsa.accuracy.types import RunSettings
+from fd_dsa.accuracy.scores import RunSettings
 from fd_dsa.client.questions import Answer, Question
 from fd_dsa.errors import ConfigError, unwritable
 

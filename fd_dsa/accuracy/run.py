@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fd_dsa.accuracy.answers import Run, open_store
-from fd_dsa.accuracy.types import ANSWERS_FILE, RunSettings
+from fd_dsa.accuracy.scores import ANSWERS_FILE, RunSettings
 from fd_dsa.client.own_server import OwnServer, own_server
 from fd_dsa.client.questions import ChatClient, Question
 from fd_dsa.client.remote import ServerInfo

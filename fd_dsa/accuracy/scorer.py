@@ -29,7 +29,7 @@ from string import ascii_lowercase
 from typing import Any
 
 from fd_dsa.accuracy.prompts import Prompt
-from fd_dsa.accuracy.types import PromptScore, prompt_score
+from fd_dsa.accuracy.scores import PromptScore, prompt_score
 from fd_dsa.client.questions import Answer
 from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError
 

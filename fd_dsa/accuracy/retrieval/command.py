@@ -18,12 +18,10 @@ from fd_dsa.accuracy.retrieval.plan import (
     parse_lengths,
     parse_tasks,
 )
-from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter, sentences
-from fd_dsa.accuracy.retrieval.report import Results, files, parts
-from fd_dsa.accuracy.retrieval.scoring import score_record
-from fd_dsa.accuracy.retrieval.tasks import TASKS
+from fd_dsa.accuracy.retrieval.prompts import TASKS, PromptBuilder, TokenCounter, sentences
+from fd_dsa.accuracy.retrieval.scoring import Results, files, parts, score_record
 from fd_dsa.accuracy.run import add_run_flags, connected, thinking
-from fd_dsa.accuracy.types import REPORT_FILE
+from fd_dsa.accuracy.scores import REPORT_FILE
 from fd_dsa.client import report
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError

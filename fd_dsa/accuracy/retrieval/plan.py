@@ -9,8 +9,7 @@ from itertools import product
 from random import Random
 from typing import Any, NamedTuple
 
-from fd_dsa.accuracy.retrieval.prompts import PromptBuilder
-from fd_dsa.accuracy.retrieval.tasks import CHAINS, HOPS, KEYS, TASKS
+from fd_dsa.accuracy.retrieval.prompts import CHAINS, HOPS, KEYS, TASKS, PromptBuilder
 from fd_dsa.client.questions import Question
 from fd_dsa.errors import ConfigError
 

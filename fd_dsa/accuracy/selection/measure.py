@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fd_dsa.accuracy.embedded import OpenModel
-from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter
-from fd_dsa.accuracy.retrieval.tasks import passkey
+from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter, passkey
 from fd_dsa.accuracy.selection.tap import (
     RecordingBackend,
     read_index_keys,
@@ -151,7 +150,7 @@ def _compare(
                 raise FdDsaError(
                     f"layer {figure.layer}: dense attention of token {query} is not finite"
                 )
-            last = last_keys(query + 1, topk)
+            last = np.arange(max(0, query + 1 - topk), query + 1)
             chosen = {INDEXER: [trace.selected[query]], LAST: [last], RANDOM: drawn[query]}
             for selector, sets in chosen.items():
                 mass = _mean([mass_recall(attention, s) for s in sets])
@@ -185,11 +184,6 @@ def dense_attention(query: np.ndarray, keys: np.ndarray, softmax_scale: float) -
 def mass_recall(attention: np.ndarray, selected: np.ndarray) -> float:
     """Share of dense attention [num_heads, n] on the selected keys, mean over heads."""
     return float(attention[:, selected].sum(axis=1, dtype=np.float64).mean())
-
-
-def last_keys(num_keys: int, k: int) -> np.ndarray:
-    """int64: the last k of `num_keys` positions, the choice of a selector blind to content."""
-    return np.arange(max(0, num_keys - k), num_keys)
 
 
 def random_keys(num_keys: int, k: int, generator: np.random.Generator) -> np.ndarray:

@@ -11,9 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.accuracy.retrieval.plan import Plan
-from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter, sentences
+from fd_dsa.accuracy.retrieval.prompts import (
+    BEFORE,
+    TASKS,
+    Item,
+    PromptBuilder,
+    TokenCounter,
+    sentences,
+)
 from fd_dsa.accuracy.retrieval.scoring import named
-from fd_dsa.accuracy.retrieval.tasks import BEFORE, TASKS, Item
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
 from tests.accuracy.retrieval.reader import read
