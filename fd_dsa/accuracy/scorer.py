@@ -159,9 +159,9 @@ def _cause(error: Exception) -> str:
 def sentence_model() -> str:
     """Make NLTK able to read the model; returns the SHA-256 of its files, in hexadecimal.
 
-    A private copy of the model in the installed `CARRIER` goes first on NLTK's search path, for the
-    life of the process: NLTK refuses files with hard links, as some installers make them, and
-    folders that others may write.
+    NLTK then reads a private copy of the model in the installed `CARRIER`, for the life of the
+    process: it refuses files with hard links, as some installers make them, and folders that others
+    may write.
     """
     try:
         with warnings.catch_warnings():
