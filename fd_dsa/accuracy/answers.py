@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fd_dsa.accuracy.types import RunSettings
+from fd_dsa.accuracy.scores import RunSettings
 from fd_dsa.client.questions import Answer, Question
 from fd_dsa.errors import ConfigError, unwritable
 
@@ -34,12 +34,19 @@ class Record:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """A run as its file has it: key -> last record, in the order in which keys first came."""
+    """A run as its file has it.
+
+    Attributes:
+        settings: of the run.
+        records: key -> last record, in the order in which keys first came.
+        file: where further answers go; None in a run that is only read.
+    """
 
     settings: RunSettings
-    records: dict[str, Record]
+    records: dict[str, Record] = field(default_factory=dict)
+    file: BinaryIO | None = None
 
     @property
     def answers(self) -> dict[str, Answer]:
@@ -51,11 +58,29 @@ class Run:
         """Key -> answer, with its error, of the questions that were not."""
         return {k: r.answer for k, r in self.records.items() if r.answer.error is not None}
 
-    def add(self, record: Record) -> None:
+    def missing(self, questions: Sequence[Question]) -> list[Question]:
+        """Questions without an answer; an error is none."""
+        answered = self.answers
+        return [question for question in questions if question.key not in answered]
+
+    def take(self, record: Record) -> None:
         """Take a record unless its question has an answer."""
         before = self.records.get(record.answer.key)
         if before is None or before.answer.error is not None:
             self.records[record.answer.key] = record
+
+    def add(self, question: Question, answer: Answer) -> None:
+        """Keep one answer; it is on the disk when this returns."""
+        assert self.file is not None, "a run that is only read takes no answers"
+        entry = {**asdict(answer), "messages": question.messages, "metadata": question.metadata}
+        try:
+            _append(self.file, entry)
+        except OSError as error:
+            raise ConfigError(
+                f"{unwritable('--out', self.file.name, error)}; the answers before are kept, the "
+                "same command goes on with them"
+            ) from error
+        self.take(Record(answer, question.messages, question.metadata))
 
 
 def read_run(path: Path) -> Run:
@@ -81,10 +106,10 @@ def _parse(path: Path, data: bytes) -> tuple[Run | None, int]:
         try:
             entry = json.loads(line)
             if run is None:
-                run = Run(_settings(entry), {})
+                run = Run(_settings(entry))
                 continue
             messages, metadata = tuple(entry.get("messages", ())), entry.get("metadata", {})
-            run.add(Record(Answer.from_json(entry), messages, metadata))
+            run.take(Record(Answer.from_json(entry), messages, metadata))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             expected = "the settings of a run" if run is None else "an answer"
             raise ConfigError(
@@ -101,35 +126,9 @@ def _settings(entry: Mapping[str, Any]) -> RunSettings:
     return RunSettings.from_json(entry["settings"])
 
 
-class AnswerStore:
-    """An `answers.jsonl` that is being written; `run` is its content so far."""
-
-    def __init__(self, path: Path, file: BinaryIO, run: Run) -> None:
-        self.path = path
-        self.run = run
-        self._file = file
-
-    def missing(self, questions: Sequence[Question]) -> list[Question]:
-        """Questions without an answer; an error is none."""
-        answered = self.run.answers
-        return [question for question in questions if question.key not in answered]
-
-    def add(self, question: Question, answer: Answer) -> None:
-        """Keep one answer; it is on the disk when this returns."""
-        entry = {**asdict(answer), "messages": question.messages, "metadata": question.metadata}
-        try:
-            _append(self._file, entry)
-        except OSError as error:
-            raise ConfigError(
-                f"{unwritable('--out', self.path, error)}; the answers before are kept, the same "
-                "command goes on with them"
-            ) from error
-        self.run.add(Record(answer, question.messages, question.metadata))
-
-
 @contextmanager
-def open_store(path: Path, settings: RunSettings) -> Iterator[AnswerStore]:
-    """The store of a new run, or of one to be resumed with the same settings.
+def open_store(path: Path, settings: RunSettings) -> Iterator[Run]:
+    """The file of a new run, or of one to be resumed with the same settings.
 
     A file that another process writes, that holds something else, or a run with other settings is
     refused; the first setting that differs is named.
@@ -150,7 +149,7 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[AnswerStore]:
         run, whole = _parse(path, file.read())
         if run is None:
             _begin(path, file, settings)
-            run = Run(settings, {})
+            run = Run(settings)
         elif differs := run.settings.differences(settings):
             name, (old, new) = next(iter(differs.items()))
             raise ConfigError(
@@ -159,7 +158,8 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[AnswerStore]:
             )
         else:
             file.truncate(whole)
-        yield AnswerStore(path, file, run)
+        run.file = file
+        yield run
 
 
 def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:

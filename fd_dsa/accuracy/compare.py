@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.accuracy.paired import PROMPTS, Comparison, Flip, compare
-from fd_dsa.accuracy.scores import cut_warning, read_scores
+from fd_dsa.accuracy.scores import PROMPT_STRICT, cut_warning, read_scores
 from fd_dsa.accuracy.stats import (
     ALPHA,
     RESAMPLES,
@@ -20,7 +20,6 @@ from fd_dsa.accuracy.stats import (
     signed,
     smallest_difference,
 )
-from fd_dsa.accuracy.types import PROMPT_STRICT
 from fd_dsa.client import report
 from fd_dsa.client.report import Table
 

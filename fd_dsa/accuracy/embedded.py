@@ -39,10 +39,6 @@ class OneSequence:
         self.block_table = np.arange(count, dtype=np.int32)
         self.length = 0
 
-    def restart(self) -> None:
-        """Begin another sequence; what it does not write, it never reads."""
-        self.length = 0
-
     def run(self, token_ids: Sequence[int], *, decode: bool = False) -> Any:
         """Run the next tokens of the sequence in one step, as a chunk of a prompt or a decode row.
 
@@ -66,7 +62,14 @@ class OneSequence:
         return hidden
 
     def chunks(self, token_ids: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """Run a prompt, at most `max_num_tokens` tokens a step: their offset and hidden states."""
+        """Begin a sequence by a prompt, at most `max_num_tokens` tokens a step.
+
+        What a sequence does not write, it never reads.
+
+        Yields:
+            The offset of the step's tokens, and their hidden states.
+        """
+        self.length = 0
         size = int(self.runner.input_batch.max_num_tokens)
         for start in range(0, len(token_ids), size):
             yield start, self.run(token_ids[start : start + size])

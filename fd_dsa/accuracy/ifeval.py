@@ -25,8 +25,15 @@ from fd_dsa.accuracy.prompts import (
     set_warning,
 )
 from fd_dsa.accuracy.run import add_run_flags, connected
-from fd_dsa.accuracy.scores import Scores, parts, write_report
-from fd_dsa.accuracy.types import ANSWERS_FILE, END_OF_THOUGHT, RunSettings, without_reasoning
+from fd_dsa.accuracy.scores import (
+    ANSWERS_FILE,
+    END_OF_THOUGHT,
+    RunSettings,
+    Scores,
+    parts,
+    without_reasoning,
+    write_report,
+)
 from fd_dsa.client.questions import Answer
 from fd_dsa.client.report import check_folder, show
 from fd_dsa.errors import ConfigError

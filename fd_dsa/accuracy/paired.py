@@ -6,9 +6,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fd_dsa.accuracy.scores import Metric, Scores, columns, metric
+from fd_dsa.accuracy.scores import (
+    METRICS,
+    PROMPT_LOOSE,
+    PROMPT_STRICT,
+    Metric,
+    PromptScore,
+    RunSettings,
+    Scores,
+    columns,
+    metric,
+)
 from fd_dsa.accuracy.stats import Estimate, bootstrap_difference, mcnemar, paired_difference
-from fd_dsa.accuracy.types import METRICS, PROMPT_LOOSE, PROMPT_STRICT, PromptScore, RunSettings
 from fd_dsa.errors import ConfigError
 
 PROMPTS = "prompts"

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model, read_config, tracked
-from fd_dsa.accuracy.types import REPORT_FILE
-from fd_dsa.client.report import Table, as_json, check_folder, page, show, write_files
+from fd_dsa.client.report import Table, check_folder, publish
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
 from fd_dsa.errors import ConfigError, FdDsaError
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 _LOGITS_AT_ONCE = 1 << 24
 _NEIGHBOURS = 8
-JSON_FILE = "perplexity.json"
 DEFAULT_TEXT = "wizard_in_oz.txt"
 
 
@@ -77,39 +75,28 @@ class Losses:
         }
 
 
-def cut(
-    token_ids: Sequence[int], context: int, overlap: int = 0, lead: Sequence[int] = ()
-) -> list[Window]:
+def cut(token_ids: Sequence[int], context: int, lead: Sequence[int] = ()) -> list[Window]:
     """Windows in which every token is scored once; without `lead` all but the text's first.
 
     Args:
         context: most tokens of a window, `lead` included.
-        overlap: tokens that a later window reads again, unscored.
         lead: tokens that every window begins with, such as BOS.
     """
     # a token is scored by what is before it
     first = 0 if lead else 1
     if len(token_ids) <= first:
         raise ConfigError(f"the text has {len(token_ids)} tokens; none of them can be predicted")
-    again, room = max(overlap, first), context - len(lead)
-    if overlap < 0 or again >= room:
-        raise ConfigError(
-            f"--overlap: got {overlap}, allowed: 0 to {room - 1}, so that windows of {context} "
-            "tokens have some of their own"
-        )
-    windows: list[Window] = []
-    start = first
-    while start < len(token_ids):
-        before = again if windows else first
-        end = min(len(token_ids), start - before + room)
-        windows.append(Window((*lead, *token_ids[start - before : end]), len(lead) + before))
-        start = end
-    return windows
+    room = context - len(lead) - first
+    if room < 1:
+        raise ConfigError(f"--context: got {context}, allowed: at least {context - room + 1}")
+    return [
+        Window((*lead, *token_ids[start - first : start + room]), len(lead) + first)
+        for start in range(first, len(token_ids), room)
+    ]
 
 
 def token_losses(sequence: OneSequence, token_ids: Sequence[int]) -> np.ndarray:
     """float64 [n - 1]: -log p of every token but the first, given those before it."""
-    sequence.restart()
     found = []
     for start, hidden in sequence.chunks(token_ids):
         following = np.asarray(token_ids[start + 1 : start + 1 + int(hidden.shape[0])])
@@ -129,11 +116,11 @@ def losses_of(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     return np.log(np.exp(wide).sum(axis=1)) - chosen
 
 
-def measure(model: OpenModel, text: str, *, overlap: int = 0) -> Losses:
+def measure(model: OpenModel, text: str) -> Losses:
     """Losses of a text, in windows of as many tokens as the model takes."""
     lead = start_of_sequence(model.tokenizer)
     token_ids = model.tokenizer.encode(text, add_special_tokens=False)
-    windows = cut(token_ids, model.max_model_len, overlap, lead)
+    windows = cut(token_ids, model.max_model_len, lead)
     nats, num_keys = [], []
     what = f"{model.model_config.index_topk} keys"
     for index, window in enumerate(tracked(windows, what, len(windows))):
@@ -200,7 +187,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         parser,
         ("--context", int, 2, None, "tokens of a window (default: the model's context)"),
         ("--index-topk", int, 1, None, "keys to choose (default: the model's number)"),
-        ("--overlap", int, 0, 0, "tokens that a window reads again, unscored, before its own"),
         ("--max-num-batched-tokens", int, 1, 512, "tokens of a chunk"),
     )
     parser.add_argument(
@@ -227,7 +213,6 @@ def run(args: argparse.Namespace) -> int:
         "device": model.device,
         "kv_cache_dtype": model.engine_config.cache_dtype,
         "context": model.max_model_len,
-        "overlap": args.overlap,
         "index_topk": model.model_config.index_topk,
         "max_num_batched_tokens": args.max_num_batched_tokens,
     }
@@ -240,11 +225,7 @@ def run(args: argparse.Namespace) -> int:
         "dense": None if dense is None else dense.to_json(),
         "stretches": _stretches_json(sparse, dense, settings["index_topk"]),
     }
-    parts = report_parts(result)
-    if args.out is not None:
-        texts = {JSON_FILE: as_json(result), REPORT_FILE: page("Perplexity", parts)}
-        write_files(Path(args.out), texts)
-    show(parts)
+    publish(args.out, "Perplexity", result, report_parts(result))
     return 0
 
 
@@ -269,7 +250,7 @@ def _read_through(
             kv_cache_dtype=args.kv_cache_dtype,
             max_num_batched_tokens=args.max_num_batched_tokens,
         )
-        return measure(model, text, overlap=args.overlap), model
+        return measure(model, text), model
 
 
 def _stretches_json(sparse: Losses, dense: Losses | None, index_topk: int) -> list[dict[str, Any]]:
@@ -294,8 +275,8 @@ def report_parts(result: Mapping[str, Any]) -> list[str | Table]:
     passes = "One pass."
     if sparse["windows"] > 1:
         passes = (
-            f"The text is longer than the context: {sparse['windows']} windows, "
-            f"{settings['overlap']} tokens of each read again; tokens early in a window know less."
+            f"The text is longer than the context: {sparse['windows']} windows; tokens early in a "
+            "window know less."
         )
     about = (
         f"Model {settings['model']}, text {settings['text']}: {sparse['tokens']} tokens, "

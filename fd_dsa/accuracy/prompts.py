@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.accuracy.types import shown
+from fd_dsa.accuracy.scores import shown
 from fd_dsa.client.questions import Question
 from fd_dsa.errors import ConfigError
 

@@ -9,9 +9,8 @@ import argparse
 import asyncio
 import contextlib
 import shlex
-import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from fd_dsa.accuracy.answers import AnswerStore, Run, open_store
-from fd_dsa.accuracy.types import ANSWERS_FILE, RunSettings
+from fd_dsa.accuracy.answers import Run, open_store
+from fd_dsa.accuracy.scores import ANSWERS_FILE, RunSettings
 from fd_dsa.client.own_server import OwnServer, own_server
 from fd_dsa.client.questions import ChatClient, Question
 from fd_dsa.client.remote import ServerInfo
 from fd_dsa.client.report import check_folder
 from fd_dsa.errors import ConfigError, RemoteError
-from fd_dsa.serve.flag_values import add_numbers
+from fd_dsa.serve.flag_values import add_numbers, signals_call
 
 # RunSettings.base_url of a run that started its server
 OWN = "own"
@@ -110,16 +109,16 @@ class Target:
         SIGTERM a KeyboardInterrupt; both say what is kept, and the command that asks the others.
         """
         path = Path(self.args.out) / ANSWERS_FILE
-        with open_store(path, self.settings(task, task_settings)) as store:
-            missing = store.missing(questions)
+        with open_store(path, self.settings(task, task_settings)) as run:
+            missing = run.missing(questions)
             interrupted, failure = False, None
             try:
-                interrupted = asyncio.run(self._ask(task, missing, len(questions), store))
+                interrupted = asyncio.run(self._ask(task, missing, len(questions), run))
             except RemoteError as error:
                 failure = str(error)
-            left = store.missing(questions)
+            left = run.missing(questions)
         if not left:
-            return store.run
+            return run
         command = shlex.join(["python", "-m", "fd_dsa.accuracy", *self.args.arguments])
         kept = (
             f"{len(questions) - len(left)} of {len(questions)} answers are kept in {path}; "
@@ -128,26 +127,24 @@ class Target:
         if interrupted:
             raise KeyboardInterrupt(f"interrupted; {kept}")
         if failure is None:
-            failure = f"{left[-1].key}: {store.run.failures[left[-1].key].error}"
+            failure = f"{left[-1].key}: {run.failures[left[-1].key].error}"
         log = f" (its log: {self.own.log})" if self.own is not None else ""
         raise RemoteError(f"{failure}{log}; {kept}")
 
-    async def _ask(
-        self, task: str, missing: list[Question], total: int, store: AnswerStore
-    ) -> bool:
+    async def _ask(self, task: str, missing: list[Question], total: int, run: Run) -> bool:
         """Ask and keep; True if a signal ended it early."""
         by_key = {question.key: question for question in missing}
         stopped = threading.Event()
 
-        def stop() -> None:
+        def stop(_: int) -> None:
             stopped.set()
             self.client.stop()
 
-        with _signals_call(stop), Progress(console=Console(stderr=True)) as progress:
+        with signals_call(stop), Progress(console=Console(stderr=True)) as progress:
             bar = progress.add_task(task, total=total, completed=total - len(missing))
             async with contextlib.aclosing(self.client.ask(missing)) as answers:
                 async for answer in answers:
-                    store.add(by_key[answer.key], answer)
+                    run.add(by_key[answer.key], answer)
                     progress.advance(bar, answer.error is None)
         return stopped.is_set()
 
@@ -186,19 +183,3 @@ def connected(args: argparse.Namespace) -> Iterator[Target]:
                 "tokens, prompt and answer together"
             )
         yield Target(args, client, info, own)
-
-
-@contextmanager
-def _signals_call(stop: Callable[[], None]) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM call `stop` in the event loop; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-    for signal_number in numbers:
-        loop.add_signal_handler(signal_number, stop)
-    try:
-        yield
-    finally:
-        for signal_number in numbers:
-            loop.remove_signal_handler(signal_number)

@@ -29,7 +29,7 @@ from string import ascii_lowercase
 from typing import Any
 
 from fd_dsa.accuracy.prompts import Prompt
-from fd_dsa.accuracy.types import PromptScore, prompt_score
+from fd_dsa.accuracy.scores import PromptScore, prompt_score
 from fd_dsa.client.questions import Answer
 from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError
 
@@ -41,9 +41,6 @@ CARRIER = "llama-index-core"
 _CACHE = "llama_index/core/_static/nltk_cache"
 _MODEL = "tokenizers/punkt_tab/english"
 _FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
-_CURE = (
-    "pip install 'fd_dsa[accuracy]', or once with a network: python -m nltk.downloader punkt_tab"
-)
 
 
 def ready(prompts: Sequence[Prompt]) -> dict[str, str]:
@@ -158,75 +155,30 @@ def _cause(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+@cache
 def sentence_model() -> str:
     """Make NLTK able to read the model; returns the SHA-256 of its files, in hexadecimal.
 
-    A model on NLTK's own search path comes first. Otherwise a private copy of the one in the
-    installed `CARRIER` joins the path, for the life of the process: NLTK refuses files with hard
-    links, as some installers make them, and folders that others may write.
+    NLTK then reads a private copy of the model in the installed `CARRIER`, for the life of the
+    process: it refuses files with hard links, as some installers make them, and folders that others
+    may write.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import nltk
-    except ImportError as error:
+        folder = metadata.distribution(CARRIER).locate_file(_CACHE)
+        files = {name: Path(str(folder), _MODEL, name).read_bytes() for name in _FILES}
+    except (ImportError, OSError) as error:
         raise BackendUnavailable(
-            f"IFEval's checkers need nltk ({error}); pip install 'fd_dsa[accuracy]'"
+            f"IFEval's checkers need nltk, and its sentence model punkt_tab from {CARRIER} "
+            f"({error}); pip install 'fd_dsa[accuracy]'"
         ) from None
-    refused = _refusal(nltk)
-    carried = _carried() if refused else None
-    if carried is not None:
-        nltk.data.path.insert(0, _private_copy(carried))
-        refused = _refusal(nltk)
-    if refused:
-        raise BackendUnavailable(
-            f"NLTK's sentence model punkt_tab (English) is not there: {refused}; {_CURE}"
-        )
-    return _digest(nltk)
-
-
-def _refusal(nltk: Any) -> str | None:
-    """Why NLTK cannot load the model, in one line; None where it can."""
-    with warnings.catch_warnings(record=True) as caught:
-        # NLTK warns of each folder on its path that it will not read
-        warnings.simplefilter("always")
-        try:
-            nltk.data.load("nltk:tokenizers/punkt/english.pickle")
-        except LookupError:
-            reasons = [str(warning.message) for warning in caught]
-            reasons.append(f"neither on NLTK's search path nor in {CARRIER}")
-            return " ".join(reasons[0].split())
-        except (OSError, ValueError) as error:
-            return " ".join(str(error).split())
-    return None
-
-
-def _carried() -> Path | None:
-    """The folder of NLTK data in the installed carrier, None where it has none."""
-    try:
-        folder = Path(str(metadata.distribution(CARRIER).locate_file(_CACHE)))
-    except metadata.PackageNotFoundError:
-        return None
-    return folder if (folder / _MODEL).is_dir() else None
-
-
-@cache
-def _private_copy(folder: Path) -> str:
-    """A folder of our own with the model's four files, removed when the process ends."""
     own = tempfile.mkdtemp(prefix="fd_dsa_punkt_")
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     model = Path(own) / _MODEL
     model.mkdir(parents=True, mode=0o700)
-    for name in _FILES:
-        (model / name).write_bytes((folder / _MODEL / name).read_bytes())
-    return own
-
-
-def _digest(nltk: Any) -> str:
-    """SHA-256 over the model's files, in the order of their names."""
-    digest = hashlib.sha256()
-    folder = nltk.data.find(f"{_MODEL}/")
-    for name in _FILES:
-        with folder.join(name).open() as file:
-            digest.update(file.read())
-    return digest.hexdigest()
+    for name, content in files.items():
+        (model / name).write_bytes(content)
+    nltk.data.path.insert(0, own)
+    return hashlib.sha256(b"".join(files.values())).hexdigest()

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fd_dsa.chat.events import Event, EventSink, Message, join_events
-from fd_dsa.chat.feed import Steps, TextFeed
+from fd_dsa.chat.events import Event, EventSink, Message, Steps, TextFeed, join_events
 from fd_dsa.chat.tool_formats import (
     DSML,
     GLM_KEY,

@@ -29,8 +29,7 @@ import re
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from fd_dsa.chat.events import ArgumentsWriter, EventSink
-from fd_dsa.chat.feed import Steps, TextFeed
+from fd_dsa.chat.events import ArgumentsWriter, EventSink, Steps, TextFeed
 
 V31_CALLS, V31_CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 V31_CALL, V31_CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"

@@ -3,6 +3,7 @@
     Table(title, columns, rows, notes)     one table, for the terminal and for Markdown
     page(title, parts)                     a Markdown page of paragraphs and tables
     show(parts, console)                   the same parts on the terminal
+    publish(out, title, result, parts)     all of that for a result
     write_files(out, {name: text})         all of them or, where one cannot be written, none
 
 Text is the same for the same figures: no date, no duration, no path of this machine.
@@ -123,6 +124,14 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
                 os.replace(Path(folder) / name, out / name)
     except OSError as error:
         raise unwritable("--out", out, error) from error
+
+
+def publish(out: str | None, title: str, result: Any, parts: Sequence[str | Table]) -> None:
+    """Show a result; with a folder write it there too, as `title`.json and report.md."""
+    if out is not None:
+        texts = {f"{title.lower()}.json": as_json(result), "report.md": page(title, parts)}
+        write_files(Path(out), texts)
+    show(parts)
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import ByteLevel
 
-from fd_dsa.chat.template import ChatRenderer, read_renderer
+from fd_dsa.chat.template import ChatTemplate, read_renderer
 from fd_dsa.engine.text_windows import encode_text
 from fd_dsa.environment import keep_tokenizers_in_their_thread
 from fd_dsa.errors import ConfigError
@@ -50,7 +50,7 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         special_tokens: dict[str, str] | None = None,
-        chat_renderer: ChatRenderer | None = None,
+        chat_renderer: ChatTemplate | None = None,
         add_bos_token: bool = False,
     ) -> None:
         """Keep the parts and look up the ids of the special tokens."""

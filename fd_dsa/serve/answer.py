@@ -58,7 +58,7 @@ async def respond(
     answer_id = f"{prefix}-{uuid.uuid4().hex}"
     answer = await state.prompt_workers.run(make, answer_id, request=request)
     await check_form(state, answer.jobs[0], answer.prompt_field)
-    request.state.ticket.extend(sum(job.params.n for job in answer.jobs), "n")
+    state.hold(request.scope["state"], sum(job.params.n for job in answer.jobs), "n")
     kind = answer.chunk_object if body.stream else answer.whole_object
     head = {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
     if body.stream:

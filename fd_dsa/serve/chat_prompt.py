@@ -17,7 +17,7 @@ from fd_dsa.chat.parser import (
     has_reasoning,
     opens_reasoning,
 )
-from fd_dsa.chat.template import ChatRenderer, ChatTemplate
+from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.chat.tool_formats import ToolFormat
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import ConfigError
@@ -103,7 +103,7 @@ def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list
     return encode_prompt(state, text, "messages", add_special_tokens=False)
 
 
-def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatRenderer:
+def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
     """The request's own template, or that of the model."""
     tokenizer = state.engine.tokenizer
     if body.chat_template is not None:
@@ -127,7 +127,7 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatRenderer:
 
 
 def _tool_format(
-    state: ServerState, body: ChatCompletionRequest, renderer: ChatRenderer
+    state: ServerState, body: ChatCompletionRequest, renderer: ChatTemplate
 ) -> ToolFormat | None:
     """How calls of this answer are written; None where none are asked for."""
     if not body.tools or body.choice.mode == "none":
@@ -142,7 +142,7 @@ def _tool_format(
     return tool_format
 
 
-def _render(state: ServerState, renderer: ChatRenderer, body: ChatCompletionRequest) -> str:
+def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequest) -> str:
     """The prompt's text; with `tool_choice` none it has no tools.
 
     Raises:

@@ -154,7 +154,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     config = EngineConfig(**_fields_of(EngineConfig, args))
     # the server's packages are imported late, so that --help and errors of flags are quick
     from fd_dsa.engine.async_engine import AsyncEngine
-    from fd_dsa.serve.engine_process import EngineProcess, Settings
+    from fd_dsa.serve.engine_process import EngineProcess
     from fd_dsa.serve.guard import host_rule
     from fd_dsa.serve.info import chat_formats, chat_line, server_info
     from fd_dsa.serve.server import DrainingServer, base_url, bind_socket, curl_line
@@ -165,8 +165,8 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
 
     def load(progress: StartupProgress) -> AsyncEngine:
         logger.info("fd_dsa %s: loading %s", __version__, config.model)
-        settings = Settings(config, args.log_level, args.log_json)
-        loaded.append(AsyncEngine(EngineProcess(settings, progress)))
+        process = EngineProcess(config, progress, args.log_level, args.log_json)
+        loaded.append(AsyncEngine(process))
         logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, options)))
         return loaded[0]
 

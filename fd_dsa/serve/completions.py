@@ -20,7 +20,7 @@ from fd_dsa.serve.generation import (
     encode_prompt,
     resolve_max_tokens,
 )
-from fd_dsa.serve.logprobs import Columns, completion_logprobs, output_columns, prompt_columns
+from fd_dsa.serve.logprobs import completion_logprobs
 from fd_dsa.serve.protocol.fields import IDS, TEXT, TEXTS, is_token_ids, refuse
 from fd_dsa.serve.protocol.generation import IN_COMPLETIONS, GenerationRequest
 from fd_dsa.serve.state import ServerState, State
@@ -84,7 +84,7 @@ router = APIRouter(route_class=BodyRoute)
 @router.post("/v1/completions", summary="Continue a text or a list of token ids")
 async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response:
     """Continue each prompt; one choice per prompt, in their order."""
-    request.state.ticket.extend(len(body.prompt))
+    state.hold(request.scope["state"], len(body.prompt))
     make = functools.partial(_read_prompts, state, body)
     return await respond(make, "cmpl", body, request, state)
 
@@ -121,8 +121,6 @@ class CompletionAnswer(Answer[CompletionRequest]):
                 is_skipped = jobs[index].params.skip_special_tokens
                 prompt = self.tokenizer.decode(prompt, skip_special_tokens=is_skipped)
             self._echoes[index] = prompt
-        # scores of a prompt, which all of its choices repeat
-        self._prompt_columns: dict[int, Columns] = {}
 
     @property
     def is_short(self) -> bool:
@@ -192,11 +190,8 @@ class CompletionAnswer(Answer[CompletionRequest]):
         self, job_index: int, output: RequestOutput, scored: Sequence[Any], has_echo: bool
     ) -> dict[str, Any]:
         """`logprobs` of these tokens, after those of a repeated prompt."""
-        columns = output_columns(self.tokenizer, scored, len(self._echoes[job_index]))
-        if not has_echo:
-            return completion_logprobs(columns)
-        if job_index not in self._prompt_columns:
-            self._prompt_columns[job_index] = prompt_columns(
-                self.tokenizer, output.prompt_token_ids[0], output.prompt_logprobs or ()
-            )
-        return completion_logprobs(self._prompt_columns[job_index], columns)
+        prompt = None
+        if has_echo:
+            prompt = output.prompt_token_ids[0], output.prompt_logprobs or ()
+        offset = len(self._echoes[job_index])
+        return completion_logprobs(self.tokenizer, scored, offset, prompt)

@@ -1,7 +1,7 @@
 """The process of the engine: `python -m fd_dsa.serve.engine_child SOCKET`, started by the server.
 
-Reads `Settings` from the socket, builds the engine, and serves it until the other end asks it to
-stop or is gone.
+Reads what to build and how to log from the socket, builds the engine, and serves it until the other
+end asks it to stop or is gone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from fd_dsa.engine.host import EngineFacts, EngineHost, Event, Failed
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.environment import open_missing_streams
 from fd_dsa.errors import describe_error
-from fd_dsa.serve.engine_process import Settings
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps, trim_heaps
 from fd_dsa.serve.info import INFO, engine_info
 from fd_dsa.serve.logs import set_up_logging
@@ -80,8 +79,8 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     open_missing_streams()
     connection = Connection(int(sys.argv[1]))
-    settings: Settings = connection.recv()
-    set_up_logging(settings.log_level, as_json=settings.log_json)
+    config, log_level, log_json = connection.recv()
+    set_up_logging(log_level, as_json=log_json)
     share_heaps()
     keep_heaps_trimmed()
     hosts: SimpleQueue[EngineHost] = SimpleQueue()
@@ -92,14 +91,14 @@ def main() -> int:
         # the imports take seconds
         from fd_dsa.engine.factory import build_engine
 
-        engine = build_engine(settings.config, RelayedProgress(connection))
+        engine = build_engine(config, RelayedProgress(connection))
     except Exception as error:
         logger.debug("the start failed", exc_info=True)
         connection.send(_portable(error))
         return 0
     # files of weights and tokenizer have been read
     trim_heaps()
-    host = EngineHost(engine, _sender(connection), {INFO: lambda _: engine_info(settings.config)})
+    host = EngineHost(engine, _sender(connection), {INFO: lambda _: engine_info(config)})
     hosts.put(host)
     connection.send(EngineFacts.of(engine))
     return 0 if host.run() else 1

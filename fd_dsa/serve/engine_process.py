@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
@@ -28,29 +27,16 @@ from fd_dsa.errors import FdDsaError
 _KILL_AFTER_S = 5.0
 
 
-@dataclass(frozen=True)
-class Settings:
-    """First message to the engine's process: what to build, and how to log.
-
-    Attributes:
-        config: of the engine.
-        log_level: debug, info, warning or error.
-        log_json: each line of the log is a JSON object.
-    """
-
-    config: EngineConfig
-    log_level: str = "info"
-    log_json: bool = False
-
-
 class EngineProcess(EngineLink):
     """A link to an engine in a process of its own.
 
     The process ends when this one does, however it ends: its end of the socket is closed then.
 
     Args:
-        settings: what to build.
+        config: of the engine.
         progress: follows the phases of the start.
+        log_level: debug, info, warning or error.
+        log_json: each line of the log is a JSON object.
 
     Raises:
         ConfigError: as `fd_dsa.engine.factory.build_engine`; so are the others.
@@ -60,7 +46,13 @@ class EngineProcess(EngineLink):
     COMMAND = (sys.executable, "-m", "fd_dsa.serve.engine_child")
     """Command line of the process, to which the number of its socket is added."""
 
-    def __init__(self, settings: Settings, progress: StartupProgress) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: StartupProgress,
+        log_level: str = "info",
+        log_json: bool = False,
+    ) -> None:
         """Start the process and wait until the engine is ready."""
         ours, theirs = socket.socketpair()
         with theirs:
@@ -76,11 +68,11 @@ class EngineProcess(EngineLink):
         self._connection = Connection(ours.detach())
         self._is_stopping = False
         try:
-            self._connection.send(settings)
+            self._connection.send((config, log_level, log_json))
             # beside the other process, which reads the same files among others: its error, if
             # there is one, names the first thing that is wrong
             loading = ThreadPoolExecutor(1).submit(
-                Tokenizer.from_folder, settings.config.tokenizer_path, settings.config.chat_template
+                Tokenizer.from_folder, config.tokenizer_path, config.chat_template
             )
             self.facts = self._wait_until_ready(progress)
             self.tokenizer = loading.result()

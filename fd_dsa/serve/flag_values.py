@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import math
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from fd_dsa.config import parse_bytes
@@ -41,6 +45,22 @@ def exit_status(run: Callable[[], int]) -> int:
         raise
     except (FdDsaError, OSError) as error:
         return fail(str(error), EXIT_BAD_START)
+
+
+@contextlib.contextmanager
+def signals_call(handle: Callable[[int], None]) -> Iterator[None]:
+    """Let SIGINT and SIGTERM call `handle` in the event loop; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, handle, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 def reader(

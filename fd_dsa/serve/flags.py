@@ -8,16 +8,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fd_dsa import __version__
 from fd_dsa.chat.parser import AUTO, NONE, REASONING_FORMATS, TOOL_FORMATS
 from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES
 from fd_dsa.serve import flag_values as values
 from fd_dsa.serve.listener import DEFAULT_MAX_CONNECTIONS
-
-if TYPE_CHECKING:
-    from fd_dsa.serve.guard import HostRule
 
 PROMPT_BYTES_PER_TOKEN = 16
 """Bytes of a prompt's text for each token of the context, unless --max-prompt-bytes says more."""
@@ -45,7 +42,7 @@ class ServerOptions:
         tool_call_parser: a name of `fd_dsa.chat.parser.TOOL_FORMATS`, "auto" or "none".
         reasoning_parser: a name of `fd_dsa.chat.parser.REASONING_FORMATS`, "auto" or "none".
         trust_request_chat_template: whether requests may bring templates.
-        hosts: what the Host header may name; None is everything.
+        hosts: refuses a Host header by an ApiError; None serves every one.
         body_timeout_s: seconds that a client has for sending a body.
     """
 
@@ -61,7 +58,7 @@ class ServerOptions:
     tool_call_parser: str = AUTO
     reasoning_parser: str = AUTO
     trust_request_chat_template: bool = False
-    hosts: HostRule | None = None
+    hosts: Callable[[str], None] | None = None
     body_timeout_s: float = 60.0
 
     def limits(self, max_model_len: int) -> dict[str, int]:

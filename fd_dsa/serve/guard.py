@@ -11,18 +11,17 @@ reach; the Host header is still the attacker's name.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
 import ipaddress
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fd_dsa.serve.body import check_length, receive_body
-from fd_dsa.serve.errors import ApiError, FieldError, show
+from fd_dsa.serve.errors import ApiError, show
 from fd_dsa.serve.pages import CHAT_PATHS
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.status import PROBE_PATHS
@@ -33,30 +32,29 @@ ANY_HOST = "*"
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]+)(:[0-9]*)?")
 
 
-@dataclass(frozen=True)
-class HostRule:
-    """The hosts that requests may name.
+def host_rule(host: str, bound: str, allowed: Sequence[str]) -> Callable[[str], None] | None:
+    """What refuses the Host header of a request; None where every Host is served.
 
-    Attributes:
-        names: in lower case; localhost and loopback addresses need not be among them.
-        takes_addresses: whether every IP address is allowed, as nobody can let one resolve to
-            another; probes of an orchestrator come with the server's.
+    On other addresses than loopback it lets every IP address through, as nobody can let one resolve
+    to another; probes of an orchestrator come with the server's.
+
+    Args:
+        host: the --host of the command line; localhost and loopback addresses are always allowed.
+        bound: the address that it resolved to.
+        allowed: the values of --allowed-host.
     """
+    names = {name.strip("[]").lower() for name in (host, "localhost", *allowed)}
+    address = _address(bound)
+    is_loopback = address is not None and address.is_loopback
+    if ANY_HOST in names or not (is_loopback or allowed):
+        return None
 
-    names: frozenset[str]
-    takes_addresses: bool
-
-    def check(self, value: str) -> None:
-        """Refuse a Host header.
-
-        Raises:
-            ApiError: 403, the host is none of this server's.
-        """
+    def check(value: str) -> None:
         match = _HOST.fullmatch(value)
-        host = match[1].strip("[]").lower().rstrip(".") if match else ""
-        address = _address(host)
-        is_allowed = address is not None and (self.takes_addresses or address.is_loopback)
-        if host != "localhost" and host not in self.names and not is_allowed:
+        name = match[1].strip("[]").lower().rstrip(".") if match else ""
+        asked = _address(name)
+        is_allowed = asked is not None and (not is_loopback or asked.is_loopback)
+        if name not in names and not is_allowed:
             raise ApiError(
                 403,
                 f"Host: got {show(value)}, which is no name of this server; allowed are localhost "
@@ -64,21 +62,7 @@ class HostRule:
                 code="host_not_allowed",
             )
 
-
-def host_rule(host: str, bound: str, allowed: Iterable[str]) -> HostRule | None:
-    """The rule of a server; None where every Host is served.
-
-    Args:
-        host: the --host of the command line.
-        bound: the address that it resolved to.
-        allowed: the values of --allowed-host.
-    """
-    names = frozenset(name.strip("[]").lower() for name in (host, *allowed))
-    address = _address(bound)
-    is_loopback = address is not None and address.is_loopback
-    if ANY_HOST in names or not (is_loopback or allowed):
-        return None
-    return HostRule(names, takes_addresses=not is_loopback)
+    return check
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -89,56 +73,12 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-class Ticket:
-    """The running and waiting outputs of one request; used in the event loop alone.
-
-    Args:
-        state: counts those of all requests.
-    """
-
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
-        self._num_outputs = 0
-
-    def extend(self, num_outputs: int, param: str = "prompt") -> None:
-        """Hold so many outputs in all, not fewer than before.
-
-        Args:
-            num_outputs: choices that the request asks for.
-            param: the field of the request that says how many.
-
-        Raises:
-            ApiError: 400, no server with this limit could take the request; 429, not now.
-        """
-        limit, num_admitted = self._state.options.max_concurrency, self._state.num_admitted
-        if num_outputs > limit:
-            raise FieldError(
-                f"{param}: the request asks for {num_outputs} outputs, --max-concurrency is "
-                f"{limit}; send fewer at a time"
-            )
-        added = max(num_outputs - self._num_outputs, 0)
-        if num_admitted + added > limit:
-            raise ApiError(
-                429,
-                f"the server has {num_admitted} outputs running and waiting, --max-concurrency is "
-                f"{limit}; send the request again later",
-                code="too_many_requests",
-                headers={"Retry-After": "1"},
-            )
-        self._state.num_admitted += added
-        self._num_outputs += added
-
-    def release(self) -> None:
-        """Give everything back."""
-        self._state.num_admitted -= self._num_outputs
-
-
 class GuardMiddleware:
     """Refuses requests before their bodies are read, and bodies that are too long or too slow.
 
     A POST is counted from the end of its body until its answer has been sent: a slow client takes
-    nobody's place. Routes find its body in `request.state.body`, and its ticket in
-    `request.state.ticket`, which they extend when they ask for several outputs.
+    nobody's place. Routes find its body in `request.state.body`; they call
+    `ServerState.hold` when they ask for several outputs.
 
     Args:
         app: the next application.
@@ -148,7 +88,7 @@ class GuardMiddleware:
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
         self._state = state
-        self._key_digests = [_digest(key.encode()) for key in state.options.api_key]
+        self._key_digests = [sha256(key.encode()).digest() for key in state.options.api_key]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -159,9 +99,8 @@ class GuardMiddleware:
                 if self._check_head(scope):
                     scope["state"]["body"] = [await receive_body(self._state, receive, held)]
                     self._state.check_available()
-                    ticket = scope["state"]["ticket"] = Ticket(self._state)
-                    ticket.extend(1)
-                    held.callback(ticket.release)
+                    held.callback(self._state.release, scope["state"])
+                    self._state.hold(scope["state"], 1)
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
@@ -173,7 +112,7 @@ class GuardMiddleware:
         host = headers.get("host")
         # HTTP/1.1 has the header; older clients, which are no browsers, may not
         if options.hosts is not None and host is not None:
-            options.hosts.check(host)
+            options.hosts(host)
         if scope["path"] in OPEN_PATHS:
             return False
         self._check_key(headers.get("authorization", ""))
@@ -197,7 +136,7 @@ class GuardMiddleware:
             return
         scheme, _, key = authorization.partition(" ")
         # starlette reads headers as Latin-1; the key is the bytes that came
-        digest = _digest(key.strip().encode("latin-1"))
+        digest = sha256(key.strip().encode("latin-1")).digest()
         # all of them: the time it takes does not depend on which is the right one
         matches = [hmac.compare_digest(digest, known) for known in self._key_digests]
         if scheme.lower() == "bearer" and any(matches):
@@ -209,8 +148,3 @@ class GuardMiddleware:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-
-
-def _digest(key: bytes) -> bytes:
-    """A key as bytes of one length."""
-    return hashlib.sha256(key).digest()

@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 import fd_dsa
 from fd_dsa.chat.parser import reasoning_format_name, tool_format_name
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import batch_invariant, commit_variable
+from fd_dsa.environment import batch_invariant, commit_variable, nvidia_smi
 from fd_dsa.serve.flags import ServerOptions
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.engine.tokenizer import Tokenizer
-
-_GIT_TIMEOUT_S = 20
-_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i")
-
 
 INFO = "info"
 """Question to the engine's process, which `engine_info` answers."""
@@ -118,24 +114,23 @@ def _commit() -> str | None:
     # an installed package may be inside the tree of another project
     if not (root / ".git").exists():
         return None
-    head = _output(("git", "-C", str(root), "rev-parse", "HEAD"))
-    changes = _output(("git", "-C", str(root), "status", "--porcelain", "--", "fd_dsa"))
-    return f"{head}-dirty" if head and changes else head
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return f"{head}-dirty" if _git(root, "status", "--porcelain", "--", "fd_dsa") else head
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *command: str) -> str:
+    """What git says of a working tree."""
+    asked = ("git", "-C", str(root), *command)
+    return subprocess.check_output(asked, stderr=subprocess.DEVNULL, text=True, timeout=20).strip()
 
 
 def _device_name(device: str) -> str | None:
     """The model of the GPU, or of the processor."""
-    if device == "cpu":
-        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        return next(names, None)
-    return _output((*_NVIDIA_SMI, device.partition(":")[2] or "0")) or None
-
-
-def _output(command: tuple[str, ...]) -> str | None:
-    """What a command prints; None where it fails or is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    if device != "cpu":
+        return next(iter(nvidia_smi("name", device.partition(":")[2] or "0")), None)
+    lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None)

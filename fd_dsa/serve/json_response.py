@@ -56,14 +56,9 @@ def packed(parts: Iterable[Sequence[Any]]) -> bytes:
     Each part is made and encoded alone, so that few of its objects exist at once, and other
     threads run in between.
     """
-    return joined(*(orjson.dumps(part)[1:-1] for part in parts))
-
-
-def joined(*entries: bytes) -> bytes:
-    """Entries that are `packed`, after each other."""
-    return b",".join(filter(None, entries))
+    return b",".join(filter(None, (orjson.dumps(part)[1:-1] for part in parts)))
 
 
 def packed_list(*entries: bytes) -> orjson.Fragment:
     """A JSON list of entries that are `packed`."""
-    return orjson.Fragment(b"".join((b"[", joined(*entries), b"]")))
+    return orjson.Fragment(b"[" + b",".join(filter(None, entries)) + b"]")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from fd_dsa.serve.json_response import joined, packed, packed_list, slices
+from fd_dsa.serve.json_response import packed, packed_list, slices
 
 if TYPE_CHECKING:
     from fd_dsa.engine.logprobs import TokenLogprobs
@@ -40,47 +40,36 @@ def _chat_content(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> lis
 
 
 _COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-Columns = Mapping[str, bytes]
-"""Parts of the lists that are a completion's `logprobs`, as packed JSON, by their names."""
 
 
-def completion_logprobs(*parts: Columns) -> dict[str, orjson.Fragment]:
-    """`logprobs` of a choice of a completion or of its chunk, from its parts in their order."""
-    return {name: packed_list(*(part[name] for part in parts)) for name in parts[0]}
-
-
-def output_columns(
-    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], text_offset: int = 0
-) -> Columns:
-    """The scores of tokens of an output.
+def completion_logprobs(
+    tokenizer: Tokenizer,
+    entries: Sequence[TokenLogprobs],
+    text_offset: int = 0,
+    prompt: tuple[int, Sequence[TokenLogprobs | None]] | None = None,
+) -> dict[str, orjson.Fragment]:
+    """`logprobs` of a choice of a completion or of its chunk.
 
     Args:
         tokenizer: for the texts of the tokens.
-        entries: of the tokens.
+        entries: scores of tokens of the output.
         text_offset: characters in front of the output's text.
+        prompt: of one that is repeated before the output its first token, which has no score, and
+            the scores of all of its tokens, None for the first.
     """
     columns: dict[str, list[bytes]] = {name: [] for name in _COLUMNS}
-    for some in slices(entries):
-        rows = [_row(tokenizer, entry, text_offset) for entry in some]
-        for name, values in zip(_COLUMNS, zip(*rows, strict=True), strict=True):
-            columns[name].append(packed([values]))
-    return {name: joined(*encoded) for name, encoded in columns.items()}
-
-
-def prompt_columns(
-    tokenizer: Tokenizer, first_token_id: int, entries: Sequence[TokenLogprobs | None]
-) -> Columns:
-    """The scores of a prompt's tokens.
-
-    Args:
-        tokenizer: for the texts of the tokens.
-        first_token_id: of the prompt, which has no score.
-        entries: of all of its tokens, None for the first.
-    """
-    scored = output_columns(tokenizer, [entry for entry in entries if entry is not None])
-    first = (token_text(tokenizer, first_token_id), None, None, 0)
-    parts = zip(_COLUMNS, first, strict=True)
-    return {name: joined(packed([[value]]), scored[name]) for name, value in parts}
+    scored = [(entries, text_offset)]
+    if prompt is not None:
+        first = token_text(tokenizer, prompt[0]), None, None, 0
+        for name, value in zip(_COLUMNS, first, strict=True):
+            columns[name].append(packed([[value]]))
+        scored.insert(0, ([entry for entry in prompt[1] if entry is not None], 0))
+    for all_of, offset in scored:
+        for some in slices(all_of):
+            rows = [_row(tokenizer, entry, offset) for entry in some]
+            for name, values in zip(_COLUMNS, zip(*rows, strict=True), strict=True):
+                columns[name].append(packed([values]))
+    return {name: packed_list(*encoded) for name, encoded in columns.items()}
 
 
 def _row(

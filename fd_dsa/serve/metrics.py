@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -96,26 +95,18 @@ async def metrics(state: State) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@dataclass(eq=False)
 class _EngineCollector(Collector):
-    """Makes the families of one scrape.
+    """Makes the families of one scrape."""
 
-    Attributes:
-        model_name: label of every metric.
-        stats: load and counters of the engine.
-        counts: histograms and further counters.
-    """
-
-    model_name: str
-    stats: EngineStats
-    counts: EngineMetrics
+    def __init__(self, model_name: str, stats: EngineStats, counts: EngineMetrics) -> None:
+        self._model_name, self._stats, self._counts = model_name, stats, counts
 
     def collect(self) -> Iterator[Metric]:
         """Every metric."""
-        counts = self.counts
+        counts = self._counts
         for kind, source, known in (
-            (GaugeMetricFamily, self.stats, _GAUGES),
-            (CounterMetricFamily, self.stats, _COUNTERS),
+            (GaugeMetricFamily, self._stats, _GAUGES),
+            (CounterMetricFamily, self._stats, _COUNTERS),
             (CounterMetricFamily, counts.steps, _STEP_COUNTERS),
             (HistogramMetricFamily, counts, _HISTOGRAMS),
         ):
@@ -125,26 +116,17 @@ class _EngineCollector(Collector):
         yield self._family(CounterMetricFamily, "request_success", text, ended, "finished_reason")
         times, text = counts.steps.prepare_s, "host time of a step's metadata"
         yield self._family(HistogramMetricFamily, "step_prepare_seconds", text, times, "kind")
-        yield self._family(
-            InfoMetricFamily, "cache_config", "the caches", {"": counts.cache_config}
-        )
+        caches = {"": counts.cache_config}
+        yield self._family(InfoMetricFamily, "cache_config", "the caches", caches)
 
     def _family(
         self, kind: Any, name: str, text: str, values: Mapping[str, Any], label: str = ""
     ) -> Metric:
-        """A family of one metric.
-
-        Args:
-            kind: class of the family.
-            name: of the metric, without prefix.
-            text: its help.
-            values: by the value of `label`.
-            label: beside the model's name; empty: there is one value without.
-        """
+        """A family of one metric; `values` by the value of `label`, or one without a label."""
         labels = ["model_name", *filter(None, [label])]
         family: Metric = kind(f"{PREFIX}{name}", text, labels=labels)
         for own, value in values.items():
-            shown = [self.model_name, *filter(None, [own])]
+            shown = [self._model_name, *filter(None, [own])]
             parts = _buckets(value) if isinstance(value, Histogram) else (value,)
             family.add_metric(shown, *parts)  # type: ignore[attr-defined]
         return family

@@ -24,57 +24,8 @@ _FILES = {
 CHAT_PATHS = frozenset(_FILES)
 """Paths of the page at /. They hold no secret: the page asks for the key itself."""
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { max-width: 60rem; margin: 0 auto; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; }
-h2 { margin: 2rem 0 0; font-size: 1.1rem; overflow-wrap: anywhere; }
-p { margin: 0.2rem 0; }
-table { width: 100%; border-collapse: collapse; }
-td, th { padding: 0.2rem 0.5rem; text-align: left; vertical-align: top; }
-tr { border-bottom: 1px solid #8885; }
-td:nth-child(-n+3) { font-family: ui-monospace, monospace; font-size: 0.9em; }
-"""
-# null is what every field takes that may be left out
-_TEMPLATE = """\
-{% macro kind(schema) %}{% if schema["$ref"] %}{% set name = schema["$ref"].split("/")[-1] %}
-<a href="#{{ name }}">{{ name }}</a>
-{%- elif schema.anyOf %}{% for one in schema.anyOf if one.type != "null" %}
-{%- if not loop.first %} or {% endif %}{{ kind(one) }}{% endfor %}
-{%- elif schema.enum %}{{ schema.enum | map("tojson") | join(" or ") }}
-{%- elif schema.type == "array" %}array of {{ kind(schema["items"] or {}) }}
-{%- else %}{{ schema.type or "any" }}{% endif %}{% endmacro -%}
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ info.title }} {{ info.version }}: API</title>
-<link rel="icon" href="data:,">
-<style>{{ style | safe }}</style>
-<h1>{{ info.title }} {{ info.version }}</h1>
-<p>{{ info.summary }}. The same for programs: <a href="openapi.json">openapi.json</a>.
-Where the server asks for a key, send the header <code>Authorization: Bearer KEY</code>. Every
-failure is an <a href="#ErrorResponse">ErrorResponse</a>.</p>
-{% for path, operations in paths.items() %}{% for method, operation in operations.items() %}
-<h2>{{ method | upper }} {{ path }}</h2>
-<p>{{ operation.summary }}</p>
-{% if operation.description %}<p>{{ operation.description }}</p>{% endif %}
-{% if operation.requestBody %}
-{% set body = operation.requestBody.content["application/json"] %}
-<p>Body: {{ kind(body.schema) }}</p>{% endif %}
-{% endfor %}{% endfor %}
-{% for name, schema in schemas.items() %}
-<h2 id="{{ name }}">{{ name }}</h2>
-{% if schema.description %}<p>{{ schema.description }}</p>{% endif %}
-<table>
-<tr><th>field</th><th>type</th><th>default</th><th>meaning</th></tr>
-{% for field, value in schema.properties.items() %}
-<tr><td>{{ field }}</td><td>{{ kind(value) }}</td>
-<td>{% if field in schema.required %}required{% elif "default" in value %}
-{{- value.default | tojson }}{% endif %}</td><td>{{ value.description }}</td></tr>
-{% endfor %}
-</table>
-{% endfor %}
-"""
+_STATIC = files("fd_dsa.serve") / "static"
+_STYLE = (_STATIC / "api.css").read_text("utf-8")
 
 
 def _headers(sources: str) -> dict[str, str]:
@@ -101,7 +52,7 @@ api_router = APIRouter(include_in_schema=False)
 
 def _add(path: str, name: str, media_type: str) -> None:
     """Give a file of the folder `static`, which is read once, at a path."""
-    content = (files("fd_dsa.serve") / "static" / name).read_bytes()
+    content = (_STATIC / name).read_bytes()
 
     @chat_router.api_route(path, methods=["GET", "HEAD"])
     async def give() -> Response:
@@ -125,5 +76,5 @@ def render(document: Mapping[str, Any]) -> str:
         for name, schema in sorted(document["components"]["schemas"].items())
         if "properties" in schema
     }
-    template = Environment(autoescape=True).from_string(_TEMPLATE)
+    template = Environment(autoescape=True).from_string((_STATIC / "api.html").read_text("utf-8"))
     return template.render({**document, "schemas": schemas, "style": _STYLE})

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shlex
-import signal
 import socket
 import sys
 import threading
@@ -22,6 +21,7 @@ import uvicorn
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
+from fd_dsa.serve.flag_values import signals_call
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
 from fd_dsa.serve.metrics import log_while_busy
@@ -73,7 +73,6 @@ Load = Callable[[StartupProgress], "AsyncEngine"]
 _LAST_RESPONSES_S = 5
 # then for all that should have ended: the step in progress has 30 s
 _FORCED_EXIT_S = 45.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BIND_CURES = {
     errno.EADDRINUSE: "stop the process that has it or choose another --host or --port",
     errno.EADDRNOTAVAIL: "no interface of this machine has it; choose another --host",
@@ -245,24 +244,8 @@ class DrainingServer(uvicorn.Server):
 
     async def _load_engine(self) -> None:
         """Load in a thread, which a signal need not wait for, then serve."""
-        loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[AsyncEngine] = loop.create_future()
-
-        def work() -> None:
-            try:
-                engine = self._load(self._state.startup)
-            except Exception as error:
-                loop.call_soon_threadsafe(loaded.set_exception, error)
-            except BaseException as error:
-                # as SystemExit, which would end the event loop
-                ended = f"the engine's loading ended with {type(error).__name__}: {error}"
-                loop.call_soon_threadsafe(loaded.set_exception, RuntimeError(ended))
-            else:
-                loop.call_soon_threadsafe(loaded.set_result, engine)
-
-        threading.Thread(target=work, name="fd_dsa-load", daemon=True).start()
         try:
-            engine = await loaded
+            engine = await asyncio.to_thread(self._load, self._state.startup)
             engine.start()
             self._state.loaded_engine = engine
             self._state.startup.done(f"in {self._state.startup.elapsed_s:.1f} s")
@@ -270,7 +253,12 @@ class DrainingServer(uvicorn.Server):
             self._spawn(log_while_busy(engine))
         except Exception as error:
             self.start_error = error
-            self.should_exit = True
+        except SystemExit as error:
+            # would end the event loop
+            self.start_error = RuntimeError(f"the engine's loading ended with SystemExit: {error}")
+        else:
+            return
+        self.should_exit = True
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something beside the server."""
@@ -308,18 +296,9 @@ class DrainingServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle signals in the event loop while serving; only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
+        """Handle signals in the event loop while serving."""
+        with signals_call(self.handle_signal):
             yield
-            return
-        loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, self.handle_signal, number)
-        try:
-            yield
-        finally:
-            for number in _SIGNALS:
-                loop.remove_signal_handler(number)
 
     def handle_signal(self, number: int) -> None:
         """First signal: drain, then end. Second, or while loading: end now.

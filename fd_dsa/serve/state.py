@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends, Request
 
 from fd_dsa.engine.startup import StartupProgress
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.workers import Workers
 
@@ -122,6 +122,39 @@ class ServerState:
             param="model",
             code="model_not_found",
         )
+
+    def hold(self, request: dict[str, Any], num_outputs: int, param: str = "prompt") -> None:
+        """Count so many running and waiting outputs of a request, not fewer than before.
+
+        Args:
+            request: the state of its ASGI scope, which keeps their number.
+            num_outputs: choices that the request asks for.
+            param: the field of the request that says how many.
+
+        Raises:
+            ApiError: 400, no server with this limit could take the request; 429, not now.
+        """
+        limit, held = self.options.max_concurrency, request.get("num_outputs", 0)
+        if num_outputs > limit:
+            raise FieldError(
+                f"{param}: the request asks for {num_outputs} outputs, --max-concurrency is "
+                f"{limit}; send fewer at a time"
+            )
+        added = max(num_outputs - held, 0)
+        if self.num_admitted + added > limit:
+            raise ApiError(
+                429,
+                f"the server has {self.num_admitted} outputs running and waiting, "
+                f"--max-concurrency is {limit}; send the request again later",
+                code="too_many_requests",
+                headers={"Retry-After": "1"},
+            )
+        self.num_admitted += added
+        request["num_outputs"] = held + added
+
+    def release(self, request: dict[str, Any]) -> None:
+        """Count the outputs of a request no more."""
+        self.num_admitted -= request.get("num_outputs", 0)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new requests, let running ones end for `timeout_s`, then abort the rest.

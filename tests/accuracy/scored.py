@@ -10,8 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fd_dsa.accuracy.scores import Scores
-from fd_dsa.accuracy.types import PromptScore, RunSettings
+from fd_dsa.accuracy.scores import PromptScore, RunSettings, Scores
 
 SETTINGS = RunSettings(
     task="ifeval",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.accuracy.answers import open_store, read_run
-from fd_dsa.accuracy.types import RunSettings
+from fd_dsa.accuracy.scores import RunSettings
 from fd_dsa.client.questions import Answer, Question
 from fd_dsa.errors import ConfigError
 

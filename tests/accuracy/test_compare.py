@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from fd_dsa.accuracy.cli import main
 from fd_dsa.accuracy.compare import verdict
 from fd_dsa.accuracy.paired import compare, setting_changes
-from fd_dsa.accuracy.scores import Scores
-from fd_dsa.accuracy.types import INST_STRICT, METRICS, PROMPT_LOOSE, PROMPT_STRICT
+from fd_dsa.accuracy.scores import INST_STRICT, METRICS, PROMPT_LOOSE, PROMPT_STRICT, Scores
 from fd_dsa.errors import ConfigError
 from tests.accuracy.scored import SETTINGS, pairs, passing, prompt, run, write
 

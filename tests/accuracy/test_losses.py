@@ -36,15 +36,14 @@ class TestWindows:
     @given(
         count=st.integers(2, 60),
         context=st.integers(3, 20),
-        overlap=st.integers(0, 5),
         lead=st.lists(st.just(-1), max_size=2),
     )
     def test_every_token_is_scored_once_in_order(
-        self, count: int, context: int, overlap: int, lead: list[int]
+        self, count: int, context: int, lead: list[int]
     ) -> None:
-        assume(max(overlap, 0 if lead else 1) < context - len(lead))
+        assume(context > len(lead))
         ids = list(range(count))
-        windows = cut(ids, context, overlap, lead)
+        windows = cut(ids, context, lead)
         scored = [token for w in windows for token in w.token_ids[w.first :]]
         assert scored == (ids if lead else ids[1:])
         for window in windows:
@@ -54,19 +53,18 @@ class TestWindows:
             assert list(own) == list(range(own[0], own[0] + len(own)))
 
     @pytest.mark.parametrize(
-        ("ids", "context", "overlap", "lead", "told"),
+        ("ids", "context", "lead", "told"),
         [
-            ([], 8, 0, [0], "has 0 tokens; none of them"),
-            ([5], 8, 0, [], "has 1 tokens; none of them"),
-            ([5, 6], 4, 3, [0], "--overlap: got 3, allowed: 0 to 2, so that windows of 4"),
-            ([5, 6], 4, -1, [0], "--overlap: got -1"),
+            ([], 8, [0], "has 0 tokens; none of them"),
+            ([5], 8, [], "has 1 tokens; none of them"),
+            ([5, 6], 2, [0, 0], "--context: got 2, allowed: at least 3"),
         ],
     )
     def test_what_cannot_be_cut_is_refused(
-        self, ids: list[int], context: int, overlap: int, lead: list[int], told: str
+        self, ids: list[int], context: int, lead: list[int], told: str
     ) -> None:
         with pytest.raises(ConfigError, match=told):
-            cut(ids, context, overlap, lead)
+            cut(ids, context, lead)
 
 
 def test_losses_are_minus_log_softmax() -> None:
@@ -162,13 +160,13 @@ def losses(model: OpenModel) -> Losses:
 
 def test_windows_of_the_demo_model(model: OpenModel, losses: Losses) -> None:
     ids = model.tokenizer.encode(PROSE)
-    found = measure(replace(model, max_model_len=41), PROSE, overlap=10)
-    assert found.num_windows == 1 + math.ceil((len(ids) - 40) / 30)
+    found = measure(replace(model, max_model_len=41), PROSE)
+    assert found.num_windows == math.ceil(len(ids) / 40)
     assert len(found.nats) == len(ids)
     np.testing.assert_allclose(found.nats[:40], losses.nats[:40], rtol=0, atol=1e-3)
     bos = model.tokenizer.bos_token_id
-    again = token_losses(model.sequence, [bos, *ids[30:70]])
-    np.testing.assert_allclose(found.nats[40:70], again[10:], rtol=0, atol=1e-3)
+    again = token_losses(model.sequence, [bos, *ids[40:80]])
+    np.testing.assert_allclose(found.nats[40:80], again, rtol=0, atol=1e-3)
 
 
 def test_no_jump_at_the_selection_s_size(model: OpenModel, losses: Losses) -> None:

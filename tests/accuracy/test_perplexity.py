@@ -78,10 +78,9 @@ def test_the_report_holds_the_tables(result: dict[str, Any], folder: Path) -> No
 
 
 def test_windows_are_told(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["perplexity", str(text), *ON_CPU, "--context", "64", "--overlap", "16"]) == 0
+    assert main(["perplexity", str(text), *ON_CPU, "--context", "64"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "longer than the context" in shown
-    assert "16 tokens of each read again" in shown
 
 
 def test_the_package_s_own_text_is_the_one_of_its_notice() -> None:
@@ -103,7 +102,6 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (str(latin),): f"{latin}: byte 2 is no UTF-8; give a text in UTF-8",
         (str(tmp_path / "none.txt"),): "[Errno 2] No such file",
         (str(empty),): "the text has 0 tokens; none of them can be predicted",
-        (str(good), "--overlap", "-1"): "--overlap: got '-1'; allowed is a whole number from 0 on",
         (str(good), "--context", "1"): "--context: got '1'; allowed is a whole number from 2 on",
         (str(good), "--context", "9999999"): "--context: got 9999999, allowed: 2 to ",
         (str(good), "--index-topk", "0"): "--index-topk: got '0'",

@@ -12,8 +12,7 @@ import pytest
 
 from fd_dsa.accuracy.cli import main
 from fd_dsa.accuracy.prompts import OFFICIAL, read_prompts
-from fd_dsa.accuracy.scores import by_type, read_scores
-from fd_dsa.accuracy.types import METRICS
+from fd_dsa.accuracy.scores import METRICS, by_type, read_scores
 from tests.accuracy import gpt4
 
 PROMPTS = read_prompts()

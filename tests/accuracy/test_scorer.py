@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fd_dsa.accuracy.prompts import Prompt, read_prompts
 from fd_dsa.accuracy.scorer import random_keys, ready, score
-from fd_dsa.accuracy.types import PromptScore
+from fd_dsa.accuracy.scores import PromptScore
 from fd_dsa.client.questions import Answer
 from fd_dsa.errors import ConfigError
 from tests.accuracy import gpt4

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from fd_dsa.accuracy.scores import Scores, parts, read_scores, write_report
-from fd_dsa.accuracy.types import (
+from fd_dsa.accuracy.scores import (
     INST_LOOSE,
     PromptScore,
+    Scores,
+    parts,
+    read_scores,
+    write_report,
 )
 from fd_dsa.errors import ConfigError
 from tests.accuracy.scored import pairs, prompt, run, write

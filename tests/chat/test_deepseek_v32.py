@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.chat.deepseek_v32 import OWN_INSTRUCTIONS, DeepseekV32Encoding, read_instructions
+from fd_dsa.chat.template import DeepseekV32Encoding, read_instructions
 from tests.chat.recorded import TOOLS
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -109,8 +109,8 @@ def test_the_last_message_can_be_continued() -> None:
     ("messages", "kwargs", "text"),
     [
         ((HI, HELLO), {}, "continue_final_message"),
-        ((HI,), {"continue_final_message": True}, "not the text of an assistant"),
-        ((HI, CALLING), {"continue_final_message": True}, "not the text of an assistant"),
+        ((HI,), {"continue_final_message": True}, "is of role 'user'"),
+        ((HI, CALLING), {"continue_final_message": True}, "ends with tool calls"),
         ((HI, RESULTS[0]), {}, r"messages\[1\] is of role 'tool'"),
         ((HI, HELLO, RESULTS[0]), {}, r"messages\[2\] .* has 0 calls"),
         ((HI, CALLING, *RESULTS, RESULTS[0]), {}, r"messages\[4\] .* has 2 calls"),
@@ -152,8 +152,10 @@ def test_without_them_ours_do_and_the_log_says_so(
     if content is not None:
         (tmp_path / "encoding").mkdir()
         (tmp_path / "encoding" / "encoding_dsv32.py").write_text(content, encoding="utf-8")
-    assert read_instructions(tmp_path) == OWN_INSTRUCTIONS
+    instructions = read_instructions(tmp_path)
     assert "other words" in caplog.text
-    prompt = DeepseekV32Encoding().render([HI], tools=TOOLS)
+    prompt = DeepseekV32Encoding(instructions).render([HI], tools=TOOLS)
+    assert '<｜DSML｜invoke name="$TOOL">' in prompt
+    assert "<think>...</think>" in prompt
     assert '\n{"name": "get_weather"' in prompt
     assert "{tool_schemas}" not in prompt

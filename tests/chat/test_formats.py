@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
 from fd_dsa.chat.events import Message
 from fd_dsa.chat.parser import (
     REASONING_FORMATS,
@@ -21,7 +20,7 @@ from fd_dsa.chat.parser import (
     reasoning_format_name,
     tool_format_name,
 )
-from fd_dsa.chat.template import ChatRenderer, ChatTemplate, read_renderer
+from fd_dsa.chat.template import ChatTemplate, DeepseekV32Encoding, read_instructions, read_renderer
 from fd_dsa.errors import ConfigError
 from tests.chat import templates
 from tests.chat.recorded import RECORDED, SCHEMAS, TOOLS
@@ -30,10 +29,10 @@ from tests.chat.test_deepseek_v32 import HI
 PLAIN = ChatTemplate("{{ messages[0].content }}", {})
 V31 = ChatTemplate(templates.V31, {"bos_token": "<｜begin▁of▁sentence｜>"})
 GLM = ChatTemplate(templates.GLM, {})
-V32 = DeepseekV32Encoding()
+V32 = DeepseekV32Encoding(read_instructions(Path()))
 
 
-def renderer_of(folder: Path, **kwargs: Any) -> ChatRenderer | None:
+def renderer_of(folder: Path, **kwargs: Any) -> ChatTemplate | None:
     """What renders the conversations of a folder of DeepSeek-V3.2's tokenizer."""
     given: dict[str, Any] = {
         "tokenizer_config": {},
@@ -107,7 +106,7 @@ def test_other_models_and_vocabularies_have_no_encoding(tmp_path: Path) -> None:
     ids=["plain", "v31", "v32", "glm"],
 )
 def test_parsers_are_chosen_by_the_template(
-    renderer: ChatRenderer, tools: str | None, reasoning: str
+    renderer: ChatTemplate, tools: str | None, reasoning: str
 ) -> None:
     found = find_tool_format("auto", renderer.source)
     assert (found and found.name) == tools
@@ -138,7 +137,7 @@ def test_where_an_answer_begins() -> None:
     ("name", "renderer"),
     [("v31 calls", V31), ("v32 thinking, calls", V32), ("glm thinking, calls", GLM)],
 )
-def test_there_and_back(name: str, renderer: ChatRenderer) -> None:
+def test_there_and_back(name: str, renderer: ChatTemplate) -> None:
     """What a client sends back renders to the tokens that the model had made."""
     recorded = RECORDED[name]
     thinking = recorded.in_reasoning

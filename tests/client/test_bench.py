@@ -15,7 +15,7 @@ from fd_dsa.client.bench import random_prompts, start_times
 from fd_dsa.client.load import Sender
 from fd_dsa.client.timing import LATENCIES, Timing, measure, summarise
 from fd_dsa.errors import RemoteError
-from fd_dsa.serve import guard
+from fd_dsa.serve import state
 from fd_dsa.serve.errors import ApiError
 from tests.serve.conftest import running
 from tests.serve.fake_engine import FakeEngine
@@ -81,7 +81,7 @@ def test_refused_requests_are_sent_again_but_not_for_ever(
                 live.engine.is_held = num_refused < 3
                 super().__init__(*args, **fields)
 
-        monkeypatch.setattr(guard, "ApiError", Refusal)
+        monkeypatch.setattr(state, "ApiError", Refusal)
         for retries in (9, 0):
             num_refused, live.engine.is_held = 0, True
             sender = Sender(f"{live.url}/v1", retries=retries)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
 from fd_dsa.chat.events import Event
+from fd_dsa.chat.template import DeepseekV32Encoding
 from fd_dsa.client.chat import Conversation, Partner
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
@@ -78,7 +78,7 @@ def test_reasoning_is_shown_to_somebody_who_types_and_not_said_again(
 
 def test_reasoning_of_a_server_is_told_from_the_content() -> None:
     words = ("hm", "</think>", "Hello")
-    with running(FakeEngine(words=words, renderer=DeepseekV32Encoding())) as live:
+    with running(FakeEngine(words=words, renderer=DeepseekV32Encoding("{tool_schemas}"))) as live:
         fields = {"reasoning_effort": "high"}
         partner = Partner(f"{live.url}/v1", None, fields)
         hello = [{"role": "user", "content": "Hi"}]

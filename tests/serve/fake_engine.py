@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from fd_dsa.chat.template import ChatRenderer
+from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -45,7 +45,7 @@ class FakeTokenizer:
 
     def __init__(
         self,
-        chat_renderer: ChatRenderer | None,
+        chat_renderer: ChatTemplate | None,
         special_ids: Mapping[str, int] | None = None,
     ) -> None:
         self.chat_renderer = chat_renderer
@@ -98,7 +98,7 @@ class FakeEngine:
         step_s: float = 0.0,
         chat: bool = True,
         words: Sequence[str] = WORDS,
-        renderer: ChatRenderer | None = None,
+        renderer: ChatTemplate | None = None,
         special_ids: Mapping[str, int] | None = None,
     ) -> None:
         self.tokenizer = FakeTokenizer((renderer or FakeRenderer()) if chat else None, special_ids)

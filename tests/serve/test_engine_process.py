@@ -22,7 +22,7 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import FdDsaError
-from fd_dsa.serve.engine_process import EngineProcess, Settings
+from fd_dsa.serve.engine_process import EngineProcess
 from tests.engine.fakes import make_engine, run_all
 from tests.serve.conftest import wait_until
 from tests.serve.processes import child_of
@@ -49,7 +49,7 @@ def process_of(body: str) -> Iterator[AsyncEngine]:
     class Process(EngineProcess):
         COMMAND = (sys.executable, "-c", child)
 
-    engine = AsyncEngine(Process(Settings(EngineConfig(device="cpu")), StartupProgress()))
+    engine = AsyncEngine(Process(EngineConfig(device="cpu"), StartupProgress()))
     engine.start()
     try:
         yield engine

@@ -14,7 +14,7 @@ import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.sampler import derive_seed
-from fd_dsa.serve.logprobs import chat_logprobs, completion_logprobs, output_columns
+from fd_dsa.serve.logprobs import chat_logprobs, completion_logprobs
 from tests.engine.fakes import expected_greedy, make_engine
 from tests.engine.test_engine import find_eos_prompt, letters
 from tests.engine.test_logprobs import ref_logprobs
@@ -266,6 +266,6 @@ def test_what_json_lacks() -> None:
     (content,) = json.loads(orjson.dumps(chat))["content"]
     assert (content["token"], content["bytes"]) == ("bytes:\\xc3", [0xC3])
     assert content["logprob"] == -9999.0
-    columns = output_columns(Halves(), [entry])  # type: ignore[arg-type]
-    scores = json.loads(orjson.dumps(completion_logprobs(columns)))
+    made = completion_logprobs(Halves(), [entry])  # type: ignore[arg-type]
+    scores = json.loads(orjson.dumps(made))
     assert scores["top_logprobs"] == [{"bytes:\\xa9": 0.0, "bytes:\\xc3": -9999.0}]

@@ -8,15 +8,14 @@ from typing import Any
 import openai
 import pytest
 
-from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
-from fd_dsa.chat.template import ChatRenderer, ChatTemplate
+from fd_dsa.chat.template import ChatTemplate, DeepseekV32Encoding
 from tests.chat import templates
 from tests.chat.recorded import RECORDED, TOOLS, Recorded
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
 
 HI = [{"role": "user", "content": "Hi"}]
-RENDERERS: dict[str, ChatRenderer] = {
+RENDERERS: dict[str, ChatTemplate] = {
     "deepseek_v31": ChatTemplate(templates.V31, {"bos_token": "<｜begin▁of▁sentence｜>"}),
     "deepseek_v32": DeepseekV32Encoding("TOOLS\n{tool_schemas}\n"),
     "glm47": ChatTemplate(templates.GLM, {}),
@@ -251,7 +250,7 @@ def call(arguments: Any) -> dict[str, Any]:
             "continue_final_message",
             "either",
         ),
-        ({"continue_final_message": True}, "messages", "not the text of an assistant"),
+        ({"continue_final_message": True}, "messages", "is of role"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "'none', 'minimal', 'low'"),
         ({"messages": [*HI, call(5)]}, "messages[1].tool_calls[0].function.arguments", "got 5"),
         ({"messages": [*HI, call("[")]}, "messages[1].tool_calls[0].function.arguments", "JSON"),

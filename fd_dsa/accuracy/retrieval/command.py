@@ -18,12 +18,10 @@ from fd_dsa.accuracy.retrieval.plan import (
     parse_lengths,
     parse_tasks,
 )
-from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter, sentences
-from fd_dsa.accuracy.retrieval.report import Results, files, parts
-from fd_dsa.accuracy.retrieval.scoring import score_record
-from fd_dsa.accuracy.retrieval.tasks import TASKS, TaskSizes, check_sizes
+from fd_dsa.accuracy.retrieval.prompts import TASKS, PromptBuilder, TokenCounter, sentences
+from fd_dsa.accuracy.retrieval.scoring import Results, files, parts, score_record
 from fd_dsa.accuracy.run import add_run_flags, connected, thinking
-from fd_dsa.accuracy.types import REPORT_FILE
+from fd_dsa.accuracy.scores import REPORT_FILE
 from fd_dsa.client import report
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
@@ -36,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the parser of `retrieval`."""
     parser = subparsers.add_parser("retrieval", allow_abbrev=False)
     add_run_flags(parser, out="retrieval", max_tokens=_MAX_TOKENS)
-    group, sizes = parser.add_argument_group("prompts"), TaskSizes()
+    group = parser.add_argument_group("prompts")
     for flag, text in (
         ("--tasks", f"of {', '.join(TASKS)} (default: all)"),
         (
@@ -50,9 +48,6 @@ def add_parser(subparsers: Any) -> None:
     add_numbers(
         group,
         ("--trials", int, 1, None, f"prompts a cell (default: {_TRIALS}, with --continuity 10)"),
-        ("--keys", int, 1, sizes.keys, "numbers with keys"),
-        ("--chains", int, 1, sizes.chains, "chains of variables"),
-        ("--hops", int, 1, sizes.hops, "statements of a chain after its first"),
         ("--index-topk", int, 1, None, "of the model (default: config.json beside the tokenizer)"),
     )
     group.add_argument(
@@ -75,8 +70,6 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: a flag or the server is not right; nothing was asked.
         RemoteError: the server left a question without an answer; all answers are kept.
     """
-    sizes = TaskSizes(args.keys, args.chains, args.hops)
-    check_sizes(sizes)
     counter = TokenCounter(_tokenizer_folder(args), thinking(args))
     topk = args.index_topk or counter.index_topk
     depths, trials = (CONTINUITY_DEPTHS, 10) if args.continuity else (DEFAULT_DEPTHS, _TRIALS)
@@ -87,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "paired": args.continuity,
         "max_tokens": args.max_tokens,
-        "sizes": sizes,
     }
     # what can be checked without a server is checked before one is started
     builder, longest = PromptBuilder(counter), counter.max_position_embeddings

@@ -9,8 +9,7 @@ from itertools import product
 from random import Random
 from typing import Any, NamedTuple
 
-from fd_dsa.accuracy.retrieval.prompts import PromptBuilder
-from fd_dsa.accuracy.retrieval.tasks import TASKS, TaskSizes
+from fd_dsa.accuracy.retrieval.prompts import CHAINS, HOPS, KEYS, TASKS, PromptBuilder
 from fd_dsa.client.questions import Question
 from fd_dsa.errors import ConfigError
 
@@ -51,11 +50,11 @@ class Plan:
     seed: int
     paired: bool
     max_tokens: int
-    sizes: TaskSizes
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON object, for the settings of a run."""
-        return asdict(self) | {n: list(getattr(self, n)) for n in ("tasks", "lengths", "depths")}
+        lists = {n: list(getattr(self, n)) for n in ("tasks", "lengths", "depths")}
+        return asdict(self) | lists | {"sizes": {"keys": KEYS, "chains": CHAINS, "hops": HOPS}}
 
     def questions(self, builder: PromptBuilder) -> Iterator[Question]:
         """Every prompt of the plan, made when it is taken."""
@@ -63,7 +62,7 @@ class Plan:
         for task, length, depth, trial in cells:
             shared = "" if self.paired else f"{length}/"
             name = f"{self.seed}/{task}/{shared}{depth:g}/{trial}"
-            item = TASKS[task](Random(f"{name}/item"), depth, self.sizes)
+            item = TASKS[task](Random(f"{name}/item"), depth)
             content = builder.build(item, length, Random(f"{name}/haystack"))
             asked = {"references": list(item.references), "others": list(item.others)}
             yield Question(

@@ -17,8 +17,7 @@ from fd_dsa.accuracy.selection.measure import (
     measure,
     needle_texts,
 )
-from fd_dsa.accuracy.types import REPORT_FILE
-from fd_dsa.client.report import Table, as_json, check_folder, page, show, write_files
+from fd_dsa.client.report import Table, check_folder, publish
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
 from fd_dsa.errors import BackendUnavailable, ConfigError
@@ -26,7 +25,6 @@ from fd_dsa.ops.providers import asking_for, parse
 from fd_dsa.serve.flag_values import add_numbers
 
 CACHE_DTYPES = ("float32", "bfloat16", "fp8_ds_mla")
-JSON_FILE = "selection.json"
 # the answer, and the end of the template after it
 _ANSWER_ROOM = 64
 _LENGTHS_OF_TOPK = 8
@@ -96,10 +94,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("texts", "queries", "seed", "max_num_batched_tokens"):
         decisive[name] = getattr(args, name)
     result = {"settings": decisive, "runs": runs}
-    if args.out is not None:
-        texts = {JSON_FILE: as_json(result), REPORT_FILE: page("Selection", parts(result))}
-        write_files(Path(args.out), texts)
-    show(parts(result))
+    publish(args.out, "Selection", result, parts(result))
     return 0
 
 

@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fd_dsa.accuracy.embedded import OpenModel
-from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter
-from fd_dsa.accuracy.retrieval.tasks import TaskSizes, passkey
+from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter, passkey
 from fd_dsa.accuracy.selection.tap import (
     RecordingBackend,
     read_index_keys,
     read_latents,
     recording,
 )
-from fd_dsa.accuracy.stats import Estimate, wilson
+from fd_dsa.accuracy.stats import wilson
 from fd_dsa.errors import ConfigError, FdDsaError
 
 if TYPE_CHECKING:
@@ -72,22 +71,17 @@ class LayerFigures:
         """True if a head attends to the needles: only then recall says something."""
         return _mean(self.needle_attention) >= ATTENDS
 
-    def recall(self, selector: str) -> Estimate:
-        """Mean needle recall, a query counting as one trial."""
-        found = self.found[selector]
-        interval = wilson(round(sum(found)), len(found))
-        return Estimate(_mean(found), interval.low, interval.high)
-
     def to_json(self) -> dict[str, Any]:
         """The figures as a JSON object."""
-        recall = self.recall(INDEXER)
+        # a query counts as one trial
+        interval = wilson(round(sum(self.found[INDEXER])), len(self.found[INDEXER]))
         return {
             "layer": self.layer,
             "has_indexer": self.has_indexer,
             "strongest_head": _mean(self.needle_attention),
             "attends": self.attends,
             "needle_recall": {s: _mean(self.found[s]) for s in SELECTORS},
-            "needle_recall_interval": [recall.low, recall.high],
+            "needle_recall_interval": [interval.low, interval.high],
             "needle_queries": len(self.needle_attention),
             "attention_mass_recall": {s: _mean(self.mass[s]) for s in SELECTORS},
             "least_attention_mass_recall": min(self.mass[INDEXER], default=math.nan),
@@ -121,7 +115,6 @@ def measure(
             queries = list(dict.fromkeys([*text.queries, *others.tolist()]))
             watching.watch(queries)
             # the prompt in chunks, the answer token by token, as the engine runs a request
-            sequence.restart()
             for _ in sequence.chunks(text.prompt):
                 pass
             for token in text.answer:
@@ -157,17 +150,15 @@ def _compare(
                 raise FdDsaError(
                     f"layer {figure.layer}: dense attention of token {query} is not finite"
                 )
-            last = last_keys(query + 1, topk)
+            last = np.arange(max(0, query + 1 - topk), query + 1)
             chosen = {INDEXER: [trace.selected[query]], LAST: [last], RANDOM: drawn[query]}
             for selector, sets in chosen.items():
                 mass = _mean([mass_recall(attention, s) for s in sets])
                 figure.mass[selector].append(mass)
                 if query in needles:
-                    found = _mean([needle_recall(s, [needles[query]]) for s in sets])
-                    figure.found[selector].append(found)
+                    figure.found[selector].append(_mean([needles[query] in s for s in sets]))
             if query in needles:
-                strongest = strongest_head(attention, [needles[query]])
-                figure.needle_attention.append(strongest)
+                figure.needle_attention.append(float(attention[:, needles[query]].max()))
         if figure.has_indexer:
             keys = read_index_keys(caches[2 * figure.layer + 1], slots, layout)
             for query in queries:
@@ -193,21 +184,6 @@ def dense_attention(query: np.ndarray, keys: np.ndarray, softmax_scale: float) -
 def mass_recall(attention: np.ndarray, selected: np.ndarray) -> float:
     """Share of dense attention [num_heads, n] on the selected keys, mean over heads."""
     return float(attention[:, selected].sum(axis=1, dtype=np.float64).mean())
-
-
-def needle_recall(selected: np.ndarray, needle: Sequence[int]) -> float:
-    """Share of the needle's positions that are selected (recall@k)."""
-    return float(np.isin(np.asarray(needle), selected).mean())
-
-
-def strongest_head(attention: np.ndarray, needle: Sequence[int]) -> float:
-    """Attention that the head which looks at the needle most gives to it."""
-    return float(attention[:, np.asarray(needle)].sum(axis=1, dtype=np.float64).max())
-
-
-def last_keys(num_keys: int, k: int) -> np.ndarray:
-    """int64: the last k of `num_keys` positions, the choice of a selector blind to content."""
-    return np.arange(max(0, num_keys - k), num_keys)
 
 
 def random_keys(num_keys: int, k: int, generator: np.random.Generator) -> np.ndarray:
@@ -271,7 +247,7 @@ def needle_texts(model: OpenModel, length: int, count: int, seed: int) -> Iterat
         # a text depends on its own number alone: more texts leave the first ones as they were
         random = Random(f"{seed}:{length}:{index}")
         depth = (index + 0.5) * _GOLDEN % 1
-        item = passkey(random, depth, TaskSizes())
+        item = passkey(random, depth)
         content = builder.build(item, length, random)
         (value,) = item.references
         sentence = item.needles[0].sentence

@@ -141,8 +141,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFi
         assert run(server, tmp_path, *FEW) == scores
         asked_again = [text for body in server.bodies if "\n\n" in (text := asked(body))]
         assert len(asked_again) == 12 - 5
-        line = error_line(capsys, *at(server), "--out", str(tmp_path), *FEW, "--keys", "5")
-    assert "task_settings.sizes" in line and "another folder" in line
+        line = error_line(capsys, *at(server), "--out", str(tmp_path), *FEW, "--depths", "1")
+    assert "task_settings.depths" in line and "another folder" in line
 
 
 def test_continuity_shows_a_collapse_past_index_topk(
@@ -191,7 +191,7 @@ def test_another_template_and_another_tokenizer_are_told(
         (("--lengths", "9000000"), "--lengths: got 9000000"),
         (("--lengths", "30"), "--lengths: got 30; the question and what is hidden take"),
         (("--trials", "0"), "--trials: got '0'; allowed is a whole number from 1 on"),
-        (("--keys", "many"), "--keys: got 'many'"),
+        (("--trials", "many"), "--trials: got 'many'"),
         (("--index-topk", "-3"), "--index-topk: got '-3'"),
         (("--tokenizer", "/nowhere"), "--tokenizer: /nowhere is no folder"),
         (("--base-url", "http://127.0.0.1:9/v1"), "--tokenizer: not given with --base-url; give"),

@@ -12,7 +12,6 @@ from fd_dsa.accuracy.retrieval.plan import (
     parse_lengths,
     parse_tasks,
 )
-from fd_dsa.accuracy.retrieval.tasks import TaskSizes, check_sizes
 from fd_dsa.errors import ConfigError
 
 DEMO, UNKNOWN = Limits(256, 8192), Limits(None, None)
@@ -58,15 +57,3 @@ def test_depths_and_tasks() -> None:
             parse_depths(text)
     with pytest.raises(ConfigError, match="unknown task 'niah'; allowed are passkey, multikey"):
         parse_tasks("passkey,niah")
-
-
-def test_sizes_without_enough_names_are_refused() -> None:
-    check_sizes(TaskSizes())
-    for sizes, message in (
-        (TaskSizes(keys=65), "--keys: got 65; allowed 1 to 64"),
-        (TaskSizes(chains=0), "--chains: got 0"),
-        (TaskSizes(hops=-1), "--hops: got -1"),
-        (TaskSizes(chains=40, hops=3), "--chains: got 40; allowed 1 to 29"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            check_sizes(sizes)

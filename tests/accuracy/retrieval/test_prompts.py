@@ -11,9 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.accuracy.retrieval.plan import Plan
-from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter, sentences
+from fd_dsa.accuracy.retrieval.prompts import (
+    BEFORE,
+    TASKS,
+    Item,
+    PromptBuilder,
+    TokenCounter,
+    sentences,
+)
 from fd_dsa.accuracy.retrieval.scoring import named
-from fd_dsa.accuracy.retrieval.tasks import BEFORE, TASKS, Item, TaskSizes
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
 from tests.accuracy.retrieval.reader import read
@@ -66,7 +72,7 @@ def longest_sentence() -> int:
 
 def make(task: str, seed: int, depth: float, length: int) -> tuple[Item, str]:
     """What is hidden, and the prompt."""
-    item = TASKS[task](Random(seed), depth, TaskSizes())
+    item = TASKS[task](Random(seed), depth)
     return item, builder().build(item, length, Random(seed))
 
 
@@ -80,7 +86,6 @@ def plan(**changes: object) -> Plan:
         "seed": 0,
         "paired": False,
         "max_tokens": 8,
-        "sizes": TaskSizes(),
         **changes,
     }
     return Plan(**fields)  # type: ignore[arg-type]
@@ -163,13 +168,13 @@ def test_paired_lengths_hide_the_same_things_in_the_same_tales() -> None:
 
 
 def test_a_length_without_room_for_the_question_is_refused() -> None:
-    item = TASKS["variables"](Random(0), 0.5, TaskSizes())
+    item = TASKS["variables"](Random(0), 0.5)
     with pytest.raises(ConfigError, match=r"--lengths: got 60; .* at least 1\d\d are needed"):
         builder().build(item, 60, Random(0))
 
 
 def test_tokens_of_other_sizes() -> None:
-    item = TASKS["passkey"](Random(0), 0.5, TaskSizes())
+    item = TASKS["passkey"](Random(0), 0.5)
     for length in range(900, 920):
         content = PromptBuilder(Characters()).build(item, length, Random(length))
         assert len(content) == length
@@ -178,7 +183,7 @@ def test_tokens_of_other_sizes() -> None:
 
 
 def test_a_text_longer_than_the_tales_begins_them_again() -> None:
-    item = TASKS["passkey"](Random(0), 1.0, TaskSizes())
+    item = TASKS["passkey"](Random(0), 1.0)
     length = 2 * sum(len(sentence.split()) for sentence in sentences())
     content = PromptBuilder(Words()).build(item, length, Random(0))
     assert Words().prompt(content) == length

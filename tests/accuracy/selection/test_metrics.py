@@ -11,11 +11,8 @@ from fd_dsa.accuracy.selection.measure import (
     dense_attention,
     exactness,
     index_scores,
-    last_keys,
     mass_recall,
-    needle_recall,
     random_keys,
-    strongest_head,
 )
 from tests.reference.indexer import ref_score
 from tests.reference.sparse_mla import ref_softmax
@@ -33,25 +30,8 @@ def test_mass_recall_is_the_mean_over_heads(selected: list[int], wanted: float) 
     assert mass_recall(ATTENTION, np.array(selected, np.int64)) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize(
-    ("selected", "needle", "wanted"),
-    [([1, 5, 9], [5], 1.0), ([1, 5, 9], [4], 0.0), ([1, 5, 9], [9, 2, 1, 3], 0.5), ([], [0], 0)],
-)
-def test_needle_recall_is_the_share_found(
-    selected: list[int], needle: list[int], wanted: float
-) -> None:
-    assert needle_recall(np.array(selected, np.int64), needle) == wanted
-
-
-def test_strongest_head_adds_up_what_one_head_gives_the_needle() -> None:
-    assert strongest_head(ATTENTION, [0]) == pytest.approx(0.7)
-    assert strongest_head(ATTENTION, [1]) == pytest.approx(0.5)
-    assert strongest_head(ATTENTION, [1, 2, 3]) == pytest.approx(1.0)
-
-
 @pytest.mark.parametrize(("num_keys", "wanted"), [(6, [3, 4, 5]), (3, [0, 1, 2]), (2, [0, 1])])
 def test_controls_take_as_many_keys_as_there_are(num_keys: int, wanted: list[int]) -> None:
-    assert last_keys(num_keys, 3).tolist() == wanted
     drawn = random_keys(num_keys, 3, np.random.default_rng(0)).tolist()
     assert drawn == sorted(set(drawn))
     assert len(drawn) == len(wanted) and max(drawn) < num_keys

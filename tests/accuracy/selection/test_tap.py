@@ -56,7 +56,7 @@ class Watching(RecordingBackend):
 
 def run_all(sequence: OneSequence, tokens: list[int]) -> list[np.ndarray]:
     """Two chunks and two decoded tokens: hidden states of all."""
-    sequence.restart()
+    sequence.length = 0
     half, end = len(tokens) // 2, len(tokens) - 2
     hidden = [sequence.run(tokens[:half]), sequence.run(tokens[half:end])]
     hidden += [sequence.run([token], decode=True) for token in tokens[end:]]
