@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("paddle", reason="the layers are on Paddle's tensors")
+
 from fd_dsa.models import moe
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE, NoAuxTopkGate, routed_on_device
