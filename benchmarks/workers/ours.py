@@ -78,7 +78,7 @@ class Engine:
         tokens = steps + 64
         sampling = sampling or {"temperature": 0}
         params = SamplingParams(**sampling, max_tokens=tokens, ignore_eos=True)
-        length = min(context, self.engine.max_model_len - tokens)
+        length = min(context, self.engine.limits.max_model_len - tokens)
         for index, prompt in enumerate(self._prompts(requests, length, seed=9)):
             self.engine.add_request(str(index), prompt, params)
         while len(self.engine.step()) < requests:
