@@ -33,7 +33,7 @@ from fd_dsa.ops._linear import joined
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.providers import device_name
 
-# what tells the tables of two rotary embeddings of one shape apart
+# fields in which two rotary embeddings of one shape may differ
 _OF_TABLE = ("rotary_dim", "max_position_embeddings", "base", "scaling_factor", "mscale")
 
 logger = logging.getLogger(__name__)

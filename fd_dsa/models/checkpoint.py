@@ -99,7 +99,7 @@ class Checkpoint:
         return name in self._infos
 
     def info(self, name: str) -> TensorInfo:
-        """Where a tensor lies, its dtype and shape.
+        """Dtype, shape and place of a tensor in its file.
 
         Raises:
             CheckpointError: there is no such tensor.

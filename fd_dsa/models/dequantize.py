@@ -22,7 +22,7 @@ _OWN_PAGES_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies.
+    """Dtype, shape and place of a tensor in a checkpoint.
 
     Attributes:
         name: Hugging Face name.

@@ -76,9 +76,9 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 class GuardMiddleware:
     """Refuses requests before their bodies are read, and bodies that are too long or too slow.
 
-    A POST is counted from the end of its body until its answer has been sent: a slow client takes
-    nobody's place. Routes find its body in `request.state.body`; they call
-    `ServerState.hold` when they ask for several outputs.
+    A POST is counted from the end of its body until its answer has been sent: a client that
+    sends slowly takes no place from others. Routes find its body in `request.state.body`; they
+    call `ServerState.hold` when they ask for several outputs.
 
     Args:
         app: the next application.

@@ -53,7 +53,7 @@ class TestWindows:
             assert list(own) == list(range(own[0], own[0] + len(own)))
 
     @pytest.mark.parametrize(
-        ("ids", "context", "lead", "told"),
+        ("ids", "context", "lead", "message"),
         [
             ([], 8, [0], "has 0 tokens; none of them"),
             ([5], 8, [], "has 1 tokens; none of them"),
@@ -61,9 +61,9 @@ class TestWindows:
         ],
     )
     def test_what_cannot_be_cut_is_refused(
-        self, ids: list[int], context: int, lead: list[int], told: str
+        self, ids: list[int], context: int, lead: list[int], message: str
     ) -> None:
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             cut(ids, context, lead)
 
 

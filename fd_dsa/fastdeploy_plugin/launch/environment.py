@@ -1,7 +1,7 @@
 """The environment in which FastDeploy's server runs, and what a child with it says of itself.
 
 The launcher's own environment stays as it is, and it never imports FastDeploy: that imports a whole
-engine, starts plug-ins and leaves files behind.
+engine, starts plug-ins and creates files.
 
 Source of the variables' meaning: `fastdeploy/envs.py` and `fastdeploy/plugins/utils.py` of
 PaddlePaddle/FastDeploy.

@@ -76,7 +76,7 @@ class CacheWriteParams:
             )
 
     def rope_width(self, kv_a: Any, cos_sin: Any) -> int:
-        """Values of a row of `kv_a` after the latent; 0 where nothing tells them apart."""
+        """Values of a row of `kv_a` after the latent; 0 where the width of neither is known."""
         if cos_sin is not None:
             return cos_sin.shape[1]  # type: ignore[no-any-return]
         if self.kv_cache_dtype == "fp8_ds_mla":
