@@ -229,6 +229,17 @@ def process_environment() -> dict[str, str]:
     return dict(os.environ)
 
 
+def format_address(host: str, port: object) -> str:
+    """`host:port`, IPv6 addresses in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def local_url(host: str, port: object) -> str:
+    """The URL under which this machine reaches a server that listens on `host`."""
+    local = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{format_address(local, port)}"
+
+
 def usable_cpus() -> int:
     """Number of processors that this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -58,7 +58,6 @@ class DeviceAttention:
 
     def __init__(self, config: DSABackendConfig, allocate: Allocate) -> None:
         self.config, self._allocate = config, allocate
-        self.block_size = config.cache_layout.block_size
         self._buffers: Buffers = {}
         self._take(_sizes(config))
         self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(_view, self._buffers))
@@ -68,7 +67,6 @@ class DeviceAttention:
         # the interpreter's tensors are in host memory
         kind = "interpreter" if kind == "cpu" else kind
         settle(kind)
-        self._select_slots = slot_selector(kind, allocate)
         self._scores = self._new_scores(kind)
         self._attention = self._new_attention(kind)
 
@@ -80,7 +78,7 @@ class DeviceAttention:
     def _new_scores(self, kind: str) -> PageScores:
         """What scores and chooses on a kind of device."""
         config, logits = self.config, self._buffers["logits"][0]
-        made = config, self._view, int(logits.shape[0]), self._select_slots
+        made = config, self._view, int(logits.shape[0]), slot_selector(kind, self._allocate)
         conditions = {TENSOR_CORE: why_not_tiles(config)}
         if choose("indexer_logits", kind, conditions).provider == TRITON:
             return PageScores(*made)
@@ -196,16 +194,7 @@ class DeviceAttention:
         num_tokens = step.position_ids.shape[0]
         width = rounded_length(step.max_seqlen_k, self.config.index_topk)
         slots = self._view("slots", num_tokens, width)
-        self._select_slots(
-            self._view("logits", 1, 1),
-            step.position_ids,
-            step.batch_id_per_token,
-            step.block_tables,
-            slots,
-            block_size=self.block_size,
-            num_blocks=cache.shape[0],
-            num_rows=num_tokens,
-        )
+        self._scores.choose(step, self._view("logits", 1, 1), cache, slots, num_rows=num_tokens)
         return slots
 
 

@@ -56,16 +56,20 @@ class PageScores:
         for first in range(0, num_tokens, rows):
             logits = self._logits(min(rows, num_tokens - first), stride, width)
             self._score(step, q, weights, cache, logits, first, rows)
-            self._select_slots(
-                logits,
-                step.position_ids,
-                step.batch_id_per_token,
-                step.block_tables,
-                slots,
-                block_size=self._block_size,
-                num_blocks=cache.shape[0],
-                first_token=first,
-            )
+            self.choose(step, logits, cache, slots, first_token=first)
+
+    def choose(self, step: ForwardMeta, logits: Any, cache: Any, slots: Any, **which: int) -> None:
+        """Fill rows of `slots` with the best keys by `logits`; `which` is for the selector."""
+        self._select_slots(
+            logits,
+            step.position_ids,
+            step.batch_id_per_token,
+            step.block_tables,
+            slots,
+            block_size=self._block_size,
+            num_blocks=cache.shape[0],
+            **which,
+        )
 
     def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
         """Distance between a step's rows of scores, their width, and tokens of a chunk."""

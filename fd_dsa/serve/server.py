@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import uvicorn
 
 from fd_dsa.engine.startup import StartupProgress
+from fd_dsa.environment import format_address, local_url
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.flag_values import signals_call
@@ -122,15 +123,9 @@ def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"{where}: {reason}{by}; {cure}")
 
 
-def format_address(host: str, port: int) -> str:
-    """`host:port`, IPv6 addresses in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def base_url(host: str, sock: socket.socket) -> str:
     """The URL under which a client on this machine reaches the socket."""
-    local = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{format_address(local, sock.getsockname()[1])}"
+    return local_url(host, sock.getsockname()[1])
 
 
 def curl_line(url: str, model: str, max_model_len: int, chat: bool) -> str:

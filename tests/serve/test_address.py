@@ -11,8 +11,9 @@ import socket
 
 import pytest
 
+from fd_dsa.environment import format_address
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.server import base_url, bind_socket, curl_line, format_address
+from fd_dsa.serve.server import base_url, bind_socket, curl_line
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pathlib import Path
 from signal import Signals
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import process_environment, switch
+from fd_dsa.environment import local_url, process_environment, switch
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin.launch.choice import INSTALL, fastdeploy_is_installed
 from fd_dsa.fastdeploy_plugin.launch.environment import (
@@ -106,8 +106,8 @@ def prepare(args: argparse.Namespace, passed: PassedFlags) -> Launch:
         command=(sys.executable, "-m", SERVER_MODULE, *words, *translated, *passed.arguments),
         environment=environment,
         warnings=tuple(warnings),
-        url=_local_url(host, known["--port"]),
-        metrics_url=f"{_local_url(host, known['--metrics-port'])}/metrics",
+        url=local_url(host, known["--port"]),
+        metrics_url=f"{local_url(host, known['--metrics-port'])}/metrics",
         model_name=str(known["--served-model-name"]),
         max_model_len=length,
     )
@@ -302,12 +302,6 @@ def _is_free(host: str, port: int) -> bool:
 def _family(host: str) -> socket.AddressFamily:
     """Of the interface's address."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def _local_url(host: str, port: object) -> str:
-    """The URL under which this machine reaches the server."""
-    local = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
 
 
 def _wait_until_ready(server: ServerProcess, url: str, logs: str, started: float) -> bool:
