@@ -17,17 +17,16 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import hashlib
 import json
 import os
-import random
-import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -77,8 +76,10 @@ class Mutant:
     line: int
     before: str
     after: str
-    function: str
     kernel: bool
+
+    def __str__(self) -> str:
+        return f"{self.path}  {self.before.strip()}  ->  {self.after.strip()}"
 
 
 def mutated(node: ast.AST) -> ast.AST | None:
@@ -133,7 +134,7 @@ def mutants_of(path: Path, text: str) -> list[Mutant]:
         after = before[: node.col_offset] + source + before[node.end_col_offset :]
         kernel = any("jit" in ast.unparse(d) for d in function.decorator_list)
         key = (line, node.col_offset, type(node).__name__)
-        mutant = Mutant(str(path), line, before, after, function.name, kernel)
+        mutant = Mutant(str(path), line, before, after, kernel)
         try:
             ast.parse("\n".join([*lines[: line - 1], after, *lines[line:]]))
         except SyntaxError:
@@ -149,7 +150,15 @@ def lines_of(tree: Path) -> Counter[str]:
 
 
 def draw(tree: Path, baseline: Path, seed: int, count: int) -> list[Mutant]:
-    """As many from each room, of lines that are once in either tree's package."""
+    """As many from each room, of lines that are once in either tree's package.
+
+    Those whose text has the smallest hash: a change elsewhere in the tree draws the same ones.
+    """
+
+    def rank(mutant: Mutant) -> str:
+        change = f"{seed} {mutant.before.strip()} {mutant.after.strip()}"
+        return hashlib.sha256(change.encode()).hexdigest()
+
     of_tree, of_baseline = lines_of(tree), lines_of(baseline)
     drawn = []
     for index, room in enumerate(ROOMS):
@@ -160,7 +169,7 @@ def draw(tree: Path, baseline: Path, seed: int, count: int) -> list[Mutant]:
             if of_tree[mutant.before.strip()] == of_baseline[mutant.before.strip()] == 1
         ]
         share = count // len(ROOMS) + (index < count % len(ROOMS))
-        drawn += random.Random(f"{seed} {room}").sample(candidates, min(share, len(candidates)))
+        drawn += sorted(candidates, key=rank)[:share]
     return drawn
 
 
@@ -302,55 +311,49 @@ class Trial:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.baseline = args, args.baseline or TREE
         self.mutants = draw(TREE, self.baseline, args.seed, args.count)
-        described = [asdict(mutant) for mutant in self.mutants]
-        state = json.loads(args.out.read_text()) if args.out.exists() else {}
-        if state.get("mutants") != described:
-            state = {"seed": args.seed, "mutants": described, "stages": {}}
-        self.state = state
+        # stage -> "tests" and "caught" -> mutant: what was found, whatever else has changed since
+        self.found = json.loads(args.out.read_text()) if args.out.exists() else {}
 
     def save(self) -> None:
         """Write what is known."""
         self.args.out.parent.mkdir(parents=True, exist_ok=True)
-        self.args.out.write_text(json.dumps(self.state, indent=1) + "\n")
+        self.args.out.write_text(json.dumps(self.found, indent=1) + "\n")
 
-    def stage(self, name: str, tree: Path, numbers: list[int], *options: str) -> list[int]:
+    def stage(self, name: str, tree: Path, mutants: list[Mutant], *options: str) -> list[Mutant]:
         """Put some mutants to the tests of a tree that `options` select; returns the survivors."""
-        if not numbers:
-            return []
         work = self.args.work
-        stage = self.state["stages"].setdefault(name, {"caught": {}})
-        if "tests" not in stage:
-            tests = record(tree, self.mutants, work / f"{name}-recorded", *options)
-            stage["tests"] = tests
+        found = self.found.setdefault(name, {"tests": {}, "caught": {}})
+        unknown = [m for m in mutants if str(m) not in found["tests"]]
+        if unknown:
+            tests = record(tree, unknown, work / f"{name}-recorded", *options)
+            found["tests"] |= {str(m): files for m, files in zip(unknown, tests, strict=True)}
             self.save()
+        left = [m for m in mutants if str(m) not in found["caught"]]
         copies: Queue[Path] = Queue()
-        for job in range(self.args.jobs):
+        for job in range(self.args.jobs if left else 0):
             copies.put(copy_of(tree, work / f"{name}-{job}"))
 
-        def try_one(number: int) -> None:
-            mutant, copied = self.mutants[number], copies.get()
-            tests = stage["tests"][number][: self.args.most]
+        def try_one(mutant: Mutant) -> None:
+            copied = copies.get()
+            tests = found["tests"][str(mutant)][: self.args.most]
             try:
                 noticed = caught(copied, mutant, tests, *options)
             finally:
                 copies.put(copied)
-            stage["caught"][str(number)] = noticed
+            found["caught"][str(mutant)] = noticed
             self.save()
-            change = re.sub(r"\s+", " ", f"{mutant.before.strip()}  ->  {mutant.after.strip()}")
-            verdict = "caught" if noticed else "missed"
-            print(f"{number:4} {name}: {verdict} {mutant.path}:{mutant.line}  {change}", flush=True)
+            print(f"{name}: {'caught' if noticed else 'missed'} {mutant}", flush=True)
 
-        left = [n for n in numbers if str(n) not in stage["caught"]]
         with ThreadPoolExecutor(self.args.jobs) as pool:
             list(pool.map(try_one, left))
-        return [n for n in numbers if not stage["caught"][str(n)]]
+        return [m for m in mutants if not found["caught"][str(m)]]
 
 
 def main() -> int:
     """Quick tests, slow ones, the baseline's; 1 if the baseline's catch what this tree's miss."""
     args = arguments()
     trial = Trial(args)
-    everything = list(range(len(trial.mutants)))
+    everything = trial.mutants
     missed = trial.stage("make test", TREE, everything, "-m", "not slow and not oracle")
     never = trial.stage("make test-all", TREE, missed, "-m", "slow or oracle")
     print(f"{len(everything)} mutants: {len(everything) - len(missed)} caught by make test, "
