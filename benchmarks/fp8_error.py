@@ -27,7 +27,7 @@ from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.factory import build_engine
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops.unchecked import prepare_indexer_query
+from fd_dsa.ops.query import prepare_on_host
 from tools.demo_training.evalset import read
 
 RESULT = RESULTS / "accuracy" / "fp8_cache.json"
@@ -86,7 +86,7 @@ class Shadowed(DSAAttentionBackend):
         # rotated already: a table of angles 0 leaves q as it is
         still = np.zeros((1, 2 * (q.shape[2] // 2)), np.float32)
         still[:, : q.shape[2] // 2] = 1.0
-        other_q, other_weights = prepare_indexer_query(
+        other_q, other_weights = prepare_on_host(
             as_numpy(q).copy(),
             weights,
             np.zeros(len(q), np.int64),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
@@ -145,6 +146,14 @@ def parity_mode() -> str:
     if missing:
         return f"from the committed goldens ({missing})"
     return f"live (torch {version('torch')}, transformers {version('transformers')}) and goldens"
+
+
+def pytest_collection_finish() -> None:
+    """Spare work of interpreted kernels, where a test module has kernels."""
+    if choose_triton_mode() and "triton.runtime.interpreter" in sys.modules:
+        from tests.quick_interpreter import hurry
+
+        hurry()
 
 
 def pytest_report_header() -> str:

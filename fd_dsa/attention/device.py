@@ -26,13 +26,15 @@ from fd_dsa.attention.device_scores import (
     tile_sizes,
 )
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
-from fd_dsa.ops import unchecked
 from fd_dsa.ops._host import check_shape
+from fd_dsa.ops.cache_write.triton_kernel import write_caches
 from fd_dsa.ops.logits import tile_forms
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.custom_op import choose_attention, kind_for
 from fd_dsa.ops.mla.triton_kernel import attend_slots
+from fd_dsa.ops.mla_query.triton_kernel import prepare_mla_query
 from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, TRITON, choose, device_kind, settle
+from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.views import Allocate
@@ -147,17 +149,17 @@ class DeviceAttention:
 
     def write(self, step: ForwardMeta, kv_a: Any, index_k: Any, cos_sin: Any, *caches: Any) -> None:
         """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""
-        unchecked.write_caches(kv_a, index_k, None, step.slot_mapping, cos_sin, *caches)
+        write_caches(kv_a, index_k, None, step.slot_mapping, cos_sin, *caches)
 
     def prepare_indexer_query(self, q: Any, *others: Any, **how: Any) -> tuple[Any, Any]:
         """See the operator, whose arguments these are; results are in `query_buffers`."""
         out = self.query_buffers(q.shape[0])
-        return unchecked.prepare_indexer_query(q, *others, out=out, **how)
+        return prepare_indexer_query(q, *others, out=out, **how)
 
     def prepare_mla_query(self, q_latent: Any, *others: Any) -> Any:
         """See the operator, whose arguments these are; the result is in `mla_query_buffer`."""
         out = self.mla_query_buffer(q_latent.shape[0])
-        return unchecked.prepare_mla_query(q_latent, *others, out)
+        return prepare_mla_query(q_latent, *others, out)
 
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
         """See DSAAttentionBackend.select; `cache` is the layer's indexer cache.

@@ -15,8 +15,8 @@ from fd_dsa.ops.cache_write.paddle_impl import store_keys
 from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
 from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 from fd_dsa.ops.providers import settle
+from fd_dsa.ops.query import prepare_on_host
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
-from fd_dsa.ops.unchecked import prepare_indexer_query
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.host_tensor import as_tensor
 
@@ -63,7 +63,7 @@ class HostAttention:
     ) -> tuple[Any, Any]:
         """See the operator, whose arguments these are; keys of full precision are only rotated."""
         if how["quantized"] or how["hadamard"]:
-            return prepare_indexer_query(q, weights, position_ids, cos_sin, **how)
+            return prepare_on_host(q, weights, position_ids, cos_sin, **how)
         rotate_(q[:, :, : cos_sin.shape[1]], cos_sin, interleaved=how["rope_interleave"])
         return q, weights
 

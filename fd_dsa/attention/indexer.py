@@ -10,7 +10,7 @@ from paddle import nn
 from fd_dsa.attention.layers import LayerNorm, WeightLoader, loads, zeros_parameter
 from fd_dsa.ops._gemm import HostMatrix, matrix
 from fd_dsa.ops._linear import linear
-from fd_dsa.ops.unchecked import project_indexer
+from fd_dsa.ops.providers import serving
 
 
 class Indexer(nn.Layer):
@@ -64,7 +64,8 @@ class Indexer(nn.Layer):
         weights, dim = self._weights[0], self.config.index_head_dim
         if not isinstance(weights, HostMatrix):
             out = backend.projection_buffers(hidden_states.shape[0])
-            return project_indexer(hidden_states, *weights, out=out)
+            project = serving("indexer_projection", hidden_states)
+            return project(hidden_states, *weights, out=out)  # type: ignore[no-any-return]
         both = weights.times(hidden_states)
         return both[:, :dim], both[:, dim:]
 

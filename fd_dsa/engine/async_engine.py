@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.host import (
     CHECK_FORM,
     SNAPSHOT,
@@ -18,7 +17,6 @@ from fd_dsa.engine.host import (
     Ask,
     End,
     EngineLink,
-    EngineThread,
     Event,
     Reply,
     Stop,
@@ -40,8 +38,7 @@ class AsyncEngine:
     set and every iterator ends with the error; nothing waits indefinitely.
 
     Args:
-        engine: an engine that no one else uses, which gets a thread of this process, or a link to
-            one in another process.
+        link: to an engine, which may be in another process.
 
     Attributes:
         errored: why the engine serves no more requests; None while it does.
@@ -50,9 +47,9 @@ class AsyncEngine:
         pid: of the process that the engine has to itself; None in this one.
     """
 
-    def __init__(self, engine: LLMEngine | EngineLink) -> None:
+    def __init__(self, link: EngineLink) -> None:
         """Keep the engine; `start` lets it run."""
-        self._link = EngineThread(engine) if isinstance(engine, LLMEngine) else engine
+        self._link = link
         self.errored: BaseException | None = None
         self.facts = self._link.facts
         self.tokenizer = self._link.tokenizer

@@ -238,28 +238,3 @@ class EngineHost:
             self._emit(Reply(command.key, error=error))
         else:
             self._emit(Reply(command.key, value))
-
-
-class EngineThread(EngineLink):
-    """A link to an engine in a thread of this process.
-
-    Args:
-        engine: used by no one else.
-    """
-
-    def __init__(self, engine: LLMEngine) -> None:
-        """Keep the engine; `start` starts the thread."""
-        self.facts = EngineFacts.of(engine)
-        self.tokenizer = engine.tokenizer
-        self._engine = engine
-        self._host: EngineHost | None = None
-
-    def start(self, receive: Callable[[Event], None]) -> None:
-        """See `EngineLink`."""
-        self._host = self._host or EngineHost(self._engine, receive)
-        self._start(self._host.run)
-
-    def post(self, command: Command) -> None:
-        """See `EngineLink`; nothing happens before `start`."""
-        if self._host is not None:
-            self._host.post(command)

@@ -18,7 +18,7 @@ from fd_dsa.errors import MissingStepError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
 from fd_dsa.ops.mla_query import prepare_mla_query
-from fd_dsa.ops.unchecked import prepare_indexer_query
+from fd_dsa.ops.providers import serving
 from fd_dsa.step.host_tensor import as_tensor
 
 # of FastDeploy's indexer: [max_model_len] each, on the device, and read by its own forward alone
@@ -80,7 +80,7 @@ class PluginIndexer:
             params = backend.norms_of(self.layer_id, None, self)
             backend.write_layer(None, index_k, table, params, self.layer_id, forward_meta)
         layout = backend.config.cache_layout
-        q, weights = prepare_indexer_query(
+        q, weights = serving("indexer_query", qr)(
             self.wq_b(qr).reshape([-1, self.index_n_heads, self.index_head_dim]),
             weights,
             step.position_ids,

@@ -18,7 +18,7 @@ from typing import Any
 from fd_dsa.attention import CacheLayout
 from fd_dsa.ops._host import dtype_name, on_device, readable
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.unchecked import project_indexer
+from fd_dsa.ops.providers import serving
 
 K_NORM_EPS = 1e-6
 """Of the indexer's key norm, whatever the model's `rms_norm_eps`, as in DeepSeek's own code."""
@@ -68,7 +68,8 @@ class IndexerProjections:
             linear.weight.detach() if copy is None else copy
             for linear, copy in zip(self._linears, self._copies, strict=True)
         )
-        return project_indexer(hidden_states, wk, weights_proj, out)
+        project = serving("indexer_projection", hidden_states)
+        return project(hidden_states, wk, weights_proj, out)  # type: ignore[no-any-return]
 
     def two_gemms(self, hidden_states: Any) -> tuple[Any, Any]:
         """The same by FastDeploy's layers."""

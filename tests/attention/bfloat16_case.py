@@ -21,7 +21,7 @@ from fd_dsa.ops.cache_write.paddle_impl import write_caches as cpu_cache_write
 from fd_dsa.ops.mla_query import prepare_mla_query
 from fd_dsa.ops.mla_query import prepare_on_host as cpu_mla_query
 from fd_dsa.ops.query import prepare_on_host as cpu_indexer_query
-from fd_dsa.ops.unchecked import prepare_indexer_query
+from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES

@@ -11,6 +11,7 @@ import pytest
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.sampling_params import SamplingParams
 from tests.engine.fakes import expected_greedy, make_engine
+from tests.engine.threaded import EngineThread, threaded
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 # more than is computed before a starved test comes to end it
@@ -43,7 +44,7 @@ class StartedEngine(AsyncEngine):
         self.inner = make_engine(max_model_len=100_000, num_blocks=30_000)
         self.inner.runner = GatedRunner(self.inner.runner)
         self.stats = self.inner.stats
-        super().__init__(self.inner)
+        super().__init__(EngineThread(self.inner))
         self.start()
 
 
@@ -245,7 +246,7 @@ def test_an_event_loop_that_dies_does_not_keep_its_requests(engine):
 
 
 def test_an_engine_that_was_not_started_says_so():
-    engine = AsyncEngine(make_engine())
+    engine = threaded(make_engine())
     assert not engine.is_running
     with pytest.raises(RuntimeError, match=r"call start\(\) first"):
         run(collect(engine, [2], GREEDY))

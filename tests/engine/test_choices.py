@@ -7,11 +7,11 @@ from contextlib import aclosing
 
 import pytest
 
-from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.llm import LLM
 from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from tests.engine.fakes import make_engine, run_all
+from tests.engine.threaded import threaded
 
 PROMPT = [2 + i % 30 for i in range(18)]
 
@@ -144,7 +144,7 @@ def test_the_async_engine_ends_one_output_and_its_iterator_goes_on():
             outputs.append(output)
         return by_index(outputs)
 
-    engine = AsyncEngine(make_engine(max_model_len=512, num_blocks=256))
+    engine = threaded(make_engine(max_model_len=512, num_blocks=256))
     engine.start()
     outputs = asyncio.run(collect(engine))
     engine.stop()
@@ -160,7 +160,7 @@ def test_leaving_the_async_engine_s_iterator_ends_all_outputs():
                     return
 
     inner = make_engine()
-    engine = AsyncEngine(inner)
+    engine = threaded(inner)
     engine.start()
     asyncio.run(leave(engine))
     engine.stop()

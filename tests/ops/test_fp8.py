@@ -18,7 +18,7 @@ from fd_dsa.ops._rope import hadamard
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_gathered, score_paged
 from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
-from fd_dsa.ops.unchecked import prepare_indexer_query
+from fd_dsa.ops.query import prepare_on_host as prepare_indexer_query
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.fp8_goldens import NAMES, Golden

@@ -10,10 +10,10 @@ from typing import Any
 import orjson
 import pytest
 
-from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.serve import body as body_module
 from fd_dsa.serve.body import MAX_DEPTH
 from tests.engine.fakes import make_engine
+from tests.engine.threaded import threaded
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete, error_of
@@ -239,7 +239,7 @@ COUNTED: list[tuple[str, dict[str, Any], int, str]] = [
 def test_scores_of_an_answer(path: str, fields: dict[str, Any], count: int, param: str) -> None:
     asked = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [HI]}
     for limit in (count, count - 1):
-        with running(AsyncEngine(make_engine(chats=True)), max_answer_scores=limit) as live:
+        with running(threaded(make_engine(chats=True)), max_answer_scores=limit) as live:
             answer = live.http.post(path, json={**asked, **SCORED, **fields})
             if limit == count:
                 assert answer.status_code == 200, answer.text

@@ -24,6 +24,7 @@ from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import FdDsaError
 from fd_dsa.serve.engine_process import EngineProcess
 from tests.engine.fakes import make_engine, run_all
+from tests.engine.threaded import threaded
 from tests.serve.conftest import wait_until
 from tests.serve.processes import child_of
 
@@ -96,13 +97,13 @@ def test_outputs_are_those_of_the_engine_itself() -> None:
     for params in REQUESTS:
         direct.add_request("r", prompt, params)
         expected.append(run_all(direct)["r"])
-    inside = AsyncEngine(make_engine(**SIZES))
+    inside = threaded(make_engine(**SIZES))
     inside.start()
-    threaded = run(outputs_of(inside))
+    in_thread = run(outputs_of(inside))
     inside.stop()
     with process_of(BODY) as engine:
         processed = run(outputs_of(engine))
-    for all_outputs in (threaded, processed):
+    for all_outputs in (in_thread, processed):
         for outputs, twins in zip(all_outputs, expected, strict=True):
             assert shown(outputs) == shown(twins)
             assert outputs[-1].finished

@@ -12,12 +12,12 @@ import numpy as np
 import orjson
 import pytest
 
-from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.serve.logprobs import chat_logprobs, completion_logprobs
 from tests.engine.fakes import expected_greedy, make_engine
 from tests.engine.test_engine import find_eos_prompt, letters
 from tests.engine.test_logprobs import ref_logprobs
+from tests.engine.threaded import threaded
 from tests.serve.conftest import Live, chunks_of, running
 from tests.serve.test_errors import complete, error_of
 
@@ -28,7 +28,7 @@ NAMES = ["<bos>", "<eos>", *letters(range(2, 40))]
 @pytest.fixture(scope="module")
 def letters_live() -> Iterator[Live]:
     """A server over the fake model, whose tokens are single letters."""
-    with running(AsyncEngine(make_engine(chats=True))) as live:
+    with running(threaded(make_engine(chats=True))) as live:
         yield live
 
 

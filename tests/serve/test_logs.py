@@ -19,6 +19,7 @@ from fd_dsa.serve import server as server_module
 from fd_dsa.serve.logs import JsonFormatter, RepeatFilter
 from fd_dsa.serve.metrics import log_while_busy
 from tests.engine.fakes import make_engine
+from tests.engine.threaded import threaded
 from tests.serve.conftest import exchange, held_port, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.processes import FAKE, TIMEOUT_S, serving, started
@@ -32,7 +33,7 @@ def request_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 
 def test_each_output_that_ends_is_a_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    with running(AsyncEngine(make_engine()), log_requests=True) as live:
+    with running(threaded(make_engine()), log_requests=True) as live:
         fields = {"max_tokens": 4, "ignore_eos": True}
         complete(live, prompt=[[5, 6, 7], [8]], **fields)
         lines = request_lines(caplog)
@@ -194,7 +195,7 @@ def test_a_line_while_busy_and_none_while_idle(
         wait_until(lambda: len(looks) >= wanted)
         return [line for line in caplog.messages if line.startswith("running ")]
 
-    with running(AsyncEngine(make_engine())) as live:
+    with running(threaded(make_engine())) as live:
         assert lines_after(0) == []
         complete(live, prompt=[5 + i % 30 for i in range(18)], max_tokens=8, ignore_eos=True)
         # the interval in which the last step ended has its line; then there are no more

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.runner.counters import Histogram
 from tests.engine.fakes import make_engine
+from tests.engine.threaded import threaded
 from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
 from tests.serve.test_errors import complete
 
@@ -63,7 +63,7 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 
 def test_all_names_are_there_before_the_first_request() -> None:
-    with running(AsyncEngine(make_engine())) as live:
+    with running(threaded(make_engine())) as live:
         samples = scrape(live)
         for name in (*GAUGES, *COUNTERS):
             assert samples[name], name
@@ -80,7 +80,7 @@ def test_all_names_are_there_before_the_first_request() -> None:
 
 
 def test_counts_are_those_of_the_requests() -> None:
-    with running(AsyncEngine(make_engine())) as live:
+    with running(threaded(make_engine())) as live:
         usages = []
         for number in range(5):
             prompt = [5 + number, *range(6, 6 + 3 * number)]
@@ -109,7 +109,7 @@ def test_counts_are_those_of_the_requests() -> None:
 
 def test_prefix_hits_and_load() -> None:
     engine = make_engine()
-    with running(AsyncEngine(engine)) as live:
+    with running(threaded(engine)) as live:
         prompt = [5 + i % 30 for i in range(18)]
         cached = [
             complete(live, prompt=prompt, max_tokens=2).json()["usage"]["prompt_tokens_details"]
@@ -150,7 +150,7 @@ def held(engine: Any) -> tuple[threading.Event, threading.Event]:
 def test_preempted_requests_have_an_interval_for_each_token_too() -> None:
     engine = make_engine(num_blocks=16)
     _, opened = held(engine)
-    with running(AsyncEngine(engine)) as live:
+    with running(threaded(engine)) as live:
         threads = [
             threading.Thread(
                 target=complete,

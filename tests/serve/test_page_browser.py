@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.factory import build_engine
 from tests.chat.recorded import TOOLS
+from tests.engine.threaded import threaded
 from tests.serve.chromium import CHROMIUM, Tab, open_tab
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
@@ -256,7 +256,7 @@ def _background(tab: Tab) -> str:
 
 def test_the_choice_of_the_indexer_is_drawn(tmp_path: Path) -> None:
     config = EngineConfig(max_model_len=512, max_num_seqs=4, index_topk=16)
-    engine = AsyncEngine(build_engine(config))
+    engine = threaded(build_engine(config))
     with running(engine) as live, open_tab(tmp_path) as tab:
         tab.open(f"{live.url}/")
         tab.wait_for("$('model').textContent === 'demo'")

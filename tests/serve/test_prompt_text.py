@@ -9,11 +9,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.tokenizer import Tokenizer
 from tests.chat.recorded import TOOLS
 from tests.engine import byte_model
 from tests.engine.fakes import make_engine
+from tests.engine.threaded import threaded
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete, error_of
@@ -90,7 +90,7 @@ def test_by_default_a_text_has_sixteen_bytes_for_each_token(live: Live) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
 def test_a_text_of_too_many_tokens_is_not_counted_to_its_end(path: str) -> None:
-    with running(AsyncEngine(byte_model.make_engine()), max_prompt_bytes=10**6) as live:
+    with running(threaded(byte_model.make_engine()), max_prompt_bytes=10**6) as live:
         error = error_of(live.http.post(path, json={"prompt": "word " * 100_000}), 400)
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
         assert "or more tokens, max_model_len is 512" in error["message"]
@@ -98,7 +98,7 @@ def test_a_text_of_too_many_tokens_is_not_counted_to_its_end(path: str) -> None:
 
 def test_probes_are_answered_while_a_long_text_is_tokenized() -> None:
     """With a tokenizer that is real: only its GIL shows what a thread is worth."""
-    with running(AsyncEngine(byte_model.make_engine()), max_prompt_bytes=1 << 22) as live:
+    with running(threaded(byte_model.make_engine()), max_prompt_bytes=1 << 22) as live:
         # one word, so that it cannot be cut
         body = {"prompt": "a" * 3_000_000}
         answers = []
@@ -129,7 +129,7 @@ def test_bad_words_are_not_tokenized_by_the_engines_thread(monkeypatch: pytest.M
 
     for name in ("encode", "encode_all"):
         monkeypatch.setattr(Tokenizer, name, recorded(name))
-    with running(AsyncEngine(make_engine())) as live:
+    with running(threaded(make_engine())) as live:
         fields = {"prompt": [[5, 6], [7]], "max_tokens": 30, "temperature": 0, "ignore_eos": True}
         plain = [choice["text"] for choice in complete(live, **fields).json()["choices"]]
         words = [plain[0][3:6], plain[1][5:6]]

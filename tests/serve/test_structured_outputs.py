@@ -13,9 +13,9 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from fd_dsa.engine.async_engine import AsyncEngine
 from tests.engine.byte_model import TOKENIZER, make_engine
 from tests.engine.test_grammar import SCHEMA
+from tests.engine.threaded import threaded
 from tests.serve.conftest import Live, running
 from tests.serve.test_errors import complete, error_of
 
@@ -25,7 +25,7 @@ MESSAGES: Any = [{"role": "user", "content": "a thing"}]
 @pytest.fixture(scope="module")
 def bytes_live() -> Iterator[Live]:
     """A server over a fake model whose tokens are bytes."""
-    with running(AsyncEngine(make_engine())) as live:
+    with running(threaded(make_engine())) as live:
         yield live
 
 
@@ -98,7 +98,7 @@ def test_a_form_begins_behind_the_reasoning() -> None:
         "n": 8,
         "seed": 1,
     }
-    with running(AsyncEngine(make_engine()), reasoning_parser="deepseek_v3") as live:
+    with running(threaded(make_engine()), reasoning_parser="deepseek_v3") as live:
         for form in ({"guided_regex": "[ab]{3}"}, {"guided_choice": ["aab", "bba"]}):
             answer = live.http.post("/v1/chat/completions", json={**body, **form})
             found = [c for c in answer.json()["choices"] if c["finish_reason"] == "stop"]
@@ -153,7 +153,7 @@ def test_without_the_library_a_form_is_refused_with_the_cure(
         lambda name: None if name == "llguidance" else find_spec(name),
     )
     # of its own: the other server has compiled the form before
-    with running(AsyncEngine(make_engine())) as live:
+    with running(threaded(make_engine())) as live:
         error = error_of(complete(live, response_format={"type": "json_object"}), 400)
         assert error["param"] == "response_format"
         assert "pip install 'fd_dsa[structured]'" in error["message"]

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from fd_dsa.config import EngineConfig, demo_model_path
-from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.factory import build_engine
 from tests.engine.fakes import make_engine
+from tests.engine.threaded import threaded
 from tests.serve.conftest import Live, chunks_of, running
 
 TOPK = 8
@@ -24,7 +24,7 @@ CHAT = {**ASKING, "messages": [{"role": "user", "content": "What is the capital 
 def demo() -> Iterator[Live]:
     """The demo model, its indexer choosing 8 keys."""
     config = EngineConfig(max_model_len=256, max_num_seqs=4, index_topk=TOPK)
-    with running(AsyncEngine(build_engine(config))) as live:
+    with running(threaded(build_engine(config))) as live:
         yield live
 
 
@@ -79,7 +79,7 @@ def test_completions_of_several_prompts_and_choices(demo: Live) -> None:
 
 
 def test_a_server_that_cannot_tell_says_so() -> None:
-    with running(AsyncEngine(make_engine())) as live:
+    with running(threaded(make_engine())) as live:
         reply = post(live, "/v1/completions", {**ASKING, "prompt": [5, 6]})
     assert reply.status_code == 400
     error = reply.json()["error"]

@@ -10,8 +10,8 @@ import openai
 import pytest
 
 import fd_dsa
-from fd_dsa.engine.async_engine import AsyncEngine
 from tests.engine.fakes import EOS, byte_tokenizer, expected_greedy, make_engine
+from tests.engine.threaded import threaded
 from tests.serve.conftest import chunks_of, running, wait_until
 from tests.serve.test_errors import complete, error_of
 
@@ -24,7 +24,7 @@ def expected_text(prompt: list[int], num_tokens: int) -> str:
 
 
 def test_answers_are_those_of_the_model() -> None:
-    with running(AsyncEngine(make_engine())) as live:
+    with running(threaded(make_engine())) as live:
         prompts = [[5, 6, 7], [9], [30, 31]]
         answer = complete(live, prompt=prompts, **GREEDY).json()
         texts = [choice["text"] for choice in answer["choices"]]
@@ -36,7 +36,7 @@ def test_answers_are_those_of_the_model() -> None:
 
 
 def test_refusals_of_the_engine_are_bad_requests() -> None:
-    with running(AsyncEngine(make_engine(num_blocks=8, max_model_len=64))) as live:
+    with running(threaded(make_engine(num_blocks=8, max_model_len=64))) as live:
         for prompt in ([5, 10**30], [-1], [40], []):
             assert error_of(complete(live, prompt=prompt), 400)["param"] == "prompt"
         error = error_of(complete(live, prompt=[5] * 20, max_tokens=40), 400)
@@ -47,7 +47,7 @@ def test_refusals_of_the_engine_are_bad_requests() -> None:
 def test_the_reason_to_stop_is_named_as_in_vllm() -> None:
     tokens = expected_greedy([5, 6, 7], 12)
     text = byte_tokenizer().decode(tokens[:3])
-    with running(AsyncEngine(make_engine())) as live:
+    with running(threaded(make_engine())) as live:
         fields = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 12}
         for more, reason in (
             ({"stop": [text]}, text),
@@ -67,7 +67,7 @@ def test_the_reason_to_stop_is_named_as_in_vllm() -> None:
 
 
 def test_parameters_that_exclude_every_token_are_bad_requests() -> None:
-    with running(AsyncEngine(make_engine())) as live:
+    with running(threaded(make_engine())) as live:
         fields = {"prompt": [5], "bad_words_token_ids": list(range(40))}
         assert "bad_words" in error_of(complete(live, **fields), 400)["message"]
         with pytest.raises(openai.APIError, match="bad_words"):
@@ -90,7 +90,7 @@ def cached_tokens(answer: dict[str, Any]) -> int:
 def test_usage_tells_what_was_cached_and_salts_keep_apart() -> None:
     prompt = [5 + i % 30 for i in range(18)]
     engine = make_engine()
-    with running(AsyncEngine(engine)) as live:
+    with running(threaded(engine)) as live:
         fields = {"prompt": prompt, "max_tokens": 4}
         found = [
             cached_tokens(complete(live, **fields, cache_salt=salt).json())
@@ -112,7 +112,7 @@ def test_usage_tells_what_was_cached_and_salts_keep_apart() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_drain_ends_running_requests_with_abort(stream: bool) -> None:
     inner = make_engine(max_model_len=100_000, num_blocks=25_001)
-    with running(AsyncEngine(inner)) as live:
+    with running(threaded(inner)) as live:
         state = live.state
 
         async def ask_and_drain() -> str:

@@ -24,13 +24,13 @@ import httpx
 from fastapi import FastAPI
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.heaps import share_heaps
 from fd_dsa.serve.state import ServerState
+from tests.engine.threaded import threaded
 from tests.soak import report
 from tests.soak.audit import audit, running_requests
 from tests.soak.checking_runner import EOS, CheckingRunner
@@ -151,7 +151,7 @@ def run(first: int, count: int) -> Counter[str]:
     """Start an application, send the requests, and see that nothing is left over."""
     engine = make_engine()
     state = ServerState(["demo"])
-    state.loaded_engine = AsyncEngine(engine)
+    state.loaded_engine = threaded(engine)
     state.loaded_engine.start()
     app = create_app(state)
 

@@ -11,7 +11,7 @@ import pytest
 
 from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.triton_runtime import INTERPRETING, paddle_jit
-from fd_dsa.triton_runtime.interpreter import repair
+from tests.quick_interpreter import hurry
 
 import triton
 import triton.language as tl
@@ -173,7 +173,7 @@ def test_sums_that_are_too_large_wrap_as_on_a_device() -> None:
 
 
 def test_types_of_one_shape_share_it() -> None:
-    repair()
+    hurry()
     first, second = tl.block_type(tl.int32, [2, 4]), tl.block_type(tl.int32, (2, 4))
     assert first.shape is second.shape and first == second
     assert first != tl.block_type(tl.int32, [4, 2])

@@ -7,7 +7,6 @@ from typing import Any
 
 from fd_dsa.config import FP8_BLOCK_SIZE
 from fd_dsa.errors import ConfigError, ShapeError
-from fd_dsa.ops import unchecked
 from fd_dsa.ops._fp8 import (
     INDEX_RECORD_BYTES,
     INDEX_WIDTH,
@@ -17,7 +16,7 @@ from fd_dsa.ops._fp8 import (
     check_scale_fmt,
 )
 from fd_dsa.ops._host import check_array, check_dtype, check_rope, check_shape
-from fd_dsa.ops.providers import activation_dtypes
+from fd_dsa.ops.providers import activation_dtypes, serving
 
 __all__ = ["CacheWriteParams", "write_caches"]
 
@@ -168,4 +167,4 @@ def write_caches(
             if norm is not None:
                 check_array(_NAME, argument, norm, (index_k.shape[1],), ("float32",))
     arguments = kv_a, index_k, position_ids, slot_mapping, cos_sin_cache, latent_cache, index_cache
-    unchecked.write_caches(*arguments, params)
+    serving("cache_write", slot_mapping)(*arguments, params)

@@ -1,4 +1,4 @@
-"""The indexer's projections of the hidden states, `fd_dsa.ops.unchecked.project_indexer`.
+"""The indexer's projections of the hidden states; it has no public form with checks.
 
 index_k = hidden_states @ wk, weights = hidden_states @ weights_proj; one launch on a device
 

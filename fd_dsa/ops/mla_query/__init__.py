@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops import unchecked
 from fd_dsa.ops._host import (
     as_numpy,
     check_array,
@@ -17,7 +16,7 @@ from fd_dsa.ops._host import (
     dtype_name,
 )
 from fd_dsa.ops._rope import cos_sin_of, rotate_
-from fd_dsa.ops.providers import activation_dtypes
+from fd_dsa.ops.providers import activation_dtypes, serving
 
 __all__ = ["prepare_mla_query"]
 
@@ -67,7 +66,7 @@ def prepare_mla_query(
     check_shape(_NAME, "cos_sin_cache", cos_sin_cache, (None, rope_dim))
     if out is not None:
         check_array(_NAME, "out", out, (num_tokens, num_heads, rank + rope_dim), same)
-    return unchecked.prepare_mla_query(q_latent, q_pe, position_ids, cos_sin_cache, out)
+    return serving("mla_query", q_latent)(q_latent, q_pe, position_ids, cos_sin_cache, out)
 
 
 def prepare_on_host(

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops import unchecked
 from fd_dsa.ops._fp8 import (
     INDEX_WIDTH,
     absolute_maximum,
@@ -29,7 +28,7 @@ from fd_dsa.ops._host import (
 )
 from fd_dsa.ops._rope import cos_sin_of, rotate_
 from fd_dsa.ops._rope import hadamard as hadamard_rotated
-from fd_dsa.ops.providers import activation_dtypes, device_kind
+from fd_dsa.ops.providers import activation_dtypes, device_kind, serving
 
 __all__ = ["indexer_query"]
 
@@ -103,7 +102,7 @@ def indexer_query(
         codes = ("float32", "uint8") if len(dtypes) == 1 else ("uint8", "float8_e4m3fn")
         check_array(_NAME, "out[0]", out[0], shape, codes if quantized else dtypes)
         check_array(_NAME, "out[1]", out[1], shape[:2], ("float32",))
-    return unchecked.prepare_indexer_query(
+    return serving("indexer_query", q)(  # type: ignore[no-any-return]
         # NumPy's form works in the memory of the query
         as_numpy(q).copy() if device_kind(q) == "cpu" else q,
         weights,

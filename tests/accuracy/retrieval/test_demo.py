@@ -10,8 +10,8 @@ import pytest
 
 from fd_dsa.accuracy.cli import main
 from fd_dsa.config import EngineConfig, demo_model_path
-from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.factory import build_engine
+from tests.engine.threaded import threaded
 from tests.serve.conftest import Live, running
 
 
@@ -19,7 +19,7 @@ from tests.serve.conftest import Live, running
 def demo() -> Iterator[Live]:
     """A server with the demo model."""
     config = EngineConfig(demo_model_path(), num_gpu_blocks_override=128, max_num_seqs=8)
-    with running(AsyncEngine(build_engine(config)), ("demo_model",)) as live:
+    with running(threaded(build_engine(config)), ("demo_model",)) as live:
         yield live
 
 

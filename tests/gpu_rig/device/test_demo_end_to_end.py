@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fd_dsa import LLM, SamplingParams
-from fd_dsa.ops import unchecked
-from fd_dsa.ops.unchecked import write_caches
+from fd_dsa.attention import device
+from fd_dsa.ops.cache_write import write_caches
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
 from tests.demo.samples import LEADING_PROMPTS, SHORT_PROMPTS
@@ -131,7 +131,7 @@ def test_every_write_leaves_the_bytes_of_the_cpu(
     with demo(demo_folder, device_of(rig), kv_cache_dtype, rig.is_real, enforce_eager=True) as llm:
         num_layers = llm._open_engine().runner.model.config.num_hidden_layers
         # only now: the warm-up reads slots that nobody has written, and any NaN may come of that
-        monkeypatch.setattr(unchecked, "write_caches", replay)
+        monkeypatch.setattr(device, "write_caches", replay)
         watched_logits(llm, steps.append)
         greedy(llm, rig.is_real)
     assert replay.num_writes == num_layers * len(steps)
