@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page.write_text(filled(text), "utf-8")
         print(f"{page.relative_to(ROOT)}: {', '.join(regions(text))}")
     if find_spec("matplotlib") is None:
-        print("plots left as they are: matplotlib is not installed (extra `bench`)")
+        print("plots left as they are: matplotlib is not installed (extra `dev`)")
         return 0
     from benchmarks.plots import picture
 

@@ -44,7 +44,7 @@ ONLY_IN = {
     "nltk": ("accuracy",),
     "langdetect": ("accuracy",),
     "llguidance": ("engine",),
-    "matplotlib": ("client",),
+    "matplotlib": (),
     "torch": (),
     "transformers": (),
 }

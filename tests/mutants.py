@@ -281,7 +281,7 @@ def caught(tree: Path, mutant: Mutant, tests: list[str], *options: str) -> bool:
     path.write_text("\n".join(lines))
     try:
         # 5: no test was selected
-        return run_tests(tree, tests, "-x", *options, limit=1800) not in (0, 5)
+        return run_tests(tree, tests, "-x", *options, limit=900) not in (0, 5)
     finally:
         path.write_text(text)
 

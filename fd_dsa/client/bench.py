@@ -20,7 +20,7 @@ from fd_dsa.client.load import Sender
 from fd_dsa.client.own_server import server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.report import as_json, show
-from fd_dsa.client.timing import Timing, measure, plot, summarise, tables
+from fd_dsa.client.timing import Timing, measure, summarise, tables
 from fd_dsa.errors import ConfigError, RemoteError, unwritable
 from fd_dsa.serve.flag_values import Parser, add_numbers, exit_status, number, reader
 
@@ -69,7 +69,6 @@ def build_parser() -> Parser:
         help="requests in flight (default: no limit)",
     )
     parser.add_argument("--output", metavar="FILE", help="write all figures as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="write their distributions as SVG")
     return parser
 
 
@@ -92,12 +91,9 @@ def _main(arguments: list[str]) -> int:
     args, passed = build_parser().parse_args(arguments[:place]), arguments[place + 1 :]
     if args.base_url is not None and passed:
         raise ConfigError("flags after --: they are for a server of our own; leave --base-url out")
-    for path in (args.output, args.plot):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ConfigError(f"{path}: the folder does not exist; make it first")
-    if args.plot is not None:
-        # before an hour of measuring, not after it
-        plot([], "")
+    # before an hour of measuring, not after it
+    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
+        raise ConfigError(f"{args.output}: the folder does not exist; make it first")
     with server_at(args.base_url, args.serve or None, passed, "--serve") as base_url:
         info = examine_server(base_url, args.model)
         total = args.random_input_len + args.random_output_len
@@ -179,17 +175,8 @@ def _report(
             "result": result,
             "requests": [asdict(timing) for timing in timings],
         }
-        _write("--output", args.output, as_json(report))
-    if args.plot is not None:
-        lengths = f"{args.random_input_len} + {args.random_output_len} tokens"
-        title = f"{info.model}: {args.num_prompts} requests of {lengths}"
-        _write("--plot", args.plot, plot(timings, title))
+        try:
+            Path(args.output).write_text(as_json(report), "utf-8")
+        except OSError as error:
+            raise unwritable("--output", args.output, error) from error
     return 0 if result["failed"] == 0 else 1
-
-
-def _write(flag: str, path: str, text: str) -> None:
-    """Write a file that a flag names."""
-    try:
-        Path(path).write_text(text, "utf-8")
-    except OSError as error:
-        raise unwritable(flag, path, error) from error

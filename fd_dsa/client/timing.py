@@ -1,8 +1,7 @@
-"""The times of every token of streamed completions, and the figures, table and plot of them."""
+"""The times of every token of streamed completions, and the figures and table of them."""
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
@@ -16,7 +15,7 @@ import numpy as np
 from fd_dsa.client.load import FailedAttempt, Request, Sender
 from fd_dsa.client.remote import read_event
 from fd_dsa.client.report import Table
-from fd_dsa.errors import BackendUnavailable, RemoteError
+from fd_dsa.errors import RemoteError
 
 
 @dataclass(frozen=True)
@@ -182,32 +181,3 @@ def tables(result: Mapping[str, Any]) -> list[str | Table]:
         Table("", ("run", ""), counts),
         Table("", ("latency, ms", *columns), tuple(rows)),
     ]
-
-
-def plot(timings: Sequence[Timing], title: str) -> str:
-    """SVG: for each latency, the share of requests or tokens that took at most so long.
-
-    Raises:
-        BackendUnavailable: matplotlib is missing.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendUnavailable(
-            "--plot needs matplotlib; install fd_dsa[bench], or leave --plot out"
-        ) from error
-    with matplotlib.rc_context({"svg.hashsalt": "fd_dsa", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(9, 2.6 * 2), layout="constrained")
-        figure.suptitle(title, fontsize=10)
-        panels = figure.subplots(2, 2).ravel()
-        for axes, (name, values) in zip(panels, samples(timings).items(), strict=True):
-            shares = np.arange(1, len(values) + 1) / max(1, len(values))
-            axes.step(np.sort(values), shares, where="post")
-            axes.set_title(LATENCIES[name], fontsize=9)
-            axes.set_xlabel("ms")
-            axes.set_ylim(0, 1.02)
-            axes.set_xlim(left=0)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-        return out.getvalue()

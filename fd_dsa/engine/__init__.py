@@ -5,9 +5,9 @@ from __future__ import annotations
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.llm import LLM
+from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 

@@ -21,10 +21,9 @@ from fd_dsa.engine.host import (
     Reply,
     Stop,
 )
-from fd_dsa.engine.metrics import EngineMetrics
+from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import Added, OutputState, RequestOutput, take_added
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 
 _JOIN_TIMEOUT_S = 30.0

@@ -16,7 +16,7 @@ from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
-from fd_dsa.engine.metrics import EngineMetrics
+from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import (
     ConstraintError,
     FinishReason,
@@ -28,7 +28,6 @@ from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler, derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
-from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
 

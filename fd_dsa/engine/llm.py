@@ -11,9 +11,9 @@ from typing import Any, Literal, overload
 from fd_dsa.chat.parser import AUTO, AnswerFormat, find_tool_format, has_reasoning
 from fd_dsa.chat.template import RESERVED
 from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -99,30 +99,6 @@ class LLM:
         params = _params_for(len(token_ids), sampling_params, default)
         return self._run(token_ids, params, stream)
 
-    @overload
-    def chat(
-        self,
-        messages: Conversations,
-        sampling_params: Params = None,
-        stream: Literal[False] = False,
-        *,
-        tools: Sequence[Message] | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[RequestOutput]: ...
-
-    @overload
-    def chat(
-        self,
-        messages: Conversations,
-        sampling_params: Params = None,
-        *,
-        stream: Literal[True],
-        tools: Sequence[Message] | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[RequestOutput]: ...
-
     def chat(
         self,
         messages: Conversations,
@@ -132,8 +108,8 @@ class LLM:
         tools: Sequence[Message] | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[RequestOutput] | Iterator[RequestOutput]:
-        """Answer one conversation or several, through the model's chat template.
+    ) -> Any:
+        """Answer one conversation or several, through the model's chat template; as `generate`.
 
         The text of an answer is what the model writes: reasoning and calls are in it with their
         markers, and `fd_dsa.chat.parser.OutputParser` takes them apart.

@@ -1,4 +1,4 @@
-"""What happened to requests: counts and times, for callers that watch the engine.
+"""What an engine has done and holds, for callers that watch it.
 
 Nothing is done for each token: requests that decode have all got their token at the end of the
 step before, so one interval counts for all of them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fd_dsa.engine.request import Request
 from fd_dsa.runner.counters import Histogram, StepCounters
@@ -25,6 +26,38 @@ _REQUEST_S = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0),
     *(60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the start, and the present load.
+
+    Attributes:
+        kv_cache_usage: share of the cache blocks in use, 0 to 1; blocks that are only kept for
+            later requests are not in use.
+        prompt_tokens: of all requests that have come.
+        computed_prompt_tokens: tokens that steps computed before a request's next token was due:
+            prompts after their cached beginnings, and what a preempted request computes again.
+        prefix_cache_queries: prompt tokens looked for in the prefix cache, each request counted
+            when it first runs.
+        prefix_cache_hits: those of them that were there.
+        host_time_s, runner_time_s: seconds spent in steps, outside and inside the runner.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    kv_cache_usage: float = 0.0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    computed_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    host_time_s: float = 0.0
+    runner_time_s: float = 0.0
 
 
 class EngineMetrics:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from fd_dsa.engine.block_manager import BlockManager
+from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.step_times import StepTimes
 from fd_dsa.runner.input_batch import InputBatch
 

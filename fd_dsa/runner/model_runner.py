@@ -13,6 +13,7 @@ import paddle
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.errors import FdDsaError
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._linear import rows_at
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.decode_graphs import (
@@ -103,14 +104,14 @@ class ModelRunner:
         self._padded: PaddedStep | None = None
         self._selections: Selections | None = None
         self._to_device: DeviceInputs | None = None
-        self._to_host: Callable[[Any], np.ndarray] = _plain_array
+        self._to_host: Callable[[Any], np.ndarray] = as_numpy
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
             from fd_dsa.step.device import paddle_allocator
 
             self._to_device = DeviceInputs(input_batch, paddle_allocator(device))
             num_logits = input_batch.max_num_seqs * self.vocab_size
-            self._to_host = HostLogits(self._to_device.transfers, num_logits)
+            self._to_host = HostLogits(self._to_device.staging.transfers, num_logits)
 
     def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING) -> Step:
         """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.
@@ -298,8 +299,3 @@ class ModelRunner:
         """Leave the batch as it was before `_only_row`."""
         self.input_batch.begin_step()
         self.input_batch.clear_row(0)
-
-
-def _plain_array(logits: Any) -> np.ndarray:
-    """Logits of a model on the CPU, which are an array already or a tensor there."""
-    return logits if isinstance(logits, np.ndarray) else logits.numpy()

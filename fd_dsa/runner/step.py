@@ -79,23 +79,19 @@ def host_inputs(batch: InputBatch, sampled: np.ndarray) -> tuple[np.ndarray, ...
     )
 
 
-class DeviceInputs:
+class DeviceInputs(StagedInputs):
     """The same on a device: sections of one tensor, which never move; one copy fills a step.
 
     Args:
         batch: rows that the engine fills.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
-
-    Attributes:
-        transfers: copies to and from the device.
     """
 
     def __init__(self, batch: InputBatch, allocate: Allocate) -> None:
         rows, columns = batch.block_tables.shape
         # most sampled tokens: one a row and three drafts
         sizes = (batch.max_num_tokens, rows, rows, rows, 4 * rows)
-        self._staged = StagedInputs(allocate, sizes, rows, columns)
-        self.transfers = self._staged.staging.transfers
+        super().__init__(allocate, sizes, rows, columns)
 
     def __call__(self, inputs: tuple[np.ndarray, ...], num_padded_tokens: int) -> list[Any]:
         """Queue the copy of `host_inputs`; the tensors that will hold them until the next call.
@@ -106,7 +102,7 @@ class DeviceInputs:
         """
         ids, *others, tables = inputs
         sizes = (max(len(ids), num_padded_tokens), *map(len, others))
-        return self._staged.upload((ids, *others), tables, sizes)
+        return self.upload((ids, *others), tables, sizes)
 
 
 class HostLogits:

@@ -31,8 +31,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
-from fd_dsa.engine.metrics import EngineMetrics
-from fd_dsa.engine.stats import EngineStats
+from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.runner.counters import Histogram
 from fd_dsa.serve.state import State
 

@@ -8,10 +8,9 @@ from dataclasses import fields
 from typing import Any
 
 from fd_dsa.chat.template import ChatTemplate
-from fd_dsa.engine.metrics import EngineMetrics
+from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.text_windows import TooManyTokens
 
