@@ -4,7 +4,8 @@
 
 Each round runs every benchmark in the other checkout, then in this one, without peers. A case
 counts by the smallest median of its rounds; it has changed where the two differ by more than 3 %,
-or by more than 0.3 us where the older one takes less than 10 us.
+or by more than 0.3 us where the older one takes less than 10 us. With --earlier the rounds of an
+earlier result count too, and its other benchmarks are kept.
 Writes benchmarks/results/compare_trees.json; returns 1 if a case is slower.
 """
 
@@ -60,15 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one or two shapes a benchmark")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "compare_trees")
     parser.add_argument("--commits", nargs=2, metavar="HASH", help="of both, older first")
+    parser.add_argument("--earlier", type=Path, help="a result with rounds of the same kernels")
     args = parser.parse_args(argv)
     trees = {"before": args.baseline.resolve(), "after": ROOT}
     commits = dict(zip(trees, args.commits or (), strict=bool(args.commits)))
     # a copy of this tree may have no git
     os.environ |= {"FD_DSA_COMMIT": commits["after"]} if commits else {}
     result: dict[str, Any] = {"name": "compare_trees", "env": environment(), "commits": commits}
-    result |= {"quick": args.quick, "rounds": args.rounds, "modules": {}}
+    earlier = json.loads(args.earlier.read_text()) if args.earlier else {"modules": {}}
+    known = earlier["modules"]
+    result |= {"quick": args.quick, "rounds": args.rounds, "modules": dict(known)}
+    result |= {"earlier": earlier["commits"]} if args.earlier else {}
     for module in args.only:
-        best: dict[str, dict[str, float]] = {side: {} for side in trees}
+        best: dict[str, dict[str, float]] = {
+            side: {entry["case"]: entry[f"{side}_us"] for entry in known.get(module, ())}
+            for side in trees
+        }
         for number in range(args.rounds):
             for side, tree in trees.items():
                 folder = (args.out / f"{side}{number}").resolve()

@@ -107,11 +107,11 @@ def driver_loop(bound: BoundLaunch, values: dict[str, Any], stream: int) -> Call
         stream: where to launch.
     """
     variant = bound.variant
-    frame = variant.frame()
-    variant.pack(frame, values, bound.grid)
+    # its grid is that of the benchmark, one program
+    frame = variant.frame(values)
     frame.set_stream(stream)
     config, function, arguments, _ = frame.call
-    loop, launch = _c_loop(), variant.driver.launch
+    loop, launch = _c_loop(), variant.queue
 
     def call() -> None:
         code = loop(launch, config, function, arguments, LAUNCHES_A_CALL)
