@@ -146,9 +146,10 @@ def triton_c_function(kernel: Any, arguments: list[Any], stream: int) -> Sides:
     compiled = kernel.warmup(*arguments, BLOCK=BLOCK, grid=GRID)
     compiled = compiled.result() if hasattr(compiled, "result") else compiled
     plain = [a.data_ptr() if hasattr(a, "data_ptr") else a for a in arguments]
+    # `run` loads the kernel, before which there is no `function`
+    function = compiled.run.launch
     head = (1, 1, 1, stream, compiled.function, False, False, None, None)
     every = (*head, compiled.packed_metadata, None, None, None, *plain, BLOCK)
-    function = compiled.run.launch
     return {"triton C function": [lambda: function(*every)]}
 
 
