@@ -188,6 +188,7 @@ def test_bad_flags_are_one_line(
     ("args", "status", "text"),
     [
         (["version"], 0, f"fd_dsa {__version__}"),
+        (["serve", "--version"], 0, f"fd_dsa {__version__}"),
         ([], 0, "usage: fd-dsa COMMAND"),
         (["dance"], 2, "unknown command 'dance'"),
         (["serve", "--zzz"], 2, "fd_dsa: error: unknown flag --zzz"),
