@@ -146,6 +146,19 @@ def test_amd_processors_take_the_fast_path_unless_told(monkeypatch: pytest.Monke
     assert os.environ.pop("MKL_DEBUG_CPU_TYPE", None) == ("5" if is_amd else None)
 
 
+@pytest.mark.parametrize(("given", "taken"), [(None, "1"), ("200", "200")])
+def test_idle_threads_spin_briefly_unless_told(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, taken: str
+) -> None:
+    # so that what the process had comes back
+    monkeypatch.setenv("KMP_BLOCKTIME", "0")
+    monkeypatch.delenv("KMP_BLOCKTIME")
+    if given is not None:
+        monkeypatch.setenv("KMP_BLOCKTIME", given)
+    prepare_cpu_runtime()
+    assert os.environ["KMP_BLOCKTIME"] == taken
+
+
 @pytest.mark.parametrize("home", ["a file below it", "nowhere to write"])
 def test_a_home_that_paddle_cannot_use(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str
