@@ -55,13 +55,12 @@ def _patch_once_a_launch() -> None:
         return frozenset(module.__name__ for module in seen if module in (core, triton.language))
 
     def patch_lang(fn: Any) -> Any:
-        modules = languages(fn)
+        modules, patched = languages(fn), set() if _patched is None else _patched
         # a function that sees none is refused by the original
-        if _patched is None or not modules or not modules <= _patched:
-            if _patched is not None:
-                _patched.update(modules)
-            return original(fn)
-        return None
+        if modules and modules <= patched:
+            return None
+        patched.update(modules)
+        return original(fn)
 
     def watched(*args: Any, **kwargs: Any) -> None:
         global _patched

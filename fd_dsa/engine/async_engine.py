@@ -1,4 +1,4 @@
-"""The engine for callers in asyncio, in a thread or a process of its own."""
+"""The engine for callers in asyncio; its steps run in a thread."""
 
 from __future__ import annotations
 

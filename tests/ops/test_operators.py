@@ -29,13 +29,13 @@ def zeros(*shape: int, dtype: str = "float32") -> Any:
     return paddle.zeros(list(shape), dtype)
 
 
-def ints(*values: int) -> Any:
+def ints(*values: Any) -> Any:
     return paddle.to_tensor(np.array(values, np.int32))
 
 
 def make_step() -> Any:
     """A prompt of three tokens after 66 others, and a row that decodes its 71st."""
-    tables = paddle.to_tensor(np.array([[2, 0], [1, 3]], np.int32))
+    tables = ints([2, 0], [1, 3])
     return ops.step_metadata(
         ints(3, 0), ints(66, 70), ints(3, 1), tables, block_size=64, num_blocks=4
     )
@@ -136,7 +136,7 @@ def test_metadata_in_the_buffers_of_a_builder() -> None:
     from fd_dsa.step import StepMetadataBuilder
 
     builder = StepMetadataBuilder(2, 8, 2, 64, 4)
-    tables = paddle.to_tensor(np.array([[2, 0], [1, 3]], np.int32))
+    tables = ints([2, 0], [1, 3])
     inputs = ints(3, 0), ints(66, 70), ints(3, 1), tables
     step = ops.step_metadata(*inputs, block_size=64, out=builder)
     assert builder.num_builds == 1
