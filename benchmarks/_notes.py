@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,10 +44,33 @@ def decode_counts(result: Result) -> Iterator[str]:
         yield f"Failed: {way} ({why})."
 
 
+def _verdicts(result: Result) -> Iterator[dict[str, Any]]:
+    """How many cases of each benchmark changed, and the smallest and largest change."""
+    for name, entries in result["modules"].items():
+        counts = Counter(entry["verdict"] for entry in entries)
+        ratios = sorted(entry["after_us"] / entry["before_us"] for entry in entries)
+        yield {"of": name, **{verdict: counts[verdict] for verdict in _VERDICTS}} | {
+            "ratios": f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        }
+
+
+_VERDICTS = "same", "faster", "slower"
 compared = Table(
-    lambda result: [e | {"of": name} for name, found in result["modules"].items() for e in found],
+    _verdicts,
     [
-        *(("benchmark", "{of}"), ("case", "{case}"), ("before, us", "{before_us:~}")),
+        *(("benchmark", "{of}"), ("after / before", "{ratios}")),
+        *((f"cases {verdict}", f"{{{verdict}}}") for verdict in _VERDICTS),
+    ],
+)
+changed = Table(
+    lambda result: [
+        entry | {"of": name}
+        for name, entries in result["modules"].items()
+        for entry in entries
+        if entry["verdict"] != "same"
+    ],
+    [
+        *(("benchmark", "{of}"), ("changed case", "{case}"), ("before, us", "{before_us:~}")),
         *(("after, us", "{after_us:~}"), ("verdict", "{verdict}")),
     ],
 )
