@@ -33,9 +33,9 @@ def prepare_cpu_runtime() -> None:
 
     The MKL of its CPU build takes a slow path on AMD processors unless a variable says that AVX2 is
     there (2.6 times faster float32 GEMMs measured), and keeps one order of sums for any number of
-    rows if another one asks for it. OpenMP's idle threads spin for 200 ms, which made the main
-    thread's gathers six times as long on a virtual machine; 1 ms is enough between two GEMMs. A
-    value that the user has set stays. Paddle's advice to install ccache is silenced.
+    rows if another one asks for it. OpenMP's idle threads spin for 200 ms, which slows what the
+    main thread does beside them; 1 ms is enough between two GEMMs. A value that the user has set
+    stays. Paddle's advice to install ccache is silenced.
 
     Raises:
         ConfigError: the folder that Paddle makes when it is imported cannot be made, or `ulimit -v`
