@@ -16,7 +16,7 @@ from fd_dsa.ops._host import on_device, readable
 from fd_dsa.ops._linear import linear, silu_and_mul
 
 EXPERT_BYTES = 256 << 20
-"""On a device, most memory for one activation of all experts; a longer step comes in chunks."""
+"""On a device, most memory for an activation of the chosen experts; a longer step is cut."""
 
 
 class DeepseekMLP(nn.Layer):
@@ -146,6 +146,11 @@ class DeepseekMoE(nn.Layer):
             ]
         return self.gate, self.shared_experts, experts
 
+    @cached_property
+    def readable_experts(self) -> tuple[Any, Any]:
+        """The weights of all experts as the operators read them."""
+        return readable(self.experts_gate_up_proj), readable(self.experts_down_proj)
+
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
         loaders = self.shared_experts.weight_loaders(f"{prefix}shared_experts.")
@@ -196,27 +201,22 @@ def _add_routed(
 def routed_on_device(layer: Any, x: Any) -> Any:
     """Weighted sum of the chosen experts, float32 [num_tokens, hidden_size]; nothing is read back.
 
-    Which experts have tokens is known on the device alone. Reading it back would cost a wait in
-    every layer, so all experts run as one batched GEMM and the gate selects what counts. That takes
-    `n_routed_experts / num_experts_per_tok` times the work of the chosen experts: right for few
-    experts and for decoding, where reading the weights is the cost, and wasteful for long prompts
-    of a model with hundreds of experts, which needs a grouped GEMM.
+    Which experts have tokens is known on the device alone, and reading it back would cost a wait in
+    every layer: the launches list each expert's tokens there, and grids hold for any choice.
 
     Args:
         layer: a DeepseekMoE whose weights are on the device of `x`.
         x: float32 [num_tokens, hidden_size].
     """
-    widest = max(2 * layer.intermediate_size, x.shape[1])
-    rows = max(1, EXPERT_BYTES // (4 * layer.num_experts * widest))
+    gate = layer.gate
+    rows = max(1, EXPERT_BYTES // (4 * gate.top_k * max(layer.intermediate_size, x.shape[1])))
     if x.shape[0] > rows:
         chunks = range(0, x.shape[0], rows)
         return paddle.concat([routed_on_device(layer, x[i : i + rows]) for i in chunks])
     # kernels are loaded only where there is a device
-    from fd_dsa.ops import _dense_kernels
-    from fd_dsa.ops._expert_kernels import choose_experts, sum_experts
+    from fd_dsa.ops import _expert_kernels as kernels
 
-    gate = layer.gate
-    weights, chosen = choose_experts(
+    ids, weights = kernels.choose_experts(
         paddle.matmul(x, gate.weight),
         gate.readable_bias,
         top_k=gate.top_k,
@@ -225,6 +225,8 @@ def routed_on_device(layer: Any, x: Any) -> Any:
         norm=gate.norm_topk_prob,
         scaling=float(gate.scaling),
     )
-    hidden = paddle.matmul(x.reshape([1, *x.shape]), layer.experts_gate_up_proj)
-    parts = paddle.matmul(_dense_kernels.silu_and_mul(hidden), layer.experts_down_proj)
-    return sum_experts(parts, weights, chosen)
+    pairs = kernels.group_pairs(ids, layer.num_experts)
+    gate_up, down = layer.readable_experts
+    hidden = kernels.expert_gemm(x, gate_up, *pairs, top_k=gate.top_k, gated=True)
+    parts = kernels.expert_gemm(hidden, down, *pairs, top_k=gate.top_k)
+    return kernels.sum_experts(parts, weights)

@@ -1,4 +1,10 @@
-"""Which experts a token takes, and the weighted sum of what they give: a launch each, no wait."""
+"""Routed experts on a device: choice, grouping, grouped GEMMs and weighted sum, five launches.
+
+A (token, choice) pair is a row of the grouped GEMMs. One launch lists the pairs of each expert, in
+order; a GEMM reads its rows through that list and writes them where the pair is, so nothing is
+copied and nothing is read back. Grids depend on the number of tokens alone, so a step of them can
+be captured, and every sum has a fixed order.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +35,8 @@ def _are_best(values, exists, k, SIZE: tl.constexpr):
 def choose_experts_kernel(
     logits_ptr,
     bias_ptr,
+    ids_ptr,
     weights_ptr,
-    chosen_ptr,
     scaling,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -66,9 +72,12 @@ def choose_experts_kernel(
     weights = tl.where(chosen, tl.reshape(scores, [GROUPS * SIZE]), 0.0)
     if NORM:
         weights = weights / (tl.sum(weights, axis=0) + 1e-20)
-    column = tl.reshape(expert, [GROUPS * SIZE])
-    tl.store(weights_ptr + row + column, weights * scaling, mask=real)
-    tl.store(chosen_ptr + row + column, chosen.to(tl.uint8), mask=real)
+    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    # a NaN is among the best, however many there are
+    chosen = chosen & (place < TOP_K)
+    place += tl.program_id(0) * TOP_K
+    tl.store(ids_ptr + place, tl.reshape(expert, [GROUPS * SIZE]), mask=chosen)
+    tl.store(weights_ptr + place, weights * scaling, mask=chosen)
 
 
 def choose_experts(
@@ -81,7 +90,7 @@ def choose_experts(
     norm: bool,
     scaling: float,
 ) -> tuple[Any, Any]:
-    """float32 and uint8 [num_tokens, num_experts]: weight of each expert, and whether it is chosen.
+    """Experts of each token, int32 [num_tokens, top_k], ascending, and their weights, float32.
 
     Sigmoid scores; the correction bias chooses and does not weigh; with groups, one counts by its
     two best experts and only the best `topk_group` take part. Ties go to the lower expert.
@@ -97,14 +106,14 @@ def choose_experts(
     Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2.
     """
     rows, experts = logits.shape
-    weights = empty_like_rows(logits, rows, experts)
-    chosen = paddle.empty([rows, experts], "uint8", device=logits.place)
+    ids = paddle.empty([rows, top_k], "int32", device=logits.place)
+    weights = empty_like_rows(logits, rows, top_k)
     if rows:
         choose_experts_kernel[(rows,)](
             logits,
             bias,
+            ids,
             weights,
-            chosen,
             scaling,
             NUM_EXPERTS=experts,
             TOP_K=top_k,
@@ -118,47 +127,158 @@ def choose_experts(
             # fused into the sum in one of them, it would not be equal to itself
             enable_fp_fusion=False,
         )
-    return weights, chosen
+    return ids, weights
+
+
+@step_kernel()
+def group_pairs_kernel(ids_ptr, pairs_ptr, counts_ptr, num_pairs, num_tokens, BLOCK: tl.constexpr):
+    """The pairs of expert `program 0`; at most one a token."""
+    expert = tl.program_id(0)
+    count = 0
+    for start in range(0, num_pairs, BLOCK):
+        pair = start + tl.arange(0, BLOCK)
+        mine = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1) == expert
+        place = expert.to(tl.int64) * num_tokens + count + tl.cumsum(mine.to(tl.int32), axis=0) - 1
+        tl.store(pairs_ptr + place, pair, mask=mine)
+        count += tl.sum(mine.to(tl.int32), axis=0)
+    tl.store(counts_ptr + expert, count)
+
+
+def group_pairs(ids: Any, num_experts: int) -> tuple[Any, Any]:
+    """Pairs of each expert in order, int32 [num_experts, num_tokens], and how many, [num_experts].
+
+    Pair i is choice i % top_k of token i // top_k.
+
+    Args:
+        ids: int32 [num_tokens, top_k], contiguous; no expert twice in a row.
+    """
+    rows, top_k = ids.shape
+    pairs = paddle.empty([num_experts, rows], "int32", device=ids.place)
+    counts = paddle.empty([num_experts], "int32", device=ids.place)
+    block = min(_BLOCK, triton.next_power_of_2(max(rows * top_k, 1)))
+    group_pairs_kernel[(num_experts,)](
+        ids, pairs, counts, rows * top_k, rows, BLOCK=block, num_warps=4
+    )
+    return pairs, counts
+
+
+@step_kernel()
+def expert_gemm_kernel(
+    x_ptr,
+    weight_ptr,
+    pairs_ptr,
+    counts_ptr,
+    out_ptr,
+    num_tokens,
+    ROW_PAIRS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GATED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Column block `program 0` of tile `program 1`; an expert has as many tiles as its pairs fill.
+
+    GATED: silu of the first COLUMNS columns times the second ones. Row of `x`: pair // ROW_PAIRS.
+    """
+    expert_ids = tl.arange(0, EXPERTS)
+    counts = tl.load(counts_ptr + expert_ids, mask=expert_ids < NUM_EXPERTS, other=0)
+    tiles = (counts + BLOCK_ROWS - 1) // BLOCK_ROWS
+    ends = tl.cumsum(tiles, axis=0)
+    tile = tl.program_id(1)
+    expert = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    if expert < NUM_EXPERTS:
+        own = expert_ids == expert
+        tile -= tl.sum(tl.where(own, ends - tiles, 0), axis=0)
+        place = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        live = place < tl.sum(tl.where(own, counts, 0), axis=0)
+        wide = expert.to(tl.int64)
+        pair = tl.load(pairs_ptr + wide * num_tokens + place, mask=live, other=0).to(tl.int64)
+        column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        inside = column < COLUMNS
+        stride: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
+        step = tl.arange(0, BLOCK_WIDTH)
+        x = x_ptr + (pair // ROW_PAIRS)[:, None] * WIDTH + step[None, :]
+        weight = weight_ptr + (wide * WIDTH + step[:, None]) * stride + column[None, :]
+        total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        up = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        for start in range(0, WIDTH, BLOCK_WIDTH):
+            here = start + step < WIDTH
+            left = tl.load(x + start, mask=live[:, None] & here[None, :], other=0.0)
+            mask, at = here[:, None] & inside[None, :], weight + start * stride
+            right = tl.load(at, mask=mask, other=0.0)
+            total = tl.dot(left, right, acc=total, input_precision="ieee")
+            if GATED:
+                right = tl.load(at + COLUMNS, mask=mask, other=0.0)
+                up = tl.dot(left, right, acc=up, input_precision="ieee")
+        if GATED:
+            total = total * sigmoid(total) * up
+        to = out_ptr + pair[:, None] * COLUMNS + column[None, :]
+        tl.store(to, total, mask=live[:, None] & inside[None, :])
+
+
+def expert_gemm(
+    x: Any, weight: Any, pairs: Any, counts: Any, *, top_k: int, gated: bool = False
+) -> Any:
+    """float32 [num_tokens * top_k, columns]: each pair's row of `x` times its expert's weight.
+
+    Args:
+        x: float32 [num_tokens, width], or a row for each pair, [num_tokens * top_k, width].
+        weight: float32 [num_experts, width, columns], `gated` 2 * columns.
+        pairs, counts: of `group_pairs`.
+        gated: silu of the first half of the columns times the second half.
+    """
+    experts, width, columns = weight.shape
+    columns //= 1 + gated
+    num_tokens = pairs.shape[1]
+    num_pairs = num_tokens * top_k
+    out = empty_like_rows(x, num_pairs, columns)
+    if num_pairs and columns:
+        # tiles of a few rows while the weights' bytes are the cost
+        rows = 16 if num_pairs <= 16 * experts else 32
+        block, most_tiles = min(64, max(16, triton.next_power_of_2(columns))), num_pairs // rows
+        grid = -(-columns // block), min(experts, num_pairs) + most_tiles
+        expert_gemm_kernel[grid](
+            x, weight, pairs, counts, out, num_tokens, ROW_PAIRS=num_pairs // x.shape[0],
+            NUM_EXPERTS=experts, WIDTH=width, COLUMNS=columns, GATED=gated,
+            EXPERTS=triton.next_power_of_2(experts), BLOCK_ROWS=rows, BLOCK_COLUMNS=block,
+            BLOCK_WIDTH=min(32, max(16, triton.next_power_of_2(width))), num_warps=4,
+        )  # fmt: skip
+    return out
 
 
 @step_kernel()
 def sum_experts_kernel(
-    parts_ptr,
-    weights_ptr,
-    chosen_ptr,
-    out_ptr,
-    num_tokens,
-    NUM_EXPERTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    parts_ptr, weights_ptr, out_ptr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Block `program 1` of token `program 0`; experts are added in ascending order."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     total = tl.zeros([BLOCK], tl.float32)
-    for expert in range(NUM_EXPERTS):
-        # selected, not multiplied by 0: an expert may overflow on tokens that are not its own
-        if tl.load(chosen_ptr + token * NUM_EXPERTS + expert) != 0:
-            weight = tl.load(weights_ptr + token * NUM_EXPERTS + expert)
-            part = parts_ptr + (expert * num_tokens + token) * WIDTH + column
-            total += tl.load(part, mask=inside, other=0.0) * weight
+    for choice in range(TOP_K):
+        pair = token * TOP_K + choice
+        part = tl.load(parts_ptr + pair * WIDTH + column, mask=inside, other=0.0)
+        total += part * tl.load(weights_ptr + pair)
     tl.store(out_ptr + token * WIDTH + column, total, mask=inside)
 
 
-def sum_experts(parts: Any, weights: Any, chosen: Any) -> Any:
-    """float32 [num_tokens, width]: what the chosen experts of a token give, weighted.
+def sum_experts(parts: Any, weights: Any) -> Any:
+    """float32 [num_tokens, width]: what the experts of a token give, weighted.
 
     Args:
-        parts: float32 [num_experts, num_tokens, width], contiguous.
-        weights, chosen: as of `choose_experts`.
+        parts: float32 [num_tokens * top_k, width], contiguous.
+        weights: float32 [num_tokens, top_k].
     """
-    experts, rows, width = parts.shape
+    (rows, top_k), width = weights.shape, parts.shape[1]
     out = empty_like_rows(parts, rows, width)
     if rows and width:
         block = min(_BLOCK, triton.next_power_of_2(width))
-        sum_experts_kernel[(rows, -(-width // block))](
-            parts, weights, chosen, out, rows, NUM_EXPERTS=experts, WIDTH=width, BLOCK=block,
-            num_warps=4,
-        )  # fmt: skip
+        grid = rows, -(-width // block)
+        sum_experts_kernel[grid](
+            parts, weights, out, TOP_K=top_k, WIDTH=width, BLOCK=block, num_warps=4
+        )
     return out

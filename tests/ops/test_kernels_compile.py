@@ -29,13 +29,13 @@ from fd_dsa.triton_runtime import Pointer
 
 INT32 = ("batch_id_per_token_ptr", "slots_ptr", "block_tables_ptr", "index_ptr", "tiles_ptr",
          "seq_lens_decoder_ptr", "seq_lens_this_time_ptr", "seq_lens_encoder_ptr", "programs_ptr",
-         "cu_seqlens_q_ptr", "page_ends_ptr")
+         "cu_seqlens_q_ptr", "page_ends_ptr", "ids_ptr", "pairs_ptr", "counts_ptr")
 INT64 = "position_ids_ptr", "slot_mapping_ptr"
 
 def integers(kernel):
     return {name: "int64" if name in INT64 else "int32" for name in kernel.arg_names}
 
-UINT8 = "latent_ptr", "q_out_ptr", "chosen_ptr"
+UINT8 = "latent_ptr", "q_out_ptr"
 TYPES = (dict.fromkeys(INT32, "int32") | dict.fromkeys(INT64, "int64")
          | dict.fromkeys(UINT8, "uint8"))
 FLOATS = "epsilon", "scaling", "kv_eps", "k_eps", "weights_scale", "softmax_scale", "scale_log2"
@@ -73,7 +73,12 @@ def compile(label, kernel, types={}, fusion=True, blocks=1, capability=90, **opt
 
 EVERY = """
 from fd_dsa.ops._dense_kernels import rms_norm_kernel, rows_at_kernel, silu_and_mul_kernel
-from fd_dsa.ops._expert_kernels import choose_experts_kernel, sum_experts_kernel
+from fd_dsa.ops._expert_kernels import (
+    choose_experts_kernel,
+    expert_gemm_kernel,
+    group_pairs_kernel,
+    sum_experts_kernel,
+)
 from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
 from fd_dsa.ops.logits.triton_kernel import logits_kernel
 from fd_dsa.ops.mla.records import dequantize_kernel as records_kernel
@@ -112,7 +117,13 @@ for experts, groups, top_groups, top in CHOICES:
     compile("choice", choose_experts_kernel, num_warps=8, NUM_EXPERTS=experts, TOP_K=top,
             NUM_GROUPS=groups, TOP_GROUPS=top_groups, NORM=True,
             GROUPS=1 << (groups - 1).bit_length(), SIZE=size)
-compile("sum", sum_experts_kernel, NUM_EXPERTS=256, WIDTH=7168, BLOCK=1024)
+compile("group", group_pairs_kernel, BLOCK=1024)
+for rows in (16, 32):
+    for gated in (False, True):
+        compile("experts", expert_gemm_kernel, ROW_PAIRS=8, NUM_EXPERTS=256, WIDTH=7168,
+                COLUMNS=2048, GATED=gated, EXPERTS=256, BLOCK_ROWS=rows, BLOCK_COLUMNS=64,
+                BLOCK_WIDTH=32)
+compile("sum", sum_experts_kernel, TOP_K=8, WIDTH=7168, BLOCK=1024)
 KEYS = dict(INTERLEAVED=False, HADAMARD=False, UE8M0=True, HALF=32, num_warps=1)
 for positions in ({}, {"position_ids_ptr": None}):
     for tokens in (1, 2):
@@ -221,6 +232,8 @@ def test_every_form_compiles() -> None:
         "silu",
         *["rows"] * 2,
         *["choice"] * 4,
+        "group",
+        *["experts"] * 4,
         "sum",
         *[*["write"] * 2, *["query"] * 2, *["mla_query"] * 2] * 2,
         *["step"] * 10,
