@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,17 +43,18 @@ def decode_counts(result: Result) -> Iterator[str]:
         yield f"Failed: {way} ({why})."
 
 
+_VERDICTS = "same", "faster", "slower"
+
+
 def _verdicts(result: Result) -> Iterator[dict[str, Any]]:
     """How many cases of each benchmark changed, and the smallest and largest change."""
     for name, entries in result["modules"].items():
-        counts = Counter(entry["verdict"] for entry in entries)
+        verdicts = [entry["verdict"] for entry in entries]
         ratios = sorted(entry["after_us"] / entry["before_us"] for entry in entries)
-        yield {"of": name, **{verdict: counts[verdict] for verdict in _VERDICTS}} | {
-            "ratios": f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-        }
+        found = {"of": name, "ratios": f"{ratios[0]:.2f} to {ratios[-1]:.2f}"}
+        yield found | {verdict: verdicts.count(verdict) for verdict in _VERDICTS}
 
 
-_VERDICTS = "same", "faster", "slower"
 compared = Table(
     _verdicts,
     [

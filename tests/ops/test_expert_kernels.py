@@ -47,14 +47,12 @@ def test_every_pair_meets_its_expert(
     gate_up = rng.standard_normal((EXPERTS, WIDTH, 2 * COLUMNS)).astype(np.float32)
     down = rng.standard_normal((EXPERTS, COLUMNS, WIDTH)).astype(np.float32)
     shares = rng.random((num_tokens, top_k)).astype(np.float32)
-    options = {"top_k": top_k}
-    hidden = expert_gemm(m.put(x), m.put(gate_up), pairs, counts, gated=True, **options)
+    hidden = expert_gemm(m.put(x), m.put(gate_up), pairs, counts, top_k=top_k, gated=True)
     both = np.einsum("tw,tkwc->tkc", x, gate_up[ids].astype(np.float64))
     gate, up = both[..., :COLUMNS], both[..., COLUMNS:]
     silu = gate / (1 + np.exp(-gate)) * up
-    flat = silu.reshape(-1, COLUMNS)
-    check(m.get(hidden), flat)
-    parts = expert_gemm(hidden, m.put(down), pairs, counts, **options)
+    check(m.get(hidden), silu.reshape(-1, COLUMNS))
+    parts = expert_gemm(hidden, m.put(down), pairs, counts, top_k=top_k)
     results = np.einsum("tkc,tkcw->tkw", silu, down[ids].astype(np.float64))
     total = (results * shares[..., None]).sum(axis=1)
     check(m.get(sum_experts(parts, m.put(shares))), total)
