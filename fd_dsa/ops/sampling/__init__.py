@@ -1,0 +1,8 @@
+"""Sampling on a device: from logits to token ids with nothing read back."""
+
+from __future__ import annotations
+
+from fd_dsa.ops.sampling.parameters import NO_TOKEN, NOT_FINITE, SlotParameters
+from fd_dsa.ops.sampling.sampler import DeviceSampler
+
+__all__ = ["NOT_FINITE", "NO_TOKEN", "DeviceSampler", "SlotParameters"]

@@ -1,0 +1,172 @@
+"""The sampler of a device: fixed buffers, parameters by slot, six launches a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fd_dsa.errors import ShapeError
+from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
+from fd_dsa.ops.sampling.draw_kernels import draw_kernel
+from fd_dsa.ops.sampling.parameters import IN_PROMPT, RECORD, SlotParameters
+from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
+from fd_dsa.ops.sampling.values import LEVELS, SAMPLE, STATE
+from fd_dsa.step.staging import InputStaging
+from fd_dsa.step.views import Allocate
+
+import triton  # isort: skip
+
+_MAX_BLOCK = 4096
+_MIN_BLOCK = 64
+_MIN_CAPACITY = 1024
+_PART = 1024
+
+
+class DeviceSampler:
+    """Samples one token for each row on a device, as `fd_dsa.engine.sampler.Sampler` does on a CPU.
+
+    Rules of the slot (penalties, masks, bias, bans), temperature, min-p, top-k, top-p, one draw by
+    inverse distribution function in the order of ids. Given equal logits, greedy tokens and codes
+    are equal to the CPU's, and draws are where the number is not within 1e-6 of a border: weights
+    are float32 exponentials, whose sums are exact.
+
+    `sample` reads nothing back and allocates nothing, and its grids depend on the number of rows
+    alone, so it may be captured; `set_slot` and `set_masks` must not be. They copy in the order of
+    the current stream.
+
+    Memory: 10 bytes for each logit of `max_num_seqs` rows, and 66 kB a slot.
+
+    Args:
+        max_num_seqs: slots, and the most rows of a step.
+        vocab_size: logits of a row.
+        allocate: makes a contiguous tensor of a shape and dtype on the device.
+
+    Attributes:
+        tokens: int64 [max_num_seqs] on the device; token of each row, NOT_FINITE or NO_TOKEN.
+    """
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, allocate: Allocate) -> None:
+        block = triton.next_power_of_2(-(-vocab_size // 8))
+        self._block = min(max(block, _MIN_BLOCK), _MAX_BLOCK)
+        self._num_blocks = num_blocks = -(-vocab_size // self._block)
+        self._max_num_seqs = max_num_seqs
+        self._vocab_size, self._capacity = vocab_size, max(vocab_size // 4, _MIN_CAPACITY)
+        self._num_words = -(-vocab_size // 32)
+        rows, partials = max_num_seqs, (max_num_seqs, 2, LEVELS.value, num_blocks)
+        self.tokens = allocate((rows,), "int64")
+        self._records = allocate((rows, RECORD), "int32")
+        self._masks = allocate((rows, self._num_words), "int32")
+        self._counts = allocate((rows, vocab_size), "int32")
+        self._adjusted = allocate((rows, vocab_size), "float32")
+        self._best = allocate((rows, num_blocks, 3), "int32")
+        self._state = allocate((rows, STATE.value), "int32")
+        self._sample = allocate((rows, SAMPLE.value), "int32")
+        self._masses, self._sizes = allocate(partials, "int64"), allocate(partials, "int32")
+        self._images = allocate((rows, self._capacity), "int32")
+        self._ids = allocate((rows, self._capacity), "int32")
+        # the largest copies are the masks of a step and the counts of a slot
+        self._slab_size = max(RECORD, vocab_size, rows * self._num_words)
+        self._staging = InputStaging(allocate, self._slab_size)
+
+    def set_slot(
+        self,
+        slot: int,
+        parameters: SlotParameters,
+        prompt_token_ids: Sequence[int] = (),
+        output_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Queue the copies of what the rows of a slot are sampled by from now on.
+
+        Args:
+            slot: in [0, max_num_seqs).
+            parameters: of the request that has taken the slot.
+            prompt_token_ids: read if it has penalties.
+            output_token_ids: the same; tokens that are sampled from now on are counted on the
+                device, so no more than one row of a step may be of such a slot.
+
+        Raises:
+            ValueError: too many tokens are biased or banned.
+        """
+        self._copy(self._records, slot * RECORD, parameters.record(self._vocab_size))
+        if parameters.is_penalized:
+            size = self._vocab_size
+            counts = np.bincount(np.array(output_token_ids, np.int64), minlength=size)
+            counts = counts[:size].astype(np.int32)
+            if parameters.repetition != 1:
+                counts[np.array(prompt_token_ids, np.int64)] |= IN_PROMPT
+            self._copy(self._counts, slot * size, counts)
+
+    def set_masks(self, masks: npt.NDArray[np.int32]) -> None:
+        """Queue the copy of a step's masks, which `mask_rows` of `sample` refers to.
+
+        Args:
+            masks: int32 [n, ceil(vocab_size / 32)], n <= max_num_seqs; bit i % 32 of value i // 32
+                says whether token i may come, as grammars write them.
+        """
+        self._copy(self._masks, 0, masks.reshape(-1))
+
+    def sample(self, logits: Any, slots: Any, positions: Any, mask_rows: Any) -> None:
+        """Queue the launches that write `tokens` for the rows of a step.
+
+        Args:
+            logits: float32 [num_rows, vocab_size], contiguous; stay as they are.
+            slots: int32 [num_rows]; slot of each row, -1 = padding, which gets no token.
+            positions: int32 or int64 [num_rows]; position of the token in the output of its
+                request, from 0.
+            mask_rows: int32 [num_rows]; row of the masks, -1 = every token may come.
+
+        Raises:
+            ShapeError: more rows than `max_num_seqs`.
+            LaunchError: a tensor is not contiguous, or not on the device.
+
+        Cost: six launches. Greedy rows are read by the first one alone, rows with a temperature
+        alone by two; those with top-k or top-p by up to four.
+        """
+        rows = logits.shape[0]
+        if not rows:
+            return
+        if rows > self._max_num_seqs:
+            raise ShapeError(f"sampling {rows} rows; this sampler has {self._max_num_seqs}")
+        vocab, block, num_blocks = self._vocab_size, self._block, self._num_blocks
+        blocks, parts = triton.next_power_of_2(num_blocks), (rows, num_blocks)
+        # a weight must be the same number in every launch, and penalties round as on a CPU
+        options = {"VOCAB": vocab, "num_warps": 8, "enable_fp_fusion": False}
+        scan_kernel[parts](
+            logits, self._adjusted, slots, positions, self._masks, mask_rows, self._records,
+            self._counts, self._best, BLOCK=block, PART=min(block, _PART), **options,
+        )  # fmt: skip
+        wide = options | {"NUM_BLOCKS": num_blocks, "BLOCKS": blocks, "num_warps": 16}
+        settle_kernel[(rows,)](
+            logits, self._adjusted, slots, mask_rows, self._records, self._counts, self._best,
+            self._state, self._sample, self.tokens, **wide,
+        )  # fmt: skip
+        wide |= {"BLOCK": block, "WIDE": vocab // 32}
+        narrow = wide | {"num_warps": 8}
+        for fine in (False, True):
+            masses_kernel[parts](
+                logits, self._adjusted, slots, self._records, self._state, self._sample,
+                self._masses, self._sizes, FINE=fine, **narrow,
+            )  # fmt: skip
+        gather_kernel[parts](
+            logits, self._adjusted, slots, self._records, self._state, self._masses, self._sizes,
+            self._images, self._ids, CAPACITY=self._capacity, **narrow,
+        )  # fmt: skip
+        draw_kernel[(rows,)](
+            logits, self._adjusted, slots, positions, self._records, self._counts, self._state,
+            self._masses, self._sizes, self._images, self._ids, self.tokens,
+            CAPACITY=self._capacity, **wide,
+        )  # fmt: skip
+
+    def _copy(self, target: Any, offset: int, values: npt.NDArray[np.int32]) -> None:
+        """Queue a copy to int32 values of a buffer, after the launches that read them so far."""
+        staging, size = self._staging, len(values)
+        staging.next_slab()[:size] = values
+        index = staging.upload(size)
+        staging.acquire(index)
+        source = staging.slabs.data_ptr() + 4 * index * self._slab_size
+        address = target.data_ptr() + 4 * offset
+        staging.transfers.copy("d2d", address, source).queue(4 * size)
+        staging.release(index)
