@@ -1,0 +1,343 @@
+"""GEMMs by cuBLASLt through ctypes: bfloat16, float32, and FP8 with block scales on Hopper.
+
+Paddle's `matmul` rounds results of bfloat16 operands to bfloat16 and knows no block scales.
+
+cuBLASLt's matrices are column-major, so it reads a [rows, columns] tensor as its transpose. Here
+out = x @ weight^T is computed as out^T = weight @ x^T: what it calls A is the weight, B is x.
+
+Source: NVIDIA, cuBLAS documentation, "Using the cuBLASLt API"; scales as in "128-element 1D and
+128x128 2D Block Scaling for FP8 Data Types".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import or_
+from typing import Any
+
+from fd_dsa.errors import DeviceError, LaunchError
+from fd_dsa.ops._cublaslt_library import Functions, library
+from fd_dsa.ops._cublaslt_shapes import Gemm, checked
+from fd_dsa.step.views import Allocate
+from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
+from fd_dsa.triton_runtime.driver import cuda
+from fd_dsa.triton_runtime.transfers import Transfers
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT, _WORKSPACE_BYTES = 16, 32 << 20
+# shapes of prompts are many; plans beyond these are made again
+_MOST_PLANS, _MOST_ALGORITHMS, _TIMED_ROUNDS = 4096, 8, 5
+
+# values of the enumerations in library_types.h, cublas_api.h and cublasLt.h
+_TYPES = {"float32": 0, "bfloat16": 14, "uint8": 28}
+_COMPUTE_32F, _COMPUTE_32F_PEDANTIC = 68, 69
+_TRANSPOSE_A, _A_SCALE_MODE, _B_SCALE_MODE = 3, 31, 32
+# where scales of x, which is B, and of the weight are
+_SCALES = 18, 17
+_BLOCKS_OF_128, _VECTORS_OF_128 = 5, 4
+_MAX_WORKSPACE, _REDUCTION_MASK, _MIN_ALIGNMENTS = 1, 3, (5, 6, 7, 8)
+# parts of a sum are stored in float32 and added by a step after them; the other schemes add in the
+# order in which blocks finish, or round the parts to the type of the result
+_REDUCE_IN_WORKSPACE = 2
+
+_SET_OPERATION = "cublasLtMatmulDescSetAttribute"
+_SET_PREFERENCE = "cublasLtMatmulPreferenceSetAttribute"
+_POINTER_BYTES = ctypes.c_size_t(ctypes.sizeof(ctypes.c_void_p))
+_FACTORS = ctypes.c_float(1), ctypes.c_float(0)
+_ONE, _ZERO = map(ctypes.byref, _FACTORS)
+
+
+class _Algorithm(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t; the algorithm is at its beginning."""
+
+    _fields_ = (
+        ("algorithm", ctypes.c_uint64 * 8),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    )
+
+
+class _Plan:
+    """All arguments of cublasLtMatmul but the stream, for GEMMs of one shape.
+
+    Attributes:
+        gemm: the shape.
+        places: addresses of weight, x, out, workspace, and scales of x and weight, which are
+            written before each launch.
+        pointers: what sets those of scales in cuBLASLt's description of the GEMM, which all plans
+            of the same operands share; a launch reads it at once.
+        num_algorithms: how many there are to choose from.
+        chosen: the algorithm was measured.
+    """
+
+    def __init__(
+        self,
+        gemm: Gemm,
+        handle: ctypes.c_void_p,
+        operation: ctypes.c_void_p,
+        layouts: Sequence[ctypes.c_void_p],
+        algorithms: Any,
+        count: int,
+    ) -> None:
+        self.gemm, self.num_algorithms, self.chosen = gemm, count, False
+        self.places = tuple(ctypes.c_void_p() for _ in range(6))
+        self._algorithms = algorithms
+        weight, x, out, workspace, *scales = self.places
+        self.pointers = [
+            (operation, attribute, ctypes.byref(place), _POINTER_BYTES)
+            for attribute, place in zip(_SCALES, scales, strict=True)
+            if gemm.operands == "uint8"
+        ]
+        a, b, d = layouts
+        self._matrices = handle, operation, _ONE, weight, a, x, b, _ZERO, out, d, out, d
+        self._workspace = workspace, ctypes.c_size_t(_WORKSPACE_BYTES)
+        self.take(0)
+
+    def take(self, index: int) -> None:
+        """Launch another of the algorithms from now on."""
+        algorithm = ctypes.byref(self._algorithms, index * ctypes.sizeof(_Algorithm))
+        self.arguments = *self._matrices, algorithm, *self._workspace
+
+
+class Cublaslt:
+    """cuBLASLt on one device; one thread at a time.
+
+    The first GEMM of a shape makes its plan, and the first on a stream the stream's workspace of
+    32 MiB. All others only launch, on the current stream of the tensors' library, and can be
+    captured in a CUDA graph. Sums have a fixed order. Addresses are multiples of 16 bytes.
+
+    Args:
+        api: library of the tensors.
+        device: index of the CUDA device.
+        allocate: makes a contiguous tensor of a shape and dtype on the device.
+        library: the C functions, of `_cublaslt_library.library`.
+    """
+
+    def __init__(self, api: DeviceApi, device: int, allocate: Allocate, library: Any) -> None:
+        self._functions, self._device = Functions(library, device), device
+        self._api, self._allocate, self._transfers = api, allocate, Transfers(api, device)
+        self._set_pointer = getattr(library, _SET_OPERATION)
+        self._operations: dict[str, ctypes.c_void_p] = {}
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
+        self._workspaces: dict[int | None, Any] = {}
+        self._handle = self._functions.made("cublasLtCreate")
+        self._preference = self._functions.made("cublasLtMatmulPreferenceCreate")
+        preferences = {
+            _MAX_WORKSPACE: ctypes.c_uint64(_WORKSPACE_BYTES),
+            _REDUCTION_MASK: ctypes.c_uint32(_REDUCE_IN_WORKSPACE),
+            **{operand: ctypes.c_uint32(_ALIGNMENT) for operand in _MIN_ALIGNMENTS},
+        }
+        for attribute, value in preferences.items():
+            self._functions.set(_SET_PREFERENCE, self._preference, attribute, value)
+
+    def linear(self, x: Any, weight: Any, out: Any) -> None:
+        """out = x @ weight^T with float32 sums; float32 operands are never rounded to TF32.
+
+        Rows of all three may have gaps between them.
+
+        Args:
+            x: bfloat16 or float32 [rows, inputs].
+            weight: [outputs, inputs] of the same dtype.
+            out: [rows, outputs] of the same dtype; of bfloat16 operands also float32.
+
+        Raises:
+            ShapeError, DtypeError, LaunchError: the arguments do not fit.
+            DeviceError: cuBLASLt refuses, or a plan or workspace is missing inside a capture.
+        """
+        if x.shape[0]:
+            self._run(x, weight, out)
+
+    def fp8_linear(
+        self, codes_x: Any, scales_x: Any, codes_w: Any, scales_w: Any, out: Any
+    ) -> None:
+        """out = x @ weight^T of FP8 e4m3 codes with a scale each 128 inputs, and float32 sums.
+
+        cuBLASLt takes the number of rows for the step of `scales_x`, and has no such GEMM for
+        fewer than 8. So the arrays of tokens have `padded_rows(num_tokens)` rows. Those past the
+        tokens may hold anything, which changes the same rows of `out` alone.
+
+        Args:
+            codes_x: uint8 [rows, inputs], inputs a multiple of 128.
+            scales_x: float32 [inputs / 128, rows].
+            codes_w: uint8 [outputs, inputs], outputs a multiple of 8.
+            scales_w: float32 [ceil(outputs / 128), inputs / 128 rounded up to a multiple of 4],
+                of `block_scales`.
+            out: bfloat16 [rows, outputs].
+
+        Raises:
+            ShapeError, DtypeError, LaunchError: the arguments do not fit.
+            DeviceError: cuBLASLt refuses, or a plan or workspace is missing inside a capture.
+        """
+        self._run(codes_x, codes_w, out, scales_x, scales_w)
+
+    def choose(self, calls: Sequence[tuple[Any, ...]]) -> list[float]:
+        """Measure the algorithms for a shape and keep the fastest for all its later calls.
+
+        Args:
+            calls: arguments of `linear` or `fp8_linear`, all of one shape; each `out` is
+                overwritten. Give the weights of several layers: one alone stays in the L2 cache,
+                which it does not between two steps.
+
+        Returns:
+            Microseconds a call of each algorithm, in the order of cuBLASLt's own estimate.
+        """
+        ordered = [call if len(call) == 3 else _matrices_first(*call) for call in calls]
+
+        def run_all() -> None:
+            for operands in ordered:
+                self._run(*operands)
+
+        plan, times = self._plan(*ordered[0]), []
+        for index in range(plan.num_algorithms):
+            plan.take(index)
+            run_all()
+            stream = self._transfers.stream().value or 0
+            rounds = [cuda().time_us(self._device, run_all, stream) for _ in range(_TIMED_ROUNDS)]
+            times.append(min(rounds) / len(calls))
+        best = times.index(min(times))
+        plan.take(best)
+        plan.chosen = True
+        logger.info("cuBLASLt: %s: algorithm %d, %.1f us", plan.gemm, best, times[best])
+        return times
+
+    def _run(self, x: Any, weight: Any, out: Any, *scales: Any) -> None:
+        """Queue a GEMM; scales of x and of the weight make it an FP8 one."""
+        plan = self._plan(x, weight, out, *scales)
+        stream = self._transfers.stream()
+        workspace = self._workspaces.get(stream.value)
+        if workspace is None:
+            workspace = self._new_workspace(stream.value)
+        tensors = weight, x, out, workspace, *scales
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if reduce(or_, addresses) % _ALIGNMENT:
+            raise _unaligned(plan.gemm, tensors)
+        for place, address in zip(plan.places, addresses, strict=False):
+            place.value = address
+        for pointer in plan.pointers:
+            # called twice a GEMM, and needs no context
+            status = self._set_pointer(*pointer)
+            if status:
+                raise self._functions.error(status, plan.gemm, _SET_OPERATION)
+        self._functions.call(plan.gemm, "cublasLtMatmul", *plan.arguments, stream)
+
+    def _plan(self, x: Any, weight: Any, out: Any, *scales: Any) -> _Plan:
+        """The plan for these arguments, which are checked when it is made."""
+        # dtypes by identity: to hash one of Paddle's takes as long as all the rest
+        key = (
+            *(*x.shape, *x.stride(), id(x.dtype), *weight.shape, *weight.stride()),
+            *(id(weight.dtype), *out.shape, *out.stride(), id(out.dtype)),
+        )
+        for tensor in scales:
+            key += *tensor.shape, *tensor.stride()
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MOST_PLANS:
+                del self._plans[next(k for k, old in self._plans.items() if not old.chosen)]
+            gemm = checked(x, weight, out, *scales)
+            self._check_device(gemm, x, weight, out, *scales)
+            self._plans[key] = plan = self._new_plan(gemm)
+        return plan
+
+    def _check_device(self, gemm: Gemm, *tensors: Any) -> None:
+        """Refuse tensors that are elsewhere: cuBLASLt would read their addresses here."""
+        for device in map(self._api.device_of, tensors):
+            if device != self._device:
+                raise LaunchError(
+                    f"cuBLASLt: {gemm}: a tensor is on device {device}, not {self._device}"
+                )
+
+    def _new_plan(self, gemm: Gemm) -> _Plan:
+        """Layouts and the algorithms that cuBLASLt expects to be the fastest, its choice first."""
+        self._refuse_capture(f"a plan for {gemm}")
+        operation, (x_step, weight_step, out_step) = self._operation(gemm.operands), gemm.steps
+        types = _TYPES[gemm.operands], _TYPES[gemm.result]
+        layouts = [
+            self._functions.made("cublasLtMatrixLayoutCreate", kind, *map(ctypes.c_int64, extents))
+            for kind, *extents in (
+                (types[0], gemm.inputs, gemm.outputs, weight_step),
+                (types[0], gemm.inputs, gemm.rows, x_step),
+                (types[1], gemm.outputs, gemm.rows, out_step),
+            )
+        ]
+        a, b, d = layouts
+        algorithms, count = (_Algorithm * _MOST_ALGORITHMS)(), ctypes.c_int()
+        self._functions.call(
+            *(gemm, "cublasLtMatmulAlgoGetHeuristic", self._handle, operation, a, b, d, d),
+            *(self._preference, _MOST_ALGORITHMS, algorithms, ctypes.byref(count)),
+        )
+        if not count.value:
+            raise DeviceError(f"cuBLASLt: no algorithm serves {gemm}")
+        plan = _Plan(gemm, self._handle, operation, layouts, algorithms, count.value)
+        weakref.finalize(plan, self._functions.destroy_layouts, layouts).atexit = False
+        return plan
+
+    def _operation(self, operands: str) -> ctypes.c_void_p:
+        """cuBLASLt's description of GEMMs with operands of a dtype, made at the first call."""
+        if operands not in self._operations:
+            compute = _COMPUTE_32F_PEDANTIC if operands == "float32" else _COMPUTE_32F
+            operation = self._functions.made("cublasLtMatmulDescCreate", compute, _TYPES["float32"])
+            attributes = {_TRANSPOSE_A: 1}
+            if operands == "uint8":
+                attributes |= {_A_SCALE_MODE: _BLOCKS_OF_128, _B_SCALE_MODE: _VECTORS_OF_128}
+                for attribute in _SCALES:
+                    # the heuristic refuses null pointers, and reads nothing there
+                    anywhere = ctypes.c_void_p(_ALIGNMENT)
+                    self._functions.set(_SET_OPERATION, operation, attribute, anywhere)
+            for attribute, value in attributes.items():
+                self._functions.set(_SET_OPERATION, operation, attribute, ctypes.c_int32(value))
+            self._operations[operands] = operation
+        return self._operations[operands]
+
+    def _new_workspace(self, stream: int | None) -> Any:
+        """The workspace of a stream; work on another one may overlap with that on this one."""
+        self._refuse_capture("a workspace")
+        self._workspaces[stream] = self._allocate((_WORKSPACE_BYTES,), "uint8")
+        return self._workspaces[stream]
+
+    def _refuse_capture(self, what: str) -> None:
+        if self._transfers.is_capturing():
+            raise DeviceError(
+                f"cuBLASLt: {what} cannot be made in a capture; run the GEMM on this stream before"
+            )
+
+
+def _matrices_first(
+    codes_x: Any, scales_x: Any, codes_w: Any, scales_w: Any, out: Any
+) -> tuple[Any, ...]:
+    return codes_x, codes_w, out, scales_x, scales_w
+
+
+def _unaligned(gemm: Gemm, tensors: Iterable[Any]) -> LaunchError:
+    """What to say of the first tensor that begins where cuBLASLt cannot read."""
+    shape = next(list(t.shape) for t in tensors if t.data_ptr() % _ALIGNMENT)
+    return LaunchError(
+        f"cuBLASLt: {gemm}: the tensor of shape {shape} begins off a multiple of {_ALIGNMENT} "
+        "bytes; copy it first"
+    )
+
+
+_known: dict[tuple[DeviceApi, int], Cublaslt] = {}
+
+
+def cublaslt_for(tensor: Any, allocate: Allocate) -> Cublaslt:
+    """cuBLASLt on the device of a tensor; one object a device.
+
+    Args:
+        allocate: makes a contiguous tensor of a shape and dtype there.
+
+    Raises:
+        BackendUnavailable: there is no cuBLASLt, or no library is known for the tensor's type.
+        DeviceError: cuBLASLt cannot start.
+    """
+    api = api_for_type(type(tensor))
+    place = api, api.device_of(tensor)
+    if place not in _known:
+        _known[place] = Cublaslt(*place, allocate, library())
+    return _known[place]

@@ -1,0 +1,297 @@
+"""GEMMs by cuBLASLt: what the library is asked for, and what is refused before it is."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.errors import BackendUnavailable, DeviceError, DtypeError, LaunchError, ShapeError
+from fd_dsa.ops import _cublaslt, _cublaslt_library
+from fd_dsa.ops._cublaslt import cublaslt_for
+from fd_dsa.ops._cublaslt_library import library, library_names, why_not_fp8
+from fd_dsa.ops._cublaslt_shapes import block_scales, padded_rows
+from fd_dsa.triton_runtime import register_device_api
+from tests.kernel_memory import KernelMemory
+from tests.ops.cublaslt_fakes import WORKSPACE, Bench, Blas, Driver, Tensor
+from tests.triton_runtime.fakes import FakeApi, driven_by
+
+pytestmark = pytest.mark.triton
+
+NOT_SUPPORTED = 15
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """One device."""
+    with driven_by(Driver()) as driver:
+        yield Bench(driver)
+
+
+X, W, OUT = Tensor(0x1000, (5, 64)), Tensor(0x2000, (48, 64)), Tensor(0x3000, (5, 48))
+
+
+def fp8(rows: int = 8, inputs: int = 384, outputs: int = 136) -> list[Tensor]:
+    """Arguments of `fp8_linear` that fit; 3 groups, so that rows of scales_w are padded to 4."""
+    return [
+        Tensor(0x1000, (rows, inputs), "fake.uint8"),
+        Tensor(0x2000, (inputs // 128, rows), "fake.float32"),
+        Tensor(0x3000, (outputs, inputs), "fake.uint8"),
+        Tensor(0x4000, (-(-outputs // 128), -(-inputs // 512) * 4), "fake.float32"),
+        Tensor(0x5000, (rows, outputs), "fake.bfloat16"),
+    ]
+
+
+MAPS = """
+7f00-7f10 r--p 00000000 08:01 11 /opt/a b/lib/{}
+7f10-7f20 r-xp 00001000 08:01 11 /opt/a b/lib/{}
+7f20-7f30 rw-p 00000000 00:00 0
+7f30-7f40 rw-p 00000000 00:00 0  [heap]
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("libcublasLt.so.12", "libcublas.so.12"), ("/opt/a b/lib/libcublasLt.so.12",)),
+        (("libcudart.so.13", "libcublas.so.13.1"), ("/opt/a b/lib/libcublasLt.so.13.1",)),
+        (("libc.so.6", "libm.so.6"), ("libcublasLt.so.13", "libcublasLt.so.12")),
+    ],
+)
+def test_the_library_is_that_of_the_process(
+    files: tuple[str, str], expected: tuple[str, ...]
+) -> None:
+    assert library_names(MAPS.format(*files)) == expected
+
+
+def test_import_opens_no_library() -> None:
+    code = (
+        "import fd_dsa.ops._cublaslt; from pathlib import Path; "
+        "print('cublas' in Path('/proc/self/maps').read_text())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "False\n", result.stderr
+
+
+def test_a_machine_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    monkeypatch.setattr(_cublaslt_library, "why_not_compiled", lambda: "")
+    library.cache_clear()
+    with pytest.raises(BackendUnavailable, match="no cuBLASLt is loaded or installed"):
+        library()
+    assert why_not_fp8(90).startswith("no cuBLASLt is loaded or installed")
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "reason"),
+    [
+        (120804, 90, "cuBLASLt 120804 has no block scales, 120900 and newer have"),
+        (120900, 90, ""),
+        (130100, 90, ""),
+        (130100, 100, "on GPUs of capability 90 alone, not 100"),
+    ],
+)
+def test_why_not_fp8(
+    monkeypatch: pytest.MonkeyPatch, version: int, capability: int, reason: str
+) -> None:
+    blas = Blas(Driver())
+    monkeypatch.setattr(blas, "cublasLtGetVersion", lambda: version)
+    monkeypatch.setattr(_cublaslt_library, "library", lambda: blas)
+    monkeypatch.setattr(_cublaslt_library, "why_not_compiled", lambda: "")
+    found = why_not_fp8(capability)
+    assert found.endswith(reason) and bool(found) == bool(reason)
+    monkeypatch.setattr(_cublaslt_library, "why_not_compiled", lambda: "interpreted")
+    assert why_not_fp8(capability) == "interpreted"
+
+
+def test_rows_and_scales_as_cublaslt_wants_them() -> None:
+    assert [padded_rows(n) for n in (0, 1, 8, 9, 13, 2048)] == [8, 8, 8, 12, 16, 2048]
+
+
+def test_scales_of_a_weight_are_padded(paddle_memory: KernelMemory) -> None:
+    m = paddle_memory
+    four = m.put(np.ones((3, 4), np.float32))
+    assert block_scales(four, m.poisoned) is four
+    scales = np.arange(18, dtype=np.float32).reshape(3, 6)
+    wanted = np.pad(scales, ((0, 0), (0, 2)))
+    np.testing.assert_array_equal(m.get(block_scales(m.put(scales), m.poisoned)), wanted)
+
+
+def test_a_linear_layer_in_the_terms_of_cublaslt(bench: Bench) -> None:
+    """Column-major: A is the weight, transposed, B is x, and D is out."""
+    wide = Tensor(0x4000, (5, 48), "fake.float32", step=200)
+    bench.lt.linear(X, W, OUT)
+    bench.lt.linear(X, W, wide)
+    bench.lt.linear(Tensor(0x1000, (0, 64)), W, Tensor(0x3000, (0, 48)))
+    first, second = bench.blas.launches
+    assert first["addresses"] == (0x2000, 0x1000, 0x3000)
+    assert first["layouts"] == [(14, 64, 48, 64), (14, 64, 5, 64), (14, 48, 5, 48)]
+    assert second["layouts"] == [(14, 64, 48, 64), (14, 64, 5, 64), (0, 48, 5, 200)]
+    assert first["attributes"] == {3: 1}
+    assert bench.blas.calls["cublasLtMatmulDescCreate"] == 1
+
+
+def test_fp8_in_the_terms_of_cublaslt(bench: Bench) -> None:
+    operands = fp8()
+    bench.lt.fp8_linear(*operands)
+    (launch,) = bench.blas.launches
+    assert launch["addresses"] == (0x3000, 0x1000, 0x5000)
+    assert launch["layouts"] == [(28, 384, 136, 384), (28, 384, 8, 384), (14, 136, 8, 136)]
+    # transposed A, its scales and B's, blocks of 128 x 128 for A and vectors of 128 for B
+    assert launch["attributes"] == {3: 1, 17: 0x4000, 18: 0x2000, 31: 5, 32: 4}
+    other = Tensor(0x8000, operands[3].shape, "fake.float32")
+    bench.lt.fp8_linear(*operands[:3], other, operands[4])
+    assert bench.blas.launches[-1]["attributes"][17] == 0x8000
+    assert bench.blas.calls["cublasLtMatmulAlgoGetHeuristic"] == 1
+
+
+def test_float32_is_never_rounded(bench: Bench) -> None:
+    in_float32 = [replace(tensor, dtype="fake.float32") for tensor in (X, W, OUT)]
+    for operands in ((X, W, OUT), in_float32):
+        bench.lt.linear(*operands)
+    # CUBLAS_COMPUTE_32F and CUBLAS_COMPUTE_32F_PEDANTIC
+    assert bench.blas.computes == [(68, 0), (69, 0)]
+
+
+def test_a_shape_is_planned_once_and_a_stream_has_one_workspace(bench: Bench) -> None:
+    for stream, address in ((7, 0x1000), (7, 0x9000), (0, 0x1000), (7, 0x1000)):
+        bench.api.stream = stream
+        bench.lt.linear(Tensor(address, X.shape), W, OUT)
+    assert bench.blas.calls["cublasLtMatmulAlgoGetHeuristic"] == 1
+    assert [t.shape for t in bench.allocated] == [(WORKSPACE,)] * 2
+    found = [(launch["stream"], launch["workspace"]) for launch in bench.blas.launches]
+    assert found == [(7, 0x100000), (7, 0x100000), (None, 0x200000), (7, 0x100000)]
+    assert [launch["addresses"][1] for launch in bench.blas.launches][1] == 0x9000
+    preference = min(owner for owner, _ in bench.blas.attributes)
+    preferred = {k: v for (owner, k), v in bench.blas.attributes.items() if owner == preference}
+    # parts of sums are reduced in the workspace alone
+    assert preferred == {1: WORKSPACE, 3: 2, 5: 16, 6: 16, 7: 16, 8: 16}
+
+
+def test_plans_that_were_not_measured_make_room(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cublaslt, "_MOST_PLANS", 2)
+    bench.driver.milliseconds = iter([1.0] * 100)
+    bench.lt.choose([(X, W, OUT)])
+    for rows in (1, 2, 3):
+        bench.lt.linear(Tensor(0x1000, (rows, 64)), W, Tensor(0x3000, (rows, 48)))
+    assert bench.blas.calls["cublasLtMatrixLayoutDestroy"] == 2 * 3
+    before = bench.blas.calls["cublasLtMatmulAlgoGetHeuristic"]
+    bench.lt.linear(X, W, OUT)
+    assert bench.blas.calls["cublasLtMatmulAlgoGetHeuristic"] == before
+
+
+def test_the_fastest_algorithm_is_kept(bench: Bench) -> None:
+    rounds = {0: [9.0] * 5, 1: [8.0, 2.0, 8.0, 8.0, 8.0], 2: [3.0] * 5}
+    bench.driver.milliseconds = iter([ms for number in rounds for ms in rounds[number]])
+    calls = [fp8(), fp8()]
+    assert bench.lt.choose(calls) == [4500.0, 1000.0, 1500.0]
+    assert bench.blas.launches[-1]["algorithm"] == 2
+    bench.lt.fp8_linear(*fp8())
+    assert bench.blas.launches[-1]["algorithm"] == 1
+
+
+def changed(position: int, **fields: Any) -> list[Tensor]:
+    """`fp8` with another tensor."""
+    operands = fp8()
+    operands[position] = replace(operands[position], **fields)
+    return operands
+
+
+@pytest.mark.parametrize(
+    ("operands", "error", "message"),
+    [
+        (fp8(rows=4), ShapeError, "x has 4 rows, allowed is a multiple of 4 from 8 on"),
+        (fp8(rows=13), ShapeError, "x has 13 rows"),
+        (fp8(inputs=200), ShapeError, "a multiple of 8 and one of 128"),
+        (fp8(outputs=132), ShapeError, "a multiple of 8 and one of 128"),
+        (changed(1, shape=(3, 12)), ShapeError, r"scales_x has shape \[3, 12\], allowed is \[3, 8"),
+        (changed(3, shape=(2, 3)), ShapeError, r"scales_w has shape \[2, 3\], allowed is \[2, 4"),
+        (changed(1, step=12), ShapeError, r"scales_x of shape \[3, 8\] is not contiguous"),
+        (changed(1, dtype="fake.uint8"), DtypeError, "scales_x has dtype uint8"),
+        (changed(0, dtype="fake.bfloat16"), DtypeError, "x has dtype bfloat16, allowed is uint8"),
+        (changed(4, dtype="fake.float32"), DtypeError, "out has dtype float32"),
+        (changed(4, shape=(8, 128)), ShapeError, r"out has shape \[8, 128\], allowed is \[8, 136"),
+        (changed(2, address=0x3008), LaunchError, r"\[136, 384\] begins off a multiple of 16"),
+        (changed(3, address=0x4004), LaunchError, r"\[2, 4\] begins off a multiple of 16"),
+        (changed(1, device=1), LaunchError, "a tensor is on device 1, not 0"),
+        (changed(2, device=-1), LaunchError, "the tensor is in host memory"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    bench: Bench, operands: list[Tensor], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        bench.lt.fp8_linear(*operands)
+    assert not bench.blas.launches
+
+
+def test_operands_of_two_types_are_refused(bench: Bench) -> None:
+    with pytest.raises(DtypeError, match="weight has dtype float32, allowed is bfloat16"):
+        bench.lt.linear(X, Tensor(0x2000, (48, 64), "fake.float32"), OUT)
+
+
+@pytest.mark.parametrize("function", ["cublasLtMatmulAlgoGetHeuristic", "cublasLtMatmul"])
+def test_a_refusal_names_status_and_shapes(bench: Bench, function: str) -> None:
+    bench.blas.statuses[function] = NOT_SUPPORTED
+    shapes = r"block-scaled FP8 \[8, 384\] x \[136, 384\]\^T to bfloat16"
+    with pytest.raises(DeviceError, match=f"{function}: CUBLAS_STATUS_15: {shapes}"):
+        bench.lt.fp8_linear(*fp8())
+
+
+def test_a_refused_pointer_of_scales(bench: Bench) -> None:
+    bench.lt.fp8_linear(*fp8())
+    bench.blas.statuses["cublasLtMatmulDescSetAttribute"] = 7
+    with pytest.raises(DeviceError, match=r"DescSetAttribute: CUBLAS_STATUS_7: block-scaled FP8"):
+        bench.lt.fp8_linear(*fp8())
+
+
+def test_no_algorithm(bench: Bench) -> None:
+    bench.blas.num_algorithms = 0
+    with pytest.raises(DeviceError, match=r"no algorithm serves bfloat16 \[5, 64\] x"):
+        bench.lt.linear(X, W, OUT)
+
+
+def test_a_capture_takes_only_what_is_there(bench: Bench) -> None:
+    bench.driver.capturing = True
+    with pytest.raises(DeviceError, match=r"a plan for bfloat16 .* cannot be made in a capture"):
+        bench.lt.linear(X, W, OUT)
+    bench.driver.capturing = False
+    bench.lt.linear(X, W, OUT)
+    bench.driver.capturing = True
+    bench.lt.linear(X, W, OUT)
+    bench.api.stream = 8
+    with pytest.raises(DeviceError, match="a workspace cannot be made in a capture"):
+        bench.lt.linear(X, W, OUT)
+    assert len(bench.blas.launches) == 2
+
+
+def test_another_device_is_entered() -> None:
+    with driven_by(Driver(num_devices=2)) as driver:
+        driver.enter(0x1000)
+        bench = Bench(driver, device=1)
+        bench.lt.linear(*(replace(tensor, device=1) for tensor in (X, W, OUT)))
+        assert driver.context() == 0x1000
+    assert bench.blas.launches[0]["context"] == 0x1001
+
+
+def test_a_device_has_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cublaslt, "_known", {})
+    with driven_by(Driver(num_devices=2)) as driver:
+        monkeypatch.setattr(_cublaslt, "library", lambda: Blas(driver))
+        register_device_api(Tensor, FakeApi())
+        first = cublaslt_for(X, lambda shape, dtype: X)
+        assert cublaslt_for(W, lambda shape, dtype: X) is first
+        assert cublaslt_for(Tensor(0x1000, (1,), device=1), lambda shape, dtype: X) is not first

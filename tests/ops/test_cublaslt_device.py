@@ -1,0 +1,166 @@
+"""GEMMs by cuBLASLt on a GPU against float64, of the operands as they are stored."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from fd_dsa.ops._cublaslt import Cublaslt, cublaslt_for
+from fd_dsa.ops._cublaslt_library import why_not_fp8
+from fd_dsa.ops._cublaslt_shapes import block_scales, padded_rows
+from fd_dsa.triton_runtime.transfers import transfers_for
+from tests.kernel_memory import KernelMemory, open_memory
+from tests.ops.e4m3 import E4M3_VALUES
+
+# a result is rounded to bfloat16 once
+BFLOAT16 = 2.0**-8
+# of the sum of all terms' sizes: tensor cores add FP8 products to fewer bits than float32 has
+FLOAT32_SUMS, FP8_SUMS = 1e-5, 2.0**-10
+SIZES = [(136, 384), (576, 1536), (2112, 7168)]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("torch", marks=pytest.mark.gpu),
+        pytest.param("rig", marks=pytest.mark.gpu_rig),
+    ]
+)
+def memory(request: pytest.FixtureRequest) -> KernelMemory:
+    """CUDA memory."""
+    opened = open_memory(request.param)
+    if not opened.on_gpu:
+        pytest.skip("cuBLASLt reads CUDA memory alone")
+    return opened
+
+
+def cublaslt(memory: KernelMemory) -> Cublaslt:
+    """That of the memory's device."""
+    return cublaslt_for(memory.put(np.zeros(1, np.float32)), memory.poisoned)
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    """bfloat16 bits of values, cut off."""
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def values(found: np.ndarray) -> np.ndarray:
+    """float64 values of float32, or of bfloat16 bits."""
+    if found.dtype == np.uint16:
+        found = (found.astype(np.uint32) << 16).view(np.float32)
+    return found.astype(np.float64)
+
+
+def check(found: np.ndarray, wanted: np.ndarray, allowed: np.ndarray) -> None:
+    """Equal but for the errors that each value may have."""
+    error = np.abs(values(found) - wanted)
+    assert np.all(error <= allowed), error.max()
+
+
+@pytest.mark.parametrize("rows", [1, 8, 13, 300])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("operands", "result"),
+    [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")],
+)
+def test_linear(
+    memory: KernelMemory, rows: int, size: tuple[int, int], operands: str, result: str
+) -> None:
+    m, (outputs, inputs), rng = memory, size, np.random.default_rng(rows)
+    arrays = [rng.standard_normal(shape, np.float32) for shape in ((rows, inputs), size)]
+    x, weight = ((bits(a), "bfloat16") if operands == "bfloat16" else (a, None) for a in arrays)
+    out = m.poisoned((rows, outputs), result)
+    cublaslt(m).linear(m.put(*x), m.put(*weight), out)
+    left, right = values(x[0]), values(weight[0])
+    wanted, magnitude = left @ right.T, np.abs(left) @ np.abs(right).T
+    rounding = BFLOAT16 * np.abs(wanted) if result == "bfloat16" else 0
+    check(m.get(out), wanted, FLOAT32_SUMS * magnitude + rounding)
+
+
+class Fp8(NamedTuple):
+    """Arguments of `fp8_linear`, and the values that they are."""
+
+    operands: tuple[Any, ...]
+    x: np.ndarray
+    weight: np.ndarray
+
+    def check(self, found: np.ndarray, num_tokens: int) -> None:
+        """Equal in the rows of tokens."""
+        x = self.x[:num_tokens]
+        wanted, magnitude = x @ self.weight.T, np.abs(x) @ np.abs(self.weight).T
+        check(found[:num_tokens], wanted, FP8_SUMS * magnitude + BFLOAT16 * np.abs(wanted))
+
+
+def fp8(m: KernelMemory, num_tokens: int, size: tuple[int, int], seed: int = 0) -> Fp8:
+    """Scales differ by up to 2^8 from block to block; rows past the tokens are NaN."""
+    rng, (outputs, inputs), rows = np.random.default_rng(seed), size, padded_rows(num_tokens)
+    groups, blocks = inputs // 128, -(-outputs // 128)
+    codes = [rng.integers(0, 0x60, shape) | rng.integers(0, 2, shape) << 7 for shape in
+             ((rows, inputs), size)]  # fmt: skip
+    codes[0][num_tokens:] = 0x7F
+    codes_x, codes_w = (c.astype(np.uint8) for c in codes)
+    scales_x, scales_w = (
+        np.exp2(rng.integers(-8, 1, shape)).astype(np.float32)
+        for shape in ((groups, rows), (blocks, groups))
+    )
+    allocate = m.poisoned
+    operands = (
+        *(m.put(codes_x), m.put(scales_x), m.put(codes_w)),
+        *(block_scales(m.put(scales_w), allocate), m.poisoned((rows, outputs), "bfloat16")),
+    )
+    x = E4M3_VALUES[codes_x] * np.repeat(scales_x.T, 128, axis=1).astype(np.float64)
+    spread = np.repeat(np.repeat(scales_w, 128, axis=0)[:outputs], 128, axis=1)
+    return Fp8(operands, x, E4M3_VALUES[codes_w] * spread.astype(np.float64))
+
+
+def skip_without_block_scales(m: KernelMemory) -> None:
+    reason = why_not_fp8(transfers_for(m.put(np.zeros(1, np.float32))).traits.capability)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 12, 13, 20, 128, 300])
+@pytest.mark.parametrize("size", SIZES)
+def test_fp8_linear(memory: KernelMemory, num_tokens: int, size: tuple[int, int]) -> None:
+    skip_without_block_scales(memory)
+    case = fp8(memory, num_tokens, size)
+    cublaslt(memory).fp8_linear(*case.operands)
+    case.check(memory.get(case.operands[4]), num_tokens)
+
+
+def test_the_measured_algorithm_always_gives_the_same_bits(memory: KernelMemory) -> None:
+    skip_without_block_scales(memory)
+    lt, size = cublaslt(memory), (2112, 7168)
+    for num_tokens in (8, 128):
+        case = fp8(memory, num_tokens, size)
+        times = lt.choose([case.operands, fp8(memory, num_tokens, size, seed=1).operands])
+        assert times and min(times) > 0
+        found = []
+        for _ in range(20):
+            lt.fp8_linear(*case.operands)
+            found.append(memory.get(case.operands[4]))
+        case.check(found[0], num_tokens)
+        assert all(np.array_equal(found[0], other) for other in found)
+
+
+@pytest.mark.gpu
+def test_captured_with_changed_inputs() -> None:
+    import torch
+
+    m = open_memory("torch")
+    skip_without_block_scales(m)
+    lt, (first, second) = cublaslt(m), (fp8(m, 13, (576, 1536), seed=n) for n in range(2))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        lt.fp8_linear(*first.operands)
+    m.sync()
+    before = torch.cuda.memory_allocated()
+    with torch.cuda.graph(graph, stream=stream):
+        lt.fp8_linear(*first.operands)
+    assert torch.cuda.memory_allocated() == before
+    for target, source in zip(first.operands[:4], second.operands[:4], strict=True):
+        target.copy_(source)
+    first.operands[4].zero_()
+    graph.replay()
+    second.check(m.get(first.operands[4]), 13)
