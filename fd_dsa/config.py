@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fd_dsa.errors import ConfigError
@@ -67,7 +67,8 @@ class EngineConfig:
         device: where the model runs: "cpu", "gpu" (the first that CUDA_VISIBLE_DEVICES shows), or
             "auto", a GPU where Paddle has one and the CPU otherwise: the values of the flag. In
             Python also the place of a custom device of Paddle, such as "name:0".
-        dtype: type of weights and activations; `auto` is float32, the only one so far.
+        dtype: type of activations and of weights that are not FP8; `auto` is bfloat16 on a GPU and
+            float32 on a CPU, which has no other.
         kv_cache_dtype: type of the caches; `auto` is the type of the activations, `fp8_ds_mla`
             is e4m3 with scales, 788 bytes a token and layer; `fp8` is another name for it.
         max_model_len: longest prompt plus output, tokens; None is the model's own limit.
@@ -155,15 +156,24 @@ class EngineConfig:
         """Folder of the tokenizer, absolute."""
         return self.model_path if self.tokenizer is None else Path(self.tokenizer)
 
-    @property
-    def compute_dtype(self) -> str:
-        """Type of weights and activations, `auto` resolved."""
-        return "float32"
+    def on_device(self, device: str) -> EngineConfig:
+        """The same with `device` and both types as they are there, none of them "auto".
 
-    @property
-    def cache_dtype(self) -> str:
-        """Type in which the caches are stored, `auto` resolved."""
-        return self.compute_dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+        Raises:
+            ConfigError: the device does not compute in `dtype`.
+        """
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
+        if device == "cpu" and dtype != "float32":
+            raise _flag_error(
+                "dtype",
+                dtype,
+                "auto or float32 on a CPU: Paddle's CPU build has no bfloat16 kernels",
+                "bfloat16 checkpoints are converted while loading",
+            )
+        cache_dtype = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+        return replace(self, device=device, dtype=dtype, kv_cache_dtype=cache_dtype)
 
     @property
     def num_batched_tokens(self) -> int:
@@ -221,14 +231,6 @@ class EngineConfig:
         """Refuse types which this device or this release cannot serve."""
         if self.dtype not in _DTYPES:
             raise _flag_error("dtype", self.dtype, ", ".join(_DTYPES))
-        if self.dtype == "bfloat16":
-            raise _flag_error(
-                "dtype",
-                self.dtype,
-                "auto or float32, in which the engine computes: Paddle's CPU build has no bfloat16 "
-                "kernels",
-                "bfloat16 checkpoints are converted while loading",
-            )
         dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
         self._set("kv_cache_dtype", dtype)
         if self.kv_cache_dtype not in _CACHE_DTYPES:

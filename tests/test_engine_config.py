@@ -30,7 +30,12 @@ def test_defaults_serve_the_demo_on_a_cpu() -> None:
     config = EngineConfig()
     assert config.model_path == demo_model_path()
     assert config.served_model_name == ("demo_model",)
-    assert (config.compute_dtype, config.cache_dtype) == ("float32", "float32")
+    here = config.on_device("cpu")
+    assert (here.device, here.dtype, here.kv_cache_dtype) == ("cpu", "float32", "float32")
+    there = config.on_device("gpu:0")
+    assert (there.device, there.dtype, there.kv_cache_dtype) == ("gpu:0", "bfloat16", "bfloat16")
+    with pytest.raises(ConfigError, match=r"--dtype: got 'bfloat16'.*no bfloat16 kernels"):
+        EngineConfig(dtype="bfloat16").on_device("cpu")
     assert config.num_batched_tokens == 512
     assert config.resolve_max_model_len(4096) == 4096
     with pytest.raises(FrozenInstanceError):
@@ -84,7 +89,7 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert config.model_path == tmp_path / "my-model"
     assert config.served_model_name == ("my-model",)
     assert config.kv_cache_memory_bytes == 1 << 20
-    assert config.cache_dtype == "bfloat16"
+    assert config.on_device("gpu:0").kv_cache_dtype == "bfloat16"
     assert EngineConfig(model="my-model/../my-model/.").served_model_name == ("my-model",)
     several = EngineConfig(model="my-model", served_model_name=["a", "b"])  # type: ignore[arg-type]
     assert several.served_model_name == ("a", "b")
@@ -100,7 +105,6 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"device": "cuda"}, ["--device", "'cuda'", "auto, cpu, gpu", "name:number"]),
         ({"device": "gpu:x"}, ["--device", "'gpu:x'"]),
         ({"dtype": "float16"}, ["--dtype", "'float16'", "bfloat16"]),
-        ({"dtype": "bfloat16"}, ["--dtype", "'bfloat16'", "no bfloat16 kernels"]),
         ({"kv_cache_dtype": "int8"}, ["--kv-cache-dtype", "'int8'", "bfloat16, fp8_ds_mla"]),
         (
             {"kv_cache_dtype": "fp8_ds_mla", "block_size": 32},

@@ -85,7 +85,7 @@ class OneSequence:
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A loaded model; `model_config` has `index_topk` as asked for."""
+    """A loaded model; `model_config` has `index_topk` as asked for, `engine_config` real types."""
 
     sequence: OneSequence
     tokenizer: Tokenizer
@@ -96,9 +96,7 @@ class OpenModel:
     @property
     def device(self) -> str:
         """Where the model runs, such as "cpu" or "gpu:0"."""
-        from fd_dsa.runner.device import resolve_device
-
-        return resolve_device(self.engine_config.device)
+        return self.engine_config.device
 
 
 def read_config(model: str | os.PathLike[str] | None, index_topk: int | None = None) -> ModelConfig:
@@ -127,10 +125,12 @@ def open_model(
     asked = EngineConfig(max_model_len=max_model_len, **fields)
     length = asked.resolve_max_model_len(config.max_position_embeddings)
     from fd_dsa.engine.factory import build_engine
+    from fd_dsa.runner.device import resolve_device
 
     blocks = -(-length // asked.block_size)
     engine = build_engine(replace(asked, max_model_len=length, num_gpu_blocks_override=blocks))
-    return OpenModel(OneSequence(engine.runner), engine.tokenizer, config, asked, length)
+    here = asked.on_device(resolve_device(asked.device))
+    return OpenModel(OneSequence(engine.runner), engine.tokenizer, config, here, length)
 
 
 def tracked(items: Iterable[T], what: str, total: int) -> Iterable[T]:

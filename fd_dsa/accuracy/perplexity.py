@@ -211,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
         "model": EngineConfig(model=args.model).model_path.name,
         "text": DEFAULT_TEXT if args.text is None else Path(args.text).name,
         "device": model.device,
-        "kv_cache_dtype": model.engine_config.cache_dtype,
+        "kv_cache_dtype": model.engine_config.kv_cache_dtype,
         "context": model.max_model_len,
         "index_topk": model.model_config.index_topk,
         "max_num_batched_tokens": args.max_num_batched_tokens,

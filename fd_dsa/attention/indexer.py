@@ -2,51 +2,46 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
-from paddle import nn
-
-from fd_dsa.attention.layers import LayerNorm, WeightLoader, loads, zeros_parameter
-from fd_dsa.ops._gemm import HostMatrix, matrix
-from fd_dsa.ops._linear import linear
+from fd_dsa.ops._gemm import HostMatrix
 from fd_dsa.ops.providers import serving
 
 
-class Indexer(nn.Layer):
+class Indexer:
     """Scores past tokens with a few cheap heads and keeps the best `index_topk`.
 
     Its rope slice is the FIRST `qk_rope_head_dim` of each head; the key norm is a LayerNorm with
-    bias and eps 1e-6. Parameters have FastDeploy's names (docs/design.md, "FastDeploy's contract"),
-    except `wk_weights_proj`: its `wk` and `weights_proj` side by side, for one GEMM.
+    bias and eps 1e-6.
 
     Args:
         config: the model's, of which sizes and `indexer_rope_interleave`, the pairing of the RoPE
             (False for V3.2), are read.
         layer_id: index of the layer.
+        weights: make what is asked for; `wk` and `weights_proj` are one GEMM.
+        prefix: of the checkpoint's names.
 
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, in the form of Hugging Face transformers 5.23
     (DeepseekV32Indexer).
     """
 
-    def __init__(self, config: Any, layer_id: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_id = layer_id
+    def __init__(self, config: Any, layer_id: int, weights: Any, prefix: str) -> None:
+        self.config, self.layer_id = config, layer_id
         heads, dim = config.index_n_heads, config.index_head_dim
-        self.wq_b = zeros_parameter(self, [config.q_lora_rank, heads * dim])
-        self.wk_weights_proj = zeros_parameter(self, [config.hidden_size, dim + heads])
-        self.k_norm = LayerNorm(dim, epsilon=1e-6)
+        self._wq_b = weights.matrix(config.q_lora_rank, {f"{prefix}wq_b.weight": heads * dim})
+        parts = {f"{prefix}wk.weight": dim, f"{prefix}weights_proj.weight": heads}
         # both scale factors of the scores are folded in when the weight is loaded
-        self.weights_scale = heads**-0.5 * dim**-0.5
+        factors = {f"{prefix}weights_proj.weight": heads**-0.5 * dim**-0.5}
+        self._wk_weights_proj = weights.columns(config.hidden_size, parts, factors)
+        self._k_norm = {
+            "k_norm_weight": weights.vector({f"{prefix}k_norm.weight": dim}),
+            "k_norm_bias": weights.vector({f"{prefix}k_norm.bias": dim}),
+            "k_norm_eps": 1e-6,
+        }
 
-    @cached_property
-    def _weights(self) -> tuple[Any, Any]:
-        """`wk_weights_proj`, on a device its two halves, and `wq_b`, as they are read."""
-        both, dim = matrix(self.wk_weights_proj), self.config.index_head_dim
-        if not isinstance(both, HostMatrix):
-            both = both[:, :dim], both[:, dim:]
-        return both, matrix(self.wq_b)
+    def key_norm(self) -> dict[str, Any]:
+        """How the keys are normed and rotated, as arguments of CacheWriteParams."""
+        return self._k_norm | {"index_rope_interleave": self.config.indexer_rope_interleave}
 
     def project(self, hidden_states: Any, backend: Any) -> tuple[Any, Any]:
         """Index keys and head weights as projected; `write_caches` norms the keys.
@@ -61,7 +56,7 @@ class Indexer(nn.Layer):
         Returns:
             float32 [num_tokens, index_head_dim] and [num_tokens, index_n_heads].
         """
-        weights, dim = self._weights[0], self.config.index_head_dim
+        weights, dim = self._wk_weights_proj, self.config.index_head_dim
         if not isinstance(weights, HostMatrix):
             out = backend.projection_buffers(hidden_states.shape[0])
             project = serving("indexer_projection", hidden_states)
@@ -83,7 +78,7 @@ class Indexer(nn.Layer):
         """
         config, backend = self.config, forward_meta.attn_backend
         layout = backend.config.cache_layout
-        q = linear(qr, self._weights[1])
+        q = self._wq_b.times(qr)
         q, weights = backend.attention.prepare_indexer_query(
             q.reshape([-1, config.index_n_heads, config.index_head_dim]),
             precomputed_weights,
@@ -95,16 +90,3 @@ class Indexer(nn.Layer):
             scale_fmt=layout.index_scale_fmt,
         )
         return backend.select(q, weights, self.layer_id, forward_meta)
-
-    def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
-        """Checkpoint names below `prefix` and how each fills its parameter, or its part of one."""
-        both, dim, rows = self.wk_weights_proj, self.config.index_head_dim, slice(None)
-        columns, scale = slice(dim, None), self.weights_scale
-        loaders = {
-            "wq_b.weight": loads(self.wq_b, transpose=True),
-            "wk.weight": loads(both, rows, slice(0, dim), transpose=True),
-            "k_norm.weight": loads(self.k_norm.weight),
-            "k_norm.bias": loads(self.k_norm.bias),
-            "weights_proj.weight": loads(both, rows, columns, transpose=True, scale=scale),
-        }
-        return {prefix + name: loader for name, loader in loaders.items()}

@@ -15,7 +15,7 @@ from fd_dsa.engine.draws import NOT_FINITE
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logit_rules import BadWords
-from fd_dsa.engine.logprobs import TokenScore, score_tokens
+from fd_dsa.engine.logprobs import TokenScore
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import (
     ConstraintError,
@@ -25,9 +25,10 @@ from fd_dsa.engine.output import (
     TopkPositions,
 )
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.sampler import Sampler, derive_seed
+from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
+from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
 
@@ -95,9 +96,7 @@ class LLMEngine:
         self._seed = seed
         self.grammars = GrammarCompiler(tokenizer, runner.vocab_size, self._eos_token_ids)
         self._scheduler = Scheduler(self._blocks, self._batch, self._stats, target_gap_s)
-        self._sampler = Sampler(num_rows)
-        # arrival number of the request whose parameters the sampler has in a slot
-        self._slot_params = [-1] * num_rows
+        self._sampler = StepSampler(runner, num_rows)
         # what is left of each group
         self._requests: dict[str, list[Request]] = {}
         self.metrics = EngineMetrics(max_model_len, getattr(runner, "counters", None))
@@ -213,9 +212,11 @@ class LLMEngine:
         num_prefill_tokens = self._batch.num_prefill_tokens
         num_decode_tokens = self._batch.num_tokens - num_prefill_tokens
         resumed = [r for r in sampling if not r.is_decode] if num_prefill_tokens else []
+        logits: Any = None
+        tokens = None if self._has_watched else self._sampler.draw(sampling, logits_indices)
         if self._has_watched:
             logits = self._execute_watched(sampling, logits_indices)
-        else:
+        elif tokens is None:
             logits = self.runner.execute_model(logits_indices)
         done = self.clock()
         self._scheduler.complete_step()
@@ -223,7 +224,7 @@ class LLMEngine:
         if reading:
             outputs, logits = self._read_prompts(reading, sampling, logits)
         if sampling:
-            outputs += self._sample(sampling, logits)
+            outputs += self._append(sampling, logits, tokens)
         self.metrics.count_step(num_decode_tokens, resumed)
         end = self.clock()
         stats = self._stats
@@ -328,28 +329,16 @@ class LLMEngine:
             sampling[:] = [request for request in sampling if request not in failed]
         return [self._fail(request, NOT_FINITE) for request in failed], logits_to_sample
 
-    def _sample(
-        self, sampling: list[Request], logits: npt.NDArray[np.float32]
+    def _append(
+        self,
+        sampling: list[Request],
+        logits: npt.NDArray[np.float32],
+        tokens: npt.NDArray[np.int64] | None,
     ) -> list[RequestOutput]:
-        """Give each request its next token."""
-        slots, positions, scored = [], [], []
-        for row, request in enumerate(sampling):
-            slot = request.slot
-            slots.append(slot)
-            positions.append(len(request.output_token_ids))
-            if request.logprobs is not None:
-                scored.append(row)
-            if self._slot_params[slot] != request.arrival:
-                self._slot_params[slot] = request.arrival
-                self._sampler.set_slot(slot, request.params, request.seed, request.rules)
-        tokens = self._sampler.sample(logits, np.array(slots), np.array(positions))
+        """Give each request its next token: the one drawn, or sampled here from the logits."""
         scores: list[TokenScore | None] = [None] * len(sampling)
-        scored = [row for row in scored if tokens[row] >= 0] if scored else scored
-        if scored:
-            num_top = [sampling[row].params.logprobs or 0 for row in scored]
-            sampled_scores = score_tokens(logits[scored], tokens[scored], num_top)
-            for row, score in zip(scored, sampled_scores, strict=True):
-                scores[row] = score
+        if tokens is None:
+            tokens, scores = self._sampler.sample(sampling, logits)
         now = time.monotonic()
         outputs = []
         for request, token_id, score in zip(sampling, tokens.tolist(), scores, strict=True):

@@ -29,11 +29,16 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
     plan = make_plan(config)
     progress.done(plan.summary())
     model = _load_model(plan, progress)
-    if plan.device != "cpu":
-        model.to_device(plan.device)
     from fd_dsa.runner.model_runner import ModelRunner
 
-    runner = ModelRunner(model, plan.input_batch, plan.layout, plan.memory.num_blocks, plan.device)
+    runner = ModelRunner(
+        model,
+        plan.input_batch,
+        plan.layout,
+        plan.memory.num_blocks,
+        plan.device,
+        dtype=plan.config.dtype,
+    )
     progress.done(plan.memory.summary())
     progress.done(_warm_up(runner, plan))
     engine = LLMEngine(
@@ -48,25 +53,34 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
         sampling_defaults=plan.sampling_defaults,
     )
     engine.grammars.prepare()
-    engine.metrics.cache_config["cache_dtype"] = config.cache_dtype
+    engine.metrics.cache_config["cache_dtype"] = plan.config.kv_cache_dtype
     return engine
 
 
 def _load_model(plan: EnginePlan, progress: StartupProgress) -> Any:
-    """The model with its weights, in host memory."""
+    """The model with its weights, on its device."""
     from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.loader import load_dummy_weights, load_weights
     from fd_dsa.models.registry import create_model
+    from fd_dsa.models.weights import HostWeights
 
-    model = create_model(plan.model_config)
     begin = time.perf_counter()
-    loaders = model.weight_loaders()
+    weights: Any = HostWeights()
+    if plan.device != "cpu":
+        # kernels and their launcher are loaded only where a device is asked for
+        from fd_dsa.models.device_weights import DeviceWeights
+        from fd_dsa.step.device import paddle_allocator
+
+        allocate, rounds = paddle_allocator(plan.device), plan.model_config.round_scales
+        weights = DeviceWeights(plan.config.dtype, allocate, plan.fp8, round_scales=rounds)
+    model = create_model(plan.model_config, weights)
     with LoadProgress(progress) as bar:
         if plan.config.load_format == "dummy":
-            load_dummy_weights(plan.model_config, loaders, plan.config.seed, bar)
+            load_dummy_weights(plan.model_config, model.loaders, plan.config.seed, bar)
         else:
             with Checkpoint.open(plan.config.model_path) as checkpoint:
-                load_weights(checkpoint, plan.model_config, loaders, bar)
+                load_weights(checkpoint, plan.model_config, model.loaders, bar)
+    weights.finish()
     how = "made up" if plan.config.load_format == "dummy" else "read"
     progress.done(f"{format_bytes(bar.total_bytes)} {how} in {time.perf_counter() - begin:.1f} s")
     return model

@@ -33,7 +33,7 @@ class EnginePlan:
     """All that is decided before weights are loaded.
 
     Attributes:
-        config: as asked for.
+        config: as asked for, with the device and the types that this means here.
         model_config: of the folder.
         device: "cpu", "gpu:0" or a custom device of Paddle.
         num_threads: of Paddle's CPU kernels.
@@ -43,6 +43,7 @@ class EnginePlan:
         input_batch: rows of a step, empty.
         sampling_defaults: what the folder proposes.
         memory: sizes of weights and caches, bytes.
+        fp8: names of the tensors that a device holds as FP8.
     """
 
     config: EngineConfig
@@ -55,6 +56,7 @@ class EnginePlan:
     input_batch: InputBatch
     sampling_defaults: dict[str, Any]
     memory: MemoryPlan
+    fp8: frozenset[str]
 
     def summary(self) -> str:
         """Model, device and limits in one line."""
@@ -62,7 +64,7 @@ class EnginePlan:
         model = self.model_config
         return (
             f"{model.model_type} on {where}: {model.num_hidden_layers} layers, "
-            f"{self.config.compute_dtype}, caches in {self.config.cache_dtype}, "
+            f"{self.config.dtype}, caches in {self.config.kv_cache_dtype}, "
             f"index_topk {model.index_topk}, max_model_len {self.max_model_len}"
         )
 
@@ -76,8 +78,8 @@ class EnginePlan:
             "load_format": config.load_format,
             "served_model_name": list(config.served_model_name),
             "device": self.device,
-            "dtype": config.compute_dtype,
-            "kv_cache_dtype": config.cache_dtype,
+            "dtype": config.dtype,
+            "kv_cache_dtype": config.kv_cache_dtype,
             "block_size": config.block_size,
             "enable_prefix_caching": config.enable_prefix_caching,
             "max_model_len": self.max_model_len,
@@ -112,7 +114,7 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     # these import paddle
     from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.config import ModelConfig
-    from fd_dsa.models.loader import validate
+    from fd_dsa.models.loader import fp8_tensors, quantisable_tensors, validate
     from fd_dsa.ops._fixed_order import check_fixed_order
     from fd_dsa.runner.device import keep_float32, resolve_device
     from fd_dsa.runner.input_batch import InputBatch
@@ -120,25 +122,30 @@ def make_plan(config: EngineConfig) -> EnginePlan:
 
     threads = set_cpu_threads()
     device = resolve_device(config.device)
+    config = config.on_device(device)
     keep_float32(device)
     check_fixed_order(device)
     model_config = ModelConfig.from_folder(config.model_path)
     model_config = _with_index_topk(model_config, config.index_topk)
     defaults = sampling_defaults(config, model_config)
     max_model_len = config.resolve_max_model_len(model_config.max_position_embeddings)
-    layout = cache_layout(model_config, config.cache_dtype, config.block_size)
+    layout = cache_layout(model_config, config.kv_cache_dtype, config.block_size)
     tokenizer = Tokenizer.from_folder(config.tokenizer_path, config.chat_template)
     _check_vocabulary(config, model_config, tokenizer)
     blocks_per_seq = -(-max_model_len // config.block_size)
     input_batch = InputBatch(
         config.max_num_seqs, config.num_batched_tokens, blocks_per_seq, config.block_size
     )
+    fp8 = quantisable_tensors(model_config)
     if config.load_format != "dummy":
         # only headers are read
         with Checkpoint.open(config.model_path) as checkpoint:
             validate(checkpoint, model_config)
-    backend = backend_config(model_config, layout, input_batch)
-    memory = _plan_memory(config, model_config, layout, max_model_len, device, backend)
+            fp8 = fp8_tensors(checkpoint, model_config)
+    # FP8 GEMMs give bfloat16
+    fp8 = fp8 if config.dtype == "bfloat16" else frozenset()
+    backend = backend_config(model_config, layout, input_batch, dtype=config.dtype)
+    memory = _plan_memory(config, model_config, layout, max_model_len, fp8, backend)
     return EnginePlan(
         config=config,
         model_config=model_config,
@@ -150,6 +157,7 @@ def make_plan(config: EngineConfig) -> EnginePlan:
         input_batch=input_batch,
         sampling_defaults=defaults,
         memory=memory,
+        fp8=fp8,
     )
 
 
@@ -232,24 +240,23 @@ def _plan_memory(
     model_config: ModelConfig,
     layout: CacheLayout,
     max_model_len: int,
-    device: str,
+    fp8: frozenset[str],
     backend: DSABackendConfig,
 ) -> MemoryPlan:
     """How the memory is shared out between weights and caches."""
-    from fd_dsa.models.memory_plan import (
-        check_host_room,
-        graph_bytes,
-        plan_memory,
-        weight_bytes,
-    )
+    from fd_dsa.models.memory_plan import graph_bytes, plan_memory, weight_bytes
     from fd_dsa.runner.device import free_device_bytes, traits_of
 
+    device = config.device
     room: dict[str, Any] = {}
     free_bytes = free_device_bytes(device, config.gpu_memory_utilization)
     if free_bytes is not None:
         from fd_dsa.attention.device import workspace_bytes
+        from fd_dsa.runner.device_draws import draw_bytes
 
-        room["free_bytes"] = max(free_bytes - workspace_bytes(backend, traits_of(device)), 0)
+        own = workspace_bytes(backend, traits_of(device))
+        own += draw_bytes(config.max_num_seqs, model_config.vocab_size)
+        room["free_bytes"] = max(free_bytes - own, 0)
         room["graph_bytes"] = graph_bytes(model_config, config.capture_sizes, max_model_len)
         room["takes_all"] = True
     elif config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
@@ -258,15 +265,12 @@ def _plan_memory(
             "size of the caches",
             device,
         )
-    plan = plan_memory(
+    return plan_memory(
         config,
-        weight_bytes=weight_bytes(model_config),
+        weight_bytes=weight_bytes(model_config, config.dtype, fp8),
         bytes_per_block=layout.bytes_per_block(
             model_config.num_hidden_layers, model_config.num_indexer_layers
         ),
         max_model_len=max_model_len,
         **room,
     )
-    if room:
-        check_host_room(plan.weight_bytes)
-    return plan

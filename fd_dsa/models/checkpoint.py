@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.config_reader import read_json_object
-from fd_dsa.models.dequantize import SCALE_SUFFIX, TensorInfo, dequantize_blocks, to_float32
+from fd_dsa.models.dequantize import SCALE_SUFFIX, TensorInfo
+from fd_dsa.models.sources import StoredTensor
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
@@ -115,27 +116,22 @@ class Checkpoint:
             raise RuntimeError(f"{info.file}: the file is closed")
         return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.offset)
 
-    def read(self, name: str, weight_block_size: tuple[int, int] | None = None) -> np.ndarray:
-        """A tensor as float32, in its stored shape.
+    def tensor(self, name: str, weight_block_size: tuple[int, int] | None = None) -> StoredTensor:
+        """A tensor, which is read when it is used.
 
         Args:
             name: Hugging Face name; of a checkpoint that `validate` has passed.
             weight_block_size: rows and columns of a block, of an FP8 weight.
 
-        Returns:
-            float32; a read-only view of the file for F32, a new array for BF16, F16 and F8_E4M3
-            (multiplied with the blocks of `<name>_scale_inv`).
-
         Raises:
-            CheckpointError: unknown name or unsupported dtype.
+            CheckpointError: unknown name.
         """
         info = self.info(name)
         if info.dtype != "F8_E4M3":
-            return to_float32(self.raw(name), info)
+            return StoredTensor(info, self.raw(name))
         assert weight_block_size is not None, name
-        scale = self.info(name + SCALE_SUFFIX)
-        scales = to_float32(self.raw(scale.name), scale)
-        return dequantize_blocks(self.raw(name).reshape(info.shape), scales, weight_block_size)
+        scale = self.tensor(name + SCALE_SUFFIX)
+        return StoredTensor(info, self.raw(name), scale, weight_block_size)
 
     def release(self, name: str) -> None:
         """Let the system take back the mapped pages of a tensor; a later read maps them again."""

@@ -86,6 +86,7 @@ class ModelConfig(Family):
         eos_token_ids: of config.json, then those that generation_config.json adds.
         weight_block_size: rows and columns of a block with one float32 multiplier, of FP8 weights
             (e4m3) stored [out, in]; None where the weights are plain.
+        round_scales: scales of FP8 activations are powers of two (`scale_fmt` ue8m0).
         generation: parameters that generation_config.json proposes for requests that do not say;
             a temperature of 0 where the file turns sampling off (`do_sample` false).
     """
@@ -100,6 +101,7 @@ class ModelConfig(Family):
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     weight_block_size: tuple[int, int] | None = None
+    round_scales: bool = False
     generation: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -199,8 +201,8 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
         "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
         "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
         "pad_token_id": reader.token_id("pad_token_id", vocab_size),
-        "weight_block_size": _read_quantization(reader),
     }
+    values |= _read_quantization(reader)
     _check_consistency(reader, values)
     if unknown := [name for name in reader.unread() if name not in _HARMLESS]:
         logger.warning("%s: unknown fields, ignored: %s", reader.source, ", ".join(unknown))
@@ -248,21 +250,21 @@ def read_indexer_types(reader: FieldReader, num_layers: int, family: Family) -> 
     return types
 
 
-def _read_quantization(reader: FieldReader) -> tuple[int, int] | None:
-    """Block size of quantised weights, if they are."""
+def _read_quantization(reader: FieldReader) -> dict[str, Any]:
+    """Block size and kind of scales of quantised weights, if they are."""
     section = reader.section("quantization_config")
     if section is None:
-        return None
+        return {}
     section.choice("quant_method", None, ("fp8",))
     section.choice("fmt", "e4m3", ("e4m3",))
     section.choice("activation_scheme", "dynamic", ("dynamic",))
-    section.choice("scale_fmt", None, (None, "ue8m0", "float"))
+    scale_fmt = section.choice("scale_fmt", None, (None, "ue8m0", "float"))
     section.choice("expert_dtype", "fp8", ("fp8",))
     size = section.raw("weight_block_size", [128, 128])
     # of type int: true is none
     if not isinstance(size, list) or [type(n) is int and n > 0 for n in size] != [True, True]:
         raise section.error("weight_block_size", size, "two integers of at least 1")
-    return size[0], size[1]
+    return {"weight_block_size": (size[0], size[1]), "round_scales": scale_fmt == "ue8m0"}
 
 
 def _read_generation(

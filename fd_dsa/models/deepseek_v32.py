@@ -2,99 +2,84 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
-from paddle import nn
-
-from fd_dsa.attention.layers import RMSNorm, WeightLoader, loads, zeros_parameter
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import RotaryEmbedding
-from fd_dsa.ops._gemm import matrix
-from fd_dsa.ops._host import readable
-from fd_dsa.ops._linear import added, linear, rows_at
-from fd_dsa.ops._norm import rms_norm
+from fd_dsa.models.sources import WeightLoader
+from fd_dsa.ops._linear import added, rows_at
 
 
-class DeepseekV32DecoderLayer(nn.Layer):
+class DeepseekV32DecoderLayer:
     """Norm, attention, norm, MLP, with residuals."""
 
-    def __init__(self, config: ModelConfig, layer_id: int) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DeepseekV32DSAAttention(config, layer_id)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    def __init__(self, config: ModelConfig, layer_id: int, weights: Any) -> None:
+        prefix, hidden, eps = f"model.layers.{layer_id}.", config.hidden_size, config.rms_norm_eps
+        self._input_norm = weights.norm(f"{prefix}input_layernorm.weight", hidden, eps)
+        self.self_attn = DeepseekV32DSAAttention(config, layer_id, weights, f"{prefix}self_attn.")
+        self._norm = weights.norm(f"{prefix}post_attention_layernorm.weight", hidden, eps)
         if config.mlp_layer_types[layer_id] == "sparse":
-            self.mlp: nn.Layer = DeepseekMoE(config)
+            self.mlp: Any = DeepseekMoE(config, weights, f"{prefix}mlp.")
         else:
-            self.mlp = DeepseekMLP(config.hidden_size, config.intermediate_size)
+            self.mlp = DeepseekMLP(weights, f"{prefix}mlp.", hidden, config.intermediate_size)
 
     def forward(
-        self, hidden_states: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
-    ) -> tuple[Any, Any]:
-        """Next hidden states, float32 [num_tokens, hidden_size], and the layer's selection."""
-        input_norm, attention, norm, mlp = self._bound
-        attended, indices = attention.forward(
-            rms_norm(hidden_states, *input_norm), cos_sin, forward_meta, shared_indices
-        )
-        hidden_states = hidden_states + attended
-        return added(hidden_states, mlp.forward(rms_norm(hidden_states, *norm))), indices
+        self, hidden_states: Any, change: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
+    ) -> tuple[Any, Any, Any]:
+        """Hidden states, the change that the MLP makes to them, and the layer's selection.
 
-    @cached_property
-    def _bound(self) -> tuple[Any, ...]:
-        """Norms and parts, looked up once: a look-up in a Layer of Paddle is a call."""
-        norms = self.input_layernorm.bound, self.post_attention_layernorm.bound
-        return norms[0], self.self_attn, norms[1], self.mlp
-
-    def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
-        """Checkpoint names below `prefix` and how each fills its parameter."""
-        loaders = {
-            f"{prefix}input_layernorm.weight": loads(self.input_layernorm.weight),
-            f"{prefix}post_attention_layernorm.weight": loads(self.post_attention_layernorm.weight),
-        }
-        loaders |= self.self_attn.weight_loaders(f"{prefix}self_attn.")
-        return loaders | self.mlp.weight_loaders(f"{prefix}mlp.")
+        Args:
+            hidden_states: [num_tokens, hidden_size].
+            change: of the layer before, not yet added; None before the first one.
+            cos_sin, forward_meta, shared_indices: as of the attention.
+        """
+        if change is None:
+            normed = self._input_norm.of(hidden_states)
+        else:
+            hidden_states, normed = self._input_norm.after(hidden_states, change)
+        attended, indices = self.self_attn.forward(normed, cos_sin, forward_meta, shared_indices)
+        hidden_states, normed = self._norm.after(hidden_states, attended)
+        return hidden_states, self.mlp.forward(normed, forward_meta), indices
 
 
-class DeepseekV32ForCausalLM(nn.Layer):
+class DeepseekV32ForCausalLM:
     """The whole model: packed token ids of a step in, logits of chosen tokens out.
 
     Args:
         config: sizes, read from the model folder.
+        weights: HostWeights or DeviceWeights, which make what the layers ask for.
+
+    Attributes:
+        embed_tokens: [vocab_size, hidden_size].
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = zeros_parameter(self, [config.vocab_size, config.hidden_size])
-        self.layers = nn.LayerList(
-            [DeepseekV32DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+    def __init__(self, config: ModelConfig, weights: Any) -> None:
+        self.config, self._weights = config, weights
+        vocab_size, hidden = config.vocab_size, config.hidden_size
+        self.embed_tokens, self._head = weights.table(
+            "model.embed_tokens.weight", vocab_size, hidden
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None
+        self.layers = [
+            DeepseekV32DecoderLayer(config, i, weights) for i in range(config.num_hidden_layers)
+        ]
+        self.norm = weights.norm("model.norm.weight", hidden, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = zeros_parameter(self, [config.hidden_size, config.vocab_size])
+            self._head = weights.matrix(
+                hidden, {"lm_head.weight": vocab_size}, sums_in_float32=True
+            )
         self.rotary_emb = RotaryEmbedding(
-            config.rope, config.qk_rope_head_dim, config.max_position_embeddings
+            config.rope, config.qk_rope_head_dim, config.max_position_embeddings, weights
         )
-        self.eval()
 
-    @cached_property
-    def _bound(self) -> tuple[Any, ...]:
-        """Embedding, layers, norm and head as a step reads them."""
-        head = self.lm_head
-        head = matrix(self.embed_tokens, transposed=True) if head is None else matrix(head)
-        return readable(self.embed_tokens), list(self.layers), self.norm.bound, head
+    @property
+    def loaders(self) -> dict[str, WeightLoader]:
+        """How each tensor of a Hugging Face checkpoint fills its place."""
+        return self._weights.loaders  # type: ignore[no-any-return]
 
-    def to_device(self, device: str) -> None:
-        """Move all weights and tables to the memory of a device; before the first step."""
-        self.to(device=device)
-        self.rotary_emb.to_device(device)
-
-    def forward(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
-        """Hidden states after the last block, float32 [num_tokens, hidden_size].
+    def __call__(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
+        """Hidden states after the last block [num_tokens, hidden_size].
 
         Args:
             ids_remove_padding: int64, on a device also int32, [num_tokens]; token ids of the step,
@@ -102,29 +87,17 @@ class DeepseekV32ForCausalLM(nn.Layer):
             forward_meta: the runner's object; `init_attention_metadata` has been called for it.
                 Its `selections`, where there are any, are given every layer's choice.
         """
-        weight, layers, _, _ = self._bound
-        hidden_states = rows_at(weight, ids_remove_padding)
+        hidden_states = rows_at(self.embed_tokens, ids_remove_padding)
         cos_sin = self.rotary_emb(forward_meta.position_ids)
-        indices, selections = None, forward_meta.selections
-        for layer in layers:
-            hidden_states, indices = layer.forward(hidden_states, cos_sin, forward_meta, indices)
+        change, indices, selections = None, None, forward_meta.selections
+        for layer in self.layers:
+            hidden_states, change, indices = layer.forward(
+                hidden_states, change, cos_sin, forward_meta, indices
+            )
             if selections is not None:
                 selections.add(indices)
-        return hidden_states
+        return added(hidden_states, change)
 
     def compute_logits(self, hidden_states: Any) -> Any:
-        """float32 [n, vocab_size] of float32 [n, hidden_size]."""
-        _, _, norm, head = self._bound
-        return linear(rms_norm(hidden_states, *norm), head, transpose_y=self.lm_head is None)
-
-    def weight_loaders(self) -> dict[str, WeightLoader]:
-        """How each tensor of a Hugging Face checkpoint fills its parameter."""
-        loaders = {
-            "model.embed_tokens.weight": loads(self.embed_tokens),
-            "model.norm.weight": loads(self.norm.weight),
-        }
-        if self.lm_head is not None:
-            loaders["lm_head.weight"] = loads(self.lm_head, transpose=True)
-        for i, layer in enumerate(self.layers):
-            loaders |= layer.weight_loaders(f"model.layers.{i}.")
-        return loaders
+        """float32 [n, vocab_size] of [n, hidden_size]."""
+        return self._head.times(self.norm.of(hidden_states))

@@ -17,6 +17,8 @@ from fd_dsa.ops._fp8 import decode_e4m3
 
 SCALE_SUFFIX = "_scale_inv"
 FLOAT_DTYPES = ("F32", "BF16", "F16")
+BLOCK = 128
+"""Rows and columns of a block of FP8 weights with one scale, the only size that GPUs compute in."""
 _OWN_PAGES_BYTES = 1 << 20
 
 

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import logging
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-
-import numpy as np
 
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.dequantize import FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
+from fd_dsa.models.dequantize import BLOCK, FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
 from fd_dsa.models.expected_tensors import EMBEDDING, LM_HEAD, ExpectedTensor, expected_tensors
+from fd_dsa.models.sources import RandomTensor, WeightLoader
 
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _INV_FREQ = ".rotary_emb.inv_freq"
 _MAX_PROBLEMS = 3
-_DUMMY_SPREAD = 0.02
 
 
 def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -74,7 +71,7 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
 def load_weights(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    loaders: Mapping[str, Callable[[np.ndarray], None]],
+    loaders: Mapping[str, WeightLoader],
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
     """Hand each tensor of the main model to its loader, once, in file order.
@@ -82,8 +79,8 @@ def load_weights(
     Args:
         checkpoint: a checkpoint that `validate` has passed.
         config: its configuration.
-        loaders: for each name of `expected_tensors(config)`, a function that takes the tensor as
-            float32 in its stored shape. The array may be a read-only view of the file: copy it.
+        loaders: for each name of `expected_tensors(config)`, a function that takes its
+            StoredTensor, whose file may go after the call.
         progress: called with the bytes done and the bytes in all, once before the first tensor
             and then after each.
 
@@ -104,7 +101,7 @@ def load_weights(
     done = 0
     progress(done, total)
     for name in names:
-        loaders[name](checkpoint.read(name, config.weight_block_size))
+        loaders[name](checkpoint.tensor(name, config.weight_block_size))
         for stored in (name, name + SCALE_SUFFIX):
             if stored in checkpoint:
                 checkpoint.release(stored)
@@ -171,29 +168,35 @@ def _tied_head_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator
 
 def load_dummy_weights(
     config: ModelConfig,
-    loaders: Mapping[str, Callable[[np.ndarray], None]],
+    loaders: Mapping[str, WeightLoader],
     seed: int,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
-    """Hand each loader a random tensor: normal with a deviation of 0.02, norms are ones.
-
-    A tensor depends on its name and the seed alone.
+    """Hand each loader a RandomTensor.
 
     Args:
         config: of the model.
-        loaders: as for `load_weights`; each gets float32 in the stored shape.
+        loaders: as for `load_weights`.
         seed: of all tensors.
-        progress: called with the bytes done and the bytes in all.
+        progress: called with the values done and the values in all.
     """
     expected = expected_tensors(config)
-    total = 4 * sum(tensor.num_elements for tensor in expected.values())
-    done = 0
+    total, done = sum(tensor.num_elements for tensor in expected.values()), 0
     for name, tensor in expected.items():
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        if len(tensor.shape) == 1 and name.endswith("weight"):
-            values = np.ones(tensor.shape, np.float32)
-        else:
-            values = rng.standard_normal(tensor.shape, np.float32) * np.float32(_DUMMY_SPREAD)
-        loaders[name](values)
-        done += 4 * tensor.num_elements
+        loaders[name](RandomTensor(name, tensor.shape, seed))
+        done += tensor.num_elements
         progress(done, total)
+
+
+def quantisable_tensors(config: ModelConfig) -> frozenset[str]:
+    """Names of the tensors that random weights hold as e4m3 where the model's are."""
+    if config.weight_block_size != (BLOCK, BLOCK):
+        return frozenset()
+    return frozenset(n for n, tensor in expected_tensors(config).items() if tensor.quantisable)
+
+
+def fp8_tensors(checkpoint: Checkpoint, config: ModelConfig) -> frozenset[str]:
+    """Names of the tensors that a checkpoint stores as e4m3 with a scale for each 128 x 128."""
+    if config.weight_block_size != (BLOCK, BLOCK):
+        return frozenset()
+    return frozenset(n for n in checkpoint.names() if checkpoint.info(n).dtype == "F8_E4M3")

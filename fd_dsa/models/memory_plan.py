@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,15 @@ from pathlib import Path, PurePosixPath
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.expected_tensors import expected_tensors
 
 _DEFAULT_CACHE_BYTES = 4 << 30
 _UNLIMITED = 1 << 60
+_WIDTHS = {"float32": 4, "bfloat16": 2}
+NEVER_FP8 = "kv_b_proj.weight", "indexer.wk.weight"
+"""Ends of the names of matrices that a device holds unquantised: halves of the heads of the one
+cross its blocks, and the other shares a launch with a matrix that no checkpoint quantises."""
 # what the driver keeps for a graph of some thousand launches
 _GRAPH_BYTES = 4 << 20
 
@@ -66,9 +72,28 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def weight_bytes(config: ModelConfig) -> int:
-    """Bytes of a model's weights as held, float32 on a CPU whatever the checkpoint stores."""
-    return 4 * sum(tensor.num_elements for tensor in expected_tensors(config).values())
+def weight_bytes(
+    config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
+) -> int:
+    """Bytes of a model's weights as held.
+
+    Args:
+        config: of the model.
+        dtype: of all matrices but those in `fp8`; vectors are float32. A CPU holds everything in
+            float32 whatever the checkpoint stores.
+        fp8: names of tensors whose values are one byte, with a scale for each block. The few that
+            are held in `dtype` all the same (kv_b_proj and wk) count there.
+    """
+    width, total = _WIDTHS[dtype], 0
+    for name, tensor in expected_tensors(config).items():
+        if len(tensor.shape) == 1:
+            total += 4 * tensor.num_elements
+        elif name in fp8 and not name.endswith(NEVER_FP8):
+            blocks = num_blocks(tensor.shape, (BLOCK, BLOCK))
+            total += tensor.num_elements + 4 * math.prod(blocks)
+        else:
+            total += width * tensor.num_elements
+    return total
 
 
 def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -> int:
@@ -87,7 +112,9 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     query = config.qk_nope_head_dim + config.qk_rope_head_dim
     attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
     attention += 3 * heads * config.v_head_dim + config.index_n_heads * config.index_head_dim
-    moe = config.n_routed_experts * (3 * config.moe_intermediate_size + hidden)
+    # of each chosen expert; then the router's scores
+    moe = config.num_experts_per_tok * (config.moe_intermediate_size + hidden)
+    moe += config.n_routed_experts
     dense = 3 * max(config.intermediate_size, config.moe_intermediate_size)
     token = attention + moe + dense + 8 * hidden
     return 4 * (logits + max(sizes) * token) + graphs * _GRAPH_BYTES
@@ -116,26 +143,6 @@ def available_memory_bytes(
         )
     rooms = [_group_room(group) for group in _memory_groups(proc, cgroup)]
     return min([available * 1024, _address_room(proc / "self"), *rooms])
-
-
-def check_host_room(weight_bytes: int, free_bytes: int | None = None) -> None:
-    """Refuse weights that the host cannot hold while they are loaded for a device.
-
-    Args:
-        weight_bytes: weights as held.
-        free_bytes: host memory; None asks the system.
-
-    Raises:
-        ConfigError: they do not fit.
-    """
-    if free_bytes is None:
-        free_bytes = available_memory_bytes()
-    if weight_bytes > free_bytes:
-        raise ConfigError(
-            f"memory: loading needs {format_bytes(weight_bytes)} of host memory for the weights "
-            f"before they go to the device, free {format_bytes(free_bytes)}; take a smaller model "
-            "or a larger machine"
-        )
 
 
 def plan_memory(

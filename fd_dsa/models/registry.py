@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import paddle
 
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v32 import DeepseekV32ForCausalLM
+from fd_dsa.models.weights import HostWeights
 
 MODELS: dict[str, type[DeepseekV32ForCausalLM]] = {
     "deepseek_v32": DeepseekV32ForCausalLM,
@@ -15,12 +18,17 @@ MODELS: dict[str, type[DeepseekV32ForCausalLM]] = {
 }
 
 
-def create_model(config: ModelConfig) -> DeepseekV32ForCausalLM:
-    """The model of `config` in host memory, its parameters zeros until weights are loaded."""
+def create_model(config: ModelConfig, weights: Any = None) -> DeepseekV32ForCausalLM:
+    """The model of `config`, its weights empty until `loaders` have filled them.
+
+    Args:
+        config: of the model.
+        weights: what makes them; None: HostWeights.
+    """
     before = paddle.device.get_device()
-    # Paddle would make parameters on its own device, loaders fill them on the host
+    # Paddle would make tensors on its own device
     paddle.set_device("cpu")
     try:
-        return MODELS[config.model_type](config)
+        return MODELS[config.model_type](config, weights or HostWeights())
     finally:
         paddle.set_device(before)

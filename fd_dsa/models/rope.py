@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-import paddle
 
 from fd_dsa.models.rope_config import RopeConfig, yarn_mscale
 from fd_dsa.ops._linear import rows_at
@@ -44,12 +43,13 @@ class RotaryEmbedding:
         rope: settings of the model.
         dim: width of the rope slice, `qk_rope_head_dim`.
         max_position: positions in the table; 256 bytes each at a width of 64.
+        weights: say where the table lies.
 
     Attributes:
         cos_sin_cache: float32 [max_position, dim]; cos of each pair, then sin.
     """
 
-    def __init__(self, rope: RopeConfig, dim: int, max_position: int) -> None:
+    def __init__(self, rope: RopeConfig, dim: int, max_position: int, weights: Any) -> None:
         scale = np.float32(1.0)
         if rope.type == "yarn":
             if rope.mscale and rope.mscale_all_dim:
@@ -61,15 +61,11 @@ class RotaryEmbedding:
             scale = np.float32(ratio)
         positions = np.arange(max_position, dtype=np.float32)
         angles = positions[:, None] * inverse_frequencies(rope, dim)
-        self.cos_sin_cache: Any = np.empty((max_position, dim), np.float32)
+        table = np.empty((max_position, dim), np.float32)
         for columns, function in ((slice(0, dim // 2), np.cos), (slice(dim // 2, dim), np.sin)):
-            values = self.cos_sin_cache[:, columns]
-            np.multiply(function(angles), scale, out=values)
+            np.multiply(function(angles), scale, out=table[:, columns])
+        self.cos_sin_cache = weights.constant(table)
 
     def __call__(self, position_ids: Any) -> Any:
         """float32 [num_tokens, dim], cos then sin, of int64 [num_tokens] positions."""
         return rows_at(self.cos_sin_cache, position_ids)
-
-    def to_device(self, device: str) -> None:
-        """Move the table to the memory of a device."""
-        self.cos_sin_cache = paddle.to_tensor(self.cos_sin_cache, place=device)

@@ -1,5 +1,7 @@
-"""Launches of the operations between two GEMMs of a layer: one each, float32, no wait.
+"""Launches of the operations between two GEMMs of a layer: one each, no wait for the device.
 
+Activations are float32 or bfloat16; sums are in float32, and results have the type of the
+activations, rounded once. The quantised forms write FP8 of the rounded values in the same launch.
 Each allocates its result, so a capture by Paddle has it in the memory of the graph.
 """
 
@@ -9,7 +11,9 @@ from typing import Any
 
 import paddle
 
+from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, store_groups
 from fd_dsa.ops._triton import step_kernel
+from fd_dsa.ops._triton_fp8 import stored, widened
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -17,40 +21,115 @@ import triton.language as tl  # isort: skip
 _BLOCK = 1024
 
 
-def empty_like_rows(x: Any, *shape: int) -> Any:
-    """An uninitialised float32 tensor of a shape where `x` lies."""
-    return paddle.empty(list(shape), "float32", device=x.place)
+def empty_beside(x: Any, *shape: int, dtype: str | None = None) -> Any:
+    """An uninitialised tensor on the device of `x`, of its type unless another one is named."""
+    return paddle.empty(list(shape), dtype or x.dtype, device=x.place)
 
 
 @step_kernel(strided=("x_ptr",))
 def rms_norm_kernel(
-    x_ptr, weight_ptr, out_ptr, stride, epsilon, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    sum_ptr,
+    out_ptr,
+    codes_ptr,
+    scales_ptr,
+    stride,
+    scale_stride,
+    epsilon,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND_SCALES: tl.constexpr,
 ):
-    """Row `program 0`."""
+    """Row `program 0`; `delta_ptr` and `sum_ptr`, `codes_ptr` and `scales_ptr` may be None."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0)
+    x = widened(tl.load(x_ptr + row * stride + column, mask=inside, other=0.0))
+    if delta_ptr is not None:
+        x += widened(tl.load(delta_ptr + row * WIDTH + column, mask=inside, other=0.0))
+        rounded = stored(x, sum_ptr)
+        tl.store(sum_ptr + row * WIDTH + column, rounded, mask=inside)
+        x = widened(rounded)
     mean_square = tl.sum(x * x, axis=0) / WIDTH
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-    normed = x * (1.0 / tl.sqrt_rn(mean_square + epsilon)) * weight
+    normed = stored(x * (1.0 / tl.sqrt_rn(mean_square + epsilon)) * weight, out_ptr)
     tl.store(out_ptr + row * WIDTH + column, normed, mask=inside)
+    if codes_ptr is not None:
+        codes, scales = codes_ptr + row * WIDTH, scales_ptr + row
+        store_groups(widened(normed), codes, scales, scale_stride, WIDTH, BLOCK, ROUND_SCALES)
+
+
+def _launch_norm(
+    x: Any, delta: Any, weight: Any, epsilon: float, round_scales: bool | None
+) -> tuple[Any, Any, Fp8Rows | None]:
+    """Sum or None, norm, and its FP8 form or None."""
+    rows, width = x.shape
+    out = empty_beside(x, rows, width)
+    total = None if delta is None else empty_beside(x, rows, width)
+    quantized = None if round_scales is None else empty_fp8_rows(x, rows, width)
+    if rows and width:
+        codes, scales, _ = quantized or (None, None, None)
+        block = max(GROUP, triton.next_power_of_2(width))
+        rms_norm_kernel[(rows,)](
+            x,
+            delta,
+            weight,
+            total,
+            out,
+            codes,
+            scales,
+            x.strides[0],
+            0 if scales is None else scales.shape[1],
+            epsilon,
+            WIDTH=width,
+            BLOCK=block,
+            ROUND_SCALES=bool(round_scales),
+            # a few rows wait for memory alone: more threads have more of the row on its way
+            num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16,
+        )
+    return total, out, quantized
 
 
 def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
-    """x * rsqrt(mean(x^2) + epsilon) * weight over the last axis.
+    """x * rsqrt(mean(x^2) + epsilon) * weight over the last axis, contiguous, in the type of `x`.
 
     Args:
-        x: float32 [num_tokens, width]; its rows may lie apart.
+        x: float32 or bfloat16 [num_tokens, width]; there may be gaps between its rows.
         weight: float32 [width].
+        epsilon: added to the mean square.
     """
-    rows, width = x.shape
-    out = empty_like_rows(x, rows, width)
-    if rows and width:
-        block = triton.next_power_of_2(width)
-        options = {"BLOCK": block, "num_warps": 8 if block > 2048 else 4}
-        rms_norm_kernel[(rows,)](x, weight, out, x.strides[0], epsilon, width, **options)
-    return out
+    return _launch_norm(x, None, weight, epsilon, None)[1]
+
+
+def rms_norm_quantized(
+    x: Any, weight: Any, epsilon: float, round_scales: bool
+) -> tuple[Any, Fp8Rows]:
+    """`rms_norm`, and its rounded values in FP8; one launch.
+
+    Args:
+        round_scales: scales are powers of two (`scale_fmt` "ue8m0").
+    """
+    _, normed, quantized = _launch_norm(x, None, weight, epsilon, bool(round_scales))
+    assert quantized is not None
+    return normed, quantized
+
+
+def add_rms_norm(
+    hidden: Any, delta: Any, weight: Any, epsilon: float, *, round_scales: bool | None = None
+) -> tuple[Any, Any, Fp8Rows | None]:
+    """hidden + delta, its `rms_norm`, and that in FP8 unless `round_scales` is None; one launch.
+
+    The sum is rounded to the type of `hidden`, and the norm is that of the rounded sum.
+
+    Args:
+        hidden, delta: float32 or bfloat16 [num_tokens, width], contiguous.
+        weight: float32 [width].
+        epsilon: added to the mean square.
+        round_scales: scales are powers of two.
+    """
+    return _launch_norm(hidden, delta, weight, epsilon, round_scales)
 
 
 @triton.jit
@@ -61,32 +140,112 @@ def sigmoid(x):
 
 
 @step_kernel()
-def silu_and_mul_kernel(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Block `program 1` of row `program 0`."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def silu_and_mul_kernel(
+    gate_up_ptr,
+    out_ptr,
+    codes_ptr,
+    scales_ptr,
+    scale_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND_SCALES: tl.constexpr,
+):
+    """Block `program 1` of row `program 0`; with `codes_ptr` the result is written in FP8 alone."""
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+    column = first + tl.arange(0, BLOCK)
     inside = column < WIDTH
     place = gate_up_ptr + row * (2 * WIDTH) + column
-    gate = tl.load(place, mask=inside, other=0.0)
-    up = tl.load(place + WIDTH, mask=inside, other=0.0)
-    tl.store(out_ptr + row * WIDTH + column, gate * sigmoid(gate) * up, mask=inside)
+    gate = widened(tl.load(place, mask=inside, other=0.0))
+    up = widened(tl.load(place + WIDTH, mask=inside, other=0.0))
+    values = stored(gate * sigmoid(gate) * up, gate_up_ptr)
+    if codes_ptr is None:
+        tl.store(out_ptr + row * WIDTH + column, values, mask=inside)
+    else:
+        codes = codes_ptr + row * WIDTH + first
+        scales = scales_ptr + (first // 128) * scale_stride + row
+        left = WIDTH - first
+        store_groups(widened(values), codes, scales, scale_stride, left, BLOCK, ROUND_SCALES)
+
+
+def _launch_silu(gate_up: Any, out: Any, quantized: Fp8Rows | None, round_scales: bool) -> None:
+    """Fill one of the two."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    if rows and width:
+        codes, scales, _ = quantized or (None, None, None)
+        block = min(_BLOCK, max(GROUP, triton.next_power_of_2(width)))
+        stride = 0 if scales is None else scales.shape[1]
+        silu_and_mul_kernel[rows, -(-width // block)](
+            gate_up, out, codes, scales, stride, width, block, round_scales, num_warps=4
+        )
 
 
 def silu_and_mul(gate_up: Any) -> Any:
-    """silu(gate) * up of the two halves of the last axis.
+    """silu(gate) * up of the two halves of each row, [num_tokens, width] in the type of `gate_up`.
 
     Args:
-        gate_up: float32 [..., 2 * width], contiguous.
+        gate_up: float32 or bfloat16 [num_tokens, 2 * width], contiguous.
     """
-    *outer, both = gate_up.shape
-    out, rows, width = empty_like_rows(gate_up, *outer, both // 2), 1, both // 2
-    for extent in outer:
-        rows *= extent
-    if rows and width:
-        block = min(_BLOCK, triton.next_power_of_2(width))
-        grid = rows, -(-width // block)
-        silu_and_mul_kernel[grid](gate_up, out, width, BLOCK=block, num_warps=4)
+    out = empty_beside(gate_up, gate_up.shape[0], gate_up.shape[1] // 2)
+    _launch_silu(gate_up, out, None, False)
     return out
+
+
+def silu_and_mul_quantized(gate_up: Any, round_scales: bool) -> Fp8Rows:
+    """FP8 of what `silu_and_mul` gives, in one launch.
+
+    Args:
+        gate_up: float32 or bfloat16 [num_tokens, 2 * width], contiguous.
+        round_scales: scales are powers of two.
+    """
+    quantized = empty_fp8_rows(gate_up, gate_up.shape[0], gate_up.shape[1] // 2)
+    _launch_silu(gate_up, None, quantized, bool(round_scales))
+    return quantized
+
+
+@step_kernel()
+def quantize_rows_kernel(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    scale_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND_SCALES: tl.constexpr,
+):
+    """Block `program 1` of row `program 0`."""
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+    column = first + tl.arange(0, BLOCK)
+    x = widened(tl.load(x_ptr + row * WIDTH + column, mask=column < WIDTH, other=0.0))
+    scales = scales_ptr + (first // 128) * scale_stride + row
+    codes = codes_ptr + row * WIDTH + first
+    store_groups(x, codes, scales, scale_stride, WIDTH - first, BLOCK, ROUND_SCALES)
+
+
+def quantize_rows(x: Any, round_scales: bool) -> Fp8Rows:
+    """FP8 of rows: codes by rounding to nearest even, past 448 the largest, NaN 0x7F.
+
+    A scale is a 448th of its group's largest magnitude, at least 1e-12; NaN does not count.
+
+    Args:
+        x: float32 or bfloat16 [rows, width], contiguous.
+        round_scales: scales are rounded up to powers of two (`scale_fmt` "ue8m0").
+    """
+    rows, width = x.shape
+    quantized = empty_fp8_rows(x, rows, width)
+    if rows and width:
+        block = min(_BLOCK, max(GROUP, triton.next_power_of_2(width)))
+        stride = quantized.scales.shape[1]
+        quantize_rows_kernel[rows, -(-width // block)](
+            x,
+            quantized.codes,
+            quantized.scales,
+            stride,
+            width,
+            block,
+            bool(round_scales),
+            num_warps=4,
+        )
+    return quantized
 
 
 @step_kernel()
@@ -105,17 +264,14 @@ def rows_at_kernel(
 
 
 def rows_at(table: Any, index: Any) -> Any:
-    """Rows `index` of a table; zeros for an index that it has not.
+    """Rows `index` of a table, [n, width] in its type; zeros for an index that it has not.
 
     Args:
-        table: float32 [num_rows, width], contiguous.
+        table: float32 or bfloat16 [num_rows, width], contiguous.
         index: int32 or int64 [n].
-
-    Returns:
-        float32 [n, width].
     """
     width = table.shape[1]
-    out = empty_like_rows(table, index.shape[0], width)
+    out = empty_beside(table, index.shape[0], width)
     if index.shape[0] and width:
         block = min(_BLOCK, triton.next_power_of_2(width))
         grid = index.shape[0], -(-width // block)

@@ -3,7 +3,7 @@
 A (token, choice) pair is a row of the grouped GEMMs. One launch lists the pairs of each expert, in
 order; a GEMM reads its rows through that list and writes them where the pair is, so nothing is
 copied and nothing is read back. Grids depend on the number of tokens alone, so a step of them can
-be captured, and every sum has a fixed order.
+be captured, and every sum has a fixed order. Tokens of padding take no expert: they have ids of -1.
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ from typing import Any
 
 import paddle
 
-from fd_dsa.ops._dense_kernels import empty_like_rows, sigmoid
+from fd_dsa.errors import ShapeError
+from fd_dsa.ops._dense_kernels import empty_beside, sigmoid
+from fd_dsa.ops._expert_gemm import Tiling, block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops._fp8_gemm import check_weight, native_fp8
+from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows
+from fd_dsa.ops._host import dtype_name
 from fd_dsa.ops._triton import step_kernel
+from fd_dsa.ops._triton_fp8 import stored, widened
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _BLOCK = 1024
+# pairs of a prompt that an expert's program looks through at a time
+_MOST_PAIRS = 4096
 
 
 @triton.jit
@@ -35,6 +43,7 @@ def _are_best(values, exists, k, SIZE: tl.constexpr):
 def choose_experts_kernel(
     logits_ptr,
     bias_ptr,
+    slot_mapping_ptr,
     ids_ptr,
     weights_ptr,
     scaling,
@@ -46,7 +55,10 @@ def choose_experts_kernel(
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Token `program 0`; experts as GROUPS groups of SIZE places, both powers of two."""
+    """Token `program 0`; experts as GROUPS groups of SIZE places, both powers of two.
+
+    `slot_mapping_ptr` may be None: no token is padding.
+    """
     row = tl.program_id(0).to(tl.int64) * NUM_EXPERTS
     own: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
     group, place = tl.arange(0, GROUPS), tl.arange(0, SIZE)
@@ -76,7 +88,12 @@ def choose_experts_kernel(
     # a NaN is among the best, however many there are
     chosen = chosen & (place < TOP_K)
     place += tl.program_id(0) * TOP_K
-    tl.store(ids_ptr + place, tl.reshape(expert, [GROUPS * SIZE]), mask=chosen)
+    expert = tl.reshape(expert, [GROUPS * SIZE])
+    if slot_mapping_ptr is not None:
+        padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
+        expert = tl.where(padding, -1, expert)
+        weights = tl.where(padding, 0.0, weights)
+    tl.store(ids_ptr + place, expert, mask=chosen)
     tl.store(weights_ptr + place, weights * scaling, mask=chosen)
 
 
@@ -89,8 +106,11 @@ def choose_experts(
     topk_group: int,
     norm: bool,
     scaling: float,
+    slot_mapping: Any = None,
 ) -> tuple[Any, Any]:
     """Experts of each token, int32 [num_tokens, top_k], ascending, and their weights, float32.
+
+    A token of padding has ids of -1 and weights of 0.
 
     Sigmoid scores; the correction bias chooses and does not weigh; with groups, one counts by its
     two best experts and only the best `topk_group` take part. Ties go to the lower expert.
@@ -102,16 +122,18 @@ def choose_experts(
         n_group, topk_group: groups, and those that take part; 1 and 1: no groups.
         norm: weights are shares of their sum.
         scaling: factor of the weights.
+        slot_mapping: int64 [num_tokens], below 0 for padding; None: there is none.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2.
     """
     rows, experts = logits.shape
     ids = paddle.empty([rows, top_k], "int32", device=logits.place)
-    weights = empty_like_rows(logits, rows, top_k)
+    weights = empty_beside(logits, rows, top_k)
     if rows:
         choose_experts_kernel[(rows,)](
             logits,
             bias,
+            slot_mapping,
             ids,
             weights,
             scaling,
@@ -150,135 +172,128 @@ def group_pairs(ids: Any, num_experts: int) -> tuple[Any, Any]:
     Pair i is choice i % top_k of token i // top_k.
 
     Args:
-        ids: int32 [num_tokens, top_k], contiguous; no expert twice in a row.
+        ids: int32 [num_tokens, top_k], contiguous; no expert twice in a row, -1 for none.
     """
     rows, top_k = ids.shape
     pairs = paddle.empty([num_experts, rows], "int32", device=ids.place)
     counts = paddle.empty([num_experts], "int32", device=ids.place)
-    block = min(_BLOCK, triton.next_power_of_2(max(rows * top_k, 1)))
+    block = min(_MOST_PAIRS, triton.next_power_of_2(max(rows * top_k, 1)))
     group_pairs_kernel[(num_experts,)](
-        ids, pairs, counts, rows * top_k, rows, BLOCK=block, num_warps=4
+        ids, pairs, counts, rows * top_k, rows, BLOCK=block, num_warps=8 if block > _BLOCK else 4
     )
     return pairs, counts
 
 
-@step_kernel()
-def expert_gemm_kernel(
-    x_ptr,
-    weight_ptr,
-    pairs_ptr,
-    counts_ptr,
-    out_ptr,
-    num_tokens,
-    ROW_PAIRS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GATED: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    """Column block `program 0` of tile `program 1`; an expert has as many tiles as its pairs fill.
-
-    GATED: silu of the first COLUMNS columns times the second ones. Row of `x`: pair // ROW_PAIRS.
-    """
-    expert_ids = tl.arange(0, EXPERTS)
-    counts = tl.load(counts_ptr + expert_ids, mask=expert_ids < NUM_EXPERTS, other=0)
-    tiles = (counts + BLOCK_ROWS - 1) // BLOCK_ROWS
-    ends = tl.cumsum(tiles, axis=0)
-    tile = tl.program_id(1)
-    expert = tl.sum((ends <= tile).to(tl.int32), axis=0)
-    if expert < NUM_EXPERTS:
-        own = expert_ids == expert
-        tile -= tl.sum(tl.where(own, ends - tiles, 0), axis=0)
-        place = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        live = place < tl.sum(tl.where(own, counts, 0), axis=0)
-        wide = expert.to(tl.int64)
-        pair = tl.load(pairs_ptr + wide * num_tokens + place, mask=live, other=0).to(tl.int64)
-        column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        inside = column < COLUMNS
-        stride: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
-        step = tl.arange(0, BLOCK_WIDTH)
-        x = x_ptr + (pair // ROW_PAIRS)[:, None] * WIDTH + step[None, :]
-        weight = weight_ptr + (wide * WIDTH + step[:, None]) * stride + column[None, :]
-        total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-        up = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-        for start in range(0, WIDTH, BLOCK_WIDTH):
-            here = start + step < WIDTH
-            left = tl.load(x + start, mask=live[:, None] & here[None, :], other=0.0)
-            mask, at = here[:, None] & inside[None, :], weight + start * stride
-            right = tl.load(at, mask=mask, other=0.0)
-            total = tl.dot(left, right, acc=total, input_precision="ieee")
-            if GATED:
-                right = tl.load(at + COLUMNS, mask=mask, other=0.0)
-                up = tl.dot(left, right, acc=up, input_precision="ieee")
-        if GATED:
-            total = total * sigmoid(total) * up
-        to = out_ptr + pair[:, None] * COLUMNS + column[None, :]
-        tl.store(to, total, mask=live[:, None] & inside[None, :])
-
-
 def expert_gemm(
-    x: Any, weight: Any, pairs: Any, counts: Any, *, top_k: int, gated: bool = False
+    x: Any,
+    weight: Any,
+    pairs: Any,
+    counts: Any,
+    *,
+    top_k: int,
+    gated: bool = False,
+    round_scales: bool | None = None,
+    tiling: Tiling | None = None,
 ) -> Any:
-    """float32 [num_tokens * top_k, columns]: each pair's row of `x` times its expert's weight.
+    """Each pair's row of `x` times its expert's weight^T, [num_tokens * top_k, columns].
+
+    float32 operands give float32, all others bfloat16, but a gated GEMM of FP8 gives FP8 of the
+    values rounded to bfloat16. Rows of pairs without an expert are not written.
 
     Args:
-        x: float32 [num_tokens, width], or a row for each pair, [num_tokens * top_k, width].
-        weight: float32 [num_experts, width, columns], `gated` 2 * columns.
+        x: float32 or bfloat16 [num_tokens, width], contiguous, or its Fp8Rows; or a row for each
+            pair, [num_tokens * top_k, width].
+        weight: of the type of `x` [num_experts, columns, width], contiguous; `gated` 2 * columns,
+            first those of the gate. For Fp8Rows codes, uint8 of that shape, and scales, float32
+            [num_experts, ceil(rows of an expert / 128), ceil(width / 128)].
         pairs, counts: of `group_pairs`.
         gated: silu of the first half of the columns times the second half.
+        round_scales: scales of a result in FP8 are powers of two.
+        tiling: None chooses by the shape.
+
+    Raises:
+        ShapeError: an FP8 weight does not fit, or is gated with columns that share a block of 128
+            with those of the second half.
     """
-    experts, width, columns = weight.shape
+    rows, x_scales = (x.codes, x.scales) if isinstance(x, Fp8Rows) else (x, None)
+    values, scales = weight if isinstance(x, Fp8Rows) else (weight, None)
+    experts, columns, width = values.shape
     columns //= 1 + gated
-    num_tokens = pairs.shape[1]
+    if scales is not None:
+        check_weight(values, scales, rows.shape[1])
+        if gated and columns % GROUP:
+            raise ShapeError(
+                f"FP8 weight: got {columns} columns of the gate, allowed are multiples of {GROUP}"
+            )
+    num_tokens, kind = pairs.shape[1], dtype_name(values.dtype)
     num_pairs = num_tokens * top_k
-    out = empty_like_rows(x, num_pairs, columns)
+    quantized = None
+    if scales is not None and gated:
+        quantized = empty_fp8_rows(rows, num_pairs, columns)
+        out, out_scales, _ = quantized
+    else:
+        out_dtype = "float32" if kind == "float32" else "bfloat16"
+        out, out_scales = empty_beside(rows, num_pairs, columns, dtype=out_dtype), None
     if num_pairs and columns:
-        # tiles of a few rows while the weights' bytes are the cost
-        rows = 16 if num_pairs <= 16 * experts else 32
-        block, most_tiles = min(64, max(16, triton.next_power_of_2(columns))), num_pairs // rows
-        grid = -(-columns // block), min(experts, num_pairs) + most_tiles
-        expert_gemm_kernel[grid](
-            x, weight, pairs, counts, out, num_tokens, ROW_PAIRS=num_pairs // x.shape[0],
-            NUM_EXPERTS=experts, WIDTH=width, COLUMNS=columns, GATED=gated,
-            EXPERTS=triton.next_power_of_2(experts), BLOCK_ROWS=rows, BLOCK_COLUMNS=block,
-            BLOCK_WIDTH=min(32, max(16, triton.next_power_of_2(width))), num_warps=4,
+        tiling = tiling or configuration(kind, num_pairs, experts, gated)
+        options = block_sizes(kind, columns, width, tiling)
+        most_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
+        expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), most_tiles](
+            rows, x_scales, values, scales, pairs, counts, out, out_scales, num_tokens,
+            0 if x_scales is None else x_scales.shape[1],
+            0 if out_scales is None else out_scales.shape[1],
+            ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts, WIDTH=width,
+            COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
+            NATIVE=native_fp8(rows), EXPERTS=triton.next_power_of_2(experts), **options,
         )  # fmt: skip
-    return out
+    return quantized or out
 
 
 @step_kernel()
 def sum_experts_kernel(
-    parts_ptr, weights_ptr, out_ptr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    parts_ptr,
+    weights_ptr,
+    ids_ptr,
+    base_ptr,
+    out_ptr,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Block `program 1` of token `program 0`; experts are added in ascending order."""
+    """Block `program 1` of token `program 0`; experts are added in the order of the token's."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in range(TOP_K):
+    total = widened(tl.load(base_ptr + token * WIDTH + column, mask=inside, other=0.0))
+    # unrolled: all parts are on their way before the first is added
+    for choice in tl.static_range(TOP_K):
         pair = token * TOP_K + choice
-        part = tl.load(parts_ptr + pair * WIDTH + column, mask=inside, other=0.0)
-        total += part * tl.load(weights_ptr + pair)
-    tl.store(out_ptr + token * WIDTH + column, total, mask=inside)
+        # one beside every column: a mask of a scalar and a block is none to some interpreters
+        expert = tl.load(ids_ptr + pair) + tl.zeros([BLOCK], tl.int32)
+        part = tl.load(parts_ptr + pair * WIDTH + column, mask=inside & (expert >= 0), other=0.0)
+        total += widened(part) * tl.load(weights_ptr + pair)
+    tl.store(out_ptr + token * WIDTH + column, stored(total, out_ptr), mask=inside)
 
 
-def sum_experts(parts: Any, weights: Any) -> Any:
-    """float32 [num_tokens, width]: what the experts of a token give, weighted.
+def sum_experts(parts: Any, weights: Any, ids: Any, base: Any) -> Any:
+    """`base` plus what the experts of a token give, weighted; sums in float32, rounded once.
 
     Args:
-        parts: float32 [num_tokens * top_k, width], contiguous.
+        parts: float32 or bfloat16 [num_tokens * top_k, width], contiguous; rows of ids of -1 are
+            not read.
         weights: float32 [num_tokens, top_k].
+        ids: int32 [num_tokens, top_k]; -1 for no expert.
+        base: float32 or bfloat16 [num_tokens, width], contiguous: the shared expert's result.
+
+    Returns:
+        [num_tokens, width] in the type of `base`.
     """
     (rows, top_k), width = weights.shape, parts.shape[1]
-    out = empty_like_rows(parts, rows, width)
+    out = empty_beside(base, rows, width)
     if rows and width:
         block = min(_BLOCK, triton.next_power_of_2(width))
         grid = rows, -(-width // block)
         sum_experts_kernel[grid](
-            parts, weights, out, TOP_K=top_k, WIDTH=width, BLOCK=block, num_warps=4
+            parts, weights, ids, base, out, TOP_K=top_k, WIDTH=width, BLOCK=block, num_warps=4
         )
     return out

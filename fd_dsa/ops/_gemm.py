@@ -22,7 +22,7 @@ import numpy as np
 from fd_dsa.environment import cpu_threads
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._fixed_order import fixed_order, two_rows
-from fd_dsa.ops._host import as_numpy, matmul, on_device, staged
+from fd_dsa.ops._host import as_numpy, matmul, staged
 from fd_dsa.step.host_tensor import as_tensor
 
 _INT, _FLOAT, _POINTER, _CHAR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_char
@@ -115,6 +115,23 @@ class HostMatrix:
         )
         return out
 
+    def heads_joined(self, x: np.ndarray, reader: Any) -> np.ndarray:
+        """`times_by_head`, the heads of a token side by side."""
+        return self.times_by_head(x).reshape(len(x), -1)
+
+    @staticmethod
+    def activated(gate_up: np.ndarray) -> np.ndarray:
+        """silu(gate) * up of [num_tokens, 2 * in] whose halves are gate and up."""
+        width = gate_up.shape[1] // 2
+        gate = gate_up[:, :width]
+        # exp(-x) may overflow to inf for very negative x: x / inf is the right 0
+        with np.errstate(over="ignore"):
+            activated = np.exp(-gate)
+        activated += np.float32(1.0)
+        np.divide(gate, activated, out=activated)
+        activated *= gate_up[:, width:]
+        return activated
+
     def times_by_head(self, x: np.ndarray) -> np.ndarray:
         """Each head's own GEMM: x [num_tokens, heads, in] to float32 [num_tokens, heads, out].
 
@@ -146,12 +163,6 @@ class HostMatrix:
                 weight + 4 * width * columns,
             )
         return out
-
-
-def matrix(tensor: Any, *, transposed: bool = False) -> Any:
-    """A weight as `linear` and `head_linear` read it: a HostMatrix, on a device the tensor."""
-    tensor = tensor.detach()
-    return tensor if on_device(tensor) else HostMatrix(tensor, transposed=transposed)
 
 
 def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm of a packed step; on a device the RMSNorm is that of `_dense_kernels.py`.
+"""RMSNorm and LayerNorm of a packed step in host memory.
 
 On a CPU NumPy, not Paddle: the arrays are small, and a Paddle norm starts its thread pool for each
 of them, which costs more than the work and far more on a busy machine.
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy, on_device
+from fd_dsa.ops._host import as_numpy
 
 
 def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
@@ -24,15 +24,31 @@ def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
         weight: float32 [width].
         epsilon: added to the mean square.
     """
-    if not isinstance(x, np.ndarray) and on_device(x):
-        # Paddle only here: the CPU form is the oracle of kernels where Paddle is not installed
-        from fd_dsa.ops import _dense_kernels
-
-        return _dense_kernels.rms_norm(x, weight, epsilon)
     rows = x if isinstance(x, np.ndarray) else as_numpy(x)
     out = rows * _inverse_root(rows, epsilon)
     out *= weight
     return out
+
+
+class HostNorm:
+    """RMSNorm of rows in host memory.
+
+    Args:
+        weight: float32 [width].
+        epsilon: added to the mean square.
+    """
+
+    def __init__(self, weight: np.ndarray, epsilon: float) -> None:
+        self.weight, self.epsilon = weight, epsilon
+
+    def of(self, x: np.ndarray) -> np.ndarray:
+        """x [num_tokens, width], normed; may be columns of wider rows."""
+        return rms_norm(x, self.weight, self.epsilon)
+
+    def after(self, hidden_states: np.ndarray, change: np.ndarray) -> tuple[Any, Any]:
+        """The sum of both, in the memory of `change`, and the sum normed."""
+        change += hidden_states
+        return change, rms_norm(change, self.weight, self.epsilon)
 
 
 def layer_norm(x: Any, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
@@ -28,6 +28,9 @@ from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, host_inputs
 from fd_dsa.step import StepHints
 
+if TYPE_CHECKING:
+    from fd_dsa.runner.device_draws import DeviceDraws
+
 logger = logging.getLogger(__name__)
 _NOTHING = np.empty(0, np.int64)
 
@@ -44,7 +47,11 @@ def cache_layout(config: ModelConfig, kv_cache_dtype: str, block_size: int) -> C
 
 
 def backend_config(
-    config: ModelConfig, layout: CacheLayout, batch: InputBatch, num_blocks: int | None = None
+    config: ModelConfig,
+    layout: CacheLayout,
+    batch: InputBatch,
+    num_blocks: int | None = None,
+    dtype: str = "float32",
 ) -> DSABackendConfig:
     """What the attention backend must know of a model, its caches and the batch it serves."""
     return DSABackendConfig(
@@ -57,6 +64,7 @@ def backend_config(
         max_num_tokens=batch.max_num_tokens,
         max_blocks_per_seq=batch.block_tables.shape[1],
         num_blocks=num_blocks,
+        dtype=dtype,
     )
 
 
@@ -73,12 +81,14 @@ class ModelRunner:
         num_blocks: blocks of each cache.
         device: "cpu", "gpu:0" or a custom device of Paddle, where the model is already.
         backend: the attention backend; None: a DSAAttentionBackend.
+        dtype: of the model's activations.
 
     Attributes:
         attn_backends: the one that serves.
         forward_meta: the newest step, None before the first.
         counters: of the steps that were run.
         graphs: those of decode steps; None where all steps are eager.
+        draws: draws tokens from logits on a device; None on a CPU.
     """
 
     def __init__(
@@ -89,12 +99,13 @@ class ModelRunner:
         num_blocks: int,
         device: str = "cpu",
         backend: Any = None,
+        dtype: str = "float32",
     ) -> None:
         self.model, self.input_batch, self._device = model, input_batch, device
         config: ModelConfig = model.config
         self.vocab_size, self._index_topk = config.vocab_size, config.index_topk
         if backend is None:
-            sizes = backend_config(config, layout, input_batch, num_blocks)
+            sizes = backend_config(config, layout, input_batch, num_blocks, dtype)
             backend = DSAAttentionBackend(sizes, device)
         self.attn_backends: list[Any] = [backend]
         self.caches = backend.allocate_caches([kind == "full" for kind in config.indexer_types])
@@ -105,6 +116,7 @@ class ModelRunner:
         self._selections: Selections | None = None
         self._to_device: DeviceInputs | None = None
         self._to_host: Callable[[Any], np.ndarray] = as_numpy
+        self.draws: DeviceDraws | None = None
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
             from fd_dsa.step.device import paddle_allocator
@@ -112,6 +124,10 @@ class ModelRunner:
             self._to_device = DeviceInputs(input_batch, paddle_allocator(device))
             num_logits = input_batch.max_num_seqs * self.vocab_size
             self._to_host = HostLogits(self._to_device.staging.transfers, num_logits)
+            from fd_dsa.runner.device_draws import DeviceDraws
+
+            allocate = paddle_allocator(device)
+            self.draws = DeviceDraws(input_batch.max_num_seqs, self.vocab_size, allocate)
 
     def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING) -> Step:
         """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.
@@ -223,29 +239,52 @@ class ModelRunner:
         Raises:
             ValueError: the batch holds no token, or lengths and tables disagree.
         """
+        with paddle.no_grad():
+            logits = self._logits(logits_indices)
+            if logits is None:
+                return np.empty((0, self.vocab_size), np.float32)
+            # on a device this is the step's one wait
+            return self._to_host(logits)
+
+    def execute_and_draw(
+        self, logits_indices: np.ndarray, slots: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """Run the step in the batch and draw tokens on its device, where there are `draws`.
+
+        Args:
+            logits_indices: as of `execute_model`; at least one.
+            slots, positions: int64 [n]; slot of each row, and position of the token in its output.
+
+        Returns:
+            int64 [n], as of `Sampler.sample`; valid until the next step.
+        """
+        assert self.draws is not None
+        with paddle.no_grad():
+            return self.draws(self._logits(logits_indices), slots, positions)
+
+    def _logits(self, logits_indices: np.ndarray) -> Any:
+        """The step's logits where the model is, float32 [n, vocab_size]; None of no token."""
         batch = self.input_batch
         if batch.num_tokens == 0:
             raise ValueError("execute_model: the step has no token; call add_row first")
         padded = self._padded = self._fitting(logits_indices)
-        with paddle.no_grad():
-            begin = time.perf_counter()
-            step = self.initialize_forward_meta(logits_indices)
-            self.counters.count_step(
-                time.perf_counter() - begin,
-                batch.num_tokens,
-                batch.num_prefill_tokens,
-                batch.num_tokens_past(self._index_topk),
-            )
-            if self.graphs is not None and padded is not None:
-                captured = self.graphs[padded]
-                captured.replay()
-                return self._to_host(captured.logits[: len(logits_indices)])
-            step.selections = self._selections
-            hidden = self.model(step.ids_remove_padding, step)
-            if not len(logits_indices):
-                return np.empty((0, self.vocab_size), np.float32)
-            # on a device this is the step's one wait
-            return self._to_host(self.model.compute_logits(rows_at(hidden, step.sampled)))
+        begin = time.perf_counter()
+        step = self.initialize_forward_meta(logits_indices)
+        self.counters.count_step(
+            time.perf_counter() - begin,
+            batch.num_tokens,
+            batch.num_prefill_tokens,
+            batch.num_tokens_past(self._index_topk),
+        )
+        if self.graphs is not None and padded is not None:
+            captured = self.graphs[padded]
+            captured.replay()
+            return captured.logits[: len(logits_indices)]
+        step.selections = self._selections
+        hidden = self.model(step.ids_remove_padding, step)
+        if not len(logits_indices):
+            return None
+        return self.model.compute_logits(rows_at(hidden, step.sampled))
 
     @property
     def shows_selections(self) -> bool:

@@ -108,7 +108,7 @@ _FLAGS = {
         "--load-format FORMAT": "auto, safetensors, or dummy for random weights (default: auto)",
         "--index-topk N": "keys that the indexer chooses for a token (default: the model's)",
         "--device": "where the model runs; auto is a GPU where Paddle has one (default: auto)",
-        "--dtype": "auto, float32 or bfloat16 (default: auto; CPU: float32)",
+        "--dtype": "auto, float32 or bfloat16 (default: auto, bfloat16 on a GPU)",
         "--engine": "what runs the model: embedded, on one device, or fastdeploy, an installed "
         "FastDeploy; auto is fastdeploy where it is installed and one device is not enough "
         "(default: auto)",

@@ -32,11 +32,13 @@ def engine_info(config: EngineConfig) -> dict[str, Any]:
     from fd_dsa.ops.providers import table
     from fd_dsa.runner.device import resolve_device
 
-    device, choices = resolve_device(config.device), table()
+    here, choices = config.on_device(resolve_device(config.device)), table()
     return {
         "paddle": paddle.__version__,
-        "device": device,
-        "device_name": _device_name(device),
+        "device": here.device,
+        "device_name": _device_name(here.device),
+        "dtype": here.dtype,
+        "kv_cache_dtype": here.kv_cache_dtype,
         "providers": {
             op: {kind: c.provider for kind, c in by.items()} for op, by in choices.items()
         },
@@ -64,8 +66,6 @@ async def server_info(
         "version": fd_dsa.__version__,
         "commit": commit,
         **await engine.ask(INFO),
-        "dtype": config.compute_dtype,
-        "kv_cache_dtype": config.cache_dtype,
         "max_model_len": engine.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.num_batched_tokens,

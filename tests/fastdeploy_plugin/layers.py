@@ -15,9 +15,11 @@ from fd_dsa.config import demo_model_path
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention as EmbeddedAttention
 from fd_dsa.models.rope import RotaryEmbedding
+from fd_dsa.models.weights import HostWeights
 from fd_dsa.step.host_tensor import as_tensor
 from tests.fastdeploy_plugin.names import MODELS
 from tests.fastdeploy_plugin.steps import NUM_BLOCKS, caches, config, int32, make_backend
+from tests.runner.tiny import stored
 
 PREFIX = "model.layers.{}.self_attn."
 HIDDEN = 384
@@ -107,11 +109,11 @@ class Embedded:
                 max_blocks_per_seq=4,
             )
         )
-        self.rope = RotaryEmbedding(model.rope, model.qk_rope_head_dim, 256)
-        self.layer, prefix = EmbeddedAttention(model, 0), PREFIX.format(0)
-        tensors = weights()
-        for name, load in self.layer.weight_loaders(prefix).items():
-            load(tensors[name])
+        made, tensors = HostWeights(), weights()
+        self.rope = RotaryEmbedding(model.rope, model.qk_rope_head_dim, 256, made)
+        self.layer = EmbeddedAttention(model, 0, made, PREFIX.format(0))
+        for name, load in made.loaders.items():
+            load(stored(name, tensors[name]))
         self.caches = caches(rows.backend)
         self.tables = rows.tables
 
@@ -128,7 +130,7 @@ class Embedded:
         )
         self.backend.init_attention_metadata(meta)
         cos_sin = self.rope(meta.position_ids)
-        out, _ = self.layer(np.array(hidden), cos_sin, meta, None)
+        out, _ = self.layer.forward(np.array(hidden), cos_sin, meta, None)
         return np.array(as_tensor(out) if isinstance(out, np.ndarray) else out)
 
 

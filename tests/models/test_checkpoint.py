@@ -23,7 +23,7 @@ def open_with(folder: Path, **tensors: object) -> Checkpoint:
 def test_float32_is_a_read_only_view_of_the_file_unless_at_an_odd_offset(tmp_path: Path) -> None:
     values = RNG.standard_normal((5, 3)).astype(np.float32)
     for before, is_view in ((f32(values[:1]), True), (f8(np.zeros((1, 3))), False)):
-        read = open_with(tmp_path, a=before, w=f32(values)).read("w")
+        read = open_with(tmp_path, a=before, w=f32(values)).tensor("w").float32()
         assert read.dtype == np.float32 and read.flags.aligned
         np.testing.assert_array_equal(read, values)
         assert not is_view or not (read.flags.writeable or read.flags.owndata)
@@ -33,13 +33,13 @@ def test_bfloat16_is_exact(tmp_path: Path) -> None:
     # every bfloat16 there is, with both zeros, infinities, denormals and NaN
     bits = np.arange(1 << 16, dtype=np.uint32).reshape(256, 256) << 16
     values = bits.view(np.float32)
-    read = open_with(tmp_path, w=bf16(values)).read("w")
+    read = open_with(tmp_path, w=bf16(values)).tensor("w").float32()
     np.testing.assert_array_equal(read.view(np.uint32), bits)
 
 
 def test_float16_is_exact(tmp_path: Path) -> None:
     values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(64, 1024)
-    read = open_with(tmp_path, w=f16(values)).read("w")
+    read = open_with(tmp_path, w=f16(values)).tensor("w").float32()
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, values.astype(np.float32))
 
@@ -58,7 +58,7 @@ def test_fp8_blocks_with_ragged_ends(
     expected = E4M3_VALUES[codes].astype(np.float32)
     for n, k in np.ndindex(*shape):
         expected[n, k] *= scales[n // block[0], k // block[1]]
-    np.testing.assert_array_equal(checkpoint.read("w", block), expected)
+    np.testing.assert_array_equal(checkpoint.tensor("w", block).float32(), expected)
 
 
 def test_shards_read_like_one_file(tmp_path: Path) -> None:
@@ -68,29 +68,29 @@ def test_shards_read_like_one_file(tmp_path: Path) -> None:
     # shard by shard, and inside a shard by position
     assert checkpoint.names() == ["t0", "t3", "t6", "t1", "t4", "t2", "t5"]
     for name, tensor in tensors.items():
-        assert checkpoint.read(name).tobytes() == tensor.data
+        assert checkpoint.tensor(name).float32().tobytes() == tensor.data
         info = checkpoint.info(name)
         assert (info.dtype, info.shape, info.nbytes) == ("F32", tensor.shape, len(tensor.data))
 
 
 def test_unknown_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tensor 'x' is missing"):
-        open_with(tmp_path, w=f32(np.ones(2))).read("x")
+        open_with(tmp_path, w=f32(np.ones(2))).tensor("x")
 
 
 def test_released_pages_can_be_read_again(tmp_path: Path) -> None:
     values = RNG.standard_normal(5000).astype(np.float32)
     checkpoint = open_with(tmp_path, a=f32(values), b=f32(-values))
-    view = checkpoint.read("a")
+    view = checkpoint.tensor("a").float32()
     checkpoint.release("a")
     checkpoint.release("b")
     np.testing.assert_array_equal(view, values)
-    np.testing.assert_array_equal(checkpoint.read("b"), -values)
+    np.testing.assert_array_equal(checkpoint.tensor("b").float32(), -values)
 
 
 def test_views_outlive_the_checkpoint(tmp_path: Path) -> None:
     with open_with(tmp_path, w=f32(np.ones(3))) as checkpoint:
-        view = checkpoint.read("w")
+        view = checkpoint.tensor("w").float32()
     np.testing.assert_array_equal(view, np.ones(3, np.float32))
     with pytest.raises(RuntimeError, match="the file is closed"):
-        checkpoint.read("w")
+        checkpoint.tensor("w").float32()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import load_weights, validate
+from fd_dsa.models.sources import WeightLoader
 from tests.models.folders import TINY, TINY_GLM
 
 CASES = {
@@ -61,8 +61,8 @@ def test_folder_written_by_transformers(tmp_path: Path, case: str) -> None:
         del expected["lm_head.weight"]
     loaded: dict[str, np.ndarray] = {}
 
-    def loader(name: str) -> Callable[[np.ndarray], None]:
-        return lambda values: loaded.__setitem__(name, values.copy())
+    def loader(name: str) -> WeightLoader:
+        return lambda source: loaded.__setitem__(name, source.float32().copy())
 
     with Checkpoint.open(tmp_path) as checkpoint:
         assert len({checkpoint.info(name).file for name in checkpoint.names()}) > 1 or (

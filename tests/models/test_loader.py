@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import load_weights, validate
+from fd_dsa.models.sources import SourceTensor, WeightLoader
 from tests.models.folders import (
     SCALE_SUFFIX,
     TINY,
@@ -54,10 +54,10 @@ def load(folder: Path) -> dict[str, np.ndarray]:
     """All tensors as the loaders get them, each of which must come once."""
     loaded: dict[str, np.ndarray] = {}
 
-    def loader(name: str) -> Callable[[np.ndarray], None]:
-        def take(values: np.ndarray) -> None:
+    def loader(name: str) -> WeightLoader:
+        def take(source: SourceTensor) -> None:
             assert name not in loaded
-            loaded[name] = values.copy()
+            loaded[name] = source.float32().copy()
 
         return take
 
@@ -280,8 +280,8 @@ def test_progress_reaches_the_total_and_loaders_are_those_of_the_model(tmp_path:
     stored, _ = fp8_tensors()
     config = ModelConfig.from_folder(write_folder(tmp_path, TINY_FP8, stored))
     calls: list[tuple[int, int]] = []
-    loaders: dict[str, Callable[[np.ndarray], None]] = {
-        name: lambda values: None for name in expected_tensors(config)
+    loaders: dict[str, WeightLoader] = {
+        name: lambda source: None for name in expected_tensors(config)
     }
     load_weights(Checkpoint.open(tmp_path), config, loaders, lambda *args: calls.append(args))
     total = sum(len(stored[name].data) for name in loaders)

@@ -53,7 +53,7 @@ def watched(loader):
         peak = max(peak, anonymous_bytes() - before)
     return take
 
-loaders = {name: watched(loader) for name, loader in model.weight_loaders().items()}
+loaders = {name: watched(loader) for name, loader in model.loaders.items()}
 with Checkpoint.open(sys.argv[1]) as checkpoint:
     validate(checkpoint, config)
     load_weights(checkpoint, config, loaders)

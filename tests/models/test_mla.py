@@ -145,7 +145,7 @@ def run_layer(layer: Any, runner: Any, x: np.ndarray, start: int = 0) -> tuple[n
     runner.input_batch.add_row(0, [2] * len(x), start, True)
     runner.initialize_forward_meta()
     meta = runner.forward_meta
-    out, slots = layer(x, runner.model.rotary_emb(meta.position_ids), meta, None)
+    out, slots = layer.forward(x, runner.model.rotary_emb(meta.position_ids), meta, None)
     return out, slots.numpy()
 
 

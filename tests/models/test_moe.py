@@ -14,13 +14,14 @@ pytest.importorskip("paddle", reason="the layers are on Paddle's tensors")
 
 from fd_dsa.models import moe
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE, NoAuxTopkGate, routed_on_device
+from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE, NoAuxTopkGate
+from fd_dsa.models.weights import HostWeights
 from fd_dsa.ops._expert_kernels import choose_experts
-from fd_dsa.ops._host import as_numpy
 from tests.conftest import PADDLE_MEMORIES
 from tests.kernel_memory import KernelMemory, open_memory
 from tests.models.folders import TINY
 from tests.reference.moe import GateRule, ref_gate, ref_mlp
+from tests.runner.tiny import stored
 
 
 def config_of(rule: GateRule, num_experts: int, **more: Any) -> ModelConfig:
@@ -69,12 +70,12 @@ def of_the_host(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The gate's experts and weights for rows that give these logits exactly."""
     tokens, num_experts = logits.shape
-    gate = NoAuxTopkGate(config_of(rule, num_experts, hidden_size=max(tokens, 4)))
-    weight = np.zeros(gate.weight.shape, np.float32)
-    weight[:tokens] = logits
-    gate.weight.set_value(weight)
-    gate.e_score_correction_bias.set_value(bias)
-    experts, weights = gate(np.eye(len(weight), dtype=np.float32)[:tokens])
+    hidden = max(tokens, 4)
+    gate = NoAuxTopkGate(config_of(rule, num_experts, hidden_size=hidden), HostWeights(), "")
+    gate.weight.array[...] = 0
+    gate.weight.array[:tokens] = logits
+    gate.bias[...] = bias
+    experts, weights = gate.forward(np.eye(hidden, dtype=np.float32)[:tokens])
     assert (experts.dtype, weights.dtype) == (np.int32, np.float32)
     return experts, weights
 
@@ -153,25 +154,40 @@ def random_tensors(config: ModelConfig, rng: np.random.Generator) -> dict[str, n
     return {name: array.astype(np.float32) for name, array in tensors.items()}
 
 
-def load(layer: Any, tensors: dict[str, np.ndarray]) -> None:
-    """Fill a layer through its own loaders, each tensor once."""
-    loaders = layer.weight_loaders("")
-    assert loaders.keys() == tensors.keys()
-    for name, array in tensors.items():
-        loaders[name](array)
-
-
 def ref_mlp_of(tensors: dict[str, np.ndarray], prefix: str, x: np.ndarray) -> np.ndarray:
     names = ("gate_proj", "up_proj", "down_proj")
     return ref_mlp(x, *(tensors[f"{prefix}{n}.weight"].astype(np.float64) for n in names))
 
 
-def mixture(rule: GateRule, seed: int = 0) -> tuple[DeepseekMoE, dict[str, np.ndarray]]:
-    """A mixture of twelve experts and its tensors."""
+def mixture(place: str, rule: GateRule, seed: int = 0) -> tuple[Any, dict[str, np.ndarray]]:
+    """A mixture of twelve experts in a place, which takes and gives arrays, and its tensors."""
     config = config_of(rule, 12)
-    layer, tensors = DeepseekMoE(config), random_tensors(config, np.random.default_rng(seed))
-    load(layer, tensors)
-    return layer, tensors
+    tensors = random_tensors(config, np.random.default_rng(seed))
+    memory = None if place == "host" else open_memory(place)
+    weights: Any = HostWeights() if memory is None else weights_in(memory)
+    layer = DeepseekMoE(config, weights, "")
+    assert weights.loaders.keys() == tensors.keys()
+    for name, array in tensors.items():
+        weights.loaders[name](stored(name, array))
+    weights.finish()
+
+    def run(x: np.ndarray, padded: tuple[int, ...] = ()) -> np.ndarray:
+        if memory is None:
+            return layer.forward(x)
+        slots = np.arange(len(x), dtype=np.int64)
+        slots[list(padded)] = -1
+        meta = SimpleNamespace(slot_mapping=memory.put(slots))
+        return memory.get(layer.forward(memory.put(x), meta))
+
+    run.loaders = weights.loaders  # type: ignore[attr-defined]
+    return run, tensors
+
+
+def weights_in(memory: KernelMemory, **formats: Any) -> Any:
+    """DeviceWeights in a memory."""
+    from fd_dsa.models.device_weights import DeviceWeights
+
+    return DeviceWeights("float32", lambda shape, dtype: memory.poisoned(shape, dtype), **formats)
 
 
 def tokens(count: int) -> np.ndarray:
@@ -180,43 +196,14 @@ def tokens(count: int) -> np.ndarray:
     return np.random.default_rng([count, 1]).standard_normal(shape).astype(np.float32)
 
 
-def routed(layer: DeepseekMoE, x: np.ndarray, m: KernelMemory) -> np.ndarray:
-    """The routed experts as on a device, whose layers hold these tensors."""
-
-    def put(parameter: Any) -> Any:
-        return m.put(as_numpy(parameter.detach()))
-
-    gate = layer.gate
-    names = ("top_k", "n_group", "topk_group", "norm_topk_prob", "scaling")
-    own = SimpleNamespace(
-        weight=put(gate.weight),
-        readable_bias=put(gate.e_score_correction_bias),
-        **{name: getattr(gate, name) for name in names},
-    )
-    on_device = SimpleNamespace(
-        gate=own,
-        readable_experts=(put(layer.experts_gate_up_proj), put(layer.experts_down_proj)),
-        num_experts=layer.num_experts,
-        intermediate_size=layer.intermediate_size,
-    )
-    return m.get(routed_on_device(on_device, m.put(x)))
-
-
-def run(place: str, layer: DeepseekMoE, x: np.ndarray) -> np.ndarray:
-    """Output of a mixture in a place."""
-    if place == "host":
-        return layer(x)
-    return layer.shared_experts(x) + routed(layer, x, open_memory(place))
-
-
 @pytest.mark.parametrize("num_tokens", [1, 2, 9])
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("place", PLACES)
 def test_mixture(place: str, rule: GateRule, num_tokens: int) -> None:
-    layer, tensors = mixture(rule, num_tokens)
+    run, tensors = mixture(place, rule, num_tokens)
     x = tokens(num_tokens)
     before = x.copy()
-    found = run(place, layer, x)
+    found = run(x)
     np.testing.assert_array_equal(x, before)
     for t in range(num_tokens):
         logits = tensors["gate.weight"].astype(np.float64) @ x[t]
@@ -232,36 +219,49 @@ def test_mixture(place: str, rule: GateRule, num_tokens: int) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_tokens_do_not_meet(place: str) -> None:
     """A token of NaN changes no other token, nor does an expert that overflows on others."""
-    layer, _ = mixture(RULES[3])
+    run, tensors = mixture(place, RULES[3])
     x = tokens(5)
-    clean = run(place, layer, x)
-    experts, _ = layer.gate(x)
+    clean = run(x)
+    scores = 1 / (1 + np.exp(-x[:2] @ tensors["gate.weight"].T))
+    bias = tensors["gate.e_score_correction_bias"]
+    used = {expert for row in scores for expert in ref_gate(row, bias, RULES[3])}
     x[2] = np.nan
     others = [0, 1, 3, 4]
-    found = run(place, layer, x)
+    found = run(x)
     np.testing.assert_allclose(found[others], clean[others], rtol=0, atol=1e-5)
     assert np.isnan(found[2]).all()
-    unused = int(np.setdiff1d(np.arange(12), experts[:2])[0])
-    as_numpy(layer.experts_down_proj.detach())[unused] = np.inf
-    np.testing.assert_allclose(run(place, layer, x)[:2], clean[:2], rtol=0, atol=1e-5)
+    name = f"experts.{min(set(range(12)) - used)}.down_proj.weight"
+    run.loaders[name](stored(name, np.full_like(tensors[name], np.inf)))
+    np.testing.assert_allclose(run(x)[:2], clean[:2], rtol=0, atol=1e-5)
 
 
-def test_chunks_of_tokens(paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, _ = mixture(RULES[3])
+@pytest.mark.parametrize("place", PADDLE_MEMORIES)
+def test_padded_tokens_take_no_expert(place: str) -> None:
+    run, tensors = mixture(place, RULES[3])
+    x = tokens(5)
+    whole, found = run(x), run(x, padded=(1, 4))
+    np.testing.assert_array_equal(found[[0, 2, 3]], whole[[0, 2, 3]])
+    wanted = [ref_mlp_of(tensors, "shared_experts.", x[t]) for t in (1, 4)]
+    np.testing.assert_allclose(found[[1, 4]], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("place", PADDLE_MEMORIES)
+def test_chunks_of_tokens(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = mixture(place, RULES[3])
     x = tokens(11)
-    whole = routed(layer, x, paddle_memory)
-    widest = max(layer.intermediate_size, x.shape[1])
+    whole = run(x)
+    widest = max(TINY["moe_intermediate_size"], x.shape[1])
     for rows in (1, 3, 10):
-        monkeypatch.setattr(moe, "EXPERT_BYTES", 4 * layer.gate.top_k * widest * rows)
-        found = routed(layer, x, paddle_memory)
-        np.testing.assert_allclose(found, whole, rtol=0, atol=1e-6)
+        monkeypatch.setattr(moe, "EXPERT_BYTES", 4 * RULES[3].top_k * widest * rows)
+        np.testing.assert_allclose(run(x), whole, rtol=0, atol=1e-6)
 
 
 def test_mlp_of_extreme_values() -> None:
-    layer = DeepseekMLP(2, 2)
-    layer.gate_up_proj.set_value(np.array([[1, 0, 1, 0], [0, 1, 0, 1]], np.float32))
-    layer.down_proj.set_value(np.eye(2, dtype=np.float32))
-    found = layer(np.array([[-200.0, 200.0], [0.0, -1.0]], np.float32))
+    weights = HostWeights()
+    layer, one = DeepseekMLP(weights, "", 2, 2), np.eye(2, dtype=np.float32)
+    for name, load in weights.loaders.items():
+        load(stored(name, one))
+    found = layer.forward(np.array([[-200.0, 200.0], [0.0, -1.0]], np.float32))
     # silu(x) * x: 0 far below, x^2 far above
     wanted = [[0.0, 40000.0], [0.0, 1 / (1 + np.e)]]
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-30)

@@ -11,21 +11,26 @@ pytest.importorskip("paddle", reason="the operators are on Paddle's tensors")
 
 import paddle
 
-from fd_dsa.ops._linear import head_linear, joined, linear, rows_at, silu_and_mul
+from fd_dsa.ops import _dense_kernels as dense
+from fd_dsa.ops._device_matrix import DeviceMatrix
+from fd_dsa.ops._gemm import HostMatrix
+from fd_dsa.ops._linear import joined, linear, rows_at
 from fd_dsa.ops._norm import layer_norm, rms_norm
 from fd_dsa.step.host_tensor import as_tensor
 from tests.kernel_memory import KernelMemory
+from tests.ops import block_fp8
 from tests.reference.indexer import ref_layer_norm, ref_rms_norm
 
 TOLERANCE = 1e-6
+EPSILON = 1e-6
+DTYPES = ["float32", "bfloat16"]
 
 
 @pytest.fixture(autouse=True)
 def every_tensor_is_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's too; NumPy arrays are the host's."""
-    for module in ("_linear", "_norm"):
-        name = f"fd_dsa.ops.{module}.on_device"
-        monkeypatch.setattr(name, lambda array: not isinstance(array, np.ndarray))
+    name = "fd_dsa.ops._linear.on_device"
+    monkeypatch.setattr(name, lambda array: not isinstance(array, np.ndarray))
 
 
 def floats(*shape: int, seed: int = 0) -> np.ndarray:
@@ -40,16 +45,13 @@ def close(found: Any, wanted: np.ndarray) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 7])
 def test_products(paddle_memory: KernelMemory, num_tokens: int) -> None:
-    m, x, weight, bias = paddle_memory, floats(num_tokens, 6), floats(6, 4), floats(4)
-    on_host = as_tensor(weight)
-    close(linear(m.put(x), m.put(weight), None), linear(x, on_host))
-    found = linear(m.put(x), m.put(weight), m.put(bias))
-    close(found, linear(x, on_host, bias))
-    found = linear(m.put(x), m.put(np.ascontiguousarray(weight.T)), None, transpose_y=True)
-    close(found, linear(x, on_host))
+    m, x, stored, bias = paddle_memory, floats(num_tokens, 6), floats(4, 6), floats(4)
+    weight, on_host = DeviceMatrix(m.put(stored)), HostMatrix(as_tensor(stored), transposed=True)
+    close(linear(m.put(x), weight), linear(x, on_host))
+    close(linear(m.put(x), weight, m.put(bias)), linear(x, on_host, bias))
     by_head, weights = floats(num_tokens, 3, 6), floats(3, 6, 5)
-    found = head_linear(m.put(by_head), m.put(weights))
-    close(found, head_linear(by_head, as_tensor(weights)))
+    found = DeviceMatrix(m.put(weights)).times_by_head(m.put(by_head))
+    close(found, HostMatrix(as_tensor(weights)).times_by_head(by_head))
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-2])
@@ -72,7 +74,7 @@ def test_norms_on_a_cpu(epsilon: float, scale: float) -> None:
 @pytest.mark.parametrize("shape", [(4, 6), (0, 6), (3, 1), (2, 1025), (5, 2049)])
 def test_norms_of_column_slices(paddle_memory: KernelMemory, shape: tuple[int, int]) -> None:
     x, weight = 5 * floats(shape[0], shape[1] + 3), floats(shape[1])
-    found = rms_norm(paddle_memory.put(x)[:, : shape[1]], paddle_memory.put(weight), 1e-5)
+    found = dense.rms_norm(paddle_memory.put(x)[:, : shape[1]], paddle_memory.put(weight), 1e-5)
     close(found, rms_norm(x[:, : shape[1]], weight, 1e-5))
 
 
@@ -83,22 +85,103 @@ def test_rows(paddle_memory: KernelMemory, dtype: str) -> None:
     close(rows_at(*tensors), rows_at(weight, ids))
 
 
-@pytest.mark.parametrize("shape", [(0, 6), (2, 3, 10), (1, 2 * 1500)])
-def test_silu(paddle_memory: KernelMemory, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(0, 6), (6, 10), (1, 2 * 1500)])
+def test_silu(paddle_memory: KernelMemory, shape: tuple[int, int]) -> None:
     x = floats(*shape)
     x.flat[:4] = np.float32([-300, 0, 300, -1])[: x.size]
-    found = silu_and_mul(paddle_memory.put(x))
-    assert list(found.shape) == [*shape[:-1], shape[-1] // 2]
-    flat = silu_and_mul(x.reshape(-1, shape[-1]))
-    close(found, flat.reshape(*shape[:-1], shape[-1] // 2))
+    close(dense.silu_and_mul(paddle_memory.put(x)), HostMatrix.activated(x.copy()))
 
 
-def test_rows_that_a_table_has_not_are_zeros(paddle_memory: KernelMemory) -> None:
-    table = paddle_memory.put(floats(3, 1100))
-    index = paddle_memory.put(np.array([2, -1, 3, 2**40], np.int64))
-    found = rows_at(table, index).numpy()
-    np.testing.assert_array_equal(found[0], table.numpy()[2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_a_table_has_not_are_zeros(paddle_memory: KernelMemory, dtype: str) -> None:
+    m, values = paddle_memory, block_fp8.rounded(floats(3, 1100), dtype)
+    index = m.put(np.array([2, -1, 3, 2**40], np.int64))
+    found = rows_at(block_fp8.put(m, values, dtype), index)
+    assert str(found.dtype).endswith(dtype)
+    found = block_fp8.get(m, found)
+    np.testing.assert_array_equal(found[0], values[2])
     assert not found[1:].any()
+
+
+def rms(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """float64 rms_norm with EPSILON."""
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + EPSILON) * weight
+
+
+def near(m: KernelMemory, found: Any, wanted: np.ndarray, dtype: str) -> np.ndarray:
+    """Assert the values of float64 to a step of their type, and return them."""
+    assert list(found.shape) == list(wanted.shape) and str(found.dtype).endswith(dtype)
+    values = block_fp8.get(m, found)
+    step = 2.0**-8 if dtype == "bfloat16" else 4e-6
+    np.testing.assert_allclose(values, wanted, rtol=step, atol=1e-30)
+    return values
+
+
+# rows of a part of a group, of whole groups, of three quarters of a block of 1,024 and past it
+@pytest.mark.parametrize("width", [24, 256, 700, 1300])
+@pytest.mark.parametrize("round_scales", [None, False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_norm_and_codes(
+    paddle_memory: KernelMemory, width: int, round_scales: bool | None, dtype: str
+) -> None:
+    m, weight = paddle_memory, floats(width)
+    hidden, delta = (block_fp8.rounded(floats(5, width, seed=i), dtype) for i in range(2))
+    hidden[1], delta[1] = 1e-9, 2e-9
+    hidden[2], delta[2] = 0, 0
+    hidden, delta = block_fp8.rounded(hidden, dtype), block_fp8.rounded(delta, dtype)
+    put = block_fp8.put(m, hidden, dtype), block_fp8.put(m, delta, dtype)
+    total, normed, quantized = dense.add_rms_norm(
+        *put, m.put(weight), EPSILON, round_scales=round_scales
+    )
+    # the sum of two is exact before it is rounded to the type
+    wanted = block_fp8.rounded(hidden + delta, dtype)
+    np.testing.assert_array_equal(block_fp8.get(m, total), wanted)
+    values = near(m, normed, rms(wanted, weight), dtype)
+    alone = dense.rms_norm(total, m.put(weight), EPSILON)
+    np.testing.assert_array_equal(block_fp8.get(m, alone), values)
+    if round_scales is None:
+        assert quantized is None
+        return
+    block_fp8.check_quantized(m, quantized, values, round_scales)
+    again, quantized = dense.rms_norm_quantized(total, m.put(weight), EPSILON, round_scales)
+    np.testing.assert_array_equal(block_fp8.get(m, again), values)
+    block_fp8.check_quantized(m, quantized, values, round_scales)
+
+
+@pytest.mark.parametrize("width", [5, 384, 1300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_and_codes(paddle_memory: KernelMemory, width: int, dtype: str) -> None:
+    m, gate_up = paddle_memory, block_fp8.rounded(3 * floats(5, 2 * width), dtype)
+    gate_up[3] = 0
+    put = block_fp8.put(m, gate_up, dtype)
+    gate, up = gate_up[:, :width].astype(np.float64), gate_up[:, width:]
+    values = near(m, dense.silu_and_mul(put), gate / (1 + np.exp(-gate)) * up, dtype)
+    for round_scales in (False, True):
+        quantized = dense.silu_and_mul_quantized(put, round_scales)
+        block_fp8.check_quantized(m, quantized, values, round_scales)
+
+
+# an infinite scale: the interpreter divides infinity by it
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
+@pytest.mark.parametrize("round_scales", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_of_rows(paddle_memory: KernelMemory, round_scales: bool, dtype: str) -> None:
+    m, x = paddle_memory, floats(9, 1300)
+    # groups of every size: tiny ones, zeros, one large value, and scales that are powers of two
+    x *= np.float32(2.0) ** np.arange(-120, 132, 28, dtype=np.float32)[:, None]
+    x[4, :128], x[4, 128:256], x[5, 7] = 0, 448, 1e4
+    x[6, 300], x[7, 1299] = np.nan, -np.inf
+    x = block_fp8.rounded(x, dtype)
+    found = dense.quantize_rows(block_fp8.put(m, x, dtype), round_scales)
+    block_fp8.check_quantized(m, found, x, round_scales)
+
+
+@pytest.mark.parametrize("rows", [0, 8, 13])
+def test_scales_are_padded_for_cublaslt(paddle_memory: KernelMemory, rows: int) -> None:
+    found = dense.quantize_rows(paddle_memory.put(floats(rows, 130)), False)
+    assert list(found.codes.shape) == [rows, 130]
+    assert list(found.scales.shape) == [2, {0: 8, 8: 8, 13: 16}[rows]]
 
 
 def test_parts_side_by_side(paddle_memory: KernelMemory) -> None:

@@ -38,7 +38,8 @@ def integers(kernel):
 UINT8 = "latent_ptr", "q_out_ptr"
 TYPES = (dict.fromkeys(INT32, "int32") | dict.fromkeys(INT64, "int64")
          | dict.fromkeys(UINT8, "uint8"))
-FLOATS = "epsilon", "scaling", "kv_eps", "k_eps", "weights_scale", "softmax_scale", "scale_log2"
+FLOATS = ("mean", "deviation", "epsilon", "scaling", "kv_eps", "k_eps", "weights_scale",
+          "softmax_scale", "scale_log2")
 # the upper half of a descriptor is how a wgmma reads shared memory, the lower one where
 DESCRIPTOR = r"(?:or\\.b64|add\\.s64)\\s+%rd\\d+, (%rd\\d+), (-?\\d{19});"
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -72,13 +73,10 @@ def compile(label, kernel, types={}, fusion=True, blocks=1, capability=90, **opt
 """
 
 EVERY = """
-from fd_dsa.ops._dense_kernels import rms_norm_kernel, rows_at_kernel, silu_and_mul_kernel
-from fd_dsa.ops._expert_kernels import (
-    choose_experts_kernel,
-    expert_gemm_kernel,
-    group_pairs_kernel,
-    sum_experts_kernel,
-)
+from fd_dsa.ops import _dense_kernels as dense
+from fd_dsa.ops._expert_gemm import block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops._expert_kernels import choose_experts_kernel, group_pairs_kernel, sum_experts_kernel
+from fd_dsa.ops._fill_kernels import fill_kernel
 from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
 from fd_dsa.ops.logits.triton_kernel import logits_kernel
 from fd_dsa.ops.mla.records import dequantize_kernel as records_kernel
@@ -86,6 +84,9 @@ from fd_dsa.ops.mla.triton_kernel import dequantize_kernel, sparse_mla_kernel
 from fd_dsa.ops.mla_query.triton_kernel import BLOCK_ROWS, NUM_WARPS, prepare_mla_query_kernel
 from fd_dsa.ops.positions_kernel import position_ids_kernel
 from fd_dsa.ops.query.triton_kernel import prepare_query_kernel
+from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
+from fd_dsa.ops.sampling.draw_kernels import draw_kernel
+from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
 from fd_dsa.ops.topk.triton_kernel import topk_kernel
 from fd_dsa.step import device as step
 from fd_dsa.step.kernel import decode_step_metadata_kernel, mixed_step_metadata_kernel
@@ -106,24 +107,44 @@ for cache, rank in (("uint8", 512), ("bfloat16", 576)):
             RANK=rank, ROPE=576 - rank, FP8=cache == "uint8", WIDTH=1024)
 compile("records", records_kernel, {"cache_ptr": "uint8"}, num_warps=8, BLOCK_SIZE=64, ROWS=16)
 compile("positions", position_ids_kernel, {"position_ids_ptr": "int32"})
-compile("norm", rms_norm_kernel, num_warps=8, WIDTH=7168, BLOCK=8192)
-compile("norm", rms_norm_kernel, WIDTH=384, BLOCK=512)
-compile("silu", silu_and_mul_kernel, WIDTH=2048, BLOCK=1024)
-for index in ("int32", "int64"):
-    compile("rows", rows_at_kernel, {"index_ptr": index}, WIDTH=7168, BLOCK=1024)
+plain = dict(codes_ptr=None, scales_ptr=None, ROUND_SCALES=False)
+for dtype in ("float32", "bfloat16"):
+    names = "x_ptr", "delta_ptr", "sum_ptr", "out_ptr", "gate_up_ptr", "table_ptr"
+    types = dict.fromkeys(names, dtype) | {"codes_ptr": "uint8"}
+    for added in ({}, dict(delta_ptr=None, sum_ptr=None)):
+        for quantized in (plain, dict(ROUND_SCALES=True)):
+            compile("norm", dense.rms_norm_kernel, types, num_warps=16, WIDTH=7168, BLOCK=8192,
+                    **added, **quantized)
+    compile("silu", dense.silu_and_mul_kernel, types, WIDTH=2048, BLOCK=1024, **plain)
+    compile("silu", dense.silu_and_mul_kernel, types, WIDTH=2048, BLOCK=1024, out_ptr=None,
+            ROUND_SCALES=True)
+    compile("quantize", dense.quantize_rows_kernel, types, WIDTH=7168, BLOCK=1024,
+            ROUND_SCALES=False)
+    for index in ("int32", "int64"):
+        compile("rows", dense.rows_at_kernel, types | {"index_ptr": index}, WIDTH=7168,
+                BLOCK=1024)
+for dtype in ("float32", "bfloat16", "uint8"):
+    for random in (False, True):
+        compile("fill", fill_kernel, {"out_ptr": dtype}, RANDOM=random, BLOCK=1024)
 CHOICES = (256, 8, 4, 8), (256, 1, 1, 8), (8, 1, 1, 2), (9, 3, 1, 2)
 for experts, groups, top_groups, top in CHOICES:
     size = 1 << (experts // groups - 1).bit_length()
-    compile("choice", choose_experts_kernel, num_warps=8, NUM_EXPERTS=experts, TOP_K=top,
-            NUM_GROUPS=groups, TOP_GROUPS=top_groups, NORM=True,
-            GROUPS=1 << (groups - 1).bit_length(), SIZE=size)
-compile("group", group_pairs_kernel, BLOCK=1024)
-for rows in (16, 32):
-    for gated in (False, True):
-        compile("experts", expert_gemm_kernel, ROW_PAIRS=8, NUM_EXPERTS=256, WIDTH=7168,
-                COLUMNS=2048, GATED=gated, EXPERTS=256, BLOCK_ROWS=rows, BLOCK_COLUMNS=64,
-                BLOCK_WIDTH=32)
-compile("sum", sum_experts_kernel, TOP_K=8, WIDTH=7168, BLOCK=1024)
+    for slots in ({}, {"slot_mapping_ptr": None}):
+        compile("choice", choose_experts_kernel, num_warps=8, NUM_EXPERTS=experts, TOP_K=top,
+                NUM_GROUPS=groups, TOP_GROUPS=top_groups, NORM=True,
+                GROUPS=1 << (groups - 1).bit_length(), SIZE=size, **slots)
+for block, warps in (1024, 4), (4096, 8):
+    compile("group", group_pairs_kernel, BLOCK=block, num_warps=warps)
+for kind in ("float32", "bfloat16"):
+    for tokens in (1, 256, 8192):
+        for gated in (False, True):
+            compile("experts", expert_gemm_kernel, dict(x_ptr=kind, weight_ptr=kind, out_ptr=kind),
+                    x_scales_ptr=None, weight_scales_ptr=None, out_scales_ptr=None, ROW_PAIRS=8,
+                    NUM_EXPERTS=256, WIDTH=7168, COLUMNS=2048, GATED=gated, ROUND_SCALES=False,
+                    NATIVE=True, EXPERTS=256,
+                    **block_sizes(kind, 2048, 7168, configuration(kind, 8 * tokens, 256, gated)))
+    compile("sum", sum_experts_kernel, dict.fromkeys(("parts_ptr", "base_ptr", "out_ptr"), kind),
+            TOP_K=8, WIDTH=7168, BLOCK=1024)
 KEYS = dict(INTERLEAVED=False, HADAMARD=False, UE8M0=True, HALF=32, num_warps=1)
 for positions in ({}, {"position_ids_ptr": None}):
     for tokens in (1, 2):
@@ -138,6 +159,23 @@ for positions in ({}, {"position_ids_ptr": None}):
         types = dict.fromkeys(("latent_ptr", "pe_ptr", "out_ptr"), dtype)
         compile("mla_query", prepare_mla_query_kernel, types, False, HEADS=128, RANK=512, HALF=32,
                 PADDED_RANK=512, BLOCK_ROWS=BLOCK_ROWS, num_warps=NUM_WARPS, **positions)
+# vocabularies of one block, of DeepSeek-V3.2, and of twice as many tokens
+SAMPLED = dict.fromkeys(("slots_ptr", "mask_rows_ptr", "records_ptr", "masks_ptr", "counts_ptr",
+                         "best_ptr", "state_ptr", "sample_ptr", "sizes_ptr", "images_ptr"), "int32")
+SAMPLED |= dict.fromkeys(("positions_ptr", "masses_ptr", "tokens_ptr"), "int64")
+for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
+    blocks = -(-vocab // block)
+    padded = 1 << (blocks - 1).bit_length()
+    parts = dict(VOCAB=vocab, NUM_BLOCKS=blocks, BLOCKS=padded)
+    cut = dict(BLOCK=block, WIDE=vocab // 32, **parts)
+    capacity = max(vocab // 4, 1024)
+    compile("scan", scan_kernel, SAMPLED, False, num_warps=8, VOCAB=vocab, BLOCK=block,
+            PART=min(block, 1024))
+    compile("settle", settle_kernel, SAMPLED, False, num_warps=16, **parts)
+    for fine in (False, True):
+        compile("masses", masses_kernel, SAMPLED, False, num_warps=8, FINE=fine, **cut)
+    compile("gather", gather_kernel, SAMPLED, False, num_warps=8, CAPACITY=capacity, **cut)
+    compile("draw", draw_kernel, SAMPLED, False, num_warps=16, CAPACITY=capacity, **cut)
 # the largest with positions of both types
 for rows in (1, 100, 256, 1024, 4096):
     narrow = {} if rows == 4096 else {"position_ids_int32_ptr": None}
@@ -155,6 +193,7 @@ for topk in (3, 512, 1024):
 """
 
 TUNED = """
+from fd_dsa.ops import _expert_gemm as experts, _fp8_gemm as gemm
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_forms import decode_form, padded_heads, prompt_form
 from fd_dsa.ops.logits.tile_kernel import tile_kernel
@@ -171,6 +210,24 @@ for tokens in (1, 200, 1000):
                          scratch_ptr=None if tokens > 512 else Pointer("float32"))
         _, options = projection.launch_options(arguments, projection.configuration(tokens))
         compile("project", projection.project_indexer_kernel, types, **arguments, **options)
+# one row of q_a and kv_a, o_proj, a prompt, and a width that ends in a part of a group; the number
+# is that of the tiles of a stage
+types = dict.fromkeys(("x_ptr", "weight_ptr"), "uint8") | {"out_ptr": "bfloat16"}
+for rows, columns, width in ((1, 2112, 7168), (64, 7168, 16384), (8192, 4096, 7168), (1, 64, 200)):
+    _, options = gemm.launch_options(rows, columns, width, gemm.configuration(rows, columns, width))
+    if options["SPLITS"] == 1:
+        options["scratch_ptr"] = None
+    compile("fp8 2", gemm.fp8_linear_kernel, types, WIDTH=width, COLUMNS=columns, NATIVE=True,
+            **options)
+for tokens in (1, 32, 512, 8192):
+    for gated, columns, width in (True, 2048, 7168), (False, 7168, 2048):
+        tiling = experts.configuration("uint8", 8 * tokens, 256, gated)
+        out = dict(out_ptr="uint8") if gated else dict(out_ptr="bfloat16")
+        compile("fp8 3" if gated else "fp8 2", experts.expert_gemm_kernel, types | out,
+                ROW_PAIRS=8 if gated else 1, NUM_EXPERTS=256, WIDTH=width, COLUMNS=columns,
+                GATED=gated, ROUND_SCALES=True, NATIVE=True, EXPERTS=256,
+                **experts.block_sizes("uint8", columns, width, tiling),
+                **({} if gated else dict(out_scales_ptr=None)))
 compile("schedule", tile_schedule_kernel, num_warps=8)
 # heads, and tokens of a decode row or 0 for a step with prompts
 for heads, tokens in (64, 0), (32, 0), (64, 1), (64, 2), (64, 3):
@@ -228,14 +285,13 @@ def test_every_form_compiles() -> None:
         *["mla"] * 5,
         *["dequantize"] * 2,
         *["records", "positions"],
-        *["norm"] * 2,
-        "silu",
-        *["rows"] * 2,
-        *["choice"] * 4,
-        "group",
-        *["experts"] * 4,
-        "sum",
+        *[*["norm"] * 4, *["silu"] * 2, "quantize", *["rows"] * 2] * 2,
+        *["fill"] * 6,
+        *["choice"] * 8,
+        *["group"] * 2,
+        *[*["experts"] * 6, "sum"] * 2,
         *[*["write"] * 2, *["query"] * 2, *["mla_query"] * 2] * 2,
+        *["scan", "settle", "masses", "masses", "gather", "draw"] * 3,
         *["step"] * 10,
         *["v4 rows"] * 3,
     ]
@@ -246,7 +302,7 @@ def test_every_form_compiles() -> None:
 
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
-    assert len(made) == 6 + 1 + 5 + 9 + 2 + 7
+    assert len(made) == 6 + 4 + 8 + 1 + 5 + 9 + 2 + 7
     for form in made:
         name, blocks = form["label"], form["blocks"]
         assert blocks * (form["shared"] + RESERVED_BYTES) <= SHARED_BYTES, name
@@ -260,6 +316,11 @@ def test_tuned_forms_are_what_they_are_chosen_for() -> None:
             assert form["in_flight"] == form["stages"] - 2, name
             # only a few numbers of a tile are kept in memory, outside of the loop over its pages
             assert form["stack"] <= 32, name
+        if name.startswith("fp8"):
+            # products of codes on tensor cores, and tiles of every operand copied ahead of them
+            assert form["products"] and all("e4m3.e4m3" in p for p in form["products"]), name
+            assert form["in_flight"] == int(name.split()[1]) * (form["stages"] - 2), name
+            assert form["stack"] <= MOST_STACK_BYTES and form["ways"] <= 1, name
         if name.startswith(("mla", "combine")):
             assert form["stack"] <= MOST_STACK_BYTES, name
             # CUDA 12.8's ptxas loses an address that wgmma read in two ways: wrong results

@@ -36,7 +36,7 @@ def load_model(folder: Path):
     """The model of a folder, its weights loaded."""
     config = ModelConfig.from_folder(folder)
     model = create_model(config)
-    load_weights(Checkpoint.open(folder), config, model.weight_loaders())
+    load_weights(Checkpoint.open(folder), config, model.loaders)
     return model
 
 

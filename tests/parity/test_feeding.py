@@ -72,7 +72,7 @@ def wrong_selections(model: Any) -> Iterator[None]:
             gate = getattr(layer.mlp, "gate", None)
             if gate is not None:
                 bias = rng.standard_normal(gate.num_experts).astype(np.float32)
-                stack.enter_context(mock.patch.object(gate, "readable_bias", bias))
+                stack.enter_context(mock.patch.object(gate, "bias", bias))
         yield
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.dequantize import TensorInfo
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.registry import create_model
+from fd_dsa.models.sources import StoredTensor
+from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
-from tests.models.folders import TINY, TINY_GLM
+from tests.models.folders import TINY, TINY_GLM, Stored, f32
 
 BLOCK_SIZE, BLOCKS_PER_ROW, MAX_ROWS, MAX_TOKENS = 16, 4, 5, 160
 
@@ -36,14 +40,34 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return tensors
 
 
-def tiny_model(fields: dict[str, Any], seed: int = 0) -> Any:
+def stored_as(name: str, tensor: Stored, scale: StoredTensor | None = None) -> StoredTensor:
+    """A tensor of a test's file, as its checkpoint would give it."""
+    raw = np.frombuffer(tensor.data, np.uint8)
+    info = TensorInfo(name, tensor.dtype, tensor.shape, Path("made"), 0, raw.nbytes)
+    return StoredTensor(info, raw, scale, (128, 128))
+
+
+def stored(name: str, array: np.ndarray) -> StoredTensor:
+    """A float32 array as a tensor of a checkpoint."""
+    return stored_as(name, f32(array))
+
+
+def tiny_model(
+    fields: dict[str, Any], seed: int = 0, device: str = "cpu", dtype: str = "float32"
+) -> Any:
     """A model of these config.json fields with random weights."""
     config = ModelConfig.from_dict(fields)
-    model = create_model(config)
-    loaders = model.weight_loaders()
+    weights: Any = HostWeights()
+    if device != "cpu":
+        from fd_dsa.models.device_weights import DeviceWeights
+        from fd_dsa.step.device import paddle_allocator
+
+        weights = DeviceWeights(dtype, paddle_allocator(device))
+    model = create_model(config, weights)
     for name, array in random_tensors(config, seed).items():
-        if name in loaders:
-            loaders[name](array)
+        if name in model.loaders:
+            model.loaders[name](stored(name, array))
+    weights.finish()
     return model
 
 

@@ -8,17 +8,13 @@ FastDeploy's in either path.
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import LM_HEAD, expected_tensors
-from fd_dsa.models.loader import load_dummy_weights
+from fd_dsa.models.sources import RandomTensor
 from tests.models.folders import YARN, bf16, write_folder
 
 FLAGS = ("--max-model-len", "8192", "--max-num-batched-tokens", "8192", "--max-num-seqs", "32")
@@ -51,14 +47,9 @@ def write_tiny_model(folder: Path) -> Path:
     """Write the model to a new folder, about 120 MB in bfloat16; the same bytes every time."""
     demo = demo_model_path()
     fields = json.loads((demo / "config.json").read_text("utf-8")) | _FIELDS
-    config, tensors = ModelConfig.from_dict(fields), dict[str, np.ndarray]()
-    loaders = {name: partial(tensors.__setitem__, name) for name in expected_tensors(config)}
-    load_dummy_weights(config, loaders, seed=0)
-    for name, values in tensors.items():
-        if values.ndim == 2:
-            # activations near 1 in every layer, so that tokens differ and each key counts
-            values /= values.std() * np.float32(math.sqrt(values.shape[1]))
-            values *= _SHARPNESS if name == LM_HEAD else 1
+    expected = expected_tensors(ModelConfig.from_dict(fields))
+    tensors = {name: RandomTensor(name, one.shape, 0).float32() for name, one in expected.items()}
+    tensors[LM_HEAD] *= _SHARPNESS
     write_folder(folder, fields, {name: bf16(values) for name, values in tensors.items()})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(demo / name, folder / name)

@@ -157,7 +157,7 @@ def _measured(args: argparse.Namespace, model: OpenModel, length: int) -> dict[s
     """Figures of one length."""
     from fd_dsa.ops.providers import device_kind, table
 
-    what = f"{model.device}, {model.engine_config.cache_dtype} caches, {length} tokens"
+    what = f"{model.device}, {model.engine_config.kv_cache_dtype} caches, {length} tokens"
     texts = tracked(needle_texts(model, length, args.texts, args.seed), what, args.texts)
     figures = measure(model, texts, num_queries=args.queries, seed=args.seed)
     kind = device_kind(model.sequence.runner.caches[0])

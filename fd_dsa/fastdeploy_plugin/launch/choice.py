@@ -103,18 +103,24 @@ def _weights_fit(args: argparse.Namespace) -> tuple[bool, str]:
     """Whether the embedded engine could hold the weights, and the two sizes in words."""
     # these read JSON files and count; neither imports Paddle
     from fd_dsa.models.config import ModelConfig
+    from fd_dsa.models.loader import quantisable_tensors
     from fd_dsa.models.memory_plan import available_memory_bytes, format_bytes, weight_bytes
 
     folder = Path(getattr(args, "model", demo_model_path())).expanduser()
     try:
-        needed = weight_bytes(ModelConfig.from_folder(folder))
+        config = ModelConfig.from_folder(folder)
     except ConfigError:
         # the embedded engine refuses the folder with all that there is to say
         return True, "the model folder does not tell its size"
     gpu_bytes = _gpu_memory_bytes() if getattr(args, "device", "auto") != "cpu" else 0
     room = gpu_bytes or available_memory_bytes()
     where = "on the GPU" if gpu_bytes else "free in host memory"
-    sizes = f"weights {format_bytes(needed)} in float32, {format_bytes(room)} {where}"
+    form: tuple[str, frozenset[str]] = "float32", frozenset()
+    if gpu_bytes and getattr(args, "dtype", "auto") != "float32":
+        form = "bfloat16", quantisable_tensors(config)
+    needed = weight_bytes(config, *form)
+    held = "FP8" if form[1] else form[0]
+    sizes = f"weights {format_bytes(needed)} in {held}, {format_bytes(room)} {where}"
     return needed <= room, sizes
 
 

@@ -67,9 +67,7 @@ def recorded(
     fields: dict[str, Any], kv_cache_dtype: str, device: str = "cpu", num_tokens: int = 40
 ) -> tuple[OneSequence, Watching, list[np.ndarray]]:
     """A tiny model's run, watched."""
-    model = tiny_model(fields)
-    if device != "cpu":
-        model.to_device(device)
+    model = tiny_model(fields, device=device)
     sequence = OneSequence(runner_for(model, kv_cache_dtype, device))
     # not the order of their ids: a slot is no position
     sequence.block_table = sequence.block_table[::-1].copy()

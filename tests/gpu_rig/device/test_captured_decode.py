@@ -285,12 +285,13 @@ def test_the_engine_captures_by_itself(real_rig: Rig) -> None:
 
 def test_memory_of_graphs_is_within_the_plan(real_rig: Rig) -> None:
     from fd_dsa.config import demo_model_path
+    from fd_dsa.models.device_weights import DeviceWeights
     from fd_dsa.models.registry import create_model
     from fd_dsa.runner.device import free_device_bytes
+    from fd_dsa.step.device import paddle_allocator
 
     config = ModelConfig.from_folder(demo_model_path())
-    model = create_model(config)
-    model.to_device(real_rig.device)
+    model = create_model(config, DeviceWeights("float32", paddle_allocator(real_rig.device)))
     batch = InputBatch(64, 64, 32, 64)
     runner = ModelRunner(model, batch, cache_layout(config, "float32", 64), 40, real_rig.device)
     runner.warm_up()

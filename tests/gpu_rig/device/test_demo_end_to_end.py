@@ -39,6 +39,7 @@ def demo(
     return LLM(
         str(folder),
         device=device,
+        dtype="float32",
         kv_cache_dtype=kv_cache_dtype,
         max_num_seqs=len(LEADING_PROMPTS) if large else 2,
         max_num_batched_tokens=64 if large else 7,
@@ -51,14 +52,15 @@ def demo(
 def watched_logits(llm: LLM, seen: Callable[[np.ndarray], None]) -> None:
     """Show `seen` the logits of every step."""
     runner = llm._open_engine().runner
-    original = runner.execute_model
+    original = runner._logits
 
-    def execute_model(logits_indices: np.ndarray) -> np.ndarray:
+    def logits_of(logits_indices: np.ndarray) -> Any:
         logits = original(logits_indices)
-        seen(logits)
+        if logits is not None:
+            seen(logits if isinstance(logits, np.ndarray) else np.array(logits.numpy()))
         return logits
 
-    runner.execute_model = execute_model
+    runner._logits = logits_of
 
 
 def greedy(llm: LLM, large: bool) -> list[list[int]]:
@@ -139,9 +141,7 @@ def test_every_write_leaves_the_bytes_of_the_cpu(
 
 def tiny_runner(fields: dict[str, Any], kv_cache_dtype: str, device: str) -> ModelRunner:
     """A tiny random model with a selection of 12, four rows of shuffled blocks."""
-    model = tiny_model(fields)
-    if device != "cpu":
-        model.to_device(device)
+    model = tiny_model(fields, device=device)
     batch = InputBatch(4, 48, 3, 16)
     runner = ModelRunner(model, batch, cache_layout(model.config, kv_cache_dtype, 16), 13, device)
     blocks = np.random.default_rng(0).permutation(13)

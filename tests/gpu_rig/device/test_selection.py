@@ -43,9 +43,7 @@ def test_losses_are_those_of_the_cpu(rig: Rig) -> None:
     fields = V32 | ({} if rig.is_real else {"num_hidden_layers": 1})
     found = []
     for device in ("cpu", f"{rig.place.get_device_type()}:0"):
-        model = tiny_model(fields)
-        if device != "cpu":
-            model.to_device(device)
+        model = tiny_model(fields, device=device)
         sequence = OneSequence(runner_for(model, "float32", device))
         found.append(token_losses(sequence, tokens))
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-3)

@@ -1,0 +1,254 @@
+"""Weights of a model in the memory of a device, held in the types of the checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.models.dequantize import BLOCK, num_blocks
+from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
+from fd_dsa.models.weights import halves_of_heads
+from fd_dsa.ops._device_matrix import DeviceMatrix, DeviceNorm
+from fd_dsa.ops._fill_kernels import fill_constant, fill_random
+from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
+from fd_dsa.step.views import Allocate
+from fd_dsa.triton_runtime.upload import Upload
+
+logger = logging.getLogger(__name__)
+# a type that weights are held in, as the safetensors format has it
+_STORED = {"float32": "F32", "bfloat16": "BF16"}
+
+
+class DeviceWeights:
+    """Weights on a device: made empty, and filled from the file through page-locked memory.
+
+    GEMM weights are [out, in], as stored: a tensor of the type that is held is copied byte by
+    byte, others are converted on the host, one at a time.
+
+    Args:
+        dtype: of activations and plain weights, "bfloat16" or "float32".
+        allocate: makes a tensor of a shape and dtype on the device.
+        fp8: names of the tensors that the checkpoint stores as e4m3 with scales for 128 x 128.
+        round_scales: whether the model wants scales of activations that are powers of two.
+
+    Attributes:
+        loaders: as of HostWeights.
+    """
+
+    def __init__(
+        self,
+        dtype: str,
+        allocate: Allocate,
+        fp8: Collection[str] = frozenset(),
+        *,
+        round_scales: bool = False,
+    ) -> None:
+        self.loaders: dict[str, WeightLoader] = {}
+        self._dtype, self._allocate, self._fp8 = dtype, allocate, fp8
+        self._round_scales = round_scales
+        self._upload: Upload | None = None
+
+    def bias(self, parts: Mapping[str, int]) -> Any:
+        """As of HostWeights."""
+        return self.vector(parts, self._dtype)
+
+    def vector(self, parts: Mapping[str, int], dtype: str = "float32") -> Any:
+        """As of HostWeights, in any type."""
+        vector, start = self._allocate((sum(parts.values()),), dtype), 0
+        for name, length in parts.items():
+            self._fills(name, vector, start, length)
+            start += length
+        return vector
+
+    def norm(self, name: str, width: int, epsilon: float) -> DeviceNorm:
+        """As of HostWeights."""
+        rounds = self._round_scales if self._fp8 else None
+        return DeviceNorm(self.vector({name: width}), epsilon, rounds)
+
+    def table(self, name: str, rows: int, width: int) -> tuple[Any, DeviceMatrix]:
+        """As of HostWeights."""
+        values = self._allocate((rows, width), self._dtype)
+        self._fills(name, values, 0, rows * width)
+        return values, DeviceMatrix(values, sums_in_float32=True)
+
+    def matrix(
+        self,
+        in_width: int,
+        parts: Mapping[str, int],
+        *,
+        sums_in_float32: bool = False,
+    ) -> DeviceMatrix:
+        """As of HostWeights; FP8 where all parts are and start at a block."""
+        out_width = sum(parts.values())
+        if self._are_blocks(parts):
+            codes, scales = self._blocks((out_width, in_width))
+            weight = DeviceMatrix(codes, scales, round_scales=self._round_scales)
+        else:
+            values = self._allocate((out_width, in_width), self._dtype)
+            weight = DeviceMatrix(values, sums_in_float32=sums_in_float32)
+        row = 0
+        for name, width in parts.items():
+            self._fills_rows(name, weight, row, width)
+            row += width
+        return weight
+
+    def columns(
+        self, in_width: int, parts: Mapping[str, int], factors: Mapping[str, float]
+    ) -> tuple[Any, ...]:
+        """The parts of a weight as [in, out] each, multiplied by their factors."""
+        made = []
+        for name, width in parts.items():
+            target = self._allocate((in_width, width), self._dtype)
+            self._fills(name, target, 0, in_width * width, factors.get(name, 1.0), transpose=True)
+            made.append(target)
+        return tuple(made)
+
+    def by_head(
+        self, name: str, heads: int, key_width: int, value_width: int, rank: int
+    ) -> tuple[DeviceMatrix, DeviceMatrix]:
+        """As of HostWeights: halves of heads cross the blocks, so they are never FP8."""
+        keys = self._allocate((heads, key_width, rank), self._dtype)
+        values = self._allocate((heads, rank, value_width), self._dtype)
+
+        def load(source: SourceTensor) -> None:
+            if isinstance(source, RandomTensor):
+                self._draw(source, keys, 0, prod(keys.shape))
+                self._draw(source, values, 0, prod(values.shape))
+                return
+            halves = halves_of_heads(source, heads, key_width, rank)
+            for target, half in zip((keys, values), halves, strict=True):
+                self._put(target, 0, half)
+
+        self.loaders[name] = load
+        return DeviceMatrix(keys), DeviceMatrix(values)
+
+    def experts(
+        self, prefix: str, count: int, hidden_size: int, width: int
+    ) -> tuple[DeviceMatrix, DeviceMatrix]:
+        """gate_up [count, 2 * width, hidden_size] and down [count, hidden_size, width] of all."""
+        names = {
+            (i, part): f"{prefix}{i}.{part}_proj.weight"
+            for i in range(count)
+            for part in ("gate", "up", "down")
+        }
+        shapes = (count, 2 * width, hidden_size), (count, hidden_size, width)
+        if width % BLOCK == 0 and self._are_blocks(dict.fromkeys(names.values(), BLOCK)):
+            stacks = [
+                DeviceMatrix(*self._blocks(shape), round_scales=self._round_scales)
+                for shape in shapes
+            ]
+        else:
+            stacks = [DeviceMatrix(self._allocate(shape, self._dtype)) for shape in shapes]
+        for (i, part), name in names.items():
+            rows = hidden_size if part == "down" else width
+            first = width if part == "up" else 0
+            self._fills_rows(name, stacks[part == "down"], first, rows, matrix=i)
+        return stacks[0], stacks[1]
+
+    def gated(self, prefix: str, hidden_size: int, width: int) -> tuple[Any, Any]:
+        """As of HostWeights."""
+        gate_up = {f"{prefix}gate_proj.weight": width, f"{prefix}up_proj.weight": width}
+        down = {f"{prefix}down_proj.weight": hidden_size}
+        return self.matrix(hidden_size, gate_up), self.matrix(width, down)
+
+    def constant(self, array: np.ndarray) -> Any:
+        """A table of float32 that is computed and not loaded."""
+        target = self._allocate(array.shape, "float32")
+        self._put(target, 0, array)
+        return target
+
+    def finish(self) -> None:
+        """Wait until everything is there, and give the page-locked memory back."""
+        if self._upload is not None:
+            self._upload.finish()
+            self._upload = None
+
+    def _are_blocks(self, parts: Mapping[str, int]) -> bool:
+        """Whether these parts can be held as FP8 together."""
+        if not all(name in self._fp8 for name in parts):
+            return False
+        starts = np.cumsum(list(parts.values()))[:-1]
+        if not (starts % BLOCK).any():
+            return True
+        logger.info(
+            "%s: held in %s, as FP8 parts of one GEMM must begin at multiples of %d rows, found %s",
+            *(", ".join(parts), self._dtype, BLOCK, starts.tolist()),
+        )
+        return False
+
+    def _blocks(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        """Memory for codes, and for their scales."""
+        blocks = (*shape[:-2], *num_blocks(shape[-2:], (BLOCK, BLOCK)))
+        return self._allocate(shape, "uint8"), self._allocate(blocks, "float32")
+
+    def _fills_rows(
+        self, name: str, weight: DeviceMatrix, row: int, rows: int, matrix: int = 0
+    ) -> None:
+        """Have the tensor of a name fill rows of a weight, or of one matrix of a stack of them."""
+        values, scales = weight.values, weight.scales
+        out_width, width = values.shape[-2:]
+        start, count = (matrix * out_width + row) * width, rows * width
+        if scales is None:
+            self._fills(name, values, start, count)
+            return
+        strips, groups = scales.shape[-2:]
+        first = (matrix * strips + row // BLOCK) * groups
+
+        def load(source: Any) -> None:
+            if isinstance(source, RandomTensor):
+                fill_random(values, start, count, source.seed, 1.0)
+                fill_constant(scales, first, -(-rows // BLOCK) * groups, source.deviation)
+                return
+            self._copy(values, start, source.raw)
+            self._copy(scales, first, source.scale.float32())
+
+        self.loaders[name] = load
+
+    def _fills(
+        self,
+        name: str,
+        target: Any,
+        start: int,
+        count: int,
+        factor: float = 1.0,
+        *,
+        transpose: bool = False,
+    ) -> None:
+        """Have the tensor of a name fill `count` values of a plain weight from `start` on."""
+        is_plain = factor == 1.0 and not transpose
+        dtype = str(target.dtype).rpartition(".")[2]
+
+        def load(source: Any) -> None:
+            if isinstance(source, RandomTensor):
+                self._draw(source, target, start, count, factor)
+            elif is_plain and source.info.dtype == _STORED[dtype]:
+                self._copy(target, start, source.raw)
+            else:
+                values = source.float32() * np.float32(factor)
+                self._put(target, start, values.T if transpose else values)
+
+        self.loaders[name] = load
+
+    def _draw(
+        self, source: RandomTensor, target: Any, start: int, count: int, factor: float = 1.0
+    ) -> None:
+        """Fill values with what the source would have."""
+        if source.constant is not None:
+            fill_constant(target, start, count, source.constant)
+        else:
+            fill_random(target, start, count, source.seed, source.deviation * factor)
+
+    def _put(self, target: Any, start: int, array: np.ndarray) -> None:
+        """Copy float32 values, converted to the type of the target."""
+        is_narrow = str(target.dtype).endswith("bfloat16")
+        self._copy(target, start, bfloat16_bits(array) if is_narrow else array)
+
+    def _copy(self, target: Any, start: int, array: np.ndarray) -> None:
+        """Queue a copy of values in the target's own type."""
+        if self._upload is None:
+            self._upload = Upload(target)
+        self._upload.copy(target, start, np.ascontiguousarray(array))

@@ -1,0 +1,76 @@
+"""What weights are filled from: tensors of a checkpoint, or random numbers in their place."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from fd_dsa.models.dequantize import TensorInfo, dequantize_blocks, to_float32
+
+
+class SourceTensor(Protocol):
+    """One tensor of a checkpoint, as stored: weights of GEMMs are [out, in]."""
+
+    def float32(self) -> np.ndarray:
+        """The values; may be a read-only view of a file."""
+
+
+WeightLoader = Callable[[Any], None]
+"""Takes the SourceTensor of one name, and fills what is held of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a checkpoint, not yet converted.
+
+    Attributes:
+        info: its dtype, shape and place.
+        raw: uint8 [nbytes], its bytes; a read-only view of the file.
+        scale: of FP8, its multipliers, float32 [blocks of rows, blocks of columns].
+        block_size: of FP8, rows and columns of a block.
+    """
+
+    info: TensorInfo
+    raw: np.ndarray
+    scale: StoredTensor | None = None
+    block_size: tuple[int, int] = (1, 1)
+
+    def float32(self) -> np.ndarray:
+        """float32 in the stored shape; a read-only view of the file for F32, else a new array.
+
+        Raises:
+            CheckpointError: a dtype that is not supported.
+        """
+        if self.scale is None:
+            return to_float32(self.raw, self.info)
+        codes = self.raw.reshape(self.info.shape)
+        return dequantize_blocks(codes, self.scale.float32(), self.block_size)
+
+
+class RandomTensor:
+    """Random numbers in the place of a tensor of a checkpoint, by its name and a seed alone.
+
+    Normal with variance 1 / (length of a row), so activations keep their size; norms are ones and
+    biases zeros, so experts are chosen evenly.
+
+    Args:
+        name: Hugging Face name.
+        shape: as a checkpoint would store it.
+        seed: of all tensors.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], seed: int) -> None:
+        self.shape, self.seed = shape, [seed, zlib.crc32(name.encode())]
+        self.constant = float(name.endswith("weight")) if len(shape) == 1 else None
+        self.deviation = shape[-1] ** -0.5
+
+    def float32(self) -> np.ndarray:
+        """The values."""
+        if self.constant is not None:
+            return np.full(self.shape, self.constant, np.float32)
+        rng = np.random.default_rng(self.seed)
+        return rng.standard_normal(self.shape, np.float32) * np.float32(self.deviation)

@@ -1,0 +1,145 @@
+"""Weights of a model in host memory.
+
+A layer asks for its weights by their Hugging Face names; what they are held as is decided here, and
+for a device in `device_weights.py`, whose class has the same methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import paddle
+
+from fd_dsa.models.sources import SourceTensor, WeightLoader
+from fd_dsa.ops._gemm import HostMatrix
+from fd_dsa.ops._norm import HostNorm
+
+
+class HostWeights:
+    """Weights in float32, those of GEMMs as [in, out].
+
+    Attributes:
+        loaders: how each tensor of a checkpoint fills its place; all of them together fill every
+            weight that was asked for.
+    """
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.loaders: dict[str, WeightLoader] = {}
+
+    def vector(self, parts: Mapping[str, int]) -> np.ndarray:
+        """float32 [sum of the lengths]: vectors end to end, such as a norm's weight or a bias."""
+        values, start = np.empty(sum(parts.values()), np.float32), 0
+        for name, length in parts.items():
+            self._fills(name, values[start : start + length])
+            start += length
+        return values
+
+    def bias(self, parts: Mapping[str, int]) -> np.ndarray:
+        """A `vector` that is added to the results of a GEMM; on a device of their type."""
+        return self.vector(parts)
+
+    def norm(self, name: str, width: int, epsilon: float) -> HostNorm:
+        """RMSNorm by the vector of a name."""
+        return HostNorm(self.vector({name: width}), epsilon)
+
+    def table(self, name: str, rows: int, width: int) -> tuple[np.ndarray, HostMatrix]:
+        """The embedding [rows, width], and the same memory as the weight of a head."""
+        head = HostMatrix(_empty(rows, width), transposed=True)
+        self._fills(name, head.array)
+        return head.array, head
+
+    def matrix(
+        self,
+        in_width: int,
+        parts: Mapping[str, int],
+        *,
+        sums_in_float32: bool = False,
+    ) -> HostMatrix:
+        """The weight of a GEMM whose outputs are those of the parts side by side.
+
+        Args:
+            in_width: of each part.
+            parts: name and output width of each.
+            sums_in_float32: whether results are rounded to nothing less than float32.
+        """
+        return self.columns(in_width, parts, {})
+
+    def columns(
+        self, in_width: int, parts: Mapping[str, int], factors: Mapping[str, float]
+    ) -> HostMatrix:
+        """A `matrix` some of whose parts are multiplied when they are loaded.
+
+        On a device it is a tensor [in, out] for each part.
+        """
+        weight, start = HostMatrix(_empty(in_width, sum(parts.values()))), 0
+        for name, width in parts.items():
+            columns = weight.array[:, start : start + width]
+            self._fills(name, columns.T, factors.get(name, 1.0))
+            start += width
+        return weight
+
+    def by_head(
+        self, name: str, heads: int, key_width: int, value_width: int, rank: int
+    ) -> tuple[HostMatrix, HostMatrix]:
+        """Both halves of each head of kv_b_proj [heads * (key_width + value_width), rank].
+
+        Returns:
+            Weights [heads, key_width, rank] and [heads, rank, value_width].
+        """
+        keys = HostMatrix(_empty(heads, key_width, rank))
+        values = HostMatrix(_empty(heads, rank, value_width))
+
+        def load(source: SourceTensor) -> None:
+            for half, weight in zip(
+                halves_of_heads(source, heads, key_width, rank), (keys, values), strict=True
+            ):
+                np.copyto(weight.array, half)
+
+        self.loaders[name] = load
+        return keys, values
+
+    def experts(
+        self, prefix: str, count: int, hidden_size: int, width: int
+    ) -> list[tuple[HostMatrix, HostMatrix]]:
+        """gate_up and down of each expert."""
+        return [self.gated(f"{prefix}{i}.", hidden_size, width) for i in range(count)]
+
+    def gated(self, prefix: str, hidden_size: int, width: int) -> tuple[HostMatrix, HostMatrix]:
+        """gate_up and down of a gated MLP."""
+        gate_up = {f"{prefix}gate_proj.weight": width, f"{prefix}up_proj.weight": width}
+        down = {f"{prefix}down_proj.weight": hidden_size}
+        return self.matrix(hidden_size, gate_up), self.matrix(width, down)
+
+    def constant(self, array: np.ndarray) -> np.ndarray:
+        """A table of float32 that is computed and not loaded."""
+        return array
+
+    def finish(self) -> None:
+        """Loading is over; here nothing is under way."""
+
+    def _fills(self, name: str, target: np.ndarray, factor: float = 1.0) -> None:
+        """Have the tensor of a name copied to `target`."""
+
+        def load(source: SourceTensor) -> None:
+            np.copyto(target, source.float32())
+            if factor != 1.0:
+                np.multiply(target, np.float32(factor), out=target)
+
+        self.loaders[name] = load
+
+
+def halves_of_heads(
+    source: SourceTensor, heads: int, key_width: int, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 views [heads, key_width, rank] and [heads, rank, value_width] of kv_b_proj."""
+    per_head = source.float32().reshape(heads, -1, rank)
+    return per_head[:, :key_width], per_head[:, key_width:].transpose(0, 2, 1)
+
+
+def _empty(*shape: int) -> Any:
+    """A float32 tensor of Paddle's in host memory; no page is touched before it is filled."""
+    return paddle.empty(list(shape), "float32")

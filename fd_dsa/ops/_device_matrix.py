@@ -1,0 +1,184 @@
+"""Weights in device memory, float32, bfloat16 or block FP8, and the launches that read them."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any, NamedTuple
+
+import paddle
+
+from fd_dsa.errors import BackendUnavailable, DeviceError
+from fd_dsa.ops._cublaslt import cublaslt_for
+from fd_dsa.ops._cublaslt_library import why_not_fp8
+from fd_dsa.ops._dense_kernels import (
+    add_rms_norm,
+    quantize_rows,
+    rms_norm,
+    rms_norm_quantized,
+    silu_and_mul,
+    silu_and_mul_quantized,
+)
+from fd_dsa.ops._expert_kernels import expert_gemm
+from fd_dsa.ops._fp8_gemm import FEW_ROWS, fp8_linear
+from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows
+from fd_dsa.ops._head_gemm import head_gemm
+from fd_dsa.ops._host import allocator_beside, dtype_name, matmul, on_device
+from fd_dsa.triton_runtime import INTERPRETING
+from fd_dsa.triton_runtime.transfers import transfers_for
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def _cublaslt(kind: type, place: Any) -> tuple[Any, bool]:
+    """What serves cuBLASLt's GEMMs on a device, None without it, and whether it takes block FP8."""
+    example = paddle.empty([1], "float32", device=place)
+    if not on_device(example) or INTERPRETING:
+        return None, False
+    try:
+        library = cublaslt_for(example, allocator_beside(example))
+    except (BackendUnavailable, DeviceError) as error:
+        logger.warning("GEMMs with float32 results convert their operands: %s", error)
+        return None, False
+    against = why_not_fp8(transfers_for(example).traits.capability)
+    many = f"our own kernel ({against})" if against else "cuBLASLt"
+    logger.info("FP8 GEMMs of more than %d rows: %s", FEW_ROWS, many)
+    return library, not against
+
+
+class Normed(NamedTuple):
+    """Activations of which some GEMMs read the values, others a quantised form.
+
+    Attributes:
+        plain: [num_tokens, width].
+        fp8: the same values in FP8.
+    """
+
+    plain: Any
+    fp8: Fp8Rows
+
+    @property
+    def shape(self) -> list[int]:
+        """Of the values."""
+        return self.plain.shape  # type: ignore[no-any-return]
+
+
+class DeviceNorm:
+    """RMSNorm of rows on a device; what has FP8 weights after it gets both forms.
+
+    Args:
+        weight: float32 [width].
+        epsilon: added to the mean square.
+        round_scales: as of a DeviceMatrix; None: no FP8 weight reads the result.
+    """
+
+    def __init__(self, weight: Any, epsilon: float, round_scales: bool | None) -> None:
+        self.weight, self.epsilon, self._round_scales = weight, epsilon, round_scales
+
+    def of(self, x: Any) -> Any:
+        """x [num_tokens, width], normed; may be columns of wider rows."""
+        if self._round_scales is None:
+            return rms_norm(x, self.weight, self.epsilon)
+        return Normed(*rms_norm_quantized(x, self.weight, self.epsilon, self._round_scales))
+
+    def after(self, hidden_states: Any, change: Any) -> tuple[Any, Any]:
+        """The sum of both, and the sum normed: one launch."""
+        total, normed, fp8 = add_rms_norm(
+            hidden_states, change, self.weight, self.epsilon, round_scales=self._round_scales
+        )
+        return total, normed if fp8 is None else Normed(normed, fp8)
+
+
+class DeviceMatrix:
+    """The weight of a GEMM, one for each head, or a stack of those of experts.
+
+    Args:
+        values: float32 or bfloat16 [out, in], or e4m3 codes, uint8; of heads [heads, in, out]; of
+            experts [experts, out, in].
+        scales: of codes, float32 [..., ceil(out / 128), ceil(in / 128)], multipliers of the blocks.
+        round_scales: whether the scales of activations are rounded up to powers of two.
+        sums_in_float32: whether results are float32 whatever the type of the weight.
+    """
+
+    __slots__ = ("round_scales", "scales", "sums_in_float32", "values")
+
+    def __init__(
+        self,
+        values: Any,
+        scales: Any = None,
+        *,
+        round_scales: bool = False,
+        sums_in_float32: bool = False,
+    ) -> None:
+        self.values, self.scales, self.round_scales = values, scales, round_scales
+        self.sums_in_float32 = sums_in_float32 and dtype_name(values.dtype) != "float32"
+
+    def times(self, x: Any) -> Any:
+        """x [num_tokens, in], Normed or Fp8Rows of it, times the weight: [num_tokens, out]."""
+        if self.scales is not None:
+            return self._times_fp8(self._quantized(x))
+        x = x.plain if isinstance(x, Normed) else x
+        if not self.sums_in_float32:
+            return matmul(x, self.values, transpose_y=True)
+        library, _ = _cublaslt(type(x), x.place)
+        if library is None:
+            wide = paddle.cast(x, "float32"), paddle.cast(self.values, "float32")
+            return matmul(*wide, transpose_y=True)
+        out = paddle.empty([x.shape[0], self.values.shape[0]], "float32", device=x.place)
+        library.linear(x, self.values, out)
+        return out
+
+    def _times_fp8(self, rows: Fp8Rows) -> Any:
+        """By cuBLASLt where there are many rows, and it takes them; else by our own kernel."""
+        num_rows, x = rows.codes.shape[0], rows.padded
+        if num_rows > FEW_ROWS and x is not None and self._suits_cublaslt:
+            library, takes_fp8 = _cublaslt(type(x), x.place)
+            if takes_fp8:
+                shape = [x.shape[0], self.values.shape[0]]
+                out = paddle.empty(shape, "bfloat16", device=x.place)
+                library.fp8_linear(x, rows.scales, self.values, self.scales, out)
+                return out if num_rows == shape[0] else out[:num_rows]
+        return fp8_linear(rows, self.values, self.scales)
+
+    @property
+    def _suits_cublaslt(self) -> bool:
+        """Whether cuBLASLt reads the codes and scales as they lie."""
+        outputs, width = self.values.shape
+        return outputs % 8 == 0 and width % (4 * GROUP) == 0
+
+    def times_by_head(self, x: Any) -> Any:
+        """Each head's own GEMM: x [num_tokens, heads, in], which may be a view, to [..., out]."""
+        return head_gemm(x, self.values)
+
+    def heads_joined(self, x: Any, reader: DeviceMatrix) -> Any:
+        """`times_by_head`, the heads of a token side by side, in the form that `reader` reads."""
+        if reader.scales is not None and self.values.shape[2] == GROUP:
+            return head_gemm(x, self.values, reader.round_scales)
+        return head_gemm(x, self.values).reshape([x.shape[0], -1])
+
+    def times_grouped(
+        self, x: Any, pairs: Any, counts: Any, *, top_k: int, gated: bool = False
+    ) -> Any:
+        """Each pair's row times its expert's weight; see `expert_gemm`, whose arguments these are.
+
+        Gated, FP8 weights give Fp8Rows.
+        """
+        if self.scales is None:
+            x = x.plain if isinstance(x, Normed) else x
+            return expert_gemm(x, self.values, pairs, counts, top_k=top_k, gated=gated)
+        weight, rounds = (self.values, self.scales), self.round_scales
+        return expert_gemm(
+            self._quantized(x), weight, pairs, counts, top_k=top_k, gated=gated, round_scales=rounds
+        )
+
+    def activated(self, gate_up: Any) -> Any:
+        """silu(gate) * up of [num_tokens, 2 * in], in the form that `times` reads."""
+        if self.scales is None:
+            return silu_and_mul(gate_up)
+        return silu_and_mul_quantized(gate_up, self.round_scales)
+
+    def _quantized(self, x: Any) -> Fp8Rows:
+        if isinstance(x, Fp8Rows):
+            return x
+        return x.fp8 if isinstance(x, Normed) else quantize_rows(x, self.round_scales)

@@ -1,0 +1,229 @@
+"""The grouped GEMM of routed experts: its kernel, and how a launch is cut.
+
+Few tokens make it a read of the weights of the experts that have any: tiles of 16 rows, and as many
+bytes on their way to each processor as it holds. Prompts fill tiles of 128 rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fd_dsa.ops._dense_kernels import sigmoid
+from fd_dsa.ops._fp8_gemm import fp8_pointer, fp8_sums
+from fd_dsa.ops._fp8_rows import GROUP, group_scales
+from fd_dsa.ops._triton import step_kernel
+from fd_dsa.ops._triton_fp8 import (
+    absolute_maximum,
+    magnitude,
+    quotient,
+    stored,
+    to_bfloat16,
+    to_e4m3,
+    widened,
+)
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+_GROUP = tl.constexpr(GROUP)
+
+
+class Tiling(NamedTuple):
+    """How a launch is cut.
+
+    Attributes:
+        rows, columns: of a tile; of FP8 128 is a multiple of `columns`, and a gated one has 128.
+        num_warps, num_stages: as of a launch; a stage is 128 bytes along K.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# by type of the operands
+CANDIDATES: dict[str, tuple[Tiling, ...]] = {
+    kind: tuple(
+        Tiling(rows, columns, warps, stages)
+        for rows in (16, 32, 64, 128)
+        for columns, warps in ((64, 4), (128, 4), (128, 8), (128, 16))
+        for stages in (3, 4, 5, 6, 8)
+        # what a thread keeps of a tile's sums, and a gated tile's shared memory
+        if warps < 16 or rows == 128
+        if rows * columns <= 2048 * warps and stages * (2 * columns + rows) * 128 <= 227 << 10
+    )
+    for kind in ("uint8", "bfloat16")
+} | {"float32": tuple(Tiling(rows, 64, 4, 3) for rows in (16, 32))}
+
+
+def candidates(kind: str, gated: bool) -> tuple[Tiling, ...]:
+    """Those of CANDIDATES that a GEMM may use: a gated one of FP8 scales its own 128 columns."""
+    whole = gated and kind == "uint8"
+    return tuple(t for t in CANDIDATES[kind] if t.columns == GROUP or not whole)
+
+
+def configuration(kind: str, num_pairs: int, num_experts: int, gated: bool) -> Tiling:
+    """One of `candidates` for so many pairs."""
+    mean = num_pairs / num_experts
+    if kind == "float32":
+        return Tiling(16 if mean <= 16 else 32, 64, 4, 3)
+    # the tile that most experts' pairs fit in: their number varies like its own root
+    rows = next((rows for rows in (16, 32, 64) if mean <= rows / 2), 128)
+    if rows == 128:
+        # with 8 warps the sums of both halves do not stay in registers
+        return Tiling(128, 128, 16 if gated else 8, 4)
+    # a gated tile for each processor has all of its shared memory; of others several share it
+    return Tiling(rows, 128, 8, 6 if gated and num_pairs <= 8 else 3)
+
+
+def block_sizes(kind: str, columns: int, width: int, tiling: Tiling) -> dict[str, int]:
+    """Constants and options of a launch with a tiling."""
+    block_columns, block_width = tiling.columns, GROUP
+    if kind != "uint8":
+        block_columns = min(block_columns, max(16, triton.next_power_of_2(columns)))
+        most = 32 if kind == "float32" else 64
+        block_width = min(most, max(16, triton.next_power_of_2(width)))
+    return {
+        "BLOCK_ROWS": tiling.rows,
+        "BLOCK_COLUMNS": block_columns,
+        "BLOCK_WIDTH": block_width,
+        "num_warps": tiling.num_warps,
+        "num_stages": tiling.num_stages,
+    }
+
+
+@triton.jit
+def _added_dot(rows, columns, total):
+    """`total` plus the dots of tiles [rows, K] and [columns, K]; transposed of few rows."""
+    if rows.shape[0] < 128:
+        return tl.dot(columns, tl.trans(rows), acc=total, input_precision="ieee")
+    else:
+        return tl.dot(rows, tl.trans(columns), acc=total, input_precision="ieee")
+
+
+@triton.jit
+def _plain_sums(
+    x,
+    live,
+    weight,
+    to_up,
+    WIDTH: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """`fp8_sums` along all of K for operands of float32 or bfloat16."""
+    place = tl.arange(0, BLOCK_WIDTH)[None, :]
+    if BLOCK_ROWS < 128:
+        total = tl.zeros([BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    up_total = total
+    for start in range(0, WIDTH, BLOCK_WIDTH):
+        at = start + place
+        inside = at < WIDTH
+        rows = tl.load(x + at, mask=live[:, None] & inside, other=0.0)
+        columns = tl.load(weight + at, mask=inside, other=0.0)
+        total = _added_dot(rows, columns, total)
+        if GATED:
+            columns = tl.load(weight + to_up + at, mask=inside, other=0.0)
+            up_total = _added_dot(rows, columns, up_total)
+    if BLOCK_ROWS < 128:
+        total, up_total = tl.trans(total), tl.trans(up_total)
+    return total, up_total
+
+
+@triton.jit
+def _own_tile(
+    counts_ptr,
+    tile,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Expert of a tile, its first pair in the expert's list, and the length of that list.
+
+    An expert has as many tiles as its pairs fill; past the last tile it is NUM_EXPERTS or more.
+    """
+    expert_ids = tl.arange(0, EXPERTS)
+    counts = tl.load(counts_ptr + expert_ids, mask=expert_ids < NUM_EXPERTS, other=0)
+    tiles = (counts + BLOCK_ROWS - 1) // BLOCK_ROWS
+    ends = tl.cumsum(tiles, axis=0)
+    expert = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    own = expert_ids == expert
+    first = (tile - tl.sum(tl.where(own, ends - tiles, 0), axis=0)) * BLOCK_ROWS
+    return expert, first, tl.sum(tl.where(own, counts, 0), axis=0)
+
+
+@step_kernel()
+def expert_gemm_kernel(
+    x_ptr,
+    x_scales_ptr,
+    weight_ptr,
+    weight_scales_ptr,
+    pairs_ptr,
+    counts_ptr,
+    out_ptr,
+    out_scales_ptr,
+    num_tokens,
+    x_stride,
+    out_stride,
+    ROW_PAIRS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GATED: tl.constexpr,
+    ROUND_SCALES: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Column block `program 0` of tile `program 1`; row of `x`: pair // ROW_PAIRS.
+
+    GATED: silu of the first COLUMNS columns times the second ones; with `out_scales_ptr` it is
+    rounded to bfloat16 and stored as FP8.
+    """
+    expert, first, count = _own_tile(counts_ptr, tl.program_id(1), NUM_EXPERTS, EXPERTS, BLOCK_ROWS)
+    if expert < NUM_EXPERTS:
+        # a weight of all experts has more values than 32 bits count
+        wide = expert.to(tl.int64)
+        place = first + tl.arange(0, BLOCK_ROWS)
+        live = place < count
+        pair = tl.load(pairs_ptr + wide * num_tokens + place, mask=live, other=0).to(tl.int64)
+        row = pair // ROW_PAIRS
+        first_column = tl.program_id(0) * BLOCK_COLUMNS
+        column = first_column + tl.arange(0, BLOCK_COLUMNS)
+        stride: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
+        # past the last column it is the last one again, which needs no mask
+        source = wide * stride + tl.minimum(column, COLUMNS - 1)
+        if x_scales_ptr is None:
+            total, up = _plain_sums(
+                x_ptr + row[:, None] * WIDTH, live, weight_ptr + source[:, None] * WIDTH,
+                COLUMNS * WIDTH, WIDTH, GATED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
+            )  # fmt: skip
+        else:
+            groups: tl.constexpr = (WIDTH + _GROUP - 1) // _GROUP
+            blocks: tl.constexpr = (stride + _GROUP - 1) // _GROUP
+            scales = weight_scales_ptr + (wide * blocks + first_column // _GROUP) * groups
+            total, up = fp8_sums(
+                fp8_pointer(x_ptr, NATIVE) + row[:, None] * WIDTH, x_scales_ptr + row, live,
+                fp8_pointer(weight_ptr, NATIVE) + source[:, None] * WIDTH, scales,
+                COLUMNS * WIDTH, COLUMNS // _GROUP * groups, x_stride, 0, groups, WIDTH, GATED,
+                BLOCK_ROWS, BLOCK_COLUMNS, NATIVE,
+            )  # fmt: skip
+        if GATED:
+            total = total * sigmoid(total) * up
+        to = out_ptr + pair[:, None] * COLUMNS + column[None, :]
+        mask = live[:, None] & (column < COLUMNS)[None, :]
+        if out_scales_ptr is None:
+            tl.store(to, stored(total, out_ptr), mask=mask)
+        else:
+            total = widened(to_bfloat16(total))
+            scale = group_scales(absolute_maximum(magnitude(total), 1), ROUND_SCALES)
+            group = out_scales_ptr + (first_column // _GROUP) * out_stride
+            tl.store(group + pair, scale, mask=live)
+            tl.store(to, to_e4m3(quotient(total, scale[:, None])), mask=mask)

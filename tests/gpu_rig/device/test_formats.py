@@ -1,0 +1,179 @@
+"""Models in bfloat16 and block FP8 on the device, beside the CPU's float32 of the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.models.checkpoint import Checkpoint
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.device_weights import DeviceWeights
+from fd_dsa.models.expected_tensors import EMBEDDING, expected_tensors
+from fd_dsa.models.loader import fp8_tensors, load_dummy_weights, load_weights, quantisable_tensors
+from fd_dsa.models.registry import create_model
+from fd_dsa.models.weights import HostWeights
+from fd_dsa.ops._fp8 import encode_e4m3
+from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner.model_runner import cache_layout
+from fd_dsa.step.device import paddle_allocator
+from tests.gpu_rig import Rig
+from tests.models.folders import Stored, bf16, f8, f32, write_folder
+from tests.ops.e4m3 import E4M3_VALUES
+from tests.runner.tiny import GLM, V32, random_tensors, run_rows
+
+pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
+
+# parts of one GEMM begin at blocks; widths are no multiples of one
+SIZES: dict[str, Any] = {
+    "hidden_size": 160,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 128,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 136,
+    # what is scored is not rounded to a tie
+    "index_topk": 64,
+    "max_position_embeddings": 64,
+    # every expert is chosen: near ties of the router would hide the errors of the arithmetic
+    "n_routed_experts": 3,
+    "num_experts_per_tok": 3,
+    "n_group": 1,
+    "topk_group": 1,
+}
+FP8 = {"quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"}}
+STEPS = [
+    [(0, 10, 0, True), (2, 14, 0, True)],
+    [(0, 6, 10, True), (2, 1, 14, False)],
+    [(0, 1, 16, False), (2, 2, 15, False)],
+]
+# of the largest logit; what gpu_engine.md allows, as a share
+BOUNDS = {"bfloat16": 0.02, "fp8": 0.04}
+
+
+def quantised(values: np.ndarray, rng: np.random.Generator) -> tuple[Stored, Stored]:
+    """Codes and scales, which differ from block to block by powers of two."""
+    rows, columns = (-(-extent // 128) for extent in values.shape)
+    scales = np.exp2(rng.integers(-8, -4, (rows, columns))).astype(np.float32)
+    every = scales.repeat(128, axis=0).repeat(128, axis=1)
+    codes = encode_e4m3(values / every[: values.shape[0], : values.shape[1]])
+    return f8(codes), f32(scales)
+
+
+def folder_of(path: Path, fields: dict[str, Any], form: str) -> Path:
+    """A folder of random weights in a form."""
+    rng = np.random.default_rng(3)
+    config = ModelConfig.from_dict(fields)
+    expected, tensors = expected_tensors(config), {}
+    for name, values in random_tensors(config).items():
+        # as trained models have it: what a layer adds is less than what it is added to
+        if name == EMBEDDING:
+            values = values * np.float32(config.hidden_size**0.5)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            values = values * np.float32(0.3)
+        if form == "fp8" and expected[name].quantisable:
+            tensors[name], tensors[f"{name}_scale_inv"] = quantised(values, rng)
+        else:
+            tensors[name] = bf16(values)
+    return write_folder(path, fields, tensors)
+
+
+class RoundingMatrix:
+    """A weight of the CPU before which activations are rounded as FP8 rounds them.
+
+    Its own error is then that of bfloat16: without, a bound would have to let a wrong block pass.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.activated = inner, inner.activated
+
+    def times(self, x: np.ndarray) -> np.ndarray:
+        """The product of rounded activations."""
+        width = x.shape[1]
+        padded = np.pad(x, ((0, 0), (0, -width % 128))).reshape(len(x), -1, 128)
+        scale = np.maximum(np.abs(padded).max(axis=2, keepdims=True) / np.float32(448), 1e-12)
+        scale = np.exp2(np.ceil(np.log2(scale))).astype(np.float32)
+        rounded = E4M3_VALUES[encode_e4m3(padded / scale)].astype(np.float32) * scale
+        return self.inner.times(np.ascontiguousarray(rounded.reshape(len(x), -1)[:, :width]))
+
+
+class RoundingWeights(HostWeights):
+    """Weights of the CPU, those that a device holds in FP8 with rounded activations."""
+
+    def __init__(self, fp8: frozenset[str]) -> None:
+        super().__init__()
+        self.fp8 = fp8
+
+    def matrix(self, in_width: int, parts: Any, **how: Any) -> Any:
+        made = super().matrix(in_width, parts, **how)
+        return RoundingMatrix(made) if self.fp8.issuperset(parts) else made
+
+
+def runner_on(folder: Path, device: str) -> ModelRunner:
+    """A runner of the folder's model: float32 on the CPU, as stored on a device."""
+    config = ModelConfig.from_folder(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        weights: Any = RoundingWeights(fp8_tensors(checkpoint, config))
+        if device != "cpu":
+            weights = DeviceWeights(
+                "bfloat16",
+                paddle_allocator(device),
+                fp8_tensors(checkpoint, config),
+                round_scales=config.round_scales,
+            )
+        model = create_model(config, weights)
+        load_weights(checkpoint, config, model.loaders)
+        weights.finish()
+    return runner_of(model, device)
+
+
+def runner_of(model: Any, device: str) -> ModelRunner:
+    """Four rows of shuffled blocks."""
+    batch = InputBatch(4, 48, 3, 16)
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    layout = cache_layout(model.config, dtype, 16)
+    runner = ModelRunner(model, batch, layout, 13, device, dtype=dtype)
+    blocks = np.random.default_rng(0).permutation(13)
+    for row in range(4):
+        batch.set_blocks(row, blocks[3 * row : 3 * row + 3])
+    return runner
+
+
+def logits_of(runner: ModelRunner) -> list[np.ndarray]:
+    """Logits of every token of all steps."""
+    ids = np.random.default_rng(7).integers(2, 50, 64).tolist()
+    return [
+        run_rows(
+            runner,
+            [(row, ids[done : done + new], done, new_row) for row, new, done, new_row in step],
+        ).copy()
+        for step in STEPS
+    ]
+
+
+@pytest.mark.parametrize("form", BOUNDS)
+@pytest.mark.parametrize("fields", [V32, GLM | {"attention_bias": True}], ids=["v32", "glm"])
+def test_logits_are_those_of_the_cpu(
+    rig: Rig, tmp_path: Path, fields: dict[str, Any], form: str
+) -> None:
+    fields = fields | SIZES | (FP8 if form == "fp8" else {})
+    folder = folder_of(tmp_path, fields, form)
+    wanted, found = (logits_of(runner_on(folder, device)) for device in ("cpu", rig.device))
+    for ours, theirs in zip(found, wanted, strict=True):
+        largest = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=BOUNDS[form] * largest)
+        # a wrong block or scale is off by more on average, too
+        assert np.sqrt(np.mean((ours - theirs) ** 2)) < BOUNDS[form] / 3 * largest
+
+
+def test_random_weights_are_finite_and_use_all_experts(rig: Rig) -> None:
+    config = ModelConfig.from_dict(V32 | SIZES | FP8)
+    weights = DeviceWeights(
+        "bfloat16", paddle_allocator(rig.device), quantisable_tensors(config), round_scales=True
+    )
+    model = create_model(config, weights)
+    load_dummy_weights(config, model.loaders, 0)
+    weights.finish()
+    for logits in logits_of(runner_of(model, rig.device)):
+        assert np.isfinite(logits).all() and 0.1 < logits.std() < 10
