@@ -1,0 +1,257 @@
+"""FP8 GEMMs and routed experts of DeepSeek-V3.2, on Paddle tensors in the memory of a GPU.
+
+    python -m benchmarks.gpu_gemms --rig              # what serves, beside cuBLASLt: P25, P26
+    python -m benchmarks.gpu_gemms --rig --tilings    # and every tiling that may serve
+
+Each figure is a replay of a graph with a call for each of several weights, so that none is in the
+L2. The floor is the bytes of weights, those of experts by the number that are hit, at the copy rate
+of an H200, or the multiplications at its FP8 rate. Writes benchmarks/results/gpu_gemms.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import RESULTS, environment, write_json
+
+BYTES_PER_US, FP8_OPS_PER_US = 4.3e6, 1.5e9
+# outputs x inputs
+DENSE = {
+    "q_a, kv_a": (2112, 7168),
+    "q_b": (24576, 1536),
+    "o_proj": (7168, 16384),
+    "dense gate, up": (36864, 7168),
+    "dense down": (7168, 18432),
+    "shared gate, up": (4096, 7168),
+    "shared down": (7168, 2048),
+}
+ROWS = (1, 8, 32, 128, 2048, 8192)
+EXPERTS, TOP_K, HIDDEN, WIDTH = 256, 8, 7168, 2048
+_ROTATED_BYTES = 200 << 20
+_REPLAYS = 7
+
+
+class Bench:
+    """Tensors of one device, and the time of launches there."""
+
+    def __init__(self, rig: bool) -> None:
+        self.device = "gpu:0"
+        if rig:
+            from tests.gpu_rig import load
+
+            self.device = load("real").device
+        import paddle
+
+        from fd_dsa.step.device import paddle_allocator, paddle_place
+
+        paddle.set_device(self.device)
+        self.place, self.allocate = paddle_place(self.device), paddle_allocator(self.device)
+        self._seed = 0
+
+    def codes(self, *shape: int) -> Any:
+        """Random e4m3 codes."""
+        from fd_dsa.ops._fill_kernels import fill_random
+
+        made, self._seed = self.allocate(shape, "uint8"), self._seed + 1
+        fill_random(made, 0, int(np.prod(shape)), [self._seed], 1.0)
+        return made
+
+    def scales(self, *shape: int) -> Any:
+        """Scales of small numbers."""
+        from fd_dsa.ops._fill_kernels import fill_constant
+
+        made = self.allocate(shape, "float32")
+        fill_constant(made, 0, int(np.prod(shape)), 2.0**-6)
+        return made
+
+    def weight(self, *shape: int) -> tuple[Any, Any]:
+        """Codes and scales."""
+        *outer, rows, width = shape
+        return self.codes(*shape), self.scales(*outer, -(-rows // 128), -(-width // 128))
+
+    def rows(self, count: int, width: int) -> Any:
+        """Activations in FP8."""
+        from fd_dsa.ops._fp8_rows import Fp8Rows
+
+        stride = max(8, -(-count // 4) * 4)
+        padded = self.codes(stride, width)
+        return Fp8Rows(padded[:count], self.scales(-(-width // 128), stride), padded)
+
+    def time_us(self, calls: Sequence[Callable[[], Any]]) -> float:
+        """Median microseconds of a call: all of them are captured together."""
+        from fd_dsa.runner.decode_graphs import PaddleCapture
+        from fd_dsa.triton_runtime.driver import cuda
+        from fd_dsa.triton_runtime.transfers import transfers_for
+
+        def work() -> Any:
+            return [call() for call in calls]
+
+        captured = PaddleCapture(self.place)(work)
+        stream = transfers_for(self._example()).stream().value or 0
+        times = [cuda().time_us(0, captured.replay, stream) for _ in range(_REPLAYS)]
+        return median(times[2:]) / len(calls)
+
+    def _example(self) -> Any:
+        return self.allocate((1,), "float32")
+
+
+def floor_us(nbytes: float, ops: float) -> float:
+    """Microseconds that reading or multiplying takes at least."""
+    return max(nbytes / BYTES_PER_US, ops / FP8_OPS_PER_US)
+
+
+def dense_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
+    """Each shape and number of rows: cuBLASLt and our kernel."""
+    from fd_dsa.ops import _fp8_gemm
+    from fd_dsa.ops._cublaslt import cublaslt_for
+
+    library = cublaslt_for(bench.allocate((1,), "float32"), bench.allocate)
+    for name, (outputs, width) in DENSE.items():
+        count = max(2, -(-_ROTATED_BYTES // (outputs * width)))
+        weights = [bench.weight(outputs, width) for _ in range(count)]
+        for num_rows in ROWS:
+            x = bench.rows(num_rows, width)
+            out = bench.allocate((x.padded.shape[0], outputs), "bfloat16")
+
+            by_library = partial(library.fp8_linear, x.padded, x.scales)
+
+            def ours(tiling: Any = None, x: Any = x, weights: Any = weights) -> list[Any]:
+                linear = partial(_fp8_gemm.fp8_linear, x, tiling=tiling)
+                return [partial(linear, *pair) for pair in weights]
+
+            entry = {"case": name, "shape": [outputs, width], "rows": num_rows}
+            entry["floor_us"] = floor_us(outputs * width, 2 * num_rows * outputs * width)
+            entry["cublaslt_us"] = bench.time_us(
+                [partial(by_library, *pair, out) for pair in weights]
+            )
+            chosen = _fp8_gemm.configuration(num_rows, outputs, width)
+            entry["ours_us"], entry["tiling"] = bench.time_us(ours()), chosen
+            if tilings:
+                entry["tilings"] = tried(bench, _fp8_gemm.candidates(num_rows), ours)
+            yield entry
+
+
+def tried(bench: Bench, tilings: Sequence[Any], calls: Callable[[Any], Any]) -> list[Any]:
+    """Microseconds of each tiling, the fastest first; those that are refused say why."""
+    found, refused = [], []
+    for tiling in tilings:
+        try:
+            found.append((round(bench.time_us(calls(tiling)), 2), tiling))
+        except Exception as error:
+            refused.append((str(error)[:80], tiling))
+    return sorted(found) + refused
+
+
+class Experts:
+    """The experts of a number of tokens that choose evenly."""
+
+    def __init__(self, bench: Bench, gate_up: Any, down: Any, tokens: int) -> None:
+        from fd_dsa.ops import _expert_kernels
+        from fd_dsa.ops._fill_kernels import fill_random
+
+        self._kernels, self._weights = _expert_kernels, (gate_up, down)
+        self._logits = bench.allocate((tokens, EXPERTS), "float32")
+        fill_random(self._logits, 0, tokens * EXPERTS, [9, tokens], 1.0)
+        self._bias, self._x = bench.scales(EXPERTS), bench.rows(tokens, HIDDEN)
+        self._shared = bench.allocate((tokens, HIDDEN), "bfloat16")
+        self._choose()
+        self._hidden = self.gate_up()
+        self.num_hit = len(np.unique(self._ids.numpy()))
+
+    def _choose(self) -> None:
+        self._ids, self._shares = self._kernels.choose_experts(
+            *(self._logits, self._bias),
+            top_k=TOP_K,
+            n_group=8,
+            topk_group=4,
+            norm=True,
+            scaling=2.5,
+        )
+        self._pairs = self._kernels.group_pairs(self._ids, EXPERTS)
+
+    def gate_up(self, tiling: Any = None) -> Any:
+        """The first GEMM."""
+        how: dict[str, Any] = {"top_k": TOP_K, "gated": True, "round_scales": True}
+        weight = self._weights[0]
+        return self._kernels.expert_gemm(self._x, weight, *self._pairs, tiling=tiling, **how)
+
+    def down(self, tiling: Any = None) -> Any:
+        """The second one."""
+        rows, weight = self._hidden, self._weights[1]
+        return self._kernels.expert_gemm(rows, weight, *self._pairs, top_k=TOP_K, tiling=tiling)
+
+    def everything(self) -> Any:
+        """All launches of a layer."""
+        self._choose()
+        self._hidden = self.gate_up()
+        return self._kernels.sum_experts(self.down(), self._shares, self._ids, self._shared)
+
+
+def expert_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
+    """Experts of each number of tokens: all launches, and both GEMMs."""
+    from fd_dsa.ops import _expert_gemm
+
+    gate_up, down = bench.weight(EXPERTS, 2 * WIDTH, HIDDEN), bench.weight(EXPERTS, HIDDEN, WIDTH)
+    for tokens in ROWS:
+        experts = Experts(bench, gate_up, down, tokens)
+        each = 3 * WIDTH * HIDDEN
+        entry = {"case": "experts", "rows": tokens, "experts_hit": experts.num_hit}
+        entry["floor_us"] = floor_us(experts.num_hit * each, 2 * tokens * TOP_K * each)
+        entry["ours_us"] = bench.time_us([experts.everything])
+        for name, call, is_gated in (
+            ("gate_up", experts.gate_up, True),
+            ("down", experts.down, False),
+        ):
+            entry[f"{name}_us"] = bench.time_us([call])
+            sizes = "uint8", tokens * TOP_K, EXPERTS, is_gated
+            entry[f"{name}_tiling"] = _expert_gemm.configuration(*sizes)
+            if tilings:
+                entry[f"{name}_tilings"] = tried(
+                    bench,
+                    _expert_gemm.candidates("uint8", is_gated),
+                    lambda tiling, call=call: [partial(call, tiling)],
+                )
+        yield entry
+
+
+def line(entry: dict[str, Any]) -> str:
+    """An entry as text."""
+    figures = {k: v for k, v in entry.items() if k.endswith("_us") and k != "floor_us"}
+    shown = "  ".join(f"{k} {v:8.1f} ({entry['floor_us'] / v:4.0%})" for k, v in figures.items())
+    return f"{entry['case']:<16} {entry['rows']:5}  floor {entry['floor_us']:8.1f}  {shown}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
+    )
+    parser.add_argument("--tilings", action="store_true", help="every tiling that may serve")
+    parser.add_argument("--only", choices=["dense", "experts"])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    args = parser.parse_args(argv)
+    bench = Bench(args.rig)
+    result: dict[str, Any] = {"name": "gpu_gemms", "env": environment(), "cases": []}
+    for kind, cases in (("experts", expert_cases), ("dense", dense_cases)):
+        if args.only in (None, kind):
+            for entry in cases(bench, tilings=args.tilings):
+                result["cases"].append(entry)
+                print(line(entry), flush=True)
+                for key, value in entry.items():
+                    if key.endswith("tilings"):
+                        print(*(f"    {key} {best}" for best in value[:5]), sep="\n", flush=True)
+                write_json(args.out / "gpu_gemms.json", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Worker: the embedded engine on a GPU, with DeepSeek-V3.2's widths and random weights."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import random_prompts
+
+
+class Engine:
+    """The engine, started once.
+
+    Args:
+        model: folder of config.json.
+        rig: whether the device is the test plug-in's, where Paddle's CPU wheel is installed.
+        config: fields of EngineConfig.
+    """
+
+    def __init__(self, model: str, rig: bool, config: dict[str, Any]) -> None:
+        begin = time.perf_counter()
+        device = "gpu"
+        if rig:
+            from tests.gpu_rig import load
+
+            device = load("real").device
+        # Paddle looks for plug-ins when it is imported
+        from fd_dsa import LLM
+        from fd_dsa.config import demo_model_path
+
+        # ids are neither read nor written as text
+        self._llm = LLM(
+            model, device=device, tokenizer=demo_model_path(), load_format="dummy", **config
+        )
+        self._engine: Any = self._llm._engine
+        self._chunk = config["max_num_batched_tokens"]
+        self._num_runs = 0
+        self._start_s = time.perf_counter() - begin
+
+    def start_up(self) -> dict[str, float]:
+        """Seconds from the start of the engine to its first token, and of the start alone."""
+        begin = time.perf_counter()
+        self._submit(1, 100, 1)
+        self._drain()
+        return {"engine_s": self._start_s, "first_token_s": time.perf_counter() - begin}
+
+    def decode(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
+        """Milliseconds of each of `new` steps in which all requests decode."""
+        spare = batch * prompt // self._chunk + 8
+        self._submit(batch, prompt, spare + new)
+        log = self._drain()
+        steps = [1e3 * (b[0] - a[0]) for a, b in pairwise(log) if a[1] == b[1] == batch][4:new]
+        return {"tpot_ms": float(np.median(steps)), "p95_ms": float(np.percentile(steps, 95))}
+
+    def prefill(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
+        """Prompt tokens a second of prompts that arrive at once, until the last first token."""
+        self._submit(batch, prompt, new)
+        return {"tok_s": batch * prompt / self._drain()[-1][0]}
+
+    def mixed(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
+        """Tokens a second of requests that arrive at once."""
+        self._submit(batch, prompt, new)
+        return {"tok_s": batch * (prompt + new) / self._drain()[-1][0]}
+
+    def profile(self, batch: int, prompt: int, steps: int) -> dict[str, Any]:
+        """Kernels of a decode step: microseconds and launches of each, and how long any runs."""
+        from torch.profiler import ProfilerActivity, profile
+
+        recorder = profile(activities=[ProfilerActivity.CUDA])
+        self._submit(batch, prompt, batch * prompt // self._chunk + steps + 24)
+        full, wall_s = 0, 0.0
+        while self._engine.has_unfinished_requests():
+            if full == 12:
+                begin = time.perf_counter()
+                with recorder:
+                    for _ in range(steps):
+                        self._engine.step()
+                    wall_s = time.perf_counter() - begin
+                full += steps
+            full += len(self._engine.step()) == batch
+        return profiled(recorder.events(), steps) | {"wall_us": 1e6 * wall_s / steps}
+
+    def _submit(self, batch: int, prompt: int, new: int) -> None:
+        """Add requests whose prompts nothing has seen."""
+        from fd_dsa import SamplingParams
+
+        self._num_runs += 1
+        vocab_size = self._engine.runner.vocab_size
+        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+        for index, ids in enumerate(random_prompts(batch, prompt, vocab_size, self._num_runs)):
+            self._engine.add_request(f"{self._num_runs}-{index}", ids, params)
+
+    def _drain(self) -> list[tuple[float, int]]:
+        """Step until nothing is left: time and number of tokens of the steps that gave any."""
+        log, begin = [], time.perf_counter()
+        while self._engine.has_unfinished_requests():
+            outputs = self._engine.step()
+            if outputs:
+                log.append((time.perf_counter() - begin, len(outputs)))
+        return log
+
+
+def profiled(events: Any, steps: int) -> dict[str, Any]:
+    """What a step has of each kernel, by torch's events."""
+    from torch.autograd import DeviceType
+
+    kernels: dict[str, list[float]] = {}
+    spans = []
+    for event in events:
+        if event.device_type == DeviceType.CUDA:
+            entry = kernels.setdefault(event.name, [0.0, 0.0])
+            entry[0] += event.time_range.elapsed_us() / steps
+            entry[1] += 1 / steps
+            spans.append((event.time_range.start, event.time_range.end))
+    busy, reach = 0.0, 0.0
+    for start, end in sorted(spans):
+        busy += max(0.0, end - max(start, reach))
+        reach = max(reach, end)
+    rows = sorted(([name[:120], *entry] for name, entry in kernels.items()), key=lambda r: -r[1])
+    return {"busy_us": busy / steps, "launches": sum(row[2] for row in rows), "kernels": rows}
