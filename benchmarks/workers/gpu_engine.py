@@ -28,8 +28,11 @@ class Engine:
 
             device = load("real").device
         # Paddle looks for plug-ins when it is imported
-        from fd_dsa import LLM
+        from custom_ops.build_library import build_library
+        from fd_dsa import LLM, custom_ops
         from fd_dsa.config import demo_model_path
+
+        custom_ops.use_library(build_library())
 
         # ids are neither read nor written as text
         self._llm = LLM(
