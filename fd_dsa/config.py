@@ -83,6 +83,7 @@ class EngineConfig:
         num_gpu_blocks_override: number of cache blocks, instead of `kv_cache_memory_bytes`.
         enable_prefix_caching: whether requests share the cache blocks of prompts that begin alike.
         enable_chunked_prefill: True alone: prompts are split at `max_num_batched_tokens`.
+        async_scheduling: whether a step on a GPU is prepared and queued while the one before runs.
         enforce_eager: whether decode steps on a GPU are launched kernel by kernel, and not replayed
             from CUDA graphs.
         cudagraph_capture_sizes: numbers of rows for which decode steps are captured, a step of
@@ -112,6 +113,7 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    async_scheduling: bool = True
     enforce_eager: bool = False
     cudagraph_capture_sizes: tuple[int, ...] | None = None
     seed: int = 0
@@ -245,7 +247,8 @@ class EngineConfig:
 
     def _check_choices(self) -> None:
         """Refuse switches that are none, and what has one value."""
-        for name in ("enable_prefix_caching", "enable_chunked_prefill", "enforce_eager"):
+        switches = "enable_prefix_caching", "enable_chunked_prefill"
+        for name in (*switches, "async_scheduling", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):
                 raise _flag_error(name, getattr(self, name), "a bool")
         if not self.enable_chunked_prefill:

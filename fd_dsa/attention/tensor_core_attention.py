@@ -54,7 +54,8 @@ class TensorCoreAttention:
         self._records: DequantizedRecords | None = None
         takes_them = custom is not None and not custom.records_alone
         if takes_them and config.cache_layout.is_fp8 and scratch is not None:
-            self._records = DequantizedRecords(scratch, keys_per_token(config.num_heads))
+            most_keys = keys_per_token(config.num_heads)
+            self._records = DequantizedRecords(scratch, most_keys, config.max_num_seqs)
 
     def attend(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,32 @@ from fd_dsa.runner.input_batch import InputBatch
 _FEW_ROWS = 16
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step that has been launched, and whose tokens have not been given to its requests.
+
+    Attributes:
+        ready: when it could be launched.
+        sampling: requests that get a token.
+        reading: requests whose prompt is scored, and of how many tokens.
+        resumed: those of `sampling` that do so at the end of a prompt.
+        num_decode_tokens, num_prefill_tokens: of the step.
+        prefill_context: of the scheduler.
+        draw: waits for the tokens; None: the host samples from `logits`.
+        logits: of `sampling`, then of `reading`.
+    """
+
+    ready: float
+    sampling: list[Request]
+    reading: list[tuple[Request, int]]
+    resumed: list[Request]
+    num_decode_tokens: int
+    num_prefill_tokens: int
+    prefill_context: int
+    draw: Callable[[], npt.NDArray[np.int64]] | None = None
+    logits: Any = None
+
+
 class LLMEngine:
     """Continuous batching over one runner; not thread-safe.
 
@@ -53,6 +79,8 @@ class LLMEngine:
         seed: of requests that bring none.
         sampling_defaults: fields of SamplingParams that the model proposes to callers who leave
             them out; the engine itself does not apply them.
+        async_scheduling: whether a step is queued before the tokens of the one before have come,
+            where they are drawn on a device.
 
     Attributes:
         clock: seconds; what steps are measured with.
@@ -73,6 +101,7 @@ class LLMEngine:
         enable_prefix_caching: bool = True,
         seed: int = 0,
         sampling_defaults: Mapping[str, float | int] | None = None,
+        async_scheduling: bool = True,
     ) -> None:
         """Start without requests."""
         self.runner = runner
@@ -97,6 +126,8 @@ class LLMEngine:
         self.grammars = GrammarCompiler(tokenizer, runner.vocab_size, self._eos_token_ids)
         self._scheduler = Scheduler(self._blocks, self._batch, self._stats, target_gap_s)
         self._sampler = StepSampler(runner, num_rows)
+        self._is_async = async_scheduling
+        self._in_flight: _Step | None = None
         # what is left of each group
         self._requests: dict[str, list[Request]] = {}
         self.metrics = EngineMetrics(max_model_len, getattr(runner, "counters", None))
@@ -191,51 +222,98 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Run one step; outputs of the requests that got a token or ended.
 
+        Where tokens are drawn on a device, the step is queued and those of the step before are
+        taken while it runs. A request that they end may have a row in it, whose token is dropped.
+
         Raises:
             Exception: whatever the runner raises; no request has got a token then, and a later
                 call runs the step again.
         """
         if not self._requests:
+            # what is in flight was for requests that have been aborted
+            self._in_flight = None
             return []
-        begin = self.clock()
+        begin, runner_time_s = self.clock(), self._stats.runner_time_s
+        before = self._in_flight
+        launched = self._launch(may_be_idle=before is not None)
+        self._in_flight = None
+        try:
+            outputs = [] if before is None else self._take(before)
+            if launched is not None and not (self._is_async and launched.draw):
+                outputs += self._take(launched)
+                launched = None
+        except Exception:
+            for step in (before, launched):
+                for request in step.sampling if step is not None else ():
+                    request.forget_draw()
+            raise
+        if launched is not None:
+            self._in_flight = launched
+            for row, request in enumerate(launched.sampling):
+                if request.finish_reason is None:
+                    request.drawn_row = row
+        in_runner_s = self._stats.runner_time_s - runner_time_s
+        self._stats.host_time_s += self.clock() - begin - in_runner_s
+        return outputs
+
+    def _launch(self, may_be_idle: bool) -> _Step | None:
+        """Queue a step; None if there is nothing to run, which only happens if it may.
+
+        A step of which the host needs logits is waited for.
+        """
         scheduled = self._scheduler.schedule()
         # nothing runs, so nobody waits for more than the request whose grammar it is
-        while not scheduled and self.grammars.wait():
+        while not scheduled and not may_be_idle and self.grammars.wait():
             scheduled = self._scheduler.schedule()
         if not scheduled:
+            if may_be_idle:
+                return None
             raise RuntimeError(
                 f"the scheduler found nothing to run with {len(self._requests)} unfinished "
                 "requests; this is a defect of the engine"
             )
         sampling, reading, logits_indices = self._assemble(scheduled)
-        ready = self.clock()
         num_prefill_tokens = self._batch.num_prefill_tokens
-        num_decode_tokens = self._batch.num_tokens - num_prefill_tokens
-        resumed = [r for r in sampling if not r.is_decode] if num_prefill_tokens else []
-        logits: Any = None
-        tokens = None if self._has_watched else self._sampler.draw(sampling, logits_indices)
+        step = _Step(
+            ready=self.clock(),
+            sampling=sampling,
+            reading=reading,
+            resumed=[r for r in sampling if not r.is_decode] if num_prefill_tokens else [],
+            num_decode_tokens=self._batch.num_tokens - num_prefill_tokens,
+            num_prefill_tokens=num_prefill_tokens,
+            prefill_context=self._scheduler.prefill_context,
+        )
         if self._has_watched:
-            logits = self._execute_watched(sampling, logits_indices)
-        elif tokens is None:
-            logits = self.runner.execute_model(logits_indices)
-        done = self.clock()
+            step.logits = self._execute_watched(sampling, logits_indices)
+        else:
+            step.draw = self._sampler.draw(sampling, logits_indices)
+            if step.draw is None:
+                step.logits = self.runner.execute_model(logits_indices)
+        self._stats.runner_time_s += self.clock() - step.ready
         self._scheduler.complete_step()
+        return step
+
+    def _take(self, step: _Step) -> list[RequestOutput]:
+        """Give the requests of a launched step their tokens; waits for it."""
+        stats, tokens, begin = self._stats, None, self.clock()
+        if step.draw is not None:
+            tokens = step.draw()
+        stats.runner_time_s += self.clock() - begin
         outputs: list[RequestOutput] = []
-        if reading:
-            outputs, logits = self._read_prompts(reading, sampling, logits)
+        sampling, logits = step.sampling, step.logits
+        if step.reading:
+            outputs, logits = self._read_prompts(step.reading, sampling, logits)
         if sampling:
             outputs += self._append(sampling, logits, tokens)
-        self.metrics.count_step(num_decode_tokens, resumed)
-        end = self.clock()
-        stats = self._stats
+        self.metrics.count_step(step.num_decode_tokens, step.resumed)
         stats.num_steps += 1
-        stats.computed_prompt_tokens += num_prefill_tokens
-        stats.runner_time_s += done - ready
-        stats.host_time_s += end - done + ready - begin
+        stats.computed_prompt_tokens += step.num_prefill_tokens
         # the token of a decoding request comes after the one of the step before; without such
         # requests, a step may have waited for a grammar before it was ready
-        since = self._last_end if num_decode_tokens else ready
-        self._scheduler.observe(end - since, num_decode_tokens, num_prefill_tokens)
+        since, end = self._last_end if step.num_decode_tokens else step.ready, self.clock()
+        self._scheduler.observe(
+            end - since, step.num_decode_tokens, step.num_prefill_tokens, step.prefill_context
+        )
         self._last_end = end
         return outputs
 
@@ -265,16 +343,23 @@ class LLMEngine:
             slots = [request.slot for request in scheduled]
             token_ids = [request.token_ids[-1] for request in scheduled]
             computed = [request.num_computed_tokens for request in scheduled]
-            return scheduled, [], batch.add_decode_rows(slots, token_ids, computed)
+            rows = batch.add_decode_rows(slots, token_ids, computed)
+            drawn = np.array([request.drawn_row for request in scheduled])
+            batch.defer_tokens(rows[drawn >= 0], drawn[drawn >= 0])
+            return scheduled, [], rows
         sampling, sampled = [], []
         reading, read = [], []
         for request in scheduled:
             begin = request.num_computed_tokens
             end = begin + request.num_scheduled_tokens
-            samples = end == len(request.token_ids)
+            samples = end == request.num_tokens
             # as Request.is_decode, of the chunk: only the token sampled last is missing
-            is_prefill = not (samples and end - begin == 1 and request.output_token_ids)
-            last = batch.add_row(request.slot, request.token_ids[begin:end], begin, is_prefill)
+            is_prefill = not (samples and end - begin == 1 and request.num_output_tokens)
+            # none is known of a row whose token is on its way
+            token_ids = request.token_ids[begin:end] or [0]
+            last = batch.add_row(request.slot, token_ids, begin, is_prefill)
+            if request.drawn_row >= 0:
+                batch.defer_tokens([last], [request.drawn_row])
             if request.prompt_logprobs is not None:
                 unread = request.prompt_logprobs.unread(begin, end)
                 if unread:
@@ -336,12 +421,19 @@ class LLMEngine:
         tokens: npt.NDArray[np.int64] | None,
     ) -> list[RequestOutput]:
         """Give each request its next token: the one drawn, or sampled here from the logits."""
+        # a token before has ended some of those whose step was launched meanwhile
+        alive = [row for row, request in enumerate(sampling) if request.finish_reason is None]
+        if len(alive) < len(sampling):
+            sampling = [sampling[row] for row in alive]
+            logits = None if logits is None else logits[alive]
+            tokens = None if tokens is None else tokens[alive]
         scores: list[TokenScore | None] = [None] * len(sampling)
         if tokens is None:
             tokens, scores = self._sampler.sample(sampling, logits)
         now = time.monotonic()
         outputs = []
         for request, token_id, score in zip(sampling, tokens.tolist(), scores, strict=True):
+            request.drawn_row = -1
             if token_id < 0:
                 outputs.append(self._fail(request, token_id))
                 continue
@@ -350,6 +442,8 @@ class LLMEngine:
             self._stats.generated_tokens += 1
             if request.finish_reason is not None:
                 self._drop(request)
+            else:
+                self._scheduler.take_token(request)
         return outputs
 
     def _end(

@@ -51,6 +51,7 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
         sampling_defaults=plan.sampling_defaults,
+        async_scheduling=config.async_scheduling,
     )
     engine.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = plan.config.kv_cache_dtype

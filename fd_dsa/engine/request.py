@@ -33,6 +33,7 @@ class Request:
         token_ids: prompt and output so far; what must be in the cache before the next token.
         num_computed_tokens: leading tokens of `token_ids` whose keys are in the cache.
         num_scheduled_tokens: tokens of the step being prepared.
+        drawn_row: row of the draw that gives its next token, while that is on its way; -1 else.
         block_keys: names of the full blocks of `token_ids` in the prefix cache.
         slot: row of the input batch; -1 while waiting.
         scheduled_time, preempted_time: when it first got a row, and last lost one; seconds of
@@ -62,6 +63,7 @@ class Request:
     output_token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
+    drawn_row: int = -1
     block_keys: BlockKeys = field(init=False)
     logprobs: OutputLogprobs | None = None
     new_logprobs: Sequence[TokenLogprobs] = ()
@@ -108,10 +110,20 @@ class Request:
             self.prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs, reader)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output, one that is on its way included."""
+        return len(self.token_ids) + (self.drawn_row >= 0)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the output, one that is on its way included."""
+        return len(self.output_token_ids) + (self.drawn_row >= 0)
+
+    @property
     def is_decode(self) -> bool:
         """True when only the token sampled last is missing in the cache."""
         # an output comes after the prompt: with one token missing there is one or the prompt is
-        return self.num_computed_tokens == len(self.token_ids) - 1 and bool(self.output_token_ids)
+        return self.num_computed_tokens == self.num_tokens - 1 and self.num_output_tokens > 0
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -140,6 +152,11 @@ class Request:
         if self.logprobs is not None and score is not None:
             self.logprobs.append(token_id, score, len(text))
         return self.take_text(text, now)
+
+    def forget_draw(self) -> None:
+        """The token on its way will not come; it is to be computed again."""
+        self.drawn_row = -1
+        self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property
     def _must_go_on(self) -> bool:

@@ -34,6 +34,8 @@ class Scheduler:
           those after it: within 0.2 s they are, and running ones go on.
         - The outputs of one request arrive one at a time. While one of them computes the
           prompt the next ones, and all after them, are not admitted; then they take its blocks.
+        - A request whose last allowed token is on its way is not scheduled any more; one that was
+          preempted with a token on its way is admitted again when that has come.
         - Tokens whose blocks are cached count as computed when a request is admitted, for the
           first time or after it was preempted.
         - A step gives at most `max_num_seqs` rows of logits: one for each row of the batch, and
@@ -52,6 +54,7 @@ class Scheduler:
 
     Attributes:
         is_decode_only: whether all requests of the step scheduled last decode.
+        prefill_context: tokens before each prompt token of that step, on average.
     """
 
     def __init__(
@@ -70,8 +73,7 @@ class Scheduler:
         self._step_times: StepTimes | None = None
         if target_gap_s:
             self._step_times = StepTimes(batch.max_num_tokens)
-        # tokens before each prompt token of the step, on average
-        self._prefill_context = 0
+        self.prefill_context = 0
         self._free_slots = list(range(batch.max_num_seqs))
         # dicts by arrival number, in order of arrival
         self._running: dict[int, Request] = {}
@@ -111,6 +113,8 @@ class Scheduler:
         decoding: list[Request] = []
         prefilling: list[Request] = []
         for request in self._running.values():
+            if request.drawn_row >= 0 and request.num_output_tokens >= request.max_tokens:
+                continue
             (decoding if request.is_decode else prefilling).append(request)
         budget = self._schedule_decode(decoding, self._batch.max_num_tokens)
         self._num_decoding = len(self._scheduled)
@@ -123,27 +127,42 @@ class Scheduler:
             self._admit(budget)
         self.is_decode_only = len(self._scheduled) == self._num_decoding
         if self._step_times is not None and not self.is_decode_only:
-            self._prefill_context = _mean_context(self._scheduled[self._num_decoding :])
+            self.prefill_context = _mean_context(self._scheduled[self._num_decoding :])
         self._scheduled.sort(key=_slot)
         return self._scheduled
 
     def complete_step(self) -> None:
-        """The step that `schedule` made has run: its tokens are computed, full blocks cached."""
+        """The step that `schedule` made is launched: its tokens are computed, full blocks cached.
+
+        What reads them runs after it. A block is cached when all of its tokens are known.
+        """
         block_size = self._blocks.block_size
         for request in self._scheduled:
             num_new, before = request.num_scheduled_tokens, request.num_computed_tokens
             request.num_computed_tokens = before + num_new
             if before % block_size + num_new >= block_size:
-                self._blocks.cache_full_blocks(
-                    request.arrival, request.block_keys, before + num_new
-                )
+                self._cache_blocks(request)
 
-    def observe(self, seconds: float, num_decode_tokens: int, num_prefill_tokens: int) -> None:
-        """Learn from the time of the step that has run how long later ones take."""
+    def take_token(self, request: Request) -> None:
+        """A token of a request has come; it may be the last of a block that is computed."""
+        if request.slot >= 0 and len(request.token_ids) % self._blocks.block_size == 0:
+            self._cache_blocks(request)
+
+    def _cache_blocks(self, request: Request) -> None:
+        """Let others find what is computed of known tokens."""
+        known = min(request.num_computed_tokens, len(request.token_ids))
+        self._blocks.cache_full_blocks(request.arrival, request.block_keys, known)
+
+    def observe(
+        self, seconds: float, num_decode_tokens: int, num_prefill_tokens: int, context: int
+    ) -> None:
+        """Learn from the time of a step that has run how long later ones take.
+
+        Args:
+            context: the `prefill_context` of the step.
+        """
         if self._step_times is not None:
-            self._step_times.observe(
-                seconds, num_decode_tokens, num_prefill_tokens, self._prefill_context
-            )
+            self._step_times.observe(seconds, num_decode_tokens, num_prefill_tokens, context)
 
     def _schedule_decode(self, decoding: list[Request], budget: int) -> int:
         """Give one token to each decoding request; returns the tokens left."""
@@ -159,7 +178,7 @@ class Scheduler:
 
     def _grow(self, request: Request) -> bool:
         """Get the block for the next token, if need be from later requests; False: preempted."""
-        num_tokens = len(request.token_ids)
+        num_tokens = request.num_tokens
         while (added := self._blocks.allocate(request.arrival, num_tokens)) is None:
             victim = next(reversed(self._running.values()))
             self._preempt(victim)
@@ -177,6 +196,8 @@ class Scheduler:
             request = self._waiting[0]
             # asked first: it is compiled while the request waits for a row
             if request.grammar is not None and not request.grammar.is_ready:
+                break
+            if request.drawn_row >= 0:
                 break
             if budget <= 0 or self._spare_logits <= 0:
                 break

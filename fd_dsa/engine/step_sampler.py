@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,19 +33,24 @@ class StepSampler:
 
     def draw(
         self, sampling: Sequence[Request], logits_indices: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64] | None:
-        """Run the step and draw on the device; None, and nothing is done, where that cannot serve.
+    ) -> Callable[[], npt.NDArray[np.int64]] | None:
+        """Queue the step and draw on the device; None, and nothing is done, where it cannot serve.
 
         Args:
             sampling: requests of the rows of `logits_indices`, in order.
             logits_indices: see RunnerProtocol.
+
+        Returns:
+            What waits for the tokens, see `Sampler.sample`.
         """
         if not self._has_draws or len(sampling) != len(logits_indices) or not sampling:
             return None
         if any(request.rules is not None or request.logprobs is not None for request in sampling):
             return None
         places = self._places(sampling)
-        return self._runner.execute_and_draw(logits_indices, *places)
+        draw: Callable[[], npt.NDArray[np.int64]]
+        draw = self._runner.execute_and_draw(logits_indices, *places)
+        return draw
 
     def sample(
         self, sampling: Sequence[Request], logits: npt.NDArray[np.float32]
@@ -72,7 +77,7 @@ class StepSampler:
         slots, positions = [], []
         for request in sampling:
             slots.append(request.slot)
-            positions.append(len(request.output_token_ids))
+            positions.append(request.num_output_tokens)
             if self._taken_by[request.slot] != request.arrival:
                 self._take(request)
         return np.array(slots), np.array(positions)

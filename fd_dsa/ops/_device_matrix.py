@@ -20,7 +20,7 @@ from fd_dsa.ops._dense_kernels import (
     silu_and_mul_quantized,
 )
 from fd_dsa.ops._expert_kernels import expert_gemm
-from fd_dsa.ops._fp8_gemm import FEW_ROWS, fp8_linear
+from fd_dsa.ops._fp8_gemm import fp8_linear
 from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops._head_gemm import head_gemm
 from fd_dsa.ops._host import allocator_beside, dtype_name, matmul, on_device
@@ -28,6 +28,8 @@ from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.transfers import transfers_for
 
 logger = logging.getLogger(__name__)
+OWN_ROWS = 32
+"""Up to so many rows our own FP8 GEMM is faster than cuBLASLt's; `benchmarks.gpu_gemms`."""
 
 
 @cache
@@ -43,7 +45,7 @@ def _cublaslt(kind: type, place: Any) -> tuple[Any, bool]:
         return None, False
     against = why_not_fp8(transfers_for(example).traits.capability)
     many = f"our own kernel ({against})" if against else "cuBLASLt"
-    logger.info("FP8 GEMMs of more than %d rows: %s", FEW_ROWS, many)
+    logger.info("FP8 GEMMs of more than %d rows: %s", OWN_ROWS, many)
     return library, not against
 
 
@@ -132,7 +134,7 @@ class DeviceMatrix:
     def _times_fp8(self, rows: Fp8Rows) -> Any:
         """By cuBLASLt where there are many rows, and it takes them; else by our own kernel."""
         num_rows, x = rows.codes.shape[0], rows.padded
-        if num_rows > FEW_ROWS and x is not None and self._suits_cublaslt:
+        if num_rows > OWN_ROWS and x is not None and self._suits_cublaslt:
             library, takes_fp8 = _cublaslt(type(x), x.place)
             if takes_fp8:
                 shape = [x.shape[0], self.values.shape[0]]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from fd_dsa.errors import CapacityError
 
@@ -27,6 +28,7 @@ class InputBatch:
         num_tokens, num_prefill_tokens: tokens of this step so far.
         max_seqlen_k: longest row after this step, tokens; 0 without rows.
         num_rows: 1 + the highest row that has tokens in this step.
+        has_deferred: whether the step has tokens that a draw before it still gives.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class InputBatch:
         self.num_prefill_tokens = 0
         self.max_seqlen_k = 0
         self.num_rows = 0
+        self.has_deferred = False
 
     def add_row(
         self, row: int, token_ids: Sequence[int], num_computed_tokens: int, is_prefill: bool
@@ -104,6 +107,17 @@ class InputBatch:
         self.seq_lens_this_time[index] = 1
         self.max_seqlen_k = max(self.max_seqlen_k, max(num_computed_tokens) + 1)
         return np.arange(begin, self.num_tokens)
+
+    def defer_tokens(self, indices: npt.ArrayLike, drawn_rows: npt.ArrayLike) -> None:
+        """Have tokens of the step be those that rows of the draw before it get.
+
+        Args:
+            indices: flat tokens, which were added with any id.
+            drawn_rows: row of each.
+        """
+        rows = np.asarray(drawn_rows, np.int64)
+        self.ids_remove_padding[np.asarray(indices)] = -1 - rows
+        self.has_deferred |= rows.size > 0
 
     def _append(self, rows: Sequence[int], ids: np.ndarray) -> None:
         """Put the tokens of one row, or one of each, after those of the step; see `add_row`."""

@@ -148,6 +148,9 @@ class ModelRunner:
         inputs: Any = host_inputs(batch, sampled)
         if self._to_device is not None:
             inputs = self._to_device(inputs, tokens)
+            if batch.has_deferred:
+                assert self.draws is not None
+                self.draws.fill(inputs[0])
         step = self.forward_meta = Step(hints, *inputs, self.caches, backend)
         backend.init_attention_metadata(step)
         return step
@@ -172,9 +175,25 @@ class ModelRunner:
         for tokens, done in (*((size, 0) for size in chunks), (1, cached)):
             last = self._only_row(tokens, done, is_prefill=not done)
             self.execute_model(np.array([last]))
+        if self.draws is not None:
+            self._warm_up_draws(last)
         self._forget_only_row()
         # these were no steps of requests
         self.counters = StepCounters()
+
+    def _warm_up_draws(self, last: int) -> None:
+        """Run the step in the batch again with draws of its token `last`, the second by the first.
+
+        All kernels of a draw run for any parameters.
+        """
+        from fd_dsa.runner.device_draws import SlotParameters
+
+        assert self.draws is not None
+        self.draws.set_slot(0, SlotParameters())
+        for is_second in (False, True):
+            if is_second:
+                self.input_batch.defer_tokens([last], [0])
+            self.execute_and_draw(np.array([last]), np.zeros(1, np.int64), np.zeros(1, np.int64))()
 
     def capture_decode_graphs(
         self, sizes: Sequence[int], capture: Callable[[Any], Capture]
@@ -248,15 +267,15 @@ class ModelRunner:
 
     def execute_and_draw(
         self, logits_indices: np.ndarray, slots: np.ndarray, positions: np.ndarray
-    ) -> np.ndarray:
-        """Run the step in the batch and draw tokens on its device, where there are `draws`.
+    ) -> Callable[[], np.ndarray]:
+        """Queue the step in the batch and the draw of its tokens, where there are `draws`.
 
         Args:
             logits_indices: as of `execute_model`; at least one.
             slots, positions: int64 [n]; slot of each row, and position of the token in its output.
 
         Returns:
-            int64 [n], as of `Sampler.sample`; valid until the next step.
+            See DeviceDraws.
         """
         assert self.draws is not None
         with paddle.no_grad():

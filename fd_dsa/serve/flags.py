@@ -169,6 +169,7 @@ _FLAGS = {
         f"prompts are computed beside it, 0 for no target (default: {DEFAULT_TARGET_MS:g})",
         "--enable-chunked-prefill": "split prompts at --max-num-batched-tokens; always on "
         "(default: enabled)",
+        "--async-scheduling": "on a GPU, queue a step while the one before runs (default: enabled)",
     },
     "CUDA graphs (on a GPU)": {
         "--enforce-eager": "launch decode steps kernel by kernel, without CUDA graphs",
@@ -214,7 +215,7 @@ _CHOICES = {
     "reasoning_parser": (AUTO, NONE, *REASONING_FORMATS),
     "tool_call_parser": (AUTO, NONE, *TOOL_FORMATS),
 }
-_ON_OR_OFF = ("enable_chunked_prefill", "enable_prefix_caching")
+_ON_OR_OFF = ("async_scheduling", "enable_chunked_prefill", "enable_prefix_caching")
 _MAY_BE_REPEATED = ("allowed_host", "api_key", "served_model_name")
 
 

@@ -48,8 +48,8 @@ class Case:
         found = fp8_linear(self.x, *self.weight, out_dtype, **options)
         assert str(found.dtype).endswith(out_dtype)
         values = block_fp8.get(self.m, found)
-        # Hopper's tensor cores cut products of codes off 13 bits below the largest of 32: of codes of
-        # all sizes up to 2^-10.4 of the sums of magnitudes was seen, with cuBLASLt bit by bit the same
+        # Hopper's tensor cores cut products of codes off 13 bits below the largest of 32: of codes
+        # of all sizes up to 2^-10.4 of the sums of magnitudes was seen, and cuBLASLt had the same
         step = 2.0**-10 if self.m.on_gpu else 2.0**-21
         bound = step * self.size
         if out_dtype == "bfloat16":

@@ -45,7 +45,8 @@ def test_the_command_line_goes_before_variables_before_the_file_before_defaults(
 
 SWITCHES = (
     *("dry-run", "trust-request-chat-template", "disable-ui", "enable-prefix-caching"),
-    *("enable-chunked-prefill", "enforce-eager", "enable-expert-parallel", "log-requests"),
+    *("async-scheduling", "enable-chunked-prefill", "enforce-eager"),
+    *("enable-expert-parallel", "log-requests"),
     "log-json",
 )
 VALUES: dict[str, Any] = {
@@ -79,7 +80,7 @@ def test_every_flag_has_one_value_from_all_sources(
 ) -> None:
     options = {option for action in build_parser()._actions for option in action.option_strings}
     flags = {option.removeprefix("--") for option in options if option.startswith("--")}
-    negated = {"no-enable-prefix-caching", "no-enable-chunked-prefill"}
+    negated = {"no-async-scheduling", "no-enable-prefix-caching", "no-enable-chunked-prefill"}
     assert flags - negated - {"help", "version", "config"} == VALUES.keys()
     for name, value in VALUES.items():
         values = value if isinstance(value, list) else [] if value is True else [value]

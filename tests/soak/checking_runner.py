@@ -5,10 +5,14 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.sampler import Sampler
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.input_batch import InputBatch
 
 VOCAB_SIZE = 12
@@ -83,9 +87,13 @@ class CheckingRunner:
         num_new = int(batch.seq_lens_this_time[row])
         given = batch.ids_remove_padding[begin : begin + num_new].tolist()
         end = cached + num_new
-        assert given == request.token_ids[cached:end], f"row {row} got other tokens"
+        token_ids = request.token_ids[:end]
+        if request.drawn_row >= 0:
+            # the engine does not know it yet
+            token_ids.append(given[-1])
+        assert given == token_ids[cached:], f"row {row} got other tokens"
         hashes = self._hashes.setdefault(request, [])
-        extend_hashes(hashes, request.token_ids[:end], request.params.cache_salt)
+        extend_hashes(hashes, token_ids, request.params.cache_salt)
         expected = np.array(hashes[:end], np.int64)
         table = batch.block_tables[row, : -(-end // size)]
         assert (table >= 0).all(), f"row {row} has no block for one of its {end} tokens"
@@ -115,6 +123,49 @@ class CheckingRunner:
                 block = int(batch.block_tables[row, position // size])
                 content[blocks.index(block), position % size] = GARBAGE
         return content
+
+
+class DrawingRunner(CheckingRunner):
+    """Draws tokens itself, as a runner on a device: a step may have tokens of the draw before."""
+
+    def __init__(self, *arguments: Any, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.draws, self._sampler = self, Sampler(self.input_batch.max_num_seqs)
+        self._drawn = np.zeros(0, np.int64)
+        self.fails_late = False
+
+    def set_slot(self, slot: int, given: SlotParameters) -> None:
+        """How the rows of a slot are sampled."""
+        params = SamplingParams(
+            temperature=given.temperature,
+            min_p=given.min_p,
+            top_k=given.top_k,
+            top_p=given.top_p,
+        )
+        self._sampler.set_slot(slot, params, given.seed, None)
+
+    def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
+        """Put the tokens in, then run the step."""
+        batch = self.input_batch
+        ids = batch.ids_remove_padding[: batch.num_tokens]
+        deferred = np.flatnonzero(ids < 0)
+        assert bool(len(deferred)) == batch.has_deferred
+        ids[deferred] = np.maximum(self._drawn[-1 - ids[deferred]], 0)
+        return super().execute_model(logits_indices)
+
+    def execute_and_draw(
+        self, logits_indices: np.ndarray, slots: np.ndarray, positions: np.ndarray
+    ) -> Callable[[], np.ndarray]:
+        """Run the step; the tokens are there when they are asked for."""
+        logits = self.execute_model(logits_indices)
+        drawn = self._drawn = self._sampler.sample(logits, slots, positions)
+
+        def taken() -> np.ndarray:
+            if self.fails_late:
+                raise DeviceGone("the device is gone")
+            return drawn
+
+        return taken
 
 
 def extend_hashes(hashes: list[int], token_ids: Sequence[int], salt: str | None) -> None:

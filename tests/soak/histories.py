@@ -19,7 +19,7 @@ from fd_dsa.runner.input_batch import InputBatch
 from tests.engine.fakes import byte_tokenizer, random_clock
 from tests.soak import report
 from tests.soak.audit import audit, evictable_keys, running_requests, waiting_requests
-from tests.soak.checking_runner import EOS, VOCAB_SIZE, CheckingRunner, DeviceGone
+from tests.soak.checking_runner import EOS, VOCAB_SIZE, CheckingRunner, DeviceGone, DrawingRunner
 
 MAX_MODEL_LEN = 48
 MAX_STEPS = 20_000
@@ -50,6 +50,8 @@ class History:
     target_gap_s: float
     clock_seed: int
     arrivals: tuple[Arrival, ...]
+    draws_on_device: bool
+    async_scheduling: bool
 
 
 @dataclass
@@ -73,6 +75,12 @@ def draw_history(number: int) -> History:
     stem = [draw.randrange(2, VOCAB_SIZE) for _ in range(40)]
     arrivals = tuple(_draw_arrival(draw, stem) for _ in range(draw.randint(1, 14)))
     longest = max(len(one.prompt) + (one.params.max_tokens or 0) - 1 for one in arrivals)
+    draws_on_device = draw.random() < 0.6
+    if draws_on_device and draw.random() < 0.7:
+        # nothing that the host must do to logits
+        plain = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "logit_bias": None}
+        plain |= {"bad_words": None, "min_tokens": 0, "prompt_logprobs": None}
+        arrivals = tuple(replace(a, params=replace(a.params, **plain)) for a in arrivals)
     return History(
         num_blocks=-(-longest // block_size) + draw.choice([0, 1, 3, 10, 40]),
         block_size=block_size,
@@ -84,6 +92,8 @@ def draw_history(number: int) -> History:
         target_gap_s=draw.choice([0, 0, 1e-3, 0.1, 10]),
         clock_seed=draw.randrange(1 << 30),
         arrivals=arrivals,
+        draws_on_device=draws_on_device,
+        async_scheduling=draw.random() < 0.8,
     )
 
 
@@ -123,9 +133,8 @@ def make_engine(history: History) -> LLMEngine:
         -(-MAX_MODEL_LEN // history.block_size),
         history.block_size,
     )
-    runner = CheckingRunner(
-        batch, history.num_blocks, lambda: running_requests(engine), history.nan_share
-    )
+    kind = DrawingRunner if history.draws_on_device else CheckingRunner
+    runner = kind(batch, history.num_blocks, lambda: running_requests(engine), history.nan_share)
     engine = LLMEngine(
         runner,
         TOKENIZER,
@@ -134,6 +143,7 @@ def make_engine(history: History) -> LLMEngine:
         eos_token_ids=[EOS],
         target_gap_s=history.target_gap_s,
         enable_prefix_caching=history.enable_prefix_caching,
+        async_scheduling=history.async_scheduling,
     )
     # chunks follow measured times; no output may
     engine.clock = random_clock(history.clock_seed)
@@ -158,6 +168,7 @@ def run_history(history: History, seed: int = 0) -> Counter[str]:
     for step in range(MAX_STEPS):
         _arrive_and_abort(run, history, step)
         if run.engine.has_unfinished_requests():
+            run.engine.runner.fails_late = draw.random() < history.fail_share
             _step(run, history, draw.random() < history.fail_share)
         elif step > max(one.at_step for one in history.arrivals):
             break
@@ -208,6 +219,7 @@ def _step(run: Run, history: History, fails: bool) -> None:
     assert earliest.finish_reason or before < after, f"request {earliest.arrival} was left out"
     if all(output.finish_reason != "error" for output in outputs):
         run.counts["evicted blocks"] += len(keys - evictable_keys(engine))
+    run.counts["steps queued ahead"] += engine._in_flight is not None
     _keep(run, outputs)
     audit(engine)
 
@@ -247,6 +259,7 @@ def run_alone(one: Arrival, history: History) -> list[tuple[list[int], str | Non
         block_size=8,
         max_num_seqs=MAX_MODEL_LEN,
         max_num_batched_tokens=2 * MAX_MODEL_LEN,
+        draws_on_device=False,
     )
     engine = make_engine(ample)
     engine.add_request("alone", one.prompt, one.params)

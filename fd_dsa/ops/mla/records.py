@@ -140,10 +140,12 @@ class DequantizedRecords:
             the launch that reads what it returns.
         keys_per_token: a row is dequantized if it has at most so many keys for each of its new
             tokens.
+        max_rows: of a step; the kernel has one form up to there, and for more rows others.
     """
 
-    def __init__(self, memory: Any, keys_per_token: int) -> None:
+    def __init__(self, memory: Any, keys_per_token: int, max_rows: int = 1) -> None:
         self._memory, self._keys_per_token = memory, keys_per_token
+        self._max_rows = max_rows
         self._layout = lru_cache(maxsize=_CACHED_LAYOUTS)(self._laid_out)
 
     def fill(self, cache: Any, step: ForwardMeta) -> Dequantized | None:
@@ -177,7 +179,7 @@ class DequantizedRecords:
             *(values, blocks, flags),
             *(num_rows, table_width, num_blocks, capacity, self._keys_per_token),
             BLOCK_SIZE=block_size,
-            ROWS=1 << (num_rows - 1).bit_length(),
+            ROWS=1 << (max(num_rows, self._max_rows) - 1).bit_length(),
             num_warps=_NUM_WARPS,
         )
         ids, num_slots = step.batch_id_per_token, capacity * block_size

@@ -1,0 +1,133 @@
+"""A step is queued before the tokens of the one before are taken; that nothing else changes is
+shown by `tests.soak.histories`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.runner.input_batch import InputBatch
+from tests.engine.fakes import EOS, VOCAB_SIZE, FakeRunner, byte_tokenizer, expected_greedy, run_all
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+class GreedyRunner(FakeRunner):
+    """Takes the largest logit itself; `log` has "run" for a step and "take" for a wait."""
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        self.draws, self.log = self, []
+        self._drawn = np.zeros(0, np.int64)
+
+    def set_slot(self, slot: int, parameters: Any) -> None:
+        """All slots are greedy."""
+
+    def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
+        ids = self.input_batch.ids_remove_padding[: self.input_batch.num_tokens]
+        deferred = np.flatnonzero(ids < 0)
+        ids[deferred] = self._drawn[-1 - ids[deferred]]
+        self.log.append("run")
+        return super().execute_model(logits_indices)
+
+    def execute_and_draw(
+        self, logits_indices: np.ndarray, slots: np.ndarray, positions: np.ndarray
+    ) -> Callable[[], np.ndarray]:
+        drawn = self._drawn = self.execute_model(logits_indices).argmax(axis=1)
+
+        def taken() -> np.ndarray:
+            self.log.append("take")
+            return drawn
+
+        return taken
+
+
+def new_engine(async_scheduling: bool = True, rows: int = 4) -> tuple[LLMEngine, GreedyRunner]:
+    runner = GreedyRunner(InputBatch(rows, 128, 16, 4), 256, VOCAB_SIZE)
+    engine = LLMEngine(
+        runner,
+        byte_tokenizer(),
+        num_blocks=256,
+        max_model_len=64,
+        eos_token_ids=[EOS],
+        async_scheduling=async_scheduling,
+    )
+    return engine, runner
+
+
+def tokens_of(engine: LLMEngine) -> dict[str, list[int]]:
+    return {name: outputs[-1].token_ids for name, outputs in run_all(engine).items()}
+
+
+@pytest.mark.parametrize("rows", [4, 40])
+def test_the_next_step_runs_before_tokens_are_taken(rows: int) -> None:
+    """For few rows, which are added one by one, and for many; none has a surplus step."""
+    engine, runner = new_engine(rows=rows)
+    prompts = {str(i): [2 + i, 3] for i in range(rows // 2)}
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, GREEDY)
+    found = tokens_of(engine)
+    assert found == {name: expected_greedy(prompt, 12, None) for name, prompt in prompts.items()}
+    assert runner.log == ["run", *["run", "take"] * 11, "take"]
+
+
+def test_without_it_each_step_is_taken_first() -> None:
+    engine, runner = new_engine(async_scheduling=False)
+    engine.add_request("r", [2, 3], GREEDY)
+    assert tokens_of(engine)["r"] == expected_greedy([2, 3], 12, None)
+    assert runner.log == ["run", "take"] * 12
+
+
+def ending_prompt() -> list[int]:
+    """A prompt whose greedy continuation ends by itself within a few tokens."""
+    for first in range(2, VOCAB_SIZE):
+        for second in range(2, VOCAB_SIZE):
+            if 3 <= len(expected_greedy([first, second], 12)) < 10:
+                return [first, second]
+    raise AssertionError("the fake model never ends")
+
+
+def test_the_token_after_an_end_is_dropped() -> None:
+    """Its row is free at once, and what it computed is found by nobody."""
+    engine, runner = new_engine(rows=1)
+    prompt = ending_prompt()
+    expected = expected_greedy(prompt, 12)
+    engine.add_request("ends", prompt, SamplingParams(temperature=0, max_tokens=50))
+    engine.add_request("next", prompt, GREEDY)
+    found = tokens_of(engine)
+    assert found == {"ends": expected, "next": expected_greedy(prompt, 12, None)}
+    # one step too many for the first, none for the second
+    assert len(runner.steps) == len(expected) + 1 + 12
+    assert engine.stats().num_used_blocks == 0
+
+
+def test_steps_of_which_the_host_needs_logits() -> None:
+    """A request with penalties beside a plain one, which starts before and ends after it."""
+    engine, runner = new_engine()
+    engine.add_request("plain", [5, 6], GREEDY)
+    for _ in range(3):
+        engine.step()
+    penalised = SamplingParams(temperature=0, max_tokens=4, logprobs=2, ignore_eos=True)
+    engine.add_request("scored", [7, 8], penalised)
+    outputs = run_all(engine)
+    assert outputs["plain"][-1].token_ids == expected_greedy([5, 6], 12, None)
+    assert outputs["scored"][-1].token_ids == expected_greedy([7, 8], 4, None)
+    assert len(outputs["scored"][-1].logprobs) == 4
+    assert runner.log.count("take") == 12 - 4
+
+
+def test_an_aborted_request_leaves_nothing() -> None:
+    engine, _ = new_engine()
+    engine.add_request("r", [2, 3], GREEDY)
+    for _ in range(3):
+        engine.step()
+    assert [output.finish_reason for output in engine.abort_request("r")] == ["abort"]
+    assert not engine.has_unfinished_requests() and engine.step() == []
+    engine.add_request("r", [4, 5], GREEDY)
+    assert tokens_of(engine)["r"] == expected_greedy([4, 5], 12, None)
