@@ -153,6 +153,11 @@ def batch_invariant() -> bool:
     return switch("FD_DSA_BATCH_INVARIANT") or False
 
 
+def launches_overlap() -> bool:
+    """False if FD_DSA_PDL=0: no kernel starts before the one before it has ended; as `switch`."""
+    return switch("FD_DSA_PDL") is not False
+
+
 def heaps_are_chosen() -> bool:
     """True where the environment says how many heaps glibc's allocator is to have."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")

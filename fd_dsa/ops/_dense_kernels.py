@@ -14,6 +14,7 @@ import paddle
 from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, store_groups
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored, widened
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -26,7 +27,7 @@ def empty_beside(x: Any, *shape: int, dtype: str | None = None) -> Any:
     return paddle.empty(list(shape), dtype or x.dtype, device=x.place)
 
 
-@step_kernel(strided=("x_ptr",))
+@step_kernel(strided=("x_ptr",), waits=True)
 def rms_norm_kernel(
     x_ptr,
     delta_ptr,
@@ -46,6 +47,9 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    wait_for_inputs()
+    start_next()
     x = widened(tl.load(x_ptr + row * stride + column, mask=inside, other=0.0))
     if delta_ptr is not None:
         x += widened(tl.load(delta_ptr + row * WIDTH + column, mask=inside, other=0.0))
@@ -53,7 +57,6 @@ def rms_norm_kernel(
         tl.store(sum_ptr + row * WIDTH + column, rounded, mask=inside)
         x = widened(rounded)
     mean_square = tl.sum(x * x, axis=0) / WIDTH
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     normed = stored(x * (1.0 / tl.sqrt_rn(mean_square + epsilon)) * weight, out_ptr)
     tl.store(out_ptr + row * WIDTH + column, normed, mask=inside)
     if codes_ptr is not None:
@@ -139,7 +142,7 @@ def sigmoid(x):
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def silu_and_mul_kernel(
     gate_up_ptr,
     out_ptr,
@@ -151,6 +154,8 @@ def silu_and_mul_kernel(
     ROUND_SCALES: tl.constexpr,
 ):
     """Block `program 1` of row `program 0`; with `codes_ptr` the result is written in FP8 alone."""
+    wait_for_inputs()
+    start_next()
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
     column = first + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -202,7 +207,7 @@ def silu_and_mul_quantized(gate_up: Any, round_scales: bool) -> Fp8Rows:
     return quantized
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def quantize_rows_kernel(
     x_ptr,
     codes_ptr,
@@ -213,6 +218,8 @@ def quantize_rows_kernel(
     ROUND_SCALES: tl.constexpr,
 ):
     """Block `program 1` of row `program 0`."""
+    wait_for_inputs()
+    start_next()
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
     column = first + tl.arange(0, BLOCK)
     x = widened(tl.load(x_ptr + row * WIDTH + column, mask=column < WIDTH, other=0.0))
@@ -248,11 +255,13 @@ def quantize_rows(x: Any, round_scales: bool) -> Fp8Rows:
     return quantized
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def rows_at_kernel(
     table_ptr, index_ptr, out_ptr, table_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Block `program 1` of row `program 0`; zeros where the table has no such row."""
+    wait_for_inputs()
+    start_next()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH

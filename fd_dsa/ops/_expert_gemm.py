@@ -21,6 +21,7 @@ from fd_dsa.ops._triton_fp8 import (
     to_e4m3,
     widened,
 )
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -157,7 +158,7 @@ def _own_tile(
     return expert, first, tl.sum(tl.where(own, counts, 0), axis=0)
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def expert_gemm_kernel(
     x_ptr,
     x_scales_ptr,
@@ -187,6 +188,7 @@ def expert_gemm_kernel(
     GATED: silu of the first COLUMNS columns times the second ones; with `out_scales_ptr` it is
     rounded to bfloat16 and stored as FP8.
     """
+    wait_for_inputs()
     expert, first, count = _own_tile(counts_ptr, tl.program_id(1), NUM_EXPERTS, EXPERTS, BLOCK_ROWS)
     if expert < NUM_EXPERTS:
         # a weight of all experts has more values than 32 bits count
@@ -215,6 +217,7 @@ def expert_gemm_kernel(
                 COLUMNS * WIDTH, COLUMNS // _GROUP * groups, x_stride, 0, groups, WIDTH, GATED,
                 BLOCK_ROWS, BLOCK_COLUMNS, NATIVE,
             )  # fmt: skip
+        start_next()
         if GATED:
             total = total * sigmoid(total) * up
         to = out_ptr + pair[:, None] * COLUMNS + column[None, :]

@@ -20,6 +20,7 @@ from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows
 from fd_dsa.ops._host import dtype_name
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored, widened
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -39,7 +40,7 @@ def _are_best(values, exists, k, SIZE: tl.constexpr):
     return exists & (rank < k)
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def choose_experts_kernel(
     logits_ptr,
     bias_ptr,
@@ -64,10 +65,12 @@ def choose_experts_kernel(
     group, place = tl.arange(0, GROUPS), tl.arange(0, SIZE)
     expert = group[:, None] * own + place[None, :]
     exists = (group < NUM_GROUPS)[:, None] & (place < own)[None, :]
+    bias = tl.load(bias_ptr + expert, mask=exists, other=0.0)
+    wait_for_inputs()
+    start_next()
     logits = tl.load(logits_ptr + row + expert, mask=exists, other=0.0)
     scores = sigmoid(logits)
-    choice = scores + tl.load(bias_ptr + expert, mask=exists, other=0.0)
-    choice = tl.where(exists, choice, float("-inf"))
+    choice = tl.where(exists, scores + bias, float("-inf"))
     if NUM_GROUPS > 1:
         best = tl.max(choice, axis=1)
         # the first of equal ones is the best, another one the second
@@ -152,9 +155,11 @@ def choose_experts(
     return ids, weights
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def group_pairs_kernel(ids_ptr, pairs_ptr, counts_ptr, num_pairs, num_tokens, BLOCK: tl.constexpr):
     """The pairs of expert `program 0`; at most one a token."""
+    wait_for_inputs()
+    start_next()
     expert = tl.program_id(0)
     count = 0
     for start in range(0, num_pairs, BLOCK):
@@ -249,7 +254,7 @@ def expert_gemm(
     return quantized or out
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def sum_experts_kernel(
     parts_ptr,
     weights_ptr,
@@ -261,6 +266,8 @@ def sum_experts_kernel(
     BLOCK: tl.constexpr,
 ):
     """Block `program 1` of token `program 0`; experts are added in the order of the token's."""
+    wait_for_inputs()
+    start_next()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH

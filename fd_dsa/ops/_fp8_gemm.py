@@ -21,7 +21,7 @@ from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops._split_sums import scratch_beside, splits_of, sum_of_parts
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored
-from fd_dsa.triton_runtime import INTERPRETING
+from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device import api_for_type
 from fd_dsa.triton_runtime.driver import cuda
 
@@ -175,7 +175,7 @@ def fp8_sums(
     return total, up_total
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def fp8_linear_kernel(
     x_ptr,
     x_scales_ptr,
@@ -194,6 +194,7 @@ def fp8_linear_kernel(
     SPLITS: tl.constexpr,
 ):
     """Tile `program 0` of the result; `program 1` adds STEPS groups of 128 along K."""
+    wait_for_inputs()
     row_tiles = (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
     in_band: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS * _BAND
     tile = tl.program_id(0)
@@ -214,6 +215,7 @@ def fp8_linear_kernel(
         x, x_scales_ptr + row, live, weight, scales, 0, 0, x_stride, first,
         tl.minimum(first + STEPS, groups), WIDTH, False, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE,
     )  # fmt: skip
+    start_next()
     last = True
     if SPLITS > 1:
         total, last = sum_of_parts(total, scratch_ptr, tile, tl.program_id(1), SPLITS)

@@ -16,12 +16,13 @@ from fd_dsa.ops._triton_fp8 import (
     to_e4m3,
     widened,
 )
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 
-@step_kernel(strided=("x_ptr",))
+@step_kernel(strided=("x_ptr",), waits=True)
 def head_gemm_kernel(
     x_ptr,
     token_stride,
@@ -43,6 +44,7 @@ def head_gemm_kernel(
 
     Without `out_ptr` the block is quantised: it is one group of values.
     """
+    wait_for_inputs()
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     token = tl.program_id(2).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -56,6 +58,7 @@ def head_gemm_kernel(
         left = tl.load(x + start, mask=live & here[None, :], other=0.0)
         right = tl.load(weight + start * OUT, mask=here[:, None] & inside, other=0.0)
         total = tl.dot(left, right, acc=total, input_precision="ieee")
+    start_next()
     place = (token[:, None] * heads + head) * OUT + column[None, :]
     if out_ptr is not None:
         if out_ptr.dtype.element_ty == tl.bfloat16:

@@ -16,11 +16,13 @@ def step_kernel(
     strided: tuple[str, ...] = (),
     specialized: tuple[str, ...] = (),
     unaligned: tuple[str, ...] = (),
+    waits: bool = False,
 ) -> Callable[[Callable[..., Any]], Any]:
     """`paddle_jit` of a kernel whose numbers change from step to step.
 
     None of them selects another compiled form but those `specialized`, nor does the alignment of
     tensors `unaligned`; every tensor, named `*_ptr`, must be contiguous but those `strided`.
+    One that `waits` may be launched while the kernel before it runs; see `paddle_jit`.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -32,6 +34,7 @@ def step_kernel(
             do_not_specialize=names - tensors - set(specialized),
             do_not_specialize_on_alignment=unaligned,
             contiguous=tensors - set(strided),
+            waits=waits,
         )
 
     return decorate

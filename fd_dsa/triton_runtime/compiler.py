@@ -61,6 +61,11 @@ class Compiled:
     num_ctas: int
     codes: str
 
+    @property
+    def waits(self) -> bool:
+        """True if the kernel waits for those before it, so that it may be launched early."""
+        return "griddepcontrol.wait" in self.ptx
+
 
 def argument_codes(arguments: Mapping[str, Argument]) -> str:
     """`struct` codes of the arguments that a launch passes, in order."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from fd_dsa.environment import launches_overlap
 from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime import fastpath, serving
 from fd_dsa.triton_runtime.bound import BoundLaunch
@@ -21,6 +22,8 @@ from fd_dsa.triton_runtime.variant import Variant
 
 import triton
 
+# from here on a kernel can be launched while the one before it runs, and wait for its end
+_OVERLAPS_FROM = 90
 # generated functions that are tried in order; some twenty in vain take as long as a look-up with
 # all checks
 _MAX_CHAIN = 16
@@ -32,6 +35,7 @@ def paddle_jit(
     do_not_specialize: Iterable[str] = (),
     do_not_specialize_on_alignment: Iterable[str] = (),
     contiguous: Iterable[str] = (),
+    waits: bool = False,
 ) -> Any:
     """A kernel that is launched by `kernel[grid](...)` on Paddle tensors.
 
@@ -41,6 +45,9 @@ def paddle_jit(
             length here that changes from step to step.
         do_not_specialize_on_alignment: pointers and ints whose alignment never does.
         contiguous: tensors that must be contiguous.
+        waits: every program calls `wait_for_inputs` ahead of its first write, and of its first
+            read of anything but weights that were there before the step. From compute capability
+            9.0 on the kernel is launched while the one before it runs.
 
     Returns:
         A `Kernel`, or with options only, the decorator that makes one.
@@ -49,7 +56,8 @@ def paddle_jit(
         LaunchError: a declared name is no parameter.
     """
     declared = do_not_specialize, do_not_specialize_on_alignment, contiguous
-    return (lambda function: Kernel(function, *declared)) if fn is None else Kernel(fn, *declared)
+    make = partial(Kernel, declared=declared, waits=waits)
+    return make if fn is None else make(fn)
 
 
 class Kernel:
@@ -60,9 +68,14 @@ class Kernel:
         signature: its parameters.
     """
 
-    def __init__(self, fn: Callable[..., Any], *declared: Iterable[str]) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        declared: tuple[Iterable[str], Iterable[str], Iterable[str]],
+        waits: bool,
+    ) -> None:
         function = fn.fn if hasattr(fn, "run") else fn
-        self.signature = Signature(function, *declared)
+        self.signature, self._waits = Signature(function, *declared), waits
         self.fn = fn if hasattr(fn, "run") else triton.jit(fn)
         self.arg_names = tuple(self.signature.parameters)
         self.__name__ = self.signature.kernel
@@ -138,9 +151,20 @@ class Kernel:
         if INTERPRETING:
             return None
         if capability is not None:
-            return compile_kernel(self.fn, arguments, options, capability)
+            return self._compile(arguments, options, capability)[0]
         with serving.warming():
             return self._variant(arguments, options, device).compiled
+
+    def _compile(
+        self, arguments: Mapping[str, Argument], options: Mapping[str, Any], capability: int
+    ) -> tuple[Compiled, Mapping[str, Any]]:
+        """What is compiled, and the options of its launches: early if it waits on the device."""
+        if not (self._waits and capability >= _OVERLAPS_FROM and launches_overlap()):
+            return compile_kernel(self.fn, arguments, options, capability), options
+        early = {**options, "launch_pdl": True}
+        compiled = compile_kernel(self.fn, arguments, early, capability)
+        # a Triton without the instruction makes none: then it must not start before its inputs
+        return compiled, early if compiled.waits else options
 
     def _variant_for(
         self, values: Mapping[str, Any], options: Mapping[str, Any]
@@ -173,12 +197,11 @@ class Kernel:
                 variant = InterpretedVariant(self.fn, self.signature, arguments, options)
             else:
                 serving.announce_compilation(self.__name__, arguments, options)
-                compiled = compile_kernel(
-                    self.fn, arguments, options, cuda().traits(device).capability
-                )
+                capability = cuda().traits(device).capability
+                compiled, launched = self._compile(arguments, options, capability)
                 function = cuda().load(compiled, device)
                 variant = Variant(
-                    self.signature, arguments, options, compiled, function, device, cuda()
+                    self.signature, arguments, launched, compiled, function, device, cuda()
                 )
             self._variants[key] = variant
             return variant

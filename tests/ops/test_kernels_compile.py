@@ -6,6 +6,8 @@ Of those that were tuned: they compile as they were meant to.
 from __future__ import annotations
 
 import json
+import re
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -19,6 +21,12 @@ REGISTERS, SHARED_BYTES = 65536, 227 << 10
 RESERVED_BYTES = 1 << 10
 # registers that do not fit: a few that are read again outside the GEMMs cost little
 MOST_STACK_BYTES = 288
+# kernels that do not wait for those before them, and those that read a weight ahead of the wait
+ALONE = "dequantize", "records", "positions", "fill", "step", "v4 rows", "expand"
+ALONE += "scan", "settle", "masses", "gather", "draw"
+AHEAD = "norm", "choice"
+# before, Triton has no `gdc_wait`, or calls it otherwise
+CAN_WAIT = tuple(map(int, re.findall(r"\d+", version("triton"))[:2])) >= (3, 5)
 
 COMMON = """
 import json, re, subprocess, tempfile
@@ -41,6 +49,8 @@ TYPES = (dict.fromkeys(INT32, "int32") | dict.fromkeys(INT64, "int64")
 FLOATS = ("mean", "deviation", "epsilon", "scaling", "kv_eps", "k_eps", "weights_scale",
           "softmax_scale", "scale_log2")
 # the upper half of a descriptor is how a wgmma reads shared memory, the lower one where
+# an access to global memory
+ACCESS = r"(?:ld|st|atom|red)\\.[\\w.]*global|cp\\.async\\.c"
 DESCRIPTOR = r"(?:or\\.b64|add\\.s64)\\s+%rd\\d+, (%rd\\d+), (-?\\d{19});"
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -62,8 +72,13 @@ def compile(label, kernel, types={}, fusion=True, blocks=1, capability=90, **opt
     ways = defaultdict(set)
     for address, constant in re.findall(DESCRIPTOR, made.ptx):
         ways[address].add(int(constant) >> 32)
+    ahead = made.ptx.partition("griddepcontrol.wait")[0] if made.waits else ""
+    accesses = re.findall(ACCESS, ahead)
     print(json.dumps({
-        "label": label, "registers": registers, "stack": stack, "shared": made.shared_bytes,
+        "label": label, "waits": made.waits, "loads_ahead": len(accesses),
+        "only_loads": all(access.startswith("ld") for access in accesses),
+        "next": made.ptx.count("griddepcontrol.launch_dependents"),
+        "registers": registers, "stack": stack, "shared": made.shared_bytes,
         "warps": made.num_warps, "blocks": blocks, "stages": options.get("num_stages"),
         "products": sorted(set(re.findall(r"wgmma.mma_async\\S*", made.ptx))),
         "copies": made.ptx.count("cp.async.cg"),
@@ -276,6 +291,15 @@ def compiled(script: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output_of(COMMON + script).splitlines()]
 
 
+def assert_waits(form: dict[str, Any]) -> None:
+    """A kernel of a decode step waits before it reads anything but weights, and writes."""
+    name = re.split(r"[ ,]", form["label"])[0]
+    waits = CAN_WAIT and form["label"] not in ALONE
+    assert form["waits"] == waits, form["label"]
+    assert form["only_loads"] and (form["loads_ahead"] > 0) == (waits and name in AHEAD), name
+    assert waits or not form["next"], name
+
+
 @pytest.mark.slow
 def test_every_form_compiles() -> None:
     made = compiled(EVERY)
@@ -296,6 +320,7 @@ def test_every_form_compiles() -> None:
         *["v4 rows"] * 3,
     ]
     for form in made:
+        assert_waits(form)
         most = 16 << 10 if form["label"] == "step" else SHARED_BYTES
         assert form["shared"] <= most, form["label"]
 
@@ -304,6 +329,7 @@ def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
     assert len(made) == 6 + 4 + 8 + 1 + 5 + 9 + 2 + 7
     for form in made:
+        assert_waits(form)
         name, blocks = form["label"], form["blocks"]
         assert blocks * (form["shared"] + RESERVED_BYTES) <= SHARED_BYTES, name
         registers = blocks * form["warps"] * 32 * -(-form["registers"] // 8) * 8
@@ -329,3 +355,29 @@ def test_tuned_forms_are_what_they_are_chosen_for() -> None:
             # of eight heads not every Triton makes instructions of 64 rows
             if ",8," not in name:
                 assert bool(form["products"]) == name.endswith(",64"), name
+
+
+WAITING = """
+import os
+from fd_dsa.ops._dense_kernels import rms_norm_kernel
+from fd_dsa.ops._head_gemm import head_gemm_kernel
+
+for capability, switch in (80, ""), (89, "1"), (90, ""), (90, "1"), (90, "0"), (100, ""):
+    os.environ["FD_DSA_PDL"] = switch
+    label = f"norm {capability} {switch}"
+    compile(label, rms_norm_kernel, capability=capability, WIDTH=128, BLOCK=128,
+            ROUND_SCALES=False, **dict.fromkeys(("delta_ptr", "sum_ptr", "codes_ptr",
+                                                 "scales_ptr")))
+    compile(f"heads {capability} {switch}", head_gemm_kernel, capability=capability, IN=128,
+            OUT=128, ROUND_SCALES=False, BLOCK_TOKENS=16, BLOCK_IN=32, BLOCK_OUT=32,
+            codes_ptr=None, scales_ptr=None)
+"""
+
+
+def test_kernels_wait_where_the_device_can() -> None:
+    made = compiled(WAITING)
+    assert len(made) == 12
+    for form in made:
+        _, capability, switch = form["label"].split(" ")
+        waits = CAN_WAIT and int(capability) >= 90 and switch != "0"
+        assert (form["waits"], form["next"]) == (waits, waits), form["label"]

@@ -204,10 +204,10 @@ def in_threads(work: Callable[[int], Any], count: int) -> None:
 X, Y = FakeTensor(0x7000), FakeTensor(0x8000)
 
 
-def scale_kernel() -> Any:
+def scale_kernel(waits: bool = False) -> Any:
     """A kernel with all kinds of parameters and a launch cache of its own."""
 
-    @paddle_jit(do_not_specialize=("n",), contiguous=("x_ptr",))
+    @paddle_jit(do_not_specialize=("n",), contiguous=("x_ptr",), waits=waits)
     def scale_kernel(x_ptr, y_ptr, n, factor, flag, stride, BLOCK: tl.constexpr):
         offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + offsets * stride, mask=offsets < n).to(tl.float32)

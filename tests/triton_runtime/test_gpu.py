@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import LaunchError
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.triton_runtime import paddle_jit, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.transfers import transfers_for
 from tests.triton_runtime.fakes import in_threads, run_module
 
@@ -67,6 +67,15 @@ def dot_kernel(a_ptr, b_ptr, out_ptr, K, TILE: tl.constexpr):
         b = tl.load(b_ptr + (start + rows[:, None]) * TILE + rows[None, :])
         total += tl.dot(a, b)
     tl.store(out_ptr + rows[:, None] * TILE + rows[None, :], total)
+
+
+@paddle_jit(do_not_specialize=("n", "shift"), waits=True)
+def shift_kernel(x_ptr, out_ptr, n, shift, BLOCK: tl.constexpr):
+    wait_for_inputs()
+    start_next()
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + (offsets + shift) % n, mask=offsets < n)
+    tl.store(out_ptr + offsets, x + 1, mask=offsets < n)
 
 
 def _out(n: int = 1000) -> Any:
@@ -149,6 +158,46 @@ def test_capture_by_torch() -> None:
         out.fill_(-1)
         graph.replay()
         assert (out[:500] == 7).all() and (out[500:] == 5).all()
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_early_launches_keep_their_order(captured: bool) -> None:
+    # each launch reads what all programs of the one before wrote, and overwrites what it read
+    n, shift, rounds = 1 << 17, 70001, 50
+    grid, main, side = (n // 128,), torch.cuda.Stream(), torch.cuda.Stream()
+    x, y, beside = (torch.zeros(n, dtype=torch.int32, device="cuda") for _ in range(3))
+
+    def step() -> None:
+        now = torch.cuda.current_stream()
+        for _ in range(rounds):
+            shift_kernel[grid](x, y, n, shift, BLOCK=128)
+            side.wait_stream(now)
+            with torch.cuda.stream(side):
+                shift_kernel[grid](y, beside, n, shift, BLOCK=128)
+            shift_kernel[grid](y, x, n, shift, BLOCK=128)
+            now.wait_stream(side)
+            shift_kernel[grid](beside, y, n, shift, BLOCK=128)
+            shift_kernel[grid](y, x, n, shift, BLOCK=128)
+
+    torch.cuda.synchronize()
+    with torch.cuda.stream(main):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    if captured:
+        with torch.cuda.graph(graph, stream=main):
+            step()
+    start = torch.arange(n, dtype=torch.int32, device="cuda")
+    for _ in range(3):
+        x.copy_(start)
+        torch.cuda.synchronize()
+        if captured:
+            graph.replay()
+        else:
+            with torch.cuda.stream(main):
+                step()
+        torch.cuda.synchronize()
+        assert (x == start.roll(-4 * rounds * shift) + 4 * rounds).all()
 
 
 def test_what_is_given_back_during_a_capture_does_not_end_it() -> None:

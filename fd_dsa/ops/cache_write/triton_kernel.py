@@ -29,6 +29,7 @@ from fd_dsa.ops._triton_fp8 import (
     to_e4m3,
     widened,
 )
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -149,7 +150,9 @@ def _load_angles(cos_sin_ptr, row, HALF: tl.constexpr):
     return tl.load(angle), tl.load(angle + HALF)
 
 
-@step_kernel(strided=("kv_a_ptr", "index_k_ptr"), specialized=("kv_a_stride", "index_k_stride"))
+@step_kernel(
+    strided=("kv_a_ptr", "index_k_ptr"), specialized=("kv_a_stride", "index_k_stride"), waits=True
+)
 def write_caches_kernel(
     kv_a_ptr,
     kv_a_stride,
@@ -185,6 +188,8 @@ def write_caches_kernel(
     but the token's number come first. So rows of tokens without a slot are loaded as well. Only
     weights wait where many tokens need the registers: they come from the L1 cache.
     """
+    wait_for_inputs()
+    start_next()
     EARLY: tl.constexpr = BLOCK_TOKENS == 1
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     known = token < num_tokens

@@ -17,7 +17,7 @@ from typing import Any
 from fd_dsa.ops._host import allocator_beside, dtype_name, outer_strides
 from fd_dsa.ops._triton import step_kernel, stored_values
 from fd_dsa.ops._triton_fp8 import stored
-from fd_dsa.triton_runtime import INTERPRETING
+from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device import api_for_type
 from fd_dsa.triton_runtime.transfers import transfers_for
 
@@ -61,6 +61,7 @@ def configuration(num_tokens: int) -> Tiling:
 @step_kernel(
     strided=("hidden_ptr", "wk_ptr", "weights_proj_ptr"),
     specialized=("hidden_stride", "wk_stride", "weights_proj_stride"),
+    waits=True,
 )
 def project_indexer_kernel(
     hidden_ptr,
@@ -88,6 +89,7 @@ def project_indexer_kernel(
     The third is the parts of the hidden size, STEPS tiles each. `scratch_ptr`: one counter a tile
     of the result, zero before and after, then SPLITS tiles of float32 sums for each.
     """
+    wait_for_inputs()
     key_tiles: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     tile = tl.program_id(1)
     is_key = tile < key_tiles
@@ -116,6 +118,7 @@ def project_indexer_kernel(
             w = tl.load(rows, mask=inside & here[:, None], other=0.0)
         x, w = stored_values(x, WIDE), stored_values(w, WIDE)
         total = tl.dot(x, w, acc=total, input_precision="ieee")
+    start_next()
     mask = live & inside
     last = True
     if SPLITS > 1:

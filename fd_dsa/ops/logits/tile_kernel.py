@@ -16,6 +16,7 @@ from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, decode_form, padded_heads, prompt_form
 from fd_dsa.ops.logits.tile_schedule import TileSchedule
 from fd_dsa.step import ForwardMeta
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 from fd_dsa.triton_runtime.transfers import transfers_for
 
 import triton  # isort: skip
@@ -159,7 +160,7 @@ def _score_pages(
         scale = next_scale
 
 
-@step_kernel(strided=("logits_ptr",))
+@step_kernel(strided=("logits_ptr",), waits=True)
 def tile_kernel(
     q_ptr,
     weights_ptr,
@@ -182,6 +183,7 @@ def tile_kernel(
     REST: tl.constexpr,
 ):
     """The pages that the schedule gives to program 0: of one tile, or of several in a row."""
+    wait_for_inputs()
     q_ptr = q_ptr.to(tl.pointer_type(tl.float8e4nv))
     own = programs_ptr + (chunk * tl.num_programs(0) + tl.program_id(0)) * 8
     tile, page, left = tl.load(own), tl.load(own + 1), tl.load(own + 2)
@@ -213,6 +215,7 @@ def tile_kernel(
             entry = tiles_ptr + tile * 4
             token, num = tl.load(entry), tl.load(entry + 1)
             request, num_pages = tl.load(entry + 2), tl.load(entry + 3)
+    start_next()
 
 
 def score_tiles(

@@ -13,6 +13,7 @@ from typing import Any
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, TileForm
 from fd_dsa.step import ForwardMeta
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton.language as tl  # isort: skip
 
@@ -22,7 +23,7 @@ _PAGE = tl.constexpr(BLOCK_SIZE)
 TILE_FIELDS, PROGRAM_FIELDS = 4, 8
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def tile_schedule_kernel(
     position_ids_ptr,
     batch_id_per_token_ptr,
@@ -39,6 +40,8 @@ def tile_schedule_kernel(
     search_steps,
 ):
     """The tiles of chunk `program 0`, and where each of its programs begins."""
+    wait_for_inputs()
+    start_next()
     first = tl.program_id(0) * chunk_tokens
     end = tl.minimum(first + chunk_tokens, num_tokens)
     lane = tl.arange(0, _LANES)

@@ -12,6 +12,7 @@ from typing import Any
 from fd_dsa.ops._host import cache_format
 from fd_dsa.ops._triton import blocks_of, e4m3_values, step_kernel, stored_values
 from fd_dsa.step import ForwardMeta
+from fd_dsa.triton_runtime import wait_for_inputs
 
 import triton.language as tl  # isort: skip
 
@@ -20,7 +21,7 @@ BLOCK_N = 64
 _BLOCK_N, _BLOCK_H, _BLOCK_D = tl.constexpr(BLOCK_N), tl.constexpr(16), tl.constexpr(32)
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def logits_kernel(
     q_ptr,
     weights_ptr,
@@ -44,6 +45,7 @@ def logits_kernel(
     A float32 GEMM reads its operands as full float32 (no TF32). FP8 values are exact in float16,
     and their GEMM adds up in float32.
     """
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     token = first_token + row
     first_key = tl.program_id(1) * _BLOCK_N

@@ -31,6 +31,7 @@ from fd_dsa.ops.mla._tiles import (
     weighted,
     zeros,
 )
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -144,7 +145,7 @@ def _bfloat16_keys(key, seen, column, first: tl.constexpr):
     return x
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def attend_kernel(
     q_ptr,
     cache_ptr,
@@ -172,6 +173,7 @@ def attend_kernel(
     FP8: latents become float16, which holds codes times scales more exactly than bfloat16 would;
     queries are brought into its range by a power of two a head. The roped part stays bfloat16.
     """
+    wait_for_inputs()
     token, head, is_head, split = _place(groups, splits, num_heads, BLOCK_H)
     row = token * num_heads + head
     column = latent_order(FP8)
@@ -240,13 +242,14 @@ def attend_kernel(
                 top, total, o0, o1, o2, o3 = _accumulate(
                     k0, k1, k2, k3, scores, live, top, total, o0, o1, o2, o3, FP8, SWAPPED
                 )
+    start_next()
     _finish(
         out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, row, is_head, split, splits, column,
         o0, o1, o2, o3, top, total, SWAPPED,
     )  # fmt: skip
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def combine_kernel(
     partial_ptr,
     partial_lse_ptr,
@@ -257,6 +260,8 @@ def combine_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Some columns of the result of one token and head, from those of its splits."""
+    wait_for_inputs()
+    start_next()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, MAX_SPLITS)

@@ -13,6 +13,7 @@ from typing import Any
 from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
 from fd_dsa.ops._host import cache_format
 from fd_dsa.ops._triton import e4m3_values, step_kernel, stored_values
+from fd_dsa.triton_runtime import wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -53,7 +54,7 @@ def _roped(
     )
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def sparse_mla_kernel(
     q_ptr,
     cache_ptr,
@@ -71,6 +72,7 @@ def sparse_mla_kernel(
     WIDE: tl.constexpr,
 ):
     """Attention of token `program 0` for the heads of group `program 1`."""
+    wait_for_inputs()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * _BLOCK_H + tl.arange(0, _BLOCK_H)
     is_head = head < num_heads

@@ -12,6 +12,7 @@ from fd_dsa.errors import ShapeError
 from fd_dsa.ops._host import outer_strides
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import load_pairs, rotated, store_pairs, stored
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -25,6 +26,7 @@ BLOCK_ROWS, NUM_WARPS = 2, 1
 @step_kernel(
     strided=("latent_ptr", "pe_ptr"),
     specialized=("latent_token_stride", "latent_head_stride", "pe_token_stride", "pe_head_stride"),
+    waits=True,
 )
 def prepare_mla_query_kernel(
     latent_ptr,
@@ -45,6 +47,8 @@ def prepare_mla_query_kernel(
     BLOCK_ROWS: tl.constexpr,
 ):
     """See `prepare_mla_query`; rows of RANK + 2 * HALF values, HEADS of them a token."""
+    wait_for_inputs()
+    start_next()
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < num_rows
     token, head = row // HEADS, row % HEADS

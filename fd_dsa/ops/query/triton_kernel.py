@@ -20,6 +20,7 @@ from fd_dsa.ops._triton_fp8 import (
     store_row_codes,
     widened,
 )
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton.language as tl  # isort: skip
 
@@ -33,7 +34,7 @@ def configuration(num_rows: int) -> tuple[int, int]:
     return (32, 4) if num_rows <= 131072 else (32, 2)
 
 
-@step_kernel()
+@step_kernel(waits=True)
 def prepare_query_kernel(
     q_ptr,
     weights_ptr,
@@ -56,6 +57,8 @@ def prepare_query_kernel(
 
     Where programs divide tokens evenly, each has the rows of one token and needs no mask.
     """
+    wait_for_inputs()
+    start_next()
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = first_row + tl.arange(0, BLOCK_ROWS)
     if HEADS % BLOCK_ROWS == 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.ops._triton import blocks_of, step_kernel
+from fd_dsa.triton_runtime import wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -50,7 +51,7 @@ def _kth_best(row_ptr, window, k):
     return kth, above
 
 
-@step_kernel(strided=("logits_ptr",))
+@step_kernel(strided=("logits_ptr",), waits=True)
 def topk_kernel(
     logits_ptr,
     position_ids_ptr,
@@ -66,6 +67,7 @@ def topk_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     """Slots of the k best keys of token `first_token + program 0`."""
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     token = first_token + row
     batch_id = tl.load(batch_id_per_token_ptr + token)
