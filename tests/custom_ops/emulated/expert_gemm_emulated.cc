@@ -1,0 +1,4 @@
+// The grouped GEMM of experts on the emulated GPU.
+#include "hopper.cuh"
+// the other comes first, so that its guard keeps the hardware's own out
+#include "expert_gemm.cu"
