@@ -2,3 +2,5 @@
 #include "hopper.cuh"
 // the other comes first, so that its guard keeps the hardware's own out
 #include "expert_gemm.cu"
+// text of errors
+#include "position_ids.cu"
