@@ -395,6 +395,12 @@ struct Multiplying {
   __device__ __forceinline__ void run() {
     // the first one's turn comes first
     if (kInTurn && warpgroup == 1) named_barrier_arrive(kTurnOfFirst, 256);
+    multiply_all();
+    // and is over last
+    if (kInTurn && warpgroup == 0) named_barrier_apart(kTurnOfFirst, 256);
+  }
+
+  __device__ __forceinline__ void multiply_all() {
     for (;;) {
       barrier_wait(turn.is_full(), turn.parity);
       const uint32_t number = load_shared(turn.scales() + kOwnTile);
