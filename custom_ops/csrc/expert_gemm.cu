@@ -9,7 +9,7 @@
 // to sums in float32 registers. While one warpgroup adds, the other has the tensor cores.
 //
 // Two blocks of columns, because at full rate a tile of 128 x 128 would read 64 bytes a cycle from
-// L2, more than it gives; with both the sums are 128 registers of a thread, and a product 64.
+// L2, more than it gives; with both the sums are 128 registers of a thread, and a part 64.
 //
 // Tiles are taken in order, from a counter: those of the same weights, which are neighbours, run at
 // the same time, and find what the first of them read in L2. Weights are most of what is read: for
@@ -50,8 +50,8 @@ static_assert(kBytes <= 232448 && kBarriers % 8 == 0 && kLines % 16 == 0);
 // Numbers of named barriers.
 enum { kOfCopiers = 1, kTurnOfFirst, kTurnOfSecond };
 
-// nvcc -DFD_DSA_EXPERTS_IN_TURN: the warpgroups that multiply ask for their products in turn, so
-// that they cannot come to add at the same time; one then waits for the other where it writes.
+// nvcc -DFD_DSA_EXPERTS_IN_TURN: the warpgroups that multiply have the tensor cores in turn, so that
+// they cannot come to add at the same time; one then waits for the other where it writes.
 #if defined(FD_DSA_EXPERTS_IN_TURN)
 constexpr bool kInTurn = true;
 #else
@@ -234,7 +234,7 @@ __device__ __forceinline__ float silu_times(float gate, float up) {
   return gate * __fdividef(gate >= 0 ? 1.0f : small, 1.0f + small) * up;
 }
 
-// Warpgroup 0 or 1, which has 64 rows of each tile. Of a product a thread has rows `row` and
+// Warpgroup 0 or 1, which has 64 rows of each tile. Of a result a thread has rows `row` and
 // `row` + 8 of its warp's 16, and in each block of 8 columns two neighbouring ones: value
 // j * 4 + r * 2 + c is that of row lane / 4 + 8 r and column 8 j + lane % 4 * 2 + c.
 struct Multiplying {

@@ -37,7 +37,7 @@ extern "C" struct FdDsaExpertGemm {
   // multiples of 128
   int32_t width;
   int32_t columns;
-  // 1: silu of the first product times the second
+  // 1: silu of the gate's columns times the others
   int32_t is_gated;
   // 1: scales of the result are powers of two
   int32_t round_scales;
