@@ -3,6 +3,7 @@
 #ifndef FD_DSA_HOPPER_CUH
 #define FD_DSA_HOPPER_CUH
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -149,7 +150,56 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool read
                : "memory");
 }
 
-// The barrier gets an arrival of this thread once its copies by copy_16 have landed.
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_4(uint32_t to, const void* from, bool read) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(read ? 4 : 0)
+               : "memory");
+}
+
+// A matrix of bytes, from which the copy engine takes tiles of 128 rows by 128 bytes. A kernel has
+// it as a __grid_constant__ parameter.
+using TensorMap = CUtensorMap;
+
+// The matrix at an address that is a multiple of 16; so is its width. What is past its last row is
+// zeros. The driver's function has no library of its own to link with.
+inline cudaError_t make_tile_map(TensorMap& map, const void* at, uint64_t width, uint64_t rows) {
+  using Encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                          const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                          CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                          CUtensorMapFloatOOBfill);
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult state;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                             12000, cudaEnableDefault, &state);
+#else
+  const cudaError_t error =
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &state);
+#endif
+  if (error != cudaSuccess) return error;
+  if (state != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  const cuuint64_t sizes[] = {width, rows}, row_bytes[] = {width};
+  const cuuint32_t tile[] = {128, 128}, steps[] = {1, 1};
+  const CUresult result = reinterpret_cast<Encode*>(found)(
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(at), sizes, row_bytes, tile, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// 128 rows of 128 bytes from byte `column` and row `row` on, swizzled, counted by a barrier. `to` is
+// a multiple of 1024.
+__device__ __forceinline__ void copy_tile(uint32_t to, const TensorMap& map, int column, int row,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The barrier gets an arrival of this thread once its copies by copy_16 and copy_4 have landed.
 FD_DSA_DO_AT(barrier_arrive_after_copies, "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];")
 
 // Waits until this thread's copies by copy_16 have landed.
@@ -241,6 +291,13 @@ __device__ __forceinline__ float exp2_of(float x) {
 FD_DSA_PACK(pack_half, "f16")
 FD_DSA_PACK(pack_bfloat16, "bf16")
 
+// e4m3 codes: nearest, the even one of two; past 448 the largest, NaN 0x7f.
+__device__ __forceinline__ uint16_t pack_codes(float low, float high) {
+  uint16_t both;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+  return both;
+}
+
 // Half a word as a float: bfloat16 bits.
 __device__ __forceinline__ float low_of(uint32_t x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float high_of(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
@@ -329,14 +386,15 @@ __device__ __forceinline__ void pin(float (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// Text and operands of the GEMMs below: `d` has 8, 16, 32 or 128 registers of a thread.
+// Text and operands of the GEMMs below: `d` has 8, 16, 32, 64 or 128 registers of a thread.
 #define FD_DSA_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FD_DSA_16 FD_DSA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define FD_DSA_32 FD_DSA_16 \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FD_DSA_128 FD_DSA_32                                                         \
+#define FD_DSA_64 FD_DSA_32                                                          \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FD_DSA_128 FD_DSA_64                                                         \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
   ", %96, %97, %98, %99, %100, %101, %102, %103"                                     \
@@ -348,7 +406,8 @@ __device__ __forceinline__ void pin(float (&x)[kCount]) {
       "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FD_DSA_D16(i) FD_DSA_D8(i), FD_DSA_D8(i + 8)
 #define FD_DSA_D32(i) FD_DSA_D16(i), FD_DSA_D16(i + 16)
-#define FD_DSA_D128 FD_DSA_D32(0), FD_DSA_D32(32), FD_DSA_D32(64), FD_DSA_D32(96)
+#define FD_DSA_D64 FD_DSA_D32(0), FD_DSA_D32(32)
+#define FD_DSA_D128 FD_DSA_D64, FD_DSA_D32(64), FD_DSA_D32(96)
 #define FD_DSA_WGMMA_OF(TYPE, SHAPE, D, REST, ADD, ...)                                         \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                 \
                "wgmma.mma_async.sync.aligned." SHAPE "k16.f32." TYPE "." TYPE " {" D "}, " REST \
@@ -378,6 +437,16 @@ template <bool kBfloat16>
 __device__ __forceinline__ void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, bool add) {
   FD_DSA_WGMMA("m64n64", FD_DSA_32, "%32, %33, p, 1, 1, 0, 0", "%34",
                FD_DSA_D32(0) : "l"(a), "l"(b));
+}
+
+// d [64 x 128] = a [64 x 32] * b [32 x 128] (+ d) of e4m3 codes, both K-major in shared memory.
+__device__ __forceinline__ void wgmma_codes(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" FD_DSA_64
+      "}, %64, %65, p, 1, 1;\n}\n"
+      : FD_DSA_D64
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
 // d [64 x 256] += a [64 x 16] * b [16 x 256]: a K-major in shared memory, b row-major.

@@ -15,6 +15,7 @@ import paddle
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._dense_kernels import empty_beside, sigmoid
 from fd_dsa.ops._expert_gemm import Tiling, block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops._expert_gemm_cuda import ExpertGemm, kernel_for, suits
 from fd_dsa.ops._fp8_gemm import check_weight, native_fp8
 from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows
 from fd_dsa.ops._host import dtype_name
@@ -214,7 +215,8 @@ def expert_gemm(
         pairs, counts: of `group_pairs`.
         gated: silu of the first half of the columns times the second half.
         round_scales: scales of a result in FP8 are powers of two.
-        tiling: None chooses by the shape.
+        tiling: of Triton's kernel; None chooses by the shape, and may leave prompts in FP8 to the
+            kernel of custom_ops/.
 
     Raises:
         ShapeError: an FP8 weight does not fit, or is gated with columns that share a block of 128
@@ -239,7 +241,16 @@ def expert_gemm(
     else:
         out_dtype = "float32" if kind == "float32" else "bfloat16"
         out, out_scales = empty_beside(rows, num_pairs, columns, dtype=out_dtype), None
-    if num_pairs and columns:
+    by_library: ExpertGemm | None = None
+    sizes = rows.shape[0], num_pairs, experts, columns, width
+    if scales is not None and tiling is None and num_pairs and columns and suits(*sizes):
+        by_library = kernel_for(rows)
+    if by_library is not None:
+        by_library(
+            (rows, x_scales), weight, pairs, counts, out, out_scales,
+            paddle.empty([1], "int32", device=rows.place), round_scales=bool(round_scales),
+        )  # fmt: skip
+    elif num_pairs and columns:
         tiling = tiling or configuration(kind, num_pairs, experts, gated)
         options = block_sizes(kind, columns, width, tiling)
         most_tiles = min(experts, num_pairs) + num_pairs // tiling.rows

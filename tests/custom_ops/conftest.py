@@ -12,6 +12,7 @@ from tests.custom_ops.building import emulated_library, load_package
 from tests.kernel_memory import KernelMemory, open_memory
 
 ON_GPU = pytest.param("torch", marks=pytest.mark.gpu)
+ON_RIG = pytest.param("rig", marks=pytest.mark.gpu_rig)
 EMULATED = pytest.param("interpreter", marks=pytest.mark.triton)
 
 
@@ -42,6 +43,14 @@ def kernel_memory(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[KernelMemory]:
     """Memory in which the kernels of this module are called: of the CPU, or of a GPU."""
+    yield from _memory(request, monkeypatch)
+
+
+@pytest.fixture(params=[EMULATED, ON_RIG])
+def paddle_memory(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KernelMemory]:
+    """As `kernel_memory`, for operators that make their results by Paddle."""
     yield from _memory(request, monkeypatch)
 
 

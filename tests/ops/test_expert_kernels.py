@@ -31,12 +31,12 @@ KINDS = ["float32", "bfloat16", "uint8"]
 SIZES = {"float32": (40, 24), "bfloat16": (72, 24), "uint8": (200, 128)}
 
 
-def choices(kind: str, num_tokens: int, top_k: int) -> np.ndarray:
+def choices(kind: str, num_tokens: int, top_k: int, experts: int = EXPERTS) -> np.ndarray:
     """int32 [num_tokens, top_k], ascending; "padded": every third token is padding."""
     rng = np.random.default_rng([num_tokens, top_k])
     if kind == "one for all":
-        return np.tile(np.arange(EXPERTS - top_k, EXPERTS, dtype=np.int32), (num_tokens, 1))
-    rows = [np.sort(rng.choice(EXPERTS, top_k, replace=False)) for _ in range(num_tokens)]
+        return np.tile(np.arange(experts - top_k, experts, dtype=np.int32), (num_tokens, 1))
+    rows = [np.sort(rng.choice(experts, top_k, replace=False)) for _ in range(num_tokens)]
     ids = np.array(rows, np.int32).reshape(num_tokens, top_k)
     if kind == "padded":
         ids[::3] = -1
@@ -46,19 +46,27 @@ def choices(kind: str, num_tokens: int, top_k: int) -> np.ndarray:
 class Operands:
     """Rows and expert weights of a type: in a memory, and their exact values."""
 
-    def __init__(self, m: KernelMemory, kind: str, rows: int, columns: int, width: int) -> None:
+    def __init__(
+        self,
+        m: KernelMemory,
+        kind: str,
+        rows: int,
+        columns: int,
+        width: int,
+        experts: int = EXPERTS,
+    ) -> None:
         rng = np.random.default_rng([rows, columns, width])
         self.m, self.kind = m, kind
         if kind == "uint8":
             codes, scales = block_fp8.activations(rng, rows, width)
             # sums near 1, where silu bends
             self.use_rows((codes, scales * np.float32(2.0**-9)))
-            weight = block_fp8.weight(rng, EXPERTS, columns, width)
+            weight = block_fp8.weight(rng, experts, columns, width)
             self.weight: Any = put_pair(m, weight)[:2]
             self.weight_values = weight_values(*weight)
         else:
             values = rng.standard_normal((rows, width)), rng.standard_normal((columns, width))
-            factors = np.float32(2.0) ** np.arange(EXPERTS)[:, None, None]
+            factors = np.float32(2.0) ** np.arange(experts)[:, None, None]
             x, every = values[0], values[1] * factors / width**0.5
             x, every = (block_fp8.rounded(v, kind) for v in (x, every))
             self.x: Any = block_fp8.put(m, x, kind)

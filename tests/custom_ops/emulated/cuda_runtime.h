@@ -395,6 +395,10 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* found, Kernel, const cudaLaunchC
   *found = 128 / static_cast<int>(config->attrs->val.clusterDim.x);
   return cudaSuccess;
 }
+inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+  std::memset(at, value, bytes);
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no CUDA here"; }
 

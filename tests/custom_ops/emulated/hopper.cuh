@@ -174,16 +174,46 @@ inline Copies& copies() {
   return all[emulated::current];
 }
 
-inline void copy_16(uint32_t to, const void* from, bool read) {
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) abort();
-  unsigned char* there = resolve(to, 16);
+template <int kBytes>
+void copy_some(uint32_t to, const void* from, bool read) {
+  if (reinterpret_cast<uintptr_t>(from) % kBytes != 0) abort();
+  unsigned char* there = resolve(to, kBytes);
   Copies& mine = copies();
   ++mine.left;
   happens_later([=, &mine] {
-    if (read) std::memcpy(there, from, 16);
-    else std::memset(there, 0, 16);
+    if (read) std::memcpy(there, from, kBytes);
+    else std::memset(there, 0, kBytes);
     if (--mine.left > 0) return;
     for (const auto& happens : std::exchange(mine.behind, {})) happens();
+  });
+}
+inline void copy_16(uint32_t to, const void* from, bool read) { copy_some<16>(to, from, read); }
+inline void copy_4(uint32_t to, const void* from, bool read) { copy_some<4>(to, from, read); }
+
+struct TensorMap {
+  const unsigned char* at;
+  uint64_t width, rows;
+};
+
+inline cudaError_t make_tile_map(TensorMap& map, const void* at, uint64_t width, uint64_t rows) {
+  if (reinterpret_cast<uintptr_t>(at) % 16 != 0 || width % 16 != 0) return cudaErrorInvalidValue;
+  map = {static_cast<const unsigned char*>(at), width, rows};
+  return cudaSuccess;
+}
+
+// The swizzle is that of addresses, as hardware has it.
+inline void copy_tile(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
+  if (to % 1024 != 0 || column < 0 || row < 0) abort();
+  unsigned char* there = resolve(to, 128 * 128);
+  CopyBarrier& found = barrier_at(barrier);
+  happens_later([=, &found] {
+    for (uint64_t i = 0; i < 128 * 128; ++i) {
+      const uint64_t x = column + i % 128, y = row + i / 128;
+      const bool is_there = x < map.width && y < map.rows;
+      there[i ^ (i >> 7 & 7) << 4] = is_there ? map.at[y * map.width + x] : 0;
+    }
+    found.bytes -= 128 * 128;
+    found.check();
   });
 }
 
@@ -285,6 +315,23 @@ inline uint32_t pack_half(float low, float high) { return half_bits(low) | half_
 inline uint32_t pack_bfloat16(float low, float high) {
   return bfloat16_bits(low) | bfloat16_bits(high) << 16;
 }
+
+// The nearest of all codes, the even one of two.
+inline uint32_t code_of(float value) {
+  if (value != value) return 0x7f;
+  const float size = std::fabs(value);
+  uint32_t low = 0, high = 0x7e;
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    (value_of_code(middle) <= size ? low : high) = middle;
+  }
+  const float down = size - value_of_code(low), up = value_of_code(high) - size;
+  return (down < up || (down == up && low % 2 == 0) ? low : high) | (std::signbit(value) ? 128 : 0);
+}
+inline uint16_t pack_codes(float low, float high) {
+  return static_cast<uint16_t>(code_of(low) | code_of(high) << 8);
+}
+
 inline float low_of(uint32_t x) { return __uint_as_float(x << 16); }
 inline float high_of(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
@@ -471,6 +518,35 @@ template <bool kBfloat16>
 void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, bool add) {
   wgmma_shared<kBfloat16>(d, a, add, [=](unsigned k, unsigned column) {
     return static_cast<uint32_t>(b) + column * 128 + k * 2;
+  });
+}
+
+inline float value_of_code_at(uint32_t address) {
+  static const std::array<float, 256> values = [] {
+    std::array<float, 256> all;
+    for (uint32_t code = 0; code < 256; ++code) all[code] = value_of_code(code);
+    return all;
+  }();
+  return values[*resolve(address ^ (address >> 7 & 7) << 4, 1)];
+}
+
+inline void wgmma_codes(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+  const unsigned g = emulated::lane() / 4, t = emulated::lane() % 4;
+  const unsigned first = emulated::current->thread / 32 % 4 * 16 + g;
+  product([=, &d] {
+    float rows[2][32];
+    for (unsigned i = 0; i < 64; ++i) {
+      rows[i / 32][i % 32] =
+          value_of_code_at(static_cast<uint32_t>(a) + (first + i / 32 * 8) * 128 + i % 32);
+    }
+    for (unsigned i = 0; i < 64; ++i) {
+      const uint32_t column = static_cast<uint32_t>(b) + (i / 4 * 8 + 2 * t + i % 2) * 128;
+      double sum = add ? d[i] : 0.0;
+      for (unsigned k = 0; k < 32; ++k) {
+        sum += static_cast<double>(rows[i >> 1 & 1][k]) * value_of_code_at(column + k);
+      }
+      d[i] = static_cast<float>(sum);
+    }
   });
 }
 

@@ -1,0 +1,512 @@
+// The grouped GEMM of routed experts in block FP8, for prompts: 128 rows of an expert at a time.
+//
+// A block stays on its multiprocessor and takes tile after tile of the result: 128 pairs of an
+// expert by two blocks of 128 columns, gated those of the gate and what it multiplies. One
+// warpgroup brings operands, 128 bytes along K at a time, up to four such stages ahead, and goes on
+// with the next tile while the last one is written: rows of `x`, which the list of pairs names, by
+// copies of 16 bytes, weights by the copy engine (TMA). Two warpgroups multiply, 64 rows each: a
+// product over 128 values has a scale of its own, so it is made from zero and then added, scaled,
+// to sums in float32 registers. While one warpgroup adds, the other has the tensor cores.
+//
+// Two blocks of columns, because at full rate a tile of 128 x 128 would read 64 bytes a cycle from
+// L2, more than it gives; with both the sums are 128 registers of a thread, and a part 64.
+//
+// Tiles are taken in order, from a counter: those of the same weights, which are neighbours, run at
+// the same time, and find what the first of them read in L2. Weights are most of what is read: for
+// 8,192 tokens and 256 experts all rows of an expert are 2 MB, and the weights of its tiles 29.
+//
+// Source: sums in two steps as in DeepSeek-V3 (arXiv 2412.19437) §3.5.2; two warpgroups in turn, and
+// one that brings operands, as CUTLASS's kernels for Hopper have them.
+#include "expert_gemm.h"
+
+#include <algorithm>
+
+#include "hopper.cuh"
+
+namespace fd_dsa::experts {
+
+using namespace hopper;
+using Job = FdDsaExpertGemm;
+
+constexpr int kGroup = 128;      // values that share a scale, columns of a block, rows of a tile
+constexpr int kBand = 8;         // row tiles of an expert that run beside each other
+constexpr int kStages = 4, kThreads = 384, kMostExperts = 1024;
+constexpr uint32_t kNoTile = 0xffffffffu;
+
+// Where things are in shared memory, in bytes. An operand is 128 rows of 128 bytes, swizzled; a
+// stage has that of the rows, and those of both blocks of columns.
+constexpr uint32_t kOperand = kGroup * 128, kStage = 3 * kOperand;
+// Each warp's 16 rows of 128 bytes on their way out; 16 bytes more put neighbours in other banks.
+constexpr uint32_t kLine = 128 + 16, kLines = kStages * kStage;
+// Of a stage: scales of its rows and of both weights, the tile that it belongs to.
+constexpr uint32_t kScales = kLines + 8 * 16 * kLine, kScalesOfStage = (kGroup + 4) * 4;
+constexpr uint32_t kOfWeights = kGroup * 4, kOwnTile = kOfWeights + 8;
+constexpr uint32_t kEnds = kScales + kStages * kScalesOfStage;
+constexpr uint32_t kNext = kEnds + 4 * kMostExperts;
+constexpr uint32_t kBarriers = kNext + 2 * 4;
+constexpr uint32_t kBytes = kBarriers + 2 * kStages * 8;
+static_assert(kBytes <= 232448 && kBarriers % 8 == 0 && kLines % 16 == 0);
+
+// Numbers of named barriers.
+enum { kOfCopiers = 1, kTurnOfFirst, kTurnOfSecond };
+
+// nvcc -DFD_DSA_EXPERTS_IN_TURN: the warpgroups that multiply have the tensor cores in turn, so that
+// they cannot come to add at the same time; one then waits for the other where it writes.
+#if defined(FD_DSA_EXPERTS_IN_TURN)
+constexpr bool kInTurn = true;
+#else
+constexpr bool kInTurn = false;
+#endif
+
+// Two blocks of columns at a time.
+__host__ __device__ __forceinline__ int column_groups(const Job& job) {
+  const int blocks = job.columns / kGroup;
+  return job.is_gated != 0 ? blocks : (blocks + 1) / 2;
+}
+
+#if defined(FD_DSA_HOPPER)
+
+// A stage is full after the copies of 128 threads and those of the copy engine, and free after the
+// reads of 8 warps.
+constexpr int kFullArrivals = 128 + 1, kFreeArrivals = 8 * kWarpArrivals;
+
+// The stage that comes next, and the parity of the phase in which it is full.
+struct Turn {
+  uint32_t base;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ uint32_t operands() const { return base + stage * kStage; }
+  __device__ __forceinline__ uint32_t scales() const {
+    return base + kScales + stage * kScalesOfStage;
+  }
+  __device__ __forceinline__ uint32_t is_full() const { return base + kBarriers + stage * 8; }
+  __device__ __forceinline__ uint32_t is_free() const { return is_full() + kStages * 8; }
+};
+
+// ---- which tiles there are
+
+// [e]: row tiles of the experts up to e. One warp.
+__device__ __forceinline__ void count_tiles(const Job& job, uint32_t base, int lane) {
+  uint32_t before = 0;
+  for (int first = 0; first < job.num_experts; first += kWarp) {
+    const int expert = first + lane;
+    const int count = expert < job.num_experts ? __ldg(job.counts + expert) : 0;
+    const uint32_t end = before + warp_prefix((count + kGroup - 1) / kGroup);
+    if (expert < job.num_experts) store_shared(base + kEnds + expert * 4, end);
+    before = __shfl_sync(kAllLanes, end, kWarp - 1);
+  }
+}
+
+struct Tile {
+  int expert, first, left;  // first pair in the expert's list, pairs from there on
+  int group;                // of columns
+};
+
+// Whether there is a tile of a number, and which. The tiles of an expert follow each other in bands
+// of row tiles, where those of the same columns are neighbours.
+__device__ __forceinline__ bool find_tile(const Job& job, uint32_t base, uint32_t number,
+                                          Tile& tile) {
+  const uint32_t ends = base + kEnds, groups = column_groups(job);
+  int low = 0, high = job.num_experts;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (load_shared(ends + middle * 4) <= number / groups) low = middle + 1;
+    else high = middle;
+  }
+  if (low == job.num_experts) return false;
+  const uint32_t before = low > 0 ? load_shared(ends + (low - 1) * 4) : 0;
+  const uint32_t tiles = load_shared(ends + low * 4) - before;
+  const uint32_t inside = number - before * groups, band = inside / (kBand * groups) * kBand;
+  const uint32_t height = min(tiles - band, static_cast<uint32_t>(kBand));
+  const uint32_t in_band = inside - band * groups;
+  tile.expert = low;
+  tile.first = static_cast<int>(band + in_band % height) * kGroup;
+  tile.left = __ldg(job.counts + low) - tile.first;
+  tile.group = static_cast<int>(in_band / height);
+  return true;
+}
+
+// The list of the expert, from the tile's first pair on.
+__device__ __forceinline__ const int32_t* pairs_of(const Job& job, const Tile& tile) {
+  return job.pairs + static_cast<int64_t>(tile.expert) * job.num_tokens + tile.first;
+}
+
+// Block of columns 0 or 1 of a tile, among those of the expert's weight. Where the number of blocks
+// is odd, the last one is there twice.
+__device__ __forceinline__ int weight_block(const Job& job, const Tile& tile, int which) {
+  const int blocks = job.columns / kGroup;
+  if (job.is_gated != 0) return tile.group + which * blocks;
+  return min(2 * tile.group + which, blocks - 1);
+}
+
+// ---- the warpgroup that brings operands
+
+// Brings all stages of a tile. Thread t copies chunk t % 8 of rows t / 8 + 16 i, and the scale of
+// row t.
+__device__ __forceinline__ void bring_tile(const Job& job, const TensorMap& weight,
+                                           const Tile& tile, uint32_t number, int thread,
+                                           Turn& turn) {
+  constexpr int kEach = kGroup / 16;
+  const int32_t* pairs = pairs_of(job, tile);
+  uint32_t chunks[kEach];  // from the beginning of `x`
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = thread / 8 + i * 16;
+    const uint32_t row = at < tile.left ? __ldg(pairs + at) / job.row_pairs : 0;
+    chunks[i] = row * (job.width / 16) + thread % 8;
+  }
+  const bool has_scale = thread < tile.left;
+  const float* scale = job.x_scales + (has_scale ? __ldg(pairs + thread) / job.row_pairs : 0);
+  const int groups = job.width / kGroup, blocks = job.columns / kGroup * (1 + job.is_gated);
+  // two threads alone use it
+  const float* weight_scale =
+      job.weight_scales +
+      (static_cast<int64_t>(tile.expert) * blocks + weight_block(job, tile, thread % 2)) * groups;
+  const int first = (tile.expert * blocks + weight_block(job, tile, 0)) * kGroup;
+  const int second = (tile.expert * blocks + weight_block(job, tile, 1)) * kGroup;
+  const uint32_t to = swizzled(thread / 8, thread % 8);
+  const char* x = static_cast<const char*>(job.x);
+  for (int group = 0; group < groups; ++group, turn.advance()) {
+    const uint32_t operands = turn.operands(), scales = turn.scales(), full = turn.is_full();
+    barrier_wait(turn.is_free(), turn.parity ^ 1);
+    if (thread == 0) {
+      store_shared(scales + kOwnTile, number);
+      barrier_arrive_expecting(full, 2 * kOperand);
+      copy_tile(operands + kOperand, weight, group * kGroup, first, full);
+      copy_tile(operands + 2 * kOperand, weight, group * kGroup, second, full);
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      // 16 rows on, the swizzle is the same
+      copy_16(operands + to + i * 16 * 128, x + static_cast<uint64_t>(chunks[i]) * 16,
+              thread / 8 + i * 16 < tile.left);
+    }
+    copy_4(scales + thread * 4, scale, has_scale);
+    if (thread < 2) copy_4(scales + kOfWeights + thread * 4, weight_scale + group, true);
+    barrier_arrive_after_copies(full);
+    x += kGroup;
+    scale += job.x_stride;
+  }
+}
+
+// Takes tiles until there are no more, and says so to those that multiply.
+__device__ __forceinline__ void bring(const Job& job, const TensorMap& weight, uint32_t base,
+                                      uint32_t blocks, int thread) {
+  Turn turn{base};
+  uint32_t number = blockIdx.x, slot = base + kNext;
+  Tile tile;
+  while (find_tile(job, base, number, tile)) {
+    // nobody waits for the answer before the tile is brought
+    uint32_t next = 0;
+    if (thread == 0) next = atomicAdd(job.taken, 1u) + blocks;
+    bring_tile(job, weight, tile, number, thread, turn);
+    // two slots in turn: the one that is written was read before the last barrier
+    slot ^= 4;
+    if (thread == 0) store_shared(slot, next);
+    named_barrier(kOfCopiers, 128);
+    number = load_shared(slot);
+  }
+  barrier_wait(turn.is_free(), turn.parity ^ 1);
+  if (thread == 0) {
+    store_shared(turn.scales() + kOwnTile, kNoTile);
+    barrier_arrive(turn.is_full());
+  }
+  barrier_arrive(turn.is_full());
+}
+
+// ---- the warpgroups that multiply
+
+// x / 448 and so on as `group_scales` of fd_dsa/ops/_fp8_rows.py, to the bit.
+__device__ __forceinline__ float scale_of(float largest, bool round) {
+  const float scale = fmaxf(largest / 448.0f, 1e-12f);
+  if (!round) return scale;
+  const uint32_t bits = __float_as_uint(scale);
+  return __uint_as_float(((bits >> 23) + ((bits & 0x7fffff) != 0 ? 1 : 0)) << 23);
+}
+
+__device__ __forceinline__ float silu_times(float gate, float up) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  const float small = exp2_of(-fabsf(gate) * kLog2E);
+  return gate * __fdividef(gate >= 0 ? 1.0f : small, 1.0f + small) * up;
+}
+
+// Warpgroup 0 or 1, which has 64 rows of each tile. Of a result a thread has rows `row` and
+// `row` + 8 of its warp's 16, and in each block of 8 columns two neighbouring ones: value
+// j * 4 + r * 2 + c is that of row lane / 4 + 8 r and column 8 j + lane % 4 * 2 + c.
+struct Multiplying {
+  const Job& job;
+  uint32_t base;
+  int warpgroup, warp, lane;  // a warp of the warpgroup
+  Turn turn;
+  float sums[2][64], part[64];
+
+  __device__ __forceinline__ Multiplying(const Job& job, uint32_t base, int warpgroup, int warp,
+                                         int lane)
+      : job(job), base(base), warpgroup(warpgroup), warp(warp), lane(lane), turn{base} {}
+
+  // The first of this warp's rows of a tile.
+  __device__ __forceinline__ int first_row() const { return warpgroup * 64 + warp * 16; }
+
+  // It is this warpgroup's turn, the other one's. Both take as many turns of a tile, or none.
+  template <bool kWait>
+  __device__ __forceinline__ void take_turn(const Tile& tile) const {
+    if (!kInTurn || tile.left <= 64) return;
+    if (kWait) named_barrier_apart(kTurnOfFirst + warpgroup, 256);
+    else named_barrier_arrive(kTurnOfFirst + 1 - warpgroup, 256);
+  }
+
+  // part = rows times a block of columns, over the stage.
+  template <int kBlock>
+  __device__ __forceinline__ void multiply(const Tile& tile) {
+    take_turn<true>(tile);
+    const uint32_t stage = turn.operands();
+    const Operand rows = k_major(stage + warpgroup * (64 * 128));
+    const Operand columns = k_major(stage + (1 + kBlock) * kOperand);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) wgmma_codes(part, rows.at(i * 32), columns.at(i * 32), i > 0);
+    wgmma_commit();
+    take_turn<false>(tile);
+  }
+
+  template <int kBlock>
+  __device__ __forceinline__ void add(const float (&scale)[2]) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) sums[kBlock][i] += part[i] * scale[i >> 1 & 1];
+  }
+
+  // A stage that is full.
+  __device__ __forceinline__ void step(const Tile& tile) {
+    // what threads copied is seen by wgmma; here and not where it is copied, which would wait for it
+    publish_to_async();
+    multiply<0>(tile);
+    const uint32_t scales = turn.scales(), own = scales + (first_row() + lane / 4) * 4;
+    const float of_row[2] = {load_shared_float(own), load_shared_float(own + 8 * 4)};
+    const float of_first = load_shared_float(scales + kOfWeights);
+    const float of_second = load_shared_float(scales + kOfWeights + 4);
+    wgmma_wait<0>();
+    pin(part);
+    add<0>({of_row[0] * of_first, of_row[1] * of_first});
+    multiply<1>(tile);
+    wgmma_wait<0>();
+    pin(part);
+    warp_arrive(turn.is_free(), lane);
+    add<1>({of_row[0] * of_second, of_row[1] * of_second});
+  }
+
+  // All stages of a tile, the first of which is full.
+  __device__ __forceinline__ void run(const Tile& tile) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) sums[0][i] = sums[1][i] = 0.0f;
+    // rows that are not there are no work
+    const bool is_live = tile.left > warpgroup * 64;
+    const int groups = job.width / kGroup;
+    for (int group = 0; group < groups; ++group, turn.advance()) {
+      if (group > 0) barrier_wait(turn.is_full(), turn.parity);
+      if (is_live) {
+        step(tile);
+      } else {
+        warp_arrive(turn.is_free(), lane);
+      }
+    }
+  }
+
+  // Where this warp's rows are on their way out.
+  __device__ __forceinline__ uint32_t lines() const {
+    return base + kLines + (warpgroup * 4 + warp) * (16 * kLine);
+  }
+
+  // Writes 128 bytes of each row of the warp from its lines: a lane 16 of rows lane / 8 + 4 i.
+  // `out` is where they belong in row 0, rows are `row_bytes` apart.
+  __device__ __forceinline__ void write_lines(const Tile& tile, const int32_t (&pair)[4], char* out,
+                                              int64_t row_bytes) const {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 8 + i * 4;
+      const uint4 values = load_shared_uint4(lines() + row * kLine + lane % 8 * 16);
+      if (first_row() + row < tile.left) {
+        *reinterpret_cast<uint4*>(out + pair[i] * row_bytes + lane % 8 * 16) = values;
+      }
+    }
+    __syncwarp();
+  }
+
+  // The tile as bfloat16.
+  __device__ __forceinline__ void store_values(const Tile& tile, const int32_t (&pair)[4]) {
+    const uint32_t to = lines() + lane / 4 * kLine + lane % 4 * 4;
+    const int64_t row_bytes = static_cast<int64_t>(job.columns) * 2;
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const int column = tile.group * 2 * kGroup + quarter * 64;
+      if (column >= job.columns) break;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        // 8 blocks of 8 columns, 16 bytes each, and two rows of each
+        const float* x = sums[quarter / 2] + quarter % 2 * 32 + i * 2;
+        store_shared(to + i % 2 * (8 * kLine) + i / 2 * 16, pack_bfloat16(x[0], x[1]));
+      }
+      write_lines(tile, pair, static_cast<char*>(job.out) + column * 2, row_bytes);
+    }
+  }
+
+  // silu of the first block times the second, as FP8.
+  __device__ __forceinline__ void store_gated(const Tile& tile, const int32_t (&pair)[4]) {
+    float largest[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < 64; i += 2) {
+      // rounded to bfloat16; fmaxf passes over NaN
+      const uint32_t both = pack_bfloat16(silu_times(sums[0][i], sums[1][i]),
+                                          silu_times(sums[0][i + 1], sums[1][i + 1]));
+      float& top = largest[i >> 1 & 1];
+      sums[0][i] = low_of(both), sums[0][i + 1] = high_of(both);
+      top = fmaxf(top, fmaxf(fabsf(sums[0][i]), fabsf(sums[0][i + 1])));
+    }
+    const bool round = job.round_scales != 0;
+    float* const out_scales = job.out_scales + tile.group * job.out_stride;
+    const uint32_t to = lines() + lane / 4 * kLine + lane % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = largest[r];
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      const float scale = scale_of(top, round), inverse = 1.0f / scale;
+      const int row = first_row() + lane / 4 + r * 8;
+      if (lane % 4 == 0 && row < tile.left) {
+        out_scales[__ldg(pairs_of(job, tile) + row)] = scale;
+      }
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        float x = sums[0][j * 4 + r * 2], y = sums[0][j * 4 + r * 2 + 1];
+        // the inverse of a power of two is exact
+        if (round) x *= inverse, y *= inverse;
+        else x /= scale, y /= scale;
+        store_shared(to + r * (8 * kLine) + j * 8, pack_codes(x, y));
+      }
+    }
+    write_lines(tile, pair, static_cast<char*>(job.out) + tile.group * kGroup, job.columns);
+  }
+
+  // Multiplies tile after tile.
+  __device__ __forceinline__ void run() {
+    // the first one's turn comes first
+    if (kInTurn && warpgroup == 1) named_barrier_arrive(kTurnOfFirst, 256);
+    multiply_all();
+    // and is over last
+    if (kInTurn && warpgroup == 0) named_barrier_apart(kTurnOfFirst, 256);
+  }
+
+  __device__ __forceinline__ void multiply_all() {
+    for (;;) {
+      barrier_wait(turn.is_full(), turn.parity);
+      const uint32_t number = load_shared(turn.scales() + kOwnTile);
+      Tile tile;
+      if (number == kNoTile || !find_tile(job, base, number, tile)) return;
+      run(tile);
+      if (first_row() >= tile.left) continue;
+      int32_t pair[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = first_row() + lane / 8 + i * 4;
+        pair[i] = row < tile.left ? __ldg(pairs_of(job, tile) + row) : 0;
+      }
+      if (job.is_gated != 0) {
+        store_gated(tile, pair);
+      } else {
+        store_values(tile, pair);
+      }
+    }
+  }
+};
+
+#endif
+
+// Registers of a thread that multiplies, and of one that brings operands: 168 each at the start.
+constexpr int kMultiplying = 232, kBringing = 40;
+static_assert(2 * kMultiplying + kBringing == 3 * 168);
+
+// `blocks` of these take tiles in turn.
+__global__ void __launch_bounds__(kThreads, 1)
+    multiply_experts(const __grid_constant__ Job job, const __grid_constant__ TensorMap weight,
+                     uint32_t blocks) {
+#if defined(FD_DSA_HOPPER)
+  const uint32_t base = shared_address(shared_memory());
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    Turn turn{base};
+    for (; turn.parity == 0; turn.advance()) {
+      barrier_init(turn.is_full(), kFullArrivals);
+      barrier_init(turn.is_free(), kFreeArrivals);
+    }
+    barriers_ready();
+  }
+  if (warpgroup == 0 && warp == 1) count_tiles(job, base, lane);
+  __syncthreads();
+  if (warpgroup < 2) {
+    more_registers<kMultiplying>();
+    Multiplying(job, base, warpgroup, warp, lane).run();
+  } else {
+    fewer_registers<kBringing>();
+    bring(job, weight, base, blocks, threadIdx.x % 128);
+  }
+#endif
+}
+
+// ---- the launch
+
+inline bool is_taken(const Job& job) {
+  const auto is_aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  return job.width > 0 && job.width % kGroup == 0 && job.columns % kGroup == 0 &&
+         job.num_experts > 0 && job.num_experts <= kMostExperts && job.row_pairs > 0 &&
+         job.taken != nullptr && (job.is_gated != 0) == (job.out_scales != nullptr) &&
+         // rows of the weight are counted by 32 bits, and so are chunks of x
+         static_cast<int64_t>(job.num_experts) * job.columns * 2 < 1ll << 31 &&
+         static_cast<int64_t>(job.num_pairs) / job.row_pairs * (job.width / 16) < 1ll << 32 &&
+         is_aligned(job.x) && is_aligned(job.weight) && is_aligned(job.out);
+}
+
+static int launch_experts(const Job& job, void* stream) {
+  static std::atomic<uint64_t> prepared{0};
+  if (job.num_pairs <= 0 || job.columns <= 0) return 0;
+  if (!is_taken(job)) return static_cast<int>(cudaErrorInvalidValue);
+  int device = 0, major = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  // elsewhere the kernel has no body
+  if (error == cudaSuccess && major != 9) error = cudaErrorNoKernelImageForDevice;
+  if (error == cudaSuccess) error = prepare(multiply_experts, device, kBytes, false, prepared);
+  TensorMap weight;
+  if (error == cudaSuccess) {
+    const int64_t rows =
+        static_cast<int64_t>(job.num_experts) * job.columns * (job.is_gated != 0 ? 2 : 1);
+    error = make_tile_map(weight, job.weight, job.width, rows);
+  }
+  if (error == cudaSuccess) {
+    error = cudaMemsetAsync(job.taken, 0, 4, static_cast<cudaStream_t>(stream));
+  }
+  if (error != cudaSuccess) return static_cast<int>(error);
+  // an expert has at most one row tile that it does not fill
+  const int64_t most = static_cast<int64_t>(std::min(job.num_experts, job.num_pairs) +
+                                            job.num_pairs / kGroup) * column_groups(job);
+  const auto blocks = static_cast<uint32_t>(std::min<int64_t>(processors, most));
+  return launch(launch_config(blocks, kThreads, stream, kBytes), multiply_experts, job, weight,
+                blocks);
+}
+
+}  // namespace fd_dsa::experts
+
+extern "C" int fd_dsa_expert_gemm_cuda(const FdDsaExpertGemm* job, void* stream) {
+  return fd_dsa::experts::launch_experts(*job, stream);
+}
+
+extern "C" int fd_dsa_expert_gemm_bytes() { return static_cast<int>(sizeof(FdDsaExpertGemm)); }
