@@ -50,8 +50,11 @@ class Bench:
             self.device = load("real").device
         import paddle
 
+        from custom_ops.build_library import build_library
+        from fd_dsa import custom_ops
         from fd_dsa.step.device import paddle_allocator, paddle_place
 
+        custom_ops.use_library(build_library())
         paddle.set_device(self.device)
         self.place, self.allocate = paddle_place(self.device), paddle_allocator(self.device)
         self._seed = 0
@@ -212,7 +215,8 @@ def expert_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
         ):
             entry[f"{name}_us"] = bench.time_us([call])
             sizes = "uint8", tokens * TOP_K, EXPERTS, is_gated
-            entry[f"{name}_tiling"] = _expert_gemm.configuration(*sizes)
+            tiling = entry[f"{name}_tiling"] = _expert_gemm.configuration(*sizes)
+            entry[f"{name}_triton_us"] = bench.time_us([partial(call, tiling)])
             if tilings:
                 entry[f"{name}_tilings"] = tried(
                     bench,

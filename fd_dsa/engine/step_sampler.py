@@ -17,7 +17,7 @@ class StepSampler:
     """Samples the rows of a step; parameters are given to a sampler when a request takes its slot.
 
     A runner whose logits are on a device may have `draws` (`DeviceDraws`); it serves the steps all
-    of whose requests need nothing but a token: no rule changes their logits, and none asks for
+    of whose requests need only a token: no rule changes their logits, and none asks for
     log-probabilities.
 
     Args:

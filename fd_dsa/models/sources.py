@@ -52,7 +52,7 @@ class StoredTensor:
 
 
 class RandomTensor:
-    """Random numbers in the place of a tensor of a checkpoint, by its name and a seed alone.
+    """Random numbers instead of a tensor of a checkpoint, by its name and a seed alone.
 
     Normal with variance 1 / (length of a row), so activations keep their size; norms are ones and
     biases zeros, so experts are chosen evenly.

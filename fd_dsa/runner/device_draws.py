@@ -80,7 +80,7 @@ class DeviceDraws:
         return taken
 
     def fill(self, token_ids: Any) -> None:
-        """Put tokens of the draw before in the place of ids below 0.
+        """Replace ids below 0 by tokens of the draw before.
 
         Args:
             token_ids: int32 [n] on the device; -1 - i is the token of row i.

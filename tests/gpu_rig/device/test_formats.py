@@ -89,7 +89,7 @@ class RoundingMatrix:
         self.inner, self.activated = inner, inner.activated
 
     def times(self, x: np.ndarray) -> np.ndarray:
-        """The product of rounded activations."""
+        """The GEMM of rounded activations."""
         width = x.shape[1]
         padded = np.pad(x, ((0, 0), (0, -width % 128))).reshape(len(x), -1, 128)
         scale = np.maximum(np.abs(padded).max(axis=2, keepdims=True) / np.float32(448), 1e-12)
