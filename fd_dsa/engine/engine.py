@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.draws import NOT_FINITE
 from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.launched_step import LaunchedStep, assemble
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.logprobs import TokenScore
@@ -31,35 +32,6 @@ from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
-
-# decode rows up to which writing each of them takes less time than arrays of them
-_FEW_ROWS = 16
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step that has been launched, and whose tokens have not been given to its requests.
-
-    Attributes:
-        ready: when it could be launched.
-        sampling: requests that get a token.
-        reading: requests whose prompt is scored, and of how many tokens.
-        resumed: those of `sampling` that do so at the end of a prompt.
-        num_decode_tokens, num_prefill_tokens: of the step.
-        prefill_context: of the scheduler.
-        draw: waits for the tokens; None: the host samples from `logits`.
-        logits: of `sampling`, then of `reading`.
-    """
-
-    ready: float
-    sampling: list[Request]
-    reading: list[tuple[Request, int]]
-    resumed: list[Request]
-    num_decode_tokens: int
-    num_prefill_tokens: int
-    prefill_context: int
-    draw: Callable[[], npt.NDArray[np.int64]] | None = None
-    logits: Any = None
 
 
 class LLMEngine:
@@ -127,7 +99,7 @@ class LLMEngine:
         self._scheduler = Scheduler(self._blocks, self._batch, self._stats, target_gap_s)
         self._sampler = StepSampler(runner, num_rows)
         self._is_async = async_scheduling
-        self._in_flight: _Step | None = None
+        self._in_flight: LaunchedStep | None = None
         # what is left of each group
         self._requests: dict[str, list[Request]] = {}
         self.metrics = EngineMetrics(max_model_len, getattr(runner, "counters", None))
@@ -256,7 +228,7 @@ class LLMEngine:
         self._stats.host_time_s += self.clock() - begin - in_runner_s
         return outputs
 
-    def _launch(self, may_be_idle: bool) -> _Step | None:
+    def _launch(self, may_be_idle: bool) -> LaunchedStep | None:
         """Queue a step; None if there is nothing to run, which only happens if it may.
 
         A step of which the host needs logits is waited for.
@@ -272,9 +244,11 @@ class LLMEngine:
                 f"the scheduler found nothing to run with {len(self._requests)} unfinished "
                 "requests; this is a defect of the engine"
             )
-        sampling, reading, logits_indices = self._assemble(scheduled)
+        sampling, reading, logits_indices = assemble(
+            self._batch, scheduled, is_decode_only=self._scheduler.is_decode_only
+        )
         num_prefill_tokens = self._batch.num_prefill_tokens
-        step = _Step(
+        step = LaunchedStep(
             ready=self.clock(),
             sampling=sampling,
             reading=reading,
@@ -293,18 +267,17 @@ class LLMEngine:
         self._scheduler.complete_step()
         return step
 
-    def _take(self, step: _Step) -> list[RequestOutput]:
+    def _take(self, step: LaunchedStep) -> list[RequestOutput]:
         """Give the requests of a launched step their tokens; waits for it."""
         stats, tokens, begin = self._stats, None, self.clock()
         if step.draw is not None:
             tokens = step.draw()
         stats.runner_time_s += self.clock() - begin
         outputs: list[RequestOutput] = []
-        sampling, logits = step.sampling, step.logits
         if step.reading:
-            outputs, logits = self._read_prompts(step.reading, sampling, logits)
-        if sampling:
-            outputs += self._append(sampling, logits, tokens)
+            outputs = [self._fail(request, NOT_FINITE) for request in step.read_prompts()]
+        if step.sampling:
+            outputs += self._append(step.sampling, step.logits, tokens)
         self.metrics.count_step(step.num_decode_tokens, step.resumed)
         stats.num_steps += 1
         stats.computed_prompt_tokens += step.num_prefill_tokens
@@ -328,48 +301,6 @@ class LLMEngine:
             kv_cache_usage=num_used / self._blocks.num_blocks,
         )
 
-    def _assemble(
-        self, scheduled: list[Request]
-    ) -> tuple[list[Request], list[tuple[Request, int]], npt.NDArray[np.int64]]:
-        """Fill the input batch.
-
-        Returns:
-            The requests that sample, those whose prompt is scored and of how many tokens, and the
-            flat rows of the logits of both, in this order.
-        """
-        batch = self._batch
-        batch.begin_step()
-        if self._scheduler.is_decode_only and len(scheduled) > _FEW_ROWS:
-            slots = [request.slot for request in scheduled]
-            token_ids = [request.token_ids[-1] for request in scheduled]
-            computed = [request.num_computed_tokens for request in scheduled]
-            rows = batch.add_decode_rows(slots, token_ids, computed)
-            drawn = np.array([request.drawn_row for request in scheduled])
-            batch.defer_tokens(rows[drawn >= 0], drawn[drawn >= 0])
-            return scheduled, [], rows
-        sampling, sampled = [], []
-        reading, read = [], []
-        for request in scheduled:
-            begin = request.num_computed_tokens
-            end = begin + request.num_scheduled_tokens
-            samples = end == request.num_tokens
-            # as Request.is_decode, of the chunk: only the token sampled last is missing
-            is_prefill = not (samples and end - begin == 1 and request.num_output_tokens)
-            # none is known of a row whose token is on its way
-            token_ids = request.token_ids[begin:end] or [0]
-            last = batch.add_row(request.slot, token_ids, begin, is_prefill)
-            if request.drawn_row >= 0:
-                batch.defer_tokens([last], [request.drawn_row])
-            if request.prompt_logprobs is not None:
-                unread = request.prompt_logprobs.unread(begin, end)
-                if unread:
-                    reading.append((request, len(unread)))
-                    read += [last + 1 - end + position for position in unread]
-            if samples:
-                sampling.append(request)
-                sampled.append(last)
-        return sampling, reading, np.array(sampled + read, np.int64)
-
     def _execute_watched(
         self, sampling: Sequence[Request], logits_indices: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
@@ -388,31 +319,6 @@ class LLMEngine:
             request = sampling[row]
             request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
         return logits
-
-    def _read_prompts(
-        self,
-        reading: list[tuple[Request, int]],
-        sampling: list[Request],
-        logits: npt.NDArray[np.float32],
-    ) -> tuple[list[RequestOutput], npt.NDArray[np.float32]]:
-        """Score tokens of prompts; those whose logits are unusable end, and leave `sampling`.
-
-        Returns:
-            Outputs of the ended ones, and the logits of those that still sample.
-        """
-        begin = len(sampling)
-        logits_to_sample = logits[:begin]
-        failed = []
-        for request, count in reading:
-            scores = request.prompt_logprobs
-            if scores is not None and not scores.read(logits[begin : begin + count]):
-                failed.append(request)
-            begin += count
-        if failed:
-            stay = [request not in failed for request in sampling]
-            logits_to_sample = logits_to_sample[np.array(stay, bool)]
-            sampling[:] = [request for request in sampling if request not in failed]
-        return [self._fail(request, NOT_FINITE) for request in failed], logits_to_sample
 
     def _append(
         self,

@@ -1,0 +1,109 @@
+"""A step of the engine: what the runner is given, and what is kept until its tokens have come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fd_dsa.engine.request import Request
+from fd_dsa.runner.input_batch import InputBatch
+
+# decode rows up to which writing each of them takes less time than arrays of them
+_FEW_ROWS = 16
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step that has been launched, and whose tokens have not been given to its requests.
+
+    Attributes:
+        ready: when it could be launched.
+        sampling: requests that get a token.
+        reading: requests whose prompt is scored, and of how many tokens.
+        resumed: those of `sampling` that do so at the end of a prompt.
+        num_decode_tokens, num_prefill_tokens: of the step.
+        prefill_context: of the scheduler.
+        draw: waits for the tokens; None: the host samples from `logits`.
+        logits: of `sampling`, then of `reading`.
+    """
+
+    ready: float
+    sampling: list[Request]
+    reading: list[tuple[Request, int]]
+    resumed: list[Request]
+    num_decode_tokens: int
+    num_prefill_tokens: int
+    prefill_context: int
+    draw: Callable[[], npt.NDArray[np.int64]] | None = None
+    logits: Any = None
+
+    def read_prompts(self) -> list[Request]:
+        """Score tokens of prompts; `logits` are then those of `sampling` alone.
+
+        Returns:
+            Requests whose logits are unusable; they have left `sampling`.
+        """
+        begin = len(self.sampling)
+        logits, self.logits = self.logits, self.logits[:begin]
+        failed = []
+        for request, count in self.reading:
+            scores = request.prompt_logprobs
+            if scores is not None and not scores.read(logits[begin : begin + count]):
+                failed.append(request)
+            begin += count
+        if failed:
+            stay = [request not in failed for request in self.sampling]
+            self.logits = self.logits[np.array(stay, bool)]
+            self.sampling = [request for request in self.sampling if request not in failed]
+        return failed
+
+
+def assemble(
+    batch: InputBatch, scheduled: list[Request], *, is_decode_only: bool
+) -> tuple[list[Request], list[tuple[Request, int]], npt.NDArray[np.int64]]:
+    """Fill the input batch with a step.
+
+    Args:
+        batch: of the runner.
+        scheduled: of the scheduler.
+        is_decode_only: whether all of them decode.
+
+    Returns:
+        The requests that sample, those whose prompt is scored and of how many tokens, and the
+        flat rows of the logits of both, in this order.
+    """
+    batch.begin_step()
+    if is_decode_only and len(scheduled) > _FEW_ROWS:
+        slots = [request.slot for request in scheduled]
+        token_ids = [request.token_ids[-1] for request in scheduled]
+        computed = [request.num_computed_tokens for request in scheduled]
+        rows = batch.add_decode_rows(slots, token_ids, computed)
+        drawn = np.array([request.drawn_row for request in scheduled])
+        batch.defer_tokens(rows[drawn >= 0], drawn[drawn >= 0])
+        return scheduled, [], rows
+    sampling, sampled = [], []
+    reading, read = [], []
+    for request in scheduled:
+        begin = request.num_computed_tokens
+        end = begin + request.num_scheduled_tokens
+        samples = end == request.num_tokens
+        # as Request.is_decode, of the chunk: only the token sampled last is missing
+        is_prefill = not (samples and end - begin == 1 and request.num_output_tokens)
+        # none is known of a row whose token is on its way
+        token_ids = request.token_ids[begin:end] or [0]
+        last = batch.add_row(request.slot, token_ids, begin, is_prefill)
+        if request.drawn_row >= 0:
+            batch.defer_tokens([last], [request.drawn_row])
+        if request.prompt_logprobs is not None:
+            unread = request.prompt_logprobs.unread(begin, end)
+            if unread:
+                reading.append((request, len(unread)))
+                read += [last + 1 - end + position for position in unread]
+        if samples:
+            sampling.append(request)
+            sampled.append(last)
+    return sampling, reading, np.array(sampled + read, np.int64)
