@@ -163,7 +163,8 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Run prompt chunks of all magnitudes and a decode step: no request waits for kernels.
 
-        A kernel may have another form for other numbers of tokens; its limits are powers of two.
+        A kernel may have another form for other numbers of tokens; its limits are powers of two, so
+        one form serves those from a power on and another those below.
         Results are dropped; what is written to the caches is written again before it is read.
         """
         batch, config = self.input_batch, self.model.config
@@ -171,7 +172,8 @@ class ModelRunner:
         chunk = min(batch.max_num_tokens, longest)
         # past the selection keys are scored and chosen
         cached = min(config.index_topk, longest - 1)
-        chunks = [*(1 << i for i in range((chunk - 1).bit_length())), chunk]
+        powers = [1 << i for i in range((chunk - 1).bit_length())]
+        chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
         for tokens, done in (*((size, 0) for size in chunks), (1, cached)):
             last = self._only_row(tokens, done, is_prefill=not done)
             self.execute_model(np.array([last]))
