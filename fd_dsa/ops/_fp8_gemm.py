@@ -21,7 +21,7 @@ from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops._split_sums import scratch_beside, splits_of, sum_of_parts
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored
-from fd_dsa.triton_runtime import INTERPRETING, prefetch, start_next, wait_for_inputs
+from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device import api_for_type
 from fd_dsa.triton_runtime.driver import cuda
 
@@ -31,8 +31,6 @@ import triton.language as tl  # isort: skip
 _GROUP = tl.constexpr(GROUP)
 # row tiles whose programs are neighbours: together they read few rows and few columns
 _BAND = tl.constexpr(8)
-# bytes of a weight's row that a program of few rows brings to the L2 before its inputs are there
-_AHEAD = tl.constexpr(1024)
 
 
 class Tiling(NamedTuple):
@@ -196,13 +194,6 @@ def fp8_linear_kernel(
     SPLITS: tl.constexpr,
 ):
     """Tile `program 0` of the result; `program 1` adds STEPS groups of 128 along K."""
-    if BLOCK_ROWS <= 32 and WIDTH % 128 == 0:
-        # one row tile: tiles are columns; where the last part is shorter, it begins earlier
-        ahead: tl.constexpr = min(STEPS * 128, _AHEAD.value)
-        start = tl.minimum(tl.program_id(1) * STEPS * 128, WIDTH - ahead)
-        first_row = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        source = tl.minimum(first_row, COLUMNS - 1).to(tl.int64)
-        prefetch(weight_ptr + source * WIDTH + start, ahead)
     wait_for_inputs()
     row_tiles = (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
     in_band: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS * _BAND

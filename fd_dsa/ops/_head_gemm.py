@@ -16,7 +16,7 @@ from fd_dsa.ops._triton_fp8 import (
     to_e4m3,
     widened,
 )
-from fd_dsa.triton_runtime import prefetch, start_next, wait_for_inputs
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -44,13 +44,8 @@ def head_gemm_kernel(
 
     Without `out_ptr` the block is quantised: it is one group of values.
     """
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    if BLOCK_TOKENS <= 64 and OUT % BLOCK_OUT == 0 and IN % BLOCK_IN == 0 and BLOCK_OUT % 8 == 0:
-        width: tl.constexpr = BLOCK_OUT * weight_ptr.dtype.element_ty.primitive_bitwidth // 8
-        for start in tl.static_range(0, IN, BLOCK_IN):
-            row = head * IN + start + tl.arange(0, BLOCK_IN)
-            prefetch(weight_ptr + row * OUT + tl.program_id(0) * BLOCK_OUT, width)
     wait_for_inputs()
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     token = tl.program_id(2).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     live, inside = (token < num_tokens)[:, None], (column < OUT)[None, :]

@@ -49,27 +49,3 @@ start_next = _instruction("gdc_launch_dependents")
 It takes what this kernel leaves free of the processors. So it is called after the wait, and by a
 program that has much to read after that too.
 """
-
-
-@triton.jit
-def _no_prefetch(pointers, NUM_BYTES: tl.constexpr):
-    """What stands for `prefetch` where no kernel is launched early."""
-
-
-@tl.core.extern
-def _prefetch(pointers: Any, NUM_BYTES: Any, _semantic: Any = None) -> None:
-    """Bring bytes from each of some addresses into the L2, in a kernel that is launched early.
-
-    Called ahead of the wait, while the kernel before leaves the memory idle.
-
-    Args:
-        pointers: into a weight that was there before the step; multiples of 16 bytes.
-        NUM_BYTES: from each, a multiple of 16; none is past the end of the weight.
-    """
-    if _semantic.builder.options.launch_pdl:
-        size = getattr(NUM_BYTES, "value", NUM_BYTES)
-        text = f"cp.async.bulk.prefetch.L2.global [$1], {size}; mov.u32 $0, 0;"
-        tl.inline_asm_elementwise(text, "=r,l", [pointers], tl.int32, False, 1, _semantic=_semantic)
-
-
-prefetch = _no_prefetch if wait_for_inputs is _nothing else _prefetch
