@@ -15,8 +15,8 @@
 // the same time, and find what the first of them read in L2. Weights are most of what is read: for
 // 8,192 tokens and 256 experts all rows of an expert are 2 MB, and the weights of its tiles 29.
 //
-// Source: sums in two steps as in DeepSeek-V3 (arXiv 2412.19437) §3.5.2; two warpgroups in turn, and
-// one that brings operands, as CUTLASS's kernels for Hopper have them.
+// Source: sums in two steps as in DeepSeek-V3 (arXiv 2412.19437) §3.5.2; warpgroups that multiply,
+// and one that brings operands, as CUTLASS's kernels for Hopper have them.
 #include "expert_gemm.h"
 
 #include <algorithm>
@@ -48,15 +48,7 @@ constexpr uint32_t kBytes = kBarriers + 2 * kStages * 8;
 static_assert(kBytes <= 232448 && kBarriers % 8 == 0 && kLines % 16 == 0);
 
 // Numbers of named barriers.
-enum { kOfCopiers = 1, kTurnOfFirst, kTurnOfSecond };
-
-// nvcc -DFD_DSA_EXPERTS_IN_TURN: the warpgroups that multiply have the tensor cores in turn, so that
-// they cannot come to add at the same time; one then waits for the other where it writes.
-#if defined(FD_DSA_EXPERTS_IN_TURN)
-constexpr bool kInTurn = true;
-#else
-constexpr bool kInTurn = false;
-#endif
+enum { kOfCopiers = 1 };
 
 // Two blocks of columns at a time.
 __host__ __device__ __forceinline__ int column_groups(const Job& job) {
@@ -251,18 +243,9 @@ struct Multiplying {
   // The first of this warp's rows of a tile.
   __device__ __forceinline__ int first_row() const { return warpgroup * 64 + warp * 16; }
 
-  // It is this warpgroup's turn, the other one's. Both take as many turns of a tile, or none.
-  template <bool kWait>
-  __device__ __forceinline__ void take_turn(const Tile& tile) const {
-    if (!kInTurn || tile.left <= 64) return;
-    if (kWait) named_barrier_apart(kTurnOfFirst + warpgroup, 256);
-    else named_barrier_arrive(kTurnOfFirst + 1 - warpgroup, 256);
-  }
-
   // part = rows times a block of columns, over the stage.
   template <int kBlock>
-  __device__ __forceinline__ void multiply(const Tile& tile) {
-    take_turn<true>(tile);
+  __device__ __forceinline__ void multiply() {
     const uint32_t stage = turn.operands();
     const Operand rows = k_major(stage + warpgroup * (64 * 128));
     const Operand columns = k_major(stage + (1 + kBlock) * kOperand);
@@ -270,7 +253,6 @@ struct Multiplying {
 #pragma unroll
     for (int i = 0; i < 4; ++i) wgmma_codes(part, rows.at(i * 32), columns.at(i * 32), i > 0);
     wgmma_commit();
-    take_turn<false>(tile);
   }
 
   template <int kBlock>
@@ -280,10 +262,10 @@ struct Multiplying {
   }
 
   // A stage that is full.
-  __device__ __forceinline__ void step(const Tile& tile) {
-    // what threads copied is seen by wgmma; here and not where it is copied, which would wait for it
+  __device__ __forceinline__ void step() {
+    // what threads copied is seen by wgmma; not where it is copied, which would wait for it
     publish_to_async();
-    multiply<0>(tile);
+    multiply<0>();
     const uint32_t scales = turn.scales(), own = scales + (first_row() + lane / 4) * 4;
     const float of_row[2] = {load_shared_float(own), load_shared_float(own + 8 * 4)};
     const float of_first = load_shared_float(scales + kOfWeights);
@@ -291,7 +273,7 @@ struct Multiplying {
     wgmma_wait<0>();
     pin(part);
     add<0>({of_row[0] * of_first, of_row[1] * of_first});
-    multiply<1>(tile);
+    multiply<1>();
     wgmma_wait<0>();
     pin(part);
     warp_arrive(turn.is_free(), lane);
@@ -308,7 +290,7 @@ struct Multiplying {
     for (int group = 0; group < groups; ++group, turn.advance()) {
       if (group > 0) barrier_wait(turn.is_full(), turn.parity);
       if (is_live) {
-        step(tile);
+        step();
       } else {
         warp_arrive(turn.is_free(), lane);
       }
@@ -394,10 +376,8 @@ struct Multiplying {
   // Multiplies tile after tile.
   __device__ __forceinline__ void run() {
     // the first one's turn comes first
-    if (kInTurn && warpgroup == 1) named_barrier_arrive(kTurnOfFirst, 256);
     multiply_all();
     // and is over last
-    if (kInTurn && warpgroup == 0) named_barrier_apart(kTurnOfFirst, 256);
   }
 
   __device__ __forceinline__ void multiply_all() {

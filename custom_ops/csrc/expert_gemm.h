@@ -3,16 +3,16 @@
 
 #include <cstdint>
 
-// A (token, choice) pair is a row of the result: row pair / row_pairs of `x` times the weight of the
-// pair's expert, transposed. Values are e4m3 codes times scales, sums float32. Layout and size are
-// part of the ABI.
+// A (token, choice) pair is a row of the result: row pair / row_pairs of `x` times the weight of
+// the pair's expert, transposed. Values are e4m3 codes times scales, sums float32. Layout and size
+// are part of the ABI.
 extern "C" struct FdDsaExpertGemm {
   // e4m3 [rows, width], 16-byte aligned
   const void* x;
   // float32 [width / 128, x_stride]: a scale for each 128 values of a row, group by group
   const float* x_scales;
-  // e4m3 [num_experts, of an expert, width], 16-byte aligned; of an expert there are `columns` rows,
-  // gated twice as many: those of the gate, then those of what it multiplies
+  // e4m3 [num_experts, of an expert, width], 16-byte aligned; of an expert there are `columns`
+  // rows, gated twice as many: those of the gate, then those of what it multiplies
   const void* weight;
   // float32 [num_experts, of an expert / 128, width / 128]
   const float* weight_scales;

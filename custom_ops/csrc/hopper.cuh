@@ -188,8 +188,8 @@ inline cudaError_t make_tile_map(TensorMap& map, const void* at, uint64_t width,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// 128 rows of 128 bytes from byte `column` and row `row` on, swizzled, counted by a barrier. `to` is
-// a multiple of 1024.
+// 128 rows of 128 bytes from byte `column` and row `row` on, swizzled, counted by a barrier. `to`
+// is a multiple of 1024.
 __device__ __forceinline__ void copy_tile(uint32_t to, const TensorMap& map, int column, int row,
                                           uint32_t barrier) {
   asm volatile(
