@@ -375,12 +375,6 @@ struct Multiplying {
 
   // Multiplies tile after tile.
   __device__ __forceinline__ void run() {
-    // the first one's turn comes first
-    multiply_all();
-    // and is over last
-  }
-
-  __device__ __forceinline__ void multiply_all() {
     for (;;) {
       barrier_wait(turn.is_full(), turn.parity);
       const uint32_t number = load_shared(turn.scales() + kOwnTile);
