@@ -22,9 +22,10 @@ from tests.runner.tiny import GLM, V32, run_rows, tiny_model
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
 
-# On the CPU the best token of every step of these prompts leads by more than this, which is a
-# hundred times what rounding in another order changes.
-LEAST_LEAD = 0.01
+# By which the best token of a step leads on the CPU where it must be the device's too. Rounding in
+# another order changes a hundredth of the first; where it changes a code of a cache in FP8, logits
+# of a later step were seen to differ by 0.07.
+LEAST_LEADS = {"float32": 0.01, "fp8_ds_mla": 0.1}
 
 
 def device_of(rig: Rig) -> str:
@@ -63,32 +64,44 @@ def watched_logits(llm: LLM, seen: Callable[[np.ndarray], None]) -> None:
     runner._logits = logits_of
 
 
+def generated(llm: LLM, large: bool, **others: Any) -> list[Any]:
+    """What follows each prompt, greedily."""
+    params = SamplingParams(temperature=0, max_tokens=64 if large else 3, ignore_eos=True, **others)
+    return llm.generate(LEADING_PROMPTS if large else SHORT_PROMPTS, params)
+
+
 def greedy(llm: LLM, large: bool) -> list[list[int]]:
     """Token ids that follow each prompt."""
-    params = SamplingParams(temperature=0, max_tokens=64 if large else 3, ignore_eos=True)
-    outputs = llm.generate(LEADING_PROMPTS if large else SHORT_PROMPTS, params)
-    return [output.token_ids for output in outputs]
+    return [output.token_ids for output in generated(llm, large)]
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["float32", "fp8_ds_mla"])
+@pytest.mark.parametrize("kv_cache_dtype", LEAST_LEADS)
 def test_greedy_tokens_of_the_demo_model(rig: Rig, demo_folder: Path, kv_cache_dtype: str) -> None:
-    leads: list[float] = []
-
-    def note_lead(logits: np.ndarray) -> None:
-        for row in logits:
-            second, best = np.partition(row, -2)[-2:]
-            leads.append(float(best - second))
-
     with demo(demo_folder, "cpu", kv_cache_dtype, rig.is_real) as llm:
-        watched_logits(llm, note_lead)
-        wanted = greedy(llm, rig.is_real)
-    assert min(leads) > LEAST_LEAD
+        outputs = generated(llm, rig.is_real, logprobs=2)
     with (
         demo(demo_folder, device_of(rig), kv_cache_dtype, rig.is_real) as llm,
         ThreadPoolExecutor(1) as pool,
     ):
         # as in a server: the thread that steps is not the one that loaded the model
-        assert pool.submit(greedy, llm, rig.is_real).result() == wanted
+        found = pool.submit(greedy, llm, rig.is_real).result()
+    compared = 0
+    for ours, output in zip(found, outputs, strict=True):
+        clear = num_clear(output, LEAST_LEADS[kv_cache_dtype])
+        assert ours[:clear] == output.token_ids[:clear]
+        compared += clear
+    # all, or most where a rounded code may differ
+    share = 1 if kv_cache_dtype == "float32" else 0.5
+    assert compared >= share * sum(len(tokens) for tokens in found)
+
+
+def num_clear(output: Any, least: float) -> int:
+    """Tokens of an output before the first whose lead over all others is not clear."""
+    for place, token in enumerate(output.logprobs):
+        (_, best), (_, second) = token.score.top[:2]
+        if best - second <= least:
+            return place
+    return len(output.token_ids)
 
 
 class Replay:
