@@ -5,7 +5,8 @@
 
 Each figure is a replay of a graph with a call for each of several weights, so that none is in the
 L2. The floor is the bytes of weights, those of experts by the number that are hit, at the copy rate
-of an H200, or the multiplications at its FP8 rate. Writes benchmarks/results/gpu_gemms.json.
+of an H200, or the multiplications at its FP8 rate. Writes gpu_dense.json and gpu_experts.json of
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -244,8 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     bench = Bench(args.rig)
-    result: dict[str, Any] = {"name": "gpu_gemms", "env": environment(), "cases": []}
     for kind, cases in (("experts", expert_cases), ("dense", dense_cases)):
+        name = f"gpu_{kind}"
+        result: dict[str, Any] = {"name": name, "tier": "T1p", "env": environment(), "cases": []}
         if args.only in (None, kind):
             for entry in cases(bench, tilings=args.tilings):
                 result["cases"].append(entry)
@@ -253,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for key, value in entry.items():
                     if key.endswith("tilings"):
                         print(*(f"    {key} {best}" for best in value[:5]), sep="\n", flush=True)
-                write_json(args.out / "gpu_gemms.json", result)
+                write_json(args.out / f"{name}.json", result)
     return 0
 
 
