@@ -43,7 +43,7 @@ class RotaryEmbedding:
         rope: settings of the model.
         dim: width of the rope slice, `qk_rope_head_dim`.
         max_position: positions in the table; 256 bytes each at a width of 64.
-        weights: say where the table lies.
+        weights: make what is asked for, and hold the table where the model runs.
 
     Attributes:
         cos_sin_cache: float32 [max_position, dim]; cos of each pair, then sin.
