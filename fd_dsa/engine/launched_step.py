@@ -45,7 +45,7 @@ class LaunchedStep:
         """Score tokens of prompts; `logits` are then those of `sampling` alone.
 
         Returns:
-            Requests whose logits are unusable; they have left `sampling`.
+            Requests whose logits are unusable.
         """
         begin = len(self.sampling)
         logits, self.logits = self.logits, self.logits[:begin]
@@ -55,10 +55,6 @@ class LaunchedStep:
             if scores is not None and not scores.read(logits[begin : begin + count]):
                 failed.append(request)
             begin += count
-        if failed:
-            stay = [request not in failed for request in self.sampling]
-            self.logits = self.logits[np.array(stay, bool)]
-            self.sampling = [request for request in self.sampling if request not in failed]
         return failed
 
 
