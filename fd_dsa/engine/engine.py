@@ -327,8 +327,10 @@ class LLMEngine:
         tokens: npt.NDArray[np.int64] | None,
     ) -> list[RequestOutput]:
         """Give each request its next token: the one drawn, or sampled here from the logits."""
-        # a token before has ended some of those whose step was launched meanwhile
+        # some have ended since the launch: at the token before, or at their prompt's scores
         alive = [row for row, request in enumerate(sampling) if request.finish_reason is None]
+        if not alive:
+            return []
         if len(alive) < len(sampling):
             sampling = [sampling[row] for row in alive]
             logits = None if logits is None else logits[alive]
