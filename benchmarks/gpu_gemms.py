@@ -216,7 +216,7 @@ def expert_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
         ):
             entry[f"{name}_us"] = bench.time_us([call])
             sizes = "uint8", tokens * TOP_K, EXPERTS, is_gated
-            tiling = entry[f"{name}_tiling"] = _expert_gemm.configuration(*sizes)
+            tiling = entry[f"{name}_tiling"] = _expert_gemm.configuration(*sizes, 227 << 10)
             entry[f"{name}_triton_us"] = bench.time_us([partial(call, tiling)])
             if tilings:
                 entry[f"{name}_tilings"] = tried(

@@ -161,7 +161,7 @@ def test_every_provider_of_a_device(
     from fd_dsa.triton_runtime.driver import GpuTraits
     from fd_dsa.triton_runtime.transfers import Transfers
 
-    monkeypatch.setattr(Transfers, "traits", GpuTraits(capability, 1))
+    monkeypatch.setattr(Transfers, "traits", GpuTraits(capability, 1, 227 << 10))
     cases = {name: CASES[name] for name in ("indexer_logits", "sparse_mla")}
     monkeypatch.setattr(checks, "CASES", cases)
     rows = [row for row in checks.run_checks("gpu:0") if row["device"] != "cpu"]

@@ -123,6 +123,7 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     threads = set_cpu_threads()
     device = resolve_device(config.device)
     config = config.on_device(device)
+    has_fp8 = device == "cpu" or _check_capability(config)
     keep_float32(device)
     check_fixed_order(device)
     model_config = ModelConfig.from_folder(config.model_path)
@@ -143,7 +144,11 @@ def make_plan(config: EngineConfig) -> EnginePlan:
             validate(checkpoint, model_config)
             fp8 = fp8_tensors(checkpoint, model_config)
     # FP8 GEMMs give bfloat16
-    fp8 = fp8 if config.dtype == "bfloat16" else frozenset()
+    if config.dtype != "bfloat16":
+        fp8 = frozenset()
+    elif fp8 and not has_fp8:
+        logger.warning("%s has no FP8 instructions: FP8 weights are held in bfloat16", device)
+        fp8 = frozenset()
     backend = backend_config(model_config, layout, input_batch, dtype=config.dtype)
     memory = _plan_memory(config, model_config, layout, max_model_len, fp8, backend)
     return EnginePlan(
@@ -159,6 +164,27 @@ def make_plan(config: EngineConfig) -> EnginePlan:
         memory=memory,
         fp8=fp8,
     )
+
+
+def _check_capability(config: EngineConfig) -> bool:
+    """Refuse a GPU, or caches, without the instructions; whether a GPU has those of FP8."""
+    from fd_dsa.runner.device import traits_of
+    from fd_dsa.triton_runtime.driver import FP8_CAPABILITY, LEAST_CAPABILITY
+
+    device, capability = config.device, traits_of(config.device).capability
+    if capability < LEAST_CAPABILITY:
+        raise BackendUnavailable(
+            f"--device: got {device}, a GPU of compute capability {capability / 10}; kernels need "
+            f"{LEAST_CAPABILITY / 10} (A100) or later; take --device cpu"
+        )
+    has_fp8 = capability >= FP8_CAPABILITY
+    if config.kv_cache_dtype == "fp8_ds_mla" and not has_fp8:
+        raise ConfigError(
+            f"--kv-cache-dtype: got 'fp8_ds_mla', but {device} is of compute capability "
+            f"{capability / 10} and FP8 needs {FP8_CAPABILITY / 10} or later; "
+            f"take --kv-cache-dtype {config.dtype}"
+        )
+    return has_fp8
 
 
 def _with_index_topk(model_config: ModelConfig, index_topk: int | None) -> ModelConfig:

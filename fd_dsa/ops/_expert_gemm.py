@@ -64,8 +64,19 @@ def candidates(kind: str, gated: bool) -> tuple[Tiling, ...]:
     return tuple(t for t in CANDIDATES[kind] if t.columns == GROUP or not whole)
 
 
-def configuration(kind: str, num_pairs: int, num_experts: int, gated: bool) -> Tiling:
-    """One of `candidates` for so many pairs."""
+def configuration(
+    kind: str, num_pairs: int, num_experts: int, gated: bool, shared_bytes: int
+) -> Tiling:
+    """One of `candidates` for so many pairs, whose stages fit a block's shared memory."""
+    tiling = _fastest(kind, num_pairs, num_experts, gated)
+    stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
+    # of the stages asked for, one is in registers on GPUs whose shared memory is the limit
+    most = 1 + shared_bytes // stage_bytes
+    return tiling._replace(num_stages=min(tiling.num_stages, most))
+
+
+def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool) -> Tiling:
+    """What was the fastest on Hopper."""
     mean = num_pairs / num_experts
     if kind == "float32":
         return Tiling(16 if mean <= 16 else 32, 64, 4, 3)

@@ -22,6 +22,7 @@ from fd_dsa.ops._host import dtype_name
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored, widened
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
+from fd_dsa.triton_runtime.transfers import traits_for
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -251,7 +252,8 @@ def expert_gemm(
             paddle.empty([1], "int32", device=rows.place), round_scales=bool(round_scales),
         )  # fmt: skip
     elif num_pairs and columns:
-        tiling = tiling or configuration(kind, num_pairs, experts, gated)
+        shared_bytes = traits_for(rows).shared_bytes
+        tiling = tiling or configuration(kind, num_pairs, experts, gated, shared_bytes)
         options = block_sizes(kind, columns, width, tiling)
         most_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
         expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), most_tiles](

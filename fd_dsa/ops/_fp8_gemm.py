@@ -12,7 +12,6 @@ Source: DeepSeek-V3 (arXiv 2412.19437) §3.3.2, promotion of partial sums every 
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import cache
 from typing import Any, NamedTuple
 
 from fd_dsa.errors import ShapeError
@@ -22,8 +21,8 @@ from fd_dsa.ops._split_sums import scratch_beside, splits_of, sum_of_parts
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored
 from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
-from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.driver import cuda
+from fd_dsa.triton_runtime.driver import FP8_CAPABILITY
+from fd_dsa.triton_runtime.transfers import traits_for
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -225,15 +224,9 @@ def fp8_linear_kernel(
         tl.store(to, stored(total, out_ptr), mask=mask)
 
 
-@cache
-def _multiplies_fp8(device: int) -> bool:
-    """Whether a device has tensor-core instructions of e4m3 numbers."""
-    return not INTERPRETING and cuda().traits(device).capability >= 89
-
-
 def native_fp8(x: Any) -> bool:
     """Whether the device of a tensor multiplies e4m3 numbers: from compute capability 8.9 on."""
-    return _multiplies_fp8(api_for_type(type(x)).device_of(x))
+    return not INTERPRETING and traits_for(x).capability >= FP8_CAPABILITY
 
 
 def launch_options(

@@ -26,16 +26,24 @@ _FUNCTION_LARGE_CLUSTERS = 14
 _SHARED_BYTES_WITHOUT_OPTIN = 48 << 10
 
 
+LEAST_CAPABILITY = 80
+"""The least compute capability that kernels are compiled for: Triton's own."""
+FP8_CAPABILITY = 89
+"""The least compute capability with instructions of e4m3 numbers."""
+
+
 class GpuTraits(NamedTuple):
     """What kernels are chosen and sized by.
 
     Attributes:
         capability: major * 10 + minor, 90 on Hopper.
         num_processors: multiprocessors.
+        shared_bytes: shared memory that a block may use.
     """
 
     capability: int
     num_processors: int
+    shared_bytes: int
 
 
 class HostLibrary:
@@ -58,8 +66,9 @@ class HostLibrary:
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:
-        # compute capability of Hopper, for which kernels are made; one multiprocessor
-        value._obj.value = {_MAJOR: 9, _MINOR: 0, _PROCESSORS: 1}[attribute]
+        # Hopper, for which kernels are made, with one multiprocessor
+        hopper = {_MAJOR: 9, _MINOR: 0, _PROCESSORS: 1, _SHARED_OPTIN: 227 << 10}
+        value._obj.value = hopper[attribute]
         return 0
 
     def cuMemHostAlloc(self, address: Any, size: Any, flags: Any) -> int:
@@ -103,6 +112,7 @@ class Driver:
         """
         self.library = library
         self._contexts: dict[int, int] = {}
+        self._traits: dict[int, GpuTraits] = {}
         code = library.cuInit(0)
         if code:
             raise BackendUnavailable(f"the CUDA driver cannot start: {self._error_text(code)}")
@@ -179,10 +189,13 @@ class Driver:
 
     def traits(self, device: int) -> GpuTraits:
         """What kernels for a device are chosen and sized by; no tensor has to be there yet."""
-        major, minor, num_processors = (
-            self._attribute(device, number) for number in (_MAJOR, _MINOR, _PROCESSORS)
-        )
-        return GpuTraits(major * 10 + minor, num_processors)
+        if device not in self._traits:
+            major, minor, num_processors, shared_bytes = (
+                self._attribute(device, number)
+                for number in (_MAJOR, _MINOR, _PROCESSORS, _SHARED_OPTIN)
+            )
+            self._traits[device] = GpuTraits(major * 10 + minor, num_processors, shared_bytes)
+        return self._traits[device]
 
     @contextmanager
     def context(self, device: int) -> Iterator[None]:

@@ -210,6 +210,11 @@ def transfers_for(tensor: Any) -> Transfers:
     return Transfers(api, api.device_of(tensor))
 
 
+def traits_for(tensor: Any) -> GpuTraits:
+    """What kernels for the device of a tensor are chosen and sized by; see `transfers_for`."""
+    return cuda().traits(api_for_type(type(tensor)).device_of(tensor))
+
+
 class SideStream:
     """A stream beside the current one of a device, with one fork at a time.
 

@@ -170,7 +170,7 @@ def test_workspace_is_the_size_of_the_buffers(
 
     transfers = transfers_for(kernel_memory.poisoned((1,), "float32"))
     # the interpreter is one processor
-    gpu = GpuTraits(transfers.traits.capability, 132)
+    gpu = GpuTraits(transfers.traits.capability, 132, 227 << 10)
     monkeypatch.setattr(type(transfers), "traits", gpu)
     monkeypatch.setattr("fd_dsa.attention.device.LOGITS_BYTES", logits_bytes)
     widths = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}

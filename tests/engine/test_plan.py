@@ -18,6 +18,7 @@ from fd_dsa.engine.factory import build_engine
 from fd_dsa.engine.plan import make_plan
 from fd_dsa.engine.startup import PHASES, StartupProgress
 from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.triton_runtime.driver import GpuTraits
 
 
 def test_a_plan_has_every_value_resolved() -> None:
@@ -147,6 +148,54 @@ def test_the_share_means_nothing_on_a_cpu_and_says_so(caplog: pytest.LogCaptureF
     assert caplog.messages == []
     make_plan(EngineConfig(device="cpu", gpu_memory_utilization=0.5))
     assert "--gpu-memory-utilization has no effect on cpu" in caplog.text
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Let the device be a GPU of a compute capability."""
+
+    def pretend(capability: int) -> None:
+        traits = GpuTraits(capability, 108, 99 << 10)
+        monkeypatch.setattr("fd_dsa.runner.device.resolve_device", lambda name: "gpu:0")
+        monkeypatch.setattr("fd_dsa.runner.device.keep_float32", lambda device: None)
+        monkeypatch.setattr("fd_dsa.runner.device.traits_of", lambda device: traits)
+        monkeypatch.setattr("fd_dsa.runner.device.free_device_bytes", lambda *_: 1 << 34)
+
+    return pretend
+
+
+def test_a_gpu_without_the_instructions_is_refused(on_a_gpu) -> None:
+    on_a_gpu(75)
+    with pytest.raises(BackendUnavailable) as caught:
+        make_plan(EngineConfig(device="gpu"))
+    assert str(caught.value) == (
+        "--device: got gpu:0, a GPU of compute capability 7.5; kernels need 8.0 (A100) or later; "
+        "take --device cpu"
+    )
+    on_a_gpu(80)
+    with pytest.raises(ConfigError) as refused:
+        make_plan(EngineConfig(device="gpu", kv_cache_dtype="fp8_ds_mla"))
+    assert str(refused.value) == (
+        "--kv-cache-dtype: got 'fp8_ds_mla', but gpu:0 is of compute capability 8.0 and FP8 needs "
+        "8.9 or later; take --kv-cache-dtype bfloat16"
+    )
+
+
+@pytest.mark.parametrize("capability", [80, 89])
+def test_fp8_weights_are_bfloat16_where_nothing_multiplies_them(
+    on_a_gpu, tmp_path: Path, caplog: pytest.LogCaptureFixture, capability: int
+) -> None:
+    on_a_gpu(capability)
+    folder = folder_without(tmp_path, "config.json")
+    config = json.loads((demo_model_path() / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    plan = make_plan(EngineConfig(model=folder, device="gpu", load_format="dummy"))
+    assert bool(plan.fp8) == (capability == 89)
+    said = "gpu:0 has no FP8 instructions: FP8 weights are held in bfloat16"
+    assert (said in caplog.text) == (capability == 80)
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,7 @@ def test_kernels_that_wait_are_launched_early(
     else:
         monkeypatch.setenv("FD_DSA_PDL", switch)
     monkeypatch.setattr(runtime_kernel, "compile_kernel", compile_kernel)
-    traits = GpuTraits(capability, 132)
+    traits = GpuTraits(capability, 132, 227 << 10)
     monkeypatch.setattr(runtime_kernel.cuda(), "traits", lambda device: traits)
     kernel = scale_kernel(waits=waits)
     for _ in range(2):
