@@ -29,9 +29,9 @@ using namespace hopper;
 using Job = FdDsaExpertGemm;
 
 constexpr int kGroup = 128;      // values that share a scale, columns of a block, rows of a tile
-constexpr int kBand = 8;         // row tiles of an expert that run beside each other
+[[maybe_unused]] constexpr int kBand = 8;  // row tiles of an expert that run beside each other
 constexpr int kStages = 4, kThreads = 384, kMostExperts = 1024;
-constexpr uint32_t kNoTile = 0xffffffffu;
+[[maybe_unused]] constexpr uint32_t kNoTile = 0xffffffffu;
 
 // Where things are in shared memory, in bytes. An operand is 128 rows of 128 bytes, swizzled; a
 // stage has that of the rows, and those of both blocks of columns.
@@ -40,7 +40,8 @@ constexpr uint32_t kOperand = kGroup * 128, kStage = 3 * kOperand;
 constexpr uint32_t kLine = 128 + 16, kLines = kStages * kStage;
 // Of a stage: scales of its rows and of both weights, the tile that it belongs to.
 constexpr uint32_t kScales = kLines + 8 * 16 * kLine, kScalesOfStage = (kGroup + 4) * 4;
-constexpr uint32_t kOfWeights = kGroup * 4, kOwnTile = kOfWeights + 8;
+constexpr uint32_t kOfWeights = kGroup * 4;
+[[maybe_unused]] constexpr uint32_t kOwnTile = kOfWeights + 8;
 constexpr uint32_t kEnds = kScales + kStages * kScalesOfStage;
 constexpr uint32_t kNext = kEnds + 4 * kMostExperts;
 constexpr uint32_t kBarriers = kNext + 2 * 4;

@@ -126,6 +126,7 @@ struct Computing {
     add_scores<0, 16>(tile);
     barrier_wait(there(base, kGroup, 1), parity);
     publish_to_async();
+    wgmma_fence();
     add_scores<16, 32>(tile);
     add_scores<32, 36>(tile);
     if constexpr (kGroup == 0) {

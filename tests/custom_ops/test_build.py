@@ -145,6 +145,22 @@ def toolkit() -> str:
     return str(home)
 
 
+@pytest.mark.parametrize("source", sorted(p.name for p in build_library.SOURCES.glob("*.cu")))
+def test_kernels_compile_for_every_gpu_without_a_warning(tmp_path: Path, source: str) -> None:
+    """ptxas also warns (C7519) where accumulators are used before a wgmma fence."""
+    toolkit()
+    archs = "80", "89", "90", "100", "120"
+    nvcc = str(build_library.find_nvcc())
+    flags = [*build_library.gencode(archs)[:-1], *build_library.NVCC_FLAGS, "-c"]
+    done = subprocess.run(
+        [nvcc, *flags, source, "-o", str(tmp_path / "made.o")],
+        cwd=build_library.SOURCES,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
 WITH_CUDA = """
 import runpy, sys
 import paddle
