@@ -176,6 +176,23 @@ def test_every_provider_of_a_device(
     assert all(line.split()[2:4] == ["triton_tensor_core", "no"] for line in refused)
 
 
+@pytest.mark.triton
+def test_tf32_is_found(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import paddle
+
+    monkeypatch.setattr("fd_dsa.runner.device.keep_float32", lambda device: None)
+    assert checks.check_float32("gpu:0")["passed"]
+    exact = paddle.matmul
+
+    def rounded(left: Any, right: Any) -> Any:
+        bits = left.numpy().view(np.uint32) & 0xFFFFE000
+        return exact(paddle.to_tensor(bits.view(np.float32)), right)
+
+    monkeypatch.setattr(paddle, "matmul", rounded)
+    row = checks.check_float32("gpu:0")
+    assert not row["passed"] and row["detail"] == "1 + 2^-12 times 1 is 1: that is TF32"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -259,7 +276,7 @@ def test_the_kernels_of_a_device(device: list[str], capsys: pytest.CaptureFixtur
     found = json.loads(capsys.readouterr().out)
     assert found["kernels"] == ("interpreted" if INTERPRETING else "compiled")
     rows = [row for row in found["checks"] if row["device"] != "cpu"]
-    assert {row["name"] for row in rows} == set(CASES)
+    assert {row["name"] for row in rows} == {*CASES, "float32 GEMM"}
     assert {row["name"] for row in rows if row["provider"] == "triton"} == set(CASES)
 
 

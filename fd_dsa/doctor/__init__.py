@@ -79,8 +79,9 @@ def examine(device: str | None = None) -> dict[str, Any]:
         `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
         `fastdeploy` (see `fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
         Triton kernels run), `note` (what was not checked and why, or ""), `checks` (a list; see
-        `run_checks`), `custom_ops` (`state`, `reason` and `path` of fd_dsa_ops), `graphs`
-        (see `graph_facts`), which has no part in `healthy` either, `healthy`.
+        `run_checks`, and on a device `check_float32`), `custom_ops` (`state`, `reason` and `path`
+        of fd_dsa_ops), `graphs` (see `graph_facts`), which has no part in `healthy` either,
+        `healthy`.
 
     Raises:
         ConfigError: FD_DSA_OP_PROVIDER cannot be read.
@@ -90,12 +91,14 @@ def examine(device: str | None = None) -> dict[str, Any]:
     gpu, cpus = _gpu(), f"{usable_cpus()} processors"
     # the check imports Paddle and Triton, whose absence has a clear error of its own above
     from fd_dsa import custom_ops
-    from fd_dsa.doctor.checks import run_checks
+    from fd_dsa.doctor.checks import check_float32, run_checks
     from fd_dsa.doctor.fastdeploy import examination
     from fd_dsa.triton_runtime import INTERPRETING
 
     with examination() as fastdeploy_facts:
         checks = run_checks(device)
+        if device != "cpu":
+            checks.append(check_float32(device))
         fastdeploy = fastdeploy_facts()
     build = custom_ops.build()
     return {

@@ -73,6 +73,37 @@ def run_checks(device: str) -> list[dict[str, Any]]:
     return rows
 
 
+def check_float32(device: str) -> dict[str, Any]:
+    """Whether float32 GEMMs of a device are float32: a row as `run_checks` makes them.
+
+    Paddle takes TF32 on GPUs by default; the engine turns it off, and so does this.
+    """
+    import paddle
+
+    from fd_dsa.runner.device import keep_float32
+    from fd_dsa.step.device import paddle_allocator
+
+    keep_float32(device)
+    memory, begin, detail = Memory(paddle_allocator(device)), time.perf_counter(), ""
+    try:
+        # 13 bits of mantissa, TF32 has 11
+        values = np.full((64, 64), 1 + 2**-12, np.float32)
+        found = memory.get(paddle.matmul(memory.put(values), memory.put(np.eye(64, dtype="f4"))))
+        require(found == values, f"1 + 2^-12 times 1 is {found.flat[0]:.9g}: that is TF32")
+    except Exception as error:
+        detail = describe_error(error).removeprefix("CheckFailed: ")
+    return {
+        "name": "float32 GEMM",
+        "device": device,
+        "provider": PADDLE,
+        "reason": "no TF32",
+        "passed": not detail,
+        "detail": detail,
+        "ms": round(1e3 * (time.perf_counter() - begin), 1),
+        "serves": True,
+    }
+
+
 def _on(operator: str, place: str) -> list[str]:
     """Providers for a place; those of a library that is not there are none."""
     kind = place.partition(":")[0]
