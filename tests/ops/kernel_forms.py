@@ -1,0 +1,287 @@
+"""Scripts that compile kernels at the sizes of real models and print what came of each form.
+
+They run after a line that sets CAPABILITY and SHARED, the target's bytes of shared memory a block.
+"""
+
+from __future__ import annotations
+
+COMMON = """
+import json, re, subprocess, tempfile
+from collections import defaultdict
+from pathlib import Path
+import triton, triton.language as tl
+from fd_dsa.triton_runtime import Pointer
+
+INT32 = ("batch_id_per_token_ptr", "slots_ptr", "block_tables_ptr", "index_ptr", "tiles_ptr",
+         "seq_lens_decoder_ptr", "seq_lens_this_time_ptr", "seq_lens_encoder_ptr", "programs_ptr",
+         "cu_seqlens_q_ptr", "page_ends_ptr", "ids_ptr", "pairs_ptr", "counts_ptr")
+INT64 = "position_ids_ptr", "slot_mapping_ptr"
+
+def integers(kernel):
+    return {name: "int64" if name in INT64 else "int32" for name in kernel.arg_names}
+
+UINT8 = "latent_ptr", "q_out_ptr"
+TYPES = (dict.fromkeys(INT32, "int32") | dict.fromkeys(INT64, "int64")
+         | dict.fromkeys(UINT8, "uint8"))
+FLOATS = ("mean", "deviation", "epsilon", "scaling", "kv_eps", "k_eps", "weights_scale",
+          "softmax_scale", "scale_log2")
+# the upper half of a descriptor is how a wgmma reads shared memory, the lower one where
+# an access to global memory
+ACCESS = r"(?:ld|st|atom|red)\\.[\\w.]*global|cp\\.async\\.c"
+DESCRIPTOR = r"(?:or\\.b64|add\\.s64)\\s+%rd\\d+, (%rd\\d+), (-?\\d{19});"
+tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+seen = set()
+NATIVE = CAPABILITY >= 89
+
+def compile(label, kernel, types={}, fusion=True, blocks=1, capability=CAPABILITY, **options):
+    if CAPABILITY != 90:
+        # each kernel once for the types of its operands; of GEMMs, whose tiles differ, every form
+        form = label, *sorted(types.items()), *sorted(k for k, v in options.items() if v is None)
+        if label.startswith(("mla now", "mla ahead")) or capability != CAPABILITY or (
+                form in seen and label != "experts" and not label.startswith("fp8")):
+            return
+        seen.add(form)
+    def argument(name):
+        if name.endswith("_ptr"):
+            return Pointer((TYPES | types).get(name, "float32"))
+        if name.endswith("stride"):
+            return 192
+        return 0.5 if name in FLOATS else 7
+    options |= {} if fusion else {"enable_fp_fusion": False}
+    arguments = {name: argument(name) for name in kernel.arg_names if name not in options}
+    try:
+        made = kernel.warmup(**arguments, **options, capability=capability)
+    except Exception as error:
+        causes = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        if not any("fp8e4nv not supported" in str(cause) for cause in causes):
+            raise
+        return print(json.dumps({"label": label, "needs_fp8": True}))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(made.image)
+        command = [tool, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", text).groups())
+    ways = defaultdict(set)
+    for address, constant in re.findall(DESCRIPTOR, made.ptx):
+        ways[address].add(int(constant) >> 32)
+    ahead = made.ptx.partition("griddepcontrol.wait")[0] if made.waits else ""
+    accesses = re.findall(ACCESS, ahead)
+    print(json.dumps({
+        "label": label, "waits": made.waits, "loads_ahead": len(accesses),
+        "only_loads": all(access.startswith("ld") for access in accesses),
+        "next": made.ptx.count("griddepcontrol.launch_dependents"),
+        "registers": registers, "stack": stack, "shared": made.shared_bytes,
+        "warps": made.num_warps, "blocks": blocks, "stages": options.get("num_stages"),
+        "products": sorted(set(re.findall(r"wgmma.mma_async\\S*", made.ptx))),
+        "copies": made.ptx.count("cp.async.cg"),
+        "in_flight": max(map(int, re.findall(r"cp.async.wait_group\\s+(\\d+)", made.ptx)),
+                         default=0),
+        "ways": max(map(len, ways.values()), default=0)}))
+"""
+
+EVERY = """
+from fd_dsa.ops import _dense_kernels as dense
+from fd_dsa.ops._expert_gemm import block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops._expert_kernels import choose_experts_kernel, group_pairs_kernel, sum_experts_kernel
+from fd_dsa.ops._fill_kernels import fill_kernel
+from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
+from fd_dsa.ops.logits.triton_kernel import logits_kernel
+from fd_dsa.ops.mla.records import dequantize_kernel as records_kernel
+from fd_dsa.ops.mla.triton_kernel import dequantize_kernel, sparse_mla_kernel
+from fd_dsa.ops.mla_query.triton_kernel import BLOCK_ROWS, NUM_WARPS, prepare_mla_query_kernel
+from fd_dsa.ops.positions_kernel import position_ids_kernel
+from fd_dsa.ops.query.triton_kernel import prepare_query_kernel
+from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
+from fd_dsa.ops.sampling.draw_kernels import draw_kernel
+from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
+from fd_dsa.ops.topk.triton_kernel import topk_kernel
+from fd_dsa.step import device as step
+from fd_dsa.step.kernel import decode_step_metadata_kernel, mixed_step_metadata_kernel
+from fd_dsa.v4_prepare.kernel import csa_rows_kernel
+
+for q, cache, wide in (("float32", "float32", tl.float32), ("float32", "bfloat16", tl.float32),
+                       ("bfloat16", "bfloat16", tl.bfloat16), ("uint8", "uint8", tl.float16)):
+    compile("logits", logits_kernel, {"q_ptr": q, "cache_ptr": cache}, HEAD_DIM=128,
+            BLOCK_SIZE=64, FP8=cache == "uint8", WIDE=wide)
+compile("topk", topk_kernel, BLOCK_SIZE=64)
+for q, cache in (("float32", "float32"), ("float32", "int16"), ("float32", "uint8"),
+                 ("bfloat16", "bfloat16"), ("bfloat16", "uint8")):
+    wide = tl.bfloat16 if q == "bfloat16" else tl.float32
+    compile("mla", sparse_mla_kernel, {"q_ptr": q, "cache_ptr": cache, "out_ptr": q}, RANK=512,
+            ROPE=64, RANK_PADDED=512, ROPE_PADDED=64, FP8=cache == "uint8", WIDE=wide)
+for cache, rank in (("uint8", 512), ("bfloat16", 576)):
+    compile("dequantize", dequantize_kernel, {"cache_ptr": cache, "slots_ptr": "int64"},
+            RANK=rank, ROPE=576 - rank, FP8=cache == "uint8", WIDTH=1024)
+compile("records", records_kernel, {"cache_ptr": "uint8"}, num_warps=8, BLOCK_SIZE=64, ROWS=16)
+compile("positions", position_ids_kernel, {"position_ids_ptr": "int32"})
+plain = dict(codes_ptr=None, scales_ptr=None, ROUND_SCALES=False)
+for dtype in ("float32", "bfloat16"):
+    names = "x_ptr", "delta_ptr", "sum_ptr", "out_ptr", "gate_up_ptr", "table_ptr"
+    types = dict.fromkeys(names, dtype) | {"codes_ptr": "uint8"}
+    for added in ({}, dict(delta_ptr=None, sum_ptr=None)):
+        for quantized in (plain, dict(ROUND_SCALES=True)):
+            compile("norm", dense.rms_norm_kernel, types, num_warps=16, WIDTH=7168, BLOCK=8192,
+                    **added, **quantized)
+    compile("silu", dense.silu_and_mul_kernel, types, WIDTH=2048, BLOCK=1024, **plain)
+    compile("silu", dense.silu_and_mul_kernel, types, WIDTH=2048, BLOCK=1024, out_ptr=None,
+            ROUND_SCALES=True)
+    compile("quantize", dense.quantize_rows_kernel, types, WIDTH=7168, BLOCK=1024,
+            ROUND_SCALES=False)
+    for index in ("int32", "int64"):
+        compile("rows", dense.rows_at_kernel, types | {"index_ptr": index}, WIDTH=7168,
+                BLOCK=1024)
+for dtype in ("float32", "bfloat16", "uint8"):
+    for random in (False, True):
+        compile("fill", fill_kernel, {"out_ptr": dtype}, RANDOM=random, BLOCK=1024)
+CHOICES = (256, 8, 4, 8), (256, 1, 1, 8), (8, 1, 1, 2), (9, 3, 1, 2)
+for experts, groups, top_groups, top in CHOICES:
+    size = 1 << (experts // groups - 1).bit_length()
+    for slots in ({}, {"slot_mapping_ptr": None}):
+        compile("choice", choose_experts_kernel, num_warps=8, NUM_EXPERTS=experts, TOP_K=top,
+                NUM_GROUPS=groups, TOP_GROUPS=top_groups, NORM=True,
+                GROUPS=1 << (groups - 1).bit_length(), SIZE=size, **slots)
+for block, warps in (1024, 4), (4096, 8):
+    compile("group", group_pairs_kernel, BLOCK=block, num_warps=warps)
+for kind in ("float32", "bfloat16"):
+    for tokens in (1, 256, 8192):
+        for gated in (False, True):
+            compile("experts", expert_gemm_kernel, dict(x_ptr=kind, weight_ptr=kind, out_ptr=kind),
+                    x_scales_ptr=None, weight_scales_ptr=None, out_scales_ptr=None, ROW_PAIRS=8,
+                    NUM_EXPERTS=256, WIDTH=7168, COLUMNS=2048, GATED=gated, ROUND_SCALES=False,
+                    NATIVE=NATIVE, EXPERTS=256,
+                    **block_sizes(kind, 2048, 7168, configuration(kind, 8 * tokens, 256, gated,
+                                                                  SHARED)))
+    compile("sum", sum_experts_kernel, dict.fromkeys(("parts_ptr", "base_ptr", "out_ptr"), kind),
+            TOP_K=8, WIDTH=7168, BLOCK=1024)
+KEYS = dict(INTERLEAVED=False, HADAMARD=False, UE8M0=True, HALF=32, num_warps=1)
+for positions in ({}, {"position_ids_ptr": None}):
+    for tokens in (1, 2):
+        compile("write", write_caches_kernel, {"index_ptr": "uint8"}, False, RANK=512,
+                BLOCK_SIZE=64, TILE=128, TILES=4, FP8=True, BLOCK_TOKENS=tokens, **KEYS,
+                **positions)
+    # programs that divide the heads of a token evenly, and others
+    for heads in (64, 7):
+        compile("query", prepare_query_kernel, {}, False, HEADS=heads, QUANTIZED=True,
+                BLOCK_ROWS=8, **KEYS, **positions)
+    for dtype in ("float32", "bfloat16"):
+        types = dict.fromkeys(("latent_ptr", "pe_ptr", "out_ptr"), dtype)
+        compile("mla_query", prepare_mla_query_kernel, types, False, HEADS=128, RANK=512, HALF=32,
+                PADDED_RANK=512, BLOCK_ROWS=BLOCK_ROWS, num_warps=NUM_WARPS, **positions)
+plain_caches = dict.fromkeys(("latent_ptr", "index_ptr"), "bfloat16")
+compile("write", write_caches_kernel, plain_caches, False, RANK=512, BLOCK_SIZE=64, TILE=128,
+        TILES=4, FP8=False, BLOCK_TOKENS=1, **KEYS)
+compile("query", prepare_query_kernel, dict.fromkeys(("q_ptr", "q_out_ptr"), "bfloat16"), False,
+        HEADS=64, QUANTIZED=False, BLOCK_ROWS=8, **KEYS)
+# vocabularies of one block, of DeepSeek-V3.2, and of twice as many tokens
+SAMPLED = dict.fromkeys(("slots_ptr", "mask_rows_ptr", "records_ptr", "masks_ptr", "counts_ptr",
+                         "best_ptr", "state_ptr", "sample_ptr", "sizes_ptr", "images_ptr"), "int32")
+SAMPLED |= dict.fromkeys(("positions_ptr", "masses_ptr", "tokens_ptr"), "int64")
+for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
+    blocks = -(-vocab // block)
+    padded = 1 << (blocks - 1).bit_length()
+    parts = dict(VOCAB=vocab, NUM_BLOCKS=blocks, BLOCKS=padded)
+    cut = dict(BLOCK=block, WIDE=vocab // 32, **parts)
+    capacity = max(vocab // 4, 1024)
+    compile("scan", scan_kernel, SAMPLED, False, num_warps=8, VOCAB=vocab, BLOCK=block,
+            PART=min(block, 1024))
+    compile("settle", settle_kernel, SAMPLED, False, num_warps=16, **parts)
+    for fine in (False, True):
+        compile("masses", masses_kernel, SAMPLED, False, num_warps=8, FINE=fine, **cut)
+    compile("gather", gather_kernel, SAMPLED, False, num_warps=8, CAPACITY=capacity, **cut)
+    compile("draw", draw_kernel, SAMPLED, False, num_warps=16, CAPACITY=capacity, **cut)
+# the largest with positions of both types
+for rows in (1, 100, 256, 1024, 4096):
+    narrow = {} if rows == 4096 else {"position_ids_int32_ptr": None}
+    tile = step.row_tile_for(rows)
+    for kernel, size, warps in (
+        (decode_step_metadata_kernel, step.DECODE_TILE, step.DECODE_WARPS),
+        (mixed_step_metadata_kernel, step.MIXED_TILE, step.MIXED_WARPS),
+    ):
+        compile("step", kernel, integers(kernel), BLOCK_SIZE=64, ROW_TILE=tile, TILE=size,
+                NUM_ROW_TILES=-(-rows // tile), num_warps=warps, **narrow)
+# rows of chosen entries: a small model, V4-Flash, V4-Pro
+for topk in (3, 512, 1024):
+    compile("v4 rows", csa_rows_kernel, integers(csa_rows_kernel), TOPK=topk, ENTRIES_PER_BLOCK=32,
+            TILE=512 if topk > 3 else 4)
+"""
+
+TUNED = """
+from fd_dsa.ops import _expert_gemm as experts, _fp8_gemm as gemm
+from fd_dsa.ops.indexer_projection import triton_kernel as projection
+from fd_dsa.ops.logits.tile_forms import decode_form, padded_heads, prompt_form
+from fd_dsa.ops.logits.tile_kernel import tile_kernel
+from fd_dsa.ops.logits.tile_schedule import tile_schedule_kernel
+from fd_dsa.ops.mla import tensor_core as core, tensor_core_kernel as kernels
+from fd_dsa.v4_prepare.kernel import expand_kernel
+from fd_dsa.v4_prepare.launch import expand_arguments
+from tests.v4_prepare.cases import serving_config
+
+for tokens in (1, 200, 1000):
+    for dtype, wide in (("bfloat16", tl.bfloat16), ("float32", tl.float32)):
+        types = dict.fromkeys(("hidden_ptr", "wk_ptr", "weights_proj_ptr", "index_k_ptr"), dtype)
+        arguments = dict(num_tokens=tokens, HIDDEN=7168, WIDTH=128, HEADS=64, WIDE=wide,
+                         scratch_ptr=None if tokens > 512 else Pointer("float32"))
+        _, options = projection.launch_options(arguments, projection.configuration(tokens))
+        compile("project", projection.project_indexer_kernel, types, **arguments, **options)
+# one row of q_a and kv_a, o_proj, a prompt, and a width that ends in a part of a group; the number
+# is that of the tiles of a stage
+types = dict.fromkeys(("x_ptr", "weight_ptr"), "uint8") | {"out_ptr": "bfloat16"}
+for rows, columns, width in ((1, 2112, 7168), (64, 7168, 16384), (8192, 4096, 7168), (1, 64, 200)):
+    _, options = gemm.launch_options(rows, columns, width, gemm.configuration(rows, columns, width))
+    if options["SPLITS"] == 1:
+        options["scratch_ptr"] = None
+    compile("fp8 2", gemm.fp8_linear_kernel, types, WIDTH=width, COLUMNS=columns, NATIVE=NATIVE,
+            **options)
+for tokens in (1, 32, 512, 8192):
+    for gated, columns, width in (True, 2048, 7168), (False, 7168, 2048):
+        tiling = experts.configuration("uint8", 8 * tokens, 256, gated, SHARED)
+        out = dict(out_ptr="uint8") if gated else dict(out_ptr="bfloat16")
+        compile("fp8 3" if gated else "fp8 2", experts.expert_gemm_kernel, types | out,
+                ROW_PAIRS=8 if gated else 1, NUM_EXPERTS=256, WIDTH=width, COLUMNS=columns,
+                GATED=gated, ROUND_SCALES=True, NATIVE=NATIVE, EXPERTS=256,
+                **experts.block_sizes("uint8", columns, width, tiling),
+                **({} if gated else dict(out_scales_ptr=None)))
+compile("schedule", tile_schedule_kernel, num_warps=8)
+# heads, and tokens of a decode row or 0 for a step with prompts
+for heads, tokens in (64, 0), (32, 0), (64, 1), (64, 2), (64, 3):
+    form = decode_form(heads, tokens) if tokens else prompt_form(heads)
+    compile(f"tiles {heads} {tokens}", tile_kernel, {"q_ptr": "uint8", "cache_ptr": "uint8"},
+            blocks=form.programs_per_processor, NUM_HEADS=heads, HEADS=padded_heads(heads),
+            FIRST=form.first_tokens, REST=form.rest_tokens, num_warps=form.num_warps,
+            num_stages=form.num_stages, maxnreg=form.maxnreg)
+# heads, tokens, whether the cache holds records, whether the entries are split
+for heads, tokens, fp8, split in ((8, 9, True, False), (16, 9, True, False), (32, 9, True, True),
+                                  (64, 9, True, False), (64, 2, True, True), (8, 9, False, True),
+                                  (16, 9, False, False), (32, 9, False, True),
+                                  (64, 9, False, False)):
+    form = core.form_for(heads, tokens, fp8)
+    absent = ("out_ptr", "lse_ptr") if split else ("partial_ptr", "partial_lse_ptr")
+    types = dict.fromkeys(("q_ptr", "out_ptr"), "bfloat16")
+    # keys copied ahead or not; rows of an instruction: 64 keys or heads, or 16 heads
+    label = "mla ahead" if form.copied and form.num_stages > 1 else "mla now"
+    label += f",{heads},{min(form.block_n if form.swapped else form.block_h, 64)}"
+    compile(label, kernels.attend_kernel, types | {"cache_ptr": "uint8" if fp8 else "bfloat16"},
+            blocks=form.per_processor, num_warps=form.num_warps, num_stages=form.num_stages,
+            BLOCK_H=form.block_h, BLOCK_N=form.block_n, SWAPPED=form.swapped, FP8=fp8,
+            COPIED=form.copied, **dict.fromkeys(absent))
+for most, columns, warps in core._COMBINE:
+    compile("combine", kernels.combine_kernel, {"out_ptr": "bfloat16"}, num_warps=warps, blocks=4,
+            num_stages=1, MAX_SPLITS=most, COLUMNS=columns)
+decode = serving_config(256, 131072, 3)
+chunks = {"max_num_tokens": 8448, "max_tokens_per_seq": 8192}
+for capability, cfg, absent in (
+    (80, decode, []),
+    (90, decode, []),
+    (90, serving_config(128, 8192, 1, swa="paged"), ["rollback_ptr"]),
+    (90, serving_config(1, 1024, 0), ["rollback_ptr"]),
+    (90, serving_config(8, 1 << 20, 3, hca_mode="table"), ["hca_idx_ptr"]),
+    (90, serving_config(129, 16384, 1, **chunks), ["rollback_ptr"]),
+    (100, decode, []),
+):
+    compile("expand", expand_kernel, integers(expand_kernel), capability=capability,
+            slab_offset=1 << 40, error_address=1 << 40, **expand_arguments(cfg),
+            **dict.fromkeys(absent))
+"""
