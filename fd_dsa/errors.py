@@ -73,6 +73,12 @@ class BackendUnavailable(FdDsaError, ImportError):
     """A device, provider or package that was asked for cannot serve on this machine."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the host or of a device is full."""
+    # Paddle has errors of its own for a full device; those of CUDA are an OSError without a number
+    return isinstance(error, MemoryError) or "out of memory" in describe_error(error).lower()
+
+
 def describe_error(error: BaseException) -> str:
     """Type and text of an error in a line; of Paddle's, the last line that names an error."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]

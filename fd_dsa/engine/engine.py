@@ -31,6 +31,7 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.errors import is_out_of_memory
 from fd_dsa.runner.input_batch import InputBatch
 
 
@@ -197,14 +198,26 @@ class LLMEngine:
         Where tokens are drawn on a device, the step is queued and those of the step before are
         taken while it runs. A request that they end may have a row in it, whose token is dropped.
 
+        After a step that finds no memory the next ones need less (`Scheduler.relieve`).
+
         Raises:
-            Exception: whatever the runner raises; no request has got a token then, and a later
+            Exception: what else the runner raises; no request has got a token then, and a later
                 call runs the step again.
         """
         if not self._requests:
             # what is in flight was for requests that have been aborted
             self._in_flight = None
             return []
+        try:
+            return self._step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            too_large = self._scheduler.relieve(error)
+            failure = RuntimeError("there is no memory for a step of this request alone")
+            return [self._end(too_large, "error", failure)] if too_large else []
+
+    def _step(self) -> list[RequestOutput]:
         begin, runner_time_s = self.clock(), self._stats.runner_time_s
         before = self._in_flight
         launched = self._launch(may_be_idle=before is not None)
@@ -240,10 +253,8 @@ class LLMEngine:
         if not scheduled:
             if may_be_idle:
                 return None
-            raise RuntimeError(
-                f"the scheduler found nothing to run with {len(self._requests)} unfinished "
-                "requests; this is a defect of the engine"
-            )
+            count = len(self._requests)
+            raise RuntimeError(f"nothing to run with {count} requests: a defect of the engine")
         sampling, reading, logits_indices = assemble(
             self._batch, scheduled, is_decode_only=self._scheduler.is_decode_only
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -12,7 +13,10 @@ from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.step_times import StepTimes
+from fd_dsa.errors import describe_error
 from fd_dsa.runner.input_batch import InputBatch
+
+logger = logging.getLogger(__name__)
 
 _slot = attrgetter("slot")
 
@@ -79,6 +83,8 @@ class Scheduler:
         self._running: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
         self._scheduled: list[Request] = []
+        # fewer after a step that found no memory
+        self._most_prompt_tokens, self._most_rows = batch.max_num_tokens, batch.max_num_seqs
         self._spare_logits = 0
         self._num_decoding = 0
 
@@ -102,6 +108,9 @@ class Scheduler:
             self._release(request)
         else:
             self._waiting.remove(request)
+        if not self._running and not self._waiting:
+            self._most_prompt_tokens = self._batch.max_num_tokens
+            self._most_rows = self._batch.max_num_seqs
 
     def schedule(self) -> list[Request]:
         """Requests of the next step in ascending slot order, `num_scheduled_tokens` set.
@@ -143,6 +152,31 @@ class Scheduler:
             if before % block_size + num_new >= block_size:
                 self._cache_blocks(request)
 
+    def relieve(self, error: Exception) -> Request | None:
+        """Have steps need less memory than the one scheduled, until no request is left.
+
+        Prompts are read in chunks of half as many tokens; if they are of one, or none is read,
+        fewer requests run at a time.
+
+        Returns:
+            The request that must end, since it needs too much alone; None: the next step needs
+            less.
+        """
+        num_prompt_tokens = sum(r.num_scheduled_tokens for r in self._scheduled if not r.is_decode)
+        if num_prompt_tokens > 1:
+            self._most_prompt_tokens = num_prompt_tokens // 2
+            cure = f"prompts are read in steps of at most {self._most_prompt_tokens} tokens now"
+            logger.warning("%s; %s", describe_error(error), cure)
+            return None
+        latest = next(reversed(self._running.values()))
+        if len(self._running) == 1:
+            return latest
+        self._preempt(latest)
+        self._most_rows = len(self._running)
+        cure = f"at most {self._most_rows} requests run at a time now"
+        logger.warning("%s; %s", describe_error(error), cure)
+        return None
+
     def take_token(self, request: Request) -> None:
         """A token of a request has come; it may be the last of a block that is computed."""
         if request.slot >= 0 and len(request.token_ids) % self._blocks.block_size == 0:
@@ -165,7 +199,7 @@ class Scheduler:
             self._step_times.observe(seconds, num_decode_tokens, num_prefill_tokens, context)
 
     def _schedule_decode(self, decoding: list[Request], budget: int) -> int:
-        """Give one token to each decoding request; returns the tokens left."""
+        """Give one token to each decoding request; returns the tokens left for prompts."""
         block_size, taken = self._blocks.block_size, self._scheduled
         for request in decoding:
             # an earlier request may have preempted it just now; most last blocks have room
@@ -174,7 +208,7 @@ class Scheduler:
             ):
                 request.num_scheduled_tokens = 1
                 taken.append(request)
-        return budget - len(taken)
+        return min(budget - len(taken), self._most_prompt_tokens)
 
     def _grow(self, request: Request) -> bool:
         """Get the block for the next token, if need be from later requests; False: preempted."""
@@ -199,7 +233,7 @@ class Scheduler:
                 break
             if request.drawn_row >= 0:
                 break
-            if budget <= 0 or self._spare_logits <= 0:
+            if budget <= 0 or self._spare_logits <= 0 or len(self._running) >= self._most_rows:
                 break
             # the blocks of running requests; what is cached never covers all tokens
             spare = len(self._running)

@@ -19,7 +19,7 @@ from fd_dsa.environment import (
     open_missing_streams,
     process_environment,
 )
-from fd_dsa.errors import ConfigError, FdDsaError, describe_error
+from fd_dsa.errors import ConfigError, FdDsaError, describe_error, is_out_of_memory
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.flag_values import EXIT_BAD_START, EXIT_INTERRUPTED, fail
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
@@ -71,8 +71,7 @@ def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
     if isinstance(error, FdDsaError) or (isinstance(error, OSError) and error.errno is not None):
         return str(error), EXIT_BAD_START
     text = describe_error(error)
-    # Paddle has errors of its own for a full device; those of CUDA are an OSError without a number
-    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+    if is_out_of_memory(error):
         return (
             f"not enough memory ({text}); lower --gpu-memory-utilization, --kv-cache-memory-bytes, "
             "--max-num-seqs or --max-num-batched-tokens",
