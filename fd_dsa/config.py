@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, flag_error
+from fd_dsa.speculative_config import SpeculativeConfig
 
 DEFAULT_NUM_BATCHED_TOKENS = 512
 """Tokens of a step on a CPU: enough for full-speed products, short enough for smooth streams."""
@@ -88,6 +91,7 @@ class EngineConfig:
             from CUDA graphs.
         cudagraph_capture_sizes: numbers of rows for which decode steps are captured, a step of
             fewer is padded; None is 1, 2, 4, 8, then every eighth number up to `max_num_seqs`.
+        speculative_config: how drafts are made, see SpeculativeConfig; None makes none.
         seed: seed of requests which bring none.
         chat_template: Jinja file that renders conversations; None is what the folder has.
 
@@ -116,6 +120,7 @@ class EngineConfig:
     async_scheduling: bool = True
     enforce_eager: bool = False
     cudagraph_capture_sizes: tuple[int, ...] | None = None
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None
     seed: int = 0
     chat_template: str | os.PathLike[str] | None = None
 
@@ -126,9 +131,9 @@ class EngineConfig:
         names = (names,) if isinstance(names, str) else tuple(names)
         self._set("served_model_name", names or (self.model_path.name,))
         if not all(isinstance(name, str) and name for name in self.served_model_name):
-            raise _flag_error("served_model_name", names, "non-empty names")
+            raise flag_error("served_model_name", names, "non-empty names")
         if not _DEVICE_PATTERN.fullmatch(str(self.device)):
-            raise _flag_error(
+            raise flag_error(
                 "device",
                 self.device,
                 f"{', '.join(DEVICES)}, in Python also a custom device of Paddle as name:number",
@@ -142,11 +147,14 @@ class EngineConfig:
             except ConfigError as error:
                 raise ConfigError(f"--kv-cache-memory-bytes: {error}") from None
         self._check_numbers()
+        given = self.speculative_config
+        if given is not None and not isinstance(given, SpeculativeConfig):
+            self._set("speculative_config", SpeculativeConfig.read(given))
         self._check_choices()
         self._check_capture_sizes()
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             got = os.fspath(self.chat_template)
-            raise _flag_error("chat_template", got, "a file with a Jinja template")
+            raise flag_error("chat_template", got, "a file with a Jinja template")
 
     @property
     def model_path(self) -> Path:
@@ -168,7 +176,7 @@ class EngineConfig:
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
         if device == "cpu" and dtype != "float32":
-            raise _flag_error(
+            raise flag_error(
                 "dtype",
                 dtype,
                 "auto or float32 on a CPU: Paddle's CPU build has no bfloat16 kernels",
@@ -183,14 +191,25 @@ class EngineConfig:
         return int(self.max_num_batched_tokens)  # type: ignore[arg-type]
 
     @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """`speculative_config` as what it is after construction."""
+        given = self.speculative_config
+        return given if isinstance(given, SpeculativeConfig) else None
+
+    @property
+    def most_decode_tokens(self) -> int:
+        """Most tokens of a step that only decodes, drafts included."""
+        drafts = self.speculation.num_speculative_tokens if self.speculation else 0
+        return min((1 + drafts) * self.max_num_seqs, self.num_batched_tokens)
+
+    @property
     def capture_sizes(self) -> tuple[int, ...]:
         """Numbers of rows for which decode steps are captured on a GPU, ascending."""
         if self.enforce_eager:
             return ()
         if self.cudagraph_capture_sizes is not None:
             return self.cudagraph_capture_sizes
-        most = min(self.max_num_seqs, self.num_batched_tokens)
-        return default_capture_sizes(most)
+        return default_capture_sizes(self.most_decode_tokens)
 
     def resolve_max_model_len(self, max_position_embeddings: int) -> int:
         """Longest sequence that will be served, tokens.
@@ -201,7 +220,7 @@ class EngineConfig:
         if self.max_model_len is None:
             return max_position_embeddings
         if self.max_model_len > max_position_embeddings:
-            raise _flag_error(
+            raise flag_error(
                 "max_model_len",
                 self.max_model_len,
                 f"at most {max_position_embeddings}, the model's max_position_embeddings",
@@ -221,7 +240,7 @@ class EngineConfig:
         folder = Path(os.path.abspath(Path(path).expanduser()))
         if not folder.is_dir():
             file = "config.json" if name == "model" else "tokenizer.json"
-            raise _flag_error(
+            raise flag_error(
                 name,
                 os.fspath(path),
                 f"a local folder in Hugging Face format with {file}",
@@ -232,13 +251,13 @@ class EngineConfig:
     def _check_dtypes(self) -> None:
         """Refuse types which this device or this release cannot serve."""
         if self.dtype not in _DTYPES:
-            raise _flag_error("dtype", self.dtype, ", ".join(_DTYPES))
+            raise flag_error("dtype", self.dtype, ", ".join(_DTYPES))
         dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
         self._set("kv_cache_dtype", dtype)
         if self.kv_cache_dtype not in _CACHE_DTYPES:
-            raise _flag_error("kv_cache_dtype", self.kv_cache_dtype, ", ".join(_CACHE_DTYPES))
+            raise flag_error("kv_cache_dtype", self.kv_cache_dtype, ", ".join(_CACHE_DTYPES))
         if self.kv_cache_dtype == "fp8_ds_mla" and self.block_size != FP8_BLOCK_SIZE:
-            raise _flag_error(
+            raise flag_error(
                 "block_size",
                 self.block_size,
                 f"{FP8_BLOCK_SIZE} with --kv-cache-dtype fp8_ds_mla",
@@ -250,16 +269,16 @@ class EngineConfig:
         switches = "enable_prefix_caching", "enable_chunked_prefill"
         for name in (*switches, "async_scheduling", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):
-                raise _flag_error(name, getattr(self, name), "a bool")
+                raise flag_error(name, getattr(self, name), "a bool")
         if not self.enable_chunked_prefill:
-            raise _flag_error(
+            raise flag_error(
                 "enable_chunked_prefill",
                 False,
                 "True: prompts are always split",
                 "--max-num-batched-tokens says into how many tokens",
             )
         if self.load_format not in _LOAD_FORMATS:
-            raise _flag_error("load_format", self.load_format, ", ".join(_LOAD_FORMATS))
+            raise flag_error("load_format", self.load_format, ", ".join(_LOAD_FORMATS))
 
     def _check_capture_sizes(self) -> None:
         """Refuse sizes that no step can have, and sizes where nothing is captured."""
@@ -267,23 +286,23 @@ class EngineConfig:
         if sizes is None:
             return
         if isinstance(sizes, (str, int)):
-            raise _flag_error("cudagraph_capture_sizes", sizes, "several integers")
+            raise flag_error("cudagraph_capture_sizes", sizes, "several integers")
         if self.enforce_eager:
             raise ConfigError(
                 f"--cudagraph-capture-sizes: got {list(sizes)} together with --enforce-eager, "
                 "which captures nothing; give one of them"
             )
-        most = min(self.max_num_seqs, self.num_batched_tokens)
+        most = self.most_decode_tokens
         for size in sizes:
             if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
-                raise _flag_error(
+                raise flag_error(
                     "cudagraph_capture_sizes",
                     size,
                     f"integers from 1 to {most}, the rows that a decode step can have",
                     "leave them out, or raise --max-num-seqs",
                 )
         if not sizes:
-            raise _flag_error(
+            raise flag_error(
                 "cudagraph_capture_sizes", [], "at least one integer", "or take --enforce-eager"
             )
         self._set("cudagraph_capture_sizes", tuple(sorted(set(sizes))))
@@ -299,12 +318,12 @@ class EngineConfig:
         _check_integer("seed", self.seed, minimum=0)
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise _flag_error("gpu_memory_utilization", share, "above 0 and at most 1")
+            raise flag_error("gpu_memory_utilization", share, "above 0 and at most 1")
         target = self.target_inter_token_latency_ms
         if isinstance(target, bool) or not isinstance(target, int | float):
             target = -1.0
         if target != 0 and not 1 <= target <= _LARGEST_TARGET_MS:
-            raise _flag_error(
+            raise flag_error(
                 "target_inter_token_latency_ms",
                 self.target_inter_token_latency_ms,
                 f"0 for no target, or milliseconds from 1 to {_LARGEST_TARGET_MS}",
@@ -330,10 +349,4 @@ def default_capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
 def _check_integer(name: str, value: object, minimum: int) -> None:
     """Refuse what is no integer, or is below `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise _flag_error(name, value, f"an integer of at least {minimum}")
-
-
-def _flag_error(name: str, got: object, allowed: str, hint: str = "") -> ConfigError:
-    """The error of one flag: what, got, allowed, what to do."""
-    text = f"--{name.replace('_', '-')}: got {got!r}, allowed: {allowed}"
-    return ConfigError(f"{text}; {hint}" if hint else text)
+        raise flag_error(name, value, f"an integer of at least {minimum}")

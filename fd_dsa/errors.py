@@ -91,3 +91,10 @@ def unwritable(flag: str, path: object, error: OSError) -> ConfigError:
     """What to say where an output cannot be written: the flag, the file, the reason."""
     reason = (error.strerror or str(error)).lower()
     return ConfigError(f"{flag}: {path} cannot be written ({reason})")
+
+
+def flag_error(name: str, got: object, allowed: str, hint: str = "") -> ConfigError:
+    """The error of one flag, or of `flag.key` in its JSON: what, got, allowed, what to do."""
+    flag, dot, key = name.partition(".")
+    text = f"--{flag.replace('_', '-')}{dot}{key}: got {got!r}, allowed: {allowed}"
+    return ConfigError(f"{text}; {hint}" if hint else text)

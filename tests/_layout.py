@@ -15,6 +15,7 @@ PACKAGE = "fd_dsa"
 ROOMS = (
     "errors",
     "environment",
+    "speculative_config",
     "config",
     "custom_ops",
     "triton_runtime",

@@ -15,6 +15,7 @@ import pytest
 from fd_dsa.config import EngineConfig, demo_model_path, parse_bytes
 from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads, switch
 from fd_dsa.errors import ConfigError
+from fd_dsa.speculative_config import SpeculativeConfig
 
 
 def test_sizes_with_units() -> None:
@@ -211,3 +212,36 @@ def test_devices_and_another_name_of_fp8() -> None:
     for device in ("auto", "cpu", "gpu", "hopper:0"):
         assert EngineConfig(device=device).device == device
     assert EngineConfig(kv_cache_dtype="fp8") == EngineConfig(kv_cache_dtype="fp8_ds_mla")
+
+
+def test_speculative_config_is_read_as_vllm_writes_it() -> None:
+    config = EngineConfig(speculative_config='{"method": "ngram", "num_speculative_tokens": 3}')
+    assert config.speculation == SpeculativeConfig("ngram", 3, 5, 5)
+    one = SpeculativeConfig.read({"method": "ngram", "prompt_lookup_max": 3})
+    assert (one.prompt_lookup_max, one.prompt_lookup_min) == (3, 3)
+    assert EngineConfig().speculation is None
+    # steps of drafts are captured too
+    assert EngineConfig(max_num_seqs=4).capture_sizes == (1, 2, 4)
+    assert config.capture_sizes[-1] == 256
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ("{", "--speculative-config: got '{', allowed: a JSON object"),
+        ("[1]", "allowed: a JSON object"),
+        ({"method": "eagle"}, "--speculative-config.method: got 'eagle', allowed: mtp, ngram"),
+        ({}, "--speculative-config.method: got None"),
+        ({"method": "ngram", "num_speculative_tokens": 4}, "got 4, allowed: .* from 1 to 3"),
+        ({"method": "ngram", "num_speculative_tokens": True}, "got True"),
+        ({"method": "ngram", "model": "x"}, "--speculative-config.model: got 'x'"),
+        ({"method": "mtp", "prompt_lookup_max": 3}, "prompt_lookup_max: got 3, .*method ngram"),
+        (
+            {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 3},
+            "prompt_lookup_min: got 3, allowed: at most prompt_lookup_max, 2",
+        ),
+    ],
+)
+def test_a_wrong_speculative_config_is_refused_by_its_key(given: object, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        EngineConfig(speculative_config=given)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.draws import NOT_FINITE
 from fd_dsa.engine.grammar import GrammarCompiler
-from fd_dsa.engine.launched_step import LaunchedStep, assemble
+from fd_dsa.engine.launched_step import LaunchedStep, assemble, execute_watched
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.logprobs import TokenScore
@@ -23,12 +23,12 @@ from fd_dsa.engine.output import (
     FinishReason,
     OutputState,
     RequestOutput,
-    TopkPositions,
 )
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
+from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import is_out_of_memory
@@ -53,7 +53,8 @@ class LLMEngine:
         sampling_defaults: fields of SamplingParams that the model proposes to callers who leave
             them out; the engine itself does not apply them.
         async_scheduling: whether a step is queued before the tokens of the one before have come,
-            where they are drawn on a device.
+            where they are drawn on a device; with a speculator none is.
+        speculator: has drafts made and verifies them; None = no drafts.
 
     Attributes:
         clock: seconds; what steps are measured with.
@@ -75,6 +76,7 @@ class LLMEngine:
         seed: int = 0,
         sampling_defaults: Mapping[str, float | int] | None = None,
         async_scheduling: bool = True,
+        speculator: Speculator | None = None,
     ) -> None:
         """Start without requests."""
         self.runner = runner
@@ -97,9 +99,14 @@ class LLMEngine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self.grammars = GrammarCompiler(tokenizer, runner.vocab_size, self._eos_token_ids)
-        self._scheduler = Scheduler(self._blocks, self._batch, self._stats, target_gap_s)
+        self._speculator = speculator
+        lookahead = speculator.drafter.lookahead if speculator else 0
+        self._scheduler = Scheduler(
+            *(self._blocks, self._batch, self._stats, target_gap_s),
+            *(speculator is not None, lookahead),
+        )
         self._sampler = StepSampler(runner, num_rows)
-        self._is_async = async_scheduling
+        self._is_async = async_scheduling and speculator is None
         self._in_flight: LaunchedStep | None = None
         # what is left of each group
         self._requests: dict[str, list[Request]] = {}
@@ -168,6 +175,8 @@ class LLMEngine:
                 bad_words=bad_words,
             )
             group.append(request)
+            if self._speculator is not None:
+                self._speculator.begin(request)
         self._num_arrived += params.n
         self._stats.prompt_tokens += len(prompt_token_ids)
         self._has_watched |= params.return_topk_positions
@@ -256,7 +265,8 @@ class LLMEngine:
             count = len(self._requests)
             raise RuntimeError(f"nothing to run with {count} requests: a defect of the engine")
         sampling, reading, logits_indices = assemble(
-            self._batch, scheduled, is_decode_only=self._scheduler.is_decode_only
+            *(self._batch, scheduled, self._scheduler.drafts),
+            is_decode_only=self._scheduler.is_decode_only,
         )
         num_prefill_tokens = self._batch.num_prefill_tokens
         step = LaunchedStep(
@@ -267,9 +277,11 @@ class LLMEngine:
             num_decode_tokens=self._batch.num_tokens - num_prefill_tokens,
             num_prefill_tokens=num_prefill_tokens,
             prefill_context=self._scheduler.prefill_context,
+            scheduled=scheduled,
+            drafts=self._scheduler.drafts,
         )
         if self._has_watched:
-            step.logits = self._execute_watched(sampling, logits_indices)
+            step.logits = execute_watched(self.runner, step, logits_indices)
         else:
             step.draw = self._sampler.draw(sampling, logits_indices)
             if step.draw is None:
@@ -287,9 +299,13 @@ class LLMEngine:
         outputs: list[RequestOutput] = []
         if step.reading:
             outputs = [self._fail(request, NOT_FINITE) for request in step.read_prompts()]
-        if step.sampling:
+        if step.drafts and self._speculator is not None:
+            outputs += self._speculator.verify(step, self._append, self._scheduler, stats)
+        elif step.sampling:
             outputs += self._append(step.sampling, step.logits, tokens)
-        self.metrics.count_step(step.num_decode_tokens, step.resumed)
+        if self._speculator is not None:
+            self._speculator.propose(step)
+        self.metrics.count_step(step.num_decode_tokens - step.num_drafts, step.resumed)
         stats.num_steps += 1
         stats.computed_prompt_tokens += step.num_prefill_tokens
         # the token of a decoding request comes after the one of the step before; without such
@@ -311,25 +327,6 @@ class LLMEngine:
             num_used_blocks=num_used,
             kv_cache_usage=num_used / self._blocks.num_blocks,
         )
-
-    def _execute_watched(
-        self, sampling: Sequence[Request], logits_indices: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """Run the step; requests that ask for it get what the indexer chose for their last token.
-
-        Args:
-            sampling: requests of the first rows of `logits_indices`.
-            logits_indices: see RunnerProtocol.
-        """
-        watched = [row for row, r in enumerate(sampling) if r.params.return_topk_positions]
-        if not watched:
-            return self.runner.execute_model(logits_indices)
-        # `limits` refuses such requests where the runner cannot show it
-        logits, selections = self.runner.execute_watched(logits_indices, logits_indices[watched])
-        for row, layers in zip(watched, selections, strict=True):
-            request = sampling[row]
-            request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
-        return logits
 
     def _append(
         self,

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.plan import EnginePlan, make_plan
+from fd_dsa.engine.prompt_lookup import PromptLookup
+from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.startup import LoadProgress, StartupProgress
+from fd_dsa.engine.step_costs import StepCosts, measure_steps
+from fd_dsa.errors import flag_error
 from fd_dsa.models.memory_plan import format_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(config: EngineConfig, progress: StartupProgress | None = None) -> LLMEngine:
@@ -52,6 +59,7 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
         seed=config.seed,
         sampling_defaults=plan.sampling_defaults,
         async_scheduling=config.async_scheduling,
+        speculator=_make_speculator(runner, plan),
     )
     engine.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = plan.config.kv_cache_dtype
@@ -116,3 +124,24 @@ def _warm_up(runner: Any, plan: EnginePlan) -> str:
     sizes = ", ".join(map(str, runner.captured_sizes))
     seconds = time.perf_counter() - ready
     return f"{done}, decode steps of {sizes} rows captured in {seconds:.1f} s"
+
+
+def _make_speculator(runner: Any, plan: EnginePlan) -> Speculator | None:
+    """What makes and verifies drafts, where some are asked for."""
+    asked = plan.config.speculation
+    if asked is None:
+        return None
+    if asked.method == "mtp":
+        raise flag_error("speculative_config.method", "mtp", "ngram")
+    seconds = measure_steps(runner, plan.config.most_decode_tokens)
+    drafter = PromptLookup(asked.prompt_lookup_max, asked.prompt_lookup_min)
+    how = ", ".join(f"{count} in {1e3 * time:.1f} ms" for count, time in sorted(seconds.items()))
+    logger.info(
+        "speculative decoding: %s, at most %d drafts; tokens of a decode step: %s",
+        *(asked.method, asked.num_speculative_tokens, how),
+    )
+    if plan.device != "cpu" and plan.config.async_scheduling:
+        logger.info(
+            "speculative decoding: no step is queued before the tokens of the one before have come"
+        )
+    return Speculator(drafter, asked.num_speculative_tokens, StepCosts(seconds))

@@ -149,6 +149,17 @@ class GrammarMatcher:
             self._awaited = None
         return self.is_finished
 
+    def count_allowed(self, token_ids: list[int]) -> int:
+        """How many of these tokens, the first ones, may come; nothing is taken."""
+        if self._failure is not None:
+            return 0
+        begin = 0
+        if self._awaited is not None:
+            if self._awaited not in token_ids:
+                return len(token_ids)
+            begin = token_ids.index(self._awaited) + 1
+        return begin + self._matcher.validate_tokens(token_ids[begin:])
+
     def _compute_mask(self) -> None:
         """Let llguidance write the mask into the buffer."""
         buffer = self._compiler.buffer

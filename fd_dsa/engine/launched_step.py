@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.engine.output import TopkPositions
 from fd_dsa.engine.request import Request
 from fd_dsa.runner.input_batch import InputBatch
 
@@ -27,6 +29,8 @@ class LaunchedStep:
         resumed: those of `sampling` that do so at the end of a prompt.
         num_decode_tokens, num_prefill_tokens: of the step.
         prefill_context: of the scheduler.
+        scheduled: all requests of the step in the order of their rows.
+        drafts: of requests of `sampling`, which have a row of logits for each one more.
         draw: waits for the tokens; None: the host samples from `logits`.
         logits: of `sampling`, then of `reading`.
     """
@@ -38,8 +42,21 @@ class LaunchedStep:
     num_decode_tokens: int
     num_prefill_tokens: int
     prefill_context: int
+    scheduled: list[Request] = field(default_factory=list)
+    drafts: Mapping[Request, list[int]] = field(default_factory=dict)
     draw: Callable[[], npt.NDArray[np.int64]] | None = None
     logits: Any = None
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of all requests."""
+        return sum(map(len, self.drafts.values()))
+
+    @property
+    def first_rows(self) -> list[int]:
+        """Row of `logits` of each request of `sampling`, of the token that it has for certain."""
+        counts = [1 + len(self.drafts.get(request, ())) for request in self.sampling]
+        return list(accumulate(counts, initial=0))[:-1]
 
     def read_prompts(self) -> list[Request]:
         """Score tokens of prompts; `logits` are then those of `sampling` alone.
@@ -47,7 +64,7 @@ class LaunchedStep:
         Returns:
             Requests whose logits are unusable.
         """
-        begin = len(self.sampling)
+        begin = len(self.sampling) + self.num_drafts
         logits, self.logits = self.logits, self.logits[:begin]
         failed = []
         for request, count in self.reading:
@@ -59,21 +76,26 @@ class LaunchedStep:
 
 
 def assemble(
-    batch: InputBatch, scheduled: list[Request], *, is_decode_only: bool
+    batch: InputBatch,
+    scheduled: list[Request],
+    drafts: Mapping[Request, list[int]],
+    *,
+    is_decode_only: bool,
 ) -> tuple[list[Request], list[tuple[Request, int]], npt.NDArray[np.int64]]:
     """Fill the input batch with a step.
 
     Args:
         batch: of the runner.
-        scheduled: of the scheduler.
+        scheduled, drafts: of the scheduler.
         is_decode_only: whether all of them decode.
 
     Returns:
         The requests that sample, those whose prompt is scored and of how many tokens, and the
-        flat rows of the logits of both, in this order.
+        flat rows of the logits of both, in this order; one that samples has a row more for each
+        of its drafts.
     """
     batch.begin_step()
-    if is_decode_only and len(scheduled) > _FEW_ROWS:
+    if is_decode_only and not drafts and len(scheduled) > _FEW_ROWS:
         slots = [request.slot for request in scheduled]
         token_ids = [request.token_ids[-1] for request in scheduled]
         computed = [request.num_computed_tokens for request in scheduled]
@@ -81,7 +103,8 @@ def assemble(
         drawn = np.array([request.drawn_row for request in scheduled])
         batch.defer_tokens(rows[drawn >= 0], drawn[drawn >= 0])
         return scheduled, [], rows
-    sampling, sampled = [], []
+    sampling: list[Request] = []
+    sampled: list[int] = []
     reading, read = [], []
     for request in scheduled:
         begin = request.num_computed_tokens
@@ -91,6 +114,9 @@ def assemble(
         is_prefill = not (samples and end - begin == 1 and request.num_output_tokens)
         # none is known of a row whose token is on its way
         token_ids = request.token_ids[begin:end] or [0]
+        proposed = drafts.get(request) if drafts else None
+        if proposed:
+            token_ids += proposed
         last = batch.add_row(request.slot, token_ids, begin, is_prefill)
         if request.drawn_row >= 0:
             batch.defer_tokens([last], [request.drawn_row])
@@ -101,5 +127,30 @@ def assemble(
                 read += [last + 1 - end + position for position in unread]
         if samples:
             sampling.append(request)
+            if proposed:
+                sampled += range(last - len(proposed), last)
             sampled.append(last)
     return sampling, reading, np.array(sampled + read, np.int64)
+
+
+def execute_watched(
+    runner: Any, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Run a step; requests that ask for it get what the indexer chose for their last token.
+
+    Args:
+        runner: see RunnerProtocol.
+        step: whose requests sample; those that ask have no drafts.
+        logits_indices: see RunnerProtocol.
+    """
+    rows = zip(step.sampling, step.first_rows, strict=True)
+    watched = {row: request for request, row in rows if request.params.return_topk_positions}
+    logits: npt.NDArray[np.float32]
+    if not watched:
+        logits = runner.execute_model(logits_indices)
+        return logits
+    # `limits` refuses such requests where the runner cannot show it
+    logits, selections = runner.execute_watched(logits_indices, logits_indices[list(watched)])
+    for request, layers in zip(watched.values(), selections, strict=True):
+        request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
+    return logits

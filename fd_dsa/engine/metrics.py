@@ -42,6 +42,8 @@ class EngineStats:
             when it first runs.
         prefix_cache_hits: those of them that were there.
         host_time_s, runner_time_s: seconds spent in steps, outside and inside the runner.
+        num_drafts: times that drafts of a request were verified; `num_draft_tokens` are those
+            drafts, `num_accepted_tokens` those that stood, `accepted_per_position` by place.
     """
 
     num_running: int = 0
@@ -58,6 +60,21 @@ class EngineStats:
     prefix_cache_hits: int = 0
     host_time_s: float = 0.0
     runner_time_s: float = 0.0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+
+    def count_drafts(self, num_drafts: int, num_accepted: int) -> None:
+        """Count the drafts of a request in a step."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafts
+        self.num_accepted_tokens += num_accepted
+        counts = self.accepted_per_position
+        counts += (0,) * (num_drafts - len(counts))
+        self.accepted_per_position = tuple(
+            count + (place < num_accepted) for place, count in enumerate(counts)
+        )
 
 
 class EngineMetrics:

@@ -52,6 +52,7 @@ class OutputState:
             prompt is read, and unless asked for.
         num_cached_tokens: leading prompt tokens that were not computed for this request, because
             the blocks of earlier ones hold them.
+        num_draft_tokens, num_accepted_tokens: drafts that were verified, and those that stood.
         arrival_time, first_token_time, finish_time: seconds of time.monotonic(); None when not
             reached yet.
     """
@@ -64,6 +65,8 @@ class OutputState:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     arrival_time: float = 0.0
     first_token_time: float | None = None
     finish_time: float | None = None
@@ -111,6 +114,8 @@ class RequestOutput:
         self.prompt_token_ids = state.prompt_token_ids
         self.prompt_logprobs = state.prompt_logprobs
         self.num_cached_tokens = state.num_cached_tokens
+        self.num_draft_tokens = state.num_draft_tokens
+        self.num_accepted_tokens = state.num_accepted_tokens
         self.arrival_time = state.arrival_time
         self.first_token_time = state.first_token_time
         self.finish_time = state.finish_time
@@ -157,7 +162,8 @@ class RequestOutput:
         prompt_logprobs = self.prompt_logprobs if is_first and self.index == 0 else None
         more = (self.new_logprobs, self.finish_reason, self.stop_reason, self.error)
         gained = (*start, *more, self.topk_positions)
-        return self.request_id, self.index, gained, times, self.num_cached_tokens, prompt_logprobs
+        counts = (self.num_cached_tokens, self.num_draft_tokens, self.num_accepted_tokens)
+        return self.request_id, self.index, gained, times, counts, prompt_logprobs
 
     def __repr__(self) -> str:
         """Short form for logs and the interactive prompt."""
@@ -173,7 +179,7 @@ def take_added(
     index: int,
     gained: tuple[Any, ...],
     times: tuple[float, float | None, float | None] | None = None,
-    num_cached_tokens: int = 0,
+    counts: tuple[int, int, int] = (0, 0, 0),
     prompt_logprobs: list[TokenLogprobs | None] | None = None,
 ) -> RequestOutput:
     """The output after a step.
@@ -191,7 +197,7 @@ def take_added(
         state.logprobs += more[0]
     if times is not None:
         state.arrival_time, state.first_token_time, state.finish_time = times
-        state.num_cached_tokens = num_cached_tokens
+        state.num_cached_tokens, state.num_draft_tokens, state.num_accepted_tokens = counts
     if prompt_logprobs is not None:
         for each in states:
             each.prompt_logprobs = prompt_logprobs

@@ -8,6 +8,7 @@ from functools import partial
 
 from fd_dsa.engine.block_manager import BlockKeys
 from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
+from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
 from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenLogprobs, TokenScore
@@ -44,6 +45,7 @@ class Request:
         topk_positions: what the indexer chose in the latest step that sampled; likewise.
         grammar: how far the output is in its form; None = it may have any.
         rules: what happens to the logits before a token is drawn; None = nothing.
+        drafts: what may follow `token_ids`; None = it has no drafts.
     """
 
     state: OutputState
@@ -71,6 +73,7 @@ class Request:
     topk_positions: TopkPositions | None = None
     grammar: GrammarMatcher | None = None
     rules: LogitRules | None = None
+    drafts: DraftState | None = None
     slot: int = -1
     scheduled_time: float | None = None
     preempted_time: float | None = None

@@ -85,6 +85,7 @@ class SamplingParams:
             those that a parser of the caller looks for.
         return_topk_positions: report at the end which positions the indexer chose for the last
             token; on a CPU alone.
+        speculative: whether it may have drafts where the engine makes some; they change no token.
 
     Raises:
         ValueError: a field is out of range or of another type; names field and value.
@@ -116,6 +117,7 @@ class SamplingParams:
     skip_reading_prefix_cache: bool = False
     kept_special_token_ids: frozenset[int] = frozenset()
     return_topk_positions: bool = False
+    speculative: bool = True
 
     def __post_init__(self) -> None:
         """Check every field."""

@@ -42,8 +42,12 @@ class Scheduler:
           preempted with a token on its way is admitted again when that has come.
         - Tokens whose blocks are cached count as computed when a request is admitted, for the
           first time or after it was preempted.
-        - A step gives at most `max_num_seqs` rows of logits: one for each row of the batch, and
-          what is left to prompts that are scored, which are read in chunks of so many.
+        - A step gives at most `max_num_seqs` rows of logits beside those of drafts: one for each
+          row of the batch, and what is left to prompts that are scored, which are read in chunks of
+          so many.
+        - Drafts of decoding requests take what prompts leave of the tokens, and blocks that are
+          free beside one for each running request; where they do not fit, they are left out. They
+          are no tokens of the request before they are accepted.
         - Only decoding needs further blocks. When none is free, the latest running request is
           preempted: it gives its blocks and row back and is computed again later. The earliest
           one can thus always go on, and since no request needs more blocks than there are (the
@@ -55,8 +59,11 @@ class Scheduler:
             with the owners.
         stats: counts preemptions, and what is found in the prefix cache.
         target_gap_s: seconds between two tokens of a request that decodes; 0 = no target.
+        has_drafts: whether requests may have drafts.
+        lookahead: tokens that must be known after a block's own before others may share it.
 
     Attributes:
+        drafts: those of the step scheduled last.
         is_decode_only: whether all requests of the step scheduled last decode.
         prefill_context: tokens before each prompt token of that step, on average.
     """
@@ -67,8 +74,12 @@ class Scheduler:
         batch: InputBatch,
         stats: EngineStats,
         target_gap_s: float = 0.0,
+        has_drafts: bool = False,
+        lookahead: int = 0,
     ) -> None:
         """Start without requests."""
+        self.drafts: dict[Request, list[int]] = {}
+        self._has_drafts, self._lookahead = has_drafts, lookahead
         self.is_decode_only = False
         self._blocks = blocks
         self._batch = batch
@@ -133,7 +144,9 @@ class Scheduler:
             if budget and request.slot >= 0:
                 budget = self._take(request, budget)
         if self._waiting:
-            self._admit(budget)
+            budget = self._admit(budget)
+        if self._has_drafts:
+            self._add_drafts(budget)
         self.is_decode_only = len(self._scheduled) == self._num_decoding
         if self._step_times is not None and not self.is_decode_only:
             self.prefill_context = _mean_context(self._scheduled[self._num_decoding :])
@@ -179,12 +192,18 @@ class Scheduler:
 
     def take_token(self, request: Request) -> None:
         """A token of a request has come; it may be the last of a block that is computed."""
-        if request.slot >= 0 and len(request.token_ids) % self._blocks.block_size == 0:
+        known = len(request.token_ids) - self._lookahead
+        if request.slot >= 0 and known % self._blocks.block_size == 0:
             self._cache_blocks(request)
+
+    def accept_draft(self, request: Request) -> None:
+        """The token that a request has just got is a draft of the step, so it is computed."""
+        request.num_computed_tokens += 1
+        self.take_token(request)
 
     def _cache_blocks(self, request: Request) -> None:
         """Let others find what is computed of known tokens."""
-        known = min(request.num_computed_tokens, len(request.token_ids))
+        known = min(request.num_computed_tokens, len(request.token_ids) - self._lookahead)
         self._blocks.cache_full_blocks(request.arrival, request.block_keys, known)
 
     def observe(
@@ -210,6 +229,27 @@ class Scheduler:
                 taken.append(request)
         return min(budget - len(taken), self._most_prompt_tokens)
 
+    def _add_drafts(self, budget: int) -> None:
+        """Add to decoding requests the drafts that there is room for."""
+        self.drafts = {}
+        for request in self._scheduled[: self._num_decoding]:
+            # the last token of an output is never computed
+            most = min(budget, request.max_tokens - request.num_output_tokens - 1)
+            if request.drafts is None or most <= 0 or not request.drafts.proposal:
+                continue
+            drafts = request.drafts.proposal[:most]
+            num_tokens, spare = request.num_tokens + len(drafts), len(self._running)
+            added = self._blocks.allocate(request.arrival, num_tokens, spare=spare)
+            if added is None:
+                room = len(self._blocks.blocks_of(request.arrival)) * self._blocks.block_size
+                drafts = drafts[: room - request.num_tokens]
+            elif added:
+                start = self._blocks.num_needed(num_tokens) - len(added)
+                self._batch.set_blocks(request.slot, added, start)
+            if drafts:
+                self.drafts[request] = drafts
+                budget -= len(drafts)
+
     def _grow(self, request: Request) -> bool:
         """Get the block for the next token, if need be from later requests; False: preempted."""
         num_tokens = request.num_tokens
@@ -224,8 +264,12 @@ class Scheduler:
             )
         return True
 
-    def _admit(self, budget: int) -> None:
-        """Start waiting requests in order of arrival while rows, blocks and tokens last."""
+    def _admit(self, budget: int) -> int:
+        """Start waiting requests in order of arrival while rows, blocks and tokens last.
+
+        Returns:
+            The tokens left.
+        """
         while self._waiting:
             request = self._waiting[0]
             # asked first: it is compiled while the request waits for a row
@@ -252,6 +296,7 @@ class Scheduler:
             self._running[request.arrival] = request
             self._count_hits(request, len(cached) * self._blocks.block_size)
             budget = self._take(request, budget)
+        return budget
 
     def _find_computed_blocks(self, request: Request) -> list[int] | None:
         """Blocks that a waiting request may take over; None while its group computes them."""

@@ -160,12 +160,13 @@ class Answer(ABC, Generic[_Body]):
     def usage(self) -> dict[str, Any]:
         """Token counts: each prompt once, all outputs.
 
-        `cached_tokens` are those of the prompts that earlier requests had computed.
+        `cached_tokens` are those of the prompts that earlier requests had computed; details of
+        the completion are there where drafts were verified.
         """
         outputs = self.shown_outputs()
         prompt = sum(len(job.prompt_token_ids) for job in self.jobs)
         completion = sum(len(output.token_ids) for output in outputs)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
@@ -173,6 +174,13 @@ class Answer(ABC, Generic[_Body]):
                 "cached_tokens": sum(out.num_cached_tokens for out in outputs if out.index == 0)
             },
         }
+        if drafts := sum(output.num_draft_tokens for output in outputs):
+            accepted = sum(output.num_accepted_tokens for output in outputs)
+            usage["completion_tokens_details"] = {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": drafts - accepted,
+            }
+        return usage
 
     def end_fields(self, job_index: int, output: RequestOutput) -> dict[str, Any]:
         """`stop_reason` and, where asked for, `topk_positions` of a choice that has ended."""

@@ -169,6 +169,8 @@ _FLAGS = {
         f"prompts are computed beside it, 0 for no target (default: {DEFAULT_TARGET_MS:g})",
         "--enable-chunked-prefill": "split prompts at --max-num-batched-tokens; always on "
         "(default: enabled)",
+        "--speculative-config JSON": "draft tokens and verify them in the next step, as "
+        """'{"method": "ngram", "num_speculative_tokens": 3}'; no token changes (default: none)""",
         "--async-scheduling": "on a GPU, queue a step while the one before runs (default: enabled)",
     },
     "CUDA graphs (on a GPU)": {

@@ -66,6 +66,9 @@ _COUNTERS = {
     "num_preemptions": ("num_preemptions", "requests that gave up their cache blocks"),
     "prefix_cache_queries": ("prefix_cache_queries", "prompt tokens looked for in the cache"),
     "prefix_cache_hits": ("prefix_cache_hits", "prompt tokens found in the cache"),
+    "num_drafts": ("spec_decode_num_drafts", "times that drafts of a request were verified"),
+    "num_draft_tokens": ("spec_decode_num_draft_tokens", "drafts that were verified"),
+    "num_accepted_tokens": ("spec_decode_num_accepted_tokens", "drafts that were accepted"),
 }
 _STEP_COUNTERS = {
     "mask_offsets_launched": ("mask_offsets_launched", "steps with prefill tokens, with windows"),
@@ -113,6 +116,9 @@ class _EngineCollector(Collector):
                 yield self._family(kind, name, text, {"": getattr(source, attribute)})
         ended, text = counts.finished, "ended requests"
         yield self._family(CounterMetricFamily, "request_success", text, ended, "finished_reason")
+        name, text = "spec_decode_num_accepted_tokens_per_pos", "accepted drafts by their place"
+        places = {str(i): count for i, count in enumerate(self._stats.accepted_per_position)}
+        yield self._family(CounterMetricFamily, name, text, places, "position")
         times, text = counts.steps.prepare_s, "host time of a step's metadata"
         yield self._family(HistogramMetricFamily, "step_prepare_seconds", text, times, "kind")
         caches = {"": counts.cache_config}

@@ -31,7 +31,7 @@ def all_bytes_tokenizer():
 TOKENIZER = all_bytes_tokenizer()
 
 
-def make_engine(num_blocks=512, max_num_seqs=4, budget=16):
+def make_engine(num_blocks=512, max_num_seqs=4, budget=16, speculator=None):
     """An engine whose model knows nothing, over all bytes; the vocabulary has unused ids."""
     return fakes.make_engine(
         num_blocks=num_blocks,
@@ -40,4 +40,5 @@ def make_engine(num_blocks=512, max_num_seqs=4, budget=16):
         max_num_batched_tokens=budget,
         vocab_size=VOCAB_SIZE,
         tokenizer=TOKENIZER,
+        speculator=speculator,
     )

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
 
@@ -127,6 +128,7 @@ def make_engine(
     chats: bool = False,
     vocab_size: int = VOCAB_SIZE,
     tokenizer: Tokenizer | None = None,
+    speculator: Speculator | None = None,
 ) -> LLMEngine:
     """Engine over a fake runner; `engine.runner` is that runner."""
     blocks_per_seq = -(-max_model_len // block_size)
@@ -140,6 +142,7 @@ def make_engine(
         target_gap_s=target_gap_s,
         enable_prefix_caching=enable_prefix_caching,
         seed=seed,
+        speculator=speculator,
     )
 
 

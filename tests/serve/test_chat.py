@@ -146,6 +146,7 @@ SENT: dict[str, Any] = {
     "structured_outputs": {"regex": "a"},
     "seed": 7,
     "cache_salt": "salt",
+    "speculative": False,
     "return_topk_positions": True,
 }
 READ_AS = {"logit_bias": {3: 5}, "structured_outputs": StructuredOutputsParams(regex="a")}

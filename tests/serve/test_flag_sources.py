@@ -64,6 +64,7 @@ VALUES: dict[str, Any] = {
     **dict.fromkeys(("max-body-values", "max-answer-scores"), 6),
     "max-connections": 9,
     "kv-cache-memory-bytes": "8G",
+    "speculative-config": '{"method": "ngram"}',
     "host": "0.0.0.0",
     "device": "cpu",
     "dtype": "float32",

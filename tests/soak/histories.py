@@ -14,8 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.speculation import Drafter, Speculator
 from fd_dsa.runner.input_batch import InputBatch
+from tests.engine.drafters import ToldDrafter
 from tests.engine.fakes import byte_tokenizer, random_clock
 from tests.soak import report
 from tests.soak.audit import audit, evictable_keys, running_requests, waiting_requests
@@ -52,6 +55,8 @@ class History:
     arrivals: tuple[Arrival, ...]
     draws_on_device: bool
     async_scheduling: bool
+    most_drafts: int
+    right_share: float | None
 
 
 @dataclass
@@ -94,6 +99,9 @@ def draw_history(number: int) -> History:
         arrivals=arrivals,
         draws_on_device=draws_on_device,
         async_scheduling=draw.random() < 0.8,
+        most_drafts=draw.choice([0, 0, 1, 2, 3]),
+        # None: prompt lookup
+        right_share=draw.choice([None, 0.0, 0.7, 1.0]),
     )
 
 
@@ -120,13 +128,29 @@ def _draw_arrival(draw: random.Random, stem: list[int]) -> Arrival:
         cache_salt=draw.choice([None, None, None, "a", "b"]),
         skip_reading_prefix_cache=draw.random() < 0.1,
         prompt_logprobs=0 if draw.random() < 0.1 else None,
+        speculative=draw.random() < 0.9,
     )
     abort_at = at_step + draw.randint(0, 25) if draw.random() < 0.25 else None
     return Arrival(tuple(prompt), params, at_step, abort_at)
 
 
+def make_drafter(history: History) -> Drafter:
+    """What proposes tokens in a history."""
+    if history.right_share is None:
+        return PromptLookup(3, 1)
+    answers = {
+        (str(index), choice): tokens
+        for index, one in enumerate(history.arrivals)
+        for choice, (tokens, _) in enumerate(run_alone(one, history))
+    }
+    return ToldDrafter(answers, history.right_share, VOCAB_SIZE, history.clock_seed)
+
+
 def make_engine(history: History) -> LLMEngine:
     """The engine of a history over a checking runner."""
+    speculator = None
+    if history.most_drafts:
+        speculator = Speculator(make_drafter(history), history.most_drafts)
     batch = InputBatch(
         history.max_num_seqs,
         history.max_num_batched_tokens,
@@ -144,6 +168,7 @@ def make_engine(history: History) -> LLMEngine:
         target_gap_s=history.target_gap_s,
         enable_prefix_caching=history.enable_prefix_caching,
         async_scheduling=history.async_scheduling,
+        speculator=speculator,
     )
     # chunks follow measured times; no output may
     engine.clock = random_clock(history.clock_seed)
@@ -181,6 +206,8 @@ def run_history(history: History, seed: int = 0) -> Counter[str]:
     run.counts["preemptions"] += stats.num_preemptions
     run.counts["prompt tokens from the prefix cache"] += stats.prefix_cache_hits
     run.counts["tokens generated"] += stats.generated_tokens
+    run.counts["drafts"] += stats.num_draft_tokens
+    run.counts["accepted drafts"] += stats.num_accepted_tokens
     return run.counts
 
 
@@ -260,6 +287,7 @@ def run_alone(one: Arrival, history: History) -> list[tuple[list[int], str | Non
         max_num_seqs=MAX_MODEL_LEN,
         max_num_batched_tokens=2 * MAX_MODEL_LEN,
         draws_on_device=False,
+        most_drafts=0,
     )
     engine = make_engine(ample)
     engine.add_request("alone", one.prompt, one.params)

@@ -17,6 +17,7 @@ def test_random_histories_keep_every_invariant() -> None:
     # a history in which nothing happens would keep them too
     for what in (
         "aborted outputs",
+        "accepted drafts",
         "evicted blocks",
         "failed steps",
         "outputs with an error",
@@ -69,6 +70,17 @@ def _latest_first(original: Callable[..., Any]) -> Callable[..., Any]:
     return preempt
 
 
+def _counts_drafts_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Drafts are computed tokens before they are verified."""
+
+    def complete(self: Scheduler) -> None:
+        original(self)
+        for request, drafts in self.drafts.items():
+            request.num_computed_tokens += len(drafts)
+
+    return complete
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "defect"),
     [
@@ -76,6 +88,7 @@ def _latest_first(original: Callable[..., Any]) -> Callable[..., Any]:
         (BlockKeys, "__init__", _forgets_the_salt),
         (Scheduler, "_take", _shares_before_the_step),
         (Scheduler, "_preempt", _latest_first),
+        (Scheduler, "complete_step", _counts_drafts_at_once),
     ],
 )
 def test_a_planted_defect_is_found(

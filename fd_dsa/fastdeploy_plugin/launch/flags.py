@@ -55,6 +55,7 @@ NO_COUNTERPART = {
         "FastDeploy reads the weights of the folder, by its own --load-choices after --"
     ),
     "index_topk": "FastDeploy takes the number from config.json of the folder",
+    "speculative_config": ("FastDeploy's own flag of this name takes other keys; give it after --"),
     "async_scheduling": "FastDeploy has schedulers of its own",
     "enable_chunked_prefill": "FastDeploy has its own switch, FD_DISABLE_CHUNKED_PREFILL",
     "target_inter_token_latency_ms": (

@@ -196,7 +196,9 @@ class GenerationRequest(StructuredFields):
     cache_salt: str | None = Field(
         None, description="Share cached prefixes only with requests of the same salt."
     )
-
+    speculative: bool | None = Field(
+        None, description="False: without drafts, where the server makes some; true by default."
+    )
     return_topk_positions: bool | None = Field(
         None,
         description="Return the positions that the indexer chose for the last token, by layer.",

@@ -1,0 +1,74 @@
+"""What is known of one request's drafts: the next ones, and how many pay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# share of a new observation in a rate
+_WEIGHT = 0.05
+# of drafts that nothing is known of yet
+_FIRST_RATE = 0.7
+# steps before a draft more is tried; twice as many after each try that fails
+_FIRST_REST, _LONGEST_REST = 16, 512
+
+
+class DraftPace:
+    """How many drafts a request gets, by the rate at which those before were accepted.
+
+    Of n drafts the first j stand with the product of the first j rates, so a step with n drafts
+    gives 1 + r1 + r1 r2 + ... tokens. The number that gives the most tokens for the time of a step
+    is taken, which may be none. After 16 steps with fewer than the most, one more is tried. Each
+    try that fails doubles these steps, up to 512; one that stands counts as the usual rate.
+
+    Args:
+        most: drafts of a step.
+    """
+
+    def __init__(self, most: int) -> None:
+        """Expect the first drafts to stand."""
+        self._rates = [_FIRST_RATE] * most
+        self._rest = _FIRST_REST
+        self._num_rested, self._is_try = 0, False
+
+    def length(self, costs: Sequence[float]) -> int:
+        """Drafts of the next step, of a request that has got a token since the call before.
+
+        Args:
+            costs: [n] time of a step with n drafts a row, from 0 to the most.
+        """
+        best, most_gain, tokens, chance = 0, 1.0 / costs[0], 1.0, 1.0
+        for count, rate in enumerate(self._rates, 1):
+            chance *= rate
+            tokens += chance
+            if tokens / costs[count] > most_gain:
+                best, most_gain = count, tokens / costs[count]
+        self._num_rested += best < len(self._rates)
+        self._is_try = best < len(self._rates) and self._num_rested > self._rest
+        return best + self._is_try
+
+    def observe(self, num_drafts: int, num_accepted: int) -> None:
+        """Take in how many of a step's drafts stood, the first ones."""
+        for place in range(min(num_accepted + 1, num_drafts)):
+            self._rates[place] += _WEIGHT * ((place < num_accepted) - self._rates[place])
+        if self._is_try:
+            self._num_rested, self._rest = 0, min(2 * self._rest, _LONGEST_REST)
+            if num_accepted == num_drafts:
+                self._rest = _FIRST_REST
+                self._rates[num_drafts - 1] = max(self._rates[num_drafts - 1], _FIRST_RATE)
+
+
+@dataclass(slots=True)
+class DraftState:
+    """Drafts of a request.
+
+    Attributes:
+        pace: how many pay.
+        proposal: tokens that may follow those that the request has.
+        memory: what the drafter keeps of the request.
+    """
+
+    pace: DraftPace
+    proposal: list[int] = field(default_factory=list)
+    memory: Any = None

@@ -1,0 +1,76 @@
+"""Drafts without weights: what followed the last tokens where they came before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fd_dsa.engine.launched_step import LaunchedStep
+from fd_dsa.engine.request import Request
+
+# tokens that are listed in a step, so that a long prompt holds up nobody: some 10 ms
+_MOST_LISTED = 8192
+
+
+class LookupIndex:
+    """Where each run of a few tokens of a growing list came last.
+
+    Args:
+        token_ids: the list.
+        longest, shortest: tokens of a run.
+
+    Cost: for each token one entry of some 100 bytes for each length of a run.
+    """
+
+    def __init__(self, token_ids: list[int], longest: int, shortest: int) -> None:
+        """List nothing yet."""
+        self._token_ids = token_ids
+        self._ends: dict[int, dict[tuple[int, ...], int]] = {
+            length: {} for length in range(longest, shortest - 1, -1)
+        }
+        self._num_listed = 0
+
+    def following(self, count: int) -> list[int]:
+        """At most `count` tokens that followed the last ones, the longest run that came before."""
+        tokens = self._token_ids
+        # the run that ends the list is looked for, so it is not listed yet
+        end = min(len(tokens) - 1, self._num_listed + _MOST_LISTED)
+        for length, ends in self._ends.items():
+            for stop in range(max(self._num_listed + 1, length), end + 1):
+                ends[tuple(tokens[stop - length : stop])] = stop
+        self._num_listed = end
+        if end < len(tokens) - 1:
+            return []
+        for length, ends in self._ends.items():
+            if len(tokens) > length:
+                found = ends.get(tuple(tokens[-length:]))
+                if found is not None:
+                    return tokens[found : found + count]
+        return []
+
+
+class PromptLookup:
+    """Drafter of the method "ngram".
+
+    Args:
+        longest, shortest: tokens that have to come before.
+
+    Source: prompt lookup decoding (Saxena 2023), as vLLM's "ngram".
+    """
+
+    lookahead = 0
+
+    def __init__(self, longest: int, shortest: int) -> None:
+        self._longest, self._shortest = longest, shortest
+
+    def propose(
+        self, step: LaunchedStep, counts: Mapping[Request, int]
+    ) -> dict[Request, list[int]]:
+        """Drafts of requests that have got a token, at most so many each."""
+        proposals = {}
+        for request, count in counts.items():
+            state = request.drafts
+            if state is not None:
+                if state.memory is None:
+                    state.memory = LookupIndex(request.token_ids, self._longest, self._shortest)
+                proposals[request] = state.memory.following(count)
+        return proposals

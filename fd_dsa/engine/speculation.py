@@ -1,0 +1,129 @@
+"""Speculative decoding: which drafts a step verifies, and which of them stand.
+
+A draw is a function of a request's seed and the position in its output. So a draft stands where it
+is the token that is drawn there without drafts, and no token of an output depends on drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from fd_dsa.engine.draft_state import DraftPace, DraftState
+from fd_dsa.engine.launched_step import LaunchedStep
+from fd_dsa.engine.metrics import EngineStats
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.request import Request
+from fd_dsa.engine.scheduler import Scheduler
+from fd_dsa.engine.step_costs import StepCosts
+
+
+class Drafter(Protocol):
+    """Proposes tokens.
+
+    Attributes:
+        lookahead: tokens that must be known after a block's own before others may share it.
+    """
+
+    lookahead: int
+
+    def propose(
+        self, step: LaunchedStep, counts: Mapping[Request, int]
+    ) -> dict[Request, list[int]]:
+        """Tokens that may follow those of some requests.
+
+        Args:
+            step: the one that has just given its requests their tokens.
+            counts: requests that go on, and most drafts of each; 0 where none is wanted.
+        """
+
+
+class Speculator:
+    """Has drafts made after each step, and verifies them in the next one.
+
+    Args:
+        drafter: makes them.
+        most: drafts of a request in a step.
+        costs: of steps.
+    """
+
+    def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
+        self.drafter, self.most = drafter, most
+        self._costs = costs or StepCosts()
+
+    def begin(self, request: Request) -> None:
+        """Let a request have drafts, unless it is one that must not or does not want to."""
+        params = request.params
+        if params.speculative and not params.return_topk_positions:
+            request.drafts = DraftState(DraftPace(self.most))
+
+    def verify(
+        self,
+        step: LaunchedStep,
+        append: Callable[[list[Request], Any, None], list[RequestOutput]],
+        scheduler: Scheduler,
+        stats: EngineStats,
+    ) -> list[RequestOutput]:
+        """Give the requests of a step their tokens: one, and one for each draft that stands.
+
+        Args:
+            step: with drafts.
+            append: samples one token for each of some requests from a row of logits each.
+            scheduler: learns which drafts stand.
+            stats: counts them.
+        """
+        sampling = step.sampling
+        drafts = [step.drafts.get(request, []) for request in sampling]
+        first = step.first_rows
+        accepted = [0] * len(sampling)
+        outputs: list[RequestOutput] = []
+        rows, depth = list(range(len(sampling))), 0
+        while rows:
+            logits = step.logits[[first[row] + depth for row in rows]]
+            outputs += append([sampling[row] for row in rows], logits, None)
+            stands = []
+            for row in rows:
+                request = sampling[row]
+                if (
+                    request.finish_reason == "error"
+                    or drafts[row][depth:][:1] != request.token_ids[-1:]
+                ):
+                    continue
+                accepted[row] += 1
+                if request.finish_reason is None:
+                    scheduler.accept_draft(request)
+                    stands.append(row)
+            rows, depth = stands, depth + 1
+        for request, tokens, count in zip(sampling, drafts, accepted, strict=True):
+            if tokens and request.drafts is not None:
+                request.drafts.pace.observe(len(tokens), count)
+                stats.count_drafts(len(tokens), count)
+                request.state.num_draft_tokens += len(tokens)
+                request.state.num_accepted_tokens += count
+        return _joined(outputs)
+
+    def propose(self, step: LaunchedStep) -> None:
+        """Have the drafts of the next step made."""
+        going_on = [r for r in step.sampling if r.finish_reason is None and r.drafts is not None]
+        costs = self._costs.of(max(len(going_on), 1), self.most)
+        counts = {r: r.drafts.pace.length(costs) for r in going_on if r.drafts is not None}
+        proposals = self.drafter.propose(step, counts)
+        for request in going_on:
+            if request.drafts is not None:
+                request.drafts.proposal = proposal = proposals.get(request, [])
+                if proposal and request.grammar is not None:
+                    del proposal[request.grammar.count_allowed(proposal) :]
+
+
+def _joined(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """One output for each request: the last one, with what all have added."""
+    last: dict[tuple[str, int], RequestOutput] = {}
+    for output in outputs:
+        name = output.request_id, output.index
+        before = last.pop(name, None)
+        if before is not None:
+            output.new_token_ids = before.new_token_ids + output.new_token_ids
+            output.new_text = before.new_text + output.new_text
+            output.new_logprobs = [*before.new_logprobs, *output.new_logprobs]
+        last[name] = output
+    return list(last.values())

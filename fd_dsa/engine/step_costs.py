@@ -1,0 +1,107 @@
+"""How long decode steps take by their tokens: what drafts cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+# what a draft adds to a step where no times were measured, as a share of the step
+_USUAL_COST = 0.1
+# tokens in front of those that are measured
+_CONTEXT = 128
+_REPEATS = 3
+# seconds after which no larger step is measured: with a large model on a CPU they are long
+_PATIENCE_S = 3.0
+
+
+class StepCosts:
+    """How long a decode step takes by its tokens, measured when the engine starts.
+
+    Args:
+        seconds: of steps by their number of tokens; empty: a draft costs a tenth of a step.
+        draft_seconds: of what the drafter does for a draft, likewise.
+    """
+
+    def __init__(
+        self,
+        seconds: Mapping[int, float] | None = None,
+        draft_seconds: Mapping[int, float] | None = None,
+    ) -> None:
+        self._seconds = sorted((seconds or {}).items())
+        self._draft_seconds = sorted((draft_seconds or {}).items())
+
+    def of(self, num_rows: int, most: int) -> list[float]:
+        """Time of a step of so many rows with 0 to `most` drafts each."""
+        if not self._seconds:
+            return [1 + _USUAL_COST * count for count in range(most + 1)]
+        drafting = _between(self._draft_seconds, num_rows) if self._draft_seconds else 0.0
+        return [
+            _between(self._seconds, num_rows * (1 + count)) + count * drafting
+            for count in range(most + 1)
+        ]
+
+
+def measure_steps(runner: Any, most_tokens: int) -> dict[int, float]:
+    """Seconds of decode steps of 1, 2, 4 and so on up to `most_tokens` tokens.
+
+    For the time before the first request: what the caches hold is overwritten.
+    """
+    batch = runner.input_batch
+    context = min(_CONTEXT, batch.block_tables.shape[1] * batch.block_size - 4)
+    rows = range(batch.max_num_seqs)
+    for row in rows:
+        # all have the same, which are written before they are read
+        batch.set_blocks(row, range(-(-(context + 4) // batch.block_size)))
+    seconds: dict[int, float] = {}
+    begin, num_tokens = time.perf_counter(), 1
+    for done in range(0, context, batch.max_num_tokens):
+        batch.begin_step()
+        batch.add_row(0, [0] * min(batch.max_num_tokens, context - done), done, is_prefill=True)
+        runner.execute_model(np.empty(0, np.int64))
+    while num_tokens <= most_tokens and time.perf_counter() - begin < _PATIENCE_S:
+        seconds[num_tokens] = _fastest(lambda: _run(runner, context, num_tokens))  # noqa: B023
+        num_tokens *= 2
+    batch.begin_step()
+    for row in rows:
+        batch.clear_row(row)
+    # a larger step that took less time shows what was noise
+    counts = [*seconds][::-1]
+    return dict(zip(counts, accumulate((seconds[count] for count in counts), min), strict=True))
+
+
+def _run(runner: Any, context: int, num_tokens: int) -> None:
+    """A decode step of so many tokens, in as many rows as there are."""
+    batch = runner.input_batch
+    num_rows = min(num_tokens, batch.max_num_seqs)
+    batch.begin_step()
+    for row in range(num_rows):
+        count = (num_tokens + row) // num_rows
+        batch.add_row(row, [0] * count, context, is_prefill=False)
+    runner.execute_model(np.arange(num_tokens))
+
+
+def _fastest(work: Callable[[], None]) -> float:
+    """Seconds of the fastest of some runs."""
+    times = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _between(points: Sequence[tuple[int, float]], place: int) -> float:
+    """Value at a place by the line through its neighbours, or the last two points."""
+    (left, low), (right, high) = points[0], points[0]
+    for right, high in points:
+        if right >= place:
+            break
+        left, low = right, high
+    if right <= left:
+        # past the last point in proportion, before the first as there
+        return high * max(place / right, 1)
+    return low + (high - low) * (place - left) / (right - left)

@@ -1,0 +1,64 @@
+"""`--speculative-config`, typed and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fd_dsa.errors import flag_error
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """How drafts are made, tokens that a step verifies; each field is a key of the flag's JSON.
+
+    Attributes:
+        method: "ngram" proposes what followed the last tokens where they came before, "mtp" asks
+            the checkpoint's layer for multi-token prediction.
+        num_speculative_tokens: most drafts of a request in a step, 1 to 3.
+        prompt_lookup_max, prompt_lookup_min: tokens that have to come before, longest first; of
+            ngram alone.
+    """
+
+    method: str
+    num_speculative_tokens: int = 1
+    prompt_lookup_max: int = 5
+    prompt_lookup_min: int = 5
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any] | str) -> SpeculativeConfig:
+        """The configuration of a JSON text or its object; one bound of ngram sets both, as in vLLM.
+
+        Raises:
+            ConfigError: a key or value is not allowed.
+        """
+        name = "speculative_config"
+        try:
+            values = json.loads(given) if isinstance(given, str) else dict(given)
+        except (ValueError, TypeError):
+            values = None
+        if not isinstance(values, dict):
+            raise flag_error(name, given, 'a JSON object, as {"method": "ngram"}')
+        known = [one.name for one in fields(cls)]
+        if unknown := sorted(map(str, values.keys() - set(known))):
+            raise flag_error(f"{name}.{unknown[0]}", values[unknown[0]], ", ".join(known))
+        method = values.get("method")
+        if method not in ("mtp", "ngram"):
+            raise flag_error(f"{name}.method", method, "mtp, ngram")
+        numbers = {key: number for key, number in values.items() if key != "method"}
+        bounds = known[2:]
+        for key, number in numbers.items():
+            if key in bounds and method != "ngram":
+                raise flag_error(f"{name}.{key}", number, "only with the method ngram")
+            most = 32 if key in bounds else 3
+            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
+                raise flag_error(f"{name}.{key}", number, f"an integer from 1 to {most}")
+        if one := [numbers[key] for key in bounds if key in numbers]:
+            numbers = dict.fromkeys(bounds, one[0]) | numbers
+        config = cls(method, **numbers)
+        if config.prompt_lookup_min > config.prompt_lookup_max:
+            rule = f"at most prompt_lookup_max, {config.prompt_lookup_max}"
+            raise flag_error(f"{name}.prompt_lookup_min", config.prompt_lookup_min, rule)
+        return config

@@ -1,0 +1,44 @@
+"""Drafters that know the answer, or do not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from fd_dsa.engine.request import Request
+
+
+class ToldDrafter:
+    """Knows what follows, and says it in a share of the cases; other tokens in the rest.
+
+    Args:
+        answers: tokens of each output by request and index.
+        right_share: of the drafts.
+        vocab_size: of the wrong ones.
+        seed: of the wrong ones.
+    """
+
+    def __init__(
+        self,
+        answers: Mapping[tuple[str, int], list[int]],
+        right_share: float,
+        vocab_size: int,
+        seed: int = 0,
+    ) -> None:
+        self._answers, self._share, self._vocab_size = answers, right_share, vocab_size
+        self._draw = random.Random(seed)
+        # tokens that must be known after a block's own, as for a layer of the model
+        self.lookahead = seed % 2
+
+    def propose(self, step: object, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
+        proposals = {}
+        for request, count in counts.items():
+            answer = self._answers[request.state.request_id, request.state.index]
+            following = answer[len(request.output_token_ids) :][:count]
+            proposals[request] = [
+                token
+                if self._draw.random() < self._share
+                else self._draw.randrange(self._vocab_size)
+                for token in following
+            ]
+        return proposals

@@ -1,0 +1,169 @@
+"""Speculative decoding changes no token, text, score or reason, whoever drafts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fd_dsa.engine.draft_state import DraftPace
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.speculation import Drafter, Speculator, StepCosts
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from tests.engine.byte_model import TOKENIZER, VOCAB_SIZE, make_engine
+from tests.engine.drafters import ToldDrafter
+from tests.engine.fakes import run_all
+
+THINK_END = TOKENIZER.encode("</think>", add_special_tokens=False)[0]
+JSON = StructuredOutputsParams(json={"type": "array", "items": {"enum": ["a", 12, True]}})
+# letters are likelier, so that stop strings and bad words come
+LETTERS = {TOKENIZER.encode(letter, add_special_tokens=False)[0]: 4.0 for letter in "abcde"}
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0, "max_tokens": 37},
+    {"temperature": 1, "top_p": 0.8, "top_k": 40, "logprobs": 3},
+    {"temperature": 0.5, "min_p": 0.1, "n": 3, "logprobs": 0},
+    {"repetition_penalty": 1.4, "frequency_penalty": 0.7, "presence_penalty": -0.5},
+    {"logit_bias": LETTERS, "stop": ["ab", "dca"], "logprobs": 2},
+    {"logit_bias": LETTERS, "stop": "ee", "min_tokens": 20, "include_stop_str_in_output": True},
+    {"logit_bias": LETTERS, "bad_words": ["ab", "cde", "bb"], "bad_words_token_ids": [9]},
+    {"stop_token_ids": list(range(200, 300)), "ignore_eos": True, "temperature": 1},
+    {"stop_token_ids": list(range(100, 300)), "min_tokens": 11},
+    {"structured_outputs": JSON, "logprobs": 1},
+    {"structured_outputs": StructuredOutputsParams(json=JSON.json, after_token_id=THINK_END),
+     "logit_bias": {THINK_END: 5.0}, "max_tokens": 60},
+    {"prompt_logprobs": 2, "max_tokens": 9},
+    {"speculative": False},
+]  # fmt: skip
+
+
+def run(speculator: Speculator | None) -> tuple[dict[tuple[str, int], list[RequestOutput]], Any]:
+    """All steps of every output, in an engine so small that requests are preempted."""
+    engine = make_engine(num_blocks=32, max_num_seqs=5, budget=13, speculator=speculator)
+    for number, kind in enumerate(KINDS):
+        prompt = [5, 6, 7, 8, 9, 5, 6, 7, 20 + number, 5, 6]
+        params = SamplingParams(**{"max_tokens": 40, "seed": number, **kind})
+        engine.add_request(str(number), prompt, params)
+    steps: dict[tuple[str, int], list[RequestOutput]] = {}
+    for name, outputs in run_all(engine).items():
+        for output in outputs:
+            steps.setdefault((name, output.index), []).append(output)
+    return steps, engine.stats()
+
+
+PLAIN, _ = run(None)
+ANSWERS = {name: steps[-1].token_ids for name, steps in PLAIN.items()}
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        lambda: PromptLookup(3, 1),
+        lambda: ToldDrafter(ANSWERS, 0.0, VOCAB_SIZE),
+        lambda: ToldDrafter(ANSWERS, 0.6, VOCAB_SIZE, seed=1),
+        lambda: ToldDrafter(ANSWERS, 1.0, VOCAB_SIZE),
+    ],
+    ids=["lookup", "wrong", "often right", "right"],
+)
+def test_every_output_is_that_without_drafts(drafter: Callable[[], Drafter], most: int) -> None:
+    steps, stats = run(Speculator(drafter(), most))
+    assert stats.num_preemptions and stats.num_draft_tokens
+    assert steps.keys() == PLAIN.keys()
+    for name, outputs in steps.items():
+        last, plain = outputs[-1], PLAIN[name][-1]
+        for field in ("token_ids", "text", "finish_reason", "stop_reason", "logprobs"):
+            assert getattr(last, field) == getattr(plain, field), (name, field)
+        assert last.prompt_logprobs == plain.prompt_logprobs
+        # what the steps add is the same, in larger pieces
+        assert [token for output in outputs for token in output.new_token_ids] == plain.token_ids
+        assert "".join(output.new_text for output in outputs) == plain.text
+        scores = [score for output in outputs for score in output.new_logprobs]
+        assert scores == (plain.logprobs or [])
+        state = last._state
+        assert state.num_accepted_tokens <= state.num_draft_tokens
+        if KINDS[int(name[0])].get("speculative") is False:
+            assert state.num_draft_tokens == 0
+
+
+def test_right_drafts_save_steps_and_are_counted() -> None:
+    def steps_of(speculator: Speculator | None) -> Any:
+        engine = make_engine(budget=64, speculator=speculator)
+        params = SamplingParams(temperature=0, max_tokens=41, ignore_eos=True)
+        engine.add_request("r", [5, 6, 7], params)
+        outputs = run_all(engine)["r"]
+        return engine.stats(), outputs
+
+    before, outputs = steps_of(None)
+    answers = {("r", 0): outputs[-1].token_ids}
+    now, outputs = steps_of(Speculator(ToldDrafter(answers, 1.0, VOCAB_SIZE), 3))
+    # one token of the prompt's step, then ten steps of four
+    assert (before.num_steps, now.num_steps) == (41, 11)
+    assert now.num_accepted_tokens == now.num_draft_tokens == 30
+    assert (now.num_drafts, now.accepted_per_position) == (10, (10, 10, 10))
+    assert [len(output.new_token_ids) for output in outputs] == [1] + [4] * 10
+
+
+def test_drafts_that_a_grammar_refuses_are_not_computed() -> None:
+    form = StructuredOutputsParams(regex="[a-c]{30}")
+    engine = make_engine(speculator=Speculator(ToldDrafter({("r", 0): [250] * 40}, 1.0, 300), 3))
+    engine.add_request("r", [5], SamplingParams(max_tokens=40, structured_outputs=form))
+    assert len(run_all(engine)["r"][-1].text) == 30
+    assert engine.stats().num_draft_tokens == 0
+
+
+def test_the_longest_run_that_came_before_proposes_what_followed() -> None:
+    tokens = [1, 2, 3, 4, 9, 2, 3, 7, 1, 2, 3]
+    index = LookupIndex(tokens, 3, 1)
+    assert index.following(3) == [4, 9, 2]
+    tokens.append(7)
+    # the last place of a run of the same length
+    assert index.following(2) == [1, 2]
+    tokens.append(8)
+    assert index.following(3) == []
+    assert LookupIndex([3, 3, 3], 2, 1).following(3) == [3]
+    assert LookupIndex([3], 2, 1).following(3) == []
+
+
+def test_a_long_prompt_is_listed_over_several_steps() -> None:
+    tokens = [*range(20_000), 5, 6, 7]
+    index = LookupIndex(tokens, 3, 3)
+    found = [index.following(2) for _ in range(3)]
+    assert found == [[], [], [8, 9]]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("costs", [[1, 1.1, 1.2, 1.3], [1, 1.5, 1.9, 2.3], [1, 2.1, 3.2, 4.3]])
+def test_the_number_of_drafts_is_nearly_the_best(rate: float, costs: list[float]) -> None:
+    draw = random.Random(0)
+    pace, tokens, seconds = DraftPace(3), 0, 0.0
+    for _ in range(4000):
+        length = pace.length(costs)
+        num_accepted = [*(draw.random() < rate for _ in range(length)), False].index(False)
+        if length:
+            pace.observe(length, num_accepted)
+        tokens += 1 + num_accepted
+        seconds += costs[length]
+    fixed = [sum(rate**place for place in range(n + 1)) / costs[n] for n in range(4)]
+    assert tokens / seconds > 0.93 * max(fixed)
+
+
+def test_a_request_that_gets_predictable_drafts_again() -> None:
+    pace, costs = DraftPace(2), [1, 1.1, 1.2]
+    for _ in range(200):
+        if length := pace.length(costs):
+            pace.observe(length, 0)
+    for _ in range(600):
+        if length := pace.length(costs):
+            pace.observe(length, length)
+    assert pace.length(costs) == 2
+
+
+def test_costs_of_steps_between_measured_ones() -> None:
+    costs = StepCosts({1: 1.0, 4: 1.3, 16: 4.0}, {1: 0.2, 8: 0.9})
+    assert costs.of(1, 3) == pytest.approx([1.0, 1.1 + 0.2, 1.2 + 0.4, 1.3 + 0.6])
+    assert costs.of(16, 1) == pytest.approx([4.0, 8.0 + 1.8])
+    assert StepCosts().of(9, 2) == pytest.approx([1.0, 1.1, 1.2])
