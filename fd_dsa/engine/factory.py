@@ -8,12 +8,12 @@ from typing import Any
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.mtp_drafter import MtpDrafter
 from fd_dsa.engine.plan import EnginePlan, make_plan
 from fd_dsa.engine.prompt_lookup import PromptLookup
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import Drafter, Speculator
 from fd_dsa.engine.startup import LoadProgress, StartupProgress
-from fd_dsa.engine.step_costs import StepCosts, measure_steps
-from fd_dsa.errors import flag_error
+from fd_dsa.engine.step_costs import measure_steps
 from fd_dsa.models.memory_plan import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -131,17 +131,14 @@ def _make_speculator(runner: Any, plan: EnginePlan) -> Speculator | None:
     asked = plan.config.speculation
     if asked is None:
         return None
+    drafter: Drafter = PromptLookup(asked.prompt_lookup_max, asked.prompt_lookup_min)
     if asked.method == "mtp":
-        raise flag_error("speculative_config.method", "mtp", "ngram")
-    seconds = measure_steps(runner, plan.config.most_decode_tokens)
-    drafter = PromptLookup(asked.prompt_lookup_max, asked.prompt_lookup_min)
-    how = ", ".join(f"{count} in {1e3 * time:.1f} ms" for count, time in sorted(seconds.items()))
-    logger.info(
-        "speculative decoding: %s, at most %d drafts; tokens of a decode step: %s",
-        *(asked.method, asked.num_speculative_tokens, how),
+        drafter = MtpDrafter(runner)
+    costs = measure_steps(
+        runner, plan.config.most_decode_tokens, predicts_more=asked.method == "mtp"
     )
     if plan.device != "cpu" and plan.config.async_scheduling:
         logger.info(
             "speculative decoding: no step is queued before the tokens of the one before have come"
         )
-    return Speculator(drafter, asked.num_speculative_tokens, StepCosts(seconds))
+    return Speculator(drafter, asked.num_speculative_tokens, costs)

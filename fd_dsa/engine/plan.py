@@ -15,7 +15,7 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads
-from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.errors import BackendUnavailable, ConfigError, flag_error
 
 if TYPE_CHECKING:
     from fd_dsa.attention import CacheLayout, DSABackendConfig
@@ -114,7 +114,7 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     # these import paddle
     from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.config import ModelConfig
-    from fd_dsa.models.loader import fp8_tensors, quantisable_tensors, validate
+    from fd_dsa.models.loader import find_mtp_layer, fp8_tensors, quantisable_tensors, validate
     from fd_dsa.ops._fixed_order import check_fixed_order
     from fd_dsa.runner.device import keep_float32, resolve_device
     from fd_dsa.runner.input_batch import InputBatch
@@ -138,11 +138,21 @@ def make_plan(config: EngineConfig) -> EnginePlan:
         config.max_num_seqs, config.num_batched_tokens, blocks_per_seq, config.block_size
     )
     fp8 = quantisable_tensors(model_config)
+    wants_mtp = config.speculation is not None and config.speculation.method == "mtp"
+    if wants_mtp and device != "cpu":
+        raise flag_error(
+            "speculative_config.method", "mtp", f"ngram on {device}: the layer runs on a CPU alone"
+        )
     if config.load_format != "dummy":
         # only headers are read
         with Checkpoint.open(config.model_path) as checkpoint:
+            if wants_mtp:
+                layer = find_mtp_layer(checkpoint, model_config)
+                model_config = replace(model_config, mtp=layer)
             validate(checkpoint, model_config)
             fp8 = fp8_tensors(checkpoint, model_config)
+    elif wants_mtp:
+        model_config = replace(model_config, mtp=find_mtp_layer(None, model_config))
     # FP8 GEMMs give bfloat16
     if config.dtype != "bfloat16":
         fp8 = frozenset()
@@ -295,7 +305,7 @@ def _plan_memory(
         config,
         weight_bytes=weight_bytes(model_config, config.dtype, fp8),
         bytes_per_block=layout.bytes_per_block(
-            model_config.num_hidden_layers, model_config.num_indexer_layers
+            len(model_config.has_indexer), model_config.num_indexer_layers
         ),
         max_model_len=max_model_len,
         **room,

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
+from fd_dsa.runner.input_batch import InputBatch
+
+logger = logging.getLogger(__name__)
 # what a draft adds to a step where no times were measured, as a share of the step
 _USUAL_COST = 0.1
 # tokens in front of those that are measured
 _CONTEXT = 128
 _REPEATS = 3
+_NOTHING = np.empty(0, np.int64)
 # seconds after which no larger step is measured: with a large model on a CPU they are long
 _PATIENCE_S = 3.0
 
@@ -23,7 +29,7 @@ class StepCosts:
 
     Args:
         seconds: of steps by their number of tokens; empty: a draft costs a tenth of a step.
-        draft_seconds: of what the drafter does for a draft, likewise.
+        draft_seconds: of what a drafter does for each draft after the first, likewise.
     """
 
     def __init__(
@@ -40,15 +46,20 @@ class StepCosts:
             return [1 + _USUAL_COST * count for count in range(most + 1)]
         drafting = _between(self._draft_seconds, num_rows) if self._draft_seconds else 0.0
         return [
-            _between(self._seconds, num_rows * (1 + count)) + count * drafting
+            _between(self._seconds, num_rows * (1 + count)) + max(count - 1, 0) * drafting
             for count in range(most + 1)
         ]
 
 
-def measure_steps(runner: Any, most_tokens: int) -> dict[int, float]:
-    """Seconds of decode steps of 1, 2, 4 and so on up to `most_tokens` tokens.
+def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> StepCosts:
+    """Costs of decode steps, by those of 1, 2, 4 and so on up to `most_tokens` tokens.
 
     For the time before the first request: what the caches hold is overwritten.
+
+    Args:
+        runner: of the engine.
+        most_tokens: of a step that decodes.
+        predicts_more: whether its layer for multi-token prediction runs in each step.
     """
     batch = runner.input_batch
     context = min(_CONTEXT, batch.block_tables.shape[1] * batch.block_size - 4)
@@ -57,34 +68,46 @@ def measure_steps(runner: Any, most_tokens: int) -> dict[int, float]:
         # all have the same, which are written before they are read
         batch.set_blocks(row, range(-(-(context + 4) // batch.block_size)))
     seconds: dict[int, float] = {}
+    drafting: dict[int, float] = {}
     begin, num_tokens = time.perf_counter(), 1
     for done in range(0, context, batch.max_num_tokens):
         batch.begin_step()
         batch.add_row(0, [0] * min(batch.max_num_tokens, context - done), done, is_prefill=True)
-        runner.execute_model(np.empty(0, np.int64))
+        runner.execute_model(_NOTHING)
+        if predicts_more:
+            runner.predict_more(batch.ids_remove_padding[: batch.num_tokens], _NOTHING)
     while num_tokens <= most_tokens and time.perf_counter() - begin < _PATIENCE_S:
-        seconds[num_tokens] = _fastest(lambda: _run(runner, context, num_tokens))  # noqa: B023
+        tokens = np.arange(num_tokens)
+        _add_rows(batch, context, num_tokens)
+        seconds[num_tokens] = _fastest(partial(runner.execute_model, tokens))
+        if predicts_more:
+            ids = np.zeros(num_tokens, np.int64)
+            # each run leaves the hidden states that the next one takes
+            drafting[num_tokens] = _fastest(partial(runner.predict_more, ids, tokens))
+            seconds[num_tokens] += drafting[num_tokens]
         num_tokens *= 2
     batch.begin_step()
     for row in rows:
         batch.clear_row(row)
     # a larger step that took less time shows what was noise
     counts = [*seconds][::-1]
-    return dict(zip(counts, accumulate((seconds[count] for count in counts), min), strict=True))
+    seconds = dict(zip(counts, accumulate((seconds[count] for count in counts), min), strict=True))
+    logger.info(
+        "tokens of a decode step: %s",
+        ", ".join(f"{count} in {1e3 * seconds[count]:.1f} ms" for count in sorted(seconds)),
+    )
+    return StepCosts(seconds, drafting)
 
 
-def _run(runner: Any, context: int, num_tokens: int) -> None:
-    """A decode step of so many tokens, in as many rows as there are."""
-    batch = runner.input_batch
+def _add_rows(batch: InputBatch, context: int, num_tokens: int) -> None:
+    """Fill the batch with a decode step of so many tokens, in as many rows as there are."""
     num_rows = min(num_tokens, batch.max_num_seqs)
     batch.begin_step()
     for row in range(num_rows):
-        count = (num_tokens + row) // num_rows
-        batch.add_row(row, [0] * count, context, is_prefill=False)
-    runner.execute_model(np.arange(num_tokens))
+        batch.add_row(row, [0] * ((num_tokens + row) // num_rows), context, is_prefill=False)
 
 
-def _fastest(work: Callable[[], None]) -> float:
+def _fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of some runs."""
     times = []
     for _ in range(_REPEATS):

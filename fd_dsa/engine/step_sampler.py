@@ -70,6 +70,17 @@ class StepSampler:
                 scores[row] = score
         return tokens, scores
 
+    def draft(
+        self, requests: Sequence[Request], logits: npt.NDArray[np.float32], depth: int
+    ) -> npt.NDArray[np.int64]:
+        """Tokens drawn as those `depth` tokens later will be; the rules are those of now.
+
+        Returns:
+            int64 [n]; negative where the logits or the rules leave none.
+        """
+        slots, positions = self._places(requests)
+        return self._sampler.sample(logits, slots, positions + depth)
+
     def _places(
         self, sampling: Sequence[Request]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,6 @@ _HARMLESS = frozenset(
         "index_share_for_mtp_iteration",
         "initializer_range",
         "model_type",
-        "num_nextn_predict_layers",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
@@ -66,6 +65,18 @@ _HARMLESS = frozenset(
         "quantization_config.modules_to_not_convert",
     )
 )
+
+
+@dataclass(frozen=True, slots=True)
+class MtpLayer:
+    """The layer for multi-token prediction, where it is loaded.
+
+    Attributes:
+        has_embedding, has_head: whether it has tables of its own; else those of the model serve.
+    """
+
+    has_embedding: bool = False
+    has_head: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +98,8 @@ class ModelConfig(Family):
         weight_block_size: rows and columns of a block with one float32 multiplier, of FP8 weights
             (e4m3) stored [out, in]; None where the weights are plain.
         round_scales: scales of FP8 activations are powers of two (`scale_fmt` ue8m0).
+        num_nextn_predict_layers: layers for multi-token prediction after the last one.
+        mtp: the first of them, if it is loaded; None = it is not.
         generation: parameters that generation_config.json proposes for requests that do not say;
             a temperature of 0 where the file turns sampling off (`do_sample` false).
     """
@@ -102,6 +115,8 @@ class ModelConfig(Family):
     pad_token_id: int | None
     weight_block_size: tuple[int, int] | None = None
     round_scales: bool = False
+    num_nextn_predict_layers: int = 0
+    mtp: MtpLayer | None = None
     generation: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -161,9 +176,24 @@ class ModelConfig(Family):
         return float(self.qk_head_dim**-0.5 * mscale * mscale)
 
     @property
+    def with_mtp_layer(self) -> ModelConfig:
+        """The same with kinds for one layer more: that for multi-token prediction."""
+        return replace(
+            self,
+            mlp_layer_types=(*self.mlp_layer_types, self.mlp_layer_types[-1]),
+            indexer_types=(*self.indexer_types, "full"),
+        )
+
+    @property
+    def has_indexer(self) -> list[bool]:
+        """Of each layer with caches: whether it has an indexer, that is an indexer cache too."""
+        types = self.indexer_types if self.mtp is None else self.with_mtp_layer.indexer_types
+        return [kind == "full" for kind in types]
+
+    @property
     def num_indexer_layers(self) -> int:
-        """Layers with an indexer of their own, that is with an indexer cache."""
-        return self.indexer_types.count("full")
+        """Layers with an indexer cache."""
+        return sum(self.has_indexer)
 
 
 def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
@@ -194,6 +224,7 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
         "mla_norm_eps": reader.positive("mla_norm_eps", 1e-6),
         "rope": rope,
         "attention_bias": reader.boolean("attention_bias", False),
+        "num_nextn_predict_layers": reader.integer("num_nextn_predict_layers", 0, minimum=0),
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
         "mlp_layer_types": listed
         or ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.expected_tensors import MTP_EMBEDDING, MTP_HEAD, mtp_name
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import RotaryEmbedding
 from fd_dsa.models.sources import WeightLoader
+from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._linear import added, rows_at
 
 
@@ -44,6 +48,63 @@ class DeepseekV32DecoderLayer:
         return hidden_states, self.mlp.forward(normed, forward_meta), indices
 
 
+class MultiTokenPredictor:
+    """The layer that predicts one token more: a decoder layer over hidden states and next tokens.
+
+        x_i = eh_proj(concat(enorm(embed(t_{i+1})), hnorm(h_i)))
+        logits of t_{i+2} = head(norm(layer(x_i)))
+
+    with position, slot and keys of token i, and no embedding at position 0, as in vLLM.
+
+    Args:
+        model: whose embedding and head serve where the layer has none.
+        weights: as of the model.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2; names of Hugging Face checkpoints.
+    """
+
+    def __init__(self, model: DeepseekV32ForCausalLM, weights: Any) -> None:
+        config = model.config.with_mtp_layer
+        hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
+        self._rotary_emb, self._embed, self._head = model.rotary_emb, model.embed_tokens, model.head
+        if config.mtp is not None and config.mtp.has_embedding:
+            name = mtp_name(config, MTP_EMBEDDING)
+            self._embed, _ = weights.table(name, config.vocab_size, hidden)
+        if config.mtp is not None and config.mtp.has_head:
+            parts = {mtp_name(config, MTP_HEAD): config.vocab_size}
+            self._head = weights.matrix(hidden, parts, sums_in_float32=True)
+        self._token_norm = weights.norm(mtp_name(config, "enorm.weight"), hidden, eps)
+        self._hidden_norm = weights.norm(mtp_name(config, "hnorm.weight"), hidden, eps)
+        self._join = weights.matrix(2 * hidden, {mtp_name(config, "eh_proj.weight"): hidden})
+        self._layer = DeepseekV32DecoderLayer(config, number, weights)
+        self.norm = weights.norm(mtp_name(config, "shared_head.norm.weight"), hidden, eps)
+
+    def __call__(self, next_ids: np.ndarray, hidden: np.ndarray, step: Any) -> np.ndarray:
+        """Hidden states after the layer's norm, float32 [num_tokens, hidden_size].
+
+        Args:
+            next_ids: int64 [num_tokens]; the token after each one of the step.
+            hidden: float32 [num_tokens, hidden_size]; normed hidden states of the step's tokens:
+                of the model, or for a further draft of this layer itself.
+            step: the runner's object; `init_attention_metadata` has been called for it.
+        """
+        positions = step.position_ids
+        embedded = rows_at(self._embed, next_ids)
+        embedded[as_numpy(positions) == 0] = 0
+        parts = (self._token_norm.of(embedded), self._hidden_norm.of(hidden))
+        joined = self._join.times(np.concatenate(parts, axis=1))
+        states, change, _ = self._layer.forward(
+            joined, None, self._rotary_emb(positions), step, None
+        )
+        normed: np.ndarray = self.norm.of(added(states, change))
+        return normed
+
+    def compute_logits(self, normed: np.ndarray) -> np.ndarray:
+        """float32 [n, vocab_size] of [n, hidden_size], which `__call__` gave."""
+        logits: np.ndarray = self._head.times(normed)
+        return logits
+
+
 class DeepseekV32ForCausalLM:
     """The whole model: packed token ids of a step in, logits of chosen tokens out.
 
@@ -53,12 +114,14 @@ class DeepseekV32ForCausalLM:
 
     Attributes:
         embed_tokens: [vocab_size, hidden_size].
+        head: from normed hidden states to logits.
+        mtp: predicts one token more; None = it is not loaded.
     """
 
     def __init__(self, config: ModelConfig, weights: Any) -> None:
         self.config, self._weights = config, weights
         vocab_size, hidden = config.vocab_size, config.hidden_size
-        self.embed_tokens, self._head = weights.table(
+        self.embed_tokens, self.head = weights.table(
             "model.embed_tokens.weight", vocab_size, hidden
         )
         self.layers = [
@@ -66,12 +129,11 @@ class DeepseekV32ForCausalLM:
         ]
         self.norm = weights.norm("model.norm.weight", hidden, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self._head = weights.matrix(
-                hidden, {"lm_head.weight": vocab_size}, sums_in_float32=True
-            )
+            self.head = weights.matrix(hidden, {"lm_head.weight": vocab_size}, sums_in_float32=True)
         self.rotary_emb = RotaryEmbedding(
             config.rope, config.qk_rope_head_dim, config.max_position_embeddings, weights
         )
+        self.mtp = None if config.mtp is None else MultiTokenPredictor(self, weights)
 
     @property
     def loaders(self) -> dict[str, WeightLoader]:
@@ -100,4 +162,4 @@ class DeepseekV32ForCausalLM:
 
     def compute_logits(self, hidden_states: Any) -> Any:
         """float32 [n, vocab_size] of [n, hidden_size]."""
-        return self._head.times(self.norm.of(hidden_states))
+        return self.head.times(self.norm.of(hidden_states))

@@ -12,6 +12,8 @@ from fd_dsa.models.config import ModelConfig
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
+MTP_EMBEDDING = "embed_tokens.weight"
+MTP_HEAD = "shared_head.head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +35,58 @@ class ExpectedTensor:
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:
-    """All tensors of the main model, by their Hugging Face names, in the order of its layers.
+    """All tensors of a model, by their Hugging Face names, in the order of its layers.
 
-    Experts are listed one by one, as checkpoints store them. A layer whose indexer is shared has
-    no indexer tensors; a model whose head is tied to the embedding has no `lm_head.weight`.
+    The layer for multi-token prediction has some where `config` says that it is loaded. Experts
+    are listed one by one, as checkpoints store them. A layer whose indexer is shared has no
+    indexer tensors; a model whose head is tied to the embedding has no `lm_head.weight`.
     """
     norm = ExpectedTensor((config.hidden_size,))
     embedding = ExpectedTensor((config.vocab_size, config.hidden_size))
     tensors = {EMBEDDING: embedding}
     for layer in range(config.num_hidden_layers):
-        parts = {"input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
-        parts |= _attention(config)
-        if config.indexer_types[layer] == "full":
-            parts |= _indexer(config)
-        if config.mlp_layer_types[layer] == "dense":
-            parts |= _gated("mlp.", config.hidden_size, config.intermediate_size)
-        else:
-            parts |= _experts(config)
+        parts = _layer(config, layer)
         tensors |= {f"model.layers.{layer}.{name}": one for name, one in parts.items()}
     tensors["model.norm.weight"] = norm
     if not config.tie_word_embeddings:
         tensors[LM_HEAD] = embedding
+    if config.mtp is not None:
+        parts = _mtp(config) | _layer(config.with_mtp_layer, config.num_hidden_layers)
+        tensors |= {mtp_name(config, name): one for name, one in parts.items()}
     return tensors
+
+
+def mtp_name(config: ModelConfig, name: str) -> str:
+    """Full name of a tensor of the layer for multi-token prediction."""
+    return f"model.layers.{config.num_hidden_layers}.{name}"
+
+
+def _mtp(config: ModelConfig) -> dict[str, ExpectedTensor]:
+    """What a layer for multi-token prediction has beside a decoder layer; never FP8.
+
+    Source: the index of DeepSeek-V3.2's and GLM-5's checkpoints.
+    """
+    hidden = config.hidden_size
+    norm, table = ExpectedTensor((hidden,)), ExpectedTensor((config.vocab_size, hidden))
+    tensors = {name: norm for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
+    tensors["eh_proj.weight"] = ExpectedTensor((hidden, 2 * hidden))
+    if config.mtp is not None and config.mtp.has_embedding:
+        tensors[MTP_EMBEDDING] = table
+    if config.mtp is not None and config.mtp.has_head:
+        tensors[MTP_HEAD] = table
+    return tensors
+
+
+def _layer(config: ModelConfig, layer: int) -> dict[str, ExpectedTensor]:
+    """A decoder layer."""
+    norm = ExpectedTensor((config.hidden_size,))
+    parts = {"input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
+    parts |= _attention(config)
+    if config.indexer_types[layer] == "full":
+        parts |= _indexer(config)
+    if config.mlp_layer_types[layer] == "dense":
+        return parts | _gated("mlp.", config.hidden_size, config.intermediate_size)
+    return parts | _experts(config)
 
 
 def _attention(config: ModelConfig) -> dict[str, ExpectedTensor]:

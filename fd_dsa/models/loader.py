@@ -9,11 +9,19 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-from fd_dsa.errors import CheckpointError
+from fd_dsa.errors import CheckpointError, flag_error
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.config import ModelConfig, MtpLayer
 from fd_dsa.models.dequantize import BLOCK, FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
-from fd_dsa.models.expected_tensors import EMBEDDING, LM_HEAD, ExpectedTensor, expected_tensors
+from fd_dsa.models.expected_tensors import (
+    EMBEDDING,
+    LM_HEAD,
+    MTP_EMBEDDING,
+    MTP_HEAD,
+    ExpectedTensor,
+    expected_tensors,
+    mtp_name,
+)
 from fd_dsa.models.sources import RandomTensor, WeightLoader
 
 logger = logging.getLogger(__name__)
@@ -24,10 +32,10 @@ _MAX_PROBLEMS = 3
 
 
 def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Check that a checkpoint holds the tensors of the main model and nothing else.
+    """Check that a checkpoint holds the tensors of the model and nothing else.
 
-    Tensors of layers past the last (multi-token prediction) and `rotary_emb.inv_freq` are
-    skipped, which one log line says.
+    Tensors of layers past the last that are not asked for (multi-token prediction) and
+    `rotary_emb.inv_freq` are skipped, which one log line says.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or of an unsupported
@@ -40,6 +48,7 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     layers = {name: match for name in present if (match := _LAYER.match(name))}
     # every release has some
     skipped = {name for name, match in layers.items() if int(match[1]) >= config.num_hidden_layers}
+    skipped -= expected.keys()
     skipped |= {name for name in present if name.endswith(_INV_FREQ)}
     companions = {
         name + SCALE_SUFFIX
@@ -47,6 +56,7 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
         if name in present and checkpoint.info(name).dtype == "F8_E4M3"
     }
     tied = {LM_HEAD} if config.tie_word_embeddings else set()
+    skipped -= companions
     unexpected = sorted(present - expected.keys() - companions - skipped - tied)
     problems = [*_problems(checkpoint, config, expected)]
     for name in unexpected:
@@ -66,6 +76,45 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
             len(skipped),
             config.num_hidden_layers,
         )
+
+
+def find_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> MtpLayer:
+    """What a checkpoint has of the layer for multi-token prediction.
+
+    Its embedding and head are often copies of the model's, which then serve.
+
+    Args:
+        checkpoint: None for random weights.
+        config: of the model.
+
+    Raises:
+        ConfigError: it has no such layer.
+    """
+    names = set() if checkpoint is None else set(checkpoint.names())
+    if config.num_nextn_predict_layers == 0:
+        raise flag_error(
+            "speculative_config.method",
+            "mtp",
+            "ngram: config.json has num_nextn_predict_layers 0",
+        )
+    if checkpoint is None:
+        return MtpLayer()
+    if mtp_name(config, "eh_proj.weight") not in names:
+        last = max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=0)
+        raise flag_error(
+            "speculative_config.method",
+            "mtp",
+            f"ngram: the checkpoint has layers 0 to {last}, and no tensor "
+            f"{mtp_name(config, 'eh_proj.weight')!r}",
+        )
+    head = EMBEDDING if config.tie_word_embeddings else LM_HEAD
+    own = []
+    for name, shared in ((MTP_EMBEDDING, EMBEDDING), (MTP_HEAD, head)):
+        name = mtp_name(config, name)
+        # comparing the buffers needs no array of booleans
+        is_copy = name in names and checkpoint.raw(name).data == checkpoint.raw(shared).data
+        own.append(name in names and not is_copy)
+    return MtpLayer(*own)
 
 
 def load_weights(

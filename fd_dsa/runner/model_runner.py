@@ -108,12 +108,14 @@ class ModelRunner:
             sizes = backend_config(config, layout, input_batch, num_blocks, dtype)
             backend = DSAAttentionBackend(sizes, device)
         self.attn_backends: list[Any] = [backend]
-        self.caches = backend.allocate_caches([kind == "full" for kind in config.indexer_types])
+        self.caches = backend.allocate_caches(config.has_indexer)
         self.forward_meta: Any = None
         self.counters = StepCounters()
         self.graphs: DecodeGraphs | None = None
         self._padded: PaddedStep | None = None
         self._selections: Selections | None = None
+        # of the tokens that the layer for multi-token prediction goes on from, normed
+        self._mtp, self._hidden = getattr(model, "mtp", None), None
         self._to_device: DeviceInputs | None = None
         self._to_host: Callable[[Any], np.ndarray] = as_numpy
         self.draws: DeviceDraws | None = None
@@ -151,6 +153,9 @@ class ModelRunner:
             if batch.has_deferred:
                 assert self.draws is not None
                 self.draws.fill(inputs[0])
+        elif self._mtp is not None:
+            # the layer runs when rows that have ended have lost their blocks
+            inputs = (*inputs[:-1], inputs[-1].copy())
         step = self.forward_meta = Step(hints, *inputs, self.caches, backend)
         backend.init_attention_metadata(step)
         return step
@@ -303,9 +308,40 @@ class ModelRunner:
             return captured.logits[: len(logits_indices)]
         step.selections = self._selections
         hidden = self.model(step.ids_remove_padding, step)
+        if self._mtp is not None:
+            self._hidden = self.model.norm.of(hidden)
         if not len(logits_indices):
             return None
         return self.model.compute_logits(rows_at(hidden, step.sampled))
+
+    def predict_more(self, next_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Run the layer for multi-token prediction over the step that ran last.
+
+        Args:
+            next_ids: int64 [num_tokens]; the token after each one of the step.
+            tokens: int64 [n]; flat tokens to go on from, n may be 0.
+
+        Returns:
+            float32 [n, vocab_size]; logits of the token after the next one.
+        """
+        mtp = self._mtp
+        with paddle.no_grad():
+            self._hidden = mtp(next_ids, self._hidden, self.forward_meta)[tokens]
+            if not len(tokens):
+                return np.empty((0, self.vocab_size), np.float32)
+            logits: np.ndarray = mtp.compute_logits(self._hidden)
+            return logits
+
+    def continue_with(self, kept: np.ndarray) -> None:
+        """Begin a step of the batch that the layer alone computes, on its own hidden states.
+
+        Args:
+            kept: int64 [num_tokens]; for each token of the batch the place in the `tokens` of
+                `predict_more` that it follows.
+        """
+        with paddle.no_grad():
+            self._hidden = self._hidden[kept]
+            self.initialize_forward_meta()
 
     @property
     def shows_selections(self) -> bool:

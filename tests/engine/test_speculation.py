@@ -1,4 +1,4 @@
-"""Speculative decoding changes no token, text, score or reason, whoever drafts."""
+"""Speculative decoding changes no token, text, score or reason, whatever the drafts."""
 
 from __future__ import annotations
 
@@ -164,6 +164,6 @@ def test_a_request_that_gets_predictable_drafts_again() -> None:
 
 def test_costs_of_steps_between_measured_ones() -> None:
     costs = StepCosts({1: 1.0, 4: 1.3, 16: 4.0}, {1: 0.2, 8: 0.9})
-    assert costs.of(1, 3) == pytest.approx([1.0, 1.1 + 0.2, 1.2 + 0.4, 1.3 + 0.6])
-    assert costs.of(16, 1) == pytest.approx([4.0, 8.0 + 1.8])
+    assert costs.of(1, 3) == pytest.approx([1.0, 1.1, 1.2 + 0.2, 1.3 + 0.4])
+    assert costs.of(16, 1) == pytest.approx([4.0, 8.0])
     assert StepCosts().of(9, 2) == pytest.approx([1.0, 1.1, 1.2])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.config import ModelConfig, MtpLayer
 from fd_dsa.models.dequantize import TensorInfo
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.registry import create_model
@@ -53,10 +54,14 @@ def stored(name: str, array: np.ndarray) -> StoredTensor:
 
 
 def tiny_model(
-    fields: dict[str, Any], seed: int = 0, device: str = "cpu", dtype: str = "float32"
+    fields: dict[str, Any],
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    mtp: MtpLayer | None = None,
 ) -> Any:
     """A model of these config.json fields with random weights."""
-    config = ModelConfig.from_dict(fields)
+    config = replace(ModelConfig.from_dict(fields), mtp=mtp)
     weights: Any = HostWeights()
     if device != "cpu":
         from fd_dsa.models.device_weights import DeviceWeights

@@ -1,0 +1,105 @@
+"""Drafts of the checkpoint's own layer for multi-token prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fd_dsa.engine.launched_step import LaunchedStep
+from fd_dsa.engine.request import Request
+from fd_dsa.engine.step_sampler import StepSampler
+
+Int64 = npt.NDArray[np.int64]
+
+
+class MtpDrafter:
+    """Drafter of the method "mtp": the layer runs after each step, for all of its tokens.
+
+    For token i it needs the hidden state of i and token i + 1, so it runs when the step has given
+    its tokens. It also runs where nobody wants a draft: its caches would have holes that cannot be
+    filled later. Tokens of drafts that were rejected are computed and not read. A further draft
+    runs it again, for one token a row, on its own hidden state; the next step overwrites what that
+    leaves in the caches. It draws as the request will: with its parameters, and its own number of
+    the position.
+
+    Args:
+        runner: has `predict_more` and `continue_with`.
+    """
+
+    # the entry of a block's last token depends on the token after it
+    lookahead = 1
+
+    def __init__(self, runner: Any) -> None:
+        self._runner, self._batch = runner, runner.input_batch
+        self._sampler = StepSampler(runner, runner.input_batch.max_num_seqs)
+
+    def propose(
+        self, step: LaunchedStep, counts: Mapping[Request, int]
+    ) -> dict[Request, list[int]]:
+        """Run the layer; drafts of the requests that want some."""
+        next_ids, last = self._next_tokens(step)
+        wanting = [request for request, count in counts.items() if count]
+        tokens = np.array([last[request] for request in wanting], np.int64)
+        logits = self._runner.predict_more(next_ids, tokens)
+        proposals: dict[Request, list[int]] = {request: [] for request in wanting}
+        depth = 0
+        while wanting:
+            drawn = self._sampler.draft(wanting, logits, depth).tolist()
+            depth += 1
+            kept = []
+            for place, (request, token) in enumerate(zip(wanting, drawn, strict=True)):
+                # negative where the logits are not finite: no draft
+                if token >= 0:
+                    proposals[request].append(token)
+                    if counts[request] > depth and self._has_room(request, depth):
+                        kept.append(place)
+            wanting = [wanting[place] for place in kept]
+            if wanting:
+                logits = self._continue(wanting, proposals, np.array(kept), depth)
+        return proposals
+
+    def _next_tokens(self, step: LaunchedStep) -> tuple[Int64, dict[Request, int]]:
+        """The token after each one of the step, and the last token that stands of each request."""
+        batch = self._batch
+        next_ids = np.roll(batch.ids_remove_padding[: batch.num_tokens], -1)
+        lengths = batch.seq_lens_this_time[: batch.num_rows]
+        rows = lengths.nonzero()[0]
+        last, begin = {}, 0
+        for request, row in zip(step.scheduled, rows.tolist(), strict=True):
+            length, computed = int(lengths[row]), int(batch.seq_lens_decoder[row])
+            # what comes after them are drafts that were rejected
+            standing = min(length, len(request.token_ids) - 1 - computed)
+            if standing > 0:
+                last[request] = begin + standing - 1
+                next_ids[last[request]] = request.token_ids[computed + standing]
+            begin += length
+        return next_ids, last
+
+    def _has_room(self, request: Request, depth: int) -> bool:
+        """Whether the request's blocks reach to its token before a further draft."""
+        block = (len(request.token_ids) + depth - 2) // self._batch.block_size
+        table = self._batch.block_tables[request.slot]
+        return block < len(table) and bool(table[block] >= 0)
+
+    def _continue(
+        self,
+        requests: list[Request],
+        proposals: Mapping[Request, list[int]],
+        kept: Int64,
+        depth: int,
+    ) -> npt.NDArray[np.float32]:
+        """Logits of a further draft, after the last one of each request."""
+        batch = self._batch
+        batch.begin_step()
+        for request in requests:
+            position = len(request.token_ids) + depth - 2
+            batch.add_row(request.slot, [proposals[request][-1]], position, is_prefill=False)
+        self._runner.continue_with(kept)
+        tokens = np.arange(len(requests))
+        logits: npt.NDArray[np.float32] = self._runner.predict_more(
+            batch.ids_remove_padding[: batch.num_tokens].copy(), tokens
+        )
+        return logits

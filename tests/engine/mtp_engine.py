@@ -1,0 +1,107 @@
+"""Engines over a tiny model with a layer for multi-token prediction, and what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.launched_step import LaunchedStep
+from fd_dsa.engine.mtp_drafter import MtpDrafter
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.prompt_lookup import PromptLookup
+from fd_dsa.engine.request import Request
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.speculation import Speculator
+from fd_dsa.models.config import MtpLayer
+from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner.model_runner import cache_layout
+from tests.engine.fakes import byte_tokenizer, run_all
+from tests.runner.tiny import tiny_model
+
+MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS, EOS = 96, 8, 12, 1
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0, "logprobs": 3},
+    {"temperature": 0.7, "top_p": 0.9, "logprobs": 0},
+    {"temperature": 1, "n": 3, "top_k": 8},
+    {"temperature": 0, "repetition_penalty": 1.3, "logprobs": 1},
+    {"temperature": 0, "ignore_eos": True, "min_tokens": 5},
+    {"prompt_logprobs": 1, "temperature": 0},
+    {"temperature": 0, "stop": ["ab", "c"], "cache_salt": "s"},
+    {"temperature": 0, "speculative": False},
+]
+
+
+class WatchedDrafter(MtpDrafter):
+    """Remembers the first draft after each position of each output."""
+
+    def __init__(self, runner: Any, most: int) -> None:
+        super().__init__(runner)
+        self._most = most
+        self.first: dict[Request, dict[int, int]] = {}
+
+    def propose(
+        self, step: LaunchedStep, counts: Mapping[Request, int]
+    ) -> dict[Request, list[int]]:
+        # as many as there may be, whatever the rate at which they stand
+        proposals = super().propose(step, dict.fromkeys(counts, self._most))
+        for request, drafts in proposals.items():
+            if drafts:
+                self.first.setdefault(request, {})[len(request.token_ids)] = drafts[0]
+        return proposals
+
+
+def make_runner(model: Any, num_blocks: int) -> ModelRunner:
+    """A runner with poisoned caches."""
+    batch = InputBatch(4, 24, MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
+    layout = cache_layout(model.config, "float32", BLOCK_SIZE)
+    runner = ModelRunner(model, batch, layout, num_blocks)
+    for cache in runner.caches:
+        if cache is not None:
+            np.from_dlpack(cache)[...] = np.nan
+    return runner
+
+
+def make_model(fields: dict[str, Any]) -> Any:
+    """A tiny model with its layer."""
+    return tiny_model(fields | {"num_nextn_predict_layers": 1}, seed=2, mtp=MtpLayer())
+
+
+def answers(
+    model: Any, method: str | None, most: int = 3
+) -> tuple[dict[tuple[str, int], RequestOutput], LLMEngine, Any]:
+    """The last state of every output, with an engine so small that requests are preempted."""
+    runner = make_runner(model, NUM_BLOCKS)
+    drafter: Any = PromptLookup(3, 1) if method == "ngram" else WatchedDrafter(runner, most)
+    engine = LLMEngine(
+        runner,
+        byte_tokenizer(),
+        num_blocks=NUM_BLOCKS,
+        max_model_len=MAX_MODEL_LEN,
+        eos_token_ids=[EOS],
+        speculator=Speculator(drafter, most) if method else None,
+    )
+    draw = np.random.default_rng(0)
+    stem = draw.integers(2, 40, 30).tolist()
+    for number in range(len(KINDS)):
+        prompt = stem[: draw.integers(5, 30)] + draw.integers(2, 40, 4).tolist()
+        kind = {"max_tokens": 34, "seed": number, **KINDS[number]}
+        engine.add_request(str(number), prompt, SamplingParams(**kind))
+    ends = {}
+    for outputs in run_all(engine).values():
+        ends.update({(o.request_id, o.index): o for o in outputs if o.finished})
+    return ends, engine, drafter
+
+
+def shown(output: RequestOutput) -> tuple[Any, ...]:
+    """All that a caller sees of an output."""
+    return (
+        output.token_ids,
+        output.text,
+        output.finish_reason,
+        output.stop_reason,
+        output.logprobs,
+        output.prompt_logprobs,
+    )
