@@ -17,9 +17,10 @@ _FIRST_REST, _LONGEST_REST = 16, 512
 class DraftPace:
     """How many drafts a request gets, by the rate at which those before were accepted.
 
-    With rates r1, r2 and so on a step with n drafts gives 1 + r1 + r1 r2 + ... tokens. The number that gives the most tokens for the time of a step
-    is taken, which may be none. After 16 steps with fewer than the most, one more is tried. Each
-    try that fails doubles these steps, up to 512; one that stands counts as the usual rate.
+    With rates r1, r2 and so on a step with n drafts gives 1 + r1 + r1 r2 + ... tokens. The number
+    that gives the most tokens for the time of a step is taken, which may be none. After 16 steps
+    with fewer than the most, one more is tried. Each try that fails doubles these steps, up to
+    512; one that stands counts as the usual rate.
 
     Args:
         most: drafts of a step.
