@@ -28,6 +28,7 @@ class Timing:
         itl_s: intervals between the pieces after it.
         e2e_s: from `start_s` to the end of the answer.
         prompt_tokens, output_tokens: as the server counts them.
+        accepted_tokens, rejected_tokens: drafts of speculative decoding, likewise.
         attempts: how often it was sent.
         error: why there is no answer; None where there is one.
     """
@@ -38,6 +39,8 @@ class Timing:
     e2e_s: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
     attempts: int = 0
     error: str | None = None
 
@@ -88,7 +91,7 @@ async def measure(
 async def _read(reply: httpx.Response, started: float) -> Timing:
     """The times of a stream."""
     arrivals: list[float] = []
-    tokens, failure = (0, 0), ""
+    tokens, failure = (0, 0, 0, 0), ""
     # to the end, also after an error: leaving a stream early leaves its generators open
     async for line in reply.aiter_lines():
         try:
@@ -99,7 +102,9 @@ async def _read(reply: httpx.Response, started: float) -> Timing:
         if chunk is None:
             continue
         if usage := chunk.get("usage"):
-            tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            details = usage.get("completion_tokens_details") or {}
+            drafts = [details.get(f"{kind}_prediction_tokens") or 0 for kind in _VERDICTS]
+            tokens = usage["prompt_tokens"], usage["completion_tokens"], *drafts
         if chunk.get("choices"):
             arrivals.append(time.perf_counter() - started)
     if failure or not arrivals:
@@ -108,6 +113,7 @@ async def _read(reply: httpx.Response, started: float) -> Timing:
     return Timing(0.0, arrivals[0], gaps, arrivals[-1], *tokens)
 
 
+_VERDICTS = ("accepted", "rejected")
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = {
     "ttft_ms": "time to first token",
@@ -138,6 +144,8 @@ def summarise(timings: Sequence[Timing], duration_s: float) -> dict[str, Any]:
     answered = [timing for timing in timings if timing.error is None]
     prompt_tokens = sum(timing.prompt_tokens for timing in answered)
     output_tokens = sum(timing.output_tokens for timing in answered)
+    accepted = sum(timing.accepted_tokens for timing in answered)
+    drafts = accepted + sum(timing.rejected_tokens for timing in answered)
     latencies: dict[str, dict[str, float] | None] = dict.fromkeys(LATENCIES)
     for name, values in samples(timings).items():
         if values:
@@ -151,6 +159,9 @@ def summarise(timings: Sequence[Timing], duration_s: float) -> dict[str, Any]:
         "duration_s": duration_s,
         "total_input_tokens": prompt_tokens,
         "total_output_tokens": output_tokens,
+        "draft_tokens": drafts,
+        "accepted_tokens": accepted,
+        "acceptance_rate": accepted / drafts if drafts else None,
         "request_throughput": len(answered) / duration_s,
         "output_throughput": output_tokens / duration_s,
         "total_token_throughput": (prompt_tokens + output_tokens) / duration_s,
@@ -171,6 +182,10 @@ def tables(result: Mapping[str, Any]) -> list[str | Table]:
         ("output tokens/s", f"{result['output_throughput']:.1f}"),
         ("prompt and output tokens/s", f"{result['total_token_throughput']:.1f}"),
     )
+    drafts: tuple[tuple[str, str], ...] = ()
+    if result["draft_tokens"]:
+        rate = f"{100 * result['acceptance_rate']:.1f} % of {result['draft_tokens']}"
+        drafts = (("drafts accepted", rate),)
     columns = ("mean", *(f"p{p}" for p in PERCENTILES))
     rows = []
     for name, label in LATENCIES.items():
@@ -178,6 +193,6 @@ def tables(result: Mapping[str, Any]) -> list[str | Table]:
         cells = ["-" if figures is None else f"{figures[column]:.2f}" for column in columns]
         rows.append((label, *cells))
     return [
-        Table("", ("run", ""), counts),
+        Table("", ("run", ""), (*counts, *drafts)),
         Table("", ("latency, ms", *columns), tuple(rows)),
     ]

@@ -13,7 +13,7 @@ import pytest
 
 from fd_dsa.client.bench import random_prompts, start_times
 from fd_dsa.client.load import Sender
-from fd_dsa.client.timing import LATENCIES, Timing, measure, summarise
+from fd_dsa.client.timing import LATENCIES, Timing, measure, summarise, tables
 from fd_dsa.errors import RemoteError
 from fd_dsa.serve import state
 from fd_dsa.serve.errors import ApiError
@@ -48,13 +48,16 @@ def test_requests_come_at_once_or_as_a_poisson_process() -> None:
 
 def test_figures_are_those_of_the_timings() -> None:
     timings = [
-        Timing(0.0, 0.1, [0.02, 0.04], 0.16, 10, 3, attempts=1),
-        Timing(0.5, 0.3, [0.06], 0.36, 20, 2, attempts=3),
+        Timing(0.0, 0.1, [0.02, 0.04], 0.16, 10, 3, 2, 4, attempts=1),
+        Timing(0.5, 0.3, [0.06], 0.36, 20, 2, 1, 1, attempts=3),
         Timing(0.5, 0.2, [9.0], 9.0, 99, 99, attempts=4, error="lost"),
     ]
     found = summarise(timings, 2.0)
     assert (found["completed"], found["failed"], found["retries"]) == (2, 1, 5)
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (30, 5)
+    assert (found["draft_tokens"], found["accepted_tokens"]) == (8, 3)
+    assert ("drafts accepted", "37.5 % of 8") in tables(found)[0].rows
+    assert summarise(timings[2:], 1.0)["acceptance_rate"] is None
     assert found["request_throughput"] == 1.0
     assert found["output_throughput"] == 2.5
     assert found["total_token_throughput"] == 17.5

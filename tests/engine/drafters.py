@@ -30,11 +30,14 @@ class ToldDrafter:
         # tokens that must be known after a block's own, as for a layer of the model
         self.lookahead = seed % 2
 
+    def answer(self, request: Request) -> list[int]:
+        """What the request will get."""
+        return self._answers[request.state.request_id, request.state.index]
+
     def propose(self, step: object, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
         proposals = {}
         for request, count in counts.items():
-            answer = self._answers[request.state.request_id, request.state.index]
-            following = answer[len(request.output_token_ids) :][:count]
+            following = self.answer(request)[len(request.output_token_ids) :][:count]
             proposals[request] = [
                 token
                 if self._draw.random() < self._share

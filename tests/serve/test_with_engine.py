@@ -10,6 +10,8 @@ import openai
 import pytest
 
 import fd_dsa
+from fd_dsa.engine.speculation import Speculator
+from tests.engine.drafters import ToldDrafter
 from tests.engine.fakes import EOS, byte_tokenizer, expected_greedy, make_engine
 from tests.engine.threaded import threaded
 from tests.serve.conftest import chunks_of, running, wait_until
@@ -33,6 +35,35 @@ def test_answers_are_those_of_the_model() -> None:
             model="demo", prompt=prompts[0], stream=True, temperature=0, max_tokens=40
         )
         assert "".join(chunk.choices[0].text for chunk in again) == texts[0]
+
+
+def test_drafts_come_several_in_an_event_and_are_in_the_usage() -> None:
+    tokens = expected_greedy([5, 6, 7], 40, eos=None)
+    drafter = ToldDrafter({}, 1.0, 40)
+    drafter.answer = lambda request: tokens
+    with running(threaded(make_engine(speculator=Speculator(drafter, 3)))) as live:
+        fields = {"prompt": [5, 6, 7], "logprobs": 1, "ignore_eos": True, **GREEDY}
+        fields |= {"return_token_ids": True}
+        answer = complete(live, **fields).json()
+        assert answer["choices"][0]["text"] == byte_tokenizer().decode(tokens)
+        details = answer["usage"]["completion_tokens_details"]
+        accepted = details["accepted_prediction_tokens"]
+        assert (accepted > 20, details["rejected_prediction_tokens"]) == (True, 0)
+        stream = complete(live, **fields, stream=True, stream_options={"include_usage": True})
+        chunks = chunks_of(stream)
+        assert chunks[-1]["usage"] == answer["usage"]
+        pieces = [chunk["choices"][0] for chunk in chunks[:-1]]
+        assert max(len(piece["token_ids"]) for piece in pieces if piece.get("token_ids")) == 4
+        scores = [one for piece in pieces for one in piece["logprobs"]["token_logprobs"]]
+        assert scores == answer["choices"][0]["logprobs"]["token_logprobs"]
+        plain = complete(live, **fields, speculative=False).json()
+        assert plain["choices"] == answer["choices"]
+        assert "completion_tokens_details" not in plain["usage"]
+        text = live.http.get("/metrics").text
+        assert "fd_dsa:spec_decode_num_accepted_tokens_total{" in text
+        assert (
+            'spec_decode_num_accepted_tokens_per_pos_total{model_name="demo",position="2"}' in text
+        )
 
 
 def test_refusals_of_the_engine_are_bad_requests() -> None:

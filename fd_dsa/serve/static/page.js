@@ -417,6 +417,11 @@ function finish(chat, message, usage, begin, first) {
   const end = performance.now();
   chat.used = usage.total_tokens;
   const parts = [`prompt ${usage.prompt_tokens}`, `output ${usage.completion_tokens}`];
+  const drafts = usage.completion_tokens_details;
+  if (drafts) {
+    const { accepted_prediction_tokens: accepted, rejected_prediction_tokens: rejected } = drafts;
+    parts.push(`drafts ${accepted} of ${accepted + rejected}`);
+  }
   if (first && usage.completion_tokens > 1 && end > first) {
     // the first token ends the wait, the others come in the time behind it
     parts.push(`${((usage.completion_tokens - 1) * 1000 / (end - first)).toFixed(1)} tok/s`);
