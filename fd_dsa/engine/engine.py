@@ -217,19 +217,16 @@ class LLMEngine:
             # what is in flight was for requests that have been aborted
             self._in_flight = None
             return []
+        begin, runner_time_s = self.clock(), self._stats.runner_time_s
+        before = self._in_flight
         try:
-            return self._step()
+            launched = self._launch(may_be_idle=before is not None)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             too_large = self._scheduler.relieve(error)
             failure = RuntimeError("there is no memory for a step of this request alone")
             return [self._end(too_large, "error", failure)] if too_large else []
-
-    def _step(self) -> list[RequestOutput]:
-        begin, runner_time_s = self.clock(), self._stats.runner_time_s
-        before = self._in_flight
-        launched = self._launch(may_be_idle=before is not None)
         self._in_flight = None
         try:
             outputs = [] if before is None else self._take(before)

@@ -79,7 +79,8 @@ class Scheduler:
     ) -> None:
         """Start without requests."""
         self.drafts: dict[Request, list[int]] = {}
-        self._has_drafts, self._lookahead = has_drafts, lookahead
+        self._has_drafts = self._may_draft = has_drafts
+        self._lookahead = lookahead
         self.is_decode_only = False
         self._blocks = blocks
         self._batch = batch
@@ -122,6 +123,7 @@ class Scheduler:
         if not self._running and not self._waiting:
             self._most_prompt_tokens = self._batch.max_num_tokens
             self._most_rows = self._batch.max_num_seqs
+            self._may_draft = self._has_drafts
 
     def schedule(self) -> list[Request]:
         """Requests of the next step in ascending slot order, `num_scheduled_tokens` set.
@@ -145,7 +147,7 @@ class Scheduler:
                 budget = self._take(request, budget)
         if self._waiting:
             budget = self._admit(budget)
-        if self._has_drafts:
+        if self._may_draft:
             self._add_drafts(budget)
         self.is_decode_only = len(self._scheduled) == self._num_decoding
         if self._step_times is not None and not self.is_decode_only:
@@ -168,13 +170,17 @@ class Scheduler:
     def relieve(self, error: Exception) -> Request | None:
         """Have steps need less memory than the one scheduled, until no request is left.
 
-        Prompts are read in chunks of half as many tokens; if they are of one, or none is read,
-        fewer requests run at a time.
+        Drafts are left out; without any, prompts are read in chunks of half as many tokens; if
+        they are of one, or none is read, fewer requests run at a time.
 
         Returns:
             The request that must end, since it needs too much alone; None: the next step needs
             less.
         """
+        if self.drafts:
+            self.drafts, self._may_draft = {}, False
+            logger.warning("%s; no drafts are verified now", describe_error(error))
+            return None
         num_prompt_tokens = sum(r.num_scheduled_tokens for r in self._scheduled if not r.is_decode)
         if num_prompt_tokens > 1:
             self._most_prompt_tokens = num_prompt_tokens // 2
