@@ -7,6 +7,8 @@ import pytest
 
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.speculation import Speculator
+from tests.engine.drafters import ToldDrafter
 from tests.engine.fakes import make_engine, run_all
 
 PROMPTS = [list(range(2, 2 + length)) for length in (30, 5, 17, 1, 9, 24)]
@@ -54,6 +56,17 @@ def test_less_memory_gives_the_same_tokens(
     # with no request left, the next ones may be as large as the first
     del refused[:]
     assert answers(engine) == expected and refused
+
+
+def test_drafts_are_left_out_first(caplog: pytest.LogCaptureFixture) -> None:
+    expected = answers(make_engine())
+    told = {(name, 0): tokens for name, (tokens, _) in expected.items()}
+    engine = make_engine(speculator=Speculator(ToldDrafter(told, 1.0, 2), 3))
+    # prompts of 8 tokens fit, and so do four rows
+    with_memory_for(engine, 8, 4)
+    assert answers(engine) == expected
+    said = [r.getMessage() for r in caplog.records if "Out of memory" in r.getMessage()]
+    assert len(said) == 2 and "no drafts are verified now" in "".join(said)
 
 
 def test_a_request_that_needs_too_much_alone_ends_and_others_go_on() -> None:
