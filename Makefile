@@ -1,11 +1,5 @@
-# Needs Linux, Python 3.10 to 3.13, make, and a package index that pip can reach.
-#   make serve                start the server on the demo model
-#   make test                 the quick tests: 7 minutes on 2 cores
-#   make test-all             the slow ones: processes, builds, long runs
-#   make gpu-rig              Paddle tensors in CUDA memory, with Paddle's CPU wheel, g++ and nvcc
-#   make custom-ops           the operators in C++, for the Paddle of .venv; needs g++, and nvcc for
-#                             CUDA kernels: without it Triton's serve
-# Another interpreter: make PYTHON=python3.12 ...; flags of the server: make serve ARGS="--port 9000"
+# Needs Linux, Python 3.10 to 3.13, make, and a package index that pip can reach; `make` lists the
+# targets. Another interpreter: make PYTHON=python3.12 ...
 PYTHON ?= python3
 ARGS ?=
 # processes of `make test`; each may take 5 GB
@@ -24,48 +18,53 @@ NUMPY1 := build/numpy1
 DOCS := build/docs-venv
 BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: serve test test-all test-numpy1 test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-all test-numpy1 test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
 .DELETE_ON_ERROR:
 
-serve: $(VENV)/.cpu
+help: ## this list
+	@echo "make TARGET [ARGS=...] [PYTHON=python3.12] [WORKERS=2]; .venv is made on first use"
+	@sed -n 's/^\([a-z0-9-]*\):.* ## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+serve: $(VENV)/.cpu ## start the server on the demo model; flags: make serve ARGS="--port 9000"
 	$(BIN)/python -m fd_dsa.serve $(ARGS)
 
 # -m in ARGS replaces the selection
-test: $(VENV)/.dev
+test: $(VENV)/.dev ## the quick tests: 7 minutes on 2 cores
 	@echo "about 7 minutes on 2 idle cores; left out: slow tests (make test-all), live parity with" \
 	  "Hugging Face (make test-oracle), what needs a GPU"
 	$(PYTEST) -m "not slow and not oracle" $(ARGS)
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev ## the slow tests: processes, builds, long runs
 	$(PYTEST) -m "slow and not oracle" $(ARGS)
 
 # FastDeploy asks for no NumPy, so the plug-in is tested beside an old one too, which Python 3.13
 # has no wheel of, and with the oldest Paddle
-test-numpy1:
+test-numpy1: ## the plug-in beside NumPy 1.26 and the oldest Paddle
 	"$(PYTHON)" -m venv $(NUMPY1)
 	$(NUMPY1)/bin/python -m pip install --disable-pip-version-check --quiet --editable . \
 	  numpy==1.26.4 paddlepaddle==3.3.0 setuptools hypothesis openai pytest pytest-timeout pytest-xdist
 	$(NUMPY1)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  tests/fastdeploy_plugin tests/fakes $(ARGS)
 
-test-oracle: $(VENV)/.oracle
+test-oracle: $(VENV)/.oracle ## live comparison with Hugging Face; installs torch
 	$(BIN)/python -m pytest -m oracle $(ARGS)
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev ## style, types and spelling of all files
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
-bench: $(VENV)/.oracle
+bench: $(VENV)/.oracle ## benchmarks on this CPU
 	$(BIN)/python -m benchmarks.engine_cpu $(ARGS)
 	for name in server_overhead growth memory_use step_profile stream_gaps; do \
 	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # with the Python that holds torch for CUDA, not that of .venv
-bench-gpu:
+bench-gpu: ## tests, benchmarks and profiles of the kernels on one GPU
 	$(PYTHON) -m benchmarks.gpu_run $(ARGS)
 
-soak: $(VENV)/.dev
+soak: $(VENV)/.dev ## new random cases for hours; make soak ROUNDS=1 CASES=200 is short
 	for round in $$(seq $(ROUNDS)); do \
 	  $(BIN)/python -m pytest -q -x tests/step tests/engine tests/v4_prepare $(ARGS) || exit 1; done
 	$(BIN)/python -m tests.soak.histories --first $(SEED)0000 --histories $(CASES)
@@ -76,17 +75,17 @@ soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak.siege $(SIEGE)
 	$(BIN)/python -m tests.soak.siege --large $(SIEGE)
 
-gpu-rig: $(VENV)/.dev
+gpu-rig: $(VENV)/.dev ## Paddle tensors in CUDA memory, with Paddle's CPU wheel, g++ and nvcc
 	$(BIN)/python -m pytest -m gpu_rig $(ARGS)
 
-custom-ops: $(VENV)/.cpu
-	$(PIP) --no-build-isolation ./custom_ops
+custom-ops: $(VENV)/.cpu ## the operators in C++ for the Paddle of .venv; needs g++, for CUDA nvcc
+	$(PIP) --quiet --no-build-isolation ./custom_ops
 	@$(BIN)/python -W ignore -c 'from fd_dsa.custom_ops import build; \
 	  print("fd_dsa_ops is", build().state, build().reason + ("" if build().kernels else \
 	  "; the Triton kernels serve top-k and sparse MLA on GPUs"))'
 
 # the builder needs Python 3.11 and nothing of the package, so it has a small environment of its own
-docs: $(DOCS)/.made
+docs: $(DOCS)/.made ## the documentation as a site, in build/docs
 	rm -rf build/pages build/docs && mkdir -p build/pages
 	cp -r README*.md CHANGELOG.md CONTRIBUTING.md LICENSE docs build/pages
 	$(DOCS)/bin/zensical build --strict --clean
@@ -103,10 +102,13 @@ $(DOCS)/.made: pyproject.toml
 
 # a stamp is the extras that .venv holds; a newer pyproject.toml makes pip look again
 $(VENV)/.cpu: EXTRAS := cpu
+$(VENV)/.cpu: SIZE := 0.5 GB to download, 1.9 GB on disk, one to ten minutes
 $(VENV)/.dev: EXTRAS := cpu,dev
+$(VENV)/.dev: SIZE := 0.7 GB to download, 3 GB on disk, two to fifteen minutes
 $(VENV)/.oracle: EXTRAS := cpu,dev,oracle
+$(VENV)/.oracle: SIZE := several GB, since torch's default wheel brings CUDA (docs/quickstart.md)
 $(VENV)/.cpu $(VENV)/.dev $(VENV)/.oracle: $(VENV)/.made pyproject.toml setup.py
-	@echo "installing fd_dsa[$(EXTRAS)] into $(VENV)"
+	@echo "installing fd_dsa[$(EXTRAS)] into $(VENV): $(SIZE)"
 	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@
 

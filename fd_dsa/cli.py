@@ -1,21 +1,35 @@
-"""Console script `fd-dsa`: a door to the commands of the package."""
+"""Console script `fd-dsa`, and `python -m fd_dsa`: a door to the commands of the package."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from fd_dsa import __version__, environment
+from fd_dsa.serve.flag_values import exit_status
+from fd_dsa.serve.parser import Parser
 
-# command -> its module, which is imported when it runs, and what it does
+# command -> the module of its `main`, that of its `build_parser`, both imported when they are
+# needed, and what it does
 _COMMANDS = {
-    "serve": ("serve.cli", "serve a model over the OpenAI API"),
-    "chat": ("client.chat", "talk to a model in the terminal"),
-    "bench": ("client.bench", "measure the speed of a server"),
-    "accuracy": ("accuracy.cli", "measure a served model: IFEval, retrieval, comparisons"),
-    "doctor": ("doctor", "report device, versions and providers, and check every operator"),
+    "serve": ("serve.cli", "serve.flags", "serve a model over the OpenAI API"),
+    "chat": ("client.chat", "client.chat", "talk to a model in the terminal"),
+    "run-batch": ("client.run_batch", "client.run_batch", "answer an OpenAI batch file"),
+    "bench": ("client.bench", "client.bench", "measure the speed of a server"),
+    "accuracy": (
+        "accuracy.cli",
+        "accuracy.cli",
+        "measure a served model: IFEval, retrieval, comparisons",
+    ),
+    "doctor": (
+        "doctor",
+        "doctor",
+        "report device, versions and providers, and check every operator",
+    ),
 }
+_SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,24 +39,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
     """
     with environment.command():
-        return _run(*(list(sys.argv[1:] if argv is None else argv) or ["--help"]))
+        return _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])
 
 
-def _run(command: str, *rest: str) -> int:
+def build_parser(parents: dict[str, Parser] | None = None) -> Parser:
+    """The parser of `fd-dsa`; its commands have the flags of `parents`, where given."""
+    parser = Parser(prog="fd-dsa", description="fd-dsa COMMAND --help lists the command's flags.")
+    parser.add_argument("--version", action="version", version=f"fd_dsa {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (*_, purpose) in _COMMANDS.items():
+        options: dict[str, Any] = {}
+        if parents is not None:
+            options = {"parents": [parents[name]], "conflict_handler": "resolve"}
+        commands.add_parser(name, help=purpose, **options)
+    completion = commands.add_parser("completion", help="print a completion script for a shell")
+    completion.add_argument("shell", metavar="SHELL", choices=_SHELLS, help=", ".join(_SHELLS))
+    completion.set_defaults(run=_print_completion)
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=_print_version)
+    return parser
+
+
+def _run(arguments: list[str]) -> int:
     """Run one command with its flags."""
-    if command in _COMMANDS:
-        return int(import_module(f"fd_dsa.{_COMMANDS[command][0]}").main(rest))
-    if command in ("version", "--version"):
-        print(f"fd_dsa {__version__}")
+    if arguments[0] in _COMMANDS:
+        module = import_module(f"fd_dsa.{_COMMANDS[arguments[0]][0]}")
+        return int(module.main(arguments[1:]))
+    if arguments == ["help"]:
+        arguments = ["--help"]
+
+    def run() -> int:
+        args = build_parser().parse_args(arguments)
+        args.run(args)
         return 0
-    if command in ("--help", "-h", "help"):
-        print("usage: fd-dsa COMMAND [flags]\n\ncommands (fd-dsa COMMAND --help lists the flags):")
-        for name, (_, purpose) in _COMMANDS.items():
-            print(f"  {name:<9} {purpose}")
-        print("  version   print the version")
-        return 0
-    print(
-        f"fd_dsa: error: unknown command {command!r}; allowed are {', '.join(_COMMANDS)}, version",
-        file=sys.stderr,
-    )
-    return 2
+
+    return exit_status(run)
+
+
+def _print_version(_: Any) -> None:
+    print(f"fd_dsa {__version__}")
+
+
+def _print_completion(args: Any) -> None:
+    import shtab
+
+    parents = {
+        name: import_module(f"fd_dsa.{module}").build_parser()
+        for name, (_, module, _) in _COMMANDS.items()
+    }
+    # what the shell itself completes
+    kinds = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY, "MODEL": shtab.DIRECTORY}
+    for parent in parents.values():
+        for action in parent._actions:
+            if action.metavar in kinds:
+                action.complete = kinds[str(action.metavar)]  # type: ignore[attr-defined]
+    print(shtab.complete(build_parser(parents), args.shell))

@@ -8,9 +8,10 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -29,7 +30,7 @@ _SWITCH = {"0": False, "false": False, "1": True, "true": True}
 
 
 def prepare_cpu_runtime() -> None:
-    """Set what Paddle reads from the environment; call it before importing paddle.
+    """Set what Paddle reads from the environment, then import it; call it before all others do.
 
     The MKL of its CPU build takes a slow path on AMD processors unless a variable says that AVX2 is
     there (2.6 times faster float32 GEMMs measured), and keeps one order of sums for any number of
@@ -53,6 +54,20 @@ def prepare_cpu_runtime() -> None:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     if batch_invariant():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    _import_paddle()
+
+
+def _import_paddle() -> None:
+    """Import Paddle, where it is installed, and keep the SIGTERM handler of the caller.
+
+    Paddle's own handler, set when it is imported, prints a C++ stack.
+    """
+    with suppress(ImportError):
+        import paddle  # noqa: F401
+
+        # other threads may not; a handler from outside of Python is unknown, and is lost
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def check_address_space() -> None:
@@ -326,23 +341,42 @@ def _flush() -> None:
         return
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+def _terminate(*_: object) -> None:
+    """Handle SIGTERM."""
+    raise Terminated
+
+
+def signal_end(stop: KeyboardInterrupt) -> tuple[str, int]:
+    """What a command that a signal has ended says, and its exit status."""
+    by_term = isinstance(stop, Terminated)
+    line = str(stop) or ("terminated" if by_term else "interrupted")
+    return line, 128 + (signal.SIGTERM if by_term else signal.SIGINT)
+
+
 @contextmanager
 def command() -> Iterator[None]:
-    """Around a command: Ctrl-C is one line at any moment, a reader that goes away is none.
+    """Around a command: a signal is one line at any moment, a reader that goes away is none.
 
     Raises:
-        SystemExit: 130 after Ctrl-C; the shell's status for SIGPIPE where nobody reads stdout any
-            more, as in `fd-dsa bench --help | head -1`.
+        SystemExit: 130 after Ctrl-C and 143 after SIGTERM; the shell's status for SIGPIPE where
+            nobody reads stdout any more, as in `fd-dsa bench --help | head -1`.
     """
     open_missing_streams()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         try:
             yield
         finally:
             _flush()
-    except KeyboardInterrupt:
-        sys.stderr.write("fd_dsa: error: interrupted\n")
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        line, status = signal_end(stop)
+        sys.stderr.write(f"fd_dsa: error: {line}\n")
+        raise SystemExit(status) from None
     except BrokenPipeError:
         discard(sys.stdout, sys.stderr)
         raise SystemExit(128 + signal.SIGPIPE) from None

@@ -1,17 +1,19 @@
 """`python -m fd_dsa.accuracy COMMAND`: each command is a module that is imported when asked for.
 
-A command's module has `add_parser(subparsers)`, which adds its parser (and may add others, whose
-`run` default names their function), and `run(args) -> int`, which does the work.
+A command's module has `add_parser(subparsers)`, which adds its parser and perhaps others. Their
+default `run` is the function of the parsed flags that does the work and returns the exit status.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
+from typing import Any
 
-from fd_dsa.errors import ConfigError
-from fd_dsa.serve.flag_values import Parser, exit_status
+from fd_dsa.serve.flag_values import exit_status
+from fd_dsa.serve.parser import Parser
 
 COMMANDS = {
     "ifeval": ("fd_dsa.accuracy.ifeval", "ask a server the IFEval prompts and score its answers"),
@@ -35,23 +37,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     handed to the command as `args.passed`, all of it as `args.arguments`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
-        lines = "".join(f"  {name:<12}{text}\n" for name, (_, text) in COMMANDS.items())
-        usage = "usage: python -m fd_dsa.accuracy COMMAND [flags]"
-        sys.stdout.write(f"{usage}\n\ncommands (each has a --help):\n{lines}")
-        return 0
     return exit_status(lambda: _run(arguments))
+
+
+class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Adds the line about a command to its parser."""
+
+    def add_parser(self, name: str, **kwargs: Any) -> Any:
+        return super().add_parser(name, help=COMMANDS[name][1], **kwargs)
+
+
+def build_parser(commands: Iterable[str] = COMMANDS) -> Parser:
+    """The parser with the flags of these commands; of the others it has the names alone."""
+    parser = Parser(prog="python -m fd_dsa.accuracy", description="Measure a model's answers.")
+    subparsers = parser.add_subparsers(
+        title="commands (each has a --help)", metavar="COMMAND", required=True, action=_Commands
+    )
+    wanted = dict.fromkeys(COMMANDS[command][0] for command in commands)
+    for module in wanted:
+        import_module(module).add_parser(subparsers)
+    for command, (module, _) in COMMANDS.items():
+        if module not in wanted:
+            subparsers.add_parser(command)
+    return parser
 
 
 def _run(arguments: list[str]) -> int:
     """Import the command's module, parse, run."""
-    command = arguments[0]
-    if command not in COMMANDS:
-        raise ConfigError(f"unknown command {command!r}; allowed are {', '.join(COMMANDS)}")
-    module = import_module(COMMANDS[command][0])
-    parser = Parser(prog="python -m fd_dsa.accuracy", allow_abbrev=False)
-    module.add_parser(parser.add_subparsers(dest="command", parser_class=Parser))
+    command = arguments[0] if arguments else "--help"
     place = arguments.index("--") if "--" in arguments else len(arguments)
-    args = parser.parse_args(arguments[:place])
+    parser = build_parser([command] if command in COMMANDS else [])
+    args = parser.parse_args(arguments[:place] or [command])
     args.passed, args.arguments = tuple(arguments[place + 1 :]), tuple(arguments)
-    return int(getattr(args, "run", module.run)(args))
+    return int(args.run(args))

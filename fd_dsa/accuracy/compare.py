@@ -36,8 +36,8 @@ def add_parser(subparsers: Any) -> None:
         "compare",
         description="Compare two runs on the same prompts: flips, exact test, intervals, verdict. "
         "BEFORE and AFTER are folders of scored runs, or their scores.json.",
-        allow_abbrev=False,
     )
+    parser.set_defaults(run=run)
     parser.add_argument("before", metavar="BEFORE", help="first run")
     parser.add_argument("after", metavar="AFTER", help="second run")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON and page here")

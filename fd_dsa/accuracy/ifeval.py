@@ -48,7 +48,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add the parsers of `ifeval` and `score`."""
     ifeval = subparsers.add_parser(
         "ifeval",
-        allow_abbrev=False,
         description="Ask an OpenAI-compatible server the IFEval prompts, keep every answer, score "
         "them. The same command goes on with a run that was interrupted.",
         usage="%(prog)s [flags] [-- flags of python -m fd_dsa.serve]",
@@ -71,7 +70,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     ifeval.set_defaults(run=run)
     score = subparsers.add_parser(
         "score",
-        allow_abbrev=False,
         description="Score the answers that an IFEval run has kept, or those of an official "
         'response file, JSON lines of {"prompt": ..., "response": ...}. Asks no server.',
     )

@@ -171,7 +171,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add the parser of `perplexity`."""
     parser = subparsers.add_parser(
         "perplexity",
-        allow_abbrev=False,
         description="Read a text through the embedded engine and report the likelihood of its "
         "tokens; nothing is generated.",
     )

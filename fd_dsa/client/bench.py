@@ -22,7 +22,8 @@ from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.report import as_json, show
 from fd_dsa.client.timing import Timing, measure, summarise, tables
 from fd_dsa.errors import ConfigError, RemoteError, unwritable
-from fd_dsa.serve.flag_values import Parser, add_numbers, exit_status, number, reader
+from fd_dsa.serve.flag_values import add_numbers, exit_status, number, reader
+from fd_dsa.serve.parser import Parser
 
 _WARM_UP = 2
 # every vocabulary has these, and few have special tokens among them
@@ -35,7 +36,6 @@ def build_parser() -> Parser:
         prog="fd-dsa bench",
         usage="%(prog)s [flags] [-- flags of the server that is started]",
         description="Measure an OpenAI-compatible server with random prompts of equal length.",
-        allow_abbrev=False,
     )
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--base-url", metavar="URL", help="of a server, as http://HOST:PORT/v1")

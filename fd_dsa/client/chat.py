@@ -21,7 +21,8 @@ from fd_dsa.client.remote import (
     transport_reason,
 )
 from fd_dsa.errors import RemoteError
-from fd_dsa.serve.flag_values import Parser, exit_status, number, reader
+from fd_dsa.serve.flag_values import exit_status, number, reader
+from fd_dsa.serve.parser import Parser
 
 Message = dict[str, str]
 _COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt, /exit ends"
@@ -84,7 +85,6 @@ def build_parser() -> Parser:
         prog="fd-dsa chat",
         description="Talk to a model, line by line; of a pipe every line is a message.",
         epilog=_COMMANDS,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "model",

@@ -32,10 +32,16 @@ class FailedAttempt(Exception):
     """One attempt without an answer: why, and whether another one makes sense, and when."""
 
     def __init__(
-        self, reason: str, *, again: bool = True, after_s: float = 0.0, gone: bool = False
+        self,
+        reason: str,
+        *,
+        again: bool = True,
+        after_s: float = 0.0,
+        gone: bool = False,
+        status: int = 0,
     ) -> None:
         super().__init__(reason)
-        self.again, self.after_s, self.gone = again, after_s, gone
+        self.again, self.after_s, self.gone, self.status = again, after_s, gone, status
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Sent(Generic[T]):
         start_s: when the last attempt was sent, seconds after the beginning of the run.
         seconds: from there to the end of its reply.
         gone: the last attempt found nobody listening.
+        status: of a last reply that was no answer; 0 where there was none.
     """
 
     index: int
@@ -74,6 +81,7 @@ class Sent(Generic[T]):
     start_s: float
     seconds: float
     gone: bool = False
+    status: int = 0
 
 
 class Sender:
@@ -173,7 +181,7 @@ class Sender:
             await asyncio.sleep(max(delay_s, min(last.after_s, 2 * _LONGEST_DELAY_S)))
         reason = f"{last} ({attempt} attempts)" if attempt > 1 else str(last)
         seconds = time.perf_counter() - started
-        return Sent(index, None, reason, attempt, started - begin, seconds, last.gone)
+        return Sent(index, None, reason, attempt, started - begin, seconds, last.gone, last.status)
 
     async def _attempt(
         self, http: httpx.AsyncClient, request: Request, read: Reader[T], started: float
@@ -200,4 +208,5 @@ class Sender:
         after = reply.headers.get("retry-after", "")
         after_s = float(after) if after.isascii() and after.isdigit() else 0.0
         again = status in _RETRIED_STATUS
-        raise FailedAttempt(f"status {status}: {reason}", again=again, after_s=after_s)
+        text = f"status {status}: {reason}"
+        raise FailedAttempt(text, again=again, after_s=after_s, status=status)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import shutil
@@ -22,7 +21,9 @@ from fd_dsa.environment import (
     quiet,
     usable_cpus,
 )
-from fd_dsa.errors import BackendUnavailable, FdDsaError
+from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError
+from fd_dsa.serve.flag_values import EXIT_BAD_START, fail
+from fd_dsa.serve.parser import Parser
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
 _NEEDED = {
@@ -34,13 +35,9 @@ _OK, _BAD = 0, 1
 _NO_WIDTH = 1 << 20
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Examine this machine; returns 0 if everything passed, else 1.
-
-    Args:
-        argv: arguments without the program's name; None takes those of the process.
-    """
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(
         prog="fd-dsa doctor",
         description="Report device, versions and providers, and check every operator here.",
     )
@@ -51,7 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="list what the plug-in looks for in FastDeploy; status 1 unless fd_dsa serves there",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Examine this machine.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        0 if everything passed, 1 if not, 2 for flags that cannot be read.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except ConfigError as error:
+        return fail(str(error), EXIT_BAD_START)
     try:
         if args.fastdeploy:
             # late, so that --help is quick
@@ -61,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with quiet():
             found = examine(args.device)
     except FdDsaError as error:
-        sys.stderr.write(f"fd_dsa: error: {error}\n")
-        return _BAD
+        return fail(str(error), _BAD)
     text = json.dumps(found, indent=1) + "\n" if args.json else as_text(found, args.fastdeploy)
     sys.stdout.write(text)
     serves = found["fastdeploy"]["serves"] or not args.fastdeploy

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import os
+import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
 from fd_dsa.chat.parser import AUTO, AnswerFormat, find_tool_format, has_reasoning
 from fd_dsa.chat.template import RESERVED
+from fd_dsa.config import EngineConfig
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.errors import FdDsaError
 
 Prompt = str | Sequence[int]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -29,12 +34,14 @@ class LLM:
         with LLM() as llm:
             print(llm.generate("Once upon a time")[0].text)
 
+    Only warnings are logged, unless the logger `fd_dsa` has a level.
+
     Args:
         model: folder of a checkpoint; None = the demo model of the package.
-        engine_config: further fields of `fd_dsa.config.EngineConfig`, such as max_model_len.
+        tokenizer to chat_template: as the fields of `fd_dsa.config.EngineConfig`.
 
     Raises:
-        ConfigError: a field, the folder or its checkpoint cannot be served.
+        ConfigError: an argument, the folder or its checkpoint cannot be served.
     """
 
     _engine: LLMEngine | None
@@ -42,13 +49,45 @@ class LLM:
     # where the outputs of an unfinished request go: the queue of its call
     _outbox: dict[str, deque[RequestOutput]]
 
-    def __init__(self, model: str | None = None, **engine_config: Any) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        served_model_name: Sequence[str] = (),
+        tokenizer: str | os.PathLike[str] | None = None,
+        load_format: str = "auto",
+        index_topk: int | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None,
+        target_inter_token_latency_ms: float = 0.0,
+        block_size: int = 64,
+        kv_cache_memory_bytes: int | str | None = None,
+        gpu_memory_utilization: float = 0.9,
+        num_gpu_blocks_override: int | None = None,
+        enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
+        async_scheduling: bool = True,
+        enforce_eager: bool = False,
+        cudagraph_capture_sizes: Sequence[int] | None = None,
+        seed: int = 0,
+        chat_template: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Load the model."""
+        given = {name: value for name, value in locals().items() if name != "self"}
         # not at the top: the factory imports paddle
-        from fd_dsa.config import EngineConfig
         from fd_dsa.engine.factory import build_engine
 
-        self._start(build_engine(EngineConfig(model=model, **engine_config)))
+        if not logging.getLogger("fd_dsa").level:
+            logging.getLogger("fd_dsa").setLevel(logging.WARNING)
+        try:
+            self._start(build_engine(EngineConfig(**given)))
+        except FdDsaError as error:
+            error.args = tuple(_in_python(text, given) for text in error.args)
+            raise
 
     @classmethod
     def from_engine(cls, engine: LLMEngine) -> LLM:
@@ -233,6 +272,14 @@ class LLM:
             for request_id in request_ids:
                 if self._outbox.pop(request_id, None) is not None:
                     engine.abort_request(request_id)
+
+
+def _in_python(text: Any, names: Iterable[str]) -> Any:
+    """A message with these names instead of those of the flags."""
+    for name in names:
+        flag = f"--{name.replace('_', '-')}"
+        text = re.sub(rf"{flag}(?![\w-])", name, str(text))
+    return text
 
 
 def _special_markers(tokenizer: Tokenizer, has_tools: bool) -> frozenset[int]:

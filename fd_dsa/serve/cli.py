@@ -18,10 +18,11 @@ from fd_dsa.environment import (
     discard,
     open_missing_streams,
     process_environment,
+    signal_end,
 )
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error, is_out_of_memory
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
-from fd_dsa.serve.flag_values import EXIT_BAD_START, EXIT_INTERRUPTED, fail
+from fd_dsa.serve.flag_values import EXIT_BAD_START, fail
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
 from fd_dsa.serve.listener import connection_limit
 from fd_dsa.serve.logs import set_up_logging
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 after a drained shutdown, 1 after a failure while serving, 2 when the start fails (one
-        line on stderr says why), 130 when interrupted while loading.
+        line on stderr says why), 130 or 143 for a signal while loading.
     """
     open_missing_streams()
     try:
@@ -58,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_heaps_trimmed()
     try:
         return _serve(args)
-    except KeyboardInterrupt:
-        return fail("interrupted while starting", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return fail("interrupted while starting", signal_end(stop)[1])
     except Exception as error:
         if debug:
             logger.debug("the start failed", exc_info=True)

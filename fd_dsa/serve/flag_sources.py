@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -15,6 +15,7 @@ import yaml
 from fd_dsa.environment import own_variables, switch
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.flags import DEFAULTS, build_parser
+from fd_dsa.serve.parser import nearest
 
 _PREFIX = "FD_DSA_"
 # they mean nothing outside of a command line
@@ -57,17 +58,7 @@ def unused_variables() -> list[str]:
 
 def _from_command_line(argv: Sequence[str]) -> dict[str, Any]:
     """Flags of the command line; the model's folder may stand without one."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and not rest[0].startswith("-"):
-        raise ConfigError(
-            f"unexpected argument {rest[0]!r}; only one model folder is served at a time"
-        )
-    if rest:
-        flag = rest[0].partition("=")[0]
-        hint = _nearest(flag, parser._option_string_actions, "--help lists the flags")
-        raise ConfigError(f"unknown flag {flag}; {hint}")
-    values = vars(args)
+    values = vars(build_parser().parse_args(argv))
     folder = values.pop("positional_model", None)
     if folder is not None and values.setdefault("model", folder) != folder:
         raise ConfigError(
@@ -114,7 +105,7 @@ def _from_file(path: str) -> dict[str, Any]:
         name = str(key).replace("_", "-")
         action = actions.get(name)
         if action is None or action.dest == "config":
-            hint = _nearest(name, actions, "keys are flags without their dashes in front")
+            hint = nearest(name, actions, "keys are flags without their dashes in front")
             raise ConfigError(f"--config: {path}: unknown key {str(key)!r}; {hint}")
         if action.dest in values:
             raise ConfigError(f"--config: {path}: {key} is there twice, with - and with _")
@@ -169,9 +160,3 @@ def _variable(action: argparse.Action) -> str:
 def _takes_several(action: argparse.Action) -> bool:
     """True for a flag that may be repeated, or that takes several values."""
     return isinstance(action, argparse._AppendAction) or bool(action.nargs)
-
-
-def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """What to do about a name that is none of the known ones."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else otherwise

@@ -11,20 +11,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from fractions import Fraction
+from typing import Any
 
 from fd_dsa.config import parse_bytes
+from fd_dsa.environment import signal_end
 from fd_dsa.errors import ConfigError, FdDsaError, RemoteError
 
 EXIT_BAD_START = 2
-EXIT_INTERRUPTED = 130
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line of ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(re.sub(r"^argument ([^:]+): ", r"\1: ", message))
 
 
 def fail(message: str, status: int) -> int:
@@ -34,11 +28,11 @@ def fail(message: str, status: int) -> int:
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """What `run` returns; 1 after a server went away, 2 for a bad start, 130 after Ctrl-C."""
+    """What `run` returns; 1 after a server went away, 2 for a bad start, 128 + n after signal n."""
     try:
         return run()
     except KeyboardInterrupt as stop:
-        return fail(str(stop) or "interrupted", EXIT_INTERRUPTED)
+        return fail(*signal_end(stop))
     except RemoteError as error:
         return fail(str(error), 1)
     except BrokenPipeError:
@@ -93,9 +87,21 @@ def _digits(text: str) -> int:
     return int(text)
 
 
+def whole_number(text: str) -> int:
+    """A whole number; as in vLLM 32k is 32,000 and 32K is 32,768, m and g alike."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])", text, re.ASCII | re.IGNORECASE)
+    if match is None:
+        return _digits(text)
+    base = 1000 if match[2].islower() else 1024
+    value = Fraction(match[1]) * base ** (1 + "kmg".index(match[2].lower()))
+    if value.denominator != 1:
+        raise ValueError
+    return int(value)
+
+
 def number(kind: type, least: float) -> Callable[[str], Any]:
     """A reader of finite numbers from `least` on, of type int or float."""
-    read, what = (_digits, "a whole number") if kind is int else (float, "a number")
+    read, what = (whole_number, "a whole number") if kind is int else (float, "a number")
     return reader(read, f"{what} from {least:g} on", lambda value: least <= value < math.inf)
 
 

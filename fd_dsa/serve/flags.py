@@ -15,6 +15,7 @@ from fd_dsa.chat.parser import AUTO, NONE, REASONING_FORMATS, TOOL_FORMATS
 from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES
 from fd_dsa.serve import flag_values as values
 from fd_dsa.serve.listener import DEFAULT_MAX_CONNECTIONS
+from fd_dsa.serve.parser import Parser
 
 PROMPT_BYTES_PER_TOKEN = 16
 """Bytes of a prompt's text for each token of the context, unless --max-prompt-bytes says more."""
@@ -193,7 +194,10 @@ _FLAGS = {
 
 _POSITIVE = values.number(int, 1)
 # the configuration of the engine checks the ranges of these two
-_INTEGER, _NUMBER = values.reader(int, "a whole number"), values.reader(float, "a number")
+_INTEGER, _NUMBER = (
+    values.reader(values.whole_number, "a whole number"),
+    values.reader(float, "a number"),
+)
 # readers of values that are no plain texts
 _READERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("block_size", "cudagraph_capture_sizes", "index_topk", "seed"), _INTEGER),
@@ -221,15 +225,14 @@ _ON_OR_OFF = ("async_scheduling", "enable_chunked_prefill", "enable_prefix_cachi
 _MAY_BE_REPEATED = ("allowed_host", "api_key", "served_model_name")
 
 
-def build_parser() -> values.Parser:
+def build_parser() -> Parser:
     """The parser, flags grouped as in `--help`; it gives those of the command line alone."""
-    parser = values.Parser(
+    parser = Parser(
         prog="python -m fd_dsa.serve",
         usage="%(prog)s [MODEL] [flags] [-- flags of FastDeploy]",
         description="Serve a DeepSeek-V3.2 or GLM-5 shaped checkpoint over the OpenAI API.",
         epilog="Each flag is also a variable, FD_DSA_PORT for --port, and a key of the file of "
         "--config; the command line goes before variables, and these before the file.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--version", action="version", version=f"fd_dsa {__version__}")

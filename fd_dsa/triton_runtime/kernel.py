@@ -96,6 +96,15 @@ class Kernel:
             grid = resolve_grid(self.__name__, grid, {}, {})
         return partial(self._chain[0] if self._chain else self.run, grid)
 
+    def __call__(self, *_: Any, **__: Any) -> None:
+        """Refuse a call without a grid.
+
+        Raises:
+            LaunchError: always; says how to launch.
+        """
+        name = self.__name__
+        raise LaunchError(f"kernel {name}: called without a grid; launch it as {name}[grid](...)")
+
     def run(self, grid: Grid, *args: Any, **kwargs: Any) -> None:
         """Launch; the same as `kernel[grid](*args, **kwargs)`, with all checks.
 

@@ -199,7 +199,7 @@ def server() -> Any:
         (["--retries", "x"], "--retries: got 'x'; allowed is a whole number from 0 on"),
         (["--timeout", "nan"], "--timeout: got 'nan'; allowed is a number from 0.001 on"),
         (["--temperature", "-1"], "--temperature: got '-1'; allowed is a number from 0 on"),
-        (["--temp", "1"], "unrecognized arguments: --temp 1"),
+        (["--temp", "1"], "unknown flag --temp; did you mean --temperature?"),
         (["--serve"], "--serve: not allowed with argument --base-url"),
         (["--", "--device", "gpu"], "--device comes after --, which is for flags of the server"),
         (["--out", __file__], f"--out: {__file__} is a file; give a folder"),

@@ -1,4 +1,4 @@
-"""Commands whose reader has gone, as in `fd-dsa bench --help | true`: they end without a word."""
+"""Commands whose reader has gone, as in `fd-dsa bench --help | true`, and commands on SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.serve.conftest import wait_until
 from tests.serve.processes import console, environment
 
 COMMANDS = [
@@ -39,3 +41,20 @@ def test_a_command_whose_output_nobody_reads(tmp_path: Path, command: list[str])
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("accuracy", "perplexity"), ("accuracy", "selection")])
+def test_sigterm_is_one_line_without_a_stack_of_paddle(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    with subprocess.Popen(
+        console(*command), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        wait_until(lambda: "libpaddle" in maps.read_text() or process.poll() is not None, 60)
+        # its handler is set at the end of the import
+        time.sleep(3)
+        process.terminate()
+        _, log = process.communicate(timeout=60)
+    assert (process.returncode, log.strip()) == (143, "fd_dsa: error: terminated")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.config import EngineConfig
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.errors import ConfigError
 from tests.engine.fakes import byte_tokenizer, expected_greedy, make_engine
+from tests.serve.processes import environment
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
@@ -176,3 +183,45 @@ def test_signals_stay_the_callers():
     with LLM(max_model_len=64, max_num_seqs=1) as llm:
         llm.generate([5, 6], GREEDY)
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_every_field_of_the_configuration_is_a_keyword():
+    keywords = {name: one.default for name, one in inspect.signature(LLM).parameters.items()}
+    assert keywords == {one.name: one.default for one in dataclasses.fields(EngineConfig)}
+
+
+def test_errors_have_the_names_of_python(tmp_path):
+    cases = {
+        "max_model_len: got 9999, allowed: at most 8192": {"max_model_len": 9999},
+        "max_num_seqs: got 0, allowed: an integer of at least 1": {"max_num_seqs": 0},
+        "num_gpu_blocks_override: got 4 together with kv_cache_memory_bytes 64;": {
+            "num_gpu_blocks_override": 4,
+            "kv_cache_memory_bytes": 64,
+        },
+        f"model: got '{tmp_path}/none', allowed: a local folder": {"model": f"{tmp_path}/none"},
+    }
+    for text, keywords in cases.items():
+        with pytest.raises(ConfigError) as caught:
+            LLM(**keywords)
+        assert str(caught.value).startswith(text)
+    with pytest.raises(TypeError, match="max_model_length"):
+        LLM(max_model_length=5)
+
+
+def test_the_library_is_quiet_and_keeps_a_handler_of_sigterm(tmp_path):
+    """With the real model: no line of a log, and Paddle's handler prints no C++ stack."""
+    code = (
+        "import os, signal, sys\n"
+        "def handle(*_):\n    print('mine')\n    sys.exit(7)\n"
+        "signal.signal(signal.SIGTERM, handle)\n"
+        "from fd_dsa import LLM\n"
+        "with LLM(max_model_len=64, max_num_seqs=1):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (7, "mine\n", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -18,9 +19,11 @@ import pytest
 import yaml
 
 from fd_dsa import __version__
+from fd_dsa.cli import main
 from fd_dsa.config import EngineConfig
 from fd_dsa.fastdeploy_plugin.launch import choice
 from fd_dsa.serve import cli
+from fd_dsa.serve.flag_sources import parse_args
 from tests.serve.conftest import held_port
 from tests.serve.processes import (
     FAKE,
@@ -120,6 +123,16 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--max-model-length", "5"], "unknown flag --max-model-length; did you mean --max-mod"),
         (["--zzz"], "unknown flag --zzz; --help lists the flags"),
         (["--max-model", "5"], "unknown flag --max-model"),
+        (
+            ["--engine", "embeddded"],
+            "--engine: got 'embeddded', allowed: auto, embedded, fastdeploy; did you mean embedded?",
+        ),
+        (["--max-model-len", "1.0005k"], "--max-model-len: got '1.0005k'; allowed is a whole"),
+        (
+            ["--max-model-len", "32k", "--dry-run"],
+            "--max-model-len: got 32000, allowed: at most 8192",
+        ),
+        (["--help=cachee"], "--help: no topic 'cachee'; did you mean cache?"),
         (["a", "b"], "unexpected argument 'b'"),
         (["a", "--model", "b"], "give one of them"),
         (["--port", "65536"], "--port: got '65536'; allowed is 0..65535"),
@@ -138,7 +151,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--no-enable-chunked-prefill"], "--enable-chunked-prefill: got False, allowed: True"),
         (["--cudagraph-capture-sizes", "2", "x"], "--cudagraph-capture-sizes: got 'x'"),
         (["--cudagraph-capture-sizes", "2", "--enforce-eager"], "got [2] together with --enforce"),
-        (["--engine", "turbo"], "--engine: invalid choice"),
+        (["--engine", "turbo"], "--engine: got 'turbo', allowed: auto, embedded, fastdeploy"),
         (
             ["--engine", "fastdeploy"],
             "--engine fastdeploy: FastDeploy is not installed in this Python; install it from "
@@ -150,7 +163,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             "--tensor-parallel-size is 8, which needs FastDeploy, and that is not installed in "
             "this Python; install it from",
         ),
-        (["--device", "hopper:0"], "--device: invalid choice: 'hopper:0'"),
+        (["--device", "hopper:0"], "--device: got 'hopper:0', allowed: auto, cpu, gpu"),
         (["--", "--num-servers", "8"], "--num-servers (after --) belongs to FastDeploy's launcher"),
         (["--", "--port"], "after --: argument --port: expected one argument"),
         (["--engine", "embedded", "-tp", "8"], "--tensor-parallel-size is 8, and --engine embedd"),
@@ -189,14 +202,69 @@ def test_bad_flags_are_one_line(
     [
         (["version"], 0, f"fd_dsa {__version__}"),
         (["serve", "--version"], 0, f"fd_dsa {__version__}"),
-        ([], 0, "usage: fd-dsa COMMAND"),
-        (["dance"], 2, "unknown command 'dance'"),
+        ([], 0, "usage: fd-dsa "),
+        (["dance"], 2, "unknown command 'dance', allowed: serve, chat, run-batch"),
+        (["srve"], 2, "; did you mean serve?"),
+        (
+            ["chat", "--temprature", "1"],
+            2,
+            "unknown flag --temprature; did you mean --temperature?",
+        ),
+        (["accuracy", "compere"], 2, "unknown command 'compere', allowed: ifeval, score, compare"),
+        (["accuracy", "perplexity", "--contxt"], 2, "--contxt; did you mean --context?"),
+        (["doctor", "--jsn"], 2, "unknown flag --jsn; did you mean --json?"),
+        (["serve", "--help=max-num"], 0, "--max-num-seqs N"),
         (["serve", "--zzz"], 2, "fd_dsa: error: unknown flag --zzz"),
     ],
 )
-def test_console_script(tmp_path: Path, args: list[str], status: int, text: str) -> None:
-    done = finish(tmp_path, console(*args), status)
-    assert text in done.stdout + done.stderr
+def test_console_script(
+    capsys: pytest.CaptureFixture[str], args: list[str], status: int, text: str
+) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main(args) == status
+    shown = capsys.readouterr()
+    assert text in (shown.err if status else shown.out)
+
+
+def test_the_package_is_the_console_script(tmp_path: Path) -> None:
+    done = finish(tmp_path, [sys.executable, "-m", "fd_dsa", "version"], 0)
+    assert done.stdout == f"fd_dsa {__version__}\n"
+
+
+def test_help_of_a_topic_has_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    for topic, shown, other in (
+        ("cache", "--block-size", "--port"),
+        ("--Max_Num", "--max-num-seqs", "--max-model-len"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["serve", f"--help={topic}"])
+        out = capsys.readouterr().out
+        assert shown in out and other not in out
+
+
+def test_integers_may_have_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {"32k": 32_000, "32K": 32_768, "1m": 10**6, "1M": 1 << 20, "25.6k": 25_600, "7": 7}
+    for text, value in cases.items():
+        assert parse_args(["--max-model-len", text]).max_model_len == value
+    monkeypatch.setenv("FD_DSA_MAX_NUM_SEQS", "1k")
+    assert parse_args([]).max_num_seqs == 1000
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_commands_flags_and_choices(tmp_path: Path) -> None:
+    pytest.importorskip("shtab", reason="shtab is not installed: make test installs it")
+    script = finish(tmp_path, console("completion", "bash"), 0).stdout
+    cases = {
+        "serv": "serve",
+        "serve --max-num-s": "--max-num-seqs",
+        "serve --engine e": "embedded",
+        "accuracy perplexity --conte": "--context",
+        "run-batch --inp": "--input-file",
+    }
+    for words, completed in cases.items():
+        line = f"COMP_WORDS=(fd-dsa {words}); COMP_CWORD={len(words.split())}; _shtab_fd_dsa"
+        shell = ["bash", "-c", f'{script}\n{line}; echo "${{COMPREPLY[@]}}"']
+        assert finish(tmp_path, shell, 0).stdout == f"{completed}\n"
 
 
 def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -355,3 +355,12 @@ def test_modules_and_import_paths_are_left_alone(library: FakeLibrary) -> None:
     for n in (5, 16):
         kernel[(1,)](X, Y, n, 0.5, True, 7, BLOCK=64)
     assert before == (dict(sys.modules), list(sys.meta_path))
+
+
+def test_a_call_without_a_grid_says_how_to_launch():
+    @paddle_jit
+    def kernel(x):
+        pass
+
+    with pytest.raises(LaunchError, match=r"kernel kernel: called without a grid; launch .*\[grid"):
+        kernel(5)

@@ -32,7 +32,8 @@ _MAX_TOKENS, _TRIALS = 64, 5
 
 def add_parser(subparsers: Any) -> None:
     """Add the parser of `retrieval`."""
-    parser = subparsers.add_parser("retrieval", allow_abbrev=False)
+    parser = subparsers.add_parser("retrieval")
+    parser.set_defaults(run=run)
     add_run_flags(parser, out="retrieval", max_tokens=_MAX_TOKENS)
     group = parser.add_argument_group("prompts")
     for flag, text in (

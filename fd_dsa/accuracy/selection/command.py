@@ -35,7 +35,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add the parser of `selection`."""
     parser = subparsers.add_parser(
         "selection",
-        allow_abbrev=False,
         description="Hide numbers in texts, run them through the embedded engine, and report for "
         "every layer how much of dense attention falls on the keys that its indexer chose, and "
         "whether the hidden number is among them.",

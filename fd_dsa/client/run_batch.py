@@ -1,0 +1,261 @@
+"""`fd-dsa run-batch`: the requests of an OpenAI batch file, answered into another file.
+
+Source of both formats: OpenAI's Batch API; of the flags: vLLM's `run-batch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+from rich.console import Console
+from rich.progress import Progress
+
+from fd_dsa.client.load import FailedAttempt, Request, Sender, Sent
+from fd_dsa.client.own_server import server_at
+from fd_dsa.client.remote import examine_server
+from fd_dsa.environment import signal_end
+from fd_dsa.errors import ConfigError, unwritable
+from fd_dsa.serve.flag_values import add_numbers, exit_status
+from fd_dsa.serve.parser import Parser
+
+MOST_REQUESTS = 50_000
+MOST_BYTES = 200_000_000
+"""Limits of an input file, OpenAI's own."""
+_URLS = ("/v1/chat/completions", "/v1/completions")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A line of the input.
+
+    Attributes:
+        line: its number, from 1.
+        custom_id: of the client, unlike all others.
+        url: one of `_URLS`.
+        body: of the request.
+    """
+
+    line: int
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(
+        prog="fd-dsa run-batch",
+        usage="%(prog)s -i FILE -o FILE [flags] [-- flags of the server that is started]",
+        description="Answer the requests of an OpenAI batch file, one JSON object a line.",
+    )
+    parser.add_argument("-i", "--input-file", metavar="FILE", required=True, help="requests")
+    parser.add_argument(
+        "-o", "--output-file", metavar="FILE", required=True, help="answers, as they come"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="with --base-url the served name of requests without one, else a folder to serve "
+        "(default: the demo model)",
+    )
+    parser.add_argument("--base-url", metavar="URL", help="of a server, as http://HOST:PORT/v1")
+    add_numbers(
+        parser,
+        ("--max-concurrency", int, 1, 64, "requests in flight"),
+        ("--retries", int, 0, 3, "per request"),
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer a batch; returns the exit status.
+
+    Args:
+        argv: arguments without the command's name; what follows `--` is for the server
+            that is started.
+
+    Returns:
+        0 when every request was answered, 1 when some failed or the server went away, 2 when it
+        cannot begin, 130 or 143 after a signal.
+    """
+    return exit_status(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(arguments: list[str]) -> int:
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    args, passed = build_parser().parse_args(arguments[:place]), arguments[place + 1 :]
+    if args.base_url is not None and passed:
+        raise ConfigError("flags after --: they are for a server of our own; leave --base-url out")
+    items = read_batch(args.input_file)
+    output = Path(args.output_file)
+    part = output.with_name(f"{output.name}.part")
+    try:
+        file = part.open("w", encoding="ascii")
+    except OSError as error:
+        raise unwritable("--output-file", part, error) from error
+    with file:
+        try:
+            return _answer(args, passed, items, file, output)
+        except BaseException as error:
+            if not file.closed and not file.tell():
+                part.unlink()
+            elif isinstance(error, KeyboardInterrupt):
+                line, _ = signal_end(error)
+                raise type(error)(f"{line}; the answers that came are in {part}") from None
+            raise
+
+
+def _answer(
+    args: argparse.Namespace, passed: Sequence[str], items: list[Item], file: IO[str], output: Path
+) -> int:
+    """Answer all requests into `file`, which then becomes `output`."""
+    is_own = args.base_url is None
+    with server_at(args.base_url, args.model if is_own else None, passed, "--model") as base_url:
+        default = _check_models(items, base_url, None if is_own else args.model)
+        failed = asyncio.run(_send(args, base_url, default, items, file))
+    try:
+        file.close()
+        os.replace(file.name, output)
+    except OSError as error:
+        raise unwritable("--output-file", output, error) from error
+    sys.stderr.write(f"{len(items) - failed} of {len(items)} requests answered, see {output}\n")
+    return 1 if failed else 0
+
+
+def read_batch(path: str) -> list[Item]:
+    """The requests of a file, all of them checked.
+
+    Raises:
+        ConfigError: the file, with the number of the line, the field and the rule.
+    """
+    items: list[Item] = []
+    lines: dict[str, int] = {}
+    try:
+        size = os.stat(path).st_size
+        if size > MOST_BYTES:
+            raise ConfigError(f"{path}: has {size} bytes, allowed: at most {MOST_BYTES}; split it")
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                if len(items) == MOST_REQUESTS:
+                    raise ConfigError(
+                        f"{path}: allowed: at most {MOST_REQUESTS} requests; split it"
+                    )
+                item = _read_item(f"{path}: line {number}", number, line)
+                first = lines.setdefault(item.custom_id, number)
+                if first != number:
+                    raise ConfigError(
+                        f"{path}: line {number}: custom_id: got {item.custom_id!r} again, line "
+                        f"{first} has it; each request needs its own"
+                    )
+                items.append(item)
+    except OSError as error:
+        raise ConfigError(f"--input-file: {path}: {(error.strerror or '').lower()}") from error
+    if not items:
+        raise ConfigError(f"--input-file: {path}: has no request; allowed: one or more")
+    return items
+
+
+def _read_item(where: str, number: int, line: bytes) -> Item:
+    """One request."""
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: is no JSON: {error}") from None
+
+    def field(name: str, allowed: str, is_good: Any) -> Any:
+        value = data.get(name) if isinstance(data, Mapping) else None
+        if not is_good(value):
+            shown = repr(value)
+            shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+            raise ConfigError(f"{where}: {name}: got {shown}, allowed: {allowed}")
+        return value
+
+    custom_id = field("custom_id", "a text", lambda value: isinstance(value, str) and value)
+    field("method", "'POST'", lambda value: value == "POST")
+    url = field("url", ", ".join(_URLS), lambda value: value in _URLS)
+    body = field("body", "an object", lambda value: isinstance(value, dict))
+    if body.get("stream"):
+        raise ConfigError(f"{where}: body.stream: got {body['stream']!r}, allowed: false")
+    if not isinstance(body.get("model"), str | None):
+        raise ConfigError(f"{where}: body.model: got {body['model']!r}, allowed: a text")
+    return Item(number, custom_id, url, body)
+
+
+def _check_models(items: list[Item], base_url: str, model: str | None) -> str:
+    """The model of requests without one; refuses names that the server does not have."""
+    default = examine_server(base_url, model).model
+    known = {default, None}
+    for item in items:
+        name = item.body.get("model")
+        try:
+            if name not in known:
+                known.add(examine_server(base_url, name).model)
+        except ConfigError as error:
+            reason = str(error).removeprefix("--model: ")
+            raise ConfigError(
+                f"--input-file: line {item.line}: body.model: {reason}; for a server that is "
+                f"started: -- --served-model-name NAME"
+            ) from None
+    return default
+
+
+async def _send(
+    args: argparse.Namespace, base_url: str, model: str, items: list[Item], file: IO[str]
+) -> int:
+    """Write an answer for each request as it comes; the number of those that failed."""
+    sender = Sender(base_url, concurrency=args.max_concurrency, retries=args.retries)
+    requests = [
+        Request(item.url.removeprefix("/v1"), {"model": model, **item.body}) for item in items
+    ]
+    failed = 0
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("requests", total=len(items))
+        async with aclosing(sender.run(requests, _read)) as results:
+            async for sent in results:
+                failed += sent.error is not None
+                try:
+                    file.write(json.dumps(_line(items[sent.index], sent)) + "\n")
+                    file.flush()
+                except OSError as error:
+                    raise unwritable("--output-file", file.name, error) from error
+                progress.advance(bar)
+    return failed
+
+
+async def _read(reply: httpx.Response, started: float) -> dict[str, Any]:
+    """The answer, and the id that the server gave to its request."""
+    await reply.aread()
+    try:
+        body = reply.json()
+    except ValueError as error:
+        raise FailedAttempt("status 200 without JSON") from error
+    return {
+        "status_code": reply.status_code,
+        "request_id": reply.headers.get("x-request-id", ""),
+        "body": body,
+    }
+
+
+def _line(item: Item, sent: Sent[dict[str, Any]]) -> dict[str, Any]:
+    """What the output has for a request."""
+    response, error = sent.value, None
+    if sent.status:
+        body = {"error": {"message": sent.error}}
+        response = {"status_code": sent.status, "request_id": "", "body": body}
+    elif sent.error is not None:
+        error = {"code": "no_reply", "message": sent.error}
+    ids = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": item.custom_id}
+    return {**ids, "response": response, "error": error}

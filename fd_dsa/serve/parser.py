@@ -1,0 +1,95 @@
+"""The parser of every command: errors of one line with the nearest name, and `--help=TOPIC`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from fd_dsa.errors import ConfigError
+
+_CHOICE = re.compile(r"(?s)(.*)invalid choice: '(.*)' \(choose from (.*)\)")
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What to do about a name that is none of the known ones."""
+    known = list(known)
+    begun = [one for one in known if len(name) > 3 and one.startswith(name)]
+    near = begun or difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line of ours.
+
+    Names are never abbreviated: a new flag would change what a short form means.
+
+    Args:
+        kwargs: of argparse's parser.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "add_help": False, "allow_abbrev": False})
+        self.add_argument(
+            "-h",
+            "--help",
+            action=_Help,
+            nargs="?",
+            metavar="TOPIC",
+            default=argparse.SUPPRESS,
+            help="show this help, of one group or of the flags whose names contain TOPIC",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument ([^:]+): ", r"\1: ", message)
+        if choice := _CHOICE.fullmatch(message):
+            where, got, listed = choice.groups()
+            known = re.findall(r"[\w.-]+", listed)
+            what = "unknown command " if where == "COMMAND: " else f"{where}got "
+            hint = nearest(got, known, "")
+            message = f"{what}{got!r}, allowed: {', '.join(known)}" + (hint and f"; {hint}")
+        raise ConfigError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The flags; what is left over is refused here, where the flags of a command are known."""
+        found, rest = super().parse_known_args(args, namespace)
+        for word in rest:
+            if word.startswith("-"):
+                flag = word.partition("=")[0]
+                hint = nearest(flag, self._option_string_actions, "--help lists the flags")
+                raise ConfigError(f"unknown flag {flag}; {hint}")
+        if rest:
+            raise ConfigError(f"unexpected argument {rest[0]!r}; --help shows the usage")
+        return found, rest
+
+    def format_topic(self, topic: str) -> str:
+        """The help of one group, or else of the flags whose names contain a text.
+
+        Raises:
+            ConfigError: there is neither.
+        """
+        word = topic.strip("-").lower().replace("_", "-")
+        groups = {(group.title or "").lower(): group for group in self._action_groups}
+        flags = {flag.lstrip("-"): action for flag, action in self._option_string_actions.items()}
+        if word in groups:
+            shown: Sequence[argparse.Action] = groups[word]._group_actions
+        else:
+            shown = [*{id(action): action for f, action in flags.items() if word in f}.values()]
+        if not shown or not word:
+            known = [*groups, *flags]
+            raise ConfigError(f"--help: no topic {topic!r}; {nearest(word, known, 'see --help')}")
+        formatter = self._get_formatter()
+        formatter.add_arguments(shown)
+        return formatter.format_help()
+
+
+class _Help(argparse.Action):
+    """`--help`, and `--help=TOPIC` as vLLM has it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        text = parser.format_help() if values is None else parser.format_topic(values)
+        sys.stdout.write(text)
+        parser.exit()

@@ -1,0 +1,151 @@
+"""`fd-dsa run-batch`: OpenAI batch files in, answers out, refusals by line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.client import run_batch
+from fd_dsa.client.run_batch import main
+from tests.client.scripted import asked, chat, scripted
+from tests.serve.conftest import running, wait_until
+from tests.serve.fake_engine import WORDS, FakeEngine
+from tests.serve.processes import console, environment, run_console
+
+ANSWER = "".join(WORDS)
+
+
+def request(custom_id: str, text: str = "Hi", **body: Any) -> dict[str, Any]:
+    """A line of a batch file."""
+    messages = [{"role": "user", "content": text}]
+    url = "/v1/chat/completions"
+    body = {"messages": messages, **body}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+def written(folder: Path, *lines: Any) -> tuple[str, ...]:
+    """Arguments of the command over a file with these lines."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / "in.jsonl").write_text("\n".join(texts) + "\n")
+    return ("-i", str(folder / "in.jsonl"), "-o", str(folder / "out.jsonl"))
+
+
+def answers(folder: Path) -> dict[str, dict[str, Any]]:
+    """The output by the ids of the requests."""
+    lines = (folder / "out.jsonl").read_text().splitlines()
+    return {line["custom_id"]: line for line in map(json.loads, lines)}
+
+
+def test_each_request_has_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    completion = {
+        **request("c"),
+        "url": "/v1/completions",
+        "body": {"model": "demo", "prompt": "a", "max_tokens": 3},
+    }
+    flags = written(tmp_path, request("a"), "", request("b", "long " * 20), completion)
+    with running(FakeEngine(max_model_len=20)) as live:
+        assert main([*flags, "--base-url", live.url]) == 1
+    assert "2 of 3 requests answered" in capsys.readouterr().err
+    found = answers(tmp_path)
+    response = found["a"]["response"]
+    assert response["body"]["choices"][0]["message"]["content"] == ANSWER
+    assert (response["status_code"], found["a"]["error"]) == (200, None)
+    assert response["request_id"] and found["a"]["id"] != found["c"]["id"]
+    assert found["c"]["response"]["body"]["object"] == "text_completion"
+    assert found["b"]["response"]["status_code"] == 400
+    assert "prompt has" in found["b"]["response"]["body"]["error"]["message"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("{", "line 2: is no JSON"),
+        ("\udcff", "line 2: is no JSON"),
+        ("[1]", "line 2: custom_id: got None, allowed: a text"),
+        ({**request("b"), "custom_id": 5}, "line 2: custom_id: got 5, allowed: a text"),
+        (request("a"), "line 2: custom_id: got 'a' again, line 1 has it"),
+        ({**request("b"), "method": "GET"}, "line 2: method: got 'GET', allowed: 'POST'"),
+        ({**request("b"), "url": "/v1/embeddings"}, "line 2: url: got '/v1/embeddings', allowed: "),
+        ({**request("b"), "body": "x" * 200}, f"line 2: body: got '{'x' * 79}..., allowed: an obj"),
+        (request("b", stream=True), "line 2: body.stream: got True, allowed: false"),
+        (request("b", model="gpt"), "line 2: body.model: got 'gpt'; the server at "),
+        (request("b", model=["a"]), "line 2: body.model: got ['a'], allowed: a text"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_sent_or_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: Any, text: str
+) -> None:
+    flags = written(tmp_path, request("a"), line if line != "\udcff" else "")
+    if line == "\udcff":
+        (tmp_path / "in.jsonl").write_bytes(json.dumps(request("a")).encode() + b"\n\xff\n")
+    with scripted(lambda body: chat("never")) as server:
+        assert main([*flags, "--base-url", server.base_url]) == 2
+        assert server.bodies == []
+    shown = capsys.readouterr().err
+    assert text in shown and shown.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_files_have_bounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = written(tmp_path, request("a"), request("b"))
+    cases = [("MOST_REQUESTS", 1, "at most 1 requests; split it"), ("MOST_BYTES", 9, "at most 9;")]
+    for name, limit, text in cases:
+        with monkeypatch.context() as patch:
+            patch.setattr(run_batch, name, limit)
+            assert main([*flags]) == 2
+        assert text in capsys.readouterr().err
+    assert main(["-i", str(tmp_path / "none"), "-o", "x"]) == 2
+    assert "--input-file: " in capsys.readouterr().err
+    assert main([*flags[:3], str(tmp_path / "no" / "out")]) == 2
+    assert "--output-file: " in capsys.readouterr().err
+    assert main(written(tmp_path, "")) == 2
+    assert "has no request" in capsys.readouterr().err
+
+
+def test_a_server_that_goes_away_is_told_apart_from_refusals(tmp_path: Path) -> None:
+    def answer(body: dict[str, Any]) -> Any:
+        if asked(body) == "Bad":
+            return 503, {}, {"error": {"message": "loading"}}
+        return 200, {}, b"no JSON"
+
+    flags = written(tmp_path, request("a", "Bad"), request("b"))
+    with scripted(answer) as server:
+        assert main([*flags, "--base-url", server.base_url, "--retries", "0"]) == 1
+    found = answers(tmp_path)
+    assert found["a"]["response"]["status_code"] == 503
+    assert found["b"]["error"] == {"code": "no_reply", "message": "status 200 without JSON"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_the_answers_that_came(tmp_path: Path, number: signal.Signals) -> None:
+    flags = written(tmp_path, request("a", max_tokens=1), request("b"))
+    with running(FakeEngine(step_s=0.5, words=WORDS * 1000, max_model_len=10_000)) as live:
+        line = console("run-batch", *flags, "--base-url", live.url)
+        with subprocess.Popen(
+            line, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            part = tmp_path / "out.jsonl.part"
+            wait_until(lambda: part.exists() and part.stat().st_size > 0)
+            process.send_signal(number)
+            _, log = process.communicate(timeout=60)
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert log == f"fd_dsa: error: {word}; the answers that came are in {part}\n"
+    assert process.returncode == 128 + number
+    assert json.loads(part.read_text())["custom_id"] == "a"
+
+
+@pytest.mark.slow
+def test_the_demo_model_on_a_server_of_its_own(tmp_path: Path) -> None:
+    flags = written(tmp_path, request("a", "What is the capital of France?", max_tokens=20))
+    done = run_console(tmp_path, "run-batch", *flags, "--", "--max-num-seqs", "2")
+    assert done.returncode == 0, done.stderr
+    body = answers(tmp_path)["a"]["response"]["body"]
+    assert "Paris" in body["choices"][0]["message"]["content"]
