@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
+import os
 import sys
+import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -20,12 +23,24 @@ from fd_dsa.client.remote import (
     read_event,
     transport_reason,
 )
-from fd_dsa.errors import RemoteError
-from fd_dsa.serve.flag_values import exit_status, number, reader
-from fd_dsa.serve.parser import Parser
+from fd_dsa.client.settings import NAMES, add_setting_flags, fields_of, read_setting
+from fd_dsa.errors import ConfigError, RemoteError, unwritable
+from fd_dsa.serve.flag_values import exit_status, reader
+from fd_dsa.serve.parser import Parser, nearest
 
 Message = dict[str, str]
-_COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt, /exit ends"
+_COMMANDS = {
+    "/help": "list the commands",
+    "/reset": "forget the conversation",
+    "/system TEXT": "set the system prompt and forget the conversation",
+    "/set": f"list the settings ({', '.join(NAMES)})",
+    "/set NAME VALUE": "change a setting; without a value, leave it to the server",
+    "/save FILE": "write the conversation to a new file, as JSON",
+    "/exit": "end",
+    '"""': "begin and end a message of several lines; a pasted text needs no quotes",
+}
+_HINT = "/help lists the commands"
+_QUOTES = '"""'
 _TIMEOUT_S = 600.0
 _UTF8 = reader(lambda text: text.encode().decode(), "UTF-8")
 # one conversation at a time, whose beginning is computed once
@@ -38,16 +53,21 @@ class Partner:
     Args:
         base_url: as `normal_base_url` gives it.
         model: name to send; None: the only one of the server.
-        fields: further fields of every request.
+        settings: of every request, see `fd_dsa.client.settings`; may be changed.
+
+    Attributes:
+        name: of the model.
+        figures: of the last answer, in a line.
 
     Raises:
         ConfigError: the server cannot be reached or has no such model.
     """
 
-    def __init__(self, base_url: str, model: str | None, fields: dict[str, Any]) -> None:
+    def __init__(self, base_url: str, model: str | None, settings: dict[str, Any]) -> None:
         self._base_url = base_url
         self.name = examine_server(base_url, model).model
-        self._fields = fields
+        self.settings = settings
+        self.figures = ""
 
     def answer(self, messages: Sequence[Message]) -> Generator[Event, None, None]:
         """The next message of the assistant, its reasoning and its content, in pieces.
@@ -55,8 +75,16 @@ class Partner:
         Raises:
             RemoteError: there is none, or no more of it; says why.
         """
-        body = {"model": self.name, "messages": list(messages), "stream": True, **self._fields}
+        body = {
+            "model": self.name,
+            "messages": list(messages),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **fields_of(self.settings),
+        }
         url = f"{self._base_url}/chat/completions"
+        usage: dict[str, Any] = {}
+        begin, times = time.perf_counter(), []
         try:
             with (
                 httpx.Client(**http_options(self._base_url, _TIMEOUT_S)) as http,
@@ -66,9 +94,11 @@ class Partner:
                     reply.read()
                     raise RemoteError(f"status {reply.status_code}: {error_message(reply)}")
                 for line in reply.iter_lines():
-                    chunk = read_event(line)
-                    for choice in (chunk or {}).get("choices", ()):
+                    chunk = read_event(line) or {}
+                    usage = chunk.get("usage") or usage
+                    for choice in chunk.get("choices", ()):
                         delta = choice["delta"]
+                        times.append(time.perf_counter())
                         # vLLM has a shorter name for the reasoning
                         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
                         if reasoning:
@@ -77,6 +107,28 @@ class Partner:
                             yield Event("content", delta["content"])
         except httpx.HTTPError as error:
             raise RemoteError(transport_reason(error)) from error
+        finally:
+            self.figures = _figures(begin, times, usage)
+
+
+def _figures(begin: float, times: Sequence[float], usage: dict[str, Any]) -> str:
+    """The line below an answer; of one that was stopped the server has counted nothing.
+
+    Args:
+        begin: when the request was sent, seconds.
+        times: when each piece came, the role before the first token among them.
+        usage: as the server sends it at the end.
+    """
+    if len(times) < 2:
+        return ""
+    # the first piece has the role alone
+    first, last, pieces = times[1], times[-1], len(times) - 1
+    output = usage.get("completion_tokens", pieces)
+    parts = [f"prompt {usage['prompt_tokens']}"] if usage else []
+    parts.append(f"output {output}" if usage else f"output {pieces} or more, stopped")
+    if last > first and output > 1:
+        parts.append(f"{(output - 1) / (last - first):.1f} tok/s")
+    return " · ".join([*parts, f"TTFT {1000 * (first - begin):.0f} ms"])
 
 
 def build_parser() -> Parser:
@@ -84,7 +136,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="fd-dsa chat",
         description="Talk to a model, line by line; of a pipe every line is a message.",
-        epilog=_COMMANDS,
+        epilog="In the conversation: "
+        + "; ".join(f"{name} to {text}" for name, text in _COMMANDS.items()),
     )
     parser.add_argument(
         "model",
@@ -93,10 +146,11 @@ def build_parser() -> Parser:
         help="with --base-url a served name, else a folder to serve (default: the demo model)",
     )
     parser.add_argument("--base-url", metavar="URL", help="of a server, as http://HOST:PORT/v1")
+    parser.add_argument(
+        "-q", "--quick", metavar="TEXT", type=_UTF8, help="print the answer to one message, and end"
+    )
     parser.add_argument("--system", metavar="TEXT", type=_UTF8, help="system prompt")
-    parser.add_argument("--temperature", metavar="T", type=number(float, 0))
-    parser.add_argument("--max-tokens", metavar="N", type=number(int, 1), help="of each answer")
-    parser.add_argument("--seed", metavar="N", type=number(int, 0))
+    add_setting_flags(parser)
     return parser
 
 
@@ -107,21 +161,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the command's name.
 
     Returns:
-        0; of a pipe 1 when a message was not answered; 2 when it cannot begin; 130 after Ctrl-C
-        that no answer was there to take.
+        0; of a pipe, and with -q, 1 when a message was not answered; 2 when it cannot begin; 130
+        after Ctrl-C that no answer was there to take, 143 after SIGTERM.
     """
     return exit_status(lambda: _main(build_parser().parse_args(argv)))
 
 
 def _main(args: argparse.Namespace) -> int:
-    names = ("temperature", "max_tokens", "seed")
-    fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}
     if isinstance(sys.stdin, io.TextIOWrapper):
         # a line that is no UTF-8 is refused, not the end
         sys.stdin.reconfigure(errors="surrogateescape")
     is_own = args.base_url is None
     with server_at(args.base_url, args.model, _OWN_FLAGS, "MODEL") as base_url:
-        partner = Partner(base_url, None if is_own else args.model, fields)
+        partner = Partner(base_url, None if is_own else args.model, settings)
+        if args.quick is not None:
+            return 0 if Conversation(partner, args.system, is_terminal=False).ask(args.quick) else 1
         return Conversation(partner, args.system, is_terminal=sys.stdin.isatty()).run()
 
 
@@ -147,8 +202,11 @@ class Conversation:
         if self._is_terminal:
             with contextlib.suppress(ImportError):
                 # input() then has a history and can be edited
-                import readline  # noqa: F401
-            sys.stderr.write(f"{self._partner.name}; {_COMMANDS}, Ctrl-C stops an answer\n")
+                import readline
+
+                # Python turns it off; with it a pasted text of several lines is one message
+                readline.parse_and_bind("set enable-bracketed-paste on")
+            sys.stderr.write(f"{self._partner.name}; {_HINT}, Ctrl-C stops an answer\n")
         status = 0
         for text in self._lines():
             if text == "/exit":
@@ -160,15 +218,24 @@ class Conversation:
         return 0 if self._is_terminal else status
 
     def _lines(self) -> Iterator[str]:
-        """Lines of the input."""
+        """Messages and commands of the input."""
         while True:
             try:
-                yield input("> " if self._is_terminal else "").strip()
+                text = self._line("> ").strip()
+                while text.startswith(_QUOTES) and not text[len(_QUOTES) :].endswith(_QUOTES):
+                    text += "\n" + self._line("... ")
             except EOFError:
                 return
             except KeyboardInterrupt:
                 self._leave_line()
                 raise
+            if text.startswith(_QUOTES):
+                text = text[len(_QUOTES) : -len(_QUOTES)].strip("\n")
+            yield text
+
+    def _line(self, prompt: str) -> str:
+        """A line of the input."""
+        return input(prompt if self._is_terminal else "")
 
     def _take(self, text: str) -> bool:
         """Do what a line asks for; False where that fails."""
@@ -180,21 +247,67 @@ class Conversation:
             sys.stderr.write(f"fd_dsa: error: stdin: got {where}, allowed is UTF-8\n")
             return False
         if text.startswith("/"):
-            self._command(text)
+            try:
+                self._command(text)
+            except (ConfigError, OSError) as error:
+                sys.stderr.write(f"fd_dsa: error: {error}\n")
             return True
-        return not text or self._ask(text)
+        return not text or self.ask(text)
 
     def _command(self, text: str) -> None:
         """Do what a line with a slash says."""
-        command, _, rest = text.partition(" ")
-        if command == "/reset":
+        command, *words = text.split(maxsplit=1)
+        rest = words[0].strip() if words else ""
+        if command == "/help":
+            for name, purpose in _COMMANDS.items():
+                sys.stderr.write(f"  {name:<16} {purpose}\n")
+        elif command == "/reset":
             self._messages = []
         elif command == "/system":
-            self._system, self._messages = rest.strip(), []
+            self._system, self._messages = rest, []
+        elif command == "/set":
+            self._set(*rest.split(maxsplit=1))
+        elif command == "/save":
+            self._save(rest)
         else:
-            sys.stderr.write(f"unknown command {command!r}; {_COMMANDS}\n")
+            known = [name.split()[0] for name in _COMMANDS]
+            hint = nearest(command, known, _HINT)
+            sys.stderr.write(f"unknown command {command!r}; {hint}\n")
 
-    def _ask(self, text: str) -> bool:
+    def _set(self, name: str = "", value: str = "") -> None:
+        """Change a setting, or list all."""
+        settings = self._partner.settings
+        if not name:
+            shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+            sys.stderr.write(f"{shown or 'all settings are those of the server'}\n")
+        elif value:
+            settings[name.replace("-", "_")] = read_setting(name, value)
+        elif settings.pop(name.replace("-", "_"), None) is None:
+            raise ConfigError(f"/set: {name!r} is not set; /set NAME VALUE sets one")
+
+    def _save(self, path: str) -> None:
+        """Write the conversation to a file that is not there yet."""
+        if not path:
+            raise ConfigError("/save: got no name, allowed: a new file")
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        saved = {
+            "model": self._partner.name,
+            "settings": self._partner.settings,
+            "messages": [*system, *self._messages],
+        }
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                try:
+                    file.write(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+                    file.flush()
+                except OSError:
+                    os.unlink(path)
+                    raise
+        except OSError as error:
+            raise unwritable("/save", path, error) from None
+        sys.stderr.write(f"{len(saved['messages'])} messages are in {path}\n")
+
+    def ask(self, text: str) -> bool:
         """Print the answer to a message; False where it failed.
 
         A message that was not answered, or whose answer was stopped before its first word, is
@@ -221,6 +334,8 @@ class Conversation:
                 return True
         finally:
             self._end_line()
+        if self._is_terminal and self._partner.figures:
+            sys.stderr.write(f"[{self._partner.figures}]\n")
         self._messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         return True
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
+import re
 import select
 import signal
 import socket
@@ -12,6 +14,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -31,13 +34,13 @@ def prompts(live: Live) -> list[str]:
 
 
 def test_lines_of_a_pipe_are_messages(tmp_path: Path) -> None:
-    said = "Hi\n\nAnd?\n/reset\n/what\nAgain\n/system Be brief.\nOnce more\n/exit\nnever\n"
+    said = "Hi\n\nAnd?\n/reset\n/rest\nAgain\n/system Be brief.\nOnce more\n/exit\nnever\n"
     with running(FakeEngine()) as live:
         flags = ("--base-url", live.url, "--temperature", "0.5", "--seed", "3", "--system", "Hm.")
         done = run_console(tmp_path, "chat", *flags, "--max-tokens", "50", said=said)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{ANSWER}\n" * 4
-        assert done.stderr.startswith("unknown command '/what'; /reset forgets")
+        assert done.stderr.startswith("unknown command '/rest'; did you mean /reset?")
         assert prompts(live) == [
             "system:Hm.\nuser:Hi\n>",
             f"system:Hm.\nuser:Hi\nassistant:{ANSWER}\nuser:And?\n>",
@@ -52,6 +55,8 @@ class Thinker:
     """Reasons before it answers."""
 
     name = "thinker"
+    figures = "prompt 3"
+    settings: ClassVar[dict[str, Any]] = {}
 
     def answer(self, messages: Sequence[dict[str, str]]) -> Generator[Event, None, None]:
         """See `Partner`."""
@@ -72,17 +77,87 @@ def test_reasoning_is_shown_to_somebody_who_types_and_not_said_again(
     assert conversation.run() == 0
     shown = capsys.readouterr()
     assert shown.out == "1\n3\n"
-    assert shown.err.count("[reasoning] Let me.\n") == 2 * is_terminal
+    assert shown.err.count("[reasoning] Let me.\n[prompt 3]\n") == 2 * is_terminal
     assert all(set(message) == {"role", "content"} for message in conversation._messages)
 
 
 def test_reasoning_of_a_server_is_told_from_the_content() -> None:
     words = ("hm", "</think>", "Hello")
     with running(FakeEngine(words=words, renderer=DeepseekV32Encoding("{tool_schemas}"))) as live:
-        fields = {"reasoning_effort": "high"}
-        partner = Partner(f"{live.url}/v1", None, fields)
+        partner = Partner(f"{live.url}/v1", None, {"thinking": True})
         hello = [{"role": "user", "content": "Hi"}]
         assert list(partner.answer(hello)) == [Event("reasoning", "hm"), Event("content", "Hello")]
+        assert re.fullmatch(r"prompt \d+ · output 3 · [\d.]+ tok/s · TTFT \d+ ms", partner.figures)
+
+
+def test_one_message(tmp_path: Path) -> None:
+    with running(FakeEngine(max_model_len=60)) as live:
+        flags = ("--base-url", live.url, "--system", "Hm.", "--top-k", "5", "-q")
+        done = run_console(tmp_path, "chat", *flags, "Hi\nyou", said="not read\n")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{ANSWER}\n", "")
+        assert prompts(live) == ["system:Hm.\nuser:Hi\nyou\n>"]
+        assert next(iter(live.engine.requests.values()))[1].top_k == 5
+        assert run_console(tmp_path, "chat", *flags, "long " * 20).returncode == 1
+
+
+def test_settings_and_saved_conversations(tmp_path: Path) -> None:
+    said = [
+        "/set",
+        "/set temperature 0.5",
+        "/set top-p 0.9",
+        "/set",
+        "Hi",
+        "/set temperature",
+        "/set thinking on",
+        '"""one',
+        'two"""',
+        "/save talk.json",
+        "/save talk.json",
+        "/save no/such/folder.json",
+        "/set temprature 1",
+        "/set seed many",
+        "/set seed",
+        "/help",
+    ]
+    with running(FakeEngine()) as live:
+        text = "\n".join(said).replace("\\", "") + "\n"
+        done = run_console(tmp_path, "chat", "--base-url", live.url, said=text)
+        assert (done.returncode, done.stdout) == (0, f"{ANSWER}\n" * 2)
+        assert prompts(live)[1] == f"user:Hi\nassistant:{ANSWER}\nuser:one\ntwo\n>"
+        first, second = (params for _, params in live.engine.requests.values())
+        assert (first.temperature, first.top_p) == (0.5, 0.9)
+        assert (second.temperature, second.top_p) == (1.0, 0.9)
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert saved["settings"] == {"top_p": 0.9, "thinking": True}
+    assert [message["content"] for message in saved["messages"]] == [
+        "Hi",
+        ANSWER,
+        "one\ntwo",
+        ANSWER,
+    ]
+    lines = done.stderr.splitlines()
+    assert lines[:2] == ["all settings are those of the server", "temperature 0.5, top_p 0.9"]
+    assert lines[2] == "4 messages are in talk.json"
+    assert lines[3] == "fd_dsa: error: /save: talk.json cannot be written (file exists)"
+    assert "(no such file or directory)" in lines[4]
+    assert lines[5].endswith("did you mean temperature?")
+    assert lines[6].startswith("fd_dsa: error: /set seed: got 'many'; allowed is a whole number")
+    assert lines[7] == "fd_dsa: error: /set: 'seed' is not set; /set NAME VALUE sets one"
+    assert lines[8].startswith("  /help")
+
+
+def test_a_pasted_text_is_one_message(tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    with (
+        running(FakeEngine()) as live,
+        chat_on_terminal(tmp_path, "--base-url", live.url, term="xterm") as (process, terminal),
+    ):
+        wait_for(terminal, "> ")
+        os.write(terminal, b"\x1b[200~one\ntwo\nthree\x1b[201~\r")
+        wait_for(terminal, " tok/s · TTFT ")
+        os.write(terminal, b"/exit\r")
+        assert process.wait(60) == 0
+        assert prompts(live) == ["user:one\ntwo\nthree\n>"]
 
 
 def test_a_failed_answer_ends_a_pipe_with_status_one(tmp_path: Path) -> None:
@@ -113,14 +188,14 @@ def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
 
 @contextmanager
 def chat_on_terminal(
-    folder: Path, *arguments: str
+    folder: Path, *arguments: str, term: str = "dumb"
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """`fd-dsa chat` on a terminal of its own, and our end of the terminal."""
     terminal, inside = pty.openpty()
     process = subprocess.Popen(
         console("chat", *arguments),
         cwd=folder,
-        env={**environment(), "TERM": "dumb"},
+        env={**environment(), "TERM": term},
         stdin=inside,
         stdout=inside,
         stderr=inside,
@@ -227,7 +302,8 @@ def wait_for(terminal: int, text: str) -> None:
     """Read what a terminal shows until the text has come; fail after a minute."""
     deadline = time.monotonic() + 60
     seen = b""
-    while text.encode() not in seen:
+    # without the marks that turn bracketed paste on and off
+    while text.encode() not in re.sub(rb"\x1b\[\?2004[hl]\r?", b"", seen):
         assert select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0], seen
         seen += os.read(terminal, 4096)
 

@@ -124,8 +124,8 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--zzz"], "unknown flag --zzz; --help lists the flags"),
         (["--max-model", "5"], "unknown flag --max-model"),
         (
-            ["--engine", "embeddded"],
-            "--engine: got 'embeddded', allowed: auto, embedded, fastdeploy; did you mean embedded?",
+            ["--engine", "embed"],
+            "--engine: got 'embed', allowed: auto, embedded, fastdeploy; did you mean embedded?",
         ),
         (["--max-model-len", "1.0005k"], "--max-model-len: got '1.0005k'; allowed is a whole"),
         (

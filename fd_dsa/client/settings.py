@@ -1,0 +1,69 @@
+"""Fields of a request that a user sets: as flags, and by `/set` in a conversation."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+from fd_dsa.errors import ConfigError
+from fd_dsa.serve.flag_values import number, reader
+from fd_dsa.serve.parser import Parser, nearest
+
+
+def _between(least: float, most: float) -> Callable[[str], Any]:
+    """A reader of numbers in a closed range."""
+    return reader(float, f"a number from {least:g} to {most:g}", lambda x: least <= x <= most)
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "temperature": number(float, 0),
+    "top_p": _between(0, 1),
+    "top_k": reader(int, "a whole number, -1 for all", lambda k: k >= -1),
+    "min_p": _between(0, 1),
+    "presence_penalty": _between(-2, 2),
+    "frequency_penalty": _between(-2, 2),
+    "repetition_penalty": reader(float, "a number above 0", lambda x: 0 < x < math.inf),
+    "max_tokens": number(int, 1),
+    "seed": number(int, 0),
+    "thinking": reader(lambda text: bool(("off", "on").index(text)), "on or off"),
+}
+NAMES = tuple(_READERS)
+"""Of the settings: fields of the OpenAI API and vLLM's, and the switch of the chat template."""
+
+
+def add_setting_flags(parser: Parser) -> None:
+    """Add a flag for each setting."""
+    group = parser.add_argument_group("settings")
+    for name, read in _READERS.items():
+        text = "let the model reason first: on or off" if name == "thinking" else None
+        group.add_argument(f"--{name.replace('_', '-')}", metavar="X", type=read, help=text)
+
+
+def read_setting(name: str, text: str) -> Any:
+    """The value of a setting.
+
+    Raises:
+        ConfigError: the setting is unknown, or the value not allowed.
+    """
+    name = name.replace("-", "_")
+    if name not in _READERS:
+        raise ConfigError(
+            f"/set: unknown setting {name!r}, allowed: {', '.join(NAMES)}; "
+            + nearest(name, NAMES, "/set NAME VALUE")
+        )
+    try:
+        return _READERS[name](text)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"/set {name}: {error}") from None
+
+
+def fields_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a request with these settings."""
+    fields = {name: value for name, value in settings.items() if name != "thinking"}
+    if "thinking" in settings:
+        on = settings["thinking"]
+        # DeepSeek's and GLM's name of the same switch
+        fields["chat_template_kwargs"] = {"thinking": on, "enable_thinking": on}
+    return fields
