@@ -18,6 +18,9 @@ DEFAULT_NUM_BATCHED_TOKENS = 512
 DEFAULT_TARGET_MS = 200.0
 """Milliseconds between two tokens that a server keeps to: about as fast as people read."""
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""Form of a model's name on a hub."""
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 DEVICES = ("auto", "cpu", "gpu")
@@ -244,7 +247,7 @@ class EngineConfig:
                 name,
                 os.fspath(path),
                 f"a local folder in Hugging Face format with {file}",
-                "give an existing folder (models are not downloaded)",
+                _download_hint(os.fspath(path)) if name == "model" else "give an existing folder",
             )
         return folder
 
@@ -350,3 +353,13 @@ def _check_integer(name: str, value: object, minimum: int) -> None:
     """Refuse what is no integer, or is below `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise flag_error(name, value, f"an integer of at least {minimum}")
+
+
+def _download_hint(path: str) -> str:
+    """What to do about a model that is no folder."""
+    if not HUB_NAME.fullmatch(path):
+        return "give an existing folder"
+    return (
+        "if that is a model of a hub, --download of python -m fd_dsa.serve fetches it, or "
+        f"download it yourself: hf download {path} --local-dir {path.partition('/')[2]}"
+    )

@@ -101,7 +101,10 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"model": "deepseek-ai/DeepSeek-V3.2"}, ["--model", "deepseek-ai", "not downloaded"]),
+        (
+            {"model": "deepseek-ai/DeepSeek-V3.2"},
+            ["--model", "deepseek-ai", "hf download deepseek-ai/"],
+        ),
         ({"served_model_name": ("a", "")}, ["--served-model-name"]),
         ({"device": "cuda"}, ["--device", "'cuda'", "auto, cpu, gpu", "name:number"]),
         ({"device": "gpu:x"}, ["--device", "'gpu:x'"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.models.config_reader import INT32_MAX, FieldReader, read_json_object
-from fd_dsa.models.families import FAMILIES, Family
+from fd_dsa.models.families import FAMILIES, OTHER_FAMILIES, Family
 from fd_dsa.models.rope_config import RopeConfig, read_rope, yarn_mscale
 
 __all__ = ["ModelConfig", "RopeConfig"]
@@ -152,7 +152,9 @@ class ModelConfig(Family):
         reader = FieldReader(data, source)
         if "model_type" not in data:
             raise reader.error("model_type", None, " or ".join(FAMILIES), "is this a model's file?")
-        values = _read_fields(reader, FAMILIES[reader.choice("model_type", None, tuple(FAMILIES))])
+        values = _read_fields(
+            reader, FAMILIES[reader.choice("model_type", None, tuple(FAMILIES), OTHER_FAMILIES)]
+        )
         defaults, more_eos = _read_generation(
             FieldReader(generation or {}, generation_source), values["vocab_size"]
         )

@@ -50,6 +50,12 @@ class Family:
     shares_selections: bool
 
 
+OTHER_FAMILIES = (
+    "fd_dsa serves models with DeepSeek Sparse Attention alone; others, DeepSeek-V3 and R1 among "
+    "them, are served by FastDeploy (also through --engine fastdeploy), vLLM or SGLang"
+)
+"""What to do about a model of another family."""
+
 FAMILIES = {
     family.model_type: family
     for family in (

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
-from fd_dsa.config import EngineConfig
+from fd_dsa.config import HUB_NAME, EngineConfig
 from fd_dsa.environment import (
     check_address_space,
     discard,
@@ -90,6 +90,8 @@ def _serve(args: argparse.Namespace) -> int:
     from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 
     passed = PassedFlags.read(args.passed)
+    if args.download:
+        _download(args)
     engine = args.engine
     if engine == "auto":
         engine, why = choose_engine(args, passed)
@@ -98,6 +100,18 @@ def _serve(args: argparse.Namespace) -> int:
         return _serve_with_fastdeploy(args, passed, started)
     refuse_for_embedded(args, passed)
     return _show_plan(args) if args.dry_run else _serve_embedded(args, started)
+
+
+def _download(args: argparse.Namespace) -> None:
+    """Download a hub's model; it is served from its folder, under its name."""
+    from fd_dsa.serve.download import download
+
+    name = str(getattr(args, "model", ""))
+    if not HUB_NAME.fullmatch(name):
+        raise ConfigError(f"--download: got the model {name!r}; allowed is a name such as org/name")
+    args.model = download(name, any_family=args.engine == "fastdeploy")
+    if not getattr(args, "served_model_name", ()):
+        args.served_model_name = [name]
 
 
 def _serve_with_fastdeploy(args: argparse.Namespace, passed: PassedFlags, started: float) -> int:

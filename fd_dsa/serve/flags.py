@@ -82,7 +82,7 @@ class ServerOptions:
 _RESOLVED = ("api_key", "body_timeout_s", "hosts", "max_connections")
 DEFAULTS: dict[str, Any] = {
     **{f.name: f.default for f in fields(ServerOptions) if f.name not in _RESOLVED},
-    **dict.fromkeys(("dry_run", "enable_expert_parallel", "log_json"), False),
+    **dict.fromkeys(("download", "dry_run", "enable_expert_parallel", "log_json"), False),
     **dict.fromkeys(("data_parallel_size", "tensor_parallel_size"), 1),
     "engine": AUTO,
     "host": "127.0.0.1",
@@ -103,6 +103,8 @@ _FLAGS = {
     "model": {
         "MODEL": "folder in Hugging Face format (default: the demo model of the package)",
         "--model DIR": "the same as MODEL",
+        "--download": "MODEL is the name of a hub's model, such as org/name; download what is not "
+        "there yet",
         "--served-model-name NAME": "name for the `model` field of requests; may be repeated "
         "(default: folder name)",
         "--tokenizer DIR": "folder of the tokenizer (default: the model's)",

@@ -114,7 +114,7 @@ def test_settings_and_saved_conversations(tmp_path: Path) -> None:
         "/save talk.json",
         "/save talk.json",
         "/save no/such/folder.json",
-        "/set temperatur 1",
+        "/set tempera 1",
         "/set seed many",
         "/set seed",
         "/help",

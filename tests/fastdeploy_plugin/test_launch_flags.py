@@ -66,7 +66,7 @@ TRANSLATED = {
         (
             *("--block-size 64", "--tool-call-parser auto", "--reasoning-parser auto"),
             *("--device gpu", "--dtype auto", "--kv-cache-dtype fp8_ds_mla", "--log-level debug"),
-            *("--engine fastdeploy", "--dry-run", "--load-format safetensors"),
+            *("--engine fastdeploy", "--download", "--dry-run", "--load-format safetensors"),
             *("--enable-chunked-prefill", "-- --no-enable-prefix-caching"),
             *("/m", "--model /m", "--served-model-name name", "--host 0.0.0.0", "--port 9000"),
         ),

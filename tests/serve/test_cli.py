@@ -206,9 +206,9 @@ def test_bad_flags_are_one_line(
         (["dance"], 2, "unknown command 'dance', allowed: serve, chat, run-batch"),
         (["srve"], 2, "; did you mean serve?"),
         (
-            ["chat", "--temperatur", "1"],
+            ["chat", "--tempera", "1"],
             2,
-            "unknown flag --temperatur; did you mean --temperature?",
+            "unknown flag --tempera; did you mean --temperature?",
         ),
         (["accuracy", "compere"], 2, "unknown command 'compere', allowed: ifeval, score, compare"),
         (["accuracy", "perplexity", "--contxt"], 2, "--contxt; did you mean --context?"),

@@ -83,7 +83,7 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("log_requests", "log_json", "disable_ui"), (False,)),
 }
 # flags that the launcher uses itself
-LAUNCHER = ("config", "dry_run", "engine", "log_level")
+LAUNCHER = ("config", "download", "dry_run", "engine", "log_level")
 
 # flags of FastDeploy's without a value -> how its parser takes them
 _SWITCHES: dict[str, Any] = {

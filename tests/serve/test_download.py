@@ -1,0 +1,117 @@
+"""`--download` from a server that speaks a hub's API, and what goes wrong there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fd_dsa.config import EngineConfig, demo_model_path
+from fd_dsa.errors import ConfigError
+from tests.serve.hub import Hub, hub_of
+from tests.serve.processes import TIMEOUT_S, environment, error_line
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A hub with the demo model."""
+    with hub_of(demo_model_path()) as running:
+        yield running
+
+
+def serve(
+    folder: Path, url: str, *flags: str, name: str = "org/model", disk_mib: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """The server's plan for a model of a hub; its cache may be a disk of its own."""
+    home = folder / "cache"
+    home.mkdir(exist_ok=True)
+    line = [sys.executable, "-m", "fd_dsa.serve", name, "--dry-run", "--device", "cpu", *flags]
+    if disk_mib:
+        mount = f'mount -t tmpfs -o size={disk_mib}m none "$HF_HOME" && exec "$0" "$@"'
+        line = ["unshare", "--mount", "sh", "-c", mount, *line]
+    env = {**environment(), "HF_ENDPOINT": url, "HF_HOME": str(home)}
+    return subprocess.run(
+        line,
+        cwd=folder,
+        env={**env, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": ""},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+@pytest.mark.slow
+def test_a_file_whose_connection_breaks_goes_on_and_is_kept(tmp_path: Path, hub: Hub) -> None:
+    hub.cuts = [12 * MIB]
+    done = serve(tmp_path, hub.url, "--download")
+    assert done.returncode == 0, done.stderr
+    plan = yaml.safe_load(done.stdout)
+    assert plan["served_model_name"] == ["org/model"]
+    # whole chunks of 10 MiB were kept
+    assert hub.ranges == [0, 10 * MIB]
+    again = serve(tmp_path, "http://127.0.0.1:9", "--download")
+    assert yaml.safe_load(again.stdout)["memory"]["weight_bytes"] == plan["memory"]["weight_bytes"]
+
+
+@pytest.mark.slow
+def test_a_wrong_hash_is_refused_and_the_file_removed(tmp_path: Path, hub: Hub) -> None:
+    hub.damaged = True
+    line = error_line(serve(tmp_path, hub.url, "--download"))
+    assert line.startswith("--download: model.safetensors: the hash of its bytes is ")
+    assert list(tmp_path.rglob("model.safetensors")) == []
+    hub.damaged = False
+    assert serve(tmp_path, hub.url, "--download").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_full_disk(tmp_path: Path, hub: Hub) -> None:
+    tried = serve(tmp_path, hub.url, "--version", disk_mib=20)
+    if tried.returncode:
+        pytest.skip(f"no disk of its own can be mounted here: {tried.stderr}")
+    line = error_line(serve(tmp_path, hub.url, "--download", disk_mib=20))
+    assert "org/model: needs 37.7 MiB more in " in line and "MiB free; make room, or set" in line
+    assert hub.ranges == []
+    # another process fills it in the meantime
+    hub.listed = 5
+    done = serve(tmp_path, hub.url, "--download", disk_mib=20)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "no space left on device; the same command goes on" in line
+
+
+def test_no_network_no_model_and_no_name(tmp_path: Path, hub: Hub) -> None:
+    for url, name, text in (
+        ("http://127.0.0.1:9", "org/model", "http://127.0.0.1:9 cannot be reached, and there"),
+        (hub.url, "org/none", "org/none: the hub has no such model, or not for you; set HF_TOKEN"),
+        (hub.url, "some/where/else", "got the model 'some/where/else'; allowed is a name such as"),
+    ):
+        line = error_line(serve(tmp_path, url, "--download", name=name))
+        assert line.startswith("--download: ") and text in line
+
+
+def test_another_family_is_told_before_its_weights_come(tmp_path: Path, hub: Hub) -> None:
+    hub.files["config.json"] = json.dumps({"model_type": "llama"}).encode()
+    line = error_line(serve(tmp_path, hub.url, "--download"))
+    assert "model_type: got 'llama', allowed: 'deepseek_v32', 'glm_moe_dsa'; " in line
+    assert line.endswith(
+        "are served by FastDeploy (also through --engine fastdeploy), vLLM or SGLang"
+    )
+    assert hub.ranges == []
+
+
+def test_a_name_without_the_flag_says_how_to_download_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"hf download org/model --local-dir model$"):
+        EngineConfig(model="org/model")
+    with pytest.raises(ConfigError, match=r"give an existing folder$"):
+        EngineConfig(model=str(tmp_path / "none"))
+    if shutil.which("hf") is not None:
+        shown = subprocess.run(["hf", "download", "--help"], capture_output=True, text=True)
+        assert "--local-dir" in shown.stdout
