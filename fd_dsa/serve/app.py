@@ -71,6 +71,7 @@ def create_app(state: ServerState) -> FastAPI:
     for part in (chat, completions, tokenization, status, metrics):
         app.include_router(part.router)
     app.include_router(pages.api_router)
+    app.mount(pages.STATIC_PREFIX, pages.PageFiles())
     if not state.options.disable_ui:
         app.include_router(pages.chat_router)
     return app

@@ -51,7 +51,10 @@ _PromptField = Annotated[
 ]
 
 
-class CompletionRequest(GenerationRequest):
+_EXAMPLE = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
+
+
+class CompletionRequest(GenerationRequest, json_schema_extra={"examples": [_EXAMPLE]}):
     """Body of POST /v1/completions."""
 
     unsupported_fields = IN_COMPLETIONS

@@ -22,11 +22,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fd_dsa.serve.body import check_length, receive_body
 from fd_dsa.serve.errors import ApiError, show
-from fd_dsa.serve.pages import CHAT_PATHS
+from fd_dsa.serve.pages import PAGE_PATHS, STATIC_PREFIX
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.status import PROBE_PATHS
 
-OPEN_PATHS = CHAT_PATHS | PROBE_PATHS | {"/docs", "/openapi.json", "/version", "/metrics"}
+OPEN_PATHS = PAGE_PATHS | PROBE_PATHS | {"/openapi.json", "/version", "/metrics"}
 """Paths that need no key: they compute nothing and show nothing of requests."""
 ANY_HOST = "*"
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]+)(:[0-9]*)?")
@@ -113,7 +113,7 @@ class GuardMiddleware:
         # HTTP/1.1 has the header; older clients, which are no browsers, may not
         if options.hosts is not None and host is not None:
             options.hosts(host)
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS or scope["path"].startswith(STATIC_PREFIX):
             return False
         self._check_key(headers.get("authorization", ""))
         length = headers.get("content-length", "")

@@ -1,80 +1,58 @@
-"""Pages for people: a page to talk to the model at /, and the OpenAPI document at /docs.
+"""Pages for people: a page to talk to the model at /, and the API's document at /docs.
 
-FastAPI's own page of the document loads Swagger's scripts from another server, which a server
-without a way out cannot reach, and which would tell others who reads.
+FastAPI's own page of the document loads Swagger UI from another server, which a server without
+internet access cannot reach, and which would learn who reads. Here it is a file of the package.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Mapping
-from importlib.resources import files
-from typing import Any
+from pathlib import Path
 
-from fastapi import APIRouter, Request
-from jinja2 import Environment
-from starlette.responses import HTMLResponse, Response
+from fastapi import APIRouter
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
-_FILES = {
-    "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-}
-CHAT_PATHS = frozenset(_FILES)
-"""Paths of the page at /. They hold no secret: the page asks for the key itself."""
+STATIC_PREFIX = "/static/"
+"""Of the paths of scripts and styles. They hold no secret: the pages ask for the key themselves."""
+PAGE_PATHS = frozenset({"/", "/docs"})
+"""Paths of the pages, which hold none either."""
 
-_STATIC = files("fd_dsa.serve") / "static"
-_STYLE = (_STATIC / "api.css").read_text("utf-8")
-
-
-def _headers(sources: str) -> dict[str, str]:
-    """Headers of a page that loads from these sources alone: no frame, form or inline script."""
-    return {
-        "Content-Security-Policy": f"default-src 'none'; {sources}; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-    }
-
-
-_CHAT_HEADERS = {
+_FOLDER = Path(__file__).parent / "static"
+_HEADERS = {
+    # the browser asks whether its copy is still the same
     "Cache-Control": "no-cache",
-    **_headers("script-src 'self'; style-src 'self'; connect-src 'self'"),
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
 }
-# the only style sheet is part of the page
-_STYLE_SHA256 = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-_API_HEADERS = _headers(f"style-src 'sha256-{_STYLE_SHA256}'")
 
 chat_router = APIRouter(include_in_schema=False)
 api_router = APIRouter(include_in_schema=False)
 
 
-def _add(path: str, name: str, media_type: str) -> None:
-    """Give a file of the folder `static`, which is read once, at a path."""
-    content = (_STATIC / name).read_bytes()
+class PageFiles(StaticFiles):
+    """The folder `static`, under the policy of the pages."""
 
-    @chat_router.api_route(path, methods=["GET", "HEAD"])
-    async def give() -> Response:
-        return Response(content, media_type=media_type, headers=_CHAT_HEADERS)
+    def __init__(self) -> None:
+        super().__init__(directory=_FOLDER)
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """A file, a 304, or starlette's HTTPException."""
+        response = await super().get_response(path, scope)
+        response.headers.update(_HEADERS)
+        return response
 
 
-for _path, _file in _FILES.items():
-    _add(_path, *_file)
+@chat_router.api_route("/", methods=["GET", "HEAD"])
+async def chat_page() -> FileResponse:
+    """The page to talk to the model."""
+    return FileResponse(_FOLDER / "index.html", headers=_HEADERS)
 
 
 @api_router.api_route("/docs", methods=["GET", "HEAD"])
-def api_page(request: Request) -> HTMLResponse:
+async def api_page() -> FileResponse:
     """What the server answers to."""
-    return HTMLResponse(render(request.app.openapi()), headers=_API_HEADERS)
-
-
-def render(document: Mapping[str, Any]) -> str:
-    """An OpenAPI document as HTML; texts of it are texts."""
-    schemas = {
-        name: schema
-        for name, schema in sorted(document["components"]["schemas"].items())
-        if "properties" in schema
-    }
-    template = Environment(autoescape=True).from_string((_STATIC / "api.html").read_text("utf-8"))
-    return template.render({**document, "schemas": schemas, "style": _STYLE})
+    return FileResponse(_FOLDER / "docs.html", headers=_HEADERS)

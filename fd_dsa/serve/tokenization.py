@@ -18,7 +18,7 @@ from fd_dsa.serve.protocol.fields import IDS, MAX_ENTRIES, Body, at_most, refuse
 from fd_dsa.serve.state import ServerState, State
 
 
-class TokenizeRequest(ChatCompletionRequest):
+class TokenizeRequest(ChatCompletionRequest, json_schema_extra={"examples": [{"prompt": "Hello"}]}):
     """Body of POST /tokenize: a text, or a conversation with all that its prompt depends on."""
 
     prompt: str | None = None
@@ -45,7 +45,7 @@ def _tokens(value: Any) -> list[int]:
     raise refuse(f"got {show(value)}; allowed is a list of token ids")
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(Body, json_schema_extra={"examples": [{"tokens": [72, 101]}]}):
     """Body of POST /detokenize."""
 
     model: str | None = Field(None, description="A served name; the first one by default.")

@@ -223,7 +223,13 @@ ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "
 _SWITCHES = ("thinking", "enable_thinking")
 
 
-class ChatCompletionRequest(GenerationRequest):
+_EXAMPLE = {
+    "messages": [{"role": "user", "content": "Hello! What can you do?"}],
+    "max_tokens": 64,
+}
+
+
+class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_EXAMPLE]}):
     """Body of POST /v1/chat/completions."""
 
     unsupported_fields = IN_CHAT

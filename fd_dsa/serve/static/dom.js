@@ -1,0 +1,60 @@
+// Small helpers for the elements of the page.
+
+export const $ = (id) => document.getElementById(id);
+
+export function make(tag, className, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+export function button(text, action, className = "") {
+  const node = make("button", className, text);
+  node.type = "button";
+  node.addEventListener("click", action);
+  return node;
+}
+
+// Webstorage may be forbidden, full, or written by another page of this address.
+export function load(store, key, fallback) {
+  try { return JSON.parse(window[store].getItem(key)) ?? fallback; } catch { return fallback; }
+}
+
+export function save(store, key, value) {
+  try { window[store].setItem(key, JSON.stringify(value)); } catch { /* this tab has it */ }
+}
+
+export function notice(text) {
+  $("notice-text").textContent = text;
+  $("notice").hidden = !text;
+}
+
+let hiding = 0;
+
+export function toast(text, label, action) {
+  const box = $("toast");
+  const hide = () => box.replaceChildren();
+  const act = () => { hide(); action(); };
+  box.replaceChildren(make("span", "", text), ...(label ? [button(label, act)] : []));
+  clearTimeout(hiding);
+  hiding = setTimeout(hide, 10_000);
+}
+
+export async function copy(text, node) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // browsers give the clipboard only to pages of https and of this machine
+    const area = make("textarea");
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  const label = node.textContent;
+  if (label === "Copied") return;
+  node.textContent = "Copied";
+  setTimeout(() => { node.textContent = label; }, 1200);
+}

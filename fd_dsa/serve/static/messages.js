@@ -1,0 +1,91 @@
+// The messages of a conversation as elements.
+
+import { button, copy, make } from "./dom.js";
+import { codeBlock, markdown } from "./markdown.js";
+import { picture } from "./picture.js";
+import { siblings } from "./store.js";
+
+function reasoning(message) {
+  const box = make("details", "reasoning");
+  const summary = make("summary", "", "Reasoning");
+  box.open = message.unfolded ?? !message.content;
+  // the answer is drawn anew with every piece: what was folded by hand stays so
+  summary.addEventListener("click", () => { message.unfolded = !box.open; });
+  box.append(summary, make("div", "", message.reasoning));
+  return box;
+}
+
+function toolCall(call) {
+  const box = make("details", "call");
+  box.open = true;
+  box.append(make("summary", "", `Tool call: ${call.function.name}`), codeBlock(call.function.arguments, "json"));
+  return box;
+}
+
+function versions(message, actions) {
+  const all = siblings(message);
+  const at = all.indexOf(message);
+  const step = (text, label, to) => {
+    const node = button(text, () => actions.choose(all[to]));
+    node.setAttribute("aria-label", label);
+    node.disabled = !all[to];
+    return node;
+  };
+  const box = make("span", "versions");
+  box.append(step("‹", "Earlier version", at - 1), make("span", "", `${at + 1} of ${all.length}`), step("›", "Later version", at + 1));
+  return box;
+}
+
+function actionsOf(message, actions) {
+  const box = make("div", "actions");
+  if (siblings(message).length > 1) box.append(versions(message, actions));
+  if (message.content) {
+    const node = button("Copy", () => copy(message.content, node));
+    box.append(node);
+  }
+  if (message.role === "user") box.append(button("Edit", () => actions.edit(message)));
+  if (message.role === "assistant") {
+    box.append(button(message.error ? "Retry" : "Regenerate", () => actions.again(message)));
+  }
+  return box;
+}
+
+export function fill(node, message, actions) {
+  node.className = message.role;
+  node.setAttribute("aria-label", { user: "You", tool: "Result of a tool", assistant: "Answer" }[message.role]);
+  node.replaceChildren();
+  const body = make("div", "body");
+  if (message.role === "assistant") {
+    if (message.reasoning) body.append(reasoning(message));
+    body.append(markdown(message.content));
+    body.append(...(message.tool_calls ?? []).map(toolCall));
+    if (message.waiting) body.append(make("p", "waiting", `${message.waiting} Your message is sent then.`));
+    else if (message.running && !message.content && !message.reasoning) body.append(make("p", "waiting", "…"));
+  } else {
+    body.textContent = message.content;
+  }
+  node.append(body);
+  if (message.error) node.append(make("p", "error", message.error));
+  if (message.chosen) node.append(picture(message.chosen));
+  if (message.stats) node.append(make("p", "stats", message.stats));
+  if (!message.running) node.append(actionsOf(message, actions));
+}
+
+// Turns the article of a message into a field; `send` gets the new text.
+export function edit(node, message, send, cancel) {
+  const area = make("textarea");
+  area.value = message.content;
+  area.rows = Math.min(12, message.content.split("\n").length + 1);
+  area.setAttribute("aria-label", "Edit the message");
+  const submit = () => { if (area.value.trim()) send(area.value); };
+  area.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") cancel();
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    submit();
+  });
+  const box = make("div", "actions");
+  box.append(button("Send", submit), button("Cancel", cancel));
+  node.replaceChildren(area, box);
+  area.focus();
+}

@@ -1,0 +1,78 @@
+// What the indexer chose for the last token of an answer.
+
+import { make } from "./dom.js";
+
+const MOST_SPANS = 6000;
+
+function layerCounts(chosen, size) {
+  const counts = new Uint16Array(size);
+  for (const layer of chosen.layers) for (const position of layer) counts[position]++;
+  return counts;
+}
+
+export function picture(chosen) {
+  const size = chosen.position + 1;
+  const sets = chosen.layers.map((layer) => new Set(layer));
+  const box = make("details", "picture");
+  box.open = true;
+  const all = sets.every((set) => set.size === size);
+  const what = `Chosen for token ${chosen.position}, by layer`;
+  box.append(make("summary", "", all ? `${what}: every position, the context is no longer than index_topk` : what));
+  const canvas = make("canvas");
+  const width = Math.min(size, 800);
+  const cell = 12;
+  canvas.width = width;
+  canvas.height = sets.length * cell;
+  canvas.style.height = `${sets.length * cell}px`;
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", what);
+  const pen = canvas.getContext("2d");
+  chosen.layers.forEach((layer, row) => {
+    const hits = new Float32Array(width);
+    const room = new Float32Array(width);
+    for (let p = 0; p < size; p++) room[Math.floor(p * width / size)]++;
+    for (const p of layer) hits[Math.floor(p * width / size)]++;
+    for (let x = 0; x < width; x++) {
+      if (!hits[x]) continue;
+      pen.fillStyle = `rgba(31, 111, 235, ${0.15 + 0.85 * hits[x] / room[x]})`;
+      pen.fillRect(x, row * cell, 1, cell - 1);
+    }
+  });
+  const why = make("p", "caption", "With DeepSeek Sparse Attention a token reads only the earlier tokens that " +
+    "the indexer, a small scorer in each layer, ranks highest: each row is a layer, each mark a position that it read.");
+  const caption = make("p", "caption", "Point at a position to see its token.");
+  const point = (event) => {
+    const area = canvas.getBoundingClientRect();
+    const share = (value, length) => Math.min(Math.max(value / length, 0), 1 - 1e-9);
+    const position = Math.floor(share(event.clientX - area.left, area.width) * size);
+    const layer = Math.floor(share(event.clientY - area.top, area.height) * sets.length);
+    const verdict = sets[layer].has(position) ? "chosen" : "not chosen";
+    const token = chosen.tokens ? ` ${JSON.stringify(chosen.tokens[position])}` : "";
+    caption.textContent = `layer ${layer}, position ${position}${token}: ${verdict}; ` +
+      `this layer chose ${sets[layer].size} of ${size}`;
+  };
+  canvas.addEventListener("pointermove", point);
+  canvas.addEventListener("pointerdown", point);
+  box.append(why, canvas, caption);
+  if (chosen.tokens) box.append(heat(chosen, size));
+  return box;
+}
+
+function heat(chosen, size) {
+  const box = make("details");
+  box.append(make("summary", "", "The context, darker where more layers chose"));
+  const counts = layerCounts(chosen, size);
+  const text = make("div", "heat");
+  text.tabIndex = 0;
+  const first = Math.max(0, size - MOST_SPANS);
+  if (first) text.append(`… the last ${MOST_SPANS} tokens …\n`);
+  for (let p = first; p < size; p++) {
+    const node = make("span", "", chosen.tokens[p]);
+    const share = counts[p] / chosen.layers.length;
+    if (share) node.style.backgroundColor = `rgba(31, 111, 235, ${0.7 * share})`;
+    node.title = `${p}: ${counts[p]} of ${chosen.layers.length} layers`;
+    text.append(node);
+  }
+  box.append(text);
+  return box;
+}

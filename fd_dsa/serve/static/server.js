@@ -1,0 +1,123 @@
+// The server: its models, its answers, and whether it can be asked.
+
+import { $, load, save } from "./dom.js";
+
+const KEY = "fd_dsa.key";
+const UNREACHABLE = "The server does not answer; it may have stopped. This page asks again every few seconds.";
+const BROKEN = "The connection ended before the answer was complete.";
+const CALM_MS = 10_000;
+const PROBE_MS = 2_000;
+const SOON_MS = 500;
+
+// Nothing of the request was computed, and the same request may succeed later.
+export class Unavailable extends Error {}
+
+export const server = { models: [] };
+// unknown at first
+let trouble = null;
+let onTrouble = () => {};
+let waiting = [];
+let probing = 0;
+
+export function headers() {
+  const key = $("key").value;
+  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+}
+
+async function refusal(reply) {
+  let error = {};
+  // no error object: a proxy in between
+  try { error = (await reply.json()).error; } catch { /* its status has to do */ }
+  const message = error.message ?? `The server answered with status ${reply.status}.`;
+  if (error.code === "shutting_down") return new Unavailable("The server is shutting down and takes no new messages. This page asks again every few seconds.");
+  if (error.code === "loading") return new Unavailable(`The model is not ready yet: ${message}.`);
+  if ([502, 503, 504].includes(reply.status) && error.code !== "engine_failed") return new Unavailable(message);
+  if (reply.status === 401) {
+    $("settings").showModal();
+    $("key").focus();
+  }
+  return new Error(message);
+}
+
+async function ask(path, options) {
+  let reply;
+  try {
+    reply = await fetch(path, options);
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Unavailable(UNREACHABLE);
+  }
+  if (!reply.ok) throw await refusal(reply);
+  return reply;
+}
+
+// The chunks of a streamed answer.
+export async function* complete(body, signal) {
+  const broken = (message) => { probeIn(SOON_MS); return new Error(message); };
+  const reply = await ask("v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
+  const decoder = new TextDecoder();
+  let rest = "";
+  for (const reader = reply.body.getReader(); ;) {
+    const { done, value } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : broken(BROKEN);
+    });
+    if (done) throw broken(BROKEN);
+    rest += decoder.decode(value, { stream: true });
+    const lines = rest.split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line === "data: [DONE]") return;
+      if (!line.startsWith("data: ")) continue;
+      const chunk = JSON.parse(line.slice(6));
+      if (chunk.error) throw broken(chunk.error.message);
+      yield chunk;
+    }
+  }
+}
+
+export async function findModels() {
+  const reply = await ask("v1/models", { headers: headers() });
+  server.models = (await reply.json()).data;
+}
+
+// --- whether it serves
+
+async function probe() {
+  clearTimeout(probing);
+  let found = "";
+  try { await ask("health"); } catch (error) { found = error.message; }
+  if (found !== trouble) {
+    trouble = found;
+    await onTrouble(trouble);
+  }
+  if (!trouble) {
+    for (const resolve of waiting) resolve();
+    waiting = [];
+  }
+  probeIn(trouble ? PROBE_MS : CALM_MS);
+}
+
+function probeIn(milliseconds) {
+  clearTimeout(probing);
+  probing = setTimeout(probe, milliseconds);
+}
+
+// Calls `changed` with the trouble whenever it is another one, with an empty text when it is over.
+export function watch(changed) {
+  onTrouble = changed;
+  $("key").value = load("sessionStorage", KEY, "");
+  $("key").addEventListener("change", () => {
+    save("sessionStorage", KEY, $("key").value);
+    trouble = null;
+    probe();
+  });
+  return probe();
+}
+
+// Resolves when the server can be asked again.
+export function recovered(signal) {
+  return new Promise((resolve, reject) => {
+    waiting.push(resolve);
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+    probeIn(SOON_MS);
+  });
+}

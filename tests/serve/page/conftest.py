@@ -1,0 +1,113 @@
+"""The system's Chromium, driven by playwright."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from tests.serve.conftest import Live
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# a loaded machine may be slow
+expect.set_options(timeout=30_000)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of this folder are slow, and need the browser."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+            reason = "chromium is not installed: apt-get install chromium"
+            item.add_marker(pytest.mark.skipif(CHROMIUM is None, reason=reason))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless browser, one for the tests of a file."""
+    args = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def profile(browser: Browser, live: Live, *, fails: bool = False, **options: Any) -> Iterator[Any]:
+    """A fresh browser profile; every page of it asks this server alone and has no problem.
+
+    Args:
+        browser: that runs it.
+        live: the server.
+        fails: requests of the pages may fail.
+        options: of `Browser.new_context`.
+    """
+    problems: list[str] = []
+    with browser.new_context(**{"viewport": {"width": 1000, "height": 800}, **options}) as context:
+        context.set_default_timeout(30_000)
+
+        def note(text: str) -> None:
+            if not (fails and text.startswith("Failed to load resource")):
+                problems.append(text)
+
+        # refused by the policy: an error of the console too
+        context.on("console", lambda m: note(m.text) if m.type in ("error", "warning") else None)
+        context.on("weberror", lambda e: note(str(e.error)))
+        context.on("request", lambda r: r.url.startswith((live.url, "data:")) or note(r.url))
+        yield context
+        assert problems == []
+
+
+def open_page(context: BrowserContext, live: Live) -> Page:
+    """A new tab with the page to talk to the model."""
+    page = context.new_page()
+    page.goto(live.url)
+    page.locator("#model option").first.wait_for(state="attached")
+    return page
+
+
+@contextmanager
+def opened(browser: Browser, live: Live, **options: Any) -> Iterator[Page]:
+    """The page to talk to the model, in a profile of its own."""
+    with profile(browser, live, **options) as context:
+        yield open_page(context, live)
+
+
+def say(page: Page, text: str) -> None:
+    """Send a message, and wait for the end of its answer."""
+    count = page.locator("article.assistant").count()
+    page.fill("#input", text)
+    page.press("#input", "Enter")
+    expect(page.locator("article.assistant")).to_have_count(count + 1)
+    expect(page.locator("#send")).to_be_visible()
+
+
+def choose(page: Page, **settings: str) -> None:
+    """Fill in fields of the settings."""
+    page.click("#settings-button")
+    for name, value in settings.items():
+        field = page.locator(f"#{name.replace('_strings', '-strings')}")
+        if name in ("thinking", "model"):
+            field.select_option(value)
+        else:
+            field.fill(value)
+    page.click("#close-settings")
+
+
+def sent(live: Live) -> tuple[str, Any]:
+    """Prompt and parameters of the latest request."""
+    prompt, params = list(live.engine.requests.values())[-1]
+    return bytes(token for token in prompt if token < 256).decode(), params
+
+
+def serious(page: Page) -> list[str]:
+    """Findings of axe that are serious or critical."""
+    found = Axe().run(page).response["violations"]
+    return [str(one) for one in found if one["impact"] in ("serious", "critical")]
