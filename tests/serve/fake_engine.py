@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from fd_dsa.chat.template import ChatTemplate
@@ -130,7 +129,7 @@ class FakeEngine:
 
     async def snapshot(self) -> tuple[EngineStats, EngineMetrics]:
         """Nothing is counted."""
-        return EngineStats(*(0 for _ in fields(EngineStats))), self.metrics
+        return EngineStats(), self.metrics
 
     async def ask(self, question: str, argument: Any = None) -> Any:
         """There is nothing to tell."""
