@@ -18,11 +18,11 @@ class Engine:
         model: folder of config.json.
         rig: whether the device is the test plug-in's, where Paddle's CPU wheel is installed.
         config: fields of EngineConfig.
+        device: "gpu", or "cpu" for a dry run.
     """
 
-    def __init__(self, model: str, rig: bool, config: dict[str, Any]) -> None:
+    def __init__(self, model: str, rig: bool, config: dict[str, Any], device: str = "gpu") -> None:
         begin = time.perf_counter()
-        device = "gpu"
         if rig:
             from tests.gpu_rig import load
 
@@ -32,7 +32,9 @@ class Engine:
         from fd_dsa import LLM, custom_ops
         from fd_dsa.config import demo_model_path
 
-        custom_ops.use_library(build_library())
+        if device != "cpu":
+            custom_ops.use_library(build_library())
+        self.prepare()
 
         # ids are neither read nor written as text
         self._llm = LLM(
@@ -42,6 +44,9 @@ class Engine:
         self._chunk = config["max_num_batched_tokens"]
         self._num_runs = 0
         self._start_s = time.perf_counter() - begin
+
+    def prepare(self) -> None:
+        """Change what the engine is made of."""
 
     def start_up(self) -> dict[str, float]:
         """Seconds from the start of the engine to its first token, and of the start alone."""
