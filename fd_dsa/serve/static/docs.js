@@ -24,6 +24,7 @@ for (const [path, operations] of Object.entries(api.paths)) {
   }
 }
 api.components.securitySchemes = { key: { type: "http", scheme: "bearer", description: "Only where the server was started with --api-key." } };
+api.tags = [{ name: "Text" }, { name: "Server" }];
 api.security = [{}, { key: [] }];
 
 document.documentElement.classList.toggle("dark-mode", matchMedia("(prefers-color-scheme: dark)").matches);

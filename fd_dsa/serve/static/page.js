@@ -73,6 +73,8 @@ function drawFooter() {
   $("input").placeholder = call ? `The result of ${call.function.name}` : "Message";
   $("send").hidden = Boolean(view.running);
   $("stop").hidden = !view.running;
+  // a screen reader waits for the whole answer
+  $("log").ariaBusy = String(Boolean(view.running));
 }
 
 function open(id) {
@@ -246,6 +248,7 @@ startSettings();
 startSidebar({ open, create, removed: (id) => { if (id === view.chat) create(); else drawChats(view.chat); } });
 listen();
 setDraft(load("sessionStorage", DRAFT, ""));
-await start(changedElsewhere, notice);
 draw();
+await start(changedElsewhere, notice);
+drawChats(view.chat);
 await watch(health);

@@ -105,7 +105,8 @@ function probeIn(milliseconds) {
 export function watch(changed) {
   onTrouble = changed;
   $("key").value = load("sessionStorage", KEY, "");
-  $("key").addEventListener("change", () => {
+  $("settings").addEventListener("close", () => {
+    if ($("key").value === load("sessionStorage", KEY, "")) return;
     save("sessionStorage", KEY, $("key").value);
     trouble = null;
     probe();

@@ -77,7 +77,8 @@ export function startSettings() {
   };
   const keep = () => save("localStorage", SETTINGS, current());
   show(load("localStorage", SETTINGS, {}));
-  for (const name of [...FIELDS, "topk"]) $(name).addEventListener("change", keep);
+  $("settings").addEventListener("close", keep);
+  $("model").addEventListener("change", keep);
   $("settings-button").addEventListener("click", () => $("settings").showModal());
-  $("reset").addEventListener("click", () => { show({}); keep(); });
+  $("reset").addEventListener("click", () => show({}));
 }

@@ -1,4 +1,4 @@
-"""The system's Chromium, driven by playwright."""
+"""The system's browser, driven by playwright."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 from tests.serve.conftest import Live
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# of the system; firefox as CONTRIBUTING.md says
+BROWSER = os.environ.get("FD_DSA_TEST_BROWSER", "chromium")
+_COMMAND = shutil.which(BROWSER) or shutil.which(f"{BROWSER}-browser")
 # a loaded machine may be slow
 expect.set_options(timeout=30_000)
 
@@ -25,18 +27,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
-            reason = "chromium is not installed: apt-get install chromium"
-            item.add_marker(pytest.mark.skipif(CHROMIUM is None, reason=reason))
+            reason = f"{BROWSER} is not installed: apt-get install {BROWSER}"
+            item.add_marker(pytest.mark.skipif(_COMMAND is None, reason=reason))
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """A headless browser, one for the tests of a file."""
-    args = ["--no-sandbox"] if os.geteuid() == 0 else []
+    args = ["--no-sandbox"] if os.geteuid() == 0 and BROWSER == "chromium" else []
+    kind, channel = ("chromium", None) if BROWSER == "chromium" else ("firefox", "moz-firefox")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
+        launch = getattr(playwright, kind).launch
+        browser = launch(executable_path=_COMMAND, args=args, channel=channel)
         yield browser
         browser.close()
+
+
+needs_chromium = pytest.mark.skipif(
+    BROWSER != "chromium", reason="playwright cannot do that with a Firefox of the system"
+)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import WORDS, FakeEngine
-from tests.serve.page.conftest import open_page, opened, profile, say, sent
+from tests.serve.page.conftest import needs_chromium, open_page, opened, profile, say, sent
 
 TEXT = "".join(WORDS)
 ANSWER = "article.assistant .body"
@@ -130,6 +130,7 @@ def test_rename_search_delete_and_undo(browser: Browser, live: Live) -> None:
         titles(page, "About the sea")
 
 
+@needs_chromium
 def test_files_go_out_and_in(browser: Browser, live: Live, tmp_path: Path) -> None:
     path = tmp_path / "chats.json"
     with opened(browser, live) as page:
@@ -200,6 +201,7 @@ def test_a_failed_answer_is_asked_again(browser: Browser) -> None:
         questions(page, "Hi")
 
 
+@needs_chromium
 def test_a_server_that_drains_or_dies_and_comes_back(browser: Browser) -> None:
     with (
         running(FakeEngine(max_model_len=1000)) as live,
