@@ -54,7 +54,7 @@ async function read(message, body, signal, changed, times) {
 }
 
 // Fills `message`, and calls `changed` after each piece. While the server cannot be asked it waits,
-// with `message.waiting` set to the reason. Returns the usage, null where the server sent none.
+// with `message.waiting` set. Returns the usage, null where the server sent none.
 export async function answer(message, body, signal, changed) {
   const times = { begin: performance.now(), first: 0, last: 0, pieces: 0 };
   for (;;) {
@@ -64,7 +64,7 @@ export async function answer(message, body, signal, changed) {
       return usage;
     } catch (error) {
       if (error instanceof Unavailable) {
-        message.waiting = error.message;
+        message.waiting = true;
         changed();
         // stopped: the next request says so
         await recovered(signal).catch(() => {});

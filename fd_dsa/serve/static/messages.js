@@ -59,7 +59,7 @@ export function fill(node, message, actions) {
     if (message.reasoning) body.append(reasoning(message));
     body.append(markdown(message.content));
     body.append(...(message.tool_calls ?? []).map(toolCall));
-    if (message.waiting) body.append(make("p", "waiting", `${message.waiting} Your message is sent then.`));
+    if (message.waiting) body.append(make("p", "waiting", "Your message is sent when the server is back."));
     else if (message.running && !message.content && !message.reasoning) body.append(make("p", "waiting", "…"));
   } else {
     body.textContent = message.content;

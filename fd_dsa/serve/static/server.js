@@ -30,7 +30,10 @@ async function refusal(reply) {
   try { error = (await reply.json()).error; } catch { /* its status has to do */ }
   const message = error.message ?? `The server answered with status ${reply.status}.`;
   if (error.code === "shutting_down") return new Unavailable("The server is shutting down and takes no new messages. This page asks again every few seconds.");
-  if (error.code === "loading") return new Unavailable(`The model is not ready yet: ${message}.`);
+  if (error.code === "loading") {
+    const what = message.replace(/; retry .*/, "");
+    return new Unavailable(`${what[0].toUpperCase()}${what.slice(1)}.`);
+  }
   if ([502, 503, 504].includes(reply.status) && error.code !== "engine_failed") return new Unavailable(message);
   if (reply.status === 401) {
     $("settings").showModal();

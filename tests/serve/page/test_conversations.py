@@ -211,7 +211,7 @@ def test_a_server_that_drains_or_dies_and_comes_back(browser: Browser) -> None:
         page.fill("#input", "Wait for me")
         page.press("#input", "Enter")
         expect(page.locator("#trouble")).to_contain_text("The server is shutting down")
-        expect(page.locator(".waiting")).to_contain_text("Your message is sent then.")
+        expect(page.locator(".waiting")).to_contain_text("when the server is back")
         page.context.set_offline(True)
         expect(page.locator("#trouble")).to_contain_text("The server does not answer")
         live.state.draining = False
