@@ -53,11 +53,11 @@ def write_model(folder: Path, small: bool) -> str:
 def compare(
     options: dict[str, Any], config: dict[str, Any], others: str, request: dict[str, Any]
 ) -> tuple[float, float]:
-    """Medians of once and of another way of working, by turns in two engines."""
+    """Medians of once and of another way of working; each engine has the device for itself."""
     figure = "tpot_ms" if request["op"] == "decode" else "tok_s"
     values: dict[str, list[float]] = {}
     for work in ("once", others):
-        # one after the other: the weights of both do not fit
+        # in sequence: the weights of both do not fit
         with Worker(TARGET, work=work, config=config, **options) as engine:
             engine.call(**request)
             values[work] = [engine.call(**request)[figure] for _ in range(PAIRS)]
