@@ -71,6 +71,7 @@ soak: $(VENV)/.dev ## new random cases for hours; make soak ROUNDS=1 CASES=200 i
 	$(BIN)/python -m tests.soak.fuzz --first $(SEED)00000 --requests $(CASES)0
 	$(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
 	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
+	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.speculation --first $(SEED)0000 --groups $(ROUNDS)
 	$(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)
 	$(BIN)/python -m tests.soak.siege $(SIEGE)
 	$(BIN)/python -m tests.soak.siege --large $(SIEGE)

@@ -20,6 +20,7 @@ from fd_dsa.models.sources import StoredTensor
 __all__ = ["Checkpoint", "TensorInfo"]
 
 SINGLE_FILE = "model.safetensors"
+MTP_FILE = "mtp.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 
@@ -52,6 +53,8 @@ class Checkpoint:
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
         """Map the weights of a model folder and check their headers.
 
+        Beside a single file the layer for multi-token prediction may have one of its own.
+
         Raises:
             CheckpointError: no weights, a missing, truncated or damaged file, a tensor that is
                 there twice, or an index that disagrees with its shards.
@@ -70,7 +73,8 @@ class Checkpoint:
                 "weights in the safetensors format are needed"
             )
         if single.exists():
-            return cls(folder, [single])
+            layer = folder / MTP_FILE
+            return cls(folder, [single, layer] if layer.exists() else [single])
         weight_map = _read_weight_map(index)
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         for path in shards:

@@ -286,6 +286,9 @@ def read_indexer_types(reader: FieldReader, num_layers: int, family: Family) -> 
 def _read_quantization(reader: FieldReader) -> dict[str, Any]:
     """Block size and kind of scales of quantised weights, if they are."""
     section = reader.section("quantization_config")
+    # our own key, of a layer for multi-token prediction that alone is FP8
+    own = reader.section("mtp_quantization_config")
+    section = own if section is None else section
     if section is None:
         return {}
     section.choice("quant_method", None, ("fp8",))

@@ -198,3 +198,54 @@ def test_greedy_answers_and_retrieval_rates_of_a_model_that_learned_one_text(tra
     item = {"length": 32, "prompt": "What is it?", "answer": "It is a fox."}
     wrong = {"length": 32, "prompt": "What is it?", "answer": "It is a cat."}
     assert retrieval_rates(trainer.model, words, [item, wrong], "dense") == {32: 0.5}
+
+
+def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_path, monkeypatch):
+    import json
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+    from demo_training import checkpoint, mtp
+    from demo_training.model import DemoModel
+
+    from fd_dsa.models.checkpoint import Checkpoint
+    from fd_dsa.models.config import ModelConfig
+    from fd_dsa.models.loader import find_mtp_layer, load_weights, validate
+    from fd_dsa.models.registry import create_model
+    from tests.runner.tiny import tiny_runner
+
+    torch.manual_seed(0)
+    # all rows are short of a selection, as in training
+    model = DemoModel(TINY | {"index_topk": 64})
+    # a model that is sure of what it says
+    model.head.data *= 10
+    monkeypatch.setattr(mtp, "LENGTH", 48)
+    checkpoint.save(model, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    rows = batch(rows=8, length=48)[0] | mtp.TRAINED
+    untrained = mtp.loss_of(mtp.Predictor(model), model, rows)
+    predictor = mtp.train(model, Bytes(), mtp.own_sources(), 4.0, lambda _: None)
+    trained = mtp.loss_of(predictor, model, rows)
+    assert trained[0] < untrained[0] and trained[1] < untrained[1]
+    mtp.save(predictor, model, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    config = ModelConfig.from_folder(tmp_path)
+    with Checkpoint.open(tmp_path) as stored:
+        config = replace(config, mtp=find_mtp_layer(stored, config))
+        validate(stored, config)
+        served = create_model(config)
+        load_weights(stored, config, served.loaders)
+    runner, ids = tiny_runner(served), np.arange(6, 47)
+    runner.input_batch.begin_step()
+    runner.input_batch.add_row(0, ids[:-1].tolist(), 0, True)
+    runner.execute_model(np.array([0]))
+    hidden = torch.tensor(runner._hidden)
+    found = runner.predict_more(ids[1:], np.arange(40))
+    with torch.no_grad():
+        normed = predictor(model, hidden, torch.tensor(ids[1:])[None])
+        wanted = torch.nn.functional.linear(normed, model.head).numpy()
+    # FP8 and bfloat16 weights of the one, float32 ones of the other
+    likeness = (found * wanted).sum() / np.linalg.norm(found) / np.linalg.norm(wanted)
+    assert likeness > 0.99

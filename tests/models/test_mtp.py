@@ -29,6 +29,7 @@ from tests.models.folders import (
     f8,
     f32,
     write_folder,
+    write_safetensors,
 )
 from tests.models.test_mla import Reference
 from tests.reference.indexer import ref_rms_norm
@@ -236,7 +237,16 @@ def test_a_layer_is_loaded_and_copies_of_the_models_tables_are_shared(
     tensors = stored_checkpoint(fields, LAYERS["own"])
     prefix = f"model.layers.{fields['num_hidden_layers']}."
     tensors[f"{prefix}embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
-    folder = write_folder(tmp_path, fields, tensors)
+    # its tensors may be in a file of their own, which alone may be FP8
+    own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+    if fields["model_type"] == "glm_moe_dsa":
+        name = f"{prefix}self_attn.q_a_proj.weight"
+        shape = own[name].shape
+        own |= {name: f8(np.full(shape, 50)), name + SCALE_SUFFIX: f32(np.ones((1, 1)))}
+        fields = fields | {"mtp_quantization_config": {"quant_method": "fp8"}}
+        write_safetensors(tmp_path / "mtp.safetensors", own)
+        own = {}
+    folder = write_folder(tmp_path, fields, tensors | own)
     with Checkpoint.open(folder) as checkpoint:
         config = ModelConfig.from_folder(folder)
         layer = find_mtp_layer(checkpoint, config)

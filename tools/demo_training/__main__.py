@@ -137,6 +137,21 @@ def _evaluate(args: argparse.Namespace, model, words, log) -> None:
     log("evaluated")
 
 
+def mtp(args: argparse.Namespace) -> None:
+    """Trains the layer for multi-token prediction on a frozen model, and writes it beside it."""
+    from tokenizers import Tokenizer
+
+    from demo_training import checkpoint
+    from demo_training import mtp as layer
+
+    folder = Path(args.model)
+    sources = _sources(args.data) if args.data else layer.own_sources()
+    model = checkpoint.load(folder)
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    predictor = layer.train(model, words, sources, 60.0 * args.minutes, print)
+    layer.save(predictor, model, folder)
+
+
 def parity(args: argparse.Namespace) -> None:
     """Prints the comparison with Hugging Face transformers."""
     from demo_training.reports import parity as compare
@@ -168,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     places = {"out": None, "device": "cuda", "config": "demo"}
     sizes = {"workers": 8, "tokens": 32768}
     command(all_steps, "all", data=None, **places, **times, **sizes, **shards, **rates)
+    command(mtp, model=None, data="", minutes=12.0)
     command(parity, model=None)
     return parser
 

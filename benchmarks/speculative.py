@@ -1,0 +1,140 @@
+"""Speculative decoding on a CPU: tokens per second with drafts over those without, in turns.
+
+    python -m benchmarks.speculative                        # prompt lookup; about 20 minutes
+    python -m benchmarks.speculative --model DIR --rounds 2 # a folder with an MTP layer: both
+
+Chat prompts, copies and random tokens come one request at a time, then 32 at once. All engines are
+in this process and take turns; the number of drafts is that of the adaptive rule. Prints for each
+case and method the ratio and the accepted share, and counts outputs that differ from those without
+drafts, which rounding alone may cause. Writes benchmarks/results/speculative.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import ROOT, in_turns, random_prompts, save
+from fd_dsa import LLM, SamplingParams
+from fd_dsa.config import EngineConfig
+from fd_dsa.models.config import ModelConfig
+
+LOOKUP = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
+TOGETHER = 32
+
+
+def chats(groups: Sequence[str], count: int) -> list[list[dict[str, str]]]:
+    """The first conversations of some groups of the demo model's evaluation, `count` of each."""
+    lines = (ROOT / "tools/demo_training/demo_eval.jsonl").read_text("utf-8").splitlines()
+    items = [item for item in map(json.loads, lines) if item["kind"] == "chat"]
+    return [
+        item["messages"]
+        for group in groups
+        for item in [one for one in items if one["group"] == group][:count]
+    ]
+
+
+def cases(llm: LLM, count: int) -> dict[str, tuple[list[list[int]], bool, SamplingParams]]:
+    """Prompts of each case, whether they come at once, and how they are answered."""
+    greedy = SamplingParams(temperature=0, max_tokens=96)
+    drawn = SamplingParams(temperature=1, max_tokens=96, seed=0)
+    encode = llm.tokenizer.apply_chat_template
+    chat = [encode(one, True) for one in chats(("instruction", "assignment"), count // 2)]
+    copies = [encode(one, True) for one in chats(("copying",), min(count, 25))]
+    random = random_prompts(min(count, 8), 64, 4096, 0)
+    endless = SamplingParams(temperature=0, max_tokens=96, ignore_eos=True)
+    return {
+        "chat, greedy": (chat, False, greedy),
+        "chat, temperature 1": (chat, False, drawn),
+        "copies, greedy": (copies, False, greedy),
+        "random tokens, greedy": (random, False, endless),
+        f"chat, {TOGETHER} at once": (chat[:TOGETHER], True, greedy),
+    }
+
+
+def answered(
+    llm: LLM, prompts: list[list[int]], at_once: bool, params: SamplingParams
+) -> dict[str, Any]:
+    """Seconds, tokens, drafts and accepted ones of one run."""
+    begin, before = time.perf_counter(), llm.stats()
+    outputs = []
+    for part in [prompts] if at_once else [[prompt] for prompt in prompts]:
+        outputs += llm.generate(part, params)
+    now = llm.stats()
+    tokens = [output.token_ids for output in outputs]
+    return {
+        "tokens_per_s": sum(map(len, tokens)) / (time.perf_counter() - begin),
+        "drafts": now.num_draft_tokens - before.num_draft_tokens,
+        "accepted": now.num_accepted_tokens - before.num_accepted_tokens,
+        "tokens": tokens,
+    }
+
+
+def measured(case: str, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What each method gave in a case, beside the runs without drafts."""
+    plain, rows = runs.pop("none"), []
+    for method, found in runs.items():
+        pairs = zip(found, plain, strict=True)
+        ratios = [one["tokens_per_s"] / other["tokens_per_s"] for one, other in pairs]
+        drafts, accepted = found[-1]["drafts"], found[-1]["accepted"]
+        differ = sum(a != b for a, b in zip(found[-1]["tokens"], plain[-1]["tokens"], strict=True))
+        row = {
+            "case": case,
+            "method": method,
+            "ratio_p50": float(np.median(ratios)),
+            "ratio_spread": [min(ratios), max(ratios)],
+            "tokens_per_s_without": float(np.median([one["tokens_per_s"] for one in plain])),
+            "drafts": drafts,
+            "accepted_share": accepted / drafts if drafts else None,
+            "outputs": len(plain[-1]["tokens"]),
+            "outputs_that_differ": differ,
+        }
+        rows.append(row)
+        share = f"{100 * accepted / drafts:.0f} % of {drafts}" if drafts else "no"
+        print(
+            f"{case:22} {method:8} {row['ratio_p50']:.2f} times, {share} drafts accepted, "
+            f"{differ} of {row['outputs']} outputs differ",
+            flush=True,
+        )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder (default: the demo model)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=40, help="of chats (default: 40)")
+    args = parser.parse_args(argv)
+    methods: dict[str, dict[str, Any] | None] = {"none": None}
+    methods["ngram 3"] = {"method": "ngram", "num_speculative_tokens": 3, **LOOKUP}
+    folder = EngineConfig(model=args.model).model_path
+    if ModelConfig.from_folder(folder).num_nextn_predict_layers:
+        for most in (1, 2, 3):
+            methods[f"mtp {most}"] = {"method": "mtp", "num_speculative_tokens": most}
+    common = {"device": "cpu", "max_model_len": 1024, "max_num_seqs": TOGETHER}
+    # each run computes its prompts
+    common |= {"enable_prefix_caching": False, "kv_cache_memory_bytes": "256M"}
+    engines = {
+        name: LLM(args.model, speculative_config=given, **common) for name, given in methods.items()
+    }
+    rows = []
+    for case, asked in cases(engines["none"], args.prompts).items():
+        calls: dict[str, Callable[..., Any]] = {
+            name: partial(answered, llm, *asked) for name, llm in engines.items()
+        }
+        in_turns(calls, 1)
+        rows += measured(case, in_turns(calls, args.rounds))
+    result = {"tier": "T0", "model": folder.name, "rounds": args.rounds, "cases": rows}
+    print(f"written: {save('speculative', result)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
