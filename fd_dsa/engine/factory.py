@@ -102,12 +102,10 @@ def _warm_up(runner: Any, plan: EnginePlan) -> str:
     compile, and nothing can be captured.
     """
     nothing = "not needed on this device"
-    if plan.device == "cpu":
+    if plan.device == "cpu" or _interprets(plan.device):
         return nothing
-    from fd_dsa.triton_runtime import INTERPRETING, freeze, warming
+    from fd_dsa.triton_runtime import freeze, warming
 
-    if INTERPRETING:
-        return nothing
     from fd_dsa.runner.decode_graphs import PaddleCapture
 
     start = time.perf_counter()
@@ -126,6 +124,15 @@ def _warm_up(runner: Any, plan: EnginePlan) -> str:
     return f"{done}, decode steps of {sizes} rows captured in {seconds:.1f} s"
 
 
+def _interprets(device: str) -> bool:
+    """Whether kernels run in Triton's interpreter, where times mean nothing."""
+    if device == "cpu":
+        return False
+    from fd_dsa.triton_runtime import INTERPRETING
+
+    return INTERPRETING
+
+
 def _make_speculator(runner: Any, plan: EnginePlan) -> Speculator | None:
     """What makes and verifies drafts, where some are asked for."""
     asked = plan.config.speculation
@@ -134,9 +141,11 @@ def _make_speculator(runner: Any, plan: EnginePlan) -> Speculator | None:
     drafter: Drafter = PromptLookup(asked.prompt_lookup_max, asked.prompt_lookup_min)
     if asked.method == "mtp":
         drafter = MtpDrafter(runner)
-    costs = measure_steps(
-        runner, plan.config.most_decode_tokens, predicts_more=asked.method == "mtp"
-    )
+    costs = None
+    if not _interprets(plan.device):
+        costs = measure_steps(
+            runner, plan.config.most_decode_tokens, predicts_more=asked.method == "mtp"
+        )
     if plan.device != "cpu" and plan.config.async_scheduling:
         logger.info(
             "speculative decoding: no step is queued before the tokens of the one before have come"

@@ -6,6 +6,7 @@ is the token that is drawn there without drafts, and no token of an output depen
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.step_costs import StepCosts
+
+logger = logging.getLogger(__name__)
 
 
 class Drafter(Protocol):
@@ -50,6 +53,7 @@ class Speculator:
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
         self.drafter, self.most = drafter, most
         self._costs = costs or StepCosts()
+        self._is_off = False
 
     def begin(self, request: Request) -> None:
         """Let a request have drafts, unless it is one that must not or does not want to."""
@@ -107,7 +111,12 @@ class Speculator:
         going_on = [r for r in step.sampling if r.finish_reason is None and r.drafts is not None]
         costs = self._costs.of(max(len(going_on), 1), self.most)
         counts = {r: r.drafts.pace.length(costs) for r in going_on if r.drafts is not None}
-        proposals = self.drafter.propose(step, counts)
+        try:
+            proposals = {} if self._is_off else self.drafter.propose(step, counts)
+        except Exception:
+            # the step has given its tokens, which a draft is not worth losing
+            logger.exception("speculative decoding is off from now on: the drafter failed")
+            self._is_off, proposals = True, {}
         for request in going_on:
             if request.drafts is not None:
                 request.drafts.proposal = proposal = proposals.get(request, [])

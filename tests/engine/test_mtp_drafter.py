@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fd_dsa.runner import ModelRunner
 from tests.engine.mtp_engine import answers, make_model, make_runner
 from tests.runner.tiny import V32
 
@@ -17,6 +18,7 @@ from tests.runner.tiny import V32
 PROGRAM = """
 from fd_dsa.environment import prepare_cpu_runtime
 prepare_cpu_runtime()
+from fd_dsa.runner import ModelRunner
 from tests.engine.mtp_engine import answers, make_model, shown
 from tests.runner.tiny import V32
 model = make_model(V32)
@@ -69,3 +71,27 @@ def test_drafts_are_those_of_an_offline_computation() -> None:
     assert len(same) > 50
     # after a fork a shared block's last entry is that of another continuation
     assert np.mean(same) > 0.97
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_drafter_that_gives_nan_or_fails_changes_nothing(
+    breaks: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model(V32)
+    plain, _, _ = answers(model, None)
+    calls = []
+
+    def predict_more(runner: ModelRunner, next_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        calls.append(len(next_ids))
+        if breaks and len(calls) == 5:
+            raise OSError("the device is gone")
+        return np.full((len(tokens), runner.vocab_size), np.nan, np.float32)
+
+    monkeypatch.setattr(ModelRunner, "predict_more", predict_more)
+    ends, engine, _ = answers(model, "mtp")
+    assert engine.stats().num_draft_tokens == 0
+    assert {name: one.token_ids for name, one in ends.items()} == {
+        name: one.token_ids for name, one in plain.items()
+    }
+    assert ("the drafter failed" in caplog.text) is breaks
+    assert (len(calls) == 5) is breaks

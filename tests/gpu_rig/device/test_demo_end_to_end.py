@@ -17,6 +17,7 @@ from fd_dsa.ops.cache_write import write_caches
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
 from tests.demo.samples import LEADING_PROMPTS, SHORT_PROMPTS
+from tests.engine.drafters import ToldDrafter
 from tests.gpu_rig import Rig
 from tests.runner.tiny import GLM, V32, run_rows, tiny_model
 
@@ -34,7 +35,12 @@ def device_of(rig: Rig) -> str:
 
 
 def demo(
-    folder: Path, device: str, kv_cache_dtype: str, large: bool, enforce_eager: bool = False
+    folder: Path,
+    device: str,
+    kv_cache_dtype: str,
+    large: bool,
+    enforce_eager: bool = False,
+    **others: Any,
 ) -> LLM:
     """The demo model; prompts come in chunks, and all of them in one batch."""
     return LLM(
@@ -47,6 +53,7 @@ def demo(
         max_model_len=1024 if large else 128,
         num_gpu_blocks_override=40 if large else 4,
         enforce_eager=enforce_eager,
+        **others,
     )
 
 
@@ -181,3 +188,22 @@ def test_logits_of_tiny_models(rig: Rig, fields: dict[str, Any], kv_cache_dtype:
         wanted, found = (run_rows(runner, rows) for runner in runners)
         assert np.isfinite(found).all()
         np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("right_share", [1.0, 0.0])
+def test_drafts_change_no_token_on_the_device(
+    rig: Rig, demo_folder: Path, right_share: float
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, seed=0)
+    with demo(demo_folder, "cpu", "float32", False) as llm:
+        wanted = [output.token_ids for output in llm.generate(SHORT_PROMPTS, params)]
+    method = {"method": "ngram", "num_speculative_tokens": 3}
+    with demo(demo_folder, device_of(rig), "float32", False, speculative_config=method) as llm:
+        engine = llm._open_engine()
+        answers = {(f"0-{i}", 0): tokens for i, tokens in enumerate(wanted)}
+        engine._speculator.drafter = ToldDrafter(answers, right_share, 4096)
+        assert [output.token_ids for output in llm.generate(SHORT_PROMPTS, params)] == wanted
+        stats = engine.stats()
+    assert stats.num_draft_tokens >= 6
+    assert stats.num_accepted_tokens == right_share * stats.num_draft_tokens
