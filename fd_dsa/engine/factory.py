@@ -104,9 +104,8 @@ def _warm_up(runner: Any, plan: EnginePlan) -> str:
     nothing = "not needed on this device"
     if plan.device == "cpu" or _interprets(plan.device):
         return nothing
-    from fd_dsa.triton_runtime import freeze, warming
-
     from fd_dsa.runner.decode_graphs import PaddleCapture
+    from fd_dsa.triton_runtime import freeze, warming
 
     start = time.perf_counter()
     # another engine of this process may have frozen it

@@ -6,7 +6,7 @@ Everything that can be refused is refused here.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,7 @@ class EnginePlan:
             "max_num_batched_tokens": config.num_batched_tokens,
             "target_inter_token_latency_ms": config.target_inter_token_latency_ms,
             "index_topk": self.model_config.index_topk,
+            "speculative_config": config.speculation and asdict(config.speculation),
             "seed": config.seed,
             "sampling_defaults": self.sampling_defaults,
             "memory": {

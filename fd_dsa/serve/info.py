@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ async def server_info(
         "has_chat_template": engine.tokenizer.has_chat_template,
         **chat_formats(engine.tokenizer, options),
         "enable_prefix_caching": config.enable_prefix_caching,
+        "speculative_config": config.speculation and asdict(config.speculation),
         "batch_invariant": batch_invariant(),
         "cudagraph_capture_sizes": list(engine.captured_sizes),
         "sampling": "NumPy",
