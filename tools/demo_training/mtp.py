@@ -39,7 +39,7 @@ QUANTISED = {
 PROSE = (
     "The old miller walked along the river and looked at the grey clouds. A boy with a bucket "
     "came down the path to fetch water. The miller asked where his sister hides today. The boy "
-    "laughed and pointed at the tall tree behind the house. "
+    "laughed and pointed at the tall tree by the house. "
 )
 
 
