@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import InputBatch
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,10 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
         predicts_more: whether its layer for multi-token prediction runs in each step.
     """
     batch = runner.input_batch
+    # a row has four tokens at most
     context = min(_CONTEXT, batch.block_tables.shape[1] * batch.block_size - 4)
+    if context < 1:
+        return StepCosts()
     rows = range(batch.max_num_seqs)
     for row in rows:
         # all have the same, which are written before they are read
@@ -89,6 +93,8 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
     batch.begin_step()
     for row in rows:
         batch.clear_row(row)
+    # these were no steps of requests
+    runner.counters = StepCounters()
     # a larger step that took less time shows what was noise
     counts = [*seconds][::-1]
     seconds = dict(zip(counts, accumulate((seconds[count] for count in counts), min), strict=True))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fd_dsa.engine.step_costs import measure_steps
 from fd_dsa.runner import ModelRunner
 from tests.engine.mtp_engine import answers, make_model, make_runner
 from tests.runner.tiny import V32
@@ -18,6 +19,7 @@ from tests.runner.tiny import V32
 PROGRAM = """
 from fd_dsa.environment import prepare_cpu_runtime
 prepare_cpu_runtime()
+from fd_dsa.engine.step_costs import measure_steps
 from fd_dsa.runner import ModelRunner
 from tests.engine.mtp_engine import answers, make_model, shown
 from tests.runner.tiny import V32
@@ -95,3 +97,13 @@ def test_a_drafter_that_gives_nan_or_fails_changes_nothing(
     }
     assert ("the drafter failed" in caplog.text) is breaks
     assert (len(calls) == 5) is breaks
+
+
+def test_steps_are_measured_when_an_engine_starts() -> None:
+    runner = make_runner(make_model(V32), 20)
+    costs = measure_steps(runner, 16, predicts_more=True)
+    batch = runner.input_batch
+    assert (batch.block_tables == -1).all() and not batch.seq_lens_this_time.any()
+    assert runner.counters.mask_offsets_launched == runner.counters.mask_offsets_skipped == 0
+    one, *more = costs.of(4, 3)
+    assert 0 < one <= more[0] <= more[1] <= more[2]
