@@ -52,11 +52,15 @@ def serve(
 def test_a_file_whose_connection_breaks_goes_on_and_is_kept(tmp_path: Path, hub: Hub) -> None:
     hub.cuts = [12 * MIB]
     done = serve(tmp_path, hub.url, "--download")
+    if done.returncode:
+        # before 1.0 huggingface_hub goes on in the next command alone
+        assert "the same command goes on" in done.stderr
+        done = serve(tmp_path, hub.url, "--download")
     assert done.returncode == 0, done.stderr
     plan = yaml.safe_load(done.stdout)
     assert plan["served_model_name"] == ["org/model"]
-    # whole chunks of 10 MiB were kept
-    assert hub.ranges == [0, 10 * MIB]
+    # chunks of 10 MiB were kept, or all bytes
+    assert hub.ranges in ([0, 10 * MIB], [0, 12 * MIB])
     again = serve(tmp_path, "http://127.0.0.1:9", "--download")
     assert yaml.safe_load(again.stdout)["memory"]["weight_bytes"] == plan["memory"]["weight_bytes"]
 
