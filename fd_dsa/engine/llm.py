@@ -20,6 +20,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
+from fd_dsa.speculative_config import SpeculativeConfig
 
 Prompt = str | Sequence[int]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -73,6 +74,7 @@ class LLM:
         async_scheduling: bool = True,
         enforce_eager: bool = False,
         cudagraph_capture_sizes: Sequence[int] | None = None,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None,
         seed: int = 0,
         chat_template: str | os.PathLike[str] | None = None,
     ) -> None:
