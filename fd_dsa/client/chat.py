@@ -136,8 +136,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="fd-dsa chat",
         description="Talk to a model, line by line; of a pipe every line is a message.",
-        epilog="In the conversation: "
-        + "; ".join(f"{name} to {text}" for name, text in _COMMANDS.items()),
+        epilog=f"In the conversation {_HINT}.",
     )
     parser.add_argument(
         "model",
