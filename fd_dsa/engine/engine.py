@@ -102,8 +102,7 @@ class LLMEngine:
         self._speculator = speculator
         lookahead = speculator.drafter.lookahead if speculator else 0
         self._scheduler = Scheduler(
-            *(self._blocks, self._batch, self._stats, target_gap_s),
-            *(speculator is not None, lookahead),
+            self._blocks, self._batch, self._stats, target_gap_s, speculator is not None, lookahead
         )
         self._sampler = StepSampler(runner, num_rows)
         self._is_async = async_scheduling and speculator is None
@@ -262,7 +261,9 @@ class LLMEngine:
             count = len(self._requests)
             raise RuntimeError(f"nothing to run with {count} requests: a defect of the engine")
         sampling, reading, logits_indices = assemble(
-            *(self._batch, scheduled, self._scheduler.drafts),
+            self._batch,
+            scheduled,
+            self._scheduler.drafts,
             is_decode_only=self._scheduler.is_decode_only,
         )
         num_prefill_tokens = self._batch.num_prefill_tokens
