@@ -37,7 +37,7 @@ test: $(VENV)/.dev ## the quick tests: 7 minutes on 2 cores
 	  "Hugging Face (make test-oracle), what needs a GPU"
 	$(PYTEST) -m "not slow and not oracle" $(ARGS)
 
-test-all: $(VENV)/.dev ## the slow tests: processes, builds, long runs
+test-all: $(VENV)/.all ## the slow tests: processes, builds, long runs
 	$(PYTEST) -m "slow and not oracle" $(ARGS)
 
 # FastDeploy asks for no NumPy, so the plug-in is tested beside an old one too, which Python 3.13
@@ -106,9 +106,11 @@ $(VENV)/.cpu: EXTRAS := cpu
 $(VENV)/.cpu: SIZE := 0.5 GB to download, 1.9 GB on disk, one to ten minutes
 $(VENV)/.dev: EXTRAS := cpu,dev
 $(VENV)/.dev: SIZE := 0.7 GB to download, 3 GB on disk, two to fifteen minutes
+$(VENV)/.all: EXTRAS := cpu,dev,integrations
+$(VENV)/.all: SIZE := 0.8 GB to download, 3.4 GB on disk, two to fifteen minutes
 $(VENV)/.oracle: EXTRAS := cpu,dev,oracle
 $(VENV)/.oracle: SIZE := several GB, since torch's default wheel brings CUDA (docs/quickstart.md)
-$(VENV)/.cpu $(VENV)/.dev $(VENV)/.oracle: $(VENV)/.made pyproject.toml setup.py
+$(VENV)/.cpu $(VENV)/.dev $(VENV)/.all $(VENV)/.oracle: $(VENV)/.made pyproject.toml setup.py
 	@echo "installing fd_dsa[$(EXTRAS)] into $(VENV): $(SIZE)"
 	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@
