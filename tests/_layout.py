@@ -25,6 +25,7 @@ ROOMS = (
     "models",
     "runner",
     "v4_prepare",
+    "v4_attention",
     "fastdeploy_plugin",
     "chat",
     "engine",

@@ -38,20 +38,15 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
     model = _load_model(plan, progress)
     from fd_dsa.runner.model_runner import ModelRunner
 
-    runner = ModelRunner(
-        model,
-        plan.input_batch,
-        plan.layout,
-        plan.memory.num_blocks,
-        plan.device,
-        dtype=plan.config.dtype,
-    )
+    num_blocks = plan.memory.num_blocks
+    backend = plan.caches.backend(num_blocks, plan.device)
+    runner = ModelRunner(model, plan.input_batch, None, num_blocks, plan.device, backend)
     progress.done(plan.memory.summary())
     progress.done(_warm_up(runner, plan))
     engine = LLMEngine(
         runner,
         plan.tokenizer,
-        num_blocks=plan.memory.num_blocks,
+        num_blocks=num_blocks,
         max_model_len=plan.max_model_len,
         eos_token_ids=plan.model_config.eos_token_ids,
         target_gap_s=config.target_inter_token_latency_ms / 1e3,
@@ -68,9 +63,8 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
 
 def _load_model(plan: EnginePlan, progress: StartupProgress) -> Any:
     """The model with its weights, on its device."""
-    from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.loader import load_dummy_weights, load_weights
-    from fd_dsa.models.registry import create_model
+    from fd_dsa.models.registry import create_model, open_checkpoint
     from fd_dsa.models.weights import HostWeights
 
     begin = time.perf_counter()
@@ -87,7 +81,7 @@ def _load_model(plan: EnginePlan, progress: StartupProgress) -> Any:
         if plan.config.load_format == "dummy":
             load_dummy_weights(plan.model_config, model.loaders, plan.config.seed, bar)
         else:
-            with Checkpoint.open(plan.config.model_path) as checkpoint:
+            with open_checkpoint(plan.model_config, plan.config.model_path) as checkpoint:
                 load_weights(checkpoint, plan.model_config, model.loaders, bar)
     weights.finish()
     how = "made up" if plan.config.load_format == "dummy" else "read"

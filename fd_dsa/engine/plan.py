@@ -18,8 +18,7 @@ from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads
 from fd_dsa.errors import BackendUnavailable, ConfigError, flag_error
 
 if TYPE_CHECKING:
-    from fd_dsa.attention import CacheLayout, DSABackendConfig
-    from fd_dsa.models.config import ModelConfig
+    from fd_dsa.engine.caches import Caches
     from fd_dsa.models.memory_plan import MemoryPlan
     from fd_dsa.runner.input_batch import InputBatch
 
@@ -34,11 +33,11 @@ class EnginePlan:
 
     Attributes:
         config: as asked for, with the device and the types that this means here.
-        model_config: of the folder.
+        model_config: of the folder, of its family's class.
         device: "cpu", "gpu:0" or a custom device of Paddle.
         num_threads: of Paddle's CPU kernels.
         max_model_len: longest prompt plus output, tokens.
-        layout: of the caches.
+        caches: sizes of the caches, and the attention backend.
         tokenizer: of the folder.
         input_batch: rows of a step, empty.
         sampling_defaults: what the folder proposes.
@@ -47,11 +46,11 @@ class EnginePlan:
     """
 
     config: EngineConfig
-    model_config: ModelConfig
+    model_config: Any
     device: str
     num_threads: int
     max_model_len: int
-    layout: CacheLayout
+    caches: Caches
     tokenizer: Tokenizer
     input_batch: InputBatch
     sampling_defaults: dict[str, Any]
@@ -94,6 +93,7 @@ class EnginePlan:
                 "weight_bytes": self.memory.weight_bytes,
                 "kv_cache_bytes": self.memory.kv_cache_bytes,
                 "bytes_per_block": self.memory.bytes_per_block,
+                "state_bytes": self.memory.state_bytes,
                 "num_blocks": self.memory.num_blocks,
                 "num_tokens": self.memory.num_blocks * self.memory.block_size,
                 "free_bytes": self.memory.free_bytes,
@@ -113,13 +113,12 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     """
     _prepare_paddle()
     # these import paddle
-    from fd_dsa.models.checkpoint import Checkpoint
-    from fd_dsa.models.config import ModelConfig
+    from fd_dsa.engine.caches import family_of
     from fd_dsa.models.loader import find_mtp_layer, fp8_tensors, quantisable_tensors, validate
+    from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.ops._fixed_order import check_fixed_order
     from fd_dsa.runner.device import keep_float32, resolve_device
     from fd_dsa.runner.input_batch import InputBatch
-    from fd_dsa.runner.model_runner import backend_config, cache_layout
 
     threads = set_cpu_threads()
     device = resolve_device(config.device)
@@ -127,11 +126,12 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     has_fp8 = device == "cpu" or _check_capability(config)
     keep_float32(device)
     check_fixed_order(device)
-    model_config = ModelConfig.from_folder(config.model_path)
+    model_config = read_config(config.model_path)
+    family = family_of(model_config)
+    family.check_flags(config, model_config)
     model_config = _with_index_topk(model_config, config.index_topk)
     defaults = sampling_defaults(config, model_config)
     max_model_len = config.resolve_max_model_len(model_config.max_position_embeddings)
-    layout = cache_layout(model_config, config.kv_cache_dtype, config.block_size)
     tokenizer = Tokenizer.from_folder(config.tokenizer_path, config.chat_template)
     _check_vocabulary(config, model_config, tokenizer)
     blocks_per_seq = -(-max_model_len // config.block_size)
@@ -146,7 +146,7 @@ def make_plan(config: EngineConfig) -> EnginePlan:
         )
     if config.load_format != "dummy":
         # only headers are read
-        with Checkpoint.open(config.model_path) as checkpoint:
+        with open_checkpoint(model_config, config.model_path) as checkpoint:
             if wants_mtp:
                 layer = find_mtp_layer(checkpoint, model_config)
                 model_config = replace(model_config, mtp=layer)
@@ -160,15 +160,15 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     elif fp8 and not has_fp8:
         logger.warning("%s has no FP8 instructions: FP8 weights are held in bfloat16", device)
         fp8 = frozenset()
-    backend = backend_config(model_config, layout, input_batch, dtype=config.dtype)
-    memory = _plan_memory(config, model_config, layout, max_model_len, fp8, backend)
+    caches = family(config, model_config, input_batch)
+    memory = _plan_memory(config, model_config, caches, max_model_len, fp8)
     return EnginePlan(
         config=config,
         model_config=model_config,
         device=device,
         num_threads=threads,
         max_model_len=max_model_len,
-        layout=layout,
+        caches=caches,
         tokenizer=tokenizer,
         input_batch=input_batch,
         sampling_defaults=defaults,
@@ -198,7 +198,7 @@ def _check_capability(config: EngineConfig) -> bool:
     return has_fp8
 
 
-def _with_index_topk(model_config: ModelConfig, index_topk: int | None) -> ModelConfig:
+def _with_index_topk(model_config: Any, index_topk: int | None) -> Any:
     """The model's configuration with another number of chosen keys, where one is asked for."""
     if index_topk is None:
         return model_config
@@ -242,7 +242,7 @@ def _check_version(name: str) -> None:
         )
 
 
-def sampling_defaults(config: EngineConfig, model_config: ModelConfig) -> dict[str, Any]:
+def sampling_defaults(config: EngineConfig, model_config: Any) -> dict[str, Any]:
     """What generation_config.json proposes for parameters that a request leaves out.
 
     Raises:
@@ -258,7 +258,7 @@ def sampling_defaults(config: EngineConfig, model_config: ModelConfig) -> dict[s
     return defaults
 
 
-def _check_vocabulary(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
+def _check_vocabulary(config: EngineConfig, model: Any, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer that makes ids for which there is no embedding."""
     if tokenizer.highest_token_id < model.vocab_size:
         return
@@ -274,11 +274,10 @@ def _check_vocabulary(config: EngineConfig, model: ModelConfig, tokenizer: Token
 
 def _plan_memory(
     config: EngineConfig,
-    model_config: ModelConfig,
-    layout: CacheLayout,
+    model_config: Any,
+    caches: Caches,
     max_model_len: int,
     fp8: frozenset[str],
-    backend: DSABackendConfig,
 ) -> MemoryPlan:
     """How the memory is shared out between weights and caches."""
     from fd_dsa.models.memory_plan import graph_bytes, plan_memory, weight_bytes
@@ -288,10 +287,9 @@ def _plan_memory(
     room: dict[str, Any] = {}
     free_bytes = free_device_bytes(device, config.gpu_memory_utilization)
     if free_bytes is not None:
-        from fd_dsa.attention.device import workspace_bytes
         from fd_dsa.runner.device_draws import draw_bytes
 
-        own = workspace_bytes(backend, traits_of(device))
+        own = caches.workspace_bytes(traits_of(device))
         own += draw_bytes(config.max_num_seqs, model_config.vocab_size)
         room["free_bytes"] = max(free_bytes - own, 0)
         room["graph_bytes"] = graph_bytes(model_config, config.capture_sizes, max_model_len)
@@ -305,9 +303,8 @@ def _plan_memory(
     return plan_memory(
         config,
         weight_bytes=weight_bytes(model_config, config.dtype, fp8),
-        bytes_per_block=layout.bytes_per_block(
-            len(model_config.has_indexer), model_config.num_indexer_layers
-        ),
+        bytes_per_block=caches.bytes_per_block,
+        state_bytes=caches.state_bytes,
         max_model_len=max_model_len,
         **room,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,16 @@ class Checkpoint:
                 self._infos[info.name] = info
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+    def open(
+        cls, folder: str | os.PathLike[str], name_of: Callable[[str], str] | None = None
+    ) -> Checkpoint:
         """Map the weights of a model folder and check their headers.
 
         Beside a single file the layer for multi-token prediction may have one of its own.
+
+        Args:
+            folder: the model folder.
+            name_of: the name that each tensor goes by; None: the one in its file.
 
         Raises:
             CheckpointError: no weights, a missing, truncated or damaged file, a tensor that is
@@ -74,7 +80,8 @@ class Checkpoint:
             )
         if single.exists():
             layer = folder / MTP_FILE
-            return cls(folder, [single, layer] if layer.exists() else [single])
+            files = [single, layer] if layer.exists() else [single]
+            return cls(folder, files)._renamed(name_of)
         weight_map = _read_weight_map(index)
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         for path in shards:
@@ -84,7 +91,7 @@ class Checkpoint:
                 )
         checkpoint = cls(folder, shards)
         checkpoint._check_index(index, weight_map)
-        return checkpoint
+        return checkpoint._renamed(name_of)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -144,6 +151,16 @@ class Checkpoint:
             start = info.offset - info.offset % mmap.PAGESIZE
             length = info.offset + info.nbytes - start
             self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, length)
+
+    def _renamed(self, name_of: Callable[[str], str] | None) -> Checkpoint:
+        """This one, its tensors under other names."""
+        if name_of is not None:
+            infos = {name_of(name): info for name, info in self._infos.items()}
+            if len(infos) < len(self._infos):
+                twice = next(i for n, i in self._infos.items() if infos[name_of(n)] is not i)
+                raise CheckpointError(f"{twice.file}: tensor {twice.name!r} is there twice")
+            self._infos = infos
+        return self
 
     def _check_index(self, index: Path, weight_map: dict[str, str]) -> None:
         """The index names each tensor of the shards, where it is."""

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 _READ_APART = ("n_routed_experts", "first_k_dense_replace", "rope_theta", "shares_selections")
 # many times what any model has; a list is made of so many layers and experts, and a table of so
 # many positions, before a weight is looked at
-_MOST = {"num_hidden_layers": 1024, "max_position_embeddings": 1 << 24}
-_MOST_EXPERTS = 1 << 18
+MOST = {"num_hidden_layers": 1024, "max_position_embeddings": 1 << 24}
+MOST_EXPERTS = 1 << 18
 
 # fields with one supported value: any other would change the result
 _FIXED: dict[str, Any] = {
@@ -36,7 +36,7 @@ _FIXED: dict[str, Any] = {
 # DSA's name in transformers, and the one that 5.17 wrote
 _LAYER_TYPES = ("indexed_attention", "deepseek_sparse_attention")
 # fields that do not touch what the main model computes, or repeat another field
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     (
         "_name_or_path",
         "architectures",
@@ -55,6 +55,7 @@ _HARMLESS = frozenset(
         "pretraining_tp",
         "return_dict",
         "router_aux_loss_coef",
+        "router_jitter_noise",
         "seq_aux",
         "torch_dtype",
         "transformers_version",
@@ -129,10 +130,7 @@ class ModelConfig(Family):
             ConfigError: a file is missing or damaged, or a value cannot be served; the message
                 names the file and the field.
         """
-        path = Path(folder) / "config.json"
-        generation_path = Path(folder) / "generation_config.json"
-        generation = read_json_object(generation_path) if generation_path.exists() else None
-        return cls.from_dict(read_json_object(path), str(path), generation, str(generation_path))
+        return cls.from_dict(*read_folder(folder))
 
     @classmethod
     def from_dict(
@@ -155,7 +153,7 @@ class ModelConfig(Family):
         values = _read_fields(
             reader, FAMILIES[reader.choice("model_type", None, tuple(FAMILIES), OTHER_FAMILIES)]
         )
-        defaults, more_eos = _read_generation(
+        defaults, more_eos = read_generation(
             FieldReader(generation or {}, generation_source), values["vocab_size"]
         )
         values["eos_token_ids"] = tuple(dict.fromkeys(values["eos_token_ids"] + more_eos))
@@ -197,6 +195,26 @@ class ModelConfig(Family):
         """Layers with an indexer cache."""
         return sum(self.has_indexer)
 
+    @property
+    def most_dense_keys(self) -> int:
+        """Tokens of a row up to which its last one attends to all of them."""
+        return self.index_topk
+
+
+def read_folder(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any], str, dict[str, Any] | None, str]:
+    """Arguments of `from_dict`: config.json and, where it exists, generation_config.json.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    path, generation_path = (
+        Path(folder) / f"{name}.json" for name in ("config", "generation_config")
+    )
+    generation = read_json_object(generation_path) if generation_path.exists() else None
+    return read_json_object(path), str(path), generation, str(generation_path)
+
 
 def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
     """All fields of config.json, its family's where it has none."""
@@ -206,7 +224,7 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
         if name in _READ_APART:
             continue
         if one.type == "int":
-            values[name] = reader.integer(name, default, maximum=_MOST.get(name, INT32_MAX))
+            values[name] = reader.integer(name, default, maximum=MOST.get(name, INT32_MAX))
         elif one.type == "float":
             values[name] = reader.positive(name, default)
         elif one.type == "bool":
@@ -237,7 +255,7 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
     }
     values |= _read_quantization(reader)
     _check_consistency(reader, values)
-    if unknown := [name for name in reader.unread() if name not in _HARMLESS]:
+    if unknown := [name for name in reader.unread() if name not in HARMLESS]:
         logger.warning("%s: unknown fields, ignored: %s", reader.source, ", ".join(unknown))
     return values
 
@@ -303,7 +321,7 @@ def _read_quantization(reader: FieldReader) -> dict[str, Any]:
     return {"weight_block_size": (size[0], size[1]), "round_scales": scale_fmt == "ue8m0"}
 
 
-def _read_generation(
+def read_generation(
     reader: FieldReader, vocab_size: int
 ) -> tuple[dict[str, float], tuple[int, ...]]:
     """Proposals for requests, and the end-of-text tokens, of generation_config.json."""
@@ -331,8 +349,8 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
         raise reader.error(
             "index_head_dim", values["index_head_dim"], f"at least qk_rope_head_dim, {rope_dim}"
         )
-    if experts * layers > _MOST_EXPERTS:
-        most = _MOST_EXPERTS // layers
+    if experts * layers > MOST_EXPERTS:
+        most = MOST_EXPERTS // layers
         raise reader.error("n_routed_experts", experts, f"at most {most} in {layers} layers")
     if experts % groups or (groups > 1 and experts // groups < 2):
         raise reader.error(

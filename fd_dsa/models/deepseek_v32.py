@@ -27,7 +27,9 @@ class DeepseekV32DecoderLayer:
         if config.mlp_layer_types[layer_id] == "sparse":
             self.mlp: Any = DeepseekMoE(config, weights, f"{prefix}mlp.")
         else:
-            self.mlp = DeepseekMLP(weights, f"{prefix}mlp.", hidden, config.intermediate_size)
+            self.mlp = DeepseekMLP(
+                *weights.gated(f"{prefix}mlp.", hidden, config.intermediate_size)
+            )
 
     def forward(
         self, hidden_states: Any, change: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any

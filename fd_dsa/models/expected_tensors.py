@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import singledispatch
 
 from fd_dsa.models.config import ModelConfig
 
@@ -23,10 +24,12 @@ class ExpectedTensor:
     Attributes:
         shape: as stored; weights of GEMMs are [out, in].
         quantisable: may be stored as FP8 with a `_scale_inv` companion.
+        ids_below: int64 numbers from 0 to below this one; 0: floating-point values.
     """
 
     shape: tuple[int, ...]
     quantisable: bool = False
+    ids_below: int = 0
 
     @property
     def num_elements(self) -> int:
@@ -34,12 +37,14 @@ class ExpectedTensor:
         return math.prod(self.shape)
 
 
+@singledispatch
 def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:
     """All tensors of a model, by their Hugging Face names, in the order of its layers.
 
     The layer for multi-token prediction has some where `config` says that it is loaded. Experts
     are listed one by one, as checkpoints store them. A layer whose indexer is shared has no
     indexer tensors; a model whose head is tied to the embedding has no `lm_head.weight`.
+    Models with a configuration class of their own register theirs.
     """
     norm = ExpectedTensor((config.hidden_size,))
     embedding = ExpectedTensor((config.vocab_size, config.hidden_size))

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _INV_FREQ = ".rotary_emb.inv_freq"
+# where DeepSeek's own names put layers for multi-token prediction
+_MTP = "mtp."
 _MAX_PROBLEMS = 3
 
 
@@ -49,7 +51,7 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     # every release has some
     skipped = {name for name, match in layers.items() if int(match[1]) >= config.num_hidden_layers}
     skipped -= expected.keys()
-    skipped |= {name for name in present if name.endswith(_INV_FREQ)}
+    skipped |= {n for n in present if n.endswith(_INV_FREQ) or n.startswith(_MTP)}
     companions = {
         name + SCALE_SUFFIX
         for name in expected
@@ -176,8 +178,9 @@ def _problems(
             yield f"{where}: expected shape {list(tensor.shape)}{hint}, found {list(info.shape)}"
         elif info.dtype == "F8_E4M3" and tensor.quantisable:
             yield from _scale_problems(checkpoint, config, name, where)
-        elif info.dtype not in FLOAT_DTYPES:
+        elif info.dtype not in (("I64",) if tensor.ids_below else FLOAT_DTYPES):
             allowed = [*FLOAT_DTYPES, "F8_E4M3"] if tensor.quantisable else FLOAT_DTYPES
+            allowed = ["I64"] if tensor.ids_below else allowed
             yield f"{where}: expected dtype {' or '.join(allowed)}, found {info.dtype}"
 
 
@@ -232,7 +235,7 @@ def load_dummy_weights(
     expected = expected_tensors(config)
     total, done = sum(tensor.num_elements for tensor in expected.values()), 0
     for name, tensor in expected.items():
-        loaders[name](RandomTensor(name, tensor.shape, seed))
+        loaders[name](RandomTensor(name, tensor.shape, seed, tensor.ids_below))
         done += tensor.num_elements
         progress(done, total)
 

@@ -31,6 +31,7 @@ class MemoryPlan:
     Attributes:
         weight_bytes: weights as held.
         graph_bytes: captured decode steps, their activations included; 0 without any.
+        state_bytes: what rows of the batch keep beside the blocks.
         free_bytes: what the system could give when the plan was made.
         bytes_per_block: one cache block over all layers.
         num_blocks: cache blocks.
@@ -40,6 +41,7 @@ class MemoryPlan:
 
     weight_bytes: int
     graph_bytes: int
+    state_bytes: int
     free_bytes: int
     bytes_per_block: int
     num_blocks: int
@@ -55,12 +57,13 @@ class MemoryPlan:
         """One line for the log."""
         blocks_per_request = -(-self.max_model_len // self.block_size)
         graphs = f"graphs {format_bytes(self.graph_bytes)}, " if self.graph_bytes else ""
+        states = f"states {format_bytes(self.state_bytes)}, " if self.state_bytes else ""
         return (
             f"weights {format_bytes(self.weight_bytes)}, kv cache {self.num_blocks} blocks x "
             f"{self.block_size} = {self.num_blocks * self.block_size} tokens "
             f"({format_bytes(self.kv_cache_bytes)}, "
             f"{self.num_blocks // blocks_per_request} full-length requests), "
-            f"{graphs}free {format_bytes(self.free_bytes)}"
+            f"{graphs}{states}free {format_bytes(self.free_bytes)}"
         )
 
 
@@ -152,6 +155,7 @@ def plan_memory(
     bytes_per_block: int,
     max_model_len: int,
     graph_bytes: int = 0,
+    state_bytes: int = 0,
     free_bytes: int | None = None,
     takes_all: bool = False,
 ) -> MemoryPlan:
@@ -167,6 +171,7 @@ def plan_memory(
         bytes_per_block: one cache block over all layers and both caches.
         max_model_len: longest sequence, tokens.
         graph_bytes: captured decode steps.
+        state_bytes: what rows of the batch keep beside the blocks.
         free_bytes: memory for all of it; None asks the system.
         takes_all: whether the memory is of use to nobody else.
 
@@ -185,12 +190,14 @@ def plan_memory(
         flag = "--kv-cache-memory-bytes"
         num_blocks = int(config.kv_cache_memory_bytes) // bytes_per_block
     else:
-        room = max(free_bytes - weight_bytes - graph_bytes, 0)
+        room = max(free_bytes - weight_bytes - graph_bytes - state_bytes, 0)
         if not takes_all:
             room = min(room // 2, max(_DEFAULT_CACHE_BYTES, needed_blocks * bytes_per_block))
         num_blocks = min(config.max_num_seqs * needed_blocks, room // bytes_per_block)
     least_blocks = num_blocks if flag else max(num_blocks, needed_blocks)
-    _check_fit(weight_bytes, least_blocks * bytes_per_block, graph_bytes, free_bytes, flag)
+    _check_fit(
+        weight_bytes, least_blocks * bytes_per_block, graph_bytes, state_bytes, free_bytes, flag
+    )
     if num_blocks < needed_blocks:
         raise ConfigError(
             f"memory: {num_blocks} cache blocks of {config.block_size} tokens "
@@ -202,6 +209,7 @@ def plan_memory(
     return MemoryPlan(
         weight_bytes=weight_bytes,
         graph_bytes=graph_bytes,
+        state_bytes=state_bytes,
         free_bytes=free_bytes,
         bytes_per_block=bytes_per_block,
         num_blocks=num_blocks,
@@ -211,10 +219,15 @@ def plan_memory(
 
 
 def _check_fit(
-    weight_bytes: int, kv_cache_bytes: int, graph_bytes: int, free_bytes: int, flag: str | None
+    weight_bytes: int,
+    kv_cache_bytes: int,
+    graph_bytes: int,
+    state_bytes: int,
+    free_bytes: int,
+    flag: str | None,
 ) -> None:
     """Refuse what does not fit in the free memory."""
-    needed = weight_bytes + kv_cache_bytes + graph_bytes
+    needed = weight_bytes + kv_cache_bytes + graph_bytes + state_bytes
     if needed <= free_bytes:
         return
     advice = f"lower {flag or '--max-model-len'}"
@@ -222,7 +235,10 @@ def _check_fit(
         advice = "the weights alone do not fit: take a smaller model or a larger machine"
     elif needed - graph_bytes <= free_bytes:
         advice = "give fewer or smaller --cudagraph-capture-sizes, or take --enforce-eager"
+    elif needed - state_bytes <= free_bytes:
+        advice = "lower --max-num-seqs"
     graphs = f" + graphs {format_bytes(graph_bytes)}" if graph_bytes else ""
+    graphs += f" + states {format_bytes(state_bytes)}" if state_bytes else ""
     raise ConfigError(
         f"memory: needs {format_bytes(needed)} (weights {format_bytes(weight_bytes)} + kv cache "
         f"{format_bytes(kv_cache_bytes)}{graphs}), free {format_bytes(free_bytes)}; {advice}"

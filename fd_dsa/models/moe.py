@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ EXPERT_BYTES = 1 << 30
 
 
 class DeepseekMLP:
-    """down(silu(gate(x)) * up(x)); gate and up are one GEMM."""
+    """down(silu(gate(x)) * up(x)); gate and up, side by side, are one GEMM."""
 
-    def __init__(self, weights: Any, prefix: str, hidden_size: int, width: int) -> None:
-        self._gate_up, self._down = weights.gated(prefix, hidden_size, width)
+    def __init__(self, gate_up: Any, down: Any) -> None:
+        self._gate_up, self._down = gate_up, down
 
     def forward(self, x: Any, forward_meta: Any = None) -> Any:
         """[num_tokens, hidden_size] of the same."""
@@ -52,7 +53,7 @@ class NoAuxTopkGate:
         choice = scores + self.bias
         if self.n_group > 1:
             choice = self._keep_best_groups(choice)
-        experts = self._best(choice, self.top_k)
+        experts = self.best(choice, self.top_k)
         weights = np.take_along_axis(scores, experts, axis=1)
         if self.norm_topk_prob:
             weights /= weights.sum(axis=1, keepdims=True) + np.float32(1e-20)
@@ -63,12 +64,12 @@ class NoAuxTopkGate:
         grouped = choice.reshape(len(choice), self.n_group, -1)
         pair = np.partition(grouped, grouped.shape[2] - 2, axis=2)[:, :, -2:]
         kept = np.zeros((len(choice), self.n_group), bool)
-        groups = self._best(np.ascontiguousarray(pair.sum(axis=2)), self.topk_group)
+        groups = self.best(np.ascontiguousarray(pair.sum(axis=2)), self.topk_group)
         np.put_along_axis(kept, groups, True, axis=1)
         return np.where(kept[:, :, None], grouped, np.float32(-np.inf)).reshape(choice.shape)
 
     @staticmethod
-    def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    def best(scores: np.ndarray, k: int) -> np.ndarray:
         """int32 columns of the k largest scores of each row, ascending; ties to the lower one."""
         best = np.negative(scores).argsort(axis=1, kind="stable")[:, :k].astype(np.int32)
         best.sort(axis=1)
@@ -86,17 +87,18 @@ class DeepseekMoE:
         )
         self.intermediate_size, self.num_experts = width, count
         self.gate = NoAuxTopkGate(config, weights, f"{prefix}gate.")
-        self._shared = DeepseekMLP(
-            weights, f"{prefix}shared_experts.", hidden, width * config.n_shared_experts
-        )
+        shared_width = width * config.n_shared_experts
+        self._shared = DeepseekMLP(*weights.gated(f"{prefix}shared_experts.", hidden, shared_width))
         # on a device a stack of all
         self._experts = weights.experts(f"{prefix}experts.", count, hidden, width)
+        if isinstance(self._experts, list):
+            self._experts = [DeepseekMLP(*one) for one in self._experts]
 
     def forward(self, x: Any, forward_meta: Any = None) -> Any:
         """[num_tokens, hidden_size] of the same; on a device a padded token takes no expert."""
         out = self._shared.forward(x)
         if isinstance(self._experts, list):
-            _add_routed(out, x, *self.gate.forward(x), self._experts)
+            add_routed(out, x, *self.gate.forward(x), self._experts)
             return out
         return self._routed_on_device(x, out, forward_meta.slot_mapping)
 
@@ -136,24 +138,23 @@ class DeepseekMoE:
         return kernels.sum_experts(parts, weights, ids, shared)
 
 
-def _add_routed(
+def add_routed(
     out: np.ndarray,
     x: np.ndarray,
     chosen: np.ndarray,
     weights: np.ndarray,
-    experts: list[tuple[Any, Any]],
+    experts: Sequence[Any],
 ) -> None:
     """Add the chosen experts to `out`; experts without a token are not visited.
 
     Args:
         out, x: float32 [num_tokens, hidden_size].
-        chosen, weights: of each token, as NoAuxTopkGate gives them.
-        experts: (gate_up, down) of each.
+        chosen, weights: of each token; several tokens never name an expert twice.
+        experts: what has a `forward` of [num_tokens, hidden_size].
     """
     if len(x) == 1:
         for expert, weight in zip(chosen[0].tolist(), weights[0], strict=True):
-            gate_up, down = experts[expert]
-            y = down.times(down.activated(gate_up.times(x)))
+            y = experts[expert].forward(x)
             y *= weight
             out += y
         return
@@ -165,8 +166,7 @@ def _add_routed(
     for expert in np.flatnonzero(counts):
         pairs = slice(int(ends[expert] - counts[expert]), int(ends[expert]))
         rows = tokens[pairs]
-        gate_up, down = experts[expert]
-        y = down.times(down.activated(gate_up.times(x[rows])))
+        y = experts[expert].forward(x[rows])
         y *= factors[pairs, None]
         # an expert meets a token at most once, so plain indexing adds every row
         out[rows] += y

@@ -60,7 +60,7 @@ def read_rope(reader: FieldReader, rope_theta: float, max_position_embeddings: i
     original = _agreed(
         [reader, *present], "original_max_position_embeddings", float(max_position_embeddings)
     )
-    forms = [_read_section(one, theta, int(original)) for one in present]
+    forms = [read_section(one, theta, int(original)) for one in present]
     if len(forms) == 2 and forms[0] != forms[1]:
         raise reader.error(
             "rope_scaling", forms[0], f"the same as rope_parameters, {forms[1]}", "remove one"
@@ -87,7 +87,7 @@ def _optional(reader: FieldReader, name: str) -> float | None:
     return None if reader.raw(name) is None else reader.number(name, None)
 
 
-def _read_section(reader: FieldReader, theta: float, original: int) -> RopeConfig:
+def read_section(reader: FieldReader, theta: float, original: int) -> RopeConfig:
     """One of the two objects which describe RoPE."""
     kind = reader.choice("rope_type", reader.raw("type", "default"), _TYPES)
     reader.choice("type", kind, (kind,), "rope_type and type must agree")

@@ -18,6 +18,9 @@ class SourceTensor(Protocol):
     def float32(self) -> np.ndarray:
         """The values; may be a read-only view of a file."""
 
+    def ids(self) -> np.ndarray:
+        """The values of a tensor of int64 numbers."""
+
 
 WeightLoader = Callable[[Any], None]
 """Takes the SourceTensor of one name, and fills what is held of it."""
@@ -50,6 +53,10 @@ class StoredTensor:
         codes = self.raw.reshape(self.info.shape)
         return dequantize_blocks(codes, self.scale.float32(), self.block_size)
 
+    def ids(self) -> np.ndarray:
+        """int64 in the stored shape."""
+        return self.raw.view("<i8").reshape(self.info.shape)
+
 
 class RandomTensor:
     """Random numbers instead of a tensor of a checkpoint, by its name and a seed alone.
@@ -61,10 +68,12 @@ class RandomTensor:
         name: Hugging Face name.
         shape: as a checkpoint would store it.
         seed: of all tensors.
+        ids_below: of a table of numbers, more than the highest.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], seed: int) -> None:
+    def __init__(self, name: str, shape: tuple[int, ...], seed: int, ids_below: int = 0) -> None:
         self.shape, self.seed = shape, [seed, zlib.crc32(name.encode())]
+        self.ids_below = ids_below
         self.constant = float(name.endswith("weight")) if len(shape) == 1 else None
         self.deviation = shape[-1] ** -0.5
 
@@ -74,3 +83,7 @@ class RandomTensor:
             return np.full(self.shape, self.constant, np.float32)
         rng = np.random.default_rng(self.seed)
         return rng.standard_normal(self.shape, np.float32) * np.float32(self.deviation)
+
+    def ids(self) -> np.ndarray:
+        """int64, evenly drawn."""
+        return np.random.default_rng(self.seed).integers(0, self.ids_below, self.shape)

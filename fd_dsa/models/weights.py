@@ -6,12 +6,14 @@ for a device in `device_weights.py`, whose class has the same methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import paddle
 
+from fd_dsa.errors import CheckpointError
 from fd_dsa.models.sources import SourceTensor, WeightLoader
 from fd_dsa.ops._gemm import HostMatrix
 from fd_dsa.ops._norm import HostNorm
@@ -34,7 +36,7 @@ class HostWeights:
         """float32 [sum of the lengths]: vectors end to end, such as a norm's weight or a bias."""
         values, start = np.empty(sum(parts.values()), np.float32), 0
         for name, length in parts.items():
-            self._fills(name, values[start : start + length])
+            self.fills(name, values[start : start + length])
             start += length
         return values
 
@@ -49,7 +51,7 @@ class HostWeights:
     def table(self, name: str, rows: int, width: int) -> tuple[np.ndarray, HostMatrix]:
         """The embedding [rows, width], and the same memory as the weight of a head."""
         head = HostMatrix(_empty(rows, width), transposed=True)
-        self._fills(name, head.array)
+        self.fills(name, head.array)
         return head.array, head
 
     def matrix(
@@ -78,9 +80,52 @@ class HostWeights:
         weight, start = HostMatrix(_empty(in_width, sum(parts.values()))), 0
         for name, width in parts.items():
             columns = weight.array[:, start : start + width]
-            self._fills(name, columns.T, factors.get(name, 1.0))
+            self.fills(name, columns.T, factors.get(name, 1.0))
             start += width
         return weight
+
+    def placed(self, in_width: int, places: Mapping[str, Sequence[tuple[int, int]]]) -> HostMatrix:
+        """A `matrix` whose parts need not be side by side.
+
+        Args:
+            in_width: of each part.
+            places: of each name, first column and width of the pieces that its rows fill in turn.
+        """
+        spans = [span for pieces in places.values() for span in pieces]
+        weight = HostMatrix(_empty(in_width, sum(width for _, width in spans)))
+        for name, pieces in places.items():
+            self.loaders[name] = partial(_fill_pieces, weight.array, pieces)
+        return weight
+
+    def grouped(self, name: str, groups: int, in_width: int, out_width: int) -> HostMatrix:
+        """The weight [groups, in_width, out_width] of a GEMM for each group, stored as rows."""
+        weight = HostMatrix(_empty(groups, in_width, out_width))
+
+        def load(source: SourceTensor) -> None:
+            stored = source.float32().reshape(groups, out_width, in_width)
+            np.copyto(weight.array, stored.transpose(0, 2, 1))
+
+        self.loaders[name] = load
+        return weight
+
+    def ids(self, name: str, rows: int, width: int, below: int) -> np.ndarray:
+        """int32 [rows, width]: numbers from 0 to below `below`.
+
+        Loading raises CheckpointError where one is not.
+        """
+        table = np.zeros((rows, width), np.int32)
+
+        def load(source: SourceTensor) -> None:
+            ids = source.ids()
+            if ids.min() < 0 or ids.max() >= below:
+                raise CheckpointError(
+                    f"tensor {name!r}: has numbers from {ids.min()} to {ids.max()}, allowed are 0 "
+                    f"to {below - 1}"
+                )
+            table[...] = ids
+
+        self.loaders[name] = load
+        return table
 
     def by_head(
         self, name: str, heads: int, key_width: int, value_width: int, rank: int
@@ -121,11 +166,11 @@ class HostWeights:
     def finish(self) -> None:
         """Loading is over; here nothing is under way."""
 
-    def _fills(self, name: str, target: np.ndarray, factor: float = 1.0) -> None:
-        """Have the tensor of a name copied to `target`."""
+    def fills(self, name: str, target: np.ndarray, factor: float = 1.0) -> None:
+        """Have the values of a name's tensor copied to `target`, of as many values."""
 
         def load(source: SourceTensor) -> None:
-            np.copyto(target, source.float32())
+            np.copyto(target, source.float32().reshape(target.shape))
             if factor != 1.0:
                 np.multiply(target, np.float32(factor), out=target)
 
@@ -138,6 +183,16 @@ def halves_of_heads(
     """float32 views [heads, key_width, rank] and [heads, rank, value_width] of kv_b_proj."""
     per_head = source.float32().reshape(heads, -1, rank)
     return per_head[:, :key_width], per_head[:, key_width:].transpose(0, 2, 1)
+
+
+def _fill_pieces(
+    target: np.ndarray, pieces: Sequence[tuple[int, int]], source: SourceTensor
+) -> None:
+    """Fill columns of `target` [in, out] with the rows of a tensor [out, in], piece after piece."""
+    values, start = source.float32(), 0
+    for column, width in pieces:
+        target[:, column : column + width] = values[start : start + width].T
+        start += width
 
 
 def _empty(*shape: int) -> Any:

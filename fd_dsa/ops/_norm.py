@@ -25,7 +25,7 @@ def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
         epsilon: added to the mean square.
     """
     rows = x if isinstance(x, np.ndarray) else as_numpy(x)
-    out = rows * _inverse_root(rows, epsilon)
+    out = rows * inverse_root(rows, epsilon)
     out *= weight
     return out
 
@@ -56,13 +56,13 @@ def layer_norm(x: Any, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> 
     rows = as_numpy(x)
     mean = rows.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32)
     out = rows - mean
-    out *= _inverse_root(out, epsilon)
+    out *= inverse_root(out, epsilon)
     out *= weight
     out += bias
     return out
 
 
-def _inverse_root(rows: np.ndarray, epsilon: float) -> np.ndarray:
+def inverse_root(rows: np.ndarray, epsilon: float) -> np.ndarray:
     """float32 [num_tokens, 1]: 1 / sqrt(mean(x^2) + epsilon)."""
     total = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
     mean_square = (total / rows.shape[1]).astype(np.float32)

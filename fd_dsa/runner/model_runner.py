@@ -77,7 +77,7 @@ class ModelRunner:
     Args:
         model: a model of `fd_dsa.models.registry`, its weights loaded.
         input_batch: rows that the engine fills.
-        layout: of the caches.
+        layout: of the caches; None with a `backend`, which has its own.
         num_blocks: blocks of each cache.
         device: "cpu", "gpu:0" or a custom device of Paddle, where the model is already.
         backend: the attention backend; None: a DSAAttentionBackend.
@@ -95,16 +95,17 @@ class ModelRunner:
         self,
         model: Any,
         input_batch: InputBatch,
-        layout: CacheLayout,
+        layout: CacheLayout | None,
         num_blocks: int,
         device: str = "cpu",
         backend: Any = None,
         dtype: str = "float32",
     ) -> None:
         self.model, self.input_batch, self._device = model, input_batch, device
-        config: ModelConfig = model.config
-        self.vocab_size, self._index_topk = config.vocab_size, config.index_topk
+        config = model.config
+        self.vocab_size, self._most_dense_keys = config.vocab_size, config.most_dense_keys
         if backend is None:
+            assert layout is not None
             sizes = backend_config(config, layout, input_batch, num_blocks, dtype)
             backend = DSAAttentionBackend(sizes, device)
         self.attn_backends: list[Any] = [backend]
@@ -300,7 +301,7 @@ class ModelRunner:
             time.perf_counter() - begin,
             batch.num_tokens,
             batch.num_prefill_tokens,
-            batch.num_tokens_past(self._index_topk),
+            batch.num_tokens_past(self._most_dense_keys),
         )
         if self.graphs is not None and padded is not None:
             captured = self.graphs[padded]
@@ -346,7 +347,8 @@ class ModelRunner:
     @property
     def shows_selections(self) -> bool:
         """Whether `execute_watched` can be called: what a device chose stays in its memory."""
-        return self._device == "cpu"
+        backend = self.attn_backends[0]
+        return self._device == "cpu" and getattr(backend, "shows_selections", True)
 
     def execute_watched(
         self, logits_indices: np.ndarray, tokens: Sequence[int]

@@ -10,14 +10,14 @@ import pytest
 from paddle.base import core
 
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.registry import MODELS, create_model
+from fd_dsa.models.registry import create_model
 from tests.models.folders import TINY, TINY_GLM
 
 FIELDS = {"deepseek_v32": TINY, "glm_moe_dsa": TINY_GLM}
 VOCAB_SIZE = 20_000
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", FIELDS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_logits_without_a_copy_of_the_embedding(model_type: str, rows: int) -> None:
     fields: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": True}

@@ -14,14 +14,23 @@ from fd_dsa.ops._host import Scratch, as_numpy
 _TILE_BYTES = 8 << 20
 
 
-def _softmax(scores: np.ndarray) -> None:
-    """Softmax of the last axis in place; a row of -inf alone becomes zeros."""
+def _softmax(scores: np.ndarray, sinks: np.ndarray | None = None) -> None:
+    """Softmax of the last axis in place; a row of -inf alone becomes zeros.
+
+    Args:
+        scores: [n, heads, num_keys].
+        sinks: [heads]; logit of one more key of each head, whose weight is dropped.
+    """
     # a row that attends to an infinite or NaN key becomes NaN, which is for the sampler to report
     with np.errstate(invalid="ignore"):
         top = scores.max(axis=-1, keepdims=True)
+        if sinks is not None:
+            top = np.maximum(top, sinks[:, None])
         np.subtract(scores, np.where(np.isneginf(top), np.float32(0.0), top), out=scores)
         np.exp(scores, out=scores)
         total = row_sums(scores) if fixed_order() else scores.sum(axis=-1, keepdims=True)
+        if sinks is not None:
+            total += np.exp(sinks[:, None] - top)
         scores /= np.where(total == 0, np.float32(1.0), total)
 
 
@@ -38,6 +47,7 @@ def attend_gathered(
     softmax_scale: float,
     kv_lora_rank: int,
     scratch: Scratch | None = None,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Attention of each query over the cache slots that its row of `indices` names.
 
@@ -48,6 +58,7 @@ def attend_gathered(
         softmax_scale: factor of the scores.
         kv_lora_rank: width of the value part.
         scratch: buffers to reuse between calls; None = new ones.
+        sinks: float32 [num_heads]; logit of a key without a value, of each head; None = no such.
 
     Returns:
         float32 [num_tokens, num_heads, kv_lora_rank]; zeros where a row is all -1.
@@ -69,7 +80,7 @@ def attend_gathered(
         probabilities = batched(scaled, kv, transpose_y=True)
         if hidden.any():
             np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
-        _softmax(probabilities)
+        _softmax(probabilities, sinks)
         out[start : start + step] = _weighted(probabilities, kv[:, :, :kv_lora_rank])
         out[start : start + step][hidden[:, 0]] = 0.0
     return out
@@ -84,6 +95,7 @@ def attend_dense(
     softmax_scale: float,
     kv_lora_rank: int,
     scratch: Scratch | None = None,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """The result of `attend_gathered` for neighbouring tokens that share a short list of keys.
 
@@ -93,7 +105,7 @@ def attend_dense(
     Args:
         key_slots: int64 [num_keys]; slots of the cache.
         mask: float32 [num_tokens, num_keys]; 0 where selected, -inf elsewhere; no row all -inf.
-        q, cache, softmax_scale, kv_lora_rank, scratch: as in `attend_gathered`.
+        q, cache, softmax_scale, kv_lora_rank, scratch, sinks: as in `attend_gathered`.
     """
     latents, query, scratch = as_numpy(cache), as_numpy(q), scratch or Scratch()
     num_tokens, heads, width = query.shape
@@ -105,7 +117,7 @@ def attend_dense(
     probabilities = scores.reshape(num_tokens, heads, -1)
     hidden = np.isneginf(as_numpy(mask))
     np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
-    _softmax(probabilities)
+    _softmax(probabilities, sinks)
     out = _weighted(scores, values).reshape(num_tokens, heads, -1)
     if np.isfinite(out).all():
         return out

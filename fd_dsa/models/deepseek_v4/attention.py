@@ -1,0 +1,117 @@
+"""DeepSeek-V4's attention: one key head over a window and compressed entries, with sinks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.models.deepseek_v4.compressor import Compressor
+from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
+from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation
+from fd_dsa.ops._norm import inverse_root
+from fd_dsa.ops._rope import rotate_
+
+
+class V4Attention:
+    """Attention of one layer; caches and indices are the backend's.
+
+    All projections of the layer's input are one GEMM: the query's latent, the key, head weights of
+    the indexer, sources of the compressors.
+
+    Args:
+        config: the model.
+        layer_id: index of the layer.
+        weights: make what is asked for.
+        prefix: of the checkpoint's names.
+        rotation: of this kind of layer.
+
+    Attributes:
+        sinks: float32 [num_heads]; logit of a key without a value.
+        compressor: makes the layer's entries; None in a window-only layer.
+    """
+
+    def __init__(
+        self,
+        config: DeepseekV4Config,
+        layer_id: int,
+        weights: Any,
+        prefix: str,
+        rotation: Rotation,
+    ) -> None:
+        self.layer_id, kind = layer_id, config.layer_types[layer_id]
+        self._heads, self._width = config.num_attention_heads, config.head_dim
+        self._rank, self._rope_dim = config.q_lora_rank, config.qk_rope_head_dim
+        self._groups, self._eps = config.o_groups, config.rms_norm_eps
+        places = {"wq_a": (0, self._rank), "wkv": (self._rank, self._width)}
+        end = self._rank + self._width
+        self._q_b = weights.matrix(self._rank, {f"{prefix}wq_b.weight": self._heads * self._width})
+        self.compressor = self._index_b = None
+        if kind == CSA:
+            heads, width = config.index_n_heads, config.index_head_dim
+            self._index_heads, self._index_scale = heads, np.float32((heads * width) ** -0.5)
+            places["indexer.weights_proj"] = (end, heads)
+            end += heads
+            self._index_b = weights.matrix(
+                self._rank, {f"{prefix}indexer.wq_b.weight": heads * width}
+            )
+        columns = {f"{prefix}{name}.weight": [place] for name, place in places.items()}
+        self._sources_at = end
+        if kind != WINDOW:
+            self.compressor = Compressor(config, kind, weights, prefix, rotation)
+            columns |= self.compressor.places(end)
+        self._in = weights.placed(config.hidden_size, columns)
+        self._q_norm = weights.norm(f"{prefix}q_norm.weight", self._rank, self._eps)
+        self._kv_norm = weights.norm(f"{prefix}kv_norm.weight", self._width, self._eps)
+        self.sinks = weights.vector({f"{prefix}attn_sink": self._heads})
+        group = self._heads * self._width // self._groups
+        low = config.o_lora_rank
+        self._out_a = weights.grouped(f"{prefix}wo_a.weight", self._groups, group, low)
+        self._out_b = weights.matrix(
+            self._groups * low, {f"{prefix}wo_b.weight": config.hidden_size}
+        )
+
+    def forward(self, x: np.ndarray, angles: Angles, forward_meta: Any) -> np.ndarray:
+        """float32 [num_tokens, hidden_size] of the normed input, same shape."""
+        backend, rank = forward_meta.attn_backend, self._rank
+        projected: np.ndarray = self._in.times(x)
+        kv = self._kv_norm.of(projected[:, rank : rank + self._width])
+        rotate_(kv[:, None, -self._rope_dim :], angles.forward, interleaved=True)
+        backend.write(kv, self._sources(projected), self, forward_meta)
+        latent = self._q_norm.of(projected[:, :rank])
+        selection = None
+        if self._index_b is not None and backend.chooses(forward_meta):
+            selection = self._select(latent, projected, angles, forward_meta)
+        query = self._query(latent, angles)
+        attended = backend.attend(query, selection, self, forward_meta)
+        rotate_(attended[:, :, -self._rope_dim :], angles.backward, interleaved=True)
+        low = self._out_a.times_by_head(attended.reshape(len(x), self._groups, -1))
+        out: np.ndarray = self._out_b.times(low.reshape(len(x), -1))
+        return out
+
+    def _sources(self, projected: np.ndarray) -> np.ndarray | None:
+        """The tokens' sources [num_tokens, halves, 2, width], a view; None without a compressor."""
+        if self.compressor is None:
+            return None
+        shape = len(projected), self.compressor.halves, 2, self.compressor.width
+        return projected[:, self._sources_at :].reshape(shape)
+
+    def _query(self, latent: np.ndarray, angles: Angles) -> np.ndarray:
+        """float32 [num_tokens, num_heads, head_dim]; heads normed, last channels rotated."""
+        query: np.ndarray = self._q_b.times(latent)
+        rows = query.reshape(-1, self._width)
+        rows *= inverse_root(rows, self._eps)
+        heads = query.reshape(-1, self._heads, self._width)
+        rotate_(heads[:, :, -self._rope_dim :], angles.forward, interleaved=True)
+        return heads
+
+    def _select(
+        self, latent: np.ndarray, projected: np.ndarray, angles: Angles, forward_meta: Any
+    ) -> Any:
+        """The entries that the indexer chooses for each token, as the backend gives them."""
+        assert self._index_b is not None
+        query = self._index_b.times(latent).reshape(len(latent), self._index_heads, -1)
+        rotate_(query[:, :, -self._rope_dim :], angles.forward, interleaved=True)
+        first = self._rank + self._width
+        weights = projected[:, first : first + self._index_heads] * self._index_scale
+        return forward_meta.attn_backend.select(query, weights, self.layer_id, forward_meta)

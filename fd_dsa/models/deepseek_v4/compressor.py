@@ -1,0 +1,89 @@
+"""From sources to entries: the learned pooling of a CSA or an HCA layer.
+
+Each token gives a layer a *source*: values and gates of every channel. An entry is the gated mean
+of a few neighbouring sources, normed and rotated. Sources of CSA have two halves: the first one
+counts for the entry after their own, the second one for their own. The sources of a CSA layer's
+main compressor and of its indexer's are side by side, so both are pooled at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
+from fd_dsa.models.deepseek_v4.rotation import Rotation
+from fd_dsa.ops._rope import rotate_
+
+
+class Compressor:
+    """The parameters with which a layer makes entries.
+
+    Args:
+        config: the model.
+        kind: of the layer, CSA or HCA.
+        weights: make what is asked for.
+        prefix: of the checkpoint's names, of the layer's attention.
+        rotation: of the layer's positions.
+
+    Attributes:
+        halves: of a source.
+        width: channels of a half: `head_dim`, in CSA followed by `index_head_dim`.
+        names: for each compressor its names' prefix, first channel in a half and number of them.
+    """
+
+    def __init__(
+        self, config: DeepseekV4Config, kind: str, weights: Any, prefix: str, rotation: Rotation
+    ) -> None:
+        self.halves = 2 if kind == CSA else 1
+        self._ratio, self._rotation = config.compress_rates[kind], rotation
+        self._rope_dim = config.qk_rope_head_dim
+        self.names = [(f"{prefix}compressor.", 0, config.head_dim)]
+        if kind == CSA:
+            more = f"{prefix}indexer.compressor.", config.head_dim, config.index_head_dim
+            self.names.append(more)
+        self.width = sum(width for *_, width in self.names)
+        self._norms = []
+        self._gates = np.empty((self._ratio, self.halves, self.width), np.float32)
+        for name, first, width in self.names:
+            weights.fills(f"{name}ape", self._gates[:, :, first : first + width])
+            self._norms.append(weights.norm(f"{name}norm.weight", width, config.rms_norm_eps))
+
+    def places(self, first_column: int) -> dict[str, list[tuple[int, int]]]:
+        """Where the outputs of the projections go, so that sources are views of them.
+
+        A token's columns from `first_column` on are then [halves, 2, width]: values, then gates.
+        """
+        found = {}
+        for name, first, width in self.names:
+            for part, projection in enumerate(("wkv", "wgate")):
+                start = first_column + part * self.width + first
+                found[f"{name}{projection}.weight"] = [
+                    (start + 2 * half * self.width, width) for half in range(self.halves)
+                ]
+        return found
+
+    def add_gates(self, sources: np.ndarray, positions: np.ndarray) -> None:
+        """Add to the gates what depends on a token's place among the sources of its entry.
+
+        Args:
+            sources: float32 [num_tokens, halves, 2, width], changed in place.
+            positions: int [num_tokens].
+        """
+        gates = sources[:, :, 1]
+        gates += self._gates[positions % self._ratio]
+
+    def entries(self, pooled: np.ndarray, positions: np.ndarray) -> list[np.ndarray]:
+        """Entries of the layer and, in CSA, of its indexer: float32 [n, width of each].
+
+        Args:
+            pooled: float32 [n, width]; means of the sources.
+            positions: int [n]; first position of each entry's own group.
+        """
+        angles, found = self._rotation.at(positions), []
+        for norm, (_, first, width) in zip(self._norms, self.names, strict=True):
+            entry = norm.of(pooled[:, first : first + width])
+            rotate_(entry[:, None, -self._rope_dim :], angles, interleaved=True)
+            found.append(entry)
+        return found

@@ -1,0 +1,318 @@
+"""Configuration of a DeepSeek-V4 model, in every form that its config.json is found in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fd_dsa.models.config import HARMLESS, MOST, MOST_EXPERTS, read_generation
+from fd_dsa.models.config_reader import INT32_MAX, FieldReader
+from fd_dsa.models.rope_config import RopeConfig, read_section
+
+logger = logging.getLogger(__name__)
+
+WINDOW, CSA, HCA = (
+    "sliding_attention",
+    "compressed_sparse_attention",
+    "heavily_compressed_attention",
+)
+_TYPE_OF_RATIO = {0: WINDOW, 4: CSA, 128: HCA}
+_RATES = {CSA: 4, HCA: 128}
+_OLD_RATES = {CSA: "compress_rate_csa", HCA: "compress_rate_hca"}
+_SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
+
+# what a config.json that leaves a field out stands for
+_INTEGERS = {
+    "vocab_size": 129280,
+    "hidden_size": 4096,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 43,
+    "num_attention_heads": 64,
+    "head_dim": 512,
+    "q_lora_rank": 1024,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "sliding_window": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 512,
+    "num_experts_per_tok": 6,
+    "n_routed_experts": 256,
+    "max_position_embeddings": 1048576,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+}
+_NUMBERS = {
+    "routed_scaling_factor": 1.5,
+    "swiglu_limit": 10.0,
+    "rms_norm_eps": 1e-6,
+    "hc_eps": 1e-6,
+}
+# other names of a field
+_SAME = {
+    "num_local_experts": "n_routed_experts",
+    "num_experts": "n_routed_experts",
+    "intermediate_size": "moe_intermediate_size",
+}
+# fields with one supported value: any other would change the result, or Hugging Face ignores it
+_FIXED: dict[str, Any] = {
+    "num_key_value_heads": 1,
+    "n_shared_experts": 1,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "norm_topk_prob": True,
+    "topk_method": "noaux_tc",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeepseekV4Config:
+    """Everything about a DeepSeek-V4 model that its layers, caches and weights depend on.
+
+    The names are those of Hugging Face's config.json (transformers 5.23); widths are numbers of
+    elements, `sliding_window` and `max_position_embeddings` tokens, `index_topk` CSA entries.
+
+    Attributes:
+        qk_rope_head_dim: channels that are rotated, the last ones of a head.
+        layer_types: `sliding_attention`, `compressed_sparse_attention` (CSA) or
+            `heavily_compressed_attention` (HCA), one a layer.
+        compress_rates: tokens per entry of a CSA and of an HCA layer.
+        mlp_layer_types: `hash_moe` (experts by token id) or `moe`, one a layer.
+        main_rope, compress_rope: angles of window-only layers, and of the others.
+        eos_token_ids, generation: as of `ModelConfig`.
+    """
+
+    model_type: str = "deepseek_v4"
+    vocab_size: int
+    hidden_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    sliding_window: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    num_experts_per_tok: int
+    n_routed_experts: int
+    max_position_embeddings: int
+    hc_mult: int
+    hc_sinkhorn_iters: int
+    routed_scaling_factor: float
+    swiglu_limit: float
+    rms_norm_eps: float
+    hc_eps: float
+    qk_rope_head_dim: int
+    scoring_func: str
+    layer_types: tuple[str, ...]
+    compress_rates: Mapping[str, int]
+    mlp_layer_types: tuple[str, ...]
+    main_rope: RopeConfig
+    compress_rope: RopeConfig
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    generation: Mapping[str, float] = field(default_factory=dict)
+    # FP8 checkpoints are refused
+    weight_block_size: None = None
+    round_scales: bool = False
+
+    @classmethod
+    def from_dict(
+        cls,
+        data: dict[str, Any],
+        source: str = "config.json",
+        generation: dict[str, Any] | None = None,
+        generation_source: str = "generation_config.json",
+    ) -> DeepseekV4Config:
+        """Configuration in parsed JSON, as `ModelConfig.from_dict`.
+
+        Raises:
+            ConfigError: a value cannot be served; names file, field, value and what is allowed.
+        """
+        reader = FieldReader(data, source)
+        values = _read_fields(reader)
+        defaults, more_eos = read_generation(
+            FieldReader(generation or {}, generation_source), values["vocab_size"]
+        )
+        values["eos_token_ids"] = tuple(dict.fromkeys(values["eos_token_ids"] + more_eos))
+        return cls(generation=defaults, **values)
+
+    @property
+    def has_indexer(self) -> list[bool]:
+        """Whether each layer chooses what it attends to."""
+        return [kind == CSA for kind in self.layer_types]
+
+    @property
+    def most_dense_keys(self) -> int:
+        """Tokens of a row up to which its last one attends to every CSA entry."""
+        return (self.index_topk + 1) * self.compress_rates[CSA] - 1
+
+
+def _read_fields(reader: FieldReader) -> dict[str, Any]:
+    """All fields of config.json, checked against each other."""
+    if reader.raw("quantization_config") is not None or reader.raw("expert_dtype") is not None:
+        raise reader.error(
+            "quantization_config",
+            reader.raw("quantization_config", {"expert_dtype": reader.raw("expert_dtype")}),
+            "none",
+            "deepseek_v4 is served from float32 or bfloat16 weights; dequantise the checkpoint",
+        )
+    values: dict[str, Any] = {
+        name: reader.integer(name, default, maximum=MOST.get(name, INT32_MAX))
+        for name, default in _INTEGERS.items()
+    }
+    values |= {name: reader.positive(name, default) for name, default in _NUMBERS.items()}
+    for name, same in _SAME.items():
+        reader.choice(name, values[same], (values[same],), f"as {same}")
+    for name, value in _FIXED.items():
+        reader.choice(name, value, (value,))
+    num_layers, vocab_size = values["num_hidden_layers"], values["vocab_size"]
+    values |= {
+        "qk_rope_head_dim": _read_rope_dim(reader, values["head_dim"]),
+        "scoring_func": reader.choice("scoring_func", "sqrtsoftplus", _SCORES),
+        "layer_types": _read_layer_types(reader, num_layers),
+        "compress_rates": _read_rates(reader),
+        "mlp_layer_types": _read_mlp_types(reader, num_layers),
+        "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
+        "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
+        "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
+        "pad_token_id": reader.token_id("pad_token_id", vocab_size),
+    }
+    values["main_rope"], values["compress_rope"] = _read_ropes(
+        reader, values["max_position_embeddings"]
+    )
+    _check_consistency(reader, values)
+    if unknown := [name for name in reader.unread() if name not in HARMLESS]:
+        logger.warning("%s: unknown fields, ignored: %s", reader.source, ", ".join(unknown))
+    return values
+
+
+def _read_rope_dim(reader: FieldReader, head_dim: int) -> int:
+    """Rotated channels, given as their number or as a share of the head."""
+    factor = None
+    if reader.raw("partial_rotary_factor") is not None:
+        factor = reader.positive("partial_rotary_factor", None)
+    width = None
+    if reader.raw("qk_rope_head_dim") is not None:
+        width = reader.integer("qk_rope_head_dim", None)
+    found = int(head_dim * (0.125 if factor is None else factor)) if width is None else width
+    if factor is not None and int(head_dim * factor) != found:
+        allowed = f"head_dim * partial_rotary_factor = {int(head_dim * factor)}"
+        raise reader.error("qk_rope_head_dim", found, allowed, "correct one of the two")
+    if found % 2 or not 0 < found <= head_dim:
+        name = "qk_rope_head_dim" if factor is None else "partial_rotary_factor"
+        allowed = f"an even number of rotated channels, from 2 to head_dim = {head_dim}"
+        raise reader.error(name, found if factor is None else factor, allowed)
+    return found
+
+
+def _read_layer_types(reader: FieldReader, num_layers: int) -> tuple[str, ...]:
+    """Kinds of the model's own layers; what a list has past them belongs to draft layers."""
+    name, allowed = "layer_types", _TYPE_OF_RATIO.values()
+    listed, ratios = reader.raw(name), reader.raw("compress_ratios")
+    if listed is None and ratios is not None:
+        name = "compress_ratios"
+        if not isinstance(ratios, list) or any(type(r) is not int for r in ratios):
+            raise reader.error(name, ratios, "a list of one integer a layer")
+        if odd := [ratio for ratio in ratios[:num_layers] if ratio not in _TYPE_OF_RATIO]:
+            raise reader.error(
+                name, odd[0], "0, 4 or 128", "other ratios are layer_types with compress_rates"
+            )
+        listed = [_TYPE_OF_RATIO[ratio] for ratio in ratios[:num_layers]]
+    if listed is None:
+        raise reader.error(
+            name, None, "layer_types or compress_ratios", "no default fits every model; copy them"
+        )
+    if not isinstance(listed, list) or len(listed) < num_layers:
+        raise reader.error(name, reader.raw(name), f"a list of at least {num_layers}, one a layer")
+    for index, kind in enumerate(listed):
+        if kind not in allowed:
+            raise reader.error(f"{name}[{index}]", kind, ", ".join(map(repr, allowed)))
+    return tuple(listed[:num_layers])
+
+
+def _read_rates(reader: FieldReader) -> dict[str, int]:
+    """Tokens per entry, by kind of layer."""
+    section = reader.section("compress_rates")
+    rates = {}
+    for kind, default in _RATES.items():
+        old = reader.integer(_OLD_RATES[kind], default)
+        rates[kind] = old if section is None else section.integer(kind, old)
+    if rates[CSA] >= rates[HCA]:
+        raise reader.error("compress_rates", rates, f"a higher rate of {HCA} than of {CSA}")
+    return rates
+
+
+def _read_mlp_types(reader: FieldReader, num_layers: int) -> tuple[str, ...]:
+    """Whether token ids or scores choose the experts of each layer."""
+    num_hash = min(reader.integer("num_hash_layers", 3, minimum=0), num_layers)
+    listed = reader.strings("mlp_layer_types", ("hash_moe", "moe"), num_layers)
+    return listed or ("hash_moe",) * num_hash + ("moe",) * (num_layers - num_hash)
+
+
+def _read_ropes(reader: FieldReader, longest: int) -> tuple[RopeConfig, RopeConfig]:
+    """Angles of window-only layers and of the others.
+
+    Transformers writes one section for each; released checkpoints have one `rope_scaling`, which
+    counts for the layers with entries alone.
+    """
+    thetas = reader.positive("rope_theta", 1e4), reader.positive("compress_rope_theta", 1.6e5)
+    sections = [reader.section(name) for name in ("rope_parameters", "rope_scaling")]
+    section = next((one for one in sections if one is not None), None)
+    if section is None:
+        return RopeConfig(theta=thetas[0]), RopeConfig(theta=thetas[1])
+    nested = section.section("main"), section.section("compress")
+    if nested[0] is None or nested[1] is None:
+        section.raw("rope_theta")
+        return RopeConfig(theta=thetas[0]), _read_rope(section, thetas[1], longest)
+    for name in ("rope_type", "rope_theta", "partial_rotary_factor"):
+        section.raw(name)
+    nested[0].choice("rope_type", "default", ("default",))
+    for one in nested:
+        factor = reader.raw("partial_rotary_factor")
+        if factor is not None:
+            one.choice("partial_rotary_factor", factor, (factor,), "as at the top of the file")
+    # with neither, transformers scales cos and sin, which no V4 model is trained for
+    if nested[1].raw("rope_type") == "yarn" and nested[1].raw("attention_factor") is None:
+        raise nested[1].error("attention_factor", None, "1.0")
+    main, compress = (
+        one.positive("rope_theta", theta) for one, theta in zip(nested, thetas, strict=True)
+    )
+    return RopeConfig(theta=main), _read_rope(nested[1], compress, longest)
+
+
+def _read_rope(section: FieldReader, theta: float, longest: int) -> RopeConfig:
+    """Plain angles or YaRN's; cos and sin are never scaled."""
+    for name in ("mscale", "mscale_all_dim", "partial_rotary_factor"):
+        # without effect where the factor of cos and sin is 1
+        section.raw(name)
+    section.choice("attention_factor", 1.0, (1.0, 1, None), "V4 scales neither cos nor sin")
+    original = section.raw("original_max_position_embeddings")
+    if original is not None:
+        original = section.integer("original_max_position_embeddings", None)
+    return read_section(section, theta, original or longest)
+
+
+def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
+    """Refuse fields that contradict one another."""
+    heads, groups = values["num_attention_heads"], values["o_groups"]
+    experts, layers = values["n_routed_experts"], values["num_hidden_layers"]
+    if heads % groups:
+        raise reader.error("o_groups", groups, f"a divisor of num_attention_heads, {heads}")
+    if values["index_head_dim"] < values["qk_rope_head_dim"]:
+        allowed = f"at least the rotated channels, {values['qk_rope_head_dim']}"
+        raise reader.error("index_head_dim", values["index_head_dim"], allowed)
+    if experts * layers > MOST_EXPERTS:
+        most = MOST_EXPERTS // layers
+        raise reader.error("n_routed_experts", experts, f"at most {most} in {layers} layers")
+    if values["num_experts_per_tok"] > experts:
+        allowed = f"at most n_routed_experts, {experts}"
+        raise reader.error("num_experts_per_tok", values["num_experts_per_tok"], allowed)

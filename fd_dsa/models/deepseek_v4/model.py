@@ -1,0 +1,97 @@
+"""DeepSeek-V4: the decoder over several residual streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.models.deepseek_v4.attention import V4Attention
+from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
+from fd_dsa.models.deepseek_v4.hyper import HeadCollapse, HyperConnection
+from fd_dsa.models.deepseek_v4.moe import V4MoE
+from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation
+from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
+from fd_dsa.models.expected_tensors import EMBEDDING, LM_HEAD
+from fd_dsa.models.sources import WeightLoader
+from fd_dsa.ops._host import as_numpy
+
+
+class DeepseekV4DecoderLayer:
+    """Attention, then experts, each between the reading and the expansion of the streams."""
+
+    def __init__(
+        self, config: DeepseekV4Config, layer_id: int, weights: Any, rotation: Rotation
+    ) -> None:
+        prefix, hidden = f"model.layers.{layer_id}.", config.hidden_size
+        self._attn_hc = HyperConnection(config, weights, f"{prefix}hc_attn_")
+        self._ffn_hc = HyperConnection(config, weights, f"{prefix}hc_ffn_")
+        self._attn_norm = weights.norm(f"{prefix}attn_norm.weight", hidden, config.rms_norm_eps)
+        self._ffn_norm = weights.norm(f"{prefix}ffn_norm.weight", hidden, config.rms_norm_eps)
+        self.attn = V4Attention(config, layer_id, weights, f"{prefix}attn.", rotation)
+        self.ffn = V4MoE(config, layer_id, weights, f"{prefix}ffn.")
+
+    def forward(
+        self, streams: np.ndarray, token_ids: np.ndarray, angles: Angles, forward_meta: Any
+    ) -> np.ndarray:
+        """Streams [num_tokens, num_streams, hidden_size] after the layer."""
+        x, post, comb = self._attn_hc.read(streams)
+        attended = self.attn.forward(self._attn_norm.of(x), angles, forward_meta)
+        streams = self._attn_hc.expand(attended, streams, post, comb)
+        x, post, comb = self._ffn_hc.read(streams)
+        routed = self.ffn.forward(self._ffn_norm.of(x), token_ids)
+        return self._ffn_hc.expand(routed, streams, post, comb)
+
+
+class DeepseekV4ForCausalLM:
+    """The whole model: packed token ids of a step in, logits of chosen tokens out.
+
+    Args:
+        config: sizes, read from the model folder.
+        weights: HostWeights, which make what the layers ask for.
+    """
+
+    def __init__(self, config: DeepseekV4Config, weights: Any) -> None:
+        self.config, self._weights = config, weights
+        vocab_size, hidden = config.vocab_size, config.hidden_size
+        self._embedding, self._head = weights.table(EMBEDDING, vocab_size, hidden)
+        width = config.qk_rope_head_dim
+        # of layers with entries, and of window-only ones
+        self._rotations = [
+            Rotation(rope, width) for rope in (config.compress_rope, config.main_rope)
+        ]
+        self._is_window = [kind == WINDOW for kind in config.layer_types]
+        self.layers = [
+            DeepseekV4DecoderLayer(config, i, weights, self._rotations[self._is_window[i]])
+            for i in range(config.num_hidden_layers)
+        ]
+        self._collapse = HeadCollapse(config, weights, HEAD_HC)
+        self._norm = weights.norm(FINAL_NORM, hidden, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self._head = weights.matrix(hidden, {LM_HEAD: vocab_size}, sums_in_float32=True)
+
+    @property
+    def loaders(self) -> dict[str, WeightLoader]:
+        """How each tensor of a checkpoint fills its place."""
+        return self._weights.loaders  # type: ignore[no-any-return]
+
+    def __call__(self, ids_remove_padding: Any, forward_meta: Any) -> np.ndarray:
+        """Streams after the last layer, float32 [num_tokens, num_streams * hidden_size].
+
+        Args:
+            ids_remove_padding: int64 [num_tokens]; token ids of the step, rows back to back.
+            forward_meta: the runner's step; `init_attention_metadata` has been called for it.
+        """
+        token_ids, positions = as_numpy(ids_remove_padding), forward_meta.position_ids
+        rows = self._embedding[token_ids]
+        streams = np.repeat(rows[:, None], self.config.hc_mult, axis=1)
+        angles = [rotation.of_step(positions) for rotation in self._rotations]
+        for layer, is_window in zip(self.layers, self._is_window, strict=True):
+            streams = layer.forward(streams, token_ids, angles[is_window], forward_meta)
+        return streams.reshape(len(streams), -1)
+
+    def compute_logits(self, hidden_states: np.ndarray) -> np.ndarray:
+        """float32 [n, vocab_size] of [n, num_streams * hidden_size]."""
+        streams = hidden_states.reshape(len(hidden_states), self.config.hc_mult, -1)
+        logits: np.ndarray = self._head.times(self._norm.of(self._collapse.of(streams)))
+        return logits

@@ -1,0 +1,204 @@
+"""V4AttentionBackend: the index arrays of a step once, then what DeepSeek-V4's layers do with them.
+
+Layers call `write`, `select` where they have an indexer and `chooses`, then `attend`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.models.deepseek_v4.config import CSA, WINDOW
+from fd_dsa.ops._host import Scratch, as_numpy
+from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
+from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.v4_attention.pools import LayerPools, V4CacheLayout
+from fd_dsa.v4_attention.step import V4Step
+from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
+
+
+class V4AttentionBackend:
+    """Windows in pages, compressed entries beside them, states in the rows of the batch.
+
+    Args:
+        layout: of the pools.
+        batch: the rows that it serves; a row is a slot.
+        num_blocks: blocks of the pools.
+    """
+
+    shows_selections = False
+    """Whether layers give what they chose to `Step.selections`."""
+
+    def __init__(self, layout: V4CacheLayout, batch: InputBatch, num_blocks: int) -> None:
+        config = layout.config
+        self._kinds = config.layer_types
+        self._layout, self._num_heads = layout, config.num_attention_heads
+        self._topk, self._width = config.index_topk, config.head_dim
+        self._scale = config.head_dim**-0.5
+        max_blocks = batch.block_tables.shape[1]
+        self._num_slots = batch.max_num_seqs
+        sizes = V4PrepareConfig(
+            window_size=config.sliding_window,
+            spec_tokens=0,
+            block_size=layout.block_size,
+            csa_ratio=config.compress_rates[CSA],
+            hca_ratio=max(config.compress_rates.values()),
+            index_topk=config.index_topk,
+            num_slots=batch.max_num_seqs,
+            num_blocks=num_blocks,
+            max_blocks_per_seq=max_blocks,
+            max_num_seqs=batch.max_num_seqs,
+            max_num_tokens=batch.max_num_tokens,
+            max_tokens_per_seq=batch.max_num_tokens,
+            max_model_len=max_blocks * layout.block_size,
+            swa="paged",
+            # the entries' rows come from the block table, for the indexer's scan too
+            hca_mode="table",
+        )
+        self._comp_base = sizes.comp_base
+        self._prepare = V4Prepare(sizes, "numpy")
+        self._slots = np.arange(batch.max_num_seqs, dtype=np.int32)
+        self._scratch, self._step = Scratch(), None
+
+    def allocate_caches(self, has_indexer: Any = None) -> list[LayerPools]:
+        """The pools of every layer."""
+        return self._layout.allocate(self._prepare.cfg.num_blocks, self._num_slots)
+
+    def warm_up(self, num_tokens: int, caches: Any) -> None:
+        """Nothing is captured."""
+
+    def init_attention_metadata(self, forward_meta: Any) -> None:
+        """Make the index arrays of a step, and its `position_ids`.
+
+        Raises:
+            ValueError: inconsistent lengths or block tables, with row and value.
+        """
+        before, q, tables = map(
+            as_numpy,
+            (
+                forward_meta.seq_lens_decoder,
+                forward_meta.seq_lens_this_time,
+                forward_meta.block_tables,
+            ),
+        )
+        self._prepare.stage(before + q, q, self._slots[: len(q)], tables)
+        out = self._prepare.expand()
+        step = V4Step(out, before, q, tables, self._num_heads)
+        forward_meta.fd_dsa_step, forward_meta.position_ids = step, step.positions
+
+    def write(self, kv: np.ndarray, sources: np.ndarray | None, layer: Any, meta: Any) -> None:
+        """Store a layer's window keys, and make and store the entries that the step finishes.
+
+        Args:
+            kv: float32 [num_tokens, head_dim], normed and rotated.
+            sources: float32 [num_tokens, halves, 2, width], changed in place; None in a
+                window-only layer.
+            layer: has `layer_id` and `compressor`.
+            meta: the step.
+        """
+        step: V4Step = meta.fd_dsa_step
+        pools: LayerPools = meta.caches[layer.layer_id]
+        pools.keys[step.window_rows] = kv
+        if sources is None:
+            return
+        kind, compressor = self._kinds[layer.layer_id], layer.compressor
+        compressor.add_gates(sources, step.positions)
+        if kind == CSA:
+            step.records.restore(pools)
+        plan = step.pooling(kind)
+        if plan.num_entries:
+            entries = compressor.entries(plan.pooled(sources, pools.states), plan.first)
+            pools.keys[plan.rows] = entries[0]
+            if kind == CSA:
+                width = entries[1].shape[1]
+                pools.index_entries.reshape(-1, width)[plan.rows - self._comp_base] = entries[1]
+        plan.keep(sources, pools.states)
+        if kind == CSA:
+            step.records.record(sources, pools)
+
+    def chooses(self, forward_meta: Any) -> bool:
+        """Whether a token of the step sees more entries than the indexer chooses."""
+        return bool(forward_meta.fd_dsa_step.chooses)
+
+    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> np.ndarray:
+        """int32 [num_tokens, index_topk]; chosen entries, ascending, -1 last.
+
+        Args:
+            q: float32 [num_tokens, index_n_heads, index_head_dim], rotated.
+            weights: float32 [num_tokens, index_n_heads]; all factors folded in.
+            layer_id: index of the layer.
+            forward_meta: the step.
+        """
+        step: V4Step = forward_meta.fd_dsa_step
+        cache, chosen = forward_meta.caches[layer_id].index_entries, None
+        chosen = np.full((step.num_tokens, self._topk), -1, np.int32)
+        for tokens, row in step.prompt_rows():
+            visible = step.visible[tokens]
+            slots = step.entry_rows(CSA, [row], int(visible[-1]))[0]
+            if len(slots):
+                scores = score_gathered(q[tokens], weights[tokens], cache, slots, self._scratch)
+                chosen[tokens] = select_positions(scores, visible, self._topk)
+        if step.units is not None:
+            at, units = step.units
+            scores = score_paged(q[at, None], weights[at, None], cache, units, self._scratch)
+            chosen[at] = select_positions(scores[:, 0], step.visible[at], self._topk)
+        return chosen
+
+    def attend(
+        self, q: np.ndarray, chosen: np.ndarray | None, layer: Any, forward_meta: Any
+    ) -> np.ndarray:
+        """float32 [num_tokens, num_heads, head_dim], valid until the next call.
+
+        Args:
+            q: float32 [num_tokens, num_heads, head_dim], rotated.
+            chosen: of `select`; None: every token attends to all entries that it sees.
+            layer: has `layer_id` and `sinks`.
+            forward_meta: the step.
+        """
+        step: V4Step = forward_meta.fd_dsa_step
+        kind, keys = self._kinds[layer.layer_id], forward_meta.caches[layer.layer_id].keys
+        options: dict[str, Any] = {
+            "softmax_scale": self._scale,
+            "kv_lora_rank": self._width,
+            "scratch": self._scratch,
+            "sinks": layer.sinks,
+        }
+        at = step.gathered
+        slots = None
+        if len(at):
+            if chosen is not None:
+                slots = self._chosen_list(step, chosen[at])
+            else:
+                slots = step.window_list() if kind == WINDOW else step.all_list(kind)
+            if len(at) == step.num_tokens:
+                return attend_gathered(q, keys, slots, **options)
+        out = self._scratch.take("v4_attention", q.shape)
+        if slots is not None:
+            out[at] = attend_gathered(q[at], keys, slots, **options)
+        for tile in step.tiles(kind):
+            mask = tile.mask
+            if chosen is not None:
+                mask = _mask_of_chosen(tile, chosen[tile.tokens])
+            out[tile.tokens] = attend_dense(q[tile.tokens], keys, tile.keys, mask, **options)
+        return out
+
+    def _chosen_list(self, step: V4Step, chosen: np.ndarray) -> np.ndarray:
+        """Rows of the window and of chosen entries of the tokens that gather, -1 = none."""
+        entries = positions_to_slots(
+            chosen, step.rows[step.gathered], step.block_table, step.entries_per_block(CSA)
+        )
+        entries[entries >= 0] += self._comp_base
+        return np.concatenate((step.window_list(), entries), axis=1)
+
+
+def _mask_of_chosen(tile: Any, chosen: np.ndarray) -> np.ndarray:
+    """The mask of a tile with none but the chosen ones among its entries."""
+    mask: np.ndarray = tile.mask.copy()
+    entries = mask[:, tile.num_window :]
+    entries[:] = -np.inf
+    token, column = (chosen >= 0).nonzero()
+    entries[token, chosen[token, column]] = 0.0
+    return mask
