@@ -87,14 +87,22 @@ def _optional(reader: FieldReader, name: str) -> float | None:
     return None if reader.raw(name) is None else reader.number(name, None)
 
 
-def read_section(reader: FieldReader, theta: float, original: int) -> RopeConfig:
-    """One of the two objects which describe RoPE."""
+def read_section(
+    reader: FieldReader, theta: float, original: int, *, has_factor: bool = False
+) -> RopeConfig:
+    """One of the two objects which describe RoPE.
+
+    Args:
+        reader: of the object.
+        theta, original: as of `RopeConfig`.
+        has_factor: whether the caller reads `attention_factor`, which otherwise must be absent.
+    """
     kind = reader.choice("rope_type", reader.raw("type", "default"), _TYPES)
     reader.choice("type", kind, (kind,), "rope_type and type must agree")
     if kind == "default":
         return RopeConfig(theta=theta)
     reader.choice("truncate", True, (True,))
-    if reader.raw("attention_factor") is not None:
+    if not has_factor and reader.raw("attention_factor") is not None:
         raise reader.error(
             "attention_factor", reader.raw("attention_factor"), "null, as in released models"
         )

@@ -21,7 +21,8 @@ WINDOW, CSA, HCA = (
 _TYPE_OF_RATIO = {0: WINDOW, 4: CSA, 128: HCA}
 _RATES = {CSA: 4, HCA: 128}
 _OLD_RATES = {CSA: "compress_rate_csa", HCA: "compress_rate_hca"}
-_SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
+# transformers has no softmax here
+_SCORES = ("sqrtsoftplus", "sigmoid")
 
 # what a config.json that leaves a field out stands for
 _INTEGERS = {
@@ -298,7 +299,7 @@ def _read_rope(section: FieldReader, theta: float, longest: int) -> RopeConfig:
     original = section.raw("original_max_position_embeddings")
     if original is not None:
         original = section.integer("original_max_position_embeddings", None)
-    return read_section(section, theta, original or longest)
+    return read_section(section, theta, original or longest, has_factor=True)
 
 
 def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:

@@ -118,14 +118,7 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
         return np.float32(1.0) / (np.float32(1.0) + np.exp(-logits))
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    """Softmax of each row."""
-    scores = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return scores / scores.sum(axis=1, keepdims=True)
-
-
 _SCORES = {
     "sqrtsoftplus": lambda logits: np.sqrt(np.logaddexp(np.float32(0.0), logits)),
     "sigmoid": _sigmoid,
-    "softmax": _softmax,
 }

@@ -1,0 +1,42 @@
+"""Writes tests/data/v4_model/<case>.npz: logits of transformers for some cases.
+
+    python -m tests.v4_model.generate_goldens
+
+Needs torch and transformers (`pip install '.[oracle]'`). A golden keeps the logits of at most
+`KEPT` positions of each prompt, its edges and an even spread; the live comparison looks at all.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from tests.v4_model.cases import CASES, GOLDEN
+from tests.v4_model.hugging_face import references
+
+FOLDER = Path(__file__).parent.parent / "data" / "v4_model"
+KEPT = 8
+
+
+def main() -> int:
+    """Write all goldens."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in GOLDEN:
+        case, arrays = CASES[name], {}
+        with tempfile.TemporaryDirectory() as folder:
+            found = references(case, case.write(Path(folder)))
+        for length, logits in found.items():
+            kept = np.unique(np.linspace(0, length - 1, KEPT).round().astype(np.int64))
+            arrays[f"positions_{length}"], arrays[f"logits_{length}"] = kept, logits[kept]
+        made_by = f"torch {version('torch')}, transformers {version('transformers')}"
+        np.savez_compressed(FOLDER / f"{name}.npz", **arrays, made_by=np.array(made_by))
+        print(f"{name}: |logits| up to {max(np.abs(one).max() for one in found.values()):.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

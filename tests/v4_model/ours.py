@@ -1,0 +1,76 @@
+"""fd_dsa's side: models of folders, and prompts through ModelRunner in chunks and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.models.loader import load_weights, validate
+from fd_dsa.models.registry import create_model, open_checkpoint, read_config
+from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.model_runner import ModelRunner
+from fd_dsa.v4_attention import V4AttentionBackend, V4CacheLayout
+
+ROWS = 6
+
+
+def load_model(folder: Path) -> Any:
+    """The model of a folder, its weights loaded."""
+    config = read_config(folder)
+    model = create_model(config)
+    with open_checkpoint(config, folder) as checkpoint:
+        validate(checkpoint, config)
+        load_weights(checkpoint, config, model.loaders)
+    return model
+
+
+def make_runner(model: Any, block_size: int, most_tokens: int = 320) -> ModelRunner:
+    """A runner whose rows own scattered blocks, and whose unwritten cache rows are NaN."""
+    columns = -(-most_tokens // block_size)
+    batch = InputBatch(ROWS, 4 * most_tokens, columns, block_size)
+    num_blocks = ROWS * columns + 1
+    blocks = np.random.default_rng(0).permutation(num_blocks)
+    for row in range(ROWS):
+        batch.set_blocks(row, blocks[row:-1:ROWS])
+    backend = V4AttentionBackend(V4CacheLayout(model.config, block_size), batch, num_blocks)
+    runner = ModelRunner(model, batch, None, num_blocks, "cpu", backend)
+    poison(runner)
+    return runner
+
+
+def poison(runner: ModelRunner) -> None:
+    """Make whatever is read before it is written show."""
+    for pools in runner.caches:
+        for pool in (pools.keys, pools.index_entries, pools.states, pools.records):
+            if pool is not None:
+                pool[...] = np.nan
+
+
+def run_step(runner: ModelRunner, parts: dict[int, tuple[list[int], int]]) -> dict[int, np.ndarray]:
+    """Logits of all tokens of a step: of each row its new tokens and how many went before."""
+    batch = runner.input_batch
+    batch.begin_step()
+    ends = {}
+    for row, (ids, done) in sorted(parts.items()):
+        ends[row] = batch.add_row(row, ids, done, is_prefill=len(ids) > 1 or not done) + 1
+    logits = runner.execute_model(np.arange(batch.num_tokens))
+    return {row: logits[end - len(parts[row][0]) : end].copy() for row, end in ends.items()}
+
+
+def prompt_logits(
+    runner: ModelRunner, prompts: Sequence[list[int]], chunk: int
+) -> list[np.ndarray]:
+    """float32 [len(prompt), vocab] of each prompt, all of them in one batch, chunk by chunk."""
+    found: list[list[np.ndarray]] = [[] for _ in prompts]
+    for begin in range(0, max(map(len, prompts)), chunk):
+        parts = {
+            row: (prompt[begin : begin + chunk], begin)
+            for row, prompt in enumerate(prompts)
+            if begin < len(prompt)
+        }
+        for row, logits in run_step(runner, parts).items():
+            found[row].append(logits)
+    return [np.concatenate(one) for one in found]
