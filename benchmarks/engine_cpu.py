@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -30,14 +30,18 @@ LABELS = {"candidate": "fd_dsa", "baseline": "transformers generate"}
 CONTEXTS = (512, 1024, 1536, 2048, 2560, 3072, 3584, 4000)
 
 
-def compare(sides: Mapping[str, Worker]) -> list[dict[str, Any]]:
+def compare(
+    sides: Mapping[str, Worker],
+    cases: Sequence[tuple[int, int, int]] = CASES,
+    runs: int = RUNS,
+) -> list[dict[str, Any]]:
     """tokens/s of each case, the two sides in turn; the first run warms both up."""
     rows = []
-    for requests, prompt, new in CASES:
+    for requests, prompt, new in cases:
         case = {"requests": requests, "prompt_tokens": prompt, "new_tokens": new}
-        row: dict[str, Any] = {"case": case, "runs": RUNS, "warmup": 1}
+        row: dict[str, Any] = {"case": case, "runs": runs, "warmup": 1}
         calls = {k: partial(worker.call, op="generate", **case) for k, worker in sides.items()}
-        answers = in_turns(calls, RUNS, seeded=True)
+        answers = in_turns(calls, runs, seeded=True)
         seconds = {side: [a["seconds"] for a in found] for side, found in answers.items()}
         for side, times in seconds.items():
             speed = requests * new / np.median(times)

@@ -1,4 +1,4 @@
-"""Worker: the demo model in transformers, `generate` with its cache, float32 on the CPU."""
+"""Worker: a model in transformers, `generate` with its cache, float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import DeepseekV32ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from benchmarks._harness import random_prompts
 from fd_dsa.config import demo_model_path
@@ -14,11 +14,16 @@ from fd_dsa.environment import usable_cpus
 
 
 class Model:
-    """The model, loaded once."""
+    """The model, loaded once.
 
-    def __init__(self) -> None:
+    Args:
+        model: its folder; None = the demo model.
+    """
+
+    def __init__(self, model: str | None = None) -> None:
         torch.set_num_threads(usable_cpus())
-        self.model = DeepseekV32ForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
+        folder = model or demo_model_path()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.eval()
 
     @torch.no_grad()
