@@ -215,3 +215,5 @@ CASES = {
 }
 # those whose logits are committed
 GOLDEN = ("mixed", "yarn", "epsilons", "repeated-experts", "released-ratios")
+# whose greedy answers are committed, to prompts of so many tokens
+GREEDY, GREEDY_PROMPTS, STEPS = "mixed", (20, 35, 48, 70), 24

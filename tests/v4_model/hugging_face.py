@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from transformers import DeepseekV4ForCausalLM
 
-from tests.v4_model.cases import Case
-
 
 def load(folder: Path) -> Any:
     """The model of a folder, float32, eager."""
@@ -30,12 +28,6 @@ def load(folder: Path) -> Any:
 def logits(model: Any, prompt: list[int]) -> np.ndarray:
     """float32 [len(prompt), vocab_size]."""
     return model(torch.tensor([prompt]), use_cache=False).logits[0].numpy()
-
-
-def references(case: Case, folder: Path) -> dict[int, np.ndarray]:
-    """Logits of the case's prompt of each length."""
-    model = load(folder)
-    return {length: logits(model, case.prompt(length)) for length in case.lengths}
 
 
 @torch.no_grad()

@@ -63,10 +63,11 @@ class V4Gate:
             self._bias = weights.vector({f"{prefix}bias": count})
 
     def forward(self, x: np.ndarray, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Experts int32 [num_tokens, top_k], and their weights, float32, same shape."""
+        """Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape."""
         scores = self._scores(self._weight.times(x))
         if self._by_id is not None:
-            experts = self._by_id[token_ids]
+            # ascending, as those of scores: the order of sums does not depend on the company
+            experts = np.sort(self._by_id[token_ids], axis=1)
         else:
             experts = NoAuxTopkGate.best(scores + self._bias, self._top_k)
         weights = np.take_along_axis(scores, experts, axis=1)
@@ -77,8 +78,7 @@ class V4Gate:
         """Whether a token may have an expert twice, which then counts twice."""
         if self._by_id is None:
             return False
-        ordered = np.sort(experts, axis=1)
-        return bool((ordered[:, 1:] == ordered[:, :-1]).any())
+        return bool((experts[:, 1:] == experts[:, :-1]).any())
 
 
 class V4MoE:
