@@ -1,4 +1,4 @@
-"""Company, chunks, rows and hits change no logits: they are those of a prompt alone in one chunk."""
+"""Company, chunks, rows and hits change no logits: they are those of a prompt in one chunk."""
 
 from __future__ import annotations
 
