@@ -114,8 +114,8 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     _prepare_paddle()
     # these import paddle
     from fd_dsa.engine.caches import family_of
+    from fd_dsa.models.configs import open_checkpoint, read_config
     from fd_dsa.models.loader import find_mtp_layer, fp8_tensors, quantisable_tensors, validate
-    from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.ops._fixed_order import check_fixed_order
     from fd_dsa.runner.device import keep_float32, resolve_device
     from fd_dsa.runner.input_batch import InputBatch

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.errors import ConfigError, describe_error
-from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.configs import read_config
 from fd_dsa.models.memory_plan import format_bytes
 
 logger = logging.getLogger("fd_dsa.serve")
@@ -45,7 +45,7 @@ def download(name: str, *, any_family: bool = False) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=["config.json"]))
         if not any_family:
-            ModelConfig.from_folder(folder)
+            read_config(folder)
         _check_space(name)
         folder = Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except ConfigError:

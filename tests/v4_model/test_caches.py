@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fd_dsa.errors import ConfigError
+from fd_dsa.models.configs import read_config
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
-from fd_dsa.models.registry import read_config
 from fd_dsa.v4_attention import V4CacheLayout
 from tests.v4_model.cases import CASES
 from tests.v4_model.ours import ROWS, load_model, make_runner, prompt_logits, run_step

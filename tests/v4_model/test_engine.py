@@ -117,8 +117,10 @@ def test_names_of_deepseek_and_draft_layers(
     ("fields", "words"),
     [
         ({"device": "cpu", "block_size": 24}, "--block-size: got 24"),
-        ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype: got bfloat16"),
-        ({"kv_cache_dtype": "fp8", "block_size": 64}, "--kv-cache-dtype: got fp8_ds_mla"),
+        ({"speculative_config": {"method": "ngram"}}, "--speculative-config: got 'ngram'"),
+        ({"speculative_config": {"method": "mtp"}}, "--speculative-config: got 'mtp'"),
+        ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype: got 'bfloat16'"),
+        ({"kv_cache_dtype": "fp8", "block_size": 64}, "--kv-cache-dtype: got 'fp8_ds_mla'"),
     ],
 )
 def test_flags_that_are_refused(fields: dict[str, Any], words: str, folder: Path) -> None:

@@ -190,6 +190,8 @@ def _read_fields(reader: FieldReader) -> dict[str, Any]:
     values["main_rope"], values["compress_rope"] = _read_ropes(
         reader, values["max_position_embeddings"]
     )
+    # draft layers are not loaded
+    reader.integer("num_nextn_predict_layers", 0, minimum=0)
     _check_consistency(reader, values)
     if unknown := [name for name in reader.unread() if name not in HARMLESS]:
         logger.warning("%s: unknown fields, ignored: %s", reader.source, ", ".join(unknown))
