@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
     ),
     "no epsilon in Sinkhorn": (
         *("epsilons", HyperConnection, "_doubly_stochastic"),
-        *("sums += eps", "sums += 0"),
+        *("initial=eps", "initial=0"),
     ),
     "no epsilon of the streams read": (
         *("epsilons", HyperConnection, "read"),

@@ -83,12 +83,10 @@ class HyperConnection:
         np.exp(a, out=a)
         a /= np.add.reduce(a, axis=1, keepdims=True)
         a += eps
-        a /= np.add.reduce(a, axis=0, keepdims=True) + eps
+        a /= np.add.reduce(a, axis=0, keepdims=True, initial=eps)
         for _ in range(self._iterations - 1):
             for axis in (1, 0):
-                sums = np.add.reduce(a, axis=axis, keepdims=True)
-                sums += eps
-                a /= sums
+                a /= np.add.reduce(a, axis=axis, keepdims=True, initial=eps)
         return np.ascontiguousarray(a.transpose(2, 1, 0))
 
 
