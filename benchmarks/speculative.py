@@ -54,7 +54,7 @@ def cases(llm: LLM, count: int) -> dict[str, tuple[list[list[int]], bool, Sampli
         "chat, temperature 1": (chat, False, drawn),
         "copies, greedy": (copies, False, greedy),
         "random tokens, greedy": (random, False, endless),
-        f"chat, {TOGETHER} at once": (chat[:TOGETHER], True, greedy),
+        f"chat, {min(count, TOGETHER)} at once": (chat[:TOGETHER], True, greedy),
     }
 
 
