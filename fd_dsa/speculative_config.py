@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from fd_dsa.errors import flag_error
@@ -43,7 +44,9 @@ class SpeculativeConfig:
             raise flag_error(name, given, 'a JSON object, as {"method": "ngram"}')
         known = [one.name for one in fields(cls)]
         if unknown := sorted(map(str, values.keys() - set(known))):
-            raise flag_error(f"{name}.{unknown[0]}", values[unknown[0]], ", ".join(known))
+            near = get_close_matches(unknown[0], known, 1)
+            hint = f"did you mean {near[0]}?" if near else ""
+            raise flag_error(name, unknown[0], f"the keys {', '.join(known)}", hint)
         method = values.get("method")
         if method not in ("mtp", "ngram"):
             raise flag_error(f"{name}.method", method, "mtp, ngram")

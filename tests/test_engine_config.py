@@ -237,7 +237,8 @@ def test_speculative_config_is_read_as_vllm_writes_it() -> None:
         ({}, "--speculative-config.method: got None"),
         ({"method": "ngram", "num_speculative_tokens": 4}, "got 4, allowed: .* from 1 to 3"),
         ({"method": "ngram", "num_speculative_tokens": True}, "got True"),
-        ({"method": "ngram", "model": "x"}, "--speculative-config.model: got 'x'"),
+        ({"method": "ngram", "num_spec_tokens": 2}, "; did you mean num_speculative_tokens\\?"),
+        ({"method": "ngram", "model": "x"}, "--speculative-config: got 'model', allowed: the keys"),
         ({"method": "mtp", "prompt_lookup_max": 3}, "prompt_lookup_max: got 3, .*method ngram"),
         (
             {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 3},

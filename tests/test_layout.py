@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,12 @@ def test_checker_finds(tmp_path: Path, name: str, text: str, expected: str) -> N
 def test_a_long_file_may_give_a_reason(tmp_path: Path) -> None:
     text = f'"""{LONG_FILE_MARK}one table."""\n' + "x = 0\n" * MAX_LINES
     assert violations(_tree(tmp_path, {**CLEAN, "serve/x.py": text})) == []
+
+
+def test_the_package_is_found_from_beside_its_clone(tmp_path: Path) -> None:
+    """A clone in the current folder, without `__init__.py`, must not stand for the package."""
+    (tmp_path / "fd_dsa").mkdir()
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", "import fd_dsa; print(fd_dsa.__version__)"]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -59,7 +59,8 @@ class DSACaches:
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: Any) -> None:
-        """All flags are served."""
+        """Refuse caches that the model's widths do not fit."""
+        cache_layout(model_config, config.kv_cache_dtype, config.block_size)
 
     def workspace_bytes(self, traits: Any) -> int:
         """Memory of a device that the attention takes beside its caches."""

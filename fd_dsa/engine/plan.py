@@ -141,9 +141,8 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     fp8 = quantisable_tensors(model_config)
     wants_mtp = config.speculation is not None and config.speculation.method == "mtp"
     if wants_mtp and device != "cpu":
-        raise flag_error(
-            "speculative_config.method", "mtp", f"ngram on {device}: the layer runs on a CPU alone"
-        )
+        hint = "its layer runs on a CPU only"
+        raise flag_error("speculative_config.method", "mtp", f"ngram on {device}", hint)
     if config.load_format != "dummy":
         # only headers are read
         with open_checkpoint(model_config, config.model_path) as checkpoint:

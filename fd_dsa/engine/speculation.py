@@ -134,5 +134,6 @@ def _joined(outputs: list[RequestOutput]) -> list[RequestOutput]:
             output.new_token_ids = before.new_token_ids + output.new_token_ids
             output.new_text = before.new_text + output.new_text
             output.new_logprobs = [*before.new_logprobs, *output.new_logprobs]
+        output.count_drafts()
         last[name] = output
     return list(last.values())

@@ -97,7 +97,8 @@ def find_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> MtpLay
         raise flag_error(
             "speculative_config.method",
             "mtp",
-            "ngram: config.json has num_nextn_predict_layers 0",
+            "ngram",
+            "config.json says that there is no layer for it (num_nextn_predict_layers 0)",
         )
     if checkpoint is None:
         return MtpLayer()
@@ -106,7 +107,8 @@ def find_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> MtpLay
         raise flag_error(
             "speculative_config.method",
             "mtp",
-            f"ngram: the checkpoint has layers 0 to {last}, and no tensor "
+            "ngram",
+            f"the checkpoint has layers 0 to {last}, and no tensor "
             f"{mtp_name(config, 'eh_proj.weight')!r}",
         )
     head = EMBEDDING if config.tie_word_embeddings else LM_HEAD

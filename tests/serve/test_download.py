@@ -104,7 +104,9 @@ def test_no_network_no_model_and_no_name(tmp_path: Path, hub: Hub) -> None:
 def test_another_family_is_told_before_its_weights_come(tmp_path: Path, hub: Hub) -> None:
     hub.files["config.json"] = json.dumps({"model_type": "llama"}).encode()
     line = error_line(serve(tmp_path, hub.url, "--download"))
-    assert "model_type: got 'llama', allowed: 'deepseek_v32', 'glm_moe_dsa'; " in line
+    assert (
+        "model_type: got 'llama', allowed: 'deepseek_v32', 'glm_moe_dsa', 'deepseek_v4'; " in line
+    )
     assert line.endswith(
         "are served by FastDeploy (also through --engine fastdeploy), vLLM or SGLang"
     )
