@@ -201,8 +201,10 @@ def test_greedy_answers_and_retrieval_rates_of_a_model_that_learned_one_text(tra
 
 
 def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_path, monkeypatch):
+    import itertools
     import json
     from dataclasses import replace
+    from types import SimpleNamespace
 
     import numpy as np
     import torch
@@ -223,11 +225,17 @@ def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_pat
     monkeypatch.setattr(mtp, "LENGTH", 48)
     checkpoint.save(model, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    rows = batch(rows=8, length=48)[0] | mtp.TRAINED
+    sources = mtp.own_sources()
+    others = mtp.Generator(1, sources)
+    drawn = mtp.pack(lambda: mtp.encode(Bytes(), others.document()), mtp.LENGTH + 1, 8)
+    rows = torch.from_numpy(drawn.astype(np.int64))
+    rows[rows == (mtp.PAD | mtp.TRAINED)] = mtp.PAD
     untrained = mtp.loss_of(mtp.Predictor(model), model, rows)
-    predictor = mtp.train(model, Bytes(), mtp.own_sources(), 4.0, lambda _: None)
+    # as many steps on every machine
+    monkeypatch.setattr(mtp, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    predictor = mtp.train(model, Bytes(), sources, 60, lambda _: None)
     trained = mtp.loss_of(predictor, model, rows)
-    assert trained[0] < untrained[0] and trained[1] < untrained[1]
+    assert trained[0] < untrained[0] and trained[1] < untrained[1] and trained[2] > untrained[2]
     mtp.save(predictor, model, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 1
