@@ -135,7 +135,7 @@ def _tool_format(
     name = state.options.tool_call_parser
     tool_format = find_tool_format(name, renderer.source)
     if tool_format is None:
-        why = "the model's chat template has no form of tool calls that this server knows"
+        why = "the model's chat template has no tool-call format this server knows"
         if name != AUTO:
             why = "the server was started with --tool-call-parser none"
         raise FieldError(f"tools: {why}; leave them out, or start it with --tool-call-parser")

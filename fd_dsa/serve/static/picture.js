@@ -40,7 +40,7 @@ export function picture(chosen) {
   });
   const why = make("p", "caption", "With DeepSeek Sparse Attention a token reads only the earlier tokens that " +
     "the indexer, a small scorer in each layer, ranks highest: each row is a layer, each mark a position that it read.");
-  const caption = make("p", "caption", "Point at a position to see its token.");
+  const caption = make("p", "caption", "Hover over a mark to see its token.");
   const point = (event) => {
     const area = canvas.getBoundingClientRect();
     const share = (value, length) => Math.min(Math.max(value / length, 0), 1 - 1e-9);
@@ -60,7 +60,7 @@ export function picture(chosen) {
 
 function heat(chosen, size) {
   const box = make("details");
-  box.append(make("summary", "", "The context, darker where more layers chose"));
+  box.append(make("summary", "", "Context: darker where more layers chose the token"));
   const counts = layerCounts(chosen, size);
   const text = make("div", "heat");
   text.tabIndex = 0;

@@ -14,7 +14,7 @@ const current = () => ({ ...Object.fromEntries(FIELDS.map((name) => [name, $(nam
 
 function number(name, text) {
   const value = Number(text);
-  if (!Number.isFinite(value)) throw new Error(`${name}: got ${text}, allowed is a number`);
+  if (!Number.isFinite(value)) throw new Error(`${name}: '${text}' is not a number`);
   return value;
 }
 
