@@ -6,9 +6,10 @@ import { edit, fill } from "./messages.js";
 import { findModels, watch } from "./server.js";
 import { contextLength, curlCommand, requestBody, showModels, startSettings } from "./settings.js";
 import { drawChats, startSidebar } from "./sidebar.js";
-import { chats, endBelow, newId, patchChat, pathTo, saveMessage, start } from "./store.js";
+import { chats, endBelow, newId, patchChat, pathTo, saveMessage, start, visible } from "./store.js";
 
 const DRAFT = "fd_dsa.draft";
+const CHAT = "fd_dsa.chat";
 const SAVE_MS = 1000;
 const EXAMPLES = [
   "Hello! What can you do?",
@@ -17,7 +18,7 @@ const EXAMPLES = [
   "List three colours of the rainbow.",
 ];
 
-const view = { chat: newId(), leaf: null, running: null, shown: new Map() };
+const view = { chat: load("sessionStorage", CHAT, "") || newId(), leaf: null, running: null, shown: new Map() };
 const path = () => pathTo(view.chat, view.leaf);
 
 // --- drawing
@@ -51,6 +52,7 @@ function draw() {
   const nodes = path().map(article);
   $("log").replaceChildren(...(nodes.length ? nodes : [empty()]));
   $("log").scrollTop = $("log").scrollHeight;
+  save("sessionStorage", CHAT, view.chat);
   drawChats(view.chat);
   drawFooter();
 }
@@ -64,7 +66,7 @@ function openCall() {
 }
 
 function drawFooter() {
-  const used = chats.get(view.chat)?.used || 0;
+  const used = path().findLast((message) => message.used)?.used ?? 0;
   const limit = contextLength();
   $("used").max = limit || 1;
   $("used").value = used;
@@ -126,11 +128,12 @@ async function run(message, body) {
   };
   const usage = await answer(message, body, view.running.signal, changed);
   cancelAnimationFrame(drawing);
+  if (usage) message.used = usage.total_tokens;
+  // it stays running until it is stored: what another tab makes this one read is older
+  await saveMessage(message);
   view.running = null;
   delete message.running;
   redraw(message);
-  await saveMessage(message);
-  if (usage) await patchChat(message.chat, { used: usage.total_tokens });
   drawFooter();
 }
 
@@ -198,12 +201,15 @@ function setDraft(text) {
 // --- start
 
 async function changedElsewhere(id) {
-  if (id !== view.chat || view.running) {
-    drawChats(view.chat);
-    return;
-  }
-  if (chats.get(id)?.deleted) create();
-  else if (!document.querySelector("article textarea")) {
+  drawChats(view.chat);
+  if (id !== view.chat) return;
+  if (view.running) {
+    // the running answer draws itself, and a text being edited stays
+    const isDrawn = ({ id, running }) => !running && !view.shown.get(id)?.querySelector("textarea");
+    path().filter(isDrawn).forEach(redraw);
+  } else if (chats.get(id)?.deleted) {
+    create();
+  } else if (!document.querySelector("article textarea")) {
     view.leaf = endBelow(id, view.leaf);
     scrolled(draw);
   }
@@ -250,5 +256,10 @@ listen();
 setDraft(load("sessionStorage", DRAFT, ""));
 draw();
 await start(changedElsewhere, notice);
+// what was shown before a reload
+if (!view.leaf) {
+  if (visible().some(({ id }) => id === view.chat)) open(view.chat);
+  else create();
+}
 drawChats(view.chat);
 await watch(health);

@@ -30,6 +30,10 @@ async function refusal(reply) {
   try { error = (await reply.json()).error; } catch { /* its status has to do */ }
   const message = error.message ?? `The server answered with status ${reply.status}.`;
   if (error.code === "shutting_down") return new Unavailable("The server is shutting down and takes no new messages. This page asks again every few seconds.");
+  if (error.code === "context_length_exceeded") {
+    // the flag is of use only to who runs the server
+    return new Error(message.replace(/; shorten the prompt or start .*/, "; shorten the prompt or begin a new conversation"));
+  }
   if (error.code === "loading") {
     const what = message.replace(/; retry .*/, "");
     return new Unavailable(`${what[0].toUpperCase()}${what.slice(1)}.`);

@@ -135,6 +135,7 @@ function readMessage(given, chat, known, where) {
     const isList = Array.isArray(given.tool_calls) && given.tool_calls.every(isCall);
     message.tool_calls = checked(given.tool_calls, isList, `${where}.tool_calls: allowed is a list of calls`);
   }
+  if (Number.isFinite(given.used)) message.used = given.used;
   known.add(given.id);
   return message;
 }
@@ -146,7 +147,6 @@ function readChat(given, where) {
   const messages = given.messages.map((one, i) => readMessage(one, given.id, known, `${where}.messages[${i}]`));
   const chat = { id: given.id, title: text(given.title, `${where}.title`).slice(0, 200), updated: time(given.updated), leaf: messages.at(-1)?.id ?? null };
   if (known.has(given.leaf)) chat.leaf = given.leaf;
-  if (Number.isFinite(given.used)) chat.used = given.used;
   return { chat, messages };
 }
 

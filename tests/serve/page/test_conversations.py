@@ -80,6 +80,28 @@ def test_branches_of_two_tabs_are_both_kept(browser: Browser, live: Live) -> Non
             titles(three, "Root")
 
 
+def test_an_answer_of_another_tab_is_shown_while_one_runs_here(browser: Browser) -> None:
+    engine = FakeEngine(words=WORDS * 1000, step_s=0.05, max_model_len=10_000)
+    with running(engine) as live, profile(browser, live) as context:
+        one, two = open_page(context, live), open_page(context, live)
+        engine.is_held = True
+        one.fill("#input", "Left")
+        one.press("#input", "Enter")
+        two.click("#chats .chat")
+        questions(two, "Left")
+        two.fill("#input", "Right")
+        two.press("#input", "Enter")
+        questions(two, "Left", "Right")
+        engine.is_held = False
+        expect(one.locator(ANSWER).first).to_contain_text("sparse")
+        one.keyboard.press("Escape")
+        expect(two.locator(".stats")).to_contain_text("stopped")
+        assert two.inner_text(ANSWER) == one.inner_text(ANSWER)
+        expect(two.locator("#stop")).to_be_visible()
+        two.keyboard.press("Escape")
+        expect(two.locator(".stats")).to_have_count(2)
+
+
 def test_conversations_of_earlier_versions_are_moved(browser: Browser, live: Live) -> None:
     messages = [
         {"role": "user", "content": "Old question"},
@@ -168,6 +190,7 @@ def test_answers_again_and_questions_changed(browser: Browser, live: Live) -> No
     with opened(browser, live) as page:
         say(page, "First")
         say(page, "Second")
+        used = page.inner_text("#context")
         page.locator("article.user").first.get_by_text("Edit").click()
         page.fill("article textarea", "Changed")
         page.press("article textarea", "Enter")
@@ -180,9 +203,15 @@ def test_answers_again_and_questions_changed(browser: Browser, live: Live) -> No
         # nothing is lost: the first version has all that came after it
         page.get_by_label("Earlier version").first.click()
         questions(page, "First", "Second")
+        expect(page.locator("#context")).to_have_text(used)
+        # the page opens again what it showed
         page.reload()
-        page.click("#chats .chat")
         questions(page, "First", "Second")
+        expect(page.locator("#context")).to_have_text(used)
+        page.click("#new")
+        page.reload()
+        titles(page, "First")
+        questions(page)
 
 
 def test_a_failed_answer_is_asked_again(browser: Browser) -> None:
@@ -199,6 +228,13 @@ def test_a_failed_answer_is_asked_again(browser: Browser) -> None:
         expect(page.locator(ANSWER)).to_have_text(TEXT)
         assert error.count() == 0
         questions(page, "Hi")
+
+
+def test_a_prompt_that_is_too_long(browser: Browser) -> None:
+    with running(FakeEngine()) as live, opened(browser, live, fails=True) as page:
+        say(page, "x" * 300)
+        expect(page.locator(".error")).to_contain_text("shorten the prompt or begin a new conv")
+        expect(page.locator(".error")).not_to_contain_text("max-model-len")
 
 
 @needs_chromium
