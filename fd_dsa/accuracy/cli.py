@@ -18,7 +18,7 @@ from fd_dsa.serve.parser import Parser
 COMMANDS = {
     "ifeval": ("fd_dsa.accuracy.ifeval", "ask a server the IFEval prompts and score its answers"),
     "score": ("fd_dsa.accuracy.ifeval", "score kept answers, or a file of responses"),
-    "compare": ("fd_dsa.accuracy.compare", "two runs, paired: flips, tests, a verdict in words"),
+    "compare": ("fd_dsa.accuracy.compare", "compare two runs pairwise: flips, tests, a verdict in words"),
     "retrieval": (
         "fd_dsa.accuracy.retrieval.command",
         "what is hidden in long contexts",

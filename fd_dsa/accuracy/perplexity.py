@@ -310,5 +310,5 @@ def _stretch_table(result: Mapping[str, Any]) -> Table:
     ]
     columns = ("keys", "tokens", *(heading for heading, _ in fields.values()))
     topk = result["settings"]["index_topk"]
-    note = f"Up to {topk} keys all of them are chosen; after that border there must be no jump."
+    note = f"Up to {topk} keys all of them are chosen; beyond that point there should be no jump."
     return Table("By the number of keys that a token sees", columns, tuple(rows), (note,))

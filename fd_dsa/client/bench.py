@@ -38,7 +38,7 @@ def build_parser() -> Parser:
         description="Measure an OpenAI-compatible server with random prompts of equal length.",
     )
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--base-url", metavar="URL", help="of a server, as http://HOST:PORT/v1")
+    either.add_argument("--base-url", metavar="URL", help="server URL, e.g. http://HOST:PORT/v1")
     either.add_argument(
         "--serve",
         metavar="MODEL",
@@ -53,7 +53,7 @@ def build_parser() -> Parser:
         ("--random-input-len", int, 1, 256, "tokens of each prompt"),
         ("--random-output-len", int, 1, 64, "tokens of each answer"),
         ("--retries", int, 0, 3, "per request"),
-        ("--seed", int, 0, 0, "of prompts and intervals"),
+        ("--seed", int, 0, 0, "seed for prompts and intervals"),
     )
     parser.add_argument(
         "--request-rate",

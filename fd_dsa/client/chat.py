@@ -135,7 +135,7 @@ def build_parser() -> Parser:
     """The flags."""
     parser = Parser(
         prog="fd-dsa chat",
-        description="Talk to a model, line by line; of a pipe every line is a message.",
+        description="Talk to a model, line by line; from a pipe, each line is a message.",
         epilog=f"In the conversation {_HINT}.",
     )
     parser.add_argument(
@@ -144,7 +144,7 @@ def build_parser() -> Parser:
         nargs="?",
         help="with --base-url a served name, else a folder to serve (default: the demo model)",
     )
-    parser.add_argument("--base-url", metavar="URL", help="of a server, as http://HOST:PORT/v1")
+    parser.add_argument("--base-url", metavar="URL", help="server URL, e.g. http://HOST:PORT/v1")
     parser.add_argument(
         "-q", "--quick", metavar="TEXT", type=_UTF8, help="print the answer to one message, and end"
     )

@@ -69,7 +69,7 @@ def build_parser() -> Parser:
         help="with --base-url the served name of requests without one, else a folder to serve "
         "(default: the demo model)",
     )
-    parser.add_argument("--base-url", metavar="URL", help="of a server, as http://HOST:PORT/v1")
+    parser.add_argument("--base-url", metavar="URL", help="server URL, e.g. http://HOST:PORT/v1")
     add_numbers(
         parser,
         ("--max-concurrency", int, 1, 64, "requests in flight"),

@@ -131,7 +131,7 @@ _FLAGS = {
         "--port": "0 takes any free port (default: 8000)",
         "--shutdown-timeout S": "seconds that running requests get after the first signal "
         "(default: 30)",
-        "--api-key KEY": "key that requests must bring; may be repeated, and FD_DSA_API_KEY, with "
+        "--api-key KEY": "key that requests must send; may be repeated, and FD_DSA_API_KEY, with "
         "commas between keys, keeps it out of the list of processes (default: none is asked for)",
         "--max-body-size BYTES": "longest body of a request, for example 32M; longer ones are a "
         "413 (default: 16M)",
@@ -148,8 +148,8 @@ _FLAGS = {
         "closed to make room, any other request is a 503 (default: 4096, fewer where ulimit -n is "
         "lower)",
         "--allowed-host NAME": "name that the Host header of requests may have, beside localhost "
-        "and --host; may be repeated, * allows all (default: checked on loopback addresses alone)",
-        "--disable-ui": "no page to talk to the model at /",
+        "and --host; may be repeated, * allows all (default: checked on loopback addresses only)",
+        "--disable-ui": "do not serve the chat page at /",
     },
     "cache": {
         "--kv-cache-dtype DTYPE": "auto, float32, bfloat16 or fp8_ds_mla, also called fp8 "
@@ -234,7 +234,7 @@ def build_parser() -> Parser:
         usage="%(prog)s [MODEL] [flags] [-- flags of FastDeploy]",
         description="Serve a DeepSeek-V3.2 or GLM-5 shaped checkpoint over the OpenAI API.",
         epilog="Each flag is also a variable, FD_DSA_PORT for --port, and a key of the file of "
-        "--config; the command line goes before variables, and these before the file.",
+        "--config; the command line overrides variables, which override the file.",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--version", action="version", version=f"fd_dsa {__version__}")
