@@ -20,6 +20,15 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
+# a target that uses .venv keeps the Python that .venv was made with
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(VENV)/.made),)
+ifneq ($(filter-out help docs bench-gpu test-numpy1,$(MAKECMDGOALS)),)
+$(info make: PYTHON=$(PYTHON) is not used, $(VENV) exists; rm -r $(VENV) first to use it)
+endif
+endif
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all test-numpy1 test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
 .DELETE_ON_ERROR:

@@ -133,8 +133,9 @@ class EngineConfig:
         names = self.served_model_name
         names = (names,) if isinstance(names, str) else tuple(names)
         self._set("served_model_name", names or (self.model_path.name,))
-        if not all(isinstance(name, str) and name for name in self.served_model_name):
-            raise flag_error("served_model_name", names, "non-empty names")
+        for one in self.served_model_name:
+            if not isinstance(one, str) or not one:
+                raise flag_error("served_model_name", one, "a non-empty name")
         if not _DEVICE_PATTERN.fullmatch(str(self.device)):
             raise flag_error(
                 "device",
@@ -274,11 +275,9 @@ class EngineConfig:
             if not isinstance(getattr(self, name), bool):
                 raise flag_error(name, getattr(self, name), "a bool")
         if not self.enable_chunked_prefill:
-            raise flag_error(
-                "enable_chunked_prefill",
-                False,
-                "True: prompts are always split",
-                "--max-num-batched-tokens says into how many tokens",
+            raise ConfigError(
+                "--enable-chunked-prefill: cannot be switched off, long prompts are always split; "
+                "--max-num-batched-tokens says into how many tokens"
             )
         if self.load_format not in _LOAD_FORMATS:
             raise flag_error("load_format", self.load_format, ", ".join(_LOAD_FORMATS))
@@ -360,6 +359,6 @@ def _download_hint(path: str) -> str:
     if not HUB_NAME.fullmatch(path):
         return "give an existing folder"
     return (
-        "if that is a model of a hub, --download of python -m fd_dsa.serve fetches it, or "
-        f"download it yourself: hf download {path} --local-dir {path.partition('/')[2]}"
+        "if that is a model of a hub, give the folder that "
+        f"huggingface_hub.snapshot_download({path!r}) returns"
     )

@@ -103,7 +103,7 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         (
             {"model": "deepseek-ai/DeepSeek-V3.2"},
-            ["--model", "deepseek-ai", "hf download deepseek-ai/"],
+            ["--model", "deepseek-ai", "snapshot_download('deepseek-ai/"],
         ),
         ({"served_model_name": ("a", "")}, ["--served-model-name"]),
         ({"device": "cuda"}, ["--device", "'cuda'", "auto, cpu, gpu", "name:number"]),

@@ -38,3 +38,12 @@ def test_an_installation_says_its_size_first(target: str) -> None:
     pip = next(index for index, line in enumerate(lines) if "pip install" in line)
     assert "--quiet" not in lines[pip]
     assert re.search(r'echo "installing fd_dsa\[cpu.*\] into .*: .* GB', lines[pip - 1])
+
+
+def test_another_interpreter_for_an_environment_that_is_there_is_told(tmp_path: Path) -> None:
+    line = f"make: PYTHON=python3.99 is not used, {tmp_path} exists"
+    flags = ("-n", "serve", f"VENV={tmp_path}")
+    assert line not in _make(*flags, "PYTHON=python3.99")
+    (tmp_path / ".made").touch()
+    assert _make(*flags, "PYTHON=python3.99").startswith(line)
+    assert "is not used" not in _make(*flags)

@@ -13,12 +13,15 @@ from importlib import import_module
 from typing import Any
 
 from fd_dsa.serve.flag_values import exit_status
-from fd_dsa.serve.parser import Parser
+from fd_dsa.serve.parser import Parser, program
 
 COMMANDS = {
     "ifeval": ("fd_dsa.accuracy.ifeval", "ask a server the IFEval prompts and score its answers"),
     "score": ("fd_dsa.accuracy.ifeval", "score kept answers, or a file of responses"),
-    "compare": ("fd_dsa.accuracy.compare", "compare two runs pairwise: flips, tests, a verdict in words"),
+    "compare": (
+        "fd_dsa.accuracy.compare",
+        "compare two runs pairwise: flips, tests, a verdict in words",
+    ),
     "retrieval": (
         "fd_dsa.accuracy.retrieval.command",
         "what is hidden in long contexts",
@@ -49,7 +52,7 @@ class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
 
 def build_parser(commands: Iterable[str] = COMMANDS) -> Parser:
     """The parser with the flags of these commands; of the others it has the names alone."""
-    parser = Parser(prog="python -m fd_dsa.accuracy", description="Measure a model's answers.")
+    parser = Parser(prog=program("accuracy"), description="Measure a model's answers.")
     subparsers = parser.add_subparsers(
         title="commands (each has a --help)", metavar="COMMAND", required=True, action=_Commands
     )

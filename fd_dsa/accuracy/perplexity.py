@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 
-from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model, read_config, tracked
+from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model, read_config
 from fd_dsa.client.report import Table, check_folder, publish
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
@@ -95,8 +98,15 @@ def cut(token_ids: Sequence[int], context: int, lead: Sequence[int] = ()) -> lis
     ]
 
 
-def token_losses(sequence: OneSequence, token_ids: Sequence[int]) -> np.ndarray:
-    """float64 [n - 1]: -log p of every token but the first, given those before it."""
+def token_losses(
+    sequence: OneSequence,
+    token_ids: Sequence[int],
+    on_read: Callable[[int], object] = lambda _: None,
+) -> np.ndarray:
+    """float64 [n - 1]: -log p of every token but the first, given those before it.
+
+    `on_read` is called after every chunk, with its number of tokens.
+    """
     found = []
     for start, hidden in sequence.chunks(token_ids):
         following = np.asarray(token_ids[start + 1 : start + 1 + int(hidden.shape[0])])
@@ -105,6 +115,7 @@ def token_losses(sequence: OneSequence, token_ids: Sequence[int]) -> np.ndarray:
             part = following[first : first + size]
             logits = sequence.logits(hidden[first : first + len(part)])
             found.append(losses_of(logits, part))
+        on_read(int(hidden.shape[0]))
     return np.concatenate(found) if found else np.empty(0)
 
 
@@ -122,14 +133,16 @@ def measure(model: OpenModel, text: str) -> Losses:
     token_ids = model.tokenizer.encode(text, add_special_tokens=False)
     windows = cut(token_ids, model.max_model_len, lead)
     nats, num_keys = [], []
-    what = f"{model.model_config.index_topk} keys"
-    for index, window in enumerate(tracked(windows, what, len(windows))):
-        losses = token_losses(model.sequence, window.token_ids)
-        if not np.isfinite(losses).all():
-            place = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
-            raise FdDsaError(f"window {index}: the loss of token {place} is not finite")
-        nats.append(losses[window.first - 1 :])
-        num_keys.append(np.arange(window.first, len(window.token_ids)))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("reading", total=sum(len(one.token_ids) for one in windows))
+        for index, window in enumerate(windows):
+            on_read = partial(progress.advance, bar)
+            losses = token_losses(model.sequence, window.token_ids, on_read)
+            if not np.isfinite(losses).all():
+                place = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
+                raise FdDsaError(f"window {index}: the loss of token {place} is not finite")
+            nats.append(losses[window.first - 1 :])
+            num_keys.append(np.arange(window.first, len(window.token_ids)))
     if not lead:
         text = text.removeprefix(model.tokenizer.decode(windows[0].token_ids[:1]))
     size = len(text), len(text.encode())
@@ -213,6 +226,7 @@ def run(args: argparse.Namespace) -> int:
         "kv_cache_dtype": model.engine_config.kv_cache_dtype,
         "context": model.max_model_len,
         "index_topk": model.model_config.index_topk,
+        "vocab_size": model.model_config.vocab_size,
         "max_num_batched_tokens": args.max_num_batched_tokens,
     }
     # two models at once would need twice the memory
@@ -234,6 +248,9 @@ def _read(file: Path) -> str:
         return file.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: byte {error.start} is no UTF-8; give a text in UTF-8") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"TEXT: {file} cannot be read ({reason})") from None
 
 
 def _read_through(
@@ -290,7 +307,14 @@ def report_parts(result: Mapping[str, Any]) -> list[str | Table]:
             fields = ("nats_per_token", "bits_per_character", "bits_per_byte")
             rows.append((name, shown, *(f"{found[field]:.4f}" for field in fields)))
     columns = ("attention", "perplexity", "nats a token", "bits a character", "bits a byte")
-    return [about, Table("Perplexity", columns, tuple(rows)), _stretch_table(result)]
+    perplexity, size = sparse["perplexity"], settings["vocab_size"]
+    notes: tuple[str, ...] = ()
+    if perplexity is None or perplexity > size:
+        notes = (
+            f"Above {size}, the size of the vocabulary: worse than giving every token the same "
+            "probability, as of a model that was not trained on such text.",
+        )
+    return [about, Table("Perplexity", columns, tuple(rows), notes), _stretch_table(result)]
 
 
 def _stretch_table(result: Mapping[str, Any]) -> Table:

@@ -43,6 +43,7 @@ _HINT = "/help lists the commands"
 _QUOTES = '"""'
 _TIMEOUT_S = 600.0
 _UTF8 = reader(lambda text: text.encode().decode(), "UTF-8")
+_MESSAGE = reader(lambda text: text.encode().decode(), "a message in UTF-8", str.strip)
 # one conversation at a time, whose beginning is computed once
 _OWN_FLAGS = ("--max-num-seqs", "1", "--enable-prefix-caching")
 
@@ -65,7 +66,7 @@ class Partner:
 
     def __init__(self, base_url: str, model: str | None, settings: dict[str, Any]) -> None:
         self._base_url = base_url
-        self.name = examine_server(base_url, model).model
+        self.name = examine_server(base_url, model, "MODEL").model
         self.settings = settings
         self.figures = ""
 
@@ -146,7 +147,11 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--base-url", metavar="URL", help="server URL, e.g. http://HOST:PORT/v1")
     parser.add_argument(
-        "-q", "--quick", metavar="TEXT", type=_UTF8, help="print the answer to one message, and end"
+        "-q",
+        "--quick",
+        metavar="TEXT",
+        type=_MESSAGE,
+        help="print the answer to one message, and end",
     )
     parser.add_argument("--system", metavar="TEXT", type=_UTF8, help="system prompt")
     add_setting_flags(parser)

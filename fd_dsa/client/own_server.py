@@ -113,7 +113,9 @@ def own_server(
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             if isinstance(error, ConfigError):
-                raise ConfigError(f"{flag}: {error}") from None
+                # `flag` is the caller's name for --model
+                reason = str(error).removeprefix("--model: ")
+                raise ConfigError(f"{flag}: {reason}") from None
             raise
         yield OwnServer(f"{url}/v1", ("python", "-m", "fd_dsa.serve", *arguments), log, process.pid)
     finally:

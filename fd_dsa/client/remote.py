@@ -83,12 +83,13 @@ def http_options(base_url: str, timeout_s: float) -> dict[str, Any]:
     }
 
 
-def examine_server(base_url: str, model: str | None) -> ServerInfo:
+def examine_server(base_url: str, model: str | None, flag: str = "--model") -> ServerInfo:
     """What the server says of itself.
 
     Args:
         base_url: as `normal_base_url` gives it.
         model: the name to send; None = the only one that the server has.
+        flag: that names the model; an error about it begins with it.
 
     Raises:
         ConfigError: the server cannot be reached, is none of the kind, wants another key, or has
@@ -96,7 +97,7 @@ def examine_server(base_url: str, model: str | None) -> ServerInfo:
     """
     with httpx.Client(**http_options(base_url, CONNECT_TIMEOUT_S)) as http:
         models = _models(http, base_url, model)
-        entry = _choose(models, base_url, model)
+        entry = _choose(models, base_url, model, flag)
         facts = _facts(http, base_url, entry)
     length = facts["max_model_len"]
     return ServerInfo(str(entry["id"]), length if isinstance(length, int) else None, facts)
@@ -128,7 +129,9 @@ def _models(http: httpx.Client, base_url: str, model: str | None) -> list[dict[s
     return models
 
 
-def _choose(models: list[dict[str, Any]], base_url: str, model: str | None) -> Mapping[str, Any]:
+def _choose(
+    models: list[dict[str, Any]], base_url: str, model: str | None, flag: str
+) -> Mapping[str, Any]:
     """The entry of the asked model, or of the only one."""
     if model is None and (len(models) == 1 or models[0].get("owned_by") == "fd_dsa"):
         # several names of our server are one model
@@ -138,7 +141,7 @@ def _choose(models: list[dict[str, Any]], base_url: str, model: str | None) -> M
             return entry
     names = ", ".join(str(entry["id"]) for entry in models)
     got = "name one of several" if model is None else f"got {model!r}"
-    raise ConfigError(f"--model: {got}; the server at {base_url} has {names}")
+    raise ConfigError(f"{flag}: {got}; the server at {base_url} has {names}")
 
 
 def _facts(http: httpx.Client, base_url: str, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -171,9 +171,13 @@ def read_batch(path: str) -> list[Item]:
 def _read_item(where: str, number: int, line: bytes) -> Item:
     """One request."""
     try:
-        data = json.loads(line)
+        # its end would count as the begin of another line
+        data = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        reason = f"column {error.colno}: {error.msg}"
+        raise ConfigError(f"{where}: is not valid JSON: {reason}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: is no JSON: {error}") from None
+        raise ConfigError(f"{where}: is not valid JSON: {error}") from None
 
     def field(name: str, allowed: str, is_good: Any) -> Any:
         value = data.get(name) if isinstance(data, Mapping) else None

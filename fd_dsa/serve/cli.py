@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
@@ -20,12 +22,13 @@ from fd_dsa.environment import (
     process_environment,
     signal_end,
 )
-from fd_dsa.errors import ConfigError, FdDsaError, describe_error, is_out_of_memory
+from fd_dsa.errors import ConfigError, FdDsaError, describe_error, flag_error, is_out_of_memory
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.flag_values import EXIT_BAD_START, fail
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
 from fd_dsa.serve.listener import connection_limit
 from fd_dsa.serve.logs import set_up_logging
+from fd_dsa.serve.parser import program
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -47,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         line on stderr says why), 130 or 143 for a signal while loading.
     """
     open_missing_streams()
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
+        args = parse_args(words)
     except ConfigError as error:
         return fail(str(error), EXIT_BAD_START)
     debug = args.log_level == "debug"
@@ -64,7 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             logger.debug("the start failed", exc_info=True)
-        return fail(*_why_not_started(error, debug))
+        line, status = _why_not_started(error, debug)
+        return fail(_as_typed(line, words), status)
+
+
+def _as_typed(line: str, words: Sequence[str]) -> str:
+    """The line about a flag with its size as it was typed too, such as 32k."""
+    flag = line.partition(":")[0]
+    typed = re.search(rf"{re.escape(flag)}[= ]([\d.]+[kmg])(?!\S)", " ".join(words), re.IGNORECASE)
+    return (
+        line if typed is None else re.sub(r": got (\d+)", rf": got {typed[1]} (\1)", line, count=1)
+    )
 
 
 def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
@@ -92,6 +106,8 @@ def _serve(args: argparse.Namespace) -> int:
     passed = PassedFlags.read(args.passed)
     if args.download:
         _download(args)
+    else:
+        _refuse_hub_name(str(getattr(args, "model", "")))
     engine = args.engine
     if engine == "auto":
         engine, why = choose_engine(args, passed)
@@ -112,6 +128,17 @@ def _download(args: argparse.Namespace) -> None:
     args.model = download(name, any_family=args.engine == "fastdeploy")
     if not getattr(args, "served_model_name", ()):
         args.served_model_name = [name]
+
+
+def _refuse_hub_name(name: str) -> None:
+    """Refuse a hub's name that no flag downloads, with the command that does."""
+    if HUB_NAME.fullmatch(name) and not Path(name).is_dir():
+        raise flag_error(
+            "model",
+            name,
+            "a local folder in Hugging Face format with config.json",
+            f"if that is a model of a hub: {program('serve')} {name} --download",
+        )
 
 
 def _serve_with_fastdeploy(args: argparse.Namespace, passed: PassedFlags, started: float) -> int:

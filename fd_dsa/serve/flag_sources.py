@@ -90,7 +90,9 @@ def _from_file(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             loaded = yaml.safe_load(file)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(f"--config: {path!r} cannot be read: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config: {path!r} cannot be read: {reason}") from None
     if loaded is None:

@@ -75,7 +75,7 @@ def reader(
                 return value
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is {rule}")
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be {rule}")
 
     return parse
 
@@ -99,10 +99,13 @@ def whole_number(text: str) -> int:
     return int(value)
 
 
-def number(kind: type, least: float) -> Callable[[str], Any]:
-    """A reader of finite numbers from `least` on, of type int or float."""
+def number(kind: type, least: float, forms: str = "") -> Callable[[str], Any]:
+    """A reader of finite numbers from `least` on, of type int or float.
+
+    `forms` ends the error's line: how else a number may be written.
+    """
     read, what = (whole_number, "a whole number") if kind is int else (float, "a number")
-    return reader(read, f"{what} from {least:g} on", lambda value: least <= value < math.inf)
+    return reader(read, f"{what} from {least:g} on{forms}", lambda x: least <= x < math.inf)
 
 
 def add_numbers(
@@ -124,7 +127,7 @@ def _is_host_name(text: str) -> bool:
     )
 
 
-port = reader(_digits, "0..65535", lambda value: value <= 65535)
+port = reader(_digits, "0 to 65535", lambda value: value <= 65535)
 # for the system an empty name, as of an unset variable, is every interface
 host = reader(str, "a name or an address, 0.0.0.0 for all interfaces", str.strip)
 host_name = reader(str, "a name without a port, or *", _is_host_name)

@@ -15,10 +15,11 @@ from fd_dsa.chat.parser import AUTO, NONE, REASONING_FORMATS, TOOL_FORMATS
 from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES
 from fd_dsa.serve import flag_values as values
 from fd_dsa.serve.listener import DEFAULT_MAX_CONNECTIONS
-from fd_dsa.serve.parser import Parser
+from fd_dsa.serve.parser import Parser, program
 
 PROMPT_BYTES_PER_TOKEN = 16
 """Bytes of a prompt's text for each token of the context, unless --max-prompt-bytes says more."""
+_SIZE_FORMS = "32k is 32,000, 32K is 32,768"
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,8 @@ _FLAGS = {
         "(default: enabled)",
     },
     "scheduler": {
-        "--max-model-len N": "longest prompt plus output, tokens (default: the model's)",
+        "--max-model-len N": f"longest prompt plus output, tokens, {_SIZE_FORMS} "
+        "(default: the model's)",
         "--max-num-seqs N": "sequences in a step (default: 64)",
         "--max-num-batched-tokens N": "tokens in a step; longer prompts are split (default: 512 on "
         "a CPU)",
@@ -195,19 +197,18 @@ _FLAGS = {
 }
 
 _POSITIVE = values.number(int, 1)
-# the configuration of the engine checks the ranges of these two
-_INTEGER, _NUMBER = (
-    values.reader(values.whole_number, "a whole number"),
-    values.reader(float, "a number"),
-)
+_SIZE = values.number(int, 1, f"; {_SIZE_FORMS}")
+# the configuration of the engine checks its range
+_NUMBER = values.reader(float, "a number")
 # readers of values that are no plain texts
 _READERS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("block_size", "cudagraph_capture_sizes", "index_topk", "seed"), _INTEGER),
-    **dict.fromkeys(("max_model_len", "max_num_batched_tokens", "max_num_seqs"), _INTEGER),
-    "num_gpu_blocks_override": _INTEGER,
+    **dict.fromkeys(("block_size", "index_topk", "num_gpu_blocks_override"), _SIZE),
+    **dict.fromkeys(("max_model_len", "max_num_batched_tokens", "max_num_seqs"), _SIZE),
+    "cudagraph_capture_sizes": _POSITIVE,
+    "seed": values.number(int, 0),
     **dict.fromkeys(("gpu_memory_utilization", "target_inter_token_latency_ms"), _NUMBER),
     **dict.fromkeys(("data_parallel_size", "tensor_parallel_size"), _POSITIVE),
-    **dict.fromkeys(("max_answer_scores", "max_body_values"), _POSITIVE),
+    **dict.fromkeys(("max_answer_scores", "max_body_values"), _SIZE),
     **dict.fromkeys(("max_concurrency", "max_connections"), _POSITIVE),
     **dict.fromkeys(("max_body_size", "max_prompt_bytes"), values.size),
     "allowed_host": values.host_name,
@@ -230,7 +231,7 @@ _MAY_BE_REPEATED = ("allowed_host", "api_key", "served_model_name")
 def build_parser() -> Parser:
     """The parser, flags grouped as in `--help`; it gives those of the command line alone."""
     parser = Parser(
-        prog="python -m fd_dsa.serve",
+        prog=program("serve"),
         usage="%(prog)s [MODEL] [flags] [-- flags of FastDeploy]",
         description="Serve a DeepSeek-V3.2 or GLM-5 shaped checkpoint over the OpenAI API.",
         epilog="Each flag is also a variable, FD_DSA_PORT for --port, and a key of the file of "

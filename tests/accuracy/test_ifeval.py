@@ -194,11 +194,11 @@ def server() -> Any:
         (["--prompts", "no/such"], "prompts: no/such cannot be read (No such file or directory)"),
         (["--prompts", __file__], "test_ifeval.py:1: not JSON"),
         (["--subset", "542"], "--subset: got 542; the file has 541 prompts"),
-        (["--subset", "0"], "--subset: got '0'; allowed is a whole number from 1 on"),
-        (["--concurrency", "0"], "--concurrency: got '0'; allowed is a whole number from 1 on"),
-        (["--retries", "x"], "--retries: got 'x'; allowed is a whole number from 0 on"),
-        (["--timeout", "nan"], "--timeout: got 'nan'; allowed is a number from 0.001 on"),
-        (["--temperature", "-1"], "--temperature: got '-1'; allowed is a number from 0 on"),
+        (["--subset", "0"], "--subset: got '0'; must be a whole number from 1 on"),
+        (["--concurrency", "0"], "--concurrency: got '0'; must be a whole number from 1 on"),
+        (["--retries", "x"], "--retries: got 'x'; must be a whole number from 0 on"),
+        (["--timeout", "nan"], "--timeout: got 'nan'; must be a number from 0.001 on"),
+        (["--temperature", "-1"], "--temperature: got '-1'; must be a number from 0 on"),
         (["--temp", "1"], "unknown flag --temp; did you mean --temperature?"),
         (["--serve"], "--serve: not allowed with argument --base-url"),
         (["--", "--device", "gpu"], "--device comes after --, which is for flags of the server"),
@@ -246,7 +246,7 @@ def test_a_server_of_its_own_that_does_not_start_leaves_nothing(
     out = tmp_path / "new/run"
     flags = ["--answers-only", "--subset", "1", "--out", str(out)]
     line = error_line(capsys, ["ifeval", *flags, "--serve", "no/such"])
-    assert line.startswith("--serve: --model: got 'no/such'")
+    assert line.startswith("--serve: got 'no/such'")
     line = error_line(capsys, ["ifeval", *flags, "--", "--zzz"])
     assert line == "--serve: unknown flag --zzz; --help lists the flags"
     assert not (tmp_path / "new").exists()

@@ -81,6 +81,7 @@ def test_windows_are_told(text: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["perplexity", str(text), *ON_CPU, "--context", "64"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "longer than the context" in shown
+    assert "Above 4096, the size of the vocabulary" in shown
 
 
 def test_the_package_s_own_text_is_the_one_of_its_notice() -> None:
@@ -100,9 +101,9 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = tmp_path / "run"
     cases = {
         (str(latin),): f"{latin}: byte 2 is no UTF-8; give a text in UTF-8",
-        (str(tmp_path / "none.txt"),): "[Errno 2] No such file",
+        (str(tmp_path / "none.txt"),): f"TEXT: {tmp_path}/none.txt cannot be read (no such file",
         (str(empty),): "the text has 0 tokens; none of them can be predicted",
-        (str(good), "--context", "1"): "--context: got '1'; allowed is a whole number from 2 on",
+        (str(good), "--context", "1"): "--context: got '1'; must be a whole number from 2 on",
         (str(good), "--context", "9999999"): "--context: got 9999999, allowed: 2 to ",
         (str(good), "--index-topk", "0"): "--index-topk: got '0'",
         (str(good), "--kv-cache-dtype", "int4"): "--kv-cache-dtype: got 'int4'",

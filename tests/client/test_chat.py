@@ -141,7 +141,7 @@ def test_settings_and_saved_conversations(tmp_path: Path) -> None:
     assert lines[3] == "fd_dsa: error: /save: talk.json cannot be written (file exists)"
     assert "(no such file or directory)" in lines[4]
     assert lines[5].endswith("did you mean temperature?")
-    assert lines[6].startswith("fd_dsa: error: /set seed: got 'many'; allowed is a whole number")
+    assert lines[6].startswith("fd_dsa: error: /set seed: got 'many'; must be a whole number")
     assert lines[7] == "fd_dsa: error: /set: 'seed' is not set; /set NAME VALUE sets one"
     assert lines[8].startswith("  /help")
 
@@ -169,15 +169,18 @@ def test_a_failed_answer_ends_a_pipe_with_status_one(tmp_path: Path) -> None:
 
 
 def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
-    with running(FakeEngine(), api_key=("secret",)) as live:
+    with (
+        running(FakeEngine(), api_key=("secret",)) as live,
+        running(FakeEngine()) as keyless,
+    ):
         cases = {
             ("--base-url", live.url): "OPENAI_API_KEY",
             ("--base-url", "nowhere"): "--base-url: got 'nowhere'",
             ("--temperature", "hot"): "--temperature: got 'hot'",
-            ("--system", "\udcff"): "--system: got '\\udcff'; allowed is UTF-8",
-            (
-                "no/such/folder",
-            ): "error: MODEL: --model: got 'no/such/folder', allowed: a local folder",
+            ("--system", "\udcff"): "--system: got '\\udcff'; must be UTF-8",
+            ("no/such/folder",): "error: MODEL: got 'no/such/folder', allowed: a local folder",
+            ("other", "--base-url", keyless.url): "error: MODEL: got 'other'; the server at",
+            ("-q", " "): "-q/--quick: got ' '; must be a message in UTF-8",
         }
         for arguments, reason in cases.items():
             done = run_console(tmp_path, "chat", *arguments)

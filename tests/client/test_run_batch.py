@@ -65,8 +65,8 @@ def test_each_request_has_its_answer(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("{", "line 2: is no JSON"),
-        ("\udcff", "line 2: is no JSON"),
+        ("{", "line 2: is not valid JSON: column 2: Expecting property name"),
+        ("\udcff", "line 2: is not valid JSON: 'utf-8' codec"),
         ("[1]", "line 2: custom_id: got None, allowed: a text"),
         ({**request("b"), "custom_id": 5}, "line 2: custom_id: got 5, allowed: a text"),
         (request("a"), "line 2: custom_id: got 'a' again, line 1 has it"),

@@ -127,19 +127,22 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             ["--engine", "embed"],
             "--engine: got 'embed', allowed: auto, embedded, fastdeploy; did you mean embedded?",
         ),
-        (["--max-model-len", "1.0005k"], "--max-model-len: got '1.0005k'; allowed is a whole"),
+        (["--max-model-len", "1.0005k"], "--max-model-len: got '1.0005k'; must be a whole"),
         (
             ["--max-model-len", "32k", "--dry-run"],
-            "--max-model-len: got 32000, allowed: at most 8192",
+            "--max-model-len: got 32k (32000), allowed: at most 8192",
         ),
         (["--help=cachee"], "--help: no topic 'cachee'; did you mean cache?"),
         (["a", "b"], "unexpected argument 'b'"),
         (["a", "--model", "b"], "give one of them"),
-        (["--port", "65536"], "--port: got '65536'; allowed is 0..65535"),
+        (["--port", "65536"], "--port: got '65536'; must be 0 to 65535"),
         (["--port", "http"], "--port: got 'http'"),
         (["--shutdown-timeout", "-1"], "--shutdown-timeout: got '-1'"),
-        (["--max-num-seqs", "many"], "--max-num-seqs: got 'many'; allowed is a whole number"),
-        (["--max-num-seqs", "0"], "--max-num-seqs: got 0"),
+        (["--max-num-seqs", "many"], "--max-num-seqs: got 'many'; must be a whole number"),
+        (
+            ["--max-num-seqs", "-3"],
+            "got '-3'; must be a whole number from 1 on; 32k is 32,000, 32K is 32,768",
+        ),
         (["--tokenizer", "no/such"], "--tokenizer: got 'no/such', allowed: a local folder"),
         (["--load-format", "pt"], "--load-format: got 'pt', allowed: auto, safetensors, dummy"),
         (
@@ -148,7 +151,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         ),
         (["--dry-run", "--kv-cache-memory-bytes", "900T"], "--kv-cache-memory-bytes"),
         (["--dry-run", "--max-model-len", "1000000"], "--max-model-len"),
-        (["--no-enable-chunked-prefill"], "--enable-chunked-prefill: got False, allowed: True"),
+        (["--no-enable-chunked-prefill"], "--enable-chunked-prefill: cannot be switched off"),
         (["--cudagraph-capture-sizes", "2", "x"], "--cudagraph-capture-sizes: got 'x'"),
         (["--cudagraph-capture-sizes", "2", "--enforce-eager"], "got [2] together with --enforce"),
         (["--engine", "turbo"], "--engine: got 'turbo', allowed: auto, embedded, fastdeploy"),
@@ -168,14 +171,16 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--", "--port"], "after --: argument --port: expected one argument"),
         (["--engine", "embedded", "-tp", "8"], "--tensor-parallel-size is 8, and --engine embedd"),
         (["--engine", "embedded", "--", "--ips", "a"], "--ips stands after --, and --engine em"),
-        (["--tensor-parallel-size", "0"], "--tensor-parallel-size/-tp: got '0'; allowed is a who"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size/-tp: got '0'; must be a who"),
         # of a script whose variable is not set
         (["--api-key", ""], "--api-key: allowed is a text of one character or more, none a space"),
         (["--api-key", "secret\n"], "--api-key: allowed is a text of one character or more"),
         (["--max-prompt-bytes", "0"], "--max-prompt-bytes: got '0'; allowed is 1 byte or more"),
         (["--max-prompt-bytes", "long"], "--max-prompt-bytes: size 'long': allowed are a number"),
-        (["--host", ""], "--host: got ''; allowed is a name or an address, 0.0.0.0 for all"),
+        (["--host", ""], "--host: got ''; must be a name or an address, 0.0.0.0 for all"),
+        (["--served-model-name", ""], "--served-model-name: got '', allowed: a non-empty name"),
         (["no/such/folder"], "--model: got 'no/such/folder'"),
+        (["org/name"], "a model of a hub: python -m fd_dsa.serve org/name --download"),
         (["--host", "no.such.host.invalid"], "--host: got 'no.such.host.invalid'"),
         *((["--allowed-host", name], "a name without a port") for name in ("", "a:80", "a b")),
     ],
@@ -227,8 +232,20 @@ def test_console_script(
 
 
 def test_the_package_is_the_console_script(tmp_path: Path) -> None:
-    done = finish(tmp_path, [sys.executable, "-m", "fd_dsa", "version"], 0)
-    assert done.stdout == f"fd_dsa {__version__}\n"
+    for module in ("fd_dsa", "fd_dsa.cli"):
+        done = finish(tmp_path, [sys.executable, "-m", module, "version"], 0)
+        assert done.stdout == f"fd_dsa {__version__}\n"
+
+
+def test_the_usage_shows_the_form_that_was_called(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for called, shown in (("/bin/fd-dsa", "fd-dsa "), ("/fd_dsa/__main__.py", "python -m fd_dsa.")):
+        monkeypatch.setattr(sys, "argv", [called])
+        for name in ("serve", "accuracy"):
+            with pytest.raises(SystemExit):
+                main([name, "--help"])
+            assert capsys.readouterr().out.startswith(f"usage: {shown}{name} ")
 
 
 def test_help_of_a_topic_has_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,7 +190,7 @@ def test_another_template_and_another_tokenizer_are_told(
         (("--depths", "0,1.5"), "--depths: got '1.5'"),
         (("--lengths", "9000000"), "--lengths: got 9000000"),
         (("--lengths", "30"), "--lengths: got 30; the question and what is hidden take"),
-        (("--trials", "0"), "--trials: got '0'; allowed is a whole number from 1 on"),
+        (("--trials", "0"), "--trials: got '0'; must be a whole number from 1 on"),
         (("--trials", "many"), "--trials: got 'many'"),
         (("--index-topk", "-3"), "--index-topk: got '-3'"),
         (("--tokenizer", "/nowhere"), "--tokenizer: /nowhere is no folder"),

@@ -75,8 +75,8 @@ def test_tables_mark_layers_in_which_no_head_attends(result: dict[str, Any]) -> 
     [
         (("--lengths", "100"), "--lengths: got 100, allowed: above index_topk "),
         (("--lengths", "999", "999999"), "--lengths: got 999999, allowed: at most "),
-        (("--texts", "0"), "--texts: got '0'; allowed is a whole number from 1 on"),
-        (("--queries", "0"), "--queries: got '0'; allowed is"),
+        (("--texts", "0"), "--texts: got '0'; must be a whole number from 1 on"),
+        (("--queries", "0"), "--queries: got '0'; must be"),
         (("--providers", "cpu,topk=magic"), "--providers: got 'topk=magic' in 'cpu,topk=magic'"),
         (("--providers", "cpu:7x"), "--device: got 'cpu:7x'"),
         (
