@@ -39,7 +39,9 @@ def add_run_flags(parser: argparse.ArgumentParser, *, out: str, max_tokens: int)
     server = parser.add_argument_group("server")
     either = server.add_mutually_exclusive_group()
     either.add_argument(
-        "--base-url", metavar="URL", help="URL of an OpenAI-compatible server, e.g. http://HOST:PORT/v1"
+        "--base-url",
+        metavar="URL",
+        help="URL of an OpenAI-compatible server, e.g. http://HOST:PORT/v1",
     )
     either.add_argument(
         "--serve",

@@ -43,7 +43,9 @@ _HINT = "/help lists the commands"
 _QUOTES = '"""'
 _TIMEOUT_S = 600.0
 _UTF8 = reader(lambda text: text.encode().decode(), "UTF-8")
-_MESSAGE = reader(lambda text: text.encode().decode(), "a message in UTF-8", str.strip)
+_MESSAGE = reader(
+    lambda text: text.encode().decode(), "a text that is not empty, in UTF-8", str.strip
+)
 # one conversation at a time, whose beginning is computed once
 _OWN_FLAGS = ("--max-num-seqs", "1", "--enable-prefix-caching")
 

@@ -165,7 +165,7 @@ _FLAGS = {
         "(default: enabled)",
     },
     "scheduler": {
-        "--max-model-len N": f"longest prompt plus output, tokens, {_SIZE_FORMS} "
+        "--max-model-len N": f"longest prompt plus output, tokens; {_SIZE_FORMS} "
         "(default: the model's)",
         "--max-num-seqs N": "sequences in a step (default: 64)",
         "--max-num-batched-tokens N": "tokens in a step; longer prompts are split (default: 512 on "
