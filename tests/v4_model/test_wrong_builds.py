@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
     ),
     "no epsilon in Sinkhorn": (
         *("epsilons", HyperConnection, "_doubly_stochastic"),
-        *("initial=eps", "initial=0"),
+        *("sums += eps", "sums += 0"),
     ),
     "no epsilon of the streams read": (
         *("epsilons", HyperConnection, "read"),

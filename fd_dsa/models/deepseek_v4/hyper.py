@@ -83,10 +83,13 @@ class HyperConnection:
         np.exp(a, out=a)
         a /= np.add.reduce(a, axis=1, keepdims=True)
         a += eps
-        a /= np.add.reduce(a, axis=0, keepdims=True, initial=eps)
+        a /= np.add.reduce(a, axis=0, keepdims=True) + eps
         for _ in range(self._iterations - 1):
             for axis in (1, 0):
-                a /= np.add.reduce(a, axis=axis, keepdims=True, initial=eps)
+                sums = np.add.reduce(a, axis=axis, keepdims=True)
+                # not as `initial`, whose place in the sum depends on the number of tokens
+                sums += eps
+                a /= sums
         return np.ascontiguousarray(a.transpose(2, 1, 0))
 
 
