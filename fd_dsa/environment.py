@@ -60,14 +60,19 @@ def prepare_cpu_runtime() -> None:
 def _import_paddle() -> None:
     """Import Paddle, where it is installed, and keep the SIGTERM handler of the caller.
 
-    Paddle's own handler, set when it is imported, prints a C++ stack.
+    Paddle's own handler, set when it is imported, prints a C++ stack. An import that is cut off
+    leaves a damaged heap, so signals wait for its end.
     """
-    with suppress(ImportError):
-        import paddle  # noqa: F401
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        with suppress(ImportError):
+            import paddle  # noqa: F401
 
-        # other threads may not; a handler from outside of Python is unknown, and is lost
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+            # other threads may not; a handler from outside of Python is unknown, and is lost
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_address_space() -> None:
@@ -362,8 +367,8 @@ def command() -> Iterator[None]:
     """Around a command: a signal is one line at any moment, a reader that goes away is none.
 
     Raises:
-        SystemExit: 130 after Ctrl-C and 143 after SIGTERM; the shell's status for SIGPIPE where
-            nobody reads stdout any more, as in `fd-dsa bench --help | head -1`.
+        SystemExit: the shell's status for SIGPIPE where nobody reads stdout any more, as in
+            `fd-dsa bench --help | head -1`. After Ctrl-C (130) and SIGTERM (143) the process ends.
     """
     open_missing_streams()
     if threading.current_thread() is threading.main_thread():
@@ -376,7 +381,9 @@ def command() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         line, status = signal_end(stop)
         sys.stderr.write(f"fd_dsa: error: {line}\n")
-        raise SystemExit(status) from None
+        sys.stderr.flush()
+        # the interpreter's own end may hang where an import of Paddle was cut off
+        os._exit(status)
     except BrokenPipeError:
         discard(sys.stdout, sys.stderr)
         raise SystemExit(128 + signal.SIGPIPE) from None

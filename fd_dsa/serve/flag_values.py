@@ -15,7 +15,6 @@ from fractions import Fraction
 from typing import Any
 
 from fd_dsa.config import parse_bytes
-from fd_dsa.environment import signal_end
 from fd_dsa.errors import ConfigError, FdDsaError, RemoteError
 
 EXIT_BAD_START = 2
@@ -28,11 +27,12 @@ def fail(message: str, status: int) -> int:
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """What `run` returns; 1 after a server went away, 2 for a bad start, 128 + n after signal n."""
+    """What `run` returns; 1 after a server went away, 2 for a bad start.
+
+    Signals are for `command`, which is around it.
+    """
     try:
         return run()
-    except KeyboardInterrupt as stop:
-        return fail(*signal_end(stop))
     except RemoteError as error:
         return fail(str(error), 1)
     except BrokenPipeError:
