@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fd_dsa.engine.request import Request
 
 
-class ToldDrafter:
+class KnowingDrafter:
     """Knows what follows, and says it in a share of the cases; other tokens in the rest.
 
     Args:

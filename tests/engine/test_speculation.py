@@ -15,7 +15,7 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Drafter, Speculator, StepCosts
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from tests.engine.byte_model import TOKENIZER, VOCAB_SIZE, make_engine
-from tests.engine.drafters import ToldDrafter
+from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import run_all
 
 THINK_END = TOKENIZER.encode("</think>", add_special_tokens=False)[0]
@@ -63,9 +63,9 @@ ANSWERS = {name: steps[-1].token_ids for name, steps in PLAIN.items()}
     "drafter",
     [
         lambda: PromptLookup(3, 1),
-        lambda: ToldDrafter(ANSWERS, 0.0, VOCAB_SIZE),
-        lambda: ToldDrafter(ANSWERS, 0.6, VOCAB_SIZE, seed=1),
-        lambda: ToldDrafter(ANSWERS, 1.0, VOCAB_SIZE),
+        lambda: KnowingDrafter(ANSWERS, 0.0, VOCAB_SIZE),
+        lambda: KnowingDrafter(ANSWERS, 0.6, VOCAB_SIZE, seed=1),
+        lambda: KnowingDrafter(ANSWERS, 1.0, VOCAB_SIZE),
     ],
     ids=["lookup", "wrong", "often right", "right"],
 )
@@ -100,7 +100,7 @@ def test_right_drafts_save_steps_and_are_counted() -> None:
 
     before, outputs = steps_of(None)
     answers = {("r", 0): outputs[-1].token_ids}
-    now, outputs = steps_of(Speculator(ToldDrafter(answers, 1.0, VOCAB_SIZE), 3))
+    now, outputs = steps_of(Speculator(KnowingDrafter(answers, 1.0, VOCAB_SIZE), 3))
     # one token of the prompt's step, then ten steps of four
     assert (before.num_steps, now.num_steps) == (41, 11)
     assert now.num_accepted_tokens == now.num_draft_tokens == 30
@@ -110,7 +110,7 @@ def test_right_drafts_save_steps_and_are_counted() -> None:
 
 def test_drafts_that_a_grammar_refuses_are_not_computed() -> None:
     form = StructuredOutputsParams(regex="[a-c]{30}")
-    engine = make_engine(speculator=Speculator(ToldDrafter({("r", 0): [250] * 40}, 1.0, 300), 3))
+    engine = make_engine(speculator=Speculator(KnowingDrafter({("r", 0): [250] * 40}, 1.0, 300), 3))
     engine.add_request("r", [5], SamplingParams(max_tokens=40, structured_outputs=form))
     assert len(run_all(engine)["r"][-1].text) == 30
     assert engine.stats().num_draft_tokens == 0

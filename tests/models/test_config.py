@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.models.config import ModelConfig, RopeConfig
+from fd_dsa.models.expected_tensors import expected_tensors
 from tests.models.folders import TINY, TINY_GLM, YARN
 
 DATA = Path(__file__).parents[1] / "data" / "model_configs"
@@ -182,3 +184,28 @@ def test_unknown_fields_make_one_warning(caplog: pytest.LogCaptureFixture) -> No
         "rope_scaling.strange_rope",
         "strange_field",
     ]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers", "parameters", "gigabytes", "moe_layer", "outside"),
+    [("deepseek_v32", 61, 672e9, 674, 11.5, 3.7), ("glm_moe_dsa", 78, 744e9, 746, 9.9, 3.8)],
+)
+def test_released_sizes(
+    model_type: str,
+    layers: int,
+    parameters: float,
+    gigabytes: int,
+    moe_layer: float,
+    outside: float,
+) -> None:
+    """docs/models.md has these figures: FP8 takes one byte, what stays bfloat16 two."""
+    config = read({"model_type": model_type})
+    tensors = expected_tensors(config)
+    count = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
+    size = {name: count[name] * (2 - tensor.quantisable) for name, tensor in tensors.items()}
+    layer = sum(n for name, n in size.items() if name.startswith("model.layers.10."))
+    rest = sum(n for name, n in size.items() if not name.startswith("model.layers."))
+    assert config.num_hidden_layers == layers
+    assert sum(count.values()) == pytest.approx(parameters, abs=0.5e9)
+    assert sum(size.values()) / 1e9 == pytest.approx(gigabytes, abs=0.5)
+    assert (layer / 1e9, rest / 1e9) == pytest.approx((moe_layer, outside), abs=0.05)

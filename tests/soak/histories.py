@@ -18,7 +18,7 @@ from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Drafter, Speculator
 from fd_dsa.runner.input_batch import InputBatch
-from tests.engine.drafters import ToldDrafter
+from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, random_clock
 from tests.soak import report
 from tests.soak.audit import audit, evictable_keys, running_requests, waiting_requests
@@ -143,7 +143,7 @@ def make_drafter(history: History) -> Drafter:
         for index, one in enumerate(history.arrivals)
         for choice, (tokens, _) in enumerate(run_alone(one, history))
     }
-    return ToldDrafter(answers, history.right_share, VOCAB_SIZE, history.clock_seed)
+    return KnowingDrafter(answers, history.right_share, VOCAB_SIZE, history.clock_seed)
 
 
 def make_engine(history: History) -> LLMEngine:

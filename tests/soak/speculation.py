@@ -28,7 +28,7 @@ from fd_dsa.engine.prompt_lookup import PromptLookup  # noqa: E402
 from fd_dsa.engine.sampling_params import SamplingParams  # noqa: E402
 from fd_dsa.engine.speculation import Speculator  # noqa: E402
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams  # noqa: E402
-from tests.engine.drafters import ToldDrafter  # noqa: E402
+from tests.engine.drafters import KnowingDrafter  # noqa: E402
 from tests.engine.fakes import byte_tokenizer  # noqa: E402
 from tests.engine.mtp_engine import EOS, MAX_MODEL_LEN, make_model, make_runner  # noqa: E402
 from tests.runner.tiny import GLM, V32  # noqa: E402
@@ -80,8 +80,8 @@ def run(
 ) -> tuple[dict[tuple[str, int], RequestOutput], Counter[str]]:
     """The last state of every output, and what happened."""
     runner = make_runner(MODELS[number % 2], NUM_BLOCKS)
-    told = ToldDrafter({k: o.token_ids for k, o in answers.items()}, 0.8, LETTERS, number)
-    drafters: dict[str, Any] = {"ngram": PromptLookup(3, 1), "told": told}
+    knowing = KnowingDrafter({k: o.token_ids for k, o in answers.items()}, 0.8, LETTERS, number)
+    drafters: dict[str, Any] = {"ngram": PromptLookup(3, 1), "knowing": knowing}
     drafter = drafters.get(method) or MtpDrafter(runner)
     engine = LLMEngine(
         runner,
@@ -116,7 +116,7 @@ def run_groups(first: int, count: int) -> Counter[str]:
         plain, seen = run(number, asked, "none", {})
         counts += seen
         counts["requests"] += len(asked)
-        for method in ("ngram", "mtp", "told"):
+        for method in ("ngram", "mtp", "knowing"):
             found, seen = run(number, asked, method, plain)
             counts += seen
             assert found.keys() == plain.keys()

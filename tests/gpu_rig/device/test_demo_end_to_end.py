@@ -17,7 +17,7 @@ from fd_dsa.ops.cache_write import write_caches
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
 from tests.demo.samples import LEADING_PROMPTS, SHORT_PROMPTS
-from tests.engine.drafters import ToldDrafter
+from tests.engine.drafters import KnowingDrafter
 from tests.gpu_rig import Rig
 from tests.runner.tiny import GLM, V32, run_rows, tiny_model
 
@@ -202,7 +202,7 @@ def test_drafts_change_no_token_on_the_device(
     with demo(demo_folder, device_of(rig), "float32", False, speculative_config=method) as llm:
         engine = llm._open_engine()
         answers = {(f"0-{i}", 0): tokens for i, tokens in enumerate(wanted)}
-        engine._speculator.drafter = ToldDrafter(answers, right_share, 4096)
+        engine._speculator.drafter = KnowingDrafter(answers, right_share, 4096)
         assert [output.token_ids for output in llm.generate(SHORT_PROMPTS, params)] == wanted
         stats = engine.stats()
     assert stats.num_draft_tokens >= 6
