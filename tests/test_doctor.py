@@ -158,10 +158,10 @@ def test_sums_of_a_device_are_compared_with_their_definition(
 def test_every_provider_of_a_device(
     on_a_gpu: None, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fd_dsa.triton_runtime.driver import GpuTraits
-    from fd_dsa.triton_runtime.transfers import Transfers
+    from fd_dsa.triton_runtime.driver import GpuTraits, cuda
 
-    monkeypatch.setattr(Transfers, "traits", GpuTraits(capability, 1, 227 << 10))
+    traits = GpuTraits(capability, 1, 227 << 10)
+    monkeypatch.setattr(cuda(), "traits", lambda device: traits)
     cases = {name: CASES[name] for name in ("indexer_logits", "sparse_mla")}
     monkeypatch.setattr(checks, "CASES", cases)
     rows = [row for row in checks.run_checks("gpu:0") if row["device"] != "cpu"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
-from fd_dsa.serve.flag_values import exit_status
+from fd_dsa.serve.flag_values import exit_status, split_flags
 from fd_dsa.serve.parser import Parser, program
 
 COMMANDS = {
@@ -68,8 +68,8 @@ def build_parser(commands: Iterable[str] = COMMANDS) -> Parser:
 def _run(arguments: list[str]) -> int:
     """Import the command's module, parse, run."""
     command = arguments[0] if arguments else "--help"
-    place = arguments.index("--") if "--" in arguments else len(arguments)
+    own, passed = split_flags(arguments)
     parser = build_parser([command] if command in COMMANDS else [])
-    args = parser.parse_args(arguments[:place] or [command])
-    args.passed, args.arguments = tuple(arguments[place + 1 :]), tuple(arguments)
+    args = parser.parse_args(own or [command])
+    args.passed, args.arguments = tuple(passed), tuple(arguments)
     return int(args.run(args))

@@ -39,7 +39,7 @@ from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.driver import GpuTraits
-from fd_dsa.triton_runtime.transfers import transfers_for
+from fd_dsa.triton_runtime.transfers import traits_for, transfers_for
 
 LOGITS_BYTES = 512 << 20
 """Most memory for the scores of a layer, but at least one token's are held; the tokens of a longer
@@ -92,7 +92,7 @@ class DeviceAttention:
         """What attends on tensor cores; None where `attend_slots` does, which takes everything."""
         config, logits = self.config, self._buffers["logits"][0]
         heads, types = config.num_heads, _types(config)
-        capability = transfers_for(logits).traits.capability
+        capability = traits_for(logits).capability
         choice = choose_attention(kind, heads, *types, capability, self._allocate)
         if choice.provider == TRITON:
             return None

@@ -17,7 +17,7 @@ import numpy as np
 
 from fd_dsa import __version__
 from fd_dsa.client.load import Sender
-from fd_dsa.client.own_server import server_at
+from fd_dsa.client.own_server import parse_flags, server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.report import as_json, show
 from fd_dsa.client.timing import Timing, measure, summarise, tables
@@ -81,16 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when every request was answered, 1 when some failed or the server went away, 2 when it
-        cannot begin, 130 after Ctrl-C.
+        cannot begin.
     """
     return exit_status(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _main(arguments: list[str]) -> int:
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    args, passed = build_parser().parse_args(arguments[:place]), arguments[place + 1 :]
-    if args.base_url is not None and passed:
-        raise ConfigError("flags after --: they are for a server of our own; leave --base-url out")
+    args, passed = parse_flags(build_parser(), arguments)
     # before an hour of measuring, not after it
     if args.output is not None and not Path(args.output).absolute().parent.is_dir():
         raise ConfigError(f"{args.output}: the folder does not exist; make it first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from fd_dsa.client.remote import normal_base_url
 from fd_dsa.errors import ConfigError, unwritable
+from fd_dsa.serve.flag_values import split_flags
 
 _POLL_S = 0.05
 # any free port; a run that ends has no request that is worth waiting for; and every prompt is
@@ -28,6 +30,21 @@ _ERROR = re.compile(rb"^fd_dsa: error: (.*)$", re.MULTILINE)
 _PR_SET_PDEATHSIG = 1
 # loaded before the fork, after which as little as possible should happen in the child
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Flags of a command with `--base-url`, and those of the server that is started without it.
+
+    Raises:
+        ConfigError: there are flags of a server that somebody else has started.
+    """
+    own, passed = split_flags(arguments)
+    args = parser.parse_args(own)
+    if args.base_url is not None and passed:
+        raise ConfigError("flags after --: they are for a server of our own; leave --base-url out")
+    return args, passed
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fd_dsa.client.load import FailedAttempt, Request, Sender, Sent
-from fd_dsa.client.own_server import server_at
+from fd_dsa.client.own_server import parse_flags, server_at
 from fd_dsa.client.remote import examine_server
 from fd_dsa.environment import signal_end
 from fd_dsa.errors import ConfigError, unwritable
@@ -87,16 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when every request was answered, 1 when some failed or the server went away, 2 when it
-        cannot begin, 130 or 143 after a signal.
+        cannot begin.
     """
     return exit_status(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _main(arguments: list[str]) -> int:
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    args, passed = build_parser().parse_args(arguments[:place]), arguments[place + 1 :]
-    if args.base_url is not None and passed:
-        raise ConfigError("flags after --: they are for a server of our own; leave --base-url out")
+    args, passed = parse_flags(build_parser(), arguments)
     items = read_batch(args.input_file)
     output = Path(args.output_file)
     part = output.with_name(f"{output.name}.part")

@@ -119,12 +119,12 @@ def _why_not(operator: str, provider: str, memory: Memory) -> str:
         return ""
     from fd_dsa.ops._library import why_not_compiled
     from fd_dsa.ops.mla.tensor_core import why_not
-    from fd_dsa.triton_runtime.transfers import transfers_for
+    from fd_dsa.triton_runtime.transfers import traits_for
 
     reason = why_not_compiled() if provider == CUSTOM_OP else ""
     if operator == "topk" or reason:
         return reason
-    capability = transfers_for(memory.allocate((1,), "int32")).traits.capability
+    capability = traits_for(memory.allocate((1,), "int32")).capability
     return why_not(capability, "bfloat16", "fp8_ds_mla", 512, 64) or ""
 
 

@@ -25,7 +25,7 @@ from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops._head_gemm import head_gemm
 from fd_dsa.ops._host import allocator_beside, dtype_name, matmul, on_device
 from fd_dsa.triton_runtime import INTERPRETING
-from fd_dsa.triton_runtime.transfers import transfers_for
+from fd_dsa.triton_runtime.transfers import traits_for
 
 logger = logging.getLogger(__name__)
 OWN_ROWS = 32
@@ -43,7 +43,7 @@ def _cublaslt(kind: type, place: Any) -> tuple[Any, bool]:
     except (BackendUnavailable, DeviceError) as error:
         logger.warning("GEMMs with float32 results convert their operands: %s", error)
         return None, False
-    against = why_not_fp8(transfers_for(example).traits.capability)
+    against = why_not_fp8(traits_for(example).capability)
     many = f"our own kernel ({against})" if against else "cuBLASLt"
     logger.info("FP8 GEMMs of more than %d rows: %s", OWN_ROWS, many)
     return library, not against

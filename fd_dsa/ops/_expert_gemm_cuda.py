@@ -15,7 +15,7 @@ from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops._fp8_rows import GROUP
 from fd_dsa.ops._library import LibraryKernel, shared_kernel, why_not_compiled
-from fd_dsa.triton_runtime.transfers import transfers_for
+from fd_dsa.triton_runtime.transfers import traits_for
 
 logger = logging.getLogger(__name__)
 
@@ -118,5 +118,5 @@ def _kernel_for(kernels: Any, reason: str) -> ExpertGemm | None:
 
 def _why_not_device(codes: Any) -> str:
     """Why the kernel does not run where a tensor is; "" if it does."""
-    capability = transfers_for(codes).traits.capability
+    capability = traits_for(codes).capability
     return "" if capability == _HOPPER else f"the GPU is of capability {capability}, not {_HOPPER}"

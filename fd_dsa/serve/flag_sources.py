@@ -14,6 +14,7 @@ import yaml
 
 from fd_dsa.environment import own_variables, switch
 from fd_dsa.errors import ConfigError
+from fd_dsa.serve.flag_values import split_flags
 from fd_dsa.serve.flags import DEFAULTS, build_parser
 from fd_dsa.serve.parser import nearest
 
@@ -35,14 +36,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         ConfigError: an unknown flag or key (with the nearest known one), a value of a wrong form,
             or a file that cannot be read; names the source where it is not the command line.
     """
-    place = list(argv).index("--") if "--" in argv else len(argv)
-    line = _from_command_line(argv[:place])
+    words, passed = split_flags(argv)
+    line = _from_command_line(words)
     variables = _from_variables()
     path = line.get("config", variables.get("config"))
     file = {} if path is None else _from_file(path)
     given = {**file, **variables, **line}
-    passed = tuple(argv[place + 1 :])
-    return argparse.Namespace(**{**DEFAULTS, **given}, given=frozenset(given), passed=passed)
+    return argparse.Namespace(**{**DEFAULTS, **given}, given=frozenset(given), passed=tuple(passed))
 
 
 def unused_variables() -> list[str]:

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -39,6 +39,13 @@ def exit_status(run: Callable[[], int]) -> int:
         raise
     except (FdDsaError, OSError) as error:
         return fail(str(error), EXIT_BAD_START)
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags of a command, and those after `--`, which are for a server."""
+    words = list(arguments)
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place + 1 :]
 
 
 @contextlib.contextmanager

@@ -133,7 +133,7 @@ class V4AttentionBackend:
             forward_meta: the step.
         """
         step: V4Step = forward_meta.fd_dsa_step
-        cache, chosen = forward_meta.caches[layer_id].index_entries, None
+        cache = forward_meta.caches[layer_id].index_entries
         chosen = np.full((step.num_tokens, self._topk), -1, np.int32)
         for tokens, row in step.prompt_rows():
             visible = step.visible[tokens]

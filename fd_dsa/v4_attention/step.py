@@ -30,14 +30,12 @@ class Tile:
         keys: int64 [n]; rows of the keys in the layer's pool, window first.
         mask: float32 [tokens, n]; 0 where a token sees the key, -inf elsewhere.
         num_window: window keys in the list.
-        visible: int [tokens]; entries that each token sees.
     """
 
     tokens: slice
     keys: np.ndarray
     mask: np.ndarray
     num_window: int
-    visible: np.ndarray
 
 
 class V4Step:
@@ -183,7 +181,7 @@ class V4Step:
             position = self.positions[begin:end, None]
             key_position = int(self.positions[end - 1]) + 1 - len(keys) + np.arange(len(keys))
             hidden = (key_position > position) | (key_position <= position - window)
-            num_window, seen = len(keys), np.zeros(end - begin, np.int64)
+            num_window = len(keys)
             if visible is not None:
                 seen = visible[begin:end]
                 count = int(seen[-1])
@@ -192,4 +190,4 @@ class V4Step:
                 unseen = np.arange(count) >= seen[:, None]
                 hidden = np.concatenate((hidden, unseen), axis=1)
             mask = np.where(hidden, np.float32(-np.inf), np.float32(0.0))
-            yield Tile(slice(begin, end), keys.astype(np.int64), mask, num_window, seen)
+            yield Tile(slice(begin, end), keys.astype(np.int64), mask, num_window)

@@ -11,7 +11,7 @@ import pytest
 
 import fd_dsa
 from fd_dsa.engine.speculation import Speculator
-from tests.engine.drafters import ToldDrafter
+from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import EOS, byte_tokenizer, expected_greedy, make_engine
 from tests.engine.threaded import threaded
 from tests.serve.conftest import chunks_of, running, wait_until
@@ -39,7 +39,7 @@ def test_answers_are_those_of_the_model() -> None:
 
 def test_drafts_come_several_in_an_event_and_are_in_the_usage() -> None:
     tokens = expected_greedy([5, 6, 7], 40, eos=None)
-    drafter = ToldDrafter({}, 1.0, 40)
+    drafter = KnowingDrafter({}, 1.0, 40)
     drafter.answer = lambda request: tokens
     with running(threaded(make_engine(speculator=Speculator(drafter, 3)))) as live:
         fields = {"prompt": [5, 6, 7], "logprobs": 1, "ignore_eos": True, **GREEDY}

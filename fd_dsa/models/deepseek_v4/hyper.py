@@ -52,7 +52,7 @@ class HyperConnection:
         mixed = _mixes(streams, self._fn, self._norm_eps)
         mixed *= self._scale[self._parts]
         mixed += self._base
-        gates = _sigmoid(mixed[:, : 2 * n])
+        gates = sigmoid(mixed[:, : 2 * n])
         gates[:, :n] += self._eps
         gates[:, n:] *= _TWO
         comb = self._doubly_stochastic(mixed[:, 2 * n :])
@@ -114,7 +114,7 @@ class HeadCollapse:
         mixed = _mixes(streams, self._fn, self._norm_eps)
         mixed *= self._scale
         mixed += self._base
-        return _weighted(_sigmoid(mixed) + self._eps, streams)
+        return _weighted(sigmoid(mixed) + self._eps, streams)
 
 
 def _mixes(streams: np.ndarray, fn: Any, epsilon: float) -> np.ndarray:
@@ -125,7 +125,7 @@ def _mixes(streams: np.ndarray, fn: Any, epsilon: float) -> np.ndarray:
     return mixed
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)), a new array."""
     with np.errstate(over="ignore"):
         out = np.exp(-x)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
+from fd_dsa.models.deepseek_v4.hyper import sigmoid
 from fd_dsa.models.moe import NoAuxTopkGate, add_routed
 
 
@@ -112,13 +113,7 @@ class V4MoE:
         return out
 
 
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x))."""
-    with np.errstate(over="ignore"):
-        return np.float32(1.0) / (np.float32(1.0) + np.exp(-logits))
-
-
 _SCORES = {
     "sqrtsoftplus": lambda logits: np.sqrt(np.logaddexp(np.float32(0.0), logits)),
-    "sigmoid": _sigmoid,
+    "sigmoid": sigmoid,
 }

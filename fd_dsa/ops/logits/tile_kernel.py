@@ -17,7 +17,7 @@ from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, decode_form, padded_heads, 
 from fd_dsa.ops.logits.tile_schedule import TileSchedule
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
-from fd_dsa.triton_runtime.transfers import transfers_for
+from fd_dsa.triton_runtime.transfers import traits_for
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -273,7 +273,7 @@ def score_step(q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any)
     """`score_tiles` with a schedule of its own."""
     num_tokens, heads, _ = q.shape
     form = prompt_form(heads) if step.num_prefill_tokens else decode_form(heads, 1)
-    programs = transfers_for(q).traits.num_processors * form.programs_per_processor
+    programs = traits_for(q).num_processors * form.programs_per_processor
     schedule = TileSchedule.allocate(form, num_tokens, 1, programs, allocator_beside(q))
     schedule.fill(step, logits.shape[1])
     score_tiles(q, weights, cache, step, schedule, logits)

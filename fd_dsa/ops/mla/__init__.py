@@ -79,11 +79,11 @@ def sparse_mla(
     else:
         # kernels are loaded only where there is a device
         from fd_dsa.ops.mla.custom_op import choose_attention
-        from fd_dsa.triton_runtime.transfers import transfers_for
+        from fd_dsa.triton_runtime.transfers import traits_for
 
         types = dtype_name(q.dtype), cache_format(cache)
         sizes = num_heads, *types, kv_lora_rank, width - kv_lora_rank
-        capability = transfers_for(q).traits.capability
+        capability = traits_for(q).capability
         provider = choose_attention(kind, *sizes, capability, allocator_beside(q)).provider
     if num_tokens and num_heads:
         attend: Callable[..., None] = function(name, provider)
