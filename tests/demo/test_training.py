@@ -227,14 +227,15 @@ def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_pat
     before = (tmp_path / "model.safetensors").read_bytes()
     sources = mtp.own_sources()
     others = mtp.Generator(1, sources)
-    drawn = mtp.pack(lambda: mtp.encode(Bytes(), others.document()), mtp.LENGTH + 1, 8)
+    drawn = mtp.pack(lambda: mtp.encode(Bytes(), others.document()), mtp.LENGTH + 1, 248)
     rows = torch.from_numpy(drawn.astype(np.int64))
     rows[rows == (mtp.PAD | mtp.TRAINED)] = mtp.PAD
-    untrained = mtp.loss_of(mtp.Predictor(model), model, rows)
+    rows, unseen = rows[:240], rows[240:]
+    untrained = mtp.loss_of(mtp.Predictor(model), model, unseen)
     # as many steps on every machine
     monkeypatch.setattr(mtp, "time", SimpleNamespace(monotonic=itertools.count().__next__))
-    predictor = mtp.train(model, Bytes(), sources, 60, lambda _: None)
-    trained = mtp.loss_of(predictor, model, rows)
+    predictor = mtp.train(model, rows, 60, lambda _: None)
+    trained = mtp.loss_of(predictor, model, unseen)
     assert trained[0] < untrained[0] and trained[1] < untrained[1] and trained[2] > untrained[2]
     mtp.save(predictor, model, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -257,3 +258,26 @@ def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_pat
     # FP8 and bfloat16 weights of the one, float32 ones of the other
     likeness = (found * wanted).sum() / np.linalg.norm(found) / np.linalg.norm(wanted)
     assert likeness > 0.99
+
+
+def test_rows_to_train_on_have_the_models_own_answers():
+    import torch
+    from demo_training import mtp
+    from demo_training.config import EOS, PAD
+    from demo_training.model import DemoModel
+
+    torch.manual_seed(0)
+    model = DemoModel(TINY | {"index_topk": 512}).requires_grad_(False)
+    prompts = torch.full((4, mtp.LENGTH + 1), PAD)
+    for row, count in enumerate((5, 5, 9, 96)):
+        prompts[row, :count] = torch.arange(count) % 7 + 6
+    rows = mtp.answered(model, prompts)
+    for row, prompt in zip(rows, prompts, strict=True):
+        ids, begin = row & (mtp.TRAINED - 1), int((prompt != PAD).sum())
+        written = (row & mtp.TRAINED) > 0
+        end = begin + int(written.sum())
+        assert torch.equal(ids[:begin], prompt[:begin]) and written[begin:end].all()
+        assert end == len(row) or ids[end - 1] == EOS and (ids[end:] == PAD).all()
+    ids = rows[0] & (mtp.TRAINED - 1)
+    end = int((ids != PAD).sum())
+    assert torch.equal(model.logits(ids[None, : end - 1])[0, 4:].argmax(-1), ids[5:end])

@@ -139,17 +139,17 @@ def _evaluate(args: argparse.Namespace, model, words, log) -> None:
 
 def mtp(args: argparse.Namespace) -> None:
     """Trains the layer for multi-token prediction on a frozen model, and writes it beside it."""
-    from tokenizers import Tokenizer
+    import torch
 
     from demo_training import checkpoint
     from demo_training import mtp as layer
 
+    torch.manual_seed(0)
     folder = Path(args.model)
-    sources = _sources(args.data) if args.data else layer.own_sources()
-    model = checkpoint.load(folder)
-    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    predictor = layer.train(model, words, sources, 60.0 * args.minutes, print)
-    layer.save(predictor, model, folder)
+    model = checkpoint.load(folder).to(args.device).requires_grad_(False)
+    rows = layer.gather_rows(model, folder, args.data, args.workers, args.batches, print)
+    predictor = layer.train(model, rows, 60.0 * args.minutes, print)
+    layer.save(predictor, model.cpu(), folder)
 
 
 def parity(args: argparse.Namespace) -> None:
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     places = {"out": None, "device": "cuda", "config": "demo"}
     sizes = {"workers": 8, "tokens": 32768}
     command(all_steps, "all", data=None, **places, **times, **sizes, **shards, **rates)
-    command(mtp, model=None, data="", minutes=12.0)
+    command(mtp, model=None, data="", minutes=12.0, device="cpu", workers=1, batches=1000)
     command(parity, model=None)
     return parser
 

@@ -3,7 +3,8 @@
 For the token at position i the layer gets the model's hidden state of i after its last norm and
 token i + 1, and learns the model's own distribution of token i + 2: what the model will say, right
 or wrong. It starts as a copy of the model's last layer. A second pass over its own hidden states
-teaches it further drafts.
+teaches it further drafts. Rows are documents of the generators, half of them with the model's own
+answers, since those are what it drafts when served.
 
 Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2.
 """
@@ -11,7 +12,10 @@ Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2.
 from __future__ import annotations
 
 import json
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +26,7 @@ from torch import nn
 
 from . import checkpoint
 from .attention import rms_norm
-from .config import PAD
+from .config import ASSISTANT, EOS, PAD
 from .model import DemoModel, expert_block
 from .optimiser import Muon
 from .rows import TRAINED, encode, pack
@@ -31,6 +35,8 @@ from .synth import Generator
 
 FILE = "mtp.safetensors"
 LENGTH = 256  # of a row: up to here nothing is selected, so the indexer keeps its weights
+LONGEST_PROMPT = 96  # of those that the model answers itself
+BATCH = {"cpu": 4, "cuda": 64}  # rows of a step
 BLOCK, LARGEST = 128, 448.0  # of FP8: rows and columns with one scale, and e4m3's largest value
 QUANTISED = {
     *("q_a", "q_b", "kv_a", "kv_b", "o", "wq_b", "wk"),
@@ -102,11 +108,86 @@ def loss_of(predictor: Predictor, model: DemoModel, rows: torch.Tensor) -> tuple
     return losses[0], losses[1], share
 
 
-def train(model: DemoModel, tokenizer, sources: Sources, seconds: float, log) -> Predictor:
-    """A predictor, trained for so long on rows that the generators draw."""
-    torch.manual_seed(0)
-    model.requires_grad_(False)
-    predictor, generator = Predictor(model), Generator(9_000, sources)
+def draw_rows(folder: str, data: str, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of documents, and as many of prompts without an answer; uint16 [count, LENGTH + 1].
+
+    Args:
+        folder: with the tokenizer.
+        data: folder of texts; "" takes the generators' own words alone.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from tokenizers import Tokenizer
+
+    words = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    generator = Generator(9_000 + seed, Sources.load(data) if data else own_sources())
+    prompts = np.full((count, LENGTH + 1), PAD, np.uint16)
+    filled = 0
+    while filled < count:
+        ids = encode(words, generator.document())
+        # up to the last request; what precedes it may hold answers
+        end = len(ids) - ids[::-1].index(ASSISTANT) if ASSISTANT in ids else LONGEST_PROMPT + 1
+        if end <= LONGEST_PROMPT:
+            prompts[filled, :end] = np.array(ids[:end]) & (TRAINED - 1)
+            filled += 1
+    return pack(lambda: encode(words, generator.document()), LENGTH + 1, count), prompts
+
+
+@torch.no_grad()
+def answered(model: DemoModel, prompts: torch.Tensor) -> torch.Tensor:
+    """Prompts with the model's own answers, whose tokens have bit 15 set.
+
+    Even rows are greedy, odd ones drawn at temperature 1. Without a cache: a row is computed again
+    for each token.
+
+    Args:
+        prompts: int64 [B, LENGTH + 1], PAD after the prompt.
+    """
+    rows, at = prompts.clone(), (prompts != PAD).sum(1)
+    running = torch.arange(len(rows), device=rows.device)
+    while len(running):
+        ends = at[running]
+        length = int(ends.max())
+        hidden = model(rows[running, :length] & (TRAINED - 1)).hidden
+        last = hidden.view(len(running), length, -1)[torch.arange(len(running)), ends - 1]
+        logits = F.linear(rms_norm(last, model.norm), model.head).float()
+        drawn = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+        token = torch.where(running % 2 == 0, logits.argmax(-1), drawn)
+        rows[running, ends] = token | TRAINED
+        at[running] += 1
+        running = running[(token != EOS) & (ends < LENGTH)]
+    return rows
+
+
+def gather_rows(
+    model: DemoModel, folder: Path, data: str, workers: int, batches: int, log
+) -> torch.Tensor:
+    """Rows to train on, in random order: int64 [batches * BATCH, LENGTH + 1] on the model's device."""
+    device = model.embed.device
+    count = -(-batches * BATCH[device.type] // (2 * workers))
+    begin = time.monotonic()
+    if workers == 1:
+        drawn = [draw_rows(str(folder), data, 0, count)]
+    else:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            jobs = [pool.submit(draw_rows, str(folder), data, i, count) for i in range(workers)]
+            drawn = [job.result() for job in jobs]
+    documents, prompts = (
+        torch.from_numpy(np.concatenate(part).astype(np.int64)).to(device)
+        for part in zip(*drawn, strict=True)
+    )
+    documents[documents == (PAD | TRAINED)] = PAD
+    log(f"{len(documents)} rows drawn after {time.monotonic() - begin:.0f} s")
+    with torch.autocast(device.type, torch.bfloat16):
+        own = torch.cat([answered(model, part) for part in prompts.split(16 * BATCH[device.type])])
+    log(f"as many answered after {time.monotonic() - begin:.0f} s")
+    rows = torch.cat((documents, own))
+    return rows[torch.randperm(len(rows), device=device)]
+
+
+def train(model: DemoModel, rows: torch.Tensor, seconds: float, log) -> Predictor:
+    """A predictor, trained for so long on rows, from the first again after the last."""
+    device = rows.device
+    predictor, batch = Predictor(model).to(device), BATCH[device.type]
     # the indexer, which is not used in such short rows, gets no gradient
     matrices = [predictor.layer[n] for n in sorted(QUANTISED - {"wq_b", "wk"})] + [predictor.eh]
     inside = {id(weight) for weight in matrices}
@@ -115,23 +196,21 @@ def train(model: DemoModel, tokenizer, sources: Sources, seconds: float, log) ->
     adam = torch.optim.AdamW(rest, 2e-3, (0.9, 0.98), weight_decay=0.0)
     begin, step = time.monotonic(), 0
     while (done := (time.monotonic() - begin) / seconds) < 1:
-        drawn = pack(lambda: encode(tokenizer, generator.document()), LENGTH + 1, 4)
-        rows = torch.from_numpy(drawn.astype(np.int64))
-        rows[rows == (PAD | TRAINED)] = PAD
+        first_row = step * batch % (len(rows) - batch + 1)
         rate = min((step + 1) / 10, 1 - done)
         for group in adam.param_groups:
             group["lr"] = 2e-3 * rate
-        with torch.autocast("cpu", torch.bfloat16):
-            first, second, share = loss_of(predictor, model, rows)
+        with torch.autocast(device.type, torch.bfloat16):
+            first, second, share = loss_of(predictor, model, rows[first_row : first_row + batch])
         predictor.zero_grad()
         (first + 0.5 * second).backward()
         nn.utils.clip_grad_norm_(rest, 1.0)
         adam.step()
-        muon.step(torch.tensor(0.02 * rate))
+        muon.step(torch.tensor(0.02 * rate, device=device))
         step += 1
-        if step % 20 == 1:
+        if step % 50 == 1:
             log(f"step {step}: {first:.3f} {second:.3f}, {100 * share:.1f} % stand, {done:.2f}")
-    return predictor
+    return predictor.cpu()
 
 
 def own_sources() -> Sources:
