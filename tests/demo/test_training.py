@@ -277,7 +277,7 @@ def test_rows_to_train_on_have_the_models_own_answers():
         written = (row & mtp.TRAINED) > 0
         end = begin + int(written.sum())
         assert torch.equal(ids[:begin], prompt[:begin]) and written[begin:end].all()
-        assert end == len(row) or ids[end - 1] == EOS and (ids[end:] == PAD).all()
+        assert end == len(row) or (ids[end - 1] == EOS and (ids[end:] == PAD).all())
     ids = rows[0] & (mtp.TRAINED - 1)
     end = int((ids != PAD).sum())
     assert torch.equal(model.logits(ids[None, : end - 1])[0, 4:].argmax(-1), ids[5:end])

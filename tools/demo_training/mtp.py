@@ -161,7 +161,7 @@ def answered(model: DemoModel, prompts: torch.Tensor) -> torch.Tensor:
 def gather_rows(
     model: DemoModel, folder: Path, data: str, workers: int, batches: int, log
 ) -> torch.Tensor:
-    """Rows to train on, in random order: int64 [batches * BATCH, LENGTH + 1] on the model's device."""
+    """Rows to train on, in random order: int64 [batches * BATCH, LENGTH + 1] on the device."""
     device = model.embed.device
     count = -(-batches * BATCH[device.type] // (2 * workers))
     begin = time.monotonic()
