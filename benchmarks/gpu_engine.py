@@ -3,16 +3,19 @@
     python -m benchmarks.gpu_engine --rig               # ours, on the test plug-in
     python -m benchmarks.gpu_engine --rig --peer DIR    # then vLLM on the same GPU
 
-Token-id prompts of one seed, greedy, no end before the last token. DIR has a `run.sh` that answers
-`bench --out FILE.jsonl --scenarios ...` with a record for each case. Writes
-benchmarks/results/gpu_engine.json: a ratio above 1 means that ours is better; the floor is what
-must be read of weights and caches at the copy rate, or multiplied at the rate of the tensor cores.
+Token-id prompts of one seed, greedy, no end before the last token; in process, and the mixed case
+also over HTTP on our side. DIR has a `run.sh` that answers `bench --out FILE.jsonl --scenarios ...`
+with a record for each case. Writes benchmarks/results/gpu_engine.json: a ratio above 1 means that
+ours is better; the floor is what must be read of weights and caches at the copy rate, or multiplied
+at the rate of the tensor cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks._harness import RESULTS, Worker, environment, write_json
+from benchmarks.workers.stream_client import streams
+from fd_dsa.config import demo_model_path
 
 CAPTURED = (1, 2, 4, 8, 16, 32, 64, 128)
 CONFIG: dict[str, Any] = {
@@ -32,6 +37,8 @@ CONFIG: dict[str, Any] = {
     "cudagraph_capture_sizes": CAPTURED,
 }
 LAYERS, DENSE_LAYERS = 7, 1
+# measured: copies, and GEMMs in FP8 and bfloat16
+BYTES_PER_S, FP8_PER_S, BF16_PER_S = 4.3e12, 1.5e15, 0.78e15
 WIDTHS: dict[str, Any] = {
     "architectures": ["DeepseekV32ForCausalLM"],
     "model_type": "deepseek_v32",
@@ -110,6 +117,7 @@ CASES = {
     "prefill-4x2k": Case("P22", "prefill", 4, 2048, 1),
     "mixed-64x2k": Case("P23", "mixed", 64, 2048, 128),
 }
+OVER_HTTP = "mixed-64x2k, HTTP"
 # figure of a kind, its unit, and whether less is better
 FIGURES = {
     "decode": ("tpot_ms", "ms a token", True),
@@ -125,6 +133,76 @@ def write_model(folder: Path, layers: int = LAYERS, dense: int = DENSE_LAYERS) -
     return folder
 
 
+def floor(case: Case, layers: int) -> float | None:
+    """The least that a case can take, in its unit; None for prompts beside tokens of others.
+
+    Decode: weights, of the experts only those that even routing hits, and caches. Prefill: GEMMs,
+    and attention un-absorbed where all keys are attended to.
+    """
+    w = WIDTHS
+    hidden, heads, topk = w["hidden_size"], w["num_attention_heads"], w["index_topk"]
+    latent, rope, value = w["kv_lora_rank"], w["qk_rope_head_dim"], w["v_head_dim"]
+    nope, index = w["qk_nope_head_dim"], w["index_n_heads"] * w["index_head_dim"]
+    expert = 3 * hidden * w["moe_intermediate_size"]
+    fp8 = (w["q_lora_rank"] + latent + rope) * hidden + heads * value * hidden
+    fp8 += w["q_lora_rank"] * (heads * (nope + rope) + index)
+    bf16 = heads * (nope + value) * latent
+    sparse, dense = layers - DENSE_LAYERS, DENSE_LAYERS * 3 * hidden * w["intermediate_size"]
+    fp8 = layers * fp8 + sparse * expert + dense
+    if case.kind == "decode":
+        number, chosen = w["n_routed_experts"], w["num_experts_per_tok"]
+        hit = number * (1 - (1 - chosen / number) ** case.batch)
+        read = fp8 + sparse * hit * expert + layers * 2 * bf16 + 2 * w["vocab_size"] * hidden
+        keys = min(case.prompt, topk) * 656 + case.prompt * (w["index_head_dim"] + 4)
+        return 1e3 * (read + case.batch * layers * keys) / BYTES_PER_S
+    if case.kind == "mixed":
+        return None
+    fp8 += sparse * w["num_experts_per_tok"] * expert
+    # of a token, on average
+    attended = topk - topk * topk / 2 / case.prompt if case.prompt > topk else case.prompt / 2
+    width = 2 * latent + rope if case.prompt > topk else nope + rope + value
+    scores = index * case.prompt / 2 if case.prompt > topk else 0
+    attention = layers * (attended * heads * width + bf16)
+    return 1 / (2 * (fp8 + layers * scores) / FP8_PER_S + 2 * attention / BF16_PER_S)
+
+
+def gpu_now() -> dict[str, str]:
+    """Which GPU it is and how it is clocked; empty where the driver shows none."""
+    fields = ("uuid", "clocks.sm", "clocks.mem")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(query, capture_output=True, text=True)
+        if not done.returncode:
+            return dict(zip(fields, done.stdout.strip().split(", "), strict=True))
+    return {}
+
+
+def over_http(model: str, rig: bool) -> float:
+    """Tokens a second of the mixed case through a server of its own."""
+    module = "benchmarks.workers.rig_serve" if rig else "fd_dsa.serve"
+    flags = {k: v for k, v in CONFIG.items() if k != "cudagraph_capture_sizes"}
+    flags |= {"load_format": "dummy", "tokenizer": str(demo_model_path()), "port": 0}
+    command = [sys.executable, "-m", module, model]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    command += ["--cudagraph-capture-sizes", *map(str, CAPTURED)]
+    case = CASES["mixed-64x2k"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            for line in server.stdout or ():
+                if url := re.search(r" on http://([^:]+):(\d+) \(ready", line):
+                    break
+            else:
+                raise RuntimeError(f"the server ended with status {server.wait()}")
+            host, port, seconds = url[1], int(url[2]), []
+            for seed in range(1 + case.runs):
+                size = {"requests": case.batch, "prompt_tokens": case.prompt}
+                done = streams(host, port, new_tokens=case.new, seed=seed, **size)
+                seconds.append(done["seconds"])
+        finally:
+            server.terminate()
+    return case.batch * (case.prompt + case.new) / min(seconds[1:])
+
+
 def measure(engine: Worker, names: Sequence[str]) -> Iterator[tuple[str, float]]:
     """The figure of each case, as soon as it is there."""
     engine.call(op="decode", batch=2, prompt=4096, new=16)
@@ -136,35 +214,53 @@ def measure(engine: Worker, names: Sequence[str]) -> Iterator[tuple[str, float]]
         yield name, sorted(values)[len(values) // 2]
 
 
-def peer_values(folder: Path, names: Sequence[str]) -> dict[str, float]:
-    """vLLM's figures, by its own process."""
+def peer_values(folder: Path, names: Sequence[str]) -> dict[str, tuple[float, dict[str, Any]]]:
+    """vLLM's figures by its own process, and when each was taken."""
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as out:
         command = ["bash", str(folder / "run.sh"), "bench", "--out", out.name]
         command += ["--capture", ",".join(map(str, CAPTURED))]
         command += ["--scenarios", ",".join(["warm", *names])]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        records = [json.loads(line) for line in Path(out.name).read_text().splitlines()]
-    found = {record["name"]: record for record in records}
-    return {name: found[name][FIGURES[CASES[name].kind][0]] for name in names if name in found}
+        found = {}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as peer:
+            for line in peer.stdout or ():
+                if line.startswith("RESULT "):
+                    record = json.loads(line.removeprefix("RESULT "))
+                    found[record["name"]] = record, stamp()
+                    print(line[:200], end="", flush=True)
+    return {
+        name: (found[name][0][FIGURES[CASES[name].kind][0]], found[name][1])
+        for name in names
+        if name in found and "error" not in found[name][0]
+    }
 
 
-def entry(name: str, ours: float, peer: float | None) -> dict[str, Any]:
-    """One case of the result."""
-    case = CASES[name]
-    _, unit, less_is_better = FIGURES[case.kind]
-    ratio = None
-    if peer is not None:
-        ratio = peer / ours if less_is_better else ours / peer
+def stamp() -> dict[str, Any]:
+    """When a figure was taken, and on what."""
+    return {"taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **gpu_now()}
+
+
+def entry(name: str, ours: float, layers: int) -> dict[str, Any]:
+    """One case of the result, without the peer."""
+    case = CASES[name.partition(",")[0]]
     return {
         "case": name,
         "target": case.target,
         "peer": "vLLM",
-        "peer_value": peer,
+        "peer_value": None,
         "ours_value": ours,
-        "unit": unit,
-        "ratio": ratio,
-        "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "unit": FIGURES[case.kind][1],
+        "ratio": None,
+        "floor": floor(case, layers),
+        "ours_taken": stamp(),
     }
+
+
+def add_peer(case: dict[str, Any], value: float, taken: dict[str, Any]) -> None:
+    """The peer's figure beside ours."""
+    less_is_better = FIGURES[CASES[case["case"].partition(",")[0]].kind][2]
+    ours = case["ours_value"]
+    ratio = value / ours if less_is_better else ours / value
+    case |= {"peer_value": value, "ratio": ratio, "peer_taken": taken}
 
 
 def show_profile(profile: Mapping[str, Any]) -> None:
@@ -201,19 +297,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(result["start"], flush=True)
             for name, ours in measure(engine, names):
                 print(f"{name:<16} {ours:10.2f} {FIGURES[CASES[name].kind][1]}", flush=True)
-                result["cases"].append(entry(name, ours, None))
+                result["cases"].append(entry(name, ours, args.layers))
                 write_json(path, result)
             for rows in filter(None, args.profile.split(",")):
                 profile = engine.call(op="profile", batch=int(rows), prompt=4096, steps=8)
                 result["profiles"][rows] = profile
                 show_profile(profile)
                 write_json(path, result)
+        if "mixed-64x2k" in names:
+            result["cases"].append(entry(OVER_HTTP, over_http(model, args.rig), args.layers))
+            print(f"{OVER_HTTP:<16} {result['cases'][-1]['ours_value']:10.2f}", flush=True)
+            write_json(path, result)
     if args.peer:
         peer = peer_values(args.peer, names)
-        result["cases"] = [
-            entry(case["case"], case["ours_value"], peer.get(case["case"]))
-            for case in result["cases"]
-        ]
+        for case in result["cases"]:
+            if (name := case["case"].partition(",")[0]) in peer:
+                add_peer(case, *peer[name])
         write_json(path, result)
     print(f"written: {path}")
     return 0
