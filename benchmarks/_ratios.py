@@ -37,6 +37,8 @@ CASES: dict[str, Callable[[Result], Iterable[float]]] = {
     "gaps_with_target": lambda result: (
         result["sides"][0]["gap_ms"]["p99"] / side["gap_ms"]["p99"] for side in result["sides"][1:]
     ),
+    "gpu_decode": lambda result: (c["ratio"] for c in result["cases"] if c["target"] == "P21"),
+    "gpu_prompts": lambda result: (c["ratio"] for c in result["cases"] if c["target"] != "P21"),
 }
 
 

@@ -82,8 +82,8 @@ class Engine:
         full, wall_s = 0, 0.0
         while self._engine.has_unfinished_requests():
             if full == 12:
-                begin = time.perf_counter()
                 with recorder:
+                    begin = time.perf_counter()
                     for _ in range(steps):
                         self._engine.step()
                     wall_s = time.perf_counter() - begin
