@@ -149,7 +149,7 @@ class DSAAttentionBackend:
         forward_meta.slot_mapping = step.slot_mapping
         forward_meta.indexer_attn_mask_offsets = step.indexer_attn_mask_offsets
         self.attention_metadata = step
-        self.attention.begin_step(step)
+        self.attention.begin_step(step, getattr(forward_meta, "host_lengths", None))
         self._built_for = forward_meta
 
     def forget_step(self) -> None:
@@ -235,6 +235,17 @@ class DSAAttentionBackend:
         """
         step = self.current_step(forward_meta)
         return self.attention.select(step, q, weights, cache_of(forward_meta, 2 * layer_id + 1))
+
+    def attend_densely(
+        self, q: Any, cos_sin: Any, weights: Any, reader: Any, layer_id: int, forward_meta: Any
+    ) -> Any:
+        """Attend for the tokens of prompts within `index_topk`; see DensePrompts.attend.
+
+        Raises:
+            MissingStepError: no metadata for `forward_meta`, or no cache.
+        """
+        step, cache = self.current_step(forward_meta), cache_of(forward_meta, 2 * layer_id)
+        return self.attention.dense_prompts.attend(step, q, cos_sin, cache, weights, reader)
 
     def attend(self, q: Any, selection: Any, layer_id: int, forward_meta: Any) -> Any:
         """Attend to the selected slots of a layer; prefill and decode tokens together.

@@ -24,6 +24,8 @@ class DSABackendConfig:
         int32_position_ids: whether `forward_meta.position_ids` is int32, as older trees of
             FastDeploy take it; the operators here go on with the step's own int64.
         tokens_per_row: new tokens that most decode rows have: 1, and the drafts.
+        head_widths: of a head's keys without their rotated part, and of its values, before
+            absorption; None: the layers bring absorbed queries alone.
 
     Raises:
         ConfigError: another dtype, or a row without tokens.
@@ -41,6 +43,7 @@ class DSABackendConfig:
     dtype: str = "float32"
     int32_position_ids: bool = False
     tokens_per_row: int = 1
+    head_widths: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:

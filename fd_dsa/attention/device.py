@@ -15,7 +15,10 @@ from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from fd_dsa import custom_ops
+from fd_dsa.attention import dense_prompts
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device_scores import (
     CACHED_VIEWS,
@@ -56,6 +59,10 @@ class DeviceAttention:
     Args:
         config: sizes and scale.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
+
+    Attributes:
+        dense_prompts: attends for prompts within `index_topk`; None: in the absorbed form, as for
+            all others.
     """
 
     def __init__(self, config: DSABackendConfig, allocate: Allocate) -> None:
@@ -71,6 +78,8 @@ class DeviceAttention:
         settle(kind)
         self._scores = self._new_scores(kind)
         self._attention = self._new_attention(kind)
+        traits = traits_for(self._buffers["logits"][0])
+        self.dense_prompts = dense_prompts.dense_prompts_for(config, allocate, traits)
 
     def _take(self, sizes: Sizes) -> None:
         """Allocate buffers."""
@@ -103,15 +112,22 @@ class DeviceAttention:
         # scores of a layer are done with when its tokens attend
         return TensorCoreAttention(config, self._allocate, logits, custom)
 
-    def begin_step(self, step: ForwardMeta | None = None) -> None:
+    def begin_step(
+        self,
+        step: ForwardMeta | None = None,
+        lengths: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
         """Forget what the layers of the step before shared, and prepare what those of `step` will.
 
         Before the replay of a captured step, too: what is prepared lies outside of the graph.
 
         Args:
             step: None after the last step, when nothing follows.
+            lengths: `seq_lens_encoder` and `seq_lens_decoder` on the host, where it has them.
         """
         self._everything = None
+        if self.dense_prompts is not None:
+            self.dense_prompts.begin_step(step, lengths)
         if step is None:
             return
         if step.max_seqlen_k > self.config.index_topk or self._scores.is_captured:
@@ -181,7 +197,10 @@ class DeviceAttention:
         """See DSAAttentionBackend.attend; `cache` is the layer's latent cache."""
         num_tokens = q.shape[0]
         if len(selection.shape) == 3:
-            selection = selection.reshape([num_tokens, -1])
+            selection = selection.reshape([selection.shape[0], -1])
+        prompts = self.dense_prompts
+        if prompts is not None and prompts.other_step is not None:
+            step, selection = prompts.other_step, prompts.of_others(selection)
         check_shape("attend", "selection", selection, (num_tokens, None))
         out = self._view("latents", num_tokens)
         if self._attention is None:
@@ -232,7 +251,7 @@ def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
     if tensor_core.why_not(gpu.capability, *_types(config)) is None:
         splits = tensor_core.new_partials(config.num_heads, lambda shape, _: 4 * prod(shape))
         total += sum(splits)
-    return total
+    return total + dense_prompts.workspace_bytes(config)
 
 
 def why_not_tiles(config: DSABackendConfig) -> str | None:

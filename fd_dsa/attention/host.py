@@ -31,6 +31,9 @@ class HostAttention:
         config: sizes and scale.
     """
 
+    # queries are absorbed; the step's plan says which tokens read all keys of their rows
+    dense_prompts = None
+
     def __init__(self, config: DSABackendConfig) -> None:
         self.config = config
         self.block_size = config.cache_layout.block_size
@@ -42,7 +45,7 @@ class HostAttention:
         self._checked: set[tuple[Any, ...]] = set()
         settle("cpu")
 
-    def begin_step(self, step: ForwardMeta | None = None) -> None:
+    def begin_step(self, step: ForwardMeta | None = None, lengths: Any = None) -> None:
         """Forget the plan of the step before; without a next step the caches, too."""
         self._plan = None
         if step is None:

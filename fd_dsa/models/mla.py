@@ -81,10 +81,11 @@ class DeepseekV32DSAAttention:
             side = indexer.project, getattr(hidden_states, "plain", hidden_states), backend
             (qr, kv_a), (index_k, weights) = backend.overlap.run(num_tokens, work, *side)
             backend.write(kv_a, index_k, cos_sin, self, forward_meta)
-            indices = indexer.forward(forward_meta, qr, cos_sin, weights)
-        query = self._absorbed_query(qr, cos_sin, backend)
-        latent = backend.attend(query, indices, self.layer_id, forward_meta)
-        merged = self._v_b.heads_joined(latent, self._out)
+            indices = None
+            prompts = backend.attention.dense_prompts
+            if prompts is None or not prompts.has_all:
+                indices = indexer.forward(forward_meta, qr, cos_sin, weights)
+        merged = self._attended(qr, cos_sin, indices, forward_meta)
         return linear(merged, self._out, self._out_bias), indices
 
     def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
@@ -106,9 +107,20 @@ class DeepseekV32DSAAttention:
         qkv = linear(hidden_states, self._down, self._down_bias)
         return self._norm.of(qkv[:, : self.q_lora_rank]), qkv[:, self.q_lora_rank :]
 
-    def _absorbed_query(self, qr: Any, cos_sin: Any, backend: Any) -> Any:
-        """float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]."""
-        nope = self.nope_dim
+    def _attended(self, qr: Any, cos_sin: Any, indices: Any, forward_meta: Any) -> Any:
+        """Values of the heads side by side [num_tokens, num_heads * v_head_dim]."""
+        backend, nope = forward_meta.attn_backend, self.nope_dim
         q = self._q_b.times(qr).reshape([-1, self.num_heads, nope + self.rope_dim])
+        prompts, tokens, where = backend.attention.dense_prompts, None, ()
+        if prompts is not None and prompts.is_used:
+            merged = backend.attend_densely(
+                q, cos_sin, (self._k_b, self._v_b), self._out, self.layer_id, forward_meta
+            )
+            if prompts.has_all:
+                return merged
+            tokens = prompts.others
+            q, where = prompts.of_others(q), (merged, tokens)
         q_latent = self._k_b.times_by_head(q[:, :, :nope])
-        return backend.attention.prepare_mla_query(q_latent, q[:, :, nope:], None, cos_sin)
+        query = backend.attention.prepare_mla_query(q_latent, q[:, :, nope:], tokens, cos_sin)
+        latent = backend.attend(query, indices, self.layer_id, forward_meta)
+        return self._v_b.heads_joined(latent, self._out, *where)

@@ -153,11 +153,20 @@ class DeviceMatrix:
         """Each head's own GEMM: x [num_tokens, heads, in], which may be a view, to [..., out]."""
         return head_gemm(x, self.values)
 
-    def heads_joined(self, x: Any, reader: DeviceMatrix) -> Any:
-        """`times_by_head`, the heads of a token side by side, in the form that `reader` reads."""
-        if reader.scales is not None and self.values.shape[2] == GROUP:
-            return head_gemm(x, self.values, reader.round_scales)
-        return head_gemm(x, self.values).reshape([x.shape[0], -1])
+    def heads_joined(self, x: Any, reader: DeviceMatrix, out: Any = None, rows: Any = None) -> Any:
+        """`times_by_head`, the heads of a token side by side, in the form that `reader` reads.
+
+        Args:
+            out, rows: as of `head_gemm`.
+        """
+        rounds = self.scales_for(reader)
+        out = head_gemm(x, self.values, rounds, out, rows)
+        return out.reshape([out.shape[0], -1]) if rounds is None else out
+
+    def scales_for(self, reader: DeviceMatrix) -> bool | None:
+        """How `heads_joined` quantises, as of `head_gemm`; None: not at all."""
+        is_fp8 = reader.scales is not None and self.values.shape[2] == GROUP
+        return reader.round_scales if is_fp8 else None
 
     def times_grouped(
         self, x: Any, pairs: Any, counts: Any, *, top_k: int, gated: bool = False

@@ -22,12 +22,35 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 
+@triton.jit
+def store_heads(
+    values, token, column, head, heads, live, inside, out_ptr, codes_ptr, scales_ptr,
+    scales_stride, OUT: tl.constexpr, ROUND_SCALES: tl.constexpr,
+):  # fmt: skip
+    """Write float32 `values` [tokens, columns] of a head to rows [heads * OUT] of `token`.
+
+    Without `out_ptr` they are quantised: the columns are one group of values.
+    """
+    place = (token[:, None] * heads + head) * OUT + column[None, :]
+    if out_ptr is not None:
+        if out_ptr.dtype.element_ty == tl.bfloat16:
+            values = to_bfloat16(values)
+        tl.store(out_ptr + place, values, mask=live[:, None] & inside[None, :])
+    else:
+        # what a plain result would hold
+        values = widened(to_bfloat16(values))
+        scale = group_scales(absolute_maximum(magnitude(values), 1), ROUND_SCALES)
+        tl.store(scales_ptr + head * scales_stride + token, scale, mask=live)
+        tl.store(codes_ptr + place, to_e4m3(quotient(values, scale[:, None])), mask=live[:, None])
+
+
 @step_kernel(strided=("x_ptr",), waits=True)
 def head_gemm_kernel(
     x_ptr,
     token_stride,
     head_stride,
     weight_ptr,
+    rows_ptr,
     out_ptr,
     codes_ptr,
     scales_ptr,
@@ -48,47 +71,44 @@ def head_gemm_kernel(
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     token = tl.program_id(2).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    live, inside = (token < num_tokens)[:, None], (column < OUT)[None, :]
+    live, inside = token < num_tokens, column < OUT
     step = tl.arange(0, BLOCK_IN)
     x = x_ptr + token[:, None] * token_stride + head * head_stride + step[None, :]
     weight = weight_ptr + (head * IN + step[:, None]) * OUT + column[None, :]
     total = tl.zeros([BLOCK_TOKENS, BLOCK_OUT], tl.float32)
     for start in range(0, IN, BLOCK_IN):
         here = start + step < IN
-        left = tl.load(x + start, mask=live & here[None, :], other=0.0)
-        right = tl.load(weight + start * OUT, mask=here[:, None] & inside, other=0.0)
+        left = tl.load(x + start, mask=live[:, None] & here[None, :], other=0.0)
+        right = tl.load(weight + start * OUT, mask=here[:, None] & inside[None, :], other=0.0)
         total = tl.dot(left, right, acc=total, input_precision="ieee")
     start_next()
-    place = (token[:, None] * heads + head) * OUT + column[None, :]
-    if out_ptr is not None:
-        if out_ptr.dtype.element_ty == tl.bfloat16:
-            total = to_bfloat16(total)
-        tl.store(out_ptr + place, total, mask=live & inside)
-    else:
-        # what a plain result would hold
-        total = widened(to_bfloat16(total))
-        scale = group_scales(absolute_maximum(magnitude(total), 1), ROUND_SCALES)
-        tl.store(scales_ptr + head * scales_stride + token, scale, mask=token < num_tokens)
-        tl.store(codes_ptr + place, to_e4m3(quotient(total, scale[:, None])), mask=live)
+    if rows_ptr is not None:
+        token = tl.load(rows_ptr + token, mask=live, other=0)
+    store_heads(
+        total, token, column, head, heads, live, inside,
+        out_ptr, codes_ptr, scales_ptr, scales_stride, OUT, ROUND_SCALES,
+    )  # fmt: skip
 
 
-def head_gemm(x: Any, weight: Any, round_scales: bool | None = None) -> Any:
+def head_gemm(
+    x: Any, weight: Any, round_scales: bool | None = None, out: Any = None, rows: Any = None
+) -> Any:
     """x [num_tokens, heads, in] times weight [heads, in, out]: [num_tokens, heads, out].
 
     Args:
-        x: float32 or bfloat16; the values of a head are contiguous.
+        x: float32 or bfloat16; the values of a head are contiguous. [num_tokens, in]: all heads
+            have the same.
         weight: of the same type, contiguous.
         round_scales: Fp8Rows of [num_tokens, heads * out] with such scales instead, of bfloat16
             with `out` of 128; None: a tensor of the type of x.
+        out: where the result goes, of at least as many rows; None allocates.
+        rows: int64 [num_tokens], row of `out` of each token; None: the first ones, in order.
     """
-    (num_tokens, heads, width), out_width = x.shape, weight.shape[2]
-    out: Any = None
-    rows = Fp8Rows(None, None)
-    if round_scales is None:
-        out = empty_beside(x, num_tokens, heads, out_width)
-    else:
-        assert out_width == GROUP and dtype_name(x.dtype) == "bfloat16", weight.shape
-        rows = empty_fp8_rows(x, num_tokens, heads * out_width)
+    heads, width, out_width = weight.shape
+    num_tokens, is_shared = x.shape[0], len(x.shape) == 2
+    if out is None:
+        out = empty_heads(x, num_tokens, heads, out_width, round_scales)
+    codes, scales, _ = out if isinstance(out, Fp8Rows) else (None, None, None)
     if num_tokens:
         few = num_tokens <= 64
         tokens = min(64 if few else 128, max(16, triton.next_power_of_2(num_tokens)))
@@ -98,11 +118,21 @@ def head_gemm(x: Any, weight: Any, round_scales: bool | None = None) -> Any:
             # products without tensor cores keep a whole tile in registers
             tokens, columns, depth = min(tokens, 32), min(columns, 32), min(depth, 32)
         grid = -(-out_width // columns), heads, -(-num_tokens // tokens)
-        token_stride, head_stride, _ = x.strides
         head_gemm_kernel[grid](
-            x, token_stride, head_stride, weight, out, rows.codes, rows.scales,
-            0 if rows.scales is None else rows.scales.shape[1], num_tokens, IN=width, OUT=out_width,
+            x, x.strides[0], 0 if is_shared else x.strides[1], weight, rows,
+            out if codes is None else None, codes, scales,
+            0 if scales is None else scales.shape[1], num_tokens, IN=width, OUT=out_width,
             ROUND_SCALES=bool(round_scales), BLOCK_TOKENS=tokens, BLOCK_IN=depth,
             BLOCK_OUT=columns, num_warps=4 if few else 8, num_stages=3,
         )  # fmt: skip
-    return out if round_scales is None else rows
+    return out
+
+
+def empty_heads(
+    beside: Any, num_tokens: int, heads: int, width: int, round_scales: bool | None
+) -> Any:
+    """An uninitialised result of `head_gemm`."""
+    if round_scales is None:
+        return empty_beside(beside, num_tokens, heads, width)
+    assert width == GROUP and dtype_name(beside.dtype) == "bfloat16", width
+    return empty_fp8_rows(beside, num_tokens, heads * width)

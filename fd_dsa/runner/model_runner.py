@@ -65,6 +65,7 @@ def backend_config(
         max_blocks_per_seq=batch.block_tables.shape[1],
         num_blocks=num_blocks,
         dtype=dtype,
+        head_widths=(config.qk_nope_head_dim, config.v_head_dim),
     )
 
 
@@ -122,14 +123,13 @@ class ModelRunner:
         self.draws: DeviceDraws | None = None
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
+            from fd_dsa.runner.device_draws import DeviceDraws
             from fd_dsa.step.device import paddle_allocator
 
-            self._to_device = DeviceInputs(input_batch, paddle_allocator(device))
+            allocate = paddle_allocator(device)
+            self._to_device = DeviceInputs(input_batch, allocate)
             num_logits = input_batch.max_num_seqs * self.vocab_size
             self._to_host = HostLogits(self._to_device.staging.transfers, num_logits)
-            from fd_dsa.runner.device_draws import DeviceDraws
-
-            allocate = paddle_allocator(device)
             self.draws = DeviceDraws(input_batch.max_num_seqs, self.vocab_size, allocate)
 
     def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING) -> Step:
@@ -149,6 +149,7 @@ class ModelRunner:
             tokens = padded.num_tokens
             hints = StepHints(batch.num_tokens, 0, padded.max_seqlen_k, tokens)
         inputs: Any = host_inputs(batch, sampled)
+        lengths = inputs[1:3]
         if self._to_device is not None:
             inputs = self._to_device(inputs, tokens)
             if batch.has_deferred:
@@ -157,7 +158,7 @@ class ModelRunner:
         elif self._mtp is not None:
             # the layer runs when rows that have ended have lost their blocks
             inputs = (*inputs[:-1], inputs[-1].copy())
-        step = self.forward_meta = Step(hints, *inputs, self.caches, backend)
+        step = self.forward_meta = Step(hints, *inputs, self.caches, backend, host_lengths=lengths)
         backend.init_attention_metadata(step)
         return step
 
@@ -176,12 +177,13 @@ class ModelRunner:
         batch, config = self.input_batch, self.model.config
         longest = self._longest_row()
         chunk = min(batch.max_num_tokens, longest)
-        # past the selection keys are scored and chosen
+        # past the selection keys are scored and chosen, and prompts attend in another form
         cached = min(config.index_topk, longest - 1)
         powers = [1 << i for i in range((chunk - 1).bit_length())]
         chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
-        for tokens, done in (*((size, 0) for size in chunks), (1, cached)):
-            last = self._only_row(tokens, done, is_prefill=not done)
+        prompts = [(n, done, True) for done in (0, cached) for n in chunks if n <= longest - done]
+        for tokens, done, is_prefill in (*prompts, (1, cached, False)):
+            last = self._only_row(tokens, done, is_prefill=is_prefill)
             self.execute_model(np.array([last]))
         if self.draws is not None:
             self._warm_up_draws(last)
@@ -330,8 +332,7 @@ class ModelRunner:
             self._hidden = mtp(next_ids, self._hidden, self.forward_meta)[tokens]
             if not len(tokens):
                 return np.empty((0, self.vocab_size), np.float32)
-            logits: np.ndarray = mtp.compute_logits(self._hidden)
-            return logits
+            return mtp.compute_logits(self._hidden)  # type: ignore[no-any-return]
 
     def continue_with(self, kept: np.ndarray) -> None:
         """Begin a step of the batch that the layer alone computes, on its own hidden states.

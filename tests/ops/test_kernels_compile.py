@@ -27,7 +27,7 @@ RESERVED_BYTES = 1 << 10
 MOST_STACK_BYTES = 288
 # kernels that do not wait for those before them, and those that read a weight ahead of the wait
 ALONE = "dequantize", "records", "positions", "fill", "step", "v4 rows", "expand"
-ALONE += "scan", "settle", "masses", "gather", "draw"
+ALONE += "others", "scan", "settle", "masses", "gather", "draw"
 AHEAD = "norm", "choice"
 # before, Triton has no `gdc_wait`, or calls it otherwise
 CAN_WAIT = tuple(map(int, re.findall(r"\d+", version("triton"))[:2])) >= (3, 5)
@@ -76,7 +76,7 @@ def test_every_form_compiles() -> None:
 
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
-    assert len(made) == 6 + 4 + 8 + 1 + 5 + 9 + 2 + 7
+    assert len(made) == 5 + 6 + 4 + 8 + 1 + 5 + 9 + 2 + 7
     for form in made:
         assert_waits(form)
         name, blocks = form["label"], form["blocks"]
@@ -96,6 +96,10 @@ def test_tuned_forms_are_what_they_are_chosen_for() -> None:
             assert form["products"] and all("e4m3.e4m3" in p for p in form["products"]), name
             assert form["in_flight"] == int(name.split()[1]) * (form["stages"] - 2), name
             assert form["stack"] <= MOST_STACK_BYTES and form["ways"] <= 1, name
+        if name.startswith("prompts"):
+            # both GEMMs on tensor cores, and tiles of keys copied ahead of them
+            assert len(form["products"]) == 2 and form["ways"] <= 1 and form["copies"], name
+            assert form["stack"] <= MOST_STACK_BYTES, name
         if name.startswith(("mla", "combine")):
             assert form["stack"] <= MOST_STACK_BYTES, name
             # CUDA 12.8's ptxas loses an address that wgmma read in two ways: wrong results
@@ -119,7 +123,7 @@ for capability, switch in (80, ""), (89, "1"), (90, ""), (90, "1"), (90, "0"), (
                                                  "scales_ptr")))
     compile(f"heads {capability} {switch}", head_gemm_kernel, capability=capability, IN=128,
             OUT=128, ROUND_SCALES=False, BLOCK_TOKENS=16, BLOCK_IN=32, BLOCK_OUT=32,
-            codes_ptr=None, scales_ptr=None)
+            codes_ptr=None, scales_ptr=None, rows_ptr=None)
 """
 
 
@@ -140,12 +144,24 @@ def test_kernels_compile_for_other_gpus(capability: int) -> None:
     assert len(made) > 60
     needs_fp8 = {form["label"].split()[0] for form in made if "needs_fp8" in form}
     # what writes codes, or reads them for a GEMM
-    writers = {"norm", "silu", "quantize", "fill", "write", "query", "fp8", "tiles"}
-    readers = {"logits", "mla", "dequantize", "records"}
+    writers = {"norm", "silu", "quantize", "fill", "write", "query", "fp8", "tiles", "prompts"}
+    readers = {"logits", "mla", "dequantize", "records", "keys"}
     assert needs_fp8 == (writers | readers if capability < 89 else set())
     served = {form["label"].split()[0] for form in made if "needs_fp8" not in form}
     # with caches and weights of bfloat16, everything but the quantisation
-    assert served >= {"logits", "topk", "mla", "norm", "silu", "experts", "sum", "write", "query"}
+    assert served >= {
+        "prompts",
+        "keys",
+        "logits",
+        "topk",
+        "mla",
+        "norm",
+        "silu",
+        "experts",
+        "sum",
+        "write",
+        "query",
+    }
     for form in made:
         assert form.get("shared", 0) <= SHARED[capability], form["label"]
         assert form.get("waits", False) <= (capability >= 90), form["label"]

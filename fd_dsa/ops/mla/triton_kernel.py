@@ -25,7 +25,7 @@ _TILE = tl.constexpr(TILE_WIDTH)
 
 
 @triton.jit
-def _latents(
+def latents_of(
     cache_ptr, slot, dim, mask, RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def _latents(
 
 
 @triton.jit
-def _roped(
+def roped_of(
     cache_ptr, slot, dim, mask, RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -99,12 +99,12 @@ def sparse_mla_kernel(
                 dim = first_dim + tl.arange(0, _BLOCK_D)
                 q_mask = is_head[:, None] & (dim < RANK)[None, :]
                 q = tl.load(q_ptr + query_start[:, None] + dim[None, :], mask=q_mask, other=0)
-                k = _latents(
+                k = latents_of(
                     cache_ptr, key[None, :], dim[:, None], seen[None, :] & (dim < RANK)[:, None],
                     RANK, ROPE, FP8, WIDE,
                 )  # fmt: skip
                 scores = tl.dot(stored_values(q, WIDE), k, acc=scores, input_precision="ieee")
-            k = _roped(
+            k = roped_of(
                 cache_ptr, key[None, :], rope_dim[:, None],
                 seen[None, :] & (rope_dim < ROPE)[:, None], RANK, ROPE, FP8, WIDE,
             )  # fmt: skip
@@ -116,7 +116,7 @@ def sparse_mla_kernel(
             shrink = tl.exp(top - base)
             weight = tl.where(seen[None, :], tl.exp(scores - base[:, None]), 0.0)
             total = total * shrink + tl.sum(weight, axis=1)
-            value = _latents(
+            value = latents_of(
                 cache_ptr, key[:, None], value_dim[None, :],
                 seen[:, None] & (value_dim < RANK)[None, :], RANK, ROPE, FP8, WIDE,
             )  # fmt: skip
@@ -179,10 +179,10 @@ def dequantize_kernel(
     held = (slot >= 0) & (slot < num_slots)
     dim = tl.arange(0, WIDTH)[None, :]
     is_latent, is_rope = dim < RANK, (dim >= RANK) & (dim < RANK + ROPE)
-    values = _latents(cache_ptr, slot, dim, held & is_latent, RANK, ROPE, FP8, tl.float32)
+    values = latents_of(cache_ptr, slot, dim, held & is_latent, RANK, ROPE, FP8, tl.float32)
     if FP8:
         rope = dim - RANK
-        values += _roped(cache_ptr, slot, rope, held & is_rope, RANK, ROPE, FP8, tl.float32)
+        values += roped_of(cache_ptr, slot, rope, held & is_rope, RANK, ROPE, FP8, tl.float32)
     out = out_ptr + key.to(tl.int64)[:, None] * (RANK + ROPE) + dim
     tl.store(out, values, mask=(key < num_keys)[:, None] & (is_latent | is_rope))
 

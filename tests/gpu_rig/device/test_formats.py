@@ -140,7 +140,7 @@ def runner_of(model: Any, device: str) -> ModelRunner:
     return runner
 
 
-def logits_of(runner: ModelRunner) -> list[np.ndarray]:
+def logits_of(runner: ModelRunner, steps: Any = STEPS) -> list[np.ndarray]:
     """Logits of every token of all steps."""
     ids = np.random.default_rng(7).integers(2, 50, 64).tolist()
     return [
@@ -148,7 +148,7 @@ def logits_of(runner: ModelRunner) -> list[np.ndarray]:
             runner,
             [(row, ids[done : done + new], done, new_row) for row, new, done, new_row in step],
         ).copy()
-        for step in STEPS
+        for step in steps
     ]
 
 
@@ -177,3 +177,67 @@ def test_random_weights_are_finite_and_use_all_experts(rig: Rig) -> None:
     weights.finish()
     for logits in logits_of(runner_of(model, rig.device)):
         assert np.isfinite(logits).all() and 0.1 < logits.std() < 10
+
+
+# of prompts on both sides of index_topk, 12: chunks that cross it, begin and end there, beside
+# decode rows; then the same rows in other chunks
+CROSSING = [
+    [(0, 20, 0, True), (1, 7, 0, True), (3, 12, 0, True)],
+    [(0, 1, 20, False), (1, 9, 7, True), (3, 4, 12, True)],
+    [(0, 1, 21, False), (1, 1, 16, False), (3, 2, 16, False)],
+]
+IN_CHUNKS = [
+    [(0, 5, 0, True)],
+    [(0, 15, 5, True), (1, 16, 0, True), (3, 1, 0, True)],
+    [(0, 1, 20, False), (3, 15, 1, True)],
+    *CROSSING[2:],
+]
+WIDE_HEADS = {"qk_rope_head_dim": 16, "index_head_dim": 32, "index_topk": 12, "index_n_heads": 16}
+WIDE_HEADS |= {"num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(("form", "values"), [("bfloat16", 24), ("fp8", 128)])
+def test_prompts_attend_densely_up_to_index_topk(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, values: int
+) -> None:
+    from fd_dsa.attention import dense_prompts
+
+    fields = V32 | SIZES | WIDE_HEADS | {"v_head_dim": values} | (FP8 if form == "fp8" else {})
+    folder = folder_of(tmp_path, fields, form)
+    attend, counts = dense_prompts.attend_prompts, []
+
+    def counted(*args: Any, **how: Any) -> None:
+        counts.append(args[6].counts)
+        attend(*args, **how)
+
+    monkeypatch.setattr(dense_prompts, "attend_prompts", counted)
+    wanted = logits_of(runner_on(folder, "cpu"), CROSSING)
+    dense = logits_of(runner_on(folder, rig.device), CROSSING)
+    layers = fields["num_hidden_layers"]
+    assert counts == [(12, 7, 12)] * layers + [(5,)] * layers
+    chunks = logits_of(runner_on(folder, rig.device), IN_CHUNKS)
+    monkeypatch.setattr(dense_prompts, "fixed_order", lambda: True)
+    counts.clear()
+    absorbed = logits_of(runner_on(folder, rig.device), CROSSING)
+    assert not counts
+    # in which chunks a row came makes no difference, but for a GPU's GEMMs
+    bound = BOUNDS[form] * np.abs(wanted[-1]).max() * rig.is_real
+    np.testing.assert_allclose(chunks[-1], dense[-1], rtol=0, atol=bound)
+    near = []
+    for step, *logits, theirs in zip(CROSSING, dense, absorbed, wanted, strict=True):
+        bound = BOUNDS[form] * np.abs(theirs).max()
+        below = np.concatenate([done + np.arange(new) for _, new, done, _ in step]) < 12
+        clear = clear_lead(theirs, 2 * bound)
+        for ours in logits:
+            is_near = np.abs(ours - theirs).max(axis=1) < bound
+            assert is_near[below].all()
+            assert (ours.argmax(1) == theirs.argmax(1))[clear & is_near].all()
+            near.append(is_near)
+    # past index_topk scores that nearly tie may choose other keys
+    assert np.concatenate(near).mean() > 0.85
+
+
+def clear_lead(logits: np.ndarray, least: float) -> np.ndarray:
+    """Whether the largest of each row leads by so much."""
+    top = np.sort(logits, axis=1)
+    return top[:, -1] - top[:, -2] > least

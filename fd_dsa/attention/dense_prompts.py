@@ -1,0 +1,196 @@
+"""Prompts within `index_topk`: they attend densely, by keys and values of every head.
+
+For prompts position alone decides: a token below `index_topk` attends in this form, whatever its
+chunk and whatever was cached before it, and all others in the absorbed one. Decode rows are always
+absorbed. What the host knows of the rows' lengths says how many tokens there are of each kind;
+which they are is worked out on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.ops._fixed_order import fixed_order
+from fd_dsa.ops._head_gemm import empty_heads
+from fd_dsa.ops._linear import rows_at
+from fd_dsa.ops.mla.prompt import (
+    Group,
+    attend_prompts,
+    fitting,
+    gather_keys,
+    keys_and_values,
+    list_other_tokens,
+)
+from fd_dsa.step import ForwardMeta
+from fd_dsa.step.views import Allocate
+from fd_dsa.triton_runtime.driver import GpuTraits
+
+logger = logging.getLogger(__name__)
+KEYS_BYTES = 512 << 20
+"""Most memory for the keys and values of a group of rows, but those of `index_topk` are held."""
+
+
+class DensePrompts:
+    """What attends for the dense tokens of a step; one object serves all layers.
+
+    Args:
+        config: one that `why_not` finds nothing against.
+        allocate: as of a DeviceAttention.
+        gpu: what the tiles have to fit.
+
+    Attributes:
+        others: int64 [n]; the tokens of the step that do not attend densely. None: all of them, or
+            none of them.
+        other_step: the step of those tokens alone, as attention needs it.
+        has_all: all tokens of the step attend densely.
+    """
+
+    def __init__(self, config: DSABackendConfig, allocate: Allocate, gpu: GpuTraits) -> None:
+        assert config.head_widths is not None
+        nope, values = config.head_widths
+        layout, tokens = config.cache_layout, config.max_num_tokens
+        self._config, self._max_keys = config, max_keys(config)
+        self._rows = 1 << (config.max_num_seqs - 1).bit_length()
+        self._tiling = next(fitting(nope, layout.qk_rope_head_dim, values, gpu.shared_bytes))
+        self._latents = allocate((self._max_keys, layout.kv_lora_rank), "bfloat16")
+        self._rope = allocate((self._max_keys, layout.qk_rope_head_dim), "bfloat16")
+        self._tokens = allocate((tokens,), "int64")
+        self._batch_ids = allocate((tokens,), "int32")
+        self._new = allocate((config.max_num_seqs,), "int32")
+        self._groups: list[Group] = []
+        self.others: Any = None
+        self.other_step: ForwardMeta | None = None
+        self.has_all = False
+
+    def begin_step(
+        self, step: ForwardMeta | None, lengths: tuple[np.ndarray, np.ndarray] | None
+    ) -> None:
+        """Work out which tokens of a step attend densely: without `lengths`, none.
+
+        Args:
+            step: its metadata, on the device.
+            lengths: `seq_lens_encoder` and `seq_lens_decoder` on the host.
+        """
+        self._groups, self.others, self.other_step, self.has_all = [], None, None, False
+        if step is None or lengths is None or step.num_prefill_tokens == 0:
+            return
+        (new, cached), topk = lengths, self._config.index_topk
+        counts = np.clip(topk - cached, 0, new)
+        self._groups = _groups(counts, cached, self._max_keys)
+        left = step.position_ids.shape[0] - int(counts.sum())
+        self.has_all = left == 0
+        if not self._groups or self.has_all:
+            return
+        self.others, batch_ids = self._tokens[:left], self._batch_ids[:left]
+        rows = self._new[: len(new)]
+        list_other_tokens(step, topk, self.others, batch_ids, rows, self._rows)
+        self.other_step = replace(
+            step,
+            seq_lens_encoder=rows,
+            batch_id_per_token=batch_ids,
+            num_prefill_tokens=left - step.num_decode_tokens,
+        )
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any token of the step attends densely."""
+        return bool(self._groups)
+
+    def attend(
+        self, step: ForwardMeta, q: Any, cos_sin: Any, cache: Any, weights: Any, reader: Any
+    ) -> Any:
+        """Attention of the dense tokens in a layer; rows of the others hold anything.
+
+        Args:
+            q: bfloat16 [num_tokens, num_heads, qk_nope_head_dim + qk_rope_head_dim], as projected.
+            cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
+            cache: the layer's latents, those of this step written.
+            weights: DeviceMatrix of keys and of values, as `by_head` makes them.
+            reader: the DeviceMatrix that takes the result.
+
+        Returns:
+            bfloat16 [num_tokens, num_heads * v_head_dim], or Fp8Rows of it.
+        """
+        k_b, v_b = weights
+        rounds = v_b.scales_for(reader)
+        out = empty_heads(q, q.shape[0], *v_b.values.shape[::2], rounds)
+        topk = self._config.index_topk
+        for group in self._groups:
+            latents, rope = self._latents[: group.num_keys], self._rope[: group.num_keys]
+            gather_keys(cache, step, group, topk, latents, rope, self._rows)
+            keys, values = keys_and_values(latents, k_b.values, v_b.values)
+            attend_prompts(
+                *(q, cos_sin, keys, values, rope, step, group, out),
+                index_topk=topk,
+                softmax_scale=self._config.softmax_scale,
+                rows=self._rows,
+                tiling=self._tiling,
+                round_scales=bool(rounds),
+            )
+        return out if rounds is not None else out.reshape([out.shape[0], -1])
+
+    def of_others(self, x: Any) -> Any:
+        """Rows of the tokens that do not attend densely, of x [num_tokens, ...]."""
+        width = int(np.prod(x.shape[1:]))
+        rows = rows_at(x.reshape([x.shape[0], width]), self.others)
+        return rows.reshape([rows.shape[0], *x.shape[1:]])
+
+
+def max_keys(config: DSABackendConfig) -> int:
+    """Keys that are held at once: at least those of a row, at most those of a whole step."""
+    assert config.head_widths is not None
+    fit = KEYS_BYTES // (2 * config.num_heads * sum(config.head_widths))
+    longest = min(config.index_topk, config.max_blocks_per_seq * config.cache_layout.block_size)
+    return min(max(longest, fit), longest * config.max_num_seqs)
+
+
+def workspace_bytes(config: DSABackendConfig) -> int:
+    """Bytes that prompts take beside the buffers of a DeviceAttention; 0 where none is dense."""
+    if why_not(config) is not None or config.head_widths is None:
+        return 0
+    layout = config.cache_layout
+    width = config.num_heads * sum(config.head_widths)
+    width += layout.kv_lora_rank + layout.qk_rope_head_dim
+    return 2 * max_keys(config) * width + 12 * config.max_num_tokens + 4 * config.max_num_seqs
+
+
+def why_not(config: DSABackendConfig) -> str | None:
+    """Why all prompts attend in the absorbed form; None where those within `index_topk` do not."""
+    cache, rope = config.cache_layout.kv_cache_dtype, config.cache_layout.qk_rope_head_dim
+    if config.head_widths is None:
+        return "the model's widths are not known"
+    if fixed_order():
+        return "FD_DSA_BATCH_INVARIANT=1 keeps one form"
+    if config.dtype != "bfloat16" or cache == "float32":
+        return f"activations are {config.dtype} and the cache is {cache}, it takes neither float32"
+    if rope < 16 or rope & (rope - 1) or config.head_widths[0] % 2:
+        return f"heads of {config.head_widths[0]} + {rope} values"
+    return None
+
+
+def dense_prompts_for(
+    config: DSABackendConfig, allocate: Allocate, gpu: GpuTraits
+) -> DensePrompts | None:
+    """What serves a DeviceAttention, which is logged; None where all prompts are absorbed."""
+    reason = why_not(config)
+    how = f"absorbed ({reason})" if reason else "dense"
+    logger.info("attention of prompts below %d tokens: %s", config.index_topk, how)
+    return None if reason else DensePrompts(config, allocate, gpu)
+
+
+def _groups(counts: np.ndarray, cached: np.ndarray, most: int) -> list[Group]:
+    """Rows in order, cut where the keys of the next one do not fit."""
+    groups: list[Group] = []
+    for row in np.flatnonzero(counts).tolist():
+        count, keys = int(counts[row]), int(counts[row] + cached[row])
+        if groups and groups[-1].num_keys + keys <= most:
+            last = groups[-1]
+            groups[-1] = Group(last.first_row, row + 1, last.num_keys + keys, (*last.counts, count))
+        else:
+            groups.append(Group(row, row + 1, keys, (count,)))
+    return groups

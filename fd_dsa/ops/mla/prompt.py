@@ -1,0 +1,184 @@
+"""Launches of dense attention of prompts, and the form of its tiles; see `prompt_kernel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import e, log2
+from typing import Any, NamedTuple
+
+from fd_dsa.ops._fp8_rows import Fp8Rows
+from fd_dsa.ops._head_gemm import head_gemm
+from fd_dsa.ops._host import cache_format, matmul
+from fd_dsa.ops.mla.prompt_kernel import (
+    attend_prompts_kernel,
+    gather_keys_kernel,
+    other_tokens_kernel,
+)
+from fd_dsa.step import ForwardMeta
+
+import triton  # isort: skip
+
+_GATHERED, _LISTED = 16, 64
+
+
+class Tiling(NamedTuple):
+    """How a launch is cut.
+
+    Attributes:
+        block_m, block_n: tokens of a program, keys of a tile.
+        num_warps, num_stages: as of a launch.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+CANDIDATES = (
+    Tiling(128, 64, 8, 3),
+    Tiling(128, 128, 8, 2),
+    Tiling(128, 64, 8, 2),
+    Tiling(64, 64, 4, 2),
+    Tiling(128, 32, 8, 3),
+    Tiling(64, 128, 4, 2),
+    Tiling(128, 32, 8, 2),
+    Tiling(64, 32, 4, 2),
+    Tiling(32, 32, 4, 2),
+)
+"""In the order in which they are taken; benchmarks/prompt_attention.py times them."""
+
+
+class Group(NamedTuple):
+    """Rows of a step whose keys are held at once.
+
+    Attributes:
+        first_row, end_row: of the batch; rows between that do not attend densely count for nothing.
+        num_keys: of all of them.
+        counts: tokens of each row that attends densely.
+    """
+
+    first_row: int
+    end_row: int
+    num_keys: int
+    counts: tuple[int, ...]
+
+
+def fitting(nope: int, rope: int, values: int, shared_bytes: int) -> Iterator[Tiling]:
+    """The candidates whose operands fit the shared memory of a block."""
+    keys = triton.next_power_of_2(nope) + rope
+    for tiling in CANDIDATES:
+        stage = 2 * tiling.block_n * (keys + triton.next_power_of_2(values))
+        if 2 * tiling.block_m * keys + tiling.num_stages * stage <= shared_bytes:
+            yield tiling
+
+
+def gather_keys(
+    cache: Any, step: ForwardMeta, group: Group, index_topk: int, latents: Any, rope: Any, rows: int
+) -> None:
+    """Fill bfloat16 latents [num_keys, rank] and rope [num_keys, rope_dim] of a group; one launch.
+
+    Args:
+        cache: bfloat16 or int16 [num_blocks, ..., block_size, width], or fp8_ds_mla records.
+        rows: a power of two, at least those of the step.
+    """
+    num_blocks, block_size = cache.shape[0], cache.shape[-2]
+    gather_keys_kernel[(-(-group.num_keys // _GATHERED),)](
+        *(cache, step.block_tables, step.seq_lens_encoder, step.seq_lens_decoder, latents, rope),
+        *(group.first_row, group.end_row, index_topk, group.num_keys),
+        *(step.block_tables.shape[1], num_blocks),
+        BLOCK_SIZE=block_size,
+        RANK=latents.shape[1],
+        ROPE=rope.shape[1],
+        RANK_PADDED=triton.next_power_of_2(latents.shape[1]),
+        FP8=cache_format(cache) == "fp8_ds_mla",
+        ROWS=rows,
+        KEYS=_GATHERED,
+        num_warps=4,
+    )
+
+
+def keys_and_values(latents: Any, k_b: Any, v_b: Any) -> tuple[Any, Any]:
+    """Those of every head: [num_keys, heads, width] of latents [num_keys, rank].
+
+    Args:
+        k_b, v_b: [heads, width, rank] and [heads, rank, width].
+    """
+    heads, width, rank = k_b.shape
+    keys = matmul(latents, k_b.reshape([heads * width, rank]), transpose_y=True)
+    return keys, head_gemm(latents, v_b)
+
+
+def attend_prompts(
+    q: Any,
+    cos_sin: Any,
+    keys: Any,
+    values: Any,
+    rope: Any,
+    step: ForwardMeta,
+    group: Group,
+    out: Any,
+    *,
+    index_topk: int,
+    softmax_scale: float,
+    rows: int,
+    tiling: Tiling,
+    round_scales: bool = False,
+) -> None:
+    """Attention of a group's dense tokens to their rows of `out`; one launch.
+
+    Scores and sums are float32; roped queries and weights are rounded to bfloat16.
+
+    Args:
+        q: bfloat16 [num_tokens, heads, nope + rope_dim], the last part not yet rotated.
+        cos_sin: float32 [num_tokens, rope_dim]; cos, then sin.
+        keys, values: as of `keys_and_values`, of the group; [num_keys, heads * nope] is the same.
+        rope: bfloat16 [num_keys, rope_dim].
+        out: bfloat16 [num_tokens, heads, width], or Fp8Rows as of `head_gemm`.
+        rows: as of `gather_keys`.
+    """
+    _, heads, width = q.shape
+    rope_dim, value_width = rope.shape[1], values.shape[-1]
+    nope = width - rope_dim
+    plain, codes, scales = out, None, None
+    if isinstance(out, Fp8Rows):
+        plain, codes, scales = None, out.codes, out.scales
+    tiles = sum(-(-count // tiling.block_m) for count in group.counts)
+    attend_prompts_kernel[tiles, heads](
+        *(q, cos_sin, keys, values, rope),
+        *(step.seq_lens_encoder, step.seq_lens_decoder, step.cu_seqlens_q),
+        *(plain, codes, scales, 0 if scales is None else scales.shape[1]),
+        *(softmax_scale * log2(e), group.first_row, group.end_row, index_topk),
+        NOPE=nope,
+        HALF=rope_dim // 2,
+        VALUES=value_width,
+        NOPE_PADDED=max(16, triton.next_power_of_2(nope)),
+        VALUES_PADDED=max(16, triton.next_power_of_2(value_width)),
+        ROUND_SCALES=round_scales,
+        ROWS=rows,
+        BLOCK_M=tiling.block_m,
+        BLOCK_N=tiling.block_n,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
+
+
+def list_other_tokens(
+    step: ForwardMeta, index_topk: int, tokens: Any, batch_ids: Any, new: Any, rows: int
+) -> None:
+    """Fill what a step's other tokens are known by; one launch.
+
+    Args:
+        tokens, batch_ids: int64 and int32 [n]; index and row of each token that does not attend
+            densely.
+        new: int32 [num_rows]; such tokens of each prompt row.
+        rows: as of `gather_keys`.
+    """
+    count = tokens.shape[0]
+    other_tokens_kernel[(-(-count // _LISTED),)](
+        *(step.seq_lens_encoder, step.seq_lens_decoder, step.seq_lens_this_time),
+        *(tokens, batch_ids, new, new.shape[0], count, index_topk),
+        ROWS=rows,
+        BLOCK=_LISTED,
+        num_warps=4,
+    )

@@ -1,0 +1,252 @@
+"""Dense attention of prompts in MLA's plain form: keys and values of every head, causal.
+
+Tokens whose keys all fit `index_topk` see all of them, so nothing is chosen, and a key of 192 and a
+value of 128 cost a third of the 576 and 512 of the absorbed form. Which tokens these are follows
+from the lengths of the rows alone: those of a prompt row at positions below `index_topk`.
+
+Source: the online softmax over tiles of keys is that of FlashAttention-2 (Dao 2023).
+"""
+
+from __future__ import annotations
+
+from fd_dsa.ops._head_gemm import store_heads
+from fd_dsa.ops._triton import blocks_of, step_kernel
+from fd_dsa.ops._triton_fp8 import load_pairs, rotated, stored, to_bfloat16
+from fd_dsa.ops.mla.triton_kernel import latents_of, roped_of
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+
+@triton.jit
+def _dense_tokens(
+    seq_lens_encoder_ptr, seq_lens_decoder_ptr, row, first_row, end_row, index_topk
+):  # fmt: skip
+    """Of each row of a group: tokens that attend densely, and those cached before."""
+    is_row = (row >= first_row) & (row < end_row)
+    new = tl.load(seq_lens_encoder_ptr + row, mask=is_row, other=0)
+    cached = tl.load(seq_lens_decoder_ptr + row, mask=is_row, other=0)
+    return tl.maximum(tl.minimum(index_topk - cached, new), 0), cached
+
+
+@triton.jit
+def _keys(dense, cached):
+    """Keys that the dense tokens of each row see."""
+    return tl.where(dense > 0, cached + dense, 0)
+
+
+@triton.jit
+def _item(values, mine):
+    """The value of the row that is `mine`."""
+    return tl.sum(tl.where(mine, values, 0))
+
+
+@step_kernel(waits=True)
+def gather_keys_kernel(
+    cache_ptr,
+    block_tables_ptr,
+    seq_lens_encoder_ptr,
+    seq_lens_decoder_ptr,
+    latents_ptr,
+    rope_ptr,
+    first_row,
+    end_row,
+    index_topk,
+    num_keys,
+    table_width,
+    num_blocks,
+    BLOCK_SIZE: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    FP8: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Keys KEYS * program on of a group's rows, back to back: bfloat16 latents and roped values.
+
+    A table entry that is no block of the cache gives zeros.
+    """
+    wait_for_inputs()
+    start_next()
+    row = tl.arange(0, ROWS)
+    dense, cached = _dense_tokens(
+        seq_lens_encoder_ptr, seq_lens_decoder_ptr, row, first_row, end_row, index_topk
+    )
+    ends = tl.cumsum(_keys(dense, cached))
+    key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    live = key < num_keys
+    before = ends[None, :] <= key[:, None]
+    # rows without keys end where the one before them does
+    start = tl.max(tl.where(before, ends[None, :], 0), 1)
+    own = tl.sum(before.to(tl.int32), 1)
+    position = key - start
+    block = blocks_of(
+        block_tables_ptr, own, position, live, table_width, num_blocks, BLOCK_SIZE
+    )  # fmt: skip
+    slot = (block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE)[:, None]
+    exists = (block >= 0)[:, None]
+    dim, rope_dim = tl.arange(0, RANK_PADDED)[None, :], tl.arange(0, ROPE)[None, :]
+    inside = live[:, None] & (dim < RANK)
+    x = latents_of(cache_ptr, slot, dim, exists & (dim < RANK), RANK, ROPE, FP8, tl.float32)
+    out = key.to(tl.int64)[:, None]
+    tl.store(latents_ptr + out * RANK + dim, to_bfloat16(x), mask=inside)
+    x = roped_of(cache_ptr, slot, rope_dim, exists & (rope_dim >= 0), RANK, ROPE, FP8, tl.float32)
+    tl.store(rope_ptr + out * ROPE + rope_dim, to_bfloat16(x), mask=live[:, None])
+
+
+@step_kernel()
+def other_tokens_kernel(
+    seq_lens_encoder_ptr,
+    seq_lens_decoder_ptr,
+    seq_lens_this_time_ptr,
+    tokens_ptr,
+    rows_ptr,
+    new_ptr,
+    num_rows,
+    num_tokens,
+    index_topk,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The tokens of a step that do not attend densely: their index, their row, and its new ones."""
+    row = tl.arange(0, ROWS)
+    is_row = row < num_rows
+    dense, _ = _dense_tokens(
+        seq_lens_encoder_ptr, seq_lens_decoder_ptr, row, 0, num_rows, index_topk
+    )
+    count = tl.load(seq_lens_this_time_ptr + row, mask=is_row, other=0) - dense
+    ends = tl.cumsum(count)
+    if tl.program_id(0) == 0:
+        new = tl.load(seq_lens_encoder_ptr + row, mask=is_row, other=0)
+        tl.store(new_ptr + row, new - dense, mask=is_row)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = place < num_tokens
+    before = ends[None, :] <= place[:, None]
+    own = tl.sum(before.to(tl.int32), 1)
+    # the tokens of a row that attend densely come first
+    skipped = tl.sum(tl.where(before | (row[None, :] == own[:, None]), dense[None, :], 0), 1)
+    tl.store(tokens_ptr + place, (place + skipped).to(tl.int64), mask=live)
+    tl.store(rows_ptr + place, own, mask=live)
+
+
+@triton.jit
+def _tile(pointer, seen, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_EDGE: tl.constexpr):
+    """bfloat16 [keys, PADDED] of rows at `pointer` [keys]."""
+    column = tl.arange(0, PADDED)
+    if IS_EDGE or PADDED != WIDTH:
+        mask = seen[:, None] & (column < WIDTH)[None, :]
+        x = tl.load(pointer[:, None] + column[None, :], mask=mask, other=0.0)
+    else:
+        x = tl.load(pointer[:, None] + column[None, :])
+    return x
+
+
+@triton.jit
+def _attend_tile(
+    q, q_rope, keys, start, end, position, head, heads, scale_log2, top, total, out,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUES: tl.constexpr, NOPE_PADDED: tl.constexpr,
+    VALUES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr,
+):  # fmt: skip
+    """The state of the softmax after the keys from `start` on; IS_EDGE: not all of them count."""
+    k_ptr, v_ptr, rope_ptr, first_key = keys
+    key = start + tl.arange(0, BLOCK_N)
+    seen, place = key < end, (first_key + key).to(tl.int64)
+    k = _tile(k_ptr + (place * heads + head) * NOPE, seen, NOPE, NOPE_PADDED, IS_EDGE)
+    k_rope = _tile(rope_ptr + place * ROPE, seen, ROPE, ROPE, IS_EDGE)
+    scores = tl.dot(q, tl.trans(k))
+    scores = tl.dot(q_rope, tl.trans(k_rope), acc=scores)
+    if IS_EDGE:
+        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+    # the first tile has key 0, which every token sees: no difference of infinities
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+    weight = tl.exp2(scores * scale_log2 - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weight, 1)
+    v = _tile(v_ptr + (place * heads + head) * VALUES, seen, VALUES, VALUES_PADDED, IS_EDGE)
+    out = tl.dot(to_bfloat16(weight), v, acc=out * shrink[:, None])
+    return new_top, total, out
+
+
+@step_kernel(waits=True)
+def attend_prompts_kernel(
+    q_ptr,
+    cos_sin_ptr,
+    k_ptr,
+    v_ptr,
+    rope_ptr,
+    seq_lens_encoder_ptr,
+    seq_lens_decoder_ptr,
+    cu_seqlens_q_ptr,
+    out_ptr,
+    codes_ptr,
+    scales_ptr,
+    scales_stride,
+    scale_log2,
+    first_row,
+    end_row,
+    index_topk,
+    NOPE: tl.constexpr,
+    HALF: tl.constexpr,
+    VALUES: tl.constexpr,
+    NOPE_PADDED: tl.constexpr,
+    VALUES_PADDED: tl.constexpr,
+    ROUND_SCALES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of the tokens of a row, for head `program 1`; those with most keys begin first."""
+    wait_for_inputs()
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    row = tl.arange(0, ROWS)
+    dense, cached = _dense_tokens(
+        seq_lens_encoder_ptr, seq_lens_decoder_ptr, row, first_row, end_row, index_topk
+    )
+    tiles = (dense + (BLOCK_M - 1)) // BLOCK_M
+    ends = tl.cumsum(tiles)
+    own = tl.sum((ends <= tile).to(tl.int32))
+    mine = row == own
+    num_keys = _keys(dense, cached)
+    first_key = _item(tl.cumsum(num_keys) - num_keys, mine)
+    count, before = _item(dense, mine), _item(cached, mine)
+    first = (tile - _item(ends - tiles, mine)) * BLOCK_M
+    new = first + tl.arange(0, BLOCK_M)
+    position, live = before + new, new < count
+    token = (tl.load(cu_seqlens_q_ptr + own) + new).to(tl.int64)
+    query = q_ptr + (token * heads + head) * (NOPE + 2 * HALF)
+    q = _tile(query, live, NOPE, NOPE_PADDED, True)
+    angle = (cos_sin_ptr + token * (2 * HALF))[:, None] + tl.arange(0, HALF)[None, :]
+    cos = tl.load(angle, mask=live[:, None], other=0.0)
+    sin = tl.load(angle + HALF, mask=live[:, None], other=0.0)
+    a, b = load_pairs((query + NOPE)[:, None], live[:, None], HALF, True)
+    # a query that is not there has any values
+    a, b = tl.where(live[:, None], a, 0.0), tl.where(live[:, None], b, 0.0)
+    a, b = rotated(a, b, cos, sin)
+    q_rope = tl.reshape(tl.join(stored(a, q_ptr), stored(b, q_ptr)), [BLOCK_M, 2 * HALF])
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, VALUES_PADDED], tl.float32)
+    keys = k_ptr, v_ptr, rope_ptr, first_key
+    # keys that all tokens of the tile see, in whole tiles; then the others
+    whole = (before + first + 1) // BLOCK_N * BLOCK_N
+    end = before + tl.minimum(first + BLOCK_M, count)
+    for start in range(0, whole, BLOCK_N):
+        top, total, out = _attend_tile(
+            q, q_rope, keys, start, end, position, head, heads, scale_log2, top, total, out,
+            NOPE, 2 * HALF, VALUES, NOPE_PADDED, VALUES_PADDED, BLOCK_N, False,
+        )  # fmt: skip
+    for start in range(whole, end, BLOCK_N):
+        top, total, out = _attend_tile(
+            q, q_rope, keys, start, end, position, head, heads, scale_log2, top, total, out,
+            NOPE, 2 * HALF, VALUES, NOPE_PADDED, VALUES_PADDED, BLOCK_N, True,
+        )  # fmt: skip
+    start_next()
+    column = tl.arange(0, VALUES_PADDED)
+    store_heads(
+        out / total[:, None], token, column, head, heads, live, column < VALUES,
+        out_ptr, codes_ptr, scales_ptr, scales_stride, VALUES, ROUND_SCALES,
+    )  # fmt: skip

@@ -1,0 +1,114 @@
+"""Dense attention of prompts against its definition in doubles: rows, chunks, borders, widths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.kernel_memory import POISON, KernelMemory
+from tests.ops.prompt_case import SCALE, PromptCase
+from tests.ops.tensor_core_case import widened
+
+# around tiles of 32 tokens and keys, and index_topk of 70
+BORDER = [(40, 30, True), (1, 9, False), (80, 0, True), (5, 68, True), (3, 70, True), (0, 0, False)]
+
+
+def run(
+    m: KernelMemory, case: PromptCase, most_keys: int = 1 << 20, *, quantised: bool = False
+) -> Any:
+    """What the launches of a step write, in poisoned memory of more rows than the step has."""
+    from fd_dsa.attention.dense_prompts import _groups
+    from fd_dsa.ops._fp8_rows import Fp8Rows
+    from fd_dsa.ops.mla.prompt import Tiling, attend_prompts, gather_keys
+
+    total, step = int(case.starts[-1]), case.step(m)
+    counts = np.array([case.count(row) for row in range(len(case.rows))])
+    out = m.poisoned((total + 3, case.heads, case.values), "bfloat16")
+    if quantised:
+        stride = -(-(total + 3) // 4) * 4
+        codes = m.poisoned((total + 3, case.heads * 128), "uint8")
+        out = Fp8Rows(codes, m.poisoned((case.heads, stride), "float32"))
+    for group in _groups(counts, case.cached, most_keys):
+        latents = m.poisoned((group.num_keys, case.rank), "bfloat16")
+        rope = m.poisoned((group.num_keys, case.rope), "bfloat16")
+        gather_keys(case.pages(m), step, group, case.topk, latents, rope, 8)
+        up = case.up_projected(widened(m.get(latents).view(np.int16)))
+        keys, values = (case.bits(m, x.astype(np.float32)) for x in up)
+        attend_prompts(
+            *(case.bits(m, case.q), m.put(case.cos_sin), keys, values, rope, step, group, out),
+            index_topk=case.topk,
+            softmax_scale=SCALE,
+            rows=8,
+            tiling=Tiling(32, 32, 4, 2),
+            round_scales=True,
+        )
+    return out
+
+
+def check(case: PromptCase, found: np.ndarray) -> None:
+    """Dense tokens are right to the rounding of weights and result; nothing else was written."""
+    untouched = np.ones(len(found), bool)
+    for row, first in enumerate(case.starts[:-1]):
+        count = case.count(row)
+        untouched[first : first + count] = False
+        if count:
+            exact = case.exact(row)
+            # weights and the result have 8 bits each; keys that round the other way shift scores
+            bound = 2.0**-7 * (np.abs(exact) + np.abs(exact).max())
+            assert (np.abs(found[first : first + count] - exact) < bound).all(), row
+    poison = widened(np.full(1, POISON * 0x101, np.uint16).view(np.int16))
+    assert (found[untouched] == poison).all()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_chunks_hits_and_the_border(kernel_memory: KernelMemory, fp8: bool) -> None:
+    case = PromptCase(BORDER, 70, fp8)
+    check(case, widened(kernel_memory.get(run(kernel_memory, case)).view(np.int16)))
+
+
+def test_widths_that_are_no_powers_of_two_and_groups_of_rows(kernel_memory: KernelMemory) -> None:
+    case = PromptCase([(33, 0, True), (2, 40, True), (7, 1, True)], 64, heads=3, nope=24, values=40)
+    found = [kernel_memory.get(run(kernel_memory, case, most)) for most in (1 << 20, 50, 42)]
+    check(case, widened(found[0].view(np.int16)))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+def test_a_result_in_fp8_is_the_plain_one_quantised(kernel_memory: KernelMemory) -> None:
+    from fd_dsa.ops._dense_kernels import quantize_rows
+
+    m, case = kernel_memory, PromptCase([(20, 0, True), (2, 5, False)], 64, values=128)
+    plain = run(m, case)
+    rows = run(m, case, quantised=True)
+    wanted = quantize_rows(plain[:20].reshape([20, -1]).contiguous(), True)
+    np.testing.assert_array_equal(m.get(rows.codes)[:20], m.get(wanted.codes))
+    np.testing.assert_array_equal(m.get(rows.scales)[:, :20], m.get(wanted.scales)[:, :20])
+    assert (m.get(rows.codes)[20:] == POISON).all()
+
+
+def test_the_other_tokens_of_a_step(kernel_memory: KernelMemory) -> None:
+    from fd_dsa.ops.mla.prompt import list_other_tokens
+
+    m, case = kernel_memory, PromptCase([*BORDER, (90, 0, True)], 70)
+    others = [
+        (token, row)
+        for row, (first, end) in enumerate(zip(case.starts, case.starts[1:], strict=False))
+        for token in range(first + case.count(row), end)
+    ]
+    tokens, rows = m.poisoned((len(others),), "int64"), m.poisoned((len(others),), "int32")
+    new = m.poisoned((7,), "int32")
+    list_other_tokens(case.step(m), 70, tokens, rows, new, 8)
+    assert list(zip(m.get(tokens).tolist(), m.get(rows).tolist(), strict=True)) == others
+    wanted = [int(case.new[row]) - case.count(row) for row in range(7)]
+    assert m.get(new).tolist() == wanted
+
+
+def test_nan_of_another_request_stays_there(kernel_memory: KernelMemory) -> None:
+    case = PromptCase([(10, 0, True), (10, 6, True)], 64)
+    clean = kernel_memory.get(run(kernel_memory, case))
+    case.cache[case.slots(1)[3]] = 0x7FC0
+    found = kernel_memory.get(run(kernel_memory, case))
+    np.testing.assert_array_equal(found[:10], clean[:10])
+    assert np.isnan(widened(found[10:20].view(np.int16))).all()
