@@ -48,6 +48,8 @@ class DensePrompts:
             none of them.
         other_step: the step of those tokens alone, as attention needs it.
         has_all: all tokens of the step attend densely.
+        groups: rows whose keys are held at once; [] where none attends densely.
+        latents, rope, rows, tiling: arguments of the launches for each group.
     """
 
     def __init__(self, config: DSABackendConfig, allocate: Allocate, gpu: GpuTraits) -> None:
@@ -55,14 +57,14 @@ class DensePrompts:
         nope, values = config.head_widths
         layout, tokens = config.cache_layout, config.max_num_tokens
         self._config, self._max_keys = config, max_keys(config)
-        self._rows = 1 << (config.max_num_seqs - 1).bit_length()
-        self._tiling = next(fitting(nope, layout.qk_rope_head_dim, values, gpu.shared_bytes))
-        self._latents = allocate((self._max_keys, layout.kv_lora_rank), "bfloat16")
-        self._rope = allocate((self._max_keys, layout.qk_rope_head_dim), "bfloat16")
+        self.rows = 1 << (config.max_num_seqs - 1).bit_length()
+        self.tiling = next(fitting(nope, layout.qk_rope_head_dim, values, gpu.shared_bytes))
+        self.latents = allocate((self._max_keys, layout.kv_lora_rank), "bfloat16")
+        self.rope = allocate((self._max_keys, layout.qk_rope_head_dim), "bfloat16")
         self._tokens = allocate((tokens,), "int64")
         self._batch_ids = allocate((tokens,), "int32")
         self._new = allocate((config.max_num_seqs,), "int32")
-        self._groups: list[Group] = []
+        self.groups: list[Group] = []
         self.others: Any = None
         self.other_step: ForwardMeta | None = None
         self.has_all = False
@@ -76,19 +78,19 @@ class DensePrompts:
             step: its metadata, on the device.
             lengths: `seq_lens_encoder` and `seq_lens_decoder` on the host.
         """
-        self._groups, self.others, self.other_step, self.has_all = [], None, None, False
+        self.groups, self.others, self.other_step, self.has_all = [], None, None, False
         if step is None or lengths is None or step.num_prefill_tokens == 0:
             return
         (new, cached), topk = lengths, self._config.index_topk
         counts = np.clip(topk - cached, 0, new)
-        self._groups = _groups(counts, cached, self._max_keys)
+        self.groups = _groups(counts, cached, self._max_keys)
         left = step.position_ids.shape[0] - int(counts.sum())
         self.has_all = left == 0
-        if not self._groups or self.has_all:
+        if not self.groups or self.has_all:
             return
         self.others, batch_ids = self._tokens[:left], self._batch_ids[:left]
         rows = self._new[: len(new)]
-        list_other_tokens(step, topk, self.others, batch_ids, rows, self._rows)
+        list_other_tokens(step, topk, self.others, batch_ids, rows, self.rows)
         self.other_step = replace(
             step,
             seq_lens_encoder=rows,
@@ -99,7 +101,7 @@ class DensePrompts:
     @property
     def is_used(self) -> bool:
         """Whether any token of the step attends densely."""
-        return bool(self._groups)
+        return bool(self.groups)
 
     def attend(
         self, step: ForwardMeta, q: Any, cos_sin: Any, cache: Any, weights: Any, reader: Any
@@ -120,16 +122,16 @@ class DensePrompts:
         rounds = v_b.scales_for(reader)
         out = empty_heads(q, q.shape[0], *v_b.values.shape[::2], rounds)
         topk = self._config.index_topk
-        for group in self._groups:
-            latents, rope = self._latents[: group.num_keys], self._rope[: group.num_keys]
-            gather_keys(cache, step, group, topk, latents, rope, self._rows)
+        for group in self.groups:
+            latents, rope = self.latents[: group.num_keys], self.rope[: group.num_keys]
+            gather_keys(cache, step, group, topk, latents, rope, self.rows)
             keys, values = keys_and_values(latents, k_b.values, v_b.values)
             attend_prompts(
                 *(q, cos_sin, keys, values, rope, step, group, out),
                 index_topk=topk,
                 softmax_scale=self._config.softmax_scale,
-                rows=self._rows,
-                tiling=self._tiling,
+                rows=self.rows,
+                tiling=self.tiling,
                 round_scales=bool(rounds),
             )
         return out if rounds is not None else out.reshape([out.shape[0], -1])

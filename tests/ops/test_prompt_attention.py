@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fd_dsa.attention.cache_layout import CacheLayout
+from fd_dsa.attention.config import DSABackendConfig
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.prompt_case import SCALE, PromptCase
 from tests.ops.tensor_core_case import widened
@@ -112,3 +115,28 @@ def test_nan_of_another_request_stays_there(kernel_memory: KernelMemory) -> None
     found = kernel_memory.get(run(kernel_memory, case))
     np.testing.assert_array_equal(found[:10], clean[:10])
     assert np.isnan(widened(found[10:20].view(np.int16))).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dtype": "float32"}, "activations are float32"),
+        ({"cache_layout": CacheLayout("float32", 64, 512, 64, 128)}, "the cache is float32"),
+        ({"cache_layout": CacheLayout("bfloat16", 64, 512, 8, 128)}, "heads of 128 + 8"),
+        ({"head_widths": None}, "widths are not known"),
+    ],
+)
+def test_what_is_dense_and_what_it_takes(changes: dict[str, Any], reason: str | None) -> None:
+    from fd_dsa.attention.dense_prompts import max_keys, why_not, workspace_bytes
+
+    sizes = (128, 64, 2048, 0.1, CacheLayout("fp8_ds_mla", 64, 512, 64, 128), 128, 8192, 512)
+    config = replace(DSABackendConfig(*sizes, dtype="bfloat16", head_widths=(128, 128)), **changes)
+    assert (reason or "") in (found := why_not(config) or "") and bool(found) == bool(reason)
+    assert (workspace_bytes(config) > 0) == (reason is None)
+    if reason is None:
+        assert max_keys(config) == 8192
+        assert 512 << 20 < workspace_bytes(config) < 530 << 20
+        # a row has to fit, and more than all rows nobody needs
+        assert max_keys(replace(config, num_heads=1024)) == 2048
+        assert max_keys(replace(config, max_num_seqs=2)) == 4096
