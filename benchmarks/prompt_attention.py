@@ -56,7 +56,7 @@ class Prompts:
         )
         lengths[1] = cached
         tables = np.random.default_rng(0).permutation(rows * columns).astype(np.int32)
-        meta = SimpleNamespace(host_lengths=tuple(lengths[:2]))
+        meta = SimpleNamespace(host_lengths=(lengths[0], lengths[1], lengths[2]))
         inputs = (*lengths, tables.reshape(rows, columns))
         backend.build_step(meta, inputs, StepHints(total, total, length))
         self._step, self._cache = meta.fd_dsa_step, latents

@@ -2,8 +2,7 @@
 
 For prompts position alone decides: a token below `index_topk` attends in this form, whatever its
 chunk and whatever was cached before it, and all others in the absorbed one. Decode rows are always
-absorbed. What the host knows of the rows' lengths says how many tokens there are of each kind;
-which they are is worked out on the device.
+absorbed. What the host knows of the rows' lengths says which tokens are of which kind.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from fd_dsa.ops.mla.prompt import (
     fitting,
     gather_keys,
     keys_and_values,
-    list_other_tokens,
 )
 from fd_dsa.step import ForwardMeta
+from fd_dsa.step.staging import StagedInputs
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.driver import GpuTraits
 
@@ -44,7 +43,7 @@ class DensePrompts:
         gpu: what the tiles have to fit.
 
     Attributes:
-        others: int64 [n]; the tokens of the step that do not attend densely. None: all of them, or
+        others: int32 [n]; the tokens of the step that do not attend densely. None: all of them, or
             none of them.
         other_step: the step of those tokens alone, as attention needs it.
         has_all: all tokens of the step attend densely.
@@ -61,41 +60,41 @@ class DensePrompts:
         self.tiling = next(fitting(nope, layout.qk_rope_head_dim, values, gpu.shared_bytes))
         self.latents = allocate((self._max_keys, layout.kv_lora_rank), "bfloat16")
         self.rope = allocate((self._max_keys, layout.qk_rope_head_dim), "bfloat16")
-        self._tokens = allocate((tokens,), "int64")
-        self._batch_ids = allocate((tokens,), "int32")
-        self._new = allocate((config.max_num_seqs,), "int32")
+        self._staged = StagedInputs(allocate, (tokens, tokens, config.max_num_seqs), 1, 1)
         self.groups: list[Group] = []
         self.others: Any = None
         self.other_step: ForwardMeta | None = None
         self.has_all = False
 
-    def begin_step(
-        self, step: ForwardMeta | None, lengths: tuple[np.ndarray, np.ndarray] | None
-    ) -> None:
+    def begin_step(self, step: ForwardMeta | None, lengths: tuple[np.ndarray, ...] | None) -> None:
         """Work out which tokens of a step attend densely: without `lengths`, none.
 
         Args:
             step: its metadata, on the device.
-            lengths: `seq_lens_encoder` and `seq_lens_decoder` on the host.
+            lengths: as of DeviceAttention.begin_step.
         """
         self.groups, self.others, self.other_step, self.has_all = [], None, None, False
         if step is None or lengths is None or step.num_prefill_tokens == 0:
             return
-        (new, cached), topk = lengths, self._config.index_topk
-        counts = np.clip(topk - cached, 0, new)
+        new, cached, this_time = lengths
+        counts = np.clip(self._config.index_topk - cached, 0, new)
         self.groups = _groups(counts, cached, self._max_keys)
-        left = step.position_ids.shape[0] - int(counts.sum())
-        self.has_all = left == 0
+        self.has_all = counts.sum() == step.position_ids.shape[0]
         if not self.groups or self.has_all:
             return
-        self.others, batch_ids = self._tokens[:left], self._batch_ids[:left]
-        rows = self._new[: len(new)]
-        list_other_tokens(step, topk, self.others, batch_ids, rows, self.rows)
+        rows = np.repeat(np.arange(len(new)), this_time)
+        # the tokens of a row that attend densely come first
+        in_row = np.arange(len(rows)) - (np.cumsum(this_time) - this_time)[rows]
+        others = np.flatnonzero(in_row >= counts[rows])
+        left = new - counts
+        self.others, batch_ids, left_new, _ = self._staged.upload(
+            (others, rows[others], left), np.zeros((1, 1), np.int32)
+        )
         self.other_step = replace(
             step,
-            seq_lens_encoder=rows,
+            seq_lens_encoder=left_new,
             batch_id_per_token=batch_ids,
-            num_prefill_tokens=left - step.num_decode_tokens,
+            num_prefill_tokens=int(left.sum()),
         )
 
     @property
@@ -158,7 +157,8 @@ def workspace_bytes(config: DSABackendConfig) -> int:
     layout = config.cache_layout
     width = config.num_heads * sum(config.head_widths)
     width += layout.kv_lora_rank + layout.qk_rope_head_dim
-    return 2 * max_keys(config) * width + 12 * config.max_num_tokens + 4 * config.max_num_seqs
+    # what is staged of a step is there four times: three slabs and a tensor
+    return 2 * max_keys(config) * width + 16 * (2 * config.max_num_tokens + config.max_num_seqs)
 
 
 def why_not(config: DSABackendConfig) -> str | None:

@@ -115,7 +115,7 @@ class DeviceAttention:
     def begin_step(
         self,
         step: ForwardMeta | None = None,
-        lengths: tuple[np.ndarray, np.ndarray] | None = None,
+        lengths: tuple[np.ndarray, ...] | None = None,
     ) -> None:
         """Forget what the layers of the step before shared, and prepare what those of `step` will.
 
@@ -123,7 +123,8 @@ class DeviceAttention:
 
         Args:
             step: None after the last step, when nothing follows.
-            lengths: `seq_lens_encoder` and `seq_lens_decoder` on the host, where it has them.
+            lengths: `seq_lens_encoder`, `seq_lens_decoder` and `seq_lens_this_time` on the host,
+                where it has them.
         """
         self._everything = None
         if self.dense_prompts is not None:

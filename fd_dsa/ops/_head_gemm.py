@@ -83,7 +83,7 @@ def head_gemm_kernel(
         total = tl.dot(left, right, acc=total, input_precision="ieee")
     start_next()
     if rows_ptr is not None:
-        token = tl.load(rows_ptr + token, mask=live, other=0)
+        token = tl.load(rows_ptr + token, mask=live, other=0).to(tl.int64)
     store_heads(
         total, token, column, head, heads, live, inside,
         out_ptr, codes_ptr, scales_ptr, scales_stride, OUT, ROUND_SCALES,
@@ -102,7 +102,7 @@ def head_gemm(
         round_scales: Fp8Rows of [num_tokens, heads * out] with such scales instead, of bfloat16
             with `out` of 128; None: a tensor of the type of x.
         out: where the result goes, of at least as many rows; None allocates.
-        rows: int64 [num_tokens], row of `out` of each token; None: the first ones, in order.
+        rows: integers [num_tokens], row of `out` of each token; None: the first ones, in order.
     """
     heads, width, out_width = weight.shape
     num_tokens, is_shared = x.shape[0], len(x.shape) == 2

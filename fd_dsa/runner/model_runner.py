@@ -149,7 +149,7 @@ class ModelRunner:
             tokens = padded.num_tokens
             hints = StepHints(batch.num_tokens, 0, padded.max_seqlen_k, tokens)
         inputs: Any = host_inputs(batch, sampled)
-        lengths = inputs[1:3]
+        lengths = inputs[1:4]
         if self._to_device is not None:
             inputs = self._to_device(inputs, tokens)
             if batch.has_deferred:

@@ -45,7 +45,7 @@ class Step:
         position_ids, slot_mapping, indexer_attn_mask_offsets: as in `fd_dsa_step`.
         fd_dsa_step: the step's metadata; None until `init_attention_metadata`.
         selections: takes what each layer chose; None: nobody asked.
-        host_lengths: `seq_lens_encoder` and `seq_lens_decoder` in host memory; the batch's own.
+        host_lengths: the three lengths in host memory; the batch's own.
     """
 
     hints: StepHints
@@ -62,7 +62,7 @@ class Step:
     indexer_attn_mask_offsets: Any = None
     fd_dsa_step: ForwardMeta | None = None
     selections: Selections | None = None
-    host_lengths: tuple[np.ndarray, np.ndarray] | None = None
+    host_lengths: tuple[np.ndarray, ...] | None = None
 
 
 def host_inputs(batch: InputBatch, sampled: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -210,8 +210,7 @@ for topk in (3, 512, 1024):
 
 TUNED = """
 from fd_dsa.ops.mla import prompt
-from fd_dsa.ops.mla.prompt_kernel import (
-    attend_prompts_kernel, gather_keys_kernel, other_tokens_kernel)
+from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
 from fd_dsa.ops import _expert_gemm as experts, _fp8_gemm as gemm
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_forms import decode_form, padded_heads, prompt_form
@@ -224,7 +223,7 @@ from tests.v4_prepare.cases import serving_config
 
 # DeepSeek-V3.2 and GLM-5; what is quantised for the GEMM after it has no plain result
 types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "rope_ptr", "out_ptr", "latents_ptr"), "bfloat16")
-types |= {"codes_ptr": "uint8", "rows_ptr": "int32", "new_ptr": "int32", "tokens_ptr": "int64"}
+types |= {"codes_ptr": "uint8"}
 for nope, values in (128, 128), (192, 256):
     tiling = next(prompt.fitting(nope, 64, values, SHARED))
     absent = ("out_ptr",) if values == 128 else ("codes_ptr", "scales_ptr")
@@ -235,7 +234,6 @@ for nope, values in (128, 128), (192, 256):
 for cache in "uint8", "bfloat16":
     compile("keys", gather_keys_kernel, types | {"cache_ptr": cache}, BLOCK_SIZE=64, RANK=512,
             ROPE=64, RANK_PADDED=512, FP8=cache == "uint8", ROWS=128, KEYS=16)
-compile("others", other_tokens_kernel, types, ROWS=128, BLOCK=64)
 for tokens in (1, 200, 1000):
     for dtype, wide in (("bfloat16", tl.bfloat16), ("float32", tl.float32)):
         types = dict.fromkeys(("hidden_ptr", "wk_ptr", "weights_proj_ptr", "index_k_ptr"), dtype)

@@ -27,7 +27,7 @@ RESERVED_BYTES = 1 << 10
 MOST_STACK_BYTES = 288
 # kernels that do not wait for those before them, and those that read a weight ahead of the wait
 ALONE = "dequantize", "records", "positions", "fill", "step", "v4 rows", "expand"
-ALONE += "others", "scan", "settle", "masses", "gather", "draw"
+ALONE += "scan", "settle", "masses", "gather", "draw"
 AHEAD = "norm", "choice"
 # before, Triton has no `gdc_wait`, or calls it otherwise
 CAN_WAIT = tuple(map(int, re.findall(r"\d+", version("triton"))[:2])) >= (3, 5)
@@ -76,7 +76,7 @@ def test_every_form_compiles() -> None:
 
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
-    assert len(made) == 5 + 6 + 4 + 8 + 1 + 5 + 9 + 2 + 7
+    assert len(made) == 4 + 6 + 4 + 8 + 1 + 5 + 9 + 2 + 7
     for form in made:
         assert_waits(form)
         name, blocks = form["label"], form["blocks"]

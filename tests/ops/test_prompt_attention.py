@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.step import ForwardMeta
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.prompt_case import SCALE, PromptCase
 from tests.ops.tensor_core_case import widened
@@ -92,20 +93,34 @@ def test_a_result_in_fp8_is_the_plain_one_quantised(kernel_memory: KernelMemory)
 
 
 def test_the_other_tokens_of_a_step(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.ops.mla.prompt import list_other_tokens
+    from fd_dsa.attention.dense_prompts import DensePrompts
+    from fd_dsa.triton_runtime.driver import GpuTraits
 
     m, case = kernel_memory, PromptCase([*BORDER, (90, 0, True)], 70)
-    others = [
-        (token, row)
-        for row, (first, end) in enumerate(zip(case.starts, case.starts[1:], strict=False))
-        for token in range(first + case.count(row), end)
-    ]
-    tokens, rows = m.poisoned((len(others),), "int64"), m.poisoned((len(others),), "int32")
-    new = m.poisoned((7,), "int32")
-    list_other_tokens(case.step(m), 70, tokens, rows, new, 8)
-    assert list(zip(m.get(tokens).tolist(), m.get(rows).tolist(), strict=True)) == others
-    wanted = [int(case.new[row]) - case.count(row) for row in range(7)]
-    assert m.get(new).tolist() == wanted
+    layout = CacheLayout("bfloat16", 16, 32, 16, 16)
+    config = DSABackendConfig(2, 16, 70, SCALE, layout, 8, 256, 8, None, "bfloat16")
+    prompts = DensePrompts(
+        replace(config, head_widths=(16, 16)), m.poisoned, GpuTraits(90, 132, 227 << 10)
+    )
+    names = [field.name for field in fields(ForwardMeta)]
+    step = ForwardMeta(**dict.fromkeys(names) | {"num_prefill_tokens": 218, "position_ids": case.q})
+    for _ in range(2):
+        prompts.begin_step(step, (case.new, case.cached, case.this_time))
+        others = [
+            (token, row)
+            for row, (first, end) in enumerate(zip(case.starts, case.starts[1:], strict=False))
+            for token in range(first + case.count(row), end)
+        ]
+        other, left = prompts.other_step, [int(case.new[i]) - case.count(i) for i in range(7)]
+        rows = m.get(other.batch_id_per_token).tolist()
+        assert list(zip(m.get(prompts.others).tolist(), rows, strict=True)) == others
+        assert m.get(other.seq_lens_encoder).tolist() == left
+        assert other.num_prefill_tokens == sum(left)
+        assert prompts.is_used and not prompts.has_all
+        # a step of decode rows, and one without what the host knows
+        for meta, lengths in ((replace(step, num_prefill_tokens=0), (case.new,) * 3), (step, None)):
+            prompts.begin_step(meta, lengths)
+            assert not prompts.is_used and prompts.others is None
 
 
 def test_nan_of_another_request_stays_there(kernel_memory: KernelMemory) -> None:

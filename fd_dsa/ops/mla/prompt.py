@@ -9,16 +9,12 @@ from typing import Any, NamedTuple
 from fd_dsa.ops._fp8_rows import Fp8Rows
 from fd_dsa.ops._head_gemm import head_gemm
 from fd_dsa.ops._host import cache_format, matmul
-from fd_dsa.ops.mla.prompt_kernel import (
-    attend_prompts_kernel,
-    gather_keys_kernel,
-    other_tokens_kernel,
-)
+from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
 from fd_dsa.step import ForwardMeta
 
 import triton  # isort: skip
 
-_GATHERED, _LISTED = 16, 64
+_GATHERED = 16
 
 
 class Tiling(NamedTuple):
@@ -163,25 +159,4 @@ def attend_prompts(
         BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-    )
-
-
-def list_other_tokens(
-    step: ForwardMeta, index_topk: int, tokens: Any, batch_ids: Any, new: Any, rows: int
-) -> None:
-    """Fill what a step's other tokens are known by; one launch.
-
-    Args:
-        tokens, batch_ids: int64 and int32 [n]; index and row of each token that does not attend
-            densely.
-        new: int32 [num_rows]; such tokens of each prompt row.
-        rows: as of `gather_keys`.
-    """
-    count = tokens.shape[0]
-    other_tokens_kernel[(-(-count // _LISTED),)](
-        *(step.seq_lens_encoder, step.seq_lens_decoder, step.seq_lens_this_time),
-        *(tokens, batch_ids, new, new.shape[0], count, index_topk),
-        ROWS=rows,
-        BLOCK=_LISTED,
-        num_warps=4,
     )

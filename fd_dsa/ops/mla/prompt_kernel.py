@@ -96,41 +96,6 @@ def gather_keys_kernel(
     tl.store(rope_ptr + out * ROPE + rope_dim, to_bfloat16(x), mask=live[:, None])
 
 
-@step_kernel()
-def other_tokens_kernel(
-    seq_lens_encoder_ptr,
-    seq_lens_decoder_ptr,
-    seq_lens_this_time_ptr,
-    tokens_ptr,
-    rows_ptr,
-    new_ptr,
-    num_rows,
-    num_tokens,
-    index_topk,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The tokens of a step that do not attend densely: their index, their row, and its new ones."""
-    row = tl.arange(0, ROWS)
-    is_row = row < num_rows
-    dense, _ = _dense_tokens(
-        seq_lens_encoder_ptr, seq_lens_decoder_ptr, row, 0, num_rows, index_topk
-    )
-    count = tl.load(seq_lens_this_time_ptr + row, mask=is_row, other=0) - dense
-    ends = tl.cumsum(count)
-    if tl.program_id(0) == 0:
-        new = tl.load(seq_lens_encoder_ptr + row, mask=is_row, other=0)
-        tl.store(new_ptr + row, new - dense, mask=is_row)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = place < num_tokens
-    before = ends[None, :] <= place[:, None]
-    own = tl.sum(before.to(tl.int32), 1)
-    # the tokens of a row that attend densely come first
-    skipped = tl.sum(tl.where(before | (row[None, :] == own[:, None]), dense[None, :], 0), 1)
-    tl.store(tokens_ptr + place, (place + skipped).to(tl.int64), mask=live)
-    tl.store(rows_ptr + place, own, mask=live)
-
-
 @triton.jit
 def _tile(pointer, seen, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_EDGE: tl.constexpr):
     """bfloat16 [keys, PADDED] of rows at `pointer` [keys]."""
