@@ -111,7 +111,8 @@ class DeepseekV32DSAAttention:
         """Values of the heads side by side [num_tokens, num_heads * v_head_dim]."""
         backend, nope = forward_meta.attn_backend, self.nope_dim
         q = self._q_b.times(qr).reshape([-1, self.num_heads, nope + self.rope_dim])
-        prompts, tokens, where = backend.attention.dense_prompts, None, ()
+        prompts, tokens = backend.attention.dense_prompts, None
+        where: tuple[Any, ...] = ()
         if prompts is not None and prompts.is_used:
             merged = backend.attend_densely(
                 q, cos_sin, (self._k_b, self._v_b), self._out, self.layer_id, forward_meta
