@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
+
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.step import ForwardMeta
@@ -20,7 +22,12 @@ BORDER = [(40, 30, True), (1, 9, False), (80, 0, True), (5, 68, True), (3, 70, T
 
 
 def run(
-    m: KernelMemory, case: PromptCase, most_keys: int = 1 << 20, *, quantised: bool = False
+    m: KernelMemory,
+    case: PromptCase,
+    most_keys: int = 1 << 20,
+    *,
+    quantised: bool = False,
+    tiling: tuple[int, ...] = (32, 32, 4, 2),
 ) -> Any:
     """What the launches of a step write, in poisoned memory of more rows than the step has."""
     from fd_dsa.attention.dense_prompts import _groups
@@ -45,7 +52,7 @@ def run(
             index_topk=case.topk,
             softmax_scale=SCALE,
             rows=8,
-            tiling=Tiling(32, 32, 4, 2),
+            tiling=Tiling(*tiling),
             round_scales=True,
         )
     return out
@@ -80,10 +87,26 @@ def test_widths_that_are_no_powers_of_two_and_groups_of_rows(kernel_memory: Kern
         np.testing.assert_array_equal(other, found[0])
 
 
-def test_a_result_in_fp8_is_the_plain_one_quantised(kernel_memory: KernelMemory) -> None:
+@pytest.mark.parametrize("widths", [(128, 128), (192, 256)])
+def test_real_sizes(kernel_memory: KernelMemory, widths: tuple[int, int]) -> None:
+    if not kernel_memory.large:
+        pytest.skip("2,048 keys are for a GPU")
+    from fd_dsa.ops.mla.prompt import fitting
+    from fd_dsa.triton_runtime.transfers import traits_for
+
+    nope, values = widths
+    rows = [(2048, 0, True), (3, 900, False), (300, 1800, True), (129, 1000, True)]
+    case = PromptCase(rows, 2048, True, nope=nope, values=values)
+    shared = traits_for(kernel_memory.poisoned((1,), "float32")).shared_bytes
+    for tiling in fitting(nope, 64, values, shared):
+        found = run(kernel_memory, case, tiling=tiling)
+        check(case, widened(kernel_memory.get(found).view(np.int16)))
+
+
+def test_a_result_in_fp8_is_the_plain_one_quantised(paddle_memory: KernelMemory) -> None:
     from fd_dsa.ops._dense_kernels import quantize_rows
 
-    m, case = kernel_memory, PromptCase([(20, 0, True), (2, 5, False)], 64, values=128)
+    m, case = paddle_memory, PromptCase([(20, 0, True), (2, 5, False)], 64, values=128)
     plain = run(m, case)
     rows = run(m, case, quantised=True)
     wanted = quantize_rows(plain[:20].reshape([20, -1]).contiguous(), True)
@@ -92,11 +115,11 @@ def test_a_result_in_fp8_is_the_plain_one_quantised(kernel_memory: KernelMemory)
     assert (m.get(rows.codes)[20:] == POISON).all()
 
 
-def test_the_other_tokens_of_a_step(kernel_memory: KernelMemory) -> None:
+def test_the_other_tokens_of_a_step(paddle_memory: KernelMemory) -> None:
     from fd_dsa.attention.dense_prompts import DensePrompts
     from fd_dsa.triton_runtime.driver import GpuTraits
 
-    m, case = kernel_memory, PromptCase([*BORDER, (90, 0, True)], 70)
+    m, case = paddle_memory, PromptCase([*BORDER, (90, 0, True)], 70)
     layout = CacheLayout("bfloat16", 16, 32, 16, 16)
     config = DSABackendConfig(2, 16, 70, SCALE, layout, 8, 256, 8, None, "bfloat16")
     prompts = DensePrompts(
