@@ -152,8 +152,9 @@ def max_keys(config: DSABackendConfig) -> int:
 
 def workspace_bytes(config: DSABackendConfig) -> int:
     """Bytes that prompts take beside the buffers of a DeviceAttention; 0 where none is dense."""
-    if why_not(config) is not None or config.head_widths is None:
+    if why_not(config) is not None:
         return 0
+    assert config.head_widths is not None
     layout = config.cache_layout
     width = config.num_heads * sum(config.head_widths)
     width += layout.kv_lora_rank + layout.qk_rope_head_dim

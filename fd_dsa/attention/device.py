@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from fd_dsa import custom_ops
-from fd_dsa.attention import dense_prompts
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device_scores import (
     CACHED_VIEWS,
@@ -78,8 +77,13 @@ class DeviceAttention:
         settle(kind)
         self._scores = self._new_scores(kind)
         self._attention = self._new_attention(kind)
-        traits = traits_for(self._buffers["logits"][0])
-        self.dense_prompts = dense_prompts.dense_prompts_for(config, allocate, traits)
+        self.dense_prompts: Any = None
+        if config.head_widths is not None:
+            # it works on Paddle's tensors alone
+            from fd_dsa.attention.dense_prompts import dense_prompts_for
+
+            traits = traits_for(self._buffers["logits"][0])
+            self.dense_prompts = dense_prompts_for(config, allocate, traits)
 
     def _take(self, sizes: Sizes) -> None:
         """Allocate buffers."""
@@ -252,7 +256,11 @@ def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
     if tensor_core.why_not(gpu.capability, *_types(config)) is None:
         splits = tensor_core.new_partials(config.num_heads, lambda shape, _: 4 * prod(shape))
         total += sum(splits)
-    return total + dense_prompts.workspace_bytes(config)
+    if config.head_widths is not None:
+        from fd_dsa.attention import dense_prompts
+
+        total += dense_prompts.workspace_bytes(config)
+    return total
 
 
 def why_not_tiles(config: DSABackendConfig) -> str | None:
