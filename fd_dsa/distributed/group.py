@@ -38,6 +38,14 @@ class Group(ABC):
     def barrier(self) -> None:
         """Wait on the host until every rank has called this."""
 
+    def check(self) -> None:
+        """Return while no rank is known to have ended.
+
+        Raises:
+            RankError: one has; names it.
+        """
+        return
+
     @abstractmethod
     def close(self) -> None:
         """Free what the group holds; may be called twice."""

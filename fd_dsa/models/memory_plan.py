@@ -120,6 +120,9 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     moe += config.n_routed_experts
     dense = 3 * max(config.intermediate_size, config.moe_intermediate_size)
     token = attention + moe + dense + 8 * hidden
+    if config.head_rows < config.vocab_size:
+        # logits as each rank computed them, and gathered
+        token += config.vocab_size + config.head_rows
     return 4 * (logits + max(sizes) * token) + graphs * _GRAPH_BYTES
 
 
