@@ -69,12 +69,15 @@ class HostGroup(Group):
         shared: of the group, as `Shared.create` gave it to rank 0.
 
     Attributes:
+        has_devices: whether the ranks also meet on devices, where no failure is raised.
         failure: what has ended another rank, raised in every wait for one; None: nothing.
     """
 
+    failure: RankError | None
+
     def __init__(self, rank: int, shared: Shared) -> None:
         self.rank, self.size = rank, len(shared.filled)
-        self.failure: RankError | None = None
+        self.has_devices, self.failure = False, None
         self._shared, self._turn, self._part, self._is_open = shared, 0, 0, True
         # the others are ended by rank 0, or with it
         self._look_every_ms = None if rank else _LOOK_EVERY_MS

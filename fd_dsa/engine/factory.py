@@ -159,6 +159,7 @@ def _on_device(group: HostGroup | None, allocate: Allocate) -> Group | None:
     """The group of the same ranks whose tensors are on their devices."""
     if group is None:
         return None
+    group.has_devices = True
     device = import_module("fd_dsa.distributed.device")
     new_unique_id = import_module("fd_dsa.distributed.nccl").new_unique_id
     # all ranks take that of rank 0

@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
 # a process that a user has stopped may go on for so long as if nothing had been
-_PATIENCE_S = 8.0
-# what waits for a device notices nothing, and has so long until the process ends
-_NOTICE_S = 4.0
+_PATIENCE_S = 6.5
+# a thread that waits for a device notices nothing, and has so long until the process ends
+_NOTICE_S = 2.0
 _END_TIMEOUT_S = 5.0
 
 
@@ -50,7 +50,7 @@ class Ranks:
         self.group = HostGroup(0, shared)
         self._lock = threading.Lock()
         self._is_closed = False
-        # whether the thread of the engine is where a failure must reach it
+        # whether the engine's thread may wait for a device
         self._is_busy = True
         self._on_failure: Callable[[RankError], object] = lambda error: None
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -159,10 +159,10 @@ class Ranks:
             else:
                 reason = f"failed: {message}"
         else:
-            reason = f"was stopped for {_PATIENCE_S:.0f} s by a signal, as SIGSTOP"
+            reason = f"was stopped for {_PATIENCE_S:g} s by a signal, as SIGSTOP"
         self._fail(RankError(f"rank {rank} (process {process.pid}) {reason or _ended(process)}"))
         deadline = time.monotonic() + _NOTICE_S
-        while self._is_busy and not self._is_closed:
+        while self.group.has_devices and self._is_busy and not self._is_closed:
             if time.monotonic() > deadline:
                 logger.error("%s; this process waits for a device, so it ends", self.group.failure)
                 os._exit(1)
