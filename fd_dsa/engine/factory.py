@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,14 +159,18 @@ def _on_device(group: HostGroup | None, allocate: Allocate) -> Group | None:
     if group is None:
         return None
     group.has_devices = True
-    device = import_module("fd_dsa.distributed.device")
-    new_unique_id = import_module("fd_dsa.distributed.nccl").new_unique_id
-    # all ranks take that of rank 0
-    name = np.frombuffer(new_unique_id(), np.uint8)
-    made: Group = device.DeviceGroup(
-        group.rank, group.size, group.all_gather(name)[0].tobytes(), allocate
+    # kernels and libraries are loaded only where a device is asked for
+    from fd_dsa.distributed.device import (  # type: ignore[import-untyped, unused-ignore]
+        DeviceGroup,
     )
-    return made
+    from fd_dsa.distributed.nccl import (  # type: ignore[import-untyped, unused-ignore]
+        new_unique_id,
+    )
+
+    # all ranks take that of rank 0
+    name = group.all_gather(np.frombuffer(new_unique_id(), np.uint8))[0].tobytes()
+    there: Group = DeviceGroup(group.rank, group.size, name, allocate)
+    return there
 
 
 def _warm_up(runner: Any, plan: EnginePlan) -> str:

@@ -134,7 +134,9 @@ class Ranks:
         connection = Connection(ours.detach())
         self._processes.append(process)
         self._connections.append(connection)
-        connection.send((config, rank, shared, logger.isEnabledFor(logging.DEBUG)))
+        with contextlib.suppress(OSError):
+            # where it has ended already, the thread says how
+            connection.send((config, rank, shared, logger.isEnabledFor(logging.DEBUG)))
         threading.Thread(
             target=self._watch,
             args=(rank, process, connection),

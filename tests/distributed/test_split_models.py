@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fd_dsa.config import EngineConfig
 from fd_dsa.distributed.host import HostGroup
+from fd_dsa.engine.plan import make_plan
 from fd_dsa.errors import ConfigError
+from fd_dsa.models import memory_plan
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.loader import check_blocks, load_dummy_weights, load_weights
@@ -108,3 +111,19 @@ def test_a_rank_is_planned_with_its_part_of_the_weights() -> None:
     whole, part = (weight_bytes(config.split(size), "bfloat16") for size in (1, 4))
     # what every rank has: embedding, q_a, kv_a, indexers, routers, norms
     assert 0.25 * whole < part < 0.27 * whole
+
+
+def test_caches_are_planned_by_the_rank_with_the_least_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = [6 << 30, 2 << 30, 4 << 30, 8 << 30]
+    plans = [EngineConfig(device="cpu", tensor_parallel_size=size) for size in (4, 1)]
+    monkeypatch.setattr(memory_plan, "available_memory_bytes", lambda: free.pop())
+    memories = [plan.memory for plan in on_ranks(4, lambda group: make_plan(plans[0], group))]
+    assert memories == memories[:1] * 4
+    # on a CPU all ranks have the same memory
+    assert memories[0].free_bytes == (2 << 30) // 4
+    free.append(2 << 30)
+    alone = make_plan(plans[1]).memory
+    assert 3 * memories[0].num_blocks < alone.num_blocks
+    assert memories[0].bytes_per_block == alone.bytes_per_block
