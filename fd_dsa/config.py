@@ -32,6 +32,7 @@ _CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
 _CACHE_DTYPE_ALIASES = {"fp8": "fp8_ds_mla"}
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _MOST_CAPTURED = 512
+_MOST_RANKS = 8
 _LARGEST_TARGET_MS = 60_000
 FP8_BLOCK_SIZE = 64
 """Tokens of a block of fp8_ds_mla caches; the kernels that read them take no other."""
@@ -73,6 +74,8 @@ class EngineConfig:
         device: where the model runs: "cpu", "gpu" (the first that CUDA_VISIBLE_DEVICES shows), or
             "auto", a GPU where Paddle has one and the CPU otherwise: the values of the flag. In
             Python also the place of a custom device of Paddle, such as "name:0".
+        tensor_parallel_size: processes that share the model, each with a GPU of its own, or with
+            some of the CPU's cores.
         dtype: type of activations and of weights that are not FP8; `auto` is bfloat16 on a GPU and
             float32 on a CPU, which has no other.
         kv_cache_dtype: type of the caches; `auto` is the type of the activations, `fp8_ds_mla`
@@ -108,6 +111,7 @@ class EngineConfig:
     load_format: str = "auto"
     index_topk: int | None = None
     device: str = "auto"
+    tensor_parallel_size: int = 1
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
@@ -154,6 +158,11 @@ class EngineConfig:
         given = self.speculative_config
         if given is not None and not isinstance(given, SpeculativeConfig):
             self._set("speculative_config", SpeculativeConfig.read(given))
+        drafts = self.speculation
+        if drafts is not None and drafts.method == "mtp" and self.tensor_parallel_size > 1:
+            hint = "its layer runs on one rank only"
+            allowed = "ngram with --tensor-parallel-size"
+            raise flag_error("speculative_config.method", "mtp", allowed, hint)
         self._check_choices()
         self._check_capture_sizes()
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
@@ -318,6 +327,14 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), minimum=1)
         _check_integer("seed", self.seed, minimum=0)
+        _check_integer("tensor_parallel_size", self.tensor_parallel_size, minimum=1)
+        if self.tensor_parallel_size > _MOST_RANKS:
+            raise flag_error(
+                "tensor_parallel_size",
+                self.tensor_parallel_size,
+                f"at most {_MOST_RANKS}, the GPUs of one machine",
+                "--engine fastdeploy serves on several machines",
+            )
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise flag_error("gpu_memory_utilization", share, "above 0 and at most 1")

@@ -57,6 +57,10 @@ class DeviceError(FdDsaError, RuntimeError):
     """The CUDA driver reports an error; its number and text are in the message."""
 
 
+class RankError(FdDsaError, RuntimeError):
+    """A rank of a group has ended or fails, so the others cannot go on; the message names it."""
+
+
 class OverlapError(FdDsaError, RuntimeError):
     """Work is forked to a second stream inside of work that is forked already."""
 
@@ -75,6 +79,9 @@ class BackendUnavailable(FdDsaError, ImportError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of the host or of a device is full."""
+    if isinstance(error, RankError):
+        # no smaller step helps: the other ranks have ended
+        return False
     # Paddle has errors of its own for a full device; those of CUDA are an OSError without a number
     return isinstance(error, MemoryError) or "out of memory" in describe_error(error).lower()
 

@@ -21,6 +21,7 @@ ROOMS = (
     "triton_runtime",
     "step",
     "ops",
+    "distributed",
     "attention",
     "models",
     "runner",

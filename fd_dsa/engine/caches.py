@@ -88,6 +88,9 @@ class V4Caches:
         served = "with deepseek_v4"
         if config.device != "cpu":
             raise flag_error("device", config.device, f"cpu {served}", "give --device cpu")
+        if config.tensor_parallel_size > 1:
+            size = config.tensor_parallel_size
+            raise flag_error("tensor_parallel_size", size, f"1 {served}", "leave it out")
         if config.kv_cache_dtype != "float32":
             allowed = f"auto or float32 {served}"
             raise flag_error("kv_cache_dtype", config.kv_cache_dtype, allowed, "leave it out")

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fd_dsa.config import EngineConfig
+from fd_dsa.distributed import Group
+from fd_dsa.distributed.host import HostGroup
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.mtp_drafter import MtpDrafter
 from fd_dsa.engine.plan import EnginePlan, make_plan
 from fd_dsa.engine.prompt_lookup import PromptLookup
+from fd_dsa.engine.ranks import Ranks
 from fd_dsa.engine.speculation import Drafter, Speculator
 from fd_dsa.engine.startup import LoadProgress, StartupProgress
 from fd_dsa.engine.step_costs import measure_steps
+from fd_dsa.errors import DeviceError
 from fd_dsa.models.memory_plan import format_bytes
+
+if TYPE_CHECKING:
+    from fd_dsa.step.views import Allocate
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +43,31 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
         BackendUnavailable: Paddle is missing, or has no such device.
     """
     progress = progress or StartupProgress()
-    plan = make_plan(config)
-    progress.done(plan.summary())
-    model = _load_model(plan, progress)
-    from fd_dsa.runner.model_runner import ModelRunner
+    ranks = Ranks(config) if config.tensor_parallel_size > 1 else None
+    try:
+        return _build(config, ranks, progress)
+    except BaseException:
+        if ranks is not None:
+            ranks.close()
+        raise
 
-    num_blocks = plan.memory.num_blocks
-    backend = plan.caches.backend(num_blocks, plan.device)
-    runner = ModelRunner(model, plan.input_batch, None, num_blocks, plan.device, backend)
-    progress.done(plan.memory.summary())
-    progress.done(_warm_up(runner, plan))
+
+def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress) -> LLMEngine:
+    """`build_engine`, where the other ranks have been started."""
+    group = None if ranks is None else ranks.group
+    plan = make_plan(config, group)
+    progress.done(plan.summary())
+    from fd_dsa.runner.model_runner import ModelRunner
+    from fd_dsa.runner.ranks import LeadingRunner
+
+    runner = build_runner(plan, group, progress, ModelRunner if ranks is None else LeadingRunner)
+    if ranks is not None:
+        runner.lead(ranks)
+        weakref.finalize(runner, ranks.close)
     engine = LLMEngine(
         runner,
         plan.tokenizer,
-        num_blocks=num_blocks,
+        num_blocks=plan.memory.num_blocks,
         max_model_len=plan.max_model_len,
         eos_token_ids=plan.model_config.eos_token_ids,
         target_gap_s=config.target_inter_token_latency_ms / 1e3,
@@ -58,10 +79,40 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
     )
     engine.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = plan.config.kv_cache_dtype
+    if ranks is not None:
+        ranks.ready()
     return engine
 
 
-def _load_model(plan: EnginePlan, progress: StartupProgress) -> Any:
+def build_runner(
+    plan: EnginePlan,
+    group: HostGroup | None,
+    progress: StartupProgress,
+    kind: type[Any],
+) -> Any:
+    """A runner of a kind, its model loaded, its steps warm; every rank makes its own.
+
+    Args:
+        plan: of the engine.
+        group: ranks that share the model, each in a process like this; None: there is one.
+        progress: as of `build_engine`.
+        kind: ModelRunner or a subclass.
+    """
+    model = _load_model(plan, group, progress)
+    num_blocks = plan.memory.num_blocks
+    backend = plan.caches.backend(num_blocks, plan.device)
+    runner = kind(model, plan.input_batch, None, num_blocks, plan.device, backend)
+    progress.done(plan.memory.summary())
+    if group is not None:
+        # a warm-up meets the others on the device, where nobody sees that one is not there
+        group.barrier()
+    progress.done(_warm_up(runner, plan))
+    if group is not None:
+        group.barrier()
+    return runner
+
+
+def _load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProgress) -> Any:
     """The model with its weights, on its device."""
     from fd_dsa.models.configs import open_checkpoint
     from fd_dsa.models.loader import load_dummy_weights, load_weights
@@ -69,25 +120,57 @@ def _load_model(plan: EnginePlan, progress: StartupProgress) -> Any:
     from fd_dsa.models.weights import HostWeights
 
     begin = time.perf_counter()
-    weights: Any = HostWeights()
+    weights: Any = HostWeights(group)
     if plan.device != "cpu":
         # kernels and their launcher are loaded only where a device is asked for
         from fd_dsa.models.device_weights import DeviceWeights
         from fd_dsa.step.device import paddle_allocator
 
         allocate, rounds = paddle_allocator(plan.device), plan.model_config.round_scales
-        weights = DeviceWeights(plan.config.dtype, allocate, plan.fp8, round_scales=rounds)
+        weights = DeviceWeights(
+            plan.config.dtype,
+            allocate,
+            plan.fp8,
+            round_scales=rounds,
+            group=_on_device(group, allocate),
+        )
     model = create_model(plan.model_config, weights)
     with LoadProgress(progress) as bar:
+
+        def loaded(done: int, total: int) -> None:
+            bar(done, total)
+            if group is not None:
+                group.check()
+
+        whole = plan.whole_config
         if plan.config.load_format == "dummy":
-            load_dummy_weights(plan.model_config, model.loaders, plan.config.seed, bar)
+            load_dummy_weights(whole, model.loaders, plan.config.seed, loaded, group)
         else:
-            with open_checkpoint(plan.model_config, plan.config.model_path) as checkpoint:
-                load_weights(checkpoint, plan.model_config, model.loaders, bar)
+            with open_checkpoint(whole, plan.config.model_path) as checkpoint:
+                load_weights(checkpoint, whole, model.loaders, loaded, group)
     weights.finish()
     how = "made up" if plan.config.load_format == "dummy" else "read"
     progress.done(f"{format_bytes(bar.total_bytes)} {how} in {time.perf_counter() - begin:.1f} s")
     return model
+
+
+def _on_device(group: HostGroup | None, allocate: Allocate) -> Group | None:
+    """The group of the same ranks whose tensors are on their devices."""
+    if group is None:
+        return None
+    group.has_devices = True
+    # kernels and libraries are loaded only where a device is asked for
+    from fd_dsa.distributed.device import (  # type: ignore[import-untyped, unused-ignore]
+        DeviceGroup,
+    )
+    from fd_dsa.distributed.nccl import (  # type: ignore[import-untyped, unused-ignore]
+        new_unique_id,
+    )
+
+    # all ranks take that of rank 0
+    name = group.all_gather(np.frombuffer(new_unique_id(), np.uint8))[0].tobytes()
+    there: Group = DeviceGroup(group.rank, group.size, name, allocate)
+    return there
 
 
 def _warm_up(runner: Any, plan: EnginePlan) -> str:
@@ -109,6 +192,9 @@ def _warm_up(runner: Any, plan: EnginePlan) -> str:
         ready = time.perf_counter()
         if not plan.config.enforce_eager:
             runner.capture_decode_graphs(plan.config.capture_sizes, PaddleCapture)
+            if not runner.captured_sizes and plan.config.tensor_parallel_size > 1:
+                # others may have theirs
+                raise DeviceError("decode steps cannot be captured; start with --enforce-eager")
     freeze()
     done = f"kernels ready after {ready - start:.1f} s"
     if not runner.captured_sizes:

@@ -19,6 +19,7 @@ from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.output import Added, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.errors import RankError
 
 logger = logging.getLogger(__name__)
 
@@ -170,9 +171,10 @@ class EngineHost:
         # guarded by _wake
         self._commands: deque[Add | End] = deque()
         self._is_stopping = False
+        self._failure: BaseException | None = None
 
-    def post(self, command: Command) -> None:
-        """Take a command; from any thread."""
+    def post(self, command: Command | Failed) -> None:
+        """Take a command, or what has happened to a process of the engine; from any thread."""
         if isinstance(command, Ask):
             if command.question == SNAPSHOT:
                 snapshot = (self._engine.stats(), self._engine.metrics)
@@ -183,6 +185,8 @@ class EngineHost:
         with self._wake:
             if isinstance(command, Stop):
                 self._is_stopping = True
+            elif isinstance(command, Failed):
+                self._failure = command.error
             else:
                 self._commands.append(command)
             self._wake.notify()
@@ -195,7 +199,9 @@ class EngineHost:
                     self._deliver(self._engine.step())
             self._deliver(self._engine.abort_all())
         except BaseException as error:
-            logger.error("the engine has failed", exc_info=error)
+            # of a rank that has ended the place says nothing
+            trace = None if isinstance(error, RankError) else error
+            logger.error("the engine has failed: %s", error, exc_info=trace)
             self._emit(Failed(error))
             return False
         finally:
@@ -206,9 +212,14 @@ class EngineHost:
         """Wait for work and run what is queued; False when the loop is to end."""
         with self._wake:
             while not (
-                self._commands or self._is_stopping or self._engine.has_unfinished_requests()
+                self._commands
+                or self._is_stopping
+                or self._failure is not None
+                or self._engine.has_unfinished_requests()
             ):
                 self._wake.wait()
+            if self._failure is not None and not self._is_stopping:
+                raise self._failure
             commands = list(self._commands)
             self._commands.clear()
             is_stopping = self._is_stopping

@@ -59,6 +59,7 @@ class LLM:
         load_format: str = "auto",
         index_topk: int | None = None,
         device: str = "auto",
+        tensor_parallel_size: int = 1,
         dtype: str = "auto",
         kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
@@ -210,6 +211,9 @@ class LLM:
         """Abort what runs and let go of the model; the LLM cannot be used any more."""
         if self._engine is not None:
             self._engine.abort_all()
+            ranks = getattr(self._engine.runner, "ranks", None)
+            if ranks is not None:
+                ranks.close()
         self._outbox.clear()
         self._engine = None
 

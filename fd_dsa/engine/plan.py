@@ -11,13 +11,16 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads
+from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads, usable_cpus
 from fd_dsa.errors import BackendUnavailable, ConfigError, flag_error
 
 if TYPE_CHECKING:
+    from fd_dsa.distributed import Group
     from fd_dsa.engine.caches import Caches
     from fd_dsa.models.memory_plan import MemoryPlan
     from fd_dsa.runner.input_batch import InputBatch
@@ -33,7 +36,8 @@ class EnginePlan:
 
     Attributes:
         config: as asked for, with the device and the types that this means here.
-        model_config: of the folder, of its family's class.
+        model_config: of the folder, of its family's class; with several ranks, of one of them.
+        whole_config: of the whole model.
         device: "cpu", "gpu:0" or a custom device of Paddle.
         num_threads: of Paddle's CPU kernels.
         max_model_len: longest prompt plus output, tokens.
@@ -47,6 +51,7 @@ class EnginePlan:
 
     config: EngineConfig
     model_config: Any
+    whole_config: Any
     device: str
     num_threads: int
     max_model_len: int
@@ -60,6 +65,8 @@ class EnginePlan:
     def summary(self) -> str:
         """Model, device and limits in one line."""
         where = f"the CPU, {self.num_threads} threads" if self.device == "cpu" else self.device
+        if self.config.tensor_parallel_size > 1:
+            where += f", rank 0 of {self.config.tensor_parallel_size}"
         model = self.model_config
         return (
             f"{model.model_type} on {where}: {model.num_hidden_layers} layers, "
@@ -77,6 +84,7 @@ class EnginePlan:
             "load_format": config.load_format,
             "served_model_name": list(config.served_model_name),
             "device": self.device,
+            "tensor_parallel_size": config.tensor_parallel_size,
             "dtype": config.dtype,
             "kv_cache_dtype": config.kv_cache_dtype,
             "block_size": config.block_size,
@@ -101,11 +109,16 @@ class EnginePlan:
         }
 
 
-def make_plan(config: EngineConfig) -> EnginePlan:
+def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     """What an engine of `config` will be.
 
     First the folder's files are read and compared, then memory is planned; none is taken. Call it
     before anything that imports paddle: that reads its settings from the environment.
+
+    Args:
+        config: what is asked for.
+        group: the ranks that share the model, each of which makes its plan now; None: this process
+            alone plans, as rank 0.
 
     Raises:
         ConfigError: a flag, the folder, its checkpoint or the memory; says which and what to do.
@@ -115,13 +128,22 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     # these import paddle
     from fd_dsa.engine.caches import family_of
     from fd_dsa.models.configs import open_checkpoint, read_config
-    from fd_dsa.models.loader import find_mtp_layer, fp8_tensors, quantisable_tensors, validate
+    from fd_dsa.models.loader import (
+        check_blocks,
+        find_mtp_layer,
+        fp8_tensors,
+        quantisable_tensors,
+        validate,
+    )
     from fd_dsa.ops._fixed_order import check_fixed_order
-    from fd_dsa.runner.device import keep_float32, resolve_device
+    from fd_dsa.runner.device import device_of_rank, keep_float32, resolve_device
     from fd_dsa.runner.input_batch import InputBatch
 
-    threads = set_cpu_threads()
+    size = config.tensor_parallel_size
+    threads = set_cpu_threads(max(usable_cpus() // size, 1))
     device = resolve_device(config.device)
+    if size > 1:
+        device = device_of_rank(device, group.rank if group else 0, size)
     config = config.on_device(device)
     has_fp8 = device == "cpu" or _check_capability(config)
     keep_float32(device)
@@ -159,11 +181,16 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     elif fp8 and not has_fp8:
         logger.warning("%s has no FP8 instructions: FP8 weights are held in bfloat16", device)
         fp8 = frozenset()
+    whole_config = model_config
+    if size > 1:
+        check_blocks(whole_config, size, fp8)
+        model_config = whole_config.split(size)
     caches = family(config, model_config, input_batch)
-    memory = _plan_memory(config, model_config, caches, max_model_len, fp8)
+    memory = _plan_memory(config, model_config, caches, max_model_len, fp8, group)
     return EnginePlan(
         config=config,
         model_config=model_config,
+        whole_config=whole_config,
         device=device,
         num_threads=threads,
         max_model_len=max_model_len,
@@ -277,9 +304,15 @@ def _plan_memory(
     caches: Caches,
     max_model_len: int,
     fp8: frozenset[str],
+    group: Group | None,
 ) -> MemoryPlan:
     """How the memory is shared out between weights and caches."""
-    from fd_dsa.models.memory_plan import graph_bytes, plan_memory, weight_bytes
+    from fd_dsa.models.memory_plan import (
+        available_memory_bytes,
+        graph_bytes,
+        plan_memory,
+        weight_bytes,
+    )
     from fd_dsa.runner.device import free_device_bytes, traits_of
 
     device = config.device
@@ -299,6 +332,13 @@ def _plan_memory(
             "size of the caches",
             device,
         )
+    if config.tensor_parallel_size > 1:
+        free = room.get("free_bytes", available_memory_bytes() // config.tensor_parallel_size)
+        # caches are as large on every rank, so the smallest counts
+        everywhere = np.array([free])
+        if group is not None:
+            everywhere = group.all_gather(everywhere)
+        room["free_bytes"] = int(everywhere.min())
     return plan_memory(
         config,
         weight_bytes=weight_bytes(model_config, config.dtype, fp8),

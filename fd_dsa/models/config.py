@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fd_dsa.errors import flag_error
 from fd_dsa.models.config_reader import INT32_MAX, FieldReader, read_json_object
 from fd_dsa.models.families import FAMILIES, OTHER_FAMILIES, Family
 from fd_dsa.models.rope_config import RopeConfig, read_rope, yarn_mscale
@@ -101,6 +102,7 @@ class ModelConfig(Family):
         round_scales: scales of FP8 activations are powers of two (`scale_fmt` ue8m0).
         num_nextn_predict_layers: layers for multi-token prediction after the last one.
         mtp: the first of them, if it is loaded; None = it is not.
+        ranks: processes that share the model; heads and widths of MLPs are those of one of them.
         generation: parameters that generation_config.json proposes for requests that do not say;
             a temperature of 0 where the file turns sampling off (`do_sample` false).
     """
@@ -118,6 +120,7 @@ class ModelConfig(Family):
     round_scales: bool = False
     num_nextn_predict_layers: int = 0
     mtp: MtpLayer | None = None
+    ranks: int = 1
     generation: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -174,6 +177,30 @@ class ModelConfig(Family):
         if self.rope.type == "yarn":
             mscale = yarn_mscale(self.rope.factor, self.rope.mscale_all_dim)
         return float(self.qk_head_dim**-0.5 * mscale * mscale)
+
+    def split(self, size: int) -> ModelConfig:
+        """What each of `size` ranks has: some of the heads, and of the columns of each MLP.
+
+        Raises:
+            ConfigError: the model cannot be split so.
+        """
+        if size == 1:
+            return self
+        parts = {}
+        for name in ("num_attention_heads", "intermediate_size", "moe_intermediate_size"):
+            width = getattr(self, name)
+            if width % size:
+                allowed = f"a divisor of the model's {name}, {width}"
+                raise flag_error("tensor_parallel_size", size, allowed, "take another one")
+            parts[name] = width // size
+        return replace(self, ranks=size, **parts)
+
+    @property
+    def head_rows(self) -> int:
+        """Tokens whose logits a rank computes: all where the head is the embedding, or uneven."""
+        if self.tie_word_embeddings or self.vocab_size % self.ranks:
+            return self.vocab_size
+        return self.vocab_size // self.ranks
 
     @property
     def with_mtp_layer(self) -> ModelConfig:

@@ -17,9 +17,14 @@ from fd_dsa.ops._linear import added, rows_at
 
 
 class DeepseekV32DecoderLayer:
-    """Norm, attention, norm, MLP, with residuals."""
+    """Norm, attention, norm, MLP, with residuals.
+
+    A rank's attention and MLP give its part of a sum over all ranks, which the norm after them
+    takes.
+    """
 
     def __init__(self, config: ModelConfig, layer_id: int, weights: Any) -> None:
+        self._group = weights.group
         prefix, hidden, eps = f"model.layers.{layer_id}.", config.hidden_size, config.rms_norm_eps
         self._input_norm = weights.norm(f"{prefix}input_layernorm.weight", hidden, eps)
         self.self_attn = DeepseekV32DSAAttention(config, layer_id, weights, f"{prefix}self_attn.")
@@ -34,19 +39,19 @@ class DeepseekV32DecoderLayer:
     def forward(
         self, hidden_states: Any, change: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
     ) -> tuple[Any, Any, Any]:
-        """Hidden states, the change that the MLP makes to them, and the layer's selection.
+        """Hidden states, this rank's part of the MLP's change to them, and the layer's selection.
 
         Args:
             hidden_states: [num_tokens, hidden_size].
-            change: of the layer before, not yet added; None before the first one.
+            change: this rank's part of that of the layer before; None before the first one.
             cos_sin, forward_meta, shared_indices: as of the attention.
         """
         if change is None:
             normed = self._input_norm.of(hidden_states)
         else:
-            hidden_states, normed = self._input_norm.after(hidden_states, change)
+            hidden_states, normed = self._input_norm.after(hidden_states, change, self._group)
         attended, indices = self.self_attn.forward(normed, cos_sin, forward_meta, shared_indices)
-        hidden_states, normed = self._norm.after(hidden_states, attended)
+        hidden_states, normed = self._norm.after(hidden_states, attended, self._group)
         return hidden_states, self.mlp.forward(normed, forward_meta), indices
 
 
@@ -131,7 +136,8 @@ class DeepseekV32ForCausalLM:
         ]
         self.norm = weights.norm("model.norm.weight", hidden, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.head = weights.matrix(hidden, {"lm_head.weight": vocab_size}, sums_in_float32=True)
+            rows = {"lm_head.weight": config.head_rows}
+            self.head = weights.matrix(hidden, rows, sums_in_float32=True)
         self.rotary_emb = RotaryEmbedding(
             config.rope, config.qk_rope_head_dim, config.max_position_embeddings, weights
         )
@@ -160,8 +166,12 @@ class DeepseekV32ForCausalLM:
             )
             if selections is not None:
                 selections.add(indices)
-        return added(hidden_states, change)
+        return added(hidden_states, self._weights.group.all_reduce(change))
 
     def compute_logits(self, hidden_states: Any) -> Any:
         """float32 [n, vocab_size] of [n, hidden_size]."""
-        return self.head.times(self.norm.of(hidden_states))
+        logits = self.head.times(self.norm.of(hidden_states))
+        if self.config.head_rows == self.config.vocab_size:
+            return logits
+        gathered = self._weights.group.all_gather(logits)
+        return gathered.transpose([1, 0, 2]).reshape([-1, self.config.vocab_size])

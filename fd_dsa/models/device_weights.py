@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.distributed import Group, SingleGroup
 from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
 from fd_dsa.models.weights import halves_of_heads
@@ -34,9 +35,10 @@ class DeviceWeights:
         allocate: makes a tensor of a shape and dtype on the device.
         fp8: names of the tensors that the checkpoint stores as e4m3 with scales for 128 x 128.
         round_scales: whether the model wants scales of activations that are powers of two.
+        group: as of HostWeights.
 
     Attributes:
-        loaders: as of HostWeights.
+        loaders, group: as of HostWeights.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class DeviceWeights:
         fp8: Collection[str] = frozenset(),
         *,
         round_scales: bool = False,
+        group: Group | None = None,
     ) -> None:
+        self.group = group or SingleGroup()
         self.loaders: dict[str, WeightLoader] = {}
         self._dtype, self._allocate, self._fp8 = dtype, allocate, fp8
         self._round_scales = round_scales

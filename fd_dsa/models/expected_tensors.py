@@ -54,7 +54,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:
         tensors |= {f"model.layers.{layer}.{name}": one for name, one in parts.items()}
     tensors["model.norm.weight"] = norm
     if not config.tie_word_embeddings:
-        tensors[LM_HEAD] = embedding
+        tensors[LM_HEAD] = ExpectedTensor((config.head_rows, config.hidden_size))
     if config.mtp is not None:
         parts = _mtp(config) | _layer(config.with_mtp_layer, config.num_hidden_layers)
         tensors |= {mtp_name(config, name): one for name, one in parts.items()}

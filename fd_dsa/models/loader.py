@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from fd_dsa.distributed import Group
 from fd_dsa.errors import CheckpointError, flag_error
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig, MtpLayer
@@ -22,7 +24,8 @@ from fd_dsa.models.expected_tensors import (
     expected_tensors,
     mtp_name,
 )
-from fd_dsa.models.sources import RandomTensor, WeightLoader
+from fd_dsa.models.memory_plan import NEVER_FP8
+from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +129,7 @@ def load_weights(
     config: ModelConfig,
     loaders: Mapping[str, WeightLoader],
     progress: Callable[[int, int], object] = lambda done, total: None,
+    group: Group | None = None,
 ) -> None:
     """Hand each tensor of the main model to its loader, once, in file order.
 
@@ -136,6 +140,7 @@ def load_weights(
             StoredTensor, whose file may go after the call.
         progress: called with the bytes done and the bytes in all, once before the first tensor
             and then after each.
+        group: ranks that share the model; each reads its own part.
 
     Raises:
         ValueError: the loaders are not those of the expected tensors.
@@ -149,16 +154,20 @@ def load_weights(
         raise ValueError(
             f"loaders: got {len(loaders)} names, expected {len(expected)}; {odd!r} is only in one"
         )
-    names = [name for name in checkpoint.names() if name in expected]
-    total = sum(checkpoint.info(name).nbytes for name in names)
-    done = 0
+    part_of, shares = rank_parts(config, group)
+    sizes = {
+        name: int(checkpoint.info(name).nbytes * shares.get(name, 1))
+        for name in checkpoint.names()
+        if name in expected
+    }
+    total, done = sum(sizes.values()), 0
     progress(done, total)
-    for name in names:
-        loaders[name](checkpoint.tensor(name, config.weight_block_size))
+    for name, size in sizes.items():
+        loaders[name](part_of(name, checkpoint.tensor(name, config.weight_block_size)))
         for stored in (name, name + SCALE_SUFFIX):
             if stored in checkpoint:
                 checkpoint.release(stored)
-        done += checkpoint.info(name).nbytes
+        done += size
         progress(done, total)
 
 
@@ -225,6 +234,7 @@ def load_dummy_weights(
     loaders: Mapping[str, WeightLoader],
     seed: int,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    group: Group | None = None,
 ) -> None:
     """Hand each loader a RandomTensor.
 
@@ -233,13 +243,65 @@ def load_dummy_weights(
         loaders: as for `load_weights`.
         seed: of all tensors.
         progress: called with the values done and the values in all.
+        group: as for `load_weights`.
     """
     expected = expected_tensors(config)
+    part_of, _ = rank_parts(config, group)
     total, done = sum(tensor.num_elements for tensor in expected.values()), 0
     for name, tensor in expected.items():
-        loaders[name](RandomTensor(name, tensor.shape, seed, tensor.ids_below))
+        loaders[name](part_of(name, RandomTensor(name, tensor.shape, seed, tensor.ids_below)))
         done += tensor.num_elements
         progress(done, total)
+
+
+def rank_parts(
+    config: Any, group: Group | None
+) -> tuple[Callable[[str, SourceTensor], SourceTensor], dict[str, float]]:
+    """What gives the part of a tensor that a rank holds, and the share that it is, where not 1.
+
+    Args:
+        config: of the whole model.
+        group: ranks that share the model; None: there is one.
+    """
+    cuts: dict[str, tuple[int, int, int]] = {}
+    shares: dict[str, float] = {}
+    if group is not None and group.size > 1:
+        parts = expected_tensors(config.split(group.size))
+        for name, tensor in expected_tensors(config).items():
+            for axis, (whole, own) in enumerate(zip(tensor.shape, parts[name].shape, strict=True)):
+                if own < whole:
+                    cuts[name] = axis, group.rank * own, (group.rank + 1) * own
+                    shares[name] = own / whole
+
+    def part_of(name: str, tensor: SourceTensor) -> SourceTensor:
+        return tensor.narrowed(*cuts[name]) if name in cuts else tensor
+
+    return part_of, shares
+
+
+def check_blocks(config: ModelConfig, size: int, fp8: frozenset[str]) -> None:
+    """Refuse ranks whose parts of FP8 tensors are not whole blocks.
+
+    Args:
+        config: of the whole model.
+        size: number of ranks.
+        fp8: names of the tensors that a device holds as FP8.
+
+    Raises:
+        ConfigError: names the tensor.
+    """
+    parts = expected_tensors(config.split(size))
+    for name, tensor in expected_tensors(config).items():
+        if name not in fp8 or name.endswith(NEVER_FP8):
+            continue
+        for whole, own in zip(tensor.shape, parts[name].shape, strict=True):
+            if own < whole and own % BLOCK:
+                raise flag_error(
+                    "tensor_parallel_size",
+                    size,
+                    f"one that leaves each rank whole blocks of {BLOCK} of FP8 weights",
+                    f"{name!r} {list(tensor.shape)} would be split into parts of {own}",
+                )
 
 
 def quantisable_tensors(config: ModelConfig) -> frozenset[str]:

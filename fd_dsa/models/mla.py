@@ -50,7 +50,9 @@ class DeepseekV32DSAAttention:
         self._down_bias = self._out_bias = None
         if config.attention_bias:
             self._down_bias = weights.bias({f"{prefix}{k}.bias": n for k, n in down.items()})
-            self._out_bias = weights.bias({f"{prefix}o_proj.bias": hidden})
+            out_bias = weights.bias({f"{prefix}o_proj.bias": hidden})
+            # one rank brings it into the sum over all
+            self._out_bias = out_bias if weights.group.rank == 0 else None
         self.indexer = None
         if config.indexer_types[layer_id] == "full":
             self.indexer = Indexer(config, layer_id, weights, f"{prefix}indexer.")

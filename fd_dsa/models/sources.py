@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,9 @@ class SourceTensor(Protocol):
 
     def ids(self) -> np.ndarray:
         """The values of a tensor of int64 numbers."""
+
+    def narrowed(self, axis: int, start: int, stop: int) -> SourceTensor:
+        """Rows (axis 0) or columns (axis 1) of a matrix; no others are read."""
 
 
 WeightLoader = Callable[[Any], None]
@@ -57,6 +61,22 @@ class StoredTensor:
         """int64 in the stored shape."""
         return self.raw.view("<i8").reshape(self.info.shape)
 
+    def narrowed(self, axis: int, start: int, stop: int) -> StoredTensor:
+        """See SourceTensor; FP8 whose blocks the borders cut becomes float32."""
+        source, scale, block = self, None, self.block_size[axis]
+        if self.scale is not None:
+            if start % block or (stop % block and stop < self.info.shape[axis]):
+                values = np.ascontiguousarray(self.float32())
+                info = replace(self.info, dtype="F32", nbytes=values.nbytes)
+                source = StoredTensor(info, values.view(np.uint8).reshape(-1))
+            else:
+                scale = self.scale.narrowed(axis, start // block, -(-stop // block))
+        rows, columns = source.info.shape
+        cells = source.raw.reshape(rows, columns, -1)
+        cells = cells[start:stop] if axis == 0 else cells[:, start:stop]
+        info = replace(source.info, shape=cells.shape[:2], nbytes=cells.size)
+        return StoredTensor(info, cells.reshape(-1), scale, self.block_size)
+
 
 class RandomTensor:
     """Random numbers instead of a tensor of a checkpoint, by its name and a seed alone.
@@ -73,6 +93,7 @@ class RandomTensor:
 
     def __init__(self, name: str, shape: tuple[int, ...], seed: int, ids_below: int = 0) -> None:
         self.shape, self.seed = shape, [seed, zlib.crc32(name.encode())]
+        self._whole, self._part = (shape, self.seed), (slice(None),) * len(shape)
         self.ids_below = ids_below
         self.constant = float(name.endswith("weight")) if len(shape) == 1 else None
         self.deviation = shape[-1] ** -0.5
@@ -81,9 +102,19 @@ class RandomTensor:
         """The values."""
         if self.constant is not None:
             return np.full(self.shape, self.constant, np.float32)
-        rng = np.random.default_rng(self.seed)
-        return rng.standard_normal(self.shape, np.float32) * np.float32(self.deviation)
+        shape, seed = self._whole
+        values = np.random.default_rng(seed).standard_normal(shape, np.float32)[self._part]
+        return values * np.float32(self.deviation)
 
     def ids(self) -> np.ndarray:
         """int64, evenly drawn."""
         return np.random.default_rng(self.seed).integers(0, self.ids_below, self.shape)
+
+    def narrowed(self, axis: int, start: int, stop: int) -> RandomTensor:
+        """See SourceTensor; a device, which draws by `shape` and `seed`, makes up other values."""
+        part = copy(self)
+        rows, columns = self.shape
+        part.shape = (stop - start, columns) if axis == 0 else (rows, stop - start)
+        part.seed = [*self.seed, start]
+        part._part = (slice(start, stop),) if axis == 0 else (slice(None), slice(start, stop))
+        return part

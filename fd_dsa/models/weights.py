@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from fd_dsa.distributed import Group, SingleGroup
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.sources import SourceTensor, WeightLoader
 from fd_dsa.ops._gemm import HostMatrix
@@ -22,14 +23,19 @@ from fd_dsa.ops._norm import HostNorm
 class HostWeights:
     """Weights in float32, those of GEMMs as [in, out].
 
+    Args:
+        group: ranks that share the model; None: there is one.
+
     Attributes:
+        group: as given.
         loaders: how each tensor of a checkpoint fills its place; all of them together fill every
             weight that was asked for.
     """
 
     device = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group | None = None) -> None:
+        self.group = group or SingleGroup()
         self.loaders: dict[str, WeightLoader] = {}
 
     def vector(self, parts: Mapping[str, int]) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-from fd_dsa.errors import BackendUnavailable
+from fd_dsa.errors import BackendUnavailable, flag_error
 
 if TYPE_CHECKING:
     from fd_dsa.triton_runtime.driver import GpuTraits
@@ -46,6 +46,32 @@ def resolve_device(name: str) -> str:
             "CUDA_VISIBLE_DEVICES, or take --device cpu"
         )
     return "gpu:0"
+
+
+def device_of_rank(device: str, rank: int, size: int) -> str:
+    """The device of one of several ranks, where its thread computes from now on.
+
+    Args:
+        device: of rank 0, as `resolve_device` gives it.
+        rank, size: of this process, and how many share the model.
+
+    Raises:
+        ConfigError: there are fewer devices of its kind.
+    """
+    if device == "cpu":
+        return device
+    import paddle
+
+    from fd_dsa.step.device import paddle_device_counts
+
+    kind = device.partition(":")[0]
+    count = paddle_device_counts().get(kind, 0)
+    if count < size:
+        allowed = f"at most {count}, the devices {kind!r} that Paddle sees"
+        raise flag_error("tensor_parallel_size", size, allowed, "check CUDA_VISIBLE_DEVICES")
+    own = f"{kind}:{rank}"
+    paddle.device.set_device(own)
+    return own
 
 
 def keep_float32(device: str) -> None:

@@ -9,6 +9,7 @@ FastDeploy's `share_inputs` (worker/input_batch.py): a prefill row has
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -141,6 +142,32 @@ class InputBatch:
             raise ValueError(f"token_ids: row {row} has the id {ids.min()}; ids are at least 0")
         self.ids_remove_padding[begin:end] = ids
         self.num_tokens, self.num_rows = end, rows[-1] + 1
+
+    def state(self) -> tuple[Any, ...]:
+        """The step as `restore` takes it, for another process."""
+        rows, columns = self.num_rows, -(-self.max_seqlen_k // self.block_size)
+        return (
+            (self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows, self.has_deferred),
+            self.ids_remove_padding[: self.num_tokens],
+            self.seq_lens_encoder[:rows],
+            self.seq_lens_decoder[:rows],
+            self.seq_lens_this_time[:rows],
+            self.block_tables[:rows, :columns],
+        )
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Have the step of a batch of the same sizes, by its `state`."""
+        counts, ids, *lengths, tables = state
+        self.begin_step()
+        self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows, self.has_deferred = (
+            counts
+        )
+        self.num_rows = rows
+        self.ids_remove_padding[: len(ids)] = ids
+        own = (self.seq_lens_encoder, self.seq_lens_decoder, self.seq_lens_this_time)
+        for target, values in zip(own, lengths, strict=True):
+            target[:rows] = values
+        self.block_tables[:rows, : tables.shape[1]] = tables
 
     def num_tokens_past(self, num_keys: int) -> int:
         """Tokens of this step that attend to more keys than `num_keys`."""

@@ -100,6 +100,9 @@ def main() -> int:
     trim_heaps()
     host = EngineHost(engine, _sender(connection), {INFO: lambda _: engine_info(config)})
     hosts.put(host)
+    ranks = getattr(engine.runner, "ranks", None)
+    if ranks is not None:
+        ranks.on_failure(lambda error: host.post(Failed(error)))
     connection.send(EngineFacts.of(engine))
     return 0 if host.run() else 1
 

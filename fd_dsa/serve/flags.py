@@ -113,9 +113,8 @@ _FLAGS = {
         "--index-topk N": "keys that the indexer chooses for a token (default: the model's)",
         "--device": "where the model runs; auto is a GPU where Paddle has one (default: auto)",
         "--dtype": "auto, float32 or bfloat16 (default: auto, bfloat16 on a GPU)",
-        "--engine": "what runs the model: embedded, on one device, or fastdeploy, an installed "
-        "FastDeploy; auto is fastdeploy where it is installed and one device is not enough "
-        "(default: auto)",
+        "--engine": "what runs the model: embedded, or fastdeploy, an installed FastDeploy; auto "
+        "is fastdeploy where it is installed and one device is not enough (default: auto)",
         "--seed": "seed of requests without one (default: 0)",
     },
     "chat": {
@@ -183,11 +182,12 @@ _FLAGS = {
         "--cudagraph-capture-sizes N": "rows of captured decode steps; fewer are padded (default: "
         "1 2 4 8 16 24 ... up to --max-num-seqs)",
     },
-    "parallel (with FastDeploy)": {
-        "--tensor-parallel-size -tp N": "GPUs that share each layer (default: 1)",
-        "--data-parallel-size N": "copies of the attention layers, each with requests of its own "
+    "parallel": {
+        "--tensor-parallel-size -tp N": "GPUs that share each layer, or processes on a CPU "
         "(default: 1)",
-        "--enable-expert-parallel": "spread the experts over all GPUs",
+        "--data-parallel-size N": "with FastDeploy: copies of the attention layers, each with "
+        "requests of its own (default: 1)",
+        "--enable-expert-parallel": "with FastDeploy: spread the experts over all GPUs",
     },
     "logging": {
         "--log-level": "debug also shows tracebacks of a failed start (default: info)",

@@ -67,6 +67,7 @@ async def server_info(
         "version": fd_dsa.__version__,
         "commit": commit,
         **await engine.ask(INFO),
+        "tensor_parallel_size": config.tensor_parallel_size,
         "max_model_len": engine.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.num_batched_tokens,

@@ -19,8 +19,7 @@ from fd_dsa.models import memory_plan
 from fd_dsa.serve.flag_sources import parse_args
 
 GIB = 1 << 30
-SEVERAL = [
-    (["-tp", "8"], "--tensor-parallel-size is 8"),
+FASTDEPLOY_ONLY = [
     (["--data-parallel-size", "2"], "--data-parallel-size is 2"),
     (["--enable-expert-parallel"], "--enable-expert-parallel is set"),
     (["--", "--ips", "a,b"], "--ips stands after --"),
@@ -53,18 +52,30 @@ def large(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize(("argv", "why"), SEVERAL)
+@pytest.mark.parametrize(("argv", "why"), FASTDEPLOY_ONLY)
 def test_flags_for_several_devices_take_fastdeploy_or_are_an_error(
     argv: list[str], why: str, installed: pytest.MonkeyPatch
 ) -> None:
     assert choose_engine(*flags(*argv)) == ("fastdeploy", why)
-    with pytest.raises(ConfigError, match=f"{why}, and --engine embedded serves on one device"):
+    with pytest.raises(ConfigError, match=f"{why}, which --engine embedded does not have"):
         refuse_for_embedded(*flags(*argv))
     installed.setattr(choice, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match=f"^{why}, which needs FastDeploy") as caught:
         choose_engine(*flags(*argv))
     assert "Paddle's own package index" in str(caught.value)
     assert "--engine embedded serves" in str(caught.value)
+
+
+def test_several_gpus_take_fastdeploy_where_it_is_installed(
+    installed: pytest.MonkeyPatch,
+) -> None:
+    why = "--tensor-parallel-size is 8"
+    assert choose_engine(*flags("-tp", "8")) == ("fastdeploy", why)
+    refuse_for_embedded(*flags("-tp", "8"))
+    on_a_cpu = choose_engine(*flags("-tp", "8", "--device", "cpu"))
+    assert on_a_cpu == ("embedded", "FastDeploy serves on no CPU")
+    installed.setattr(choice, "find_spec", lambda name: None)
+    assert choose_engine(*flags("-tp", "8"))[0] == "embedded"
 
 
 def test_the_size_of_the_weights_decides(large: str, installed: pytest.MonkeyPatch) -> None:

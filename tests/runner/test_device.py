@@ -6,8 +6,13 @@ import paddle
 import pytest
 from paddle.base import core
 
-from fd_dsa.errors import BackendUnavailable
-from fd_dsa.runner.device import free_device_bytes, keep_float32, resolve_device
+from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.runner.device import (
+    device_of_rank,
+    free_device_bytes,
+    keep_float32,
+    resolve_device,
+)
 
 
 @pytest.fixture
@@ -50,6 +55,19 @@ def test_refusals_say_what_to_do(gpus, name: str, count: int | None, said: str) 
     gpus(count)
     with pytest.raises(BackendUnavailable, match=said):
         resolve_device(name)
+
+
+def test_each_rank_has_a_device_of_its_own(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(4)
+    chosen: list[str] = []
+    monkeypatch.setattr(paddle.device, "set_device", chosen.append)
+    assert [device_of_rank("cpu", rank, 2) for rank in range(2)] == ["cpu", "cpu"]
+    assert [device_of_rank("gpu:0", rank, 4) for rank in range(4)] == chosen
+    assert chosen == ["gpu:0", "gpu:1", "gpu:2", "gpu:3"]
+    with pytest.raises(ConfigError, match="-size: got 8, allowed: at most 4, the devices 'gpu'"):
+        device_of_rank("gpu:0", 0, 8)
+    with pytest.raises(ConfigError, match="allowed: at most 0, the devices 'abacus'"):
+        device_of_rank("abacus:0", 0, 2)
 
 
 @pytest.mark.parametrize(("device", "allowed"), [("cpu", True), ("gpu:0", False)])

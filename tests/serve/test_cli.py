@@ -162,15 +162,21 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             "it. --engine embedded works without it, for models that fit one device",
         ),
         (
-            ["--tensor-parallel-size", "8"],
-            "--tensor-parallel-size is 8, which needs FastDeploy, and that is not installed in "
+            ["--data-parallel-size", "8"],
+            "--data-parallel-size is 8, which needs FastDeploy, and that is not installed in "
             "this Python; install it from",
         ),
         (["--device", "hopper:0"], "--device: got 'hopper:0', allowed: auto, cpu, gpu"),
         (["--", "--num-servers", "8"], "--num-servers (after --) belongs to FastDeploy's launcher"),
         (["--", "--port"], "after --: argument --port: expected one argument"),
-        (["--engine", "embedded", "-tp", "8"], "--tensor-parallel-size is 8, and --engine embedd"),
-        (["--engine", "embedded", "--", "--ips", "a"], "--ips stands after --, and --engine em"),
+        (["--engine", "embedded", "--data-parallel-size", "8"], "is 8, which --engine embedded"),
+        (["-tp", "9"], "--tensor-parallel-size: got 9, allowed: at most 8, the GPUs of one mach"),
+        (
+            ["--dry-run", "-tp", "3"],
+            "--tensor-parallel-size: got 3, allowed: a divisor of the model's num_attention_heads, "
+            "8; take another one",
+        ),
+        (["--engine", "embedded", "--", "--ips", "a"], "--ips stands after --, which --engine"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size/-tp: got '0'; must be a who"),
         # of a script whose variable is not set
         (["--api-key", ""], "--api-key: allowed is a text of one character or more, none a space"),

@@ -47,7 +47,8 @@ def choose_engine(args: argparse.Namespace, passed: PassedFlags) -> tuple[str, s
     """The engine for `--engine auto`, and why in words.
 
     FastDeploy where it is installed and the request needs more than one device: a flag asks for
-    several, or the weights do not fit the one device that the embedded engine would use.
+    several, or the weights do not fit the one device that the embedded engine would use. Without
+    it the embedded engine serves on several GPUs, too, and on a CPU it alone does.
 
     Args:
         args: flags of ours, as `fd_dsa.serve.flag_sources.parse_args` gives them.
@@ -56,17 +57,20 @@ def choose_engine(args: argparse.Namespace, passed: PassedFlags) -> tuple[str, s
     Raises:
         BackendUnavailable: the flags need FastDeploy, which is not installed.
     """
-    asked = _asked_for_several(args, passed)
+    asked = _asked_for_more(args, passed)
     installed = fastdeploy_is_installed()
     if asked and not installed:
         raise BackendUnavailable(
             f"{asked}, which needs FastDeploy, and that is not installed in this Python; "
-            f"{INSTALL}. --engine embedded serves on one device, without these flags"
+            f"{INSTALL}. --engine embedded serves without these flags"
         )
-    if asked:
-        return "fastdeploy", asked
+    size = args.tensor_parallel_size
+    if size > 1 and not asked and getattr(args, "device", "auto") == "cpu":
+        return "embedded", "FastDeploy serves on no CPU"
+    if asked or (size > 1 and installed):
+        return "fastdeploy", asked or f"--tensor-parallel-size is {size}"
     if not installed:
-        return "embedded", "FastDeploy, which serves on several devices, is not installed"
+        return "embedded", "FastDeploy is not installed"
     fits, sizes = _weights_fit(args)
     if fits:
         return "embedded", f"one device is enough: {sizes}"
@@ -79,19 +83,18 @@ def refuse_for_embedded(args: argparse.Namespace, passed: PassedFlags) -> None:
     Raises:
         ConfigError: names the first of them.
     """
-    asked = _asked_for_several(args, passed)
+    asked = _asked_for_more(args, passed)
     if asked:
         raise ConfigError(
-            f"{asked}, and --engine embedded serves on one device; leave it out, or take "
+            f"{asked}, which --engine embedded does not have; leave it out, or take "
             "--engine fastdeploy"
         )
 
 
-def _asked_for_several(args: argparse.Namespace, passed: PassedFlags) -> str:
+def _asked_for_more(args: argparse.Namespace, passed: PassedFlags) -> str:
     """The flag that asks for what FastDeploy alone has, in words; "" without one."""
-    for name in ("tensor_parallel_size", "data_parallel_size"):
-        if getattr(args, name) > 1:
-            return f"--{name.replace('_', '-')} is {getattr(args, name)}"
+    if args.data_parallel_size > 1:
+        return f"--data-parallel-size is {args.data_parallel_size}"
     if args.enable_expert_parallel:
         return "--enable-expert-parallel is set"
     if passed.arguments:

@@ -1,0 +1,5 @@
+"""Several processes, called ranks, that run one model together."""
+
+from fd_dsa.distributed.group import Group, SingleGroup
+
+__all__ = ["Group", "SingleGroup"]

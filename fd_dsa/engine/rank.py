@@ -1,0 +1,78 @@
+"""The process of a rank but the first: `python -m fd_dsa.engine.rank SOCKET`, started by `Ranks`.
+
+Builds its part of the model, then runs the steps that rank 0 sends, until rank 0 is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from contextlib import suppress
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+from fd_dsa.distributed.host import HostGroup
+from fd_dsa.environment import open_missing_streams
+from fd_dsa.errors import FdDsaError, describe_error
+
+
+class _Relay(QueueHandler):
+    """Sends records of the log, and the last words, to rank 0; from any thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(SimpleQueue())
+        self._connection, self._one_at_a_time = connection, threading.Lock()
+
+    def enqueue(self, record: Any) -> None:
+        """Send a record or a text."""
+        with self._one_at_a_time:
+            self._connection.send(record)
+
+
+def main() -> None:
+    """Follow rank 0; never returns."""
+    # both are for rank 0, whose end is seen here
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    open_missing_streams()
+    connection = Connection(int(sys.argv[1]))
+    config, rank, shared, debug = connection.recv()
+    threading.Thread(target=_end_with_rank_0, args=(connection,), daemon=True).start()
+    relay = _Relay(connection)
+    log = logging.getLogger("fd_dsa")
+    log.addHandler(relay)
+    log.propagate = False
+    # rank 0 makes the same plan, and logs its warnings
+    log.setLevel(logging.DEBUG if debug else logging.ERROR)
+    try:
+        group = HostGroup(rank, shared)
+        # the imports take seconds
+        from fd_dsa.engine.factory import build_runner
+        from fd_dsa.engine.plan import make_plan
+        from fd_dsa.engine.startup import StartupProgress
+
+        plan = make_plan(config, group)
+        from fd_dsa.runner.ranks import FollowingRunner
+
+        log.setLevel(logging.DEBUG if debug else logging.WARNING)
+        runner = build_runner(plan, group, StartupProgress(), FollowingRunner)
+        runner.follow(group.receive)
+    except BaseException as error:
+        relay.enqueue(str(error) if isinstance(error, FdDsaError) else describe_error(error))
+    finally:
+        os._exit(1)
+
+
+def _end_with_rank_0(connection: Connection) -> None:
+    """Body of the thread that ends this process, whatever it does, when rank 0 has ended."""
+    with suppress(EOFError, OSError):
+        connection.recv()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

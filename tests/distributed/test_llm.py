@@ -1,0 +1,201 @@
+"""The demo model on ranks that are processes: outputs of one process, and ends that name a rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa import LLM, SamplingParams
+from fd_dsa.engine.logprobs import TokenLogprobs
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.ranks import Ranks
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from fd_dsa.errors import ConfigError, RankError
+
+# so few blocks that requests are preempted, and prompts in chunks
+SMALL = {"device": "cpu", "max_model_len": 192, "num_gpu_blocks_override": 50, "block_size": 4}
+SMALL |= {"max_num_batched_tokens": 48}
+LONG = "One day, Tom and Lily went to the park with a red ball and a big dog. " * 6
+SHARED = LONG[: len(LONG) // 2]
+CHOICE = StructuredOutputsParams(choice=["big", "little"])
+ASKED: list[tuple[str, dict[str, Any]]] = [
+    ("Once upon a time", {"temperature": 0, "logprobs": 3}),
+    (LONG, {"temperature": 0, "prompt_logprobs": 1, "logprobs": 1}),
+    (SHARED + "The cat", {"temperature": 0.8, "seed": 3, "n": 3, "logprobs": 0}),
+    (SHARED + "The dog", {"temperature": 1, "top_p": 0.9, "top_k": 40, "seed": 5, "logprobs": 0}),
+    ("A bird", {"temperature": 0, "repetition_penalty": 1.3, "logit_bias": {20: 4.0}}),
+    ("A fish", {"temperature": 0, "structured_outputs": CHOICE}),
+    ("A frog", {"temperature": 0, "stop": ["."], "max_tokens": 30, "logprobs": 1}),
+    (LONG + "Then", {"temperature": 0, "return_topk_positions": True, "logprobs": 1}),
+]
+PARAMS = [SamplingParams(**{"max_tokens": 12, **params}) for _, params in ASKED]
+PROMPTS = [prompt for prompt, _ in ASKED]
+# further apart than rounding moves two tokens
+CLEAR = 1e-3
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[LLM]:
+    """The model in this process."""
+    with LLM(**SMALL) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[LLM]:
+    """The same, shared with another process."""
+    with LLM(**SMALL, tensor_parallel_size=2) as llm:
+        yield llm
+
+
+def compare_scores(
+    expected: list[TokenLogprobs] | None, found: list[TokenLogprobs] | None
+) -> int | None:
+    """Where two lists of scores part, at two tokens of equal probability; None where nowhere."""
+    for place, (one, other) in enumerate(zip(expected or (), found or (), strict=True)):
+        if one is None or other is None:
+            assert one is other
+            continue
+        if one.token_id != other.token_id:
+            gap = one.score.logprob - other.score.logprob
+            assert abs(gap) < CLEAR
+            return place
+        assert one.score.logprob == pytest.approx(other.score.logprob, abs=1e-4)
+    return None
+
+
+def layers_of(output: RequestOutput) -> list[np.ndarray]:
+    """What each layer chose for the last token, where the request asked for it."""
+    shown = output.topk_positions
+    return [] if shown is None else [np.array([shown.position]), *shown.layers]
+
+
+def compare(expected: list[RequestOutput], found: list[RequestOutput]) -> None:
+    assert [(o.request_id.split("-")[1], o.index) for o in expected] == [
+        (o.request_id.split("-")[1], o.index) for o in found
+    ]
+    for one, other in zip(expected, found, strict=True):
+        assert compare_scores(one.prompt_logprobs, other.prompt_logprobs) is None
+        if compare_scores(one.logprobs, other.logprobs) is None:
+            fields = "token_ids", "text", "finish_reason", "stop_reason", "error"
+            assert {n: getattr(one, n) for n in fields} == {n: getattr(other, n) for n in fields}
+            for ours, theirs in zip(layers_of(one), layers_of(other), strict=True):
+                # one key in the place of another whose score is as high, at most
+                assert len(np.intersect1d(ours, theirs)) >= len(ours) - 1
+
+
+def test_outputs_are_those_of_one_process(alone: LLM, shared: LLM) -> None:
+    compare(alone.generate(PROMPTS, PARAMS), shared.generate(PROMPTS, PARAMS))
+    stats = [dataclasses.asdict(llm.stats()) for llm in (alone, shared)]
+    assert stats[0]["num_preemptions"] > 0 and stats[0]["num_steps"] > 15
+    same = [key for key, value in stats[0].items() if isinstance(value, int)]
+    assert [stats[0][key] for key in same] == [stats[1][key] for key in same]
+
+
+def test_a_caller_who_leaves_and_one_who_is_refused_disturb_nobody(alone: LLM, shared: LLM) -> None:
+    stream = shared.generate(LONG, PARAMS[0], stream=True)
+    next(stream)
+    stream.close()
+    with pytest.raises(ValueError, match="max_model_len"):
+        shared.generate([1] * 300, PARAMS[0])
+    compare(alone.generate(PROMPTS[:1], PARAMS[:1]), shared.generate(PROMPTS[:1], PARAMS[:1]))
+
+
+def test_a_killed_rank_is_named_at_once_and_later(shared: LLM) -> None:
+    """The last test with this model."""
+    ranks = shared._open_engine().runner.ranks
+    stream = shared.generate("Once", SamplingParams(max_tokens=150, ignore_eos=True), stream=True)
+    next(stream)
+    begin = time.monotonic()
+    os.kill(ranks._processes[0].pid, signal.SIGKILL)
+    with pytest.raises(RankError, match=r"^rank 1 \(process \d+\) ended by signal 9 \(SIGKILL\)"):
+        list(stream)
+    with pytest.raises(RankError, match=r"^rank 1 "):
+        shared.generate("Once", PARAMS[0])
+    assert time.monotonic() - begin < 10
+
+
+def test_what_several_ranks_cannot_do_is_refused_by_name() -> None:
+    for more, message in (
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size: got 0, allowed: "),
+        ({"speculative_config": {"method": "mtp"}}, "'mtp', allowed: ngram with tensor_parallel"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LLM(**{**SMALL, "tensor_parallel_size": 2, **more})
+
+
+# the process of a rank, which does something else instead of a function of its own
+RANK = """
+import os, signal, sys, time
+{patch}
+from fd_dsa.engine.rank import main
+main()
+"""
+AT_LOAD = """
+import fd_dsa.models.loader as loader
+def load_weights(*args):
+    {what}
+loader.load_weights = load_weights
+"""
+IN_STEP = """
+from fd_dsa.environment import prepare_cpu_runtime
+prepare_cpu_runtime()
+from fd_dsa.runner.ranks import FollowingRunner
+run = FollowingRunner.run
+steps = []
+def slow(self, indices):
+    steps.append(indices)
+    if len(steps) == 3:
+        {what}
+    run(self, indices)
+FollowingRunner.run = slow
+"""
+KILL, STOP = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGKILL", "SIGSTOP"))
+NO_MEMORY = "raise MemoryError('no page is free')"
+ENDS = {
+    "killed-at-load": (AT_LOAD, KILL, r"ended by signal 9 \(SIGKILL\); the system may have been"),
+    "no-memory-at-load": (AT_LOAD, NO_MEMORY, "failed: MemoryError: no page is free"),
+    "stopped-at-load": (AT_LOAD, STOP, "was stopped for 6.5 s by a signal"),
+    "no-memory-in-a-step": (IN_STEP, NO_MEMORY, "failed: MemoryError: no page is free"),
+    "stopped-in-a-step": (IN_STEP, STOP, "was stopped for 6.5 s by a signal"),
+    "ends-in-a-step": (IN_STEP, "os._exit(3)", "ended with status 3"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS)
+def test_each_end_of_a_rank_names_it(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, what, message = ENDS[end]
+    program = RANK.format(patch=where.format(what=what))
+    monkeypatch.setattr(Ranks, "COMMAND", (sys.executable, "-c", textwrap.dedent(program)))
+    named = pytest.raises(RankError, match=rf"^rank 1 \(process \d+\) {message}")
+    with ExitStack() as stack, named:
+        llm = stack.enter_context(LLM(**SMALL, tensor_parallel_size=2))
+        llm.generate(PROMPTS[:2], PARAMS[:2])
+    assert children() == []
+
+
+def children() -> list[int]:
+    """Processes that this one has started."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return [int(pid) for task in tasks for pid in task.read_text().split()]
+
+
+@pytest.mark.slow
+def test_four_ranks(alone: LLM) -> None:
+    with LLM(**SMALL, tensor_parallel_size=4) as llm:
+        compare(alone.generate(PROMPTS, PARAMS), llm.generate(PROMPTS, PARAMS))
+    assert children() == []
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate("Once")

@@ -1,0 +1,129 @@
+"""Models whose ranks hold a part each give the logits of the whole, and the same selections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.config import EngineConfig
+from fd_dsa.distributed.host import HostGroup
+from fd_dsa.engine.plan import make_plan
+from fd_dsa.errors import ConfigError
+from fd_dsa.models import memory_plan
+from fd_dsa.models.checkpoint import Checkpoint
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.loader import check_blocks, load_dummy_weights, load_weights
+from fd_dsa.models.memory_plan import weight_bytes
+from fd_dsa.models.registry import create_model
+from fd_dsa.models.weights import HostWeights
+from tests.distributed.groups import on_ranks
+from tests.models.folders import SCALE_SUFFIX, TINY_FP8, f8, f32, write_folder
+from tests.runner.tiny import GLM, V32, random_tensors, tiny_runner
+
+WIDE = {"num_attention_heads": 12, "num_key_value_heads": 12, "moe_intermediate_size": 24}
+WIDE |= {"intermediate_size": 48, "vocab_size": 60}
+MODELS: dict[str, dict[str, Any]] = {
+    "deepseek_v32": V32 | WIDE,
+    # an output bias, which counts once
+    "glm": GLM | WIDE | {"attention_bias": True},
+    # no head to split, and one that cannot be
+    "tied": V32 | WIDE | {"tie_word_embeddings": True},
+    "uneven": V32 | WIDE | {"vocab_size": 61},
+}
+
+
+def run(config: ModelConfig, group: HostGroup | None, folder: Path | None) -> list[Any]:
+    """Logits and selections of a prompt of two rows, and of a decode step."""
+    size = group.size if group else 1
+    model = create_model(config.split(size), HostWeights(group))
+    if folder is None:
+        load_dummy_weights(config, model.loaders, 3, group=group)
+    else:
+        with Checkpoint.open(folder) as checkpoint:
+            load_weights(checkpoint, config, model.loaders, group=group)
+    runner = tiny_runner(model)
+    found: list[Any] = []
+    draw = np.random.default_rng(1)
+    for rows in ([(0, 30, 0, True), (2, 17, 0, True)], [(0, 1, 30, False), (2, 1, 17, False)]):
+        runner.input_batch.begin_step()
+        for row, count, done, is_prefill in rows:
+            ids = draw.integers(0, config.vocab_size, count).tolist()
+            runner.input_batch.add_row(row, ids, done, is_prefill)
+        tokens = np.arange(runner.input_batch.num_tokens)
+        found.append(runner.execute_watched(tokens, tokens.tolist()))
+    return found
+
+
+def check(config: ModelConfig, size: int, folder: Path | None = None) -> None:
+    whole = run(config, None, folder)
+    ranks = on_ranks(size, lambda group: run(config, group, folder))
+    for step, (expected, chosen) in enumerate(whole):
+        for found in ranks:
+            logits, selections = found[step]
+            np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+            # to the bit the same on all ranks
+            np.testing.assert_array_equal(logits, ranks[0][step][0])
+            for one, other in zip(selections, chosen, strict=True):
+                for layer, expected_layer in zip(one, other, strict=True):
+                    np.testing.assert_array_equal(layer, expected_layer)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_give_the_logits_of_the_whole_and_choose_alike(name: str, size: int) -> None:
+    check(ModelConfig.from_dict(MODELS[name]), size)
+
+
+def test_ranks_read_their_parts_of_fp8_files(tmp_path: Path) -> None:
+    """Of the dense MLP whole blocks; the borders of heads cut blocks."""
+    fields = TINY_FP8 | WIDE | {"index_n_heads": 16, "index_topk": 12, "intermediate_size": 768}
+    config = ModelConfig.from_dict(fields)
+    tensors = {name: f32(array) for name, array in random_tensors(config).items()}
+    draw = np.random.default_rng(2)
+    ends = ".o_proj.weight", ".q_b_proj.weight", "0.mlp.up_proj.weight", "0.mlp.down_proj.weight"
+    for name in [name for name in tensors if name.endswith(ends)]:
+        rows, columns = tensors[name].shape
+        signs = draw.integers(0, 2, (rows, columns)) << 7
+        tensors[name] = f8(draw.integers(0x20, 0x38, (rows, columns)) | signs)
+        blocks = -(-rows // 128), -(-columns // 128)
+        scales = draw.uniform(1, 3, blocks) / np.sqrt(columns)
+        tensors[name + SCALE_SUFFIX] = f32(scales.astype(np.float32))
+    check(config, 2, write_folder(tmp_path / "model", fields, tensors))
+
+
+def test_what_cannot_be_split_is_refused_by_name() -> None:
+    config = ModelConfig.from_dict(V32 | WIDE)
+    for size, name, width in ((5, "num_attention_heads", 12), (16, "num_attention_heads", 12)):
+        with pytest.raises(ConfigError, match=f"-size: got {size}.*model's {name}, {width}; "):
+            config.split(size)
+    released = ModelConfig.from_dict({"model_type": "deepseek_v32", "num_hidden_layers": 4})
+    names = frozenset({"model.layers.3.mlp.experts.0.down_proj.weight"})
+    check_blocks(released, 8, names)
+    with pytest.raises(ConfigError, match=r"32.*whole blocks of 128.*'model.*down_proj.weight'"):
+        check_blocks(released, 32, names)
+
+
+def test_a_rank_is_planned_with_its_part_of_the_weights() -> None:
+    config = ModelConfig.from_dict({"model_type": "deepseek_v32"})
+    whole, part = (weight_bytes(config.split(size), "bfloat16") for size in (1, 4))
+    # what every rank has: embedding, q_a, kv_a, indexers, routers, norms
+    assert 0.25 * whole < part < 0.27 * whole
+
+
+def test_caches_are_planned_by_the_rank_with_the_least_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = [6 << 30, 2 << 30, 4 << 30, 8 << 30]
+    plans = [EngineConfig(device="cpu", tensor_parallel_size=size) for size in (4, 1)]
+    monkeypatch.setattr(memory_plan, "available_memory_bytes", lambda: free.pop())
+    memories = [plan.memory for plan in on_ranks(4, lambda group: make_plan(plans[0], group))]
+    assert memories == memories[:1] * 4
+    # on a CPU all ranks have the same memory
+    assert memories[0].free_bytes == (2 << 30) // 4
+    free.append(2 << 30)
+    alone = make_plan(plans[1]).memory
+    assert 3 * memories[0].num_blocks < alone.num_blocks
+    assert memories[0].bytes_per_block == alone.bytes_per_block
