@@ -31,7 +31,9 @@ class LaunchedStep:
         prefill_context: of the scheduler.
         scheduled: all requests of the step in the order of their rows.
         drafts: of requests of `sampling`, which have a row of logits for each one more.
-        draw: waits for the tokens; None: the host samples from `logits`.
+        places: slots and positions of what is drawn on a device; None: the host samples from
+            `logits`.
+        draw: waits for the tokens; None: no draw has been queued.
         logits: of `sampling`, then of `reading`.
     """
 
@@ -44,8 +46,14 @@ class LaunchedStep:
     prefill_context: int
     scheduled: list[Request] = field(default_factory=list)
     drafts: Mapping[Request, list[int]] = field(default_factory=dict)
+    places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
     draw: Callable[[], npt.NDArray[np.int64]] | None = None
     logits: Any = None
+
+    @property
+    def awaits_masks(self) -> bool:
+        """Whether its draw is queued when the tokens of the step before have been taken."""
+        return self.places is not None and self.draw is None
 
     @property
     def num_drafts(self) -> int:

@@ -4,7 +4,8 @@ Two of each padded number of tokens: one for steps none of whose rows is longer 
 in which nothing is scored or chosen, and one for rows of any length. Grids and buffers of both are
 those of the longest rows that they may be replayed with, and lengths are read on the device. What
 a step copies in, its metadata and what the attention prepares of it lie outside of the graph, at
-addresses that never change; so does the draw of the tokens, on the host.
+addresses that never change. The draw of the tokens is a graph of its own: it is queued with that of
+the step, or later where a row needs a mask that the host is yet to make.
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ class CapturedStep(NamedTuple):
     Attributes:
         logits: float32 [num_tokens, vocab_size], which every replay fills.
         replay: queues the graph.
+        draw: queues that of the draw from its logits; None: it is eager.
     """
 
     logits: Any
     replay: Callable[[], None]
+    draw: Callable[[], None] | None = None
 
 
 Capture = Callable[[Callable[[], Any]], CapturedStep]

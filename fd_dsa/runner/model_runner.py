@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
 
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
-from fd_dsa.errors import FdDsaError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._linear import rows_at
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.decode_graphs import (
-    Capture,
-    CaptureRefused,
-    DecodeGraphs,
-    PaddedStep,
-    capture_failed,
-)
+from fd_dsa.runner.decode_graphs import DecodeGraphs, PaddedStep
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.preparation import Preparation
 from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, host_inputs
 from fd_dsa.step import StepHints
@@ -31,7 +25,6 @@ from fd_dsa.step import StepHints
 if TYPE_CHECKING:
     from fd_dsa.runner.device_draws import DeviceDraws
 
-logger = logging.getLogger(__name__)
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -68,7 +61,7 @@ def backend_config(
     )
 
 
-class ModelRunner:
+class ModelRunner(Preparation):
     """Runs one model over one batch: a Step, the backend's metadata, one forward, logits.
 
     Caches, metadata and slots are the attention backend's: a model with other caches brings its
@@ -114,6 +107,8 @@ class ModelRunner:
         self.counters = StepCounters()
         self.graphs: DecodeGraphs | None = None
         self._padded: PaddedStep | None = None
+        # of the step whose tokens are yet to be drawn
+        self._undrawn: Any = None
         self._selections: Selections | None = None
         # of the tokens that the layer for multi-token prediction goes on from, normed
         self._mtp, self._hidden = getattr(model, "mtp", None), None
@@ -166,94 +161,6 @@ class ModelRunner:
         """Numbers of tokens of the captured decode steps, ascending."""
         return self.graphs.sizes if self.graphs else ()
 
-    def warm_up(self) -> None:
-        """Run prompt chunks of all magnitudes and a decode step: no request waits for kernels.
-
-        A kernel may have another form for other numbers of tokens; its limits are powers of two, so
-        one form serves those from a power on and another those below.
-        Results are dropped; what is written to the caches is written again before it is read.
-        """
-        batch, config = self.input_batch, self.model.config
-        longest = self._longest_row()
-        chunk = min(batch.max_num_tokens, longest)
-        # past the selection keys are scored and chosen
-        cached = min(config.index_topk, longest - 1)
-        powers = [1 << i for i in range((chunk - 1).bit_length())]
-        chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
-        for tokens, done in (*((size, 0) for size in chunks), (1, cached)):
-            last = self._only_row(tokens, done, is_prefill=not done)
-            self.execute_model(np.array([last]))
-        if self.draws is not None:
-            self._warm_up_draws(last)
-        self._forget_only_row()
-        # these were no steps of requests
-        self.counters = StepCounters()
-
-    def _warm_up_draws(self, last: int) -> None:
-        """Run the step in the batch again with draws of its token `last`, the second by the first.
-
-        All kernels of a draw run for any parameters.
-        """
-        from fd_dsa.runner.device_draws import SlotParameters
-
-        assert self.draws is not None
-        self.draws.set_slot(0, SlotParameters())
-        for is_second in (False, True):
-            if is_second:
-                self.input_batch.defer_tokens([last], [0])
-            self.execute_and_draw(np.array([last]), np.zeros(1, np.int64), np.zeros(1, np.int64))()
-
-    def capture_decode_graphs(
-        self, sizes: Sequence[int], capture: Callable[[Any], Capture]
-    ) -> None:
-        """Make graphs of decode steps of these numbers of tokens, padding included.
-
-        Where the first cannot be made, all steps stay eager, with one warning that says why.
-
-        Args:
-            sizes: each at most the tokens of a step.
-            capture: gives what captures on a place, such as PaddleCapture.
-
-        Raises:
-            DeviceError: a capture failed half-way, and Paddle cannot go on; has the cure.
-        """
-        from fd_dsa.step.device import paddle_place
-
-        graphs = DecodeGraphs(sizes, self.model.config.index_topk, self._longest_row())
-        try:
-            with paddle.no_grad():
-                self._fill(graphs, capture(paddle_place(self._device)))
-        except CaptureRefused as error:
-            logger.warning(
-                "decode steps stay eager, they cannot be captured: %s; with --enforce-eager "
-                "nothing is captured",
-                error,
-            )
-            return
-        except FdDsaError:
-            raise
-        except Exception as error:
-            raise capture_failed(error) from error
-        finally:
-            self._padded = None
-            self._forget_only_row()
-        self.graphs = graphs
-
-    def _fill(self, graphs: DecodeGraphs, capture: Capture) -> None:
-        """Capture all steps; one row is live, the others are padding."""
-        # a capture must not make a stream
-        self.attn_backends[0].warm_up(graphs.sizes[0], self.caches)
-        for padded in graphs.steps():
-            last = self._only_row(1, padded.max_seqlen_k - 1, is_prefill=False)
-            self._padded = padded
-            self.initialize_forward_meta(np.array([last]))
-            graphs[padded] = capture(self._padded_step)
-
-    def _padded_step(self) -> Any:
-        """Logits of all tokens of the step that `forward_meta` holds."""
-        hidden = self.model(self.forward_meta.ids_remove_padding, self.forward_meta)
-        return self.model.compute_logits(hidden)
-
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Run the step in the batch.
 
@@ -273,21 +180,39 @@ class ModelRunner:
             # on a device this is the step's one wait
             return self._to_host(logits)
 
-    def execute_and_draw(
-        self, logits_indices: np.ndarray, slots: np.ndarray, positions: np.ndarray
-    ) -> Callable[[], np.ndarray]:
-        """Queue the step in the batch and the draw of its tokens, where there are `draws`.
+    def queue_model(self, logits_indices: np.ndarray) -> None:
+        """Queue the step in the batch, where there are `draws`; `draw` comes before the next one.
 
         Args:
             logits_indices: as of `execute_model`; at least one.
-            slots, positions: int64 [n]; slot of each row, and position of the token in its output.
+        """
+        with paddle.no_grad():
+            self._undrawn = self._logits(logits_indices)
+
+    def draw(
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        masks: Mapping[int, np.ndarray] = MappingProxyType({}),
+    ) -> Callable[[], np.ndarray]:
+        """Queue the draw of a token from each row of logits of the step that was queued.
+
+        Args:
+            slots, positions, masks: as of `DeviceDraws.place`.
 
         Returns:
-            See DeviceDraws.
+            See `DeviceDraws.results`.
         """
-        assert self.draws is not None
-        with paddle.no_grad():
-            return self.draws(self._logits(logits_indices), slots, positions)
+        draws, logits, self._undrawn = self.draws, self._undrawn, None
+        assert draws is not None
+        captured = self.graphs[self._padded] if self.graphs and self._padded else None
+        if captured is not None and captured.draw is not None:
+            draws.place(slots, positions, masks, len(captured.logits))
+            captured.draw()
+        else:
+            draws.place(slots, positions, masks, len(slots))
+            draws.queue(logits)
+        return draws.results(len(slots))
 
     def _logits(self, logits_indices: np.ndarray) -> Any:
         """The step's logits where the model is, float32 [n, vocab_size]; None of no token."""
@@ -381,19 +306,3 @@ class ModelRunner:
         if not np.array_equal(logits_indices, np.arange(tokens)):
             return None
         return self.graphs.fitting(tokens, batch.max_seqlen_k)
-
-    def _longest_row(self) -> int:
-        """Tokens that the table of a row reaches to."""
-        return self.input_batch.block_tables.shape[1] * self.input_batch.block_size
-
-    def _only_row(self, tokens: int, done: int, *, is_prefill: bool) -> int:
-        """Fill row 0 alone with `tokens` after `done` cached ones; index of the last token."""
-        batch = self.input_batch
-        batch.begin_step()
-        batch.set_blocks(0, range(-(-(done + tokens) // batch.block_size)))
-        return batch.add_row(0, [0] * tokens, done, is_prefill)
-
-    def _forget_only_row(self) -> None:
-        """Leave the batch as it was before `_only_row`."""
-        self.input_batch.begin_step()
-        self.input_batch.clear_row(0)
