@@ -174,7 +174,7 @@ class LLMEngine:
                 bad_words=bad_words,
             )
             group.append(request)
-            if self._speculator is not None:
+            if self._speculator is not None and self._sampler.takes_drafts(request):
                 self._speculator.begin(request)
         self._num_arrived += params.n
         self._stats.prompt_tokens += len(prompt_token_ids)
@@ -288,7 +288,7 @@ class LLMEngine:
             step.logits = execute_watched(self.runner, step, logits_indices)
         else:
             if not self._sampler.queue(step, logits_indices):
-                step.logits = self.runner.execute_model(logits_indices)
+                self._sampler.execute(step, logits_indices)
         self._stats.runner_time_s += self.clock() - step.ready
         self._scheduler.complete_step()
         return step
@@ -303,7 +303,7 @@ class LLMEngine:
         if step.reading:
             outputs = [self._fail(request, NOT_FINITE) for request in step.read_prompts()]
         if step.drafts and self._speculator is not None:
-            outputs += self._speculator.verify(step, self._append, self._scheduler, stats)
+            outputs += self._speculator.verify(step, self._append, self._scheduler, stats, tokens)
         elif step.sampling:
             outputs += self._append(step.sampling, step.logits, tokens)
         if self._speculator is not None:

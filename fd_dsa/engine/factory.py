@@ -8,7 +8,7 @@ from typing import Any
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.mtp_drafter import MtpDrafter
+from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.plan import EnginePlan, make_plan
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.speculation import Drafter, Speculator
@@ -40,7 +40,9 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
 
     num_blocks = plan.memory.num_blocks
     backend = plan.caches.backend(num_blocks, plan.device)
-    runner = ModelRunner(model, plan.input_batch, None, num_blocks, plan.device, backend)
+    drafts = config.most_drafts
+    batch, device = plan.input_batch, plan.device
+    runner = ModelRunner(model, batch, None, num_blocks, device, backend, most_drafts=drafts)
     progress.done(plan.memory.summary())
     progress.done(_warm_up(runner, plan))
     engine = LLMEngine(
@@ -134,7 +136,7 @@ def _make_speculator(runner: Any, plan: EnginePlan) -> Speculator | None:
         return None
     drafter: Drafter = PromptLookup(asked.prompt_lookup_max, asked.prompt_lookup_min)
     if asked.method == "mtp":
-        drafter = MtpDrafter(runner)
+        drafter = MtpDrafter(runner) if runner.draws is None else DeviceMtpDrafter(runner)
     costs = None
     if not _interprets(plan.device):
         costs = measure_steps(

@@ -36,25 +36,35 @@ class StepSampler:
         # arrival number of the request whose parameters the samplers have in a slot
         self._taken_by = [-1] * num_slots
 
+    def takes_drafts(self, request: Request) -> bool:
+        """Whether drafts of a request can be verified: a device must know its rules beforehand."""
+        rules = request.rules
+        return not self._has_draws or rules is None or not (rules.counts or rules.needs_mask)
+
     def queue(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> bool:
         """Queue the step, and the draw of its tokens unless that needs a mask.
 
         Args:
-            step: whose requests are those of the rows of `logits_indices`, in order.
+            step: whose requests and drafts are those of the rows of `logits_indices`, in order.
             logits_indices: see RunnerProtocol.
 
         Returns:
             False, and nothing is done, where the host must sample.
         """
         sampling = step.sampling
-        if not self._has_draws or len(sampling) != len(logits_indices) or not sampling:
+        if not self._has_draws or step.reading or not sampling:
             return False
         if any(request.logprobs is not None for request in sampling):
             return False
         rules = [request.rules for request in sampling if request.rules is not None]
         if any(rule.num_entries > self._most_entries for rule in rules):
             return False
-        step.places = self._places(sampling)
+        slots, positions = self._places(sampling)
+        if step.drafts:
+            counts = [1 + len(step.drafts.get(request, ())) for request in sampling]
+            slots, before = np.repeat(slots, counts), np.repeat(step.first_rows, counts)
+            positions = np.repeat(positions, counts) + np.arange(len(slots)) - before
+        step.places = slots, positions
         self._runner.queue_model(logits_indices)
         if not any(rule.needs_mask for rule in rules):
             self.draw(step)
@@ -63,12 +73,24 @@ class StepSampler:
     def draw(self, step: LaunchedStep) -> None:
         """Queue the draw of a step that is queued; masks are those after the tokens known now."""
         assert step.places is not None
+        firsts = step.first_rows if step.drafts else range(len(step.sampling))
         masks = {
             row: request.rules.mask(self._runner.vocab_size)
-            for row, request in enumerate(step.sampling)
+            for row, request in zip(firsts, step.sampling, strict=True)
             if request.rules is not None and request.rules.needs_mask and not request.finish_reason
         }
-        step.draw = self._runner.draw(*step.places, masks)
+        step.draw = self._runner.draw(*step.places, masks, np.array(firsts))
+
+    def execute(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> None:
+        """Run a step that the host samples; drafts that a device has are known then."""
+        step.logits = self._runner.execute_model(logits_indices)
+        if any(drafts[0] < 0 for drafts in step.drafts.values()):
+            ids, known = self._runner.step_ids(), {}
+            for request, row in zip(step.sampling, step.first_rows, strict=True):
+                begin = int(logits_indices[row]) + 1
+                if drafts := step.drafts.get(request):
+                    known[request] = ids[begin : begin + len(drafts)].tolist()
+            step.drafts = known
 
     def forget(self) -> None:
         """What was drawn last is not the requests': parameters are to be given again."""

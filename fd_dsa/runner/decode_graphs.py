@@ -46,15 +46,23 @@ class CapturedStep(NamedTuple):
     Attributes:
         logits: float32 [num_tokens, vocab_size], which every replay fills.
         replay: queues the graph.
-        draw: queues that of the draw from its logits; None: it is eager.
+        draw: queues that of the draw from its logits.
+        hidden: normed hidden states, where a layer for multi-token prediction reads them.
+        draft: queues that of the layer and the first drafts, if there is one.
+        kept: hidden states that a further draft goes on from.
     """
 
     logits: Any
     replay: Callable[[], None]
-    draw: Callable[[], None] | None = None
+    draw: Callable[[], None]
+    hidden: Any = None
+    draft: Callable[[], None] = lambda: None
+    kept: Any = None
 
 
-Capture = Callable[[Callable[[], Any]], CapturedStep]
+Captured = tuple[Any, Callable[[], None]]
+"""What captured work returned, which every replay fills, and the replay."""
+Capture = Callable[[Callable[[], Any]], Captured]
 
 
 class CaptureRefused(RuntimeError):
@@ -113,11 +121,11 @@ class PaddleCapture:
             _pools[str(place)] = core.CUDAGraph.gen_new_memory_pool_id()
         self._pool = _pools[str(place)]
 
-    def __call__(self, work: Callable[[], Any]) -> CapturedStep:
+    def __call__(self, work: Callable[[], Any]) -> Captured:
         """Run `work` once, then capture it.
 
         Args:
-            work: queues a step and returns its logits.
+            work: queues launches and returns tensors.
 
         Raises:
             CaptureRefused: `work` waits for the host, or the capture cannot begin.
@@ -138,7 +146,7 @@ class PaddleCapture:
         except Exception as error:
             raise CaptureRefused(describe_error(error)) from error
         try:
-            logits = work()
+            result = work()
         except Exception as error:
             with suppress(Exception):
                 graph.capture_end()
@@ -150,7 +158,7 @@ class PaddleCapture:
         # a graph that lives at exit ends the process with an error
         weakref.finalize(graph, _reset, graph._graph)
         _lasting.setdefault(str(self._place), graph)
-        return CapturedStep(logits, graph.replay)
+        return result, graph.replay
 
 
 def capture_failed(error: Exception) -> DeviceError:

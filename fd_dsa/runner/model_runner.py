@@ -13,14 +13,15 @@ import paddle
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._linear import rows_at
+from fd_dsa.ops._linear import rows_at, values_of
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.decode_graphs import DecodeGraphs, PaddedStep
+from fd_dsa.runner.decode_graphs import CapturedStep, DecodeGraphs, PaddedStep
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.preparation import Preparation
 from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, host_inputs
 from fd_dsa.step import StepHints
+from fd_dsa.triton_runtime.transfers import on_host
 
 if TYPE_CHECKING:
     from fd_dsa.runner.device_draws import DeviceDraws
@@ -75,6 +76,7 @@ class ModelRunner(Preparation):
         device: "cpu", "gpu:0" or a custom device of Paddle, where the model is already.
         backend: the attention backend; None: a DSAAttentionBackend.
         dtype: of the model's activations.
+        most_drafts: of a row in a step, drawn on a device.
 
     Attributes:
         attn_backends: the one that serves.
@@ -93,6 +95,7 @@ class ModelRunner(Preparation):
         device: str = "cpu",
         backend: Any = None,
         dtype: str = "float32",
+        most_drafts: int = 0,
     ) -> None:
         self.model, self.input_batch, self._device = model, input_batch, device
         config = model.config
@@ -107,8 +110,10 @@ class ModelRunner(Preparation):
         self.counters = StepCounters()
         self.graphs: DecodeGraphs | None = None
         self._padded: PaddedStep | None = None
-        # of the step whose tokens are yet to be drawn
-        self._undrawn: Any = None
+        self.most_drafts = most_drafts
+        # logits of the step whose tokens are yet to be drawn, and the flat tokens that have them
+        self._undrawn: tuple[Any, np.ndarray] = None, _NOTHING
+        self._drafts: Any = None
         self._selections: Selections | None = None
         # of the tokens that the layer for multi-token prediction goes on from, normed
         self._mtp, self._hidden = getattr(model, "mtp", None), None
@@ -124,8 +129,13 @@ class ModelRunner(Preparation):
             self._to_host = HostLogits(self._to_device.staging.transfers, num_logits)
             from fd_dsa.runner.device_draws import DeviceDraws
 
-            allocate = paddle_allocator(device)
-            self.draws = DeviceDraws(input_batch.max_num_seqs, self.vocab_size, allocate)
+            allocate, rows = paddle_allocator(device), input_batch.max_num_seqs
+            most_tokens = 0 if self._mtp is None else input_batch.max_num_tokens
+            self.draws = DeviceDraws(rows, self.vocab_size, allocate, most_drafts, most_tokens)
+            if self._mtp is not None:
+                from fd_dsa.runner.device_drafts import DeviceDrafts
+
+                self._drafts = DeviceDrafts(self._mtp, self.draws)
 
     def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING) -> Step:
         """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.
@@ -187,32 +197,94 @@ class ModelRunner(Preparation):
             logits_indices: as of `execute_model`; at least one.
         """
         with paddle.no_grad():
-            self._undrawn = self._logits(logits_indices)
+            self._undrawn = self._logits(logits_indices), logits_indices
 
     def draw(
         self,
         slots: np.ndarray,
         positions: np.ndarray,
         masks: Mapping[int, np.ndarray] = MappingProxyType({}),
+        firsts: np.ndarray = _NOTHING,
     ) -> Callable[[], np.ndarray]:
         """Queue the draw of a token from each row of logits of the step that was queued.
 
+        The layer for multi-token prediction, where it is loaded, and a draft of each request are
+        queued after it.
+
         Args:
-            slots, positions, masks: as of `DeviceDraws.place`.
+            slots, positions, masks, firsts: as of `DeviceDraws.place`.
 
         Returns:
             See `DeviceDraws.results`.
         """
-        draws, logits, self._undrawn = self.draws, self._undrawn, None
+        draws, (logits, indices), self._undrawn = self.draws, self._undrawn, (None, _NOTHING)
         assert draws is not None
-        captured = self.graphs[self._padded] if self.graphs and self._padded else None
-        if captured is not None and captured.draw is not None:
-            draws.place(slots, positions, masks, len(captured.logits))
-            captured.draw()
-        else:
-            draws.place(slots, positions, masks, len(slots))
-            draws.queue(logits)
-        return draws.results(len(slots))
+        next_ids = _NOTHING
+        if self._drafts is not None:
+            from fd_dsa.runner.device_drafts import following_tokens
+
+            next_ids = following_tokens(self.input_batch, indices)
+        captured = self._captured
+        rows = len(slots) if captured is None else len(captured.logits)
+        draws.place(slots, positions, masks, rows, firsts, next_ids)
+        with paddle.no_grad():
+            if captured is None:
+                draws.queue(logits, self.forward_meta)
+            else:
+                captured.draw()
+            taken = draws.results(len(slots))
+            self._queue_drafts(len(firsts))
+        return taken
+
+    @property
+    def _captured(self) -> CapturedStep | None:
+        """The graphs that serve the step in the batch."""
+        return self.graphs[self._padded] if self.graphs and self._padded else None
+
+    def _queue_drafts(self, num_requests: int) -> None:
+        """Queue the layer for multi-token prediction and the first draft of each request."""
+        captured = self._captured
+        if captured is not None:
+            captured.draft()
+            self._hidden = captured.kept
+        elif self._drafts is not None:
+            self._hidden = self._drafts.queue(self._hidden, self.forward_meta, num_requests)
+
+    def draft(self, next_ids: np.ndarray, *going_on: np.ndarray) -> None:
+        """Queue layer and drafts after a step that the host has sampled, or nobody.
+
+        Args:
+            next_ids: int64 [num_tokens]; the token after each one of the step.
+            going_on: as of `DeviceDraws.go_on`.
+        """
+        assert self.draws is not None
+        rows = 0 if self._padded is None else self._padded.num_tokens
+        self.draws.place(_NOTHING, _NOTHING, {}, rows, _NOTHING, next_ids)
+        self.draws.go_on(*going_on)
+        with paddle.no_grad():
+            self._queue_drafts(len(going_on[0]))
+
+    def draft_more(
+        self, kept: np.ndarray, slots: np.ndarray, positions: np.ndarray, depth: int
+    ) -> None:
+        """Queue a further draft of the requests of the batch, a step of their last drafts.
+
+        Args:
+            kept: int64 [n]; which requests of the drafts before they are.
+            slots, positions: as of `DeviceDraws.place`, of the new drafts.
+            depth: drafts before these.
+        """
+        assert self.draws is not None
+        self._padded = None
+        with paddle.no_grad():
+            step = self.initialize_forward_meta(kept)
+            self.draws.place(slots, positions, {}, len(slots))
+            self._hidden = self._drafts.queue_more(self._hidden, step, depth)
+
+    def step_ids(self) -> np.ndarray:
+        """int32 [num_tokens]; token ids of the step that ran last, those of a device too."""
+        ids = self.forward_meta.ids_remove_padding
+        return on_host(ids, np.empty(ids.shape, np.int32))
 
     def _logits(self, logits_indices: np.ndarray) -> Any:
         """The step's logits where the model is, float32 [n, vocab_size]; None of no token."""
@@ -231,11 +303,12 @@ class ModelRunner(Preparation):
         if self.graphs is not None and padded is not None:
             captured = self.graphs[padded]
             captured.replay()
+            self._hidden = captured.hidden
             return captured.logits[: len(logits_indices)]
         step.selections = self._selections
         hidden = self.model(step.ids_remove_padding, step)
         if self._mtp is not None:
-            self._hidden = self.model.norm.of(hidden)
+            self._hidden = values_of(self.model.norm.of(hidden))
         if not len(logits_indices):
             return None
         return self.model.compute_logits(rows_at(hidden, step.sampled))

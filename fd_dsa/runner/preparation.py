@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
 
 from fd_dsa.errors import FdDsaError
+from fd_dsa.ops._linear import values_of
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.decode_graphs import (
     Capture,
+    CapturedStep,
     CaptureRefused,
     DecodeGraphs,
     PaddedStep,
@@ -43,6 +44,7 @@ class Preparation:
     queue_model: Callable[[np.ndarray], None]
     draw: Callable[..., Callable[[], np.ndarray]]
     initialize_forward_meta: Callable[..., Any]
+    _drafts: Any
     _device: str
     _padded: PaddedStep | None
 
@@ -72,7 +74,7 @@ class Preparation:
     def _warm_up_draws(self, last: int) -> None:
         """Run the step in the batch again with draws of its token `last`, the second by the first.
 
-        All kernels of a draw run for any parameters.
+        All kernels of a draw run for any parameters, and those of a layer that drafts.
         """
         from fd_dsa.ops.sampling import SlotParameters
 
@@ -82,7 +84,7 @@ class Preparation:
             if is_second:
                 self.input_batch.defer_tokens([last], [0])
             self.queue_model(np.array([last]))
-            self.draw(np.zeros(1, np.int64), np.zeros(1, np.int64))()
+            self.draw(*np.zeros((2, 1), np.int64), firsts=np.zeros(1, np.int64))()
 
     def capture_decode_graphs(
         self, sizes: Sequence[int], capture: Callable[[Any], Capture]
@@ -128,17 +130,32 @@ class Preparation:
             last = self._only_row(1, padded.max_seqlen_k - 1, is_prefill=False)
             self._padded = padded
             self.initialize_forward_meta(np.array([last]))
-            graphs[padded] = captured = capture(self._padded_step)
-            if self.draws is not None and padded.num_tokens <= self.draws.max_rows:
-                # the graph draws for padding alone
-                self.draws.place(_NOTHING, _NOTHING, {}, padded.num_tokens)
-                draw = capture(partial(self.draws.queue, captured.logits))
-                graphs[padded] = captured._replace(draw=draw.replay)
+            graphs[padded] = self._captured_step(capture, padded.num_tokens)
 
-    def _padded_step(self) -> Any:
-        """Logits of all tokens of the step that `forward_meta` holds."""
+    def _captured_step(self, capture: Capture, num_tokens: int) -> CapturedStep:
+        """The graphs of the step that `forward_meta` holds."""
+        draws, drafts = self.draws, self._drafts
+        assert draws is not None
+        (logits, hidden), replay = capture(self._padded_step)
+        # here they draw for padding alone
+        draws.place(_NOTHING, _NOTHING, {}, num_tokens)
+        _, draw = capture(lambda: draws.queue(logits, self.forward_meta))
+        if drafts is None:
+            return CapturedStep(logits, replay, draw)
+        rows = min(num_tokens, self.input_batch.max_num_seqs)
+        kept, draft = capture(lambda: drafts.queue(hidden, self.forward_meta, rows))
+        return CapturedStep(logits, replay, draw, hidden, draft, kept)
+
+    def _padded_step(self) -> tuple[Any, Any]:
+        """Logits of all tokens of the step that `forward_meta` holds, and what a layer more reads.
+
+        That are their hidden states, normed; None without such a layer.
+        """
         hidden = self.model(self.forward_meta.ids_remove_padding, self.forward_meta)
-        return self.model.compute_logits(hidden)
+        if self._drafts is None:
+            return self.model.compute_logits(hidden), None
+        normed = self.model.norm.of(hidden)
+        return self.model.head.times(normed), values_of(normed)
 
     def _longest_row(self) -> int:
         """Tokens that the table of a row reaches to."""

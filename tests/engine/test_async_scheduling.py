@@ -50,7 +50,11 @@ class GreedyRunner(FakeRunner):
         self._undrawn = self.execute_model(logits_indices)
 
     def draw(
-        self, slots: np.ndarray, positions: np.ndarray, masks: Mapping[int, np.ndarray]
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        masks: Mapping[int, np.ndarray],
+        firsts: np.ndarray,
     ) -> Callable[[], np.ndarray]:
         self.log.append("draw")
         logits = self._undrawn

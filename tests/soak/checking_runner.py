@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.sampler import Sampler
+from fd_dsa.engine.sampler import REJECTED, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.input_batch import InputBatch
@@ -177,10 +178,15 @@ class DrawingRunner(CheckingRunner):
 
     def queue_model(self, logits_indices: np.ndarray) -> None:
         """Run the step."""
+        self._sampled = logits_indices
         self._undrawn = self.execute_model(logits_indices)
 
     def draw(
-        self, slots: np.ndarray, positions: np.ndarray, masks: Mapping[int, np.ndarray]
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        masks: Mapping[int, np.ndarray],
+        firsts: np.ndarray,
     ) -> Callable[[], np.ndarray]:
         """Draw from the step's logits; the tokens are there when they are asked for."""
         logits, self._undrawn = self._undrawn, None
@@ -189,14 +195,21 @@ class DrawingRunner(CheckingRunner):
             # a mask leaves rows with unusable logits as they are
             if np.isfinite(logits[row]).all():
                 logits[row, allowed[: self.vocab_size] == 0] = -np.inf
-        for slot, position in zip(slots.tolist(), positions.tolist(), strict=True):
+        drawn = self._drawn = np.empty(len(slots), np.int64)
+        for row, (slot, position) in enumerate(
+            zip(slots.tolist(), positions.tolist(), strict=True)
+        ):
             output, is_penalized = self._counted[slot]
             assert len(output) == position or not is_penalized, f"slot {slot} has other counts"
             # bans go by position
             output[:] = output[:position] + [0] * (position - len(output))
-        drawn = self._drawn = self._sampler.sample(logits, slots, positions)
-        for slot, token in zip(slots.tolist(), drawn.tolist(), strict=True):
-            self._counted[slot][0].append(max(token, 0))
+            one = slice(row, row + 1)
+            drawn[one] = self._sampler.sample(logits[one], slots[one], positions[one])
+            output.append(max(int(drawn[row]), 0))
+        for first, end in pairwise([*firsts.tolist(), len(drawn)]):
+            drafts = self.input_batch.ids_remove_padding[self._sampled[first:end]][1:]
+            wrong = np.flatnonzero(drafts != drawn[first : end - 1])
+            drawn[first + 1 + wrong[0] if len(wrong) else end : end] = REJECTED
 
         def taken() -> np.ndarray:
             if self.fails_late:
