@@ -38,7 +38,7 @@ class DeviceDrafts:
         states = self._mtp(next_ids, hidden, step)
         if not num_requests:
             return states[:0]
-        last, slots, positions = (section[:num_requests] for section in self._draws.going_on)
+        last, slots, positions = self._draws.going_on(num_requests)
         kept = rows_at(states, last)
         self._draws.draft(self._mtp.compute_logits(kept), 0, slots, positions)
         return kept

@@ -40,8 +40,6 @@ class DeviceDraws:
 
     Attributes:
         max_rows: most rows of a draw.
-        going_on: int32 [3, n]; after a draw the flat token that each request's next draft comes
-            after, its slot, -1 without a request, and the position of the draft in its output.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class DeviceDraws:
         self._first_draft = -(-rows // _ALIGNED) * _ALIGNED
         # tokens of a draw, then those of each draft, by the rows that they were drawn in
         self._sampler.tokens = allocate((self._first_draft + most_drafts * stride,), "int64")
-        self.going_on = allocate((3, stride), "int32")
+        self._next = allocate((3 * stride,), "int32")
         self._no_masks = uploaded(allocate, np.full(stride, -1, np.int32))
         # slot and position of each row, the first row and the drafts of each request, the tokens
         # that follow those of the step; and as a table the row of each row's mask
@@ -127,7 +125,7 @@ class DeviceDraws:
             firsts, counts = requests[:2]
             verify_kernel[(min(self._num_slots, logits.shape[0]),)](
                 tokens, step.ids_remove_padding, step.sampled, slots, positions, firsts, counts,
-                self.going_on, STRIDE=self._stride, MOST=self._most_drafts, num_warps=1,
+                self._next, STRIDE=self._stride, MOST=self._most_drafts, num_warps=1,
             )  # fmt: skip
         return tokens
 
@@ -152,12 +150,22 @@ class DeviceDraws:
         """On the device: slots and positions of the rows, and last the tokens that follow."""
         return self._views[:-1]
 
+    def going_on(self, count: int) -> list[Any]:
+        """Where the first requests of the draw go on, int32 [count] on the device each.
+
+        Returns:
+            The flat tokens that their next drafts come after; their slots, -1 without a request;
+            the positions of the drafts in their outputs.
+        """
+        stride = self._stride
+        return [self._next[begin : begin + count] for begin in range(0, 3 * stride, stride)]
+
     def go_on(self, last: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> None:
-        """Set `going_on`, where no draw does; waits for what was queued before."""
+        """Set `going_on`, where no draw has; waits for what was queued before."""
         self._going_on[1] = -1
         for section, values in zip(self._going_on, (last, slots, positions), strict=True):
             section[: len(values)] = values
-        self._transfers.to_device(self.going_on, self._going_on)
+        self._transfers.to_device(self._next, self._going_on)
         # before it is filled again
         self._transfers.finish()
 
