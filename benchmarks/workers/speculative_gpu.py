@@ -1,4 +1,4 @@
-"""Worker: the engine on a GPU with one draft a row in every decode step, of told tokens."""
+"""Worker: the engine on a GPU with one draft a row in every decode step, a known token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.workers import gpu_engine
 DROPPED = 4
 
 
-class Told:
+class KnownDrafts:
     """Drafts of somebody who knows the answers, after another drafter has done its work.
 
     Args:
@@ -52,17 +52,18 @@ class Always:
 
 
 class Engine(gpu_engine.Engine):
-    """The engine of `gpu_engine`; with a speculative_config its drafts are told."""
+    """The engine of `gpu_engine`; with a speculative_config it knows the drafts."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._told: Told | None = None
+        self._known: KnownDrafts | None = None
         speculator = self._engine._speculator
         if speculator is not None:
             from fd_dsa.engine.draft_state import DraftState
 
             has_layer = self._engine.runner.model.mtp is not None
-            self._told = speculator.drafter = Told(speculator.drafter if has_layer else None)
+            layer = speculator.drafter if has_layer else None
+            self._known = speculator.drafter = KnownDrafts(layer)
             speculator.begin = lambda request: setattr(request, "drafts", DraftState(Always()))
 
     def drafted(self, batch: int, prompt: int, steps: int) -> dict[str, float]:
@@ -72,9 +73,9 @@ class Engine(gpu_engine.Engine):
         prompts = random_prompts(batch, prompt, vocab_size, self._num_runs)
         # steps in which others still read their prompts
         new = 2 * (steps + DROPPED) + 4 * (-(-batch * prompt // self._chunk) + 4)
-        if self._told is not None:
-            self._told.answers = {}
-            self._told.answers = self._run(prompts, new)[0]
+        if self._known is not None:
+            self._known.answers = {}
+            self._known.answers = self._run(prompts, new)[0]
         _, times, accepted = self._run(prompts, new)
         return {"step_ms": float(np.median(times[DROPPED:][:steps])), "accepted": accepted}
 
@@ -84,7 +85,7 @@ class Engine(gpu_engine.Engine):
         """Tokens of each request; milliseconds of full steps; accepted drafts a draft of them."""
         from fd_dsa import SamplingParams
 
-        engine, is_told = self._engine, bool(self._told is not None and self._told.answers)
+        engine, is_known = self._engine, bool(self._known is not None and self._known.answers)
         params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
         for index, ids in enumerate(prompts):
             engine.add_request(str(index), ids, params)
@@ -98,7 +99,7 @@ class Engine(gpu_engine.Engine):
             stats = engine.stats()
             tokens |= {output.request_id: output.token_ids for output in outputs}
             num_drafts = stats.num_draft_tokens - last.num_draft_tokens
-            if len(outputs) == len(prompts) and num_drafts == is_told * len(prompts):
+            if len(outputs) == len(prompts) and num_drafts == is_known * len(prompts):
                 times.append(1e3 * (now - before))
                 drafts += num_drafts
                 accepted += stats.num_accepted_tokens - last.num_accepted_tokens

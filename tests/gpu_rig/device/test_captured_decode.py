@@ -23,7 +23,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.memory_plan import graph_bytes
 from fd_dsa.ops.sampling import SlotParameters
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.decode_graphs import CapturedStep, CaptureRefused, PaddleCapture
+from fd_dsa.runner.decode_graphs import Captured, CaptureRefused, PaddleCapture
 from fd_dsa.runner.model_runner import cache_layout
 from tests.demo.samples import PROSE
 from tests.gpu_rig import Rig
@@ -230,7 +230,7 @@ def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCapt
     error: Exception = CaptureRefused("RuntimeError: no graphs today")
 
     def refusing(place: Any) -> Any:
-        def capture(work: Callable[[], Any]) -> CapturedStep:
+        def capture(work: Callable[[], Any]) -> Captured:
             work()
             raise error
 
@@ -259,7 +259,7 @@ def test_a_second_stream_is_made_before_steps_that_fork_alone(
     monkeypatch.setattr(overlap, "stream_for", calls.append)
 
     def refusing(place: Any) -> Any:
-        def capture(work: Callable[[], Any]) -> CapturedStep:
+        def capture(work: Callable[[], Any]) -> Captured:
             raise CaptureRefused("not today")
 
         return capture
