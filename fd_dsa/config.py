@@ -210,10 +210,14 @@ class EngineConfig:
         return given if isinstance(given, SpeculativeConfig) else None
 
     @property
+    def most_drafts(self) -> int:
+        """Most drafts of a request in a step."""
+        return self.speculation.num_speculative_tokens if self.speculation else 0
+
+    @property
     def most_decode_tokens(self) -> int:
         """Most tokens of a step that only decodes, drafts included."""
-        drafts = self.speculation.num_speculative_tokens if self.speculation else 0
-        return min((1 + drafts) * self.max_num_seqs, self.num_batched_tokens)
+        return min((1 + self.most_drafts) * self.max_num_seqs, self.num_batched_tokens)
 
     @property
     def capture_sizes(self) -> tuple[int, ...]:

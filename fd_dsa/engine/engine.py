@@ -174,7 +174,7 @@ class LLMEngine:
                 bad_words=bad_words,
             )
             group.append(request)
-            if self._speculator is not None:
+            if self._speculator is not None and self._sampler.takes_drafts(request):
                 self._speculator.begin(request)
         self._num_arrived += params.n
         self._stats.prompt_tokens += len(prompt_token_ids)
@@ -205,6 +205,8 @@ class LLMEngine:
 
         Where tokens are drawn on a device, the step is queued and those of the step before are
         taken while it runs. A request that they end may have a row in it, whose token is dropped.
+        Where a row needs a mask that depends on them, such as a grammar's, the draw of the step is
+        queued after they are taken.
 
         After a step that finds no memory the next ones need less (`Scheduler.relieve`).
 
@@ -229,10 +231,14 @@ class LLMEngine:
         self._in_flight = None
         try:
             outputs = [] if before is None else self._take(before)
+            if launched is not None and launched.awaits_masks:
+                self._stats.num_mask_waits += before is not None
+                self._sampler.draw(launched)
             if launched is not None and not (self._is_async and launched.draw):
                 outputs += self._take(launched)
                 launched = None
         except Exception:
+            self._sampler.forget()
             for step in (before, launched):
                 for request in step.sampling if step is not None else ():
                     request.forget_draw()
@@ -281,9 +287,8 @@ class LLMEngine:
         if self._has_watched:
             step.logits = execute_watched(self.runner, step, logits_indices)
         else:
-            step.draw = self._sampler.draw(sampling, logits_indices)
-            if step.draw is None:
-                step.logits = self.runner.execute_model(logits_indices)
+            if not self._sampler.queue(step, logits_indices):
+                self._sampler.execute(step, logits_indices)
         self._stats.runner_time_s += self.clock() - step.ready
         self._scheduler.complete_step()
         return step
@@ -298,7 +303,7 @@ class LLMEngine:
         if step.reading:
             outputs = [self._fail(request, NOT_FINITE) for request in step.read_prompts()]
         if step.drafts and self._speculator is not None:
-            outputs += self._speculator.verify(step, self._append, self._scheduler, stats)
+            outputs += self._speculator.verify(step, self._append, self._scheduler, stats, tokens)
         elif step.sampling:
             outputs += self._append(step.sampling, step.logits, tokens)
         if self._speculator is not None:

@@ -13,7 +13,7 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.distributed import Group
 from fd_dsa.distributed.host import HostGroup
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.mtp_drafter import MtpDrafter
+from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.plan import EnginePlan, make_plan
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.ranks import Ranks
@@ -101,7 +101,9 @@ def build_runner(
     model = _load_model(plan, group, progress)
     num_blocks = plan.memory.num_blocks
     backend = plan.caches.backend(num_blocks, plan.device)
-    runner = kind(model, plan.input_batch, None, num_blocks, plan.device, backend)
+    drafts = plan.config.most_drafts
+    batch, device = plan.input_batch, plan.device
+    runner = kind(model, batch, None, num_blocks, device, backend, most_drafts=drafts)
     progress.done(plan.memory.summary())
     if group is not None:
         # a warm-up meets the others on the device, where nobody sees that one is not there
@@ -220,7 +222,7 @@ def _make_speculator(runner: Any, plan: EnginePlan) -> Speculator | None:
         return None
     drafter: Drafter = PromptLookup(asked.prompt_lookup_max, asked.prompt_lookup_min)
     if asked.method == "mtp":
-        drafter = MtpDrafter(runner)
+        drafter = MtpDrafter(runner) if runner.draws is None else DeviceMtpDrafter(runner)
     costs = None
     if not _interprets(plan.device):
         costs = measure_steps(

@@ -30,8 +30,11 @@ class LaunchedStep:
         num_decode_tokens, num_prefill_tokens: of the step.
         prefill_context: of the scheduler.
         scheduled: all requests of the step in the order of their rows.
-        drafts: of requests of `sampling`, which have a row of logits for each one more.
-        draw: waits for the tokens; None: the host samples from `logits`.
+        drafts: of requests of `sampling`, which have a row of logits for each one more; negative
+            where they are on a device alone, see `InputBatch.defer_tokens`.
+        places: slots and positions of what is drawn on a device; None: the host samples from
+            `logits`.
+        draw: waits for the tokens; None: no draw has been queued.
         logits: of `sampling`, then of `reading`.
     """
 
@@ -44,8 +47,14 @@ class LaunchedStep:
     prefill_context: int
     scheduled: list[Request] = field(default_factory=list)
     drafts: Mapping[Request, list[int]] = field(default_factory=dict)
+    places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
     draw: Callable[[], npt.NDArray[np.int64]] | None = None
     logits: Any = None
+
+    @property
+    def awaits_masks(self) -> bool:
+        """Whether its draw is queued when the tokens of the step before have been taken."""
+        return self.places is not None and self.draw is None
 
     @property
     def num_drafts(self) -> int:
@@ -116,8 +125,12 @@ def assemble(
         token_ids = request.token_ids[begin:end] or [0]
         proposed = drafts.get(request) if drafts else None
         if proposed:
-            token_ids += proposed
+            token_ids += [max(token_id, 0) for token_id in proposed]
         last = batch.add_row(request.slot, token_ids, begin, is_prefill)
+        if proposed and proposed[0] < 0:
+            batch.defer_tokens(range(last + 1 - len(proposed), last + 1), -1 - np.array(proposed))
+        if not samples:
+            batch.following[last] = request.token_ids[end]
         if request.drawn_row >= 0:
             batch.defer_tokens([last], [request.drawn_row])
         if request.prompt_logprobs is not None:

@@ -65,6 +65,11 @@ class BadWords(list[str]):
         texts = [*words, *(" " + word.lstrip() for word in words)]
         return cls(words, filter(None, tokenizer.encode_all(texts)))
 
+    @property
+    def has_sequences(self) -> bool:
+        """Whether a sequence has several tokens."""
+        return bool(self._by_token)
+
     def completing(self, output: list[int]) -> list[int]:
         """Tokens that would complete a sequence of several after an output."""
         if not output:
@@ -122,6 +127,12 @@ class LogitRules:
         grammar: which tokens may come at all; None = all.
 
     Attributes:
+        penalties: of repetition, frequency and presence.
+        bias_ids, bias: tokens whose logits change by a number.
+        banned, end_ids, min_tokens: tokens that never come, and those that do not before
+            `min_tokens`.
+        num_entries: of the tokens that are listed, at most.
+        needs_mask: whether the host must know the whole output to say which tokens may come.
         is_empty: whether no rule can ever change a logit.
     """
 
@@ -150,21 +161,34 @@ class LogitRules:
         self.bias = np.array(list(bias.values()), np.float64)
         self._bad = bad
         single = () if bad is None else bad.single
-        self._banned = np.array([*single, *(params.bad_words_token_ids or ())], np.int64)
+        self.banned = np.array([*single, *(params.bad_words_token_ids or ())], np.int64)
         self._output = output_token_ids
-        self._min_tokens = params.min_tokens
-        self._end_ids = np.array(sorted(end_token_ids), np.int64)
+        self.min_tokens = params.min_tokens
+        self.end_ids = np.array(sorted(end_token_ids), np.int64)
         rules = (self.counts, bias, bad, params.bad_words_token_ids, params.min_tokens, grammar)
         self.is_empty = not any(rules)
+        self.num_entries = len(self.bias_ids) + len(self.banned) + len(self.end_ids)
+        self.needs_mask = grammar is not None or (bad is not None and bad.has_sequences)
+
+    def mask(self, vocab_size: int) -> npt.NDArray[np.int32]:
+        """Which tokens may come next: bit i % 32 of value i // 32 is that of token i."""
+        mask = np.full(-(-vocab_size // 32), -1, np.int32)
+        if self.grammar is not None:
+            self.grammar.fill_bitmask(mask)
+        # after the grammar, whose mask may show that it is complete
+        ids = self.banned_ids()
+        bits = ~(np.uint32(1) << (ids % 32).astype(np.uint32))
+        np.bitwise_and.at(mask.view(np.uint32), ids // 32, bits)
+        return mask
 
     def banned_ids(self) -> Int64:
         """Tokens that may not come next."""
         output = self._output
-        banned = [self._banned]
+        banned = [self.banned]
         # a form that is complete ends the output, however short it is
         is_complete = self.grammar is not None and self.grammar.is_finished
-        if len(output) < self._min_tokens and not is_complete:
-            banned.append(self._end_ids)
+        if len(output) < self.min_tokens and not is_complete:
+            banned.append(self.end_ids)
         if self._bad is not None and (last := self._bad.completing(output)):
             banned.append(np.array(last, np.int64))
         return banned[0] if len(banned) == 1 else np.concatenate(banned)

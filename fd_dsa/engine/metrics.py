@@ -42,6 +42,8 @@ class EngineStats:
             when it first runs.
         prefix_cache_hits: those of them that were there.
         host_time_s, runner_time_s: seconds spent in steps, outside and inside the runner.
+        num_mask_waits: steps on a device whose draw was queued after the tokens of the step before
+            had come, as grammars and bad words of several tokens need them.
         num_drafts: times that drafts of a request were verified; `num_draft_tokens` are those
             drafts, `num_accepted_tokens` those that stood, `accepted_per_position` by place.
     """
@@ -60,6 +62,7 @@ class EngineStats:
     prefix_cache_hits: int = 0
     host_time_s: float = 0.0
     runner_time_s: float = 0.0
+    num_mask_waits: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0

@@ -84,6 +84,18 @@ class MtpDrafter:
         table = self._batch.block_tables[request.slot]
         return block < len(table) and bool(table[block] >= 0)
 
+    def _add_rows(
+        self, requests: list[Request], proposals: Mapping[Request, list[int]], depth: int
+    ) -> None:
+        """Fill the batch with a step of the last draft of each request, in order of their rows."""
+        batch = self._batch
+        batch.begin_step()
+        for request in requests:
+            draft, position = proposals[request][-1], len(request.token_ids) + depth - 2
+            token = batch.add_row(request.slot, [max(draft, 0)], position, is_prefill=False)
+            if draft < 0:
+                batch.defer_tokens([token], [-1 - draft])
+
     def _continue(
         self,
         requests: list[Request],
@@ -93,13 +105,59 @@ class MtpDrafter:
     ) -> npt.NDArray[np.float32]:
         """Logits of a further draft, after the last one of each request."""
         batch = self._batch
-        batch.begin_step()
-        for request in requests:
-            position = len(request.token_ids) + depth - 2
-            batch.add_row(request.slot, [proposals[request][-1]], position, is_prefill=False)
+        self._add_rows(requests, proposals, depth)
         self._runner.continue_with(kept)
         tokens = np.arange(len(requests))
         logits: npt.NDArray[np.float32] = self._runner.predict_more(
             batch.ids_remove_padding[: batch.num_tokens].copy(), tokens
         )
         return logits
+
+
+class DeviceMtpDrafter(MtpDrafter):
+    """The same on a device: the layer and each request's first draft are queued with the step.
+
+    So they run while the host takes the tokens of the step; drafts stay where they are, and are
+    named by where they are (`LaunchedStep.drafts`).
+
+    Args:
+        runner: has `draws`, `draft` and `draft_more`.
+    """
+
+    def propose(
+        self, step: LaunchedStep, counts: Mapping[Request, int]
+    ) -> dict[Request, list[int]]:
+        """Queue further drafts; where the host has sampled, the layer too."""
+        if step.draw is None:
+            self._queue(step)
+        draft_row = self._runner.draws.draft_row
+        wanting = [
+            (row, request) for row, request in enumerate(step.sampling) if counts.get(request)
+        ]
+        proposals = {request: [-1 - draft_row(0, row)] for row, request in wanting}
+        depth = 1
+        while wanting := [
+            (row, request)
+            for row, request in wanting
+            if counts[request] > depth and self._has_room(request, depth)
+        ]:
+            requests = [request for _, request in wanting]
+            self._add_rows(requests, proposals, depth)
+            slots = np.array([request.slot for request in requests])
+            positions = np.array([request.num_output_tokens + depth for request in requests])
+            self._runner.draft_more(np.array([row for row, _ in wanting]), slots, positions, depth)
+            wanting = list(enumerate(requests))
+            for row, request in wanting:
+                proposals[request].append(-1 - draft_row(depth, row))
+            depth += 1
+        return proposals
+
+    def _queue(self, step: LaunchedStep) -> None:
+        """Queue the layer and a draft of each request that goes on."""
+        next_ids, last = self._next_tokens(step)
+        going_on = [
+            # one that has ended has no slot
+            (last.get(request, 0), request.slot, request.num_output_tokens)
+            for request in step.sampling
+        ]
+        self._runner.draft(next_ids, *np.array(going_on, np.int64).reshape(-1, 3).T)

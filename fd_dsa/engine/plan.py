@@ -17,7 +17,7 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads, usable_cpus
-from fd_dsa.errors import BackendUnavailable, ConfigError, flag_error
+from fd_dsa.errors import BackendUnavailable, ConfigError
 
 if TYPE_CHECKING:
     from fd_dsa.distributed import Group
@@ -160,11 +160,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     input_batch = InputBatch(
         config.max_num_seqs, config.num_batched_tokens, blocks_per_seq, config.block_size
     )
-    fp8 = quantisable_tensors(model_config)
     wants_mtp = config.speculation is not None and config.speculation.method == "mtp"
-    if wants_mtp and device != "cpu":
-        hint = "its layer runs on a CPU only"
-        raise flag_error("speculative_config.method", "mtp", f"ngram on {device}", hint)
     if config.load_format != "dummy":
         # only headers are read
         with open_checkpoint(model_config, config.model_path) as checkpoint:
@@ -173,8 +169,10 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
                 model_config = replace(model_config, mtp=layer)
             validate(checkpoint, model_config)
             fp8 = fp8_tensors(checkpoint, model_config)
-    elif wants_mtp:
-        model_config = replace(model_config, mtp=find_mtp_layer(None, model_config))
+    else:
+        if wants_mtp:
+            model_config = replace(model_config, mtp=find_mtp_layer(None, model_config))
+        fp8 = quantisable_tensors(model_config)
     # FP8 GEMMs give bfloat16
     if config.dtype != "bfloat16":
         fp8 = frozenset()
@@ -322,7 +320,7 @@ def _plan_memory(
         from fd_dsa.runner.device_draws import draw_bytes
 
         own = caches.workspace_bytes(traits_of(device))
-        own += draw_bytes(config.max_num_seqs, model_config.vocab_size)
+        own += draw_bytes(config.max_num_seqs, model_config.vocab_size, config.most_drafts)
         room["free_bytes"] = max(free_bytes - own, 0)
         room["graph_bytes"] = graph_bytes(model_config, config.capture_sizes, max_model_len)
         room["takes_all"] = True

@@ -159,6 +159,8 @@ class Request:
     def forget_draw(self) -> None:
         """The token on its way will not come; it is to be computed again."""
         self.drawn_row = -1
+        if self.drafts is not None:
+            self.drafts.proposal = []
         self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property

@@ -18,6 +18,8 @@ UInt64 = npt.NDArray[np.uint64]
 
 NO_TOKEN = -2
 """Instead of a token where the rules of a row's request leave none."""
+REJECTED = -3
+"""Instead of a token of a device where a draft before it did not stand."""
 
 _GREEDY_BELOW = 1e-5
 # all tokens are equally likely long before; what float32 cannot hold would make NaN of -inf

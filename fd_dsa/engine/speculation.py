@@ -10,11 +10,15 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from fd_dsa.engine.draft_state import DraftPace, DraftState
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.sampler import REJECTED
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.step_costs import StepCosts
 
@@ -64,17 +68,19 @@ class Speculator:
     def verify(
         self,
         step: LaunchedStep,
-        append: Callable[[list[Request], Any, None], list[RequestOutput]],
+        append: Callable[[list[Request], Any, Any], list[RequestOutput]],
         scheduler: Scheduler,
         stats: EngineStats,
+        tokens: npt.NDArray[np.int64] | None,
     ) -> list[RequestOutput]:
         """Give the requests of a step their tokens: one, and one for each draft that stands.
 
         Args:
             step: with drafts.
-            append: samples one token for each of some requests from a row of logits each.
+            append: gives each of some requests a token: the one drawn, or sampled from logits.
             scheduler: learns which drafts stand.
             stats: counts them.
+            tokens: of all rows, REJECTED after a wrong draft, where a device has drawn them.
         """
         sampling = step.sampling
         drafts = [step.drafts.get(request, []) for request in sampling]
@@ -83,26 +89,32 @@ class Speculator:
         outputs: list[RequestOutput] = []
         rows, depth = list(range(len(sampling))), 0
         while rows:
-            logits = step.logits[[first[row] + depth for row in rows]]
-            outputs += append([sampling[row] for row in rows], logits, None)
+            places, requests = [first[row] + depth for row in rows], [sampling[row] for row in rows]
+            if tokens is None:
+                outputs += append(requests, step.logits[places], None)
+            else:
+                outputs += append(requests, None, tokens[places])
             stands = []
             for row in rows:
                 request = sampling[row]
-                if (
-                    request.finish_reason == "error"
-                    or drafts[row][depth:][:1] != request.token_ids[-1:]
-                ):
+                if request.finish_reason == "error" or len(drafts[row]) <= depth:
+                    continue
+                if tokens is None:
+                    is_right = drafts[row][depth] == request.token_ids[-1]
+                else:
+                    is_right = tokens[first[row] + depth + 1] != REJECTED
+                if not is_right:
                     continue
                 accepted[row] += 1
                 if request.finish_reason is None:
                     scheduler.accept_draft(request)
                     stands.append(row)
             rows, depth = stands, depth + 1
-        for request, tokens, count in zip(sampling, drafts, accepted, strict=True):
-            if tokens and request.drafts is not None:
-                request.drafts.pace.observe(len(tokens), count)
-                stats.count_drafts(len(tokens), count)
-                request.state.num_draft_tokens += len(tokens)
+        for request, own, count in zip(sampling, drafts, accepted, strict=True):
+            if own and request.drafts is not None:
+                request.drafts.pace.observe(len(own), count)
+                stats.count_drafts(len(own), count)
+                request.state.num_draft_tokens += len(own)
                 request.state.num_accepted_tokens += count
         return _joined(outputs)
 
@@ -120,7 +132,7 @@ class Speculator:
         for request in going_on:
             if request.drafts is not None:
                 request.drafts.proposal = proposal = proposals.get(request, [])
-                if proposal and request.grammar is not None:
+                if proposal and proposal[0] >= 0 and request.grammar is not None:
                     del proposal[request.grammar.count_allowed(proposal) :]
 
 

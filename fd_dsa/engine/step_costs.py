@@ -62,7 +62,7 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
         most_tokens: of a step that decodes.
         predicts_more: whether its layer for multi-token prediction runs in each step.
     """
-    batch = runner.input_batch
+    batch, on_device = runner.input_batch, runner.draws is not None
     # a row has four tokens at most
     context = min(_CONTEXT, batch.block_tables.shape[1] * batch.block_size - 4)
     if context < 1:
@@ -79,12 +79,22 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
         batch.add_row(0, [0] * min(batch.max_num_tokens, context - done), done, is_prefill=True)
         runner.execute_model(_NOTHING)
         if predicts_more:
-            runner.predict_more(batch.ids_remove_padding[: batch.num_tokens], _NOTHING)
+            ids = batch.ids_remove_padding[: batch.num_tokens]
+            if on_device:
+                runner.draft(ids, _NOTHING, _NOTHING, _NOTHING)
+            else:
+                runner.predict_more(ids, _NOTHING)
     while num_tokens <= most_tokens and time.perf_counter() - begin < _PATIENCE_S:
         tokens = np.arange(num_tokens)
-        _add_rows(batch, context, num_tokens)
-        seconds[num_tokens] = _fastest(partial(runner.execute_model, tokens))
-        if predicts_more:
+        lengths = _add_rows(batch, context, num_tokens)
+        run = (
+            partial(_draw, runner, lengths) if on_device else partial(runner.execute_model, tokens)
+        )
+        seconds[num_tokens] = _fastest(run)
+        if on_device:
+            if predicts_more and runner.most_drafts > 1 and max(lengths) == 1:
+                drafting[num_tokens] = _fastest(partial(_draft_more, runner, num_tokens))
+        elif predicts_more:
             ids = np.zeros(num_tokens, np.int64)
             # each run leaves the hidden states that the next one takes
             drafting[num_tokens] = _fastest(partial(runner.predict_more, ids, tokens))
@@ -105,12 +115,36 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
     return StepCosts(seconds, drafting)
 
 
-def _add_rows(batch: InputBatch, context: int, num_tokens: int) -> None:
-    """Fill the batch with a decode step of so many tokens, in as many rows as there are."""
+def _add_rows(batch: InputBatch, context: int, num_tokens: int) -> list[int]:
+    """Fill the batch with a decode step of so many tokens in as many rows as there are.
+
+    Returns:
+        Tokens of each row.
+    """
     num_rows = min(num_tokens, batch.max_num_seqs)
+    lengths = [(num_tokens + row) // num_rows for row in range(num_rows)]
     batch.begin_step()
-    for row in range(num_rows):
-        batch.add_row(row, [0] * ((num_tokens + row) // num_rows), context, is_prefill=False)
+    for row, length in enumerate(lengths):
+        batch.add_row(row, [0] * length, context, is_prefill=False)
+    return lengths
+
+
+def _draw(runner: Any, lengths: list[int]) -> None:
+    """Run the step in the batch on a device, with the draws of its tokens and what drafts."""
+    firsts = np.cumsum([0, *lengths])
+    # of the slot that was warmed up
+    slots = np.zeros(firsts[-1], np.int64)
+    runner.queue_model(np.arange(firsts[-1]))
+    runner.draw(slots, slots, firsts=firsts[:-1])
+    # waits for all of it
+    runner.step_ids()
+
+
+def _draft_more(runner: Any, num_rows: int) -> None:
+    """Have a further draft made of each row of the batch."""
+    slots = np.zeros(num_rows, np.int64)
+    runner.draft_more(np.arange(num_rows), slots, slots, 1)
+    runner.step_ids()
 
 
 def _fastest(work: Callable[[], object]) -> float:

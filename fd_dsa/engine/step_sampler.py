@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
@@ -16,9 +17,8 @@ from fd_dsa.engine.sampler import Sampler
 class StepSampler:
     """Samples the rows of a step; parameters are given to a sampler when a request takes its slot.
 
-    A runner whose logits are on a device may have `draws` (`DeviceDraws`); it serves the steps all
-    of whose requests need only a token: no rule changes their logits, and none asks for
-    log-probabilities.
+    A runner whose logits are on a device may have `draws` (`DeviceDraws`); it serves the steps none
+    of whose requests asks for log-probabilities, or changes the logits of too many tokens.
 
     Args:
         runner: see LLMEngine.
@@ -28,29 +28,73 @@ class StepSampler:
     def __init__(self, runner: Any, num_slots: int) -> None:
         self._runner, self._sampler = runner, Sampler(num_slots)
         self._has_draws = getattr(runner, "draws", None) is not None
+        self._most_entries = 0
+        if self._has_draws:
+            from fd_dsa.ops.sampling.parameters import MAX_ENTRIES
+
+            self._most_entries = MAX_ENTRIES
         # arrival number of the request whose parameters the samplers have in a slot
         self._taken_by = [-1] * num_slots
 
-    def draw(
-        self, sampling: Sequence[Request], logits_indices: npt.NDArray[np.int64]
-    ) -> Callable[[], npt.NDArray[np.int64]] | None:
-        """Queue the step and draw on the device; None, and nothing is done, where it cannot serve.
+    def takes_drafts(self, request: Request) -> bool:
+        """Whether drafts of a request can be verified: a device must know its rules beforehand."""
+        rules = request.rules
+        return not self._has_draws or rules is None or not (rules.counts or rules.needs_mask)
+
+    def queue(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> bool:
+        """Queue the step, and the draw of its tokens unless that needs a mask.
 
         Args:
-            sampling: requests of the rows of `logits_indices`, in order.
+            step: whose requests and drafts are those of the rows of `logits_indices`, in order.
             logits_indices: see RunnerProtocol.
 
         Returns:
-            What waits for the tokens, see `Sampler.sample`.
+            False, and nothing is done, where the host must sample.
         """
-        if not self._has_draws or len(sampling) != len(logits_indices) or not sampling:
-            return None
-        if any(request.rules is not None or request.logprobs is not None for request in sampling):
-            return None
-        places = self._places(sampling)
-        draw: Callable[[], npt.NDArray[np.int64]]
-        draw = self._runner.execute_and_draw(logits_indices, *places)
-        return draw
+        sampling = step.sampling
+        if not self._has_draws or step.reading or not sampling:
+            return False
+        if any(request.logprobs is not None for request in sampling):
+            return False
+        rules = [request.rules for request in sampling if request.rules is not None]
+        if any(rule.num_entries > self._most_entries for rule in rules):
+            return False
+        slots, positions = self._places(sampling)
+        if step.drafts:
+            counts = [1 + len(step.drafts.get(request, ())) for request in sampling]
+            slots, before = np.repeat(slots, counts), np.repeat(step.first_rows, counts)
+            positions = np.repeat(positions, counts) + np.arange(len(slots)) - before
+        step.places = slots, positions
+        self._runner.queue_model(logits_indices)
+        if not any(rule.needs_mask for rule in rules):
+            self.draw(step)
+        return True
+
+    def draw(self, step: LaunchedStep) -> None:
+        """Queue the draw of a step that is queued; masks are those after the tokens known now."""
+        assert step.places is not None
+        firsts = step.first_rows if step.drafts else range(len(step.sampling))
+        masks = {
+            row: request.rules.mask(self._runner.vocab_size)
+            for row, request in zip(firsts, step.sampling, strict=True)
+            if request.rules is not None and request.rules.needs_mask and not request.finish_reason
+        }
+        step.draw = self._runner.draw(*step.places, masks, np.array(firsts))
+
+    def execute(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> None:
+        """Run a step that the host samples; drafts that a device has are known then."""
+        step.logits = self._runner.execute_model(logits_indices)
+        if any(drafts[0] < 0 for drafts in step.drafts.values()):
+            ids, known = self._runner.step_ids(), {}
+            for request, row in zip(step.sampling, step.first_rows, strict=True):
+                begin = int(logits_indices[row]) + 1
+                if drafts := step.drafts.get(request):
+                    known[request] = ids[begin : begin + len(drafts)].tolist()
+            step.drafts = known
+
+    def forget(self) -> None:
+        """What was drawn last is not the requests': parameters are to be given again."""
+        self._taken_by = [-1] * len(self._taken_by)
 
     def sample(
         self, sampling: Sequence[Request], logits: npt.NDArray[np.float32]
@@ -68,6 +112,10 @@ class StepSampler:
             sampled_scores = score_tokens(logits[scored], tokens[scored], num_top)
             for row, score in zip(scored, sampled_scores, strict=True):
                 scores[row] = score
+        for request in sampling if self._has_draws else ():
+            if request.rules is not None and request.rules.counts is not None:
+                # a device has not counted this token
+                self._taken_by[request.slot] = -1
         return tokens, scores
 
     def draft(
@@ -94,19 +142,22 @@ class StepSampler:
         return np.array(slots), np.array(positions)
 
     def _take(self, request: Request) -> None:
-        slot, params = request.slot, request.params
+        slot, params, rules = request.slot, request.params, request.rules
+        if request.arrival in self._taken_by:
+            # it had another slot before it was preempted, whose counts end there
+            self._taken_by[self._taken_by.index(request.arrival)] = -1
         self._taken_by[slot] = request.arrival
-        self._sampler.set_slot(slot, params, request.seed, request.rules)
-        if self._has_draws and request.rules is None:
-            from fd_dsa.runner.device_draws import SlotParameters
+        self._sampler.set_slot(slot, params, request.seed, rules)
+        if not self._has_draws or (rules is not None and rules.num_entries > self._most_entries):
+            return
+        from fd_dsa.ops.sampling.parameters import SlotParameters
 
-            self._runner.draws.set_slot(
-                slot,
-                SlotParameters(
-                    params.temperature,
-                    params.min_p,
-                    max(params.top_k, 0),
-                    params.top_p,
-                    request.seed,
-                ),
-            )
+        plain = (params.temperature, params.min_p, max(params.top_k, 0), params.top_p, request.seed)
+        given = SlotParameters(*plain)
+        if rules is not None:
+            banned: tuple[Any, ...] = (rules.banned.tolist(), rules.end_ids.tolist())
+            # a mask has them
+            banned = ((), (), 0) if rules.needs_mask else (*banned, rules.min_tokens)
+            given = SlotParameters(*plain, *rules.penalties, params.logit_bias or {}, *banned)
+        prompt, output = request.state.prompt_token_ids, request.output_token_ids
+        self._runner.draws.set_slot(slot, given, prompt, output)

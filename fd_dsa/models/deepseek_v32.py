@@ -13,7 +13,7 @@ from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import RotaryEmbedding
 from fd_dsa.models.sources import WeightLoader
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._linear import added, rows_at
+from fd_dsa.ops._linear import added, rows_at, values_of
 
 
 class DeepseekV32DecoderLayer:
@@ -86,30 +86,38 @@ class MultiTokenPredictor:
         self._layer = DeepseekV32DecoderLayer(config, number, weights)
         self.norm = weights.norm(mtp_name(config, "shared_head.norm.weight"), hidden, eps)
 
-    def __call__(self, next_ids: np.ndarray, hidden: np.ndarray, step: Any) -> np.ndarray:
-        """Hidden states after the layer's norm, float32 [num_tokens, hidden_size].
+    def __call__(self, next_ids: Any, hidden: Any, step: Any) -> Any:
+        """Hidden states after the layer's norm, [num_tokens, hidden_size].
 
         Args:
-            next_ids: int64 [num_tokens]; the token after each one of the step.
-            hidden: float32 [num_tokens, hidden_size]; normed hidden states of the step's tokens:
-                of the model, or for a further draft of this layer itself.
+            next_ids: int64, on a device int32, [num_tokens]; the token after each one of the step.
+            hidden: [num_tokens, hidden_size]; normed hidden states of the step's tokens: of the
+                model, or for a further draft of this layer itself.
             step: the runner's object; `init_attention_metadata` has been called for it.
         """
         positions = step.position_ids
-        embedded = rows_at(self._embed, next_ids)
-        embedded[as_numpy(positions) == 0] = 0
-        parts = (self._token_norm.of(embedded), self._hidden_norm.of(hidden))
-        joined = self._join.times(np.concatenate(parts, axis=1))
+        joined = self._join.times(self._inputs(next_ids, hidden, positions))
         states, change, _ = self._layer.forward(
             joined, None, self._rotary_emb(positions), step, None
         )
-        normed: np.ndarray = self.norm.of(added(states, change))
-        return normed
+        return values_of(self.norm.of(added(states, change)))
 
-    def compute_logits(self, normed: np.ndarray) -> np.ndarray:
+    def _inputs(self, next_ids: Any, hidden: Any, positions: Any) -> Any:
+        """What is joined: [num_tokens, 2 * hidden_size]."""
+        if isinstance(hidden, np.ndarray):
+            embedded = rows_at(self._embed, next_ids)
+            embedded[as_numpy(positions) == 0] = 0
+            parts = (self._token_norm.of(embedded), self._hidden_norm.of(hidden))
+            return np.concatenate(parts, axis=1)
+        from fd_dsa.ops._mtp_kernels import mtp_inputs
+
+        first, second = self._token_norm, self._hidden_norm
+        norms = (first.weight, first.epsilon), second.weight
+        return mtp_inputs(self._embed, next_ids, positions, hidden, *norms)
+
+    def compute_logits(self, normed: Any) -> Any:
         """float32 [n, vocab_size] of [n, hidden_size], which `__call__` gave."""
-        logits: np.ndarray = self._head.times(normed)
-        return logits
+        return self._head.times(normed)
 
 
 class DeepseekV32ForCausalLM:

@@ -130,6 +130,10 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     graphs = len(sizes) * (1 if max_model_len <= config.index_topk else 2)
     logits = graphs // len(sizes) * sum(sizes) * config.vocab_size
     heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
+    if config.mtp is not None:
+        # those of drafts, and hidden states that one graph gives another
+        logits = 2 * logits + 3 * logits // config.vocab_size * hidden
+        graphs *= 2
     query = config.qk_nope_head_dim + config.qk_rope_head_dim
     attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
     attention += 3 * heads * config.v_head_dim + config.index_n_heads * config.index_head_dim

@@ -46,6 +46,11 @@ def joined(left: Any, right: Any) -> Any:
     return np.concatenate([as_numpy(left), as_numpy(right)], axis=-1)
 
 
+def values_of(x: Any) -> Any:
+    """Activations without the quantised form that a norm on a device may give beside them."""
+    return getattr(x, "plain", x)
+
+
 def added(x: Any, y: Any) -> Any:
     """x + y; on a CPU in the memory of `x`."""
     if isinstance(x, np.ndarray):

@@ -4,7 +4,8 @@ Two of each padded number of tokens: one for steps none of whose rows is longer 
 in which nothing is scored or chosen, and one for rows of any length. Grids and buffers of both are
 those of the longest rows that they may be replayed with, and lengths are read on the device. What
 a step copies in, its metadata and what the attention prepares of it lie outside of the graph, at
-addresses that never change; so does the draw of the tokens, on the host.
+addresses that never change. The draw of the tokens is a graph of its own: it is queued with that of
+the step, or later where a row needs a mask that the host is yet to make.
 """
 
 from __future__ import annotations
@@ -45,13 +46,23 @@ class CapturedStep(NamedTuple):
     Attributes:
         logits: float32 [num_tokens, vocab_size], which every replay fills.
         replay: queues the graph.
+        draw: queues that of the draw from its logits.
+        hidden: normed hidden states, where a layer for multi-token prediction reads them.
+        draft: queues that of the layer and the first drafts, if there is one.
+        kept: hidden states that a further draft goes on from.
     """
 
     logits: Any
     replay: Callable[[], None]
+    draw: Callable[[], None]
+    hidden: Any = None
+    draft: Callable[[], None] = lambda: None
+    kept: Any = None
 
 
-Capture = Callable[[Callable[[], Any]], CapturedStep]
+Captured = tuple[Any, Callable[[], None]]
+"""What captured work returned, which every replay fills, and the replay."""
+Capture = Callable[[Callable[[], Any]], Captured]
 
 
 class CaptureRefused(RuntimeError):
@@ -110,11 +121,11 @@ class PaddleCapture:
             _pools[str(place)] = core.CUDAGraph.gen_new_memory_pool_id()
         self._pool = _pools[str(place)]
 
-    def __call__(self, work: Callable[[], Any]) -> CapturedStep:
+    def __call__(self, work: Callable[[], Any]) -> Captured:
         """Run `work` once, then capture it.
 
         Args:
-            work: queues a step and returns its logits.
+            work: queues launches and returns tensors.
 
         Raises:
             CaptureRefused: `work` waits for the host, or the capture cannot begin.
@@ -123,7 +134,7 @@ class PaddleCapture:
         """
         import paddle
 
-        with _without_fallback():
+        with without_fallback():
             try:
                 work()
             except Exception as error:
@@ -135,7 +146,7 @@ class PaddleCapture:
         except Exception as error:
             raise CaptureRefused(describe_error(error)) from error
         try:
-            logits = work()
+            result = work()
         except Exception as error:
             with suppress(Exception):
                 graph.capture_end()
@@ -147,7 +158,7 @@ class PaddleCapture:
         # a graph that lives at exit ends the process with an error
         weakref.finalize(graph, _reset, graph._graph)
         _lasting.setdefault(str(self._place), graph)
-        return CapturedStep(logits, graph.replay)
+        return result, graph.replay
 
 
 def capture_failed(error: Exception) -> DeviceError:
@@ -158,7 +169,7 @@ def capture_failed(error: Exception) -> DeviceError:
 
 
 @contextmanager
-def _without_fallback() -> Iterator[None]:
+def without_fallback() -> Iterator[None]:
     """Inside, Paddle raises where it would compute on the host for a device."""
     import paddle
 

@@ -1,72 +1,181 @@
 """Tokens of a step drawn where its logits are: ids come back to the host, logits do not.
 
-The next step may be queued before they have come: it reads them where they were drawn.
+The next step may be queued before they have come: it reads them where they were drawn. So it does
+drafts, which are drawn from the logits of a layer for multi-token prediction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.ops.sampling import DeviceSampler, SlotParameters
 from fd_dsa.ops.sampling.draw_kernels import FILL_BLOCK, fill_drawn_kernel
-from fd_dsa.step.staging import InputStaging
-from fd_dsa.step.views import CACHED_VIEWS, Allocate
+from fd_dsa.ops.sampling.verify_kernel import verify_kernel
+from fd_dsa.step.staging import StagedInputs
+from fd_dsa.step.views import Allocate
+from fd_dsa.triton_runtime.transfers import uploaded
 
 __all__ = ["DeviceDraws", "SlotParameters", "draw_bytes"]
+
+_NOTHING = np.empty(0, np.int64)
+# kernels have one form for all views that begin at multiples of 16 bytes
+_ALIGNED = 32
 
 
 class DeviceDraws:
     """Draws of a runner: parameters by slot, one copy to the device a step and one back.
 
+    A draw is `place`, `queue`, which may be captured, and `results`.
+
     Args:
-        max_num_seqs: slots, and most rows of a step.
+        max_num_seqs: slots.
         vocab_size: logits of a row.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
+        most_drafts: of a request in a step; a row of logits is one of a request or of a draft.
+        most_tokens: of a step whose every token goes through a layer that drafts; 0 = there is
+            none.
+
+    Attributes:
+        max_rows: most rows of a draw.
     """
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, allocate: Allocate) -> None:
-        self._sampler = DeviceSampler(max_num_seqs, vocab_size, allocate)
-        # sections that begin at multiples of 16 bytes: the kernels have one form
-        self._rows = -(-max_num_seqs // 4) * 4
-        self._inputs = InputStaging(allocate, 3 * self._rows)
-        self._transfers = transfers = self._inputs.transfers
+    def __init__(
+        self,
+        max_num_seqs: int,
+        vocab_size: int,
+        allocate: Allocate,
+        most_drafts: int = 0,
+        most_tokens: int = 0,
+    ) -> None:
+        self.max_rows = rows = (1 + most_drafts) * max_num_seqs
+        self._num_slots, self._most_drafts = max_num_seqs, most_drafts
+        self._has_layer = most_tokens > 0
+        self._sampler = DeviceSampler(max_num_seqs, vocab_size, allocate, rows)
+        self._stride = stride = -(-max_num_seqs // _ALIGNED) * _ALIGNED
+        self._first_draft = -(-rows // _ALIGNED) * _ALIGNED
+        # tokens of a draw, then those of each draft, by the rows that they were drawn in
+        self._sampler.tokens = allocate((self._first_draft + most_drafts * stride,), "int64")
+        self._next = allocate((3 * stride,), "int32")
+        self._no_masks = uploaded(allocate, np.full(stride, -1, np.int32))
+        # slot and position of each row, the first row and the drafts of each request, the tokens
+        # that follow those of the step; and as a table the row of each row's mask
+        sizes = (rows, rows, max_num_seqs, max_num_seqs, most_tokens)
+        self._inputs = StagedInputs(allocate, sizes, rows, 1)
+        self._views: list[Any] = []
+        self._transfers = transfers = self._inputs.staging.transfers
         # of the draw that is taken, and of the next one
         self._results = [
-            (transfers.host_buffer(8 * max_num_seqs).view(np.int64), transfers.event())
-            for _ in range(2)
+            (transfers.host_buffer(8 * rows).view(np.int64), transfers.event()) for _ in range(2)
         ]
-        self._views = lru_cache(maxsize=CACHED_VIEWS)(self._new_views)
+        going_on = transfers.host_buffer(12 * stride).view(np.int32)
+        self._going_on = going_on.reshape(3, stride)
+        # how the rows of a slot are sampled from then on; see DeviceSampler
+        self.set_slot = self._sampler.set_slot
 
-    def set_slot(self, slot: int, parameters: SlotParameters) -> None:
-        """How the rows of a slot are sampled from now on."""
-        self._sampler.set_slot(slot, parameters)
-
-    def __call__(
-        self, logits: Any, slots: np.ndarray, positions: np.ndarray
-    ) -> Callable[[], np.ndarray]:
-        """Queue the draw of a token for each row.
+    def place(
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        masks: Mapping[int, np.ndarray],
+        num_padded_rows: int,
+        firsts: np.ndarray = _NOTHING,
+        next_ids: np.ndarray = _NOTHING,
+    ) -> None:
+        """Queue the copies of what the next draw is made by, to places that never move.
 
         Args:
-            logits: float32 [n, vocab_size] on the device, contiguous.
             slots, positions: int64 [n]; slot of each row, and position of the token in its output.
+            masks: of the rows that have one, see `DeviceSampler.set_masks`.
+            num_padded_rows: rows of the draw; those from n on get no token.
+            firsts: int64; rows of requests whose next rows, up to the next one, are of drafts.
+            next_ids: int64; the token after each one of the step, -1 - i that of row i.
+        """
+        padding = num_padded_rows - len(slots)
+        mask_rows = np.full((num_padded_rows, 1), -1)
+        if masks:
+            mask_rows[list(masks), 0] = range(len(masks))
+            self._sampler.set_masks(np.stack(list(masks.values())))
+        rows = np.pad(slots, (0, padding), constant_values=-1), np.pad(positions, (0, padding))
+        if not self._most_drafts:
+            self._views = self._inputs.upload(rows, mask_rows)
+            return
+        idle = (0, self._num_slots - len(firsts))
+        counts = np.diff(firsts, append=len(slots)) - 1
+        if self._has_layer:
+            next_ids = np.pad(next_ids, (0, max(num_padded_rows - len(next_ids), 0)))
+        requests = np.pad(firsts, idle, constant_values=-1), np.pad(counts, idle)
+        self._views = self._inputs.upload((*rows, *requests, next_ids), mask_rows)
+
+    def queue(self, logits: Any, step: Any) -> Any:
+        """Queue the draw that was placed; its tokens, int64 on the device.
+
+        REJECTED follows a draft that is not the token drawn in its place; without drafts no row
+        has that.
+
+        Args:
+            logits: float32 [num_padded_rows, vocab_size] on the device, contiguous.
+            step: the runner's record of it.
+        """
+        tokens, (slots, positions, *requests) = self._sampler.tokens, self._views
+        self._sampler.sample(logits, slots, positions, requests[-1])
+        if self._most_drafts:
+            firsts, counts = requests[:2]
+            verify_kernel[(min(self._num_slots, logits.shape[0]),)](
+                tokens, step.ids_remove_padding, step.sampled, slots, positions, firsts, counts,
+                self._next, STRIDE=self._stride, MOST=self._most_drafts, num_warps=1,
+            )  # fmt: skip
+        return tokens
+
+    def draft(self, logits: Any, depth: int, slots: Any, positions: Any) -> None:
+        """Queue the draw of a draft for each row, as of any token; `draft_row` says where.
+
+        Args:
+            logits: float32 [n, vocab_size], contiguous.
+            depth: drafts before these of the same requests.
+            slots, positions: int32 [n] on the device; slot -1 = none.
+        """
+        rows, begin = logits.shape[0], self.draft_row(depth, 0)
+        drafts = self._sampler.tokens[begin : begin + rows]
+        self._sampler.sample(logits, slots, positions, self._no_masks[:rows], drafts)
+
+    def draft_row(self, depth: int, row: int) -> int:
+        """What `fill` calls the draft of a row, and `InputBatch.defer_tokens`."""
+        return self._first_draft + depth * self._stride + row
+
+    @property
+    def placed(self) -> list[Any]:
+        """On the device: slots and positions of the rows, and last the tokens that follow."""
+        return self._views[:-1]
+
+    def going_on(self, count: int) -> list[Any]:
+        """Where the first requests of the draw go on, int32 [count] on the device each.
 
         Returns:
-            What waits for the tokens: int64 [n], as of `Sampler.sample`, valid until two draws
-            later.
+            The flat tokens that their next drafts come after; their slots, -1 without a request;
+            the positions of the drafts in their outputs.
         """
-        inputs, count, rows = self._inputs, len(slots), self._rows
-        slab = inputs.next_slab()
-        # no row has a mask: a request with a grammar is sampled on the host
-        for section, values in enumerate((slots, positions, -1)):
-            slab[section * rows : section * rows + count] = values
-        index = inputs.upload(3 * rows)
-        inputs.acquire(index)
-        self._sampler.sample(logits, *self._views(index, count))
-        inputs.release(index)
+        stride = self._stride
+        return [self._next[begin : begin + count] for begin in range(0, 3 * stride, stride)]
+
+    def go_on(self, last: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> None:
+        """Set `going_on`, where no draw has; waits for what was queued before."""
+        self._going_on[1] = -1
+        for section, values in zip(self._going_on, (last, slots, positions), strict=True):
+            section[: len(values)] = values
+        self._transfers.to_device(self._next, self._going_on)
+        # before it is filled again
+        self._transfers.finish()
+
+    def results(self, count: int) -> Callable[[], np.ndarray]:
+        """Queue the copy of the first tokens of the draw.
+
+        Returns:
+            What waits for them: int64 [count], as of `Sampler.sample` or REJECTED, valid until two
+            draws later.
+        """
         ids, copied = self._results[0]
         self._results.reverse()
         self._transfers.to_host(ids[:count], self._sampler.tokens)
@@ -83,19 +192,16 @@ class DeviceDraws:
         """Replace ids below 0 by tokens of the draw before.
 
         Args:
-            token_ids: int32 [n] on the device; -1 - i is the token of row i.
+            token_ids: int32 [n] on the device; -1 - i is the token of row i, or of a draft, see
+                `draft_row`.
         """
         count = token_ids.shape[0]
         fill_drawn_kernel[(-(-count // FILL_BLOCK),)](
             token_ids, self._sampler.tokens, count, BLOCK=FILL_BLOCK, num_warps=4
         )
 
-    def _new_views(self, index: int, count: int) -> tuple[Any, ...]:
-        """Slots, positions and mask rows of a slab."""
-        slab, rows = self._inputs.slabs[index], self._rows
-        return tuple(slab[first : first + count] for first in range(0, 3 * rows, rows))
 
-
-def draw_bytes(max_num_seqs: int, vocab_size: int) -> int:
+def draw_bytes(max_num_seqs: int, vocab_size: int, most_drafts: int = 0) -> int:
     """Bytes that DeviceDraws takes on the device at most."""
-    return max_num_seqs * (12 * vocab_size + (80 << 10))
+    rows = (1 + most_drafts) * max_num_seqs
+    return max_num_seqs * 5 * vocab_size + rows * (7 * vocab_size + (80 << 10))

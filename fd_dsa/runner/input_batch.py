@@ -30,6 +30,7 @@ class InputBatch:
         max_seqlen_k: longest row after this step, tokens; 0 without rows.
         num_rows: 1 + the highest row that has tokens in this step.
         has_deferred: whether the step has tokens that a draw before it still gives.
+        following: the token after a chunk that ends inside of a prompt, by the flat last token.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class InputBatch:
         self.max_seqlen_k = 0
         self.num_rows = 0
         self.has_deferred = False
+        self.following: dict[int, int] = {}
 
     def add_row(
         self, row: int, token_ids: Sequence[int], num_computed_tokens: int, is_prefill: bool
@@ -114,7 +116,7 @@ class InputBatch:
 
         Args:
             indices: flat tokens, which were added with any id.
-            drawn_rows: row of each.
+            drawn_rows: row of each; of drafts, `DeviceDraws.draft_row`.
         """
         rows = np.asarray(drawn_rows, np.int64)
         self.ids_remove_padding[np.asarray(indices)] = -1 - rows

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
 
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
-from fd_dsa.errors import FdDsaError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._linear import rows_at
+from fd_dsa.ops._linear import rows_at, values_of
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.decode_graphs import (
-    Capture,
-    CaptureRefused,
-    DecodeGraphs,
-    PaddedStep,
-    capture_failed,
-)
+from fd_dsa.runner.decode_graphs import CapturedStep, DecodeGraphs, PaddedStep
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.preparation import Preparation
 from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, host_inputs
 from fd_dsa.step import StepHints
+from fd_dsa.triton_runtime.transfers import on_host
 
 if TYPE_CHECKING:
     from fd_dsa.runner.device_draws import DeviceDraws
 
-logger = logging.getLogger(__name__)
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -69,7 +63,7 @@ def backend_config(
     )
 
 
-class ModelRunner:
+class ModelRunner(Preparation):
     """Runs one model over one batch: a Step, the backend's metadata, one forward, logits.
 
     Caches, metadata and slots are the attention backend's: a model with other caches brings its
@@ -83,6 +77,7 @@ class ModelRunner:
         device: "cpu", "gpu:0" or a custom device of Paddle, where the model is already.
         backend: the attention backend; None: a DSAAttentionBackend.
         dtype: of the model's activations.
+        most_drafts: of a row in a step, drawn on a device.
 
     Attributes:
         attn_backends: the one that serves.
@@ -101,6 +96,7 @@ class ModelRunner:
         device: str = "cpu",
         backend: Any = None,
         dtype: str = "float32",
+        most_drafts: int = 0,
     ) -> None:
         self.model, self.input_batch, self._device = model, input_batch, device
         config = model.config
@@ -115,6 +111,10 @@ class ModelRunner:
         self.counters = StepCounters()
         self.graphs: DecodeGraphs | None = None
         self._padded: PaddedStep | None = None
+        self.most_drafts = most_drafts
+        # logits of the step whose tokens are yet to be drawn, and the flat tokens that have them
+        self._undrawn: tuple[Any, np.ndarray] = None, _NOTHING
+        self._drafts: Any = None
         self._selections: Selections | None = None
         # of the tokens that the layer for multi-token prediction goes on from, normed
         self._mtp, self._hidden = getattr(model, "mtp", None), None
@@ -130,7 +130,13 @@ class ModelRunner:
             self._to_device = DeviceInputs(input_batch, allocate)
             num_logits = input_batch.max_num_seqs * self.vocab_size
             self._to_host = HostLogits(self._to_device.staging.transfers, num_logits)
-            self.draws = DeviceDraws(input_batch.max_num_seqs, self.vocab_size, allocate)
+            rows = input_batch.max_num_seqs
+            most_tokens = 0 if self._mtp is None else input_batch.max_num_tokens
+            self.draws = DeviceDraws(rows, self.vocab_size, allocate, most_drafts, most_tokens)
+            if self._mtp is not None:
+                from fd_dsa.runner.device_drafts import DeviceDrafts
+
+                self._drafts = DeviceDrafts(self._mtp, self.draws)
 
     def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING) -> Step:
         """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.
@@ -167,95 +173,6 @@ class ModelRunner:
         """Numbers of tokens of the captured decode steps, ascending."""
         return self.graphs.sizes if self.graphs else ()
 
-    def warm_up(self) -> None:
-        """Run prompt chunks of all magnitudes and a decode step: no request waits for kernels.
-
-        A kernel may have another form for other numbers of tokens; its limits are powers of two, so
-        one form serves those from a power on and another those below.
-        Results are dropped; what is written to the caches is written again before it is read.
-        """
-        batch, config = self.input_batch, self.model.config
-        longest = self._longest_row()
-        chunk = min(batch.max_num_tokens, longest)
-        # past the selection keys are scored and chosen, and prompts attend in another form
-        cached = min(config.index_topk, longest - 1)
-        powers = [1 << i for i in range((chunk - 1).bit_length())]
-        chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
-        prompts = [(n, done, True) for done in (0, cached) for n in chunks if n <= longest - done]
-        for tokens, done, is_prefill in (*prompts, (1, cached, False)):
-            last = self._only_row(tokens, done, is_prefill=is_prefill)
-            self.execute_model(np.array([last]))
-        if self.draws is not None:
-            self._warm_up_draws(last)
-        self._forget_only_row()
-        # these were no steps of requests
-        self.counters = StepCounters()
-
-    def _warm_up_draws(self, last: int) -> None:
-        """Run the step in the batch again with draws of its token `last`, the second by the first.
-
-        All kernels of a draw run for any parameters.
-        """
-        from fd_dsa.runner.device_draws import SlotParameters
-
-        assert self.draws is not None
-        self.draws.set_slot(0, SlotParameters())
-        for is_second in (False, True):
-            if is_second:
-                self.input_batch.defer_tokens([last], [0])
-            self.execute_and_draw(np.array([last]), np.zeros(1, np.int64), np.zeros(1, np.int64))()
-
-    def capture_decode_graphs(
-        self, sizes: Sequence[int], capture: Callable[[Any], Capture]
-    ) -> None:
-        """Make graphs of decode steps of these numbers of tokens, padding included.
-
-        Where the first cannot be made, all steps stay eager, with one warning that says why.
-
-        Args:
-            sizes: each at most the tokens of a step.
-            capture: gives what captures on a place, such as PaddleCapture.
-
-        Raises:
-            DeviceError: a capture failed half-way, and Paddle cannot go on; has the cure.
-        """
-        from fd_dsa.step.device import paddle_place
-
-        graphs = DecodeGraphs(sizes, self.model.config.index_topk, self._longest_row())
-        try:
-            with paddle.no_grad():
-                self._fill(graphs, capture(paddle_place(self._device)))
-        except CaptureRefused as error:
-            logger.warning(
-                "decode steps stay eager, they cannot be captured: %s; with --enforce-eager "
-                "nothing is captured",
-                error,
-            )
-            return
-        except FdDsaError:
-            raise
-        except Exception as error:
-            raise capture_failed(error) from error
-        finally:
-            self._padded = None
-            self._forget_only_row()
-        self.graphs = graphs
-
-    def _fill(self, graphs: DecodeGraphs, capture: Capture) -> None:
-        """Capture all steps; one row is live, the others are padding."""
-        # a capture must not make a stream
-        self.attn_backends[0].warm_up(graphs.sizes[0], self.caches)
-        for padded in graphs.steps():
-            last = self._only_row(1, padded.max_seqlen_k - 1, is_prefill=False)
-            self._padded = padded
-            self.initialize_forward_meta(np.array([last]))
-            graphs[padded] = capture(self._padded_step)
-
-    def _padded_step(self) -> Any:
-        """Logits of all tokens of the step that `forward_meta` holds."""
-        hidden = self.model(self.forward_meta.ids_remove_padding, self.forward_meta)
-        return self.model.compute_logits(hidden)
-
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Run the step in the batch.
 
@@ -275,21 +192,101 @@ class ModelRunner:
             # on a device this is the step's one wait
             return self._to_host(logits)
 
-    def execute_and_draw(
-        self, logits_indices: np.ndarray, slots: np.ndarray, positions: np.ndarray
-    ) -> Callable[[], np.ndarray]:
-        """Queue the step in the batch and the draw of its tokens, where there are `draws`.
+    def queue_model(self, logits_indices: np.ndarray) -> None:
+        """Queue the step in the batch, where there are `draws`; `draw` comes before the next one.
 
         Args:
             logits_indices: as of `execute_model`; at least one.
-            slots, positions: int64 [n]; slot of each row, and position of the token in its output.
+        """
+        with paddle.no_grad():
+            self._undrawn = self._logits(logits_indices), logits_indices
+
+    def draw(
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        masks: Mapping[int, np.ndarray] = MappingProxyType({}),
+        firsts: np.ndarray = _NOTHING,
+    ) -> Callable[[], np.ndarray]:
+        """Queue the draw of a token from each row of logits of the step that was queued.
+
+        The layer for multi-token prediction, where it is loaded, and a draft of each request are
+        queued after it.
+
+        Args:
+            slots, positions, masks, firsts: as of `DeviceDraws.place`.
 
         Returns:
-            See DeviceDraws.
+            See `DeviceDraws.results`.
+        """
+        draws, (logits, indices), self._undrawn = self.draws, self._undrawn, (None, _NOTHING)
+        assert draws is not None
+        next_ids = _NOTHING
+        if self._drafts is not None:
+            from fd_dsa.runner.device_drafts import following_tokens
+
+            next_ids = following_tokens(self.input_batch, indices)
+        captured = self._captured
+        rows = len(slots) if captured is None else len(captured.logits)
+        draws.place(slots, positions, masks, rows, firsts, next_ids)
+        with paddle.no_grad():
+            if captured is None:
+                draws.queue(logits, self.forward_meta)
+            else:
+                captured.draw()
+            taken = draws.results(len(slots))
+            self._queue_drafts(len(firsts))
+        return taken
+
+    @property
+    def _captured(self) -> CapturedStep | None:
+        """The graphs that serve the step in the batch."""
+        return self.graphs[self._padded] if self.graphs and self._padded else None
+
+    def _queue_drafts(self, num_requests: int) -> None:
+        """Queue the layer for multi-token prediction and the first draft of each request."""
+        captured = self._captured
+        if captured is not None:
+            captured.draft()
+            self._hidden = captured.kept
+        elif self._drafts is not None:
+            self._hidden = self._drafts.queue(self._hidden, self.forward_meta, num_requests)
+
+    def draft(self, next_ids: np.ndarray, *going_on: np.ndarray) -> None:
+        """Queue layer and drafts after a step that the host has sampled, or nobody.
+
+        Args:
+            next_ids: int64 [num_tokens]; the token after each one of the step.
+            going_on: as of `DeviceDraws.go_on`.
         """
         assert self.draws is not None
+        rows = 0 if self._padded is None else self._padded.num_tokens
+        self.draws.place(_NOTHING, _NOTHING, {}, rows, _NOTHING, next_ids)
+        self.draws.go_on(*going_on)
         with paddle.no_grad():
-            return self.draws(self._logits(logits_indices), slots, positions)
+            self._queue_drafts(len(going_on[0]))
+
+    def draft_more(
+        self, kept: np.ndarray, slots: np.ndarray, positions: np.ndarray, depth: int
+    ) -> None:
+        """Queue a further draft of the requests of the batch, a step of their last drafts.
+
+        Args:
+            kept: int64 [n]; which requests of the drafts before they are.
+            slots, positions: as of `DeviceDraws.place`, of the new drafts.
+            depth: drafts before these.
+        """
+        assert self.draws is not None
+        self._padded = None
+        with paddle.no_grad():
+            step = self.initialize_forward_meta(kept)
+            self.draws.place(slots, positions, {}, len(slots))
+            self._hidden = self._drafts.queue_more(self._hidden, step, depth)
+
+    def step_ids(self) -> np.ndarray:
+        """int32 [num_tokens]; token ids of the step that ran last, those of a device too."""
+        ids = self.forward_meta.ids_remove_padding
+        return on_host(ids, np.empty(ids.shape, np.int32))
 
     def _logits(self, logits_indices: np.ndarray) -> Any:
         """The step's logits where the model is, float32 [n, vocab_size]; None of no token."""
@@ -308,11 +305,12 @@ class ModelRunner:
         if self.graphs is not None and padded is not None:
             captured = self.graphs[padded]
             captured.replay()
+            self._hidden = captured.hidden
             return captured.logits[: len(logits_indices)]
         step.selections = self._selections
         hidden = self.model(step.ids_remove_padding, step)
         if self._mtp is not None:
-            self._hidden = self.model.norm.of(hidden)
+            self._hidden = values_of(self.model.norm.of(hidden))
         if not len(logits_indices):
             return None
         return self.model.compute_logits(rows_at(hidden, step.sampled))
@@ -382,19 +380,3 @@ class ModelRunner:
         if not np.array_equal(logits_indices, np.arange(tokens)):
             return None
         return self.graphs.fitting(tokens, batch.max_seqlen_k)
-
-    def _longest_row(self) -> int:
-        """Tokens that the table of a row reaches to."""
-        return self.input_batch.block_tables.shape[1] * self.input_batch.block_size
-
-    def _only_row(self, tokens: int, done: int, *, is_prefill: bool) -> int:
-        """Fill row 0 alone with `tokens` after `done` cached ones; index of the last token."""
-        batch = self.input_batch
-        batch.begin_step()
-        batch.set_blocks(0, range(-(-(done + tokens) // batch.block_size)))
-        return batch.add_row(0, [0] * tokens, done, is_prefill)
-
-    def _forget_only_row(self) -> None:
-        """Leave the batch as it was before `_only_row`."""
-        self.input_batch.begin_step()
-        self.input_batch.clear_row(0)

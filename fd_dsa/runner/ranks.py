@@ -7,14 +7,17 @@ and each meets the others in its model's collectives.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import paddle
 
 from fd_dsa.runner.model_runner import ModelRunner
+
+_NOTHING = np.empty(0, np.int64)
 
 
 class LeadingRunner(ModelRunner):
@@ -48,12 +51,21 @@ class LeadingRunner(ModelRunner):
         with self._sent("run", logits_indices):
             return super().execute_model(logits_indices)
 
-    def execute_and_draw(
-        self, logits_indices: np.ndarray, slots: np.ndarray, positions: np.ndarray
+    def queue_model(self, logits_indices: np.ndarray) -> None:
+        """See ModelRunner."""
+        with self._sent("queue_model", logits_indices):
+            super().queue_model(logits_indices)
+
+    def draw(
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        masks: Mapping[int, np.ndarray] = MappingProxyType({}),
+        firsts: np.ndarray = _NOTHING,
     ) -> Callable[[], np.ndarray]:
         """See ModelRunner."""
-        with self._sent("execute_and_draw", logits_indices, slots, positions):
-            draw = super().execute_and_draw(logits_indices, slots, positions)
+        with self._sent("draw", slots, positions, dict(masks), firsts, has_step=False):
+            draw = super().draw(slots, positions, masks, firsts)
         if self.ranks is None:
             return draw
 

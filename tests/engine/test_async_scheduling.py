@@ -4,7 +4,8 @@ shown by `tests.soak.histories`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,21 +13,30 @@ import pytest
 
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner.input_batch import InputBatch
-from tests.engine.fakes import EOS, VOCAB_SIZE, FakeRunner, byte_tokenizer, expected_greedy, run_all
+from tests.engine.fakes import (
+    EOS,
+    VOCAB_SIZE,
+    FakeRunner,
+    byte_tokenizer,
+    expected_greedy,
+    make_engine,
+    run_all,
+)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 class GreedyRunner(FakeRunner):
-    """Takes the largest logit itself; `log` has "run" for a step and "take" for a wait."""
+    """Takes the largest logit itself; `log` has "run" for a step, "draw", and "take" for a wait."""
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
         self.draws, self.log = self, []
         self._drawn = np.zeros(0, np.int64)
 
-    def set_slot(self, slot: int, parameters: Any) -> None:
+    def set_slot(self, *parameters: Any) -> None:
         """All slots are greedy."""
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
@@ -36,10 +46,22 @@ class GreedyRunner(FakeRunner):
         self.log.append("run")
         return super().execute_model(logits_indices)
 
-    def execute_and_draw(
-        self, logits_indices: np.ndarray, slots: np.ndarray, positions: np.ndarray
+    def queue_model(self, logits_indices: np.ndarray) -> None:
+        self._undrawn = self.execute_model(logits_indices)
+
+    def draw(
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        masks: Mapping[int, np.ndarray],
+        firsts: np.ndarray,
     ) -> Callable[[], np.ndarray]:
-        drawn = self._drawn = self.execute_model(logits_indices).argmax(axis=1)
+        self.log.append("draw")
+        logits = self._undrawn
+        for row, mask in masks.items():
+            allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
+            logits[row, allowed[: self.vocab_size] == 0] = -np.inf
+        drawn = self._drawn = logits.argmax(axis=1)
 
         def taken() -> np.ndarray:
             self.log.append("take")
@@ -74,14 +96,42 @@ def test_the_next_step_runs_before_tokens_are_taken(rows: int) -> None:
         engine.add_request(name, prompt, GREEDY)
     found = tokens_of(engine)
     assert found == {name: expected_greedy(prompt, 12, None) for name, prompt in prompts.items()}
-    assert runner.log == ["run", *["run", "take"] * 11, "take"]
+    assert runner.log == ["run", "draw", *["run", "draw", "take"] * 11, "take"]
+    assert engine.stats().num_mask_waits == 0
+
+
+@pytest.mark.parametrize(
+    "form", [{"structured_outputs": StructuredOutputsParams(regex="[a-d]{10}Z?")},
+             {"bad_words": ["Ju"]}]
+)  # fmt: skip
+def test_masks_are_made_while_the_queued_step_runs(form: dict[str, Any]) -> None:
+    """Beside a plain request; the bad word is what would come first, of two tokens."""
+    params = SamplingParams(temperature=0, max_tokens=11, **form)
+    plain = {"r": [5, 6], "p": [7, 8]}
+    found = []
+    for is_async in (True, False):
+        engine, runner = new_engine(is_async)
+        engine.add_request("r", plain["r"], params)
+        engine.add_request("p", plain["p"], replace(GREEDY, max_tokens=11))
+        found.append(tokens_of(engine))
+        num_steps = len(found[0]["r"])
+        if is_async:
+            # the forward of a step, then the tokens of the one before, then the draw
+            log = ["run", "draw", *["run", "take", "draw"] * (num_steps - 1)]
+            assert runner.log[: len(log)] == log
+            assert engine.stats().num_mask_waits == num_steps - 1
+    cpu = make_engine(num_blocks=256, block_size=4)
+    cpu.add_request("r", plain["r"], params)
+    assert found[0] == found[1]
+    assert found[0]["r"] == tokens_of(cpu)["r"] != expected_greedy(plain["r"], 11)
+    assert found[0]["p"] == expected_greedy(plain["p"], 11, None)
 
 
 def test_without_it_each_step_is_taken_first() -> None:
     engine, runner = new_engine(async_scheduling=False)
     engine.add_request("r", [2, 3], GREEDY)
     assert tokens_of(engine)["r"] == expected_greedy([2, 3], 12, None)
-    assert runner.log == ["run", "take"] * 12
+    assert runner.log == ["run", "draw", "take"] * 12
 
 
 def ending_prompt() -> list[int]:
@@ -108,13 +158,13 @@ def test_the_token_after_an_end_is_dropped() -> None:
 
 
 def test_steps_of_which_the_host_needs_logits() -> None:
-    """A request with penalties beside a plain one, which starts before and ends after it."""
+    """A request with log-probabilities beside a plain one, which starts before, ends after it."""
     engine, runner = new_engine()
     engine.add_request("plain", [5, 6], GREEDY)
     for _ in range(3):
         engine.step()
-    penalised = SamplingParams(temperature=0, max_tokens=4, logprobs=2, ignore_eos=True)
-    engine.add_request("scored", [7, 8], penalised)
+    scored = SamplingParams(temperature=0, max_tokens=4, logprobs=2, ignore_eos=True)
+    engine.add_request("scored", [7, 8], scored)
     outputs = run_all(engine)
     assert outputs["plain"][-1].token_ids == expected_greedy([5, 6], 12, None)
     assert outputs["scored"][-1].token_ids == expected_greedy([7, 8], 4, None)

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fd_dsa.runner.decode_graphs import CapturedStep, PaddleCapture
+from fd_dsa.runner.decode_graphs import Captured, PaddleCapture, without_fallback
 from tests.gpu_rig.rig import Rig
 
 
-def stand_in(place: Any) -> Callable[[Callable[[], Any]], CapturedStep]:
+def stand_in(place: Any) -> Callable[[Callable[[], Any]], Captured]:
     """Work that is run again and leaves its result where the capture left it."""
 
-    def capture(work: Callable[[], Any]) -> CapturedStep:
+    def capture(work: Callable[[], Any]) -> Captured:
         work()
-        logits = work()
-        return CapturedStep(logits, lambda: logits.copy_(work(), False))
+        with without_fallback():
+            result = work()
+
+        def replay() -> None:
+            again = work()
+            several = isinstance(result, tuple)
+            for first, second in zip(result, again, strict=True) if several else [(result, again)]:
+                if first is not second:
+                    first.copy_(second, False)
+
+        return result, replay
 
     return capture
 

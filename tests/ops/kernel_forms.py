@@ -94,9 +94,11 @@ from fd_dsa.ops.mla.triton_kernel import dequantize_kernel, sparse_mla_kernel
 from fd_dsa.ops.mla_query.triton_kernel import BLOCK_ROWS, NUM_WARPS, prepare_mla_query_kernel
 from fd_dsa.ops.positions_kernel import position_ids_kernel
 from fd_dsa.ops.query.triton_kernel import prepare_query_kernel
+from fd_dsa.ops._mtp_kernels import mtp_inputs_kernel
 from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.draw_kernels import draw_kernel
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
+from fd_dsa.ops.sampling.verify_kernel import verify_kernel
 from fd_dsa.ops.topk.triton_kernel import topk_kernel
 from fd_dsa.step import device as step
 from fd_dsa.step.kernel import decode_step_metadata_kernel, mixed_step_metadata_kernel
@@ -187,11 +189,22 @@ for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
     capacity = max(vocab // 4, 1024)
     compile("scan", scan_kernel, SAMPLED, False, num_warps=8, VOCAB=vocab, BLOCK=block,
             PART=min(block, 1024))
-    compile("settle", settle_kernel, SAMPLED, False, num_warps=16, **parts)
+    for counts in (False, True):
+        compile("settle", settle_kernel, SAMPLED, False, num_warps=16, COUNTS=counts, **parts)
+        compile("draw", draw_kernel, SAMPLED, False, num_warps=16, CAPACITY=capacity, COUNTS=counts,
+                **cut)
     for fine in (False, True):
         compile("masses", masses_kernel, SAMPLED, False, num_warps=8, FINE=fine, **cut)
     compile("gather", gather_kernel, SAMPLED, False, num_warps=8, CAPACITY=capacity, **cut)
-    compile("draw", draw_kernel, SAMPLED, False, num_warps=16, CAPACITY=capacity, **cut)
+PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", "firsts_ptr",
+                        "counts_ptr", "going_on_ptr"), "int32")
+for most in (1, 2, 3):
+    compile("verify", verify_kernel, PLACED | {"tokens_ptr": "int64"}, False, num_warps=1,
+            STRIDE=128, MOST=most)
+for dtype in ("float32", "bfloat16"):
+    types = dict.fromkeys(("table_ptr", "hidden_ptr", "out_ptr"), dtype)
+    types |= {"ids_ptr": "int32", "positions_ptr": "int64"}
+    compile("mtp", mtp_inputs_kernel, types, num_warps=8, WIDTH=7168, BLOCK=8192)
 # the largest with positions of both types
 for rows in (1, 100, 256, 1024, 4096):
     narrow = {} if rows == 4096 else {"position_ids_int32_ptr": None}

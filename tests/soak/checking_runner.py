@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.sampler import Sampler
+from fd_dsa.engine.sampler import REJECTED, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.input_batch import InputBatch
@@ -138,17 +140,32 @@ class DrawingRunner(CheckingRunner):
         super().__init__(*arguments, **others)
         self.draws, self._sampler = self, Sampler(self.input_batch.max_num_seqs)
         self._drawn = np.zeros(0, np.int64)
+        self._undrawn: Any = None
+        # of each slot its output as the device knows it, and whether that changes logits
+        self._counted: dict[int, tuple[list[int], bool]] = {}
         self.fails_late = False
 
-    def set_slot(self, slot: int, given: SlotParameters) -> None:
-        """How the rows of a slot are sampled."""
+    def set_slot(
+        self, slot: int, given: SlotParameters, prompt: Sequence[int], output: Sequence[int]
+    ) -> None:
+        """How the rows of a slot are sampled; what is drawn is counted here from then on."""
         params = SamplingParams(
             temperature=given.temperature,
             min_p=given.min_p,
             top_k=given.top_k,
             top_p=given.top_p,
+            repetition_penalty=given.repetition,
+            frequency_penalty=given.frequency,
+            presence_penalty=given.presence,
+            logit_bias=dict(given.bias),
+            bad_words_token_ids=list(given.banned),
+            min_tokens=given.min_tokens,
+            max_tokens=None,
         )
-        self._sampler.set_slot(slot, params, given.seed, None)
+        output = list(output)
+        self._counted[slot] = output, given.is_penalized
+        rules = LogitRules(params, prompt, output, None, given.end_ids)
+        self._sampler.set_slot(slot, params, given.seed, None if rules.is_empty else rules)
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Put the tokens in, then run the step."""
@@ -159,12 +176,40 @@ class DrawingRunner(CheckingRunner):
         ids[deferred] = np.maximum(self._drawn[-1 - ids[deferred]], 0)
         return super().execute_model(logits_indices)
 
-    def execute_and_draw(
-        self, logits_indices: np.ndarray, slots: np.ndarray, positions: np.ndarray
+    def queue_model(self, logits_indices: np.ndarray) -> None:
+        """Run the step."""
+        self._sampled = logits_indices
+        self._undrawn = self.execute_model(logits_indices)
+
+    def draw(
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        masks: Mapping[int, np.ndarray],
+        firsts: np.ndarray,
     ) -> Callable[[], np.ndarray]:
-        """Run the step; the tokens are there when they are asked for."""
-        logits = self.execute_model(logits_indices)
-        drawn = self._drawn = self._sampler.sample(logits, slots, positions)
+        """Draw from the step's logits; the tokens are there when they are asked for."""
+        logits, self._undrawn = self._undrawn, None
+        for row, mask in masks.items():
+            allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
+            # a mask leaves rows with unusable logits as they are
+            if np.isfinite(logits[row]).all():
+                logits[row, allowed[: self.vocab_size] == 0] = -np.inf
+        drawn = self._drawn = np.empty(len(slots), np.int64)
+        for row, (slot, position) in enumerate(
+            zip(slots.tolist(), positions.tolist(), strict=True)
+        ):
+            output, is_penalized = self._counted[slot]
+            assert len(output) == position or not is_penalized, f"slot {slot} has other counts"
+            # bans go by position
+            output[:] = output[:position] + [0] * (position - len(output))
+            one = slice(row, row + 1)
+            drawn[one] = self._sampler.sample(logits[one], slots[one], positions[one])
+            output.append(max(int(drawn[row]), 0))
+        for first, end in pairwise([*firsts.tolist(), len(drawn)]):
+            drafts = self.input_batch.ids_remove_padding[self._sampled[first:end]][1:]
+            wrong = np.flatnonzero(drafts != drawn[first : end - 1])
+            drawn[first + 1 + wrong[0] if len(wrong) else end : end] = REJECTED
 
         def taken() -> np.ndarray:
             if self.fails_late:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fd_dsa.ops.sampling.parameters import NO_TOKEN, NOT_FINITE, SlotParameters
+from fd_dsa.ops.sampling.parameters import NO_TOKEN, NOT_FINITE, REJECTED, SlotParameters
 from fd_dsa.ops.sampling.sampler import DeviceSampler
 
-__all__ = ["NOT_FINITE", "NO_TOKEN", "DeviceSampler", "SlotParameters"]
+__all__ = ["NOT_FINITE", "NO_TOKEN", "REJECTED", "DeviceSampler", "SlotParameters"]

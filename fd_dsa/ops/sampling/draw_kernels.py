@@ -172,6 +172,7 @@ def draw_kernel(
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    COUNTS: tl.constexpr,
     WIDE: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
@@ -228,7 +229,7 @@ def draw_kernel(
             source, kept, uniform, cut, last_tie, largest, scale, VOCAB, BLOCK, BLOCKS
         )  # fmt: skip
         flags = tl.load(record + FLAGS)
-        finish_row(tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB)
+        finish_row(tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB, COUNTS)
 
 
 FILL_BLOCK = 256
@@ -236,7 +237,7 @@ FILL_BLOCK = 256
 
 @step_kernel()
 def fill_drawn_kernel(token_ids_ptr, tokens_ptr, num_tokens, BLOCK: tl.constexpr):
-    """Block `program 0`: an id of -1 - i becomes the token that row i of the last draw got."""
+    """Block `program 0`: an id of -1 - i becomes token i of what was drawn last."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(token_ids_ptr + place, mask=place < num_tokens, other=0)
     drawn = tl.load(tokens_ptr + (-1 - token), mask=token < 0, other=0)

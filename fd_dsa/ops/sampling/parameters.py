@@ -13,6 +13,8 @@ NOT_FINITE = -1
 """Instead of a token where the logits of a row hold NaN or +inf, or only -inf."""
 NO_TOKEN = -2
 """Instead of a token where the rules of a row leave none."""
+REJECTED = -3
+"""Instead of a token where a draft before it did not stand."""
 
 # places in a record, in int32 values; the first seven numbers have 64 bits
 SCALE, MARGIN, TOP_P, REPETITION, FREQUENCY, PRESENCE, SEED = range(0, 14, 2)

@@ -37,29 +37,33 @@ class DeviceSampler:
     alone, so it may be captured; `set_slot` and `set_masks` must not be. They copy in the order of
     the current stream.
 
-    Memory: 10 bytes for each logit of `max_num_seqs` rows, and 66 kB a slot.
+    Memory: 6 bytes for each logit of `max_rows` rows, 4 for each of `max_num_seqs`, and 66 kB a
+    slot.
 
     Args:
-        max_num_seqs: slots, and the most rows of a step.
+        max_num_seqs: slots.
         vocab_size: logits of a row.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
+        max_rows: most rows of a step; None: as many as slots.
 
     Attributes:
-        tokens: int64 [max_num_seqs] on the device; token of each row, NOT_FINITE or NO_TOKEN.
+        tokens: int64 [max_rows] on the device; token of each row, NOT_FINITE or NO_TOKEN.
     """
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, allocate: Allocate) -> None:
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, allocate: Allocate, max_rows: int | None = None
+    ) -> None:
         block = triton.next_power_of_2(-(-vocab_size // 8))
         self._block = min(max(block, _MIN_BLOCK), _MAX_BLOCK)
         self._num_blocks = num_blocks = -(-vocab_size // self._block)
-        self._max_num_seqs = max_num_seqs
+        self.max_rows = rows = max_rows or max_num_seqs
         self._vocab_size, self._capacity = vocab_size, max(vocab_size // 4, _MIN_CAPACITY)
         self._num_words = -(-vocab_size // 32)
-        rows, partials = max_num_seqs, (max_num_seqs, 2, LEVELS.value, num_blocks)
+        partials = (rows, 2, LEVELS.value, num_blocks)
         self.tokens = allocate((rows,), "int64")
-        self._records = allocate((rows, RECORD), "int32")
+        self._records = allocate((max_num_seqs, RECORD), "int32")
         self._masks = allocate((rows, self._num_words), "int32")
-        self._counts = allocate((rows, vocab_size), "int32")
+        self._counts = allocate((max_num_seqs, vocab_size), "int32")
         self._adjusted = allocate((rows, vocab_size), "float32")
         self._best = allocate((rows, num_blocks, 3), "int32")
         self._state = allocate((rows, STATE.value), "int32")
@@ -103,12 +107,14 @@ class DeviceSampler:
         """Queue the copy of a step's masks, which `mask_rows` of `sample` refers to.
 
         Args:
-            masks: int32 [n, ceil(vocab_size / 32)], n <= max_num_seqs; bit i % 32 of value i // 32
+            masks: int32 [n, ceil(vocab_size / 32)], n <= max_rows; bit i % 32 of value i // 32
                 says whether token i may come, as grammars write them.
         """
         self._copy(self._masks, 0, masks.reshape(-1))
 
-    def sample(self, logits: Any, slots: Any, positions: Any, mask_rows: Any) -> None:
+    def sample(
+        self, logits: Any, slots: Any, positions: Any, mask_rows: Any, drafts: Any = None
+    ) -> None:
         """Queue the launches that write `tokens` for the rows of a step.
 
         Args:
@@ -117,9 +123,10 @@ class DeviceSampler:
             positions: int32 or int64 [num_rows]; position of the token in the output of its
                 request, from 0.
             mask_rows: int32 [num_rows]; row of the masks, -1 = every token may come.
+            drafts: int64 [num_rows], written instead of `tokens`, and nothing is counted.
 
         Raises:
-            ShapeError: more rows than `max_num_seqs`.
+            ShapeError: more rows than `max_rows`.
             LaunchError: a tensor is not contiguous, or not on the device.
 
         Cost: six launches. Greedy rows are read by the first one alone, rows with a temperature
@@ -128,8 +135,9 @@ class DeviceSampler:
         rows = logits.shape[0]
         if not rows:
             return
-        if rows > self._max_num_seqs:
-            raise ShapeError(f"sampling {rows} rows; this sampler has {self._max_num_seqs}")
+        if rows > self.max_rows:
+            raise ShapeError(f"sampling {rows} rows; this sampler has {self.max_rows}")
+        tokens = self.tokens if drafts is None else drafts
         vocab, block, num_blocks = self._vocab_size, self._block, self._num_blocks
         blocks, parts = triton.next_power_of_2(num_blocks), (rows, num_blocks)
         # a weight must be the same number in every launch, and penalties round as on a CPU
@@ -141,7 +149,7 @@ class DeviceSampler:
         wide = options | {"NUM_BLOCKS": num_blocks, "BLOCKS": blocks, "num_warps": 16}
         settle_kernel[(rows,)](
             logits, self._adjusted, slots, mask_rows, self._records, self._counts, self._best,
-            self._state, self._sample, self.tokens, **wide,
+            self._state, self._sample, tokens, COUNTS=drafts is None, **wide,
         )  # fmt: skip
         wide |= {"BLOCK": block, "WIDE": vocab // 32}
         narrow = wide | {"num_warps": 8}
@@ -156,7 +164,7 @@ class DeviceSampler:
         )  # fmt: skip
         draw_kernel[(rows,)](
             logits, self._adjusted, slots, positions, self._records, self._counts, self._state,
-            self._masses, self._sizes, self._images, self._ids, self.tokens,
+            self._masses, self._sizes, self._images, self._ids, tokens, COUNTS=drafts is None,
             CAPACITY=self._capacity, **wide,
         )  # fmt: skip
 

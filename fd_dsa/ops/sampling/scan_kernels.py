@@ -172,6 +172,7 @@ def settle_kernel(
     sample_ptr,
     tokens_ptr,
     VOCAB: tl.constexpr,
+    COUNTS: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -204,5 +205,5 @@ def settle_kernel(
             tl.store(state + MAXIMUM, largest)
             tl.store(state + IS_RULED, ruled.to(tl.int32))
         else:
-            finish_row(tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB)
+            finish_row(tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB, COUNTS)
     tl.store(state + IS_DRAWN, is_drawn.to(tl.int32))

@@ -100,9 +100,11 @@ def row_of(logits_ptr, adjusted_ptr, state, row, VOCAB: tl.constexpr):
 
 
 @triton.jit
-def finish_row(tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB: tl.constexpr):
-    """Store a row's token, and count it where the slot has penalties."""
+def finish_row(
+    tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB: tl.constexpr, COUNTS: tl.constexpr
+):
+    """Store a row's token, and count it where the slot has penalties and it COUNTS."""
     tl.store(tokens_ptr + row, token.to(tl.int64))
-    if ((flags & PENALIZED) != 0) & (token >= 0):
+    if ((flags & PENALIZED) != 0) & (token >= 0) & COUNTS:
         cell = counts_ptr + slot * VOCAB + token
         tl.store(cell, tl.load(cell) + 1)

@@ -21,8 +21,9 @@ from fd_dsa import LLM, SamplingParams
 from fd_dsa.errors import DeviceError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.memory_plan import graph_bytes
+from fd_dsa.ops.sampling import SlotParameters
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.decode_graphs import CapturedStep, CaptureRefused, PaddleCapture
+from fd_dsa.runner.decode_graphs import Captured, CaptureRefused, PaddleCapture
 from fd_dsa.runner.model_runner import cache_layout
 from tests.demo.samples import PROSE
 from tests.gpu_rig import Rig
@@ -146,6 +147,43 @@ def test_a_replay_is_one_copy_in_one_out_one_wait_and_no_memory(rig: Rig) -> Non
             }
 
 
+def test_draws_of_graphs_are_those_of_eager_steps(rig: Rig) -> None:
+    """Greedy, drawn, penalised and masked rows; the mask comes after the step is queued."""
+    eager, graphs = (filled(tiny_runner(V32, "float32", rig.device)) for _ in range(2))
+    given = [
+        SlotParameters(temperature=0.0),
+        SlotParameters(seed=5, top_p=0.9, top_k=20),
+        SlotParameters(seed=6, repetition=2.0, presence=1.0, bias={3: 2.0}),
+        SlotParameters(seed=7, banned=[1, 2], end_ids=[4], min_tokens=9),
+    ]
+    mask = np.full(-(-eager.vocab_size // 32), 0b1000100, np.int32)
+    with captured(rig, graphs, (4,)):
+        filled(graphs)
+        found: dict[ModelRunner, list[list[int]]] = {eager: [], graphs: []}
+        for runner, tokens in found.items():
+            for slot, parameters in enumerate(given):
+                runner.draws.set_slot(slot, parameters, [2, 3], [4])
+            for index, step in enumerate((STEPS[3], STEPS[4], STEPS[4])):
+                batch = runner.input_batch
+                batch.begin_step()
+                for row in rows_of(step):
+                    batch.add_row(*row)
+                slots = np.array([row for row, _ in step])
+                masks = {1: mask} if index else {}
+                with rig.strict(), rig.counting() as counted:
+                    runner.queue_model(np.arange(len(step)))
+                    take = runner.draw(slots, 3 + np.arange(len(step)), masks)
+                tokens.append(take().tolist())
+                assert "event_syncs" not in counted.delta
+                if index == 2 and rig.is_real and runner is graphs:
+                    # the step's inputs, those of the draw and the mask; the ids
+                    names = ("h2d_async", "d2h_async", "allocations")
+                    assert [counted.delta.get(name, 0) for name in names] == [3, 1, 0]
+            assert (runner.graphs is not None) == (runner is graphs)
+    assert found[eager] == found[graphs]
+    assert all(tokens[1] % 32 in (2, 6) for tokens in found[graphs][1:])
+
+
 def test_short_steps_score_nothing_and_long_ones_reach_the_longest_row(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +230,7 @@ def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCapt
     error: Exception = CaptureRefused("RuntimeError: no graphs today")
 
     def refusing(place: Any) -> Any:
-        def capture(work: Callable[[], Any]) -> CapturedStep:
+        def capture(work: Callable[[], Any]) -> Captured:
             work()
             raise error
 
@@ -221,7 +259,7 @@ def test_a_second_stream_is_made_before_steps_that_fork_alone(
     monkeypatch.setattr(overlap, "stream_for", calls.append)
 
     def refusing(place: Any) -> Any:
-        def capture(work: Callable[[], Any]) -> CapturedStep:
+        def capture(work: Callable[[], Any]) -> Captured:
             raise CaptureRefused("not today")
 
         return capture

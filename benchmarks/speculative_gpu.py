@@ -1,0 +1,130 @@
+"""What drafts cost on a GPU: DeepSeek-V3.2's widths, few layers and one for drafts, random weights.
+
+    python -m benchmarks.speculative_gpu --rig     # on the test plug-in
+    python -m benchmarks.speculative_gpu --dry     # small widths on the CPU: shows that it runs
+
+Decode steps of 1, 8, 32 and 128 rows, greedy, in three engines, each with the GPU for itself:
+without drafts; with one known draft a row; and with the layer for multi-token prediction, whose
+drafts are replaced by the known ones, as random weights accept nothing. So all drafts are right but
+where a row rounds otherwise beside others: `accepted` is their share. A step takes two tokens a row,
+and a ratio is its time over that of a step with one. Writes benchmarks/results/speculative_gpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._harness import RESULTS, Worker, environment, write_json
+from benchmarks.gpu_engine import CAPTURED, CONFIG, DENSE_LAYERS, FP8, LAYERS, WIDTHS
+from benchmarks.once_per_step import SMALL
+
+TARGET = "benchmarks.workers.speculative_gpu:Engine"
+ROWS = (1, 8, 32, 128)
+RUNS = 3
+# of the bytes that must be read, with experts chosen uniformly
+FLOORS = {"known": (1.33, 1.61, 1.33, 1.02), "mtp": (1.82, 1.97, 1.59, 1.21)}
+METHODS = {"plain": None, "known": "ngram", "mtp": "mtp"}
+
+
+def write_model(folder: Path, layers: int, small: bool) -> str:
+    """A folder with the config.json of the model; its path."""
+    config = WIDTHS | {"num_hidden_layers": layers, "first_k_dense_replace": DENSE_LAYERS}
+    config |= {"num_nextn_predict_layers": 1} | (SMALL if small else {"quantization_config": FP8})
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def measure(engine: Worker, rows: Sequence[int], prompt: int, steps: int) -> dict[int, Any]:
+    """Medians of what `Engine.drafted` answers, by rows."""
+    engine.call(op="drafted", batch=2, prompt=prompt, steps=8)
+    found: dict[int, Any] = {}
+    for batch in rows:
+        # large batches vary little, and their prompts take long
+        runs = [
+            engine.call(op="drafted", batch=batch, prompt=prompt, steps=steps)
+            for _ in range(RUNS if batch <= 8 else 1)
+        ]
+        found[batch] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        print(batch, found[batch], flush=True)
+    return found
+
+
+def cases_of(found: dict[str, dict[int, Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Both ways of drafting beside steps without drafts."""
+    cases = []
+    for way, floors in FLOORS.items():
+        for batch in rows:
+            step, plain = found[way][batch], found["plain"][batch]
+            cases.append(
+                {
+                    "case": f"{way}, {batch} rows",
+                    "target": "P20",
+                    "plain_step_ms": plain["step_ms"],
+                    "step_ms": step["step_ms"],
+                    "ratio": step["step_ms"] / plain["step_ms"],
+                    "by_the_bytes": dict(zip(ROWS, floors, strict=True)).get(batch),
+                    "accepted": step["accepted"],
+                    "ms_a_token": step["step_ms"] / (1 + step["accepted"]),
+                }
+            )
+    return cases
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
+    )
+    parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--ways", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    args = parser.parse_args(argv)
+    result: dict[str, Any] = {"name": "speculative_gpu", "env": environment(), "steps": {}}
+    result["tier"] = "dry" if args.dry else "T1p" if args.rig else "T2"
+    prompt, steps = (64, 12) if args.dry else (4096, 48)
+    config: dict[str, Any] = CONFIG | {
+        "max_model_len": 2 * prompt,
+        "max_num_seqs": max(args.rows),
+        "enable_prefix_caching": True,
+        "target_inter_token_latency_ms": 0,
+    }
+    path, found = args.out / "speculative_gpu.json", result["steps"]
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(Path(folder), 2 if args.dry else args.layers, args.dry)
+        for way in args.ways:
+            most = (1 + (way != "plain")) * max(args.rows)
+            sizes = [size for size in (*CAPTURED, 256) if size <= most]
+            options = config | {"cudagraph_capture_sizes": sizes}
+            if METHODS[way]:
+                method = {"method": METHODS[way], "num_speculative_tokens": 1}
+                options |= {"speculative_config": method}
+            device = "cpu" if args.dry else "gpu"
+            with Worker(TARGET, model=model, rig=args.rig, config=options, device=device) as engine:
+                print(way, flush=True)
+                found[way] = measure(engine, args.rows, prompt, steps)
+                write_json(path, result)
+    if found.keys() == METHODS.keys():
+        result["cases"] = cases_of(found, args.rows)
+        write_json(path, result)
+        for case in result["cases"]:
+            print(
+                f"{case['case']:<16} {case['plain_step_ms']:8.3f} -> {case['step_ms']:8.3f} ms "
+                f"{case['ratio']:6.3f}  by the bytes {case['by_the_bytes']}  "
+                f"accepted {case['accepted']:.2f}"
+            )
+    print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Worker: the engine on a GPU with one draft a row in every decode step, a known token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import random_prompts
+from benchmarks.workers import gpu_engine
+
+# steps after the first full one that make views and the like
+DROPPED = 4
+
+
+class KnownDrafts:
+    """Drafts of somebody who knows the answers, after another drafter has done its work.
+
+    Args:
+        drafter: whose drafts nobody reads; None = none.
+
+    Attributes:
+        answers: tokens of each request; without them it has no drafts.
+    """
+
+    def __init__(self, drafter: Any) -> None:
+        self._drafter, self.lookahead = drafter, getattr(drafter, "lookahead", 0)
+        self.answers: dict[str, list[int]] = {}
+
+    def propose(self, step: Any, counts: Mapping[Any, int]) -> dict[Any, list[int]]:
+        """One token a request."""
+        if self._drafter is not None:
+            self._drafter.propose(step, counts)
+        proposals = {}
+        for request in counts:
+            answer = self.answers.get(request.state.request_id, [])
+            proposals[request] = answer[len(request.output_token_ids) :][:1]
+        return proposals
+
+
+class Always:
+    """The pace of a request that has one draft in every step."""
+
+    def length(self, costs: object) -> int:
+        """One."""
+        return 1
+
+    def observe(self, num_drafts: int, num_accepted: int) -> None:
+        """Whatever stands."""
+
+
+class Engine(gpu_engine.Engine):
+    """The engine of `gpu_engine`; with a speculative_config it knows the drafts."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._known: KnownDrafts | None = None
+        speculator = self._engine._speculator
+        if speculator is not None:
+            from fd_dsa.engine.draft_state import DraftState
+
+            has_layer = self._engine.runner.model.mtp is not None
+            layer = speculator.drafter if has_layer else None
+            self._known = speculator.drafter = KnownDrafts(layer)
+            speculator.begin = lambda request: setattr(request, "drafts", DraftState(Always()))
+
+    def drafted(self, batch: int, prompt: int, steps: int) -> dict[str, float]:
+        """Milliseconds of a step in which all requests decode, and the share of right drafts."""
+        self._num_runs += 1
+        vocab_size = self._engine.runner.vocab_size
+        prompts = random_prompts(batch, prompt, vocab_size, self._num_runs)
+        # steps in which others still read their prompts
+        new = 2 * (steps + DROPPED) + 4 * (-(-batch * prompt // self._chunk) + 4)
+        if self._known is not None:
+            self._known.answers = {}
+            self._known.answers = self._run(prompts, new)[0]
+        _, times, accepted = self._run(prompts, new)
+        return {"step_ms": float(np.median(times[DROPPED:][:steps])), "accepted": accepted}
+
+    def _run(
+        self, prompts: list[list[int]], new: int
+    ) -> tuple[dict[str, list[int]], list[float], float]:
+        """Tokens of each request; milliseconds of full steps; accepted drafts a draft of them."""
+        from fd_dsa import SamplingParams
+
+        engine, is_known = self._engine, bool(self._known is not None and self._known.answers)
+        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+        for index, ids in enumerate(prompts):
+            engine.add_request(str(index), ids, params)
+        tokens: dict[str, list[int]] = {}
+        times: list[float] = []
+        before, stats = time.perf_counter(), engine.stats()
+        drafts = accepted = 0
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now, last = time.perf_counter(), stats
+            stats = engine.stats()
+            tokens |= {output.request_id: output.token_ids for output in outputs}
+            num_drafts = stats.num_draft_tokens - last.num_draft_tokens
+            if len(outputs) == len(prompts) and num_drafts == is_known * len(prompts):
+                times.append(1e3 * (now - before))
+                drafts += num_drafts
+                accepted += stats.num_accepted_tokens - last.num_accepted_tokens
+            before = now
+        return tokens, times, accepted / drafts if drafts else 0.0

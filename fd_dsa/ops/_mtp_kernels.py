@@ -1,0 +1,79 @@
+"""What the layer for multi-token prediction reads, in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.ops._dense_kernels import empty_beside
+from fd_dsa.ops._triton import step_kernel
+from fd_dsa.ops._triton_fp8 import stored, widened
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+
+@step_kernel(waits=True)
+def mtp_inputs_kernel(
+    table_ptr,
+    ids_ptr,
+    positions_ptr,
+    hidden_ptr,
+    token_weight_ptr,
+    hidden_weight_ptr,
+    out_ptr,
+    table_rows,
+    epsilon,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Half `program 1` of row `program 0`: its token's embedding, or its hidden state, normed."""
+    wait_for_inputs()
+    start_next()
+    row, half = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    if half == 0:
+        # one beside every column: a mask of a scalar and a block is none to some interpreters
+        source = tl.load(ids_ptr + row).to(tl.int64) + tl.zeros([BLOCK], tl.int64)
+        position = tl.load(positions_ptr + row) + tl.zeros([BLOCK], tl.int64)
+        exists = (source >= 0) & (source < table_rows) & (position > 0)
+        x = widened(tl.load(table_ptr + source * WIDTH + column, mask=inside & exists, other=0.0))
+        weight = tl.load(token_weight_ptr + column, mask=inside, other=0.0)
+    else:
+        x = widened(tl.load(hidden_ptr + row * WIDTH + column, mask=inside, other=0.0))
+        weight = tl.load(hidden_weight_ptr + column, mask=inside, other=0.0)
+    mean_square = tl.sum(x * x, axis=0) / WIDTH
+    normed = stored(x * (1.0 / tl.sqrt_rn(mean_square + epsilon)) * weight, out_ptr)
+    tl.store(out_ptr + (2 * row + half) * WIDTH + column, normed, mask=inside)
+
+
+def mtp_inputs(
+    table: Any,
+    next_ids: Any,
+    positions: Any,
+    hidden: Any,
+    token_norm: tuple[Any, float],
+    hidden_norm: Any,
+) -> Any:
+    """concat(norm(table[next_ids]), norm(hidden)), [n, 2 * width] in the type of the table.
+
+    The embedding is 0 at position 0, and of an id that the table has not.
+
+    Args:
+        table: float32 or bfloat16 [vocab_size, width].
+        next_ids: int32 or int64 [n].
+        positions: int64 [n].
+        hidden: of the type of the table, [n, width].
+        token_norm: float32 [width], the weight of the first norm, and epsilon of both.
+        hidden_norm: float32 [width], the weight of the second.
+    """
+    rows, width = hidden.shape
+    weight, epsilon = token_norm
+    out = empty_beside(table, rows, 2 * width)
+    block = triton.next_power_of_2(width)
+    mtp_inputs_kernel[(rows, 2)](
+        table, next_ids, positions, hidden, weight, hidden_norm, out, table.shape[0], epsilon,
+        WIDTH=width, BLOCK=block, num_warps=4 if block <= 2048 else 8,
+    )  # fmt: skip
+    return out

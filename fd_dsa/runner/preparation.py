@@ -1,0 +1,175 @@
+"""What a runner does before its first step: kernels compiled, decode steps captured."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import paddle
+
+from fd_dsa.errors import FdDsaError
+from fd_dsa.ops._linear import values_of
+from fd_dsa.runner.counters import StepCounters
+from fd_dsa.runner.decode_graphs import (
+    Capture,
+    CapturedStep,
+    CaptureRefused,
+    DecodeGraphs,
+    PaddedStep,
+    capture_failed,
+)
+from fd_dsa.runner.input_batch import InputBatch
+
+if TYPE_CHECKING:
+    from fd_dsa.runner.device_draws import DeviceDraws
+
+logger = logging.getLogger(__name__)
+_NOTHING = np.empty(0, np.int64)
+
+
+class Preparation:
+    """What a ModelRunner does before its first step; the attributes are the runner's."""
+
+    model: Any
+    input_batch: InputBatch
+    attn_backends: list[Any]
+    caches: list[Any]
+    forward_meta: Any
+    counters: StepCounters
+    graphs: DecodeGraphs | None
+    draws: DeviceDraws | None
+    execute_model: Callable[[np.ndarray], np.ndarray]
+    queue_model: Callable[[np.ndarray], None]
+    draw: Callable[..., Callable[[], np.ndarray]]
+    initialize_forward_meta: Callable[..., Any]
+    _drafts: Any
+    _device: str
+    _padded: PaddedStep | None
+
+    def warm_up(self) -> None:
+        """Run prompt chunks of all magnitudes and a decode step: no request waits for kernels.
+
+        A kernel may have another form for other numbers of tokens; its limits are powers of two, so
+        one form serves those from a power on and another those below.
+        Results are dropped; what is written to the caches is written again before it is read.
+        """
+        batch, config = self.input_batch, self.model.config
+        longest = self._longest_row()
+        chunk = min(batch.max_num_tokens, longest)
+        # past the selection keys are scored and chosen, and prompts attend in another form
+        cached = min(config.index_topk, longest - 1)
+        powers = [1 << i for i in range((chunk - 1).bit_length())]
+        chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
+        prompts = [(n, done, True) for done in (0, cached) for n in chunks if n <= longest - done]
+        for tokens, done, is_prefill in (*prompts, (1, cached, False)):
+            last = self._only_row(tokens, done, is_prefill=is_prefill)
+            self.execute_model(np.array([last]))
+        if self.draws is not None:
+            self._warm_up_draws(last)
+        self._forget_only_row()
+        # these were no steps of requests
+        self.counters = StepCounters()
+
+    def _warm_up_draws(self, last: int) -> None:
+        """Run the step in the batch again with draws of its token `last`, the second by the first.
+
+        All kernels of a draw run for any parameters, and those of a layer that drafts.
+        """
+        from fd_dsa.ops.sampling import SlotParameters
+
+        assert self.draws is not None
+        self.draws.set_slot(0, SlotParameters())
+        for is_second in (False, True):
+            if is_second:
+                self.input_batch.defer_tokens([last], [0])
+            self.queue_model(np.array([last]))
+            self.draw(*np.zeros((2, 1), np.int64), firsts=np.zeros(1, np.int64))()
+
+    def capture_decode_graphs(
+        self, sizes: Sequence[int], capture: Callable[[Any], Capture]
+    ) -> None:
+        """Make graphs of decode steps of these numbers of tokens, padding included.
+
+        Where the first cannot be made, all steps stay eager, with one warning that says why.
+
+        Args:
+            sizes: each at most the tokens of a step.
+            capture: gives what captures on a place, such as PaddleCapture.
+
+        Raises:
+            DeviceError: a capture failed half-way, and Paddle cannot go on; has the cure.
+        """
+        from fd_dsa.step.device import paddle_place
+
+        graphs = DecodeGraphs(sizes, self.model.config.index_topk, self._longest_row())
+        try:
+            with paddle.no_grad():
+                self._fill(graphs, capture(paddle_place(self._device)))
+        except CaptureRefused as error:
+            logger.warning(
+                "decode steps stay eager, they cannot be captured: %s; with --enforce-eager "
+                "nothing is captured",
+                error,
+            )
+            return
+        except FdDsaError:
+            raise
+        except Exception as error:
+            raise capture_failed(error) from error
+        finally:
+            self._padded = None
+            self._forget_only_row()
+        self.graphs = graphs
+
+    def _fill(self, graphs: DecodeGraphs, capture: Capture) -> None:
+        """Capture all steps; one row is live, the others are padding."""
+        # a capture must not make a stream
+        self.attn_backends[0].warm_up(graphs.sizes[0], self.caches)
+        for padded in graphs.steps():
+            last = self._only_row(1, padded.max_seqlen_k - 1, is_prefill=False)
+            self._padded = padded
+            self.initialize_forward_meta(np.array([last]))
+            graphs[padded] = self._captured_step(capture, padded.num_tokens)
+
+    def _captured_step(self, capture: Capture, num_tokens: int) -> CapturedStep:
+        """The graphs of the step that `forward_meta` holds."""
+        draws, drafts = self.draws, self._drafts
+        assert draws is not None
+        (logits, hidden), replay = capture(self._padded_step)
+        # here they draw for padding alone
+        draws.place(_NOTHING, _NOTHING, {}, num_tokens)
+        _, draw = capture(lambda: draws.queue(logits, self.forward_meta))
+        if drafts is None:
+            return CapturedStep(logits, replay, draw)
+        rows = min(num_tokens, self.input_batch.max_num_seqs)
+        kept, draft = capture(lambda: drafts.queue(hidden, self.forward_meta, rows))
+        return CapturedStep(logits, replay, draw, hidden, draft, kept)
+
+    def _padded_step(self) -> tuple[Any, Any]:
+        """Logits of all tokens of the step that `forward_meta` holds, and what a layer more reads.
+
+        That are their hidden states, normed; None without such a layer.
+        """
+        hidden = self.model(self.forward_meta.ids_remove_padding, self.forward_meta)
+        if self._drafts is None:
+            return self.model.compute_logits(hidden), None
+        normed = self.model.norm.of(hidden)
+        return self.model.head.times(normed), values_of(normed)
+
+    def _longest_row(self) -> int:
+        """Tokens that the table of a row reaches to."""
+        return self.input_batch.block_tables.shape[1] * self.input_batch.block_size
+
+    def _only_row(self, tokens: int, done: int, *, is_prefill: bool) -> int:
+        """Fill row 0 alone with `tokens` after `done` cached ones; index of the last token."""
+        batch = self.input_batch
+        batch.begin_step()
+        batch.set_blocks(0, range(-(-(done + tokens) // batch.block_size)))
+        return batch.add_row(0, [0] * tokens, done, is_prefill)
+
+    def _forget_only_row(self) -> None:
+        """Leave the batch as it was before `_only_row`."""
+        self.input_batch.begin_step()
+        self.input_batch.clear_row(0)

@@ -1,0 +1,143 @@
+"""Drafts of the layer for multi-token prediction on a device: outputs are those without drafts."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.launched_step import LaunchedStep
+from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.request import Request
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.step_costs import measure_steps
+from fd_dsa.models.config import MtpLayer
+from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner.model_runner import cache_layout
+from tests.engine.fakes import byte_tokenizer, run_all
+from tests.gpu_rig import Rig
+from tests.gpu_rig.captures import capture_of
+from tests.runner.tiny import V32, tiny_model
+
+pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.own_process]
+
+FIELDS = V32 | {"num_nextn_predict_layers": 1}
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0, "ignore_eos": True},
+    {"temperature": 0.7, "top_p": 0.9, "ignore_eos": True},
+    {"temperature": 0, "repetition_penalty": 1.3},
+    {"temperature": 0.5, "bad_words": ["ab", "Bc"], "min_tokens": 4},
+]
+MOST = 2
+
+
+class Watching:
+    """Has all drafts made that there may be, and remembers those that steps verified.
+
+    Attributes:
+        drafts: tokens by request and the position of the first one.
+    """
+
+    _runner: Any
+
+    def propose(
+        self, step: LaunchedStep, counts: Mapping[Request, int]
+    ) -> dict[Request, list[int]]:
+        runner, begin = self._runner, 0
+        if not hasattr(self, "drafts"):
+            self.drafts: dict[tuple[str, int], list[int]] = {}
+        batch = runner.input_batch
+        ids = batch.ids_remove_padding if runner.draws is None else runner.step_ids()
+        lengths = batch.seq_lens_this_time
+        for request, row in zip(step.scheduled, lengths.nonzero()[0].tolist(), strict=True):
+            if request in step.drafts:
+                name = request.state.request_id, int(batch.seq_lens_decoder[row]) + 1
+                self.drafts[name] = ids[begin + 1 : begin + lengths[row]].tolist()
+            begin += int(lengths[row])
+        proposals: dict[Request, list[int]] = super().propose(  # type: ignore[misc]
+            step, dict.fromkeys(counts, MOST)
+        )
+        return proposals
+
+
+class HostDrafter(Watching, MtpDrafter):
+    """Of a CPU."""
+
+
+class DeviceDrafter(Watching, DeviceMtpDrafter):
+    """Of a device."""
+
+
+def make_runner(device: str, has_layer: bool = True) -> ModelRunner:
+    """Three rows of at most six blocks of eight tokens, chunks of twelve."""
+    model = tiny_model(FIELDS, seed=2, device=device, mtp=MtpLayer() if has_layer else None)
+    layout = cache_layout(model.config, "float32", 8)
+    batch = InputBatch(3, 12, 6, 8)
+    return ModelRunner(model, batch, layout, 12, device, most_drafts=MOST)
+
+
+def answers(
+    device: str, rig: Rig | None = None, is_drafted: bool = True, **more: Any
+) -> tuple[dict[str, RequestOutput], LLMEngine, Any]:
+    """The ends of a request of each kind, with chunks and few blocks; with a rig, from graphs."""
+    runner = make_runner(device, is_drafted)
+    if rig is not None:
+        runner.capture_decode_graphs((6,), capture_of(rig))
+    drafter: Any = HostDrafter(runner) if device == "cpu" else DeviceDrafter(runner)
+    engine = LLMEngine(
+        runner,
+        byte_tokenizer(),
+        num_blocks=12,
+        max_model_len=48,
+        eos_token_ids=[1],
+        speculator=Speculator(drafter, MOST) if is_drafted else None,
+    )
+    draw = np.random.default_rng(0)
+    for number, kind in enumerate(KINDS):
+        prompt = draw.integers(2, 40, 9 + 3 * number).tolist()
+        params = SamplingParams(**{"max_tokens": 11, "seed": number, **kind, **more})
+        engine.add_request(str(number), prompt, params)
+    ends = {name: outputs[-1] for name, outputs in run_all(engine).items()}
+    runner.graphs = None
+    gc.collect()
+    return ends, engine, drafter
+
+
+@pytest.mark.parametrize(
+    ("captured", "more"),
+    [(False, {}), (True, {}), (True, {"logprobs": 1})],
+    ids=["eager", "graphs", "sampled on the host"],
+)
+def test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu(
+    rig: Rig, captured: bool, more: dict[str, Any]
+) -> None:
+    plain, _, _ = answers("cpu", is_drafted=False, **more)
+    _, _, on_host = answers("cpu", **more)
+    found, engine, drafter = answers(rig.device, rig if captured else None, **more)
+    assert engine.stats().num_accepted_tokens
+    for name, output in found.items():
+        assert output.token_ids == plain[name].token_ids, name
+        assert output.finish_reason == plain[name].finish_reason
+    both = drafter.drafts.keys() & on_host.drafts.keys()
+    assert len(both) > 12
+    for name in both:
+        count = min(len(drafter.drafts[name]), len(on_host.drafts[name]))
+        assert drafter.drafts[name][:count] == on_host.drafts[name][:count], name
+
+
+def test_a_start_runs_the_layer_before_any_request(rig: Rig) -> None:
+    runner = make_runner(rig.device)
+    runner.warm_up()
+    runner.capture_decode_graphs((2, 6), capture_of(rig))
+    costs = measure_steps(runner, 8, predicts_more=True)
+    assert (runner.input_batch.block_tables == -1).all()
+    one, *more = costs.of(2, MOST)
+    assert 0 < one <= more[0] < more[1]
+    runner.graphs = None
+    gc.collect()
