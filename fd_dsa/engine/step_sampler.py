@@ -81,9 +81,8 @@ class StepSampler:
         }
         step.draw = self._runner.draw(*step.places, masks, np.array(firsts))
 
-    def execute(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> None:
-        """Run a step that the host samples; drafts that a device has are known then."""
-        step.logits = self._runner.execute_model(logits_indices)
+    def read_drafts(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> None:
+        """Fill in drafts that a device has, of a step that ran and that the host samples."""
         if any(drafts[0] < 0 for drafts in step.drafts.values()):
             ids, known = self._runner.step_ids(), {}
             for request, row in zip(step.sampling, step.first_rows, strict=True):
