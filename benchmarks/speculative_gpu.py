@@ -6,8 +6,9 @@
 Decode steps of 1, 8, 32 and 128 rows, greedy, in three engines, each with the GPU for itself:
 without drafts; with one known draft a row; and with the layer for multi-token prediction, whose
 drafts are replaced by the known ones, as random weights accept nothing. So all drafts are right but
-where a row rounds otherwise beside others: `accepted` is their share. A step takes two tokens a row,
-and a ratio is its time over that of a step with one. Writes benchmarks/results/speculative_gpu.json.
+where a row rounds otherwise beside others: `accepted` is their share. A step takes two tokens a
+row, and a ratio is its time over that of a step with one. Writes
+benchmarks/results/speculative_gpu.json.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class PaddleCapture:
         """
         import paddle
 
-        with without_fallback():
+        with _without_fallback():
             try:
                 work()
             except Exception as error:
@@ -169,7 +169,7 @@ def capture_failed(error: Exception) -> DeviceError:
 
 
 @contextmanager
-def without_fallback() -> Iterator[None]:
+def _without_fallback() -> Iterator[None]:
     """Inside, Paddle raises where it would compute on the host for a device."""
     import paddle
 

@@ -62,8 +62,8 @@ class DeviceDraws:
         self._no_masks = uploaded(allocate, np.full(stride, -1, np.int32))
         # slot and position of each row, the first row and the drafts of each request, the tokens
         # that follow those of the step; and as a table the row of each row's mask
-        sizes = (rows, rows, max_num_seqs, max_num_seqs, most_tokens)
-        self._inputs = StagedInputs(allocate, sizes, rows, 1)
+        of_drafts = (max_num_seqs, max_num_seqs, most_tokens) if most_drafts else ()
+        self._inputs = StagedInputs(allocate, (rows, rows, *of_drafts), rows, 1)
         self._views: list[Any] = []
         self._transfers = transfers = self._inputs.staging.transfers
         # of the draw that is taken, and of the next one

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fd_dsa.runner.decode_graphs import Captured, PaddleCapture, without_fallback
+from fd_dsa.runner.decode_graphs import Captured, PaddleCapture
 from tests.gpu_rig.rig import Rig
 
 
@@ -14,8 +14,7 @@ def stand_in(place: Any) -> Callable[[Callable[[], Any]], Captured]:
 
     def capture(work: Callable[[], Any]) -> Captured:
         work()
-        with without_fallback():
-            result = work()
+        result = work()
 
         def replay() -> None:
             again = work()

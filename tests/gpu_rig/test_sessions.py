@@ -22,6 +22,7 @@ QUICK = ("operators", "counters", "capture", "step", "custom_ops")
 # the longest of those that go other tests' way with another type; a GPU runs all
 TWINS = (
     "test_captured_decode.py::test_logits_are_those_of_eager_steps[v32]",
+    "test_mtp.py::test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu[eager]",
     "test_demo_end_to_end.py::test_greedy_tokens_of_the_demo_model[float32]",
     "test_demo_end_to_end.py::test_every_write_leaves_the_bytes_of_the_cpu[float32]",
 )

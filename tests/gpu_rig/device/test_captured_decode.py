@@ -174,6 +174,8 @@ def test_draws_of_graphs_are_those_of_eager_steps(rig: Rig) -> None:
                     runner.queue_model(np.arange(len(step)))
                     take = runner.draw(slots, 3 + np.arange(len(step)), masks)
                 tokens.append(take().tolist())
+                logits = runner.execute_model(np.arange(len(step)))
+                assert tokens[-1][0] == logits[0].argmax()
                 assert "event_syncs" not in counted.delta
                 if index == 2 and rig.is_real and runner is graphs:
                     # the step's inputs, those of the draw and the mask; the ids

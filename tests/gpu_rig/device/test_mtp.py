@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import paddle
 import pytest
 
 from fd_dsa.engine.engine import LLMEngine
@@ -31,10 +32,10 @@ FIELDS = V32 | {"num_nextn_predict_layers": 1}
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0, "ignore_eos": True},
     {"temperature": 0.7, "top_p": 0.9, "ignore_eos": True},
-    {"temperature": 0, "repetition_penalty": 1.3},
-    {"temperature": 0.5, "bad_words": ["ab", "Bc"], "min_tokens": 4},
+    {"temperature": 0, "repetition_penalty": 1.3, "max_tokens": 5},
+    {"temperature": 0.5, "bad_words": ["ab", "Bc"], "min_tokens": 4, "max_tokens": 6},
 ]
-MOST = 2
+MOST, SEED, NUM_BLOCKS = 2, 3, 6
 
 
 class Watching:
@@ -79,7 +80,11 @@ def make_runner(device: str, has_layer: bool = True) -> ModelRunner:
     model = tiny_model(FIELDS, seed=2, device=device, mtp=MtpLayer() if has_layer else None)
     layout = cache_layout(model.config, "float32", 8)
     batch = InputBatch(3, 12, 6, 8)
-    return ModelRunner(model, batch, layout, 12, device, most_drafts=MOST)
+    runner = ModelRunner(model, batch, layout, NUM_BLOCKS, device, most_drafts=MOST)
+    for cache in runner.caches:
+        poison = np.full(cache.shape, np.nan, np.float32)
+        cache.copy_(paddle.to_tensor(poison, place=cache.place), False)
+    return runner
 
 
 def answers(
@@ -93,15 +98,15 @@ def answers(
     engine = LLMEngine(
         runner,
         byte_tokenizer(),
-        num_blocks=12,
+        num_blocks=NUM_BLOCKS,
         max_model_len=48,
         eos_token_ids=[1],
         speculator=Speculator(drafter, MOST) if is_drafted else None,
     )
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(SEED)
     for number, kind in enumerate(KINDS):
         prompt = draw.integers(2, 40, 9 + 3 * number).tolist()
-        params = SamplingParams(**{"max_tokens": 11, "seed": number, **kind, **more})
+        params = SamplingParams(**{"max_tokens": 18, "seed": number, **kind, **more})
         engine.add_request(str(number), prompt, params)
     ends = {name: outputs[-1] for name, outputs in run_all(engine).items()}
     runner.graphs = None
@@ -120,7 +125,7 @@ def test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu(
     plain, _, _ = answers("cpu", is_drafted=False, **more)
     _, _, on_host = answers("cpu", **more)
     found, engine, drafter = answers(rig.device, rig if captured else None, **more)
-    assert engine.stats().num_accepted_tokens
+    assert engine.stats().num_accepted_tokens and engine.stats().num_preemptions
     for name, output in found.items():
         assert output.token_ids == plain[name].token_ids, name
         assert output.finish_reason == plain[name].finish_reason
