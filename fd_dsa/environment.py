@@ -178,6 +178,13 @@ def launches_overlap() -> bool:
     return switch("FD_DSA_PDL") is not False
 
 
+def keep_nccl_off_multicast() -> None:
+    """Let NCCL do without NVLink multicast, which not every machine grants; call it before NCCL is
+    loaded. A value that the user has set stays.
+    """
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+
+
 def heaps_are_chosen() -> bool:
     """True where the environment says how many heaps glibc's allocator is to have."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")

@@ -55,7 +55,10 @@ enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributeNonPortableClusterSizeAllowed
 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrMultiProcessorCount,
@@ -65,6 +68,7 @@ struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -74,6 +78,11 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   int numAttrs;
 };
+
+// What a launch keeps between two fibers; `thread_local` lets several threads launch at once.
+#ifndef EMULATED_STATE
+#define EMULATED_STATE
+#endif
 
 namespace emulated {
 
@@ -126,18 +135,18 @@ struct Fiber {
 };
 
 // bytes that all threads have loaded by instructions with a hint, which rows of scores are
-inline uint64_t bytes_loaded = 0;
+inline EMULATED_STATE uint64_t bytes_loaded = 0;
 
-inline Fiber* current;
-inline jmp_buf scheduler;
-inline std::function<void()> body;
+inline EMULATED_STATE Fiber* current;
+inline EMULATED_STATE jmp_buf scheduler;
+inline EMULATED_STATE std::function<void()> body;
 
 // What happens by itself after some rounds of the scheduler: copies that nobody waits for.
 struct Later {
   int rounds;
   std::function<void()> happen;
 };
-inline std::vector<Later> later;
+inline EMULATED_STATE std::vector<Later> later;
 
 inline void let_time_pass() {
   for (size_t i = 0; i < later.size();) {
@@ -205,7 +214,7 @@ inline void end(Fiber& fiber) {
 
 // Runs all threads of a cluster to their end.
 inline void run(std::vector<std::unique_ptr<Fiber>>& fibers) {
-  static uint32_t seed = 1;
+  static EMULATED_STATE uint32_t seed = 1;
   size_t left = fibers.size();
   // rounds without an end of a thread: a barrier that some never reach
   for (int idle = 0; left > 0; ++idle) {
@@ -360,6 +369,8 @@ inline int __clz(uint32_t value) { return value == 0 ? 32 : __builtin_clz(value)
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(uint32_t value) { return __builtin_ffs(static_cast<int>(value)); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float value) { return std::sqrt(value); }
 inline float __frsqrt_rn(float value) { return 1 / std::sqrt(value); }
 inline float __uint_as_float(uint32_t bits) {
   float value;

@@ -1,0 +1,60 @@
+// All-reduce of a step's rows over memory that the ranks of one machine share, alone or with the
+// residual add, RMSNorm and quantisation after it: the C ABI of its launcher.
+#pragma once
+
+#include <cstdint>
+
+// Rows of bfloat16 that every rank has a part of. The sum is in float32, in the order of ranks, and
+// rounded once, so all ranks get the same bits. Layout and size are part of the ABI.
+//
+// A rank's memory has `fd_dsa_all_reduce_memory` bytes: 256 for its state, zero at first, then two
+// buffers, which launches use in turn, of a slot for each rank, with every byte 0xff at first.
+extern "C" struct FdDsaAllReduce {
+  // the memory of each rank as this rank sees it, in the order of ranks
+  void* ranks[8];
+  // bfloat16 [num_rows, width], 16-byte aligned as all rows here; this rank's part
+  const void* x;
+  // bfloat16 [num_rows, width], may be `x` or `residual`: the sum, plus `residual` where there is
+  // one, rounded again
+  void* out;
+  // all null, or the residual, float32 [width], and bfloat16 [num_rows, width]: `out` normed
+  const void* residual;
+  const float* weight;
+  void* normed;
+  // null, or `normed` as FP8: e4m3 [num_rows, width], and float32 [width / 128, scale_stride]
+  void* codes;
+  float* scales;
+  // in host memory: one more than the rank that did not come, before the launch fails
+  uint32_t* late;
+  // how long a launch waits for other ranks; then it ends by a trap
+  uint64_t timeout_ns;
+  int32_t rank;
+  // 2, 4 or 8
+  int32_t size;
+  int32_t num_rows;
+  // a multiple of 8, at most 8192
+  int32_t width;
+  // of a slot, 8 values each: at least num_rows * width / 8
+  int32_t slot_vectors;
+  int32_t scale_stride;
+  // 0: as many as the device has multiprocessors; all of them must run at once
+  int32_t max_blocks;
+  // 1: each row is summed by one rank, which sends the sum; else every rank sums all rows
+  int32_t is_two_shot;
+  // 1: scales of FP8 are powers of two
+  int32_t round_scales;
+  // 1: the launch may begin before the one before it has ended, for which it waits itself
+  int32_t starts_early;
+  float epsilon;
+};
+
+static_assert(sizeof(FdDsaAllReduce) == 184, "fd_dsa.distributed.shared_memory has the same");
+
+// Every rank calls it with the same sizes, in the same order. Returns a cudaError_t, 0 = success.
+// Allocates nothing, waits for nothing, can be captured.
+extern "C" int fd_dsa_all_reduce_cuda(const FdDsaAllReduce* job, void* stream);
+
+extern "C" int64_t fd_dsa_all_reduce_memory(int size, int slot_vectors);
+
+// Size of the structure, which a caller in another language compares with its own.
+extern "C" int fd_dsa_all_reduce_bytes();

@@ -1,0 +1,130 @@
+"""NCCL through ctypes: the library that the process has loaded, or that is installed."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fd_dsa.environment import keep_nccl_off_multicast
+from fd_dsa.errors import BackendUnavailable, DeviceError, DtypeError
+from fd_dsa.triton_runtime.driver import cuda
+
+UNIQUE_ID_BYTES = 128
+_SONAME = "libnccl.so.2"
+_UINT8, _SUM = 1, 0
+_TYPES = {"uint8": _UINT8, "int32": 2, "int64": 4, "float16": 6, "float32": 7, "bfloat16": 9}
+
+
+class _UniqueId(ctypes.Structure):
+    _fields_ = (("internal", ctypes.c_ubyte * UNIQUE_ID_BYTES),)
+
+
+def new_unique_id() -> bytes:
+    """What brings the ranks of a communicator together; one process makes it for all.
+
+    Raises:
+        BackendUnavailable: no NCCL is found.
+        DeviceError: NCCL finds no network interface to be called on.
+    """
+    made = _UniqueId()
+    _check(_library().ncclGetUniqueId(ctypes.byref(made)), "ncclGetUniqueId")
+    return bytes(made.internal)
+
+
+class Communicator:
+    """Collectives of some processes, one a GPU; one thread at a time.
+
+    Args:
+        rank, size: of this process, and how many there are.
+        unique_id: of `new_unique_id`, the same on all ranks.
+        device: index of the GPU.
+
+    Raises:
+        BackendUnavailable, DeviceError: see `new_unique_id`; or two ranks have the same GPU.
+    """
+
+    def __init__(self, rank: int, size: int, unique_id: bytes, device: int) -> None:
+        self._handle, self._device = ctypes.c_void_p(), device
+        arguments = ctypes.c_int(size), _UniqueId.from_buffer_copy(unique_id), ctypes.c_int(rank)
+        with cuda().context(device):
+            code = _library().ncclCommInitRank(ctypes.byref(self._handle), *arguments)
+        _check(code, f"ncclCommInitRank of rank {rank} of {size}")
+
+    def all_reduce(self, at: int, count: int, dtype: str, stream: ctypes.c_void_p) -> None:
+        """Queue the sum of `count` values over all ranks, in place.
+
+        Raises:
+            DtypeError: NCCL has no such type.
+        """
+        if dtype not in _TYPES:
+            raise DtypeError(f"all_reduce: got {dtype}, allowed are {', '.join(_TYPES)}")
+        place, kind = ctypes.c_void_p(at), ctypes.c_int(_TYPES[dtype])
+        self._call("ncclAllReduce", place, place, ctypes.c_size_t(count), kind, _SUM, stream)
+
+    def all_gather(self, source: int, target: int, num_bytes: int, stream: Any) -> None:
+        """Queue a copy of `num_bytes` of every rank to `target`, in the order of ranks."""
+        places, kind = (ctypes.c_void_p(source), ctypes.c_void_p(target)), ctypes.c_int(_UINT8)
+        self._call("ncclAllGather", *places, ctypes.c_size_t(num_bytes), kind, stream)
+
+    def abort(self) -> None:
+        """End what still runs or waits, without the other ranks; nothing can follow."""
+        self._end("ncclCommAbort")
+
+    def destroy(self) -> None:
+        """Free everything after all collectives have ended; may be called twice."""
+        self._end("ncclCommDestroy")
+
+    def _end(self, name: str) -> None:
+        handle, self._handle = self._handle, ctypes.c_void_p()
+        if handle.value:
+            with cuda().context(self._device):
+                getattr(_library(), name)(handle)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        """A collective on the stream that is the last argument."""
+        *values, stream = arguments
+        with cuda().context(self._device):
+            code = getattr(_library(), name)(*values, self._handle, stream)
+        _check(code, name)
+
+
+def _check(code: int, what: str) -> None:
+    """Raise DeviceError with NCCL's text if it returned an error."""
+    if code:
+        library, texts = _library(), []
+        library.ncclGetErrorString.restype = library.ncclGetLastError.restype = ctypes.c_char_p
+        for text in (library.ncclGetErrorString(code), library.ncclGetLastError(None)):
+            texts += [text.decode().strip()] if text and text.strip() else []
+        raise DeviceError(f"{what}: NCCL error {code}: {'; '.join(texts)}")
+
+
+@cache
+def _library() -> Any:
+    """The library; one that the process has loaded comes first."""
+    keep_nccl_off_multicast()
+    for path in (*_loaded(Path("/proc/self/maps")), *_installed(), _SONAME):
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    raise BackendUnavailable(
+        f"no NCCL ({_SONAME}), without which GPUs do not work together; "
+        "pip install nvidia-nccl-cu12, or -cu13 for CUDA 13"
+    )
+
+
+def _loaded(maps: Path) -> Iterator[str]:
+    """Path of the NCCL that a process has loaded."""
+    yield from re.findall(r"\s(/\S*libnccl\.so\S*)$", maps.read_text(), re.MULTILINE)[:1]
+
+
+def _installed() -> Iterator[Path]:
+    """Where the package index's NCCL is, on which torch and paddlepaddle-gpu depend."""
+    spec = find_spec("nvidia")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        yield Path(folder, "nccl", "lib", _SONAME)
