@@ -20,6 +20,7 @@ from fd_dsa.distributed import nccl
 from fd_dsa.distributed.device import DeviceGroup
 from fd_dsa.triton_runtime.driver import cuda
 from tests.custom_ops.building import emulated_library
+from tests.distributed.sums import sum_of
 
 NO_PEER_ACCESS = 217
 
@@ -115,26 +116,6 @@ class HostNccl:
 
     def ncclGetLastError(self, handle: Any) -> bytes:
         return b""
-
-
-def widened(bits: np.ndarray) -> np.ndarray:
-    """float32 of the bits of bfloat16."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def rounded(values: np.ndarray) -> np.ndarray:
-    """Bits of the nearest bfloat16."""
-    bits = values.astype(np.float32).view(np.uint32)
-    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FFF, nearest).astype(np.uint16)
-
-
-def sum_of(parts: list[np.ndarray]) -> np.ndarray:
-    """Bits of the sum in float32, in order, rounded once."""
-    total = widened(parts[0])
-    for part in parts[1:]:
-        total = total + widened(part)
-    return rounded(total)
 
 
 def empty_on_host(shape: tuple[int, ...], dtype: str) -> Any:

@@ -16,7 +16,8 @@ from fd_dsa import custom_ops
 from fd_dsa.distributed import shared_memory
 from fd_dsa.distributed.device import DeviceGroup
 from fd_dsa.ops._dense_kernels import quantize_rows
-from tests.distributed.host_gpus import HostGpus, rounded, sum_of, widened
+from tests.distributed.host_gpus import HostGpus
+from tests.distributed.sums import rounded, sum_of, widened
 from tests.kernel_memory import open_memory
 
 pytestmark = pytest.mark.triton

@@ -1,0 +1,154 @@
+"""What a rank checks on its GPU; `test_gpu_ranks` starts the ranks and compares what they found."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.errors import DeviceError
+from tests.distributed.gpu_ranks import Rank
+from tests.distributed.sums import rounded, sum_of, widened
+
+# the last one that our own all-reduce takes is 146; a row is 7,168 values
+TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 33, 34, 66, 67, 100, 128, 146, 147, 333, 1024, 3000, 8192)
+WIDTH = 7168
+# of a graph: sizes in turn, so that clusters, single blocks and two shots follow each other
+IN_TURN, TURNS, REPEATS = (1, 128, 1, 16, 5, 1), 10, 10_000
+_BLOCK = 512
+
+
+@cache
+def part(rank: int, rows: int, width: int = WIDTH) -> np.ndarray:
+    """Bits of a rank's part: magnitudes of 2^-9 to 2^6, signs and mantissas at random."""
+    bits = np.random.default_rng([rank, rows]).integers(0, 1 << 16, (rows, width), np.uint16)
+    return bits & 0x807F | (118 + (bits >> 7) % 16) << 7
+
+
+def digest(array: np.ndarray) -> str:
+    """Of its bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+
+def check_sums(rank: Rank) -> dict[str, str]:
+    """Every size against float64; our own sums also against float32 in the order of ranks."""
+    group, found = rank.group(), {}
+    for tokens in TOKENS:
+        # large ones repeat some rows
+        rows = min(tokens, _BLOCK)
+        parts = [part(r, rows) for r in range(rank.size)]
+        own = np.resize(parts[rank.rank], (tokens, WIDTH))
+        out = rank.memory.get(group.all_reduce(rank.memory.put(own, "bfloat16")))
+        exact = np.sum([widened(p) for p in parts], 0, np.float64)
+        room = np.sum([np.abs(widened(p)) for p in parts], 0, np.float64)
+        in_order = sum_of(parts)
+        for first in range(0, tokens, rows):
+            some = out[first : first + rows]
+            bound = 2.0**-8 * (np.abs(exact) + 2.0**-12 * room)
+            if tokens > 146:
+                # NCCL rounds after every rank
+                bound = rank.size * 2.0**-9 * room
+            assert (np.abs(widened(some) - exact[: len(some)]) <= bound[: len(some)]).all(), tokens
+            if tokens <= 146:
+                np.testing.assert_array_equal(some, in_order[: len(some)], f"{tokens} tokens")
+        found[f"{tokens}"] = digest(out)
+    gathered = rank.memory.get(group.all_gather(rank.memory.put(part(rank.rank, 3))))
+    np.testing.assert_array_equal(gathered, [part(r, 3) for r in range(rank.size)])
+    group.barrier()
+    group.close()
+    return found
+
+
+def check_repeats(rank: Rank) -> dict[str, str]:
+    """Ten thousand all-reduces of a graph, and some eager ones, give the same bits."""
+    group, sums = rank.group(), {}
+    sources = {t: rank.memory.put(part(rank.rank, t), "bfloat16") for t in set(IN_TURN)}
+    targets = [rank.memory.poisoned((t, WIDTH), "bfloat16") for t in IN_TURN * TURNS]
+
+    def work() -> None:
+        for tokens, target in zip(IN_TURN * TURNS, targets, strict=True):
+            rank.copy(target, sources[tokens])
+            group.all_reduce(target)
+
+    for tokens in set(IN_TURN):
+        sums[tokens] = sum_of([part(r, tokens) for r in range(rank.size)])
+
+    def check() -> None:
+        for tokens, target in zip(IN_TURN * TURNS, targets, strict=True):
+            assert np.array_equal(rank.memory.get(target), sums[tokens]), f"{tokens} tokens"
+
+    for _ in range(5):
+        work()
+        check()
+    replay = rank.capture(work)
+    for number in range(REPEATS // len(targets) + 1):
+        replay()
+        # between two looks launches follow each other without the host
+        if number % 8 == 7:
+            check()
+    check()
+    group.close()
+    return {str(tokens): digest(total) for tokens, total in sums.items()}
+
+
+def check_fused(rank: Rank) -> dict[str, str]:
+    """Residual, norm and FP8 in the same launch, against the launches one after another."""
+    from fd_dsa.ops._dense_kernels import add_rms_norm, quantize_rows
+
+    group, found, memory = rank.group(), {}, rank.memory
+    weight = memory.put(np.linspace(0.5, 2, WIDTH, dtype=np.float32))
+    for tokens in (1, 7, 16, 40, 128, 146, 200):
+        hidden = memory.put(part(99, tokens), "bfloat16")
+        for rounds in (None, False, True):
+            own = [memory.put(part(rank.rank, tokens), "bfloat16") for _ in range(2)]
+            total, normed, fp8 = group.add_rms_norm(
+                hidden, own[0], weight, 1e-6, round_scales=rounds
+            )
+            apart = add_rms_norm(hidden, group.all_reduce(own[1]), weight, 1e-6)
+            np.testing.assert_array_equal(memory.get(total), memory.get(apart[0]))
+            values = widened(memory.get(normed)), widened(memory.get(apart[1]))
+            np.testing.assert_allclose(*values, rtol=2.0**-7)
+            found[f"{tokens} {rounds}"] = digest(memory.get(normed))
+            if fp8 is None:
+                continue
+            same = quantize_rows(normed, rounds)
+            np.testing.assert_array_equal(memory.get(fp8.codes), memory.get(same.codes))
+            scales = (memory.get(x.scales)[:, :tokens] for x in (fp8, same))
+            np.testing.assert_array_equal(*scales)
+    group.close()
+    return found
+
+
+def check_absent(rank: Rank) -> str:
+    """The last rank does not come: the others fail, and say for whom they waited."""
+    group, x = rank.group(timeout_s=1), rank.memory.put(rounded(np.ones((1, WIDTH))), "bfloat16")
+    group.barrier()
+    if rank.rank == rank.size - 1:
+        # until the others have given up: its memory must be there
+        time.sleep(4)
+        return "absent"
+    try:
+        group.all_reduce(x)
+        rank.memory.sync()
+    except Exception as error:
+        # torch and Paddle raise errors of their own
+        assert isinstance(error, (DeviceError, RuntimeError, OSError)), error
+    return str(group.failure())
+
+
+def main(argv: list[str]) -> None:
+    """One check on one rank."""
+    rank = Rank(argv)
+    check: Any = globals()[f"check_{rank.arguments[0]}"]
+    rank.finish(check(rank))
+    # a device that has failed cannot be put away
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
