@@ -88,7 +88,7 @@ class Rank:
             self._open_torch()
         else:
             self._open_rig()
-        custom_ops.use_library(build_library(["90"]))
+        custom_ops.use_library(build_library())
         self.memory = open_memory(memory)
         # what the first allocations get is poison
         self.memory.poisoned((256 << 20,), "uint8")

@@ -24,7 +24,7 @@ def library() -> None:
 
     if not SIZES:
         pytest.skip(f"{num_gpus()} GPUs on this machine, 2 are needed")
-    build_library(["90"])
+    build_library()
 
 
 def _run(size: int, memory: str, check: str) -> list[Any]:

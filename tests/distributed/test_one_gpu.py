@@ -36,14 +36,13 @@ class OneGpu:
         from tests.kernel_memory import open_memory
 
         self.size, self.memory, self._torch = size, open_memory("torch"), torch
-        kernels = ctypes.CDLL(str(build_library(["90"])))
+        kernels = ctypes.CDLL(str(build_library()))
         self._late = torch.zeros(1, dtype=torch.int32).pin_memory()
         late = self._late.numpy().view(np.uint32)
         self.ranks = [PeerAllReduce(kernels, rank, size, late, 10) for rank in range(size)]
         shape = (self.ranks[0].memory_bytes,)
-        self._shared = [
-            torch.full(shape, 255, dtype=torch.uint8, device="cuda") for _ in range(size)
-        ]
+        full = partial(torch.full, shape, 255, dtype=torch.uint8, device="cuda")
+        self._shared = [full() for _ in range(size)]
         blocks = torch.cuda.get_device_properties(0).multi_processor_count // size
         for rank, memory in zip(self.ranks, self._shared, strict=True):
             memory[:256] = 0
@@ -101,7 +100,9 @@ def test_ten_thousand_replays_give_the_same_bits(size: int) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    for number in range(10_000 // len(pairs) + 1):
+    # a memory checker follows few of them
+    replays = 10_000 // len(pairs) + 1 if gpu.memory.large else 20
+    for number in range(replays):
         graph.replay()
         if number % 100 == 0:
             for rows, (_, outs) in zip(SIZES_IN_TURN, pairs, strict=True):

@@ -1,0 +1,58 @@
+"""All-reduce of a decode step's rows among the GPUs of a machine: our own beside NCCL's. P30.
+
+    python -m benchmarks.all_reduce 2        # GPUs; and 4
+    python -m benchmarks.all_reduce 2 --out DIR
+
+On Paddle's CPU wheel and the test plug-in. Each figure is a call of a graph of many, which follow
+each other: bfloat16 rows of 7,168 values, alone and with the residual add, RMSNorm and FP8
+quantisation after it, which beside NCCL are a launch of their own. Writes all_reduce_<GPUs>.json of
+benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._harness import RESULTS, environment, write_json
+from tests.distributed.gpu_ranks import run_ranks
+
+_TIMEOUT_S = 400
+
+
+def line(entry: dict[str, Any]) -> str:
+    """An entry as text."""
+    times = "  ".join(f"{k[:-3]} {v:.2f}" for k, v in entry.items() if k.endswith("_us"))
+    return f"{entry['tokens']:4} tokens, {entry['kib']:6.0f} KiB, us: {times}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("gpus", type=int, choices=[2, 4, 8])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    args = parser.parse_args(argv)
+    from custom_ops.build_library import build_library
+    from tests.gpu_rig.build import build
+
+    # before several ranks build them
+    build_library()
+    build("real")
+    by_rank = run_ranks("benchmarks._all_reduce", args.gpus, "rig", timeout_s=_TIMEOUT_S)
+    # the slowest rank is what a step waits for
+    cases = [
+        {key: max(entry[key] for entry in entries) for key in entries[0]}
+        for entries in zip(*by_rank, strict=True)
+    ]
+    print(*map(line, cases), sep="\n")
+    name = f"all_reduce_{args.gpus}"
+    result = {"name": name, "tier": "T1p", "env": environment(), "gpus": args.gpus, "cases": cases}
+    write_json(args.out / f"{name}.json", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
