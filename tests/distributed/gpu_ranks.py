@@ -93,12 +93,12 @@ class Rank:
         # what the first allocations get is poison
         self.memory.poisoned((256 << 20,), "uint8")
 
-    def group(self, name: str = "", timeout_s: float = 60) -> Any:
+    def group(self, name: str, timeout_s: float = 60) -> Any:
         """A group of all ranks; each has a name of its own."""
         from fd_dsa.distributed.device import DeviceGroup
         from fd_dsa.distributed.nccl import new_unique_id
 
-        path = self._folder / f"id{name}"
+        path = self._folder / f"{name}.id"
         if self.rank == 0:
             unfinished = path.with_suffix(".unfinished")
             unfinished.write_bytes(new_unique_id())
@@ -142,6 +142,9 @@ class Rank:
         from tests.gpu_rig import load
 
         rig = load("real")
+        import paddle
+
+        paddle.set_device(rig.device)
         from fd_dsa.runner.decode_graphs import PaddleCapture
         from fd_dsa.step.device import paddle_allocator
 

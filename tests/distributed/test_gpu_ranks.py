@@ -1,4 +1,4 @@
-"""A group of processes with a GPU each, on GPUs: sums, repeats, graphs, a rank that is absent.
+"""Processes with a GPU each: sums, repeats of a graph, the fused form, a rank that is absent.
 
 The rig's processes load their plug-in themselves, so both kinds run in one session:
 `pytest -m gpu tests/distributed`.
@@ -7,13 +7,13 @@ The rig's processes load their plug-in themselves, so both kinds run in one sess
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import pytest
 
 from tests.distributed.gpu_ranks import num_gpus, run_ranks
 
 pytestmark = pytest.mark.gpu
+TIMEOUT_S = 150
 SIZES = [size for size in (2, 4, 8) if size <= num_gpus()]
 
 
@@ -27,7 +27,10 @@ def library() -> None:
     build_library()
 
 
-def _run(size: int, memory: str, check: str) -> list[Any]:
+@pytest.mark.parametrize("memory", ["torch", "rig"])
+@pytest.mark.parametrize("size", SIZES or [2])
+def test_all_ranks_have_the_same_bits(size: int, memory: str) -> None:
+    checks = ["sums", "repeats", "absent"]
     if memory == "rig":
         if importlib.util.find_spec("paddle") is None:
             pytest.skip("not installed: paddle")
@@ -35,25 +38,9 @@ def _run(size: int, memory: str, check: str) -> list[Any]:
 
         # before two ranks build it at the same time
         build("real")
-    return run_ranks("tests.distributed.rank_checks", size, memory, check, timeout_s=120)
-
-
-@pytest.mark.parametrize("memory", ["torch", "rig"])
-@pytest.mark.parametrize("check", ["sums", "repeats"])
-@pytest.mark.parametrize("size", SIZES or [2])
-def test_all_ranks_have_the_same_bits(size: int, memory: str, check: str) -> None:
-    first, *others = _run(size, memory, check)
-    assert all(other == first for other in others)
-
-
-@pytest.mark.parametrize("size", SIZES or [2])
-def test_residual_and_norm_in_the_same_launch(size: int) -> None:
-    first, *others = _run(size, "rig", "fused")
-    assert all(other == first for other in others)
-
-
-@pytest.mark.parametrize("memory", ["torch", "rig"])
-@pytest.mark.parametrize("size", SIZES or [2])
-def test_a_rank_that_does_not_come_is_named(size: int, memory: str) -> None:
+        checks.insert(0, "fused")
+    module = "tests.distributed.rank_checks"
+    found = run_ranks(module, size, memory, *checks, timeout_s=TIMEOUT_S)
     said = f"rank {size - 1} did not come to an all-reduce for 1 s"
-    assert _run(size, memory, "absent") == [said] * (size - 1) + ["absent"]
+    assert [one.pop("absent") for one in found] == [said] * (size - 1) + ["absent"]
+    assert all(one == found[0] for one in found)
