@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,26 +106,21 @@ def _check(code: int, what: str) -> None:
 
 @cache
 def _library() -> Any:
-    """The library; one that the process has loaded comes first."""
+    """The library that the process has loaded, or else one that is found."""
     keep_nccl_off_multicast()
-    for path in (*_loaded(Path("/proc/self/maps")), *_installed(), _SONAME):
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:
-            continue
+    for path in _candidates(Path("/proc/self/maps").read_text()):
+        with suppress(OSError):
+            return ctypes.CDLL(path)
     raise BackendUnavailable(
         f"no NCCL ({_SONAME}), without which GPUs do not work together; "
         "pip install nvidia-nccl-cu12, or -cu13 for CUDA 13"
     )
 
 
-def _loaded(maps: Path) -> Iterator[str]:
-    """Path of the NCCL that a process has loaded."""
-    yield from re.findall(r"\s(/\S*libnccl\.so\S*)$", maps.read_text(), re.MULTILINE)[:1]
-
-
-def _installed() -> Iterator[Path]:
-    """Where the package index's NCCL is, on which torch and paddlepaddle-gpu depend."""
+def _candidates(maps: str) -> Iterator[str]:
+    """Where NCCL is: in the process, by its maps; where pip puts it; where the system has it."""
+    yield from re.findall(r"\s(/\S*libnccl\.so\S*)$", maps, re.MULTILINE)[:1]
     spec = find_spec("nvidia")
     for folder in (spec and spec.submodule_search_locations) or ():
-        yield Path(folder, "nccl", "lib", _SONAME)
+        yield f"{folder}/nccl/lib/{_SONAME}"
+    yield _SONAME

@@ -1,7 +1,11 @@
-"""`python -m fd_dsa.doctor`: what is installed, what serves each operator, and a self-check."""
+"""`python -m fd_dsa.doctor`: what is installed, what serves each operator, and a self-check.
+
+With `--plan`: what the GPUs of a group would hold of a model.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import shutil
@@ -9,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from fd_dsa import __version__
@@ -44,6 +49,21 @@ def build_parser() -> Parser:
     parser.add_argument("--device", help="cpu, gpu:0 or a custom device; default: the best one")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FOLDER",
+        help="print what each GPU would hold of a model with this config.json, and check nothing",
+    )
+    parser.add_argument(
+        "-tp",
+        "--tensor-parallel-size",
+        type=int,
+        help="GPUs that share the model of --plan; default: 1",
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, help="share of a GPU's memory; default: 0.9"
+    )
+    parser.add_argument(
         "--fastdeploy",
         action="store_true",
         help="list what the plug-in looks for in FastDeploy; status 1 unless fd_dsa serves there",
@@ -62,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = build_parser().parse_args(argv)
-    except ConfigError as error:
+        if args.plan is not None:
+            return _plan(args)
+        if args.tensor_parallel_size or args.gpu_memory_utilization:
+            raise ConfigError("--tensor-parallel-size, --gpu-memory-utilization: give --plan, too")
+    except FdDsaError as error:
         return fail(str(error), EXIT_BAD_START)
     try:
         if args.fastdeploy:
@@ -78,6 +102,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(text)
     serves = found["fastdeploy"]["serves"] or not args.fastdeploy
     return _OK if found["healthy"] and serves else _BAD
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Print what `--plan` asks for; 0, or raises ConfigError.
+
+    Raises:
+        BackendUnavailable: Paddle or Triton is not there.
+    """
+    require_packages()
+    from fd_dsa.doctor.plan import as_text, plan
+
+    with quiet():
+        found = plan(args.plan, args.tensor_parallel_size or 1, args.gpu_memory_utilization or 0.9)
+    sys.stdout.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
+    return _OK
 
 
 def examine(device: str | None = None) -> dict[str, Any]:
@@ -143,10 +182,7 @@ def device_to_check(asked: str | None) -> str:
     Raises:
         BackendUnavailable: a package is missing, or Paddle has no such device.
     """
-    for package, cure in _NEEDED.items():
-        if find_spec(package) is None:
-            raise BackendUnavailable(f"{package} is not installed; {cure}, then run this again")
-    prepare_cpu_runtime()
+    require_packages()
     # Triton, which this imports, was looked for above
     from fd_dsa.step.device import paddle_device_counts
 
@@ -159,6 +195,18 @@ def device_to_check(asked: str | None) -> str:
     raise BackendUnavailable(
         f"--device: got {asked!r}, the installed Paddle has: {', '.join(['cpu', *devices])}"
     )
+
+
+def require_packages() -> None:
+    """Import Paddle, where it and all others are installed.
+
+    Raises:
+        BackendUnavailable: a package is missing.
+    """
+    for package, cure in _NEEDED.items():
+        if find_spec(package) is None:
+            raise BackendUnavailable(f"{package} is not installed; {cure}, then run this again")
+    prepare_cpu_runtime()
 
 
 def not_checked(device: str, gpu: dict[str, str] | None, interpreting: bool) -> str:

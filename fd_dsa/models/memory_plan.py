@@ -20,6 +20,16 @@ _WIDTHS = {"float32": 4, "bfloat16": 2}
 NEVER_FP8 = "kv_b_proj.weight", "indexer.wk.weight"
 """Ends of the names of matrices that a device holds unquantised: halves of the heads of the one
 cross its blocks, and the other shares a launch with a matrix that no checkpoint quantises."""
+# the first that fits a tensor's name; ranks split all of them but the embedding
+_PARTS = {
+    "routed experts": re.compile(r"\.experts\."),
+    "shared experts": re.compile(r"\.shared_experts\."),
+    "dense MLPs": re.compile(r"\.mlp\.\w+_proj\."),
+    "attention by heads": re.compile(r"\.(q_b|kv_b|o)_proj\.weight$"),
+    "head": re.compile(r"\bhead\.weight$|^lm_head\."),
+    "embedding": re.compile(r"embed_tokens\."),
+}
+_OTHERS = "indexers, routers, others"
 # what the driver keeps for a graph of some thousand launches
 _GRAPH_BYTES = 4 << 20
 
@@ -78,25 +88,33 @@ def format_bytes(num_bytes: float) -> str:
 def weight_bytes(
     config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
 ) -> int:
-    """Bytes of a model's weights as held.
+    """Bytes of a model's weights as held; arguments as of `weight_parts`."""
+    return sum(weight_parts(config, dtype, fp8).values())
+
+
+def weight_parts(
+    config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
+) -> dict[str, int]:
+    """Bytes of a model's weights as held, by the part of the model that they belong to.
 
     Args:
-        config: of the model.
+        config: of the model; of one rank where several share it.
         dtype: of all matrices but those in `fp8`; vectors are float32. A CPU holds everything in
             float32 whatever the checkpoint stores.
         fp8: names of tensors whose values are one byte, with a scale for each block. The few that
             are held in `dtype` all the same (kv_b_proj and wk) count there.
     """
-    width, total = _WIDTHS[dtype], 0
+    width, parts = _WIDTHS[dtype], dict.fromkeys((*_PARTS, _OTHERS), 0)
     for name, tensor in expected_tensors(config).items():
         if len(tensor.shape) == 1:
-            total += 4 * tensor.num_elements
+            size = 4 * tensor.num_elements
         elif name in fp8 and not name.endswith(NEVER_FP8):
             blocks = num_blocks(tensor.shape, (BLOCK, BLOCK))
-            total += tensor.num_elements + 4 * math.prod(blocks)
+            size = tensor.num_elements + 4 * math.prod(blocks)
         else:
-            total += width * tensor.num_elements
-    return total
+            size = width * tensor.num_elements
+        parts[next((p for p, names in _PARTS.items() if names.search(name)), _OTHERS)] += size
+    return parts
 
 
 def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -> int:

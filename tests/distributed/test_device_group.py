@@ -33,7 +33,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostGpus]:
 
 def shapes_for(size: int) -> list[tuple[int, int]]:
     """Those that ranks take turns at within a second or two."""
-    return [(rows, width) for rows, width in SHAPES if size < 8 or rows * width <= 2048]
+    return [(rows, width) for rows, width in SHAPES if size < 4 or rows * width <= 3072]
 
 
 def part(rank: int, number: int, rows: int, width: int) -> np.ndarray:

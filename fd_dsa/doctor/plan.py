@@ -1,0 +1,142 @@
+"""`fd-dsa doctor --plan FOLDER -tp N`: what each GPU would hold of a model, and which have room.
+
+The sizes are those that the engine plans with; no GPU is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fd_dsa.config import EngineConfig
+from fd_dsa.errors import ConfigError
+
+GPU_GIB = (80, 96, 141, 180, 288)
+"""Of H100; H20, GH200; H200; B200; B300. A GPU sold with so many GB has about as many GiB."""
+_CACHES = ("bfloat16", "fp8_ds_mla")
+# Hopper's capability, multiprocessors, bytes of shared memory
+_TRAITS = 90, 132, 227 << 10
+
+
+def plan(folder: Path, ranks: int, utilization: float) -> dict[str, Any]:
+    """What each of some GPUs would hold, and what fits, with the defaults of all other flags.
+
+    Args:
+        folder: with config.json. Where no weights are beside it, those are FP8 that config.json
+            names as quantised.
+        ranks: GPUs that share the model.
+        utilization: as --gpu-memory-utilization.
+
+    Returns:
+        `model`, `layers`, `ranks`, `utilization`, `max_model_len`, `has_weights`, `parts` (part of
+        the model -> bytes of weights on each GPU), and `caches`, of each type of caches
+        `bytes_per_token`, `graph_bytes`, `workspace_bytes` and `gpus`: memory in GiB -> `tokens`
+        that the caches would hold, 0 where it does not fit, and `why_not`.
+
+    Raises:
+        ConfigError: a flag, config.json, the checkpoint, or a model that cannot be split so.
+    """
+    from fd_dsa.models.configs import open_checkpoint, read_config
+    from fd_dsa.models.loader import check_blocks, fp8_tensors, quantisable_tensors
+    from fd_dsa.models.memory_plan import weight_parts
+
+    configs = [
+        EngineConfig(
+            folder,
+            tensor_parallel_size=ranks,
+            kv_cache_dtype=kind,
+            gpu_memory_utilization=utilization,
+        ).on_device("gpu:0")
+        for kind in _CACHES
+    ]
+    whole = read_config(folder)
+    fp8, has_weights = quantisable_tensors(whole), any(folder.glob("*.safetensors"))
+    if has_weights:
+        with open_checkpoint(whole, folder) as checkpoint:
+            fp8 = fp8_tensors(checkpoint, whole)
+    check_blocks(whole, ranks, fp8)
+    model = whole.split(ranks)
+    parts = weight_parts(model, configs[0].dtype, fp8)
+    return {
+        "model": str(folder),
+        "layers": model.num_hidden_layers,
+        "ranks": ranks,
+        "utilization": utilization,
+        "max_model_len": model.max_position_embeddings,
+        "has_weights": has_weights,
+        "parts": parts,
+        "caches": {one.kv_cache_dtype: _caches(one, model, sum(parts.values())) for one in configs},
+    }
+
+
+def _caches(config: EngineConfig, model: Any, weight_bytes: int) -> dict[str, Any]:
+    """What is beside the weights, with caches of one type, and what fits on each GPU."""
+    from fd_dsa.engine.caches import family_of
+    from fd_dsa.models.memory_plan import graph_bytes, plan_memory
+    from fd_dsa.runner.device_draws import draw_bytes
+    from fd_dsa.runner.input_batch import InputBatch
+    from fd_dsa.triton_runtime.driver import GpuTraits
+
+    family, longest = family_of(model), model.max_position_embeddings
+    family.check_flags(config, model)
+    blocks = -(-longest // config.block_size)
+    batch = InputBatch(config.max_num_seqs, config.num_batched_tokens, blocks, config.block_size)
+    caches = family(config, model, batch)
+    workspace = caches.workspace_bytes(GpuTraits(*_TRAITS))
+    workspace += draw_bytes(config.max_num_seqs, model.vocab_size)
+    graphs, gpus = graph_bytes(model, config.capture_sizes, longest), {}
+    for gib in GPU_GIB:
+        gpus[gib] = {"tokens": 0, "why_not": ""}
+        try:
+            memory = plan_memory(
+                config,
+                weight_bytes=weight_bytes,
+                bytes_per_block=caches.bytes_per_block,
+                max_model_len=longest,
+                graph_bytes=graphs,
+                free_bytes=int(config.gpu_memory_utilization * (gib << 30)) - workspace,
+                takes_all=True,
+            )
+            gpus[gib]["tokens"] = memory.num_blocks * memory.block_size
+        except ConfigError as error:
+            gpus[gib]["why_not"] = str(error)
+    return {
+        "bytes_per_token": caches.bytes_per_block // config.block_size,
+        "graph_bytes": graphs,
+        "workspace_bytes": workspace,
+        "gpus": gpus,
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The plan for a person."""
+    return "\n".join(_lines(found)) + "\n"
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    kinds = found["caches"]
+    first = next(iter(kinds.values()))
+    source = "its weights" if found["has_weights"] else "config.json alone"
+    yield f"{found['model']}: {found['layers']} layers, by {source}"
+    yield f"on each of {found['ranks']} GPUs, GiB:"
+    sizes = found["parts"] | {"weights in all": sum(found["parts"].values())}
+    sizes |= {"graphs, at most": first["graph_bytes"], "work memory": first["workspace_bytes"]}
+    yield from (f"  {part:<25} {size / 2**30:7.2f}" for part, size in sizes.items())
+    each = (f"{one['bytes_per_token'] / 1024:.1f} in {kind}" for kind, one in kinds.items())
+    yield f"caches of a token, KiB: {', '.join(each)}"
+    yield (
+        f"tokens that the caches hold, in {found['utilization']:.0%} of a GPU's memory; "
+        f"a request of max_model_len has {found['max_model_len']:,}:"
+    )
+    for gib in first["gpus"]:
+        fits = (_fit(kind, one["gpus"][gib]) for kind, one in kinds.items())
+        # both types fail for the same reason, or only the larger one does
+        yield f"  {gib:>4} GB  {', '.join(dict.fromkeys(fits))}"
+
+
+def _fit(kind: str, gpu: dict[str, Any]) -> str:
+    """What one GPU holds of one type of caches."""
+    if gpu["tokens"]:
+        return f"{gpu['tokens']:,} in {kind}"
+    return f"no: {gpu['why_not'].rpartition('; ')[2]}"
