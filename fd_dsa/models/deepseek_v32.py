@@ -19,7 +19,8 @@ from fd_dsa.ops._linear import added, rows_at
 class DeepseekV32DecoderLayer:
     """Norm, attention, norm, MLP, with residuals.
 
-    A rank's attention and MLP give its part of a sum over all ranks.
+    A rank's attention and MLP give its part of a sum over all ranks, which the norm after them
+    takes.
     """
 
     def __init__(self, config: ModelConfig, layer_id: int, weights: Any) -> None:
@@ -38,21 +39,20 @@ class DeepseekV32DecoderLayer:
     def forward(
         self, hidden_states: Any, change: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
     ) -> tuple[Any, Any, Any]:
-        """Hidden states, the change that the MLP makes to them, and the layer's selection.
+        """Hidden states, this rank's part of the MLP's change to them, and the layer's selection.
 
         Args:
             hidden_states: [num_tokens, hidden_size].
-            change: of the layer before, not yet added; None before the first one.
+            change: this rank's part of that of the layer before; None before the first one.
             cos_sin, forward_meta, shared_indices: as of the attention.
         """
         if change is None:
             normed = self._input_norm.of(hidden_states)
         else:
-            hidden_states, normed = self._input_norm.after(hidden_states, change)
+            hidden_states, normed = self._input_norm.after(hidden_states, change, self._group)
         attended, indices = self.self_attn.forward(normed, cos_sin, forward_meta, shared_indices)
-        hidden_states, normed = self._norm.after(hidden_states, self._group.all_reduce(attended))
-        change = self._group.all_reduce(self.mlp.forward(normed, forward_meta))
-        return hidden_states, change, indices
+        hidden_states, normed = self._norm.after(hidden_states, attended, self._group)
+        return hidden_states, self.mlp.forward(normed, forward_meta), indices
 
 
 class MultiTokenPredictor:
@@ -166,7 +166,7 @@ class DeepseekV32ForCausalLM:
             )
             if selections is not None:
                 selections.add(indices)
-        return added(hidden_states, change)
+        return added(hidden_states, self._weights.group.all_reduce(change))
 
     def compute_logits(self, hidden_states: Any) -> Any:
         """float32 [n, vocab_size] of [n, hidden_size]."""

@@ -84,9 +84,10 @@ class DeviceNorm:
             return rms_norm(x, self.weight, self.epsilon)
         return Normed(*rms_norm_quantized(x, self.weight, self.epsilon, self._round_scales))
 
-    def after(self, hidden_states: Any, change: Any) -> tuple[Any, Any]:
-        """The sum of both, and the sum normed: one launch."""
-        total, normed, fp8 = add_rms_norm(
+    def after(self, hidden_states: Any, change: Any, group: Any) -> tuple[Any, Any]:
+        """As of HostNorm; one launch, also among GPUs where an all-reduce of our own serves."""
+        add = add_rms_norm if group.size == 1 else group.add_rms_norm
+        total, normed, fp8 = add(
             hidden_states, change, self.weight, self.epsilon, round_scales=self._round_scales
         )
         return total, normed if fp8 is None else Normed(normed, fp8)

@@ -45,8 +45,14 @@ class HostNorm:
         """x [num_tokens, width], normed; may be columns of wider rows."""
         return rms_norm(x, self.weight, self.epsilon)
 
-    def after(self, hidden_states: np.ndarray, change: np.ndarray) -> tuple[Any, Any]:
-        """The sum of both, in the memory of `change`, and the sum normed."""
+    def after(self, hidden_states: np.ndarray, change: Any, group: Any) -> tuple[Any, Any]:
+        """The sum of `hidden_states` and of the ranks' changes, and the sum normed.
+
+        Args:
+            change: this rank's part; overwritten.
+            group: the ranks, a `distributed.Group`.
+        """
+        change = group.all_reduce(change)
         change += hidden_states
         return change, rms_norm(change, self.weight, self.epsilon)
 
