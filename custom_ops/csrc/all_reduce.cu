@@ -8,8 +8,6 @@
 //
 // Sources: the LL protocol of NCCL (data as flags); TensorRT-LLM's Lamport all-reduce (one-shot,
 // fused with the norm).
-#include <utility>
-
 #include "all_reduce.h"
 #include "all_reduce_ptx.cuh"
 #include "topk_ptx.cuh"
@@ -132,23 +130,9 @@ struct Slots {
       uint4 found[kAtOnce];
       take(place, first, ~(1u << job.rank >> first), found);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const Vector part(first + i == job.rank ? own : found[i]);
-        if (first + i == 0) {
-          total = part;
-        } else {
-          total.add(part);
-        }
-      }
+      for (int i = 0; i < kAtOnce; ++i) total.add(Vector(first + i == job.rank ? own : found[i]));
     }
     return total.rounded();
-  }
-
-  // What one rank has sent.
-  __device__ __forceinline__ uint4 take_from(int64_t place, int source) const {
-    uint4 found[kAtOnce];
-    take(place, source, 1, found);
-    return found[0];
   }
 };
 
@@ -243,10 +227,9 @@ __global__ void __launch_bounds__(kMostThreads)
   auto* state = static_cast<State*>(job.ranks[job.rank]);
   const uint32_t launches = *static_cast<volatile uint32_t*>(&state->launches);
   const Slots<kSize> slots = {job, launches % 2};
+  const auto place = [&](int row) { return static_cast<int64_t>(row) * vectors + vector; };
   for (int row = group; active && row < job.num_rows; row += grid.groups) {
-    const int64_t place = static_cast<int64_t>(row) * vectors + vector;
-    const int owner = two_shot ? row % kSize : -1;
-    slots.send(place, sendable(x[place]), owner);
+    slots.send(place(row), sendable(x[place(row)]), two_shot ? row % kSize : -1);
   }
   start_next();
   Blocks::wait();
@@ -259,23 +242,23 @@ __global__ void __launch_bounds__(kMostThreads)
   for (int row = two_shot ? group : job.num_rows; active && row < job.num_rows;
        row += grid.groups) {
     if (row % kSize != job.rank) continue;
-    const int64_t place = static_cast<int64_t>(row) * vectors + vector;
-    const uint4 sum = slots.sum(place, sendable(x[place]));
-    slots.send(place, sum, -1);
-    out[place] = sum;
+    const uint4 sum = slots.sum(place(row), sendable(x[place(row)]));
+    slots.send(place(row), sum, -1);
+    out[place(row)] = sum;
   }
   for (int row = group, turn = 0; row < job.num_rows; row += grid.groups, turn ^= 1) {
-    const int64_t place = static_cast<int64_t>(row) * vectors + vector;
-    uint4 sum = {};
-    if (active && !two_shot) sum = slots.sum(place, sendable(x[place]));
-    if (active && two_shot) {
-      const int owner = row % kSize;
-      sum = owner == job.rank ? out[place] : slots.take_from(place, owner);
+    uint4 sum[Slots<kSize>::kAtOnce] = {};
+    if (active && !two_shot) {
+      sum[0] = slots.sum(place(row), sendable(x[place(row)]));
+    } else if (active && row % kSize == job.rank) {
+      sum[0] = out[place(row)];
+    } else if (active) {
+      slots.take(place(row), row % kSize, 1, sum);
     }
     if (job.residual != nullptr) {
-      add_norm<kCluster>(job, grid, row, vector, active, sum, parts + turn * kWarp);
+      add_norm<kCluster>(job, grid, row, vector, active, sum[0], parts + turn * kWarp);
     } else if (active) {
-      out[place] = sum;
+      out[place(row)] = sum[0];
     }
   }
 }
@@ -310,10 +293,11 @@ inline int launch_all_reduce(const Job& job, void* stream) {
   }
   int device = 0, major = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);
-  for (const auto& [value, attribute] :
-       {std::pair{&major, cudaDevAttrComputeCapabilityMajor},
-        std::pair{&most, cudaDevAttrMultiProcessorCount}}) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return static_cast<int>(error);
   if (job.max_blocks > 0) most = job.max_blocks;

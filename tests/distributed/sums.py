@@ -19,7 +19,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 def sum_of(parts: list[np.ndarray]) -> np.ndarray:
     """Bits of the sum in float32, in order, rounded once."""
-    total = widened(parts[0])
-    for part in parts[1:]:
+    total = np.zeros(parts[0].shape, np.float32)
+    for part in parts:
         total = total + widened(part)
     return rounded(total)
