@@ -97,7 +97,7 @@ def test_parts_are_the_whole_and_are_split(tmp_path: Path) -> None:
         (TINY, ["-tp", "3"], "--tensor-parallel-size: got 3, allowed: a divisor of the model's"),
         (TINY, ["-tp", "9"], "--tensor-parallel-size: got 9, allowed: at most 8"),
         (TINY_FP8, ["-tp", "2"], "whole blocks of 128 of FP8 weights"),
-        (TINY, ["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization: got 1.5, allowed"),
+        (TINY, ["-tp", "0"], "--tensor-parallel-size: got 0, allowed: "),
         (TINY | {"hidden_size": -1}, [], "config.json: hidden_size: got -1"),
     ],
 )

@@ -1,7 +1,4 @@
-"""`python -m fd_dsa.doctor`: what is installed, what serves each operator, and a self-check.
-
-With `--plan`: what the GPUs of a group would hold of a model.
-"""
+"""`python -m fd_dsa.doctor`: what is installed, what serves each operator, and a self-check."""
 
 from __future__ import annotations
 
@@ -55,13 +52,7 @@ def build_parser() -> Parser:
         help="print what each GPU would hold of a model with this config.json, and check nothing",
     )
     parser.add_argument(
-        "-tp",
-        "--tensor-parallel-size",
-        type=int,
-        help="GPUs that share the model of --plan; default: 1",
-    )
-    parser.add_argument(
-        "--gpu-memory-utilization", type=float, help="share of a GPU's memory; default: 0.9"
+        "-tp", "--tensor-parallel-size", type=int, default=1, help="GPUs of --plan; default: 1"
     )
     parser.add_argument(
         "--fastdeploy",
@@ -84,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         if args.plan is not None:
             return _plan(args)
-        if args.tensor_parallel_size or args.gpu_memory_utilization:
-            raise ConfigError("--tensor-parallel-size, --gpu-memory-utilization: give --plan, too")
+        if args.tensor_parallel_size != 1:
+            raise ConfigError("--tensor-parallel-size: give --plan FOLDER, too")
     except FdDsaError as error:
         return fail(str(error), EXIT_BAD_START)
     try:
@@ -105,16 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    """Print what `--plan` asks for; 0, or raises ConfigError.
-
-    Raises:
-        BackendUnavailable: Paddle or Triton is not there.
-    """
+    """Print what `--plan` asks for; returns 0."""
     require_packages()
     from fd_dsa.doctor.plan import as_text, plan
 
     with quiet():
-        found = plan(args.plan, args.tensor_parallel_size or 1, args.gpu_memory_utilization or 0.9)
+        found = plan(args.plan, args.tensor_parallel_size)
     sys.stdout.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
     return _OK
 

@@ -1,6 +1,6 @@
 """`fd-dsa doctor --plan FOLDER -tp N`: what each GPU would hold of a model, and which have room.
 
-The sizes are those that the engine plans with; no GPU is asked.
+The sizes are those that the engine plans with, by the defaults of its flags; no GPU is asked.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ _CACHES = ("bfloat16", "fp8_ds_mla")
 _TRAITS = 90, 132, 227 << 10
 
 
-def plan(folder: Path, ranks: int, utilization: float) -> dict[str, Any]:
-    """What each of some GPUs would hold, and what fits, with the defaults of all other flags.
+def plan(folder: Path, ranks: int) -> dict[str, Any]:
+    """What each of some GPUs would hold, and what fits.
 
     Args:
         folder: with config.json. Where no weights are beside it, those are FP8 that config.json
             names as quantised.
         ranks: GPUs that share the model.
-        utilization: as --gpu-memory-utilization.
 
     Returns:
         `model`, `layers`, `ranks`, `utilization`, `max_model_len`, `has_weights`, `parts` (part of
@@ -41,14 +40,9 @@ def plan(folder: Path, ranks: int, utilization: float) -> dict[str, Any]:
     from fd_dsa.models.loader import check_blocks, fp8_tensors, quantisable_tensors
     from fd_dsa.models.memory_plan import weight_parts
 
-    configs = [
-        EngineConfig(
-            folder,
-            tensor_parallel_size=ranks,
-            kv_cache_dtype=kind,
-            gpu_memory_utilization=utilization,
-        ).on_device("gpu:0")
-        for kind in _CACHES
+    options = {"model": folder, "tensor_parallel_size": ranks}
+    first, *_ = configs = [
+        EngineConfig(**options, kv_cache_dtype=kind).on_device("gpu:0") for kind in _CACHES
     ]
     whole = read_config(folder)
     fp8, has_weights = quantisable_tensors(whole), any(folder.glob("*.safetensors"))
@@ -57,12 +51,12 @@ def plan(folder: Path, ranks: int, utilization: float) -> dict[str, Any]:
             fp8 = fp8_tensors(checkpoint, whole)
     check_blocks(whole, ranks, fp8)
     model = whole.split(ranks)
-    parts = weight_parts(model, configs[0].dtype, fp8)
+    parts = weight_parts(model, first.dtype, fp8)
     return {
         "model": str(folder),
         "layers": model.num_hidden_layers,
         "ranks": ranks,
-        "utilization": utilization,
+        "utilization": first.gpu_memory_utilization,
         "max_model_len": model.max_position_embeddings,
         "has_weights": has_weights,
         "parts": parts,
@@ -85,25 +79,24 @@ def _caches(config: EngineConfig, model: Any, weight_bytes: int) -> dict[str, An
     caches = family(config, model, batch)
     workspace = caches.workspace_bytes(GpuTraits(*_TRAITS))
     workspace += draw_bytes(config.max_num_seqs, model.vocab_size)
-    graphs, gpus = graph_bytes(model, config.capture_sizes, longest), {}
+    sizes = {
+        "weight_bytes": weight_bytes,
+        "bytes_per_block": caches.bytes_per_block,
+        "max_model_len": longest,
+        "graph_bytes": graph_bytes(model, config.capture_sizes, longest),
+    }
+    gpus = {}
     for gib in GPU_GIB:
-        gpus[gib] = {"tokens": 0, "why_not": ""}
+        free, tokens, why_not = int(config.gpu_memory_utilization * (gib << 30)), 0, ""
         try:
-            memory = plan_memory(
-                config,
-                weight_bytes=weight_bytes,
-                bytes_per_block=caches.bytes_per_block,
-                max_model_len=longest,
-                graph_bytes=graphs,
-                free_bytes=int(config.gpu_memory_utilization * (gib << 30)) - workspace,
-                takes_all=True,
-            )
-            gpus[gib]["tokens"] = memory.num_blocks * memory.block_size
+            memory = plan_memory(config, **sizes, free_bytes=free - workspace, takes_all=True)
+            tokens = memory.num_blocks * memory.block_size
         except ConfigError as error:
-            gpus[gib]["why_not"] = str(error)
+            why_not = str(error)
+        gpus[gib] = {"tokens": tokens, "why_not": why_not}
     return {
         "bytes_per_token": caches.bytes_per_block // config.block_size,
-        "graph_bytes": graphs,
+        "graph_bytes": sizes["graph_bytes"],
         "workspace_bytes": workspace,
         "gpus": gpus,
     }
@@ -130,13 +123,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         f"a request of max_model_len has {found['max_model_len']:,}:"
     )
     for gib in first["gpus"]:
-        fits = (_fit(kind, one["gpus"][gib]) for kind, one in kinds.items())
-        # both types fail for the same reason, or only the larger one does
-        yield f"  {gib:>4} GB  {', '.join(dict.fromkeys(fits))}"
-
-
-def _fit(kind: str, gpu: dict[str, Any]) -> str:
-    """What one GPU holds of one type of caches."""
-    if gpu["tokens"]:
-        return f"{gpu['tokens']:,} in {kind}"
-    return f"no: {gpu['why_not'].rpartition('; ')[2]}"
+        gpus = {kind: one["gpus"][gib] for kind, one in kinds.items()}
+        fits = [f"{gpu['tokens']:,} in {kind}" for kind, gpu in gpus.items() if gpu["tokens"]]
+        # the smallest caches are the last
+        fits = fits or [f"no: {gpus[_CACHES[-1]]['why_not'].rpartition('; ')[2]}"]
+        yield f"  {gib:>4} GB  {', '.join(fits)}"
