@@ -77,20 +77,13 @@ class DeviceGroup(Group):
         *,
         round_scales: bool | None = None,
     ) -> tuple[Any, Any, Any]:
-        """`ops._dense_kernels.add_rms_norm` of `hidden` and the sum of the ranks' parts.
-
-        Where our own all-reduce serves it is one launch.
-
-        Args:
-            part: bfloat16 or float32 [num_tokens, width], contiguous; may be overwritten.
-        """
-        # imports paddle
-        from fd_dsa.ops._dense_kernels import add_rms_norm, empty_beside
+        """See `Group`; one launch where our own all-reduce serves."""
+        if self._peers is None or not self._peers.suits(part) or hidden.dtype != part.dtype:
+            return super().add_rms_norm(hidden, part, weight, epsilon, round_scales=round_scales)
+        # these import paddle
+        from fd_dsa.ops._dense_kernels import empty_beside
         from fd_dsa.ops._fp8_rows import empty_fp8_rows
 
-        if self._peers is None or not self._peers.suits(part) or hidden.dtype != part.dtype:
-            delta = self.all_reduce(part)
-            return add_rms_norm(hidden, delta, weight, epsilon, round_scales=round_scales)
         normed = empty_beside(part, *part.shape)
         fp8 = None if round_scales is None else empty_fp8_rows(part, *part.shape)
         self._peers(

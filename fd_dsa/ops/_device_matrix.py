@@ -12,7 +12,6 @@ from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops._cublaslt import cublaslt_for
 from fd_dsa.ops._cublaslt_library import why_not_fp8
 from fd_dsa.ops._dense_kernels import (
-    add_rms_norm,
     quantize_rows,
     rms_norm,
     rms_norm_quantized,
@@ -86,8 +85,7 @@ class DeviceNorm:
 
     def after(self, hidden_states: Any, change: Any, group: Any) -> tuple[Any, Any]:
         """As of HostNorm; one launch, also among GPUs where an all-reduce of our own serves."""
-        add = add_rms_norm if group.size == 1 else group.add_rms_norm
-        total, normed, fp8 = add(
+        total, normed, fp8 = group.add_rms_norm(
             hidden_states, change, self.weight, self.epsilon, round_scales=self._round_scales
         )
         return total, normed if fp8 is None else Normed(normed, fp8)
