@@ -20,6 +20,7 @@ from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops._host import dtype_name
 from fd_dsa.ops._library import why_not_compiled
 from fd_dsa.step.views import Allocate
+from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.transfers import on_host, transfers_for, uploaded
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ class DeviceGroup(Group):
         self._transfers = transfers_for(self._mark)
         self._nccl = Communicator(rank, size, unique_id, self._transfers.device)
         self._memory: SharedMemory | None = None
-        self._peers, reason = self._share_memory(timeout_s)
+        # memory is made in the context of the thread
+        with cuda().context(self._transfers.device):
+            self._peers, reason = self._share_memory(timeout_s)
         served = f"NCCL ({reason})" if reason else "custom_op, more bytes by NCCL"
         logger.info("all-reduce of a decode step among %d GPUs: %s", size, served)
 

@@ -56,19 +56,20 @@ def device_of_rank(device: str, rank: int, size: int) -> str:
         rank, size: of this process, and how many share the model.
 
     Raises:
-        ConfigError: there are fewer GPUs, or it is neither a CPU nor a GPU.
+        ConfigError: there are fewer devices of its kind.
     """
     if device == "cpu":
         return device
-    if not device.startswith("gpu"):
-        raise flag_error("device", device, "cpu or gpu with --tensor-parallel-size")
     import paddle
 
-    count = paddle.device.cuda.device_count()
+    from fd_dsa.step.device import paddle_device_counts
+
+    kind = device.partition(":")[0]
+    count = paddle_device_counts().get(kind, 0)
     if count < size:
-        allowed = f"at most {count}, the GPUs that Paddle sees"
+        allowed = f"at most {count}, the devices {kind!r} that Paddle sees"
         raise flag_error("tensor_parallel_size", size, allowed, "check CUDA_VISIBLE_DEVICES")
-    own = f"gpu:{rank}"
+    own = f"{kind}:{rank}"
     paddle.device.set_device(own)
     return own
 

@@ -7,10 +7,16 @@ The rig's processes load their plug-in themselves, so both kinds run in one sess
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.distributed.gpu_ranks import num_gpus, run_ranks
+from tests.distributed.gpu_ranks import ROOT, num_gpus, run_ranks
+from tests.distributed.rig_engine import CASES
 
 pytestmark = pytest.mark.gpu
 TIMEOUT_S = 150
@@ -27,20 +33,53 @@ def library() -> None:
     build_library()
 
 
+def build_rig() -> None:
+    """Before two ranks build it at the same time."""
+    if importlib.util.find_spec("paddle") is None:
+        pytest.skip("not installed: paddle")
+    from tests.gpu_rig.build import build
+
+    build("real")
+
+
 @pytest.mark.parametrize("memory", ["torch", "rig"])
 @pytest.mark.parametrize("size", SIZES or [2])
 def test_all_ranks_have_the_same_bits(size: int, memory: str) -> None:
     checks = ["sums", "repeats", "absent"]
     if memory == "rig":
-        if importlib.util.find_spec("paddle") is None:
-            pytest.skip("not installed: paddle")
-        from tests.gpu_rig.build import build
-
-        # before two ranks build it at the same time
-        build("real")
+        build_rig()
         checks.insert(0, "fused")
     module = "tests.distributed.rank_checks"
     found = run_ranks(module, size, memory, *checks, timeout_s=TIMEOUT_S)
     said = f"rank {size - 1} did not come to an all-reduce for 1 s"
     assert [one.pop("absent") for one in found] == [said] * (size - 1) + ["absent"]
     assert all(one == found[0] for one in found)
+
+
+def answers(folder: Path, size: int, *cases: str) -> dict[str, Any]:
+    """What an engine of so many GPUs answers."""
+    command = [sys.executable, "-m", "tests.distributed.rig_engine", str(folder), str(size), *cases]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=TIMEOUT_S)
+    return {case: json.loads((folder / f"{size}-{case}.json").read_text()) for case in cases}
+
+
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The answers of one GPU."""
+    build_rig()
+    return answers(tmp_path_factory.mktemp("one"), 1, *CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", SIZES or [2])
+def test_tokens_are_those_of_one_gpu(
+    size: int, case: str, of_one: dict[str, Any], tmp_path: Path
+) -> None:
+    found, room = answers(tmp_path, size, case)[case], 0.001 if case == "float32" else 0.1
+    for ours, one in zip(found, of_one[case], strict=True):
+        assert abs(ours["best"][0][0] - one["best"][0][0]) <= room
+        for place, (best, second) in enumerate(one["best"]):
+            # with a smaller lead rounding may choose another token
+            if best - second <= 2 * room:
+                break
+            assert ours["tokens"][place] == one["tokens"][place], place
