@@ -7,8 +7,8 @@ tests, those of custom_ops/ first. Near the end of FD_DSA_LIMIT_S seconds no tes
 clean until then is kept in --done, and the next run checks the others.
 
 Left out are captured graphs and ten thousand repeats, which launch what was launched under the tool
-before, calls that are refused, caches past 2 GiB, and tests that count launches and objects, of
-which the tool has some of its own.
+before, calls that are refused, caches past 2 GiB, launches that wait for each other, which a tool
+runs in turn, and tests that count launches and objects, of which it has some of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, ROOT
 
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
 _LEFT_OUT = ("graph", "capture", "replay", "thousand", "repeated", "every_time", "refus")
-_LEFT_OUT += ("gigabytes", "to_the_31", "neither_waits", "outlive")
+_LEFT_OUT += ("gigabytes", "to_the_31", "neither_waits", "outlive", "at_once_get")
 # flags of pytest that choose the tests
 _CHOICE = ("-m", "gpu", "--hypothesis-profile=brief")
 _CHOICE += ("-k", "not " + " and not ".join(_LEFT_OUT))

@@ -162,17 +162,12 @@ def _on_device(group: HostGroup | None, allocate: Allocate) -> Group | None:
         return None
     group.has_devices = True
     # kernels and libraries are loaded only where a device is asked for
-    from fd_dsa.distributed.device import (  # type: ignore[import-untyped, unused-ignore]
-        DeviceGroup,
-    )
-    from fd_dsa.distributed.nccl import (  # type: ignore[import-untyped, unused-ignore]
-        new_unique_id,
-    )
+    from fd_dsa.distributed.device import DeviceGroup
+    from fd_dsa.distributed.nccl import new_unique_id
 
     # all ranks take that of rank 0
     name = group.all_gather(np.frombuffer(new_unique_id(), np.uint8))[0].tobytes()
-    there: Group = DeviceGroup(group.rank, group.size, name, allocate)
-    return there
+    return DeviceGroup(group.rank, group.size, name, allocate)
 
 
 def _warm_up(runner: Any, plan: EnginePlan) -> str:

@@ -15,7 +15,6 @@ import pytest
 from fd_dsa import custom_ops
 from fd_dsa.distributed import shared_memory
 from fd_dsa.distributed.device import DeviceGroup
-from fd_dsa.ops._dense_kernels import quantize_rows
 from tests.distributed.host_gpus import HostGpus
 from tests.distributed.sums import rounded, sum_of, widened
 from tests.kernel_memory import open_memory
@@ -79,6 +78,9 @@ def test_values_that_look_like_an_empty_slot(gpus: HostGpus) -> None:
 def test_residual_and_norm_in_the_same_launch(
     gpus: HostGpus, monkeypatch: pytest.MonkeyPatch, rows: int, round_scales: bool | None
 ) -> None:
+    # imports paddle
+    from fd_dsa.ops._dense_kernels import quantize_rows
+
     monkeypatch.setattr(shared_memory, "TWO_SHOT_FROM", {2: 30 * 768 * 2})
     memory, width, epsilon = open_memory("interpreter"), 768, 1e-6
     hidden, weight = part(9, 9, rows, width), np.linspace(0.5, 2, width, dtype=np.float32)

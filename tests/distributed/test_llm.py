@@ -91,7 +91,7 @@ def compare(expected: list[RequestOutput], found: list[RequestOutput]) -> None:
             fields = "token_ids", "text", "finish_reason", "stop_reason", "error"
             assert {n: getattr(one, n) for n in fields} == {n: getattr(other, n) for n in fields}
             for ours, theirs in zip(layers_of(one), layers_of(other), strict=True):
-                # one key in the place of another whose score is as high, at most
+                # one key instead of another whose score is as high, at most
                 assert len(np.intersect1d(ours, theirs)) >= len(ours) - 1
 
 

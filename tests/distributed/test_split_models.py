@@ -15,7 +15,7 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.models import memory_plan
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.loader import check_blocks, load_dummy_weights, load_weights
+from fd_dsa.models.loader import check_blocks, load_dummy_weights, load_weights, validate
 from fd_dsa.models.memory_plan import weight_bytes
 from fd_dsa.models.registry import create_model
 from fd_dsa.models.weights import HostWeights
@@ -43,6 +43,7 @@ def run(config: ModelConfig, group: HostGroup | None, folder: Path | None) -> li
         load_dummy_weights(config, model.loaders, 3, group=group)
     else:
         with Checkpoint.open(folder) as checkpoint:
+            validate(checkpoint, config)
             load_weights(checkpoint, config, model.loaders, group=group)
     runner = tiny_runner(model)
     found: list[Any] = []
@@ -73,8 +74,16 @@ def check(config: ModelConfig, size: int, folder: Path | None = None) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_ranks_give_the_logits_of_the_whole_and_choose_alike(name: str, size: int) -> None:
-    check(ModelConfig.from_dict(MODELS[name]), size)
+def test_ranks_give_the_logits_of_the_whole_and_choose_alike(
+    name: str, size: int, tmp_path: Path
+) -> None:
+    config = ModelConfig.from_dict(MODELS[name])
+    tensors = {name: f32(array) for name, array in random_tensors(config).items()}
+    check(config, size, write_folder(tmp_path / "model", MODELS[name], tensors))
+
+
+def test_random_weights_are_those_of_the_whole() -> None:
+    check(ModelConfig.from_dict(MODELS["deepseek_v32"]), 2)
 
 
 def test_ranks_read_their_parts_of_fp8_files(tmp_path: Path) -> None:

@@ -146,7 +146,8 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(rig: Rig, sizes: tuple[int, ...]
             except BaseException as error:
                 failures.append(error)
 
-    follower = threading.Thread(target=follow)
+    # a failure of this thread leaves it waiting
+    follower = threading.Thread(target=follow, daemon=True)
     with Turns.turn:
         expected = answers(make_runner(ModelRunner, HostWeights(), "cpu"))
         follower.start()
