@@ -40,9 +40,9 @@ class LeadingRunner(ModelRunner):
         if self.draws is not None:
             set_own_slot = self.draws.set_slot
 
-            def set_slot(slot: int, parameters: Any) -> None:
-                with self._sent("set_slot", slot, parameters, has_step=False):
-                    set_own_slot(slot, parameters)
+            def set_slot(*arguments: Any) -> None:
+                with self._sent("set_slot", *arguments, has_step=False):
+                    set_own_slot(*arguments)
 
             self.draws.set_slot = set_slot  # type: ignore[method-assign]
 
@@ -75,6 +75,14 @@ class LeadingRunner(ModelRunner):
 
         return taken
 
+    def step_ids(self) -> np.ndarray:
+        """See ModelRunner."""
+        if self.ranks is None:
+            return super().step_ids()
+        # it waits for the device
+        with self.ranks.step(None):
+            return super().step_ids()
+
     @contextmanager
     def _sent(self, name: str, *arguments: Any, has_step: bool = True) -> Iterator[None]:
         """Have the others call a method of theirs, with the step that the batch holds."""
@@ -106,7 +114,7 @@ class FollowingRunner(ModelRunner):
         with paddle.no_grad():
             self._logits(logits_indices)
 
-    def set_slot(self, slot: int, parameters: Any) -> None:
+    def set_slot(self, *arguments: Any) -> None:
         """See DeviceDraws."""
         assert self.draws is not None
-        self.draws.set_slot(slot, parameters)
+        self.draws.set_slot(*arguments)

@@ -19,6 +19,7 @@ from fd_dsa import SamplingParams
 from fd_dsa.distributed import Group
 from fd_dsa.distributed.host import HostGroup, Shared
 from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.speculation import Speculator
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.loader import rank_parts
@@ -28,6 +29,7 @@ from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.runner.ranks import FollowingRunner, LeadingRunner
 from fd_dsa.step.device import paddle_allocator
+from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import stand_in
@@ -35,7 +37,7 @@ from tests.runner.tiny import V32, random_tensors, stored
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.slow]
 
-NUM_BLOCKS, BLOCK_SIZE, MAX_LEN, ROWS = 24, 16, 48, 3
+NUM_BLOCKS, BLOCK_SIZE, MAX_LEN, ROWS = 24, 16, 48, 4
 CONFIG = ModelConfig.from_dict(V32 | {"num_hidden_layers": 2, "vocab_size": 300})
 
 
@@ -96,7 +98,7 @@ def make_runner(kind: type[Any], weights: Any, device: str, group: Group | None 
     weights.finish()
     batch = InputBatch(ROWS, 32, MAX_LEN // BLOCK_SIZE, BLOCK_SIZE)
     layout = cache_layout(model.config, "float32", BLOCK_SIZE)
-    return kind(model, batch, layout, NUM_BLOCKS, device)
+    return kind(model, batch, layout, NUM_BLOCKS, device, most_drafts=2)
 
 
 def on_device(kind: type[Any], group: HostGroup, rig: Rig, sizes: tuple[int, ...]) -> Any:
@@ -110,28 +112,46 @@ def on_device(kind: type[Any], group: HostGroup, rig: Rig, sizes: tuple[int, ...
     return runner
 
 
-def answers(runner: Any) -> list[tuple[list[int], str | None]]:
-    """Tokens and finish reasons of requests that are drawn on the device, and on the host."""
+def answers(runner: Any, known: list[Any] | None = None) -> list[tuple[list[int], str | None]]:
+    """Tokens and finish reasons of requests that are drawn on the device, and on the host.
+
+    Args:
+        runner: of the engine.
+        known: what they will be, of which drafts are made.
+    """
+    speculator = None
+    if known:
+        tokens = {(str(number), 0): one for number, (one, _) in enumerate(known)}
+        speculator = Speculator(KnowingDrafter(tokens, 0.7, 250), 2)
     engine = LLMEngine(
         runner,
         byte_tokenizer(),
         num_blocks=NUM_BLOCKS,
         max_model_len=MAX_LEN,
         eos_token_ids=[1],
+        speculator=speculator,
     )
     prompts = np.random.default_rng(4).integers(2, 250, (4, 18)).tolist()
-    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 7, "top_k": 20}, {}]
+    rules = {"repetition_penalty": 1.3, "logit_bias": {9: 3.0}}
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 7, "top_k": 20}, rules]
     kinds.append({"logprobs": 1})
     for number, (prompt, kind) in enumerate(zip(prompts, kinds, strict=True)):
         params = SamplingParams(**{"temperature": 0, "max_tokens": 5, **kind})
         engine.add_request(str(number), prompt[: 6 + 4 * number], params)
     done = run_all(engine)
+    assert (engine.stats().num_accepted_tokens > 0) == bool(known)
     last = [done[str(number)][-1] for number in range(len(prompts))]
     return [(output.token_ids, output.finish_reason) for output in last]
 
 
-@pytest.mark.parametrize("sizes", [(), (1, 4)], ids=["eager", "graphs"])
-def test_tokens_of_two_ranks_are_those_of_a_cpu(rig: Rig, sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "has_drafts"),
+    [((), False), ((1, 4), False), ((), True)],
+    ids=["eager", "graphs", "drafts"],
+)
+def test_tokens_of_two_ranks_are_those_of_a_cpu(
+    rig: Rig, sizes: tuple[int, ...], has_drafts: bool
+) -> None:
     if rig.is_real:
         pytest.skip("its ranks are processes: tests of the collectives on GPUs have them")
     shared = Shared.create(2)
@@ -154,7 +174,7 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(rig: Rig, sizes: tuple[int, ...]
         runner = on_device(LeadingRunner, first, rig, sizes)
         ranks = Ranks(first)
         runner.lead(ranks)
-        assert answers(runner) == expected
+        assert answers(runner, expected if has_drafts else None) == expected
         assert ranks.num_messages > 8 and runner.counters.mask_offsets_skipped > 2
         first.send(b"")
     follower.join(60)
