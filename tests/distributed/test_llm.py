@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -22,6 +23,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.ranks import Ranks
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import ConfigError, RankError
+from tests.serve.processes import environment
 
 # so few blocks that requests are preempted, and prompts in chunks
 SMALL = {"device": "cpu", "max_model_len": 192, "num_gpu_blocks_override": 50, "block_size": 4}
@@ -199,3 +201,26 @@ def test_four_ranks(alone: LLM) -> None:
     assert children() == []
     with pytest.raises(RuntimeError, match="closed"):
         llm.generate("Once")
+
+
+WAITING = """
+import os, signal, sys, time
+from fd_dsa.config import EngineConfig
+from fd_dsa.engine.ranks import Ranks
+Ranks.COMMAND = (sys.executable, "-c", "import time; time.sleep(60)")
+ranks = Ranks(EngineConfig(device="cpu", tensor_parallel_size=3))
+ranks.group.has_devices = True
+with ranks.step(None):
+    os.kill(ranks._processes[1].pid, signal.SIGKILL)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_wait_for_a_device_ends_with_the_process() -> None:
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", WAITING], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1 and time.monotonic() - begin < 10
+    assert "rank 2 (process " in done.stderr and "waits for a device, so it ends" in done.stderr
