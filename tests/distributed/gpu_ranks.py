@@ -149,4 +149,4 @@ class Rank:
         from fd_dsa.step.device import paddle_allocator
 
         self.allocate = paddle_allocator(rig.device)
-        self.capture = lambda work: PaddleCapture(rig.place)(work).replay
+        self.capture = lambda work: PaddleCapture(rig.place)(work)[1]
