@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import paddle
 
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.ops._gemm import HostMatrix
 
 EXPERT_BYTES = 1 << 30
-"""On a device, most memory for an activation of the chosen experts; a longer step is cut."""
+"""Most memory for an activation of the chosen experts; a longer step is cut."""
 
 
 class DeepseekMLP:
@@ -91,14 +92,12 @@ class DeepseekMoE:
         self._shared = DeepseekMLP(*weights.gated(f"{prefix}shared_experts.", hidden, shared_width))
         # on a device a stack of all
         self._experts = weights.experts(f"{prefix}experts.", count, hidden, width)
-        if isinstance(self._experts, list):
-            self._experts = [DeepseekMLP(*one) for one in self._experts]
 
     def forward(self, x: Any, forward_meta: Any = None) -> Any:
         """[num_tokens, hidden_size] of the same; on a device a padded token takes no expert."""
         out = self._shared.forward(x)
         if isinstance(self._experts, list):
-            add_routed(out, x, *self.gate.forward(x), self._experts)
+            out += routed(x, *self.gate.forward(x), self._experts, HostMatrix.activated)
             return out
         return self._routed_on_device(x, out, forward_meta.slot_mapping)
 
@@ -138,35 +137,49 @@ class DeepseekMoE:
         return kernels.sum_experts(parts, weights, ids, shared)
 
 
-def add_routed(
-    out: np.ndarray,
+def routed(
     x: np.ndarray,
     chosen: np.ndarray,
     weights: np.ndarray,
-    experts: Sequence[Any],
-) -> None:
-    """Add the chosen experts to `out`; experts without a token are not visited.
+    experts: Sequence[tuple[Any, Any]],
+    activated: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """The weighted sum of each token's experts, float32 [num_tokens, hidden_size].
+
+    Only the GEMMs run expert by expert; those without a token are not visited.
 
     Args:
-        out, x: float32 [num_tokens, hidden_size].
-        chosen, weights: of each token; several tokens never name an expert twice.
-        experts: what has a `forward` of [num_tokens, hidden_size].
+        x: float32 [num_tokens, hidden_size].
+        chosen, weights: of each token; float32 weights. An expert that it names twice counts twice.
+        experts: gate_up and down, HostMatrix.
+        activated: of the results of gate_up, which it may change.
     """
-    if len(x) == 1:
-        for expert, weight in zip(chosen[0].tolist(), weights[0], strict=True):
-            y = experts[expert].forward(x)
-            y *= weight
-            out += y
-        return
-    order = np.argsort(chosen, axis=None, kind="stable")
-    counts = np.bincount(chosen.ravel(), minlength=len(experts))
-    ends = np.cumsum(counts)
-    tokens = order // chosen.shape[1]
-    factors = weights.ravel()[order]
-    for expert in np.flatnonzero(counts):
-        pairs = slice(int(ends[expert] - counts[expert]), int(ends[expert]))
-        rows = tokens[pairs]
-        y = experts[expert].forward(x[rows])
-        y *= factors[pairs, None]
-        # an expert meets a token at most once, so plain indexing adds every row
-        out[rows] += y
+    num_tokens, top_k = chosen.shape
+    widest = max(x.shape[1], experts[0][0].out_width)
+    most = max(1, EXPERT_BYTES // (x.itemsize * top_k * widest))
+    if num_tokens > most:
+        chunks = [slice(i, i + most) for i in range(0, num_tokens, most)]
+        return np.concatenate(
+            [routed(x[c], chosen[c], weights[c], experts, activated) for c in chunks]
+        )
+    flat = chosen.ravel()
+    order = flat.argsort(kind="stable")
+    ends = np.bincount(flat).cumsum().tolist()
+    spans = [
+        (one, slice(start, end))
+        for one, start, end in zip(experts, [0, *ends], ends, strict=False)
+        if end > start
+    ]
+    rows = x[order // top_k]
+    gate_up = np.empty((len(rows), experts[0][0].out_width), np.float32)
+    for (matrix, _), span in spans:
+        matrix.times(rows[span], out=gate_up[span])
+    inner = activated(gate_up)
+    for (_, matrix), span in spans:
+        matrix.times(inner[span], out=rows[span])
+    parts = np.empty_like(rows)
+    parts[order] = rows
+    by_token = parts.reshape(num_tokens, top_k, -1)
+    by_token *= weights[:, :, None]
+    total: np.ndarray = np.add.reduce(by_token, axis=1)
+    return total

@@ -37,6 +37,7 @@ class HostWeights:
     def __init__(self, group: Group | None = None) -> None:
         self.group = group or SingleGroup()
         self.loaders: dict[str, WeightLoader] = {}
+        self._matrices: list[HostMatrix] = []
 
     def vector(self, parts: Mapping[str, int]) -> np.ndarray:
         """float32 [sum of the lengths]: vectors end to end, such as a norm's weight or a bias."""
@@ -88,6 +89,7 @@ class HostWeights:
             columns = weight.array[:, start : start + width]
             self.fills(name, columns.T, factors.get(name, 1.0))
             start += width
+        self._matrices.append(weight)
         return weight
 
     def placed(self, in_width: int, places: Mapping[str, Sequence[tuple[int, int]]]) -> HostMatrix:
@@ -101,6 +103,7 @@ class HostWeights:
         weight = HostMatrix(_empty(in_width, sum(width for _, width in spans)))
         for name, pieces in places.items():
             self.loaders[name] = partial(_fill_pieces, weight.array, pieces)
+        self._matrices.append(weight)
         return weight
 
     def grouped(self, name: str, groups: int, in_width: int, out_width: int) -> HostMatrix:
@@ -170,7 +173,9 @@ class HostWeights:
         return array
 
     def finish(self) -> None:
-        """Loading is over; here nothing is under way."""
+        """Loading is over: large weights take the order in which GEMMs read them, for good."""
+        while self._matrices:
+            self._matrices.pop().pack()
 
     def fills(self, name: str, target: np.ndarray, factor: float = 1.0) -> None:
         """Have the values of a name's tensor copied to `target`, of as many values."""

@@ -23,29 +23,33 @@ from fd_dsa.environment import cpu_threads
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._fixed_order import fixed_order, two_rows
 from fd_dsa.ops._host import as_numpy, matmul, staged
+from fd_dsa.ops._packed import OneDNN, onednn
 from fd_dsa.step.host_tensor import as_tensor
 
 _INT, _FLOAT, _POINTER, _CHAR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_char
-# vectors of a batch up to which calling the C function for each is faster
-_FEW_VECTORS = 4
-_FLOAT32 = np.dtype(np.float32)
+# multiplications of a GEMM up to which NumPy's is faster, whose BLAS takes one thread for them
+_SMALL = 1 << 19
+# values of a weight from which on packing it pays
+_LARGE = 1 << 17
+_FLOAT32, _ONE = np.dtype(np.float32), np.float32(1.0)
 
 
 @cache
-def _libraries() -> tuple[Any, Any] | None:
-    """oneDNN's function and the OpenMP runtime that it runs on; None where Paddle has neither."""
+def _libraries() -> tuple[Any, Any, Any] | None:
+    """oneDNN's function, the OpenMP runtime that it runs on, oneDNN; None where Paddle has none."""
     import paddle
 
     folder = Path(paddle.__file__).parent / "libs"
     try:
-        function = ctypes.CDLL(str(folder / "libdnnl.so.3")).dnnl_sgemm
+        library = ctypes.CDLL(str(folder / "libdnnl.so.3"))
+        function = library.dnnl_sgemm
         set_threads = ctypes.CDLL(str(folder / "libiomp5.so")).omp_set_num_threads
     except (OSError, AttributeError):
         return None
     function.restype = ctypes.c_int
     sizes, matrix = (_INT, _INT, _INT), (_POINTER, _INT)
     function.argtypes = [_CHAR, _CHAR, *sizes, _FLOAT, *matrix, *matrix, _FLOAT, *matrix]
-    return function, set_threads
+    return function, set_threads, library
 
 
 class _Thread(threading.local):
@@ -59,7 +63,7 @@ class _Thread(threading.local):
             raise AttributeError(name)
         self.sgemm, libraries = None, None if fixed_order() else _libraries()
         if libraries is not None:
-            self.sgemm, set_threads = libraries
+            self.sgemm, set_threads, _ = libraries
             threads = cpu_threads()
             if threads is not None:
                 set_threads(threads)
@@ -77,7 +81,10 @@ class HostMatrix:
         transposed: the tensor is [out, in] and is read in that order: it is not copied.
     """
 
-    __slots__ = ("_address", "_leading", "_mode", "array", "in_width", "out_width", "tensor")
+    __slots__ = (
+        *("_address", "_few", "_leading", "_mode", "_operand", "_packed"),
+        *("array", "in_width", "out_width", "tensor"),
+    )
 
     def __init__(self, tensor: Any, *, transposed: bool = False) -> None:
         self.tensor, self.array = tensor, as_numpy(tensor)
@@ -88,11 +95,28 @@ class HostMatrix:
             (self._leading, rows) if transposed else (rows, self._leading)
         )
         self._address = _address(self.array)
+        self._operand = self.array.T if transposed else self.array
+        self._packed: tuple[OneDNN, Any] | None = None
+        self._few = 0 if fixed_order() else _SMALL // max(1, rows * self._leading)
 
-    def times(self, x: np.ndarray) -> np.ndarray:
-        """x [num_tokens, in] times the weight: float32 [num_tokens, out], a new array.
+    def pack(self) -> None:
+        """Bring a large weight into the order of oneDNN's kernels: it cannot be loaded again."""
+        libraries = None if fixed_order() else _libraries()
+        if libraries is None or self.array.size < _LARGE or self._mode == b"T":
+            return
+        engine = onednn(libraries[2])
+        memory = engine.pack(self.array)
+        if memory is not None:
+            self._packed, self._few = (engine, memory), 0
+
+    def times(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """x [num_tokens, in] times the weight: float32 [num_tokens, out].
 
         `x` may be columns of wider rows.
+
+        Args:
+            x: float32.
+            out: C-contiguous memory of the result; None = a new array.
 
         Raises:
             ShapeError: `x` has another width.
@@ -100,13 +124,21 @@ class HostMatrix:
         num_tokens, width = x.shape
         if width != self.in_width:
             raise ShapeError(f"gemm: x has {width} columns, the weight takes {self.in_width}")
+        if out is None:
+            out = np.empty((num_tokens, self.out_width), np.float32)
+        if num_tokens < self._few:
+            return np.dot(x, self._operand, out)
         sgemm = _thread.sgemm
         if sgemm is None:
-            transpose_y = self._mode == b"T"
-            return as_numpy(matmul(staged(x), self.tensor, transpose_y=transpose_y))
+            product = matmul(staged(x), self.tensor, transpose_y=self._mode == b"T")
+            np.copyto(out, as_numpy(product))
+            return out
         if x.dtype != _FLOAT32 or x.strides[1] != 4:
             x = np.ascontiguousarray(x, np.float32)
-        out = np.empty((num_tokens, self.out_width), np.float32)
+        if self._packed is not None:
+            engine, memory = self._packed
+            engine.times(x, memory, out)
+            return out
         sgemm(
             *(b"N", self._mode, num_tokens, self.out_width, width, 1.0),
             *(x.__array_interface__["data"][0], max(x.strides[0] >> 2, width)),
@@ -124,10 +156,11 @@ class HostMatrix:
         """silu(gate) * up of [num_tokens, 2 * in] whose halves are gate and up."""
         width = gate_up.shape[1] // 2
         gate = gate_up[:, :width]
+        activated = np.negative(gate)
         # exp(-x) may overflow to inf for very negative x: x / inf is the right 0
         with np.errstate(over="ignore"):
-            activated = np.exp(-gate)
-        activated += np.float32(1.0)
+            np.exp(activated, out=activated)
+        activated += _ONE
         np.divide(gate, activated, out=activated)
         activated *= gate_up[:, width:]
         return activated
@@ -137,10 +170,12 @@ class HostMatrix:
 
         `x` may be a view whose last axis is contiguous; the result may not be contiguous.
         """
-        sgemm = _thread.sgemm
         num_tokens, heads, width = x.shape
         if (heads, width) != (len(self.array), self.in_width):
             raise ShapeError(f"gemm: x is {x.shape}, the weight {self.array.shape}")
+        if num_tokens < self._few:
+            return np.matmul(x.transpose(1, 0, 2), self.array).transpose(1, 0, 2)
+        sgemm = _thread.sgemm
         if sgemm is None:
             by_head = x.transpose(1, 0, 2)
             rows = two_rows(by_head) if fixed_order() else by_head
@@ -169,14 +204,17 @@ def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.nd
     """Multiply n pairs of matrices: x [n, rows, k] by y [n, k, columns], float32.
 
     With `transpose_y` y is [n, columns, k]. y is C-contiguous, or the first columns of wider rows.
-    The C function is called for each pair; many vectors times matrices run as one operator of
-    Paddle.
     """
-    sgemm, (count, rows, width) = _thread.sgemm, x.shape
-    if sgemm is None or (rows == 1 and count > _FEW_VECTORS):
+    count, rows, width = x.shape
+    columns, leading = y.shape[1 if transpose_y else 2], y.strides[1] >> 2
+    if rows * width * columns < _SMALL and not fixed_order():
+        # a key that is not finite is for the reader of the result to judge
+        with np.errstate(invalid="ignore"):
+            return np.matmul(x, y.transpose(0, 2, 1) if transpose_y else y)
+    sgemm = _thread.sgemm
+    if sgemm is None:
         y = as_tensor(np.ascontiguousarray(y))
         return as_numpy(matmul(staged(x), y, transpose_y=transpose_y))
-    columns, leading = y.shape[1 if transpose_y else 2], y.strides[1] >> 2
     x = np.ascontiguousarray(x)
     out = np.empty((count, rows, columns), np.float32)
     mode = b"T" if transpose_y else b"N"

@@ -15,6 +15,9 @@ import numpy as np
 
 from fd_dsa.ops._host import as_numpy
 
+# values that become float64 at a time, and stay in a core's cache
+_CHUNK = 1 << 16
+
 
 def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     """x * rsqrt(mean(x^2) + epsilon) * weight, float32 [num_tokens, width], C-contiguous.
@@ -70,6 +73,21 @@ def layer_norm(x: Any, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> 
 
 def inverse_root(rows: np.ndarray, epsilon: float) -> np.ndarray:
     """float32 [num_tokens, 1]: 1 / sqrt(mean(x^2) + epsilon)."""
-    total = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
-    mean_square = (total / rows.shape[1]).astype(np.float32)
-    return (np.float32(1.0) / np.sqrt(mean_square + np.float32(epsilon)))[:, None]
+    num_tokens, width = rows.shape
+    step = max(1, _CHUNK // width)
+    if num_tokens <= step:
+        total = _squares(rows)
+    else:
+        chunks = [_squares(rows[i : i + step]) for i in range(0, num_tokens, step)]
+        total = np.concatenate(chunks)
+    total /= width
+    mean_square = total.astype(np.float32)
+    mean_square += np.float32(epsilon)
+    return (np.float32(1.0) / np.sqrt(mean_square, out=mean_square))[:, None]
+
+
+def _squares(rows: np.ndarray) -> np.ndarray:
+    """float64 [num_tokens]: the sum of squares of each row."""
+    wide = rows.astype(np.float64)
+    sums: np.ndarray = np.matmul(wide[:, None], wide[:, :, None])[:, 0, 0]
+    return sums

@@ -185,7 +185,8 @@ class ModelRunner(Preparation):
         Raises:
             ValueError: the batch holds no token, or lengths and tables disagree.
         """
-        with paddle.no_grad():
+        # logits that are not finite are for the sampler to report
+        with paddle.no_grad(), np.errstate(invalid="ignore"):
             logits = self._logits(logits_indices)
             if logits is None:
                 return np.empty((0, self.vocab_size), np.float32)
@@ -326,7 +327,7 @@ class ModelRunner(Preparation):
             float32 [n, vocab_size]; logits of the token after the next one.
         """
         mtp = self._mtp
-        with paddle.no_grad():
+        with paddle.no_grad(), np.errstate(invalid="ignore"):
             self._hidden = mtp(next_ids, self._hidden, self.forward_meta)[tokens]
             if not len(tokens):
                 return np.empty((0, self.vocab_size), np.float32)

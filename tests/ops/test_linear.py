@@ -1,8 +1,9 @@
-"""GEMMs on a CPU by oneDNN's function and by Paddle's operator: shapes, orders, several threads."""
+"""GEMMs on a CPU by NumPy, by oneDNN and by Paddle's operator: shapes, orders, several threads."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import paddle
 import pytest
 
 from fd_dsa.errors import ShapeError
+from fd_dsa.models.weights import HostWeights
 from fd_dsa.ops import _gemm
 from fd_dsa.ops._gemm import HostMatrix
 from fd_dsa.ops._host import staged
@@ -25,15 +27,17 @@ def close(found: Any, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(params=["sgemm", "operator"])
+@pytest.fixture(params=["NumPy", "sgemm", "operator"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which function serves a GEMM: oneDNN's, or Paddle's operator."""
+    """Which function serves a GEMM: NumPy's, where it is small, oneDNN's, or Paddle's operator."""
     if request.param == "operator":
         # of all threads
         monkeypatch.setattr(_gemm, "_libraries", lambda: None)
         monkeypatch.setattr(_gemm, "_thread", _gemm._Thread())
     elif _gemm._thread.sgemm is None:
         pytest.skip("this Paddle brings no oneDNN")
+    if request.param != "NumPy":
+        monkeypatch.setattr(_gemm, "_SMALL", 0)
     return str(request.param)
 
 
@@ -53,6 +57,24 @@ def test_a_weight(way: str, rows: int, transposed: bool) -> None:
     # a weight that is loaded again is read at the same address
     tensor.set_value(2 * tensor)
     close(linear(x, weight), 2 * (x @ w))
+
+
+@pytest.mark.parametrize("rows", [1, 15, 64, 79])
+def test_packed_weights(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a model is loaded, some weights are in another order; the results are the same."""
+    monkeypatch.setattr(_gemm, "_LARGE", 1)
+    weights = HostWeights()
+    for columns in (192, 24):
+        wide, w = operands(rows, (rows, 140), (128, columns))
+        matrix = weights.matrix(128, {"name": columns})
+        matrix.array[...] = w
+        weights.finish()
+        with_avx512 = "avx512f" in Path("/proc/cpuinfo").read_text()
+        if columns == 192 and with_avx512 and _gemm._thread.sgemm is not None:
+            assert (matrix.array == w).mean() < 0.1
+        for x in (wide[:, 5:133], wide[:, :128].copy()):
+            close(matrix.times(x), x @ w)
+            close(matrix.times(x, np.empty((rows, columns), np.float32)), x @ w)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 70])

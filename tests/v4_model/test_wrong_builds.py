@@ -18,7 +18,7 @@ from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.compressor import Compressor
 from fd_dsa.models.deepseek_v4.hyper import HyperConnection
 from fd_dsa.models.deepseek_v4.model import DeepseekV4ForCausalLM
-from fd_dsa.models.deepseek_v4.moe import ClampedMLP, V4Gate, V4MoE
+from fd_dsa.models.deepseek_v4.moe import V4Gate, V4MoE
 from fd_dsa.models.deepseek_v4.rotation import Rotation
 from fd_dsa.ops.logits import paddle_impl
 from fd_dsa.v4_attention.backend import V4AttentionBackend
@@ -66,12 +66,12 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
     ),
     "no sinks": ("mixed", V4AttentionBackend, "attend", "layer.sinks", "layer.sinks - 1e4"),
     "streams mixed by the transpose": (
-        *("mixed", HyperConnection, "expand"),
-        *("matmul(comb,", "matmul(comb.transpose(0, 2, 1),"),
+        *("mixed", HyperConnection, "read"),
+        *("mixture[:, :, :n] =", "mixture[:, :, :n].transpose(0, 2, 1)[...] ="),
     ),
     "rows before columns": (
         *("epsilons", HyperConnection, "_doubly_stochastic"),
-        *("for axis in (1, 0)", "for axis in (0, 1)"),
+        *("*(1, 0)", "*(0, 1)"),
     ),
     "one iteration fewer": (
         *("epsilons", HyperConnection, "_doubly_stochastic"),
@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
     ),
     "no epsilon in Sinkhorn": (
         *("epsilons", HyperConnection, "_doubly_stochastic"),
-        *("sums += eps", "sums += 0"),
+        *("self._adders[axis], padded", "self._adders[axis] * (self._adders[axis] == 1), padded"),
     ),
     "no epsilon of the streams read": (
         *("epsilons", HyperConnection, "read"),
@@ -128,11 +128,11 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
         ),
     ),
     "gate clamped from below": (
-        *("mixed", ClampedMLP, "forward"),
+        *("mixed", V4MoE, "_activated"),
         *("up = gate_up[:, self._width :]", "up = gate_up"),
     ),
     "up not clamped from below": (
-        *("mixed", ClampedMLP, "forward"),
+        *("mixed", V4MoE, "_activated"),
         *("np.maximum(up, -self._limit, out=up)", "pass"),
     ),
     "bias counts for the weights": (
@@ -142,7 +142,7 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
     "weights not scaled": ("mixed", V4Gate, "forward", "weights * self._scaling", "weights"),
     "a repeated expert counts once": (
         *("repeated-experts", V4MoE, "forward"),
-        *("self._gate.repeats(experts)", "False"),
+        *("= experts, weights", "= experts, weights * (np.diff(experts, prepend=-1) > 0)"),
     ),
     "no state is kept": ("mixed", PoolingPlan, "keep", "= sources[self._kept]", "= 0"),
     "nothing is restored at a block's start": (

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
+from fd_dsa.ops._fixed_order import fixed_order
 from fd_dsa.ops._norm import inverse_root
 
 _ONE, _TWO = np.float32(1.0), np.float32(2.0)
@@ -37,16 +38,17 @@ class HyperConnection:
         self._base = weights.vector({f"{prefix}base": mixes})
         self._scale = weights.vector({f"{prefix}scale": 3})
         self._parts = np.repeat(np.arange(3), (streams, streams, streams * streams))
+        self._adders = None if fixed_order() else _adders(streams, self._eps)
 
-    def read(self, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Input of the block, and the weights with which `expand` adds its output.
+    def read(self, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Input of the block, and the mixture with which `expand` adds its output.
 
         Args:
             streams: float32 [num_tokens, num_streams, hidden_size].
 
         Returns:
-            float32 [num_tokens, hidden_size]; [num_tokens, num_streams, 1]; and
-            [num_tokens, num_streams, num_streams], from each stream (column) to each (row).
+            float32 [num_tokens, hidden_size]; and [num_tokens, num_streams, num_streams + 1], from
+            each stream (column) and from the block's output (last column) to each stream (row).
         """
         n = self._streams
         mixed = _mixes(streams, self._fn, self._norm_eps)
@@ -55,16 +57,26 @@ class HyperConnection:
         gates = sigmoid(mixed[:, : 2 * n])
         gates[:, :n] += self._eps
         gates[:, n:] *= _TWO
-        comb = self._doubly_stochastic(mixed[:, 2 * n :])
-        return _weighted(gates[:, :n], streams), gates[:, n:, None], comb
+        mixture = np.empty((len(streams), n, n + 1), np.float32)
+        mixture[:, :, :n] = self._doubly_stochastic(mixed[:, 2 * n :])
+        mixture[:, :, n] = gates[:, n:]
+        return _weighted(gates[:, :n], streams), mixture
 
     @staticmethod
-    def expand(
-        output: np.ndarray, streams: np.ndarray, post: np.ndarray, comb: np.ndarray
-    ) -> np.ndarray:
-        """The streams after a block: its output [num_tokens, hidden_size] plus their mixture."""
-        mixed = np.matmul(comb, streams)
-        mixed += post * output[:, None, :]
+    def expand(output: np.ndarray, residual: np.ndarray, mixture: np.ndarray) -> np.ndarray:
+        """The residual after a block.
+
+        Args:
+            output: float32 [num_tokens, hidden_size], of the block.
+            residual: float32 [num_tokens, num_streams + 1, hidden_size]; the last row is free.
+            mixture: of `read`.
+
+        Returns:
+            As `residual`.
+        """
+        residual[:, -1] = output
+        mixed = np.empty_like(residual)
+        np.matmul(mixture, residual, out=mixed[:, :-1])
         return mixed
 
     def _doubly_stochastic(self, logits: np.ndarray) -> np.ndarray:
@@ -78,19 +90,35 @@ class HyperConnection:
         """
         n, eps = self._streams, self._eps
         # tokens along the last axis: every operation runs over all of them
-        a = np.ascontiguousarray(logits.T).reshape(n, n, -1)
+        padded = np.ones((n * n + 1, len(logits)), np.float32)
+        flat = padded[:-1]
+        flat[...] = logits.T
+        a = flat.reshape(n, n, -1)
         a -= a.max(axis=1, keepdims=True)
         np.exp(a, out=a)
         a /= np.add.reduce(a, axis=1, keepdims=True)
         a += eps
-        a /= np.add.reduce(a, axis=0, keepdims=True) + eps
-        for _ in range(self._iterations - 1):
-            for axis in (1, 0):
-                sums = np.add.reduce(a, axis=axis, keepdims=True)
-                # not as `initial`, whose place in the sum depends on the number of tokens
-                sums += eps
-                a /= sums
-        return np.ascontiguousarray(a.transpose(2, 1, 0))
+        sums = np.empty_like(a)
+        for axis in (0, *(1, 0) * (self._iterations - 1)):
+            if self._adders is None:
+                # one order of sums; eps not as `initial`, which is added in another place
+                np.add(np.add.reduce(a, axis=axis, keepdims=True), eps, out=sums)
+            else:
+                np.dot(self._adders[axis], padded, sums.reshape(flat.shape))
+            a /= sums
+        return a.transpose(2, 1, 0)
+
+
+def _adders(n: int, eps: np.float32) -> np.ndarray:
+    """float32 [2, n * n, n * n + 1]: for each axis a matrix that sums an [n, n] matrix over it.
+
+    Times the matrix end to end and a last 1, it is the sum plus eps at each place of the matrix: on
+    matrices this small, one GEMM is faster than a reduction.
+    """
+    eye, ones = np.eye(n), np.ones((n, n))
+    adders = np.full((2, n * n, n * n + 1), eps, np.float32)
+    adders[:, :, :-1] = np.kron(ones, eye), np.kron(eye, ones)
+    return adders
 
 
 class HeadCollapse:

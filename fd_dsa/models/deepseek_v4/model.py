@@ -32,15 +32,15 @@ class DeepseekV4DecoderLayer:
         self.ffn = V4MoE(config, layer_id, weights, f"{prefix}ffn.")
 
     def forward(
-        self, streams: np.ndarray, token_ids: np.ndarray, angles: Angles, forward_meta: Any
+        self, residual: np.ndarray, token_ids: np.ndarray, angles: Angles, forward_meta: Any
     ) -> np.ndarray:
-        """Streams [num_tokens, num_streams, hidden_size] after the layer."""
-        x, post, comb = self._attn_hc.read(streams)
+        """[num_tokens, num_streams + 1, hidden_size] after the layer; the last row is free."""
+        x, mixture = self._attn_hc.read(residual[:, :-1])
         attended = self.attn.forward(self._attn_norm.of(x), angles, forward_meta)
-        streams = self._attn_hc.expand(attended, streams, post, comb)
-        x, post, comb = self._ffn_hc.read(streams)
-        routed = self.ffn.forward(self._ffn_norm.of(x), token_ids)
-        return self._ffn_hc.expand(routed, streams, post, comb)
+        residual = self._attn_hc.expand(attended, residual, mixture)
+        x, mixture = self._ffn_hc.read(residual[:, :-1])
+        out = self.ffn.forward(self._ffn_norm.of(x), token_ids)
+        return self._ffn_hc.expand(out, residual, mixture)
 
 
 class DeepseekV4ForCausalLM:
@@ -84,11 +84,12 @@ class DeepseekV4ForCausalLM:
         """
         token_ids, positions = as_numpy(ids_remove_padding), forward_meta.position_ids
         rows = self._embedding[token_ids]
-        streams = np.repeat(rows[:, None], self.config.hc_mult, axis=1)
+        # a token's streams, and room for the output of a block
+        residual = np.repeat(rows[:, None], self.config.hc_mult + 1, axis=1)
         angles = [rotation.of_step(positions) for rotation in self._rotations]
         for layer, is_window in zip(self.layers, self._is_window, strict=True):
-            streams = layer.forward(streams, token_ids, angles[is_window], forward_meta)
-        return streams.reshape(len(streams), -1)
+            residual = layer.forward(residual, token_ids, angles[is_window], forward_meta)
+        return residual[:, :-1].reshape(len(residual), -1)
 
     def compute_logits(self, hidden_states: np.ndarray) -> np.ndarray:
         """float32 [n, vocab_size] of [n, num_streams * hidden_size]."""

@@ -8,33 +8,8 @@ import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.hyper import sigmoid
-from fd_dsa.models.moe import NoAuxTopkGate, add_routed
-
-
-class ClampedMLP:
-    """down(silu(min(gate, limit)) * clip(up, -limit, limit)); the gate has no lower bound.
-
-    Args:
-        config: the model.
-        weights: make what is asked for.
-        prefix: of the checkpoint's names.
-    """
-
-    def __init__(self, config: DeepseekV4Config, weights: Any, prefix: str) -> None:
-        hidden, self._width = config.hidden_size, config.moe_intermediate_size
-        self._limit = np.float32(config.swiglu_limit)
-        parts = {f"{prefix}w1.weight": self._width, f"{prefix}w3.weight": self._width}
-        self._gate_up = weights.matrix(hidden, parts)
-        self._down = weights.matrix(self._width, {f"{prefix}w2.weight": hidden})
-
-    def forward(self, x: np.ndarray) -> np.ndarray:
-        """[num_tokens, hidden_size] of the same."""
-        gate_up: np.ndarray = self._gate_up.times(x)
-        np.minimum(gate_up, self._limit, out=gate_up)
-        up = gate_up[:, self._width :]
-        np.maximum(up, -self._limit, out=up)
-        out: np.ndarray = self._down.times(self._down.activated(gate_up))
-        return out
+from fd_dsa.models.moe import NoAuxTopkGate, routed
+from fd_dsa.ops._gemm import HostMatrix
 
 
 class V4Gate:
@@ -71,15 +46,9 @@ class V4Gate:
             experts = np.sort(self._by_id[token_ids], axis=1)
         else:
             experts = NoAuxTopkGate.best(scores + self._bias, self._top_k)
-        weights = np.take_along_axis(scores, experts, axis=1)
+        weights = scores[np.arange(len(x))[:, None], experts]
         weights /= weights.sum(axis=1, keepdims=True) + np.float32(1e-20)
         return experts, weights * self._scaling
-
-    def repeats(self, experts: np.ndarray) -> bool:
-        """Whether a token may have an expert twice, which then counts twice."""
-        if self._by_id is None:
-            return False
-        return bool((experts[:, 1:] == experts[:, :-1]).any())
 
 
 class V4MoE:
@@ -94,23 +63,31 @@ class V4MoE:
 
     def __init__(self, config: DeepseekV4Config, layer_id: int, weights: Any, prefix: str) -> None:
         self._gate = V4Gate(config, layer_id, weights, f"{prefix}gate.")
-        self._shared = ClampedMLP(config, weights, f"{prefix}shared_experts.")
-        self._experts = [
-            ClampedMLP(config, weights, f"{prefix}experts.{j}.")
-            for j in range(config.n_routed_experts)
-        ]
+        hidden, self._width = config.hidden_size, config.moe_intermediate_size
+        self._limit = np.float32(config.swiglu_limit)
+        self._shared = config.n_routed_experts
+        self._experts = []
+        for name in (*(f"experts.{j}" for j in range(self._shared)), "shared_experts"):
+            one = f"{prefix}{name}."
+            parts = {f"{one}w1.weight": self._width, f"{one}w3.weight": self._width}
+            down = weights.matrix(self._width, {f"{one}w2.weight": hidden})
+            self._experts.append((weights.matrix(hidden, parts), down))
 
     def forward(self, x: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
         """[num_tokens, hidden_size] of the same, for tokens of these ids."""
-        out = self._shared.forward(x)
         experts, weights = self._gate.forward(x, token_ids)
-        if self._gate.repeats(experts):
-            for column in range(experts.shape[1]):
-                pair = slice(column, column + 1)
-                add_routed(out, x, experts[:, pair], weights[:, pair], self._experts)
-        else:
-            add_routed(out, x, experts, weights, self._experts)
-        return out
+        shape = len(x), experts.shape[1] + 1
+        # the shared expert is one that every token chooses
+        chosen, factors = np.full(shape, self._shared, np.int32), np.ones(shape, np.float32)
+        chosen[:, :-1], factors[:, :-1] = experts, weights
+        return routed(x, chosen, factors, self._experts, self._activated)
+
+    def _activated(self, gate_up: np.ndarray) -> np.ndarray:
+        """silu(min(gate, limit)) * clip(up, -limit, limit); the gate has no lower bound."""
+        np.minimum(gate_up, self._limit, out=gate_up)
+        up = gate_up[:, self._width :]
+        np.maximum(up, -self._limit, out=up)
+        return HostMatrix.activated(gate_up)
 
 
 _SCORES = {

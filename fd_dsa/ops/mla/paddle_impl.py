@@ -24,14 +24,18 @@ def _softmax(scores: np.ndarray, sinks: np.ndarray | None = None) -> None:
     # a row that attends to an infinite or NaN key becomes NaN, which is for the sampler to report
     with np.errstate(invalid="ignore"):
         top = scores.max(axis=-1, keepdims=True)
-        if sinks is not None:
+        if sinks is None:
+            top = np.where(np.isneginf(top), np.float32(0.0), top)
+        else:
             top = np.maximum(top, sinks[:, None])
-        np.subtract(scores, np.where(np.isneginf(top), np.float32(0.0), top), out=scores)
+        np.subtract(scores, top, out=scores)
         np.exp(scores, out=scores)
         total = row_sums(scores) if fixed_order() else scores.sum(axis=-1, keepdims=True)
-        if sinks is not None:
+        if sinks is None:
+            total[total == 0] = 1.0
+        else:
             total += np.exp(sinks[:, None] - top)
-        scores /= np.where(total == 0, np.float32(1.0), total)
+        scores /= total
 
 
 def _weighted(probabilities: np.ndarray, keys: np.ndarray) -> np.ndarray:
