@@ -286,10 +286,9 @@ class LLMEngine:
         )
         if self._has_watched:
             step.logits = execute_watched(self.runner, step, logits_indices)
-        else:
-            if not self._sampler.queue(step, logits_indices):
-                step.logits = self.runner.execute_model(logits_indices)
-                self._sampler.read_drafts(step, logits_indices)
+        elif not self._sampler.queue(step, logits_indices):
+            step.logits = self.runner.execute_model(logits_indices)
+            self._sampler.read_drafts(step, logits_indices)
         self._stats.runner_time_s += self.clock() - step.ready
         self._scheduler.complete_step()
         return step

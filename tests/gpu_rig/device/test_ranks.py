@@ -20,6 +20,7 @@ from fd_dsa.distributed import Group
 from fd_dsa.distributed.host import HostGroup, Shared
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.loader import rank_parts
@@ -131,13 +132,14 @@ def answers(runner: Any, known: list[Any] | None = None) -> list[tuple[list[int]
         eos_token_ids=[1],
         speculator=speculator,
     )
-    prompts = np.random.default_rng(4).integers(2, 250, (4, 18)).tolist()
+    prompts = np.random.default_rng(4).integers(2, 250, (5, 18)).tolist()
     rules = {"repetition_penalty": 1.3, "logit_bias": {9: 3.0}}
     kinds: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 7, "top_k": 20}, rules]
+    kinds.append({"structured_outputs": StructuredOutputsParams(choice=["abc", "dcb"])})
     kinds.append({"logprobs": 1})
     for number, (prompt, kind) in enumerate(zip(prompts, kinds, strict=True)):
         params = SamplingParams(**{"temperature": 0, "max_tokens": 5, **kind})
-        engine.add_request(str(number), prompt[: 6 + 4 * number], params)
+        engine.add_request(str(number), prompt[: 6 + 3 * number], params)
     done = run_all(engine)
     assert (engine.stats().num_accepted_tokens > 0) == bool(known)
     last = [done[str(number)][-1] for number in range(len(prompts))]
