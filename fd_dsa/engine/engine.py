@@ -205,8 +205,7 @@ class LLMEngine:
 
         Where tokens are drawn on a device, the step is queued and those of the step before are
         taken while it runs. A request that they end may have a row in it, whose token is dropped.
-        Where a row needs a mask that depends on them, such as a grammar's, the draw of the step is
-        queued after they are taken.
+        If a row's mask depends on them, as a grammar's does, the draw is queued after that.
 
         After a step that finds no memory the next ones need less (`Scheduler.relieve`).
 

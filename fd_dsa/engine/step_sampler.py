@@ -158,5 +158,7 @@ class StepSampler:
             # a mask has them
             banned = ((), (), 0) if rules.needs_mask else (*banned, rules.min_tokens)
             given = SlotParameters(*plain, *rules.penalties, params.logit_bias or {}, *banned)
-        prompt, output = request.state.prompt_token_ids, request.output_token_ids
-        self._runner.draws.set_slot(slot, given, prompt, output)
+        counted: tuple[list[int], ...] = ()
+        if given.is_penalized:
+            counted = request.state.prompt_token_ids, request.output_token_ids
+        self._runner.draws.set_slot(slot, given, *counted)

@@ -93,20 +93,18 @@ class DeviceDraws:
             firsts: int64; rows of requests whose next rows, up to the next one, are of drafts.
             next_ids: int64; the token after each one of the step, -1 - i that of row i.
         """
-        padding = num_padded_rows - len(slots)
         mask_rows = np.full((num_padded_rows, 1), -1)
         if masks:
             mask_rows[list(masks), 0] = range(len(masks))
             self._sampler.set_masks(np.stack(list(masks.values())))
-        rows = np.pad(slots, (0, padding), constant_values=-1), np.pad(positions, (0, padding))
+        rows = _padded(slots, num_padded_rows, -1), _padded(positions, num_padded_rows, 0)
         if not self._most_drafts:
             self._views = self._inputs.upload(rows, mask_rows)
             return
-        idle = (0, self._num_slots - len(firsts))
         counts = np.diff(firsts, append=len(slots)) - 1
+        requests = _padded(firsts, self._num_slots, -1), _padded(counts, self._num_slots, 0)
         if self._has_layer:
-            next_ids = np.pad(next_ids, (0, max(num_padded_rows - len(next_ids), 0)))
-        requests = np.pad(firsts, idle, constant_values=-1), np.pad(counts, idle)
+            next_ids = _padded(next_ids, max(num_padded_rows, len(next_ids)), 0)
         self._views = self._inputs.upload((*rows, *requests, next_ids), mask_rows)
 
     def queue(self, logits: Any, step: Any) -> Any:
@@ -199,6 +197,13 @@ class DeviceDraws:
         fill_drawn_kernel[(-(-count // FILL_BLOCK),)](
             token_ids, self._sampler.tokens, count, BLOCK=FILL_BLOCK, num_warps=4
         )
+
+
+def _padded(values: np.ndarray, size: int, filler: int) -> np.ndarray:
+    """The values, and a filler up to a size; np.pad takes ten times as long."""
+    padded = np.full(size, filler)
+    padded[: len(values)] = values
+    return padded
 
 
 def draw_bytes(max_num_seqs: int, vocab_size: int, most_drafts: int = 0) -> int:

@@ -146,7 +146,11 @@ class DrawingRunner(CheckingRunner):
         self.fails_late = False
 
     def set_slot(
-        self, slot: int, given: SlotParameters, prompt: Sequence[int], output: Sequence[int]
+        self,
+        slot: int,
+        given: SlotParameters,
+        prompt: Sequence[int] = (),
+        output: Sequence[int] = (),
     ) -> None:
         """How the rows of a slot are sampled; what is drawn is counted here from then on."""
         params = SamplingParams(
