@@ -7,12 +7,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fd_dsa.attention import step_plan
-from fd_dsa.errors import ConfigError
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.step_sampler import StepSampler
+from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.ops import _fixed_order
 from fd_dsa.ops.logits import paddle_impl as scoring
 from fd_dsa.ops.mla import paddle_impl as attention
@@ -101,3 +105,41 @@ def test_a_library_whose_rows_differ_is_refused(
     monkeypatch.setattr(_fixed_order, "_rows_agree", rows_agree)
     with pytest.raises(ConfigError, match="FD_DSA_BATCH_INVARIANT: got 1, but on this machine"):
         _fixed_order.check_fixed_order("cpu")
+
+
+@pytest.mark.usefixtures("one_order")
+def test_a_kernel_that_chooses_by_the_number_of_tokens_is_refused() -> None:
+    pytest.importorskip("triton", reason="the kernels of a device")
+    from fd_dsa.ops.mla.custom_op import choose_attention
+    from fd_dsa.ops.providers import TENSOR_CORE, asking_for
+    from fd_dsa.step.host_tensor import as_tensor
+
+    sizes = "gpu", 64, "bfloat16", "fp8_ds_mla", 512, 64, 90, as_tensor
+    with asking_for({}):
+        assert choose_attention(*sizes).provider == TENSOR_CORE
+    refusal = "sparse_mla=custom_op cannot serve on gpu: FD_DSA_BATCH_INVARIANT=1 keeps one form"
+    with (
+        asking_for({"sparse_mla": "custom_op"}),
+        pytest.raises(BackendUnavailable, match=refusal),
+    ):
+        choose_attention(*sizes)
+
+
+@pytest.mark.usefixtures("one_order")
+@pytest.mark.parametrize(("temperature", "drawn"), [(0.0, "drawn there"), (0.8, None)])
+def test_a_device_draws_for_greedy_requests_alone(temperature: float, drawn: str | None) -> None:
+    runner = SimpleNamespace(draws="some", execute_and_draw=lambda *step: "drawn there")
+    sampler = StepSampler(runner, 2)
+    sampler._taken_by = [0, 0]
+    requests: list[Any] = [
+        SimpleNamespace(
+            rules=None,
+            logprobs=None,
+            params=SamplingParams(temperature=each),
+            slot=slot,
+            arrival=0,
+            num_output_tokens=3,
+        )
+        for slot, each in enumerate((0.0, temperature))
+    ]
+    assert sampler.draw(requests, np.arange(2)) == drawn

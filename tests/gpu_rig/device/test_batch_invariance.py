@@ -25,6 +25,8 @@ pytestmark = [
 ]
 
 VOCAB = 4096
+# the first requests grow by more blocks than were kept for them, so that some lose theirs
+NUM_LONG, LONG = 8, 160
 # widths that the kernels for tensor cores take; a selection that most prompts outgrow
 WIDTHS: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -63,7 +65,7 @@ FORMS: dict[str, tuple[int, dict[str, Any]]] = {
     "two": (2, {"max_num_seqs": 2, "enforce_eager": True}),
     "seven": (7, {"max_num_seqs": 7, "cudagraph_capture_sizes": (1, 4, 8)}),
     "short chunks": (64, {"max_num_batched_tokens": 80}),
-    "preemption": (64, {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 256}),
+    "preemption": (64, {"num_gpu_blocks_override": 13, "max_num_batched_tokens": 128}),
     "prefix hits": (64, {"enable_prefix_caching": True}),
 }
 FEW = {
@@ -75,10 +77,16 @@ FEW = {
 def prompts_of(large: bool) -> list[list[int]]:
     """Prompts of one token up to several blocks, some that begin alike."""
     rng = np.random.default_rng(5)
-    sizes = [*rng.integers(1, 400, 63).tolist(), 700] if large else [1, 13, 10]
+    sizes = [1, 13, 10]
+    if large:
+        short, others = rng.integers(1, 40, NUM_LONG), rng.integers(1, 400, 63 - NUM_LONG)
+        sizes = [*short.tolist(), *others.tolist(), 700]
     prompts = [rng.integers(2, VOCAB, size).tolist() for size in sizes]
     shared = rng.integers(2, VOCAB, 130 if large else 8).tolist()
-    return [shared + p if i % 3 == 2 else p for i, p in enumerate(prompts)]
+    return [
+        shared + p if i % 3 == 2 and (i >= NUM_LONG or not large) else p
+        for i, p in enumerate(prompts)
+    ]
 
 
 def params_of(index: int, tokens: int) -> SamplingParams:
@@ -87,8 +95,7 @@ def params_of(index: int, tokens: int) -> SamplingParams:
     if index % 4 >= 2:
         how = {"temperature": 0.8, "top_p": 0.95, "seed": index}
     logprobs = 2 if index % 2 == 0 else None
-    # some are so long that others lose their blocks to them
-    tokens += 2 * tokens * (index % 8 == 0) + index % 3
+    tokens = LONG if index < NUM_LONG and tokens > 2 else tokens + index % 3
     return SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=logprobs, **how)
 
 
@@ -104,7 +111,7 @@ def answers(folder: Path, device: str, batch: int, large: bool, **form: Any) -> 
     }
     found = []
     prompts = prompts_of(large)
-    requests = [(p, params_of(i, 24 if large else 2)) for i, p in enumerate(prompts)]
+    requests = [(p, params_of(i, 16 if large else 2)) for i, p in enumerate(prompts)]
     with LLM(
         folder, tokenizer=demo_model_path(), device=device, dtype="bfloat16", **options | form
     ) as llm:
