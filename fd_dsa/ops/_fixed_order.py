@@ -87,18 +87,25 @@ def row_sums(x: np.ndarray) -> np.ndarray:
     return total
 
 
-def check_fixed_order(device: str) -> None:
+def check_fixed_order(device: str, num_ranks: int = 1) -> None:
     """Refuse to go on where one order is asked for and cannot be had.
 
     Args:
         device: where the model will run; on one that is no CPU our own kernels keep the order.
+        num_ranks: that share the model.
 
     Raises:
-        ConfigError: a CPU's matrix library whose rows depend on their number.
+        ConfigError: several devices, whose sums are made in one of two ways by the number of rows,
+            or a CPU's matrix library whose rows depend on their number.
     """
     if not fixed_order():
         return
     if device != "cpu":
+        if num_ranks > 1:
+            raise ConfigError(
+                f"FD_DSA_BATCH_INVARIANT: got 1 with --tensor-parallel-size {num_ranks} on "
+                f"{device}, allowed is one device or a CPU: sums over ranks depend on the rows"
+            )
         logger.info(
             "FD_DSA_BATCH_INVARIANT=1: one form of our own kernels for any number of rows, and no "
             "GEMMs of cuBLASLt or Paddle"

@@ -108,6 +108,13 @@ def test_a_library_whose_rows_differ_is_refused(
 
 
 @pytest.mark.usefixtures("one_order")
+def test_several_devices_are_refused() -> None:
+    _fixed_order.check_fixed_order("gpu:0")
+    with pytest.raises(ConfigError, match="got 1 with --tensor-parallel-size 2 on gpu:0"):
+        _fixed_order.check_fixed_order("gpu:0", 2)
+
+
+@pytest.mark.usefixtures("one_order")
 def test_a_kernel_that_chooses_by_the_number_of_tokens_is_refused() -> None:
     pytest.importorskip("triton", reason="the kernels of a device")
     from fd_dsa.ops.mla.custom_op import choose_attention
@@ -126,9 +133,12 @@ def test_a_kernel_that_chooses_by_the_number_of_tokens_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("one_order")
-@pytest.mark.parametrize(("temperature", "drawn"), [(0.0, "drawn there"), (0.8, None)])
-def test_a_device_draws_for_greedy_requests_alone(temperature: float, drawn: str | None) -> None:
-    runner = SimpleNamespace(draws="some", execute_and_draw=lambda *step: "drawn there")
+@pytest.mark.parametrize(("temperature", "is_drawn"), [(0.0, True), (0.8, False)])
+def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: bool) -> None:
+    queued: list[Any] = []
+    runner = SimpleNamespace(
+        draws="some", queue_model=lambda rows: None, draw=lambda *step: queued.append(step)
+    )
     sampler = StepSampler(runner, 2)
     sampler._taken_by = [0, 0]
     requests: list[Any] = [
@@ -142,4 +152,5 @@ def test_a_device_draws_for_greedy_requests_alone(temperature: float, drawn: str
         )
         for slot, each in enumerate((0.0, temperature))
     ]
-    assert sampler.draw(requests, np.arange(2)) == drawn
+    step: Any = SimpleNamespace(sampling=requests, reading=[], drafts={})
+    assert sampler.queue(step, np.arange(2)) == is_drawn == bool(queued)
