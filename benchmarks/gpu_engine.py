@@ -284,6 +284,8 @@ def measured_before(path: Path) -> dict[str, Any]:
     Raises:
         SystemExit: it did not.
     """
+    if not path.is_file():
+        raise SystemExit(f"{path}: not there; measure ours first, with the same --out")
     result: dict[str, Any] = json.loads(path.read_text())
     now = time.time()
     for case in result["cases"]:
