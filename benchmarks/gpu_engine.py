@@ -2,12 +2,14 @@
 
     python -m benchmarks.gpu_engine --rig               # ours, on the test plug-in
     python -m benchmarks.gpu_engine --rig --peer DIR    # then vLLM on the same GPU
+    python -m benchmarks.gpu_engine --rig --batch-invariant     # what that costs, within the hour
 
 Token-id prompts of one seed, greedy, no end before the last token; in process, and the mixed case
 also over HTTP on our side. DIR has a `run.sh` that answers `bench --out FILE.jsonl --scenarios ...`
 with a record for each case. Writes benchmarks/results/gpu_engine.json: a ratio above 1 means that
 ours is better; the floor is what must be read of weights and caches at the copy rate, or multiplied
-at the rate of the tensor cores.
+at the rate of the tensor cores. With --batch-invariant the peer is ours without it, of the same
+GPU and hour, and the file gpu_engine_invariant.json.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import calendar
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,6 +41,7 @@ CONFIG: dict[str, Any] = {
     "cudagraph_capture_sizes": CAPTURED,
 }
 LAYERS, DENSE_LAYERS = 7, 1
+RESULT = "gpu_engine.json"
 # measured: copies, and GEMMs in FP8 and bfloat16
 BYTES_PER_S, FP8_PER_S, BF16_PER_S = 4.3e12, 1.5e15, 0.78e15
 WIDTHS: dict[str, Any] = {
@@ -280,6 +284,8 @@ def measured_before(path: Path) -> dict[str, Any]:
     Raises:
         SystemExit: it did not.
     """
+    if not path.is_file():
+        raise SystemExit(f"{path}: not there; measure ours first, with the same --out")
     result: dict[str, Any] = json.loads(path.read_text())
     now = time.time()
     for case in result["cases"]:
@@ -292,7 +298,7 @@ def measured_before(path: Path) -> dict[str, Any]:
 
 def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> dict[str, Any]:
     """Our engine's cases and profiles, written as soon as they are there."""
-    result: dict[str, Any] = {"name": "gpu_engine", "env": environment(), "cases": []}
+    result: dict[str, Any] = {"name": path.stem, "env": environment(), "cases": []}
     result |= {"tier": "T1p" if args.rig else "T2", "layers": args.layers, "profiles": {}}
     with tempfile.TemporaryDirectory() as folder:
         model = str(write_model(Path(folder), args.layers))
@@ -317,6 +323,21 @@ def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> 
     return result
 
 
+def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> Path:
+    """Write ours with FD_DSA_BATCH_INVARIANT=1 beside ours without it."""
+    before = {case["case"]: case for case in measured_before(args.out / RESULT)["cases"]}
+    os.environ["FD_DSA_BATCH_INVARIANT"] = "1"
+    path: Path = args.out / "gpu_engine_invariant.json"
+    result = measure_ours(args, names, path)
+    for case in result["cases"]:
+        if without := before.get(case["case"]):
+            case["peer"] = "without FD_DSA_BATCH_INVARIANT"
+            add_peer(case, without["ours_value"], without["ours_taken"])
+            print(f"{case['case']:<16} {case['ratio']:.2f} of the speed without it", flush=True)
+    write_json(path, result)
+    return path
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -327,13 +348,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--earlier", action="store_true", help="the peer alone, beside ours in --out of this hour"
     )
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="FD_DSA_BATCH_INVARIANT=1, beside ours without it in --out of this hour",
+    )
     parser.add_argument("--cases", default=",".join(CASES), help="default: all")
     parser.add_argument("--profile", default="1,32", help="rows of decode steps that are profiled")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     names = [name for name in args.cases.split(",") if name]
-    path = args.out / "gpu_engine.json"
+    if args.batch_invariant:
+        print(f"written: {measure_invariant(args, names)}")
+        return 0
+    path = args.out / RESULT
     result = measured_before(path) if args.earlier else measure_ours(args, names, path)
     if args.peer:
         peer = peer_values(args.peer, names)

@@ -112,6 +112,17 @@ def paddle_memory(request: pytest.FixtureRequest) -> Any:
     return open_memory(request.param)
 
 
+@pytest.fixture
+def one_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FD_DSA_BATCH_INVARIANT=1, which a process otherwise reads once."""
+    from fd_dsa.ops._fixed_order import fixed_order
+
+    monkeypatch.setenv("FD_DSA_BATCH_INVARIANT", "1")
+    fixed_order.cache_clear()
+    yield
+    fixed_order.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def fresh_log() -> Iterator[None]:
     """Our log as a process has it at first: `register` and `fd-dsa chat` change it for theirs.

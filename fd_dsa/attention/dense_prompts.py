@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops._fixed_order import fixed_order
+from fd_dsa.ops._fixed_order import why_not_by_rows
 from fd_dsa.ops._head_gemm import empty_heads
 from fd_dsa.ops._linear import rows_at
 from fd_dsa.ops.mla.prompt import (
@@ -167,8 +167,8 @@ def why_not(config: DSABackendConfig) -> str | None:
     cache, rope = config.cache_layout.kv_cache_dtype, config.cache_layout.qk_rope_head_dim
     if config.head_widths is None:
         return "the model's widths are not known"
-    if fixed_order():
-        return "FD_DSA_BATCH_INVARIANT=1 keeps one form"
+    if one_form := why_not_by_rows():
+        return one_form
     if config.dtype != "bfloat16" or cache == "float32":
         return f"activations are {config.dtype} and the cache is {cache}, it takes neither float32"
     if rope < 16 or rope & (rope - 1) or config.head_widths[0] % 2:

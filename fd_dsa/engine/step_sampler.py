@@ -12,13 +12,17 @@ from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
+from fd_dsa.environment import batch_invariant
 
 
 class StepSampler:
     """Samples the rows of a step; parameters are given to a sampler when a request takes its slot.
 
     A runner whose logits are on a device may have `draws` (`DeviceDraws`); it serves the steps none
-    of whose requests asks for log-probabilities, or changes the logits of too many tokens.
+    of whose requests asks for log-probabilities, or changes the logits of too many tokens. Its
+    draws at a temperature may differ from the host's within rounding, so with
+    FD_DSA_BATCH_INVARIANT=1, where company must not decide who samples, it serves greedy requests
+    alone.
 
     Args:
         runner: see LLMEngine.
@@ -33,6 +37,7 @@ class StepSampler:
             from fd_dsa.ops.sampling.parameters import MAX_ENTRIES
 
             self._most_entries = MAX_ENTRIES
+        self._draws_greedy_alone = batch_invariant()
         # arrival number of the request whose parameters the samplers have in a slot
         self._taken_by = [-1] * num_slots
 
@@ -55,6 +60,8 @@ class StepSampler:
         if not self._has_draws or step.reading or not sampling:
             return False
         if any(request.logprobs is not None for request in sampling):
+            return False
+        if self._draws_greedy_alone and any(request.params.temperature for request in sampling):
             return False
         rules = [request.rules for request in sampling if request.rules is not None]
         if any(rule.num_entries > self._most_entries for rule in rules):

@@ -19,9 +19,10 @@ from fd_dsa.ops._dense_kernels import (
     silu_and_mul_quantized,
 )
 from fd_dsa.ops._expert_kernels import expert_gemm
+from fd_dsa.ops._fixed_order import fixed_order
 from fd_dsa.ops._fp8_gemm import fp8_linear
 from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows
-from fd_dsa.ops._head_gemm import head_gemm
+from fd_dsa.ops._head_gemm import head_gemm, linear_in_one_order
 from fd_dsa.ops._host import allocator_beside, dtype_name, matmul, on_device
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.transfers import traits_for
@@ -120,6 +121,9 @@ class DeviceMatrix:
         if self.scales is not None:
             return self._times_fp8(self._quantized(x))
         x = x.plain if isinstance(x, Normed) else x
+        if fixed_order():
+            dtype = "float32" if self.sums_in_float32 else dtype_name(self.values.dtype)
+            return linear_in_one_order(x, self.values, dtype)
         if not self.sums_in_float32:
             return matmul(x, self.values, transpose_y=True)
         library, _ = _cublaslt(type(x), x.place)
@@ -144,9 +148,9 @@ class DeviceMatrix:
 
     @property
     def _suits_cublaslt(self) -> bool:
-        """Whether cuBLASLt reads the codes and scales as they lie."""
+        """Whether cuBLASLt may serve, and reads the codes and scales as they are."""
         outputs, width = self.values.shape
-        return outputs % 8 == 0 and width % (4 * GROUP) == 0
+        return not fixed_order() and outputs % 8 == 0 and width % (4 * GROUP) == 0
 
     def times_by_head(self, x: Any) -> Any:
         """Each head's own GEMM: x [num_tokens, heads, in], which may be a view, to [..., out]."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable
+from fd_dsa.ops._fixed_order import why_not_by_rows
 from fd_dsa.ops._fp8_rows import GROUP
 from fd_dsa.ops._library import LibraryKernel, shared_kernel, why_not_compiled
 from fd_dsa.triton_runtime.transfers import traits_for
@@ -97,7 +98,8 @@ def suits(num_rows: int, num_pairs: int, num_experts: int, columns: int, width: 
 
 def kernel_for(codes: Any) -> ExpertGemm | None:
     """The kernel for codes on their device; None: Triton's serves. Logged once a device."""
-    return _kernel_for(custom_ops.build().kernels, why_not_compiled() or _why_not_device(codes))
+    reason = why_not_by_rows() or why_not_compiled() or _why_not_device(codes)
+    return _kernel_for(custom_ops.build().kernels, reason)
 
 
 @cache

@@ -16,6 +16,7 @@ from fd_dsa.errors import ShapeError
 from fd_dsa.ops._dense_kernels import empty_beside, sigmoid
 from fd_dsa.ops._expert_gemm import Tiling, block_sizes, configuration, expert_gemm_kernel
 from fd_dsa.ops._expert_gemm_cuda import ExpertGemm, kernel_for, suits
+from fd_dsa.ops._fixed_order import rows_of_tiles
 from fd_dsa.ops._fp8_gemm import check_weight, native_fp8
 from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows
 from fd_dsa.ops._host import dtype_name
@@ -253,7 +254,8 @@ def expert_gemm(
         )  # fmt: skip
     elif num_pairs and columns:
         shared_bytes = traits_for(rows).shared_bytes
-        tiling = tiling or configuration(kind, num_pairs, experts, gated, shared_bytes)
+        shape = rows_of_tiles(num_pairs), experts, gated, shared_bytes
+        tiling = tiling or configuration(kind, *shape)
         options = block_sizes(kind, columns, width, tiling)
         most_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
         expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), most_tiles](

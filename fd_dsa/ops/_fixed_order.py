@@ -1,14 +1,20 @@
-"""Sums on a CPU whose order does not depend on what else a step holds, where that is asked for.
+"""Sums whose order does not depend on what else a step holds, where that is asked for.
 
 A float32 sum depends on its order, and a matrix library chooses the order by the sizes of both
 factors. So the last bits of a token's numbers depend on how many tokens share its step: on chunk
-sizes, prefix hits, preemption and the batch. With FD_DSA_BATCH_INVARIANT=1 they do not: MKL keeps
-one order for all numbers of rows (its "strict" reproducible mode), products over keys go chunk by
-chunk, and a token attends in the same way however long its prompt is.
+sizes, prefix hits, preemption and the batch. With FD_DSA_BATCH_INVARIANT=1 they do not.
+
+On a CPU, MKL keeps one order for all numbers of rows (its "strict" reproducible mode), products
+over keys go chunk by chunk, and a token attends in the same way however long its prompt is.
+
+On a device, every GEMM, every attention and every score is by one kernel of ours, compiled in one
+form: tiles as for many rows, and no sum split among programs. cuBLASLt, Paddle's matmul and the
+kernels of custom_ops/ that choose by the number of rows serve nothing.
 """
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import numpy as np
@@ -18,6 +24,9 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.ops._host import as_numpy, matmul, staged
 from fd_dsa.step.host_tensor import as_tensor
 
+logger = logging.getLogger(__name__)
+# rows that a launch on a device is cut for in one order: so many that no sum is split
+_MANY_ROWS = 8192
 # keys of a chunk: on every processor that was tried, the library adds this many up in order
 _KEYS = 256
 # rows, and (in, out) of GEMMs that are tried
@@ -29,6 +38,16 @@ _PROBE_SIZES = ((384, 256), (1024, 128), (64, 512))
 def fixed_order() -> bool:
     """True if this process keeps one order; read from the environment once."""
     return batch_invariant()
+
+
+def rows_of_tiles(num_rows: int) -> int:
+    """Rows that the tiles of a launch on a device are chosen for; in one order always as many."""
+    return _MANY_ROWS if fixed_order() else num_rows
+
+
+def why_not_by_rows() -> str:
+    """Why what adds in another order for other numbers of rows cannot serve; "" if it can."""
+    return "FD_DSA_BATCH_INVARIANT=1 keeps one form" if fixed_order() else ""
 
 
 def two_rows(x: np.ndarray) -> np.ndarray:
@@ -68,22 +87,30 @@ def row_sums(x: np.ndarray) -> np.ndarray:
     return total
 
 
-def check_fixed_order(device: str) -> None:
+def check_fixed_order(device: str, num_ranks: int = 1) -> None:
     """Refuse to go on where one order is asked for and cannot be had.
 
     Args:
-        device: where the model will run.
+        device: where the model will run; on one that is no CPU our own kernels keep the order.
+        num_ranks: that share the model.
 
     Raises:
-        ConfigError: a device, or a matrix library whose rows depend on their number.
+        ConfigError: several devices, whose sums are made in one of two ways by the number of rows,
+            or a CPU's matrix library whose rows depend on their number.
     """
     if not fixed_order():
         return
     if device != "cpu":
-        raise ConfigError(
-            f"FD_DSA_BATCH_INVARIANT: got 1 on {device}, allowed is a CPU alone; unset it, or take "
-            "--device cpu"
+        if num_ranks > 1:
+            raise ConfigError(
+                f"FD_DSA_BATCH_INVARIANT: got 1 with --tensor-parallel-size {num_ranks} on "
+                f"{device}, allowed is one device or a CPU: sums over ranks depend on the rows"
+            )
+        logger.info(
+            "FD_DSA_BATCH_INVARIANT=1: one form of our own kernels for any number of rows, and no "
+            "GEMMs of cuBLASLt or Paddle"
         )
+        return
     orders = (False, True)
     if not all(_rows_agree(*sizes, order) for sizes in _PROBE_SIZES for order in orders):
         raise ConfigError(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._dense_kernels import empty_beside
+from fd_dsa.ops._fixed_order import fixed_order, rows_of_tiles
 from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops._split_sums import scratch_beside, splits_of, sum_of_parts
 from fd_dsa.ops._triton import step_kernel
@@ -285,8 +286,8 @@ def fp8_linear(
     out = empty_beside(rows.codes, num_rows, columns, dtype=out_dtype)
     if not num_rows or not columns:
         return out
-    tiling = tiling or configuration(num_rows, columns, width)
-    grid, options = launch_options(num_rows, columns, width, tiling)
+    tiling = tiling or configuration(rows_of_tiles(num_rows), columns, width)
+    grid, options = launch_options(num_rows, columns, width, tiling, can_split=not fixed_order())
     if grid[1] > 1 and scratch is None:
         scratch = scratch_beside(rows.codes)
         if scratch is None:

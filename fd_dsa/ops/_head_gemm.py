@@ -1,10 +1,15 @@
-"""GEMMs of heads on a device: each head of a token times that head's own weight, one launch."""
+"""GEMMs of heads on a device: each head of a token times that head's own weight, one launch.
+
+The same kernel multiplies by a whole weight where sums must not depend on the number of rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fd_dsa.ops._dense_kernels import empty_beside
+from fd_dsa.ops._fixed_order import rows_of_tiles
 from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, group_scales
 from fd_dsa.ops._host import dtype_name
 from fd_dsa.ops._triton import step_kernel
@@ -58,12 +63,15 @@ def head_gemm_kernel(
     num_tokens,
     IN: tl.constexpr,
     OUT: tl.constexpr,
+    IN_FIRST: tl.constexpr,
     ROUND_SCALES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
     """Block `program 0` of the outputs of head `program 1`, token tile `program 2`.
+
+    A head's weight is [IN, OUT], without IN_FIRST [OUT, IN].
 
     Without `out_ptr` the block is quantised: it is one group of values.
     """
@@ -74,12 +82,16 @@ def head_gemm_kernel(
     live, inside = token < num_tokens, column < OUT
     step = tl.arange(0, BLOCK_IN)
     x = x_ptr + token[:, None] * token_stride + head * head_stride + step[None, :]
-    weight = weight_ptr + (head * IN + step[:, None]) * OUT + column[None, :]
+    if IN_FIRST:
+        weight = weight_ptr + (head * IN + step[:, None]) * OUT + column[None, :]
+    else:
+        weight = weight_ptr + (head * OUT + column[None, :]) * IN + step[:, None]
+    to_next: tl.constexpr = OUT if IN_FIRST else 1
     total = tl.zeros([BLOCK_TOKENS, BLOCK_OUT], tl.float32)
     for start in range(0, IN, BLOCK_IN):
         here = start + step < IN
         left = tl.load(x + start, mask=live[:, None] & here[None, :], other=0.0)
-        right = tl.load(weight + start * OUT, mask=here[:, None] & inside[None, :], other=0.0)
+        right = tl.load(weight + start * to_next, mask=here[:, None] & inside[None, :], other=0.0)
         total = tl.dot(left, right, acc=total, input_precision="ieee")
     start_next()
     if rows_ptr is not None:
@@ -104,14 +116,46 @@ def head_gemm(
         out: where the result goes, of at least as many rows; None allocates.
         rows: integers [num_tokens], row of `out` of each token; None: the first ones, in order.
     """
-    heads, width, out_width = weight.shape
-    num_tokens, is_shared = x.shape[0], len(x.shape) == 2
+    heads, _, out_width = weight.shape
     if out is None:
-        out = empty_heads(x, num_tokens, heads, out_width, round_scales)
+        out = empty_heads(x, x.shape[0], heads, out_width, round_scales)
+    _launch(x, weight, weight.shape, out, rows, round_scales=bool(round_scales))
+    return out
+
+
+def linear_in_one_order(x: Any, weight: Any, dtype: str) -> Any:
+    """x [num_tokens, in] times weight^T: [num_tokens, out], sums in float32.
+
+    With FD_DSA_BATCH_INVARIANT=1 a row has the same bits beside any number of other rows.
+
+    Args:
+        x: float32 or bfloat16; the values of a row are contiguous.
+        weight: of the same type [out, in], contiguous.
+        dtype: of the result, "float32" or that of x.
+    """
+    out_width, width = weight.shape
+    out = empty_beside(x, x.shape[0], out_width, dtype=dtype)
+    _launch(x, weight, (1, width, out_width), out, in_first=False)
+    return out
+
+
+def _launch(
+    x: Any,
+    weight: Any,
+    shape: Sequence[int],
+    out: Any,
+    rows: Any = None,
+    *,
+    in_first: bool = True,
+    round_scales: bool = False,
+) -> None:
+    """Fill `out`; `shape` is heads, in and out of the weight."""
+    num_tokens, is_shared, (heads, width, out_width) = x.shape[0], len(x.shape) == 2, shape
     codes, scales, _ = out if isinstance(out, Fp8Rows) else (None, None, None)
     if num_tokens:
-        few = num_tokens <= 64
-        tokens = min(64 if few else 128, max(16, triton.next_power_of_2(num_tokens)))
+        tiled = rows_of_tiles(num_tokens)
+        few = tiled <= 64
+        tokens = min(64 if few else 128, max(16, triton.next_power_of_2(tiled)))
         columns = min(128, max(16, triton.next_power_of_2(out_width)))
         depth = min(128 if few else 64, max(16, triton.next_power_of_2(width)))
         if dtype_name(x.dtype) == "float32":
@@ -122,10 +166,9 @@ def head_gemm(
             x, x.strides[0], 0 if is_shared else x.strides[1], weight, rows,
             out if codes is None else None, codes, scales,
             0 if scales is None else scales.shape[1], num_tokens, IN=width, OUT=out_width,
-            ROUND_SCALES=bool(round_scales), BLOCK_TOKENS=tokens, BLOCK_IN=depth,
+            IN_FIRST=in_first, ROUND_SCALES=round_scales, BLOCK_TOKENS=tokens, BLOCK_IN=depth,
             BLOCK_OUT=columns, num_warps=4 if few else 8, num_stages=3,
         )  # fmt: skip
-    return out
 
 
 def empty_heads(

@@ -225,6 +225,7 @@ TUNED = """
 from fd_dsa.ops.mla import prompt
 from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
 from fd_dsa.ops import _expert_gemm as experts, _fp8_gemm as gemm
+from fd_dsa.ops._head_gemm import head_gemm_kernel
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_forms import decode_form, padded_heads, prompt_form
 from fd_dsa.ops.logits.tile_kernel import tile_kernel
@@ -244,6 +245,11 @@ for nope, values in (128, 128), (192, 256):
             NOPE_PADDED=triton.next_power_of_2(nope), VALUES_PADDED=values, ROUND_SCALES=True,
             ROWS=128, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, num_warps=tiling.num_warps,
             num_stages=tiling.num_stages, **dict.fromkeys(absent))
+# the head with FD_DSA_BATCH_INVARIANT=1
+compile("linear", head_gemm_kernel, dict.fromkeys(("x_ptr", "weight_ptr"), "bfloat16"), IN=7168,
+        OUT=129280, IN_FIRST=False, ROUND_SCALES=False, BLOCK_TOKENS=128, BLOCK_IN=64,
+        BLOCK_OUT=128, num_warps=8, num_stages=3,
+        **dict.fromkeys(("codes_ptr", "scales_ptr", "rows_ptr")))
 for cache in "uint8", "bfloat16":
     compile("keys", gather_keys_kernel, types | {"cache_ptr": cache}, BLOCK_SIZE=64, RANK=512,
             ROPE=64, RANK_PADDED=512, FP8=cache == "uint8", ROWS=128, KEYS=16)

@@ -7,12 +7,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fd_dsa.attention import step_plan
-from fd_dsa.errors import ConfigError
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.step_sampler import StepSampler
+from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.ops import _fixed_order
 from fd_dsa.ops.logits import paddle_impl as scoring
 from fd_dsa.ops.mla import paddle_impl as attention
@@ -103,7 +107,50 @@ def test_a_library_whose_rows_differ_is_refused(
         _fixed_order.check_fixed_order("cpu")
 
 
-def test_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_fixed_order, "fixed_order", lambda: True)
-    with pytest.raises(ConfigError, match=r"FD_DSA_BATCH_INVARIANT: got 1 on gpu:0"):
-        _fixed_order.check_fixed_order("gpu:0")
+@pytest.mark.usefixtures("one_order")
+def test_several_devices_are_refused() -> None:
+    _fixed_order.check_fixed_order("gpu:0")
+    with pytest.raises(ConfigError, match="got 1 with --tensor-parallel-size 2 on gpu:0"):
+        _fixed_order.check_fixed_order("gpu:0", 2)
+
+
+@pytest.mark.usefixtures("one_order")
+def test_a_kernel_that_chooses_by_the_number_of_tokens_is_refused() -> None:
+    pytest.importorskip("triton", reason="the kernels of a device")
+    from fd_dsa.ops.mla.custom_op import choose_attention
+    from fd_dsa.ops.providers import TENSOR_CORE, asking_for
+    from fd_dsa.step.host_tensor import as_tensor
+
+    sizes = "gpu", 64, "bfloat16", "fp8_ds_mla", 512, 64, 90, as_tensor
+    with asking_for({}):
+        assert choose_attention(*sizes).provider == TENSOR_CORE
+    refusal = "sparse_mla=custom_op cannot serve on gpu: FD_DSA_BATCH_INVARIANT=1 keeps one form"
+    with (
+        asking_for({"sparse_mla": "custom_op"}),
+        pytest.raises(BackendUnavailable, match=refusal),
+    ):
+        choose_attention(*sizes)
+
+
+@pytest.mark.usefixtures("one_order")
+@pytest.mark.parametrize(("temperature", "is_drawn"), [(0.0, True), (0.8, False)])
+def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: bool) -> None:
+    queued: list[Any] = []
+    runner = SimpleNamespace(
+        draws="some", queue_model=lambda rows: None, draw=lambda *step: queued.append(step)
+    )
+    sampler = StepSampler(runner, 2)
+    sampler._taken_by = [0, 0]
+    requests: list[Any] = [
+        SimpleNamespace(
+            rules=None,
+            logprobs=None,
+            params=SamplingParams(temperature=each),
+            slot=slot,
+            arrival=0,
+            num_output_tokens=3,
+        )
+        for slot, each in enumerate((0.0, temperature))
+    ]
+    step: Any = SimpleNamespace(sampling=requests, reading=[], drafts={})
+    assert sampler.queue(step, np.arange(2)) == is_drawn == bool(queued)

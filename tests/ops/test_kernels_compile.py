@@ -78,7 +78,7 @@ def test_every_form_compiles() -> None:
 
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
-    assert len(made) == 4 + 6 + 4 + 8 + 1 + 5 + 9 + 2 + 7
+    assert len(made) == 4 + 1 + 6 + 4 + 8 + 1 + 5 + 9 + 2 + 7
     for form in made:
         assert_waits(form)
         name, blocks = form["label"], form["blocks"]
@@ -98,6 +98,9 @@ def test_tuned_forms_are_what_they_are_chosen_for() -> None:
             assert form["products"] and all("e4m3.e4m3" in p for p in form["products"]), name
             assert form["in_flight"] == int(name.split()[1]) * (form["stages"] - 2), name
             assert form["stack"] <= MOST_STACK_BYTES and form["ways"] <= 1, name
+        if name == "linear":
+            assert form["products"] and form["ways"] <= 1 and form["in_flight"], name
+            assert form["stack"] == 0, name
         if name.startswith("prompts"):
             # both GEMMs on tensor cores, and tiles of keys copied ahead of them
             assert len(form["products"]) == 2 and form["ways"] <= 1 and form["copies"], name
@@ -124,7 +127,7 @@ for capability, switch in (80, ""), (89, "1"), (90, ""), (90, "1"), (90, "0"), (
             ROUND_SCALES=False, **dict.fromkeys(("delta_ptr", "sum_ptr", "codes_ptr",
                                                  "scales_ptr")))
     compile(f"heads {capability} {switch}", head_gemm_kernel, capability=capability, IN=128,
-            OUT=128, ROUND_SCALES=False, BLOCK_TOKENS=16, BLOCK_IN=32, BLOCK_OUT=32,
+            OUT=128, IN_FIRST=True, ROUND_SCALES=False, BLOCK_TOKENS=16, BLOCK_IN=32, BLOCK_OUT=32,
             codes_ptr=None, scales_ptr=None, rows_ptr=None)
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa.errors import ShapeError
+from fd_dsa.ops._fixed_order import rows_of_tiles
 from fd_dsa.ops._host import check_shape, outer_strides
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import (
@@ -253,7 +254,7 @@ def write_caches(
     num_tokens = slot_mapping.shape[0]
     if num_tokens == 0:
         return
-    block_tokens, num_warps, maxnreg = configuration(num_tokens)
+    block_tokens, num_warps, maxnreg = configuration(rows_of_tiles(num_tokens))
     write_caches_kernel[(-(-num_tokens // block_tokens),)](
         **kernel_arguments(kv_a, index_k, position_ids, slot_mapping, *others),
         BLOCK_TOKENS=block_tokens,

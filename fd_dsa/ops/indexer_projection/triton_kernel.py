@@ -14,6 +14,7 @@ import logging
 from contextlib import suppress
 from typing import Any
 
+from fd_dsa.ops._fixed_order import rows_of_tiles
 from fd_dsa.ops._host import allocator_beside, dtype_name, outer_strides
 from fd_dsa.ops._triton import step_kernel, stored_values
 from fd_dsa.ops._triton_fp8 import stored
@@ -195,10 +196,11 @@ def project_indexer(
             allocate((num_tokens, weights_proj.shape[1]), "float32"),
         )
     if num_tokens:
-        if scratch is None and num_tokens <= MOST_SPLIT_TOKENS:
+        rows = rows_of_tiles(num_tokens)
+        if scratch is None and rows <= MOST_SPLIT_TOKENS:
             scratch = scratch_beside(out[1])
         arguments = kernel_arguments(hidden_states, wk, weights_proj, out, scratch)
-        grid, options = launch_options(arguments, configuration(num_tokens))
+        grid, options = launch_options(arguments, configuration(rows))
         try:
             project_indexer_kernel[grid](**arguments, **options)
         except BaseException:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fd_dsa.ops._fixed_order import fixed_order
+
 BLOCK_SIZE = 64
 """Keys of a page, and rows of a GEMM; other caches are not read."""
 MAX_HEADS = 128
@@ -66,12 +68,17 @@ def decode_form(num_heads: int, tokens_per_row: int) -> TileForm:
             for as many, up to two products. Rows of other numbers are scored as well.
     """
     widest = _widest(num_heads)
+    if fixed_order():
+        # which token of a tile it is, and of how many, may change the order of its sum
+        tokens_per_row = 1
     first = min(_power(tokens_per_row), widest)
     return _placed(num_heads, first, min(_power(tokens_per_row - first), widest))
 
 
 def prompt_form(num_heads: int) -> TileForm:
     """The form for steps with prompts: as many products to a page as there are registers for."""
+    if fixed_order():
+        return decode_form(num_heads, 1)
     widest = _widest(num_heads)
     return _placed(num_heads, widest, widest)
 

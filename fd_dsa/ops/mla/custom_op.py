@@ -13,6 +13,7 @@ from math import prod
 from typing import Any, ClassVar
 
 from fd_dsa import custom_ops
+from fd_dsa.ops._fixed_order import why_not_by_rows
 from fd_dsa.ops._fp8 import LATENT_WIDTH
 from fd_dsa.ops._host import cache_format
 from fd_dsa.ops._library import LibraryKernel, difference, shared_kernel, why_not_compiled
@@ -181,7 +182,7 @@ def choose_attention(
     """
     reason = tensor_core.why_not(capability, dtype, cache_dtype, rank, rope)
     conditions, own = {TENSOR_CORE: reason}, kind_for(num_heads, cache_dtype == "fp8_ds_mla")
-    conditions[CUSTOM_OP] = reason or why_not_compiled()
+    conditions[CUSTOM_OP] = reason or why_not_by_rows() or why_not_compiled()
     if own is None:
         few = f"{num_heads} heads over bfloat16 latents, it takes more than {FEW_HEADS}"
         conditions[CUSTOM_OP] = conditions[CUSTOM_OP] or few

@@ -12,6 +12,7 @@ from functools import lru_cache
 from math import e, log2, prod
 from typing import Any, NamedTuple
 
+from fd_dsa.ops._fixed_order import fixed_order, rows_of_tiles
 from fd_dsa.ops._host import allocator_beside, cache_format
 from fd_dsa.ops.mla._tiles import RANK, ROPE
 from fd_dsa.ops.mla.tensor_core_kernel import attend_kernel, combine_kernel
@@ -144,8 +145,8 @@ def attend_on_tensor_cores(
     topk = slots.shape[1]
     if num_tokens == 0 or num_heads == 0:
         return
-    form = form or form_for(num_heads, num_tokens, fp8)
-    rows = 0 if partials is None else partials.lse.shape[0]
+    form = form or form_for(num_heads, rows_of_tiles(num_tokens), fp8)
+    rows = 0 if partials is None or fixed_order() else partials.lse.shape[0]
     if splits is None:
         splits = num_splits(num_tokens, num_heads, topk, form, rows)
     is_split = splits > 1

@@ -216,7 +216,7 @@ def test_prompts_attend_densely_up_to_index_topk(
     layers = fields["num_hidden_layers"]
     assert counts == [(12, 7, 12)] * layers + [(5,)] * layers
     chunks = logits_of(runner_on(folder, rig.device), IN_CHUNKS)
-    monkeypatch.setattr(dense_prompts, "fixed_order", lambda: True)
+    monkeypatch.setattr(dense_prompts, "why_not_by_rows", lambda: "one form")
     counts.clear()
     absorbed = logits_of(runner_on(folder, rig.device), CROSSING)
     assert not counts
@@ -241,3 +241,31 @@ def clear_lead(logits: np.ndarray, least: float) -> np.ndarray:
     """Whether the largest of each row leads by so much."""
     top = np.sort(logits, axis=1)
     return top[:, -1] - top[:, -2] > least
+
+
+# rows of CROSSING in other chunks and in no company
+ALONE = [[part] for step in IN_CHUNKS for part in step if part[0] == 1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_order")
+@pytest.mark.parametrize("form", BOUNDS)
+def test_bits_of_a_row_do_not_depend_on_chunks_or_company(
+    rig: Rig, tmp_path: Path, form: str
+) -> None:
+    fields = V32 | SIZES | WIDE_HEADS | (FP8 if form == "fp8" else {})
+    folder = folder_of(tmp_path, fields, form)
+    together, in_chunks, alone = (
+        np.concatenate(
+            [logits[_tokens(step, 1)] for step, logits in zip(steps, found, strict=True)]
+        )
+        for steps in (CROSSING, IN_CHUNKS, ALONE)
+        for found in [logits_of(runner_on(folder, rig.device), steps)]
+    )
+    np.testing.assert_array_equal(in_chunks, together)
+    np.testing.assert_array_equal(alone, together)
+
+
+def _tokens(step: list[tuple[int, int, int, bool]], wanted: int) -> np.ndarray:
+    """Which tokens of a step are of a row."""
+    return np.repeat([row for row, *_ in step], [new for _, new, *_ in step]) == wanted
