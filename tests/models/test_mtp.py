@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.config import EngineConfig
+from fd_dsa import LLM, SamplingParams
+from fd_dsa.config import EngineConfig, demo_model_path
 from fd_dsa.engine.plan import make_plan
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.checkpoint import Checkpoint
@@ -270,9 +272,24 @@ def test_a_checkpoint_without_the_layer_is_refused_with_what_it_has(tmp_path: Pa
         config = replace(config, num_nextn_predict_layers=0)
         with pytest.raises(ConfigError, match="no layer for it"):
             find_mtp_layer(checkpoint, config)
-    asked = EngineConfig(device="cpu", speculative_config={"method": "mtp"})
+    shutil.copytree(demo_model_path(), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "mtp.safetensors").unlink()
+    asked = EngineConfig(model=tmp_path, device="cpu", speculative_config={"method": "mtp"})
     with pytest.raises(ConfigError, match=r"^--speculative-config.method: got 'mtp', allowed: ng"):
         make_plan(asked)
+
+
+def test_drafts_of_the_demo_models_layer_stand() -> None:
+    drafts = {"method": "mtp", "num_speculative_tokens": 3}
+    greedy = SamplingParams(temperature=0, max_tokens=64)
+    question = [{"role": "user", "content": "Tell me a story about a fox."}]
+    with LLM(device="cpu", max_model_len=512) as plain:
+        [wanted] = plain.chat(question, greedy)
+    with LLM(device="cpu", max_model_len=512, speculative_config=drafts) as llm:
+        [found] = llm.chat(question, greedy)
+        stats = llm.stats()
+    assert found.token_ids == wanted.token_ids
+    assert stats.num_accepted_tokens > 0.6 * stats.num_draft_tokens > 10
 
 
 def test_memory_of_the_layer_is_planned() -> None:
