@@ -154,7 +154,7 @@ def test_only_one_launch_runs_beside_the_attentions_projections(
         monkeypatch.undo()
         for out in outputs:
             np.testing.assert_allclose(out, run(rows, layer), rtol=1e-4, atol=1e-5)
-    lines = [record.message for record in caplog.records if "GEMMs" in record.message]
+    lines = [record.message for record in caplog.records if record.name.endswith("projections")]
     assert ["may change without notice" in line for line in lines] == [True] * ("change" in weights)
 
 

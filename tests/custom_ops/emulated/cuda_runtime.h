@@ -218,7 +218,7 @@ inline void run(std::vector<std::unique_ptr<Fiber>>& fibers) {
   size_t left = fibers.size();
   // rounds without an end of a thread: a barrier that some never reach
   for (int idle = 0; left > 0; ++idle) {
-    if (idle > 1000000) abort();
+    if (idle > 30000000) abort();
     let_time_pass();
     seed = seed * 1664525u + 1013904223u;
     const size_t first = (seed >> 8) % fibers.size();

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F8_E4M3": np.uint8}
 
 
 def read_checkpoint(folder: str | Path) -> Iterator[tuple[str, np.ndarray]]:
