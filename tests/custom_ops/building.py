@@ -110,20 +110,17 @@ def load_package() -> Any:
 def compile_library(source: Path, *folders: Path, define: str = "") -> Path:
     """A library made of one file and the headers of some folders, perhaps with a macro set."""
     headers = [path for folder in folders for path in sorted(folder.glob("*.*"))]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [source, *headers]))
-    digest.update(define.encode())
+    # the states of several libraries in one process are not one
+    flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra"]
+    # fibers jump from stack to stack, which glibc's checks do not allow
+    flags += ["-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", *(f"-I{folder}" for folder in folders)]
+    flags += [f"-D{define}"] if define else []
+    content = b"".join(path.read_bytes() for path in [source, *headers])
+    digest = hashlib.sha256(content + " ".join(flags).encode())
     made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.so"
     if not made.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
         scratch = made.with_suffix(f".{os.getpid()}")
-        flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra"]
-        # fibers jump from stack to stack, which glibc's checks do not allow
-        flags += [
-            "-U_FORTIFY_SOURCE",
-            "-Wno-unknown-pragmas",
-            *(f"-I{folder}" for folder in folders),
-        ]
-        flags += [f"-D{define}"] if define else []
         subprocess.run([compiler(), *flags, "-x", "c++", source, "-o", scratch], check=True)
         scratch.replace(made)
     return made
