@@ -56,9 +56,11 @@ def weights(config: dict[str, Any], device: str) -> Iterator[tuple[str, Any]]:
             yield name, 1 + 0.1 * noise
         elif name.endswith("bias"):
             yield name, 0.1 * (noise.float() if "gate" in name else noise)
+        elif "embed" in name:
+            yield name, noise
         else:
-            std = 1.0 if "embed" in name else 3.0 if name == "lm_head.weight" else 1.0
-            yield name, noise * (std if "embed" in name else std * one.shape[-1] ** -0.5)
+            gain = 3.0 if name == "lm_head.weight" else 1.0
+            yield name, noise * (gain * one.shape[-1] ** -0.5)
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], device: str) -> int:
@@ -66,24 +68,24 @@ def write_checkpoint(folder: Path, config: dict[str, Any], device: str) -> int:
     from safetensors.torch import save_file
 
     (folder / "config.json").write_text(json.dumps(config))
-    shard: dict[str, Any] = {}
+    shards: list[dict[str, Any]] = [{}]
     index: dict[str, str] = {}
-    total = size = 0
 
-    def flush() -> None:
-        save_file(shard, folder / f"model-{len(set(index.values())):05d}.safetensors")
-        shard.clear()
+    def save() -> int:
+        """Write the last shard; its bytes."""
+        save_file(shards[-1], folder / f"model-{len(shards):05d}.safetensors")
+        size = sum(tensor.nbytes for tensor in shards[-1].values())
+        shards[-1].clear()
+        return size
 
+    total = 0
     for name, tensor in weights(config, device):
-        if size > SHARD_BYTES:
-            flush()
-            size = 0
-        if not shard:
-            file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
-        shard[name], index[name] = tensor.contiguous().cpu(), file
-        size += shard[name].nbytes
-        total += shard[name].nbytes
-    flush()
+        if sum(one.nbytes for one in shards[-1].values()) > SHARD_BYTES:
+            total += save()
+            shards.append({})
+        shards[-1][name] = tensor.contiguous().cpu()
+        index[name] = f"model-{len(shards):05d}.safetensors"
+    total += save()
     entries = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(entries))
     return total

@@ -11,6 +11,25 @@ import numpy as np
 from benchmarks._harness import random_prompts
 
 
+def open_device(rig: bool, device: str) -> str:
+    """The device for an engine, with our library of kernels; before anything imports Paddle.
+
+    Args:
+        rig, device: as of Engine.
+    """
+    if rig:
+        from tests.gpu_rig import load
+
+        # Paddle looks for plug-ins when it is imported
+        device = load("real").device
+    if device != "cpu":
+        from custom_ops.build_library import build_library
+        from fd_dsa import custom_ops
+
+        custom_ops.use_library(build_library())
+    return device
+
+
 class Engine:
     """The engine, started once.
 
@@ -23,17 +42,10 @@ class Engine:
 
     def __init__(self, model: str, rig: bool, config: dict[str, Any], device: str = "gpu") -> None:
         begin = time.perf_counter()
-        if rig:
-            from tests.gpu_rig import load
-
-            device = load("real").device
-        # Paddle looks for plug-ins when it is imported
-        from custom_ops.build_library import build_library
-        from fd_dsa import LLM, custom_ops
+        device = open_device(rig, device)
+        from fd_dsa import LLM
         from fd_dsa.config import demo_model_path
 
-        if device != "cpu":
-            custom_ops.use_library(build_library())
         self.prepare()
 
         # ids are neither read nor written as text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.workers.gpu_engine import open_device
+
 
 class Engine:
     """The engine, started once.
@@ -15,16 +17,10 @@ class Engine:
     """
 
     def __init__(self, model: str, rig: bool, device: str = "gpu") -> None:
-        if rig:
-            from tests.gpu_rig import load
-
-            device = load("real").device
-        from custom_ops.build_library import build_library
-        from fd_dsa import LLM, custom_ops
+        device = open_device(rig, device)
+        from fd_dsa import LLM
         from fd_dsa.config import demo_model_path
 
-        if device != "cpu":
-            custom_ops.use_library(build_library())
         sizes: dict[str, Any] = {"max_model_len": 9216, "max_num_batched_tokens": 8192}
         if device == "cpu":
             sizes = {"max_model_len": 512}
