@@ -143,7 +143,8 @@ def logits_of(engine: Any, ids: list[int]) -> np.ndarray:
 def layers_and_logits() -> dict[str, Any]:
     """Errors layer by layer with the same inputs, and of the logits of a whole run."""
     exact, fp8 = (
-        build_engine(EngineConfig(kv_cache_dtype=name, max_num_seqs=1)) for name in FORMATS
+        build_engine(EngineConfig(kv_cache_dtype=name, max_num_seqs=1, speculative_config="none"))
+        for name in FORMATS
     )
     config = exact.runner.model.config
     layout = fp8.runner.attn_backends[0].config.cache_layout
@@ -189,7 +190,7 @@ def retrieval() -> list[dict[str, Any]]:
     answers: dict[str, list[str]] = {}
     items = prompts(QUESTIONS)
     for name in FORMATS:
-        llm = LLM(kv_cache_dtype=name, max_num_seqs=1)
+        llm = LLM(kv_cache_dtype=name, max_num_seqs=1, speculative_config="none")
         outputs = llm.chat(list(map(chat, items)), SamplingParams(temperature=0.0, max_tokens=40))
         answers[name] = [output.text.strip() for output in outputs]
         print(f"answers with {name} done", flush=True)

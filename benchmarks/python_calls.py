@@ -32,7 +32,12 @@ def count_calls() -> Counter[str]:
 
     package = str(Path(fd_dsa.__file__).parent)
     engine = build_engine(
-        EngineConfig(max_num_seqs=1, kv_cache_memory_bytes="256M", enable_prefix_caching=False)
+        EngineConfig(
+            max_num_seqs=1,
+            kv_cache_memory_bytes="256M",
+            enable_prefix_caching=False,
+            speculative_config="none",
+        )
     )
     prompt = np.random.default_rng(0).integers(3, engine.runner.vocab_size, CONTEXT).tolist()
     engine.add_request("0", prompt, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True))

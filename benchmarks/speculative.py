@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=40, help="of chats (default: 40)")
     args = parser.parse_args(argv)
-    methods: dict[str, dict[str, Any] | None] = {"none": None}
+    methods: dict[str, Any] = {"none": "none"}
     methods["ngram 3"] = {"method": "ngram", "num_speculative_tokens": 3, **LOOKUP}
     folder = EngineConfig(model=args.model).model_path
     if ModelConfig.from_folder(folder).num_nextn_predict_layers:

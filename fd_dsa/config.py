@@ -34,6 +34,7 @@ _LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _MOST_CAPTURED = 512
 _MOST_RANKS = 8
 _LARGEST_TARGET_MS = 60_000
+NO_DRAFTS = "none"
 FP8_BLOCK_SIZE = 64
 """Tokens of a block of fp8_ds_mla caches; the kernels that read them take no other."""
 
@@ -97,7 +98,8 @@ class EngineConfig:
             from CUDA graphs.
         cudagraph_capture_sizes: numbers of rows for which decode steps are captured, a step of
             fewer is padded; None is 1, 2, 4, 8, then every eighth number up to `max_num_seqs`.
-        speculative_config: how drafts are made, see SpeculativeConfig; None makes none.
+        speculative_config: how drafts are made, see SpeculativeConfig; "none" makes none. None is
+            three drafts of the demo model's own layer on a CPU, and otherwise none.
         seed: seed of requests which bring none.
         chat_template: Jinja file that renders conversations; None is what the folder has.
 
@@ -156,7 +158,7 @@ class EngineConfig:
                 raise ConfigError(f"--kv-cache-memory-bytes: {error}") from None
         self._check_numbers()
         given = self.speculative_config
-        if given is not None and not isinstance(given, SpeculativeConfig):
+        if given not in (None, NO_DRAFTS) and not isinstance(given, SpeculativeConfig):
             self._set("speculative_config", SpeculativeConfig.read(given))
         drafts = self.speculation
         if drafts is not None and drafts.method == "mtp" and self.tensor_parallel_size > 1:
@@ -180,7 +182,7 @@ class EngineConfig:
         return self.model_path if self.tokenizer is None else Path(self.tokenizer)
 
     def on_device(self, device: str) -> EngineConfig:
-        """The same with `device` and both types as they are there, none of them "auto".
+        """The same with `device`, both types and drafts as they are there, none left open.
 
         Raises:
             ConfigError: the device does not compute in `dtype`.
@@ -196,7 +198,17 @@ class EngineConfig:
                 "bfloat16 checkpoints are converted while loading",
             )
         cache_dtype = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
-        return replace(self, device=device, dtype=dtype, kv_cache_dtype=cache_dtype)
+        drafts = self.speculative_config
+        if drafts is None and device == "cpu" and self.has_default_drafts:
+            drafts = SpeculativeConfig("mtp", 3)
+        resolved = {"dtype": dtype, "kv_cache_dtype": cache_dtype, "speculative_config": drafts}
+        return replace(self, device=device, **resolved)
+
+    @property
+    def has_default_drafts(self) -> bool:
+        """Whether drafts are made where nobody says how: by the demo model, on one rank."""
+        is_whole = self.tensor_parallel_size == 1 and self.load_format != "dummy"
+        return is_whole and self.model_path == demo_model_path()
 
     @property
     def num_batched_tokens(self) -> int:

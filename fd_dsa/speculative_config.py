@@ -41,7 +41,7 @@ class SpeculativeConfig:
         except (ValueError, TypeError):
             values = None
         if not isinstance(values, dict):
-            raise flag_error(name, given, 'a JSON object, as {"method": "ngram"}')
+            raise flag_error(name, given, 'none or a JSON object, as {"method": "ngram"}')
         known = [one.name for one in fields(cls)]
         if unknown := sorted(map(str, values.keys() - set(known))):
             near = get_close_matches(unknown[0], known, 1)

@@ -217,6 +217,25 @@ def test_devices_and_another_name_of_fp8() -> None:
     assert EngineConfig(kv_cache_dtype="fp8") == EngineConfig(kv_cache_dtype="fp8_ds_mla")
 
 
+@pytest.mark.parametrize(
+    ("fields", "device", "method"),
+    [
+        ({}, "cpu", "mtp"),
+        ({}, "gpu:0", None),
+        ({"speculative_config": "none"}, "cpu", None),
+        ({"speculative_config": {"method": "ngram"}}, "cpu", "ngram"),
+        ({"tensor_parallel_size": 2}, "cpu", None),
+        ({"load_format": "dummy"}, "cpu", None),
+    ],
+)
+def test_the_demo_model_drafts_on_a_cpu_unless_asked_otherwise(
+    fields: dict[str, Any], device: str, method: str | None, tmp_path: Path
+) -> None:
+    drafts = EngineConfig(**fields).on_device(device).speculation
+    assert (drafts.method if drafts else None) == method
+    assert EngineConfig(model=tmp_path).on_device(device).speculation is None
+
+
 def test_speculative_config_is_read_as_vllm_writes_it() -> None:
     config = EngineConfig(speculative_config='{"method": "ngram", "num_speculative_tokens": 3}')
     assert config.speculation == SpeculativeConfig("ngram", 3, 5, 5)
@@ -231,8 +250,8 @@ def test_speculative_config_is_read_as_vllm_writes_it() -> None:
 @pytest.mark.parametrize(
     ("given", "error"),
     [
-        ("{", "--speculative-config: got '{', allowed: a JSON object"),
-        ("[1]", "allowed: a JSON object"),
+        ("{", "--speculative-config: got '{', allowed: none or a JSON object"),
+        ("[1]", "allowed: none or a JSON object"),
         ({"method": "eagle"}, "--speculative-config.method: got 'eagle', allowed: mtp, ngram"),
         ({}, "--speculative-config.method: got None"),
         ({"method": "ngram", "num_speculative_tokens": 4}, "got 4, allowed: .* from 1 to 3"),

@@ -41,7 +41,9 @@ def engine_bytes() -> dict[str, Any]:
     from fd_dsa.config import EngineConfig
     from fd_dsa.engine.factory import build_engine
 
-    config = EngineConfig(kv_cache_dtype="fp8_ds_mla", num_gpu_blocks_override=300)
+    config = EngineConfig(
+        kv_cache_dtype="fp8_ds_mla", num_gpu_blocks_override=300, speculative_config="none"
+    )
     engine = build_engine(config)
     caches = [cache.numpy().nbytes for cache in engine.runner.caches]
     layers = engine.runner.model.config.num_hidden_layers

@@ -41,7 +41,7 @@ class Engine:
 
     def __init__(self, **fields: Any) -> None:
         # the baseline computes every prompt, and prompts come again in later runs
-        defaults = {"max_num_seqs": 32, "kv_cache_memory_bytes": "4G"}
+        defaults = {"max_num_seqs": 32, "kv_cache_memory_bytes": "4G", "speculative_config": "none"}
         config = EngineConfig(**(defaults | fields), enable_prefix_caching=False)
         self.engine = build_engine(config)
         self.llm = LLM.from_engine(self.engine)

@@ -18,8 +18,9 @@ class BlockKeys:
 
         key[i] = sha256(key[i - 1] | tokens of block i), key[-1] = sha256(cache_salt)
 
-    So two blocks have the same key only where their tokens, all tokens before them and the salts
-    of their requests are the same.
+    After `leave_drafts` a mark follows the tokens. So two blocks have the same key only where their
+    tokens, all tokens before them and the salts of their requests are the same, and a drafter's
+    caches have them both or neither.
 
     Args:
         token_ids: the request's tokens; may grow, and must not change otherwise.
@@ -27,7 +28,7 @@ class BlockKeys:
         cache_salt: keeps the blocks of requests with another one, or none, apart.
     """
 
-    __slots__ = ("_block_size", "_keys", "_root", "_token_ids")
+    __slots__ = ("_block_size", "_keys", "_mark", "_root", "_token_ids")
 
     def __init__(self, token_ids: list[int], block_size: int, cache_salt: str | None) -> None:
         """Hash the salt alone."""
@@ -39,6 +40,11 @@ class BlockKeys:
             # a JSON body may hold lone surrogates
             self._root = _sha256(cache_salt.encode("utf-8", "surrogatepass"))
         self._keys: list[bytes] = []
+        self._mark = b""
+
+    def leave_drafts(self) -> None:
+        """From now on a drafter's caches may lack the blocks that are named."""
+        self._mark = b"-"
 
     def __getitem__(self, index: int) -> bytes:
         """Key of block `index`, all of whose tokens must be known."""
@@ -46,7 +52,8 @@ class BlockKeys:
         while len(keys) <= index:
             begin = len(keys) * size
             tokens = array("q", self._token_ids[begin : begin + size])
-            keys.append(_sha256((keys[-1] if keys else self._root) + tokens.tobytes()))
+            before = keys[-1] if keys else self._root
+            keys.append(_sha256(before + tokens.tobytes() + self._mark))
         return keys[index]
 
 

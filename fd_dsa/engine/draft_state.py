@@ -32,18 +32,28 @@ class DraftPace:
         self._rest = _FIRST_REST
         self._num_rested, self._is_try = 0, False
 
-    def length(self, costs: Sequence[float]) -> int:
-        """Drafts of the next step, of a request that has got a token since the call before.
+    def best(self, costs: Sequence[float], rows: float = 1.0) -> int:
+        """Drafts that give the most tokens for the time of a step; 0 where none pay.
 
         Args:
             costs: [n] time of a step with n drafts a row, from 0 to the most.
+            rows: of the step, for each one with drafts.
         """
-        best, most_gain, tokens, chance = 0, 1.0 / costs[0], 1.0, 1.0
+        best, most_gain, tokens, chance = 0, rows / costs[0], rows, 1.0
         for count, rate in enumerate(self._rates, 1):
             chance *= rate
             tokens += chance
             if tokens / costs[count] > most_gain:
                 best, most_gain = count, tokens / costs[count]
+        return best
+
+    def length(self, costs: Sequence[float], rows: float = 1.0) -> int:
+        """Drafts of the next step, of a request that has got a token since the call before.
+
+        Args:
+            costs, rows: as of `best`.
+        """
+        best = self.best(costs, rows)
         self._num_rested += best < len(self._rates)
         self._is_try = best < len(self._rates) and self._num_rested > self._rest
         return best + self._is_try

@@ -174,8 +174,9 @@ class LLMEngine:
                 bad_words=bad_words,
             )
             group.append(request)
-            if self._speculator is not None and self._sampler.takes_drafts(request):
-                self._speculator.begin(request)
+            if self._speculator is not None:
+                can_verify = self._sampler.takes_drafts(request)
+                self._speculator.begin(request, self._scheduler.rows_with(1 + index), can_verify)
         self._num_arrived += params.n
         self._stats.prompt_tokens += len(prompt_token_ids)
         self._has_watched |= params.return_topk_positions

@@ -110,6 +110,10 @@ class Scheduler:
         """Requests without a row."""
         return len(self._waiting)
 
+    def rows_with(self, more: int) -> int:
+        """Rows of a step that decodes all requests and some more, or as many as a step has."""
+        return min(self.num_running + self.num_waiting + more, self._batch.max_num_seqs)
+
     def add(self, request: Request) -> None:
         """Queue a request; arrival numbers must grow."""
         self._waiting.append(request)

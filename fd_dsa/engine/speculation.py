@@ -57,13 +57,34 @@ class Speculator:
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
         self.drafter, self.most = drafter, most
         self._costs = costs or StepCosts()
+        # whether steps without drafts are shorter
+        self._may_leave = self._costs.has_layer
         self._is_off = False
 
-    def begin(self, request: Request) -> None:
-        """Let a request have drafts, unless it is one that must not or does not want to."""
-        params = request.params
-        if params.speculative and not params.return_topk_positions:
-            request.drafts = DraftState(DraftPace(self.most))
+    def begin(self, request: Request, num_rows: int, can_verify: bool) -> None:
+        """Let a request have drafts, unless it must not or does not want to, or none would pay.
+
+        Args:
+            request: that has computed nothing.
+            num_rows: of a step that it will be in.
+            can_verify: whether its drafts can be verified.
+        """
+        pace, params = DraftPace(self.most), request.params
+        pays = pace.best(self._costs.of(num_rows, num_rows, self.most))
+        is_given = can_verify and params.speculative and not params.return_topk_positions
+        if is_given and (pays or not self._may_leave):
+            request.drafts = DraftState(pace)
+        else:
+            self.leave(request)
+
+    def leave(self, request: Request) -> None:
+        """Give a request no drafts from now on.
+
+        The drafter's caches need not be written for it, so its blocks from now on have other keys.
+        """
+        request.drafts = None
+        if self._may_leave:
+            request.block_keys.leave_drafts()
 
     def verify(
         self,
@@ -120,20 +141,31 @@ class Speculator:
 
     def propose(self, step: LaunchedStep) -> None:
         """Have the drafts of the next step made."""
-        going_on = [r for r in step.sampling if r.finish_reason is None and r.drafts is not None]
-        costs = self._costs.of(max(len(going_on), 1), self.most)
-        counts = {r: r.drafts.pace.length(costs) for r in going_on if r.drafts is not None}
+        going_on = [
+            (request, request.drafts)
+            for request in step.sampling
+            if request.finish_reason is None and request.drafts is not None
+        ]
+        num_rows, num_drafting = len(step.sampling), max(len(going_on), 1)
+        costs = self._costs.of(max(num_rows, 1), num_drafting, self.most)
+        counts = {}
+        for request, state in going_on:
+            if self._may_leave and not state.pace.best(costs, num_rows / num_drafting):
+                self.leave(request)
+            else:
+                counts[request] = state.pace.length(costs, num_rows / num_drafting)
+        # one that has ended may have given blocks away
+        is_idle = self._may_leave and all(request.drafts is None for request in step.scheduled)
         try:
-            proposals = {} if self._is_off else self.drafter.propose(step, counts)
+            proposals = {} if self._is_off or is_idle else self.drafter.propose(step, counts)
         except Exception:
             # the step has given its tokens, which a draft is not worth losing
             logger.exception("speculative decoding is off from now on: the drafter failed")
             self._is_off, proposals = True, {}
-        for request in going_on:
-            if request.drafts is not None:
-                request.drafts.proposal = proposal = proposals.get(request, [])
-                if proposal and proposal[0] >= 0 and request.grammar is not None:
-                    del proposal[request.grammar.count_allowed(proposal) :]
+        for request, state in going_on:
+            state.proposal = proposal = proposals.get(request, [])
+            if proposal and proposal[0] >= 0 and request.grammar is not None:
+                del proposal[request.grammar.count_allowed(proposal) :]
 
 
 def _joined(outputs: list[RequestOutput]) -> list[RequestOutput]:

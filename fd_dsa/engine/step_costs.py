@@ -23,6 +23,8 @@ _REPEATS = 3
 _NOTHING = np.empty(0, np.int64)
 # seconds after which no larger step is measured: with a large model on a CPU they are long
 _PATIENCE_S = 3.0
+# rows from which on GEMMs of a CPU take as much longer as they have more
+_MANY_ROWS = 8
 
 
 class StepCosts:
@@ -30,26 +32,37 @@ class StepCosts:
 
     Args:
         seconds: of steps by their number of tokens; empty: a draft costs a tenth of a step.
-        draft_seconds: of what a drafter does for each draft after the first, likewise.
+        draft_seconds: of what a drafter does for each draft after the first, by rows.
+        layer_seconds: of a layer that is left out of steps without drafts, by tokens.
     """
 
     def __init__(
         self,
         seconds: Mapping[int, float] | None = None,
         draft_seconds: Mapping[int, float] | None = None,
+        layer_seconds: Mapping[int, float] | None = None,
     ) -> None:
         self._seconds = sorted((seconds or {}).items())
         self._draft_seconds = sorted((draft_seconds or {}).items())
+        self._layer_seconds = sorted((layer_seconds or {}).items())
 
-    def of(self, num_rows: int, most: int) -> list[float]:
-        """Time of a step of so many rows with 0 to `most` drafts each."""
+    @property
+    def has_layer(self) -> bool:
+        """Whether a layer is left out of steps without drafts."""
+        return bool(self._layer_seconds)
+
+    def of(self, num_rows: int, num_drafting: int, most: int) -> list[float]:
+        """Time of a step of so many rows, of which some have drafts, 0 to `most` each."""
         if not self._seconds:
-            return [1 + _USUAL_COST * count for count in range(most + 1)]
-        drafting = _between(self._draft_seconds, num_rows) if self._draft_seconds else 0.0
-        return [
-            _between(self._seconds, num_rows * (1 + count)) + max(count - 1, 0) * drafting
-            for count in range(most + 1)
-        ]
+            share = num_drafting / num_rows
+            return [1 + _USUAL_COST * share * count for count in range(most + 1)]
+        costs = [_between(self._seconds, num_rows)]
+        for count in range(1, most + 1):
+            tokens = num_rows + count * num_drafting
+            drafting = (count - 1) * _between(self._draft_seconds, num_drafting)
+            layer = _between(self._layer_seconds, tokens)
+            costs.append(_between(self._seconds, tokens) + drafting + layer)
+        return costs
 
 
 def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> StepCosts:
@@ -98,7 +111,10 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
             ids = np.zeros(num_tokens, np.int64)
             # each run leaves the hidden states that the next one takes
             drafting[num_tokens] = _fastest(partial(runner.predict_more, ids, tokens))
-            seconds[num_tokens] += drafting[num_tokens]
+            whole, before = seconds[num_tokens] + drafting[num_tokens], seconds.get(num_tokens // 2)
+            if num_tokens > _MANY_ROWS and before and whole > 2 * before:
+                # not even right drafts pay from here on
+                break
         num_tokens *= 2
     batch.begin_step()
     for row in rows:
@@ -112,7 +128,8 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
         "tokens of a decode step: %s",
         ", ".join(f"{count} in {1e3 * seconds[count]:.1f} ms" for count in sorted(seconds)),
     )
-    return StepCosts(seconds, drafting)
+    # a device runs it in every step, and its time is that of the step's
+    return StepCosts(seconds, drafting, {} if on_device else drafting)
 
 
 def _add_rows(batch: InputBatch, context: int, num_tokens: int) -> list[int]:
@@ -158,7 +175,9 @@ def _fastest(work: Callable[[], object]) -> float:
 
 
 def _between(points: Sequence[tuple[int, float]], place: int) -> float:
-    """Value at a place by the line through its neighbours, or the last two points."""
+    """Value at a place by the line through its neighbours; 0 without points."""
+    if not points:
+        return 0.0
     (left, low), (right, high) = points[0], points[0]
     for right, high in points:
         if right >= place:

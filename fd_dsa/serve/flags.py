@@ -174,7 +174,8 @@ _FLAGS = {
         "--enable-chunked-prefill": "split prompts at --max-num-batched-tokens; always on "
         "(default: enabled)",
         "--speculative-config JSON": "draft tokens and verify them in the next step, as "
-        """'{"method": "ngram", "num_speculative_tokens": 3}'; no token changes (default: none)""",
+        """'{"method": "ngram", "num_speculative_tokens": 3}', or none; no token changes (default:
+        the demo model's own layer on a CPU, otherwise none)""",
         "--async-scheduling": "on a GPU, queue a step while the one before runs (default: enabled)",
     },
     "CUDA graphs (on a GPU)": {

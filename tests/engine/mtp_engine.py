@@ -15,6 +15,7 @@ from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.models.config import MtpLayer
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
@@ -41,11 +42,13 @@ class WatchedDrafter(MtpDrafter):
         super().__init__(runner)
         self._most = most
         self.first: dict[Request, dict[int, int]] = {}
+        self.num_runs = 0
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
         # as many as there may be, whatever the rate at which they stand
+        self.num_runs += 1
         proposals = super().propose(step, dict.fromkeys(counts, self._most))
         for request, drafts in proposals.items():
             if drafts:
@@ -70,7 +73,7 @@ def make_model(fields: dict[str, Any]) -> Any:
 
 
 def answers(
-    model: Any, method: str | None, most: int = 3
+    model: Any, method: str | None, most: int = 3, costs: StepCosts | None = None
 ) -> tuple[dict[tuple[str, int], RequestOutput], LLMEngine, Any]:
     """The last state of every output, with an engine so small that requests are preempted."""
     runner = make_runner(model, NUM_BLOCKS)
@@ -81,7 +84,7 @@ def answers(
         num_blocks=NUM_BLOCKS,
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=[EOS],
-        speculator=Speculator(drafter, most) if method else None,
+        speculator=Speculator(drafter, most, costs) if method else None,
     )
     draw = np.random.default_rng(0)
     stem = draw.integers(2, 40, 30).tolist()

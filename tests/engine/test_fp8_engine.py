@@ -22,7 +22,12 @@ ANSWER = "Anna hid the magic brush in the market."
 
 def test_blocks_take_788_bytes_a_token_and_layer() -> None:
     engine = build_engine(
-        EngineConfig(kv_cache_dtype="fp8_ds_mla", max_num_seqs=2, kv_cache_memory_bytes="40M")
+        EngineConfig(
+            kv_cache_dtype="fp8_ds_mla",
+            max_num_seqs=2,
+            kv_cache_memory_bytes="40M",
+            speculative_config="none",
+        )
     )
     caches = [np.from_dlpack(cache) for cache in engine.runner.caches]
     num_blocks = (40 << 20) // (64 * 788 * 6)

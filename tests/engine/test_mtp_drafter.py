@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fd_dsa.engine.step_costs import measure_steps
+from fd_dsa.engine.step_costs import StepCosts, measure_steps
 from fd_dsa.runner import ModelRunner
 from tests.engine.mtp_engine import answers, make_model, make_runner
 from tests.runner.tiny import V32
@@ -49,10 +49,18 @@ def test_no_bit_depends_on_drafts() -> None:
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 
-def test_drafts_are_those_of_an_offline_computation() -> None:
+# so that requests whose first drafts are rejected leave, and others begin after them
+DEAR_LAYER = StepCosts({1: 1.0, 16: 2.0}, {1: 0.01}, {1: 0.1, 16: 0.2})
+
+
+@pytest.mark.parametrize("costs", [None, DEAR_LAYER], ids=["always", "while it pays"])
+def test_drafts_are_those_of_an_offline_computation(costs: StepCosts | None) -> None:
     model = make_model(V32)
-    _, engine, drafter = answers(model, "mtp")
-    assert engine.stats().num_preemptions and engine.stats().prefix_cache_hits
+    _, engine, drafter = answers(model, "mtp", costs=costs)
+    stats = engine.stats()
+    assert stats.num_preemptions and stats.prefix_cache_hits
+    left = [request for request in drafter.first if request.drafts is None]
+    assert bool(left) == bool(costs) == (drafter.num_runs < 0.7 * stats.num_steps)
     same = []
     for request, first in drafter.first.items():
         if request.params.temperature or request.params.repetition_penalty != 1:
@@ -105,5 +113,5 @@ def test_steps_are_measured_when_an_engine_starts() -> None:
     batch = runner.input_batch
     assert (batch.block_tables == -1).all() and not batch.seq_lens_this_time.any()
     assert runner.counters.mask_offsets_launched == runner.counters.mask_offsets_skipped == 0
-    one, *more = costs.of(4, 3)
+    one, *more = costs.of(4, 4, 3)
     assert 0 < one <= more[0] <= more[1] <= more[2]

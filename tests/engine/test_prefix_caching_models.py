@@ -83,7 +83,7 @@ def test_questions_about_one_text_in_fp8_caches() -> None:
         "max_model_len": 64 * (TEXT_BLOCKS + 2),
         "num_gpu_blocks_override": 2 * TEXT_BLOCKS + 1,
     }
-    with LLM(kv_cache_dtype="fp8_ds_mla", **sizes) as llm:
+    with LLM(kv_cache_dtype="fp8_ds_mla", speculative_config="none", **sizes) as llm:
         chats = chats_about_a_text(llm)
         expected = computed_whole(llm._open_engine(), chats)
 

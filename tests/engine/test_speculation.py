@@ -165,6 +165,9 @@ def test_a_request_that_gets_predictable_drafts_again() -> None:
 
 def test_costs_of_steps_between_measured_ones() -> None:
     costs = StepCosts({1: 1.0, 4: 1.3, 16: 4.0}, {1: 0.2, 8: 0.9})
-    assert costs.of(1, 3) == pytest.approx([1.0, 1.1, 1.2 + 0.2, 1.3 + 0.4])
-    assert costs.of(16, 1) == pytest.approx([4.0, 8.0])
-    assert StepCosts().of(9, 2) == pytest.approx([1.0, 1.1, 1.2])
+    assert costs.of(1, 1, 3) == pytest.approx([1.0, 1.1, 1.2 + 0.2, 1.3 + 0.4])
+    assert costs.of(16, 16, 1) == pytest.approx([4.0, 8.0])
+    # 2 of 4 rows have drafts
+    layer = StepCosts({1: 1.0, 16: 4.0}, {1: 0.2}, {1: 0.1, 16: 1.6})
+    assert layer.of(4, 2, 2) == pytest.approx([1.6, 2.0 + 0.6, 2.4 + 0.4 + 0.8])
+    assert StepCosts().of(9, 9, 2) == pytest.approx([1.0, 1.1, 1.2])

@@ -142,7 +142,7 @@ def test_a_start_runs_the_layer_before_any_request(rig: Rig) -> None:
     runner.capture_decode_graphs((2, 6), capture_of(rig))
     costs = measure_steps(runner, 8, predicts_more=True)
     assert (runner.input_batch.block_tables == -1).all()
-    one, *more = costs.of(2, MOST)
+    one, *more = costs.of(2, 2, MOST)
     assert 0 < one <= more[0] < more[1]
     runner.graphs = None
     gc.collect()
