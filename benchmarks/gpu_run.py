@@ -3,11 +3,13 @@
     python -m benchmarks.gpu_run --out DIR --peers DIR --budget-s 560
 
 Ceilings, the library of custom_ops/, correctness, benchmarks, profiles, memory checks, repeats, in
-this order. Every section is a process with a time limit of its own; its output is
-DIR/<section>.log, and after each one DIR/run.json is rewritten. Started again on the same DIR it
-goes on after the sections that passed, and inside checks that had no time for all tests. A failure
-of the small correctness tests ends the run. The results, DIR/<benchmark>.json, are copied to
-benchmarks/results by hand. --commit names the commit of a copy of the tree without git.
+this order; with --rig the embedded engine instead, whole: its tests on Paddle tensors in CUDA
+memory, then its benchmarks, beside vLLM with --vllm. Every section is a process with a time limit
+of its own; its output is DIR/<section>.log, and after each one DIR/run.json is rewritten. Started
+again on the same DIR it goes on after the sections that passed, and inside checks that had no time
+for all tests. A failure of the small correctness tests ends the run. The results,
+DIR/<benchmark>.json, are copied to benchmarks/results by hand. --commit names the commit of a copy
+of the tree without git.
 """
 
 from __future__ import annotations
@@ -50,6 +52,18 @@ BENCHMARKS = {
     "overlap": 150,
 }
 """Module -> its time limit, seconds, in the order of their importance."""
+_ENGINE = {
+    "gpu_engine": ("gpu_engine", 220),
+    "gpu_engine_peer": ("gpu_engine --earlier", 340),
+    "speculative_gpu": ("speculative_gpu", 380),
+    "gpu_engine_invariant": ("gpu_engine --batch-invariant", 220),
+    "real_widths": ("real_widths --folder /dev/shm", 300),
+    "once_per_step": ("once_per_step", 180),
+    "prompt_attention": ("prompt_attention", 120),
+    "joined_projection": ("joined_projection", 90),
+}
+"""Section -> module and its flags, and its time limit, likewise."""
+_BESIDE_VLLM = "gpu_engine_peer", "real_widths"
 
 _PYTEST = (
     *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"),
@@ -125,6 +139,29 @@ def sections(args: argparse.Namespace) -> list[Section]:
         checker("synccheck", [p for p in kernels if "custom_ops" in p] or kernels),
         Section("repeats", (*subjects, "repeat", *BENCHMARKS), 150),
     ]
+
+
+def engine_sections(args: argparse.Namespace) -> list[Section]:
+    """Sections of the embedded engine, in the order in which they run."""
+    tests = (*(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"), "-W", "default")
+    rig = (*tests, "-n", "8", "--timeout", "200", "-m", "gpu_rig", "tests")
+    found = [
+        Section("tests_all", rig, 360, {"FD_DSA_RIG": "real"}, must_say=" passed"),
+        # several GPUs, or the one that is here as all of them
+        Section("tests_ranks", (*tests, "-m", "gpu", "tests/distributed"), 240),
+    ]
+    for name, (line, limit_s) in _ENGINE.items():
+        module, *flags = line.split()
+        if name in _BESIDE_VLLM:
+            if args.vllm is None:
+                continue
+            flags += ["--peer", str(args.vllm)]
+        if name != "gpu_engine_peer":
+            flags.append("--rig")
+        if name != "joined_projection":
+            flags += ["--out", str(args.out)]
+        found.append(Section(name, (sys.executable, "-m", f"benchmarks.{module}", *flags), limit_s))
+    return found
 
 
 class Run:
@@ -212,6 +249,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_run")
     parser.add_argument("--peers", type=Path, help="folder with other projects' kernels")
+    parser.add_argument("--rig", action="store_true", help="the embedded engine")
+    parser.add_argument("--vllm", type=Path, help="folder with vLLM's run.sh, with --rig")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION")
     parser.add_argument("--tests", nargs="+", help="test files, instead of all for the GPU")
     parser.add_argument("--workers", type=int, default=14, help="processes of tests")
@@ -227,7 +266,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen sections; 0 if all of them passed."""
     args = _arguments(argv)
-    every = sections(args)
+    every = engine_sections(args) if args.rig else sections(args)
     unknown = {*args.only} - {section.name for section in every}
     if unknown:
         names = ", ".join(section.name for section in every)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,20 @@ def test_the_command_of_every_section() -> None:
     for tool in ("memcheck", "racecheck"):
         checked = " ".join(sections[tool].command)
         assert "tests/v4_prepare/" in checked and "tests/custom_ops/" in checked
+
+
+def test_benchmarks_of_the_engine_take_their_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    args = gpu_run._arguments(["--rig", "--vllm", "/v", "--out", "/o"])
+    found = gpu_run.engine_sections(args)
+    assert "gpu_engine_peer" in [section.name for section in found]
+    assert len(gpu_run.engine_sections(gpu_run._arguments(["--rig"]))) == len(found) - 2
+    for section in found:
+        module, *flags = section.command[2:]
+        if module == "pytest":
+            continue
+        with pytest.raises(SystemExit):
+            import_module(module).main([*flags, "--none-such"])
+        assert capsys.readouterr().err.endswith(": unrecognized arguments: --none-such\n"), section
 
 
 def test_gpu_tests_are_collected_without_paddle() -> None:
