@@ -12,7 +12,7 @@ import pytest
 
 from fd_dsa.engine.step_costs import StepCosts, measure_steps
 from fd_dsa.runner import ModelRunner
-from tests.engine.mtp_engine import answers, make_model, make_runner
+from tests.engine.mtp_engine import DEAR_LAYER, answers, make_model, make_runner
 from tests.runner.tiny import V32
 
 # all bits are equal, drafts or none, by any method
@@ -47,10 +47,6 @@ def test_no_bit_depends_on_drafts() -> None:
     if "got 1, but on this machine" in done.stderr:
         pytest.skip("the matrix library keeps no order on this processor, and the engine says so")
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
-
-
-# so that requests whose first drafts are rejected leave, and others begin after them
-DEAR_LAYER = StepCosts({1: 1.0, 16: 2.0}, {1: 0.01}, {1: 0.1, 16: 0.2})
 
 
 @pytest.mark.parametrize("costs", [None, DEAR_LAYER], ids=["always", "while it pays"])
