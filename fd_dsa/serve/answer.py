@@ -48,10 +48,6 @@ async def respond(
     Args:
         make: tokenizes and checks the prompts of an answer with this id; runs in a thread, since
             that may take a while.
-        prefix: of the answer's id.
-        body: of the request.
-        request: as it came.
-        state: of the server.
     """
     state.check_available()
     model = state.resolve_model(body.model)
@@ -71,8 +67,6 @@ class Answer(ABC, Generic[_Body]):
     """The answer to one request.
 
     Args:
-        state: of the server.
-        body: of the request.
         jobs: its prompts; `n` choices follow each other for each of them.
 
     Attributes:
@@ -229,10 +223,6 @@ class EventStream(StreamingResponse):
     However the response ends, the generators are closed: a client that goes away aborts its
     requests at once, not when a generator happens to be collected. An exception inside the stream
     becomes one error event before `[DONE]`.
-
-    Args:
-        chunks: JSON-serialisable objects.
-        request_id: for the log line of a failure.
     """
 
     def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], request_id: str) -> None:
@@ -246,7 +236,6 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        """The bytes of the stream."""
         try:
             async for chunk in self._chunks:
                 yield _event(chunk)
@@ -259,5 +248,4 @@ class EventStream(StreamingResponse):
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
-    """One event."""
     return b"data: " + orjson.dumps(chunk) + b"\n\n"

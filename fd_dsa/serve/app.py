@@ -90,7 +90,6 @@ async def get_model(name: str, state: State) -> dict[str, Any]:
 
 
 def _model(state: ServerState, name: str) -> dict[str, Any]:
-    """The OpenAI model object."""
     return {
         "id": name,
         "object": "model",

@@ -107,7 +107,6 @@ def check_values(content: bytes | bytearray, most: int) -> None:
     them later.
 
     Args:
-        content: of the body.
         most: that its values may count, the --max-body-values of the server.
 
     Raises:
@@ -167,10 +166,7 @@ def read_body(model: type[Body], contents: list[bytearray], kind: str, most: int
     """The checked body of a request.
 
     Args:
-        model: of the body.
         contents: its bytes, which are taken out of the list, so that they go when they are parsed.
-        kind: the Content-Type.
-        most: see `check_values`.
 
     Raises:
         ApiError: 400, the body cannot be read, or a field is wrong or cannot be honoured; 413, it

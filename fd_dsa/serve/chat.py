@@ -39,14 +39,7 @@ async def create_chat_completion(
 
 
 class ChatAnswer(Answer[ChatCompletionRequest]):
-    """The answer to a chat completion.
-
-    Args:
-        state: of the server.
-        body: of the request.
-        job: its prompt.
-        answer_format: how its choices are read.
-    """
+    """The answer to a chat completion."""
 
     prompt_field = "messages"
     whole_object = "chat.completion"
@@ -61,14 +54,12 @@ class ChatAnswer(Answer[ChatCompletionRequest]):
         self._reads_steps = body.one_call or body.include_reasoning is False
 
     def take(self, job_index: int, output: RequestOutput) -> None:
-        """See `Answer`."""
         super().take(job_index, output)
         if self._reads_steps:
             choice = self._choices[output.index]
             choice.keep(self._add(choice, output))
 
     def choices(self) -> Iterator[dict[str, Any]]:
-        """See `Answer`."""
         for index, choice in enumerate(self._choices):
             if not self._reads_steps:
                 choice.keep(choice.add(self.outputs[0, index], is_whole=True))
@@ -83,7 +74,6 @@ class ChatAnswer(Answer[ChatCompletionRequest]):
             yield fields
 
     def shared_fields(self) -> dict[str, Any]:
-        """See `Answer`."""
         return self.prompt_fields(self.outputs[0, 0])
 
     def opening(self) -> Iterator[dict[str, Any]]:
@@ -94,7 +84,6 @@ class ChatAnswer(Answer[ChatCompletionRequest]):
             yield {"choices": [_delta(index, {"role": "assistant", "content": ""})], **more}
 
     def deltas(self, job_index: int, output: RequestOutput) -> list[dict[str, Any]]:
-        """See `Answer`."""
         choice = self._choices[output.index]
         deltas = list(_deltas(self._add(choice, output)))
         fields: dict[str, Any] = {}
@@ -140,10 +129,6 @@ class ChatAnswer(Answer[ChatCompletionRequest]):
 class _Choice:
     """One choice of an answer, while it comes.
 
-    Args:
-        answer: how it is read.
-        body: of the request.
-
     Attributes:
         is_complete: nothing that the engine adds is shown any more.
         has_calls: it calls a tool.
@@ -187,7 +172,6 @@ class _Choice:
         self.scores += self.new_scores
 
     def _shown(self, events: Iterable[Event]) -> Iterator[Event]:
-        """The events that belong to the answer."""
         for event in events:
             self.has_calls = self.has_calls or event.kind == "call"
             if self._shows_reasoning or event.kind != "reasoning":
@@ -198,7 +182,6 @@ class _Choice:
 
 
 def _message(events: Iterable[Event]) -> dict[str, Any]:
-    """The message of a whole answer."""
     joined = join_events(events)
     message: dict[str, Any] = {"role": "assistant", "content": joined.content or None}
     if joined.reasoning:
@@ -211,12 +194,10 @@ def _message(events: Iterable[Event]) -> dict[str, Any]:
 
 
 def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
-    """The choice of a chunk."""
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
 def _deltas(events: Iterable[Event]) -> Iterator[dict[str, Any]]:
-    """The deltas of a streamed answer."""
     for event in events:
         if event.kind == "content":
             yield {"content": event.text}

@@ -194,13 +194,6 @@ def _form(
     """The form of the whole answer: that of forced calls, or the one asked for.
 
     The model reasons freely before either.
-
-    Args:
-        asked: as the request has it.
-        body: of the request.
-        answer: how it is read.
-        special_ids: of markers.
-        think_end_ids: tokens of the end of reasoning.
     """
     if body.choice.mode in ("required", "named"):
         if asked is not None:

@@ -42,9 +42,6 @@ logger = logging.getLogger("fd_dsa.serve")
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve a model folder; returns the exit status.
 
-    Args:
-        argv: arguments without the program's name; None takes those of the process.
-
     Returns:
         0 after a drained shutdown, 1 after a failure while serving, 2 when the start fails (one
         line on stderr says why), 130 or 143 for a signal while loading.
@@ -97,7 +94,6 @@ def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    """Serve by the engine that the flags ask for."""
     started = time.monotonic()
     # late, so that --help and errors of flags are quick
     from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
@@ -142,7 +138,6 @@ def _refuse_hub_name(name: str) -> None:
 
 
 def _serve_with_fastdeploy(args: argparse.Namespace, passed: PassedFlags, started: float) -> int:
-    """Start FastDeploy's server and stay with it."""
     from fd_dsa.fastdeploy_plugin.launch.flags import without_secrets
     from fd_dsa.fastdeploy_plugin.launch.start import launch, prepare
     from fd_dsa.serve.server import bind_socket, curl_line
@@ -167,7 +162,6 @@ def _serve_with_fastdeploy(args: argparse.Namespace, passed: PassedFlags, starte
 
 
 def _show_plan(args: argparse.Namespace) -> int:
-    """Print what would be served and how memory would be shared out."""
     config = EngineConfig(**_fields_of(EngineConfig, args))
     import yaml
 
@@ -233,7 +227,6 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
 def _say_ready(
     name: str, url: str, seconds: float, length: int, metrics: str, curl: str, page: str = ""
 ) -> None:
-    """Print that requests are served, and how to send one."""
     _say(
         f"fd_dsa {__version__} serves {name} on {url} (ready in {seconds:.1f} s, max_model_len "
         f"{length}, {page}API page {url}/docs, metrics {metrics}, Ctrl-C stops). Try:\n{curl}"
@@ -251,7 +244,6 @@ def _say(text: str) -> None:
 
 
 def _fields_of(kind: type, args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that are fields of a dataclass."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in vars(args).items() if name in names}
 

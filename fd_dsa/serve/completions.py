@@ -95,7 +95,6 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
 def _read_prompts(
     state: ServerState, body: CompletionRequest, completion_id: str
 ) -> CompletionAnswer:
-    """Tokenize and check the prompts."""
     jobs = []
     for index, prompt in enumerate(body.prompt):
         if isinstance(prompt, str):
@@ -127,16 +126,13 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     @property
     def is_short(self) -> bool:
-        """See `Answer`."""
         return not self.body.echo and super().is_short
 
     def is_small(self, job_index: int, output: RequestOutput) -> bool:
-        """See `Answer`."""
         is_echo = self.body.echo and (job_index, output.index) not in self.outputs
         return not is_echo and super().is_small(job_index, output)
 
     def choices(self) -> Iterator[dict[str, Any]]:
-        """See `Answer`."""
         for job_index, job in enumerate(self.jobs):
             of_prompt = self.prompt_fields(self.outputs[job_index, 0])
             for index in range(job.params.n):
@@ -192,7 +188,6 @@ class CompletionAnswer(Answer[CompletionRequest]):
     def _scores(
         self, job_index: int, output: RequestOutput, scored: Sequence[Any], has_echo: bool
     ) -> dict[str, Any]:
-        """`logprobs` of these tokens, after those of a repeated prompt."""
         prompt = None
         if has_echo:
             prompt = output.prompt_token_ids[0], output.prompt_logprobs or ()

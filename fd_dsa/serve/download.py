@@ -31,7 +31,6 @@ def download(name: str, *, any_family: bool = False) -> Path:
 
     Args:
         name: such as `org/name`, of the hub that the variable HF_ENDPOINT names.
-        any_family: whether models of other families are downloaded too.
 
     Raises:
         ConfigError: no such model, no access, no network, no space, a file that is not what the hub
@@ -106,7 +105,6 @@ def _check_file(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why a download failed, and what to do."""
     from huggingface_hub import errors
     from huggingface_hub.constants import ENDPOINT
 

@@ -33,11 +33,7 @@ logger = logging.getLogger("fd_dsa.serve")
 
 
 class RelayedProgress(StartupProgress):
-    """Phases of a start, also sent to the other process.
-
-    Args:
-        connection: to the other process.
-    """
+    """Phases of a start, also sent to the other process."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()

@@ -32,12 +32,6 @@ class EngineProcess(EngineLink):
 
     The process ends when this one does, however it ends: its end of the socket is closed then.
 
-    Args:
-        config: of the engine.
-        progress: follows the phases of the start.
-        log_level: debug, info, warning or error.
-        log_json: each line of the log is a JSON object.
-
     Raises:
         ConfigError: as `fd_dsa.engine.factory.build_engine`; so are the others.
         FdDsaError: the process ended before the engine was ready.
@@ -53,7 +47,6 @@ class EngineProcess(EngineLink):
         log_level: str = "info",
         log_json: bool = False,
     ) -> None:
-        """Start the process and wait until the engine is ready."""
         ours, theirs = socket.socketpair()
         with theirs:
             number = theirs.fileno()
@@ -83,7 +76,6 @@ class EngineProcess(EngineLink):
         self._commands: SimpleQueue[Command] = SimpleQueue()
 
     def start(self, receive: Callable[[Event], None]) -> None:
-        """See `EngineLink`."""
         self._start(lambda: self._read(receive))
         threading.Thread(target=self._write, name="fd_dsa-engine-commands", daemon=True).start()
 
@@ -118,7 +110,6 @@ class EngineProcess(EngineLink):
             progress.follow(*message)
 
     def _ended(self, when: str) -> FdDsaError:
-        """Why the process is no more."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_KILL_AFTER_S)
         status = self._process.poll()
@@ -131,7 +122,6 @@ class EngineProcess(EngineLink):
         return FdDsaError(f"the engine's process ended {how} {when}{hint}")
 
     def _write(self) -> None:
-        """Body of the thread that sends commands."""
         while True:
             command = self._commands.get()
             if isinstance(command, Stop):
@@ -143,7 +133,6 @@ class EngineProcess(EngineLink):
                 return
 
     def _read(self, receive: Callable[[Event], None]) -> None:
-        """Body of the thread that receives events."""
         while True:
             try:
                 event = self._connection.recv()

@@ -29,9 +29,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     Two names more than flags: `given`, the names of those that some source has, and `passed`, the
     arguments after `--`, which are for FastDeploy.
 
-    Args:
-        argv: the command line without the program's name.
-
     Raises:
         ConfigError: an unknown flag or key (with the nearest known one), a value of a wrong form,
             or a file that cannot be read; names the source where it is not the command line.
@@ -150,15 +147,12 @@ def _actions() -> dict[str, argparse.Action]:
 
 
 def _flag(action: argparse.Action) -> str:
-    """The long name of a flag."""
     return next(option for option in action.option_strings if option.startswith("--"))
 
 
 def _variable(action: argparse.Action) -> str:
-    """The variable that stands for a flag."""
     return _PREFIX + action.dest.upper()
 
 
 def _takes_several(action: argparse.Action) -> bool:
-    """True for a flag that may be repeated, or that takes several values."""
     return isinstance(action, argparse._AppendAction) or bool(action.nargs)

@@ -88,7 +88,6 @@ def reader(
 
 
 def _digits(text: str) -> int:
-    """A whole number without a sign."""
     if not (text.isascii() and text.isdigit()):
         raise ValueError
     return int(text)
@@ -128,7 +127,6 @@ def add_numbers(
 
 
 def _is_host_name(text: str) -> bool:
-    """Whether a text can be the host of a Host header, without a port."""
     return bool(text) and not (
         "/" in text or text.count(":") == 1 or any(char.isspace() for char in text)
     )

@@ -249,7 +249,6 @@ def build_parser() -> Parser:
 
 
 def _add(group: argparse._ActionsContainer, flag: str) -> argparse.Action:
-    """Add a flag by its names and its metavar."""
     words = flag.split()
     names = [word for word in words if word.startswith("-")]
     if not names:

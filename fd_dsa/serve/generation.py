@@ -39,12 +39,6 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a text, at most max_model_len; for a thread, since a long one takes a while.
 
-    Args:
-        state: tokenizer and limits.
-        text: as the model sees it.
-        field: of the request, that the text comes from.
-        add_special_tokens: as in `Tokenizer.encode`.
-
     Raises:
         ApiError: 400, the text has too many bytes or tokens, or is no valid Unicode.
     """
@@ -115,9 +109,6 @@ def resolve_max_tokens(
     """Most tokens to generate: what was asked for, or what the context has left.
 
     Args:
-        state: for the engine's `max_model_len`.
-        num_prompt_tokens: length of the prompt.
-        asked: as requested, or None.
         default: upper bound where nothing was asked for.
         param: name of the request's field, for the message.
         source: the field that the prompt comes from.
@@ -177,7 +168,6 @@ async def check_form(state: ServerState, job: Job, param: str) -> None:
 
 @contextlib.contextmanager
 def _refusals(param: str) -> Iterator[None]:
-    """Turn the engine's refusals into a 400."""
     try:
         yield
     except ValueError as error:
@@ -266,8 +256,6 @@ def _log_end(job: Job, index: int, last: RequestOutput | None, began: float) -> 
     """The line of --log-requests for one output: counts and times, never texts.
 
     Args:
-        job: of the output.
-        index: of the output in its job.
         last: as the engine gave it last; one that is not finished was aborted.
         began: monotonic time at which the request reached the engine.
     """
@@ -301,10 +289,6 @@ def check_answer_size(
     of prompt and output counts 1. All of that is multiplied by the choices that show it.
 
     Args:
-        limit: the --max-answer-scores of the server.
-        jobs: prompts of the request.
-        body: of the request.
-        echo: whether each choice begins with its prompt.
         shows_prompt_once: whether an answer has the fields of a prompt once, not in each choice.
 
     Raises:
@@ -333,8 +317,6 @@ def most_scored_tokens(limit: int, num_prompt_tokens: int, body: GenerationReque
     """Tokens of an output for whose scores there is room; None: they are not scored.
 
     Args:
-        limit: the --max-answer-scores of the server.
-        num_prompt_tokens: of the one prompt.
         body: of a request whose answer has the fields of its prompt once.
 
     Raises:
@@ -349,7 +331,6 @@ def most_scored_tokens(limit: int, num_prompt_tokens: int, body: GenerationReque
 
 
 def _scores_of(job: Job, body: GenerationRequest, echo: bool, shows_prompt_once: bool) -> int:
-    """What all choices of one prompt count."""
     params, num_prompt = job.params, len(job.prompt_token_ids)
     num_output = params.max_tokens or 0
     of_choice = of_prompt = 0

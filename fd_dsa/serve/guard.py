@@ -66,7 +66,6 @@ def host_rule(host: str, bound: str, allowed: Sequence[str]) -> Callable[[str], 
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """An IP address, None for a name."""
     try:
         return ipaddress.ip_address(text)
     except ValueError:
@@ -79,10 +78,6 @@ class GuardMiddleware:
     A POST is counted from the end of its body until its answer has been sent: a client that
     sends slowly takes no place from others. Routes find its body in `request.state.body`; they
     call `ServerState.hold` when they ask for several outputs.
-
-    Args:
-        app: the next application.
-        state: of the server.
     """
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
@@ -131,7 +126,6 @@ class GuardMiddleware:
         return True
 
     def _check_key(self, authorization: str) -> None:
-        """401 unless the request brings one of the keys."""
         if not self._key_digests:
             return
         scheme, _, key = authorization.partition(" ")

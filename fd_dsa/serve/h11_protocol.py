@@ -133,9 +133,6 @@ class StrictConnection(h11.Connection):
 def check_head(head: bytes) -> None:
     """Check what h11 will parse as the head of a request.
 
-    Args:
-        head: all bytes up to the empty line, which is included.
-
     Raises:
         ApiError: 400, or 431 where it is too long or has too many headers.
 
@@ -167,12 +164,10 @@ def check_head(head: bytes) -> None:
 
 
 def _invalid(reason: str) -> ApiError:
-    """A 400."""
     return ApiError(400, f"the request is no valid HTTP/1.1 ({reason})")
 
 
 def _too_long() -> ApiError:
-    """A 431."""
     return ApiError(
         431,
         f"the head of the request is longer than {MAX_HEAD_BYTES} bytes; send fewer and shorter "
@@ -194,18 +189,7 @@ class _BoundedFlow(FlowControl):
 
 
 class StrictH11Protocol(H11Protocol):
-    """uvicorn's protocol of one connection.
-
-    Args:
-        config: of uvicorn.
-        server_state: of uvicorn.
-        app_state: of the application's lifespan.
-        listener: counts this connection.
-
-    Attributes:
-        stalled_s: seconds until a connection is given up whose client does not read.
-        head_timeout_s: seconds until one is given up that has not brought a whole head.
-    """
+    """uvicorn's protocol of one connection."""
 
     stalled_s = STALLED_S
     head_timeout_s = HEAD_TIMEOUT_S
@@ -337,19 +321,16 @@ class StrictH11Protocol(H11Protocol):
         self._give_up = self.loop.call_later(self.stalled_s, self._abort)
 
     def resume_writing(self) -> None:
-        """The client has read."""
         super().resume_writing()
         self._keep()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone."""
         self._keep()
         self._forget_head()
         self._listener.left(self)
         super().connection_lost(exc)
 
     def _keep(self) -> None:
-        """Forget about giving up."""
         if self._give_up is not None:
             self._give_up.cancel()
             self._give_up = None

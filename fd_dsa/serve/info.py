@@ -23,11 +23,7 @@ INFO = "info"
 
 
 def engine_info(config: EngineConfig) -> dict[str, Any]:
-    """What only the process that runs the model can find out; None is what it cannot.
-
-    Args:
-        config: what the engine was built from.
-    """
+    """What only the process that runs the model can find out; None is what it cannot."""
     import paddle
 
     from fd_dsa.ops.providers import table
@@ -57,8 +53,6 @@ async def server_info(
 
     Args:
         config: what the engine was built from; no path of it is shown.
-        engine: running.
-        options: limits of the server.
     """
     # starts processes
     commit = commit_variable() or await asyncio.to_thread(_commit)
@@ -88,7 +82,6 @@ def chat_formats(tokenizer: Tokenizer, options: ServerOptions) -> dict[str, str 
     """Origin of the chat template and names of the parsers; None where there is no chat.
 
     Args:
-        tokenizer: of the model.
         options: of the server; "auto" is resolved by the template.
     """
     renderer = tokenizer.chat_renderer
@@ -125,13 +118,11 @@ def _commit() -> str | None:
 
 
 def _git(root: Path, *command: str) -> str:
-    """What git says of a working tree."""
     asked = ("git", "-C", str(root), *command)
     return subprocess.check_output(asked, stderr=subprocess.DEVNULL, text=True, timeout=20).strip()
 
 
 def _device_name(device: str) -> str | None:
-    """The model of the GPU, or of the processor."""
     if device != "cpu":
         return next(iter(nvidia_smi("name", device.partition(":")[2] or "0")), None)
     lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()

@@ -21,14 +21,11 @@ class JsonResponse(Response):
 
     Args:
         content: of types that orjson encodes, `orjson.Fragment` among them.
-        status_code: of HTTP.
-        headers: further ones.
     """
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """The bytes of the body."""
         return orjson.dumps(content)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

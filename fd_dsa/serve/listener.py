@@ -43,8 +43,6 @@ class Listener:
     takes the place of the one that has waited longest.
 
     Args:
-        sock: bound.
-        limit: connections that may have a request in progress.
         make_protocol: the protocol of a new connection, which reports to this listener.
     """
 
@@ -110,7 +108,6 @@ class Listener:
         self._resume()
 
     def _accept(self) -> None:
-        """Accept some of the connections that the kernel holds."""
         for _ in range(_ACCEPTS_AT_ONCE):
             oldest = None
             num_connections = len(self._waiting) + len(self._working) + len(self._opening)
@@ -134,7 +131,6 @@ class Listener:
             self._open(sock)
 
     def _open(self, sock: socket.socket) -> None:
-        """Make transport and protocol of an accepted connection."""
         opening = self._loop.connect_accepted_socket(lambda: self._make_protocol(self), sock)
         task: asyncio.Task[object] = self._loop.create_task(opening)
         self._opening.add(task)
@@ -160,7 +156,6 @@ class Listener:
         return sending
 
     def _drop(self, connection: StrictH11Protocol | None) -> None:
-        """Close a connection that waits."""
         if connection is not None:
             del self._waiting[connection]
             connection.transport.abort()
@@ -172,7 +167,6 @@ class Listener:
         self._loop.call_later(_RETRY_S, self._resume)
 
     def _resume(self) -> None:
-        """Accept again."""
         if self._is_open and self._is_paused:
             self._is_paused = False
             self._loop.add_reader(self._sock.fileno(), self._accept)

@@ -24,8 +24,6 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dic
 
 
 def _chat_content(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
-    """Entries of `content` for scored tokens."""
-
     def one(token_id: int, logprob: float) -> dict[str, Any]:
         piece = tokenizer.piece_bytes(token_id)
         return {"token": _text(piece), "logprob": max(logprob, _LOWEST), "bytes": list(piece)}
@@ -51,8 +49,6 @@ def completion_logprobs(
     """`logprobs` of a choice of a completion or of its chunk.
 
     Args:
-        tokenizer: for the texts of the tokens.
-        entries: scores of tokens of the output.
         text_offset: characters in front of the output's text.
         prompt: of one that is repeated before the output its first token, which has no score, and
             the scores of all of its tokens, None for the first.
@@ -75,7 +71,6 @@ def completion_logprobs(
 def _row(
     tokenizer: Tokenizer, entry: TokenLogprobs, text_offset: int
 ) -> tuple[str, float, dict[str, float], int]:
-    """What a scored token has in each of the columns."""
     top = dict[str, float]()
     # the token itself is among them, in vLLM as in the OpenAI API
     for token_id, logprob in (*entry.score.top, (entry.token_id, entry.score.logprob)):

@@ -23,7 +23,6 @@ def set_up_logging(level: str, *, as_json: bool = False) -> None:
     """Log to stderr; uvicorn's own chatter only when debugging, no access lines of probes.
 
     Args:
-        level: debug, info, warning or error.
         as_json: each line is an object with time, level, logger, message, and the fields that
             the record brings in `fields`.
     """
@@ -45,7 +44,6 @@ class JsonFormatter(logging.Formatter):
     """A record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The object of a record."""
         entry = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(),
             "level": record.levelname.lower(),
@@ -64,9 +62,6 @@ class RepeatFilter:
 
     The next line of the kind has the number of those that were left out. Lines of --log-requests
     and access lines of requests that were served are all let through.
-
-    Args:
-        clock: seconds, monotonic.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -75,7 +70,6 @@ class RepeatFilter:
         self._last: dict[object, tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is written."""
         kind = _kind(record)
         if kind is None:
             return True

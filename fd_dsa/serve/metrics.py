@@ -99,13 +99,10 @@ async def metrics(state: State) -> Response:
 
 
 class _EngineCollector(Collector):
-    """Makes the families of one scrape."""
-
     def __init__(self, model_name: str, stats: EngineStats, counts: EngineMetrics) -> None:
         self._model_name, self._stats, self._counts = model_name, stats, counts
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric."""
         counts = self._counts
         for kind, source, known in (
             (GaugeMetricFamily, self._stats, _GAUGES),
@@ -148,12 +145,7 @@ def _buckets(histogram: Histogram) -> tuple[list[tuple[str, int]], float]:
 
 
 async def log_while_busy(engine: AsyncEngine, interval_s: float = 10.0) -> None:
-    """Log load and throughput of each interval in which the engine worked, as vLLM does.
-
-    Args:
-        engine: running.
-        interval_s: seconds between two looks.
-    """
+    """Log load and throughput of each interval in which the engine worked, as vLLM does."""
     (before, _), looked = await engine.snapshot(), time.monotonic()
     while True:
         await asyncio.sleep(interval_s)
@@ -164,7 +156,6 @@ async def log_while_busy(engine: AsyncEngine, interval_s: float = 10.0) -> None:
 
 
 def _line(before: EngineStats, now: EngineStats, seconds: float) -> str:
-    """What happened between two looks."""
     prefill = (now.computed_prompt_tokens - before.computed_prompt_tokens) / seconds
     decode = (now.generated_tokens - before.generated_tokens) / seconds
     queries = now.prefix_cache_queries - before.prefix_cache_queries

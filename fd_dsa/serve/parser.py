@@ -33,9 +33,6 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line of ours.
 
     Names are never abbreviated: a new flag would change what a short form means.
-
-    Args:
-        kwargs: of argparse's parser.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -94,8 +91,6 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.Action):
-    """`--help`, and `--help=TOPIC` as vLLM has it."""
-
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         text = parser.format_help() if values is None else parser.format_topic(values)
         sys.stdout.write(text)

@@ -60,7 +60,6 @@ def bind_socket(host: str, port: int) -> socket.socket:
     """A socket that holds `host:port` but does not listen yet, so that nobody is served early.
 
     Args:
-        host: name or address of an interface.
         port: 0 lets the system choose.
 
     Raises:
@@ -87,7 +86,6 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
-    """Why the address cannot be had."""
     where = format_address(host, port)
     reason = (error.strerror or str(error)).lower()
     owner = describe_port_owner(port) if error.errno == errno.EADDRINUSE else ""
@@ -105,10 +103,7 @@ def curl_line(url: str, model: str, max_model_len: int, chat: bool) -> str:
     """A shell command which asks the server something, as it can be pasted.
 
     Args:
-        url: of the server, without a path.
-        model: a served name.
         max_model_len: of the engine; the answer takes at most an eighth of it.
-        chat: the model has a chat template.
     """
     question = "Hello! What can you do?"
     body: dict[str, object] = {"model": model}
@@ -130,7 +125,6 @@ class DrainingServer(uvicorn.Server):
     once. Later the first SIGINT or SIGTERM drains, and a second one ends the process at once.
 
     Args:
-        state: of the application.
         load: makes the engine, not started yet, in a thread of its own.
         shutdown_timeout_s: longest wait for running requests after the first signal.
         on_ready: called once, when requests are served.
@@ -229,7 +223,6 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside the server."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -281,7 +274,6 @@ class DrainingServer(uvicorn.Server):
         self._spawn(self._drain_and_exit())
 
     async def _drain_and_exit(self) -> None:
-        """Drain, then let uvicorn close."""
         logger.info(
             "shutting down: %d requests running, waiting up to %g s; another signal stops at once",
             len(self._state.active),

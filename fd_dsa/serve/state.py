@@ -63,11 +63,7 @@ class ServerState:
 
     @property
     def engine(self) -> AsyncEngine:
-        """The engine.
-
-        Raises:
-            ApiError: 503, it is still loading.
-        """
+        """The engine; ApiError 503 while it is loading."""
         if self.loaded_engine is None:
             raise self._loading()
         return self.loaded_engine
@@ -96,7 +92,6 @@ class ServerState:
         return None
 
     def _loading(self) -> ApiError:
-        """The 503 of a server whose model is not there yet."""
         return _later(f"the model is loading: {self.startup.describe()}; retry later")
 
     def check_available(self) -> None:
@@ -128,7 +123,6 @@ class ServerState:
 
         Args:
             request: the state of its ASGI scope, which keeps their number.
-            num_outputs: choices that the request asks for.
             param: the field of the request that says how many.
 
         Raises:
@@ -173,12 +167,10 @@ class ServerState:
 
 
 def _later(message: str, code: str = "loading") -> ApiError:
-    """A 503 for clients that may try again."""
     return ApiError(503, message, code=code, headers={"Retry-After": "5"})
 
 
 def _server_state(request: Request) -> ServerState:
-    """The state of the application that handles this request."""
     state: ServerState = request.app.state.server
     return state
 

@@ -59,5 +59,4 @@ async def server_info(state: State) -> dict[str, Any]:
 
 
 def _ok_unless(error: ApiError | None) -> Response:
-    """200, or the error."""
     return JsonResponse({"status": "ok"}) if error is None else error.response()

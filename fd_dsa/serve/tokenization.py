@@ -39,7 +39,6 @@ class TokenizeRequest(ChatCompletionRequest, json_schema_extra={"examples": [{"p
 
 
 def _tokens(value: Any) -> list[int]:
-    """A list of integers, which may be empty."""
     if isinstance(value, list) and all(type(token) is int for token in value):
         return value
     raise refuse(f"got {show(value)}; allowed is a list of token ids")
@@ -92,7 +91,6 @@ def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
 
 
 def _detokenize(state: ServerState, tokens: list[int]) -> Response:
-    """The answer to /detokenize."""
     limit = state.engine.max_model_len
     if len(tokens) > limit:
         raise FieldError(

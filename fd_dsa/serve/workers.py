@@ -49,7 +49,6 @@ class Workers:
     """Runs work of requests in order of arrival, so much at a time; used in one event loop.
 
     Args:
-        name: of the threads.
         num_threads: few, since each that runs Python makes the event loop wait longer for the
             interpreter.
     """
@@ -68,8 +67,6 @@ class Workers:
         """The result of `work(*args)`, run in one of the threads.
 
         Args:
-            work: what to run.
-            args: its arguments.
             request: whose work it is; while all threads are busy its client is watched. None
                 where the caller is cancelled when the client goes away.
             is_short: less work than the way to a thread; run at once, on the event loop.

@@ -144,7 +144,6 @@ _MODES = ("none", "auto", "required")
 
 
 def _name(value: Any) -> str:
-    """Name of a tool."""
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise refuse(
             f"got {show(value)}; allowed is a name of 1 to 128 characters without white space, "

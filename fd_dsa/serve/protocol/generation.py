@@ -78,12 +78,7 @@ _INSTEAD = {
 def check_extra_fields(
     fields: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]
 ) -> None:
-    """Raise ApiError 400 for a field that would change the result.
-
-    Args:
-        fields: those of a body that its model does not declare.
-        unsupported: `IN_COMPLETIONS` or `IN_CHAT`.
-    """
+    """Raise ApiError 400 for a field that would change the result."""
     for name, value in fields.items():
         neutral = unsupported.get(name)
         if neutral is None:
@@ -226,10 +221,6 @@ class GenerationRequest(StructuredFields):
         self, max_tokens: int, defaults: Mapping[str, float | int]
     ) -> SamplingParams:
         """Sampling parameters of this request.
-
-        Args:
-            max_tokens: already resolved.
-            defaults: of fields that the request leaves out.
 
         Raises:
             ApiError: 400, a value is out of its range.

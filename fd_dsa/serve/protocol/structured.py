@@ -23,7 +23,6 @@ _TYPES = ("text", "json_object", "json_schema")
 
 
 def _response_format(value: Any) -> dict[str, Any] | None:
-    """The form that a `response_format` asks for; None for any text."""
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in _TYPES:
         raise refuse(f"got {show(value)}; allowed is an object of type {', '.join(_TYPES)}")
@@ -41,7 +40,6 @@ def _response_format(value: Any) -> dict[str, Any] | None:
 
 
 def _structured_outputs(value: Any) -> dict[str, Any]:
-    """The form that vLLM's `structured_outputs` asks for."""
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object with one of {', '.join(_FORMS)}")
     asked = {name: form for name, form in value.items() if form not in (None, False)}
@@ -54,7 +52,6 @@ def _structured_outputs(value: Any) -> dict[str, Any]:
 
 
 def _json_schema(value: Any) -> dict[str, Any] | str:
-    """A JSON schema, as an object or as its text."""
     if isinstance(value, (dict, str)):
         return value
     raise refuse(f"got {show(value)}; allowed is a JSON schema, an object or its text")
