@@ -33,11 +33,7 @@ _SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 2 for an unknown command.
-
-    Args:
-        argv: arguments without the program's name; None takes those of the process.
-    """
+    """Run one command; returns the exit status, 2 for an unknown command."""
     with environment.command():
         return _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])
 
@@ -61,7 +57,6 @@ def build_parser(parents: dict[str, Parser] | None = None) -> Parser:
 
 
 def _run(arguments: list[str]) -> int:
-    """Run one command with its flags."""
     if arguments[0] in _COMMANDS:
         module = import_module(f"fd_dsa.{_COMMANDS[arguments[0]][0]}")
         return int(module.main(arguments[1:]))

@@ -173,12 +173,10 @@ class EngineConfig:
 
     @property
     def model_path(self) -> Path:
-        """Folder of the checkpoint, absolute."""
         return Path(self.model)  # type: ignore[arg-type]
 
     @property
     def tokenizer_path(self) -> Path:
-        """Folder of the tokenizer, absolute."""
         return self.model_path if self.tokenizer is None else Path(self.tokenizer)
 
     def on_device(self, device: str) -> EngineConfig:
@@ -258,11 +256,9 @@ class EngineConfig:
         return self.max_model_len
 
     def _set(self, name: str, value: object) -> None:
-        """Store a normalised value in the frozen dataclass."""
         object.__setattr__(self, name, value)
 
     def _checked_folder(self, name: str) -> Path | None:
-        """A folder as an absolute path, or None."""
         path = getattr(self, name)
         if path is None:
             return None
@@ -382,13 +378,11 @@ def default_capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:
-    """Refuse what is no integer, or is below `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise flag_error(name, value, f"an integer of at least {minimum}")
 
 
 def _download_hint(path: str) -> str:
-    """What to do about a model that is no folder."""
     if not HUB_NAME.fullmatch(path):
         return "give an existing folder"
     return (

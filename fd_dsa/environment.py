@@ -130,7 +130,6 @@ def nvidia_smi(fields: str, gpu: str = "") -> list[str]:
     """What nvidia-smi reports, one line a GPU; none where it is missing or does not answer.
 
     Args:
-        fields: names of its `--query-gpu`, with commas.
         gpu: number or UUID of one GPU, "" = all.
     """
     # late: few commands ask
@@ -282,9 +281,6 @@ def usable_cpus() -> int:
 def set_cpu_threads(num_threads: int | None = None) -> int:
     """Give Paddle's CPU kernels this many threads and return the number.
 
-    Args:
-        num_threads: threads; None is one per processor that this process may run on.
-
     Raises:
         ConfigError: no integer, or fewer than one thread.
     """
@@ -358,7 +354,6 @@ class Terminated(KeyboardInterrupt):
 
 
 def _terminate(*_: object) -> None:
-    """Handle SIGTERM."""
     raise Terminated
 
 

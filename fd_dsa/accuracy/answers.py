@@ -120,7 +120,6 @@ def _parse(path: Path, data: bytes) -> tuple[Run | None, int]:
 
 
 def _settings(entry: Mapping[str, Any]) -> RunSettings:
-    """The settings of the first line."""
     if entry["format"] != _FORMAT:
         raise ValueError(f"format is {entry['format']!r}, this release reads {_FORMAT!r}")
     return RunSettings.from_json(entry["settings"])
@@ -163,7 +162,6 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[Run]:
 
 
 def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:
-    """Truncate the file and write its first line."""
     try:
         file.truncate(0)
         _append(file, {"format": _FORMAT, "settings": asdict(settings)})

@@ -66,7 +66,6 @@ def build_parser(commands: Iterable[str] = COMMANDS) -> Parser:
 
 
 def _run(arguments: list[str]) -> int:
-    """Import the command's module, parse, run."""
     command = arguments[0] if arguments else "--help"
     own, passed = split_flags(arguments)
     parser = build_parser([command] if command in COMMANDS else [])

@@ -31,7 +31,6 @@ FLIP_RATES = (0.02, 0.05, 0.10)
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the parser of `compare`."""
     parser = subparsers.add_parser(
         "compare",
         description="Compare two runs on the same prompts: flips, exact test, intervals, verdict. "
@@ -110,7 +109,6 @@ def _warnings(found: Comparison) -> list[str]:
 
 
 def _metric_table(found: Comparison, names: tuple[str, str]) -> Table:
-    """The four metrics."""
     rows = []
     for name, change in found.metrics.items():
         sides = [
@@ -148,7 +146,6 @@ def _flip_table(flips: Sequence[Flip], most: int | None) -> list[Table]:
 
 
 def _setting_part(found: Comparison) -> str | Table:
-    """Recorded settings that differ."""
     if not found.settings:
         return "All recorded settings are the same in both runs."
     rows = tuple((change.name, str(change.before), str(change.after)) for change in found.settings)

@@ -45,7 +45,6 @@ MAX_TOKENS = 1280
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add the parsers of `ifeval` and `score`."""
     ifeval = subparsers.add_parser(
         "ifeval",
         description="Ask an OpenAI-compatible server the IFEval prompts, keep every answer, score "
@@ -186,7 +185,6 @@ def _score(
 
 
 def _notes(prompts: Sequence[Prompt], num_stripped: int) -> list[str]:
-    """What a reader of the figures has to know."""
     notes = []
     if warning := set_warning(prompts):
         notes.append(f"Warning: {warning}.")

@@ -182,7 +182,6 @@ def _check_settings(
 
 
 def _check_keys(before: int, after: int, common: int, allowed: bool) -> None:
-    """Raise where the runs are over different prompts."""
     if not common:
         raise ConfigError(
             f"prompts: {before} before, {after} after, no key in both; compare runs on the same "
@@ -204,7 +203,6 @@ def _same_answer(pair: _Pair) -> bool | None:
 def _metric_change(
     name: str, before: Sequence[PromptScore], after: Sequence[PromptScore]
 ) -> MetricChange:
-    """The change of one metric."""
     by_prompt, loose = name in (PROMPT_STRICT, PROMPT_LOOSE), "loose" in name
     worse = better = 0
     for pair in zip(before, after, strict=True):
@@ -222,7 +220,6 @@ def _metric_change(
 
 
 def _flips(pairs: Sequence[_Pair]) -> tuple[Flip, ...]:
-    """Prompts whose strict result changed."""
     found = []
     for old, new in pairs:
         rows = zip(old.instruction_ids, old.follow_strict, new.follow_strict, strict=True)

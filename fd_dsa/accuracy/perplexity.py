@@ -181,7 +181,6 @@ def default_text() -> str:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add the parser of `perplexity`."""
     parser = subparsers.add_parser(
         "perplexity",
         description="Read a text through the embedded engine and report the likelihood of its "
@@ -243,7 +242,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(file: Path) -> str:
-    """The text of a file."""
     try:
         return file.read_text("utf-8")
     except UnicodeDecodeError as error:
@@ -256,7 +254,6 @@ def _read(file: Path) -> str:
 def _read_through(
     args: argparse.Namespace, text: str, index_topk: int | None
 ) -> tuple[Losses, OpenModel]:
-    """Losses of the text, and the model that read it."""
     with quiet():
         model = open_model(
             args.model,
@@ -270,7 +267,6 @@ def _read_through(
 
 
 def _stretches_json(sparse: Losses, dense: Losses | None, index_topk: int) -> list[dict[str, Any]]:
-    """A JSON object for each stretch."""
     found = []
     for first, last, inside in stretches(sparse, index_topk):
         nats = sparse.nats[inside]
@@ -318,7 +314,6 @@ def report_parts(result: Mapping[str, Any]) -> list[str | Table]:
 
 
 def _stretch_table(result: Mapping[str, Any]) -> Table:
-    """Losses by the number of keys before a token."""
     fields = {"nats_per_token": ("nats a token", ".4f")}
     if result["dense"] is not None:
         fields["dense_nats_per_token"] = ("with all keys", ".4f")

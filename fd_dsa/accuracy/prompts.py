@@ -131,7 +131,6 @@ def arguments() -> Mapping[str, Mapping[str, type]]:
 
 
 def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that are not null."""
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -192,7 +191,6 @@ def _checked(name: Any, given: Any, where: str) -> dict[str, Any]:
 
 
 def _is_text(value: Any) -> bool:
-    """Reports whether a value is a text that is not empty."""
     return isinstance(value, str) and bool(value.strip())
 
 

@@ -85,7 +85,6 @@ def random_keys(prompts: Sequence[Prompt]) -> tuple[str, ...]:
 
 
 def _score(prompt: Prompt, answer: Answer) -> PromptScore:
-    """The score of one answer."""
     if answer.key != prompt.key:
         raise ValueError(f"expected the answer to {prompt.key!r}, got the answer to {answer.key!r}")
     answer = replace(answer, text="" if answer.error else answer.text)
@@ -102,7 +101,6 @@ def _score(prompt: Prompt, answer: Answer) -> PromptScore:
 
 
 def _check(prompt: Prompt, text: str) -> dict[str, Any]:
-    """Which instructions an answer follows, as lm-eval's task says."""
     document = {
         "key": prompt.key,
         "prompt": prompt.text,
@@ -151,7 +149,6 @@ def _seeded() -> Iterator[None]:
 
 
 def _cause(error: Exception) -> str:
-    """An exception of the checkers in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

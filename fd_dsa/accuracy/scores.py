@@ -148,7 +148,6 @@ class Metric:
     share: Estimate
 
     def to_json(self) -> dict[str, Any]:
-        """The metric as a JSON object, in percent."""
         return {"passed": self.passed, "total": self.total, **self.share.to_json()}
 
 
@@ -169,7 +168,6 @@ class Scores:
 
     @property
     def by_key(self) -> dict[str, PromptScore]:
-        """Key -> score."""
         return {score.key: score for score in self.prompts}
 
     def to_json(self) -> str:
@@ -184,11 +182,7 @@ class Scores:
 
 
 def columns(prompts: Sequence[PromptScore], metric: str) -> tuple[list[int], list[int]]:
-    """What passed of each prompt and how much it has, in the units of a metric.
-
-    Args:
-        metric: one of `METRICS`; a prompt counts as one in the prompt-level ones.
-    """
+    """What passed of each prompt and how much it has, in the units of a metric."""
     loose = metric in (PROMPT_LOOSE, INST_LOOSE)
     follows = [score.follow_loose if loose else score.follow_strict for score in prompts]
     if metric in (INST_STRICT, INST_LOOSE):

@@ -25,16 +25,13 @@ class TextFeed:
     """The text that is not read yet."""
 
     def __init__(self) -> None:
-        """Nothing has come."""
         self._text = ""
         self._ended = False
 
     def push(self, text: str) -> None:
-        """Append a piece."""
         self._text += text
 
     def end(self) -> None:
-        """No more text will come."""
         self._ended = True
 
     def stream_until(
@@ -45,8 +42,6 @@ class TextFeed:
         No marker begins with another one.
 
         Args:
-            markers: that end the text.
-            emit: takes the text.
             keeps_half: whether what begins like a marker where the text ends is text; else the
                 text was cut off inside of a marker.
 
@@ -103,14 +98,12 @@ class TextFeed:
         return is_cut
 
     def _emit(self, end: int, emit: Callable[[str], None]) -> None:
-        """Hand out the text up to `end`."""
         if end:
             emit(self._text[:end])
             self._text = self._text[end:]
 
 
 def _first_of(text: str, markers: Sequence[str]) -> tuple[int, str] | None:
-    """Place and text of the first marker."""
     places = ((text.find(marker), marker) for marker in markers)
     return min((place for place in places if place[0] >= 0), default=None)
 
@@ -156,7 +149,6 @@ def types_of(schema: Any, root: Any = None, depth: int = _MAX_DEPTH) -> frozense
     """Types that a schema allows, "number" with "integer"; empty where it does not say.
 
     Args:
-        schema: of a value.
         root: the schema in which references of `schema` are looked up.
         depth: references and alternatives to follow inside each other.
     """
@@ -243,14 +235,9 @@ def join_events(events: Iterable[Event]) -> Message:
 
 
 class EventSink:
-    """Collects events, neighbours of one kind as one.
-
-    Args:
-        schemas: tool name -> JSON schema of its arguments.
-    """
+    """Collects events, neighbours of one kind as one."""
 
     def __init__(self, schemas: Mapping[str, Any]) -> None:
-        """No event and no call yet."""
         self.schemas = schemas
         self.num_calls = 0
         self._events: list[Event] = []
@@ -284,11 +271,9 @@ class EventSink:
             self.content(markup)
 
     def reasoning(self, text: str) -> None:
-        """More text of the reasoning."""
         self._add("reasoning", text)
 
     def start_call(self, name: str) -> None:
-        """A call begins."""
         self._held, self._has_arguments = "", False
         self._events.append(Event("call", name, self.num_calls))
         self.num_calls += 1
@@ -314,15 +299,9 @@ class EventSink:
 
 
 class ArgumentsWriter:
-    """A JSON object of arguments, written value by value while they come.
-
-    Args:
-        sink: gets the text.
-        schema: JSON schema of the arguments, whatever the client sent.
-    """
+    """A JSON object of arguments, written value by value while they come."""
 
     def __init__(self, sink: EventSink, schema: Any) -> None:
-        """Nothing is written yet."""
         self._sink = sink
         self._schema = schema
         self._is_empty = True
@@ -344,9 +323,6 @@ class ArgumentsWriter:
         """Read a value up to its end marker; of one that is cut off, what has come of a string.
 
         Args:
-            feed: the text of the model.
-            name: of the argument.
-            end: marker after the value.
             is_text: the value is a string as it is, else the JSON text as the model wrote it.
             types: those that the value may have, empty for any. With "string" among them JSON of
                 another type than these is a string; in any case a text that is no JSON is one.
@@ -370,11 +346,9 @@ class ArgumentsWriter:
             self._sink.arguments(json.dumps(text, ensure_ascii=False))
 
     def _characters(self, text: str) -> None:
-        """More of a string."""
         self._sink.arguments(json.dumps(text, ensure_ascii=False)[1:-1])
 
     def close(self) -> None:
-        """End the object and the call."""
         if not self._is_empty:
             self._sink.arguments("}")
         self._sink.end_call()

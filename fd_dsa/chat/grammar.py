@@ -35,9 +35,7 @@ def forced_calls_grammar(
     """A grammar of answers that call at least one of the tools and say nothing else.
 
     Args:
-        tool_format: name of the format, as `ToolFormat.name`.
         schemas: name of each tool that may be called -> JSON schema of its arguments.
-        several: whether more than one call may be made.
         in_reasoning: the prompt has opened the reasoning; the answer then begins with its rest.
         special_ids: ids of markers which are special tokens of the vocabulary; a grammar must
             name those by id.
@@ -52,12 +50,7 @@ def forced_calls_grammar(
 
 
 def json_after_reasoning_grammar(schema: Any, special_ids: Mapping[str, int]) -> str:
-    """A grammar of answers that are JSON, after the rest of a reasoning that the prompt opened.
-
-    Args:
-        schema: of the JSON.
-        special_ids: as in `forced_calls_grammar`.
-    """
+    """A grammar of answers that are JSON, after the rest of a reasoning that the prompt opened."""
     lark = _Lark(special_ids)
     reasoning = lark.text_until(THINK_END)
     return lark.grammar(f"{reasoning} {lark.json(schema)}")
@@ -71,11 +64,9 @@ class _Lark:
         self._rules: list[str] = []
 
     def grammar(self, start: str) -> str:
-        """The whole text."""
         return "\n".join([f"start: {start}", *self._rules, ""])
 
     def rule(self, body: str, options: str = "") -> str:
-        """Name of a new rule."""
         name = f"r{len(self._rules)}"
         self._rules.append(f"{name}{options}: {body}")
         return name
@@ -96,7 +87,6 @@ class _Lark:
         """Name of a rule for a JSON value.
 
         Args:
-            schema: of the value.
             root: the schema that holds the definitions which `schema` refers to.
         """
         body = dict(schema) if isinstance(schema, dict) else {}
@@ -117,14 +107,12 @@ class _Lark:
         return self.rule(f"/{_ANY_TEXT}{head}/ {self.literal(end[end.index(mark) :])}")
 
     def _piece(self, text: str) -> str:
-        """A special token or a string."""
         if text in self._special_ids:
             return f"<[{self._special_ids[text]}]>"
         return json.dumps(text, ensure_ascii=False)
 
 
 def _v31_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
-    """Calls of DeepSeek-V3.1."""
     calls = []
     for name, schema in schemas.items():
         head = lark.literal(marks.V31_CALL + name + marks.V31_SEPARATOR)
@@ -137,7 +125,6 @@ def _v31_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
 
 
 def _v32_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
-    """Calls of DeepSeek-V3.2."""
     calls = []
     for name, schema in schemas.items():
         head = lark.literal(f'{marks.V32_CALL} name="{name}">\n')
@@ -166,7 +153,6 @@ def _v32_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
 
 
 def _glm_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
-    """Calls of GLM."""
     calls = [
         f"{lark.literal(marks.GLM_CALL + name)} {_arguments(lark, schema, _glm_argument)} "
         f"{lark.literal(marks.GLM_CALL_END)}"
@@ -212,7 +198,6 @@ def _text(lark: _Lark, schema: Any, end: str) -> str:
 
 
 def _required(schema: Any) -> Sequence[str]:
-    """Names of the arguments that must be there."""
     names = schema.get("required") if isinstance(schema, dict) else None
     return names if isinstance(names, list) else []
 

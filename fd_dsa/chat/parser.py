@@ -70,16 +70,9 @@ class OutputParser:
     The joined result depends on the whole text alone, not on the pieces. Malformed markup is no
     error: up to the name of a call it comes back as content, after it the arguments are what the
     model wrote. White space around calls is markup.
-
-    Args:
-        answer: how it is read.
-
-    Attributes:
-        is_reasoning: what was read last is reasoning that has not ended.
     """
 
     def __init__(self, answer: AnswerFormat) -> None:
-        """Nothing is read yet."""
         self._feed = TextFeed()
         self._sink = EventSink(answer.schemas)
         self._tools = answer.tool_format
@@ -105,7 +98,6 @@ class OutputParser:
         return join_events([*self.feed(text), *self.finish()])
 
     def _advance(self) -> list[Event]:
-        """Read as far as the text goes."""
         if self._steps is not None:
             try:
                 next(self._steps)
@@ -114,7 +106,6 @@ class OutputParser:
         return self._sink.take()
 
     def _parse(self, answer: AnswerFormat) -> Steps[None]:
-        """Read the whole answer."""
         starts = self._tools.starts if self._tools is not None else ()
         marker: str | None = None
         if answer.begins_in_reasoning or (
@@ -156,12 +147,7 @@ def find_tool_format(name: str, source: str) -> ToolFormat | None:
 
 
 def reasoning_format_name(name: str, source: str) -> str:
-    """Name of the form that reasoning has; "none" where none is looked for.
-
-    Args:
-        name: one of `REASONING_FORMATS`, "none", or "auto", which goes by the source.
-        source: text of the template, which contains the marks of its formats.
-    """
+    """Name of the form that reasoning has; "none" where none is looked for."""
     if name != AUTO:
         return name
     if THINK_END not in source:
@@ -178,7 +164,6 @@ def opens_reasoning(prompt: str, continued: Mapping[str, Any] | None) -> bool:
     """Whether an answer begins inside of the reasoning.
 
     Args:
-        prompt: as rendered.
         continued: the last message where the answer goes on with it.
     """
     if continued is not None and is_reasoning_only(continued):
@@ -201,7 +186,6 @@ class Arguments(dict[str, Any]):
     """
 
     def __init__(self, value: Mapping[str, Any], text: str) -> None:
-        """Keep the object and its JSON text."""
         super().__init__(value)
         self.text = text
 

@@ -55,11 +55,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """The result of an operator.
-
-        Raises:
-            SecurityError: it would be too large.
-        """
         counts = [value for value in (left, right) if isinstance(value, int)]
         texts = [value for value in (left, right) if isinstance(value, str | bytes | list | tuple)]
         if texts and counts and len(texts[0]) * counts[0] > _MOST_ENTRIES:
@@ -80,9 +75,7 @@ class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        source: Jinja text.
         special_tokens: variables such as bos_token which the template may use.
-        origin: where it comes from, for people.
 
     Raises:
         ConfigError: the template does not compile; names the origin.
@@ -94,7 +87,6 @@ class ChatTemplate:
     def __init__(
         self, source: str, special_tokens: Mapping[str, str], origin: str = "the request"
     ) -> None:
-        """Compile the template."""
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -130,10 +122,6 @@ class ChatTemplate:
         """Text of a conversation.
 
         Args:
-            messages: with "role" and "content"; arguments of tool calls as JSON text or mappings.
-            add_generation_prompt: end with the start of an assistant message.
-            tools: offered to the model, in the form of the OpenAI API.
-            continue_final_message: end inside of the last message, so that the model goes on.
             kwargs: further variables. `thinking` and `enable_thinking` are two names of one: a
                 template that knows either gets it.
 
@@ -191,7 +179,6 @@ def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _raise_exception(message: str) -> None:
-    """Let a template refuse a conversation."""
     raise TemplateError(message)
 
 
@@ -208,7 +195,6 @@ class DeepseekV32Encoding(ChatTemplate):
     """
 
     def __init__(self, instructions: str) -> None:
-        """Compile the template of the package."""
         variables = {"instructions": instructions}
         super().__init__(_OWN.read_text("utf-8"), variables, "DeepSeek-V3.2's own encoding")
 
@@ -291,14 +277,6 @@ def read_renderer(
     `template_file` takes precedence, then the folder's chat_template.jinja, then `chat_template`
     of its tokenizer_config.json; of a list of named templates the one named "default" counts. A
     folder of DeepSeek-V3.2 without any has the model's own encoding.
-
-    Args:
-        folder: of the model.
-        tokenizer_config: content of tokenizer_config.json.
-        special_tokens: names such as "bos_token" -> text.
-        model_type: of config.json.
-        has_token: whether a text is one token of the vocabulary.
-        template_file: a Jinja file instead of the folder's.
 
     Raises:
         ConfigError: a template cannot be read or compiled, or is of another type; names the file.

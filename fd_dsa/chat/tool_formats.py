@@ -126,7 +126,6 @@ class DeepseekV31Tools(ToolFormat):
     call, calls_end = V31_CALL, V31_CALLS_END
 
     def _read_call(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[str | None]:
-        """See `ToolFormat`."""
         name, marker = yield from feed.until((V31_SEPARATOR, V31_CALL_END, V31_CALLS_END))
         if marker is None and sink.has_calls:
             return None
@@ -148,7 +147,6 @@ class DeepseekV32Tools(ToolFormat):
     call, calls_end, argument = V32_CALL, V32_CALLS_END, V32_ARGUMENT
 
     def _read_call(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[str | None]:
-        """See `ToolFormat`."""
         attributes, close = yield from feed.until((">",))
         match = _V32_NAME.fullmatch(attributes)
         if close is None and sink.has_calls:
@@ -166,7 +164,6 @@ class DeepseekV32Tools(ToolFormat):
     def _read_argument(
         self, feed: TextFeed, sink: EventSink, writer: ArgumentsWriter
     ) -> Steps[None]:
-        """See `ToolFormat`."""
         attributes, close = yield from feed.until((">",))
         match = _V32_KEY.fullmatch(attributes)
         if close is not None and match is None:
@@ -185,11 +182,9 @@ class GlmTools(ToolFormat):
     call, argument = GLM_CALL, GLM_KEY
 
     def section(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[None]:
-        """See `ToolFormat`."""
         yield from self._read_call(feed, sink, start)
 
     def _read_call(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[str | None]:
-        """See `ToolFormat`."""
         text, marker = yield from feed.until((GLM_KEY, GLM_CALL_END))
         name = text.strip()
         if marker is None and sink.num_calls:
@@ -204,7 +199,6 @@ class GlmTools(ToolFormat):
     def _read_argument(
         self, feed: TextFeed, sink: EventSink, writer: ArgumentsWriter
     ) -> Steps[None]:
-        """See `ToolFormat`."""
         key, marker = yield from feed.until((GLM_KEY_END,))
         if marker is None:
             # cut off inside of a call, which has what came before

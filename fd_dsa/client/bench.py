@@ -31,7 +31,6 @@ _LOWEST_ID, _HIGHEST_ID = 100, 1000
 
 
 def build_parser() -> Parser:
-    """The flags; names are those of `vllm bench serve`."""
     parser = Parser(
         prog="fd-dsa bench",
         usage="%(prog)s [flags] [-- flags of the server that is started]",
@@ -75,10 +74,6 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark; returns the exit status.
 
-    Args:
-        argv: arguments without the command's name; what follows `--` is for the server
-            that is started.
-
     Returns:
         0 when every request was answered, 1 when some failed or the server went away, 2 when it
         cannot begin.
@@ -106,7 +101,6 @@ def _main(arguments: list[str]) -> int:
 async def _measure(
     args: argparse.Namespace, base_url: str, model: str
 ) -> tuple[list[Timing], float]:
-    """Warm up, then measure."""
     sender = Sender(base_url, concurrency=args.max_concurrency, retries=args.retries)
     # of another seed, so that what is measured is new to the server
     warm_up = random_prompts(_WARM_UP, args.random_input_len, args.seed + 1)
@@ -135,9 +129,7 @@ def start_times(num_prompts: int, request_rate: float, seed: int) -> list[float]
     """Seconds after the beginning at which each request is sent.
 
     Args:
-        num_prompts: how many.
         request_rate: mean of a Poisson process, requests a second; infinite: all at once.
-        seed: of the intervals.
     """
     if math.isinf(request_rate):
         return [0.0] * num_prompts
@@ -150,7 +142,6 @@ def start_times(num_prompts: int, request_rate: float, seed: int) -> list[float]
 def _report(
     args: argparse.Namespace, info: ServerInfo, timings: list[Timing], duration_s: float
 ) -> int:
-    """Print and write what was measured."""
     result = summarise(timings, duration_s)
     names = ("num_prompts", "random_input_len", "random_output_len", "max_concurrency", "retries")
     settings = {name: getattr(args, name) for name in (*names, "seed")}

@@ -54,8 +54,6 @@ class Partner:
     """The model of an OpenAI-compatible server that answers.
 
     Args:
-        base_url: as `normal_base_url` gives it.
-        model: name to send; None: the only one of the server.
         settings: of every request, see `fd_dsa.client.settings`; may be changed.
 
     Attributes:
@@ -118,9 +116,7 @@ def _figures(begin: float, times: Sequence[float], usage: dict[str, Any]) -> str
     """The line below an answer; of one that was stopped the server has counted nothing.
 
     Args:
-        begin: when the request was sent, seconds.
         times: when each piece came, the role before the first token among them.
-        usage: as the server sends it at the end.
     """
     if len(times) < 2:
         return ""
@@ -135,7 +131,6 @@ def _figures(begin: float, times: Sequence[float], usage: dict[str, Any]) -> str
 
 
 def build_parser() -> Parser:
-    """The flags."""
     parser = Parser(
         prog="fd-dsa chat",
         description="Talk to a model, line by line; from a pipe, each line is a message.",
@@ -163,9 +158,6 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Talk until /exit or the end of the input; returns the exit status.
 
-    Args:
-        argv: arguments without the command's name.
-
     Returns:
         0; of a pipe, and with -q, 1 when a message was not answered; 2 when it cannot begin; 130
         after Ctrl-C that no answer was there to take, 143 after SIGTERM.
@@ -190,8 +182,6 @@ class Conversation:
     """Reads messages from stdin and writes answers to stdout.
 
     Args:
-        partner: who answers.
-        system: system prompt; None or empty: none.
         is_terminal: somebody types: prompts are shown, and a failed answer is no end.
     """
 
@@ -224,7 +214,6 @@ class Conversation:
         return 0 if self._is_terminal else status
 
     def _lines(self) -> Iterator[str]:
-        """Messages and commands of the input."""
         while True:
             try:
                 text = self._line("> ").strip()
@@ -240,7 +229,6 @@ class Conversation:
             yield text
 
     def _line(self, prompt: str) -> str:
-        """A line of the input."""
         return input(prompt if self._is_terminal else "")
 
     def _take(self, text: str) -> bool:
@@ -261,7 +249,6 @@ class Conversation:
         return not text or self.ask(text)
 
     def _command(self, text: str) -> None:
-        """Do what a line with a slash says."""
         command, *words = text.split(maxsplit=1)
         rest = words[0].strip() if words else ""
         if command == "/help":
@@ -281,7 +268,6 @@ class Conversation:
             sys.stderr.write(f"unknown command {command!r}; {hint}\n")
 
     def _set(self, name: str = "", value: str = "") -> None:
-        """Change a setting, or list all."""
         settings = self._partner.settings
         if not name:
             shown = ", ".join(f"{name} {value}" for name, value in settings.items())
@@ -292,7 +278,6 @@ class Conversation:
             raise ConfigError(f"/set: {name!r} is not set; /set NAME VALUE sets one")
 
     def _save(self, path: str) -> None:
-        """Write the conversation to a file that is not there yet."""
         if not path:
             raise ConfigError("/save: got no name, allowed: a new file")
         system = [{"role": "system", "content": self._system}] if self._system else []
@@ -365,7 +350,6 @@ class Conversation:
         stream.flush()
 
     def _end_line(self) -> None:
-        """End the line of what was printed last."""
         if self._open is not None:
             self._open.write("\n")
             self._open.flush()

@@ -88,8 +88,6 @@ class Sender:
     """Sends requests to one server.
 
     Args:
-        base_url: as `normal_base_url` gives it.
-        concurrency: requests in flight; None = no limit.
         retries: further attempts for a request after a failure that may pass.
         timeout_s: longest silence of the server.
         delay_s: wait before the second attempt, doubled before each further one, up to 30 s.
@@ -164,7 +162,6 @@ class Sender:
         read: Reader[T],
         begin: float,
     ) -> Sent[T]:
-        """One request with all of its attempts."""
         for attempt in range(1, self._retries + 2):
             started = time.perf_counter()
             try:
@@ -186,7 +183,6 @@ class Sender:
     async def _attempt(
         self, http: httpx.AsyncClient, request: Request, read: Reader[T], started: float
     ) -> T:
-        """What `read` makes of the reply."""
         url = self.base_url + request.path
         try:
             async with http.stream("POST", url, json=request.body) as reply:
@@ -199,7 +195,6 @@ class Sender:
             raise FailedAttempt(transport_reason(error), gone=gone) from error
 
     def _raise_status(self, url: str, reply: httpx.Response) -> NoReturn:
-        """Raise what a status other than 200 means."""
         status, reason = reply.status_code, error_message(reply)
         if status in (401, 403):
             raise RemoteError(key_refused(self.base_url, status))

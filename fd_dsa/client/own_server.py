@@ -70,10 +70,6 @@ def server_at(
 ) -> Iterator[str]:
     """The base URL of a server; without a URL, of one of our own until the end of the block.
 
-    Args:
-        base_url: with or without `/v1`.
-        model, flags, flag: as in `own_server`.
-
     Raises:
         ConfigError: it is no http or https URL, or our own server does not start.
     """
@@ -94,9 +90,6 @@ def own_server(
     """A server that takes requests, ended with the block, and with this process however it ends.
 
     Args:
-        model: folder of the checkpoint; None = the demo model.
-        flags: further flags of `python -m fd_dsa.serve`.
-        log: file for its output; its folder is made.
         flag: of the command that starts it; an error begins with it.
 
     Raises:
@@ -155,7 +148,6 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def _why_it_ended(status: int, output: bytes) -> str:
-    """The line about a server that did not start."""
     if errors := _ERROR.findall(output):
         return errors[-1].decode("utf-8", "replace")
     lines = output.decode("utf-8", "replace").split("\n")

@@ -67,12 +67,7 @@ class ChatClient:
     """A server and the fields that all questions share.
 
     Args:
-        base_url: with or without `/v1`; see `normal_base_url`.
-        model: name to send; None = the only one that the server has (`preflight` finds it).
-        temperature: 0 is greedy.
-        seed: sent with every request.
         thinking: sent to the chat template as `thinking` and `enable_thinking`; None sends nothing.
-        options: of `Sender`.
     """
 
     def __init__(

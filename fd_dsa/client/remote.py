@@ -87,8 +87,6 @@ def examine_server(base_url: str, model: str | None, flag: str = "--model") -> S
     """What the server says of itself.
 
     Args:
-        base_url: as `normal_base_url` gives it.
-        model: the name to send; None = the only one that the server has.
         flag: that names the model; an error about it begins with it.
 
     Raises:
@@ -132,7 +130,6 @@ def _models(http: httpx.Client, base_url: str, model: str | None) -> list[dict[s
 def _choose(
     models: list[dict[str, Any]], base_url: str, model: str | None, flag: str
 ) -> Mapping[str, Any]:
-    """The entry of the asked model, or of the only one."""
     if model is None and (len(models) == 1 or models[0].get("owned_by") == "fd_dsa"):
         # several names of our server are one model
         return models[0]
@@ -145,7 +142,6 @@ def _choose(
 
 
 def _facts(http: httpx.Client, base_url: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What the server says of itself, as far as it does."""
     facts = {"engine": entry.get("owned_by"), "max_model_len": entry.get("max_model_len")}
     for path in ("/version", "/server_info"):
         with contextlib.suppress(httpx.HTTPError, ValueError):

@@ -57,7 +57,6 @@ class Table:
         return "\n".join(lines)
 
     def rich(self) -> RichTable:
-        """The table for a terminal, without title and notes."""
         table = RichTable(box=box.SIMPLE_HEAD, show_edge=False)
         for i, column in enumerate(self.columns):
             first = i == 0
@@ -69,7 +68,6 @@ class Table:
 
 
 def page(title: str, parts: Sequence[str | Table]) -> str:
-    """A Markdown page: a heading, then paragraphs and tables, an empty line between."""
     texts = [part.markdown() if isinstance(part, Table) else part for part in parts]
     return "\n\n".join([f"# {title}", *texts]) + "\n"
 
@@ -108,9 +106,6 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
 
     All texts are written before the first takes its name.
 
-    Args:
-        files: name in the folder -> text, in UTF-8.
-
     Raises:
         ConfigError: the folder cannot be written, as on a full disk; names it.
     """
@@ -135,5 +130,4 @@ def publish(out: str | None, title: str, result: Any, parts: Sequence[str | Tabl
 
 
 def _row(cells: Sequence[str]) -> str:
-    """One line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

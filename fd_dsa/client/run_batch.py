@@ -53,7 +53,6 @@ class Item:
 
 
 def build_parser() -> Parser:
-    """The flags."""
     parser = Parser(
         prog="fd-dsa run-batch",
         usage="%(prog)s -i FILE -o FILE [flags] [-- flags of the server that is started]",
@@ -80,10 +79,6 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer a batch; returns the exit status.
-
-    Args:
-        argv: arguments without the command's name; what follows `--` is for the server
-            that is started.
 
     Returns:
         0 when every request was answered, 1 when some failed or the server went away, 2 when it
@@ -166,7 +161,6 @@ def read_batch(path: str) -> list[Item]:
 
 
 def _read_item(where: str, number: int, line: bytes) -> Item:
-    """One request."""
     try:
         # its end would count as the begin of another line
         data = json.loads(line.rstrip())
@@ -251,7 +245,6 @@ async def _read(reply: httpx.Response, started: float) -> dict[str, Any]:
 
 
 def _line(item: Item, sent: Sent[dict[str, Any]]) -> dict[str, Any]:
-    """What the output has for a request."""
     response, error = sent.value, None
     if sent.status:
         body = {"error": {"message": sent.error}}

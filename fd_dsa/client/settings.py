@@ -13,7 +13,6 @@ from fd_dsa.serve.parser import Parser, nearest
 
 
 def _between(least: float, most: float) -> Callable[[str], Any]:
-    """A reader of numbers in a closed range."""
     return reader(float, f"a number from {least:g} to {most:g}", lambda x: least <= x <= most)
 
 
@@ -34,7 +33,6 @@ NAMES = tuple(_READERS)
 
 
 def add_setting_flags(parser: Parser) -> None:
-    """Add a flag for each setting."""
     group = parser.add_argument_group("settings")
     for name, read in _READERS.items():
         text = "let the model reason first: on or off" if name == "thinking" else None
@@ -42,11 +40,6 @@ def add_setting_flags(parser: Parser) -> None:
 
 
 def read_setting(name: str, text: str) -> Any:
-    """The value of a setting.
-
-    Raises:
-        ConfigError: the setting is unknown, or the value not allowed.
-    """
     name = name.replace("-", "_")
     if name not in _READERS:
         raise ConfigError(

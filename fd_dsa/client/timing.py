@@ -55,10 +55,7 @@ async def measure(
     """Timings in the order of the prompts, and the seconds of the whole run.
 
     Args:
-        model: name to send.
-        prompts: token ids.
         starts: seconds after the beginning before which each is not sent.
-        output_len: tokens of each answer.
 
     Raises:
         RemoteError: the server refuses the key, or has no completions.
@@ -89,7 +86,6 @@ async def measure(
 
 
 async def _read(reply: httpx.Response, started: float) -> Timing:
-    """The times of a stream."""
     arrivals: list[float] = []
     tokens, failure = (0, 0, 0, 0), ""
     # to the end, also after an error: leaving a stream early leaves its generators open

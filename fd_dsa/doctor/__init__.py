@@ -38,7 +38,6 @@ _NO_WIDTH = 1 << 20
 
 
 def build_parser() -> Parser:
-    """The flags."""
     parser = Parser(
         prog="fd-dsa doctor",
         description="Report device, versions and providers, and check every operator here.",
@@ -64,9 +63,6 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Examine this machine.
-
-    Args:
-        argv: arguments without the program's name; None takes those of the process.
 
     Returns:
         0 if everything passed, 1 if not, 2 for flags that cannot be read.
@@ -96,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    """Print what `--plan` asks for; returns 0."""
     require_packages()
     from fd_dsa.doctor.plan import as_text, plan
 
@@ -185,11 +180,7 @@ def device_to_check(asked: str | None) -> str:
 
 
 def require_packages() -> None:
-    """Import Paddle, where it and all others are installed.
-
-    Raises:
-        BackendUnavailable: a package is missing.
-    """
+    """Import Paddle; BackendUnavailable where it or another package is missing."""
     for package, cure in _NEEDED.items():
         if find_spec(package) is None:
             raise BackendUnavailable(f"{package} is not installed; {cure}, then run this again")
@@ -197,13 +188,7 @@ def require_packages() -> None:
 
 
 def not_checked(device: str, gpu: dict[str, str] | None, interpreting: bool) -> str:
-    """What the self-check leaves open, in words; "" where it leaves nothing.
-
-    Args:
-        device: where the operators were checked.
-        gpu: name and driver of the GPU, None without one.
-        interpreting: whether Triton kernels run in the interpreter.
-    """
+    """What the self-check leaves open, in words; "" where it leaves nothing."""
     if device != "cpu":
         where = "Triton kernels are interpreted in this process (TRITON_INTERPRET)."
         return f"No GPU kernel was run: {where}" if interpreting else ""
@@ -235,7 +220,6 @@ def graph_facts(device: str, interpreting: bool) -> dict[str, Any]:
 
 
 def graph_line(found: dict[str, Any]) -> str:
-    """The same for a person."""
     if found["reason"]:
         return f"graphs     none: {found['reason']}"
     sizes = ", ".join(map(str, found["sizes"]))
@@ -243,12 +227,7 @@ def graph_line(found: dict[str, Any]) -> str:
 
 
 def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
-    """The report for a person.
-
-    Args:
-        found: of `examine`.
-        with_tree: list every check of the FastDeploy tree.
-    """
+    """The report for a person."""
     # its imports read no package that may be missing; the others of this room do
     from fd_dsa.custom_ops import BROKEN
     from fd_dsa.doctor.checks import as_lines as checks_lines

@@ -154,7 +154,6 @@ def _checked(
 
 
 def _compare(host: Outputs, out: Outputs) -> None:
-    """Raise CheckFailed unless a device has the bytes of the CPU."""
     require(host, "nothing to compare with: the check on the CPU failed")
     for name, values in host.items():
         differ = int(np.count_nonzero(out[name] != values))
@@ -162,7 +161,6 @@ def _compare(host: Outputs, out: Outputs) -> None:
 
 
 def as_lines(checks: list[dict[str, Any]]) -> list[str]:
-    """The table for a person."""
     lines = ["  operator           device    served by          check      time  why"]
     for check in checks:
         mark = "ok" if check["passed"] else "FAILED"

@@ -54,9 +54,6 @@ def _path(way: str) -> dict[str, Any]:
 def facts(paths: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """All that is known, as plain JSON values.
 
-    Args:
-        paths: way of starting FastDeploy -> which path would serve; none without FastDeploy.
-
     Returns:
         `installed`, `version` ("" = unknown), `entry_points` (groups in which FastDeploy finds
         fd_dsa), `missing_entry_points`, `environment` (variable -> value, None = unset), `paths`
@@ -85,12 +82,7 @@ def facts(paths: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def as_lines(facts: Mapping[str, Any], with_tree: bool = False) -> list[str]:
-    """The facts for a person, the first line with a label of ten characters.
-
-    Args:
-        facts: of `facts`.
-        with_tree: list every check of the tree.
-    """
+    """The facts for a person, the first line with a label of ten characters."""
     if not facts["installed"]:
         return ["fastdeploy not installed; --engine fastdeploy alone needs it"]
     lines = [f"fastdeploy {facts['version'] or 'of unknown version'}"]

@@ -103,7 +103,6 @@ def _caches(config: EngineConfig, model: Any, weight_bytes: int) -> dict[str, An
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """The plan for a person."""
     return "\n".join(_lines(found)) + "\n"
 
 

@@ -31,7 +31,6 @@ _MAX_TOKENS, _TRIALS = 64, 5
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the parser of `retrieval`."""
     parser = subparsers.add_parser("retrieval")
     parser.set_defaults(run=run)
     add_run_flags(parser, out="retrieval", max_tokens=_MAX_TOKENS)
@@ -65,12 +64,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask, score, report; returns 0.
-
-    Raises:
-        ConfigError: a flag or the server is not right; nothing was asked.
-        RemoteError: the server left a question without an answer; all answers are kept.
-    """
+    """Ask, score, report; returns 0."""
     counter = TokenCounter(_tokenizer_folder(args), thinking(args))
     topk = args.index_topk or counter.index_topk
     depths, trials = (CONTINUITY_DEPTHS, 10) if args.continuity else (DEFAULT_DEPTHS, _TRIALS)
@@ -108,7 +102,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tokenizer_folder(args: argparse.Namespace) -> Path:
-    """That of the flag, of the model that is served for the run, or the demo model's."""
     if args.tokenizer is not None:
         return Path(args.tokenizer)
     if args.base_url is not None:
@@ -120,7 +113,6 @@ def _tokenizer_folder(args: argparse.Namespace) -> Path:
 
 
 def _lengths(args: argparse.Namespace, limits: Limits) -> tuple[int, ...]:
-    """Lengths of the flags, or the default ones within these limits."""
     if args.lengths is not None:
         return parse_lengths(args.lengths, limits, args.max_tokens)
     if args.continuity:

@@ -101,7 +101,6 @@ def parse_lengths(text: str, limits: Limits, max_tokens: int) -> tuple[int, ...]
 
 
 def _length(part: str, limits: Limits, max_tokens: int) -> int:
-    """One length."""
     match = _LENGTH.fullmatch(part)
     factor, name, number = match.groups() if match else (None, None, None)
     if not part or not match or (name and number and number[0] not in "+-"):
@@ -116,7 +115,6 @@ def _length(part: str, limits: Limits, max_tokens: int) -> int:
 
 
 def _topk(limits: Limits) -> int:
-    """The model's index_topk."""
     if limits.index_topk is None:
         raise ConfigError(
             "--index-topk: unknown, for config.json of the tokenizer's folder does not name it; "
@@ -126,7 +124,6 @@ def _topk(limits: Limits) -> int:
 
 
 def _longest(limits: Limits, max_tokens: int) -> int:
-    """The longest prompt that leaves room for an answer."""
     if limits.max_model_len is None:
         raise ConfigError(
             "--lengths: not given, and the server does not say how long a sequence may be; give "
@@ -140,7 +137,6 @@ def _longest(limits: Limits, max_tokens: int) -> int:
 
 
 def _checked(lengths: set[int], limits: Limits, max_tokens: int) -> tuple[int, ...]:
-    """The lengths, ascending; every one is at least 1 and leaves room for an answer."""
     for length in sorted(lengths):
         if length < 1:
             raise ConfigError(f"--lengths: got {length}; must be above 0")

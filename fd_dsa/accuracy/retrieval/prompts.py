@@ -114,7 +114,6 @@ def cities() -> tuple[str, ...]:
 
 
 def _numbers(random: Random, count: int) -> list[str]:
-    """Distinct numbers of five digits."""
     return [str(10_000 + number) for number in random.sample(range(90_000), count)]
 
 
@@ -220,28 +219,18 @@ class PromptBuilder:
         return found
 
     def _size(self, sentence: str) -> int:
-        """Tokens of a sentence with the space before it."""
         if sentence not in self._sizes:
             self._sizes[sentence] = self._counter.text(" " + sentence)
         return self._sizes[sentence]
 
 
 def _compose(item: Item, lines: Sequence[str]) -> str:
-    """The message; without lines it holds the needles alone."""
     body = " ".join(lines or [needle.sentence for needle in item.needles])
     return "\n\n".join((BEFORE, body, item.question))
 
 
 class TokenCounter:
-    """Counts tokens as the model of a folder does.
-
-    Args:
-        folder: with tokenizer.json; config.json is read where it is there.
-        thinking: handed to the chat template as the client does; None leaves it its default.
-
-    Attributes:
-        index_topk, max_position_embeddings: of config.json; None where it does not say.
-    """
+    """Counts tokens as the model of a folder does."""
 
     def __init__(self, folder: Path, thinking: bool | None = None) -> None:
         if not folder.is_dir():

@@ -50,12 +50,10 @@ class ItemScore:
 
     @property
     def passed(self) -> bool:
-        """True if the answer names all that was asked for and nothing else that is hidden."""
         return all(self.found) and not self.wrong
 
     @property
     def share(self) -> float:
-        """Share of the asked strings that the answer names."""
         return sum(self.found) / len(self.found)
 
     def to_json(self) -> dict[str, Any]:
@@ -222,7 +220,6 @@ def parts(results: Results) -> list[str | Table]:
 
 
 def _about(results: Results) -> str:
-    """One paragraph: model, wording, sizes, what counts."""
     plan, topk = results.plan, results.index_topk
     selects = "" if topk is None else f" index_topk is {topk}: longer prompts are sparse."
     depths = ", ".join(f"{100 * depth:g}" for depth in plan.depths)
@@ -270,7 +267,6 @@ def _by_depth(results: Results, task: str) -> Table:
 
 
 def _length_check(results: Results) -> str:
-    """A sentence: does the server count the tokens that we count?"""
     differences = results.length_differences
     compared = differences.total()
     if not compared:
@@ -304,7 +300,6 @@ def _failures(results: Results) -> list[Table]:
 
 
 def _continuity(results: Results) -> Table:
-    """The same items at every length, against the first."""
     found = steps(results.scores)
     rows = []
     for step in found:
@@ -319,7 +314,6 @@ def _continuity(results: Results) -> Table:
 
 
 def _json(results: Results) -> dict[str, Any]:
-    """Content of `scores.json`."""
     cells = dict.fromkeys(score.cell for score in results.scores)
     differences = sorted(results.length_differences.items())
     data: dict[str, Any] = {
@@ -342,7 +336,6 @@ def _json(results: Results) -> dict[str, Any]:
 
 
 def _numbers(scores: Sequence[ItemScore]) -> dict[str, Any]:
-    """Counts, share of passed items with its interval, mean share."""
     passed, total = sum(score.passed for score in scores), len(scores)
     share = sum(score.share for score in scores) / total
     shares = wilson(passed, total)._asdict()

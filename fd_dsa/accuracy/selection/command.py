@@ -32,7 +32,6 @@ _HEADINGS = tuple(f"{n}{s}" for n in ("recall: ", "mass: ") for s in ("indexer",
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add the parser of `selection`."""
     parser = subparsers.add_parser(
         "selection",
         description="Hide numbers in texts, run them through the embedded engine, and report for "
@@ -109,7 +108,6 @@ def _provider(text: str) -> dict[str, str]:
 
 
 def _checked_lengths(args: argparse.Namespace) -> list[int]:
-    """Tokens of the prompts: something is selected, and there is room for the answer."""
     config = read_config(args.model, args.index_topk)
     topk, most = config.index_topk, config.max_position_embeddings - _ANSWER_ROOM
     lengths: list[int] = args.lengths or [min(_LENGTHS_OF_TOPK * topk, most)]
@@ -153,7 +151,6 @@ def _runs(args: argparse.Namespace, provider: str) -> list[dict[str, Any]]:
 
 
 def _measured(args: argparse.Namespace, model: OpenModel, length: int) -> dict[str, Any]:
-    """Figures of one length."""
     from fd_dsa.ops.providers import device_kind, table
 
     what = f"{model.device}, {model.engine_config.kv_cache_dtype} caches, {length} tokens"
@@ -189,7 +186,6 @@ def parts(result: Mapping[str, Any]) -> list[str | Table]:
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each run."""
     rows = []
     for run in runs:
         layers = run["layers"]
@@ -215,7 +211,6 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _details(run: Mapping[str, Any]) -> Table:
-    """A row for each layer of a run."""
     rows = []
     for layer in run["layers"]:
         recall, mass = layer["needle_recall"], layer["attention_mass_recall"]
@@ -238,5 +233,4 @@ def _details(run: Mapping[str, Any]) -> Table:
 
 
 def _percent(share: float | None) -> str:
-    """A share in percent, a dash for none."""
     return "-" if share is None else f"{100 * share:.1f}"

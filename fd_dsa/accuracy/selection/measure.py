@@ -72,7 +72,6 @@ class LayerFigures:
         return _mean(self.needle_attention) >= ATTENDS
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as a JSON object."""
         # a query counts as one trial
         interval = wilson(round(sum(self.found[INDEXER])), len(self.found[INDEXER]))
         return {
@@ -131,7 +130,6 @@ def _compare(
     figures: list[LayerFigures],
     generator: np.random.Generator,
 ) -> None:
-    """Add what one text showed to the figures of every layer."""
     sequence, topk = model.sequence, model.model_config.index_topk
     size, scale = watching.block_size, watching.config.softmax_scale
     positions = np.arange(text.num_tokens)
@@ -228,12 +226,10 @@ class NeedleText:
 
     @property
     def queries(self) -> tuple[int, ...]:
-        """Positions of the queries."""
         return tuple(query for query, _ in self.pairs)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the conversation."""
         return len(self.prompt) + len(self.answer)
 
 

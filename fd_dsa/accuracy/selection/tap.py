@@ -57,7 +57,6 @@ class RecordingBackend(DSAAttentionBackend):
         self.layers = {}
 
     def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> Any:
-        """See DSAAttentionBackend."""
         selection = super().select(q, weights, layer_id, forward_meta)
         trace = self.layers.setdefault(layer_id, LayerTrace())
         for token, position in self._tokens(forward_meta)[0]:
@@ -68,7 +67,6 @@ class RecordingBackend(DSAAttentionBackend):
         return selection
 
     def attend(self, q: Any, selection: Any, layer_id: int, forward_meta: Any) -> Any:
-        """See DSAAttentionBackend."""
         out = super().attend(q, selection, layer_id, forward_meta)
         trace = self.layers.setdefault(layer_id, LayerTrace())
         tokens, position_of_block = self._tokens(forward_meta)
