@@ -8,34 +8,29 @@ from importlib import import_module
 from typing import Any
 
 from fd_dsa import __version__, environment
-from fd_dsa.serve.flag_values import exit_status
+from fd_dsa.serve.flag_values import reports_failures
 from fd_dsa.serve.parser import Parser
 
-# command -> the module of its `main`, that of its `build_parser`, both imported when they are
-# needed, and what it does
+# command -> the module of its `main` and `build_parser`, imported when needed, and what it does
 _COMMANDS = {
-    "serve": ("serve.cli", "serve.flags", "serve a model over the OpenAI API"),
-    "chat": ("client.chat", "client.chat", "talk to a model in the terminal"),
-    "run-batch": ("client.run_batch", "client.run_batch", "answer an OpenAI batch file"),
-    "bench": ("client.bench", "client.bench", "measure the speed of a server"),
-    "accuracy": (
-        "accuracy.cli",
-        "accuracy.cli",
-        "measure a served model: IFEval, retrieval, comparisons",
-    ),
-    "doctor": (
-        "doctor",
-        "doctor",
-        "report device, versions and providers, and check every operator",
-    ),
+    "serve": ("serve.cli", "serve a model over the OpenAI API"),
+    "chat": ("client.chat", "talk to a model in the terminal"),
+    "run-batch": ("client.run_batch", "answer an OpenAI batch file"),
+    "bench": ("client.bench", "measure the speed of a server"),
+    "accuracy": ("accuracy.cli", "measure a served model: IFEval, retrieval, comparisons"),
+    "doctor": ("doctor", "report device, versions and providers, and check every operator"),
 }
 _SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 for an unknown command."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     with environment.command():
-        return _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])
+        if arguments[0] in _COMMANDS:
+            module = import_module(f"fd_dsa.{_COMMANDS[arguments[0]][0]}")
+            return int(module.main(arguments[1:]))
+        return _run(["--help"] if arguments == ["help"] else arguments)
 
 
 def build_parser(parents: dict[str, Parser] | None = None) -> Parser:
@@ -43,7 +38,7 @@ def build_parser(parents: dict[str, Parser] | None = None) -> Parser:
     parser = Parser(prog="fd-dsa", description="fd-dsa COMMAND --help lists the command's flags.")
     parser.add_argument("--version", action="version", version=f"fd_dsa {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (*_, purpose) in _COMMANDS.items():
+    for name, (_, purpose) in _COMMANDS.items():
         options: dict[str, Any] = {}
         if parents is not None:
             options = {"parents": [parents[name]], "conflict_handler": "resolve"}
@@ -56,19 +51,11 @@ def build_parser(parents: dict[str, Parser] | None = None) -> Parser:
     return parser
 
 
+@reports_failures
 def _run(arguments: list[str]) -> int:
-    if arguments[0] in _COMMANDS:
-        module = import_module(f"fd_dsa.{_COMMANDS[arguments[0]][0]}")
-        return int(module.main(arguments[1:]))
-    if arguments == ["help"]:
-        arguments = ["--help"]
-
-    def run() -> int:
-        args = build_parser().parse_args(arguments)
-        args.run(args)
-        return 0
-
-    return exit_status(run)
+    args = build_parser().parse_args(arguments)
+    args.run(args)
+    return 0
 
 
 def _print_version(_: Any) -> None:
@@ -80,7 +67,7 @@ def _print_completion(args: Any) -> None:
 
     parents = {
         name: import_module(f"fd_dsa.{module}").build_parser()
-        for name, (_, module, _) in _COMMANDS.items()
+        for name, (module, _) in _COMMANDS.items()
     }
     # what the shell itself completes
     kinds = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY, "MODEL": shtab.DIRECTORY}

@@ -7,12 +7,11 @@ default `run` is the function of the parsed flags that does the work and returns
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
-from fd_dsa.serve.flag_values import exit_status, split_flags
+from fd_dsa.serve.flag_values import reports_failures, split_flags
 from fd_dsa.serve.parser import Parser, program
 
 COMMANDS = {
@@ -30,17 +29,6 @@ COMMANDS = {
     "perplexity": ("fd_dsa.accuracy.perplexity", "perplexity of a text in one pass"),
 }
 """Command -> its module and a line for `--help`."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status.
-
-    0 when it is done, 1 when a server went away, 2 when it cannot begin, 130 after Ctrl-C, with one
-    line on stderr that says why and, for a run, how to go on. What comes after the first `--` is
-    handed to the command as `args.passed`, all of it as `args.arguments`.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return exit_status(lambda: _run(arguments))
 
 
 class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
@@ -65,7 +53,14 @@ def build_parser(commands: Iterable[str] = COMMANDS) -> Parser:
     return parser
 
 
-def _run(arguments: list[str]) -> int:
+@reports_failures
+def main(arguments: list[str]) -> int:
+    """Run one command; returns the exit status.
+
+    0 when it is done, 1 when a server went away, 2 when it cannot begin, 130 after Ctrl-C, with one
+    line on stderr that says why and, for a run, how to go on. What comes after the first `--` is
+    handed to the command as `args.passed`, all of it as `args.arguments`.
+    """
     command = arguments[0] if arguments else "--help"
     own, passed = split_flags(arguments)
     parser = build_parser([command] if command in COMMANDS else [])

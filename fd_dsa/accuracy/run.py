@@ -21,10 +21,11 @@ from rich.progress import Progress
 
 from fd_dsa.accuracy.answers import Run, open_store
 from fd_dsa.accuracy.scores import ANSWERS_FILE, RunSettings
-from fd_dsa.client.own_server import OwnServer, own_server
+from fd_dsa.client.own_server import OwnServer, add_server_flags, own_server
 from fd_dsa.client.questions import ChatClient, Question
 from fd_dsa.client.remote import ServerInfo
 from fd_dsa.client.report import check_folder
+from fd_dsa.client.settings import ON_OR_OFF
 from fd_dsa.errors import ConfigError, RemoteError
 from fd_dsa.serve.flag_values import add_numbers, signals_call
 
@@ -37,21 +38,7 @@ def add_run_flags(parser: argparse.ArgumentParser, *, out: str, max_tokens: int)
     text = f"folder of the run (default: {out})"
     parser.add_argument("--out", metavar="DIR", default=out, help=text)
     server = parser.add_argument_group("server")
-    either = server.add_mutually_exclusive_group()
-    either.add_argument(
-        "--base-url",
-        metavar="URL",
-        help="URL of an OpenAI-compatible server, e.g. http://HOST:PORT/v1",
-    )
-    either.add_argument(
-        "--serve",
-        metavar="MODEL",
-        nargs="?",
-        const="",
-        help="start python -m fd_dsa.serve on MODEL for the time of the run, on the demo model "
-        "without one; flags after -- are for it (the default without --base-url)",
-    )
-    server.add_argument("--model", metavar="NAME", help="name to send (default: the only served)")
+    add_server_flags(server)
     add_numbers(
         server,
         ("--concurrency", int, 1, 32, "requests in flight"),
@@ -67,14 +54,10 @@ def add_run_flags(parser: argparse.ArgumentParser, *, out: str, max_tokens: int)
     )
     generation.add_argument(
         "--thinking",
-        choices=("on", "off"),
+        metavar="on|off",
+        type=ON_OR_OFF,
         help="asked of the chat template (default: nothing is asked, its own default counts)",
     )
-
-
-def thinking(args: argparse.Namespace) -> bool | None:
-    """What the chat template is asked."""
-    return None if args.thinking is None else args.thinking == "on"
 
 
 @dataclass(frozen=True)
@@ -97,7 +80,7 @@ class Target:
             url,
             self.info.model,
             **asked,
-            thinking=thinking(args),
+            thinking=args.thinking,
             server=facts,
             task_settings=task_settings,
         )
@@ -173,7 +156,7 @@ def connected(args: argparse.Namespace) -> Iterator[Target]:
             args.model,
             temperature=args.temperature,
             seed=args.seed,
-            thinking=thinking(args),
+            thinking=args.thinking,
             concurrency=args.concurrency,
             retries=args.retries,
             timeout_s=args.timeout,

@@ -8,7 +8,6 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ import numpy as np
 
 from fd_dsa import __version__
 from fd_dsa.client.load import Sender
-from fd_dsa.client.own_server import parse_flags, server_at
+from fd_dsa.client.own_server import add_server_flags, parse_flags, server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.report import as_json, show
 from fd_dsa.client.timing import Timing, measure, summarise, tables
 from fd_dsa.errors import ConfigError, RemoteError, unwritable
-from fd_dsa.serve.flag_values import add_numbers, exit_status, number, reader
+from fd_dsa.serve.flag_values import add_numbers, number, reader, reports_failures
 from fd_dsa.serve.parser import Parser
 
 _WARM_UP = 2
@@ -36,16 +35,7 @@ def build_parser() -> Parser:
         usage="%(prog)s [flags] [-- flags of the server that is started]",
         description="Measure an OpenAI-compatible server with random prompts of equal length.",
     )
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--base-url", metavar="URL", help="server URL, e.g. http://HOST:PORT/v1")
-    either.add_argument(
-        "--serve",
-        metavar="MODEL",
-        nargs="?",
-        const="",
-        help="start a server on MODEL, on the demo model without one (the default)",
-    )
-    parser.add_argument("--model", metavar="NAME", help="name to send (default: the only one)")
+    add_server_flags(parser)
     add_numbers(
         parser,
         ("--num-prompts", int, 1, 64, "requests"),
@@ -71,17 +61,14 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@reports_failures
+def main(arguments: list[str]) -> int:
     """Run a benchmark; returns the exit status.
 
     Returns:
         0 when every request was answered, 1 when some failed or the server went away, 2 when it
         cannot begin.
     """
-    return exit_status(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
-
-
-def _main(arguments: list[str]) -> int:
     args, passed = parse_flags(build_parser(), arguments)
     # before an hour of measuring, not after it
     if args.output is not None and not Path(args.output).absolute().parent.is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,7 +24,7 @@ from fd_dsa.client.remote import (
 )
 from fd_dsa.client.settings import NAMES, add_setting_flags, fields_of, read_setting
 from fd_dsa.errors import ConfigError, RemoteError, unwritable
-from fd_dsa.serve.flag_values import exit_status, reader
+from fd_dsa.serve.flag_values import reader, reports_failures
 from fd_dsa.serve.parser import Parser, nearest
 
 Message = dict[str, str]
@@ -155,17 +154,15 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@reports_failures
+def main(arguments: list[str]) -> int:
     """Talk until /exit or the end of the input; returns the exit status.
 
     Returns:
         0; of a pipe, and with -q, 1 when a message was not answered; 2 when it cannot begin; 130
         after Ctrl-C that no answer was there to take, 143 after SIGTERM.
     """
-    return exit_status(lambda: _main(build_parser().parse_args(argv)))
-
-
-def _main(args: argparse.Namespace) -> int:
+    args = build_parser().parse_args(arguments)
     settings = {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}
     if isinstance(sys.stdin, io.TextIOWrapper):
         # a line that is no UTF-8 is refused, not the end

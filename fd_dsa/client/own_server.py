@@ -32,6 +32,21 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def add_server_flags(parser: argparse._ActionsContainer) -> None:
+    """Add the flags of a command that asks a server, or starts one for the time of its run."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--base-url", metavar="URL", help="server URL, e.g. http://HOST:PORT/v1")
+    either.add_argument(
+        "--serve",
+        metavar="MODEL",
+        nargs="?",
+        const="",
+        help="start a server on MODEL for the run, on the demo model without one; flags after -- "
+        "are for it (the default without --base-url)",
+    )
+    parser.add_argument("--model", metavar="NAME", help="name to send (default: the only one)")
+
+
 def parse_flags(
     parser: argparse.ArgumentParser, arguments: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:

@@ -11,6 +11,7 @@ import httpx
 
 from fd_dsa.client.load import FailedAttempt, Request, Sender
 from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url, one_line
+from fd_dsa.client.settings import reasoning_switch
 from fd_dsa.errors import RemoteError
 
 # with nothing answered, a server that refused so many questions refuses them all
@@ -84,8 +85,7 @@ class ChatClient:
         self.model = model
         self._fields: dict[str, Any] = {"temperature": temperature, "seed": seed}
         if thinking is not None:
-            switch = {"thinking": thinking, "enable_thinking": thinking}
-            self._fields["chat_template_kwargs"] = switch
+            self._fields["chat_template_kwargs"] = reasoning_switch(thinking)
         self._sender = Sender(self.base_url, **options)
 
     def preflight(self) -> ServerInfo:

@@ -155,11 +155,14 @@ def error_message(reply: httpx.Response) -> str:
     """What a server says about a refusal, in one line."""
     try:
         data = reply.json()
-        error = data.get("error", data.get("detail", data))
-        text = error.get("message", error) if isinstance(error, dict) else error
+        return _error_text(data.get("error", data.get("detail", data)))
     except (ValueError, AttributeError):
-        text = reply.text
-    return one_line(str(text))
+        return one_line(reply.text)
+
+
+def _error_text(error: Any) -> str:
+    """The message of an error object, or the error itself."""
+    return one_line(str(error.get("message", error) if isinstance(error, dict) else error))
 
 
 def read_event(line: str) -> dict[str, Any] | None:
@@ -180,9 +183,7 @@ def read_event(line: str) -> dict[str, Any] | None:
     if not isinstance(chunk, dict):
         raise RemoteError(f"the stream has a line that is no JSON object: {one_line(text)}")
     if "error" in chunk:
-        error = chunk["error"]
-        text = error.get("message", error) if isinstance(error, dict) else error
-        raise RemoteError(one_line(str(text)))
+        raise RemoteError(_error_text(chunk["error"]))
     return chunk
 
 

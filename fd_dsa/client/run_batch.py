@@ -26,7 +26,7 @@ from fd_dsa.client.own_server import parse_flags, server_at
 from fd_dsa.client.remote import examine_server
 from fd_dsa.environment import signal_end
 from fd_dsa.errors import ConfigError, unwritable
-from fd_dsa.serve.flag_values import add_numbers, exit_status
+from fd_dsa.serve.flag_values import add_numbers, reports_failures
 from fd_dsa.serve.parser import Parser
 
 MOST_REQUESTS = 50_000
@@ -77,17 +77,14 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@reports_failures
+def main(arguments: list[str]) -> int:
     """Answer a batch; returns the exit status.
 
     Returns:
         0 when every request was answered, 1 when some failed or the server went away, 2 when it
         cannot begin.
     """
-    return exit_status(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
-
-
-def _main(arguments: list[str]) -> int:
     args, passed = parse_flags(build_parser(), arguments)
     items = read_batch(args.input_file)
     output = Path(args.output_file)

@@ -16,6 +16,7 @@ def _between(least: float, most: float) -> Callable[[str], Any]:
     return reader(float, f"a number from {least:g} to {most:g}", lambda x: least <= x <= most)
 
 
+ON_OR_OFF = reader(lambda text: bool(("off", "on").index(text)), "on or off")
 _READERS: dict[str, Callable[[str], Any]] = {
     "temperature": number(float, 0),
     "top_p": _between(0, 1),
@@ -26,7 +27,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "repetition_penalty": reader(float, "a number above 0", lambda x: 0 < x < math.inf),
     "max_tokens": number(int, 1),
     "seed": number(int, 0),
-    "thinking": reader(lambda text: bool(("off", "on").index(text)), "on or off"),
+    "thinking": ON_OR_OFF,
 }
 NAMES = tuple(_READERS)
 """Of the settings: fields of the OpenAI API and vLLM's, and the switch of the chat template."""
@@ -56,7 +57,10 @@ def fields_of(settings: dict[str, Any]) -> dict[str, Any]:
     """Fields of a request with these settings."""
     fields = {name: value for name, value in settings.items() if name != "thinking"}
     if "thinking" in settings:
-        on = settings["thinking"]
-        # DeepSeek's and GLM's name of the same switch
-        fields["chat_template_kwargs"] = {"thinking": on, "enable_thinking": on}
+        fields["chat_template_kwargs"] = reasoning_switch(settings["thinking"])
     return fields
+
+
+def reasoning_switch(is_on: bool | None) -> dict[str, bool]:
+    """The switch of the reasoning, by its names in DeepSeek's and GLM's templates."""
+    return {} if is_on is None else {"thinking": is_on, "enable_thinking": is_on}

@@ -25,6 +25,7 @@ from fd_dsa.environment import (
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error, flag_error, is_out_of_memory
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.flag_values import EXIT_BAD_START, fail
+from fd_dsa.serve.flags import build_parser as build_parser
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
 from fd_dsa.serve.listener import connection_limit
 from fd_dsa.serve.logs import set_up_logging

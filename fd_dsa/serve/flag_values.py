@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import math
 import re
 import signal
@@ -26,19 +27,25 @@ def fail(message: str, status: int) -> int:
     return status
 
 
-def exit_status(run: Callable[[], int]) -> int:
-    """What `run` returns; 1 after a server went away, 2 for a bad start.
+def reports_failures(run: Callable[[list[str]], int]) -> Callable[..., int]:
+    """The `main` of a command, which takes its arguments, or None for those of the process.
 
-    Signals are for `command`, which is around it.
+    It returns what `run` does, 1 after a server went away, or 2 for a bad start. Signals are for
+    `command`, which is around it.
     """
-    try:
-        return run()
-    except RemoteError as error:
-        return fail(str(error), 1)
-    except BrokenPipeError:
-        raise
-    except (FdDsaError, OSError) as error:
-        return fail(str(error), EXIT_BAD_START)
+
+    @functools.wraps(run)
+    def main(argv: Sequence[str] | None = None) -> int:
+        try:
+            return run(list(sys.argv[1:] if argv is None else argv))
+        except RemoteError as error:
+            return fail(str(error), 1)
+        except BrokenPipeError:
+            raise
+        except (FdDsaError, OSError) as error:
+            return fail(str(error), EXIT_BAD_START)
+
+    return main
 
 
 def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

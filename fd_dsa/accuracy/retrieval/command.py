@@ -20,7 +20,7 @@ from fd_dsa.accuracy.retrieval.plan import (
 )
 from fd_dsa.accuracy.retrieval.prompts import TASKS, PromptBuilder, TokenCounter, sentences
 from fd_dsa.accuracy.retrieval.scoring import Results, files, parts, score_record
-from fd_dsa.accuracy.run import add_run_flags, connected, thinking
+from fd_dsa.accuracy.run import add_run_flags, connected
 from fd_dsa.accuracy.scores import REPORT_FILE
 from fd_dsa.client import report
 from fd_dsa.config import demo_model_path
@@ -65,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, score, report; returns 0."""
-    counter = TokenCounter(_tokenizer_folder(args), thinking(args))
+    counter = TokenCounter(_tokenizer_folder(args), args.thinking)
     topk = args.index_topk or counter.index_topk
     depths, trials = (CONTINUITY_DEPTHS, 10) if args.continuity else (DEFAULT_DEPTHS, _TRIALS)
     known: dict[str, Any] = {

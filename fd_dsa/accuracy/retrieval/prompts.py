@@ -23,6 +23,7 @@ from random import Random
 from string import ascii_uppercase
 from typing import Any
 
+from fd_dsa.client.settings import reasoning_switch
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config_reader import FieldReader, read_json_object
@@ -237,8 +238,7 @@ class TokenCounter:
             raise ConfigError(f"--tokenizer: {folder} is no folder")
         self.folder = folder
         self._tokenizer = Tokenizer.from_folder(folder)
-        switch = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
-        self._kwargs: dict[str, Any] = dict(switch)
+        self._kwargs: dict[str, Any] = {**reasoning_switch(thinking)}
         config = folder / "config.json"
         known = read_json_object(config) if config.is_file() else {}
         names = ("index_topk", "max_position_embeddings")
