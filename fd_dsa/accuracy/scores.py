@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
 
 from fd_dsa.accuracy.stats import Estimate, bootstrap_share, wilson
 from fd_dsa.client.questions import Answer
@@ -99,22 +100,10 @@ class PromptScore:
     completion_tokens: int | None = None
     answer_sha256: str | None = None
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PromptScore:
-        """The score of a JSON object that a file has kept.
-
-        Raises:
-            TypeError, ValueError: it is none.
-        """
-        known: dict[str, Any] = {n: data[n] for n in cls.__dataclass_fields__ if n in data}
-        lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-        score = cls(**known | lists)
-        follows = score.follow_strict, score.follow_loose
-        if any(type(one) is not bool for follow in follows for one in follow):
-            raise ValueError("follow_strict and follow_loose are lists of true and false")
-        if not score.instruction_ids or {*map(len, follows)} != {len(score.instruction_ids)}:
+    def __post_init__(self) -> None:
+        lengths = {len(self.follow_strict), len(self.follow_loose)}
+        if not self.instruction_ids or lengths != {len(self.instruction_ids)}:
             raise ValueError("each instruction is followed or not, and there is one at least")
-        return score
 
 
 def without_reasoning(text: str) -> str:
@@ -228,37 +217,25 @@ def read_scores(path: Path) -> Scores:
     """The scores of a run."""
     file = path / SCORES_FILE if path.is_dir() else path
     try:
-        data = json.loads(file.read_text("utf-8"))
+        scores = TypeAdapter(Scores).validate_json(file.read_bytes(), strict=True)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(
             f"{file}: {reason}; give the folder of a scored run or its {SCORES_FILE}"
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"{file}: is no JSON ({error}); give a {SCORES_FILE}") from error
-    prompts = data.get("prompts") if isinstance(data, dict) else None
-    if not isinstance(prompts, list) or not prompts or not isinstance(data.get("settings"), dict):
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = "".join(f"{part}: " for part in first["loc"])
         raise ConfigError(
-            f"{file}: has no settings and prompts of a scored run; give a {SCORES_FILE} that "
-            "`python -m fd_dsa.accuracy score` made"
-        )
-    scores = []
-    for place, entry in enumerate(prompts):
-        try:
-            scores.append(PromptScore.from_json(entry))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{file}: prompts[{place}]: {shown(entry)}: is no score ({error}); score the run "
-                "again"
-            ) from error
-    key, count = Counter(score.key for score in scores).most_common(1)[0]
+            f"{file}: {place}got {shown(first['input'])}: {first['msg']}; give a "
+            f"{SCORES_FILE} that `python -m fd_dsa.accuracy score` made"
+        ) from error
+    if not scores.prompts:
+        raise ConfigError(f"{file}: prompts: got none; score the run again")
+    key, count = Counter(score.key for score in scores.prompts).most_common(1)[0]
     if count > 1:
         raise ConfigError(f"{file}: key {key!r} is there twice; each may be there once")
-    try:
-        return Scores(RunSettings.from_json(data["settings"]), tuple(scores))
-    except TypeError as error:
-        reason = str(error).replace("RunSettings.__init__() ", "")
-        raise ConfigError(f"{file}: settings: {reason}") from error
+    return scores
 
 
 def write_report(out: Path, scores: Scores, notes: Sequence[str] = ()) -> list[Path]:

@@ -81,15 +81,15 @@ def _changed(path: Path, *places: Any, value: Any) -> Path:
 @pytest.mark.parametrize(
     ("places", "value", "message"),
     [
-        (("prompts",), [], "no settings and prompts"),
-        (("settings",), None, "no settings and prompts"),
-        (("settings",), {"task": "ifeval"}, "settings: missing .* 'model'"),
-        (("prompts", 1), 7, r"prompts\[1\]: 7: is no score"),
-        (("prompts", 1), {"key": "2"}, "'instruction_ids', 'follow_strict'"),
+        (("prompts",), [], "prompts: got none"),
+        (("settings",), None, "settings: got None: .*an object"),
+        (("settings",), {"task": "ifeval"}, "settings: base_url: .*required"),
+        (("prompts", 1), 7, "prompts: 1: got 7: "),
+        (("prompts", 1), {"key": "2"}, "prompts: 1: instruction_ids: got .*required"),
         (("prompts", 1, "key"), "1", "key '1' is there twice"),
         (("prompts", 0, "instruction_ids"), [], "there is one at least"),
         (("prompts", 0, "follow_loose"), [True], "each instruction is followed or not"),
-        (("prompts", 0, "follow_strict"), [1, 0], "follow_strict .* true and false"),
+        (("prompts", 0, "follow_strict"), [1, 0], "follow_strict: 0: got 1: .*boolean"),
     ],
 )
 def test_damaged_scores_are_one_clear_line(
@@ -108,5 +108,5 @@ def test_missing_and_unreadable_files_are_one_clear_line(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="no such file"):
         read_scores(tmp_path / "nothing")
     (tmp_path / "scores.json").write_bytes(b"\xff{")
-    with pytest.raises(ConfigError, match="is no JSON"):
+    with pytest.raises(ConfigError, match="Invalid JSON"):
         read_scores(tmp_path)
