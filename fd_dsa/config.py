@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,42 @@ def parse_bytes(text: str) -> int:
             "for example 8G or 512MiB"
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _is_integer(value: object, least: int, most: float = math.inf) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most  # type: ignore[operator]
+
+
+_Rule = tuple[str, Callable[[Any], bool]]
+_POSITIVE: _Rule = "an integer of at least 1", lambda value: _is_integer(value, 1)
+_OPTIONAL: _Rule = _POSITIVE[0], lambda value: value is None or _is_integer(value, 1)
+_SWITCH: _Rule = "a bool", lambda value: isinstance(value, bool)
+# flag -> what is allowed, in words and as a function
+_RULES: dict[str, _Rule] = {
+    "device": (
+        f"{', '.join(DEVICES)}, in Python also a custom device of Paddle as name:number",
+        lambda value: _DEVICE_PATTERN.fullmatch(str(value)) is not None,
+    ),
+    "dtype": (", ".join(_DTYPES), _DTYPES.__contains__),
+    "kv_cache_dtype": (", ".join(_CACHE_DTYPES), _CACHE_DTYPES.__contains__),
+    "load_format": (", ".join(_LOAD_FORMATS), _LOAD_FORMATS.__contains__),
+    **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "block_size"), _POSITIVE),
+    **dict.fromkeys(("max_model_len", "index_topk"), _OPTIONAL),
+    **dict.fromkeys(("kv_cache_memory_bytes", "num_gpu_blocks_override"), _OPTIONAL),
+    **dict.fromkeys(("async_scheduling", "enforce_eager"), _SWITCH),
+    **dict.fromkeys(("enable_chunked_prefill", "enable_prefix_caching"), _SWITCH),
+    "seed": ("an integer of at least 0", lambda value: _is_integer(value, 0)),
+    "tensor_parallel_size": _POSITIVE,
+    "gpu_memory_utilization": ("above 0 and at most 1", lambda x: _is_number(x, 0, 1) and x > 0),
+    "target_inter_token_latency_ms": (
+        f"0 for no target, or milliseconds from 1 to {_LARGEST_TARGET_MS}",
+        lambda value: _is_number(value, 0, 0) or _is_number(value, 1, _LARGEST_TARGET_MS),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -142,13 +179,8 @@ class EngineConfig:
         for one in self.served_model_name:
             if not isinstance(one, str) or not one:
                 raise flag_error("served_model_name", one, "a non-empty name")
-        if not _DEVICE_PATTERN.fullmatch(str(self.device)):
-            raise flag_error(
-                "device",
-                self.device,
-                f"{', '.join(DEVICES)}, in Python also a custom device of Paddle as name:number",
-            )
-        self._check_dtypes()
+        cache_dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
+        self._set("kv_cache_dtype", cache_dtype)
         if self.max_num_batched_tokens is None:
             self._set("max_num_batched_tokens", DEFAULT_NUM_BATCHED_TOKENS)
         if isinstance(self.kv_cache_memory_bytes, str):
@@ -156,7 +188,9 @@ class EngineConfig:
                 self._set("kv_cache_memory_bytes", parse_bytes(self.kv_cache_memory_bytes))
             except ConfigError as error:
                 raise ConfigError(f"--kv-cache-memory-bytes: {error}") from None
-        self._check_numbers()
+        for name, (allowed, is_allowed) in _RULES.items():
+            if not is_allowed(getattr(self, name)):
+                raise flag_error(name, getattr(self, name), allowed)
         given = self.speculative_config
         if given not in (None, NO_DRAFTS) and not isinstance(given, SpeculativeConfig):
             self._set("speculative_config", SpeculativeConfig.read(given))
@@ -165,7 +199,7 @@ class EngineConfig:
             hint = "its layer runs on one rank only"
             allowed = "ngram with --tensor-parallel-size"
             raise flag_error("speculative_config.method", "mtp", allowed, hint)
-        self._check_choices()
+        self._check_together()
         self._check_capture_sizes()
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             got = os.fspath(self.chat_template)
@@ -236,7 +270,10 @@ class EngineConfig:
             return ()
         if self.cudagraph_capture_sizes is not None:
             return self.cudagraph_capture_sizes
-        return default_capture_sizes(self.most_decode_tokens)
+        most = min(self.most_decode_tokens, _MOST_CAPTURED)
+        # as vLLM has them
+        sizes = (1, 2, 4, *range(8, 256, 8), *range(256, _MOST_CAPTURED, 16))
+        return (*(size for size in sizes if size < most), most)
 
     def resolve_max_model_len(self, max_position_embeddings: int) -> int:
         """Longest sequence that will be served, tokens.
@@ -265,99 +302,29 @@ class EngineConfig:
         folder = Path(os.path.abspath(Path(path).expanduser()))
         if not folder.is_dir():
             file = "config.json" if name == "model" else "tokenizer.json"
-            raise flag_error(
-                name,
-                os.fspath(path),
-                f"a local folder in Hugging Face format with {file}",
-                _download_hint(os.fspath(path)) if name == "model" else "give an existing folder",
-            )
+            hint, text = "give an existing folder", os.fspath(path)
+            if name == "model" and HUB_NAME.fullmatch(text):
+                hint = (
+                    "if that is a model of a hub, give the folder that "
+                    f"huggingface_hub.snapshot_download({text!r}) returns"
+                )
+            allowed = f"a local folder in Hugging Face format with {file}"
+            raise flag_error(name, text, allowed, hint)
         return folder
 
-    def _check_dtypes(self) -> None:
-        """Refuse types which this device or this release cannot serve."""
-        if self.dtype not in _DTYPES:
-            raise flag_error("dtype", self.dtype, ", ".join(_DTYPES))
-        dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
-        self._set("kv_cache_dtype", dtype)
-        if self.kv_cache_dtype not in _CACHE_DTYPES:
-            raise flag_error("kv_cache_dtype", self.kv_cache_dtype, ", ".join(_CACHE_DTYPES))
+    def _check_together(self) -> None:
+        """Refuse values beyond this release, alone or beside another flag."""
+        if self.tensor_parallel_size > _MOST_RANKS:
+            allowed = f"at most {_MOST_RANKS}, the GPUs of one machine"
+            hint = "--engine fastdeploy serves on several machines"
+            raise flag_error("tensor_parallel_size", self.tensor_parallel_size, allowed, hint)
         if self.kv_cache_dtype == "fp8_ds_mla" and self.block_size != FP8_BLOCK_SIZE:
-            raise flag_error(
-                "block_size",
-                self.block_size,
-                f"{FP8_BLOCK_SIZE} with --kv-cache-dtype fp8_ds_mla",
-                "leave it out",
-            )
-
-    def _check_choices(self) -> None:
-        """Refuse switches that are none, and what has one value."""
-        switches = "enable_prefix_caching", "enable_chunked_prefill"
-        for name in (*switches, "async_scheduling", "enforce_eager"):
-            if not isinstance(getattr(self, name), bool):
-                raise flag_error(name, getattr(self, name), "a bool")
+            allowed = f"{FP8_BLOCK_SIZE} with --kv-cache-dtype fp8_ds_mla"
+            raise flag_error("block_size", self.block_size, allowed, "leave it out")
         if not self.enable_chunked_prefill:
             raise ConfigError(
                 "--enable-chunked-prefill: cannot be switched off, long prompts are always split; "
                 "--max-num-batched-tokens says into how many tokens"
-            )
-        if self.load_format not in _LOAD_FORMATS:
-            raise flag_error("load_format", self.load_format, ", ".join(_LOAD_FORMATS))
-
-    def _check_capture_sizes(self) -> None:
-        """Refuse sizes that no step can have, and sizes where nothing is captured."""
-        sizes = self.cudagraph_capture_sizes
-        if sizes is None:
-            return
-        if isinstance(sizes, (str, int)):
-            raise flag_error("cudagraph_capture_sizes", sizes, "several integers")
-        if self.enforce_eager:
-            raise ConfigError(
-                f"--cudagraph-capture-sizes: got {list(sizes)} together with --enforce-eager, "
-                "which captures nothing; give one of them"
-            )
-        most = self.most_decode_tokens
-        for size in sizes:
-            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
-                raise flag_error(
-                    "cudagraph_capture_sizes",
-                    size,
-                    f"integers from 1 to {most}, the rows that a decode step can have",
-                    "leave them out, or raise --max-num-seqs",
-                )
-        if not sizes:
-            raise flag_error(
-                "cudagraph_capture_sizes", [], "at least one integer", "or take --enforce-eager"
-            )
-        self._set("cudagraph_capture_sizes", tuple(sorted(set(sizes))))
-
-    def _check_numbers(self) -> None:
-        """Refuse counts and sizes out of range, and two answers to one question."""
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            _check_integer(name, getattr(self, name), minimum=1)
-        optional = ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override")
-        for name in (*optional, "index_topk"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), minimum=1)
-        _check_integer("seed", self.seed, minimum=0)
-        _check_integer("tensor_parallel_size", self.tensor_parallel_size, minimum=1)
-        if self.tensor_parallel_size > _MOST_RANKS:
-            raise flag_error(
-                "tensor_parallel_size",
-                self.tensor_parallel_size,
-                f"at most {_MOST_RANKS}, the GPUs of one machine",
-                "--engine fastdeploy serves on several machines",
-            )
-        share = self.gpu_memory_utilization
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise flag_error("gpu_memory_utilization", share, "above 0 and at most 1")
-        target = self.target_inter_token_latency_ms
-        if isinstance(target, bool) or not isinstance(target, int | float):
-            target = -1.0
-        if target != 0 and not 1 <= target <= _LARGEST_TARGET_MS:
-            raise flag_error(
-                "target_inter_token_latency_ms",
-                self.target_inter_token_latency_ms,
-                f"0 for no target, or milliseconds from 1 to {_LARGEST_TARGET_MS}",
             )
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
             raise ConfigError(
@@ -366,26 +333,27 @@ class EngineConfig:
                 "caches: give one of them"
             )
 
-
-def default_capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """1, 2, 4, then every eighth number up to 256 and every sixteenth up to 512, as vLLM has them.
-
-    The last is `max_num_seqs`, but at most 512.
-    """
-    most = min(max_num_seqs, _MOST_CAPTURED)
-    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, _MOST_CAPTURED, 16))
-    return (*(size for size in sizes if size < most), most)
-
-
-def _check_integer(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise flag_error(name, value, f"an integer of at least {minimum}")
-
-
-def _download_hint(path: str) -> str:
-    if not HUB_NAME.fullmatch(path):
-        return "give an existing folder"
-    return (
-        "if that is a model of a hub, give the folder that "
-        f"huggingface_hub.snapshot_download({path!r}) returns"
-    )
+    def _check_capture_sizes(self) -> None:
+        """Refuse sizes that no step can have, and sizes where nothing is captured."""
+        sizes = self.cudagraph_capture_sizes
+        if sizes is None:
+            return
+        name, most = "cudagraph_capture_sizes", self.most_decode_tokens
+        if isinstance(sizes, (str, int)):
+            raise flag_error(name, sizes, "several integers")
+        if self.enforce_eager:
+            raise ConfigError(
+                f"--cudagraph-capture-sizes: got {list(sizes)} together with --enforce-eager, "
+                "which captures nothing; give one of them"
+            )
+        for size in sizes:
+            if not _is_integer(size, 1, most):
+                raise flag_error(
+                    name,
+                    size,
+                    f"integers from 1 to {most}, the rows that a decode step can have",
+                    "leave them out, or raise --max-num-seqs",
+                )
+        if not sizes:
+            raise flag_error(name, [], "at least one integer", "or take --enforce-eager")
+        self._set("cudagraph_capture_sizes", tuple(sorted(set(sizes))))
