@@ -111,14 +111,6 @@ def _make_paddle_folder() -> None:
         ) from error
 
 
-def keep_tokenizers_in_their_thread() -> None:
-    """Let `tokenizers` do all work of a call in the calling thread; the engine needs the others.
-
-    A value of its variable TOKENIZERS_PARALLELISM that the user has set stays.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
 def has_nvidia_gpu() -> bool:
     """True where the NVIDIA driver shows this process a device; no driver call is made."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
@@ -177,13 +169,6 @@ def launches_overlap() -> bool:
     return switch("FD_DSA_PDL") is not False
 
 
-def keep_nccl_off_multicast() -> None:
-    """Let NCCL do without NVLink multicast, which not every machine grants; call it before NCCL is
-    loaded. A value that the user has set stays.
-    """
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-
-
 def heaps_are_chosen() -> bool:
     """True where the environment says how many heaps glibc's allocator is to have."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
@@ -209,7 +194,7 @@ def switch(name: str) -> bool | None:
     Raises:
         ConfigError: it is none of 0, 1, false and true, in any case.
     """
-    value = os.environ.get(name, "").strip()
+    value = variable(name)
     if not value:
         return None
     try:
@@ -226,7 +211,7 @@ def overlap_max_tokens() -> int | None:
     Raises:
         ConfigError: the variable is no number of at least 0.
     """
-    value = os.environ.get("FD_DSA_OVERLAP_MAX_TOKENS", "").strip()
+    value = variable("FD_DSA_OVERLAP_MAX_TOKENS")
     if not value:
         return None
     if not value.isdecimal():
@@ -237,19 +222,14 @@ def overlap_max_tokens() -> int | None:
     return int(value)
 
 
-def op_provider_variable() -> str:
-    """FD_DSA_OP_PROVIDER as it is, such as `topk=triton,cache_write=triton`; "" where unset."""
-    return os.environ.get("FD_DSA_OP_PROVIDER", "")
+def variable(name: str) -> str:
+    """A variable without white space around it; "" where it is unset."""
+    return os.environ.get(name, "").strip()
 
 
-def openai_api_key() -> str | None:
-    """Key for servers that ask for one, OPENAI_API_KEY; None where it is unset or empty."""
-    return os.environ.get("OPENAI_API_KEY", "").strip() or None
-
-
-def commit_variable() -> str | None:
-    """Commit of a copy of the tree without git, FD_DSA_COMMIT; None if unset."""
-    return os.environ.get("FD_DSA_COMMIT", "").strip() or None
+def set_default(name: str, value: str) -> None:
+    """Set a variable that a library reads later; a value that the user has set stays."""
+    os.environ.setdefault(name, value)
 
 
 def own_variables(prefix: str) -> dict[str, str]:
@@ -278,16 +258,8 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def set_cpu_threads(num_threads: int | None = None) -> int:
-    """Give Paddle's CPU kernels this many threads and return the number.
-
-    Raises:
-        ConfigError: no integer, or fewer than one thread.
-    """
-    if num_threads is None:
-        num_threads = usable_cpus()
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
-        raise ConfigError(f"num_threads: got {num_threads!r}, allowed: an integer of at least 1")
+def set_cpu_threads(num_threads: int) -> int:
+    """Give Paddle's CPU kernels this many threads and return the number."""
     import paddle
 
     paddle.base.core.set_num_threads(num_threads)

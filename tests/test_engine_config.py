@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.config import EngineConfig, demo_model_path, parse_bytes
-from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads, switch
+from fd_dsa.environment import prepare_cpu_runtime, switch
 from fd_dsa.errors import ConfigError
 from fd_dsa.speculative_config import SpeculativeConfig
 
@@ -179,15 +179,6 @@ def test_a_home_that_paddle_cannot_use(
     (tmp_path / ".cache").unlink()
     prepare_cpu_runtime()
     assert (tmp_path / ".cache/paddle/dataset").is_dir()
-
-
-def test_threads_default_to_the_usable_processors() -> None:
-    pytest.importorskip("paddle", exc_type=ImportError)
-    assert set_cpu_threads() == len(os.sched_getaffinity(0))
-    with pytest.raises(ConfigError, match="num_threads: got 0"):
-        set_cpu_threads(0)
-    with pytest.raises(ConfigError, match=r"num_threads: got 1\.5, allowed: an integer"):
-        set_cpu_threads(1.5)  # type: ignore[arg-type]
 
 
 def test_configuration_and_checkpoint_reading_do_not_import_paddle() -> None:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from fd_dsa.environment import openai_api_key
+from fd_dsa.environment import variable
 from fd_dsa.errors import ConfigError, RemoteError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -73,7 +73,7 @@ def normal_base_url(text: str) -> str:
 
 def http_options(base_url: str, timeout_s: float) -> dict[str, Any]:
     """Arguments of httpx's clients for this server: key, timeouts, proxies."""
-    key = openai_api_key()
+    key = variable("OPENAI_API_KEY")
     host = urlsplit(base_url).hostname or ""
     return {
         "headers": {"Authorization": f"Bearer {key}"} if key else {},
@@ -211,5 +211,5 @@ def transport_reason(error: httpx.HTTPError) -> str:
 
 def key_refused(base_url: str, status: int) -> str:
     """The line about a missing or wrong key."""
-    state = "is not accepted" if openai_api_key() else "is not set"
+    state = "is not accepted" if variable("OPENAI_API_KEY") else "is not set"
     return f"{base_url} answers with status {status}: OPENAI_API_KEY {state}"

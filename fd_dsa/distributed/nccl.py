@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.environment import keep_nccl_off_multicast
+from fd_dsa.environment import set_default
 from fd_dsa.errors import BackendUnavailable, DeviceError, DtypeError
 from fd_dsa.triton_runtime.driver import cuda
 
@@ -107,7 +107,8 @@ def _check(code: int, what: str) -> None:
 @cache
 def _library() -> Any:
     """The library that the process has loaded, or else one that is found."""
-    keep_nccl_off_multicast()
+    # NVLink multicast, which not every machine grants
+    set_default("NCCL_NVLS_ENABLE", "0")
     for path in _candidates(Path("/proc/self/maps").read_text()):
         with suppress(OSError):
             return ctypes.CDLL(path)

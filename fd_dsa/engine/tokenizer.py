@@ -14,7 +14,7 @@ from tokenizers.decoders import ByteLevel
 
 from fd_dsa.chat.template import ChatTemplate, read_renderer
 from fd_dsa.engine.text_windows import encode_text
-from fd_dsa.environment import keep_tokenizers_in_their_thread
+from fd_dsa.environment import set_default
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config_reader import read_json_object
 
@@ -54,7 +54,8 @@ class Tokenizer:
         add_bos_token: bool = False,
     ) -> None:
         """Keep the parts and look up the ids of the special tokens."""
-        keep_tokenizers_in_their_thread()
+        # all work of a call in the calling thread: the engine needs the others
+        set_default("TOKENIZERS_PARALLELISM", "false")
         self._backend = backend
         self.special_tokens = dict(special_tokens or {})
         self.chat_renderer = chat_renderer

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa import custom_ops
-from fd_dsa.environment import choose_triton_mode, op_provider_variable
+from fd_dsa.environment import choose_triton_mode, variable
 from fd_dsa.errors import BackendUnavailable, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ def requested() -> dict[str, str]:
     """
     if _asked is not None:
         return _asked
-    text = op_provider_variable()
+    text = variable(VARIABLE)
     return parse(text.split(","), VARIABLE, text) if text else {}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import fd_dsa
 from fd_dsa.chat.parser import reasoning_format_name, tool_format_name
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import batch_invariant, commit_variable, nvidia_smi
+from fd_dsa.environment import batch_invariant, nvidia_smi, variable
 from fd_dsa.serve.flags import ServerOptions
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ async def server_info(
         config: what the engine was built from; no path of it is shown.
     """
     # starts processes
-    commit = commit_variable() or await asyncio.to_thread(_commit)
+    commit = variable("FD_DSA_COMMIT") or await asyncio.to_thread(_commit)
     return {
         "engine": "fd_dsa",
         "version": fd_dsa.__version__,

@@ -40,8 +40,8 @@ def test_every_flag_is_there_with_its_counterpart() -> None:
 
 
 def test_every_variable_is_there() -> None:
-    read = set(re.findall(r'"(FD_[A-Z_]+)"', (ROOT / "fd_dsa/environment.py").read_text("utf-8")))
-    ours = {name for name in read if name.startswith("FD_DSA_")} - {"FD_DSA_COMMIT"}
+    files = (ROOT / "fd_dsa/environment.py", ROOT / "fd_dsa/ops/providers.py")
+    ours = {name for file in files for name in re.findall(r'"(FD_DSA_[A-Z_]+)"', file.read_text())}
     documented = set(rows("Environment"))
     assert ours <= documented
     assert {"FD_ATTENTION_BACKEND", "FD_PLUGINS", "FD_DISABLE_CHUNKED_PREFILL"} <= documented
