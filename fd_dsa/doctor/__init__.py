@@ -151,7 +151,6 @@ def examine(device: str | None = None) -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, str] | None:
-    """Name and driver of the first NVIDIA GPU; None without one."""
     if not has_nvidia_gpu():
         return None
     name, _, driver = "".join(nvidia_smi("name,driver_version", "0")).partition(", ")
@@ -219,13 +218,6 @@ def graph_facts(device: str, interpreting: bool) -> dict[str, Any]:
     return {"sizes": [] if reason else list(EngineConfig().capture_sizes), "reason": reason}
 
 
-def graph_line(found: dict[str, Any]) -> str:
-    if found["reason"]:
-        return f"graphs     none: {found['reason']}"
-    sizes = ", ".join(map(str, found["sizes"]))
-    return f"graphs     decode steps of {sizes} rows, unless flags say otherwise"
-
-
 def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
     """The report for a person."""
     # its imports read no package that may be missing; the others of this room do
@@ -237,6 +229,8 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
     gpu, ops = found["gpu"], found["custom_ops"]
     state = "BROKEN" if ops["state"] == BROKEN else ops["state"]
     path = f" ({ops['path']})" if ops["path"] else ""
+    sizes = ", ".join(map(str, found["graphs"]["sizes"]))
+    graphs = f"decode steps of {sizes} rows, unless flags say otherwise"
     lines = [
         f"fd_dsa     {found['version']}",
         f"machine    {found['machine']}",
@@ -245,7 +239,7 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
         *fastdeploy_lines(found["fastdeploy"], with_tree),
         f"custom ops {state}: {ops['reason']}{path}",
         f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
-        graph_line(found["graphs"]),
+        f"graphs     {graphs if sizes else 'none: ' + found['graphs']['reason']}",
         "",
         *checks_lines(found["checks"]),
     ]

@@ -58,18 +58,8 @@ def run_checks(device: str) -> list[dict[str, Any]]:
                     detail, milliseconds = _checked(operator, provider, case, memory, host)
                 elif provider == wanted:
                     detail, reason = f"{VARIABLE} asks for it: {reason}", ""
-                rows.append(
-                    {
-                        "name": operator,
-                        "device": place,
-                        "provider": provider,
-                        "reason": reason,
-                        "passed": not detail,
-                        "detail": detail,
-                        "ms": round(milliseconds, 1),
-                        "serves": provider == chosen,
-                    }
-                )
+                serves = provider == chosen
+                rows.append(_row(operator, place, provider, reason, detail, milliseconds, serves))
     return rows
 
 
@@ -92,15 +82,22 @@ def check_float32(device: str) -> dict[str, Any]:
         require(found == values, f"1 + 2^-12 times 1 is {found.flat[0]:.9g}: that is TF32")
     except Exception as error:
         detail = describe_error(error).removeprefix("CheckFailed: ")
+    milliseconds = 1e3 * (time.perf_counter() - begin)
+    return _row("float32 GEMM", device, PADDLE, "no TF32", detail, milliseconds, True)
+
+
+def _row(
+    name: str, device: str, provider: str, reason: str, detail: str, ms: float, serves: bool
+) -> dict[str, Any]:
     return {
-        "name": "float32 GEMM",
+        "name": name,
         "device": device,
-        "provider": PADDLE,
-        "reason": "no TF32",
+        "provider": provider,
+        "reason": reason,
         "passed": not detail,
         "detail": detail,
-        "ms": round(1e3 * (time.perf_counter() - begin), 1),
-        "serves": True,
+        "ms": round(ms, 1),
+        "serves": serves,
     }
 
 
