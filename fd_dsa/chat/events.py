@@ -122,27 +122,28 @@ def _begin_of_unsure(text: str, markers: Sequence[str]) -> int:
 _MAX_DEPTH = 8
 
 
-def is_json(text: str) -> bool:
-    """Whether a text is JSON; NaN and Infinity are not."""
+_TYPES: dict[type, str] = {
+    dict: "object",
+    list: "array",
+    str: "string",
+    bool: "boolean",
+    type(None): "null",
+    int: "integer",
+    float: "number",
+}
+
+
+def type_of(text: str) -> str | None:
+    """JSON schema's name of the type of a JSON text; None for other texts, as of NaN."""
     try:
-        json.loads(text, parse_constant=_refuse_constant)
+        return _TYPES[type(json.loads(text, parse_constant=_refuse_constant))]
     except (ValueError, RecursionError):
-        return False
-    return True
+        return None
 
 
 def _refuse_constant(name: str) -> None:
     """Python's parser takes names that JSON lacks."""
     raise ValueError(f"{name} is not JSON")
-
-
-def type_of(text: str) -> str:
-    """JSON schema's name of the type of a JSON text; whole numbers are integers."""
-    by_first = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean"}
-    first = text[:1]
-    if first == "n":
-        return "null"
-    return by_first.get(first) or ("number" if set(text) & set(".eE") else "integer")
 
 
 def types_of(schema: Any, root: Any = None, depth: int = _MAX_DEPTH) -> frozenset[str]:
@@ -168,7 +169,7 @@ def types_of(schema: Any, root: Any = None, depth: int = _MAX_DEPTH) -> frozense
             names |= of_branch
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if not names and isinstance(values, list):
-        names = {type_of(json.dumps(value)) for value in values}
+        names = {kind for value in values if (kind := type_of(json.dumps(value)))}
     return frozenset(names | ({"integer"} if "number" in names else set()))
 
 
@@ -340,7 +341,8 @@ class ArgumentsWriter:
         if marker is None:
             return
         raw = text.strip()
-        if is_json(raw) and ("string" not in types or type_of(raw) in types - {"string"}):
+        kind = type_of(raw)
+        if kind is not None and ("string" not in types or kind in types - {"string"}):
             self._sink.arguments(raw)
         else:
             self._sink.arguments(json.dumps(text, ensure_ascii=False))
