@@ -39,7 +39,6 @@ class Run:
     """A run as its file has it.
 
     Attributes:
-        settings: of the run.
         records: key -> last record, in the order in which keys first came.
         file: where further answers go; None in a run that is only read.
     """

@@ -86,7 +86,6 @@ def parts(found: Comparison, names: tuple[str, str], most: int | None = None) ->
 
 
 def _warnings(found: Comparison) -> list[str]:
-    """What makes the comparison weaker than it looks."""
     lines = []
     for change in found.settings:
         values = f"{change.before!r} before, {change.after!r} after"
@@ -153,7 +152,6 @@ def _setting_part(found: Comparison) -> str | Table:
 
 
 def _json(found: Comparison, names: tuple[str, str]) -> dict[str, Any]:
-    """The comparison as a JSON object, in percent and points."""
     return {
         "names": {"before": names[0], "after": names[1]},
         "verdict": verdict(found),
@@ -198,7 +196,6 @@ def p_digits(p: float) -> str:
 
 
 def _visible(found: Comparison) -> str:
-    """The sentence on the smallest difference that so many prompts can show."""
     when = {rate: f"if {100 * rate:.0f} % flip" for rate in FLIP_RATES}
     if found.flip_rate > 0:
         when[found.flip_rate] = f"at the observed {100 * found.flip_rate:.1f} %"

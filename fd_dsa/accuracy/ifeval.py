@@ -124,7 +124,6 @@ def run_score(args: argparse.Namespace) -> int:
 
 
 def _prompt_settings(path: str | None, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The settings that identify the prompts of a run."""
     source = OFFICIAL if path is None else Path(path)
     return {
         "prompts": "official" if path is None else source.name,
@@ -153,14 +152,13 @@ def _answered(kept: Run, file: Path) -> tuple[list[Prompt], list[Answer]]:
 
 
 def _score_responses(file: Path, prompt_file: str | None, out: Path) -> int:
-    """Score a response file; of its settings only the prompts are known."""
     prompts = read_prompts(prompt_file)
-    found = read_responses(file, prompts)
-    known = _prompt_settings(prompt_file, prompts) | {"num_prompts": len(found.texts)}
+    texts, notes = read_responses(file, prompts)
+    known = _prompt_settings(prompt_file, prompts) | {"num_prompts": len(texts)}
     settings = RunSettings(TASK, None, file.stem, None, None, None, None, task_settings=known)
-    answered = [prompt for prompt in prompts if prompt.key in found.texts]
-    answers = [Answer(prompt.key, found.texts[prompt.key]) for prompt in answered]
-    return _score(answered, answers, settings, out, found.notes())
+    answered = [prompt for prompt in prompts if prompt.key in texts]
+    answers = [Answer(prompt.key, texts[prompt.key]) for prompt in answered]
+    return _score(answered, answers, settings, out, notes)
 
 
 def _score(

@@ -194,30 +194,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-@dataclass(frozen=True)
-class Responses:
-    """The responses of a file, matched to prompts."""
-
-    texts: dict[str, str]
-    missing: tuple[str, ...]
-    reworded: tuple[str, ...]
-
-    def notes(self) -> list[str]:
-        """What a reader of the scores has to know."""
-        notes = []
-        if self.missing:
-            notes.append(
-                f"Warning: {len(self.missing)} prompts have no response and are left out: key "
-                f"{', '.join(self.missing)}."
-            )
-        if self.reworded:
-            notes.append(
-                f"The file has another wording of key {', '.join(self.reworded)}; its response is "
-                "scored by the instructions of the present wording."
-            )
-        return notes
-
-
 def is_response_file(path: Path) -> bool:
     """Reports whether the first line of a file is a response."""
     try:
@@ -228,8 +204,8 @@ def is_response_file(path: Path) -> bool:
     return isinstance(entry, dict) and "prompt" in entry and "response" in entry
 
 
-def read_responses(path: Path, prompts: Sequence[Prompt]) -> Responses:
-    """The responses of a file to these prompts."""
+def read_responses(path: Path, prompts: Sequence[Prompt]) -> tuple[dict[str, str], list[str]]:
+    """Key -> response in a file to these prompts, and what a reader of the scores has to know."""
     keys = {prompt.text: prompt.key for prompt in prompts}
     texts: dict[str, str] = {}
     unknown: dict[int, tuple[str, str]] = {}
@@ -261,5 +237,15 @@ def read_responses(path: Path, prompts: Sequence[Prompt]) -> Responses:
             )
         texts[keys[near[0]]] = response
         reworded.append(keys[near[0]])
-    missing = tuple(prompt.key for prompt in prompts if prompt.key not in texts)
-    return Responses(texts, missing, tuple(reworded))
+    notes = []
+    if missing := [prompt.key for prompt in prompts if prompt.key not in texts]:
+        notes.append(
+            f"Warning: {len(missing)} prompts have no response and are left out: key "
+            f"{', '.join(missing)}."
+        )
+    if reworded:
+        notes.append(
+            f"The file has another wording of key {', '.join(reworded)}; its response is scored by "
+            "the instructions of the present wording."
+        )
+    return texts, notes

@@ -85,8 +85,6 @@ class PromptScore:
     """How one answer followed its instructions.
 
     Attributes:
-        instruction_ids: such as `punctuation:no_comma`, in the prompt's order.
-        follow_strict: for each instruction, the answer as it is.
         follow_loose: for each instruction, the best variant of the answer.
         answer_sha256: of the scored text in UTF-8, in hexadecimal.
     """

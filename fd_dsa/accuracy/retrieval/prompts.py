@@ -47,7 +47,6 @@ class Item:
 
     Attributes:
         needles: those of equal depth in order.
-        question: asked after the text.
         references: the strings that a right answer names.
         others: hidden strings of the same kind, which a right answer does not name.
     """
