@@ -120,7 +120,6 @@ class ChatAnswer(Answer[ChatCompletionRequest]):
         return {"finish_reason": reason, **self.end_fields(0, output)}
 
     def _scores(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        """`logprobs` of a choice, None where they are not asked for."""
         if self.jobs[0].params.logprobs is None:
             return None
         return chat_logprobs(self.tokenizer, entries)
@@ -131,8 +130,6 @@ class _Choice:
 
     Attributes:
         is_complete: nothing that the engine adds is shown any more.
-        has_calls: it calls a tool.
-        output: the last one that is shown.
         new_token_ids, new_scores: what the last step has shown.
         events, token_ids, scores: all that was shown, of a whole answer.
     """
@@ -210,6 +207,5 @@ def _deltas(events: Iterable[Event]) -> Iterator[dict[str, Any]]:
 
 
 def _call(name: str, arguments: str) -> dict[str, Any]:
-    """A call with an id such as `call_3f2a...`, new in every call."""
     call_id = f"call_{uuid.uuid4().hex[:24]}"
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}

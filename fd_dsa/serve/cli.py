@@ -18,6 +18,7 @@ from fd_dsa.config import HUB_NAME, EngineConfig
 from fd_dsa.environment import (
     check_address_space,
     discard,
+    local_url,
     open_missing_streams,
     process_environment,
     signal_end,
@@ -185,7 +186,6 @@ def _show_plan(args: argparse.Namespace) -> int:
 
 
 def _serve_embedded(args: argparse.Namespace, started: float) -> int:
-    """Take the address, then listen, load the engine, and serve."""
     check_address_space()
     config = EngineConfig(**_fields_of(EngineConfig, args))
     # the server's packages are imported late, so that --help and errors of flags are quick
@@ -193,7 +193,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     from fd_dsa.serve.engine_process import EngineProcess
     from fd_dsa.serve.guard import host_rule
     from fd_dsa.serve.info import chat_formats, chat_line, server_info
-    from fd_dsa.serve.server import DrainingServer, base_url, bind_socket, curl_line
+    from fd_dsa.serve.server import DrainingServer, bind_socket, curl_line
     from fd_dsa.serve.state import ServerState
 
     loaded: list[AsyncEngine] = []
@@ -212,7 +212,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         options = replace(options, hosts=host_rule(args.host, sock.getsockname()[0], allowed))
 
         def on_ready() -> None:
-            engine, url = loaded[0], base_url(args.host, sock)
+            engine, url = loaded[0], local_url(args.host, sock.getsockname()[1])
             seconds = time.monotonic() - started
             length = engine.max_model_len
             curl = curl_line(url, name, length, engine.tokenizer.has_chat_template)

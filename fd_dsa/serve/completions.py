@@ -178,7 +178,6 @@ class CompletionAnswer(Answer[CompletionRequest]):
         return usage
 
     def _end(self, job_index: int, output: RequestOutput) -> dict[str, Any]:
-        """Why a choice has ended, None while it has not, and the fields of its end."""
         if not output.finished:
             return {"finish_reason": None}
         if self.body.only_echo:

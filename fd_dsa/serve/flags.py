@@ -29,21 +29,8 @@ class ServerOptions:
     Two fields are no flags: `hosts` and `body_timeout_s`.
 
     Attributes:
-        api_key: keys of which a request must bring one; empty asks for none.
-        max_body_size: bytes of a request's body: two million token ids.
-        max_body_values: most that its values may count, see `check_values`: two million token
-            ids, or a quarter of a million texts.
-        max_answer_scores: most log-probabilities of an answer, see `check_answer_size`: some
-            40 MiB of JSON.
         max_prompt_bytes: UTF-8 bytes of a prompt's text; None is `PROMPT_BYTES_PER_TOKEN` for each
             token of max_model_len.
-        max_concurrency: running and waiting outputs at a time.
-        max_connections: connections that may have a request in progress.
-        log_requests: whether each output's end is a line of the log.
-        disable_ui: whether there is no page to talk to the model at /.
-        tool_call_parser: a name of `fd_dsa.chat.parser.TOOL_FORMATS`, "auto" or "none".
-        reasoning_parser: a name of `fd_dsa.chat.parser.REASONING_FORMATS`, "auto" or "none".
-        trust_request_chat_template: whether requests may bring templates.
         hosts: refuses a Host header by an ApiError; None serves every one.
         body_timeout_s: seconds that a client has for sending a body.
     """

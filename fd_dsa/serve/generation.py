@@ -84,13 +84,7 @@ def too_many_tokens(state: ServerState, num_tokens: int | str, field: str) -> Ap
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt for the engine.
-
-    Attributes:
-        request_id: unique in this process.
-        prompt_token_ids: the prompt.
-        params: sampling parameters, `max_tokens` set.
-    """
+    """One prompt for the engine."""
 
     request_id: str
     prompt_token_ids: list[int]

@@ -54,12 +54,11 @@ async def server_info(
     Args:
         config: what the engine was built from; no path of it is shown.
     """
-    # starts processes
-    commit = variable("FD_DSA_COMMIT") or await asyncio.to_thread(_commit)
     return {
         "engine": "fd_dsa",
         "version": fd_dsa.__version__,
-        "commit": commit,
+        # starts processes
+        "commit": variable("FD_DSA_COMMIT") or await asyncio.to_thread(_commit),
         **await engine.ask(INFO),
         "tensor_parallel_size": config.tensor_parallel_size,
         "max_model_len": engine.max_model_len,

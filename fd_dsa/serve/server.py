@@ -19,7 +19,7 @@ import psutil
 import uvicorn
 
 from fd_dsa.engine.startup import StartupProgress
-from fd_dsa.environment import format_address, local_url
+from fd_dsa.environment import format_address
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.flag_values import signals_call
@@ -94,11 +94,6 @@ def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"{where}: {reason}{by}; {cure}")
 
 
-def base_url(host: str, sock: socket.socket) -> str:
-    """The URL under which a client on this machine reaches the socket."""
-    return local_url(host, sock.getsockname()[1])
-
-
 def curl_line(url: str, model: str, max_model_len: int, chat: bool) -> str:
     """A shell command which asks the server something, as it can be pasted.
 
@@ -130,7 +125,6 @@ class DrainingServer(uvicorn.Server):
         on_ready: called once, when requests are served.
 
     Attributes:
-        exit_status: of the process.
         start_error: why there is no engine.
         forced_exit_s: seconds that the end may take before the process is ended; None where it
             is not this server's to end.
@@ -251,7 +245,6 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets=sockets)
 
     def _exit_in_any_case(self) -> None:
-        """Called in a thread of its own when the end takes too long."""
         logger.warning("something still runs after the shutdown; ending the process all the same")
         os._exit(self.exit_status)
 
@@ -286,7 +279,6 @@ class DrainingServer(uvicorn.Server):
 
 
 def _exit_at_once(number: int, text: str) -> NoReturn:
-    """End the process whatever its threads do."""
     with contextlib.suppress(OSError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

@@ -33,11 +33,8 @@ class ServerState:
         options: keys and limits.
 
     Attributes:
-        loaded_engine: the engine that generates; None until the server has loaded it.
-        startup: how far the engine is.
         num_admitted: running and waiting outputs of all requests.
         num_body_bytes: of the bodies in memory, without the first 64 KiB of each.
-        active: ids of the requests that run.
     """
 
     def __init__(

@@ -18,15 +18,10 @@ PROBE_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
 router = APIRouter()
 
 
+@router.get("/readyz", summary="The same as /health, by Kubernetes' name")
 @router.get("/health", summary="200 when requests are served, else 503")
 async def health(state: State) -> Response:
     """200 only when a request sent now would be served; the 503 says why not."""
-    return _ok_unless(state.unavailable())
-
-
-@router.get("/readyz", summary="The same as /health, by Kubernetes' name")
-async def readyz(state: State) -> Response:
-    """Whether requests should be sent here."""
     return _ok_unless(state.unavailable())
 
 

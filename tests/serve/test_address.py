@@ -11,9 +11,9 @@ import socket
 
 import pytest
 
-from fd_dsa.environment import format_address
+from fd_dsa.environment import format_address, local_url
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.server import base_url, bind_socket, curl_line
+from fd_dsa.serve.server import bind_socket, curl_line
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_url_is_one_that_this_machine_reaches(host: str, shown: str) -> None:
     with bind_socket(host, 0) as sock:
         port = sock.getsockname()[1]
         assert port > 0
-        assert base_url(host, sock) == f"http://{shown}:{port}"
+        assert local_url(host, port) == f"http://{shown}:{port}"
     assert format_address("::1", 80) == "[::1]:80"
 
 

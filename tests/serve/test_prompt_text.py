@@ -211,7 +211,7 @@ def test_what_cannot_be_tokenized(live: Live, fields: dict[str, Any], param: str
 def test_tokens_that_are_none(live: Live, tokens: Any) -> None:
     answer = live.http.post("/detokenize", json={"tokens": tokens})
     error = error_of(answer, 400)
-    assert error["param"] == "tokens"
+    assert error["param"].startswith("tokens")
     assert len(error["message"]) < 200
 
 

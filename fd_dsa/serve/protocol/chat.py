@@ -23,14 +23,12 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def _role(value: Any) -> str:
-    """Role of a chat message; `developer` is the newer name of `system`."""
     if value not in _ROLES:
         raise refuse(f"got {show(value)}; allowed are {', '.join(_ROLES)}")
     return "system" if value == "developer" else str(value)
 
 
 def _content(value: Any) -> str | None:
-    """Text of a chat message; text parts are joined by line breaks."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:

@@ -97,7 +97,6 @@ _MAX_ID_DIGITS = 10
 
 
 def _stop(value: Any) -> list[str] | None:
-    """Stop strings as a list; None where there are none."""
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
         raise refuse(f"got {show(value)}; allowed is a non-empty string or a list of them")
