@@ -334,7 +334,6 @@ class EngineConfig:
             )
 
     def _check_capture_sizes(self) -> None:
-        """Refuse sizes that no step can have, and sizes where nothing is captured."""
         sizes = self.cudagraph_capture_sizes
         if sizes is None:
             return

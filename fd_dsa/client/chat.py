@@ -56,7 +56,6 @@ class Partner:
         settings: of every request, see `fd_dsa.client.settings`; may be changed.
 
     Attributes:
-        name: of the model.
         figures: of the last answer, in a line.
 
     Raises:

@@ -49,8 +49,6 @@ class Request:
     """What is sent.
 
     Attributes:
-        path: after the base URL, such as `/chat/completions`.
-        body: a JSON object.
         start_s: seconds after the beginning of the run before which it is not sent.
     """
 
@@ -64,10 +62,7 @@ class Sent(Generic[T]):
     """What became of a request.
 
     Attributes:
-        index: of the request in the run.
-        value: what `read` made of the reply; None with an error.
         error: one line; None where there is a value.
-        attempts: how often it was sent.
         start_s: when the last attempt was sent, seconds after the beginning of the run.
         seconds: from there to the end of its reply.
         gone: the last attempt found nobody listening.

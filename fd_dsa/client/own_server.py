@@ -67,10 +67,7 @@ class OwnServer:
     """A running server.
 
     Attributes:
-        base_url: with `/v1`.
         command: what it was started with, without the interpreter's path.
-        log: file with its output.
-        pid: of the process.
     """
 
     base_url: str

@@ -24,8 +24,6 @@ class Question:
 
     Attributes:
         key: unique in the run; answers are found again by it.
-        messages: of the chat, each with `role` and `content`.
-        max_tokens: longest answer.
         metadata: what scoring needs; kept with the answer, never sent.
     """
 
@@ -40,7 +38,6 @@ class Answer:
     """What a server answered to one question, or why it did not.
 
     Attributes:
-        key: of the question.
         text: the message's content; empty with an error.
         finish_reason: `stop`, `length`, ...; None with an error.
         prompt_tokens, completion_tokens: as the server counts them; None where it does not say.

@@ -43,7 +43,6 @@ class ServerInfo:
     """What a server says before the first question.
 
     Attributes:
-        model: the name to send.
         max_model_len: longest prompt plus answer, tokens; None where it does not say.
         facts: the names of `SERVER_FACTS`, each None where it does not say.
     """

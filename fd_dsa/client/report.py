@@ -32,14 +32,7 @@ _PLAIN_WIDTH = 120
 
 @dataclass(frozen=True)
 class Table:
-    """One table; the first column is aligned left, the others right.
-
-    Attributes:
-        title: one line above it; empty for none.
-        columns: a heading each.
-        rows: as many cells as columns.
-        notes: lines below it.
-    """
+    """One table; the first column is aligned left, the others right."""
 
     title: str
     columns: tuple[str, ...]

@@ -37,14 +37,7 @@ _URLS = ("/v1/chat/completions", "/v1/completions")
 
 @dataclass(frozen=True)
 class Item:
-    """A line of the input.
-
-    Attributes:
-        line: its number, from 1.
-        custom_id: of the client, unlike all others.
-        url: one of `_URLS`.
-        body: of the request.
-    """
+    """A line of the input."""
 
     line: int
     custom_id: str
@@ -108,7 +101,6 @@ def main(arguments: list[str]) -> int:
 def _answer(
     args: argparse.Namespace, passed: Sequence[str], items: list[Item], file: IO[str], output: Path
 ) -> int:
-    """Answer all requests into `file`, which then becomes `output`."""
     is_own = args.base_url is None
     with server_at(args.base_url, args.model if is_own else None, passed, "--model") as base_url:
         default = _check_models(items, base_url, None if is_own else args.model)
@@ -228,7 +220,6 @@ async def _send(
 
 
 async def _read(reply: httpx.Response, started: float) -> dict[str, Any]:
-    """The answer, and the id that the server gave to its request."""
     await reply.aread()
     try:
         body = reply.json()
