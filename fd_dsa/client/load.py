@@ -28,20 +28,15 @@ Reader = Callable[[httpx.Response, float], Awaitable[T]]
 """Takes a reply that is open, and when its request was sent (`time.perf_counter`)."""
 
 
+@dataclass(eq=False)
 class FailedAttempt(Exception):
     """One attempt without an answer: why, and whether another one makes sense, and when."""
 
-    def __init__(
-        self,
-        reason: str,
-        *,
-        again: bool = True,
-        after_s: float = 0.0,
-        gone: bool = False,
-        status: int = 0,
-    ) -> None:
-        super().__init__(reason)
-        self.again, self.after_s, self.gone, self.status = again, after_s, gone, status
+    reason: str
+    again: bool = True
+    after_s: float = 0.0
+    gone: bool = False
+    status: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +74,7 @@ class Sent(Generic[T]):
     status: int = 0
 
 
+@dataclass
 class Sender:
     """Sends requests to one server.
 
@@ -88,20 +84,13 @@ class Sender:
         delay_s: wait before the second attempt, doubled before each further one, up to 30 s.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        concurrency: int | None = None,
-        retries: int = 3,
-        timeout_s: float = 600.0,
-        delay_s: float = 0.5,
-    ) -> None:
-        self.base_url = base_url
-        self._concurrency = concurrency
-        self._retries = retries
-        self._timeout_s = timeout_s
-        self._delay_s = delay_s
+    base_url: str
+    concurrency: int | None = None
+    retries: int = 3
+    timeout_s: float = 600.0
+    delay_s: float = 0.5
+
+    def __post_init__(self) -> None:
         self._random = random.Random(0)
         self._results: asyncio.Queue[Sent[Any] | Exception | None] = asyncio.Queue()
 
@@ -119,8 +108,8 @@ class Sender:
         """
         results = self._results = asyncio.Queue()
         pending = enumerate(requests)
-        limits = httpx.Limits(max_connections=self._concurrency)
-        options = http_options(self.base_url, self._timeout_s)
+        limits = httpx.Limits(max_connections=self.concurrency)
+        options = http_options(self.base_url, self.timeout_s)
         begin = time.perf_counter()
         async with httpx.AsyncClient(**options, limits=limits) as http:
 
@@ -134,7 +123,7 @@ class Sender:
                         results.put_nowait(error)
                         return
 
-            count = min(len(requests), self._concurrency or len(requests))
+            count = min(len(requests), self.concurrency or len(requests))
             workers = [asyncio.create_task(work()) for _ in range(count)]
             try:
                 for _ in requests:
@@ -157,7 +146,7 @@ class Sender:
         read: Reader[T],
         begin: float,
     ) -> Sent[T]:
-        for attempt in range(1, self._retries + 2):
+        for attempt in range(1, self.retries + 2):
             started = time.perf_counter()
             try:
                 value = await self._attempt(http, request, read, started)
@@ -165,13 +154,13 @@ class Sender:
                 return Sent(index, value, None, attempt, started - begin, seconds)
             except FailedAttempt as failure:
                 last = failure
-            if not last.again or attempt > self._retries:
+            if not last.again or attempt > self.retries:
                 break
             # not all at once after a common failure
             share = self._random.uniform(0.5, 1.0)
-            delay_s = share * min(_LONGEST_DELAY_S, self._delay_s * 2 ** (attempt - 1))
+            delay_s = share * min(_LONGEST_DELAY_S, self.delay_s * 2 ** (attempt - 1))
             await asyncio.sleep(max(delay_s, min(last.after_s, 2 * _LONGEST_DELAY_S)))
-        reason = f"{last} ({attempt} attempts)" if attempt > 1 else str(last)
+        reason = f"{last.reason} ({attempt} attempts)" if attempt > 1 else last.reason
         seconds = time.perf_counter() - started
         return Sent(index, None, reason, attempt, started - begin, seconds, last.gone, last.status)
 
