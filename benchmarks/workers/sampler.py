@@ -18,10 +18,12 @@ _TEXT_TOKENS = 1024
 def write_demo_logits(path: str) -> None:
     """Logits of the demo model after each of the first tokens of a tale, float32 [1024, 4096]."""
     from fd_dsa.accuracy.embedded import open_model
-    from fd_dsa.accuracy.perplexity import default_text
+    from fd_dsa.accuracy.perplexity import DEFAULT_TEXT
 
     model = open_model(max_model_len=_TEXT_TOKENS)
-    tokens = model.tokenizer.encode(default_text(), add_special_tokens=False)[:_TEXT_TOKENS]
+    tokens = model.tokenizer.encode(DEFAULT_TEXT.read_text("utf-8"), add_special_tokens=False)[
+        :_TEXT_TOKENS
+    ]
     hidden = [model.sequence.logits(states).copy() for _, states in model.sequence.chunks(tokens)]
     np.save(path, np.concatenate(hidden))
 

@@ -8,13 +8,11 @@ steps that the engine would make of one request.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import prepare_cpu_runtime
@@ -22,8 +20,6 @@ from fd_dsa.environment import prepare_cpu_runtime
 if TYPE_CHECKING:
     from fd_dsa.engine.tokenizer import Tokenizer
     from fd_dsa.models.config import ModelConfig
-
-T = TypeVar("T")
 
 
 class OneSequence:
@@ -131,8 +127,3 @@ def open_model(
     engine = build_engine(replace(asked, max_model_len=length, num_gpu_blocks_override=blocks))
     here = asked.on_device(resolve_device(asked.device))
     return OpenModel(OneSequence(engine.runner), engine.tokenizer, config, here, length)
-
-
-def tracked(items: Iterable[T], what: str, total: int) -> Iterable[T]:
-    """The same items, with a progress bar on standard error while they are taken."""
-    return track(items, what, total, console=Console(stderr=True), transient=True)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 _LOGITS_AT_ONCE = 1 << 24
 _NEIGHBOURS = 8
-DEFAULT_TEXT = "wizard_in_oz.txt"
+DEFAULT_TEXT = Path(__file__).with_name("data") / "wizard_in_oz.txt"
+"""Two chapters of an old book, in the public domain (`data/wizard_in_oz.NOTICE`)."""
 
 
 @dataclass(frozen=True)
@@ -175,11 +176,6 @@ def stretches(losses: Losses, index_topk: int) -> list[tuple[int, int, np.ndarra
     return found
 
 
-def default_text() -> str:
-    """Two chapters of an old book, in the public domain (`data/wizard_in_oz.NOTICE`)."""
-    return (Path(__file__).with_name("data") / DEFAULT_TEXT).read_text("utf-8")
-
-
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "perplexity",
@@ -187,7 +183,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "tokens; nothing is generated.",
     )
     parser.add_argument(
-        "text", nargs="?", metavar="TEXT", help="file in UTF-8 (default: a tale in the package)"
+        "text",
+        nargs="?",
+        metavar="TEXT",
+        type=Path,
+        default=DEFAULT_TEXT,
+        help="file in UTF-8 (default: a tale in the package)",
     )
     parser.add_argument("--model", metavar="DIR", help="checkpoint (default: the demo model)")
     parser.add_argument("--device", default="auto", help="auto, cpu or gpu (default: auto)")
@@ -211,7 +212,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write."""
-    text = default_text() if args.text is None else _read(Path(args.text))
+    text = _read(args.text)
     if args.out is not None:
         check_folder(Path(args.out))
     most = read_config(args.model, args.index_topk).max_position_embeddings
@@ -220,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
     sparse, model = _read_through(args, text, args.index_topk)
     settings = {
         "model": EngineConfig(model=args.model).model_path.name,
-        "text": DEFAULT_TEXT if args.text is None else Path(args.text).name,
+        "text": args.text.name,
         "device": model.device,
         "kv_cache_dtype": model.engine_config.kv_cache_dtype,
         "context": model.max_model_len,

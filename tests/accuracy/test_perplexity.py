@@ -13,7 +13,7 @@ import pytest
 
 from fd_dsa.accuracy.cli import main
 from fd_dsa.accuracy.embedded import open_model
-from fd_dsa.accuracy.perplexity import DEFAULT_TEXT, default_text, measure, report_parts
+from fd_dsa.accuracy.perplexity import DEFAULT_TEXT, measure, report_parts
 from fd_dsa.client.report import Table
 from tests.demo.samples import PROSE
 
@@ -86,9 +86,9 @@ def test_windows_are_told(text: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_package_s_own_text_is_the_one_of_its_notice() -> None:
     notice = (files("fd_dsa.accuracy") / "data" / "wizard_in_oz.NOTICE").read_text("utf-8")
-    digest = hashlib.sha256(default_text().encode()).hexdigest()
+    digest = hashlib.sha256(DEFAULT_TEXT.read_bytes()).hexdigest()
     assert f"SHA-256: {digest}" in notice
-    assert DEFAULT_TEXT in notice and "public domain" in notice
+    assert DEFAULT_TEXT.name in notice and "public domain" in notice
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.accuracy.embedded import OpenModel, open_model, read_config, tracked
+from rich.console import Console
+from rich.progress import track
+
+from fd_dsa.accuracy.embedded import OpenModel, open_model, read_config
 from fd_dsa.accuracy.selection.measure import (
     ATTENDS,
     INDEXER,
@@ -154,8 +157,9 @@ def _measured(args: argparse.Namespace, model: OpenModel, length: int) -> dict[s
     from fd_dsa.ops.providers import device_kind, table
 
     what = f"{model.device}, {model.engine_config.kv_cache_dtype} caches, {length} tokens"
-    texts = tracked(needle_texts(model, length, args.texts, args.seed), what, args.texts)
-    figures = measure(model, texts, num_queries=args.queries, seed=args.seed)
+    texts = needle_texts(model, length, args.texts, args.seed)
+    bar = track(texts, what, args.texts, console=Console(stderr=True), transient=True)
+    figures = measure(model, bar, num_queries=args.queries, seed=args.seed)
     kind = device_kind(model.sequence.runner.caches[0])
     return {
         "device": model.device,
