@@ -169,12 +169,6 @@ def launches_overlap() -> bool:
     return switch("FD_DSA_PDL") is not False
 
 
-def heaps_are_chosen() -> bool:
-    """True where the environment says how many heaps glibc's allocator is to have."""
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    return "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in tunables
-
-
 def fastdeploy_plugin_wanted() -> bool:
     """True where the plug-in shall take FastDeploy's DSA path over.
 
@@ -230,11 +224,6 @@ def variable(name: str) -> str:
 def set_default(name: str, value: str) -> None:
     """Set a variable that a library reads later; a value that the user has set stays."""
     os.environ.setdefault(name, value)
-
-
-def own_variables(prefix: str) -> dict[str, str]:
-    """The variables whose names begin with `prefix`."""
-    return {name: value for name, value in os.environ.items() if name.startswith(prefix)}
 
 
 def process_environment() -> dict[str, str]:

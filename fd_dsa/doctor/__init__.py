@@ -93,11 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     require_packages()
-    from fd_dsa.doctor.plan import as_text, plan
+    from fd_dsa.doctor.plan import as_lines, plan
 
     with quiet():
         found = plan(args.plan, args.tensor_parallel_size)
-    sys.stdout.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
+    text = json.dumps(found, indent=1) if args.json else "\n".join(as_lines(found))
+    sys.stdout.write(f"{text}\n")
     return _OK
 
 

@@ -102,11 +102,8 @@ def _caches(config: EngineConfig, model: Any, weight_bytes: int) -> dict[str, An
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
-    return "\n".join(_lines(found)) + "\n"
-
-
-def _lines(found: dict[str, Any]) -> Iterator[str]:
+def as_lines(found: dict[str, Any]) -> Iterator[str]:
+    """The plan for a person."""
     kinds = found["caches"]
     first = next(iter(kinds.values()))
     source = "its weights" if found["has_weights"] else "config.json alone"

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fd_dsa.environment import own_variables, switch
+from fd_dsa.environment import process_environment, switch
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.flag_values import split_flags
 from fd_dsa.serve.flags import DEFAULTS, build_parser
@@ -46,7 +46,8 @@ def unused_variables() -> list[str]:
     """What to say about variables whose names are nearly, but not quite, those of a flag."""
     known = [_variable(action) for action in _actions().values()]
     lines = []
-    for name in sorted(own_variables(_PREFIX).keys() - set(known)):
+    ours = {name for name in process_environment() if name.startswith(_PREFIX)}
+    for name in sorted(ours - set(known)):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if near:
             lines.append(f"the variable {name} is none of fd_dsa's; did you mean {near[0]}?")
@@ -66,7 +67,7 @@ def _from_command_line(argv: Sequence[str]) -> dict[str, Any]:
 
 def _from_variables() -> dict[str, Any]:
     """Flags of variables such as FD_DSA_PORT; an empty one is none."""
-    variables = own_variables(_PREFIX)
+    variables = process_environment()
     values: dict[str, Any] = {}
     for action in _actions().values():
         name = _variable(action)

@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from fd_dsa.config import parse_bytes
-from fd_dsa.errors import ConfigError, FdDsaError, RemoteError
+from fd_dsa.errors import FdDsaError, RemoteError
 
 EXIT_BAD_START = 2
 
@@ -142,18 +142,8 @@ def _is_host_name(text: str) -> bool:
 port = reader(_digits, "0 to 65535", lambda value: value <= 65535)
 # for the system an empty name, as of an unset variable, is every interface
 host = reader(str, "a name or an address, 0.0.0.0 for all interfaces", str.strip)
+size = reader(parse_bytes, "1 byte or more, such as 8G or 512MiB", lambda num_bytes: num_bytes >= 1)
 host_name = reader(str, "a name without a port, or *", _is_host_name)
-
-
-def size(text: str) -> int:
-    """A size of at least one byte."""
-    try:
-        num_bytes = parse_bytes(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if num_bytes >= 1:
-        return num_bytes
-    raise argparse.ArgumentTypeError(f"got {text!r}; allowed is 1 byte or more")
 
 
 def key(text: str) -> str:

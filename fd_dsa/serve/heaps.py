@@ -6,7 +6,7 @@ import ctypes
 import threading
 import time
 
-from fd_dsa.environment import heaps_are_chosen
+from fd_dsa.environment import variable
 
 # parameter of mallopt(3)
 _M_ARENA_MAX = -8
@@ -26,7 +26,8 @@ def share_heaps() -> bool:
 
     Source: mallopt(3), M_ARENA_MAX.
     """
-    if heaps_are_chosen():
+    tunables = variable("GLIBC_TUNABLES")
+    if variable("MALLOC_ARENA_MAX") or "glibc.malloc.arena_max" in tunables:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(_M_ARENA_MAX, _NUM_ARENAS))

@@ -172,7 +172,7 @@ def test_files_that_are_refused(tmp_path: Path, text: str, words: list[str]) -> 
     [
         ("FD_DSA_PORT", "http", "FD_DSA_PORT: --port: got 'http'; must be 0 to 65535"),
         ("FD_DSA_LOG_JSON", "maybe", "FD_DSA_LOG_JSON: got 'maybe', allowed: 0, 1"),
-        ("FD_DSA_MAX_BODY_SIZE", "huge", "FD_DSA_MAX_BODY_SIZE: --max-body-size: size 'huge'"),
+        ("FD_DSA_MAX_BODY_SIZE", "huge", "FD_DSA_MAX_BODY_SIZE: --max-body-size: got 'huge'"),
         ("FD_DSA_MAX_CONCURRENCY", "0", "--max-concurrency: got '0'; must be a whole number"),
         ("FD_DSA_API_KEY", "one,two three", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
     ],
