@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,61 +25,52 @@ _FORMAT = "fd_dsa answers 1"
 _HEAD = json.dumps({"format": _FORMAT}).encode("ascii")[:-1]
 
 
-@dataclass(frozen=True)
-class Record:
-    """An answer, with the messages and the metadata of its question."""
-
-    answer: Answer
-    messages: tuple[dict[str, str], ...] = ()
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
 @dataclass
 class Run:
     """A run as its file has it.
 
     Attributes:
-        records: key -> last record, in the order in which keys first came.
+        records: key -> last answer, in the order in which keys first came.
         file: where further answers go; None in a run that is only read.
     """
 
     settings: RunSettings
-    records: dict[str, Record] = field(default_factory=dict)
+    records: dict[str, Answer] = field(default_factory=dict)
     file: BinaryIO | None = None
 
     @property
     def answers(self) -> dict[str, Answer]:
         """Key -> answer of the questions that were answered."""
-        return {k: r.answer for k, r in self.records.items() if r.answer.error is None}
+        return {key: one for key, one in self.records.items() if one.error is None}
 
     @property
     def failures(self) -> dict[str, Answer]:
         """Key -> answer, with its error, of the questions that were not."""
-        return {k: r.answer for k, r in self.records.items() if r.answer.error is not None}
+        return {key: one for key, one in self.records.items() if one.error is not None}
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
         """Questions without an answer; an error is none."""
         answered = self.answers
         return [question for question in questions if question.key not in answered]
 
-    def take(self, record: Record) -> None:
-        """Take a record unless its question has an answer."""
-        before = self.records.get(record.answer.key)
-        if before is None or before.answer.error is not None:
-            self.records[record.answer.key] = record
+    def take(self, answer: Answer) -> None:
+        """Take an answer unless its question has one."""
+        before = self.records.get(answer.key)
+        if before is None or before.error is not None:
+            self.records[answer.key] = answer
 
     def add(self, question: Question, answer: Answer) -> None:
         """Keep one answer; it is on the disk when this returns."""
         assert self.file is not None, "a run that is only read takes no answers"
-        entry = {**asdict(answer), "messages": question.messages, "metadata": question.metadata}
+        answer = replace(answer, messages=question.messages, metadata=question.metadata)
         try:
-            _append(self.file, entry)
+            _append(self.file, asdict(answer))
         except OSError as error:
             raise ConfigError(
                 f"{unwritable('--out', self.file.name, error)}; the answers before are kept, the "
                 "same command goes on with them"
             ) from error
-        self.take(Record(answer, question.messages, question.metadata))
+        self.take(answer)
 
 
 def read_run(path: Path) -> Run:
@@ -107,8 +98,7 @@ def _parse(path: Path, data: bytes) -> tuple[Run | None, int]:
             if run is None:
                 run = Run(_settings(entry))
                 continue
-            messages, metadata = tuple(entry.get("messages", ())), entry.get("metadata", {})
-            run.take(Record(Answer.from_json(entry), messages, metadata))
+            run.take(Answer.from_json(entry))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             expected = "the settings of a run" if run is None else "an answer"
             raise ConfigError(

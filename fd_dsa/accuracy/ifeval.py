@@ -135,10 +135,9 @@ def _prompt_settings(path: str | None, prompts: Sequence[Prompt]) -> dict[str, A
 def _answered(kept: Run, file: Path) -> tuple[list[Prompt], list[Answer]]:
     """The prompts that a run keeps, in the order of the official set, and their answers."""
     found = []
-    for key in kept.answers:
-        record = kept.records[key]
+    for key, answer in kept.answers.items():
         try:
-            text, rules = record.messages[-1]["content"], record.metadata
+            text, rules = answer.messages[-1]["content"], answer.metadata
             found.append(Prompt(key, text, tuple(rules["instruction_ids"]), tuple(rules["kwargs"])))
         except (LookupError, TypeError) as error:
             raise ConfigError(

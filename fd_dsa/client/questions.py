@@ -43,6 +43,7 @@ class Answer:
         prompt_tokens, completion_tokens: as the server counts them; None where it does not say.
         seconds: from the last attempt's request to its whole answer.
         error: one line, None when the question was answered.
+        messages, metadata: of the question, in a run that is kept.
     """
 
     key: str
@@ -52,13 +53,16 @@ class Answer:
     completion_tokens: int | None = None
     seconds: float = 0.0
     error: str | None = None
+    messages: tuple[dict[str, str], ...] = field(default=(), compare=False)
+    metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Answer:
         """The answer of a JSON object; raises KeyError without a field, TypeError without texts."""
         if not (isinstance(data["key"], str) and isinstance(data["text"], str)):
             raise TypeError(f"key {data['key']!r} and text have to be texts")
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        fields = {name: data[name] for name in cls.__dataclass_fields__}
+        return cls(**{**fields, "messages": tuple(data["messages"])})
 
 
 class ChatClient:

@@ -19,7 +19,7 @@ from fd_dsa.accuracy.retrieval.plan import (
     parse_tasks,
 )
 from fd_dsa.accuracy.retrieval.prompts import TASKS, PromptBuilder, TokenCounter, sentences
-from fd_dsa.accuracy.retrieval.scoring import Results, files, parts, score_record
+from fd_dsa.accuracy.retrieval.scoring import Results, files, parts, score_answer
 from fd_dsa.accuracy.run import add_run_flags, connected
 from fd_dsa.accuracy.scores import REPORT_FILE
 from fd_dsa.client import report
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             "haystack_sha256": hashlib.sha256("\n".join(sentences()).encode()).hexdigest(),
         }
         kept = target.collect("retrieval", questions, decisive)
-    scores = [score_record(kept.records[question.key]) for question in questions]
+    scores = [score_answer(kept.records[question.key]) for question in questions]
     results, out = Results(kept.settings, plan, scores, topk), Path(args.out)
     report.write_files(out, files(results))
     report.show([*parts(results), f"Report: {out / REPORT_FILE}"])

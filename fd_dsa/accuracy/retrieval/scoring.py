@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fd_dsa.accuracy.answers import Record
 from fd_dsa.accuracy.retrieval.plan import Cell, Plan
 from fd_dsa.accuracy.retrieval.prompts import CHAINS, HOPS, KEYS
 from fd_dsa.accuracy.scores import (
@@ -75,18 +74,18 @@ def named(text: str, candidates: Sequence[str]) -> tuple[str, ...]:
     return tuple(c for c in candidates if re.search(rf"(?<!\w){re.escape(c)}(?!\w)", plain))
 
 
-def score_record(record: Record) -> ItemScore:
+def score_answer(answer: Answer) -> ItemScore:
     """The score of a kept answer."""
-    metadata, text = record.metadata, without_reasoning(record.answer.text)
+    metadata, text = answer.metadata, without_reasoning(answer.text)
     references = tuple(metadata["references"])
     right = named(text, references)
     return ItemScore(
-        record.answer.key,
+        answer.key,
         Cell(metadata["task"], metadata["length"], metadata["depth"]),
         references,
         tuple(reference in right for reference in references),
         named(text, metadata["others"]),
-        record.answer,
+        answer,
     )
 
 

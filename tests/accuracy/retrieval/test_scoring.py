@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fd_dsa.accuracy.answers import Record
 from fd_dsa.accuracy.retrieval.plan import Cell
-from fd_dsa.accuracy.retrieval.scoring import ItemScore, score_record, steps, verdict
+from fd_dsa.accuracy.retrieval.scoring import ItemScore, score_answer, steps, verdict
 from fd_dsa.client.questions import Answer
 
 ASKED, OTHERS = ["K3", "B7"], ["Q1"]
@@ -16,8 +15,8 @@ def scored(text: str, references: list[str], others: list[str]) -> ItemScore:
     """The score of an answer."""
     metadata = {"task": "variables", "length": 9, "depth": 0.5}
     metadata |= {"references": references, "others": others}  # type: ignore[dict-item]
-    answer = Answer("variables/9/0.5/0", text, "stop", 9, 3, 0.1)
-    return score_record(Record(answer, (), metadata))
+    answer = Answer("variables/9/0.5/0", text, "stop", 9, 3, 0.1, metadata=metadata)
+    return score_answer(answer)
 
 
 @pytest.mark.parametrize(
