@@ -1,12 +1,8 @@
 """`python -m fd_dsa.accuracy`."""
 
-from __future__ import annotations
-
 import sys
 
-from fd_dsa.accuracy.cli import main
-from fd_dsa.environment import command
+from fd_dsa.cli import main
 
 if __name__ == "__main__":
-    with command():
-        sys.exit(main())
+    sys.exit(main(["accuracy", *sys.argv[1:]]))

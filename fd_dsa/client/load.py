@@ -1,10 +1,4 @@
-"""The client: many requests to one OpenAI-compatible server, some at a time, failures sent again.
-
-    sender = Sender("http://127.0.0.1:8000/v1", concurrency=32)
-    async for sent in sender.run(requests, read): ...
-
-`read` makes a value of a reply of status 200, whole or streamed.
-"""
+"""Many requests to one OpenAI-compatible server, some at a time, failures sent again."""
 
 from __future__ import annotations
 
@@ -25,7 +19,7 @@ _RETRIED_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})
 
 T = TypeVar("T")
 Reader = Callable[[httpx.Response, float], Awaitable[T]]
-"""Takes a reply that is open, and when its request was sent (`time.perf_counter`)."""
+"""Makes a value of a reply of status 200 and of when its request was sent (`time.perf_counter`)."""
 
 
 @dataclass(eq=False)

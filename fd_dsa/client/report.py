@@ -1,11 +1,5 @@
 """What the commands print and write: tables, Markdown pages, JSON, files.
 
-    Table(title, columns, rows, notes)     one table, for the terminal and for Markdown
-    page(title, parts)                     a Markdown page of paragraphs and tables
-    show(parts, console)                   the same parts on the terminal
-    publish(out, title, result, parts)     all of that for a result
-    write_files(out, {name: text})         all of them or, where one cannot be written, none
-
 Text is the same for the same figures: no date, no duration, no path of this machine.
 """
 

@@ -1,11 +1,8 @@
 """`python -m fd_dsa.doctor`."""
 
-from __future__ import annotations
-
 import sys
 
-from fd_dsa.doctor import main
-from fd_dsa.environment import command
+from fd_dsa.cli import main
 
-with command():
-    sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main(["doctor", *sys.argv[1:]]))

@@ -1,12 +1,8 @@
 """`python -m fd_dsa.serve`."""
 
-from __future__ import annotations
-
 import sys
 
-from fd_dsa.environment import command
-from fd_dsa.serve.cli import main
+from fd_dsa.cli import main
 
 if __name__ == "__main__":
-    with command():
-        sys.exit(main())
+    sys.exit(main(["serve", *sys.argv[1:]]))
