@@ -94,9 +94,6 @@ def _make_paddle_folder() -> None:
     """Make the folder for data sets whose absence would fail the import of Paddle.
 
     Source: paddle/dataset/common.py of Paddle 3.3.
-
-    Raises:
-        ConfigError: it cannot be made; has the variable and the cure.
     """
     home = os.path.expanduser("~")
     try:
@@ -174,9 +171,6 @@ def fastdeploy_plugin_wanted() -> bool:
 
     That is with FD_ATTENTION_BACKEND=DSA_ATTN, FastDeploy's own switch, and without
     FD_DSA_DISABLE=1.
-
-    Raises:
-        ConfigError: FD_DSA_DISABLE is none of 0, 1, false and true, in any case.
     """
     chosen = os.environ.get("FD_ATTENTION_BACKEND") == "DSA_ATTN"
     return chosen and not switch("FD_DSA_DISABLE")

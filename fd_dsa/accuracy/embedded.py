@@ -91,7 +91,6 @@ class OpenModel:
 
     @property
     def device(self) -> str:
-        """Where the model runs, such as "cpu" or "gpu:0"."""
         return self.engine_config.device
 
 

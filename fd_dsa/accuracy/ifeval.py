@@ -87,7 +87,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command `ifeval`; returns 0 when all answers are there and scored."""
     prompts = read_prompts(args.prompts)
     settings = _prompt_settings(args.prompts, prompts)
     if args.subset is not None:
@@ -107,7 +106,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_score(args: argparse.Namespace) -> int:
-    """The command `score`; returns 0 when the answers are scored."""
     path = Path(args.source)
     file = path / ANSWERS_FILE if path.is_dir() else path
     out = file.parent if args.out is None else Path(args.out)

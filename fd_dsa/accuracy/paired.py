@@ -105,7 +105,6 @@ class Comparison:
 
     @property
     def prompts(self) -> int:
-        """Number of common prompts."""
         return len(self.before.prompts)
 
     @property
@@ -115,7 +114,6 @@ class Comparison:
 
     @property
     def flip_rate(self) -> float:
-        """Share of prompts whose strict result changed."""
         return (self.primary.worse + self.primary.better) / self.prompts
 
 

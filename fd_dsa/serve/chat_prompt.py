@@ -143,11 +143,7 @@ def _tool_format(
 
 
 def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequest) -> str:
-    """The prompt's text; with `tool_choice` none it has no tools.
-
-    Raises:
-        ApiError: 400, the messages are too long for a prompt, or cannot be rendered.
-    """
+    """The prompt's text; with `tool_choice` none it has no tools."""
     # before the template copies them
     messages = [message.for_template() for message in body.messages]
     texts = [{**message, "role": None} for message in messages]

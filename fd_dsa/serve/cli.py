@@ -26,6 +26,7 @@ from fd_dsa.environment import (
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error, flag_error, is_out_of_memory
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.flag_values import EXIT_BAD_START, fail
+from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.flags import build_parser as build_parser
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
 from fd_dsa.serve.listener import connection_limit
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.engine.startup import StartupProgress
     from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
-    from fd_dsa.serve.flags import ServerOptions
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -81,7 +81,6 @@ def _as_typed(line: str, words: Sequence[str]) -> str:
 
 
 def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
-    """The line and the status of a start that failed."""
     if isinstance(error, FdDsaError) or (isinstance(error, OSError) and error.errno is not None):
         return str(error), EXIT_BAD_START
     text = describe_error(error)
@@ -117,7 +116,6 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _download(args: argparse.Namespace) -> None:
-    """Download a hub's model; it is served from its folder, under its name."""
     from fd_dsa.serve.download import download
 
     name = str(getattr(args, "model", ""))
@@ -251,8 +249,6 @@ def _fields_of(kind: type, args: argparse.Namespace) -> dict[str, Any]:
 
 def _server_options(args: argparse.Namespace) -> ServerOptions:
     """What the flags allow, but for the hosts, which depend on what --host resolves to."""
-    from fd_dsa.serve.flags import ServerOptions
-
     given = _fields_of(ServerOptions, args)
     given["max_connections"] = connection_limit(given.get("max_connections"))
     return ServerOptions(**given)

@@ -52,11 +52,7 @@ def encode_prompt(
 
 
 def check_bytes(state: ServerState, texts: Iterable[str], field: str) -> None:
-    """Refuse texts that are together longer than --max-prompt-bytes.
-
-    Raises:
-        ApiError: 400, with both numbers.
-    """
+    """Refuse texts that are together longer than --max-prompt-bytes."""
     # half of a surrogate pair has no UTF-8 form; the tokenizer refuses it
     num_bytes = sum(
         len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
@@ -150,11 +146,7 @@ def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> list[Job]
 
 
 async def check_form(state: ServerState, job: Job, param: str) -> None:
-    """Let the engine compile the form of a job's output, if it is to have one.
-
-    Raises:
-        ApiError: as `check_jobs`.
-    """
+    """Let the engine compile the form of a job's output, if it is to have one."""
     if job.params.structured_outputs is not None:
         with _refusals(param):
             await state.engine.check_form(job.params.structured_outputs)
@@ -284,9 +276,6 @@ def check_answer_size(
 
     Args:
         shows_prompt_once: whether an answer has the fields of a prompt once, not in each choice.
-
-    Raises:
-        ApiError: 400.
     """
     total = sum(_scores_of(job, body, echo, shows_prompt_once) for job in jobs)
     if total <= limit:

@@ -68,7 +68,6 @@ class Listener:
         return len(self._working) >= self.limit
 
     def start(self) -> None:
-        """Listen and accept."""
         self._sock.setblocking(False)
         # a connection comes with its first bytes, one that brings none a second later: in a flood
         # of idle ones, a probe is not among those that have waited for its request
@@ -84,7 +83,6 @@ class Listener:
             self._loop.remove_reader(self._sock.fileno())
 
     def joined(self, connection: StrictH11Protocol) -> None:
-        """Count a new connection."""
         self._waiting[connection] = None
         if not self._is_open:
             # it was being opened when the server began to close
@@ -102,7 +100,6 @@ class Listener:
         self._working.add(connection)
 
     def left(self, connection: StrictH11Protocol) -> None:
-        """Forget a connection that is gone."""
         self._waiting.pop(connection, None)
         self._working.discard(connection)
         self._resume()

@@ -40,7 +40,6 @@ class PageFiles(StaticFiles):
         super().__init__(directory=_FOLDER)
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """A file, a 304, or starlette's HTTPException."""
         response = await super().get_response(path, scope)
         response.headers.update(_HEADERS)
         return response

@@ -70,11 +70,7 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def format_topic(self, topic: str) -> str:
-        """The help of one group, or else of the flags whose names contain a text.
-
-        Raises:
-            ConfigError: there is neither.
-        """
+        """The help of one group, or else of the flags whose names contain a text."""
         word = topic.strip("-").lower().replace("_", "-")
         groups = {(group.title or "").lower(): group for group in self._action_groups}
         flags = {flag.lstrip("-"): action for flag, action in self._option_string_actions.items()}

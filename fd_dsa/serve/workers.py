@@ -86,5 +86,4 @@ class Workers:
             self._free.release()
 
     def close(self) -> None:
-        """Take no more work; what runs comes to its end."""
         self._threads.shutdown(wait=False)

@@ -260,7 +260,7 @@ def call(arguments: Any) -> dict[str, Any]:
         ({"messages": [{"role": "assistant"}]}, "messages[0].content", "is missing"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "is missing"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "allowed are sys"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "allowed is 'sys"),
         *(
             ({"messages": [{"role": "user", "content": content}]}, "messages[0].content", text)
             for content, text in (

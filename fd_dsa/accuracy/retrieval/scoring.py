@@ -75,7 +75,6 @@ def named(text: str, candidates: Sequence[str]) -> tuple[str, ...]:
 
 
 def score_answer(answer: Answer) -> ItemScore:
-    """The score of a kept answer."""
     metadata, text = answer.metadata, without_reasoning(answer.text)
     references = tuple(metadata["references"])
     right = named(text, references)

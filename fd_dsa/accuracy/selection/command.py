@@ -100,11 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _provider(text: str) -> dict[str, str]:
-    """Operator -> provider of a setting.
-
-    Raises:
-        ConfigError: there is no such device, operator or provider.
-    """
+    """Operator -> provider of a setting."""
     device, *operators = text.split(",")
     EngineConfig(device=device)
     return parse(operators, "--providers", text)

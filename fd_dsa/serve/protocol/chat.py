@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, FailFast, Field, PlainValidator, WithJsonSchema
 
 from fd_dsa.chat.template import RESERVED
 from fd_dsa.engine.sampling_params import MAX_LOGPROBS
@@ -18,14 +18,6 @@ from fd_dsa.serve.protocol.generation import IN_CHAT, GenerationRequest
 
 MAX_ARGUMENTS_CHARS = 1 << 20
 """Of the arguments of one call in the history, as text."""
-
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-def _role(value: Any) -> str:
-    if value not in _ROLES:
-        raise refuse(f"got {show(value)}; allowed are {', '.join(_ROLES)}")
-    return "system" if value == "developer" else str(value)
 
 
 def _content(value: Any) -> str | None:
@@ -66,8 +58,10 @@ def _arguments(value: Any) -> str:
     return value
 
 
+_Role = Literal["system", "developer", "user", "assistant", "tool"]
+# the newer name of system
 _RoleField = Annotated[
-    str, PlainValidator(_role), WithJsonSchema({"type": "string", "enum": list(_ROLES)})
+    _Role, AfterValidator(lambda role: "system" if role == "developer" else role)
 ]
 _ContentField = Annotated[
     str | None,

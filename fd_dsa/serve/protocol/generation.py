@@ -200,7 +200,6 @@ class GenerationRequest(StructuredFields):
 
     @property
     def include_usage(self) -> bool:
-        """True when the stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def check_supported(self) -> None:
