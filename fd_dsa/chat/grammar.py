@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fd_dsa.chat import tool_formats as marks
@@ -44,9 +44,11 @@ def forced_calls_grammar(
         Lark text with the rule `start`.
     """
     lark = _Lark(special_ids)
-    calls = _FORMS[tool_format](lark, schemas, several)
-    reasoning = f"{lark.text_until(THINK_END)} " if in_reasoning else ""
-    return lark.grammar(reasoning + calls)
+    head, call, tail = _FORMS[tool_format]
+    calls = lark.one_of([call(lark, name, schema) for name, schema in schemas.items()])
+    parts = [lark.text_until(THINK_END)] if in_reasoning else []
+    parts += [lark.literal(head), f"{calls}+" if several else calls, lark.literal(tail)]
+    return lark.grammar(" ".join(filter(None, parts)))
 
 
 def json_after_reasoning_grammar(schema: Any, special_ids: Mapping[str, int]) -> str:
@@ -112,29 +114,18 @@ class _Lark:
         return json.dumps(text, ensure_ascii=False)
 
 
-def _v31_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
-    calls = []
-    for name, schema in schemas.items():
-        head = lark.literal(marks.V31_CALL + name + marks.V31_SEPARATOR)
-        # an object whatever the schema says
-        arguments = lark.json({"type": "object", **(schema or {})})
-        calls.append(f"{head} {arguments} {lark.literal(marks.V31_CALL_END)}")
-    call = lark.one_of(calls)
-    many = f"{call}+" if several else call
-    return f"{lark.literal(marks.V31_CALLS)} {many} {lark.literal(marks.V31_CALLS_END)}"
+def _v31_call(lark: _Lark, name: str, schema: Any) -> str:
+    head = lark.literal(marks.V31_CALL + name + marks.V31_SEPARATOR)
+    # an object whatever the schema says
+    arguments = lark.json({"type": "object", **(schema or {})})
+    return f"{head} {arguments} {lark.literal(marks.V31_CALL_END)}"
 
 
-def _v32_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
-    calls = []
-    for name, schema in schemas.items():
-        head = lark.literal(f'{marks.V32_CALL} name="{name}">\n')
-        empty = [] if _required(schema) else [lark.literal("\n")]
-        body = lark.one_of([_arguments(lark, schema, _v32_argument), *empty])
-        calls.append(f"{head} {body} {lark.literal(marks.V32_CALL_END)}")
-    call = lark.rule(f"{lark.one_of(calls)} {lark.literal(chr(10))}")
-    many = f"{call}+" if several else call
-    head, tail = lark.literal(f"\n\n{marks.V32_CALLS}\n"), lark.literal(marks.V32_CALLS_END)
-    return f"{head} {many} {tail}"
+def _v32_call(lark: _Lark, name: str, schema: Any) -> str:
+    head = lark.literal(f'{marks.V32_CALL} name="{name}">\n')
+    empty = [] if _required(schema) else [lark.literal("\n")]
+    body = lark.one_of([_arguments(lark, schema, _v32_argument), *empty])
+    return f"{head} {body} {lark.literal(marks.V32_CALL_END)} {lark.literal(chr(10))}"
 
 
 def _v32_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
@@ -152,14 +143,9 @@ def _v32_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
     return f"{head} {key} {lark.one_of(forms)}"
 
 
-def _glm_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
-    calls = [
-        f"{lark.literal(marks.GLM_CALL + name)} {_arguments(lark, schema, _glm_argument)} "
-        f"{lark.literal(marks.GLM_CALL_END)}"
-        for name, schema in schemas.items()
-    ]
-    call = lark.one_of(calls)
-    return f"{call}+" if several else call
+def _glm_call(lark: _Lark, name: str, schema: Any) -> str:
+    head, arguments = lark.literal(marks.GLM_CALL + name), _arguments(lark, schema, _glm_argument)
+    return f"{head} {arguments} {lark.literal(marks.GLM_CALL_END)}"
 
 
 def _glm_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
@@ -202,4 +188,9 @@ def _required(schema: Any) -> Sequence[str]:
     return names if isinstance(names, list) else []
 
 
-_FORMS = {"deepseek_v31": _v31_calls, "deepseek_v32": _v32_calls, "glm47": _glm_calls}
+# format -> what is before all calls, how one is made, what is after them
+_FORMS: dict[str, tuple[str, Callable[[_Lark, str, Any], str], str]] = {
+    "deepseek_v31": (marks.V31_CALLS, _v31_call, marks.V31_CALLS_END),
+    "deepseek_v32": (f"\n\n{marks.V32_CALLS}\n", _v32_call, marks.V32_CALLS_END),
+    "glm47": ("", _glm_call, ""),
+}
