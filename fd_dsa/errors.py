@@ -5,6 +5,9 @@ A message says what, what was found, what is allowed and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FdDsaError(Exception):
     """Base of all errors that fd_dsa raises on purpose."""
@@ -94,10 +97,14 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def unwritable(flag: str, path: object, error: OSError) -> ConfigError:
-    """What to say where an output cannot be written: the flag, the file, the reason."""
-    reason = (error.strerror or str(error)).lower()
-    return ConfigError(f"{flag}: {path} cannot be written ({reason})")
+@contextmanager
+def writing(flag: str, path: object, hint: str = "") -> Iterator[None]:
+    """Name the flag, the file and the reason where an output cannot be written inside."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"{flag}: {path} cannot be written ({reason}){hint}") from error
 
 
 def flag_error(name: str, got: object, allowed: str, hint: str = "") -> ConfigError:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from fd_dsa.accuracy.scores import RunSettings
 from fd_dsa.client.questions import Answer, Question
-from fd_dsa.errors import ConfigError, unwritable
+from fd_dsa.errors import ConfigError, writing
 
 _FORMAT = "fd_dsa answers 1"
 # what even a torn first line begins with
@@ -63,13 +63,9 @@ class Run:
         """Keep one answer; it is on the disk when this returns."""
         assert self.file is not None, "a run that is only read takes no answers"
         answer = replace(answer, messages=question.messages, metadata=question.metadata)
-        try:
+        hint = "; the answers before are kept, the same command goes on with them"
+        with writing("--out", self.file.name, hint):
             _append(self.file, asdict(answer))
-        except OSError as error:
-            raise ConfigError(
-                f"{unwritable('--out', self.file.name, error)}; the answers before are kept, the "
-                "same command goes on with them"
-            ) from error
         self.take(answer)
 
 
@@ -121,11 +117,9 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[Run]:
     A file that another process writes, that holds something else, or a run with other settings is
     refused; the first setting that differs is named.
     """
-    try:
+    with writing("--out", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
-    except OSError as error:
-        raise unwritable("--out", path, error) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,7 +145,7 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[Run]:
 
 
 def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:
-    try:
+    with writing("--out", path):
         file.truncate(0)
         _append(file, {"format": _FORMAT, "settings": asdict(settings)})
         # the file's name becomes as durable as its content
@@ -160,8 +154,6 @@ def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
-        raise unwritable("--out", path, error) from error
 
 
 def _append(file: BinaryIO, entry: Mapping[str, Any]) -> None:

@@ -21,10 +21,7 @@ COMMANDS = {
         "fd_dsa.accuracy.compare",
         "compare two runs pairwise: flips, tests, a verdict in words",
     ),
-    "retrieval": (
-        "fd_dsa.accuracy.retrieval.command",
-        "what is hidden in long contexts",
-    ),
+    "retrieval": ("fd_dsa.accuracy.retrieval.command", "what is hidden in long contexts"),
     "selection": ("fd_dsa.accuracy.selection.command", "what the indexer chose, layer by layer"),
     "perplexity": ("fd_dsa.accuracy.perplexity", "perplexity of a text in one pass"),
 }

@@ -20,7 +20,7 @@ from fd_dsa.client.own_server import add_server_flags, parse_flags, server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.report import as_json, show
 from fd_dsa.client.timing import Timing, measure, summarise, tables
-from fd_dsa.errors import ConfigError, RemoteError, unwritable
+from fd_dsa.errors import ConfigError, RemoteError, writing
 from fd_dsa.serve.flag_values import add_numbers, number, reader, reports_failures
 from fd_dsa.serve.parser import Parser
 
@@ -150,8 +150,6 @@ def _report(
             "result": result,
             "requests": [asdict(timing) for timing in timings],
         }
-        try:
+        with writing("--output", args.output):
             Path(args.output).write_text(as_json(report), "utf-8")
-        except OSError as error:
-            raise unwritable("--output", args.output, error) from error
     return 0 if result["failed"] == 0 else 1

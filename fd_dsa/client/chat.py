@@ -23,7 +23,7 @@ from fd_dsa.client.remote import (
     transport_reason,
 )
 from fd_dsa.client.settings import NAMES, add_setting_flags, fields_of, read_setting
-from fd_dsa.errors import ConfigError, RemoteError, unwritable
+from fd_dsa.errors import ConfigError, RemoteError, writing
 from fd_dsa.serve.flag_values import reader, reports_failures
 from fd_dsa.serve.parser import Parser, nearest
 
@@ -282,16 +282,13 @@ class Conversation:
             "settings": self._partner.settings,
             "messages": [*system, *self._messages],
         }
-        try:
-            with open(path, "x", encoding="utf-8") as file:
-                try:
-                    file.write(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
-                    file.flush()
-                except OSError:
-                    os.unlink(path)
-                    raise
-        except OSError as error:
-            raise unwritable("/save", path, error) from None
+        with writing("/save", path), open(path, "x", encoding="utf-8") as file:
+            try:
+                file.write(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+                file.flush()
+            except OSError:
+                os.unlink(path)
+                raise
         sys.stderr.write(f"{len(saved['messages'])} messages are in {path}\n")
 
     def ask(self, text: str) -> bool:

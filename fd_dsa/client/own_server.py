@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fd_dsa.client.remote import normal_base_url
-from fd_dsa.errors import ConfigError, unwritable
+from fd_dsa.errors import ConfigError, writing
 from fd_dsa.serve.flag_values import split_flags
 
 _POLL_S = 0.05
@@ -110,10 +110,8 @@ def own_server(
     arguments = [*([model] if model else []), *flags]
     # the innermost first
     made = [path for path in (log.parent, *log.parent.parents) if not path.exists()]
-    try:
+    with writing("--out", log.parent):
         log.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable("--out", log.parent, error) from error
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "fd_dsa.serve", *_FLAGS, *arguments],

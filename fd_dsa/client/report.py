@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from fd_dsa.errors import ConfigError, unwritable
+from fd_dsa.errors import ConfigError, writing
 
 # of output that goes to a file or a pipe, columns
 _PLAIN_WIDTH = 120
@@ -97,15 +97,13 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
         ConfigError: the folder cannot be written, as on a full disk; names it.
     """
     check_folder(out)
-    try:
+    with writing("--out", out):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
             for name, text in files.items():
                 (Path(folder) / name).write_text(text, "utf-8")
             for name in files:
                 os.replace(Path(folder) / name, out / name)
-    except OSError as error:
-        raise unwritable("--out", out, error) from error
 
 
 def publish(out: str | None, title: str, result: Any, parts: Sequence[str | Table]) -> None:

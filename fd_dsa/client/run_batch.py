@@ -25,7 +25,7 @@ from fd_dsa.client.load import FailedAttempt, Request, Sender, Sent
 from fd_dsa.client.own_server import parse_flags, server_at
 from fd_dsa.client.remote import examine_server
 from fd_dsa.environment import signal_end
-from fd_dsa.errors import ConfigError, unwritable
+from fd_dsa.errors import ConfigError, writing
 from fd_dsa.serve.flag_values import add_numbers, reports_failures
 from fd_dsa.serve.parser import Parser
 
@@ -82,10 +82,8 @@ def main(arguments: list[str]) -> int:
     items = read_batch(args.input_file)
     output = Path(args.output_file)
     part = output.with_name(f"{output.name}.part")
-    try:
+    with writing("--output-file", part):
         file = part.open("w", encoding="ascii")
-    except OSError as error:
-        raise unwritable("--output-file", part, error) from error
     with file:
         try:
             return _answer(args, passed, items, file, output)
@@ -105,11 +103,9 @@ def _answer(
     with server_at(args.base_url, args.model if is_own else None, passed, "--model") as base_url:
         default = _check_models(items, base_url, None if is_own else args.model)
         failed = asyncio.run(_send(args, base_url, default, items, file))
-    try:
+    with writing("--output-file", output):
         file.close()
         os.replace(file.name, output)
-    except OSError as error:
-        raise unwritable("--output-file", output, error) from error
     sys.stderr.write(f"{len(items) - failed} of {len(items)} requests answered, see {output}\n")
     return 1 if failed else 0
 
@@ -210,11 +206,9 @@ async def _send(
         async with aclosing(sender.run(requests, _read)) as results:
             async for sent in results:
                 failed += sent.error is not None
-                try:
+                with writing("--output-file", file.name):
                     file.write(json.dumps(_line(items[sent.index], sent)) + "\n")
                     file.flush()
-                except OSError as error:
-                    raise unwritable("--output-file", file.name, error) from error
                 progress.advance(bar)
     return failed
 
