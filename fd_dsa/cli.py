@@ -76,3 +76,7 @@ def _print_completion(args: Any) -> None:
             if action.metavar in kinds:
                 action.complete = kinds[str(action.metavar)]  # type: ignore[attr-defined]
     print(shtab.complete(build_parser(parents), args.shell))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -181,8 +181,11 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         # of a script whose variable is not set
         (["--api-key", ""], "--api-key: allowed is a text of one character or more, none a space"),
         (["--api-key", "secret\n"], "--api-key: allowed is a text of one character or more"),
-        (["--max-prompt-bytes", "0"], "--max-prompt-bytes: got '0'; allowed is 1 byte or more"),
-        (["--max-prompt-bytes", "long"], "--max-prompt-bytes: size 'long': allowed are a number"),
+        (
+            ["--max-prompt-bytes", "0"],
+            "--max-prompt-bytes: got '0'; must be 1 byte or more: a number",
+        ),
+        (["--max-prompt-bytes", "long"], "--max-prompt-bytes: got 'long'; must be 1 byte or more"),
         (["--host", ""], "--host: got ''; must be a name or an address, 0.0.0.0 for all"),
         (["--served-model-name", ""], "--served-model-name: got '', allowed: a non-empty name"),
         (["no/such/folder"], "--model: got 'no/such/folder'"),
