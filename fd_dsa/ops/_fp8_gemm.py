@@ -11,14 +11,13 @@ Source: DeepSeek-V3 (arXiv 2412.19437) §3.3.2, promotion of partial sums every 
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._dense_kernels import empty_beside
 from fd_dsa.ops._fixed_order import fixed_order, rows_of_tiles
 from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows
-from fd_dsa.ops._split_sums import scratch_beside, splits_of, sum_of_parts
+from fd_dsa.ops._split_sums import clear_counters, scratch_beside, splits_of, sum_of_parts
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored
 from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
@@ -267,7 +266,7 @@ def fp8_linear(
     tiling = tiling or configuration(rows_of_tiles(num_rows), columns, width)
     grid, options = launch_options(num_rows, columns, width, tiling, can_split=not fixed_order())
     if grid[1] > 1 and scratch is None:
-        scratch = scratch_beside(rows.codes)
+        scratch = scratch_beside(rows.scales, "FP8 GEMM")
         if scratch is None:
             grid, options = launch_options(num_rows, columns, width, tiling, can_split=False)
     try:
@@ -277,10 +276,6 @@ def fp8_linear(
             NATIVE=native_fp8(codes), **options,
         )  # fmt: skip
     except BaseException:
-        # an interpreted launch may end midway and leave counts, which would make every later sum
-        # wrong; a GPU runs a launch whole, or its error ends the use of the device
-        if scratch is not None:
-            with suppress(Exception):
-                scratch.zero_()
+        clear_counters(scratch)
         raise
     return out
