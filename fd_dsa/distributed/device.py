@@ -33,7 +33,6 @@ class DeviceGroup(Group):
     """The ranks of a machine; every rank makes it at the same time.
 
     Args:
-        rank, size: of this process, and how many there are.
         unique_id: of `nccl.new_unique_id`, the same on all ranks.
         allocate: makes tensors on this rank's device.
         timeout_s: how long an all-reduce of our own waits for other ranks on the device. Then it

@@ -47,10 +47,6 @@ class SharedMemory:
 
     It stays until the process ends: other ranks may have it mapped for longer than this one.
 
-    Args:
-        transfers: of the device.
-        num_bytes: of each rank.
-
     Attributes:
         handle: uint8 [64], what another process opens it with.
     """
@@ -96,8 +92,6 @@ class PeerAllReduce(LibraryKernel):
     """The kernel, for one rank; one thread at a time.
 
     Args:
-        kernels: the library.
-        rank, size: of this process, and how many there are.
         late: uint32 [1] in page-locked memory, where a launch that gives up leaves the number of a
             rank that did not come, plus one.
         timeout_s: how long a launch waits for the others.

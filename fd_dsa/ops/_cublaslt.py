@@ -101,9 +101,6 @@ class Cublaslt:
     captured in a CUDA graph. Sums have a fixed order. Addresses are multiples of 16 bytes.
 
     Args:
-        api: library of the tensors.
-        device: index of the CUDA device.
-        allocate: makes a contiguous tensor of a shape and dtype on the device.
         library: the C functions, of `_cublaslt_library.library`.
     """
 

@@ -52,7 +52,6 @@ class BoundLaunch:
         self._free: list[Frame] = []
 
     def _resolve(self, grid: Grid, values: dict[str, Any]) -> tuple[int, int, int]:
-        """The grid as three numbers."""
         return resolve_grid(self.variant.signature.kernel, grid, values, self._options)
 
     def __call__(self, *scalars: Any, grid: Grid | None = None) -> None:

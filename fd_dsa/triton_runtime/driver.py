@@ -175,7 +175,6 @@ class Driver:
         return value.value
 
     def _attribute(self, device: int, number: int) -> int:
-        """An attribute of a device."""
         return self._integer("cuDeviceGetAttribute", number, self._integer("cuDeviceGet", device))
 
     def current_device(self) -> int:

@@ -44,7 +44,6 @@ def project_on_host(
     out: tuple[Any, Any] | None = None,
     scratch: None = None,
 ) -> tuple[Any, Any]:
-    """Two GEMMs on a CPU."""
     for index, result in enumerate(out or ()):
         check_writable("project_indexer", f"out[{index}]", result)
     x = as_numpy(hidden_states)
