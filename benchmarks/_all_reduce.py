@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu_gemms import device_time_us
 from tests.distributed.gpu_ranks import Rank
 
 WIDTH, TOKENS = 7168, (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
@@ -18,16 +19,10 @@ _IN_GRAPH, _IN_A_ROW, _TIMES = 50, 10, 7
 
 
 def groups_of(rank: Rank) -> dict[str, Any]:
-    """What serves -> a group: our kernel as it serves and in each of its forms, and NCCL alone."""
+    """What serves -> a group: our kernel, and NCCL alone."""
     from fd_dsa import custom_ops
-    from fd_dsa.distributed import shared_memory
 
-    groups, chosen = {"fd_dsa": rank.group("fd_dsa")}, dict(shared_memory.TWO_SHOT_FROM)
-    for name, first in (("one_shot", 1 << 40), ("two_shots", 0)):
-        shared_memory.TWO_SHOT_FROM[rank.size] = first
-        groups[name] = rank.group(name)
-    shared_memory.TWO_SHOT_FROM.update(chosen)
-    library = custom_ops.build().path
+    groups, library = {"fd_dsa": rank.group("fd_dsa")}, custom_ops.build().path
     custom_ops.use_library(None)
     groups["nccl"] = rank.group("nccl")
     custom_ops.use_library(library)
@@ -46,28 +41,25 @@ class Bench:
 
     def time_us(self, call: Callable[[], Any]) -> float:
         """Median microseconds of a call in a graph of many."""
-        from fd_dsa.triton_runtime.driver import cuda
-
         replay = self._rank.capture(lambda: [call() for _ in range(_IN_GRAPH)])
         self._groups["nccl"].barrier()
         stream, times = self._stream().value or 0, []
         for _ in range(_TIMES):
             # ranks begin some microseconds apart
-            one = cuda().time_us(0, lambda: [replay() for _ in range(_IN_A_ROW)], stream)
+            one = device_time_us(lambda: [replay() for _ in range(_IN_A_ROW)], stream)
             times.append(one / (_IN_A_ROW * _IN_GRAPH))
         return median(times[1:])
 
     def case(self, tokens: int) -> dict[str, Any]:
-        """All forms of one number of tokens; zeros, whose sums are zeros."""
+        """Both at one number of tokens; zeros, whose sums are zeros."""
         zeros = np.zeros((tokens, WIDTH), np.uint16)
         x, hidden = (self._rank.memory.put(zeros, "bfloat16") for _ in range(2))
         found: dict[str, Any] = {"tokens": tokens, "kib": zeros.nbytes / 1024}
         for name, group in self._groups.items():
             found[f"{name}_us"] = self.time_us(partial(group.all_reduce, x))
-            if name in ("fd_dsa", "nccl"):
-                norm = partial(group.add_rms_norm, hidden, x, self._weight, 1e-6)
-                found[f"{name}_norm_us"] = self.time_us(norm)
-                found[f"{name}_fp8_us"] = self.time_us(partial(norm, round_scales=False))
+            norm = partial(group.add_rms_norm, hidden, x, self._weight, 1e-6)
+            found[f"{name}_norm_us"] = self.time_us(norm)
+            found[f"{name}_fp8_us"] = self.time_us(partial(norm, round_scales=False))
         return found
 
 

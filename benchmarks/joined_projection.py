@@ -33,6 +33,7 @@ class Projections:
 
     def __init__(self, bench: Bench, num_rows: int) -> None:
         from fd_dsa.attention.overlap import IndexerOverlap
+        from fd_dsa.ops import _split_sums
         from fd_dsa.ops._fill_kernels import fill_random
         from fd_dsa.ops.indexer_projection import triton_kernel
 
@@ -52,7 +53,7 @@ class Projections:
         self._overlap = IndexerOverlap(bench.device)
         # neither is made in a capture
         self._overlap.stream_for(self._plain)
-        self._scratch = triton_kernel.scratch_beside(out)
+        self._scratch = _split_sums.scratch_beside(out, "project_indexer")
 
     def _down(self, weight: tuple[Any, Any]) -> Any:
         from fd_dsa.ops._device_matrix import DeviceMatrix

@@ -9,8 +9,7 @@
 // Sources: the LL protocol of NCCL (data as flags); TensorRT-LLM's Lamport all-reduce (one-shot,
 // fused with the norm).
 #include "all_reduce.h"
-#include "all_reduce_ptx.cuh"
-#include "topk_ptx.cuh"
+#include "ptx.cuh"
 
 namespace fd_dsa::peers {
 
@@ -18,7 +17,6 @@ using Job = FdDsaAllReduce;
 
 // bfloat16 values of a thread's vector
 constexpr int kValues = 8;
-constexpr int kGroup = 128;
 constexpr int kMostThreads = 1024;
 constexpr int kHeaderBytes = 256;
 constexpr uint32_t kEmpty = 0xffffffffu;
@@ -81,20 +79,19 @@ struct Slots {
     return reinterpret_cast<uint4*>(first) + index * job.slot_vectors;
   }
 
-  // To one rank, or with -1 to all others.
-  __device__ __forceinline__ void send(int64_t place, uint4 x, int to) const {
+  // To all other ranks.
+  __device__ __forceinline__ void send(int64_t place, uint4 x) const {
 #pragma unroll
     for (int i = 1; i < kSize; ++i) {
       // not all ranks to the same one at the same time
       const int rank = (job.rank + i) % kSize;
-      if (to < 0 || to == rank) store_shared_rank(slot(rank, job.rank) + place, x);
+      store_shared_rank(slot(rank, job.rank) + place, x);
     }
   }
 
-  // What some of the ranks from `first` on have sent; it waits for them, and leaves their places
-  // empty. The others' places in `found` are left alone.
-  __device__ __forceinline__ void take(int64_t place, int first, uint32_t mask,
-                                       uint4 (&found)[kAtOnce]) const {
+  // What the other ranks from `first` on have sent; it waits for it, and leaves their places empty.
+  __device__ __forceinline__ void take(int64_t place, int first, uint4 (&found)[kAtOnce]) const {
+    const uint32_t mask = ~(1u << job.rank >> first);
     uint4* at = slot(job.rank, first) + place;
     uint64_t begin = 0;
     for (uint32_t polls = 1;; ++polls) {
@@ -128,7 +125,7 @@ struct Slots {
 #pragma unroll
     for (int first = 0; first < kSize; first += kAtOnce) {
       uint4 found[kAtOnce];
-      take(place, first, ~(1u << job.rank >> first), found);
+      take(place, first, found);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) total.add(Vector(first + i == job.rank ? own : found[i]));
     }
@@ -140,7 +137,7 @@ struct Slots {
 // reads; every warp of the row has one of them.
 template <bool kCluster>
 __device__ __forceinline__ float row_sum(float value, uint32_t* parts, const Grid& grid) {
-  using Blocks = topk::Cluster<kCluster>;
+  using Blocks = Cluster<kCluster>;
   const int lane = threadIdx.x % kWarp, warps = grid.threads / kWarp;
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
@@ -153,38 +150,7 @@ __device__ __forceinline__ float row_sum(float value, uint32_t* parts, const Gri
   return value;
 }
 
-// A group's values as FP8, sixteen threads together; see fd_dsa.ops._fp8_rows.
-__device__ __forceinline__ void store_fp8(const Job& job, int row, int vector, bool active,
-                                          const Vector& x) {
-  float largest = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) largest = fmaxf(largest, fabsf(x.at[i]));
-#pragma unroll
-  for (int step = kGroup / kValues / 2; step > 0; step /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
-  }
-  float scale = fmaxf(__fdiv_rn(largest, 448.0f), 1e-12f);
-  if (job.round_scales != 0) {
-    const uint32_t bits = __float_as_uint(scale);
-    scale = __uint_as_float(((bits >> 23) + ((bits & 0x7fffffu) != 0)) << 23);
-  }
-  if (!active) return;
-  const int group = vector * kValues / kGroup;
-  if (vector * kValues % kGroup == 0) {
-    job.scales[static_cast<int64_t>(group) * job.scale_stride + row] = scale;
-  }
-  uint32_t words[kValues / 4];
-#pragma unroll
-  for (int i = 0; i < kValues / 4; ++i) {
-    const float* four = x.at + 4 * i;
-    words[i] = pack_e4m3(__fdiv_rn(four[0], scale), __fdiv_rn(four[1], scale)) |
-               pack_e4m3(__fdiv_rn(four[2], scale), __fdiv_rn(four[3], scale)) << 16;
-  }
-  const int64_t place = static_cast<int64_t>(row) * (job.width / kValues) + vector;
-  static_cast<uint2*>(job.codes)[place] = make_uint2(words[0], words[1]);
-}
-
-// Residual add, RMSNorm and quantisation of a row whose sum the threads have.
+// Residual add and RMSNorm of a row whose sum the threads have.
 template <bool kCluster>
 __device__ __forceinline__ void add_norm(const Job& job, const Grid& grid, int row, int vector,
                                          bool active, uint4 sum, uint32_t* parts) {
@@ -206,21 +172,19 @@ __device__ __forceinline__ void add_norm(const Job& job, const Grid& grid, int r
   for (int i = 0; i < kValues; ++i) {
     if (active) x.at[i] = x.at[i] * inverse * job.weight[vector * kValues + i];
   }
-  const uint4 normed = x.rounded();
-  if (active) static_cast<uint4*>(job.normed)[place] = normed;
-  if (job.codes != nullptr) store_fp8(job, row, vector, active, Vector(normed));
+  if (active) static_cast<uint4*>(job.normed)[place] = x.rounded();
 }
 
 template <int kSize, bool kCluster>
 __global__ void __launch_bounds__(kMostThreads)
     all_reduce_kernel(const __grid_constant__ Job job, Grid grid) {
-  using Blocks = topk::Cluster<kCluster>;
-  auto* parts = reinterpret_cast<uint32_t*>(topk::shared_memory());
+  using Blocks = Cluster<kCluster>;
+  auto* parts = reinterpret_cast<uint32_t*>(shared_memory());
   // no block may write to the memory of one that has not begun
   Blocks::arrive();
   const int vectors = job.width / kValues, group = static_cast<int>(blockIdx.x) / grid.blocks;
   const int vector = static_cast<int>(Blocks::rank()) * grid.threads + threadIdx.x;
-  const bool active = vector < vectors, two_shot = job.is_two_shot != 0;
+  const bool active = vector < vectors;
   const auto* x = static_cast<const uint4*>(job.x);
   auto* out = static_cast<uint4*>(job.out);
   wait_for_inputs();
@@ -229,7 +193,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const Slots<kSize> slots = {job, launches % 2};
   const auto place = [&](int row) { return static_cast<int64_t>(row) * vectors + vector; };
   for (int row = group; active && row < job.num_rows; row += grid.groups) {
-    slots.send(place(row), sendable(x[place(row)]), two_shot ? row % kSize : -1);
+    slots.send(place(row), sendable(x[place(row)]));
   }
   start_next();
   Blocks::wait();
@@ -239,26 +203,13 @@ __global__ void __launch_bounds__(kMostThreads)
     state->arrived = 0;
     state->launches = launches + 1;
   }
-  for (int row = two_shot ? group : job.num_rows; active && row < job.num_rows;
-       row += grid.groups) {
-    if (row % kSize != job.rank) continue;
-    const uint4 sum = slots.sum(place(row), sendable(x[place(row)]));
-    slots.send(place(row), sum, -1);
-    out[place(row)] = sum;
-  }
   for (int row = group, turn = 0; row < job.num_rows; row += grid.groups, turn ^= 1) {
-    uint4 sum[Slots<kSize>::kAtOnce] = {};
-    if (active && !two_shot) {
-      sum[0] = slots.sum(place(row), sendable(x[place(row)]));
-    } else if (active && row % kSize == job.rank) {
-      sum[0] = out[place(row)];
-    } else if (active) {
-      slots.take(place(row), row % kSize, 1, sum);
-    }
+    uint4 sum = {};
+    if (active) sum = slots.sum(place(row), sendable(x[place(row)]));
     if (job.residual != nullptr) {
-      add_norm<kCluster>(job, grid, row, vector, active, sum[0], parts + turn * kWarp);
+      add_norm<kCluster>(job, grid, row, vector, active, sum, parts + turn * kWarp);
     } else if (active) {
-      out[place(row)] = sum[0];
+      out[place(row)] = sum;
     }
   }
 }

@@ -1,5 +1,5 @@
 // All-reduce of a step's rows over memory that the ranks of one machine share, alone or with the
-// residual add, RMSNorm and quantisation after it: the C ABI of its launcher.
+// residual add and RMSNorm after it: the C ABI of its launcher.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +21,6 @@ extern "C" struct FdDsaAllReduce {
   const void* residual;
   const float* weight;
   void* normed;
-  // null, or `normed` as FP8: e4m3 [num_rows, width], and float32 [width / 128, scale_stride]
-  void* codes;
-  float* scales;
   // in host memory: one more than the rank that did not come, before the launch fails
   uint32_t* late;
   // how long a launch waits for other ranks; then it ends by a trap
@@ -36,19 +33,14 @@ extern "C" struct FdDsaAllReduce {
   int32_t width;
   // of a slot, 8 values each: at least num_rows * width / 8
   int32_t slot_vectors;
-  int32_t scale_stride;
   // 0: as many as the device has multiprocessors; all of them must run at once
   int32_t max_blocks;
-  // 1: each row is summed by one rank, which sends the sum; else every rank sums all rows
-  int32_t is_two_shot;
-  // 1: scales of FP8 are powers of two
-  int32_t round_scales;
   // 1: the launch may begin before the one before it has ended, for which it waits itself
   int32_t starts_early;
   float epsilon;
 };
 
-static_assert(sizeof(FdDsaAllReduce) == 184, "fd_dsa.distributed.shared_memory has the same");
+static_assert(sizeof(FdDsaAllReduce) == 152, "fd_dsa.distributed.shared_memory has the same");
 
 // Every rank calls it with the same sizes, in the same order. Returns a cudaError_t, 0 = success.
 // Allocates nothing, waits for nothing, can be captured.

@@ -7,7 +7,7 @@
 #include <cstddef>
 
 #include "topk.h"
-#include "topk_ptx.cuh"
+#include "ptx.cuh"
 
 namespace fd_dsa::topk {
 

@@ -108,11 +108,9 @@ class CacheLayout:
         return INDEX_RECORD_BYTES if self.is_fp8 else self.index_head_dim
 
     def latent_shape(self, num_blocks: int) -> list[int]:
-        """Shape of one layer's latent cache."""
         return [num_blocks, 1, self.block_size, self.latent_row]
 
     def indexer_shape(self, num_blocks: int) -> list[int]:
-        """Shape of one layer's indexer cache."""
         return [num_blocks, self.block_size, self.indexer_row]
 
     def bytes_per_block(self, num_layers: int, num_indexer_layers: int) -> int:

@@ -39,7 +39,6 @@ class DensePrompts:
 
     Args:
         config: one that `why_not` finds nothing against.
-        allocate: as of a DeviceAttention.
         gpu: what the tiles have to fit.
 
     Attributes:

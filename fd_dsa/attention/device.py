@@ -86,7 +86,6 @@ class DeviceAttention:
             self.dense_prompts = dense_prompts_for(config, allocate, traits)
 
     def _take(self, sizes: Sizes) -> None:
-        """Allocate buffers."""
         for name, (count, shape, dtype) in sizes.items():
             self._buffers[name] = self._allocate((count * prod(shape),), dtype), shape
 

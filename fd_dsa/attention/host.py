@@ -26,9 +26,6 @@ class HostAttention:
 
     Activations are NumPy arrays or Paddle CPU tensors. Arguments of `write` are checked in full
     when a layer first brings their shapes and types, and not again.
-
-    Args:
-        config: sizes and scale.
     """
 
     # queries are absorbed; the step's plan says which tokens read all keys of their rows
@@ -53,7 +50,6 @@ class HostAttention:
             self._checked.clear()
 
     def allocate_cache(self, shape: list[int]) -> Any:
-        """A zeroed cache in host memory."""
         return self.config.cache_layout.allocate(shape)
 
     def _no_buffer(self, num_tokens: int) -> None:
@@ -74,7 +70,6 @@ class HostAttention:
     def prepare_mla_query(
         q_latent: np.ndarray, q_pe: np.ndarray, position_ids: None, cos_sin: np.ndarray
     ) -> np.ndarray:
-        """See the operator, whose arguments these are."""
         query = np.concatenate((q_latent, q_pe), axis=-1)
         rotate_(query[:, :, q_latent.shape[2] :], cos_sin, interleaved=True)
         return query
@@ -119,7 +114,6 @@ class HostAttention:
         store_keys(*arrays[::2], cos_sin, latents[:, 0], keys, where, params)
 
     def _view(self, cache: Any) -> np.ndarray:
-        """A cache's memory."""
         held = self._views.get(id(cache))
         if held is None or held[0] is not cache:
             held = self._views[id(cache)] = cache, as_numpy(cache)

@@ -17,9 +17,7 @@ class Indexer:
     Args:
         config: the model's, of which sizes and `indexer_rope_interleave`, the pairing of the RoPE
             (False for V3.2), are read.
-        layer_id: index of the layer.
         weights: make what is asked for; `wk` and `weights_proj` are one GEMM.
-        prefix: of the checkpoint's names.
 
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, in the form of Hugging Face transformers 5.23
     (DeepseekV32Indexer).

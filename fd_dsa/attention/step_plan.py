@@ -135,7 +135,6 @@ class StepPlan:
 
     @cached_property
     def selection(self) -> Any:
-        """`slots` as a tensor."""
         return as_tensor(self.slots)
 
     def _fill_slots(self) -> None:

@@ -35,7 +35,6 @@ class TensorCoreAttention:
 
     Args:
         config: one that `tensor_core.why_not` finds nothing against.
-        allocate: as of a DeviceAttention.
         scratch: float32 [n] that nothing else uses during `attend`, for dequantized records.
         custom: a kernel of custom_ops/ for these heads and this cache.
     """

@@ -33,7 +33,6 @@ class DeviceGroup(Group):
     """The ranks of a machine; every rank makes it at the same time.
 
     Args:
-        rank, size: of this process, and how many there are.
         unique_id: of `nccl.new_unique_id`, the same on all ranks.
         allocate: makes tensors on this rank's device.
         timeout_s: how long an all-reduce of our own waits for other ranks on the device. Then it
@@ -80,19 +79,15 @@ class DeviceGroup(Group):
         *,
         round_scales: bool | None = None,
     ) -> tuple[Any, Any, Any]:
-        """See `Group`; one launch where our own all-reduce serves."""
+        """See `Group`; one launch, and one for FP8, where our own all-reduce serves."""
         if self._peers is None or not self._peers.suits(part) or hidden.dtype != part.dtype:
             return super().add_rms_norm(hidden, part, weight, epsilon, round_scales=round_scales)
-        # these import paddle
-        from fd_dsa.ops._dense_kernels import empty_beside
-        from fd_dsa.ops._fp8_rows import empty_fp8_rows
+        # imports paddle
+        from fd_dsa.ops._dense_kernels import empty_beside, quantize_rows
 
         normed = empty_beside(part, *part.shape)
-        fp8 = None if round_scales is None else empty_fp8_rows(part, *part.shape)
-        self._peers(
-            part, part, hidden, weight, epsilon, normed, fp8, round_scales=bool(round_scales)
-        )
-        return part, normed, fp8
+        self._peers(part, part, hidden, weight, epsilon, normed)
+        return part, normed, None if round_scales is None else quantize_rows(normed, round_scales)
 
     def all_gather(self, tensor: Any) -> Any:
         """See `Group`; by NCCL."""

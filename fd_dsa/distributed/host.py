@@ -41,7 +41,6 @@ class Shared(NamedTuple):
 
     @classmethod
     def create(cls, size: int) -> Shared:
-        """Those of a new group."""
         memory = os.memfd_create("fd_dsa-ranks")
         os.ftruncate(memory, (2 * size + _NUM_PARTS) * _PIECE)
         flags = os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC
@@ -54,7 +53,6 @@ class Shared(NamedTuple):
 
     @property
     def descriptors(self) -> list[int]:
-        """All of them."""
         return [self.memory, *(fd for row in self.arrived for fd in row), *self.filled, *self.free]
 
 
@@ -116,7 +114,6 @@ class HostGroup(Group):
         return gathered
 
     def barrier(self) -> None:
-        """See `Group`."""
         self._meet()
 
     def send(self, message: bytes) -> None:
@@ -145,12 +142,10 @@ class HostGroup(Group):
         return data[_LENGTH_BYTES:]
 
     def check(self) -> None:
-        """See `Group`."""
         if self.failure is not None:
             raise self.failure
 
     def close(self) -> None:
-        """See `Group`."""
         if self._is_open:
             self._is_open = False
             for fd in self._shared.descriptors:

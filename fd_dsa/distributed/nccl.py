@@ -41,9 +41,7 @@ class Communicator:
     """Collectives of some processes, one a GPU; one thread at a time.
 
     Args:
-        rank, size: of this process, and how many there are.
         unique_id: of `new_unique_id`, the same on all ranks.
-        device: index of the GPU.
 
     Raises:
         BackendUnavailable, DeviceError: see `new_unique_id`; or two ranks have the same GPU.

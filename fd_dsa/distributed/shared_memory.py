@@ -18,14 +18,10 @@ SIZES = (2, 4, 8)
 """Numbers of ranks that the kernel is made for."""
 MOST_BYTES = 2 << 20
 """Of rows that the kernel sums; more bytes are NCCL's."""
-TWO_SHOT_FROM = {4: 512 << 10, 8: 256 << 10}
-"""Ranks -> bytes from which on a row is summed by one rank: fewer bytes cross the links, twice.
-Not yet measured here; vLLM's custom all-reduce changes its form at the same sizes."""
 _VALUES, _MOST_WIDTH, _STATE_BYTES = 8, 8192, 256
 _HANDLE_BYTES, _LAZY_PEER_ACCESS = 64, 1
-_ADDRESSES = ("x", "out", "residual", "weight", "normed", "codes", "scales", "late")
-_NUMBERS = ("rank", "size", "num_rows", "width", "slot_vectors", "scale_stride", "max_blocks")
-_SWITCHES = ("is_two_shot", "round_scales", "starts_early")
+_ADDRESSES = ("x", "out", "residual", "weight", "normed", "late")
+_NUMBERS = ("rank", "size", "num_rows", "width", "slot_vectors", "max_blocks", "starts_early")
 
 
 class Job(ctypes.Structure):
@@ -35,7 +31,7 @@ class Job(ctypes.Structure):
         ("ranks", ctypes.c_void_p * 8),
         *((n, ctypes.c_void_p) for n in _ADDRESSES),
         ("timeout_ns", ctypes.c_uint64),
-        *((n, ctypes.c_int32) for n in (*_NUMBERS, *_SWITCHES)),
+        *((n, ctypes.c_int32) for n in _NUMBERS),
         ("epsilon", ctypes.c_float),
     )
 
@@ -50,10 +46,6 @@ class SharedMemory:
     """Memory of a rank on its device, and that of the others as this process sees it.
 
     It stays until the process ends: other ranks may have it mapped for longer than this one.
-
-    Args:
-        transfers: of the device.
-        num_bytes: of each rank.
 
     Attributes:
         handle: uint8 [64], what another process opens it with.
@@ -100,8 +92,6 @@ class PeerAllReduce(LibraryKernel):
     """The kernel, for one rank; one thread at a time.
 
     Args:
-        kernels: the library.
-        rank, size: of this process, and how many there are.
         late: uint32 [1] in page-locked memory, where a launch that gives up leaves the number of a
             rank that did not come, plus one.
         timeout_s: how long a launch waits for the others.
@@ -120,7 +110,7 @@ class PeerAllReduce(LibraryKernel):
         job.rank, job.size, job.slot_vectors = rank, size, MOST_BYTES // (2 * _VALUES)
         job.late, job.timeout_ns = late.ctypes.data, int(timeout_s * 1e9)
         job.starts_early = launches_overlap()
-        self._late, self._two_shot_from = late, TWO_SHOT_FROM.get(size, MOST_BYTES + 1)
+        self._late = late
         memory = kernels.fd_dsa_all_reduce_memory
         memory.restype = ctypes.c_int64
         self.memory_bytes = memory(size, job.slot_vectors)
@@ -149,17 +139,11 @@ class PeerAllReduce(LibraryKernel):
         weight: Any = None,
         epsilon: float = 0.0,
         normed: Any = None,
-        fp8: Any = None,
-        *,
-        round_scales: bool = False,
-        two_shot: bool | None = None,
     ) -> None:
-        """Fill `out`, and with a residual `normed` and `fp8`; what is what says all_reduce.h.
+        """Fill `out`, and with a residual `normed`; all_reduce.h says what each is.
 
         Args:
             x: of which `suits`.
-            fp8: Fp8Rows of `normed`, or None.
-            two_shot: None: as suits the size.
 
         Raises:
             LaunchError: a tensor is not contiguous, or not on the device of the others.
@@ -172,17 +156,11 @@ class PeerAllReduce(LibraryKernel):
         job.x, job.out = (self._address(n, t, multiple=16) for n, t in (("x", x), ("out", out)))
         job.width = x.shape[-1]
         job.num_rows = prod(x.shape) // job.width
-        job.residual = job.codes = None
+        job.residual = None
         if residual is not None:
             job.residual = self._address("residual", residual, multiple=16)
             job.weight, job.epsilon = self._address("weight", weight), epsilon
             job.normed = self._address("normed", normed, multiple=16)
-        if fp8 is not None:
-            job.codes = self._address("codes", fp8.codes, multiple=8)
-            job.scales, job.scale_stride = self._address("scales", fp8.scales), fp8.scales.shape[1]
-            job.round_scales = round_scales
-        large = 2 * prod(x.shape) >= self._two_shot_from
-        job.is_two_shot = large if two_shot is None else two_shot
         try:
             self._launch()
         except DeviceError as error:

@@ -152,9 +152,7 @@ class PluginBackend:
         """Norms of a layer's keys, read at its first step, when the weights are loaded.
 
         Args:
-            layer_id: of the layer.
             kv_norm: its RMSNorm of the latent, or None: of the index key alone.
-            indexer: its indexer, or None.
         """
         key = layer_id, kv_norm is None
         if key not in self._norms:
@@ -261,8 +259,6 @@ class PluginBackend:
             index_k: [num_tokens, index_head_dim], as projected; None = no indexer keys.
             cos_sin_cache: float32 [max_position, qk_rope_head_dim].
             params: how the keys of the layer are normed.
-            layer_id: of the layer.
-            forward_meta: of the step.
         """
         step = self.current_core().current_step(forward_meta)
         if kv_a is not None:
@@ -299,7 +295,6 @@ class PluginBackend:
                 from our own layers, which have written it.
             k_pe: [num_tokens, 1, qk_rope_head_dim], rotated; None with `compressed_kv`.
             layer: FastDeploy's Attention; `layer_id` alone is read.
-            forward_meta: of the step.
 
         Returns:
             [num_tokens, num_heads, kv_lora_rank]; the buffer holds until the next layer.

@@ -62,7 +62,6 @@ class PluginIndexer:
         """Cache slots that each token attends to.
 
         Args:
-            forward_meta: of the step.
             hidden_states: [num_tokens, hidden_size], after the input norm.
             qr: [num_tokens, q_lora_rank], after its norm.
             rotary_emb: FastDeploy's, of which the table is read.

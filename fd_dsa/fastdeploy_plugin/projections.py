@@ -170,7 +170,6 @@ def _dequantized(linear: Any, dtype: str) -> Any:
 
 @cache
 def _log_once(reason: str) -> None:
-    """Log that FastDeploy's GEMMs serve instead of ours."""
     logger.info(
         "fd_dsa: FastDeploy's GEMMs make the indexer's projections, without overlap: %s", reason
     )

@@ -271,7 +271,6 @@ def _upstream(thing: Any) -> Any:
 
 
 def _refuse_missing(owner: type, missing: list[str]) -> None:
-    """Refuse a class that lacks these."""
     if missing:
         raise UnsupportedTree(f"{owner.__name__} has no {', '.join(missing)}")
 

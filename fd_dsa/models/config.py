@@ -219,7 +219,6 @@ class ModelConfig(Family):
 
     @property
     def num_indexer_layers(self) -> int:
-        """Layers with an indexer cache."""
         return sum(self.has_indexer)
 
     @property
@@ -363,7 +362,6 @@ def read_generation(
 
 
 def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
-    """Refuse fields that contradict one another."""
     heads, experts = values["num_attention_heads"], values["n_routed_experts"]
     layers = values["num_hidden_layers"]
     groups, rope_dim = values["n_group"], values["qk_rope_head_dim"]

@@ -35,10 +35,6 @@ class DeviceWeights:
         allocate: makes a tensor of a shape and dtype on the device.
         fp8: names of the tensors that the checkpoint stores as e4m3 with scales for 128 x 128.
         round_scales: whether the model wants scales of activations that are powers of two.
-        group: as of HostWeights.
-
-    Attributes:
-        loaders, group: as of HostWeights.
     """
 
     def __init__(
@@ -57,7 +53,6 @@ class DeviceWeights:
         self._upload: Upload | None = None
 
     def bias(self, parts: Mapping[str, int]) -> Any:
-        """As of HostWeights."""
         return self.vector(parts, self._dtype)
 
     def vector(self, parts: Mapping[str, int], dtype: str = "float32") -> Any:
@@ -69,12 +64,10 @@ class DeviceWeights:
         return vector
 
     def norm(self, name: str, width: int, epsilon: float) -> DeviceNorm:
-        """As of HostWeights."""
         rounds = self._round_scales if self._fp8 else None
         return DeviceNorm(self.vector({name: width}), epsilon, rounds)
 
     def table(self, name: str, rows: int, width: int) -> tuple[Any, DeviceMatrix]:
-        """As of HostWeights."""
         values = self._allocate((rows, width), self._dtype)
         self._fills(name, values, 0, rows * width)
         return values, DeviceMatrix(values, sums_in_float32=True)
@@ -154,7 +147,6 @@ class DeviceWeights:
         return stacks[0], stacks[1]
 
     def gated(self, prefix: str, hidden_size: int, width: int) -> tuple[Any, Any]:
-        """As of HostWeights."""
         gate_up = {f"{prefix}gate_proj.weight": width, f"{prefix}up_proj.weight": width}
         down = {f"{prefix}down_proj.weight": hidden_size}
         return self.matrix(hidden_size, gate_up), self.matrix(width, down)

@@ -33,7 +33,6 @@ class ExpectedTensor:
 
     @property
     def num_elements(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -83,7 +82,6 @@ def _mtp(config: ModelConfig) -> dict[str, ExpectedTensor]:
 
 
 def _layer(config: ModelConfig, layer: int) -> dict[str, ExpectedTensor]:
-    """A decoder layer."""
     norm = ExpectedTensor((config.hidden_size,))
     parts = {"input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
     parts |= _attention(config)
@@ -116,7 +114,6 @@ def _attention(config: ModelConfig) -> dict[str, ExpectedTensor]:
 
 
 def _indexer(config: ModelConfig) -> dict[str, ExpectedTensor]:
-    """Lightning indexer of a layer."""
     heads, width = config.index_n_heads, config.index_head_dim
     prefix = "self_attn.indexer."
     tensors = _weights(
@@ -130,7 +127,6 @@ def _indexer(config: ModelConfig) -> dict[str, ExpectedTensor]:
 
 
 def _experts(config: ModelConfig) -> dict[str, ExpectedTensor]:
-    """Router, shared experts and routed experts of a layer."""
     num_experts, width = config.n_routed_experts, config.moe_intermediate_size
     tensors = {
         "mlp.gate.weight": ExpectedTensor((num_experts, config.hidden_size)),
@@ -143,7 +139,6 @@ def _experts(config: ModelConfig) -> dict[str, ExpectedTensor]:
 
 
 def _gated(prefix: str, hidden_size: int, width: int) -> dict[str, ExpectedTensor]:
-    """The three weights of a gated MLP."""
     up, down = (width, hidden_size), (hidden_size, width)
     return _weights(prefix, {"gate_proj": up, "up_proj": up, "down_proj": down})
 

@@ -90,7 +90,6 @@ def find_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> MtpLay
 
     Args:
         checkpoint: None for random weights.
-        config: of the model.
 
     Raises:
         ConfigError: it has no such layer.
@@ -135,7 +134,6 @@ def load_weights(
 
     Args:
         checkpoint: a checkpoint that `validate` has passed.
-        config: its configuration.
         loaders: for each name of `expected_tensors(config)`, a function that takes its
             StoredTensor, whose file may go after the call.
         progress: called with the bytes done and the bytes in all, once before the first tensor
@@ -198,7 +196,6 @@ def _problems(
 def _scale_problems(
     checkpoint: Checkpoint, config: ModelConfig, name: str, where: str
 ) -> Iterator[str]:
-    """What is wrong with the scales of an FP8 weight."""
     if config.weight_block_size is None:
         yield f"{where}: found dtype F8_E4M3, but config.json has no quantization_config"
         return
@@ -239,11 +236,8 @@ def load_dummy_weights(
     """Hand each loader a RandomTensor.
 
     Args:
-        config: of the model.
-        loaders: as for `load_weights`.
         seed: of all tensors.
         progress: called with the values done and the values in all.
-        group: as for `load_weights`.
     """
     expected = expected_tensors(config)
     part_of, _ = rank_parts(config, group)
@@ -257,12 +251,7 @@ def load_dummy_weights(
 def rank_parts(
     config: Any, group: Group | None
 ) -> tuple[Callable[[str, SourceTensor], SourceTensor], dict[str, float]]:
-    """What gives the part of a tensor that a rank holds, and the share that it is, where not 1.
-
-    Args:
-        config: of the whole model.
-        group: ranks that share the model; None: there is one.
-    """
+    """What gives the part of a tensor that a rank holds, and the share that it is, where not 1."""
     cuts: dict[str, tuple[int, int, int]] = {}
     shares: dict[str, float] = {}
     if group is not None and group.size > 1:
@@ -284,7 +273,6 @@ def check_blocks(config: ModelConfig, size: int, fp8: frozenset[str]) -> None:
 
     Args:
         config: of the whole model.
-        size: number of ranks.
         fp8: names of the tensors that a device holds as FP8.
 
     Raises:

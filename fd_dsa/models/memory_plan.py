@@ -64,7 +64,6 @@ class MemoryPlan:
         return self.num_blocks * self.bytes_per_block
 
     def summary(self) -> str:
-        """One line for the log."""
         blocks_per_request = -(-self.max_model_len // self.block_size)
         graphs = f"graphs {format_bytes(self.graph_bytes)}, " if self.graph_bytes else ""
         states = f"states {format_bytes(self.state_bytes)}, " if self.state_bytes else ""
@@ -251,7 +250,6 @@ def _check_fit(
     free_bytes: int,
     flag: str | None,
 ) -> None:
-    """Refuse what does not fit in the free memory."""
     needed = weight_bytes + kv_cache_bytes + graph_bytes + state_bytes
     if needed <= free_bytes:
         return

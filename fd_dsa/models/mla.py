@@ -18,12 +18,7 @@ class DeepseekV32DSAAttention:
     The up-projection of the keys is absorbed into the query and that of the values into the
     output, so the cache holds one latent of `kv_lora_rank` + `qk_rope_head_dim` values a token,
     shared by all heads.
-
-    Args:
-        config: the model.
-        layer_id: index of the layer; a layer of indexer type "shared" has no indexer of its own.
-        weights: make what is asked for.
-        prefix: of the checkpoint's names.
+    A layer of indexer type "shared" has no indexer of its own.
 
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1.
     """

@@ -20,12 +20,7 @@ MODELS: dict[str, type[Any]] = {
 
 
 def create_model(config: Any, weights: Any = None) -> Any:
-    """The model of `config`, its weights empty until `loaders` have filled them.
-
-    Args:
-        config: of the model.
-        weights: what makes them; None: HostWeights.
-    """
+    """The model of `config`, its weights empty until `loaders` have filled them."""
     before = paddle.device.get_device()
     # Paddle would make tensors on its own device
     paddle.set_device("cpu")

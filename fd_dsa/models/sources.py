@@ -99,7 +99,6 @@ class RandomTensor:
         self.deviation = shape[-1] ** -0.5
 
     def float32(self) -> np.ndarray:
-        """The values."""
         if self.constant is not None:
             return np.full(self.shape, self.constant, np.float32)
         shape, seed = self._whole

@@ -23,11 +23,8 @@ from fd_dsa.ops._norm import HostNorm
 class HostWeights:
     """Weights in float32, those of GEMMs as [in, out].
 
-    Args:
-        group: ranks that share the model; None: there is one.
-
     Attributes:
-        group: as given.
+        group: ranks that share the model.
         loaders: how each tensor of a checkpoint fills its place; all of them together fill every
             weight that was asked for.
     """
@@ -52,7 +49,6 @@ class HostWeights:
         return self.vector(parts)
 
     def norm(self, name: str, width: int, epsilon: float) -> HostNorm:
-        """RMSNorm by the vector of a name."""
         return HostNorm(self.vector({name: width}), epsilon)
 
     def table(self, name: str, rows: int, width: int) -> tuple[np.ndarray, HostMatrix]:

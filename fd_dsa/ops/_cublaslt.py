@@ -12,7 +12,6 @@ Source: NVIDIA, cuBLAS documentation, "Using the cuBLASLt API"; scales as in "12
 from __future__ import annotations
 
 import ctypes
-import logging
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import reduce
@@ -24,14 +23,11 @@ from fd_dsa.ops._cublaslt_library import Functions, library
 from fd_dsa.ops._cublaslt_shapes import Gemm, checked
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
-from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.transfers import Transfers
-
-logger = logging.getLogger(__name__)
 
 _ALIGNMENT, _WORKSPACE_BYTES = 16, 32 << 20
 # shapes of prompts are many; plans beyond these are made again
-_MOST_PLANS, _MOST_ALGORITHMS, _TIMED_ROUNDS = 4096, 8, 5
+_MOST_PLANS, _MOST_ALGORITHMS = 4096, 8
 
 # values of the enumerations in library_types.h, cublas_api.h and cublasLt.h
 _TYPES = {"float32": 0, "bfloat16": 14, "uint8": 28}
@@ -73,8 +69,6 @@ class _Plan:
             written before each launch.
         pointers: what sets those of scales in cuBLASLt's description of the GEMM, which all plans
             of the same operands share; a launch reads it at once.
-        num_algorithms: how many there are to choose from.
-        chosen: the algorithm was measured.
     """
 
     def __init__(
@@ -84,11 +78,8 @@ class _Plan:
         operation: ctypes.c_void_p,
         layouts: Sequence[ctypes.c_void_p],
         algorithms: Any,
-        count: int,
     ) -> None:
-        self.gemm, self.num_algorithms, self.chosen = gemm, count, False
-        self.places = tuple(ctypes.c_void_p() for _ in range(6))
-        self._algorithms = algorithms
+        self.gemm, self.places = gemm, tuple(ctypes.c_void_p() for _ in range(6))
         weight, x, out, workspace, *scales = self.places
         self.pointers = [
             (operation, attribute, ctypes.byref(place), _POINTER_BYTES)
@@ -96,14 +87,10 @@ class _Plan:
             if gemm.operands == "uint8"
         ]
         a, b, d = layouts
-        self._matrices = handle, operation, _ONE, weight, a, x, b, _ZERO, out, d, out, d
-        self._workspace = workspace, ctypes.c_size_t(_WORKSPACE_BYTES)
-        self.take(0)
-
-    def take(self, index: int) -> None:
-        """Launch another of the algorithms from now on."""
-        algorithm = ctypes.byref(self._algorithms, index * ctypes.sizeof(_Algorithm))
-        self.arguments = *self._matrices, algorithm, *self._workspace
+        matrices = handle, operation, _ONE, weight, a, x, b, _ZERO, out, d, out, d
+        size = ctypes.c_size_t(_WORKSPACE_BYTES)
+        # the first algorithm is the one that cuBLASLt expects to be the fastest
+        self.arguments = *matrices, ctypes.byref(algorithms), workspace, size
 
 
 class Cublaslt:
@@ -114,9 +101,6 @@ class Cublaslt:
     captured in a CUDA graph. Sums have a fixed order. Addresses are multiples of 16 bytes.
 
     Args:
-        api: library of the tensors.
-        device: index of the CUDA device.
-        allocate: makes a contiguous tensor of a shape and dtype on the device.
         library: the C functions, of `_cublaslt_library.library`.
     """
 
@@ -167,8 +151,7 @@ class Cublaslt:
             codes_x: uint8 [rows, inputs], inputs a multiple of 128.
             scales_x: float32 [inputs / 128, rows].
             codes_w: uint8 [outputs, inputs], outputs a multiple of 8.
-            scales_w: float32 [ceil(outputs / 128), inputs / 128 rounded up to a multiple of 4],
-                of `block_scales`.
+            scales_w: float32 [ceil(outputs / 128), inputs / 128 rounded up to a multiple of 4].
             out: bfloat16 [rows, outputs].
 
         Raises:
@@ -176,36 +159,6 @@ class Cublaslt:
             DeviceError: cuBLASLt refuses, or a plan or workspace is missing inside a capture.
         """
         self._run(codes_x, codes_w, out, scales_x, scales_w)
-
-    def choose(self, calls: Sequence[tuple[Any, ...]]) -> list[float]:
-        """Measure the algorithms for a shape and keep the fastest for all its later calls.
-
-        Args:
-            calls: arguments of `linear` or `fp8_linear`, all of one shape; each `out` is
-                overwritten. Give the weights of several layers: one alone stays in the L2 cache,
-                which it does not between two steps.
-
-        Returns:
-            Microseconds a call of each algorithm, in the order of cuBLASLt's own estimate.
-        """
-        ordered = [call if len(call) == 3 else _matrices_first(*call) for call in calls]
-
-        def run_all() -> None:
-            for operands in ordered:
-                self._run(*operands)
-
-        plan, times = self._plan(*ordered[0]), []
-        for index in range(plan.num_algorithms):
-            plan.take(index)
-            run_all()
-            stream = self._transfers.stream().value or 0
-            rounds = [cuda().time_us(self._device, run_all, stream) for _ in range(_TIMED_ROUNDS)]
-            times.append(min(rounds) / len(calls))
-        best = times.index(min(times))
-        plan.take(best)
-        plan.chosen = True
-        logger.info("cuBLASLt: %s: algorithm %d, %.1f us", plan.gemm, best, times[best])
-        return times
 
     def _run(self, x: Any, weight: Any, out: Any, *scales: Any) -> None:
         """Queue a GEMM; scales of x and of the weight make it an FP8 one."""
@@ -239,7 +192,7 @@ class Cublaslt:
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _MOST_PLANS:
-                del self._plans[next(k for k, old in self._plans.items() if not old.chosen)]
+                del self._plans[next(iter(self._plans))]
             gemm = checked(x, weight, out, *scales)
             self._check_device(gemm, x, weight, out, *scales)
             self._plans[key] = plan = self._new_plan(gemm)
@@ -254,7 +207,7 @@ class Cublaslt:
                 )
 
     def _new_plan(self, gemm: Gemm) -> _Plan:
-        """Layouts and the algorithms that cuBLASLt expects to be the fastest, its choice first."""
+        """Layouts, and the algorithm that cuBLASLt chooses."""
         self._refuse_capture(f"a plan for {gemm}")
         operation, (x_step, weight_step, out_step) = self._operation(gemm.operands), gemm.steps
         types = _TYPES[gemm.operands], _TYPES[gemm.result]
@@ -274,7 +227,7 @@ class Cublaslt:
         )
         if not count.value:
             raise DeviceError(f"cuBLASLt: no algorithm serves {gemm}")
-        plan = _Plan(gemm, self._handle, operation, layouts, algorithms, count.value)
+        plan = _Plan(gemm, self._handle, operation, layouts, algorithms)
         weakref.finalize(plan, self._functions.destroy_layouts, layouts).atexit = False
         return plan
 
@@ -306,12 +259,6 @@ class Cublaslt:
             raise DeviceError(
                 f"cuBLASLt: {what} cannot be made in a capture; run the GEMM on this stream before"
             )
-
-
-def _matrices_first(
-    codes_x: Any, scales_x: Any, codes_w: Any, scales_w: Any, out: Any
-) -> tuple[Any, ...]:
-    return codes_x, codes_w, out, scales_x, scales_w
 
 
 def _unaligned(gemm: Gemm, tensors: Iterable[Any]) -> LaunchError:

@@ -76,7 +76,6 @@ class Functions:
 
     Args:
         library: of `library`, or something with the same functions.
-        device: index of the CUDA device.
     """
 
     def __init__(self, library: Any, device: int) -> None:
@@ -103,7 +102,6 @@ class Functions:
             raise self.error(status, what, name)
 
     def error(self, status: int, what: Any, name: str) -> DeviceError:
-        """The error for a status that a function returned."""
         return DeviceError(
             f"{name}: {self._library.cublasLtGetStatusName(status).decode()}: {what}"
         )

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._host import check_array, dtype_name, outer_strides
-from fd_dsa.step.views import Allocate
-from fd_dsa.triton_runtime.transfers import on_host, uploaded
 
 _GROUP, _MIN_ROWS, _ROW_MULTIPLE, _SCALE_MULTIPLE = 128, 8, 4, 4
 _RESULTS = {
@@ -26,29 +22,6 @@ _RESULTS = {
 def padded_rows(num_tokens: int) -> int:
     """Rows of the arrays of `Cublaslt.fp8_linear` for some tokens: a multiple of 4, at least 8."""
     return max(_MIN_ROWS, -(-num_tokens // _ROW_MULTIPLE) * _ROW_MULTIPLE)
-
-
-def block_scales(scales: Any, allocate: Allocate) -> Any:
-    """Scales of a weight as `Cublaslt.fp8_linear` reads them; once, when weights are loaded.
-
-    Args:
-        scales: float32 [ceil(outputs / 128), inputs / 128], contiguous, on a device.
-        allocate: makes a contiguous tensor of a shape and dtype on the device.
-
-    Returns:
-        `scales` where its rows have a multiple of 4 values, as those of all large models have;
-        else a copy with zeros at the end of each row.
-    """
-    rows, groups = scales.shape
-    if groups % _SCALE_MULTIPLE == 0:
-        return scales
-    padded = np.zeros((rows, _padded_groups(groups)), np.float32)
-    padded[:, :groups] = on_host(scales, np.empty((rows, groups), np.float32))
-    return uploaded(allocate, padded)
-
-
-def _padded_groups(groups: int) -> int:
-    return -(-groups // _SCALE_MULTIPLE) * _SCALE_MULTIPLE
 
 
 class Gemm(NamedTuple):
@@ -102,7 +75,7 @@ def _check_scales(rows: int, inputs: int, outputs: int, scales_x: Any, scales_w:
             f"{_MIN_ROWS} on; give padded_rows(num_tokens) rows to x, its scales and out"
         )
     groups = inputs // _GROUP
-    blocks = -(-outputs // _GROUP), _padded_groups(groups)
+    blocks = -(-outputs // _GROUP), -(-groups // _SCALE_MULTIPLE) * _SCALE_MULTIPLE
     for name, value, shape in (
         ("scales_x", scales_x, (groups, rows)),
         ("scales_w", scales_w, blocks),

@@ -173,7 +173,6 @@ def silu_and_mul_kernel(
 
 
 def _launch_silu(gate_up: Any, out: Any, quantized: Fp8Rows | None, round_scales: bool) -> None:
-    """Fill one of the two."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     if rows and width:
         codes, scales, _ = quantized or (None, None, None)

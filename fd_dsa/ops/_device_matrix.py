@@ -62,7 +62,6 @@ class Normed(NamedTuple):
 
     @property
     def shape(self) -> list[int]:
-        """Of the values."""
         return self.plain.shape  # type: ignore[no-any-return]
 
 

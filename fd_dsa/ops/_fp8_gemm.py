@@ -11,14 +11,13 @@ Source: DeepSeek-V3 (arXiv 2412.19437) §3.3.2, promotion of partial sums every 
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._dense_kernels import empty_beside
 from fd_dsa.ops._fixed_order import fixed_order, rows_of_tiles
 from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows
-from fd_dsa.ops._split_sums import scratch_beside, splits_of, sum_of_parts
+from fd_dsa.ops._split_sums import clear_counters, scratch_beside, splits_of, sum_of_parts
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored
 from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
@@ -49,37 +48,15 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-FEW_ROWS = 128
-"""Most rows that one tile covers: up to there a launch is bound by reading the weight."""
-_FEW = {
-    rows: tuple(
-        Tiling(rows, columns, 132 * per_processor, warps, stages)
-        for columns, warps in ((64, 4), (128, 4), (128, 8))
-        for per_processor, stages in ((1, 8), (1, 4), (2, 6), (2, 4), (3, 4), (4, 3))
-        # what a processor holds: 227 KiB, and 255 registers a thread
-        if per_processor * stages * (columns + rows) * GROUP <= 227 << 10
-        and rows * columns <= 2048 * warps
-    )
-    for rows in (16, 32, 64, 128)
-}
-_MANY = tuple(
-    Tiling(rows, columns, 132, warps, stages)
-    for rows, columns, warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4))
-    for stages in (3, 4, 5)
-)
-CANDIDATES: tuple[Tiling, ...] = (*(tiling for few in _FEW.values() for tiling in few), *_MANY)
-
-
-def candidates(rows: int) -> tuple[Tiling, ...]:
-    """Those of CANDIDATES that may be the best for so many rows."""
-    return next((few for most, few in _FEW.items() if rows <= most), _MANY)
+# most rows that one tile covers: up to there a launch is bound by reading the weight
+_FEW_ROWS = 128
 
 
 def configuration(rows: int, out: int, width: int) -> Tiling:
-    """One of CANDIDATES for a shape."""
+    """The tiling for a shape; the fastest of many on an H200."""
     if rows <= 32:
         return Tiling(16 if rows <= 16 else 32, 64, 396, 4, 4)
-    if rows <= FEW_ROWS:
+    if rows <= _FEW_ROWS:
         return Tiling(64 if rows <= 64 else 128, 128, 132, 8, 4)
     return Tiling(128, 128, 132, 8, 4)
 
@@ -275,7 +252,7 @@ def fp8_linear(
         codes: uint8 [out, width], contiguous, e4m3 bits.
         scales: float32 [ceil(out / 128), ceil(width / 128)], contiguous.
         out_dtype: "bfloat16" or "float32".
-        tiling: one of CANDIDATES; None chooses by the shape.
+        tiling: None chooses by the shape.
         scratch: of `new_scratch`, for launches beside those that use the device's own.
 
     Raises:
@@ -289,7 +266,7 @@ def fp8_linear(
     tiling = tiling or configuration(rows_of_tiles(num_rows), columns, width)
     grid, options = launch_options(num_rows, columns, width, tiling, can_split=not fixed_order())
     if grid[1] > 1 and scratch is None:
-        scratch = scratch_beside(rows.codes)
+        scratch = scratch_beside(rows.scales, "FP8 GEMM")
         if scratch is None:
             grid, options = launch_options(num_rows, columns, width, tiling, can_split=False)
     try:
@@ -299,10 +276,6 @@ def fp8_linear(
             NATIVE=native_fp8(codes), **options,
         )  # fmt: skip
     except BaseException:
-        # an interpreted launch may end midway and leave counts, which would make every later sum
-        # wrong; a GPU runs a launch whole, or its error ends the use of the device
-        if scratch is not None:
-            with suppress(Exception):
-                scratch.zero_()
+        clear_counters(scratch)
         raise
     return out

@@ -230,5 +230,4 @@ def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.nd
 
 
 def _address(array: np.ndarray) -> int:
-    """Where an array starts."""
     return int(array.__array_interface__["data"][0])

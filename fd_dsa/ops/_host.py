@@ -71,7 +71,6 @@ def check_shape(operator: str, argument: str, value: Any, allowed: tuple[int | N
 
 
 def _kind_of(value: Any) -> str:
-    """The type of an argument that is not an array, in words."""
     return "None" if value is None else f"a {type(value).__name__}"
 
 

@@ -34,12 +34,7 @@ def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
 
 
 class HostNorm:
-    """RMSNorm of rows in host memory.
-
-    Args:
-        weight: float32 [width].
-        epsilon: added to the mean square.
-    """
+    """RMSNorm of rows in host memory."""
 
     def __init__(self, weight: np.ndarray, epsilon: float) -> None:
         self.weight, self.epsilon = weight, epsilon
@@ -53,7 +48,6 @@ class HostNorm:
 
         Args:
             change: this rank's part; overwritten.
-            group: the ranks, a `distributed.Group`.
         """
         change = group.all_reduce(change)
         change += hidden_states

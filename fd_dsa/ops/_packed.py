@@ -42,11 +42,7 @@ class _Calls(threading.local):
 
 
 class OneDNN:
-    """The engine and the stream of this process.
-
-    Args:
-        library: libdnnl.
-    """
+    """The engine and the stream of this process."""
 
     def __init__(self, library: Any) -> None:
         self._library, self._calls = library, _Calls()
@@ -67,12 +63,10 @@ class OneDNN:
         return made
 
     def _matrix(self, rows: int, columns: int, stride: int) -> Any:
-        """Description of a matrix."""
         sizes, strides = _SIZES(rows, columns), _SIZES(stride, 1)
         return self._make("memory_desc_create_with_strides", 2, sizes, _FLOAT32, strides)
 
     def _gemm(self, x: Any, weight: Any, out: Any) -> Any:
-        """Description of a GEMM."""
         return self._make("matmul_primitive_desc_create", self._engine, x, weight, None, out, None)
 
     def _order(self, rows: int, columns: int) -> Any:
@@ -158,5 +152,4 @@ def _pieces(rows: int) -> Iterator[int]:
 
 @cache
 def onednn(library: Any) -> OneDNN:
-    """That of the process."""
     return OneDNN(library)

@@ -8,9 +8,8 @@ Source: the count of arrivals, CUDA samples `threadFenceReduction`.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any
-
-import paddle
 
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device import api_for_type
@@ -70,31 +69,48 @@ def splits_of(steps: int, tiles: int, tile_size: int, programs: int) -> tuple[in
     return -(-steps // each), each
 
 
-def new_scratch(beside: Any) -> Any:
-    """Scratch memory on the device of a tensor, for launches that run one at a time.
+def new_scratch(like: Any, num_partials: int = NUM_PARTIALS) -> Any:
+    """Scratch memory for launches that run one at a time.
+
+    Args:
+        like: a float32 tensor on the device.
 
     Returns:
-        float32 [NUM_COUNTERS + NUM_PARTIALS]; the counters are zero between launches.
+        float32 [NUM_COUNTERS + num_partials]. Counters are float32 as the sums are, so that one
+        tensor of any library holds both; they are zero between launches.
     """
-    return paddle.zeros([NUM_COUNTERS + NUM_PARTIALS], "float32", device=beside.place)
+    return like.new_zeros([NUM_COUNTERS + num_partials])
 
 
-def scratch_beside(x: Any) -> Any:
-    """The device's own scratch memory, made at the first call, or None.
+def scratch_beside(like: Any, operator: str, num_partials: int = NUM_PARTIALS) -> Any:
+    """The device's own scratch memory for an operator, made at the first call, or None.
 
     None in a capture before any launch outside of one: memory of a graph is no memory to keep, and
     its zeros would be written by a replay.
     """
-    api = api_for_type(type(x))
+    api = api_for_type(type(like))
     # interpreted kernels also run on what has no number, such as a CPU's memory
-    key = str(x.place) if INTERPRETING else api.device_of(x)
+    place = str(getattr(like, "place", "")) if INTERPRETING else api.device_of(like)
+    key = operator, api, place
     scratch = _OF_DEVICE.get(key)
     if scratch is None:
-        if transfers_for(x).is_capturing():
+        if transfers_for(like).is_capturing():
             _logger.warning(
-                "FP8 GEMM: captured before its first run, so the graph keeps its slow form; run a "
-                "step before the capture"
+                "%s: captured before its first run, so the graph keeps its slow form; run a step "
+                "before the capture",
+                operator,
             )
             return None
-        scratch = _OF_DEVICE.setdefault(key, new_scratch(x))
+        scratch = _OF_DEVICE.setdefault(key, new_scratch(like, num_partials))
     return scratch
+
+
+def clear_counters(scratch: Any) -> None:
+    """Undo what a launch with an error has counted, which would make every later sum wrong.
+
+    An interpreted launch may end midway; a GPU runs a launch whole, or its error ends the use of
+    the device.
+    """
+    if scratch is not None:
+        with suppress(Exception):
+            scratch.zero_()

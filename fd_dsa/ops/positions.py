@@ -70,7 +70,6 @@ def registered_position_ids(*tensors: Any) -> None:
 def position_ids_on_host(
     seq_lens_encoder: Any, seq_lens_decoder: Any, seq_lens_this_time: Any, position_ids: Any
 ) -> None:
-    """The same by NumPy."""
     known, new = as_numpy(seq_lens_decoder), as_numpy(seq_lens_this_time)
     first = np.cumsum(new) - new
     as_numpy(position_ids)[: new.sum()] = np.arange(new.sum()) + np.repeat(known - first, new)

@@ -331,13 +331,11 @@ def _check_blocks(
 
 
 def _length_of(inputs: StepInputs, row: int) -> str:
-    """The length of a row, in words."""
     cached, new = int(inputs.seq_lens_decoder[row]), int(inputs.seq_lens_this_time[row])
     return f"the {cached} cached + {new} new tokens of row {row}"
 
 
 def _raise_negative(inputs: StepInputs) -> NoReturn:
-    """Name the first negative length."""
     lengths = np.stack(inputs[:3], axis=1)
     row, field = (int(i) for i in np.argwhere(lengths < 0)[0])
     raise ValueError(
@@ -347,7 +345,6 @@ def _raise_negative(inputs: StepInputs) -> NoReturn:
 
 
 def _raise_inconsistent(inputs: StepInputs, row: int) -> NoReturn:
-    """Name a row which is neither a prefill nor a decode row."""
     raise ValueError(
         f"seq_lens_encoder: row {row} is {int(inputs.seq_lens_encoder[row])} with "
         f"seq_lens_this_time {int(inputs.seq_lens_this_time[row])}, allowed is 0 (decode or idle "

@@ -52,7 +52,6 @@ class BoundLaunch:
         self._free: list[Frame] = []
 
     def _resolve(self, grid: Grid, values: dict[str, Any]) -> tuple[int, int, int]:
-        """The grid as three numbers."""
         return resolve_grid(self.variant.signature.kernel, grid, values, self._options)
 
     def __call__(self, *scalars: Any, grid: Grid | None = None) -> None:
@@ -101,10 +100,6 @@ class BoundLaunch:
         if code:
             self.variant.recover(code, frame)
         free.append(frame)
-
-    def current_stream(self) -> int:
-        """The stream on which a call would launch now."""
-        return self._stream(self._device)
 
     def _unfit(self, scalars: tuple[Any, ...], why: Any) -> LaunchError:
         """The error for scalars that are too many, too few or of another type."""

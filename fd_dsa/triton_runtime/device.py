@@ -59,7 +59,6 @@ class PaddleApi(DeviceApi):
             self.current_stream = raw_stream
 
     def device_of(self, tensor: Any) -> int:
-        """Index of the GPU, or of the custom device."""
         place = tensor.place
         if place.is_gpu_place():
             return place.gpu_device_id()

@@ -38,7 +38,6 @@ def resolve_grid(
 
 @lru_cache(maxsize=4096)
 def _numbers(kernel: str, sizes: Any) -> tuple[int, int, int]:
-    """Three numbers of one to three."""
     try:
         numbers = tuple(int(n) for n in sizes)
         fits = 1 <= len(numbers) <= 3 and all(

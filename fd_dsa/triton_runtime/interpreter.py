@@ -64,7 +64,6 @@ class InterpretedVariant(Variant):
 
 @cache
 def _pointer_type(element: str) -> Any:
-    """The language's type of an address."""
     prefix = {"i": "int", "u": "uint"}.get(element[0])
     return core.pointer_type(core.dtype(prefix + element[1:] if prefix else element))
 

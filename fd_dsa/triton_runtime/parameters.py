@@ -130,7 +130,6 @@ class Signature:
         }
 
     def error(self, name: str, problem: str) -> LaunchError:
-        """The error about the argument of a parameter."""
         return LaunchError(f"kernel {self.kernel}: argument {name!r} {problem}")
 
     def bind(
@@ -236,7 +235,6 @@ class Signature:
         raise self.error(parameter.name, f"is {value}, beyond 64 bits")
 
     def describe_all(self, values: Mapping[str, Any]) -> dict[str, Argument]:
-        """What the compiler knows of each argument."""
         return {name: self.describe(p, values[name]) for name, p in self.parameters.items()}
 
     def device_of(self, name: str, tensor: Any, api: DeviceApi) -> int:

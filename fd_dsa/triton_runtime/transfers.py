@@ -97,7 +97,6 @@ class Transfers:
 
     @property
     def traits(self) -> GpuTraits:
-        """What kernels for the device are chosen and sized by."""
         return cuda().traits(self.device)
 
     def stream(self) -> ctypes.c_void_p:
@@ -230,8 +229,6 @@ class SideStream:
     runs after the join, and later work of this one after the next `begin`.
 
     Args:
-        api: library of the tensors.
-        device: index of the CUDA device.
         high_priority: the device prefers blocks of this stream's kernels.
     """
 

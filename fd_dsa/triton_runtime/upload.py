@@ -45,5 +45,4 @@ class Upload:
             copied.record()
 
     def finish(self) -> None:
-        """Wait until all copies are done."""
         self._transfers.finish()

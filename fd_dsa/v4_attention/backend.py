@@ -24,9 +24,7 @@ class V4AttentionBackend:
     """Windows in pages, compressed entries beside them, states in the rows of the batch.
 
     Args:
-        layout: of the pools.
         batch: the rows that it serves; a row is a slot.
-        num_blocks: blocks of the pools.
     """
 
     shows_selections = False
@@ -64,7 +62,6 @@ class V4AttentionBackend:
         self._scratch, self._step = Scratch(), None
 
     def allocate_caches(self, has_indexer: Any = None) -> list[LayerPools]:
-        """The pools of every layer."""
         return self._layout.allocate(self._prepare.cfg.num_blocks, self._num_slots)
 
     def warm_up(self, num_tokens: int, caches: Any) -> None:
@@ -97,7 +94,6 @@ class V4AttentionBackend:
             sources: float32 [num_tokens, halves, 2, width], changed in place; None in a
                 window-only layer.
             layer: has `layer_id` and `compressor`.
-            meta: the step.
         """
         step: V4Step = meta.fd_dsa_step
         pools: LayerPools = meta.caches[layer.layer_id]
@@ -120,7 +116,6 @@ class V4AttentionBackend:
             step.records.record(sources, pools)
 
     def chooses(self, forward_meta: Any) -> bool:
-        """Whether a token of the step sees more entries than the indexer chooses."""
         return bool(forward_meta.fd_dsa_step.chooses)
 
     def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> np.ndarray:
@@ -129,8 +124,6 @@ class V4AttentionBackend:
         Args:
             q: float32 [num_tokens, index_n_heads, index_head_dim], rotated.
             weights: float32 [num_tokens, index_n_heads]; all factors folded in.
-            layer_id: index of the layer.
-            forward_meta: the step.
         """
         step: V4Step = forward_meta.fd_dsa_step
         cache = forward_meta.caches[layer_id].index_entries
@@ -156,7 +149,6 @@ class V4AttentionBackend:
             q: float32 [num_tokens, num_heads, head_dim], rotated.
             chosen: of `select`; None: every token attends to all entries that it sees.
             layer: has `layer_id` and `sinks`.
-            forward_meta: the step.
         """
         step: V4Step = forward_meta.fd_dsa_step
         kind, keys = self._kinds[layer.layer_id], forward_meta.caches[layer.layer_id].keys

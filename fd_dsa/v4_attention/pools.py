@@ -44,10 +44,6 @@ class LayerPools:
 class V4CacheLayout:
     """Shapes and sizes of the pools of a model.
 
-    Args:
-        config: the model.
-        block_size: tokens of a block.
-
     Raises:
         ConfigError: a block would not hold whole entries.
     """
@@ -63,7 +59,6 @@ class V4CacheLayout:
             )
 
     def bytes_per_block(self) -> int:
-        """One block over all layers."""
         return self._bytes(num_blocks=1, num_slots=0)
 
     def bytes_per_slot(self) -> int:
@@ -88,7 +83,6 @@ class V4CacheLayout:
         return [self._layer(kind, num_blocks, num_slots) for kind in self.config.layer_types]
 
     def _layer(self, kind: str, num_blocks: int, num_slots: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the pools of a layer of this kind."""
         config, rows = self.config, self.block_size
         if kind == WINDOW:
             return {"keys": (num_blocks * rows, config.head_dim)}

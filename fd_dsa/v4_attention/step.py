@@ -73,7 +73,6 @@ class V4Step:
 
     @cached_property
     def records(self) -> RecordPlan:
-        """Sources at the ends of blocks."""
         return RecordPlan(self._out, self._start, self._q, self._slots, self.block_table)
 
     @cached_property
@@ -110,7 +109,6 @@ class V4Step:
             yield slice(int(bounds[row]), int(bounds[row + 1])), row
 
     def entries_per_block(self, kind: str) -> int:
-        """Entries of a block in layers of a kind."""
         cfg = self._out.config
         return cfg.block_size // (cfg.csa_ratio if kind == CSA else cfg.hca_ratio)
 
@@ -166,7 +164,6 @@ class V4Step:
         return np.diff(self._out.hca_indptr[: self.num_tokens + 1])
 
     def _row_tiles(self, kind: str, tokens: slice, row: int) -> Iterator[Tile]:
-        """The tiles of one row."""
         out, window = self._out, self._out.config.window_size
         last, visible = int(self.positions[tokens.stop - 1]), None
         if kind in _NAMES:

@@ -11,6 +11,7 @@ from typing import Any, Literal, SupportsIndex
 
 from fd_dsa.errors import V4PrepareError
 from fd_dsa.models.config_reader import FieldReader, read_json_object
+from fd_dsa.models.deepseek_v4.config import CSA, HCA, DeepseekV4Config
 
 INT32_MAX = 2**31 - 1
 # above this many bytes `hca_idx` is not written: its reader takes rows from the block table
@@ -21,8 +22,6 @@ _MAY_BE_ZERO = ("spec_tokens", "comp_base")
 # an object with the fields as attributes, a mapping of them, or a path
 ModelSource = Any
 
-_WINDOW_ONLY = "sliding_attention"
-_KINDS = ("compressed_sparse_attention", "heavily_compressed_attention")
 _NAMES = (
     "layer_types",
     "compress_rates",
@@ -32,8 +31,6 @@ _NAMES = (
     "max_position_embeddings",
     "num_hidden_layers",
 )
-# CSA's and HCA's, where a model has layers of one kind or of none
-_RELEASED = (4, 128)
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ class V4PrepareConfig:
                 path of a config.json or of the folder that holds it. Read are `sliding_window`,
                 `index_topk`; the layers, as transformers writes them (`layer_types`, with
                 `compress_rates` by type) or as released checkpoints do (`compress_ratios`: one
-                ratio a layer, 0 = window only; the lower other one is CSA's, the higher HCA's);
+                ratio a layer, 0 = window only, 4 = CSA, 128 = HCA);
                 and, where they are there, `max_position_embeddings` and `num_hidden_layers`.
                 Entries past `num_hidden_layers` belong to draft layers and do not count.
             max_rows: rows of the buffers (`max_num_seqs`).
@@ -283,82 +280,32 @@ def _size(name: str, value: Any) -> int:
 
 
 def _model_fields(source: ModelSource, max_model_len: int) -> dict[str, int]:
-    """Window, ratios and top-k from a model's configuration, checked, by `V4PrepareConfig` field.
+    """Window, ratios and top-k of a model, as its own configuration reads and checks them.
 
     Raises:
         ConfigError: names the field, its value, the rule and the cure.
-
-    Source: the configs of DeepSeek-V4-Flash and -Pro; Hugging Face transformers,
-    models/deepseek_v4.
     """
-    reader = _reader(source)
-    has_types = reader.raw("layer_types") is not None
-    csa_ratio, hca_ratio = _ratios_by_type(reader) if has_types else _ratios_by_layer(reader)
-    if reader.raw("max_position_embeddings") is not None:
-        longest = reader.integer("max_position_embeddings", None)
-        if max_model_len > longest:
-            allowed = f"at least max_model_len = {max_model_len}"
-            raise reader.error("max_position_embeddings", longest, allowed, "lower max_model_len")
-    return {
-        "window_size": reader.integer("sliding_window", None),
-        "csa_ratio": csa_ratio,
-        "hca_ratio": hca_ratio,
-        "index_topk": reader.integer("index_topk", None),
-    }
-
-
-def _reader(source: ModelSource) -> FieldReader:
-    """A reader over a path, a mapping or an object."""
+    data, name = source, "hf_config"
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         path = path / "config.json" if path.is_dir() else path
-        return FieldReader(read_json_object(path), str(path))
-    if isinstance(source, Mapping):
-        return FieldReader(dict(source), "hf_config")
-    present = {name: getattr(source, name) for name in _NAMES if hasattr(source, name)}
-    return FieldReader(present, type(source).__name__)
-
-
-def _own_layers(reader: FieldReader, name: str, values: Any) -> list[Any]:
-    """The entries of the model's own layers, without those of draft layers."""
-    num_layers = len(values)
-    if reader.raw("num_hidden_layers") is not None:
-        num_layers = reader.integer("num_hidden_layers", None)
-    if len(values) < num_layers:
-        allowed = f"an entry for each of num_hidden_layers = {num_layers} layers, and more for "
-        raise reader.error(name, values, f"{allowed}drafts", "one of the two fields is wrong")
-    return list(values)[:num_layers]
-
-
-def _ratios_by_type(reader: FieldReader) -> tuple[int, ...]:
-    """CSA's and HCA's ratio where layers have types, and types have rates."""
-    types = reader.raw("layer_types")
-    if not isinstance(types, (list, tuple)) or any(
-        kind not in (_WINDOW_ONLY, *_KINDS) for kind in types
-    ):
-        allowed = f"a list of {_WINDOW_ONLY!r}, {_KINDS[0]!r} or {_KINDS[1]!r} for each layer"
-        raise reader.error("layer_types", types, allowed)
-    _own_layers(reader, "layer_types", types)
-    rates = reader.section("compress_rates") or FieldReader({}, reader.source)
-    pairs = zip(_KINDS, _RELEASED, strict=True)
-    return tuple(rates.integer(kind, released) for kind, released in pairs)
-
-
-def _ratios_by_layer(reader: FieldReader) -> tuple[int, ...]:
-    """CSA's and HCA's ratio where each layer has its ratio."""
-    name = "compress_ratios"
-    ratios = reader.raw(name)
-    if not isinstance(ratios, (list, tuple)) or not all(
-        type(ratio) is int and ratio >= 0 for ratio in ratios
-    ):
-        allowed = "a list of one ratio a layer, 0 for a window-only layer"
-        cure = "take it, or layer_types, from the checkpoint's config.json; no default fits every "
-        raise reader.error(name, ratios, allowed, f"{cure}model")
-    used = tuple(sorted({*_own_layers(reader, name, ratios)} - {0}))
-    if {*used} <= {*_RELEASED}:
-        return _RELEASED
-    if len(used) != 2:
-        allowed = "two ratios other than 0, CSA's and HCA's, or some of 0, 4 and 128; found "
-        cure = "for other layer mixes construct V4PrepareConfig with csa_ratio and hca_ratio"
-        raise reader.error(name, list(ratios), f"{allowed}{list(used)}", cure)
-    return used
+        data, name = read_json_object(path), str(path)
+    elif not isinstance(source, Mapping):
+        data = {one: getattr(source, one) for one in _NAMES if hasattr(source, one)}
+        name = type(source).__name__
+    found = {one: list(v) if isinstance(v, tuple) else v for one, v in data.items()}
+    found = {one: found[one] for one in _NAMES if one in found}
+    layers = found.get("layer_types") or found.get("compress_ratios")
+    if found.get("num_hidden_layers") is None and isinstance(layers, list):
+        found["num_hidden_layers"] = len(layers)
+    model = DeepseekV4Config.from_dict(found, name)
+    if max_model_len > model.max_position_embeddings:
+        allowed = f"at least max_model_len = {max_model_len}"
+        field = "max_position_embeddings", model.max_position_embeddings
+        raise FieldReader(found, name).error(*field, allowed, "lower max_model_len")
+    return {
+        "window_size": model.sliding_window,
+        "csa_ratio": model.compress_rates[CSA],
+        "hca_ratio": model.compress_rates[HCA],
+        "index_topk": model.index_topk,
+    }

@@ -42,7 +42,6 @@ _MAX_STAMP = 2**31 - 1
 
 
 def section_words(cfg: V4PrepareConfig) -> int:
-    """Words of each section of a slab."""
     return -(-(cfg.max_num_seqs + 1) // HEADER_WORDS) * HEADER_WORDS
 
 
@@ -121,8 +120,6 @@ class DeviceSteps:
     see it. A sound step writes nothing there.
 
     Args:
-        cfg: sizes of the steps.
-        allocate: makes a contiguous tensor of a shape and dtype on the device.
         table: the blocks of all rows.
         num_slabs: slabs that take turns.
 

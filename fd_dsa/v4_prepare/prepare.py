@@ -213,7 +213,6 @@ class HostSteps:
     """Steps in host memory; a step is built by `v4_prepare_np` when it is expanded.
 
     Args:
-        cfg: sizes of the steps.
         table: the blocks of all rows.
         view: how an array becomes one of the place, on the same memory.
 

@@ -18,7 +18,7 @@ from tests.distributed.sums import rounded, sum_of, widened
 # the last one that our own all-reduce takes is 146; a row is 7,168 values
 TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 33, 34, 66, 67, 100, 128, 146, 147, 333, 1024, 3000, 8192)
 WIDTH = 7168
-# of a graph: sizes in turn, so that clusters, single blocks and two shots follow each other
+# of a graph: sizes in turn, so that clusters and single blocks follow each other
 IN_TURN, TURNS, REPEATS = (1, 128, 1, 16, 5, 1), 10, 10_000
 _BLOCK = 512
 
@@ -98,7 +98,7 @@ def check_repeats(rank: Rank) -> dict[str, str]:
 
 
 def check_fused(rank: Rank) -> dict[str, str]:
-    """Residual, norm and FP8 in the same launch, against the launches one after another."""
+    """Residual and norm in the same launch, against the launches one after another."""
     from fd_dsa.ops._dense_kernels import add_rms_norm, quantize_rows
 
     group, found, memory = rank.group("fused"), {}, rank.memory

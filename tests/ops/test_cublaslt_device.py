@@ -9,7 +9,7 @@ import pytest
 
 from fd_dsa.ops._cublaslt import Cublaslt, cublaslt_for
 from fd_dsa.ops._cublaslt_library import why_not_fp8
-from fd_dsa.ops._cublaslt_shapes import block_scales, padded_rows
+from fd_dsa.ops._cublaslt_shapes import padded_rows
 from fd_dsa.triton_runtime.transfers import transfers_for
 from tests.kernel_memory import KernelMemory, open_memory
 from tests.ops.e4m3 import E4M3_VALUES
@@ -104,10 +104,10 @@ def fp8(m: KernelMemory, num_tokens: int, size: tuple[int, int], seed: int = 0) 
         np.exp2(rng.integers(-8, 1, shape)).astype(np.float32)
         for shape in ((groups, rows), (blocks, groups))
     )
-    allocate = m.poisoned
+    padded = np.pad(scales_w, ((0, 0), (0, -groups % 4)))
     operands = (
-        *(m.put(codes_x), m.put(scales_x), m.put(codes_w)),
-        *(block_scales(m.put(scales_w), allocate), m.poisoned((rows, outputs), "bfloat16")),
+        *(m.put(codes_x), m.put(scales_x), m.put(codes_w), m.put(padded)),
+        m.poisoned((rows, outputs), "bfloat16"),
     )
     x = E4M3_VALUES[codes_x] * np.repeat(scales_x.T, 128, axis=1).astype(np.float64)
     spread = np.repeat(np.repeat(scales_w, 128, axis=0)[:outputs], 128, axis=1)
@@ -129,13 +129,11 @@ def test_fp8_linear(memory: KernelMemory, num_tokens: int, size: tuple[int, int]
     case.check(memory.get(case.operands[4]), num_tokens)
 
 
-def test_the_measured_algorithm_always_gives_the_same_bits(memory: KernelMemory) -> None:
+def test_repeats_give_the_same_bits(memory: KernelMemory) -> None:
     skip_without_block_scales(memory)
     lt, size = cublaslt(memory), (2112, 7168)
     for num_tokens in (8, 128):
         case = fp8(memory, num_tokens, size)
-        times = lt.choose([case.operands, fp8(memory, num_tokens, size, seed=1).operands])
-        assert times and min(times) > 0
         found = []
         for _ in range(20):
             lt.fp8_linear(*case.operands)

@@ -165,7 +165,7 @@ def test_a_launch_that_ends_midway_leaves_no_counts(
 def test_captured_before_the_first_run_it_does_without_scratch(
     kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fd_dsa.ops.indexer_projection import triton_kernel as scratch
+    from fd_dsa.ops import _split_sums as scratch
     from fd_dsa.triton_runtime.transfers import Transfers
 
     monkeypatch.setattr(Transfers, "is_capturing", lambda self: True)

@@ -219,7 +219,6 @@ def _given(args: argparse.Namespace, name: str, default: Any) -> Any:
 
 
 def _argument(flag: str, name: str, value: Any) -> list[str]:
-    """One flag of FastDeploy's with its value."""
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag.removeprefix('--')}"]
     if isinstance(value, list):

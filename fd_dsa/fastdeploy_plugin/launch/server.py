@@ -64,7 +64,6 @@ class ServerProcess:
         self._command, self._environment = list(command), dict(environment)
 
     def __enter__(self) -> ServerProcess:
-        """Start the command."""
         reading, self._control = os.pipe()
         os.set_blocking(self._control, False)
         # before the start, so that no signal is lost; the pipe keeps them for the guard
@@ -130,7 +129,6 @@ class ServerProcess:
             os.write(self._control, bytes([number]))
 
     def _restore(self) -> None:
-        """Put the signal handlers back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

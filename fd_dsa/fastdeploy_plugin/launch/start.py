@@ -300,7 +300,6 @@ def _is_free(host: str, port: int) -> bool:
 
 
 def _family(host: str) -> socket.AddressFamily:
-    """Of the interface's address."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 

@@ -19,13 +19,6 @@ class V4Attention:
     All projections of the layer's input are one GEMM: the query's latent, the key, head weights of
     the indexer, sources of the compressors.
 
-    Args:
-        config: the model.
-        layer_id: index of the layer.
-        weights: make what is asked for.
-        prefix: of the checkpoint's names.
-        rotation: of this kind of layer.
-
     Attributes:
         sinks: float32 [num_heads]; logit of a key without a value.
         compressor: makes the layer's entries; None in a window-only layer.

@@ -20,13 +20,6 @@ from fd_dsa.ops._rope import rotate_
 class Compressor:
     """The parameters with which a layer makes entries.
 
-    Args:
-        config: the model.
-        kind: of the layer, CSA or HCA.
-        weights: make what is asked for.
-        prefix: of the checkpoint's names, of the layer's attention.
-        rotation: of the layer's positions.
-
     Attributes:
         halves: of a source.
         width: channels of a half: `head_dim`, in CSA followed by `index_head_dim`.

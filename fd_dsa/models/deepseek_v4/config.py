@@ -305,7 +305,6 @@ def _read_rope(section: FieldReader, theta: float, longest: int) -> RopeConfig:
 
 
 def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
-    """Refuse fields that contradict one another."""
     heads, groups = values["num_attention_heads"], values["o_groups"]
     experts, layers = values["n_routed_experts"], values["num_hidden_layers"]
     if heads % groups:

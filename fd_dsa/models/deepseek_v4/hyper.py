@@ -21,13 +21,7 @@ _ONE, _TWO = np.float32(1.0), np.float32(2.0)
 
 
 class HyperConnection:
-    """What a block reads from the streams, and how its output goes back.
-
-    Args:
-        config: the model.
-        weights: make what is asked for.
-        prefix: of the checkpoint's names.
-    """
+    """What a block reads from the streams, and how its output goes back."""
 
     def __init__(self, config: DeepseekV4Config, weights: Any, prefix: str) -> None:
         streams, width = config.hc_mult, config.hc_mult * config.hidden_size
@@ -122,13 +116,7 @@ def _adders(n: int, eps: np.float32) -> np.ndarray:
 
 
 class HeadCollapse:
-    """The weighted sum of all streams that the head reads.
-
-    Args:
-        config: the model.
-        weights: make what is asked for.
-        prefix: of the checkpoint's names.
-    """
+    """The weighted sum of all streams that the head reads."""
 
     def __init__(self, config: DeepseekV4Config, weights: Any, prefix: str) -> None:
         streams, width = config.hc_mult, config.hc_mult * config.hidden_size

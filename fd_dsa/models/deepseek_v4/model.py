@@ -44,12 +44,7 @@ class DeepseekV4DecoderLayer:
 
 
 class DeepseekV4ForCausalLM:
-    """The whole model: packed token ids of a step in, logits of chosen tokens out.
-
-    Args:
-        config: sizes, read from the model folder.
-        weights: HostWeights, which make what the layers ask for.
-    """
+    """The whole model: packed token ids of a step in, logits of chosen tokens out."""
 
     def __init__(self, config: DeepseekV4Config, weights: Any) -> None:
         self.config, self._weights = config, weights

@@ -16,12 +16,6 @@ class V4Gate:
     """Experts of each token and their weights: by a table of token ids, or by the best scores.
 
     The bias counts for the choice alone. The chosen scores are normalised whatever the function.
-
-    Args:
-        config: the model.
-        layer_id: index of the layer; its kind says what chooses.
-        weights: make what is asked for.
-        prefix: of the checkpoint's names.
     """
 
     def __init__(self, config: DeepseekV4Config, layer_id: int, weights: Any, prefix: str) -> None:
@@ -52,14 +46,7 @@ class V4Gate:
 
 
 class V4MoE:
-    """Routed experts plus the shared expert.
-
-    Args:
-        config: the model.
-        layer_id: index of the layer.
-        weights: make what is asked for.
-        prefix: of the checkpoint's names.
-    """
+    """Routed experts plus the shared expert."""
 
     def __init__(self, config: DeepseekV4Config, layer_id: int, weights: Any, prefix: str) -> None:
         self._gate = V4Gate(config, layer_id, weights, f"{prefix}gate.")

@@ -34,7 +34,6 @@ class Rotation:
         return np.concatenate((np.cos(angles), np.sin(angles)), axis=1)
 
     def of_step(self, positions: np.ndarray) -> Angles:
-        """The angles of a step's tokens."""
         forward = self.at(positions)
         backward, half = forward.copy(), forward.shape[1] // 2
         np.negative(backward[:, half:], out=backward[:, half:])

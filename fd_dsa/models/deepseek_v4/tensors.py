@@ -100,7 +100,6 @@ def _attention(config: DeepseekV4Config, kind: str) -> dict[str, tuple[int, ...]
 
 
 def _experts(config: DeepseekV4Config) -> dict[str, tuple[int, ...]]:
-    """Router, shared expert and routed experts of a layer."""
     hidden, width, count = (
         config.hidden_size,
         config.moe_intermediate_size,

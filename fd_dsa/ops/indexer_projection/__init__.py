@@ -17,7 +17,7 @@ Args:
     weights_proj: of the same dtype, [hidden_size, index_n_heads]. Both may be column slices, as of
         one parameter.
     out: where to write the two results, on a device contiguous; None allocates.
-    scratch: on a device memory of `triton_kernel.new_scratch`; None is the device's own, made by
+    scratch: on a device memory of `_split_sums.new_scratch`; None is the device's own, made by
         the first launch outside of a capture.
 
 Returns:
@@ -44,7 +44,6 @@ def project_on_host(
     out: tuple[Any, Any] | None = None,
     scratch: None = None,
 ) -> tuple[Any, Any]:
-    """Two GEMMs on a CPU."""
     for index, result in enumerate(out or ()):
         check_writable("project_indexer", f"out[{index}]", result)
     x = as_numpy(hidden_states)

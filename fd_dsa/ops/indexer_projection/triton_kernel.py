@@ -10,28 +10,21 @@ Source: the count of arrivals, CUDA samples `threadFenceReduction`.
 
 from __future__ import annotations
 
-import logging
-from contextlib import suppress
 from typing import Any
 
 from fd_dsa.ops._fixed_order import rows_of_tiles
 from fd_dsa.ops._host import allocator_beside, dtype_name, outer_strides
+from fd_dsa.ops._split_sums import NUM_COUNTERS, clear_counters, scratch_beside
 from fd_dsa.ops._triton import step_kernel, stored_values
 from fd_dsa.ops._triton_fp8 import stored
-from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
-from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.transfers import transfers_for
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-NUM_COUNTERS = 1024
-"""Tiles of a result whose sums may be split."""
 NUM_PARTIALS = 1 << 20
 """float32 sums: 4 MiB, in the L2 of a Hopper GPU many times over."""
 
-_logger = logging.getLogger(__name__)
-_OF_DEVICE: dict[Any, Any] = {}
 _NAME = "project_indexer"
 _COUNTERS = tl.constexpr(NUM_COUNTERS)
 Tiling = tuple[int, int, int, int, int, int]
@@ -146,40 +139,6 @@ def project_indexer_kernel(
             tl.store(weights_ptr + token[:, None] * HEADS + column[None, :], total, mask=mask)
 
 
-def new_scratch(like: Any) -> Any:
-    """Scratch memory for launches that run one at a time.
-
-    Args:
-        like: a float32 tensor on the device.
-
-    Returns:
-        float32 [NUM_COUNTERS + NUM_PARTIALS]. Counters are float32 as the sums are, so that one
-        tensor of any library holds both; they are zero between launches.
-    """
-    return like.new_zeros([NUM_COUNTERS + NUM_PARTIALS])
-
-
-def scratch_beside(like: Any) -> Any:
-    """The device's own scratch memory, made at the first call, or None.
-
-    None in a capture before any launch outside of one: memory of a graph is no memory to keep, and
-    its zeros would be written by a replay.
-    """
-    api = api_for_type(type(like))
-    # interpreted kernels also run on what has no number, such as a CPU's memory
-    key = api, str(getattr(like, "place", "")) if INTERPRETING else api.device_of(like)
-    scratch = _OF_DEVICE.get(key)
-    if scratch is None:
-        if transfers_for(like).is_capturing():
-            _logger.warning(
-                "project_indexer: captured before its first run, so the graph keeps its slow form; "
-                "run a step before the capture"
-            )
-            return None
-        scratch = _OF_DEVICE.setdefault(key, new_scratch(like))
-    return scratch
-
-
 def project_indexer(
     hidden_states: Any,
     wk: Any,
@@ -198,17 +157,13 @@ def project_indexer(
     if num_tokens:
         rows = rows_of_tiles(num_tokens)
         if scratch is None and rows <= MOST_SPLIT_TOKENS:
-            scratch = scratch_beside(out[1])
+            scratch = scratch_beside(out[1], _NAME, NUM_PARTIALS)
         arguments = kernel_arguments(hidden_states, wk, weights_proj, out, scratch)
         grid, options = launch_options(arguments, configuration(rows))
         try:
             project_indexer_kernel[grid](**arguments, **options)
         except BaseException:
-            # an interpreted launch may end midway and leave counts, which would make every later
-            # sum wrong; a GPU runs a launch whole, or its error ends the use of the device
-            if scratch is not None:
-                with suppress(Exception):
-                    scratch.zero_()
+            clear_counters(scratch)
             raise
     return out
 

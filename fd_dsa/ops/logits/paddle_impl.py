@@ -44,12 +44,10 @@ class PagedUnits:
 
     @property
     def unit_keys(self) -> int:
-        """Keys of one unit."""
         return self.blocks.shape[1] * self.block_size
 
     @property
     def width(self) -> int:
-        """Columns of the logits."""
         return self.units_per_row * self.unit_keys
 
     @classmethod

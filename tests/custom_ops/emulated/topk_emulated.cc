@@ -1,5 +1,5 @@
 // The kernels of top-k on the emulated GPU, in small blocks and with sizes of the caller's choice.
-#include "topk_ptx.cuh"
+#include "ptx.cuh"
 // the other comes first, so that its guard keeps the hardware's own out
 #include "topk.cu"
 

@@ -9,7 +9,8 @@ import paddle
 import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.ops.indexer_projection.triton_kernel import new_scratch, project_indexer
+from fd_dsa.ops._split_sums import new_scratch
+from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer
 from fd_dsa.triton_runtime import transfers
 from fd_dsa.triton_runtime.device import PaddleApi
 from tests.gpu_rig import Rig, RigError

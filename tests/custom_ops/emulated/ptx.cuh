@@ -1,10 +1,12 @@
-// Replaces custom_ops/csrc/topk_ptx.cuh, whose guard it takes.
-#ifndef FD_DSA_TOPK_PTX_CUH
-#define FD_DSA_TOPK_PTX_CUH
+// Replaces custom_ops/csrc/ptx.cuh, whose guard it takes.
+#ifndef FD_DSA_PTX_CUH
+#define FD_DSA_PTX_CUH
+
+#include <chrono>
 
 #include "common.cuh"
 
-namespace fd_dsa::topk {
+namespace fd_dsa {
 
 inline unsigned char* shared_memory() {
   const auto start = reinterpret_cast<uintptr_t>(emulated::current->block->memory.data());
@@ -57,6 +59,46 @@ struct Cluster {
   }
 };
 
-}  // namespace fd_dsa::topk
+inline uint4 load_shared_rank(const uint4* at) {
+  const auto* words = reinterpret_cast<const volatile uint32_t*>(at);
+  return {words[0], words[1], words[2], words[3]};
+}
 
-#endif  // FD_DSA_TOPK_PTX_CUH
+inline void store_shared_rank(uint4* at, uint4 x) {
+  auto* words = reinterpret_cast<volatile uint32_t*>(at);
+  // as torn as the hardware may do it
+  words[2] = x.z;
+  words[0] = x.x;
+  words[3] = x.w;
+  words[1] = x.y;
+}
+
+inline uint64_t nanoseconds() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return static_cast<uint64_t>(std::chrono::nanoseconds(now).count());
+}
+
+inline void poll_again() { emulated::yield(); }
+
+// Ends the thread alone, and no launch after it is refused.
+inline void fail(uint32_t* at, uint32_t value) {
+  *at = value;
+  emulated::current->done = true;
+  emulated::yield();
+}
+
+inline void wait_for_inputs() {}
+inline void start_next() {}
+
+inline uint32_t bfloat16_bits(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline uint32_t pack_bfloat16(float low, float high) {
+  return bfloat16_bits(low) | bfloat16_bits(high) << 16;
+}
+
+}  // namespace fd_dsa
+
+#endif  // FD_DSA_PTX_CUH
