@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_gemms import device_time_us
 from tests.distributed.gpu_ranks import Rank
 
 WIDTH, TOKENS = 7168, (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
@@ -41,12 +40,14 @@ class Bench:
 
     def time_us(self, call: Callable[[], Any]) -> float:
         """Median microseconds of a call in a graph of many."""
+        from fd_dsa.triton_runtime.driver import cuda
+
         replay = self._rank.capture(lambda: [call() for _ in range(_IN_GRAPH)])
         self._groups["nccl"].barrier()
         stream, times = self._stream().value or 0, []
         for _ in range(_TIMES):
             # ranks begin some microseconds apart
-            one = device_time_us(lambda: [replay() for _ in range(_IN_A_ROW)], stream)
+            one = cuda().time_us(0, lambda: [replay() for _ in range(_IN_A_ROW)], stream)
             times.append(one / (_IN_A_ROW * _IN_GRAPH))
         return median(times[1:])
 

@@ -1,6 +1,7 @@
 """FP8 GEMMs and routed experts of DeepSeek-V3.2, on Paddle tensors in the memory of a GPU.
 
-    python -m benchmarks.gpu_gemms --rig    # what serves, beside cuBLASLt: P25, P26
+    python -m benchmarks.gpu_gemms --rig              # what serves, beside cuBLASLt: P25, P26
+    python -m benchmarks.gpu_gemms --rig --tilings    # and every tiling that may serve
 
 Each figure is a replay of a graph with a call for each of several weights, so that none is in the
 L2. The floor is the bytes of weights, those of experts by the number that are hit, at the copy rate
@@ -11,7 +12,6 @@ benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -92,6 +92,7 @@ class Bench:
     def time_us(self, calls: Sequence[Callable[[], Any]]) -> float:
         """Median microseconds of a call: all of them are captured together."""
         from fd_dsa.runner.decode_graphs import PaddleCapture
+        from fd_dsa.triton_runtime.driver import cuda
         from fd_dsa.triton_runtime.transfers import transfers_for
 
         def work() -> Any:
@@ -99,29 +100,11 @@ class Bench:
 
         _, replay = PaddleCapture(self.place)(work)
         stream = transfers_for(self._example()).stream().value or 0
-        times = [device_time_us(replay, stream) for _ in range(_REPLAYS)]
+        times = [cuda().time_us(0, replay, stream) for _ in range(_REPLAYS)]
         return median(times[2:]) / len(calls)
 
     def _example(self) -> Any:
         return self.allocate((1,), "float32")
-
-
-def device_time_us(call: Callable[[], Any], stream: int) -> float:
-    """Microseconds of device 0 for what one call queues on a stream; waits for it."""
-    from fd_dsa.triton_runtime.driver import cuda
-
-    ask = partial(cuda().call, 0)
-    begin, end, elapsed_ms = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
-    for event in (begin, end):
-        ask("cuEventCreate", ctypes.byref(event), 0)
-    ask("cuEventRecord", begin, ctypes.c_void_p(stream))
-    call()
-    ask("cuEventRecord", end, ctypes.c_void_p(stream))
-    ask("cuEventSynchronize", end)
-    ask("cuEventElapsedTime", ctypes.byref(elapsed_ms), begin, end)
-    for event in (begin, end):
-        ask("cuEventDestroy_v2", event)
-    return elapsed_ms.value * 1e3
 
 
 def floor_us(nbytes: float, ops: float) -> float:
@@ -129,7 +112,7 @@ def floor_us(nbytes: float, ops: float) -> float:
     return max(nbytes / BYTES_PER_US, ops / FP8_OPS_PER_US)
 
 
-def dense_cases(bench: Bench) -> Iterator[dict[str, Any]]:
+def dense_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
     """Each shape and number of rows: cuBLASLt and our kernel."""
     from fd_dsa.ops import _fp8_gemm
     from fd_dsa.ops._cublaslt import cublaslt_for
@@ -144,15 +127,31 @@ def dense_cases(bench: Bench) -> Iterator[dict[str, Any]]:
 
             by_library = partial(library.fp8_linear, x.padded, x.scales)
 
+            def ours(tiling: Any = None, x: Any = x, weights: Any = weights) -> list[Any]:
+                linear = partial(_fp8_gemm.fp8_linear, x, tiling=tiling)
+                return [partial(linear, *pair) for pair in weights]
+
             entry = {"case": name, "shape": [outputs, width], "rows": num_rows}
             entry["floor_us"] = floor_us(outputs * width, 2 * num_rows * outputs * width)
             entry["cublaslt_us"] = bench.time_us(
                 [partial(by_library, *pair, out) for pair in weights]
             )
             chosen = _fp8_gemm.configuration(num_rows, outputs, width)
-            ours = [partial(_fp8_gemm.fp8_linear, x, *pair) for pair in weights]
-            entry["ours_us"], entry["tiling"] = bench.time_us(ours), chosen
+            entry["ours_us"], entry["tiling"] = bench.time_us(ours()), chosen
+            if tilings:
+                entry["tilings"] = tried(bench, _fp8_gemm.candidates(num_rows), ours)
             yield entry
+
+
+def tried(bench: Bench, tilings: Sequence[Any], calls: Callable[[Any], Any]) -> list[Any]:
+    """Microseconds of each tiling, the fastest first; those that are refused say why."""
+    found, refused = [], []
+    for tiling in tilings:
+        try:
+            found.append((round(bench.time_us(calls(tiling)), 2), tiling))
+        except Exception as error:
+            refused.append((str(error)[:80], tiling))
+    return sorted(found) + refused
 
 
 class Experts:
@@ -200,7 +199,7 @@ class Experts:
         return self._kernels.sum_experts(self.down(), self._shares, self._ids, self._shared)
 
 
-def expert_cases(bench: Bench) -> Iterator[dict[str, Any]]:
+def expert_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
     """Experts of each number of tokens: all launches, and both GEMMs."""
     from fd_dsa.ops import _expert_gemm
 
@@ -219,6 +218,12 @@ def expert_cases(bench: Bench) -> Iterator[dict[str, Any]]:
             sizes = "uint8", tokens * TOP_K, EXPERTS, is_gated
             tiling = entry[f"{name}_tiling"] = _expert_gemm.configuration(*sizes, 227 << 10)
             entry[f"{name}_triton_us"] = bench.time_us([partial(call, tiling)])
+            if tilings:
+                entry[f"{name}_tilings"] = tried(
+                    bench,
+                    _expert_gemm.candidates("uint8", is_gated),
+                    lambda tiling, call=call: [partial(call, tiling)],
+                )
         yield entry
 
 
@@ -235,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
     )
+    parser.add_argument("--tilings", action="store_true", help="every tiling that may serve")
     parser.add_argument("--only", choices=["dense", "experts"])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
@@ -243,9 +249,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"gpu_{kind}"
         result: dict[str, Any] = {"name": name, "tier": "T1p", "env": environment(), "cases": []}
         if args.only in (None, kind):
-            for entry in cases(bench):
+            for entry in cases(bench, tilings=args.tilings):
                 result["cases"].append(entry)
                 print(line(entry), flush=True)
+                for key, value in entry.items():
+                    if key.endswith("tilings"):
+                        print(*(f"    {key} {best}" for best in value[:5]), sep="\n", flush=True)
                 write_json(args.out / f"{name}.json", result)
     return 0
 

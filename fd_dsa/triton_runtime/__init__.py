@@ -15,7 +15,13 @@ from fd_dsa.triton_runtime.device import DeviceApi, register_device_api
 from fd_dsa.triton_runtime.early import start_next, wait_for_inputs
 from fd_dsa.triton_runtime.kernel import Kernel, paddle_jit
 from fd_dsa.triton_runtime.parameters import Pointer
-from fd_dsa.triton_runtime.serving import freeze, num_late_compilations, unfreeze, warming
+from fd_dsa.triton_runtime.serving import (
+    freeze,
+    num_late_compilations,
+    unfreeze,
+    warming,
+)
+from fd_dsa.triton_runtime.tuning import autotune, heuristics
 
 __all__ = [
     "INTERPRETING",
@@ -24,7 +30,9 @@ __all__ = [
     "DeviceApi",
     "Kernel",
     "Pointer",
+    "autotune",
     "freeze",
+    "heuristics",
     "num_late_compilations",
     "paddle_jit",
     "register_device_api",

@@ -101,6 +101,10 @@ class BoundLaunch:
             self.variant.recover(code, frame)
         free.append(frame)
 
+    def current_stream(self) -> int:
+        """The stream on which a call would launch now."""
+        return self._stream(self._device)
+
     def _unfit(self, scalars: tuple[Any, ...], why: Any) -> LaunchError:
         """The error for scalars that are too many, too few or of another type."""
         kinds = ", ".join(f"{n}: {self.variant.arguments[n].type}" for n in self._scalars)

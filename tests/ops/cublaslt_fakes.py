@@ -38,14 +38,19 @@ class Driver(FakeLibrary):
 
     Attributes:
         capturing: every stream is captured.
+        milliseconds: what the next timed rounds take.
     """
 
     def __init__(self, num_devices: int = 1) -> None:
         super().__init__(num_devices=num_devices)
-        self.capturing = False
+        self.capturing, self.milliseconds = False, iter(())
 
     def cuStreamIsCapturing(self, stream: Any, status: Any) -> int:
         status._obj.value = int(self.capturing)
+        return 0
+
+    def cuEventElapsedTime(self, elapsed: Any, begin: Any, end: Any) -> int:
+        elapsed._obj.value = next(self.milliseconds)
         return 0
 
 

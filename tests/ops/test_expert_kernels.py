@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa.errors import ShapeError
+from fd_dsa.ops import _expert_gemm
 from fd_dsa.ops._expert_gemm import Tiling, configuration
 from fd_dsa.ops._expert_kernels import choose_experts, expert_gemm, group_pairs, sum_experts
 from fd_dsa.ops._fp8_rows import Fp8Rows
@@ -187,17 +188,24 @@ def test_every_tiling_gives_the_same_values(
     m, ids = paddle_memory, choices("random", 90, 2)
     lists = group_pairs(m.put(ids), EXPERTS)
     case = Operands(m, kind, 90, 256 if gated else 130, 136)
-    tilings = {Tiling(32, 128 if gated else 64, 8, 3), Tiling(128, 128, 8, 3)}
-    if m.large:
-        pairs = (8, 2048, 4096, 8192, 16384, 65536)
-        tilings |= {configuration(kind, n, 256, gated, 227 << 10) for n in pairs}
-    for tiling in sorted(tilings):
+    few = (Tiling(32, 128 if gated else 64, 8, 3), Tiling(128, 128, 8, 3))
+    for tiling in _expert_gemm.candidates(kind, gated) if m.large else few:
         options = {"gated": gated, "round_scales": False, "tiling": tiling}
         found = expert_gemm(case.x, case.weight, *lists, top_k=2, **options)
         if gated:
             case.check_gated(found, ids, round_scales=False)
         else:
             case.check_down(found, ids)
+
+
+def test_chosen_tilings_are_candidates() -> None:
+    for kind in KINDS:
+        for tokens in (1, 2, 128, 512, 1024, 2048, 8192):
+            for gated in (False, True):
+                # of Hopper, the A100 and the L40S
+                for shared_bytes in (227 << 10, 163 << 10, 99 << 10):
+                    chosen = configuration(kind, 8 * tokens, 256, gated, shared_bytes)
+                    assert chosen in _expert_gemm.candidates(kind, gated)
 
 
 def test_weights_past_32_bits(paddle_memory: KernelMemory) -> None:

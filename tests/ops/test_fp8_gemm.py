@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops import _split_sums
+from fd_dsa.ops import _fp8_gemm, _split_sums
 from fd_dsa.ops._fp8_gemm import Tiling, configuration, fp8_linear
 from fd_dsa.triton_runtime.transfers import Transfers
 from tests.kernel_memory import KernelMemory
@@ -80,11 +80,15 @@ TILINGS = (
 
 def test_every_tiling_gives_the_same_values(paddle_memory: KernelMemory) -> None:
     m, scratch = paddle_memory, dirty_scratch(paddle_memory)
-    chosen = (configuration(rows, *LARGE[3][1:]) for rows in (16, 32, 64, 128, 129))
-    large = ((LARGE[3], tiling) for tiling in chosen)
+    large = ((LARGE[3], tiling) for tiling in _fp8_gemm.CANDIDATES)
     for shape, tiling in (*TILINGS, *large) if m.large else TILINGS:
         Case(m, *shape).check(tiling=tiling, scratch=scratch)
         assert not m.get(scratch[: _split_sums.NUM_COUNTERS]).any()
+
+
+def test_chosen_tilings_are_candidates() -> None:
+    for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 8192):
+        assert configuration(rows, 7168, 2048) in _fp8_gemm.candidates(rows)
 
 
 def test_splits_have_work_and_room() -> None:
