@@ -126,7 +126,10 @@ def test_caches_are_planned_by_the_rank_with_the_least_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free = [6 << 30, 2 << 30, 4 << 30, 8 << 30]
-    plans = [EngineConfig(device="cpu", tensor_parallel_size=size) for size in (4, 1)]
+    plans = [
+        EngineConfig(device="cpu", tensor_parallel_size=size, speculative_config="none")
+        for size in (4, 1)
+    ]
     monkeypatch.setattr(memory_plan, "available_memory_bytes", lambda: free.pop())
     memories = [plan.memory for plan in on_ranks(4, lambda group: make_plan(plans[0], group))]
     assert memories == memories[:1] * 4

@@ -90,7 +90,8 @@ def test_what_this_machine_or_release_cannot_serve_is_one_line(tmp_path: Path) -
 
 
 def test_metrics_count_what_the_model_did(tmp_path: Path) -> None:
-    with serving(tmp_path, "--index-topk", "16") as server, server.client() as client:
+    flags = "--index-topk", "16", "--speculative-config", "none"
+    with serving(tmp_path, *flags) as server, server.client() as client:
         for _ in range(2):
             answer = greedy(client, max_tokens=30, extra_body={"ignore_eos": True})
         text = httpx.get(f"{server.url}/metrics", timeout=60).text
