@@ -60,7 +60,7 @@ def logits_of(
     Returns:
         float32 [6, vocab_size] for each prompt, and the prompt tokens of each step.
     """
-    engine = build_engine(EngineConfig(**{**BASE, **form}))
+    engine = build_engine(EngineConfig(**{**BASE, **form}, speculative_config="none"))
     watched = Watched(engine.runner)
     engine.runner = watched
     if clock_seed is not None:
