@@ -118,6 +118,7 @@ def engine_for(mode: Mode, requests: Sequence[Request], dtype: str) -> LLMEngine
         "max_num_seqs": 32,
         "max_num_batched_tokens": CHUNK,
         "num_gpu_blocks_override": sum(r.num_blocks for r in requests),
+        "speculative_config": "none",
         "enable_prefix_caching": False,
         **mode.fields,
     }
