@@ -53,17 +53,16 @@ BENCHMARKS = {
 }
 """Module -> its time limit, seconds, in the order of their importance."""
 _ENGINE = {
-    "gpu_engine": ("gpu_engine", 220),
-    "gpu_engine_peer": ("gpu_engine --earlier", 340),
-    "speculative_gpu": ("speculative_gpu", 380),
-    "gpu_engine_invariant": ("gpu_engine --batch-invariant", 220),
-    "real_widths": ("real_widths --folder /dev/shm", 300),
-    "once_per_step": ("once_per_step", 180),
-    "prompt_attention": ("prompt_attention", 120),
-    "joined_projection": ("joined_projection", 90),
+    "gpu_engine": ("gpu_engine --rig --out {out}", 220),
+    "gpu_engine_peer": ("gpu_engine --earlier --peer {vllm} --out {out}", 340),
+    "speculative_gpu": ("speculative_gpu --rig --out {out}", 380),
+    "gpu_engine_invariant": ("gpu_engine --batch-invariant --rig --out {out}", 220),
+    "real_widths": ("real_widths --rig --folder /dev/shm --peer {vllm} --out {out}", 300),
+    "once_per_step": ("once_per_step --rig --out {out}", 180),
+    "prompt_attention": ("prompt_attention --rig --out {out}", 120),
+    "joined_projection": ("joined_projection --rig", 90),
 }
 """Section -> module and its flags, and its time limit, likewise."""
-_BESIDE_VLLM = "gpu_engine_peer", "real_widths"
 
 _PYTEST = (
     *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"),
@@ -151,16 +150,10 @@ def engine_sections(args: argparse.Namespace) -> list[Section]:
         Section("tests_ranks", (*tests, "-m", "gpu", "tests/distributed"), 240),
     ]
     for name, (line, limit_s) in _ENGINE.items():
-        module, *flags = line.split()
-        if name in _BESIDE_VLLM:
-            if args.vllm is None:
-                continue
-            flags += ["--peer", str(args.vllm)]
-        if name != "gpu_engine_peer":
-            flags.append("--rig")
-        if name != "joined_projection":
-            flags += ["--out", str(args.out)]
-        found.append(Section(name, (sys.executable, "-m", f"benchmarks.{module}", *flags), limit_s))
+        if args.vllm is not None or "{vllm}" not in line:
+            words = [word.format(out=args.out, vllm=args.vllm) for word in line.split()]
+            command = (sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:])
+            found.append(Section(name, command, limit_s))
     return found
 
 
