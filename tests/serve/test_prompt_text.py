@@ -207,11 +207,17 @@ def test_what_cannot_be_tokenized(live: Live, fields: dict[str, Any], param: str
     assert error_of(tokenize(live, **fields), 400)["param"].startswith(param)
 
 
-@pytest.mark.parametrize("tokens", [[257], [-1], [10**40], ["a"], [1.5], [True], "a", None, [[1]]])
-def test_tokens_that_are_none(live: Live, tokens: Any) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "param"),
+    [
+        *((tokens, "tokens") for tokens in ([257], [-1], "a", None)),
+        *((tokens, "tokens[0]") for tokens in ([10**40], ["a"], [1.5], [True], [[1]])),
+    ],
+)
+def test_tokens_that_are_none(live: Live, tokens: Any, param: str) -> None:
     answer = live.http.post("/detokenize", json={"tokens": tokens})
     error = error_of(answer, 400)
-    assert error["param"].startswith("tokens")
+    assert error["param"] == param
     assert len(error["message"]) < 200
 
 
