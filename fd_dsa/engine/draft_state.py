@@ -47,13 +47,12 @@ class DraftPace:
                 best, most_gain = count, tokens / costs[count]
         return best
 
-    def length(self, costs: Sequence[float], rows: float = 1.0) -> int:
+    def length(self, best: int) -> int:
         """Drafts of the next step, of a request that has got a token since the call before.
 
         Args:
-            costs, rows: as of `best`.
+            best: of that step.
         """
-        best = self.best(costs, rows)
         self._num_rested += best < len(self._rates)
         self._is_try = best < len(self._rates) and self._num_rested > self._rest
         return best + self._is_try

@@ -57,8 +57,6 @@ class Speculator:
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
         self.drafter, self.most = drafter, most
         self._costs = costs or StepCosts()
-        # whether steps without drafts are shorter
-        self._may_leave = self._costs.has_layer
         self._is_off = False
 
     def begin(self, request: Request, num_rows: int, can_verify: bool) -> None:
@@ -72,7 +70,7 @@ class Speculator:
         pace, params = DraftPace(self.most), request.params
         pays = pace.best(self._costs.of(num_rows, num_rows, self.most))
         is_given = can_verify and params.speculative and not params.return_topk_positions
-        if is_given and (pays or not self._may_leave):
+        if is_given and (pays or not self._costs.has_layer):
             request.drafts = DraftState(pace)
         else:
             self.leave(request)
@@ -83,7 +81,7 @@ class Speculator:
         The drafter's caches need not be written for it, so its blocks from now on have other keys.
         """
         request.drafts = None
-        if self._may_leave:
+        if self._costs.has_layer:
             request.block_keys.leave_drafts()
 
     def verify(
@@ -146,16 +144,18 @@ class Speculator:
             for request in step.sampling
             if request.finish_reason is None and request.drafts is not None
         ]
-        num_rows, num_drafting = len(step.sampling), max(len(going_on), 1)
-        costs = self._costs.of(max(num_rows, 1), num_drafting, self.most)
         counts = {}
-        for request, state in going_on:
-            if self._may_leave and not state.pace.best(costs, num_rows / num_drafting):
-                self.leave(request)
-            else:
-                counts[request] = state.pace.length(costs, num_rows / num_drafting)
+        if going_on:
+            num_rows, num_drafting = len(step.sampling), len(going_on)
+            costs = self._costs.of(num_rows, num_drafting, self.most)
+            for request, state in going_on:
+                best = state.pace.best(costs, num_rows / num_drafting)
+                if best or not self._costs.has_layer:
+                    counts[request] = state.pace.length(best)
+                else:
+                    self.leave(request)
         # one that has ended may have given blocks away
-        is_idle = self._may_leave and all(request.drafts is None for request in step.scheduled)
+        is_idle = self._costs.has_layer and all(one.drafts is None for one in step.scheduled)
         try:
             proposals = {} if self._is_off or is_idle else self.drafter.propose(step, counts)
         except Exception:

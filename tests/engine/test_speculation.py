@@ -142,7 +142,7 @@ def test_the_number_of_drafts_is_nearly_the_best(rate: float, costs: list[float]
     draw = random.Random(0)
     pace, tokens, seconds = DraftPace(3), 0, 0.0
     for _ in range(4000):
-        length = pace.length(costs)
+        length = pace.length(pace.best(costs))
         num_accepted = [*(draw.random() < rate for _ in range(length)), False].index(False)
         if length:
             pace.observe(length, num_accepted)
@@ -155,12 +155,12 @@ def test_the_number_of_drafts_is_nearly_the_best(rate: float, costs: list[float]
 def test_a_request_that_gets_predictable_drafts_again() -> None:
     pace, costs = DraftPace(2), [1, 1.1, 1.2]
     for _ in range(200):
-        if length := pace.length(costs):
+        if length := pace.length(pace.best(costs)):
             pace.observe(length, 0)
     for _ in range(600):
-        if length := pace.length(costs):
+        if length := pace.length(pace.best(costs)):
             pace.observe(length, length)
-    assert pace.length(costs) == 2
+    assert pace.length(pace.best(costs)) == 2
 
 
 def test_costs_of_steps_between_measured_ones() -> None:
