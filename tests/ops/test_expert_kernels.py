@@ -82,7 +82,10 @@ class Operands:
         if self.kind == "uint8":
             self.use_rows((self.m.get(hidden.codes), self.m.get(hidden.scales)))
         else:
-            self.x, self.values = hidden, block_fp8.get(self.m, hidden).astype(np.float64)
+            self.x = hidden
+            # rows of padding are never written: what lies there may be a signalling NaN
+            with np.errstate(invalid="ignore"):
+                self.values = block_fp8.get(self.m, hidden).astype(np.float64)
 
     def sums(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """float64 [pairs, columns] GEMM of each pair, and the sums of magnitudes."""
