@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# share of a new observation in a rate
+# least share of a new observation in a rate
 _WEIGHT = 0.05
-# of drafts that nothing is known of yet
-_FIRST_RATE = 0.7
+# of drafts that nothing is known of yet, and as how many observations it counts
+_FIRST_RATE, _FIRST_COUNT = 0.7, 6
 # steps before a draft more is tried; twice as many after each try that fails
 _FIRST_REST, _LONGEST_REST = 16, 512
 
@@ -17,7 +17,8 @@ _FIRST_REST, _LONGEST_REST = 16, 512
 class DraftPace:
     """How many drafts a request gets, by the rate at which those before were accepted.
 
-    With rates r1, r2 and so on a step with n drafts gives 1 + r1 + r1 r2 + ... tokens. The number
+    A rate is the mean of what was seen, and of the last twenty or so once there are more. With
+    rates r1, r2 and so on a step with n drafts gives 1 + r1 + r1 r2 + ... tokens. The number
     that gives the most tokens for the time of a step is taken, which may be none. After 16 steps
     with fewer than the most, one more is tried. Each try that fails doubles these steps, up to
     512; one that stands counts as the usual rate.
@@ -28,7 +29,7 @@ class DraftPace:
 
     def __init__(self, most: int) -> None:
         """Expect the first drafts to stand."""
-        self._rates = [_FIRST_RATE] * most
+        self._rates, self._counts = [_FIRST_RATE] * most, [_FIRST_COUNT] * most
         self._rest = _FIRST_REST
         self._num_rested, self._is_try = 0, False
 
@@ -60,7 +61,9 @@ class DraftPace:
     def observe(self, num_drafts: int, num_accepted: int) -> None:
         """Take in how many of a step's drafts stood, the first ones."""
         for place in range(min(num_accepted + 1, num_drafts)):
-            self._rates[place] += _WEIGHT * ((place < num_accepted) - self._rates[place])
+            self._counts[place] += 1
+            weight = max(_WEIGHT, 1 / self._counts[place])
+            self._rates[place] += weight * ((place < num_accepted) - self._rates[place])
         if self._is_try:
             self._num_rested, self._rest = 0, min(2 * self._rest, _LONGEST_REST)
             if num_accepted == num_drafts:
