@@ -9,7 +9,7 @@ from typing import Any
 # least share of a new observation in a rate
 _WEIGHT = 0.05
 # of drafts that nothing is known of yet, and as how many observations it counts
-_FIRST_RATE, _FIRST_COUNT = 0.7, 6
+_FIRST_RATE, _FIRST_COUNT = 0.7, 5
 # steps before a draft more is tried; twice as many after each try that fails
 _FIRST_REST, _LONGEST_REST = 16, 512
 
