@@ -5,6 +5,9 @@ MKL is capped at AVX2 on AMD processors: on one, oneDNN's function took a quarte
 of the time for 8 rows, and for batches of small matrices a sixth to a half. Without it, or where
 one order of sums is asked for, the operator serves.
 
+oneDNN's kernel for AVX-512 lets the stack pointer point into its workspace on the heap, so a signal
+handler that ran below it would destroy what other memory holds: handlers get a stack of their own.
+
 Source: oneDNN's `dnnl_sgemm` (oneapi/dnnl/dnnl.h).
 """
 
@@ -52,6 +55,30 @@ def _libraries() -> tuple[Any, Any, Any] | None:
     return function, set_threads, library
 
 
+class _Stack(ctypes.Structure):
+    """`stack_t` of Linux."""
+
+    _fields_ = (("address", _POINTER), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+_NO_STACK = 2
+_stack_memory = ctypes.create_string_buffer(1 << 16)
+
+
+def _separate_signal_stack() -> None:
+    """Have Python's signal handlers run on a stack of their own in the main thread.
+
+    A signal that is sent to a process goes to its main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before, change = _Stack(), ctypes.CDLL(None).sigaltstack
+    change(None, ctypes.byref(before))
+    if before.flags & _NO_STACK:
+        stack = _Stack(ctypes.addressof(_stack_memory), 0, len(_stack_memory))
+        change(ctypes.byref(stack), None)
+
+
 class _Thread(threading.local):
     """A thread's `sgemm`, None without one: OpenMP counts threads for each thread that calls it."""
 
@@ -64,6 +91,7 @@ class _Thread(threading.local):
         self.sgemm, libraries = None, None if fixed_order() else _libraries()
         if libraries is not None:
             self.sgemm, set_threads, _ = libraries
+            _separate_signal_stack()
             threads = cpu_threads()
             if threads is not None:
                 set_threads(threads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -148,3 +150,27 @@ def test_parts_side_by_side() -> None:
 def test_silu_of_extremes() -> None:
     gate_up = np.array([[-200.0, 0.0, 200.0, 3.0, 3.0, 3.0]], np.float32)
     np.testing.assert_array_equal(HostMatrix.activated(gate_up), [[0.0, 0.0, 600.0]])
+
+
+# thousands of signals during GEMMs for which oneDNN moves the stack pointer to the heap
+SIGNALS = """
+import signal, time
+import numpy as np
+from fd_dsa.ops._gemm import batched
+x, y = np.ones((1, 32, 512), "f"), np.ones((1, 512, 256), "f")
+signal.signal(signal.SIGALRM, lambda *_: None)
+batched(x, y)
+signal.setitimer(signal.ITIMER_REAL, 3e-4, 3e-4)
+memory, end = [], time.monotonic() + 2
+while time.monotonic() < end:
+    assert (batched(x, y) == 512).all()
+    memory = [*memory[-50:], bytearray(1000 + len(memory))]
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+def test_signals_during_a_gemm_leave_the_heap_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALS], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
