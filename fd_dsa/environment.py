@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from fd_dsa.errors import ConfigError
 
@@ -58,21 +58,27 @@ def prepare_cpu_runtime() -> None:
 
 
 def _import_paddle() -> None:
-    """Import Paddle, where it is installed, and keep the SIGTERM handler of the caller.
+    """Import Paddle, where it is installed, and keep the signal handlers of the caller.
 
-    Paddle's own handler, set when it is imported, prints a C++ stack. An import that is cut off
-    leaves a damaged heap, so signals wait for its end.
+    Paddle's own one for SIGTERM, set when it is imported, prints a C++ stack. An import that is
+    cut off leaves a damaged heap, so signals wait for its end. Blocking them here would not do:
+    another thread would take them.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    handlers: dict[signal.Signals, Any] = {}
+    late: list[int] = []
+    # other threads may not
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda caught, _: late.append(caught))
     try:
         with suppress(ImportError):
             import paddle  # noqa: F401
-
-            # other threads may not; a handler from outside of Python is unknown, and is lost
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            # a handler from outside of Python is unknown, and is lost
+            signal.signal(number, handler or signal.SIG_DFL)
+    for caught in late:
+        signal.raise_signal(caught)
 
 
 def check_address_space() -> None:
