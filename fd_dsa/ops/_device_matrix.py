@@ -12,6 +12,7 @@ from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops._cublaslt import cublaslt_for
 from fd_dsa.ops._cublaslt_library import why_not_fp8
 from fd_dsa.ops._dense_kernels import (
+    add_rms_norm,
     quantize_rows,
     rms_norm,
     rms_norm_quantized,
@@ -84,8 +85,9 @@ class DeviceNorm:
         return Normed(*rms_norm_quantized(x, self.weight, self.epsilon, self._round_scales))
 
     def after(self, hidden_states: Any, change: Any, group: Any) -> tuple[Any, Any]:
-        """As of HostNorm; one launch, also among GPUs where an all-reduce of our own serves."""
-        total, normed, fp8 = group.add_rms_norm(
+        """As of HostNorm; one launch after the all-reduce."""
+        change = group.all_reduce(change)
+        total, normed, fp8 = add_rms_norm(
             hidden_states, change, self.weight, self.epsilon, round_scales=self._round_scales
         )
         return total, normed if fp8 is None else Normed(normed, fp8)
