@@ -154,16 +154,10 @@ __global__ void __launch_bounds__(kMostThreads) all_reduce_kernel(const __grid_c
 inline int launch_all_reduce(const Job& job, void* stream) {
   if (job.num_vectors <= 0) return 0;
   if (job.num_vectors > job.slot_vectors) return cudaErrorInvalidValue;
-  int device = 0, major = 0, most = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&most, cudaDevAttrMultiProcessorCount, device);
-  }
+  Gpu gpu = {};
+  const cudaError_t error = find_gpu(gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
-  if (job.max_blocks > 0) most = job.max_blocks;
+  const int most = job.max_blocks > 0 ? job.max_blocks : gpu.num_sms;
   // a thread takes one vector, more only where there are more vectors than threads
   const int of_block = (job.num_vectors + most - 1) / most;
   const int whole_warps = (of_block + kWarp - 1) / kWarp * kWarp;
@@ -174,7 +168,7 @@ inline int launch_all_reduce(const Job& job, void* stream) {
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early;
-  config.numAttrs = major >= 9 && job.starts_early != 0 ? 1 : 0;
+  config.numAttrs = gpu.major >= 9 && job.starts_early != 0 ? 1 : 0;
   switch (job.size) {
     case 2: return launch(config, all_reduce_kernel<2>, job);
     case 4: return launch(config, all_reduce_kernel<4>, job);
