@@ -4,9 +4,7 @@
     python -m benchmarks.all_reduce 2 --out DIR
 
 On Paddle's CPU wheel and the test plug-in. Each figure is a call of a graph of many, which follow
-each other: bfloat16 rows of 7,168 values, alone, with the residual add and RMSNorm after it (beside
-NCCL a launch of their own), and with the FP8 form of those (beside ours a launch). Writes
-all_reduce_<GPUs>.json of benchmarks/results.
+each other, of bfloat16 rows of 7,168 values. Writes all_reduce_<GPUs>.json of benchmarks/results.
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@
 // rank writes to a buffer again two launches later. It is there only after the launch between, whose
 // sums have a part of every rank, so that every rank had begun that launch and ended the one before.
 //
-// Sources: the LL protocol of NCCL (data as flags); TensorRT-LLM's Lamport all-reduce (one-shot,
-// fused with the norm).
+// Sources: the LL protocol of NCCL (data as flags); TensorRT-LLM's Lamport all-reduce (one-shot).
 #include "all_reduce.h"
+
+#include <algorithm>
+
 #include "ptx.cuh"
 
 namespace fd_dsa::peers {
@@ -17,7 +19,7 @@ using Job = FdDsaAllReduce;
 
 // bfloat16 values of a thread's vector
 constexpr int kValues = 8;
-constexpr int kMostThreads = 1024;
+constexpr int kFewestThreads = 128, kMostThreads = 1024;
 constexpr int kHeaderBytes = 256;
 constexpr uint32_t kEmpty = 0xffffffffu;
 constexpr uint32_t kPollsPerLook = 1024;
@@ -26,11 +28,6 @@ constexpr uint32_t kPollsPerLook = 1024;
 struct State {
   // launches so far, and blocks of this one that have read that number
   uint32_t launches, arrived;
-};
-
-// Who works on a row: `blocks` blocks of `threads` threads, of which there are `groups`.
-struct Grid {
-  int groups, blocks, threads;
 };
 
 __device__ __forceinline__ bool is_empty(uint4 x) {
@@ -133,138 +130,49 @@ struct Slots {
   }
 };
 
-// Sum over all threads of a row, the same on each. `parts` are 32 numbers that no thread still
-// reads; every warp of the row has one of them.
-template <bool kCluster>
-__device__ __forceinline__ float row_sum(float value, uint32_t* parts, const Grid& grid) {
-  using Blocks = Cluster<kCluster>;
-  const int lane = threadIdx.x % kWarp, warps = grid.threads / kWarp;
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  const int warp = static_cast<int>(Blocks::rank()) * warps + static_cast<int>(threadIdx.x) / kWarp;
-  if (lane < grid.blocks) Blocks::store(parts + warp, lane, __float_as_uint(value));
-  Blocks::sync();
-  value = lane < grid.blocks * warps ? __uint_as_float(parts[lane]) : 0.0f;
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-
-// Residual add and RMSNorm of a row whose sum the threads have.
-template <bool kCluster>
-__device__ __forceinline__ void add_norm(const Job& job, const Grid& grid, int row, int vector,
-                                         bool active, uint4 sum, uint32_t* parts) {
-  const int64_t place = static_cast<int64_t>(row) * (job.width / kValues) + vector;
-  uint4 hidden = {};
-  if (active) {
-    Vector total(static_cast<const uint4*>(job.residual)[place]);
-    total.add(Vector(sum));
-    hidden = total.rounded();
-    static_cast<uint4*>(job.out)[place] = hidden;
-  }
-  Vector x(hidden);
-  float squares = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) squares += x.at[i] * x.at[i];
-  const float mean = __fdiv_rn(row_sum<kCluster>(squares, parts, grid), job.width);
-  const float inverse = __fdiv_rn(1.0f, __fsqrt_rn(mean + job.epsilon));
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    if (active) x.at[i] = x.at[i] * inverse * job.weight[vector * kValues + i];
-  }
-  if (active) static_cast<uint4*>(job.normed)[place] = x.rounded();
-}
-
-template <int kSize, bool kCluster>
-__global__ void __launch_bounds__(kMostThreads)
-    all_reduce_kernel(const __grid_constant__ Job job, Grid grid) {
-  using Blocks = Cluster<kCluster>;
-  auto* parts = reinterpret_cast<uint32_t*>(shared_memory());
-  // no block may write to the memory of one that has not begun
-  Blocks::arrive();
-  const int vectors = job.width / kValues, group = static_cast<int>(blockIdx.x) / grid.blocks;
-  const int vector = static_cast<int>(Blocks::rank()) * grid.threads + threadIdx.x;
-  const bool active = vector < vectors;
+template <int kSize>
+__global__ void __launch_bounds__(kMostThreads) all_reduce_kernel(const __grid_constant__ Job job) {
   const auto* x = static_cast<const uint4*>(job.x);
   auto* out = static_cast<uint4*>(job.out);
+  const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const int step = static_cast<int>(gridDim.x * blockDim.x);
   wait_for_inputs();
   auto* state = static_cast<State*>(job.ranks[job.rank]);
   const uint32_t launches = *static_cast<volatile uint32_t*>(&state->launches);
   const Slots<kSize> slots = {job, launches % 2};
-  const auto place = [&](int row) { return static_cast<int64_t>(row) * vectors + vector; };
-  for (int row = group; active && row < job.num_rows; row += grid.groups) {
-    slots.send(place(row), sendable(x[place(row)]));
-  }
+  for (int i = first; i < job.num_vectors; i += step) slots.send(i, sendable(x[i]));
   start_next();
-  Blocks::wait();
   // the last block to have read the number of launches counts this one
-  if (threadIdx.x == 0 &&
-      atomicAdd(&state->arrived, 1u) + 1 == static_cast<uint32_t>(grid.groups * grid.blocks)) {
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicAdd(&state->arrived, 1u) + 1 == gridDim.x) {
     state->arrived = 0;
     state->launches = launches + 1;
   }
-  for (int row = group, turn = 0; row < job.num_rows; row += grid.groups, turn ^= 1) {
-    uint4 sum = {};
-    if (active) sum = slots.sum(place(row), sendable(x[place(row)]));
-    if (job.residual != nullptr) {
-      add_norm<kCluster>(job, grid, row, vector, active, sum, parts + turn * kWarp);
-    } else if (active) {
-      out[place(row)] = sum;
-    }
-  }
-}
-
-template <int kSize>
-int launch_all_reduce(const Job& job, const Grid& grid, void* stream, bool can_start_early) {
-  const auto blocks = static_cast<unsigned>(grid.groups * grid.blocks);
-  const auto threads = static_cast<unsigned>(grid.threads);
-  auto config = launch_config(blocks, threads, stream, 2 * kWarp * sizeof(uint32_t));
-  cudaLaunchAttribute attributes[2] = {};
-  config.attrs = attributes;
-  if (grid.blocks > 1) {
-    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(grid.blocks), 1, 1};
-  }
-  if (can_start_early && job.starts_early != 0) {
-    cudaLaunchAttribute& early = attributes[config.numAttrs++];
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-  }
-  return grid.blocks > 1 ? launch(config, all_reduce_kernel<kSize, true>, job, grid)
-                         : launch(config, all_reduce_kernel<kSize, false>, job, grid);
+  for (int i = first; i < job.num_vectors; i += step) out[i] = slots.sum(i, sendable(x[i]));
 }
 
 inline int launch_all_reduce(const Job& job, void* stream) {
-  if (job.num_rows <= 0) return 0;
-  const int vectors = job.width / kValues;
-  if (job.width % kValues != 0 || vectors < 1 || vectors > kMostThreads ||
-      static_cast<int64_t>(job.num_rows) * vectors > job.slot_vectors) {
-    return cudaErrorInvalidValue;
-  }
-  int device = 0, major = 0, most = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&most, cudaDevAttrMultiProcessorCount, device);
-  }
+  if (job.num_vectors <= 0) return 0;
+  if (job.num_vectors > job.slot_vectors) return cudaErrorInvalidValue;
+  Gpu gpu = {};
+  const cudaError_t error = find_gpu(gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
-  if (job.max_blocks > 0) most = job.max_blocks;
-  // a few rows: several processors send a row
-  Grid grid = {0, major >= 9 ? 8 : 1, 0};
-  while (grid.blocks > 1 &&
-         (2 * job.num_rows * grid.blocks > most || vectors < grid.blocks * kWarp)) {
-    grid.blocks /= 2;
-  }
-  const int of_block = (vectors + grid.blocks - 1) / grid.blocks;
-  grid.threads = (of_block + kWarp - 1) / kWarp * kWarp;
-  grid.groups = job.num_rows < most / grid.blocks ? job.num_rows : most / grid.blocks;
+  const int most = job.max_blocks > 0 ? job.max_blocks : gpu.num_sms;
+  // a thread takes one vector, more only where there are more vectors than threads
+  const int of_block = (job.num_vectors + most - 1) / most;
+  const int whole_warps = (of_block + kWarp - 1) / kWarp * kWarp;
+  const int threads = std::clamp(whole_warps, kFewestThreads, kMostThreads);
+  const int blocks = std::min((job.num_vectors + threads - 1) / threads, most);
+  auto config = launch_config(blocks, threads, stream);
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = gpu.major >= 9 && job.starts_early != 0 ? 1 : 0;
   switch (job.size) {
-    case 2: return launch_all_reduce<2>(job, grid, stream, major >= 9);
-    case 4: return launch_all_reduce<4>(job, grid, stream, major >= 9);
-    case 8: return launch_all_reduce<8>(job, grid, stream, major >= 9);
+    case 2: return launch(config, all_reduce_kernel<2>, job);
+    case 4: return launch(config, all_reduce_kernel<4>, job);
+    case 8: return launch(config, all_reduce_kernel<8>, job);
     default: return cudaErrorInvalidValue;
   }
 }

@@ -1,10 +1,10 @@
-// All-reduce of a step's rows over memory that the ranks of one machine share, alone or with the
-// residual add and RMSNorm after it: the C ABI of its launcher.
+// All-reduce of a step's rows over memory that the ranks of one machine share: the C ABI of its
+// launcher.
 #pragma once
 
 #include <cstdint>
 
-// Rows of bfloat16 that every rank has a part of. The sum is in float32, in the order of ranks, and
+// Values in bfloat16 that every rank has a part of. The sum is in float32, in the order of ranks, and
 // rounded once, so all ranks get the same bits. Layout and size are part of the ABI.
 //
 // A rank's memory has `fd_dsa_all_reduce_memory` bytes: 256 for its state, zero at first, then two
@@ -12,15 +12,10 @@
 extern "C" struct FdDsaAllReduce {
   // the memory of each rank as this rank sees it, in the order of ranks
   void* ranks[8];
-  // bfloat16 [num_rows, width], 16-byte aligned as all rows here; this rank's part
+  // this rank's part: bfloat16 [8 * num_vectors], 16-byte aligned
   const void* x;
-  // bfloat16 [num_rows, width], may be `x` or `residual`: the sum, plus `residual` where there is
-  // one, rounded again
+  // of the same shape, may be `x`: the sum
   void* out;
-  // all null, or the residual, float32 [width], and bfloat16 [num_rows, width]: `out` normed
-  const void* residual;
-  const float* weight;
-  void* normed;
   // in host memory: one more than the rank that did not come, before the launch fails
   uint32_t* late;
   // how long a launch waits for other ranks; then it ends by a trap
@@ -28,19 +23,17 @@ extern "C" struct FdDsaAllReduce {
   int32_t rank;
   // 2, 4 or 8
   int32_t size;
-  int32_t num_rows;
-  // a multiple of 8, at most 8192
-  int32_t width;
-  // of a slot, 8 values each: at least num_rows * width / 8
+  // of 8 values each
+  int32_t num_vectors;
+  // of a slot: at least num_vectors
   int32_t slot_vectors;
   // 0: as many as the device has multiprocessors; all of them must run at once
   int32_t max_blocks;
   // 1: the launch may begin before the one before it has ended, for which it waits itself
   int32_t starts_early;
-  float epsilon;
 };
 
-static_assert(sizeof(FdDsaAllReduce) == 152, "fd_dsa.distributed.shared_memory has the same");
+static_assert(sizeof(FdDsaAllReduce) == 120, "fd_dsa.distributed.shared_memory has the same");
 
 // Every rank calls it with the same sizes, in the same order. Returns a cudaError_t, 0 = success.
 // Allocates nothing, waits for nothing, can be captured.

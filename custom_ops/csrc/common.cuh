@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <utility>
 
 namespace fd_dsa {
 
@@ -20,6 +21,26 @@ __device__ __forceinline__ uint32_t warp_prefix(uint32_t value) {
     if (lane >= step) value += below;
   }
   return value;
+}
+
+// What is known of a GPU.
+struct Gpu {
+  int device, major;
+  int num_sms;
+  int shared_bytes;  // most that a block can have
+};
+
+// The device of the calling thread.
+inline cudaError_t find_gpu(Gpu& gpu) {
+  cudaError_t error = cudaGetDevice(&gpu.device);
+  const std::pair<int*, cudaDeviceAttr> wanted[] = {
+      {&gpu.major, cudaDevAttrComputeCapabilityMajor},
+      {&gpu.num_sms, cudaDevAttrMultiProcessorCount},
+      {&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
+  for (const auto& [value, attribute] : wanted) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, gpu.device);
+  }
+  return error;
 }
 
 // Threads of one block, blocks, and the stream as the C ABI passes it.

@@ -449,17 +449,11 @@ static int launch_experts(const Job& job, void* stream) {
   static std::atomic<uint64_t> prepared{0};
   if (job.num_pairs <= 0 || job.columns <= 0) return 0;
   if (!is_taken(job)) return static_cast<int>(cudaErrorInvalidValue);
-  int device = 0, major = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
+  Gpu gpu = {};
+  cudaError_t error = find_gpu(gpu);
   // elsewhere the kernel has no body
-  if (error == cudaSuccess && major != 9) error = cudaErrorNoKernelImageForDevice;
-  if (error == cudaSuccess) error = prepare(multiply_experts, device, kBytes, false, prepared);
+  if (error == cudaSuccess && gpu.major != 9) error = cudaErrorNoKernelImageForDevice;
+  if (error == cudaSuccess) error = prepare(multiply_experts, gpu.device, kBytes, false, prepared);
   TensorMap weight;
   if (error == cudaSuccess) {
     const int64_t rows =
@@ -473,7 +467,7 @@ static int launch_experts(const Job& job, void* stream) {
   // an expert has at most one row tile that it does not fill
   const int64_t most = static_cast<int64_t>(std::min(job.num_experts, job.num_pairs) +
                                             job.num_pairs / kGroup) * column_groups(job);
-  const auto blocks = static_cast<uint32_t>(std::min<int64_t>(processors, most));
+  const auto blocks = static_cast<uint32_t>(std::min<int64_t>(gpu.num_sms, most));
   return launch(launch_config(blocks, kThreads, stream, kBytes), multiply_experts, job, weight,
                 blocks);
 }

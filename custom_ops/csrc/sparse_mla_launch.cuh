@@ -14,14 +14,11 @@ constexpr int kMostSplits = 16;
 // Lets a kernel have the shared memory and the clusters that it needs, on Hopper.
 template <typename Kernel>
 cudaError_t prepare(Kernel* kernel, int32_t bytes, std::atomic<uint64_t>& done) {
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
+  Gpu gpu = {};
+  cudaError_t error = find_gpu(gpu);
   // elsewhere the kernel has no body
-  if (error == cudaSuccess && major != 9) error = cudaErrorNoKernelImageForDevice;
-  return error != cudaSuccess ? error : fd_dsa::prepare(kernel, device, bytes, true, done);
+  if (error == cudaSuccess && gpu.major != 9) error = cudaErrorNoKernelImageForDevice;
+  return error != cudaSuccess ? error : fd_dsa::prepare(kernel, gpu.device, bytes, true, done);
 }
 
 // [n]: clusters of n blocks that a device holds at once.

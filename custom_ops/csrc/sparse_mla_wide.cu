@@ -247,11 +247,11 @@ static const Room& room() {
     Kernel* const kernel = attend<kSource, false>;
     std::atomic<uint64_t> prepared{0};
     Room room = {};
-    int device = 0;
+    Gpu gpu = {};
     // what fails here fails again at the launch, which says so
     if (sparse_mla::prepare(kernel, kBytes, prepared) == cudaSuccess &&
-        cudaGetDevice(&device) == cudaSuccess) {
-      cudaDeviceGetAttribute(&room[1], cudaDevAttrMultiProcessorCount, device);
+        find_gpu(gpu) == cudaSuccess) {
+      room[1] = gpu.num_sms;
       for (int splits = 2; splits <= kMostSplits; ++splits) {
         if (!may_split(splits)) continue;
         cudaLaunchAttribute cluster;

@@ -5,7 +5,6 @@
 // the k-th best is found by counting digits. A bound that fails, or a plateau of equal scores at
 // it, is seen by the number of scores kept; passes over the row for each digit then serve. Counts
 // are integers, so nothing depends on the order of threads.
-#include <utility>
 
 #include "topk_row.cuh"
 
@@ -791,21 +790,6 @@ static int launch_bound(const Rows& rows, const Sizes& sizes, const Gpu& gpu, vo
   config.attrs = &attribute;
   config.numAttrs = kCluster ? 1 : 0;
   return launch(config, kernel, job_of(rows, sizes));
-}
-
-// The device of the calling thread.
-inline cudaError_t find_gpu(Gpu& gpu) {
-  int major = 0;
-  cudaError_t error = cudaGetDevice(&gpu.device);
-  const std::pair<int*, cudaDeviceAttr> wanted[] = {
-      {&major, cudaDevAttrComputeCapabilityMajor},
-      {&gpu.num_sms, cudaDevAttrMultiProcessorCount},
-      {&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
-  for (const auto& [value, attribute] : wanted) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, gpu.device);
-  }
-  gpu.has_clusters = major >= 9;
-  return error;
 }
 
 inline int launch_topk(const Rows& rows, void* stream) {

@@ -31,14 +31,6 @@ struct Sizes {
   }
 };
 
-// What is known of a GPU.
-struct Gpu {
-  int device;
-  int num_sms;
-  int shared_bytes;  // most that a block can have
-  bool has_clusters;
-};
-
 // How many of `size` samples a bound shall exceed, so that k of `length` scores do: 6 standard
 // deviations more than are expected. A bound that fails costs time, never exactness.
 FD_DSA_BOTH float samples_above(float size, float length, float k) {
@@ -56,7 +48,7 @@ inline Sizes choose_sizes(const Rows& rows, const Gpu& gpu, int32_t fixed_bytes)
   constexpr int32_t kShare = 4096, kMostBits = 1 << 19;
   Sizes sizes = {1, kMinCapacity, 0, 0};
   const int32_t width = rows.width;
-  while (gpu.has_clusters && sizes.cluster < kMaxCluster) {
+  while (gpu.major >= 9 && sizes.cluster < kMaxCluster) {
     const int32_t more = 2 * sizes.cluster;
     // more of larger clusters do not find room at once: measured on an H200, at 8 to 32 rows
     const int64_t most = more > 2 ? gpu.num_sms / 2 : gpu.num_sms;

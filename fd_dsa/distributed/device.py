@@ -70,25 +70,6 @@ class DeviceGroup(Group):
             self._nccl.all_reduce(address, prod(tensor.shape), dtype, self._transfers.stream())
         return tensor
 
-    def add_rms_norm(
-        self,
-        hidden: Any,
-        part: Any,
-        weight: Any,
-        epsilon: float,
-        *,
-        round_scales: bool | None = None,
-    ) -> tuple[Any, Any, Any]:
-        """See `Group`; one launch, and one for FP8, where our own all-reduce serves."""
-        if self._peers is None or not self._peers.suits(part) or hidden.dtype != part.dtype:
-            return super().add_rms_norm(hidden, part, weight, epsilon, round_scales=round_scales)
-        # imports paddle
-        from fd_dsa.ops._dense_kernels import empty_beside, quantize_rows
-
-        normed = empty_beside(part, *part.shape)
-        self._peers(part, part, hidden, weight, epsilon, normed)
-        return part, normed, None if round_scales is None else quantize_rows(normed, round_scales)
-
     def all_gather(self, tensor: Any) -> Any:
         """See `Group`; by NCCL."""
         out = self._allocate((self.size, *tensor.shape), dtype_name(tensor.dtype))

@@ -30,26 +30,6 @@ class Group(ABC):
             tensor: contiguous, of one shape and dtype on all ranks; may be overwritten.
         """
 
-    def add_rms_norm(
-        self,
-        hidden: Any,
-        part: Any,
-        weight: Any,
-        epsilon: float,
-        *,
-        round_scales: bool | None = None,
-    ) -> tuple[Any, Any, Any]:
-        """`ops._dense_kernels.add_rms_norm` of `hidden` and the sum of the ranks' parts.
-
-        Args:
-            part: of `all_reduce`, on a device.
-        """
-        # imports paddle
-        from fd_dsa.ops._dense_kernels import add_rms_norm
-
-        delta = self.all_reduce(part)
-        return add_rms_norm(hidden, delta, weight, epsilon, round_scales=round_scales)
-
     @abstractmethod
     def all_gather(self, tensor: Any) -> Any:
         """The tensors of all ranks, [size, *shape]."""

@@ -18,10 +18,10 @@ SIZES = (2, 4, 8)
 """Numbers of ranks that the kernel is made for."""
 MOST_BYTES = 2 << 20
 """Of rows that the kernel sums; more bytes are NCCL's."""
-_VALUES, _MOST_WIDTH, _STATE_BYTES = 8, 8192, 256
+_VALUES, _STATE_BYTES = 8, 256
 _HANDLE_BYTES, _LAZY_PEER_ACCESS = 64, 1
-_ADDRESSES = ("x", "out", "residual", "weight", "normed", "late")
-_NUMBERS = ("rank", "size", "num_rows", "width", "slot_vectors", "max_blocks", "starts_early")
+_ADDRESSES = ("x", "out", "late")
+_NUMBERS = ("rank", "size", "num_vectors", "slot_vectors", "max_blocks", "starts_early")
 
 
 class Job(ctypes.Structure):
@@ -32,7 +32,6 @@ class Job(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in _ADDRESSES),
         ("timeout_ns", ctypes.c_uint64),
         *((n, ctypes.c_int32) for n in _NUMBERS),
-        ("epsilon", ctypes.c_float),
     )
 
 
@@ -123,24 +122,15 @@ class PeerAllReduce(LibraryKernel):
     @staticmethod
     def suits(tensor: Any) -> bool:
         """Whether the kernel sums such tensors."""
-        width = tensor.shape[-1] if len(tensor.shape) else 0
+        num_values = prod(tensor.shape)
         return (
             dtype_name(tensor.dtype) == "bfloat16"
-            and 0 < width <= _MOST_WIDTH
-            and width % _VALUES == 0
-            and 2 * prod(tensor.shape) <= MOST_BYTES
+            and 0 < 2 * num_values <= MOST_BYTES
+            and num_values % _VALUES == 0
         )
 
-    def __call__(
-        self,
-        x: Any,
-        out: Any,
-        residual: Any = None,
-        weight: Any = None,
-        epsilon: float = 0.0,
-        normed: Any = None,
-    ) -> None:
-        """Fill `out`, and with a residual `normed`; all_reduce.h says what each is.
+    def __call__(self, x: Any, out: Any) -> None:
+        """Fill `out`, which may be `x`, with the sum.
 
         Args:
             x: of which `suits`.
@@ -154,13 +144,7 @@ class PeerAllReduce(LibraryKernel):
         job = self._job
         self._bind(x)
         job.x, job.out = (self._address(n, t, multiple=16) for n, t in (("x", x), ("out", out)))
-        job.width = x.shape[-1]
-        job.num_rows = prod(x.shape) // job.width
-        job.residual = None
-        if residual is not None:
-            job.residual = self._address("residual", residual, multiple=16)
-            job.weight, job.epsilon = self._address("weight", weight), epsilon
-            job.normed = self._address("normed", normed, multiple=16)
+        job.num_vectors = prod(x.shape) // _VALUES
         try:
             self._launch()
         except DeviceError as error:

@@ -8,7 +8,6 @@ import platform
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from fd_dsa.environment import (
     usable_cpus,
 )
 from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError
-from fd_dsa.serve.flag_values import EXIT_BAD_START, fail
+from fd_dsa.serve.flag_values import fail, reports_failures
 from fd_dsa.serve.parser import Parser
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
@@ -61,20 +60,18 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@reports_failures
+def main(arguments: list[str]) -> int:
     """Examine this machine.
 
     Returns:
         0 if everything passed, 1 if not, 2 for flags that cannot be read.
     """
-    try:
-        args = build_parser().parse_args(argv)
-        if args.plan is not None:
-            return _plan(args)
-        if args.tensor_parallel_size != 1:
-            raise ConfigError("--tensor-parallel-size: give --plan FOLDER, too")
-    except FdDsaError as error:
-        return fail(str(error), EXIT_BAD_START)
+    args = build_parser().parse_args(arguments)
+    if args.plan is not None:
+        return _plan(args)
+    if args.tensor_parallel_size != 1:
+        raise ConfigError("--tensor-parallel-size: give --plan FOLDER, too")
     try:
         if args.fastdeploy:
             # late, so that --help is quick

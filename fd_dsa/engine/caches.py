@@ -6,7 +6,7 @@ and its name to `_FAMILIES`.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from fd_dsa.attention import DSAAttentionBackend
 from fd_dsa.config import EngineConfig
@@ -16,37 +16,13 @@ from fd_dsa.runner.model_runner import backend_config, cache_layout
 from fd_dsa.v4_attention import V4AttentionBackend, V4CacheLayout
 
 
-class Caches(Protocol):
-    """Sizes of a model's caches, and what makes them.
+class DSACaches:
+    """Latents and indexer keys in pages: DeepSeek-V3.2 and GLM-5.
 
     Attributes:
         bytes_per_block: one block over all layers.
         state_bytes: what is kept beside the blocks.
     """
-
-    bytes_per_block: int
-    state_bytes: int
-
-    def __init__(self, config: EngineConfig, model_config: Any, batch: InputBatch) -> None:
-        """Compute the sizes."""
-
-    @staticmethod
-    def check_flags(config: EngineConfig, model_config: Any) -> None:
-        """Refuse what the family cannot serve.
-
-        Raises:
-            ConfigError: names the flag.
-        """
-
-    def workspace_bytes(self, traits: Any) -> int:
-        """Memory of a device that the attention takes beside its caches."""
-
-    def backend(self, num_blocks: int, device: str) -> Any:
-        """The attention backend over caches of so many blocks."""
-
-
-class DSACaches:
-    """Latents and indexer keys in pages: DeepSeek-V3.2 and GLM-5."""
 
     state_bytes = 0
 
@@ -59,7 +35,11 @@ class DSACaches:
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: Any) -> None:
-        """Refuse caches that the model's widths do not fit."""
+        """Refuse caches that the model's widths do not fit.
+
+        Raises:
+            ConfigError: names the flag.
+        """
         cache_layout(model_config, config.kv_cache_dtype, config.block_size)
 
     def workspace_bytes(self, traits: Any) -> int:
@@ -108,6 +88,8 @@ class V4Caches:
         return V4AttentionBackend(self._layout, self._batch, num_blocks)
 
 
+Caches = DSACaches | V4Caches
+"""Sizes of a model's caches, and what makes them; each family has all of the same names."""
 _FAMILIES: dict[str, type[Caches]] = {"deepseek_v4": V4Caches}
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -121,17 +121,7 @@ class Ranks:
 
     def _start(self, rank: int, config: EngineConfig, shared: Shared) -> None:
         """Start a rank and the thread that watches it."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            number = theirs.fileno()
-            process = subprocess.Popen(
-                (*self.COMMAND, str(number)),
-                pass_fds=(number, *shared.descriptors),
-                stdin=subprocess.DEVNULL,
-                # Ctrl-C of a terminal is for this process
-                start_new_session=True,
-            )
-        connection = Connection(ours.detach())
+        process, connection = start_process(self.COMMAND, shared.descriptors)
         self._processes.append(process)
         self._connections.append(connection)
         with contextlib.suppress(OSError):
@@ -162,7 +152,11 @@ class Ranks:
                 reason = f"failed: {message}"
         else:
             reason = f"was stopped for {_PATIENCE_S:g} s by a signal, as SIGSTOP"
-        self._fail(RankError(f"rank {rank} (process {process.pid}) {reason or _ended(process)}"))
+        self._fail(
+            RankError(
+                f"rank {rank} (process {process.pid}) {reason or ''.join(how_ended(process))}"
+            )
+        )
         deadline = time.monotonic() + _NOTICE_S
         while self.group.has_devices and self._is_busy and not self._is_closed:
             if time.monotonic() > deadline:
@@ -191,13 +185,34 @@ def _is_stopped(pid: int) -> bool:
     return state == "T"
 
 
-def _ended(process: subprocess.Popen[bytes]) -> str:
-    """How a rank has ended, in words."""
+def start_process(
+    command: Sequence[str], descriptors: Sequence[int] = ()
+) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Start a process and connect to it; its last argument is the number of its socket.
+
+    Args:
+        descriptors: of files that it has too.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        number = theirs.fileno()
+        process = subprocess.Popen(
+            (*command, str(number)),
+            pass_fds=(number, *descriptors),
+            stdin=subprocess.DEVNULL,
+            # Ctrl-C of a terminal is for this process
+            start_new_session=True,
+        )
+    return process, Connection(ours.detach())
+
+
+def how_ended(process: subprocess.Popen[bytes]) -> tuple[str, str]:
+    """How a process has ended whose connection has, in words, and what may be the cause."""
     try:
         status = process.wait(_END_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return "ended its connection but not itself"
+        return "ended its connection but not itself", ""
     if status < 0:
         hint = "; the system may have been out of memory" if status == -signal.SIGKILL else ""
-        return f"ended by signal {-status} ({signal.Signals(-status).name}){hint}"
-    return f"ended with status {status}"
+        return f"ended by signal {-status} ({signal.Signals(-status).name})", hint
+    return f"ended with status {status}", ""

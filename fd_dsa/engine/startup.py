@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console
@@ -15,21 +16,25 @@ from fd_dsa.models.memory_plan import format_bytes
 logger = logging.getLogger(__name__)
 
 _LINE_PERCENT = 25
+_TELL_EVERY_S = 0.1
 PHASES = ("config", "weights", "kv cache", "warm-up", "ready")
 
 
 class StartupProgress:
     """The phases of a start, one line of the log for each; read from any thread.
 
+    Args:
+        tell: takes the index and how far the phase is, when one ends and now and then within one.
+
     Attributes:
         began: `time.monotonic()` of the start.
         index: number of the phase that runs, from 0.
     """
 
-    def __init__(self) -> None:
-        self.began = time.monotonic()
+    def __init__(self, tell: Callable[[int, str], object] = lambda index, detail: None) -> None:
+        self.began, self._told_at = time.monotonic(), 0.0
         self.index = 0
-        self._detail = ""
+        self._detail, self._tell = "", tell
 
     @property
     def phase(self) -> str:
@@ -43,7 +48,10 @@ class StartupProgress:
 
     def note(self, detail: str) -> None:
         """Say how far the present phase has come."""
-        self._detail = detail
+        self._detail, now = detail, time.monotonic()
+        if now - self._told_at >= _TELL_EVERY_S:
+            self._told_at = now
+            self._tell(self.index, detail)
 
     def follow(self, index: int, detail: str) -> None:
         """Take over how far the same start is in another process, which logs it."""
@@ -55,6 +63,7 @@ class StartupProgress:
         logger.info("[%d/%d] %-8s %s", number, len(PHASES), name, text)
         self._detail = ""
         self.index = min(number, len(PHASES) - 1)
+        self._tell(self.index, "")
 
     def describe(self) -> str:
         """For people who ask while it runs: phase, its number, how far it is, seconds."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +156,8 @@ class ModelConfig(Family):
         values = _read_fields(
             reader, FAMILIES[reader.choice("model_type", None, tuple(FAMILIES), OTHER_FAMILIES)]
         )
-        defaults, more_eos = read_generation(
-            FieldReader(generation or {}, generation_source), values["vocab_size"]
-        )
-        values["eos_token_ids"] = tuple(dict.fromkeys(values["eos_token_ids"] + more_eos))
-        return cls(generation=defaults, **values)
+        add_generation(values, FieldReader(generation or {}, generation_source))
+        return cls(**values)
 
     @property
     def qk_head_dim(self) -> int:
@@ -245,16 +242,8 @@ def read_folder(
 def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
     """All fields of config.json, its family's where it has none."""
     values: dict[str, Any] = {one.name: getattr(family, one.name) for one in fields(Family)}
-    for one in fields(Family):
-        name, default = one.name, values[one.name]
-        if name in _READ_APART:
-            continue
-        if one.type == "int":
-            values[name] = reader.integer(name, default, maximum=MOST.get(name, INT32_MAX))
-        elif one.type == "float":
-            values[name] = reader.positive(name, default)
-        elif one.type == "bool":
-            values[name] = reader.boolean(name, default)
+    plain = (one for one in fields(Family) if one.name not in _READ_APART)
+    values |= read_plain(reader, ((one, values[one.name]) for one in plain))
     values["n_routed_experts"] = _read_num_experts(reader, family)
     for name, value in _FIXED.items():
         reader.choice(name, value, (value,))
@@ -281,8 +270,21 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
     }
     values |= _read_quantization(reader)
     _check_consistency(reader, values)
-    if unknown := [name for name in reader.unread() if name not in HARMLESS]:
-        logger.warning("%s: unknown fields, ignored: %s", reader.source, ", ".join(unknown))
+    warn_unknown(reader)
+    return values
+
+
+def read_plain(reader: FieldReader, of: Iterable[tuple[Field[Any], Any]]) -> dict[str, Any]:
+    """What config.json says of fields that are numbers or true or false, else their defaults."""
+    values: dict[str, Any] = {}
+    for one, default in of:
+        name = one.name
+        if one.type == "int":
+            values[name] = reader.integer(name, default, maximum=MOST.get(name, INT32_MAX))
+        elif one.type == "float":
+            values[name] = reader.positive(name, default)
+        elif one.type == "bool":
+            values[name] = reader.boolean(name, default)
     return values
 
 
@@ -347,18 +349,23 @@ def _read_quantization(reader: FieldReader) -> dict[str, Any]:
     return {"weight_block_size": (size[0], size[1]), "round_scales": scale_fmt == "ue8m0"}
 
 
-def read_generation(
-    reader: FieldReader, vocab_size: int
-) -> tuple[dict[str, float], tuple[int, ...]]:
-    """Proposals for requests, and the end-of-text tokens, of generation_config.json."""
-    eos_token_ids = reader.token_ids("eos_token_id", vocab_size)
+def warn_unknown(reader: FieldReader) -> None:
+    """Log the fields that nobody has read, but for those known to be harmless."""
+    if unknown := [name for name in reader.unread() if name not in HARMLESS]:
+        logger.warning("%s: unknown fields, ignored: %s", reader.source, ", ".join(unknown))
+
+
+def add_generation(values: dict[str, Any], reader: FieldReader) -> None:
+    """Add proposals for requests, and more end-of-text tokens, of generation_config.json."""
+    more_eos = reader.token_ids("eos_token_id", values["vocab_size"])
+    values["eos_token_ids"] = tuple(dict.fromkeys(values["eos_token_ids"] + more_eos))
     names = ("temperature", "top_p", "min_p", "repetition_penalty")
     proposed = {name: reader.number(name, None) for name in names if reader.raw(name) is not None}
     if reader.raw("top_k") is not None:
         proposed["top_k"] = reader.integer("top_k", None, minimum=0)
     if not (reader.raw("do_sample") is None or reader.boolean("do_sample", True)):
         proposed["temperature"] = 0.0
-    return proposed, eos_token_ids
+    values["generation"] = proposed
 
 
 def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import MTP_EMBEDDING, MTP_HEAD, mtp_name
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
-from fd_dsa.models.rope import RotaryEmbedding
+from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.models.sources import WeightLoader
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._linear import added, rows_at, values_of
@@ -73,7 +73,7 @@ class MultiTokenPredictor:
     def __init__(self, model: DeepseekV32ForCausalLM, weights: Any) -> None:
         config = model.config.with_mtp_layer
         hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
-        self._rotary_emb, self._embed, self._head = model.rotary_emb, model.embed_tokens, model.head
+        self._cos_sin, self._embed, self._head = model.cos_sin, model.embed_tokens, model.head
         if config.mtp is not None and config.mtp.has_embedding:
             name = mtp_name(config, MTP_EMBEDDING)
             self._embed, _ = weights.table(name, config.vocab_size, hidden)
@@ -98,7 +98,7 @@ class MultiTokenPredictor:
         positions = step.position_ids
         joined = self._join.times(self._inputs(next_ids, hidden, positions))
         states, change, _ = self._layer.forward(
-            joined, None, self._rotary_emb(positions), step, None
+            joined, None, rows_at(self._cos_sin, positions), step, None
         )
         return values_of(self.norm.of(added(states, change)))
 
@@ -129,6 +129,7 @@ class DeepseekV32ForCausalLM:
 
     Attributes:
         embed_tokens: [vocab_size, hidden_size].
+        cos_sin: float32 [max_position_embeddings, qk_rope_head_dim]; of all positions.
         head: from normed hidden states to logits.
         mtp: predicts one token more; None = it is not loaded.
     """
@@ -146,9 +147,8 @@ class DeepseekV32ForCausalLM:
         if not config.tie_word_embeddings:
             rows = {"lm_head.weight": config.head_rows}
             self.head = weights.matrix(hidden, rows, sums_in_float32=True)
-        self.rotary_emb = RotaryEmbedding(
-            config.rope, config.qk_rope_head_dim, config.max_position_embeddings, weights
-        )
+        width, positions = config.qk_rope_head_dim, config.max_position_embeddings
+        self.cos_sin = weights.constant(cos_sin_table(config.rope, width, positions))
         self.mtp = None if config.mtp is None else MultiTokenPredictor(self, weights)
 
     @property
@@ -166,7 +166,7 @@ class DeepseekV32ForCausalLM:
                 Its `selections`, where there are any, are given every layer's choice.
         """
         hidden_states = rows_at(self.embed_tokens, ids_remove_padding)
-        cos_sin = self.rotary_emb(forward_meta.position_ids)
+        cos_sin = rows_at(self.cos_sin, forward_meta.position_ids)
         change, indices, selections = None, None, forward_meta.selections
         for layer in self.layers:
             hidden_states, change, indices = layer.forward(

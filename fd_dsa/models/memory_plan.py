@@ -218,19 +218,7 @@ def plan_memory(
         if not takes_all:
             room = min(room // 2, max(_DEFAULT_CACHE_BYTES, needed_blocks * bytes_per_block))
         num_blocks = min(config.max_num_seqs * needed_blocks, room // bytes_per_block)
-    least_blocks = num_blocks if flag else max(num_blocks, needed_blocks)
-    _check_fit(
-        weight_bytes, least_blocks * bytes_per_block, graph_bytes, state_bytes, free_bytes, flag
-    )
-    if num_blocks < needed_blocks:
-        raise ConfigError(
-            f"memory: {num_blocks} cache blocks of {config.block_size} tokens "
-            f"({format_bytes(num_blocks * bytes_per_block)}) do not hold one sequence of "
-            f"max_model_len {max_model_len}, which takes {needed_blocks} blocks "
-            f"({format_bytes(needed_blocks * bytes_per_block)}); lower --max-model-len or raise "
-            f"{flag or '--kv-cache-memory-bytes'}"
-        )
-    return MemoryPlan(
+    plan = MemoryPlan(
         weight_bytes=weight_bytes,
         graph_bytes=graph_bytes,
         state_bytes=state_bytes,
@@ -240,31 +228,37 @@ def plan_memory(
         block_size=config.block_size,
         max_model_len=max_model_len,
     )
+    _check_fit(plan, num_blocks if flag else max(num_blocks, needed_blocks), flag)
+    if num_blocks < needed_blocks:
+        raise ConfigError(
+            f"memory: {num_blocks} cache blocks of {config.block_size} tokens "
+            f"({format_bytes(plan.kv_cache_bytes)}) do not hold one sequence of "
+            f"max_model_len {max_model_len}, which takes {needed_blocks} blocks "
+            f"({format_bytes(needed_blocks * bytes_per_block)}); lower --max-model-len or raise "
+            f"{flag or '--kv-cache-memory-bytes'}"
+        )
+    return plan
 
 
-def _check_fit(
-    weight_bytes: int,
-    kv_cache_bytes: int,
-    graph_bytes: int,
-    state_bytes: int,
-    free_bytes: int,
-    flag: str | None,
-) -> None:
-    needed = weight_bytes + kv_cache_bytes + graph_bytes + state_bytes
-    if needed <= free_bytes:
+def _check_fit(plan: MemoryPlan, least_blocks: int, flag: str | None) -> None:
+    """Refuse a plan for which there is no room, with so many cache blocks at least."""
+    kv_cache_bytes = least_blocks * plan.bytes_per_block
+    needed = plan.weight_bytes + kv_cache_bytes + plan.graph_bytes + plan.state_bytes
+    if needed <= plan.free_bytes:
         return
     advice = f"lower {flag or '--max-model-len'}"
-    if weight_bytes >= free_bytes:
+    if plan.weight_bytes >= plan.free_bytes:
         advice = "the weights alone do not fit: take a smaller model or a larger machine"
-    elif needed - graph_bytes <= free_bytes:
+    elif needed - plan.graph_bytes <= plan.free_bytes:
         advice = "give fewer or smaller --cudagraph-capture-sizes, or take --enforce-eager"
-    elif needed - state_bytes <= free_bytes:
+    elif needed - plan.state_bytes <= plan.free_bytes:
         advice = "lower --max-num-seqs"
-    graphs = f" + graphs {format_bytes(graph_bytes)}" if graph_bytes else ""
-    graphs += f" + states {format_bytes(state_bytes)}" if state_bytes else ""
+    graphs = f" + graphs {format_bytes(plan.graph_bytes)}" if plan.graph_bytes else ""
+    graphs += f" + states {format_bytes(plan.state_bytes)}" if plan.state_bytes else ""
     raise ConfigError(
-        f"memory: needs {format_bytes(needed)} (weights {format_bytes(weight_bytes)} + kv cache "
-        f"{format_bytes(kv_cache_bytes)}{graphs}), free {format_bytes(free_bytes)}; {advice}"
+        f"memory: needs {format_bytes(needed)} (weights {format_bytes(plan.weight_bytes)} + kv "
+        f"cache {format_bytes(kv_cache_bytes)}{graphs}), free {format_bytes(plan.free_bytes)}; "
+        f"{advice}"
     )
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from fd_dsa.models.rope_config import RopeConfig, yarn_mscale
-from fd_dsa.ops._linear import rows_at
 
 
 def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
@@ -36,36 +34,24 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     return plain * (1 - ramp) + plain / np.float32(rope.factor) * ramp
 
 
-class RotaryEmbedding:
-    """cos and sin of every position, made once; a step gathers those of its tokens for all layers.
+def cos_sin_table(rope: RopeConfig, dim: int, max_position: int) -> np.ndarray:
+    """float32 [max_position, dim]: cos of each pair, then sin; a step gathers those of its tokens.
 
     Args:
-        rope: settings of the model.
         dim: width of the rope slice, `qk_rope_head_dim`.
-        max_position: positions in the table; 256 bytes each at a width of 64.
-        weights: make what is asked for, and hold the table where the model runs.
-
-    Attributes:
-        cos_sin_cache: float32 [max_position, dim]; cos of each pair, then sin.
     """
-
-    def __init__(self, rope: RopeConfig, dim: int, max_position: int, weights: Any) -> None:
-        scale = np.float32(1.0)
-        if rope.type == "yarn":
-            if rope.mscale and rope.mscale_all_dim:
-                ratio = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(
-                    rope.factor, rope.mscale_all_dim
-                )
-            else:
-                ratio = yarn_mscale(rope.factor, 1.0)
-            scale = np.float32(ratio)
-        positions = np.arange(max_position, dtype=np.float32)
-        angles = positions[:, None] * inverse_frequencies(rope, dim)
-        table = np.empty((max_position, dim), np.float32)
-        for columns, function in ((slice(0, dim // 2), np.cos), (slice(dim // 2, dim), np.sin)):
-            np.multiply(function(angles), scale, out=table[:, columns])
-        self.cos_sin_cache = weights.constant(table)
-
-    def __call__(self, position_ids: Any) -> Any:
-        """float32 [num_tokens, dim], cos then sin, of int64 [num_tokens] positions."""
-        return rows_at(self.cos_sin_cache, position_ids)
+    scale = np.float32(1.0)
+    if rope.type == "yarn":
+        if rope.mscale and rope.mscale_all_dim:
+            ratio = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(
+                rope.factor, rope.mscale_all_dim
+            )
+        else:
+            ratio = yarn_mscale(rope.factor, 1.0)
+        scale = np.float32(ratio)
+    positions = np.arange(max_position, dtype=np.float32)
+    angles = positions[:, None] * inverse_frequencies(rope, dim)
+    table = np.empty((max_position, dim), np.float32)
+    for columns, function in ((slice(0, dim // 2), np.cos), (slice(dim // 2, dim), np.sin)):
+        np.multiply(function(angles), scale, out=table[:, columns])
+    return table

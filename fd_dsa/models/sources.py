@@ -6,28 +6,11 @@ import zlib
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from fd_dsa.models.dequantize import TensorInfo, dequantize_blocks, to_float32
-
-
-class SourceTensor(Protocol):
-    """One tensor of a checkpoint, as stored: weights of GEMMs are [out, in]."""
-
-    def float32(self) -> np.ndarray:
-        """The values; may be a read-only view of a file."""
-
-    def ids(self) -> np.ndarray:
-        """The values of a tensor of int64 numbers."""
-
-    def narrowed(self, axis: int, start: int, stop: int) -> SourceTensor:
-        """Rows (axis 0) or columns (axis 1) of a matrix; no others are read."""
-
-
-WeightLoader = Callable[[Any], None]
-"""Takes the SourceTensor of one name, and fills what is held of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +45,10 @@ class StoredTensor:
         return self.raw.view("<i8").reshape(self.info.shape)
 
     def narrowed(self, axis: int, start: int, stop: int) -> StoredTensor:
-        """See SourceTensor; FP8 whose blocks the borders cut becomes float32."""
+        """Rows (axis 0) or columns (axis 1) of a matrix; no others are read.
+
+        FP8 whose blocks the borders cut becomes float32.
+        """
         source, scale, block = self, None, self.block_size[axis]
         if self.scale is not None:
             if start % block or (stop % block and stop < self.info.shape[axis]):
@@ -110,10 +96,16 @@ class RandomTensor:
         return np.random.default_rng(self.seed).integers(0, self.ids_below, self.shape)
 
     def narrowed(self, axis: int, start: int, stop: int) -> RandomTensor:
-        """See SourceTensor; a device, which draws by `shape` and `seed`, makes up other values."""
+        """See StoredTensor; a device, which draws by `shape` and `seed`, makes up other values."""
         part = copy(self)
         rows, columns = self.shape
         part.shape = (stop - start, columns) if axis == 0 else (rows, stop - start)
         part.seed = [*self.seed, start]
         part._part = (slice(start, stop),) if axis == 0 else (slice(None), slice(start, stop))
         return part
+
+
+SourceTensor = StoredTensor | RandomTensor
+"""One tensor of a checkpoint: weights of GEMMs are [out, in]."""
+WeightLoader = Callable[[Any], None]
+"""Takes the SourceTensor of one name, and fills what is held of it."""

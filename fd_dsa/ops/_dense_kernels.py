@@ -64,10 +64,20 @@ def rms_norm_kernel(
         store_groups(widened(normed), codes, scales, scale_stride, WIDTH, BLOCK, ROUND_SCALES)
 
 
-def _launch_norm(
-    x: Any, delta: Any, weight: Any, epsilon: float, round_scales: bool | None
+def rms_norm(
+    x: Any, delta: Any, weight: Any, epsilon: float, round_scales: bool | None = None
 ) -> tuple[Any, Any, Fp8Rows | None]:
-    """Sum or None, norm, and its FP8 form or None."""
+    """x + delta, that sum's norm, and the norm in FP8; one launch.
+
+    The sum is rounded to the type of `x`; of that, sum * rsqrt(mean(sum^2) + epsilon) * weight.
+
+    Args:
+        x: float32 or bfloat16 [num_tokens, width]; there may be gaps between its rows.
+        delta: like `x`, contiguous; None: the norm is that of `x`, and the sum None.
+        weight: float32 [width].
+        epsilon: added to the mean square.
+        round_scales: whether scales are powers of two (`scale_fmt` "ue8m0"); None: no FP8.
+    """
     rows, width = x.shape
     out = empty_beside(x, rows, width)
     total = None if delta is None else empty_beside(x, rows, width)
@@ -93,46 +103,6 @@ def _launch_norm(
             num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16,
         )
     return total, out, quantized
-
-
-def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
-    """x * rsqrt(mean(x^2) + epsilon) * weight over the last axis, contiguous, in the type of `x`.
-
-    Args:
-        x: float32 or bfloat16 [num_tokens, width]; there may be gaps between its rows.
-        weight: float32 [width].
-        epsilon: added to the mean square.
-    """
-    return _launch_norm(x, None, weight, epsilon, None)[1]
-
-
-def rms_norm_quantized(
-    x: Any, weight: Any, epsilon: float, round_scales: bool
-) -> tuple[Any, Fp8Rows]:
-    """`rms_norm`, and its rounded values in FP8; one launch.
-
-    Args:
-        round_scales: scales are powers of two (`scale_fmt` "ue8m0").
-    """
-    _, normed, quantized = _launch_norm(x, None, weight, epsilon, bool(round_scales))
-    assert quantized is not None
-    return normed, quantized
-
-
-def add_rms_norm(
-    hidden: Any, delta: Any, weight: Any, epsilon: float, *, round_scales: bool | None = None
-) -> tuple[Any, Any, Fp8Rows | None]:
-    """hidden + delta, its `rms_norm`, and that in FP8 unless `round_scales` is None; one launch.
-
-    The sum is rounded to the type of `hidden`, and the norm is that of the rounded sum.
-
-    Args:
-        hidden, delta: float32 or bfloat16 [num_tokens, width], contiguous.
-        weight: float32 [width].
-        epsilon: added to the mean square.
-        round_scales: scales are powers of two.
-    """
-    return _launch_norm(hidden, delta, weight, epsilon, round_scales)
 
 
 @triton.jit
@@ -172,38 +142,27 @@ def silu_and_mul_kernel(
         store_groups(widened(values), codes, scales, scale_stride, left, BLOCK, ROUND_SCALES)
 
 
-def _launch_silu(gate_up: Any, out: Any, quantized: Fp8Rows | None, round_scales: bool) -> None:
+def silu_and_mul(gate_up: Any, round_scales: bool | None = None) -> Any:
+    """silu(gate) * up of the two halves of each row, in the type of `gate_up` or as Fp8Rows.
+
+    Args:
+        gate_up: float32 or bfloat16 [num_tokens, 2 * width], contiguous.
+        round_scales: of FP8, as of `rms_norm`.
+    """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out, quantized = None, (None, None, None)
+    if round_scales is None:
+        out = empty_beside(gate_up, rows, width)
+    else:
+        quantized = empty_fp8_rows(gate_up, rows, width)
     if rows and width:
-        codes, scales, _ = quantized or (None, None, None)
+        codes, scales, _ = quantized
         block = min(_BLOCK, max(GROUP, triton.next_power_of_2(width)))
         stride = 0 if scales is None else scales.shape[1]
         silu_and_mul_kernel[rows, -(-width // block)](
-            gate_up, out, codes, scales, stride, width, block, round_scales, num_warps=4
+            gate_up, out, codes, scales, stride, width, block, bool(round_scales), num_warps=4
         )
-
-
-def silu_and_mul(gate_up: Any) -> Any:
-    """silu(gate) * up of the two halves of each row, [num_tokens, width] in the type of `gate_up`.
-
-    Args:
-        gate_up: float32 or bfloat16 [num_tokens, 2 * width], contiguous.
-    """
-    out = empty_beside(gate_up, gate_up.shape[0], gate_up.shape[1] // 2)
-    _launch_silu(gate_up, out, None, False)
-    return out
-
-
-def silu_and_mul_quantized(gate_up: Any, round_scales: bool) -> Fp8Rows:
-    """FP8 of what `silu_and_mul` gives, in one launch.
-
-    Args:
-        gate_up: float32 or bfloat16 [num_tokens, 2 * width], contiguous.
-        round_scales: scales are powers of two.
-    """
-    quantized = empty_fp8_rows(gate_up, gate_up.shape[0], gate_up.shape[1] // 2)
-    _launch_silu(gate_up, None, quantized, bool(round_scales))
-    return quantized
+    return quantized if out is None else out
 
 
 @step_kernel(waits=True)

@@ -11,13 +11,7 @@ import paddle
 from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops._cublaslt import cublaslt_for
 from fd_dsa.ops._cublaslt_library import why_not_fp8
-from fd_dsa.ops._dense_kernels import (
-    quantize_rows,
-    rms_norm,
-    rms_norm_quantized,
-    silu_and_mul,
-    silu_and_mul_quantized,
-)
+from fd_dsa.ops._dense_kernels import quantize_rows, rms_norm, silu_and_mul
 from fd_dsa.ops._expert_kernels import expert_gemm
 from fd_dsa.ops._fixed_order import fixed_order
 from fd_dsa.ops._fp8_gemm import fp8_linear
@@ -79,15 +73,14 @@ class DeviceNorm:
 
     def of(self, x: Any) -> Any:
         """x [num_tokens, width], normed; may be columns of wider rows."""
-        if self._round_scales is None:
-            return rms_norm(x, self.weight, self.epsilon)
-        return Normed(*rms_norm_quantized(x, self.weight, self.epsilon, self._round_scales))
+        return self._sum_and_norm(x, None)[1]
 
     def after(self, hidden_states: Any, change: Any, group: Any) -> tuple[Any, Any]:
-        """As of HostNorm; one launch, also among GPUs where an all-reduce of our own serves."""
-        total, normed, fp8 = group.add_rms_norm(
-            hidden_states, change, self.weight, self.epsilon, round_scales=self._round_scales
-        )
+        """As of HostNorm; one launch after the all-reduce."""
+        return self._sum_and_norm(hidden_states, group.all_reduce(change))
+
+    def _sum_and_norm(self, x: Any, delta: Any) -> tuple[Any, Any]:
+        total, normed, fp8 = rms_norm(x, delta, self.weight, self.epsilon, self._round_scales)
         return total, normed if fp8 is None else Normed(normed, fp8)
 
 
@@ -187,9 +180,7 @@ class DeviceMatrix:
 
     def activated(self, gate_up: Any) -> Any:
         """silu(gate) * up of [num_tokens, 2 * in], in the form that `times` reads."""
-        if self.scales is None:
-            return silu_and_mul(gate_up)
-        return silu_and_mul_quantized(gate_up, self.round_scales)
+        return silu_and_mul(gate_up, None if self.scales is None else self.round_scales)
 
     def _quantized(self, x: Any) -> Fp8Rows:
         if isinstance(x, Fp8Rows):

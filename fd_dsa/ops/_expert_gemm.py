@@ -10,17 +10,9 @@ from typing import NamedTuple
 
 from fd_dsa.ops._dense_kernels import sigmoid
 from fd_dsa.ops._fp8_gemm import fp8_pointer, fp8_sums
-from fd_dsa.ops._fp8_rows import GROUP, group_scales
+from fd_dsa.ops._fp8_rows import GROUP, quantized
 from fd_dsa.ops._triton import step_kernel
-from fd_dsa.ops._triton_fp8 import (
-    absolute_maximum,
-    magnitude,
-    quotient,
-    stored,
-    to_bfloat16,
-    to_e4m3,
-    widened,
-)
+from fd_dsa.ops._triton_fp8 import stored, to_bfloat16, widened
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -236,8 +228,7 @@ def expert_gemm_kernel(
         if out_scales_ptr is None:
             tl.store(to, stored(total, out_ptr), mask=mask)
         else:
-            total = widened(to_bfloat16(total))
-            scale = group_scales(absolute_maximum(magnitude(total), 1), ROUND_SCALES)
+            codes, scale = quantized(widened(to_bfloat16(total)), ROUND_SCALES)
             group = out_scales_ptr + (first_column // _GROUP) * out_stride
             tl.store(group + pair, scale, mask=live)
-            tl.store(to, to_e4m3(quotient(total, scale[:, None])), mask=mask)
+            tl.store(to, codes, mask=mask)

@@ -48,17 +48,18 @@ def empty_fp8_rows(beside: Any, rows: int, width: int) -> Fp8Rows:
 
 
 @triton.jit
-def group_scales(largest, ROUND_SCALES: tl.constexpr):
-    """float32 scales of groups by their largest magnitudes: a 448th of them, at least 1e-12.
+def quantized(groups, ROUND_SCALES: tl.constexpr):
+    """uint8 codes of `groups` of values [N, M], and the float32 scale of each, [N].
 
-    ROUND_SCALES: up to a power of two.
+    A scale is a 448th of its group's largest magnitude, at least 1e-12; with ROUND_SCALES up to a
+    power of two.
     """
-    scale = tl.maximum(over_448(largest), 1e-12)
+    scale = tl.maximum(over_448(absolute_maximum(magnitude(groups), 1)), 1e-12)
     if ROUND_SCALES:
         bits = scale.to(tl.uint32, bitcast=True)
         exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.uint32)
         scale = (exponent << 23).to(tl.float32, bitcast=True)
-    return scale
+    return to_e4m3(quotient(groups, scale[:, None])), scale
 
 
 @triton.jit
@@ -71,9 +72,8 @@ def store_groups(
     scale to the next one's.
     """
     groups: tl.constexpr = BLOCK // _GROUP
-    tile = tl.reshape(values, [groups, _GROUP])
-    scale = group_scales(absolute_maximum(magnitude(tile), 1), ROUND_SCALES)
+    own, scale = quantized(tl.reshape(values, [groups, _GROUP]), ROUND_SCALES)
     group = tl.arange(0, groups)
     tl.store(scales + group * stride, scale, mask=group * _GROUP < left)
     column = group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
-    tl.store(codes + column, to_e4m3(quotient(tile, scale[:, None])), mask=column < left)
+    tl.store(codes + column, own, mask=column < left)

@@ -10,17 +10,10 @@ from typing import Any
 
 from fd_dsa.ops._dense_kernels import empty_beside
 from fd_dsa.ops._fixed_order import rows_of_tiles
-from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, group_scales
+from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, quantized
 from fd_dsa.ops._host import dtype_name
 from fd_dsa.ops._triton import step_kernel
-from fd_dsa.ops._triton_fp8 import (
-    absolute_maximum,
-    magnitude,
-    quotient,
-    to_bfloat16,
-    to_e4m3,
-    widened,
-)
+from fd_dsa.ops._triton_fp8 import to_bfloat16, widened
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -44,9 +37,9 @@ def store_heads(
     else:
         # what a plain result would hold
         values = widened(to_bfloat16(values))
-        scale = group_scales(absolute_maximum(magnitude(values), 1), ROUND_SCALES)
+        codes, scale = quantized(values, ROUND_SCALES)
         tl.store(scales_ptr + head * scales_stride + token, scale, mask=live)
-        tl.store(codes_ptr + place, to_e4m3(quotient(values, scale[:, None])), mask=live[:, None])
+        tl.store(codes_ptr + place, codes, mask=live[:, None])
 
 
 @step_kernel(strided=("x_ptr",), waits=True)

@@ -30,17 +30,17 @@ _COUNTERS = tl.constexpr(NUM_COUNTERS)
 
 
 @triton.jit
-def sum_of_parts(total, scratch_ptr, tile, split, SPLITS: tl.constexpr):
+def sum_of_parts(total, scratch_ptr, tile, split, SPLITS: tl.constexpr, mask=None):
     """The sum over SPLITS programs of `total` [M, N], and whether this program has it.
 
-    `tile` numbers the sums of a launch.
+    `tile` numbers the sums of a launch; only values where `mask` is set are summed.
     """
     rows: tl.constexpr = total.shape[0]
     columns: tl.constexpr = total.shape[1]
     size: tl.constexpr = rows * columns
     part = scratch_ptr + _COUNTERS + tile.to(tl.int64) * (SPLITS * size)
     part += tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
-    tl.store(part + split * size, total)
+    tl.store(part + split * size, total, mask=mask)
     # all threads have stored before one of them lets the other programs know
     tl.debug_barrier()
     last = tl.atomic_add(scratch_ptr + tile, 1.0, sem="acq_rel") == SPLITS - 1
@@ -48,7 +48,7 @@ def sum_of_parts(total, scratch_ptr, tile, split, SPLITS: tl.constexpr):
         total = tl.zeros([rows, columns], tl.float32)
         for other in tl.static_range(SPLITS):
             # past the L1, which other programs' stores do not reach
-            total += tl.load(part + other * size, cache_modifier=".cg")
+            total += tl.load(part + other * size, mask=mask, cache_modifier=".cg")
         tl.store(scratch_ptr + tile, 0.0)
     return total, last
 

@@ -13,7 +13,6 @@ import pickle
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -26,32 +25,7 @@ from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps, trim_heaps
 from fd_dsa.serve.info import INFO, engine_info
 from fd_dsa.serve.logs import set_up_logging
 
-# between two messages about the same phase
-_PHASE_INTERVAL_S = 0.1
-
 logger = logging.getLogger("fd_dsa.serve")
-
-
-class RelayedProgress(StartupProgress):
-    """Phases of a start, also sent to the other process."""
-
-    def __init__(self, connection: Connection) -> None:
-        super().__init__()
-        self._connection = connection
-        self._sent_at = 0.0
-
-    def note(self, detail: str) -> None:
-        """Show how far the present phase has come."""
-        super().note(detail)
-        now = time.monotonic()
-        if now - self._sent_at >= _PHASE_INTERVAL_S:
-            self._sent_at = now
-            self._connection.send((self.index, detail))
-
-    def done(self, text: str) -> None:
-        """End the present phase."""
-        super().done(text)
-        self._connection.send((self.index, ""))
 
 
 def _sender(connection: Connection) -> Callable[[Event], None]:
@@ -87,7 +61,8 @@ def main() -> int:
         # the imports take seconds
         from fd_dsa.engine.factory import build_engine
 
-        engine = build_engine(config, RelayedProgress(connection))
+        progress = StartupProgress(lambda *phase: connection.send(phase))
+        engine = build_engine(config, progress)
     except Exception as error:
         logger.debug("the start failed", exc_info=True)
         connection.send(_portable(error))

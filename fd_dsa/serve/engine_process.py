@@ -7,19 +7,16 @@ model four times as long. vLLM and SGLang part the two in the same way.
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.host import Command, EngineFacts, EngineLink, Event, Failed, Stop
+from fd_dsa.engine.ranks import how_ended, start_process
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
@@ -47,18 +44,8 @@ class EngineProcess(EngineLink):
         log_level: str = "info",
         log_json: bool = False,
     ) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            number = theirs.fileno()
-            self._process = subprocess.Popen(
-                (*self.COMMAND, str(number)),
-                pass_fds=(number,),
-                stdin=subprocess.DEVNULL,
-                # Ctrl-C of a terminal is for the HTTP process, which drains first
-                start_new_session=True,
-            )
+        self._process, self._connection = start_process(self.COMMAND)
         self.pid = self._process.pid
-        self._connection = Connection(ours.detach())
         self._is_stopping = False
         try:
             self._connection.send((config, log_level, log_json))
@@ -110,16 +97,8 @@ class EngineProcess(EngineLink):
             progress.follow(*message)
 
     def _ended(self, when: str) -> FdDsaError:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_KILL_AFTER_S)
-        status = self._process.poll()
-        how = f"with status {status}"
-        if status is None:
-            how = "its connection but not itself"
-        elif status < 0:
-            how = f"by signal {-status} ({signal.Signals(-status).name})"
-        hint = "; the system may have been out of memory" if status == -signal.SIGKILL else ""
-        return FdDsaError(f"the engine's process ended {how} {when}{hint}")
+        how, hint = how_ended(self._process)
+        return FdDsaError(f"the engine's process {how} {when}{hint}")
 
     def _write(self) -> None:
         while True:

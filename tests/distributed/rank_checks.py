@@ -18,7 +18,7 @@ from tests.distributed.sums import rounded, sum_of, widened
 # the last one that our own all-reduce takes is 146; a row is 7,168 values
 TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 33, 34, 66, 67, 100, 128, 146, 147, 333, 1024, 3000, 8192)
 WIDTH = 7168
-# of a graph: sizes in turn, so that clusters and single blocks follow each other
+# of a graph: sizes in turn, so that launches of few blocks and of many follow each other
 IN_TURN, TURNS, REPEATS = (1, 128, 1, 16, 5, 1), 10, 10_000
 _BLOCK = 512
 
@@ -95,34 +95,6 @@ def check_repeats(rank: Rank) -> dict[str, str]:
     check()
     group.close()
     return {str(tokens): digest(total) for tokens, total in sums.items()}
-
-
-def check_fused(rank: Rank) -> dict[str, str]:
-    """Residual and norm in the same launch, against the launches one after another."""
-    from fd_dsa.ops._dense_kernels import add_rms_norm, quantize_rows
-
-    group, found, memory = rank.group("fused"), {}, rank.memory
-    weight = memory.put(np.linspace(0.5, 2, WIDTH, dtype=np.float32))
-    for tokens in (1, 7, 16, 40, 128, 146, 200):
-        hidden = memory.put(part(99, tokens), "bfloat16")
-        for rounds in (None, False, True):
-            own = [memory.put(part(rank.rank, tokens), "bfloat16") for _ in range(2)]
-            total, normed, fp8 = group.add_rms_norm(
-                hidden, own[0], weight, 1e-6, round_scales=rounds
-            )
-            apart = add_rms_norm(hidden, group.all_reduce(own[1]), weight, 1e-6)
-            np.testing.assert_array_equal(memory.get(total), memory.get(apart[0]))
-            values = widened(memory.get(normed)), widened(memory.get(apart[1]))
-            np.testing.assert_allclose(*values, rtol=2.0**-7)
-            found[f"{tokens} {rounds}"] = digest(memory.get(normed))
-            if fp8 is None:
-                continue
-            same = quantize_rows(normed, rounds)
-            np.testing.assert_array_equal(memory.get(fp8.codes), memory.get(same.codes))
-            scales = (memory.get(x.scales)[:, :tokens] for x in (fp8, same))
-            np.testing.assert_array_equal(*scales)
-    group.close()
-    return found
 
 
 def check_absent(rank: Rank) -> str:

@@ -15,6 +15,7 @@ import pytest
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.rope import inverse_frequencies
+from fd_dsa.ops._linear import rows_at
 from tests.reference.indexer import ref_layer_norm, ref_rms_norm, ref_score
 from tests.reference.rope import ref_rotate
 from tests.reference.sparse_mla import ref_expanded
@@ -145,7 +146,7 @@ def run_layer(layer: Any, runner: Any, x: np.ndarray, start: int = 0) -> tuple[n
     runner.input_batch.add_row(0, [2] * len(x), start, True)
     runner.initialize_forward_meta()
     meta = runner.forward_meta
-    out, slots = layer.forward(x, runner.model.rotary_emb(meta.position_ids), meta, None)
+    out, slots = layer.forward(x, rows_at(runner.model.cos_sin, meta.position_ids), meta, None)
     return out, slots.numpy()
 
 

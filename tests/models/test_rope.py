@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.models.config import ModelConfig, RopeConfig
-from fd_dsa.models.rope import RotaryEmbedding, inverse_frequencies
-from fd_dsa.models.weights import HostWeights
+from fd_dsa.models.rope import cos_sin_table, inverse_frequencies
 from tests.models.folders import TINY, YARN
 from tests.reference.rope import ref_frequencies, ref_yarn_frequencies
 
@@ -54,7 +53,7 @@ def test_yarn_of_other_settings(factor, original, beta_fast, beta_slow, theta, d
 
 def test_table_of_all_positions() -> None:
     rope = rope_of(V32 | {"rope_scaling": YARN})
-    table = RotaryEmbedding(rope, 64, 100_001, HostWeights()).cos_sin_cache
+    table = cos_sin_table(rope, 64, 100_001)
     assert table.shape == (100_001, 64)
     assert table.dtype == np.float32
     positions = np.array([0, 1, 7, 4096, 100_000], np.int64)
@@ -77,6 +76,6 @@ def test_table_of_all_positions() -> None:
 )
 def test_multiplier_of_cos_and_sin(mscale: float, mscale_all_dim: float, wanted: float) -> None:
     rope = RopeConfig(10000.0, "yarn", 40.0, 4096, 32.0, 1.0, mscale, mscale_all_dim)
-    cos, sin = np.split(RotaryEmbedding(rope, 64, 1, HostWeights()).cos_sin_cache, 2, axis=1)
+    cos, sin = np.split(cos_sin_table(rope, 64, 1), 2, axis=1)
     np.testing.assert_allclose(cos, wanted, rtol=1e-6)
     assert (sin == 0).all()

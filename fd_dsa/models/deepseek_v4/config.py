@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from fd_dsa.models.config import HARMLESS, MOST, MOST_EXPERTS, read_generation
-from fd_dsa.models.config_reader import INT32_MAX, FieldReader
+from fd_dsa.models.config import MOST_EXPERTS, add_generation, read_plain, warn_unknown
+from fd_dsa.models.config_reader import FieldReader
 from fd_dsa.models.rope_config import RopeConfig, read_section
-
-logger = logging.getLogger(__name__)
 
 WINDOW, CSA, HCA = (
     "sliding_attention",
@@ -24,33 +21,6 @@ _OLD_RATES = {CSA: "compress_rate_csa", HCA: "compress_rate_hca"}
 # transformers has no softmax here
 _SCORES = ("sqrtsoftplus", "sigmoid")
 
-# what a config.json that leaves a field out stands for
-_INTEGERS = {
-    "vocab_size": 129280,
-    "hidden_size": 4096,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 43,
-    "num_attention_heads": 64,
-    "head_dim": 512,
-    "q_lora_rank": 1024,
-    "o_groups": 8,
-    "o_lora_rank": 1024,
-    "sliding_window": 128,
-    "index_n_heads": 64,
-    "index_head_dim": 128,
-    "index_topk": 512,
-    "num_experts_per_tok": 6,
-    "n_routed_experts": 256,
-    "max_position_embeddings": 1048576,
-    "hc_mult": 4,
-    "hc_sinkhorn_iters": 20,
-}
-_NUMBERS = {
-    "routed_scaling_factor": 1.5,
-    "swiglu_limit": 10.0,
-    "rms_norm_eps": 1e-6,
-    "hc_eps": 1e-6,
-}
 # other names of a field
 _SAME = {
     "num_local_experts": "n_routed_experts",
@@ -74,7 +44,8 @@ class DeepseekV4Config:
     """Everything about a DeepSeek-V4 model that its layers, caches and weights depend on.
 
     The names are those of Hugging Face's config.json (transformers 5.23); widths are numbers of
-    elements, `sliding_window` and `max_position_embeddings` tokens, `index_topk` CSA entries.
+    elements, `sliding_window` and `max_position_embeddings` tokens, `index_topk` CSA entries. A
+    number's default is what a config.json that leaves it out stands for.
 
     Attributes:
         qk_rope_head_dim: channels that are rotated, the last ones of a head.
@@ -87,28 +58,28 @@ class DeepseekV4Config:
     """
 
     model_type: str = "deepseek_v4"
-    vocab_size: int
-    hidden_size: int
-    moe_intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    head_dim: int
-    q_lora_rank: int
-    o_groups: int
-    o_lora_rank: int
-    sliding_window: int
-    index_n_heads: int
-    index_head_dim: int
-    index_topk: int
-    num_experts_per_tok: int
-    n_routed_experts: int
-    max_position_embeddings: int
-    hc_mult: int
-    hc_sinkhorn_iters: int
-    routed_scaling_factor: float
-    swiglu_limit: float
-    rms_norm_eps: float
-    hc_eps: float
+    vocab_size: int = 129280
+    hidden_size: int = 4096
+    moe_intermediate_size: int = 2048
+    num_hidden_layers: int = 43
+    num_attention_heads: int = 64
+    head_dim: int = 512
+    q_lora_rank: int = 1024
+    o_groups: int = 8
+    o_lora_rank: int = 1024
+    sliding_window: int = 128
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 512
+    num_experts_per_tok: int = 6
+    n_routed_experts: int = 256
+    max_position_embeddings: int = 1048576
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    routed_scaling_factor: float = 1.5
+    swiglu_limit: float = 10.0
+    rms_norm_eps: float = 1e-6
+    hc_eps: float = 1e-6
     qk_rope_head_dim: int
     scoring_func: str
     layer_types: tuple[str, ...]
@@ -138,13 +109,9 @@ class DeepseekV4Config:
         Raises:
             ConfigError: a value cannot be served; names file, field, value and what is allowed.
         """
-        reader = FieldReader(data, source)
-        values = _read_fields(reader)
-        defaults, more_eos = read_generation(
-            FieldReader(generation or {}, generation_source), values["vocab_size"]
-        )
-        values["eos_token_ids"] = tuple(dict.fromkeys(values["eos_token_ids"] + more_eos))
-        return cls(generation=defaults, **values)
+        values = _read_fields(FieldReader(data, source))
+        add_generation(values, FieldReader(generation or {}, generation_source))
+        return cls(**values)
 
     @property
     def has_indexer(self) -> list[bool]:
@@ -166,11 +133,10 @@ def _read_fields(reader: FieldReader) -> dict[str, Any]:
             "none",
             "deepseek_v4 is served from float32 or bfloat16 weights; dequantise the checkpoint",
         )
-    values: dict[str, Any] = {
-        name: reader.integer(name, default, maximum=MOST.get(name, INT32_MAX))
-        for name, default in _INTEGERS.items()
-    }
-    values |= {name: reader.positive(name, default) for name, default in _NUMBERS.items()}
+    numbers = (one for one in fields(DeepseekV4Config) if one.type in ("int", "float"))
+    values = read_plain(
+        reader, ((one, one.default) for one in numbers if one.default is not MISSING)
+    )
     for name, same in _SAME.items():
         reader.choice(name, values[same], (values[same],), f"as {same}")
     for name, value in _FIXED.items():
@@ -193,8 +159,7 @@ def _read_fields(reader: FieldReader) -> dict[str, Any]:
     # draft layers are not loaded
     reader.integer("num_nextn_predict_layers", 0, minimum=0)
     _check_consistency(reader, values)
-    if unknown := [name for name in reader.unread() if name not in HARMLESS]:
-        logger.warning("%s: unknown fields, ignored: %s", reader.source, ", ".join(unknown))
+    warn_unknown(reader)
     return values
 
 

@@ -1,11 +1,7 @@
 """Projections of the indexer on a device: both products in one launch.
 
 Few tokens make this a read of the weights, 192 columns of them in V3.2, so the sum over the hidden
-size is split among programs until they fill the device. Each leaves its part in scratch memory,
-and the last of a tile to arrive adds all parts in the order of the hidden size: which one that is
-never changes a bit. Many tokens fill the device unsplit.
-
-Source: the count of arrivals, CUDA samples `threadFenceReduction`.
+size is split among programs until they fill the device. Many tokens fill the device unsplit.
 """
 
 from __future__ import annotations
@@ -14,7 +10,7 @@ from typing import Any
 
 from fd_dsa.ops._fixed_order import rows_of_tiles
 from fd_dsa.ops._host import allocator_beside, dtype_name, outer_strides
-from fd_dsa.ops._split_sums import NUM_COUNTERS, clear_counters, scratch_beside
+from fd_dsa.ops._split_sums import NUM_COUNTERS, clear_counters, scratch_beside, sum_of_parts
 from fd_dsa.ops._triton import step_kernel, stored_values
 from fd_dsa.ops._triton_fp8 import stored
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
@@ -26,7 +22,6 @@ NUM_PARTIALS = 1 << 20
 """float32 sums: 4 MiB, in the L2 of a Hopper GPU many times over."""
 
 _NAME = "project_indexer"
-_COUNTERS = tl.constexpr(NUM_COUNTERS)
 Tiling = tuple[int, int, int, int, int, int]
 # BLOCK_TOKENS, _COLUMNS and _HIDDEN, programs that share the hidden size, num_warps, num_stages:
 # what benchmarks/tune.py times, for few tokens and for many
@@ -80,8 +75,7 @@ def project_indexer_kernel(
 ):
     """See `project_indexer`; the second axis of the grid is the columns of wk, then the heads.
 
-    The third is the parts of the hidden size, STEPS tiles each. `scratch_ptr`: one counter a tile
-    of the result, zero before and after, then SPLITS tiles of float32 sums for each.
+    The third is the parts of the hidden size, STEPS tiles each. `scratch_ptr`: see `sum_of_parts`.
     """
     wait_for_inputs()
     key_tiles: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
@@ -92,8 +86,7 @@ def project_indexer_kernel(
     else:
         weight_ptr, weight_stride, columns = weights_proj_ptr, weights_proj_stride, HEADS
         tile -= key_tiles
-    in_tile = tl.arange(0, BLOCK_TOKENS)
-    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + in_tile
+    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     live, inside = (token < num_tokens)[:, None], (column < columns)[None, :]
     hidden = hidden_ptr + token[:, None] * hidden_stride
@@ -117,20 +110,7 @@ def project_indexer_kernel(
     last = True
     if SPLITS > 1:
         counter = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        size: tl.constexpr = BLOCK_TOKENS * BLOCK_COLUMNS
-        part = scratch_ptr + _COUNTERS + counter * (SPLITS * size)
-        part += in_tile[:, None] * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
-        tl.store(part + tl.program_id(2) * size, total, mask=mask)
-        # all threads have stored before one of them tells the other programs
-        tl.debug_barrier()
-        arrived = tl.atomic_add(scratch_ptr + counter, 1.0, sem="acq_rel")
-        last = arrived == SPLITS - 1
-        if last:
-            total = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], tl.float32)
-            for split in tl.static_range(SPLITS):
-                # past the L1, which other programs' stores do not reach
-                total += tl.load(part + split * size, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(scratch_ptr + counter, 0.0)
+        total, last = sum_of_parts(total, scratch_ptr, counter, tl.program_id(2), SPLITS, mask)
     if last:
         if is_key:
             out = index_k_ptr + token[:, None] * WIDTH + column[None, :]

@@ -280,6 +280,7 @@ struct Index {
 
 #define threadIdx (emulated::Index{emulated::current->thread})
 #define blockIdx (emulated::Index{emulated::current->block->index})
+inline EMULATED_STATE dim3 gridDim, blockDim;
 
 inline void __syncthreads() { emulated::wait_at(emulated::current->block->barrier); }
 
@@ -369,8 +370,6 @@ inline int __clz(uint32_t value) { return value == 0 ? 32 : __builtin_clz(value)
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(uint32_t value) { return __builtin_ffs(static_cast<int>(value)); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fsqrt_rn(float value) { return std::sqrt(value); }
 inline float __frsqrt_rn(float value) { return 1 / std::sqrt(value); }
 inline float __uint_as_float(uint32_t bits) {
   float value;
@@ -420,6 +419,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel,
   if (config->dynamicSmemBytes > emulated::kSharedBytes || config->gridDim.x % size != 0) {
     return cudaErrorInvalidValue;
   }
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
   emulated::body = [&] { kernel(arguments...); };
   for (unsigned first = 0; first < config->gridDim.x; first += size) {
     emulated::run_cluster(*config, first, size);

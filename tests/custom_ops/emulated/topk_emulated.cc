@@ -7,7 +7,7 @@ using namespace fd_dsa::topk;
 
 template <int kThreads, int kUnroll, bool kAhead, int kHeldThreads>
 int launch_small(const Rows& rows, const Sizes& sizes) {
-  const Gpu gpu = {0, 132, emulated::kSharedBytes, true};
+  const fd_dsa::Gpu gpu = {0, 9, 132, emulated::kSharedBytes};
   if (sizes.cluster == 0) return launch_held<kHeldThreads, 1, 2 * kUnroll>(rows, nullptr);
   if (sizes.cluster == 1) {
     return launch_bound<kThreads, 1, kUnroll, kAhead, false>(rows, sizes, gpu, nullptr);
@@ -28,7 +28,7 @@ extern "C" int topk_emulated(const FdDsaTopk* rows, int wide, int cluster, int c
 extern "C" int topk_emulated_among(const FdDsaTopk* rows, int num_rows, uint64_t* bytes) {
   Rows all = *rows;
   all.num_rows = num_rows;
-  const Gpu gpu = {0, 132, emulated::kSharedBytes, true};
+  const fd_dsa::Gpu gpu = {0, 9, 132, emulated::kSharedBytes};
   const Sizes sizes = choose_sizes(all, gpu, sizeof(Shared));
   emulated::bytes_loaded = 0;
   int code;
@@ -45,7 +45,7 @@ extern "C" int topk_emulated_among(const FdDsaTopk* rows, int num_rows, uint64_t
 
 // What the launcher would choose: `Sizes`, and bytes of shared memory.
 extern "C" void topk_sizes(const FdDsaTopk* rows, int num_sms, int* found) {
-  const Gpu gpu = {0, num_sms, emulated::kSharedBytes, true};
+  const fd_dsa::Gpu gpu = {0, 9, num_sms, emulated::kSharedBytes};
   const Sizes sizes = choose_sizes(*rows, gpu, sizeof(Shared));
   found[0] = sizes.cluster;
   found[1] = sizes.capacity;
