@@ -53,7 +53,7 @@ class LLMEngine:
         sampling_defaults: fields of SamplingParams that the model proposes to callers who leave
             them out; the engine itself does not apply them.
         async_scheduling: whether a step is queued before the tokens of the one before have come,
-            where they are drawn on a device; with a speculator none is.
+            where they are drawn on a device, and so are the drafts.
         speculator: has drafts made and verifies them; None = no drafts.
 
     Attributes:
@@ -105,7 +105,7 @@ class LLMEngine:
             self._blocks, self._batch, self._stats, target_gap_s, speculator is not None, lookahead
         )
         self._sampler = StepSampler(runner, num_rows)
-        self._is_async = async_scheduling and speculator is None
+        self._is_async = async_scheduling and (speculator is None or speculator.drafter.is_ahead)
         self._in_flight: LaunchedStep | None = None
         # what is left of each group
         self._requests: dict[str, list[Request]] = {}
@@ -245,9 +245,9 @@ class LLMEngine:
             raise
         if launched is not None:
             self._in_flight = launched
-            for row, request in enumerate(launched.sampling):
-                if request.finish_reason is None:
-                    request.drawn_row = row
+            launched.leave()
+            if self._speculator is not None:
+                self._speculator.propose(launched)
         in_runner_s = self._stats.runner_time_s - runner_time_s
         self._stats.host_time_s += self.clock() - begin - in_runner_s
         return outputs
@@ -306,7 +306,7 @@ class LLMEngine:
             outputs += self._speculator.verify(step, self._append, self._scheduler, stats, tokens)
         elif step.sampling:
             outputs += self._append(step.sampling, step.logits, tokens)
-        if self._speculator is not None:
+        if self._speculator is not None and not step.is_in_flight:
             self._speculator.propose(step)
         self.metrics.count_step(step.num_decode_tokens - step.num_drafts, step.resumed)
         stats.num_steps += 1

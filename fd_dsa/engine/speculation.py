@@ -30,9 +30,11 @@ class Drafter(Protocol):
 
     Attributes:
         lookahead: tokens that must be known after a block's own before others may share it.
+        is_ahead: whether it needs no tokens on the host: steps are queued before they have come.
     """
 
     lookahead: int
+    is_ahead: bool
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
@@ -40,7 +42,7 @@ class Drafter(Protocol):
         """Tokens that may follow those of some requests.
 
         Args:
-            step: the one that has just given its requests their tokens.
+            step: the one that has just given its requests their tokens, or will give them.
             counts: requests that go on, and most drafts of each; 0 where none is wanted.
         """
 
@@ -94,6 +96,8 @@ class Speculator:
     ) -> list[RequestOutput]:
         """Give the requests of a step their tokens: one, and one for each draft that stands.
 
+        Those that ended while it was in flight get none.
+
         Args:
             step: with drafts.
             append: gives each of some requests a token: the one drawn, or sampled from logits.
@@ -106,7 +110,11 @@ class Speculator:
         first = step.first_rows
         accepted = [0] * len(sampling)
         outputs: list[RequestOutput] = []
-        rows, depth = list(range(len(sampling))), 0
+        alive = [row for row, request in enumerate(sampling) if request.finish_reason is None]
+        for request in sampling:
+            request.num_computed_tokens -= request.num_unverified
+            request.num_unverified = 0
+        rows, depth = alive, 0
         while rows:
             places, requests = [first[row] + depth for row in rows], [sampling[row] for row in rows]
             if tokens is None:
@@ -129,7 +137,10 @@ class Speculator:
                     scheduler.accept_draft(request)
                     stands.append(row)
             rows, depth = stands, depth + 1
-        for request, own, count in zip(sampling, drafts, accepted, strict=True):
+        for row in alive:
+            request, own, count = sampling[row], drafts[row], accepted[row]
+            if step.is_in_flight:
+                scheduler.reject_drafts(request, len(own) - count)
             if own and request.drafts is not None:
                 request.drafts.pace.observe(len(own), count)
                 stats.count_drafts(len(own), count)
@@ -138,7 +149,7 @@ class Speculator:
         return _joined(outputs)
 
     def propose(self, step: LaunchedStep) -> None:
-        """Have the drafts of the next step made."""
+        """Have the drafts of the next step made; a pace is that of the steps taken so far."""
         going_on = [
             (request, request.drafts)
             for request in step.sampling

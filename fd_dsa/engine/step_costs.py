@@ -94,7 +94,7 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
         if predicts_more:
             ids = batch.ids_remove_padding[: batch.num_tokens]
             if on_device:
-                runner.draft(ids, _NOTHING, _NOTHING, _NOTHING)
+                runner.draft(ids, *[_NOTHING] * 4)
             else:
                 runner.predict_more(ids, _NOTHING)
     while num_tokens <= most_tokens and time.perf_counter() - begin < _PATIENCE_S:

@@ -98,7 +98,11 @@ from fd_dsa.ops._mtp_kernels import mtp_inputs_kernel
 from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.draw_kernels import draw_kernel
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
-from fd_dsa.ops.sampling.verify_kernel import verify_kernel
+from fd_dsa.ops.sampling.verify_kernel import (
+    catch_up_kernel,
+    shift_positions_kernel,
+    verify_kernel,
+)
 from fd_dsa.ops.topk.triton_kernel import topk_kernel
 from fd_dsa.step import device as step
 from fd_dsa.step.kernel import decode_step_metadata_kernel, mixed_step_metadata_kernel
@@ -197,10 +201,13 @@ for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
         compile("masses", masses_kernel, SAMPLED, False, num_warps=8, FINE=fine, **cut)
     compile("gather", gather_kernel, SAMPLED, False, num_warps=8, CAPACITY=capacity, **cut)
 PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", "firsts_ptr",
-                        "counts_ptr", "going_on_ptr"), "int32")
+                        "counts_ptr", "cached_ptr", "lengths_ptr", "going_on_ptr", "follows_ptr",
+                        "known_ptr", "shifts_ptr"), "int32")
 for most in (1, 2, 3):
-    compile("verify", verify_kernel, PLACED | {"tokens_ptr": "int64"}, False, num_warps=1,
-            STRIDE=128, MOST=most)
+    compile("verify", verify_kernel, PLACED | dict.fromkeys(("tokens_ptr", "newest_ptr"), "int64"),
+            False, num_warps=1, STRIDE=128, MOST=most)
+compile("catch up", catch_up_kernel, PLACED, False, num_warps=1, BLOCK=128)
+compile("shift", shift_positions_kernel, PLACED, False, num_warps=1, BLOCK=128)
 for dtype in ("float32", "bfloat16"):
     types = dict.fromkeys(("table_ptr", "hidden_ptr", "out_ptr"), dtype)
     types |= {"ids_ptr": "int32", "positions_ptr": "int64"}

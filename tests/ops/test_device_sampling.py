@@ -16,7 +16,11 @@ from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.sampling import NO_TOKEN, NOT_FINITE, REJECTED, DeviceSampler, SlotParameters
-from fd_dsa.ops.sampling.verify_kernel import verify_kernel
+from fd_dsa.ops.sampling.verify_kernel import (
+    catch_up_kernel,
+    shift_positions_kernel,
+    verify_kernel,
+)
 from tests.engine.reference_sampler import ref_uniform
 from tests.kernel_memory import KernelMemory, open_memory
 
@@ -206,16 +210,41 @@ def test_what_follows_a_wrong_draft_is_marked(kernel_memory: KernelMemory) -> No
     sampled = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     firsts, counts = [0, 3, 4, 8, 10, -1], [2, 0, 3, 1, 2, 0]
     slots, positions = [4] * 3 + [0] + [2] * 4 + [5] * 2 + [1] * 3, [*range(10, 23)]
-    put = [m.put(values, "int32") for values in (ids, sampled, slots, positions, firsts, counts)]
-    found, going_on = m.put(np.array(tokens)), m.poisoned((3, 32), "int32")
-    verify_kernel[(6,)](found, *put, going_on, STRIDE=32, MOST=3, num_warps=1)
+    lengths = [[100, 110, 120, 0, 140, 150], [1, 3, 4, 0, 3, 2]]
+    places = (ids, sampled, slots, positions, firsts, counts, *lengths)
+    put = [m.put(values, "int32") for values in places]
+    found, going_on = m.put(np.array(tokens)), m.poisoned((4, 32), "int32")
+    newest = m.put(np.full(6, 77))
+    verify_kernel[(6,)](found, *put, going_on, newest, STRIDE=32, MOST=3, num_warps=1)
     marked = m.get(found).tolist()
     assert marked == [5, 6, REJECTED, 8, 1, 2, 3, 4, 9, REJECTED, -1, REJECTED, REJECTED]
     assert m.get(going_on)[:, :6].tolist() == [
         [2, 4, 8, 9, 11, 0],
         [4, 0, 2, 5, 1, -1],
         [12, 14, 18, 19, 21, 0],
+        [142, 101, 124, 151, 111, 0],
     ]
+    assert m.get(newest).tolist() == [6, 8, 4, 9, -1, 77]
+
+
+def test_rows_that_go_on_from_a_draw_are_as_long_as_it_says(kernel_memory: KernelMemory) -> None:
+    """140 rows, of which every third goes on, with up to three tokens fewer than planned."""
+    m, rows = kernel_memory, np.arange(140)
+    follows = np.where(rows % 3 == 0, rows // 3, -1)
+    known, planned = 500 + 7 * np.arange(47), 1000 + rows
+    planned = np.where(follows >= 0, known[follows] + 2 + rows % 4, planned)
+    cached, shifts = m.put(planned, "int32"), m.poisoned((160,), "int32")
+    catch_up_kernel[(2,)](
+        cached, m.put(follows, "int32"), m.put(known, "int32"), shifts, 140, 2,
+        BLOCK=128, num_warps=1,
+    )  # fmt: skip
+    expected = np.where(follows >= 0, rows % 4, 0)
+    assert (m.get(shifts)[:140] == expected).all()
+    assert (m.get(cached) == planned - expected).all()
+    # of two rows of the draw, of the second one's draft, and of padding
+    slots, positions = m.put([9, 3, 3, -1, 139], "int32"), m.put([50, 60, 61, 7, 9], "int32")
+    shift_positions_kernel[(1,)](positions, slots, shifts, 5, BLOCK=128, num_warps=1)
+    assert m.get(positions).tolist() == [50 - 1, 60 - 3, 61 - 3, 7, 9]
 
 
 def test_codes_are_the_engines() -> None:

@@ -66,6 +66,7 @@ def test_every_form_compiles() -> None:
         *["write", "query"],
         *["scan", *["settle", "draw"] * 2, "masses", "masses", "gather"] * 3,
         *["verify"] * 3,
+        *["catch up", "shift"],
         *["mtp"] * 2,
         *["step"] * 10,
         *["v4 rows"] * 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_costs import measure_steps
+from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.models.config import MtpLayer
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
@@ -43,9 +45,13 @@ class Watching:
 
     Attributes:
         drafts: tokens by request and the position of the first one.
+        num_ahead: drafts of steps that were in flight.
+        num_after: drafts of steps that the host sampled, after such a step.
     """
 
     _runner: Any
+    num_ahead = num_after = 0
+    was_ahead = False
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
@@ -53,6 +59,11 @@ class Watching:
         runner, begin = self._runner, 0
         if not hasattr(self, "drafts"):
             self.drafts: dict[tuple[str, int], list[int]] = {}
+        if step.is_in_flight:
+            self.num_ahead += step.num_drafts
+        elif self.was_ahead and step.draw is None:
+            self.num_after += step.num_drafts
+        self.was_ahead = step.is_in_flight
         batch = runner.input_batch
         ids = batch.ids_remove_padding if runner.draws is None else runner.step_ids()
         lengths = batch.seq_lens_this_time
@@ -120,12 +131,18 @@ def answers(
     ids=["eager", "graphs", "sampled on the host"],
 )
 def test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu(
-    rig: Rig, captured: bool, more: dict[str, Any]
+    rig: Rig, captured: bool, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, _, _ = answers("cpu", is_drafted=False, **more)
+    if not captured:
+        queue, count = StepSampler.queue, itertools.count()
+        # the host samples some steps, though the one before is in flight
+        often: Any = lambda *given: next(count) % 4 != 0 and queue(*given)  # noqa: E731
+        monkeypatch.setattr(StepSampler, "queue", often)
     _, _, on_host = answers("cpu", **more)
     found, engine, drafter = answers(rig.device, rig if captured else None, **more)
     assert engine.stats().num_accepted_tokens and engine.stats().num_preemptions
+    assert bool(drafter.num_ahead) == (not more) and bool(drafter.num_after) == (not captured)
     for name, output in found.items():
         assert output.token_ids == plain[name].token_ids, name
         assert output.finish_reason == plain[name].finish_reason
