@@ -44,7 +44,7 @@ class StepSampler:
     def takes_drafts(self, request: Request) -> bool:
         """Whether drafts of a request can be verified: a device must know its rules beforehand."""
         rules = request.rules
-        return not self._has_draws or rules is None or not (rules.counts or rules.needs_mask)
+        return not self._has_draws or rules is None or not rules.needs_mask
 
     def queue(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> bool:
         """Queue the step, and the draw of its tokens unless that needs a mask.

@@ -135,14 +135,17 @@ class DeviceDraws:
             logits: float32 [num_padded_rows, vocab_size] on the device, contiguous.
             step: the runner's record of it.
         """
-        tokens, (slots, positions, *requests) = self._sampler.tokens, self._views
-        self._sampler.sample(logits, slots, positions, requests[-1])
-        if self._most_drafts:
+        sampler, (slots, positions, *requests) = self._sampler, self._views
+        tokens, most = sampler.tokens, self._most_drafts
+        verified = (step.ids_remove_padding, step.sampled, most) if most else None
+        sampler.sample(logits, slots, positions, requests[-1], verified=verified)
+        if most:
             firsts, counts = requests[:2]
             verify_kernel[(min(self._num_slots, logits.shape[0]),)](
                 tokens, step.ids_remove_padding, step.sampled, slots, positions, firsts, counts,
                 step.seq_lens_decoder, step.seq_lens_this_time, self._next, self._tokens,
-                STRIDE=self._stride, MOST=self._most_drafts, num_warps=1,
+                sampler.records, sampler.counts, STRIDE=self._stride, MOST=most,
+                VOCAB=logits.shape[1], num_warps=1,
             )  # fmt: skip
         return tokens
 

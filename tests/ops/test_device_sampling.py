@@ -16,6 +16,7 @@ from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.sampling import NO_TOKEN, NOT_FINITE, REJECTED, DeviceSampler, SlotParameters
+from fd_dsa.ops.sampling.parameters import FLAGS, PENALIZED, RECORD
 from fd_dsa.ops.sampling.verify_kernel import (
     catch_up_kernel,
     shift_positions_kernel,
@@ -214,8 +215,16 @@ def test_what_follows_a_wrong_draft_is_marked(kernel_memory: KernelMemory) -> No
     places = (ids, sampled, slots, positions, firsts, counts, *lengths)
     put = [m.put(values, "int32") for values in places]
     found, going_on = m.put(np.array(tokens)), m.poisoned((4, 32), "int32")
-    newest = m.put(np.full(6, 77))
-    verify_kernel[(6,)](found, *put, going_on, newest, STRIDE=32, MOST=3, num_warps=1)
+    newest, counts = m.put(np.full(6, 77)), m.put(np.zeros((6, 50)), "int32")
+    # slots 1 and 4 have penalties
+    records = np.zeros((6, RECORD), np.int32)
+    records[[1, 4], FLAGS] = PENALIZED
+    verify_kernel[(6,)](
+        found, *put, going_on, newest, m.put(records), counts, STRIDE=32, MOST=3, VOCAB=50,
+        num_warps=1,
+    )  # fmt: skip
+    # the token of slot 1 is none
+    assert np.argwhere(m.get(counts)).tolist() == [[4, 5], [4, 6]]
     marked = m.get(found).tolist()
     assert marked == [5, 6, REJECTED, 8, 1, 2, 3, 4, 9, REJECTED, -1, REJECTED, REJECTED]
     assert m.get(going_on)[:, :6].tolist() == [
@@ -225,6 +234,40 @@ def test_what_follows_a_wrong_draft_is_marked(kernel_memory: KernelMemory) -> No
         [142, 101, 124, 151, 111, 0],
     ]
     assert m.get(newest).tolist() == [6, 8, 4, 9, -1, 77]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_count_the_drafts_in_front(
+    kernel_memory: KernelMemory, temperature: float
+) -> None:
+    """Slots with 3, 0 and 1 drafts; a draft may come twice, or be in prompt and output."""
+    m, vocab_size, drafts = kernel_memory, 90, [[7, 7, 3], [], [8]]
+    host, device = cpu.Sampler(3), DeviceSampler(3, vocab_size, m.poisoned, 7)
+    kinds = [(1.5, 0.9, 0.4), (1.0, 0.0, 0.0), (1.0, -2.0, 0.0)]
+    prompt, outputs = [3, 4, 5], [[7, 9], [1], [8, 8]]
+    for slot, (kind, output) in enumerate(zip(kinds, outputs, strict=True)):
+        record = SlotParameters(temperature, 0, 0, 1, slot, *kind)
+        device.set_slot(slot, record, prompt, output)
+    slots, positions = [0, 0, 0, 0, 1, 2, 2], np.array([2, 3, 4, 5, 1, 2, 3])
+    ids, sampled = [9, 7, 7, 3, 1, 8, 8], range(7)
+    logits = normal(np.random.default_rng(6), 7, vocab_size)
+    before = m.get(device.counts)
+    put = [m.put(values, "int32") for values in (slots, positions, [-1] * 7, ids, sampled)]
+    device.sample(m.put(logits), *put[:3], verified=(*put[3:], 3))
+    found = m.get(device.tokens)
+    for row, slot in enumerate(slots):
+        repetition, frequency, presence = kinds[slot]
+        params = SamplingParams(
+            temperature=temperature,
+            repetition_penalty=repetition,
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+        )
+        rules = LogitRules(params, prompt, outputs[slot] + drafts[slot][: row - slots.index(slot)])
+        host.set_slot(slot, params, slot, None if rules.is_empty else rules)
+        one = slice(row, row + 1)
+        assert found[one] == host.sample(logits[one], np.array([slot]), positions[one]), row
+    assert (m.get(device.counts) == before).all()
 
 
 def test_rows_that_go_on_from_a_draw_are_as_long_as_it_says(kernel_memory: KernelMemory) -> None:

@@ -152,8 +152,9 @@ class DrawingRunner(CheckingRunner):
         # by how much less than planned that is, by row
         self._shifts = np.zeros(self.input_batch.max_num_seqs, np.int64)
         self._undrawn: Any = None
-        # of each slot its output as the device knows it, and whether that changes logits
-        self._counted: dict[int, tuple[list[int], bool]] = {}
+        # of each slot its output as the device knows it, and what gives the sampler its rules where
+        # that changes logits
+        self._counted: dict[int, tuple[list[int], Callable[[], None] | None]] = {}
         self.fails_late = False
 
     def set_slot(
@@ -178,9 +179,13 @@ class DrawingRunner(CheckingRunner):
             max_tokens=None,
         )
         output = list(output)
-        self._counted[slot] = output, given.is_penalized
-        rules = LogitRules(params, prompt, output, None, given.end_ids)
-        self._sampler.set_slot(slot, params, given.seed, None if rules.is_empty else rules)
+
+        def give() -> None:
+            rules = LogitRules(params, prompt, output, None, given.end_ids)
+            self._sampler.set_slot(slot, params, given.seed, None if rules.is_empty else rules)
+
+        give()
+        self._counted[slot] = output, give if given.is_penalized else None
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Put the tokens in, and how long rows are, then run the step."""
@@ -223,8 +228,11 @@ class DrawingRunner(CheckingRunner):
         for row, (slot, position) in enumerate(
             zip(slots.tolist(), positions.tolist(), strict=True)
         ):
-            output, is_penalized = self._counted[slot]
-            assert len(output) == position or not is_penalized, f"slot {slot} has other counts"
+            output, give = self._counted[slot]
+            if give is not None:
+                assert len(output) == position, f"slot {slot} has other counts"
+                # tokens that were counted may not have stood
+                give()
             # bans go by position
             output[:] = output[:position] + [0] * (position - len(output))
             one = slice(row, row + 1)
@@ -238,6 +246,7 @@ class DrawingRunner(CheckingRunner):
             last = first + int(wrong[0]) if len(wrong) else end - 1
             drawn[last + 1 : end] = REJECTED
             slot, taken = int(slots[first]), np.maximum(drawn[first : last + 1], 0)
+            del self._counted[slot][0][int(positions[last]) + 1 :]
             self._newest[place] = taken[-1]
             self._known[place] = (
                 self._cached[slot] + batch.seq_lens_this_time[slot] + last + 1 - end

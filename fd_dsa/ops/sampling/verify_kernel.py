@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops.sampling import parameters as places
+from fd_dsa.ops.sampling.values import FLAGS, PENALIZED, RECORD
 
 import triton.language as tl  # isort: skip
 
@@ -27,15 +28,19 @@ def verify_kernel(
     lengths_ptr,
     going_on_ptr,
     newest_ptr,
+    records_ptr,
+    outputs_ptr,
     STRIDE: tl.constexpr,
     MOST: tl.constexpr,
+    VOCAB: tl.constexpr,
 ):
     """Request `program 0`: mark what is drawn after its first wrong draft, and where it goes on.
 
     Its tokens are those of rows `first` to `first + count`, all but the first after a draft. Of
     `going_on` the first row has the flat token that the next draft comes after, the second the slot
     and the third the position of that draft, the fourth how many tokens the cache then has; without
-    a request the slot is -1. `newest` gets the last token that stands.
+    a request the slot is -1. `newest` gets the last token that stands. `outputs` counts all tokens
+    that do, where the slot has penalties.
     """
     program = tl.program_id(0)
     first = tl.load(firsts_ptr + program)
@@ -57,6 +62,11 @@ def verify_kernel(
         position = tl.load(positions_ptr + first + accepted) + 1
         cached = tl.load(cached_ptr + slot) + tl.load(lengths_ptr + slot) - (count - accepted)
         tl.store(newest_ptr + program, tl.load(tokens_ptr + first + accepted))
+        if (tl.load(records_ptr + slot.to(tl.int64) * RECORD + FLAGS) & PENALIZED) != 0:
+            for place in range(MOST + 1):
+                token = tl.load(tokens_ptr + first + tl.minimum(place, accepted))
+                cell = outputs_ptr + slot.to(tl.int64) * VOCAB + token
+                tl.atomic_add(cell, 1, mask=(place <= accepted) & (token >= 0))
     tl.store(going_on_ptr + program, last)
     tl.store(going_on_ptr + STRIDE + program, slot)
     tl.store(going_on_ptr + 2 * STRIDE + program, position)

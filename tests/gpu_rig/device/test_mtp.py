@@ -142,7 +142,7 @@ def test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu(
     _, _, on_host = answers("cpu", **more)
     found, engine, drafter = answers(rig.device, rig if captured else None, **more)
     assert engine.stats().num_accepted_tokens and engine.stats().num_preemptions
-    assert bool(drafter.num_ahead) == (not more) and bool(drafter.num_after) == (not captured)
+    assert bool(drafter.num_ahead) == (not more) and (captured or drafter.num_after)
     for name, output in found.items():
         assert output.token_ids == plain[name].token_ids, name
         assert output.finish_reason == plain[name].finish_reason
