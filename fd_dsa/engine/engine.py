@@ -257,20 +257,18 @@ class LLMEngine:
 
         A step of which the host needs logits is waited for.
         """
-        scheduled = self._scheduler.schedule()
+        scheduler, speculator = self._scheduler, self._speculator
+        scheduled = scheduler.schedule()
         # nothing runs, so nobody waits for more than the request whose grammar it is
         while not scheduled and not may_be_idle and self.grammars.wait():
-            scheduled = self._scheduler.schedule()
+            scheduled = scheduler.schedule()
         if not scheduled:
             if may_be_idle:
                 return None
             count = len(self._requests)
             raise RuntimeError(f"nothing to run with {count} requests: a defect of the engine")
         sampling, reading, logits_indices = assemble(
-            self._batch,
-            scheduled,
-            self._scheduler.drafts,
-            is_decode_only=self._scheduler.is_decode_only,
+            self._batch, scheduled, scheduler.drafts, is_decode_only=scheduler.is_decode_only
         )
         num_prefill_tokens = self._batch.num_prefill_tokens
         step = LaunchedStep(
@@ -280,9 +278,10 @@ class LLMEngine:
             resumed=[r for r in sampling if not r.is_decode] if num_prefill_tokens else [],
             num_decode_tokens=self._batch.num_tokens - num_prefill_tokens,
             num_prefill_tokens=num_prefill_tokens,
-            prefill_context=self._scheduler.prefill_context,
+            prefill_context=scheduler.prefill_context,
             scheduled=scheduled,
-            drafts=self._scheduler.drafts,
+            drafts=scheduler.drafts,
+            makes_drafts=speculator is not None and speculator.drafts_after(scheduled),
         )
         if self._has_watched:
             step.logits = execute_watched(self.runner, step, logits_indices)
@@ -290,7 +289,7 @@ class LLMEngine:
             step.logits = self.runner.execute_model(logits_indices)
             self._sampler.read_drafts(step, logits_indices)
         self._stats.runner_time_s += self.clock() - step.ready
-        self._scheduler.complete_step()
+        scheduler.complete_step()
         return step
 
     def _take(self, step: LaunchedStep) -> list[RequestOutput]:

@@ -36,6 +36,7 @@ class LaunchedStep:
             `logits`.
         draw: waits for the tokens; None: no draw has been queued.
         logits: of `sampling`, then of `reading`.
+        makes_drafts: whether the drafter runs after it.
         is_in_flight: whether the next step is planned before its tokens have come.
     """
 
@@ -51,6 +52,7 @@ class LaunchedStep:
     places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
     draw: Callable[[], npt.NDArray[np.int64]] | None = None
     logits: Any = None
+    makes_drafts: bool = False
     is_in_flight: bool = False
 
     @property

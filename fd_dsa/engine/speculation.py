@@ -86,6 +86,11 @@ class Speculator:
         if self._costs.has_layer:
             request.block_keys.leave_drafts()
 
+    def drafts_after(self, scheduled: list[Request]) -> bool:
+        """Whether the drafter runs after a step: its layer is left out where no request drafts."""
+        is_left_out = self._costs.has_layer and all(one.drafts is None for one in scheduled)
+        return not self._is_off and not is_left_out
+
     def verify(
         self,
         step: LaunchedStep,
@@ -165,10 +170,9 @@ class Speculator:
                     counts[request] = state.pace.length(best)
                 else:
                     self.leave(request)
-        # one that has ended may have given blocks away
-        is_idle = self._costs.has_layer and all(one.drafts is None for one in step.scheduled)
         try:
-            proposals = {} if self._is_off or is_idle else self.drafter.propose(step, counts)
+            # for requests that leave now too: others may share the blocks that the step filled
+            proposals = self.drafter.propose(step, counts) if step.makes_drafts else {}
         except Exception:
             # the step has given its tokens, which a draft is not worth losing
             logger.exception("speculative decoding is off from now on: the drafter failed")

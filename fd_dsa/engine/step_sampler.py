@@ -86,7 +86,8 @@ class StepSampler:
             for row, request in zip(firsts, step.sampling, strict=True)
             if request.rules is not None and request.rules.needs_mask and not request.finish_reason
         }
-        step.draw = self._runner.draw(*step.places, masks, np.array(firsts))
+        drafts = step.makes_drafts
+        step.draw = self._runner.draw(*step.places, masks, np.array(firsts), drafts=drafts)
 
     def read_drafts(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> None:
         """Fill in drafts that a device has, of a step that ran and that the host samples."""

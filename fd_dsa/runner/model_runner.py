@@ -208,14 +208,14 @@ class ModelRunner(Preparation):
         positions: np.ndarray,
         masks: Mapping[int, np.ndarray] = MappingProxyType({}),
         firsts: np.ndarray = _NOTHING,
+        drafts: bool = False,
     ) -> Callable[[], np.ndarray]:
         """Queue the draw of a token from each row of logits of the step that was queued.
 
-        The layer for multi-token prediction, where it is loaded, and a draft of each request are
-        queued after it.
-
         Args:
             slots, positions, masks, firsts: as of `DeviceDraws.place`.
+            drafts: queue the layer for multi-token prediction after it, where it is loaded, and a
+                draft of each request.
 
         Returns:
             See `DeviceDraws.results`.
@@ -223,7 +223,8 @@ class ModelRunner(Preparation):
         draws, (logits, indices), self._undrawn = self.draws, self._undrawn, (None, _NOTHING)
         assert draws is not None
         next_ids = _NOTHING
-        if self._drafts is not None:
+        drafts &= self._drafts is not None
+        if drafts:
             from fd_dsa.runner.device_drafts import following_tokens
 
             next_ids = following_tokens(self.input_batch, indices, draws.first_row)
@@ -236,7 +237,8 @@ class ModelRunner(Preparation):
             else:
                 captured.draw()
             taken = draws.results(len(slots))
-            self._queue_drafts(len(firsts))
+            if drafts:
+                self._queue_drafts(len(firsts))
         return taken
 
     @property
@@ -250,7 +252,7 @@ class ModelRunner(Preparation):
         if captured is not None:
             captured.draft()
             self._hidden = captured.kept
-        elif self._drafts is not None:
+        else:
             self._hidden = self._drafts.queue(self._hidden, self.forward_meta, num_requests)
 
     def draft(self, next_ids: np.ndarray, *going_on: np.ndarray) -> None:

@@ -87,7 +87,7 @@ class Preparation:
                 self.input_batch.defer_tokens([last], [0])
                 self.input_batch.follows[0] = 0
             self.queue_model(np.array([last]))
-            self.draw(*np.zeros((2, 1), np.int64), firsts=np.zeros(1, np.int64))()
+            self.draw(*np.zeros((2, 1), np.int64), firsts=np.zeros(1, np.int64), drafts=True)()
 
     def capture_decode_graphs(
         self, sizes: Sequence[int], capture: Callable[[Any], Capture]

@@ -215,6 +215,7 @@ class DrawingRunner(CheckingRunner):
         positions: np.ndarray,
         masks: Mapping[int, np.ndarray],
         firsts: np.ndarray,
+        drafts: bool,
     ) -> Callable[[], np.ndarray]:
         """Draw from the step's logits; the tokens are there when they are asked for."""
         logits, self._undrawn = self._undrawn, None
@@ -241,8 +242,8 @@ class DrawingRunner(CheckingRunner):
         self._newest, self._known = np.zeros((2, len(firsts)), np.int64)
         self.on_the_way, running, batch = {}, self._running(), self.input_batch
         for place, (first, end) in enumerate(pairwise([*firsts.tolist(), len(drawn)])):
-            drafts = batch.ids_remove_padding[self._sampled[first:end]][1:]
-            wrong = np.flatnonzero(drafts != drawn[first : end - 1])
+            own = batch.ids_remove_padding[self._sampled[first:end]][1:]
+            wrong = np.flatnonzero(own != drawn[first : end - 1])
             last = first + int(wrong[0]) if len(wrong) else end - 1
             drawn[last + 1 : end] = REJECTED
             slot, taken = int(slots[first]), np.maximum(drawn[first : last + 1], 0)
