@@ -25,6 +25,9 @@ class KnownDrafts:
         answers: tokens of each request; without them it has no drafts.
     """
 
+    # its drafts are right, so it knows how long an output is whose tokens are on their way
+    is_ahead = True
+
     def __init__(self, drafter: Any) -> None:
         self._drafter, self.lookahead = drafter, getattr(drafter, "lookahead", 0)
         self.answers: dict[str, list[int]] = {}
@@ -36,16 +39,20 @@ class KnownDrafts:
         proposals = {}
         for request in counts:
             answer = self.answers.get(request.state.request_id, [])
-            proposals[request] = answer[len(request.output_token_ids) :][:1]
+            proposals[request] = answer[request.num_output_tokens :][:1]
         return proposals
 
 
 class Always:
     """The pace of a request that has one draft in every step."""
 
-    def length(self, costs: object) -> int:
+    def best(self, costs: object, rows: float = 1.0) -> int:
         """One."""
         return 1
+
+    def length(self, best: int) -> int:
+        """One."""
+        return best
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
         """Whatever stands."""
@@ -64,7 +71,7 @@ class Engine(gpu_engine.Engine):
             has_layer = self._engine.runner.model.mtp is not None
             layer = speculator.drafter if has_layer else None
             self._known = speculator.drafter = KnownDrafts(layer)
-            speculator.begin = lambda request: setattr(request, "drafts", DraftState(Always()))
+            speculator.begin = lambda request, *_: setattr(request, "drafts", DraftState(Always()))
 
     def drafted(self, batch: int, prompt: int, steps: int) -> dict[str, float]:
         """Milliseconds of a step in which all requests decode, and the share of right drafts."""

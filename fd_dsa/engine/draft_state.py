@@ -31,7 +31,8 @@ class DraftPace:
         """Expect the first drafts to stand."""
         self._rates, self._counts = [_FIRST_RATE] * most, [_FIRST_COUNT] * most
         self._rest = _FIRST_REST
-        self._num_rested, self._is_try = 0, False
+        # drafts of the newest try, 0 = none; steps may be planned before it is observed
+        self._num_rested, self._tried = 0, 0
 
     def best(self, costs: Sequence[float], rows: float = 1.0) -> int:
         """Drafts that give the most tokens for the time of a step; 0 where none pay.
@@ -55,8 +56,9 @@ class DraftPace:
             best: of that step.
         """
         self._num_rested += best < len(self._rates)
-        self._is_try = best < len(self._rates) and self._num_rested > self._rest
-        return best + self._is_try
+        if best < len(self._rates) and self._num_rested > self._rest:
+            best = self._tried = best + 1
+        return best
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
         """Take in how many of a step's drafts stood, the first ones."""
@@ -64,8 +66,9 @@ class DraftPace:
             self._counts[place] += 1
             weight = max(_WEIGHT, 1 / self._counts[place])
             self._rates[place] += weight * ((place < num_accepted) - self._rates[place])
-        if self._is_try:
-            self._num_rested, self._rest = 0, min(2 * self._rest, _LONGEST_REST)
+        if num_drafts == self._tried:
+            self._num_rested, self._tried = 0, 0
+            self._rest = min(2 * self._rest, _LONGEST_REST)
             if num_accepted == num_drafts:
                 self._rest = _FIRST_REST
                 self._rates[num_drafts - 1] = max(self._rates[num_drafts - 1], _FIRST_RATE)

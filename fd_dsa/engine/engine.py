@@ -53,7 +53,7 @@ class LLMEngine:
         sampling_defaults: fields of SamplingParams that the model proposes to callers who leave
             them out; the engine itself does not apply them.
         async_scheduling: whether a step is queued before the tokens of the one before have come,
-            where they are drawn on a device; with a speculator none is.
+            where they are drawn on a device, and so are the drafts.
         speculator: has drafts made and verifies them; None = no drafts.
 
     Attributes:
@@ -105,7 +105,7 @@ class LLMEngine:
             self._blocks, self._batch, self._stats, target_gap_s, speculator is not None, lookahead
         )
         self._sampler = StepSampler(runner, num_rows)
-        self._is_async = async_scheduling and speculator is None
+        self._is_async = async_scheduling and (speculator is None or speculator.drafter.is_ahead)
         self._in_flight: LaunchedStep | None = None
         # what is left of each group
         self._requests: dict[str, list[Request]] = {}
@@ -245,9 +245,9 @@ class LLMEngine:
             raise
         if launched is not None:
             self._in_flight = launched
-            for row, request in enumerate(launched.sampling):
-                if request.finish_reason is None:
-                    request.drawn_row = row
+            launched.leave()
+            if self._speculator is not None:
+                self._speculator.propose(launched)
         in_runner_s = self._stats.runner_time_s - runner_time_s
         self._stats.host_time_s += self.clock() - begin - in_runner_s
         return outputs
@@ -257,20 +257,18 @@ class LLMEngine:
 
         A step of which the host needs logits is waited for.
         """
-        scheduled = self._scheduler.schedule()
+        scheduler, speculator = self._scheduler, self._speculator
+        scheduled = scheduler.schedule()
         # nothing runs, so nobody waits for more than the request whose grammar it is
         while not scheduled and not may_be_idle and self.grammars.wait():
-            scheduled = self._scheduler.schedule()
+            scheduled = scheduler.schedule()
         if not scheduled:
             if may_be_idle:
                 return None
             count = len(self._requests)
             raise RuntimeError(f"nothing to run with {count} requests: a defect of the engine")
         sampling, reading, logits_indices = assemble(
-            self._batch,
-            scheduled,
-            self._scheduler.drafts,
-            is_decode_only=self._scheduler.is_decode_only,
+            self._batch, scheduled, scheduler.drafts, is_decode_only=scheduler.is_decode_only
         )
         num_prefill_tokens = self._batch.num_prefill_tokens
         step = LaunchedStep(
@@ -280,9 +278,10 @@ class LLMEngine:
             resumed=[r for r in sampling if not r.is_decode] if num_prefill_tokens else [],
             num_decode_tokens=self._batch.num_tokens - num_prefill_tokens,
             num_prefill_tokens=num_prefill_tokens,
-            prefill_context=self._scheduler.prefill_context,
+            prefill_context=scheduler.prefill_context,
             scheduled=scheduled,
-            drafts=self._scheduler.drafts,
+            drafts=scheduler.drafts,
+            makes_drafts=speculator is not None and speculator.drafts_after(scheduled),
         )
         if self._has_watched:
             step.logits = execute_watched(self.runner, step, logits_indices)
@@ -290,7 +289,7 @@ class LLMEngine:
             step.logits = self.runner.execute_model(logits_indices)
             self._sampler.read_drafts(step, logits_indices)
         self._stats.runner_time_s += self.clock() - step.ready
-        self._scheduler.complete_step()
+        scheduler.complete_step()
         return step
 
     def _take(self, step: LaunchedStep) -> list[RequestOutput]:
@@ -306,7 +305,7 @@ class LLMEngine:
             outputs += self._speculator.verify(step, self._append, self._scheduler, stats, tokens)
         elif step.sampling:
             outputs += self._append(step.sampling, step.logits, tokens)
-        if self._speculator is not None:
+        if self._speculator is not None and not step.is_in_flight:
             self._speculator.propose(step)
         self.metrics.count_step(step.num_decode_tokens - step.num_drafts, step.resumed)
         stats.num_steps += 1

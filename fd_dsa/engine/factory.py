@@ -223,8 +223,10 @@ def _make_speculator(runner: Any, plan: EnginePlan) -> Speculator | None:
         costs = measure_steps(
             runner, plan.config.most_decode_tokens, predicts_more=asked.method == "mtp"
         )
-    if plan.device != "cpu" and plan.config.async_scheduling:
+    if plan.device != "cpu" and plan.config.async_scheduling and not drafter.is_ahead:
         logger.info(
-            "speculative decoding: no step is queued before the tokens of the one before have come"
+            "speculative decoding: no step is queued before the tokens of the one before have "
+            "come, which %s reads",
+            asked.method,
         )
     return Speculator(drafter, asked.num_speculative_tokens, costs)

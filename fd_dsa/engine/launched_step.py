@@ -36,6 +36,8 @@ class LaunchedStep:
             `logits`.
         draw: waits for the tokens; None: no draw has been queued.
         logits: of `sampling`, then of `reading`.
+        makes_drafts: whether the drafter runs after it.
+        is_in_flight: whether the next step is planned before its tokens have come.
     """
 
     ready: float
@@ -50,6 +52,8 @@ class LaunchedStep:
     places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
     draw: Callable[[], npt.NDArray[np.int64]] | None = None
     logits: Any = None
+    makes_drafts: bool = False
+    is_in_flight: bool = False
 
     @property
     def awaits_masks(self) -> bool:
@@ -66,6 +70,14 @@ class LaunchedStep:
         """Row of `logits` of each request of `sampling`, of the token that it has for certain."""
         counts = [1 + len(self.drafts.get(request, ())) for request in self.sampling]
         return list(accumulate(counts, initial=0))[:-1]
+
+    def leave(self) -> None:
+        """Count what its requests get before it has come, as if all drafts stood."""
+        self.is_in_flight = True
+        for row, request in enumerate(self.sampling):
+            if request.finish_reason is None:
+                request.drawn_row, request.num_unverified = row, len(self.drafts.get(request, ()))
+                request.num_computed_tokens += request.num_unverified
 
     def read_prompts(self) -> list[Request]:
         """Score tokens of prompts; `logits` are then those of `sampling` alone.
@@ -111,6 +123,7 @@ def assemble(
         rows = batch.add_decode_rows(slots, token_ids, computed)
         drawn = np.array([request.drawn_row for request in scheduled])
         batch.defer_tokens(rows[drawn >= 0], drawn[drawn >= 0])
+        batch.follows[slots] = drawn
         return scheduled, [], rows
     sampling: list[Request] = []
     sampled: list[int] = []
@@ -123,7 +136,7 @@ def assemble(
         is_prefill = not (samples and end - begin == 1 and request.num_output_tokens)
         # none is known of a row whose token is on its way
         token_ids = request.token_ids[begin:end] or [0]
-        proposed = drafts.get(request) if drafts else None
+        proposed = drafts.get(request, []) if drafts else []
         if proposed:
             token_ids += [max(token_id, 0) for token_id in proposed]
         last = batch.add_row(request.slot, token_ids, begin, is_prefill)
@@ -132,7 +145,8 @@ def assemble(
         if not samples:
             batch.following[last] = request.token_ids[end]
         if request.drawn_row >= 0:
-            batch.defer_tokens([last], [request.drawn_row])
+            batch.defer_tokens([last - len(proposed)], [request.drawn_row])
+            batch.follows[request.slot] = request.drawn_row
         if request.prompt_logprobs is not None:
             unread = request.prompt_logprobs.unread(begin, end)
             if unread:

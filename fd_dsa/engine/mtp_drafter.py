@@ -31,6 +31,7 @@ class MtpDrafter:
 
     # the entry of a block's last token depends on the token after it
     lookahead = 1
+    is_ahead = False
 
     def __init__(self, runner: Any) -> None:
         self._runner, self._batch = runner, runner.input_batch
@@ -54,7 +55,8 @@ class MtpDrafter:
                 # negative where the logits are not finite: no draft
                 if token >= 0:
                     proposals[request].append(token)
-                    if counts[request] > depth and self._has_room(request, depth):
+                    position = len(request.token_ids) + depth - 2
+                    if counts[request] > depth and self._has_room(request, position):
                         kept.append(place)
             wanting = [wanting[place] for place in kept]
             if wanting:
@@ -78,23 +80,11 @@ class MtpDrafter:
             begin += length
         return next_ids, last
 
-    def _has_room(self, request: Request, depth: int) -> bool:
+    def _has_room(self, request: Request, position: int) -> bool:
         """Whether the request's blocks reach to its token before a further draft."""
-        block = (len(request.token_ids) + depth - 2) // self._batch.block_size
+        block = position // self._batch.block_size
         table = self._batch.block_tables[request.slot]
         return block < len(table) and bool(table[block] >= 0)
-
-    def _add_rows(
-        self, requests: list[Request], proposals: Mapping[Request, list[int]], depth: int
-    ) -> None:
-        """Fill the batch with a step of the last draft of each request, in order of their rows."""
-        batch = self._batch
-        batch.begin_step()
-        for request in requests:
-            draft, position = proposals[request][-1], len(request.token_ids) + depth - 2
-            token = batch.add_row(request.slot, [max(draft, 0)], position, is_prefill=False)
-            if draft < 0:
-                batch.defer_tokens([token], [-1 - draft])
 
     def _continue(
         self,
@@ -105,7 +95,10 @@ class MtpDrafter:
     ) -> npt.NDArray[np.float32]:
         """Logits of a further draft, after the last one of each request."""
         batch = self._batch
-        self._add_rows(requests, proposals, depth)
+        batch.begin_step()
+        for request in requests:
+            position = len(request.token_ids) + depth - 2
+            batch.add_row(request.slot, [proposals[request][-1]], position, is_prefill=False)
         self._runner.continue_with(kept)
         tokens = np.arange(len(requests))
         logits: npt.NDArray[np.float32] = self._runner.predict_more(
@@ -118,11 +111,14 @@ class DeviceMtpDrafter(MtpDrafter):
     """The same on a device: the layer and each request's first draft are queued with the step.
 
     So they run while the host takes the tokens of the step; drafts stay where they are, and are
-    named by where they are (`LaunchedStep.drafts`).
+    named by where they are (`LaunchedStep.drafts`). Further drafts go on where the step's rows end,
+    as far as the host knows; the device knows how many drafts of the step stood.
 
     Args:
         runner: has `draws`, `draft` and `draft_more`.
     """
+
+    is_ahead = True
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
@@ -130,34 +126,50 @@ class DeviceMtpDrafter(MtpDrafter):
         """Queue further drafts; where the host has sampled, the layer too."""
         if step.draw is None:
             self._queue(step)
-        draft_row = self._runner.draws.draft_row
+        draft_row, batch = self._runner.draws.draft_row, self._batch
+        # rows in the step, and in that of the drafts before
         wanting = [
-            (row, request) for row, request in enumerate(step.sampling) if counts.get(request)
+            (row, row, request) for row, request in enumerate(step.sampling) if counts.get(request)
         ]
-        proposals = {request: [-1 - draft_row(0, row)] for row, request in wanting}
+        proposals = {request: [-1 - draft_row(0, row)] for row, _, request in wanting}
         depth = 1
-        while wanting := [
-            (row, request)
-            for row, request in wanting
-            if counts[request] > depth and self._has_room(request, depth)
-        ]:
-            requests = [request for _, request in wanting]
-            self._add_rows(requests, proposals, depth)
-            slots = np.array([request.slot for request in requests])
-            positions = np.array([request.num_output_tokens + depth for request in requests])
-            self._runner.draft_more(np.array([row for row, _ in wanting]), slots, positions, depth)
-            wanting = list(enumerate(requests))
-            for row, request in wanting:
-                proposals[request].append(-1 - draft_row(depth, row))
+        while True:
+            ends = (batch.seq_lens_decoder + batch.seq_lens_this_time).tolist()
+            wanting = [
+                one
+                for one in wanting
+                if counts[one[2]] > depth and self._has_room(one[2], ends[one[2].slot])
+            ]
+            if not wanting:
+                return proposals
+            batch.begin_step()
+            slots, positions = [], []
+            for row, before, request in wanting:
+                slot, end = request.slot, ends[request.slot]
+                token = batch.add_row(slot, [0], end, is_prefill=False)
+                batch.defer_tokens([token], [draft_row(depth - 1, before)])
+                batch.follows[slot] = row
+                slots.append(slot)
+                # the draft that is computed has the position before in the output
+                positions.append(end + 2 - len(request.state.prompt_token_ids))
+            kept = np.array([before for _, before, _ in wanting])
+            self._runner.draft_more(kept, np.array(slots), np.array(positions), depth)
+            wanting = [(row, place, request) for place, (row, _, request) in enumerate(wanting)]
+            for _, place, request in wanting:
+                proposals[request].append(-1 - draft_row(depth, place))
             depth += 1
-        return proposals
 
     def _queue(self, step: LaunchedStep) -> None:
         """Queue the layer and a draft of each request that goes on."""
         next_ids, last = self._next_tokens(step)
         going_on = [
             # one that has ended has no slot
-            (last.get(request, 0), request.slot, request.num_output_tokens)
+            (
+                last.get(request, 0),
+                request.slot,
+                request.num_output_tokens,
+                len(request.token_ids) - 1,
+            )
             for request in step.sampling
         ]
-        self._runner.draft(next_ids, *np.array(going_on, np.int64).reshape(-1, 3).T)
+        self._runner.draft(next_ids, *np.array(going_on, np.int64).reshape(-1, 4).T)

@@ -58,6 +58,7 @@ class PromptLookup:
     """
 
     lookahead = 0
+    is_ahead = False
 
     def __init__(self, longest: int, shortest: int) -> None:
         self._longest, self._shortest = longest, shortest

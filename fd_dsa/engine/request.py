@@ -34,7 +34,9 @@ class Request:
         token_ids: prompt and output so far; what must be in the cache before the next token.
         num_computed_tokens: leading tokens of `token_ids` whose keys are in the cache.
         num_scheduled_tokens: tokens of the step being prepared.
-        drawn_row: row of the draw that gives its next token, while that is on its way; -1 else.
+        drawn_row: place in the draw that gives its next token, while that is on its way; -1 else.
+        num_unverified: drafts that are on their way too, and may not stand. All counts of tokens
+            include them, so they are upper bounds then.
         block_keys: names of the full blocks of `token_ids` in the prefix cache.
         slot: row of the input batch; -1 while waiting.
         scheduled_time, preempted_time: when it first got a row, and last lost one; seconds of
@@ -66,6 +68,7 @@ class Request:
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     drawn_row: int = -1
+    num_unverified: int = 0
     block_keys: BlockKeys = field(init=False)
     logprobs: OutputLogprobs | None = None
     new_logprobs: Sequence[TokenLogprobs] = ()
@@ -114,13 +117,13 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and output, one that is on its way included."""
-        return len(self.token_ids) + (self.drawn_row >= 0)
+        """Tokens of prompt and output, those that are on their way included."""
+        return len(self.token_ids) + (self.drawn_row >= 0) + self.num_unverified
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens of the output, one that is on its way included."""
-        return len(self.output_token_ids) + (self.drawn_row >= 0)
+        """Tokens of the output, those that are on their way included."""
+        return len(self.output_token_ids) + (self.drawn_row >= 0) + self.num_unverified
 
     @property
     def is_decode(self) -> bool:
@@ -158,10 +161,14 @@ class Request:
 
     def forget_draw(self) -> None:
         """The token on its way will not come; it is to be computed again."""
-        self.drawn_row = -1
+        self.drawn_row, self.num_unverified = -1, 0
+        self.forget_drafts()
+        self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
+
+    def forget_drafts(self) -> None:
+        """The next step verifies no drafts of it: it did not take part in the one before."""
         if self.drafts is not None:
             self.drafts.proposal = []
-        self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property
     def _must_go_on(self) -> bool:

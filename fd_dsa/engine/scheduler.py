@@ -40,6 +40,8 @@ class Scheduler:
           prompt the next ones, and all after them, are not admitted; then they take its blocks.
         - A request whose last allowed token is on its way is not scheduled any more; one that was
           preempted with a token on its way is admitted again when that has come.
+        - Drafts on their way count as tokens until it is known which of them stand. If with all of
+          them a request ends, or needs a block that is not free, it waits for that.
         - Tokens whose blocks are cached count as computed when a request is admitted, for the
           first time or after it was preempted.
         - A step gives at most `max_num_seqs` rows of logits beside those of drafts: one for each
@@ -95,6 +97,7 @@ class Scheduler:
         self._running: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
         self._scheduled: list[Request] = []
+        self._held: list[Request] = []
         # fewer after a step that found no memory
         self._most_prompt_tokens, self._most_rows = batch.max_num_tokens, batch.max_num_seqs
         self._spare_logits = 0
@@ -135,14 +138,15 @@ class Scheduler:
         Empty only when there is no request, or the first one's grammar is being compiled and
         nothing runs.
         """
-        self._scheduled = []
+        self._scheduled, self._held = [], []
         decoding: list[Request] = []
         prefilling: list[Request] = []
         for request in self._running.values():
-            if request.drawn_row >= 0 and request.num_output_tokens >= request.max_tokens:
-                continue
-            (decoding if request.is_decode else prefilling).append(request)
-        budget = self._schedule_decode(decoding, self._batch.max_num_tokens)
+            if request.drawn_row < 0 or request.num_output_tokens < request.max_tokens:
+                (decoding if request.is_decode else prefilling).append(request)
+            elif request.num_unverified:
+                self._held.append(request)
+        budget = self._schedule_decode(decoding)
         self._num_decoding = len(self._scheduled)
         self._spare_logits = len(self._free_slots)
         for request in prefilling:
@@ -153,6 +157,8 @@ class Scheduler:
             budget = self._admit(budget)
         if self._may_draft:
             self._add_drafts(budget)
+        for request in self._held if self._scheduled else ():
+            request.forget_drafts()
         self.is_decode_only = len(self._scheduled) == self._num_decoding
         if self._step_times is not None and not self.is_decode_only:
             self.prefill_context = _mean_context(self._scheduled[self._num_decoding :])
@@ -208,8 +214,15 @@ class Scheduler:
 
     def accept_draft(self, request: Request) -> None:
         """The token that a request has just got is a draft of the step, so it is computed."""
-        request.num_computed_tokens += 1
-        self.take_token(request)
+        # one that was preempted since has computed nothing
+        if request.slot >= 0:
+            request.num_computed_tokens += 1
+            self.take_token(request)
+
+    def reject_drafts(self, request: Request, count: int) -> None:
+        """Drafts do not stand that were counted as tokens: its row of the step launched since."""
+        if request.slot >= 0:
+            self._batch.seq_lens_decoder[request.slot] -= count
 
     def _cache_blocks(self, request: Request) -> None:
         """Let others find what is computed of known tokens."""
@@ -227,7 +240,7 @@ class Scheduler:
         if self._step_times is not None:
             self._step_times.observe(seconds, num_decode_tokens, num_prefill_tokens, context)
 
-    def _schedule_decode(self, decoding: list[Request], budget: int) -> int:
+    def _schedule_decode(self, decoding: list[Request]) -> int:
         """Give one token to each decoding request; returns the tokens left for prompts."""
         block_size, taken = self._blocks.block_size, self._scheduled
         for request in decoding:
@@ -237,7 +250,9 @@ class Scheduler:
             ):
                 request.num_scheduled_tokens = 1
                 taken.append(request)
-        return min(budget - len(taken), self._most_prompt_tokens)
+        # those held back have theirs in the step after
+        budget = self._batch.max_num_tokens - len(taken) - len(self._held)
+        return min(budget, self._most_prompt_tokens)
 
     def _add_drafts(self, budget: int) -> None:
         """Add to decoding requests the drafts that there is room for."""
@@ -261,9 +276,12 @@ class Scheduler:
                 budget -= len(drafts)
 
     def _grow(self, request: Request) -> bool:
-        """Get the block for the next token, if need be from later requests; False: preempted."""
+        """Get the block for the next token, if need be from later requests; False: not now."""
         num_tokens = request.num_tokens
         while (added := self._blocks.allocate(request.arrival, num_tokens)) is None:
+            if request.num_unverified:
+                self._held.append(request)
+                return False
             victim = next(reversed(self._running.values()))
             self._preempt(victim)
             if victim is request:
@@ -360,7 +378,8 @@ class Scheduler:
         self._stats.num_preemptions += 1
         request.preempted_time = time.monotonic()
         self._release(request)
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_unverified = 0
+        request.forget_drafts()
         self._waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:

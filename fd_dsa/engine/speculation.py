@@ -30,9 +30,11 @@ class Drafter(Protocol):
 
     Attributes:
         lookahead: tokens that must be known after a block's own before others may share it.
+        is_ahead: whether it needs no tokens on the host: steps are queued before they have come.
     """
 
     lookahead: int
+    is_ahead: bool
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
@@ -40,7 +42,7 @@ class Drafter(Protocol):
         """Tokens that may follow those of some requests.
 
         Args:
-            step: the one that has just given its requests their tokens.
+            step: the one that has just given its requests their tokens, or will give them.
             counts: requests that go on, and most drafts of each; 0 where none is wanted.
         """
 
@@ -84,6 +86,11 @@ class Speculator:
         if self._costs.has_layer:
             request.block_keys.leave_drafts()
 
+    def drafts_after(self, scheduled: list[Request]) -> bool:
+        """Whether the drafter runs after a step: its layer is left out where no request drafts."""
+        is_left_out = self._costs.has_layer and all(one.drafts is None for one in scheduled)
+        return not self._is_off and not is_left_out
+
     def verify(
         self,
         step: LaunchedStep,
@@ -93,6 +100,8 @@ class Speculator:
         tokens: npt.NDArray[np.int64] | None,
     ) -> list[RequestOutput]:
         """Give the requests of a step their tokens: one, and one for each draft that stands.
+
+        Those that ended while it was in flight get none.
 
         Args:
             step: with drafts.
@@ -106,7 +115,11 @@ class Speculator:
         first = step.first_rows
         accepted = [0] * len(sampling)
         outputs: list[RequestOutput] = []
-        rows, depth = list(range(len(sampling))), 0
+        alive = [row for row, request in enumerate(sampling) if request.finish_reason is None]
+        for request in sampling:
+            request.num_computed_tokens -= request.num_unverified
+            request.num_unverified = 0
+        rows, depth = alive, 0
         while rows:
             places, requests = [first[row] + depth for row in rows], [sampling[row] for row in rows]
             if tokens is None:
@@ -129,7 +142,10 @@ class Speculator:
                     scheduler.accept_draft(request)
                     stands.append(row)
             rows, depth = stands, depth + 1
-        for request, own, count in zip(sampling, drafts, accepted, strict=True):
+        for row in alive:
+            request, own, count = sampling[row], drafts[row], accepted[row]
+            if step.is_in_flight:
+                scheduler.reject_drafts(request, len(own) - count)
             if own and request.drafts is not None:
                 request.drafts.pace.observe(len(own), count)
                 stats.count_drafts(len(own), count)
@@ -138,7 +154,7 @@ class Speculator:
         return _joined(outputs)
 
     def propose(self, step: LaunchedStep) -> None:
-        """Have the drafts of the next step made."""
+        """Have the drafts of the next step made; a pace is that of the steps taken so far."""
         going_on = [
             (request, request.drafts)
             for request in step.sampling
@@ -154,10 +170,9 @@ class Speculator:
                     counts[request] = state.pace.length(best)
                 else:
                     self.leave(request)
-        # one that has ended may have given blocks away
-        is_idle = self._costs.has_layer and all(one.drafts is None for one in step.scheduled)
         try:
-            proposals = {} if self._is_off or is_idle else self.drafter.propose(step, counts)
+            # for requests that leave now too: others may share the blocks that the step filled
+            proposals = self.drafter.propose(step, counts) if step.makes_drafts else {}
         except Exception:
             # the step has given its tokens, which a draft is not worth losing
             logger.exception("speculative decoding is off from now on: the drafter failed")

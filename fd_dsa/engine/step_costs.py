@@ -86,6 +86,7 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
         batch.set_blocks(row, range(-(-(context + 4) // batch.block_size)))
     seconds: dict[int, float] = {}
     drafting: dict[int, float] = {}
+    layer: dict[int, float] = {}
     begin, num_tokens = time.perf_counter(), 1
     for done in range(0, context, batch.max_num_tokens):
         batch.begin_step()
@@ -94,7 +95,7 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
         if predicts_more:
             ids = batch.ids_remove_padding[: batch.num_tokens]
             if on_device:
-                runner.draft(ids, _NOTHING, _NOTHING, _NOTHING)
+                runner.draft(ids, *[_NOTHING] * 4)
             else:
                 runner.predict_more(ids, _NOTHING)
     while num_tokens <= most_tokens and time.perf_counter() - begin < _PATIENCE_S:
@@ -105,8 +106,11 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
         )
         seconds[num_tokens] = _fastest(run)
         if on_device:
-            if predicts_more and runner.most_drafts > 1 and max(lengths) == 1:
-                drafting[num_tokens] = _fastest(partial(_draft_more, runner, num_tokens))
+            if predicts_more:
+                with_layer = _fastest(partial(_draw, runner, lengths, drafts=True))
+                layer[num_tokens] = max(with_layer - seconds[num_tokens], 0.0)
+                if runner.most_drafts > 1 and max(lengths) == 1:
+                    drafting[num_tokens] = _fastest(partial(_draft_more, runner, num_tokens))
         elif predicts_more:
             ids = np.zeros(num_tokens, np.int64)
             # each run leaves the hidden states that the next one takes
@@ -128,8 +132,7 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
         "tokens of a decode step: %s",
         ", ".join(f"{count} in {1e3 * seconds[count]:.1f} ms" for count in sorted(seconds)),
     )
-    # a device runs it in every step, and its time is that of the step's
-    return StepCosts(seconds, drafting, {} if on_device else drafting)
+    return StepCosts(seconds, drafting, layer if on_device else drafting)
 
 
 def _add_rows(batch: InputBatch, context: int, num_tokens: int) -> list[int]:
@@ -146,13 +149,13 @@ def _add_rows(batch: InputBatch, context: int, num_tokens: int) -> list[int]:
     return lengths
 
 
-def _draw(runner: Any, lengths: list[int]) -> None:
-    """Run the step in the batch on a device, with the draws of its tokens and what drafts."""
+def _draw(runner: Any, lengths: list[int], drafts: bool = False) -> None:
+    """Run the step in the batch on a device, with the draws of its tokens, and what drafts."""
     firsts = np.cumsum([0, *lengths])
     # of the slot that was warmed up
     slots = np.zeros(firsts[-1], np.int64)
     runner.queue_model(np.arange(firsts[-1]))
-    runner.draw(slots, slots, firsts=firsts[:-1])
+    runner.draw(slots, slots, firsts=firsts[:-1], drafts=drafts)
     # waits for all of it
     runner.step_ids()
 

@@ -44,7 +44,7 @@ class StepSampler:
     def takes_drafts(self, request: Request) -> bool:
         """Whether drafts of a request can be verified: a device must know its rules beforehand."""
         rules = request.rules
-        return not self._has_draws or rules is None or not (rules.counts or rules.needs_mask)
+        return not self._has_draws or rules is None or not rules.needs_mask
 
     def queue(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> bool:
         """Queue the step, and the draw of its tokens unless that needs a mask.
@@ -86,7 +86,8 @@ class StepSampler:
             for row, request in zip(firsts, step.sampling, strict=True)
             if request.rules is not None and request.rules.needs_mask and not request.finish_reason
         }
-        step.draw = self._runner.draw(*step.places, masks, np.array(firsts))
+        drafts = step.makes_drafts
+        step.draw = self._runner.draw(*step.places, masks, np.array(firsts), drafts=drafts)
 
     def read_drafts(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> None:
         """Fill in drafts that a device has, of a step that ran and that the host samples."""

@@ -60,14 +60,15 @@ class DeviceDrafts:
         return states
 
 
-def following_tokens(batch: InputBatch, drawn: np.ndarray) -> np.ndarray:
-    """The token after each one of a step: known, or -1 - i where row i of its draw will give it.
+def following_tokens(batch: InputBatch, drawn: np.ndarray, first_row: int) -> np.ndarray:
+    """The token after each one of a step, or for `DeviceDraws.fill` where its draw will give it.
 
     Args:
         batch: with the step.
         drawn: int64 [n]; flat tokens of the rows of the draw.
+        first_row: of DeviceDraws.
     """
     next_ids = np.roll(batch.ids_remove_padding[: batch.num_tokens], -1)
     next_ids[list(batch.following)] = list(batch.following.values())
-    next_ids[drawn] = -1 - np.arange(len(drawn))
+    next_ids[drawn] = -1 - first_row - np.arange(len(drawn))
     return next_ids

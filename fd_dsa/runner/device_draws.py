@@ -1,7 +1,8 @@
 """Tokens of a step drawn where its logits are: ids come back to the host, logits do not.
 
-The next step may be queued before they have come: it reads them where they were drawn. So it does
-drafts, which are drawn from the logits of a layer for multi-token prediction.
+The next step may be queued before they have come: it reads them where they were drawn, and how many
+drafts stood. So it does drafts, which are drawn from the logits of a layer for multi-token
+prediction.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import numpy as np
 
 from fd_dsa.ops.sampling import DeviceSampler, SlotParameters
 from fd_dsa.ops.sampling.draw_kernels import FILL_BLOCK, fill_drawn_kernel
-from fd_dsa.ops.sampling.verify_kernel import verify_kernel
+from fd_dsa.ops.sampling.verify_kernel import (
+    ROW_BLOCK,
+    catch_up_kernel,
+    shift_positions_kernel,
+    verify_kernel,
+)
 from fd_dsa.step.staging import StagedInputs
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.transfers import uploaded
@@ -40,6 +46,7 @@ class DeviceDraws:
 
     Attributes:
         max_rows: most rows of a draw.
+        first_row: what `fill` calls the token of row 0 of the draw.
     """
 
     def __init__(
@@ -55,10 +62,15 @@ class DeviceDraws:
         self._has_layer = most_tokens > 0
         self._sampler = DeviceSampler(max_num_seqs, vocab_size, allocate, rows)
         self._stride = stride = -(-max_num_seqs // _ALIGNED) * _ALIGNED
-        self._first_draft = -(-rows // _ALIGNED) * _ALIGNED
-        # tokens of a draw, then those of each draft, by the rows that they were drawn in
-        self._sampler.tokens = allocate((self._first_draft + most_drafts * stride,), "int64")
-        self._next = allocate((3 * stride,), "int32")
+        # with drafts the newest token of each request; the tokens of a draw, by row; then those of
+        # each draft, by the rows that they were drawn in
+        self.first_row = stride if most_drafts else 0
+        self._first_draft = self.first_row + -(-rows // _ALIGNED) * _ALIGNED
+        self._tokens = allocate((self._first_draft + most_drafts * stride,), "int64")
+        self._sampler.tokens = self._tokens[self.first_row : self._first_draft]
+        self._next, self._shifts = allocate((4 * stride,), "int32"), allocate((stride,), "int32")
+        # whether rows of the newest step go on from a draw
+        self._is_shifted = False
         self._no_masks = uploaded(allocate, np.full(stride, -1, np.int32))
         # slot and position of each row, the first row and the drafts of each request, the tokens
         # that follow those of the step; and as a table the row of each row's mask
@@ -70,8 +82,8 @@ class DeviceDraws:
         self._results = [
             (transfers.host_buffer(8 * rows).view(np.int64), transfers.event()) for _ in range(2)
         ]
-        going_on = transfers.host_buffer(12 * stride).view(np.int32)
-        self._going_on = going_on.reshape(3, stride)
+        going_on = transfers.host_buffer(16 * stride).view(np.int32)
+        self._going_on = going_on.reshape(4, stride)
         # how the rows of a slot are sampled from then on; see DeviceSampler
         self.set_slot = self._sampler.set_slot
 
@@ -87,11 +99,12 @@ class DeviceDraws:
         """Queue the copies of what the next draw is made by, to places that never move.
 
         Args:
-            slots, positions: int64 [n]; slot of each row, and position of the token in its output.
+            slots, positions: int64 [n]; slot of each row, and position of the token in its output,
+                planned as the lengths of the step.
             masks: of the rows that have one, see `DeviceSampler.set_masks`.
             num_padded_rows: rows of the draw; those from n on get no token.
             firsts: int64; rows of requests whose next rows, up to the next one, are of drafts.
-            next_ids: int64; the token after each one of the step, -1 - i that of row i.
+            next_ids: int64; the token after each one of the step, or what `fill` replaces.
         """
         mask_rows = np.full((num_padded_rows, 1), -1)
         if masks:
@@ -106,6 +119,11 @@ class DeviceDraws:
         if self._has_layer:
             next_ids = _padded(next_ids, max(num_padded_rows, len(next_ids)), 0)
         self._views = self._inputs.upload((*rows, *requests, next_ids), mask_rows)
+        if self._is_shifted and len(slots):
+            shift_positions_kernel[(-(-num_padded_rows // ROW_BLOCK),)](
+                self._views[1], self._views[0], self._shifts, num_padded_rows,
+                BLOCK=ROW_BLOCK, num_warps=1,
+            )  # fmt: skip
 
     def queue(self, logits: Any, step: Any) -> Any:
         """Queue the draw that was placed; its tokens, int64 on the device.
@@ -117,13 +135,17 @@ class DeviceDraws:
             logits: float32 [num_padded_rows, vocab_size] on the device, contiguous.
             step: the runner's record of it.
         """
-        tokens, (slots, positions, *requests) = self._sampler.tokens, self._views
-        self._sampler.sample(logits, slots, positions, requests[-1])
-        if self._most_drafts:
+        sampler, (slots, positions, *requests) = self._sampler, self._views
+        tokens, most = sampler.tokens, self._most_drafts
+        verified = (step.ids_remove_padding, step.sampled, most) if most else None
+        sampler.sample(logits, slots, positions, requests[-1], verified=verified)
+        if most:
             firsts, counts = requests[:2]
             verify_kernel[(min(self._num_slots, logits.shape[0]),)](
                 tokens, step.ids_remove_padding, step.sampled, slots, positions, firsts, counts,
-                self._next, STRIDE=self._stride, MOST=self._most_drafts, num_warps=1,
+                step.seq_lens_decoder, step.seq_lens_this_time, self._next, self._tokens,
+                sampler.records, sampler.counts, STRIDE=self._stride, MOST=most,
+                VOCAB=logits.shape[1], num_warps=1,
             )  # fmt: skip
         return tokens
 
@@ -136,7 +158,7 @@ class DeviceDraws:
             slots, positions: int32 [n] on the device; slot -1 = none.
         """
         rows, begin = logits.shape[0], self.draft_row(depth, 0)
-        drafts = self._sampler.tokens[begin : begin + rows]
+        drafts = self._tokens[begin : begin + rows]
         self._sampler.sample(logits, slots, positions, self._no_masks[:rows], drafts)
 
     def draft_row(self, depth: int, row: int) -> int:
@@ -158,10 +180,14 @@ class DeviceDraws:
         stride = self._stride
         return [self._next[begin : begin + count] for begin in range(0, 3 * stride, stride)]
 
-    def go_on(self, last: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> None:
-        """Set `going_on`, where no draw has; waits for what was queued before."""
+    def go_on(self, *values_of_requests: np.ndarray) -> None:
+        """Set `going_on`, where no draw has; waits for what was queued before.
+
+        Args:
+            values_of_requests: those three, and tokens of each request in the cache.
+        """
         self._going_on[1] = -1
-        for section, values in zip(self._going_on, (last, slots, positions), strict=True):
+        for section, values in zip(self._going_on, values_of_requests, strict=True):
             section[: len(values)] = values
         self._transfers.to_device(self._next, self._going_on)
         # before it is filled again
@@ -190,13 +216,31 @@ class DeviceDraws:
         """Replace ids below 0 by tokens of the draw before.
 
         Args:
-            token_ids: int32 [n] on the device; -1 - i is the token of row i, or of a draft, see
-                `draft_row`.
+            token_ids: int32 [n] on the device; -1 - i is the newest token of its request i, that of
+                a row, see `first_row`, or of a draft, see `draft_row`.
         """
         count = token_ids.shape[0]
         fill_drawn_kernel[(-(-count // FILL_BLOCK),)](
-            token_ids, self._sampler.tokens, count, BLOCK=FILL_BLOCK, num_warps=4
+            token_ids, self._tokens, count, BLOCK=FILL_BLOCK, num_warps=4
         )
+
+    def follow(self, step: Any, is_deferred: bool, ahead: int = 0) -> None:
+        """Give a step what the draw before has left to it: tokens, and how long its rows are.
+
+        Args:
+            step: the runner's record of it, whose metadata is yet to be made.
+            is_deferred: whether it has tokens of a draw.
+            ahead: tokens in the cache of rows that go on, beside those that stand.
+        """
+        self._is_shifted = is_deferred and self._most_drafts > 0
+        if is_deferred:
+            self.fill(step.ids_remove_padding)
+        if self._is_shifted:
+            rows = step.follows.shape[0]
+            catch_up_kernel[(-(-rows // ROW_BLOCK),)](
+                step.seq_lens_decoder, step.follows, self._next[3 * self._stride :], self._shifts,
+                rows, ahead, BLOCK=ROW_BLOCK, num_warps=1,
+            )  # fmt: skip
 
 
 def _padded(values: np.ndarray, size: int, filler: int) -> np.ndarray:

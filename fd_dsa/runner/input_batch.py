@@ -30,6 +30,8 @@ class InputBatch:
         max_seqlen_k: longest row after this step, tokens; 0 without rows.
         num_rows: 1 + the highest row that has tokens in this step.
         has_deferred: whether the step has tokens that a draw before it still gives.
+        follows: int32 [max_num_seqs]; the request of the draw before from which a row goes on, -1 =
+            none. Its `seq_lens_decoder` is then an upper bound.
         following: the token after a chunk that ends inside of a prompt, by the flat last token.
     """
 
@@ -42,6 +44,7 @@ class InputBatch:
         self.seq_lens_encoder = np.zeros(max_num_seqs, np.int32)
         self.seq_lens_decoder = np.zeros(max_num_seqs, np.int32)
         self.seq_lens_this_time = np.zeros(max_num_seqs, np.int32)
+        self.follows = np.full(max_num_seqs, -1, np.int32)
         self.block_tables = np.full((max_num_seqs, max_blocks_per_seq), -1, np.int32)
         self.ids_remove_padding = np.zeros(max_num_tokens, np.int64)
         self.begin_step()
@@ -51,6 +54,7 @@ class InputBatch:
         self.seq_lens_encoder[:] = 0
         self.seq_lens_decoder[:] = 0
         self.seq_lens_this_time[:] = 0
+        self.follows[:] = -1
         self.num_tokens = 0
         self.num_prefill_tokens = 0
         self.max_seqlen_k = 0
@@ -112,11 +116,11 @@ class InputBatch:
         return np.arange(begin, self.num_tokens)
 
     def defer_tokens(self, indices: npt.ArrayLike, drawn_rows: npt.ArrayLike) -> None:
-        """Have tokens of the step be those that rows of the draw before it get.
+        """Have tokens of the step be those that requests of the draw before it get.
 
         Args:
             indices: flat tokens, which were added with any id.
-            drawn_rows: row of each; of drafts, `DeviceDraws.draft_row`.
+            drawn_rows: request of each in that draw; of drafts, `DeviceDraws.draft_row`.
         """
         rows = np.asarray(drawn_rows, np.int64)
         self.ids_remove_padding[np.asarray(indices)] = -1 - rows

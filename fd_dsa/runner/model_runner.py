@@ -138,11 +138,12 @@ class ModelRunner(Preparation):
 
                 self._drafts = DeviceDrafts(self._mtp, self.draws)
 
-    def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING) -> Step:
+    def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING, ahead: int = 0) -> Step:
         """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.
 
         Args:
             sampled: int64 [n]; flat tokens whose logits are asked for.
+            ahead: as of `DeviceDraws.follow`.
 
         Raises:
             ValueError: inconsistent lengths or block tables, with row and value.
@@ -158,13 +159,12 @@ class ModelRunner(Preparation):
         lengths = inputs[1:4]
         if self._to_device is not None:
             inputs = self._to_device(inputs, tokens)
-            if batch.has_deferred:
-                assert self.draws is not None
-                self.draws.fill(inputs[0])
         elif self._mtp is not None:
             # the layer runs when rows that have ended have lost their blocks
             inputs = (*inputs[:-1], inputs[-1].copy())
         step = self.forward_meta = Step(hints, *inputs, self.caches, backend, host_lengths=lengths)
+        if self.draws is not None:
+            self.draws.follow(step, batch.has_deferred, ahead)
         backend.init_attention_metadata(step)
         return step
 
@@ -208,14 +208,14 @@ class ModelRunner(Preparation):
         positions: np.ndarray,
         masks: Mapping[int, np.ndarray] = MappingProxyType({}),
         firsts: np.ndarray = _NOTHING,
+        drafts: bool = False,
     ) -> Callable[[], np.ndarray]:
         """Queue the draw of a token from each row of logits of the step that was queued.
 
-        The layer for multi-token prediction, where it is loaded, and a draft of each request are
-        queued after it.
-
         Args:
             slots, positions, masks, firsts: as of `DeviceDraws.place`.
+            drafts: queue the layer for multi-token prediction after it, where it is loaded, and a
+                draft of each request.
 
         Returns:
             See `DeviceDraws.results`.
@@ -223,10 +223,11 @@ class ModelRunner(Preparation):
         draws, (logits, indices), self._undrawn = self.draws, self._undrawn, (None, _NOTHING)
         assert draws is not None
         next_ids = _NOTHING
-        if self._drafts is not None:
+        drafts &= self._drafts is not None
+        if drafts:
             from fd_dsa.runner.device_drafts import following_tokens
 
-            next_ids = following_tokens(self.input_batch, indices)
+            next_ids = following_tokens(self.input_batch, indices, draws.first_row)
         captured = self._captured
         rows = len(slots) if captured is None else len(captured.logits)
         draws.place(slots, positions, masks, rows, firsts, next_ids)
@@ -236,7 +237,8 @@ class ModelRunner(Preparation):
             else:
                 captured.draw()
             taken = draws.results(len(slots))
-            self._queue_drafts(len(firsts))
+            if drafts:
+                self._queue_drafts(len(firsts))
         return taken
 
     @property
@@ -250,7 +252,7 @@ class ModelRunner(Preparation):
         if captured is not None:
             captured.draft()
             self._hidden = captured.kept
-        elif self._drafts is not None:
+        else:
             self._hidden = self._drafts.queue(self._hidden, self.forward_meta, num_requests)
 
     def draft(self, next_ids: np.ndarray, *going_on: np.ndarray) -> None:
@@ -272,6 +274,8 @@ class ModelRunner(Preparation):
     ) -> None:
         """Queue a further draft of the requests of the batch, a step of their last drafts.
 
+        Its rows go on from the draw.
+
         Args:
             kept: int64 [n]; which requests of the drafts before they are.
             slots, positions: as of `DeviceDraws.place`, of the new drafts.
@@ -280,7 +284,7 @@ class ModelRunner(Preparation):
         assert self.draws is not None
         self._padded = None
         with paddle.no_grad():
-            step = self.initialize_forward_meta(kept)
+            step = self.initialize_forward_meta(kept, depth - 1)
             self.draws.place(slots, positions, {}, len(slots))
             self._hidden = self._drafts.queue_more(self._hidden, step, depth)
 

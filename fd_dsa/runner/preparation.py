@@ -67,13 +67,13 @@ class Preparation:
             last = self._only_row(tokens, done, is_prefill=is_prefill)
             self.execute_model(np.array([last]))
         if self.draws is not None:
-            self._warm_up_draws(last)
+            self._warm_up_draws(cached)
         self._forget_only_row()
         # these were no steps of requests
         self.counters = StepCounters()
 
-    def _warm_up_draws(self, last: int) -> None:
-        """Run the step in the batch again with draws of its token `last`, the second by the first.
+    def _warm_up_draws(self, cached: int) -> None:
+        """Run two decode steps with draws, the second of which goes on from the first one's.
 
         All kernels of a draw run for any parameters, and those of a layer that drafts.
         """
@@ -82,10 +82,12 @@ class Preparation:
         assert self.draws is not None
         self.draws.set_slot(0, SlotParameters())
         for is_second in (False, True):
+            last = self._only_row(1, max(cached - 1, 0) + is_second, is_prefill=False)
             if is_second:
                 self.input_batch.defer_tokens([last], [0])
+                self.input_batch.follows[0] = 0
             self.queue_model(np.array([last]))
-            self.draw(*np.zeros((2, 1), np.int64), firsts=np.zeros(1, np.int64))()
+            self.draw(*np.zeros((2, 1), np.int64), firsts=np.zeros(1, np.int64), drafts=True)()
 
     def capture_decode_graphs(
         self, sizes: Sequence[int], capture: Callable[[Any], Capture]

@@ -62,10 +62,11 @@ class LeadingRunner(ModelRunner):
         positions: np.ndarray,
         masks: Mapping[int, np.ndarray] = MappingProxyType({}),
         firsts: np.ndarray = _NOTHING,
+        drafts: bool = False,
     ) -> Callable[[], np.ndarray]:
         """See ModelRunner."""
-        with self._sent("draw", slots, positions, dict(masks), firsts, has_step=False):
-            draw = super().draw(slots, positions, masks, firsts)
+        with self._sent("draw", slots, positions, dict(masks), firsts, drafts, has_step=False):
+            draw = super().draw(slots, positions, masks, firsts, drafts)
         if self.ranks is None:
             return draw
 

@@ -34,11 +34,12 @@ class Step:
     prompt. B = rows of the step.
 
     Attributes:
-        hints: what the host knows of the step; exact.
+        hints: what the host knows of the step; the longest row is an upper bound.
         ids_remove_padding: int64, on a device int32, [num_tokens]; packed token ids, on a device
             followed by zeros up to the padded number of tokens.
         seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [B].
         sampled: int64, on a device int32, [n]; flat tokens whose logits are asked for.
+        follows: int32 [B], as of InputBatch.
         block_tables: int32 [B, max_blocks_per_seq].
         caches: the backend's own, two tensors a layer for DSA: latents and indexer keys.
         attn_backend: the attention backend that all layers call.
@@ -54,6 +55,7 @@ class Step:
     seq_lens_decoder: Any
     seq_lens_this_time: Any
     sampled: Any
+    follows: Any
     block_tables: Any
     caches: list[Any]
     attn_backend: Any
@@ -77,6 +79,7 @@ def host_inputs(batch: InputBatch, sampled: np.ndarray) -> tuple[np.ndarray, ...
         batch.seq_lens_decoder[:rows],
         batch.seq_lens_this_time[:rows],
         sampled,
+        batch.follows[:rows],
         batch.block_tables[:rows],
     )
 
@@ -92,7 +95,7 @@ class DeviceInputs(StagedInputs):
     def __init__(self, batch: InputBatch, allocate: Allocate) -> None:
         rows, columns = batch.block_tables.shape
         # most sampled tokens: one a row and three drafts
-        sizes = (batch.max_num_tokens, rows, rows, rows, 4 * rows)
+        sizes = (batch.max_num_tokens, rows, rows, rows, 4 * rows, rows)
         super().__init__(allocate, sizes, rows, columns)
 
     def __call__(self, inputs: tuple[np.ndarray, ...], num_padded_tokens: int) -> list[Any]:

@@ -18,6 +18,8 @@ class KnowingDrafter:
         seed: of the wrong ones.
     """
 
+    is_ahead = False
+
     def __init__(
         self,
         answers: Mapping[tuple[str, int], list[int]],
@@ -34,10 +36,14 @@ class KnowingDrafter:
         """What the request will get."""
         return self._answers[request.state.request_id, request.state.index]
 
+    def num_taken(self, request: Request) -> int:
+        """Tokens of the output so far."""
+        return len(request.output_token_ids)
+
     def propose(self, step: object, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
         proposals = {}
         for request, count in counts.items():
-            following = self.answer(request)[len(request.output_token_ids) :][:count]
+            following = self.answer(request)[self.num_taken(request) :][:count]
             proposals[request] = [
                 token
                 if self._draw.random() < self._share

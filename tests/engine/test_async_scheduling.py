@@ -55,6 +55,7 @@ class GreedyRunner(FakeRunner):
         positions: np.ndarray,
         masks: Mapping[int, np.ndarray],
         firsts: np.ndarray,
+        drafts: bool,
     ) -> Callable[[], np.ndarray]:
         self.log.append("draw")
         logits = self._undrawn

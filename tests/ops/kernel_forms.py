@@ -98,7 +98,11 @@ from fd_dsa.ops._mtp_kernels import mtp_inputs_kernel
 from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.draw_kernels import draw_kernel
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
-from fd_dsa.ops.sampling.verify_kernel import verify_kernel
+from fd_dsa.ops.sampling.verify_kernel import (
+    catch_up_kernel,
+    shift_positions_kernel,
+    verify_kernel,
+)
 from fd_dsa.ops.topk.triton_kernel import topk_kernel
 from fd_dsa.step import device as step
 from fd_dsa.step.kernel import decode_step_metadata_kernel, mixed_step_metadata_kernel
@@ -179,7 +183,8 @@ compile("query", prepare_query_kernel, dict.fromkeys(("q_ptr", "q_out_ptr"), "bf
         HEADS=64, QUANTIZED=False, BLOCK_ROWS=8, **KEYS)
 # vocabularies of one block, of DeepSeek-V3.2, and of twice as many tokens
 SAMPLED = dict.fromkeys(("slots_ptr", "mask_rows_ptr", "records_ptr", "masks_ptr", "counts_ptr",
-                         "best_ptr", "state_ptr", "sample_ptr", "sizes_ptr", "images_ptr"), "int32")
+                         "best_ptr", "state_ptr", "sample_ptr", "sizes_ptr", "images_ptr",
+                         "sampled_ptr"), "int32")
 SAMPLED |= dict.fromkeys(("positions_ptr", "masses_ptr", "tokens_ptr"), "int64")
 for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
     blocks = -(-vocab // block)
@@ -187,8 +192,9 @@ for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
     parts = dict(VOCAB=vocab, NUM_BLOCKS=blocks, BLOCKS=padded)
     cut = dict(BLOCK=block, WIDE=vocab // 32, **parts)
     capacity = max(vocab // 4, 1024)
-    compile("scan", scan_kernel, SAMPLED, False, num_warps=8, VOCAB=vocab, BLOCK=block,
-            PART=min(block, 1024))
+    for most in (0, 3):
+        compile("scan", scan_kernel, SAMPLED, False, num_warps=8, VOCAB=vocab, BLOCK=block,
+                PART=min(block, 1024), MOST=most)
     for counts in (False, True):
         compile("settle", settle_kernel, SAMPLED, False, num_warps=16, COUNTS=counts, **parts)
         compile("draw", draw_kernel, SAMPLED, False, num_warps=16, CAPACITY=capacity, COUNTS=counts,
@@ -197,10 +203,13 @@ for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
         compile("masses", masses_kernel, SAMPLED, False, num_warps=8, FINE=fine, **cut)
     compile("gather", gather_kernel, SAMPLED, False, num_warps=8, CAPACITY=capacity, **cut)
 PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", "firsts_ptr",
-                        "counts_ptr", "going_on_ptr"), "int32")
+                        "counts_ptr", "cached_ptr", "lengths_ptr", "going_on_ptr", "follows_ptr",
+                        "known_ptr", "shifts_ptr", "records_ptr", "outputs_ptr"), "int32")
 for most in (1, 2, 3):
-    compile("verify", verify_kernel, PLACED | {"tokens_ptr": "int64"}, False, num_warps=1,
-            STRIDE=128, MOST=most)
+    compile("verify", verify_kernel, PLACED | dict.fromkeys(("tokens_ptr", "newest_ptr"), "int64"),
+            False, num_warps=1, STRIDE=128, MOST=most, VOCAB=129280)
+compile("catch up", catch_up_kernel, PLACED, False, num_warps=1, BLOCK=128)
+compile("shift", shift_positions_kernel, PLACED, False, num_warps=1, BLOCK=128)
 for dtype in ("float32", "bfloat16"):
     types = dict.fromkeys(("table_ptr", "hidden_ptr", "out_ptr"), dtype)
     types |= {"ids_ptr": "int32", "positions_ptr": "int64"}

@@ -16,7 +16,6 @@ from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.sampling import NO_TOKEN, NOT_FINITE, REJECTED, DeviceSampler, SlotParameters
-from fd_dsa.ops.sampling.verify_kernel import verify_kernel
 from tests.engine.reference_sampler import ref_uniform
 from tests.kernel_memory import KernelMemory, open_memory
 
@@ -195,27 +194,6 @@ def test_codes_of_rows_without_a_token(kernel_memory: KernelMemory, bad: float) 
     logits[:, 17 if bad != -np.inf else slice(None)] = bad
     _, found = both.sample(logits, range(5), [0] * 5)
     assert found.tolist() == [NOT_FINITE] * 5
-
-
-def test_what_follows_a_wrong_draft_is_marked(kernel_memory: KernelMemory) -> None:
-    """Requests with 2, 0, 3, 1 and 2 drafts, of which 1, 0, 3, 0 and 0 stand; room for one more."""
-    m = kernel_memory
-    # a token with an error, whose draft is another, and one that is equal to it
-    tokens = [5, 6, 7, 8, 1, 2, 3, 4, 9, 9, -1, 4, 5]
-    ids = [30, 40, 5, 0, 31, 32, 1, 2, 3, 33, 8, 34, -1, 4]
-    sampled = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
-    firsts, counts = [0, 3, 4, 8, 10, -1], [2, 0, 3, 1, 2, 0]
-    slots, positions = [4] * 3 + [0] + [2] * 4 + [5] * 2 + [1] * 3, [*range(10, 23)]
-    put = [m.put(values, "int32") for values in (ids, sampled, slots, positions, firsts, counts)]
-    found, going_on = m.put(np.array(tokens)), m.poisoned((3, 32), "int32")
-    verify_kernel[(6,)](found, *put, going_on, STRIDE=32, MOST=3, num_warps=1)
-    marked = m.get(found).tolist()
-    assert marked == [5, 6, REJECTED, 8, 1, 2, 3, 4, 9, REJECTED, -1, REJECTED, REJECTED]
-    assert m.get(going_on)[:, :6].tolist() == [
-        [2, 4, 8, 9, 11, 0],
-        [4, 0, 2, 5, 1, -1],
-        [12, 14, 18, 19, 21, 0],
-    ]
 
 
 def test_codes_are_the_engines() -> None:

@@ -137,7 +137,9 @@ def test_a_kernel_that_chooses_by_the_number_of_tokens_is_refused() -> None:
 def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: bool) -> None:
     queued: list[Any] = []
     runner = SimpleNamespace(
-        draws="some", queue_model=lambda rows: None, draw=lambda *step: queued.append(step)
+        draws="some",
+        queue_model=lambda rows: None,
+        draw=lambda *step, drafts: queued.append(step),
     )
     sampler = StepSampler(runner, 2)
     sampler._taken_by = [0, 0]
@@ -152,5 +154,5 @@ def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: 
         )
         for slot, each in enumerate((0.0, temperature))
     ]
-    step: Any = SimpleNamespace(sampling=requests, reading=[], drafts={})
+    step: Any = SimpleNamespace(sampling=requests, reading=[], drafts={}, makes_drafts=False)
     assert sampler.queue(step, np.arange(2)) == is_drawn == bool(queued)

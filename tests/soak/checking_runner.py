@@ -16,6 +16,7 @@ from fd_dsa.engine.sampler import REJECTED, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.input_batch import InputBatch
+from tests.engine.drafters import KnowingDrafter
 
 VOCAB_SIZE = 12
 EOS = 1
@@ -61,6 +62,9 @@ class CheckingRunner:
         self._running = running
         self._nan_share = nan_share
         self._hashes: dict[Request, list[int]] = {}
+        # tokens that the engine does not know yet, and tokens in the cache before the step, by row
+        self.on_the_way: dict[Request, list[int]] = {}
+        self._cached = input_batch.seq_lens_decoder
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Write the step's tokens, check all that its rows read, answer by what they hold."""
@@ -85,14 +89,13 @@ class CheckingRunner:
     def _run_row(self, row: int, request: Request, begin: int) -> list[int]:
         """Write and read one row; the hashes of its new tokens."""
         batch, size = self.input_batch, self.block_size
-        cached = int(batch.seq_lens_decoder[row])
+        cached = int(self._cached[row])
         num_new = int(batch.seq_lens_this_time[row])
         given = batch.ids_remove_padding[begin : begin + num_new].tolist()
         end = cached + num_new
         token_ids = request.token_ids[:end]
         if request.drawn_row >= 0:
-            # the engine does not know it yet
-            token_ids.append(given[-1])
+            token_ids += self.on_the_way[request]
         hashes = self._hashes.setdefault(request, [])
         extend_hashes(hashes, token_ids, request.params.cache_salt)
         if len(token_ids) < end and not batch.seq_lens_encoder[row]:
@@ -126,7 +129,7 @@ class CheckingRunner:
         batch, size = self.input_batch, self.block_size
         content = self.cache[blocks].copy()
         for row in np.flatnonzero(batch.seq_lens_this_time):
-            cached = int(batch.seq_lens_decoder[row])
+            cached = int(self._cached[row])
             for position in range(cached, cached + int(batch.seq_lens_this_time[row])):
                 block = int(batch.block_tables[row, position // size])
                 content[blocks.index(block), position % size] = GARBAGE
@@ -134,15 +137,24 @@ class CheckingRunner:
 
 
 class DrawingRunner(CheckingRunner):
-    """Draws tokens itself, as a runner on a device: a step may have tokens of the draw before."""
+    """Draws tokens itself, as a runner on a device: a step may have tokens of the draw before.
+
+    Attributes:
+        drafts: tokens that are here alone.
+    """
 
     def __init__(self, *arguments: Any, **others: Any) -> None:
         super().__init__(*arguments, **others)
         self.draws, self._sampler = self, Sampler(self.input_batch.max_num_seqs)
-        self._drawn = np.zeros(0, np.int64)
+        self.drafts: list[int] = []
+        # newest token of each request of the draw before, and its tokens in the cache
+        self._newest, self._known = np.zeros((2, 0), np.int64)
+        # by how much less than planned that is, by row
+        self._shifts = np.zeros(self.input_batch.max_num_seqs, np.int64)
         self._undrawn: Any = None
-        # of each slot its output as the device knows it, and whether that changes logits
-        self._counted: dict[int, tuple[list[int], bool]] = {}
+        # of each slot its output as the device knows it, and what gives the sampler its rules where
+        # that changes logits
+        self._counted: dict[int, tuple[list[int], Callable[[], None] | None]] = {}
         self.fails_late = False
 
     def set_slot(
@@ -167,17 +179,29 @@ class DrawingRunner(CheckingRunner):
             max_tokens=None,
         )
         output = list(output)
-        self._counted[slot] = output, given.is_penalized
-        rules = LogitRules(params, prompt, output, None, given.end_ids)
-        self._sampler.set_slot(slot, params, given.seed, None if rules.is_empty else rules)
+
+        def give() -> None:
+            rules = LogitRules(params, prompt, output, None, given.end_ids)
+            self._sampler.set_slot(slot, params, given.seed, None if rules.is_empty else rules)
+
+        give()
+        self._counted[slot] = output, give if given.is_penalized else None
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
-        """Put the tokens in, then run the step."""
+        """Put the tokens in, and how long rows are, then run the step."""
         batch = self.input_batch
         ids = batch.ids_remove_padding[: batch.num_tokens]
-        deferred = np.flatnonzero(ids < 0)
-        assert bool(len(deferred)) == batch.has_deferred
-        ids[deferred] = np.maximum(self._drawn[-1 - ids[deferred]], 0)
+        assert (ids < 0).any() == batch.has_deferred
+        for token in np.flatnonzero(ids < 0):
+            place = int(-1 - ids[token])
+            is_draft = place >= batch.max_num_seqs
+            ids[token] = (
+                self.drafts[place - batch.max_num_seqs] if is_draft else self._newest[place]
+            )
+        self._cached, follows = batch.seq_lens_decoder.copy(), batch.follows >= 0
+        self._cached[follows] = self._known[batch.follows[follows]]
+        self._shifts = batch.seq_lens_decoder - self._cached
+        assert (self._shifts >= 0).all(), "a plan has fewer tokens than there are"
         return super().execute_model(logits_indices)
 
     def queue_model(self, logits_indices: np.ndarray) -> None:
@@ -191,29 +215,45 @@ class DrawingRunner(CheckingRunner):
         positions: np.ndarray,
         masks: Mapping[int, np.ndarray],
         firsts: np.ndarray,
+        drafts: bool,
     ) -> Callable[[], np.ndarray]:
         """Draw from the step's logits; the tokens are there when they are asked for."""
         logits, self._undrawn = self._undrawn, None
+        positions = positions - self._shifts[slots]
         for row, mask in masks.items():
             allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
             # a mask leaves rows with unusable logits as they are
             if np.isfinite(logits[row]).all():
                 logits[row, allowed[: self.vocab_size] == 0] = -np.inf
-        drawn = self._drawn = np.empty(len(slots), np.int64)
+        drawn = np.empty(len(slots), np.int64)
         for row, (slot, position) in enumerate(
             zip(slots.tolist(), positions.tolist(), strict=True)
         ):
-            output, is_penalized = self._counted[slot]
-            assert len(output) == position or not is_penalized, f"slot {slot} has other counts"
+            output, give = self._counted[slot]
+            if give is not None:
+                assert len(output) == position, f"slot {slot} has other counts"
+                # tokens that were counted may not have stood
+                give()
             # bans go by position
             output[:] = output[:position] + [0] * (position - len(output))
             one = slice(row, row + 1)
             drawn[one] = self._sampler.sample(logits[one], slots[one], positions[one])
             output.append(max(int(drawn[row]), 0))
-        for first, end in pairwise([*firsts.tolist(), len(drawn)]):
-            drafts = self.input_batch.ids_remove_padding[self._sampled[first:end]][1:]
-            wrong = np.flatnonzero(drafts != drawn[first : end - 1])
-            drawn[first + 1 + wrong[0] if len(wrong) else end : end] = REJECTED
+        self._newest, self._known = np.zeros((2, len(firsts)), np.int64)
+        self.on_the_way, running, batch = {}, self._running(), self.input_batch
+        for place, (first, end) in enumerate(pairwise([*firsts.tolist(), len(drawn)])):
+            own = batch.ids_remove_padding[self._sampled[first:end]][1:]
+            wrong = np.flatnonzero(own != drawn[first : end - 1])
+            last = first + int(wrong[0]) if len(wrong) else end - 1
+            drawn[last + 1 : end] = REJECTED
+            slot, taken = int(slots[first]), np.maximum(drawn[first : last + 1], 0)
+            del self._counted[slot][0][int(positions[last]) + 1 :]
+            self._newest[place] = taken[-1]
+            self._known[place] = (
+                self._cached[slot] + batch.seq_lens_this_time[slot] + last + 1 - end
+            )
+            if slot in running:
+                self.on_the_way[running[slot]] = taken.tolist()
 
         def taken() -> np.ndarray:
             if self.fails_late:
@@ -221,6 +261,35 @@ class DrawingRunner(CheckingRunner):
             return drawn
 
         return taken
+
+    def step_ids(self) -> np.ndarray:
+        """Tokens of the step, those of drafts too."""
+        return self.input_batch.ids_remove_padding[: self.num_tokens]
+
+
+class AheadDrafter(KnowingDrafter):
+    """Leaves its drafts in a DrawingRunner, before the engine has the tokens in front of them.
+
+    Attributes:
+        runner: of the engine.
+    """
+
+    is_ahead = True
+    runner: DrawingRunner
+
+    def num_taken(self, request: Request) -> int:
+        """Tokens of the output, those on their way too."""
+        on_the_way = self.runner.on_the_way.get(request, ()) if request.drawn_row >= 0 else ()
+        return super().num_taken(request) + len(on_the_way)
+
+    def propose(self, step: object, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
+        self.runner.drafts = []
+        proposals = super().propose(step, counts)
+        for request, drafts in proposals.items():
+            begin = self.runner.input_batch.max_num_seqs + len(self.runner.drafts)
+            self.runner.drafts += drafts
+            proposals[request] = [-1 - begin - place for place in range(len(drafts))]
+        return proposals
 
 
 def extend_hashes(hashes: list[int], token_ids: Sequence[int], salt: str | None) -> None:

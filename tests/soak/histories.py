@@ -22,7 +22,14 @@ from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, random_clock
 from tests.soak import report
 from tests.soak.audit import audit, evictable_keys, running_requests, waiting_requests
-from tests.soak.checking_runner import EOS, VOCAB_SIZE, CheckingRunner, DeviceGone, DrawingRunner
+from tests.soak.checking_runner import (
+    EOS,
+    VOCAB_SIZE,
+    AheadDrafter,
+    CheckingRunner,
+    DeviceGone,
+    DrawingRunner,
+)
 
 MAX_MODEL_LEN = 48
 MAX_STEPS = 20_000
@@ -57,6 +64,7 @@ class History:
     async_scheduling: bool
     most_drafts: int
     right_share: float | None
+    drafts_on_device: bool
 
 
 @dataclass
@@ -102,6 +110,7 @@ def draw_history(number: int) -> History:
         most_drafts=draw.choice([0, 0, 1, 2, 3]),
         # None: prompt lookup
         right_share=draw.choice([None, 0.0, 0.7, 1.0]),
+        drafts_on_device=draws_on_device and draw.random() < 0.7,
     )
 
 
@@ -143,14 +152,16 @@ def make_drafter(history: History) -> Drafter:
         for index, one in enumerate(history.arrivals)
         for choice, (tokens, _) in enumerate(run_alone(one, history))
     }
-    return KnowingDrafter(answers, history.right_share, VOCAB_SIZE, history.clock_seed)
+    kind = AheadDrafter if history.drafts_on_device else KnowingDrafter
+    return kind(answers, history.right_share, VOCAB_SIZE, history.clock_seed)
 
 
 def make_engine(history: History) -> LLMEngine:
     """The engine of a history over a checking runner."""
     speculator = None
     if history.most_drafts:
-        speculator = Speculator(make_drafter(history), history.most_drafts)
+        drafter = make_drafter(history)
+        speculator = Speculator(drafter, history.most_drafts)
     batch = InputBatch(
         history.max_num_seqs,
         history.max_num_batched_tokens,
@@ -159,6 +170,8 @@ def make_engine(history: History) -> LLMEngine:
     )
     kind = DrawingRunner if history.draws_on_device else CheckingRunner
     runner = kind(batch, history.num_blocks, lambda: running_requests(engine), history.nan_share)
+    if history.most_drafts and isinstance(drafter, AheadDrafter):
+        drafter.runner = runner
     engine = LLMEngine(
         runner,
         TOKENIZER,
@@ -231,7 +244,10 @@ def _step(run: Run, history: History, fails: bool) -> None:
     keys = evictable_keys(engine)
     everyone = [*running_requests(engine).values(), *waiting_requests(engine)]
     earliest = min(everyone, key=lambda request: request.arrival)
-    before = (earliest.num_computed_tokens, len(earliest.token_ids))
+    before = (
+        earliest.num_computed_tokens - earliest.num_unverified,
+        len(earliest.token_ids),
+    )
     engine.runner.fails = fails
     run.counts["steps"] += 1
     try:
@@ -241,12 +257,17 @@ def _step(run: Run, history: History, fails: bool) -> None:
         audit(engine)
         return
     assert 0 < engine.runner.num_tokens <= history.max_num_batched_tokens
-    after = (earliest.num_computed_tokens, len(earliest.token_ids))
+    after = (
+        earliest.num_computed_tokens - earliest.num_unverified,
+        len(earliest.token_ids),
+    )
     # so nobody waits for more steps than those in front of it have tokens
     assert earliest.finish_reason or before < after, f"request {earliest.arrival} was left out"
     if all(output.finish_reason != "error" for output in outputs):
         run.counts["evicted blocks"] += len(keys - evictable_keys(engine))
-    run.counts["steps queued ahead"] += engine._in_flight is not None
+    ahead = engine._in_flight
+    run.counts["steps queued ahead"] += ahead is not None
+    run.counts["drafts queued ahead"] += ahead.num_drafts if ahead is not None else 0
     _keep(run, outputs)
     audit(engine)
 
@@ -287,6 +308,7 @@ def run_alone(one: Arrival, history: History) -> list[tuple[list[int], str | Non
         max_num_seqs=MAX_MODEL_LEN,
         max_num_batched_tokens=2 * MAX_MODEL_LEN,
         draws_on_device=False,
+        drafts_on_device=False,
         most_drafts=0,
     )
     engine = make_engine(ample)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from fd_dsa.engine.block_manager import BlockKeys, BlockManager
+from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
-from tests.soak.histories import run_histories
+from tests.soak.histories import Arrival, History, make_engine, run_alone, run_histories
 
 
 def test_random_histories_keep_every_invariant() -> None:
@@ -18,6 +19,7 @@ def test_random_histories_keep_every_invariant() -> None:
     for what in (
         "aborted outputs",
         "accepted drafts",
+        "drafts queued ahead",
         "evicted blocks",
         "failed steps",
         "outputs with an error",
@@ -25,6 +27,40 @@ def test_random_histories_keep_every_invariant() -> None:
         "prompt tokens from the prefix cache",
     ):
         assert counts[what] > 0, what
+
+
+def test_right_drafts_are_verified_by_steps_queued_ahead() -> None:
+    """One token of the prompt's step, then nine steps of four."""
+    params = SamplingParams(temperature=0, max_tokens=37, ignore_eos=True)
+    history = History(
+        num_blocks=12,
+        block_size=4,
+        max_num_seqs=2,
+        max_num_batched_tokens=8,
+        enable_prefix_caching=True,
+        nan_share=0,
+        fail_share=0,
+        target_gap_s=0,
+        clock_seed=0,
+        arrivals=(Arrival((5, 6, 7), params, 0, None),),
+        draws_on_device=True,
+        async_scheduling=True,
+        most_drafts=3,
+        right_share=1.0,
+        drafts_on_device=True,
+    )
+    engine = make_engine(history)
+    engine.add_request("0", (5, 6, 7), params)
+    ahead, tokens = [], []
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        tokens += [token for output in outputs for token in output.new_token_ids]
+        ahead.append((len(outputs), engine._in_flight is not None))
+    assert tokens == run_alone(history.arrivals[0], history)[0][0]
+    stats = engine.stats()
+    assert (stats.num_steps, stats.num_accepted_tokens) == (10, 27)
+    # the first waits for none, and the one after the last that may be the end is planned late
+    assert ahead == [(0, True), *[(1, True)] * 9, (1, False)]
 
 
 def _hands_out_twice(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,6 +48,9 @@ class DeviceSampler:
 
     Attributes:
         tokens: int64 [max_rows] on the device; token of each row, NOT_FINITE or NO_TOKEN.
+        records: int32 [max_num_seqs, RECORD] on the device; parameters of each slot.
+        counts: int32 [max_num_seqs, vocab_size] on the device; how often a token is in the output
+            of a slot with penalties, and IN_PROMPT.
     """
 
     def __init__(
@@ -61,9 +64,9 @@ class DeviceSampler:
         self._num_words = -(-vocab_size // 32)
         partials = (rows, 2, LEVELS.value, num_blocks)
         self.tokens = allocate((rows,), "int64")
-        self._records = allocate((max_num_seqs, RECORD), "int32")
+        self.records = allocate((max_num_seqs, RECORD), "int32")
         self._masks = allocate((rows, self._num_words), "int32")
-        self._counts = allocate((max_num_seqs, vocab_size), "int32")
+        self.counts = allocate((max_num_seqs, vocab_size), "int32")
         self._adjusted = allocate((rows, vocab_size), "float32")
         self._best = allocate((rows, num_blocks, 3), "int32")
         self._state = allocate((rows, STATE.value), "int32")
@@ -89,19 +92,19 @@ class DeviceSampler:
             parameters: of the request that has taken the slot.
             prompt_token_ids: read if it has penalties.
             output_token_ids: the same; tokens that are sampled from now on are counted on the
-                device, so no more than one row of a step may be of such a slot.
+                device.
 
         Raises:
             ValueError: too many tokens are biased or banned.
         """
-        self._copy(self._records, slot * RECORD, parameters.record(self._vocab_size))
+        self._copy(self.records, slot * RECORD, parameters.record(self._vocab_size))
         if parameters.is_penalized:
             size = self._vocab_size
             counts = np.bincount(np.array(output_token_ids, np.int64), minlength=size)
             counts = counts[:size].astype(np.int32)
             if parameters.repetition != 1:
                 counts[np.array(prompt_token_ids, np.int64)] |= IN_PROMPT
-            self._copy(self._counts, slot * size, counts)
+            self._copy(self.counts, slot * size, counts)
 
     def set_masks(self, masks: npt.NDArray[np.int32]) -> None:
         """Queue the copy of a step's masks, which `mask_rows` of `sample` refers to.
@@ -113,7 +116,13 @@ class DeviceSampler:
         self._copy(self._masks, 0, masks.reshape(-1))
 
     def sample(
-        self, logits: Any, slots: Any, positions: Any, mask_rows: Any, drafts: Any = None
+        self,
+        logits: Any,
+        slots: Any,
+        positions: Any,
+        mask_rows: Any,
+        drafts: Any = None,
+        verified: tuple[Any, Any, int] | None = None,
     ) -> None:
         """Queue the launches that write `tokens` for the rows of a step.
 
@@ -124,6 +133,9 @@ class DeviceSampler:
                 request, from 0.
             mask_rows: int32 [num_rows]; row of the masks, -1 = every token may come.
             drafts: int64 [num_rows], written instead of `tokens`, and nothing is counted.
+            verified: int32 token ids of the step and the flat token of each row, and most drafts
+                of a slot: its further rows come after its drafts, and `verify_kernel` counts. None:
+                a slot has one row.
 
         Raises:
             ShapeError: more rows than `max_rows`.
@@ -139,32 +151,36 @@ class DeviceSampler:
             raise ShapeError(f"sampling {rows} rows; this sampler has {self.max_rows}")
         tokens = self.tokens if drafts is None else drafts
         vocab, block, num_blocks = self._vocab_size, self._block, self._num_blocks
+        # what no kernel reads without drafts
+        ids, sampled, most = verified or (slots, slots, 0)
+        counts_here = drafts is None and not most
         blocks, parts = triton.next_power_of_2(num_blocks), (rows, num_blocks)
         # a weight must be the same number in every launch, and penalties round as on a CPU
         options = {"VOCAB": vocab, "num_warps": 8, "enable_fp_fusion": False}
         scan_kernel[parts](
-            logits, self._adjusted, slots, positions, self._masks, mask_rows, self._records,
-            self._counts, self._best, BLOCK=block, PART=min(block, _PART), **options,
+            logits, self._adjusted, slots, positions, self._masks, mask_rows, self.records,
+            self.counts, ids, sampled, self._best, BLOCK=block, PART=min(block, _PART), MOST=most,
+            **options,
         )  # fmt: skip
         wide = options | {"NUM_BLOCKS": num_blocks, "BLOCKS": blocks, "num_warps": 16}
         settle_kernel[(rows,)](
-            logits, self._adjusted, slots, mask_rows, self._records, self._counts, self._best,
-            self._state, self._sample, tokens, COUNTS=drafts is None, **wide,
+            logits, self._adjusted, slots, mask_rows, self.records, self.counts, self._best,
+            self._state, self._sample, tokens, COUNTS=counts_here, **wide,
         )  # fmt: skip
         wide |= {"BLOCK": block, "WIDE": vocab // 32}
         narrow = wide | {"num_warps": 8}
         for fine in (False, True):
             masses_kernel[parts](
-                logits, self._adjusted, slots, self._records, self._state, self._sample,
+                logits, self._adjusted, slots, self.records, self._state, self._sample,
                 self._masses, self._sizes, FINE=fine, **narrow,
             )  # fmt: skip
         gather_kernel[parts](
-            logits, self._adjusted, slots, self._records, self._state, self._masses, self._sizes,
+            logits, self._adjusted, slots, self.records, self._state, self._masses, self._sizes,
             self._images, self._ids, CAPACITY=self._capacity, **narrow,
         )  # fmt: skip
         draw_kernel[(rows,)](
-            logits, self._adjusted, slots, positions, self._records, self._counts, self._state,
-            self._masses, self._sizes, self._images, self._ids, tokens, COUNTS=drafts is None,
+            logits, self._adjusted, slots, positions, self.records, self.counts, self._state,
+            self._masses, self._sizes, self._images, self._ids, tokens, COUNTS=counts_here,
             CAPACITY=self._capacity, **wide,
         )  # fmt: skip
 

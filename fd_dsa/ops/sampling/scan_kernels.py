@@ -91,14 +91,18 @@ def scan_kernel(
     mask_rows_ptr,
     records_ptr,
     counts_ptr,
+    ids_ptr,
+    sampled_ptr,
     best_ptr,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     """Block `program 1` of row `program 0`: image of its maximum, with rules too, and its token.
 
-    The order of rules: penalties, mask, bias, bans; a mask's -inf stays what it is.
+    The order of rules: penalties, mask, bias, bans; a mask's -inf stays what it is. Rows of a slot
+    in front of this one are up to MOST; the draft after each of them counts as a token.
     """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
@@ -122,6 +126,12 @@ def scan_kernel(
                 values = tl.load(logits_ptr + row * VOCAB + part, mask=inside, other=0.0)
                 if (flags & PENALIZED) != 0:
                     cells = tl.load(counts_ptr + slot * VOCAB + part, mask=inside, other=0)
+                    for back in tl.static_range(1, MOST + 1):
+                        before = tl.maximum(row - back, 0)
+                        is_own = (row >= back) & (tl.load(slots_ptr + before) == slot)
+                        place = ids_ptr + tl.load(sampled_ptr + before) + 1
+                        draft = tl.load(place, mask=is_own, other=-1)
+                        cells += (part == draft).to(tl.int32)
                     values = _penalized(values, cells, record)
                 if mask_row >= 0:
                     words = masks_ptr + mask_row * ((VOCAB + 31) // 32)

@@ -1,9 +1,14 @@
-"""Which drafts stand: those that are the token drawn in their place, and so are all before them."""
+"""Which drafts stand: those that are the token drawn in their place, and so are all before them.
+
+The host plans the next step before it knows how many do, as if all did. What follows from their
+number is corrected here.
+"""
 
 from __future__ import annotations
 
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops.sampling import parameters as places
+from fd_dsa.ops.sampling.values import FLAGS, PENALIZED, RECORD
 
 import triton.language as tl  # isort: skip
 
@@ -19,19 +24,27 @@ def verify_kernel(
     positions_ptr,
     firsts_ptr,
     counts_ptr,
+    cached_ptr,
+    lengths_ptr,
     going_on_ptr,
+    newest_ptr,
+    records_ptr,
+    outputs_ptr,
     STRIDE: tl.constexpr,
     MOST: tl.constexpr,
+    VOCAB: tl.constexpr,
 ):
     """Request `program 0`: mark what is drawn after its first wrong draft, and where it goes on.
 
     Its tokens are those of rows `first` to `first + count`, all but the first after a draft. Of
     `going_on` the first row has the flat token that the next draft comes after, the second the slot
-    and the third the position of that draft; without a request the slot is -1.
+    and the third the position of that draft, the fourth how many tokens the cache then has; without
+    a request the slot is -1. `newest` gets the last token that stands. `outputs` counts all tokens
+    that do, where the slot has penalties.
     """
     program = tl.program_id(0)
     first = tl.load(firsts_ptr + program)
-    last, slot, position = first * 0, first * 0 - 1, first * 0
+    last, slot, position, cached = first * 0, first * 0 - 1, first * 0, first * 0
     if first >= 0:
         count = tl.load(counts_ptr + program)
         accepted = first * 0
@@ -47,6 +60,47 @@ def verify_kernel(
         last = tl.load(sampled_ptr + first + accepted)
         slot = tl.load(slots_ptr + first)
         position = tl.load(positions_ptr + first + accepted) + 1
+        cached = tl.load(cached_ptr + slot) + tl.load(lengths_ptr + slot) - (count - accepted)
+        tl.store(newest_ptr + program, tl.load(tokens_ptr + first + accepted))
+        if (tl.load(records_ptr + slot.to(tl.int64) * RECORD + FLAGS) & PENALIZED) != 0:
+            for place in range(MOST + 1):
+                token = tl.load(tokens_ptr + first + tl.minimum(place, accepted))
+                cell = outputs_ptr + slot.to(tl.int64) * VOCAB + token
+                tl.atomic_add(cell, 1, mask=(place <= accepted) & (token >= 0))
     tl.store(going_on_ptr + program, last)
     tl.store(going_on_ptr + STRIDE + program, slot)
     tl.store(going_on_ptr + 2 * STRIDE + program, position)
+    tl.store(going_on_ptr + 3 * STRIDE + program, cached)
+
+
+ROW_BLOCK = 128
+
+
+@step_kernel()
+def catch_up_kernel(
+    cached_ptr, follows_ptr, known_ptr, shifts_ptr, num_rows, ahead, BLOCK: tl.constexpr
+):
+    """Block `program 0` of rows: tokens in the cache of those that go on from a draw.
+
+    Row i goes on from request `follows[i]`, if any, with `known` tokens in the cache and `ahead`
+    more. `shifts` gets by how many the host had planned too many.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    source = tl.load(follows_ptr + row, mask=inside, other=-1)
+    planned = tl.load(cached_ptr + row, mask=inside, other=0)
+    known = tl.load(known_ptr + source, mask=source >= 0, other=0) + ahead
+    cached = tl.where(source >= 0, known, planned)
+    tl.store(cached_ptr + row, cached, mask=inside)
+    tl.store(shifts_ptr + row, planned - cached, mask=inside)
+
+
+@step_kernel()
+def shift_positions_kernel(positions_ptr, slots_ptr, shifts_ptr, num_rows, BLOCK: tl.constexpr):
+    """Block `program 0` of rows: positions of their draws, less the shift of their slots."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slots_ptr + row, mask=row < num_rows, other=-1)
+    live = slot >= 0
+    position = tl.load(positions_ptr + row, mask=live, other=0)
+    shift = tl.load(shifts_ptr + slot, mask=live, other=0)
+    tl.store(positions_ptr + row, position - shift, mask=live)
