@@ -3,8 +3,8 @@
 It replaces the language's functions with its own at every call of a device function (`tl.sum` and
 `tl.zeros` are two), builds its table of NumPy's types at every look-up, and looks for integer
 overflows that it does not report: most of the time of many kernels. Here a launch does the first
-once, a process does the second once, and the third is left out. Two blocks of one shape are told
-from those to broadcast at once.
+once, a process does the second once, and the third is left out. Two blocks of one shape are not
+broadcast, so nothing looks at their dimensions.
 
 Every operation makes a block type and a tensor, and both make a new shape, which is a tuple of the
 language with a type and a name of its own: half the time of a kernel of small blocks. A shape gives

@@ -83,7 +83,7 @@ class Operands:
             self.use_rows((self.m.get(hidden.codes), self.m.get(hidden.scales)))
         else:
             self.x = hidden
-            # rows of padding are never written: what lies there may be a signalling NaN
+            # rows of padding are never written: their values may be signalling NaNs
             with np.errstate(invalid="ignore"):
                 self.values = block_fp8.get(self.m, hidden).astype(np.float64)
 
