@@ -298,6 +298,12 @@ inline void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsign
     cluster.blocks.push_back(std::move(block));
   }
   run(fibers);
+  // arrivals that no thread waited for
+  for (const auto& block : cluster.blocks) {
+    for (const auto& [number, barrier] : block->named_barriers) {
+      if (barrier.arrived != 0) abort();
+    }
+  }
 }
 
 struct Index {
