@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -160,11 +161,22 @@ def parity_mode() -> str:
 
 
 def pytest_collection_finish() -> None:
-    """Spare work of interpreted kernels, where a test module has kernels."""
+    """Poison results, and spare work of interpreted kernels, where a test module has kernels."""
+    # what is loaded now stays: it need not be looked through for garbage again and again
+    gc.freeze()
+    if "paddle" in sys.modules:
+        from tests.kernel_memory import poison_results
+
+        poison_results()
     if choose_triton_mode() and "triton.runtime.interpreter" in sys.modules:
         from tests.quick_interpreter import hurry
 
         hurry()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the process free what it loaded: a module of C++ warns of objects that are left."""
+    gc.unfreeze()
 
 
 def pytest_report_header() -> str:

@@ -3,7 +3,8 @@
 It replaces the language's functions with its own at every call of a device function (`tl.sum` and
 `tl.zeros` are two), builds its table of NumPy's types at every look-up, and looks for integer
 overflows that it does not report: most of the time of many kernels. Here a launch does the first
-once, a process does the second once, and the third is left out.
+once, a process does the second once, and the third is left out. Two blocks of one shape are not
+broadcast, so nothing looks at their dimensions.
 
 Every operation makes a block type and a tensor, and both make a new shape, which is a tuple of the
 language with a type and a name of its own: half the time of a kernel of small blocks. A shape gives
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import triton
-from triton.language import core
+from triton.language import core, semantic
 from triton.runtime import interpreter
 
 # modules of the language that the launch in progress has made the interpreter's; None between two
@@ -31,7 +32,9 @@ _patched: set[str] | None = None
 def hurry() -> None:
     """Spare the repeated work of this process's launches."""
     _patch_once_a_launch()
+    _remember_builtins()
     _remember_array_types()
+    _broadcast_what_differs()
     builder = interpreter.interpreter_builder
     # without `debug`, `device_assert` does nothing with what the checks compute
     if not builder.options.debug:
@@ -71,6 +74,33 @@ def _patch_once_a_launch() -> None:
             _patched = None
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, watched
+
+
+def _remember_builtins() -> None:
+    """Remember which functions of a module or class of the language the interpreter replaces."""
+
+    @cache
+    def builtins_of(package: Any) -> list[tuple[str, Any]]:
+        return [(n, m) for n, m in inspect.getmembers(package) if core.is_builtin(m)]
+
+    def patch_builtin(package: Any, *builder_and_scope: Any) -> None:
+        for name, member in builtins_of(package):
+            interpreter._patch_attr(package, name, member, *builder_and_scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+def _broadcast_what_differs() -> None:
+    """Leave two blocks of one shape as they are without a look at each dimension."""
+    original = semantic.TritonSemantic.broadcast_impl_value
+
+    def broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        one, other = lhs.type, rhs.type
+        if one.is_block() and other.is_block() and one.shape.values == other.shape.values:
+            return lhs, rhs
+        return original(self, lhs, rhs)
+
+    semantic.TritonSemantic.broadcast_impl_value = broadcast
 
 
 def _remember_array_types() -> None:

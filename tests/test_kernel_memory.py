@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernel_memory import POISON, KernelMemory
+from tests.kernel_memory import POISON, SIGNALLING_NAN, KernelMemory
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int32", "int64", "int16", "uint8"])
@@ -42,3 +42,12 @@ def test_every_byte_is_poisoned(kernel_memory: KernelMemory, dtype: str) -> None
     tensor = kernel_memory.poisoned((3, 2), dtype)
     assert str(tensor.dtype).endswith(dtype) and list(tensor.shape) == [3, 2]
     assert set(kernel_memory.get(tensor).tobytes()) == {POISON}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int64", "uint8"])
+def test_results_that_nothing_wrote_hold_signalling_nans(dtype: str) -> None:
+    paddle = pytest.importorskip("paddle", reason="the results are Paddle's tensors")
+    tensor = paddle.empty([3, 5], dtype, device=paddle.CPUPlace())
+    found = tensor.view("uint8").numpy().tobytes()
+    assert found == (SIGNALLING_NAN * len(found))[: len(found)]
+    assert paddle.empty([0, 5], dtype, device=paddle.CPUPlace()).shape == [0, 5]

@@ -1,7 +1,8 @@
 """Launches without a look-up: a Python function generated for each variant of a kernel.
 
 Its code is the checks that this variant needs and one call of the driver. Where the arguments
-belong to another variant it hands them to `miss`.
+belong to another variant it hands them to `miss`, outside of its own `try`: `miss` raises the
+errors that are caught there.
 
 A tensor that was checked before is known by its live object and its address: both the same means
 that dtype and place are what they were. Every other tensor is checked again.
@@ -50,7 +51,6 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
         else:
             guards.append(_guard(parameter, argument, f"_c{index}"))
     every = "(" + "".join(f"{name}, " for name in signature.parameters) + ")"
-    leave = f"return _miss(_grid, {every}, _given)"
     packed = [f"_p{tensors[p.name]}" if p.name in tensors else p.name for p in variant.passed]
     num_ctas = variant.compiled.num_ctas
     clusters = f" * {num_ctas}" if num_ctas != 1 else ""
@@ -64,24 +64,27 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
     parameters = "".join(f"{name}=_d{i}, " for i, name in enumerate(signature.parameters))
     lines = [
         f"def {signature.kernel}(_grid, {parameters}**_given):",
-        "  try:",
-        f"    if {' or '.join(guards)}: {leave}",
-        *_check(tensors, leave),
-        *([f"    if {' or '.join(late)}: {leave}"] if late else []),
-        "    if _grid.__class__ is not tuple: _grid = _resolve(_kernel, _grid, "
+        "  while True:",
+        "    try:",
+        f"      if {' or '.join(guards)}: break",
+        *_check(tensors),
+        *([f"      if {' or '.join(late)}: break"] if late else []),
+        "      if _grid.__class__ is not tuple: _grid = _resolve(_kernel, _grid, "
         f"dict(zip(_names, {every})), _all_options)",
-        "    _x, _y, _z = _grid",
-        "    if not (_x and _y and _z): return",
-        "    try: _frame = _pop()",
-        "    except IndexError: _frame = _new()",
-        f"    _pack(_frame.memory, 0, {''.join(f'{v}, ' for v in packed)}_x{clusters}, _y, _z)",
-        "    _s = _stream(_device)",
-        "    if _s != _frame.stream: _frame.set_stream(_s)",
-        "  except (AttributeError, TypeError, ValueError, _StructError):",
-        f"    {leave}",
-        "  _code = _launch(*_frame.call)",
-        "  if _code: _recover(_code, _frame)",
-        "  _append(_frame)",
+        "      _x, _y, _z = _grid",
+        "      if not (_x and _y and _z): return",
+        "      try: _frame = _pop()",
+        "      except IndexError: _frame = _new()",
+        f"      _pack(_frame.memory, 0, {''.join(f'{v}, ' for v in packed)}_x{clusters}, _y, _z)",
+        "      _s = _stream(_device)",
+        "      if _s != _frame.stream: _frame.set_stream(_s)",
+        "    except (AttributeError, TypeError, ValueError, _StructError):",
+        "      break",
+        "    _code = _launch(*_frame.call)",
+        "    if _code: _recover(_code, _frame)",
+        "    _append(_frame)",
+        "    return",
+        f"  return _miss(_grid, {every}, _given)",
     ]
     exec(compile("\n".join(lines), f"<launch of {signature.kernel}>", "exec"), space)
     return space[signature.kernel]
@@ -177,7 +180,7 @@ class Known:
         return True
 
 
-def _check(tensors: Mapping[str, int], leave: str) -> list[str]:
+def _check(tensors: Mapping[str, int]) -> list[str]:
     """Lines that take the tensors' addresses and make sure that they were checked."""
     if not tensors:
         return []
@@ -185,9 +188,9 @@ def _check(tensors: Mapping[str, int], leave: str) -> list[str]:
     names = "".join(f"{name}, " for name in tensors)
     addresses = "".join(f"_p{i}, " for i in tensors.values())
     return [
-        *(f"    _p{i} = {name}.data_ptr()" for name, i in tensors.items()),
-        f"    {''.join(f'_r{i}, _q{i}, ' for i in tensors.values())} = _known[0]",
-        f"    if ({' or '.join(new)}) and not _admit(({names}), ({addresses})): {leave}",
+        *(f"      _p{i} = {name}.data_ptr()" for name, i in tensors.items()),
+        f"      {''.join(f'_r{i}, _q{i}, ' for i in tensors.values())} = _known[0]",
+        f"      if ({' or '.join(new)}) and not _admit(({names}), ({addresses})): break",
     ]
 
 

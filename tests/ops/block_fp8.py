@@ -73,7 +73,9 @@ def row_values(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """float64 [rows, width] of Fp8Rows."""
     rows, width = codes.shape
     every = scales[:, :rows].T.repeat(GROUP, axis=1)[:, :width]
-    return E4M3_VALUES[codes].astype(np.float64) * every
+    # scales of rows that no kernel writes may be signalling NaNs
+    with np.errstate(invalid="ignore"):
+        return E4M3_VALUES[codes].astype(np.float64) * every
 
 
 def put_pair(m: KernelMemory, pair: tuple[np.ndarray, np.ndarray]) -> Fp8Rows:

@@ -83,16 +83,18 @@ class Operands:
             self.use_rows((self.m.get(hidden.codes), self.m.get(hidden.scales)))
         else:
             self.x = hidden
-            # rows of padding are never written: they may hold a signalling NaN
+            # rows of padding are never written: their values may be signalling NaNs
             with np.errstate(invalid="ignore"):
                 self.values = block_fp8.get(self.m, hidden).astype(np.float64)
 
     def sums(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """float64 [pairs, columns] GEMM of each pair, and the sums of magnitudes."""
-        rows = np.arange(ids.size) // (ids.size // len(self.values))
-        x, weight = self.values[rows], self.weight_values[ids.ravel()]
-        exact = np.einsum("pw,pcw->pc", x, weight)
-        return exact, np.einsum("pw,pcw->pc", np.abs(x), np.abs(weight))
+        """float64 [pairs, columns] GEMM of each pair, and the sums of magnitudes; 0 of padding."""
+        exact, size = np.zeros((2, ids.size, self.weight_values.shape[1]))
+        for expert, weight in enumerate(self.weight_values):
+            pairs = np.flatnonzero(ids.ravel() == expert)
+            x = self.values[pairs // (ids.size // len(self.values))]
+            exact[pairs], size[pairs] = x @ weight.T, np.abs(x) @ np.abs(weight).T
+        return exact, size
 
     @property
     def step(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,16 @@ def arrays_of(meta: ForwardMeta, get: Get = as_numpy) -> dict[str, np.ndarray | 
 
 def assert_matches_oracle(meta: ForwardMeta, batch: StepBatch, get: Get = as_numpy) -> None:
     """Every field equals the oracle's, in dtype, shape and value; int32 positions may be None."""
-    wanted = ref_step_metadata(*batch.inputs(), batch.block_size, batch.num_padded_tokens)
+    assert_fields(meta, oracle_of(batch), get)
+
+
+def oracle_of(batch: StepBatch) -> dict[str, Any]:
+    """The fields of a step by the naive loop."""
+    return ref_step_metadata(*batch.inputs(), batch.block_size, batch.num_padded_tokens)
+
+
+def assert_fields(meta: ForwardMeta, wanted: dict[str, Any], get: Get = as_numpy) -> None:
+    """As `assert_matches_oracle`, for several builds of one step."""
     assert set(wanted) == set(ForwardMeta.__slots__)
     for name, array in arrays_of(meta, get).items():
         if name == "position_ids_int32" and array is None:
@@ -130,17 +139,18 @@ class Place:
         return builder.build(*self.put(batch), batch.num_padded_tokens, **counts_of(batch))
 
     def both(
-        self, batch: StepBatch, **sizes: Any
+        self, batch: StepBatch, ways: Iterable[bool] = (False, True), **sizes: Any
     ) -> Iterator[tuple[StepMetadataBuilder, ForwardMeta]]:
-        """A builder and its step, from tensors and from NumPy arrays."""
+        """A builder and its step, from tensors and from NumPy arrays (True), or one of the two."""
         builder = self.builder(batch, **sizes)
-        for on_host in (False, True):
+        for on_host in ways:
             yield builder, self.build(builder, batch, on_host)
 
-    def check(self, batch: StepBatch, **sizes: Any) -> None:
-        """A step equals the oracle, from tensors and from NumPy arrays."""
-        for _, meta in self.both(batch, **sizes):
-            assert_matches_oracle(meta, batch, self.get)
+    def check(self, batch: StepBatch, ways: Iterable[bool] = (False, True), **sizes: Any) -> None:
+        """A step equals the oracle; see `both`."""
+        wanted = oracle_of(batch)
+        for _, meta in self.both(batch, ways, **sizes):
+            assert_fields(meta, wanted, self.get)
 
     def address(self, array: Any) -> int:
         """Where an array of the place starts."""

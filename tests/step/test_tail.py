@@ -55,18 +55,23 @@ class Tail:
             assert (totals == totals[0]).all()
 
 
-@settings(max_examples=200, deadline=None)
-@given(steps=step_sequences())
-@pytest.mark.parametrize("device", ["numpy", "cpu"])
-def test_on_a_cpu(device: str, steps: list[StepBatch]) -> None:
-    columns, block_size = steps[0].block_tables.shape[1], steps[0].block_size
-    builder = StepMetadataBuilder(
-        ROWS, TOKENS, columns, block_size, device=device, int32_position_ids=True
-    )
-    tail = Tail(builder, columns)
-    for batch in steps:
-        meta = builder.build(*batch.inputs(), batch.num_padded_tokens)
-        tail.check(batch, meta.indexer_attn_mask_offsets is not None)
+@pytest.mark.parametrize(("device", "many"), [("numpy", 200), ("cpu", 30)])
+def test_on_a_cpu(device: str, many: int) -> None:
+    """Paddle's tensors are of the memory that NumPy fills, so they take fewer steps."""
+
+    @settings(max_examples=many, deadline=None)
+    @given(steps=step_sequences())
+    def check(steps: list[StepBatch]) -> None:
+        columns, block_size = steps[0].block_tables.shape[1], steps[0].block_size
+        builder = StepMetadataBuilder(
+            ROWS, TOKENS, columns, block_size, device=device, int32_position_ids=True
+        )
+        tail = Tail(builder, columns)
+        for batch in steps:
+            meta = builder.build(*batch.inputs(), batch.num_padded_tokens)
+            tail.check(batch, meta.indexer_attn_mask_offsets is not None)
+
+    check()
 
 
 @EXAMPLES

@@ -120,19 +120,43 @@ def test_constants_that_differ_in_their_sign_alone(library: FakeLibrary) -> None
     assert functions[:3] == functions[3:]
 
 
+# the defaults: other spellings of one variant
+DEFAULTS = {"num_warps": 4, "num_stages": 3, "num_ctas": 1, "enable_fp_fusion": True}
+SPELLINGS = [dict(part) for n in range(5) for part in combinations(DEFAULTS.items(), n)]
+
+
 def test_sixteen_spellings_are_found_without_checks(library: FakeLibrary, api: FakeApi) -> None:
-    # the defaults: other spellings of one variant
-    options = {"num_warps": 4, "num_stages": 3, "num_ctas": 1, "enable_fp_fusion": True}
-    spellings = [dict(part) for n in range(5) for part in combinations(options.items(), n)]
     kernel = scale_kernel()
     for _ in range(3):
         asked = []
-        for spelling in [*spellings, {**options, "maxnreg": None}]:
+        for spelling in [*SPELLINGS, {**DEFAULTS, "maxnreg": None}]:
             before = api.asked
-            kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64, **spelling)
+            kernel[(1,)](**BASE, **spelling)
             asked.append(api.asked - before)
     assert (len(library.loaded), len(library.launches)) == (1, 3 * 17)
     assert asked[:16] == [0] * 16 and asked[16] > 0
+
+
+@pytest.mark.parametrize("spelling", [SPELLINGS[0], SPELLINGS[7]])
+def test_a_refusal_is_found_once_after_many_spellings(
+    library: FakeLibrary, api: FakeApi, spelling: dict
+) -> None:
+    kernel, grids = scale_kernel(), []
+    for options in SPELLINGS[:8]:
+        kernel[(1,)](**BASE, **options)
+
+    def wrong_grid(meta: dict) -> tuple[int]:
+        grids.append(meta)
+        return (-1,)
+
+    before = api.asked
+    with pytest.raises(LaunchError, match="x_ptr"):
+        kernel[(1,)](**BASE | {"x_ptr": FakeTensor(0x7000, device=-1)}, **spelling)
+    # by the function of this spelling, and by the call with all checks
+    assert api.asked - before == 2
+    with pytest.raises(LaunchError, match="wanted one to three numbers"):
+        kernel[wrong_grid](**BASE, **spelling)
+    assert len(grids) == 2
 
 
 def test_new_tensors_are_checked_and_known_ones_are_not(library: FakeLibrary, api: FakeApi) -> None:

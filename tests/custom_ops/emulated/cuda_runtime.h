@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -112,6 +113,7 @@ struct Block {
   unsigned rank = 0, index = 0;
   Barrier barrier;
   std::vector<Warp> warps;
+  std::map<int, Barrier> named_barriers;
   std::vector<unsigned char> memory;
   Cluster* cluster = nullptr;
 };
@@ -129,9 +131,15 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   unsigned thread = 0;
   Block* block = nullptr;
+  // the kernel has returned, and the fiber may run another thread
+  bool returned = false;
   bool done = false;
   // the turn of the cluster's barrier at which this thread arrived
   int arrived_at = -1;
+  // it has nothing to do while this is `held`
+  const int* watched = nullptr;
+  int held = 0;
+  bool waits() const { return watched != nullptr && *watched == held; }
 };
 
 // bytes that all threads have loaded by instructions with a hint, which rows of scores are
@@ -142,22 +150,14 @@ inline EMULATED_STATE jmp_buf scheduler;
 inline EMULATED_STATE std::function<void()> body;
 
 // What happens by itself after some rounds of the scheduler: copies that nobody waits for.
-struct Later {
-  int rounds;
-  std::function<void()> happen;
-};
-inline EMULATED_STATE std::vector<Later> later;
+inline EMULATED_STATE uint64_t rounds_run = 0;
+inline EMULATED_STATE std::map<uint64_t, std::vector<std::function<void()>>> later;
 
 inline void let_time_pass() {
-  for (size_t i = 0; i < later.size();) {
-    if (--later[i].rounds > 0) {
-      ++i;
-      continue;
-    }
-    const auto happen = std::move(later[i].happen);
-    later.erase(later.begin() + static_cast<std::ptrdiff_t>(i));
-    happen();
-  }
+  const auto due = later.find(++rounds_run);
+  if (due == later.end()) return;
+  for (const auto& happen : due->second) happen();
+  later.erase(due);
 }
 
 // Jumps, not swapcontext, which asks the kernel for the mask of signals each time.
@@ -173,16 +173,29 @@ inline void yield() {
 }
 
 inline void begin() {
-  body();
-  current->done = true;
-  yield();
+  for (;;) {
+    body();
+    current->returned = current->done = true;
+    yield();
+  }
+}
+
+inline void wait_while(const int& value, int held) {
+  current->watched = &value;
+  current->held = held;
+  while (value == held) yield();
+  current->watched = nullptr;
+}
+
+inline void wait_until_zero(const int& value) {
+  while (value != 0) wait_while(value, value);
 }
 
 inline void wait_at(Barrier& barrier) {
   const int turn = barrier.turn;
   ++barrier.arrived;
   barrier.check();
-  while (barrier.turn == turn) yield();
+  wait_while(barrier.turn, turn);
 }
 
 inline unsigned lane() { return current->thread % kLanes; }
@@ -197,7 +210,7 @@ inline const uint64_t* gather(uint64_t value) {
     std::copy(warp.given, warp.given + kLanes, warp.taken);
   }
   warp.barrier.check();
-  while (warp.barrier.turn == turn) yield();
+  wait_while(warp.barrier.turn, turn);
   return warp.taken;
 }
 
@@ -213,7 +226,7 @@ inline void end(Fiber& fiber) {
 }
 
 // Runs all threads of a cluster to their end.
-inline void run(std::vector<std::unique_ptr<Fiber>>& fibers) {
+inline void run(const std::vector<Fiber*>& fibers) {
   static EMULATED_STATE uint32_t seed = 1;
   size_t left = fibers.size();
   // rounds without an end of a thread: a barrier that some never reach
@@ -225,7 +238,7 @@ inline void run(std::vector<std::unique_ptr<Fiber>>& fibers) {
     for (size_t i = 0; i < fibers.size(); ++i) {
       const size_t step = seed >> 31 ? fibers.size() - 1 - i : i;
       Fiber& fiber = *fibers[(first + step) % fibers.size()];
-      if (fiber.done) continue;
+      if (fiber.done || fiber.waits()) continue;
       resume(fiber);
       if (fiber.done) {
         end(fiber);
@@ -238,11 +251,10 @@ inline void run(std::vector<std::unique_ptr<Fiber>>& fibers) {
   if (!later.empty()) abort();
 }
 
-inline std::unique_ptr<Fiber> make_fiber(Block& block, unsigned thread) {
+inline std::unique_ptr<Fiber> make_fiber() {
   auto fiber = std::make_unique<Fiber>();
-  fiber->thread = thread;
-  fiber->block = &block;
-  fiber->stack = std::make_unique<char[]>(kStackBytes);
+  // not cleared, as a GPU's is not
+  fiber->stack.reset(new char[kStackBytes]);
   getcontext(&fiber->context);
   fiber->context.uc_stack.ss_sp = fiber->stack.get();
   fiber->context.uc_stack.ss_size = kStackBytes;
@@ -250,10 +262,26 @@ inline std::unique_ptr<Fiber> make_fiber(Block& block, unsigned thread) {
   return fiber;
 }
 
+// Fibers of clusters that have ended, for the next ones. One that ended inside of the kernel is not
+// run again: its frames are still on its stack.
+inline EMULATED_STATE std::vector<std::unique_ptr<Fiber>> pool;
+
+inline Fiber* take_fiber(size_t number, Block& block, unsigned thread) {
+  if (number == pool.size()) pool.push_back(make_fiber());
+  std::unique_ptr<Fiber>& fiber = pool[number];
+  if (fiber->begun && !fiber->returned) fiber = make_fiber();
+  fiber->thread = thread;
+  fiber->block = &block;
+  fiber->returned = fiber->done = false;
+  fiber->arrived_at = -1;
+  fiber->watched = nullptr;
+  return fiber.get();
+}
+
 inline void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsigned size) {
   const unsigned threads = config.blockDim.x;
   Cluster cluster;
-  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Fiber*> fibers;
   cluster.barrier.members = static_cast<int>(threads * size);
   for (unsigned rank = 0; rank < size; ++rank) {
     auto block = std::make_unique<Block>();
@@ -265,11 +293,17 @@ inline void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsign
     block->memory.assign(config.dynamicSmemBytes + 16, 0xa5);
     block->cluster = &cluster;
     for (unsigned thread = 0; thread < threads; ++thread) {
-      fibers.push_back(make_fiber(*block, thread));
+      fibers.push_back(take_fiber(fibers.size(), *block, thread));
     }
     cluster.blocks.push_back(std::move(block));
   }
   run(fibers);
+  // arrivals that no thread waited for
+  for (const auto& block : cluster.blocks) {
+    for (const auto& [number, barrier] : block->named_barriers) {
+      if (barrier.arrived != 0) abort();
+    }
+  }
 }
 
 struct Index {

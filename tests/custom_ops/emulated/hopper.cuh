@@ -31,9 +31,9 @@ inline uint32_t shared_address(const void* at) {
 }
 
 // Where an address is, for an access of so many bytes.
-inline unsigned char* resolve(uint32_t address, size_t bytes, bool remote = false) {
-  emulated::Block& block = *own().cluster->blocks.at(address / kWindow - 1);
-  const uint32_t offset = address % kWindow;
+[[gnu::always_inline]] inline unsigned char* resolve(uint32_t address, size_t bytes, bool remote = false) {
+  const uint32_t rank = address / kWindow - 1, offset = address % kWindow;
+  emulated::Block& block = rank == own().rank ? own() : *own().cluster->blocks.at(rank);
   // of another block: it must still run
   if ((&block != &own() && !remote) || block.barrier.members == 0) abort();
   if (offset % bytes != 0 && bytes <= 16) abort();
@@ -62,7 +62,7 @@ inline uint4 load_shared_uint4(uint32_t at) { return load_shared_as<uint4>(at); 
 
 struct CopyBarrier {
   int expected = 0, pending = 0, bytes = 0;
-  uint32_t parity = 0;
+  int parity = 0;
   void check() {
     if (pending == 0 && bytes == 0) {
       pending = expected;
@@ -99,12 +99,11 @@ inline void warp_arrive(uint32_t barrier, int lane) {
   if (kWarpArrivals == 32 || lane == 0) barrier_arrive(barrier);
 }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  while (barrier_at(barrier).parity == parity) emulated::yield();
+  emulated::wait_while(barrier_at(barrier).parity, static_cast<int>(parity));
 }
 
 inline emulated::Barrier& named_barrier_at(int number, int threads) {
-  static std::map<std::pair<emulated::Block*, int>, emulated::Barrier> all;
-  emulated::Barrier& barrier = all[{&own(), number}];
+  emulated::Barrier& barrier = own().named_barriers[number];
   barrier.members = threads;
   return barrier;
 }
@@ -127,7 +126,8 @@ inline void happens_later(std::function<void()> what) {
   static uint32_t seed = 7;
   seed = seed * 1664525u + 1013904223u;
   const int longer = (seed >> 20 & 63) == 0 ? 100 : 1;
-  emulated::later.push_back({1 + static_cast<int>(seed >> 29) * longer, std::move(what)});
+  const uint64_t round = emulated::rounds_run + 1 + (seed >> 29) * longer;
+  emulated::later[round].push_back(std::move(what));
 }
 
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
@@ -159,8 +159,7 @@ inline void store_bulk(void* to, uint32_t from, uint32_t bytes) {
   });
 }
 inline void wait_for_bulk_stores() {
-  const int& left = under_way<0>();
-  while (left > 0) emulated::yield();
+  emulated::wait_until_zero(under_way<0>());
 }
 
 // A thread's copies of 16 bytes that have not landed, and what happens once all have.
@@ -230,8 +229,7 @@ inline void barrier_arrive_after_copies(uint32_t barrier) {
 }
 
 inline void wait_for_copies() {
-  const Copies& mine = copies();
-  while (mine.left > 0) emulated::yield();
+  emulated::wait_until_zero(copies().left);
 }
 
 inline uint4 load_16(const char* from, bool read) {
@@ -269,13 +267,23 @@ void fewer_registers() {}
 
 inline int unknown(int x) { return x; }
 
+// the compiler's own conversion is a call
+inline const std::vector<float> values_of_all_halves = [] {
+  std::vector<float> all(1 << 16);
+  for (uint32_t bits = 0; bits < 1 << 16; ++bits) {
+    const auto half = static_cast<uint16_t>(bits);
+    _Float16 value;
+    std::memcpy(&value, &half, sizeof(value));
+    all[bits] = static_cast<float>(value);
+  }
+  return all;
+}();
+
 template <bool kBfloat16>
-float value_of(uint64_t bits) {
+[[gnu::always_inline]] inline float value_of(uint64_t bits) {
   const auto half = static_cast<uint16_t>(bits);
   if (kBfloat16) return __uint_as_float(static_cast<uint32_t>(half) << 16);
-  _Float16 value;
-  std::memcpy(&value, &half, sizeof(value));
-  return static_cast<float>(value);
+  return values_of_all_halves[half];
 }
 
 inline uint32_t half_bits(float value) {
@@ -291,13 +299,20 @@ inline uint32_t bfloat16_bits(float value) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-inline float value_of_code(uint32_t code) {
+inline float computed_value_of_code(uint32_t code) {
   const int exponent = static_cast<int>(code >> 3 & 15), mantissa = static_cast<int>(code & 7);
   if ((code & 127) == 127) return NAN;
   const float size = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
                                    : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
   return code & 128 ? -size : size;
 }
+
+inline const std::array<float, 256> values_of_all_codes = [] {
+  std::array<float, 256> all;
+  for (uint32_t code = 0; code < 256; ++code) all[code] = computed_value_of_code(code);
+  return all;
+}();
+inline float value_of_code(uint32_t code) { return values_of_all_codes[code]; }
 
 template <bool kUpper>
 uint32_t values_of_codes(uint32_t word) {
@@ -461,7 +476,7 @@ inline Operand row_major(uint32_t address, uint32_t next_columns) {
 
 // The 16-bit value at an address whose bits hardware swizzles.
 template <bool kBfloat16>
-double value_at(uint32_t address) {
+[[gnu::always_inline]] inline double value_at(uint32_t address) {
   uint16_t bits;
   std::memcpy(&bits, resolve(address ^ (address >> 7 & 7) << 4, 2), 2);
   return value_of<kBfloat16>(bits);
@@ -521,13 +536,8 @@ void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, bool add) {
   });
 }
 
-inline float value_of_code_at(uint32_t address) {
-  static const std::array<float, 256> values = [] {
-    std::array<float, 256> all;
-    for (uint32_t code = 0; code < 256; ++code) all[code] = value_of_code(code);
-    return all;
-  }();
-  return values[*resolve(address ^ (address >> 7 & 7) << 4, 1)];
+[[gnu::always_inline]] inline float value_of_code_at(uint32_t address) {
+  return value_of_code(*resolve(address ^ (address >> 7 & 7) << 4, 1));
 }
 
 inline void wgmma_codes(float (&d)[64], uint64_t a, uint64_t b, bool add) {

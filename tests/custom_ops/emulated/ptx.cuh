@@ -30,7 +30,7 @@ struct Cluster {
     barrier.check();
   }
   static void wait() {
-    while (all().barrier.turn == emulated::current->arrived_at) emulated::yield();
+    emulated::wait_while(all().barrier.turn, emulated::current->arrived_at);
   }
   static void sync() {
     arrive();
