@@ -14,7 +14,8 @@ from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.config import demo_model_path
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention as EmbeddedAttention
-from fd_dsa.models.rope import RotaryEmbedding
+from fd_dsa.models.rope import cos_sin_table
+from fd_dsa.ops._linear import rows_at
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.step.host_tensor import as_tensor
 from tests.fastdeploy_plugin.names import MODELS
@@ -110,7 +111,7 @@ class Embedded:
             )
         )
         made, tensors = HostWeights(), weights()
-        self.rope = RotaryEmbedding(model.rope, model.qk_rope_head_dim, 256, made)
+        self.cos_sin = cos_sin_table(model.rope, model.qk_rope_head_dim, 256)
         self.layer = EmbeddedAttention(model, 0, made, PREFIX.format(0))
         for name, load in made.loaders.items():
             load(stored(name, tensors[name]))
@@ -129,7 +130,7 @@ class Embedded:
             attn_backend=self.backend,
         )
         self.backend.init_attention_metadata(meta)
-        cos_sin = self.rope(meta.position_ids)
+        cos_sin = rows_at(self.cos_sin, meta.position_ids)
         out, _ = self.layer.forward(np.array(hidden), cos_sin, meta, None)
         return np.array(as_tensor(out) if isinstance(out, np.ndarray) else out)
 
