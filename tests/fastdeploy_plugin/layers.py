@@ -15,8 +15,8 @@ from fd_dsa.config import demo_model_path
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention as EmbeddedAttention
 from fd_dsa.models.rope import cos_sin_table
-from fd_dsa.ops._linear import rows_at
 from fd_dsa.models.weights import HostWeights
+from fd_dsa.ops._linear import rows_at
 from fd_dsa.step.host_tensor import as_tensor
 from tests.fastdeploy_plugin.names import MODELS
 from tests.fastdeploy_plugin.steps import NUM_BLOCKS, caches, config, int32, make_backend
