@@ -121,13 +121,13 @@ def _counts_drafts_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
 def _plans_as_if_no_draft_stood(original: Callable[..., Any]) -> Callable[..., Any]:
     """The next step's rows may be longer than planned."""
 
-    def leave(self: LaunchedStep) -> None:
+    def count_ahead(self: LaunchedStep) -> None:
         original(self)
         for request in self.sampling:
             request.num_computed_tokens -= request.num_unverified
             request.num_unverified = 0
 
-    return leave
+    return count_ahead
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def _plans_as_if_no_draft_stood(original: Callable[..., Any]) -> Callable[..., A
         (Scheduler, "_take", _shares_before_the_step),
         (Scheduler, "_preempt", _latest_first),
         (Scheduler, "complete_step", _counts_drafts_at_once),
-        (LaunchedStep, "leave", _plans_as_if_no_draft_stood),
+        (LaunchedStep, "count_ahead", _plans_as_if_no_draft_stood),
     ],
 )
 def test_a_planted_defect_is_found(
