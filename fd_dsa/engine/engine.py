@@ -245,7 +245,7 @@ class LLMEngine:
             raise
         if launched is not None:
             self._in_flight = launched
-            launched.leave()
+            launched.count_ahead()
             if self._speculator is not None:
                 self._speculator.propose(launched)
         in_runner_s = self._stats.runner_time_s - runner_time_s

@@ -71,7 +71,7 @@ class LaunchedStep:
         counts = [1 + len(self.drafts.get(request, ())) for request in self.sampling]
         return list(accumulate(counts, initial=0))[:-1]
 
-    def leave(self) -> None:
+    def count_ahead(self) -> None:
         """Count what its requests get before it has come, as if all drafts stood."""
         self.is_in_flight = True
         for row, request in enumerate(self.sampling):

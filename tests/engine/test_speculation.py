@@ -138,14 +138,20 @@ def test_a_long_prompt_is_listed_over_several_steps() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("costs", [[1, 1.1, 1.2, 1.3], [1, 1.5, 1.9, 2.3], [1, 2.1, 3.2, 4.3]])
-def test_the_number_of_drafts_is_nearly_the_best(rate: float, costs: list[float]) -> None:
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_the_number_of_drafts_is_nearly_the_best(
+    rate: float, costs: list[float], is_ahead: bool
+) -> None:
+    """Also where it is chosen before the drafts of the step before are verified."""
     draw = random.Random(0)
     pace, tokens, seconds = DraftPace(3), 0, 0.0
+    seen: list[tuple[int, int]] = []
     for _ in range(4000):
         length = pace.length(pace.best(costs))
         num_accepted = [*(draw.random() < rate for _ in range(length)), False].index(False)
-        if length:
-            pace.observe(length, num_accepted)
+        seen.append((length, num_accepted))
+        if len(seen) > is_ahead and (found := seen.pop(0))[0]:
+            pace.observe(*found)
         tokens += 1 + num_accepted
         seconds += costs[length]
     fixed = [sum(rate**place for place in range(n + 1)) / costs[n] for n in range(4)]

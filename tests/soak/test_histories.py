@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.engine.block_manager import BlockKeys, BlockManager
+from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
 from tests.soak.histories import Arrival, History, make_engine, run_alone, run_histories
@@ -117,6 +118,18 @@ def _counts_drafts_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
     return complete
 
 
+def _plans_as_if_no_draft_stood(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The next step's rows may be longer than planned."""
+
+    def count_ahead(self: LaunchedStep) -> None:
+        original(self)
+        for request in self.sampling:
+            request.num_computed_tokens -= request.num_unverified
+            request.num_unverified = 0
+
+    return count_ahead
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "defect"),
     [
@@ -125,6 +138,7 @@ def _counts_drafts_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
         (Scheduler, "_take", _shares_before_the_step),
         (Scheduler, "_preempt", _latest_first),
         (Scheduler, "complete_step", _counts_drafts_at_once),
+        (LaunchedStep, "count_ahead", _plans_as_if_no_draft_stood),
     ],
 )
 def test_a_planted_defect_is_found(
