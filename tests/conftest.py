@@ -164,7 +164,7 @@ def pytest_collection_finish() -> None:
     """Poison results, and spare work of interpreted kernels, where a test module has kernels."""
     # what is loaded now stays: it need not be looked through for garbage again and again
     gc.freeze()
-    if "paddle" in sys.modules:
+    if sys.modules.get("paddle"):
         from tests.kernel_memory import poison_results
 
         poison_results()
