@@ -159,6 +159,18 @@ def test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu(
         assert drafter.drafts[name][:count] == on_host.drafts[name][:count], name
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_order")
+@pytest.mark.parametrize("more", [{}, {"logprobs": 2}], ids=["in flight", "sampled on the host"])
+def test_no_bit_depends_on_drafts(rig: Rig, more: dict[str, Any]) -> None:
+    plain, _, _ = answers(rig.device, is_drafted=False, temperature=0, **more)
+    found, engine, drafter = answers(rig.device, temperature=0, **more)
+    assert engine.stats().num_accepted_tokens and bool(drafter.num_ahead) == (not more)
+    for name, output in found.items():
+        assert output.token_ids == plain[name].token_ids, name
+        assert output.logprobs == plain[name].logprobs, name
+
+
 def test_steps_in_which_no_request_drafts_leave_the_layer_out(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
