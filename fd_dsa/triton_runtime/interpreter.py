@@ -85,8 +85,8 @@ def run(fn: Any, grid: tuple[int, ...], values: Mapping[str, Any]) -> None:
         grid: one to three numbers of programs.
         values: of all parameters, in order.
     """
-    with _LOCK, warnings.catch_warnings():
-        # NumPy's warning about a maximum of NaN alone, which padding may hold
+    # a GPU warns of nothing, and padding may hold anything: NaN alone, or what overflows
+    with _LOCK, warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
         warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
         repair()
         fn.run(*values.values(), grid=grid, warmup=False)
