@@ -69,6 +69,8 @@ class DeviceDraws:
         self._tokens = allocate((self._first_draft + most_drafts * stride,), "int64")
         self._sampler.tokens = self._tokens[self.first_row : self._first_draft]
         self._next, self._shifts = allocate((4 * stride,), "int32"), allocate((stride,), "int32")
+        # of each request: tokens in the cache after the draw
+        self._known = self._next[3 * stride :]
         # whether rows of the newest step go on from a draw
         self._is_shifted = False
         self._no_masks = uploaded(allocate, np.full(stride, -1, np.int32))
@@ -238,8 +240,8 @@ class DeviceDraws:
         if self._is_shifted:
             rows = step.follows.shape[0]
             catch_up_kernel[(-(-rows // ROW_BLOCK),)](
-                step.seq_lens_decoder, step.follows, self._next[3 * self._stride :], self._shifts,
-                rows, ahead, BLOCK=ROW_BLOCK, num_warps=1,
+                step.seq_lens_decoder, step.follows, self._known, self._shifts, rows, ahead,
+                BLOCK=ROW_BLOCK, num_warps=1,
             )  # fmt: skip
 
 
