@@ -1,12 +1,14 @@
-"""Speculative decoding on a CPU: tokens per second with drafts over those without, in turns.
+"""Speculative decoding: tokens per second with drafts over those without, in turns.
 
-    python -m benchmarks.speculative                        # prompt lookup; about 20 minutes
-    python -m benchmarks.speculative --model DIR --rounds 2 # a folder with an MTP layer: both
+    python -m benchmarks.speculative                        # on a CPU; about 15 minutes
+    python -m benchmarks.speculative --model DIR --rounds 2 # a folder without an MTP layer: ngram
+    python -m benchmarks.speculative --rig --out DIR        # a GPU through the test plug-in: P20
 
 Chat prompts, copies and random tokens come one request at a time, then 32 at once. All engines are
 in this process and take turns; the number of drafts is that of the adaptive rule. Prints for each
 case and method the ratio and the accepted share, and counts outputs that differ from those without
-drafts, which rounding alone may cause. Writes benchmarks/results/speculative.json.
+drafts, which rounding alone may cause. Writes benchmarks/results/speculative.json, on a GPU
+speculative_demo.json.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import ROOT, in_turns, random_prompts, save
+from benchmarks._harness import RESULTS, ROOT, environment, in_turns, random_prompts, write_json
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.models.config import ModelConfig
@@ -111,28 +114,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="folder (default: the demo model)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=40, help="of chats (default: 40)")
+    parser.add_argument("--rig", action="store_true", help="a GPU through the test plug-in")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
+    device, name, tier = "cpu", "speculative", "T0"
+    if args.rig:
+        from tests.gpu_rig import load
+
+        device, name, tier = load("real").device, "speculative_demo", "T1p"
     methods: dict[str, Any] = {"none": "none"}
     methods["ngram 3"] = {"method": "ngram", "num_speculative_tokens": 3, **LOOKUP}
     folder = EngineConfig(model=args.model).model_path
     if ModelConfig.from_folder(folder).num_nextn_predict_layers:
         for most in (1, 2, 3):
             methods[f"mtp {most}"] = {"method": "mtp", "num_speculative_tokens": most}
-    common = {"device": "cpu", "max_model_len": 1024, "max_num_seqs": TOGETHER}
+    common = {"device": device, "max_model_len": 1024, "max_num_seqs": TOGETHER}
     # each run computes its prompts
     common |= {"enable_prefix_caching": False, "kv_cache_memory_bytes": "256M"}
     engines = {
-        name: LLM(args.model, speculative_config=given, **common) for name, given in methods.items()
+        method: LLM(args.model, speculative_config=given, **common)
+        for method, given in methods.items()
     }
     rows = []
     for case, asked in cases(engines["none"], args.prompts).items():
         calls: dict[str, Callable[..., Any]] = {
-            name: partial(answered, llm, *asked) for name, llm in engines.items()
+            method: partial(answered, llm, *asked) for method, llm in engines.items()
         }
         in_turns(calls, 1)
         rows += measured(case, in_turns(calls, args.rounds))
-    result = {"tier": "T0", "model": folder.name, "rounds": args.rounds, "cases": rows}
-    print(f"written: {save('speculative', result)}")
+    result = {"name": name, "tier": tier, "env": environment(), "model": folder.name}
+    write_json(args.out / f"{name}.json", result | {"rounds": args.rounds, "cases": rows})
     return 0
 
 
