@@ -25,12 +25,14 @@ class KnownDrafts:
         answers: tokens of each request; without them it has no drafts.
     """
 
-    # its drafts are right, so it knows how long an output is whose tokens are on their way
+    # it knows which of its drafts stand, so how long an output is whose tokens are on their way
     is_ahead = True
 
     def __init__(self, drafter: Any) -> None:
         self._drafter, self.lookahead = drafter, getattr(drafter, "lookahead", 0)
         self.answers: dict[str, list[int]] = {}
+        # place in the output of the draft on its way
+        self._places: dict[Any, int] = {}
 
     def propose(self, step: Any, counts: Mapping[Any, int]) -> dict[Any, list[int]]:
         """One token a request."""
@@ -39,7 +41,11 @@ class KnownDrafts:
         proposals = {}
         for request in counts:
             answer = self.answers.get(request.state.request_id, [])
-            proposals[request] = answer[request.num_output_tokens :][:1]
+            place = len(request.output_token_ids)
+            if request.drawn_row >= 0:
+                place += 1 + (self._places.get(request) == place)
+            self._places[request] = place
+            proposals[request] = answer[place:][:1]
         return proposals
 
 

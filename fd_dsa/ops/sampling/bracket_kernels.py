@@ -131,7 +131,9 @@ def narrow_bracket(masses_ptr, sizes_ptr, state, record, row, NUM_BLOCKS: tl.con
         masses = _totals(masses_ptr, table, NUM_BLOCKS, BLOCKS)
         sizes = _totals(sizes_ptr, table, NUM_BLOCKS, BLOCKS)
         has_k, first, last = _bracket(masses, sizes, record, total, num)
-        # nothing that is looked at reaches level 0
+        # nothing that is looked at reaches level 0, of which less may be known here: the first
+        # thresholds can be nearer to the cut of top-k than these
+        first = tl.maximum(first, 1)
         low, high = tl.load(state + FINER + last), tl.load(state + FINER + first - 1)
     return has_k, table, first, last, low, high
 
