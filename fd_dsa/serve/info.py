@@ -36,6 +36,7 @@ def engine_info(config: EngineConfig) -> dict[str, Any]:
         "device_name": _device_name(here.device),
         "dtype": here.dtype,
         "kv_cache_dtype": here.kv_cache_dtype,
+        "sampling": "NumPy" if here.device == "cpu" else "Triton",
         "providers": {
             op: {kind: c.provider for kind, c in by.items()} for op, by in choices.items()
         },
@@ -73,7 +74,6 @@ async def server_info(
         "speculative_config": config.speculation and asdict(config.speculation),
         "batch_invariant": batch_invariant(),
         "cudagraph_capture_sizes": list(engine.captured_sizes),
-        "sampling": "NumPy",
     }
 
 

@@ -15,13 +15,14 @@ from tests.demo.samples import LEADING_PROMPTS
 CASES: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {},
-    "fp8": {"load_format": "dummy", "kv_cache_dtype": "fp8"},
+    "fp8": {"kv_cache_dtype": "fp8"},
 }
 
 
 def fp8_folder(folder: Path) -> Path:
-    """A small model in block FP8, with the vocabulary of the demo model's tokenizer."""
+    """A small random model in block FP8, with the vocabulary of the demo model's tokenizer."""
     from benchmarks.gpu_engine import FP8, WIDTHS
+    from benchmarks.real_widths import write_checkpoint
     from fd_dsa.config import demo_model_path
 
     demo = json.loads((demo_model_path() / "config.json").read_text())
@@ -31,7 +32,7 @@ def fp8_folder(folder: Path) -> Path:
     sizes |= {"vocab_size": demo["vocab_size"], "max_position_embeddings": 4096}
     folder.mkdir(exist_ok=True)
     config = WIDTHS | sizes | {"rope_scaling": None, "quantization_config": FP8}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_checkpoint(folder, config, "cpu")
     return folder
 
 

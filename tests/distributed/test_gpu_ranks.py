@@ -1,4 +1,4 @@
-"""Processes with a GPU each: sums, repeats of a graph, the fused form, a rank that is absent.
+"""Processes with a GPU each: sums, repeats of a graph, a rank that is absent, whole engines.
 
 The rig's processes load their plug-in themselves, so both kinds run in one session:
 `pytest -m gpu tests/distributed`.
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,12 @@ def test_tokens_are_those_of_one_gpu(
     size: int, case: str, of_one: dict[str, Any], tmp_path: Path
 ) -> None:
     found, room = answers(tmp_path, size, case)[case], 0.001 if case == "float32" else 0.1
+    same = 0
     for ours, one in zip(found, of_one[case], strict=True):
         assert abs(ours["best"][0][0] - one["best"][0][0]) <= room
-        for place, (best, second) in enumerate(one["best"]):
-            # with a smaller lead rounding may choose another token
-            if best - second <= 2 * room:
-                break
-            assert ours["tokens"][place] == one["tokens"][place], place
+        pairs = zip(ours["tokens"], one["tokens"], strict=True)
+        same += len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
+    # where rounding chooses another key, expert or token, another text follows; a sum that is
+    # wrong leaves hardly any token what it was
+    num_tokens = sum(len(one["tokens"]) for one in found)
+    assert same >= (1 if case == "float32" else 0.2) * num_tokens

@@ -149,9 +149,12 @@ def test_captured_with_changed_inputs() -> None:
     m = open_memory("torch")
     skip_without_block_scales(m)
     lt, (first, second) = cublaslt(m), (fp8(m, 13, (576, 1536), seed=n) for n in range(2))
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph, other = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         lt.fp8_linear(*first.operands)
+    # the first capture of a process makes the generator's tensors
+    with torch.cuda.graph(other, stream=stream):
+        pass
     m.sync()
     before = torch.cuda.memory_allocated()
     with torch.cuda.graph(graph, stream=stream):

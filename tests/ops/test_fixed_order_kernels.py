@@ -216,7 +216,8 @@ def differing(
     """In how many values rows of each company differ from those of all rows together."""
     run = make(m, rows)
     whole = run(np.arange(rows))
-    assert np.isfinite(whole).all() and len(np.unique(whole)) > whole.size // 100
+    # bfloat16 has some thousand values of any size at all
+    assert np.isfinite(whole).all() and len(np.unique(whole)) > min(whole.size // 100, 1000)
     for index in parts(rows):
         yield int((run(index) != whole[index]).sum())
 

@@ -205,5 +205,6 @@ def test_drafts_change_no_token_on_the_device(
         engine._speculator.drafter = KnowingDrafter(answers, right_share, 4096)
         assert [output.token_ids for output in llm.generate(SHORT_PROMPTS, params)] == wanted
         stats = engine.stats()
-    assert stats.num_draft_tokens >= 6
+    # the measured costs of steps decide how many there are
+    assert stats.num_draft_tokens >= 2
     assert stats.num_accepted_tokens == right_share * stats.num_draft_tokens
