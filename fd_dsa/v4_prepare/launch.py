@@ -142,6 +142,7 @@ class DeviceSteps:
         # a step writes what differs from the one before
         self._words = np.zeros(self._first_value, np.int32)
         self._sections = self._words[HEADER_WORDS:].reshape(5, -1)
+        self._run_sections = tuple(self._sections[3:])
         self.buffers = V4Arrays(cfg, allocate)
         self._staging = InputStaging(allocate, self._slab_words, num_slabs)
         memory = self._staging.transfers.host_buffer(4 * ERROR_SLOTS * ERROR_WORDS)
@@ -169,7 +170,7 @@ class DeviceSteps:
             rollback_ptr=self.buffers.ctx,
             scalars=("slab_offset", "num_rollback"),
         )
-        self._stamp = self._num_values = self._rollback_address = self._topk_address = 0
+        self._stamp = self._rollback_address = self._topk_address = 0
         self.staged: deque[tuple[int, int, int]] = deque()
         self._expanded: deque[tuple[int, int, int]] = deque(maxlen=2 * num_slabs)
         self._csa: tuple[Any, Array] | None = None
@@ -198,13 +199,16 @@ class DeviceSteps:
             words[1:3] = num_rows, num_tokens
             self._ctx = sections[0, :num_rows]
         self._ctx[:] = ctx
-        if table.news or self._num_values:
-            values = slab[self._first_value :]
-            self._num_values = table.send(num_rows, sections[3], sections[4], values)
-            words[3] = self._num_values
+        num_values = 0
+        if table.news:
+            num_values = table.send(num_rows, *self._run_sections, slab[self._first_value :])
         words[0] = self._stamp = self._stamp % _MAX_STAMP + 1
+        words[3] = num_values
         slab[: self._first_value] = words
-        index = self._staging.upload(self._first_value + self._num_values)
+        if num_values:
+            # no news for the next step
+            sections[4] = 0
+        index = self._staging.upload(self._first_value + num_values)
         self.staged.append((self._stamp, index, num_tokens))
 
     def expand(self, rollback: Array | None) -> None:

@@ -59,7 +59,8 @@ class V4Prepare:
         self.cfg, self.place = cfg, place
         self._table = BlockTable(cfg)
         # the last step, as `_is_repeat` compares it
-        self._shape, self._q, self._slot, self._num_tokens = (-1,), b"", b"", 0
+        self._q = self._slot = b""
+        self._room, self._num_tokens = self._table.room, 0
         self._steps = _steps_for(cfg, place, allocate, self._table)
         self.buffers: V4Arrays = self._steps.buffers
         self.stage([], [], [])
@@ -127,23 +128,23 @@ class V4Prepare:
         self._steps.stage(ctx, q, slot, num_tokens, runs)
         # the slot of an idle row may be any number: some bits of it matter as little as all
         self._q, self._slot = (array.astype(np.int32).tobytes() for array in (q, slot))
-        self._shape, self._num_tokens = q.shape, num_tokens
+        self._room, self._num_tokens = self._table.room[: len(q)], num_tokens
 
     def _is_repeat(self, ctx: Any, q: Any, slot: Any) -> bool:
         """Whether int32 arrays are a good step that differs from the last one in `ctx` alone.
 
         What is left to check is that a row's tokens are no fewer than it adds and no more than its
-        blocks hold. False also of idle rows that had blocks for longer contexts.
+        blocks hold. False also of a good step in which an idle row has more than that.
         """
         return (
             type(ctx) is type(q) is type(slot) is np.ndarray
             and ctx.dtype is q.dtype is slot.dtype is _INT32
-            and ctx.shape == q.shape == slot.shape == self._shape
+            and ctx.shape == q.shape == slot.shape == self._room.shape
             and q.tobytes() == self._q
             and slot.tobytes() == self._slot
             # a search in bytes takes a tenth of `any`
             and 1 not in (ctx < q).tobytes()
-            and 1 not in (ctx > self._table.room[: len(q)]).tobytes()
+            and 1 not in (ctx > self._room).tobytes()
         )
 
     def expand(self, rollback: Array | None = None) -> V4Arrays:

@@ -109,10 +109,9 @@ class BlockTable:
 
         Args:
             run_column: int32 [max_num_seqs]; takes the first such column of each row that has any.
-            run_start: int32 [max_num_seqs + 1]; takes the prefix sums.
+            run_start: int32 [max_num_seqs + 1] of zeros; takes the prefix sums.
             values: int32 [max_num_seqs * max_blocks_per_seq]; takes the cells.
         """
-        run_start.fill(0)
         end = 0
         for row in sorted(self.news):
             if row < num_rows:
