@@ -196,7 +196,7 @@ class DeviceSteps:
             table.put(runs)
             sections[:2] = 0
             sections[1, :num_rows], sections[2, :num_rows] = q, slot
-            words[1:3] = num_rows, num_tokens
+            words[1], words[2] = num_rows, num_tokens
             self._ctx = sections[0, :num_rows]
         self._ctx[:] = ctx
         num_values = 0

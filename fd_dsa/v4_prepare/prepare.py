@@ -127,7 +127,7 @@ class V4Prepare:
             raise_first_fault(self.cfg, ctx, q, slot, table)
         self._steps.stage(ctx, q, slot, num_tokens, runs)
         # the slot of an idle row may be any number: some bits of it matter as little as all
-        self._q, self._slot = (array.astype(np.int32).tobytes() for array in (q, slot))
+        self._q, self._slot = q.astype(np.int32).tobytes(), slot.astype(np.int32).tobytes()
         self._room, self._num_tokens = self._table.room[: len(q)], num_tokens
 
     def _is_repeat(self, ctx: Any, q: Any, slot: Any) -> bool:

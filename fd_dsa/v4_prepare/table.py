@@ -89,15 +89,19 @@ class BlockTable:
         width = int(needed.max(initial=0))
         if width > table.shape[1]:
             return None
-        known = np.minimum(needed, num_set)
+        first = np.minimum(needed, num_set)
         differs = table[:, :width] != self._cells[: len(q), :width]
-        differs &= np.arange(width) < known[:, None]
-        first = np.where(differs.any(axis=1), differs.argmax(axis=1), known) if width else known
-        rows = np.flatnonzero((q > 0) & ((first < needed) | (needed < num_set))).tolist()
-        runs = [(row, int(first[row]), table[row, first[row] : needed[row]]) for row in rows]
-        if not all(cells_are_good(cells, self._cfg.num_blocks).all() for _, _, cells in runs):
-            return None
-        return runs
+        # in one dimension, which takes a tenth of the time of two
+        places = differs.ravel().nonzero()[0]
+        if len(places):
+            rows, columns = np.divmod(places, width)
+            is_known = columns < first[rows]
+            # backwards: of the cells of a row that differ, the first one stays
+            first[rows[is_known][::-1]] = columns[is_known][::-1]
+        changed = ((q > 0) & ((first < needed) | (needed < num_set))).nonzero()[0].tolist()
+        runs = [(row, int(first[row]), table[row, first[row] : needed[row]]) for row in changed]
+        cells = np.concatenate([ids for _, _, ids in runs]) if runs else table[:0]
+        return runs if cells_are_good(cells, self._cfg.num_blocks).all() else None
 
     def send(
         self, num_rows: int, run_column: Int32Array, run_start: Int32Array, values: Int32Array
