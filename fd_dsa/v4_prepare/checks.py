@@ -63,12 +63,16 @@ def count_tokens(cfg: V4PrepareConfig, ctx: Integers, q: Integers, slot: Integer
     lengths = np.empty((3, len(q)), np.int64)
     lengths[0], lengths[1] = ctx, q
     np.subtract(lengths[0], lengths[1], out=lengths[2])
-    longest = cfg.max_model_len
-    bounds = np.array([[longest], [cfg.max_tokens_per_seq], [longest]], np.uint64)
+    longest, most, before = lengths.view(np.uint64).max(axis=1, initial=0).tolist()
     num_tokens = int(lengths[1].sum())
-    if (lengths.view(np.uint64) > bounds).any() or num_tokens > cfg.max_num_tokens:
+    if (
+        max(longest, before) > cfg.max_model_len
+        or most > cfg.max_tokens_per_seq
+        or num_tokens > cfg.max_num_tokens
+    ):
         return -1
-    ordered = np.sort(slot[q > 0])
+    ordered = slot[q > 0]
+    ordered.sort()
     is_good = not len(ordered) or (
         ordered[0] >= 0
         and ordered[-1] < cfg.num_slots

@@ -139,6 +139,10 @@ class DeviceSteps:
         self._first_value = HEADER_WORDS + 5 * section_words(cfg)
         cells = cfg.max_num_seqs * cfg.max_blocks_per_seq
         self._slab_words = self._first_value + -(-cells // HEADER_WORDS) * HEADER_WORDS
+        # a step writes what differs from the one before
+        self._words = np.zeros(self._first_value, np.int32)
+        self._sections = self._words[HEADER_WORDS:].reshape(5, -1)
+        self._run_sections = tuple(self._sections[3:])
         self.buffers = V4Arrays(cfg, allocate)
         self._staging = InputStaging(allocate, self._slab_words, num_slabs)
         memory = self._staging.transfers.host_buffer(4 * ERROR_SLOTS * ERROR_WORDS)
@@ -172,30 +176,38 @@ class DeviceSteps:
         self._csa: tuple[Any, Array] | None = None
 
     def stage(
-        self, ctx: Integers, q: Integers, slot: Integers, num_tokens: int, runs: list[Run]
+        self, ctx: Integers, q: Integers, slot: Integers, num_tokens: int, runs: list[Run] | None
     ) -> None:
         """Fill a slab with a step that has passed all checks, and queue its copy.
 
         Args:
             ctx, q, slot: [B], any integer dtype.
             num_tokens: T.
-            runs: what the step changes in the block table.
+            runs: what the step changes in the block table; None = it differs from the one before
+                in `ctx` alone.
 
         Raises:
             RuntimeError: a graph is being captured.
         """
         # refuses in a capture, so before anything is written
-        slab, num_rows = self._staging.next_slab(), len(q)
-        self._table.put(runs)
-        self._stamp = self._stamp % _MAX_STAMP + 1
-        sections = slab[HEADER_WORDS : self._first_value].reshape(5, -1)
-        sections[:2, num_rows:] = 0
-        sections[0, :num_rows], sections[1, :num_rows], sections[2, :num_rows] = ctx, q, slot
-        num_values = self._table.send(
-            sections[3, :num_rows], sections[4, : num_rows + 1], slab[self._first_value :]
-        )
-        sections[4, num_rows + 1 :] = num_values
-        slab[:4] = self._stamp, num_rows, num_tokens, num_values
+        slab, num_rows = self._staging.next_slab(), len(ctx)
+        words, sections, table = self._words, self._sections, self._table
+        if runs is not None:
+            table.put(runs)
+            sections[:2] = 0
+            sections[1, :num_rows], sections[2, :num_rows] = q, slot
+            words[1], words[2] = num_rows, num_tokens
+            self._ctx = sections[0, :num_rows]
+        self._ctx[:] = ctx
+        num_values = 0
+        if table.news:
+            num_values = table.send(num_rows, *self._run_sections, slab[self._first_value :])
+        words[0] = self._stamp = self._stamp % _MAX_STAMP + 1
+        words[3] = num_values
+        slab[: self._first_value] = words
+        if num_values:
+            # no news for the next step
+            sections[4] = 0
         index = self._staging.upload(self._first_value + num_values)
         self.staged.append((self._stamp, index, num_tokens))
 

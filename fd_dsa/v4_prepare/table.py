@@ -20,24 +20,21 @@ Run = tuple[int, int, Integers]
 class BlockTable:
     """The block table as its owner last described it; every set cell of it was checked.
 
-    A row's set cells are its first ones, without holes. The device has the first `num_sent` of
-    them, and the rest goes with the next step that has the row. So a step costs the host one
-    comparison of lengths, however long its rows are.
+    A row's set cells are its first ones, without holes. Those that the device lacks are the last
+    of them, and go with the next step that has the row. So a step costs the host one comparison of
+    lengths, however long its rows are.
 
     Attributes:
-        version: changes whenever a set cell may have; no two states of a table have the same.
+        room: int32 [max_num_seqs], tokens that the set cells of each row hold, at most
+            max_model_len.
+        news: of rows with cells that the device lacks, the first such column and the cells.
     """
 
     def __init__(self, cfg: V4PrepareConfig) -> None:
         self._cfg = cfg
         self._cells = np.full((cfg.max_num_seqs, cfg.max_blocks_per_seq), -1, np.int32)
-        self._num_set, self._num_sent = np.zeros((2, cfg.max_num_seqs), np.int32)
-        self.version, self._has_news = 0, False
-
-    def room(self, num_rows: int) -> npt.NDArray[np.int64]:
-        """Tokens that the set cells of each row hold, at most max_model_len, [num_rows]."""
-        tokens = self._num_set[:num_rows].astype(np.int64) * self._cfg.block_size
-        return np.minimum(tokens, self._cfg.max_model_len, out=tokens)
+        self._num_set, self.room = np.zeros((2, cfg.max_num_seqs), np.int32)
+        self.news: dict[int, tuple[int, Int32Array]] = {}
 
     def set_blocks(self, row: int, block_ids: Any, start: int) -> None:
         """Replace a row's cells from `start` on with `block_ids`; see `V4Prepare`."""
@@ -60,13 +57,15 @@ class BlockTable:
 
     def put(self, runs: list[Run]) -> None:
         """Replace the cells of each row from a column on with checked blocks."""
-        self.version += bool(runs)
-        self._has_news |= bool(runs)
+        cfg = self._cfg
         for row, start, ids in runs:
             stop = start + len(ids)
-            self._cells[row, start:stop] = ids
+            first = min(start, self.news[row][0]) if row in self.news else start
+            cells = self._cells[row, first:stop]
+            cells[start - first :] = ids
+            self.news[row] = first, cells
             self._num_set[row] = stop
-            self._num_sent[row] = min(start, self._num_sent[row])
+            self.room[row] = min(stop * cfg.block_size, cfg.max_model_len)
 
     def table_of(self, num_rows: int, width: int | None = None) -> Int32Array:
         """A copy of the first rows and columns, -1 where no cell is set."""
@@ -90,38 +89,38 @@ class BlockTable:
         width = int(needed.max(initial=0))
         if width > table.shape[1]:
             return None
-        known = np.minimum(needed, num_set)
+        first = np.minimum(needed, num_set)
         differs = table[:, :width] != self._cells[: len(q), :width]
-        differs &= np.arange(width) < known[:, None]
-        first = np.where(differs.any(axis=1), differs.argmax(axis=1), known) if width else known
-        rows = np.flatnonzero((q > 0) & ((first < needed) | (needed < num_set))).tolist()
-        runs = [(row, int(first[row]), table[row, first[row] : needed[row]]) for row in rows]
-        if not all(cells_are_good(cells, self._cfg.num_blocks).all() for _, _, cells in runs):
-            return None
-        return runs
+        # in one dimension, which takes a tenth of the time of two
+        places = differs.ravel().nonzero()[0]
+        if len(places):
+            rows, columns = np.divmod(places, width)
+            is_known = columns < first[rows]
+            # backwards: of the cells of a row that differ, the first one stays
+            first[rows[is_known][::-1]] = columns[is_known][::-1]
+        changed = ((q > 0) & ((first < needed) | (needed < num_set))).nonzero()[0].tolist()
+        runs = [(row, int(first[row]), table[row, first[row] : needed[row]]) for row in changed]
+        cells = np.concatenate([ids for _, _, ids in runs]) if runs else table[:0]
+        return runs if cells_are_good(cells, self._cfg.num_blocks).all() else None
 
-    def send(self, run_column: Int32Array, run_start: Int32Array, values: Int32Array) -> int:
+    def send(
+        self, num_rows: int, run_column: Int32Array, run_start: Int32Array, values: Int32Array
+    ) -> int:
         """Write the cells that the device lacks in the first rows; how many they are.
 
-        They count as sent: they go with a step that is on its way.
+        They count as sent: they go with a step that is on its way. Rows that the step lacks keep
+        their news for a later one.
 
         Args:
-            run_column: int32 [B]; takes the first such column of each row.
-            run_start: int32 [B + 1]; takes the prefix sums.
+            run_column: int32 [max_num_seqs]; takes the first such column of each row that has any.
+            run_start: int32 [max_num_seqs + 1] of zeros; takes the prefix sums.
             values: int32 [max_num_seqs * max_blocks_per_seq]; takes the cells.
         """
-        if not self._has_news:
-            run_start.fill(0)
-            return 0
-        num_set, num_sent = self._num_set[: len(run_column)], self._num_sent[: len(run_column)]
-        run_column[:], run_start[0] = num_sent, 0
-        np.cumsum(num_set - num_sent, out=run_start[1:])
-        num_cells = int(run_start[-1])
-        if num_cells:
-            rows = (num_set != num_sent).nonzero()[0].tolist()
-            cells = [self._cells[row, num_sent[row] : num_set[row]] for row in rows]
-            np.concatenate(cells, out=values[:num_cells])
-            num_sent[:] = num_set
-        # rows that the step lacks keep their news for a later one
-        self._has_news = bool((self._num_set != self._num_sent).any())
-        return num_cells
+        end = 0
+        for row in sorted(self.news):
+            if row < num_rows:
+                run_column[row], cells = self.news.pop(row)
+                begin, end = end, end + len(cells)
+                values[begin:end] = cells
+                run_start[row + 1 :] = end
+        return end
