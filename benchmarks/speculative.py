@@ -4,8 +4,9 @@
     python -m benchmarks.speculative --model DIR --rounds 2 # a folder without an MTP layer: ngram
     python -m benchmarks.speculative --rig --out DIR        # a GPU through the test plug-in: P20
 
-Chat prompts, copies and random tokens come one request at a time, then 32 at once. All engines are
-in this process and take turns; the number of drafts is that of the adaptive rule. Prints for each
+Chat prompts, copies and random tokens come one request at a time, then 32 at once. On a CPU all
+engines are in this process and take turns; on a GPU each has the process for itself, one after the
+other. The number of drafts is that of the adaptive rule. Prints for each
 case and method the ratio and the accepted share, and counts outputs that differ from those without
 drafts, which rounding alone may cause. Writes benchmarks/results/speculative.json, on a GPU
 speculative_demo.json.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ def answered(
     outputs = []
     for part in [prompts] if at_once else [[prompt] for prompt in prompts]:
         outputs += llm.generate(part, params)
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
     now = llm.stats()
     tokens = [output.token_ids for output in outputs]
     return {
@@ -77,6 +81,36 @@ def answered(
         "accepted": now.num_accepted_tokens - before.num_accepted_tokens,
         "tokens": tokens,
     }
+
+
+Runs = Iterator[tuple[str, dict[str, list[dict[str, Any]]]]]
+"""Each case, and what `answered` gave for each method."""
+
+
+def by_turns(args: argparse.Namespace, methods: dict[str, Any], common: dict[str, Any]) -> Runs:
+    """All engines at once, which take turns."""
+    engines = {
+        method: LLM(args.model, speculative_config=given, **common)
+        for method, given in methods.items()
+    }
+    for case, asked in cases(engines["none"], args.prompts).items():
+        calls: dict[str, Callable[..., Any]] = {
+            method: partial(answered, llm, *asked) for method, llm in engines.items()
+        }
+        in_turns(calls, 1)
+        yield case, in_turns(calls, args.rounds)
+
+
+def one_by_one(args: argparse.Namespace, methods: dict[str, Any], common: dict[str, Any]) -> Runs:
+    """One engine after the other."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for method, given in methods.items():
+        with LLM(args.model, speculative_config=given, **common) as llm:
+            for case, asked in cases(llm, args.prompts).items():
+                answered(llm, *asked)
+                runs = [answered(llm, *asked) for _ in range(args.rounds)]
+                found.setdefault(case, {})[method] = runs
+    yield from found.items()
 
 
 def measured(case: str, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -131,17 +165,10 @@ def main(argv: list[str] | None = None) -> int:
     common = {"device": device, "max_model_len": 1024, "max_num_seqs": TOGETHER}
     # each run computes its prompts
     common |= {"enable_prefix_caching": False, "kv_cache_memory_bytes": "256M"}
-    engines = {
-        method: LLM(args.model, speculative_config=given, **common)
-        for method, given in methods.items()
-    }
-    rows = []
-    for case, asked in cases(engines["none"], args.prompts).items():
-        calls: dict[str, Callable[..., Any]] = {
-            method: partial(answered, llm, *asked) for method, llm in engines.items()
-        }
-        in_turns(calls, 1)
-        rows += measured(case, in_turns(calls, args.rounds))
+    measure = one_by_one if args.rig else by_turns
+    rows = [
+        row for case, runs in measure(args, methods, common).items() for row in measured(case, runs)
+    ]
     result = {"name": name, "tier": tier, "env": environment(), "model": folder.name}
     write_json(args.out / f"{name}.json", result | {"rounds": args.rounds, "cases": rows})
     return 0
