@@ -56,6 +56,7 @@ _ENGINE = {
     "gpu_engine": ("gpu_engine --rig --out {out}", 220),
     "gpu_engine_peer": ("gpu_engine --earlier --peer {vllm} --out {out}", 340),
     "speculative_gpu": ("speculative_gpu --rig --out {out}", 380),
+    "speculative": ("speculative --rig --rounds 2 --out {out}", 240),
     "gpu_engine_invariant": ("gpu_engine --batch-invariant --rig --out {out}", 220),
     "real_widths": ("real_widths --rig --folder /dev/shm --peer {vllm} --out {out}", 300),
     "once_per_step": ("once_per_step --rig --out {out}", 180),
