@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from fd_dsa.config import EngineConfig
+from fd_dsa.distributed import Group
 from fd_dsa.distributed.host import HostGroup
 from fd_dsa.engine.plan import make_plan
 from fd_dsa.errors import ConfigError
 from fd_dsa.models import memory_plan
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.loader import check_blocks, load_dummy_weights, load_weights, validate
+from fd_dsa.models.device_weights import DeviceWeights
+from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.loader import (
+    check_blocks,
+    fp8_tensors,
+    load_dummy_weights,
+    load_weights,
+    validate,
+)
 from fd_dsa.models.memory_plan import weight_bytes
 from fd_dsa.models.registry import create_model
 from fd_dsa.models.weights import HostWeights
 from tests.distributed.groups import on_ranks
-from tests.models.folders import SCALE_SUFFIX, TINY_FP8, f8, f32, write_folder
+from tests.kernel_memory import KernelMemory
+from tests.models.folders import SCALE_SUFFIX, TINY_FP8, Stored, f8, f32, write_folder
+from tests.ops import block_fp8
 from tests.runner.tiny import GLM, V32, random_tensors, tiny_runner
 
 WIDE = {"num_attention_heads": 12, "num_key_value_heads": 12, "moe_intermediate_size": 24}
@@ -86,21 +99,86 @@ def test_random_weights_are_those_of_the_whole() -> None:
     check(ModelConfig.from_dict(MODELS["deepseek_v32"]), 2)
 
 
-def test_ranks_read_their_parts_of_fp8_files(tmp_path: Path) -> None:
-    """Of the dense MLP whole blocks; the borders of heads cut blocks."""
-    fields = TINY_FP8 | WIDE | {"index_n_heads": 16, "index_topk": 12, "intermediate_size": 768}
-    config = ModelConfig.from_dict(fields)
+def with_fp8(config: ModelConfig, names: Collection[str]) -> dict[str, Stored]:
+    """Random tensors, those of these names in FP8 with other scales in each block."""
     tensors = {name: f32(array) for name, array in random_tensors(config).items()}
     draw = np.random.default_rng(2)
-    ends = ".o_proj.weight", ".q_b_proj.weight", "0.mlp.up_proj.weight", "0.mlp.down_proj.weight"
-    for name in [name for name in tensors if name.endswith(ends)]:
+    for name in names:
         rows, columns = tensors[name].shape
         signs = draw.integers(0, 2, (rows, columns)) << 7
         tensors[name] = f8(draw.integers(0x20, 0x38, (rows, columns)) | signs)
         blocks = -(-rows // 128), -(-columns // 128)
         scales = draw.uniform(1, 3, blocks) / np.sqrt(columns)
         tensors[name + SCALE_SUFFIX] = f32(scales.astype(np.float32))
+    return tensors
+
+
+def test_ranks_read_their_parts_of_fp8_files(tmp_path: Path) -> None:
+    """Of the dense MLP whole blocks; the borders of heads cut blocks."""
+    fields = TINY_FP8 | WIDE | {"index_n_heads": 16, "index_topk": 12, "intermediate_size": 768}
+    config = ModelConfig.from_dict(fields)
+    ends = ".o_proj.weight", ".q_b_proj.weight", "0.mlp.up_proj.weight", "0.mlp.down_proj.weight"
+    names = [name for name in expected_tensors(config) if name.endswith(ends)]
+    tensors = with_fp8(config, names)
     check(config, 2, write_folder(tmp_path / "model", fields, tensors))
+
+
+DEVICE_FP8 = TINY_FP8 | {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512}
+DEVICE_FP8 |= {"moe_intermediate_size": 256, "q_lora_rank": 128, "kv_lora_rank": 128}
+DEVICE_FP8 |= {"num_attention_heads": 4, "num_key_value_heads": 4, "v_head_dim": 128}
+DEVICE_FP8 |= {"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "index_head_dim": 128}
+
+
+def parts_of_layers(m: KernelMemory, folder: Path, rank: int, size: int) -> dict[str, Any]:
+    """What a rank computes of the same inputs: of its heads [tokens, heads, width], of sums."""
+    config = ModelConfig.from_dict(DEVICE_FP8)
+    group = cast(Group, SimpleNamespace(rank=rank, size=size))
+    with Checkpoint.open(folder) as checkpoint:
+        names = fp8_tensors(checkpoint, config)
+        weights = DeviceWeights("bfloat16", m.poisoned, names, round_scales=True, group=group)
+        model = create_model(config.split(size), weights)
+        load_weights(checkpoint, config, model.loaders, group=group)
+    weights.finish()
+    draw = np.random.default_rng(5)
+    qr, hidden, nope, latent = (
+        block_fp8.put(m, draw.standard_normal((9, *shape)), "bfloat16")
+        for shape in ((128,), (256,), (4, 64), (4, 128))
+    )
+    own = slice(rank * 4 // size, (rank + 1) * 4 // size)
+    meta = SimpleNamespace(slot_mapping=m.put(np.arange(9)))
+    found: dict[str, Any] = {}
+    for number, layer in enumerate(model.layers):
+        attention = layer.self_attn
+        split = attention._q_b, attention._out, *split_matrices(layer.mlp)
+        assert all(one.scales is not None for one in split)
+        queries = attention._q_b.times(qr).reshape([9, -1, 128])
+        keys = attention._k_b.times_by_head(nope[:, own])
+        merged = attention._v_b.heads_joined(latent[:, own], attention._out)
+        sums = attention._out.times(merged), layer.mlp.forward(layer._norm.of(hidden), meta)
+        found |= {f"{number} heads": (queries, keys), f"{number} sums": sums}
+    return {name: [block_fp8.get(m, one) for one in results] for name, results in found.items()}
+
+
+def split_matrices(mlp: Any) -> tuple[Any, ...]:
+    """Weights of an MLP that the ranks split."""
+    if hasattr(mlp, "gate"):
+        return (*mlp._experts, *split_matrices(mlp._shared))
+    return mlp._gate_up, mlp._down
+
+
+@pytest.mark.triton
+def test_parts_in_fp8_on_a_device_add_up(paddle_memory: KernelMemory, tmp_path: Path) -> None:
+    """Activations are quantised in the same groups, so only a rounding to bfloat16 differs."""
+    config = ModelConfig.from_dict(DEVICE_FP8)
+    names = [name for name, tensor in expected_tensors(config).items() if tensor.quantisable]
+    folder = write_folder(tmp_path / "model", DEVICE_FP8, with_fp8(config, names))
+    whole = parts_of_layers(paddle_memory, folder, 0, 1)
+    ranks = [parts_of_layers(paddle_memory, folder, rank, 2) for rank in range(2)]
+    for name, wanted in whole.items():
+        for one, *parts in zip(wanted, *(rank[name] for rank in ranks), strict=True):
+            both = np.concatenate(parts, axis=1) if name.endswith("heads") else sum(parts)
+            difference = np.sqrt(np.mean((both - one) ** 2) / np.mean(one**2))
+            assert difference < 2**-7, (name, difference)
 
 
 def test_what_cannot_be_split_is_refused_by_name() -> None:
