@@ -10,6 +10,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+pytest.importorskip("paddle")
+
 from fd_dsa.config import EngineConfig
 from fd_dsa.distributed import Group
 from fd_dsa.distributed.host import HostGroup
