@@ -36,8 +36,9 @@ class _Relay(QueueHandler):
 
 def main() -> None:
     """Follow rank 0; never returns."""
-    # both are for rank 0, whose end is seen here
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    # both are for rank 0, whose end is seen here; a thread of a library could take what is blocked
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     open_missing_streams()
     connection = Connection(int(sys.argv[1]))
     config, rank, shared, debug = connection.recv()

@@ -44,9 +44,10 @@ def _sender(connection: Connection) -> Callable[[Event], None]:
 
 def main() -> int:
     """Build the engine and serve it; returns the exit status."""
-    # the HTTP process drains; a signal to both, as from systemd, is meant for it alone. So signals
-    # are blocked, not ignored: Paddle sets handlers of its own
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    # the HTTP process drains; a signal to both, as from systemd, is meant for it alone. It is not
+    # blocked: a thread that NumPy's libraries have started before would take it
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     open_missing_streams()
     connection = Connection(int(sys.argv[1]))
     config, log_level, log_json = connection.recv()

@@ -36,6 +36,7 @@ def engine_info(config: EngineConfig) -> dict[str, Any]:
         "device_name": _device_name(here.device),
         "dtype": here.dtype,
         "kv_cache_dtype": here.kv_cache_dtype,
+        "speculative_config": here.speculation and asdict(here.speculation),
         "sampling": "NumPy" if here.device == "cpu" else "Triton",
         "providers": {
             op: {kind: c.provider for kind, c in by.items()} for op, by in choices.items()
@@ -71,7 +72,6 @@ async def server_info(
         "has_chat_template": engine.tokenizer.has_chat_template,
         **chat_formats(engine.tokenizer, options),
         "enable_prefix_caching": config.enable_prefix_caching,
-        "speculative_config": config.speculation and asdict(config.speculation),
         "batch_invariant": batch_invariant(),
         "cudagraph_capture_sizes": list(engine.captured_sizes),
     }

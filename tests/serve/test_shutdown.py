@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,6 +54,14 @@ def wait_for_running(live: Server, num_requests: int) -> None:
     wait_until(lambda: line in httpx.get(f"{live.url}/metrics", timeout=TIMEOUT_S).text)
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that one has started; there are some."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    found = [int(child) for one in lists for child in one.read_text().split()]
+    assert found
+    return found
+
+
 def wait_until_draining(live: Server) -> None:
     """Return when /health is 503."""
     url = f"{live.url}/health"
@@ -70,7 +79,9 @@ def test_first_signal_drains(
             whole = ask(live, clients, max_tokens=60, ignore_eos=True)
             stream = ask(live, clients, max_tokens=60, ignore_eos=True, stream=True)
             wait_for_running(live, 3)
-            live.process.send_signal(number)
+            # to all processes, as systemd sends it
+            for pid in (*children_of(live.process.pid), live.process.pid):
+                os.kill(pid, number)
             wait_until_draining(live)
             refused = httpx.post(url, json={"prompt": "a"}, timeout=TIMEOUT_S)
             assert refused.status_code == 503
