@@ -47,7 +47,9 @@ def live() -> Iterator[Live]:
 
 
 def test_an_answer_with_its_figures(browser: Browser) -> None:
-    with running(FakeEngine(max_model_len=1000)) as live, opened(browser, live) as page:
+    # words that come in one piece have no rate
+    engine = FakeEngine(max_model_len=1000, step_s=0.02)
+    with running(engine) as live, opened(browser, live) as page:
         say(page, "Hi")
         assert page.inner_text("article.user .body") == "Hi"
         assert page.inner_text(ANSWER) == "".join(WORDS)
