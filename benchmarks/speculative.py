@@ -166,9 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     # each run computes its prompts
     common |= {"enable_prefix_caching": False, "kv_cache_memory_bytes": "256M"}
     measure = one_by_one if args.rig else by_turns
-    rows = [
-        row for case, runs in measure(args, methods, common).items() for row in measured(case, runs)
-    ]
+    rows = [row for case, runs in measure(args, methods, common) for row in measured(case, runs)]
     result = {"name": name, "tier": tier, "env": environment(), "model": folder.name}
     write_json(args.out / f"{name}.json", result | {"rounds": args.rounds, "cases": rows})
     return 0
