@@ -142,7 +142,6 @@ class DeviceSteps:
         # a step writes what differs from the one before
         self._words = np.zeros(self._first_value, np.int32)
         self._sections = self._words[HEADER_WORDS:].reshape(5, -1)
-        self._run_sections = tuple(self._sections[3:])
         self.buffers = V4Arrays(cfg, allocate)
         self._staging = InputStaging(allocate, self._slab_words, num_slabs)
         memory = self._staging.transfers.host_buffer(4 * ERROR_SLOTS * ERROR_WORDS)
@@ -197,11 +196,10 @@ class DeviceSteps:
             sections[:2] = 0
             sections[1, :num_rows], sections[2, :num_rows] = q, slot
             words[1], words[2] = num_rows, num_tokens
-            self._ctx = sections[0, :num_rows]
-        self._ctx[:] = ctx
+        sections[0, :num_rows] = ctx
         num_values = 0
         if table.news:
-            num_values = table.send(num_rows, *self._run_sections, slab[self._first_value :])
+            num_values = table.send(num_rows, sections[3], sections[4], slab[self._first_value :])
         words[0] = self._stamp = self._stamp % _MAX_STAMP + 1
         words[3] = num_values
         slab[: self._first_value] = words
