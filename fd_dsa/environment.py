@@ -284,6 +284,15 @@ def open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
+def leave_signals_to_starter() -> None:
+    """Ignore SIGINT and SIGTERM to all processes, as from systemd: the one that started this acts.
+
+    Blocked they would be another thread's, such as one that NumPy's libraries have started.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def discard(*streams: TextIO) -> None:
     """From now on streams that cannot be written go nowhere, with what is left in their buffers."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

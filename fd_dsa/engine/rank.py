@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 from contextlib import suppress
@@ -17,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from fd_dsa.distributed.host import HostGroup
-from fd_dsa.environment import open_missing_streams
+from fd_dsa.environment import leave_signals_to_starter, open_missing_streams
 from fd_dsa.errors import FdDsaError, describe_error
 
 
@@ -36,9 +35,8 @@ class _Relay(QueueHandler):
 
 def main() -> None:
     """Follow rank 0; never returns."""
-    # both are for rank 0, whose end is seen here; a thread of a library could take what is blocked
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # the end of rank 0 is seen here
+    leave_signals_to_starter()
     open_missing_streams()
     connection = Connection(int(sys.argv[1]))
     config, rank, shared, debug = connection.recv()

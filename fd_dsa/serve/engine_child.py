@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import pickle
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from queue import SimpleQueue
 
 from fd_dsa.engine.host import EngineFacts, EngineHost, Event, Failed
 from fd_dsa.engine.startup import StartupProgress
-from fd_dsa.environment import open_missing_streams
+from fd_dsa.environment import leave_signals_to_starter, open_missing_streams
 from fd_dsa.errors import describe_error
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps, trim_heaps
 from fd_dsa.serve.info import INFO, engine_info
@@ -44,10 +43,8 @@ def _sender(connection: Connection) -> Callable[[Event], None]:
 
 def main() -> int:
     """Build the engine and serve it; returns the exit status."""
-    # the HTTP process drains; a signal to both, as from systemd, is meant for it alone. It is not
-    # blocked: a thread that NumPy's libraries have started before would take it
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # the HTTP process drains
+    leave_signals_to_starter()
     open_missing_streams()
     connection = Connection(int(sys.argv[1]))
     config, log_level, log_json = connection.recv()
