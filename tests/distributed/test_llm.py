@@ -11,7 +11,6 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.ranks import Ranks
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import ConfigError, RankError
-from tests.serve.processes import environment
+from tests.serve.processes import children, environment
 
 # so few blocks that requests are preempted, and prompts in chunks
 SMALL = {"device": "cpu", "max_model_len": 192, "num_gpu_blocks_override": 50, "block_size": 4}
@@ -185,20 +184,14 @@ def test_each_end_of_a_rank_names_it(end: str, monkeypatch: pytest.MonkeyPatch) 
     with ExitStack() as stack, named:
         llm = stack.enter_context(LLM(**SMALL, tensor_parallel_size=2))
         llm.generate(PROMPTS[:2], PARAMS[:2])
-    assert children() == []
-
-
-def children() -> list[int]:
-    """Processes that this one has started."""
-    tasks = Path("/proc/self/task").glob("*/children")
-    return [int(pid) for task in tasks for pid in task.read_text().split()]
+    assert children(os.getpid()) == []
 
 
 @pytest.mark.slow
 def test_four_ranks(alone: LLM) -> None:
     with LLM(**SMALL, tensor_parallel_size=4) as llm:
         compare(alone.generate(PROMPTS, PARAMS), llm.generate(PROMPTS, PARAMS))
-    assert children() == []
+    assert children(os.getpid()) == []
     with pytest.raises(RuntimeError, match="closed"):
         llm.generate("Once")
 

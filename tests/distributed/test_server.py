@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.serve.conftest import wait_until
-from tests.serve.processes import Server, serving
+from tests.serve.processes import Server, children, serving
 
 pytestmark = pytest.mark.slow
 FLAGS = ("--device", "cpu", "-tp", "2", "--max-model-len", "512", "--max-num-seqs", "4")
@@ -26,13 +26,6 @@ ASKED = {"prompt": "Once upon a time", "temperature": 0, "ignore_eos": True, "ma
 def ask(server: Server, **more: Any) -> Any:
     answer = httpx.post(f"{server.url}/v1/completions", json={**ASKED, **more}, timeout=120)
     return answer.json()
-
-
-def children(pid: int) -> list[int]:
-    """Processes that a process has started, and those that they have."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    own = [int(child) for task in tasks for child in task.read_text().split()]
-    return own + [child for one in own for child in children(one)]
 
 
 def rank_of(server: Server) -> int:

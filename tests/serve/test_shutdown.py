@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.serve.conftest import wait_until
-from tests.serve.processes import SLOW, Server, serving
+from tests.serve.processes import SLOW, Server, children, serving
 
 TIMEOUT_S = 60
 # minutes: longer than any test waits
@@ -54,14 +54,6 @@ def wait_for_running(live: Server, num_requests: int) -> None:
     wait_until(lambda: line in httpx.get(f"{live.url}/metrics", timeout=TIMEOUT_S).text)
 
 
-def children_of(pid: int) -> list[int]:
-    """The processes that one has started; there are some."""
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    found = [int(child) for one in lists for child in one.read_text().split()]
-    assert found
-    return found
-
-
 def wait_until_draining(live: Server) -> None:
     """Return when /health is 503."""
     url = f"{live.url}/health"
@@ -80,7 +72,9 @@ def test_first_signal_drains(
             stream = ask(live, clients, max_tokens=60, ignore_eos=True, stream=True)
             wait_for_running(live, 3)
             # to all processes, as systemd sends it
-            for pid in (*children_of(live.process.pid), live.process.pid):
+            started = children(live.process.pid)
+            assert started
+            for pid in (*started, live.process.pid):
                 os.kill(pid, number)
             wait_until_draining(live)
             refused = httpx.post(url, json={"prompt": "a"}, timeout=TIMEOUT_S)
