@@ -2,7 +2,9 @@
 
     python -m benchmarks.gpu_gemms --rig              # what serves, beside cuBLASLt: P25, P26
     python -m benchmarks.gpu_gemms --rig --tilings    # and every tiling that may serve
+    python -m benchmarks.gpu_gemms --rig --only experts --peer DIR    # and vLLM and DeepGEMM
 
+DIR has a `run.sh` that runs `python SCRIPT ...` with vLLM's packages, see workers/experts_peer.py.
 Each figure is a replay of a graph with a call for each of several weights, so that none is in the
 L2. The floor is the bytes of weights, those of experts by the number that are hit, at the copy rate
 of an H200, or the multiplications at its FP8 rate. Writes gpu_dense.json and gpu_experts.json of
@@ -12,7 +14,10 @@ benchmarks/results.
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -168,7 +173,7 @@ class Experts:
         self._shared = bench.allocate((tokens, HIDDEN), "bfloat16")
         self._choose()
         self._hidden = self.gate_up()
-        self.num_hit = len(np.unique(self._ids.numpy()))
+        self.ids = self._ids.numpy()
 
     def _choose(self) -> None:
         self._ids, self._shares = self._kernels.choose_experts(
@@ -199,16 +204,28 @@ class Experts:
         return self._kernels.sum_experts(self.down(), self._shares, self._ids, self._shared)
 
 
-def expert_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
-    """Experts of each number of tokens: all launches, and both GEMMs."""
+def of_peers(peer: Path, choices: Sequence[Any]) -> list[dict[str, Any]]:
+    """What vLLM and DeepGEMM take for each choice of experts."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = Path(folder, "choices.json"), Path(folder, "found.json")
+        given.write_text(json.dumps([ids.tolist() for ids in choices]))
+        script = Path(__file__).parent / "workers" / "experts_peer.py"
+        command = ["bash", peer / "run.sh", "python", script, given, found]
+        subprocess.run(command, check=True)
+        return json.loads(found.read_text())
+
+
+def expert_cases(bench: Bench, *, tilings: bool, peer: Path | None) -> Iterator[dict[str, Any]]:
+    """Experts of each number of tokens: all launches, and both GEMMs; those of peers."""
     from fd_dsa.ops import _expert_gemm
 
     gate_up, down = bench.weight(EXPERTS, 2 * WIDTH, HIDDEN), bench.weight(EXPERTS, HIDDEN, WIDTH)
-    for tokens in ROWS:
-        experts = Experts(bench, gate_up, down, tokens)
-        each = 3 * WIDTH * HIDDEN
-        entry = {"case": "experts", "rows": tokens, "experts_hit": experts.num_hit}
-        entry["floor_us"] = floor_us(experts.num_hit * each, 2 * tokens * TOP_K * each)
+    layers = [Experts(bench, gate_up, down, tokens) for tokens in ROWS]
+    theirs = of_peers(peer, [experts.ids for experts in layers]) if peer else [{}] * len(ROWS)
+    for tokens, experts, beside in zip(ROWS, layers, theirs, strict=True):
+        each, num_hit = 3 * WIDTH * HIDDEN, len(np.unique(experts.ids))
+        entry = {"case": "experts", "rows": tokens, "experts_hit": num_hit, **beside}
+        entry["floor_us"] = floor_us(num_hit * each, 2 * tokens * TOP_K * each)
         entry["ours_us"] = bench.time_us([experts.everything])
         for name, call, is_gated in (
             ("gate_up", experts.gate_up, True),
@@ -229,7 +246,7 @@ def expert_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
 
 def line(entry: dict[str, Any]) -> str:
     """An entry as text."""
-    figures = {k: v for k, v in entry.items() if k.endswith("_us") and k != "floor_us"}
+    figures = {k: v for k, v in entry.items() if k.endswith("_us") and k != "floor_us" and v}
     shown = "  ".join(f"{k} {v:8.1f} ({entry['floor_us'] / v:4.0%})" for k, v in figures.items())
     return f"{entry['case']:<16} {entry['rows']:5}  floor {entry['floor_us']:8.1f}  {shown}"
 
@@ -242,10 +259,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tilings", action="store_true", help="every tiling that may serve")
     parser.add_argument("--only", choices=["dense", "experts"])
+    parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     bench = Bench(args.rig)
-    for kind, cases in (("experts", expert_cases), ("dense", dense_cases)):
+    for kind, cases in (("experts", partial(expert_cases, peer=args.peer)), ("dense", dense_cases)):
         name = f"gpu_{kind}"
         result: dict[str, Any] = {"name": name, "tier": "T1p", "env": environment(), "cases": []}
         if args.only in (None, kind):

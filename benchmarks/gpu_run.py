@@ -62,6 +62,7 @@ _ENGINE = {
     "once_per_step": ("once_per_step --rig --out {out}", 180),
     "prompt_attention": ("prompt_attention --rig --out {out}", 120),
     "joined_projection": ("joined_projection --rig", 90),
+    "gpu_experts": ("gpu_gemms --rig --only experts --peer {vllm} --out {out}", 150),
 }
 """Section -> module and its flags, and its time limit, likewise."""
 
