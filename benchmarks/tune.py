@@ -59,6 +59,7 @@ def tile_forms(shape: Shape) -> dict[str, TileForm]:
         form = replace(chosen, maxnreg=registers, programs_per_processor=blocks)
         forms[f"{registers} registers"] = form
     forms |= {f"{n} stages": replace(chosen, num_stages=n) for n in (2, 4, 5)}
+    forms |= {f"{n} pages to begin": replace(chosen, begin_pages=n) for n in (0, 1, 3, 4)}
     forms |= {f"{n} programs": replace(chosen, programs_per_processor=n) for n in (1, 2, 8)}
     first, half = chosen.first_tokens, max(chosen.first_tokens // 2, 1)
     for tokens in ((first, 0), (first, first), (2 * first, 0), (half, half)):
@@ -72,6 +73,7 @@ def tile_forms(shape: Shape) -> dict[str, TileForm]:
 def tune_indexer_logits() -> Iterator[Case]:
     """Tokens, registers and pages in flight of the indexer's tile kernel."""
     chosen = [Shape(h, 1, keys << 10, 2048, True) for h in (64, 32) for keys in (8, 32)]
+    chosen += [Shape(64, 1, 8 << 10, 8192, True), Shape(64, 64, 4 << 10, 4)]
     chosen += [Shape(64, 1, 4 << 10), Shape(64, 1, 128 << 10), Shape(64, 32, 4 << 10)]
     chosen += [Shape(64, 64, 32 << 10, new) for new in (1, 2, 3, 4)] + [Shape(32, 64, 32 << 10)]
     cache, logits = random_keys(), indexer_logits.scores_for(chosen)

@@ -115,7 +115,7 @@ class TileScores(PageScores):
         # tokens of captured steps that are longer
         self._captured: set[int] = set()
         tokens, processors = config.max_num_tokens, transfers.traits.num_processors
-        buffers = view("tiles", tokens), view("page_ends", tokens)
+        buffers = view("tiles", tokens), view("work_ends", tokens)
         chunks = -(-tokens // self.max_whole)
         # for steps without and with prompts
         self._schedules = [
@@ -185,6 +185,6 @@ def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -
     programs = num_processors * max(form.programs_per_processor for form in _forms(config))
     return {
         "tiles": (tokens, (TILE_FIELDS,), "int32"),
-        "page_ends": (tokens, (), "int32"),
+        "work_ends": (tokens, (), "int32"),
         "programs": (chunks * programs, (PROGRAM_FIELDS,), "int32"),
     }

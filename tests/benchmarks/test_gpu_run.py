@@ -127,7 +127,7 @@ def test_benchmarks_of_the_engine_take_their_flags(capsys: pytest.CaptureFixture
     args = gpu_run._arguments(["--rig", "--vllm", "/v", "--out", "/o"])
     found = gpu_run.engine_sections(args)
     assert "gpu_engine_peer" in [section.name for section in found]
-    assert len(gpu_run.engine_sections(gpu_run._arguments(["--rig"]))) == len(found) - 2
+    assert len(gpu_run.engine_sections(gpu_run._arguments(["--rig"]))) == len(found) - 3
     for section in found:
         module, *flags = section.command[2:]
         if module == "pytest":

@@ -14,7 +14,7 @@ from fd_dsa.triton_runtime import Pointer
 
 INT32 = ("batch_id_per_token_ptr", "slots_ptr", "block_tables_ptr", "index_ptr", "tiles_ptr",
          "seq_lens_decoder_ptr", "seq_lens_this_time_ptr", "seq_lens_encoder_ptr", "programs_ptr",
-         "cu_seqlens_q_ptr", "page_ends_ptr", "ids_ptr", "pairs_ptr", "counts_ptr")
+         "cu_seqlens_q_ptr", "work_ends_ptr", "ids_ptr", "pairs_ptr", "counts_ptr")
 INT64 = "position_ids_ptr", "slot_mapping_ptr"
 
 def integers(kernel):

@@ -1,4 +1,4 @@
-"""The schedule of query tiles: every page is some program's, none is two's, none has more work."""
+"""The schedule of query tiles: every page is some program's, none is two's, all work as long."""
 
 from __future__ import annotations
 
@@ -84,25 +84,26 @@ def fill(
 
 
 def check(found: Any, wanted: list[Any], chunk_tokens: int, num_programs: int) -> None:
-    """Every tile of a loop is there, and its pages are shared out once and evenly."""
+    """Every tile of a loop is there, and work is shared out evenly: pages, and to begin a tile."""
     for chunk, tiles in enumerate(wanted):
         first = chunk * chunk_tokens
         held = found.tiles[first : first + len(tiles)]
         assert list(map(tuple, held.tolist())) == tiles
-        pages = [(i, page) for i, tile in enumerate(tiles) for page in range(tile[3])]
-        taken, counts = [], []
-        for tile, page, count, _, *entry in found.programs[chunk].tolist():
-            counts.append(count)
+        begins = [-1] * found.form.begin_pages
+        work = [(i, page) for i, tile in enumerate(tiles) for page in (*begins, *range(tile[3]))]
+        least, more = divmod(len(work), num_programs)
+        for program, row in enumerate(found.programs[chunk].tolist()):
+            tile, page, count, _, *entry = row
             tile -= first
             if count:
                 assert tuple(entry) == tiles[tile]
-            while count > 0:
+            taken = []
+            for _ in range(count):
                 taken.append((tile, page))
-                count, page = count - 1, page + 1
-                if page == tiles[tile][3]:
-                    tile, page = tile + 1, 0
-        assert taken == pages
-        assert max(counts) - min(counts) <= 1
+                tile, page = (tile + 1, 0) if page + 1 == tiles[tile][3] else (tile, page + 1)
+            begin = program * least + min(program, more)
+            own = work[begin : begin + least + (program < more)]
+            assert taken == [pair for pair in own if pair[1] >= 0]
 
 
 ROWS = st.lists(

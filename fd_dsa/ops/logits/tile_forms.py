@@ -24,6 +24,8 @@ class TileForm:
         num_warps, num_stages, maxnreg: as of a Triton launch. A stage is a page in shared memory,
             all but one are in flight.
         programs_per_processor: blocks that a multiprocessor holds at a time.
+        begin_pages: how many pages a program scores in the time in which it begins a tile: queries
+            are read, and no page is in flight.
     """
 
     first_tokens: int
@@ -32,6 +34,7 @@ class TileForm:
     num_stages: int = 3
     maxnreg: int | None = None
     programs_per_processor: int = 4
+    begin_pages: int = 2
 
     @property
     def tile_tokens(self) -> int:

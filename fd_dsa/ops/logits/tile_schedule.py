@@ -1,8 +1,8 @@
 """How the scores of a step are shared out to programs: made once a step, the same in every layer.
 
 A *query tile* is a few consecutive tokens of one request, whose queries stay in place while the
-request's pages go by. Every program gets the same number of pages, give or take one, whatever the
-lengths of the requests are, and takes them in one piece.
+request's pages go by. Every program gets the same share of the work in one piece, whatever the
+lengths of the requests are: a page is a unit of work, and to begin a tile takes as long as some.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, TileForm
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
+import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 # tokens, and programs, that a program of the schedule's kernel takes at a time
@@ -23,13 +24,30 @@ _PAGE = tl.constexpr(BLOCK_SIZE)
 TILE_FIELDS, PROGRAM_FIELDS = 4, 8
 
 
+@triton.jit
+def _place(work_ends_ptr, num_tiles, work, exists, begin_pages, search_steps):
+    """Of amounts of work: the tile that each ends in, its pages there, and in all tiles."""
+    low = tl.zeros_like(work)
+    high = low + num_tiles
+    # tiles that end at or before
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        open_ = exists & (low < high)
+        end = tl.load(work_ends_ptr + middle, mask=open_, other=0)
+        low = tl.where(open_ & (end <= work), middle + 1, low)
+        high = tl.where(open_ & (end > work), middle, high)
+    before = tl.load(work_ends_ptr + low - 1, mask=exists & (low > 0), other=0)
+    page = tl.maximum(work - before - begin_pages, 0)
+    return low, page, before - low * begin_pages + page
+
+
 @step_kernel(waits=True)
 def tile_schedule_kernel(
     position_ids_ptr,
     batch_id_per_token_ptr,
     cu_seqlens_q_ptr,
     tiles_ptr,
-    page_ends_ptr,
+    work_ends_ptr,
     programs_ptr,
     num_tokens,
     chunk_tokens,
@@ -37,6 +55,7 @@ def tile_schedule_kernel(
     least_keys,
     num_programs,
     tile_tokens,
+    begin_pages,
     search_steps,
 ):
     """The tiles of chunk `program 0`, and where each of its programs begins."""
@@ -45,7 +64,7 @@ def tile_schedule_kernel(
     first = tl.program_id(0) * chunk_tokens
     end = tl.minimum(first + chunk_tokens, num_tokens)
     lane = tl.arange(0, _LANES)
-    num_tiles, num_pages = 0, 0
+    num_tiles, all_work = 0, 0
     for start in range(first, end, _LANES):
         token = start + lane
         inside = token < end
@@ -68,35 +87,34 @@ def tile_schedule_kernel(
         tl.store(entry + 1, count, mask=scored)
         tl.store(entry + 2, request, mask=scored)
         tl.store(entry + 3, pages, mask=scored)
-        tl.store(page_ends_ptr + tile, num_pages + tl.cumsum(pages), mask=scored)
+        work = tl.where(scored, pages + begin_pages, 0)
+        tl.store(work_ends_ptr + tile, all_work + tl.cumsum(work), mask=scored)
         num_tiles += tl.sum(scored.to(tl.int32))
-        num_pages += tl.sum(pages)
+        all_work += tl.sum(work)
     # what other threads wrote is read below
     tl.debug_barrier()
     for start in range(0, num_programs, _LANES):
         program = start + lane
         exists = program < num_programs
         # the first programs, which are on processors of their own, have one more
-        begin = program * (num_pages // num_programs)
-        begin += tl.minimum(program, num_pages % num_programs)
-        count = num_pages // num_programs + (program < num_pages % num_programs).to(tl.int32)
-        # tiles that end at or before the program's first page
-        low = lane * 0
-        high = low + num_tiles
-        for _ in range(search_steps):
-            middle = (low + high) // 2
-            open_ = exists & (low < high)
-            page_end = tl.load(page_ends_ptr + first + middle, mask=open_, other=0)
-            low = tl.where(open_ & (page_end <= begin), middle + 1, low)
-            high = tl.where(open_ & (page_end > begin), middle, high)
-        before = tl.load(page_ends_ptr + first + low - 1, mask=exists & (low > 0), other=0)
+        share, more = all_work // num_programs, all_work % num_programs
+        own_begin = program * share + tl.minimum(program, more)
+        own_end = own_begin + share + (program < more).to(tl.int32)
+        # both searches in one loop: each step of it waits for memory
+        tile_of, page_of, done = _place(
+            work_ends_ptr + first, num_tiles, tl.join(own_begin, own_end), exists[:, None],
+            begin_pages, search_steps,
+        )  # fmt: skip
+        own_tile, _ = tl.split(tile_of)
+        own_page, _ = tl.split(page_of)
+        before, after = tl.split(done)
         entry = programs_ptr + (tl.program_id(0) * num_programs + program) * 8
-        tl.store(entry, first + low, mask=exists)
-        tl.store(entry + 1, begin - before, mask=exists)
-        tl.store(entry + 2, count, mask=exists)
-        tile = tiles_ptr + (first + low) * 4
+        tl.store(entry, first + own_tile, mask=exists)
+        tl.store(entry + 1, own_page, mask=exists)
+        tl.store(entry + 2, after - before, mask=exists)
         for field in tl.static_range(4):
-            value = tl.load(tile + field, mask=exists & (low < num_tiles), other=0)
+            held = exists & (own_tile < num_tiles)
+            value = tl.load(tiles_ptr + (first + own_tile) * 4 + field, mask=held, other=0)
             tl.store(entry + 4 + field, value, mask=exists)
 
 
@@ -110,7 +128,7 @@ class TileSchedule:
         form: of the kernel that scores.
         tiles: int32 [max_num_tokens, 4]; first token, number of tokens, request and number of pages
             of each tile that is scored.
-        page_ends: int32 [max_num_tokens]; pages of a chunk's tiles up to and with this one.
+        work_ends: int32 [max_num_tokens]; the work of a chunk's tiles up to and with this one.
         programs: int32 [max_num_chunks, num_programs, 8]; the entry of a program's first tile, its
             first page there, how many pages are its own, nothing, then that entry itself: what a
             program must know first it reads at once.
@@ -118,7 +136,7 @@ class TileSchedule:
 
     form: TileForm
     tiles: Any
-    page_ends: Any
+    work_ends: Any
     programs: Any
 
     @classmethod
@@ -159,8 +177,8 @@ class TileSchedule:
         search_steps = min(chunk_tokens, num_tokens).bit_length()
         tile_schedule_kernel[(-(-num_tokens // chunk_tokens),)](
             *(step.position_ids, step.batch_id_per_token, step.cu_seqlens_q),
-            *(self.tiles, self.page_ends, self.programs),
+            *(self.tiles, self.work_ends, self.programs),
             *(num_tokens, chunk_tokens, max_keys, least_keys),
-            *(self.programs.shape[1], self.form.tile_tokens, search_steps),
+            *(self.programs.shape[1], self.form.tile_tokens, self.form.begin_pages, search_steps),
             num_warps=_NUM_WARPS,
         )
