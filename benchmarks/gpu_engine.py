@@ -131,6 +131,21 @@ FIGURES = {
 }
 
 
+# classes of kernels, by parts of their names; the first that fits
+CLASSES = {
+    "routed experts": ("expert_gemm_kernel", "multiply_experts"),
+    "choice, groups and sum of experts": ("choose_experts", "group_pairs", "sum_experts"),
+    "GEMMs in FP8": ("fp8_linear_kernel", "_qq", "__nv_bfloat16"),
+    "head, router": ("nvjet", "splitKreduce"),
+    "keys and values of heads": ("head_gemm_kernel",),
+    "indexer": ("tile_", "topk", "prepare_query_kernel", "project_indexer"),
+    "attention": ("attend", "combine_kernel", "gather_keys", "dequantize"),
+    "norms, SiLU, quantisation": ("rms_norm", "silu_and_mul", "quantize_rows"),
+    "cache writes, queries": ("write_caches", "prepare_mla_query"),
+    "rest": ("",),
+}
+
+
 def write_model(folder: Path, layers: int = LAYERS, dense: int = DENSE_LAYERS) -> Path:
     """A folder with the config.json of the model."""
     config = WIDTHS | {"num_hidden_layers": layers, "first_k_dense_replace": dense}
@@ -278,6 +293,19 @@ def show_profile(profile: Mapping[str, Any]) -> None:
         print(f"    {us:9.1f} us  {launches:6.1f}  {name}", flush=True)
 
 
+def by_class(profiles: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Microseconds of each class of kernels in each profile, and how long any kernel ran."""
+    rows: dict[str, dict[str, Any]] = {name: {"class": name} for name in CLASSES}
+    for column, profile in profiles.items():
+        for row in rows.values():
+            row[f"us_{column}"] = 0.0
+        for kernel, us, _ in profile["kernels"]:
+            fits = (name for name, parts in CLASSES.items() if any(p in kernel for p in parts))
+            rows[next(fits)][f"us_{column}"] += us
+    busy = {f"us_{column}": profile["busy_us"] for column, profile in profiles.items()}
+    return [*rows.values(), {"class": "any kernel runs"} | busy]
+
+
 def measured_before(path: Path) -> dict[str, Any]:
     """Ours of a result that this GPU gave within the hour.
 
@@ -314,7 +342,12 @@ def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> 
                 profile = engine.call(op="profile", batch=int(rows), prompt=4096, steps=8)
                 result["profiles"][rows] = profile
                 show_profile(profile)
-                write_json(path, result)
+            if args.profile:
+                profile = engine.call(op="profile_prompts", batch=1, prompt=8192)
+                result["profiles"]["8192"] = profile
+                show_profile(profile)
+                result["classes"] = by_class(result["profiles"])
+            write_json(path, result)
         if "mixed-64x2k" in names:
             ours = over_http(model, args.rig)
             print(f"{OVER_HTTP:<16} {ours:10.2f}", flush=True)
@@ -354,7 +387,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="FD_DSA_BATCH_INVARIANT=1, beside ours without it in --out of this hour",
     )
     parser.add_argument("--cases", default=",".join(CASES), help="default: all")
-    parser.add_argument("--profile", default="1,32", help="rows of decode steps that are profiled")
+    parser.add_argument(
+        "--profile", default="1,32", help="rows of decode steps that are profiled, and a prompt"
+    )
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)

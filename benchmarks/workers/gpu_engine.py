@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from itertools import pairwise
 from typing import Any
@@ -102,6 +103,17 @@ class Engine:
                 full += steps
             full += len(self._engine.step()) == batch
         return profiled(recorder.events(), steps) | {"wall_us": 1e6 * wall_s / steps}
+
+    def profile_prompts(self, batch: int, prompt: int) -> dict[str, Any]:
+        """Kernels of prompts that arrive at once, as `profile`; after a run that compiles."""
+        from torch.profiler import ProfilerActivity, profile
+
+        recorder = profile(activities=[ProfilerActivity.CUDA])
+        for context in (contextlib.nullcontext(), recorder):
+            self._submit(batch, prompt, 1)
+            with context:
+                wall_s = self._drain()[-1][0]
+        return profiled(recorder.events(), 1) | {"wall_us": 1e6 * wall_s}
 
     def _submit(self, batch: int, prompt: int, new: int) -> None:
         """Add requests whose prompts nothing has seen."""
