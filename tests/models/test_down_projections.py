@@ -21,8 +21,8 @@ from fd_dsa.models.memory_plan import weight_bytes
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.registry import create_model
 from fd_dsa.models.weights import HostWeights
-from fd_dsa.ops._device_matrix import Normed
 from fd_dsa.ops._dense_kernels import quantize_rows
+from fd_dsa.ops._device_matrix import Normed
 from tests.kernel_memory import KernelMemory
 from tests.models.folders import TINY_FP8, f8, f32
 from tests.ops import block_fp8
