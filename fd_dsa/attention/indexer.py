@@ -24,9 +24,7 @@ class Indexer:
     (DeepseekV32Indexer).
     """
 
-    def __init__(
-        self, config: Any, layer_id: int, weights: Any, prefix: str, *, has_wk: bool = True
-    ) -> None:
+    def __init__(self, config: Any, layer_id: int, weights: Any, prefix: str, has_wk: bool) -> None:
         self.config, self.layer_id = config, layer_id
         heads, dim = config.index_n_heads, config.index_head_dim
         self._wq_b = weights.matrix(config.q_lora_rank, {f"{prefix}wq_b.weight": heads * dim})

@@ -54,7 +54,7 @@ class DeepseekV32DSAAttention:
         self.indexer = None
         if config.indexer_types[layer_id] == "full":
             has_wk = self._kv_begin == self.q_lora_rank
-            self.indexer = Indexer(config, layer_id, weights, f"{prefix}indexer.", has_wk=has_wk)
+            self.indexer = Indexer(config, layer_id, weights, f"{prefix}indexer.", has_wk)
 
     def forward(
         self, hidden_states: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any

@@ -272,10 +272,10 @@ for tokens in (1, 200, 1000):
                              scratch_ptr=None if tokens > 512 else Pointer("float32"))
             _, options = projection.launch_options(arguments, projection.configuration(tokens))
             compile("project", projection.project_indexer_kernel, types, **arguments, **options)
-# one row of q_a and kv_a, o_proj, a prompt, and a width that ends in a part of a group; the number
-# is that of the tiles of a stage
+# one row of q_a, wk and kv_a, o_proj, a prompt, and a width that ends in a part of a group; the
+# number is that of the tiles of a stage
 types = dict.fromkeys(("x_ptr", "weight_ptr"), "uint8") | {"out_ptr": "bfloat16"}
-for rows, columns, width in ((1, 2112, 7168), (64, 7168, 16384), (8192, 4096, 7168), (1, 64, 200)):
+for rows, columns, width in ((1, 2240, 7168), (64, 7168, 16384), (8192, 4096, 7168), (1, 64, 200)):
     _, options = gemm.launch_options(rows, columns, width, gemm.configuration(rows, columns, width))
     if options["SPLITS"] == 1:
         options["scratch_ptr"] = None
