@@ -3,8 +3,9 @@
     python -m benchmarks.joined_projection --rig
 
 At the sizes of DeepSeek-V3.2. "fork": q_a and kv_a in FP8, wk and weights_proj in bfloat16 on a
-second stream up to DEFAULT_OVERLAP_MAX_TOKENS rows, after it from there on. "joined": q_a, wk and
-kv_a in one FP8 GEMM, then weights_proj; "joined, fork": weights_proj on the second stream. Each
+second stream up to DEFAULT_OVERLAP_MAX_TOKENS rows, after it from there on. "served": q_a, wk and
+kv_a in one FP8 GEMM, and weights_proj where those are, in the tiling that serves. "joined": the
+same in the best tiling of weights_proj, after the GEMM; "joined, fork": on the second stream. Each
 figure is a replay of a graph with a call for each of several weights, so that none is in the L2.
 """
 
@@ -62,13 +63,11 @@ class Projections:
 
     def _weights_proj(self, _: Any, weight: Any, tiling: Any) -> Any:
         """The head weights by the launch of both projections, without columns of wk."""
-        out = self._out[1], self._out[1]
         scratch = self._scratch if self.num_rows <= self._kernel.MOST_SPLIT_TOKENS else None
-        both = self._plain, weight, weight
-        arguments = self._kernel.kernel_arguments(*both, out, scratch) | {"WIDTH": 0}
+        arguments = self._kernel.kernel_arguments(self._plain, None, weight, self._out, scratch)
         grid, options = self._kernel.launch_options(arguments, tiling)
         self._kernel.project_indexer_kernel[grid](**arguments, **options)
-        return out
+        return self._out
 
     def forms(self) -> dict[str, list[Callable[[], Any]]]:
         """Calls of each form, one a weight."""
@@ -81,6 +80,10 @@ class Projections:
             work = partial(self._down, self._split[i])
             return run(work, kernel.project_indexer, self._plain, *self._sides[i], self._out)
 
+        def served(i: int) -> Any:
+            work, weight = partial(self._down, self._whole[i]), self._sides[i][1]
+            return run(work, kernel.project_indexer, self._plain, None, weight, self._out)
+
         def joined(i: int, tiling: Any) -> Any:
             down = self._down(self._whole[i])
             return down, self._weights_proj(None, self._sides[i][1], tiling)
@@ -89,7 +92,10 @@ class Projections:
             work, side = partial(self._down, self._whole[i]), self._weights_proj
             return run(work, side, self._plain, self._sides[i][1], tiling)
 
-        found = {"fork": [partial(fork, i) for i in range(_WEIGHTS)]}
+        found = {
+            name: [partial(form, i) for i in range(_WEIGHTS)]
+            for name, form in (("fork", fork), ("served", served))
+        }
         found["q_a and kv_a alone"] = [partial(self._down, weight) for weight in self._split]
         for tiling in tilings:
             found[f"joined {tiling}"] = [partial(joined, i, tiling) for i in range(_WEIGHTS)]

@@ -18,16 +18,19 @@ class Indexer:
         config: the model's, of which sizes and `indexer_rope_interleave`, the pairing of the RoPE
             (False for V3.2), are read.
         weights: make what is asked for; `wk` and `weights_proj` are one GEMM.
+        has_wk: False where `wk` is one of the attention's own projections.
 
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, in the form of Hugging Face transformers 5.23
     (DeepseekV32Indexer).
     """
 
-    def __init__(self, config: Any, layer_id: int, weights: Any, prefix: str) -> None:
+    def __init__(self, config: Any, layer_id: int, weights: Any, prefix: str, has_wk: bool) -> None:
         self.config, self.layer_id = config, layer_id
         heads, dim = config.index_n_heads, config.index_head_dim
         self._wq_b = weights.matrix(config.q_lora_rank, {f"{prefix}wq_b.weight": heads * dim})
-        parts = {f"{prefix}wk.weight": dim, f"{prefix}weights_proj.weight": heads}
+        self._key_width = dim if has_wk else 0
+        parts = {f"{prefix}wk.weight": dim} if has_wk else {}
+        parts[f"{prefix}weights_proj.weight"] = heads
         # both scale factors of the scores are folded in when the weight is loaded
         factors = {f"{prefix}weights_proj.weight": heads**-0.5 * dim**-0.5}
         self._wk_weights_proj = weights.columns(config.hidden_size, parts, factors)
@@ -42,7 +45,7 @@ class Indexer:
         return self._k_norm | {"index_rope_interleave": self.config.indexer_rope_interleave}
 
     def project(self, hidden_states: Any, backend: Any) -> tuple[Any, Any]:
-        """Index keys and head weights as projected; `write_caches` norms the keys.
+        """Index keys, if it has `wk`, and head weights; `write_caches` norms the keys.
 
         They need only the hidden states, so they may run beside other projections, see
         IndexerOverlap.
@@ -52,15 +55,17 @@ class Indexer:
             backend: on a device the results are in its `projection_buffers`.
 
         Returns:
-            float32 [num_tokens, index_head_dim] and [num_tokens, index_n_heads].
+            float32 [num_tokens, index_head_dim], without `wk` of no meaning, and [num_tokens,
+            index_n_heads].
         """
-        weights, dim = self._wk_weights_proj, self.config.index_head_dim
+        weights, width = self._wk_weights_proj, self._key_width
         if not isinstance(weights, HostMatrix):
             out = backend.projection_buffers(hidden_states.shape[0])
             project = serving("indexer_projection", hidden_states)
-            return project(hidden_states, *weights, out=out)  # type: ignore[no-any-return]
+            wk, weights_proj = weights if width else (None, *weights)
+            return project(hidden_states, wk, weights_proj, out=out)  # type: ignore[no-any-return]
         both = weights.times(hidden_states)
-        return both[:, :dim], both[:, dim:]
+        return both[:, :width], both[:, width:]
 
     def forward(self, forward_meta: Any, qr: Any, cos_sin: Any, precomputed_weights: Any) -> Any:
         """Cache slots that each token attends to; the step's keys are in the cache already.

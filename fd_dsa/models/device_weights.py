@@ -48,7 +48,7 @@ class DeviceWeights:
     ) -> None:
         self.group = group or SingleGroup()
         self.loaders: dict[str, WeightLoader] = {}
-        self._dtype, self._allocate, self._fp8 = dtype, allocate, fp8
+        self._dtype, self._allocate, self.fp8 = dtype, allocate, fp8
         self._round_scales = round_scales
         self._upload: Upload | None = None
 
@@ -64,7 +64,7 @@ class DeviceWeights:
         return vector
 
     def norm(self, name: str, width: int, epsilon: float) -> DeviceNorm:
-        rounds = self._round_scales if self._fp8 else None
+        rounds = self._round_scales if self.fp8 else None
         return DeviceNorm(self.vector({name: width}), epsilon, rounds)
 
     def table(self, name: str, rows: int, width: int) -> tuple[Any, DeviceMatrix]:
@@ -165,7 +165,7 @@ class DeviceWeights:
 
     def _are_blocks(self, parts: Mapping[str, int]) -> bool:
         """Whether these parts can be held as FP8 together."""
-        if not all(name in self._fp8 for name in parts):
+        if not all(name in self.fp8 for name in parts):
             return False
         starts = np.cumsum(list(parts.values()))[:-1]
         if not (starts % BLOCK).any():

@@ -6,10 +6,12 @@ Source: Hugging Face transformers 5.23, models/deepseek_v32 and models/glm_moe_d
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import singledispatch
 
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.dequantize import BLOCK
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -63,6 +65,28 @@ def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:
 def mtp_name(config: ModelConfig, name: str) -> str:
     """Full name of a tensor of the layer for multi-token prediction."""
     return f"model.layers.{config.num_hidden_layers}.{name}"
+
+
+def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> dict[str, int]:
+    """Names and rows of the weights of the first GEMM of an attention, in their order.
+
+    The indexer's wk is one of them where all are FP8 and end at blocks: between q_a_proj and
+    kv_a_proj_with_mqa, which may end within one. Biases are those of the two alone.
+
+    Args:
+        prefix: of the names.
+        fp8: names of the tensors that are held as FP8 where their places allow it.
+    """
+    rows = {
+        "q_a_proj": config.q_lora_rank,
+        "indexer.wk": config.index_head_dim,
+        "kv_a_proj_with_mqa": config.kv_lora_rank + config.qk_rope_head_dim,
+    }
+    parts = {f"{prefix}{name}.weight": count for name, count in rows.items()}
+    ends_at_blocks = config.q_lora_rank % BLOCK == config.index_head_dim % BLOCK == 0
+    if config.attention_bias or not ends_at_blocks or not all(name in fp8 for name in parts):
+        del parts[f"{prefix}indexer.wk.weight"]
+    return parts
 
 
 def _mtp(config: ModelConfig) -> dict[str, ExpectedTensor]:

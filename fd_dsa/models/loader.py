@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from fd_dsa.distributed import Group
@@ -21,10 +21,10 @@ from fd_dsa.models.expected_tensors import (
     MTP_EMBEDDING,
     MTP_HEAD,
     ExpectedTensor,
+    down_projections,
     expected_tensors,
     mtp_name,
 )
-from fd_dsa.models.memory_plan import NEVER_FP8
 from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _INV_FREQ = ".rotary_emb.inv_freq"
 # where DeepSeek's own names put layers for multi-token prediction
 _MTP = "mtp."
+_WK = "indexer.wk.weight"
 _MAX_PROBLEMS = 3
 
 
@@ -280,7 +281,7 @@ def check_blocks(config: ModelConfig, size: int, fp8: frozenset[str]) -> None:
     """
     parts = expected_tensors(config.split(size))
     for name, tensor in expected_tensors(config).items():
-        if name not in fp8 or name.endswith(NEVER_FP8):
+        if name not in fp8:
             continue
         for whole, own in zip(tensor.shape, parts[name].shape, strict=True):
             if own < whole and own % BLOCK:
@@ -293,14 +294,25 @@ def check_blocks(config: ModelConfig, size: int, fp8: frozenset[str]) -> None:
 
 
 def quantisable_tensors(config: ModelConfig) -> frozenset[str]:
-    """Names of the tensors that random weights hold as e4m3 where the model's are."""
-    if config.weight_block_size != (BLOCK, BLOCK):
-        return frozenset()
-    return frozenset(n for n, tensor in expected_tensors(config).items() if tensor.quantisable)
+    """Names of the tensors that a device holds as e4m3 of random weights where the model's are."""
+    return _held(config, (n for n, one in expected_tensors(config).items() if one.quantisable))
 
 
 def fp8_tensors(checkpoint: Checkpoint, config: ModelConfig) -> frozenset[str]:
-    """Names of the tensors that a checkpoint stores as e4m3 with a scale for each 128 x 128."""
+    """Names of the tensors that a device holds as the checkpoint: e4m3, a scale each 128 x 128."""
+    return _held(config, (n for n in checkpoint.names() if checkpoint.info(n).dtype == "F8_E4M3"))
+
+
+def _held(config: ModelConfig, names: Iterable[str]) -> frozenset[str]:
+    """Those of FP8 tensors that stay so on a device.
+
+    Halves of the heads of kv_b_proj cross its blocks; a wk that is not among the first projections
+    shares a launch with weights_proj, which no checkpoint quantises.
+    """
     if config.weight_block_size != (BLOCK, BLOCK):
         return frozenset()
-    return frozenset(n for n in checkpoint.names() if checkpoint.info(n).dtype == "F8_E4M3")
+    found = frozenset(name for name in names if not name.endswith("kv_b_proj.weight"))
+    keys = {name: name.removesuffix(_WK) for name in found if name.endswith(_WK)}
+    return found - {
+        name for name, prefix in keys.items() if name not in down_projections(config, prefix, found)
+    }

@@ -17,9 +17,6 @@ from fd_dsa.models.expected_tensors import expected_tensors
 _DEFAULT_CACHE_BYTES = 4 << 30
 _UNLIMITED = 1 << 60
 _WIDTHS = {"float32": 4, "bfloat16": 2}
-NEVER_FP8 = "kv_b_proj.weight", "indexer.wk.weight"
-"""Ends of the names of matrices that a device holds unquantised: halves of the heads of the one
-cross its blocks, and the other shares a launch with a matrix that no checkpoint quantises."""
 # the first that fits a tensor's name; ranks split all of them but the embedding
 _PARTS = {
     "routed experts": re.compile(r"\.experts\."),
@@ -100,14 +97,13 @@ def weight_parts(
         config: of the model; of one rank where several share it.
         dtype: of all matrices but those in `fp8`; vectors are float32. A CPU holds everything in
             float32 whatever the checkpoint stores.
-        fp8: names of tensors whose values are one byte, with a scale for each block. The few that
-            are held in `dtype` all the same (kv_b_proj and wk) count there.
+        fp8: names of tensors whose values are one byte, with a scale for each block.
     """
     width, parts = _WIDTHS[dtype], dict.fromkeys((*_PARTS, _OTHERS), 0)
     for name, tensor in expected_tensors(config).items():
         if len(tensor.shape) == 1:
             size = 4 * tensor.num_elements
-        elif name in fp8 and not name.endswith(NEVER_FP8):
+        elif name in fp8:
             blocks = num_blocks(tensor.shape, (BLOCK, BLOCK))
             size = tensor.num_elements + 4 * math.prod(blocks)
         else:

@@ -8,7 +8,8 @@ from typing import Any
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.indexer import Indexer
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.ops._linear import linear
+from fd_dsa.models.expected_tensors import down_projections
+from fd_dsa.ops._linear import linear, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
 
 
@@ -30,8 +31,9 @@ class DeepseekV32DSAAttention:
         hidden, rank, heads = config.hidden_size, config.kv_lora_rank, config.num_attention_heads
         values = heads * config.v_head_dim
 
-        down = {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": rank + self.rope_dim}
-        self._down = weights.matrix(hidden, {f"{prefix}{k}.weight": n for k, n in down.items()})
+        down = down_projections(config, prefix, weights.fp8)
+        self._down = weights.matrix(hidden, down)
+        self._kv_begin = sum(down.values()) - rank - self.rope_dim
         eps = config.mla_norm_eps
         self._norm = weights.norm(f"{prefix}q_a_layernorm.weight", config.q_lora_rank, eps)
         self._kv_norm = weights.norm(f"{prefix}kv_a_layernorm.weight", rank, eps)
@@ -44,13 +46,15 @@ class DeepseekV32DSAAttention:
         self._out = weights.matrix(values, {f"{prefix}o_proj.weight": hidden})
         self._down_bias = self._out_bias = None
         if config.attention_bias:
-            self._down_bias = weights.bias({f"{prefix}{k}.bias": n for k, n in down.items()})
+            biases = {f"{name.removesuffix('weight')}bias": n for name, n in down.items()}
+            self._down_bias = weights.bias(biases)
             out_bias = weights.bias({f"{prefix}o_proj.bias": hidden})
             # one rank brings it into the sum over all
             self._out_bias = out_bias if weights.group.rank == 0 else None
         self.indexer = None
         if config.indexer_types[layer_id] == "full":
-            self.indexer = Indexer(config, layer_id, weights, f"{prefix}indexer.")
+            has_wk = self._kv_begin == self.q_lora_rank
+            self.indexer = Indexer(config, layer_id, weights, f"{prefix}indexer.", has_wk)
 
     def forward(
         self, hidden_states: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
@@ -69,14 +73,15 @@ class DeepseekV32DSAAttention:
         backend, indexer = forward_meta.attn_backend, self.indexer
         num_tokens = hidden_states.shape[0]
         if indexer is None:
-            qr, kv_a = self._down_projected(hidden_states)
+            qr, kv_a, _ = self._down_projected(hidden_states)
             backend.write(kv_a, None, cos_sin, self, forward_meta)
             indices = shared_indices
         else:
             work = partial(self._down_projected, hidden_states)
-            # its weights are never FP8
-            side = indexer.project, getattr(hidden_states, "plain", hidden_states), backend
-            (qr, kv_a), (index_k, weights) = backend.overlap.run(num_tokens, work, *side)
+            # what it multiplies by is never FP8
+            side = indexer.project, values_of(hidden_states), backend
+            (qr, kv_a, joined), (index_k, weights) = backend.overlap.run(num_tokens, work, *side)
+            index_k = index_k if joined is None else joined
             backend.write(kv_a, index_k, cos_sin, self, forward_meta)
             indices = None
             prompts = backend.attention.dense_prompts
@@ -99,10 +104,15 @@ class DeepseekV32DSAAttention:
             **norms,
         )
 
-    def _down_projected(self, hidden_states: Any) -> tuple[Any, Any]:
-        """Latent of the queries, normed, and keys of `write_caches`, neither normed nor rotated."""
+    def _down_projected(self, hidden_states: Any) -> tuple[Any, Any, Any]:
+        """Latent of the queries, normed, and keys of `write_caches`, neither normed nor rotated.
+
+        Those of the indexer are None where it projects them itself.
+        """
         qkv = linear(hidden_states, self._down, self._down_bias)
-        return self._norm.of(qkv[:, : self.q_lora_rank]), qkv[:, self.q_lora_rank :]
+        rank, begin = self.q_lora_rank, self._kv_begin
+        index_k = qkv[:, rank:begin] if begin > rank else None
+        return self._norm.of(qkv[:, :rank]), qkv[:, begin:], index_k
 
     def _attended(self, qr: Any, cos_sin: Any, indices: Any, forward_meta: Any) -> Any:
         """Values of the heads side by side [num_tokens, num_heads * v_head_dim]."""

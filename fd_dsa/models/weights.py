@@ -6,7 +6,7 @@ for a device in `device_weights.py`, whose class has the same methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,9 +27,11 @@ class HostWeights:
         group: ranks that share the model.
         loaders: how each tensor of a checkpoint fills its place; all of them together fill every
             weight that was asked for.
+        fp8: names of the tensors that are held as FP8.
     """
 
     device = "cpu"
+    fp8: Collection[str] = frozenset()
 
     def __init__(self, group: Group | None = None) -> None:
         self.group = group or SingleGroup()

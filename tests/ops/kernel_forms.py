@@ -264,15 +264,18 @@ for cache in "uint8", "bfloat16":
             ROPE=64, RANK_PADDED=512, FP8=cache == "uint8", ROWS=128, KEYS=16)
 for tokens in (1, 200, 1000):
     for dtype, wide in (("bfloat16", tl.bfloat16), ("float32", tl.float32)):
-        types = dict.fromkeys(("hidden_ptr", "wk_ptr", "weights_proj_ptr", "index_k_ptr"), dtype)
-        arguments = dict(num_tokens=tokens, HIDDEN=7168, WIDTH=128, HEADS=64, WIDE=wide,
-                         scratch_ptr=None if tokens > 512 else Pointer("float32"))
-        _, options = projection.launch_options(arguments, projection.configuration(tokens))
-        compile("project", projection.project_indexer_kernel, types, **arguments, **options)
-# one row of q_a and kv_a, o_proj, a prompt, and a width that ends in a part of a group; the number
-# is that of the tiles of a stage
+        types = dict.fromkeys(("hidden_ptr", "wk_ptr", "weights_proj_ptr"), dtype)
+        # both weights, and weights_proj alone
+        for width in (128, 0) if dtype == "bfloat16" else (128,):
+            types["index_k_ptr"] = dtype if width else "float32"
+            arguments = dict(num_tokens=tokens, HIDDEN=7168, WIDTH=width, HEADS=64, WIDE=wide,
+                             scratch_ptr=None if tokens > 512 else Pointer("float32"))
+            _, options = projection.launch_options(arguments, projection.configuration(tokens))
+            compile("project", projection.project_indexer_kernel, types, **arguments, **options)
+# one row of q_a, wk and kv_a, o_proj, a prompt, and a width that ends in a part of a group; the
+# number is that of the tiles of a stage
 types = dict.fromkeys(("x_ptr", "weight_ptr"), "uint8") | {"out_ptr": "bfloat16"}
-for rows, columns, width in ((1, 2112, 7168), (64, 7168, 16384), (8192, 4096, 7168), (1, 64, 200)):
+for rows, columns, width in ((1, 2240, 7168), (64, 7168, 16384), (8192, 4096, 7168), (1, 64, 200)):
     _, options = gemm.launch_options(rows, columns, width, gemm.configuration(rows, columns, width))
     if options["SPLITS"] == 1:
         options["scratch_ptr"] = None

@@ -179,7 +179,7 @@ SMALL: Cases = {
 }
 # DeepSeek-V3.2's widths
 LARGE: Cases = {
-    "q_a, kv_a": (300, lambda m, n: linear(m, n, "uint8", 2112, 7168)),
+    "q_a, wk, kv_a": (300, lambda m, n: linear(m, n, "uint8", 2240, 7168)),
     "o_proj": (300, lambda m, n: linear(m, n, "uint8", 7168, 16384)),
     "q_b": (1100, lambda m, n: linear(m, n, "uint8", 24576, 1536)),
     "router": (300, lambda m, n: linear(m, n, "bfloat16", 256, 7168, sums_in_float32=True)),

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.triton
 
 # rows, columns, width: parts of blocks, of tiles and of vectors, and several of each
 SMALL = ((1, 200, 320), (19, 130, 136), (150, 64, 200), (3, 384, 1300))
-LARGE = ((1, 2112, 7168), (8, 7168, 16384), (77, 4096, 7168), (300, 576, 7168), (2048, 7168, 2048))
+LARGE = ((1, 2240, 7168), (8, 7168, 16384), (77, 4096, 7168), (300, 576, 7168), (2048, 7168, 2048))
 
 
 def dirty_scratch(m: KernelMemory) -> Any:

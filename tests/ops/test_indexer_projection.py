@@ -9,6 +9,7 @@ import pytest
 
 from fd_dsa.ops.indexer_projection import project_on_host as project_indexer
 from tests.kernel_memory import KernelMemory
+from tests.ops import block_fp8
 from tests.reference.bfloat16 import ref_array, upper_half
 
 # tokens, hidden size, width of a key, heads: no tile is full, and what V3.2 and GLM-5 have
@@ -175,6 +176,25 @@ def test_captured_before_the_first_run_it_does_without_scratch(
     assert "run a step before the capture" in caplog.text and not scratch._OF_DEVICE
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_head_weights_alone_are_those_beside_keys(kernel_memory: KernelMemory, dtype: str) -> None:
+    from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer as launch
+
+    m = kernel_memory
+    for num_tokens, hidden, width, heads in shapes(m):
+        x, weight = (ref_array(array) for array in case(num_tokens, hidden, width, heads))
+        _, wanted = in_kernel(m, x, weight, width, dtype)
+        given, own = (block_fp8.put(m, array, dtype) for array in (x, weight[:, width:].copy()))
+        out = m.poisoned((num_tokens, width), dtype), m.poisoned((num_tokens, heads), "float32")
+        before = m.get(out[0]).tobytes()
+        assert launch(given, None, own, out) is out
+        assert m.get(out[0]).tobytes() == before
+        keys, made = launch(given, None, own)
+        assert keys is None
+        for found in (m.get(out[1]), m.get(made)):
+            np.testing.assert_array_equal(found, wanted)
+
+
 def test_no_tokens(kernel_memory: KernelMemory) -> None:
     keys, weights = in_kernel(kernel_memory, *case(0, 40, 24, 5), 24)
     assert keys.shape == (0, 24) and weights.shape == (0, 5)
@@ -191,3 +211,11 @@ def test_on_a_cpu_it_is_two_products() -> None:
     assert project_indexer(x, *parameters, out) is out
     for result in (found, out):
         close(result, wanted)
+    keys = out[0].copy()
+    out[1][:] = 0
+    assert project_indexer(x, None, parameters[1], out) is out
+    np.testing.assert_array_equal(out[0], keys)
+    no_keys, weights = project_indexer(x, None, parameters[1])
+    assert no_keys is None
+    for made in (weights, out[1]):
+        np.testing.assert_array_equal(made, found[1])

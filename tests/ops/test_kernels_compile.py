@@ -79,7 +79,7 @@ def test_every_form_compiles() -> None:
 
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
-    assert len(made) == 4 + 1 + 6 + 4 + 8 + 1 + 5 + 9 + 2 + 7
+    assert len(made) == 4 + 1 + 9 + 4 + 8 + 1 + 5 + 9 + 2 + 7
     for form in made:
         assert_waits(form)
         name, blocks = form["label"], form["blocks"]

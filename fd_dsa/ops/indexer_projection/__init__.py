@@ -13,10 +13,11 @@ at the same time, need a `scratch` each.
 Args:
     hidden_states: float32, on a device also bfloat16, [num_tokens, hidden_size]; may be a column
         slice of wider rows.
-    wk: of the same dtype, [hidden_size, index_head_dim].
+    wk: of the same dtype, [hidden_size, index_head_dim]; None leaves the keys out.
     weights_proj: of the same dtype, [hidden_size, index_n_heads]. Both may be column slices, as of
         one parameter.
-    out: where to write the two results, on a device contiguous; None allocates.
+    out: where to write the two results, on a device contiguous; None allocates. Keys that are left
+        out stay as they are, or None.
     scratch: on a device memory of `_split_sums.new_scratch`; None is the device's own, made by
         the first launch outside of a capture.
 
@@ -47,9 +48,10 @@ def project_on_host(
     for index, result in enumerate(out or ()):
         check_writable("project_indexer", f"out[{index}]", result)
     x = as_numpy(hidden_states)
-    results = linear(x, wk), linear(x, weights_proj)
+    results = None if wk is None else linear(x, wk), linear(x, weights_proj)
     if out is None:
         return results
     for target, result in zip(out, results, strict=True):
-        np.copyto(as_numpy(target), result)
+        if result is not None:
+            np.copyto(as_numpy(target), result)
     return out

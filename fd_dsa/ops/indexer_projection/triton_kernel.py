@@ -131,7 +131,7 @@ def project_indexer(
     if out is None:
         allocate, dtype = allocator_beside(hidden_states), dtype_name(hidden_states.dtype)
         out = (
-            allocate((num_tokens, wk.shape[1]), dtype),
+            None if wk is None else allocate((num_tokens, wk.shape[1]), dtype),
             allocate((num_tokens, weights_proj.shape[1]), "float32"),
         )
     if num_tokens:
@@ -156,6 +156,9 @@ def kernel_arguments(
     Raises:
         ShapeError: the values of a row are not contiguous.
     """
+    width, keys = (0, out[1]) if wk is None else (wk.shape[1], out[0])
+    # without columns nothing is read or written there
+    wk = weights_proj if wk is None else wk
     matrices = ("hidden", hidden_states), ("wk", wk), ("weights_proj", weights_proj)
     strides = {name: outer_strides(_NAME, name, matrix)[0] for name, matrix in matrices}
     bfloat16 = str(hidden_states.dtype).endswith("bfloat16")
@@ -166,12 +169,12 @@ def kernel_arguments(
         "wk_stride": strides["wk"],
         "weights_proj_ptr": weights_proj,
         "weights_proj_stride": strides["weights_proj"],
-        "index_k_ptr": out[0],
+        "index_k_ptr": keys,
         "weights_ptr": out[1],
         "scratch_ptr": scratch,
         "num_tokens": hidden_states.shape[0],
         "HIDDEN": hidden_states.shape[1],
-        "WIDTH": wk.shape[1],
+        "WIDTH": width,
         "HEADS": weights_proj.shape[1],
         "WIDE": tl.bfloat16 if bfloat16 else tl.float32,
     }

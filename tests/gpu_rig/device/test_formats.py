@@ -43,6 +43,8 @@ SIZES: dict[str, Any] = {
     "topk_group": 1,
 }
 FP8 = {"quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"}}
+# index keys are of the GEMM of q_a and kv_a where all are FP8 and without a bias
+WIDE_KEYS = {"index_head_dim": 128, "qk_rope_head_dim": 64}
 STEPS = [
     [(0, 10, 0, True), (2, 14, 0, True)],
     [(0, 6, 10, True), (2, 1, 14, False)],
@@ -152,19 +154,39 @@ def logits_of(runner: ModelRunner, steps: Any = STEPS) -> list[np.ndarray]:
     ]
 
 
+def index_keys(runner: ModelRunner) -> np.ndarray:
+    """What STEPS have written to the first layer's cache of the indexer."""
+    tables = runner.input_batch.block_tables[[0, 2]].astype(np.int64)
+    slots = (tables[:, :, None] * 16 + np.arange(16)).reshape(2, -1)[:, :17].ravel()
+    cache = runner.caches[1]
+    values = np.asarray(cache.numpy().reshape(-1, cache.shape[-1])[slots])
+    if values.itemsize == 2:
+        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return values
+
+
 @pytest.mark.parametrize("form", BOUNDS)
-@pytest.mark.parametrize("fields", [V32, GLM | {"attention_bias": True}], ids=["v32", "glm"])
+@pytest.mark.parametrize(
+    "fields",
+    [V32, V32 | WIDE_KEYS, GLM | {"attention_bias": True}],
+    ids=["v32", "v32-wide-keys", "glm"],
+)
 def test_logits_are_those_of_the_cpu(
     rig: Rig, tmp_path: Path, fields: dict[str, Any], form: str
 ) -> None:
     fields = fields | SIZES | (FP8 if form == "fp8" else {})
     folder = folder_of(tmp_path, fields, form)
-    wanted, found = (logits_of(runner_on(folder, device)) for device in ("cpu", rig.device))
+    runners = [runner_on(folder, device) for device in ("cpu", rig.device)]
+    wanted, found = map(logits_of, runners)
     for ours, theirs in zip(found, wanted, strict=True):
         largest = np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=BOUNDS[form] * largest)
+    # no logit depends on the keys: fewer than are chosen
+    wanted.append(index_keys(runners[0]))
+    found.append(index_keys(runners[1]))
+    for ours, theirs in zip(found, wanted, strict=True):
         # a wrong block or scale is off by more on average, too
-        assert np.sqrt(np.mean((ours - theirs) ** 2)) < BOUNDS[form] / 3 * largest
+        assert np.sqrt(np.mean((ours - theirs) ** 2)) < BOUNDS[form] / 3 * np.abs(theirs).max()
 
 
 def test_random_weights_are_finite_and_use_all_experts(rig: Rig) -> None:

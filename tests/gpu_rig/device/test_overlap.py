@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fd_dsa.triton_runtime.device import PaddleApi
 from tests.gpu_rig import Rig, RigError
 from tests.gpu_rig.device.test_capture import add_kernel
 from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
+from tests.gpu_rig.device.test_formats import FP8, SIZES, WIDE_KEYS, folder_of, runner_on
 from tests.runner.tiny import V32, run_rows
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
@@ -209,13 +211,21 @@ def test_a_capture_without_the_join_fails(real_rig: Rig) -> None:
     layer.check(layer.numbers(0))
 
 
-def test_logits_of_a_model_are_the_same_bits(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["float32", "fp8"])
+def test_logits_of_a_model_are_the_same_bits(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
+) -> None:
+    """In FP8 the head weights alone are made beside the GEMM of the others."""
     tokens = np.random.default_rng(7).integers(2, 50, 30).tolist()
     steps = [[(0, tokens[:20], 0, True)], [(0, tokens[20:21], 20, False)]]
     found = []
     for most in ("0", "64"):
         monkeypatch.setenv("FD_DSA_OVERLAP_MAX_TOKENS", most)
-        runner = tiny_runner(V32, "float32", rig.device)
+        if form == "fp8":
+            fields = V32 | SIZES | WIDE_KEYS | FP8
+            runner = runner_on(folder_of(tmp_path / most, fields, form), rig.device)
+        else:
+            runner = tiny_runner(V32, form, rig.device)
         assert runner.attn_backends[0].overlap.max_tokens == int(most)
         found.append([run_rows(runner, rows).tobytes() for rows in steps])
     assert found[0] == found[1]

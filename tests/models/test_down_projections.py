@@ -1,0 +1,141 @@
+"""The first projections of an attention on a device: wk in the FP8 GEMM of q_a and kv_a, or not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="the weights are Paddle's tensors")
+
+from fd_dsa.distributed import Group
+from fd_dsa.models.config import ModelConfig, MtpLayer
+from fd_dsa.models.device_weights import DeviceWeights
+from fd_dsa.models.expected_tensors import down_projections, expected_tensors
+from fd_dsa.models.loader import quantisable_tensors
+from fd_dsa.models.memory_plan import weight_bytes
+from fd_dsa.models.mla import DeepseekV32DSAAttention
+from fd_dsa.models.registry import create_model
+from fd_dsa.models.weights import HostWeights
+from fd_dsa.ops._dense_kernels import quantize_rows
+from fd_dsa.ops._device_matrix import Normed
+from tests.kernel_memory import KernelMemory
+from tests.models.folders import TINY_FP8, f8, f32
+from tests.ops import block_fp8
+from tests.runner.tiny import stored_as
+
+pytestmark = pytest.mark.triton
+
+# kv_a ends within a block
+SIZES = TINY_FP8 | {"q_lora_rank": 256, "index_head_dim": 128, "kv_lora_rank": 136}
+Q_A, WK, KV_A = 256, 128, 140
+NAMES = "q_a_proj.weight", "indexer.wk.weight", "kv_a_proj_with_mqa.weight"
+ROWS = 9
+
+
+def attention_in(m: KernelMemory, fields: dict[str, Any], *fp8: str) -> tuple[Any, DeviceWeights]:
+    """The attention of a layer in bfloat16, the tensors of these names in FP8."""
+    weights = DeviceWeights("bfloat16", m.poisoned, fp8, round_scales=True)
+    return DeepseekV32DSAAttention(ModelConfig.from_dict(fields), 0, weights, ""), weights
+
+
+def test_one_weight_has_the_parts_and_their_scales(paddle_memory: KernelMemory) -> None:
+    """Blocks of q_a, wk and kv_a as stored; columns are the float64 sums of what is quantised."""
+    m, rng = paddle_memory, np.random.default_rng(1)
+    attention, weights = attention_in(m, SIZES, *NAMES)
+    parts = [block_fp8.weight(rng, rows, 160) for rows in (Q_A, WK, KV_A)]
+    for name, (codes, scales) in zip(NAMES, parts, strict=True):
+        scale = stored_as(f"{name}_scale_inv", f32(scales))
+        weights.loaders[name](stored_as(name, f8(codes), scale))
+    for name in ("q_a_layernorm.weight", "kv_a_layernorm.weight"):
+        norm = np.ones(Q_A if name.startswith("q") else 136, np.float32)
+        weights.loaders[name](stored_as(name, f32(norm)))
+    weights.finish()
+    codes, scales = (np.concatenate(both) for both in zip(*parts, strict=True))
+    np.testing.assert_array_equal(m.get(attention._down.values), codes)
+    np.testing.assert_array_equal(m.get(attention._down.scales), scales)
+    # of powers of two, and neighbours across the borders of the parts differ
+    assert (np.abs(np.log2(scales[1:] / scales[:-1])) > 0.5).mean() > 0.7
+
+    x = block_fp8.put(m, rng.standard_normal((ROWS, 160)), "bfloat16")
+    rows = quantize_rows(x, True)
+    qr, kv_a, index_k = attention._down_projected(Normed(x, rows))
+    values = block_fp8.row_values(m.get(rows.codes), m.get(rows.scales))
+    every = block_fp8.weight_values(codes, scales)
+    # rounded once; of the sums as in test_fp8_gemm
+    wanted, step = values @ every.T, 2.0**-10 if m.on_gpu else 2.0**-21
+    bound = step * (np.abs(values) @ np.abs(every).T) + 2.0**-8 * np.abs(wanted)
+    root = np.sqrt((wanted[:, :Q_A] ** 2).mean(axis=1, keepdims=True))
+    found = np.concatenate([block_fp8.get(m, one) for one in (qr.plain, index_k, kv_a)], axis=1)
+    assert (np.abs(found - wanted)[:, Q_A:] <= bound[:, Q_A:]).all()
+    # the root is of rounded values too, and so is the result
+    assert (np.abs(found[:, :Q_A] * root - wanted[:, :Q_A]) <= 3 * bound[:, :Q_A]).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "fp8", "is_joined"),
+    [
+        ({}, NAMES, True),
+        ({"q_lora_rank": 1536}, NAMES, True),
+        # some or all tensors are stored in bfloat16
+        ({}, (), False),
+        ({}, NAMES[::2], False),
+        ({}, NAMES[:2], False),
+        ({}, NAMES[1:], False),
+        # a part that would begin within a block, and a bias
+        ({"q_lora_rank": 200}, NAMES, False),
+        ({"index_head_dim": 64}, NAMES, False),
+        ({"attention_bias": True}, NAMES, False),
+    ],
+)
+def test_what_decides(
+    paddle_memory: KernelMemory, fields: dict[str, Any], fp8: tuple[str, ...], is_joined: bool
+) -> None:
+    config = ModelConfig.from_dict(SIZES | fields)
+    assert config.attention_bias == ("attention_bias" in fields)
+    rows = down_projections(config, "", fp8)
+    assert (NAMES[1] in rows) == is_joined
+    weights = DeviceWeights("bfloat16", paddle_memory.poisoned, fp8)
+    attention = DeepseekV32DSAAttention(config, 0, weights, "")
+    assert attention._down.values.shape[0] == sum(rows.values())
+    own = attention.indexer._wk_weights_proj
+    widths = [config.index_head_dim] * (not is_joined) + [config.index_n_heads]
+    assert [weight.shape[1] for weight in own] == widths
+
+
+def test_a_cpu_has_wk_beside_weights_proj() -> None:
+    config = ModelConfig.from_dict(SIZES)
+    attention = DeepseekV32DSAAttention(config, 0, HostWeights(), "")
+    assert attention._down.out_width == Q_A + KV_A
+    assert attention.indexer is not None
+    assert attention.indexer._wk_weights_proj.out_width == WK + config.index_n_heads
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_layer_of_every_rank_has_them_and_the_plan_counts_them(
+    paddle_memory: KernelMemory, ranks: int
+) -> None:
+    """The layer for multi-token prediction, too."""
+    sizes = SIZES | {"moe_intermediate_size": 256, "intermediate_size": 256}
+    config = replace(ModelConfig.from_dict(sizes), mtp=MtpLayer())
+    fp8, num_bytes = quantisable_tensors(config), 0
+
+    def counted(shape: tuple[int, ...], dtype: str) -> Any:
+        nonlocal num_bytes
+        num_bytes += prod(shape) * {"float32": 4, "bfloat16": 2, "uint8": 1}[dtype]
+        return paddle_memory.poisoned(shape, dtype)
+
+    group = cast(Group, SimpleNamespace(rank=0, size=ranks))
+    weights = DeviceWeights("bfloat16", counted, fp8, round_scales=True, group=group)
+    model = create_model(config.split(ranks), weights)
+    for layer in (*model.layers, model.mtp._layer):
+        assert layer.self_attn._down.values.shape[0] == Q_A + WK + KV_A
+        assert len(layer.self_attn.indexer._wk_weights_proj) == 1
+    assert model.loaders.keys() == expected_tensors(config.split(ranks)).keys()
+    assert num_bytes - 4 * prod(model.cos_sin.shape) == weight_bytes(
+        config.split(ranks), "bfloat16", fp8
+    )
