@@ -189,10 +189,12 @@ def test_head_weights_alone_are_those_beside_keys(kernel_memory: KernelMemory, d
         before = m.get(out[0]).tobytes()
         assert launch(given, None, own, out) is out
         assert m.get(out[0]).tobytes() == before
-        keys, made = launch(given, None, own)
-        assert keys is None
-        for found in (m.get(out[1]), m.get(made)):
-            np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(m.get(out[1]), wanted)
+        if m.name != "torch":
+            # what it allocates are Paddle's tensors
+            keys, made = launch(given, None, own)
+            assert keys is None
+            np.testing.assert_array_equal(m.get(made), wanted)
 
 
 def test_no_tokens(kernel_memory: KernelMemory) -> None:
