@@ -9,7 +9,6 @@ import pytest
 
 from fd_dsa.ops.indexer_projection import project_on_host as project_indexer
 from tests.kernel_memory import KernelMemory
-from tests.ops import block_fp8
 from tests.reference.bfloat16 import ref_array, upper_half
 
 # tokens, hidden size, width of a key, heads: no tile is full, and what V3.2 and GLM-5 have
@@ -184,7 +183,10 @@ def test_head_weights_alone_are_those_beside_keys(kernel_memory: KernelMemory, d
     for num_tokens, hidden, width, heads in shapes(m):
         x, weight = (ref_array(array) for array in case(num_tokens, hidden, width, heads))
         _, wanted = in_kernel(m, x, weight, width, dtype)
-        given, own = (block_fp8.put(m, array, dtype) for array in (x, weight[:, width:].copy()))
+        arrays = x, weight[:, width:].copy()
+        if dtype == "bfloat16":
+            arrays = tuple(upper_half(array).view(np.uint16) for array in arrays)
+        given, own = (m.put(array, dtype) for array in arrays)
         out = m.poisoned((num_tokens, width), dtype), m.poisoned((num_tokens, heads), "float32")
         before = m.get(out[0]).tobytes()
         assert launch(given, None, own, out) is out
