@@ -116,7 +116,6 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     before anything that imports paddle: that reads its settings from the environment.
 
     Args:
-        config: what is asked for.
         group: the ranks that share the model, each of which makes its plan now; None: this process
             alone plans, as rank 0.
 

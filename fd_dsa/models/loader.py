@@ -236,7 +236,6 @@ def load_dummy_weights(
     """Hand each loader a RandomTensor.
 
     Args:
-        seed: of all tensors.
         progress: called with the values done and the values in all.
     """
     expected = expected_tensors(config)

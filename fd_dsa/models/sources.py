@@ -71,9 +71,7 @@ class RandomTensor:
     biases zeros, so experts are chosen evenly.
 
     Args:
-        name: Hugging Face name.
         shape: as a checkpoint would store it.
-        seed: of all tensors.
         ids_below: of a table of numbers, more than the highest.
     """
 

@@ -67,7 +67,6 @@ class HostWeights:
         """The weight of a GEMM whose outputs are those of the parts side by side.
 
         Args:
-            in_width: of each part.
             parts: name and output width of each.
             sums_in_float32: whether results are rounded to nothing less than float32.
         """
@@ -92,7 +91,6 @@ class HostWeights:
         """A `matrix` whose parts need not be side by side.
 
         Args:
-            in_width: of each part.
             places: of each name, first column and width of the pieces that its rows fill in turn.
         """
         spans = [span for pieces in places.values() for span in pieces]

@@ -19,9 +19,6 @@ from fd_dsa.triton_runtime.transfers import Transfers
 class LibraryKernel:
     """A kernel of a loaded library; one of these serves one thread at a time.
 
-    Args:
-        kernels: the library.
-
     Attributes:
         launcher: name of its C function.
         size: name of the C function that gives the bytes of its structure.

@@ -120,7 +120,6 @@ def launch(plan: Launch, started: float, on_ready: Callable[[str, float], None])
     do not outlive this one, however this one ends.
 
     Args:
-        plan: of `prepare`.
         started: `time.monotonic()` of the moment from which to count.
         on_ready: called once, when GET /health of the server answers 200, with FastDeploy and its
             version, and the seconds since `started`.
@@ -230,7 +229,6 @@ def choose_ports(
     to version, and two servers on one machine must not share them.
 
     Args:
-        host: interface of the HTTP port.
         port: our `--port`, 0 for any.
         port_is_given: the user gave it, so it stays; else others are tried above it.
         passed: flags after `--`, whose ports stay.
