@@ -6,7 +6,7 @@ for a device in `device_weights.py`, whose class has the same methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import paddle
 
 from fd_dsa.distributed import Group, SingleGroup
 from fd_dsa.errors import CheckpointError
+from fd_dsa.models.moe import gated
 from fd_dsa.models.sources import SourceTensor, WeightLoader
 from fd_dsa.ops._gemm import HostMatrix
 from fd_dsa.ops._norm import HostNorm
@@ -154,17 +155,11 @@ class HostWeights:
         self, prefix: str, count: int, hidden_size: int, width: int
     ) -> list[tuple[HostMatrix, HostMatrix]]:
         """gate_up and down of each expert."""
-        return [self.gated(f"{prefix}{i}.", hidden_size, width) for i in range(count)]
+        return [gated(self, f"{prefix}{i}.", hidden_size, width) for i in range(count)]
 
-    def gated(self, prefix: str, hidden_size: int, width: int) -> tuple[HostMatrix, HostMatrix]:
-        """gate_up and down of a gated MLP."""
-        gate_up = {f"{prefix}gate_proj.weight": width, f"{prefix}up_proj.weight": width}
-        down = {f"{prefix}down_proj.weight": hidden_size}
-        return self.matrix(hidden_size, gate_up), self.matrix(width, down)
-
-    def constant(self, array: np.ndarray) -> np.ndarray:
+    def constant(self, make: Callable[[], np.ndarray]) -> np.ndarray:
         """A table of float32 that is computed and not loaded."""
-        return array
+        return make()
 
     def finish(self) -> None:
         """Loading is over: large weights take the order in which GEMMs read them, for good."""
