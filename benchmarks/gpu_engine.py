@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks._harness import RESULTS, Worker, environment, write_json
+from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.stream_client import streams
 from fd_dsa.config import demo_model_path
 
@@ -128,21 +129,6 @@ FIGURES = {
     "decode": ("tpot_ms", "ms a token", True),
     "prefill": ("tok_s", "prompt tokens/s", False),
     "mixed": ("tok_s", "tokens/s", False),
-}
-
-
-# classes of kernels, by parts of their names; the first that fits
-CLASSES = {
-    "routed experts": ("expert_gemm_kernel", "multiply_experts"),
-    "choice, groups and sum of experts": ("choose_experts", "group_pairs", "sum_experts"),
-    "GEMMs in FP8": ("fp8_linear_kernel", "_qq", "__nv_bfloat16"),
-    "head, router": ("nvjet", "splitKreduce"),
-    "keys and values of heads": ("head_gemm_kernel",),
-    "indexer": ("tile_", "topk", "prepare_query_kernel", "project_indexer"),
-    "attention": ("attend", "combine_kernel", "gather_keys", "dequantize"),
-    "norms, SiLU, quantisation": ("rms_norm", "silu_and_mul", "quantize_rows"),
-    "cache writes, queries": ("write_caches", "prepare_mla_query"),
-    "rest": ("",),
 }
 
 
@@ -291,19 +277,6 @@ def show_profile(profile: Mapping[str, Any]) -> None:
     )
     for name, us, launches in profile["kernels"][:40]:
         print(f"    {us:9.1f} us  {launches:6.1f}  {name}", flush=True)
-
-
-def by_class(profiles: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Microseconds of each class of kernels in each profile, and how long any kernel ran."""
-    rows: dict[str, dict[str, Any]] = {name: {"class": name} for name in CLASSES}
-    for column, profile in profiles.items():
-        for row in rows.values():
-            row[f"us_{column}"] = 0.0
-        for kernel, us, _ in profile["kernels"]:
-            fits = (name for name, parts in CLASSES.items() if any(p in kernel for p in parts))
-            rows[next(fits)][f"us_{column}"] += us
-    busy = {f"us_{column}": profile["busy_us"] for column, profile in profiles.items()}
-    return [*rows.values(), {"class": "any kernel runs"} | busy]
 
 
 def measured_before(path: Path) -> dict[str, Any]:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from benchmarks._harness import random_prompts
+
+
+# classes of kernels, by parts of their names; the first that fits
+CLASSES = {
+    "routed experts": ("expert_gemm_kernel", "multiply_experts"),
+    "choice, groups and sum of experts": ("choose_experts", "group_pairs", "sum_experts"),
+    "GEMMs in FP8": ("fp8_linear_kernel", "_qq", "__nv_bfloat16"),
+    "head, router": ("nvjet", "splitKreduce"),
+    "keys and values of heads": ("head_gemm_kernel",),
+    "indexer": ("tile_", "topk", "prepare_query_kernel", "project_indexer"),
+    "attention": ("attend", "combine_kernel", "gather_keys", "dequantize"),
+    "norms, SiLU, quantisation": ("rms_norm", "silu_and_mul", "quantize_rows"),
+    "cache writes, queries": ("write_caches", "prepare_mla_query"),
+    "rest": ("",),
+}
 
 
 def open_device(rig: bool, device: str) -> str:
@@ -153,3 +169,16 @@ def profiled(events: Any, steps: int) -> dict[str, Any]:
         reach = max(reach, end)
     rows = sorted(([name[:120], *entry] for name, entry in kernels.items()), key=lambda r: -r[1])
     return {"busy_us": busy / steps, "launches": sum(row[2] for row in rows), "kernels": rows}
+
+
+def by_class(profiles: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Microseconds of each class of kernels in each profile, and how long any kernel ran."""
+    rows: dict[str, dict[str, Any]] = {name: {"class": name} for name in CLASSES}
+    for column, profile in profiles.items():
+        for row in rows.values():
+            row[f"us_{column}"] = 0.0
+        for kernel, us, _ in profile["kernels"]:
+            fits = (name for name, parts in CLASSES.items() if any(p in kernel for p in parts))
+            rows[next(fits)][f"us_{column}"] += us
+    busy = {f"us_{column}": profile["busy_us"] for column, profile in profiles.items()}
+    return [*rows.values(), {"class": "any kernel runs"} | busy]

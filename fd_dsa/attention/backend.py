@@ -45,7 +45,6 @@ class DSAAttentionBackend:
     latents, `caches[2 * l + 1]` indexer keys (None for a layer that shares a selection).
 
     Args:
-        config: sizes and scale.
         device: "cpu", "gpu", "gpu:0" or a custom device of Paddle such as "name:0"; caches,
             activations and results are tensors there.
         allocate: how buffers on a device are made, as of a StepMetadataBuilder.
@@ -174,11 +173,7 @@ class DSAAttentionBackend:
         return self.attention_metadata
 
     def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Any]:
-        """Caches of `config.num_blocks` blocks, as `forward_meta.caches` has them.
-
-        Args:
-            has_indexer: of each layer.
-        """
+        """Caches of `config.num_blocks` blocks, as `forward_meta.caches` has them."""
         layout, num_blocks = self.config.cache_layout, self.config.num_blocks or 0
         allocate = self.attention.allocate_cache
         caches: list[Any] = []

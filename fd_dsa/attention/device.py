@@ -56,7 +56,6 @@ class DeviceAttention:
     """Reads the caches that `write_caches` fills; its buffers serve every layer and step.
 
     Args:
-        config: sizes and scale.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
 
     Attributes:

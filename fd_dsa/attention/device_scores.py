@@ -29,7 +29,6 @@ class PageScores:
     """Scores by the kernel for every cache and GPU, in one buffer for all layers and steps.
 
     Args:
-        config: sizes.
         view: gives the start of the named buffer of a DeviceAttention as a tensor.
         num_logits: scores that the buffer "logits" holds; at least one token's of the longest row.
         select_slots: as `topk.custom_op.slot_selector` gives it.

@@ -88,7 +88,6 @@ class StepPlan:
 
     Args:
         meta: metadata of the step; its arrays are read while the plan is made.
-        config: sizes.
         slots: int32 [max_num_tokens * index_topk]; buffer for the selection, kept by the caller.
     """
 

@@ -63,7 +63,6 @@ class HostGroup(Group):
     at a time.
 
     Args:
-        rank: of this process.
         shared: of the group, as `Shared.create` gave it to rank 0.
 
     Attributes:

@@ -47,7 +47,6 @@ class AsyncEngine:
     """
 
     def __init__(self, link: EngineLink) -> None:
-        """Keep the engine; `start` lets it run."""
         self._link = link
         self.errored: BaseException | None = None
         self.facts = self._link.facts

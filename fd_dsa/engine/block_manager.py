@@ -24,14 +24,12 @@ class BlockKeys:
 
     Args:
         token_ids: the request's tokens; may grow, and must not change otherwise.
-        block_size: tokens per block.
         cache_salt: keeps the blocks of requests with another one, or none, apart.
     """
 
     __slots__ = ("_block_size", "_keys", "_mark", "_root", "_token_ids")
 
     def __init__(self, token_ids: list[int], block_size: int, cache_salt: str | None) -> None:
-        """Hash the salt alone."""
         self._token_ids = token_ids
         self._block_size = block_size
         # without a salt; no text has this digest
@@ -86,7 +84,6 @@ class BlockManager:
 
     Args:
         num_blocks: blocks of the caches, ids 0 .. num_blocks - 1.
-        block_size: tokens per block.
         enable_prefix_caching: whether blocks are shared at all.
 
     Raises:
@@ -96,7 +93,6 @@ class BlockManager:
     def __init__(
         self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
     ) -> None:
-        """All blocks are free at first."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(
                 f"num_blocks is {num_blocks} and block_size {block_size}; both must be >= 1"
@@ -153,7 +149,6 @@ class BlockManager:
         """Blocks added so that the request can hold `num_tokens` tokens in all.
 
         Args:
-            request_id: who shall own them.
             num_tokens: tokens to hold, those of its present blocks included.
             cached: what `find_cached_blocks` gave; only for a request that owns nothing.
             spare: free blocks that must be left.

@@ -114,7 +114,6 @@ def new_detokenizer(
     window of tokens twice and show the difference.
 
     Args:
-        tokenizer: of the model.
         skip_special_tokens: leave special tokens out of the text.
         prompt_token_ids: what comes before the first token; only its end is read.
         kept_token_ids: special tokens that stay in the text nevertheless.

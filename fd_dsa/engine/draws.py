@@ -62,13 +62,9 @@ class RowDraw:
 
     Top-p is exact: the sample decides how many tokens are sorted, never which are kept. Of equal
     weights the larger logits are kept, which float32 may not distinguish, then the lower ids.
-
-    Args:
-        vocab_size: logits of a row.
     """
 
     def __init__(self, vocab_size: int) -> None:
-        """Make the buffers."""
         self.vocab_size = vocab_size
         # the weights of all tokens, and of those of a nucleus; what a row does not fill stays 0
         both = np.zeros((2, -(-vocab_size // _BLOCK), _BLOCK), np.float32)

@@ -42,8 +42,6 @@ class LLMEngine:
         runner: runs the model on the step assembled in its `input_batch`, whose sizes bound a
             step: a `ModelRunner`, or what has at least its `input_batch`, `vocab_size` and
             `execute_model`.
-        tokenizer: for the text of outputs.
-        num_blocks: blocks of the caches.
         max_model_len: longest prompt plus output, tokens.
         eos_token_ids: tokens that end an output.
         target_gap_s: seconds between two tokens of a request, which prompts computed in the same
@@ -78,7 +76,6 @@ class LLMEngine:
         async_scheduling: bool = True,
         speculator: Speculator | None = None,
     ) -> None:
-        """Start without requests."""
         self.runner = runner
         self.tokenizer = tokenizer
         # made now, not in the first request's step

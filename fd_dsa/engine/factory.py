@@ -35,7 +35,6 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
     Everything that can be refused is refused before memory is taken; then weights are loaded.
 
     Args:
-        config: what is asked for.
         progress: follows the phases; None = the log alone.
 
     Raises:
@@ -93,7 +92,6 @@ def build_runner(
     """A runner of a kind, its model loaded, its steps warm; every rank makes its own.
 
     Args:
-        plan: of the engine.
         group: ranks that share the model, each in a process like this; None: there is one.
         progress: as of `build_engine`.
         kind: ModelRunner or a subclass.

@@ -66,11 +66,9 @@ class GrammarMatcher:
     Args:
         compiler: has or makes the compiled grammar, when the output is about to begin: requests
             that wait hold nothing.
-        params: the grammar.
     """
 
     def __init__(self, compiler: GrammarCompiler, params: StructuredOutputsParams) -> None:
-        """At the beginning of the output."""
         self._compiler = compiler
         self._params = params
         self._awaited = params.after_token_id
@@ -188,11 +186,6 @@ class GrammarCompiler:
     share the states that their outputs have reached, the most of what a grammar takes of memory.
     One that was dropped since, as others were asked for, is compiled again by a thread of its own
     when its output is the next to begin.
-
-    Args:
-        tokenizer: of the model.
-        vocab_size: columns of the logits.
-        eos_token_ids: tokens that end an output.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:

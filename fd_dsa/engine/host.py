@@ -138,7 +138,6 @@ class EngineLink:
             self._thread.join(timeout_s)
 
     def _start(self, target: Callable[[], object]) -> None:
-        """Start the thread of the link."""
         if self._thread is not None:
             raise RuntimeError("the engine was started before")
         self._thread = threading.Thread(target=target, name="fd_dsa-engine", daemon=True)
@@ -161,7 +160,6 @@ class EngineHost:
         emit: Callable[[Event], None],
         answers: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> None:
-        """Start without requests."""
         self._engine = engine
         self._emit = emit
         self._answers = {CHECK_FORM: engine.grammars.check, **(answers or {})}

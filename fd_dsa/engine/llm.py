@@ -79,7 +79,6 @@ class LLM:
         seed: int = 0,
         chat_template: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Load the model."""
         given = {name: value for name, value in locals().items() if name != "self"}
         # not at the top: the factory imports paddle
         from fd_dsa.engine.factory import build_engine
@@ -218,11 +217,9 @@ class LLM:
         self._engine = None
 
     def __enter__(self) -> LLM:
-        """For `with`."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
         self.close()
 
     def _start(self, engine: LLMEngine) -> None:

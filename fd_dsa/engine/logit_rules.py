@@ -31,7 +31,6 @@ class BadWords(list[str]):
     The server makes it of what a client sends, so that the engine's thread tokenizes nothing.
 
     Args:
-        words: the texts.
         sequences: token ids that never come in a row, each not empty.
 
     Attributes:
@@ -90,7 +89,6 @@ class TokenCounts:
     """
 
     def __init__(self, prompt_token_ids: Sequence[int], output_token_ids: list[int]) -> None:
-        """List the prompt's tokens."""
         listed = np.unique(np.array(prompt_token_ids, np.int64))
         self._place_of = {token_id: place for place, token_id in enumerate(listed.tolist())}
         self._ids = listed
@@ -119,8 +117,6 @@ class LogitRules:
     """The rules of one request.
 
     Args:
-        params: of the request.
-        prompt_token_ids: its prompt.
         output_token_ids: its output, a list that grows.
         bad: what bad words forbid.
         end_token_ids: what min_tokens forbids.

@@ -109,7 +109,6 @@ class OutputLogprobs:
     """
 
     def __init__(self) -> None:
-        """Nothing yet."""
         self.shown: list[TokenLogprobs] = []
         self._held: list[TokenLogprobs] = []
         # ends, in characters, of the text of the first held tokens; the others have none yet
@@ -151,7 +150,6 @@ class PromptLogprobs:
     """Log-probabilities of a prompt, read chunk by chunk; the first token has none.
 
     Args:
-        token_ids: the prompt.
         num_top: likeliest tokens at each position.
         detokenizer: for the offsets; used by nobody else, and at the start of the prompt.
     """

@@ -96,7 +96,6 @@ class EngineMetrics:
     """
 
     def __init__(self, max_model_len: int, steps: StepCounters | None = None) -> None:
-        """Start without requests."""
         self.steps = steps or StepCounters()
         self.cache_config: dict[str, str] = {}
         self.finished = dict.fromkeys(("stop", "length", "abort", "error"), 0)

@@ -116,7 +116,6 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     before anything that imports paddle: that reads its settings from the environment.
 
     Args:
-        config: what is asked for.
         group: the ranks that share the model, each of which makes its plan now; None: this process
             alone plans, as rank 0.
 
@@ -236,11 +235,7 @@ def _with_index_topk(model_config: Any, index_topk: int | None) -> Any:
 
 
 def _prepare_paddle() -> None:
-    """Make Paddle ready to be imported.
-
-    Raises:
-        BackendUnavailable: it is missing or too old; the line says what to install.
-    """
+    """Make Paddle ready to be imported."""
     if find_spec("paddle") is None:
         raise BackendUnavailable(
             "paddle is not installed; for a CPU run: pip install 'fd_dsa[cpu]' "

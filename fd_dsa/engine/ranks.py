@@ -35,9 +35,6 @@ class Ranks:
     Where one ends or stays stopped, the others are killed, and every wait of this process for them
     raises the error that names it. If this process waits for a device instead, it ends.
 
-    Args:
-        config: of the engine.
-
     Attributes:
         group: this process's.
     """

@@ -38,13 +38,9 @@ class Sampler:
     (the fewest largest of those with at least this share of their mass), then one draw by inverse
     distribution function in the order of ids. Exact: no probability is left out or approximated
     beyond rounding. A row's token depends on its logits, parameters, seed and position only.
-
-    Args:
-        max_num_seqs: slots.
     """
 
     def __init__(self, max_num_seqs: int) -> None:
-        """Allocate the parameters."""
         self._draws: list[tuple[float, float, int, float]] = [(1.0, 0.0, 0, 1.0)] * max_num_seqs
         self._seeds = np.zeros(max_num_seqs, np.uint64)
         self._is_random = np.zeros(max_num_seqs, bool)

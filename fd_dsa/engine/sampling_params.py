@@ -120,7 +120,6 @@ class SamplingParams:
     speculative: bool = True
 
     def __post_init__(self) -> None:
-        """Check every field."""
         for name, kind, optional in _CHECKED:
             value = getattr(self, name)
             if kind is bool:

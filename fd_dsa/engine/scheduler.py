@@ -79,7 +79,6 @@ class Scheduler:
         has_drafts: bool = False,
         lookahead: int = 0,
     ) -> None:
-        """Start without requests."""
         self.drafts: dict[Request, list[int]] = {}
         self._has_drafts = self._may_draft = has_drafts
         self._lookahead = lookahead

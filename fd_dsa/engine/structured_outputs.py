@@ -44,7 +44,6 @@ class StructuredOutputsParams:
     source: str = "structured_outputs"
 
     def __post_init__(self) -> None:
-        """Check that there is one form, of the right type."""
         forms = [name for name in _FORMS if getattr(self, name) not in (None, False)]
         if len(forms) != 1:
             names = " and ".join(forms) or "nothing"

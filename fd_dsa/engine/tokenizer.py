@@ -77,7 +77,6 @@ class Tokenizer:
         optional. Without a template: see `fd_dsa.chat.template.read_renderer`.
 
         Args:
-            path: the folder.
             chat_template: a Jinja file instead of the folder's template.
 
         Raises:

@@ -58,7 +58,6 @@ class Checkpoint:
         Beside a single file the layer for multi-token prediction may have one of its own.
 
         Args:
-            folder: the model folder.
             name_of: the name that each tensor goes by; None: the one in its file.
 
         Raises:

@@ -37,7 +37,6 @@ class FieldReader:
     """Reads fields of one JSON object and remembers which, so that the rest can be reported.
 
     Args:
-        data: the object.
         source: name of the file, the start of each message.
         prefix: path of the object inside the file, with a dot at its end; empty at the top.
     """

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.expected_tensors import MTP_EMBEDDING, MTP_HEAD, mtp_name
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import cos_sin_table
-from fd_dsa.models.sources import WeightLoader
+from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader, mtp_name
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._linear import added, rows_at, values_of
 
@@ -32,9 +32,7 @@ class DeepseekV32DecoderLayer:
         if config.mlp_layer_types[layer_id] == "sparse":
             self.mlp: Any = DeepseekMoE(config, weights, f"{prefix}mlp.")
         else:
-            self.mlp = DeepseekMLP(
-                *weights.gated(f"{prefix}mlp.", hidden, config.intermediate_size)
-            )
+            self.mlp = DeepseekMLP(weights, f"{prefix}mlp.", hidden, config.intermediate_size)
 
     def forward(
         self, hidden_states: Any, change: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
@@ -82,7 +80,7 @@ class MultiTokenPredictor:
             self._head = weights.matrix(hidden, parts, sums_in_float32=True)
         self._token_norm = weights.norm(mtp_name(config, "enorm.weight"), hidden, eps)
         self._hidden_norm = weights.norm(mtp_name(config, "hnorm.weight"), hidden, eps)
-        self._join = weights.matrix(2 * hidden, {mtp_name(config, "eh_proj.weight"): hidden})
+        self._join = weights.matrix(2 * hidden, {mtp_name(config, MTP_JOIN): hidden})
         self._layer = DeepseekV32DecoderLayer(config, number, weights)
         self.norm = weights.norm(mtp_name(config, "shared_head.norm.weight"), hidden, eps)
 
@@ -148,7 +146,7 @@ class DeepseekV32ForCausalLM:
             rows = {"lm_head.weight": config.head_rows}
             self.head = weights.matrix(hidden, rows, sums_in_float32=True)
         width, positions = config.qk_rope_head_dim, config.max_position_embeddings
-        self.cos_sin = weights.constant(cos_sin_table(config.rope, width, positions))
+        self.cos_sin = weights.constant(partial(cos_sin_table, config.rope, width, positions))
         self.mtp = None if config.mtp is None else MultiTokenPredictor(self, weights)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -146,13 +146,9 @@ class DeviceWeights:
             self._fills_rows(name, stacks[part == "down"], first, rows, matrix=i)
         return stacks[0], stacks[1]
 
-    def gated(self, prefix: str, hidden_size: int, width: int) -> tuple[Any, Any]:
-        gate_up = {f"{prefix}gate_proj.weight": width, f"{prefix}up_proj.weight": width}
-        down = {f"{prefix}down_proj.weight": hidden_size}
-        return self.matrix(hidden_size, gate_up), self.matrix(width, down)
-
-    def constant(self, array: np.ndarray) -> Any:
+    def constant(self, make: Callable[[], np.ndarray]) -> Any:
         """A table of float32 that is computed and not loaded."""
+        array = make()
         target = self._allocate(array.shape, "float32")
         self._put(target, 0, array)
         return target

@@ -1,22 +1,17 @@
-"""Names and shapes of the tensors that a model's checkpoint must hold.
-
-Source: Hugging Face transformers 5.23, models/deepseek_v32 and models/glm_moe_dsa.
-"""
+"""Names and shapes of the tensors that a model's checkpoint must hold."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import singledispatch
+from typing import Any
 
+from fd_dsa.distributed import SingleGroup
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.dequantize import BLOCK
-
-LM_HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
-MTP_EMBEDDING = "embed_tokens.weight"
-MTP_HEAD = "shared_head.head.weight"
+from fd_dsa.models.moe import gated
+from fd_dsa.models.registry import MODELS
+from fd_dsa.models.sources import MTP_JOIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,138 +33,78 @@ class ExpectedTensor:
         return math.prod(self.shape)
 
 
-@singledispatch
-def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:
-    """All tensors of a model, by their Hugging Face names, in the order of its layers.
+def expected_tensors(config: Any) -> dict[str, ExpectedTensor]:
+    """All tensors of a model, by their Hugging Face names, as its layers ask for them.
 
     The layer for multi-token prediction has some where `config` says that it is loaded. Experts
     are listed one by one, as checkpoints store them. A layer whose indexer is shared has no
     indexer tensors; a model whose head is tied to the embedding has no `lm_head.weight`.
-    Models with a configuration class of their own register theirs.
+
+    Cost: the model is built without weights; Paddle is not imported.
     """
-    norm = ExpectedTensor((config.hidden_size,))
-    embedding = ExpectedTensor((config.vocab_size, config.hidden_size))
-    tensors = {EMBEDDING: embedding}
-    for layer in range(config.num_hidden_layers):
-        parts = _layer(config, layer)
-        tensors |= {f"model.layers.{layer}.{name}": one for name, one in parts.items()}
-    tensors["model.norm.weight"] = norm
-    if not config.tie_word_embeddings:
-        tensors[LM_HEAD] = ExpectedTensor((config.head_rows, config.hidden_size))
-    if config.mtp is not None:
-        parts = _mtp(config) | _layer(config.with_mtp_layer, config.num_hidden_layers)
-        tensors |= {mtp_name(config, name): one for name, one in parts.items()}
-    return tensors
+    weights = _Expected(may_be_fp8=isinstance(config, ModelConfig))
+    MODELS[config.model_type](config, weights)
+    return weights.tensors
 
 
-def mtp_name(config: ModelConfig, name: str) -> str:
-    """Full name of a tensor of the layer for multi-token prediction."""
-    return f"model.layers.{config.num_hidden_layers}.{name}"
+class _Expected:
+    """Has the methods of HostWeights, makes nothing, and notes what is asked for."""
 
+    group = SingleGroup()
+    fp8: frozenset[str] = frozenset()
 
-def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> dict[str, int]:
-    """Names and rows of the weights of the first GEMM of an attention, in their order.
+    def __init__(self, may_be_fp8: bool) -> None:
+        self.tensors: dict[str, ExpectedTensor] = {}
+        self._may_be_fp8 = may_be_fp8
 
-    The indexer's wk is one of them where all are FP8 and end at blocks: between q_a_proj and
-    kv_a_proj_with_mqa, which may end within one. Biases are those of the two alone.
+    def vector(self, parts: Mapping[str, int]) -> None:
+        self.tensors |= {name: ExpectedTensor((length,)) for name, length in parts.items()}
 
-    Args:
-        prefix: of the names.
-        fp8: names of the tensors that are held as FP8 where their places allow it.
-    """
-    rows = {
-        "q_a_proj": config.q_lora_rank,
-        "indexer.wk": config.index_head_dim,
-        "kv_a_proj_with_mqa": config.kv_lora_rank + config.qk_rope_head_dim,
-    }
-    parts = {f"{prefix}{name}.weight": count for name, count in rows.items()}
-    ends_at_blocks = config.q_lora_rank % BLOCK == config.index_head_dim % BLOCK == 0
-    if config.attention_bias or not ends_at_blocks or not all(name in fp8 for name in parts):
-        del parts[f"{prefix}indexer.wk.weight"]
-    return parts
+    bias = vector
 
+    def norm(self, name: str, width: int, epsilon: float) -> None:
+        self.vector({name: width})
 
-def _mtp(config: ModelConfig) -> dict[str, ExpectedTensor]:
-    """What a layer for multi-token prediction has beside a decoder layer; never FP8.
+    def table(self, name: str, rows: int, width: int) -> tuple[None, None]:
+        self.tensors[name] = ExpectedTensor((rows, width))
+        return None, None
 
-    Source: the index of DeepSeek-V3.2's and GLM-5's checkpoints.
-    """
-    hidden = config.hidden_size
-    norm, table = ExpectedTensor((hidden,)), ExpectedTensor((config.vocab_size, hidden))
-    tensors = {name: norm for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
-    tensors["eh_proj.weight"] = ExpectedTensor((hidden, 2 * hidden))
-    if config.mtp is not None and config.mtp.has_embedding:
-        tensors[MTP_EMBEDDING] = table
-    if config.mtp is not None and config.mtp.has_head:
-        tensors[MTP_HEAD] = table
-    return tensors
+    def matrix(
+        self, in_width: int, parts: Mapping[str, int], *, sums_in_float32: bool = False
+    ) -> None:
+        may_be_fp8 = self._may_be_fp8 and not sums_in_float32
+        for name, width in parts.items():
+            fp8 = may_be_fp8 and not name.endswith(MTP_JOIN)
+            self.tensors[name] = ExpectedTensor((width, in_width), fp8)
 
+    def columns(
+        self, in_width: int, parts: Mapping[str, int], factors: Mapping[str, float]
+    ) -> None:
+        for name, width in parts.items():
+            self.matrix(in_width, {name: width}, sums_in_float32=name in factors)
 
-def _layer(config: ModelConfig, layer: int) -> dict[str, ExpectedTensor]:
-    norm = ExpectedTensor((config.hidden_size,))
-    parts = {"input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
-    parts |= _attention(config)
-    if config.indexer_types[layer] == "full":
-        parts |= _indexer(config)
-    if config.mlp_layer_types[layer] == "dense":
-        return parts | _gated("mlp.", config.hidden_size, config.intermediate_size)
-    return parts | _experts(config)
+    def placed(self, in_width: int, places: Mapping[str, Sequence[tuple[int, int]]]) -> None:
+        for name, pieces in places.items():
+            self.matrix(in_width, {name: sum(width for _, width in pieces)})
 
+    def grouped(self, name: str, groups: int, in_width: int, out_width: int) -> None:
+        self.matrix(in_width, {name: groups * out_width})
 
-def _attention(config: ModelConfig) -> dict[str, ExpectedTensor]:
-    """MLA of a layer, without its indexer."""
-    heads, latent = config.num_attention_heads, config.kv_lora_rank
-    kv_a_rows = latent + config.qk_rope_head_dim
-    kv_b_rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
-    weights = {
-        "q_a_proj": (config.q_lora_rank, config.hidden_size),
-        "q_b_proj": (heads * config.qk_head_dim, config.q_lora_rank),
-        "kv_a_proj_with_mqa": (kv_a_rows, config.hidden_size),
-        "kv_b_proj": (kv_b_rows, latent),
-        "o_proj": (config.hidden_size, heads * config.v_head_dim),
-    }
-    tensors = _weights("self_attn.", weights)
-    tensors["self_attn.q_a_layernorm.weight"] = ExpectedTensor((config.q_lora_rank,))
-    tensors["self_attn.kv_a_layernorm.weight"] = ExpectedTensor((latent,))
-    if config.attention_bias:
-        for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
-            tensors[f"self_attn.{name}.bias"] = ExpectedTensor(weights[name][:1])
-    return tensors
+    def ids(self, name: str, rows: int, width: int, below: int) -> None:
+        self.tensors[name] = ExpectedTensor((rows, width), ids_below=below)
 
+    def by_head(
+        self, name: str, heads: int, key_width: int, value_width: int, rank: int
+    ) -> tuple[None, None]:
+        self.matrix(rank, {name: heads * (key_width + value_width)})
+        return None, None
 
-def _indexer(config: ModelConfig) -> dict[str, ExpectedTensor]:
-    heads, width = config.index_n_heads, config.index_head_dim
-    prefix = "self_attn.indexer."
-    tensors = _weights(
-        prefix,
-        {"wq_b": (heads * width, config.q_lora_rank), "wk": (width, config.hidden_size)},
-    )
-    tensors[f"{prefix}k_norm.weight"] = ExpectedTensor((width,))
-    tensors[f"{prefix}k_norm.bias"] = ExpectedTensor((width,))
-    tensors[f"{prefix}weights_proj.weight"] = ExpectedTensor((heads, config.hidden_size))
-    return tensors
+    def experts(self, prefix: str, count: int, hidden_size: int, width: int) -> None:
+        for i in range(count):
+            gated(self, f"{prefix}{i}.", hidden_size, width)
 
+    def constant(self, make: Any) -> None:
+        """Computed, not loaded."""
 
-def _experts(config: ModelConfig) -> dict[str, ExpectedTensor]:
-    num_experts, width = config.n_routed_experts, config.moe_intermediate_size
-    tensors = {
-        "mlp.gate.weight": ExpectedTensor((num_experts, config.hidden_size)),
-        "mlp.gate.e_score_correction_bias": ExpectedTensor((num_experts,)),
-    }
-    tensors |= _gated("mlp.shared_experts.", config.hidden_size, width * config.n_shared_experts)
-    for expert in range(num_experts):
-        tensors |= _gated(f"mlp.experts.{expert}.", config.hidden_size, width)
-    return tensors
-
-
-def _gated(prefix: str, hidden_size: int, width: int) -> dict[str, ExpectedTensor]:
-    up, down = (width, hidden_size), (hidden_size, width)
-    return _weights(prefix, {"gate_proj": up, "up_proj": up, "down_proj": down})
-
-
-def _weights(prefix: str, shapes: dict[str, tuple[int, int]]) -> dict[str, ExpectedTensor]:
-    """Weights of GEMMs, which may be quantised."""
-    return {
-        f"{prefix}{name}.weight": ExpectedTensor(shape, quantisable=True)
-        for name, shape in shapes.items()
-    }
+    def fills(self, name: str, target: Any) -> None:
+        self.tensors[name] = ExpectedTensor((len(target), math.prod(target.shape[1:])))

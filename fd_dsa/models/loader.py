@@ -15,17 +15,19 @@ from fd_dsa.errors import CheckpointError, flag_error
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig, MtpLayer
 from fd_dsa.models.dequantize import BLOCK, FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
-from fd_dsa.models.expected_tensors import (
+from fd_dsa.models.expected_tensors import ExpectedTensor, expected_tensors
+from fd_dsa.models.mla import down_projections
+from fd_dsa.models.sources import (
     EMBEDDING,
     LM_HEAD,
     MTP_EMBEDDING,
     MTP_HEAD,
-    ExpectedTensor,
-    down_projections,
-    expected_tensors,
+    MTP_JOIN,
+    RandomTensor,
+    SourceTensor,
+    WeightLoader,
     mtp_name,
 )
-from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +107,13 @@ def find_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> MtpLay
         )
     if checkpoint is None:
         return MtpLayer()
-    if mtp_name(config, "eh_proj.weight") not in names:
+    if mtp_name(config, MTP_JOIN) not in names:
         last = max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=0)
         raise flag_error(
             "speculative_config.method",
             "mtp",
             "ngram",
-            f"the checkpoint has layers 0 to {last}, and no tensor "
-            f"{mtp_name(config, 'eh_proj.weight')!r}",
+            f"the checkpoint has layers 0 to {last}, and no tensor {mtp_name(config, MTP_JOIN)!r}",
         )
     head = EMBEDDING if config.tie_word_embeddings else LM_HEAD
     own = []
@@ -237,7 +238,6 @@ def load_dummy_weights(
     """Hand each loader a RandomTensor.
 
     Args:
-        seed: of all tensors.
         progress: called with the values done and the values in all.
     """
     expected = expected_tensors(config)

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.indexer import Indexer
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.expected_tensors import down_projections
+from fd_dsa.models.dequantize import BLOCK
 from fd_dsa.ops._linear import linear, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
+
+
+def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> dict[str, int]:
+    """Names and rows of the weights of the first GEMM of an attention, in their order.
+
+    The indexer's wk is one of them where all are FP8 and end at blocks: between q_a_proj and
+    kv_a_proj_with_mqa, which may end within one. Biases are those of the two alone.
+
+    Args:
+        prefix: of the names.
+        fp8: names of the tensors that are held as FP8 where their places allow it.
+    """
+    rows = {
+        "q_a_proj": config.q_lora_rank,
+        "indexer.wk": config.index_head_dim,
+        "kv_a_proj_with_mqa": config.kv_lora_rank + config.qk_rope_head_dim,
+    }
+    parts = {f"{prefix}{name}.weight": count for name, count in rows.items()}
+    ends_at_blocks = config.q_lora_rank % BLOCK == config.index_head_dim % BLOCK == 0
+    if config.attention_bias or not ends_at_blocks or not all(name in fp8 for name in parts):
+        del parts[f"{prefix}indexer.wk.weight"]
+    return parts
 
 
 class DeepseekV32DSAAttention:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import paddle
 
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._gemm import HostMatrix
@@ -15,11 +14,18 @@ EXPERT_BYTES = 1 << 30
 """Most memory for an activation of the chosen experts; a longer step is cut."""
 
 
-class DeepseekMLP:
-    """down(silu(gate(x)) * up(x)); gate and up, side by side, are one GEMM."""
+def gated(weights: Any, prefix: str, hidden_size: int, width: int) -> tuple[Any, Any]:
+    """Weights of a gated MLP: gate and up, which are one GEMM side by side, and down."""
+    gate_up = {f"{prefix}gate_proj.weight": width, f"{prefix}up_proj.weight": width}
+    down = {f"{prefix}down_proj.weight": hidden_size}
+    return weights.matrix(hidden_size, gate_up), weights.matrix(width, down)
 
-    def __init__(self, gate_up: Any, down: Any) -> None:
-        self._gate_up, self._down = gate_up, down
+
+class DeepseekMLP:
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, weights: Any, prefix: str, hidden_size: int, width: int) -> None:
+        self._gate_up, self._down = gated(weights, prefix, hidden_size, width)
 
     def forward(self, x: Any, forward_meta: Any = None) -> Any:
         """[num_tokens, hidden_size] of the same."""
@@ -89,7 +95,7 @@ class DeepseekMoE:
         self.intermediate_size, self.num_experts = width, count
         self.gate = NoAuxTopkGate(config, weights, f"{prefix}gate.")
         shared_width = width * config.n_shared_experts
-        self._shared = DeepseekMLP(*weights.gated(f"{prefix}shared_experts.", hidden, shared_width))
+        self._shared = DeepseekMLP(weights, f"{prefix}shared_experts.", hidden, shared_width)
         # on a device a stack of all
         self._experts = weights.experts(f"{prefix}experts.", count, hidden, width)
 
@@ -112,6 +118,8 @@ class DeepseekMoE:
         widest = max(self.intermediate_size, x.shape[1])
         rows = max(1, EXPERT_BYTES // (shared.element_size() * gate.top_k * widest))
         if num_tokens > rows:
+            import paddle
+
             chunks = [slice(i, i + rows) for i in range(0, num_tokens, rows)]
             parts = (x, shared, slot_mapping)
             return paddle.concat(

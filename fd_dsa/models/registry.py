@@ -1,14 +1,11 @@
-"""Which classes serve which `model_type`."""
+"""Which classes serve which `model_type`; Paddle is imported when one is created."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import paddle
-
 from fd_dsa.models.deepseek_v4.model import DeepseekV4ForCausalLM
 from fd_dsa.models.deepseek_v32 import DeepseekV32ForCausalLM
-from fd_dsa.models.weights import HostWeights
 
 MODELS: dict[str, type[Any]] = {
     "deepseek_v32": DeepseekV32ForCausalLM,
@@ -21,6 +18,10 @@ MODELS: dict[str, type[Any]] = {
 
 def create_model(config: Any, weights: Any = None) -> Any:
     """The model of `config`, its weights empty until `loaders` have filled them."""
+    import paddle
+
+    from fd_dsa.models.weights import HostWeights
+
     before = paddle.device.get_device()
     # Paddle would make tensors on its own device
     paddle.set_device("cpu")

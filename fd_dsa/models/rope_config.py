@@ -93,7 +93,6 @@ def read_section(
     """One of the two objects which describe RoPE.
 
     Args:
-        reader: of the object.
         theta, original: as of `RopeConfig`.
         has_factor: whether the caller reads `attention_factor`, which otherwise must be absent.
     """

@@ -6,7 +6,7 @@ for a device in `device_weights.py`, whose class has the same methods.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import paddle
 
 from fd_dsa.distributed import Group, SingleGroup
 from fd_dsa.errors import CheckpointError
+from fd_dsa.models.moe import gated
 from fd_dsa.models.sources import SourceTensor, WeightLoader
 from fd_dsa.ops._gemm import HostMatrix
 from fd_dsa.ops._norm import HostNorm
@@ -69,7 +70,6 @@ class HostWeights:
         """The weight of a GEMM whose outputs are those of the parts side by side.
 
         Args:
-            in_width: of each part.
             parts: name and output width of each.
             sums_in_float32: whether results are rounded to nothing less than float32.
         """
@@ -94,7 +94,6 @@ class HostWeights:
         """A `matrix` whose parts need not be side by side.
 
         Args:
-            in_width: of each part.
             places: of each name, first column and width of the pieces that its rows fill in turn.
         """
         spans = [span for pieces in places.values() for span in pieces]
@@ -158,17 +157,11 @@ class HostWeights:
         self, prefix: str, count: int, hidden_size: int, width: int
     ) -> list[tuple[HostMatrix, HostMatrix]]:
         """gate_up and down of each expert."""
-        return [self.gated(f"{prefix}{i}.", hidden_size, width) for i in range(count)]
+        return [gated(self, f"{prefix}{i}.", hidden_size, width) for i in range(count)]
 
-    def gated(self, prefix: str, hidden_size: int, width: int) -> tuple[HostMatrix, HostMatrix]:
-        """gate_up and down of a gated MLP."""
-        gate_up = {f"{prefix}gate_proj.weight": width, f"{prefix}up_proj.weight": width}
-        down = {f"{prefix}down_proj.weight": hidden_size}
-        return self.matrix(hidden_size, gate_up), self.matrix(width, down)
-
-    def constant(self, array: np.ndarray) -> np.ndarray:
+    def constant(self, make: Callable[[], np.ndarray]) -> np.ndarray:
         """A table of float32 that is computed and not loaded."""
-        return array
+        return make()
 
     def finish(self) -> None:
         """Loading is over: large weights take the order in which GEMMs read them, for good."""

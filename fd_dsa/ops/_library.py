@@ -19,9 +19,6 @@ from fd_dsa.triton_runtime.transfers import Transfers
 class LibraryKernel:
     """A kernel of a loaded library; one of these serves one thread at a time.
 
-    Args:
-        kernels: the library.
-
     Attributes:
         launcher: name of its C function.
         size: name of the C function that gives the bytes of its structure.
@@ -61,9 +58,6 @@ class LibraryKernel:
         """Queue the kernel on the current stream of the device that was bound last.
 
         The structure is read during the call, so it may change between two calls.
-
-        Raises:
-            DeviceError: the CUDA runtime refuses the launch, or earlier work has failed.
         """
         driver = cuda()
         # the runtime takes the device of the thread's context, or the first where it has none

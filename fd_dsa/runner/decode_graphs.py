@@ -74,7 +74,6 @@ class DecodeGraphs(dict[PaddedStep, CapturedStep]):
 
     Args:
         sizes: numbers of tokens that steps are padded to.
-        index_topk: of the model.
         longest: longest row that there can be, tokens.
     """
 
@@ -102,9 +101,6 @@ class PaddleCapture:
 
     A refused operation during a capture by Paddle is fatal to the process. So the work runs before,
     and whatever Paddle would do on the host instead of a device is refused there.
-
-    Args:
-        place: of the device.
 
     Raises:
         CaptureRefused: this Paddle has no graphs.

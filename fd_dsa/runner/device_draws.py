@@ -37,8 +37,6 @@ class DeviceDraws:
     A draw is `place`, `queue`, which may be captured, and `results`.
 
     Args:
-        max_num_seqs: slots.
-        vocab_size: logits of a row.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
         most_drafts: of a request in a step; a row of logits is one of a request or of a draft.
         most_tokens: of a step whose every token goes through a layer that drafts; 0 = there is

@@ -30,7 +30,6 @@ class ServerState:
     Args:
         served_model_names: at least one; responses carry the name that the request used.
         info: finds out what /server_info shows; called once, when it is first needed.
-        options: keys and limits.
 
     Attributes:
         num_admitted: running and waiting outputs of all requests.

@@ -16,10 +16,7 @@ class StepMetadataBuilder:
     """Builds the `ForwardMeta` of every step in buffers that are allocated once.
 
     Args:
-        max_num_seqs: rows a step may have.
         max_num_tokens: tokens a step may have, padding included.
-        max_blocks_per_seq: columns of the block table.
-        block_size: tokens per cache block.
         num_blocks: physical blocks of the cache, for the check of block ids; None = no upper
             bound.
         device: "cpu" = the arrays of a step are Paddle CPU tensors over the builder's memory;

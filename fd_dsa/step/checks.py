@@ -24,10 +24,7 @@ class StepLimits:
     """Sizes that every step of one builder keeps to.
 
     Args:
-        max_num_seqs: rows.
         max_num_tokens: tokens of a step, padding included.
-        max_blocks_per_seq: columns of the block table.
-        block_size: tokens per block.
         num_blocks: physical blocks of the cache; None = ids have no upper bound.
 
     Raises:

@@ -67,7 +67,6 @@ class StepViews:
     """Makes the `ForwardMeta` of a step over buffers that never move.
 
     Args:
-        buffers: of `new_buffers`.
         view: how a slice of a buffer becomes an array of the step, sharing its memory.
     """
 

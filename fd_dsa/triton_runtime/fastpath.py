@@ -36,8 +36,6 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
     """A function `launch(grid, *args, **options)` for calls of one variant.
 
     Args:
-        variant: what to launch.
-        api: of the tensors.
         options: exactly the launch options that callers give.
         miss: called with (grid, values of all parameters, options) for every other call.
     """

@@ -12,11 +12,7 @@ BUFFER_BYTES = 64 << 20
 
 
 class Upload:
-    """Queues copies to one device; the host fills one buffer while the other one is copied.
-
-    Args:
-        like: a tensor on the device.
-    """
+    """Queues copies to one device; the host fills one buffer while the other one is copied."""
 
     def __init__(self, like: Any) -> None:
         self._transfers = transfers_for(like)
@@ -28,7 +24,6 @@ class Upload:
         """Queue a copy into a contiguous tensor.
 
         Args:
-            target: the tensor.
             start: value of it, counted in memory order, that the first one is copied to.
             values: contiguous, of the target's width or its bytes; may change after the call.
         """

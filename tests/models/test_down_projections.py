@@ -15,10 +15,10 @@ pytest.importorskip("paddle", reason="the weights are Paddle's tensors")
 from fd_dsa.distributed import Group
 from fd_dsa.models.config import ModelConfig, MtpLayer
 from fd_dsa.models.device_weights import DeviceWeights
-from fd_dsa.models.expected_tensors import down_projections, expected_tensors
+from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import quantisable_tensors
 from fd_dsa.models.memory_plan import weight_bytes
-from fd_dsa.models.mla import DeepseekV32DSAAttention
+from fd_dsa.models.mla import DeepseekV32DSAAttention, down_projections
 from fd_dsa.models.registry import create_model
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.ops._dense_kernels import quantize_rows

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
+from tests.models.drawn import in_drawn_order
 
 BLOCK_SIZE = 16
 GREEDY_PROMPT = 20
@@ -110,7 +111,9 @@ class Case:
         rng = np.random.default_rng(self.seed)
         tensors = {
             name: random_weight(rng, name, expected.shape)
-            for name, expected in expected_tensors(ModelConfig.from_folder(folder)).items()
+            for name, expected in in_drawn_order(
+                expected_tensors(ModelConfig.from_folder(folder))
+            ).items()
         }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder

@@ -21,6 +21,7 @@ from fd_dsa.models.loader import load_weights, validate
 from fd_dsa.models.registry import create_model
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
+from tests.models.drawn import in_drawn_order
 from tests.parity.cases import CASES, random_weight
 
 pytestmark = pytest.mark.oracle
@@ -78,7 +79,8 @@ def test_logits_equal_those_of_transformers_decoder_layer(tmp_path: Path, name: 
     config = replace(ModelConfig.from_dict(fields), mtp=MtpLayer())
     draw = np.random.default_rng(5)
     tensors = {
-        key: random_weight(draw, key, one.shape) for key, one in expected_tensors(config).items()
+        key: random_weight(draw, key, one.shape)
+        for key, one in in_drawn_order(expected_tensors(config)).items()
     }
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     runner, ids = our_runner(tmp_path, config), case.prompt(LENGTH)

@@ -17,6 +17,7 @@ from fd_dsa.models.sources import StoredTensor
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
+from tests.models.drawn import in_drawn_order
 from tests.models.folders import TINY, TINY_GLM, Stored, f32
 
 BLOCK_SIZE, BLOCKS_PER_ROW, MAX_ROWS, MAX_TOKENS = 16, 4, 5, 160
@@ -30,7 +31,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Checkpoint tensors whose scale keeps activations near 1."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for name, expected in expected_tensors(config).items():
+    for name, expected in in_drawn_order(expected_tensors(config)).items():
         draw = rng.standard_normal(expected.shape).astype(np.float32)
         if "norm" in name and not name.endswith("bias"):
             tensors[name] = 1 + np.float32(0.2) * draw

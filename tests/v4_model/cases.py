@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fd_dsa.models.configs import read_config
 from fd_dsa.models.expected_tensors import expected_tensors
+from tests.models.drawn import in_drawn_order
 
 WINDOW, CSA, HCA = (
     "sliding_attention",
@@ -128,7 +129,7 @@ class Case:
         rng, config = np.random.default_rng(self.seed), read_config(folder)
         rename = {"saved": saved_name, "deepseek": deepseek_name}[names]
         tensors = {}
-        for name, expected in expected_tensors(config).items():
+        for name, expected in in_drawn_order(expected_tensors(config)).items():
             if expected.ids_below:
                 tensors[rename(name)] = self._table(rng, expected)
             else:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.expected_tensors import LM_HEAD, expected_tensors
-from fd_dsa.models.sources import RandomTensor
+from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.sources import LM_HEAD, RandomTensor
 from tests.models.folders import YARN, bf16, write_folder
 
 FLAGS = ("--max-model-len", "8192", "--max-num-batched-tokens", "8192", "--max-num-seqs", "32")

@@ -51,10 +51,6 @@ class ServerProcess:
     that this process gets while the block runs are forwarded, each once; a terminal's Ctrl-C does
     not reach the server by itself, since it runs in a session of its own.
 
-    Args:
-        command: program and arguments.
-        environment: of the command.
-
     Attributes:
         signals: numbers of the signals forwarded so far.
     """

@@ -120,7 +120,6 @@ def launch(plan: Launch, started: float, on_ready: Callable[[str, float], None])
     do not outlive this one, however this one ends.
 
     Args:
-        plan: of `prepare`.
         started: `time.monotonic()` of the moment from which to count.
         on_ready: called once, when GET /health of the server answers 200, with FastDeploy and its
             version, and the seconds since `started`.
@@ -156,12 +155,7 @@ def launch(plan: Launch, started: float, on_ready: Callable[[str, float], None])
 
 
 def _require_packages() -> None:
-    """Refuse a start in which FastDeploy is not there, or could not find the plug-in.
-
-    Raises:
-        BackendUnavailable: FastDeploy is not installed, or fd_dsa runs from a folder and is not
-            installed as a package.
-    """
+    """Refuse a start in which FastDeploy is not there, or could not find the plug-in."""
     if not fastdeploy_is_installed():
         raise BackendUnavailable(
             f"--engine fastdeploy: FastDeploy is not installed in this Python; {INSTALL}. "
@@ -177,11 +171,7 @@ def _require_packages() -> None:
 
 
 def _check_import(plan: Launch) -> str:
-    """Import FastDeploy in a child, and log whose path is live; returns its name and version.
-
-    Raises:
-        BackendUnavailable: it cannot be imported.
-    """
+    """Import FastDeploy in a child, and log whose path is live; returns its name and version."""
     found = probe(plan.environment, _IMPORT_S)
     engine = f"FastDeploy {found['version']}".rstrip()
     if found["error"]:
@@ -198,12 +188,7 @@ def _check_import(plan: Launch) -> str:
 
 
 def _model_and_name(args: argparse.Namespace, passed: PassedFlags) -> dict[str, str]:
-    """FastDeploy's flags for the model folder, and the name under which requests ask for it.
-
-    Raises:
-        ConfigError: there is no model, or more names than FastDeploy takes; or a number or the
-            folder is none that the embedded engine would take either.
-    """
+    """FastDeploy's flags for the model folder, and the name under which requests ask for it."""
     if "model" not in args and "--model" not in passed.values:
         raise ConfigError(
             "--model: got none, --engine fastdeploy needs the folder of a model; the demo model of "
@@ -230,7 +215,6 @@ def choose_ports(
     to version, and two servers on one machine must not share them.
 
     Args:
-        host: interface of the HTTP port.
         port: our `--port`, 0 for any.
         port_is_given: the user gave it, so it stays; else others are tried above it.
         passed: flags after `--`, whose ports stay.

@@ -12,8 +12,7 @@ from fd_dsa.models.deepseek_v4.hyper import HeadCollapse, HyperConnection
 from fd_dsa.models.deepseek_v4.moe import V4MoE
 from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation
 from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
-from fd_dsa.models.expected_tensors import EMBEDDING, LM_HEAD
-from fd_dsa.models.sources import WeightLoader
+from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
 from fd_dsa.ops._host import as_numpy
 
 

@@ -57,8 +57,9 @@ class V4MoE:
         for name in (*(f"experts.{j}" for j in range(self._shared)), "shared_experts"):
             one = f"{prefix}{name}."
             parts = {f"{one}w1.weight": self._width, f"{one}w3.weight": self._width}
+            gate_up = weights.matrix(hidden, parts)
             down = weights.matrix(self._width, {f"{one}w2.weight": hidden})
-            self._experts.append((weights.matrix(hidden, parts), down))
+            self._experts.append((gate_up, down))
 
     def forward(self, x: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
         """[num_tokens, hidden_size] of the same, for tokens of these ids."""

@@ -160,7 +160,6 @@ class DequantizedRecords:
 
         Args:
             cache: uint8 [num_blocks, ..., block_size, 656] fp8_ds_mla records.
-            step: whose prompts they are.
 
         Returns:
             Views of the memory; valid until the next call. None if not one block would fit.

@@ -41,8 +41,6 @@ class DeviceSampler:
     slot.
 
     Args:
-        max_num_seqs: slots.
-        vocab_size: logits of a row.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
         max_rows: most rows of a step; None: as many as slots.
 

@@ -11,9 +11,10 @@ import pytest
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.device_weights import DeviceWeights
-from fd_dsa.models.expected_tensors import EMBEDDING, expected_tensors
+from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import fp8_tensors, load_dummy_weights, load_weights, quantisable_tensors
 from fd_dsa.models.registry import create_model
+from fd_dsa.models.sources import EMBEDDING
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.ops._fp8 import encode_e4m3
 from fd_dsa.runner import InputBatch, ModelRunner
