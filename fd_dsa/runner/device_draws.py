@@ -68,9 +68,11 @@ class DeviceDraws:
         self._no_masks = uploaded(allocate, np.full(stride, -1, np.int32))
         self._transfers = transfers = transfers_for(self._tokens)
         # of the draw that is taken, and of the next one
-        self._results = [
-            (transfers.host_buffer(8 * rows).view(np.int64), transfers.event()) for _ in range(2)
-        ]
+        self._results = []
+        for _ in range(2):
+            ids = transfers.host_buffer(8 * rows).view(np.int64)
+            copy = transfers.copy("d2h", ids.ctypes.data, self._sampler.tokens.data_ptr())
+            self._results.append((ids, copy, transfers.event()))
         # where requests go on, and the tokens after those of the step
         self._given = transfers.host_buffer(4 * (4 * stride + most_tokens)).view(np.int32)
         # how the rows of a slot are sampled from then on; see DeviceSampler
@@ -174,9 +176,9 @@ class DeviceDraws:
             What waits for them: int64 [count], as of `Sampler.sample` or REJECTED, valid until two
             draws later.
         """
-        ids, copied = self._results[0]
+        ids, copy, copied = self._results[0]
         self._results.reverse()
-        self._transfers.to_host(ids[:count], self._sampler.tokens)
+        copy.queue(8 * count)
         copied.record()
 
         def taken() -> np.ndarray:

@@ -199,9 +199,9 @@ class StagedInputs:
         """
         staging, starts = self.staging, self._starts
         slab = staging.next_slab()
-        for start, end, array in zip(starts, starts[1:], values, strict=False):
+        slab[: starts[-1]] = 0
+        for start, array in zip(starts, values, strict=False):
             slab[start : start + len(array)] = array
-            slab[start + len(array) : end] = 0
         rows = len(tables)
         copied = max(rows, self._used_rows)
         end = starts[-1] + copied * self._columns
