@@ -20,7 +20,6 @@ from fd_dsa.triton_runtime.transfers import transfers_for, uploaded
 
 __all__ = ["DeviceDraws", "SlotParameters", "draw_bytes"]
 
-_NOTHING = np.empty(0, np.int64)
 # kernels have one form for all views that begin at multiples of 16 bytes
 _ALIGNED = 32
 
@@ -101,7 +100,7 @@ class DeviceDraws:
             self._sampler.set_masks(np.stack(masks))
 
     def queue(self, logits: Any, step: Any) -> Any:
-        """Queue the draw that was placed; its tokens, int64 on the device.
+        """Queue the draw of a step; its tokens, int64 on the device.
 
         REJECTED follows a draft that is not the token drawn in its place; without drafts no row
         has that.

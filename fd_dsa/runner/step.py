@@ -1,7 +1,7 @@
 """The record of a step in the embedded engine, and the way of its values to a device and back.
 
     who makes a field               field                             who reads it
-    engine, by InputBatch           ids, lengths, tables, sampled     staging
+    engine, by InputBatch and Draw  ids, lengths, tables, sampled     staging
     runner                          hints, padding of a graph         attention backend
     staging: views of one tensor    the same, where the model runs    embedding, backend, head
     attention backend               caches, metadata, slots           layers
