@@ -88,9 +88,11 @@ class DeviceDraws:
             next_ids: of DrawInputs.
         """
         slots = [*draw.slots, *[-1] * (num_rows - len(draw.slots))]
-        mask_rows = [-1] * num_rows
-        for mask_row, row in enumerate(draw.masked):
-            mask_rows[row] = mask_row
+        mask_rows = np.full(num_rows, -1)
+        if draw.masked:
+            mask_rows[draw.masked] = range(len(draw.masked))
+        if not self._most_drafts:
+            return slots, draw.positions, mask_rows, (), (), next_ids
         firsts = [*draw.firsts, *[-1] * (self._num_slots - len(draw.firsts))]
         return slots, draw.positions, mask_rows, firsts, draw.counts, next_ids
 
