@@ -121,7 +121,7 @@ class DeviceAttention:
     ) -> None:
         """Forget what the layers of the step before shared, and prepare what those of `step` will.
 
-        Before the replay of a captured step, too: what is prepared lies outside of the graph.
+        Before the replay of layers that were captured without it, too.
 
         Args:
             step: None after the last step, when nothing follows.

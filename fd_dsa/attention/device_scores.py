@@ -34,7 +34,7 @@ class PageScores:
         select_slots: as `topk.custom_op.slot_selector` gives it.
 
     Attributes:
-        is_captured: a captured graph reads what `prepare` makes, so it must go before every replay.
+        is_captured: a graph reads what `prepare` makes and does not make it: before every replay.
     """
 
     def __init__(
@@ -113,6 +113,8 @@ class TileScores(PageScores):
         self.max_whole = num_logits // self._max_width
         # tokens of captured steps that are longer
         self._captured: set[int] = set()
+        # whether the newest schedule is made by the graph that reads it
+        self._is_inside = False
         tokens, processors = config.max_num_tokens, transfers.traits.num_processors
         buffers = view("tiles", tokens), view("work_ends", tokens)
         chunks = -(-tokens // self.max_whole)
@@ -126,6 +128,7 @@ class TileScores(PageScores):
 
     def prepare(self, step: ForwardMeta) -> None:
         """Make the schedule of a step: one launch."""
+        self._is_inside = self._transfers.is_capturing()
         stride, _, rows = self._chunks(step)
         self._schedule_of(step).fill(step, stride, rows, self._index_topk)
 
@@ -136,7 +139,7 @@ class TileScores(PageScores):
         num_tokens = step.position_ids.shape[0]
         width = rounded_length(step.max_seqlen_k, self._max_width)
         is_capturing = self._transfers.is_capturing()
-        self.is_captured |= is_capturing
+        self.is_captured |= is_capturing and not self._is_inside
         if num_tokens > self.max_whole and is_capturing:
             # the graph's chunks are those of all its replays
             self._captured.add(num_tokens)

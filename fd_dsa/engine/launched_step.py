@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fd_dsa.engine.output import TopkPositions
 from fd_dsa.engine.request import Request
-from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.input_batch import Draw, InputBatch
 
 # decode rows up to which writing each of them takes less time than arrays of them
 _FEW_ROWS = 16
@@ -32,8 +32,7 @@ class LaunchedStep:
         scheduled: all requests of the step in the order of their rows.
         drafts: of requests of `sampling`, which have a row of logits for each one more; negative
             where they are on a device alone, see `InputBatch.defer_tokens`.
-        places: slots and positions of what is drawn on a device; None: the host samples from
-            `logits`.
+        places: what is drawn on a device; None: the host samples from `logits`.
         draw: waits for the tokens; None: no draw has been queued.
         logits: of `sampling`, then of `reading`.
         makes_drafts: whether the drafter runs after it.
@@ -49,7 +48,7 @@ class LaunchedStep:
     prefill_context: int
     scheduled: list[Request] = field(default_factory=list)
     drafts: Mapping[Request, list[int]] = field(default_factory=dict)
-    places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
+    places: Draw | None = None
     draw: Callable[[], npt.NDArray[np.int64]] | None = None
     logits: Any = None
     makes_drafts: bool = False

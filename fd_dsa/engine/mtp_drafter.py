@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.step_sampler import StepSampler
+from fd_dsa.runner.input_batch import Draw
 
 Int64 = npt.NDArray[np.int64]
 
@@ -153,7 +154,7 @@ class DeviceMtpDrafter(MtpDrafter):
                 # the draft that is computed has the position before in the output
                 positions.append(end + 2 - len(request.state.prompt_token_ids))
             kept = np.array([before for _, before, _ in wanting])
-            self._runner.draft_more(kept, np.array(slots), np.array(positions), depth)
+            self._runner.draft_more(kept, Draw(slots, positions), depth)
             wanting = [(row, place, request) for place, (row, _, request) in enumerate(wanting)]
             for _, place, request in wanting:
                 proposals[request].append(-1 - draft_row(depth, place))

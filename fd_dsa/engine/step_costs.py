@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.input_batch import Draw, InputBatch
 
 logger = logging.getLogger(__name__)
 # what a draft adds to a step where no times were measured, as a share of the step
@@ -151,19 +151,20 @@ def _add_rows(batch: InputBatch, context: int, num_tokens: int) -> list[int]:
 
 def _draw(runner: Any, lengths: list[int], drafts: bool = False) -> None:
     """Run the step in the batch on a device, with the draws of its tokens, and what drafts."""
-    firsts = np.cumsum([0, *lengths])
+    firsts = [*accumulate(lengths, initial=0)]
     # of the slot that was warmed up
-    slots = np.zeros(firsts[-1], np.int64)
-    runner.queue_model(np.arange(firsts[-1]))
-    runner.draw(slots, slots, firsts=firsts[:-1], drafts=drafts)
+    slots, counts = [0] * firsts[-1], [length - 1 for length in lengths]
+    draw = Draw(slots, slots, firsts[:-1], counts, drafts=drafts)
+    runner.queue_model(np.arange(firsts[-1]), draw)
+    runner.draw()
     # waits for all of it
     runner.step_ids()
 
 
 def _draft_more(runner: Any, num_rows: int) -> None:
     """Have a further draft made of each row of the batch."""
-    slots = np.zeros(num_rows, np.int64)
-    runner.draft_more(np.arange(num_rows), slots, slots, 1)
+    slots = [0] * num_rows
+    runner.draft_more(np.arange(num_rows), Draw(slots, slots), 1)
     runner.step_ids()
 
 

@@ -13,6 +13,7 @@ from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
 from fd_dsa.environment import batch_invariant
+from fd_dsa.runner.input_batch import Draw
 
 
 class StepSampler:
@@ -67,27 +68,31 @@ class StepSampler:
         if any(rule.num_entries > self._most_entries for rule in rules):
             return False
         slots, positions = self._places(sampling)
+        firsts: Sequence[int] = range(len(sampling))
+        counts = [0] * len(sampling)
         if step.drafts:
-            counts = [1 + len(step.drafts.get(request, ())) for request in sampling]
-            slots, before = np.repeat(slots, counts), np.repeat(step.first_rows, counts)
-            positions = np.repeat(positions, counts) + np.arange(len(slots)) - before
-        step.places = slots, positions
-        self._runner.queue_model(logits_indices)
-        if not any(rule.needs_mask for rule in rules):
+            firsts, counts = step.first_rows, [len(step.drafts.get(r, ())) for r in sampling]
+            places = [place for place, count in enumerate(counts) for _ in range(count + 1)]
+            positions = [positions[p] + row - firsts[p] for row, p in enumerate(places)]
+            slots = [slots[place] for place in places]
+        rows = zip(firsts, sampling, strict=True) if any(r.needs_mask for r in rules) else ()
+        masked = [row for row, request in rows if request.rules and request.rules.needs_mask]
+        step.places = Draw(slots, positions, firsts, counts, masked, step.makes_drafts)
+        self._runner.queue_model(logits_indices, step.places)
+        if not masked:
             self.draw(step)
         return True
 
     def draw(self, step: LaunchedStep) -> None:
         """Queue the draw of a step that is queued; masks are those after the tokens known now."""
         assert step.places is not None
-        firsts = step.first_rows if step.drafts else range(len(step.sampling))
-        masks = {
-            row: request.rules.mask(self._runner.vocab_size)
-            for row, request in zip(firsts, step.sampling, strict=True)
-            if request.rules is not None and request.rules.needs_mask and not request.finish_reason
-        }
-        drafts = step.makes_drafts
-        step.draw = self._runner.draw(*step.places, masks, np.array(firsts), drafts=drafts)
+        masks, vocab_size = [], self._runner.vocab_size
+        for request in step.sampling if step.places.masked else ():
+            if request.rules is not None and request.rules.needs_mask:
+                # nobody takes the token of one that has ended
+                any_token = np.full(-(-vocab_size // 32), -1, np.int32)
+                masks.append(any_token if request.finish_reason else request.rules.mask(vocab_size))
+        step.draw = self._runner.draw(masks)
 
     def read_drafts(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> None:
         """Fill in drafts that a device has, of a step that ran and that the host samples."""
@@ -107,7 +112,7 @@ class StepSampler:
         self, sampling: Sequence[Request], logits: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.int64], list[TokenScore | None]]:
         """Tokens of the requests, see `Sampler.sample`, and scores of those that ask for them."""
-        tokens = self._sampler.sample(logits, *self._places(sampling))
+        tokens = self._sampler.sample(logits, *map(np.array, self._places(sampling)))
         scores: list[TokenScore | None] = [None] * len(sampling)
         scored = [
             row
@@ -133,12 +138,10 @@ class StepSampler:
         Returns:
             int64 [n]; negative where the logits or the rules leave none.
         """
-        slots, positions = self._places(requests)
+        slots, positions = map(np.array, self._places(requests))
         return self._sampler.sample(logits, slots, positions + depth)
 
-    def _places(
-        self, sampling: Sequence[Request]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _places(self, sampling: Sequence[Request]) -> tuple[list[int], list[int]]:
         """Slot of each request and position of its next token; new ones give their parameters."""
         slots, positions = [], []
         for request in sampling:
@@ -146,7 +149,7 @@ class StepSampler:
             positions.append(request.num_output_tokens)
             if self._taken_by[request.slot] != request.arrival:
                 self._take(request)
-        return np.array(slots), np.array(positions)
+        return slots, positions
 
     def _take(self, request: Request) -> None:
         slot, params, rules = request.slot, request.params, request.rules

@@ -2,10 +2,10 @@
 
 Two of each padded number of tokens: one for steps none of whose rows is longer than `index_topk`,
 in which nothing is scored or chosen, and one for rows of any length. Grids and buffers of both are
-those of the longest rows that they may be replayed with, and lengths are read on the device. What
-a step copies in, its metadata and what the attention prepares of it lie outside of the graph, at
-addresses that never change. The draw of the tokens is a graph of its own: it is queued with that of
-the step, or later where a row needs a mask that the host is yet to make.
+those of the longest rows that they may be replayed with, and lengths are read on the device. Only
+the copy of its inputs, to addresses that never change, lies outside of the graph of a step. The
+draw of the tokens is a graph of its own: it is queued with that of the step, or later where a row
+needs a mask that the host is yet to make.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class CapturedStep(NamedTuple):
 
     Attributes:
         logits: float32 [num_tokens, vocab_size], which every replay fills.
+        step: the runner's record of the padded step.
         replay: queues the graph.
         draw: queues that of the draw from its logits.
         hidden: normed hidden states, where a layer for multi-token prediction reads them.
@@ -53,6 +54,7 @@ class CapturedStep(NamedTuple):
     """
 
     logits: Any
+    step: Any
     replay: Callable[[], None]
     draw: Callable[[], None]
     hidden: Any = None

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from fd_dsa.ops._linear import rows_at
 from fd_dsa.runner.device_draws import DeviceDraws
-from fd_dsa.runner.input_batch import InputBatch
 
 
 class DeviceDrafts:
@@ -33,7 +30,7 @@ class DeviceDrafts:
         Returns:
             The layer's hidden states of the tokens that they go on from.
         """
-        next_ids = self._draws.placed[-1]
+        next_ids = step.draw.next_ids
         self._draws.fill(next_ids)
         states = self._mtp(next_ids, hidden, step)
         if not num_requests:
@@ -54,21 +51,7 @@ class DeviceDrafts:
         Returns:
             Hidden states, as of `queue`.
         """
-        slots, positions = self._draws.placed[:2]
         states = self._mtp(step.ids_remove_padding, rows_at(hidden, step.sampled), step)
-        self._draws.draft(self._mtp.compute_logits(states), depth, slots, positions)
+        logits = self._mtp.compute_logits(states)
+        self._draws.draft(logits, depth, step.draw.slots, step.draw.positions)
         return states
-
-
-def following_tokens(batch: InputBatch, drawn: np.ndarray, first_row: int) -> np.ndarray:
-    """The token after each one of a step, or for `DeviceDraws.fill` where its draw will give it.
-
-    Args:
-        batch: with the step.
-        drawn: int64 [n]; flat tokens of the rows of the draw.
-        first_row: of DeviceDraws.
-    """
-    next_ids = np.roll(batch.ids_remove_padding[: batch.num_tokens], -1)
-    next_ids[list(batch.following)] = list(batch.following.values())
-    next_ids[drawn] = -1 - first_row - np.arange(len(drawn))
-    return next_ids

@@ -7,34 +7,28 @@ prediction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.ops.sampling import DeviceSampler, SlotParameters
-from fd_dsa.ops.sampling.draw_kernels import FILL_BLOCK, fill_drawn_kernel
-from fd_dsa.ops.sampling.verify_kernel import (
-    ROW_BLOCK,
-    catch_up_kernel,
-    shift_positions_kernel,
-    verify_kernel,
-)
-from fd_dsa.step.staging import StagedInputs
+from fd_dsa.ops.sampling.verify_kernel import FOLLOW_BLOCK, follow_kernel, verify_kernel
+from fd_dsa.runner.input_batch import Draw
 from fd_dsa.step.views import Allocate
-from fd_dsa.triton_runtime.transfers import uploaded
+from fd_dsa.triton_runtime.transfers import transfers_for, uploaded
 
 __all__ = ["DeviceDraws", "SlotParameters", "draw_bytes"]
 
-_NOTHING = np.empty(0, np.int64)
 # kernels have one form for all views that begin at multiples of 16 bytes
 _ALIGNED = 32
 
 
 class DeviceDraws:
-    """Draws of a runner: parameters by slot, one copy to the device a step and one back.
+    """Draws of a runner: parameters by slot, and one copy from the device a step.
 
-    A draw is `place`, `queue`, which may be captured, and `results`.
+    What a draw is made by is staged with its step (`host_inputs`). Then come `follow`, `queue`,
+    which may be captured both, and `results`.
 
     Args:
         allocate: makes a contiguous tensor of a shape and dtype on the device.
@@ -57,7 +51,6 @@ class DeviceDraws:
     ) -> None:
         self.max_rows = rows = (1 + most_drafts) * max_num_seqs
         self._num_slots, self._most_drafts = max_num_seqs, most_drafts
-        self._has_layer = most_tokens > 0
         self._sampler = DeviceSampler(max_num_seqs, vocab_size, allocate, rows)
         self._stride = stride = -(-max_num_seqs // _ALIGNED) * _ALIGNED
         # with drafts the newest token of each request; the tokens of a draw, by row; then those of
@@ -69,64 +62,45 @@ class DeviceDraws:
         self._next, self._shifts = allocate((4 * stride,), "int32"), allocate((stride,), "int32")
         # of each request: tokens in the cache after the draw
         self._known = self._next[3 * stride :]
-        # whether rows of the newest step go on from a draw
-        self._is_shifted = False
         self._no_masks = uploaded(allocate, np.full(stride, -1, np.int32))
-        # slot and position of each row, the first row and the drafts of each request, the tokens
-        # that follow those of the step; and as a table the row of each row's mask
-        of_drafts = (max_num_seqs, max_num_seqs, most_tokens) if most_drafts else ()
-        self._inputs = StagedInputs(allocate, (rows, rows, *of_drafts), rows, 1)
-        self._views: list[Any] = []
-        self._transfers = transfers = self._inputs.staging.transfers
+        self._transfers = transfers = transfers_for(self._tokens)
         # of the draw that is taken, and of the next one
-        self._results = [
-            (transfers.host_buffer(8 * rows).view(np.int64), transfers.event()) for _ in range(2)
-        ]
-        going_on = transfers.host_buffer(16 * stride).view(np.int32)
-        self._going_on = going_on.reshape(4, stride)
+        self._results = []
+        for _ in range(2):
+            ids = transfers.host_buffer(8 * rows).view(np.int64)
+            copy = transfers.copy("d2h", ids.ctypes.data, self._sampler.tokens.data_ptr())
+            self._results.append((ids, copy, transfers.event()))
+        # where requests go on, and the tokens after those of the step
+        self._given = transfers.host_buffer(4 * (4 * stride + most_tokens)).view(np.int32)
         # how the rows of a slot are sampled from then on; see DeviceSampler
         self.set_slot = self._sampler.set_slot
 
-    def place(
-        self,
-        slots: np.ndarray,
-        positions: np.ndarray,
-        masks: Mapping[int, np.ndarray],
-        num_padded_rows: int,
-        firsts: np.ndarray = _NOTHING,
-        next_ids: np.ndarray = _NOTHING,
-    ) -> None:
-        """Queue the copies of what the next draw is made by, to places that never move.
+    def host_inputs(
+        self, draw: Draw, num_rows: int, next_ids: Sequence[int] | np.ndarray = ()
+    ) -> tuple[Sequence[int] | np.ndarray, ...]:
+        """A draw as `DrawInputs` has it, but for zeros at the ends.
 
         Args:
-            slots, positions: int64 [n]; slot of each row, and position of the token in its output,
-                planned as the lengths of the step.
-            masks: of the rows that have one, see `DeviceSampler.set_masks`.
-            num_padded_rows: rows of the draw; those from n on get no token.
-            firsts: int64; rows of requests whose next rows, up to the next one, are of drafts.
-            next_ids: int64; the token after each one of the step, or what `fill` replaces.
+            draw: of a step.
+            num_rows: rows of the draw, padding included.
+            next_ids: of DrawInputs.
         """
-        mask_rows = np.full((num_padded_rows, 1), -1)
-        if masks:
-            mask_rows[list(masks), 0] = range(len(masks))
-            self._sampler.set_masks(np.stack(list(masks.values())))
-        rows = _padded(slots, num_padded_rows, -1), _padded(positions, num_padded_rows, 0)
+        slots = [*draw.slots, *[-1] * (num_rows - len(draw.slots))]
+        mask_rows = np.full(num_rows, -1)
+        if draw.masked:
+            mask_rows[draw.masked] = range(len(draw.masked))
         if not self._most_drafts:
-            self._views = self._inputs.upload(rows, mask_rows)
-            return
-        counts = np.diff(firsts, append=len(slots)) - 1
-        requests = _padded(firsts, self._num_slots, -1), _padded(counts, self._num_slots, 0)
-        if self._has_layer:
-            next_ids = _padded(next_ids, max(num_padded_rows, len(next_ids)), 0)
-        self._views = self._inputs.upload((*rows, *requests, next_ids), mask_rows)
-        if self._is_shifted and len(slots):
-            shift_positions_kernel[(-(-num_padded_rows // ROW_BLOCK),)](
-                self._views[1], self._views[0], self._shifts, num_padded_rows,
-                BLOCK=ROW_BLOCK, num_warps=1,
-            )  # fmt: skip
+            return slots, draw.positions, mask_rows, (), (), next_ids
+        firsts = [*draw.firsts, *[-1] * (self._num_slots - len(draw.firsts))]
+        return slots, draw.positions, mask_rows, firsts, draw.counts, next_ids
+
+    def set_masks(self, masks: Sequence[np.ndarray]) -> None:
+        """Queue the copy of the masks of the rows that a draw says, in their order."""
+        if masks:
+            self._sampler.set_masks(np.stack(masks))
 
     def queue(self, logits: Any, step: Any) -> Any:
-        """Queue the draw that was placed; its tokens, int64 on the device.
+        """Queue the draw of a step; its tokens, int64 on the device.
 
         REJECTED follows a draft that is not the token drawn in its place; without drafts no row
         has that.
@@ -135,16 +109,15 @@ class DeviceDraws:
             logits: float32 [num_padded_rows, vocab_size] on the device, contiguous.
             step: the runner's record of it.
         """
-        sampler, (slots, positions, *requests) = self._sampler, self._views
-        tokens, most = sampler.tokens, self._most_drafts
+        sampler, most, draw = self._sampler, self._most_drafts, step.draw
+        tokens, slots, positions = sampler.tokens, draw.slots, draw.positions
         verified = (step.ids_remove_padding, step.sampled, most) if most else None
-        sampler.sample(logits, slots, positions, requests[-1], verified=verified)
+        sampler.sample(logits, slots, positions, draw.mask_rows, verified=verified)
         if most:
-            firsts, counts = requests[:2]
             verify_kernel[(min(self._num_slots, logits.shape[0]),)](
-                tokens, step.ids_remove_padding, step.sampled, slots, positions, firsts, counts,
-                step.seq_lens_decoder, step.seq_lens_this_time, self._next, self._tokens,
-                sampler.records, sampler.counts, STRIDE=self._stride, MOST=most,
+                tokens, step.ids_remove_padding, step.sampled, slots, positions, draw.firsts,
+                draw.counts, step.seq_lens_decoder, step.seq_lens_this_time, self._next,
+                self._tokens, sampler.records, sampler.counts, STRIDE=self._stride, MOST=most,
                 VOCAB=logits.shape[1], num_warps=1,
             )  # fmt: skip
         return tokens
@@ -165,11 +138,6 @@ class DeviceDraws:
         """What `fill` calls the draft of a row, and `InputBatch.defer_tokens`."""
         return self._first_draft + depth * self._stride + row
 
-    @property
-    def placed(self) -> list[Any]:
-        """On the device: slots and positions of the rows, and last the tokens that follow."""
-        return self._views[:-1]
-
     def going_on(self, count: int) -> list[Any]:
         """Where the first requests of the draw go on, int32 [count] on the device each.
 
@@ -180,17 +148,24 @@ class DeviceDraws:
         stride = self._stride
         return [self._next[begin : begin + count] for begin in range(0, 3 * stride, stride)]
 
-    def go_on(self, *values_of_requests: np.ndarray) -> None:
-        """Set `going_on`, where no draw has; waits for what was queued before.
+    def go_on(self, step: Any, next_ids: np.ndarray, *values_of_requests: np.ndarray) -> None:
+        """Set `next_ids` of a step and `going_on`, where no draw has; waits for what was queued.
 
         Args:
-            values_of_requests: those three, and tokens of each request in the cache.
+            step: the runner's record of it.
+            next_ids: int64 [num_tokens].
+            values_of_requests: what `going_on` gives, and tokens of each request in the cache.
         """
-        self._going_on[1] = -1
-        for section, values in zip(self._going_on, values_of_requests, strict=True):
+        end = len(self._next)
+        going_on, following = self._given[:end], self._given[end : end + len(next_ids)]
+        following[:] = next_ids
+        going_on = going_on.reshape(4, self._stride)
+        going_on[1] = -1
+        for section, values in zip(going_on, values_of_requests, strict=True):
             section[: len(values)] = values
-        self._transfers.to_device(self._next, self._going_on)
-        # before it is filled again
+        self._transfers.to_device(self._next, going_on)
+        self._transfers.to_device(step.draw.next_ids, following)
+        # before they are filled again
         self._transfers.finish()
 
     def results(self, count: int) -> Callable[[], np.ndarray]:
@@ -200,9 +175,9 @@ class DeviceDraws:
             What waits for them: int64 [count], as of `Sampler.sample` or REJECTED, valid until two
             draws later.
         """
-        ids, copied = self._results[0]
+        ids, copy, copied = self._results[0]
         self._results.reverse()
-        self._transfers.to_host(ids[:count], self._sampler.tokens)
+        copy.queue(8 * count)
         copied.record()
 
         def taken() -> np.ndarray:
@@ -219,35 +194,28 @@ class DeviceDraws:
             token_ids: int32 [n] on the device; -1 - i is the newest token of its request i, that of
                 a row, see `first_row`, or of a draft, see `draft_row`.
         """
-        count = token_ids.shape[0]
-        fill_drawn_kernel[(-(-count // FILL_BLOCK),)](
-            token_ids, self._tokens, count, BLOCK=FILL_BLOCK, num_warps=4
-        )
+        self._follow(token_ids, *[self._next] * 4, 0, 0, 0)
 
-    def follow(self, step: Any, is_deferred: bool, ahead: int = 0) -> None:
+    def follow(self, step: Any, ahead: int = 0) -> None:
         """Give a step what the draw before has left to it: tokens, and how long its rows are.
+
+        It may be captured: a step that goes on from no draw stays as it is.
 
         Args:
             step: the runner's record of it, whose metadata is yet to be made.
-            is_deferred: whether it has tokens of a draw.
             ahead: tokens in the cache of rows that go on, beside those that stand.
         """
-        self._is_shifted = is_deferred and self._most_drafts > 0
-        if is_deferred:
-            self.fill(step.ids_remove_padding)
-        if self._is_shifted:
-            rows = step.follows.shape[0]
-            catch_up_kernel[(-(-rows // ROW_BLOCK),)](
-                step.seq_lens_decoder, step.follows, self._known, self._shifts, rows, ahead,
-                BLOCK=ROW_BLOCK, num_warps=1,
-            )  # fmt: skip
+        cached, draw = step.seq_lens_decoder, step.draw
+        sizes = (cached.shape[0], draw.slots.shape[0]) if self._most_drafts else (0, 0)
+        ids, rows = step.ids_remove_padding, (cached, step.follows, draw.slots, draw.positions)
+        self._follow(ids, *rows, *sizes, ahead)
 
-
-def _padded(values: np.ndarray, size: int, filler: int) -> np.ndarray:
-    """The values, and a filler up to a size; np.pad takes ten times as long."""
-    padded = np.full(size, filler)
-    padded[: len(values)] = values
-    return padded
+    def _follow(self, ids: Any, *others: Any) -> None:
+        count = ids.shape[0]
+        follow_kernel[(-(-count // FOLLOW_BLOCK),)](
+            ids, self._tokens, self._known, self._shifts, count, *others,
+            BLOCK=FOLLOW_BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
 def draw_bytes(max_num_seqs: int, vocab_size: int, most_drafts: int = 0) -> int:

@@ -9,12 +9,31 @@ FastDeploy's `share_inputs` (worker/input_batch.py): a prefill row has
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.errors import CapacityError
+
+
+class Draw(NamedTuple):
+    """What the tokens of a step are drawn by, where its logits are.
+
+    Attributes:
+        slots, positions: slot of each row of logits, and position of the token in its output,
+            planned as the lengths of the step.
+        firsts, counts: first row of each request, and its drafts, which have the rows after it.
+        masked: rows that have a mask.
+        drafts: whether the layer for multi-token prediction runs after it, where it is loaded.
+    """
+
+    slots: Sequence[int] = ()
+    positions: Sequence[int] = ()
+    firsts: Sequence[int] = ()
+    counts: Sequence[int] = ()
+    masked: Sequence[int] = ()
+    drafts: bool = False
 
 
 class InputBatch:

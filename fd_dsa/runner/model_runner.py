@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,17 +15,17 @@ from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._linear import rows_at, values_of
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.decode_graphs import CapturedStep, DecodeGraphs, PaddedStep
-from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.input_batch import Draw, InputBatch
 from fd_dsa.runner.preparation import Preparation
 from fd_dsa.runner.selections import Selections
-from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, host_inputs
+from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, following_tokens, host_inputs
 from fd_dsa.step import StepHints
 from fd_dsa.triton_runtime.transfers import on_host
 
 if TYPE_CHECKING:
     from fd_dsa.runner.device_draws import DeviceDraws
 
-_NOTHING = np.empty(0, np.int64)
+_NOTHING, _NO_DRAW = np.empty(0, np.int64), Draw()
 
 
 def cache_layout(config: ModelConfig, kv_cache_dtype: str, block_size: int) -> CacheLayout:
@@ -112,8 +111,8 @@ class ModelRunner(Preparation):
         self.graphs: DecodeGraphs | None = None
         self._padded: PaddedStep | None = None
         self.most_drafts = most_drafts
-        # logits of the step whose tokens are yet to be drawn, and the flat tokens that have them
-        self._undrawn: tuple[Any, np.ndarray] = None, _NOTHING
+        # logits of the step whose tokens are yet to be drawn, and how they will be
+        self._undrawn: tuple[Any, Draw] = None, _NO_DRAW
         self._drafts: Any = None
         self._selections: Selections | None = None
         # of the tokens that the layer for multi-token prediction goes on from, normed
@@ -127,46 +126,61 @@ class ModelRunner(Preparation):
             from fd_dsa.step.device import paddle_allocator
 
             allocate = paddle_allocator(device)
-            self._to_device = DeviceInputs(input_batch, allocate)
+            most_tokens = 0 if self._mtp is None else input_batch.max_num_tokens
+            self._to_device = DeviceInputs(input_batch, allocate, most_tokens)
             num_logits = input_batch.max_num_seqs * self.vocab_size
             self._to_host = HostLogits(self._to_device.staging.transfers, num_logits)
             rows = input_batch.max_num_seqs
-            most_tokens = 0 if self._mtp is None else input_batch.max_num_tokens
             self.draws = DeviceDraws(rows, self.vocab_size, allocate, most_drafts, most_tokens)
             if self._mtp is not None:
                 from fd_dsa.runner.device_drafts import DeviceDrafts
 
                 self._drafts = DeviceDrafts(self._mtp, self.draws)
 
-    def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING, ahead: int = 0) -> Step:
+    def initialize_forward_meta(
+        self, sampled: np.ndarray = _NOTHING, draw: Draw = _NO_DRAW, ahead: int = 0
+    ) -> Step:
         """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.
 
         Args:
             sampled: int64 [n]; flat tokens whose logits are asked for.
+            draw: of a token from each of them.
             ahead: as of `DeviceDraws.follow`.
 
         Raises:
             ValueError: inconsistent lengths or block tables, with row and value.
         """
-        batch, padded, backend = self.input_batch, self._padded, self.attn_backends[0]
-        if padded is None:
-            tokens = batch.num_tokens
-            hints = StepHints(tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
-        else:
-            tokens = padded.num_tokens
-            hints = StepHints(batch.num_tokens, 0, padded.max_seqlen_k, tokens)
+        batch, backend = self.input_batch, self.attn_backends[0]
+        tokens = batch.num_tokens
+        hints = StepHints(tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
         inputs: Any = host_inputs(batch, sampled)
-        lengths = inputs[1:4]
+        lengths, placed = inputs[1:4], None
         if self._to_device is not None:
-            inputs = self._to_device(inputs, tokens)
+            # kernels take no empty tensor
+            num_draws = max(len(draw.slots), 1)
+            self._stage(sampled, draw, num_draws)
+            inputs, placed = self._to_device.views(tokens, batch.num_rows, len(sampled), num_draws)
         elif self._mtp is not None:
             # the layer runs when rows that have ended have lost their blocks
             inputs = (*inputs[:-1], inputs[-1].copy())
-        step = self.forward_meta = Step(hints, *inputs, self.caches, backend, host_lengths=lengths)
-        if self.draws is not None:
-            self.draws.follow(step, batch.has_deferred, ahead)
-        backend.init_attention_metadata(step)
+        step = Step(hints, *inputs, self.caches, backend, placed, host_lengths=lengths)
+        self._begin(step, batch.has_deferred, ahead)
         return step
+
+    def _stage(self, sampled: np.ndarray, draw: Draw, num_draws: int) -> None:
+        """Queue the copy of the step in the batch, and of its draw padded to some rows."""
+        batch, draws, to_device, next_ids = self.input_batch, self.draws, self._to_device, ()
+        assert draws is not None and to_device is not None
+        if draw.drafts and self._drafts is not None:
+            next_ids = following_tokens(batch, sampled, draws.first_row)
+        to_device.stage(host_inputs(batch, sampled), draws.host_inputs(draw, num_draws, next_ids))
+
+    def _begin(self, step: Step, is_deferred: bool, ahead: int = 0) -> None:
+        """Queue the metadata of a step on what a draw leaves to it; may be captured on a device."""
+        self.forward_meta = step
+        if self.draws is not None and is_deferred:
+            self.draws.follow(step, ahead)
+        step.attn_backend.init_attention_metadata(step)
 
     @property
     def captured_sizes(self) -> tuple[int, ...]:
@@ -191,54 +205,39 @@ class ModelRunner(Preparation):
             if logits is None:
                 return np.empty((0, self.vocab_size), np.float32)
             # on a device this is the step's one wait
-            return self._to_host(logits)
+            return self._to_host(logits[: len(logits_indices)])
 
-    def queue_model(self, logits_indices: np.ndarray) -> None:
+    def queue_model(self, logits_indices: np.ndarray, draw: Draw) -> None:
         """Queue the step in the batch, where there are `draws`; `draw` comes before the next one.
 
         Args:
             logits_indices: as of `execute_model`; at least one.
+            draw: of a token from each of them.
         """
         with paddle.no_grad():
-            self._undrawn = self._logits(logits_indices), logits_indices
+            self._undrawn = self._logits(logits_indices, draw), draw
 
-    def draw(
-        self,
-        slots: np.ndarray,
-        positions: np.ndarray,
-        masks: Mapping[int, np.ndarray] = MappingProxyType({}),
-        firsts: np.ndarray = _NOTHING,
-        drafts: bool = False,
-    ) -> Callable[[], np.ndarray]:
-        """Queue the draw of a token from each row of logits of the step that was queued.
+    def draw(self, masks: Sequence[np.ndarray] = ()) -> Callable[[], np.ndarray]:
+        """Queue the draw of the step that was queued, and what drafts after it.
 
         Args:
-            slots, positions, masks, firsts: as of `DeviceDraws.place`.
-            drafts: queue the layer for multi-token prediction after it, where it is loaded, and a
-                draft of each request.
+            masks: of its masked rows, see `DeviceSampler.set_masks`.
 
         Returns:
             See `DeviceDraws.results`.
         """
-        draws, (logits, indices), self._undrawn = self.draws, self._undrawn, (None, _NOTHING)
+        draws, (logits, draw), self._undrawn = self.draws, self._undrawn, (None, _NO_DRAW)
         assert draws is not None
-        next_ids = _NOTHING
-        drafts &= self._drafts is not None
-        if drafts:
-            from fd_dsa.runner.device_drafts import following_tokens
-
-            next_ids = following_tokens(self.input_batch, indices, draws.first_row)
+        draws.set_masks(masks)
         captured = self._captured
-        rows = len(slots) if captured is None else len(captured.logits)
-        draws.place(slots, positions, masks, rows, firsts, next_ids)
         with paddle.no_grad():
             if captured is None:
                 draws.queue(logits, self.forward_meta)
             else:
                 captured.draw()
-            taken = draws.results(len(slots))
-            if drafts:
-                self._queue_drafts(len(firsts))
+            taken = draws.results(len(draw.slots))
+            if draw.drafts and self._drafts is not None:
+                self._queue_drafts(len(draw.firsts))
         return taken
 
     @property
@@ -263,29 +262,23 @@ class ModelRunner(Preparation):
             going_on: as of `DeviceDraws.go_on`.
         """
         assert self.draws is not None
-        rows = 0 if self._padded is None else self._padded.num_tokens
-        self.draws.place(_NOTHING, _NOTHING, {}, rows, _NOTHING, next_ids)
-        self.draws.go_on(*going_on)
+        self.draws.go_on(self.forward_meta, next_ids, *going_on)
         with paddle.no_grad():
             self._queue_drafts(len(going_on[0]))
 
-    def draft_more(
-        self, kept: np.ndarray, slots: np.ndarray, positions: np.ndarray, depth: int
-    ) -> None:
+    def draft_more(self, kept: np.ndarray, draw: Draw, depth: int) -> None:
         """Queue a further draft of the requests of the batch, a step of their last drafts.
 
         Its rows go on from the draw.
 
         Args:
             kept: int64 [n]; which requests of the drafts before they are.
-            slots, positions: as of `DeviceDraws.place`, of the new drafts.
+            draw: of the new drafts.
             depth: drafts before these.
         """
-        assert self.draws is not None
         self._padded = None
         with paddle.no_grad():
-            step = self.initialize_forward_meta(kept, depth - 1)
-            self.draws.place(slots, positions, {}, len(slots))
+            step = self.initialize_forward_meta(kept, draw, depth - 1)
             self._hidden = self._drafts.queue_more(self._hidden, step, depth)
 
     def step_ids(self) -> np.ndarray:
@@ -293,25 +286,31 @@ class ModelRunner(Preparation):
         ids = self.forward_meta.ids_remove_padding
         return on_host(ids, np.empty(ids.shape, np.int32))
 
-    def _logits(self, logits_indices: np.ndarray) -> Any:
-        """The step's logits where the model is, float32 [n, vocab_size]; None of no token."""
+    def _logits(self, logits_indices: np.ndarray, draw: Draw = _NO_DRAW) -> Any:
+        """The step's logits where the model is, float32 [n, vocab_size]; None of no token.
+
+        Those of graphs are followed by those of padding.
+        """
         batch = self.input_batch
         if batch.num_tokens == 0:
             raise ValueError("execute_model: the step has no token; call add_row first")
-        padded = self._padded = self._fitting(logits_indices)
-        begin = time.perf_counter()
-        step = self.initialize_forward_meta(logits_indices)
+        self._padded = padded = self._fitting(logits_indices)
+        captured, begin = self._captured, time.perf_counter()
+        if captured is None or padded is None:
+            step = self.initialize_forward_meta(logits_indices, draw)
+        else:
+            self._stage(logits_indices, draw, padded.num_tokens)
         self.counters.count_step(
             time.perf_counter() - begin,
             batch.num_tokens,
             batch.num_prefill_tokens,
             batch.num_tokens_past(self._most_dense_keys),
         )
-        if self.graphs is not None and padded is not None:
-            captured = self.graphs[padded]
+        if captured is not None:
+            self.forward_meta = captured.step
             captured.replay()
             self._hidden = captured.hidden
-            return captured.logits[: len(logits_indices)]
+            return captured.logits
         step.selections = self._selections
         hidden = self.model(step.ids_remove_padding, step)
         if self._mtp is not None:
@@ -382,6 +381,6 @@ class ModelRunner(Preparation):
         tokens = batch.num_tokens
         if self.graphs is None or batch.num_prefill_tokens or len(logits_indices) != tokens:
             return None
-        if not np.array_equal(logits_indices, np.arange(tokens)):
+        if logits_indices.tolist() != list(range(tokens)):
             return None
         return self.graphs.fitting(tokens, batch.max_seqlen_k)

@@ -20,13 +20,14 @@ from fd_dsa.runner.decode_graphs import (
     PaddedStep,
     capture_failed,
 )
-from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.input_batch import Draw, InputBatch
+from fd_dsa.runner.step import DeviceInputs, Step
+from fd_dsa.step import StepHints
 
 if TYPE_CHECKING:
     from fd_dsa.runner.device_draws import DeviceDraws
 
 logger = logging.getLogger(__name__)
-_NOTHING = np.empty(0, np.int64)
 
 
 class Preparation:
@@ -41,9 +42,11 @@ class Preparation:
     graphs: DecodeGraphs | None
     draws: DeviceDraws | None
     execute_model: Callable[[np.ndarray], np.ndarray]
-    queue_model: Callable[[np.ndarray], None]
+    queue_model: Callable[..., None]
     draw: Callable[..., Callable[[], np.ndarray]]
-    initialize_forward_meta: Callable[..., Any]
+    _begin: Callable[..., None]
+    _stage: Callable[..., None]
+    _to_device: DeviceInputs | None
     _drafts: Any
     _device: str
     _padded: PaddedStep | None
@@ -86,8 +89,8 @@ class Preparation:
             if is_second:
                 self.input_batch.defer_tokens([last], [0])
                 self.input_batch.follows[0] = 0
-            self.queue_model(np.array([last]))
-            self.draw(*np.zeros((2, 1), np.int64), firsts=np.zeros(1, np.int64), drafts=True)()
+            self.queue_model(np.array([last]), Draw([0], [0], [0], [0], drafts=True))
+            self.draw()()
 
     def capture_decode_graphs(
         self, sizes: Sequence[int], capture: Callable[[Any], Capture]
@@ -132,29 +135,33 @@ class Preparation:
         for padded in graphs.steps():
             last = self._only_row(1, padded.max_seqlen_k - 1, is_prefill=False)
             self._padded = padded
-            self.initialize_forward_meta(np.array([last]))
-            graphs[padded] = self._captured_step(capture, padded.num_tokens)
+            self._stage(np.array([last]), Draw(), padded.num_tokens)
+            graphs[padded] = self._captured_step(capture, padded)
 
-    def _captured_step(self, capture: Capture, num_tokens: int) -> CapturedStep:
-        """The graphs of the step that `forward_meta` holds."""
-        draws, drafts = self.draws, self._drafts
+    def _captured_step(self, capture: Capture, padded: PaddedStep) -> CapturedStep:
+        """The graphs of a step; here they draw for padding alone."""
+        draws, drafts, tokens = self.draws, self._drafts, padded.num_tokens
         assert draws is not None
-        (logits, hidden), replay = capture(self._padded_step)
-        # here they draw for padding alone
-        draws.place(_NOTHING, _NOTHING, {}, num_tokens)
+        (logits, hidden), replay = capture(lambda: self._padded_step(padded))
         _, draw = capture(lambda: draws.queue(logits, self.forward_meta))
         if drafts is None:
-            return CapturedStep(logits, replay, draw)
-        rows = min(num_tokens, self.input_batch.max_num_seqs)
+            return CapturedStep(logits, self.forward_meta, replay, draw)
+        rows = min(tokens, self.input_batch.max_num_seqs)
         kept, draft = capture(lambda: drafts.queue(hidden, self.forward_meta, rows))
-        return CapturedStep(logits, replay, draw, hidden, draft, kept)
+        return CapturedStep(logits, self.forward_meta, replay, draw, hidden, draft, kept)
 
-    def _padded_step(self) -> tuple[Any, Any]:
-        """Logits of all tokens of the step that `forward_meta` holds, and what a layer more reads.
+    def _padded_step(self, padded: PaddedStep) -> tuple[Any, Any]:
+        """Logits of all tokens of the step that is staged, and what a layer more reads.
 
         That are their hidden states, normed; None without such a layer.
         """
-        hidden = self.model(self.forward_meta.ids_remove_padding, self.forward_meta)
+        tokens, rows = padded.num_tokens, self.input_batch.max_num_seqs
+        assert self._to_device is not None
+        inputs, draw = self._to_device.views(tokens, rows, tokens, tokens)
+        hints = StepHints(tokens, 0, padded.max_seqlen_k, tokens)
+        step = Step(hints, *inputs, self.caches, self.attn_backends[0], draw)
+        self._begin(step, is_deferred=True)
+        hidden = self.model(step.ids_remove_padding, step)
         if self._drafts is None:
             return self.model.compute_logits(hidden), None
         normed = self.model.norm.of(hidden)

@@ -7,17 +7,15 @@ and each meets the others in its model's collectives.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import paddle
 
+from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.model_runner import ModelRunner
-
-_NOTHING = np.empty(0, np.int64)
 
 
 class LeadingRunner(ModelRunner):
@@ -51,22 +49,15 @@ class LeadingRunner(ModelRunner):
         with self._sent("run", logits_indices):
             return super().execute_model(logits_indices)
 
-    def queue_model(self, logits_indices: np.ndarray) -> None:
+    def queue_model(self, logits_indices: np.ndarray, draw: Draw) -> None:
         """See ModelRunner."""
-        with self._sent("queue_model", logits_indices):
-            super().queue_model(logits_indices)
+        with self._sent("queue_model", logits_indices, draw):
+            super().queue_model(logits_indices, draw)
 
-    def draw(
-        self,
-        slots: np.ndarray,
-        positions: np.ndarray,
-        masks: Mapping[int, np.ndarray] = MappingProxyType({}),
-        firsts: np.ndarray = _NOTHING,
-        drafts: bool = False,
-    ) -> Callable[[], np.ndarray]:
+    def draw(self, masks: Sequence[np.ndarray] = ()) -> Callable[[], np.ndarray]:
         """See ModelRunner."""
-        with self._sent("draw", slots, positions, dict(masks), firsts, drafts, has_step=False):
-            draw = super().draw(slots, positions, masks, firsts, drafts)
+        with self._sent("draw", masks, has_step=False):
+            draw = super().draw(masks)
         if self.ranks is None:
             return draw
 

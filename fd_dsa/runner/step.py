@@ -1,7 +1,7 @@
 """The record of a step in the embedded engine, and the way of its values to a device and back.
 
     who makes a field               field                             who reads it
-    engine, by InputBatch           ids, lengths, tables, sampled     staging
+    engine, by InputBatch and Draw  ids, lengths, tables, sampled     staging
     runner                          hints, padding of a graph         attention backend
     staging: views of one tensor    the same, where the model runs    embedding, backend, head
     attention backend               caches, metadata, slots           layers
@@ -12,8 +12,9 @@ staged while the one before runs (`fd_dsa.step.staging`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,25 @@ from fd_dsa.step import ForwardMeta, StepHints
 from fd_dsa.step.staging import StagedInputs
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.transfers import Transfers
+
+
+class DrawInputs(NamedTuple):
+    """A Draw on a device, int32.
+
+    Attributes:
+        slots, positions: of each row, slot -1 = padding, which gets no token.
+        mask_rows: row of each row's mask, -1 = none.
+        firsts, counts: first row and drafts of each request, -1 = none.
+        next_ids: the token after each one of the step, or what `DeviceDraws.fill` replaces; empty
+            where no layer reads it.
+    """
+
+    slots: Any
+    positions: Any
+    mask_rows: Any
+    firsts: Any
+    counts: Any
+    next_ids: Any
 
 
 @dataclass(slots=True)
@@ -43,6 +63,7 @@ class Step:
         block_tables: int32 [B, max_blocks_per_seq].
         caches: the backend's own, two tensors a layer for DSA: latents and indexer keys.
         attn_backend: the attention backend that all layers call.
+        draw: what its tokens are drawn by, on a device.
         position_ids, slot_mapping, indexer_attn_mask_offsets: as in `fd_dsa_step`.
         fd_dsa_step: the step's metadata; None until `init_attention_metadata`.
         selections: takes what each layer chose; None: nobody asked.
@@ -59,6 +80,7 @@ class Step:
     block_tables: Any
     caches: list[Any]
     attn_backend: Any
+    draw: DrawInputs | None = None
     position_ids: Any = None
     slot_mapping: Any = None
     indexer_attn_mask_offsets: Any = None
@@ -84,30 +106,53 @@ def host_inputs(batch: InputBatch, sampled: np.ndarray) -> tuple[np.ndarray, ...
     )
 
 
+def following_tokens(
+    batch: InputBatch, drawn: np.ndarray, first_row: int
+) -> np.ndarray | Sequence[int]:
+    """The token after each one of a step, or for `DeviceDraws.fill` where its draw will give it.
+
+    Args:
+        batch: with the step.
+        drawn: int64 [n]; flat tokens of the rows of the draw.
+        first_row: of DeviceDraws.
+    """
+    if len(drawn) == batch.num_tokens:
+        return range(-1 - first_row, -1 - first_row - len(drawn), -1)
+    next_ids = np.roll(batch.ids_remove_padding[: batch.num_tokens], -1)
+    next_ids[list(batch.following)] = list(batch.following.values())
+    next_ids[drawn] = -1 - first_row - np.arange(len(drawn))
+    return next_ids
+
+
 class DeviceInputs(StagedInputs):
     """The same on a device: sections of one tensor, which never move; one copy fills a step.
 
     Args:
         batch: rows that the engine fills.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
+        most_next: tokens of a step that a layer for multi-token prediction reads; 0 = none.
     """
 
-    def __init__(self, batch: InputBatch, allocate: Allocate) -> None:
+    def __init__(self, batch: InputBatch, allocate: Allocate, most_next: int = 0) -> None:
         rows, columns = batch.block_tables.shape
         # most sampled tokens: one a row and three drafts
-        sizes = (batch.max_num_tokens, rows, rows, rows, 4 * rows, rows)
-        super().__init__(allocate, sizes, rows, columns)
+        draws, self._most_rows, self._reads_next = 4 * rows, rows, most_next > 0
+        sizes = (batch.max_num_tokens, rows, rows, rows, draws, rows)
+        super().__init__(allocate, (*sizes, *[draws] * 3, rows, rows, most_next), rows, columns)
 
-    def __call__(self, inputs: tuple[np.ndarray, ...], num_padded_tokens: int) -> list[Any]:
-        """Queue the copy of `host_inputs`; the tensors that will hold them until the next call.
+    def stage(self, inputs: Sequence[Any], draw: Sequence[Any] = ((),) * 6) -> None:
+        """Queue the copy of `host_inputs` and `DeviceDraws.host_inputs`; both may then change."""
+        *values, tables = inputs
+        self.queue((*values, *draw), tables)
 
-        Args:
-            inputs: may change at once.
-            num_padded_tokens: tokens of a captured step; the batch may have fewer.
-        """
-        ids, *others, tables = inputs
-        sizes = (max(len(ids), num_padded_tokens), *map(len, others))
-        return self.upload((ids, *others), tables, sizes)
+    def views(
+        self, num_tokens: int, num_rows: int, num_sampled: int, num_draws: int
+    ) -> tuple[list[Any], DrawInputs]:
+        """The tensors of the fields of a Step, which never move, and those of its draw."""
+        rows, following = self._most_rows, num_tokens if self._reads_next else 0
+        sizes = (num_tokens, *[num_rows] * 3, num_sampled, num_rows)
+        *values, tables = self.views_of((*sizes, *[num_draws] * 3, rows, rows, following, num_rows))
+        return [*values[:6], tables], DrawInputs(*values[6:])
 
 
 class HostLogits:

@@ -178,10 +178,17 @@ class StagedInputs:
         view = partial(_section_view, self.tensor, tuple(self._starts), columns)
         self._view = lru_cache(maxsize=CACHED_VIEWS)(view)
 
-    def upload(
-        self, values: Sequence[Int32Array], tables: Int32Array, lengths: Sequence[int] | None = None
-    ) -> list[Any]:
-        """Queue the copies of a step; the tensors that will hold it, valid until the next one.
+    def upload(self, values: Sequence[Int32Array], tables: Int32Array) -> list[Any]:
+        """`queue` a step; the tensors that will hold it, valid until the next one.
+
+        Returns:
+            int32 tensors, one a section, and the block tables.
+        """
+        self.queue(values, tables)
+        return self.views_of([*map(len, values), len(tables)])
+
+    def queue(self, values: Sequence[Int32Array], tables: Int32Array) -> None:
+        """Queue the copies of a step.
 
         To the device it is copied on the stream of the staging; the current stream waits for that
         and copies it from there to the tensor, after the readers of the step before.
@@ -189,16 +196,12 @@ class StagedInputs:
         Args:
             values: integers, at most the size of each section, which zeros fill up.
             tables: int32 [rows, columns]; rows of the step before that this one lacks become -1.
-            lengths: of the tensors of the sections; None = as many as there are values.
-
-        Returns:
-            int32 tensors, one a section, and the block tables.
         """
         staging, starts = self.staging, self._starts
         slab = staging.next_slab()
-        for start, end, array in zip(starts, starts[1:], values, strict=False):
+        slab[: starts[-1]] = 0
+        for start, array in zip(starts, values, strict=False):
             slab[start : start + len(array)] = array
-            slab[start + len(array) : end] = 0
         rows = len(tables)
         copied = max(rows, self._used_rows)
         end = starts[-1] + copied * self._columns
@@ -210,7 +213,9 @@ class StagedInputs:
         staging.acquire(index)
         self._copies[index].queue(4 * end)
         staging.release(index)
-        sizes = [*(lengths or map(len, values)), rows]
+
+    def views_of(self, sizes: Sequence[int]) -> list[Any]:
+        """The first values of each section, and the first block tables; they never move."""
         return [self._view(section, size) for section, size in enumerate(sizes)]
 
 

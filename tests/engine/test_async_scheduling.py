@@ -4,7 +4,7 @@ shown by `tests.soak.histories`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
-from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.input_batch import Draw, InputBatch
 from tests.engine.fakes import (
     EOS,
     VOCAB_SIZE,
@@ -46,20 +46,13 @@ class GreedyRunner(FakeRunner):
         self.log.append("run")
         return super().execute_model(logits_indices)
 
-    def queue_model(self, logits_indices: np.ndarray) -> None:
-        self._undrawn = self.execute_model(logits_indices)
+    def queue_model(self, logits_indices: np.ndarray, draw: Draw) -> None:
+        self._undrawn = self.execute_model(logits_indices), draw
 
-    def draw(
-        self,
-        slots: np.ndarray,
-        positions: np.ndarray,
-        masks: Mapping[int, np.ndarray],
-        firsts: np.ndarray,
-        drafts: bool,
-    ) -> Callable[[], np.ndarray]:
+    def draw(self, masks: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
         self.log.append("draw")
-        logits = self._undrawn
-        for row, mask in masks.items():
+        logits, draw = self._undrawn
+        for row, mask in zip(draw.masked, masks, strict=True):
             allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
             logits[row, allowed[: self.vocab_size] == 0] = -np.inf
         drawn = self._drawn = logits.argmax(axis=1)

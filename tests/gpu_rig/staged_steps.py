@@ -106,7 +106,8 @@ class RunnerSteps(StagedSteps):
         self._inputs = DeviceInputs(self._batch, paddle_allocator(rig.device))
         self._wanted = np.zeros(1, np.int64)
         self._put(0)
-        ids, *_, tables = self._inputs(host_inputs(self._batch, self._wanted), 0)
+        self._inputs.stage(host_inputs(self._batch, self._wanted))
+        (ids, *_, tables), _ = self._inputs.views(1, rows, 1, 0)
         self._last = (tables.data_ptr() - ids.data_ptr()) // 4 + rows * columns - 1
         super().__init__(rig, ids, max_steps)
 
@@ -121,7 +122,7 @@ class RunnerSteps(StagedSteps):
     def stage(self, step: int) -> None:
         """Fill the batch and queue its copies."""
         self._put(step)
-        self._inputs(host_inputs(self._batch, self._wanted), 0)
+        self._inputs.stage(host_inputs(self._batch, self._wanted))
 
     def expand(self, step: int) -> None:
         """Read the stamps; the copies are queued before."""

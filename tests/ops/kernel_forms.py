@@ -99,8 +99,7 @@ from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.draw_kernels import draw_kernel
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
 from fd_dsa.ops.sampling.verify_kernel import (
-    catch_up_kernel,
-    shift_positions_kernel,
+    follow_kernel,
     verify_kernel,
 )
 from fd_dsa.ops.topk.triton_kernel import topk_kernel
@@ -208,8 +207,7 @@ PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", 
 for most in (1, 2, 3):
     compile("verify", verify_kernel, PLACED | dict.fromkeys(("tokens_ptr", "newest_ptr"), "int64"),
             False, num_warps=1, STRIDE=128, MOST=most, VOCAB=129280)
-compile("catch up", catch_up_kernel, PLACED, False, num_warps=1, BLOCK=128)
-compile("shift", shift_positions_kernel, PLACED, False, num_warps=1, BLOCK=128)
+compile("follow", follow_kernel, PLACED | {"tokens_ptr": "int64"}, False, num_warps=4, BLOCK=256)
 for dtype in ("float32", "bfloat16"):
     types = dict.fromkeys(("table_ptr", "hidden_ptr", "out_ptr"), dtype)
     types |= {"ids_ptr": "int32", "positions_ptr": "int64"}

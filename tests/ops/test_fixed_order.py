@@ -138,8 +138,9 @@ def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: 
     queued: list[Any] = []
     runner = SimpleNamespace(
         draws="some",
-        queue_model=lambda rows: None,
-        draw=lambda *step, drafts: queued.append(step),
+        vocab_size=32,
+        queue_model=lambda rows, draw: None,
+        draw=queued.append,
     )
     sampler = StepSampler(runner, 2)
     sampler._taken_by = [0, 0]

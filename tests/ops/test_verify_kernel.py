@@ -12,11 +12,7 @@ from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops.sampling import REJECTED, DeviceSampler, SlotParameters
 from fd_dsa.ops.sampling.parameters import FLAGS, PENALIZED, RECORD
-from fd_dsa.ops.sampling.verify_kernel import (
-    catch_up_kernel,
-    shift_positions_kernel,
-    verify_kernel,
-)
+from fd_dsa.ops.sampling.verify_kernel import FOLLOW_BLOCK, follow_kernel, verify_kernel
 from tests.kernel_memory import KernelMemory
 
 
@@ -89,20 +85,35 @@ def test_penalties_count_the_drafts_in_front(
 
 
 def test_rows_that_go_on_from_a_draw_are_as_long_as_it_says(kernel_memory: KernelMemory) -> None:
-    """140 rows, of which every third goes on, with up to three tokens fewer than planned."""
-    m, rows = kernel_memory, np.arange(140)
+    """600 rows, of which every third goes on, with up to three tokens fewer than planned."""
+    m, rows = kernel_memory, np.arange(600)
     follows = np.where(rows % 3 == 0, rows // 3, -1)
-    known, planned = 500 + 7 * np.arange(47), 1000 + rows
+    known, planned = 500 + 7 * np.arange(200), 1000 + rows
     planned = np.where(follows >= 0, known[follows] + 2 + rows % 4, planned)
-    cached, shifts = m.put(planned, "int32"), m.poisoned((160,), "int32")
-    catch_up_kernel[(2,)](
-        cached, m.put(follows, "int32"), m.put(known, "int32"), shifts, 140, 2,
-        BLOCK=128, num_warps=1,
+    cached, shifts = m.put(planned, "int32"), m.poisoned((640,), "int32")
+    # tokens of two rows of the draw, of the second one's draft, and of padding; then of rows
+    slots, positions = np.full(605, -1), np.zeros(605)
+    slots[:5], positions[:5] = [9, 3, 3, -1, 599], [50, 60, 61, 7, 9]
+    slots[600], positions[600] = 597, 80
+    drawn, ids = 3 * np.arange(200), np.arange(700)
+    ids[[0, 255, 256, 699]] = -1 - np.array([0, 199, 7, 5])
+    put = [m.put(values, "int32") for values in (ids, follows, slots, positions)]
+    follow_kernel[(-(-700 // FOLLOW_BLOCK),)](
+        put[0], m.put(drawn), m.put(known, "int32"), shifts, 700, cached, *put[1:], 600, 605, 2,
+        BLOCK=FOLLOW_BLOCK, num_warps=4,
     )  # fmt: skip
     expected = np.where(follows >= 0, rows % 4, 0)
-    assert (m.get(shifts)[:140] == expected).all()
+    assert (m.get(shifts)[:600] == expected).all()
     assert (m.get(cached) == planned - expected).all()
-    # of two rows of the draw, of the second one's draft, and of padding
-    slots, positions = m.put([9, 3, 3, -1, 139], "int32"), m.put([50, 60, 61, 7, 9], "int32")
-    shift_positions_kernel[(1,)](positions, slots, shifts, 5, BLOCK=128, num_warps=1)
-    assert m.get(positions).tolist() == [50 - 1, 60 - 3, 61 - 3, 7, 9]
+    found = m.get(put[3])
+    assert found[:5].tolist() == [50 - 1, 60 - 3, 61 - 3, 7, 9]
+    assert found[600] == 80 - expected[597] and expected[597]
+    ids[[0, 255, 256, 699]] = drawn[[0, 199, 7, 5]]
+    assert (m.get(put[0]) == ids).all()
+    # ids alone, as where there are no drafts
+    before = m.get(cached)
+    follow_kernel[(1,)](
+        m.put([4, -3], "int32"), m.put(drawn), m.put(known, "int32"), shifts, 2, cached, *put[1:],
+        0, 0, 0, BLOCK=FOLLOW_BLOCK, num_warps=4,
+    )  # fmt: skip
+    assert (m.get(cached) == before).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from fd_dsa.runner import InputBatch
@@ -9,6 +11,15 @@ from fd_dsa.runner.step import DeviceInputs, host_inputs
 from tests.kernel_memory import KernelMemory
 
 MAX_ROWS, MAX_TOKENS, COLUMNS = 5, 40, 3
+
+
+def staged(
+    inputs: DeviceInputs, batch: InputBatch, sampled: np.ndarray, num_tokens: int = 0
+) -> list[Any]:
+    """The tensors of a step, padded to some tokens."""
+    inputs.stage(host_inputs(batch, sampled))
+    tokens = max(batch.num_tokens, num_tokens)
+    return inputs.views(tokens, batch.num_rows, len(sampled), 0)[0]
 
 
 def filled(batch: InputBatch, rng: np.random.Generator) -> np.ndarray:
@@ -52,10 +63,10 @@ def test_device_inputs(kernel_memory: KernelMemory) -> None:
     addresses = set()
     for _ in range(12):
         wanted = filled(batch, rng)
-        staged = inputs(host_inputs(batch, wanted), batch.num_tokens)
-        check([m.get(tensor) for tensor in staged], batch, wanted)
-        addresses.add(staged[0].data_ptr())
-        for field in staged:
+        fields = staged(inputs, batch, wanted)
+        check([m.get(tensor) for tensor in fields], batch, wanted)
+        addresses.add(fields[0].data_ptr())
+        for field in fields:
             assert field.data_ptr() % 16 == 0 or field.shape[0] == 0
     assert len(addresses) == 1
 
@@ -66,7 +77,7 @@ def test_a_step_in_flight_keeps_its_values(kernel_memory: KernelMemory) -> None:
     inputs = DeviceInputs(batch, m.poisoned)
     batch.begin_step()
     batch.add_row(0, [7, 8], 0, True)
-    ids, *_ = inputs(host_inputs(batch, np.array([1])), 2)
+    ids, *_ = staged(inputs, batch, np.array([1]))
     batch.begin_step()
     batch.add_row(1, [1], 0, True)
     assert m.get(ids).tolist() == [7, 8]
@@ -78,23 +89,23 @@ def test_rows_of_one_token_and_three_drafts_are_all_sampled(kernel_memory: Kerne
     for row in range(MAX_ROWS):
         batch.add_row(row, [row] * 4, 9, is_prefill=False)
     sampled = np.arange(4 * MAX_ROWS)
-    check([m.get(tensor) for tensor in inputs(host_inputs(batch, sampled), 0)], batch, sampled)
+    check([m.get(tensor) for tensor in staged(inputs, batch, sampled)], batch, sampled)
 
 
 def test_padding_of_a_captured_step_is_token_0(kernel_memory: KernelMemory) -> None:
     m, batch = kernel_memory, InputBatch(MAX_ROWS, MAX_TOKENS, COLUMNS, 16)
     inputs = DeviceInputs(batch, m.poisoned)
     batch.add_row(0, [7, 8, 9], 0, is_prefill=True)
-    inputs(host_inputs(batch, np.array([2])), 3)
+    staged(inputs, batch, np.array([2]))
     batch.begin_step()
     batch.add_row(0, [5], 3, is_prefill=False)
     for _ in range(4):
-        assert m.get(inputs(host_inputs(batch, np.array([0])), 4)[0]).tolist() == [5, 0, 0, 0]
+        assert m.get(staged(inputs, batch, np.array([0]), 4)[0]).tolist() == [5, 0, 0, 0]
 
 
 def test_host_inputs_are_the_batch() -> None:
     batch, rng = InputBatch(MAX_ROWS, MAX_TOKENS, COLUMNS, 16), np.random.default_rng(1)
     wanted = filled(batch, rng)
-    staged = host_inputs(batch, wanted)
-    check(list(staged), batch, wanted)
-    assert np.shares_memory(staged[-1], batch.block_tables)
+    fields = host_inputs(batch, wanted)
+    check(list(fields), batch, wanted)
+    assert np.shares_memory(fields[-1], batch.block_tables)

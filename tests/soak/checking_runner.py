@@ -15,7 +15,7 @@ from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import REJECTED, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops.sampling.parameters import SlotParameters
-from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.input_batch import Draw, InputBatch
 from tests.engine.drafters import KnowingDrafter
 
 VOCAB_SIZE = 12
@@ -204,23 +204,17 @@ class DrawingRunner(CheckingRunner):
         assert (self._shifts >= 0).all(), "a plan has fewer tokens than there are"
         return super().execute_model(logits_indices)
 
-    def queue_model(self, logits_indices: np.ndarray) -> None:
+    def queue_model(self, logits_indices: np.ndarray, draw: Draw) -> None:
         """Run the step."""
         self._sampled = logits_indices
-        self._undrawn = self.execute_model(logits_indices)
+        self._undrawn = self.execute_model(logits_indices), draw
 
-    def draw(
-        self,
-        slots: np.ndarray,
-        positions: np.ndarray,
-        masks: Mapping[int, np.ndarray],
-        firsts: np.ndarray,
-        drafts: bool,
-    ) -> Callable[[], np.ndarray]:
+    def draw(self, masks: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
         """Draw from the step's logits; the tokens are there when they are asked for."""
-        logits, self._undrawn = self._undrawn, None
-        positions = positions - self._shifts[slots]
-        for row, mask in masks.items():
+        (logits, draw), self._undrawn = self._undrawn, None
+        slots, firsts = np.array(draw.slots), draw.firsts
+        positions = np.array(draw.positions) - self._shifts[slots]
+        for row, mask in zip(draw.masked, masks, strict=True):
             allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
             # a mask leaves rows with unusable logits as they are
             if np.isfinite(logits[row]).all():
@@ -241,7 +235,7 @@ class DrawingRunner(CheckingRunner):
             output.append(max(int(drawn[row]), 0))
         self._newest, self._known = np.zeros((2, len(firsts)), np.int64)
         self.on_the_way, running, batch = {}, self._running(), self.input_batch
-        for place, (first, end) in enumerate(pairwise([*firsts.tolist(), len(drawn)])):
+        for place, (first, end) in enumerate(pairwise([*firsts, len(drawn)])):
             own = batch.ids_remove_padding[self._sampled[first:end]][1:]
             wrong = np.flatnonzero(own != drawn[first : end - 1])
             last = first + int(wrong[0]) if len(wrong) else end - 1

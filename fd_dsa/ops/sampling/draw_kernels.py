@@ -230,15 +230,3 @@ def draw_kernel(
         )  # fmt: skip
         flags = tl.load(record + FLAGS)
         finish_row(tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB, COUNTS)
-
-
-FILL_BLOCK = 256
-
-
-@step_kernel()
-def fill_drawn_kernel(token_ids_ptr, tokens_ptr, num_tokens, BLOCK: tl.constexpr):
-    """Block `program 0`: an id of -1 - i becomes token i of what was drawn last."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(token_ids_ptr + place, mask=place < num_tokens, other=0)
-    drawn = tl.load(tokens_ptr + (-1 - token), mask=token < 0, other=0)
-    tl.store(token_ids_ptr + place, drawn.to(tl.int32), mask=token < 0)

@@ -73,34 +73,51 @@ def verify_kernel(
     tl.store(going_on_ptr + 3 * STRIDE + program, cached)
 
 
-ROW_BLOCK = 128
+FOLLOW_BLOCK = 256
 
 
 @step_kernel()
-def catch_up_kernel(
-    cached_ptr, follows_ptr, known_ptr, shifts_ptr, num_rows, ahead, BLOCK: tl.constexpr
+def follow_kernel(
+    ids_ptr,
+    tokens_ptr,
+    known_ptr,
+    shifts_ptr,
+    num_ids,
+    cached_ptr,
+    follows_ptr,
+    slots_ptr,
+    positions_ptr,
+    num_rows,
+    num_draws,
+    ahead,
+    BLOCK: tl.constexpr,
 ):
-    """Block `program 0` of rows: tokens in the cache of those that go on from a draw.
+    """What a draw leaves to the next step: block `program 0` of ids, the first one all rows, too.
 
-    Row i goes on from request `follows[i]`, if any, with `known` tokens in the cache and `ahead`
-    more. `shifts` gets by how many the host had planned too many.
+    An id of -1 - i becomes token i of what was drawn. Row i goes on from request `follows[i]`, if
+    any, with `known` tokens in the cache and `ahead` more; `shifts` gets by how many the host had
+    planned too many, and the positions of the slot's draws are as many less.
     """
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < num_rows
-    source = tl.load(follows_ptr + row, mask=inside, other=-1)
-    planned = tl.load(cached_ptr + row, mask=inside, other=0)
-    known = tl.load(known_ptr + source, mask=source >= 0, other=0) + ahead
-    cached = tl.where(source >= 0, known, planned)
-    tl.store(cached_ptr + row, cached, mask=inside)
-    tl.store(shifts_ptr + row, planned - cached, mask=inside)
-
-
-@step_kernel()
-def shift_positions_kernel(positions_ptr, slots_ptr, shifts_ptr, num_rows, BLOCK: tl.constexpr):
-    """Block `program 0` of rows: positions of their draws, less the shift of their slots."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(slots_ptr + row, mask=row < num_rows, other=-1)
-    live = slot >= 0
-    position = tl.load(positions_ptr + row, mask=live, other=0)
-    shift = tl.load(shifts_ptr + slot, mask=live, other=0)
-    tl.store(positions_ptr + row, position - shift, mask=live)
+    program, lane = tl.program_id(0), tl.arange(0, BLOCK)
+    place = program * BLOCK + lane
+    token = tl.load(ids_ptr + place, mask=place < num_ids, other=0)
+    drawn = tl.load(tokens_ptr + (-1 - token), mask=token < 0, other=0)
+    tl.store(ids_ptr + place, drawn.to(tl.int32), mask=token < 0)
+    if program == 0:
+        for start in range(0, num_rows, BLOCK):
+            row = start + lane
+            inside = row < num_rows
+            source = tl.load(follows_ptr + row, mask=inside, other=-1)
+            planned = tl.load(cached_ptr + row, mask=inside, other=0)
+            known = tl.load(known_ptr + source, mask=source >= 0, other=0) + ahead
+            cached = tl.where(source >= 0, known, planned)
+            tl.store(cached_ptr + row, cached, mask=inside)
+            tl.store(shifts_ptr + row, planned - cached, mask=inside)
+        # what other threads wrote is read below
+        tl.debug_barrier()
+        for start in range(0, num_draws, BLOCK):
+            row = start + lane
+            slot = tl.load(slots_ptr + row, mask=row < num_draws, other=-1)
+            position = tl.load(positions_ptr + row, mask=slot >= 0, other=0)
+            shift = tl.load(shifts_ptr + slot, mask=slot >= 0, other=0)
+            tl.store(positions_ptr + row, position - shift, mask=slot >= 0)

@@ -24,6 +24,7 @@ from fd_dsa.models.memory_plan import graph_bytes
 from fd_dsa.ops.sampling import SlotParameters
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.decode_graphs import Captured, CaptureRefused, PaddleCapture
+from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.model_runner import cache_layout
 from tests.demo.samples import PROSE
 from tests.gpu_rig import Rig
@@ -168,19 +169,20 @@ def test_draws_of_graphs_are_those_of_eager_steps(rig: Rig) -> None:
                 batch.begin_step()
                 for row in rows_of(step):
                     batch.add_row(*row)
-                slots = np.array([row for row, _ in step])
-                masks = {1: mask} if index else {}
+                slots = [row for row, _ in step]
+                masked = [1] if index else []
+                draw = Draw(slots, [3 + place for place in range(len(step))], masked=masked)
                 with rig.strict(), rig.counting() as counted:
-                    runner.queue_model(np.arange(len(step)))
-                    take = runner.draw(slots, 3 + np.arange(len(step)), masks)
+                    runner.queue_model(np.arange(len(step)), draw)
+                    take = runner.draw([mask] * len(masked))
                 tokens.append(take().tolist())
                 logits = runner.execute_model(np.arange(len(step)))
                 assert tokens[-1][0] == logits[0].argmax()
                 assert "event_syncs" not in counted.delta
                 if index == 2 and rig.is_real and runner is graphs:
-                    # the step's inputs, those of the draw and the mask; the ids
+                    # the step's inputs and the mask; the ids
                     names = ("h2d_async", "d2h_async", "allocations")
-                    assert [counted.delta.get(name, 0) for name in names] == [3, 1, 0]
+                    assert [counted.delta.get(name, 0) for name in names] == [2, 1, 0]
             assert (runner.graphs is not None) == (runner is graphs)
     assert found[eager] == found[graphs]
     assert all(tokens[1] % 32 in (2, 6) for tokens in found[graphs][1:])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,12 @@ from fd_dsa.models.config import MtpLayer
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.device_drafts import DeviceDrafts
 from fd_dsa.runner.model_runner import cache_layout
+from fd_dsa.triton_runtime.bound import BoundLaunch
+from fd_dsa.triton_runtime.kernel import Kernel
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
+from tests.gpu_rig.transfers import counted_transfers
 from tests.runner.tiny import V32, tiny_model
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.own_process]
@@ -157,6 +161,72 @@ def test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu(
     for name in both:
         count = min(len(drafter.drafts[name]), len(on_host.drafts[name]))
         assert drafter.drafts[name][:count] == on_host.drafts[name][:count], name
+
+
+class OneDraft(DeviceMtpDrafter):
+    """Drafts one token of each request."""
+
+    def propose(
+        self, step: LaunchedStep, counts: Mapping[Request, int]
+    ) -> dict[Request, list[int]]:
+        return super().propose(step, dict.fromkeys(counts, 1))
+
+
+def test_a_step_with_drafts_is_three_graphs_one_copy_in_one_out_and_one_wait(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, replays = make_runner(rig.device), Counter[str]()
+    runner.capture_decode_graphs((2,), capture_of(rig))
+    is_open = [True]
+
+    def counted(name: str, replay: Callable[[], None]) -> Callable[[], None]:
+        def replayed() -> None:
+            replays[name] += 1
+            # where graphs are the work itself, its launches are the graph's
+            is_open[0] = False
+            replay()
+            is_open[0] = True
+
+        return replayed
+
+    assert runner.graphs is not None
+    for padded, step in runner.graphs.items():
+        graphs = {name: counted(name, getattr(step, name)) for name in ("replay", "draw", "draft")}
+        runner.graphs[padded] = step._replace(**graphs)
+    for kind, name in ((Kernel, "__getitem__"), (BoundLaunch, "__call__")):
+        original: Any = getattr(kind, name)
+
+        def launch(*given: Any, original: Any = original, **named: Any) -> Any:
+            replays["launches"] += is_open[0]
+            return original(*given, **named)
+
+        monkeypatch.setattr(kind, name, launch)
+    speculator = Speculator(OneDraft(runner), 1)
+    engine = LLMEngine(
+        runner,
+        byte_tokenizer(),
+        num_blocks=NUM_BLOCKS,
+        max_model_len=48,
+        eos_token_ids=[1],
+        speculator=speculator,
+    )
+    engine.add_request("r", [*range(2, 12)], SamplingParams(temperature=0, max_tokens=24))
+    num_steps = 0
+    while engine.has_unfinished_requests():
+        before = engine._in_flight
+        replays.clear()
+        with counted_transfers() as transfers:
+            engine.step()
+        if before is not None and before.drafts and engine._in_flight is not None:
+            num_steps += 1
+            assert +replays == {"replay": 1, "draw": 1, "draft": 1}
+            transfers = Counter({k: n for k, n in transfers.items() if not k.endswith("bytes")})
+            assert transfers == dict.fromkeys(
+                ("h2d_async", "d2d_async", "d2h_async", "event_syncs"), 1
+            )
+    assert num_steps > 5
+    runner.graphs = None
+    gc.collect()
 
 
 @pytest.mark.slow
