@@ -12,7 +12,6 @@ import numpy as np
 
 from benchmarks._harness import random_prompts
 
-
 # classes of kernels, by parts of their names; the first that fits
 CLASSES = {
     "routed experts": ("expert_gemm_kernel", "multiply_experts"),
