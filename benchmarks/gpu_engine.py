@@ -8,8 +8,9 @@ Token-id prompts of one seed, greedy, no end before the last token; in process, 
 also over HTTP on our side. DIR has a `run.sh` that answers `bench --out FILE.jsonl --scenarios ...`
 with a record for each case. Writes benchmarks/results/gpu_engine.json: a ratio above 1 means that
 ours is better; the floor is what must be read of weights and caches at the copy rate, or multiplied
-at the rate of the tensor cores. With --batch-invariant the peer is ours without it, of the same
-GPU and hour, and the file gpu_engine_invariant.json.
+at the rate of the tensor cores; and gpu_profile.json: what the kernels of a step are for. With
+--batch-invariant the peer is ours without it, of the same GPU and hour, and the file
+gpu_engine_invariant.json.
 """
 
 from __future__ import annotations
@@ -297,10 +298,23 @@ def measured_before(path: Path) -> dict[str, Any]:
     return result
 
 
+def write_profiles(engine: Worker, args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Write gpu_profile.json: kernels of decode steps and of a prompt, and their classes."""
+    profiles = {}
+    for rows in args.profile.split(","):
+        profiles[rows] = engine.call(op="profile", batch=int(rows), prompt=4096, steps=8)
+        show_profile(profiles[rows])
+    profiles["8192"] = engine.call(op="profile_prompts", batch=1, prompt=8192)
+    show_profile(profiles["8192"])
+    found = {key: result[key] for key in ("env", "tier", "layers")} | {"name": "gpu_profile"}
+    classes = by_class(profiles)
+    write_json(args.out / "gpu_profile.json", found | {"classes": classes, "profiles": profiles})
+
+
 def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> dict[str, Any]:
     """Our engine's cases and profiles, written as soon as they are there."""
     result: dict[str, Any] = {"name": path.stem, "env": environment(), "cases": []}
-    result |= {"tier": "T1p" if args.rig else "T2", "layers": args.layers, "profiles": {}}
+    result |= {"tier": "T1p" if args.rig else "T2", "layers": args.layers}
     with tempfile.TemporaryDirectory() as folder:
         model = str(write_model(Path(folder), args.layers))
         target = "benchmarks.workers.gpu_engine:Engine"
@@ -311,16 +325,8 @@ def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> 
                 print(f"{name:<16} {ours:10.2f} {FIGURES[CASES[name].kind][1]}", flush=True)
                 result["cases"].append(entry(name, ours, args.layers))
                 write_json(path, result)
-            for rows in filter(None, args.profile.split(",")):
-                profile = engine.call(op="profile", batch=int(rows), prompt=4096, steps=8)
-                result["profiles"][rows] = profile
-                show_profile(profile)
             if args.profile:
-                profile = engine.call(op="profile_prompts", batch=1, prompt=8192)
-                result["profiles"]["8192"] = profile
-                show_profile(profile)
-                result["classes"] = by_class(result["profiles"])
-            write_json(path, result)
+                write_profiles(engine, args, result)
         if "mixed-64x2k" in names:
             ours = over_http(model, args.rig)
             print(f"{OVER_HTTP:<16} {ours:10.2f}", flush=True)

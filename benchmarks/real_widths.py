@@ -37,8 +37,8 @@ PROMPTS = (100, 3000, 9000)
 MOST_EXACT = 4096
 # of log-probabilities, nats: a lead that a right engine sees
 CLEAR = 0.3
-# of the peer's mean distance from what is exact
-MOST_DISTANCE = 1.25
+# of the peer's mean distance from what is exact, where enough positions show it
+MOST_DISTANCE, LEAST_POSITIONS = 1.25, 32
 # powers of two by which what a layer adds is smaller
 _CALM = {"o_proj.weight": 3, "down_proj.weight": 3}
 SHARD_BYTES = 4 << 30
@@ -141,8 +141,8 @@ def compare(sides: dict[str, Sequence[Any]], exact: np.ndarray | None) -> dict[s
 
 
 def is_worse(case: dict[str, Any]) -> bool:
-    """Whether we are further from what is exact than the peer."""
-    if "clear" not in case:
+    """Whether we are further from what is exact than the peer, as far as that can be said."""
+    if "clear" not in case or case["positions"] < LEAST_POSITIONS:
         return False
     further = case["ours_error"] > MOST_DISTANCE * case["peer_error"]
     return bool(further or case["ours_lost"] > case["peer_lost"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from benchmarks.workers.gpu_engine import open_device
@@ -21,6 +22,8 @@ class Engine:
         from fd_dsa import LLM
         from fd_dsa.config import demo_model_path
 
+        # where the start spends its time
+        logging.basicConfig(level=logging.INFO)
         sizes: dict[str, Any] = {"max_model_len": 9216, "max_num_batched_tokens": 8192}
         if device == "cpu":
             sizes = {"max_model_len": 512}
