@@ -34,11 +34,16 @@ LENGTH, CHUNK = 65, 24
 LEAST = 0.1
 
 _ROPE = "-self._rope_dim :"
+_ROTATE_HALVES = (
+    "x = heads[:, :, -self._rope_dim :]; half = x.shape[2] // 2; "
+    "y = np.stack((x[:, :, :half], x[:, :, half:]), 3).reshape(x.shape); "
+    "rotate(y, angles.forward); x[:, :, :half], x[:, :, half:] = y[:, :, 0::2], y[:, :, 1::2]"
+)
 FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
     "query's first channels rotated": ("mixed", V4Attention, "_query", _ROPE, ": self._rope_dim"),
     "pairs half a head apart": (
         *("mixed", V4Attention, "_query"),
-        *("interleaved=True", "interleaved=False"),
+        *("rotate(heads[:, :, -self._rope_dim :], angles.forward)", _ROTATE_HALVES),
     ),
     "no relu in the indexer": (
         *("mixed", paddle_impl, "weighted_scores"),
@@ -54,7 +59,7 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
     ),
     "output not rotated back": (
         *("mixed", V4Attention, "forward"),
-        *("angles.backward", "angles.forward * 0 + ([1] * 4 + [0] * 4)"),
+        *("angles.backward", "angles.forward * 0 + 1"),
     ),
     "main frequencies in all layers": (
         *("mixed", DeepseekV4ForCausalLM, "__call__"),
@@ -62,7 +67,7 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
     ),
     "cos and sin scaled by mscale": (
         *("yarn", Rotation, "at"),
-        *("axis=1)", "axis=1) * np.float32(1.139)"),
+        *("return turns", "return turns * np.float32(1.139)"),
     ),
     "no sinks": ("mixed", V4AttentionBackend, "attend", "layer.sinks", "layer.sinks - 1e4"),
     "streams mixed by the transpose": (

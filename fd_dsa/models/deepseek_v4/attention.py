@@ -8,9 +8,8 @@ import numpy as np
 
 from fd_dsa.models.deepseek_v4.compressor import Compressor
 from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
-from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation
+from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation, rotate
 from fd_dsa.ops._norm import inverse_root
-from fd_dsa.ops._rope import rotate_
 
 
 class V4Attention:
@@ -69,7 +68,7 @@ class V4Attention:
         backend, rank = forward_meta.attn_backend, self._rank
         projected: np.ndarray = self._in.times(x)
         kv = self._kv_norm.of(projected[:, rank : rank + self._width])
-        rotate_(kv[:, None, -self._rope_dim :], angles.forward, interleaved=True)
+        rotate(kv[:, None, -self._rope_dim :], angles.forward)
         backend.write(kv, self._sources(projected), self, forward_meta)
         latent = self._q_norm.of(projected[:, :rank])
         selection = None
@@ -77,7 +76,7 @@ class V4Attention:
             selection = self._select(latent, projected, angles, forward_meta)
         query = self._query(latent, angles)
         attended = backend.attend(query, selection, self, forward_meta)
-        rotate_(attended[:, :, -self._rope_dim :], angles.backward, interleaved=True)
+        rotate(attended[:, :, -self._rope_dim :], angles.backward)
         low = self._out_a.times_by_head(attended.reshape(len(x), self._groups, -1))
         out: np.ndarray = self._out_b.times(low.reshape(len(x), -1))
         return out
@@ -95,7 +94,7 @@ class V4Attention:
         rows = query.reshape(-1, self._width)
         rows *= inverse_root(rows, self._eps)
         heads = query.reshape(-1, self._heads, self._width)
-        rotate_(heads[:, :, -self._rope_dim :], angles.forward, interleaved=True)
+        rotate(heads[:, :, -self._rope_dim :], angles.forward)
         return heads
 
     def _select(
@@ -104,7 +103,7 @@ class V4Attention:
         """The entries that the indexer chooses for each token, as the backend gives them."""
         assert self._index_b is not None
         query = self._index_b.times(latent).reshape(len(latent), self._index_heads, -1)
-        rotate_(query[:, :, -self._rope_dim :], angles.forward, interleaved=True)
+        rotate(query[:, :, -self._rope_dim :], angles.forward)
         first = self._rank + self._width
         weights = projected[:, first : first + self._index_heads] * self._index_scale
         return forward_meta.attn_backend.select(query, weights, self.layer_id, forward_meta)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
-from fd_dsa.models.deepseek_v4.rotation import Rotation
-from fd_dsa.ops._rope import rotate_
+from fd_dsa.models.deepseek_v4.rotation import Rotation, rotate
 
 
 class Compressor:
@@ -74,9 +73,9 @@ class Compressor:
             pooled: float32 [n, width]; means of the sources.
             positions: int [n]; first position of each entry's own group.
         """
-        angles, found = self._rotation.at(positions), []
+        turns, found = self._rotation.at(positions), []
         for norm, (_, first, width) in zip(self._norms, self.names, strict=True):
             entry = norm.of(pooled[:, first : first + width])
-            rotate_(entry[:, None, -self._rope_dim :], angles, interleaved=True)
+            rotate(entry[:, None, -self._rope_dim :], turns)
             found.append(entry)
         return found

@@ -92,19 +92,20 @@ class HyperConnection:
         np.exp(a, out=a)
         a /= np.add.reduce(a, axis=1, keepdims=True)
         a += eps
-        sums = np.empty_like(a)
+        sums = np.empty_like(flat)
+        by_axis = sums.reshape(a.shape)
         for axis in (0, *(1, 0) * (self._iterations - 1)):
             if self._adders is None:
                 # one order of sums; eps not as `initial`, which is added in another place
-                np.add(np.add.reduce(a, axis=axis, keepdims=True), eps, out=sums)
+                np.add(np.add.reduce(a, axis=axis, keepdims=True), eps, out=by_axis)
             else:
-                np.dot(self._adders[axis], padded, sums.reshape(flat.shape))
-            a /= sums
+                np.dot(self._adders[axis], padded, sums)
+            np.divide(flat, sums, flat)
         return a.transpose(2, 1, 0)
 
 
-def _adders(n: int, eps: np.float32) -> np.ndarray:
-    """float32 [2, n * n, n * n + 1]: for each axis a matrix that sums an [n, n] matrix over it.
+def _adders(n: int, eps: np.float32) -> list[np.ndarray]:
+    """float32 [n * n, n * n + 1]: for each axis a matrix that sums an [n, n] matrix over it.
 
     Times the matrix end to end and a last 1, it is the sum plus eps at each place of the matrix: on
     matrices this small, one GEMM is faster than a reduction.
@@ -112,7 +113,7 @@ def _adders(n: int, eps: np.float32) -> np.ndarray:
     eye, ones = np.eye(n), np.ones((n, n))
     adders = np.full((2, n * n, n * n + 1), eps, np.float32)
     adders[:, :, :-1] = np.kron(ones, eye), np.kron(eye, ones)
-    return adders
+    return list(adders)
 
 
 class HeadCollapse:

@@ -11,7 +11,7 @@ from fd_dsa.models.rope_config import RopeConfig
 
 
 class Angles(NamedTuple):
-    """cos, then sin, of each token's position, float32 [num_tokens, rope_dim], and of minus it."""
+    """What `rotate` takes for each token's position, and for minus it."""
 
     forward: np.ndarray
     backward: np.ndarray
@@ -29,12 +29,24 @@ class Rotation:
         self._frequencies = inverse_frequencies(rope, width)
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """float32 [n, rope_dim] of int [n] positions: cos of each pair, then sin."""
-        angles = positions.astype(np.float32)[:, None] * self._frequencies
-        return np.concatenate((np.cos(angles), np.sin(angles)), axis=1)
+        """complex64 [n, 1, rope_dim / 2] of int [n] positions: cos and sin of each pair."""
+        angles = positions.astype(np.float32)[:, None, None] * self._frequencies
+        turns = np.empty(angles.shape, np.complex64)
+        np.cos(angles, out=turns.real)
+        np.sin(angles, out=turns.imag)
+        return turns
 
     def of_step(self, positions: np.ndarray) -> Angles:
         forward = self.at(positions)
-        backward, half = forward.copy(), forward.shape[1] // 2
-        np.negative(backward[:, half:], out=backward[:, half:])
-        return Angles(forward, backward)
+        return Angles(forward, forward.conj())
+
+
+def rotate(x: np.ndarray, turns: np.ndarray) -> None:
+    """Rotate the pairs (x[2j], x[2j+1]) of `x` in place, each a complex number.
+
+    Args:
+        x: float32 [n, num_heads, rope_dim]; a view whose last axis is contiguous.
+        turns: of `Rotation.at`.
+    """
+    pairs = x.view(np.complex64)
+    np.multiply(pairs, turns, out=pairs)
