@@ -141,7 +141,7 @@ def compare(sides: dict[str, Sequence[Any]], exact: np.ndarray | None) -> dict[s
 
 
 def is_worse(case: dict[str, Any]) -> bool:
-    """Whether we are further from what is exact than the peer, as far as that can be said."""
+    """Whether we are further from what is exact than the peer, over enough positions."""
     if "clear" not in case or case["positions"] < LEAST_POSITIONS:
         return False
     further = case["ours_error"] > MOST_DISTANCE * case["peer_error"]
