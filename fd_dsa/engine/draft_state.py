@@ -20,8 +20,8 @@ class DraftPace:
     A rate is the mean of what was seen, and of the last twenty or so once there are more. With
     rates r1, r2 and so on a step with n drafts gives 1 + r1 + r1 r2 + ... tokens. The number
     that gives the most tokens for the time of a step is taken, which may be none. After 16 steps
-    with fewer than the most, one more is tried. Each try that fails doubles these steps, up to
-    512; one that stands counts as the usual rate.
+    with fewer than the most, one more is tried, if it pays when it stands. Each try that fails
+    doubles these steps, up to 512; one that stands counts as the usual rate.
 
     Args:
         most: drafts of a step.
@@ -49,15 +49,23 @@ class DraftPace:
                 best, most_gain = count, tokens / costs[count]
         return best
 
-    def length(self, best: int) -> int:
+    def length(self, best: int, costs: Sequence[float], rows: float = 1.0) -> int:
         """Drafts of the next step, of a request that has got a token since the call before.
 
         Args:
             best: of that step.
+            costs, rows: as of `best`.
         """
-        self._num_rested += best < len(self._rates)
-        if best < len(self._rates) and self._num_rested > self._rest:
-            best = self._tried = best + 1
+        if best == len(self._rates):
+            return best
+        self._num_rested += 1
+        if self._num_rested > self._rest:
+            tokens, chance = rows, 1.0
+            for rate in self._rates[:best]:
+                chance *= rate
+                tokens += chance
+            if (tokens + chance) / costs[best + 1] > tokens / costs[best]:
+                best = self._tried = best + 1
         return best
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:

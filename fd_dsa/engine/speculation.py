@@ -163,11 +163,14 @@ class Speculator:
         counts = {}
         if going_on:
             num_rows, num_drafting = len(step.sampling), len(going_on)
-            costs = self._costs.of(num_rows, num_drafting, self.most)
+            costs, share = (
+                self._costs.of(num_rows, num_drafting, self.most),
+                num_rows / num_drafting,
+            )
             for request, state in going_on:
-                best = state.pace.best(costs, num_rows / num_drafting)
+                best = state.pace.best(costs, share)
                 if best or not self._costs.has_layer:
-                    counts[request] = state.pace.length(best)
+                    counts[request] = state.pace.length(best, costs, share)
                 else:
                     self.leave(request)
         try:
