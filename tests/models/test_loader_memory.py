@@ -28,6 +28,7 @@ FIELDS = TINY | {
 # loads a folder into the Paddle model of its configuration, and prints what that took
 PROBE = """
 import json, sys
+import paddle
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.loader import load_weights, validate

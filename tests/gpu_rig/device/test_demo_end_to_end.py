@@ -63,8 +63,8 @@ def watched_logits(llm: LLM, seen: Callable[[np.ndarray], None]) -> None:
     runner = llm._open_engine().runner
     original = runner._logits
 
-    def logits_of(logits_indices: np.ndarray) -> Any:
-        logits = original(logits_indices)
+    def logits_of(*given: Any) -> Any:
+        logits = original(*given)
         if logits is not None:
             seen(logits if isinstance(logits, np.ndarray) else np.array(logits.numpy()))
         return logits
