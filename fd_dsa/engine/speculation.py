@@ -163,10 +163,8 @@ class Speculator:
         counts = {}
         if going_on:
             num_rows, num_drafting = len(step.sampling), len(going_on)
-            costs, share = (
-                self._costs.of(num_rows, num_drafting, self.most),
-                num_rows / num_drafting,
-            )
+            costs = self._costs.of(num_rows, num_drafting, self.most)
+            share = num_rows / num_drafting
             for request, state in going_on:
                 best = state.pace.best(costs, share)
                 if best or not self._costs.has_layer:

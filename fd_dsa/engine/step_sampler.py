@@ -75,7 +75,7 @@ class StepSampler:
             places = [place for place, count in enumerate(counts) for _ in range(count + 1)]
             positions = [positions[p] + row - firsts[p] for row, p in enumerate(places)]
             slots = [slots[place] for place in places]
-        rows = zip(firsts, sampling, strict=True) if any(r.needs_mask for r in rules) else ()
+        rows = zip(firsts, sampling, strict=True) if rules else ()
         masked = [row for row, request in rows if request.rules and request.rules.needs_mask]
         step.places = Draw(slots, positions, firsts, counts, masked, step.makes_drafts)
         self._runner.queue_model(logits_indices, step.places)
@@ -88,10 +88,13 @@ class StepSampler:
         assert step.places is not None
         masks, vocab_size = [], self._runner.vocab_size
         for request in step.sampling if step.places.masked else ():
-            if request.rules is not None and request.rules.needs_mask:
-                # nobody takes the token of one that has ended
-                any_token = np.full(-(-vocab_size // 32), -1, np.int32)
-                masks.append(any_token if request.finish_reason else request.rules.mask(vocab_size))
+            if request.rules is None or not request.rules.needs_mask:
+                continue
+            if request.finish_reason:
+                # any token, since nobody takes it
+                masks.append(np.full(-(-vocab_size // 32), -1, np.int32))
+            else:
+                masks.append(request.rules.mask(vocab_size))
         step.draw = self._runner.draw(masks)
 
     def read_drafts(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> None:

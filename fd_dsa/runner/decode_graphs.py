@@ -2,10 +2,10 @@
 
 Two of each padded number of tokens: one for steps none of whose rows is longer than `index_topk`,
 in which nothing is scored or chosen, and one for rows of any length. Grids and buffers of both are
-those of the longest rows that they may be replayed with, and lengths are read on the device. Only
-the copy of its inputs, to addresses that never change, lies outside of the graph of a step. The
-draw of the tokens is a graph of its own: it is queued with that of the step, or later where a row
-needs a mask that the host is yet to make.
+those of the longest rows that they may be replayed with, and lengths are read on the device. The
+graph of a step holds all but the copy of its inputs, to addresses that never change. The draw of
+the tokens is a graph of its own: it is queued with that of the step, or later where a row needs a
+mask that the host is yet to make.
 """
 
 from __future__ import annotations

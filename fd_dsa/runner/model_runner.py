@@ -153,27 +153,36 @@ class ModelRunner(Preparation):
         batch, backend = self.input_batch, self.attn_backends[0]
         tokens = batch.num_tokens
         hints = StepHints(tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
-        inputs: Any = host_inputs(batch, sampled)
-        lengths, placed = inputs[1:4], None
+        inputs: Any
+        placed = None
         if self._to_device is not None:
             # kernels take no empty tensor
             num_draws = max(len(draw.slots), 1)
-            self._stage(sampled, draw, num_draws)
+            lengths = self._stage(sampled, draw, num_draws)[1:4]
             inputs, placed = self._to_device.views(tokens, batch.num_rows, len(sampled), num_draws)
-        elif self._mtp is not None:
-            # the layer runs when rows that have ended have lost their blocks
-            inputs = (*inputs[:-1], inputs[-1].copy())
+        else:
+            inputs = host_inputs(batch, sampled)
+            lengths = inputs[1:4]
+            if self._mtp is not None:
+                # the layer runs when rows that have ended have lost their blocks
+                inputs = (*inputs[:-1], inputs[-1].copy())
         step = Step(hints, *inputs, self.caches, backend, placed, host_lengths=lengths)
         self._begin(step, batch.has_deferred, ahead)
         return step
 
-    def _stage(self, sampled: np.ndarray, draw: Draw, num_draws: int) -> None:
-        """Queue the copy of the step in the batch, and of its draw padded to some rows."""
+    def _stage(self, sampled: np.ndarray, draw: Draw, num_draws: int) -> tuple[np.ndarray, ...]:
+        """Queue the copy of the step in the batch, and of its draw padded to some rows.
+
+        Returns:
+            The step as of `host_inputs`.
+        """
         batch, draws, to_device, next_ids = self.input_batch, self.draws, self._to_device, ()
         assert draws is not None and to_device is not None
         if draw.drafts and self._drafts is not None:
             next_ids = following_tokens(batch, sampled, draws.first_row)
-        to_device.stage(host_inputs(batch, sampled), draws.host_inputs(draw, num_draws, next_ids))
+        inputs = host_inputs(batch, sampled)
+        to_device.stage(inputs, draws.host_inputs(draw, num_draws, next_ids))
+        return inputs
 
     def _begin(self, step: Step, is_deferred: bool, ahead: int = 0) -> None:
         """Queue the metadata of a step on what a draw leaves to it; may be captured on a device."""

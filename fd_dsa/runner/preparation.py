@@ -45,7 +45,7 @@ class Preparation:
     queue_model: Callable[..., None]
     draw: Callable[..., Callable[[], np.ndarray]]
     _begin: Callable[..., None]
-    _stage: Callable[..., None]
+    _stage: Callable[..., tuple[np.ndarray, ...]]
     _to_device: DeviceInputs | None
     _drafts: Any
     _device: str

@@ -104,6 +104,18 @@ def make_runner(device: str, has_layer: bool = True) -> ModelRunner:
     return runner
 
 
+def make_engine(runner: ModelRunner, speculator: Speculator | None) -> LLMEngine:
+    """The engine of that runner."""
+    return LLMEngine(
+        runner,
+        byte_tokenizer(),
+        num_blocks=NUM_BLOCKS,
+        max_model_len=48,
+        eos_token_ids=[1],
+        speculator=speculator,
+    )
+
+
 def answers(
     device: str,
     rig: Rig | None = None,
@@ -116,14 +128,7 @@ def answers(
     if rig is not None:
         runner.capture_decode_graphs((6,), capture_of(rig))
     drafter: Any = HostDrafter(runner) if device == "cpu" else DeviceDrafter(runner)
-    engine = LLMEngine(
-        runner,
-        byte_tokenizer(),
-        num_blocks=NUM_BLOCKS,
-        max_model_len=48,
-        eos_token_ids=[1],
-        speculator=Speculator(drafter, MOST, costs) if is_drafted else None,
-    )
+    engine = make_engine(runner, Speculator(drafter, MOST, costs) if is_drafted else None)
     draw = np.random.default_rng(SEED)
     for number, kind in enumerate(KINDS):
         prompt = draw.integers(2, 40, 9 + 3 * number).tolist()
@@ -201,15 +206,7 @@ def test_a_step_with_drafts_is_three_graphs_one_copy_in_one_out_and_one_wait(
             return original(*given, **named)
 
         monkeypatch.setattr(kind, name, launch)
-    speculator = Speculator(OneDraft(runner), 1)
-    engine = LLMEngine(
-        runner,
-        byte_tokenizer(),
-        num_blocks=NUM_BLOCKS,
-        max_model_len=48,
-        eos_token_ids=[1],
-        speculator=speculator,
-    )
+    engine = make_engine(runner, Speculator(OneDraft(runner), 1))
     engine.add_request("r", [*range(2, 12)], SamplingParams(temperature=0, max_tokens=24))
     num_steps = 0
     while engine.has_unfinished_requests():
