@@ -158,6 +158,13 @@ def table_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def run_peer(peer: Path, script: str, *arguments: str | Path) -> None:
+    """Run a script of `workers` where a peer's packages are: by the `run.sh` of its folder."""
+    worker = Path(__file__).parent / "workers" / script
+    command = ["bash", str(peer / "run.sh"), "python", str(worker), *map(str, arguments)]
+    subprocess.run(command, check=True)
+
+
 def random_prompts(requests: int, tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
     """Token ids of `requests` prompts, past the special tokens; the same for both sides."""
     rng = np.random.default_rng(seed)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import RESULTS, environment, write_json
+from benchmarks._harness import RESULTS, environment, run_peer, write_json
 
 BYTES_PER_US, FP8_OPS_PER_US = 4.3e6, 1.5e9
 # outputs x inputs
@@ -209,9 +208,7 @@ def of_peers(peer: Path, choices: Sequence[Any]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder, "choices.json"), Path(folder, "found.json")
         given.write_text(json.dumps([ids.tolist() for ids in choices]))
-        script = Path(__file__).parent / "workers" / "experts_peer.py"
-        command = ["bash", peer / "run.sh", "python", script, given, found]
-        subprocess.run(command, check=True)
+        run_peer(peer, "experts_peer.py", given, found)
         return json.loads(found.read_text())
 
 

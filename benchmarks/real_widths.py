@@ -27,7 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import RESULTS, Worker, environment, random_prompts, write_json
+from benchmarks._harness import (
+    RESULTS,
+    Worker,
+    environment,
+    random_prompts,
+    run_peer,
+    write_json,
+)
 from benchmarks.gpu_engine import FP8, WIDTHS
 from benchmarks.once_per_step import SMALL
 from benchmarks.workers.vllm_logprobs import NEW_TOKENS, TOP
@@ -39,8 +46,8 @@ MOST_EXACT = 4096
 CLEAR = 0.3
 # of the peer's mean distance from what is exact, where enough positions show it
 MOST_DISTANCE, LEAST_POSITIONS = 1.25, 32
-# powers of two by which what a layer adds is smaller
-_CALM = {"o_proj.weight": 3, "down_proj.weight": 3}
+# what a layer adds by, and the power of two by which that is less
+_ADDING, _LESS = ("o_proj.weight", "down_proj.weight"), 3
 SHARD_BYTES = 4 << 30
 
 
@@ -59,7 +66,7 @@ def weights(config: dict[str, Any], device: str) -> Iterator[tuple[str, Any]]:
             rows, columns = one.shape
             blocks = (-(-rows // 128), -(-columns // 128))
             scales = torch.randint(-5, 3, blocks, device=device).float().exp2()
-            less = next((n for end, n in _CALM.items() if name.endswith(end)), 0)
+            less = _LESS if name.endswith(_ADDING) else 0
             yield f"{name}_scale_inv", scales * 2.0 ** (round(-0.5 * np.log2(columns)) - less)
             yield name, noise.to(torch.float8_e4m3fn)
         elif "norm" in name and name.endswith("weight"):
@@ -172,10 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         answers = None
         if args.peer:
             (folder / "prompts.json").write_text(json.dumps(prompts))
-            script = Path(__file__).parent / "workers" / "vllm_logprobs.py"
-            files = [str(folder / "prompts.json"), str(folder / "peer.json")]
-            command = ["bash", str(args.peer / "run.sh"), "python", str(script), name, *files]
-            subprocess.run(command, check=True)
+            run_peer(
+                args.peer, "vllm_logprobs.py", name, folder / "prompts.json", folder / "peer.json"
+            )
             answers = json.loads((folder / "peer.json").read_text())
         begin = time.perf_counter()
         target = "benchmarks.workers.real_widths:Engine"
