@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._harness import RESULTS, ROOT, environment, in_turns, random_prompts, write_json
+from benchmarks.workers.gpu_engine import open_device
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.models.config import ModelConfig
@@ -153,9 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device, name, tier = "cpu", "speculative", "T0"
     if args.rig:
-        from tests.gpu_rig import load
-
-        device, name, tier = load("real").device, "speculative_demo", "T1p"
+        device, name, tier = open_device(True, "gpu"), "speculative_demo", "T1p"
     methods: dict[str, Any] = {"none": "none"}
     methods["ngram 3"] = {"method": "ngram", "num_speculative_tokens": 3, **LOOKUP}
     folder = EngineConfig(model=args.model).model_path
