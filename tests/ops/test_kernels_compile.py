@@ -145,7 +145,7 @@ def test_kernels_wait_where_the_device_can() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
 def test_kernels_compile_for_other_gpus(capability: int) -> None:
-    """Those that serve there: docs/operators.md has the table."""
+    """Those that serve there: docs/models.md has the table."""
     made = compiled(EVERY + TUNED, capability)
     assert len(made) > 60
     needs_fp8 = {form["label"].split()[0] for form in made if "needs_fp8" in form}

@@ -109,6 +109,20 @@ def test_after_the_timeout_the_rest_is_aborted_but_answered(
         assert live.process.wait(TIMEOUT_S) == 0
 
 
+def test_a_long_prompt_does_not_hold_up_the_end(
+    tmp_path: Path, clients: ThreadPoolExecutor
+) -> None:
+    with serving(tmp_path, "--shutdown-timeout", "0.5", body=SLOW) as live:
+        # 60 steps of 50 ms before its first token
+        request = ask(live, clients, prompt="a" * 960, max_tokens=9)
+        wait_for_running(live, 1)
+        live.process.terminate()
+        answer = request.result().json()
+        assert answer["choices"][0]["finish_reason"] == "abort"
+        assert answer["usage"]["completion_tokens"] == 0
+        assert live.process.wait(TIMEOUT_S) == 0
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_ends_at_once(
     tmp_path: Path, clients: ThreadPoolExecutor, second: signal.Signals

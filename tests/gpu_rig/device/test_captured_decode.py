@@ -30,6 +30,8 @@ from tests.demo.samples import PROSE
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
 from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
+from tests.gpu_rig.device.test_formats import FP8, folder_of, runner_on
+from tests.gpu_rig.device.test_formats import SIZES as FP8_SIZES
 from tests.runner.tiny import GLM, V32, run_rows
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.own_process]
@@ -118,6 +120,20 @@ def test_a_size_of_its_own_gives_the_same_bits(rig: Rig) -> None:
         for step in (STEPS[1], [(1, 14), (3, 30)]):
             wanted = np.array(run_rows(eager, rows_of(step)))
             np.testing.assert_array_equal(run_rows(graphs, rows_of(step)), wanted)
+
+
+@pytest.mark.slow
+def test_ten_thousand_replays_give_the_same_bits(rig: Rig, tmp_path: Path) -> None:
+    fields = V32 | FP8_SIZES | FP8
+    runner = filled(runner_on(folder_of(tmp_path, fields, "fp8"), rig.device))
+    with captured(rig, runner, (4,)):
+        filled(runner)
+        # it writes what it wrote before, where it wrote it
+        rows = rows_of([(0, 7), (1, 13), (2, 12), (3, 31)])
+        first = np.array(run_rows(runner, rows))
+        assert np.isfinite(first).all() and first.std() > 0
+        for _ in range(10_000 if rig.is_real else 1):
+            np.testing.assert_array_equal(run_rows(runner, rows), first)
 
 
 def test_a_replay_is_one_copy_in_one_out_one_wait_and_no_memory(rig: Rig) -> None:

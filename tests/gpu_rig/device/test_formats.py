@@ -51,6 +51,7 @@ STEPS = [
     [(0, 6, 10, True), (2, 1, 14, False)],
     [(0, 1, 16, False), (2, 2, 15, False)],
 ]
+IDS = np.random.default_rng(7).integers(2, 50, 64).tolist()
 # of the largest logit; what gpu_engine.md allows, as a share
 BOUNDS = {"bfloat16": 0.02, "fp8": 0.04}
 
@@ -145,11 +146,10 @@ def runner_of(model: Any, device: str) -> ModelRunner:
 
 def logits_of(runner: ModelRunner, steps: Any = STEPS) -> list[np.ndarray]:
     """Logits of every token of all steps."""
-    ids = np.random.default_rng(7).integers(2, 50, 64).tolist()
     return [
         run_rows(
             runner,
-            [(row, ids[done : done + new], done, new_row) for row, new, done, new_row in step],
+            [(row, IDS[done : done + new], done, new_row) for row, new, done, new_row in step],
         ).copy()
         for step in steps
     ]
@@ -188,6 +188,32 @@ def test_logits_are_those_of_the_cpu(
     for ours, theirs in zip(found, wanted, strict=True):
         # a wrong block or scale is off by more on average, too
         assert np.sqrt(np.mean((ours - theirs) ** 2)) < BOUNDS[form] / 3 * np.abs(theirs).max()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("fields", [V32, GLM], ids=["v32", "glm"])
+def test_logits_are_those_of_hugging_face_in_bfloat16(
+    rig: Rig, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = folder_of(tmp_path, fields | SIZES, "bfloat16")
+    found = np.concatenate(
+        [
+            logits[_tokens(step, 0)]
+            for step, logits in zip(STEPS, logits_of(runner_on(folder, rig.device)), strict=True)
+        ]
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        wanted = model(torch.tensor([IDS[: len(found)]])).logits[0].float().numpy()
+    bound = BOUNDS["bfloat16"] * np.abs(wanted).max()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
+    clear = clear_lead(wanted, 2 * bound)
+    assert clear.any() and (found.argmax(1) == wanted.argmax(1))[clear].all()
 
 
 def test_random_weights_are_finite_and_use_all_experts(rig: Rig) -> None:
