@@ -24,7 +24,7 @@ OURS = "fd_dsa"
 SHOWN = json.loads(Path(__file__).with_name("shown.json").read_text())
 RATIOS, PICTURES = SHOWN["ratios"], SHOWN["pictures"]
 TABLES = "headline", "without_custom_ops"
-PICTURED = ("engine_cpu", *PICTURES)
+PICTURED = ("engine_cpu", "gpu_engine", *PICTURES)
 Ratio = tuple[float, str]
 
 
@@ -134,6 +134,8 @@ def drawn(name: str, result: Result) -> list[dict[str, Any]]:
     """What a flagship's picture shows, a group a case: times relative to ours and their labels."""
     if name == "engine_cpu":
         return [_engine_group(case) for case in result["cases"]]
+    if name == "gpu_engine":
+        return [_gpu_engine_group(case) for case in result["cases"] if case["ratio"]]
     sides, names = PICTURES[name]["sides"], PICTURES[name]["cases"]
     by_name = {case["case"]: case for case in result["cases"]}
     return [_group(sides, by_name[name]) for name in names if name in by_name]
@@ -161,4 +163,13 @@ def _engine_group(case: Case) -> dict[str, Any]:
         "case": "{requests} x {prompt_tokens} + {new_tokens} tokens".format_map(case["case"]),
         "relative": dict(zip(sides, (1, case["ratio_p50"]), strict=True)),
         "text": {name: f"{three_digits(x)} tokens/s" for name, x in rate.items()},
+    }
+
+
+def _gpu_engine_group(case: Case) -> dict[str, Any]:
+    values = {OURS: case["ours_value"], case["peer"]: case["peer_value"]}
+    return {
+        "case": case["case"],
+        "relative": dict(zip(values, (1, case["ratio"]), strict=True)),
+        "text": {name: f"{three_digits(x)} {case['unit']}" for name, x in values.items()},
     }
