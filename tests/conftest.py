@@ -119,9 +119,29 @@ def one_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from fd_dsa.ops._fixed_order import fixed_order
 
     monkeypatch.setenv("FD_DSA_BATCH_INVARIANT", "1")
+    if find_spec("triton"):
+        _sum_in_doubles(monkeypatch)
     fixed_order.cache_clear()
     yield
     fixed_order.cache_clear()
+
+
+def _sum_in_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted GEMMs of a tile, whose bits NumPy lets depend on where in the tile a row is.
+
+    OpenBLAS does with its kernels for Haswell. Sums in doubles are exact, or nearly so.
+    """
+    from triton.language import float64
+    from triton.runtime.interpreter import TensorHandle
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    dot = builder.create_dot
+
+    def create_dot(a: Any, b: Any, start: Any, *how: Any) -> Any:
+        found = dot(a, b, TensorHandle(start.data.astype("float64"), float64), *how)
+        return TensorHandle(found.data.astype(start.data.dtype), start.dtype.scalar)
+
+    monkeypatch.setattr(builder, "create_dot", create_dot)
 
 
 @pytest.fixture(autouse=True)
