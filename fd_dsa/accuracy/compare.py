@@ -15,7 +15,7 @@ from fd_dsa.accuracy.stats import (
     RESAMPLES,
     SEED,
     Estimate,
-    least_one_sided_flips,
+    mcnemar,
     most_unseen_share,
     signed,
     smallest_difference,
@@ -203,7 +203,8 @@ def _visible(found: Comparison) -> str:
     for rate, words in when.items():
         size = smallest_difference(found.prompts, rate)
         sizes.append(f"{'none' if size is None else f'{100 * size:.1f} points'} {words}")
-    least = least_one_sided_flips()
+    # all in one direction
+    least = next(flips for flips in range(1, 100) if mcnemar(0, flips) <= ALPHA)
     return (
         f"The smallest difference that {counted(found.prompts, 'prompt')} can show with 80 % "
         f"power: {', '.join(sizes)}. Fewer than {least} net flips "
