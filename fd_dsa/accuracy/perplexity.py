@@ -25,6 +25,7 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
 from fd_dsa.errors import ConfigError, FdDsaError
 from fd_dsa.serve.flag_values import add_numbers
+from fd_dsa.serve.parser import Parser
 
 if TYPE_CHECKING:
     from fd_dsa.engine.tokenizer import Tokenizer
@@ -171,11 +172,10 @@ def stretches(losses: Losses, index_topk: int) -> list[tuple[int, int, np.ndarra
     return found
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        "perplexity",
-        description="Read a text through the embedded engine and report the likelihood of its "
-        "tokens; nothing is generated.",
+def fill_parser(parser: Parser) -> None:
+    parser.description = (
+        "Read a text through the embedded engine and report the likelihood of its tokens; nothing "
+        "is generated."
     )
     parser.add_argument(
         "text",
