@@ -228,7 +228,8 @@ class LLMEngine:
         self._in_flight = None
         try:
             outputs = [] if before is None else self._take(before)
-            if launched is not None and launched.awaits_masks:
+            if launched is not None and launched.places is not None and launched.draw is None:
+                # its masks are known after the tokens of the step before
                 self._stats.num_mask_waits += before is not None
                 self._sampler.draw(launched)
             if launched is not None and not (self._is_async and launched.draw):

@@ -55,11 +55,6 @@ class LaunchedStep:
     is_in_flight: bool = False
 
     @property
-    def awaits_masks(self) -> bool:
-        """Whether its draw is queued when the tokens of the step before have been taken."""
-        return self.places is not None and self.draw is None
-
-    @property
     def num_drafts(self) -> int:
         """Drafts of all requests."""
         return sum(map(len, self.drafts.values()))
