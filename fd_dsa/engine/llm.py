@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -21,6 +20,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
+from fd_dsa.speculative_config import SpeculativeConfig
 
 Prompt = str | Sequence[int]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -39,7 +39,7 @@ class LLM:
 
     Args:
         model: folder of a checkpoint; None = the demo model of the package.
-        options: the other fields of `fd_dsa.config.EngineConfig`.
+        tokenizer to chat_template: as the fields of `fd_dsa.config.EngineConfig`.
 
     Raises:
         ConfigError: an argument, the folder or its checkpoint cannot be served.
@@ -50,19 +50,45 @@ class LLM:
     # where the outputs of an unfinished request go: the queue of its call
     _outbox: dict[str, deque[RequestOutput]]
 
-    # for help and editors: one list of fields with their defaults
-    __signature__ = inspect.signature(EngineConfig)
-
-    def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        served_model_name: Sequence[str] = (),
+        tokenizer: str | os.PathLike[str] | None = None,
+        load_format: str = "auto",
+        index_topk: int | None = None,
+        device: str = "auto",
+        tensor_parallel_size: int = 1,
+        dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None,
+        target_inter_token_latency_ms: float = 0.0,
+        block_size: int = 64,
+        kv_cache_memory_bytes: int | str | None = None,
+        gpu_memory_utilization: float = 0.9,
+        num_gpu_blocks_override: int | None = None,
+        enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
+        async_scheduling: bool = True,
+        enforce_eager: bool = False,
+        cudagraph_capture_sizes: Sequence[int] | None = None,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None,
+        seed: int = 0,
+        chat_template: str | os.PathLike[str] | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name != "self"}
         # not at the top: the factory imports paddle
         from fd_dsa.engine.factory import build_engine
 
         if not logging.getLogger("fd_dsa").level:
             logging.getLogger("fd_dsa").setLevel(logging.WARNING)
         try:
-            self._start(build_engine(EngineConfig(model, **options)))
+            self._start(build_engine(EngineConfig(**given)))
         except FdDsaError as error:
-            error.args = tuple(_in_python(text) for text in error.args)
+            error.args = tuple(_in_python(text, given) for text in error.args)
             raise
 
     @classmethod
@@ -251,9 +277,9 @@ class LLM:
                     engine.abort_request(request_id)
 
 
-def _in_python(text: Any) -> Any:
-    """A message with the names of arguments instead of those of the flags."""
-    for name in LLM.__signature__.parameters:
+def _in_python(text: Any, names: Iterable[str]) -> Any:
+    """A message with these names instead of those of the flags."""
+    for name in names:
         flag = f"--{name.replace('_', '-')}"
         text = re.sub(rf"{flag}(?![\w-])", name, str(text))
     return text
