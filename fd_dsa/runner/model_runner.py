@@ -308,7 +308,7 @@ class ModelRunner(Preparation):
         if captured is None or padded is None:
             step = self.initialize_forward_meta(logits_indices, draw)
         else:
-            self._stage(logits_indices, draw, padded.num_tokens)
+            self._stage(logits_indices, draw, padded.num_sampled)
         self.counters.count_step(
             time.perf_counter() - begin,
             batch.num_tokens,
@@ -382,14 +382,7 @@ class ModelRunner(Preparation):
         return logits, selections.positions(self.input_batch)
 
     def _fitting(self, logits_indices: np.ndarray) -> PaddedStep | None:
-        """The graph that serves the step in the batch; None for an eager step.
-
-        It serves steps of decode rows all of whose tokens are sampled from.
-        """
-        batch = self.input_batch
-        tokens = batch.num_tokens
-        if self.graphs is None or batch.num_prefill_tokens or len(logits_indices) != tokens:
+        """The graph that serves the step in the batch; None for an eager step."""
+        if self.graphs is None:
             return None
-        if logits_indices.tolist() != list(range(tokens)):
-            return None
-        return self.graphs.fitting(tokens, batch.max_seqlen_k)
+        return self.graphs.fitting(self.input_batch, logits_indices)

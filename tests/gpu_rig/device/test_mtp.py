@@ -125,8 +125,13 @@ def answers(
 ) -> tuple[dict[str, RequestOutput], LLMEngine, Any]:
     """The ends of a request of each kind, with chunks and few blocks; with a rig, from graphs."""
     runner = make_runner(device, is_drafted)
+    prompts = Counter[int]()
     if rig is not None:
-        runner.capture_decode_graphs((6,), capture_of(rig))
+        runner.capture_decode_graphs((6,), capture_of(rig), prompt_sizes=(12,))
+        graphs: Any = runner.graphs
+        (padded,) = (padded for padded in graphs if padded.num_prompts)
+        replay = graphs[padded].replay
+        graphs[padded] = graphs[padded]._replace(replay=lambda: prompts.update([12]) or replay())
     drafter: Any = HostDrafter(runner) if device == "cpu" else DeviceDrafter(runner)
     engine = make_engine(runner, Speculator(drafter, MOST, costs) if is_drafted else None)
     draw = np.random.default_rng(SEED)
@@ -135,6 +140,7 @@ def answers(
         params = SamplingParams(**{"max_tokens": 18, "seed": number, **kind, **more})
         engine.add_request(str(number), prompt, params)
     ends = {name: outputs[-1] for name, outputs in run_all(engine).items()}
+    assert bool(prompts) == (rig is not None)
     runner.graphs = None
     gc.collect()
     return ends, engine, drafter
