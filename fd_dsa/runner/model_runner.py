@@ -303,7 +303,7 @@ class ModelRunner(Preparation):
         batch = self.input_batch
         if batch.num_tokens == 0:
             raise ValueError("execute_model: the step has no token; call add_row first")
-        self._padded = padded = self._fitting(logits_indices)
+        self._padded = padded = self.graphs and self.graphs.fitting(batch, logits_indices)
         captured, begin = self._captured, time.perf_counter()
         if captured is None or padded is None:
             step = self.initialize_forward_meta(logits_indices, draw)
@@ -380,9 +380,3 @@ class ModelRunner(Preparation):
         finally:
             self._selections = None
         return logits, selections.positions(self.input_batch)
-
-    def _fitting(self, logits_indices: np.ndarray) -> PaddedStep | None:
-        """The graph that serves the step in the batch; None for an eager step."""
-        if self.graphs is None:
-            return None
-        return self.graphs.fitting(self.input_batch, logits_indices)

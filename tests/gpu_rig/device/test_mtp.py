@@ -13,6 +13,7 @@ import paddle
 import pytest
 
 from fd_dsa.engine import step_costs
+from fd_dsa.engine.draft_state import DraftPace
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
@@ -230,6 +231,46 @@ def test_a_step_with_drafts_is_three_graphs_one_copy_in_one_out_and_one_wait(
     assert num_steps > 5
     runner.graphs = None
     gc.collect()
+
+
+class Timed(OneDraft):
+    """One draft a request; a step takes 1 second of `clock`, and with drafts `seconds`."""
+
+    seconds = now = 0.0
+    num_steps = num_drafting = 0
+
+    def propose(
+        self, step: LaunchedStep, counts: Mapping[Request, int]
+    ) -> dict[Request, list[int]]:
+        self.num_steps += 1
+        self.num_drafting += step.num_drafts > 0
+        self.newest = super().propose(step, counts)
+        return self.newest
+
+    def clock(self) -> float:
+        self.now += self.seconds if any(self.newest.values()) else 1.0
+        return self.now
+
+
+@pytest.mark.parametrize(("seconds", "pays"), [(1.3, True), (4.0, False)])
+def test_drafts_stop_where_they_are_too_much_for_the_host(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, seconds: float, pays: bool
+) -> None:
+    # their rate stays what is expected
+    monkeypatch.setattr(DraftPace, "observe", lambda *_: None)
+    runner = make_runner(rig.device)
+    drafter, on_device = Timed(runner), StepCosts({1: 0.1, 8: 0.11}, {}, {1: 0.01})
+    drafter.newest, drafter.seconds = {}, seconds
+    speculator = Speculator(drafter, 1, on_device)
+    speculator.clock = drafter.clock
+    engine = make_engine(runner, speculator)
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    engine.add_request("r", [*range(2, 12)], params)
+    run_all(engine)
+    # some steps show what drafts take, and some what those without take
+    assert 4 < drafter.num_drafting < 10 or pays
+    assert drafter.num_drafting > 15 or not pays
+    assert (drafter.num_steps < 20) == (not pays)
 
 
 @pytest.mark.slow
