@@ -291,8 +291,8 @@ def test_steps_in_which_no_request_drafts_leave_the_layer_out(
     plain, _, _ = answers("cpu", is_drafted=False)
     runs, queue = [], DeviceDrafts.queue
     monkeypatch.setattr(DeviceDrafts, "queue", lambda *one: runs.append(one) or queue(*one))
-    # with it two drafts that mostly stand pay for two requests, and not for three
-    costs = StepCosts({1: 1.0, 16: 2.0}, {1: 0.01}, {1: 0.9, 16: 1.0})
+    # with it two drafts pay for three requests while they mostly stand
+    costs = StepCosts({1: 1.0, 16: 2.0}, {1: 0.01}, {1: 0.5, 16: 0.6})
     found, engine, _ = answers(rig.device, costs=costs)
     assert {k: o.token_ids for k, o in found.items()} == {k: o.token_ids for k, o in plain.items()}
     assert 0 < len(runs) < 0.7 * engine.stats().num_steps
