@@ -53,12 +53,14 @@ class Preparation:
     _padded: PaddedStep | None
 
     def warm_up(self) -> None:
-        """Run prompt chunks of all magnitudes and a decode step: no request waits for kernels.
+        """Run prompt chunks of all magnitudes and two decode steps: no request waits for kernels.
 
         A kernel may have another form for other numbers of tokens; its limits are powers of two, so
         one form serves those from a power on and another those below.
         Results are dropped; what is written to the caches is written again before it is read.
         """
+        from fd_dsa.ops.sampling import SlotParameters
+
         batch, config = self.input_batch, self.model.config
         longest = self._longest_row()
         chunk = min(batch.max_num_tokens, longest)
@@ -67,31 +69,24 @@ class Preparation:
         powers = [1 << i for i in range((chunk - 1).bit_length())]
         chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
         prompts = [(n, done, True) for done in (0, cached) for n in chunks if n <= longest - done]
-        for tokens, done, is_prefill in (*prompts, (1, cached, False)):
-            last = self._only_row(tokens, done, is_prefill=is_prefill)
-            self.execute_model(np.array([last]))
+        # the second decode step goes on from the draw of the first
+        decode = [(1, max(cached - 1, 0), False), (1, cached, False)]
         if self.draws is not None:
-            self._warm_up_draws(cached)
+            self.draws.set_slot(0, SlotParameters())
+        for tokens, done, is_prefill in prompts + decode:
+            last = np.array([self._only_row(tokens, done, is_prefill=is_prefill)])
+            if self.draws is None:
+                self.execute_model(last)
+                continue
+            if (tokens, done, is_prefill) == decode[-1]:
+                self.input_batch.defer_tokens(last, [0])
+                self.input_batch.follows[0] = 0
+            # all kernels of a draw run for any parameters, and those of a layer that drafts
+            self.queue_model(last, Draw([0], [0], [0], [0], drafts=True))
+            self.draw()()
         self._forget_only_row()
         # these were no steps of requests
         self.counters = StepCounters()
-
-    def _warm_up_draws(self, cached: int) -> None:
-        """Run two decode steps with draws, the second of which goes on from the first one's.
-
-        All kernels of a draw run for any parameters, and those of a layer that drafts.
-        """
-        from fd_dsa.ops.sampling import SlotParameters
-
-        assert self.draws is not None
-        self.draws.set_slot(0, SlotParameters())
-        for is_second in (False, True):
-            last = self._only_row(1, max(cached - 1, 0) + is_second, is_prefill=False)
-            if is_second:
-                self.input_batch.defer_tokens([last], [0])
-                self.input_batch.follows[0] = 0
-            self.queue_model(np.array([last]), Draw([0], [0], [0], [0], drafts=True))
-            self.draw()()
 
     def capture_decode_graphs(
         self,

@@ -304,7 +304,14 @@ def test_a_start_runs_the_layer_before_any_request(
     # kernels may be interpreted
     monkeypatch.setattr(step_costs, "_PATIENCE_S", 60.0)
     runner = make_runner(rig.device)
-    runner.warm_up()
+    tokens, queue = set(), DeviceDrafts.queue
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            DeviceDrafts, "queue", lambda *one: tokens.add(one[1].shape[0]) or queue(*one)
+        )
+        runner.warm_up()
+    # its kernels have other forms for other numbers of tokens, as those of any layer
+    assert tokens == {1, 2, 3, 4, 7, 8, 12}
     runner.capture_decode_graphs((2, 6), capture_of(rig))
     costs = measure_steps(runner, 8, predicts_more=True)
     assert (runner.input_batch.block_tables == -1).all()
