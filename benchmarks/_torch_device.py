@@ -18,9 +18,14 @@ _NON_BLOCKING = 1
 
 
 class TorchDeviceApi(DeviceApi):
-    """Device and stream of torch tensors in CUDA memory."""
+    """Device and stream of torch tensors in CUDA memory.
 
-    def __init__(self) -> None:
+    Args:
+        high_priority: the device prefers blocks of the kernels of new streams.
+    """
+
+    def __init__(self, high_priority: bool = False) -> None:
+        self._priority = -1 if high_priority else 0
         # what torch's own compiler calls; the Stream object costs more than the launch's own checks
         self.current_stream = torch._C._cuda_getCurrentRawStream
 
@@ -38,9 +43,9 @@ class TorchDeviceApi(DeviceApi):
         """Number of this thread's GPU."""
         return torch.cuda.current_device()
 
-    def new_stream(self, device: int, high_priority: bool) -> torch.cuda.Stream:
+    def new_stream(self, device: int) -> torch.cuda.Stream:
         """A stream beside torch's pool, whose few streams are handed out again and again."""
-        handle, priority = ctypes.c_void_p(), ctypes.c_int(-1 if high_priority else 0)
+        handle, priority = ctypes.c_void_p(), ctypes.c_int(self._priority)
         arguments = ctypes.byref(handle), ctypes.c_uint(_NON_BLOCKING), priority
         cuda().call(device, "cuStreamCreateWithPriority", *arguments)
         return torch.cuda.ExternalStream(handle.value or 0, device)

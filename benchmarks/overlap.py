@@ -125,7 +125,7 @@ def in_fp8(layer: Layer) -> Layer:
 @cache
 def preferred_stream() -> SideStream:
     """A second stream of higher priority."""
-    return SideStream(TorchDeviceApi(), 0, high_priority=True)
+    return SideStream(TorchDeviceApi(high_priority=True), 0)
 
 
 def sides_of(step: Step, kind: str, what: str = PLAIN) -> dict[str, list[_gpu.Call]]:

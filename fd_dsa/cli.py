@@ -47,7 +47,7 @@ def build_parser(parents: dict[str, Parser] | None = None) -> Parser:
     completion.add_argument("shell", metavar="SHELL", choices=_SHELLS, help=", ".join(_SHELLS))
     completion.set_defaults(run=_print_completion)
     version = commands.add_parser("version", help="print the version")
-    version.set_defaults(run=_print_version)
+    version.set_defaults(run=lambda _: print(f"fd_dsa {__version__}"))
     return parser
 
 
@@ -56,10 +56,6 @@ def _run(arguments: list[str]) -> int:
     args = build_parser().parse_args(arguments)
     args.run(args)
     return 0
-
-
-def _print_version(_: Any) -> None:
-    print(f"fd_dsa {__version__}")
 
 
 def _print_completion(args: Any) -> None:

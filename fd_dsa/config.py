@@ -231,16 +231,12 @@ class EngineConfig:
             )
         cache_dtype = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
         drafts = self.speculative_config
-        if drafts is None and device == "cpu" and self.has_default_drafts:
+        # where nobody says how, the demo model drafts, on one rank
+        is_whole = self.tensor_parallel_size == 1 and self.load_format != "dummy"
+        if drafts is None and device == "cpu" and is_whole and self.model_path == demo_model_path():
             drafts = SpeculativeConfig("mtp", 3)
         resolved = {"dtype": dtype, "kv_cache_dtype": cache_dtype, "speculative_config": drafts}
         return replace(self, device=device, **resolved)
-
-    @property
-    def has_default_drafts(self) -> bool:
-        """Whether drafts are made where nobody says how: by the demo model, on one rank."""
-        is_whole = self.tensor_parallel_size == 1 and self.load_format != "dummy"
-        return is_whole and self.model_path == demo_model_path()
 
     @property
     def num_batched_tokens(self) -> int:

@@ -15,13 +15,14 @@ from fd_dsa.accuracy.stats import (
     RESAMPLES,
     SEED,
     Estimate,
-    least_one_sided_flips,
+    mcnemar,
     most_unseen_share,
     signed,
     smallest_difference,
 )
 from fd_dsa.client import report
 from fd_dsa.client.report import Table
+from fd_dsa.serve.parser import Parser
 
 JSON_FILE, PAGE_FILE = "compare.json", "compare.md"
 # of the list of flips on the terminal; the files hold all
@@ -30,11 +31,10 @@ FLIP_RATES = (0.02, 0.05, 0.10)
 """Shares of flipping prompts for which the smallest visible difference is computed."""
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "compare",
-        description="Compare two runs on the same prompts: flips, exact test, intervals, verdict. "
-        "BEFORE and AFTER are folders of scored runs, or their scores.json.",
+def fill_parser(parser: Parser) -> None:
+    parser.description = (
+        "Compare two runs on the same prompts: flips, exact test, intervals, verdict. BEFORE and "
+        "AFTER are folders of scored runs, or their scores.json."
     )
     parser.set_defaults(run=run)
     parser.add_argument("before", metavar="BEFORE", help="first run")
@@ -203,7 +203,8 @@ def _visible(found: Comparison) -> str:
     for rate, words in when.items():
         size = smallest_difference(found.prompts, rate)
         sizes.append(f"{'none' if size is None else f'{100 * size:.1f} points'} {words}")
-    least = least_one_sided_flips()
+    # all in one direction
+    least = next(flips for flips in range(1, 100) if mcnemar(0, flips) <= ALPHA)
     return (
         f"The smallest difference that {counted(found.prompts, 'prompt')} can show with 80 % "
         f"power: {', '.join(sizes)}. Fewer than {least} net flips "

@@ -38,52 +38,54 @@ from fd_dsa.client.questions import Answer
 from fd_dsa.client.report import check_folder, show
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.flag_values import number
+from fd_dsa.serve.parser import Parser
 
 TASK = "ifeval"
 MAX_TOKENS = 1280
 """As in lm-eval's task; a lower limit fails prompts that ask for up to 1,200 words."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    ifeval = subparsers.add_parser(
-        "ifeval",
-        description="Ask an OpenAI-compatible server the IFEval prompts, keep every answer, score "
-        "them. The same command goes on with a run that was interrupted.",
-        usage="%(prog)s [flags] [-- flags of python -m fd_dsa.serve]",
+def fill_parser(parser: Parser) -> None:
+    parser.description = (
+        "Ask an OpenAI-compatible server the IFEval prompts, keep every answer, score them. The "
+        "same command goes on with a run that was interrupted."
     )
-    ifeval.add_argument(
+    parser.usage = "%(prog)s [flags] [-- flags of python -m fd_dsa.serve]"
+    parser.add_argument(
         "--prompts", metavar="FILE", help="JSONL of prompts (default: the official 541)"
     )
-    ifeval.add_argument(
+    parser.add_argument(
         "--subset",
         metavar="N",
         type=number(int, 1),
         help="N prompts only, spread evenly over the file; not comparable with the whole set",
     )
-    ifeval.add_argument(
+    parser.add_argument(
         "--answers-only",
         action="store_true",
         help="keep the answers and score them later, or elsewhere, by `score`",
     )
-    add_run_flags(ifeval, out=TASK, max_tokens=MAX_TOKENS)
-    ifeval.set_defaults(run=run)
-    score = subparsers.add_parser(
-        "score",
-        description="Score the answers that an IFEval run has kept, or those of an official "
-        'response file, JSON lines of {"prompt": ..., "response": ...}. Asks no server.',
+    add_run_flags(parser, out=TASK, max_tokens=MAX_TOKENS)
+    parser.set_defaults(run=run)
+
+
+def fill_score_parser(parser: Parser) -> None:
+    parser.description = (
+        "Score the answers that an IFEval run has kept, or those of an official response file, "
+        'JSON lines of {"prompt": ..., "response": ...}. Asks no server.'
     )
-    score.add_argument(
+    parser.add_argument(
         "source",
         metavar="RUN",
         help=f"folder of a run, its {ANSWERS_FILE}, or a response file, its lines in any order",
     )
-    score.add_argument(
+    parser.add_argument(
         "--prompts", metavar="FILE", help="of a response file (default: the official 541)"
     )
-    score.add_argument(
+    parser.add_argument(
         "--out", metavar="DIR", help="folder for scores and report (default: that of the answers)"
     )
-    score.set_defaults(run=run_score)
+    parser.set_defaults(run=run_score)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
 from fd_dsa.errors import ConfigError, FdDsaError
 from fd_dsa.serve.flag_values import add_numbers
+from fd_dsa.serve.parser import Parser
 
 if TYPE_CHECKING:
     from fd_dsa.engine.tokenizer import Tokenizer
@@ -33,14 +34,6 @@ _LOGITS_AT_ONCE = 1 << 24
 _NEIGHBOURS = 8
 DEFAULT_TEXT = Path(__file__).with_name("data") / "wizard_in_oz.txt"
 """Two chapters of an old book, in the public domain (`data/wizard_in_oz.NOTICE`)."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """One pass: what the model reads, and the index of the first token that is scored, from 1."""
-
-    token_ids: tuple[int, ...]
-    first: int
 
 
 @dataclass(frozen=True)
@@ -79,12 +72,17 @@ class Losses:
         }
 
 
-def cut(token_ids: Sequence[int], context: int, lead: Sequence[int] = ()) -> list[Window]:
+def cut(
+    token_ids: Sequence[int], context: int, lead: Sequence[int] = ()
+) -> tuple[int, list[tuple[int, ...]]]:
     """Windows in which every token is scored once; without `lead` all but the text's first.
 
     Args:
         context: most tokens of a window, `lead` included.
         lead: tokens that every window begins with, such as BOS.
+
+    Returns:
+        The index of the first token of a window that is scored, from 1, and what each reads.
     """
     # a token is scored by what is before it
     first = 0 if lead else 1
@@ -93,10 +91,8 @@ def cut(token_ids: Sequence[int], context: int, lead: Sequence[int] = ()) -> lis
     room = context - len(lead) - first
     if room < 1:
         raise ConfigError(f"--context: got {context}, allowed: at least {context - room + 1}")
-    return [
-        Window((*lead, *token_ids[start - first : start + room]), len(lead) + first)
-        for start in range(first, len(token_ids), room)
-    ]
+    starts = range(first, len(token_ids), room)
+    return len(lead) + first, [(*lead, *token_ids[at - first : at + room]) for at in starts]
 
 
 def token_losses(
@@ -132,20 +128,20 @@ def measure(model: OpenModel, text: str) -> Losses:
     """Losses of a text, in windows of as many tokens as the model takes."""
     lead = start_of_sequence(model.tokenizer)
     token_ids = model.tokenizer.encode(text, add_special_tokens=False)
-    windows = cut(token_ids, model.max_model_len, lead)
+    first, windows = cut(token_ids, model.max_model_len, lead)
     nats, num_keys = [], []
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("reading", total=sum(len(one.token_ids) for one in windows))
+        bar = progress.add_task("reading", total=sum(map(len, windows)))
         for index, window in enumerate(windows):
             on_read = partial(progress.advance, bar)
-            losses = token_losses(model.sequence, window.token_ids, on_read)
+            losses = token_losses(model.sequence, window, on_read)
             if not np.isfinite(losses).all():
                 place = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
                 raise FdDsaError(f"window {index}: the loss of token {place} is not finite")
-            nats.append(losses[window.first - 1 :])
-            num_keys.append(np.arange(window.first, len(window.token_ids)))
+            nats.append(losses[first - 1 :])
+            num_keys.append(np.arange(first, len(window)))
     if not lead:
-        text = text.removeprefix(model.tokenizer.decode(windows[0].token_ids[:1]))
+        text = text.removeprefix(model.tokenizer.decode(windows[0][:1]))
     size = len(text), len(text.encode())
     return Losses(np.concatenate(nats), np.concatenate(num_keys), len(windows), *size)
 
@@ -176,11 +172,10 @@ def stretches(losses: Losses, index_topk: int) -> list[tuple[int, int, np.ndarra
     return found
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        "perplexity",
-        description="Read a text through the embedded engine and report the likelihood of its "
-        "tokens; nothing is generated.",
+def fill_parser(parser: Parser) -> None:
+    parser.description = (
+        "Read a text through the embedded engine and report the likelihood of its tokens; nothing "
+        "is generated."
     )
     parser.add_argument(
         "text",

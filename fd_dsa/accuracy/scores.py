@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -138,14 +139,6 @@ class Metric:
         return {"passed": self.passed, "total": self.total, **self.share.to_json()}
 
 
-class TypeScore(NamedTuple):
-    """Instructions of one type: all, followed strictly, followed loosely."""
-
-    total: int
-    strict: int
-    loose: int
-
-
 @dataclass(frozen=True)
 class Scores:
     """A scored run."""
@@ -190,15 +183,14 @@ def metrics(prompts: Sequence[PromptScore]) -> dict[str, Metric]:
     return {name: metric(prompts, name) for name in METRICS}
 
 
-def by_type(prompts: Sequence[PromptScore]) -> dict[str, TypeScore]:
-    """Instruction type -> its counts, by name."""
-    found: dict[str, TypeScore] = {}
+def by_type(prompts: Sequence[PromptScore]) -> dict[str, tuple[int, int, int]]:
+    """Instruction type -> its instructions: all, followed strictly, followed loosely; by name."""
+    totals, strict, loose = Counter[str](), Counter[str](), Counter[str]()
     for score in prompts:
-        rows = zip(score.instruction_ids, score.follow_strict, score.follow_loose, strict=True)
-        for name, strict, loose in rows:
-            old = found.get(name, TypeScore(0, 0, 0))
-            found[name] = TypeScore(old.total + 1, old.strict + strict, old.loose + loose)
-    return dict(sorted(found.items()))
+        totals.update(score.instruction_ids)
+        strict.update(compress(score.instruction_ids, score.follow_strict))
+        loose.update(compress(score.instruction_ids, score.follow_loose))
+    return {name: (total, strict[name], loose[name]) for name, total in sorted(totals.items())}
 
 
 def settings_table(settings: RunSettings) -> Table:
@@ -265,13 +257,8 @@ def parts(scores: Scores, notes: Sequence[str]) -> list[str | Table]:
         for name, metric in metrics(scores.prompts).items()
     ]
     types = [
-        (
-            name,
-            str(row.total),
-            wilson(row.strict, row.total).percent(),
-            wilson(row.loose, row.total).percent(),
-        )
-        for name, row in by_type(scores.prompts).items()
+        (name, str(total), *(wilson(passed, total).percent() for passed in followed))
+        for name, (total, *followed) in by_type(scores.prompts).items()
     ]
     title = f"IFEval, {len(scores.prompts)} prompts"
     warning = cut_warning(scores)

@@ -82,11 +82,6 @@ def mcnemar(worse: int, better: int) -> float:
     return min(1.0, 2 * tail / 2**flips)
 
 
-def least_one_sided_flips() -> int:
-    """Flips, all in one direction, from which on the exact test reaches its level: 6 at 5 %."""
-    return next(flips for flips in range(1, 100) if mcnemar(0, flips) <= ALPHA)
-
-
 def most_unseen_share(trials: int) -> float:
     """Largest share of flips that shows none in so many prompts with 5 % probability."""
     return 1 - ALPHA ** (1 / trials) if trials else 1.0

@@ -61,6 +61,8 @@ class DensePrompts:
         self.rope = allocate((self._max_keys, layout.qk_rope_head_dim), "bfloat16")
         self._staged = StagedInputs(allocate, (tokens, tokens, config.max_num_seqs), 1, 1)
         self.groups: list[Group] = []
+        # where the keys of each are gathered
+        self._gathered: list[tuple[Any, Any]] = []
         self.others: Any = None
         self.other_step: ForwardMeta | None = None
         self.has_all = False
@@ -78,6 +80,8 @@ class DensePrompts:
         new, cached, this_time = lengths
         counts = np.clip(self._config.index_topk - cached, 0, new)
         self.groups = _groups(counts, cached, self._max_keys)
+        sizes = [group.num_keys for group in self.groups]
+        self._gathered = [(self.latents[:size], self.rope[:size]) for size in sizes]
         self.has_all = counts.sum() == step.position_ids.shape[0]
         if not self.groups or self.has_all:
             return
@@ -120,8 +124,7 @@ class DensePrompts:
         rounds = v_b.scales_for(reader)
         out = empty_heads(q, q.shape[0], *v_b.values.shape[::2], rounds)
         topk = self._config.index_topk
-        for group in self.groups:
-            latents, rope = self.latents[: group.num_keys], self.rope[: group.num_keys]
+        for group, (latents, rope) in zip(self.groups, self._gathered, strict=True):
             gather_keys(cache, step, group, topk, latents, rope, self.rows)
             keys, values = keys_and_values(latents, k_b.values, v_b.values)
             attend_prompts(

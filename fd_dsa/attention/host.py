@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.step_plan import StepPlan, Tile
+from fd_dsa.attention.step_plan import StepPlan
 from fd_dsa.ops._host import Scratch, as_numpy, check_shape
 from fd_dsa.ops._rope import rotate_
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
@@ -148,29 +148,23 @@ class HostAttention:
             logits = score_gathered(
                 q[tile.tokens], weights[tile.tokens], cache, tile.key_slots, self._scratch
             )
-            self._keep_best(plan, tile, logits)
+            if tile.key_start[-1] > 0:
+                # several rows: bring every token's own keys to column 0
+                column = tile.key_start[:, None] + np.arange(int(tile.window.max()))[None, :]
+                logits = np.take_along_axis(logits, np.minimum(column, logits.shape[1] - 1), axis=1)
+            self._keep_best(plan, tile.tokens, logits, tile.window)
         if plan.decode_rows is not None:
-            group = plan.decode_rows
-            logits = score_paged(
-                q[group.tokens], weights[group.tokens], cache, group.units, self._scratch
-            )
-            positions = select_positions(
-                logits.reshape(-1, logits.shape[2]), group.window, plan.topk
-            )
-            tokens = group.tokens.ravel()
-            plan.slots[tokens] = positions_to_slots(
-                positions, plan.batch_ids[tokens], plan.block_tables, self.block_size
-            )
+            tokens, window, units = plan.decode_rows
+            logits = score_paged(q[tokens], weights[tokens], cache, units, self._scratch)
+            self._keep_best(plan, tokens.ravel(), logits.reshape(-1, logits.shape[2]), window)
 
-    def _keep_best(self, plan: StepPlan, tile: Tile, logits: np.ndarray) -> None:
-        """Top-k of a prefill tile; a row's keys start at its `key_start` column."""
-        if tile.key_start[-1] > 0:
-            # several rows: bring every token's own keys to column 0
-            column = tile.key_start[:, None] + np.arange(int(tile.window.max()))[None, :]
-            logits = np.take_along_axis(logits, np.minimum(column, logits.shape[1] - 1), axis=1)
-        positions = select_positions(logits, tile.window, plan.topk)
-        plan.slots[tile.tokens] = positions_to_slots(
-            positions, plan.batch_ids[tile.tokens], plan.block_tables, self.block_size
+    def _keep_best(
+        self, plan: StepPlan, tokens: Any, logits: np.ndarray, window: np.ndarray
+    ) -> None:
+        """Top-k of some tokens by scores of their keys, from column 0 on."""
+        positions = select_positions(logits, window, plan.topk)
+        plan.slots[tokens] = positions_to_slots(
+            positions, plan.batch_ids[tokens], plan.block_tables, self.block_size
         )
 
     def _attend(self, plan: StepPlan, q: np.ndarray, rows: Any, slots: np.ndarray) -> np.ndarray:

@@ -68,21 +68,6 @@ class Tile:
         return mask[:, :num_keys]
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """Decode rows of which at least one token needs scores.
-
-    Attributes:
-        tokens: int64 [num_rows, n]; flat tokens of a row, its last one repeated up to n.
-        window: int64 [num_rows * n]; keys each of these may see.
-        units: the rows' pages.
-    """
-
-    tokens: np.ndarray
-    window: np.ndarray
-    units: PagedUnits
-
-
 class StepPlan:
     """Everything the layers of a step share beyond ForwardMeta.
 
@@ -147,8 +132,13 @@ class StepPlan:
         seen = positions < self.window[:, None]
         self.slots[: self.num_tokens] = np.where(seen, row_slots[self.batch_ids], -1)
 
-    def _decode_rows(self) -> DecodeRows | None:
-        """Decode rows that need scores, or None."""
+    def _decode_rows(self) -> tuple[np.ndarray, np.ndarray, PagedUnits] | None:
+        """Decode rows of which at least one token needs scores, or None.
+
+        Returns:
+            int64 [num_rows, n], flat tokens of a row, its last one repeated up to n; int64
+            [num_rows * n], keys that each of these may see; the rows' pages.
+        """
         rows = np.flatnonzero(
             ~self.is_prefill_row & (self.this_time > 0) & (self.lengths > self.index_topk)
         )
@@ -158,7 +148,7 @@ class StepPlan:
         offsets = np.minimum(np.arange(int(count.max()))[None, :], count[:, None] - 1)
         tokens = self.cu[rows][:, None] + offsets
         units = PagedUnits.build(self.lengths[rows], self.block_tables[rows], self.block_size)
-        return DecodeRows(tokens, self.window[tokens].ravel(), units)
+        return tokens, self.window[tokens].ravel(), units
 
     def _prefill_tiles(
         self, heads: int, wanted: np.ndarray, max_keys: int | None

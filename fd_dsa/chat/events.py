@@ -49,7 +49,8 @@ class TextFeed:
             The marker, None where the text ended before one.
         """
         while True:
-            first = _first_of(self._text, markers)
+            places = ((self._text.find(marker), marker) for marker in markers)
+            first = min((place for place in places if place[0] >= 0), default=None)
             is_sure = self._ended and keeps_half
             sure = len(self._text) if is_sure else _begin_of_unsure(self._text, markers)
             if first is not None and first[0] < sure:
@@ -103,11 +104,6 @@ class TextFeed:
             self._text = self._text[end:]
 
 
-def _first_of(text: str, markers: Sequence[str]) -> tuple[int, str] | None:
-    places = ((text.find(marker), marker) for marker in markers)
-    return min((place for place in places if place[0] >= 0), default=None)
-
-
 def _begin_of_unsure(text: str, markers: Sequence[str]) -> int:
     """Where a marker may begin that more text would complete; the length where none may."""
     longest = max((len(marker) for marker in markers), default=0)
@@ -136,14 +132,10 @@ _TYPES: dict[type, str] = {
 def type_of(text: str) -> str | None:
     """JSON schema's name of the type of a JSON text; None for other texts, as of NaN."""
     try:
-        return _TYPES[type(json.loads(text, parse_constant=_refuse_constant))]
+        # names that Python's parser takes and JSON lacks are no integers either
+        return _TYPES[type(json.loads(text, parse_constant=int))]
     except (ValueError, RecursionError):
         return None
-
-
-def _refuse_constant(name: str) -> None:
-    """Python's parser takes names that JSON lacks."""
-    raise ValueError(f"{name} is not JSON")
 
 
 def types_of(schema: Any, root: Any = None, depth: int = _MAX_DEPTH) -> frozenset[str]:

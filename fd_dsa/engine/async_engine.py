@@ -170,13 +170,15 @@ class AsyncEngine:
         finally:
             self._close(stream)
 
-    def abort(self, request_id: str) -> None:
-        """End a request before the next step; what is unfinished of it gets an output "abort"."""
-        self._end(request_id, None)
+    def end(self, request_id: str, index: int | None = None) -> None:
+        """End a request before the next step; what is unfinished of it gets an output "abort".
 
-    def finish_output(self, request_id: str, index: int) -> None:
-        """End one of a request's n outputs before the next step, as if the model had ("stop")."""
-        self._end(request_id, index)
+        With an index, end that one of its n outputs alone, as if the model had ("stop").
+        """
+        with self._lock:
+            key = self._keys.get(request_id)
+            if key is not None:
+                self._link.post(End(key, index))
 
     def stop(self) -> None:
         """End all requests with finish_reason "abort", then the engine. May be called twice.
@@ -197,13 +199,6 @@ class AsyncEngine:
             raise RuntimeError("the engine is shutting down and takes no new requests")
         if not self._is_started:
             raise RuntimeError("the engine is not running; call start() first")
-
-    def _end(self, request_id: str, index: int | None) -> None:
-        """End an unfinished request, or one of its outputs."""
-        with self._lock:
-            key = self._keys.get(request_id)
-            if key is not None:
-                self._link.post(End(key, index))
 
     def _close(self, stream: _Stream) -> None:
         """Forget a stream; abort its request if it still runs."""

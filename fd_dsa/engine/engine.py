@@ -228,7 +228,8 @@ class LLMEngine:
         self._in_flight = None
         try:
             outputs = [] if before is None else self._take(before)
-            if launched is not None and launched.awaits_masks:
+            if launched is not None and launched.places is not None and launched.draw is None:
+                # its masks are known after the tokens of the step before
                 self._stats.num_mask_waits += before is not None
                 self._sampler.draw(launched)
             if launched is not None and not (self._is_async and launched.draw):
@@ -255,6 +256,7 @@ class LLMEngine:
         A step of which the host needs logits is waited for.
         """
         scheduler, speculator = self._scheduler, self._speculator
+        num_rows = scheduler.rows_with(0)
         scheduled = scheduler.schedule()
         # nothing runs, so nobody waits for more than the request whose grammar it is
         while not scheduled and not may_be_idle and self.grammars.wait():
@@ -278,7 +280,7 @@ class LLMEngine:
             prefill_context=scheduler.prefill_context,
             scheduled=scheduled,
             drafts=scheduler.drafts,
-            makes_drafts=speculator is not None and speculator.drafts_after(scheduled),
+            makes_drafts=speculator is not None and speculator.drafts_after(scheduled, num_rows),
         )
         if self._has_watched:
             step.logits = execute_watched(self.runner, step, logits_indices)
@@ -294,7 +296,8 @@ class LLMEngine:
         stats, tokens, begin = self._stats, None, self.clock()
         if step.draw is not None:
             tokens = step.draw()
-        stats.runner_time_s += self.clock() - begin
+        step.waited = self.clock() - begin
+        stats.runner_time_s += step.waited
         outputs: list[RequestOutput] = []
         if step.reading:
             outputs = [self._fail(request, NOT_FINITE) for request in step.read_prompts()]

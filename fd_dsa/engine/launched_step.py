@@ -37,6 +37,7 @@ class LaunchedStep:
         logits: of `sampling`, then of `reading`.
         makes_drafts: whether the drafter runs after it.
         is_in_flight: whether the next step is planned before its tokens have come.
+        waited: seconds for its tokens.
     """
 
     ready: float
@@ -53,11 +54,7 @@ class LaunchedStep:
     logits: Any = None
     makes_drafts: bool = False
     is_in_flight: bool = False
-
-    @property
-    def awaits_masks(self) -> bool:
-        """Whether its draw is queued when the tokens of the step before have been taken."""
-        return self.places is not None and self.draw is None
+    waited: float = 0.0
 
     @property
     def num_drafts(self) -> int:

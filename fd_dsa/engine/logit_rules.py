@@ -35,17 +35,17 @@ class BadWords(list[str]):
 
     Attributes:
         single: int64, tokens that are a sequence alone.
+        by_token: the other sequences, by their last token but one.
     """
 
     def __init__(self, words: Iterable[str], sequences: Iterable[Sequence[int]]) -> None:
-        """Sort the sequences by the last token but one."""
         super().__init__(words)
         distinct = {tuple(sequence) for sequence in sequences}
         self.single = np.array([s[0] for s in distinct if len(s) == 1], np.int64)
-        self._by_token: dict[int, list[tuple[int, ...]]] = {}
+        self.by_token: dict[int, list[tuple[int, ...]]] = {}
         for sequence in distinct:
             if len(sequence) > 1:
-                self._by_token.setdefault(sequence[-2], []).append(sequence)
+                self.by_token.setdefault(sequence[-2], []).append(sequence)
 
     @classmethod
     def of(cls, words: Sequence[str] | None, tokenizer: Tokenizer) -> BadWords | None:
@@ -64,18 +64,13 @@ class BadWords(list[str]):
         texts = [*words, *(" " + word.lstrip() for word in words)]
         return cls(words, filter(None, tokenizer.encode_all(texts)))
 
-    @property
-    def has_sequences(self) -> bool:
-        """Whether a sequence has several tokens."""
-        return bool(self._by_token)
-
     def completing(self, output: list[int]) -> list[int]:
         """Tokens that would complete a sequence of several after an output."""
         if not output:
             return []
         return [
             sequence[-1]
-            for sequence in self._by_token.get(output[-1], ())
+            for sequence in self.by_token.get(output[-1], ())
             if tuple(output[1 - len(sequence) :]) == sequence[:-1]
         ]
 
@@ -164,7 +159,7 @@ class LogitRules:
         rules = (self.counts, bias, bad, params.bad_words_token_ids, params.min_tokens, grammar)
         self.is_empty = not any(rules)
         self.num_entries = len(self.bias_ids) + len(self.banned) + len(self.end_ids)
-        self.needs_mask = grammar is not None or (bad is not None and bad.has_sequences)
+        self.needs_mask = grammar is not None or (bad is not None and bool(bad.by_token))
 
     def mask(self, vocab_size: int) -> npt.NDArray[np.int32]:
         """Which tokens may come next: bit i % 32 of value i // 32 is that of token i."""

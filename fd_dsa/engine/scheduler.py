@@ -87,9 +87,7 @@ class Scheduler:
         self._batch = batch
         self._stats = stats
         self._target_gap_s = target_gap_s
-        self._step_times: StepTimes | None = None
-        if target_gap_s:
-            self._step_times = StepTimes(batch.max_num_tokens)
+        self._step_times = StepTimes(batch.max_num_tokens) if target_gap_s else None
         self.prefill_context = 0
         self._free_slots = list(range(batch.max_num_seqs))
         # dicts by arrival number, in order of arrival
@@ -186,22 +184,20 @@ class Scheduler:
             The request that must end, since it needs too much alone; None: the next step needs
             less.
         """
+        num_prompt_tokens = sum(r.num_scheduled_tokens for r in self._scheduled if not r.is_decode)
+        latest = next(reversed(self._running.values()))
         if self.drafts:
             self.drafts, self._may_draft = {}, False
-            logger.warning("%s; no drafts are verified now", describe_error(error))
-            return None
-        num_prompt_tokens = sum(r.num_scheduled_tokens for r in self._scheduled if not r.is_decode)
-        if num_prompt_tokens > 1:
+            cure = "no drafts are verified now"
+        elif num_prompt_tokens > 1:
             self._most_prompt_tokens = num_prompt_tokens // 2
             cure = f"prompts are read in steps of at most {self._most_prompt_tokens} tokens now"
-            logger.warning("%s; %s", describe_error(error), cure)
-            return None
-        latest = next(reversed(self._running.values()))
-        if len(self._running) == 1:
+        elif len(self._running) == 1:
             return latest
-        self._preempt(latest)
-        self._most_rows = len(self._running)
-        cure = f"at most {self._most_rows} requests run at a time now"
+        else:
+            self._preempt(latest)
+            self._most_rows = len(self._running)
+            cure = f"at most {self._most_rows} requests run at a time now"
         logger.warning("%s; %s", describe_error(error), cure)
         return None
 

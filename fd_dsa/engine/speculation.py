@@ -7,6 +7,7 @@ is the token that is drawn there without drafts, and no token of an output depen
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -54,12 +55,18 @@ class Speculator:
         drafter: makes them.
         most: drafts of a request in a step.
         costs: of steps.
+
+    Attributes:
+        clock: seconds; what the host's part of steps is measured with.
     """
 
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
         self.drafter, self.most = drafter, most
         self._costs = costs or StepCosts()
         self._is_off = False
+        self.clock: Callable[[], float] = time.perf_counter
+        # the newest step and its kind, and when its drafts were proposed
+        self._newest: tuple[Any, Any, float] = None, None, 0.0
 
     def begin(self, request: Request, num_rows: int, can_verify: bool) -> None:
         """Let a request have drafts, unless it must not or does not want to, or none would pay.
@@ -86,8 +93,17 @@ class Speculator:
         if self._costs.has_layer:
             request.block_keys.leave_drafts()
 
-    def drafts_after(self, scheduled: list[Request]) -> bool:
-        """Whether the drafter runs after a step: its layer is left out where no request drafts."""
+    def drafts_after(self, scheduled: list[Request], num_rows: int) -> bool:
+        """Whether the drafter runs after a step: its layer is left out where no request drafts.
+
+        Prompts are left without drafts where these do not pay for all rows that there are by now.
+        """
+        prompts = [one for one in scheduled if one.drafts and not one.num_output_tokens]
+        if prompts and self._costs.has_layer:
+            costs = self._costs.of(num_rows, num_rows, self.most)
+            if not DraftPace(self.most).best(costs):
+                for request in prompts:
+                    self.leave(request)
         is_left_out = self._costs.has_layer and all(one.drafts is None for one in scheduled)
         return not self._is_off and not is_left_out
 
@@ -155,6 +171,7 @@ class Speculator:
 
     def propose(self, step: LaunchedStep) -> None:
         """Have the drafts of the next step made; a pace is that of the steps taken so far."""
+        self._observe(step)
         going_on = [
             (request, request.drafts)
             for request in step.sampling
@@ -165,7 +182,7 @@ class Speculator:
             num_rows, num_drafting = len(step.sampling), len(going_on)
             costs = self._costs.of(num_rows, num_drafting, self.most)
             share = num_rows / num_drafting
-            for request, state in going_on:
+            for request, state in () if self._costs.lacks_plain(num_rows) else going_on:
                 best = state.pace.best(costs, share)
                 if best or not self._costs.has_layer:
                     counts[request] = state.pace.length(best, costs, share)
@@ -182,6 +199,16 @@ class Speculator:
             state.proposal = proposal = proposals.get(request, [])
             if proposal and proposal[0] >= 0 and request.grammar is not None:
                 del proposal[request.grammar.count_allowed(proposal) :]
+
+    def _observe(self, step: LaunchedStep) -> None:
+        """Learn what the host needs for a step that is queued after one of its kind."""
+        kind, num_rows = None, len(step.sampling)
+        if step.is_in_flight and not step.num_prefill_tokens:
+            kind = num_rows, step.num_drafts > 0
+        (before, its_kind, since), now = self._newest, self.clock()
+        self._newest = step, kind, now
+        if kind is not None and kind == its_kind:
+            self._costs.observe(now - since - before.waited, num_rows, step.num_drafts)
 
 
 def _joined(outputs: list[RequestOutput]) -> list[RequestOutput]:

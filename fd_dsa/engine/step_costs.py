@@ -1,9 +1,10 @@
-"""How long decode steps take by their tokens: what drafts cost."""
+"""How long decode steps take by their tokens, and the host for them: what drafts cost."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
@@ -25,10 +26,17 @@ _NOTHING = np.empty(0, np.int64)
 _PATIENCE_S = 3.0
 # rows from which on GEMMs of a CPU take as much longer as they have more
 _MANY_ROWS = 8
+# newest steps whose median says what the host needs, and the fewest
+_RECENT, _ENOUGH = 9, 4
+# steps without drafts after which what the host needs for drafts is learned again
+_RETRY = 4096
 
 
 class StepCosts:
     """How long a decode step takes by its tokens, measured when the engine starts.
+
+    Where steps are queued ahead the host works beside them, and the slower side counts. What it
+    needs for a row and for a draft is learned from the steps that run, by doublings of the rows.
 
     Args:
         seconds: of steps by their number of tokens; empty: a draft costs a tenth of a step.
@@ -45,6 +53,9 @@ class StepCosts:
         self._seconds = sorted((seconds or {}).items())
         self._draft_seconds = sorted((draft_seconds or {}).items())
         self._layer_seconds = sorted((layer_seconds or {}).items())
+        # by the bit length of the rows and whether there are drafts: seconds and drafts of a row
+        self._host: dict[tuple[int, bool], deque[tuple[float, float]]] = {}
+        self._num_plain = 0
 
     @property
     def has_layer(self) -> bool:
@@ -62,7 +73,33 @@ class StepCosts:
             drafting = (count - 1) * _between(self._draft_seconds, num_drafting)
             layer = _between(self._layer_seconds, tokens)
             costs.append(_between(self._seconds, tokens) + drafting + layer)
-        return costs
+        plain, each = self._host_row(num_rows, False), self._host_row(num_rows, True)
+        if plain is None:
+            return costs
+        more = max(each[0] - plain[0], 0.0) / each[1] if each else 0.0
+        host = [num_rows * plain[0] + count * num_drafting * more for count in range(most + 1)]
+        return [max(pair) for pair in zip(costs, host, strict=True)]
+
+    def observe(self, host_seconds: float, num_rows: int, num_drafts: int) -> None:
+        """Take in from one step in flight to the next, but for what the host waited in between."""
+        size = num_rows.bit_length()
+        recent = self._host.setdefault((size, num_drafts > 0), deque(maxlen=_RECENT))
+        recent.append((host_seconds / num_rows, num_drafts / num_rows))
+        self._num_plain += num_drafts == 0
+        if num_drafts == 0 and self._num_plain % _RETRY == 0:
+            self._host.pop((size, True), None)
+
+    def lacks_plain(self, num_rows: int) -> bool:
+        """Whether the host is the slower side of steps with drafts, and not known of others."""
+        row = self._host_row(num_rows, True)
+        if not self._seconds or row is None or self._host_row(num_rows, False):
+            return False
+        return num_rows * row[0] > _between(self._seconds, int(num_rows * (1 + row[1])))
+
+    def _host_row(self, num_rows: int, drafts: bool) -> tuple[float, float] | None:
+        """Seconds of the host and drafts of a row, in steps with or without; None: not known."""
+        recent = sorted(self._host.get((num_rows.bit_length(), drafts), ()))
+        return recent[len(recent) // 2] if len(recent) >= _ENOUGH else None
 
 
 def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> StepCosts:

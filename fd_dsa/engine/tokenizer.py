@@ -61,8 +61,10 @@ class Tokenizer:
         self.chat_renderer = chat_renderer
         # one for each set of markers that requests need; a server has one or two
         self._text_tables: dict[frozenset[int], list[bytes] | None] = {}
-        self.bos_token_id = self._id_of("bos_token")
-        self.eos_token_id = self._id_of("eos_token")
+        self.bos_token_id, self.eos_token_id = (
+            backend.token_to_id(self.special_tokens[name]) if name in self.special_tokens else None
+            for name in ("bos_token", "eos_token")
+        )
         processed = backend.encode("", add_special_tokens=True).ids
         self._prepend_bos = add_bos_token and self.bos_token_id not in processed
 
@@ -287,11 +289,6 @@ class Tokenizer:
         piece = self._backend.id_to_token(token_id) or ""
         byte = _BYTE_TOKEN.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
-
-    def _id_of(self, name: str) -> int | None:
-        """Id of a named special token, None when it has none."""
-        token = self.special_tokens.get(name)
-        return None if token is None else self._backend.token_to_id(token)
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -49,6 +49,7 @@ class DeviceWeights:
         self.group = group or SingleGroup()
         self.loaders: dict[str, WeightLoader] = {}
         self._dtype, self._allocate, self.fp8 = dtype, allocate, fp8
+        self._fp8_layers = {_layer_of(name) for name in fp8}
         self._round_scales = round_scales
         self._upload: Upload | None = None
 
@@ -64,7 +65,8 @@ class DeviceWeights:
         return vector
 
     def norm(self, name: str, width: int, epsilon: float) -> DeviceNorm:
-        rounds = self._round_scales if self.fp8 else None
+        # a layer for multi-token prediction may be the only one in FP8
+        rounds = self._round_scales if _layer_of(name) in self._fp8_layers else None
         return DeviceNorm(self.vector({name: width}), epsilon, rounds)
 
     def table(self, name: str, rows: int, width: int) -> tuple[Any, DeviceMatrix]:
@@ -244,3 +246,8 @@ class DeviceWeights:
         if self._upload is None:
             self._upload = Upload(target)
         self._upload.copy(target, start, np.ascontiguousarray(array))
+
+
+def _layer_of(name: str) -> str:
+    """What names of tensors of one layer begin with."""
+    return ".".join(name.split(".")[:3])

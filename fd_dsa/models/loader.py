@@ -97,24 +97,17 @@ def find_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> MtpLay
     Raises:
         ConfigError: it has no such layer.
     """
-    names = set() if checkpoint is None else set(checkpoint.names())
+    names, join = set(checkpoint.names() if checkpoint else ()), mtp_name(config, MTP_JOIN)
+    lack = ""
     if config.num_nextn_predict_layers == 0:
-        raise flag_error(
-            "speculative_config.method",
-            "mtp",
-            "ngram",
-            "config.json says that there is no layer for it (num_nextn_predict_layers 0)",
-        )
+        lack = "config.json says that there is no layer for it (num_nextn_predict_layers 0)"
+    elif checkpoint is not None and join not in names:
+        last = max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=0)
+        lack = f"the checkpoint has layers 0 to {last}, and no tensor {join!r}"
+    if lack:
+        raise flag_error("speculative_config.method", "mtp", "ngram", lack)
     if checkpoint is None:
         return MtpLayer()
-    if mtp_name(config, MTP_JOIN) not in names:
-        last = max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=0)
-        raise flag_error(
-            "speculative_config.method",
-            "mtp",
-            "ngram",
-            f"the checkpoint has layers 0 to {last}, and no tensor {mtp_name(config, MTP_JOIN)!r}",
-        )
     head = EMBEDDING if config.tie_word_embeddings else LM_HEAD
     own = []
     for name, shared in ((MTP_EMBEDDING, EMBEDDING), (MTP_HEAD, head)):

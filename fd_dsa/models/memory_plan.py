@@ -112,8 +112,15 @@ def weight_parts(
     return parts
 
 
+PROMPT_SIZES = (32, 64, 128, 256)
+"""Numbers of keys for which steps of short prompts are captured: of more the device is the slower
+side."""
+MOST_PROMPTS = 8
+"""Prompts of such a step."""
+
+
 def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -> int:
-    """Bytes that captured decode steps of these numbers of tokens take at most.
+    """Bytes that captured steps take at most: decode steps of these numbers of tokens, and prompts.
 
     Each graph keeps its logits and what the driver needs for it. Activations are those of the
     largest, which all share; those of a layer are counted as if none were given back before its
@@ -122,12 +129,15 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     if not sizes:
         return 0
     # one for rows of any length, one for rows that need no choice of keys
-    graphs = len(sizes) * (1 if max_model_len <= config.index_topk else 2)
-    logits = graphs // len(sizes) * sum(sizes) * config.vocab_size
+    lengths = 1 if max_model_len <= config.index_topk else 2
+    prompts = [size for size in PROMPT_SIZES if size <= config.index_topk]
+    graphs = len(sizes) * lengths + len(prompts)
+    rows = lengths * sum(sizes) + len(prompts) * MOST_PROMPTS
+    kept = rows * config.vocab_size
     heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
     if config.mtp is not None:
         # those of drafts, and hidden states that one graph gives another
-        logits = 2 * logits + 3 * logits // config.vocab_size * hidden
+        kept = 2 * kept + 3 * (rows + sum(prompts)) * hidden
         graphs *= 2
     query = config.qk_nope_head_dim + config.qk_rope_head_dim
     attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
@@ -140,7 +150,7 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     if config.head_rows < config.vocab_size:
         # logits as each rank computed them, and gathered
         token += config.vocab_size + config.head_rows
-    return 4 * (logits + max(sizes) * token) + graphs * _GRAPH_BYTES
+    return 4 * (kept + max(*sizes, *prompts) * token) + graphs * _GRAPH_BYTES
 
 
 def available_memory_bytes(

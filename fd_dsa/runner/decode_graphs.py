@@ -1,11 +1,12 @@
-"""Decode steps as graphs: which there are, which one serves a step, and how they are captured.
+"""Short steps as graphs: which there are, which one serves a step, and how they are captured.
 
-Two of each padded number of tokens: one for steps none of whose rows is longer than `index_topk`,
-in which nothing is scored or chosen, and one for rows of any length. Grids and buffers of both are
-those of the longest rows that they may be replayed with, and lengths are read on the device. The
-graph of a step holds all but the copy of its inputs, to addresses that never change. The draw of
-the tokens is a graph of its own: it is queued with that of the step, or later where a row needs a
-mask that the host is yet to make.
+Of decode steps two of each padded number of tokens: one for steps none of whose rows is longer than
+`index_topk`, in which nothing is scored or chosen, and one for rows of any length. Of steps that
+hold prompts alone, one of each of a few numbers of keys, for rows within `index_topk`. Grids and
+buffers are those of the longest rows that they may be replayed with, and lengths are read on the
+device. The graph of a step holds all but the copy of its inputs, to addresses that never change.
+The draw of the tokens is a graph of its own: it is queued with that of the step, or later where a
+row needs a mask that the host is yet to make.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from fd_dsa.errors import DeviceError, describe_error
+from fd_dsa.runner.input_batch import InputBatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,10 +38,24 @@ class PaddedStep(NamedTuple):
     Attributes:
         num_tokens: of its grids; a step may have fewer.
         max_seqlen_k: longest row that its grids reach to, tokens.
+        num_prompts: rows of a step of prompts, at most; 0: it is for decode steps.
     """
 
     num_tokens: int
     max_seqlen_k: int
+    num_prompts: int = 0
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens whose logits it makes."""
+        return self.num_prompts or self.num_tokens
+
+    def prompt_lengths(self, num_rows: int) -> tuple[np.ndarray, ...]:
+        """Lengths of rows that need the largest grids, as `host_lengths` of a Step."""
+        new = np.zeros(num_rows, np.int32)
+        new[: self.num_prompts - 1] = 1
+        new[-1] = self.num_tokens - new[:-1].sum()
+        return new, np.zeros_like(new), new
 
 
 class CapturedStep(NamedTuple):
@@ -75,27 +93,54 @@ class DecodeGraphs(dict[PaddedStep, CapturedStep]):
     """The graphs of a runner.
 
     Args:
-        sizes: numbers of tokens that steps are padded to.
+        sizes: numbers of tokens that decode steps are padded to.
         longest: longest row that there can be, tokens.
+        prompt_sizes: numbers of keys that steps of prompts are padded to; those that rows within
+            `index_topk` can have are captured.
+        most_prompts: rows of such a step.
     """
 
-    def __init__(self, sizes: Sequence[int], index_topk: int, longest: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        index_topk: int,
+        longest: int,
+        prompt_sizes: Sequence[int] = (),
+        most_prompts: int = 1,
+    ) -> None:
         super().__init__()
         self.sizes = tuple(sorted(sizes))
         self._short, self._longest = min(index_topk, longest), longest
+        self._prompts = [
+            PaddedStep(size, self._short, most_prompts)
+            for size in sorted(prompt_sizes)
+            if size <= self._short
+        ]
 
     def steps(self) -> list[PaddedStep]:
         """What is to be captured, the largest first: smaller ones then do with its memory."""
-        lengths = sorted({self._longest, self._short}, reverse=True)
-        return [PaddedStep(size, length) for size in reversed(self.sizes) for length in lengths]
+        lengths = {self._longest, self._short}
+        decode = [PaddedStep(size, length) for size in self.sizes for length in lengths]
+        return sorted(decode + self._prompts, reverse=True)
 
-    def fitting(self, num_tokens: int, max_seqlen_k: int) -> PaddedStep | None:
-        """What a decode step is padded to; None where no graph is as large."""
-        for size in self.sizes:
-            if size >= num_tokens:
-                short = max_seqlen_k <= self._short
-                return PaddedStep(size, self._short if short else self._longest)
-        return None
+    def fitting(self, batch: InputBatch, sampled: np.ndarray) -> PaddedStep | None:
+        """What the step in a batch is padded to; None where no graph serves it.
+
+        Args:
+            sampled: int64 [n]; flat tokens whose logits are wanted: of a decode step all.
+        """
+        tokens, length = batch.num_tokens, batch.max_seqlen_k
+        if batch.num_prefill_tokens:
+            keys = tokens + batch.seq_lens_decoder.sum()
+            rows = max(np.count_nonzero(batch.seq_lens_this_time), len(sampled))
+            if batch.num_prefill_tokens < tokens or length > self._short or not len(sampled):
+                return None
+            fits = (p for p in self._prompts if keys <= p.num_tokens and rows <= p.num_prompts)
+            return next(fits, None)
+        if sampled.tolist() != list(range(tokens)):
+            return None
+        longest = self._short if length <= self._short else self._longest
+        return next((PaddedStep(s, longest) for s in self.sizes if s >= tokens), None)
 
 
 class PaddleCapture:

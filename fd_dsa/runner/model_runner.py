@@ -303,12 +303,12 @@ class ModelRunner(Preparation):
         batch = self.input_batch
         if batch.num_tokens == 0:
             raise ValueError("execute_model: the step has no token; call add_row first")
-        self._padded = padded = self._fitting(logits_indices)
+        self._padded = padded = self.graphs and self.graphs.fitting(batch, logits_indices)
         captured, begin = self._captured, time.perf_counter()
         if captured is None or padded is None:
             step = self.initialize_forward_meta(logits_indices, draw)
         else:
-            self._stage(logits_indices, draw, padded.num_tokens)
+            self._stage(logits_indices, draw, padded.num_sampled)
         self.counters.count_step(
             time.perf_counter() - begin,
             batch.num_tokens,
@@ -380,16 +380,3 @@ class ModelRunner(Preparation):
         finally:
             self._selections = None
         return logits, selections.positions(self.input_batch)
-
-    def _fitting(self, logits_indices: np.ndarray) -> PaddedStep | None:
-        """The graph that serves the step in the batch; None for an eager step.
-
-        It serves steps of decode rows all of whose tokens are sampled from.
-        """
-        batch = self.input_batch
-        tokens = batch.num_tokens
-        if self.graphs is None or batch.num_prefill_tokens or len(logits_indices) != tokens:
-            return None
-        if logits_indices.tolist() != list(range(tokens)):
-            return None
-        return self.graphs.fitting(tokens, batch.max_seqlen_k)

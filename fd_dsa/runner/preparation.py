@@ -1,4 +1,4 @@
-"""What a runner does before its first step: kernels compiled, decode steps captured."""
+"""What a runner does before its first step: kernels compiled, short steps captured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import paddle
 
 from fd_dsa.errors import FdDsaError
-from fd_dsa.ops._linear import values_of
+from fd_dsa.models.memory_plan import MOST_PROMPTS, PROMPT_SIZES
+from fd_dsa.ops._linear import rows_at, values_of
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.decode_graphs import (
     Capture,
@@ -52,12 +53,14 @@ class Preparation:
     _padded: PaddedStep | None
 
     def warm_up(self) -> None:
-        """Run prompt chunks of all magnitudes and a decode step: no request waits for kernels.
+        """Run prompt chunks of all magnitudes and two decode steps: no request waits for kernels.
 
         A kernel may have another form for other numbers of tokens; its limits are powers of two, so
         one form serves those from a power on and another those below.
         Results are dropped; what is written to the caches is written again before it is read.
         """
+        from fd_dsa.ops.sampling import SlotParameters
+
         batch, config = self.input_batch, self.model.config
         longest = self._longest_row()
         chunk = min(batch.max_num_tokens, longest)
@@ -66,55 +69,56 @@ class Preparation:
         powers = [1 << i for i in range((chunk - 1).bit_length())]
         chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
         prompts = [(n, done, True) for done in (0, cached) for n in chunks if n <= longest - done]
-        for tokens, done, is_prefill in (*prompts, (1, cached, False)):
-            last = self._only_row(tokens, done, is_prefill=is_prefill)
-            self.execute_model(np.array([last]))
+        # the second decode step goes on from the draw of the first
+        decode = [(1, max(cached - 1, 0), False), (1, cached, False)]
         if self.draws is not None:
-            self._warm_up_draws(cached)
+            self.draws.set_slot(0, SlotParameters())
+        for tokens, done, is_prefill in prompts + decode:
+            last = np.array([self._only_row(tokens, done, is_prefill=is_prefill)])
+            if self.draws is None:
+                self.execute_model(last)
+                continue
+            if (tokens, done, is_prefill) == decode[-1]:
+                self.input_batch.defer_tokens(last, [0])
+                self.input_batch.follows[0] = 0
+            # all kernels of a draw run for any parameters, and those of a layer that drafts
+            self.queue_model(last, Draw([0], [0], [0], [0], drafts=True))
+            self.draw()()
         self._forget_only_row()
         # these were no steps of requests
         self.counters = StepCounters()
 
-    def _warm_up_draws(self, cached: int) -> None:
-        """Run two decode steps with draws, the second of which goes on from the first one's.
-
-        All kernels of a draw run for any parameters, and those of a layer that drafts.
-        """
-        from fd_dsa.ops.sampling import SlotParameters
-
-        assert self.draws is not None
-        self.draws.set_slot(0, SlotParameters())
-        for is_second in (False, True):
-            last = self._only_row(1, max(cached - 1, 0) + is_second, is_prefill=False)
-            if is_second:
-                self.input_batch.defer_tokens([last], [0])
-                self.input_batch.follows[0] = 0
-            self.queue_model(np.array([last]), Draw([0], [0], [0], [0], drafts=True))
-            self.draw()()
-
     def capture_decode_graphs(
-        self, sizes: Sequence[int], capture: Callable[[Any], Capture]
+        self,
+        sizes: Sequence[int],
+        capture: Callable[[Any], Capture],
+        prompt_sizes: Sequence[int] = PROMPT_SIZES,
     ) -> None:
-        """Make graphs of decode steps of these numbers of tokens, padding included.
+        """Make graphs of decode steps of these numbers of tokens, padding included, and of prompts.
 
         Where the first cannot be made, all steps stay eager, with one warning that says why.
 
         Args:
             sizes: each at most the tokens of a step.
             capture: gives what captures on a place, such as PaddleCapture.
+            prompt_sizes: numbers of keys of steps of prompts, as of DecodeGraphs; what is longer
+                than a step is left out.
 
         Raises:
             DeviceError: a capture failed half-way, and Paddle cannot go on; has the cure.
         """
         from fd_dsa.step.device import paddle_place
 
-        graphs = DecodeGraphs(sizes, self.model.config.index_topk, self._longest_row())
+        batch, topk, longest = self.input_batch, self.model.config.index_topk, self._longest_row()
+        prompts = [size for size in prompt_sizes if size <= batch.max_num_tokens]
+        rows = min(MOST_PROMPTS, batch.max_num_seqs)
+        graphs = DecodeGraphs(sizes, topk, longest, prompts, rows)
         try:
             with paddle.no_grad():
                 self._fill(graphs, capture(paddle_place(self._device)))
         except CaptureRefused as error:
             logger.warning(
-                "decode steps stay eager, they cannot be captured: %s; with --enforce-eager "
+                "all steps stay eager, they cannot be captured: %s; with --enforce-eager "
                 "nothing is captured",
                 error,
             )
@@ -131,41 +135,52 @@ class Preparation:
     def _fill(self, graphs: DecodeGraphs, capture: Capture) -> None:
         """Capture all steps; one row is live, the others are padding."""
         # a capture must not make a stream
-        self.attn_backends[0].warm_up(graphs.sizes[0], self.caches)
-        for padded in graphs.steps():
-            last = self._only_row(1, padded.max_seqlen_k - 1, is_prefill=False)
+        steps = graphs.steps()
+        self.attn_backends[0].warm_up(steps[-1].num_tokens, self.caches)
+        for padded in steps:
+            tokens = padded.num_tokens if padded.num_prompts else 1
+            done = 0 if padded.num_prompts else padded.max_seqlen_k - 1
+            last = self._only_row(tokens, done, is_prefill=padded.num_prompts > 0)
             self._padded = padded
-            self._stage(np.array([last]), Draw(), padded.num_tokens)
+            self._stage(np.array([last]), Draw(), padded.num_sampled)
             graphs[padded] = self._captured_step(capture, padded)
 
     def _captured_step(self, capture: Capture, padded: PaddedStep) -> CapturedStep:
         """The graphs of a step; here they draw for padding alone."""
-        draws, drafts, tokens = self.draws, self._drafts, padded.num_tokens
+        draws, drafts = self.draws, self._drafts
         assert draws is not None
         (logits, hidden), replay = capture(lambda: self._padded_step(padded))
         _, draw = capture(lambda: draws.queue(logits, self.forward_meta))
         if drafts is None:
             return CapturedStep(logits, self.forward_meta, replay, draw)
-        rows = min(tokens, self.input_batch.max_num_seqs)
+        rows = min(padded.num_sampled, self.input_batch.max_num_seqs)
         kept, draft = capture(lambda: drafts.queue(hidden, self.forward_meta, rows))
         return CapturedStep(logits, self.forward_meta, replay, draw, hidden, draft, kept)
 
     def _padded_step(self, padded: PaddedStep) -> tuple[Any, Any]:
-        """Logits of all tokens of the step that is staged, and what a layer more reads.
+        """Logits of the step that is staged, of all tokens or of those that a prompt samples from.
 
-        That are their hidden states, normed; None without such a layer.
+        And what a layer more reads: hidden states of all tokens, normed; None without such a layer.
         """
-        tokens, rows = padded.num_tokens, self.input_batch.max_num_seqs
+        tokens, rows, sampled = padded.num_tokens, self.input_batch.max_num_seqs, padded.num_sampled
         assert self._to_device is not None
-        inputs, draw = self._to_device.views(tokens, rows, tokens, tokens)
-        hints = StepHints(tokens, 0, padded.max_seqlen_k, tokens)
-        step = Step(hints, *inputs, self.caches, self.attn_backends[0], draw)
+        inputs, draw = self._to_device.views(tokens, rows, sampled, sampled)
+        is_prompt = padded.num_prompts > 0
+        lengths = padded.prompt_lengths(rows) if is_prompt else None
+        hints = StepHints(tokens, is_prompt * tokens, padded.max_seqlen_k, tokens)
+        backend = self.attn_backends[0]
+        step = Step(hints, *inputs, self.caches, backend, draw, host_lengths=lengths)
         self._begin(step, is_deferred=True)
         hidden = self.model(step.ids_remove_padding, step)
         if self._drafts is None:
-            return self.model.compute_logits(hidden), None
+            read = rows_at(hidden, step.sampled) if is_prompt else hidden
+            return self.model.compute_logits(read), None
         normed = self.model.norm.of(hidden)
-        return self.model.head.times(normed), values_of(normed)
+        if is_prompt:
+            logits = self.model.compute_logits(rows_at(hidden, step.sampled))
+        else:
+            logits = self.model.head.times(normed)
+        return logits, values_of(normed)
 
     def _longest_row(self) -> int:
         """Tokens that the table of a row reaches to."""

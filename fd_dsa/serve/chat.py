@@ -110,7 +110,7 @@ class ChatAnswer(Answer[ChatCompletionRequest]):
         was_complete = choice.is_complete
         events = choice.add(output)
         if choice.is_complete and not (was_complete or output.finished):
-            self.state.engine.finish_output(self.jobs[0].request_id, output.index)
+            self.state.engine.end(self.jobs[0].request_id, output.index)
         return events
 
     def _end(self, choice: _Choice, output: RequestOutput) -> dict[str, Any]:

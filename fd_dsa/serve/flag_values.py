@@ -133,18 +133,16 @@ def add_numbers(
         )
 
 
-def _is_host_name(text: str) -> bool:
-    return bool(text) and not (
-        "/" in text or text.count(":") == 1 or any(char.isspace() for char in text)
-    )
-
-
 port = reader(_digits, "0 to 65535", lambda value: value <= 65535)
 # for the system an empty name, as of an unset variable, is every interface
 host = reader(str, "a name or an address, 0.0.0.0 for all interfaces", str.strip)
 _BYTES = "1 byte or more: a number and an optional unit K, M, G or T, for example 8G or 512MiB"
 size = reader(parse_bytes, _BYTES, lambda num_bytes: num_bytes >= 1)
-host_name = reader(str, "a name without a port, or *", _is_host_name)
+host_name = reader(
+    str,
+    "a name without a port, or *",
+    lambda text: text and text.count(":") != 1 and not re.search(r"[/\s]", text),
+)
 
 
 def key(text: str) -> str:

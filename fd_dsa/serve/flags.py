@@ -166,7 +166,7 @@ _FLAGS = {
         "--async-scheduling": "on a GPU, queue a step while the one before runs (default: enabled)",
     },
     "CUDA graphs (on a GPU)": {
-        "--enforce-eager": "launch decode steps kernel by kernel, without CUDA graphs",
+        "--enforce-eager": "launch all steps kernel by kernel, without CUDA graphs",
         "--cudagraph-capture-sizes N": "rows of captured decode steps; fewer are padded (default: "
         "1 2 4 8 16 24 ... up to --max-num-seqs)",
     },

@@ -159,7 +159,7 @@ class ServerState:
                 break
             await asyncio.sleep(_POLL_S)
         for request_id in tuple(self.active):
-            self.engine.abort(request_id)
+            self.engine.end(request_id)
 
 
 def _later(message: str, code: str = "loading") -> ApiError:

@@ -32,7 +32,7 @@ class DeviceApi:
         """The library's current stream of a device in this thread: a CUDA stream handle."""
         raise NotImplementedError
 
-    def new_stream(self, device: int, high_priority: bool) -> Any:
+    def new_stream(self, device: int) -> Any:
         """A stream of the library that waits for no other one by itself; for the whole process."""
         raise NotImplementedError
 
@@ -88,7 +88,7 @@ class PaddleApi(DeviceApi):
             return self._core._get_current_stream(device).cuda_stream
         return self._core._get_current_custom_device_stream(self._custom_type, device).raw_stream
 
-    def new_stream(self, device: int, high_priority: bool) -> Any:
+    def new_stream(self, device: int) -> Any:
         """The stream as Paddle's core knows it."""
         import paddle
 
@@ -98,7 +98,7 @@ class PaddleApi(DeviceApi):
         place = core.CUDAPlace(device) if kind is None else core.CustomPlace(kind, device)
         one = paddle.ones([1, 1], "float32", device=place)
         paddle.matmul(one, one)
-        return paddle.device.Stream(place, priority=1 if high_priority else 2).stream_base
+        return paddle.device.Stream(place, priority=2).stream_base
 
     def stream_handle(self, stream: Any) -> int:
         """`raw_stream`, which older releases of Paddle call `cuda_stream` on a GPU."""

@@ -227,15 +227,12 @@ class SideStream:
     it belongs to. So what the work between `begin` and `end` reads or makes must be held until
     `join`, its temporaries too. Afterwards anything may be freed: later work of the current stream
     runs after the join, and later work of this one after the next `begin`.
-
-    Args:
-        high_priority: the device prefers blocks of this stream's kernels.
     """
 
-    def __init__(self, api: DeviceApi, device: int, *, high_priority: bool = False) -> None:
+    def __init__(self, api: DeviceApi, device: int) -> None:
         self._transfers = transfers = Transfers(api, device)
         self._api, self._device = api, device
-        self.stream = api.new_stream(device, high_priority)
+        self.stream = api.new_stream(device)
         self._handle = ctypes.c_void_p(api.stream_handle(self.stream))
         self._main = ctypes.c_void_p()
         self._before: Any = None

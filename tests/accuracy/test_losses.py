@@ -43,13 +43,13 @@ class TestWindows:
     ) -> None:
         assume(context > len(lead))
         ids = list(range(count))
-        windows = cut(ids, context, lead)
-        scored = [token for w in windows for token in w.token_ids[w.first :]]
+        first, windows = cut(ids, context, lead)
+        scored = [token for window in windows for token in window[first:]]
         assert scored == (ids if lead else ids[1:])
         for window in windows:
-            assert len(window.token_ids) <= context
-            assert list(window.token_ids[: len(lead)]) == lead
-            own = window.token_ids[len(lead) :]
+            assert len(window) <= context
+            assert list(window[: len(lead)]) == lead
+            own = window[len(lead) :]
             assert list(own) == list(range(own[0], own[0] + len(own)))
 
     @pytest.mark.parametrize(

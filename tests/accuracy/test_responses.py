@@ -37,7 +37,7 @@ def test_published_answers_in_any_order_give_the_published_counts(
     assert [metrics[name]["total"] for name in METRICS] == [541, 834, 541, 834]
     found = read_scores(tmp_path / "out")
     assert [score.key for score in found.prompts] == [prompt.key for prompt in PROMPTS]
-    types = {name: (t.strict, t.loose, t.total) for name, t in by_type(found.prompts).items()}
+    types = {name: (*t[1:], t[0]) for name, t in by_type(found.prompts).items()}
     assert types == gpt4.BY_TYPE
     assert (found.settings.task, found.settings.model) == ("ifeval", "responses")
     shown = capsys.readouterr().out

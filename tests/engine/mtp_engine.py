@@ -74,20 +74,25 @@ def make_model(fields: dict[str, Any]) -> Any:
     return tiny_model(fields | {"num_nextn_predict_layers": 1}, seed=2, mtp=MtpLayer())
 
 
+def make_engine(runner: ModelRunner, speculator: Speculator | None, num_blocks: int) -> LLMEngine:
+    """The engine of that runner."""
+    return LLMEngine(
+        runner,
+        byte_tokenizer(),
+        num_blocks=num_blocks,
+        max_model_len=MAX_MODEL_LEN,
+        eos_token_ids=[EOS],
+        speculator=speculator,
+    )
+
+
 def answers(
     model: Any, method: str | None, most: int = 3, costs: StepCosts | None = None
 ) -> tuple[dict[tuple[str, int], RequestOutput], LLMEngine, Any]:
     """The last state of every output, with an engine so small that requests are preempted."""
     runner = make_runner(model, NUM_BLOCKS)
     drafter: Any = PromptLookup(3, 1) if method == "ngram" else WatchedDrafter(runner, most)
-    engine = LLMEngine(
-        runner,
-        byte_tokenizer(),
-        num_blocks=NUM_BLOCKS,
-        max_model_len=MAX_MODEL_LEN,
-        eos_token_ids=[EOS],
-        speculator=Speculator(drafter, most, costs) if method else None,
-    )
+    engine = make_engine(runner, Speculator(drafter, most, costs) if method else None, NUM_BLOCKS)
     draw = np.random.default_rng(0)
     stem = draw.integers(2, 40, 30).tolist()
     for number in range(len(KINDS)):

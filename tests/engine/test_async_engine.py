@@ -153,14 +153,14 @@ def test_abort_ends_the_iterator_with_an_output(engine):
         async for output in engine.generate([2], ENDLESS, "r"):
             outputs.append(output)
             if len(outputs) == 3:
-                engine.abort("r")
+                engine.end("r")
         return outputs
 
     outputs = run(main())
     assert outputs[-1].finish_reason == "abort"
     count = len(outputs[-1].token_ids)
     assert outputs[-1].token_ids == expected_greedy([2], count, eos=None)
-    engine.abort("unknown")
+    engine.end("unknown")
     assert len(run(collect(engine, [2], GREEDY))) == 12
 
 
@@ -206,7 +206,7 @@ def test_a_failing_step_ends_every_iterator_with_the_error(engine, caplog):
     assert all(error.__cause__ is engine.errored for error in errors)
     assert not engine.is_running
     assert "the engine has failed" in caplog.text
-    engine.abort("anything")
+    engine.end("anything")
 
 
 def test_stop_aborts_what_still_runs_and_refuses_new_requests(engine):

@@ -140,7 +140,7 @@ def test_the_async_engine_ends_one_output_and_its_iterator_goes_on():
         # long enough to be still running when the command comes
         async for output in engine.generate(PROMPT, params(n=2, max_tokens=400), "r"):
             if output.index == 1 and len(output.token_ids) == 3:
-                engine.finish_output("r", 1)
+                engine.end("r", 1)
             outputs.append(output)
         return by_index(outputs)
 

@@ -10,9 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_costs import StepCosts, measure_steps
 from fd_dsa.runner import ModelRunner
-from tests.engine.mtp_engine import DEAR_LAYER, answers, make_model, make_runner
+from tests.engine.mtp_engine import (
+    DEAR_LAYER,
+    WatchedDrafter,
+    answers,
+    make_engine,
+    make_model,
+    make_runner,
+)
 from tests.runner.tiny import V32
 
 # all bits are equal, drafts or none, by any method
@@ -101,6 +110,20 @@ def test_a_drafter_that_gives_nan_or_fails_changes_nothing(
     }
     assert ("the drafter failed" in caplog.text) is breaks
     assert (len(calls) == 5) is breaks
+
+
+def test_prompts_that_came_together_have_no_drafts_where_those_of_one_alone_pay() -> None:
+    costs = StepCosts({1: 1.0, 2: 1.1, 4: 10.0}, layer_seconds={1: 0.01, 4: 0.01})
+    runs = []
+    for count in (1, 2):
+        runner = make_runner(make_model(V32), 20)
+        drafter = WatchedDrafter(runner, 1)
+        engine = make_engine(runner, Speculator(drafter, 1, costs), 20)
+        for number in range(count):
+            engine.add_request(str(number), [*range(2, 9)], SamplingParams(max_tokens=1))
+        engine.step()
+        runs.append(drafter.num_runs)
+    assert runs == [1, 0]
 
 
 def test_steps_are_measured_when_an_engine_starts() -> None:

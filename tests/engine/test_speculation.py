@@ -198,3 +198,35 @@ def test_costs_of_steps_between_measured_ones() -> None:
     layer = StepCosts({1: 1.0, 16: 4.0}, {1: 0.2}, {1: 0.1, 16: 1.6})
     assert layer.of(4, 2, 2) == pytest.approx([1.6, 2.0 + 0.6, 2.4 + 0.4 + 0.8])
     assert StepCosts().of(9, 9, 2) == pytest.approx([1.0, 1.1, 1.2])
+
+
+def test_costs_are_those_of_the_slower_side_of_host_and_device() -> None:
+    costs = StepCosts({1: 1.0, 64: 2.0}, layer_seconds={1: 0.1, 64: 0.1})
+    on_device = costs.of(32, 32, 1)
+    # with drafts the host is slower; what it needs without them is yet to be seen
+    for seconds in (4.8, 4.8, 48.0, 4.8, 4.8):
+        costs.observe(seconds, 32, 32)
+    assert costs.lacks_plain(32) and not costs.lacks_plain(64)
+    assert costs.of(32, 32, 1) == on_device
+    for seconds in (3.2, 3.2, 32.0, 3.2):
+        costs.observe(seconds, 32, 0)
+    assert not costs.lacks_plain(32)
+    assert costs.of(32, 32, 1) == pytest.approx([3.2, 4.8])
+    assert costs.of(32, 16, 2) == pytest.approx([3.2, 4.0, 4.8])
+    # where the device is slower its times stand
+    for drafts in (0, 8) * 4:
+        costs.observe(0.01 + drafts, 8, drafts)
+    assert costs.of(8, 8, 1)[0] == StepCosts({1: 1.0, 64: 2.0}).of(8, 8, 1)[0]
+    assert costs.of(8, 8, 1)[1] == pytest.approx(8.01)
+
+
+def test_what_the_host_needs_for_drafts_is_learned_again() -> None:
+    costs = StepCosts({1: 1.0, 64: 2.0}, layer_seconds={1: 0.1, 64: 0.1})
+    on_device = costs.of(32, 32, 1)
+    for _ in range(4):
+        costs.observe(6.4, 32, 32)
+    for _ in range(4095):
+        costs.observe(0.1, 32, 0)
+    assert costs.of(32, 32, 1)[1] == pytest.approx(6.4)
+    costs.observe(0.1, 32, 0)
+    assert costs.of(32, 32, 1) == on_device

@@ -27,9 +27,14 @@ def run(
     most_keys: int = 1 << 20,
     *,
     quantised: bool = False,
+    more_keys: int = 0,
+    more_tiles: int = 0,
     tiling: tuple[int, ...] = (32, 32, 4, 2),
 ) -> Any:
-    """What the launches of a step write, in poisoned memory of more rows than the step has."""
+    """What the launches of a step write, in poisoned memory of more rows than the step has.
+
+    Grids may reach to more keys and tiles than the step has, as those of captured launches do.
+    """
     from fd_dsa.attention.dense_prompts import _groups
     from fd_dsa.ops._fp8_rows import Fp8Rows
     from fd_dsa.ops.mla.prompt import Tiling, attend_prompts, gather_keys
@@ -42,9 +47,13 @@ def run(
         codes = m.poisoned((total + 3, case.heads * 128), "uint8")
         out = Fp8Rows(codes, m.poisoned((case.heads, stride), "float32"))
     for group in _groups(counts, case.cached, most_keys):
+        num_keys, counts = group.num_keys, (*group.counts, *[1] * more_tiles)
+        group = group._replace(num_keys=num_keys + more_keys, counts=counts)
         latents = m.poisoned((group.num_keys, case.rank), "bfloat16")
         rope = m.poisoned((group.num_keys, case.rope), "bfloat16")
         gather_keys(case.pages(m), step, group, case.topk, latents, rope, 8)
+        for written in latents, rope:
+            assert (m.get(written)[num_keys:].view(np.uint8) == POISON).all()
         up = case.up_projected(widened(m.get(latents).view(np.int16)))
         keys, values = (case.bits(m, x.astype(np.float32)) for x in up)
         attend_prompts(
@@ -77,6 +86,12 @@ def check(case: PromptCase, found: np.ndarray) -> None:
 def test_chunks_hits_and_the_border(kernel_memory: KernelMemory, fp8: bool) -> None:
     case = PromptCase(BORDER, 70, fp8)
     check(case, widened(kernel_memory.get(run(kernel_memory, case)).view(np.int16)))
+
+
+def test_grids_for_more_keys_and_tiles_than_a_step_has(kernel_memory: KernelMemory) -> None:
+    case = PromptCase(BORDER, 70)
+    found = kernel_memory.get(run(kernel_memory, case, more_keys=40, more_tiles=3))
+    np.testing.assert_array_equal(found, kernel_memory.get(run(kernel_memory, case)))
 
 
 def test_widths_that_are_no_powers_of_two_and_groups_of_rows(kernel_memory: KernelMemory) -> None:

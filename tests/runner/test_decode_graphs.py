@@ -1,4 +1,4 @@
-"""Which graph serves a decode step, and the errors where none can be made."""
+"""Which graph serves a step, and the errors where none can be made."""
 
 from __future__ import annotations
 
@@ -13,31 +13,70 @@ from paddle.base import core
 from paddle.device.cuda import graphs as paddle_graphs
 
 from fd_dsa.errors import DeviceError
-from fd_dsa.runner import decode_graphs
+from fd_dsa.runner import InputBatch, decode_graphs
 from fd_dsa.runner.decode_graphs import CaptureRefused, DecodeGraphs, PaddedStep, PaddleCapture
 
 PLACE = paddle.CPUPlace()
 
 
+def fitting(
+    graphs: DecodeGraphs, rows: list[tuple[int, int, bool]], sampled: list[int] | None = None
+) -> PaddedStep | None:
+    """What serves a step of rows of some tokens, after cached ones, of a prompt or not."""
+    batch = InputBatch(8, 64, 40, 16)
+    for row, (tokens, done, is_prefill) in enumerate(rows):
+        batch.add_row(row, [0] * tokens, done, is_prefill)
+    tokens = range(batch.num_tokens) if sampled is None else sampled
+    return graphs.fitting(batch, np.array(tokens, np.int64))
+
+
 def test_a_step_is_padded_to_the_next_size() -> None:
     graphs = DecodeGraphs((8, 1, 4), index_topk=100, longest=640)
     assert graphs.sizes == (1, 4, 8)
-    found = [graphs.fitting(n, 101) for n in (1, 2, 4, 5, 8, 9)]
-    sizes = [step and step.num_tokens for step in found]
-    assert sizes == [1, 4, 4, 8, 8, None]
+    found = [fitting(graphs, [(1, 100 - row, False) for row in range(n)]) for n in (1, 2, 4, 5, 8)]
+    assert [step and step.num_tokens for step in found] == [1, 4, 4, 8, 8]
+    assert fitting(graphs, [(3, 100, False)] * 3) is None
+    # not all of them are sampled
+    assert fitting(graphs, [(1, 100, False)] * 2, [1]) is None
 
 
 @pytest.mark.parametrize(("max_seqlen_k", "reaches"), [(1, 100), (100, 100), (101, 640)])
 def test_rows_past_the_selection_have_a_graph_of_their_own(max_seqlen_k: int, reaches: int) -> None:
     graphs = DecodeGraphs((2,), index_topk=100, longest=640)
-    assert graphs.fitting(2, max_seqlen_k) == PaddedStep(2, reaches)
+    step = fitting(graphs, [(1, 0, False), (1, max_seqlen_k - 1, False)])
+    assert step == PaddedStep(2, reaches)
+
+
+# rows as tokens, tokens before them, whether they are a prompt's; tokens that are sampled
+PROMPTS: dict[str, tuple[list[tuple[int, int, bool]], list[int], int | None]] = {
+    "the next size": ([(5, 0, True)], [4], 8),
+    "one of its own": ([(8, 0, True)], [7], 8),
+    "several": ([(3, 0, True), (6, 0, True)], [2, 8], 12),
+    "one of them goes on": ([(3, 0, True), (6, 0, True)], [2], 12),
+    "keys in the cache": ([(3, 6, True)], [2], 12),
+    "too many rows": ([(1, 0, True)] * 3, [0, 1, 2], None),
+    "too many sampled": ([(5, 0, True)], [2, 3, 4], None),
+    "nothing is sampled": ([(5, 0, True)], [], None),
+    "too many keys": ([(10, 0, True), (10, 0, True)], [9, 19], None),
+    "a row past the selection": ([(2, 11, True)], [1], None),
+    "beside a decode row": ([(3, 0, True), (1, 2, False)], [2, 3], None),
+}
+
+
+@pytest.mark.parametrize(("rows", "sampled", "size"), PROMPTS.values(), ids=PROMPTS.keys())
+def test_prompts_are_padded_by_their_keys(
+    rows: list[tuple[int, int, bool]], sampled: list[int], size: int | None
+) -> None:
+    graphs = DecodeGraphs((8,), 12, 640, prompt_sizes=(12, 8), most_prompts=2)
+    assert fitting(graphs, rows, sampled) == (size and PaddedStep(size, 12, 2))
 
 
 def test_the_largest_are_captured_first() -> None:
     steps = DecodeGraphs((1, 4), index_topk=100, longest=640).steps()
-    assert steps == [(4, 640), (4, 100), (1, 640), (1, 100)]
+    assert steps == [(4, 640, 0), (4, 100, 0), (1, 640, 0), (1, 100, 0)]
     # every row is short: one graph a size
-    assert DecodeGraphs((1, 4), index_topk=100, longest=64).steps() == [(4, 64), (1, 64)]
+    steps = DecodeGraphs((1, 4), 100, longest=64, prompt_sizes=(2, 65), most_prompts=3).steps()
+    assert steps == [(4, 64, 0), (2, 64, 3), (1, 64, 0)]
 
 
 class Graph:

@@ -195,8 +195,13 @@ def test_a_warm_up_scores_keys(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
     powers = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size < longest]
     sizes = sorted({*powers, *(size - 1 for size in powers[1:]), longest})
     later = [size for size in sizes if size <= longest - runner.model.config.index_topk]
-    assert [plan.num_tokens for plan in plans] == [*sizes, *later, 1]
-    assert all(plan.needs_scores for plan in plans[len(sizes) :])
+    assert [plan.num_tokens for plan in plans] == [*sizes, *later, 1, 1]
+    # the decode step before the last has as many keys as are chosen
+    assert [plan.needs_scores for plan in plans[len(sizes) :]] == [
+        *[True] * len(later),
+        False,
+        True,
+    ]
 
 
 def test_steps_are_counted_by_kind(model: Any) -> None:

@@ -138,13 +138,12 @@ class FakeEngine:
     async def check_form(self, form: StructuredOutputsParams) -> None:
         """Every form is fine."""
 
-    def abort(self, request_id: str) -> None:
-        """Let the request end with finish_reason "abort" at its next step."""
-        self._aborted.add(request_id)
-
-    def finish_output(self, request_id: str, index: int) -> None:
-        """Let an output end with finish_reason "stop" at its next step."""
-        self.finished.append((request_id, index))
+    def end(self, request_id: str, index: int | None = None) -> None:
+        """Let the request end with "abort" at its next step, or an output with "stop"."""
+        if index is None:
+            self._aborted.add(request_id)
+        else:
+            self.finished.append((request_id, index))
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Refuse token ids that the vocabulary of 257 lacks."""

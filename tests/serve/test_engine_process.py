@@ -125,7 +125,7 @@ def test_one_process_serves_many_and_frees_what_is_left() -> None:
             async for output in engine.generate([7], ENDLESS, "aborted"):
                 outputs.append(output)
                 if len(outputs) == 3:
-                    engine.abort("aborted")
+                    engine.end("aborted")
             return outputs[-1].finish_reason
 
         whole = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)

@@ -26,10 +26,10 @@ class StreamApi(FakeApi):
     """A library with streams; each is its own handle."""
 
     log: list[Any] = field(default_factory=list)
-    priorities: list[bool] = field(default_factory=list)
+    num_streams: int = 0
 
-    def new_stream(self, device: int, high_priority: bool) -> int:
-        self.priorities.append(high_priority)
+    def new_stream(self, device: int) -> int:
+        self.num_streams += 1
         return SIDE + device
 
     def stream_handle(self, stream: int) -> int:
@@ -67,7 +67,7 @@ JOIN = [("wait", MAIN, 2)]
 def test_a_fork_and_its_join(api: StreamApi, library: LateLibrary) -> None:
     overlap = IndexerOverlap("gpu", 8)
     # nothing is made before the first fork
-    assert library.num_events == 0 and api.priorities == []
+    assert library.num_events == 0 and api.num_streams == 0
 
     def project(x: FakeTensor) -> str:
         api.log.append("project")
@@ -83,7 +83,7 @@ def test_a_fork_and_its_join(api: StreamApi, library: LateLibrary) -> None:
         assert overlap.run(4, beside, project, X) == (MAIN, "keys")
         assert api.log == [*BEGIN, "project", *END, "beside", *JOIN]
     # two events and one stream serve all forks
-    assert library.num_events == 2 and api.priorities == [False]
+    assert library.num_events == 2 and api.num_streams == 1
 
 
 def test_by_default_steps_fork_in_a_capture_alone(
@@ -95,7 +95,7 @@ def test_by_default_steps_fork_in_a_capture_alone(
     def stream_of_work(num_tokens: int) -> int:
         return overlap.run(num_tokens, lambda: None, lambda x: api.stream, X)[1]
 
-    assert stream_of_work(4) == MAIN and library.num_events == 0 and api.priorities == []
+    assert stream_of_work(4) == MAIN and library.num_events == 0 and api.num_streams == 0
     library.captured = {MAIN}
     assert stream_of_work(4) == SIDE
     assert stream_of_work(DEFAULT_OVERLAP_MAX_TOKENS + 1) == MAIN
@@ -143,5 +143,5 @@ def test_a_thread_without_a_context_gets_the_devices(api: StreamApi, library: La
 def test_every_device_has_a_stream_of_its_own(api: StreamApi, library: LateLibrary) -> None:
     found = [transfers.side_stream_for(FakeTensor(0x7000, device=d)) for d in (0, 1, 0)]
     assert found[0] is found[2] is not found[1]
-    transfers.SideStream(api, 0, high_priority=True)
-    assert api.priorities == [False, False, True] and library.num_events == 6
+    transfers.SideStream(api, 0)
+    assert api.num_streams == 3 and library.num_events == 6

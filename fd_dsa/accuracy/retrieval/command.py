@@ -26,12 +26,12 @@ from fd_dsa.client import report
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.flag_values import add_numbers
+from fd_dsa.serve.parser import Parser
 
 _MAX_TOKENS, _TRIALS = 64, 5
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("retrieval")
+def fill_parser(parser: Parser) -> None:
     parser.set_defaults(run=run)
     add_run_flags(parser, out="retrieval", max_tokens=_MAX_TOKENS)
     group = parser.add_argument_group("prompts")

@@ -26,6 +26,7 @@ from fd_dsa.environment import quiet
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.ops.providers import asking_for, parse
 from fd_dsa.serve.flag_values import add_numbers
+from fd_dsa.serve.parser import Parser
 
 CACHE_DTYPES = ("float32", "bfloat16", "fp8_ds_mla")
 # the answer, and the end of the template after it
@@ -34,12 +35,11 @@ _LENGTHS_OF_TOPK = 8
 _HEADINGS = tuple(f"{n}{s}" for n in ("recall: ", "mass: ") for s in ("indexer", "last", "random"))
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        "selection",
-        description="Hide numbers in texts, run them through the embedded engine, and report for "
-        "every layer how much of dense attention falls on the keys that its indexer chose, and "
-        "whether the hidden number is among them.",
+def fill_parser(parser: Parser) -> None:
+    parser.description = (
+        "Hide numbers in texts, run them through the embedded engine, and report for every layer "
+        "how much of dense attention falls on the keys that its indexer chose, and whether the "
+        "hidden number is among them."
     )
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder of a checkpoint (default: the demo model)"

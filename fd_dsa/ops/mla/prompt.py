@@ -84,8 +84,7 @@ def gather_keys(
     num_blocks, block_size = cache.shape[0], cache.shape[-2]
     gather_keys_kernel[(-(-group.num_keys // _GATHERED),)](
         *(cache, step.block_tables, step.seq_lens_encoder, step.seq_lens_decoder, latents, rope),
-        *(group.first_row, group.end_row, index_topk, group.num_keys),
-        *(step.block_tables.shape[1], num_blocks),
+        *(group.first_row, group.end_row, index_topk, step.block_tables.shape[1], num_blocks),
         BLOCK_SIZE=block_size,
         RANK=latents.shape[1],
         ROPE=rope.shape[1],

@@ -53,7 +53,6 @@ def gather_keys_kernel(
     first_row,
     end_row,
     index_topk,
-    num_keys,
     table_width,
     num_blocks,
     BLOCK_SIZE: tl.constexpr,
@@ -66,7 +65,8 @@ def gather_keys_kernel(
 ):
     """Keys KEYS * program on of a group's rows, back to back: bfloat16 latents and roped values.
 
-    A table entry that is no block of the cache gives zeros.
+    A table entry that is no block of the cache gives zeros. Places after the last key, which the
+    grid of a captured launch may reach, are left alone.
     """
     wait_for_inputs()
     start_next()
@@ -74,9 +74,10 @@ def gather_keys_kernel(
     dense, cached = _dense_tokens(
         seq_lens_encoder_ptr, seq_lens_decoder_ptr, row, first_row, end_row, index_topk
     )
-    ends = tl.cumsum(_keys(dense, cached))
+    num_keys = _keys(dense, cached)
+    ends = tl.cumsum(num_keys)
     key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    live = key < num_keys
+    live = key < tl.sum(num_keys)
     before = ends[None, :] <= key[:, None]
     # rows without keys end where the one before them does
     start = tl.max(tl.where(before, ends[None, :], 0), 1)
@@ -162,7 +163,10 @@ def attend_prompts_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A tile of the tokens of a row, for head `program 1`; those with most keys begin first."""
+    """A tile of the tokens of a row, for head `program 1`; those with most keys begin first.
+
+    The grid of a captured launch may have more tiles than the rows: these read and write nothing.
+    """
     wait_for_inputs()
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
@@ -180,7 +184,7 @@ def attend_prompts_kernel(
     first = (tile - _item(ends - tiles, mine)) * BLOCK_M
     new = first + tl.arange(0, BLOCK_M)
     position, live = before + new, new < count
-    token = (tl.load(cu_seqlens_q_ptr + own) + new).to(tl.int64)
+    token = (tl.load(cu_seqlens_q_ptr + own, mask=own < end_row, other=0) + new).to(tl.int64)
     query = q_ptr + (token * heads + head) * (NOPE + 2 * HALF)
     q = _tile(query, live, NOPE, NOPE_PADDED, True)
     angle = (cos_sin_ptr + token * (2 * HALF))[:, None] + tl.arange(0, HALF)[None, :]
@@ -197,8 +201,8 @@ def attend_prompts_kernel(
     out = tl.zeros([BLOCK_M, VALUES_PADDED], tl.float32)
     keys = k_ptr, v_ptr, rope_ptr, first_key
     # keys that all tokens of the tile see, in whole tiles; then the others
-    whole = (before + first + 1) // BLOCK_N * BLOCK_N
     end = before + tl.minimum(first + BLOCK_M, count)
+    whole = tl.minimum((before + first + 1) // BLOCK_N * BLOCK_N, end)
     for start in range(0, whole, BLOCK_N):
         top, total, out = _attend_tile(
             q, q_rope, keys, start, end, position, head, heads, scale_log2, top, total, out,

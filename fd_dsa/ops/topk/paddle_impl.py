@@ -23,15 +23,9 @@ def ordered_bits(scores: np.ndarray) -> np.ndarray:
 
 
 def select_positions(logits: Any, lengths: Any, k: int) -> np.ndarray:
-    """Positions of the k best columns of each row: see `topk_indices`, without its checks.
+    """Positions of the k best columns of each row, int32 [num_rows, k]; see `topk_indices`.
 
-    Args:
-        logits: float32 [num_rows, width]; columns at or past a row's length are not looked at.
-        lengths: int32 or int64 [num_rows]; valid columns of each row.
-        k: entries of a row, at least 1.
-
-    Returns:
-        int32 [num_rows, k], ascending, -1 last.
+    Nothing is checked.
     """
     scores, lengths = as_numpy(logits), as_numpy(lengths)
     rows, width = scores.shape

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 import pytest
 
 from fd_dsa.models.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from fd_dsa.models.loader import fp8_tensors, load_dummy_weights, load_weights, 
 from fd_dsa.models.registry import create_model
 from fd_dsa.models.sources import EMBEDDING
 from fd_dsa.models.weights import HostWeights
+from fd_dsa.ops._device_matrix import Normed
 from fd_dsa.ops._fp8 import encode_e4m3
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
@@ -214,6 +216,15 @@ def test_logits_are_those_of_hugging_face_in_bfloat16(
     np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
     clear = clear_lead(wanted, 2 * bound)
     assert clear.any() and (found.argmax(1) == wanted.argmax(1))[clear].all()
+
+
+def test_norms_are_quantised_in_layers_that_have_fp8_weights(rig: Rig) -> None:
+    fp8 = {"model.layers.1.mlp.down_proj.weight"}
+    weights = DeviceWeights("bfloat16", paddle_allocator(rig.device), fp8)
+    x = paddle.zeros([3, 128], "bfloat16")
+    names = [f"model.layers.{layer}.self_attn.q_a_layernorm.weight" for layer in (0, 1, 10)]
+    norms = [weights.norm(name, 128, 1e-6).of(x) for name in (*names, "model.norm.weight")]
+    assert [isinstance(normed, Normed) for normed in norms] == [False, True, False, False]
 
 
 def test_random_weights_are_finite_and_use_all_experts(rig: Rig) -> None:

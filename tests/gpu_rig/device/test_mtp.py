@@ -13,6 +13,7 @@ import paddle
 import pytest
 
 from fd_dsa.engine import step_costs
+from fd_dsa.engine.draft_state import DraftPace
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
@@ -125,8 +126,13 @@ def answers(
 ) -> tuple[dict[str, RequestOutput], LLMEngine, Any]:
     """The ends of a request of each kind, with chunks and few blocks; with a rig, from graphs."""
     runner = make_runner(device, is_drafted)
+    prompts = Counter[int]()
     if rig is not None:
-        runner.capture_decode_graphs((6,), capture_of(rig))
+        runner.capture_decode_graphs((6,), capture_of(rig), prompt_sizes=(12,))
+        graphs: Any = runner.graphs
+        (padded,) = (padded for padded in graphs if padded.num_prompts)
+        replay = graphs[padded].replay
+        graphs[padded] = graphs[padded]._replace(replay=lambda: prompts.update([12]) or replay())
     drafter: Any = HostDrafter(runner) if device == "cpu" else DeviceDrafter(runner)
     engine = make_engine(runner, Speculator(drafter, MOST, costs) if is_drafted else None)
     draw = np.random.default_rng(SEED)
@@ -135,6 +141,7 @@ def answers(
         params = SamplingParams(**{"max_tokens": 18, "seed": number, **kind, **more})
         engine.add_request(str(number), prompt, params)
     ends = {name: outputs[-1] for name, outputs in run_all(engine).items()}
+    assert bool(prompts) == (rig is not None)
     runner.graphs = None
     gc.collect()
     return ends, engine, drafter
@@ -226,6 +233,46 @@ def test_a_step_with_drafts_is_three_graphs_one_copy_in_one_out_and_one_wait(
     gc.collect()
 
 
+class Timed(OneDraft):
+    """One draft a request; a step takes 1 second of `clock`, and with drafts `seconds`."""
+
+    seconds = now = 0.0
+    num_steps = num_drafting = 0
+
+    def propose(
+        self, step: LaunchedStep, counts: Mapping[Request, int]
+    ) -> dict[Request, list[int]]:
+        self.num_steps += 1
+        self.num_drafting += step.num_drafts > 0
+        self.newest = super().propose(step, counts)
+        return self.newest
+
+    def clock(self) -> float:
+        self.now += self.seconds if any(self.newest.values()) else 1.0
+        return self.now
+
+
+@pytest.mark.parametrize(("seconds", "pays"), [(1.3, True), (4.0, False)])
+def test_drafts_stop_where_they_are_too_much_for_the_host(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, seconds: float, pays: bool
+) -> None:
+    # their rate stays what is expected
+    monkeypatch.setattr(DraftPace, "observe", lambda *_: None)
+    runner = make_runner(rig.device)
+    drafter, on_device = Timed(runner), StepCosts({1: 0.1, 8: 0.11}, {}, {1: 0.01})
+    drafter.newest, drafter.seconds = {}, seconds
+    speculator = Speculator(drafter, 1, on_device)
+    speculator.clock = drafter.clock
+    engine = make_engine(runner, speculator)
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    engine.add_request("r", [*range(2, 12)], params)
+    run_all(engine)
+    # some steps show what drafts take, and some what those without take
+    assert 4 < drafter.num_drafting < 10 or pays
+    assert drafter.num_drafting > 15 or not pays
+    assert (drafter.num_steps < 20) == (not pays)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_order")
 @pytest.mark.parametrize("more", [{}, {"logprobs": 2}], ids=["in flight", "sampled on the host"])
@@ -244,8 +291,8 @@ def test_steps_in_which_no_request_drafts_leave_the_layer_out(
     plain, _, _ = answers("cpu", is_drafted=False)
     runs, queue = [], DeviceDrafts.queue
     monkeypatch.setattr(DeviceDrafts, "queue", lambda *one: runs.append(one) or queue(*one))
-    # with it two drafts that mostly stand pay for two requests, and not for three
-    costs = StepCosts({1: 1.0, 16: 2.0}, {1: 0.01}, {1: 0.9, 16: 1.0})
+    # with it two drafts pay for three requests while they mostly stand
+    costs = StepCosts({1: 1.0, 16: 2.0}, {1: 0.01}, {1: 0.5, 16: 0.6})
     found, engine, _ = answers(rig.device, costs=costs)
     assert {k: o.token_ids for k, o in found.items()} == {k: o.token_ids for k, o in plain.items()}
     assert 0 < len(runs) < 0.7 * engine.stats().num_steps
@@ -257,7 +304,14 @@ def test_a_start_runs_the_layer_before_any_request(
     # kernels may be interpreted
     monkeypatch.setattr(step_costs, "_PATIENCE_S", 60.0)
     runner = make_runner(rig.device)
-    runner.warm_up()
+    tokens, queue = set(), DeviceDrafts.queue
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            DeviceDrafts, "queue", lambda *one: tokens.add(one[1].shape[0]) or queue(*one)
+        )
+        runner.warm_up()
+    # its kernels have other forms for other numbers of tokens, as those of any layer
+    assert tokens == {1, 2, 3, 4, 7, 8, 12}
     runner.capture_decode_graphs((2, 6), capture_of(rig))
     costs = measure_steps(runner, 8, predicts_more=True)
     assert (runner.input_batch.block_tables == -1).all()
