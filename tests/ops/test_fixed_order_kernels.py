@@ -28,23 +28,6 @@ Run = Callable[[np.ndarray], np.ndarray]
 """From the rows of a launch to its result, an array with an entry for each."""
 
 
-@pytest.fixture(autouse=True)
-def dots_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dots of the interpreter by float64: on some CPUs BLAS sums by where in a tile a row lies."""
-    from triton.language import float64
-    from triton.runtime import interpreter
-
-    builder = interpreter.interpreter_builder
-    original = builder.create_dot
-
-    def create_dot(a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        nothing = interpreter.TensorHandle(np.zeros(d.data.shape), float64)
-        rounded = original(a, b, nothing, *rest).data.astype(d.data.dtype)
-        return interpreter.TensorHandle(rounded + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(builder, "create_dot", create_dot)
-
-
 def _matrix(m: KernelMemory, kind: str, *shape: int, **how: Any) -> DeviceMatrix:
     """A random weight of a type, "uint8" for FP8."""
     rng = np.random.default_rng(shape)
