@@ -85,7 +85,7 @@ def test_blocks_of_another_row(num_blocks: int, chunk: int, model: Any) -> None:
     np.testing.assert_allclose(np.concatenate(found), wanted[cached:], **CLOSE)
 
 
-# every logit of four prompts: alone in one chunk, in one batch, in chunks, one by one
+# every logit of four prompts: alone in one chunk, in one batch, in chunks, one by one, after a hit
 PROGRAM = """
 import sys
 from fd_dsa.environment import prepare_cpu_runtime
@@ -94,7 +94,7 @@ from pathlib import Path
 import numpy as np
 from fd_dsa.ops._fixed_order import check_fixed_order
 from tests.v4_model.cases import CASES
-from tests.v4_model.ours import load_model, make_runner, prompt_logits
+from tests.v4_model.ours import load_model, make_runner, prompt_logits, run_step
 check_fixed_order("cpu")
 case = CASES["mixed"]
 model = load_model(case.write(Path(sys.argv[1])))
@@ -104,6 +104,11 @@ for chunk in (63, 24, 7, 1):
     found = prompt_logits(make_runner(model, 16), prompts, chunk)
     for one, other in zip(alone, found, strict=True):
         np.testing.assert_array_equal(one, other, err_msg=str(chunk))
+runner = make_runner(model, 16)
+prompt_logits(runner, [prompts[3][:32], prompts[2]], 63)
+runner.input_batch.set_blocks(1, runner.input_batch.block_tables[0, :2])
+found = run_step(runner, {1: (prompts[3][32:], 32)})[1]
+np.testing.assert_array_equal(found, alone[3][32:], err_msg="a hit")
 print("equal")
 """
 
