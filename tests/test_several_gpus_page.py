@@ -15,6 +15,7 @@ from fd_dsa.doctor.plan import GPU_GIB
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.memory_plan import weight_bytes, weight_parts
 from tests.models.folders import TINY, TINY_FP8
+from tests.v4_model.cases import CASES
 
 PAGE = Path(__file__).parents[1] / "docs" / "several-gpus.md"
 V32 = WIDTHS | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "quantization_config": FP8}
@@ -99,6 +100,7 @@ def test_parts_are_the_whole_and_are_split(tmp_path: Path) -> None:
         (TINY_FP8, ["-tp", "2"], "whole blocks of 128 of FP8 weights"),
         (TINY, ["-tp", "0"], "--tensor-parallel-size: got 0, allowed: "),
         (TINY | {"hidden_size": -1}, [], "config.json: hidden_size: got -1"),
+        (CASES["mixed"].config, [], "--device: got 'gpu:0', allowed: cpu with deepseek_v4"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_a_line(

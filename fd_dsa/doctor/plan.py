@@ -36,6 +36,7 @@ def plan(folder: Path, ranks: int) -> dict[str, Any]:
     Raises:
         ConfigError: a flag, config.json, the checkpoint, or a model that cannot be split so.
     """
+    from fd_dsa.engine.caches import family_of
     from fd_dsa.models.configs import open_checkpoint, read_config
     from fd_dsa.models.loader import check_blocks, fp8_tensors, quantisable_tensors
     from fd_dsa.models.memory_plan import weight_parts
@@ -45,6 +46,7 @@ def plan(folder: Path, ranks: int) -> dict[str, Any]:
         EngineConfig(**options, kv_cache_dtype=kind).on_device("gpu:0") for kind in _CACHES
     ]
     whole = read_config(folder)
+    family_of(whole).check_flags(first, whole)
     fp8, has_weights = quantisable_tensors(whole), any(folder.glob("*.safetensors"))
     if has_weights:
         with open_checkpoint(whole, folder) as checkpoint:
