@@ -38,12 +38,12 @@ KINDS: list[dict[str, Any]] = [
 
 
 class WatchedDrafter(MtpDrafter):
-    """Remembers the first draft after each position of each output."""
+    """Remembers the drafts after each position of each output."""
 
     def __init__(self, runner: Any, most: int) -> None:
         super().__init__(runner)
         self._most = most
-        self.first: dict[Request, dict[int, int]] = {}
+        self.proposed: dict[Request, dict[int, list[int]]] = {}
         self.num_runs = 0
 
     def propose(
@@ -54,7 +54,7 @@ class WatchedDrafter(MtpDrafter):
         proposals = super().propose(step, dict.fromkeys(counts, self._most))
         for request, drafts in proposals.items():
             if drafts:
-                self.first.setdefault(request, {})[len(request.token_ids)] = drafts[0]
+                self.proposed.setdefault(request, {})[len(request.token_ids)] = [*drafts]
         return proposals
 
 

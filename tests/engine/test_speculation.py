@@ -129,6 +129,34 @@ def test_the_longest_run_that_came_before_proposes_what_followed() -> None:
     assert LookupIndex([3], 2, 1).following(3) == []
 
 
+class CheckedLookup(PromptLookup):
+    """Compares what it proposes with a search of all tokens that there are."""
+
+    num_drafts = 0
+
+    def propose(self, step: Any, counts: Any) -> dict[Any, list[int]]:
+        proposals = super().propose(step, counts)
+        for request, drafts in proposals.items():
+            assert drafts == searched(request.token_ids, counts[request])
+            self.num_drafts += len(drafts)
+        return proposals
+
+
+def searched(tokens: list[int], count: int) -> list[int]:
+    """What followed the longest of the runs of 3, 2 and 1 tokens that end the list, last time."""
+    for length in (3, 2, 1):
+        for stop in range(len(tokens) - 1, length - 1, -1):
+            if tokens[stop - length : stop] == tokens[-length:]:
+                return tokens[stop : stop + count]
+    return []
+
+
+def test_the_lookup_proposes_what_a_search_finds_whatever_happened_before() -> None:
+    drafter = CheckedLookup(3, 1)
+    _, stats = run(Speculator(drafter, 3))
+    assert stats.num_preemptions and drafter.num_drafts > 100
+
+
 def test_a_long_prompt_is_listed_over_several_steps() -> None:
     tokens = [*range(20_000), 5, 6, 7]
     index = LookupIndex(tokens, 3, 3)
