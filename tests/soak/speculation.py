@@ -7,8 +7,8 @@ A group is ten requests of every kind, all at once, with prefix hits, chunks, pr
 cancellations. It runs without drafts, then with prompt lookup, the layer for multi-token
 prediction, and a drafter that is mostly right, each with 1 to 3 drafts. With
 FD_DSA_BATCH_INVARIANT=1 every output, reason and log-probability must be the same to the bit.
-Without it tokens may differ where rounding decides, which is counted, and log-probabilities by
-1e-4.
+Without it outputs may differ where rounding decides on a token, or on a key or expert, which moves
+log-probabilities by more than 1e-4: these are counted, at most one in 1,000.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _compare(found: RequestOutput, plain: RequestOutput, name: str, counts: Coun
         assert found.token_ids == plain.token_ids[:length], name
         return
     same = found.token_ids == plain.token_ids
-    if not batch_invariant() and not same:
+    if not batch_invariant() and not (same and _are_near(found, plain)):
         counts["outputs that differ by rounding"] += 1
         return
     assert same, name
@@ -147,8 +147,12 @@ def _compare(found: RequestOutput, plain: RequestOutput, name: str, counts: Coun
     if batch_invariant():
         assert found.logprobs == plain.logprobs, name
         assert found.prompt_logprobs == plain.prompt_logprobs, name
-    for one, other in zip(found.logprobs or (), plain.logprobs or (), strict=True):
-        assert abs(one.score.logprob - other.score.logprob) <= TOLERANCE, name
+
+
+def _are_near(found: RequestOutput, plain: RequestOutput) -> bool:
+    """Whether log-probabilities are those of the same keys and experts, within rounding."""
+    pairs = zip(found.logprobs or (), plain.logprobs or (), strict=True)
+    return all(abs(one.score.logprob - other.score.logprob) <= TOLERANCE for one, other in pairs)
 
 
 if __name__ == "__main__":
