@@ -56,7 +56,7 @@ class Always:
         """One."""
         return 1
 
-    def length(self, best: int) -> int:
+    def length(self, best: int, costs: object, rows: float = 1.0) -> int:
         """One."""
         return best
 
@@ -73,7 +73,10 @@ class Engine(gpu_engine.Engine):
         speculator = self._engine._speculator
         if speculator is not None:
             from fd_dsa.engine.draft_state import DraftState
+            from fd_dsa.engine.step_costs import StepCosts
 
+            # whatever drafts cost, nobody goes without
+            speculator._costs = StepCosts()
             has_layer = self._engine.runner.model.mtp is not None
             layer = speculator.drafter if has_layer else None
             self._known = speculator.drafter = KnownDrafts(layer)
