@@ -3,22 +3,25 @@
     python -m benchmarks.speculative                        # on a CPU; about 15 minutes
     python -m benchmarks.speculative --model DIR --rounds 2 # a folder without an MTP layer: ngram
     python -m benchmarks.speculative --rig --out DIR        # a GPU through the test plug-in: P20
+    python -m benchmarks.speculative --acceptance           # of the demo model's card, by task
 
 Chat prompts, copies and random tokens come one request at a time, then 32 at once. On a CPU all
 engines are in this process and take turns; on a GPU each has the process for itself, one after the
 other. The number of drafts is that of the adaptive rule. Prints for each
 case and method the ratio and the accepted share, and counts outputs that differ from those without
 drafts, which rounding alone may cause. Writes benchmarks/results/speculative.json, on a GPU
-speculative_demo.json.
+speculative_demo.json. `--acceptance` times nothing and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +30,20 @@ import numpy as np
 from benchmarks._harness import RESULTS, ROOT, environment, in_turns, random_prompts, write_json
 from benchmarks.workers.gpu_engine import open_device
 from fd_dsa import LLM, SamplingParams
+from fd_dsa.accuracy.prompts import read_prompts
 from fd_dsa.config import EngineConfig
+from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.models.config import ModelConfig
 
+EVALUATION = ROOT / "tools/demo_training/demo_eval.jsonl"
+ANIMALS = ("fox", "bear", "cat", "dog", "mouse", "bird", "frog")
 LOOKUP = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
 TOGETHER = 32
 
 
 def chats(groups: Sequence[str], count: int) -> list[list[dict[str, str]]]:
     """The first conversations of some groups of the demo model's evaluation, `count` of each."""
-    lines = (ROOT / "tools/demo_training/demo_eval.jsonl").read_text("utf-8").splitlines()
+    lines = EVALUATION.read_text("utf-8").splitlines()
     items = [item for item in map(json.loads, lines) if item["kind"] == "chat"]
     return [
         item["messages"]
@@ -143,6 +150,39 @@ def measured(case: str, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str,
     return rows
 
 
+def tasks(count: int) -> dict[str, list[list[dict[str, str]]]]:
+    """Conversations of the tasks whose acceptance the demo model's card has."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from demo_training.evalset import read
+
+    needles = [one for one in read(EVALUATION)[0] if one["length"] == 1024]
+    texts = {
+        "stories": [f"Tell me a story about a {a} and a {b}." for a, b in combinations(ANIMALS, 2)],
+        "IFEval's prompts": [prompt.text for prompt in read_prompts()],
+        "retrieval, 1,024 tokens": [one["prompt"] for one in needles],
+    }
+    return {"chats": chats(("instruction", "assignment"), count // 2)} | {
+        task: [[{"role": "user", "content": text}] for text in asked[:count]]
+        for task, asked in texts.items()
+    }
+
+
+def print_acceptance(count: int) -> None:
+    """Shares of drafts that were accepted, by task and most drafts of a step."""
+    for most in (1, 2, 3):
+        with LLM(speculative_config={"method": "mtp", "num_speculative_tokens": most}) as llm:
+            speculator: Any = llm._open_engine()._speculator
+            # as if drafts cost the same on every machine
+            speculator._costs = StepCosts()
+            for task, asked in tasks(count).items():
+                prompts = [llm.tokenizer.apply_chat_template(one, True) for one in asked]
+                for temperature in (0, 1):
+                    params = SamplingParams(temperature=temperature, max_tokens=96, seed=0)
+                    found = answered(llm, prompts, False, params)
+                    share = 100 * found["accepted"] / found["drafts"]
+                    print(f"{task:24} temperature {temperature}, {most} at most: {share:.0f} %")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -150,8 +190,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=40, help="of chats (default: 40)")
     parser.add_argument("--rig", action="store_true", help="a GPU through the test plug-in")
+    parser.add_argument("--acceptance", action="store_true", help="by task, on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
+    if args.acceptance:
+        print_acceptance(args.prompts)
+        return 0
     device, name, tier = "cpu", "speculative", "T0"
     if args.rig:
         device, name, tier = open_device(True, "gpu"), "speculative_demo", "T1p"
