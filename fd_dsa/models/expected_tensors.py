@@ -57,7 +57,7 @@ class _Expected:
         self.tensors: dict[str, ExpectedTensor] = {}
         self._may_be_fp8 = may_be_fp8
 
-    def vector(self, parts: Mapping[str, int]) -> None:
+    def vector(self, parts: Mapping[str, int], factor: float = 1.0) -> None:
         self.tensors |= {name: ExpectedTensor((length,)) for name, length in parts.items()}
 
     bias = vector

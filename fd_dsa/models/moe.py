@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.ops._gemm import HostMatrix
+from fd_dsa.ops._gemm import HostMatrix, times_of_spans
 
 EXPERT_BYTES = 1 << 30
 """Most memory for an activation of the chosen experts; a longer step is cut."""
+# values of gate and up of experts that run together: they stay in a core's cache
+_GROUP_VALUES = 1 << 17
 
 
 def gated(weights: Any, prefix: str, hidden_size: int, width: int) -> tuple[Any, Any]:
@@ -173,21 +175,34 @@ def routed(
     flat = chosen.ravel()
     order = flat.argsort(kind="stable")
     ends = np.bincount(flat).cumsum().tolist()
-    spans = [
-        (one, slice(start, end))
-        for one, start, end in zip(experts, [0, *ends], ends, strict=False)
-        if end > start
-    ]
-    rows = x[order // top_k]
-    gate_up = np.empty((len(rows), experts[0][0].out_width), np.float32)
-    for (matrix, _), span in spans:
-        matrix.times(rows[span], out=gate_up[span])
-    inner = activated(gate_up)
-    for (_, matrix), span in spans:
-        matrix.times(inner[span], out=rows[span])
-    parts = np.empty_like(rows)
-    parts[order] = rows
-    by_token = parts.reshape(num_tokens, top_k, -1)
-    by_token *= weights[:, :, None]
-    total: np.ndarray = np.add.reduce(by_token, axis=1)
+    spans = [span for span in zip(experts, [0, *ends], ends, strict=False) if span[2] > span[1]]
+    tokens, factors = order // top_k, weights.ravel()[order, None]
+    parts, out_width = np.empty((len(order), x.shape[1]), np.float32), experts[0][0].out_width
+    for group in _groups(spans, _GROUP_VALUES // out_width):
+        first, last = group[0][1], group[-1][2]
+        rows = x.take(tokens[first:last], axis=0)
+        gate_up = np.empty((len(rows), out_width), np.float32)
+        places = [(expert, start - first, end - first) for expert, start, end in group]
+        times_of_spans(rows, gate_up, [(matrix, *place) for (matrix, _), *place in places])
+        inner = activated(gate_up)
+        inner *= factors[first:last]
+        times_of_spans(inner, rows, [(matrix, *place) for (_, matrix), *place in places])
+        parts[order[first:last]] = rows
+    total: np.ndarray = np.add.reduce(parts.reshape(num_tokens, top_k, -1), axis=1)
     return total
+
+
+def _groups(spans: list[Any], most: int) -> Iterator[list[Any]]:
+    """Neighbouring experts that have `most` rows together, or one that has more.
+
+    Args:
+        spans: of each expert, the expert, its first row and the end of its rows.
+    """
+    group: list[Any] = []
+    for span in spans:
+        if group and span[2] - group[0][1] > most:
+            yield group
+            group = []
+        group.append(span)
+    if group:
+        yield group

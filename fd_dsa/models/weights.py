@@ -39,11 +39,11 @@ class HostWeights:
         self.loaders: dict[str, WeightLoader] = {}
         self._matrices: list[HostMatrix] = []
 
-    def vector(self, parts: Mapping[str, int]) -> np.ndarray:
-        """float32 [sum of the lengths]: vectors end to end, such as a norm's weight or a bias."""
+    def vector(self, parts: Mapping[str, int], factor: float = 1.0) -> np.ndarray:
+        """float32 [sum of the lengths]: vectors end to end, such as norms' weights, by a factor."""
         values, start = np.empty(sum(parts.values()), np.float32), 0
         for name, length in parts.items():
-            self.fills(name, values[start : start + length])
+            self.fills(name, values[start : start + length], factor)
             start += length
         return values
 

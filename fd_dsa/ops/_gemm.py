@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ class HostMatrix:
             x = np.ascontiguousarray(x, np.float32)
         if self._packed is not None:
             engine, memory = self._packed
-            engine.times(x, memory, out)
+            engine.times(x, out, ((memory, 0, num_tokens),))
             return out
         sgemm(
             *(b"N", self._mode, num_tokens, self.out_width, width, 1.0),
@@ -226,6 +226,25 @@ class HostMatrix:
                 weight + 4 * width * columns,
             )
         return out
+
+
+def times_of_spans(
+    x: np.ndarray, out: np.ndarray, spans: Sequence[tuple[HostMatrix, int, int]]
+) -> None:
+    """Multiply rows of `x` by weights of one size, each its own rows.
+
+    Args:
+        x: float32 [num_rows, in]; each row contiguous.
+        out: float32 [num_rows, out], C-contiguous; where the results go.
+        spans: of each weight the first and the end of its rows.
+    """
+    packed = spans[0][0]._packed
+    # the thread's first GEMM binds its number of processors
+    if packed is None or _thread.sgemm is None:
+        for weight, start, end in spans:
+            weight.times(x[start:end], out=out[start:end])
+    else:
+        packed[0].times(x, out, [(weight._packed[1], *rows) for weight, *rows in spans])
 
 
 def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.ndarray:

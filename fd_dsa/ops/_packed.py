@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -111,21 +111,29 @@ class OneDNN:
         address = 0 if array is None else array.ctypes.data
         return self._make("memory_create", description, self._engine, _POINTER(address))
 
-    def times(self, x: np.ndarray, memory: Any, out: np.ndarray) -> None:
-        """x [num_rows, in], its rows contiguous, times a packed weight, to out [num_rows, out]."""
-        stride = max(x.strides[0] >> 2, x.shape[1])
+    def times(self, x: np.ndarray, out: np.ndarray, spans: Iterable[tuple[Any, int, int]]) -> None:
+        """Rows of x [num_rows, in], each contiguous, times packed weights, to out [num_rows, out].
+
+        Args:
+            spans: of each weight its memory and the first and the end of its rows.
+        """
+        width, columns, made = x.shape[1], out.shape[1], self._calls.made
+        stride = max(x.strides[0] >> 2, width)
         source, target = x.__array_interface__["data"][0], out.__array_interface__["data"][0]
-        for rows in _pieces(len(x)):
-            key = rows, stride, x.shape[1], out.shape[1]
-            call = self._calls.made.get(key)
-            if call is None:
-                call = self._calls.made[key] = self._new_call(*key)
-            primitive, source_memory, target_memory, arguments = call
-            self._library.dnnl_memory_set_data_handle(source_memory, source)
-            self._library.dnnl_memory_set_data_handle(target_memory, target)
-            arguments[1].memory = memory
-            self._library.dnnl_primitive_execute(primitive, self._stream, 3, arguments)
-            source, target = source + 4 * rows * stride, target + 4 * rows * out.shape[1]
+        set_address = self._library.dnnl_memory_set_data_handle
+        execute, stream = self._library.dnnl_primitive_execute, self._stream
+        for memory, start, end in spans:
+            for rows in _pieces(end - start):
+                key = rows, stride, width, columns
+                call = made.get(key)
+                if call is None:
+                    call = made[key] = self._new_call(*key)
+                primitive, source_memory, target_memory, arguments = call
+                set_address(source_memory, source + 4 * start * stride)
+                set_address(target_memory, target + 4 * start * columns)
+                arguments[1].memory = memory
+                execute(primitive, stream, 3, arguments)
+                start += rows
 
     def _new_call(self, rows: int, stride: int, width: int, columns: int) -> Any:
         """A GEMM of a shape; its operands are set in each call."""
@@ -139,15 +147,14 @@ class OneDNN:
         return primitive, source, target, arguments
 
 
-def _pieces(rows: int) -> Iterator[int]:
+@lru_cache(1 << 12)
+def _pieces(rows: int) -> tuple[int, ...]:
     """Up to three numbers of rows whose sum is `rows`, out of few: each has a kernel of its own.
 
     A kernel takes a quarter of a MiB.
     """
-    for unit in (_MANY_ROWS, _ROWS, 1):
-        if rows >= unit:
-            yield rows - rows % unit
-            rows %= unit
+    many, few = rows - rows % _MANY_ROWS, rows % _MANY_ROWS
+    return tuple(filter(None, (many, few - few % _ROWS, few % _ROWS)))
 
 
 @cache

@@ -35,7 +35,6 @@ class V4AttentionBackend:
         self._kinds = config.layer_types
         self._layout, self._num_heads = layout, config.num_attention_heads
         self._topk, self._width = config.index_topk, config.head_dim
-        self._scale = config.head_dim**-0.5
         max_blocks = batch.block_tables.shape[1]
         self._num_slots = batch.max_num_seqs
         sizes = V4PrepareConfig(
@@ -146,14 +145,14 @@ class V4AttentionBackend:
         """float32 [num_tokens, num_heads, head_dim], valid until the next call.
 
         Args:
-            q: float32 [num_tokens, num_heads, head_dim], rotated.
+            q: float32 [num_tokens, num_heads, head_dim], rotated; times the factor of the scores.
             chosen: of `select`; None: every token attends to all entries that it sees.
             layer: has `layer_id` and `sinks`.
         """
         step: V4Step = forward_meta.fd_dsa_step
         kind, keys = self._kinds[layer.layer_id], forward_meta.caches[layer.layer_id].keys
         options: dict[str, Any] = {
-            "softmax_scale": self._scale,
+            "softmax_scale": 1.0,
             "kv_lora_rank": self._width,
             "scratch": self._scratch,
             "sinks": layer.sinks,

@@ -33,14 +33,15 @@ pytestmark = pytest.mark.triton
 # kv_a ends within a block
 SIZES = TINY_FP8 | {"q_lora_rank": 256, "index_head_dim": 128, "kv_lora_rank": 136}
 Q_A, WK, KV_A = 256, 128, 140
-NAMES = "q_a_proj.weight", "indexer.wk.weight", "kv_a_proj_with_mqa.weight"
+PREFIX = "model.layers.0.self_attn."
+NAMES = tuple(f"{PREFIX}{name}.weight" for name in ("q_a_proj", "indexer.wk", "kv_a_proj_with_mqa"))
 ROWS = 9
 
 
 def attention_in(m: KernelMemory, fields: dict[str, Any], *fp8: str) -> tuple[Any, DeviceWeights]:
     """The attention of a layer in bfloat16, the tensors of these names in FP8."""
     weights = DeviceWeights("bfloat16", m.poisoned, fp8, round_scales=True)
-    return DeepseekV32DSAAttention(ModelConfig.from_dict(fields), 0, weights, ""), weights
+    return DeepseekV32DSAAttention(ModelConfig.from_dict(fields), 0, weights, PREFIX), weights
 
 
 def test_one_weight_has_the_parts_and_their_scales(paddle_memory: KernelMemory) -> None:
@@ -51,9 +52,9 @@ def test_one_weight_has_the_parts_and_their_scales(paddle_memory: KernelMemory) 
     for name, (codes, scales) in zip(NAMES, parts, strict=True):
         scale = stored_as(f"{name}_scale_inv", f32(scales))
         weights.loaders[name](stored_as(name, f8(codes), scale))
-    for name in ("q_a_layernorm.weight", "kv_a_layernorm.weight"):
-        norm = np.ones(Q_A if name.startswith("q") else 136, np.float32)
-        weights.loaders[name](stored_as(name, f32(norm)))
+    for name, width in (("q_a_layernorm", Q_A), ("kv_a_layernorm", 136)):
+        norm = stored_as(f"{PREFIX}{name}.weight", f32(np.ones(width, np.float32)))
+        weights.loaders[f"{PREFIX}{name}.weight"](norm)
     weights.finish()
     codes, scales = (np.concatenate(both) for both in zip(*parts, strict=True))
     np.testing.assert_array_equal(m.get(attention._down.values), codes)
@@ -97,10 +98,10 @@ def test_what_decides(
 ) -> None:
     config = ModelConfig.from_dict(SIZES | fields)
     assert config.attention_bias == ("attention_bias" in fields)
-    rows = down_projections(config, "", fp8)
+    rows = down_projections(config, PREFIX, fp8)
     assert (NAMES[1] in rows) == is_joined
     weights = DeviceWeights("bfloat16", paddle_memory.poisoned, fp8)
-    attention = DeepseekV32DSAAttention(config, 0, weights, "")
+    attention = DeepseekV32DSAAttention(config, 0, weights, PREFIX)
     assert attention._down.values.shape[0] == sum(rows.values())
     own = attention.indexer._wk_weights_proj
     widths = [config.index_head_dim] * (not is_joined) + [config.index_n_heads]

@@ -8,8 +8,8 @@ import numpy as np
 
 from fd_dsa.models.deepseek_v4.compressor import Compressor
 from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
+from fd_dsa.models.deepseek_v4.norm import RowNorm, length
 from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation, rotate
-from fd_dsa.ops._norm import inverse_root
 
 
 class V4Attention:
@@ -53,8 +53,8 @@ class V4Attention:
             self.compressor = Compressor(config, kind, weights, prefix, rotation)
             columns |= self.compressor.places(end)
         self._in = weights.placed(config.hidden_size, columns)
-        self._q_norm = weights.norm(f"{prefix}q_norm.weight", self._rank, self._eps)
-        self._kv_norm = weights.norm(f"{prefix}kv_norm.weight", self._width, self._eps)
+        self._q_norm = RowNorm(weights, f"{prefix}q_norm.weight", self._rank, self._eps)
+        self._kv_norm = RowNorm(weights, f"{prefix}kv_norm.weight", self._width, self._eps)
         self.sinks = weights.vector({f"{prefix}attn_sink": self._heads})
         group = self._heads * self._width // self._groups
         low = config.o_lora_rank
@@ -89,10 +89,13 @@ class V4Attention:
         return projected[:, self._sources_at :].reshape(shape)
 
     def _query(self, latent: np.ndarray, angles: Angles) -> np.ndarray:
-        """float32 [num_tokens, num_heads, head_dim]; heads normed, last channels rotated."""
+        """float32 [num_tokens, num_heads, head_dim]; heads of length 1, last channels rotated.
+
+        That is RMSNorm times the factor of the scores, width ** -0.5.
+        """
         query: np.ndarray = self._q_b.times(latent)
         rows = query.reshape(-1, self._width)
-        rows *= inverse_root(rows, self._eps)
+        rows /= length(rows, self._eps)
         heads = query.reshape(-1, self._heads, self._width)
         rotate(heads[:, :, -self._rope_dim :], angles.forward)
         return heads

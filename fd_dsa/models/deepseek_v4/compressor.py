@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
+from fd_dsa.models.deepseek_v4.norm import RowNorm
 from fd_dsa.models.deepseek_v4.rotation import Rotation, rotate
 
 
@@ -40,7 +41,7 @@ class Compressor:
         self._gates = np.empty((self._ratio, self.halves, self.width), np.float32)
         for name, first, width in self.names:
             weights.fills(f"{name}ape", self._gates[:, :, first : first + width])
-            self._norms.append(weights.norm(f"{name}norm.weight", width, config.rms_norm_eps))
+            self._norms.append(RowNorm(weights, f"{name}norm.weight", width, config.rms_norm_eps))
 
     def places(self, first_column: int) -> dict[str, list[tuple[int, int]]]:
         """Where the outputs of the projections go, so that sources are views of them.

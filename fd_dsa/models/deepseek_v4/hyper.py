@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
+from fd_dsa.models.deepseek_v4.norm import length
 from fd_dsa.ops._fixed_order import fixed_order
-from fd_dsa.ops._norm import inverse_root
 
+# tokens up to which sums are repeated
+_MANY = 128
 _ONE, _TWO = np.float32(1.0), np.float32(2.0)
 
 
@@ -30,7 +32,7 @@ class HyperConnection:
         self._eps, self._iterations = np.float32(config.hc_eps), config.hc_sinkhorn_iters
         self._fn = weights.matrix(width, {f"{prefix}fn": mixes}, sums_in_float32=True)
         self._base = weights.vector({f"{prefix}base": mixes})
-        self._scale = weights.vector({f"{prefix}scale": 3})
+        self._scale = weights.vector({f"{prefix}scale": 3}, factor=width**0.5)
         self._parts = np.repeat(np.arange(3), (streams, streams, streams * streams))
         self._adders = None if fixed_order() else _adders(streams, self._eps)
 
@@ -45,8 +47,7 @@ class HyperConnection:
             each stream (column) and from the block's output (last column) to each stream (row).
         """
         n = self._streams
-        mixed = _mixes(streams, self._fn, self._norm_eps)
-        mixed *= self._scale[self._parts]
+        mixed = _mixes(streams, self._fn, self._scale[self._parts], self._norm_eps)
         mixed += self._base
         gates = sigmoid(mixed[:, : 2 * n])
         gates[:, :n] += self._eps
@@ -92,28 +93,38 @@ class HyperConnection:
         np.exp(a, out=a)
         a /= np.add.reduce(a, axis=1, keepdims=True)
         a += eps
-        sums = np.empty_like(flat)
-        by_axis = sums.reshape(a.shape)
-        for axis in (0, *(1, 0) * (self._iterations - 1)):
-            if self._adders is None:
+        axes = (0, *(1, 0) * (self._iterations - 1))
+        if self._adders is None:
+            for axis in axes:
                 # one order of sums; eps not as `initial`, which is added in another place
-                np.add(np.add.reduce(a, axis=axis, keepdims=True), eps, out=by_axis)
-            else:
-                np.dot(self._adders[axis], padded, sums)
-            np.divide(flat, sums, flat)
+                a /= np.add.reduce(a, axis=axis, keepdims=True) + eps
+            return a.transpose(2, 1, 0)
+        # of many tokens a sum is made once, of few it is repeated at each place that it divides
+        repeats = 1 if len(logits) > _MANY else n
+        sums = np.empty((n * repeats, len(logits)), np.float32)
+        divided, divisors = flat, (sums, sums)
+        if repeats == 1:
+            divided, divisors = a, (sums[None], sums[:, None])
+        adders = self._adders[repeats]
+        for axis in axes:
+            np.dot(adders[axis], padded, sums)
+            np.divide(divided, divisors[axis], divided)
         return a.transpose(2, 1, 0)
 
 
-def _adders(n: int, eps: np.float32) -> list[np.ndarray]:
-    """float32 [n * n, n * n + 1]: for each axis a matrix that sums an [n, n] matrix over it.
+def _adders(n: int, eps: np.float32) -> dict[int, list[np.ndarray]]:
+    """For 1 and n repeats, of each axis a matrix that sums an [n, n] matrix over it.
 
-    Times the matrix end to end and a last 1, it is the sum plus eps at each place of the matrix: on
-    matrices this small, one GEMM is faster than a reduction.
+    Each is float32 [n * repeats, n * n + 1]. Times the [n, n] matrix end to end and a last 1, it
+    is the sums plus eps, so often: on matrices this small, one GEMM is faster than a reduction.
     """
-    eye, ones = np.eye(n), np.ones((n, n))
-    adders = np.full((2, n * n, n * n + 1), eps, np.float32)
-    adders[:, :, :-1] = np.kron(ones, eye), np.kron(eye, ones)
-    return list(adders)
+    eye, made = np.eye(n), {}
+    for repeats in (1, n):
+        adders = np.full((2, n * repeats, n * n + 1), eps, np.float32)
+        adders[0, :, :-1] = np.kron(np.ones((repeats, n)), eye)
+        adders[1, :, :-1] = np.kron(eye, np.ones((repeats, n)))
+        made[repeats] = list(adders)
+    return made
 
 
 class HeadCollapse:
@@ -124,28 +135,27 @@ class HeadCollapse:
         self._norm_eps, self._eps = config.rms_norm_eps, np.float32(config.hc_eps)
         self._fn = weights.matrix(width, {f"{prefix}fn": streams}, sums_in_float32=True)
         self._base = weights.vector({f"{prefix}base": streams})
-        self._scale = weights.vector({f"{prefix}scale": 1})
+        self._scale = weights.vector({f"{prefix}scale": 1}, factor=width**0.5)
 
     def of(self, streams: np.ndarray) -> np.ndarray:
         """float32 [num_tokens, hidden_size] of [num_tokens, num_streams, hidden_size]."""
-        mixed = _mixes(streams, self._fn, self._norm_eps)
-        mixed *= self._scale
+        mixed = _mixes(streams, self._fn, self._scale, self._norm_eps)
         mixed += self._base
         return _weighted(sigmoid(mixed) + self._eps, streams)
 
 
-def _mixes(streams: np.ndarray, fn: Any, epsilon: float) -> np.ndarray:
-    """rms(z) times `fn` of each token's streams z, end to end: float32 [num_tokens, mixes]."""
+def _mixes(streams: np.ndarray, fn: Any, scale: np.ndarray, epsilon: float) -> np.ndarray:
+    """float32 [num_tokens, mixes]: `fn` of each token's streams z / length(z), times `scale`."""
     flat = streams.reshape(len(streams), -1)
     mixed: np.ndarray = fn.times(flat)
-    mixed *= inverse_root(flat, epsilon)
+    mixed *= scale / length(flat, epsilon)
     return mixed
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)), a new array."""
-    with np.errstate(over="ignore"):
-        out = np.exp(-x)
+    out = np.negative(x)
+    np.exp(out, out=out)
     out += _ONE
     return np.divide(_ONE, out, out=out)
 

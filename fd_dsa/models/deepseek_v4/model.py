@@ -10,6 +10,7 @@ from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.hyper import HeadCollapse, HyperConnection
 from fd_dsa.models.deepseek_v4.moe import V4MoE
+from fd_dsa.models.deepseek_v4.norm import RowNorm
 from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation
 from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
@@ -22,11 +23,11 @@ class DeepseekV4DecoderLayer:
     def __init__(
         self, config: DeepseekV4Config, layer_id: int, weights: Any, rotation: Rotation
     ) -> None:
-        prefix, hidden = f"model.layers.{layer_id}.", config.hidden_size
+        prefix, hidden, eps = f"model.layers.{layer_id}.", config.hidden_size, config.rms_norm_eps
         self._attn_hc = HyperConnection(config, weights, f"{prefix}hc_attn_")
         self._ffn_hc = HyperConnection(config, weights, f"{prefix}hc_ffn_")
-        self._attn_norm = weights.norm(f"{prefix}attn_norm.weight", hidden, config.rms_norm_eps)
-        self._ffn_norm = weights.norm(f"{prefix}ffn_norm.weight", hidden, config.rms_norm_eps)
+        self._attn_norm = RowNorm(weights, f"{prefix}attn_norm.weight", hidden, eps)
+        self._ffn_norm = RowNorm(weights, f"{prefix}ffn_norm.weight", hidden, eps)
         self.attn = V4Attention(config, layer_id, weights, f"{prefix}attn.", rotation)
         self.ffn = V4MoE(config, layer_id, weights, f"{prefix}ffn.")
 
@@ -60,7 +61,7 @@ class DeepseekV4ForCausalLM:
             for i in range(config.num_hidden_layers)
         ]
         self._collapse = HeadCollapse(config, weights, HEAD_HC)
-        self._norm = weights.norm(FINAL_NORM, hidden, config.rms_norm_eps)
+        self._norm = RowNorm(weights, FINAL_NORM, hidden, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self._head = weights.matrix(hidden, {LM_HEAD: vocab_size}, sums_in_float32=True)
 
@@ -81,12 +82,16 @@ class DeepseekV4ForCausalLM:
         # a token's streams, and room for the output of a block
         residual = np.repeat(rows[:, None], self.config.hc_mult + 1, axis=1)
         angles = [rotation.of_step(positions) for rotation in self._rotations]
-        for layer, is_window in zip(self.layers, self._is_window, strict=True):
-            residual = layer.forward(residual, token_ids, angles[is_window], forward_meta)
+        # exp(-x) of sigmoids may overflow to inf: 1 / inf is the right 0
+        with np.errstate(over="ignore"):
+            for layer, is_window in zip(self.layers, self._is_window, strict=True):
+                residual = layer.forward(residual, token_ids, angles[is_window], forward_meta)
         return residual[:, :-1].reshape(len(residual), -1)
 
     def compute_logits(self, hidden_states: np.ndarray) -> np.ndarray:
         """float32 [n, vocab_size] of [n, num_streams * hidden_size]."""
         streams = hidden_states.reshape(len(hidden_states), self.config.hc_mult, -1)
-        logits: np.ndarray = self._head.times(self._norm.of(self._collapse.of(streams)))
+        with np.errstate(over="ignore"):
+            collapsed = self._collapse.of(streams)
+        logits: np.ndarray = self._head.times(self._norm.of(collapsed))
         return logits

@@ -53,7 +53,8 @@ class PagedUnits:
     @classmethod
     def build(cls, lengths: np.ndarray, block_tables: np.ndarray, block_size: int) -> PagedUnits:
         """Units of rows with `lengths` keys each (int [num_rows], all > 0)."""
-        per_unit = max(1, _UNIT_KEYS // block_size)
+        longest = -(-int(lengths.max()) // block_size)
+        per_unit = min(longest, max(1, _UNIT_KEYS // block_size))
         counts = -(-lengths.astype(np.int64) // (per_unit * block_size))
         row = np.repeat(np.arange(len(counts)), counts)
         first = np.cumsum(counts) - counts
@@ -73,7 +74,7 @@ def weighted_scores(q: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.
     """
     batch, queries, heads, dim = q.shape
     dots = batched(q.reshape(batch, queries * heads, dim), keys, transpose_y=True)
-    np.maximum(dots, 0.0, out=dots)
+    np.clip(dots, 0.0, np.inf, out=dots)
     rows = weights.reshape(batch * queries, 1, heads)
     if fixed_order():
         rows = two_rows(rows)

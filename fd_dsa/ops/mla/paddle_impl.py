@@ -12,21 +12,30 @@ from fd_dsa.ops._gemm import batched
 from fd_dsa.ops._host import Scratch, as_numpy
 
 _TILE_BYTES = 8 << 20
+# scores so near each other that exp of their differences is far from a float32's least
+_CLOSE = np.float32(40.0)
+_HIDDEN, _SEEN = np.float32(-np.inf), np.float32(0.0)
 
 
-def _softmax(scores: np.ndarray, sinks: np.ndarray | None = None) -> None:
+def _softmax(scores: np.ndarray, mask: np.ndarray | None, sinks: np.ndarray | None) -> None:
     """Softmax of the last axis in place; a row of -inf alone becomes zeros.
 
     Args:
         scores: [n, heads, num_keys].
+        mask: [n, num_keys]; is added to the scores of all heads; None = 0.
         sinks: [heads]; logit of one more key of each head, whose weight is dropped.
     """
     # a row that attends to an infinite or NaN key becomes NaN, which is for the sampler to report
-    with np.errstate(invalid="ignore"):
-        top = scores.max(axis=-1, keepdims=True)
-        if sinks is None:
+    with np.errstate(invalid="ignore", over="ignore"):
+        # one maximum for all rows where exp of none's is tiny: those of rows take longer to find
+        top = scores.max()
+        is_close = not fixed_order() and top - scores.min() < _CLOSE
+        if mask is not None:
+            scores += mask[:, None, :]
+        if not is_close:
+            top = scores.max(axis=-1, keepdims=True)
             top = np.where(np.isneginf(top), np.float32(0.0), top)
-        else:
+        if sinks is not None:
             top = np.maximum(top, sinks[:, None])
         np.subtract(scores, top, out=scores)
         np.exp(scores, out=scores)
@@ -76,17 +85,19 @@ def attend_gathered(
     for start in range(0, num_tokens, step):
         tile = slots[start : start + step]
         kv = scratch.take("latents", (len(tile), topk, width))
-        hidden = tile < 0
-        # an unused entry reads its own row's first key: finite if the row's result is
-        index = np.where(hidden, np.maximum(tile[:, :1], 0), tile).astype(np.int64)
+        hidden, mask = tile < 0, None
+        if hidden.any():
+            # an unused entry reads its own row's first key: finite if the row's result is
+            tile = np.where(hidden, np.maximum(tile[:, :1], 0), tile)
+            mask = np.where(hidden, _HIDDEN, _SEEN)
+        index = tile.astype(np.int64)
         gather_latents(latents, index.ravel(), kv.reshape(-1, width), scratch)
         scaled = query[start : start + step] * np.float32(softmax_scale)
         probabilities = batched(scaled, kv, transpose_y=True)
-        if hidden.any():
-            np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
-        _softmax(probabilities, sinks)
+        _softmax(probabilities, mask, sinks)
         out[start : start + step] = _weighted(probabilities, kv[:, :, :kv_lora_rank])
-        out[start : start + step][hidden[:, 0]] = 0.0
+        if mask is not None:
+            out[start : start + step][hidden[:, 0]] = 0.0
     return out
 
 
@@ -115,21 +126,25 @@ def attend_dense(
     num_tokens, heads, width = query.shape
     kv = scratch.take("latents", (len(key_slots), width))
     gather_latents(latents, key_slots, kv, scratch)
-    values = kv[None, :, :kv_lora_rank]
     scaled = (query * np.float32(softmax_scale)).reshape(1, -1, width)
-    scores = batched(scaled, kv[None], transpose_y=True)
-    probabilities = scores.reshape(num_tokens, heads, -1)
-    hidden = np.isneginf(as_numpy(mask))
-    np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
-    _softmax(probabilities, sinks)
-    out = _weighted(scores, values).reshape(num_tokens, heads, -1)
+    mask = as_numpy(mask)
+
+    def attended() -> np.ndarray:
+        scores = batched(scaled, kv[None], transpose_y=True)
+        probabilities = scores.reshape(num_tokens, heads, -1)
+        _softmax(probabilities, mask, sinks)
+        values = kv[None, :, :kv_lora_rank]
+        return _weighted(scores, values).reshape(num_tokens, heads, -1)
+
+    # a hidden key that is not finite makes NaN of its score or its weight
+    with np.errstate(invalid="ignore"):
+        out = attended()
     if np.isfinite(out).all():
         return out
-    # a weight of 0 times a key that is not finite is NaN: leave those keys out of the GEMM
     spoiled = ~np.isfinite(kv).all(axis=1)
     kv[spoiled] = 0.0
-    out = _weighted(scores, values).reshape(num_tokens, heads, -1)
-    out[(~hidden[:, spoiled]).any(axis=1)] = np.nan
+    out = attended()
+    out[np.isfinite(mask[:, spoiled]).any(axis=1)] = np.nan
     return out
 
 
