@@ -12,8 +12,8 @@ from fd_dsa.ops._gemm import batched
 from fd_dsa.ops._host import Scratch, as_numpy
 
 _TILE_BYTES = 8 << 20
-# scores so near each other that exp of their differences is far from a float32's least
-_CLOSE = np.float32(40.0)
+# scores whose exp is far from a float32's least and most
+_SMALL = np.float32(40.0)
 _HIDDEN, _SEEN = np.float32(-np.inf), np.float32(0.0)
 
 
@@ -27,17 +27,18 @@ def _softmax(scores: np.ndarray, mask: np.ndarray | None, sinks: np.ndarray | No
     """
     # a row that attends to an infinite or NaN key becomes NaN, which is for the sampler to report
     with np.errstate(invalid="ignore", over="ignore"):
-        # one maximum for all rows where exp of none's is tiny: those of rows take longer to find
-        top = scores.max()
-        is_close = not fixed_order() and top - scores.min() < _CLOSE
+        # the maximum of each row takes longer than exp, and few scores need it
+        is_small = not fixed_order() and max(scores.max(), -scores.min()) < _SMALL
+        top: Any = np.float32(0.0)
         if mask is not None:
             scores += mask[:, None, :]
-        if not is_close:
+        if not is_small:
             top = scores.max(axis=-1, keepdims=True)
             top = np.where(np.isneginf(top), np.float32(0.0), top)
         if sinks is not None:
             top = np.maximum(top, sinks[:, None])
-        np.subtract(scores, top, out=scores)
+        if sinks is not None or not is_small:
+            scores -= top
         np.exp(scores, out=scores)
         total = row_sums(scores) if fixed_order() else scores.sum(axis=-1, keepdims=True)
         if sinks is None:
