@@ -95,7 +95,7 @@ class Bench:
 
     def time_us(self, calls: Sequence[Callable[[], Any]]) -> float:
         """Median microseconds of a call: all of them are captured together."""
-        from fd_dsa.runner.decode_graphs import PaddleCapture
+        from fd_dsa.runner.step_graphs import PaddleCapture
         from fd_dsa.triton_runtime.driver import cuda
         from fd_dsa.triton_runtime.transfers import transfers_for
 

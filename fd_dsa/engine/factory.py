@@ -177,7 +177,7 @@ def _warm_up(runner: Any, plan: EnginePlan) -> str:
     nothing = "not needed on this device"
     if plan.device == "cpu" or _interprets(plan.device):
         return nothing
-    from fd_dsa.runner.decode_graphs import PaddleCapture
+    from fd_dsa.runner.step_graphs import PaddleCapture
     from fd_dsa.triton_runtime import freeze, warming
 
     start = time.perf_counter()
@@ -186,17 +186,17 @@ def _warm_up(runner: Any, plan: EnginePlan) -> str:
         runner.warm_up()
         ready = time.perf_counter()
         if not plan.config.enforce_eager:
-            runner.capture_decode_graphs(plan.config.capture_sizes, PaddleCapture)
+            runner.capture_graphs(plan.config.capture_sizes, PaddleCapture)
             if not runner.captured_sizes and plan.config.tensor_parallel_size > 1:
                 # others may have theirs
-                raise DeviceError("decode steps cannot be captured; start with --enforce-eager")
+                raise DeviceError("steps cannot be captured; start with --enforce-eager")
     freeze()
     done = f"kernels ready after {ready - start:.1f} s"
     if not runner.captured_sizes:
         return done
     sizes = ", ".join(map(str, runner.captured_sizes))
     seconds = time.perf_counter() - ready
-    return f"{done}, decode steps of {sizes} rows captured in {seconds:.1f} s"
+    return f"{done}, decode steps of {sizes} rows and short prompts captured in {seconds:.1f} s"
 
 
 def _interprets(device: str) -> bool:

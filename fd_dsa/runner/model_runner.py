@@ -14,11 +14,11 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._linear import rows_at, values_of
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.decode_graphs import CapturedStep, DecodeGraphs, PaddedStep
 from fd_dsa.runner.input_batch import Draw, InputBatch
 from fd_dsa.runner.preparation import Preparation
 from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, following_tokens, host_inputs
+from fd_dsa.runner.step_graphs import CapturedStep, PaddedStep, StepGraphs
 from fd_dsa.step import StepHints
 from fd_dsa.triton_runtime.transfers import on_host
 
@@ -108,7 +108,7 @@ class ModelRunner(Preparation):
         self.caches = backend.allocate_caches(config.has_indexer)
         self.forward_meta: Any = None
         self.counters = StepCounters()
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self._padded: PaddedStep | None = None
         self.most_drafts = most_drafts
         # logits of the step whose tokens are yet to be drawn, and how they will be

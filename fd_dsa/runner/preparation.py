@@ -13,16 +13,16 @@ from fd_dsa.errors import FdDsaError
 from fd_dsa.models.memory_plan import MOST_PROMPTS, PROMPT_SIZES
 from fd_dsa.ops._linear import rows_at, values_of
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.decode_graphs import (
+from fd_dsa.runner.input_batch import Draw, InputBatch
+from fd_dsa.runner.step import DeviceInputs, Step
+from fd_dsa.runner.step_graphs import (
     Capture,
     CapturedStep,
     CaptureRefused,
-    DecodeGraphs,
     PaddedStep,
+    StepGraphs,
     capture_failed,
 )
-from fd_dsa.runner.input_batch import Draw, InputBatch
-from fd_dsa.runner.step import DeviceInputs, Step
 from fd_dsa.step import StepHints
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Preparation:
     caches: list[Any]
     forward_meta: Any
     counters: StepCounters
-    graphs: DecodeGraphs | None
+    graphs: StepGraphs | None
     draws: DeviceDraws | None
     execute_model: Callable[[np.ndarray], np.ndarray]
     queue_model: Callable[..., None]
@@ -88,7 +88,7 @@ class Preparation:
         # these were no steps of requests
         self.counters = StepCounters()
 
-    def capture_decode_graphs(
+    def capture_graphs(
         self,
         sizes: Sequence[int],
         capture: Callable[[Any], Capture],
@@ -101,7 +101,7 @@ class Preparation:
         Args:
             sizes: each at most the tokens of a step.
             capture: gives what captures on a place, such as PaddleCapture.
-            prompt_sizes: numbers of keys of steps of prompts, as of DecodeGraphs; what is longer
+            prompt_sizes: numbers of keys of steps of prompts, as of StepGraphs; what is longer
                 than a step is left out.
 
         Raises:
@@ -112,7 +112,7 @@ class Preparation:
         batch, topk, longest = self.input_batch, self.model.config.index_topk, self._longest_row()
         prompts = [size for size in prompt_sizes if size <= batch.max_num_tokens]
         rows = min(MOST_PROMPTS, batch.max_num_seqs)
-        graphs = DecodeGraphs(sizes, topk, longest, prompts, rows)
+        graphs = StepGraphs(sizes, topk, longest, prompts, rows)
         try:
             with paddle.no_grad():
                 self._fill(graphs, capture(paddle_place(self._device)))
@@ -132,7 +132,7 @@ class Preparation:
             self._forget_only_row()
         self.graphs = graphs
 
-    def _fill(self, graphs: DecodeGraphs, capture: Capture) -> None:
+    def _fill(self, graphs: StepGraphs, capture: Capture) -> None:
         """Capture all steps; one row is live, the others are padding."""
         # a capture must not make a stream
         steps = graphs.steps()

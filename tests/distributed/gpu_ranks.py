@@ -145,7 +145,7 @@ class Rank:
         import paddle
 
         paddle.set_device(rig.device)
-        from fd_dsa.runner.decode_graphs import PaddleCapture
+        from fd_dsa.runner.step_graphs import PaddleCapture
         from fd_dsa.step.device import paddle_allocator
 
         self.allocate = paddle_allocator(rig.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fd_dsa.runner.decode_graphs import Captured, PaddleCapture
+from fd_dsa.runner.step_graphs import Captured, PaddleCapture
 from tests.gpu_rig.rig import Rig
 
 

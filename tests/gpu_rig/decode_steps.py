@@ -46,7 +46,7 @@ def open_engine(rig: Rig, way: str, sizes: tuple[int, ...], max_model_len: int) 
     )
     runner = llm._open_engine().runner
     if way == GRAPH and not rig.is_real:
-        runner.capture_decode_graphs(sizes, stand_in)
+        runner.capture_graphs(sizes, stand_in)
     if way == GRAPH and runner.captured_sizes != sizes:
         raise RuntimeError("decode steps were not captured; the log says why")
     return llm

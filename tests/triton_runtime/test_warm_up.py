@@ -58,7 +58,7 @@ class Runner:
     def warm_up(self) -> None:
         self.step(64)
 
-    def capture_decode_graphs(self, sizes: Any, capture: Any) -> None:
+    def capture_graphs(self, sizes: Any, capture: Any) -> None:
         for size in sizes:
             self.step(size)
 

@@ -23,9 +23,9 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.memory_plan import graph_bytes
 from fd_dsa.ops.sampling import SlotParameters
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.decode_graphs import Captured, CaptureRefused, PaddleCapture
 from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.model_runner import cache_layout
+from fd_dsa.runner.step_graphs import Captured, CaptureRefused, PaddleCapture
 from tests.demo.samples import PROSE
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
@@ -52,7 +52,7 @@ STEPS = (
 @contextmanager
 def captured(rig: Rig, runner: ModelRunner, sizes: tuple[int, ...] = SIZES) -> Iterator[Any]:
     """The runner with graphs, which are gone before the process ends."""
-    runner.capture_decode_graphs(sizes, capture_of(rig))
+    runner.capture_graphs(sizes, capture_of(rig))
     assert runner.captured_sizes == sizes
     try:
         yield runner
@@ -257,7 +257,7 @@ def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCapt
         return capture
 
     with caplog.at_level("INFO", logger="fd_dsa"):
-        runner.capture_decode_graphs(SIZES, refusing)
+        runner.capture_graphs(SIZES, refusing)
     (warning,) = (r for r in caplog.records if r.levelname == "WARNING")
     assert "stay eager" in warning.getMessage() and "no graphs today" in warning.getMessage()
     assert runner.captured_sizes == () and runner.graphs is None
@@ -266,7 +266,7 @@ def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCapt
     # what nobody foresaw ends the start, with the cure
     error = SystemError("stack\n\nFatalError: the graph is gone\n")
     with pytest.raises(DeviceError, match=r"FatalError: the graph is gone; .*--enforce-eager"):
-        runner.capture_decode_graphs(SIZES, refusing)
+        runner.capture_graphs(SIZES, refusing)
 
 
 @pytest.mark.parametrize(("most", "made"), [(0, 0), (3, 0), (4, 1)])
@@ -284,7 +284,7 @@ def test_a_second_stream_is_made_before_steps_that_fork_alone(
 
         return capture
 
-    runner.capture_decode_graphs((4, 8), refusing)
+    runner.capture_graphs((4, 8), refusing)
     assert len(calls) == made
 
 
@@ -321,7 +321,7 @@ def test_tokens_of_the_demo_model(rig: Rig, demo_folder: Path) -> None:
             with LLM(str(demo_folder), **options) as llm:
                 runner = llm._open_engine().runner
                 if graphs:
-                    runner.capture_decode_graphs(sizes, capture_of(rig))
+                    runner.capture_graphs(sizes, capture_of(rig))
                     assert runner.captured_sizes == sizes
                 answers.append([one.token_ids for one in llm.generate(prompts, params)])
                 runner.graphs = None

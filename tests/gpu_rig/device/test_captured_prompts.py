@@ -66,7 +66,7 @@ def test_logits_are_those_of_eager_steps(
     folder = folder_of(tmp_path, fields, "fp8")
     eager, graphs = make(rig, folder), make(rig, folder)
     tables = graphs.input_batch.block_tables.copy()
-    graphs.capture_decode_graphs((1,), capture_of(rig), prompt_sizes=(8, 12))
+    graphs.capture_graphs((1,), capture_of(rig), prompt_sizes=(8, 12))
     graphs.input_batch.block_tables[:] = tables
     for runner in (eager, graphs):
         for cache in runner.caches:

@@ -128,7 +128,7 @@ def answers(
     runner = make_runner(device, is_drafted)
     prompts = Counter[int]()
     if rig is not None:
-        runner.capture_decode_graphs((6,), capture_of(rig), prompt_sizes=(12,))
+        runner.capture_graphs((6,), capture_of(rig), prompt_sizes=(12,))
         graphs: Any = runner.graphs
         (padded,) = (padded for padded in graphs if padded.num_prompts)
         replay = graphs[padded].replay
@@ -188,7 +188,7 @@ def test_a_step_with_drafts_is_three_graphs_one_copy_in_one_out_and_one_wait(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, replays = make_runner(rig.device), Counter[str]()
-    runner.capture_decode_graphs((2,), capture_of(rig))
+    runner.capture_graphs((2,), capture_of(rig))
     is_open = [True]
 
     def counted(name: str, replay: Callable[[], None]) -> Callable[[], None]:
@@ -312,7 +312,7 @@ def test_a_start_runs_the_layer_before_any_request(
         runner.warm_up()
     # its kernels have other forms for other numbers of tokens, as those of any layer
     assert tokens == {1, 2, 3, 4, 7, 8, 12}
-    runner.capture_decode_graphs((2, 6), capture_of(rig))
+    runner.capture_graphs((2, 6), capture_of(rig))
     costs = measure_steps(runner, 8, predicts_more=True)
     assert (runner.input_batch.block_tables == -1).all()
     one, *more = costs.of(2, 2, MOST)

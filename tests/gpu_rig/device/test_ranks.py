@@ -108,7 +108,7 @@ def on_device(kind: type[Any], group: HostGroup, rig: Rig, sizes: tuple[int, ...
     weights = DeviceWeights("float32", paddle_allocator(rig.device), group=there)
     runner = make_runner(kind, weights, rig.device, there)
     if sizes:
-        runner.capture_decode_graphs(sizes, stand_in)
+        runner.capture_graphs(sizes, stand_in)
         assert runner.captured_sizes == sizes
     return runner
 

@@ -89,7 +89,7 @@ class CaptureRefused(RuntimeError):
     """No graph can be made of a step, and nothing is spoiled by the try."""
 
 
-class DecodeGraphs(dict[PaddedStep, CapturedStep]):
+class StepGraphs(dict[PaddedStep, CapturedStep]):
     """The graphs of a runner.
 
     Args:
@@ -207,7 +207,7 @@ class PaddleCapture:
 def capture_failed(error: Exception) -> DeviceError:
     """What ends a start whose captures fail, with the cure."""
     return DeviceError(
-        f"capture of a decode step: {describe_error(error)}; start with --enforce-eager"
+        f"capture of a step: {describe_error(error)}; start with --enforce-eager"
     )
 
 

@@ -13,14 +13,14 @@ from paddle.base import core
 from paddle.device.cuda import graphs as paddle_graphs
 
 from fd_dsa.errors import DeviceError
-from fd_dsa.runner import InputBatch, decode_graphs
-from fd_dsa.runner.decode_graphs import CaptureRefused, DecodeGraphs, PaddedStep, PaddleCapture
+from fd_dsa.runner import InputBatch, step_graphs
+from fd_dsa.runner.step_graphs import CaptureRefused, PaddedStep, PaddleCapture, StepGraphs
 
 PLACE = paddle.CPUPlace()
 
 
 def fitting(
-    graphs: DecodeGraphs, rows: list[tuple[int, int, bool]], sampled: list[int] | None = None
+    graphs: StepGraphs, rows: list[tuple[int, int, bool]], sampled: list[int] | None = None
 ) -> PaddedStep | None:
     """What serves a step of rows of some tokens, after cached ones, of a prompt or not."""
     batch = InputBatch(8, 64, 40, 16)
@@ -31,7 +31,7 @@ def fitting(
 
 
 def test_a_step_is_padded_to_the_next_size() -> None:
-    graphs = DecodeGraphs((8, 1, 4), index_topk=100, longest=640)
+    graphs = StepGraphs((8, 1, 4), index_topk=100, longest=640)
     assert graphs.sizes == (1, 4, 8)
     found = [fitting(graphs, [(1, 100 - row, False) for row in range(n)]) for n in (1, 2, 4, 5, 8)]
     assert [step and step.num_tokens for step in found] == [1, 4, 4, 8, 8]
@@ -42,7 +42,7 @@ def test_a_step_is_padded_to_the_next_size() -> None:
 
 @pytest.mark.parametrize(("max_seqlen_k", "reaches"), [(1, 100), (100, 100), (101, 640)])
 def test_rows_past_the_selection_have_a_graph_of_their_own(max_seqlen_k: int, reaches: int) -> None:
-    graphs = DecodeGraphs((2,), index_topk=100, longest=640)
+    graphs = StepGraphs((2,), index_topk=100, longest=640)
     step = fitting(graphs, [(1, 0, False), (1, max_seqlen_k - 1, False)])
     assert step == PaddedStep(2, reaches)
 
@@ -67,15 +67,15 @@ PROMPTS: dict[str, tuple[list[tuple[int, int, bool]], list[int], int | None]] = 
 def test_prompts_are_padded_by_their_keys(
     rows: list[tuple[int, int, bool]], sampled: list[int], size: int | None
 ) -> None:
-    graphs = DecodeGraphs((8,), 12, 640, prompt_sizes=(12, 8), most_prompts=2)
+    graphs = StepGraphs((8,), 12, 640, prompt_sizes=(12, 8), most_prompts=2)
     assert fitting(graphs, rows, sampled) == (size and PaddedStep(size, 12, 2))
 
 
 def test_the_largest_are_captured_first() -> None:
-    steps = DecodeGraphs((1, 4), index_topk=100, longest=640).steps()
+    steps = StepGraphs((1, 4), index_topk=100, longest=640).steps()
     assert steps == [(4, 640, 0), (4, 100, 0), (1, 640, 0), (1, 100, 0)]
     # every row is short: one graph a size
-    steps = DecodeGraphs((1, 4), 100, longest=64, prompt_sizes=(2, 65), most_prompts=3).steps()
+    steps = StepGraphs((1, 4), 100, longest=64, prompt_sizes=(2, 65), most_prompts=3).steps()
     assert steps == [(4, 64, 0), (2, 64, 3), (1, 64, 0)]
 
 
@@ -114,7 +114,7 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
     monkeypatch.setattr(core, "CUDAGraph", pools, raising=False)
     monkeypatch.setattr(paddle.device, "synchronize", lambda place: kind.log.append("wait"))
     for kept in ("_pools", "_lasting"):
-        monkeypatch.setattr(decode_graphs, kept, {})
+        monkeypatch.setattr(step_graphs, kept, {})
     return kind
 
 
