@@ -206,9 +206,7 @@ class PaddleCapture:
 
 def capture_failed(error: Exception) -> DeviceError:
     """What ends a start whose captures fail, with the cure."""
-    return DeviceError(
-        f"capture of a step: {describe_error(error)}; start with --enforce-eager"
-    )
+    return DeviceError(f"capture of a step: {describe_error(error)}; start with --enforce-eager")
 
 
 @contextmanager
