@@ -3,6 +3,7 @@
     python -m benchmarks.gpu_engine --rig               # ours, on the test plug-in
     python -m benchmarks.gpu_engine --rig --peer DIR    # then vLLM on the same GPU
     python -m benchmarks.gpu_engine --rig --batch-invariant     # what that costs, within the hour
+    python -m benchmarks.gpu_engine --rig --tensor-parallel-size 4 --peer DIR
 
 Token-id prompts of one seed, greedy, no end before the last token; in process, and the mixed case
 also over HTTP on our side. DIR has a `run.sh` that answers `bench --out FILE.jsonl --scenarios ...`
@@ -10,7 +11,8 @@ with a record for each case. Writes benchmarks/results/gpu_engine.json: a ratio 
 ours is better; the floor is what must be read of weights and caches at the copy rate, or multiplied
 at the rate of the tensor cores; and gpu_profile.json: what the kernels of a step are for. With
 --batch-invariant the peer is ours without it, of the same GPU and hour, and the file
-gpu_engine_invariant.json.
+gpu_engine_invariant.json. On several GPUs the model has the shape of DeepSeek-V3.2-REAP-345B, 61
+layers of 128 experts, the profile is that of rank 0, and the files end with the number of ranks.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from benchmarks._gpu_engine_model import CASES, FIGURES, Shape, floor, shape_of, write_model
 from benchmarks._harness import RESULTS, Worker, environment, write_json
 from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.stream_client import streams
@@ -42,135 +45,9 @@ CONFIG: dict[str, Any] = {
     "max_num_batched_tokens": 8192,
     "cudagraph_capture_sizes": CAPTURED,
 }
-LAYERS, DENSE_LAYERS = 7, 1
-RESULT = "gpu_engine.json"
-# measured: copies, and GEMMs in FP8 and bfloat16
-BYTES_PER_S, FP8_PER_S, BF16_PER_S = 4.3e12, 1.5e15, 0.78e15
-WIDTHS: dict[str, Any] = {
-    "architectures": ["DeepseekV32ForCausalLM"],
-    "model_type": "deepseek_v32",
-    "torch_dtype": "bfloat16",
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "vocab_size": 129280,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "index_n_heads": 64,
-    "index_head_dim": 128,
-    "index_topk": 2048,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "max_position_embeddings": 163840,
-    "rope_theta": 10000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-    },
-}
-FP8 = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "scale_fmt": "ue8m0",
-    "weight_block_size": [128, 128],
-}
-
-
-class Case(NamedTuple):
-    """What is timed, and how often; the figure of several runs is the median."""
-
-    target: str
-    kind: str
-    batch: int
-    prompt: int
-    new: int
-    runs: int = 2
-
-
-CASES = {
-    "decode-1x4k": Case("P21", "decode", 1, 4096, 128, 5),
-    "decode-8x4k": Case("P21", "decode", 8, 4096, 128),
-    "decode-32x4k": Case("P21", "decode", 32, 4096, 128),
-    "decode-128x4k": Case("P21", "decode", 128, 4096, 64),
-    "decode-1x32k": Case("P21", "decode", 1, 32768, 128),
-    "decode-32x32k": Case("P21", "decode", 32, 32768, 64, 1),
-    "prefill-1x8k": Case("P22", "prefill", 1, 8192, 1),
-    "prefill-8x4k": Case("P22", "prefill", 8, 4096, 1),
-    "prefill-1x32k": Case("P22", "prefill", 1, 32768, 1),
-    "prefill-4x2k": Case("P22", "prefill", 4, 2048, 1),
-    "mixed-64x2k": Case("P23", "mixed", 64, 2048, 128),
-}
 OVER_HTTP = "mixed-64x2k, HTTP"
-# figure of a kind, its unit, and whether less is better
-FIGURES = {
-    "decode": ("tpot_ms", "ms a token", True),
-    "prefill": ("tok_s", "prompt tokens/s", False),
-    "mixed": ("tok_s", "tokens/s", False),
-}
-
-
-def write_model(folder: Path, layers: int = LAYERS, dense: int = DENSE_LAYERS) -> Path:
-    """A folder with the config.json of the model."""
-    config = WIDTHS | {"num_hidden_layers": layers, "first_k_dense_replace": dense}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": FP8}))
-    return folder
-
-
-def floor(case: Case, layers: int) -> float | None:
-    """The least that a case can take, in its unit; None for prompts beside tokens of others.
-
-    Decode: weights, of the experts only those that even routing hits, and caches. Prefill: GEMMs,
-    and attention un-absorbed where all keys are attended to.
-    """
-    w = WIDTHS
-    hidden, heads, topk = w["hidden_size"], w["num_attention_heads"], w["index_topk"]
-    latent, rope, value = w["kv_lora_rank"], w["qk_rope_head_dim"], w["v_head_dim"]
-    nope, index = w["qk_nope_head_dim"], w["index_n_heads"] * w["index_head_dim"]
-    expert = 3 * hidden * w["moe_intermediate_size"]
-    fp8 = (w["q_lora_rank"] + latent + rope) * hidden + heads * value * hidden
-    fp8 += w["q_lora_rank"] * (heads * (nope + rope) + index)
-    bf16 = heads * (nope + value) * latent
-    sparse, dense = layers - DENSE_LAYERS, DENSE_LAYERS * 3 * hidden * w["intermediate_size"]
-    fp8 = layers * fp8 + sparse * expert + dense
-    if case.kind == "decode":
-        number, chosen = w["n_routed_experts"], w["num_experts_per_tok"]
-        hit = number * (1 - (1 - chosen / number) ** case.batch)
-        read = fp8 + sparse * hit * expert + layers * 2 * bf16 + 2 * w["vocab_size"] * hidden
-        keys = min(case.prompt, topk) * 656 + case.prompt * (w["index_head_dim"] + 4)
-        return 1e3 * (read + case.batch * layers * keys) / BYTES_PER_S
-    if case.kind == "mixed":
-        return None
-    fp8 += sparse * w["num_experts_per_tok"] * expert
-    # of a token, on average
-    attended = topk - topk * topk / 2 / case.prompt if case.prompt > topk else case.prompt / 2
-    width = 2 * latent + rope if case.prompt > topk else nope + rope + value
-    scores = index * case.prompt / 2 if case.prompt > topk else 0
-    attention = layers * (attended * heads * width + bf16)
-    return 1 / (2 * (fp8 + layers * scores) / FP8_PER_S + 2 * attention / BF16_PER_S)
+# of several GPUs, where a case has another number there
+SEVERAL = {"P21": "P28", "P22": "P29", "P23": "P29"}
 
 
 def gpu_now() -> dict[str, str]:
@@ -184,10 +61,11 @@ def gpu_now() -> dict[str, str]:
     return {}
 
 
-def over_http(model: str, rig: bool) -> float:
+def over_http(model: str, rig: bool, ranks: int) -> float:
     """Tokens a second of the mixed case through a server of its own."""
     module = "benchmarks.workers.rig_serve" if rig else "fd_dsa.serve"
     flags = {k: v for k, v in CONFIG.items() if k != "cudagraph_capture_sizes"}
+    flags["tensor_parallel_size"] = ranks
     flags |= {"load_format": "dummy", "tokenizer": str(demo_model_path()), "port": 0}
     command = [sys.executable, "-m", module, model]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
@@ -221,14 +99,18 @@ def measure(engine: Worker, names: Sequence[str]) -> Iterator[tuple[str, float]]
         yield name, sorted(values)[len(values) // 2]
 
 
-def peer_values(folder: Path, names: Sequence[str]) -> dict[str, tuple[float, dict[str, Any]]]:
+def peer_values(
+    folder: Path, names: Sequence[str], shape: Shape
+) -> dict[str, tuple[float, dict[str, Any]]]:
     """vLLM's figures by its own process, and when each was taken."""
+    model = f"--layers {shape.layers} --dense {shape.dense} --experts {shape.experts}"
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as out:
         command = ["bash", str(folder / "run.sh"), "bench", "--out", out.name]
-        command += ["--capture", ",".join(map(str, CAPTURED))]
+        command += ["--capture", ",".join(map(str, CAPTURED)), "--tp", str(shape.ranks)]
         command += ["--scenarios", ",".join(["warm", *(f"{n}:{CASES[n].runs}" for n in names)])]
         found = {}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as peer:
+        variables = os.environ | {"CONFIG": model}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as peer:
             for line in peer.stdout or ():
                 if line.startswith("RESULT "):
                     record = json.loads(line.removeprefix("RESULT "))
@@ -246,18 +128,18 @@ def stamp() -> dict[str, Any]:
     return {"taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **gpu_now()}
 
 
-def entry(name: str, ours: float, layers: int) -> dict[str, Any]:
+def entry(name: str, ours: float, shape: Shape) -> dict[str, Any]:
     """One case of the result, without the peer."""
     case = CASES[name.partition(",")[0]]
     return {
         "case": name,
-        "target": case.target,
+        "target": case.target if shape.ranks == 1 else SEVERAL[case.target],
         "peer": "vLLM",
         "peer_value": None,
         "ours_value": ours,
         "unit": FIGURES[case.kind][1],
         "ratio": None,
-        "floor": floor(case, layers),
+        "floor": floor(case, shape),
         "ours_taken": stamp(),
     }
 
@@ -306,38 +188,41 @@ def write_profiles(engine: Worker, args: argparse.Namespace, result: Mapping[str
         show_profile(profiles[rows])
     profiles["8192"] = engine.call(op="profile_prompts", batch=1, prompt=8192)
     show_profile(profiles["8192"])
-    found = {key: result[key] for key in ("env", "tier", "layers")} | {"name": "gpu_profile"}
+    name = result["name"].replace("gpu_engine", "gpu_profile")
+    found = {key: result[key] for key in ("env", "tier", "layers")} | {"name": name}
     classes = by_class(profiles)
-    write_json(args.out / "gpu_profile.json", found | {"classes": classes, "profiles": profiles})
+    write_json(args.out / f"{name}.json", found | {"classes": classes, "profiles": profiles})
 
 
 def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> dict[str, Any]:
     """Our engine's cases and profiles, written as soon as they are there."""
     result: dict[str, Any] = {"name": path.stem, "env": environment(), "cases": []}
-    result |= {"tier": "T1p" if args.rig else "T2", "layers": args.layers}
+    ranks = args.tensor_parallel_size
+    shape, config = shape_of(ranks, args.layers), CONFIG | {"tensor_parallel_size": ranks}
+    result |= {"tier": "T1p" if args.rig else "T2", **shape._asdict()}
     with tempfile.TemporaryDirectory() as folder:
-        model = str(write_model(Path(folder), args.layers))
+        model = str(write_model(Path(folder), shape))
         target = "benchmarks.workers.gpu_engine:Engine"
-        with Worker(target, model=model, rig=args.rig, config=CONFIG) as engine:
+        with Worker(target, model=model, rig=args.rig, config=config) as engine:
             result["start"] = engine.call(op="start_up")
             print(result["start"], flush=True)
             for name, ours in measure(engine, names):
                 print(f"{name:<16} {ours:10.2f} {FIGURES[CASES[name].kind][1]}", flush=True)
-                result["cases"].append(entry(name, ours, args.layers))
+                result["cases"].append(entry(name, ours, shape))
                 write_json(path, result)
             if args.profile:
                 write_profiles(engine, args, result)
         if "mixed-64x2k" in names:
-            ours = over_http(model, args.rig)
+            ours = over_http(model, args.rig, ranks)
             print(f"{OVER_HTTP:<16} {ours:10.2f}", flush=True)
-            result["cases"].append(entry(OVER_HTTP, ours, args.layers))
+            result["cases"].append(entry(OVER_HTTP, ours, shape))
             write_json(path, result)
     return result
 
 
 def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> Path:
     """Write ours with FD_DSA_BATCH_INVARIANT=1 beside ours without it."""
-    before = {case["case"]: case for case in measured_before(args.out / RESULT)["cases"]}
+    before = {case["case"]: case for case in measured_before(args.out / "gpu_engine.json")["cases"]}
     os.environ["FD_DSA_BATCH_INVARIANT"] = "1"
     path: Path = args.out / "gpu_engine_invariant.json"
     result = measure_ours(args, names, path)
@@ -369,17 +254,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--profile", default="1,32", help="rows of decode steps that are profiled, and a prompt"
     )
-    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--layers", type=int, help="default: as many as fit one GPU, or 61")
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     names = [name for name in args.cases.split(",") if name]
     if args.batch_invariant:
         print(f"written: {measure_invariant(args, names)}")
         return 0
-    path = args.out / RESULT
+    ranks = args.tensor_parallel_size
+    path = args.out / ("gpu_engine.json" if ranks == 1 else f"gpu_engine_{ranks}.json")
     result = measured_before(path) if args.earlier else measure_ours(args, names, path)
     if args.peer:
-        peer = peer_values(args.peer, names)
+        peer = peer_values(args.peer, names, shape_of(ranks, args.layers))
         for case in result["cases"]:
             if (name := case["case"].partition(",")[0]) in peer:
                 add_peer(case, *peer[name])

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks._gpu_engine_model import WIDTHS
 from benchmarks._harness import RESULTS, Worker, environment, write_json
-from benchmarks.gpu_engine import WIDTHS
 
 LAYERS, DENSE_LAYERS = 5, 3
 SMALL = {

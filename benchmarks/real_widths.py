@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._gpu_engine_model import FP8, WIDTHS
 from benchmarks._harness import (
     RESULTS,
     Worker,
@@ -36,7 +37,6 @@ from benchmarks._harness import (
     run_peer,
     write_json,
 )
-from benchmarks.gpu_engine import FP8, WIDTHS
 from benchmarks.once_per_step import SMALL
 from benchmarks.workers.vllm_logprobs import NEW_TOKENS, TOP
 

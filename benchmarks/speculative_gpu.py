@@ -22,8 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks._gpu_engine_model import FP8, WIDTHS, Shape
 from benchmarks._harness import RESULTS, Worker, environment, write_json
-from benchmarks.gpu_engine import CAPTURED, CONFIG, DENSE_LAYERS, FP8, LAYERS, WIDTHS
+from benchmarks.gpu_engine import CAPTURED, CONFIG
 from benchmarks.once_per_step import SMALL
 
 TARGET = "benchmarks.workers.speculative_gpu:Engine"
@@ -36,7 +37,7 @@ METHODS = {"plain": None, "known": "ngram", "mtp": "mtp"}
 
 def write_model(folder: Path, layers: int, small: bool) -> str:
     """A folder with the config.json of the model; its path."""
-    config = WIDTHS | {"num_hidden_layers": layers, "first_k_dense_replace": DENSE_LAYERS}
+    config = WIDTHS | {"num_hidden_layers": layers, "first_k_dense_replace": Shape().dense}
     config |= {"num_nextn_predict_layers": 1} | (SMALL if small else {"quantization_config": FP8})
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--ways", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--layers", type=int, default=Shape().layers)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     result: dict[str, Any] = {"name": "speculative_gpu", "env": environment(), "steps": {}}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_engine import FP8, WIDTHS
+from benchmarks._gpu_engine_model import FP8, WIDTHS
 from fd_dsa import doctor
 from fd_dsa.doctor.plan import GPU_GIB
 from fd_dsa.models.config import ModelConfig

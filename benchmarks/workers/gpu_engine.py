@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Mapping
 from itertools import pairwise
@@ -14,6 +15,7 @@ from benchmarks._harness import random_prompts
 
 # classes of kernels, by parts of their names; the first that fits
 CLASSES = {
+    "sums over ranks": ("all_reduce", "nccl"),
     "routed experts": ("expert_gemm_kernel", "multiply_experts"),
     "choice, groups and sum of experts": ("choose_experts", "group_pairs", "sum_experts"),
     "GEMMs in FP8": ("fp8_linear_kernel", "_qq", "__nv_bfloat16"),
@@ -38,6 +40,9 @@ def open_device(rig: bool, device: str) -> str:
 
         # Paddle looks for plug-ins when it is imported
         device = load("real").device
+        from fd_dsa.engine.ranks import Ranks
+
+        Ranks.COMMAND = (sys.executable, "-m", "tests.distributed.rig_rank")
     if device != "cpu":
         from custom_ops.build_library import build_library
         from fd_dsa import custom_ops

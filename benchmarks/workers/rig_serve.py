@@ -24,7 +24,10 @@ def main() -> Any:
             from fd_dsa import custom_ops
 
             custom_ops.use_library(build_library())
+        from fd_dsa.engine.ranks import Ranks
         from fd_dsa.serve import engine_child
+
+        Ranks.COMMAND = (sys.executable, "-m", "tests.distributed.rig_rank")
 
         del sys.argv[1]
         return engine_child.main()

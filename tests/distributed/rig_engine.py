@@ -28,7 +28,7 @@ def fp8_folder(folder: Path) -> Path:
     """
     from safetensors.torch import load, save_file
 
-    from benchmarks.gpu_engine import FP8, WIDTHS
+    from benchmarks._gpu_engine_model import FP8, WIDTHS
     from benchmarks.real_widths import write_checkpoint
     from fd_dsa.config import demo_model_path
 

@@ -1,0 +1,154 @@
+"""The models and cases of `gpu_engine`, and the least that a case can take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# measured: copies, and GEMMs in FP8 and bfloat16
+BYTES_PER_S, FP8_PER_S, BF16_PER_S = 4.3e12, 1.5e15, 0.78e15
+WIDTHS: dict[str, Any] = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "torch_dtype": "bfloat16",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "vocab_size": 129280,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+}
+FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
+
+
+class Shape(NamedTuple):
+    """What a model has of DeepSeek-V3.2, and how many GPUs share it."""
+
+    layers: int = 7
+    dense: int = 1
+    experts: int = 256
+    ranks: int = 1
+
+
+def shape_of(ranks: int, layers: int | None) -> Shape:
+    """As many layers as one GPU holds, or of several DeepSeek-V3.2-REAP-345B, whole or cut."""
+    whole = Shape() if ranks == 1 else Shape(61, 3, 128, ranks)
+    return (
+        whole if layers is None else whole._replace(layers=layers, dense=min(whole.dense, layers))
+    )
+
+
+class Case(NamedTuple):
+    """What is timed, and how often; the figure of several runs is the median."""
+
+    target: str
+    kind: str
+    batch: int
+    prompt: int
+    new: int
+    runs: int = 2
+
+
+CASES = {
+    "decode-1x4k": Case("P21", "decode", 1, 4096, 128, 5),
+    "decode-8x4k": Case("P21", "decode", 8, 4096, 128),
+    "decode-32x4k": Case("P21", "decode", 32, 4096, 128),
+    "decode-128x4k": Case("P21", "decode", 128, 4096, 64),
+    "decode-1x32k": Case("P21", "decode", 1, 32768, 128),
+    "decode-32x32k": Case("P21", "decode", 32, 32768, 64, 1),
+    "prefill-1x8k": Case("P22", "prefill", 1, 8192, 1),
+    "prefill-8x4k": Case("P22", "prefill", 8, 4096, 1),
+    "prefill-1x32k": Case("P22", "prefill", 1, 32768, 1),
+    "prefill-4x2k": Case("P22", "prefill", 4, 2048, 1),
+    "mixed-64x2k": Case("P23", "mixed", 64, 2048, 128),
+}
+# figure of a kind, its unit, and whether less is better
+FIGURES = {
+    "decode": ("tpot_ms", "ms a token", True),
+    "prefill": ("tok_s", "prompt tokens/s", False),
+    "mixed": ("tok_s", "tokens/s", False),
+}
+
+
+def write_model(folder: Path, shape: Shape) -> Path:
+    """A folder with the config.json of the model."""
+    config = WIDTHS | {"num_hidden_layers": shape.layers, "first_k_dense_replace": shape.dense}
+    config |= {"n_routed_experts": shape.experts, "quantization_config": FP8}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def floor(case: Case, shape: Shape) -> float | None:
+    """The least that a case can take, in its unit; None for prompts beside tokens of others.
+
+    Decode: weights, of the experts only those that even routing hits, and caches. Prefill: GEMMs,
+    and attention un-absorbed where all keys are attended to. Ranks share heads, experts and the
+    head; each has the first projections, the indexer and the caches.
+    """
+    w, layers, ranks = WIDTHS, shape.layers, shape.ranks
+    hidden, heads, topk = w["hidden_size"], w["num_attention_heads"] // ranks, w["index_topk"]
+    latent, rope, value = w["kv_lora_rank"], w["qk_rope_head_dim"], w["v_head_dim"]
+    nope, index = w["qk_nope_head_dim"], w["index_n_heads"] * w["index_head_dim"]
+    expert = 3 * hidden * w["moe_intermediate_size"] / ranks
+    fp8 = (w["q_lora_rank"] + latent + rope) * hidden + heads * value * hidden
+    fp8 += w["q_lora_rank"] * (heads * (nope + rope) + index)
+    bf16 = heads * (nope + value) * latent
+    sparse = layers - shape.dense
+    fp8 = layers * fp8 + sparse * expert + shape.dense * 3 * hidden * w["intermediate_size"] / ranks
+    if case.kind == "decode":
+        number, chosen = shape.experts, w["num_experts_per_tok"]
+        hit = number * (1 - (1 - chosen / number) ** case.batch)
+        head = 2 * w["vocab_size"] * hidden / ranks
+        read = fp8 + sparse * hit * expert + layers * 2 * bf16 + head
+        keys = min(case.prompt, topk) * 656 + case.prompt * (w["index_head_dim"] + 4)
+        return 1e3 * (read + case.batch * layers * keys) / BYTES_PER_S
+    if case.kind == "mixed":
+        return None
+    fp8 += sparse * w["num_experts_per_tok"] * expert
+    # of a token, on average
+    attended = topk - topk * topk / 2 / case.prompt if case.prompt > topk else case.prompt / 2
+    width = 2 * latent + rope if case.prompt > topk else nope + rope + value
+    scores = index * case.prompt / 2 if case.prompt > topk else 0
+    attention = layers * (attended * heads * width + bf16)
+    return 1 / (2 * (fp8 + layers * scores) / FP8_PER_S + 2 * attention / BF16_PER_S)
