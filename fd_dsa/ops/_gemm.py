@@ -155,7 +155,7 @@ class HostMatrix:
         if out is None:
             out = np.empty((num_tokens, self.out_width), np.float32)
         if num_tokens < self._few:
-            return np.dot(x, self._operand, out)
+            return x.dot(self._operand, out)
         sgemm = _thread.sgemm
         if sgemm is None:
             product = matmul(staged(x), self.tensor, transpose_y=self._mode == b"T")
