@@ -105,10 +105,10 @@ class HyperConnection:
         divided, divisors = flat, (sums, sums)
         if repeats == 1:
             divided, divisors = a, (sums[None], sums[:, None])
-        adders = self._adders[repeats]
+        add, divide = [adder.dot for adder in self._adders[repeats]], np.divide
         for axis in axes:
-            adders[axis].dot(padded, sums)
-            np.divide(divided, divisors[axis], divided)
+            add[axis](padded, sums)
+            divide(divided, divisors[axis], divided)
         return a.transpose(2, 1, 0)
 
 
