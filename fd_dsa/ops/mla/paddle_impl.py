@@ -28,16 +28,16 @@ def _softmax(scores: np.ndarray, mask: np.ndarray | None, sinks: np.ndarray | No
         sinks: [heads]; logit of one more key of each head, whose weight is dropped.
     """
     # the maximum of each row takes longer than exp, and few scores need it
-    is_small = not fixed_order() and max(scores.max(), -scores.min()) < _SMALL
+    most = -np.inf if sinks is None else sinks.max()
+    is_small = not fixed_order() and max(scores.max(), -scores.min(), most) < _SMALL
     top: Any = np.float32(0.0)
     if mask is not None:
         scores += mask[:, None, :]
     if not is_small:
         top = scores.max(axis=-1, keepdims=True)
         top = np.where(np.isneginf(top), np.float32(0.0), top)
-    if sinks is not None:
-        top = np.maximum(top, sinks[:, None])
-    if sinks is not None or not is_small:
+        if sinks is not None:
+            top = np.maximum(top, sinks[:, None])
         scores -= top
     np.exp(scores, out=scores)
     total = row_sums(scores) if fixed_order() else scores.sum(axis=-1, keepdims=True)
