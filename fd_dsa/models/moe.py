@@ -176,7 +176,7 @@ def routed(
     order = flat.argsort(kind="stable")
     ends = np.bincount(flat).cumsum().tolist()
     spans = [span for span in zip(experts, [0, *ends], ends, strict=False) if span[2] > span[1]]
-    tokens, factors = order // top_k, weights.ravel()[order, None]
+    tokens, factors = order // top_k, weights.take(order)[:, None]
     parts, out_width = np.empty((len(order), x.shape[1]), np.float32), experts[0][0].out_width
     for group in _groups(spans, _GROUP_VALUES // out_width):
         first, last = group[0][1], group[-1][2]

@@ -155,7 +155,7 @@ class HostMatrix:
         if out is None:
             out = np.empty((num_tokens, self.out_width), np.float32)
         if num_tokens < self._few:
-            return np.dot(x, self._operand, out)
+            return x.dot(self._operand, out)
         sgemm = _thread.sgemm
         if sgemm is None:
             product = matmul(staged(x), self.tensor, transpose_y=self._mode == b"T")
@@ -242,7 +242,11 @@ def times_of_spans(
     # the thread's first GEMM binds its number of processors
     if packed is None or _thread.sgemm is None:
         for weight, start, end in spans:
-            weight.times(x[start:end], out=out[start:end])
+            rows, result = x[start:end], out[start:end]
+            if end - start < weight._few:
+                rows.dot(weight._operand, result)
+            else:
+                weight.times(rows, out=result)
     else:
         packed[0].times(x, out, [(weight._packed[1], *rows) for weight, *rows in spans])
 
@@ -251,13 +255,12 @@ def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.nd
     """Multiply n pairs of matrices: x [n, rows, k] by y [n, k, columns], float32.
 
     With `transpose_y` y is [n, columns, k]. y is C-contiguous, or the first columns of wider rows.
+    Of values that are not finite NumPy may warn.
     """
     count, rows, width = x.shape
     columns, leading = y.shape[1 if transpose_y else 2], y.strides[1] >> 2
     if rows * width * columns < _SMALL and not fixed_order():
-        # a key that is not finite is for the reader of the result to judge
-        with np.errstate(invalid="ignore"):
-            return np.matmul(x, y.transpose(0, 2, 1) if transpose_y else y)
+        return np.matmul(x, y.transpose(0, 2, 1) if transpose_y else y)
     sgemm = _thread.sgemm
     if sgemm is None:
         y = as_tensor(np.ascontiguousarray(y))

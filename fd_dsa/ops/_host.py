@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -250,12 +251,11 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, str], np.ndarray] = {}
+        self._buffers: dict[tuple[str, Any], np.ndarray] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         """Uninitialised C-contiguous array of `shape`; valid until the same name is taken again."""
-        size = int(np.prod(shape, dtype=np.int64))
-        key = (name, np.dtype(dtype).str)
+        size, key = math.prod(shape), (name, dtype)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.size < size:
             buffer = np.empty(max(size, 1), dtype)

@@ -88,7 +88,7 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
     ),
     "no epsilon in Sinkhorn": (
         *("epsilons", HyperConnection, "_doubly_stochastic"),
-        *("adders[axis], padded", "adders[axis] * (adders[axis] == 1), padded"),
+        *("adder.dot", "(adder * (adder == 1)).dot"),
     ),
     "no epsilon of the streams read": (
         *("epsilons", HyperConnection, "read"),

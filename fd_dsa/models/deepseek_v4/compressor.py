@@ -65,7 +65,7 @@ class Compressor:
             positions: int [num_tokens].
         """
         gates = sources[:, :, 1]
-        gates += self._gates[positions % self._ratio]
+        gates += self._gates.take(positions % self._ratio, axis=0)
 
     def entries(self, pooled: np.ndarray, positions: np.ndarray) -> list[np.ndarray]:
         """Entries of the layer and, in CSA, of its indexer: float32 [n, width of each].

@@ -47,7 +47,7 @@ class HyperConnection:
             each stream (column) and from the block's output (last column) to each stream (row).
         """
         n = self._streams
-        mixed = _mixes(streams, self._fn, self._scale[self._parts], self._norm_eps)
+        mixed = _mixes(streams, self._fn, self._scale.take(self._parts), self._norm_eps)
         mixed += self._base
         gates = sigmoid(mixed[:, : 2 * n])
         gates[:, :n] += self._eps
@@ -105,10 +105,10 @@ class HyperConnection:
         divided, divisors = flat, (sums, sums)
         if repeats == 1:
             divided, divisors = a, (sums[None], sums[:, None])
-        adders = self._adders[repeats]
+        add, divide = [adder.dot for adder in self._adders[repeats]], np.divide
         for axis in axes:
-            np.dot(adders[axis], padded, sums)
-            np.divide(divided, divisors[axis], divided)
+            add[axis](padded, sums)
+            divide(divided, divisors[axis], divided)
         return a.transpose(2, 1, 0)
 
 

@@ -38,7 +38,7 @@ class V4Gate:
         scores = self._scores(self._weight.times(x))
         if self._by_id is not None:
             # ascending, as those of scores: the order of sums does not depend on the company
-            experts = np.sort(self._by_id[token_ids], axis=1)
+            experts = np.sort(self._by_id.take(token_ids, axis=0), axis=1)
         else:
             experts = NoAuxTopkGate.best(scores + self._bias, self._top_k)
         weights = scores[np.arange(len(x))[:, None], experts]
@@ -74,8 +74,8 @@ class V4MoE:
     def _activated(self, gate_up: np.ndarray) -> np.ndarray:
         """silu(min(gate, limit)) * clip(up, -limit, limit); the gate has no lower bound."""
         # of a maximum with a number, NumPy's clip takes a third of the time
-        gate = np.clip(gate_up[:, : self._width], -np.inf, self._limit)
-        up = np.clip(gate_up[:, self._width :], -self._limit, self._limit)
+        gate = gate_up[:, : self._width].clip(-np.inf, self._limit)
+        up = gate_up[:, self._width :].clip(-self._limit, self._limit)
         divisor = np.negative(gate)
         np.exp(divisor, out=divisor)
         divisor += _ONE

@@ -73,12 +73,14 @@ def weighted_scores(q: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.
     `weights` is [batch, queries, heads].
     """
     batch, queries, heads, dim = q.shape
-    dots = batched(q.reshape(batch, queries * heads, dim), keys, transpose_y=True)
-    np.clip(dots, 0.0, np.inf, out=dots)
     rows = weights.reshape(batch * queries, 1, heads)
     if fixed_order():
         rows = two_rows(rows)
-    summed = batched(rows, dots.reshape(batch * queries, heads, -1))
+    # a key that is not finite is for the reader of the result to judge
+    with np.errstate(invalid="ignore"):
+        dots = batched(q.reshape(batch, queries * heads, dim), keys, transpose_y=True)
+        np.clip(dots, 0.0, np.inf, out=dots)
+        summed = batched(rows, dots.reshape(batch * queries, heads, -1))
     return summed[:, 0].reshape(batch, queries, -1)
 
 

@@ -12,6 +12,8 @@ from fd_dsa.ops._gemm import batched
 from fd_dsa.ops._host import Scratch, as_numpy
 
 _TILE_BYTES = 8 << 20
+# a row that attends to an infinite or NaN key becomes NaN, which is for the sampler to report
+_quiet = np.errstate(invalid="ignore", over="ignore")
 # scores whose exp is far from a float32's least and most
 _SMALL = np.float32(40.0)
 _HIDDEN, _SEEN = np.float32(-np.inf), np.float32(0.0)
@@ -25,27 +27,29 @@ def _softmax(scores: np.ndarray, mask: np.ndarray | None, sinks: np.ndarray | No
         mask: [n, num_keys]; is added to the scores of all heads; None = 0.
         sinks: [heads]; logit of one more key of each head, whose weight is dropped.
     """
-    # a row that attends to an infinite or NaN key becomes NaN, which is for the sampler to report
-    with np.errstate(invalid="ignore", over="ignore"):
-        # the maximum of each row takes longer than exp, and few scores need it
-        is_small = not fixed_order() and max(scores.max(), -scores.min()) < _SMALL
-        top: Any = np.float32(0.0)
-        if mask is not None:
-            scores += mask[:, None, :]
-        if not is_small:
-            top = scores.max(axis=-1, keepdims=True)
-            top = np.where(np.isneginf(top), np.float32(0.0), top)
+    # the maximum of each row takes longer than exp, and few scores need it
+    most = -np.inf if sinks is None else sinks.max()
+    is_small = not fixed_order() and max(scores.max(), -scores.min(), most) < _SMALL
+    top: Any = np.float32(0.0)
+    if mask is not None:
+        scores += mask[:, None, :]
+    if not is_small:
+        top = scores.max(axis=-1, keepdims=True)
+        top = np.where(np.isneginf(top), np.float32(0.0), top)
         if sinks is not None:
             top = np.maximum(top, sinks[:, None])
-        if sinks is not None or not is_small:
-            scores -= top
-        np.exp(scores, out=scores)
-        total = row_sums(scores) if fixed_order() else scores.sum(axis=-1, keepdims=True)
-        if sinks is None:
-            total[total == 0] = 1.0
-        else:
-            total += np.exp(sinks[:, None] - top)
-        scores /= total
+        scores -= top
+    np.exp(scores, out=scores)
+    total = row_sums(scores) if fixed_order() else scores.sum(axis=-1, keepdims=True)
+    if sinks is None:
+        total[total == 0] = 1.0
+    else:
+        total += np.exp(sinks[:, None] - top)
+    scores /= total
+
+
+def _scaled(query: Any, factor: float) -> np.ndarray:
+    return as_numpy(query) if factor == 1.0 else as_numpy(query) * np.float32(factor)
 
 
 def _weighted(probabilities: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -53,6 +57,7 @@ def _weighted(probabilities: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return weighted_sum(probabilities, keys) if fixed_order() else batched(probabilities, keys)
 
 
+@_quiet
 def attend_gathered(
     q: Any,
     cache: Any,
@@ -77,7 +82,7 @@ def attend_gathered(
     Returns:
         float32 [num_tokens, num_heads, kv_lora_rank]; zeros where a row is all -1.
     """
-    latents, slots, query = as_numpy(cache), as_numpy(indices), as_numpy(q)
+    latents, slots, query = as_numpy(cache), as_numpy(indices), _scaled(q, softmax_scale)
     scratch = scratch or Scratch()
     num_tokens, topk = slots.shape
     width = query.shape[2]
@@ -93,8 +98,7 @@ def attend_gathered(
             mask = np.where(hidden, _HIDDEN, _SEEN)
         index = tile.astype(np.int64)
         gather_latents(latents, index.ravel(), kv.reshape(-1, width), scratch)
-        scaled = query[start : start + step] * np.float32(softmax_scale)
-        probabilities = batched(scaled, kv, transpose_y=True)
+        probabilities = batched(query[start : start + step], kv, transpose_y=True)
         _softmax(probabilities, mask, sinks)
         out[start : start + step] = _weighted(probabilities, kv[:, :, :kv_lora_rank])
         if mask is not None:
@@ -102,6 +106,7 @@ def attend_gathered(
     return out
 
 
+@_quiet
 def attend_dense(
     q: Any,
     cache: Any,
@@ -123,23 +128,22 @@ def attend_dense(
         mask: float32 [num_tokens, num_keys]; 0 where selected, -inf elsewhere; no row all -inf.
         q, cache, softmax_scale, kv_lora_rank, scratch, sinks: as in `attend_gathered`.
     """
-    latents, query, scratch = as_numpy(cache), as_numpy(q), scratch or Scratch()
+    latents, query, scratch = as_numpy(cache), _scaled(q, softmax_scale), scratch or Scratch()
     num_tokens, heads, width = query.shape
     kv = scratch.take("latents", (len(key_slots), width))
     gather_latents(latents, key_slots, kv, scratch)
-    scaled = (query * np.float32(softmax_scale)).reshape(1, -1, width)
+    rows = query.reshape(1, -1, width)
     mask = as_numpy(mask)
 
     def attended() -> np.ndarray:
-        scores = batched(scaled, kv[None], transpose_y=True)
+        scores = batched(rows, kv[None], transpose_y=True)
         probabilities = scores.reshape(num_tokens, heads, -1)
         _softmax(probabilities, mask, sinks)
         values = kv[None, :, :kv_lora_rank]
         return _weighted(scores, values).reshape(num_tokens, heads, -1)
 
     # a hidden key that is not finite makes NaN of its score or its weight
-    with np.errstate(invalid="ignore"):
-        out = attended()
+    out = attended()
     if np.isfinite(out).all():
         return out
     spoiled = ~np.isfinite(kv).all(axis=1)
