@@ -91,6 +91,9 @@ class RoundingMatrix:
     Its own error is then that of bfloat16: without, a bound would have to let a wrong block pass.
     """
 
+    # as an expert it is neither multiplied in one call with others, nor by NumPy
+    _packed, _few = None, 0
+
     def __init__(self, inner: Any) -> None:
         self.inner, self.activated, self.out_width = inner, inner.activated, inner.out_width
 
