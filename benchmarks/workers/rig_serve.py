@@ -28,7 +28,6 @@ def main() -> Any:
         from fd_dsa.serve import engine_child
 
         Ranks.COMMAND = (sys.executable, "-m", "tests.distributed.rig_rank")
-
         del sys.argv[1]
         return engine_child.main()
     from fd_dsa.serve import cli, flags

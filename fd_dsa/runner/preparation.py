@@ -134,8 +134,8 @@ class Preparation:
 
     def _fill(self, graphs: StepGraphs, capture: Capture) -> None:
         """Capture all steps; one row is live, the others are padding."""
-        # a capture must not make a stream
         steps = graphs.steps()
+        # a capture must not make a stream
         self.attn_backends[0].warm_up(steps[-1].num_tokens, self.caches)
         for padded in steps:
             tokens = padded.num_tokens if padded.num_prompts else 1
@@ -172,14 +172,11 @@ class Preparation:
         step = Step(hints, *inputs, self.caches, backend, draw, host_lengths=lengths)
         self._begin(step, is_deferred=True)
         hidden = self.model(step.ids_remove_padding, step)
+        read = rows_at(hidden, step.sampled) if is_prompt else hidden
         if self._drafts is None:
-            read = rows_at(hidden, step.sampled) if is_prompt else hidden
             return self.model.compute_logits(read), None
         normed = self.model.norm.of(hidden)
-        if is_prompt:
-            logits = self.model.compute_logits(rows_at(hidden, step.sampled))
-        else:
-            logits = self.model.head.times(normed)
+        logits = self.model.compute_logits(read) if is_prompt else self.model.head.times(normed)
         return logits, values_of(normed)
 
     def _longest_row(self) -> int:
