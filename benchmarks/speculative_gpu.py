@@ -1,14 +1,16 @@
 """What drafts cost on a GPU: DeepSeek-V3.2's widths, few layers and one for drafts, random weights.
 
-    python -m benchmarks.speculative_gpu --rig     # on the test plug-in
+    python -m benchmarks.speculative_gpu --rig                 # on the test plug-in
+    python -m benchmarks.speculative_gpu --rig --peer DIR      # then vLLM on the same GPU
     python -m benchmarks.speculative_gpu --dry     # small widths on the CPU: shows that it runs
 
 Decode steps of 1, 8, 32 and 128 rows, greedy, in three engines, each with the GPU for itself:
 without drafts; with one known draft a row; and with the layer for multi-token prediction, whose
 drafts are replaced by the known ones, as random weights accept nothing. So all drafts are right but
 where a row rounds otherwise beside others: `accepted` is their share. A step takes two tokens a
-row, and a ratio is its time over that of a step with one. Writes
-benchmarks/results/speculative_gpu.json.
+row, and a ratio is its time over that of a step with one. At the most rows the kernels of a step
+are recorded. DIR has a `run.sh` that runs `python SCRIPT ...` with vLLM's packages, and a
+`vllm_bench.py`. Writes benchmarks/results/speculative_gpu.json.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._gpu_engine_model import FP8, WIDTHS, Shape
-from benchmarks._harness import RESULTS, Worker, environment, write_json
+from benchmarks._harness import RESULTS, Worker, environment, run_peer, write_json
 from benchmarks.gpu_engine import CAPTURED, CONFIG
 from benchmarks.once_per_step import SMALL
+from benchmarks.workers.gpu_engine import by_class
 
 TARGET = "benchmarks.workers.speculative_gpu:Engine"
 ROWS = (1, 8, 32, 128)
@@ -58,8 +61,10 @@ def measure(engine: Worker, rows: Sequence[int], prompt: int, steps: int) -> dic
     return found
 
 
-def cases_of(found: dict[str, dict[int, Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Both ways of drafting beside steps without drafts."""
+def cases_of(
+    found: dict[str, dict[int, Any]], rows: Sequence[int], peer: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Both ways of drafting beside steps without drafts, and beside the peer's where it drafts."""
     cases = []
     for way, floors in FLOORS.items():
         for batch in rows:
@@ -74,6 +79,7 @@ def cases_of(found: dict[str, dict[int, Any]], rows: Sequence[int]) -> list[dict
                     "by_the_bytes": dict(zip(ROWS, floors, strict=True)).get(batch),
                     "accepted": step["accepted"],
                     "ms_a_token": step["step_ms"] / (1 + step["accepted"]),
+                    "peer_step_ms": peer.get(str(batch)) if way == "mtp" else None,
                 }
             )
     return cases
@@ -86,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
     )
     parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
+    parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--ways", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--layers", type=int, default=Shape().layers)
@@ -101,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "target_inter_token_latency_ms": 0,
     }
     path, found = args.out / "speculative_gpu.json", result["steps"]
+    profiles: dict[str, Any] = {}
+    peer: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder), 2 if args.dry else args.layers, args.dry)
         for way in args.ways:
@@ -115,8 +124,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(way, flush=True)
                 found[way] = measure(engine, args.rows, prompt, steps)
                 write_json(path, result)
+                if not args.dry:
+                    most = max(args.rows)
+                    profiles[way] = engine.call(op="profile", batch=most, prompt=prompt, steps=8)
+        if args.peer:
+            steps_path = Path(folder) / "peer.json"
+            run_peer(args.peer, "vllm_drafts.py", model, json.dumps(args.rows), steps_path)
+            peer = json.loads(steps_path.read_text())
+    result["classes"] = by_class(profiles)
     if found.keys() == METHODS.keys():
-        result["cases"] = cases_of(found, args.rows)
+        result["cases"] = cases_of(found, args.rows, peer)
         write_json(path, result)
         for case in result["cases"]:
             print(
