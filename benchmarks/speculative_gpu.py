@@ -6,10 +6,12 @@
 
 Decode steps of 1, 8, 32 and 128 rows, greedy, in three engines, each with the GPU for itself:
 without drafts; with one known draft a row; and with the layer for multi-token prediction, whose
-drafts are replaced by the known ones, as random weights accept nothing. So all drafts are right but
-where a row rounds otherwise beside others: `accepted` is their share. A step takes two tokens a
-row, and a ratio is its time over that of a step with one. At the most rows the kernels of a step
-are recorded. DIR has a `run.sh` that runs `python SCRIPT ...` with vLLM's packages, and a
+drafts are replaced by the known ones, as random weights accept nothing. A step takes two tokens a
+row, and a ratio is its time over that of a step with one. Known drafts are the tokens of a run
+without drafts; where steps of other sizes round otherwise, random weights soon choose another
+token, and from there on no draft is right, which changes no step's time: `accepted` is the share
+that was, all of them with FD_DSA_BATCH_INVARIANT=1. At the most rows the kernels of a step are
+recorded. DIR has a `run.sh` that runs `python SCRIPT ...` with vLLM's packages, and a
 `vllm_bench.py`. Writes benchmarks/results/speculative_gpu.json.
 """
 
@@ -123,15 +125,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             with Worker(TARGET, model=model, rig=args.rig, config=options, device=device) as engine:
                 print(way, flush=True)
                 found[way] = measure(engine, args.rows, prompt, steps)
-                write_json(path, result)
                 if not args.dry:
                     most = max(args.rows)
                     profiles[way] = engine.call(op="profile", batch=most, prompt=prompt, steps=8)
+                result["classes"] = by_class(profiles)
+                write_json(path, result)
         if args.peer:
             steps_path = Path(folder) / "peer.json"
             run_peer(args.peer, "vllm_drafts.py", model, json.dumps(args.rows), steps_path)
             peer = json.loads(steps_path.read_text())
-    result["classes"] = by_class(profiles)
     if found.keys() == METHODS.keys():
         result["cases"] = cases_of(found, args.rows, peer)
         write_json(path, result)

@@ -35,9 +35,8 @@ def main() -> None:
     steps = {}
     for batch in json.loads(rows):
         steps[batch] = bench.run(f"decode-{batch}x4k", 1)["tpot_ms"]
-        print(batch, steps[batch], flush=True)
-    with open(out, "w") as file:
-        json.dump(steps, file)
+        with open(out, "w") as file:
+            json.dump(steps, file)
 
 
 if __name__ == "__main__":
