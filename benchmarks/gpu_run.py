@@ -50,6 +50,7 @@ BENCHMARKS = {
     "mla_query": 120,
     "layer_stack": 240,
     "overlap": 150,
+    "device_sampling": 60,
 }
 """Module -> its time limit, seconds, in the order of their importance."""
 _ENGINE = {
@@ -61,7 +62,8 @@ _ENGINE = {
     "real_widths": ("real_widths --rig --folder /dev/shm --peer {vllm} --out {out}", 300),
     "once_per_step": ("once_per_step --rig --out {out}", 180),
     "prompt_attention": ("prompt_attention --rig --out {out}", 120),
-    "joined_projection": ("joined_projection --rig", 90),
+    "joined_projection": ("joined_projection --rig --out {out}", 60),
+    "early_launches": ("early_launches --rig --out {out}", 150),
     "gpu_experts": ("gpu_gemms --rig --only experts --peer {vllm} --out {out}", 150),
 }
 """Section -> module and its flags, and its time limit, likewise."""

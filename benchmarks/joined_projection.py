@@ -1,12 +1,14 @@
 """The first projections of a layer: wk in the FP8 GEMM of q_a and kv_a, beside a second stream.
 
     python -m benchmarks.joined_projection --rig
+    python -m benchmarks.joined_projection --rig --tilings    # and every tiling of weights_proj
 
 At the sizes of DeepSeek-V3.2. "fork": q_a and kv_a in FP8, wk and weights_proj in bfloat16 on a
 second stream up to DEFAULT_OVERLAP_MAX_TOKENS rows, after it from there on. "served": q_a, wk and
 kv_a in one FP8 GEMM, and weights_proj where those are, in the tiling that serves. "joined": the
 same in the best tiling of weights_proj, after the GEMM; "joined, fork": on the second stream. Each
 figure is a replay of a graph with a call for each of several weights, so that none is in the L2.
+Writes benchmarks/results/joined_projection.json.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from benchmarks._harness import RESULTS, environment, write_json
 from benchmarks.gpu_gemms import Bench
 
 HIDDEN, Q_A, KV_A, WK, HEADS = 7168, 1536, 576, 128, 64
@@ -69,12 +73,12 @@ class Projections:
         self._kernel.project_indexer_kernel[grid](**arguments, **options)
         return self._out
 
-    def forms(self) -> dict[str, list[Callable[[], Any]]]:
-        """Calls of each form, one a weight."""
+    def forms(self, *, tilings: bool) -> dict[str, list[Callable[[], Any]]]:
+        """Calls of each form, one a weight; "joined" only with `tilings`."""
         kernel, n = self._kernel, self.num_rows
         run = partial(self._overlap.run, n)
-        tilings = kernel.SPLIT[:6] if n <= 32 else kernel.SPLIT[6:]
-        tilings = tilings if n <= kernel.MOST_SPLIT_TOKENS else kernel.WHOLE
+        few = kernel.SPLIT[:6] if n <= 32 else kernel.SPLIT[6:]
+        tried = (few if n <= kernel.MOST_SPLIT_TOKENS else kernel.WHOLE) if tilings else ()
 
         def fork(i: int) -> Any:
             work = partial(self._down, self._split[i])
@@ -97,29 +101,38 @@ class Projections:
             for name, form in (("fork", fork), ("served", served))
         }
         found["q_a and kv_a alone"] = [partial(self._down, weight) for weight in self._split]
-        for tiling in tilings:
+        for tiling in tried:
             found[f"joined {tiling}"] = [partial(joined, i, tiling) for i in range(_WEIGHTS)]
         if n <= self._overlap.max_tokens:
-            for tiling in tilings:
+            for tiling in tried:
                 calls = [partial(joined_fork, i, tiling) for i in range(_WEIGHTS)]
                 found[f"joined, fork {tiling}"] = calls
         return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the microseconds of each form, of those with tilings the best; returns 0."""
+    """Measure and write the microseconds of each form, of those with tilings the best; 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
     )
-    bench = Bench(parser.parse_args(argv).rig)
+    parser.add_argument("--tilings", action="store_true", help="every tiling of weights_proj")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    args = parser.parse_args(argv)
+    bench = Bench(args.rig)
+    result: dict[str, Any] = {"name": "joined_projection", "tier": "T1p"}
+    result |= {"env": environment(), "cases": []}
     for num_rows in ROWS:
         best: dict[str, tuple[float, str]] = {}
-        for name, calls in Projections(bench, num_rows).forms().items():
+        for name, calls in Projections(bench, num_rows).forms(tilings=args.tilings).items():
             time, kind = bench.time_us(calls), name.partition(" (")[0]
             best[kind] = min(best.get(kind, (time, name)), (time, name))
         shown = "  ".join(f"{name}: {time:.2f} us" for time, name in best.values())
         print(f"{num_rows} rows:  {shown}", flush=True)
+        us = {kind: time for kind, (time, _) in best.items()}
+        ratio = us["fork"] / us["served"]
+        result["cases"].append({"rows": num_rows, "us": us, "ratio": ratio})
+        write_json(args.out / "joined_projection.json", result)
     return 0
 
 

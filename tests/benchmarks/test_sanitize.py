@@ -18,7 +18,7 @@ from benchmarks.sanitize import verdict
     [
         (0, "", "", ""),
         (9, "", "", "exit status 9"),
-        (0, "3 passed", "3 skipped", "no test ran"),
+        (0, "3 passed", "no tests ran", "no test ran"),
         (0, ": 0 ", ": 1 ", "found errors"),
         (0, "SUMMARY", "", "said nothing"),
     ],
@@ -35,7 +35,10 @@ def checked_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tree with two tests, and a tool that finds nothing wrong."""
     tests, tools = tmp_path / "tests", tmp_path / "bin"
     tests.mkdir()
-    (tests / "test_it.py").write_text("def test_one(): pass\ndef test_two(): pass\n")
+    (tests / "test_it.py").write_text(
+        "import pytest, time\ndef test_one(): pass\ndef test_two(): pass\n"
+        "def test_never(): time.sleep(99)\ndef test_not_here(): pytest.skip('nothing to do')\n"
+    )
     tools.mkdir()
     tool = tools / "compute-sanitizer"
     # what comes before the interpreter is for the tool
@@ -48,22 +51,44 @@ def checked_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sanitize, "ROOT", tmp_path)
     monkeypatch.setattr(sanitize, "_CHOICE", ())
-    names = [f"tests/test_it.py::test_{name}" for name in ("one", "two")]
-    monkeypatch.setattr(sanitize, "collect", lambda paths: names)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setattr(sanitize, "_TESTS_A_PROCESS", 1)
     return tmp_path
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Only these tests of the tree are checked."""
+    tests = [f"tests/test_it.py::test_{name}" for name in names]
+    monkeypatch.setattr(sanitize, "collect", lambda *_: tests)
 
 
 def test_a_second_run_checks_what_there_was_no_time_for(
     checked_tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = checked_tree / "done"
+    chosen(monkeypatch, "one", "two")
     command = ["racecheck", "--workers", "1", "--done", str(done), "tests"]
     monkeypatch.setenv(LIMIT_VARIABLE, "0")
     assert sanitize.main(command) == OUT_OF_TIME
-    assert done.read_text().split() == [] and "0 of 2 tests" in capsys.readouterr().out
+    assert not done.exists() and "0 of 2 tests clean" in capsys.readouterr().out
     monkeypatch.delenv(LIMIT_VARIABLE)
     assert sanitize.main(command) == 0
     assert done.read_text().split() == ["tests/test_it.py::test_one", "tests/test_it.py::test_two"]
     assert sanitize.main(command) == 0
-    assert "2 of 2 tests passed and clean, in 0 of 0 processes" in capsys.readouterr().out
+    assert "2 of 2 tests clean, 0 passed in this run; 0 of 0 processes" in capsys.readouterr().out
+
+
+def test_what_does_not_end_is_ended_and_does_not_count(
+    checked_tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen(monkeypatch, "never", "one")
+    monkeypatch.setenv(LIMIT_VARIABLE, "6")
+    assert sanitize.main(["racecheck", "--workers", "2", "tests"]) == OUT_OF_TIME
+    assert "1 of 2 tests clean, 1 passed in this run" in capsys.readouterr().out
+
+
+def test_nothing_is_shown_where_every_test_is_skipped(
+    checked_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen(monkeypatch, "not_here")
+    assert sanitize.main(["racecheck", "tests"]) == 1
