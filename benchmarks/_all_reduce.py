@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from tests.distributed.gpu_ranks import Rank
+from tests.distributed.rank_checks import part
+from tests.distributed.sums import sum_of
 
 WIDTH, TOKENS = 7168, (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 _IN_GRAPH, _IN_A_ROW, _TIMES = 50, 10, 7
@@ -28,6 +31,60 @@ def groups_of(rank: Rank) -> dict[str, Any]:
     return groups
 
 
+class VllmAllReduce:
+    """vLLM's custom all-reduce, set up as its `CustomAllreduce` does it; on torch tensors.
+
+    Args:
+        folder: as `--peers` of `benchmarks._peers`.
+        rank: of this process.
+        group: of the same ranks, for handles.
+    """
+
+    _MOST_BYTES = 8 << 20
+
+    def __init__(self, folder: Path, rank: Rank, group: Any) -> None:
+        import torch
+
+        from benchmarks._peers import torch_ops
+
+        self._ops: Any = torch_ops(folder, "_C_stable_libtorch.abi3.so", "_C_custom_ar")
+        if self._ops is None:
+            raise RuntimeError(f"no custom all-reduce of vLLM in {folder}")
+        self._rank, self._group, self._torch = rank, group, torch
+        size = self._MOST_BYTES
+        signals, self._buffers = (self._shared(n) for n in (self._ops.meta_size() + size, size))
+        self._data = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self._handle = self._ops.init_custom_ar(signals, self._data, rank.rank, True)
+        self._ops.register_buffer(self._handle, self._buffers)
+
+    def __call__(self, x: Any, out: Any) -> None:
+        """Fill `out`: in a capture from `x`, else by way of a buffer that the ranks share."""
+        buffer = self._buffers[self._rank.rank], self._MOST_BYTES
+        captured = self._torch.cuda.is_current_stream_capturing()
+        self._ops.all_reduce(self._handle, x, out, *((0, 0) if captured else buffer))
+
+    def captured(self) -> None:
+        """Tell the others where the tensors of a graph are, before its first replay."""
+        found = self._ops.get_graph_buffer_ipc_meta(self._handle)
+        every = [self._of_all(values) for values in found]
+        self._ops.register_graph_buffers(self._handle, *every)
+
+    def _shared(self, num_bytes: int) -> list[int]:
+        """Addresses of memory of all ranks."""
+        address, handle = self._ops.allocate_shared_buffer_and_handle(num_bytes)
+        addresses = []
+        for rank, values in enumerate(self._of_all(handle.tolist())):
+            theirs = self._torch.tensor(values, dtype=handle.dtype)
+            is_own = rank == self._rank.rank
+            addresses.append(address if is_own else self._ops.open_mem_handle(theirs))
+        return addresses
+
+    def _of_all(self, values: Sequence[int]) -> list[list[int]]:
+        """The numbers of all ranks, as many on each."""
+        own = self._rank.memory.put(np.array(values, np.int64))
+        return self._rank.memory.get(self._group.all_gather(own)).tolist()
+
+
 class Bench:
     """Tensors and times of a rank."""
 
@@ -35,28 +92,41 @@ class Bench:
         from fd_dsa.triton_runtime.transfers import transfers_for
 
         self._rank, self._groups = rank, groups_of(rank)
-        self._stream = transfers_for(rank.memory.put(np.ones(1, np.float32))).stream
+        self._transfers = transfers_for(rank.memory.put(np.ones(1, np.float32)))
+        self._vllm: VllmAllReduce | None = None
+        if rank.arguments:
+            self._vllm = VllmAllReduce(Path(rank.arguments[0]), rank, self._groups["nccl"])
 
-    def time_us(self, call: Callable[[], Any]) -> float:
-        """Median microseconds of a call in a graph of many."""
+    def time_us(
+        self, call: Callable[[], Any], captured: Callable[[], None] = lambda: None
+    ) -> float:
+        """Median microseconds of a call in a graph of many; `captured` comes before a replay."""
         from fd_dsa.triton_runtime.driver import cuda
 
         replay = self._rank.capture(lambda: [call() for _ in range(_IN_GRAPH)])
+        captured()
         self._groups["nccl"].barrier()
-        stream, times = self._stream().value or 0, []
+        device, stream, times = self._transfers.device, self._transfers.stream().value or 0, []
         for _ in range(_TIMES):
             # ranks begin some microseconds apart
-            one = cuda().time_us(0, lambda: [replay() for _ in range(_IN_A_ROW)], stream)
+            one = cuda().time_us(device, lambda: [replay() for _ in range(_IN_A_ROW)], stream)
             times.append(one / (_IN_A_ROW * _IN_GRAPH))
         return median(times[1:])
 
     def case(self, tokens: int) -> dict[str, Any]:
-        """Both at one number of tokens; zeros, whose sums are zeros."""
+        """All at one number of tokens; ours and NCCL's of zeros in place, whose sums are zeros."""
         zeros = np.zeros((tokens, WIDTH), np.uint16)
         x = self._rank.memory.put(zeros, "bfloat16")
         found: dict[str, Any] = {"tokens": tokens, "kib": zeros.nbytes / 1024}
         for name, group in self._groups.items():
             found[f"{name}_us"] = self.time_us(partial(group.all_reduce, x))
+        if self._vllm is not None:
+            parts = [part(rank, tokens) for rank in range(self._rank.size)]
+            own = self._rank.memory.put(parts[self._rank.rank], "bfloat16")
+            out = self._rank.memory.poisoned(own.shape, "bfloat16")
+            call = partial(self._vllm, own, out)
+            found["vllm_us"] = self.time_us(call, self._vllm.captured)
+            assert np.array_equal(self._rank.memory.get(out), sum_of(parts)), "vLLM's sum"
         return found
 
 

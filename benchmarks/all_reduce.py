@@ -1,9 +1,10 @@
 """All-reduce of a decode step's rows among the GPUs of a machine: our own beside NCCL's. P30.
 
     python -m benchmarks.all_reduce 2        # GPUs; and 4
-    python -m benchmarks.all_reduce 2 --out DIR
+    python -m benchmarks.all_reduce 2 --peers DIR       # and vLLM's custom all-reduce
 
-On Paddle's CPU wheel and the test plug-in. Each figure is a call of a graph of many, which follow
+On Paddle's CPU wheel and the test plug-in, or with vLLM's, whose library is in a folder as
+`benchmarks._peers` says, on torch tensors. Each figure is a call of a graph of many, which follow
 each other, of bfloat16 rows of 7,168 values. Writes all_reduce_<GPUs>.json of benchmarks/results.
 """
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("gpus", type=int, choices=[2, 4, 8])
+    parser.add_argument("--peers", type=Path, help="folder with vLLM's library")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     from custom_ops.build_library import build_library
@@ -38,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # before several ranks build them
     build_library()
-    build("real")
-    by_rank = run_ranks("benchmarks._all_reduce", args.gpus, "rig", timeout_s=_TIMEOUT_S)
+    if not args.peers:
+        build("real")
+    where = ("torch", str(args.peers.resolve())) if args.peers else ("rig",)
+    by_rank = run_ranks("benchmarks._all_reduce", args.gpus, *where, timeout_s=_TIMEOUT_S)
     # the slowest rank is what a step waits for
     cases = [
         {key: max(entry[key] for entry in entries) for key in entries[0]}
