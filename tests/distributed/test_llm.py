@@ -149,6 +149,15 @@ def load_weights(*args):
     {what}
 loader.load_weights = load_weights
 """
+# between two meetings of all ranks; a GPU's captures are there
+IN_WARM_UP = """
+from fd_dsa.environment import prepare_cpu_runtime
+prepare_cpu_runtime()
+import fd_dsa.engine.factory as factory
+def warm_up(*args):
+    {what}
+factory._warm_up = warm_up
+"""
 IN_STEP = """
 from fd_dsa.environment import prepare_cpu_runtime
 prepare_cpu_runtime()
@@ -168,6 +177,7 @@ ENDS = {
     "killed-at-load": (AT_LOAD, KILL, r"ended by signal 9 \(SIGKILL\); the system may have been"),
     "no-memory-at-load": (AT_LOAD, NO_MEMORY, "failed: MemoryError: no page is free"),
     "stopped-at-load": (AT_LOAD, STOP, "was stopped for 6.5 s by a signal"),
+    "killed-in-the-warm-up": (IN_WARM_UP, KILL, r"ended by signal 9 \(SIGKILL\)"),
     "no-memory-in-a-step": (IN_STEP, NO_MEMORY, "failed: MemoryError: no page is free"),
     "stopped-in-a-step": (IN_STEP, STOP, "was stopped for 6.5 s by a signal"),
     "ends-in-a-step": (IN_STEP, "os._exit(3)", "ended with status 3"),

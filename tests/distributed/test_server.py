@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import httpx
 import pytest
 
 from tests.serve.conftest import wait_until
-from tests.serve.processes import Server, children, serving
+from tests.serve.processes import Server, children, serving, started
 
 pytestmark = pytest.mark.slow
 FLAGS = ("--device", "cpu", "-tp", "2", "--max-model-len", "512", "--max-num-seqs", "4")
@@ -85,6 +87,46 @@ def test_a_rank_that_ends_or_stops_ends_the_server(
         port = server.url.rpartition(":")[2]
         with serving(tmp_path, *FLAGS, "--port", port) as again:
             assert ask(again, max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+# the engine's process, whose warm-up does not end, as a capture that waits for a rank on a GPU, and
+# the rank, which dies in its own
+WARMING = """
+    import os, signal
+    del sys.modules["fd_dsa.engine.factory"]
+    import fd_dsa.engine.factory as real
+    from fd_dsa.engine.ranks import Ranks
+    from tests.distributed.test_llm import IN_WARM_UP, KILL, RANK
+    program = RANK.format(patch=IN_WARM_UP.format(what=KILL))
+    Ranks.COMMAND = (sys.executable, "-c", program)
+    load = real._load_model
+    def load_on_a_device(plan, group, progress):
+        group.has_devices = True
+        return load(plan, group, progress)
+    real._load_model = load_on_a_device
+    real._warm_up = lambda *_: time.sleep(60)
+    return real.build_engine(config, progress)
+"""
+
+
+def test_a_rank_killed_before_it_serves_ends_the_start(tmp_path: Path) -> None:
+    files = set(os.listdir("/dev/shm"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    with started(tmp_path, *FLAGS, "--port", str(port), body=WARMING) as server:
+        pids: set[int] = set()
+
+        def has_ended() -> bool:
+            pids.update(children(server.process.pid))
+            return server.process.poll() is not None
+
+        wait_until(has_ended, 60)
+        assert server.process.returncode == 2 and len(pids) > 1
+        log = server.log.read_text()
+        assert re.search(r"rank 1 \(process \d+\) ended by signal 9 \(SIGKILL\)", log)
+        assert "waits for a device, so it ends" in log and "Traceback" not in log
+        nothing_is_left(sorted(pids), files)
+    socket.create_server(("127.0.0.1", port)).close()
 
 
 def test_a_rank_may_rest_for_five_seconds(tmp_path: Path) -> None:
