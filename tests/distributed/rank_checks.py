@@ -1,4 +1,11 @@
-"""What a rank checks on its GPU; `test_gpu_ranks` starts the ranks and compares what they found."""
+"""What a rank checks on its GPU; `test_gpu_ranks` starts the ranks and compares what they found.
+
+Under a memory checker, as each rank has a process and a GPU of its own:
+
+    export FD_DSA_SMALL_TESTS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --target-processes all --report-api-errors no --error-exitcode 9 \\
+        python -m tests.distributed.rank_checks 2 torch sums repeats
+"""
 
 from __future__ import annotations
 
@@ -7,12 +14,13 @@ import os
 import sys
 import time
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.errors import describe_error
-from tests.distributed.gpu_ranks import Rank
+from tests.distributed.gpu_ranks import Rank, run_ranks
 from tests.distributed.sums import rounded, sum_of, widened
 
 # the last one that our own all-reduce takes is 146; a row is 7,168 values
@@ -21,6 +29,8 @@ WIDTH = 7168
 # of a graph: sizes in turn, so that launches of few blocks and of many follow each other
 IN_TURN, TURNS, REPEATS = (1, 128, 1, 16, 5, 1), 10, 10_000
 _BLOCK = 512
+FP8_FOLDER = "FD_DSA_FP8_FOLDER"
+"""Names a checkpoint in FP8 for `check_steps`."""
 
 
 @cache
@@ -38,7 +48,7 @@ def digest(array: np.ndarray) -> str:
 def check_sums(rank: Rank) -> dict[str, str]:
     """Every size against float64; our own sums also against float32 in the order of ranks."""
     group, found = rank.group("sums"), {}
-    for tokens in TOKENS:
+    for tokens in TOKENS if rank.memory.large else TOKENS[:-3]:
         # large ones repeat some rows
         rows = min(tokens, _BLOCK)
         parts = [part(r, rows) for r in range(rank.size)]
@@ -87,7 +97,7 @@ def check_repeats(rank: Rank) -> dict[str, str]:
         work()
         check()
     replay = rank.capture(work)
-    for number in range(REPEATS // len(targets) + 1):
+    for number in range(REPEATS // len(targets) + 1 if rank.memory.large else 2):
         replay()
         # between two looks launches follow each other without the host
         if number % 8 == 7:
@@ -114,6 +124,28 @@ def check_absent(rank: Rank) -> str:
     return str(group.failure())
 
 
+def check_steps(rank: Rank) -> dict[str, str]:
+    """Ten thousand decode steps of two models, from graphs, give the same bits.
+
+    Their checkpoints: the demo model, and the folder in the environment.
+    """
+    from fd_dsa.config import demo_model_path
+    from fd_dsa.runner.step_graphs import PaddleCapture
+    from tests.distributed.repeated_steps import repeat, split_runner
+    from tests.gpu_rig import current
+
+    rig, found = current(), {}
+    assert rig is not None
+    folders = {"bfloat16": demo_model_path(), "fp8_ds_mla": Path(os.environ[FP8_FOLDER])}
+    for kv_cache_dtype, folder in folders.items():
+        group = rank.group(kv_cache_dtype)
+        runner = split_runner(folder, kv_cache_dtype, rig.device, group)
+        found[folder.name] = repeat(runner, PaddleCapture, rank.memory, rank.copy, REPEATS)
+        runner.graphs = None
+        group.close()
+    return found
+
+
 def main(argv: list[str]) -> None:
     """Some checks on one rank."""
     rank, found = Rank(argv), {}
@@ -128,4 +160,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1].isdigit():
+        run_ranks(__spec__.name, int(sys.argv[1]), *sys.argv[2:], timeout_s=300)
+    else:
+        main(sys.argv[1:])

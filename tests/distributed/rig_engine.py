@@ -1,6 +1,8 @@
 """An engine on some GPUs, by the test plug-in: `rig_engine FOLDER SIZE CASE [CASE ...]`.
 
-Writes what it answers to FOLDER/<SIZE>-<CASE>.json.
+Writes what it answers to FOLDER/<SIZE>-<CASE>.json. One GPU answers freely, and says what float32
+makes of its answers. Several follow the answers of one, which are in the folder: where they choose
+another token, they go on from that of the one, so they choose at every place of every answer.
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {},
     "fp8": {"kv_cache_dtype": "fp8"},
 }
+QUESTIONS = ("What is 7 + 5?", "Tell me a story about a dog.", "What is the opposite of big?")
+MAX_TOKENS, NUM_TOP = 48, 8
+Place = tuple[int, dict[int, float]]
+"""A token that was chosen, and the log-probabilities of the likeliest ones."""
 
 
 def fp8_folder(folder: Path) -> Path:
@@ -32,12 +38,14 @@ def fp8_folder(folder: Path) -> Path:
     from benchmarks.real_widths import write_checkpoint
     from fd_dsa.config import demo_model_path
 
+    if folder.exists():
+        return folder
     demo = json.loads((demo_model_path() / "config.json").read_text())
     sizes = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 1024)
     sizes |= {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 16}
     sizes |= {"num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": 512}
     sizes |= {"vocab_size": demo["vocab_size"], "max_position_embeddings": 4096}
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     config = WIDTHS | sizes | {"rope_scaling": None, "quantization_config": FP8}
     write_checkpoint(folder, config, "cpu")
     [shard] = folder.glob("*.safetensors")
@@ -47,9 +55,46 @@ def fp8_folder(folder: Path) -> Path:
     return folder
 
 
-def best_two(token: Any) -> list[float]:
-    """Log-probabilities of the best token at a place, and of the next one."""
-    return [logprob for _, logprob in token.score.top[:2]]
+def prompts_of(llm: Any) -> list[list[int]]:
+    """Token ids of texts, one of them longer than what the demo model selects, and of chats."""
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    texts = [llm.tokenizer.encode(text) for text in LEADING_PROMPTS]
+    return texts + [llm.tokenizer.apply_chat_template(chat) for chat in chats]
+
+
+def follow(llm: Any, answers: list[list[int]] | None) -> list[list[Place]]:
+    """What an engine chooses at each place of each answer.
+
+    Args:
+        answers: tokens that it goes on from where it chooses others; None: it does so from its own.
+    """
+    from fd_dsa import SamplingParams
+
+    prompts = prompts_of(llm)
+    found: list[list[Place]] = [[] for _ in prompts]
+    while open_ones := [i for i, one in enumerate(found) if len(one) < MAX_TOKENS]:
+        given = [prompts[i] + (answers[i][: len(found[i])] if answers else []) for i in open_ones]
+        most = [MAX_TOKENS - len(found[i]) for i in open_ones]
+        common: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "logprobs": NUM_TOP}
+        params = [SamplingParams(max_tokens=number, **common) for number in most]
+        for i, output in zip(open_ones, llm.generate(given, params), strict=True):
+            for token, scored in zip(output.token_ids, output.logprobs, strict=True):
+                found[i].append((token, dict(scored.score.top)))
+                if answers and token != answers[i][len(found[i]) - 1]:
+                    break
+    return found
+
+
+def exact_scores(model: Path, tokens: list[list[int]]) -> list[list[float]]:
+    """Log-probability of each token of each answer on the CPU, in float32."""
+    from fd_dsa import LLM, SamplingParams
+    from fd_dsa.config import demo_model_path
+
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    with LLM(model, device="cpu", tokenizer=demo_model_path(), max_model_len=1024) as llm:
+        whole = [prompt + one for prompt, one in zip(prompts_of(llm), tokens, strict=True)]
+        outputs = llm.generate(whole, params)
+    return [[t.score.logprob for t in one.prompt_logprobs[-MAX_TOKENS:]] for one in outputs]
 
 
 def main(folder: Path, size: int, cases: list[str], form: str = "real") -> None:
@@ -58,25 +103,27 @@ def main(folder: Path, size: int, cases: list[str], form: str = "real") -> None:
 
     device = load(form).device
     from custom_ops.build_library import build_library
-    from fd_dsa import LLM, SamplingParams, custom_ops
+    from fd_dsa import LLM, custom_ops
     from fd_dsa.config import demo_model_path
     from fd_dsa.engine.ranks import Ranks
 
     if form == "real":
         custom_ops.use_library(build_library())
     Ranks.COMMAND = (sys.executable, "-m", "tests.distributed.rig_rank")
-    params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=2)
     for case in cases:
         model = fp8_folder(folder / "fp8") if case == "fp8" else demo_model_path()
         options = {"tokenizer": demo_model_path(), "max_model_len": 1024, "max_num_seqs": 8}
-        options |= {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 160} | CASES[case]
-        with LLM(model, device=device, tensor_parallel_size=size, **options) as llm:
-            outputs = llm.generate(LEADING_PROMPTS, params)
-        answers = [
-            {"tokens": one.token_ids, "best": [best_two(t) for t in one.logprobs or ()]}
-            for one in outputs
-        ]
-        (folder / f"{size}-{case}.json").write_text(json.dumps(answers))
+        options |= {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 160}
+        options |= {"speculative_config": "none", "cudagraph_capture_sizes": (1, 4, 8)}
+        one = folder / f"1-{case}.json"
+        answers = json.loads(one.read_text())["tokens"] if size > 1 else None
+        with LLM(model, device=device, tensor_parallel_size=size, **options | CASES[case]) as llm:
+            places = follow(llm, answers)
+        found: dict[str, Any] = {"tokens": [[token for token, _ in one] for one in places]}
+        found["tops"] = [[list(top.items()) for _, top in one] for one in places]
+        if size == 1:
+            found["exact"] = exact_scores(model, found["tokens"])
+        (folder / f"{size}-{case}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
