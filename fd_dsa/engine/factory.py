@@ -195,8 +195,9 @@ def _warm_up(runner: Any, plan: EnginePlan) -> str:
     if not runner.captured_sizes:
         return done
     sizes = ", ".join(map(str, runner.captured_sizes))
+    sizes += " rows, further drafts" if runner.graphs.drafts else " rows"
     seconds = time.perf_counter() - ready
-    return f"{done}, decode steps of {sizes} rows and short prompts captured in {seconds:.1f} s"
+    return f"{done}, decode steps of {sizes} and short prompts captured in {seconds:.1f} s"
 
 
 def _interprets(device: str) -> bool:
