@@ -81,7 +81,7 @@ class StepCosts:
         return [max(pair) for pair in zip(costs, host, strict=True)]
 
     def observe(self, host_seconds: float, num_rows: int, num_drafts: int) -> None:
-        """Take in from one step in flight to the next, but for what the host waited in between."""
+        """Take in from one step to the next, but for what it waited where they are in flight."""
         size = num_rows.bit_length()
         recent = self._host.setdefault((size, num_drafts > 0), deque(maxlen=_RECENT))
         recent.append((host_seconds / num_rows, num_drafts / num_rows))
