@@ -128,7 +128,12 @@ class DeviceMtpDrafter(MtpDrafter):
         if step.draw is None:
             # one that has ended has no slot
             requests = [request for request in requests if request.slot >= 0]
-            self._queue(step, requests)
+            next_ids, last = self._next_tokens(step)
+            places = [
+                (last[request], request.slot, request.num_output_tokens, len(request.token_ids) - 1)
+                for request in requests
+            ]
+            self._runner.draft(next_ids, *np.array(places, np.int64).reshape(-1, 4).T)
         ends = (batch.seq_lens_decoder + batch.seq_lens_this_time).tolist()
         proposals = {}
         for row, request in enumerate(requests):
@@ -141,12 +146,3 @@ class DeviceMtpDrafter(MtpDrafter):
         if most > 1:
             self._runner.draft_more(len(requests), most)
         return proposals
-
-    def _queue(self, step: LaunchedStep, requests: list[Request]) -> None:
-        """Queue the layer and a draft of each of the requests, which go on."""
-        next_ids, last = self._next_tokens(step)
-        going_on = [
-            (last[request], request.slot, request.num_output_tokens, len(request.token_ids) - 1)
-            for request in requests
-        ]
-        self._runner.draft(next_ids, *np.array(going_on, np.int64).reshape(-1, 4).T)

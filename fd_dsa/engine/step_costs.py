@@ -146,13 +146,11 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
             partial(_draw, runner, lengths) if on_device else partial(runner.execute_model, tokens)
         )
         seconds[num_tokens] = _fastest(run)
-        if on_device:
-            if predicts_more:
-                with_layer = _fastest(partial(_draw, runner, lengths, 1))
-                layer[num_tokens] = max(with_layer - seconds[num_tokens], 0.0)
-                if runner.most_drafts > 1 and max(lengths) == 1:
-                    further = _fastest(partial(_draw, runner, lengths, 2))
-                    drafting[num_tokens] = max(further - with_layer, 0.0)
+        if on_device and predicts_more:
+            with_layer = _fastest(partial(run, 1))
+            further = _fastest(partial(run, min(2, runner.most_drafts)))
+            layer[num_tokens] = max(with_layer - seconds[num_tokens], 0.0)
+            drafting[num_tokens] = max(further - with_layer, 0.0)
         elif predicts_more:
             ids = np.zeros(num_tokens, np.int64)
             # each run leaves the hidden states that the next one takes

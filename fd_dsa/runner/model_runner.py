@@ -281,10 +281,11 @@ class ModelRunner(Preparation):
             count: drafts of each request then, at least two.
         """
         longest = min(self.input_batch.max_seqlen_k + count - 1, self._longest_row())
-        replay = self.graphs and self.graphs.more_drafts(num_requests, longest, count)
+        size = num_requests, longest, count
+        replay = self.graphs.more_drafts(*size) if self.graphs else None
         with paddle.no_grad():
             if replay is None:
-                self._drafts.queue_more(self.forward_meta, num_requests, longest, count)
+                self._drafts.queue_more(self.forward_meta, *size)
             else:
                 replay()
 
