@@ -139,7 +139,7 @@ class Preparation:
         self.graphs = graphs
 
     def _fill(self, graphs: StepGraphs, capture: Capture) -> None:
-        """Capture all steps; one row is live, the others are padding."""
+        """Capture all steps; one row is live, the others are padding, as all are of drafts."""
         steps = graphs.steps()
         # a capture must not make a stream
         self.attn_backends[0].warm_up(steps[-1].num_tokens, self.caches)
@@ -153,12 +153,11 @@ class Preparation:
         if self._drafts is None:
             return
         most = min(graphs.sizes[-1], self.input_batch.max_num_seqs)
-        # one layer takes about as long for a few rows more
+        # powers of two, so that there are few
         rows = {most, *(1 << power for power in range((most - 1).bit_length()))}
         lengths = {padded.max_seqlen_k for padded in steps if not padded.num_prompts}
         counts = range(2, 1 + self.most_drafts)
         for key in sorted(product(rows, lengths, counts), reverse=True):
-            # here of no request
             work = partial(self._drafts.queue_more, self.forward_meta, *key)
             _, graphs.drafts[key] = capture(work)
 
