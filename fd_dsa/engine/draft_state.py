@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from math import prod
+from operator import mul
 from typing import Any
 
 # least share of a new observation in a rate
@@ -41,13 +44,9 @@ class DraftPace:
             costs: [n] time of a step with n drafts a row, from 0 to the most.
             rows: of the step, for each one with drafts.
         """
-        best, most_gain, tokens, chance = 0, rows / costs[0], rows, 1.0
-        for count, rate in enumerate(self._rates, 1):
-            chance *= rate
-            tokens += chance
-            if tokens / costs[count] > most_gain:
-                best, most_gain = count, tokens / costs[count]
-        return best
+        tokens = accumulate(accumulate(self._rates, mul), initial=rows)
+        gains = [count / cost for count, cost in zip(tokens, costs, strict=True)]
+        return gains.index(max(gains))
 
     def length(self, best: int, costs: Sequence[float], rows: float = 1.0) -> int:
         """Drafts of the next step, of a request that has got a token since the call before.
@@ -60,10 +59,10 @@ class DraftPace:
             return best
         self._num_rested += 1
         if self._num_rested > self._rest:
-            tokens, chance = rows, 1.0
-            for rate in self._rates[:best]:
-                chance *= rate
-                tokens += chance
+            tokens, chance = (
+                rows + sum(accumulate(self._rates[:best], mul)),
+                prod(self._rates[:best]),
+            )
             if (tokens + chance) / costs[best + 1] > tokens / costs[best]:
                 best = self._tried = best + 1
         return best

@@ -51,7 +51,7 @@ class LLMEngine:
         sampling_defaults: fields of SamplingParams that the model proposes to callers who leave
             them out; the engine itself does not apply them.
         async_scheduling: whether a step is queued before the tokens of the one before have come,
-            where they are drawn on a device, and so are the drafts.
+            where they are drawn on a device and lead to no draft of a drafter that reads them.
         speculator: has drafts made and verifies them; None = no drafts.
 
     Attributes:
@@ -96,13 +96,12 @@ class LLMEngine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self.grammars = GrammarCompiler(tokenizer, runner.vocab_size, self._eos_token_ids)
-        self._speculator = speculator
         lookahead = speculator.drafter.lookahead if speculator else 0
         self._scheduler = Scheduler(
             self._blocks, self._batch, self._stats, target_gap_s, speculator is not None, lookahead
         )
         self._sampler = StepSampler(runner, num_rows)
-        self._is_async = async_scheduling and (speculator is None or speculator.drafter.is_ahead)
+        self._is_async, self._speculator = async_scheduling, speculator
         self._in_flight: LaunchedStep | None = None
         # what is left of each group
         self._requests: dict[str, list[Request]] = {}
@@ -232,7 +231,8 @@ class LLMEngine:
                 # its masks are known after the tokens of the step before
                 self._stats.num_mask_waits += before is not None
                 self._sampler.draw(launched)
-            if launched is not None and not (self._is_async and launched.draw):
+            waits = self._speculator is not None and self._speculator.waits
+            if launched is not None and (waits or not (self._is_async and launched.draw)):
                 outputs += self._take(launched)
                 launched = None
         except Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,6 @@ from fd_dsa.models.memory_plan import format_bytes
 
 if TYPE_CHECKING:
     from fd_dsa.step.views import Allocate
-
-logger = logging.getLogger(__name__)
 
 
 def build_engine(config: EngineConfig, progress: StartupProgress | None = None) -> LLMEngine:
@@ -195,8 +192,9 @@ def _warm_up(runner: Any, plan: EnginePlan) -> str:
     if not runner.captured_sizes:
         return done
     sizes = ", ".join(map(str, runner.captured_sizes))
+    sizes += " rows, further drafts" if runner.graphs.drafts else " rows"
     seconds = time.perf_counter() - ready
-    return f"{done}, decode steps of {sizes} rows and short prompts captured in {seconds:.1f} s"
+    return f"{done}, decode steps of {sizes} and short prompts captured in {seconds:.1f} s"
 
 
 def _interprets(device: str) -> bool:
@@ -220,11 +218,5 @@ def _make_speculator(runner: Any, plan: EnginePlan) -> Speculator | None:
     if not _interprets(plan.device):
         costs = measure_steps(
             runner, plan.config.most_decode_tokens, predicts_more=asked.method == "mtp"
-        )
-    if plan.device != "cpu" and plan.config.async_scheduling and not drafter.is_ahead:
-        logger.info(
-            "speculative decoding: no step is queued before the tokens of the one before have "
-            "come, which %s reads",
-            asked.method,
         )
     return Speculator(drafter, asked.num_speculative_tokens, costs)

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.step_sampler import StepSampler
-from fd_dsa.runner.input_batch import Draw
 
 Int64 = npt.NDArray[np.int64]
 
@@ -112,8 +111,8 @@ class DeviceMtpDrafter(MtpDrafter):
     """The same on a device: the layer and each request's first draft are queued with the step.
 
     So they run while the host takes the tokens of the step; drafts stay where they are, and are
-    named by where they are (`LaunchedStep.drafts`). Further drafts go on where the step's rows end,
-    as far as the host knows; the device knows how many drafts of the step stood.
+    named by where they are (`LaunchedStep.drafts`). Further drafts are queued for all requests; one
+    gets those for which it has blocks, as far as the host knows where its row ends.
 
     Args:
         runner: has `draws`, `draft` and `draft_more`.
@@ -125,52 +124,25 @@ class DeviceMtpDrafter(MtpDrafter):
         self, step: LaunchedStep, counts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
         """Queue further drafts; where the host has sampled, the layer too."""
+        requests, batch, draft_row = step.sampling, self._batch, self._runner.draws.draft_row
         if step.draw is None:
-            self._queue(step)
-        draft_row, batch = self._runner.draws.draft_row, self._batch
-        # rows in the step, and in that of the drafts before
-        wanting = [
-            (row, row, request) for row, request in enumerate(step.sampling) if counts.get(request)
-        ]
-        proposals = {request: [-1 - draft_row(0, row)] for row, _, request in wanting}
-        depth = 1
-        while True:
-            ends = (batch.seq_lens_decoder + batch.seq_lens_this_time).tolist()
-            wanting = [
-                one
-                for one in wanting
-                if counts[one[2]] > depth and self._has_room(one[2], ends[one[2].slot])
-            ]
-            if not wanting:
-                return proposals
-            batch.begin_step()
-            slots, positions = [], []
-            for row, before, request in wanting:
-                slot, end = request.slot, ends[request.slot]
-                token = batch.add_row(slot, [0], end, is_prefill=False)
-                batch.defer_tokens([token], [draft_row(depth - 1, before)])
-                batch.follows[slot] = row
-                slots.append(slot)
-                # the draft that is computed has the position before in the output
-                positions.append(end + 2 - len(request.state.prompt_token_ids))
-            kept = np.array([before for _, before, _ in wanting])
-            self._runner.draft_more(kept, Draw(slots, positions), depth)
-            wanting = [(row, place, request) for place, (row, _, request) in enumerate(wanting)]
-            for _, place, request in wanting:
-                proposals[request].append(-1 - draft_row(depth, place))
-            depth += 1
-
-    def _queue(self, step: LaunchedStep) -> None:
-        """Queue the layer and a draft of each request that goes on."""
-        next_ids, last = self._next_tokens(step)
-        going_on = [
             # one that has ended has no slot
-            (
-                last.get(request, 0),
-                request.slot,
-                request.num_output_tokens,
-                len(request.token_ids) - 1,
-            )
-            for request in step.sampling
-        ]
-        self._runner.draft(next_ids, *np.array(going_on, np.int64).reshape(-1, 4).T)
+            requests = [request for request in requests if request.slot >= 0]
+            next_ids, last = self._next_tokens(step)
+            places = [
+                (last[request], request.slot, request.num_output_tokens, len(request.token_ids) - 1)
+                for request in requests
+            ]
+            self._runner.draft(next_ids, *np.array(places, np.int64).reshape(-1, 4).T)
+        ends = (batch.seq_lens_decoder + batch.seq_lens_this_time).tolist()
+        proposals = {}
+        for row, request in enumerate(requests):
+            count = counts.get(request, 0)
+            while count > 1 and not self._has_room(request, ends[request.slot] + count - 2):
+                count -= 1
+            if count:
+                proposals[request] = [-1 - draft_row(depth, row) for depth in range(count)]
+        most = max(map(len, proposals.values()), default=0)
+        if most > 1:
+            self._runner.draft_more(len(requests), most)
+        return proposals

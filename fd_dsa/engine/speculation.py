@@ -31,7 +31,7 @@ class Drafter(Protocol):
 
     Attributes:
         lookahead: tokens that must be known after a block's own before others may share it.
-        is_ahead: whether it needs no tokens on the host: steps are queued before they have come.
+        is_ahead: whether it needs no tokens on the host.
     """
 
     lookahead: int
@@ -58,12 +58,13 @@ class Speculator:
 
     Attributes:
         clock: seconds; what the host's part of steps is measured with.
+        waits: whether drafts come of the tokens of the next step, so that none is queued before.
     """
 
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
         self.drafter, self.most = drafter, most
         self._costs = costs or StepCosts()
-        self._is_off = False
+        self._is_off = self.waits = False
         self.clock: Callable[[], float] = time.perf_counter
         # the newest step and its kind, and when its drafts were proposed
         self._newest: tuple[Any, Any, float] = None, None, 0.0
@@ -195,20 +196,25 @@ class Speculator:
             # the step has given its tokens, which a draft is not worth losing
             logger.exception("speculative decoding is off from now on: the drafter failed")
             self._is_off, proposals = True, {}
+        if not self.drafter.is_ahead:
+            self.waits = any(proposals.values())
+            # those here would come before the tokens on their way
+            proposals = {} if step.is_in_flight else proposals
         for request, state in going_on:
             state.proposal = proposal = proposals.get(request, [])
             if proposal and proposal[0] >= 0 and request.grammar is not None:
                 del proposal[request.grammar.count_allowed(proposal) :]
 
     def _observe(self, step: LaunchedStep) -> None:
-        """Learn what the host needs for a step that is queued after one of its kind."""
+        """Learn what the host needs for a step after one of its kind, and in turns the device."""
         kind, num_rows = None, len(step.sampling)
-        if step.is_in_flight and not step.num_prefill_tokens:
-            kind = num_rows, step.num_drafts > 0
+        if step.draw is not None and not step.num_prefill_tokens:
+            kind = num_rows, step.num_drafts > 0, step.is_in_flight
         (before, its_kind, since), now = self._newest, self.clock()
         self._newest = step, kind, now
         if kind is not None and kind == its_kind:
-            self._costs.observe(now - since - before.waited, num_rows, step.num_drafts)
+            waited = before.waited if step.is_in_flight else 0.0
+            self._costs.observe(now - since - waited, num_rows, step.num_drafts)
 
 
 def _joined(outputs: list[RequestOutput]) -> list[RequestOutput]:

@@ -81,7 +81,7 @@ class StepCosts:
         return [max(pair) for pair in zip(costs, host, strict=True)]
 
     def observe(self, host_seconds: float, num_rows: int, num_drafts: int) -> None:
-        """Take in from one step in flight to the next, but for what the host waited in between."""
+        """Take in from one step to the next, but for what it waited where they are in flight."""
         size = num_rows.bit_length()
         recent = self._host.setdefault((size, num_drafts > 0), deque(maxlen=_RECENT))
         recent.append((host_seconds / num_rows, num_drafts / num_rows))
@@ -121,6 +121,10 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
     for row in rows:
         # all have the same, which are written before they are read
         batch.set_blocks(row, range(-(-(context + 4) // batch.block_size)))
+        if on_device:
+            from fd_dsa.ops.sampling import SlotParameters
+
+            runner.draws.set_slot(row, SlotParameters())
     seconds: dict[int, float] = {}
     drafting: dict[int, float] = {}
     layer: dict[int, float] = {}
@@ -142,12 +146,11 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
             partial(_draw, runner, lengths) if on_device else partial(runner.execute_model, tokens)
         )
         seconds[num_tokens] = _fastest(run)
-        if on_device:
-            if predicts_more:
-                with_layer = _fastest(partial(_draw, runner, lengths, drafts=True))
-                layer[num_tokens] = max(with_layer - seconds[num_tokens], 0.0)
-                if runner.most_drafts > 1 and max(lengths) == 1:
-                    drafting[num_tokens] = _fastest(partial(_draft_more, runner, num_tokens))
+        if on_device and predicts_more:
+            with_layer = _fastest(partial(run, 1))
+            further = _fastest(partial(run, min(2, runner.most_drafts)))
+            layer[num_tokens] = max(with_layer - seconds[num_tokens], 0.0)
+            drafting[num_tokens] = max(further - with_layer, 0.0)
         elif predicts_more:
             ids = np.zeros(num_tokens, np.int64)
             # each run leaves the hidden states that the next one takes
@@ -186,22 +189,17 @@ def _add_rows(batch: InputBatch, context: int, num_tokens: int) -> list[int]:
     return lengths
 
 
-def _draw(runner: Any, lengths: list[int], drafts: bool = False) -> None:
-    """Run the step in the batch on a device, with the draws of its tokens, and what drafts."""
+def _draw(runner: Any, lengths: list[int], drafts: int = 0) -> None:
+    """Run the step in the batch on a device, with the draws of its tokens, and so many drafts."""
     firsts = [*accumulate(lengths, initial=0)]
-    # of the slot that was warmed up
-    slots, counts = [0] * firsts[-1], [length - 1 for length in lengths]
-    draw = Draw(slots, slots, firsts[:-1], counts, drafts=drafts)
+    slots = [row for row, length in enumerate(lengths) for _ in range(length)]
+    counts, positions = [length - 1 for length in lengths], [0] * len(slots)
+    draw = Draw(slots, positions, firsts[:-1], counts, drafts=drafts > 0)
     runner.queue_model(np.arange(firsts[-1]), draw)
     runner.draw()
+    if drafts > 1:
+        runner.draft_more(len(lengths), drafts)
     # waits for all of it
-    runner.step_ids()
-
-
-def _draft_more(runner: Any, num_rows: int) -> None:
-    """Have a further draft made of each row of the batch."""
-    slots = [0] * num_rows
-    runner.draft_more(np.arange(num_rows), Draw(slots, slots), 1)
     runner.step_ids()
 
 

@@ -136,9 +136,10 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     kept = rows * config.vocab_size
     heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
     if config.mtp is not None:
-        # those of drafts, and hidden states that one graph gives another
+        # those of drafts, and hidden states that one graph gives another; the second and the third
+        # draft have graphs for powers of two of rows
         kept = 2 * kept + 3 * (rows + sum(prompts)) * hidden
-        graphs *= 2
+        graphs = 2 * (graphs + lengths * (1 + (max(sizes) - 1).bit_length()))
     query = config.qk_nope_head_dim + config.qk_rope_head_dim
     attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
     attention += 3 * heads * config.v_head_dim + config.index_n_heads * config.index_head_dim

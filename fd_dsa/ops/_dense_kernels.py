@@ -230,15 +230,16 @@ def rows_at_kernel(
     tl.store(out_ptr + row * WIDTH + column, values, mask=inside)
 
 
-def rows_at(table: Any, index: Any) -> Any:
+def rows_at(table: Any, index: Any, out: Any = None) -> Any:
     """Rows `index` of a table, [n, width] in its type; zeros for an index that it has not.
 
     Args:
         table: float32 or bfloat16 [num_rows, width], contiguous.
         index: int32 or int64 [n].
+        out: what they are written to; None: a new tensor.
     """
     width = table.shape[1]
-    out = empty_beside(table, index.shape[0], width)
+    out = empty_beside(table, index.shape[0], width) if out is None else out
     if index.shape[0] and width:
         block = min(_BLOCK, triton.next_power_of_2(width))
         grid = index.shape[0], -(-width // block)

@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.ops.sampling import DeviceSampler, SlotParameters
-from fd_dsa.ops.sampling.verify_kernel import FOLLOW_BLOCK, follow_kernel, verify_kernel
+from fd_dsa.ops.sampling.verify_kernel import (
+    FOLLOW_BLOCK,
+    extend_kernel,
+    follow_kernel,
+    verify_kernel,
+)
 from fd_dsa.runner.input_batch import Draw
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.transfers import transfers_for, uploaded
@@ -114,7 +119,8 @@ class DeviceDraws:
         verified = (step.ids_remove_padding, step.sampled, most) if most else None
         sampler.sample(logits, slots, positions, draw.mask_rows, verified=verified)
         if most:
-            verify_kernel[(min(self._num_slots, logits.shape[0]),)](
+            # of requests that it has not, too: a step of further drafts may have more rows
+            verify_kernel[(self._num_slots,)](
                 tokens, step.ids_remove_padding, step.sampled, slots, positions, draw.firsts,
                 draw.counts, step.seq_lens_decoder, step.seq_lens_this_time, self._next,
                 self._tokens, sampler.records, sampler.counts, STRIDE=self._stride, MOST=most,
@@ -194,21 +200,34 @@ class DeviceDraws:
             token_ids: int32 [n] on the device; -1 - i is the newest token of its request i, that of
                 a row, see `first_row`, or of a draft, see `draft_row`.
         """
-        self._follow(token_ids, *[self._next] * 4, 0, 0, 0)
+        self._follow(token_ids, *[self._next] * 4, 0, 0)
 
-    def follow(self, step: Any, ahead: int = 0) -> None:
+    def follow(self, step: Any) -> None:
         """Give a step what the draw before has left to it: tokens, and how long its rows are.
 
         It may be captured: a step that goes on from no draw stays as it is.
 
         Args:
             step: the runner's record of it, whose metadata is yet to be made.
-            ahead: tokens in the cache of rows that go on, beside those that stand.
         """
         cached, draw = step.seq_lens_decoder, step.draw
         sizes = (cached.shape[0], draw.slots.shape[0]) if self._most_drafts else (0, 0)
         ids, rows = step.ids_remove_padding, (cached, step.follows, draw.slots, draw.positions)
-        self._follow(ids, *rows, *sizes, ahead)
+        self._follow(ids, *rows, *sizes)
+
+    def extend(self, depth: int, ids: Any, positions: Any, cached: Any, lengths: Any) -> None:
+        """Queue what fills a step of one token of each request, its draft before.
+
+        Args:
+            depth: drafts before those that the step is for.
+            ids, positions: int32 [n]; tokens, and where the new drafts are in their outputs.
+            cached, lengths: int32 [B]; of its rows.
+        """
+        drafts = self._tokens[self.draft_row(depth - 1, 0) :]
+        extend_kernel[(1,)](
+            self._next, drafts, ids, positions, cached, lengths, ids.shape[0], lengths.shape[0],
+            depth, STRIDE=self._stride, BLOCK=FOLLOW_BLOCK, num_warps=4,
+        )  # fmt: skip
 
     def _follow(self, ids: Any, *others: Any) -> None:
         count = ids.shape[0]

@@ -135,17 +135,16 @@ class ModelRunner(Preparation):
             if self._mtp is not None:
                 from fd_dsa.runner.device_drafts import DeviceDrafts
 
-                self._drafts = DeviceDrafts(self._mtp, self.draws)
+                self._drafts = DeviceDrafts(model, self.draws, rows, allocate)
 
     def initialize_forward_meta(
-        self, sampled: np.ndarray = _NOTHING, draw: Draw = _NO_DRAW, ahead: int = 0
+        self, sampled: np.ndarray = _NOTHING, draw: Draw = _NO_DRAW
     ) -> Step:
         """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.
 
         Args:
             sampled: int64 [n]; flat tokens whose logits are asked for.
             draw: of a token from each of them.
-            ahead: as of `DeviceDraws.follow`.
 
         Raises:
             ValueError: inconsistent lengths or block tables, with row and value.
@@ -167,7 +166,7 @@ class ModelRunner(Preparation):
                 # the layer runs when rows that have ended have lost their blocks
                 inputs = (*inputs[:-1], inputs[-1].copy())
         step = Step(hints, *inputs, self.caches, backend, placed, host_lengths=lengths)
-        self._begin(step, batch.has_deferred, ahead)
+        self._begin(step, batch.has_deferred)
         return step
 
     def _stage(self, sampled: np.ndarray, draw: Draw, num_draws: int) -> tuple[np.ndarray, ...]:
@@ -184,11 +183,11 @@ class ModelRunner(Preparation):
         to_device.stage(inputs, draws.host_inputs(draw, num_draws, next_ids))
         return inputs
 
-    def _begin(self, step: Step, is_deferred: bool, ahead: int = 0) -> None:
+    def _begin(self, step: Step, is_deferred: bool) -> None:
         """Queue the metadata of a step on what a draw leaves to it; may be captured on a device."""
         self.forward_meta = step
         if self.draws is not None and is_deferred:
-            self.draws.follow(step, ahead)
+            self.draws.follow(step)
         step.attn_backend.init_attention_metadata(step)
 
     @property
@@ -259,9 +258,8 @@ class ModelRunner(Preparation):
         captured = self._captured
         if captured is not None:
             captured.draft()
-            self._hidden = captured.kept
         else:
-            self._hidden = self._drafts.queue(self._hidden, self.forward_meta, num_requests)
+            self._drafts.queue(self._hidden, self.forward_meta, num_requests)
 
     def draft(self, next_ids: np.ndarray, *going_on: np.ndarray) -> None:
         """Queue layer and drafts after a step that the host has sampled, or nobody.
@@ -275,20 +273,21 @@ class ModelRunner(Preparation):
         with paddle.no_grad():
             self._queue_drafts(len(going_on[0]))
 
-    def draft_more(self, kept: np.ndarray, draw: Draw, depth: int) -> None:
-        """Queue a further draft of the requests of the batch, a step of their last drafts.
-
-        Its rows go on from the draw.
+    def draft_more(self, num_requests: int, count: int) -> None:
+        """Queue the drafts after the first ones of the step in the batch.
 
         Args:
-            kept: int64 [n]; which requests of the drafts before they are.
-            draw: of the new drafts.
-            depth: drafts before these.
+            num_requests: of those drafts.
+            count: drafts of each request then, at least two.
         """
-        self._padded = None
+        longest = min(self.input_batch.max_seqlen_k + count - 1, self._longest_row())
+        size = num_requests, longest, count
+        replay = self.graphs.more_drafts(*size) if self.graphs else None
         with paddle.no_grad():
-            step = self.initialize_forward_meta(kept, draw, depth - 1)
-            self._hidden = self._drafts.queue_more(self._hidden, step, depth)
+            if replay is None:
+                self._drafts.queue_more(self.forward_meta, *size)
+            else:
+                replay()
 
     def step_ids(self) -> np.ndarray:
         """int32 [num_tokens]; token ids of the step that ran last, those of a device too."""

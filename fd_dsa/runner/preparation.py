@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +47,8 @@ class Preparation:
     execute_model: Callable[[np.ndarray], np.ndarray]
     queue_model: Callable[..., None]
     draw: Callable[..., Callable[[], np.ndarray]]
+    draft_more: Callable[[int, int], None]
+    most_drafts: int
     _begin: Callable[..., None]
     _stage: Callable[..., tuple[np.ndarray, ...]]
     _to_device: DeviceInputs | None
@@ -84,6 +88,8 @@ class Preparation:
             # all kernels of a draw run for any parameters, and those of a layer that drafts
             self.queue_model(last, Draw([0], [0], [0], [0], drafts=True))
             self.draw()()
+            if self._drafts is not None:
+                self.draft_more(1, self.most_drafts)
         self._forget_only_row()
         # these were no steps of requests
         self.counters = StepCounters()
@@ -133,7 +139,7 @@ class Preparation:
         self.graphs = graphs
 
     def _fill(self, graphs: StepGraphs, capture: Capture) -> None:
-        """Capture all steps; one row is live, the others are padding."""
+        """Capture all steps; one row is live, the others are padding, as all are of drafts."""
         steps = graphs.steps()
         # a capture must not make a stream
         self.attn_backends[0].warm_up(steps[-1].num_tokens, self.caches)
@@ -144,6 +150,16 @@ class Preparation:
             self._padded = padded
             self._stage(np.array([last]), Draw(), padded.num_sampled)
             graphs[padded] = self._captured_step(capture, padded)
+        if self._drafts is None:
+            return
+        most = min(graphs.sizes[-1], self.input_batch.max_num_seqs)
+        # powers of two, so that there are few
+        rows = {most, *(1 << power for power in range((most - 1).bit_length()))}
+        lengths = {padded.max_seqlen_k for padded in steps if not padded.num_prompts}
+        counts = range(2, 1 + self.most_drafts)
+        for key in sorted(product(rows, lengths, counts), reverse=True):
+            work = partial(self._drafts.queue_more, self.forward_meta, *key)
+            _, graphs.drafts[key] = capture(work)
 
     def _captured_step(self, capture: Capture, padded: PaddedStep) -> CapturedStep:
         """The graphs of a step; here they draw for padding alone."""
@@ -154,8 +170,8 @@ class Preparation:
         if drafts is None:
             return CapturedStep(logits, self.forward_meta, replay, draw)
         rows = min(padded.num_sampled, self.input_batch.max_num_seqs)
-        kept, draft = capture(lambda: drafts.queue(hidden, self.forward_meta, rows))
-        return CapturedStep(logits, self.forward_meta, replay, draw, hidden, draft, kept)
+        _, draft = capture(lambda: drafts.queue(hidden, self.forward_meta, rows))
+        return CapturedStep(logits, self.forward_meta, replay, draw, hidden, draft)
 
     def _padded_step(self, padded: PaddedStep) -> tuple[Any, Any]:
         """Logits of the step that is staged, of all tokens or of those that a prompt samples from.

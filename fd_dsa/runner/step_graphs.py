@@ -6,7 +6,7 @@ hold prompts alone, one of each of a few numbers of keys, for rows within `index
 buffers are those of the longest rows that they may be replayed with, and lengths are read on the
 device. The graph of a step holds all but the copy of its inputs, to addresses that never change.
 The draw of the tokens is a graph of its own: it is queued with that of the step, or later where a
-row needs a mask that the host is yet to make.
+row needs a mask that the host is yet to make. So are the drafts after the first of each request.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ class CapturedStep(NamedTuple):
         draw: queues that of the draw from its logits.
         hidden: normed hidden states, where a layer for multi-token prediction reads them.
         draft: queues that of the layer and the first drafts, if there is one.
-        kept: hidden states that a further draft goes on from.
     """
 
     logits: Any
@@ -77,7 +76,6 @@ class CapturedStep(NamedTuple):
     draw: Callable[[], None]
     hidden: Any = None
     draft: Callable[[], None] = lambda: None
-    kept: Any = None
 
 
 Captured = tuple[Any, Callable[[], None]]
@@ -98,6 +96,9 @@ class StepGraphs(dict[PaddedStep, CapturedStep]):
         prompt_sizes: numbers of keys that steps of prompts are padded to; those that rows within
             `index_topk` can have are captured.
         most_prompts: rows of such a step.
+
+    Attributes:
+        drafts: queue further drafts, by their rows, the longest one, and drafts of each in all.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class StepGraphs(dict[PaddedStep, CapturedStep]):
         most_prompts: int = 1,
     ) -> None:
         super().__init__()
+        self.drafts: dict[tuple[int, int, int], Callable[[], None]] = {}
         self.sizes = tuple(sorted(sizes))
         self._short, self._longest = min(index_topk, longest), longest
         self._prompts = [
@@ -122,6 +124,11 @@ class StepGraphs(dict[PaddedStep, CapturedStep]):
         lengths = {self._longest, self._short}
         decode = [PaddedStep(size, length) for size in self.sizes for length in lengths]
         return sorted(decode + self._prompts, reverse=True)
+
+    def more_drafts(self, rows: int, longest: int, count: int) -> Callable[[], None] | None:
+        """What queues the further drafts of so many requests; None where no graph does."""
+        fits = (k for k in self.drafts if k[0] >= rows and k[1] >= longest and k[2] == count)
+        return self.drafts[key] if (key := min(fits, default=None)) else None
 
     def fitting(self, batch: InputBatch, sampled: np.ndarray) -> PaddedStep | None:
         """What the step in a batch is padded to; None where no graph serves it.

@@ -200,7 +200,7 @@ def test_drafts_that_are_never_right_cost_little() -> None:
 
 
 def test_a_draft_that_would_not_pay_if_it_stood_is_not_tried() -> None:
-    """On a GPU further drafts are launched kernel by kernel, which takes several steps' time."""
+    """Further drafts that are launched kernel by kernel take several steps' time."""
     pace, costs = DraftPace(3), [1, 1.3, 7.0, 13.0]
     for _ in range(1000):
         assert pace.length(pace.best(costs), costs) == 1

@@ -99,6 +99,7 @@ from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.draw_kernels import draw_kernel
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
 from fd_dsa.ops.sampling.verify_kernel import (
+    extend_kernel,
     follow_kernel,
     verify_kernel,
 )
@@ -207,6 +208,8 @@ PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", 
 for most in (1, 2, 3):
     compile("verify", verify_kernel, PLACED | dict.fromkeys(("tokens_ptr", "newest_ptr"), "int64"),
             False, num_warps=1, STRIDE=128, MOST=most, VOCAB=129280)
+compile("extend", extend_kernel, PLACED | {"drafts_ptr": "int64"}, False, num_warps=4, STRIDE=128,
+        BLOCK=256)
 compile("follow", follow_kernel, PLACED | {"tokens_ptr": "int64"}, False, num_warps=4, BLOCK=256)
 for dtype in ("float32", "bfloat16"):
     types = dict.fromkeys(("table_ptr", "hidden_ptr", "out_ptr"), dtype)

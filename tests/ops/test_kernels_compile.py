@@ -27,7 +27,7 @@ RESERVED_BYTES = 1 << 10
 MOST_STACK_BYTES = 288
 # kernels that do not wait for those before them, and those that read a weight ahead of the wait
 ALONE = "dequantize", "records", "positions", "fill", "step", "v4 rows", "expand"
-ALONE += "scan", "settle", "masses", "gather", "draw", "verify", "follow"
+ALONE += "scan", "settle", "masses", "gather", "draw", "verify", "follow", "extend"
 AHEAD = "norm", "choice"
 # before, Triton has no `gdc_wait`, or calls it otherwise
 CAN_WAIT = tuple(map(int, re.findall(r"\d+", version("triton"))[:2])) >= (3, 5)
@@ -66,7 +66,7 @@ def test_every_form_compiles() -> None:
         *["write", "query"],
         *["scan", "scan", *["settle", "draw"] * 2, "masses", "masses", "gather"] * 3,
         *["verify"] * 3,
-        "follow",
+        *["extend", "follow"],
         *["mtp"] * 2,
         *["step"] * 10,
         *["v4 rows"] * 3,

@@ -12,7 +12,12 @@ from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops.sampling import REJECTED, DeviceSampler, SlotParameters
 from fd_dsa.ops.sampling.parameters import FLAGS, PENALIZED, RECORD
-from fd_dsa.ops.sampling.verify_kernel import FOLLOW_BLOCK, follow_kernel, verify_kernel
+from fd_dsa.ops.sampling.verify_kernel import (
+    FOLLOW_BLOCK,
+    extend_kernel,
+    follow_kernel,
+    verify_kernel,
+)
 from tests.kernel_memory import KernelMemory
 
 
@@ -89,7 +94,7 @@ def test_rows_that_go_on_from_a_draw_are_as_long_as_it_says(kernel_memory: Kerne
     m, rows = kernel_memory, np.arange(600)
     follows = np.where(rows % 3 == 0, rows // 3, -1)
     known, planned = 500 + 7 * np.arange(200), 1000 + rows
-    planned = np.where(follows >= 0, known[follows] + 2 + rows % 4, planned)
+    planned = np.where(follows >= 0, known[follows] + rows % 4, planned)
     cached, shifts = m.put(planned, "int32"), m.poisoned((640,), "int32")
     # tokens of two rows of the draw, of the second one's draft, and of padding; then of rows
     slots, positions = np.full(605, -1), np.zeros(605)
@@ -99,7 +104,7 @@ def test_rows_that_go_on_from_a_draw_are_as_long_as_it_says(kernel_memory: Kerne
     ids[[0, 255, 256, 699]] = -1 - np.array([0, 199, 7, 5])
     put = [m.put(values, "int32") for values in (ids, follows, slots, positions)]
     follow_kernel[(-(-700 // FOLLOW_BLOCK),)](
-        put[0], m.put(drawn), m.put(known, "int32"), shifts, 700, cached, *put[1:], 600, 605, 2,
+        put[0], m.put(drawn), m.put(known, "int32"), shifts, 700, cached, *put[1:], 600, 605,
         BLOCK=FOLLOW_BLOCK, num_warps=4,
     )  # fmt: skip
     expected = np.where(follows >= 0, rows % 4, 0)
@@ -114,6 +119,27 @@ def test_rows_that_go_on_from_a_draw_are_as_long_as_it_says(kernel_memory: Kerne
     before = m.get(cached)
     follow_kernel[(1,)](
         m.put([4, -3], "int32"), m.put(drawn), m.put(known, "int32"), shifts, 2, cached, *put[1:],
-        0, 0, 0, BLOCK=FOLLOW_BLOCK, num_warps=4,
+        0, 0, BLOCK=FOLLOW_BLOCK, num_warps=4,
     )  # fmt: skip
     assert (m.get(cached) == before).all()
+
+
+def test_a_further_draft_has_a_step_of_the_drafts_before_it(kernel_memory: KernelMemory) -> None:
+    """400 requests in every other row, padded to 500; two drafts are before the new one."""
+    m, requests = kernel_memory, np.arange(400)
+    going_on = np.full((4, 512), -1)
+    going_on[1:, :400] = 2 * requests + 1, 10 + requests, 1000 + 3 * requests
+    drafts = 7 * requests
+    drafts[5] = -1
+    ids, positions = m.poisoned((500,), "int32"), m.poisoned((500,), "int32")
+    cached, lengths = m.poisoned((900,), "int32"), m.poisoned((900,), "int32")
+    extend_kernel[(1,)](
+        m.put(going_on, "int32"), m.put(drafts), ids, positions, cached, lengths, 500, 900, 2,
+        STRIDE=512, BLOCK=FOLLOW_BLOCK, num_warps=4,
+    )  # fmt: skip
+    assert (m.get(ids)[:400] == drafts).all() and (m.get(ids)[400:] == 0).all()
+    assert (m.get(positions)[:400] == 12 + requests).all()
+    expected = np.zeros(900)
+    expected[going_on[1, :400]] = 1
+    assert (m.get(lengths) == expected).all()
+    assert (m.get(cached)[expected == 1] == 1001 + 3 * requests).all()

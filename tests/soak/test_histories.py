@@ -9,6 +9,7 @@ import pytest
 
 from fd_dsa.engine.block_manager import BlockKeys, BlockManager
 from fd_dsa.engine.launched_step import LaunchedStep
+from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
 from tests.soak.histories import Arrival, History, make_engine, run_alone, run_histories
@@ -30,10 +31,10 @@ def test_random_histories_keep_every_invariant() -> None:
         assert counts[what] > 0, what
 
 
-def test_right_drafts_are_verified_by_steps_queued_ahead() -> None:
-    """One token of the prompt's step, then nine steps of four."""
+def one_request(**options: Any) -> History:
+    """Forty tokens of a request alone, whose drafts a device verifies."""
     params = SamplingParams(temperature=0, max_tokens=37, ignore_eos=True)
-    history = History(
+    return History(
         num_blocks=12,
         block_size=4,
         max_num_seqs=2,
@@ -47,21 +48,38 @@ def test_right_drafts_are_verified_by_steps_queued_ahead() -> None:
         draws_on_device=True,
         async_scheduling=True,
         most_drafts=3,
-        right_share=1.0,
-        drafts_on_device=True,
+        **options,
     )
-    engine = make_engine(history)
-    engine.add_request("0", (5, 6, 7), params)
+
+
+def run_ahead(history: History) -> tuple[list[tuple[int, bool]], EngineStats]:
+    """Run it; how many outputs each step gave, and whether one was in flight after it."""
+    engine, (arrival,) = make_engine(history), history.arrivals
+    engine.add_request("0", arrival.prompt, arrival.params)
     ahead, tokens = [], []
     while engine.has_unfinished_requests():
         outputs = engine.step()
         tokens += [token for output in outputs for token in output.new_token_ids]
         ahead.append((len(outputs), engine._in_flight is not None))
-    assert tokens == run_alone(history.arrivals[0], history)[0][0]
-    stats = engine.stats()
+    assert tokens == run_alone(arrival, history)[0][0]
+    return ahead, engine.stats()
+
+
+def test_right_drafts_are_verified_by_steps_queued_ahead() -> None:
+    """One token of the prompt's step, then nine steps of four."""
+    ahead, stats = run_ahead(one_request(right_share=1.0, drafts_on_device=True))
     assert (stats.num_steps, stats.num_accepted_tokens) == (10, 27)
     # the first waits for none, and the one after the last that may be the end is planned late
     assert ahead == [(0, True), *[(1, True)] * 9, (1, False)]
+
+
+def test_steps_are_queued_ahead_while_a_drafter_that_reads_tokens_has_no_draft() -> None:
+    ahead, stats = run_ahead(one_request(right_share=None, drafts_on_device=False))
+    # one that is always right has drafts of all tokens but the first
+    always, _ = run_ahead(one_request(right_share=1.0, drafts_on_device=False))
+    assert [is_ahead for _, is_ahead in always][:3] == [True, False, False]
+    assert not any(is_ahead for _, is_ahead in always[1:])
+    assert stats.num_draft_tokens and 3 < sum(is_ahead for _, is_ahead in ahead) < len(ahead) - 3
 
 
 def _hands_out_twice(original: Callable[..., Any]) -> Callable[..., Any]:

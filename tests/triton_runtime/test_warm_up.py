@@ -47,7 +47,7 @@ def test_late_compilation_is_told_once(
 class Runner:
     """A runner whose steps are one launch; every number of tokens is a variant of its own."""
 
-    captured_sizes = (256,)
+    captured_sizes, graphs = (256,), SimpleNamespace(drafts={})
 
     def __init__(self) -> None:
         self._kernel = scale_kernel()

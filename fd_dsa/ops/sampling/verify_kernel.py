@@ -89,14 +89,13 @@ def follow_kernel(
     positions_ptr,
     num_rows,
     num_draws,
-    ahead,
     BLOCK: tl.constexpr,
 ):
     """What a draw leaves to the next step: block `program 0` of ids, the first one all rows, too.
 
     An id of -1 - i becomes token i of what was drawn. Row i goes on from request `follows[i]`, if
-    any, with `known` tokens in the cache and `ahead` more; `shifts` gets by how many the host had
-    planned too many, and the positions of the slot's draws are as many less.
+    any, with `known` tokens in the cache; `shifts` gets by how many the host had planned too many,
+    and the positions of the slot's draws are as many less.
     """
     program, lane = tl.program_id(0), tl.arange(0, BLOCK)
     place = program * BLOCK + lane
@@ -109,7 +108,7 @@ def follow_kernel(
             inside = row < num_rows
             source = tl.load(follows_ptr + row, mask=inside, other=-1)
             planned = tl.load(cached_ptr + row, mask=inside, other=0)
-            known = tl.load(known_ptr + source, mask=source >= 0, other=0) + ahead
+            known = tl.load(known_ptr + source, mask=source >= 0, other=0)
             cached = tl.where(source >= 0, known, planned)
             tl.store(cached_ptr + row, cached, mask=inside)
             tl.store(shifts_ptr + row, planned - cached, mask=inside)
@@ -121,3 +120,41 @@ def follow_kernel(
             position = tl.load(positions_ptr + row, mask=slot >= 0, other=0)
             shift = tl.load(shifts_ptr + slot, mask=slot >= 0, other=0)
             tl.store(positions_ptr + row, position - shift, mask=slot >= 0)
+
+
+@step_kernel()
+def extend_kernel(
+    going_on_ptr,
+    drafts_ptr,
+    ids_ptr,
+    positions_ptr,
+    cached_ptr,
+    lengths_ptr,
+    num_requests,
+    num_rows,
+    depth,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The step that a further draft is made in: one token of each request, its draft before.
+
+    `going_on` is that of `verify_kernel`, whose slots ascend. Request i has token i, and the row of
+    its slot; `depth` drafts are before the new one.
+    """
+    lane = tl.arange(0, BLOCK)
+    for start in range(0, num_rows, BLOCK):
+        row = start + lane
+        tl.store(lengths_ptr + row, tl.zeros([BLOCK], tl.int32), mask=row < num_rows)
+    # other threads write some of them below
+    tl.debug_barrier()
+    for start in range(0, num_requests, BLOCK):
+        request = start + lane
+        inside = request < num_requests
+        slot = tl.load(going_on_ptr + STRIDE + request, mask=inside, other=-1)
+        position = tl.load(going_on_ptr + 2 * STRIDE + request, mask=inside, other=0)
+        cached = tl.load(going_on_ptr + 3 * STRIDE + request, mask=inside, other=0)
+        token = tl.load(drafts_ptr + request, mask=slot >= 0, other=0)
+        tl.store(ids_ptr + request, token.to(tl.int32), mask=inside)
+        tl.store(positions_ptr + request, position + depth, mask=inside)
+        tl.store(cached_ptr + slot, cached + depth - 1, mask=slot >= 0)
+        tl.store(lengths_ptr + slot, tl.full([BLOCK], 1, tl.int32), mask=slot >= 0)

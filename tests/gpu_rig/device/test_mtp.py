@@ -175,20 +175,23 @@ def test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu(
         assert drafter.drafts[name][:count] == on_host.drafts[name][:count], name
 
 
-class OneDraft(DeviceMtpDrafter):
-    """Drafts one token of each request."""
+class FixedDrafts(DeviceMtpDrafter):
+    """Drafts as many tokens of each request."""
+
+    count = 1
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
-        return super().propose(step, dict.fromkeys(counts, 1))
+        return super().propose(step, dict.fromkeys(counts, self.count))
 
 
-def test_a_step_with_drafts_is_three_graphs_one_copy_in_one_out_and_one_wait(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     runner, replays = make_runner(rig.device), Counter[str]()
-    runner.capture_graphs((2,), capture_of(rig))
+    runner.capture_graphs((4,), capture_of(rig))
     is_open = [True]
 
     def counted(name: str, replay: Callable[[], None]) -> Callable[[], None]:
@@ -205,6 +208,8 @@ def test_a_step_with_drafts_is_three_graphs_one_copy_in_one_out_and_one_wait(
     for padded, step in runner.graphs.items():
         graphs = {name: counted(name, getattr(step, name)) for name in ("replay", "draw", "draft")}
         runner.graphs[padded] = step._replace(**graphs)
+    for padded_drafts, replay in runner.graphs.drafts.items():
+        runner.graphs.drafts[padded_drafts] = counted("more", replay)
     for kind, name in ((Kernel, "__getitem__"), (BoundLaunch, "__call__")):
         original: Any = getattr(kind, name)
 
@@ -213,27 +218,34 @@ def test_a_step_with_drafts_is_three_graphs_one_copy_in_one_out_and_one_wait(
             return original(*given, **named)
 
         monkeypatch.setattr(kind, name, launch)
-    engine = make_engine(runner, Speculator(OneDraft(runner), 1))
+    drafter = FixedDrafts(runner)
+    drafter.count = count
+    engine = make_engine(runner, Speculator(drafter, count))
     engine.add_request("r", [*range(2, 12)], SamplingParams(temperature=0, max_tokens=24))
-    num_steps = 0
+    num_steps = num_more = 0
     while engine.has_unfinished_requests():
         before = engine._in_flight
         replays.clear()
         with counted_transfers() as transfers:
             engine.step()
-        if before is not None and before.drafts and engine._in_flight is not None:
+        launched = engine._in_flight
+        if before is not None and before.drafts and launched is not None:
             num_steps += 1
-            assert +replays == {"replay": 1, "draw": 1, "draft": 1}
+            # a second draft needs room in a block
+            drafts: Any = launched.sampling[0].drafts
+            num_more += len(drafts.proposal) > 1
+            kinds = ["replay", "draw", "draft", *["more"] * (len(drafts.proposal) > 1)]
+            assert +replays == Counter(kinds)
             transfers = Counter({k: n for k, n in transfers.items() if not k.endswith("bytes")})
             assert transfers == dict.fromkeys(
                 ("h2d_async", "d2d_async", "d2h_async", "event_syncs"), 1
             )
-    assert num_steps > 5
+    assert num_steps > 5 and (num_more > 5) == (count > 1)
     runner.graphs = None
     gc.collect()
 
 
-class Timed(OneDraft):
+class Timed(FixedDrafts):
     """One draft a request; a step takes 1 second of `clock`, and with drafts `seconds`."""
 
     seconds = now = 0.0
