@@ -193,16 +193,16 @@ def _draw(runner: Any, lengths: list[int], drafts: bool = False) -> None:
     slots, counts = [0] * firsts[-1], [length - 1 for length in lengths]
     draw = Draw(slots, slots, firsts[:-1], counts, drafts=drafts)
     runner.queue_model(np.arange(firsts[-1]), draw)
-    runner.draw()
-    # waits for all of it
-    runner.step_ids()
+    runner.draw()()
+    # waits for drafts too
+    runner.draws.read_drafts()()
 
 
 def _draft_more(runner: Any, num_rows: int) -> None:
     """Have a further draft made of each row of the batch."""
     slots = [0] * num_rows
     runner.draft_more(np.arange(num_rows), Draw(slots, slots), 1)
-    runner.step_ids()
+    runner.draws.read_drafts()()
 
 
 def _fastest(work: Callable[[], object]) -> float:
