@@ -189,6 +189,8 @@ def test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu(
         assert output.token_ids == plain[name].token_ids, name
         assert output.finish_reason == plain[name].finish_reason
     both = drafter.drafts.keys() & on_host.drafts.keys()
+    # a device draws drafts without masks
+    both = {name for name in both if "bad_words" not in KINDS[int(name[0])]}
     assert len(both) > 12
     for name in both:
         count = min(len(drafter.drafts[name]), len(on_host.drafts[name]))
