@@ -171,8 +171,7 @@ class LLMEngine:
             )
             group.append(request)
             if self._speculator is not None:
-                can_verify = self._sampler.takes_drafts(request)
-                self._speculator.begin(request, self._scheduler.rows_with(1 + index), can_verify)
+                self._speculator.begin(request, self._scheduler.rows_with(1 + index))
         self._num_arrived += params.n
         self._stats.prompt_tokens += len(prompt_token_ids)
         self._has_watched |= params.return_topk_positions
@@ -286,7 +285,7 @@ class LLMEngine:
             step.logits = execute_watched(self.runner, step, logits_indices)
         elif not self._sampler.queue(step, logits_indices):
             step.logits = self.runner.execute_model(logits_indices)
-            self._sampler.read_drafts(step, logits_indices)
+            self._sampler.read_drafts(step)
         self._stats.runner_time_s += self.clock() - step.ready
         scheduler.complete_step()
         return step

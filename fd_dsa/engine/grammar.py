@@ -6,6 +6,7 @@ token that it takes, and whether it is at its end.
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 import time
@@ -105,6 +106,13 @@ class GrammarMatcher:
         self._copy = compiled.matcher.deep_copy()
         return self._copy
 
+    def copy(self) -> GrammarMatcher:
+        """Another one, where this one stands."""
+        other = copy.copy(self)
+        other._taken = self._taken.copy()
+        other._copy = self._copy and self._copy.deep_copy()
+        return other
+
     @property
     def is_finished(self) -> bool:
         """True when nothing can follow, or the end of sequence was taken."""
@@ -117,6 +125,8 @@ class GrammarMatcher:
         """Why the grammar cannot be followed any more: it is too complex, or nothing may follow."""
         if self._failure is not None:
             return self._failure
+        # a copy may have met it first
+        self._compute_mask()
         return _one_line(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def fill_bitmask(self, bitmask: npt.NDArray[np.int32]) -> None:

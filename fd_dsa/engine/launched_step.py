@@ -32,6 +32,7 @@ class LaunchedStep:
         scheduled: all requests of the step in the order of their rows.
         drafts: of requests of `sampling`, which have a row of logits for each one more; negative
             where they are on a device alone, see `InputBatch.defer_tokens`.
+        known_drafts: as of `DeviceDraws.read_drafts`, where masks need the drafts of a device.
         places: what is drawn on a device; None: the host samples from `logits`.
         draw: waits for the tokens; None: no draw has been queued.
         logits: of `sampling`, then of `reading`.
@@ -49,6 +50,7 @@ class LaunchedStep:
     prefill_context: int
     scheduled: list[Request] = field(default_factory=list)
     drafts: Mapping[Request, list[int]] = field(default_factory=dict)
+    known_drafts: Callable[[], npt.NDArray[np.int64]] | None = None
     places: Draw | None = None
     draw: Callable[[], npt.NDArray[np.int64]] | None = None
     logits: Any = None

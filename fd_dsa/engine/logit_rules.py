@@ -161,23 +161,50 @@ class LogitRules:
         self.num_entries = len(self.bias_ids) + len(self.banned) + len(self.end_ids)
         self.needs_mask = grammar is not None or (bad is not None and bool(bad.by_token))
 
-    def mask(self, vocab_size: int) -> npt.NDArray[np.int32]:
-        """Which tokens may come next: bit i % 32 of value i // 32 is that of token i."""
-        mask = np.full(-(-vocab_size // 32), -1, np.int32)
-        if self.grammar is not None:
-            self.grammar.fill_bitmask(mask)
-        # after the grammar, whose mask may show that it is complete
-        ids = self.banned_ids()
-        bits = ~(np.uint32(1) << (ids % 32).astype(np.uint32))
-        np.bitwise_and.at(mask.view(np.uint32), ids // 32, bits)
-        return mask
+    def masks(
+        self, vocab_size: int, drafts: Sequence[int] = (), has_ended: bool = False
+    ) -> list[npt.NDArray[np.int32]]:
+        """Which tokens may come next, and after each draft if it stands.
+
+        Args:
+            drafts: tokens that may follow the output, negative = none.
+            has_ended: whether the output takes no more tokens.
+
+        Returns:
+            int32 [1 + len(drafts)][ceil(vocab_size / 32)]; bit i % 32 of value i // 32 is that of
+            token i. All may come where nobody takes one: after the end, and after a draft that
+            may not come.
+        """
+        free = np.full(-(-vocab_size // 32), -1, np.int32)
+        masks: list[npt.NDArray[np.int32]] = []
+        grammar, output = self.grammar, self._output
+        for draft in () if has_ended else (*drafts, -1):
+            mask = free.copy()
+            if grammar is not None:
+                grammar.fill_bitmask(mask)
+            # after the grammar, whose mask may show that it is complete
+            ids = self._banned(output, grammar)
+            bits = ~(np.uint32(1) << (ids % 32).astype(np.uint32))
+            np.bitwise_and.at(mask.view(np.uint32), ids // 32, bits)
+            masks.append(mask)
+            if draft < 0 or not mask[draft // 32] >> draft % 32 & 1 or draft in self.end_ids:
+                break
+            output = [*output, draft]
+            if grammar is not None:
+                grammar = grammar.copy() if grammar is self.grammar else grammar
+                if grammar.accept(draft):
+                    break
+        return masks + [free] * (1 + len(drafts) - len(masks))
 
     def banned_ids(self) -> Int64:
         """Tokens that may not come next."""
-        output = self._output
+        return self._banned(self._output, self.grammar)
+
+    def _banned(self, output: list[int], grammar: GrammarMatcher | None) -> Int64:
+        """Tokens that may not come after an output, which is so far in its grammar."""
         banned = [self.banned]
         # a form that is complete ends the output, however short it is
-        is_complete = self.grammar is not None and self.grammar.is_finished
+        is_complete = grammar is not None and grammar.is_finished
         if len(output) < self.min_tokens and not is_complete:
             banned.append(self.end_ids)
         if self._bad is not None and (last := self._bad.completing(output)):

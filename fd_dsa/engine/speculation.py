@@ -69,17 +69,16 @@ class Speculator:
         # the newest step and its kind, and when its drafts were proposed
         self._newest: tuple[Any, Any, float] = None, None, 0.0
 
-    def begin(self, request: Request, num_rows: int, can_verify: bool) -> None:
+    def begin(self, request: Request, num_rows: int) -> None:
         """Let a request have drafts, unless it must not or does not want to, or none would pay.
 
         Args:
             request: that has computed nothing.
             num_rows: of a step that it will be in.
-            can_verify: whether its drafts can be verified.
         """
         pace, params = DraftPace(self.most), request.params
         pays = pace.best(self._costs.of(num_rows, num_rows, self.most))
-        is_given = can_verify and params.speculative and not params.return_topk_positions
+        is_given = params.speculative and not params.return_topk_positions
         if is_given and (pays or not self._costs.has_layer):
             request.drafts = DraftState(pace)
         else:

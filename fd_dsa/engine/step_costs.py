@@ -200,7 +200,7 @@ def _draw(runner: Any, lengths: list[int], drafts: int = 0) -> None:
     if drafts > 1:
         runner.draft_more(len(lengths), drafts)
     # waits for all of it
-    runner.step_ids()
+    runner.draws.read_drafts()()
 
 
 def _fastest(work: Callable[[], object]) -> float:

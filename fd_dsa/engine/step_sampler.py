@@ -42,11 +42,6 @@ class StepSampler:
         # arrival number of the request whose parameters the samplers have in a slot
         self._taken_by = [-1] * num_slots
 
-    def takes_drafts(self, request: Request) -> bool:
-        """Whether drafts of a request can be verified: a device must know its rules beforehand."""
-        rules = request.rules
-        return not self._has_draws or rules is None or not rules.needs_mask
-
     def queue(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> bool:
         """Queue the step, and the draw of its tokens unless that needs a mask.
 
@@ -75,8 +70,12 @@ class StepSampler:
             places = [place for place, count in enumerate(counts) for _ in range(count + 1)]
             positions = [positions[p] + row - firsts[p] for row, p in enumerate(places)]
             slots = [slots[place] for place in places]
-        rows = zip(firsts, sampling, strict=True) if rules else ()
-        masked = [row for row, request in rows if request.rules and request.rules.needs_mask]
+        masked: list[int] = []
+        for first, count, request in zip(firsts, counts, sampling, strict=True):
+            if request.rules and request.rules.needs_mask:
+                masked += range(first, first + count + 1)
+                if count and step.drafts[request][0] < 0 and step.known_drafts is None:
+                    step.known_drafts = self._runner.draws.read_drafts()
         step.places = Draw(slots, positions, firsts, counts, masked, step.makes_drafts)
         self._runner.queue_model(logits_indices, step.places)
         if not masked:
@@ -86,26 +85,23 @@ class StepSampler:
     def draw(self, step: LaunchedStep) -> None:
         """Queue the draw of a step that is queued; masks are those after the tokens known now."""
         assert step.places is not None
-        masks, vocab_size = [], self._runner.vocab_size
+        masks: list[npt.NDArray[np.int32]] = []
+        if step.known_drafts is not None:
+            self.read_drafts(step)
         for request in step.sampling if step.places.masked else ():
-            if request.rules is None or not request.rules.needs_mask:
-                continue
-            if request.finish_reason:
-                # any token, since nobody takes it
-                masks.append(np.full(-(-vocab_size // 32), -1, np.int32))
-            else:
-                masks.append(request.rules.mask(vocab_size))
+            if request.rules is not None and request.rules.needs_mask:
+                drafts, has_ended = step.drafts.get(request, ()), request.finish_reason is not None
+                masks += request.rules.masks(self._runner.vocab_size, drafts, has_ended)
         step.draw = self._runner.draw(masks)
 
-    def read_drafts(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> None:
-        """Fill in drafts that a device has, of a step that ran and that the host samples."""
+    def read_drafts(self, step: LaunchedStep) -> None:
+        """Fill in drafts that a device has, of a step that needs masks or that the host samples."""
         if any(drafts[0] < 0 for drafts in step.drafts.values()):
-            ids, known = self._runner.step_ids(), {}
-            for request, row in zip(step.sampling, step.first_rows, strict=True):
-                begin = int(logits_indices[row]) + 1
-                if drafts := step.drafts.get(request):
-                    known[request] = ids[begin : begin + len(drafts)].tolist()
-            step.drafts = known
+            ids = (step.known_drafts or self._runner.draws.read_drafts())()
+            step.drafts = {
+                request: ids[-1 - np.array(places)].tolist()
+                for request, places in step.drafts.items()
+            }
 
     def forget(self) -> None:
         """What was drawn last is not the requests': parameters are to be given again."""

@@ -75,6 +75,11 @@ class DeviceDraws:
             ids = transfers.host_buffer(8 * rows).view(np.int64)
             copy = transfers.copy("d2h", ids.ctypes.data, self._sampler.tokens.data_ptr())
             self._results.append((ids, copy, transfers.event()))
+        known = transfers.host_buffer(8 * len(self._tokens)).view(np.int64)
+        self._known_tokens = (
+            known,
+            transfers.copy("d2h", known.ctypes.data, self._tokens.data_ptr()),
+        )
         # where requests go on, and the tokens after those of the step
         self._given = transfers.host_buffer(4 * (4 * stride + most_tokens)).view(np.int32)
         # how the rows of a slot are sampled from then on; see DeviceSampler
@@ -143,6 +148,23 @@ class DeviceDraws:
     def draft_row(self, depth: int, row: int) -> int:
         """What `fill` calls the draft of a row, and `InputBatch.defer_tokens`."""
         return self._first_draft + depth * self._stride + row
+
+    def read_drafts(self) -> Callable[[], np.ndarray]:
+        """Queue the copy of all drafts; whoever still waits for the draw before them waits for it.
+
+        Returns:
+            What waits for them: int64, by `draft_row`, valid until the next call.
+        """
+        (ids, copy), (*_, copied) = self._known_tokens, self._results[-1]
+        copy.queue(ids.nbytes)
+        copied.record()
+
+        def taken() -> np.ndarray:
+            if not copied.done():
+                copied.wait()
+            return ids
+
+        return taken
 
     def going_on(self, count: int) -> list[Any]:
         """Where the first requests of the draw go on, int32 [count] on the device each.

@@ -20,7 +20,6 @@ from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, following_tokens, host_inputs
 from fd_dsa.runner.step_graphs import CapturedStep, PaddedStep, StepGraphs
 from fd_dsa.step import StepHints
-from fd_dsa.triton_runtime.transfers import on_host
 
 if TYPE_CHECKING:
     from fd_dsa.runner.device_draws import DeviceDraws
@@ -288,11 +287,6 @@ class ModelRunner(Preparation):
                 self._drafts.queue_more(self.forward_meta, *size)
             else:
                 replay()
-
-    def step_ids(self) -> np.ndarray:
-        """int32 [num_tokens]; token ids of the step that ran last, those of a device too."""
-        ids = self.forward_meta.ids_remove_padding
-        return on_host(ids, np.empty(ids.shape, np.int32))
 
     def _logits(self, logits_indices: np.ndarray, draw: Draw = _NO_DRAW) -> Any:
         """The step's logits where the model is, float32 [n, vocab_size]; None of no token.

@@ -67,14 +67,6 @@ class LeadingRunner(ModelRunner):
 
         return taken
 
-    def step_ids(self) -> np.ndarray:
-        """See ModelRunner."""
-        if self.ranks is None:
-            return super().step_ids()
-        # it waits for the device
-        with self.ranks.step(None):
-            return super().step_ids()
-
     @contextmanager
     def _sent(self, name: str, *arguments: Any, has_step: bool = True) -> Iterator[None]:
         """Have the others call a method of theirs, with the step that the batch holds."""

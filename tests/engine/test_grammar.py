@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
+from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -206,6 +207,30 @@ def test_a_form_may_begin_behind_a_token():
     late = StructuredOutputsParams(regex="a", after_token_id=VOCAB_SIZE, source="guided_it")
     with pytest.raises(ValueError, match="guided_it has the token id 300"):
         make_engine().validate([5], params(late))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([*map(id_of, "abc!"), EOS, -1]), max_size=4), st.integers(0, 5))
+def test_masks_after_drafts_are_those_after_tokens(drafts, min_tokens):
+    """As far as drafts may come; what follows is free, and no draft is taken."""
+    form = StructuredOutputsParams(regex="(a[bc]?)*", after_token_id=id_of("!"))
+    bad = BadWords(["ca"], [[id_of("c"), id_of("a")]])
+    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
+    output, rule = [], SamplingParams(min_tokens=min_tokens, max_tokens=9)
+    rules = LogitRules(rule, [5], output, bad, [EOS], GrammarMatcher(compiler, form))
+    output.append(id_of("!"))
+    rules.grammar.accept(output[-1])
+    found = rules.masks(VOCAB_SIZE, drafts)
+    assert len(found) == 1 + len(drafts)
+    for place, mask in enumerate(found):
+        (alone,) = rules.masks(VOCAB_SIZE)
+        assert mask.tolist() == alone.tolist()
+        draft = drafts[place] if place < len(drafts) else -1
+        if draft < 0 or not alone[draft // 32] >> draft % 32 & 1 or draft == EOS:
+            assert all((later == -1).all() for later in found[place + 1 :])
+            break
+        output.append(draft)
+        rules.grammar.accept(draft)
 
 
 def test_what_others_have_asked_of_a_form_does_not_wear_it_out(monkeypatch):

@@ -256,9 +256,11 @@ class DrawingRunner(CheckingRunner):
 
         return taken
 
-    def step_ids(self) -> np.ndarray:
-        """Tokens of the step, those of drafts too."""
-        return self.input_batch.ids_remove_padding[: self.num_tokens]
+    def read_drafts(self) -> Callable[[], np.ndarray]:
+        """Gives the drafts, by where they are."""
+        before_them = np.zeros(self.input_batch.max_num_seqs, np.int64)
+        ids = np.concatenate([before_them, np.array(self.drafts, np.int64)])
+        return lambda: ids
 
 
 class AheadDrafter(KnowingDrafter):

@@ -18,17 +18,20 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_costs import StepCosts, measure_steps
 from fd_dsa.engine.step_sampler import StepSampler
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.models.config import MtpLayer
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.device_drafts import DeviceDrafts
 from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.kernel import Kernel
+from fd_dsa.triton_runtime.transfers import on_host
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
@@ -43,6 +46,16 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.7, "top_p": 0.9, "ignore_eos": True},
     {"temperature": 0, "repetition_penalty": 1.3, "max_tokens": 5},
     {"temperature": 0.5, "bad_words": ["ab", "Bc"], "min_tokens": 4, "max_tokens": 6},
+]
+# a, b and c alone come, so that drafts stand often, and others are refused by masks
+ABC = {"logit_bias": {2: 50.0, 3: 50.0, 4: 50.0}}
+# the first is plain; the host makes masks for the next ones, and samples steps of the last
+MASKED: list[dict[str, Any]] = [
+    {"temperature": 0, "ignore_eos": True},
+    {**ABC, "temperature": 0, "structured_outputs": StructuredOutputsParams(regex="(ab?c?)*")},
+    {**ABC, "temperature": 0.7, "bad_words": ["ab", "ca", "bbb"]},
+    {**ABC, "temperature": 1, "structured_outputs": StructuredOutputsParams(regex="([ab]*c){4}")},
+    {"temperature": 0, "logprobs": 1, "max_tokens": 3},
 ]
 MOST, SEED, NUM_BLOCKS = 2, 3, 6
 
@@ -72,7 +85,10 @@ class Watching:
             self.num_after += step.num_drafts
         self.was_ahead = step.is_in_flight
         batch = runner.input_batch
-        ids = batch.ids_remove_padding if runner.draws is None else runner.step_ids()
+        ids = batch.ids_remove_padding
+        if runner.draws is not None:
+            on_device = runner.forward_meta.ids_remove_padding
+            ids = on_host(on_device, np.empty(on_device.shape, np.int32))
         lengths = batch.seq_lens_this_time
         for request, row in zip(step.scheduled, lengths.nonzero()[0].tolist(), strict=True):
             if request in step.drafts:
@@ -122,10 +138,12 @@ def answers(
     rig: Rig | None = None,
     is_drafted: bool = True,
     costs: StepCosts | None = None,
+    kinds: list[dict[str, Any]] = KINDS,
+    drafter: Any = None,
     **more: Any,
 ) -> tuple[dict[str, RequestOutput], LLMEngine, Any]:
     """The ends of a request of each kind, with chunks and few blocks; with a rig, from graphs."""
-    runner = make_runner(device, is_drafted)
+    runner = make_runner(device, is_drafted and drafter is None)
     prompts = Counter[int]()
     if rig is not None:
         runner.capture_graphs((6,), capture_of(rig), prompt_sizes=(12,))
@@ -133,12 +151,14 @@ def answers(
         (padded,) = (padded for padded in graphs if padded.num_prompts)
         replay = graphs[padded].replay
         graphs[padded] = graphs[padded]._replace(replay=lambda: prompts.update([12]) or replay())
-    drafter: Any = HostDrafter(runner) if device == "cpu" else DeviceDrafter(runner)
+    if drafter is None:
+        drafter = HostDrafter(runner) if device == "cpu" else DeviceDrafter(runner)
     engine = make_engine(runner, Speculator(drafter, MOST, costs) if is_drafted else None)
     draw = np.random.default_rng(SEED)
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(kinds):
         prompt = draw.integers(2, 40, 9 + 3 * number).tolist()
         params = SamplingParams(**{"max_tokens": 18, "seed": number, **kind, **more})
+        engine.validate(prompt, params)
         engine.add_request(str(number), prompt, params)
     ends = {name: outputs[-1] for name, outputs in run_all(engine).items()}
     assert bool(prompts) == (rig is not None)
@@ -169,10 +189,25 @@ def test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu(
         assert output.token_ids == plain[name].token_ids, name
         assert output.finish_reason == plain[name].finish_reason
     both = drafter.drafts.keys() & on_host.drafts.keys()
+    # a device draws drafts without masks
+    both = {name for name in both if "bad_words" not in KINDS[int(name[0])]}
     assert len(both) > 12
     for name in both:
         count = min(len(drafter.drafts[name]), len(on_host.drafts[name]))
         assert drafter.drafts[name][:count] == on_host.drafts[name][:count], name
+
+
+@pytest.mark.parametrize("method", ["mtp", "ngram"])
+def test_rows_whose_masks_the_host_makes_have_drafts(rig: Rig, method: str) -> None:
+    plain, _, _ = answers("cpu", is_drafted=False, kinds=MASKED)
+    own = None if method == "mtp" else PromptLookup(2, 1)
+    found, engine, _ = answers(rig.device, rig, kinds=MASKED, drafter=own)
+    assert engine.stats().num_mask_waits or method == "ngram"
+    for name, output in found.items():
+        assert output.token_ids == plain[name].token_ids, name
+        assert output.finish_reason == plain[name].finish_reason
+    for name in ("1", "2"):
+        assert 0 < found[name].num_accepted_tokens < found[name].num_draft_tokens, name
 
 
 class FixedDrafts(DeviceMtpDrafter):
@@ -186,10 +221,15 @@ class FixedDrafts(DeviceMtpDrafter):
         return super().propose(step, dict.fromkeys(counts, self.count))
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("count", "bad_words"),
+    [(1, None), (2, None), (1, ["ab"])],
+    ids=["one", "two", "one with masks"],
+)
 def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, count: int
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, count: int, bad_words: list[str] | None
 ) -> None:
+    """With masks these are a copy in more, and the drafts one out; no wait is."""
     runner, replays = make_runner(rig.device), Counter[str]()
     runner.capture_graphs((4,), capture_of(rig))
     is_open = [True]
@@ -221,15 +261,16 @@ def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
     drafter = FixedDrafts(runner)
     drafter.count = count
     engine = make_engine(runner, Speculator(drafter, count))
-    engine.add_request("r", [*range(2, 12)], SamplingParams(temperature=0, max_tokens=24))
-    num_steps = num_more = 0
+    params = SamplingParams(temperature=0, max_tokens=24, bad_words=bad_words)
+    engine.add_request("r", [*range(2, 12)], params)
+    copies, num_steps, num_more = 2 if bad_words else 1, 0, 0
     while engine.has_unfinished_requests():
         before = engine._in_flight
         replays.clear()
         with counted_transfers() as transfers:
             engine.step()
         launched = engine._in_flight
-        if before is not None and before.drafts and launched is not None:
+        if before and before.drafts and launched and launched.drafts:
             num_steps += 1
             # a second draft needs room in a block
             drafts: Any = launched.sampling[0].drafts
@@ -237,9 +278,8 @@ def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
             kinds = ["replay", "draw", "draft", *["more"] * (len(drafts.proposal) > 1)]
             assert +replays == Counter(kinds)
             transfers = Counter({k: n for k, n in transfers.items() if not k.endswith("bytes")})
-            assert transfers == dict.fromkeys(
-                ("h2d_async", "d2d_async", "d2h_async", "event_syncs"), 1
-            )
+            copied = "h2d_async", "d2d_async", "d2h_async"
+            assert transfers == dict.fromkeys(copied, copies) | {"event_syncs": 1}
     assert num_steps > 5 and (num_more > 5) == (count > 1)
     runner.graphs = None
     gc.collect()
