@@ -39,14 +39,14 @@ class Bench:
 
     def time_us(self, call: Callable[[], Any]) -> float:
         """Median microseconds of a call in a graph of many."""
-        from fd_dsa.triton_runtime.driver import cuda
+        from benchmarks._events import device_us
 
         replay = self._rank.capture(lambda: [call() for _ in range(_IN_GRAPH)])
         self._groups["nccl"].barrier()
         stream, times = self._stream().value or 0, []
         for _ in range(_TIMES):
             # ranks begin some microseconds apart
-            one = cuda().time_us(0, lambda: [replay() for _ in range(_IN_A_ROW)], stream)
+            one = device_us(0, lambda: [replay() for _ in range(_IN_A_ROW)], stream)
             times.append(one / (_IN_A_ROW * _IN_GRAPH))
         return median(times[1:])
 

@@ -221,22 +221,6 @@ class Driver:
             self._contexts[device] = context.value or 0
         return self._contexts[device]
 
-    def time_us(self, device: int, call: Callable[[], None], stream: int) -> float:
-        """Microseconds of device time of what one call queues on a stream; waits for it."""
-        begin, end, elapsed_ms = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
-        try:
-            for event in (begin, end):
-                self.call(device, "cuEventCreate", ctypes.byref(event), 0)
-            self.call(device, "cuEventRecord", begin, ctypes.c_void_p(stream))
-            call()
-            self.call(device, "cuEventRecord", end, ctypes.c_void_p(stream))
-            self.call(device, "cuEventSynchronize", end)
-            self.call(device, "cuEventElapsedTime", ctypes.byref(elapsed_ms), begin, end)
-        finally:
-            for event in (begin, end):
-                self.library.cuEventDestroy_v2(event)
-        return elapsed_ms.value * 1e3
-
     def load(self, compiled: Compiled, device: int) -> int:
         """Load a compiled kernel and everything its launch needs; the context is left as it was.
 
