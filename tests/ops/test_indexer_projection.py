@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks._tilings import SPLIT, WHOLE
 from fd_dsa.ops.indexer_projection import project_on_host as project_indexer
 from tests.kernel_memory import KernelMemory
 from tests.reference.bfloat16 import ref_array, upper_half
@@ -98,7 +99,7 @@ def test_every_tiling_gives_the_same_values(kernel_memory: KernelMemory) -> None
     wanted = x.astype(np.float64) @ weight
     tensors = m.put(x), m.put(weight[:, :128].copy()), m.put(weight[:, 128:].copy())
     scratch = dirty_scratch(m)
-    for tiling in triton_kernel.CANDIDATES:
+    for tiling in (*SPLIT, *WHOLE):
         out = m.poisoned((len(x), 128), "float32"), m.poisoned((len(x), 64), "float32")
         arguments = triton_kernel.kernel_arguments(*tensors, out, scratch)
         grid, options = triton_kernel.launch_options(arguments, tiling)
