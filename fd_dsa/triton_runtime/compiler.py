@@ -49,7 +49,6 @@ class Compiled:
         ptx: its assembly.
         shared_bytes: dynamic shared memory a block.
         num_warps: warps a block, those that the compiler added included.
-        num_ctas: blocks a cluster.
         codes: `struct` codes of the arguments that are passed, in order.
     """
 
@@ -58,7 +57,6 @@ class Compiled:
     ptx: str
     shared_bytes: int
     num_warps: int
-    num_ctas: int
     codes: str
 
     @property
@@ -131,6 +129,5 @@ def compile_kernel(
         ptx=kernel.asm["ptx"],
         shared_bytes=metadata.shared,
         num_warps=metadata.num_warps,
-        num_ctas=metadata.num_ctas,
         codes=argument_codes(arguments),
     )
