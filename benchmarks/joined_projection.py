@@ -71,10 +71,12 @@ class Projections:
 
     def forms(self) -> dict[str, list[Callable[[], Any]]]:
         """Calls of each form, one a weight."""
+        from benchmarks import _tilings
+
         kernel, n = self._kernel, self.num_rows
         run = partial(self._overlap.run, n)
-        tilings = kernel.SPLIT[:6] if n <= 32 else kernel.SPLIT[6:]
-        tilings = tilings if n <= kernel.MOST_SPLIT_TOKENS else kernel.WHOLE
+        tilings = _tilings.SPLIT[:6] if n <= 32 else _tilings.SPLIT[6:]
+        tilings = tilings if n <= kernel.MOST_SPLIT_TOKENS else _tilings.WHOLE
 
         def fork(i: int) -> Any:
             work = partial(self._down, self._split[i])

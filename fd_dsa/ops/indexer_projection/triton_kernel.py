@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.ops._fixed_order import rows_of_tiles
-from fd_dsa.ops._host import allocator_beside, dtype_name, outer_strides
+from fd_dsa.ops._host import outer_strides
 from fd_dsa.ops._split_sums import NUM_COUNTERS, clear_counters, scratch_beside, sum_of_parts
 from fd_dsa.ops._triton import step_kernel, stored_values
 from fd_dsa.ops._triton_fp8 import stored
@@ -113,20 +113,10 @@ def project_indexer_kernel(
 
 
 def project_indexer(
-    hidden_states: Any,
-    wk: Any,
-    weights_proj: Any,
-    out: tuple[Any, Any] | None = None,
-    scratch: Any = None,
+    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any], scratch: Any = None
 ) -> tuple[Any, Any]:
     """See `fd_dsa.ops.indexer_projection`."""
     num_tokens = hidden_states.shape[0]
-    if out is None:
-        allocate, dtype = allocator_beside(hidden_states), dtype_name(hidden_states.dtype)
-        out = (
-            None if wk is None else allocate((num_tokens, wk.shape[1]), dtype),
-            allocate((num_tokens, weights_proj.shape[1]), "float32"),
-        )
     if num_tokens:
         rows = rows_of_tiles(num_tokens)
         if scratch is None and rows <= MOST_SPLIT_TOKENS:
