@@ -58,10 +58,7 @@ def fill_max_lens(
 
     Args:
         max_len_tensor_cpu: int32 [n], contiguous, in host memory, pinned or not.
-        num_tokens: launched tokens of the step; 0 makes all entries 0.
-        has_prefill: whether a prefill row may be there; without one the second entry is 0.
         tokens_per_row: of a decode row, at most.
-        max_keys: of a row, at most.
     """
     longest = num_tokens if has_prefill else min(num_tokens, tokens_per_row)
     keys = max_keys if num_tokens else 0
@@ -72,11 +69,7 @@ def fill_max_lens(
 
 
 def check_operators(mode: str) -> None:
-    """Refuse a mode of disaggregation whose operators the tree lacks.
-
-    Raises:
-        BackendUnavailable: names the mode and the operator.
-    """
+    """Raise BackendUnavailable for a mode of disaggregation whose operators the tree lacks."""
     for name in _OPERATORS.get(mode, ()):
         if not hasattr(import_module(f"{ATTENTION}.ops"), name):
             raise BackendUnavailable(
@@ -86,12 +79,9 @@ def check_operators(mode: str) -> None:
 
 
 def begin_step(of: Any, metadata: Any, forward_meta: Any) -> None:
-    """Announce a step.
+    """Announce a step of a backend, and set the `kv_signal_*` fields of FastDeploy's record of it.
 
-    Args:
-        of: the backend, with FastDeploy's attributes.
-        metadata: FastDeploy's record of the step, whose `kv_signal_*` fields are set.
-        forward_meta: its lengths, and whether it is a dummy run, which is not announced by chunk.
+    A dummy run is not announced by chunk.
     """
     metadata.kv_signal_data_list = [None] * of.num_layers
     dummy = getattr(forward_meta, "is_dummy_or_profile_run", False)

@@ -158,8 +158,7 @@ class DeepseekV32ForCausalLM:
         """Hidden states after the last block [num_tokens, hidden_size].
 
         Args:
-            ids_remove_padding: int64, on a device also int32, [num_tokens]; token ids of the step,
-                rows back to back.
+            ids_remove_padding: int64, on a device also int32, [num_tokens]; rows back to back.
             forward_meta: the runner's object; `init_attention_metadata` has been called for it.
                 Its `selections`, where there are any, are given every layer's choice.
         """

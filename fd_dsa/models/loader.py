@@ -130,14 +130,9 @@ def load_weights(
     Args:
         checkpoint: a checkpoint that `validate` has passed.
         loaders: for each name of `expected_tensors(config)`, a function that takes its
-            StoredTensor, whose file may go after the call.
-        progress: called with the bytes done and the bytes in all, once before the first tensor
-            and then after each.
+            StoredTensor, whose file may go after the call; ValueError for other names.
+        progress: called with the bytes done and the bytes in all, before the first and after each.
         group: ranks that share the model; each reads its own part.
-
-    Raises:
-        ValueError: the loaders are not those of the expected tensors.
-        CheckpointError: a tensor cannot be read.
 
     Cost: one pass over the files; beside what the loaders keep, memory for one tensor.
     """

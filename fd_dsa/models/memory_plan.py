@@ -196,13 +196,7 @@ def plan_memory(
     weights; unless `takes_all`, also at most half of that, and 4 GiB or one full-length sequence.
 
     Args:
-        config: the flags above and `block_size`.
-        weight_bytes: weights as held, not yet allocated.
-        bytes_per_block: one cache block over all layers and both caches.
-        max_model_len: longest sequence, tokens.
-        graph_bytes: captured decode steps.
-        state_bytes: what rows of the batch keep beside the blocks.
-        free_bytes: memory for all of it; None asks the system.
+        free_bytes: memory for all of it; None asks the system. Other sizes: as of a MemoryPlan.
         takes_all: whether the memory is of use to nobody else.
 
     Raises:

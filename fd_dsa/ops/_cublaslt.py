@@ -102,6 +102,9 @@ class Cublaslt:
 
     Args:
         library: the C functions, of `_cublaslt_library.library`.
+
+    A GEMM raises ShapeError, DtypeError or LaunchError for arguments that do not fit, DeviceError
+    where cuBLASLt refuses, or a plan or workspace is missing inside a capture.
     """
 
     def __init__(self, api: DeviceApi, device: int, allocate: Allocate, library: Any) -> None:
@@ -130,10 +133,6 @@ class Cublaslt:
             x: bfloat16 or float32 [rows, inputs].
             weight: [outputs, inputs] of the same dtype.
             out: [rows, outputs] of the same dtype; of bfloat16 operands also float32.
-
-        Raises:
-            ShapeError, DtypeError, LaunchError: the arguments do not fit.
-            DeviceError: cuBLASLt refuses, or a plan or workspace is missing inside a capture.
         """
         if x.shape[0]:
             self._run(x, weight, out)
@@ -153,10 +152,6 @@ class Cublaslt:
             codes_w: uint8 [outputs, inputs], outputs a multiple of 8.
             scales_w: float32 [ceil(outputs / 128), inputs / 128 rounded up to a multiple of 4].
             out: bfloat16 [rows, outputs].
-
-        Raises:
-            ShapeError, DtypeError, LaunchError: the arguments do not fit.
-            DeviceError: cuBLASLt refuses, or a plan or workspace is missing inside a capture.
         """
         self._run(codes_x, codes_w, out, scales_x, scales_w)
 
@@ -166,7 +161,10 @@ class Cublaslt:
         stream = self._transfers.stream()
         workspace = self._workspaces.get(stream.value)
         if workspace is None:
-            workspace = self._new_workspace(stream.value)
+            # work on another stream may overlap with that on this one
+            self._refuse_capture("a workspace")
+            workspace = self._allocate((_WORKSPACE_BYTES,), "uint8")
+            self._workspaces[stream.value] = workspace
         tensors = weight, x, out, workspace, *scales
         addresses = [tensor.data_ptr() for tensor in tensors]
         if reduce(or_, addresses) % _ALIGNMENT:
@@ -247,12 +245,6 @@ class Cublaslt:
                 self._functions.set(_SET_OPERATION, operation, attribute, ctypes.c_int32(value))
             self._operations[operands] = operation
         return self._operations[operands]
-
-    def _new_workspace(self, stream: int | None) -> Any:
-        """The workspace of a stream; work on another one may overlap with that on this one."""
-        self._refuse_capture("a workspace")
-        self._workspaces[stream] = self._allocate((_WORKSPACE_BYTES,), "uint8")
-        return self._workspaces[stream]
 
     def _refuse_capture(self, what: str) -> None:
         if self._transfers.is_capturing():
