@@ -16,7 +16,7 @@ Args:
     wk: of the same dtype, [hidden_size, index_head_dim]; None leaves the keys out.
     weights_proj: of the same dtype, [hidden_size, index_n_heads]. Both may be column slices, as of
         one parameter.
-    out: where to write the two, on a device contiguous, and what is returned: index_k
+    out: where to write the two, on a device contiguous (a CPU allocates for None): index_k
         [num_tokens, index_head_dim] of the dtype of the hidden states, which stays as it is without
         `wk`, and weights float32 [num_tokens, index_n_heads].
     scratch: on a device memory of `_split_sums.new_scratch`; None is the device's own, made by
@@ -36,11 +36,15 @@ from fd_dsa.ops._linear import linear
 
 
 def project_on_host(
-    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any]
+    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any] | None
 ) -> tuple[Any, Any]:
-    for index, result in enumerate(out):
+    for index, result in enumerate(out or ()):
         check_writable("project_indexer", f"out[{index}]", result)
-    for target, weight in zip(out, (wk, weights_proj), strict=True):
-        if weight is not None:
-            np.copyto(as_numpy(target), linear(as_numpy(hidden_states), weight))
+    x = as_numpy(hidden_states)
+    results = [weight if weight is None else linear(x, weight) for weight in (wk, weights_proj)]
+    if out is None:
+        return results[0], results[1]
+    for target, result in zip(out, results, strict=True):
+        if result is not None:
+            np.copyto(as_numpy(target), result)
     return out
