@@ -33,6 +33,18 @@ def cache_of(forward_meta: Any, index: int) -> Any:
     return caches[index]
 
 
+def step_inputs(forward_meta: Any) -> list[Any]:
+    """The four arrays of a step that the runner has filled; MissingStepError without one."""
+    inputs = [getattr(forward_meta, name, None) for name in _INPUTS]
+    for name, value in zip(_INPUTS, inputs, strict=True):
+        if value is None:
+            raise MissingStepError(
+                f"forward_meta.{name} is None: the runner's initialize_forward_meta must fill it "
+                "before init_attention_metadata"
+            )
+    return inputs
+
+
 class DSAAttentionBackend:
     """DeepSeek Sparse Attention on paged caches; one object serves all layers.
 
@@ -108,14 +120,8 @@ class DSAAttentionBackend:
         """
         if self._built_for is forward_meta:
             return
-        inputs = [getattr(forward_meta, name, None) for name in _INPUTS]
-        for name, value in zip(_INPUTS, inputs, strict=True):
-            if value is None:
-                raise MissingStepError(
-                    f"forward_meta.{name} is None: the runner's initialize_forward_meta must "
-                    "fill it before init_attention_metadata"
-                )
         hints, self._hints = self._hints, None
+        inputs = step_inputs(forward_meta)
         self.build_step(forward_meta, inputs, getattr(forward_meta, "hints", hints))
 
     def build_step(

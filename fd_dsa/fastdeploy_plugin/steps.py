@@ -14,10 +14,10 @@ import ctypes
 from importlib import import_module
 from typing import Any
 
-from fd_dsa.errors import BackendUnavailable, MissingStepError
+from fd_dsa.attention.backend import step_inputs
+from fd_dsa.errors import BackendUnavailable
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION
 
-_INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
 PER_CHUNK, PER_QUERY = "per_chunk", "per_query"
 _OPERATORS = {
     PER_CHUNK: ("init_kv_signal_per_query",),
@@ -34,15 +34,8 @@ def step_rows(forward_meta: Any) -> list[Any]:
     Raises:
         MissingStepError: one of them is None.
     """
-    arrays = [getattr(forward_meta, name, None) for name in _INPUTS]
-    for index, (name, array) in enumerate(zip(_INPUTS, arrays, strict=True)):
-        if array is None:
-            raise MissingStepError(
-                f"forward_meta.{name} is None: the runner's initialize_forward_meta must fill it "
-                "before init_attention_metadata"
-            )
-        if name != "block_tables" and len(array.shape) > 1:
-            arrays[index] = array.reshape([-1])
+    *lengths, tables = step_inputs(forward_meta)
+    arrays = [*(x.reshape([-1]) if len(x.shape) > 1 else x for x in lengths), tables]
     rows = min(int(array.shape[0]) for array in arrays)
     return [array if array.shape[0] == rows else array[:rows] for array in arrays]
 
