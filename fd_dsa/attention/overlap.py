@@ -33,11 +33,7 @@ class IndexerOverlap:
         device: of the tensors, as of DSAAttentionBackend.
         max_tokens: a step of more tokens does not fork, 0 = none does; None asks
             `fd_dsa.environment.overlap_max_tokens`. Where that says nothing either, steps fork in a
-            capture alone, up to DEFAULT_OVERLAP_MAX_TOKENS.
-
-    Attributes:
-        max_tokens: as above, 0 on a CPU.
-        eager: steps fork outside of captures, too.
+            capture alone, up to DEFAULT_OVERLAP_MAX_TOKENS; `eager`: in others, too.
     """
 
     def __init__(self, device: str, max_tokens: int | None = None) -> None:

@@ -24,15 +24,9 @@ _OWN_PAGES_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Dtype, shape and place of a tensor in a checkpoint.
+    """A tensor of a checkpoint, by its Hugging Face name, and its `nbytes` at `offset` of a file.
 
-    Attributes:
-        name: Hugging Face name.
-        dtype: name in the safetensors format, for example "BF16".
-        shape: as stored.
-        file: the file that holds it.
-        offset: of its first byte from the start of the file.
-        nbytes: its length in bytes.
+    `dtype` is the name in the safetensors format, such as "BF16".
     """
 
     name: str

@@ -33,17 +33,14 @@ _GRAPH_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Sizes in bytes, made before anything large is allocated.
+    """Sizes in bytes, made before anything large is allocated; blocks and lengths in tokens.
 
     Attributes:
         weight_bytes: weights as held.
         graph_bytes: captured decode steps, their activations included; 0 without any.
         state_bytes: what rows of the batch keep beside the blocks.
         free_bytes: what the system could give when the plan was made.
-        bytes_per_block: one cache block over all layers.
-        num_blocks: cache blocks.
-        block_size: tokens per block.
-        max_model_len: longest sequence, tokens.
+        bytes_per_block: one of `num_blocks` cache blocks over all layers.
     """
 
     weight_bytes: int
@@ -91,10 +88,9 @@ def weight_bytes(
 def weight_parts(
     config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
 ) -> dict[str, int]:
-    """Bytes of a model's weights as held, by the part of the model that they belong to.
+    """Bytes of a model's weights, or one rank's, as held, by the part of the model they belong to.
 
     Args:
-        config: of the model; of one rank where several share it.
         dtype: of all matrices but those in `fp8`; vectors are float32. A CPU holds everything in
             float32 whatever the checkpoint stores.
         fp8: names of tensors whose values are one byte, with a scale for each block.
@@ -161,9 +157,6 @@ def available_memory_bytes(
     The least of what the system has (MemAvailable), what `ulimit -v` leaves of the address space,
     and what each control group of the process, version 1 or 2, leaves: its limit less its use,
     where file pages that can be dropped do not count as used.
-
-    Args:
-        proc, cgroup: where the two file systems are mounted.
 
     Raises:
         ConfigError: /proc/meminfo has no MemAvailable.

@@ -94,14 +94,11 @@ class _Plan:
 
 
 class Cublaslt:
-    """cuBLASLt on one device; one thread at a time.
+    """cuBLASLt on one device, by the C functions of its `library`; one thread at a time.
 
     The first GEMM of a shape makes its plan, and the first on a stream the stream's workspace of
     32 MiB. All others only launch, on the current stream of the tensors' library, and can be
     captured in a CUDA graph. Sums have a fixed order. Addresses are multiples of 16 bytes.
-
-    Args:
-        library: the C functions, of `_cublaslt_library.library`.
 
     A GEMM raises ShapeError, DtypeError or LaunchError for arguments that do not fit, DeviceError
     where cuBLASLt refuses, or a plan or workspace is missing inside a capture.
@@ -266,10 +263,7 @@ _known: dict[tuple[DeviceApi, int], Cublaslt] = {}
 
 
 def cublaslt_for(tensor: Any, allocate: Allocate) -> Cublaslt:
-    """cuBLASLt on the device of a tensor; one object a device.
-
-    Args:
-        allocate: makes a contiguous tensor of a shape and dtype there.
+    """cuBLASLt on the device of a tensor, where `allocate` makes others; one object a device.
 
     Raises:
         BackendUnavailable: there is no cuBLASLt, or no library is known for the tensor's type.

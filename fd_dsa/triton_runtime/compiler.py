@@ -74,13 +74,7 @@ def argument_codes(arguments: Mapping[str, Argument]) -> str:
 def compile_kernel(
     fn: Any, arguments: Mapping[str, Argument], options: Mapping[str, Any], capability: int
 ) -> Compiled:
-    """Compile, or take the result from the cache on disk.
-
-    Args:
-        fn: the `triton.jit` function.
-        arguments: by parameter name, in order.
-        options: launch options such as num_warps.
-        capability: of the GPU, 90 on Hopper.
+    """Compile for a GPU's capability, 90 on Hopper, or take the result from the cache on disk.
 
     Raises:
         BackendUnavailable: the kernel uses a feature that needs scratch memory on the host, or
