@@ -298,7 +298,7 @@ def sum_experts_kernel(
 
 
 def sum_experts(parts: Any, weights: Any, ids: Any, base: Any) -> Any:
-    """`base` plus what the experts of a token give, weighted; sums in float32, rounded once to its type.
+    """`base` plus what the experts of a token give, weighted; float32 sums, rounded to its type.
 
     Args:
         parts: float32 or bfloat16 [num_tokens * top_k, width], contiguous; rows of ids of -1 are

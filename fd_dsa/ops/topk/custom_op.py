@@ -88,7 +88,7 @@ class SlotSelector(LibraryKernel):
 
 
 def choose_topk(kind: str, allocate: Allocate) -> Choice:
-    """What `providers.choose` takes for a kind of device.
+    """What `providers.choose` is given for a kind of device.
 
     A kernel of fd_dsa_ops is compared with the definition first, for which the thread waits.
     """
