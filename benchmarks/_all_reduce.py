@@ -101,7 +101,7 @@ class Bench:
         self, call: Callable[[], Any], captured: Callable[[], None] = lambda: None
     ) -> float:
         """Median microseconds of a call in a graph of many; `captured` comes before a replay."""
-        from fd_dsa.triton_runtime.driver import cuda
+        from benchmarks._events import device_us
 
         replay = self._rank.capture(lambda: [call() for _ in range(_IN_GRAPH)])
         captured()
@@ -109,7 +109,7 @@ class Bench:
         device, stream, times = self._transfers.device, self._transfers.stream().value or 0, []
         for _ in range(_TIMES):
             # ranks begin some microseconds apart
-            one = cuda().time_us(device, lambda: [replay() for _ in range(_IN_A_ROW)], stream)
+            one = device_us(device, lambda: [replay() for _ in range(_IN_A_ROW)], stream)
             times.append(one / (_IN_A_ROW * _IN_GRAPH))
         return median(times[1:])
 

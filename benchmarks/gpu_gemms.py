@@ -95,8 +95,8 @@ class Bench:
 
     def time_us(self, calls: Sequence[Callable[[], Any]]) -> float:
         """Median microseconds of a call: all of them are captured together."""
+        from benchmarks._events import device_us
         from fd_dsa.runner.step_graphs import PaddleCapture
-        from fd_dsa.triton_runtime.driver import cuda
         from fd_dsa.triton_runtime.transfers import transfers_for
 
         def work() -> Any:
@@ -104,7 +104,7 @@ class Bench:
 
         _, replay = PaddleCapture(self.place)(work)
         stream = transfers_for(self._example()).stream().value or 0
-        times = [cuda().time_us(0, replay, stream) for _ in range(_REPLAYS)]
+        times = [device_us(0, replay, stream) for _ in range(_REPLAYS)]
         return median(times[2:]) / len(calls)
 
     def _example(self) -> Any:
@@ -118,6 +118,7 @@ def floor_us(nbytes: float, ops: float) -> float:
 
 def dense_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
     """Each shape and number of rows: cuBLASLt and our kernel."""
+    from benchmarks import _tilings
     from fd_dsa.ops import _fp8_gemm
     from fd_dsa.ops._cublaslt import cublaslt_for
 
@@ -140,10 +141,10 @@ def dense_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
             entry["cublaslt_us"] = bench.time_us(
                 [partial(by_library, *pair, out) for pair in weights]
             )
-            chosen = _fp8_gemm.configuration(num_rows, outputs, width)
+            chosen = _fp8_gemm.configuration(num_rows)
             entry["ours_us"], entry["tiling"] = bench.time_us(ours()), chosen
             if tilings:
-                entry["tilings"] = tried(bench, _fp8_gemm.candidates(num_rows), ours)
+                entry["tilings"] = tried(bench, _tilings.fp8_gemms(num_rows), ours)
             yield entry
 
 
@@ -214,6 +215,7 @@ def of_peers(peer: Path, choices: Sequence[Any]) -> list[dict[str, Any]]:
 
 def expert_cases(bench: Bench, *, tilings: bool, peer: Path | None) -> Iterator[dict[str, Any]]:
     """Experts of each number of tokens: all launches, and both GEMMs; those of peers."""
+    from benchmarks import _tilings
     from fd_dsa.ops import _expert_gemm
 
     gate_up, down = bench.weight(EXPERTS, 2 * WIDTH, HIDDEN), bench.weight(EXPERTS, HIDDEN, WIDTH)
@@ -235,7 +237,7 @@ def expert_cases(bench: Bench, *, tilings: bool, peer: Path | None) -> Iterator[
             if tilings:
                 entry[f"{name}_tilings"] = tried(
                     bench,
-                    _expert_gemm.candidates("uint8", is_gated),
+                    _tilings.experts("uint8", is_gated),
                     lambda tiling, call=call: [partial(call, tiling)],
                 )
         yield entry

@@ -22,6 +22,7 @@ from benchmarks import _sparse_mla_sides as sparse
 from benchmarks._layer import Sizes, Weights
 from benchmarks._logits_sides import Shape, form_of
 from benchmarks._logits_sides import random_cache as random_keys
+from benchmarks._tilings import SPLIT, WHOLE
 from benchmarks._torch_device import register
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_forms import TileForm
@@ -39,10 +40,10 @@ def tune_projections() -> Iterator[Case]:
     for tokens in (1, 16, 32, 64, 128, 256, 512, 1024, 2048):
         x = torch.randn(tokens, sizes.hidden, device="cuda", dtype=torch.bfloat16)
         out = overlap.outputs(tokens, sizes)
-        tried = projection.CANDIDATES if tokens <= 2 * limit else projection.WHOLE
+        tried = (*SPLIT, *WHOLE) if tokens <= 2 * limit else WHOLE
         sides = {
             str(tiling): [overlap.launch(x, both, out, tiling) for both in copies]
-            for tiling in (projection.SPLIT if tokens < limit else tried)
+            for tiling in (SPLIT if tokens < limit else tried)
         }
         yield f"{tokens} tokens", sides, str(projection.configuration(tokens))
 

@@ -23,11 +23,7 @@ _INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_
 
 
 def cache_of(forward_meta: Any, index: int) -> Any:
-    """Entry `index` of `forward_meta.caches`.
-
-    Raises:
-        MissingStepError: the caches have not been allocated.
-    """
+    """Entry `index` of `forward_meta.caches`; MissingStepError where there is none."""
     caches = forward_meta.caches
     if caches is None or caches[index] is None:
         raise MissingStepError(
@@ -35,6 +31,18 @@ def cache_of(forward_meta: Any, index: int) -> Any:
             "first, as allocate_caches does"
         )
     return caches[index]
+
+
+def step_inputs(forward_meta: Any) -> list[Any]:
+    """The four arrays of a step that the runner has filled; MissingStepError without one."""
+    inputs = [getattr(forward_meta, name, None) for name in _INPUTS]
+    for name, value in zip(_INPUTS, inputs, strict=True):
+        if value is None:
+            raise MissingStepError(
+                f"forward_meta.{name} is None: the runner's initialize_forward_meta must fill it "
+                "before init_attention_metadata"
+            )
+    return inputs
 
 
 class DSAAttentionBackend:
@@ -57,6 +65,7 @@ class DSAAttentionBackend:
     Raises:
         ConfigError: bfloat16 activations on a CPU.
         BackendUnavailable: no provider serves the device, or Paddle is missing.
+        MissingStepError: from what layers call: no metadata for their `forward_meta`, or no caches.
     """
 
     def __init__(
@@ -111,14 +120,8 @@ class DSAAttentionBackend:
         """
         if self._built_for is forward_meta:
             return
-        inputs = [getattr(forward_meta, name, None) for name in _INPUTS]
-        for name, value in zip(_INPUTS, inputs, strict=True):
-            if value is None:
-                raise MissingStepError(
-                    f"forward_meta.{name} is None: the runner's initialize_forward_meta must "
-                    "fill it before init_attention_metadata"
-                )
         hints, self._hints = self._hints, None
+        inputs = step_inputs(forward_meta)
         self.build_step(forward_meta, inputs, getattr(forward_meta, "hints", hints))
 
     def build_step(
@@ -157,11 +160,7 @@ class DSAAttentionBackend:
         self.attention.begin_step()
 
     def current_step(self, forward_meta: Any) -> ForwardMeta:
-        """Metadata of `forward_meta`, which must be the step that the backend holds.
-
-        Raises:
-            MissingStepError: `init_attention_metadata` has not been called for it.
-        """
+        """Metadata of `forward_meta`, which must be the step that the backend holds."""
         if self._built_for is not forward_meta or self.attention_metadata is None:
             reason = "the backend holds another step"
             if getattr(forward_meta, "fd_dsa_step", None) is None:
@@ -198,9 +197,6 @@ class DSAAttentionBackend:
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin, gathered once a step.
             layer: object with `layer_id` and `cache_write_params(layout)`, which says once how the
                 keys are normed.
-
-        Raises:
-            MissingStepError: no metadata for `forward_meta`, or no caches.
         """
         step = self.current_step(forward_meta)
         params = self._write_params.get(layer.layer_id)
@@ -224,9 +220,6 @@ class DSAAttentionBackend:
             int32 [num_tokens, min(index_topk, longest row)], on a device the longest row rounded
             up; physical slots in ascending position, -1 = none. The buffer is the backend's and
             holds until the next selection.
-
-        Raises:
-            MissingStepError: no metadata for `forward_meta`, or no cache.
         """
         step = self.current_step(forward_meta)
         return self.attention.select(step, q, weights, cache_of(forward_meta, 2 * layer_id + 1))
@@ -234,11 +227,7 @@ class DSAAttentionBackend:
     def attend_densely(
         self, q: Any, cos_sin: Any, weights: Any, reader: Any, layer_id: int, forward_meta: Any
     ) -> Any:
-        """Attend for the tokens of prompts within `index_topk`; see DensePrompts.attend.
-
-        Raises:
-            MissingStepError: no metadata for `forward_meta`, or no cache.
-        """
+        """Attend for the tokens of prompts within `index_topk`; see DensePrompts.attend."""
         step, cache = self.current_step(forward_meta), cache_of(forward_meta, 2 * layer_id)
         return self.attention.dense_prompts.attend(step, q, cos_sin, cache, weights, reader)
 
@@ -255,7 +244,7 @@ class DSAAttentionBackend:
             buffer is the backend's and holds until the next `attend`.
 
         Raises:
-            MissingStepError: no metadata for `forward_meta`, no cache, or no selection.
+            MissingStepError: also without a selection.
         """
         step = self.current_step(forward_meta)
         if selection is None:

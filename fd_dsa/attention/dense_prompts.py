@@ -68,12 +68,7 @@ class DensePrompts:
         self.has_all = False
 
     def begin_step(self, step: ForwardMeta | None, lengths: tuple[np.ndarray, ...] | None) -> None:
-        """Work out which tokens of a step attend densely: without `lengths`, none.
-
-        Args:
-            step: its metadata, on the device.
-            lengths: as of DeviceAttention.begin_step.
-        """
+        """Which tokens of a step attend densely, by `lengths` as of DeviceAttention.begin_step."""
         self.groups, self.others, self.other_step, self.has_all = [], None, None, False
         if step is None or lengths is None or step.num_prefill_tokens == 0:
             return

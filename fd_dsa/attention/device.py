@@ -137,28 +137,15 @@ class DeviceAttention:
             self._scores.prepare(step)
 
     def query_buffers(self, num_tokens: int) -> tuple[Any, Any]:
-        """Where `prepare_indexer_query` writes: queries and head weights of a step's tokens.
-
-        Returns:
-            `config.dtype`, for an fp8_ds_mla cache uint8, [num_tokens, index_n_heads,
-            index_head_dim], and float32 [num_tokens, index_n_heads].
-        """
+        """Where `prepare_indexer_query` writes its two results for a step's tokens."""
         return self._view("index_q", num_tokens), self._view("index_weights", num_tokens)
 
     def projection_buffers(self, num_tokens: int) -> tuple[Any, Any]:
-        """Where `project_indexer` writes: index keys and head weights of a step's tokens.
-
-        Returns:
-            `config.dtype` [num_tokens, index_head_dim] and float32 [num_tokens, index_n_heads].
-        """
+        """Where `project_indexer` writes index keys and head weights of a step's tokens."""
         return self._view("index_k", num_tokens), self._view("head_weights", num_tokens)
 
     def mla_query_buffer(self, num_tokens: int) -> Any:
-        """Where `prepare_mla_query` writes, and what `attend` takes.
-
-        Returns:
-            `config.dtype` [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim].
-        """
+        """Where `prepare_mla_query` writes, and what `attend` takes."""
         return self._view("mla_q", num_tokens)
 
     def allocate_cache(self, shape: list[int]) -> Any:

@@ -90,10 +90,7 @@ class TileScores(PageScores):
     its `prepare`: captured scores are as wide as the longest row that there can be, and lengths
     are read on the device.
 
-    Args:
-        config, view, num_logits, select_slots: as of PageScores; `view` has the buffers of
-            `tile_sizes`, too.
-        transfers: what is known of the device and of its current stream.
+    Its `view` has the buffers of `tile_sizes`, too.
 
     Attributes:
         max_whole: tokens whose scores are held at once, however long their rows are. Steps of
@@ -175,12 +172,7 @@ def _forms(config: DSABackendConfig) -> tuple[TileForm, TileForm]:
 
 
 def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -> Sizes:
-    """The buffers of the schedules of a TileScores.
-
-    Args:
-        num_logits: as of a TileScores.
-        num_processors: multiprocessors of the device.
-    """
+    """The buffers of the schedules of a TileScores on a device of so many multiprocessors."""
     tokens = config.max_num_tokens
     max_width = config.max_blocks_per_seq * config.cache_layout.block_size
     chunks = -(-tokens // (num_logits // max_width))

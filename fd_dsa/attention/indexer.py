@@ -45,18 +45,11 @@ class Indexer:
         return self._k_norm | {"index_rope_interleave": self.config.indexer_rope_interleave}
 
     def project(self, hidden_states: Any, backend: Any) -> tuple[Any, Any]:
-        """Index keys, if it has `wk`, and head weights; `write_caches` norms the keys.
+        """Index keys [num_tokens, index_head_dim] and head weights [num_tokens, index_n_heads].
 
-        They need only the hidden states, so they may run beside other projections, see
-        IndexerOverlap.
-
-        Args:
-            hidden_states: float32 [num_tokens, hidden_size], after the input norm.
-            backend: on a device the results are in its `projection_buffers`.
-
-        Returns:
-            float32 [num_tokens, index_head_dim], without `wk` of no meaning, and [num_tokens,
-            index_n_heads].
+        Of hidden states [num_tokens, hidden_size] after the input norm, so it may run beside other
+        projections, see IndexerOverlap. Keys are not normed, without `wk` of no meaning; on a
+        device both are in the backend's `projection_buffers`.
         """
         weights, width = self._wk_weights_proj, self._key_width
         if not isinstance(weights, HostMatrix):
@@ -71,8 +64,7 @@ class Indexer:
         """Cache slots that each token attends to; the step's keys are in the cache already.
 
         Args:
-            forward_meta: the runner's object, its step metadata made.
-            qr: float32 [num_tokens, q_lora_rank], after its norm.
+            qr: [num_tokens, q_lora_rank], after its norm.
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
             precomputed_weights: float32 [num_tokens, index_n_heads], of `project`.
 

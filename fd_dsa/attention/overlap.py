@@ -30,14 +30,10 @@ class IndexerOverlap:
     where kernels are interpreted.
 
     Args:
-        device: of the tensors, as of DSAAttentionBackend; only "cpu" makes a difference here.
+        device: of the tensors, as of DSAAttentionBackend.
         max_tokens: a step of more tokens does not fork, 0 = none does; None asks
             `fd_dsa.environment.overlap_max_tokens`. Where that says nothing either, steps fork in a
-            capture alone, up to DEFAULT_OVERLAP_MAX_TOKENS.
-
-    Attributes:
-        max_tokens: as above, 0 on a CPU.
-        eager: steps fork outside of captures, too.
+            capture alone, up to DEFAULT_OVERLAP_MAX_TOKENS; `eager`: in others, too.
     """
 
     def __init__(self, device: str, max_tokens: int | None = None) -> None:
@@ -61,15 +57,13 @@ class IndexerOverlap:
 
         `project` and its arguments are held until the join, and so is what it returns. It must
         return every tensor that it makes, at least as the memory of what it returns: a temporary
-        that it drops may be overwritten by the work beside it (see SideStream). One GEMM for each
-        tensor makes no temporary. On Paddle the device's current stream is that of all threads, so
-        no other thread may queue work during a fork.
+        that it drops may be overwritten by the work beside it (see SideStream). On Paddle the
+        device's current stream is that of all threads, so no other one may queue work meanwhile.
 
         Args:
             num_tokens: tokens of the step, padding included.
-            work: what runs on the current stream; must not wait for the device.
-            project: likewise on the second stream.
-            args: its arguments; the first is a tensor of the backend's device.
+            work, project: neither may wait for the device.
+            args: the first is a tensor of the backend's device.
 
         Raises:
             OverlapError: called by `work` or `project` of another call. After an error of either

@@ -65,11 +65,7 @@ class TensorCoreAttention:
         lse: Any = None,
         step: ForwardMeta | None = None,
     ) -> None:
-        """See `attend_on_tensor_cores`, whose arguments these are.
-
-        Args:
-            step: whose tokens these are, each with slots of its own row; None: any slots.
-        """
+        """See `attend_on_tensor_cores`; tokens of a `step` have slots of their own rows alone."""
         how = {"softmax_scale": self._scale, "lse": lse}
         if self._custom is not None and self._custom.is_faster(q.shape[0], q.shape[1]):
             dequantized = self._dequantized(cache, step)

@@ -101,11 +101,8 @@ def own_server(
 ) -> Iterator[OwnServer]:
     """A server that takes requests, ended with the block, and with this process however it ends.
 
-    Args:
-        flag: of the command that starts it; an error begins with it.
-
     Raises:
-        ConfigError: the server does not start; its own line says why.
+        ConfigError: the server does not start; its own line says why, after `flag`.
     """
     arguments = [*([model] if model else []), *flags]
     # the innermost first

@@ -100,10 +100,9 @@ class ChatClient:
         self._sender.stop()
 
     async def ask(self, questions: Sequence[Question]) -> AsyncGenerator[Answer, None]:
-        """Answers as they come, in no fixed order.
+        """Answers as they come, in no fixed order; with `error` where a question fails for good.
 
-        A question that fails for good yields an answer with `error`. Every answer that the server
-        gave is yielded, also before an exception and after `stop`.
+        Every answer that the server gave is yielded, also before an exception and after `stop`.
 
         Raises:
             RemoteError: the server went away, refuses the key or the model, or refuses every

@@ -83,10 +83,7 @@ def http_options(base_url: str, timeout_s: float) -> dict[str, Any]:
 
 
 def examine_server(base_url: str, model: str | None, flag: str = "--model") -> ServerInfo:
-    """What the server says of itself.
-
-    Args:
-        flag: that names the model; an error about it begins with it.
+    """What the server says of itself; an error about the model begins with `flag`, which names it.
 
     Raises:
         ConfigError: the server cannot be reached, is none of the kind, wants another key, or has

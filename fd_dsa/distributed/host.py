@@ -60,10 +60,7 @@ class HostGroup(Group):
     """A group whose tensors are NumPy arrays, and in which rank 0 sends the others messages.
 
     Also the group of processes whose model is on devices, for what their hosts exchange. One thread
-    at a time.
-
-    Args:
-        shared: of the group, as `Shared.create` gave it to rank 0.
+    at a time. `shared` is what `Shared.create` gave rank 0.
 
     Attributes:
         has_devices: whether the ranks also meet on devices, where no failure is raised.

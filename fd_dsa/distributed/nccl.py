@@ -38,10 +38,7 @@ def new_unique_id() -> bytes:
 
 
 class Communicator:
-    """Collectives of some processes, one a GPU; one thread at a time.
-
-    Args:
-        unique_id: of `new_unique_id`, the same on all ranks.
+    """Collectives of the processes with one `new_unique_id`, one a GPU; one thread at a time.
 
     Raises:
         BackendUnavailable, DeviceError: see `new_unique_id`; or two ranks have the same GPU.

@@ -105,8 +105,7 @@ class PluginBackend:
     def serve_runner(self, position_dtype: str) -> None:
         """Serve a runner with our hooks, which calls `refresh_weights` after other weights came.
 
-        Args:
-            position_dtype: of the runner's own positions; int32 where no runner calls this.
+        Positions are int32, or of the dtype of the runner's own.
         """
         self.config = replace(self.config, int32_position_ids=position_dtype == "int32")
         self._weights_may_change = False
@@ -149,11 +148,7 @@ class PluginBackend:
             self._count(num_tokens, has_prefill)
 
     def norms_of(self, layer_id: int, kv_norm: Any, indexer: Any) -> CacheWriteParams:
-        """Norms of a layer's keys, read at its first step, when the weights are loaded.
-
-        Args:
-            kv_norm: its RMSNorm of the latent, or None: of the index key alone.
-        """
+        """`key_norms` of a layer, made at its first step, when the weights are loaded."""
         key = layer_id, kv_norm is None
         if key not in self._norms:
             layout = self.config.cache_layout
@@ -233,13 +228,10 @@ class PluginBackend:
         }
 
     def create_host_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Nothing: without a copy on the host no layer waits for blocks to be swapped in.
+        """Refuse: without a copy on the host no layer waits for blocks to be swapped in.
 
         FastDeploy's cache manager goes on without one, as with its own backend, and
         `forward_meta.layer_done_counter`, whose wait blocks the host, is never needed.
-
-        Raises:
-            NotImplementedError: always.
         """
         raise NotImplementedError("DSA caches have no copy on the host")
 
@@ -254,11 +246,7 @@ class PluginBackend:
     ) -> None:
         """Write this step's keys of a layer, latents and indexer keys in one launch.
 
-        Args:
-            kv_a: [num_tokens, kv_lora_rank + qk_rope_head_dim], as projected; None = no latents.
-            index_k: [num_tokens, index_head_dim], as projected; None = no indexer keys.
-            cos_sin_cache: float32 [max_position, qk_rope_head_dim].
-            params: how the keys of the layer are normed.
+        Arguments are those of `write_caches`; either of `kv_a` and `index_k` may be None.
         """
         step = self.current_core().current_step(forward_meta)
         if kv_a is not None:
@@ -298,9 +286,6 @@ class PluginBackend:
 
         Returns:
             [num_tokens, num_heads, kv_lora_rank]; the buffer holds until the next layer.
-
-        Raises:
-            MissingStepError: `init_attention_metadata` has not been called for `forward_meta`.
         """
         if compressed_kv is not None:
             kv_a = joined(compressed_kv, k_pe.reshape([-1, k_pe.shape[-1]]))
@@ -312,11 +297,7 @@ class PluginBackend:
     forward_decode = forward_extend = forward_mixed
 
     def current_core(self) -> CoreBackend:
-        """Our backend.
-
-        Raises:
-            MissingStepError: no step has been yet.
-        """
+        """Our backend; MissingStepError where no step has been yet."""
         if self.core is None:
             raise MissingStepError(
                 "there has been no step: init_attention_metadata(forward_meta) must be called first"

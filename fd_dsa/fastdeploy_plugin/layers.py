@@ -26,11 +26,7 @@ _UNUSED_BUFFERS = ("offsets", "lengths")
 
 
 def _backend_of(forward_meta: Any) -> PluginBackend:
-    """The backend of a step.
-
-    Raises:
-        MissingStepError: it is not ours, so no step has been prepared for these layers.
-    """
+    """The backend of a step; MissingStepError where it is not ours, and has prepared none."""
     backend = forward_meta.attn_backend
     if not isinstance(backend, PluginBackend):
         raise MissingStepError(

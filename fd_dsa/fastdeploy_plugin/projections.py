@@ -58,12 +58,7 @@ class IndexerProjections:
             _log_once(next(filter(None, reasons)))
 
     def one_launch(self, hidden_states: Any, out: Any) -> tuple[Any, Any]:
-        """Index keys and head weights, [num_tokens, ...], of [num_tokens, hidden_size].
-
-        Args:
-            hidden_states: activations on a device.
-            out: where to write the two.
-        """
+        """Index keys and head weights of [num_tokens, hidden_size] on a device, to `out`."""
         wk, weights_proj = (
             linear.weight.detach() if copy is None else copy
             for linear, copy in zip(self._linears, self._copies, strict=True)

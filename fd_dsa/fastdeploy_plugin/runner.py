@@ -48,11 +48,7 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):
 
 
 def make_runner_class(upstream: type) -> type:
-    """FastDeploy's runner class with our hooks before those of its methods that it has.
-
-    Raises:
-        UnsupportedTree: it lacks one of `RUNNER_METHODS`.
-    """
+    """FastDeploy's runner class, checked, with our hooks before those of its methods it has."""
     check_runner(upstream)
     methods = {name: getattr(upstream, name, None) for name in _HOOKS}
     hooked = {name: _hooked(one, _HOOKS[name]) for name, one in methods.items() if one is not None}

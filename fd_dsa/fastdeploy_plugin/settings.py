@@ -26,10 +26,7 @@ _OF_MODEL += ("kv_lora_rank", "qk_rope_head_dim")
 def core_config(fd_config: Any, num_heads: int, dtype: str) -> DSABackendConfig:
     """Configuration of our backend for block tables that are as wide as a row can be long.
 
-    Args:
-        fd_config: FastDeploy's.
-        num_heads: attention heads on this rank.
-        dtype: of activations on a device.
+    `num_heads` are those of this rank, `dtype` is of activations on a device.
 
     Raises:
         ConfigError: a size for which there are no caches; the field and the flag are named.

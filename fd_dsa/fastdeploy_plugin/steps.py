@@ -14,10 +14,10 @@ import ctypes
 from importlib import import_module
 from typing import Any
 
-from fd_dsa.errors import BackendUnavailable, MissingStepError
+from fd_dsa.attention.backend import step_inputs
+from fd_dsa.errors import BackendUnavailable
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION
 
-_INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
 PER_CHUNK, PER_QUERY = "per_chunk", "per_query"
 _OPERATORS = {
     PER_CHUNK: ("init_kv_signal_per_query",),
@@ -34,15 +34,8 @@ def step_rows(forward_meta: Any) -> list[Any]:
     Raises:
         MissingStepError: one of them is None.
     """
-    arrays = [getattr(forward_meta, name, None) for name in _INPUTS]
-    for index, (name, array) in enumerate(zip(_INPUTS, arrays, strict=True)):
-        if array is None:
-            raise MissingStepError(
-                f"forward_meta.{name} is None: the runner's initialize_forward_meta must fill it "
-                "before init_attention_metadata"
-            )
-        if name != "block_tables" and len(array.shape) > 1:
-            arrays[index] = array.reshape([-1])
+    *lengths, tables = step_inputs(forward_meta)
+    arrays = [*(x.reshape([-1]) if len(x.shape) > 1 else x for x in lengths), tables]
     rows = min(int(array.shape[0]) for array in arrays)
     return [array if array.shape[0] == rows else array[:rows] for array in arrays]
 
@@ -58,10 +51,7 @@ def fill_max_lens(
 
     Args:
         max_len_tensor_cpu: int32 [n], contiguous, in host memory, pinned or not.
-        num_tokens: launched tokens of the step; 0 makes all entries 0.
-        has_prefill: whether a prefill row may be there; without one the second entry is 0.
         tokens_per_row: of a decode row, at most.
-        max_keys: of a row, at most.
     """
     longest = num_tokens if has_prefill else min(num_tokens, tokens_per_row)
     keys = max_keys if num_tokens else 0
@@ -72,11 +62,7 @@ def fill_max_lens(
 
 
 def check_operators(mode: str) -> None:
-    """Refuse a mode of disaggregation whose operators the tree lacks.
-
-    Raises:
-        BackendUnavailable: names the mode and the operator.
-    """
+    """Raise BackendUnavailable for a mode of disaggregation whose operators the tree lacks."""
     for name in _OPERATORS.get(mode, ()):
         if not hasattr(import_module(f"{ATTENTION}.ops"), name):
             raise BackendUnavailable(
@@ -86,12 +72,9 @@ def check_operators(mode: str) -> None:
 
 
 def begin_step(of: Any, metadata: Any, forward_meta: Any) -> None:
-    """Announce a step.
+    """Announce a step of a backend, and set the `kv_signal_*` fields of FastDeploy's record of it.
 
-    Args:
-        of: the backend, with FastDeploy's attributes.
-        metadata: FastDeploy's record of the step, whose `kv_signal_*` fields are set.
-        forward_meta: its lengths, and whether it is a dummy run, which is not announced by chunk.
+    A dummy run is not announced by chunk.
     """
     metadata.kv_signal_data_list = [None] * of.num_layers
     dummy = getattr(forward_meta, "is_dummy_or_profile_run", False)

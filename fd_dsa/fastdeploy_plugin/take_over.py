@@ -37,11 +37,9 @@ def live_backend() -> Any:
 
 
 def derive(ours: type, upstream: type, name: str = "", **attributes: Any) -> type:
-    """A class with our methods before FastDeploy's, marked as ours.
+    """A class with our methods before FastDeploy's, which `isinstance` still finds; marked as ours.
 
     Args:
-        ours: its methods take precedence.
-        upstream: FastDeploy's class, which `isinstance` tests still find.
         name: of the class, "" = FastDeploy's.
         attributes: further ones of the class.
     """

@@ -237,20 +237,12 @@ def _check_installed_runner() -> None:
 
 
 def check_runner(runner: type) -> None:
-    """Refuse a runner that lacks a method our hooks go before.
-
-    Raises:
-        UnsupportedTree: names what is missing.
-    """
+    """Refuse a runner that lacks a method our hooks go before."""
     _refuse_missing(runner, [name for name in RUNNER_METHODS if not hasattr(runner, name)])
 
 
 def imported(name: str) -> ModuleType:
-    """A module of FastDeploy.
-
-    Raises:
-        UnsupportedTree: it is not there, or its import fails.
-    """
+    """A module of FastDeploy; UnsupportedTree where it is not there, or its import fails."""
     try:
         return import_module(name)
     except Exception as error:

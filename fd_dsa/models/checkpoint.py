@@ -31,9 +31,6 @@ class Checkpoint:
     The safetensors library checks each file's header. The bytes are mapped here, since the library
     hands out neither bfloat16 nor FP8 as NumPy arrays, and gives no pages back.
 
-    Attributes:
-        folder: the model folder.
-
     Source: format description of huggingface/safetensors (README, "Format").
     """
 
@@ -127,10 +124,9 @@ class Checkpoint:
         return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.offset)
 
     def tensor(self, name: str, weight_block_size: tuple[int, int] | None = None) -> StoredTensor:
-        """A tensor, which is read when it is used.
+        """A tensor of a checkpoint that `validate` has passed, which is read when it is used.
 
         Args:
-            name: Hugging Face name; of a checkpoint that `validate` has passed.
             weight_block_size: rows and columns of a block, of an FP8 weight.
 
         Raises:

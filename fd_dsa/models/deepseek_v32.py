@@ -59,11 +59,8 @@ class MultiTokenPredictor:
         x_i = eh_proj(concat(enorm(embed(t_{i+1})), hnorm(h_i)))
         logits of t_{i+2} = head(norm(layer(x_i)))
 
-    with position, slot and keys of token i, and no embedding at position 0, as in vLLM.
-
-    Args:
-        model: whose embedding and head serve where the layer has none.
-        weights: as of the model.
+    with position, slot and keys of token i, and no embedding at position 0, as in vLLM. The
+    model's embedding and head serve where the layer has none.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2; names of Hugging Face checkpoints.
     """
@@ -121,10 +118,6 @@ class MultiTokenPredictor:
 class DeepseekV32ForCausalLM:
     """The whole model: packed token ids of a step in, logits of chosen tokens out.
 
-    Args:
-        config: sizes, read from the model folder.
-        weights: HostWeights or DeviceWeights, which make what the layers ask for.
-
     Attributes:
         embed_tokens: [vocab_size, hidden_size].
         cos_sin: float32 [max_position_embeddings, qk_rope_head_dim]; of all positions.
@@ -158,8 +151,7 @@ class DeepseekV32ForCausalLM:
         """Hidden states after the last block [num_tokens, hidden_size].
 
         Args:
-            ids_remove_padding: int64, on a device also int32, [num_tokens]; token ids of the step,
-                rows back to back.
+            ids_remove_padding: int64, on a device also int32, [num_tokens]; rows back to back.
             forward_meta: the runner's object; `init_attention_metadata` has been called for it.
                 Its `selections`, where there are any, are given every layer's choice.
         """

@@ -24,15 +24,9 @@ _OWN_PAGES_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Dtype, shape and place of a tensor in a checkpoint.
+    """A tensor of a checkpoint, by its Hugging Face name, and its `nbytes` at `offset` of a file.
 
-    Attributes:
-        name: Hugging Face name.
-        dtype: name in the safetensors format, for example "BF16".
-        shape: as stored.
-        file: the file that holds it.
-        offset: of its first byte from the start of the file.
-        nbytes: its length in bytes.
+    `dtype` is the name in the safetensors format, such as "BF16".
     """
 
     name: str
@@ -44,17 +38,9 @@ class TensorInfo:
 
 
 def to_float32(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
-    """A tensor of F32, BF16 or F16 as float32.
+    """float32 of `info.shape` of the bytes of F32, BF16 or F16, uint8 [nbytes].
 
-    Args:
-        raw: uint8 [nbytes], the tensor's bytes.
-        info: its dtype, shape, name and file.
-
-    Returns:
-        float32 of `info.shape`; a view of `raw` for aligned F32, else a new array.
-
-    Raises:
-        CheckpointError: another dtype.
+    A view of `raw` for aligned F32, else a new array. Raises CheckpointError for other dtypes.
     """
     if info.dtype == "F32":
         return np.require(raw.view("<f4"), np.float32, "A").reshape(info.shape)
@@ -90,10 +76,6 @@ def dequantize_blocks(
     Args:
         codes: uint8 [out, in], e4m3 bytes.
         scales: float32 [ceil(out / rows), ceil(in / columns)], multipliers.
-        weight_block_size: rows and columns of a block.
-
-    Returns:
-        float32 [out, in].
     """
     rows, columns = weight_block_size
     values = _empty(codes.shape)

@@ -87,12 +87,9 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 
 def find_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> MtpLayer:
-    """What a checkpoint has of the layer for multi-token prediction.
+    """What a checkpoint, None for random weights, has of the layer for multi-token prediction.
 
     Its embedding and head are often copies of the model's, which then serve.
-
-    Args:
-        checkpoint: None for random weights.
 
     Raises:
         ConfigError: it has no such layer.
@@ -130,14 +127,9 @@ def load_weights(
     Args:
         checkpoint: a checkpoint that `validate` has passed.
         loaders: for each name of `expected_tensors(config)`, a function that takes its
-            StoredTensor, whose file may go after the call.
-        progress: called with the bytes done and the bytes in all, once before the first tensor
-            and then after each.
+            StoredTensor, whose file may go after the call; ValueError for other names.
+        progress: called with the bytes done and the bytes in all, before the first and after each.
         group: ranks that share the model; each reads its own part.
-
-    Raises:
-        ValueError: the loaders are not those of the expected tensors.
-        CheckpointError: a tensor cannot be read.
 
     Cost: one pass over the files; beside what the loaders keep, memory for one tensor.
     """
@@ -263,11 +255,7 @@ def rank_parts(
 
 
 def check_blocks(config: ModelConfig, size: int, fp8: frozenset[str]) -> None:
-    """Refuse ranks whose parts of FP8 tensors are not whole blocks.
-
-    Args:
-        config: of the whole model.
-        fp8: names of the tensors that a device holds as FP8.
+    """Refuse ranks whose parts of FP8 tensors, named in `fp8`, are not whole blocks.
 
     Raises:
         ConfigError: names the tensor.

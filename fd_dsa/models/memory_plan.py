@@ -33,17 +33,14 @@ _GRAPH_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Sizes in bytes, made before anything large is allocated.
+    """Sizes in bytes, made before anything large is allocated; blocks and lengths in tokens.
 
     Attributes:
         weight_bytes: weights as held.
         graph_bytes: captured decode steps, their activations included; 0 without any.
         state_bytes: what rows of the batch keep beside the blocks.
         free_bytes: what the system could give when the plan was made.
-        bytes_per_block: one cache block over all layers.
-        num_blocks: cache blocks.
-        block_size: tokens per block.
-        max_model_len: longest sequence, tokens.
+        bytes_per_block: one of `num_blocks` cache blocks over all layers.
     """
 
     weight_bytes: int
@@ -91,10 +88,9 @@ def weight_bytes(
 def weight_parts(
     config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
 ) -> dict[str, int]:
-    """Bytes of a model's weights as held, by the part of the model that they belong to.
+    """Bytes of a model's weights, or one rank's, as held, by the part of the model they belong to.
 
     Args:
-        config: of the model; of one rank where several share it.
         dtype: of all matrices but those in `fp8`; vectors are float32. A CPU holds everything in
             float32 whatever the checkpoint stores.
         fp8: names of tensors whose values are one byte, with a scale for each block.
@@ -163,9 +159,6 @@ def available_memory_bytes(
     and what each control group of the process, version 1 or 2, leaves: its limit less its use,
     where file pages that can be dropped do not count as used.
 
-    Args:
-        proc, cgroup: where the two file systems are mounted.
-
     Raises:
         ConfigError: /proc/meminfo has no MemAvailable.
     """
@@ -197,13 +190,7 @@ def plan_memory(
     weights; unless `takes_all`, also at most half of that, and 4 GiB or one full-length sequence.
 
     Args:
-        config: the flags above and `block_size`.
-        weight_bytes: weights as held, not yet allocated.
-        bytes_per_block: one cache block over all layers and both caches.
-        max_model_len: longest sequence, tokens.
-        graph_bytes: captured decode steps.
-        state_bytes: what rows of the batch keep beside the blocks.
-        free_bytes: memory for all of it; None asks the system.
+        free_bytes: memory for all of it; None asks the system. Other sizes: as of a MemoryPlan.
         takes_all: whether the memory is of use to nobody else.
 
     Raises:

@@ -85,13 +85,9 @@ class DeepseekV32DSAAttention:
         """Attention output and the selection that a following "shared" layer uses.
 
         Args:
-            hidden_states: float32 [num_tokens, hidden_size], normed.
+            hidden_states: [num_tokens, hidden_size], normed.
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
-            forward_meta: the runner's object, its step metadata made.
             shared_indices: selection of the nearest layer before with an indexer, or None.
-
-        Returns:
-            float32 [num_tokens, hidden_size], int32 [num_tokens, topk].
         """
         backend, indexer = forward_meta.attn_backend, self.indexer
         num_tokens = hidden_states.shape[0]

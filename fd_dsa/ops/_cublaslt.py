@@ -94,14 +94,14 @@ class _Plan:
 
 
 class Cublaslt:
-    """cuBLASLt on one device; one thread at a time.
+    """cuBLASLt on one device, by the C functions of its `library`; one thread at a time.
 
     The first GEMM of a shape makes its plan, and the first on a stream the stream's workspace of
     32 MiB. All others only launch, on the current stream of the tensors' library, and can be
     captured in a CUDA graph. Sums have a fixed order. Addresses are multiples of 16 bytes.
 
-    Args:
-        library: the C functions, of `_cublaslt_library.library`.
+    A GEMM raises ShapeError, DtypeError or LaunchError for arguments that do not fit, DeviceError
+    where cuBLASLt refuses, or a plan or workspace is missing inside a capture.
     """
 
     def __init__(self, api: DeviceApi, device: int, allocate: Allocate, library: Any) -> None:
@@ -130,10 +130,6 @@ class Cublaslt:
             x: bfloat16 or float32 [rows, inputs].
             weight: [outputs, inputs] of the same dtype.
             out: [rows, outputs] of the same dtype; of bfloat16 operands also float32.
-
-        Raises:
-            ShapeError, DtypeError, LaunchError: the arguments do not fit.
-            DeviceError: cuBLASLt refuses, or a plan or workspace is missing inside a capture.
         """
         if x.shape[0]:
             self._run(x, weight, out)
@@ -153,10 +149,6 @@ class Cublaslt:
             codes_w: uint8 [outputs, inputs], outputs a multiple of 8.
             scales_w: float32 [ceil(outputs / 128), inputs / 128 rounded up to a multiple of 4].
             out: bfloat16 [rows, outputs].
-
-        Raises:
-            ShapeError, DtypeError, LaunchError: the arguments do not fit.
-            DeviceError: cuBLASLt refuses, or a plan or workspace is missing inside a capture.
         """
         self._run(codes_x, codes_w, out, scales_x, scales_w)
 
@@ -166,7 +158,10 @@ class Cublaslt:
         stream = self._transfers.stream()
         workspace = self._workspaces.get(stream.value)
         if workspace is None:
-            workspace = self._new_workspace(stream.value)
+            # work on another stream may overlap with that on this one
+            self._refuse_capture("a workspace")
+            workspace = self._allocate((_WORKSPACE_BYTES,), "uint8")
+            self._workspaces[stream.value] = workspace
         tensors = weight, x, out, workspace, *scales
         addresses = [tensor.data_ptr() for tensor in tensors]
         if reduce(or_, addresses) % _ALIGNMENT:
@@ -248,12 +243,6 @@ class Cublaslt:
             self._operations[operands] = operation
         return self._operations[operands]
 
-    def _new_workspace(self, stream: int | None) -> Any:
-        """The workspace of a stream; work on another one may overlap with that on this one."""
-        self._refuse_capture("a workspace")
-        self._workspaces[stream] = self._allocate((_WORKSPACE_BYTES,), "uint8")
-        return self._workspaces[stream]
-
     def _refuse_capture(self, what: str) -> None:
         if self._transfers.is_capturing():
             raise DeviceError(
@@ -274,10 +263,7 @@ _known: dict[tuple[DeviceApi, int], Cublaslt] = {}
 
 
 def cublaslt_for(tensor: Any, allocate: Allocate) -> Cublaslt:
-    """cuBLASLt on the device of a tensor; one object a device.
-
-    Args:
-        allocate: makes a contiguous tensor of a shape and dtype there.
+    """cuBLASLt on the device of a tensor, where `allocate` makes others; one object a device.
 
     Raises:
         BackendUnavailable: there is no cuBLASLt, or no library is known for the tensor's type.

@@ -83,14 +83,10 @@ class Functions:
         self._several = cuda().num_devices > 1
 
     def call(self, what: Any, name: str, *arguments: Any) -> None:
-        """Call a function in the device's context.
-
-        Args:
-            what: the work, in the message of an error.
-            arguments: ready ctypes objects, or ints of 32 bits.
+        """Call a function in the device's context with ctypes objects, or ints of 32 bits.
 
         Raises:
-            DeviceError: function, status and `what`.
+            DeviceError: function, status and `what`, the work.
         """
         function = getattr(self._library, name)
         if self._several and cuda().current_device() != self._device:

@@ -35,31 +35,10 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# by type of the operands
-CANDIDATES: dict[str, tuple[Tiling, ...]] = {
-    kind: tuple(
-        Tiling(rows, columns, warps, stages)
-        for rows in (16, 32, 64, 128)
-        for columns, warps in ((64, 4), (128, 4), (128, 8), (128, 16))
-        for stages in (3, 4, 5, 6, 8)
-        # what a thread keeps of a tile's sums, and a gated tile's shared memory
-        if warps < 16 or rows == 128
-        if rows * columns <= 2048 * warps and stages * (2 * columns + rows) * 128 <= 227 << 10
-    )
-    for kind in ("uint8", "bfloat16")
-} | {"float32": tuple(Tiling(rows, 64, 4, 3) for rows in (16, 32))}
-
-
-def candidates(kind: str, gated: bool) -> tuple[Tiling, ...]:
-    """Those of CANDIDATES that a GEMM may use: a gated one of FP8 scales its own 128 columns."""
-    whole = gated and kind == "uint8"
-    return tuple(t for t in CANDIDATES[kind] if t.columns == GROUP or not whole)
-
-
 def configuration(
     kind: str, num_pairs: int, num_experts: int, gated: bool, shared_bytes: int
 ) -> Tiling:
-    """One of `candidates` for so many pairs, whose stages fit a block's shared memory."""
+    """The tiling for so many pairs, whose stages fit a block's shared memory."""
     tiling = _fastest(kind, num_pairs, num_experts, gated)
     stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
     # of the stages asked for, one is in registers on GPUs whose shared memory is the limit
@@ -68,7 +47,7 @@ def configuration(
 
 
 def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool) -> Tiling:
-    """What was the fastest on Hopper."""
+    """What was the fastest on Hopper of those that `benchmarks.gpu_gemms` times."""
     mean = num_pairs / num_experts
     if kind == "float32":
         return Tiling(16 if mean <= 16 else 32, 64, 4, 3)

@@ -58,15 +58,8 @@ class ExpertGemm(LibraryKernel):
     ) -> None:
         """Fill `out`, and `out_scales` of a gated GEMM, which for others is None.
 
-        Args:
-            x, weight: codes and scales; see `expert_gemm`.
-            taken: int32 [1], of this launch alone.
-
-        Raises:
-            LaunchError: a tensor is not contiguous, or not on the device of the others.
-            DeviceError: the CUDA runtime refuses the launch, or earlier work has failed.
-
-        Cost: a memset and one launch; no allocation, no wait.
+        `x` and `weight` are codes and scales, see `expert_gemm`; `taken` is int32 [1], of this
+        launch alone. Cost: a memset and one launch; no allocation, no wait.
         """
         job = self._job
         self._bind(out)

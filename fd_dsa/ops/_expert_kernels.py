@@ -298,7 +298,7 @@ def sum_experts_kernel(
 
 
 def sum_experts(parts: Any, weights: Any, ids: Any, base: Any) -> Any:
-    """`base` plus what the experts of a token give, weighted; sums in float32, rounded once.
+    """`base` plus what the experts of a token give, weighted; float32 sums, rounded to its type.
 
     Args:
         parts: float32 or bfloat16 [num_tokens * top_k, width], contiguous; rows of ids of -1 are
@@ -306,9 +306,6 @@ def sum_experts(parts: Any, weights: Any, ids: Any, base: Any) -> Any:
         weights: float32 [num_tokens, top_k].
         ids: int32 [num_tokens, top_k]; -1 for no expert.
         base: float32 or bfloat16 [num_tokens, width], contiguous: the shared expert's result.
-
-    Returns:
-        [num_tokens, width] in the type of `base`.
     """
     (rows, top_k), width = weights.shape, parts.shape[1]
     out = empty_beside(base, rows, width)

@@ -88,11 +88,7 @@ def row_sums(x: np.ndarray) -> np.ndarray:
 
 
 def check_fixed_order(device: str, num_ranks: int = 1) -> None:
-    """Refuse to go on where one order is asked for and cannot be had.
-
-    Args:
-        device: where the model will run; on one that is no CPU our own kernels keep the order.
-        num_ranks: that share the model.
+    """Refuse a device, or a number of ranks, where one order is asked for and cannot be had.
 
     Raises:
         ConfigError: several devices, whose sums are made in one of two ways by the number of rows,

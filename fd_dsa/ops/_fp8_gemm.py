@@ -48,39 +48,10 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-FEW_ROWS = 128
-"""Most rows that one tile covers: up to there a launch is bound by reading the weight."""
-_FEW = {
-    rows: tuple(
-        Tiling(rows, columns, 132 * per_processor, warps, stages)
-        for columns, warps in ((64, 4), (128, 4), (128, 8))
-        for per_processor, stages in ((1, 8), (1, 4), (2, 6), (2, 4), (3, 4), (4, 3))
-        # what a processor holds: 227 KiB, and 255 registers a thread
-        if per_processor * stages * (columns + rows) * GROUP <= 227 << 10
-        and rows * columns <= 2048 * warps
-    )
-    for rows in (16, 32, 64, 128)
-}
-_MANY = tuple(
-    Tiling(rows, columns, 132, warps, stages)
-    for rows, columns, warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4))
-    for stages in (3, 4, 5)
-)
-CANDIDATES: tuple[Tiling, ...] = (*(tiling for few in _FEW.values() for tiling in few), *_MANY)
-
-
-def candidates(rows: int) -> tuple[Tiling, ...]:
-    """Those of CANDIDATES that may be the best for so many rows."""
-    return next((few for most, few in _FEW.items() if rows <= most), _MANY)
-
-
-def configuration(rows: int, out: int, width: int) -> Tiling:
-    """One of CANDIDATES for a shape."""
-    if rows <= 32:
-        return Tiling(16 if rows <= 16 else 32, 64, 396, 4, 4)
-    if rows <= FEW_ROWS:
-        return Tiling(64 if rows <= 64 else 128, 128, 132, 8, 4)
-    return Tiling(128, 128, 132, 8, 4)
+def configuration(rows: int) -> Tiling:
+    """The tiling for so many rows: the fastest of those that `benchmarks.gpu_gemms` times."""
+    tile = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
+    return Tiling(tile, 64, 396, 4, 4) if rows <= 32 else Tiling(tile, 128, 132, 8, 4)
 
 
 @triton.jit
@@ -274,7 +245,7 @@ def fp8_linear(
         codes: uint8 [out, width], contiguous, e4m3 bits.
         scales: float32 [ceil(out / 128), ceil(width / 128)], contiguous.
         out_dtype: "bfloat16" or "float32".
-        tiling: one of CANDIDATES; None chooses by the shape.
+        tiling: another than that of `configuration`, for benchmarks and tests.
         scratch: of `new_scratch`, for launches beside those that use the device's own.
 
     Raises:
@@ -285,7 +256,7 @@ def fp8_linear(
     out = empty_beside(rows.codes, num_rows, columns, dtype=out_dtype)
     if not num_rows or not columns:
         return out
-    tiling = tiling or configuration(rows_of_tiles(num_rows), columns, width)
+    tiling = tiling or configuration(rows_of_tiles(num_rows))
     grid, options = launch_options(num_rows, columns, width, tiling, can_split=not fixed_order())
     if grid[1] > 1 and scratch is None:
         scratch = scratch_beside(rows.scales, "FP8 GEMM")

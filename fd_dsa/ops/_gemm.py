@@ -138,16 +138,9 @@ class HostMatrix:
             self._packed, self._few = (engine, memory), 0
 
     def times(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """x [num_tokens, in] times the weight: float32 [num_tokens, out].
+        """float32 x [num_tokens, in] times the weight: float32 [num_tokens, out].
 
-        `x` may be columns of wider rows.
-
-        Args:
-            x: float32.
-            out: C-contiguous memory of the result; None = a new array.
-
-        Raises:
-            ShapeError: `x` has another width.
+        `x` may be columns of wider rows; `out` is C-contiguous, None = a new array.
         """
         num_tokens, width = x.shape
         if width != self.in_width:

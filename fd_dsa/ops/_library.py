@@ -19,6 +19,9 @@ from fd_dsa.triton_runtime.transfers import Transfers
 class LibraryKernel:
     """A kernel of a loaded library; one of these serves one thread at a time.
 
+    A call raises LaunchError for a tensor that is not contiguous, or not on the device of the
+    others, and DeviceError where the CUDA runtime refuses the launch, or earlier work has failed.
+
     Attributes:
         launcher: name of its C function.
         size: name of the C function that gives the bytes of its structure.

@@ -25,9 +25,8 @@ def step_metadata(
     """Positions, rows, slots and windows of a step's tokens, which every layer reads.
 
     Args:
-        seq_lens_encoder: int32 [num_rows]; tokens of a prompt's chunk, 0 for other rows.
-        seq_lens_decoder: int32 [num_rows]; tokens of the row that are in the cache already.
-        seq_lens_this_time: int32 [num_rows]; tokens of the row in this step, 0 = idle.
+        seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [num_rows], as of
+            `StepMetadataBuilder.build`.
         block_tables: int32 [num_rows, max_blocks]; physical block of each logical block.
         block_size: tokens of a block.
         num_blocks: blocks of the cache, for the check of the tables; None = no upper bound.

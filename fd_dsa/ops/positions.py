@@ -19,9 +19,8 @@ def position_ids(
     """Write the positions of a step's tokens: token j of row b has seq_lens_decoder[b] + j.
 
     Args:
-        seq_lens_encoder: int32 [num_rows]; tokens of a prompt's chunk, 0 for other rows.
-        seq_lens_decoder: int32 [num_rows]; tokens of the row that are in the cache already.
-        seq_lens_this_time: int32 [num_rows]; tokens of the row in this step.
+        seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [num_rows]; tokens of a
+            prompt's chunk, those in the cache already, and those in this step.
         position_ids: int32 [num_tokens or more], contiguous, written in place; what is past the
             step's tokens stays as it is.
 

@@ -23,14 +23,11 @@ _AGAIN = "the same command goes on with the files that are missing"
 
 
 def download(name: str, *, any_family: bool = False) -> Path:
-    """The folder of a hub's model, downloaded as far as it is not there.
+    """The folder of a model of the hub that HF_ENDPOINT names, downloaded as far as it is missing.
 
     huggingface_hub goes on with a file whose connection broke (before 1.0 in the next command), and
     keeps the complete files of an interrupted one. config.json comes first, so that a model that
     cannot be served costs nothing; without a network an earlier download serves.
-
-    Args:
-        name: such as `org/name`, of the hub that the variable HF_ENDPOINT names.
 
     Raises:
         ConfigError: no such model, no access, no network, no space, a file that is not what the hub

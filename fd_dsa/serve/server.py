@@ -159,10 +159,7 @@ class DrainingServer(uvicorn.Server):
         self._is_draining = False
 
     def serve_on(self, sock: socket.socket) -> int:
-        """Listen, load the engine, and serve until a signal arrives or the engine fails.
-
-        Args:
-            sock: bound, not listening; closed at the end.
+        """Listen on a bound socket, load the engine, serve until a signal or its failure.
 
         Returns:
             Exit status: 0 after a drain, 1 after an engine failure.

@@ -74,8 +74,7 @@ class StepMetadataBuilder:
         All checks come before the first write: a refused step leaves the metadata of the step
         before it as it was.
 
-        On "cpu" and "numpy" the inputs are NumPy arrays or Paddle CPU tensors. They are copied,
-        so that the caller may change them while the step runs.
+        On "cpu" and "numpy" the inputs are NumPy arrays or Paddle CPU tensors, which are copied.
 
         On a device they are either four NumPy arrays, which are checked as on a CPU, copied to
         page-locked memory and from there to the device without waiting; or four tensors on the
@@ -87,8 +86,7 @@ class StepMetadataBuilder:
         read back and checked in every step, for which the device is waited for.
 
         A build from tensors can be captured in a graph: a replay reads the same tensors again,
-        for the rows and the padded tokens of the capture. Rows without tokens are idle, and
-        tokens past those of the rows become padding.
+        for the rows and the padded tokens of the capture. Rows without tokens are idle.
 
         After every step that was built outside of a graph, all tokens of the buffers past the
         step's own hold padding, so a graph of layers may read any number of them; a replay of a
@@ -121,9 +119,9 @@ class StepMetadataBuilder:
             LaunchError: a tensor that is not on the builder's device.
             RuntimeError: host arrays during a graph capture.
 
-        Cost: a fixed number of NumPy calls; no allocation that grows with the capacity. From device
-        tensors: one launch, no copy, no allocation and no wait; from host arrays on a device, a
-        copy to it beside the work of the step before, and one within it.
+        Cost: a fixed number of NumPy calls; no allocation that grows with the capacity. From
+        device tensors: one launch, no copy, no allocation and no wait; from host arrays on a
+        device, a copy to it beside the work of the step before, and one within it.
         Source: PaddlePaddle/FastDeploy #7367 and #7598.
         """
         arrays = (seq_lens_encoder, seq_lens_decoder, seq_lens_this_time, block_tables)

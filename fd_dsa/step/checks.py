@@ -83,11 +83,7 @@ class StepHints(NamedTuple):
     num_padded_tokens: int | None = None
 
     def check_types(self) -> None:
-        """Refuse what is no integer.
-
-        Raises:
-            ValueError: names the count.
-        """
+        """Raise ValueError for a count that is no integer."""
         for name, count in zip(self._fields, self, strict=True):
             if count is not None and not isinstance(count, int | np.integer):
                 raise ValueError(f"{name}: got {count!r}, allowed are integers and None")
@@ -123,8 +119,8 @@ def check_host_step(arrays: Sequence[Any], limits: StepLimits, hints: StepHints)
 
     Raises:
         BackendUnavailable: a tensor on a device.
-        DtypeError, ShapeError, CapacityError, ValueError: names the field, the found and the
-            allowed.
+        DtypeError: neither arrays nor tensors, or not of int32.
+        ShapeError, CapacityError, ValueError: names the field, the found and the allowed.
     """
     inputs = StepInputs(*map(host_array, StepInputs._fields, arrays))
     check_arrays(inputs, np.int32, limits)
@@ -132,12 +128,7 @@ def check_host_step(arrays: Sequence[Any], limits: StepLimits, hints: StepHints)
 
 
 def host_array(name: str, value: Any) -> npt.NDArray[Any]:
-    """`value` as a NumPy array over the same memory.
-
-    Raises:
-        BackendUnavailable: the tensor is not in host memory.
-        DtypeError: neither a NumPy array nor a tensor.
-    """
+    """`value` as a NumPy array over the same memory; raises as `check_host_step`."""
     if isinstance(value, np.ndarray):
         return value
     if not hasattr(value, "__dlpack_device__"):

@@ -33,12 +33,8 @@ class DeviceProvider:
     The first launch of each, here, writes an empty step: the buffers hold padding from the
     beginning. A step clears all rows after its own, and all tokens that a step before it may have
     left. The host does not see the replays of a captured launch: each writes the tokens of its
-    capture and no others, and any later step may come after one of them.
-
-    Args:
-        limits: sizes that every step keeps to.
-        allocate: makes a contiguous tensor of a shape and dtype on the device.
-        int32_position_ids: whether positions are written as int32 too.
+    capture and no others, and any later step may come after one of them. Arguments: as of
+    `new_buffers`, `allocate` makes tensors on the device.
     """
 
     def __init__(

@@ -29,12 +29,8 @@ class HostProvider:
     Everything past what the last step wrote holds the values of padding: lengths 0, batch id and
     slot and block -1, position 0, window (0, 0); `cu_seqlens_*` repeat their last value there. A
     step therefore clears only what the step before it used and it does not. The two prefill
-    arrays keep whatever the last step with a prefill row left in them.
-
-    Args:
-        limits: sizes that every step keeps to.
-        view: how a NumPy buffer becomes an array of the step, sharing its memory.
-        int32_position_ids: whether positions are written as int32 too.
+    arrays keep whatever the last step with a prefill row left in them. Arguments: as of
+    `new_buffers` and StepViews.
     """
 
     def __init__(self, limits: StepLimits, view: View, int32_position_ids: bool = False) -> None:

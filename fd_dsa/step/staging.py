@@ -49,11 +49,6 @@ class InputStaging:
     of the driver, no memory, no wait for the device unless the caller is `num_slabs` steps ahead of
     it. Where kernels are interpreted, a copy is done at once.
 
-    Args:
-        allocate: makes a contiguous tensor of a shape and dtype on the device.
-        num_values: int32 values of a slab.
-        num_slabs: slabs that take turns.
-
     Attributes:
         slabs: int32 [num_slabs, num_values] on the device, at one address for life.
         used: of each slab, the event after its readers.
@@ -150,7 +145,6 @@ class StagedInputs:
     A copy of an `InputStaging` and one within the device fill it, once a step.
 
     Args:
-        allocate: makes a contiguous tensor of a shape and dtype on the device.
         sizes: most int32 values of each section before the block tables.
         max_rows, columns: of the block tables, the last section: a copy ends with the rows in use.
 

@@ -21,7 +21,6 @@ from fd_dsa.triton_runtime.serving import (
     unfreeze,
     warming,
 )
-from fd_dsa.triton_runtime.tuning import autotune, heuristics
 
 __all__ = [
     "INTERPRETING",
@@ -30,9 +29,7 @@ __all__ = [
     "DeviceApi",
     "Kernel",
     "Pointer",
-    "autotune",
     "freeze",
-    "heuristics",
     "num_late_compilations",
     "paddle_jit",
     "register_device_api",

@@ -36,8 +36,7 @@ class BoundLaunch:
         self._grid_function = grid if callable(grid) else None
         self.grid = self._resolve(grid, values)
         self._stream, self._device = api.current_stream, variant.device
-        self._queue, self._num_ctas = variant.queue, variant.compiled.num_ctas
-        self._grid_offset = variant.grid_offset
+        self._queue, self._grid_offset = variant.queue, variant.grid_offset
         self._fixed_grid = self._grid_function is None and 0 not in self.grid
         passed = [parameter.name for parameter in variant.passed]
         self._writers = tuple(
@@ -91,8 +90,8 @@ class BoundLaunch:
         elif scalars:
             raise self._unfit(scalars, "it has none")
         if numbers is not frame.grid:
-            x, y, z = frame.grid = numbers
-            self._write_grid(frame.memory, self._grid_offset, x * self._num_ctas, y, z)
+            frame.grid = numbers
+            self._write_grid(frame.memory, self._grid_offset, *numbers)
         stream = self._stream(self._device)
         if stream != frame.stream:
             frame.set_stream(stream)
@@ -100,10 +99,6 @@ class BoundLaunch:
         if code:
             self.variant.recover(code, frame)
         free.append(frame)
-
-    def current_stream(self) -> int:
-        """The stream on which a call would launch now."""
-        return self._stream(self._device)
 
     def _unfit(self, scalars: tuple[Any, ...], why: Any) -> LaunchError:
         """The error for scalars that are too many, too few or of another type."""

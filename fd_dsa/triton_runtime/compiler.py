@@ -49,7 +49,6 @@ class Compiled:
         ptx: its assembly.
         shared_bytes: dynamic shared memory a block.
         num_warps: warps a block, those that the compiler added included.
-        num_ctas: blocks a cluster.
         codes: `struct` codes of the arguments that are passed, in order.
     """
 
@@ -58,7 +57,6 @@ class Compiled:
     ptx: str
     shared_bytes: int
     num_warps: int
-    num_ctas: int
     codes: str
 
     @property
@@ -76,13 +74,7 @@ def argument_codes(arguments: Mapping[str, Argument]) -> str:
 def compile_kernel(
     fn: Any, arguments: Mapping[str, Argument], options: Mapping[str, Any], capability: int
 ) -> Compiled:
-    """Compile, or take the result from the cache on disk.
-
-    Args:
-        fn: the `triton.jit` function.
-        arguments: by parameter name, in order.
-        options: launch options such as num_warps.
-        capability: of the GPU, 90 on Hopper.
+    """Compile for a GPU's capability, 90 on Hopper, or take the result from the cache on disk.
 
     Raises:
         BackendUnavailable: the kernel uses a feature that needs scratch memory on the host, or
@@ -131,6 +123,5 @@ def compile_kernel(
         ptx=kernel.asm["ptx"],
         shared_bytes=metadata.shared,
         num_warps=metadata.num_warps,
-        num_ctas=metadata.num_ctas,
         codes=argument_codes(arguments),
     )

@@ -21,7 +21,6 @@ _NO_CONTEXT, _WRONG_CONTEXT = (3, 201), (201, 400, 709)
 _PROCESSORS, _MAJOR, _MINOR, _SHARED_OPTIN = 16, 75, 76, 97
 _FUNCTION_SHARED_BYTES = 1
 _FUNCTION_MAX_DYNAMIC_SHARED = 8
-_FUNCTION_LARGE_CLUSTERS = 14
 # a kernel may use this much shared memory without asking
 _SHARED_BYTES_WITHOUT_OPTIN = 48 << 10
 
@@ -102,14 +101,7 @@ class Driver:
     """
 
     def __init__(self, library: Any) -> None:
-        """Initialise the driver.
-
-        Args:
-            library: `ctypes.CDLL("libcuda.so.1")`, or something with the same functions.
-
-        Raises:
-            BackendUnavailable: there is no usable device.
-        """
+        """Initialise `libcuda.so.1`, or what stands for it; BackendUnavailable without a device."""
         self.library = library
         self._contexts: dict[int, int] = {}
         self._traits: dict[int, GpuTraits] = {}
@@ -125,11 +117,7 @@ class Driver:
         return f"CUDA error {code}: {(text.value or b'unknown').decode()}"
 
     def check(self, code: int, what: str) -> None:
-        """Raise if the driver returned an error.
-
-        Raises:
-            DeviceError: with the driver's text.
-        """
+        """Raise DeviceError, with the driver's text, if it returned an error."""
         if code:
             raise DeviceError(f"{what}: {self._error_text(code)}")
 
@@ -148,11 +136,7 @@ class Driver:
         return call
 
     def call(self, device: int, name: str, *arguments: Any) -> None:
-        """Call a function of the driver once; see `function`.
-
-        Raises:
-            DeviceError: the driver reports an error; call and error are named.
-        """
+        """Call a function of the driver once; see `function`."""
         self.function(name, device)(*arguments)
 
     def recover(
@@ -160,8 +144,7 @@ class Driver:
     ) -> None:
         """Call again if it failed because another context, or none, is the thread's.
 
-        Raises:
-            DeviceError: any other error of the call, or of earlier work on the device.
+        Any other error of the call, or of earlier work on the device, is a DeviceError.
         """
         if code in _WRONG_CONTEXT:
             with self.context(device):
@@ -221,22 +204,6 @@ class Driver:
             self._contexts[device] = context.value or 0
         return self._contexts[device]
 
-    def time_us(self, device: int, call: Callable[[], None], stream: int) -> float:
-        """Microseconds of device time of what one call queues on a stream; waits for it."""
-        begin, end, elapsed_ms = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
-        try:
-            for event in (begin, end):
-                self.call(device, "cuEventCreate", ctypes.byref(event), 0)
-            self.call(device, "cuEventRecord", begin, ctypes.c_void_p(stream))
-            call()
-            self.call(device, "cuEventRecord", end, ctypes.c_void_p(stream))
-            self.call(device, "cuEventSynchronize", end)
-            self.call(device, "cuEventElapsedTime", ctypes.byref(elapsed_ms), begin, end)
-        finally:
-            for event in (begin, end):
-                self.library.cuEventDestroy_v2(event)
-        return elapsed_ms.value * 1e3
-
     def load(self, compiled: Compiled, device: int) -> int:
         """Load a compiled kernel and everything its launch needs; the context is left as it was.
 
@@ -265,8 +232,6 @@ class Driver:
             if compiled.shared_bytes > _SHARED_BYTES_WITHOUT_OPTIN:
                 own = self._integer("cuFuncGetAttribute", _FUNCTION_SHARED_BYTES, function)
                 call("cuFuncSetAttribute", function, _FUNCTION_MAX_DYNAMIC_SHARED, limit - own)
-            if compiled.num_ctas > 8:
-                call("cuFuncSetAttribute", function, _FUNCTION_LARGE_CLUSTERS, 1)
             if hasattr(self.library, "cuFuncLoad"):
                 # lazy loading would load at the first launch, which may be inside a capture
                 call("cuFuncLoad", function)

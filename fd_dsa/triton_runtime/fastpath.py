@@ -50,8 +50,6 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
             guards.append(_guard(parameter, argument, f"_c{index}"))
     every = "(" + "".join(f"{name}, " for name in signature.parameters) + ")"
     packed = [f"_p{tensors[p.name]}" if p.name in tensors else p.name for p in variant.passed]
-    num_ctas = variant.compiled.num_ctas
-    clusters = f" * {num_ctas}" if num_ctas != 1 else ""
     late = [
         f"not {p.name}.is_contiguous()"
         for p in signature.parameters.values()
@@ -73,7 +71,7 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
         "      if not (_x and _y and _z): return",
         "      try: _frame = _pop()",
         "      except IndexError: _frame = _new()",
-        f"      _pack(_frame.memory, 0, {''.join(f'{v}, ' for v in packed)}_x{clusters}, _y, _z)",
+        f"      _pack(_frame.memory, 0, {''.join(f'{v}, ' for v in packed)}_x, _y, _z)",
         "      _s = _stream(_device)",
         "      if _s != _frame.stream: _frame.set_stream(_s)",
         "    except (AttributeError, TypeError, ValueError, _StructError):",

@@ -17,15 +17,9 @@ _LIMITS = ((1 << 31) - 1, 65535, 65535)
 def resolve_grid(
     kernel: str, grid: Grid, arguments: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[int, int, int]:
-    """The grid as three numbers.
+    """The grid as three numbers; LaunchError where it is none, or out of CUDA's range.
 
-    Args:
-        kernel: name, for errors.
-        grid: one to three numbers, or a function that makes them of all arguments by name.
-        arguments, options: what the function gets.
-
-    Raises:
-        LaunchError: it is no sequence of one to three integers, or one is out of CUDA's range.
+    A function as a grid gets all arguments and options by name.
     """
     sizes = grid({**options, **arguments}) if callable(grid) else grid
     try:

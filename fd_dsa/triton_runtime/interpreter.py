@@ -46,7 +46,7 @@ class InterpretedVariant(Variant):
                 f"kernel {signature.kernel} was made by triton.jit in a process that had loaded "
                 "Triton for compiling; set TRITON_INTERPRET=1 before the first import of triton"
             )
-        compiled = Compiled(signature.kernel, b"", "", 0, 1, 1, argument_codes(arguments))
+        compiled = Compiled(signature.kernel, b"", "", 0, 1, argument_codes(arguments))
         super().__init__(signature, arguments, options, compiled, 0, 0, cuda())
         self._fn, self.queue = fn, self._run
 

@@ -21,15 +21,11 @@ MISSING = inspect.Parameter.empty
 OPTIONS: dict[str, Any] = {
     "num_warps": 4,
     "num_stages": 3,
-    "num_ctas": 1,
     "enable_fp_fusion": True,
     "maxnreg": None,
-    "max_num_imprecise_acc_default": None,
-    "launch_cooperative_grid": False,
     "launch_pdl": False,
 }
-# options that must be a power of two, and the largest
-_POWERS = {"num_warps": 32, "num_ctas": 16}
+_MOST_WARPS = 32
 # name of a dtype, as Paddle, torch and NumPy spell it -> Triton's element type
 ELEMENT_TYPES = {
     "bool": "i1",
@@ -151,13 +147,12 @@ class Signature:
                 f"options {', '.join(OPTIONS)}"
             ) from None
         bound.apply_defaults()
-        for name, most in _POWERS.items():
-            value = options.get(name, 1)
-            if type(value) is not int or not 1 <= value <= most or value & (value - 1):
-                raise LaunchError(
-                    f"kernel {self.kernel}: option {name} is {value!r}, allowed are the powers of "
-                    f"two from 1 to {most}"
-                )
+        warps = options.get("num_warps", 1)
+        if type(warps) is not int or not 1 <= warps <= _MOST_WARPS or warps & (warps - 1):
+            raise LaunchError(
+                f"kernel {self.kernel}: option num_warps is {warps!r}, allowed are the powers of "
+                f"two from 1 to {_MOST_WARPS}"
+            )
         # NumPy's scalars become Python's
         values = {
             name: value.item() if isinstance(value, np.generic) else value

@@ -36,7 +36,7 @@ def unfreeze() -> None:
 
 
 def num_late_compilations() -> int:
-    """How many launches after `freeze` had to compile, to load, or to go untuned."""
+    """How many launches after `freeze` had to compile, or to load."""
     return _late
 
 
@@ -51,36 +51,26 @@ def warming() -> Iterator[None]:
         _state.warming = before
 
 
-def serves() -> bool:
-    """True after `freeze()`, outside `warming()`."""
-    return _frozen is not None and not getattr(_state, "warming", False)
-
-
-def announce(kernel: str, problem: str, consequence: str) -> None:
-    """Called while serving, before a launch does what the warm-up should have done.
+def announce_compilation(kernel: str, arguments: Mapping[str, Any], options: Any) -> None:
+    """Called before a launch compiles or loads: after `freeze()`, outside `warming()`, it counts.
 
     Raises:
         LaunchError: after `freeze(strict=True)`.
     """
     global _late
+    if _frozen is None or getattr(_state, "warming", False):
+        return
+    types = ", ".join(
+        f"{name}={argument.value!r}"
+        if argument.type == "constexpr"
+        else f"{name}={argument.type}{' (divisible by 16)' if argument.divisible else ''}"
+        for name, argument in arguments.items()
+    )
+    problem = (
+        f"kernel {kernel}: no compiled variant for ({types}) with {dict(options)} after freeze(); "
+        "add it to the warm-up"
+    )
     if _frozen == "strict":
-        raise LaunchError(f"kernel {kernel}: {problem}")
+        raise LaunchError(problem)
     _late += 1
-    _LOG.warning("kernel %s: %s; %s", kernel, problem, consequence)
-
-
-def announce_compilation(kernel: str, arguments: Mapping[str, Any], options: Any) -> None:
-    """Called before a launch compiles or loads.
-
-    Raises:
-        LaunchError: after `freeze(strict=True)`.
-    """
-    if serves():
-        types = ", ".join(
-            f"{name}={argument.value!r}"
-            if argument.type == "constexpr"
-            else f"{name}={argument.type}{' (divisible by 16)' if argument.divisible else ''}"
-            for name, argument in arguments.items()
-        )
-        problem = f"no compiled variant for ({types}) with {dict(options)} after freeze()"
-        announce(kernel, f"{problem}; add it to the warm-up", "this step compiles")
+    _LOG.warning("%s; this step compiles", problem)

@@ -241,8 +241,7 @@ class SideStream:
     def begin(self) -> None:
         """Make this stream the current one; it waits for all work of the current one so far.
 
-        Raises:
-            DeviceError: the driver refuses; the current stream is as it was.
+        After a DeviceError the current stream is as it was.
         """
         self._main = self._transfers.stream()
         self._forked.record(self._main)
@@ -263,12 +262,7 @@ class SideStream:
 def side_stream_for(tensor: Any) -> SideStream | None:
     """The second stream of the device of a tensor, made at the first call; one a process.
 
-    Returns:
-        None in a process whose kernels are interpreted: its "devices" are host memory.
-
-    Raises:
-        LaunchError: the tensor is not in the memory that kernels of this process use.
-        BackendUnavailable: no library is known for its type, or no CUDA driver is found.
+    None in a process whose kernels are interpreted: its "devices" are host memory.
     """
     if INTERPRETING:
         return None
@@ -280,11 +274,7 @@ _side_stream = cache(SideStream)
 
 
 def on_host(tensor: Any, like: np.ndarray) -> np.ndarray:
-    """The values of a contiguous tensor, which the calling thread waits for.
-
-    Args:
-        tensor: on a device; of the shape and dtype of `like`.
-    """
+    """The values of a contiguous tensor of the shape and dtype of `like`; waits for them."""
     array, transfers = np.empty_like(like), transfers_for(tensor)
     if array.size:
         transfers.to_host(array, tensor)

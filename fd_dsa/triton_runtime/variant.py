@@ -19,9 +19,7 @@ from fd_dsa.triton_runtime.parameters import Parameter, Signature
 _WARP_SIZE = 32
 # scratch pointers that a kernel takes after its arguments, null here: one or two by Triton version
 _SCRATCH_POINTERS = 2
-_CLUSTER_DIMENSION, _CLUSTER_SCHEDULING = 4, 5
-_COOPERATIVE, _OVERLAP_LAUNCHES = 2, 6
-_SPREAD = 1
+_OVERLAP_LAUNCHES = 6
 # CUlaunchConfig: grid 3 x u32, block 3 x u32, shared u32, stream, attributes, their number
 _CONFIG = struct.Struct("=IIIIIIIxxxxQQIxxxx")
 _STREAM_OFFSET = 32
@@ -91,17 +89,17 @@ class Variant:
         padding = f"{self.grid_offset - end}x" if self.grid_offset > end else ""
         self.values = struct.Struct(f"@{codes}{padding}III")
         self._function = ctypes.c_void_p(function)
-        self._attributes = _attributes(compiled.num_ctas, options)
+        packed = _ATTRIBUTE.pack(_OVERLAP_LAUNCHES, struct.pack("=I", 1))
+        self._early = ctypes.create_string_buffer(packed) if options["launch_pdl"] else None
         self._null = ctypes.c_uint64(0)
 
     def frame(self, values: Mapping[str, Any] | None = None) -> Frame:
         """A new frame with these arguments, or none yet, and no grid."""
         compiled = self.compiled
         memory = ctypes.create_string_buffer(self.grid_offset + _CONFIG.size)
-        base, num_attributes = ctypes.addressof(memory), len(self._attributes) // _ATTRIBUTE.size
-        attributes = ctypes.addressof(self._attributes) if num_attributes else 0
-        block = compiled.num_warps * _WARP_SIZE
-        config = (1, 1, 1, block, 1, 1, compiled.shared_bytes, 0, attributes, num_attributes)
+        base, block = ctypes.addressof(memory), compiled.num_warps * _WARP_SIZE
+        attributes = (0, 0) if self._early is None else (ctypes.addressof(self._early), 1)
+        config = (1, 1, 1, block, 1, 1, compiled.shared_bytes, 0, *attributes)
         if values is not None:
             passed = (values[parameter.name] for parameter in self.passed)
             plain = (v.data_ptr() if hasattr(v, "data_ptr") else v for v in passed)
@@ -122,18 +120,3 @@ class Variant:
         """Launch again if it failed for want of a context; see `Driver.recover`."""
         what = f"launch of kernel {self.signature.kernel}"
         self.driver.recover(code, self.device, what, self.queue, frame.call)
-
-
-def _attributes(num_ctas: int, options: Mapping[str, Any]) -> Any:
-    """The driver's launch attributes, packed."""
-    values = []
-    if options["launch_pdl"]:
-        values.append((_OVERLAP_LAUNCHES, struct.pack("=I", 1)))
-    if options["launch_cooperative_grid"]:
-        values.append((_COOPERATIVE, struct.pack("=I", 1)))
-    if num_ctas != 1:
-        values.append((_CLUSTER_DIMENSION, struct.pack("=III", num_ctas, 1, 1)))
-        values.append((_CLUSTER_SCHEDULING, struct.pack("=I", _SPREAD)))
-    packed = b"".join(_ATTRIBUTE.pack(*value) for value in values)
-    # string buffers end in a zero byte of their own
-    return (ctypes.c_char * len(packed)).from_buffer_copy(packed)

@@ -277,7 +277,7 @@ for tokens in (1, 200, 1000):
 # number is that of the tiles of a stage
 types = dict.fromkeys(("x_ptr", "weight_ptr"), "uint8") | {"out_ptr": "bfloat16"}
 for rows, columns, width in ((1, 2240, 7168), (64, 7168, 16384), (8192, 4096, 7168), (1, 64, 200)):
-    _, options = gemm.launch_options(rows, columns, width, gemm.configuration(rows, columns, width))
+    _, options = gemm.launch_options(rows, columns, width, gemm.configuration(rows))
     if options["SPLITS"] == 1:
         options["scratch_ptr"] = None
     compile("fp8 2", gemm.fp8_linear_kernel, types, WIDTH=width, COLUMNS=columns, NATIVE=NATIVE,

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
+from benchmarks import _tilings
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops import _expert_gemm
 from fd_dsa.ops._expert_gemm import Tiling, configuration
 from fd_dsa.ops._expert_kernels import choose_experts, expert_gemm, group_pairs, sum_experts
 from fd_dsa.ops._fp8_rows import Fp8Rows
@@ -194,7 +194,7 @@ def test_every_tiling_gives_the_same_values(
     lists = group_pairs(m.put(ids), EXPERTS)
     case = Operands(m, kind, 90, 256 if gated else 130, 136)
     few = (Tiling(32, 128 if gated else 64, 8, 3), Tiling(128, 128, 8, 3))
-    for tiling in _expert_gemm.candidates(kind, gated) if m.large else few:
+    for tiling in _tilings.experts(kind, gated) if m.large else few:
         options = {"gated": gated, "round_scales": False, "tiling": tiling}
         found = expert_gemm(case.x, case.weight, *lists, top_k=2, **options)
         if gated:
@@ -210,7 +210,7 @@ def test_chosen_tilings_are_candidates() -> None:
                 # of Hopper, the A100 and the L40S
                 for shared_bytes in (227 << 10, 163 << 10, 99 << 10):
                     chosen = configuration(kind, 8 * tokens, 256, gated, shared_bytes)
-                    assert chosen in _expert_gemm.candidates(kind, gated)
+                    assert chosen in _tilings.experts(kind, gated)
 
 
 def test_weights_past_32_bits(paddle_memory: KernelMemory) -> None:

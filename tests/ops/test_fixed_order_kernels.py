@@ -108,7 +108,8 @@ def projection(m: KernelMemory, rows: int, kind: str, width: int) -> Run:
     weights = [block_fp8.put(m, _rounded(rng, kind, width, n), kind) for n in (128, 64)]
 
     def run(index: np.ndarray) -> np.ndarray:
-        out = project_indexer(block_fp8.put(m, values[index], kind), *weights)
+        made = m.poisoned((len(index), 128), kind), m.poisoned((len(index), 64), "float32")
+        out = project_indexer(block_fp8.put(m, values[index], kind), *weights, made)
         return np.concatenate([block_fp8.get(m, part) for part in out], axis=1)
 
     return run

@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
+from benchmarks import _tilings
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops import _fp8_gemm, _split_sums
+from fd_dsa.ops import _split_sums
 from fd_dsa.ops._fp8_gemm import Tiling, configuration, fp8_linear
 from fd_dsa.triton_runtime.transfers import Transfers
 from tests.kernel_memory import KernelMemory
@@ -80,7 +81,7 @@ TILINGS = (
 
 def test_every_tiling_gives_the_same_values(paddle_memory: KernelMemory) -> None:
     m, scratch = paddle_memory, dirty_scratch(paddle_memory)
-    large = ((LARGE[3], tiling) for tiling in _fp8_gemm.CANDIDATES)
+    large = ((LARGE[3], tiling) for tiling in _tilings.FP8_GEMMS)
     for shape, tiling in (*TILINGS, *large) if m.large else TILINGS:
         Case(m, *shape).check(tiling=tiling, scratch=scratch)
         assert not m.get(scratch[: _split_sums.NUM_COUNTERS]).any()
@@ -88,7 +89,7 @@ def test_every_tiling_gives_the_same_values(paddle_memory: KernelMemory) -> None
 
 def test_chosen_tilings_are_candidates() -> None:
     for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 8192):
-        assert configuration(rows, 7168, 2048) in _fp8_gemm.candidates(rows)
+        assert configuration(rows) in _tilings.fp8_gemms(rows)
 
 
 def test_splits_have_work_and_room() -> None:

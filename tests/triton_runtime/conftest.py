@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import fd_dsa.triton_runtime
-from fd_dsa.triton_runtime import INTERPRETING, kernel, register_device_api, tuning
+from fd_dsa.triton_runtime import INTERPRETING, kernel, register_device_api
 from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, driven_by, fake_compile
 
 
@@ -23,7 +23,7 @@ def api() -> FakeApi:
 def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are launched as compiled ones; where this process interprets, nothing is compiled."""
     if INTERPRETING:
-        for module in (fd_dsa.triton_runtime, kernel, tuning):
+        for module in (fd_dsa.triton_runtime, kernel):
             monkeypatch.setattr(module, "INTERPRETING", False)
         monkeypatch.setattr(kernel, "compile_kernel", fake_compile)
 

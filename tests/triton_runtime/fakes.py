@@ -185,8 +185,7 @@ def fake_compile(
     fn: Any, arguments: dict[str, Argument], options: dict[str, Any], capability: int
 ) -> Compiled:
     """What the launcher gets of a compiler."""
-    warps, ctas = options["num_warps"], options["num_ctas"]
-    return Compiled(fn.__name__, b"", "", 0, warps, ctas, argument_codes(arguments))
+    return Compiled(fn.__name__, b"", "", 0, options["num_warps"], argument_codes(arguments))
 
 
 def in_threads(work: Callable[[int], Any], count: int) -> None:

@@ -121,7 +121,7 @@ def test_constants_that_differ_in_their_sign_alone(library: FakeLibrary) -> None
 
 
 # the defaults: other spellings of one variant
-DEFAULTS = {"num_warps": 4, "num_stages": 3, "num_ctas": 1, "enable_fp_fusion": True}
+DEFAULTS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True, "maxnreg": None}
 SPELLINGS = [dict(part) for n in range(5) for part in combinations(DEFAULTS.items(), n)]
 
 
@@ -129,7 +129,7 @@ def test_sixteen_spellings_are_found_without_checks(library: FakeLibrary, api: F
     kernel = scale_kernel()
     for _ in range(3):
         asked = []
-        for spelling in [*SPELLINGS, {**DEFAULTS, "maxnreg": None}]:
+        for spelling in [*SPELLINGS, {**DEFAULTS, "launch_pdl": False}]:
             before = api.asked
             kernel[(1,)](**BASE, **spelling)
             asked.append(api.asked - before)
@@ -210,7 +210,6 @@ def test_tensors_are_not_kept_alive(library: FakeLibrary) -> None:
         ({"size": 3}, "unexpected keyword argument 'size'; parameters are x_ptr"),
         ({"num_warps": 3}, "option num_warps is 3, .* powers of two from 1 to 32"),
         ({"num_warps": "4"}, "option num_warps is '4'"),
-        ({"num_ctas": 32}, "option num_ctas is 32"),
         ({"BLOCK": [8]}, "argument 'BLOCK' is a list, but it is compiled in"),
         ({"BLOCK": X}, "argument 'BLOCK' is a FakeTensor"),
     ],
@@ -280,13 +279,10 @@ def test_numpy_scalars(library: FakeLibrary) -> None:
 def test_launch_attributes(library: FakeLibrary) -> None:
     kernel = scale_kernel()
     for _ in range(2):
-        kernel[(3,)](
-            X, Y, 5, 0.5, True, 7, BLOCK=64, num_ctas=2, launch_cooperative_grid=True,
-        )  # fmt: skip
+        kernel[(3,)](X, Y, 5, 0.5, True, 7, BLOCK=64, launch_pdl=True)
     for launch in library.launches:
-        assert launch.grid == (6, 1, 1)
-        assert [number for number, _ in launch.attributes] == [2, 4, 5]
-        assert launch.attributes[1][1][:12] == b"\2\0\0\0\1\0\0\0\1\0\0\0"
+        assert launch.grid == (3, 1, 1)
+        assert [(number, value[:4]) for number, value in launch.attributes] == [(6, b"\1\0\0\0")]
 
 
 @pytest.mark.parametrize(

@@ -44,15 +44,11 @@ def fastdeploy_version() -> str:
 
 
 def choose_engine(args: argparse.Namespace, passed: PassedFlags) -> tuple[str, str]:
-    """The engine for `--engine auto`, and why in words.
+    """The engine for `--engine auto`, and why in words; arguments as of `translate`.
 
     FastDeploy where it is installed and the request needs more than one device: a flag asks for
     several, or the weights do not fit the one device that the embedded engine would use. Without
     it the embedded engine serves on several GPUs, too, and on a CPU it alone does.
-
-    Args:
-        args: flags of ours, as `fd_dsa.serve.flag_sources.parse_args` gives them.
-        passed: what stands after `--`.
 
     Raises:
         BackendUnavailable: the flags need FastDeploy, which is not installed.

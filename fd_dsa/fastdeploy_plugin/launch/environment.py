@@ -30,18 +30,11 @@ ENTRY_POINT_GROUPS = ("fastdeploy.model_register_plugins", "fastdeploy.model_run
 
 
 def server_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """What FastDeploy's server gets, and what the user should know about it.
+    """The environment of FastDeploy's server, and a line for each value that works against us.
 
-    FD_ATTENTION_BACKEND becomes DSA_ATTN and FD_PLUGINS names fd_dsa beside what it names already,
-    without spaces, which FastDeploy would read as part of a name. Everything else passes through,
-    FD_DISABLE_CHUNKED_PREFILL too, which is never set here: a value of the user's that only costs
-    something is left alone, with a warning.
-
-    Args:
-        environment: of the launcher; not changed.
-
-    Returns:
-        a copy with the changes, and a line for each value that works against the plug-in.
+    The launcher's, with FD_ATTENTION_BACKEND=DSA_ATTN, and with fd_dsa in FD_PLUGINS beside what it
+    names already, without spaces, which FastDeploy would read as part of a name. All else passes
+    through, FD_DISABLE_CHUNKED_PREFILL too: a value that only costs something is left alone.
 
     Raises:
         ConfigError: FD_ATTENTION_BACKEND asks for another backend.
@@ -84,14 +77,11 @@ def missing_entry_points() -> list[str]:
 
 
 def probe(environment: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
-    """Import FastDeploy in a child process.
+    """`status.report` of a child that imports FastDeploy, with `error` also where it has none.
 
     Args:
         environment: of the child: what FastDeploy's server would get.
         timeout_s: longest wait; a child that takes longer is ended.
-
-    Returns:
-        `fd_dsa.fastdeploy_plugin.status.report` of the child; `error` also where it has none.
     """
     version = fastdeploy_version()
     with tempfile.TemporaryDirectory(prefix="fd_dsa-probe-") as name:

@@ -53,11 +53,8 @@ class Launch:
     """A server of FastDeploy's that is ready to be started.
 
     Attributes:
-        command: program and arguments.
-        environment: of the server.
         warnings: what the user should know first, a line each.
-        url: of the server for this machine, without a path.
-        metrics_url: the same for its metrics.
+        url, metrics_url: of the server and its metrics for this machine, without a path.
         model_name: for the `model` field of requests.
         max_model_len: longest prompt plus output, tokens.
     """
@@ -72,11 +69,7 @@ class Launch:
 
 
 def prepare(args: argparse.Namespace, passed: PassedFlags) -> Launch:
-    """Command and environment of FastDeploy's server; nothing is started.
-
-    Args:
-        args: flags of ours, as `fd_dsa.serve.flag_sources.parse_args` gives them.
-        passed: what stands after `--`.
+    """Command and environment of FastDeploy's server, by what `translate` takes; starts nothing.
 
     Raises:
         BackendUnavailable: FastDeploy is not installed, or fd_dsa is no installed package.
@@ -116,8 +109,8 @@ def prepare(args: argparse.Namespace, passed: PassedFlags) -> Launch:
 def launch(plan: Launch, started: float, on_ready: Callable[[str, float], None]) -> int:
     """Run FastDeploy's server until it ends; returns its exit status, 128 + n after signal n.
 
-    Its output is passed on as it comes. SIGINT and SIGTERM are forwarded to it, and its processes
-    do not outlive this one, however this one ends.
+    Its output and our signals go through, and no process of it outlives this one; see
+    `ServerProcess`.
 
     Args:
         started: `time.monotonic()` of the moment from which to count.
@@ -208,7 +201,7 @@ def _model_and_name(args: argparse.Namespace, passed: PassedFlags) -> dict[str, 
 def choose_ports(
     host: str, port: int, port_is_given: bool, passed: PassedFlags, num_queues: int
 ) -> dict[str, str]:
-    """Free consecutive ports for all that the user left open.
+    """FastDeploy's flags for free consecutive ports that the user left open, and their values.
 
     One for HTTP, one for metrics, and a queue of workers and one of caches for each data parallel
     rank of this machine: four in all for one rank. FastDeploy's own defaults differ from version
@@ -219,9 +212,6 @@ def choose_ports(
         port_is_given: the user gave it, so it stays; else others are tried above it.
         passed: flags after `--`, whose ports stay.
         num_queues: data parallel ranks on this machine.
-
-    Returns:
-        FastDeploy's flags for the ports that the user did not give it, and their values.
 
     Raises:
         ConfigError: the interface is none of this machine's; no such ports are free; on several

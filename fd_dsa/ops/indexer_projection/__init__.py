@@ -4,7 +4,7 @@ index_k = hidden_states @ wk, weights = hidden_states @ weights_proj; one launch
 
 Sums are float32, and the head weights stay so. The launch goes to the current stream; a GEMM of
 Paddle goes to the stream that its cuBLAS handle was made on, which a fork does not change
-(PaddlePaddle/Paddle #79155). It allocates only its results, which have the same bits every time.
+(PaddlePaddle/Paddle #79155). It allocates nothing, and has the same bits every time.
 
 Launches of few tokens share scratch memory, one a device, so one must end before the next begins:
 on one stream, or on two with a join in between. Two at the same time, or graphs that are replayed
@@ -16,14 +16,11 @@ Args:
     wk: of the same dtype, [hidden_size, index_head_dim]; None leaves the keys out.
     weights_proj: of the same dtype, [hidden_size, index_n_heads]. Both may be column slices, as of
         one parameter.
-    out: where to write the two results, on a device contiguous; None allocates. Keys that are left
-        out stay as they are, or None.
+    out: where to write the two, on a device contiguous (a CPU allocates for None): index_k
+        [num_tokens, index_head_dim] of the dtype of the hidden states, which stays as it is without
+        `wk`, and weights float32 [num_tokens, index_n_heads].
     scratch: on a device memory of `_split_sums.new_scratch`; None is the device's own, made by
         the first launch outside of a capture.
-
-Returns:
-    index_k [num_tokens, index_head_dim] of the dtype of the hidden states, as `write_caches` takes
-    it, and weights float32 [num_tokens, index_n_heads], as `indexer_query`.
 
 Source: one GEMM for both weights, sgl-project/sglang #12094; on a second stream, vLLM #39943.
 """
@@ -39,18 +36,14 @@ from fd_dsa.ops._linear import linear
 
 
 def project_on_host(
-    hidden_states: Any,
-    wk: Any,
-    weights_proj: Any,
-    out: tuple[Any, Any] | None = None,
-    scratch: None = None,
+    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any] | None
 ) -> tuple[Any, Any]:
     for index, result in enumerate(out or ()):
         check_writable("project_indexer", f"out[{index}]", result)
     x = as_numpy(hidden_states)
-    results = None if wk is None else linear(x, wk), linear(x, weights_proj)
+    results = [weight if weight is None else linear(x, weight) for weight in (wk, weights_proj)]
     if out is None:
-        return results
+        return results[0], results[1]
     for target, result in zip(out, results, strict=True):
         if result is not None:
             np.copyto(as_numpy(target), result)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.ops._fixed_order import rows_of_tiles
-from fd_dsa.ops._host import allocator_beside, dtype_name, outer_strides
+from fd_dsa.ops._host import outer_strides
 from fd_dsa.ops._split_sums import NUM_COUNTERS, clear_counters, scratch_beside, sum_of_parts
 from fd_dsa.ops._triton import step_kernel, stored_values
 from fd_dsa.ops._triton_fp8 import stored
@@ -23,21 +23,14 @@ NUM_PARTIALS = 1 << 20
 
 _NAME = "project_indexer"
 Tiling = tuple[int, int, int, int, int, int]
-# BLOCK_TOKENS, _COLUMNS and _HIDDEN, programs that share the hidden size, num_warps, num_stages:
-# what benchmarks/tune.py times, for few tokens and for many
-SPLIT = (
-    *((16, 16, 128, 28, 4, 3), (16, 16, 128, 14, 4, 5), (16, 16, 256, 7, 4, 5)),
-    *((16, 32, 128, 28, 4, 3), (16, 32, 128, 14, 4, 5), (16, 64, 128, 28, 4, 3)),
-    *((32, 32, 128, 28, 4, 3), (32, 32, 128, 14, 4, 5), (64, 32, 128, 14, 4, 5)),
-    *((64, 32, 128, 7, 4, 5), (64, 64, 128, 14, 8, 5), (64, 64, 128, 7, 8, 4)),
-)
-WHOLE = (64, 32, 128, 1, 4, 4), (64, 64, 64, 1, 4, 5), (128, 64, 64, 1, 8, 4)
-CANDIDATES: tuple[Tiling, ...] = (*SPLIT, *WHOLE)
 MOST_SPLIT_TOKENS = 512
 
 
 def configuration(num_tokens: int) -> Tiling:
-    """One of CANDIDATES for this many tokens, in bfloat16."""
+    """The fastest of those that benchmarks/tune.py times for this many tokens, in bfloat16.
+
+    BLOCK_TOKENS, _COLUMNS and _HIDDEN, programs that share the hidden size, num_warps, num_stages.
+    """
     if num_tokens <= 64:
         return 16, 32, 128, 14, 4, 5
     if num_tokens <= 128:
@@ -120,20 +113,10 @@ def project_indexer_kernel(
 
 
 def project_indexer(
-    hidden_states: Any,
-    wk: Any,
-    weights_proj: Any,
-    out: tuple[Any, Any] | None = None,
-    scratch: Any = None,
+    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any], scratch: Any = None
 ) -> tuple[Any, Any]:
     """See `fd_dsa.ops.indexer_projection`."""
     num_tokens = hidden_states.shape[0]
-    if out is None:
-        allocate, dtype = allocator_beside(hidden_states), dtype_name(hidden_states.dtype)
-        out = (
-            None if wk is None else allocate((num_tokens, wk.shape[1]), dtype),
-            allocate((num_tokens, weights_proj.shape[1]), "float32"),
-        )
     if num_tokens:
         rows = rows_of_tiles(num_tokens)
         if scratch is None and rows <= MOST_SPLIT_TOKENS:
@@ -183,7 +166,7 @@ def kernel_arguments(
 def launch_options(
     arguments: dict[str, Any], tiling: Tiling
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and tile sizes of a launch with one of CANDIDATES; without scratch memory unsplit."""
+    """Grid and tile sizes of a launch with a tiling; without scratch memory unsplit."""
     tokens, columns, hidden, splits, num_warps, num_stages = tiling
     if arguments["WIDE"] is tl.float32:
         # products without tensor cores keep a whole tile in registers

@@ -102,10 +102,7 @@ def score_gathered(
         q: float32 [num_queries, index_n_heads, index_head_dim], roped; for an fp8_ds_mla cache the
             values of its codes.
         weights: float32 [num_queries, index_n_heads]; head weights, all scale factors folded in.
-        cache: [num_blocks, block_size, index_head_dim] float32 or int16 (bfloat16 bits), or uint8
-            [num_blocks, 64, 132], fp8_ds_mla; only there do keys have scales.
-        key_slots: int64 [num_keys]; block * block_size + offset, all in the cache.
-        scratch: buffers to reuse between calls; None = new ones.
+        cache, key_slots, scratch: as of `gather_index_keys`.
 
     Returns:
         float32 [num_queries, num_keys], valid until the next call with `scratch`; windows are
@@ -132,10 +129,7 @@ def score_paged(
     """Scores of the queries of decode rows against their own pages.
 
     Args:
-        q: float32 [num_rows, queries_per_row, index_n_heads, index_head_dim].
-        weights: float32 [num_rows, queries_per_row, index_n_heads].
-        cache, scratch: as in `score_gathered`.
-        units: which blocks belong to which row; made once per step.
+        q, weights: as of `score_gathered`, with two axes [num_rows, queries_per_row] of queries.
 
     Returns:
         float32 [num_rows, queries_per_row, units.width], column = position in the row; columns

@@ -236,16 +236,10 @@ def score_tiles(
 
     Args:
         q: uint8 or float8_e4m3fn.
-        step: its arrays are read when the kernel runs.
-        schedule: filled for the same step.
-        logits: float32 [num_rows, width], written in place, at any distance between rows. Left as
-            they are: entries past a token's window, rows of padding, and rows that the schedule
-            leaves out. A key whose block is -1 or past the cache gets -inf.
-        first_token: the token of row 0, with which the chunk begins.
-        chunk: which one of the schedule's.
-
-    Raises:
-        LaunchError: a tensor is not contiguous, or not on the device of the others.
+        step, schedule, chunk: of the step, what was filled for it, and which of its chunks.
+        logits: float32 [num_rows, width], of the tokens from `first_token` on; rows may have gaps.
+            Entries past a token's window, and rows of padding and those that the schedule leaves
+            out, stay as they are. A key whose block is -1 or past the cache gets -inf.
 
     Cost: one launch of as many programs as the schedule has; no allocation, no wait.
     Source: sharing work out to fixed programs as DeepGEMM's paged_mqa_logits does.

@@ -104,15 +104,10 @@ def score_pages(
 
     Args:
         q: may also be bfloat16 over a float32 cache, and float8_e4m3fn.
-        step: its arrays are read when the kernel runs, and no more than `max_seqlen_k` keys of a
-            row are looked at.
-        logits: float32 [num_rows, width], written in place; entries past a token's window, and
-            rows of padded tokens, are left as they are. A key whose block is -1 or past the
-            cache gets -inf.
-        first_token: the token of row 0.
-
-    Raises:
-        LaunchError: a tensor is not contiguous, or not on the device of the others.
+        step: no more than `max_seqlen_k` keys of a row are looked at.
+        logits: float32 [num_rows, width], of the tokens from `first_token` on. Entries past a
+            token's window, and rows of padding, stay as they are. A key whose block is -1 or past
+            the cache gets -inf.
 
     Cost: one launch; no allocation, no wait.
     """

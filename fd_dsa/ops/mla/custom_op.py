@@ -87,10 +87,6 @@ class CustomAttention(LibraryKernel):
                 what it names gives the same bits faster. A token of a row that was dequantized
                 must name slots of that row's blocks alone; others are skipped, or are wrong.
 
-        Raises:
-            LaunchError: a tensor is not contiguous, or not on the device of the others.
-            DeviceError: the CUDA runtime refuses the launch, or earlier work has failed.
-
         Cost: one launch, of blocks of 64 heads at most two; no allocation, no wait.
         """
         num_tokens, num_heads, _ = q.shape
@@ -170,15 +166,9 @@ def choose_attention(
     capability: int,
     allocate: Allocate,
 ) -> Choice:
-    """What attends on a device, for these sizes and types.
+    """What `providers.choose` takes for these sizes and types, as of `tensor_core.why_not`.
 
-    Args:
-        kind: of device, as `providers.device_kind` names it.
-        dtype, cache_dtype, rank, rope, capability: see `tensor_core.why_not`.
-        allocate: makes tensors on the device, for the probe of a kernel of custom_ops/.
-
-    Raises:
-        ConfigError, BackendUnavailable: see `providers.choose`.
+    A kernel of custom_ops/ is compared with the definition first, for which the thread waits.
     """
     reason = tensor_core.why_not(capability, dtype, cache_dtype, rank, rope)
     conditions, own = {TENSOR_CORE: reason}, kind_for(num_heads, cache_dtype == "fp8_ds_mla")

@@ -164,7 +164,7 @@ class DequantizedRecords:
         Returns:
             Views of the memory; valid until the next call. None if not one block would fit.
 
-        Cost: one launch; no wait, and no allocation once the views of a number of rows exist.
+        Cost: one launch.
         Source: vLLM's cp_gather_and_upconvert_fp8_kv_cache does it for bfloat16 rows.
         """
         num_blocks, block_size = cache.shape[0], prod(cache.shape[1:-1])

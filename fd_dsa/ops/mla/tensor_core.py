@@ -135,9 +135,6 @@ def attend_on_tensor_cores(
     infinite, and what is below 2^-25 is lost. bfloat16: weights are rounded to bfloat16, 2^-9.
     Sums are float32.
 
-    Raises:
-        LaunchError: a tensor is not contiguous, or not on the device of the others.
-
     Cost: one launch, with splits two; no allocation, no wait.
     """
     fp8 = cache_format(cache) == "fp8_ds_mla"

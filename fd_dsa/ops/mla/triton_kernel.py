@@ -137,9 +137,6 @@ def attend_slots(
     where the query is, with latents rounded to it, and in float32 (no TF32) otherwise; sums are
     float32.
 
-    Raises:
-        LaunchError: a tensor is not contiguous, or not on the device of the others.
-
     Cost: one launch; no allocation, no wait.
     """
     num_tokens, num_heads, width = q.shape

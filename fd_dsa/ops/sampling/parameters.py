@@ -41,17 +41,14 @@ class SlotParameters:
 
     Args:
         temperature: below 1e-5 is greedy.
-        min_p: in [0, 1]; 0 = off.
+        min_p, top_p: in [0, 1]; 0 and 1 = off.
         top_k: 0 = off.
-        top_p: in [0, 1]; 1 = off.
         seed: of the draws, modulo 2**64.
         repetition: > 0; penalty of tokens in prompt or output. 1 = off.
-        frequency: penalty for each time that a token is in the output.
-        presence: penalty of a token in the output.
+        frequency, presence: penalties of a token in the output, each time and once.
         bias: token id -> what is added to its logit.
         banned: token ids that never come.
         end_ids: token ids that may not come at a position below `min_tokens`.
-        min_tokens: see `end_ids`.
     """
 
     temperature: float = 1.0

@@ -87,10 +87,8 @@ class DeviceSampler:
 
         Args:
             slot: in [0, max_num_seqs).
-            parameters: of the request that has taken the slot.
-            prompt_token_ids: read if it has penalties.
-            output_token_ids: the same; tokens that are sampled from now on are counted on the
-                device.
+            prompt_token_ids, output_token_ids: read if the request has penalties; tokens that are
+                sampled from now on are counted on the device.
 
         Raises:
             ValueError: too many tokens are biased or banned.

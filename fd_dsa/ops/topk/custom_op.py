@@ -61,13 +61,7 @@ class SlotSelector(LibraryKernel):
         first_token: int = 0,
         num_rows: int | None = None,
     ) -> None:
-        """See `triton_kernel.select_slots`: the same arguments, results and errors.
-
-        Raises:
-            DeviceError: the CUDA runtime refuses the launch, or earlier work has failed.
-
-        Cost: one launch; no allocation, no wait.
-        """
+        """See `triton_kernel.select_slots`: the same arguments, results and cost."""
         for tensor, known in zip(tensors, self._tensors, strict=True):
             if tensor is not known:
                 self._take(tensors)
@@ -94,21 +88,16 @@ class SlotSelector(LibraryKernel):
 
 
 def choose_topk(kind: str, allocate: Allocate) -> Choice:
-    """What selects on a device; a kernel of fd_dsa_ops is compared with the definition first.
+    """What `providers.choose` is given for a kind of device.
 
-    Args:
-        kind: of device, as `providers.device_kind` names it.
-        allocate: makes tensors on the device, for that comparison, for which the thread waits.
-
-    Raises:
-        ConfigError, BackendUnavailable: see `providers.choose`.
+    A kernel of fd_dsa_ops is compared with the definition first, for which the thread waits.
     """
     conditions = {CUSTOM_OP: why_not_compiled()}
     return choose("topk", kind, conditions, lambda k: difference(SlotSelector, k, allocate))
 
 
 def slot_selector(kind: str, allocate: Allocate) -> Callable[..., None]:
-    """A `select_slots` for one thread at a time; arguments and errors of `choose_topk`."""
+    """A `select_slots` for one thread at a time, as `choose_topk` chooses."""
     if choose_topk(kind, allocate).provider == CUSTOM_OP:
         return SlotSelector(custom_ops.build().kernels)
     return triton_kernel.select_slots

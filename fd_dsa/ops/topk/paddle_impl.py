@@ -67,7 +67,7 @@ def _best_columns(scores: np.ndarray, lengths: np.ndarray, take: int) -> np.ndar
 def positions_to_slots(
     positions: np.ndarray, batch_ids: np.ndarray, block_tables: np.ndarray, block_size: int
 ) -> np.ndarray:
-    """Cache slots of request-local positions; -1 stays -1.
+    """Cache slots, int32 [num_rows, k], of request-local positions; -1 stays -1.
 
     slot = block_tables[b, p // block_size] * block_size + p % block_size
 
@@ -75,9 +75,6 @@ def positions_to_slots(
         positions: int32 [num_rows, k], -1 = none.
         batch_ids: int [num_rows]; row of `block_tables`.
         block_tables: int32 [num_reqs, max_blocks].
-
-    Returns:
-        int32 [num_rows, k].
     """
     block = block_tables[batch_ids[:, None], positions // block_size]
     return np.where(positions >= 0, block * block_size + positions % block_size, -1).astype(

@@ -125,18 +125,11 @@ def select_slots(
     them, without a look at its scores.
 
     Args:
-        logits: float32 [num_rows, width]; scores of the tokens from `first_token` on, at any
-            distance between rows. Entries past a token's window are not looked at.
-        position_ids: int64 [num_tokens]; a token sees the keys 0..position of its row.
-        batch_id_per_token: int32 [num_tokens]; -1 = padding, whose rows become -1.
-        block_tables: int32 [num_reqs, max_blocks].
-        slots: int32 [num_tokens, k], written in place; -1 also for a key without a block.
-        num_blocks: blocks of the cache; an entry outside 0..num_blocks - 1 is no block.
+        logits: float32 [num_rows, width], of the tokens from `first_token` on; rows may have gaps.
+        position_ids, batch_id_per_token, block_tables: as of a ForwardMeta; rows of padding are -1.
+        slots: int32 [num_tokens, k]; -1 also for a key without a block of 0..num_blocks - 1.
         num_rows: how many tokens; None is the rows of `logits`. May be more where no token has
             more than k keys: the scores are not read then.
-
-    Raises:
-        LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch; no allocation, no wait.
     """

@@ -1,0 +1,57 @@
+"""Tilings that the benchmarks time beside those that serve; tests hold them to one result."""
+
+from __future__ import annotations
+
+from fd_dsa.ops import _expert_gemm, _fp8_gemm
+from fd_dsa.ops._fp8_rows import GROUP
+
+_FEW = {
+    rows: tuple(
+        _fp8_gemm.Tiling(rows, columns, 132 * per_processor, warps, stages)
+        for columns, warps in ((64, 4), (128, 4), (128, 8))
+        for per_processor, stages in ((1, 8), (1, 4), (2, 6), (2, 4), (3, 4), (4, 3))
+        # what a processor holds: 227 KiB, and 255 registers a thread
+        if per_processor * stages * (columns + rows) * GROUP <= 227 << 10
+        and rows * columns <= 2048 * warps
+    )
+    for rows in (16, 32, 64, 128)
+}
+_MANY = tuple(
+    _fp8_gemm.Tiling(rows, columns, 132, warps, stages)
+    for rows, columns, warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4))
+    for stages in (3, 4, 5)
+)
+FP8_GEMMS = (*(tiling for few in _FEW.values() for tiling in few), *_MANY)
+# by type of the operands
+_EXPERTS = {
+    kind: tuple(
+        _expert_gemm.Tiling(rows, columns, warps, stages)
+        for rows in (16, 32, 64, 128)
+        for columns, warps in ((64, 4), (128, 4), (128, 8), (128, 16))
+        for stages in (3, 4, 5, 6, 8)
+        # what a thread keeps of a tile's sums, and a gated tile's shared memory
+        if warps < 16 or rows == 128
+        if rows * columns <= 2048 * warps and stages * (2 * columns + rows) * 128 <= 227 << 10
+    )
+    for kind in ("uint8", "bfloat16")
+} | {"float32": tuple(_expert_gemm.Tiling(rows, 64, 4, 3) for rows in (16, 32))}
+# of the indexer's projections, for few tokens and for many: BLOCK_TOKENS, _COLUMNS and _HIDDEN,
+# programs that share the hidden size, num_warps, num_stages
+SPLIT = (
+    *((16, 16, 128, 28, 4, 3), (16, 16, 128, 14, 4, 5), (16, 16, 256, 7, 4, 5)),
+    *((16, 32, 128, 28, 4, 3), (16, 32, 128, 14, 4, 5), (16, 64, 128, 28, 4, 3)),
+    *((32, 32, 128, 28, 4, 3), (32, 32, 128, 14, 4, 5), (64, 32, 128, 14, 4, 5)),
+    *((64, 32, 128, 7, 4, 5), (64, 64, 128, 14, 8, 5), (64, 64, 128, 7, 8, 4)),
+)
+WHOLE = (64, 32, 128, 1, 4, 4), (64, 64, 64, 1, 4, 5), (128, 64, 64, 1, 8, 4)
+
+
+def fp8_gemms(rows: int) -> tuple[_fp8_gemm.Tiling, ...]:
+    """Those of FP8_GEMMS that may be the best for so many rows."""
+    return next((few for most, few in _FEW.items() if rows <= most), _MANY)
+
+
+def experts(kind: str, gated: bool) -> tuple[_expert_gemm.Tiling, ...]:
+    """Those that a GEMM may use: a gated one of FP8 scales its own 128 columns."""
+    whole = gated and kind == "uint8"
+    return tuple(t for t in _EXPERTS[kind] if t.columns == GROUP or not whole)
