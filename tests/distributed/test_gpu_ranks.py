@@ -142,8 +142,9 @@ def test_every_token_is_that_of_one_gpu(
 ) -> None:
     found = compared(of_one[1][case], of_several[case])
     print(f"{case}:", ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
-    # as far from float32 as one GPU is, at the same place in the other direction
-    bound = max(2 * found["one from float32"], CLEAR)
+    # as far from float32 as one GPU is, in the other direction, and as each rank rounds its part of
+    # a sum once more; with one part a tenth too large a token of the demo model moves by 1
+    bound = max(3 * found["one from float32"], CLEAR)
     assert found["lead"] <= bound and found["moved"] <= bound
     # a sum that is wrong moves all
     assert found["mean of several"] <= max(2 * found["mean of one"], CLEAR / 10)
