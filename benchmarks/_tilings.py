@@ -35,15 +35,6 @@ _EXPERTS = {
     )
     for kind in ("uint8", "bfloat16")
 } | {"float32": tuple(_expert_gemm.Tiling(rows, 64, 4, 3) for rows in (16, 32))}
-# of the indexer's projections, for few tokens and for many: BLOCK_TOKENS, _COLUMNS and _HIDDEN,
-# programs that share the hidden size, num_warps, num_stages
-SPLIT = (
-    *((16, 16, 128, 28, 4, 3), (16, 16, 128, 14, 4, 5), (16, 16, 256, 7, 4, 5)),
-    *((16, 32, 128, 28, 4, 3), (16, 32, 128, 14, 4, 5), (16, 64, 128, 28, 4, 3)),
-    *((32, 32, 128, 28, 4, 3), (32, 32, 128, 14, 4, 5), (64, 32, 128, 14, 4, 5)),
-    *((64, 32, 128, 7, 4, 5), (64, 64, 128, 14, 8, 5), (64, 64, 128, 7, 8, 4)),
-)
-WHOLE = (64, 32, 128, 1, 4, 4), (64, 64, 64, 1, 4, 5), (128, 64, 64, 1, 8, 4)
 
 
 def fp8_gemms(rows: int) -> tuple[_fp8_gemm.Tiling, ...]:

@@ -75,12 +75,12 @@ class Projections:
 
     def forms(self, *, tilings: bool) -> dict[str, list[Callable[[], Any]]]:
         """Calls of each form, one a weight; "joined" only with `tilings`."""
-        from benchmarks import _tilings
+        from benchmarks._projection_tilings import SPLIT, WHOLE
 
         kernel, n = self._kernel, self.num_rows
         run = partial(self._overlap.run, n)
-        few = _tilings.SPLIT[:6] if n <= 32 else _tilings.SPLIT[6:]
-        tried = (few if n <= kernel.MOST_SPLIT_TOKENS else _tilings.WHOLE) if tilings else ()
+        few = SPLIT[:6] if n <= 32 else SPLIT[6:]
+        tried = (few if n <= kernel.MOST_SPLIT_TOKENS else WHOLE) if tilings else ()
 
         def fork(i: int) -> Any:
             work = partial(self._down, self._split[i])

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import _gpu, _tilings
+from benchmarks import _gpu, _projection_tilings
 from benchmarks._fp8_linear import Fp8Linear
 from benchmarks._layer import (
     BLOCK,
@@ -244,7 +244,7 @@ def scratch() -> torch.Tensor:
 
 def launch(x: torch.Tensor, both: Both, out: Both, tiling: triton_kernel.Tiling) -> _gpu.Call:
     """One launch with a tiling, its arguments checked beforehand."""
-    memory = scratch() if tiling in _tilings.SPLIT else None
+    memory = scratch() if tiling in _projection_tilings.SPLIT else None
     arguments = triton_kernel.kernel_arguments(x, *both, out, memory)
     grid, options = triton_kernel.launch_options(arguments, tiling)
     return triton_kernel.project_indexer_kernel.bind(grid, **arguments, **options)

@@ -22,7 +22,7 @@ from benchmarks import _sparse_mla_sides as sparse
 from benchmarks._layer import Sizes, Weights
 from benchmarks._logits_sides import Shape, form_of
 from benchmarks._logits_sides import random_cache as random_keys
-from benchmarks._tilings import SPLIT, WHOLE
+from benchmarks._projection_tilings import SPLIT, WHOLE
 from benchmarks._torch_device import register
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_forms import TileForm

@@ -150,7 +150,7 @@ class DeviceDraws:
         return self._first_draft + depth * self._stride + row
 
     def read_drafts(self) -> Callable[[], np.ndarray]:
-        """Queue the copy of all drafts; whoever still waits for the draw before them waits for it.
+        """Queue the copy of all drafts; a wait for the draw before them then waits for it too.
 
         Returns:
             What waits for them: int64, by `draft_row`, valid until the next call.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks._tilings import SPLIT, WHOLE
+from benchmarks._projection_tilings import SPLIT, WHOLE
 from fd_dsa.ops.indexer_projection import project_on_host as project_indexer
 from tests.kernel_memory import KernelMemory
 from tests.reference.bfloat16 import ref_array, upper_half
