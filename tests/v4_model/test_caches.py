@@ -67,6 +67,22 @@ def test_random_histories(seed: int, model: Any) -> None:
         np.testing.assert_allclose(np.concatenate(parts_found), logits, **CLOSE)
 
 
+@pytest.mark.parametrize("asked", [[], [39], [5, 39, 59]], ids=str)
+def test_logits_of_some_tokens(asked: list[int], model: Any) -> None:
+    """They are those of a step that gives all, and so are those of the step after."""
+    prompts, found = [CASE.prompt(40), CASE.prompt(20)], []
+    for tokens in (list(range(60)), asked):
+        runner = make_runner(model, BLOCK)
+        for row, prompt in enumerate(prompts):
+            runner.input_batch.add_row(row, prompt, 0, is_prefill=True)
+        logits = runner.execute_model(np.array(tokens, np.int64)).copy()
+        found.append((logits, run_step(runner, {0: ([9], 40), 1: ([9], 20)})))
+    (logits, after), (some, after_some) = found
+    np.testing.assert_allclose(some, logits[asked], **CLOSE)
+    for row in after:
+        np.testing.assert_allclose(after_some[row], after[row], **CLOSE)
+
+
 @pytest.mark.parametrize("num_blocks", [1, 4])
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_blocks_of_another_row(num_blocks: int, chunk: int, model: Any) -> None:

@@ -59,7 +59,7 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
     ),
     "output not rotated back": (
         *("mixed", V4Attention, "forward"),
-        *("angles.backward", "angles.forward * 0 + 1"),
+        *("angles.backward", "(angles.forward * 0 + 1)"),
     ),
     "main frequencies in all layers": (
         *("mixed", DeepseekV4ForCausalLM, "__call__"),
@@ -136,9 +136,9 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
     "heads dealt to groups in turn": (
         *("mixed", V4Attention, "forward"),
         *(
-            "attended.reshape(len(x), self._groups, -1)",
-            "attended.reshape(len(x), -1, self._groups, self._width).transpose(0, 2, 1, 3)"
-            ".reshape(len(x), self._groups, -1)",
+            "attended.reshape(len(attended), self._groups, -1)",
+            "attended.reshape(len(attended), -1, self._groups, self._width).transpose(0, 2, 1, 3)"
+            ".reshape(len(attended), self._groups, -1)",
         ),
     ),
     "gate clamped from below": (

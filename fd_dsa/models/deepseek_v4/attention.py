@@ -63,8 +63,10 @@ class V4Attention:
             self._groups * low, {f"{prefix}wo_b.weight": config.hidden_size}
         )
 
-    def forward(self, x: np.ndarray, angles: Angles, forward_meta: Any) -> np.ndarray:
-        """float32 [num_tokens, hidden_size] of the normed input, same shape."""
+    def forward(
+        self, x: np.ndarray, angles: Angles, forward_meta: Any, kept: np.ndarray | slice
+    ) -> np.ndarray:
+        """float32 [num_tokens, hidden_size] of the normed input, same shape; of `kept` alone."""
         backend, rank = forward_meta.attn_backend, self._rank
         projected: np.ndarray = self._in.times(x)
         kv = self._kv_norm.of(projected[:, rank : rank + self._width])
@@ -76,9 +78,10 @@ class V4Attention:
             selection = self._select(latent, projected, angles, forward_meta)
         query = self._query(latent, angles)
         attended = backend.attend(query, selection, self, forward_meta)
-        rotate(attended[:, :, -self._rope_dim :], angles.backward)
-        low = self._out_a.times_by_head(attended.reshape(len(x), self._groups, -1))
-        out: np.ndarray = self._out_b.times(low.reshape(len(x), -1))
+        attended = attended[kept]
+        rotate(attended[:, :, -self._rope_dim :], angles.backward[kept])
+        low = self._out_a.times_by_head(attended.reshape(len(attended), self._groups, -1))
+        out: np.ndarray = self._out_b.times(low.reshape(len(low), -1))
         return out
 
     def _sources(self, projected: np.ndarray) -> np.ndarray | None:

@@ -32,14 +32,23 @@ class DeepseekV4DecoderLayer:
         self.ffn = V4MoE(config, layer_id, weights, f"{prefix}ffn.")
 
     def forward(
-        self, residual: np.ndarray, token_ids: np.ndarray, angles: Angles, forward_meta: Any
+        self,
+        residual: np.ndarray,
+        token_ids: np.ndarray,
+        angles: Angles,
+        forward_meta: Any,
+        kept: np.ndarray | slice,
     ) -> np.ndarray:
-        """[num_tokens, num_streams + 1, hidden_size] after the layer; the last row is free."""
+        """[num_tokens, num_streams + 1, hidden_size] after the layer; the last row is free.
+
+        Args:
+            kept: index of the tokens whose streams are asked for.
+        """
         x, mixture = self._attn_hc.read(residual[:, :-1])
-        attended = self.attn.forward(self._attn_norm.of(x), angles, forward_meta)
-        residual = self._attn_hc.expand(attended, residual, mixture)
+        attended = self.attn.forward(self._attn_norm.of(x), angles, forward_meta, kept)
+        residual = self._attn_hc.expand(attended, residual[kept], mixture[kept])
         x, mixture = self._ffn_hc.read(residual[:, :-1])
-        out = self.ffn.forward(self._ffn_norm.of(x), token_ids)
+        out = self.ffn.forward(self._ffn_norm.of(x), token_ids[kept])
         return self._ffn_hc.expand(out, residual, mixture)
 
 
@@ -73,6 +82,8 @@ class DeepseekV4ForCausalLM:
     def __call__(self, ids_remove_padding: Any, forward_meta: Any) -> np.ndarray:
         """Streams after the last layer, float32 [num_tokens, num_streams * hidden_size].
 
+        Only those of `forward_meta.sampled` have values: the last layer computes no others.
+
         Args:
             ids_remove_padding: int64 [num_tokens]; token ids of the step, rows back to back.
             forward_meta: the runner's step; `init_attention_metadata` has been called for it.
@@ -82,11 +93,20 @@ class DeepseekV4ForCausalLM:
         # a token's streams, and room for the output of a block
         residual = np.repeat(rows[:, None], self.config.hc_mult + 1, axis=1)
         angles = [rotation.of_step(positions) for rotation in self._rotations]
+        # the last layer goes on with the tokens whose logits are asked for, or with any one
+        sampled, everything = as_numpy(forward_meta.sampled), slice(None)
+        asked: Any = sampled if len(sampled) else slice(1)
+        if len(sampled) == len(rows):
+            asked = everything
         # exp(-x) of sigmoids may overflow to inf: 1 / inf is the right 0
         with np.errstate(over="ignore"):
             for layer, is_window in zip(self.layers, self._is_window, strict=True):
-                residual = layer.forward(residual, token_ids, angles[is_window], forward_meta)
-        return residual[:, :-1].reshape(len(residual), -1)
+                kept = asked if layer is self.layers[-1] else everything
+                step = token_ids, angles[is_window], forward_meta
+                residual = layer.forward(residual, *step, kept)
+        streams = np.empty((len(rows), self.config.hc_mult, rows.shape[1]), np.float32)
+        streams[kept] = residual[:, :-1]
+        return streams.reshape(len(rows), -1)
 
     def compute_logits(self, hidden_states: np.ndarray) -> np.ndarray:
         """float32 [n, vocab_size] of [n, num_streams * hidden_size]."""
