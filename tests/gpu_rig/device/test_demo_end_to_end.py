@@ -207,5 +207,6 @@ def test_drafts_change_no_token_on_the_device(
         engine._speculator = Speculator(KnowingDrafter(answers, right_share, 4096), 3)
         assert [output.token_ids for output in llm.generate(SHORT_PROMPTS, params)] == wanted
         stats = engine.stats()
-    assert stats.num_draft_tokens >= 6
+    # the first ones come while the next step is on its way, and are dropped
+    assert stats.num_draft_tokens >= 4
     assert stats.num_accepted_tokens == right_share * stats.num_draft_tokens
