@@ -162,8 +162,10 @@ class Speculator:
             request, own, count = sampling[row], drafts[row], accepted[row]
             if step.is_in_flight:
                 scheduler.reject_drafts(request, len(own) - count)
-            if own and request.drafts is not None:
-                request.drafts.pace.observe(len(own), count)
+            if own:
+                # one that has left since had them for the last time
+                if request.drafts is not None:
+                    request.drafts.pace.observe(len(own), count)
                 stats.count_drafts(len(own), count)
                 request.state.num_draft_tokens += len(own)
                 request.state.num_accepted_tokens += count
