@@ -59,10 +59,8 @@ class DraftPace:
             return best
         self._num_rested += 1
         if self._num_rested > self._rest:
-            tokens, chance = (
-                rows + sum(accumulate(self._rates[:best], mul)),
-                prod(self._rates[:best]),
-            )
+            known = self._rates[:best]
+            tokens, chance = rows + sum(accumulate(known, mul)), prod(known)
             if (tokens + chance) / costs[best + 1] > tokens / costs[best]:
                 best = self._tried = best + 1
         return best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import timeit
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -126,9 +127,7 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
             from fd_dsa.ops.sampling import SlotParameters
 
             runner.draws.set_slot(row, SlotParameters())
-    seconds: dict[int, float] = {}
-    drafting: dict[int, float] = {}
-    layer: dict[int, float] = {}
+    seconds, drafting, layer = dict[int, float](), dict[int, float](), dict[int, float]()
     begin, num_tokens = time.perf_counter(), 1
     for done in range(0, context, batch.max_num_tokens):
         batch.begin_step()
@@ -206,12 +205,7 @@ def _draw(runner: Any, lengths: list[int], drafts: int = 0) -> None:
 
 def _fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of some runs."""
-    times = []
-    for _ in range(_REPEATS):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    return min(timeit.repeat(work, number=1, repeat=_REPEATS))
 
 
 def _between(points: Sequence[tuple[int, float]], place: int) -> float:
