@@ -157,6 +157,11 @@ def test_the_lookup_proposes_what_a_search_finds_whatever_happened_before() -> N
     assert stats.num_preemptions and drafter.num_drafts > 100
 
 
+def test_nothing_is_looked_up_where_no_draft_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LookupIndex, "following", lambda *_: pytest.fail("looked up"))
+    run(Speculator(PromptLookup(3, 1), 3, StepCosts({1: 1.0, 64: 64.0})))
+
+
 def test_a_long_prompt_is_listed_over_several_steps() -> None:
     tokens = [*range(20_000), 5, 6, 7]
     index = LookupIndex(tokens, 3, 3)
