@@ -31,7 +31,6 @@ class DraftPace:
     """
 
     def __init__(self, most: int) -> None:
-        """Expect the first drafts to stand."""
         self._rates, self._counts = [_FIRST_RATE] * most, [_FIRST_COUNT] * most
         self._rest = _FIRST_REST
         # drafts of the newest try, 0 = none; steps may be planned before it is observed

@@ -176,11 +176,7 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
 
 
 def _add_rows(batch: InputBatch, context: int, num_tokens: int) -> list[int]:
-    """Fill the batch with a decode step of so many tokens in as many rows as there are.
-
-    Returns:
-        Tokens of each row.
-    """
+    """Fill the batch with a decode step in as many rows as there are; the tokens of each."""
     num_rows = min(num_tokens, batch.max_num_seqs)
     lengths = [(num_tokens + row) // num_rows for row in range(num_rows)]
     batch.begin_step()
