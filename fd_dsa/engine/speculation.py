@@ -21,7 +21,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import REJECTED
 from fd_dsa.engine.scheduler import Scheduler
-from fd_dsa.engine.step_costs import StepCosts
+from fd_dsa.engine.step_costs import StepCosts, doubling
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class Speculator:
         """Learn what the host needs for a step after one of its kind, and in turns the device."""
         kind, num_rows = None, len(step.sampling)
         if step.draw is not None and not step.num_prefill_tokens:
-            kind = num_rows, step.num_drafts > 0, step.is_in_flight
+            kind = doubling(num_rows), step.num_drafts > 0, step.is_in_flight
         (before, its_kind, since), now = self._newest, self.clock()
         self._newest = step, kind, now
         if kind is not None and kind == its_kind:

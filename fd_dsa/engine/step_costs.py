@@ -54,8 +54,7 @@ class StepCosts:
         self._seconds = sorted((seconds or {}).items())
         self._draft_seconds = sorted((draft_seconds or {}).items())
         self._layer_seconds = sorted((layer_seconds or {}).items())
-        # by the doubling of the rows, as 17 to 32, which a full batch often ends, and whether there
-        # are drafts: seconds and drafts of a step
+        # by the doubling of the rows and whether there are drafts: seconds and drafts of a step
         self._host: dict[tuple[int, bool], deque[tuple[float, int]]] = {}
         self._num_plain = 0
 
@@ -84,7 +83,7 @@ class StepCosts:
 
     def observe(self, host_seconds: float, num_rows: int, num_drafts: int) -> None:
         """Take in from one step to the next, but for what it waited where they are in flight."""
-        size = (num_rows - 1).bit_length()
+        size = doubling(num_rows)
         recent = self._host.setdefault((size, num_drafts > 0), deque(maxlen=_RECENT))
         recent.append((host_seconds, num_drafts))
         self._num_plain += num_drafts == 0
@@ -100,8 +99,13 @@ class StepCosts:
 
     def _host_step(self, num_rows: int, drafts: bool) -> tuple[float, int] | None:
         """Seconds of the host and drafts of a step with or without them; None: not known."""
-        recent = sorted(self._host.get(((num_rows - 1).bit_length(), drafts), ()))
+        recent = sorted(self._host.get((doubling(num_rows), drafts), ()))
         return recent[len(recent) // 2] if len(recent) >= _ENOUGH else None
+
+
+def doubling(num_rows: int) -> int:
+    """Number of the rows' doubling: 17 to 32 are one, so that a full batch is not alone in its."""
+    return (num_rows - 1).bit_length()
 
 
 def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> StepCosts:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fd_dsa.engine.draft_state import DraftPace
+from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -253,6 +257,20 @@ def test_costs_are_those_of_the_slower_side_of_host_and_device() -> None:
         costs.observe(0.01 + drafts, 8, drafts)
     assert costs.of(8, 8, 1)[0] == StepCosts({1: 1.0, 64: 2.0}).of(8, 8, 1)[0]
     assert costs.of(8, 8, 1)[1] == pytest.approx(8.01)
+
+
+def test_steps_of_about_as_many_rows_show_what_the_host_needs() -> None:
+    costs, ticks = StepCosts({1: 1.0, 64: 2.0}), itertools.count()
+    speculator = Speculator(PromptLookup(3, 1), 1, costs)
+    speculator.clock = lambda: 3.0 * next(ticks)
+    request: Any = SimpleNamespace(finish_reason=None, drafts=None)
+    # answers end one after the other
+    for rows in (32, 30, 29, 25, 24):
+        step = LaunchedStep(
+            0.0, [request] * rows, [], [], rows, 0, 0, draw=lambda: np.zeros(0, int)
+        )
+        speculator.propose(step)
+    assert costs.of(32, 32, 1)[0] == 3.0
 
 
 class CountedLayer(KnowingDrafter):
