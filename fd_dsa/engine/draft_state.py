@@ -31,7 +31,6 @@ class DraftPace:
     """
 
     def __init__(self, most: int) -> None:
-        """Expect the first drafts to stand."""
         self._rates, self._counts = [_FIRST_RATE] * most, [_FIRST_COUNT] * most
         self._rest = _FIRST_REST
         # drafts of the newest try, 0 = none; steps may be planned before it is observed
@@ -59,10 +58,8 @@ class DraftPace:
             return best
         self._num_rested += 1
         if self._num_rested > self._rest:
-            tokens, chance = (
-                rows + sum(accumulate(self._rates[:best], mul)),
-                prod(self._rates[:best]),
-            )
+            known = self._rates[:best]
+            tokens, chance = rows + sum(accumulate(known, mul)), prod(known)
             if (tokens + chance) / costs[best + 1] > tokens / costs[best]:
                 best = self._tried = best + 1
         return best

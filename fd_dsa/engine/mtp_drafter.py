@@ -18,12 +18,10 @@ Int64 = npt.NDArray[np.int64]
 class MtpDrafter:
     """Drafter of the method "mtp": the layer runs after each step, for all of its tokens.
 
-    For token i it needs the hidden state of i and token i + 1, so it runs when the step has given
-    its tokens. It also runs where nobody wants a draft: its caches would have holes that cannot be
-    filled later. Tokens of drafts that were rejected are computed and not read. A further draft
-    runs it again, for one token a row, on its own hidden state; the next step overwrites what that
-    leaves in the caches. It draws as the request will: with its parameters, and its own number of
-    the position.
+    For token i it needs the hidden state of i and token i + 1. It also runs where nobody wants a
+    draft: its caches would have holes that cannot be filled later. A further draft runs it again,
+    for one token a row, on its own hidden state; the next step overwrites what that leaves in the
+    caches. It draws as the request will: with its parameters, and its own number of the position.
 
     Args:
         runner: has `predict_more` and `continue_with`.

@@ -22,7 +22,6 @@ class LookupIndex:
     """
 
     def __init__(self, token_ids: list[int], longest: int, shortest: int) -> None:
-        """List nothing yet."""
         self._token_ids = token_ids
         self._ends: dict[int, dict[tuple[int, ...], int]] = {
             length: {} for length in range(longest, shortest - 1, -1)
@@ -41,10 +40,9 @@ class LookupIndex:
         if end < len(tokens) - 1:
             return []
         for length, ends in self._ends.items():
-            if len(tokens) > length:
-                found = ends.get(tuple(tokens[-length:]))
-                if found is not None:
-                    return tokens[found : found + count]
+            # none where there are fewer tokens
+            if (found := ends.get(tuple(tokens[-length:]))) is not None:
+                return tokens[found : found + count]
         return []
 
 
@@ -70,7 +68,8 @@ class PromptLookup:
         proposals = {}
         for request, count in counts.items():
             state = request.drafts
-            if state is not None:
+            # where none pays, what has come since is listed later
+            if count and state is not None:
                 if state.memory is None:
                     state.memory = LookupIndex(request.token_ids, self._longest, self._shortest)
                 proposals[request] = state.memory.following(count)

@@ -21,7 +21,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import REJECTED
 from fd_dsa.engine.scheduler import Scheduler
-from fd_dsa.engine.step_costs import StepCosts
+from fd_dsa.engine.step_costs import StepCosts, doubling
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +76,17 @@ class Speculator:
             request: that has computed nothing.
             num_rows: of a step that it will be in.
         """
-        pace, params = DraftPace(self.most), request.params
-        pays = pace.best(self._costs.of(num_rows, num_rows, self.most))
-        is_given = params.speculative and not params.return_topk_positions
-        if is_given and (pays or not self._costs.has_layer):
-            request.drafts = DraftState(pace)
+        params = request.params
+        if params.speculative and not params.return_topk_positions and self._may_pay(num_rows):
+            request.drafts = DraftState(DraftPace(self.most))
         else:
             self.leave(request)
+
+    def _may_pay(self, num_rows: int) -> bool:
+        """Whether drafts that nothing is known of pay in such steps, or need no layer."""
+        if not self._costs.has_layer:
+            return True
+        return DraftPace(self.most).best(self._costs.of(num_rows, num_rows, self.most)) > 0
 
     def leave(self, request: Request) -> None:
         """Give a request no drafts from now on.
@@ -99,11 +103,9 @@ class Speculator:
         Prompts are left without drafts where these do not pay for all rows that there are by now.
         """
         prompts = [one for one in scheduled if one.drafts and not one.num_output_tokens]
-        if prompts and self._costs.has_layer:
-            costs = self._costs.of(num_rows, num_rows, self.most)
-            if not DraftPace(self.most).best(costs):
-                for request in prompts:
-                    self.leave(request)
+        if prompts and not self._may_pay(num_rows):
+            for request in prompts:
+                self.leave(request)
         is_left_out = self._costs.has_layer and all(one.drafts is None for one in scheduled)
         return not self._is_off and not is_left_out
 
@@ -138,10 +140,8 @@ class Speculator:
         rows, depth = alive, 0
         while rows:
             places, requests = [first[row] + depth for row in rows], [sampling[row] for row in rows]
-            if tokens is None:
-                outputs += append(requests, step.logits[places], None)
-            else:
-                outputs += append(requests, None, tokens[places])
+            given = (step.logits[places], None) if tokens is None else (None, tokens[places])
+            outputs += append(requests, *given)
             stands = []
             for row in rows:
                 request = sampling[row]
@@ -162,8 +162,10 @@ class Speculator:
             request, own, count = sampling[row], drafts[row], accepted[row]
             if step.is_in_flight:
                 scheduler.reject_drafts(request, len(own) - count)
-            if own and request.drafts is not None:
-                request.drafts.pace.observe(len(own), count)
+            if own:
+                # one that has left since had them for the last time
+                if request.drafts is not None:
+                    request.drafts.pace.observe(len(own), count)
                 stats.count_drafts(len(own), count)
                 request.state.num_draft_tokens += len(own)
                 request.state.num_accepted_tokens += count
@@ -177,12 +179,11 @@ class Speculator:
             for request in step.sampling
             if request.finish_reason is None and request.drafts is not None
         ]
-        counts = {}
-        if going_on:
-            num_rows, num_drafting = len(step.sampling), len(going_on)
-            costs = self._costs.of(num_rows, num_drafting, self.most)
-            share = num_rows / num_drafting
-            for request, state in () if self._costs.lacks_plain(num_rows) else going_on:
+        counts, num_rows = {}, len(step.sampling)
+        if going_on and not self._costs.lacks_plain(num_rows):
+            costs = self._costs.of(num_rows, len(going_on), self.most)
+            share = num_rows / len(going_on)
+            for request, state in going_on:
                 best = state.pace.best(costs, share)
                 if best or not self._costs.has_layer:
                     counts[request] = state.pace.length(best, costs, share)
@@ -208,7 +209,7 @@ class Speculator:
         """Learn what the host needs for a step after one of its kind, and in turns the device."""
         kind, num_rows = None, len(step.sampling)
         if step.draw is not None and not step.num_prefill_tokens:
-            kind = num_rows, step.num_drafts > 0, step.is_in_flight
+            kind = doubling(num_rows), step.num_drafts > 0, step.is_in_flight
         (before, its_kind, since), now = self._newest, self.clock()
         self._newest = step, kind, now
         if kind is not None and kind == its_kind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import timeit
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -36,7 +37,7 @@ class StepCosts:
     """How long a decode step takes by its tokens, measured when the engine starts.
 
     Where steps are queued ahead the host works beside them, and the slower side counts. What it
-    needs for a row and for a draft is learned from the steps that run, by doublings of the rows.
+    needs for a step and for a draft is learned from those that run, by doublings of the rows.
 
     Args:
         seconds: of steps by their number of tokens; empty: a draft costs a tenth of a step.
@@ -53,8 +54,8 @@ class StepCosts:
         self._seconds = sorted((seconds or {}).items())
         self._draft_seconds = sorted((draft_seconds or {}).items())
         self._layer_seconds = sorted((layer_seconds or {}).items())
-        # by the bit length of the rows and whether there are drafts: seconds and drafts of a row
-        self._host: dict[tuple[int, bool], deque[tuple[float, float]]] = {}
+        # by the doubling of the rows and whether there are drafts: seconds and drafts of a step
+        self._host: dict[tuple[int, bool], deque[tuple[float, int]]] = {}
         self._num_plain = 0
 
     @property
@@ -73,33 +74,38 @@ class StepCosts:
             drafting = (count - 1) * _between(self._draft_seconds, num_drafting)
             layer = _between(self._layer_seconds, tokens)
             costs.append(_between(self._seconds, tokens) + drafting + layer)
-        plain, each = self._host_row(num_rows, False), self._host_row(num_rows, True)
+        plain, each = self._host_step(num_rows, False), self._host_step(num_rows, True)
         if plain is None:
             return costs
         more = max(each[0] - plain[0], 0.0) / each[1] if each else 0.0
-        host = [num_rows * plain[0] + count * num_drafting * more for count in range(most + 1)]
+        host = [plain[0] + count * num_drafting * more for count in range(most + 1)]
         return [max(pair) for pair in zip(costs, host, strict=True)]
 
     def observe(self, host_seconds: float, num_rows: int, num_drafts: int) -> None:
         """Take in from one step to the next, but for what it waited where they are in flight."""
-        size = num_rows.bit_length()
+        size = doubling(num_rows)
         recent = self._host.setdefault((size, num_drafts > 0), deque(maxlen=_RECENT))
-        recent.append((host_seconds / num_rows, num_drafts / num_rows))
+        recent.append((host_seconds, num_drafts))
         self._num_plain += num_drafts == 0
         if num_drafts == 0 and self._num_plain % _RETRY == 0:
             self._host.pop((size, True), None)
 
     def lacks_plain(self, num_rows: int) -> bool:
         """Whether the host is the slower side of steps with drafts, and not known of others."""
-        row = self._host_row(num_rows, True)
-        if not self._seconds or row is None or self._host_row(num_rows, False):
+        step = self._host_step(num_rows, True)
+        if not self._seconds or step is None or self._host_step(num_rows, False):
             return False
-        return num_rows * row[0] > _between(self._seconds, int(num_rows * (1 + row[1])))
+        return step[0] > _between(self._seconds, num_rows + step[1])
 
-    def _host_row(self, num_rows: int, drafts: bool) -> tuple[float, float] | None:
-        """Seconds of the host and drafts of a row, in steps with or without; None: not known."""
-        recent = sorted(self._host.get((num_rows.bit_length(), drafts), ()))
+    def _host_step(self, num_rows: int, drafts: bool) -> tuple[float, int] | None:
+        """Seconds of the host and drafts of a step with or without them; None: not known."""
+        recent = sorted(self._host.get((doubling(num_rows), drafts), ()))
         return recent[len(recent) // 2] if len(recent) >= _ENOUGH else None
+
+
+def doubling(num_rows: int) -> int:
+    """Number of the rows' doubling: 17 to 32 are one, so that a full batch is not alone in its."""
+    return (num_rows - 1).bit_length()
 
 
 def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> StepCosts:
@@ -125,9 +131,7 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
             from fd_dsa.ops.sampling import SlotParameters
 
             runner.draws.set_slot(row, SlotParameters())
-    seconds: dict[int, float] = {}
-    drafting: dict[int, float] = {}
-    layer: dict[int, float] = {}
+    seconds, drafting, layer = dict[int, float](), dict[int, float](), dict[int, float]()
     begin, num_tokens = time.perf_counter(), 1
     for done in range(0, context, batch.max_num_tokens):
         batch.begin_step()
@@ -176,11 +180,7 @@ def measure_steps(runner: Any, most_tokens: int, *, predicts_more: bool) -> Step
 
 
 def _add_rows(batch: InputBatch, context: int, num_tokens: int) -> list[int]:
-    """Fill the batch with a decode step of so many tokens in as many rows as there are.
-
-    Returns:
-        Tokens of each row.
-    """
+    """Fill the batch with a decode step in as many rows as there are; the tokens of each."""
     num_rows = min(num_tokens, batch.max_num_seqs)
     lengths = [(num_tokens + row) // num_rows for row in range(num_rows)]
     batch.begin_step()
@@ -205,12 +205,7 @@ def _draw(runner: Any, lengths: list[int], drafts: int = 0) -> None:
 
 def _fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of some runs."""
-    times = []
-    for _ in range(_REPEATS):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    return min(timeit.repeat(work, number=1, repeat=_REPEATS))
 
 
 def _between(points: Sequence[tuple[int, float]], place: int) -> float:

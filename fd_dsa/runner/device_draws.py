@@ -70,20 +70,19 @@ class DeviceDraws:
         self._no_masks = uploaded(allocate, np.full(stride, -1, np.int32))
         self._transfers = transfers = transfers_for(self._tokens)
         # of the draw that is taken, and of the next one
-        self._results = []
-        for _ in range(2):
-            ids = transfers.host_buffer(8 * rows).view(np.int64)
-            copy = transfers.copy("d2h", ids.ctypes.data, self._sampler.tokens.data_ptr())
-            self._results.append((ids, copy, transfers.event()))
-        known = transfers.host_buffer(8 * len(self._tokens)).view(np.int64)
-        self._known_tokens = (
-            known,
-            transfers.copy("d2h", known.ctypes.data, self._tokens.data_ptr()),
-        )
+        self._results = [
+            (*self._host_copy(self._sampler.tokens), transfers.event()) for _ in range(2)
+        ]
+        self._known_tokens = self._host_copy(self._tokens)
         # where requests go on, and the tokens after those of the step
         self._given = transfers.host_buffer(4 * (4 * stride + most_tokens)).view(np.int32)
         # how the rows of a slot are sampled from then on; see DeviceSampler
         self.set_slot = self._sampler.set_slot
+
+    def _host_copy(self, tokens: Any) -> tuple[np.ndarray, Any]:
+        """Page-locked memory for some tokens, and the copy to it."""
+        ids = self._transfers.host_buffer(8 * len(tokens)).view(np.int64)
+        return ids, self._transfers.copy("d2h", ids.ctypes.data, tokens.data_ptr())
 
     def host_inputs(
         self, draw: Draw, num_rows: int, next_ids: Sequence[int] | np.ndarray = ()

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import paddle
@@ -15,8 +15,8 @@ from fd_dsa.errors import FdDsaError
 from fd_dsa.models.memory_plan import MOST_PROMPTS, PROMPT_SIZES
 from fd_dsa.ops._linear import rows_at, values_of
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.input_batch import Draw, InputBatch
-from fd_dsa.runner.step import DeviceInputs, Step
+from fd_dsa.runner.input_batch import Draw
+from fd_dsa.runner.step import Step
 from fd_dsa.runner.step_graphs import (
     Capture,
     CapturedStep,
@@ -27,34 +27,11 @@ from fd_dsa.runner.step_graphs import (
 )
 from fd_dsa.step import StepHints
 
-if TYPE_CHECKING:
-    from fd_dsa.runner.device_draws import DeviceDraws
-
 logger = logging.getLogger(__name__)
 
 
 class Preparation:
     """What a ModelRunner does before its first step; the attributes are the runner's."""
-
-    model: Any
-    input_batch: InputBatch
-    attn_backends: list[Any]
-    caches: list[Any]
-    forward_meta: Any
-    counters: StepCounters
-    graphs: StepGraphs | None
-    draws: DeviceDraws | None
-    execute_model: Callable[[np.ndarray], np.ndarray]
-    queue_model: Callable[..., None]
-    draw: Callable[..., Callable[[], np.ndarray]]
-    draft_more: Callable[[int, int], None]
-    most_drafts: int
-    _begin: Callable[..., None]
-    _stage: Callable[..., tuple[np.ndarray, ...]]
-    _to_device: DeviceInputs | None
-    _drafts: Any
-    _device: str
-    _padded: PaddedStep | None
 
     def warm_up(self) -> None:
         """Run prompt chunks of all magnitudes and two decode steps: no request waits for kernels.
@@ -164,7 +141,6 @@ class Preparation:
     def _captured_step(self, capture: Capture, padded: PaddedStep) -> CapturedStep:
         """The graphs of a step; here they draw for padding alone."""
         draws, drafts = self.draws, self._drafts
-        assert draws is not None
         (logits, hidden), replay = capture(lambda: self._padded_step(padded))
         _, draw = capture(lambda: draws.queue(logits, self.forward_meta))
         if drafts is None:
@@ -179,7 +155,6 @@ class Preparation:
         And what a layer more reads: hidden states of all tokens, normed; None without such a layer.
         """
         tokens, rows, sampled = padded.num_tokens, self.input_batch.max_num_seqs, padded.num_sampled
-        assert self._to_device is not None
         inputs, draw = self._to_device.views(tokens, rows, sampled, sampled)
         is_prompt = padded.num_prompts > 0
         lengths = padded.prompt_lengths(rows) if is_prompt else None

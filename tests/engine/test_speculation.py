@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fd_dsa.engine.draft_state import DraftPace
+from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -157,6 +161,11 @@ def test_the_lookup_proposes_what_a_search_finds_whatever_happened_before() -> N
     assert stats.num_preemptions and drafter.num_drafts > 100
 
 
+def test_nothing_is_looked_up_where_no_draft_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LookupIndex, "following", lambda *_: pytest.fail("looked up"))
+    run(Speculator(PromptLookup(3, 1), 3, StepCosts({1: 1.0, 64: 64.0})))
+
+
 def test_a_long_prompt_is_listed_over_several_steps() -> None:
     tokens = [*range(20_000), 5, 6, 7]
     index = LookupIndex(tokens, 3, 3)
@@ -241,11 +250,54 @@ def test_costs_are_those_of_the_slower_side_of_host_and_device() -> None:
     assert not costs.lacks_plain(32)
     assert costs.of(32, 32, 1) == pytest.approx([3.2, 4.8])
     assert costs.of(32, 16, 2) == pytest.approx([3.2, 4.0, 4.8])
+    # most of a step is no more for more rows
+    assert costs.of(17, 16, 2) == pytest.approx([3.2, 4.0, 4.8])
     # where the device is slower its times stand
     for drafts in (0, 8) * 4:
         costs.observe(0.01 + drafts, 8, drafts)
     assert costs.of(8, 8, 1)[0] == StepCosts({1: 1.0, 64: 2.0}).of(8, 8, 1)[0]
     assert costs.of(8, 8, 1)[1] == pytest.approx(8.01)
+
+
+def test_steps_of_about_as_many_rows_show_what_the_host_needs() -> None:
+    costs, ticks = StepCosts({1: 1.0, 64: 2.0}), itertools.count()
+    speculator = Speculator(PromptLookup(3, 1), 1, costs)
+    speculator.clock = lambda: 3.0 * next(ticks)
+    request: Any = SimpleNamespace(finish_reason=None, drafts=None)
+    # answers end one after the other
+    for rows in (32, 30, 29, 25, 24):
+        step = LaunchedStep(
+            0.0, [request] * rows, [], [], rows, 0, 0, draw=lambda: np.zeros(0, int)
+        )
+        speculator.propose(step)
+    assert costs.of(32, 32, 1)[0] == 3.0
+
+
+class CountedLayer(KnowingDrafter):
+    """Counts the steps that its layer runs after."""
+
+    num_steps = 0
+
+    def propose(self, step: Any, counts: Any) -> dict[Any, list[int]]:
+        self.num_steps += 1
+        return super().propose(step, counts)
+
+
+@pytest.mark.parametrize(("seconds", "pays"), [(4.8, True), (48.0, False)])
+def test_no_step_of_a_full_batch_runs_a_layer_whose_drafts_do_not_pay(
+    seconds: float, pays: bool
+) -> None:
+    """Prompts take several steps, and what the host needs is known of half as many rows alone."""
+    costs = StepCosts({1: 1.0, 64: 2.0}, layer_seconds={1: 0.1, 64: 0.1})
+    for _ in range(4):
+        costs.observe(seconds, 5, 5)
+        costs.observe(4.5, 5, 0)
+    drafter = CountedLayer({(str(n), 0): [9] * 12 for n in range(8)}, 1.0, VOCAB_SIZE)
+    engine = make_engine(max_num_seqs=8, budget=24, speculator=Speculator(drafter, 1, costs))
+    for number in range(8):
+        engine.add_request(str(number), [5] * 9, SamplingParams(max_tokens=12, ignore_eos=True))
+    run_all(engine)
+    assert (drafter.num_steps > 8) == pays and (drafter.num_steps == 0) == (not pays)
 
 
 def test_what_the_host_needs_for_drafts_is_learned_again() -> None:

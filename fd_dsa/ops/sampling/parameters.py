@@ -90,10 +90,8 @@ class SlotParameters:
             divisor = temperature if is_ranked else float(np.float32(temperature))
             margin = temperature * float(np.log(self.min_p)) if self.min_p else -math.inf
             record[SCALE:TOP_P].view(np.float64)[:] = math.log2(math.e) / divisor, margin
-        record[TOP_P:SEED].view(np.float64)[:] = (
-            self.top_p,
-            *(self.repetition, self.frequency, self.presence),
-        )
+        penalties = self.repetition, self.frequency, self.presence
+        record[TOP_P:SEED].view(np.float64)[:] = self.top_p, *penalties
         record[SEED:TOP_K].view(np.uint64)[0] = _mix(self.seed & _MASK)
         record[TOP_K] = min(max(self.top_k, 0), _INT32_MAX)
         record[FLAGS] = RANDOM * is_random | PENALIZED * self.is_penalized | LISTED * bool(entries)

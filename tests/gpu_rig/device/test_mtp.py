@@ -345,7 +345,9 @@ def test_steps_in_which_no_request_drafts_leave_the_layer_out(
     monkeypatch.setattr(DeviceDrafts, "queue", lambda *one: runs.append(one) or queue(*one))
     # with it two drafts pay for three requests while they mostly stand
     costs = StepCosts({1: 1.0, 16: 2.0}, {1: 0.01}, {1: 0.5, 16: 0.6})
-    found, engine, _ = answers(rig.device, costs=costs)
+    found, engine, drafter = answers(rig.device, costs=costs)
+    # also those that were in flight when their requests left
+    assert engine.stats().num_draft_tokens == drafter.num_ahead
     assert {k: o.token_ids for k, o in found.items()} == {k: o.token_ids for k, o in plain.items()}
     assert 0 < len(runs) < 0.7 * engine.stats().num_steps
 
