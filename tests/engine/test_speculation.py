@@ -264,7 +264,7 @@ def test_steps_of_about_as_many_rows_show_what_the_host_needs() -> None:
     speculator = Speculator(PromptLookup(3, 1), 1, costs)
     speculator.clock = lambda: 3.0 * next(ticks)
     request: Any = SimpleNamespace(finish_reason=None, drafts=None)
-    # answers end one after the other
+    # answers end in order
     for rows in (32, 30, 29, 25, 24):
         step = LaunchedStep(
             0.0, [request] * rows, [], [], rows, 0, 0, draw=lambda: np.zeros(0, int)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.attention import step_plan
+from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.errors import BackendUnavailable, ConfigError
@@ -155,5 +156,5 @@ def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: 
         )
         for slot, each in enumerate((0.0, temperature))
     ]
-    step: Any = SimpleNamespace(sampling=requests, reading=[], drafts={}, makes_drafts=False)
+    step = LaunchedStep(0.0, requests, [], [], 2, 0, 0)
     assert sampler.queue(step, np.arange(2)) == is_drawn == bool(queued)
