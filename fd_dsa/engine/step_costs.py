@@ -196,11 +196,13 @@ def _draw(runner: Any, lengths: list[int], drafts: int = 0) -> None:
     counts, positions = [length - 1 for length in lengths], [0] * len(slots)
     draw = Draw(slots, positions, firsts[:-1], counts, drafts=drafts > 0)
     runner.queue_model(np.arange(firsts[-1]), draw)
-    runner.draw()
+    taken = runner.draw()
     if drafts > 1:
         runner.draft_more(len(lengths), drafts)
-    # waits for all of it
-    runner.draws.read_drafts()()
+    if drafts:
+        # the wait for the tokens is then for them too
+        runner.draws.read_drafts()
+    taken()
 
 
 def _fastest(work: Callable[[], object]) -> float:
