@@ -196,7 +196,7 @@ def test_logits_of_tiny_models(rig: Rig, fields: dict[str, Any], kv_cache_dtype:
 def test_drafts_change_no_token_on_the_device(
     rig: Rig, demo_folder: Path, right_share: float
 ) -> None:
-    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, seed=0)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, seed=0)
     with demo(demo_folder, "cpu", "float32", False) as llm:
         wanted = [output.token_ids for output in llm.generate(SHORT_PROMPTS, params)]
     method = {"method": "ngram", "num_speculative_tokens": 3}
@@ -207,6 +207,5 @@ def test_drafts_change_no_token_on_the_device(
         engine._speculator = Speculator(KnowingDrafter(answers, right_share, 4096), 3)
         assert [output.token_ids for output in llm.generate(SHORT_PROMPTS, params)] == wanted
         stats = engine.stats()
-    # the first ones come while the next step is on its way, and are dropped
-    assert stats.num_draft_tokens >= 4
+    assert stats.num_draft_tokens >= 6
     assert stats.num_accepted_tokens == right_share * stats.num_draft_tokens
