@@ -100,7 +100,7 @@ def checked(tool: str, end: float, variables: Mapping[str, str], tests: Sequence
     if time.time() > end:
         return Checked(tests, None, "")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    # a session of its own: the tool, killed alone, would leave its target behind
+    # in a new session: to kill the tool alone would leave its target running
     process = subprocess.Popen(
         command, cwd=ROOT, env=variables, errors="replace", start_new_session=True, **pipes
     )
