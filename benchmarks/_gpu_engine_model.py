@@ -111,12 +111,12 @@ FIGURES = {
 }
 
 
-def write_model(folder: Path, shape: Shape) -> Path:
-    """A folder with the config.json of the model."""
+def write_model(folder: str | Path, shape: Shape, fields: dict[str, Any]) -> str:
+    """Write the config.json of a model, some fields of which are others; the folder."""
     config = WIDTHS | {"num_hidden_layers": shape.layers, "first_k_dense_replace": shape.dense}
-    config |= {"n_routed_experts": shape.experts, "quantization_config": FP8}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    config |= {"n_routed_experts": shape.experts} | fields
+    Path(folder, "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 def floor(case: Case, shape: Shape) -> float | None:

@@ -12,7 +12,6 @@ early launches are faster.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks._gpu_engine_model import FP8, WIDTHS
+from benchmarks._gpu_engine_model import FP8, Shape, write_model
 from benchmarks._harness import RESULTS, Worker, environment, write_json
 from benchmarks.once_per_step import SMALL
 
@@ -57,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     tier = "dry" if args.dry else "T1p" if args.rig else "T2"
     result: dict[str, Any] = {"name": "early_launches", "tier": tier, "layers": LAYERS}
     result |= {"env": environment(), "cases": []}
-    model = WIDTHS | {"num_hidden_layers": LAYERS, "first_k_dense_replace": DENSE_LAYERS}
-    model |= SMALL if args.dry else {"quantization_config": FP8}
     prompt, new = (64, 8) if args.dry else (4096, 64)
     config: dict[str, Any] = {
         "max_model_len": 2 * prompt,
@@ -69,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry:
         config |= {"kv_cache_dtype": "fp8", "cudagraph_capture_sizes": ROWS}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(model))
-        options = {"model": folder, "rig": args.rig, "config": config}
+        fields = SMALL if args.dry else {"quantization_config": FP8}
+        model = write_model(folder, Shape(LAYERS, DENSE_LAYERS), fields)
+        options = {"model": model, "rig": args.rig, "config": config}
         options["device"] = "cpu" if args.dry else "gpu"
         ms = {side: step_ms(options, switch, prompt, new) for side, switch in SIDES.items()}
     for batch, without, early in zip(ROWS, ms["without"], ms["with"], strict=True):

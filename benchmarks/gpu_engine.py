@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._gpu_engine_model import CASES, FIGURES, Shape, floor, shape_of, write_model
+from benchmarks._gpu_engine_model import CASES, FIGURES, FP8, Shape, floor, shape_of, write_model
 from benchmarks._harness import RESULTS, Worker, environment, write_json
 from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.stream_client import streams
@@ -201,7 +201,7 @@ def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> 
     shape, config = shape_of(ranks, args.layers), CONFIG | {"tensor_parallel_size": ranks}
     result |= {"tier": "T1p" if args.rig else "T2", **shape._asdict()}
     with tempfile.TemporaryDirectory() as folder:
-        model = str(write_model(Path(folder), shape))
+        model = write_model(folder, shape, {"quantization_config": FP8})
         target = "benchmarks.workers.gpu_engine:Engine"
         with Worker(target, model=model, rig=args.rig, config=config) as engine:
             result["start"] = engine.call(op="start_up")

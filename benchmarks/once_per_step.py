@@ -12,7 +12,6 @@ benchmarks/results/once_per_step.json; a ratio above 1 means that once is better
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._gpu_engine_model import WIDTHS
+from benchmarks._gpu_engine_model import Shape, write_model
 from benchmarks._harness import RESULTS, Worker, environment, write_json
 
 LAYERS, DENSE_LAYERS = 5, 3
@@ -39,15 +38,6 @@ SMALL = {
 }
 TARGET = "benchmarks.workers.once_per_step:Engine"
 PAIRS = 5
-
-
-def write_model(folder: Path, small: bool) -> str:
-    """A folder with the config.json of the model; its path."""
-    config = WIDTHS | {"num_hidden_layers": LAYERS, "first_k_dense_replace": DENSE_LAYERS}
-    if small:
-        config |= SMALL
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 def compare(
@@ -91,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         device = "cpu" if args.dry else "gpu"
-        options = {"model": write_model(Path(folder), args.dry), "rig": args.rig, "device": device}
+        model = write_model(folder, Shape(LAYERS, DENSE_LAYERS), SMALL if args.dry else {})
+        options = {"model": model, "rig": args.rig, "device": device}
         for name, (eager, other, request) in cases.items():
             once, others = compare(options, config | {"enforce_eager": eager}, other, request)
             is_time = request["op"] == "decode"

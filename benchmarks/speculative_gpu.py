@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._gpu_engine_model import FP8, WIDTHS, Shape
+from benchmarks._gpu_engine_model import FP8, Shape, write_model
 from benchmarks._harness import RESULTS, Worker, environment, run_peer, write_json
 from benchmarks.gpu_engine import CAPTURED, CONFIG
 from benchmarks.once_per_step import SMALL
@@ -38,14 +38,6 @@ RUNS = 3
 # of the bytes that must be read, with experts chosen uniformly
 FLOORS = {"known": (1.33, 1.61, 1.33, 1.02), "mtp": (1.82, 1.97, 1.59, 1.21)}
 METHODS = {"plain": None, "known": "ngram", "mtp": "mtp"}
-
-
-def write_model(folder: Path, layers: int, small: bool) -> str:
-    """A folder with the config.json of the model; its path."""
-    config = WIDTHS | {"num_hidden_layers": layers, "first_k_dense_replace": Shape().dense}
-    config |= {"num_nextn_predict_layers": 1} | (SMALL if small else {"quantization_config": FP8})
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 def measure(engine: Worker, rows: Sequence[int], prompt: int, steps: int) -> dict[int, Any]:
@@ -113,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     profiles: dict[str, Any] = {}
     peer: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model = write_model(Path(folder), 2 if args.dry else args.layers, args.dry)
+        fields = {"num_nextn_predict_layers": 1}
+        fields |= SMALL if args.dry else {"quantization_config": FP8}
+        model = write_model(folder, Shape(2 if args.dry else args.layers), fields)
         for way in args.ways:
             most = (1 + (way != "plain")) * max(args.rows)
             sizes = [size for size in (*CAPTURED, 256) if size <= most]
