@@ -10,7 +10,8 @@ engines are in this process and take turns; on a GPU each has the process for it
 another, twice, since a host may be slow for a minute. The number of drafts is that of the adaptive
 rule. Prints for each case and method the ratio and the accepted share, and counts outputs that
 differ from those without drafts, which rounding alone may cause. Writes
-benchmarks/results/speculative.json, on a GPU speculative_demo.json. `--acceptance` times nothing and writes nothing.
+benchmarks/results/speculative.json, on a GPU speculative_demo.json. `--acceptance` times nothing
+and writes nothing.
 """
 
 from __future__ import annotations
