@@ -93,7 +93,10 @@ class DeviceGroup(Group):
         self._nccl.abort()
 
     def close(self) -> None:
-        """Free what the group holds, after the work that this rank has queued."""
+        """Free what the group holds, after the work that this rank has queued.
+
+        It waits as long as a captured graph with collectives of the group lives.
+        """
         if self._memory is not None:
             self._transfers.finish()
             self._memory.close()

@@ -140,9 +140,8 @@ def check_steps(rank: Rank) -> dict[str, str]:
     for kv_cache_dtype, folder in folders.items():
         group = rank.group(kv_cache_dtype)
         runner = split_runner(folder, kv_cache_dtype, rig.device, group)
+        # the group stays open: NCCL's end waits for graphs that hold its collectives
         found[folder.name] = repeat(runner, PaddleCapture, rank.memory, rank.copy, REPEATS)
-        runner.graphs = None
-        group.close()
     return found
 
 
