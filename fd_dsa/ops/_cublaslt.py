@@ -1,4 +1,4 @@
-"""GEMMs by cuBLASLt through ctypes: bfloat16, float32, and FP8 with block scales on Hopper.
+"""GEMMs by cuBLASLt through ctypes: bfloat16 to float32, and FP8 with block scales on Hopper.
 
 Paddle's `matmul` rounds results of bfloat16 operands to bfloat16 and knows no block scales.
 
@@ -12,26 +12,25 @@ Source: NVIDIA, cuBLAS documentation, "Using the cuBLASLt API"; scales as in "12
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
-from fd_dsa.errors import DeviceError, LaunchError
+from fd_dsa.errors import DeviceError, LaunchError, ShapeError
 from fd_dsa.ops._cublaslt_library import Functions, library
-from fd_dsa.ops._cublaslt_shapes import Gemm, checked
+from fd_dsa.ops._host import check_array
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
 from fd_dsa.triton_runtime.transfers import Transfers
 
 _ALIGNMENT, _WORKSPACE_BYTES = 16, 32 << 20
-# shapes of prompts are many; plans beyond these are made again
-_MOST_PLANS, _MOST_ALGORITHMS = 4096, 8
+# values along K that have one scale
+_MOST_ALGORITHMS, _GROUP = 8, 128
 
 # values of the enumerations in library_types.h, cublas_api.h and cublasLt.h
-_TYPES = {"float32": 0, "bfloat16": 14, "uint8": 28}
-_COMPUTE_32F, _COMPUTE_32F_PEDANTIC = 68, 69
+_FLOAT32, _BFLOAT16, _FP8 = 0, 14, 28
+_COMPUTE_32F = 68
 _TRANSPOSE_A, _A_SCALE_MODE, _B_SCALE_MODE = 3, 31, 32
 # where scales of x, which is B, and of the weight are
 _SCALES = 18, 17
@@ -60,6 +59,24 @@ class _Algorithm(ctypes.Structure):
     )
 
 
+def padded_rows(num_tokens: int) -> int:
+    """Rows of the arrays of `Cublaslt.fp8_linear` for some tokens: a multiple of 4, at least 8."""
+    return max(8, -(-num_tokens // 4) * 4)
+
+
+class Gemm(NamedTuple):
+    """What a plan is made for."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    is_fp8: bool
+
+    def __str__(self) -> str:
+        kind = "block-scaled FP8" if self.is_fp8 else "bfloat16"
+        return f"{kind} [{self.rows}, {self.inputs}] x [{self.outputs}, {self.inputs}]^T"
+
+
 class _Plan:
     """All arguments of cublasLtMatmul but the stream, for GEMMs of one shape.
 
@@ -84,7 +101,7 @@ class _Plan:
         self.pointers = [
             (operation, attribute, ctypes.byref(place), _POINTER_BYTES)
             for attribute, place in zip(_SCALES, scales, strict=True)
-            if gemm.operands == "uint8"
+            if gemm.is_fp8
         ]
         a, b, d = layouts
         matrices = handle, operation, _ONE, weight, a, x, b, _ZERO, out, d, out, d
@@ -108,7 +125,7 @@ class Cublaslt:
         self._functions, self._device = Functions(library, device), device
         self._api, self._allocate, self._transfers = api, allocate, Transfers(api, device)
         self._set_pointer = getattr(library, _SET_OPERATION)
-        self._operations: dict[str, ctypes.c_void_p] = {}
+        self._operations: dict[bool, ctypes.c_void_p] = {}
         self._plans: dict[tuple[Any, ...], _Plan] = {}
         self._workspaces: dict[int | None, Any] = {}
         self._handle = self._functions.made("cublasLtCreate")
@@ -122,14 +139,12 @@ class Cublaslt:
             self._functions.set(_SET_PREFERENCE, self._preference, attribute, value)
 
     def linear(self, x: Any, weight: Any, out: Any) -> None:
-        """out = x @ weight^T with float32 sums; float32 operands are never rounded to TF32.
-
-        Rows of all three may have gaps between them.
+        """out = x @ weight^T with float32 sums; all contiguous.
 
         Args:
-            x: bfloat16 or float32 [rows, inputs].
-            weight: [outputs, inputs] of the same dtype.
-            out: [rows, outputs] of the same dtype; of bfloat16 operands also float32.
+            x: bfloat16 [rows, inputs].
+            weight: bfloat16 [outputs, inputs].
+            out: float32 [rows, outputs].
         """
         if x.shape[0]:
             self._run(x, weight, out)
@@ -141,13 +156,13 @@ class Cublaslt:
 
         cuBLASLt takes the number of rows for the step of `scales_x`, and has no such GEMM for
         fewer than 8. So the arrays of tokens have `padded_rows(num_tokens)` rows. Those past the
-        tokens may hold anything, which changes the same rows of `out` alone.
+        tokens may hold anything, which changes the same rows of `out` alone. All are contiguous.
 
         Args:
-            codes_x: uint8 [rows, inputs], inputs a multiple of 128.
+            codes_x: uint8 [rows, inputs], inputs a multiple of 512.
             scales_x: float32 [inputs / 128, rows].
             codes_w: uint8 [outputs, inputs], outputs a multiple of 8.
-            scales_w: float32 [ceil(outputs / 128), inputs / 128 rounded up to a multiple of 4].
+            scales_w: float32 [ceil(outputs / 128), inputs / 128].
             out: bfloat16 [rows, outputs].
         """
         self._run(codes_x, codes_w, out, scales_x, scales_w)
@@ -186,9 +201,7 @@ class Cublaslt:
             key += *tensor.shape, *tensor.stride()
         plan = self._plans.get(key)
         if plan is None:
-            if len(self._plans) >= _MOST_PLANS:
-                del self._plans[next(iter(self._plans))]
-            gemm = checked(x, weight, out, *scales)
+            gemm = _checked(x, weight, out, *scales)
             self._check_device(gemm, x, weight, out, *scales)
             self._plans[key] = plan = self._new_plan(gemm)
         return plan
@@ -204,14 +217,18 @@ class Cublaslt:
     def _new_plan(self, gemm: Gemm) -> _Plan:
         """Layouts, and the algorithm that cuBLASLt chooses."""
         self._refuse_capture(f"a plan for {gemm}")
-        operation, (x_step, weight_step, out_step) = self._operation(gemm.operands), gemm.steps
-        types = _TYPES[gemm.operands], _TYPES[gemm.result]
+        operation = self._operation(gemm.is_fp8)
+        operand, result = (_FP8, _BFLOAT16) if gemm.is_fp8 else (_BFLOAT16, _FLOAT32)
+        # rows follow each other without a gap
         layouts = [
-            self._functions.made("cublasLtMatrixLayoutCreate", kind, *map(ctypes.c_int64, extents))
-            for kind, *extents in (
-                (types[0], gemm.inputs, gemm.outputs, weight_step),
-                (types[0], gemm.inputs, gemm.rows, x_step),
-                (types[1], gemm.outputs, gemm.rows, out_step),
+            self._functions.made(
+                *("cublasLtMatrixLayoutCreate", kind),
+                *map(ctypes.c_int64, (width, rows, width)),
+            )
+            for kind, width, rows in (
+                (operand, gemm.inputs, gemm.outputs),
+                (operand, gemm.inputs, gemm.rows),
+                (result, gemm.outputs, gemm.rows),
             )
         ]
         a, b, d = layouts
@@ -222,17 +239,14 @@ class Cublaslt:
         )
         if not count.value:
             raise DeviceError(f"cuBLASLt: no algorithm serves {gemm}")
-        plan = _Plan(gemm, self._handle, operation, layouts, algorithms)
-        weakref.finalize(plan, self._functions.destroy_layouts, layouts).atexit = False
-        return plan
+        return _Plan(gemm, self._handle, operation, layouts, algorithms)
 
-    def _operation(self, operands: str) -> ctypes.c_void_p:
-        """cuBLASLt's description of GEMMs with operands of a dtype, made at the first call."""
-        if operands not in self._operations:
-            compute = _COMPUTE_32F_PEDANTIC if operands == "float32" else _COMPUTE_32F
-            operation = self._functions.made("cublasLtMatmulDescCreate", compute, _TYPES["float32"])
+    def _operation(self, is_fp8: bool) -> ctypes.c_void_p:
+        """cuBLASLt's description of GEMMs of a kind, made at the first call."""
+        if is_fp8 not in self._operations:
+            operation = self._functions.made("cublasLtMatmulDescCreate", _COMPUTE_32F, _FLOAT32)
             attributes = {_TRANSPOSE_A: 1}
-            if operands == "uint8":
+            if is_fp8:
                 attributes |= {_A_SCALE_MODE: _BLOCKS_OF_128, _B_SCALE_MODE: _VECTORS_OF_128}
                 for attribute in _SCALES:
                     # the heuristic refuses null pointers, and reads nothing there
@@ -240,14 +254,41 @@ class Cublaslt:
                     self._functions.set(_SET_OPERATION, operation, attribute, anywhere)
             for attribute, value in attributes.items():
                 self._functions.set(_SET_OPERATION, operation, attribute, ctypes.c_int32(value))
-            self._operations[operands] = operation
-        return self._operations[operands]
+            self._operations[is_fp8] = operation
+        return self._operations[is_fp8]
 
     def _refuse_capture(self, what: str) -> None:
         if self._transfers.is_capturing():
             raise DeviceError(
                 f"cuBLASLt: {what} cannot be made in a capture; run the GEMM on this stream before"
             )
+
+
+def _checked(x: Any, weight: Any, out: Any, *scales: Any) -> Gemm:
+    """The GEMM of these arguments, which are refused where they do not fit each other."""
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    operator, operand, result = "linear", "bfloat16", "float32"
+    sides: list[Any] = []
+    if scales:
+        operator, operand, result = "fp8_linear", "uint8", "bfloat16"
+        if inputs % (4 * _GROUP) or outputs % 8 or rows != padded_rows(rows):
+            raise ShapeError(
+                f"fp8_linear: got {rows} rows of x and a weight of {[outputs, inputs]}, allowed "
+                f"are padded_rows(num_tokens), a multiple of 8 and one of {4 * _GROUP}"
+            )
+        groups = inputs // _GROUP
+        shapes = (groups, rows), (-(-outputs // _GROUP), groups)
+        sides = [*zip(("scales_x", "scales_w"), scales, shapes, ["float32"] * 2, strict=True)]
+    for name, tensor, shape, dtype in (
+        ("x", x, (rows, inputs), operand),
+        ("weight", weight, (outputs, inputs), operand),
+        ("out", out, (rows, outputs), result),
+        *sides,
+    ):
+        check_array(operator, name, tensor, shape, (dtype,))
+        if not tensor.is_contiguous():
+            raise ShapeError(f"{operator}: {name} of shape {list(shape)} is not contiguous")
+    return Gemm(rows, inputs, outputs, bool(scales))
 
 
 def _unaligned(gemm: Gemm, tensors: Iterable[Any]) -> LaunchError:

@@ -112,8 +112,3 @@ class Functions:
         """Set an attribute to the value of a ctypes object."""
         size = ctypes.c_size_t(ctypes.sizeof(value))
         self.call(f"attribute {attribute}", name, owner, attribute, ctypes.byref(value), size)
-
-    def destroy_layouts(self, layouts: list[ctypes.c_void_p]) -> None:
-        """Free layouts; an error is dropped."""
-        for layout in layouts:
-            self._library.cublasLtMatrixLayoutDestroy(layout)

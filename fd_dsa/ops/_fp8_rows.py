@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import paddle
 
+from fd_dsa.ops._cublaslt import padded_rows
 from fd_dsa.ops._triton_fp8 import absolute_maximum, magnitude, over_448, quotient, to_e4m3
 
 import triton  # isort: skip
@@ -27,8 +28,8 @@ class Fp8Rows(NamedTuple):
 
     Attributes:
         codes: uint8 [rows, width], e4m3 bits, contiguous.
-        scales: float32 [ceil(width / 128), max(8, rows rounded up to a multiple of 4)], contiguous;
-            columns from `rows` on hold anything.
+        scales: float32 [ceil(width / 128), padded_rows(rows)], contiguous; columns from `rows` on
+            hold anything.
         padded: `codes` and rows after them, as many as `scales` has columns, which hold anything;
             None where there is no such memory.
     """
@@ -41,7 +42,7 @@ class Fp8Rows(NamedTuple):
 def empty_fp8_rows(beside: Any, rows: int, width: int) -> Fp8Rows:
     """Uninitialised Fp8Rows on the device of a tensor."""
     place = beside.place
-    groups, stride = -(-width // GROUP), max(8, -(-rows // 4) * 4)
+    groups, stride = -(-width // GROUP), padded_rows(rows)
     padded = paddle.empty([stride, width], "uint8", device=place)
     scales = paddle.empty([groups, stride], "float32", device=place)
     return Fp8Rows(padded if rows == stride else padded[:rows], scales, padded)
