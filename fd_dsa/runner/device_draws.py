@@ -64,7 +64,7 @@ class DeviceDraws:
         self._first_draft = self.first_row + -(-rows // _ALIGNED) * _ALIGNED
         self._tokens = allocate((self._first_draft + most_drafts * stride,), "int64")
         self._sampler.tokens = self._tokens[self.first_row : self._first_draft]
-        self._next, self._shifts = allocate((4 * stride,), "int32"), allocate((stride,), "int32")
+        self._next = allocate((4 * stride,), "int32")
         # of each request: tokens in the cache after the draw
         self._known = self._next[3 * stride :]
         self._no_masks = uploaded(allocate, np.full(stride, -1, np.int32))
@@ -253,8 +253,7 @@ class DeviceDraws:
     def _follow(self, ids: Any, *others: Any) -> None:
         count = ids.shape[0]
         follow_kernel[(-(-count // FOLLOW_BLOCK),)](
-            ids, self._tokens, self._known, self._shifts, count, *others,
-            BLOCK=FOLLOW_BLOCK, num_warps=4,
+            ids, self._tokens, self._known, count, *others, BLOCK=FOLLOW_BLOCK, num_warps=4,
         )  # fmt: skip
 
 

@@ -204,7 +204,7 @@ for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
     compile("gather", gather_kernel, SAMPLED, False, num_warps=8, CAPACITY=capacity, **cut)
 PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", "firsts_ptr",
                         "counts_ptr", "cached_ptr", "lengths_ptr", "going_on_ptr", "follows_ptr",
-                        "known_ptr", "shifts_ptr", "records_ptr", "outputs_ptr"), "int32")
+                        "known_ptr", "records_ptr", "outputs_ptr"), "int32")
 for most in (1, 2, 3):
     compile("verify", verify_kernel, PLACED | dict.fromkeys(("tokens_ptr", "newest_ptr"), "int64"),
             False, num_warps=1, STRIDE=128, MOST=most, VOCAB=129280)

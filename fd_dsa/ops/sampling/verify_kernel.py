@@ -81,7 +81,6 @@ def follow_kernel(
     ids_ptr,
     tokens_ptr,
     known_ptr,
-    shifts_ptr,
     num_ids,
     cached_ptr,
     follows_ptr,
@@ -94,8 +93,8 @@ def follow_kernel(
     """What a draw leaves to the next step: block `program 0` of ids, the first one all rows, too.
 
     An id of -1 - i becomes token i of what was drawn. Row i goes on from request `follows[i]`, if
-    any, with `known` tokens in the cache; `shifts` gets by how many the host had planned too many,
-    and the positions of the slot's draws are as many less.
+    any, with `known` tokens in the cache; by as many as the host had planned too many, the
+    positions of the slot's draws are less.
     """
     program, lane = tl.program_id(0), tl.arange(0, BLOCK)
     place = program * BLOCK + lane
@@ -103,23 +102,21 @@ def follow_kernel(
     drawn = tl.load(tokens_ptr + (-1 - token), mask=token < 0, other=0)
     tl.store(ids_ptr + place, drawn.to(tl.int32), mask=token < 0)
     if program == 0:
-        for start in range(0, num_rows, BLOCK):
-            row = start + lane
-            inside = row < num_rows
-            source = tl.load(follows_ptr + row, mask=inside, other=-1)
-            planned = tl.load(cached_ptr + row, mask=inside, other=0)
-            known = tl.load(known_ptr + source, mask=source >= 0, other=0)
-            cached = tl.where(source >= 0, known, planned)
-            tl.store(cached_ptr + row, cached, mask=inside)
-            tl.store(shifts_ptr + row, planned - cached, mask=inside)
-        # what other threads wrote is read below
-        tl.debug_barrier()
         for start in range(0, num_draws, BLOCK):
             row = start + lane
             slot = tl.load(slots_ptr + row, mask=row < num_draws, other=-1)
             position = tl.load(positions_ptr + row, mask=slot >= 0, other=0)
-            shift = tl.load(shifts_ptr + slot, mask=slot >= 0, other=0)
-            tl.store(positions_ptr + row, position - shift, mask=slot >= 0)
+            source = tl.load(follows_ptr + slot, mask=slot >= 0, other=-1)
+            planned = tl.load(cached_ptr + slot, mask=source >= 0, other=0)
+            known = tl.load(known_ptr + source, mask=source >= 0, other=0)
+            tl.store(positions_ptr + row, position - (planned - known), mask=slot >= 0)
+        # what other threads have read is written below
+        tl.debug_barrier()
+        for start in range(0, num_rows, BLOCK):
+            row = start + lane
+            source = tl.load(follows_ptr + row, mask=row < num_rows, other=-1)
+            known = tl.load(known_ptr + source, mask=source >= 0, other=0)
+            tl.store(cached_ptr + row, known, mask=source >= 0)
 
 
 @step_kernel()
