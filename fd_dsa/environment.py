@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import resource
@@ -25,6 +26,8 @@ Read from measurements (docs/performance.md).
 
 # with less the server of the demo model does not start
 _LEAST_ADDRESS_SPACE_BYTES = 3 << 29
+# parameters of mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _cpu_threads: int | None = None
 _SWITCH = {"0": False, "false": False, "1": True, "true": True}
 
@@ -35,8 +38,10 @@ def prepare_cpu_runtime() -> None:
     The MKL of its CPU build takes a slow path on AMD processors unless a variable says that AVX2 is
     there (2.6 times faster float32 GEMMs measured), and keeps one order of sums for any number of
     rows if another one asks for it. OpenMP's idle threads spin for 200 ms, which slows what the
-    main thread does beside them; 1 ms is enough between two GEMMs. A value that the user has set
-    stays. Paddle's advice to install ccache is silenced.
+    main thread does beside them; 1 ms is enough between two GEMMs. glibc gives the pages of arrays
+    of some MiB back and gets zeroed ones for the next step, a hundredth of a long prompt's time; so
+    it keeps more. A value that the user has set stays. Paddle's advice to install ccache is
+    silenced.
 
     Raises:
         ConfigError: the folder that Paddle makes when it is imported cannot be made, or `ulimit -v`
@@ -49,12 +54,30 @@ def prepare_cpu_runtime() -> None:
         vendor_is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
         vendor_is_amd = False
+    set_heaps("mmap_threshold", _M_MMAP_THRESHOLD, 32 << 20)
+    set_heaps("trim_threshold", _M_TRIM_THRESHOLD, 256 << 20)
     os.environ.setdefault("KMP_BLOCKTIME", "1")
     if vendor_is_amd:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     if batch_invariant():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     _import_paddle()
+
+
+def set_heaps(name: str, parameter: int, value: int) -> bool:
+    """Set a parameter of glibc's allocator, by mallopt(3).
+
+    Args:
+        name: as in `glibc.malloc.arena_max`.
+
+    Returns:
+        False where the environment sets it, or the allocator is not glibc's.
+    """
+    names = f"MALLOC_{name.upper()}", f"MALLOC_{name.upper()}_"
+    if any(map(variable, names)) or f"glibc.malloc.{name}" in variable("GLIBC_TUNABLES"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(parameter, value))
 
 
 def _import_paddle() -> None:

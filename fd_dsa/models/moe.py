@@ -182,11 +182,11 @@ def routed(
         first, last = group[0][1], group[-1][2]
         rows = x.take(tokens[first:last], axis=0)
         gate_up = np.empty((len(rows), out_width), np.float32)
-        places = [(expert, start - first, end - first) for expert, start, end in group]
-        times_of_spans(rows, gate_up, [(matrix, *place) for (matrix, _), *place in places])
+        places = [(*expert, start - first, end - first) for expert, start, end in group]
+        times_of_spans(rows, gate_up, [(gate, start, end) for gate, _, start, end in places])
         inner = activated(gate_up)
         inner *= factors[first:last]
-        times_of_spans(inner, rows, [(matrix, *place) for (_, matrix), *place in places])
+        times_of_spans(inner, rows, [(down, start, end) for _, down, start, end in places])
         parts[order[first:last]] = rows
     total: np.ndarray = np.add.reduce(parts.reshape(num_tokens, top_k, -1), axis=1)
     return total

@@ -241,7 +241,7 @@ def times_of_spans(
             else:
                 weight.times(rows, out=result)
     else:
-        packed[0].times(x, out, [(weight._packed[1], *rows) for weight, *rows in spans])
+        packed[0].times(x, out, [(w._packed[1], start, end) for w, start, end in spans])
 
 
 def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.ndarray:

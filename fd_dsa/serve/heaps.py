@@ -6,7 +6,7 @@ import ctypes
 import threading
 import time
 
-from fd_dsa.environment import variable
+from fd_dsa.environment import set_heaps
 
 # parameter of mallopt(3)
 _M_ARENA_MAX = -8
@@ -26,11 +26,7 @@ def share_heaps() -> bool:
 
     Source: mallopt(3), M_ARENA_MAX.
     """
-    tunables = variable("GLIBC_TUNABLES")
-    if variable("MALLOC_ARENA_MAX") or "glibc.malloc.arena_max" in tunables:
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(_M_ARENA_MAX, _NUM_ARENAS))
+    return set_heaps("arena_max", _M_ARENA_MAX, _NUM_ARENAS)
 
 
 def trim_heaps() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.models.deepseek_v4.config import CSA, WINDOW
+from fd_dsa.models.deepseek_v4.config import CSA
 from fd_dsa.ops._host import Scratch, as_numpy
 from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
 from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
@@ -158,12 +158,9 @@ class V4AttentionBackend:
             "sinks": layer.sinks,
         }
         at = step.gathered
-        slots = None
+        slots: Any = None
         if len(at):
-            if chosen is not None:
-                slots = self._chosen_list(step, chosen[at])
-            else:
-                slots = step.window_list() if kind == WINDOW else step.all_list(kind)
+            slots = step.key_lists(kind) if chosen is None else self._chosen_list(step, chosen[at])
             if len(at) == step.num_tokens:
                 return attend_gathered(q, keys, slots, **options)
         out = self._scratch.take("v4_attention", q.shape)
@@ -182,7 +179,7 @@ class V4AttentionBackend:
             chosen, step.rows[step.gathered], step.block_table, step.entries_per_block(CSA)
         )
         entries[entries >= 0] += self._comp_base
-        return np.concatenate((step.window_list(), entries), axis=1)
+        return np.concatenate((step.window_list, entries), axis=1)
 
 
 def _mask_of_chosen(tile: Any, chosen: np.ndarray) -> np.ndarray:

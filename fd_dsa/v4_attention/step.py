@@ -12,6 +12,7 @@ import numpy as np
 from fd_dsa.models.deepseek_v4.config import CSA, HCA
 from fd_dsa.ops._fixed_order import fixed_order
 from fd_dsa.ops.logits.paddle_impl import PagedUnits
+from fd_dsa.ops.mla.paddle_impl import KeyLists
 from fd_dsa.v4_attention.pooling import PoolingPlan, RecordPlan
 from fd_dsa.v4_prepare import V4Arrays
 
@@ -62,7 +63,7 @@ class V4Step:
         self.rows = out.req_of_token[: self.num_tokens]
         self.window_rows = out.swa_write[: self.num_tokens]
         self._plans: dict[str, PoolingPlan] = {}
-        self._lists: dict[str, np.ndarray] = {}
+        self._lists: dict[str, KeyLists] = {}
         self._tiles: dict[str, list[Tile]] = {}
 
     def pooling(self, kind: str) -> PoolingPlan:
@@ -119,34 +120,34 @@ class V4Step:
         blocks = self.block_table[np.asarray(rows)[:, None], columns].astype(np.int64)
         return blocks * per_block + entry % per_block
 
+    @cached_property
     def window_list(self) -> np.ndarray:
         """int32 [gathered tokens, window]; rows of their window keys, -1 = none."""
-        if "" not in self._lists:
-            out, at = self._out, self.gathered
-            lengths, extra = out.win_len[at], out.ext_len[at]
-            width = out.win_idx.shape[1]
-            if not fixed_order():
-                width = int((lengths + extra).max(initial=0))
-            found = out.win_idx[at, :width]
-            if extra.any():
-                # keys of the step are in the pool too: in pages every token has its row
-                column = np.arange(width)
-                token = at[:, None] - extra[:, None] + 1 + column - lengths[:, None]
-                is_own = (column >= lengths[:, None]) & (token <= at[:, None])
-                found = np.where(is_own, out.swa_write[np.minimum(token, at[:, None])], found)
-            self._lists[""] = found
-        return self._lists[""]
+        out, at = self._out, self.gathered
+        lengths, extra = out.win_len[at], out.ext_len[at]
+        width = out.win_idx.shape[1]
+        if not fixed_order():
+            width = int((lengths + extra).max(initial=0))
+        found: np.ndarray = out.win_idx[at, :width]
+        if extra.any():
+            # keys of the step are in the pool too: in pages every token has its row
+            column = np.arange(width)
+            token = at[:, None] - extra[:, None] + 1 + column - lengths[:, None]
+            is_own = (column >= lengths[:, None]) & (token <= at[:, None])
+            found = np.where(is_own, out.swa_write[np.minimum(token, at[:, None])], found)
+        return found
 
-    def all_list(self, kind: str) -> np.ndarray:
-        """`window_list`, followed by all entries of layers of a kind that each token sees."""
+    def key_lists(self, kind: str) -> KeyLists:
+        """Rows of `window_list`, then of all entries of layers of a kind that each token sees."""
         if kind not in self._lists:
-            at, window = self.gathered, self.window_list()
-            visible = self.visible[at] if kind == CSA else self._hca_visible[at]
-            count = int(visible.max(initial=0))
-            entries = self._out.config.comp_base + self.entry_rows(kind, self.rows[at], count)
-            hidden = np.arange(count) >= visible[:, None]
-            entries[hidden] = -1
-            self._lists[kind] = np.concatenate((window, entries.astype(np.int32)), axis=1)
+            at, keys = self.gathered, self.window_list
+            if kind in _NAMES:
+                visible = self.visible[at] if kind == CSA else self._hca_visible[at]
+                count = int(visible.max(initial=0))
+                entries = self._out.config.comp_base + self.entry_rows(kind, self.rows[at], count)
+                entries[np.arange(count) >= visible[:, None]] = -1
+                keys = np.concatenate((keys, entries.astype(np.int32)), axis=1)
+            self._lists[kind] = KeyLists(keys)
         return self._lists[kind]
 
     def tiles(self, kind: str) -> list[Tile]:

@@ -1,4 +1,4 @@
-"""How many heaps of glibc's allocator the threads of a server use."""
+"""Settings of glibc's allocator: heaps that threads share, and memory that is kept."""
 
 from __future__ import annotations
 
@@ -86,3 +86,30 @@ print(full - resident() >> 20)
 def test_holes_are_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", HOLE], capture_output=True, text=True, check=True)
     assert int(done.stdout) >= 56
+
+
+# page faults of arrays of 10 MiB together, taken and freed twice, when heaps have grown
+ARRAYS = """
+import resource
+from fd_dsa.environment import prepare_cpu_runtime
+prepare_cpu_runtime()
+import numpy as np
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(2):
+        arrays = [np.ones(655_360, np.float32) for _ in range(4)]
+        del arrays
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "keeps"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "1"}, False)]
+)
+def test_memory_of_a_step_is_kept_for_the_next(variables: dict[str, str], keeps: bool) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", ARRAYS]
+    environment = os.environ | variables
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert (int(done.stdout) < 500) == keeps

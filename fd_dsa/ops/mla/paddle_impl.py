@@ -57,6 +57,25 @@ def _weighted(probabilities: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return weighted_sum(probabilities, keys) if fixed_order() else batched(probabilities, keys)
 
 
+class KeyLists:
+    """Slots of each query's keys, as `attend_gathered` reads them: layers that share them make one.
+
+    Args:
+        slots: int32 [num_tokens, topk]; -1 = none, valid entries first.
+    """
+
+    def __init__(self, slots: np.ndarray) -> None:
+        hidden = slots < 0
+        self.mask = self.is_empty = None
+        if hidden.any():
+            # an unused entry reads its own row's first key: finite if the row's result is
+            slots = np.where(hidden, np.maximum(slots[:, :1], 0), slots)
+            self.mask = np.where(hidden, _HIDDEN, _SEEN)
+            if hidden[:, 0].any():
+                self.is_empty = hidden[:, 0]
+        self.index = slots.astype(np.int64)
+
+
 @_quiet
 def attend_gathered(
     q: Any,
@@ -73,7 +92,7 @@ def attend_gathered(
     Args:
         q: float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed query.
         cache: [num_slots, row]: float32 or int16 (bfloat16 bits), or fp8_ds_mla records, uint8.
-        indices: int32 [num_tokens, topk]; slots of the cache, -1 = none, valid entries first.
+        indices: slots of the cache: KeyLists, or its argument.
         softmax_scale: factor of the scores.
         kv_lora_rank: width of the value part.
         scratch: buffers to reuse between calls; None = new ones.
@@ -82,27 +101,21 @@ def attend_gathered(
     Returns:
         float32 [num_tokens, num_heads, kv_lora_rank]; zeros where a row is all -1.
     """
-    latents, slots, query = as_numpy(cache), as_numpy(indices), _scaled(q, softmax_scale)
-    scratch = scratch or Scratch()
-    num_tokens, topk = slots.shape
-    width = query.shape[2]
+    latents, query, scratch = as_numpy(cache), _scaled(q, softmax_scale), scratch or Scratch()
+    lists = indices if isinstance(indices, KeyLists) else KeyLists(as_numpy(indices))
+    (num_tokens, topk), width, mask = lists.index.shape, query.shape[2], lists.mask
     out = np.empty((num_tokens, query.shape[1], kv_lora_rank), np.float32)
     step = max(1, _TILE_BYTES // max(1, topk * width * 4))
     for start in range(0, num_tokens, step):
-        tile = slots[start : start + step]
-        kv = scratch.take("latents", (len(tile), topk, width))
-        hidden, mask = tile < 0, None
-        if hidden.any():
-            # an unused entry reads its own row's first key: finite if the row's result is
-            tile = np.where(hidden, np.maximum(tile[:, :1], 0), tile)
-            mask = np.where(hidden, _HIDDEN, _SEEN)
-        index = tile.astype(np.int64)
+        tile = slice(start, start + step)
+        index = lists.index[tile]
+        kv = scratch.take("latents", (*index.shape, width))
         gather_latents(latents, index.ravel(), kv.reshape(-1, width), scratch)
-        probabilities = batched(query[start : start + step], kv, transpose_y=True)
-        _softmax(probabilities, mask, sinks)
-        out[start : start + step] = _weighted(probabilities, kv[:, :, :kv_lora_rank])
-        if mask is not None:
-            out[start : start + step][hidden[:, 0]] = 0.0
+        probabilities = batched(query[tile], kv, transpose_y=True)
+        _softmax(probabilities, None if mask is None else mask[tile], sinks)
+        out[tile] = _weighted(probabilities, kv[:, :, :kv_lora_rank])
+    if lists.is_empty is not None:
+        out[lists.is_empty] = 0.0
     return out
 
 
