@@ -13,8 +13,8 @@ from typing import Any
 from fd_dsa.errors import ConfigError, flag_error
 from fd_dsa.speculative_config import SpeculativeConfig
 
-DEFAULT_NUM_BATCHED_TOKENS = 512
-"""Tokens of a step on a CPU: enough for full-speed products, short enough for smooth streams."""
+DEFAULT_PROMPT_TOKENS = 512
+"""Prompt tokens of a step: enough for full-speed GEMMs on a CPU, few enough for smooth streams."""
 
 DEFAULT_TARGET_MS = 200.0
 """Milliseconds between two tokens that a server keeps to: about as fast as people read."""
@@ -83,8 +83,8 @@ _RULES: dict[str, _Rule] = {
     "dtype": (", ".join(_DTYPES), _DTYPES.__contains__),
     "kv_cache_dtype": (", ".join(_CACHE_DTYPES), _CACHE_DTYPES.__contains__),
     "load_format": (", ".join(_LOAD_FORMATS), _LOAD_FORMATS.__contains__),
-    **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "block_size"), _POSITIVE),
-    **dict.fromkeys(("max_model_len", "index_topk"), _OPTIONAL),
+    **dict.fromkeys(("max_num_seqs", "block_size"), _POSITIVE),
+    **dict.fromkeys(("max_model_len", "max_num_batched_tokens", "index_topk"), _OPTIONAL),
     **dict.fromkeys(("kv_cache_memory_bytes", "num_gpu_blocks_override"), _OPTIONAL),
     **dict.fromkeys(("async_scheduling", "enforce_eager"), _SWITCH),
     **dict.fromkeys(("enable_chunked_prefill", "enable_prefix_caching"), _SWITCH),
@@ -120,7 +120,8 @@ class EngineConfig:
             is e4m3 with scales, 788 bytes a token and layer; `fp8` is another name for it.
         max_model_len: longest prompt plus output, tokens; None is the model's own limit.
         max_num_seqs: most sequences in one step.
-        max_num_batched_tokens: most tokens in one step; None is 512, the default on a CPU.
+        max_num_batched_tokens: most tokens in one step; None is 512 of prompts beside one of each
+            sequence.
         target_inter_token_latency_ms: most milliseconds between two tokens of an answer while
             prompts are computed beside it; 0 = no target. A server's own default is
             `DEFAULT_TARGET_MS`: nobody reads along with a program that waits for whole answers.
@@ -181,8 +182,6 @@ class EngineConfig:
                 raise flag_error("served_model_name", one, "a non-empty name")
         cache_dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
         self._set("kv_cache_dtype", cache_dtype)
-        if self.max_num_batched_tokens is None:
-            self._set("max_num_batched_tokens", DEFAULT_NUM_BATCHED_TOKENS)
         if isinstance(self.kv_cache_memory_bytes, str):
             try:
                 self._set("kv_cache_memory_bytes", parse_bytes(self.kv_cache_memory_bytes))
@@ -191,6 +190,8 @@ class EngineConfig:
         for name, (allowed, is_allowed) in _RULES.items():
             if not is_allowed(getattr(self, name)):
                 raise flag_error(name, getattr(self, name), allowed)
+        if self.max_num_batched_tokens is None:
+            self._set("max_num_batched_tokens", DEFAULT_PROMPT_TOKENS + self.max_num_seqs)
         given = self.speculative_config
         if given not in (None, NO_DRAFTS) and not isinstance(given, SpeculativeConfig):
             self._set("speculative_config", SpeculativeConfig.read(given))

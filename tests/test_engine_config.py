@@ -37,7 +37,7 @@ def test_defaults_serve_the_demo_on_a_cpu() -> None:
     assert (there.device, there.dtype, there.kv_cache_dtype) == ("gpu:0", "bfloat16", "bfloat16")
     with pytest.raises(ConfigError, match=r"--dtype: got 'bfloat16'.*no bfloat16 kernels"):
         EngineConfig(dtype="bfloat16").on_device("cpu")
-    assert config.num_batched_tokens == 512
+    assert config.num_batched_tokens == 512 + 64
     assert config.resolve_max_model_len(4096) == 4096
     with pytest.raises(FrozenInstanceError):
         config.seed = 1  # type: ignore[misc]

@@ -154,8 +154,8 @@ _FLAGS = {
         "--max-model-len N": f"longest prompt plus output, tokens; {_SIZE_FORMS} "
         "(default: the model's)",
         "--max-num-seqs N": "sequences in a step (default: 64)",
-        "--max-num-batched-tokens N": "tokens in a step; longer prompts are split (default: 512 on "
-        "a CPU)",
+        "--max-num-batched-tokens N": "tokens in a step; longer prompts are split (default: 512 "
+        "and --max-num-seqs)",
         "--target-inter-token-latency-ms MS": "most time between two tokens of an answer while "
         f"prompts are computed beside it, 0 for no target (default: {DEFAULT_TARGET_MS:g})",
         "--enable-chunked-prefill": "split prompts at --max-num-batched-tokens; always on "

@@ -24,7 +24,7 @@ from fd_dsa.triton_runtime.driver import GpuTraits
 def test_a_plan_has_every_value_resolved() -> None:
     told = make_plan(EngineConfig(device="cpu", num_gpu_blocks_override=200)).describe()
     assert (told["device"], told["dtype"], told["kv_cache_dtype"]) == ("cpu", "float32", "float32")
-    assert (told["max_model_len"], told["max_num_batched_tokens"]) == (8192, 512)
+    assert (told["max_model_len"], told["max_num_batched_tokens"]) == (8192, 576)
     assert told["served_model_name"] == ["demo_model"]
     memory = told["memory"]
     assert (memory["num_blocks"], memory["num_tokens"]) == (200, 200 * 64)

@@ -72,7 +72,7 @@ def test_server_info_names_what_decides_the_answers() -> None:
         "float32",
         "fp8_ds_mla",
     )
-    assert (told["version"], told["max_num_batched_tokens"]) == (__version__, 512)
+    assert (told["version"], told["max_num_batched_tokens"]) == (__version__, 576)
     assert told["target_inter_token_latency_ms"] == 0
     assert told["paddle"] == paddle.__version__
     assert told["batch_invariant"] is False
