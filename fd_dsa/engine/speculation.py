@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draft_state import DraftPace, DraftState
+from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
@@ -78,7 +78,7 @@ class Speculator:
         """
         params = request.params
         if params.speculative and not params.return_topk_positions and self._may_pay(num_rows):
-            request.drafts = DraftState(DraftPace(self.most))
+            request.drafts = DraftState(self.most)
         else:
             self.leave(request)
 
@@ -86,7 +86,7 @@ class Speculator:
         """Whether drafts that nothing is known of pay in such steps, or need no layer."""
         if not self._costs.has_layer:
             return True
-        return DraftPace(self.most).best(self._costs.of(num_rows, num_rows, self.most)) > 0
+        return DraftState(self.most).length(self._costs.of(num_rows, num_rows, self.most)) > 0
 
     def leave(self, request: Request) -> None:
         """Give a request no drafts from now on.
@@ -165,14 +165,14 @@ class Speculator:
             if own:
                 # one that has left since had them for the last time
                 if request.drafts is not None:
-                    request.drafts.pace.observe(len(own), count)
+                    request.drafts.observe(len(own), count)
                 stats.count_drafts(len(own), count)
                 request.state.num_draft_tokens += len(own)
                 request.state.num_accepted_tokens += count
         return _joined(outputs)
 
     def propose(self, step: LaunchedStep) -> None:
-        """Have the drafts of the next step made; a pace is that of the steps taken so far."""
+        """Have the drafts of the next step made, by what the steps taken so far have shown."""
         self._observe(step)
         going_on = [
             (request, request.drafts)
@@ -184,10 +184,9 @@ class Speculator:
             costs = self._costs.of(num_rows, len(going_on), self.most)
             share = num_rows / len(going_on)
             for request, state in going_on:
-                best = state.pace.best(costs, share)
-                if best or not self._costs.has_layer:
-                    counts[request] = state.pace.length(best, costs, share)
-                else:
+                counts[request] = state.length(costs, share)
+                if not counts[request] and self._costs.has_layer:
+                    del counts[request]
                     self.leave(request)
         try:
             # for requests that leave now too: others may share the blocks that the step filled

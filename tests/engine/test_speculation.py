@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.engine.draft_state import DraftPace
+from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
@@ -181,14 +181,14 @@ def test_the_number_of_drafts_is_nearly_the_best(
 ) -> None:
     """Also where it is chosen before the drafts of the step before are verified."""
     draw = random.Random(0)
-    pace, tokens, seconds = DraftPace(3), 0, 0.0
+    state, tokens, seconds = DraftState(3), 0, 0.0
     seen: list[tuple[int, int]] = []
     for _ in range(4000):
-        length = pace.length(pace.best(costs), costs)
+        length = state.length(costs)
         num_accepted = [*(draw.random() < rate for _ in range(length)), False].index(False)
         seen.append((length, num_accepted))
         if len(seen) > is_ahead and (found := seen.pop(0))[0]:
-            pace.observe(*found)
+            state.observe(*found)
         tokens += 1 + num_accepted
         seconds += costs[length]
     fixed = [sum(rate**place for place in range(n + 1)) / costs[n] for n in range(4)]
@@ -197,34 +197,31 @@ def test_the_number_of_drafts_is_nearly_the_best(
 
 def test_drafts_that_are_never_right_cost_little() -> None:
     """An answer of 96 tokens takes at most a twentieth longer, at the demo model's costs."""
-    pace, costs, seconds = DraftPace(3), [1, 1.45, 1.75, 2.0], 0.0
+    state, costs, seconds = DraftState(3), [1, 1.45, 1.75, 2.0], 0.0
     for _ in range(96):
-        best = pace.best(costs)
-        # a layer that does not pay stops
-        length = pace.length(best, costs) if best else 0
-        if length:
-            pace.observe(length, 0)
+        if length := state.length(costs):
+            state.observe(length, 0)
         seconds += costs[length]
     assert seconds < 96 / 0.95
 
 
 def test_a_draft_that_would_not_pay_if_it_stood_is_not_tried() -> None:
     """Further drafts that are launched kernel by kernel take several steps' time."""
-    pace, costs = DraftPace(3), [1, 1.3, 7.0, 13.0]
+    state, costs = DraftState(3), [1, 1.3, 7.0, 13.0]
     for _ in range(1000):
-        assert pace.length(pace.best(costs), costs) == 1
-        pace.observe(1, 1)
+        assert state.length(costs) == 1
+        state.observe(1, 1)
 
 
 def test_a_request_that_gets_predictable_drafts_again() -> None:
-    pace, costs = DraftPace(2), [1, 1.1, 1.2]
+    state, costs = DraftState(2), [1, 1.1, 1.2]
     for _ in range(200):
-        if length := pace.length(pace.best(costs), costs):
-            pace.observe(length, 0)
+        if length := state.length(costs):
+            state.observe(length, 0)
     for _ in range(600):
-        if length := pace.length(pace.best(costs), costs):
-            pace.observe(length, length)
-    assert pace.length(pace.best(costs), costs) == 2
+        if length := state.length(costs):
+            state.observe(length, length)
+    assert state.length(costs) == 2
 
 
 def test_costs_of_steps_between_measured_ones() -> None:

@@ -13,7 +13,7 @@ import paddle
 import pytest
 
 from fd_dsa.engine import step_costs
-from fd_dsa.engine.draft_state import DraftPace
+from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
@@ -309,7 +309,7 @@ def test_drafts_stop_where_they_are_too_much_for_the_host(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, seconds: float, pays: bool
 ) -> None:
     # their rate stays what is expected
-    monkeypatch.setattr(DraftPace, "observe", lambda *_: None)
+    monkeypatch.setattr(DraftState, "observe", lambda *_: None)
     runner = make_runner(rig.device)
     drafter, on_device = Timed(runner), StepCosts({1: 0.1, 8: 0.11}, {}, {1: 0.01})
     drafter.newest, drafter.seconds = {}, seconds
