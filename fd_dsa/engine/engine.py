@@ -300,10 +300,12 @@ class LLMEngine:
         outputs: list[RequestOutput] = []
         if step.reading:
             outputs = [self._fail(request, NOT_FINITE) for request in step.read_prompts()]
+        alive = [request for request in step.sampling if request.finish_reason is None]
         if step.drafts and self._speculator is not None:
             outputs += self._speculator.verify(step, self._append, self._scheduler, stats, tokens)
         elif step.sampling:
             outputs += self._append(step.sampling, step.logits, tokens)
+        outputs += [request.output() for request in alive if request.finish_reason != "error"]
         if self._speculator is not None and not step.is_in_flight:
             self._speculator.propose(step)
         self.metrics.count_step(step.num_decode_tokens - step.num_drafts, step.resumed)
@@ -335,7 +337,7 @@ class LLMEngine:
         logits: npt.NDArray[np.float32],
         tokens: npt.NDArray[np.int64] | None,
     ) -> list[RequestOutput]:
-        """Give each request its next token: the one drawn, or sampled here from the logits."""
+        """Give each request its next token, drawn or sampled here; outputs of those without one."""
         # some have ended since the launch: at the token before, or at their prompt's scores
         alive = [row for row, request in enumerate(sampling) if request.finish_reason is None]
         if not alive:
@@ -354,8 +356,7 @@ class LLMEngine:
             if token_id < 0:
                 outputs.append(self._fail(request, token_id))
                 continue
-            text = request.append_token(token_id, now, score)
-            outputs.append(request.output([token_id], text))
+            request.append_token(token_id, now, score)
             self._stats.generated_tokens += 1
             if request.finish_reason is not None:
                 self._drop(request)
@@ -369,9 +370,9 @@ class LLMEngine:
         """End a request without a next token."""
         now = time.monotonic()
         request.finish(reason, now)
-        output = request.output([], request.take_text("", now), error)
+        request.take_text("", now)
         self._drop(request)
-        return output
+        return request.output(error)
 
     def _fail(self, request: Request, code: int) -> RequestOutput:
         """End a request whose next token cannot be; the others go on."""

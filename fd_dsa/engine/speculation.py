@@ -127,6 +127,9 @@ class Speculator:
             scheduler: learns which drafts stand.
             stats: counts them.
             tokens: of all rows, REJECTED after a wrong draft, where a device has drawn them.
+
+        Returns:
+            Outputs of requests for which there is no token.
         """
         sampling = step.sampling
         drafts = [step.drafts.get(request, []) for request in sampling]
@@ -169,7 +172,7 @@ class Speculator:
                 stats.count_drafts(len(own), count)
                 request.state.num_draft_tokens += len(own)
                 request.state.num_accepted_tokens += count
-        return _joined(outputs)
+        return outputs
 
     def propose(self, step: LaunchedStep) -> None:
         """Have the drafts of the next step made, by what the steps taken so far have shown."""
@@ -214,18 +217,3 @@ class Speculator:
         if kind is not None and kind == its_kind:
             waited = before.waited if step.is_in_flight else 0.0
             self._costs.observe(now - since - waited, num_rows, step.num_drafts)
-
-
-def _joined(outputs: list[RequestOutput]) -> list[RequestOutput]:
-    """One output for each request: the last one, with what all have added."""
-    last: dict[tuple[str, int], RequestOutput] = {}
-    for output in outputs:
-        name = output.request_id, output.index
-        before = last.pop(name, None)
-        if before is not None:
-            output.new_token_ids = before.new_token_ids + output.new_token_ids
-            output.new_text = before.new_text + output.new_text
-            output.new_logprobs = [*before.new_logprobs, *output.new_logprobs]
-        output.count_drafts()
-        last[name] = output
-    return list(last.values())
