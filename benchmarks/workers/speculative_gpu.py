@@ -26,10 +26,10 @@ class KnownDrafts:
     """
 
     # it knows which of its drafts stand, so how long an output is whose tokens are on their way
-    is_ahead = True
+    is_layer = True
 
     def __init__(self, drafter: Any) -> None:
-        self._drafter, self.lookahead = drafter, getattr(drafter, "lookahead", 0)
+        self._drafter = drafter
         self.answers: dict[str, list[int]] = {}
         # place in the output of the draft on its way
         self._places: dict[Any, int] = {}
@@ -58,15 +58,13 @@ class Engine(gpu_engine.Engine):
         speculator = self._engine._speculator
         if speculator is not None:
             from fd_dsa.engine.draft_state import DraftState
-            from fd_dsa.engine.step_costs import StepCosts
 
             # whatever drafts cost, everybody has one in every step
             DraftState.length = lambda *_: 1  # type: ignore[method-assign]
-            speculator._costs = StepCosts()
+            speculator._costs = None
             has_layer = self._engine.runner.model.mtp is not None
             layer = speculator.drafter if has_layer else None
             self._known = speculator.drafter = KnownDrafts(layer)
-            speculator.begin = lambda request, *_: setattr(request, "drafts", DraftState(1))
 
     def drafted(self, batch: int, prompt: int, steps: int) -> dict[str, float]:
         """Milliseconds of a step in which all requests decode, and the share of right drafts."""

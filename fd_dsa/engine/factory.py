@@ -216,7 +216,5 @@ def _make_speculator(runner: Any, plan: EnginePlan) -> Speculator | None:
         drafter = MtpDrafter(runner) if runner.draws is None else DeviceMtpDrafter(runner)
     costs = None
     if not _interprets(plan.device):
-        costs = measure_steps(
-            runner, plan.config.most_decode_tokens, predicts_more=asked.method == "mtp"
-        )
+        costs = measure_steps(runner, asked.num_speculative_tokens, is_layer=drafter.is_layer)
     return Speculator(drafter, asked.num_speculative_tokens, costs)

@@ -7,7 +7,6 @@ is the token that is drawn there without drafts, and no token of an output depen
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import REJECTED
 from fd_dsa.engine.scheduler import Scheduler
-from fd_dsa.engine.step_costs import StepCosts, doubling
+from fd_dsa.engine.step_costs import StepCosts
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +29,11 @@ class Drafter(Protocol):
     """Proposes tokens.
 
     Attributes:
-        lookahead: tokens that must be known after a block's own before others may share it.
-        is_ahead: whether it needs no tokens on the host.
+        is_layer: whether it is a layer of the model, with caches that lack what it has not run for,
+            and whose entries depend on the token after their own. It needs no tokens on the host.
     """
 
-    lookahead: int
-    is_ahead: bool
+    is_layer: bool
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
@@ -44,7 +42,7 @@ class Drafter(Protocol):
 
         Args:
             step: the one that has just given its requests their tokens, or will give them.
-            counts: requests that go on, and most drafts of each; 0 where none is wanted.
+            counts: most drafts of each request that wants some.
         """
 
 
@@ -54,60 +52,50 @@ class Speculator:
     Args:
         drafter: makes them.
         most: drafts of a request in a step.
-        costs: of steps.
+        costs: of steps; None: drafts cost nothing.
 
     Attributes:
-        clock: seconds; what the host's part of steps is measured with.
+        arrived: requests that have computed nothing, before `begin`.
         waits: whether drafts come of the tokens of the next step, so that none is queued before.
     """
 
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
-        self.drafter, self.most = drafter, most
-        self._costs = costs or StepCosts()
+        self.drafter, self._most, self._costs = drafter, most, costs
+        self.arrived: list[Request] = []
         self._is_off = self.waits = False
-        self.clock: Callable[[], float] = time.perf_counter
-        # the newest step and its kind, and when its drafts were proposed
-        self._newest: tuple[Any, Any, float] = None, None, 0.0
 
-    def begin(self, request: Request, num_rows: int) -> None:
-        """Let a request have drafts, unless it must not or does not want to, or none would pay.
+    def begin(self, num_rows: int) -> None:
+        """Let those that have arrived have drafts, unless they must not or none would pay.
+
+        All that have come since the step before count the same rows.
 
         Args:
-            request: that has computed nothing.
-            num_rows: of a step that it will be in.
+            num_rows: of the steps that they will be in.
         """
-        params = request.params
-        if params.speculative and not params.return_topk_positions and self._may_pay(num_rows):
-            request.drafts = DraftState(self.most)
-        else:
-            self.leave(request)
+        for request in self.arrived:
+            request.drafts, params = DraftState(self._most), request.params
+            best = request.drafts.length(self._times(num_rows, num_rows))
+            pays = best > 0 or not self.drafter.is_layer
+            if not (pays and params.speculative) or params.return_topk_positions:
+                self._leave(request)
+        self.arrived.clear()
 
-    def _may_pay(self, num_rows: int) -> bool:
-        """Whether drafts that nothing is known of pay in such steps, or need no layer."""
-        if not self._costs.has_layer:
-            return True
-        return DraftState(self.most).length(self._costs.of(num_rows, num_rows, self.most)) > 0
-
-    def leave(self, request: Request) -> None:
+    def _leave(self, request: Request) -> None:
         """Give a request no drafts from now on.
 
-        The drafter's caches need not be written for it, so its blocks from now on have other keys.
+        The layer is left out of steps without drafts, so its blocks from now on have other keys.
         """
         request.drafts = None
-        if self._costs.has_layer:
+        if self.drafter.is_layer:
             request.block_keys.leave_drafts()
 
-    def drafts_after(self, scheduled: list[Request], num_rows: int) -> bool:
-        """Whether the drafter runs after a step: its layer is left out where no request drafts.
+    def _times(self, num_rows: int, num_drafting: int) -> list[float]:
+        """As of `StepCosts.of`."""
+        return self._costs.of(num_rows, num_drafting) if self._costs else [1.0] * (self._most + 1)
 
-        Prompts are left without drafts where these do not pay for all rows that there are by now.
-        """
-        prompts = [one for one in scheduled if one.drafts and not one.num_output_tokens]
-        if prompts and not self._may_pay(num_rows):
-            for request in prompts:
-                self.leave(request)
-        is_left_out = self._costs.has_layer and all(one.drafts is None for one in scheduled)
-        return not self._is_off and not is_left_out
+    def runs_after(self, scheduled: list[Request]) -> bool:
+        """Whether the drafter runs after a step."""
+        return not self._is_off and any(request.drafts is not None for request in scheduled)
 
     def verify(
         self,
@@ -176,21 +164,21 @@ class Speculator:
 
     def propose(self, step: LaunchedStep) -> None:
         """Have the drafts of the next step made, by what the steps taken so far have shown."""
-        self._observe(step)
-        going_on = [
-            (request, request.drafts)
+        num_rows, counts = len(step.sampling), dict[Request, int]()
+        states = {
+            request: request.drafts
             for request in step.sampling
             if request.finish_reason is None and request.drafts is not None
-        ]
-        counts, num_rows = {}, len(step.sampling)
-        if going_on and not self._costs.lacks_plain(num_rows):
-            costs = self._costs.of(num_rows, len(going_on), self.most)
-            share = num_rows / len(going_on)
-            for request, state in going_on:
-                counts[request] = state.length(costs, share)
-                if not counts[request] and self._costs.has_layer:
-                    del counts[request]
-                    self.leave(request)
+        }
+        # where steps may be queued ahead, some show what the host needs for them without drafts
+        is_known = self._costs is None or step.draw is None or self._costs.knows_plain(num_rows)
+        if states and is_known:
+            times, share = self._times(num_rows, len(states)), num_rows / len(states)
+            for request, state in states.items():
+                if count := state.length(times, share):
+                    counts[request] = count
+                elif self.drafter.is_layer:
+                    self._leave(request)
         try:
             # for requests that leave now too: others may share the blocks that the step filled
             proposals = self.drafter.propose(step, counts) if step.makes_drafts else {}
@@ -198,22 +186,16 @@ class Speculator:
             # the step has given its tokens, which a draft is not worth losing
             logger.exception("speculative decoding is off from now on: the drafter failed")
             self._is_off, proposals = True, {}
-        if not self.drafter.is_ahead:
+        if not self.drafter.is_layer:
             self.waits = any(proposals.values())
             # those here would come before the tokens on their way
             proposals = {} if step.is_in_flight else proposals
-        for request, state in going_on:
+        for request, state in states.items():
             state.proposal = proposal = proposals.get(request, [])
             if proposal and proposal[0] >= 0 and request.grammar is not None:
                 del proposal[request.grammar.count_allowed(proposal) :]
 
-    def _observe(self, step: LaunchedStep) -> None:
-        """Learn what the host needs for a step after one of its kind, and in turns the device."""
-        kind, num_rows = None, len(step.sampling)
-        if step.draw is not None and not step.num_prefill_tokens:
-            kind = doubling(num_rows), step.num_drafts > 0, step.is_in_flight
-        (before, its_kind, since), now = self._newest, self.clock()
-        self._newest = step, kind, now
-        if kind is not None and kind == its_kind:
-            waited = before.waited if step.is_in_flight else 0.0
-            self._costs.observe(now - since - waited, num_rows, step.num_drafts)
+    def observe(self, step: LaunchedStep, host_seconds: float) -> None:
+        """Learn what the host needed for a step; as of `StepCosts.observe`."""
+        if self._costs and step.draw is not None and not step.num_prefill_tokens:
+            self._costs.observe(host_seconds, len(step.sampling), bool(step.drafts))

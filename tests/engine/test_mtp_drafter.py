@@ -126,7 +126,7 @@ def test_a_drafter_that_gives_nan_or_fails_changes_nothing(
 
 
 def test_prompts_that_came_together_have_no_drafts_where_those_of_one_alone_pay() -> None:
-    costs = StepCosts({1: 1.0, 2: 1.1, 4: 10.0}, layer_seconds={1: 0.01, 4: 0.01})
+    costs = StepCosts({1: [1.0, 1.1], 2: [1.1, 10.0]})
     runs = []
     for count in (1, 2):
         runner = make_runner(make_model(V32), 20)
@@ -141,9 +141,10 @@ def test_prompts_that_came_together_have_no_drafts_where_those_of_one_alone_pay(
 
 def test_steps_are_measured_when_an_engine_starts() -> None:
     runner = make_runner(make_model(V32), 20)
-    costs = measure_steps(runner, 16, predicts_more=True)
+    costs = measure_steps(runner, 3, is_layer=True)
     batch = runner.input_batch
     assert (batch.block_tables == -1).all() and not batch.seq_lens_this_time.any()
     assert runner.counters.mask_offsets_launched == runner.counters.mask_offsets_skipped == 0
-    one, *more = costs.of(4, 4, 3)
+    assert costs is not None
+    one, *more = costs.of(4, 4)
     assert 0 < one <= more[0] <= more[1] <= more[2]

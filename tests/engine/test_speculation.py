@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -68,7 +67,7 @@ ANSWERS = {name: steps[-1].token_ids for name, steps in PLAIN.items()}
     [
         lambda: PromptLookup(3, 1),
         lambda: KnowingDrafter(ANSWERS, 0.0, VOCAB_SIZE),
-        lambda: KnowingDrafter(ANSWERS, 0.6, VOCAB_SIZE, seed=1),
+        lambda: KnowingDrafter(ANSWERS, 0.6, VOCAB_SIZE, seed=1, is_layer=True),
         lambda: KnowingDrafter(ANSWERS, 1.0, VOCAB_SIZE),
     ],
     ids=["lookup", "wrong", "often right", "right"],
@@ -163,7 +162,7 @@ def test_the_lookup_proposes_what_a_search_finds_whatever_happened_before() -> N
 
 def test_nothing_is_looked_up_where_no_draft_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LookupIndex, "following", lambda *_: pytest.fail("looked up"))
-    run(Speculator(PromptLookup(3, 1), 3, StepCosts({1: 1.0, 64: 64.0})))
+    run(Speculator(PromptLookup(3, 1), 3, StepCosts({1: [1.0, 2.0, 3.0, 4.0]})))
 
 
 def test_a_long_prompt_is_listed_over_several_steps() -> None:
@@ -225,49 +224,48 @@ def test_a_request_that_gets_predictable_drafts_again() -> None:
 
 
 def test_costs_of_steps_between_measured_ones() -> None:
-    costs = StepCosts({1: 1.0, 4: 1.3, 16: 4.0}, {1: 0.2, 8: 0.9})
-    assert costs.of(1, 1, 3) == pytest.approx([1.0, 1.1, 1.2 + 0.2, 1.3 + 0.4])
-    assert costs.of(16, 16, 1) == pytest.approx([4.0, 8.0])
-    # 2 of 4 rows have drafts
-    layer = StepCosts({1: 1.0, 16: 4.0}, {1: 0.2}, {1: 0.1, 16: 1.6})
-    assert layer.of(4, 2, 2) == pytest.approx([1.6, 2.0 + 0.6, 2.4 + 0.4 + 0.8])
-    assert StepCosts().of(9, 9, 2) == pytest.approx([1.0, 1.1, 1.2])
+    costs = StepCosts({1: [1.0, 1.3], 4: [1.3, 1.9], 16: [4.0, 7.9]})
+    assert costs.of(1, 1) == pytest.approx([1.0, 1.3])
+    assert costs.of(10, 10) == pytest.approx([2.65, 4.9])
+    # past the last in proportion
+    assert costs.of(32, 32) == pytest.approx([8.0, 15.8])
+    # 2 of 4 rows have drafts: as many tokens as 3 that all do
+    assert costs.of(4, 2) == pytest.approx([1.3, 1.7])
+    # what is more work took no less time
+    assert StepCosts({1: [1.0, 3.0, 2.0], 4: [1.5, 1.8, 4.0]}).of(1, 1) == [1.0, 1.8, 2.0]
+
+
+ROWS_TO_64 = {1: [1.0, 1.1], 64: [2.0, 4.1]}
 
 
 def test_costs_are_those_of_the_slower_side_of_host_and_device() -> None:
-    costs = StepCosts({1: 1.0, 64: 2.0}, layer_seconds={1: 0.1, 64: 0.1})
-    on_device = costs.of(32, 32, 1)
-    # with drafts the host is slower; what it needs without them is yet to be seen
+    costs = StepCosts(ROWS_TO_64)
+    on_device = costs.of(32, 32)
+    for seconds in (3.2, 3.2, 32.0):
+        costs.observe(seconds, 32, False)
+    assert costs.of(32, 32) == on_device and not costs.knows_plain(32)
+    costs.observe(3.2, 32, False)
+    assert costs.knows_plain(32) and not costs.knows_plain(64)
     for seconds in (4.8, 4.8, 48.0, 4.8, 4.8):
-        costs.observe(seconds, 32, 32)
-    assert costs.lacks_plain(32) and not costs.lacks_plain(64)
-    assert costs.of(32, 32, 1) == on_device
-    for seconds in (3.2, 3.2, 32.0, 3.2):
-        costs.observe(seconds, 32, 0)
-    assert not costs.lacks_plain(32)
-    assert costs.of(32, 32, 1) == pytest.approx([3.2, 4.8])
-    assert costs.of(32, 16, 2) == pytest.approx([3.2, 4.0, 4.8])
+        costs.observe(seconds, 32, True)
+    assert costs.of(32, 32) == [3.2, 4.8]
     # most of a step is no more for more rows
-    assert costs.of(17, 16, 2) == pytest.approx([3.2, 4.0, 4.8])
+    assert costs.of(17, 16) == [3.2, 4.8]
     # where the device is slower its times stand
-    for drafts in (0, 8) * 4:
-        costs.observe(0.01 + drafts, 8, drafts)
-    assert costs.of(8, 8, 1)[0] == StepCosts({1: 1.0, 64: 2.0}).of(8, 8, 1)[0]
-    assert costs.of(8, 8, 1)[1] == pytest.approx(8.01)
+    for has_drafts in (False, True) * 4:
+        costs.observe(8.0 if has_drafts else 0.01, 8, has_drafts)
+    assert costs.of(8, 8) == [StepCosts(ROWS_TO_64).of(8, 8)[0], 8.0]
 
 
 def test_steps_of_about_as_many_rows_show_what_the_host_needs() -> None:
-    costs, ticks = StepCosts({1: 1.0, 64: 2.0}), itertools.count()
+    costs = StepCosts(ROWS_TO_64)
     speculator = Speculator(PromptLookup(3, 1), 1, costs)
-    speculator.clock = lambda: 3.0 * next(ticks)
-    request: Any = SimpleNamespace(finish_reason=None, drafts=None)
     # answers end in order
-    for rows in (32, 30, 29, 25, 24):
-        step = LaunchedStep(
-            0.0, [request] * rows, [], [], rows, 0, 0, draw=lambda: np.zeros(0, int)
-        )
-        speculator.propose(step)
-    assert costs.of(32, 32, 1)[0] == 3.0
+    for rows in (32, 30, 29, 25):
+        sampling: Any = [SimpleNamespace()] * rows
+        step = LaunchedStep(0.0, sampling, [], [], rows, 0, 0, draw=lambda: np.zeros(0, int))
+        speculator.observe(step, 3.0)
+    assert costs.of(32, 32)[0] == 3.0
 
 
 class CountedLayer(KnowingDrafter):
@@ -285,11 +283,12 @@ def test_no_step_of_a_full_batch_runs_a_layer_whose_drafts_do_not_pay(
     seconds: float, pays: bool
 ) -> None:
     """Prompts take several steps, and what the host needs is known of half as many rows alone."""
-    costs = StepCosts({1: 1.0, 64: 2.0}, layer_seconds={1: 0.1, 64: 0.1})
+    costs = StepCosts(ROWS_TO_64)
     for _ in range(4):
-        costs.observe(seconds, 5, 5)
-        costs.observe(4.5, 5, 0)
-    drafter = CountedLayer({(str(n), 0): [9] * 12 for n in range(8)}, 1.0, VOCAB_SIZE)
+        costs.observe(seconds, 5, True)
+        costs.observe(4.5, 5, False)
+    answers = {(str(n), 0): [9] * 12 for n in range(8)}
+    drafter = CountedLayer(answers, 1.0, VOCAB_SIZE, is_layer=True)
     engine = make_engine(max_num_seqs=8, budget=24, speculator=Speculator(drafter, 1, costs))
     for number in range(8):
         engine.add_request(str(number), [5] * 9, SamplingParams(max_tokens=12, ignore_eos=True))
@@ -298,12 +297,12 @@ def test_no_step_of_a_full_batch_runs_a_layer_whose_drafts_do_not_pay(
 
 
 def test_what_the_host_needs_for_drafts_is_learned_again() -> None:
-    costs = StepCosts({1: 1.0, 64: 2.0}, layer_seconds={1: 0.1, 64: 0.1})
-    on_device = costs.of(32, 32, 1)
+    costs = StepCosts(ROWS_TO_64)
+    on_device = costs.of(32, 32)
     for _ in range(4):
-        costs.observe(6.4, 32, 32)
+        costs.observe(6.4, 32, True)
     for _ in range(4095):
-        costs.observe(0.1, 32, 0)
-    assert costs.of(32, 32, 1)[1] == pytest.approx(6.4)
-    costs.observe(0.1, 32, 0)
-    assert costs.of(32, 32, 1) == on_device
+        costs.observe(0.1, 32, False)
+    assert costs.of(32, 32)[1] == 6.4
+    costs.observe(0.1, 32, False)
+    assert costs.of(32, 32) == on_device
