@@ -10,9 +10,9 @@ from typing import Any
 # least share of a new observation in a rate
 _WEIGHT = 0.05
 # of drafts that nothing is known of yet, and as how many observations it counts
-_USUAL_RATE, _FIRST_COUNT = 0.7, 5
+_USUAL_RATE, _FIRST_COUNT = 0.8, 3
 # share of the way back to the usual rate in a step without the draft
-_DRIFT = 1 / 512
+_DRIFT = 1 / 1024
 
 
 class DraftState:

@@ -294,8 +294,7 @@ class LLMEngine:
         stats, tokens, begin = self._stats, None, self.clock()
         if step.draw is not None:
             tokens = step.draw()
-        waited = self.clock() - begin
-        stats.runner_time_s += waited
+        stats.runner_time_s += self.clock() - begin
         outputs: list[RequestOutput] = []
         if step.reading:
             outputs = [self._fail(request, NOT_FINITE) for request in step.read_prompts()]
@@ -313,8 +312,6 @@ class LLMEngine:
         # the token of a decoding request comes after the one of the step before; without such
         # requests, a step may have waited for a grammar before it was ready
         since, end = self._last_end if step.num_decode_tokens else step.ready, self.clock()
-        if self._speculator is not None:
-            self._speculator.observe(step, end - since - (waited if step.is_in_flight else 0.0))
         self._scheduler.observe(step, end - since)
         self._last_end = end
         return outputs

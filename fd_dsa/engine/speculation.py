@@ -55,12 +55,13 @@ class Speculator:
         costs: of steps; None: drafts cost nothing.
 
     Attributes:
+        drafter, most, costs: as given.
         arrived: requests that have computed nothing, before `begin`.
         waits: whether drafts come of the tokens of the next step, so that none is queued before.
     """
 
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
-        self.drafter, self._most, self._costs = drafter, most, costs
+        self.drafter, self.most, self.costs = drafter, most, costs
         self.arrived: list[Request] = []
         self._is_off = self.waits = False
 
@@ -73,7 +74,7 @@ class Speculator:
             num_rows: of the steps that they will be in.
         """
         for request in self.arrived:
-            request.drafts, params = DraftState(self._most), request.params
+            request.drafts, params = DraftState(self.most), request.params
             best = request.drafts.length(self._times(num_rows, num_rows))
             pays = best > 0 or not self.drafter.is_layer
             if not (pays and params.speculative) or params.return_topk_positions:
@@ -91,7 +92,7 @@ class Speculator:
 
     def _times(self, num_rows: int, num_drafting: int) -> list[float]:
         """As of `StepCosts.of`."""
-        return self._costs.of(num_rows, num_drafting) if self._costs else [1.0] * (self._most + 1)
+        return self.costs.of(num_rows, num_drafting) if self.costs else [1.0] * (self.most + 1)
 
     def runs_after(self, scheduled: list[Request]) -> bool:
         """Whether the drafter runs after a step."""
@@ -170,9 +171,7 @@ class Speculator:
             for request in step.sampling
             if request.finish_reason is None and request.drafts is not None
         }
-        # where steps may be queued ahead, some show what the host needs for them without drafts
-        is_known = self._costs is None or step.draw is None or self._costs.knows_plain(num_rows)
-        if states and is_known:
+        if states:
             times, share = self._times(num_rows, len(states)), num_rows / len(states)
             for request, state in states.items():
                 if count := state.length(times, share):
@@ -194,8 +193,3 @@ class Speculator:
             state.proposal = proposal = proposals.get(request, [])
             if proposal and proposal[0] >= 0 and request.grammar is not None:
                 del proposal[request.grammar.count_allowed(proposal) :]
-
-    def observe(self, step: LaunchedStep, host_seconds: float) -> None:
-        """Learn what the host needed for a step; as of `StepCosts.observe`."""
-        if self._costs and step.draw is not None and not step.num_prefill_tokens:
-            self._costs.observe(host_seconds, len(step.sampling), bool(step.drafts))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fd_dsa.engine.mtp_drafter import MtpDrafter
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_costs import StepCosts, measure_steps
@@ -140,8 +141,9 @@ def test_prompts_that_came_together_have_no_drafts_where_those_of_one_alone_pay(
 
 
 def test_steps_are_measured_when_an_engine_starts() -> None:
-    runner = make_runner(make_model(V32), 20)
-    costs = measure_steps(runner, 3, is_layer=True)
+    runner = make_runner(make_model(V32), 40)
+    speculator = Speculator(MtpDrafter(runner), 3)
+    costs = measure_steps(make_engine(runner, speculator, 40), speculator)
     batch = runner.input_batch
     assert (batch.block_tables == -1).all() and not batch.seq_lens_this_time.any()
     assert runner.counters.mask_offsets_launched == runner.counters.mask_offsets_skipped == 0

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fd_dsa.engine.draft_state import DraftState
-from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Drafter, Speculator, StepCosts
+from fd_dsa.engine.speculation import Drafter, Speculator
+from fd_dsa.engine.step_costs import AnyDrafts, StepCosts, measure_steps
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from tests.engine.byte_model import TOKENIZER, VOCAB_SIZE, make_engine
 from tests.engine.drafters import KnowingDrafter
@@ -235,39 +233,6 @@ def test_costs_of_steps_between_measured_ones() -> None:
     assert StepCosts({1: [1.0, 3.0, 2.0], 4: [1.5, 1.8, 4.0]}).of(1, 1) == [1.0, 1.8, 2.0]
 
 
-ROWS_TO_64 = {1: [1.0, 1.1], 64: [2.0, 4.1]}
-
-
-def test_costs_are_those_of_the_slower_side_of_host_and_device() -> None:
-    costs = StepCosts(ROWS_TO_64)
-    on_device = costs.of(32, 32)
-    for seconds in (3.2, 3.2, 32.0):
-        costs.observe(seconds, 32, False)
-    assert costs.of(32, 32) == on_device and not costs.knows_plain(32)
-    costs.observe(3.2, 32, False)
-    assert costs.knows_plain(32) and not costs.knows_plain(64)
-    for seconds in (4.8, 4.8, 48.0, 4.8, 4.8):
-        costs.observe(seconds, 32, True)
-    assert costs.of(32, 32) == [3.2, 4.8]
-    # most of a step is no more for more rows
-    assert costs.of(17, 16) == [3.2, 4.8]
-    # where the device is slower its times stand
-    for has_drafts in (False, True) * 4:
-        costs.observe(8.0 if has_drafts else 0.01, 8, has_drafts)
-    assert costs.of(8, 8) == [StepCosts(ROWS_TO_64).of(8, 8)[0], 8.0]
-
-
-def test_steps_of_about_as_many_rows_show_what_the_host_needs() -> None:
-    costs = StepCosts(ROWS_TO_64)
-    speculator = Speculator(PromptLookup(3, 1), 1, costs)
-    # answers end in order
-    for rows in (32, 30, 29, 25):
-        sampling: Any = [SimpleNamespace()] * rows
-        step = LaunchedStep(0.0, sampling, [], [], rows, 0, 0, draw=lambda: np.zeros(0, int))
-        speculator.observe(step, 3.0)
-    assert costs.of(32, 32)[0] == 3.0
-
-
 class CountedLayer(KnowingDrafter):
     """Counts the steps that its layer runs after."""
 
@@ -278,15 +243,12 @@ class CountedLayer(KnowingDrafter):
         return super().propose(step, counts)
 
 
-@pytest.mark.parametrize(("seconds", "pays"), [(4.8, True), (48.0, False)])
+@pytest.mark.parametrize(("seconds", "pays"), [(1.1, True), (4.0, False)])
 def test_no_step_of_a_full_batch_runs_a_layer_whose_drafts_do_not_pay(
     seconds: float, pays: bool
 ) -> None:
-    """Prompts take several steps, and what the host needs is known of half as many rows alone."""
-    costs = StepCosts(ROWS_TO_64)
-    for _ in range(4):
-        costs.observe(seconds, 5, True)
-        costs.observe(4.5, 5, False)
+    """Prompts take several steps."""
+    costs = StepCosts({1: [1.0, 1.1], 8: [1.0, seconds]})
     answers = {(str(n), 0): [9] * 12 for n in range(8)}
     drafter = CountedLayer(answers, 1.0, VOCAB_SIZE, is_layer=True)
     engine = make_engine(max_num_seqs=8, budget=24, speculator=Speculator(drafter, 1, costs))
@@ -296,13 +258,24 @@ def test_no_step_of_a_full_batch_runs_a_layer_whose_drafts_do_not_pay(
     assert (drafter.num_steps > 8) == pays and (drafter.num_steps == 0) == (not pays)
 
 
-def test_what_the_host_needs_for_drafts_is_learned_again() -> None:
-    costs = StepCosts(ROWS_TO_64)
-    on_device = costs.of(32, 32)
-    for _ in range(4):
-        costs.observe(6.4, 32, True)
-    for _ in range(4095):
-        costs.observe(0.1, 32, False)
-    assert costs.of(32, 32)[1] == 6.4
-    costs.observe(0.1, 32, False)
-    assert costs.of(32, 32) == on_device
+class TimedDrafts(AnyDrafts):
+    """Take time for each request of a step, and half as much for each draft."""
+
+    now = 0.0
+
+    def propose(self, step: Any, counts: Any) -> dict[Any, list[int]]:
+        self.now += 1e-3 + 1e-4 * len(step.sampling) + 5e-5 * step.num_drafts
+        return super().propose(step, counts)
+
+
+def test_steps_of_requests_are_measured_with_all_that_they_take() -> None:
+    drafter = TimedDrafts()
+    speculator = Speculator(drafter, 2)
+    engine = make_engine(max_num_seqs=20, budget=64, speculator=speculator)
+    engine.clock = lambda: drafter.now
+    costs = measure_steps(engine, speculator)
+    assert costs is not None
+    for rows in (1, 4, 10, 20):
+        times = [1e-3 + 1e-4 * rows * (1 + count / 2) for count in range(3)]
+        assert costs.of(rows, rows) == pytest.approx(times)
+    assert not engine.has_unfinished_requests() and engine.stats().num_used_blocks == 0

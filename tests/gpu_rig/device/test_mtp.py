@@ -13,7 +13,6 @@ import paddle
 import pytest
 
 from fd_dsa.engine import step_costs
-from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
@@ -285,42 +284,6 @@ def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
     gc.collect()
 
 
-class Timed(FixedDrafts):
-    """One draft a request; a step takes 1 second of `clock`, and with drafts `seconds`."""
-
-    seconds = now = 0.0
-    num_steps = num_drafting = 0
-
-    def propose(
-        self, step: LaunchedStep, counts: Mapping[Request, int]
-    ) -> dict[Request, list[int]]:
-        self.num_steps += 1
-        self.num_drafting += step.num_drafts > 0
-        proposals = super().propose(step, counts)
-        self.now += self.seconds if proposals else 1.0
-        return proposals
-
-
-@pytest.mark.parametrize(("seconds", "pays"), [(1.3, True), (4.0, False)])
-def test_drafts_stop_where_they_are_too_much_for_the_host(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, seconds: float, pays: bool
-) -> None:
-    # their rate stays what is expected
-    monkeypatch.setattr(DraftState, "observe", lambda *_: None)
-    runner = make_runner(rig.device)
-    drafter, on_device = Timed(runner), StepCosts({1: [0.1, 0.11]})
-    drafter.seconds = seconds
-    engine = make_engine(runner, Speculator(drafter, 1, on_device))
-    engine.clock = lambda: drafter.now
-    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
-    engine.add_request("r", [*range(2, 12)], params)
-    run_all(engine)
-    # some steps show what drafts take, and some what those without take
-    assert 4 < drafter.num_drafting < 10 or pays
-    assert drafter.num_drafting > 15 or not pays
-    assert (drafter.num_steps < 20) == (not pays)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_order")
 @pytest.mark.parametrize("more", [{}, {"logprobs": 2}], ids=["in flight", "sampled on the host"])
@@ -363,7 +326,8 @@ def test_a_start_runs_the_layer_before_any_request(
     # its kernels have other forms for other numbers of tokens, as those of any layer
     assert tokens == {1, 2, 3, 4, 7, 8, 12}
     runner.capture_graphs((2, 6), capture_of(rig))
-    costs = measure_steps(runner, MOST, is_layer=True)
+    speculator = Speculator(DeviceMtpDrafter(runner), MOST)
+    costs = measure_steps(make_engine(runner, speculator), speculator)
     assert (runner.input_batch.block_tables == -1).all()
     assert costs is not None
     one, *more = costs.of(2, 2)
