@@ -61,7 +61,8 @@ class Speculator:
     """
 
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
-        self.drafter, self.most, self.costs = drafter, most, costs
+        self.drafter, self.most = drafter, most
+        self.costs = costs or StepCosts({1: [1.0] * (most + 1)})
         self.arrived: list[Request] = []
         self._is_off = self.waits = False
 
@@ -75,7 +76,7 @@ class Speculator:
         """
         for request in self.arrived:
             request.drafts, params = DraftState(self.most), request.params
-            best = request.drafts.length(self._times(num_rows, num_rows))
+            best = request.drafts.length(self.costs.of(num_rows, num_rows))
             pays = best > 0 or not self.drafter.is_layer
             if not (pays and params.speculative) or params.return_topk_positions:
                 self._leave(request)
@@ -89,10 +90,6 @@ class Speculator:
         request.drafts = None
         if self.drafter.is_layer:
             request.block_keys.leave_drafts()
-
-    def _times(self, num_rows: int, num_drafting: int) -> list[float]:
-        """As of `StepCosts.of`."""
-        return self.costs.of(num_rows, num_drafting) if self.costs else [1.0] * (self.most + 1)
 
     def runs_after(self, scheduled: list[Request]) -> bool:
         """Whether the drafter runs after a step."""
@@ -172,7 +169,7 @@ class Speculator:
             if request.finish_reason is None and request.drafts is not None
         }
         if states:
-            times, share = self._times(num_rows, len(states)), num_rows / len(states)
+            times, share = self.costs.of(num_rows, len(states)), num_rows / len(states)
             for request, state in states.items():
                 if count := state.length(times, share):
                     counts[request] = count
