@@ -17,9 +17,9 @@ from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_costs import StepCosts, measure_steps
 from fd_dsa.runner import ModelRunner
 from tests.engine.mtp_engine import (
-    DEAR_LAYER,
     WatchedDrafter,
     answers,
+    dear_layer,
     make_engine,
     make_model,
     make_runner,
@@ -60,7 +60,7 @@ def test_no_bit_depends_on_drafts() -> None:
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("costs", [None, DEAR_LAYER], ids=["always", "while it pays"])
+@pytest.mark.parametrize("costs", [None, dear_layer(3)], ids=["always", "while it pays"])
 def test_drafts_are_those_of_an_offline_computation(costs: StepCosts | None) -> None:
     model = make_model(V32)
     _, engine, drafter = answers(model, "mtp", costs=costs)
