@@ -9,8 +9,8 @@ from typing import Any
 
 # least share of a new observation in a rate
 _WEIGHT = 0.05
-# of drafts that nothing is known of yet, and as how many observations it counts
-_USUAL_RATE, _FIRST_COUNT = 0.8, 3
+# as how many observations the usual rate counts
+_FIRST_COUNT = 3
 # share of the way back to the usual rate in a step without the draft
 _DRIFT = 1 / 1024
 
@@ -25,16 +25,18 @@ class DraftState:
 
     Args:
         most: drafts of a step.
+        usual_rate: assumed of drafts that nothing is known of yet.
 
     Attributes:
         proposal: tokens that may follow those that the request has.
         memory: what the drafter keeps of the request.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, usual_rate: float) -> None:
         self.proposal: list[int] = []
         self.memory: Any = None
-        self._rates, self._counts = [_USUAL_RATE] * most, [_FIRST_COUNT] * most
+        self._usual_rate = usual_rate
+        self._rates, self._counts = [usual_rate] * most, [_FIRST_COUNT] * most
 
     def length(self, costs: Sequence[float], rows: float = 1.0) -> int:
         """Drafts of the next step, which give the most tokens for its time; 0 where none pay.
@@ -47,7 +49,7 @@ class DraftState:
         gains = [count / cost for count, cost in zip(tokens, costs, strict=True)]
         best = gains.index(max(gains))
         for place in range(best, len(self._rates)):
-            self._rates[place] += _DRIFT * (_USUAL_RATE - self._rates[place])
+            self._rates[place] += _DRIFT * (self._usual_rate - self._rates[place])
         return best
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:

@@ -31,9 +31,11 @@ class Drafter(Protocol):
     Attributes:
         is_layer: whether it is a layer of the model, with caches that lack what it has not run for,
             and whose entries depend on the token after their own. It needs no tokens on the host.
+        usual_rate: at which its drafts stand mostly.
     """
 
     is_layer: bool
+    usual_rate: float
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
@@ -66,6 +68,10 @@ class Speculator:
         self.arrived: list[Request] = []
         self._is_off = self.waits = False
 
+    def fresh(self) -> DraftState:
+        """What is assumed of a request's drafts."""
+        return DraftState(self.most, self.drafter.usual_rate)
+
     def begin(self, num_rows: int) -> None:
         """Let those that have arrived have drafts, unless they must not or none would pay.
 
@@ -75,7 +81,7 @@ class Speculator:
             num_rows: of the steps that they will be in.
         """
         for request in self.arrived:
-            request.drafts, params = DraftState(self.most), request.params
+            request.drafts, params = self.fresh(), request.params
             best = request.drafts.length(self.costs.of(num_rows, num_rows))
             pays = best > 0 or not self.drafter.is_layer
             if not (pays and params.speculative) or params.return_topk_positions:

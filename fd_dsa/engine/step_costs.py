@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.runner.counters import StepCounters
 
@@ -58,7 +57,7 @@ class StepCosts:
 class AnyDrafts:
     """Drafter whose drafts take no time, for steps that are measured."""
 
-    is_layer = False
+    is_layer, usual_rate = False, 0.6
 
     def propose(self, step: object, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
         """As many drafts as are wanted."""
@@ -92,7 +91,7 @@ def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None
             break
         seconds[num_rows] = times
         if getattr(runner, "draws", None) is None and num_rows >= _MANY_ROWS:
-            pays = DraftState(most).length(times) > 0
+            pays = speculator.fresh().length(times) > 0
     # these were no steps of requests
     runner.counters = StepCounters()
     logger.info(

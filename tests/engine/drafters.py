@@ -19,6 +19,8 @@ class KnowingDrafter:
         is_layer: whether it poses as a layer of the model.
     """
 
+    usual_rate = 0.7
+
     def __init__(
         self,
         answers: Mapping[tuple[str, int], list[int]],
