@@ -27,7 +27,7 @@ class MtpDrafter:
         runner: has `predict_more` and `continue_with`.
     """
 
-    is_layer, usual_rate = True, 0.8
+    is_layer, usual_rate = True, 0.85
 
     def __init__(self, runner: Any) -> None:
         self._runner, self._batch = runner, runner.input_batch

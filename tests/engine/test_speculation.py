@@ -178,7 +178,7 @@ def test_the_number_of_drafts_is_nearly_the_best(
 ) -> None:
     """Also where it is chosen before the drafts of the step before are verified."""
     draw = random.Random(0)
-    state, tokens, seconds = DraftState(3, 0.8), 0, 0.0
+    state, tokens, seconds = DraftState(3, 0.85), 0, 0.0
     seen: list[tuple[int, int]] = []
     for _ in range(4000):
         length = state.length(costs)
@@ -194,7 +194,7 @@ def test_the_number_of_drafts_is_nearly_the_best(
 
 def test_drafts_that_are_never_right_cost_little() -> None:
     """An answer of 96 tokens takes at most a twentieth longer, at the demo model's costs."""
-    state, costs, seconds = DraftState(3, 0.8), [1, 1.45, 1.75, 2.0], 0.0
+    state, costs, seconds = DraftState(3, 0.85), [1, 1.45, 1.75, 2.0], 0.0
     for _ in range(96):
         if length := state.length(costs):
             state.observe(length, 0)
@@ -204,14 +204,14 @@ def test_drafts_that_are_never_right_cost_little() -> None:
 
 def test_a_draft_that_would_not_pay_if_it_stood_is_not_tried() -> None:
     """Further drafts that are launched kernel by kernel take several steps' time."""
-    state, costs = DraftState(3, 0.8), [1, 1.3, 7.0, 13.0]
+    state, costs = DraftState(3, 0.85), [1, 1.3, 7.0, 13.0]
     for _ in range(1000):
         assert state.length(costs) == 1
         state.observe(1, 1)
 
 
 def test_a_request_that_gets_predictable_drafts_again() -> None:
-    state, costs = DraftState(2, 0.8), [1, 1.1, 1.2]
+    state, costs = DraftState(2, 0.85), [1, 1.1, 1.2]
     for _ in range(200):
         if length := state.length(costs):
             state.observe(length, 0)
