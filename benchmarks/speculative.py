@@ -175,7 +175,7 @@ def print_acceptance(count: int) -> None:
         with LLM(speculative_config={"method": "mtp", "num_speculative_tokens": most}) as llm:
             speculator: Any = llm._open_engine()._speculator
             # as if drafts cost the same on every machine
-            speculator._costs = StepCosts()
+            speculator.costs = StepCosts({1: [1 + n / 10 for n in range(most + 1)]})
             for task, asked in tasks(count).items():
                 prompts = [llm.tokenizer.apply_chat_template(one, True) for one in asked]
                 for temperature in (0, 1):

@@ -38,30 +38,26 @@ class SpeculativeConfig:
         name = "speculative_config"
         try:
             values = json.loads(given) if isinstance(given, str) else dict(given)
-        except (ValueError, TypeError):
-            values = None
-        if not isinstance(values, dict):
-            raise flag_error(name, given, 'none or a JSON object, as {"method": "ngram"}')
+            method = values.pop("method", None)
+        except (ValueError, TypeError, AttributeError):
+            allowed = 'none or a JSON object, as {"method": "ngram"}'
+            raise flag_error(name, given, allowed) from None
         known = [one.name for one in fields(cls)]
         if unknown := sorted(map(str, values.keys() - set(known))):
             near = get_close_matches(unknown[0], known, 1)
             hint = f"did you mean {near[0]}?" if near else ""
             raise flag_error(name, unknown[0], f"the keys {', '.join(known)}", hint)
-        method = values.get("method")
         if method not in ("mtp", "ngram"):
             raise flag_error(f"{name}.method", method, "mtp, ngram")
-        numbers = {key: number for key, number in values.items() if key != "method"}
-        bounds = known[2:]
-        for key, number in numbers.items():
-            if key in bounds and method != "ngram":
+        for key, number in values.items():
+            most = 3 if key == "num_speculative_tokens" else 32
+            if most == 32 and method != "ngram":
                 raise flag_error(f"{name}.{key}", number, "only with the method ngram")
-            most = 32 if key in bounds else 3
-            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
+            if type(number) is not int or not 1 <= number <= most:
                 raise flag_error(f"{name}.{key}", number, f"an integer from 1 to {most}")
-        if one := [numbers[key] for key in bounds if key in numbers]:
-            numbers = dict.fromkeys(bounds, one[0]) | numbers
-        config = cls(method, **numbers)
-        if config.prompt_lookup_min > config.prompt_lookup_max:
-            rule = f"at most prompt_lookup_max, {config.prompt_lookup_max}"
-            raise flag_error(f"{name}.prompt_lookup_min", config.prompt_lookup_min, rule)
-        return config
+        longest = values.get("prompt_lookup_max", values.get("prompt_lookup_min", 5))
+        shortest = values.get("prompt_lookup_min", longest)
+        if shortest > longest:
+            rule = f"at most prompt_lookup_max, {longest}"
+            raise flag_error(f"{name}.prompt_lookup_min", shortest, rule)
+        return cls(method, values.get("num_speculative_tokens", 1), longest, shortest)

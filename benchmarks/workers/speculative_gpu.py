@@ -26,10 +26,10 @@ class KnownDrafts:
     """
 
     # it knows which of its drafts stand, so how long an output is whose tokens are on their way
-    is_ahead = True
+    is_layer, usual_rate = True, 0.85
 
     def __init__(self, drafter: Any) -> None:
-        self._drafter, self.lookahead = drafter, getattr(drafter, "lookahead", 0)
+        self._drafter = drafter
         self.answers: dict[str, list[int]] = {}
         # place in the output of the draft on its way
         self._places: dict[Any, int] = {}
@@ -49,21 +49,6 @@ class KnownDrafts:
         return proposals
 
 
-class Always:
-    """The pace of a request that has one draft in every step."""
-
-    def best(self, costs: object, rows: float = 1.0) -> int:
-        """One."""
-        return 1
-
-    def length(self, best: int, costs: object, rows: float = 1.0) -> int:
-        """One."""
-        return best
-
-    def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """Whatever stands."""
-
-
 class Engine(gpu_engine.Engine):
     """The engine of `gpu_engine`; with a speculative_config it knows the drafts."""
 
@@ -73,14 +58,12 @@ class Engine(gpu_engine.Engine):
         speculator = self._engine._speculator
         if speculator is not None:
             from fd_dsa.engine.draft_state import DraftState
-            from fd_dsa.engine.step_costs import StepCosts
 
-            # whatever drafts cost, nobody goes without
-            speculator._costs = StepCosts()
+            # whatever drafts cost, everybody has one in every step
+            DraftState.length = lambda *_: 1  # type: ignore[method-assign]
             has_layer = self._engine.runner.model.mtp is not None
             layer = speculator.drafter if has_layer else None
             self._known = speculator.drafter = KnownDrafts(layer)
-            speculator.begin = lambda request, *_: setattr(request, "drafts", DraftState(Always()))
 
     def drafted(self, batch: int, prompt: int, steps: int) -> dict[str, float]:
         """Milliseconds of a step in which all requests decode, and the share of right drafts."""

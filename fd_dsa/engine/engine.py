@@ -96,10 +96,8 @@ class LLMEngine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self.grammars = GrammarCompiler(tokenizer, runner.vocab_size, self._eos_token_ids)
-        lookahead = speculator.drafter.lookahead if speculator else 0
-        self._scheduler = Scheduler(
-            self._blocks, self._batch, self._stats, target_gap_s, speculator is not None, lookahead
-        )
+        lookahead = int(speculator is not None and speculator.drafter.is_layer)
+        self._scheduler = Scheduler(self._blocks, self._batch, self._stats, target_gap_s, lookahead)
         self._sampler = StepSampler(runner, num_rows)
         self._is_async, self._speculator = async_scheduling, speculator
         self._in_flight: LaunchedStep | None = None
@@ -170,14 +168,14 @@ class LLMEngine:
                 bad_words=bad_words,
             )
             group.append(request)
-            if self._speculator is not None:
-                self._speculator.begin(request, self._scheduler.rows_with(1 + index))
         self._num_arrived += params.n
         self._stats.prompt_tokens += len(prompt_token_ids)
         self._has_watched |= params.return_topk_positions
         self._requests[request_id] = list(group)
         for request in group:
             self._scheduler.add(request)
+        if self._speculator is not None:
+            self._speculator.arrived += group
 
     def abort_request(self, request_id: str) -> list[RequestOutput]:
         """End a request now; the last state of every output of it that was unfinished."""
@@ -255,7 +253,8 @@ class LLMEngine:
         A step of which the host needs logits is waited for.
         """
         scheduler, speculator = self._scheduler, self._speculator
-        num_rows = scheduler.rows_with(0)
+        if speculator is not None:
+            speculator.begin(scheduler.num_rows)
         scheduled = scheduler.schedule()
         # nothing runs, so nobody waits for more than the request whose grammar it is
         while not scheduled and not may_be_idle and self.grammars.wait():
@@ -279,7 +278,7 @@ class LLMEngine:
             prefill_context=scheduler.prefill_context,
             scheduled=scheduled,
             drafts=scheduler.drafts,
-            makes_drafts=speculator is not None and speculator.drafts_after(scheduled, num_rows),
+            makes_drafts=speculator is not None and speculator.runs_after(scheduled),
         )
         if self._has_watched:
             step.logits = execute_watched(self.runner, step, logits_indices)
@@ -295,15 +294,16 @@ class LLMEngine:
         stats, tokens, begin = self._stats, None, self.clock()
         if step.draw is not None:
             tokens = step.draw()
-        step.waited = self.clock() - begin
-        stats.runner_time_s += step.waited
+        stats.runner_time_s += self.clock() - begin
         outputs: list[RequestOutput] = []
         if step.reading:
             outputs = [self._fail(request, NOT_FINITE) for request in step.read_prompts()]
+        alive = [request for request in step.sampling if request.finish_reason is None]
         if step.drafts and self._speculator is not None:
             outputs += self._speculator.verify(step, self._append, self._scheduler, stats, tokens)
         elif step.sampling:
             outputs += self._append(step.sampling, step.logits, tokens)
+        outputs += [request.output() for request in alive if request.finish_reason != "error"]
         if self._speculator is not None and not step.is_in_flight:
             self._speculator.propose(step)
         self.metrics.count_step(step.num_decode_tokens - step.num_drafts, step.resumed)
@@ -312,9 +312,7 @@ class LLMEngine:
         # the token of a decoding request comes after the one of the step before; without such
         # requests, a step may have waited for a grammar before it was ready
         since, end = self._last_end if step.num_decode_tokens else step.ready, self.clock()
-        self._scheduler.observe(
-            end - since, step.num_decode_tokens, step.num_prefill_tokens, step.prefill_context
-        )
+        self._scheduler.observe(step, end - since)
         self._last_end = end
         return outputs
 
@@ -335,7 +333,7 @@ class LLMEngine:
         logits: npt.NDArray[np.float32],
         tokens: npt.NDArray[np.int64] | None,
     ) -> list[RequestOutput]:
-        """Give each request its next token: the one drawn, or sampled here from the logits."""
+        """Give each request its next token, drawn or sampled here; outputs of those without one."""
         # some have ended since the launch: at the token before, or at their prompt's scores
         alive = [row for row, request in enumerate(sampling) if request.finish_reason is None]
         if not alive:
@@ -354,8 +352,7 @@ class LLMEngine:
             if token_id < 0:
                 outputs.append(self._fail(request, token_id))
                 continue
-            text = request.append_token(token_id, now, score)
-            outputs.append(request.output([token_id], text))
+            request.append_token(token_id, now, score)
             self._stats.generated_tokens += 1
             if request.finish_reason is not None:
                 self._drop(request)
@@ -369,9 +366,9 @@ class LLMEngine:
         """End a request without a next token."""
         now = time.monotonic()
         request.finish(reason, now)
-        output = request.output([], request.take_text("", now), error)
+        request.take_text("", now)
         self._drop(request)
-        return output
+        return request.output(error)
 
     def _fail(self, request: Request, code: int) -> RequestOutput:
         """End a request whose next token cannot be; the others go on."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.ranks import Ranks
 from fd_dsa.engine.speculation import Drafter, Speculator
 from fd_dsa.engine.startup import LoadProgress, StartupProgress
-from fd_dsa.engine.step_costs import measure_steps
+from fd_dsa.engine.step_costs import AnyDrafts, measure_steps
 from fd_dsa.errors import DeviceError
 from fd_dsa.models.memory_plan import format_bytes
 
@@ -60,7 +62,8 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
     if ranks is not None:
         runner.lead(ranks)
         weakref.finalize(runner, ranks.close)
-    engine = LLMEngine(
+    make_engine = partial(
+        LLMEngine,
         runner,
         plan.tokenizer,
         num_blocks=plan.memory.num_blocks,
@@ -71,8 +74,8 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
         seed=config.seed,
         sampling_defaults=plan.sampling_defaults,
         async_scheduling=config.async_scheduling,
-        speculator=_make_speculator(runner, plan),
     )
+    engine = make_engine(speculator=_make_speculator(runner, plan, make_engine))
     engine.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = plan.config.kv_cache_dtype
     if ranks is not None:
@@ -206,17 +209,22 @@ def _interprets(device: str) -> bool:
     return INTERPRETING
 
 
-def _make_speculator(runner: Any, plan: EnginePlan) -> Speculator | None:
+def _make_speculator(
+    runner: Any, plan: EnginePlan, make_engine: Callable[..., LLMEngine]
+) -> Speculator | None:
     """What makes and verifies drafts, where some are asked for."""
     asked = plan.config.speculation
     if asked is None:
         return None
-    drafter: Drafter = PromptLookup(asked.prompt_lookup_max, asked.prompt_lookup_min)
+    make_drafter: Callable[[], Drafter]
     if asked.method == "mtp":
-        drafter = MtpDrafter(runner) if runner.draws is None else DeviceMtpDrafter(runner)
-    costs = None
+        make_drafter = partial(MtpDrafter if runner.draws is None else DeviceMtpDrafter, runner)
+    else:
+        make_drafter = partial(PromptLookup, asked.prompt_lookup_max, asked.prompt_lookup_min)
+    most, costs = asked.num_speculative_tokens, None
     if not _interprets(plan.device):
-        costs = measure_steps(
-            runner, plan.config.most_decode_tokens, predicts_more=asked.method == "mtp"
-        )
-    return Speculator(drafter, asked.num_speculative_tokens, costs)
+        # a drafter remembers requests, so it is another one
+        measured = Speculator(make_drafter() if asked.method == "mtp" else AnyDrafts(), most)
+        engine = make_engine(speculator=measured, enable_prefix_caching=True)
+        costs = measure_steps(engine, measured)
+    return Speculator(make_drafter(), most, costs)

@@ -38,7 +38,6 @@ class LaunchedStep:
         logits: of `sampling`, then of `reading`.
         makes_drafts: whether the drafter runs after it.
         is_in_flight: whether the next step is planned before its tokens have come.
-        waited: seconds for its tokens.
     """
 
     ready: float
@@ -56,7 +55,6 @@ class LaunchedStep:
     logits: Any = None
     makes_drafts: bool = False
     is_in_flight: bool = False
-    waited: float = 0.0
 
     @property
     def num_drafts(self) -> int:

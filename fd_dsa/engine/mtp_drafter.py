@@ -27,9 +27,7 @@ class MtpDrafter:
         runner: has `predict_more` and `continue_with`.
     """
 
-    # the entry of a block's last token depends on the token after it
-    lookahead = 1
-    is_ahead = False
+    is_layer, usual_rate = True, 0.85
 
     def __init__(self, runner: Any) -> None:
         self._runner, self._batch = runner, runner.input_batch
@@ -39,26 +37,28 @@ class MtpDrafter:
         self, step: LaunchedStep, counts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
         """Run the layer; drafts of the requests that want some."""
+        batch, runner, wanting = self._batch, self._runner, list(counts)
         next_ids, last = self._next_tokens(step)
-        wanting = [request for request, count in counts.items() if count]
-        tokens = np.array([last[request] for request in wanting], np.int64)
-        logits = self._runner.predict_more(next_ids, tokens)
+        logits = runner.predict_more(next_ids, np.array([last[r] for r in wanting], np.int64))
         proposals: dict[Request, list[int]] = {request: [] for request in wanting}
-        depth = 0
-        while wanting:
+        for depth in range(max(counts.values(), default=0)):
             drawn = self._sampler.draft(wanting, logits, depth).tolist()
-            depth += 1
             kept = []
+            batch.begin_step()
             for place, (request, token) in enumerate(zip(wanting, drawn, strict=True)):
                 # negative where the logits are not finite: no draft
                 if token >= 0:
                     proposals[request].append(token)
-                    position = len(request.token_ids) + depth - 2
-                    if counts[request] > depth and self._has_room(request, position):
+                    position = len(request.token_ids) + depth - 1
+                    if counts[request] > depth + 1 and self._has_room(request, position):
+                        batch.add_row(request.slot, [token], position, is_prefill=False)
                         kept.append(place)
+            if not kept:
+                break
             wanting = [wanting[place] for place in kept]
-            if wanting:
-                logits = self._continue(wanting, proposals, np.array(kept), depth)
+            runner.continue_with(np.array(kept))
+            tokens = np.arange(len(kept))
+            logits = runner.predict_more(batch.ids_remove_padding[tokens], tokens)
         return proposals
 
     def _next_tokens(self, step: LaunchedStep) -> tuple[Int64, dict[Request, int]]:
@@ -84,26 +84,6 @@ class MtpDrafter:
         table = self._batch.block_tables[request.slot]
         return block < len(table) and bool(table[block] >= 0)
 
-    def _continue(
-        self,
-        requests: list[Request],
-        proposals: Mapping[Request, list[int]],
-        kept: Int64,
-        depth: int,
-    ) -> npt.NDArray[np.float32]:
-        """Logits of a further draft, after the last one of each request."""
-        batch = self._batch
-        batch.begin_step()
-        for request in requests:
-            position = len(request.token_ids) + depth - 2
-            batch.add_row(request.slot, [proposals[request][-1]], position, is_prefill=False)
-        self._runner.continue_with(kept)
-        tokens = np.arange(len(requests))
-        logits: npt.NDArray[np.float32] = self._runner.predict_more(
-            batch.ids_remove_padding[: batch.num_tokens].copy(), tokens
-        )
-        return logits
-
 
 class DeviceMtpDrafter(MtpDrafter):
     """The same on a device: the layer and each request's first draft are queued with the step.
@@ -115,8 +95,6 @@ class DeviceMtpDrafter(MtpDrafter):
     Args:
         runner: has `draws`, `draft` and `draft_more`.
     """
-
-    is_ahead = True
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]

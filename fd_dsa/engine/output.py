@@ -151,11 +151,6 @@ class RequestOutput:
         """True in the last state of an output."""
         return self.finish_reason is not None
 
-    def count_drafts(self) -> None:
-        """Take in the drafts of the step that made this output."""
-        self.num_draft_tokens = self._state.num_draft_tokens
-        self.num_accepted_tokens = self._state.num_accepted_tokens
-
     def added(self) -> Added:
         """What the step has added, for a process that keeps what was there before."""
         start = (self.new_token_ids, self.new_text)

@@ -55,8 +55,7 @@ class PromptLookup:
     Source: prompt lookup decoding (Saxena 2023), as vLLM's "ngram".
     """
 
-    lookahead = 0
-    is_ahead = False
+    is_layer, usual_rate = False, 0.6
 
     def __init__(self, longest: int, shortest: int) -> None:
         self._longest, self._shortest = longest, shortest
@@ -69,7 +68,7 @@ class PromptLookup:
         for request, count in counts.items():
             state = request.drafts
             # where none pays, what has come since is listed later
-            if count and state is not None:
+            if state is not None:
                 if state.memory is None:
                     state.memory = LookupIndex(request.token_ids, self._longest, self._shortest)
                 proposals[request] = state.memory.following(count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 
@@ -11,7 +10,7 @@ from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
 from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
 from fd_dsa.engine.logit_rules import BadWords, LogitRules
-from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenLogprobs, TokenScore
+from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenScore
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput, TopkPositions
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -42,7 +41,6 @@ class Request:
         scheduled_time, preempted_time: when it first got a row, and last lost one; seconds of
             time.monotonic(), None before.
         logprobs: scores of the output; None = not asked for.
-        new_logprobs: scores shown by this step.
         prompt_logprobs: scores of the prompt; None = not asked for.
         topk_positions: what the indexer chose in the latest step that sampled; likewise.
         grammar: how far the output is in its form; None = it may have any.
@@ -71,7 +69,6 @@ class Request:
     num_unverified: int = 0
     block_keys: BlockKeys = field(init=False)
     logprobs: OutputLogprobs | None = None
-    new_logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: PromptLogprobs | None = None
     topk_positions: TopkPositions | None = None
     grammar: GrammarMatcher | None = None
@@ -82,6 +79,8 @@ class Request:
     preempted_time: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    # tokens, pieces of text and scores that its outputs have had
+    _shown: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(
         self,
@@ -136,8 +135,8 @@ class Request:
         """True while prompt tokens are to be scored, so that none may come from the cache."""
         return self.prompt_logprobs is not None and not self.prompt_logprobs.is_complete
 
-    def append_token(self, token_id: int, now: float, score: TokenScore | None = None) -> str:
-        """Take a sampled token, decide whether it ends the request, return the new text.
+    def append_token(self, token_id: int, now: float, score: TokenScore | None = None) -> None:
+        """Take a sampled token and decide whether it ends the request.
 
         `score` is of the token, where scores are asked for.
         """
@@ -157,7 +156,7 @@ class Request:
                 self.finish("length", now)
         if self.logprobs is not None and score is not None:
             self.logprobs.append(token_id, score, len(text))
-        return self.take_text(text, now)
+        self.take_text(text, now)
 
     def forget_draw(self) -> None:
         """The token on its way will not come; it is to be computed again."""
@@ -183,8 +182,8 @@ class Request:
         self.stop_reason = stop_reason
         self.state.finish_time = now
 
-    def take_text(self, text: str, now: float) -> str:
-        """What of the decoded text may be shown now; all that is held back once it has ended.
+    def take_text(self, text: str, now: float) -> None:
+        """Show what of the decoded text may be now; all that is held back once it has ended.
 
         A stop string that is completed by the text turns any end into "stop".
         """
@@ -202,21 +201,21 @@ class Request:
             self.state.pieces.append(text)
         if self.logprobs is not None:
             is_finished = self.finish_reason is not None
-            self.new_logprobs = self.logprobs.show(len(text), is_finished, is_cut)
-        return text
+            self.logprobs.show(len(text), is_finished, is_cut)
 
-    def output(
-        self, new_token_ids: list[int], new_text: str, error: RuntimeError | None = None
-    ) -> RequestOutput:
-        """What the caller sees after a step."""
+    def output(self, error: RuntimeError | None = None) -> RequestOutput:
+        """What the caller sees after a step; new in it is what the one before did not have."""
+        state, scores = self.state, self.state.logprobs or ()
+        num_tokens, num_pieces, num_scores = self._shown
+        self._shown = len(state.token_ids), len(state.pieces), len(scores)
         prompt_scores = self.group[0].prompt_logprobs
         if prompt_scores is not None and prompt_scores.is_complete:
-            self.state.prompt_logprobs = prompt_scores.entries
+            state.prompt_logprobs = prompt_scores.entries
         return RequestOutput(
-            self.state,
-            new_token_ids,
-            new_text,
-            self.new_logprobs,
+            state,
+            state.token_ids[num_tokens:],
+            "".join(state.pieces[num_pieces:]),
+            scores[num_scores:],
             self.finish_reason,
             self.stop_reason,
             error,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from fd_dsa.engine.block_manager import BlockManager
+from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.step_times import StepTimes
@@ -61,7 +62,6 @@ class Scheduler:
             with the owners.
         stats: counts preemptions, and what is found in the prefix cache.
         target_gap_s: seconds between two tokens of a request that decodes; 0 = no target.
-        has_drafts: whether requests may have drafts.
         lookahead: tokens that must be known after a block's own before others may share it.
 
     Attributes:
@@ -76,12 +76,10 @@ class Scheduler:
         batch: InputBatch,
         stats: EngineStats,
         target_gap_s: float = 0.0,
-        has_drafts: bool = False,
         lookahead: int = 0,
     ) -> None:
         self.drafts: dict[Request, list[int]] = {}
-        self._has_drafts = self._may_draft = has_drafts
-        self._lookahead = lookahead
+        self._may_draft, self._lookahead = True, lookahead
         self.is_decode_only = False
         self._blocks = blocks
         self._batch = batch
@@ -110,9 +108,10 @@ class Scheduler:
         """Requests without a row."""
         return len(self._waiting)
 
-    def rows_with(self, more: int) -> int:
-        """Rows of a step that decodes all requests and some more, or as many as a step has."""
-        return min(self.num_running + self.num_waiting + more, self._batch.max_num_seqs)
+    @property
+    def num_rows(self) -> int:
+        """Rows of a step that decodes all requests, or as many as a step has."""
+        return min(self.num_running + self.num_waiting, self._batch.max_num_seqs)
 
     def add(self, request: Request) -> None:
         """Queue a request; arrival numbers must grow."""
@@ -127,7 +126,7 @@ class Scheduler:
         if not self._running and not self._waiting:
             self._most_prompt_tokens = self._batch.max_num_tokens
             self._most_rows = self._batch.max_num_seqs
-            self._may_draft = self._has_drafts
+            self._may_draft = True
 
     def schedule(self) -> list[Request]:
         """Requests of the next step in ascending slot order, `num_scheduled_tokens` set.
@@ -224,16 +223,12 @@ class Scheduler:
         known = min(request.num_computed_tokens, len(request.token_ids) - self._lookahead)
         self._blocks.cache_full_blocks(request.arrival, request.block_keys, known)
 
-    def observe(
-        self, seconds: float, num_decode_tokens: int, num_prefill_tokens: int, context: int
-    ) -> None:
-        """Learn from the time of a step that has run how long later ones take.
-
-        Args:
-            context: the `prefill_context` of the step.
-        """
+    def observe(self, step: LaunchedStep, seconds: float) -> None:
+        """Learn from the time of a step that has run how long later ones take."""
         if self._step_times is not None:
-            self._step_times.observe(seconds, num_decode_tokens, num_prefill_tokens, context)
+            self._step_times.observe(
+                seconds, step.num_decode_tokens, step.num_prefill_tokens, step.prefill_context
+            )
 
     def _schedule_decode(self, decoding: list[Request]) -> int:
         """Give one token to each decoding request; returns the tokens left for prompts."""
@@ -253,11 +248,13 @@ class Scheduler:
         """Add to decoding requests the drafts that there is room for."""
         self.drafts = {}
         for request in self._scheduled[: self._num_decoding]:
+            if request.drafts is None:
+                continue
             # the last token of an output is never computed
             most = min(budget, request.max_tokens - request.num_output_tokens - 1)
-            if request.drafts is None or most <= 0 or not request.drafts.proposal:
+            drafts = request.drafts.proposal[: max(most, 0)]
+            if not drafts:
                 continue
-            drafts = request.drafts.proposal[:most]
             num_tokens, spare = request.num_tokens + len(drafts), len(self._running)
             added = self._blocks.allocate(request.arrival, num_tokens, spare=spare)
             if added is None:

@@ -7,21 +7,20 @@ is the token that is drawn there without drafts, and no token of an output depen
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draft_state import DraftPace, DraftState
+from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import REJECTED
 from fd_dsa.engine.scheduler import Scheduler
-from fd_dsa.engine.step_costs import StepCosts, doubling
+from fd_dsa.engine.step_costs import StepCosts
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +29,13 @@ class Drafter(Protocol):
     """Proposes tokens.
 
     Attributes:
-        lookahead: tokens that must be known after a block's own before others may share it.
-        is_ahead: whether it needs no tokens on the host.
+        is_layer: whether it is a layer of the model, with caches that lack what it has not run for,
+            and whose entries depend on the token after their own. It needs no tokens on the host.
+        usual_rate: at which its drafts stand mostly.
     """
 
-    lookahead: int
-    is_ahead: bool
+    is_layer: bool
+    usual_rate: float
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
@@ -44,7 +44,7 @@ class Drafter(Protocol):
 
         Args:
             step: the one that has just given its requests their tokens, or will give them.
-            counts: requests that go on, and most drafts of each; 0 where none is wanted.
+            counts: most drafts of each request that wants some.
         """
 
 
@@ -54,60 +54,52 @@ class Speculator:
     Args:
         drafter: makes them.
         most: drafts of a request in a step.
-        costs: of steps.
+        costs: of steps; None: drafts cost nothing.
 
     Attributes:
-        clock: seconds; what the host's part of steps is measured with.
+        drafter, most, costs: as given.
+        arrived: requests that have computed nothing, before `begin`.
         waits: whether drafts come of the tokens of the next step, so that none is queued before.
     """
 
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
         self.drafter, self.most = drafter, most
-        self._costs = costs or StepCosts()
+        self.costs = costs or StepCosts({1: [1.0] * (most + 1)})
+        self.arrived: list[Request] = []
         self._is_off = self.waits = False
-        self.clock: Callable[[], float] = time.perf_counter
-        # the newest step and its kind, and when its drafts were proposed
-        self._newest: tuple[Any, Any, float] = None, None, 0.0
 
-    def begin(self, request: Request, num_rows: int) -> None:
-        """Let a request have drafts, unless it must not or does not want to, or none would pay.
+    def fresh(self) -> DraftState:
+        """What is assumed of a request's drafts."""
+        return DraftState(self.most, self.drafter.usual_rate)
+
+    def begin(self, num_rows: int) -> None:
+        """Let those that have arrived have drafts, unless they must not or none would pay.
+
+        All that have come since the step before count the same rows.
 
         Args:
-            request: that has computed nothing.
-            num_rows: of a step that it will be in.
+            num_rows: of the steps that they will be in.
         """
-        params = request.params
-        if params.speculative and not params.return_topk_positions and self._may_pay(num_rows):
-            request.drafts = DraftState(DraftPace(self.most))
-        else:
-            self.leave(request)
+        for request in self.arrived:
+            request.drafts, params = self.fresh(), request.params
+            best = request.drafts.length(self.costs.of(num_rows, num_rows))
+            pays = best > 0 or not self.drafter.is_layer
+            if not (pays and params.speculative) or params.return_topk_positions:
+                self._leave(request)
+        self.arrived.clear()
 
-    def _may_pay(self, num_rows: int) -> bool:
-        """Whether drafts that nothing is known of pay in such steps, or need no layer."""
-        if not self._costs.has_layer:
-            return True
-        return DraftPace(self.most).best(self._costs.of(num_rows, num_rows, self.most)) > 0
-
-    def leave(self, request: Request) -> None:
+    def _leave(self, request: Request) -> None:
         """Give a request no drafts from now on.
 
-        The drafter's caches need not be written for it, so its blocks from now on have other keys.
+        The layer is left out of steps without drafts, so its blocks from now on have other keys.
         """
         request.drafts = None
-        if self._costs.has_layer:
+        if self.drafter.is_layer:
             request.block_keys.leave_drafts()
 
-    def drafts_after(self, scheduled: list[Request], num_rows: int) -> bool:
-        """Whether the drafter runs after a step: its layer is left out where no request drafts.
-
-        Prompts are left without drafts where these do not pay for all rows that there are by now.
-        """
-        prompts = [one for one in scheduled if one.drafts and not one.num_output_tokens]
-        if prompts and not self._may_pay(num_rows):
-            for request in prompts:
-                self.leave(request)
-        is_left_out = self._costs.has_layer and all(one.drafts is None for one in scheduled)
-        return not self._is_off and not is_left_out
+    def runs_after(self, scheduled: list[Request]) -> bool:
+        """Whether the drafter runs after a step."""
+        return not self._is_off and any(request.drafts is not None for request in scheduled)
 
     def verify(
         self,
@@ -127,6 +119,9 @@ class Speculator:
             scheduler: learns which drafts stand.
             stats: counts them.
             tokens: of all rows, REJECTED after a wrong draft, where a device has drawn them.
+
+        Returns:
+            Outputs of requests for which there is no token.
         """
         sampling = step.sampling
         drafts = [step.drafts.get(request, []) for request in sampling]
@@ -165,30 +160,27 @@ class Speculator:
             if own:
                 # one that has left since had them for the last time
                 if request.drafts is not None:
-                    request.drafts.pace.observe(len(own), count)
+                    request.drafts.observe(len(own), count)
                 stats.count_drafts(len(own), count)
                 request.state.num_draft_tokens += len(own)
                 request.state.num_accepted_tokens += count
-        return _joined(outputs)
+        return outputs
 
     def propose(self, step: LaunchedStep) -> None:
-        """Have the drafts of the next step made; a pace is that of the steps taken so far."""
-        self._observe(step)
-        going_on = [
-            (request, request.drafts)
+        """Have the drafts of the next step made, by what the steps taken so far have shown."""
+        num_rows, counts = len(step.sampling), dict[Request, int]()
+        states = {
+            request: request.drafts
             for request in step.sampling
             if request.finish_reason is None and request.drafts is not None
-        ]
-        counts, num_rows = {}, len(step.sampling)
-        if going_on and not self._costs.lacks_plain(num_rows):
-            costs = self._costs.of(num_rows, len(going_on), self.most)
-            share = num_rows / len(going_on)
-            for request, state in going_on:
-                best = state.pace.best(costs, share)
-                if best or not self._costs.has_layer:
-                    counts[request] = state.pace.length(best, costs, share)
-                else:
-                    self.leave(request)
+        }
+        if states:
+            times, share = self.costs.of(num_rows, len(states)), num_rows / len(states)
+            for request, state in states.items():
+                if count := state.length(times, share):
+                    counts[request] = count
+                elif self.drafter.is_layer:
+                    self._leave(request)
         try:
             # for requests that leave now too: others may share the blocks that the step filled
             proposals = self.drafter.propose(step, counts) if step.makes_drafts else {}
@@ -196,37 +188,11 @@ class Speculator:
             # the step has given its tokens, which a draft is not worth losing
             logger.exception("speculative decoding is off from now on: the drafter failed")
             self._is_off, proposals = True, {}
-        if not self.drafter.is_ahead:
+        if not self.drafter.is_layer:
             self.waits = any(proposals.values())
             # those here would come before the tokens on their way
             proposals = {} if step.is_in_flight else proposals
-        for request, state in going_on:
+        for request, state in states.items():
             state.proposal = proposal = proposals.get(request, [])
             if proposal and proposal[0] >= 0 and request.grammar is not None:
                 del proposal[request.grammar.count_allowed(proposal) :]
-
-    def _observe(self, step: LaunchedStep) -> None:
-        """Learn what the host needs for a step after one of its kind, and in turns the device."""
-        kind, num_rows = None, len(step.sampling)
-        if step.draw is not None and not step.num_prefill_tokens:
-            kind = doubling(num_rows), step.num_drafts > 0, step.is_in_flight
-        (before, its_kind, since), now = self._newest, self.clock()
-        self._newest = step, kind, now
-        if kind is not None and kind == its_kind:
-            waited = before.waited if step.is_in_flight else 0.0
-            self._costs.observe(now - since - waited, num_rows, step.num_drafts)
-
-
-def _joined(outputs: list[RequestOutput]) -> list[RequestOutput]:
-    """One output for each request: the last one, with what all have added."""
-    last: dict[tuple[str, int], RequestOutput] = {}
-    for output in outputs:
-        name = output.request_id, output.index
-        before = last.pop(name, None)
-        if before is not None:
-            output.new_token_ids = before.new_token_ids + output.new_token_ids
-            output.new_text = before.new_text + output.new_text
-            output.new_logprobs = [*before.new_logprobs, *output.new_logprobs]
-        output.count_drafts()
-        last[name] = output
-    return list(last.values())

@@ -16,9 +16,10 @@ class KnowingDrafter:
         right_share: of the drafts.
         vocab_size: of the wrong ones.
         seed: of the wrong ones.
+        is_layer: whether it poses as a layer of the model.
     """
 
-    is_ahead = False
+    usual_rate = 0.7
 
     def __init__(
         self,
@@ -26,11 +27,11 @@ class KnowingDrafter:
         right_share: float,
         vocab_size: int,
         seed: int = 0,
+        is_layer: bool = False,
     ) -> None:
         self._answers, self._share, self._vocab_size = answers, right_share, vocab_size
         self._draw = random.Random(seed)
-        # tokens that must be known after a block's own, as for a layer of the model
-        self.lookahead = seed % 2
+        self.is_layer = is_layer
 
     def answer(self, request: Request) -> list[int]:
         """What the request will get."""

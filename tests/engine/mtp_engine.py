@@ -22,8 +22,6 @@ from fd_dsa.runner.model_runner import cache_layout
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.runner.tiny import tiny_model
 
-# so that requests whose first drafts are rejected leave, and others begin after them
-DEAR_LAYER = StepCosts({1: 1.0, 16: 1.7}, {1: 0.01}, {1: 0.05, 16: 0.1})
 MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS, EOS = 96, 8, 12, 1
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0, "logprobs": 3},
@@ -35,6 +33,12 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0, "stop": ["ab", "c"], "cache_salt": "s"},
     {"temperature": 0, "speculative": False},
 ]
+
+
+def dear_layer(most: int) -> StepCosts:
+    """Requests whose first drafts are rejected leave with it, and others begin after them."""
+    seconds = {1: [1.0, 1.1, 1.16, 1.22], 4: [1.14, 1.33, 1.48, 1.62]}
+    return StepCosts({rows: times[: most + 1] for rows, times in seconds.items()})
 
 
 class WatchedDrafter(MtpDrafter):

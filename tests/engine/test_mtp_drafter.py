@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fd_dsa.engine.mtp_drafter import MtpDrafter
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_costs import StepCosts, measure_steps
 from fd_dsa.runner import ModelRunner
 from tests.engine.mtp_engine import (
-    DEAR_LAYER,
     WatchedDrafter,
     answers,
+    dear_layer,
     make_engine,
     make_model,
     make_runner,
@@ -59,7 +60,7 @@ def test_no_bit_depends_on_drafts() -> None:
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("costs", [None, DEAR_LAYER], ids=["always", "while it pays"])
+@pytest.mark.parametrize("costs", [None, dear_layer(3)], ids=["always", "while it pays"])
 def test_drafts_are_those_of_an_offline_computation(costs: StepCosts | None) -> None:
     model = make_model(V32)
     _, engine, drafter = answers(model, "mtp", costs=costs)
@@ -126,7 +127,7 @@ def test_a_drafter_that_gives_nan_or_fails_changes_nothing(
 
 
 def test_prompts_that_came_together_have_no_drafts_where_those_of_one_alone_pay() -> None:
-    costs = StepCosts({1: 1.0, 2: 1.1, 4: 10.0}, layer_seconds={1: 0.01, 4: 0.01})
+    costs = StepCosts({1: [1.0, 1.1], 2: [1.1, 10.0]})
     runs = []
     for count in (1, 2):
         runner = make_runner(make_model(V32), 20)
@@ -140,10 +141,12 @@ def test_prompts_that_came_together_have_no_drafts_where_those_of_one_alone_pay(
 
 
 def test_steps_are_measured_when_an_engine_starts() -> None:
-    runner = make_runner(make_model(V32), 20)
-    costs = measure_steps(runner, 16, predicts_more=True)
+    runner = make_runner(make_model(V32), 40)
+    speculator = Speculator(MtpDrafter(runner), 3)
+    costs = measure_steps(make_engine(runner, speculator, 40), speculator)
     batch = runner.input_batch
     assert (batch.block_tables == -1).all() and not batch.seq_lens_this_time.any()
     assert runner.counters.mask_offsets_launched == runner.counters.mask_offsets_skipped == 0
-    one, *more = costs.of(4, 4, 3)
+    assert costs is not None
+    one, *more = costs.of(4, 4)
     assert 0 < one <= more[0] <= more[1] <= more[2]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from fd_dsa.engine.draft_state import DraftPace
-from fd_dsa.engine.launched_step import LaunchedStep
+from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Drafter, Speculator, StepCosts
+from fd_dsa.engine.speculation import Drafter, Speculator
+from fd_dsa.engine.step_costs import AnyDrafts, StepCosts, measure_steps
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from tests.engine.byte_model import TOKENIZER, VOCAB_SIZE, make_engine
 from tests.engine.drafters import KnowingDrafter
@@ -68,7 +65,7 @@ ANSWERS = {name: steps[-1].token_ids for name, steps in PLAIN.items()}
     [
         lambda: PromptLookup(3, 1),
         lambda: KnowingDrafter(ANSWERS, 0.0, VOCAB_SIZE),
-        lambda: KnowingDrafter(ANSWERS, 0.6, VOCAB_SIZE, seed=1),
+        lambda: KnowingDrafter(ANSWERS, 0.6, VOCAB_SIZE, seed=1, is_layer=True),
         lambda: KnowingDrafter(ANSWERS, 1.0, VOCAB_SIZE),
     ],
     ids=["lookup", "wrong", "often right", "right"],
@@ -163,7 +160,7 @@ def test_the_lookup_proposes_what_a_search_finds_whatever_happened_before() -> N
 
 def test_nothing_is_looked_up_where_no_draft_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LookupIndex, "following", lambda *_: pytest.fail("looked up"))
-    run(Speculator(PromptLookup(3, 1), 3, StepCosts({1: 1.0, 64: 64.0})))
+    run(Speculator(PromptLookup(3, 1), 3, StepCosts({1: [1.0, 2.0, 3.0, 4.0]})))
 
 
 def test_a_long_prompt_is_listed_over_several_steps() -> None:
@@ -181,14 +178,14 @@ def test_the_number_of_drafts_is_nearly_the_best(
 ) -> None:
     """Also where it is chosen before the drafts of the step before are verified."""
     draw = random.Random(0)
-    pace, tokens, seconds = DraftPace(3), 0, 0.0
+    state, tokens, seconds = DraftState(3, 0.85), 0, 0.0
     seen: list[tuple[int, int]] = []
     for _ in range(4000):
-        length = pace.length(pace.best(costs), costs)
+        length = state.length(costs)
         num_accepted = [*(draw.random() < rate for _ in range(length)), False].index(False)
         seen.append((length, num_accepted))
         if len(seen) > is_ahead and (found := seen.pop(0))[0]:
-            pace.observe(*found)
+            state.observe(*found)
         tokens += 1 + num_accepted
         seconds += costs[length]
     fixed = [sum(rate**place for place in range(n + 1)) / costs[n] for n in range(4)]
@@ -197,80 +194,43 @@ def test_the_number_of_drafts_is_nearly_the_best(
 
 def test_drafts_that_are_never_right_cost_little() -> None:
     """An answer of 96 tokens takes at most a twentieth longer, at the demo model's costs."""
-    pace, costs, seconds = DraftPace(3), [1, 1.45, 1.75, 2.0], 0.0
+    state, costs, seconds = DraftState(3, 0.85), [1, 1.45, 1.75, 2.0], 0.0
     for _ in range(96):
-        best = pace.best(costs)
-        # a layer that does not pay stops
-        length = pace.length(best, costs) if best else 0
-        if length:
-            pace.observe(length, 0)
+        if length := state.length(costs):
+            state.observe(length, 0)
         seconds += costs[length]
     assert seconds < 96 / 0.95
 
 
 def test_a_draft_that_would_not_pay_if_it_stood_is_not_tried() -> None:
     """Further drafts that are launched kernel by kernel take several steps' time."""
-    pace, costs = DraftPace(3), [1, 1.3, 7.0, 13.0]
+    state, costs = DraftState(3, 0.85), [1, 1.3, 7.0, 13.0]
     for _ in range(1000):
-        assert pace.length(pace.best(costs), costs) == 1
-        pace.observe(1, 1)
+        assert state.length(costs) == 1
+        state.observe(1, 1)
 
 
 def test_a_request_that_gets_predictable_drafts_again() -> None:
-    pace, costs = DraftPace(2), [1, 1.1, 1.2]
+    state, costs = DraftState(2, 0.85), [1, 1.1, 1.2]
     for _ in range(200):
-        if length := pace.length(pace.best(costs), costs):
-            pace.observe(length, 0)
+        if length := state.length(costs):
+            state.observe(length, 0)
     for _ in range(600):
-        if length := pace.length(pace.best(costs), costs):
-            pace.observe(length, length)
-    assert pace.length(pace.best(costs), costs) == 2
+        if length := state.length(costs):
+            state.observe(length, length)
+    assert state.length(costs) == 2
 
 
 def test_costs_of_steps_between_measured_ones() -> None:
-    costs = StepCosts({1: 1.0, 4: 1.3, 16: 4.0}, {1: 0.2, 8: 0.9})
-    assert costs.of(1, 1, 3) == pytest.approx([1.0, 1.1, 1.2 + 0.2, 1.3 + 0.4])
-    assert costs.of(16, 16, 1) == pytest.approx([4.0, 8.0])
-    # 2 of 4 rows have drafts
-    layer = StepCosts({1: 1.0, 16: 4.0}, {1: 0.2}, {1: 0.1, 16: 1.6})
-    assert layer.of(4, 2, 2) == pytest.approx([1.6, 2.0 + 0.6, 2.4 + 0.4 + 0.8])
-    assert StepCosts().of(9, 9, 2) == pytest.approx([1.0, 1.1, 1.2])
-
-
-def test_costs_are_those_of_the_slower_side_of_host_and_device() -> None:
-    costs = StepCosts({1: 1.0, 64: 2.0}, layer_seconds={1: 0.1, 64: 0.1})
-    on_device = costs.of(32, 32, 1)
-    # with drafts the host is slower; what it needs without them is yet to be seen
-    for seconds in (4.8, 4.8, 48.0, 4.8, 4.8):
-        costs.observe(seconds, 32, 32)
-    assert costs.lacks_plain(32) and not costs.lacks_plain(64)
-    assert costs.of(32, 32, 1) == on_device
-    for seconds in (3.2, 3.2, 32.0, 3.2):
-        costs.observe(seconds, 32, 0)
-    assert not costs.lacks_plain(32)
-    assert costs.of(32, 32, 1) == pytest.approx([3.2, 4.8])
-    assert costs.of(32, 16, 2) == pytest.approx([3.2, 4.0, 4.8])
-    # most of a step is no more for more rows
-    assert costs.of(17, 16, 2) == pytest.approx([3.2, 4.0, 4.8])
-    # where the device is slower its times stand
-    for drafts in (0, 8) * 4:
-        costs.observe(0.01 + drafts, 8, drafts)
-    assert costs.of(8, 8, 1)[0] == StepCosts({1: 1.0, 64: 2.0}).of(8, 8, 1)[0]
-    assert costs.of(8, 8, 1)[1] == pytest.approx(8.01)
-
-
-def test_steps_of_about_as_many_rows_show_what_the_host_needs() -> None:
-    costs, ticks = StepCosts({1: 1.0, 64: 2.0}), itertools.count()
-    speculator = Speculator(PromptLookup(3, 1), 1, costs)
-    speculator.clock = lambda: 3.0 * next(ticks)
-    request: Any = SimpleNamespace(finish_reason=None, drafts=None)
-    # answers end in order
-    for rows in (32, 30, 29, 25, 24):
-        step = LaunchedStep(
-            0.0, [request] * rows, [], [], rows, 0, 0, draw=lambda: np.zeros(0, int)
-        )
-        speculator.propose(step)
-    assert costs.of(32, 32, 1)[0] == 3.0
+    costs = StepCosts({1: [1.0, 1.3], 4: [1.3, 1.9], 16: [4.0, 7.9]})
+    assert costs.of(1, 1) == pytest.approx([1.0, 1.3])
+    assert costs.of(10, 10) == pytest.approx([2.65, 4.9])
+    # past the last in proportion
+    assert costs.of(32, 32) == pytest.approx([8.0, 15.8])
+    # 2 of 4 rows have drafts: as many tokens as 3 that all do
+    assert costs.of(4, 2) == pytest.approx([1.3, 1.7])
+    # what is more work took no less time
+    assert StepCosts({1: [1.0, 3.0, 2.0], 4: [1.5, 1.8, 4.0]}).of(1, 1) == [1.0, 1.8, 2.0]
 
 
 class CountedLayer(KnowingDrafter):
@@ -283,16 +243,14 @@ class CountedLayer(KnowingDrafter):
         return super().propose(step, counts)
 
 
-@pytest.mark.parametrize(("seconds", "pays"), [(4.8, True), (48.0, False)])
+@pytest.mark.parametrize(("seconds", "pays"), [(1.1, True), (4.0, False)])
 def test_no_step_of_a_full_batch_runs_a_layer_whose_drafts_do_not_pay(
     seconds: float, pays: bool
 ) -> None:
-    """Prompts take several steps, and what the host needs is known of half as many rows alone."""
-    costs = StepCosts({1: 1.0, 64: 2.0}, layer_seconds={1: 0.1, 64: 0.1})
-    for _ in range(4):
-        costs.observe(seconds, 5, 5)
-        costs.observe(4.5, 5, 0)
-    drafter = CountedLayer({(str(n), 0): [9] * 12 for n in range(8)}, 1.0, VOCAB_SIZE)
+    """Prompts take several steps."""
+    costs = StepCosts({1: [1.0, 1.1], 8: [1.0, seconds]})
+    answers = {(str(n), 0): [9] * 12 for n in range(8)}
+    drafter = CountedLayer(answers, 1.0, VOCAB_SIZE, is_layer=True)
     engine = make_engine(max_num_seqs=8, budget=24, speculator=Speculator(drafter, 1, costs))
     for number in range(8):
         engine.add_request(str(number), [5] * 9, SamplingParams(max_tokens=12, ignore_eos=True))
@@ -300,13 +258,24 @@ def test_no_step_of_a_full_batch_runs_a_layer_whose_drafts_do_not_pay(
     assert (drafter.num_steps > 8) == pays and (drafter.num_steps == 0) == (not pays)
 
 
-def test_what_the_host_needs_for_drafts_is_learned_again() -> None:
-    costs = StepCosts({1: 1.0, 64: 2.0}, layer_seconds={1: 0.1, 64: 0.1})
-    on_device = costs.of(32, 32, 1)
-    for _ in range(4):
-        costs.observe(6.4, 32, 32)
-    for _ in range(4095):
-        costs.observe(0.1, 32, 0)
-    assert costs.of(32, 32, 1)[1] == pytest.approx(6.4)
-    costs.observe(0.1, 32, 0)
-    assert costs.of(32, 32, 1) == on_device
+class TimedDrafts(AnyDrafts):
+    """Take time for each request of a step, and half as much for each draft."""
+
+    now = 0.0
+
+    def propose(self, step: Any, counts: Any) -> dict[Any, list[int]]:
+        self.now += 1e-3 + 1e-4 * len(step.sampling) + 5e-5 * step.num_drafts
+        return super().propose(step, counts)
+
+
+def test_steps_of_requests_are_measured_with_all_that_they_take() -> None:
+    drafter = TimedDrafts()
+    speculator = Speculator(drafter, 2)
+    engine = make_engine(max_num_seqs=20, budget=64, speculator=speculator)
+    engine.clock = lambda: drafter.now
+    costs = measure_steps(engine, speculator)
+    assert costs is not None
+    for rows in (1, 4, 10, 20):
+        times = [1e-3 + 1e-4 * rows * (1 + count / 2) for count in range(3)]
+        assert costs.of(rows, rows) == pytest.approx(times)
+    assert not engine.has_unfinished_requests() and engine.stats().num_used_blocks == 0

@@ -270,7 +270,6 @@ class AheadDrafter(KnowingDrafter):
         runner: of the engine.
     """
 
-    is_ahead = True
     runner: DrawingRunner
 
     def num_taken(self, request: Request) -> int:

@@ -153,7 +153,9 @@ def make_drafter(history: History) -> Drafter:
         for choice, (tokens, _) in enumerate(run_alone(one, history))
     }
     kind = AheadDrafter if history.drafts_on_device else KnowingDrafter
-    return kind(answers, history.right_share, VOCAB_SIZE, history.clock_seed)
+    # one that reads tokens must say so where they come late
+    is_layer = history.drafts_on_device or not history.draws_on_device
+    return kind(answers, history.right_share, VOCAB_SIZE, history.clock_seed, is_layer)
 
 
 def make_engine(history: History) -> LLMEngine:

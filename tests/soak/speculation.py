@@ -30,7 +30,7 @@ from fd_dsa.engine.speculation import Speculator  # noqa: E402
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams  # noqa: E402
 from tests.engine.drafters import KnowingDrafter  # noqa: E402
 from tests.engine.fakes import byte_tokenizer  # noqa: E402
-from tests.engine.mtp_engine import DEAR_LAYER, EOS, MAX_MODEL_LEN, make_model, make_runner  # noqa: E402
+from tests.engine.mtp_engine import EOS, MAX_MODEL_LEN, dear_layer, make_model, make_runner  # noqa: E402
 from tests.runner.tiny import GLM, V32  # noqa: E402
 from tests.soak import report  # noqa: E402
 
@@ -80,18 +80,20 @@ def run(
 ) -> tuple[dict[tuple[str, int], RequestOutput], Counter[str]]:
     """The last state of every output, and what happened."""
     runner = make_runner(MODELS[number % 2], NUM_BLOCKS)
-    knowing = KnowingDrafter({k: o.token_ids for k, o in answers.items()}, 0.8, LETTERS, number)
+    tokens = {name: output.token_ids for name, output in answers.items()}
+    knowing = KnowingDrafter(tokens, 0.8, LETTERS, number, is_layer=number % 4 > 1)
     drafters: dict[str, Any] = {"ngram": PromptLookup(3, 1), "knowing": knowing}
     drafter = drafters.get(method) or MtpDrafter(runner)
     # in half of the groups requests leave whose drafts do not pay for the layer
-    costs = DEAR_LAYER if method == "mtp" and number % 4 > 1 else None
+    most = 1 + number % 3
+    costs = dear_layer(most) if method == "mtp" and number % 4 > 1 else None
     engine = LLMEngine(
         runner,
         TOKENIZER,
         num_blocks=NUM_BLOCKS,
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=[EOS],
-        speculator=None if method == "none" else Speculator(drafter, 1 + number % 3, costs),
+        speculator=None if method == "none" else Speculator(drafter, most, costs),
     )
     for index, (prompt, params, _) in enumerate(asked):
         engine.add_request(str(index), prompt, params)
