@@ -1,4 +1,4 @@
-"""Sampling on the device: rows of 129,280 logits, six launches, against operators of torch.
+"""Sampling on the device: rows of 129,280 logits, five launches, against operators of torch.
 
 Logits are normal, of standard deviation 3. torch's side is what a sampler without kernels of its
 own launches: the largest logit; or softmax, a sort where probabilities are cut, sums, and a search

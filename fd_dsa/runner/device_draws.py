@@ -250,6 +250,10 @@ class DeviceDraws:
             depth, STRIDE=self._stride, BLOCK=FOLLOW_BLOCK, num_warps=4,
         )  # fmt: skip
 
+    def warm_up(self) -> None:
+        """Queue a draw of as many rows as there may be, all padding: no later one compiles."""
+        self._sampler.warm_up(self._no_masks)
+
     def _follow(self, ids: Any, *others: Any) -> None:
         count = ids.shape[0]
         follow_kernel[(-(-count // FOLLOW_BLOCK),)](
@@ -260,4 +264,4 @@ class DeviceDraws:
 def draw_bytes(max_num_seqs: int, vocab_size: int, most_drafts: int = 0) -> int:
     """Bytes that DeviceDraws takes on the device at most."""
     rows = (1 + most_drafts) * max_num_seqs
-    return max_num_seqs * 5 * vocab_size + rows * (7 * vocab_size + (80 << 10))
+    return max_num_seqs * 5 * vocab_size + rows * (9 * vocab_size + (80 << 10))

@@ -54,6 +54,7 @@ class Preparation:
         decode = [(1, max(cached - 1, 0), False), (1, cached, False)]
         if self.draws is not None:
             self.draws.set_slot(0, SlotParameters())
+            self.draws.warm_up()
         for tokens, done, is_prefill in prompts + decode:
             last = np.array([self._only_row(tokens, done, is_prefill=is_prefill)])
             if self.draws is None:

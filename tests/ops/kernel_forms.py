@@ -183,25 +183,26 @@ compile("query", prepare_query_kernel, dict.fromkeys(("q_ptr", "q_out_ptr"), "bf
         HEADS=64, QUANTIZED=False, BLOCK_ROWS=8, **KEYS)
 # vocabularies of one block, of DeepSeek-V3.2, and of twice as many tokens
 SAMPLED = dict.fromkeys(("slots_ptr", "mask_rows_ptr", "records_ptr", "masks_ptr", "counts_ptr",
-                         "best_ptr", "state_ptr", "sample_ptr", "sizes_ptr", "images_ptr",
+                         "best_ptr", "state_ptr", "sizes_ptr", "lengths_ptr",
                          "sampled_ptr"), "int32")
-SAMPLED |= dict.fromkeys(("positions_ptr", "masses_ptr", "tokens_ptr"), "int64")
+SAMPLED |= dict.fromkeys(("positions_ptr", "sums_ptr", "tokens_ptr"), "int64")
 for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
     blocks = -(-vocab // block)
     padded = 1 << (blocks - 1).bit_length()
-    parts = dict(VOCAB=vocab, NUM_BLOCKS=blocks, BLOCKS=padded)
-    cut = dict(BLOCK=block, WIDE=vocab // 32, **parts)
-    capacity = max(vocab // 4, 1024)
+    parts = dict(VOCAB=vocab, NUM_BLOCKS=blocks)
+    whole = dict(BLOCKS=padded, **parts)
     for most in (0, 3):
         compile("scan", scan_kernel, SAMPLED, False, num_warps=8, VOCAB=vocab, BLOCK=block,
                 PART=min(block, 1024), MOST=most)
     for counts in (False, True):
-        compile("settle", settle_kernel, SAMPLED, False, num_warps=16, COUNTS=counts, **parts)
-        compile("draw", draw_kernel, SAMPLED, False, num_warps=16, CAPACITY=capacity, COUNTS=counts,
-                **cut)
-    for fine in (False, True):
-        compile("masses", masses_kernel, SAMPLED, False, num_warps=8, FINE=fine, **cut)
-    compile("gather", gather_kernel, SAMPLED, False, num_warps=8, CAPACITY=capacity, **cut)
+        compile("settle", settle_kernel, SAMPLED, False, num_warps=8, COUNTS=counts, **whole)
+        compile("draw", draw_kernel, SAMPLED, False, num_warps=16, maxnreg=64, COUNTS=counts,
+                BLOCK=block, **whole)
+    for warps in (1, 4):
+        compile("masses", masses_kernel, SAMPLED, num_warps=warps, BLOCK=block,
+                PART=min(block, 1024 * warps), **parts)
+        compile("gather", gather_kernel, SAMPLED, False, num_warps=warps, BLOCK=block,
+                PART=min(block, 128 * warps), **whole)
 PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", "firsts_ptr",
                         "counts_ptr", "cached_ptr", "lengths_ptr", "going_on_ptr", "follows_ptr",
                         "known_ptr", "records_ptr", "outputs_ptr"), "int32")

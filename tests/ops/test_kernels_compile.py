@@ -64,7 +64,7 @@ def test_every_form_compiles() -> None:
         *[*["experts"] * 6, "sum"] * 2,
         *[*["write"] * 2, *["query"] * 2, *["mla_query"] * 2] * 2,
         *["write", "query"],
-        *["scan", "scan", *["settle", "draw"] * 2, "masses", "masses", "gather"] * 3,
+        *["scan", "scan", *["settle", "draw"] * 2, *["masses", "gather"] * 2] * 3,
         *["verify"] * 3,
         *["extend", "follow"],
         *["mtp"] * 2,

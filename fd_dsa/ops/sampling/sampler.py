@@ -1,4 +1,4 @@
-"""The sampler of a device: fixed buffers, parameters by slot, six launches a step."""
+"""The sampler of a device: fixed buffers, parameters by slot, five launches a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.draw_kernels import draw_kernel
 from fd_dsa.ops.sampling.parameters import IN_PROMPT, RECORD, SlotParameters
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
-from fd_dsa.ops.sampling.values import LEVELS, SAMPLE, STATE
+from fd_dsa.ops.sampling.values import LEVELS, STATE
 from fd_dsa.step.staging import InputStaging
 from fd_dsa.step.views import Allocate
 
@@ -21,8 +21,8 @@ import triton  # isort: skip
 
 _MAX_BLOCK = 4096
 _MIN_BLOCK = 64
-_MIN_CAPACITY = 1024
 _PART = 1024
+_MANY_ROWS = 128
 
 
 class DeviceSampler:
@@ -37,7 +37,7 @@ class DeviceSampler:
     alone, so it may be captured; `set_slot` and `set_masks` must not be. They copy in the order of
     the current stream.
 
-    Memory: 6 bytes for each logit of `max_rows` rows, 4 for each of `max_num_seqs`, and 66 kB a
+    Memory: 8 bytes for each logit of `max_rows` rows, 4 for each of `max_num_seqs`, and 66 kB a
     slot.
 
     Args:
@@ -58,9 +58,9 @@ class DeviceSampler:
         self._block = min(max(block, _MIN_BLOCK), _MAX_BLOCK)
         self._num_blocks = num_blocks = -(-vocab_size // self._block)
         self.max_rows = rows = max_rows or max_num_seqs
-        self._vocab_size, self._capacity = vocab_size, max(vocab_size // 4, _MIN_CAPACITY)
+        self._vocab_size = vocab_size
         self._num_words = -(-vocab_size // 32)
-        partials = (rows, 2, LEVELS.value, num_blocks)
+        partials = (rows, LEVELS.value, num_blocks)
         self.tokens = allocate((rows,), "int64")
         self.records = allocate((max_num_seqs, RECORD), "int32")
         self._masks = allocate((rows, self._num_words), "int32")
@@ -68,10 +68,10 @@ class DeviceSampler:
         self._adjusted = allocate((rows, vocab_size), "float32")
         self._best = allocate((rows, num_blocks, 3), "int32")
         self._state = allocate((rows, STATE.value), "int32")
-        self._sample = allocate((rows, SAMPLE.value), "int32")
-        self._masses, self._sizes = allocate(partials, "int64"), allocate(partials, "int32")
-        self._images = allocate((rows, self._capacity), "int32")
-        self._ids = allocate((rows, self._capacity), "int32")
+        self._masses, self._sizes = allocate(partials, "float32"), allocate(partials, "int32")
+        self._sums = allocate((rows, 2, num_blocks), "int64")
+        self._lengths = allocate((rows, num_blocks), "int32")
+        self._list = allocate((rows, num_blocks, self._block), "float32")
         # the largest copies are the masks of a step and the counts of a slot
         self._slab_size = max(RECORD, vocab_size, rows * self._num_words)
         self._staging = InputStaging(allocate, self._slab_size)
@@ -101,6 +101,14 @@ class DeviceSampler:
             if parameters.repetition != 1:
                 counts[np.array(prompt_token_ids, np.int64)] |= IN_PROMPT
             self._copy(self.counts, slot * size, counts)
+
+    def warm_up(self, padding: Any) -> None:
+        """Queue the launches of `max_rows` rows, which have forms of their own, on padding.
+
+        Args:
+            padding: int32 [max_rows] or longer on the device, all -1.
+        """
+        self.sample(self._adjusted, padding, padding, padding)
 
     def set_masks(self, masks: npt.NDArray[np.int32]) -> None:
         """Queue the copy of a step's masks, which `mask_rows` of `sample` refers to.
@@ -137,8 +145,8 @@ class DeviceSampler:
             ShapeError: more rows than `max_rows`.
             LaunchError: a tensor is not contiguous, or not on the device.
 
-        Cost: six launches. Greedy rows are read by the first one alone, rows with a temperature
-        alone by two; those with top-k or top-p by up to four.
+        Cost: five launches. Greedy rows are read by the first one alone, rows with a temperature
+        alone by two; those with top-k or top-p by three.
         """
         rows = logits.shape[0]
         if not rows:
@@ -158,26 +166,28 @@ class DeviceSampler:
             self.counts, ids, sampled, self._best, BLOCK=block, PART=min(block, _PART), MOST=most,
             **options,
         )  # fmt: skip
-        wide = options | {"NUM_BLOCKS": num_blocks, "BLOCKS": blocks, "num_warps": 16}
+        options |= {"NUM_BLOCKS": num_blocks}
         settle_kernel[(rows,)](
             logits, self._adjusted, slots, mask_rows, self.records, self.counts, self._best,
-            self._state, self._sample, tokens, COUNTS=counts_here, **wide,
+            self._state, tokens, BLOCKS=blocks, COUNTS=counts_here, **options,
         )  # fmt: skip
-        wide |= {"BLOCK": block, "WIDE": vocab // 32}
-        narrow = wide | {"num_warps": 8}
-        for fine in (False, True):
-            masses_kernel[parts](
-                logits, self._adjusted, slots, self.records, self._state, self._sample,
-                self._masses, self._sizes, FINE=fine, **narrow,
-            )  # fmt: skip
-        gather_kernel[parts](
+        # in programs of one warp no sum waits for another one: faster where rows fill the device
+        warps = 1 if rows >= _MANY_ROWS else 4
+        options |= {"BLOCK": block, "num_warps": warps}
+        # these masses are not those that a token is drawn by
+        masses_kernel[parts](
             logits, self._adjusted, slots, self.records, self._state, self._masses, self._sizes,
-            self._images, self._ids, CAPACITY=self._capacity, **narrow,
+            PART=min(block, 1024 * warps), **options | {"enable_fp_fusion": True},
+        )  # fmt: skip
+        options |= {"BLOCKS": blocks}
+        lists = self._masses, self._sizes, self._sums, self._lengths, self._list
+        gather_kernel[parts](
+            logits, self._adjusted, slots, self.records, self._state, *lists,
+            PART=min(block, 128 * warps), **options,
         )  # fmt: skip
         draw_kernel[(rows,)](
             logits, self._adjusted, slots, positions, self.records, self.counts, self._state,
-            self._masses, self._sizes, self._images, self._ids, tokens, COUNTS=counts_here,
-            CAPACITY=self._capacity, **wide,
+            *lists, tokens, COUNTS=counts_here, **options | {"num_warps": 16, "maxnreg": 64},
         )  # fmt: skip
 
     def _copy(self, target: Any, offset: int, values: npt.NDArray[np.int32]) -> None:

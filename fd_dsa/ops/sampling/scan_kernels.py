@@ -19,6 +19,7 @@ from fd_dsa.ops.sampling.values import (
     MARGIN,
     MAXIMUM,
     MINUS_INFINITY,
+    NAN,
     NO_TOKEN,
     NOT_FINITE,
     PENALIZED,
@@ -110,10 +111,11 @@ def scan_kernel(
         begin = tl.program_id(1) * BLOCK
         token = begin + tl.arange(0, BLOCK)
         raw = logits_ptr + row * VOCAB + token
-        image = image_of(tl.load(raw, mask=token < VOCAB, other=float("-inf")))
-        largest = tl.max(image, axis=0)
+        logits = tl.load(raw, mask=token < VOCAB, other=float("-inf"))
+        largest = tl.max(logits, axis=0)
+        has_nan = tl.max((logits != logits).to(tl.int32), axis=0) != 0
         best = best_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * 3
-        tl.store(best, largest)
+        tl.store(best, tl.where(has_nan, NAN, image_of(largest)))
         record = records_ptr + slot * RECORD
         flags = tl.load(record + FLAGS)
         mask_row = tl.load(mask_rows_ptr + row).to(tl.int64)
@@ -144,29 +146,26 @@ def scan_kernel(
                 position = tl.load(positions_ptr + row)
                 _apply_entries(own, record, position, begin, tl.minimum(begin + BLOCK, VOCAB))
                 tl.debug_barrier()
-            image = image_of(tl.load(own + token, mask=token < VOCAB, other=float("-inf")))
-            largest = tl.max(image, axis=0)
-        tl.store(best + 1, largest)
-        tl.store(best + 2, tl.min(tl.where(image == largest, token, VOCAB), axis=0))
+            logits = tl.load(own + token, mask=token < VOCAB, other=float("-inf"))
+            largest = tl.max(logits, axis=0)
+        tl.store(best + 1, image_of(largest))
+        tl.store(best + 2, tl.min(tl.where(logits == largest, token, VOCAB), axis=0))
 
 
 @triton.jit
-def _thresholds(row_ptr, sample_ptr, largest, margin, VOCAB: tl.constexpr):
-    """int32 [LEVELS], falling: images at ranks of a sample, which is stored; last the floor."""
+def _thresholds(row_ptr, largest, margin, VOCAB: tl.constexpr):
+    """int32 [LEVELS], falling: images at ranks of a sample; last the floor."""
     # as min-p on a CPU: the lowest float32 that is not below the bound
     bound = tl.maximum(value_of(largest).to(tl.float64) + margin, -LARGEST)
     nearest = bound.to(tl.float32)
     floor = image_of(nearest) + (nearest.to(tl.float64) < bound).to(tl.int32)
-    place = tl.arange(0, SAMPLE)
-    image = image_of(tl.load(row_ptr + place.to(tl.int64) * VOCAB // SAMPLE))
-    mine, other = image[:, None], image[None, :]
-    ahead = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
-    rank = tl.sum(ahead.to(tl.int32), axis=1)
-    tl.store(sample_ptr + rank, image)
+    place = tl.arange(0, SAMPLE).to(tl.int64) * VOCAB // SAMPLE
+    image = image_of(tl.load(row_ptr + place))
+    count = tl.sum((image[:, None] >= image[None, :]).to(tl.int32), axis=0)
     level = tl.arange(0, LEVELS)
-    at_rank = tl.where(rank[None, :] == rank_of(level)[:, None], image[None, :], 0)
-    pivots = tl.maximum(tl.sum(at_rank, axis=1), floor)
-    return tl.where(level == LEVELS - 1, floor, pivots)
+    reaches = count[:, None] > rank_of(level)[None, :]
+    pivots = tl.max(tl.where(reaches, image[:, None], MINUS_INFINITY), axis=0)
+    return tl.where(level == LEVELS - 1, floor, tl.maximum(pivots, floor))
 
 
 @step_kernel()
@@ -179,7 +178,6 @@ def settle_kernel(
     counts_ptr,
     best_ptr,
     state_ptr,
-    sample_ptr,
     tokens_ptr,
     VOCAB: tl.constexpr,
     COUNTS: tl.constexpr,
@@ -209,8 +207,7 @@ def settle_kernel(
             ruled = ((flags & (PENALIZED | LISTED)) != 0) | (tl.load(mask_rows_ptr + row) >= 0)
             pointer = adjusted_ptr if ruled else logits_ptr
             margin = float64_at(record + MARGIN)
-            sample = sample_ptr + row * SAMPLE
-            thresholds = _thresholds(pointer + row * VOCAB, sample, largest, margin, VOCAB)
+            thresholds = _thresholds(pointer + row * VOCAB, largest, margin, VOCAB)
             tl.store(state + tl.arange(0, LEVELS), thresholds)
             tl.store(state + MAXIMUM, largest)
             tl.store(state + IS_RULED, ruled.to(tl.int32))

@@ -13,19 +13,17 @@ SEED, TOP_K, FLAGS = map(tl.constexpr, (places.SEED, places.TOP_K, places.FLAGS)
 RANDOM, PENALIZED = tl.constexpr(places.RANDOM), tl.constexpr(places.PENALIZED)
 LISTED, RECORD = tl.constexpr(places.LISTED), tl.constexpr(places.RECORD)
 
-INFINITY = tl.constexpr(0x7F800000)
-"""Image of +inf; only NaN has a larger one."""
+INFINITY, NAN = tl.constexpr(0x7F800000), tl.constexpr(0x7FFFFFFF)
+"""Images of +inf and NaN, the only larger one."""
 MINUS_INFINITY = tl.constexpr(-0x7F800001)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 _ONE = tl.constexpr(float(1 << 40))
 _LN2 = tl.constexpr(0.6931471805599453)
-# places in a row's state: thresholds of falling height, the last one the floor, then these, then
-# thresholds between two of the first
-LEVELS = tl.constexpr(8)
-MAXIMUM, IS_DRAWN, IS_RULED = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
-FINER = tl.constexpr(16)
-STATE = tl.constexpr(32)
-# tokens of a row whose images, sorted, thresholds are made of
+# places in a row's state: thresholds of falling height, the last one the floor, then these
+LEVELS = tl.constexpr(16)
+MAXIMUM, IS_DRAWN, IS_RULED = (tl.constexpr(LEVELS.value + i) for i in range(3))
+STATE = tl.constexpr(2 * LEVELS.value)
+# tokens of a row whose values thresholds are made of
 SAMPLE = tl.constexpr(256)
 
 
@@ -53,13 +51,12 @@ def weights_of(values, largest, scale):
     """
     high = scale.to(tl.float32)
     low = (scale - high.to(tl.float64)).to(tl.float32)
-    # what is lower rounds to 0, and a difference there may overflow
-    near = values >= largest - 48.0 / high
-    below = tl.where(near, values, largest) - largest
+    # what is lower rounds to 0
+    below = tl.maximum(values - largest, -48.0 / high)
     exponent = below * high
     rest = tl.fma(below, high, -exponent) + below * low
     weights = tl.exp2(exponent) * (1.0 + rest * _LN2)
-    return tl.where(near, (weights * _ONE + 0.5).to(tl.int64), 0)
+    return (weights * _ONE + 0.5).to(tl.int64)
 
 
 @triton.jit
@@ -88,8 +85,8 @@ def uniform_of(record, position):
 
 @triton.jit
 def rank_of(level):
-    """Rank in the sample of a threshold: finer for few tokens; of the floor, all of the sample."""
-    return (level + 1) * (level + 1) * (level + 1) // 2
+    """Rank in the sample of a threshold: finer for few tokens."""
+    return level * (level + 2) * SAMPLE // (LEVELS * LEVELS)
 
 
 @triton.jit
