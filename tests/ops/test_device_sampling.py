@@ -278,6 +278,15 @@ def test_rows_of_all_kinds(kernel_memory: KernelMemory) -> None:
     compare_many(kernel_memory, 16, 300, 1)
 
 
+def test_a_nucleus_that_lies_deep_in_the_top_k(kernel_memory: KernelMemory) -> None:
+    """A row whose cut of top-k is nearer to one threshold than that of top-p to any."""
+    rng = np.random.default_rng(9)
+    logits = normal(rng, 1024, 4096) * rng.choice([0.1, 0.5, 1, 2], (1024, 1))
+    both = Both(kernel_memory, 1, 4096)
+    both.set_slot(0, SamplingParams(temperature=2, top_k=1000, top_p=0.8, min_p=0.001), 398)
+    both.check(logits[398:399].astype(np.float32), [0], [0])
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_a_million_draws() -> None:
