@@ -67,7 +67,7 @@ class DeviceDraws:
         self._next = allocate((4 * stride,), "int32")
         # of each request: tokens in the cache after the draw
         self._known = self._next[3 * stride :]
-        self._no_masks = uploaded(allocate, np.full(stride, -1, np.int32))
+        self._no_masks = uploaded(allocate, np.full(rows, -1, np.int32))
         self._transfers = transfers = transfers_for(self._tokens)
         # of the draw that is taken, and of the next one
         self._results = [
