@@ -151,8 +151,10 @@ class DeviceSampler:
         rows = logits.shape[0]
         if not rows:
             return
-        if rows > self.max_rows:
-            raise ShapeError(f"sampling {rows} rows; this sampler has {self.max_rows}")
+        if rows > min(self.max_rows, slots.shape[0]):
+            raise ShapeError(
+                f"sampling {rows} rows of {slots.shape[0]} slots; this sampler has {self.max_rows}"
+            )
         tokens = self.tokens if drafts is None else drafts
         vocab, block, num_blocks = self._vocab_size, self._block, self._num_blocks
         # what no kernel reads without drafts
