@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # tokens in front of those that are measured
 _CONTEXT = 128
-# steps of as many rows and drafts, and tokens in which there are so many
-_STEPS, _MOST_TOKENS = 4, 24
+# steps of as many rows and drafts that are timed one by one, and that are queued ahead
+_STEPS, _STEPS_AHEAD = 4, 16
+# tokens of a request in which there are so many, if few drafts stand
+_TOKENS_A_STEP = 6
 # seconds after which no larger step is measured: with a large model on a CPU they are long
 _PATIENCE_S = 3.0
 # rows from which on GEMMs of a CPU take as much longer as they have more
@@ -102,17 +104,22 @@ def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None
 
 
 def _step_seconds(engine: LLMEngine, num_rows: int, num_drafts: int) -> float:
-    """Seconds of the fastest decode step of so many rows and drafts; infinite if there is none."""
-    limits = engine.limits
+    """Seconds from one decode step of so many rows and drafts to the next; infinite without any.
+
+    Steps that are queued ahead have a short one after a long one, so their median counts. Of others
+    the fastest does, since what else runs only adds.
+    """
+    limits, is_ahead = engine.limits, getattr(engine.runner, "draws", None) is not None
+    steps = _STEPS_AHEAD if is_ahead else _STEPS
     room = min(limits.max_model_len, limits.num_blocks * limits.block_size)
     # a row takes over the blocks of those measured before, which computed these tokens
-    context = [0] * max(min(_CONTEXT, room - 1 - _MOST_TOKENS), 0)
-    most = min(_MOST_TOKENS, room - 1)
+    context = [0] * max(min(_CONTEXT, room - 1 - _TOKENS_A_STEP * steps), 0)
+    most = min(_TOKENS_A_STEP * steps, room - 1)
     params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
     for row in range(num_rows):
         engine.add_request(str(row), [*context, row % limits.vocab_size], params)
     times, drafts = list[float](), engine.stats().num_draft_tokens
-    while engine.has_unfinished_requests() and len(times) < _STEPS:
+    while engine.has_unfinished_requests() and len(times) < steps:
         begin, before = engine.clock(), drafts
         outputs, end = engine.step(), engine.clock()
         drafts = engine.stats().num_draft_tokens
@@ -123,4 +130,6 @@ def _step_seconds(engine: LLMEngine, num_rows: int, num_drafts: int) -> float:
     engine.abort_all()
     # drops what is in flight
     engine.step()
-    return min(times, default=math.inf)
+    if not times:
+        return math.inf
+    return float(np.median(times)) if is_ahead else min(times)
