@@ -247,7 +247,7 @@ def test_too_many_entries_are_refused(kernel_memory: KernelMemory) -> None:
 def test_more_rows_than_slots_are_refused(kernel_memory: KernelMemory) -> None:
     sampler, put = DeviceSampler(1, 50, kernel_memory.poisoned), kernel_memory.put
     rows = put(np.zeros(2, np.int32))
-    with pytest.raises(ShapeError, match="sampling 2 rows; this sampler has 1"):
+    with pytest.raises(ShapeError, match="sampling 2 rows of 2 slots; this sampler has 1"):
         sampler.sample(put(np.zeros((2, 50), np.float32)), rows, rows, rows)
 
 
