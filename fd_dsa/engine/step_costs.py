@@ -27,7 +27,7 @@ _TOKENS_A_STEP = 6
 # seconds after which no larger step is measured: with a large model on a CPU they are long
 _PATIENCE_S = 3.0
 # rows from which on GEMMs of a CPU take as much longer as they have more
-_MANY_ROWS = 8
+_MANY_ROWS = 16
 
 
 class StepCosts:
@@ -80,9 +80,11 @@ def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None
     """
     runner, most = engine.runner, speculator.most
     most_rows = runner.input_batch.max_num_seqs
+    if getattr(runner, "draws", None) is None:
+        most_rows = min(most_rows, _MANY_ROWS)
     seconds: dict[int, list[float]] = {}
-    begin, num_rows, pays = engine.clock(), 0, True
-    while num_rows < most_rows and pays and engine.clock() - begin < _PATIENCE_S:
+    begin, num_rows = engine.clock(), 0
+    while num_rows < most_rows and engine.clock() - begin < _PATIENCE_S:
         num_rows = min(4 * num_rows or 1, most_rows)
         times = []
         for count in range(most + 1):
@@ -92,8 +94,6 @@ def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None
         if math.inf in times:
             break
         seconds[num_rows] = times
-        if getattr(runner, "draws", None) is None and num_rows >= _MANY_ROWS:
-            pays = speculator.fresh().length(times) > 0
     # these were no steps of requests
     runner.counters = StepCounters()
     logger.info(

@@ -275,7 +275,9 @@ def test_steps_of_requests_are_measured_with_all_that_they_take() -> None:
     engine.clock = lambda: drafter.now
     costs = measure_steps(engine, speculator)
     assert costs is not None
-    for rows in (1, 4, 10, 20):
+    for rows in (1, 4, 10, 16):
         times = [1e-3 + 1e-4 * rows * (1 + count / 2) for count in range(3)]
         assert costs.of(rows, rows) == pytest.approx(times)
+    # more rows are not measured on a CPU
+    assert costs.of(20, 20) == pytest.approx([20 / 16 * time for time in times])
     assert not engine.has_unfinished_requests() and engine.stats().num_used_blocks == 0
