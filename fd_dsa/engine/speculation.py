@@ -68,10 +68,6 @@ class Speculator:
         self.arrived: list[Request] = []
         self._is_off = self.waits = False
 
-    def fresh(self) -> DraftState:
-        """What is assumed of a request's drafts."""
-        return DraftState(self.most, self.drafter.usual_rate)
-
     def begin(self, num_rows: int) -> None:
         """Let those that have arrived have drafts, unless they must not or none would pay.
 
@@ -80,9 +76,10 @@ class Speculator:
         Args:
             num_rows: of the steps that they will be in.
         """
+        times = self.costs.of(num_rows, num_rows) if self.arrived else []
         for request in self.arrived:
-            request.drafts, params = self.fresh(), request.params
-            best = request.drafts.length(self.costs.of(num_rows, num_rows))
+            request.drafts = DraftState(self.most, self.drafter.usual_rate)
+            params, best = request.params, request.drafts.length(times)
             pays = best > 0 or not self.drafter.is_layer
             if not (pays and params.speculative) or params.return_topk_positions:
                 self._leave(request)
