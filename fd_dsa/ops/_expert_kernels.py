@@ -14,11 +14,11 @@ import paddle
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._dense_kernels import empty_beside, sigmoid
-from fd_dsa.ops._expert_gemm import Tiling, block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops._expert_gemm import block_sizes, configuration, expert_gemm_kernel
 from fd_dsa.ops._expert_gemm_cuda import ExpertGemm, kernel_for, suits
 from fd_dsa.ops._fixed_order import rows_of_tiles
-from fd_dsa.ops._fp8_gemm import check_weight, native_fp8
-from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows
+from fd_dsa.ops._fp8_gemm import Tiling, check_weight, native_fp8
+from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of
 from fd_dsa.ops._host import dtype_name
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored, widened
@@ -194,7 +194,7 @@ def group_pairs(ids: Any, num_experts: int) -> tuple[Any, Any]:
 
 def expert_gemm(
     x: Any,
-    weight: Any,
+    weight: tuple[Any, Any],
     pairs: Any,
     counts: Any,
     *,
