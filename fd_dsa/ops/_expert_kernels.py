@@ -211,9 +211,9 @@ def expert_gemm(
     Args:
         x: float32 or bfloat16 [num_tokens, width], contiguous, or its Fp8Rows; or a row for each
             pair, [num_tokens * top_k, width].
-        weight: of the type of `x` [num_experts, columns, width], contiguous; `gated` 2 * columns,
-            first those of the gate. For Fp8Rows codes, uint8 of that shape, and scales, float32
-            [num_experts, ceil(rows of an expert / 128), ceil(width / 128)].
+        weight: values of the type of `x` [num_experts, columns, width], contiguous, and None;
+            `gated` 2 * columns, first those of the gate. For Fp8Rows codes, uint8 of that shape,
+            and scales, float32 [num_experts, ceil(rows of an expert / 128), ceil(width / 128)].
         pairs, counts: of `group_pairs`.
         gated: silu of the first half of the columns times the second half.
         round_scales: scales of a result in FP8 are powers of two.
@@ -224,11 +224,11 @@ def expert_gemm(
         ShapeError: an FP8 weight does not fit, or is gated with columns that share a block of 128
             with those of the second half.
     """
-    rows, x_scales = (x.codes, x.scales) if isinstance(x, Fp8Rows) else (x, None)
-    values, scales = weight if isinstance(x, Fp8Rows) else (weight, None)
+    is_fp8, (values, scales) = isinstance(x, Fp8Rows), weight
+    rows, (*_, x_scales, x_stride) = x.codes if is_fp8 else x, places_of(x)
     experts, columns, width = values.shape
     columns //= 1 + gated
-    if scales is not None:
+    if is_fp8:
         check_weight(values, scales, rows.shape[1])
         if gated and columns % GROUP:
             raise ShapeError(
@@ -236,16 +236,15 @@ def expert_gemm(
             )
     num_tokens, kind = pairs.shape[1], dtype_name(values.dtype)
     num_pairs = num_tokens * top_k
-    quantized = None
-    if scales is not None and gated:
-        quantized = empty_fp8_rows(rows, num_pairs, columns)
-        out, out_scales, _ = quantized
+    if is_fp8 and gated:
+        result = empty_fp8_rows(rows, num_pairs, columns)
     else:
         out_dtype = "float32" if kind == "float32" else "bfloat16"
-        out, out_scales = empty_beside(rows, num_pairs, columns, dtype=out_dtype), None
+        result = empty_beside(rows, num_pairs, columns, dtype=out_dtype)
+    out, (*_, out_scales, out_stride) = getattr(result, "codes", result), places_of(result)
     by_library: ExpertGemm | None = None
     sizes = rows.shape[0], num_pairs, experts, columns, width
-    if scales is not None and tiling is None and num_pairs and columns and suits(*sizes):
+    if is_fp8 and tiling is None and num_pairs and columns and suits(*sizes):
         by_library = kernel_for(rows)
     if by_library is not None:
         by_library(
@@ -260,13 +259,11 @@ def expert_gemm(
         most_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
         expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), most_tiles](
             rows, x_scales, values, scales, pairs, counts, out, out_scales, num_tokens,
-            0 if x_scales is None else x_scales.shape[1],
-            0 if out_scales is None else out_scales.shape[1],
-            ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts, WIDTH=width,
-            COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
+            x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
+            WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
             NATIVE=native_fp8(rows), EXPERTS=triton.next_power_of_2(experts), **options,
         )  # fmt: skip
-    return quantized or out
+    return result
 
 
 @step_kernel(waits=True)

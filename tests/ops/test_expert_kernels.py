@@ -71,7 +71,7 @@ class Operands:
             x, every = values[0], values[1] * factors / width**0.5
             x, every = (block_fp8.rounded(v, kind) for v in (x, every))
             self.x: Any = block_fp8.put(m, x, kind)
-            self.weight, self.values = block_fp8.put(m, every, kind), x.astype(np.float64)
+            self.weight, self.values = (block_fp8.put(m, every, kind), None), x.astype(np.float64)
             self.weight_values = every.astype(np.float64)
 
     def use_rows(self, rows: tuple[np.ndarray, np.ndarray]) -> None:
