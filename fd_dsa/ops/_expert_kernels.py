@@ -59,10 +59,7 @@ def choose_experts_kernel(
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Token `program 0`; experts as GROUPS groups of SIZE places, both powers of two.
-
-    `slot_mapping_ptr` may be None: no token is padding.
-    """
+    """Token `program 0`; experts as GROUPS groups of SIZE places, both powers of two."""
     row = tl.program_id(0).to(tl.int64) * NUM_EXPERTS
     own: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
     group, place = tl.arange(0, GROUPS), tl.arange(0, SIZE)
@@ -95,10 +92,9 @@ def choose_experts_kernel(
     chosen = chosen & (place < TOP_K)
     place += tl.program_id(0) * TOP_K
     expert = tl.reshape(expert, [GROUPS * SIZE])
-    if slot_mapping_ptr is not None:
-        padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
-        expert = tl.where(padding, -1, expert)
-        weights = tl.where(padding, 0.0, weights)
+    padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
+    expert = tl.where(padding, -1, expert)
+    weights = tl.where(padding, 0.0, weights)
     tl.store(ids_ptr + place, expert, mask=chosen)
     tl.store(weights_ptr + place, weights * scaling, mask=chosen)
 
@@ -112,7 +108,7 @@ def choose_experts(
     topk_group: int,
     norm: bool,
     scaling: float,
-    slot_mapping: Any = None,
+    slot_mapping: Any,
 ) -> tuple[Any, Any]:
     """Experts of each token, int32 [num_tokens, top_k], ascending, and their weights, float32.
 
@@ -128,7 +124,7 @@ def choose_experts(
         n_group, topk_group: groups, and those that take part; 1 and 1: no groups.
         norm: weights are shares of their sum.
         scaling: factor of the weights.
-        slot_mapping: int64 [num_tokens], below 0 for padding; None: there is none.
+        slot_mapping: int64 [num_tokens], below 0 for padding.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2.
     """

@@ -262,8 +262,9 @@ def test_padding_takes_no_expert(paddle_memory: KernelMemory) -> None:
     bias = rng.uniform(-4, -1.5, 64).astype(np.float32)
     slots = np.array([5, 2**40, -1, 0, -1, 7, 8, -2, 9])
     options = {"top_k": 8, "n_group": 8, "topk_group": 3, "norm": True, "scaling": 2.5}
-    ids, weights = choose_experts(m.put(logits), m.put(bias), slot_mapping=m.put(slots), **options)
-    every, shares = choose_experts(m.put(logits), m.put(bias), **options)
+    put = m.put(logits), m.put(bias)
+    ids, weights = choose_experts(*put, slot_mapping=m.put(slots), **options)
+    every, shares = choose_experts(*put, slot_mapping=m.put(abs(slots)), **options)
     ids, weights, every, shares = map(m.get, (ids, weights, every, shares))
     live = slots >= 0
     np.testing.assert_array_equal(ids[live], every[live])
