@@ -275,7 +275,7 @@ class Work:
             rope_interleave=False,
             quantized=True,
             weights_scale=s.index_heads**-0.5 * s.index_dim**-0.5,
-            out=self.layer.backend.query_buffers(self.num_tokens),
+            out=self.layer.backend.attention.query_buffers(self.num_tokens),
         )
 
     def select(self, q: torch.Tensor, weights: torch.Tensor, layer_id: int, meta: Any) -> Any:
@@ -291,7 +291,7 @@ class Work:
 
     def query(self, latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """Both parts side by side, the second rotated."""
-        buffer = self.layer.backend.mla_query_buffer(self.num_tokens)
+        buffer = self.layer.backend.attention.mla_query_buffer(self.num_tokens)
         return prepare_mla_query(latent, rope, None, self.given.cos_sin, out=buffer)
 
     def attend(self, query: torch.Tensor, slots: torch.Tensor, layer_id: int, meta: Any) -> Any:

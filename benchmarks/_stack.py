@@ -39,7 +39,7 @@ class Stack:
         self, given: Given, weights: Sequence[Weights], backend: DSAAttentionBackend
     ) -> None:
         self.given, self.backend = given, backend
-        self._out = backend.projection_buffers(given.shape.rows)
+        self._out = backend.attention.projection_buffers(given.shape.rows)
         self.layers = [
             (
                 self.work(Layer(given.sizes, weights[n % len(weights)], backend), given),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fd_dsa.ops import _expert_gemm, _fp8_gemm
+from fd_dsa.ops._fp8_gemm import Tiling
 from fd_dsa.ops._fp8_rows import GROUP
 
 _FEW = {
     rows: tuple(
-        _fp8_gemm.Tiling(rows, columns, 132 * per_processor, warps, stages)
+        Tiling(rows, columns, warps, stages, 132 * per_processor)
         for columns, warps in ((64, 4), (128, 4), (128, 8))
         for per_processor, stages in ((1, 8), (1, 4), (2, 6), (2, 4), (3, 4), (3, 3), (4, 3))
         # what a processor holds: 227 KiB, and 255 registers a thread
@@ -17,7 +17,7 @@ _FEW = {
     for rows in (16, 32, 64, 128)
 }
 _MANY = tuple(
-    _fp8_gemm.Tiling(rows, columns, 132, warps, stages)
+    Tiling(rows, columns, warps, stages, 132)
     for rows, columns, warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4))
     for stages in (3, 4, 5)
 )
@@ -25,7 +25,7 @@ FP8_GEMMS = (*(tiling for few in _FEW.values() for tiling in few), *_MANY)
 # by type of the operands
 _EXPERTS = {
     kind: tuple(
-        _expert_gemm.Tiling(rows, columns, warps, stages)
+        Tiling(rows, columns, warps, stages)
         for rows in (16, 32, 64, 128)
         for columns, warps in ((64, 4), (128, 4), (128, 8), (128, 16))
         for stages in (3, 4, 5, 6, 8)
@@ -34,15 +34,15 @@ _EXPERTS = {
         if rows * columns <= 2048 * warps and stages * (2 * columns + rows) * 128 <= 227 << 10
     )
     for kind in ("uint8", "bfloat16")
-} | {"float32": tuple(_expert_gemm.Tiling(rows, 64, 4, 3) for rows in (16, 32))}
+} | {"float32": tuple(Tiling(rows, 64, 4, 3) for rows in (16, 32))}
 
 
-def fp8_gemms(rows: int) -> tuple[_fp8_gemm.Tiling, ...]:
+def fp8_gemms(rows: int) -> tuple[Tiling, ...]:
     """Those of FP8_GEMMS that may be the best for so many rows."""
     return next((few for most, few in _FEW.items() if rows <= most), _MANY)
 
 
-def experts(kind: str, gated: bool) -> tuple[_expert_gemm.Tiling, ...]:
+def experts(kind: str, gated: bool) -> tuple[Tiling, ...]:
     """Those that a GEMM may use: a gated one of FP8 scales its own 128 columns."""
     whole = gated and kind == "uint8"
     return tuple(t for t in _EXPERTS[kind] if t.columns == GROUP or not whole)

@@ -165,11 +165,13 @@ class Experts:
     def __init__(self, bench: Bench, gate_up: Any, down: Any, tokens: int) -> None:
         from fd_dsa.ops import _expert_kernels
         from fd_dsa.ops._fill_kernels import fill_random
+        from fd_dsa.triton_runtime.transfers import uploaded
 
         self._kernels, self._weights = _expert_kernels, (gate_up, down)
         self._logits = bench.allocate((tokens, EXPERTS), "float32")
         fill_random(self._logits, 0, tokens * EXPERTS, [9, tokens], 1.0)
         self._bias, self._x = bench.scales(EXPERTS), bench.rows(tokens, HIDDEN)
+        self._slots = uploaded(bench.allocate, np.zeros(tokens, np.int64))
         self._shared = bench.allocate((tokens, HIDDEN), "bfloat16")
         self._choose()
         self._hidden = self.gate_up()
@@ -183,6 +185,7 @@ class Experts:
             topk_group=4,
             norm=True,
             scaling=2.5,
+            slot_mapping=self._slots,
         )
         self._pairs = self._kernels.group_pairs(self._ids, EXPERTS)
 

@@ -90,7 +90,7 @@ class Case:
         inputs = self.given, weights, backend_of(sizes, DEVICE)
         self.package = PackageAlone(*inputs)
         found = self.package.step(layers=1)
-        self._judge(OURS, found, self.package.backend.query_buffers(shape.rows))
+        self._judge(OURS, found, self.package.backend.attention.query_buffers(shape.rows))
         self.sides: dict[str, Stack] = {k: kind(*inputs) for k, kind in BASELINES.items()}
         try:
             stack = PeerStack(*inputs, peers)

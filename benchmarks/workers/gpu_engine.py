@@ -23,7 +23,7 @@ CLASSES = {
     "keys and values of heads": ("head_gemm_kernel",),
     "indexer": ("tile_", "topk", "prepare_query_kernel", "project_indexer"),
     "attention": ("attend", "combine_kernel", "gather_keys", "dequantize"),
-    "norms, SiLU, quantisation": ("rms_norm", "silu_and_mul", "quantize_rows"),
+    "norms, SiLU, quantisation": ("rms_norm", "activate"),
     "cache writes, queries": ("write_caches", "prepare_mla_query"),
     "rest": ("",),
 }

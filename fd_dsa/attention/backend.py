@@ -99,11 +99,6 @@ class DSAAttentionBackend:
         self._hints: StepHints | None = None
         self._built_for: Any = None
         self._write_params: dict[int, CacheWriteParams] = {}
-        # where `project_indexer`, `prepare_indexer_query` and `prepare_mla_query` should write, by
-        # the number of tokens; None = anywhere, as on a CPU
-        self.projection_buffers = self.attention.projection_buffers
-        self.query_buffers = self.attention.query_buffers
-        self.mla_query_buffer = self.attention.mla_query_buffer
 
     def set_step_hints(self, hints: StepHints | None) -> None:
         """What the runner knows of the step whose metadata is made next."""

@@ -95,11 +95,6 @@ class DensePrompts:
             num_prefill_tokens=int(left.sum()),
         )
 
-    @property
-    def is_used(self) -> bool:
-        """Whether any token of the step attends densely."""
-        return bool(self.groups)
-
     def attend(
         self, step: ForwardMeta, q: Any, cos_sin: Any, cache: Any, weights: Any, reader: Any
     ) -> Any:

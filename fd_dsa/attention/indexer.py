@@ -49,11 +49,11 @@ class Indexer:
 
         Of hidden states [num_tokens, hidden_size] after the input norm, so it may run beside other
         projections, see IndexerOverlap. Keys are not normed, without `wk` of no meaning; on a
-        device both are in the backend's `projection_buffers`.
+        device both are in `projection_buffers`.
         """
         weights, width = self._wk_weights_proj, self._key_width
         if not isinstance(weights, HostMatrix):
-            out = backend.projection_buffers(hidden_states.shape[0])
+            out = backend.attention.projection_buffers(hidden_states.shape[0])
             project = serving("indexer_projection", hidden_states)
             wk, weights_proj = weights if width else (None, *weights)
             return project(hidden_states, wk, weights_proj, out=out)  # type: ignore[no-any-return]

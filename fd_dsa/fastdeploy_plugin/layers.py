@@ -85,7 +85,7 @@ class PluginIndexer:
             hadamard=layout.index_hadamard,
             scale_fmt=layout.index_scale_fmt,
             weights_scale=self.weights_scale,
-            out=core.query_buffers(qr.shape[0]),
+            out=core.attention.query_buffers(qr.shape[0]),
         )
         return core.select(q, weights, self.layer_id, forward_meta)
 
@@ -130,7 +130,7 @@ class PluginAttention:
         # only one launch makes nothing that would have to outlive it on a second stream
         if projections.is_one_launch:
             project, num_tokens = projections.one_launch, hidden_states.shape[0]
-            args.append(core.projection_buffers(num_tokens))
+            args.append(core.attention.projection_buffers(num_tokens))
         work = partial(self._down_projected, hidden_states)
         (qr, kv_a), (index_k, weights) = core.overlap.run(num_tokens, work, project, *args)
         self._write(backend, kv_a, index_k, forward_meta)
@@ -162,6 +162,6 @@ class PluginAttention:
             q_pe,
             core.current_step(forward_meta).position_ids,
             backend.cos_sin_of(self.rotary_emb),
-            out=core.mla_query_buffer(q.shape[0]),
+            out=core.attention.mla_query_buffer(q.shape[0]),
         )
         return as_tensor(query) if isinstance(query, np.ndarray) else query

@@ -106,8 +106,7 @@ class MultiTokenPredictor:
             return np.concatenate(parts, axis=1)
         from fd_dsa.ops._mtp_kernels import mtp_inputs
 
-        first, second = self._token_norm, self._hidden_norm
-        norms = (first.weight, first.epsilon), second.weight
+        norms = self._token_norm, self._hidden_norm
         return mtp_inputs(self._embed, next_ids, positions, hidden, *norms)
 
     def compute_logits(self, normed: Any) -> Any:

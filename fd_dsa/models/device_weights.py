@@ -82,14 +82,8 @@ class DeviceWeights:
         sums_in_float32: bool = False,
     ) -> DeviceMatrix:
         """As of HostWeights; FP8 where all parts are and start at a block."""
-        out_width = sum(parts.values())
-        if self._are_blocks(parts):
-            codes, scales = self._blocks((out_width, in_width))
-            weight = DeviceMatrix(codes, scales, round_scales=self._round_scales)
-        else:
-            values = self._allocate((out_width, in_width), self._dtype)
-            weight = DeviceMatrix(values, sums_in_float32=sums_in_float32)
-        row = 0
+        shape, row = (sum(parts.values()), in_width), 0
+        weight = self._weight(shape, self._are_blocks(parts), sums_in_float32=sums_in_float32)
         for name, width in parts.items():
             self._fills_rows(name, weight, row, width)
             row += width
@@ -134,19 +128,14 @@ class DeviceWeights:
             for i in range(count)
             for part in ("gate", "up", "down")
         }
-        shapes = (count, 2 * width, hidden_size), (count, hidden_size, width)
-        if width % BLOCK == 0 and self._are_blocks(dict.fromkeys(names.values(), BLOCK)):
-            stacks = [
-                DeviceMatrix(*self._blocks(shape), round_scales=self._round_scales)
-                for shape in shapes
-            ]
-        else:
-            stacks = [DeviceMatrix(self._allocate(shape, self._dtype)) for shape in shapes]
+        is_fp8 = width % BLOCK == 0 and self._are_blocks(dict.fromkeys(names.values(), BLOCK))
+        shapes = (2 * width, hidden_size), (hidden_size, width)
+        gate_up, down = (self._weight((count, *shape), is_fp8) for shape in shapes)
         for (i, part), name in names.items():
             rows = hidden_size if part == "down" else width
             first = width if part == "up" else 0
-            self._fills_rows(name, stacks[part == "down"], first, rows, matrix=i)
-        return stacks[0], stacks[1]
+            self._fills_rows(name, down if part == "down" else gate_up, first, rows, matrix=i)
+        return gate_up, down
 
     def constant(self, make: Callable[[], np.ndarray]) -> Any:
         """A table of float32 that is computed and not loaded."""
@@ -174,10 +163,15 @@ class DeviceWeights:
         )
         return False
 
-    def _blocks(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
-        """Memory for codes, and for their scales."""
+    def _weight(
+        self, shape: tuple[int, ...], is_fp8: bool, *, sums_in_float32: bool = False
+    ) -> DeviceMatrix:
+        """Memory of a weight, or of a stack of them; of FP8 also for the scales."""
+        if not is_fp8:
+            return DeviceMatrix(self._allocate(shape, self._dtype), sums_in_float32=sums_in_float32)
         blocks = (*shape[:-2], *num_blocks(shape[-2:], (BLOCK, BLOCK)))
-        return self._allocate(shape, "uint8"), self._allocate(blocks, "float32")
+        parts = self._allocate(shape, "uint8"), self._allocate(blocks, "float32")
+        return DeviceMatrix(*parts, round_scales=self._round_scales)
 
     def _fills_rows(
         self, name: str, weight: DeviceMatrix, row: int, rows: int, matrix: int = 0

@@ -139,7 +139,7 @@ class DeepseekV32DSAAttention:
         q = self._q_b.times(qr).reshape([-1, self.num_heads, nope + self.rope_dim])
         prompts, tokens = backend.attention.dense_prompts, None
         where: tuple[Any, ...] = ()
-        if prompts is not None and prompts.is_used:
+        if prompts is not None and prompts.groups:
             merged = backend.attend_densely(
                 q, cos_sin, (self._k_b, self._v_b), self._out, self.layer_id, forward_meta
             )

@@ -77,7 +77,7 @@ class Gemm(NamedTuple):
         return f"{kind} [{self.rows}, {self.inputs}] x [{self.outputs}, {self.inputs}]^T"
 
 
-class _Plan:
+class _Plan(NamedTuple):
     """All arguments of cublasLtMatmul but the stream, for GEMMs of one shape.
 
     Attributes:
@@ -86,28 +86,13 @@ class _Plan:
             written before each launch.
         pointers: what sets those of scales in cuBLASLt's description of the GEMM, which all plans
             of the same operands share; a launch reads it at once.
+        arguments: with pointers to the places.
     """
 
-    def __init__(
-        self,
-        gemm: Gemm,
-        handle: ctypes.c_void_p,
-        operation: ctypes.c_void_p,
-        layouts: Sequence[ctypes.c_void_p],
-        algorithms: Any,
-    ) -> None:
-        self.gemm, self.places = gemm, tuple(ctypes.c_void_p() for _ in range(6))
-        weight, x, out, workspace, *scales = self.places
-        self.pointers = [
-            (operation, attribute, ctypes.byref(place), _POINTER_BYTES)
-            for attribute, place in zip(_SCALES, scales, strict=True)
-            if gemm.is_fp8
-        ]
-        a, b, d = layouts
-        matrices = handle, operation, _ONE, weight, a, x, b, _ZERO, out, d, out, d
-        size = ctypes.c_size_t(_WORKSPACE_BYTES)
-        # the first algorithm is the one that cuBLASLt expects to be the fastest
-        self.arguments = *matrices, ctypes.byref(algorithms), workspace, size
+    gemm: Gemm
+    places: Sequence[ctypes.c_void_p]
+    pointers: Sequence[tuple[Any, ...]]
+    arguments: Sequence[Any]
 
 
 class Cublaslt:
@@ -239,21 +224,30 @@ class Cublaslt:
         )
         if not count.value:
             raise DeviceError(f"cuBLASLt: no algorithm serves {gemm}")
-        return _Plan(gemm, self._handle, operation, layouts, algorithms)
+        weight, x, out, workspace, *scales = places = [ctypes.c_void_p() for _ in range(6)]
+        pointers = [
+            (operation, attribute, ctypes.byref(place), _POINTER_BYTES)
+            for attribute, place in zip(_SCALES, scales, strict=True)
+            if gemm.is_fp8
+        ]
+        matrices = self._handle, operation, _ONE, weight, a, x, b, _ZERO, out, d, out, d
+        size = ctypes.c_size_t(_WORKSPACE_BYTES)
+        # the first algorithm is the one that cuBLASLt expects to be the fastest
+        arguments = *matrices, ctypes.byref(algorithms), workspace, size
+        return _Plan(gemm, places, pointers, arguments)
 
     def _operation(self, is_fp8: bool) -> ctypes.c_void_p:
         """cuBLASLt's description of GEMMs of a kind, made at the first call."""
         if is_fp8 not in self._operations:
             operation = self._functions.made("cublasLtMatmulDescCreate", _COMPUTE_32F, _FLOAT32)
-            attributes = {_TRANSPOSE_A: 1}
+            attributes: dict[int, Any] = {_TRANSPOSE_A: ctypes.c_int32(1)}
             if is_fp8:
-                attributes |= {_A_SCALE_MODE: _BLOCKS_OF_128, _B_SCALE_MODE: _VECTORS_OF_128}
-                for attribute in _SCALES:
-                    # the heuristic refuses null pointers, and reads nothing there
-                    anywhere = ctypes.c_void_p(_ALIGNMENT)
-                    self._functions.set(_SET_OPERATION, operation, attribute, anywhere)
+                modes = {_A_SCALE_MODE: _BLOCKS_OF_128, _B_SCALE_MODE: _VECTORS_OF_128}
+                attributes |= {mode: ctypes.c_int32(value) for mode, value in modes.items()}
+                # the heuristic refuses null pointers, and reads nothing there
+                attributes |= dict.fromkeys(_SCALES, ctypes.c_void_p(_ALIGNMENT))
             for attribute, value in attributes.items():
-                self._functions.set(_SET_OPERATION, operation, attribute, ctypes.c_int32(value))
+                self._functions.set(_SET_OPERATION, operation, attribute, value)
             self._operations[is_fp8] = operation
         return self._operations[is_fp8]
 

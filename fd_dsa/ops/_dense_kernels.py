@@ -11,7 +11,7 @@ from typing import Any
 
 import paddle
 
-from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, store_groups
+from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of, store_groups
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored, widened
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
@@ -83,7 +83,7 @@ def rms_norm(
     total = None if delta is None else empty_beside(x, rows, width)
     quantized = None if round_scales is None else empty_fp8_rows(x, rows, width)
     if rows and width:
-        codes, scales, _ = quantized or (None, None, None)
+        _, codes, scales, scale_stride = places_of(quantized)
         block = max(GROUP, triton.next_power_of_2(width))
         rms_norm_kernel[(rows,)](
             x,
@@ -94,7 +94,7 @@ def rms_norm(
             codes,
             scales,
             x.strides[0],
-            0 if scales is None else scales.shape[1],
+            scale_stride,
             epsilon,
             WIDTH=width,
             BLOCK=block,
@@ -113,26 +113,31 @@ def sigmoid(x):
 
 
 @step_kernel(waits=True)
-def silu_and_mul_kernel(
-    gate_up_ptr,
+def activate_kernel(
+    x_ptr,
     out_ptr,
     codes_ptr,
     scales_ptr,
     scale_stride,
     WIDTH: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND_SCALES: tl.constexpr,
 ):
-    """Block `program 1` of row `program 0`; with `codes_ptr` the result is written in FP8 alone."""
+    """Block `program 1` of row `program 0`; with `codes_ptr` the result is written in FP8 alone.
+
+    GATED: silu of the first half of a row times the second one; else the row as it is.
+    """
     wait_for_inputs()
     start_next()
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
     column = first + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    place = gate_up_ptr + row * (2 * WIDTH) + column
-    gate = widened(tl.load(place, mask=inside, other=0.0))
-    up = widened(tl.load(place + WIDTH, mask=inside, other=0.0))
-    values = stored(gate * sigmoid(gate) * up, gate_up_ptr)
+    place = x_ptr + row * (2 * WIDTH if GATED else WIDTH) + column
+    values = tl.load(place, mask=inside, other=0.0)
+    if GATED:
+        gate, up = widened(values), widened(tl.load(place + WIDTH, mask=inside, other=0.0))
+        values = stored(gate * sigmoid(gate) * up, x_ptr)
     if codes_ptr is None:
         tl.store(out_ptr + row * WIDTH + column, values, mask=inside)
     else:
@@ -149,41 +154,7 @@ def silu_and_mul(gate_up: Any, round_scales: bool | None = None) -> Any:
         gate_up: float32 or bfloat16 [num_tokens, 2 * width], contiguous.
         round_scales: of FP8, as of `rms_norm`.
     """
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out, quantized = None, (None, None, None)
-    if round_scales is None:
-        out = empty_beside(gate_up, rows, width)
-    else:
-        quantized = empty_fp8_rows(gate_up, rows, width)
-    if rows and width:
-        codes, scales, _ = quantized
-        block = min(_BLOCK, max(GROUP, triton.next_power_of_2(width)))
-        stride = 0 if scales is None else scales.shape[1]
-        silu_and_mul_kernel[rows, -(-width // block)](
-            gate_up, out, codes, scales, stride, width, block, bool(round_scales), num_warps=4
-        )
-    return quantized if out is None else out
-
-
-@step_kernel(waits=True)
-def quantize_rows_kernel(
-    x_ptr,
-    codes_ptr,
-    scales_ptr,
-    scale_stride,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROUND_SCALES: tl.constexpr,
-):
-    """Block `program 1` of row `program 0`."""
-    wait_for_inputs()
-    start_next()
-    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
-    column = first + tl.arange(0, BLOCK)
-    x = widened(tl.load(x_ptr + row * WIDTH + column, mask=column < WIDTH, other=0.0))
-    scales = scales_ptr + (first // 128) * scale_stride + row
-    codes = codes_ptr + row * WIDTH + first
-    store_groups(x, codes, scales, scale_stride, WIDTH - first, BLOCK, ROUND_SCALES)
+    return _activated(gate_up, gate_up.shape[1] // 2, round_scales, gated=True)
 
 
 def quantize_rows(x: Any, round_scales: bool) -> Fp8Rows:
@@ -195,22 +166,19 @@ def quantize_rows(x: Any, round_scales: bool) -> Fp8Rows:
         x: float32 or bfloat16 [rows, width], contiguous.
         round_scales: scales are rounded up to powers of two (`scale_fmt` "ue8m0").
     """
-    rows, width = x.shape
-    quantized = empty_fp8_rows(x, rows, width)
+    return _activated(x, x.shape[1], round_scales, gated=False)  # type: ignore[no-any-return]
+
+
+def _activated(x: Any, width: int, round_scales: bool | None, *, gated: bool) -> Any:
+    """A launch over `x`, whose result has `width` columns."""
+    rows, empty = x.shape[0], empty_beside if round_scales is None else empty_fp8_rows
+    out = empty(x, rows, width)
     if rows and width:
         block = min(_BLOCK, max(GROUP, triton.next_power_of_2(width)))
-        stride = quantized.scales.shape[1]
-        quantize_rows_kernel[rows, -(-width // block)](
-            x,
-            quantized.codes,
-            quantized.scales,
-            stride,
-            width,
-            block,
-            bool(round_scales),
-            num_warps=4,
+        activate_kernel[rows, -(-width // block)](
+            x, *places_of(out), width, gated, block, bool(round_scales), num_warps=4
         )
-    return quantized
+    return out
 
 
 @step_kernel(waits=True)

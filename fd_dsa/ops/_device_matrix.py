@@ -18,6 +18,7 @@ from fd_dsa.ops._fp8_gemm import fp8_linear
 from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops._head_gemm import head_gemm, linear_in_one_order
 from fd_dsa.ops._host import allocator_beside, dtype_name, matmul, on_device
+from fd_dsa.ops._linear import values_of
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.transfers import traits_for
 
@@ -110,9 +111,9 @@ class DeviceMatrix:
 
     def times(self, x: Any) -> Any:
         """x [num_tokens, in], Normed or Fp8Rows of it, times the weight: [num_tokens, out]."""
+        x = self._read(x)
         if self.scales is not None:
-            return self._times_fp8(self._quantized(x))
-        x = x.plain if isinstance(x, Normed) else x
+            return self._times_fp8(x)
         if fixed_order():
             dtype = "float32" if self.sums_in_float32 else dtype_name(self.values.dtype)
             return linear_in_one_order(x, self.values, dtype)
@@ -170,19 +171,16 @@ class DeviceMatrix:
 
         Gated, FP8 weights give Fp8Rows.
         """
-        if self.scales is None:
-            x = x.plain if isinstance(x, Normed) else x
-            return expert_gemm(x, self.values, pairs, counts, top_k=top_k, gated=gated)
         weight, rounds = (self.values, self.scales), self.round_scales
-        return expert_gemm(
-            self._quantized(x), weight, pairs, counts, top_k=top_k, gated=gated, round_scales=rounds
-        )
+        how = {"top_k": top_k, "gated": gated, "round_scales": rounds}
+        return expert_gemm(self._read(x), weight, pairs, counts, **how)
 
     def activated(self, gate_up: Any) -> Any:
         """silu(gate) * up of [num_tokens, 2 * in], in the form that `times` reads."""
         return silu_and_mul(gate_up, None if self.scales is None else self.round_scales)
 
-    def _quantized(self, x: Any) -> Fp8Rows:
-        if isinstance(x, Fp8Rows):
-            return x
+    def _read(self, x: Any) -> Any:
+        """`x` in the form that GEMMs with the weight read."""
+        if self.scales is None or isinstance(x, Fp8Rows):
+            return values_of(x)
         return x.fp8 if isinstance(x, Normed) else quantize_rows(x, self.round_scales)

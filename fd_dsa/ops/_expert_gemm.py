@@ -6,10 +6,8 @@ bytes on their way to each processor as it holds. Prompts fill tiles of 128 rows
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from fd_dsa.ops._dense_kernels import sigmoid
-from fd_dsa.ops._fp8_gemm import fp8_pointer, fp8_sums
+from fd_dsa.ops._fp8_gemm import Tiling, fp8_pointer, fp8_sums
 from fd_dsa.ops._fp8_rows import GROUP, quantized
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored, to_bfloat16, widened
@@ -21,24 +19,13 @@ import triton.language as tl  # isort: skip
 _GROUP = tl.constexpr(GROUP)
 
 
-class Tiling(NamedTuple):
-    """How a launch is cut.
-
-    Attributes:
-        rows, columns: of a tile; of FP8 128 is a multiple of `columns`, and a gated one has 128.
-        num_warps, num_stages: as of a launch; a stage is 128 bytes along K.
-    """
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-
-
 def configuration(
     kind: str, num_pairs: int, num_experts: int, gated: bool, shared_bytes: int
 ) -> Tiling:
-    """The tiling for so many pairs, whose stages fit a block's shared memory."""
+    """The tiling for so many pairs, whose stages fit a block's shared memory.
+
+    A stage is 128 bytes along K; a gated tile of FP8 has 128 columns.
+    """
     tiling = _fastest(kind, num_pairs, num_experts, gated)
     stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
     # of the stages asked for, one is in registers on GPUs whose shared memory is the limit
@@ -67,13 +54,7 @@ def block_sizes(kind: str, columns: int, width: int, tiling: Tiling) -> dict[str
         block_columns = min(block_columns, max(16, triton.next_power_of_2(columns)))
         most = 32 if kind == "float32" else 64
         block_width = min(most, max(16, triton.next_power_of_2(width)))
-    return {
-        "BLOCK_ROWS": tiling.rows,
-        "BLOCK_COLUMNS": block_columns,
-        "BLOCK_WIDTH": block_width,
-        "num_warps": tiling.num_warps,
-        "num_stages": tiling.num_stages,
-    }
+    return tiling.options | {"BLOCK_COLUMNS": block_columns, "BLOCK_WIDTH": block_width}
 
 
 @triton.jit

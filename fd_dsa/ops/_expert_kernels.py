@@ -14,11 +14,11 @@ import paddle
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._dense_kernels import empty_beside, sigmoid
-from fd_dsa.ops._expert_gemm import Tiling, block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops._expert_gemm import block_sizes, configuration, expert_gemm_kernel
 from fd_dsa.ops._expert_gemm_cuda import ExpertGemm, kernel_for, suits
 from fd_dsa.ops._fixed_order import rows_of_tiles
-from fd_dsa.ops._fp8_gemm import check_weight, native_fp8
-from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows
+from fd_dsa.ops._fp8_gemm import Tiling, check_weight, native_fp8
+from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of
 from fd_dsa.ops._host import dtype_name
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import stored, widened
@@ -59,10 +59,7 @@ def choose_experts_kernel(
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Token `program 0`; experts as GROUPS groups of SIZE places, both powers of two.
-
-    `slot_mapping_ptr` may be None: no token is padding.
-    """
+    """Token `program 0`; experts as GROUPS groups of SIZE places, both powers of two."""
     row = tl.program_id(0).to(tl.int64) * NUM_EXPERTS
     own: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
     group, place = tl.arange(0, GROUPS), tl.arange(0, SIZE)
@@ -95,10 +92,9 @@ def choose_experts_kernel(
     chosen = chosen & (place < TOP_K)
     place += tl.program_id(0) * TOP_K
     expert = tl.reshape(expert, [GROUPS * SIZE])
-    if slot_mapping_ptr is not None:
-        padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
-        expert = tl.where(padding, -1, expert)
-        weights = tl.where(padding, 0.0, weights)
+    padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
+    expert = tl.where(padding, -1, expert)
+    weights = tl.where(padding, 0.0, weights)
     tl.store(ids_ptr + place, expert, mask=chosen)
     tl.store(weights_ptr + place, weights * scaling, mask=chosen)
 
@@ -112,7 +108,7 @@ def choose_experts(
     topk_group: int,
     norm: bool,
     scaling: float,
-    slot_mapping: Any = None,
+    slot_mapping: Any,
 ) -> tuple[Any, Any]:
     """Experts of each token, int32 [num_tokens, top_k], ascending, and their weights, float32.
 
@@ -128,7 +124,7 @@ def choose_experts(
         n_group, topk_group: groups, and those that take part; 1 and 1: no groups.
         norm: weights are shares of their sum.
         scaling: factor of the weights.
-        slot_mapping: int64 [num_tokens], below 0 for padding; None: there is none.
+        slot_mapping: int64 [num_tokens], below 0 for padding.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2.
     """
@@ -194,7 +190,7 @@ def group_pairs(ids: Any, num_experts: int) -> tuple[Any, Any]:
 
 def expert_gemm(
     x: Any,
-    weight: Any,
+    weight: tuple[Any, Any],
     pairs: Any,
     counts: Any,
     *,
@@ -211,9 +207,9 @@ def expert_gemm(
     Args:
         x: float32 or bfloat16 [num_tokens, width], contiguous, or its Fp8Rows; or a row for each
             pair, [num_tokens * top_k, width].
-        weight: of the type of `x` [num_experts, columns, width], contiguous; `gated` 2 * columns,
-            first those of the gate. For Fp8Rows codes, uint8 of that shape, and scales, float32
-            [num_experts, ceil(rows of an expert / 128), ceil(width / 128)].
+        weight: values of the type of `x` [num_experts, columns, width], contiguous, and None;
+            `gated` 2 * columns, first those of the gate. For Fp8Rows codes, uint8 of that shape,
+            and scales, float32 [num_experts, ceil(rows of an expert / 128), ceil(width / 128)].
         pairs, counts: of `group_pairs`.
         gated: silu of the first half of the columns times the second half.
         round_scales: scales of a result in FP8 are powers of two.
@@ -224,11 +220,11 @@ def expert_gemm(
         ShapeError: an FP8 weight does not fit, or is gated with columns that share a block of 128
             with those of the second half.
     """
-    rows, x_scales = (x.codes, x.scales) if isinstance(x, Fp8Rows) else (x, None)
-    values, scales = weight if isinstance(x, Fp8Rows) else (weight, None)
+    is_fp8, (values, scales) = isinstance(x, Fp8Rows), weight
+    rows, (*_, x_scales, x_stride) = x.codes if is_fp8 else x, places_of(x)
     experts, columns, width = values.shape
     columns //= 1 + gated
-    if scales is not None:
+    if is_fp8:
         check_weight(values, scales, rows.shape[1])
         if gated and columns % GROUP:
             raise ShapeError(
@@ -236,16 +232,15 @@ def expert_gemm(
             )
     num_tokens, kind = pairs.shape[1], dtype_name(values.dtype)
     num_pairs = num_tokens * top_k
-    quantized = None
-    if scales is not None and gated:
-        quantized = empty_fp8_rows(rows, num_pairs, columns)
-        out, out_scales, _ = quantized
+    if is_fp8 and gated:
+        result = empty_fp8_rows(rows, num_pairs, columns)
     else:
         out_dtype = "float32" if kind == "float32" else "bfloat16"
-        out, out_scales = empty_beside(rows, num_pairs, columns, dtype=out_dtype), None
+        result = empty_beside(rows, num_pairs, columns, dtype=out_dtype)
+    out, (*_, out_scales, out_stride) = getattr(result, "codes", result), places_of(result)
     by_library: ExpertGemm | None = None
     sizes = rows.shape[0], num_pairs, experts, columns, width
-    if scales is not None and tiling is None and num_pairs and columns and suits(*sizes):
+    if is_fp8 and tiling is None and num_pairs and columns and suits(*sizes):
         by_library = kernel_for(rows)
     if by_library is not None:
         by_library(
@@ -260,13 +255,11 @@ def expert_gemm(
         most_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
         expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), most_tiles](
             rows, x_scales, values, scales, pairs, counts, out, out_scales, num_tokens,
-            0 if x_scales is None else x_scales.shape[1],
-            0 if out_scales is None else out_scales.shape[1],
-            ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts, WIDTH=width,
-            COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
+            x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
+            WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
             NATIVE=native_fp8(rows), EXPERTS=triton.next_power_of_2(experts), **options,
         )  # fmt: skip
-    return quantized or out
+    return result
 
 
 @step_kernel(waits=True)

@@ -36,26 +36,36 @@ class Tiling(NamedTuple):
     """How a launch is cut.
 
     Attributes:
-        rows, columns: of a tile; 128 is a multiple of `columns`.
-        programs: K is split as long as a launch has no more of them.
+        rows, columns: of a tile; of FP8 128 is a multiple of `columns`.
         num_warps, num_stages: as of a launch; a stage is a group of 128 along K.
+        programs: K is split as long as a launch has no more of them.
     """
 
     rows: int
     columns: int
-    programs: int
     num_warps: int
     num_stages: int
+    programs: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Constants and options of a launch."""
+        return {
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_COLUMNS": self.columns,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 def configuration(rows: int) -> Tiling:
     """The tiling for so many rows: the fastest of those that `benchmarks.gpu_gemms` times."""
     tile = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
     if rows > 32:
-        return Tiling(tile, 128, 132, 8, 4)
+        return Tiling(tile, 128, 8, 4, 132)
     # of 32 rows four stages leave room for four programs on a processor: the 576 of the largest
     # weight are more than a Hopper GPU runs at once then
-    return Tiling(tile, 64, 396, 4, 4 if tile == 16 else 3)
+    return Tiling(tile, 64, 4, 4 if tile == 16 else 3, 396)
 
 
 @triton.jit
@@ -205,21 +215,13 @@ def native_fp8(x: Any) -> bool:
 
 
 def launch_options(
-    num_rows: int, columns: int, width: int, tiling: Tiling, *, can_split: bool = True
+    num_rows: int, columns: int, width: int, tiling: Tiling
 ) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and sizes of a launch with a tiling."""
     tiles = -(-num_rows // tiling.rows) * -(-columns // tiling.columns)
-    programs = tiling.programs if can_split else 1
-    steps = -(-width // GROUP)
-    splits, each = splits_of(steps, tiles, tiling.rows * tiling.columns, programs)
-    return (tiles, splits), {
-        "BLOCK_ROWS": tiling.rows,
-        "BLOCK_COLUMNS": tiling.columns,
-        "STEPS": each,
-        "SPLITS": splits,
-        "num_warps": tiling.num_warps,
-        "num_stages": tiling.num_stages,
-    }
+    tile_size, steps = tiling.rows * tiling.columns, -(-width // GROUP)
+    splits, each = splits_of(steps, tiles, tile_size, tiling.programs)
+    return (tiles, splits), tiling.options | {"STEPS": each, "SPLITS": splits}
 
 
 def check_weight(codes: Any, scales: Any, width: int) -> None:
@@ -260,12 +262,13 @@ def fp8_linear(
     out = empty_beside(rows.codes, num_rows, columns, dtype=out_dtype)
     if not num_rows or not columns:
         return out
-    tiling = tiling or configuration(rows_of_tiles(num_rows))
-    grid, options = launch_options(num_rows, columns, width, tiling, can_split=not fixed_order())
+    sizes, tiling = (num_rows, columns, width), tiling or configuration(rows_of_tiles(num_rows))
+    whole = tiling._replace(programs=1)
+    grid, options = launch_options(*sizes, whole if fixed_order() else tiling)
     if grid[1] > 1 and scratch is None:
         scratch = scratch_beside(rows.scales, "FP8 GEMM")
         if scratch is None:
-            grid, options = launch_options(num_rows, columns, width, tiling, can_split=False)
+            grid, options = launch_options(*sizes, whole)
     try:
         fp8_linear_kernel[grid](
             rows.codes, rows.scales, codes, scales, out, scratch if grid[1] > 1 else None,

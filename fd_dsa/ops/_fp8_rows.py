@@ -48,6 +48,13 @@ def empty_fp8_rows(beside: Any, rows: int, width: int) -> Fp8Rows:
     return Fp8Rows(padded if rows == stride else padded[:rows], scales, padded)
 
 
+def places_of(x: Any) -> tuple[Any, Any, Any, int]:
+    """A tensor, or codes and scales of Fp8Rows, and the step from a group's scales to the next."""
+    if isinstance(x, Fp8Rows):
+        return None, x.codes, x.scales, x.scales.shape[1]
+    return x, None, None, 0
+
+
 @triton.jit
 def quantized(groups, ROUND_SCALES: tl.constexpr):
     """uint8 codes of `groups` of values [N, M], and the float32 scale of each, [N].

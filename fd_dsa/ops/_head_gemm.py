@@ -10,7 +10,7 @@ from typing import Any
 
 from fd_dsa.ops._dense_kernels import empty_beside
 from fd_dsa.ops._fixed_order import rows_of_tiles
-from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, quantized
+from fd_dsa.ops._fp8_rows import GROUP, empty_fp8_rows, places_of, quantized
 from fd_dsa.ops._host import dtype_name
 from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops._triton_fp8 import to_bfloat16, widened
@@ -144,7 +144,6 @@ def _launch(
 ) -> None:
     """Fill `out`; `shape` is heads, in and out of the weight."""
     num_tokens, is_shared, (heads, width, out_width) = x.shape[0], len(x.shape) == 2, shape
-    codes, scales, _ = out if isinstance(out, Fp8Rows) else (None, None, None)
     if num_tokens:
         tiled = rows_of_tiles(num_tokens)
         few = tiled <= 64
@@ -157,10 +156,9 @@ def _launch(
         grid = -(-out_width // columns), heads, -(-num_tokens // tokens)
         head_gemm_kernel[grid](
             x, x.strides[0], 0 if is_shared else x.strides[1], weight, rows,
-            out if codes is None else None, codes, scales,
-            0 if scales is None else scales.shape[1], num_tokens, IN=width, OUT=out_width,
-            IN_FIRST=in_first, ROUND_SCALES=round_scales, BLOCK_TOKENS=tokens, BLOCK_IN=depth,
-            BLOCK_OUT=columns, num_warps=4 if few else 8, num_stages=3,
+            *places_of(out), num_tokens, IN=width, OUT=out_width, IN_FIRST=in_first,
+            ROUND_SCALES=round_scales, BLOCK_TOKENS=tokens, BLOCK_IN=depth, BLOCK_OUT=columns,
+            num_warps=4 if few else 8, num_stages=3,
         )  # fmt: skip
 
 

@@ -49,12 +49,7 @@ def mtp_inputs_kernel(
 
 
 def mtp_inputs(
-    table: Any,
-    next_ids: Any,
-    positions: Any,
-    hidden: Any,
-    token_norm: tuple[Any, float],
-    hidden_norm: Any,
+    table: Any, next_ids: Any, positions: Any, hidden: Any, token_norm: Any, hidden_norm: Any
 ) -> Any:
     """concat(norm(table[next_ids]), norm(hidden)), [n, 2 * width] in the type of the table.
 
@@ -65,15 +60,14 @@ def mtp_inputs(
         next_ids: int32 or int64 [n].
         positions: int64 [n].
         hidden: of the type of the table, [n, width].
-        token_norm: float32 [width], the weight of the first norm, and epsilon of both.
-        hidden_norm: float32 [width], the weight of the second.
+        token_norm, hidden_norm: DeviceNorm, of one epsilon.
     """
     rows, width = hidden.shape
-    weight, epsilon = token_norm
     out = empty_beside(table, rows, 2 * width)
     block = triton.next_power_of_2(width)
     mtp_inputs_kernel[(rows, 2)](
-        table, next_ids, positions, hidden, weight, hidden_norm, out, table.shape[0], epsilon,
-        WIDTH=width, BLOCK=block, num_warps=4 if block <= 2048 else 8,
+        table, next_ids, positions, hidden, token_norm.weight, hidden_norm.weight, out,
+        table.shape[0], token_norm.epsilon, WIDTH=width, BLOCK=block,
+        num_warps=4 if block <= 2048 else 8,
     )  # fmt: skip
     return out

@@ -2,16 +2,18 @@
 
 The next step may be queued before they have come: it reads them where they were drawn, and how many
 drafts stood. So it does drafts, which are drawn from the logits of a layer for multi-token
-prediction.
+prediction: nothing waits for them, nothing is read back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from fd_dsa.ops._linear import rows_at
 from fd_dsa.ops.sampling import DeviceSampler, SlotParameters
 from fd_dsa.ops.sampling.verify_kernel import (
     FOLLOW_BLOCK,
@@ -19,7 +21,7 @@ from fd_dsa.ops.sampling.verify_kernel import (
     follow_kernel,
     verify_kernel,
 )
-from fd_dsa.runner.input_batch import Draw
+from fd_dsa.step import StepHints
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.transfers import transfers_for, uploaded
 
@@ -32,18 +34,16 @@ _ALIGNED = 32
 class DeviceDraws:
     """Draws of a runner: parameters by slot, and one copy from the device a step.
 
-    What a draw is made by is staged with its step (`host_inputs`). Then come `follow`, `queue`,
-    which may be captured both, and `results`.
+    What a draw is made by is staged with its step. Then come `follow`, `queue`, which may be
+    captured both, and `results`; with a layer for multi-token prediction `queue_drafts` after that.
 
     Args:
         allocate: makes a contiguous tensor of a shape and dtype on the device.
         most_drafts: of a request in a step; a row of logits is one of a request or of a draft.
-        most_tokens: of a step whose every token goes through a layer that drafts; 0 = there is
-            none.
+        model: whose layer drafts, if it has one.
 
     Attributes:
-        max_rows: most rows of a draw.
-        first_row: what `fill` calls the token of row 0 of the draw.
+        first_row: where the tokens of a draw are, among those that `follow` gives to steps.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class DeviceDraws:
         vocab_size: int,
         allocate: Allocate,
         most_drafts: int = 0,
-        most_tokens: int = 0,
+        model: Any = None,
     ) -> None:
-        self.max_rows = rows = (1 + most_drafts) * max_num_seqs
         self._num_slots, self._most_drafts = max_num_seqs, most_drafts
+        rows = (1 + most_drafts) * max_num_seqs
         self._sampler = DeviceSampler(max_num_seqs, vocab_size, allocate, rows)
         self._stride = stride = -(-max_num_seqs // _ALIGNED) * _ALIGNED
         # with drafts the newest token of each request; the tokens of a draw, by row; then those of
@@ -64,8 +64,9 @@ class DeviceDraws:
         self._first_draft = self.first_row + -(-rows // _ALIGNED) * _ALIGNED
         self._tokens = allocate((self._first_draft + most_drafts * stride,), "int64")
         self._sampler.tokens = self._tokens[self.first_row : self._first_draft]
+        # where requests go on: the flat tokens that their next drafts come after; their slots, -1
+        # without a request; positions of the drafts in their outputs; tokens in the cache
         self._next = allocate((4 * stride,), "int32")
-        # of each request: tokens in the cache after the draw
         self._known = self._next[3 * stride :]
         self._no_masks = uploaded(allocate, np.full(rows, -1, np.int32))
         self._transfers = transfers = transfers_for(self._tokens)
@@ -74,42 +75,29 @@ class DeviceDraws:
             (*self._host_copy(self._sampler.tokens), transfers.event()) for _ in range(2)
         ]
         self._known_tokens = self._host_copy(self._tokens)
-        # where requests go on, and the tokens after those of the step
-        self._given = transfers.host_buffer(4 * (4 * stride + most_tokens)).view(np.int32)
         # how the rows of a slot are sampled from then on; see DeviceSampler
         self.set_slot = self._sampler.set_slot
+        self._mtp = getattr(model, "mtp", None)
+        if self._mtp is not None:
+            # of steps of further drafts: tokens, and lengths as of a Step
+            self._ids, *self._lengths = (
+                uploaded(allocate, np.zeros(max_num_seqs, np.int32)) for _ in range(4)
+            )
+            # hidden states of the tokens that the first drafts come after; padding reads them too
+            self._kept = rows_at(model.embed_tokens, self._no_masks[:max_num_seqs])
 
     def _host_copy(self, tokens: Any) -> tuple[np.ndarray, Any]:
         """Page-locked memory for some tokens, and the copy to it."""
         ids = self._transfers.host_buffer(8 * len(tokens)).view(np.int64)
         return ids, self._transfers.copy("d2h", ids.ctypes.data, tokens.data_ptr())
 
-    def host_inputs(
-        self, draw: Draw, num_rows: int, next_ids: Sequence[int] | np.ndarray = ()
-    ) -> tuple[Sequence[int] | np.ndarray, ...]:
-        """A draw as `DrawInputs` has it, but for zeros at the ends.
-
-        Args:
-            draw: of a step.
-            num_rows: rows of the draw, padding included.
-            next_ids: of DrawInputs.
-        """
-        slots = [*draw.slots, *[-1] * (num_rows - len(draw.slots))]
-        mask_rows = np.full(num_rows, -1)
-        if draw.masked:
-            mask_rows[draw.masked] = range(len(draw.masked))
-        if not self._most_drafts:
-            return slots, draw.positions, mask_rows, (), (), next_ids
-        firsts = [*draw.firsts, *[-1] * (self._num_slots - len(draw.firsts))]
-        return slots, draw.positions, mask_rows, firsts, draw.counts, next_ids
-
     def set_masks(self, masks: Sequence[np.ndarray]) -> None:
         """Queue the copy of the masks of the rows that a draw says, in their order."""
         if masks:
             self._sampler.set_masks(np.stack(masks))
 
-    def queue(self, logits: Any, step: Any) -> Any:
-        """Queue the draw of a step; its tokens, int64 on the device.
+    def queue(self, logits: Any, step: Any) -> None:
+        """Queue the draw of a step.
 
         REJECTED follows a draft that is not the token drawn in its place; without drafts no row
         has that.
@@ -119,33 +107,74 @@ class DeviceDraws:
             step: the runner's record of it.
         """
         sampler, most, draw = self._sampler, self._most_drafts, step.draw
-        tokens, slots, positions = sampler.tokens, draw.slots, draw.positions
+        slots, positions = draw.slots, draw.positions
         verified = (step.ids_remove_padding, step.sampled, most) if most else None
         sampler.sample(logits, slots, positions, draw.mask_rows, verified=verified)
         if most:
             # of requests that it has not, too: a step of further drafts may have more rows
             verify_kernel[(self._num_slots,)](
-                tokens, step.ids_remove_padding, step.sampled, slots, positions, draw.firsts,
-                draw.counts, step.seq_lens_decoder, step.seq_lens_this_time, self._next,
-                self._tokens, sampler.records, sampler.counts, STRIDE=self._stride, MOST=most,
-                VOCAB=logits.shape[1], num_warps=1,
+                sampler.tokens, step.ids_remove_padding, step.sampled, slots, positions,
+                draw.firsts, draw.counts, step.seq_lens_decoder, step.seq_lens_this_time,
+                self._next, self._tokens, sampler.records, sampler.counts, STRIDE=self._stride,
+                MOST=most, VOCAB=logits.shape[1], num_warps=1,
             )  # fmt: skip
-        return tokens
 
-    def draft(self, logits: Any, depth: int, slots: Any, positions: Any) -> None:
-        """Queue the draw of a draft for each row, as of any token; `draft_row` says where.
+    def queue_drafts(self, hidden: Any, step: Any, num_requests: int) -> None:
+        """Queue the layer over all tokens of a step, then a draft of each request; see `queue`.
 
         Args:
-            logits: float32 [n, vocab_size], contiguous.
-            depth: drafts before these of the same requests.
-            slots, positions: int32 [n] on the device; slot -1 = none.
+            hidden: normed hidden states of the model, [num_tokens, hidden_size].
+            step: the runner's record of it.
+            num_requests: that may go on, at most.
         """
-        rows, begin = logits.shape[0], self.draft_row(depth, 0)
-        drafts = self._tokens[begin : begin + rows]
+        next_ids = step.draw.next_ids
+        self._follow(next_ids, *[self._next] * 4, 0, 0)
+        states = self._mtp(next_ids, hidden, step)
+        if num_requests:
+            last, kept = self._next[:num_requests], self._kept[:num_requests]
+            self._draw_drafts(rows_at(states, last, kept), 0)
+
+    def queue_more_drafts(self, step: Any, num_requests: int, longest: int, count: int) -> None:
+        """Queue further drafts, each on the layer's own hidden states; may be captured.
+
+        The layer runs for one token a request, on what the step and the draft before left.
+
+        Args:
+            step: the runner's record of the step.
+            num_requests: of `queue_drafts`, or more.
+            longest: row with all drafts, at most, tokens. No key is kept of a token for which its
+                row has no block.
+            count: drafts of each request in all.
+        """
+        ids, states = self._ids[:num_requests], self._kept[:num_requests]
+        new, cached, tokens = (x[: step.block_tables.shape[0]] for x in self._lengths)
+        for depth in range(1, count):
+            drafts = self._tokens[self.draft_row(depth - 1, 0) :]
+            extend_kernel[(1,)](
+                self._next, drafts, ids, cached, tokens, num_requests, tokens.shape[0], depth,
+                STRIDE=self._stride, BLOCK=FOLLOW_BLOCK, num_warps=4,
+            )  # fmt: skip
+            own = replace(
+                step,
+                hints=StepHints(num_requests, 0, longest),
+                ids_remove_padding=ids,
+                seq_lens_encoder=new,
+                seq_lens_decoder=cached,
+                seq_lens_this_time=tokens,
+            )
+            own.attn_backend.init_attention_metadata(own)
+            states = self._mtp(ids, states, own)
+            self._draw_drafts(states, depth)
+
+    def _draw_drafts(self, states: Any, depth: int) -> None:
+        """Queue the draw of a draft of each request, as of any token, with `depth` before it."""
+        rows, stride, begin = states.shape[0], self._stride, self.draft_row(depth, 0)
+        slots, positions = (self._next[i * stride : i * stride + rows] for i in (1, 2))
+        logits, drafts = self._mtp.compute_logits(states), self._tokens[begin : begin + rows]
         self._sampler.sample(logits, slots, positions, self._no_masks[:rows], drafts)
 
     def draft_row(self, depth: int, row: int) -> int:
-        """What `fill` calls the draft of a row, and `InputBatch.defer_tokens`."""
+        """What `follow` calls the draft of a row, and `InputBatch.defer_tokens`."""
         return self._first_draft + depth * self._stride + row
 
     def read_drafts(self) -> Callable[[], np.ndarray]:
@@ -165,34 +194,21 @@ class DeviceDraws:
 
         return taken
 
-    def going_on(self, count: int) -> list[Any]:
-        """Where the first requests of the draw go on, int32 [count] on the device each.
-
-        Returns:
-            The flat tokens that their next drafts come after; their slots, -1 without a request;
-            the positions of the drafts in their outputs.
-        """
-        stride = self._stride
-        return [self._next[begin : begin + count] for begin in range(0, 3 * stride, stride)]
-
     def go_on(self, step: Any, next_ids: np.ndarray, *values_of_requests: np.ndarray) -> None:
-        """Set `next_ids` of a step and `going_on`, where no draw has; waits for what was queued.
+        """Set what `queue_drafts` goes on from, where no draw has; waits for what was queued.
 
         Args:
             step: the runner's record of it.
-            next_ids: int64 [num_tokens].
-            values_of_requests: what `going_on` gives, and tokens of each request in the cache.
+            next_ids: int64 [num_tokens]; the token after each one of the step.
+            values_of_requests: of each the flat token that its draft comes after, the slot, the
+                position of the draft, and tokens in the cache.
         """
-        end = len(self._next)
-        going_on, following = self._given[:end], self._given[end : end + len(next_ids)]
-        following[:] = next_ids
-        going_on = going_on.reshape(4, self._stride)
-        going_on[1] = -1
-        for section, values in zip(going_on, values_of_requests, strict=True):
-            section[: len(values)] = values
+        going_on = np.full((4, self._stride), -1, np.int32)
+        going_on[:, : len(values_of_requests[0])] = values_of_requests
         self._transfers.to_device(self._next, going_on)
+        following = next_ids.astype(np.int32)
         self._transfers.to_device(step.draw.next_ids, following)
-        # before they are filled again
+        # before these arrays go
         self._transfers.finish()
 
     def results(self, count: int) -> Callable[[], np.ndarray]:
@@ -214,41 +230,19 @@ class DeviceDraws:
 
         return taken
 
-    def fill(self, token_ids: Any) -> None:
-        """Replace ids below 0 by tokens of the draw before.
-
-        Args:
-            token_ids: int32 [n] on the device; -1 - i is the newest token of its request i, that of
-                a row, see `first_row`, or of a draft, see `draft_row`.
-        """
-        self._follow(token_ids, *[self._next] * 4, 0, 0)
-
     def follow(self, step: Any) -> None:
         """Give a step what the draw before has left to it: tokens, and how long its rows are.
 
-        It may be captured: a step that goes on from no draw stays as it is.
+        An id of -1 - i is the newest token of request i, that of a row, see `first_row`, or a
+        draft, see `draft_row`. It may be captured: a step that goes on from no draw stays as it is.
 
         Args:
             step: the runner's record of it, whose metadata is yet to be made.
         """
         cached, draw = step.seq_lens_decoder, step.draw
         sizes = (cached.shape[0], draw.slots.shape[0]) if self._most_drafts else (0, 0)
-        ids, rows = step.ids_remove_padding, (cached, step.follows, draw.slots, draw.positions)
-        self._follow(ids, *rows, *sizes)
-
-    def extend(self, depth: int, ids: Any, positions: Any, cached: Any, lengths: Any) -> None:
-        """Queue what fills a step of one token of each request, its draft before.
-
-        Args:
-            depth: drafts before those that the step is for.
-            ids, positions: int32 [n]; tokens, and where the new drafts are in their outputs.
-            cached, lengths: int32 [B]; of its rows.
-        """
-        drafts = self._tokens[self.draft_row(depth - 1, 0) :]
-        extend_kernel[(1,)](
-            self._next, drafts, ids, positions, cached, lengths, ids.shape[0], lengths.shape[0],
-            depth, STRIDE=self._stride, BLOCK=FOLLOW_BLOCK, num_warps=4,
-        )  # fmt: skip
+        rows = cached, step.follows, draw.slots, draw.positions
+        self._follow(step.ids_remove_padding, *rows, *sizes)
 
     def warm_up(self) -> None:
         """Queue a draw of as many rows as there may be, all padding: no later one compiles."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from fd_dsa.runner.input_batch import Draw, InputBatch
 from fd_dsa.runner.preparation import Preparation
 from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, following_tokens, host_inputs
-from fd_dsa.runner.step_graphs import CapturedStep, PaddedStep, StepGraphs
+from fd_dsa.runner.step_graphs import PaddedStep, QueuedStep, StepGraphs
 from fd_dsa.step import StepHints
 
 if TYPE_CHECKING:
@@ -110,11 +112,11 @@ class ModelRunner(Preparation):
         self.graphs: StepGraphs | None = None
         self._padded: PaddedStep | None = None
         self.most_drafts = most_drafts
-        # logits of the step whose tokens are yet to be drawn, and how they will be
-        self._undrawn: tuple[Any, Draw] = None, _NO_DRAW
-        self._drafts: Any = None
+        # the step whose tokens are yet to be drawn or sampled, and how they will be drawn
+        self._queued: QueuedStep | None = None
+        self._draw = _NO_DRAW
         self._selections: Selections | None = None
-        # of the tokens that the layer for multi-token prediction goes on from, normed
+        # the layer for multi-token prediction; on a CPU hidden states that it goes on from, normed
         self._mtp, self._hidden = getattr(model, "mtp", None), None
         self._to_device: DeviceInputs | None = None
         self._to_host: Callable[[Any], np.ndarray] = as_numpy
@@ -124,17 +126,12 @@ class ModelRunner(Preparation):
             from fd_dsa.runner.device_draws import DeviceDraws
             from fd_dsa.step.device import paddle_allocator
 
-            allocate = paddle_allocator(device)
-            most_tokens = 0 if self._mtp is None else input_batch.max_num_tokens
-            self._to_device = DeviceInputs(input_batch, allocate, most_tokens)
-            num_logits = input_batch.max_num_seqs * self.vocab_size
-            self._to_host = HostLogits(self._to_device.staging.transfers, num_logits)
-            rows = input_batch.max_num_seqs
-            self.draws = DeviceDraws(rows, self.vocab_size, allocate, most_drafts, most_tokens)
-            if self._mtp is not None:
-                from fd_dsa.runner.device_drafts import DeviceDrafts
-
-                self._drafts = DeviceDrafts(model, self.draws, rows, allocate)
+            allocate, sizes = paddle_allocator(device), (input_batch.max_num_seqs, self.vocab_size)
+            self._to_device = DeviceInputs(
+                input_batch, allocate, most_drafts, reads_next=self._mtp is not None
+            )
+            self._to_host = HostLogits(self._to_device.staging.transfers, prod(sizes))
+            self.draws = DeviceDraws(*sizes, allocate, most_drafts, model)
 
     def initialize_forward_meta(
         self, sampled: np.ndarray = _NOTHING, draw: Draw = _NO_DRAW
@@ -154,10 +151,8 @@ class ModelRunner(Preparation):
         inputs: Any
         placed = None
         if self._to_device is not None:
-            # kernels take no empty tensor
-            num_draws = max(len(draw.slots), 1)
-            lengths = self._stage(sampled, draw, num_draws)[1:4]
-            inputs, placed = self._to_device.views(tokens, batch.num_rows, len(sampled), num_draws)
+            lengths = self._stage(sampled, draw)[1:4]
+            inputs, placed = self._to_device.views(tokens, batch.num_rows, len(sampled))
         else:
             inputs = host_inputs(batch, sampled)
             lengths = inputs[1:4]
@@ -168,18 +163,14 @@ class ModelRunner(Preparation):
         self._begin(step, batch.has_deferred)
         return step
 
-    def _stage(self, sampled: np.ndarray, draw: Draw, num_draws: int) -> tuple[np.ndarray, ...]:
-        """Queue the copy of the step in the batch, and of its draw padded to some rows.
-
-        Returns:
-            The step as of `host_inputs`.
-        """
-        batch, draws, to_device, next_ids = self.input_batch, self.draws, self._to_device, ()
-        assert draws is not None and to_device is not None
-        if draw.drafts and self._drafts is not None:
-            next_ids = following_tokens(batch, sampled, draws.first_row)
+    def _stage(self, sampled: np.ndarray, draw: Draw) -> tuple[np.ndarray, ...]:
+        """Queue the copy of the step in the batch and of its draw; the step as of `host_inputs`."""
+        assert self._to_device is not None and self.draws is not None
+        batch, next_ids = self.input_batch, ()
+        if draw.drafts and self._mtp is not None:
+            next_ids = following_tokens(batch, sampled, self.draws.first_row)
         inputs = host_inputs(batch, sampled)
-        to_device.stage(inputs, draws.host_inputs(draw, num_draws, next_ids))
+        self._to_device.stage(inputs, draw, next_ids)
         return inputs
 
     def _begin(self, step: Step, is_deferred: bool) -> None:
@@ -222,7 +213,8 @@ class ModelRunner(Preparation):
             draw: of a token from each of them.
         """
         with paddle.no_grad():
-            self._undrawn = self._logits(logits_indices, draw), draw
+            self._logits(logits_indices, draw)
+            self._draw = draw
 
     def draw(self, masks: Sequence[np.ndarray] = ()) -> Callable[[], np.ndarray]:
         """Queue the draw of the step that was queued, and what drafts after it.
@@ -233,32 +225,15 @@ class ModelRunner(Preparation):
         Returns:
             See `DeviceDraws.results`.
         """
-        draws, (logits, draw), self._undrawn = self.draws, self._undrawn, (None, _NO_DRAW)
-        assert draws is not None
+        draws, draw, queued, self._queued = self.draws, self._draw, self._queued, None
+        assert draws is not None and queued is not None
         draws.set_masks(masks)
-        captured = self._captured
         with paddle.no_grad():
-            if captured is None:
-                draws.queue(logits, self.forward_meta)
-            else:
-                captured.draw()
+            queued.draw()
             taken = draws.results(len(draw.slots))
-            if draw.drafts and self._drafts is not None:
-                self._queue_drafts(len(draw.firsts))
+            if draw.drafts and self._mtp is not None:
+                queued.draft(len(draw.firsts))
         return taken
-
-    @property
-    def _captured(self) -> CapturedStep | None:
-        """The graphs that serve the step in the batch."""
-        return self.graphs[self._padded] if self.graphs and self._padded else None
-
-    def _queue_drafts(self, num_requests: int) -> None:
-        """Queue the layer for multi-token prediction and the first draft of each request."""
-        captured = self._captured
-        if captured is not None:
-            captured.draft()
-        else:
-            self._drafts.queue(self._hidden, self.forward_meta, num_requests)
 
     def draft(self, next_ids: np.ndarray, *going_on: np.ndarray) -> None:
         """Queue layer and drafts after a step that the host has sampled, or nobody.
@@ -267,10 +242,11 @@ class ModelRunner(Preparation):
             next_ids: int64 [num_tokens]; the token after each one of the step.
             going_on: as of `DeviceDraws.go_on`.
         """
-        assert self.draws is not None
-        self.draws.go_on(self.forward_meta, next_ids, *going_on)
+        draws, queued, self._queued = self.draws, self._queued, None
+        assert draws is not None and queued is not None
+        draws.go_on(queued.step, next_ids, *going_on)
         with paddle.no_grad():
-            self._queue_drafts(len(going_on[0]))
+            queued.draft(len(going_on[0]))
 
     def draft_more(self, num_requests: int, count: int) -> None:
         """Queue the drafts after the first ones of the step in the batch.
@@ -280,11 +256,12 @@ class ModelRunner(Preparation):
             count: drafts of each request then, at least two.
         """
         longest = min(self.input_batch.max_seqlen_k + count - 1, self._longest_row())
+        assert self.draws is not None
         size = num_requests, longest, count
         replay = self.graphs.more_drafts(*size) if self.graphs else None
         with paddle.no_grad():
             if replay is None:
-                self._drafts.queue_more(self.forward_meta, *size)
+                self.draws.queue_more_drafts(self.forward_meta, *size)
             else:
                 replay()
 
@@ -296,30 +273,45 @@ class ModelRunner(Preparation):
         batch = self.input_batch
         if batch.num_tokens == 0:
             raise ValueError("execute_model: the step has no token; call add_row first")
-        self._padded = padded = self.graphs and self.graphs.fitting(batch, logits_indices)
-        captured, begin = self._captured, time.perf_counter()
-        if captured is None or padded is None:
+        graphs, begin = self.graphs, time.perf_counter()
+        self._padded = padded = graphs and graphs.fitting(batch, logits_indices)
+        self._queued = queued = graphs[padded] if graphs and padded else None
+        if queued is None:
             step = self.initialize_forward_meta(logits_indices, draw)
         else:
-            self._stage(logits_indices, draw, padded.num_sampled)
+            self._stage(logits_indices, draw)
         self.counters.count_step(
             time.perf_counter() - begin,
             batch.num_tokens,
             batch.num_prefill_tokens,
             batch.num_tokens_past(self._most_dense_keys),
         )
-        if captured is not None:
-            self.forward_meta = captured.step
-            captured.replay()
-            self._hidden = captured.hidden
-            return captured.logits
+        if queued is not None:
+            self.forward_meta = queued.step
+            queued.replay()
+            return queued.logits
         step.selections = self._selections
-        hidden = self.model(step.ids_remove_padding, step)
+        logits, self._hidden = self._forward(step)
+        if (draws := self.draws) is not None:
+            draw_it = partial(draws.queue, logits, step)
+            draft = partial(draws.queue_drafts, self._hidden, step)
+            self._queued = QueuedStep(step, logits, self._hidden, draw_it, draft)
+        return logits
+
+    def _forward(self, step: Step, *, reads_all: bool = False) -> tuple[Any, Any]:
+        """Logits of the tokens that a step asks for, or of all; None of no token.
+
+        And what a layer more reads: hidden states of all tokens, normed; None without such a layer.
+        """
+        model, normed = self.model, None
+        hidden = model(step.ids_remove_padding, step)
         if self._mtp is not None:
-            self._hidden = values_of(self.model.norm.of(hidden))
-        if not len(logits_indices):
-            return None
-        return self.model.compute_logits(rows_at(hidden, step.sampled))
+            normed = model.norm.of(hidden)
+            if reads_all:
+                return model.head.times(normed), values_of(normed)
+        read = hidden if reads_all else rows_at(hidden, step.sampled)
+        logits = model.compute_logits(read) if step.sampled.shape[0] else None
+        return logits, None if normed is None else values_of(normed)
 
     def predict_more(self, next_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Run the layer for multi-token prediction over the step that ran last.

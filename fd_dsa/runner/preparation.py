@@ -13,15 +13,14 @@ import paddle
 
 from fd_dsa.errors import FdDsaError
 from fd_dsa.models.memory_plan import MOST_PROMPTS, PROMPT_SIZES
-from fd_dsa.ops._linear import rows_at, values_of
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.step import Step
 from fd_dsa.runner.step_graphs import (
     Capture,
-    CapturedStep,
     CaptureRefused,
     PaddedStep,
+    QueuedStep,
     StepGraphs,
     capture_failed,
 )
@@ -66,7 +65,7 @@ class Preparation:
             # all kernels of a draw run for any parameters, and those of a layer that drafts
             self.queue_model(last, Draw([0], [0], [0], [0], drafts=True))
             self.draw()()
-            if self._drafts is not None:
+            if self._mtp is not None:
                 self.draft_more(1, self.most_drafts)
         self._forget_only_row()
         # these were no steps of requests
@@ -126,9 +125,9 @@ class Preparation:
             done = 0 if padded.num_prompts else padded.max_seqlen_k - 1
             last = self._only_row(tokens, done, is_prefill=padded.num_prompts > 0)
             self._padded = padded
-            self._stage(np.array([last]), Draw(), padded.num_sampled)
+            self._stage(np.array([last]), Draw())
             graphs[padded] = self._captured_step(capture, padded)
-        if self._drafts is None:
+        if self._mtp is None:
             return
         most = min(graphs.sizes[-1], self.input_batch.max_num_seqs)
         # powers of two, so that there are few
@@ -136,40 +135,31 @@ class Preparation:
         lengths = {padded.max_seqlen_k for padded in steps if not padded.num_prompts}
         counts = range(2, 1 + self.most_drafts)
         for key in sorted(product(rows, lengths, counts), reverse=True):
-            work = partial(self._drafts.queue_more, self.forward_meta, *key)
+            work = partial(self.draws.queue_more_drafts, self.forward_meta, *key)
             _, graphs.drafts[key] = capture(work)
 
-    def _captured_step(self, capture: Capture, padded: PaddedStep) -> CapturedStep:
+    def _captured_step(self, capture: Capture, padded: PaddedStep) -> QueuedStep:
         """The graphs of a step; here they draw for padding alone."""
-        draws, drafts = self.draws, self._drafts
+        draws, rows = self.draws, min(padded.num_sampled, self.input_batch.max_num_seqs)
         (logits, hidden), replay = capture(lambda: self._padded_step(padded))
         _, draw = capture(lambda: draws.queue(logits, self.forward_meta))
-        if drafts is None:
-            return CapturedStep(logits, self.forward_meta, replay, draw)
-        rows = min(padded.num_sampled, self.input_batch.max_num_seqs)
-        _, draft = capture(lambda: drafts.queue(hidden, self.forward_meta, rows))
-        return CapturedStep(logits, self.forward_meta, replay, draw, hidden, draft)
+        # without such a layer nobody asks for drafts
+        draft = replay
+        if hidden is not None:
+            _, draft = capture(lambda: draws.queue_drafts(hidden, self.forward_meta, rows))
+        return QueuedStep(self.forward_meta, logits, hidden, draw, lambda _: draft(), replay)
 
     def _padded_step(self, padded: PaddedStep) -> tuple[Any, Any]:
-        """Logits of the step that is staged, of all tokens or of those that a prompt samples from.
-
-        And what a layer more reads: hidden states of all tokens, normed; None without such a layer.
-        """
-        tokens, rows, sampled = padded.num_tokens, self.input_batch.max_num_seqs, padded.num_sampled
-        inputs, draw = self._to_device.views(tokens, rows, sampled, sampled)
+        """Run the step that is staged; see `_forward`."""
+        tokens, rows = padded.num_tokens, self.input_batch.max_num_seqs
+        inputs, draw = self._to_device.views(tokens, rows, padded.num_sampled)
         is_prompt = padded.num_prompts > 0
         lengths = padded.prompt_lengths(rows) if is_prompt else None
         hints = StepHints(tokens, is_prompt * tokens, padded.max_seqlen_k, tokens)
         backend = self.attn_backends[0]
         step = Step(hints, *inputs, self.caches, backend, draw, host_lengths=lengths)
         self._begin(step, is_deferred=True)
-        hidden = self.model(step.ids_remove_padding, step)
-        read = rows_at(hidden, step.sampled) if is_prompt else hidden
-        if self._drafts is None:
-            return self.model.compute_logits(read), None
-        normed = self.model.norm.of(hidden)
-        logits = self.model.compute_logits(read) if is_prompt else self.model.head.times(normed)
-        return logits, values_of(normed)
+        return self._forward(step, reads_all=not is_prompt)
 
     def _longest_row(self) -> int:
         """Tokens that the table of a row reaches to."""

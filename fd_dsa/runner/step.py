@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.input_batch import Draw, InputBatch
 from fd_dsa.runner.selections import Selections
 from fd_dsa.step import ForwardMeta, StepHints
 from fd_dsa.step.staging import StagedInputs
@@ -33,8 +33,7 @@ class DrawInputs(NamedTuple):
         slots, positions: of each row, slot -1 = padding, which gets no token.
         mask_rows: row of each row's mask, -1 = none.
         firsts, counts: first row and drafts of each request, -1 = none.
-        next_ids: the token after each one of the step, or what `DeviceDraws.fill` replaces; empty
-            where no layer reads it.
+        next_ids: of `following_tokens`; empty where no layer reads it.
     """
 
     slots: Any
@@ -109,18 +108,19 @@ def host_inputs(batch: InputBatch, sampled: np.ndarray) -> tuple[np.ndarray, ...
 def following_tokens(
     batch: InputBatch, drawn: np.ndarray, first_row: int
 ) -> np.ndarray | Sequence[int]:
-    """The token after each one of a step, or for `DeviceDraws.fill` where its draw will give it.
+    """The token after each one of a step, or what `DeviceDraws` calls one that its draw will give.
 
     Args:
         batch: with the step.
         drawn: int64 [n]; flat tokens of the rows of the draw.
         first_row: of DeviceDraws.
     """
+    rows = range(-1 - first_row, -1 - first_row - len(drawn), -1)
     if len(drawn) == batch.num_tokens:
-        return range(-1 - first_row, -1 - first_row - len(drawn), -1)
+        return rows
     next_ids = np.roll(batch.ids_remove_padding[: batch.num_tokens], -1)
     next_ids[list(batch.following)] = list(batch.following.values())
-    next_ids[drawn] = -1 - first_row - np.arange(len(drawn))
+    next_ids[drawn] = rows
     return next_ids
 
 
@@ -130,29 +130,54 @@ class DeviceInputs(StagedInputs):
     Args:
         batch: rows that the engine fills.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
-        most_next: tokens of a step that a layer for multi-token prediction reads; 0 = none.
+        most_drafts: of a row; a token is sampled for each, and for the row.
+        reads_next: whether a layer for multi-token prediction reads the tokens after those.
     """
 
-    def __init__(self, batch: InputBatch, allocate: Allocate, most_next: int = 0) -> None:
+    def __init__(
+        self,
+        batch: InputBatch,
+        allocate: Allocate,
+        most_drafts: int = 0,
+        *,
+        reads_next: bool = False,
+    ) -> None:
         rows, columns = batch.block_tables.shape
-        # most sampled tokens: one a row and three drafts
-        draws, self._most_rows, self._reads_next = 4 * rows, rows, most_next > 0
+        self._most_rows, self._most_draws = rows, (1 + most_drafts) * rows
+        self._has_drafts, self._reads_next = most_drafts > 0, reads_next
+        draws, most_next = self._most_draws, reads_next * batch.max_num_tokens
         sizes = (batch.max_num_tokens, rows, rows, rows, draws, rows)
         super().__init__(allocate, (*sizes, *[draws] * 3, rows, rows, most_next), rows, columns)
 
-    def stage(self, inputs: Sequence[Any], draw: Sequence[Any] = ((),) * 6) -> None:
-        """Queue the copy of `host_inputs` and `DeviceDraws.host_inputs`; both may then change."""
-        *values, tables = inputs
-        self.queue((*values, *draw), tables)
+    def stage(
+        self, inputs: Sequence[Any], draw: Draw, next_ids: Sequence[int] | np.ndarray = ()
+    ) -> None:
+        """Queue the copy of `host_inputs`, a draw and `following_tokens`; all may then change."""
+        (*values, tables), masks = inputs, _padded((), self._most_draws)
+        if draw.masked:
+            masks[draw.masked] = range(len(draw.masked))
+        requests: tuple[Any, ...] = (), ()
+        if self._has_drafts:
+            requests = _padded(draw.firsts, self._most_rows), draw.counts
+        rows = _padded(draw.slots, self._most_draws), draw.positions, masks
+        self.queue((*values, *rows, *requests, next_ids), tables)
 
     def views(
-        self, num_tokens: int, num_rows: int, num_sampled: int, num_draws: int
+        self, num_tokens: int, num_rows: int, num_sampled: int
     ) -> tuple[list[Any], DrawInputs]:
         """The tensors of the fields of a Step, which never move, and those of its draw."""
-        rows, following = self._most_rows, num_tokens if self._reads_next else 0
+        # kernels take no empty tensor
+        rows, draws, following = self._most_rows, max(num_sampled, 1), self._reads_next * num_tokens
         sizes = (num_tokens, *[num_rows] * 3, num_sampled, num_rows)
-        *values, tables = self.views_of((*sizes, *[num_draws] * 3, rows, rows, following, num_rows))
+        *values, tables = self.views_of((*sizes, *[draws] * 3, rows, rows, following, num_rows))
         return [*values[:6], tables], DrawInputs(*values[6:])
+
+
+def _padded(values: Sequence[int], size: int) -> np.ndarray:
+    """int32 [size]; the values, then -1."""
+    padded = np.full(size, -1, np.int32)
+    padded[: len(values)] = values
+    return padded
 
 
 class HostLogits:

@@ -58,24 +58,24 @@ class PaddedStep(NamedTuple):
         return new, np.zeros_like(new), new
 
 
-class CapturedStep(NamedTuple):
-    """A graph.
+class QueuedStep(NamedTuple):
+    """A step whose logits are queued, and what queues its draw and drafts; or graphs of all that.
 
     Attributes:
-        logits: float32 [num_tokens, vocab_size], which every replay fills.
-        step: the runner's record of the padded step.
-        replay: queues the graph.
-        draw: queues that of the draw from its logits.
+        step: the runner's record; of a graph that of the padded step.
+        logits: float32 [n, vocab_size], None of no token.
         hidden: normed hidden states, where a layer for multi-token prediction reads them.
-        draft: queues that of the layer and the first drafts, if there is one.
+        draw: queues the draw from its logits.
+        draft: queues that layer and the first drafts of so many requests.
+        replay: queues the graph, which fills logits and hidden states.
     """
 
-    logits: Any
     step: Any
-    replay: Callable[[], None]
+    logits: Any
+    hidden: Any
     draw: Callable[[], None]
-    hidden: Any = None
-    draft: Callable[[], None] = lambda: None
+    draft: Callable[[int], None]
+    replay: Callable[[], None] = lambda: None
 
 
 Captured = tuple[Any, Callable[[], None]]
@@ -87,7 +87,7 @@ class CaptureRefused(RuntimeError):
     """No graph can be made of a step, and nothing is spoiled by the try."""
 
 
-class StepGraphs(dict[PaddedStep, CapturedStep]):
+class StepGraphs(dict[PaddedStep, QueuedStep]):
     """The graphs of a runner.
 
     Args:

@@ -215,10 +215,10 @@ class Bfloat16Step:
         index_q, weights = prepare_indexer_query(
             given["index_q"], given["weights"], step.position_ids, table,
             rope_interleave=False, quantized=True, weights_scale=0.03,
-            out=backend.query_buffers(num_tokens),
+            out=backend.attention.query_buffers(num_tokens),
         )  # fmt: skip
         slots = backend.select(index_q, weights, 0, meta)
-        buffer = backend.mla_query_buffer(num_tokens)
+        buffer = backend.attention.mla_query_buffer(num_tokens)
         q = prepare_mla_query(given["q_latent"], given["q_pe"], step.position_ids, table, buffer)
         out = backend.attend(q, slots, 0, meta)
         self.results = {"index_q": index_q, "weights": weights, "slots": slots, "q": q, "out": out}

@@ -149,14 +149,14 @@ def test_activations_are_float32_on_a_cpu_and_float32_or_bfloat16_elsewhere(
 
 
 def test_a_cpu_has_no_buffers() -> None:
-    backend = DSAAttentionBackend(config())
-    assert backend.mla_query_buffer(3) is backend.projection_buffers(3) is None
+    attention = DSAAttentionBackend(config()).attention
+    assert attention.mla_query_buffer(3) is attention.projection_buffers(3) is None
 
 
 def test_a_device_has_one_buffer_of_each(kernel_memory: KernelMemory) -> None:
-    backend, addresses = on_device(kernel_memory, dtype="bfloat16"), set()
+    attention, addresses = on_device(kernel_memory, dtype="bfloat16").attention, set()
     for size in (3, 32, 1):
-        views = backend.mla_query_buffer(size), *backend.projection_buffers(size)
+        views = attention.mla_query_buffer(size), *attention.projection_buffers(size)
         assert [list(view.shape) for view in views] == [[size, 2, 8], [size, 4], [size, 3]]
         kinds = [str(view.dtype).rpartition(".")[2] for view in views]
         assert kinds == ["bfloat16", "bfloat16", "float32"]

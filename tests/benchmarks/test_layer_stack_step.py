@@ -60,10 +60,10 @@ def test_sides_give_the_same_bytes(stack: Any) -> None:
 
     given, _, backend = stack
     found = PackageAlone(*stack).step(layers=1)
-    checked = plain_check(given, *found, backend.query_buffers(ROWS))
+    checked = plain_check(given, *found, backend.attention.query_buffers(ROWS))
     assert checked["recall"] == 1 and checked["attention"] < 1e-2
     # a wrong choice is found
-    wrong = plain_check(given, found[0].flip(0), *found[1:], backend.query_buffers(ROWS))
+    wrong = plain_check(given, found[0].flip(0), *found[1:], backend.attention.query_buffers(ROWS))
     assert wrong["recall"] < 1 and wrong["attention"] > 0.1
 
     Stack(*stack).step()

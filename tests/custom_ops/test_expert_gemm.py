@@ -16,9 +16,9 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 from fd_dsa import custom_ops
 from fd_dsa.errors import DeviceError, LaunchError
 from fd_dsa.ops import _expert_gemm_cuda
-from fd_dsa.ops._expert_gemm import Tiling
 from fd_dsa.ops._expert_gemm_cuda import ExpertGemm, kernel_for, suits
 from fd_dsa.ops._expert_kernels import expert_gemm, group_pairs
+from fd_dsa.ops._fp8_gemm import Tiling
 from fd_dsa.ops._fp8_rows import Fp8Rows
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8

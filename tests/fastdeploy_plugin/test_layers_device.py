@@ -160,9 +160,9 @@ def test_what_a_graph_would_keep_does_not_move() -> None:
                 meta.position_ids,
                 meta.slot_mapping,
                 meta.indexer_attn_mask_offsets,
-                core.mla_query_buffer(count),
-                *core.query_buffers(count),
-                *core.projection_buffers(count),
+                core.attention.mla_query_buffer(count),
+                *core.attention.query_buffers(count),
+                *core.attention.projection_buffers(count),
                 backend.norms_of(0, layer.kv_a_layernorm, layer.indexer).kv_norm_weight,
                 backend.cos_sin_of(layer.rotary_emb),
             ]

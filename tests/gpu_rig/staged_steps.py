@@ -13,6 +13,7 @@ import numpy as np
 import paddle
 
 from fd_dsa.runner import InputBatch
+from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.step import DeviceInputs, host_inputs
 from fd_dsa.step.device import paddle_allocator
 from fd_dsa.step.staging import InputStaging
@@ -106,8 +107,8 @@ class RunnerSteps(StagedSteps):
         self._inputs = DeviceInputs(self._batch, paddle_allocator(rig.device))
         self._wanted = np.zeros(1, np.int64)
         self._put(0)
-        self._inputs.stage(host_inputs(self._batch, self._wanted))
-        (ids, *_, tables), _ = self._inputs.views(1, rows, 1, 0)
+        self._inputs.stage(host_inputs(self._batch, self._wanted), Draw())
+        (ids, *_, tables), _ = self._inputs.views(1, rows, 1)
         self._last = (tables.data_ptr() - ids.data_ptr()) // 4 + rows * columns - 1
         super().__init__(rig, ids, max_steps)
 
@@ -122,7 +123,7 @@ class RunnerSteps(StagedSteps):
     def stage(self, step: int) -> None:
         """Fill the batch and queue its copies."""
         self._put(step)
-        self._inputs.stage(host_inputs(self._batch, self._wanted))
+        self._inputs.stage(host_inputs(self._batch, self._wanted), Draw())
 
     def expand(self, step: int) -> None:
         """Read the stamps; the copies are queued before."""

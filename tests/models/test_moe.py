@@ -54,6 +54,7 @@ def check_gate(
             topk_group=rule.topk_group,
             norm=rule.norm_topk_prob,
             scaling=rule.scaling,
+            slot_mapping=memory.put(np.zeros(len(logits), np.int64)),
         )
         found = tuple(map(memory.get, found))
     with np.errstate(over="ignore"):

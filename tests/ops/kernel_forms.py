@@ -125,17 +125,17 @@ compile("records", records_kernel, {"cache_ptr": "uint8"}, num_warps=8, BLOCK_SI
 compile("positions", position_ids_kernel, {"position_ids_ptr": "int32"})
 plain = dict(codes_ptr=None, scales_ptr=None, ROUND_SCALES=False)
 for dtype in ("float32", "bfloat16"):
-    names = "x_ptr", "delta_ptr", "sum_ptr", "out_ptr", "gate_up_ptr", "table_ptr"
+    names = "x_ptr", "delta_ptr", "sum_ptr", "out_ptr", "table_ptr"
     types = dict.fromkeys(names, dtype) | {"codes_ptr": "uint8"}
     for added in ({}, dict(delta_ptr=None, sum_ptr=None)):
         for quantized in (plain, dict(ROUND_SCALES=True)):
             compile("norm", dense.rms_norm_kernel, types, num_warps=16, WIDTH=7168, BLOCK=8192,
                     **added, **quantized)
-    compile("silu", dense.silu_and_mul_kernel, types, WIDTH=2048, BLOCK=1024, **plain)
-    compile("silu", dense.silu_and_mul_kernel, types, WIDTH=2048, BLOCK=1024, out_ptr=None,
+    compile("silu", dense.activate_kernel, types, WIDTH=2048, GATED=True, BLOCK=1024, **plain)
+    compile("silu", dense.activate_kernel, types, WIDTH=2048, GATED=True, BLOCK=1024, out_ptr=None,
             ROUND_SCALES=True)
-    compile("quantize", dense.quantize_rows_kernel, types, WIDTH=7168, BLOCK=1024,
-            ROUND_SCALES=False)
+    compile("quantize", dense.activate_kernel, types, WIDTH=7168, GATED=False, BLOCK=1024,
+            out_ptr=None, ROUND_SCALES=False)
     for index in ("int32", "int64"):
         compile("rows", dense.rows_at_kernel, types | {"index_ptr": index}, WIDTH=7168,
                 BLOCK=1024)
@@ -145,10 +145,9 @@ for dtype in ("float32", "bfloat16", "uint8"):
 CHOICES = (256, 8, 4, 8), (256, 1, 1, 8), (8, 1, 1, 2), (9, 3, 1, 2)
 for experts, groups, top_groups, top in CHOICES:
     size = 1 << (experts // groups - 1).bit_length()
-    for slots in ({}, {"slot_mapping_ptr": None}):
-        compile("choice", choose_experts_kernel, num_warps=8, NUM_EXPERTS=experts, TOP_K=top,
-                NUM_GROUPS=groups, TOP_GROUPS=top_groups, NORM=True,
-                GROUPS=1 << (groups - 1).bit_length(), SIZE=size, **slots)
+    compile("choice", choose_experts_kernel, num_warps=8, NUM_EXPERTS=experts, TOP_K=top,
+            NUM_GROUPS=groups, TOP_GROUPS=top_groups, NORM=True,
+            GROUPS=1 << (groups - 1).bit_length(), SIZE=size)
 for block, warps in (1024, 4), (4096, 8):
     compile("group", group_pairs_kernel, BLOCK=block, num_warps=warps)
 for kind in ("float32", "bfloat16"):

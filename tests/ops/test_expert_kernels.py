@@ -14,8 +14,9 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from benchmarks import _tilings
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._expert_gemm import Tiling, configuration
+from fd_dsa.ops._expert_gemm import configuration
 from fd_dsa.ops._expert_kernels import choose_experts, expert_gemm, group_pairs, sum_experts
+from fd_dsa.ops._fp8_gemm import Tiling
 from fd_dsa.ops._fp8_rows import Fp8Rows
 from fd_dsa.step.host_tensor import as_tensor
 from tests.kernel_memory import KernelMemory
@@ -70,7 +71,7 @@ class Operands:
             x, every = values[0], values[1] * factors / width**0.5
             x, every = (block_fp8.rounded(v, kind) for v in (x, every))
             self.x: Any = block_fp8.put(m, x, kind)
-            self.weight, self.values = block_fp8.put(m, every, kind), x.astype(np.float64)
+            self.weight, self.values = (block_fp8.put(m, every, kind), None), x.astype(np.float64)
             self.weight_values = every.astype(np.float64)
 
     def use_rows(self, rows: tuple[np.ndarray, np.ndarray]) -> None:
@@ -261,8 +262,9 @@ def test_padding_takes_no_expert(paddle_memory: KernelMemory) -> None:
     bias = rng.uniform(-4, -1.5, 64).astype(np.float32)
     slots = np.array([5, 2**40, -1, 0, -1, 7, 8, -2, 9])
     options = {"top_k": 8, "n_group": 8, "topk_group": 3, "norm": True, "scaling": 2.5}
-    ids, weights = choose_experts(m.put(logits), m.put(bias), slot_mapping=m.put(slots), **options)
-    every, shares = choose_experts(m.put(logits), m.put(bias), **options)
+    put = m.put(logits), m.put(bias)
+    ids, weights = choose_experts(*put, slot_mapping=m.put(slots), **options)
+    every, shares = choose_experts(*put, slot_mapping=m.put(abs(slots)), **options)
     ids, weights, every, shares = map(m.get, (ids, weights, every, shares))
     live = slots >= 0
     np.testing.assert_array_equal(ids[live], every[live])

@@ -72,10 +72,10 @@ def test_values(paddle_memory: KernelMemory, out_dtype: str) -> None:
 
 # tiles of part of a scale's columns, a part for each of 5 groups along K, two bands of row tiles
 TILINGS = (
-    ((19, 200, 520), Tiling(16, 32, 40, 4, 3)),
-    ((19, 200, 520), Tiling(32, 128, 40, 4, 3)),
-    ((129, 130, 264), Tiling(128, 64, 40, 4, 3)),
-    ((136, 130, 136), Tiling(16, 128, 1, 4, 3)),
+    ((19, 200, 520), Tiling(16, 32, 4, 3, 40)),
+    ((19, 200, 520), Tiling(32, 128, 4, 3, 40)),
+    ((129, 130, 264), Tiling(128, 64, 4, 3, 40)),
+    ((136, 130, 136), Tiling(16, 128, 4, 3, 1)),
 )
 
 

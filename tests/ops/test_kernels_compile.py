@@ -59,7 +59,7 @@ def test_every_form_compiles() -> None:
         *["records", "positions"],
         *[*["norm"] * 4, *["silu"] * 2, "quantize", *["rows"] * 2] * 2,
         *["fill"] * 6,
-        *["choice"] * 8,
+        *["choice"] * 4,
         *["group"] * 2,
         *[*["experts"] * 6, "sum"] * 2,
         *[*["write"] * 2, *["query"] * 2, *["mla_query"] * 2] * 2,

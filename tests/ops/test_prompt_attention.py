@@ -154,11 +154,11 @@ def test_the_other_tokens_of_a_step(paddle_memory: KernelMemory) -> None:
         assert list(zip(m.get(prompts.others).tolist(), rows, strict=True)) == others
         assert m.get(other.seq_lens_encoder).tolist() == left
         assert other.num_prefill_tokens == sum(left)
-        assert prompts.is_used and not prompts.has_all
+        assert prompts.groups and not prompts.has_all
         # a step of decode rows, and one without what the host knows
         for meta, lengths in ((replace(step, num_prefill_tokens=0), (case.new,) * 3), (step, None)):
             prompts.begin_step(meta, lengths)
-            assert not prompts.is_used and prompts.others is None
+            assert not prompts.groups and prompts.others is None
 
 
 def test_nan_of_another_request_stays_there(kernel_memory: KernelMemory) -> None:

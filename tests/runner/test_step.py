@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.runner import InputBatch
+from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.step import DeviceInputs, host_inputs
 from tests.kernel_memory import KernelMemory
 
@@ -17,9 +18,9 @@ def staged(
     inputs: DeviceInputs, batch: InputBatch, sampled: np.ndarray, num_tokens: int = 0
 ) -> list[Any]:
     """The tensors of a step, padded to some tokens."""
-    inputs.stage(host_inputs(batch, sampled))
+    inputs.stage(host_inputs(batch, sampled), Draw())
     tokens = max(batch.num_tokens, num_tokens)
-    return inputs.views(tokens, batch.num_rows, len(sampled), 0)[0]
+    return inputs.views(tokens, batch.num_rows, len(sampled))[0]
 
 
 def filled(batch: InputBatch, rng: np.random.Generator) -> np.ndarray:
@@ -85,7 +86,7 @@ def test_a_step_in_flight_keeps_its_values(kernel_memory: KernelMemory) -> None:
 
 def test_rows_of_one_token_and_three_drafts_are_all_sampled(kernel_memory: KernelMemory) -> None:
     m, batch = kernel_memory, InputBatch(MAX_ROWS, MAX_TOKENS, COLUMNS, 16)
-    inputs = DeviceInputs(batch, m.poisoned)
+    inputs = DeviceInputs(batch, m.poisoned, most_drafts=3)
     for row in range(MAX_ROWS):
         batch.add_row(row, [row] * 4, 9, is_prefill=False)
     sampled = np.arange(4 * MAX_ROWS)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import e, log2
 from typing import Any, NamedTuple
 
-from fd_dsa.ops._fp8_rows import Fp8Rows
+from fd_dsa.ops._fp8_rows import places_of
 from fd_dsa.ops._head_gemm import head_gemm
 from fd_dsa.ops._host import cache_format, matmul
 from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
@@ -138,14 +138,11 @@ def attend_prompts(
     _, heads, width = q.shape
     rope_dim, value_width = rope.shape[1], values.shape[-1]
     nope = width - rope_dim
-    plain, codes, scales = out, None, None
-    if isinstance(out, Fp8Rows):
-        plain, codes, scales = None, out.codes, out.scales
     tiles = sum(-(-count // tiling.block_m) for count in group.counts)
     attend_prompts_kernel[tiles, heads](
         *(q, cos_sin, keys, values, rope),
         *(step.seq_lens_encoder, step.seq_lens_decoder, step.cu_seqlens_q),
-        *(plain, codes, scales, 0 if scales is None else scales.shape[1]),
+        *places_of(out),
         *(softmax_scale * log2(e), group.first_row, group.end_row, index_topk),
         NOPE=nope,
         HALF=rope_dim // 2,

@@ -124,7 +124,6 @@ def extend_kernel(
     going_on_ptr,
     drafts_ptr,
     ids_ptr,
-    positions_ptr,
     cached_ptr,
     lengths_ptr,
     num_requests,
@@ -135,8 +134,9 @@ def extend_kernel(
 ):
     """The step that a further draft is made in: one token of each request, its draft before.
 
-    `going_on` is that of `verify_kernel`, whose slots ascend. Request i has token i, and the row of
-    its slot; `depth` drafts are before the new one.
+    `going_on` is that of `verify_kernel`, whose slots ascend, and whose positions become those of
+    the new drafts. Request i has token i, and the row of its slot; `depth` drafts are before the
+    new one.
     """
     lane = tl.arange(0, BLOCK)
     for start in range(0, num_rows, BLOCK):
@@ -148,10 +148,11 @@ def extend_kernel(
         request = start + lane
         inside = request < num_requests
         slot = tl.load(going_on_ptr + STRIDE + request, mask=inside, other=-1)
-        position = tl.load(going_on_ptr + 2 * STRIDE + request, mask=inside, other=0)
+        positions = going_on_ptr + 2 * STRIDE + request
+        position = tl.load(positions, mask=inside, other=0)
         cached = tl.load(going_on_ptr + 3 * STRIDE + request, mask=inside, other=0)
         token = tl.load(drafts_ptr + request, mask=slot >= 0, other=0)
         tl.store(ids_ptr + request, token.to(tl.int32), mask=inside)
-        tl.store(positions_ptr + request, position + depth, mask=inside)
+        tl.store(positions, position + 1, mask=inside)
         tl.store(cached_ptr + slot, cached + depth - 1, mask=slot >= 0)
         tl.store(lengths_ptr + slot, tl.full([BLOCK], 1, tl.int32), mask=slot >= 0)

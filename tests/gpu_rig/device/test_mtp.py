@@ -26,7 +26,7 @@ from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.models.config import MtpLayer
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.device_drafts import DeviceDrafts
+from fd_dsa.runner.device_draws import DeviceDraws
 from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.kernel import Kernel
@@ -233,12 +233,12 @@ def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
     runner.capture_graphs((4,), capture_of(rig))
     is_open = [True]
 
-    def counted(name: str, replay: Callable[[], None]) -> Callable[[], None]:
-        def replayed() -> None:
+    def counted(name: str, replay: Callable[..., None]) -> Callable[..., None]:
+        def replayed(*given: int) -> None:
             replays[name] += 1
             # where graphs are the work itself, its launches are the graph's
             is_open[0] = False
-            replay()
+            replay(*given)
             is_open[0] = True
 
         return replayed
@@ -300,8 +300,8 @@ def test_steps_in_which_no_request_drafts_leave_the_layer_out(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, _, _ = answers("cpu", is_drafted=False)
-    runs, queue = [], DeviceDrafts.queue
-    monkeypatch.setattr(DeviceDrafts, "queue", lambda *one: runs.append(one) or queue(*one))
+    runs, queue = [], DeviceDraws.queue_drafts
+    monkeypatch.setattr(DeviceDraws, "queue_drafts", lambda *one: runs.append(one) or queue(*one))
     # with it two drafts pay for three requests while they mostly stand
     costs = StepCosts({1: [1.0, 1.6, 1.65], 3: [1.13, 1.8, 1.95]})
     found, engine, drafter = answers(rig.device, costs=costs)
@@ -317,10 +317,10 @@ def test_a_start_runs_the_layer_before_any_request(
     # kernels may be interpreted
     monkeypatch.setattr(step_costs, "_PATIENCE_S", 60.0)
     runner = make_runner(rig.device)
-    tokens, queue = set(), DeviceDrafts.queue
+    tokens, queue = set(), DeviceDraws.queue_drafts
     with monkeypatch.context() as patch:
         patch.setattr(
-            DeviceDrafts, "queue", lambda *one: tokens.add(one[1].shape[0]) or queue(*one)
+            DeviceDraws, "queue_drafts", lambda *one: tokens.add(one[1].shape[0]) or queue(*one)
         )
         runner.warm_up()
     # its kernels have other forms for other numbers of tokens, as those of any layer
