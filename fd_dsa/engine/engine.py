@@ -264,9 +264,7 @@ class LLMEngine:
                 return None
             count = len(self._requests)
             raise RuntimeError(f"nothing to run with {count} requests: a defect of the engine")
-        sampling, reading, logits_indices = assemble(
-            self._batch, scheduled, scheduler.drafts, is_decode_only=scheduler.is_decode_only
-        )
+        sampling, reading, logits_indices = assemble(self._batch, scheduled, scheduler.drafts)
         num_prefill_tokens = self._batch.num_prefill_tokens
         step = LaunchedStep(
             ready=self.clock(),

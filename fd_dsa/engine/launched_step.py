@@ -14,9 +14,6 @@ from fd_dsa.engine.output import TopkPositions
 from fd_dsa.engine.request import Request
 from fd_dsa.runner.input_batch import Draw, InputBatch
 
-# decode rows up to which writing each of them takes less time than arrays of them
-_FEW_ROWS = 16
-
 
 @dataclass(slots=True)
 class LaunchedStep:
@@ -31,7 +28,7 @@ class LaunchedStep:
         prefill_context: of the scheduler.
         scheduled: all requests of the step in the order of their rows.
         drafts: of requests of `sampling`, which have a row of logits for each one more; negative
-            where they are on a device alone, see `InputBatch.defer_tokens`.
+            where they are on a device alone, see `InputBatch.add_rows`.
         known_drafts: as of `DeviceDraws.read_drafts`, where masks need the drafts of a device.
         places: what is drawn on a device; None: the host samples from `logits`.
         draw: waits for the tokens; None: no draw has been queued.
@@ -93,18 +90,13 @@ class LaunchedStep:
 
 
 def assemble(
-    batch: InputBatch,
-    scheduled: list[Request],
-    drafts: Mapping[Request, list[int]],
-    *,
-    is_decode_only: bool,
+    batch: InputBatch, scheduled: list[Request], drafts: Mapping[Request, list[int]]
 ) -> tuple[list[Request], list[tuple[Request, int]], npt.NDArray[np.int64]]:
     """Fill the input batch with a step.
 
     Args:
         batch: of the runner.
         scheduled, drafts: of the scheduler.
-        is_decode_only: whether all of them decode.
 
     Returns:
         The requests that sample, those whose prompt is scored and of how many tokens, and the
@@ -112,47 +104,36 @@ def assemble(
         of its drafts.
     """
     batch.begin_step()
-    if is_decode_only and not drafts and len(scheduled) > _FEW_ROWS:
-        slots = [request.slot for request in scheduled]
-        token_ids = [request.token_ids[-1] for request in scheduled]
-        computed = [request.num_computed_tokens for request in scheduled]
-        rows = batch.add_decode_rows(slots, token_ids, computed)
-        drawn = np.array([request.drawn_row for request in scheduled])
-        batch.defer_tokens(rows[drawn >= 0], drawn[drawn >= 0])
-        batch.follows[slots] = drawn
-        return scheduled, [], rows
+    slots, lengths, computed, are_prefills = list[int](), list[int](), list[int](), list[bool]()
+    ids = list[int]()
     sampling: list[Request] = []
     sampled: list[int] = []
     reading, read = [], []
     for request in scheduled:
-        begin = request.num_computed_tokens
+        first, begin = len(ids), request.num_computed_tokens
         end = begin + request.num_scheduled_tokens
         samples = end == request.num_tokens
+        slots.append(request.slot)
+        computed.append(begin)
         # as Request.is_decode, of the chunk: only the token sampled last is missing
-        is_prefill = not (samples and end - begin == 1 and request.num_output_tokens)
-        # none is known of a row whose token is on its way
-        token_ids = request.token_ids[begin:end] or [0]
-        proposed = drafts.get(request, []) if drafts else []
-        if proposed:
-            token_ids += [max(token_id, 0) for token_id in proposed]
-        last = batch.add_row(request.slot, token_ids, begin, is_prefill)
-        if proposed and proposed[0] < 0:
-            batch.defer_tokens(range(last + 1 - len(proposed), last + 1), -1 - np.array(proposed))
-        if not samples:
+        is_decode = samples and end - begin == 1 and request.num_output_tokens > 0
+        are_prefills.append(not is_decode)
+        ids += request.token_ids[begin:end] if request.drawn_row < 0 else [-1 - request.drawn_row]
+        last = len(ids) - 1
+        if samples:
+            sampling.append(request)
+            ids += drafts.get(request, ())
+            sampled += range(last, len(ids))
+        else:
             batch.following[last] = request.token_ids[end]
-        if request.drawn_row >= 0:
-            batch.defer_tokens([last - len(proposed)], [request.drawn_row])
-            batch.follows[request.slot] = request.drawn_row
+        lengths.append(len(ids) - first)
         if request.prompt_logprobs is not None:
             unread = request.prompt_logprobs.unread(begin, end)
             if unread:
                 reading.append((request, len(unread)))
                 read += [last + 1 - end + position for position in unread]
-        if samples:
-            sampling.append(request)
-            if proposed:
-                sampled += range(last - len(proposed), last)
-            sampled.append(last)
+    batch.add_rows(slots, lengths, ids, computed, are_prefills)
+    batch.follows[slots] = [request.drawn_row for request in scheduled]
     return sampling, reading, np.array(sampled + read, np.int64)
 
 

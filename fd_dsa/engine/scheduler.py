@@ -66,7 +66,6 @@ class Scheduler:
 
     Attributes:
         drafts: those of the step scheduled last.
-        is_decode_only: whether all requests of the step scheduled last decode.
         prefill_context: tokens before each prompt token of that step, on average.
     """
 
@@ -80,7 +79,6 @@ class Scheduler:
     ) -> None:
         self.drafts: dict[Request, list[int]] = {}
         self._may_draft, self._lookahead = True, lookahead
-        self.is_decode_only = False
         self._blocks = blocks
         self._batch = batch
         self._stats = stats
@@ -155,9 +153,8 @@ class Scheduler:
             self._add_drafts(budget)
         for request in self._held if self._scheduled else ():
             request.forget_drafts()
-        self.is_decode_only = len(self._scheduled) == self._num_decoding
-        if self._step_times is not None and not self.is_decode_only:
-            self.prefill_context = _mean_context(self._scheduled[self._num_decoding :])
+        if self._step_times is not None and (prompts := self._scheduled[self._num_decoding :]):
+            self.prefill_context = _mean_context(prompts)
         self._scheduled.sort(key=_slot)
         return self._scheduled
 

@@ -174,7 +174,7 @@ class DeviceDraws:
         self._sampler.sample(logits, slots, positions, self._no_masks[:rows], drafts)
 
     def draft_row(self, depth: int, row: int) -> int:
-        """What `follow` calls the draft of a row, and `InputBatch.defer_tokens`."""
+        """What `follow` calls the draft of a row, and `InputBatch.add_rows`."""
         return self._first_draft + depth * self._stride + row
 
     def read_drafts(self) -> Callable[[], np.ndarray]:

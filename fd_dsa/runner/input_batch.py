@@ -1,6 +1,6 @@
 """Persistent host state of the rows of a step: lengths, block tables and token ids.
 
-The buffers are allocated once. The engine fills them with `begin_step` and `add_row`; the runner
+The buffers are allocated once. The engine fills them with `begin_step` and `add_rows`; the runner
 hands them to the attention backend, which makes the step's metadata of them. Row states follow
 FastDeploy's `share_inputs` (worker/input_batch.py): a prefill row has
 `seq_lens_encoder == seq_lens_this_time > 0`, a decode row has `seq_lens_encoder == 0`.
@@ -9,10 +9,10 @@ FastDeploy's `share_inputs` (worker/input_batch.py): a prefill row has
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add, ge
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fd_dsa.errors import CapacityError
 
@@ -84,89 +84,62 @@ class InputBatch:
     def add_row(
         self, row: int, token_ids: Sequence[int], num_computed_tokens: int, is_prefill: bool
     ) -> int:
-        """Flat index of the last token of `row`, whose tokens join this step.
-
-        Args:
-            row: row of the batch; rows must come in ascending order, each once a step.
-            token_ids: the tokens to run, at least one.
-            num_computed_tokens: tokens of the row whose keys are in the cache already.
-            is_prefill: whether the tokens belong to the prompt (any chunk of it).
+        """Flat index of the last token of `row`, whose tokens join this step; see `add_rows`.
 
         Raises:
-            ValueError: rows out of order, no token, or a negative token id.
-            CapacityError: more tokens than `max_num_tokens`.
+            ValueError: a negative token id.
         """
-        num_new = len(token_ids)
-        if num_new == 0:
-            raise ValueError(f"token_ids: row {row} has no token; leave idle rows out")
-        self._append([row], np.asarray(token_ids, np.int64))
-        self.seq_lens_encoder[row] = num_new if is_prefill else 0
-        self.seq_lens_decoder[row] = num_computed_tokens
-        self.seq_lens_this_time[row] = num_new
-        self.num_prefill_tokens += num_new if is_prefill else 0
-        self.max_seqlen_k = max(self.max_seqlen_k, num_computed_tokens + num_new)
+        if (least := min(token_ids, default=0)) < 0:
+            raise ValueError(f"token_ids: row {row} has the id {least}; ids are at least 0")
+        self.add_rows([row], [len(token_ids)], token_ids, [num_computed_tokens], [is_prefill])
         return self.num_tokens - 1
 
-    def add_decode_rows(
-        self, rows: Sequence[int], token_ids: Sequence[int], num_computed_tokens: Sequence[int]
-    ) -> np.ndarray:
-        """Flat indices of one token of each of several rows; `add_row` for all of them at once.
+    def add_rows(
+        self,
+        rows: Sequence[int],
+        num_new: Sequence[int],
+        token_ids: Sequence[int],
+        num_computed_tokens: Sequence[int],
+        are_prefills: Sequence[bool],
+    ) -> None:
+        """Have the tokens of some rows join this step, after those that it has.
 
         Args:
-            rows: ascending, and after the rows that the step has.
-            token_ids: the token of each row.
+            rows: rows of the batch; they must come in ascending order, each once a step.
+            num_new: tokens of each row to run, at least one.
+            token_ids: those of all rows, one after another; -1 - i for one that request i of the
+                draw before gets, with `DeviceDraws.draft_row` for i of one of its drafts.
             num_computed_tokens: tokens of each row whose keys are in the cache already.
-
-        Returns:
-            int64 [len(rows)].
+            are_prefills: whether the tokens belong to the prompt (any chunk of it).
 
         Raises:
-            ValueError: rows out of order, or a negative token id.
+            ValueError: rows out of order, or one without a token.
             CapacityError: more tokens than `max_num_tokens`.
         """
-        index, begin = np.array(rows, np.int64), self.num_tokens
-        if not len(index):
-            return index
-        self._append(rows, np.array(token_ids, np.int64))
-        self.seq_lens_encoder[index] = 0
-        self.seq_lens_decoder[index] = num_computed_tokens
-        self.seq_lens_this_time[index] = 1
-        self.max_seqlen_k = max(self.max_seqlen_k, max(num_computed_tokens) + 1)
-        return np.arange(begin, self.num_tokens)
-
-    def defer_tokens(self, indices: npt.ArrayLike, drawn_rows: npt.ArrayLike) -> None:
-        """Have tokens of the step be those that requests of the draw before it get.
-
-        Args:
-            indices: flat tokens, which were added with any id.
-            drawn_rows: request of each in that draw; of drafts, `DeviceDraws.draft_row`.
-        """
-        rows = np.asarray(drawn_rows, np.int64)
-        self.ids_remove_padding[np.asarray(indices)] = -1 - rows
-        self.has_deferred |= rows.size > 0
-
-    def _append(self, rows: Sequence[int], ids: np.ndarray) -> None:
-        """Put the tokens of one row, or one of each, after those of the step; see `add_row`."""
-        begin, end = self.num_tokens, self.num_tokens + len(ids)
-        if (
-            rows[0] < self.num_rows
-            or rows[-1] >= self.max_num_seqs
-            or (len(rows) > 1 and (np.diff(rows) < 1).any())
-        ):
+        begin, end = self.num_tokens, self.num_tokens + len(token_ids)
+        last = rows[-1]
+        if any(map(ge, (self.num_rows - 1, *rows), rows)) or last >= self.max_num_seqs:
             raise ValueError(
                 f"rows: {list(rows)} must ascend from {self.num_rows} on and stay below "
                 f"max_num_seqs {self.max_num_seqs}"
             )
+        if min(num_new) < 1:
+            row = rows[num_new.index(min(num_new))]
+            raise ValueError(f"token_ids: row {row} has no token; leave idle rows out")
         if end > self.max_num_tokens:
             raise CapacityError(
-                f"token_ids: rows {rows[0]} to {rows[-1]} bring the step to {end} tokens, "
+                f"token_ids: rows {rows[0]} to {last} bring the step to {end} tokens, "
                 f"max_num_tokens is {self.max_num_tokens}"
             )
-        if ids.min() < 0:
-            row = rows[min(int(ids.argmin()), len(rows) - 1)]
-            raise ValueError(f"token_ids: row {row} has the id {ids.min()}; ids are at least 0")
-        self.ids_remove_padding[begin:end] = ids
-        self.num_tokens, self.num_rows = end, rows[-1] + 1
+        prompts = [new if is_one else 0 for new, is_one in zip(num_new, are_prefills, strict=True)]
+        self.ids_remove_padding[begin:end] = token_ids
+        self.seq_lens_encoder[rows] = prompts
+        self.seq_lens_decoder[rows] = num_computed_tokens
+        self.seq_lens_this_time[rows] = num_new
+        self.num_tokens, self.num_rows = end, last + 1
+        self.num_prefill_tokens += sum(prompts)
+        self.max_seqlen_k = max(self.max_seqlen_k, *map(add, num_computed_tokens, num_new))
+        self.has_deferred |= min(token_ids) < 0
 
     def state(self) -> tuple[Any, ...]:
         """The step as `restore` takes it, for another process."""

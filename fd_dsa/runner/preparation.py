@@ -55,12 +55,13 @@ class Preparation:
             self.draws.set_slot(0, SlotParameters())
             self.draws.warm_up()
         for tokens, done, is_prefill in prompts + decode:
-            last = np.array([self._only_row(tokens, done, is_prefill=is_prefill)])
+            follows = self.draws is not None and (tokens, done, is_prefill) == decode[-1]
+            row = self._only_row(tokens, done, is_prefill=is_prefill, token_id=-follows)
+            last = np.array([row])
             if self.draws is None:
                 self.execute_model(last)
                 continue
-            if (tokens, done, is_prefill) == decode[-1]:
-                self.input_batch.defer_tokens(last, [0])
+            if follows:
                 self.input_batch.follows[0] = 0
             # all kernels of a draw run for any parameters, and those of a layer that drafts
             self.queue_model(last, Draw([0], [0], [0], [0], drafts=True))
@@ -165,12 +166,13 @@ class Preparation:
         """Tokens that the table of a row reaches to."""
         return self.input_batch.block_tables.shape[1] * self.input_batch.block_size
 
-    def _only_row(self, tokens: int, done: int, *, is_prefill: bool) -> int:
+    def _only_row(self, tokens: int, done: int, *, is_prefill: bool, token_id: int = 0) -> int:
         """Fill row 0 alone with `tokens` after `done` cached ones; index of the last token."""
         batch = self.input_batch
         batch.begin_step()
         batch.set_blocks(0, range(-(-(done + tokens) // batch.block_size)))
-        return batch.add_row(0, [0] * tokens, done, is_prefill)
+        batch.add_rows([0], [tokens], [token_id] * tokens, [done], [is_prefill])
+        return tokens - 1
 
     def _forget_only_row(self) -> None:
         """Leave the batch as it was before `_only_row`."""

@@ -63,24 +63,19 @@ REFUSED = {
     "no token": ("row", (2, [], 0, True), ValueError, "row 2 has no token"),
     "id": ("row", (2, [5, -1], 0, True), ValueError, "row 2 has the id -1; ids are at least 0"),
     "tokens": ("row", (2, [1, 2, 3], 0, True), CapacityError, "rows 2 to 2 .* 5 tokens.*is 4"),
-    "rows before": (
-        "decode_rows",
-        ([1, 3], [3, 3], [5, 5]),
-        ValueError,
-        r"\[1, 3\] must .* from 2",
-    ),
-    "rows descend": ("decode_rows", ([3, 2], [3, 3], [5, 5]), ValueError, r"rows: \[3, 2\] must"),
-    "rows repeat": ("decode_rows", ([2, 2], [3, 3], [5, 5]), ValueError, r"rows: \[2, 2\] must"),
-    "rows past": ("decode_rows", ([2, 4], [3, 3], [5, 5]), ValueError, "stay below max_num_seqs 4"),
-    "ids": ("decode_rows", ([2, 3], [1, -1], [5, 5]), ValueError, "row 3 has the id -1; ids"),
-    "many": ("decode_rows", ([2, 3, 4], [3] * 3, [5] * 3), CapacityError, "to 4 .* 5 tokens.*is 4"),
+    "rows before": ("rows", ([1, 3], [1, 1], [3, 3], [5, 5], [0, 0]), ValueError, "must .* from 2"),
+    "descend": ("rows", ([3, 2], [1, 1], [3, 3], [5, 5], [0, 0]), ValueError, r"\[3, 2\] must"),
+    "repeat": ("rows", ([2, 2], [1, 1], [3, 3], [5, 5], [0, 0]), ValueError, r"\[2, 2\] must"),
+    "rows past": ("rows", ([2, 4], [1, 1], [3, 3], [5, 5], [0, 0]), ValueError, "stay below"),
+    "empty": ("rows", ([2, 3], [2, 0], [3, 3], [5, 5], [0, 0]), ValueError, "row 3 has no token"),
+    "many": ("rows", ([2, 3], [1, 2], [3] * 3, [5, 5], [0, 0]), CapacityError, "to 3 .* 5 tok.*4"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_rows_change_nothing(name: str) -> None:
     method, arguments, error, message = REFUSED[name]
-    batch = InputBatch(5 if name == "many" else 4, 4, 2, 16)
+    batch = InputBatch(4, 4, 2, 16)
     batch.add_row(1, [6, 7], 3, is_prefill=True)
     before = state(batch)
     with pytest.raises(error, match=message):
@@ -95,18 +90,23 @@ def test_more_blocks_than_a_row_holds() -> None:
     assert (batch.block_tables == -1).all()
 
 
-def test_rows_that_decode_are_those_of_add_row() -> None:
-    both = [InputBatch(6, 5, 4, 16) for _ in range(2)]
-    rows, ids, cached = [1, 2, 5], [7, 0, 9], [16, 3, 40]
+def test_rows_are_those_of_add_row() -> None:
+    both = [InputBatch(6, 7, 4, 16) for _ in range(2)]
+    rows, ids, cached, prompts = [1, 2, 5], [[7], [0, 3], [9, 8]], [16, 3, 40], [False, False, True]
     for batch in both:
         batch.begin_step()
         batch.add_row(0, [4, 4], 8, is_prefill=True)
-    found = both[0].add_decode_rows(rows, ids, cached)
-    one_by_one = [
-        both[1].add_row(*row, is_prefill=False)
-        for row in zip(rows, ([token_id] for token_id in ids), cached, strict=True)
-    ]
-    assert found.tolist() == one_by_one
+    both[0].add_rows(rows, [1, 2, 2], [7, 0, 3, 9, 8], cached, prompts)
+    given = zip(rows, ids, cached, prompts, strict=True)
+    assert [both[1].add_row(*row) for row in given] == [2, 4, 6]
     assert state(both[0]) == state(both[1])
-    before = state(both[0])
-    assert both[0].add_decode_rows([], [], []).tolist() == [] and state(both[0]) == before
+
+
+def test_tokens_of_the_draw_before_are_named() -> None:
+    batch = InputBatch(4, 8, 4, 16)
+    batch.add_rows([0], [2], [3, 4], [0], [True])
+    assert not batch.has_deferred
+    batch.add_rows([1, 3], [1, 2], [-3, 5, -9], [8, 9], [False, False])
+    assert batch.has_deferred and batch.ids_remove_padding[:5].tolist() == [3, 4, -3, 5, -9]
+    batch.begin_step()
+    assert not batch.has_deferred
