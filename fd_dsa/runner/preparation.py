@@ -33,7 +33,7 @@ class Preparation:
     """What a ModelRunner does before its first step; the attributes are the runner's."""
 
     def warm_up(self) -> None:
-        """Run prompt chunks of all magnitudes and two decode steps: no request waits for kernels.
+        """Run steps of all kinds and magnitudes: no request waits for kernels.
 
         A kernel may have another form for other numbers of tokens; its limits are powers of two, so
         one form serves those from a power on and another those below.
@@ -48,16 +48,21 @@ class Preparation:
         cached = min(config.index_topk, longest - 1)
         powers = [1 << i for i in range((chunk - 1).bit_length())]
         chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
-        prompts = [(n, done, True) for done in (0, cached) for n in chunks if n <= longest - done]
+        prompts = [[(n, done, True)] for done in (0, cached) for n in chunks if n <= longest - done]
+        # rows that decode beside a prompt, all of them within the selection
+        most = batch.max_num_seqs
+        mixed = [
+            [(1, max(min(1 << i, cached) - 1, 0), False)] * min(1 << i, most - 1) + [(1, 0, True)]
+            for i in range(max(most, cached).bit_length())
+        ]
         # the second decode step goes on from the draw of the first
-        decode = [(1, max(cached - 1, 0), False), (1, cached, False)]
+        decode = [[(1, max(cached - 1, 0), False)], [(1, cached, False)]]
         if self.draws is not None:
             self.draws.set_slot(0, SlotParameters())
             self.draws.warm_up()
-        for tokens, done, is_prefill in prompts + decode:
-            follows = self.draws is not None and (tokens, done, is_prefill) == decode[-1]
-            row = self._only_row(tokens, done, is_prefill=is_prefill, token_id=-follows)
-            last = np.array([row])
+        for rows in prompts + mixed + decode:
+            follows = self.draws is not None and rows is decode[-1]
+            last = np.array([self._only_rows(rows, token_id=-follows)])
             if self.draws is None:
                 self.execute_model(last)
                 continue
@@ -68,7 +73,7 @@ class Preparation:
             self.draw()()
             if self._mtp is not None:
                 self.draft_more(1, self.most_drafts)
-        self._forget_only_row()
+        self._forget_rows()
         # these were no steps of requests
         self.counters = StepCounters()
 
@@ -113,7 +118,7 @@ class Preparation:
             raise capture_failed(error) from error
         finally:
             self._padded = None
-            self._forget_only_row()
+            self._forget_rows()
         self.graphs = graphs
 
     def _fill(self, graphs: StepGraphs, capture: Capture) -> None:
@@ -124,7 +129,7 @@ class Preparation:
         for padded in steps:
             tokens = padded.num_tokens if padded.num_prompts else 1
             done = 0 if padded.num_prompts else padded.max_seqlen_k - 1
-            last = self._only_row(tokens, done, is_prefill=padded.num_prompts > 0)
+            last = self._only_rows([(tokens, done, padded.num_prompts > 0)])
             self._padded = padded
             self._stage(np.array([last]), Draw())
             graphs[padded] = self._captured_step(capture, padded)
@@ -166,15 +171,22 @@ class Preparation:
         """Tokens that the table of a row reaches to."""
         return self.input_batch.block_tables.shape[1] * self.input_batch.block_size
 
-    def _only_row(self, tokens: int, done: int, *, is_prefill: bool, token_id: int = 0) -> int:
-        """Fill row 0 alone with `tokens` after `done` cached ones; index of the last token."""
+    def _only_rows(self, rows: Sequence[tuple[int, int, bool]], token_id: int = 0) -> int:
+        """Fill rows alone, all with the same blocks; index of the last token.
+
+        Args:
+            rows: of each its tokens, those before them, and whether they are of a prompt.
+            token_id: of all tokens.
+        """
         batch = self.input_batch
         batch.begin_step()
-        batch.set_blocks(0, range(-(-(done + tokens) // batch.block_size)))
-        batch.add_rows([0], [tokens], [token_id] * tokens, [done], [is_prefill])
-        return tokens - 1
+        for row, (tokens, done, _) in enumerate(rows):
+            batch.set_blocks(row, range(-(-(done + tokens) // batch.block_size)))
+        tokens, done, are_prefills = zip(*rows, strict=True)
+        batch.add_rows(range(len(rows)), tokens, [token_id] * sum(tokens), done, are_prefills)
+        return batch.num_tokens - 1
 
-    def _forget_only_row(self) -> None:
-        """Leave the batch as it was before `_only_row`."""
+    def _forget_rows(self) -> None:
+        """Leave the batch without rows and blocks."""
         self.input_batch.begin_step()
-        self.input_batch.clear_row(0)
+        self.input_batch.block_tables[:] = -1

@@ -194,12 +194,15 @@ def test_a_warm_up_scores_keys(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
     longest = BLOCK_SIZE * BLOCKS_PER_ROW
     powers = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size < longest]
     sizes = sorted({*powers, *(size - 1 for size in powers[1:]), longest})
-    later = [size for size in sizes if size <= longest - runner.model.config.index_topk]
-    assert [plan.num_tokens for plan in plans] == [*sizes, *later, 1, 1]
+    topk, others = runner.model.config.index_topk, runner.input_batch.max_num_seqs - 1
+    later = [size for size in sizes if size <= longest - topk]
+    # rows that decode beside a prompt
+    mixed = [1 + min(1 << power, others) for power in range(topk.bit_length())]
+    assert [plan.num_tokens for plan in plans] == [*sizes, *later, *mixed, 1, 1]
     # the decode step before the last has as many keys as are chosen
     assert [plan.needs_scores for plan in plans[len(sizes) :]] == [
         *[True] * len(later),
-        False,
+        *[False] * (1 + len(mixed)),
         True,
     ]
 
