@@ -26,8 +26,10 @@ _STEPS, _STEPS_AHEAD = 4, 16
 _TOKENS_A_STEP = 6
 # seconds after which no larger step is measured: with a large model on a CPU they are long
 _PATIENCE_S = 3.0
-# rows from which on GEMMs of a CPU take as much longer as they have more
+# rows from which on each more takes as long, on a CPU
 _MANY_ROWS = 16
+# more rows than any step has
+_FAR = 1 << 20
 
 
 class StepCosts:
@@ -38,11 +40,14 @@ class StepCosts:
     """
 
     def __init__(self, seconds: Mapping[int, Sequence[float]]) -> None:
-        self._rows = list(seconds)
         # a larger step that took less time shows what was noise
         least = np.array([*seconds.values()])[::-1, ::-1]
-        least = np.minimum.accumulate(np.minimum.accumulate(least, 0), 1)
-        self._seconds = least[::-1, ::-1]
+        least = np.minimum.accumulate(np.minimum.accumulate(least, 0), 1)[::-1, ::-1]
+        # each row past the last that were measured takes as long as each of those before
+        rows, least = np.array([0, *seconds]), np.vstack([np.zeros_like(least[:1]), least])
+        a_row = (least[-1] - least[-2]) / (rows[-1] - rows[-2])
+        self._rows = [*seconds, _FAR]
+        self._seconds = np.vstack([least[1:], least[-1] + (_FAR - rows[-1]) * a_row])
 
     def of(self, num_rows: int, num_drafting: int) -> list[float]:
         """Time of a step of so many rows, of which some have 0, 1 and so on drafts each."""
@@ -50,9 +55,7 @@ class StepCosts:
         for count, seconds in enumerate(self._seconds.T):
             # those that have as many tokens if all have drafts
             rows = (num_rows + count * num_drafting) / (1 + count)
-            # past the last that were measured in proportion
-            more = max(rows / self._rows[-1], 1.0)
-            times.append(more * float(np.interp(rows, self._rows, seconds)))
+            times.append(float(np.interp(rows, self._rows, seconds)))
         return times
 
 

@@ -225,8 +225,9 @@ def test_costs_of_steps_between_measured_ones() -> None:
     costs = StepCosts({1: [1.0, 1.3], 4: [1.3, 1.9], 16: [4.0, 7.9]})
     assert costs.of(1, 1) == pytest.approx([1.0, 1.3])
     assert costs.of(10, 10) == pytest.approx([2.65, 4.9])
-    # past the last in proportion
-    assert costs.of(32, 32) == pytest.approx([8.0, 15.8])
+    # past the last as much for each row as before it, or in proportion to one that is alone
+    assert costs.of(32, 32) == pytest.approx([7.6, 15.9])
+    assert StepCosts({1: [1.0, 1.3]}).of(3, 3) == pytest.approx([3.0, 3.9])
     # 2 of 4 rows have drafts: as many tokens as 3 that all do
     assert costs.of(4, 2) == pytest.approx([1.3, 1.7])
     # what is more work took no less time
@@ -275,9 +276,8 @@ def test_steps_of_requests_are_measured_with_all_that_they_take() -> None:
     engine.clock = lambda: drafter.now
     costs = measure_steps(engine, speculator)
     assert costs is not None
-    for rows in (1, 4, 10, 16):
+    # more than 16 rows are not measured on a CPU
+    for rows in (1, 4, 10, 16, 20):
         times = [1e-3 + 1e-4 * rows * (1 + count / 2) for count in range(3)]
         assert costs.of(rows, rows) == pytest.approx(times)
-    # more rows are not measured on a CPU
-    assert costs.of(20, 20) == pytest.approx([20 / 16 * time for time in times])
     assert not engine.has_unfinished_requests() and engine.stats().num_used_blocks == 0
