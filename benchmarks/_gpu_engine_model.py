@@ -94,7 +94,7 @@ CASES = {
     "decode-1x4k": Case("P21", "decode", 1, 4096, 128, 5),
     "decode-8x4k": Case("P21", "decode", 8, 4096, 128),
     "decode-32x4k": Case("P21", "decode", 32, 4096, 128),
-    "decode-128x4k": Case("P21", "decode", 128, 4096, 64),
+    "decode-128x4k": Case("P21", "decode", 128, 4096, 64, 1),
     "decode-1x32k": Case("P21", "decode", 1, 32768, 128),
     "decode-32x32k": Case("P21", "decode", 32, 32768, 64, 1),
     "prefill-1x8k": Case("P22", "prefill", 1, 8192, 1),

@@ -5,14 +5,15 @@
     python -m benchmarks.gpu_engine --rig --batch-invariant     # what that costs, within the hour
     python -m benchmarks.gpu_engine --rig --tensor-parallel-size 4 --peer DIR
 
-Token-id prompts of one seed, greedy, no end before the last token; in process, and the mixed case
-also over HTTP on our side. DIR has a `run.sh` that answers `bench --out FILE.jsonl --scenarios ...`
-with a record for each case. Writes benchmarks/results/gpu_engine.json: a ratio above 1 means that
-ours is better; the floor is what must be read of weights and caches at the copy rate, or multiplied
-at the rate of the tensor cores; and gpu_profile.json: what the kernels of a step are for. With
---batch-invariant the peer is ours without it, of the same GPU and hour, and the file
-gpu_engine_invariant.json. On several GPUs the model has the shape of DeepSeek-V3.2-REAP-345B, 61
-layers of 128 experts, the profile is that of rank 0, and the files end with the number of ranks.
+Token-id prompts of one seed, greedy, no end before the last token; in process, and on one GPU the
+mixed case also over HTTP on our side. DIR has a `run.sh` that answers
+`bench --out FILE.jsonl --scenarios ...` with a record for each case. Writes
+benchmarks/results/gpu_engine.json: a ratio above 1 means that ours is better; the floor is what
+must be read of weights and caches at the copy rate, or multiplied at the rate of the tensor cores;
+and gpu_profile.json: what the kernels of a step are for. With --batch-invariant the peer is ours
+without it, of the same GPU and hour, and the file gpu_engine_invariant.json. On several GPUs the
+model has the shape of DeepSeek-V3.2-REAP-345B, 61 layers of 128 experts, the profile is that of
+rank 0, and the files end with the number of ranks.
 """
 
 from __future__ import annotations
@@ -61,11 +62,10 @@ def gpu_now() -> dict[str, str]:
     return {}
 
 
-def over_http(model: str, rig: bool, ranks: int) -> float:
+def over_http(model: str, rig: bool) -> float:
     """Tokens a second of the mixed case through a server of its own."""
     module = "benchmarks.workers.rig_serve" if rig else "fd_dsa.serve"
     flags = {k: v for k, v in CONFIG.items() if k != "cudagraph_capture_sizes"}
-    flags["tensor_parallel_size"] = ranks
     flags |= {"load_format": "dummy", "tokenizer": str(demo_model_path()), "port": 0}
     command = [sys.executable, "-m", module, model]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
@@ -101,26 +101,21 @@ def measure(engine: Worker, names: Sequence[str]) -> Iterator[tuple[str, float]]
 
 def peer_values(
     folder: Path, names: Sequence[str], shape: Shape
-) -> dict[str, tuple[float, dict[str, Any]]]:
-    """vLLM's figures by its own process, and when each was taken."""
+) -> Iterator[tuple[str, float, dict[str, Any]]]:
+    """vLLM's figures by its own process, as soon as they are there, and when each was taken."""
     model = f"--layers {shape.layers} --dense {shape.dense} --experts {shape.experts}"
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as out:
         command = ["bash", str(folder / "run.sh"), "bench", "--out", out.name]
         command += ["--capture", ",".join(map(str, CAPTURED)), "--tp", str(shape.ranks)]
         command += ["--scenarios", ",".join(["warm", *(f"{n}:{CASES[n].runs}" for n in names)])]
-        found = {}
         variables = os.environ | {"CONFIG": model}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as peer:
             for line in peer.stdout or ():
                 if line.startswith("RESULT "):
-                    record = json.loads(line.removeprefix("RESULT "))
-                    found[record["name"]] = record, stamp()
                     print(line[:200], end="", flush=True)
-    return {
-        name: (found[name][0][FIGURES[CASES[name].kind][0]], found[name][1])
-        for name in names
-        if name in found and "error" not in found[name][0]
-    }
+                    record = json.loads(line.removeprefix("RESULT "))
+                    if (name := record["name"]) in names and "error" not in record:
+                        yield name, record[FIGURES[CASES[name].kind][0]], stamp()
 
 
 def stamp() -> dict[str, Any]:
@@ -212,8 +207,9 @@ def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> 
                 write_json(path, result)
             if args.profile:
                 write_profiles(engine, args, result)
-        if "mixed-64x2k" in names:
-            ours = over_http(model, args.rig, ranks)
+        # a server starts again, with all weights
+        if "mixed-64x2k" in names and ranks == 1:
+            ours = over_http(model, args.rig)
             print(f"{OVER_HTTP:<16} {ours:10.2f}", flush=True)
             result["cases"].append(entry(OVER_HTTP, ours, shape))
             write_json(path, result)
@@ -266,11 +262,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.out / ("gpu_engine.json" if ranks == 1 else f"gpu_engine_{ranks}.json")
     result = measured_before(path) if args.earlier else measure_ours(args, names, path)
     if args.peer:
-        peer = peer_values(args.peer, names, shape_of(ranks, args.layers))
-        for case in result["cases"]:
-            if (name := case["case"].partition(",")[0]) in peer:
-                add_peer(case, *peer[name])
-        write_json(path, result)
+        for name, value, taken in peer_values(args.peer, names, shape_of(ranks, args.layers)):
+            for case in result["cases"]:
+                if case["case"].partition(",")[0] == name:
+                    add_peer(case, value, taken)
+            write_json(path, result)
     print(f"written: {path}")
     return 0
 
