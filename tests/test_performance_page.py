@@ -69,7 +69,7 @@ def test_results_name_machine_and_commit(path: Path) -> None:
         alone += ("all_reduce_2", "all_reduce_4", "gpu_engine_invariant", "prompt_attention")
         alone += ("once_per_step", "real_widths", "speculative_gpu", "speculative_demo")
         alone += ("gpu_profile", "joined_projection", "early_launches", "gpu_engine_2")
-        alone += ("gpu_profile_2",)
+        alone += ("gpu_profile_2", "gpu_engine_4", "gpu_profile_4")
         assert found.get("gate") == "passed" or path.stem in alone
 
 

@@ -22,7 +22,7 @@ CLASSES = {
     "head, router": ("nvjet", "splitKreduce"),
     "keys and values of heads": ("head_gemm_kernel",),
     "indexer": ("tile_", "topk", "prepare_query_kernel", "project_indexer"),
-    "attention": ("attend", "combine_kernel", "gather_keys", "dequantize"),
+    "attention": ("attend", "SparseMla", "combine_kernel", "gather_keys", "dequantize"),
     "norms, SiLU, quantisation": ("rms_norm", "activate"),
     "cache writes, queries": ("write_caches", "prepare_mla_query"),
     "rest": ("",),
