@@ -4,6 +4,7 @@
     python -m benchmarks.gpu_engine --rig --peer DIR    # then vLLM on the same GPU
     python -m benchmarks.gpu_engine --rig --batch-invariant     # what that costs, within the hour
     python -m benchmarks.gpu_engine --rig --tensor-parallel-size 4 --peer DIR
+    python -m benchmarks.gpu_engine --rig -tp 4 --layers 8 --files /dev/shm   # the start from files
 
 Token-id prompts of one seed, greedy, no end before the last token; in process, and on one GPU the
 mixed case also over HTTP on our side. DIR has a `run.sh` that answers
@@ -13,7 +14,8 @@ must be read of weights and caches at the copy rate, or multiplied at the rate o
 and gpu_profile.json: what the kernels of a step are for. With --batch-invariant the peer is ours
 without it, of the same GPU and hour, and the file gpu_engine_invariant.json. On several GPUs the
 model has the shape of DeepSeek-V3.2-REAP-345B, 61 layers of 128 experts, the profile is that of
-rank 0, and the files end with the number of ranks.
+rank 0, and the files end with the number of ranks. With --files random weights are written to a
+folder there, the engine starts from them, and gpu_start.json says how long that takes.
 """
 
 from __future__ import annotations
@@ -216,6 +218,31 @@ def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> 
     return result
 
 
+def measure_start(args: argparse.Namespace) -> Path:
+    """Write how long the engine takes to its first token from files, which are random."""
+    from benchmarks.real_widths import write_checkpoint
+
+    ranks = args.tensor_parallel_size
+    shape, config = shape_of(ranks, args.layers), CONFIG | {"tensor_parallel_size": ranks}
+    name = "gpu_start" if ranks == 1 else f"gpu_start_{ranks}"
+    result: dict[str, Any] = {"name": name, "env": environment(), **shape._asdict()}
+    result["tier"] = "T1p" if args.rig else "T2"
+    with tempfile.TemporaryDirectory(dir=args.files) as folder:
+        model = write_model(folder, shape, {"quantization_config": FP8})
+        whole = json.loads(Path(model, "config.json").read_text())
+        result["bytes"] = write_checkpoint(Path(folder), whole, "cuda")
+        target = "benchmarks.workers.gpu_engine:Engine"
+        files = config | {"load_format": "auto"}
+        # the first start may compile kernels
+        for start in ("first", "second"):
+            with Worker(target, model=model, rig=args.rig, config=files) as engine:
+                result[start] = engine.call(op="start_up")
+            print(f"{result['bytes'] / 1e9:.1f} GB, {start} start: {result[start]}", flush=True)
+    path: Path = args.out / f"{name}.json"
+    write_json(path, result)
+    return path
+
+
 def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> Path:
     """Write ours with FD_DSA_BATCH_INVARIANT=1 beside ours without it."""
     before = {case["case"]: case for case in measured_before(args.out / "gpu_engine.json")["cases"]}
@@ -250,13 +277,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--profile", default="1,32", help="rows of decode steps that are profiled, and a prompt"
     )
+    parser.add_argument("--files", type=Path, help="folder for weights; the start alone, from them")
     parser.add_argument("--layers", type=int, help="default: as many as fit one GPU, or 61")
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     names = [name for name in args.cases.split(",") if name]
-    if args.batch_invariant:
-        print(f"written: {measure_invariant(args, names)}")
+    if args.files or args.batch_invariant:
+        path = measure_start(args) if args.files else measure_invariant(args, names)
+        print(f"written: {path}")
         return 0
     ranks = args.tensor_parallel_size
     path = args.out / ("gpu_engine.json" if ranks == 1 else f"gpu_engine_{ranks}.json")

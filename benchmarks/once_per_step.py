@@ -2,11 +2,15 @@
 
     python -m benchmarks.once_per_step --rig     # on the test plug-in
     python -m benchmarks.once_per_step --dry     # small widths on the CPU: shows that it runs
+    python -m benchmarks.once_per_step --rig --tensor-parallel-size 4      # a whole model: P31
 
 FastDeploy #7367's experiment: time per output token with a step's metadata made once, and again in
 every layer, captured and eager; and #7598's: prompts whose windows come from one launch, and from a
-loop on the host. The other forms are changes of this engine's classes, made in a worker. Writes
-benchmarks/results/once_per_step.json; a ratio above 1 means that once is better.
+loop on the host. The other forms are changes of this engine's classes, made in a worker. On several
+GPUs the model has the shape of DeepSeek-V3.2-REAP-345B in FP8, only decode steps are timed, and it
+is rank 0 that makes the metadata again, for which the others wait. Writes
+benchmarks/results/once_per_step.json, with the number of ranks at its end if there are several; a
+ratio above 1 means that once is better.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._gpu_engine_model import Shape, write_model
+from benchmarks._gpu_engine_model import FP8, Shape, shape_of, write_model
 from benchmarks._harness import RESULTS, Worker, environment, write_json
 
 LAYERS, DENSE_LAYERS = 5, 3
@@ -61,9 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
     )
     parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"name": "once_per_step", "env": environment(), "cases": []}
+    ranks = args.tensor_parallel_size
+    name = "once_per_step" if ranks == 1 else f"once_per_step_{ranks}"
+    result: dict[str, Any] = {"name": name, "env": environment(), "cases": []}
     result["tier"] = "dry" if args.dry else "T1p" if args.rig else "T2"
     prompt, new = (256, 32) if args.dry else (4096, 128)
     config: dict[str, Any] = {
@@ -71,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 8 * prompt if args.dry else 8192,
         "target_inter_token_latency_ms": 0,
+        "tensor_parallel_size": ranks,
     }
     decode = {"op": "decode", "batch": 1, "prompt": prompt, "new": new}
     prefill = {"op": "prefill", "batch": 8, "prompt": prompt, "new": 1}
@@ -79,15 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "decode, eager": (True, "every layer", decode),
         "prompts, windows": (True, "host loop", prefill),
     }
+    shape, fields = Shape(LAYERS, DENSE_LAYERS), SMALL if args.dry else {}
+    if ranks > 1:
+        del cases["prompts, windows"]
+        shape = shape._replace(ranks=ranks) if args.dry else shape_of(ranks, None)
+        fields = fields or {"quantization_config": FP8}
     with tempfile.TemporaryDirectory() as folder:
         device = "cpu" if args.dry else "gpu"
-        model = write_model(folder, Shape(LAYERS, DENSE_LAYERS), SMALL if args.dry else {})
+        model = write_model(folder, shape, fields)
         options = {"model": model, "rig": args.rig, "device": device}
-        for name, (eager, other, request) in cases.items():
+        for case, (eager, other, request) in cases.items():
             once, others = compare(options, config | {"enforce_eager": eager}, other, request)
             is_time = request["op"] == "decode"
             entry = {
-                "case": name,
+                "case": case,
                 "peer": other,
                 "peer_value": others,
                 "ours_value": once,
@@ -96,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             result["cases"].append(entry)
             print(
-                f"{name:<18} once {once:10.3f}  {other} {others:10.3f} {entry['unit']}"
+                f"{case:<18} once {once:10.3f}  {other} {others:10.3f} {entry['unit']}"
                 f"  {entry['ratio']:.3f}x",
                 flush=True,
             )
-    path = args.out / "once_per_step.json"
+    path = args.out / f"{name}.json"
     write_json(path, result)
     print(f"written: {path}")
     return 0

@@ -69,10 +69,9 @@ class Engine:
 
         self.prepare()
 
+        config = {"load_format": "dummy"} | config
         # ids are neither read nor written as text
-        self._llm = LLM(
-            model, device=device, tokenizer=demo_model_path(), load_format="dummy", **config
-        )
+        self._llm = LLM(model, device=device, tokenizer=demo_model_path(), **config)
         self._engine: Any = self._llm._engine
         self._chunk = config["max_num_batched_tokens"]
         self._num_runs = 0
