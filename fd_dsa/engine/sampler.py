@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draws import NOT_FINITE, RowDraw, rows_of
+from fd_dsa.engine.draws import NOT_FINITE, RowDraw
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.sampling_params import SamplingParams
 
@@ -95,7 +95,7 @@ class Sampler:
         tokens.fill(NOT_FINITE)
         (greedy,), (drawn,) = (~is_drawn).nonzero(), is_drawn.nonzero()
         if len(greedy):
-            rows = rows_of(logits, greedy)
+            rows = logits if len(greedy) == len(logits) else logits[greedy]
             best = rows.argmax(axis=1)
             # argmax stops at a NaN, so the largest value shows whether the row is usable
             usable = np.isfinite(rows[np.arange(len(rows)), best])
