@@ -12,12 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.ops.sampling.parameters import NOT_FINITE
+
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
-
-NOT_FINITE = -1
-"""Instead of a token where the logits of a row hold NaN or +inf, or only -inf."""
 
 # weights of a block: what is looked for is in one, so no running sum over all of them is needed
 _BLOCK = 512

@@ -18,9 +18,9 @@ from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.sampler import REJECTED
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.step_costs import StepCosts
+from fd_dsa.ops.sampling.parameters import REJECTED
 
 logger = logging.getLogger(__name__)
 

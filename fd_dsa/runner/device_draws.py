@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.ops._linear import rows_at
-from fd_dsa.ops.sampling import DeviceSampler, SlotParameters
+from fd_dsa.ops.sampling.sampler import DeviceSampler
 from fd_dsa.ops.sampling.verify_kernel import (
     FOLLOW_BLOCK,
     extend_kernel,
@@ -24,8 +24,6 @@ from fd_dsa.ops.sampling.verify_kernel import (
 from fd_dsa.step import StepHints
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.transfers import transfers_for, uploaded
-
-__all__ = ["DeviceDraws", "SlotParameters", "draw_bytes"]
 
 # kernels have one form for all views that begin at multiples of 16 bytes
 _ALIGNED = 32
