@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks import _gpu
-from fd_dsa.ops.sampling import DeviceSampler, SlotParameters
+from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.sampler import DeviceSampler
 
 VOCAB = 129_280
 ROWS = (1, 32, 256)

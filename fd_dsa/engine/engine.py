@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.engine.block_manager import BlockManager
-from fd_dsa.engine.draws import NOT_FINITE
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.launched_step import LaunchedStep, assemble, execute_watched
 from fd_dsa.engine.limits import RequestLimits
@@ -32,6 +31,7 @@ from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import is_out_of_memory
+from fd_dsa.ops.sampling.parameters import NOT_FINITE
 from fd_dsa.runner.input_batch import InputBatch
 
 

@@ -118,6 +118,7 @@ class LogitRules:
         grammar: which tokens may come at all; None = all.
 
     Attributes:
+        output, grammar: as given.
         penalties: of repetition, frequency and presence.
         bias_ids, bias: tokens whose logits change by a number.
         banned, end_ids, min_tokens: tokens that never come, and those that do not before
@@ -153,7 +154,7 @@ class LogitRules:
         self._bad = bad
         single = () if bad is None else bad.single
         self.banned = np.array([*single, *(params.bad_words_token_ids or ())], np.int64)
-        self._output = output_token_ids
+        self.output = output_token_ids
         self.min_tokens = params.min_tokens
         self.end_ids = np.array(sorted(end_token_ids), np.int64)
         rules = (self.counts, bias, bad, params.bad_words_token_ids, params.min_tokens, grammar)
@@ -177,13 +178,13 @@ class LogitRules:
         """
         free = np.full(-(-vocab_size // 32), -1, np.int32)
         masks: list[npt.NDArray[np.int32]] = []
-        grammar, output = self.grammar, self._output
+        grammar, output = self.grammar, self.output
         for draft in () if has_ended else (*drafts, -1):
             mask = free.copy()
             if grammar is not None:
                 grammar.fill_bitmask(mask)
             # after the grammar, whose mask may show that it is complete
-            ids = self._banned(output, grammar)
+            ids = self.banned_ids(output, grammar)
             bits = ~(np.uint32(1) << (ids % 32).astype(np.uint32))
             np.bitwise_and.at(mask.view(np.uint32), ids // 32, bits)
             masks.append(mask)
@@ -196,11 +197,7 @@ class LogitRules:
                     break
         return masks + [free] * (1 + len(drafts) - len(masks))
 
-    def banned_ids(self) -> Int64:
-        """Tokens that may not come next."""
-        return self._banned(self._output, self.grammar)
-
-    def _banned(self, output: list[int], grammar: GrammarMatcher | None) -> Int64:
+    def banned_ids(self, output: list[int], grammar: GrammarMatcher | None) -> Int64:
         """Tokens that may not come after an output, which is so far in its grammar."""
         banned = [self.banned]
         # a form that is complete ends the output, however short it is
@@ -232,7 +229,7 @@ def apply_rules(logits: Float32, rules: Sequence[LogitRules]) -> None:
     if constrained:
         _apply_grammars(logits, rules, np.array(constrained))
     # after the masks, which may find that a grammar is complete
-    rows, ids = _flat([rule.banned_ids() for rule in rules])
+    rows, ids = _flat([rule.banned_ids(rule.output, rule.grammar) for rule in rules])
     logits[rows, ids] = -np.inf
 
 

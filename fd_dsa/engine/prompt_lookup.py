@@ -66,10 +66,8 @@ class PromptLookup:
         """Drafts of requests that have got a token, at most so many each."""
         proposals = {}
         for request, count in counts.items():
-            state = request.drafts
             # where none pays, what has come since is listed later
-            if state is not None:
-                if state.memory is None:
-                    state.memory = LookupIndex(request.token_ids, self._longest, self._shortest)
-                proposals[request] = state.memory.following(count)
+            if (state := request.drafts) is not None:
+                own = state.memory or LookupIndex(request.token_ids, self._longest, self._shortest)
+                state.memory, proposals[request] = own, own.following(count)
         return proposals

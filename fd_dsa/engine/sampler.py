@@ -8,26 +8,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draws import NOT_FINITE, RowDraw, rows_of
+from fd_dsa.engine.draws import RowDraw
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.ops.sampling.parameters import GREEDY_BELOW, HOTTEST, NO_TOKEN, NOT_FINITE, mix
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
 
-NO_TOKEN = -2
-"""Instead of a token where the rules of a row's request leave none."""
-REJECTED = -3
-"""Instead of a token of a device where a draft before it did not stand."""
-
-_GREEDY_BELOW = 1e-5
-# all tokens are equally likely long before; what float32 cannot hold would make NaN of -inf
-_HOTTEST = 1e30
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
 
 
 class Sampler:
@@ -52,10 +43,10 @@ class Sampler:
         self, slot: int, params: SamplingParams, seed: int, rules: LogitRules | None = None
     ) -> None:
         """Parameters of the request that has taken a slot, and its rules if it has any."""
-        temperature = min(params.temperature, _HOTTEST)
+        temperature = min(params.temperature, HOTTEST)
         self._draws[slot] = (temperature, params.min_p, max(params.top_k, 0), params.top_p)
         self._seeds[slot] = seed % 2**64
-        self._is_random[slot] = params.temperature >= _GREEDY_BELOW
+        self._is_random[slot] = params.temperature >= GREEDY_BELOW
         self._is_ruled[slot] = rules is not None
         self._rules[slot] = rules
 
@@ -95,7 +86,7 @@ class Sampler:
         tokens.fill(NOT_FINITE)
         (greedy,), (drawn,) = (~is_drawn).nonzero(), is_drawn.nonzero()
         if len(greedy):
-            rows = rows_of(logits, greedy)
+            rows = logits if len(greedy) == len(logits) else logits[greedy]
             best = rows.argmax(axis=1)
             # argmax stops at a NaN, so the largest value shows whether the row is usable
             usable = np.isfinite(rows[np.arange(len(rows)), best])
@@ -130,19 +121,12 @@ def uniforms(seeds: UInt64, positions: Int64) -> npt.NDArray[np.float64]:
     element of the stream.
     """
     steps = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
-    bits = _mix(_mix(seeds) + steps) >> np.uint64(11)
+    bits = mix(mix(seeds) + steps) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
 
 
 def derive_seed(engine_seed: int, arrival: int) -> int:
     """Seed in [0, 2**64) of a request that brings none, from its arrival number."""
-    base = _mix(np.array([(engine_seed ^ _MIX_1) & _MASK], np.uint64))
-    step = np.array([(arrival + 1) * _GOLDEN & _MASK], np.uint64)
-    return int(_mix(base + step)[0])
-
-
-def _mix(state: UInt64) -> UInt64:
-    """SplitMix64's output function; arrays of uint64 wrap around silently."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX_1)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(_MIX_2)
-    return state ^ (state >> np.uint64(31))
+    base: int = mix((engine_seed ^ 0xBF58476D1CE4E5B9) & _MASK)
+    seed: int = mix(base + (arrival + 1) * _GOLDEN & _MASK)
+    return seed

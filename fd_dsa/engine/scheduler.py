@@ -252,22 +252,16 @@ class Scheduler:
             drafts = request.drafts.proposal[: max(most, 0)]
             if not drafts:
                 continue
-            num_tokens, spare = request.num_tokens + len(drafts), len(self._running)
-            added = self._blocks.allocate(request.arrival, num_tokens, spare=spare)
-            if added is None:
+            if not self._allocate(request, request.num_tokens + len(drafts), len(self._running)):
                 room = len(self._blocks.blocks_of(request.arrival)) * self._blocks.block_size
                 drafts = drafts[: room - request.num_tokens]
-            elif added:
-                start = self._blocks.num_needed(num_tokens) - len(added)
-                self._batch.set_blocks(request.slot, added, start)
             if drafts:
                 self.drafts[request] = drafts
                 budget -= len(drafts)
 
     def _grow(self, request: Request) -> bool:
         """Get the block for the next token, if need be from later requests; False: not now."""
-        num_tokens = request.num_tokens
-        while (added := self._blocks.allocate(request.arrival, num_tokens)) is None:
+        while not self._allocate(request, request.num_tokens):
             if request.num_unverified:
                 self._held.append(request)
                 return False
@@ -275,11 +269,15 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return False
-        if added:
-            self._batch.set_blocks(
-                request.slot, added, self._blocks.num_needed(num_tokens) - len(added)
-            )
         return True
+
+    def _allocate(self, request: Request, num_tokens: int, spare: int = 0) -> bool:
+        """Have the blocks of a running request hold so many tokens; False: too few are free."""
+        added = self._blocks.allocate(request.arrival, num_tokens, spare=spare)
+        if added:
+            start = self._blocks.num_needed(num_tokens) - len(added)
+            self._batch.set_blocks(request.slot, added, start)
+        return added is not None
 
     def _admit(self, budget: int) -> int:
         """Start waiting requests in order of arrival while rows, blocks and tokens last.

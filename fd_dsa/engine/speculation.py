@@ -18,9 +18,9 @@ from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.sampler import REJECTED
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.step_costs import StepCosts
+from fd_dsa.ops.sampling.parameters import REJECTED
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +120,8 @@ class Speculator:
         Returns:
             Outputs of requests for which there is no token.
         """
-        sampling = step.sampling
-        drafts = [step.drafts.get(request, []) for request in sampling]
-        first = step.first_rows
-        accepted = [0] * len(sampling)
-        outputs: list[RequestOutput] = []
+        sampling, first, outputs = step.sampling, step.first_rows, list[RequestOutput]()
+        drafts, accepted = [step.drafts.get(one, []) for one in sampling], [0] * len(sampling)
         alive = [row for row, request in enumerate(sampling) if request.finish_reason is None]
         for request in sampling:
             request.num_computed_tokens -= request.num_unverified
@@ -142,11 +139,9 @@ class Speculator:
                 if tokens is None:
                     is_right = drafts[row][depth] == request.token_ids[-1]
                 else:
-                    is_right = tokens[first[row] + depth + 1] != REJECTED
-                if not is_right:
-                    continue
-                accepted[row] += 1
-                if request.finish_reason is None:
+                    is_right = bool(tokens[first[row] + depth + 1] != REJECTED)
+                accepted[row] += is_right
+                if is_right and request.finish_reason is None:
                     scheduler.accept_draft(request)
                     stands.append(row)
             rows, depth = stands, depth + 1

@@ -13,6 +13,7 @@ from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
 from fd_dsa.environment import batch_invariant
+from fd_dsa.ops.sampling.parameters import MAX_ENTRIES, SlotParameters
 from fd_dsa.runner.input_batch import Draw
 
 
@@ -33,11 +34,6 @@ class StepSampler:
     def __init__(self, runner: Any, num_slots: int) -> None:
         self._runner, self._sampler = runner, Sampler(num_slots)
         self._has_draws = getattr(runner, "draws", None) is not None
-        self._most_entries = 0
-        if self._has_draws:
-            from fd_dsa.ops.sampling.parameters import MAX_ENTRIES
-
-            self._most_entries = MAX_ENTRIES
         self._draws_greedy_alone = batch_invariant()
         # arrival number of the request whose parameters the samplers have in a slot
         self._taken_by = [-1] * num_slots
@@ -60,7 +56,7 @@ class StepSampler:
         if self._draws_greedy_alone and any(request.params.temperature for request in sampling):
             return False
         rules = [request.rules for request in sampling if request.rules is not None]
-        if any(rule.num_entries > self._most_entries for rule in rules):
+        if any(rule.num_entries > MAX_ENTRIES for rule in rules):
             return False
         slots, positions = self._places(sampling)
         firsts: Sequence[int] = range(len(sampling))
@@ -157,10 +153,8 @@ class StepSampler:
             self._taken_by[self._taken_by.index(request.arrival)] = -1
         self._taken_by[slot] = request.arrival
         self._sampler.set_slot(slot, params, request.seed, rules)
-        if not self._has_draws or (rules is not None and rules.num_entries > self._most_entries):
+        if not self._has_draws or (rules is not None and rules.num_entries > MAX_ENTRIES):
             return
-        from fd_dsa.ops.sampling.parameters import SlotParameters
-
         plain = (params.temperature, params.min_p, max(params.top_k, 0), params.top_p, request.seed)
         given = SlotParameters(*plain)
         if rules is not None:

@@ -7,14 +7,14 @@ prediction: nothing waits for them, nothing is read back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.ops._linear import rows_at
-from fd_dsa.ops.sampling import DeviceSampler, SlotParameters
+from fd_dsa.ops.sampling.sampler import DeviceSampler
 from fd_dsa.ops.sampling.verify_kernel import (
     FOLLOW_BLOCK,
     extend_kernel,
@@ -24,8 +24,6 @@ from fd_dsa.ops.sampling.verify_kernel import (
 from fd_dsa.step import StepHints
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.transfers import transfers_for, uploaded
-
-__all__ = ["DeviceDraws", "SlotParameters", "draw_bytes"]
 
 # kernels have one form for all views that begin at multiples of 16 bytes
 _ALIGNED = 32
@@ -75,8 +73,8 @@ class DeviceDraws:
             (*self._host_copy(self._sampler.tokens), transfers.event()) for _ in range(2)
         ]
         self._known_tokens = self._host_copy(self._tokens)
-        # how the rows of a slot are sampled from then on; see DeviceSampler
-        self.set_slot = self._sampler.set_slot
+        # how the rows of a slot are sampled from then on, and what may come; see DeviceSampler
+        self.set_slot, self.set_masks = self._sampler.set_slot, self._sampler.set_masks
         self._mtp = getattr(model, "mtp", None)
         if self._mtp is not None:
             # of steps of further drafts: tokens, and lengths as of a Step
@@ -90,11 +88,6 @@ class DeviceDraws:
         """Page-locked memory for some tokens, and the copy to it."""
         ids = self._transfers.host_buffer(8 * len(tokens)).view(np.int64)
         return ids, self._transfers.copy("d2h", ids.ctypes.data, tokens.data_ptr())
-
-    def set_masks(self, masks: Sequence[np.ndarray]) -> None:
-        """Queue the copy of the masks of the rows that a draw says, in their order."""
-        if masks:
-            self._sampler.set_masks(np.stack(masks))
 
     def queue(self, logits: Any, step: Any) -> None:
         """Queue the draw of a step.

@@ -227,7 +227,8 @@ class ModelRunner(Preparation):
         """
         draws, draw, queued, self._queued = self.draws, self._draw, self._queued, None
         assert draws is not None and queued is not None
-        draws.set_masks(masks)
+        if masks:
+            draws.set_masks(np.stack(masks))
         with paddle.no_grad():
             queued.draw()
             taken = draws.results(len(draw.slots))

@@ -13,6 +13,7 @@ import paddle
 
 from fd_dsa.errors import FdDsaError
 from fd_dsa.models.memory_plan import MOST_PROMPTS, PROMPT_SIZES
+from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.step import Step
@@ -39,8 +40,6 @@ class Preparation:
         one form serves those from a power on and another those below.
         Results are dropped; what is written to the caches is written again before it is read.
         """
-        from fd_dsa.ops.sampling import SlotParameters
-
         batch, config = self.input_batch, self.model.config
         longest = self._longest_row()
         chunk = min(batch.max_num_tokens, longest)

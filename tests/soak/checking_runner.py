@@ -12,9 +12,9 @@ import numpy as np
 
 from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.sampler import REJECTED, Sampler
+from fd_dsa.engine.sampler import Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.parameters import REJECTED, SlotParameters
 from fd_dsa.runner.input_batch import Draw, InputBatch
 from tests.engine.drafters import KnowingDrafter
 

@@ -1,10 +1,14 @@
-"""Sampling parameters of one request, and their place in the device's record of its slot."""
+"""Sampling parameters of one request, and their place in the device's record of its slot.
+
+It needs no kernels: the sampler of a CPU has codes and numbers from here, too.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +33,9 @@ RANDOM, PENALIZED, LISTED = 1, 2, 4
 IN_PROMPT = 1 << 30
 
 _INT32_MAX = 2**31 - 1
-# as in fd_dsa.engine.sampler
-_GREEDY_BELOW = 1e-5
-_HOTTEST = 1e30
+GREEDY_BELOW = 1e-5
+# all tokens are equally likely long before; what float32 cannot hold would make NaN of -inf
+HOTTEST = 1e30
 _MASK = 2**64 - 1
 
 
@@ -82,8 +86,8 @@ class SlotParameters:
                 f"{MAX_ENTRIES}"
             )
         record = np.zeros(HEADER + ENTRY * len(entries), np.int32)
-        temperature = min(self.temperature, _HOTTEST)
-        is_random = self.temperature >= _GREEDY_BELOW
+        temperature = min(self.temperature, HOTTEST)
+        is_random = self.temperature >= GREEDY_BELOW
         if is_random:
             is_ranked = self.min_p > 0 or 0 < self.top_k < vocab_size
             # the CPU divides by a float32, except where it ranks candidates
@@ -92,7 +96,7 @@ class SlotParameters:
             record[SCALE:TOP_P].view(np.float64)[:] = math.log2(math.e) / divisor, margin
         penalties = self.repetition, self.frequency, self.presence
         record[TOP_P:SEED].view(np.float64)[:] = self.top_p, *penalties
-        record[SEED:TOP_K].view(np.uint64)[0] = _mix(self.seed & _MASK)
+        record[SEED:TOP_K].view(np.uint64)[0] = mix(self.seed & _MASK)
         record[TOP_K] = min(max(self.top_k, 0), _INT32_MAX)
         record[FLAGS] = RANDOM * is_random | PENALIZED * self.is_penalized | LISTED * bool(entries)
         record[NUM_ENTRIES] = len(entries)
@@ -113,8 +117,8 @@ class SlotParameters:
         }
 
 
-def _mix(state: int) -> int:
-    """SplitMix64's output function."""
+def mix(state: Any) -> Any:
+    """SplitMix64's output function, of an int in [0, 2**64) or of uint64."""
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
     return state ^ (state >> 31)

@@ -21,7 +21,7 @@ from fd_dsa import LLM, SamplingParams
 from fd_dsa.errors import DeviceError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.memory_plan import graph_bytes
-from fd_dsa.ops.sampling import SlotParameters
+from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.model_runner import cache_layout
