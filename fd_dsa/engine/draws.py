@@ -174,5 +174,7 @@ def _place(
 
 
 def _sums(weights: Float32 | Float64) -> Float32 | Float64:
-    """Those of blocks."""
-    return np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK))
+    """Those of blocks, the last one of what is left."""
+    whole = len(weights) // _BLOCK * _BLOCK
+    sums = np.einsum("bi->b", weights[:whole].reshape(-1, _BLOCK))
+    return np.append(sums, weights[whole:].sum()) if whole < len(weights) else sums
