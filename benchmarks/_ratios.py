@@ -12,6 +12,7 @@ that begin as there.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,8 @@ RATIOS, PICTURES = SHOWN["ratios"], SHOWN["pictures"]
 TABLES = "headline", "without_custom_ops"
 PICTURED = ("engine_cpu", "gpu_engine", *PICTURES)
 Ratio = tuple[float, str]
-
+# of gpu_engine, on one GPU and on several
+_DECODE = "P21", "P28"
 
 # "cases" of shown.json: of a result whose cases have no times of sides, the ratios
 CASES: dict[str, Callable[[Result], Iterable[float]]] = {
@@ -37,8 +39,10 @@ CASES: dict[str, Callable[[Result], Iterable[float]]] = {
     "gaps_with_target": lambda result: (
         result["sides"][0]["gap_ms"]["p99"] / side["gap_ms"]["p99"] for side in result["sides"][1:]
     ),
-    "gpu_decode": lambda result: (c["ratio"] for c in result["cases"] if c["target"] == "P21"),
-    "gpu_prompts": lambda result: (c["ratio"] for c in result["cases"] if c["target"] != "P21"),
+    "gpu_decode": lambda result: (c["ratio"] for c in result["cases"] if c["target"] in _DECODE),
+    "gpu_prompts": lambda result: (
+        case["ratio"] for case in result["cases"] if case["target"] not in _DECODE
+    ),
 }
 
 
@@ -125,7 +129,9 @@ def region(table: str, folder: Path = RESULTS) -> str:
         if result and not refusal(result):
             env = result["env"]
             on = env.get("gpu") or f"{env['cpu']}, {env['cpus']} cores"
-            about = {"result": name, "on": on, "page": page_of(name)}
+            # the number of GPUs is at its end
+            command = re.sub(r"_(\d)$", r" -tp \1", name)
+            about = {"result": command, "on": on, "page": page_of(name)}
             rows += [row | about for row in _rows(table, result)]
     return "\n".join(Table(lambda _: rows, _OF_PERFORMANCE).lines({})) + "\n"
 
