@@ -12,7 +12,6 @@ import paddle
 import pytest
 
 from fd_dsa.runner import ModelRunner
-from fd_dsa.triton_runtime import freeze, num_late_compilations, unfreeze
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
 from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
@@ -57,23 +56,6 @@ def dense(rig: Rig, folder: Path) -> ModelRunner:
     runner = runner_on(folder, rig.device)
     assert runner.attn_backends[0].attention.dense_prompts is not None
     return runner
-
-
-def test_rows_that_decode_beside_prompts_wait_for_no_kernel(real_rig: Rig, tmp_path: Path) -> None:
-    fields: dict[str, Any] = V32 | SIZES | WIDE_HEADS | {"v_head_dim": 128} | FP8
-    runner = dense(real_rig, folder_of(tmp_path, fields, "fp8"))
-    tables = runner.input_batch.block_tables.copy()
-    runner.warm_up()
-    runner.input_batch.block_tables[:] = tables
-    before = num_late_compilations()
-    freeze()
-    try:
-        for decoding in (1, 2, 3):
-            rows = [(row, 1, 4 + row, False) for row in range(decoding)]
-            last_logits(runner, [*rows, (decoding, 5, 0, True)])
-    finally:
-        unfreeze()
-    assert num_late_compilations() == before
 
 
 @pytest.mark.parametrize(("make", "bound"), [(absorbed, 1e-5), (dense, BOUNDS["fp8"])])
