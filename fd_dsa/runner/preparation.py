@@ -49,7 +49,7 @@ class Preparation:
         chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
         prompts = [[(n, done, True)] for done in (0, cached) for n in chunks if n <= longest - done]
         # rows that decode beside a prompt, all of them within the selection
-        most = batch.max_num_seqs
+        most = min(batch.max_num_seqs, batch.max_num_tokens)
         mixed = [
             [(1, max(min(1 << i, cached) - 1, 0), False)] * min(1 << i, most - 1) + [(1, 0, True)]
             for i in range(max(most, cached).bit_length())

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.runner import ModelRunner
+from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner.model_runner import cache_layout
 from tests.attention.harness import record_plans
 from tests.runner.tiny import (
     BLOCK_SIZE,
@@ -185,6 +186,14 @@ def test_a_warm_up_leaves_an_empty_batch_and_no_trace(model: Any) -> None:
     assert (runner.input_batch.block_tables[0] == -1).all()
     runner.input_batch.block_tables[:] = tables
     assert_same(in_chunks(runner, 0, [20, 25], 45), wanted)
+
+
+def test_a_warm_up_of_more_rows_than_tokens(model: Any) -> None:
+    batch = InputBatch(9, 4, BLOCKS_PER_ROW, BLOCK_SIZE)
+    layout = cache_layout(model.config, "float32", BLOCK_SIZE)
+    runner = ModelRunner(model, batch, layout, BLOCKS_PER_ROW + 1)
+    runner.warm_up()
+    assert batch.num_tokens == 0 and (batch.block_tables == -1).all()
 
 
 def test_a_warm_up_scores_keys(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
