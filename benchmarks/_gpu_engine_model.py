@@ -79,6 +79,11 @@ def shape_of(ranks: int, layers: int | None) -> Shape:
     )
 
 
+def of_ranks(name: str, ranks: int) -> str:
+    """A result's name; that of several GPUs ends with their number."""
+    return name if ranks == 1 else f"{name}_{ranks}"
+
+
 class Case(NamedTuple):
     """What is timed, and how often; the figure of several runs is the median."""
 

@@ -101,6 +101,11 @@ def ratios(result: Result) -> Iterator[str]:
         yield "\n".join(Table(lambda _: rows, _OF_PAGE).lines(result))
 
 
+def command_of(name: str) -> str:
+    """The benchmark that writes a result, and how many GPUs it needs if there are several."""
+    return re.sub(r"_([248])$", r" -tp \1", name)
+
+
 @cache
 def page_of(name: str) -> str:
     """The page in docs/results that shows a result."""
@@ -116,7 +121,7 @@ def _range(row: Mapping[str, Any]) -> str:
 _OF_PERFORMANCE = [
     ("what", "[{what}](results/{page})"),
     *(("against", "{against}"), ("ratio", _range), ("slower in", _slower), ("on", "{on}")),
-    ("command", "`python -m benchmarks.{result}`"),
+    ("command", "`python -m benchmarks.{command}`"),
 ]
 
 
@@ -129,9 +134,7 @@ def region(table: str, folder: Path = RESULTS) -> str:
         if result and not refusal(result):
             env = result["env"]
             on = env.get("gpu") or f"{env['cpu']}, {env['cpus']} cores"
-            # the number of GPUs is at its end
-            command = re.sub(r"_(\d)$", r" -tp \1", name)
-            about = {"result": command, "on": on, "page": page_of(name)}
+            about = {"command": command_of(name), "on": on, "page": page_of(name)}
             rows += [row | about for row in _rows(table, result)]
     return "\n".join(Table(lambda _: rows, _OF_PERFORMANCE).lines({})) + "\n"
 

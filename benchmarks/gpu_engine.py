@@ -34,7 +34,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._gpu_engine_model import CASES, FIGURES, FP8, Shape, floor, shape_of, write_model
+from benchmarks._gpu_engine_model import (
+    CASES,
+    FIGURES,
+    FP8,
+    Shape,
+    floor,
+    of_ranks,
+    shape_of,
+    write_model,
+)
 from benchmarks._harness import RESULTS, Worker, environment, write_json
 from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.stream_client import streams
@@ -224,7 +233,7 @@ def measure_start(args: argparse.Namespace) -> Path:
 
     ranks = args.tensor_parallel_size
     shape, config = shape_of(ranks, args.layers), CONFIG | {"tensor_parallel_size": ranks}
-    name = "gpu_start" if ranks == 1 else f"gpu_start_{ranks}"
+    name = of_ranks("gpu_start", ranks)
     result: dict[str, Any] = {"name": name, "env": environment(), **shape._asdict()}
     result["tier"] = "T1p" if args.rig else "T2"
     with tempfile.TemporaryDirectory(dir=args.files) as folder:
@@ -288,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"written: {path}")
         return 0
     ranks = args.tensor_parallel_size
-    path = args.out / ("gpu_engine.json" if ranks == 1 else f"gpu_engine_{ranks}.json")
+    path = args.out / f"{of_ranks('gpu_engine', ranks)}.json"
     result = measured_before(path) if args.earlier else measure_ours(args, names, path)
     if args.peer:
         for name, value, taken in peer_values(args.peer, names, shape_of(ranks, args.layers)):

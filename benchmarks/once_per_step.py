@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._gpu_engine_model import FP8, Shape, shape_of, write_model
+from benchmarks._gpu_engine_model import FP8, Shape, of_ranks, shape_of, write_model
 from benchmarks._harness import RESULTS, Worker, environment, write_json
 
 LAYERS, DENSE_LAYERS = 5, 3
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     ranks = args.tensor_parallel_size
-    name = "once_per_step" if ranks == 1 else f"once_per_step_{ranks}"
+    name = of_ranks("once_per_step", ranks)
     result: dict[str, Any] = {"name": name, "env": environment(), "cases": []}
     result["tier"] = "dry" if args.dry else "T1p" if args.rig else "T2"
     prompt, new = (256, 32) if args.dry else (4096, 128)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks._harness import RESULTS, ROOT, write_json
-from benchmarks._ratios import OURS, RATIOS, drawn
+from benchmarks._ratios import OURS, RATIOS, command_of, drawn
 from benchmarks.gpu_run import BENCHMARKS
 from benchmarks.report import IMAGES, filled, pages, plots, region, regions
 from tests.benchmarks.results import ENV, case, result, shown
@@ -51,8 +51,8 @@ def test_headline_figures_are_those_of_their_results(tmp_path: Path) -> None:
 
 def test_ratios_name_benchmarks_and_cases() -> None:
     for entry in RATIOS:
-        # the number of GPUs may be at its end
-        assert (ROOT / f"benchmarks/{re.sub(r'_[248]$', '', entry['result'])}.py").exists()
+        benchmark = command_of(entry["result"]).partition(" ")[0]
+        assert (ROOT / f"benchmarks/{benchmark}.py").exists()
         found = json.loads((RESULTS / f"{entry['result']}.json").read_text())
         for label in entry.get("labels", ()):
             assert any(label in case["times"] for case in found["cases"]), label

@@ -263,12 +263,13 @@ def fp8_linear(
     if not num_rows or not columns:
         return out
     sizes, tiling = (num_rows, columns, width), tiling or configuration(rows_of_tiles(num_rows))
-    whole = tiling._replace(programs=1)
-    grid, options = launch_options(*sizes, whole if fixed_order() else tiling)
+    if fixed_order():
+        tiling = tiling._replace(programs=1)
+    grid, options = launch_options(*sizes, tiling)
     if grid[1] > 1 and scratch is None:
         scratch = scratch_beside(rows.scales, "FP8 GEMM")
         if scratch is None:
-            grid, options = launch_options(*sizes, whole)
+            grid, options = launch_options(*sizes, tiling._replace(programs=1))
     try:
         fp8_linear_kernel[grid](
             rows.codes, rows.scales, codes, scales, out, scratch if grid[1] > 1 else None,
