@@ -163,7 +163,7 @@ class DeviceDraws:
         """Queue the draw of a draft of each request, as of any token, with `depth` before it."""
         rows, stride, begin = states.shape[0], self._stride, self.draft_row(depth, 0)
         slots, positions = (self._next[i * stride : i * stride + rows] for i in (1, 2))
-        logits, drafts = self._mtp.compute_logits(states), self._tokens[begin : begin + rows]
+        logits, drafts = self._mtp.head.times(states), self._tokens[begin : begin + rows]
         self._sampler.sample(logits, slots, positions, self._no_masks[:rows], drafts)
 
     def draft_row(self, depth: int, row: int) -> int:
