@@ -107,9 +107,9 @@ class DeviceDraws:
             # of requests that it has not, too: a step of further drafts may have more rows
             verify_kernel[(self._num_slots,)](
                 sampler.tokens, step.ids_remove_padding, step.sampled, slots, positions,
-                draw.firsts, draw.counts, step.seq_lens_decoder, step.seq_lens_this_time,
-                self._next, self._tokens, sampler.records, sampler.counts, STRIDE=self._stride,
-                MOST=most, VOCAB=logits.shape[1], num_warps=1,
+                draw.firsts, step.seq_lens_decoder, step.seq_lens_this_time, self._next,
+                self._tokens, sampler.records, sampler.counts, STRIDE=self._stride, MOST=most,
+                VOCAB=logits.shape[1], num_warps=1,
             )  # fmt: skip
 
     def queue_drafts(self, hidden: Any, step: Any, num_requests: int) -> None:

@@ -233,7 +233,7 @@ class ModelRunner(Preparation):
             queued.draw()
             taken = draws.results(len(draw.slots))
             if draw.drafts and self._mtp is not None:
-                queued.draft(len(draw.firsts))
+                queued.draft(len(draw.firsts) - 1)
         return taken
 
     def draft(self, next_ids: np.ndarray, *going_on: np.ndarray) -> None:
