@@ -60,9 +60,9 @@ class LaunchedStep:
 
     @property
     def first_rows(self) -> list[int]:
-        """Row of `logits` of each request of `sampling`, of the token that it has for certain."""
+        """First row of `logits` of each request of `sampling`, then the number of their rows."""
         counts = [1 + len(self.drafts.get(request, ())) for request in self.sampling]
-        return list(accumulate(counts, initial=0))[:-1]
+        return list(accumulate(counts, initial=0))
 
     def count_ahead(self) -> None:
         """Count what its requests get before it has come, as if all drafts stood."""
@@ -147,7 +147,7 @@ def execute_watched(
         step: whose requests sample; those that ask have no drafts.
         logits_indices: see RunnerProtocol.
     """
-    rows = zip(step.sampling, step.first_rows, strict=True)
+    rows = zip(step.sampling, step.first_rows, strict=False)
     watched = {row: request for request, row in rows if request.params.return_topk_positions}
     logits: npt.NDArray[np.float32]
     if not watched:

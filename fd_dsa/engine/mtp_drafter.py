@@ -89,8 +89,8 @@ class DeviceMtpDrafter(MtpDrafter):
     """The same on a device: the layer and each request's first draft are queued with the step.
 
     So they run while the host takes the tokens of the step; drafts stay where they are, and are
-    named by where they are (`LaunchedStep.drafts`). Further drafts are queued for all requests; one
-    gets those for which it has blocks, as far as the host knows where its row ends.
+    named by where they are (`LaunchedStep.drafts`). Further drafts are queued for all requests, as
+    the host does not know where a row ends: past its blocks they lack a key, and stand less often.
 
     Args:
         runner: has `draws`, `draft` and `draft_more`.
@@ -100,7 +100,7 @@ class DeviceMtpDrafter(MtpDrafter):
         self, step: LaunchedStep, counts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
         """Queue further drafts; where the host has sampled, the layer too."""
-        requests, batch, draft_row = step.sampling, self._batch, self._runner.draws.draft_row
+        requests, draft_row = step.sampling, self._runner.draws.draft_row
         if step.draw is None:
             # one that has ended has no slot
             requests = [request for request in requests if request.slot >= 0]
@@ -110,15 +110,10 @@ class DeviceMtpDrafter(MtpDrafter):
                 for request in requests
             ]
             self._runner.draft(next_ids, *np.array(places, np.int64).reshape(-1, 4).T)
-        ends = (batch.seq_lens_decoder + batch.seq_lens_this_time).tolist()
-        proposals = {}
-        for row, request in enumerate(requests):
-            count = counts.get(request, 0)
-            while count > 1 and not self._has_room(request, ends[request.slot] + count - 2):
-                count -= 1
-            if count:
-                proposals[request] = [-1 - draft_row(depth, row) for depth in range(count)]
-        most = max(map(len, proposals.values()), default=0)
-        if most > 1:
+        if (most := max(counts.values(), default=0)) > 1:
             self._runner.draft_more(len(requests), most)
-        return proposals
+        return {
+            request: [-1 - draft_row(depth, row) for depth in range(counts[request])]
+            for row, request in enumerate(requests)
+            if request in counts
+        }

@@ -128,8 +128,8 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     from fd_dsa.engine.caches import family_of
     from fd_dsa.models.configs import open_checkpoint, read_config
     from fd_dsa.models.loader import (
+        add_mtp_layer,
         check_blocks,
-        find_mtp_layer,
         fp8_tensors,
         quantisable_tensors,
         validate,
@@ -164,13 +164,12 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
         # only headers are read
         with open_checkpoint(model_config, config.model_path) as checkpoint:
             if wants_mtp:
-                layer = find_mtp_layer(checkpoint, model_config)
-                model_config = replace(model_config, mtp=layer)
+                model_config = add_mtp_layer(checkpoint, model_config)
             validate(checkpoint, model_config)
             fp8 = fp8_tensors(checkpoint, model_config)
     else:
         if wants_mtp:
-            model_config = replace(model_config, mtp=find_mtp_layer(None, model_config))
+            model_config = add_mtp_layer(None, model_config)
         fp8 = quantisable_tensors(model_config)
     # FP8 GEMMs give bfloat16
     if config.dtype != "bfloat16":

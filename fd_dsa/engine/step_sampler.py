@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -59,20 +60,19 @@ class StepSampler:
         if any(rule.num_entries > MAX_ENTRIES for rule in rules):
             return False
         slots, positions = self._places(sampling)
-        firsts: Sequence[int] = range(len(sampling))
-        counts = [0] * len(sampling)
+        firsts: Sequence[int] = range(len(sampling) + 1)
         if step.drafts:
-            firsts, counts = step.first_rows, [len(step.drafts.get(r, ())) for r in sampling]
-            places = [place for place, count in enumerate(counts) for _ in range(count + 1)]
-            positions = [positions[p] + row - firsts[p] for row, p in enumerate(places)]
-            slots = [slots[place] for place in places]
+            firsts = step.first_rows
+            ranges = [range(end - first) for first, end in pairwise(firsts)]
+            positions = [p + i for p, own in zip(positions, ranges, strict=True) for i in own]
+            slots = [slot for slot, own in zip(slots, ranges, strict=True) for _ in own]
         masked: list[int] = []
-        for first, count, request in zip(firsts, counts, sampling, strict=True):
+        for (first, end), request in zip(pairwise(firsts), sampling, strict=True):
             if request.rules and request.rules.needs_mask:
-                masked += range(first, first + count + 1)
-                if count and step.drafts[request][0] < 0 and step.known_drafts is None:
+                masked += range(first, end)
+                if step.drafts.get(request, (0,))[0] < 0 and step.known_drafts is None:
                     step.known_drafts = self._runner.draws.read_drafts()
-        step.places = Draw(slots, positions, firsts, counts, masked, step.makes_drafts)
+        step.places = Draw(slots, positions, firsts, masked, step.makes_drafts)
         self._runner.queue_model(logits_indices, step.places)
         if not masked:
             self.draw(step)

@@ -69,18 +69,6 @@ HARMLESS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class MtpLayer:
-    """The layer for multi-token prediction, where it is loaded.
-
-    Attributes:
-        has_embedding, has_head: whether it has tables of its own; else those of the model serve.
-    """
-
-    has_embedding: bool = False
-    has_head: bool = False
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig(Family):
     """Everything about a model that its layers, caches and weights depend on.
@@ -101,7 +89,8 @@ class ModelConfig(Family):
             (e4m3) stored [out, in]; None where the weights are plain.
         round_scales: scales of FP8 activations are powers of two (`scale_fmt` ue8m0).
         num_nextn_predict_layers: layers for multi-token prediction after the last one.
-        mtp: the first of them, if it is loaded; None = it is not.
+        mtp: tables that the first of them has of its own, if it is loaded; None = it is not. Lists
+            of layers have an entry more for it.
         ranks: processes that share the model; heads and widths of MLPs are those of one of them.
         generation: parameters that generation_config.json proposes for requests that do not say;
             a temperature of 0 where the file turns sampling off (`do_sample` false).
@@ -119,7 +108,7 @@ class ModelConfig(Family):
     weight_block_size: tuple[int, int] | None = None
     round_scales: bool = False
     num_nextn_predict_layers: int = 0
-    mtp: MtpLayer | None = None
+    mtp: tuple[str, ...] | None = None
     ranks: int = 1
     generation: Mapping[str, float] = field(default_factory=dict)
 
@@ -199,11 +188,11 @@ class ModelConfig(Family):
             return self.vocab_size
         return self.vocab_size // self.ranks
 
-    @property
-    def with_mtp_layer(self) -> ModelConfig:
-        """The same with kinds for one layer more: that for multi-token prediction."""
+    def with_mtp_layer(self, *tables: str) -> ModelConfig:
+        """The same with the layer for multi-token prediction, which has these tables of its own."""
         return replace(
             self,
+            mtp=tables,
             mlp_layer_types=(*self.mlp_layer_types, self.mlp_layer_types[-1]),
             indexer_types=(*self.indexer_types, "full"),
         )
@@ -211,8 +200,7 @@ class ModelConfig(Family):
     @property
     def has_indexer(self) -> list[bool]:
         """Of each layer with caches: whether it has an indexer, that is an indexer cache too."""
-        types = self.indexer_types if self.mtp is None else self.with_mtp_layer.indexer_types
-        return [kind == "full" for kind in types]
+        return [kind == "full" for kind in self.indexer_types]
 
     @property
     def num_indexer_layers(self) -> int:

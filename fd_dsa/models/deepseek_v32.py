@@ -11,9 +11,9 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import cos_sin_table
-from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader, mtp_name
+from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._linear import added, rows_at, values_of
+from fd_dsa.ops._linear import rows_at, values_of
 
 
 class DeepseekV32DecoderLayer:
@@ -62,24 +62,27 @@ class MultiTokenPredictor:
     with position, slot and keys of token i, and no embedding at position 0, as in vLLM. The
     model's embedding and head serve where the layer has none.
 
+    Attributes:
+        head: from hidden states that a call gave to logits.
+
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2; names of Hugging Face checkpoints.
     """
 
     def __init__(self, model: DeepseekV32ForCausalLM, weights: Any) -> None:
-        config = model.config.with_mtp_layer
+        config, own = model.config, model.config.mtp or ()
         hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
-        self._cos_sin, self._embed, self._head = model.cos_sin, model.embed_tokens, model.head
-        if config.mtp is not None and config.mtp.has_embedding:
-            name = mtp_name(config, MTP_EMBEDDING)
-            self._embed, _ = weights.table(name, config.vocab_size, hidden)
-        if config.mtp is not None and config.mtp.has_head:
-            parts = {mtp_name(config, MTP_HEAD): config.vocab_size}
-            self._head = weights.matrix(hidden, parts, sums_in_float32=True)
-        self._token_norm = weights.norm(mtp_name(config, "enorm.weight"), hidden, eps)
-        self._hidden_norm = weights.norm(mtp_name(config, "hnorm.weight"), hidden, eps)
-        self._join = weights.matrix(2 * hidden, {mtp_name(config, MTP_JOIN): hidden})
+        prefix, self._group = f"model.layers.{number}.", weights.group
+        self._cos_sin, self._embed, self.head = model.cos_sin, model.embed_tokens, model.head
+        if MTP_EMBEDDING in own:
+            self._embed, _ = weights.table(prefix + MTP_EMBEDDING, config.vocab_size, hidden)
+        if MTP_HEAD in own:
+            parts = {prefix + MTP_HEAD: config.vocab_size}
+            self.head = weights.matrix(hidden, parts, sums_in_float32=True)
+        self._token_norm = weights.norm(f"{prefix}enorm.weight", hidden, eps)
+        self._hidden_norm = weights.norm(f"{prefix}hnorm.weight", hidden, eps)
+        self._join = weights.matrix(2 * hidden, {prefix + MTP_JOIN: hidden})
         self._layer = DeepseekV32DecoderLayer(config, number, weights)
-        self.norm = weights.norm(mtp_name(config, "shared_head.norm.weight"), hidden, eps)
+        self._norm = weights.norm(f"{prefix}shared_head.norm.weight", hidden, eps)
 
     def __call__(self, next_ids: Any, hidden: Any, step: Any) -> Any:
         """Hidden states after the layer's norm, [num_tokens, hidden_size].
@@ -90,28 +93,18 @@ class MultiTokenPredictor:
                 model, or for a further draft of this layer itself.
             step: the runner's object; `init_attention_metadata` has been called for it.
         """
-        positions = step.position_ids
-        joined = self._join.times(self._inputs(next_ids, hidden, positions))
-        states, change, _ = self._layer.forward(
-            joined, None, rows_at(self._cos_sin, positions), step, None
-        )
-        return values_of(self.norm.of(added(states, change)))
-
-    def _inputs(self, next_ids: Any, hidden: Any, positions: Any) -> Any:
-        """What is joined: [num_tokens, 2 * hidden_size]."""
+        positions, norms = step.position_ids, (self._token_norm, self._hidden_norm)
         if isinstance(hidden, np.ndarray):
             embedded = rows_at(self._embed, next_ids)
             embedded[as_numpy(positions) == 0] = 0
-            parts = (self._token_norm.of(embedded), self._hidden_norm.of(hidden))
-            return np.concatenate(parts, axis=1)
-        from fd_dsa.ops._mtp_kernels import mtp_inputs
+            pair = np.concatenate([norms[0].of(embedded), norms[1].of(hidden)], axis=1)
+        else:
+            from fd_dsa.ops._mtp_kernels import mtp_inputs
 
-        norms = self._token_norm, self._hidden_norm
-        return mtp_inputs(self._embed, next_ids, positions, hidden, *norms)
-
-    def compute_logits(self, normed: Any) -> Any:
-        """float32 [n, vocab_size] of [n, hidden_size], which `__call__` gave."""
-        return self._head.times(normed)
+            pair = mtp_inputs(self._embed, next_ids, positions, hidden, *norms)
+        cos_sin = rows_at(self._cos_sin, positions)
+        states, change, _ = self._layer.forward(self._join.times(pair), None, cos_sin, step, None)
+        return values_of(self._norm.after(states, change, self._group)[1])
 
 
 class DeepseekV32ForCausalLM:
@@ -147,7 +140,7 @@ class DeepseekV32ForCausalLM:
         return self._weights.loaders  # type: ignore[no-any-return]
 
     def __call__(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
-        """Hidden states after the last block [num_tokens, hidden_size].
+        """Hidden states after the last norm, [num_tokens, hidden_size].
 
         Args:
             ids_remove_padding: int64, on a device also int32, [num_tokens]; rows back to back.
@@ -163,11 +156,11 @@ class DeepseekV32ForCausalLM:
             )
             if selections is not None:
                 selections.add(indices)
-        return added(hidden_states, self._weights.group.all_reduce(change))
+        return self.norm.after(hidden_states, change, self._weights.group)[1]
 
     def compute_logits(self, hidden_states: Any) -> Any:
-        """float32 [n, vocab_size] of [n, hidden_size]."""
-        logits = self.head.times(self.norm.of(hidden_states))
+        """float32 [n, vocab_size] of [n, hidden_size], which a call gave."""
+        logits = self.head.times(hidden_states)
         if self.config.head_rows == self.config.vocab_size:
             return logits
         gathered = self._weights.group.all_gather(logits)

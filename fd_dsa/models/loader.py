@@ -13,7 +13,7 @@ from typing import Any
 from fd_dsa.distributed import Group
 from fd_dsa.errors import CheckpointError, flag_error
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig, MtpLayer
+from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK, FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
 from fd_dsa.models.expected_tensors import ExpectedTensor, expected_tensors
 from fd_dsa.models.mla import down_projections
@@ -26,7 +26,6 @@ from fd_dsa.models.sources import (
     RandomTensor,
     SourceTensor,
     WeightLoader,
-    mtp_name,
 )
 
 logger = logging.getLogger(__name__)
@@ -86,16 +85,17 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
         )
 
 
-def find_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> MtpLayer:
-    """What a checkpoint, None for random weights, has of the layer for multi-token prediction.
+def add_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> ModelConfig:
+    """The same with the layer for multi-token prediction of a checkpoint, None for random weights.
 
     Its embedding and head are often copies of the model's, which then serve.
 
     Raises:
         ConfigError: it has no such layer.
     """
-    names, join = set(checkpoint.names() if checkpoint else ()), mtp_name(config, MTP_JOIN)
-    lack = ""
+    names, lack = checkpoint.names() if checkpoint else (), ""
+    prefix = f"model.layers.{config.num_hidden_layers}."
+    join = prefix + MTP_JOIN
     if config.num_nextn_predict_layers == 0:
         lack = "config.json says that there is no layer for it (num_nextn_predict_layers 0)"
     elif checkpoint is not None and join not in names:
@@ -103,16 +103,13 @@ def find_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> MtpLay
         lack = f"the checkpoint has layers 0 to {last}, and no tensor {join!r}"
     if lack:
         raise flag_error("speculative_config.method", "mtp", "ngram", lack)
-    if checkpoint is None:
-        return MtpLayer()
-    head = EMBEDDING if config.tie_word_embeddings else LM_HEAD
-    own = []
-    for name, shared in ((MTP_EMBEDDING, EMBEDDING), (MTP_HEAD, head)):
-        name = mtp_name(config, name)
+    head, own = EMBEDDING if config.tie_word_embeddings else LM_HEAD, []
+    for table, shared in ((MTP_EMBEDDING, EMBEDDING), (MTP_HEAD, head)):
+        name = prefix + table
         # comparing the buffers needs no array of booleans
-        is_copy = name in names and checkpoint.raw(name).data == checkpoint.raw(shared).data
-        own.append(name in names and not is_copy)
-    return MtpLayer(*own)
+        if name in names and checkpoint.raw(name).data != checkpoint.raw(shared).data:
+            own.append(table)
+    return config.with_mtp_layer(*own)
 
 
 def load_weights(

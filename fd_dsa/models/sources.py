@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import TensorInfo, dequantize_blocks, to_float32
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
+# of the layer for multi-token prediction, after what names of its tensors begin with
 MTP_EMBEDDING = "embed_tokens.weight"
 MTP_HEAD = "shared_head.head.weight"
 # joins hidden states and embeddings; no release has it as FP8
@@ -109,11 +109,6 @@ class RandomTensor:
         part.seed = [*self.seed, start]
         part._part = (slice(start, stop),) if axis == 0 else (slice(None), slice(start, stop))
         return part
-
-
-def mtp_name(config: ModelConfig, name: str) -> str:
-    """Full name of a tensor of the layer for multi-token prediction."""
-    return f"model.layers.{config.num_hidden_layers}.{name}"
 
 
 SourceTensor = StoredTensor | RandomTensor

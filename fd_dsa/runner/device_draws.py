@@ -107,9 +107,9 @@ class DeviceDraws:
             # of requests that it has not, too: a step of further drafts may have more rows
             verify_kernel[(self._num_slots,)](
                 sampler.tokens, step.ids_remove_padding, step.sampled, slots, positions,
-                draw.firsts, draw.counts, step.seq_lens_decoder, step.seq_lens_this_time,
-                self._next, self._tokens, sampler.records, sampler.counts, STRIDE=self._stride,
-                MOST=most, VOCAB=logits.shape[1], num_warps=1,
+                draw.firsts, step.seq_lens_decoder, step.seq_lens_this_time, self._next,
+                self._tokens, sampler.records, sampler.counts, STRIDE=self._stride, MOST=most,
+                VOCAB=logits.shape[1], num_warps=1,
             )  # fmt: skip
 
     def queue_drafts(self, hidden: Any, step: Any, num_requests: int) -> None:
@@ -163,7 +163,7 @@ class DeviceDraws:
         """Queue the draw of a draft of each request, as of any token, with `depth` before it."""
         rows, stride, begin = states.shape[0], self._stride, self.draft_row(depth, 0)
         slots, positions = (self._next[i * stride : i * stride + rows] for i in (1, 2))
-        logits, drafts = self._mtp.compute_logits(states), self._tokens[begin : begin + rows]
+        logits, drafts = self._mtp.head.times(states), self._tokens[begin : begin + rows]
         self._sampler.sample(logits, slots, positions, self._no_masks[:rows], drafts)
 
     def draft_row(self, depth: int, row: int) -> int:

@@ -23,7 +23,8 @@ class Draw(NamedTuple):
     Attributes:
         slots, positions: slot of each row of logits, and position of the token in its output,
             planned as the lengths of the step.
-        firsts, counts: first row of each request, and its drafts, which have the rows after it.
+        firsts: first row of each request, whose drafts have the rows after it; then how many
+            rows there are.
         masked: rows that have a mask.
         drafts: whether the layer for multi-token prediction runs after it, where it is loaded.
     """
@@ -31,7 +32,6 @@ class Draw(NamedTuple):
     slots: Sequence[int] = ()
     positions: Sequence[int] = ()
     firsts: Sequence[int] = ()
-    counts: Sequence[int] = ()
     masked: Sequence[int] = ()
     drafts: bool = False
 

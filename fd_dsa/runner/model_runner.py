@@ -14,7 +14,7 @@ import paddle
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._linear import rows_at, values_of
+from fd_dsa.ops._linear import rows_at
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import Draw, InputBatch
 from fd_dsa.runner.preparation import Preparation
@@ -233,7 +233,7 @@ class ModelRunner(Preparation):
             queued.draw()
             taken = draws.results(len(draw.slots))
             if draw.drafts and self._mtp is not None:
-                queued.draft(len(draw.firsts))
+                queued.draft(len(draw.firsts) - 1)
         return taken
 
     def draft(self, next_ids: np.ndarray, *going_on: np.ndarray) -> None:
@@ -302,17 +302,12 @@ class ModelRunner(Preparation):
     def _forward(self, step: Step, *, reads_all: bool = False) -> tuple[Any, Any]:
         """Logits of the tokens that a step asks for, or of all; None of no token.
 
-        And what a layer more reads: hidden states of all tokens, normed; None without such a layer.
+        And what a layer more reads, hidden states of all tokens; None without such a layer.
         """
-        model, normed = self.model, None
-        hidden = model(step.ids_remove_padding, step)
-        if self._mtp is not None:
-            normed = model.norm.of(hidden)
-            if reads_all:
-                return model.head.times(normed), values_of(normed)
+        hidden = self.model(step.ids_remove_padding, step)
         read = hidden if reads_all else rows_at(hidden, step.sampled)
-        logits = model.compute_logits(read) if step.sampled.shape[0] else None
-        return logits, None if normed is None else values_of(normed)
+        logits = self.model.compute_logits(read) if step.sampled.shape[0] else None
+        return logits, None if self._mtp is None else hidden
 
     def predict_more(self, next_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Run the layer for multi-token prediction over the step that ran last.
@@ -329,7 +324,7 @@ class ModelRunner(Preparation):
             self._hidden = mtp(next_ids, self._hidden, self.forward_meta)[tokens]
             if not len(tokens):
                 return np.empty((0, self.vocab_size), np.float32)
-            return mtp.compute_logits(self._hidden)  # type: ignore[no-any-return]
+            return mtp.head.times(self._hidden)  # type: ignore[no-any-return]
 
     def continue_with(self, kept: np.ndarray) -> None:
         """Begin a step of the batch that the layer alone computes, on its own hidden states.

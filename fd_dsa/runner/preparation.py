@@ -68,7 +68,7 @@ class Preparation:
             if follows:
                 self.input_batch.follows[0] = 0
             # all kernels of a draw run for any parameters, and those of a layer that drafts
-            self.queue_model(last, Draw([0], [0], [0], [0], drafts=True))
+            self.queue_model(last, Draw([0], [0], [0, 1], drafts=True))
             self.draw()()
             if self._mtp is not None:
                 self.draft_more(1, self.most_drafts)

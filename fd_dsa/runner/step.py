@@ -32,7 +32,7 @@ class DrawInputs(NamedTuple):
     Attributes:
         slots, positions: of each row, slot -1 = padding, which gets no token.
         mask_rows: row of each row's mask, -1 = none.
-        firsts, counts: first row and drafts of each request, -1 = none.
+        firsts: first row of each request, then the number of rows, then -1.
         next_ids: of `following_tokens`; empty where no layer reads it.
     """
 
@@ -40,7 +40,6 @@ class DrawInputs(NamedTuple):
     positions: Any
     mask_rows: Any
     firsts: Any
-    counts: Any
     next_ids: Any
 
 
@@ -147,7 +146,7 @@ class DeviceInputs(StagedInputs):
         self._has_drafts, self._reads_next = most_drafts > 0, reads_next
         draws, most_next = self._most_draws, reads_next * batch.max_num_tokens
         sizes = (batch.max_num_tokens, rows, rows, rows, draws, rows)
-        super().__init__(allocate, (*sizes, *[draws] * 3, rows, rows, most_next), rows, columns)
+        super().__init__(allocate, (*sizes, *[draws] * 3, rows + 1, most_next), rows, columns)
 
     def stage(
         self, inputs: Sequence[Any], draw: Draw, next_ids: Sequence[int] | np.ndarray = ()
@@ -156,20 +155,19 @@ class DeviceInputs(StagedInputs):
         (*values, tables), masks = inputs, _padded((), self._most_draws)
         if draw.masked:
             masks[draw.masked] = range(len(draw.masked))
-        requests: tuple[Any, ...] = (), ()
-        if self._has_drafts:
-            requests = _padded(draw.firsts, self._most_rows), draw.counts
+        firsts = _padded(draw.firsts, self._most_rows + 1) if self._has_drafts else ()
         rows = _padded(draw.slots, self._most_draws), draw.positions, masks
-        self.queue((*values, *rows, *requests, next_ids), tables)
+        self.queue((*values, *rows, firsts, next_ids), tables)
 
     def views(
         self, num_tokens: int, num_rows: int, num_sampled: int
     ) -> tuple[list[Any], DrawInputs]:
         """The tensors of the fields of a Step, which never move, and those of its draw."""
         # kernels take no empty tensor
-        rows, draws, following = self._most_rows, max(num_sampled, 1), self._reads_next * num_tokens
+        draws, following = max(num_sampled, 1), self._reads_next * num_tokens
         sizes = (num_tokens, *[num_rows] * 3, num_sampled, num_rows)
-        *values, tables = self.views_of((*sizes, *[draws] * 3, rows, rows, following, num_rows))
+        requests = self._most_rows + 1
+        *values, tables = self.views_of((*sizes, *[draws] * 3, requests, following, num_rows))
         return [*values[:6], tables], DrawInputs(*values[6:])
 
 

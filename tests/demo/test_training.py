@@ -203,7 +203,6 @@ def test_greedy_answers_and_retrieval_rates_of_a_model_that_learned_one_text(tra
 def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_path, monkeypatch):
     import itertools
     import json
-    from dataclasses import replace
     from types import SimpleNamespace
 
     import numpy as np
@@ -213,7 +212,7 @@ def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_pat
 
     from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.config import ModelConfig
-    from fd_dsa.models.loader import find_mtp_layer, load_weights, validate
+    from fd_dsa.models.loader import add_mtp_layer, load_weights, validate
     from fd_dsa.models.registry import create_model
     from tests.runner.tiny import tiny_runner
 
@@ -242,7 +241,7 @@ def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_pat
     assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 1
     config = ModelConfig.from_folder(tmp_path)
     with Checkpoint.open(tmp_path) as stored:
-        config = replace(config, mtp=find_mtp_layer(stored, config))
+        config = add_mtp_layer(stored, config)
         validate(stored, config)
         served = create_model(config)
         load_weights(stored, config, served.loaders)

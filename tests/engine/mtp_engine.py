@@ -16,7 +16,6 @@ from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_costs import StepCosts
-from fd_dsa.models.config import MtpLayer
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
 from tests.engine.fakes import byte_tokenizer, run_all
@@ -75,7 +74,7 @@ def make_runner(model: Any, num_blocks: int) -> ModelRunner:
 
 def make_model(fields: dict[str, Any]) -> Any:
     """A tiny model with its layer."""
-    return tiny_model(fields | {"num_nextn_predict_layers": 1}, seed=2, mtp=MtpLayer())
+    return tiny_model(fields | {"num_nextn_predict_layers": 1}, seed=2, mtp=())
 
 
 def make_engine(runner: ModelRunner, speculator: Speculator | None, num_blocks: int) -> LLMEngine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +12,7 @@ import pytest
 pytest.importorskip("paddle", reason="the weights are Paddle's tensors")
 
 from fd_dsa.distributed import Group
-from fd_dsa.models.config import ModelConfig, MtpLayer
+from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import quantisable_tensors
@@ -122,7 +121,7 @@ def test_every_layer_of_every_rank_has_them_and_the_plan_counts_them(
 ) -> None:
     """The layer for multi-token prediction, too."""
     sizes = SIZES | {"moe_intermediate_size": 256, "intermediate_size": 256}
-    config = replace(ModelConfig.from_dict(sizes), mtp=MtpLayer())
+    config = ModelConfig.from_dict(sizes).with_mtp_layer()
     fp8, num_bytes = quantisable_tensors(config), 0
 
     def counted(shape: tuple[int, ...], dtype: str) -> Any:

@@ -17,11 +17,12 @@ from fd_dsa.engine.plan import make_plan
 from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig, MtpLayer
+from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
-from fd_dsa.models.loader import find_mtp_layer, load_weights, validate
+from fd_dsa.models.loader import add_mtp_layer, load_weights, validate
 from fd_dsa.models.memory_plan import weight_bytes
 from fd_dsa.models.registry import create_model
+from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD
 from fd_dsa.models.weights import HostWeights
 from tests.models.folders import (
     SCALE_SUFFIX,
@@ -41,7 +42,7 @@ from tests.reference.moe import GateRule, ref_gate, ref_mlp
 from tests.runner.tiny import GLM, V32, random_tensors, tiny_model, tiny_runner
 
 IDS = np.random.default_rng(7).integers(2, 50, 31)
-LAYERS = {"shared": MtpLayer(), "own": MtpLayer(has_embedding=True, has_head=True)}
+LAYERS: dict[str, tuple[str, ...]] = {"shared": (), "own": (MTP_EMBEDDING, MTP_HEAD)}
 TOLERANCE = 2e-5
 
 
@@ -100,18 +101,16 @@ def _experts(config: ModelConfig, own: dict[str, np.ndarray], x: np.ndarray) -> 
 class Case:
     """A model with its layer, and what the layer has to give after each of `IDS` but the last."""
 
-    def __init__(self, fields: dict[str, Any], layer: MtpLayer) -> None:
+    def __init__(self, fields: dict[str, Any], layer: tuple[str, ...]) -> None:
         self.model = tiny_model(fields | {"num_nextn_predict_layers": 1}, seed=4, mtp=layer)
         self.config = self.model.config
         self.tensors = random_tensors(self.config, 4)
-        # the hidden states before the model's norm, by a runner of their own
+        # the hidden states after the model's norm, by a runner of their own
         runner = tiny_runner(self.model)
         runner.input_batch.begin_step()
         runner.input_batch.add_row(0, IDS.tolist(), 0, True)
         step = runner.initialize_forward_meta()
-        raw = self.model(step.ids_remove_padding, step)
-        weight, eps = self.tensors["model.norm.weight"], self.config.rms_norm_eps
-        self.hidden = np.array([ref_rms_norm(row, weight, eps) for row in raw])[:-1]
+        self.hidden = self.model(step.ids_remove_padding, step)[:-1]
         self.normed, self.logits = self.wanted(IDS[1:], self.hidden)
 
     def wanted(self, next_ids: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +183,7 @@ def test_further_drafts_go_on_from_the_layers_own_hidden_states(case: Case) -> N
 
 def test_the_norm_of_the_model_comes_first() -> None:
     """Guards the tests above: hidden states before `model.norm` would give other logits."""
-    case = Case(V32, MtpLayer())
+    case = Case(V32, ())
     raw = case.hidden / case.tensors["model.norm.weight"]
     wrong = case.wanted(IDS[1:], raw)[1]
     assert np.abs(wrong - case.logits).max() > 0.05 * np.abs(case.logits).max()
@@ -205,20 +204,18 @@ OF_A_RELEASE = {
 
 def test_names_of_the_releases() -> None:
     config = ModelConfig.from_dict({"model_type": "deepseek_v32", "num_nextn_predict_layers": 1})
-    names = expected_tensors(replace(config, mtp=LAYERS["own"]))
+    names = expected_tensors(config.with_mtp_layer(*LAYERS["own"]))
     assert {name: names[name].shape for name in OF_A_RELEASE} == OF_A_RELEASE
     assert [name for name in OF_A_RELEASE if names[name].quantisable] == list(OF_A_RELEASE)[6:]
     assert not expected_tensors(config).keys() & OF_A_RELEASE.keys()
     # GLM-5's list of kinds of indexers ends before the layer, which has a full one
     glm = ModelConfig.from_dict({"model_type": "glm_moe_dsa", "num_nextn_predict_layers": 1})
-    assert "model.layers.78.self_attn.indexer.wk.weight" in expected_tensors(
-        replace(glm, mtp=MtpLayer())
-    )
+    assert "model.layers.78.self_attn.indexer.wk.weight" in expected_tensors(glm.with_mtp_layer())
 
 
-def stored_checkpoint(fields: dict[str, Any], layer: MtpLayer) -> dict[str, Stored]:
+def stored_checkpoint(fields: dict[str, Any], layer: tuple[str, ...]) -> dict[str, Stored]:
     """Tensors of a checkpoint with its layer: bfloat16, and FP8 where the model has it."""
-    config = replace(ModelConfig.from_dict(fields), mtp=layer)
+    config = ModelConfig.from_dict(fields).with_mtp_layer(*layer)
     draw, tensors = np.random.default_rng(0), {}
     for name, expected in expected_tensors(config).items():
         shape = expected.shape
@@ -253,9 +250,8 @@ def test_a_layer_is_loaded_and_copies_of_the_models_tables_are_shared(
     folder = write_folder(tmp_path, fields, tensors | own)
     with Checkpoint.open(folder) as checkpoint:
         config = ModelConfig.from_folder(folder)
-        layer = find_mtp_layer(checkpoint, config)
-        assert layer == MtpLayer(has_embedding=False, has_head=True)
-        config = replace(config, mtp=layer)
+        config = add_mtp_layer(checkpoint, config)
+        assert config.mtp == (MTP_HEAD,)
         validate(checkpoint, config)
         model = create_model(config, HostWeights())
         load_weights(checkpoint, config, model.loaders)
@@ -270,10 +266,10 @@ def test_a_checkpoint_without_the_layer_is_refused_with_what_it_has(tmp_path: Pa
     with Checkpoint.open(tmp_path) as checkpoint:
         config = ModelConfig.from_folder(tmp_path)
         with pytest.raises(ConfigError, match=r"got 'mtp', .* has layers 0 to 2, and no tensor"):
-            find_mtp_layer(checkpoint, config)
+            add_mtp_layer(checkpoint, config)
         config = replace(config, num_nextn_predict_layers=0)
         with pytest.raises(ConfigError, match="no layer for it"):
-            find_mtp_layer(checkpoint, config)
+            add_mtp_layer(checkpoint, config)
     shutil.copytree(demo_model_path(), tmp_path, dirs_exist_ok=True)
     (tmp_path / "mtp.safetensors").unlink()
     asked = EngineConfig(model=tmp_path, device="cpu", speculative_config={"method": "mtp"})
@@ -298,7 +294,7 @@ def test_drafts_of_the_demo_models_layer_stand(monkeypatch: pytest.MonkeyPatch) 
 
 def test_memory_of_the_layer_is_planned() -> None:
     config = ModelConfig.from_dict(TINY | MTP)
-    more = replace(config, mtp=MtpLayer())
+    more = config.with_mtp_layer()
     layer = 2 * 32 * 32 + 3 * 32
     layer += weight_bytes(replace(config, num_hidden_layers=1, mlp_layer_types=("sparse",))) // 4
     layer -= 2 * 50 * 32 + 32

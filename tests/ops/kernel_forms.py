@@ -203,7 +203,7 @@ for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
         compile("gather", gather_kernel, SAMPLED, False, num_warps=warps, BLOCK=block,
                 PART=min(block, 128 * warps), **whole)
 PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", "firsts_ptr",
-                        "counts_ptr", "cached_ptr", "lengths_ptr", "going_on_ptr", "follows_ptr",
+                        "cached_ptr", "lengths_ptr", "going_on_ptr", "follows_ptr",
                         "known_ptr", "records_ptr", "outputs_ptr"), "int32")
 for most in (1, 2, 3):
     compile("verify", verify_kernel, PLACED | dict.fromkeys(("tokens_ptr", "newest_ptr"), "int64"),

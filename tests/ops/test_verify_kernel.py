@@ -28,10 +28,10 @@ def test_what_follows_a_wrong_draft_is_marked(kernel_memory: KernelMemory) -> No
     tokens = [5, 6, 7, 8, 1, 2, 3, 4, 9, 9, -1, 4, 5]
     ids = [30, 40, 5, 0, 31, 32, 1, 2, 3, 33, 8, 34, -1, 4]
     sampled = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
-    firsts, counts = [0, 3, 4, 8, 10, -1], [2, 0, 3, 1, 2, 0]
+    firsts = [0, 3, 4, 8, 10, 13, -1]
     slots, positions = [4] * 3 + [0] + [2] * 4 + [5] * 2 + [1] * 3, [*range(10, 23)]
     lengths = [[100, 110, 120, 0, 140, 150], [1, 3, 4, 0, 3, 2]]
-    places = (ids, sampled, slots, positions, firsts, counts, *lengths)
+    places = (ids, sampled, slots, positions, firsts, *lengths)
     put = [m.put(values, "int32") for values in places]
     found, going_on = m.put(np.array(tokens)), m.poisoned((4, 32), "int32")
     newest, counts = m.put(np.full(6, 77)), m.put(np.zeros((6, 50)), "int32")

@@ -7,7 +7,6 @@ what enorm, hnorm and eh_proj give.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig, MtpLayer
+from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import load_weights, validate
 from fd_dsa.models.registry import create_model
@@ -76,7 +75,7 @@ def test_logits_equal_those_of_transformers_decoder_layer(tmp_path: Path, name: 
 
     case = CASES[name]
     fields = case.config | {"num_nextn_predict_layers": 1}
-    config = replace(ModelConfig.from_dict(fields), mtp=MtpLayer())
+    config = ModelConfig.from_dict(fields).with_mtp_layer()
     draw = np.random.default_rng(5)
     tensors = {
         key: random_weight(draw, key, one.shape)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fd_dsa.models.config import ModelConfig, MtpLayer
+from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import TensorInfo
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.registry import create_model
@@ -59,10 +58,12 @@ def tiny_model(
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
-    mtp: MtpLayer | None = None,
+    mtp: tuple[str, ...] | None = None,
 ) -> Any:
     """A model of these config.json fields with random weights."""
-    config = replace(ModelConfig.from_dict(fields), mtp=mtp)
+    config = ModelConfig.from_dict(fields)
+    if mtp is not None:
+        config = config.with_mtp_layer(*mtp)
     weights: Any = HostWeights()
     if device != "cpu":
         from fd_dsa.models.device_weights import DeviceWeights

@@ -233,9 +233,9 @@ class DrawingRunner(CheckingRunner):
             one = slice(row, row + 1)
             drawn[one] = self._sampler.sample(logits[one], slots[one], positions[one])
             output.append(max(int(drawn[row]), 0))
-        self._newest, self._known = np.zeros((2, len(firsts)), np.int64)
+        self._newest, self._known = np.zeros((2, len(firsts) - 1), np.int64)
         self.on_the_way, running, batch = {}, self._running(), self.input_batch
-        for place, (first, end) in enumerate(pairwise([*firsts, len(drawn)])):
+        for place, (first, end) in enumerate(pairwise(firsts)):
             own = batch.ids_remove_padding[self._sampled[first:end]][1:]
             wrong = np.flatnonzero(own != drawn[first : end - 1])
             last = first + int(wrong[0]) if len(wrong) else end - 1

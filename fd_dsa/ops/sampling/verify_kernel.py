@@ -23,7 +23,6 @@ def verify_kernel(
     slots_ptr,
     positions_ptr,
     firsts_ptr,
-    counts_ptr,
     cached_ptr,
     lengths_ptr,
     going_on_ptr,
@@ -36,7 +35,7 @@ def verify_kernel(
 ):
     """Request `program 0`: mark what is drawn after its first wrong draft, and where it goes on.
 
-    Its tokens are those of rows `first` to `first + count`, all but the first after a draft. Of
+    Its tokens are those of rows from `first` up to the next one's, all but one after a draft. Of
     `going_on` the first row has the flat token that the next draft comes after, the second the slot
     and the third the position of that draft, the fourth how many tokens the cache then has; without
     a request the slot is -1. `newest` gets the last token that stands. `outputs` counts all tokens
@@ -45,8 +44,9 @@ def verify_kernel(
     program = tl.program_id(0)
     first = tl.load(firsts_ptr + program)
     last, slot, position, cached = first * 0, first * 0 - 1, first * 0, first * 0
-    if first >= 0:
-        count = tl.load(counts_ptr + program)
+    # after those of all requests comes the number of rows, then -1
+    count = tl.load(firsts_ptr + program + 1) - first - 1
+    if count >= 0:
         accepted = first * 0
         for place in range(MOST):
             # a row that is there is read in any case
