@@ -6,6 +6,13 @@
 // rank writes to a buffer again two launches later. It is there only after the launch between, whose
 // sums have a part of every rank, so that every rank had begun that launch and ended the one before.
 //
+// Many rows go in two stages: each rank gets the parts of its share of the vectors alone, sums them
+// in the same way, and sends the rounded sums to the others. Of R ranks each sends (R - 1) / R of
+// the rows twice, not all of them R - 1 times. The order of a sum is the same, and so are the bits.
+// The buffers are safe whatever forms and sizes follow each other: in a slot the sums come after the
+// parts, so a launch writes to no place twice; it takes all that is sent to it, and so leaves every
+// place empty; and a sum that another rank has sent has a part of every rank too.
+//
 // Sources: the LL protocol of NCCL (data as flags); TensorRT-LLM's Lamport all-reduce (one-shot).
 #include "all_reduce.h"
 
@@ -23,6 +30,9 @@ constexpr int kFewestThreads = 128, kMostThreads = 1024;
 constexpr int kHeaderBytes = 256;
 constexpr uint32_t kEmpty = 0xffffffffu;
 constexpr uint32_t kPollsPerLook = 1024;
+// Two stages serve where a rank sends so much less: it takes 1.5 us at the 340 GB/s that one stage
+// reaches among H100s and H200s, which is about one more trip to another rank.
+constexpr int64_t kBytesOfStage = 512 << 10;
 
 // At the start of a rank's memory; only this rank touches it.
 struct State {
@@ -76,13 +86,18 @@ struct Slots {
     return reinterpret_cast<uint4*>(first) + index * job.slot_vectors;
   }
 
-  // To all other ranks.
-  __device__ __forceinline__ void send(int64_t place, uint4 x) const {
+  // To each of the other ranks, what `part_of` has for it.
+  template <typename PartOf>
+  __device__ __forceinline__ void send(int64_t place, PartOf part_of) const {
+    uint4 parts[kSize];
+    // loads that follow a store would wait for each other
+#pragma unroll
+    for (int i = 1; i < kSize; ++i) parts[i] = part_of((job.rank + i) % kSize);
 #pragma unroll
     for (int i = 1; i < kSize; ++i) {
       // not all ranks to the same one at the same time
       const int rank = (job.rank + i) % kSize;
-      store_shared_rank(slot(rank, job.rank) + place, x);
+      store_shared_rank(slot(rank, job.rank) + place, parts[i]);
     }
   }
 
@@ -116,31 +131,53 @@ struct Slots {
     }
   }
 
-  // The sum over all ranks, of which this one has `own`.
-  __device__ __forceinline__ uint4 sum(int64_t place, uint4 own) const {
-    Vector total(uint4{});
+  // `use` of each rank in their order and what it has sent, for which this one has `own`.
+  template <typename Use>
+  __device__ __forceinline__ void each(int64_t place, uint4 own, Use use) const {
 #pragma unroll
     for (int first = 0; first < kSize; first += kAtOnce) {
       uint4 found[kAtOnce];
       take(place, first, found);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) total.add(Vector(first + i == job.rank ? own : found[i]));
+      for (int i = 0; i < kAtOnce; ++i) use(first + i, first + i == job.rank ? own : found[i]);
     }
+  }
+
+  // The sum over all ranks, of which this one has `own`; it can be sent: its NaNs are positive.
+  __device__ __forceinline__ uint4 sum(int64_t place, uint4 own) const {
+    Vector total(uint4{});
+    each(place, own, [&](int, uint4 x) { total.add(Vector(x)); });
     return total.rounded();
   }
 };
 
-template <int kSize>
+// Vectors of a share; the last shares may end after the last vector.
+__host__ __device__ inline int share_of(int num_vectors, int shares) {
+  return (num_vectors + shares - 1) / shares;
+}
+
+// With one share each rank sums all vectors, with `kSize` its own share, in two stages.
+template <int kSize, int kShares>
 __global__ void __launch_bounds__(kMostThreads) all_reduce_kernel(const __grid_constant__ Job job) {
   const auto* x = static_cast<const uint4*>(job.x);
   auto* out = static_cast<uint4*>(job.out);
   const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const int step = static_cast<int>(gridDim.x * blockDim.x);
+  const int share = share_of(job.num_vectors, kShares);
+  // a thread reads and writes the same places of all shares, so `out` may be `x`
+  const auto index = [&](int rank, int place) { return rank % kShares * share + place; };
+  const auto part = [&](int rank, int place) {
+    const int i = index(rank, place);
+    return kShares == 1 || i < job.num_vectors ? sendable(x[i]) : uint4{};
+  };
   wait_for_inputs();
   auto* state = static_cast<State*>(job.ranks[job.rank]);
   const uint32_t launches = *static_cast<volatile uint32_t*>(&state->launches);
   const Slots<kSize> slots = {job, launches % 2};
-  for (int i = first; i < job.num_vectors; i += step) slots.send(i, sendable(x[i]));
+  for (int i = first; i < share; i += step) {
+    const uint4 own = part(job.rank, i);
+    slots.send(i, [&](int rank) { return kShares == 1 ? own : part(rank, i); });
+  }
   start_next();
   // the last block to have read the number of launches counts this one
   __syncthreads();
@@ -148,7 +185,18 @@ __global__ void __launch_bounds__(kMostThreads) all_reduce_kernel(const __grid_c
     state->arrived = 0;
     state->launches = launches + 1;
   }
-  for (int i = first; i < job.num_vectors; i += step) out[i] = slots.sum(i, sendable(x[i]));
+  for (int i = first; i < share; i += step) {
+    const uint4 sum = slots.sum(i, part(job.rank, i));
+    if constexpr (kShares == 1) {
+      out[i] = sum;
+    } else {
+      slots.send(share + i, [&](int) { return sum; });
+      slots.each(share + i, sum, [&](int rank, uint4 theirs) {
+        const int at = index(rank, i);
+        if (at < job.num_vectors) out[at] = theirs;
+      });
+    }
+  }
 }
 
 inline int launch_all_reduce(const Job& job, void* stream) {
@@ -158,11 +206,16 @@ inline int launch_all_reduce(const Job& job, void* stream) {
   const cudaError_t error = find_gpu(gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
   const int most = job.max_blocks > 0 ? job.max_blocks : gpu.num_sms;
-  // a thread takes one vector, more only where there are more vectors than threads
-  const int of_block = (job.num_vectors + most - 1) / most;
+  // what a rank sends: bytes * (size - 1), or bytes * 2 * (size - 1) / size
+  const int64_t bytes = job.num_vectors * int64_t{sizeof(uint4)};
+  const int64_t saved = bytes * (job.size - 1) * (job.size - 2);
+  const bool split = job.size > 2 && saved >= kBytesOfStage * job.size;
+  const int share = share_of(job.num_vectors, split ? job.size : 1);
+  // a thread takes one vector of a share, more only where there are more of them than threads
+  const int of_block = (share + most - 1) / most;
   const int whole_warps = (of_block + kWarp - 1) / kWarp * kWarp;
   const int threads = std::clamp(whole_warps, kFewestThreads, kMostThreads);
-  const int blocks = std::min((job.num_vectors + threads - 1) / threads, most);
+  const int blocks = std::min((share + threads - 1) / threads, most);
   auto config = launch_config(blocks, threads, stream);
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -170,9 +223,9 @@ inline int launch_all_reduce(const Job& job, void* stream) {
   config.attrs = &early;
   config.numAttrs = gpu.major >= 9 && job.starts_early != 0 ? 1 : 0;
   switch (job.size) {
-    case 2: return launch(config, all_reduce_kernel<2>, job);
-    case 4: return launch(config, all_reduce_kernel<4>, job);
-    case 8: return launch(config, all_reduce_kernel<8>, job);
+    case 2: return launch(config, all_reduce_kernel<2, 1>, job);
+    case 4: return launch(config, split ? all_reduce_kernel<4, 4> : all_reduce_kernel<4, 1>, job);
+    case 8: return launch(config, split ? all_reduce_kernel<8, 8> : all_reduce_kernel<8, 1>, job);
     default: return cudaErrorInvalidValue;
   }
 }

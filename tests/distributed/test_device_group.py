@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from tests.kernel_memory import open_memory
 pytestmark = pytest.mark.triton
 # rows and width: few blocks and many, several values a thread, sizes in turn
 SHAPES = [(1, 2048), (3, 1024), (150, 64), (2, 12), (20, 512), (2, 1000), (1, 2048), (9, 256)]
+# rows of 8 values that so many ranks sum in two stages, the fewest; no multiple of the ranks
+TWO_STAGES = {4: 21846, 8: 6242}
 
 
 @pytest.fixture
@@ -30,8 +33,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostGpus]:
 
 
 def shapes_for(size: int) -> list[tuple[int, int]]:
-    """Those that ranks take turns at within a second or two."""
-    return [(rows, width) for rows, width in SHAPES if size < 4 or rows * width <= 3072]
+    """Those that ranks take turns at within some seconds; in one stage and in two, in turn."""
+    if size < 4:
+        return SHAPES
+    around = [(TWO_STAGES[size] + more, 8) for more in (-1, 0, 3)]
+    some = [shape for shape in SHAPES if prod(shape) <= 3072]
+    # the last is as large as the memory
+    return [*some, *around, (1, 8), around[1], around[0], (128, 8192)]
 
 
 def part(rank: int, number: int, rows: int, width: int) -> np.ndarray:
@@ -57,16 +65,19 @@ def test_all_ranks_get_the_sum_in_the_order_of_ranks(gpus: HostGpus, size: int) 
     assert gpus.ipc.open_handles == 0
 
 
-def test_values_that_look_like_an_empty_slot(gpus: HostGpus) -> None:
+@pytest.mark.parametrize(("size", "rows"), [(2, 1), (8, TWO_STAGES[8])])
+def test_values_that_look_like_an_empty_slot(gpus: HostGpus, size: int, rows: int) -> None:
     memory = open_memory("interpreter")
-    bits = np.array([[0xFFFF, 0xFFFF, 0xFFFF, 0x3F80, 0x8000, 0x8000, 0x7F80, 0xFF80]], np.uint16)
+    row = np.array([[0xFFFF, 0xFFFF, 0xFFFF, 0x3F80, 0x8000, 0x8000, 0x7F80, 0xFF80]], np.uint16)
+    bits, ones = row.repeat(rows, 0), rounded(np.array([[size]]))
 
     def work(group: DeviceGroup) -> np.ndarray:
         return memory.get(group.all_reduce(memory.put(bits, "bfloat16")))
 
-    for found in gpus.run(2, work):
-        assert np.isnan(widened(found[0, :3])).all()
-        np.testing.assert_array_equal(found[0, 3:], [0x4000, 0, 0, 0x7F80, 0xFF80])
+    for found in gpus.run(size, work):
+        assert np.isnan(widened(found[:, :3])).all()
+        assert (found[:, 3:4] == ones).all()
+        assert (found[:, 4:] == [0, 0, 0x7F80, 0xFF80]).all()
 
 
 def test_nccl_serves_what_the_kernel_is_not_made_for(gpus: HostGpus) -> None:
@@ -105,13 +116,17 @@ def test_without_peer_access_nccl_serves_all_ranks(
     assert all("NCCL" in line for line in lines)
 
 
-def test_a_rank_that_does_not_come_is_named(gpus: HostGpus) -> None:
+@pytest.mark.parametrize(("size", "absent", "rows"), [(4, 2, 1), (8, 7, TWO_STAGES[8])])
+def test_a_rank_that_does_not_come_is_named(
+    gpus: HostGpus, size: int, absent: int, rows: int
+) -> None:
     memory = open_memory("interpreter")
 
     def work(group: DeviceGroup) -> str:
-        if group.rank != 2:
-            group.all_reduce(memory.put(part(0, 0, 1, 8), "bfloat16"))
+        if group.rank != absent:
+            group.all_reduce(memory.put(part(0, 0, rows, 8), "bfloat16"))
         return group.failure()
 
-    said = "rank 2 did not come to an all-reduce for 0.2 s"
-    assert gpus.run(4, work, timeout_s=0.2) == [said, said, "", said]
+    said = f"rank {absent} did not come to an all-reduce for 0.2 s"
+    expected = ["" if rank == absent else said for rank in range(size)]
+    assert gpus.run(size, work, timeout_s=0.2) == expected

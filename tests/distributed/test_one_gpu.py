@@ -18,7 +18,8 @@ from tests.distributed.rank_checks import part
 from tests.distributed.sums import sum_of
 
 pytestmark = pytest.mark.gpu
-SIZES_IN_TURN = (1, 4, 1, 12, 3, 30, 1)
+# of 1,024 values; 180 go in two stages on four ranks
+SIZES_IN_TURN = (1, 4, 1, 12, 180, 3, 30, 180, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,8 @@ class OneGpu:
         shape = (self.ranks[0].memory_bytes,)
         full = partial(torch.full, shape, 255, dtype=torch.uint8, device="cuda")
         self._shared = [full() for _ in range(size)]
-        blocks = torch.cuda.get_device_properties(0).multi_processor_count // size
+        # half as many as have room: a thread of many rows has several vectors
+        blocks = torch.cuda.get_device_properties(0).multi_processor_count // (2 * size)
         for rank, memory in zip(self.ranks, self._shared, strict=True):
             memory[:256] = 0
             rank.use([one.data_ptr() for one in self._shared], blocks)

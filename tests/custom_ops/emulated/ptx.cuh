@@ -3,6 +3,7 @@
 #define FD_DSA_PTX_CUH
 
 #include <chrono>
+#include <thread>
 
 #include "common.cuh"
 
@@ -78,7 +79,11 @@ inline uint64_t nanoseconds() {
   return static_cast<uint64_t>(std::chrono::nanoseconds(now).count());
 }
 
-inline void poll_again() { emulated::yield(); }
+inline void poll_again() {
+  // what it waits for comes from another thread of the host, perhaps on the same core
+  if (emulated::lane() == 0) std::this_thread::yield();
+  emulated::yield();
+}
 
 // Ends the thread alone, and no launch after it is refused.
 inline void fail(uint32_t* at, uint32_t value) {
