@@ -171,12 +171,13 @@ def test_memory_of_a_staging_that_is_gone_is_not_written(real_rig: Rig) -> None:
         staging.upload(size)
     del staging
     gc.collect()
-    # the allocator may hand the memory of the slabs out again
-    zeros = np.zeros((1, size), np.int32)
-    others = [paddle.to_tensor(zeros, place=real_rig.place) for _ in range(8)]
+    # the allocator hands the memory of the slabs out again, after what other tests have left
+    zeros, others = np.zeros((1, size), np.int32), []
+    while not others or abs(others[-1].data_ptr() - address) >= zeros.nbytes:
+        assert len(others) < 1000
+        others.append(paddle.to_tensor(zeros, place=real_rig.place))
     paddle.device.synchronize(real_rig.device)
     assert not any(other.numpy().any() for other in others)
-    assert address in [other.data_ptr() for other in others]
 
 
 def test_a_step_is_not_staged_in_a_capture(real_rig: Rig, way: Callable[..., Any]) -> None:
