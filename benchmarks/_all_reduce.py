@@ -45,11 +45,12 @@ class VllmAllReduce:
     def __init__(self, folder: Path, rank: Rank, group: Any) -> None:
         import torch
 
-        from benchmarks._peers import torch_ops
+        from benchmarks._peers import torch_ops, vllm_ops
 
         self._ops: Any = torch_ops(folder, "_C_stable_libtorch.abi3.so", "_C_custom_ar")
         if self._ops is None:
             raise RuntimeError(f"no custom all-reduce of vLLM in {folder}")
+        self.add_rms_norm = vllm_ops(folder).fused_add_rms_norm  # type: ignore[union-attr]
         self._rank, self._group, self._torch = rank, group, torch
         size = self._MOST_BYTES
         signals, self._buffers = (self._shared(n) for n in (self._ops.meta_size() + size, size))
@@ -113,13 +114,27 @@ class Bench:
             times.append(one / (_IN_A_ROW * _IN_GRAPH))
         return median(times[1:])
 
+    def norm(self, tokens: int, x: Any) -> Callable[[], Any]:
+        """A call of the launch after an all-reduce: `x` and a residual added and normed."""
+        from fd_dsa.ops._dense_kernels import rms_norm_kernel
+
+        memory, shape = self._rank.memory, (tokens, WIDTH)
+        residual = memory.put(np.zeros(shape, np.uint16), "bfloat16")
+        weight = memory.put(np.ones(WIDTH, np.float32))
+        total, normed = (memory.poisoned(shape, "bfloat16") for _ in range(2))
+        sizes = {"WIDTH": WIDTH, "BLOCK": 8192, "ROUND_SCALES": False, "num_warps": 16}
+        tensors = residual, x, weight, total, normed, None, None
+        return partial(rms_norm_kernel[(tokens,)], *tensors, WIDTH, 0, 1e-6, **sizes)
+
     def case(self, tokens: int) -> dict[str, Any]:
         """All at one number of tokens; ours and NCCL's of zeros in place, whose sums are zeros."""
         zeros = np.zeros((tokens, WIDTH), np.uint16)
         x = self._rank.memory.put(zeros, "bfloat16")
+        norm, reduce = self.norm(tokens, x), partial(self._groups["fd_dsa"].all_reduce, x)
         found: dict[str, Any] = {"tokens": tokens, "kib": zeros.nbytes / 1024}
         for name, group in self._groups.items():
             found[f"{name}_us"] = self.time_us(partial(group.all_reduce, x))
+        found["fd_dsa_norm_us"] = self.time_us(lambda: (reduce(), norm()))
         if self._vllm is not None:
             parts = [part(rank, tokens) for rank in range(self._rank.size)]
             own = self._rank.memory.put(parts[self._rank.rank], "bfloat16")
@@ -127,6 +142,9 @@ class Bench:
             call = partial(self._vllm, own, out)
             found["vllm_us"] = self.time_us(call, self._vllm.captured)
             assert np.array_equal(self._rank.memory.get(out), sum_of(parts)), "vLLM's sum"
+            weight = self._rank.memory.put(np.full(WIDTH, 0x3F80, np.uint16), "bfloat16")
+            add = partial(self._vllm.add_rms_norm, out, x, weight, 1e-6)
+            found["vllm_norm_us"] = self.time_us(lambda: (call(), add()), self._vllm.captured)
         return found
 
 

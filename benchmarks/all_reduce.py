@@ -5,7 +5,8 @@
 
 On Paddle's CPU wheel and the test plug-in, or with vLLM's, whose library is in a folder as
 `benchmarks._peers` says, on torch tensors. Each figure is a call of a graph of many, which follow
-each other, of bfloat16 rows of 7,168 values. Writes all_reduce_<GPUs>.json of benchmarks/results.
+each other, of bfloat16 rows of 7,168 values; "norm" has the launch after it too, the residual added
+and RMSNorm. Writes all_reduce_<GPUs>.json of benchmarks/results.
 """
 
 from __future__ import annotations
