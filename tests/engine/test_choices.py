@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -137,19 +138,25 @@ def test_llm_gives_the_outputs_of_a_prompt_in_a_row():
 def test_the_async_engine_ends_one_output_and_its_iterator_goes_on():
     async def collect(engine):
         outputs = []
-        # long enough to be still running when the command comes
-        async for output in engine.generate(PROMPT, params(n=2, max_tokens=400), "r"):
+        async for output in engine.generate(PROMPT, params(n=2, max_tokens=40), "r"):
             if output.index == 1 and len(output.token_ids) == 3:
                 engine.end("r", 1)
+                ended.set()
             outputs.append(output)
         return by_index(outputs)
 
-    engine = threaded(make_engine(max_model_len=512, num_blocks=256))
+    def step_until_the_command_comes():
+        assert inner.stats().generated_tokens < 40 or ended.wait(60)
+        return step()
+
+    inner, ended = make_engine(max_model_len=512, num_blocks=256), threading.Event()
+    step, inner.step = inner.step, step_until_the_command_comes
+    engine = threaded(inner)
     engine.start()
     outputs = asyncio.run(collect(engine))
     engine.stop()
     assert [outputs[index].finish_reason for index in (0, 1)] == ["length", "stop"]
-    assert len(outputs[0].token_ids) == 400 > len(outputs[1].token_ids)
+    assert len(outputs[0].token_ids) == 40 > len(outputs[1].token_ids)
 
 
 def test_leaving_the_async_engine_s_iterator_ends_all_outputs():
