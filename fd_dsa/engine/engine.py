@@ -234,6 +234,7 @@ class LLMEngine:
                 launched = None
         except Exception:
             self._sampler.forget()
+            self._scheduler.proposals = {}
             for step in (before, launched):
                 for request in step.sampling if step is not None else ():
                     request.forget_draw()
@@ -242,7 +243,7 @@ class LLMEngine:
             self._in_flight = launched
             launched.count_ahead()
             if self._speculator is not None:
-                self._speculator.propose(launched)
+                self._scheduler.proposals = self._speculator.propose(launched)
         in_runner_s = self._stats.runner_time_s - runner_time_s
         self._stats.host_time_s += self.clock() - begin - in_runner_s
         return outputs
@@ -303,7 +304,7 @@ class LLMEngine:
             outputs += self._append(step.sampling, step.logits, tokens)
         outputs += [request.output() for request in alive if request.finish_reason != "error"]
         if self._speculator is not None and not step.is_in_flight:
-            self._speculator.propose(step)
+            self._scheduler.proposals = self._speculator.propose(step)
         self.metrics.count_step(step.num_decode_tokens - step.num_drafts, step.resumed)
         stats.num_steps += 1
         stats.computed_prompt_tokens += step.num_prefill_tokens

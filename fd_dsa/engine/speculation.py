@@ -158,8 +158,8 @@ class Speculator:
                 request.state.num_accepted_tokens += count
         return outputs
 
-    def propose(self, step: LaunchedStep) -> None:
-        """Have the drafts of the next step made, by what the steps taken so far have shown."""
+    def propose(self, step: LaunchedStep) -> dict[Request, list[int]]:
+        """Drafts of the next step, as many as pay by what the steps taken so far have shown."""
         num_rows, counts = len(step.sampling), dict[Request, int]()
         states = {
             request: request.drafts
@@ -184,7 +184,7 @@ class Speculator:
             self.waits = any(proposals.values())
             # those here would come before the tokens on their way
             proposals = {} if step.is_in_flight else proposals
-        for request, state in states.items():
-            state.proposal = proposal = proposals.get(request, [])
+        for request, proposal in proposals.items():
             if proposal and proposal[0] >= 0 and request.grammar is not None:
                 del proposal[request.grammar.count_allowed(proposal) :]
+        return proposals
