@@ -277,7 +277,6 @@ class LLMEngine:
             prefill_context=scheduler.prefill_context,
             scheduled=scheduled,
             drafts=scheduler.drafts,
-            makes_drafts=speculator is not None and speculator.runs_after(scheduled),
         )
         if self._has_watched:
             step.logits = execute_watched(self.runner, step, logits_indices)

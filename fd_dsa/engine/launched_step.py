@@ -33,7 +33,6 @@ class LaunchedStep:
         places: what is drawn on a device; None: the host samples from `logits`.
         draw: waits for the tokens; None: no draw has been queued.
         logits: of `sampling`, then of `reading`.
-        makes_drafts: whether the drafter runs after it.
         is_in_flight: whether the next step is planned before its tokens have come.
     """
 
@@ -50,7 +49,6 @@ class LaunchedStep:
     places: Draw | None = None
     draw: Callable[[], npt.NDArray[np.int64]] | None = None
     logits: Any = None
-    makes_drafts: bool = False
     is_in_flight: bool = False
 
     @property

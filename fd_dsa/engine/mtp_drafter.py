@@ -62,20 +62,18 @@ class MtpDrafter:
         return proposals
 
     def _next_tokens(self, step: LaunchedStep) -> tuple[Int64, dict[Request, int]]:
-        """The token after each one of the step, and the last token that stands of each request."""
-        batch = self._batch
-        next_ids = np.roll(batch.ids_remove_padding[: batch.num_tokens], -1)
-        lengths = batch.seq_lens_this_time[: batch.num_rows]
-        rows = lengths.nonzero()[0]
-        last, begin = {}, 0
-        for request, row in zip(step.scheduled, rows.tolist(), strict=True):
-            length, computed = int(lengths[row]), int(batch.seq_lens_decoder[row])
-            # what comes after them are drafts that were rejected
-            standing = min(length, len(request.token_ids) - 1 - computed)
-            if standing > 0:
-                last[request] = begin + standing - 1
-                next_ids[last[request]] = request.token_ids[computed + standing]
-            begin += length
+        """The token after each one of the step, and the last token that stands of each request.
+
+        Of those that go on; one that has ended has no slot.
+        """
+        batch, last = self._batch, {}
+        next_ids, lengths = batch.next_tokens(), batch.seq_lens_this_time
+        # flat places of tokens from that of position 0 on
+        begins = lengths.cumsum() - lengths - batch.seq_lens_decoder
+        for request in step.sampling:
+            if request.slot >= 0:
+                last[request] = int(begins[request.slot]) + len(request.token_ids) - 2
+                next_ids[last[request]] = request.token_ids[-1]
         return next_ids, last
 
     def _has_room(self, request: Request, position: int) -> bool:
@@ -86,34 +84,33 @@ class MtpDrafter:
 
 
 class DeviceMtpDrafter(MtpDrafter):
-    """The same on a device: the layer and each request's first draft are queued with the step.
+    """The same on a device, queued before the tokens of a step have come that is in flight.
 
-    So they run while the host takes the tokens of the step; drafts stay where they are, and are
-    named by where they are (`LaunchedStep.drafts`). Further drafts are queued for all requests, as
-    the host does not know where a row ends: past its blocks they lack a key, and stand less often.
+    Drafts stay where they are, and are named by where they are (`LaunchedStep.drafts`). Further
+    drafts are queued for all requests, as the host does not know where a row ends: past its blocks
+    they lack a key, and stand less often.
 
     Args:
-        runner: has `draws`, `draft` and `draft_more`.
+        runner: has `draws`, `draft` and the `forward_meta` of a step.
     """
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
-        """Queue further drafts; where the host has sampled, the layer too."""
-        requests, draft_row = step.sampling, self._runner.draws.draft_row
+        """Queue the layer and the drafts, from what was drawn or the host has sampled."""
+        requests, runner, draws = step.sampling, self._runner, self._runner.draws
         if step.draw is None:
-            # one that has ended has no slot
-            requests = [request for request in requests if request.slot >= 0]
             next_ids, last = self._next_tokens(step)
+            requests = list(last)
             places = [
-                (last[request], request.slot, request.num_output_tokens, len(request.token_ids) - 1)
-                for request in requests
+                (place, request.slot, request.num_output_tokens, len(request.token_ids) - 1)
+                for request, place in last.items()
             ]
-            self._runner.draft(next_ids, *np.array(places, np.int64).reshape(-1, 4).T)
-        if (most := max(counts.values(), default=0)) > 1:
-            self._runner.draft_more(len(requests), most)
+            values = np.array(places, np.int64).reshape(-1, 4).T
+            draws.go_on(runner.forward_meta, next_ids, *values)
+        runner.draft(len(requests), max(counts.values(), default=0))
         return {
-            request: [-1 - draft_row(depth, row) for depth in range(counts[request])]
+            request: [-1 - draws.draft_row(depth, row) for depth in range(counts[request])]
             for row, request in enumerate(requests)
             if request in counts
         }

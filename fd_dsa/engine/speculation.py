@@ -94,10 +94,6 @@ class Speculator:
         if self.drafter.is_layer:
             request.block_keys.leave_drafts()
 
-    def runs_after(self, scheduled: list[Request]) -> bool:
-        """Whether the drafter runs after a step."""
-        return not self._is_off and any(request.drafts is not None for request in scheduled)
-
     def verify(
         self,
         step: LaunchedStep,
@@ -161,6 +157,8 @@ class Speculator:
     def propose(self, step: LaunchedStep) -> dict[Request, list[int]]:
         """Drafts of the next step, as many as pay by what the steps taken so far have shown."""
         num_rows, counts = len(step.sampling), dict[Request, int]()
+        # for requests that leave now too: others may share the blocks that the step filled
+        runs = not self._is_off and any(request.drafts is not None for request in step.scheduled)
         states = {
             request: request.drafts
             for request in step.sampling
@@ -174,8 +172,7 @@ class Speculator:
                 elif self.drafter.is_layer:
                     self._leave(request)
         try:
-            # for requests that leave now too: others may share the blocks that the step filled
-            proposals = self.drafter.propose(step, counts) if step.makes_drafts else {}
+            proposals = self.drafter.propose(step, counts) if runs else {}
         except Exception:
             # the step has given its tokens, which a draft is not worth losing
             logger.exception("speculative decoding is off from now on: the drafter failed")

@@ -26,14 +26,12 @@ class Draw(NamedTuple):
         firsts: first row of each request, whose drafts have the rows after it; then how many
             rows there are.
         masked: rows that have a mask.
-        drafts: whether the layer for multi-token prediction runs after it, where it is loaded.
     """
 
     slots: Sequence[int] = ()
     positions: Sequence[int] = ()
     firsts: Sequence[int] = ()
     masked: Sequence[int] = ()
-    drafts: bool = False
 
 
 class InputBatch:
@@ -140,6 +138,22 @@ class InputBatch:
         self.num_prefill_tokens += sum(prompts)
         self.max_seqlen_k = max(self.max_seqlen_k, *map(add, num_computed_tokens, num_new))
         self.has_deferred |= min(token_ids) < 0
+
+    def next_tokens(self, drawn: Sequence[int] | np.ndarray = (), first_row: int = 0) -> np.ndarray:
+        """The token after each one of the step, or what `DeviceDraws` calls one that it will draw.
+
+        Args:
+            drawn: flat tokens of the rows of the draw, after others than which the tokens are
+                known.
+            first_row: of DeviceDraws.
+        """
+        rows = np.arange(-1 - first_row, -1 - first_row - len(drawn), -1)
+        if len(drawn) == self.num_tokens:
+            return rows
+        next_ids = np.roll(self.ids_remove_padding[: self.num_tokens], -1)
+        next_ids[list(self.following)] = list(self.following.values())
+        next_ids[np.asarray(drawn, np.int64)] = rows
+        return next_ids
 
     def state(self) -> tuple[Any, ...]:
         """The step as `restore` takes it, for another process."""
