@@ -10,12 +10,13 @@ import numpy.typing as npt
 
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.speculation import Drafter
 from fd_dsa.engine.step_sampler import StepSampler
 
 Int64 = npt.NDArray[np.int64]
 
 
-class MtpDrafter:
+class MtpDrafter(Drafter):
     """Drafter of the method "mtp": the layer runs after each step, for all of its tokens.
 
     For token i it needs the hidden state of i and token i + 1. It also runs where nobody wants a
