@@ -304,7 +304,7 @@ class LLMEngine:
         outputs += [request.output() for request in alive if request.finish_reason != "error"]
         if self._speculator is not None and not step.is_in_flight:
             self._scheduler.proposals = self._speculator.propose(step)
-        self.metrics.count_step(step.num_decode_tokens - step.num_drafts, step.resumed)
+        self.metrics.count_step(len(step.sampling) - len(step.resumed), step.resumed)
         stats.num_steps += 1
         stats.computed_prompt_tokens += step.num_prefill_tokens
         # the token of a decoding request comes after the one of the step before; without such

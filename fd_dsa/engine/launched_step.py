@@ -52,11 +52,6 @@ class LaunchedStep:
     is_in_flight: bool = False
 
     @property
-    def num_drafts(self) -> int:
-        """Drafts of all requests."""
-        return sum(map(len, self.drafts.values()))
-
-    @property
     def first_rows(self) -> list[int]:
         """First row of `logits` of each request of `sampling`, then the number of their rows."""
         counts = [1 + len(self.drafts.get(request, ())) for request in self.sampling]
@@ -76,7 +71,7 @@ class LaunchedStep:
         Returns:
             Requests whose logits are unusable.
         """
-        begin = len(self.sampling) + self.num_drafts
+        begin = self.first_rows[-1]
         logits, self.logits = self.logits, self.logits[:begin]
         failed = []
         for request, count in self.reading:

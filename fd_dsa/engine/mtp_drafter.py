@@ -25,7 +25,7 @@ class MtpDrafter(Drafter):
     caches. It draws as the request will: with its parameters, and its own number of the position.
 
     Args:
-        runner: has `predict_more` and `continue_with`.
+        runner: has `predict_more`.
     """
 
     is_layer, usual_rate = True, 0.85
@@ -40,7 +40,7 @@ class MtpDrafter(Drafter):
         """Run the layer; drafts of the requests that want some."""
         batch, runner, wanting = self._batch, self._runner, list(counts)
         next_ids, last = self._next_tokens(step)
-        logits = runner.predict_more(next_ids, np.array([last[r] for r in wanting], np.int64))
+        logits = runner.predict_more(next_ids, [last[request] for request in wanting])
         proposals: dict[Request, list[int]] = {request: [] for request in wanting}
         for depth in range(max(counts.values(), default=0)):
             drawn = self._sampler.draft(wanting, logits, depth).tolist()
@@ -51,15 +51,16 @@ class MtpDrafter(Drafter):
                 if token >= 0:
                     proposals[request].append(token)
                     position = len(request.token_ids) + depth - 1
-                    if counts[request] > depth + 1 and self._has_room(request, position):
+                    blocks = np.count_nonzero(batch.block_tables[request.slot] >= 0)
+                    has_room = position < blocks * batch.block_size
+                    if has_room and counts[request] > depth + 1:
                         batch.add_row(request.slot, [token], position, is_prefill=False)
                         kept.append(place)
             if not kept:
                 break
             wanting = [wanting[place] for place in kept]
-            runner.continue_with(np.array(kept))
-            tokens = np.arange(len(kept))
-            logits = runner.predict_more(batch.ids_remove_padding[tokens], tokens)
+            tokens = list(range(len(kept)))
+            logits = runner.predict_more(batch.ids_remove_padding[tokens], tokens, kept)
         return proposals
 
     def _next_tokens(self, step: LaunchedStep) -> tuple[Int64, dict[Request, int]]:
@@ -76,12 +77,6 @@ class MtpDrafter(Drafter):
                 last[request] = int(begins[request.slot]) + len(request.token_ids) - 2
                 next_ids[last[request]] = request.token_ids[-1]
         return next_ids, last
-
-    def _has_room(self, request: Request, position: int) -> bool:
-        """Whether the request's blocks reach to its token before a further draft."""
-        block = position // self._batch.block_size
-        table = self._batch.block_tables[request.slot]
-        return block < len(table) and bool(table[block] >= 0)
 
 
 class DeviceMtpDrafter(MtpDrafter):

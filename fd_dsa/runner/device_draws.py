@@ -77,10 +77,9 @@ class DeviceDraws:
         self.set_slot, self.set_masks = self._sampler.set_slot, self._sampler.set_masks
         self._mtp = getattr(model, "mtp", None)
         if self._mtp is not None:
-            # of steps of further drafts: tokens, and lengths as of a Step
-            self._ids, *self._lengths = (
-                uploaded(allocate, np.zeros(max_num_seqs, np.int32)) for _ in range(4)
-            )
+            # of steps of further drafts, as of a Step
+            no_tokens = np.zeros(max_num_seqs, np.int32)
+            self._lengths = [uploaded(allocate, no_tokens) for _ in range(3)]
             # hidden states of the tokens that the first drafts come after; padding reads them too
             self._kept = rows_at(model.embed_tokens, self._no_masks[:max_num_seqs])
 
@@ -139,12 +138,13 @@ class DeviceDraws:
                 row has no block.
             count: drafts of each request in all.
         """
-        ids, states = self._ids[:num_requests], self._kept[:num_requests]
+        states = self._kept[:num_requests]
         new, cached, tokens = (x[: step.block_tables.shape[0]] for x in self._lengths)
         for depth in range(1, count):
-            drafts = self._tokens[self.draft_row(depth - 1, 0) :]
+            begin = self.draft_row(depth - 1, 0)
+            ids = self._tokens[begin : begin + num_requests]
             extend_kernel[(1,)](
-                self._next, drafts, ids, cached, tokens, num_requests, tokens.shape[0], depth,
+                self._next, cached, tokens, num_requests, tokens.shape[0], depth,
                 STRIDE=self._stride, BLOCK=FOLLOW_BLOCK, num_warps=4,
             )  # fmt: skip
             own = replace(

@@ -293,33 +293,29 @@ class ModelRunner(Preparation):
         logits = self.model.compute_logits(read) if step.sampled.shape[0] else None
         return logits, None if self._mtp is None else hidden
 
-    def predict_more(self, next_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Run the layer for multi-token prediction over the step that ran last.
+    def predict_more(
+        self, next_ids: np.ndarray, tokens: Sequence[int], follows: Sequence[int] = ()
+    ) -> np.ndarray:
+        """Run the layer for multi-token prediction over the step that ran last, on a CPU.
 
         Args:
             next_ids: int64 [num_tokens]; the token after each one of the step.
-            tokens: int64 [n]; flat tokens to go on from, n may be 0.
+            tokens: flat tokens to go on from, n may be 0.
+            follows: run it over a new step instead, that in the batch, on the layer's own hidden
+                states: for each token the place among `tokens` of the call before.
 
         Returns:
             float32 [n, vocab_size]; logits of the token after the next one.
         """
         mtp = self._mtp
         with paddle.no_grad(), np.errstate(invalid="ignore"):
+            if len(follows):
+                self._hidden = self._hidden[follows]
+                self.initialize_forward_meta()
             self._hidden = mtp(next_ids, self._hidden, self.forward_meta)[tokens]
             if not len(tokens):
                 return np.empty((0, self.vocab_size), np.float32)
             return mtp.head.times(self._hidden)  # type: ignore[no-any-return]
-
-    def continue_with(self, kept: np.ndarray) -> None:
-        """Begin a step of the batch that the layer alone computes, on its own hidden states.
-
-        Args:
-            kept: int64 [num_tokens]; for each token of the batch the place in the `tokens` of
-                `predict_more` that it follows.
-        """
-        with paddle.no_grad():
-            self._hidden = self._hidden[kept]
-            self.initialize_forward_meta()
 
     @property
     def shows_selections(self) -> bool:

@@ -265,7 +265,8 @@ class TimedDrafts(Drafter):
     now = 0.0
 
     def propose(self, step: Any, counts: Any) -> dict[Any, list[int]]:
-        self.now += 1e-3 + 1e-4 * len(step.sampling) + 5e-5 * step.num_drafts
+        num_drafts = sum(map(len, step.drafts.values()))
+        self.now += 1e-3 + 1e-4 * len(step.sampling) + 5e-5 * num_drafts
         return super().propose(step, counts)
 
 

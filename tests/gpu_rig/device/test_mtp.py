@@ -77,10 +77,11 @@ class Watching:
         runner, begin = self._runner, 0
         if not hasattr(self, "drafts"):
             self.drafts: dict[tuple[str, int], list[int]] = {}
+        num_drafts = sum(map(len, step.drafts.values()))
         if step.is_in_flight:
-            self.num_ahead += step.num_drafts
+            self.num_ahead += num_drafts
         elif self.was_ahead and step.draw is None:
-            self.num_after += step.num_drafts
+            self.num_after += num_drafts
         self.was_ahead = step.is_in_flight
         batch = runner.input_batch
         ids = batch.ids_remove_padding
