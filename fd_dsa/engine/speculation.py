@@ -116,42 +116,41 @@ class Speculator:
         Returns:
             Outputs of requests for which there is no token.
         """
-        sampling, first, outputs = step.sampling, step.first_rows, list[RequestOutput]()
-        drafts, accepted = [step.drafts.get(one, []) for one in sampling], [0] * len(sampling)
-        alive = [row for row, request in enumerate(sampling) if request.finish_reason is None]
-        for request in sampling:
+        first, outputs = dict(zip(step.sampling, step.first_rows, strict=False)), []
+        for request in step.sampling:
             request.num_computed_tokens -= request.num_unverified
             request.num_unverified = 0
-        rows, depth = alive, 0
+        rows = [request for request in step.sampling if request.finish_reason is None]
+        accepted, depth = dict.fromkeys(rows, 0), 0
         while rows:
-            places, requests = [first[row] + depth for row in rows], [sampling[row] for row in rows]
+            places = [first[request] + depth for request in rows]
             given = (step.logits[places], None) if tokens is None else (None, tokens[places])
-            outputs += append(requests, *given)
+            outputs += append(rows, *given)
             stands = []
-            for row in rows:
-                request = sampling[row]
-                if request.finish_reason == "error" or len(drafts[row]) <= depth:
+            for request in rows:
+                drafts = step.drafts.get(request, ())
+                if request.finish_reason == "error" or len(drafts) <= depth:
                     continue
                 if tokens is None:
-                    is_right = drafts[row][depth] == request.token_ids[-1]
+                    is_right = drafts[depth] == request.token_ids[-1]
                 else:
-                    is_right = bool(tokens[first[row] + depth + 1] != REJECTED)
-                accepted[row] += is_right
+                    is_right = bool(tokens[first[request] + depth + 1] != REJECTED)
+                accepted[request] += is_right
                 if is_right and request.finish_reason is None:
                     scheduler.accept_draft(request)
-                    stands.append(row)
+                    stands.append(request)
             rows, depth = stands, depth + 1
-        for row in alive:
-            request, own, count = sampling[row], drafts[row], accepted[row]
+        for request, drafts in step.drafts.items():
+            if (count := accepted.get(request)) is None:
+                continue
             if step.is_in_flight:
-                scheduler.reject_drafts(request, len(own) - count)
-            if own:
-                # one that has left since had them for the last time
-                if request.drafts is not None:
-                    request.drafts.observe(len(own), count)
-                stats.count_drafts(len(own), count)
-                request.state.num_draft_tokens += len(own)
-                request.state.num_accepted_tokens += count
+                scheduler.reject_drafts(request, len(drafts) - count)
+            # one that has left since had them for the last time
+            if request.drafts is not None:
+                request.drafts.observe(len(drafts), count)
+            stats.count_drafts(len(drafts), count)
+            request.state.num_draft_tokens += len(drafts)
+            request.state.num_accepted_tokens += count
         return outputs
 
     def propose(self, step: LaunchedStep) -> dict[Request, list[int]]:

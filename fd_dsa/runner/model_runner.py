@@ -160,7 +160,8 @@ class ModelRunner(Preparation):
                 # the layer runs when rows that have ended have lost their blocks
                 inputs = (*inputs[:-1], inputs[-1].copy())
         step = Step(hints, *inputs, self.caches, backend, placed, host_lengths=lengths)
-        self._begin(step, batch.has_deferred)
+        # tokens that a draw before still gives
+        self._begin(step, is_deferred=batch.ids_remove_padding[:tokens].min(initial=0) < 0)
         return step
 
     def _stage(self, sampled: np.ndarray, draw: Draw) -> tuple[np.ndarray, ...]:
