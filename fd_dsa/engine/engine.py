@@ -255,7 +255,8 @@ class LLMEngine:
         """
         scheduler, speculator = self._scheduler, self._speculator
         if speculator is not None:
-            speculator.begin(scheduler.num_rows)
+            num_requests = scheduler.num_running + scheduler.num_waiting
+            speculator.begin(min(num_requests, self._batch.max_num_seqs))
         scheduled = scheduler.schedule()
         # nothing runs, so nobody waits for more than the request whose grammar it is
         while not scheduled and not may_be_idle and self.grammars.wait():

@@ -29,6 +29,7 @@ class LaunchedStep:
         scheduled: all requests of the step in the order of their rows.
         drafts: of requests of `sampling`, which have a row of logits for each one more; negative
             where they are on a device alone, see `InputBatch.add_rows`.
+        num_rejected: those of them that have proved wrong.
         known_drafts: as of `DeviceDraws.read_drafts`, where masks need the drafts of a device.
         places: what is drawn on a device; None: the host samples from `logits`.
         draw: waits for the tokens; None: no draw has been queued.
@@ -45,6 +46,7 @@ class LaunchedStep:
     prefill_context: int
     scheduled: list[Request] = field(default_factory=list)
     drafts: Mapping[Request, list[int]] = field(default_factory=dict)
+    num_rejected: dict[Request, int] = field(default_factory=dict)
     known_drafts: Callable[[], npt.NDArray[np.int64]] | None = None
     places: Draw | None = None
     draw: Callable[[], npt.NDArray[np.int64]] | None = None

@@ -69,12 +69,11 @@ class MtpDrafter(Drafter):
         Of those that go on; one that has ended has no slot.
         """
         batch, last = self._batch, {}
-        next_ids, lengths = batch.next_tokens(), batch.seq_lens_this_time
-        # flat places of tokens from that of position 0 on
-        begins = lengths.cumsum() - lengths - batch.seq_lens_decoder
+        next_ids, ends = batch.next_tokens(), batch.seq_lens_this_time.cumsum()
         for request in step.sampling:
             if request.slot >= 0:
-                last[request] = int(begins[request.slot]) + len(request.token_ids) - 2
+                rejected = step.num_rejected.get(request, 0)
+                last[request] = int(ends[request.slot]) - 1 - rejected
                 next_ids[last[request]] = request.token_ids[-1]
         return next_ids, last
 

@@ -108,11 +108,6 @@ class Scheduler:
         """Requests without a row."""
         return len(self._waiting)
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of a step that decodes all requests, or as many as a step has."""
-        return min(self.num_running + self.num_waiting, self._batch.max_num_seqs)
-
     def add(self, request: Request) -> None:
         """Queue a request; arrival numbers must grow."""
         self._waiting.append(request)
@@ -202,18 +197,6 @@ class Scheduler:
         known = len(request.token_ids) - self._lookahead
         if request.slot >= 0 and known % self._blocks.block_size == 0:
             self._cache_blocks(request)
-
-    def accept_draft(self, request: Request) -> None:
-        """The token that a request has just got is a draft of the step, so it is computed."""
-        # one that was preempted since has computed nothing
-        if request.slot >= 0:
-            request.num_computed_tokens += 1
-            self.take_token(request)
-
-    def reject_drafts(self, request: Request, count: int) -> None:
-        """Drafts do not stand that were counted as tokens: its row of the step launched since."""
-        if request.slot >= 0:
-            self._batch.seq_lens_decoder[request.slot] -= count
 
     def _cache_blocks(self, request: Request) -> None:
         """Let others find what is computed of known tokens."""

@@ -109,7 +109,7 @@ class Speculator:
         Args:
             step: with drafts.
             append: gives each of some requests a token: the one drawn, or sampled from logits.
-            scheduler: learns which drafts stand.
+            scheduler: learns of tokens that are computed.
             stats: counts them.
             tokens: of all rows, REJECTED after a wrong draft, where a device has drawn them.
 
@@ -137,14 +137,15 @@ class Speculator:
                     is_right = bool(tokens[first[request] + depth + 1] != REJECTED)
                 accepted[request] += is_right
                 if is_right and request.finish_reason is None:
-                    scheduler.accept_draft(request)
+                    # it is computed, unless the request was preempted since
+                    request.num_computed_tokens += request.slot >= 0
+                    scheduler.take_token(request)
                     stands.append(request)
             rows, depth = stands, depth + 1
         for request, drafts in step.drafts.items():
             if (count := accepted.get(request)) is None:
                 continue
-            if step.is_in_flight:
-                scheduler.reject_drafts(request, len(drafts) - count)
+            step.num_rejected[request] = len(drafts) - count
             # one that has left since had them for the last time
             if request.drafts is not None:
                 request.drafts.observe(len(drafts), count)

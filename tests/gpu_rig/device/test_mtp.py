@@ -83,15 +83,14 @@ class Watching:
         elif self.was_ahead and step.draw is None:
             self.num_after += num_drafts
         self.was_ahead = step.is_in_flight
-        batch = runner.input_batch
-        ids = batch.ids_remove_padding
+        meta, lengths = runner.forward_meta, runner.input_batch.seq_lens_this_time
+        ids, cached = meta.ids_remove_padding, meta.seq_lens_decoder
         if runner.draws is not None:
-            on_device = runner.forward_meta.ids_remove_padding
-            ids = on_host(on_device, np.empty(on_device.shape, np.int32))
-        lengths = batch.seq_lens_this_time
+            # where the tokens on their way are, and how many stood
+            ids, cached = (on_host(x, np.empty(x.shape, np.int32)) for x in (ids, cached))
         for request, row in zip(step.scheduled, lengths.nonzero()[0].tolist(), strict=True):
             if request in step.drafts:
-                name = request.state.request_id, int(batch.seq_lens_decoder[row]) + 1
+                name = request.state.request_id, int(cached[row]) + 1
                 self.drafts[name] = ids[begin + 1 : begin + lengths[row]].tolist()
             begin += int(lengths[row])
         proposals: dict[Request, list[int]] = super().propose(  # type: ignore[misc]
