@@ -101,8 +101,7 @@ class DeviceMtpDrafter(MtpDrafter):
                 (place, request.slot, request.num_output_tokens, len(request.token_ids) - 1)
                 for request, place in last.items()
             ]
-            values = np.array(places, np.int64).reshape(-1, 4).T
-            draws.go_on(runner.forward_meta, next_ids, *values)
+            draws.go_on(runner.forward_meta, next_ids, places)
         runner.draft(len(requests), max(counts.values(), default=0))
         return {
             request: [-1 - draws.draft_row(depth, row) for depth in range(counts[request])]

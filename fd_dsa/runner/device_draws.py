@@ -7,7 +7,7 @@ prediction: nothing waits for them, nothing is read back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -187,17 +187,17 @@ class DeviceDraws:
 
         return taken
 
-    def go_on(self, step: Any, next_ids: np.ndarray, *values_of_requests: np.ndarray) -> None:
+    def go_on(self, step: Any, next_ids: np.ndarray, places: Sequence[Sequence[int]]) -> None:
         """Set what `queue_drafts` goes on from, where no draw has; waits for what was queued.
 
         Args:
             step: the runner's record of it.
             next_ids: int64 [num_tokens]; the token after each one of the step.
-            values_of_requests: of each the flat token that its draft comes after, the slot, the
+            places: of each request the flat token that its draft comes after, the slot, the
                 position of the draft, and tokens in the cache.
         """
         going_on = np.full((4, self._stride), -1, np.int32)
-        going_on[:, : len(values_of_requests[0])] = values_of_requests
+        going_on[:, : len(places)] = np.array(places, np.int32).reshape(-1, 4).T
         self._transfers.to_device(self._next, going_on)
         following = next_ids.astype(np.int32)
         self._transfers.to_device(step.draw.next_ids, following)
