@@ -1,4 +1,4 @@
-"""What is known of one request's drafts: the next ones, and how many pay."""
+"""What is known of one request's drafts: how many pay."""
 
 from __future__ import annotations
 
@@ -28,12 +28,10 @@ class DraftState:
         usual_rate: assumed of drafts that nothing is known of yet.
 
     Attributes:
-        proposal: tokens that may follow those that the request has.
         memory: what the drafter keeps of the request.
     """
 
     def __init__(self, most: int, usual_rate: float) -> None:
-        self.proposal: list[int] = []
         self.memory: Any = None
         self._usual_rate = usual_rate
         self._rates, self._counts = [usual_rate] * most, [_FIRST_COUNT] * most

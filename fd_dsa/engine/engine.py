@@ -234,6 +234,7 @@ class LLMEngine:
                 launched = None
         except Exception:
             self._sampler.forget()
+            self._scheduler.proposals = {}
             for step in (before, launched):
                 for request in step.sampling if step is not None else ():
                     request.forget_draw()
@@ -242,7 +243,7 @@ class LLMEngine:
             self._in_flight = launched
             launched.count_ahead()
             if self._speculator is not None:
-                self._speculator.propose(launched)
+                self._scheduler.proposals = self._speculator.propose(launched)
         in_runner_s = self._stats.runner_time_s - runner_time_s
         self._stats.host_time_s += self.clock() - begin - in_runner_s
         return outputs
@@ -254,7 +255,8 @@ class LLMEngine:
         """
         scheduler, speculator = self._scheduler, self._speculator
         if speculator is not None:
-            speculator.begin(scheduler.num_rows)
+            num_requests = scheduler.num_running + scheduler.num_waiting
+            speculator.begin(min(num_requests, self._batch.max_num_seqs))
         scheduled = scheduler.schedule()
         # nothing runs, so nobody waits for more than the request whose grammar it is
         while not scheduled and not may_be_idle and self.grammars.wait():
@@ -276,7 +278,6 @@ class LLMEngine:
             prefill_context=scheduler.prefill_context,
             scheduled=scheduled,
             drafts=scheduler.drafts,
-            makes_drafts=speculator is not None and speculator.runs_after(scheduled),
         )
         if self._has_watched:
             step.logits = execute_watched(self.runner, step, logits_indices)
@@ -303,8 +304,8 @@ class LLMEngine:
             outputs += self._append(step.sampling, step.logits, tokens)
         outputs += [request.output() for request in alive if request.finish_reason != "error"]
         if self._speculator is not None and not step.is_in_flight:
-            self._speculator.propose(step)
-        self.metrics.count_step(step.num_decode_tokens - step.num_drafts, step.resumed)
+            self._scheduler.proposals = self._speculator.propose(step)
+        self.metrics.count_step(len(step.sampling) - len(step.resumed), step.resumed)
         stats.num_steps += 1
         stats.computed_prompt_tokens += step.num_prefill_tokens
         # the token of a decoding request comes after the one of the step before; without such

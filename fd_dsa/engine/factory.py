@@ -20,7 +20,7 @@ from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.ranks import Ranks
 from fd_dsa.engine.speculation import Drafter, Speculator
 from fd_dsa.engine.startup import LoadProgress, StartupProgress
-from fd_dsa.engine.step_costs import AnyDrafts, measure_steps
+from fd_dsa.engine.step_costs import measure_steps
 from fd_dsa.errors import DeviceError
 from fd_dsa.models.memory_plan import format_bytes
 
@@ -216,15 +216,15 @@ def _make_speculator(
     asked = plan.config.speculation
     if asked is None:
         return None
-    make_drafter: Callable[[], Drafter]
+    make_drafter: Callable[[], Drafter] = Drafter
     if asked.method == "mtp":
         make_drafter = partial(MtpDrafter if runner.draws is None else DeviceMtpDrafter, runner)
-    else:
-        make_drafter = partial(PromptLookup, asked.prompt_lookup_max, asked.prompt_lookup_min)
     most, costs = asked.num_speculative_tokens, None
     if not _interprets(plan.device):
-        # a drafter remembers requests, so it is another one
-        measured = Speculator(make_drafter() if asked.method == "mtp" else AnyDrafts(), most)
+        measured = Speculator(make_drafter(), most)
         engine = make_engine(speculator=measured, enable_prefix_caching=True)
         costs = measure_steps(engine, measured)
+    if asked.method == "ngram":
+        make_drafter = partial(PromptLookup, asked.prompt_lookup_max, asked.prompt_lookup_min)
+    # a drafter remembers requests, so it is another one
     return Speculator(make_drafter(), most, costs)

@@ -29,11 +29,11 @@ class LaunchedStep:
         scheduled: all requests of the step in the order of their rows.
         drafts: of requests of `sampling`, which have a row of logits for each one more; negative
             where they are on a device alone, see `InputBatch.add_rows`.
+        num_rejected: those of them that have proved wrong.
         known_drafts: as of `DeviceDraws.read_drafts`, where masks need the drafts of a device.
         places: what is drawn on a device; None: the host samples from `logits`.
         draw: waits for the tokens; None: no draw has been queued.
         logits: of `sampling`, then of `reading`.
-        makes_drafts: whether the drafter runs after it.
         is_in_flight: whether the next step is planned before its tokens have come.
     """
 
@@ -46,17 +46,12 @@ class LaunchedStep:
     prefill_context: int
     scheduled: list[Request] = field(default_factory=list)
     drafts: Mapping[Request, list[int]] = field(default_factory=dict)
+    num_rejected: dict[Request, int] = field(default_factory=dict)
     known_drafts: Callable[[], npt.NDArray[np.int64]] | None = None
     places: Draw | None = None
     draw: Callable[[], npt.NDArray[np.int64]] | None = None
     logits: Any = None
-    makes_drafts: bool = False
     is_in_flight: bool = False
-
-    @property
-    def num_drafts(self) -> int:
-        """Drafts of all requests."""
-        return sum(map(len, self.drafts.values()))
 
     @property
     def first_rows(self) -> list[int]:
@@ -78,7 +73,7 @@ class LaunchedStep:
         Returns:
             Requests whose logits are unusable.
         """
-        begin = len(self.sampling) + self.num_drafts
+        begin = self.first_rows[-1]
         logits, self.logits = self.logits, self.logits[:begin]
         failed = []
         for request, count in self.reading:

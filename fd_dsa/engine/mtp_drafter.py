@@ -10,12 +10,13 @@ import numpy.typing as npt
 
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.speculation import Drafter
 from fd_dsa.engine.step_sampler import StepSampler
 
 Int64 = npt.NDArray[np.int64]
 
 
-class MtpDrafter:
+class MtpDrafter(Drafter):
     """Drafter of the method "mtp": the layer runs after each step, for all of its tokens.
 
     For token i it needs the hidden state of i and token i + 1. It also runs where nobody wants a
@@ -24,7 +25,7 @@ class MtpDrafter:
     caches. It draws as the request will: with its parameters, and its own number of the position.
 
     Args:
-        runner: has `predict_more` and `continue_with`.
+        runner: has `predict_more`.
     """
 
     is_layer, usual_rate = True, 0.85
@@ -39,7 +40,7 @@ class MtpDrafter:
         """Run the layer; drafts of the requests that want some."""
         batch, runner, wanting = self._batch, self._runner, list(counts)
         next_ids, last = self._next_tokens(step)
-        logits = runner.predict_more(next_ids, np.array([last[r] for r in wanting], np.int64))
+        logits = runner.predict_more(next_ids, [last[request] for request in wanting])
         proposals: dict[Request, list[int]] = {request: [] for request in wanting}
         for depth in range(max(counts.values(), default=0)):
             drawn = self._sampler.draft(wanting, logits, depth).tolist()
@@ -50,70 +51,60 @@ class MtpDrafter:
                 if token >= 0:
                     proposals[request].append(token)
                     position = len(request.token_ids) + depth - 1
-                    if counts[request] > depth + 1 and self._has_room(request, position):
+                    blocks = np.count_nonzero(batch.block_tables[request.slot] >= 0)
+                    has_room = position < blocks * batch.block_size
+                    if has_room and counts[request] > depth + 1:
                         batch.add_row(request.slot, [token], position, is_prefill=False)
                         kept.append(place)
             if not kept:
                 break
             wanting = [wanting[place] for place in kept]
-            runner.continue_with(np.array(kept))
-            tokens = np.arange(len(kept))
-            logits = runner.predict_more(batch.ids_remove_padding[tokens], tokens)
+            tokens = list(range(len(kept)))
+            logits = runner.predict_more(batch.ids_remove_padding[tokens], tokens, kept)
         return proposals
 
     def _next_tokens(self, step: LaunchedStep) -> tuple[Int64, dict[Request, int]]:
-        """The token after each one of the step, and the last token that stands of each request."""
-        batch = self._batch
-        next_ids = np.roll(batch.ids_remove_padding[: batch.num_tokens], -1)
-        lengths = batch.seq_lens_this_time[: batch.num_rows]
-        rows = lengths.nonzero()[0]
-        last, begin = {}, 0
-        for request, row in zip(step.scheduled, rows.tolist(), strict=True):
-            length, computed = int(lengths[row]), int(batch.seq_lens_decoder[row])
-            # what comes after them are drafts that were rejected
-            standing = min(length, len(request.token_ids) - 1 - computed)
-            if standing > 0:
-                last[request] = begin + standing - 1
-                next_ids[last[request]] = request.token_ids[computed + standing]
-            begin += length
-        return next_ids, last
+        """The token after each one of the step, and the last token that stands of each request.
 
-    def _has_room(self, request: Request, position: int) -> bool:
-        """Whether the request's blocks reach to its token before a further draft."""
-        block = position // self._batch.block_size
-        table = self._batch.block_tables[request.slot]
-        return block < len(table) and bool(table[block] >= 0)
+        Of those that go on; one that has ended has no slot.
+        """
+        batch, last = self._batch, {}
+        next_ids, ends = batch.next_tokens(), batch.seq_lens_this_time.cumsum()
+        for request in step.sampling:
+            if request.slot >= 0:
+                rejected = step.num_rejected.get(request, 0)
+                last[request] = int(ends[request.slot]) - 1 - rejected
+                next_ids[last[request]] = request.token_ids[-1]
+        return next_ids, last
 
 
 class DeviceMtpDrafter(MtpDrafter):
-    """The same on a device: the layer and each request's first draft are queued with the step.
+    """The same on a device, queued before the tokens of a step have come that is in flight.
 
-    So they run while the host takes the tokens of the step; drafts stay where they are, and are
-    named by where they are (`LaunchedStep.drafts`). Further drafts are queued for all requests, as
-    the host does not know where a row ends: past its blocks they lack a key, and stand less often.
+    Drafts stay where they are, and are named by where they are (`LaunchedStep.drafts`). Further
+    drafts are queued for all requests, as the host does not know where a row ends: past its blocks
+    they lack a key, and stand less often.
 
     Args:
-        runner: has `draws`, `draft` and `draft_more`.
+        runner: has `draws`, `draft` and the `forward_meta` of a step.
     """
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
-        """Queue further drafts; where the host has sampled, the layer too."""
-        requests, draft_row = step.sampling, self._runner.draws.draft_row
+        """Queue the layer and the drafts, from what was drawn or the host has sampled."""
+        requests, runner, draws = step.sampling, self._runner, self._runner.draws
         if step.draw is None:
-            # one that has ended has no slot
-            requests = [request for request in requests if request.slot >= 0]
             next_ids, last = self._next_tokens(step)
+            requests = list(last)
             places = [
-                (last[request], request.slot, request.num_output_tokens, len(request.token_ids) - 1)
-                for request in requests
+                (place, request.slot, request.num_output_tokens, len(request.token_ids) - 1)
+                for request, place in last.items()
             ]
-            self._runner.draft(next_ids, *np.array(places, np.int64).reshape(-1, 4).T)
-        if (most := max(counts.values(), default=0)) > 1:
-            self._runner.draft_more(len(requests), most)
+            draws.go_on(runner.forward_meta, next_ids, places)
+        runner.draft(len(requests), max(counts.values(), default=0))
         return {
-            request: [-1 - draft_row(depth, row) for depth in range(counts[request])]
+            request: [-1 - draws.draft_row(depth, row) for depth in range(counts[request])]
             for row, request in enumerate(requests)
             if request in counts
         }

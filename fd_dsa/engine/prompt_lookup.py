@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.speculation import Drafter
 
 # tokens that are listed in a step, so that a long prompt holds up nobody: some 10 ms
 _MOST_LISTED = 8192
@@ -46,7 +47,7 @@ class LookupIndex:
         return []
 
 
-class PromptLookup:
+class PromptLookup(Drafter):
     """Drafter of the method "ngram".
 
     Args:
@@ -54,8 +55,6 @@ class PromptLookup:
 
     Source: prompt lookup decoding (Saxena 2023), as vLLM's "ngram".
     """
-
-    is_layer, usual_rate = False, 0.6
 
     def __init__(self, longest: int, shortest: int) -> None:
         self._longest, self._shortest = longest, shortest

@@ -45,7 +45,7 @@ class Request:
         topk_positions: what the indexer chose in the latest step that sampled; likewise.
         grammar: how far the output is in its form; None = it may have any.
         rules: what happens to the logits before a token is drawn; None = nothing.
-        drafts: what may follow `token_ids`; None = it has no drafts.
+        drafts: how many pay; None = it has no drafts.
     """
 
     state: OutputState
@@ -161,13 +161,7 @@ class Request:
     def forget_draw(self) -> None:
         """The token on its way will not come; it is to be computed again."""
         self.drawn_row, self.num_unverified = -1, 0
-        self.forget_drafts()
         self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
-
-    def forget_drafts(self) -> None:
-        """The next step verifies no drafts of it: it did not take part in the one before."""
-        if self.drafts is not None:
-            self.drafts.proposal = []
 
     @property
     def _must_go_on(self) -> bool:

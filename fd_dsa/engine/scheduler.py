@@ -65,6 +65,7 @@ class Scheduler:
         lookahead: tokens that must be known after a block's own before others may share it.
 
     Attributes:
+        proposals: drafts after the step launched last, of requests that took part in it.
         drafts: those of the step scheduled last.
         prefill_context: tokens before each prompt token of that step, on average.
     """
@@ -77,6 +78,7 @@ class Scheduler:
         target_gap_s: float = 0.0,
         lookahead: int = 0,
     ) -> None:
+        self.proposals: dict[Request, list[int]] = {}
         self.drafts: dict[Request, list[int]] = {}
         self._may_draft, self._lookahead = True, lookahead
         self._blocks = blocks
@@ -105,11 +107,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests without a row."""
         return len(self._waiting)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of a step that decodes all requests, or as many as a step has."""
-        return min(self.num_running + self.num_waiting, self._batch.max_num_seqs)
 
     def add(self, request: Request) -> None:
         """Queue a request; arrival numbers must grow."""
@@ -151,8 +148,6 @@ class Scheduler:
             budget = self._admit(budget)
         if self._may_draft:
             self._add_drafts(budget)
-        for request in self._held if self._scheduled else ():
-            request.forget_drafts()
         if self._step_times is not None and (prompts := self._scheduled[self._num_decoding :]):
             self.prefill_context = _mean_context(prompts)
         self._scheduled.sort(key=_slot)
@@ -203,18 +198,6 @@ class Scheduler:
         if request.slot >= 0 and known % self._blocks.block_size == 0:
             self._cache_blocks(request)
 
-    def accept_draft(self, request: Request) -> None:
-        """The token that a request has just got is a draft of the step, so it is computed."""
-        # one that was preempted since has computed nothing
-        if request.slot >= 0:
-            request.num_computed_tokens += 1
-            self.take_token(request)
-
-    def reject_drafts(self, request: Request, count: int) -> None:
-        """Drafts do not stand that were counted as tokens: its row of the step launched since."""
-        if request.slot >= 0:
-            self._batch.seq_lens_decoder[request.slot] -= count
-
     def _cache_blocks(self, request: Request) -> None:
         """Let others find what is computed of known tokens."""
         known = min(request.num_computed_tokens, len(request.token_ids) - self._lookahead)
@@ -244,12 +227,10 @@ class Scheduler:
     def _add_drafts(self, budget: int) -> None:
         """Add to decoding requests the drafts that there is room for."""
         self.drafts = {}
-        for request in self._scheduled[: self._num_decoding]:
-            if request.drafts is None:
-                continue
+        for request in self._scheduled[: self._num_decoding] if self.proposals else ():
             # the last token of an output is never computed
             most = min(budget, request.max_tokens - request.num_output_tokens - 1)
-            drafts = request.drafts.proposal[: max(most, 0)]
+            drafts = self.proposals.get(request, [])[: max(most, 0)]
             if not drafts:
                 continue
             if not self._allocate(request, request.num_tokens + len(drafts), len(self._running)):
@@ -366,7 +347,6 @@ class Scheduler:
         request.preempted_time = time.monotonic()
         self._release(request)
         request.num_computed_tokens = request.num_unverified = 0
-        request.forget_drafts()
         self._waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:

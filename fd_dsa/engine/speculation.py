@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,8 @@ from fd_dsa.ops.sampling.parameters import REJECTED
 logger = logging.getLogger(__name__)
 
 
-class Drafter(Protocol):
-    """Proposes tokens.
+class Drafter:
+    """Proposes tokens; this one any, which take no time, for steps that are measured.
 
     Attributes:
         is_layer: whether it is a layer of the model, with caches that lack what it has not run for,
@@ -34,8 +34,7 @@ class Drafter(Protocol):
         usual_rate: at which its drafts stand mostly.
     """
 
-    is_layer: bool
-    usual_rate: float
+    is_layer, usual_rate = False, 0.6
 
     def propose(
         self, step: LaunchedStep, counts: Mapping[Request, int]
@@ -46,6 +45,7 @@ class Drafter(Protocol):
             step: the one that has just given its requests their tokens, or will give them.
             counts: most drafts of each request that wants some.
         """
+        return {request: [0] * count for request, count in counts.items()}
 
 
 class Speculator:
@@ -94,10 +94,6 @@ class Speculator:
         if self.drafter.is_layer:
             request.block_keys.leave_drafts()
 
-    def runs_after(self, scheduled: list[Request]) -> bool:
-        """Whether the drafter runs after a step."""
-        return not self._is_off and any(request.drafts is not None for request in scheduled)
-
     def verify(
         self,
         step: LaunchedStep,
@@ -113,54 +109,56 @@ class Speculator:
         Args:
             step: with drafts.
             append: gives each of some requests a token: the one drawn, or sampled from logits.
-            scheduler: learns which drafts stand.
+            scheduler: learns of tokens that are computed.
             stats: counts them.
             tokens: of all rows, REJECTED after a wrong draft, where a device has drawn them.
 
         Returns:
             Outputs of requests for which there is no token.
         """
-        sampling, first, outputs = step.sampling, step.first_rows, list[RequestOutput]()
-        drafts, accepted = [step.drafts.get(one, []) for one in sampling], [0] * len(sampling)
-        alive = [row for row, request in enumerate(sampling) if request.finish_reason is None]
-        for request in sampling:
+        first, outputs = dict(zip(step.sampling, step.first_rows, strict=False)), []
+        for request in step.sampling:
             request.num_computed_tokens -= request.num_unverified
             request.num_unverified = 0
-        rows, depth = alive, 0
+        rows = [request for request in step.sampling if request.finish_reason is None]
+        accepted, depth = dict.fromkeys(rows, 0), 0
         while rows:
-            places, requests = [first[row] + depth for row in rows], [sampling[row] for row in rows]
+            places = [first[request] + depth for request in rows]
             given = (step.logits[places], None) if tokens is None else (None, tokens[places])
-            outputs += append(requests, *given)
+            outputs += append(rows, *given)
             stands = []
-            for row in rows:
-                request = sampling[row]
-                if request.finish_reason == "error" or len(drafts[row]) <= depth:
+            for request in rows:
+                drafts = step.drafts.get(request, ())
+                if request.finish_reason == "error" or len(drafts) <= depth:
                     continue
                 if tokens is None:
-                    is_right = drafts[row][depth] == request.token_ids[-1]
+                    is_right = drafts[depth] == request.token_ids[-1]
                 else:
-                    is_right = bool(tokens[first[row] + depth + 1] != REJECTED)
-                accepted[row] += is_right
+                    is_right = bool(tokens[first[request] + depth + 1] != REJECTED)
+                accepted[request] += is_right
                 if is_right and request.finish_reason is None:
-                    scheduler.accept_draft(request)
-                    stands.append(row)
+                    # it is computed, unless the request was preempted since
+                    request.num_computed_tokens += request.slot >= 0
+                    scheduler.take_token(request)
+                    stands.append(request)
             rows, depth = stands, depth + 1
-        for row in alive:
-            request, own, count = sampling[row], drafts[row], accepted[row]
-            if step.is_in_flight:
-                scheduler.reject_drafts(request, len(own) - count)
-            if own:
-                # one that has left since had them for the last time
-                if request.drafts is not None:
-                    request.drafts.observe(len(own), count)
-                stats.count_drafts(len(own), count)
-                request.state.num_draft_tokens += len(own)
-                request.state.num_accepted_tokens += count
+        for request, drafts in step.drafts.items():
+            if (count := accepted.get(request)) is None:
+                continue
+            step.num_rejected[request] = len(drafts) - count
+            # one that has left since had them for the last time
+            if request.drafts is not None:
+                request.drafts.observe(len(drafts), count)
+            stats.count_drafts(len(drafts), count)
+            request.state.num_draft_tokens += len(drafts)
+            request.state.num_accepted_tokens += count
         return outputs
 
-    def propose(self, step: LaunchedStep) -> None:
-        """Have the drafts of the next step made, by what the steps taken so far have shown."""
+    def propose(self, step: LaunchedStep) -> dict[Request, list[int]]:
+        """Drafts of the next step, as many as pay by what the steps taken so far have shown."""
         num_rows, counts = len(step.sampling), dict[Request, int]()
+        # for requests that leave now too: others may share the blocks that the step filled
+        runs = not self._is_off and any(request.drafts is not None for request in step.scheduled)
         states = {
             request: request.drafts
             for request in step.sampling
@@ -174,8 +172,7 @@ class Speculator:
                 elif self.drafter.is_layer:
                     self._leave(request)
         try:
-            # for requests that leave now too: others may share the blocks that the step filled
-            proposals = self.drafter.propose(step, counts) if step.makes_drafts else {}
+            proposals = self.drafter.propose(step, counts) if runs else {}
         except Exception:
             # the step has given its tokens, which a draft is not worth losing
             logger.exception("speculative decoding is off from now on: the drafter failed")
@@ -184,7 +181,7 @@ class Speculator:
             self.waits = any(proposals.values())
             # those here would come before the tokens on their way
             proposals = {} if step.is_in_flight else proposals
-        for request, state in states.items():
-            state.proposal = proposal = proposals.get(request, [])
+        for request, proposal in proposals.items():
             if proposal and proposal[0] >= 0 and request.grammar is not None:
                 del proposal[request.grammar.count_allowed(proposal) :]
+        return proposals

@@ -14,7 +14,6 @@ from fd_dsa.runner.counters import StepCounters
 
 if TYPE_CHECKING:
     from fd_dsa.engine.engine import LLMEngine
-    from fd_dsa.engine.request import Request
     from fd_dsa.engine.speculation import Speculator
 
 logger = logging.getLogger(__name__)
@@ -57,16 +56,6 @@ class StepCosts:
             rows = (num_rows + count * num_drafting) / (1 + count)
             times.append(float(np.interp(rows, self._rows, seconds)))
         return times
-
-
-class AnyDrafts:
-    """Drafter whose drafts take no time, for steps that are measured."""
-
-    is_layer, usual_rate = False, 0.6
-
-    def propose(self, step: object, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
-        """As many drafts as are wanted."""
-        return {request: [0] * count for request, count in counts.items()}
 
 
 def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None:

@@ -72,7 +72,7 @@ class StepSampler:
                 masked += range(first, end)
                 if step.drafts.get(request, (0,))[0] < 0 and step.known_drafts is None:
                     step.known_drafts = self._runner.draws.read_drafts()
-        step.places = Draw(slots, positions, firsts, masked, step.makes_drafts)
+        step.places = Draw(slots, positions, firsts, masked)
         self._runner.queue_model(logits_indices, step.places)
         if not masked:
             self.draw(step)

@@ -16,16 +16,13 @@ from fd_dsa.ops._gemm import HostMatrix
 from fd_dsa.ops._host import as_numpy, on_device
 
 
-def rows_at(x: Any, index: Any, out: Any = None) -> Any:
-    """Rows `index`, integers [n], of x [num_rows, width]; on a CPU `x` is a NumPy array.
-
-    On a device they may be written to an `out`.
-    """
+def rows_at(x: Any, index: Any) -> Any:
+    """Rows `index`, integers [n], of x [num_rows, width]; on a CPU `x` is a NumPy array."""
     if isinstance(x, np.ndarray):
         return x[as_numpy(index)]
     from fd_dsa.ops import _dense_kernels
 
-    return _dense_kernels.rows_at(x, index, out)
+    return _dense_kernels.rows_at(x, index)
 
 
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:

@@ -7,13 +7,13 @@ prediction: nothing waits for them, nothing is read back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._linear import rows_at
+from fd_dsa.ops._dense_kernels import rows_at
 from fd_dsa.ops.sampling.sampler import DeviceSampler
 from fd_dsa.ops.sampling.verify_kernel import (
     FOLLOW_BLOCK,
@@ -77,10 +77,9 @@ class DeviceDraws:
         self.set_slot, self.set_masks = self._sampler.set_slot, self._sampler.set_masks
         self._mtp = getattr(model, "mtp", None)
         if self._mtp is not None:
-            # of steps of further drafts: tokens, and lengths as of a Step
-            self._ids, *self._lengths = (
-                uploaded(allocate, np.zeros(max_num_seqs, np.int32)) for _ in range(4)
-            )
+            # of steps of further drafts, as of a Step
+            no_tokens = np.zeros(max_num_seqs, np.int32)
+            self._lengths = [uploaded(allocate, no_tokens) for _ in range(3)]
             # hidden states of the tokens that the first drafts come after; padding reads them too
             self._kept = rows_at(model.embed_tokens, self._no_masks[:max_num_seqs])
 
@@ -139,12 +138,13 @@ class DeviceDraws:
                 row has no block.
             count: drafts of each request in all.
         """
-        ids, states = self._ids[:num_requests], self._kept[:num_requests]
+        states = self._kept[:num_requests]
         new, cached, tokens = (x[: step.block_tables.shape[0]] for x in self._lengths)
         for depth in range(1, count):
-            drafts = self._tokens[self.draft_row(depth - 1, 0) :]
+            begin = self.draft_row(depth - 1, 0)
+            ids = self._tokens[begin : begin + num_requests]
             extend_kernel[(1,)](
-                self._next, drafts, ids, cached, tokens, num_requests, tokens.shape[0], depth,
+                self._next, cached, tokens, num_requests, tokens.shape[0], depth,
                 STRIDE=self._stride, BLOCK=FOLLOW_BLOCK, num_warps=4,
             )  # fmt: skip
             own = replace(
@@ -187,17 +187,17 @@ class DeviceDraws:
 
         return taken
 
-    def go_on(self, step: Any, next_ids: np.ndarray, *values_of_requests: np.ndarray) -> None:
+    def go_on(self, step: Any, next_ids: np.ndarray, places: Sequence[Sequence[int]]) -> None:
         """Set what `queue_drafts` goes on from, where no draw has; waits for what was queued.
 
         Args:
             step: the runner's record of it.
             next_ids: int64 [num_tokens]; the token after each one of the step.
-            values_of_requests: of each the flat token that its draft comes after, the slot, the
+            places: of each request the flat token that its draft comes after, the slot, the
                 position of the draft, and tokens in the cache.
         """
         going_on = np.full((4, self._stride), -1, np.int32)
-        going_on[:, : len(values_of_requests[0])] = values_of_requests
+        going_on[:, : len(places)] = np.array(places, np.int32).reshape(-1, 4).T
         self._transfers.to_device(self._next, going_on)
         following = next_ids.astype(np.int32)
         self._transfers.to_device(step.draw.next_ids, following)

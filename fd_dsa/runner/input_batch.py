@@ -26,14 +26,12 @@ class Draw(NamedTuple):
         firsts: first row of each request, whose drafts have the rows after it; then how many
             rows there are.
         masked: rows that have a mask.
-        drafts: whether the layer for multi-token prediction runs after it, where it is loaded.
     """
 
     slots: Sequence[int] = ()
     positions: Sequence[int] = ()
     firsts: Sequence[int] = ()
     masked: Sequence[int] = ()
-    drafts: bool = False
 
 
 class InputBatch:
@@ -48,7 +46,6 @@ class InputBatch:
         num_tokens, num_prefill_tokens: tokens of this step so far.
         max_seqlen_k: longest row after this step, tokens; 0 without rows.
         num_rows: 1 + the highest row that has tokens in this step.
-        has_deferred: whether the step has tokens that a draw before it still gives.
         follows: int32 [max_num_seqs]; the request of the draw before from which a row goes on, -1 =
             none. Its `seq_lens_decoder` is then an upper bound.
         following: the token after a chunk that ends inside of a prompt, by the flat last token.
@@ -78,7 +75,6 @@ class InputBatch:
         self.num_prefill_tokens = 0
         self.max_seqlen_k = 0
         self.num_rows = 0
-        self.has_deferred = False
         self.following: dict[int, int] = {}
 
     def add_row(
@@ -139,13 +135,28 @@ class InputBatch:
         self.num_tokens, self.num_rows = end, last + 1
         self.num_prefill_tokens += sum(prompts)
         self.max_seqlen_k = max(self.max_seqlen_k, *map(add, num_computed_tokens, num_new))
-        self.has_deferred |= min(token_ids) < 0
+
+    def next_tokens(self, drawn: Sequence[int] | np.ndarray = (), first_row: int = 0) -> np.ndarray:
+        """The token after each one of the step, or what `DeviceDraws` calls one that it will draw.
+
+        Args:
+            drawn: flat tokens of the rows of the draw, after others than which the tokens are
+                known.
+            first_row: of DeviceDraws.
+        """
+        rows = np.arange(-1 - first_row, -1 - first_row - len(drawn), -1)
+        if len(drawn) == self.num_tokens:
+            return rows
+        next_ids = np.roll(self.ids_remove_padding[: self.num_tokens], -1)
+        next_ids[list(self.following)] = list(self.following.values())
+        next_ids[np.asarray(drawn, np.int64)] = rows
+        return next_ids
 
     def state(self) -> tuple[Any, ...]:
         """The step as `restore` takes it, for another process."""
         rows, columns = self.num_rows, -(-self.max_seqlen_k // self.block_size)
         return (
-            (self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows, self.has_deferred),
+            (self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows),
             self.ids_remove_padding[: self.num_tokens],
             self.seq_lens_encoder[:rows],
             self.seq_lens_decoder[:rows],
@@ -157,9 +168,7 @@ class InputBatch:
         """Have the step of a batch of the same sizes, by its `state`."""
         counts, ids, *lengths, tables = state
         self.begin_step()
-        self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows, self.has_deferred = (
-            counts
-        )
+        self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows = counts
         self.num_rows = rows
         self.ids_remove_padding[: len(ids)] = ids
         own = (self.seq_lens_encoder, self.seq_lens_decoder, self.seq_lens_this_time)

@@ -19,7 +19,7 @@ from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import Draw, InputBatch
 from fd_dsa.runner.preparation import Preparation
 from fd_dsa.runner.selections import Selections
-from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, following_tokens, host_inputs
+from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, host_inputs
 from fd_dsa.runner.step_graphs import PaddedStep, QueuedStep, StepGraphs
 from fd_dsa.step import StepHints
 
@@ -160,15 +160,16 @@ class ModelRunner(Preparation):
                 # the layer runs when rows that have ended have lost their blocks
                 inputs = (*inputs[:-1], inputs[-1].copy())
         step = Step(hints, *inputs, self.caches, backend, placed, host_lengths=lengths)
-        self._begin(step, batch.has_deferred)
+        # tokens that a draw before still gives
+        self._begin(step, is_deferred=batch.ids_remove_padding[:tokens].min(initial=0) < 0)
         return step
 
     def _stage(self, sampled: np.ndarray, draw: Draw) -> tuple[np.ndarray, ...]:
         """Queue the copy of the step in the batch and of its draw; the step as of `host_inputs`."""
         assert self._to_device is not None and self.draws is not None
         batch, next_ids = self.input_batch, ()
-        if draw.drafts and self._mtp is not None:
-            next_ids = following_tokens(batch, sampled, self.draws.first_row)
+        if draw.slots and self._mtp is not None:
+            next_ids = batch.next_tokens(sampled, self.draws.first_row)
         inputs = host_inputs(batch, sampled)
         self._to_device.stage(inputs, draw, next_ids)
         return inputs
@@ -217,7 +218,7 @@ class ModelRunner(Preparation):
             self._draw = draw
 
     def draw(self, masks: Sequence[np.ndarray] = ()) -> Callable[[], np.ndarray]:
-        """Queue the draw of the step that was queued, and what drafts after it.
+        """Queue the draw of the step that was queued.
 
         Args:
             masks: of its masked rows, see `DeviceSampler.set_masks`.
@@ -225,46 +226,30 @@ class ModelRunner(Preparation):
         Returns:
             See `DeviceDraws.results`.
         """
-        draws, draw, queued, self._queued = self.draws, self._draw, self._queued, None
+        draws, queued = self.draws, self._queued
         assert draws is not None and queued is not None
         if masks:
             draws.set_masks(np.stack(masks))
         with paddle.no_grad():
             queued.draw()
-            taken = draws.results(len(draw.slots))
-            if draw.drafts and self._mtp is not None:
-                queued.draft(len(draw.firsts) - 1)
-        return taken
+            return draws.results(len(self._draw.slots))
 
-    def draft(self, next_ids: np.ndarray, *going_on: np.ndarray) -> None:
-        """Queue layer and drafts after a step that the host has sampled, or nobody.
+    def draft(self, num_requests: int, count: int) -> None:
+        """Queue the layer that drafts, over the step that was queued, and its drafts.
 
         Args:
-            next_ids: int64 [num_tokens]; the token after each one of the step.
-            going_on: as of `DeviceDraws.go_on`.
+            num_requests: that go on, at most.
+            count: drafts of each; the first one comes with the layer in any case.
         """
-        draws, queued, self._queued = self.draws, self._queued, None
+        draws, queued, graphs = self.draws, self._queued, self.graphs
         assert draws is not None and queued is not None
-        draws.go_on(queued.step, next_ids, *going_on)
-        with paddle.no_grad():
-            queued.draft(len(going_on[0]))
-
-    def draft_more(self, num_requests: int, count: int) -> None:
-        """Queue the drafts after the first ones of the step in the batch.
-
-        Args:
-            num_requests: of those drafts.
-            count: drafts of each request then, at least two.
-        """
         longest = min(self.input_batch.max_seqlen_k + count - 1, self._longest_row())
-        assert self.draws is not None
         size = num_requests, longest, count
-        replay = self.graphs.more_drafts(*size) if self.graphs else None
         with paddle.no_grad():
-            if replay is None:
-                self.draws.queue_more_drafts(self.forward_meta, *size)
-            else:
-                replay()
+            queued.draft(num_requests)
+            if count > 1:
+                replay = graphs.more_drafts(*size) if graphs else None
+                (replay or partial(draws.queue_more_drafts, queued.step, *size))()
 
     def _logits(self, logits_indices: np.ndarray, draw: Draw = _NO_DRAW) -> Any:
         """The step's logits where the model is, float32 [n, vocab_size]; None of no token.
@@ -309,33 +294,29 @@ class ModelRunner(Preparation):
         logits = self.model.compute_logits(read) if step.sampled.shape[0] else None
         return logits, None if self._mtp is None else hidden
 
-    def predict_more(self, next_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Run the layer for multi-token prediction over the step that ran last.
+    def predict_more(
+        self, next_ids: np.ndarray, tokens: Sequence[int], follows: Sequence[int] = ()
+    ) -> np.ndarray:
+        """Run the layer for multi-token prediction over the step that ran last, on a CPU.
 
         Args:
             next_ids: int64 [num_tokens]; the token after each one of the step.
-            tokens: int64 [n]; flat tokens to go on from, n may be 0.
+            tokens: flat tokens to go on from, n may be 0.
+            follows: run it over a new step instead, that in the batch, on the layer's own hidden
+                states: for each token the place among `tokens` of the call before.
 
         Returns:
             float32 [n, vocab_size]; logits of the token after the next one.
         """
         mtp = self._mtp
         with paddle.no_grad(), np.errstate(invalid="ignore"):
+            if len(follows):
+                self._hidden = self._hidden[follows]
+                self.initialize_forward_meta()
             self._hidden = mtp(next_ids, self._hidden, self.forward_meta)[tokens]
             if not len(tokens):
                 return np.empty((0, self.vocab_size), np.float32)
             return mtp.head.times(self._hidden)  # type: ignore[no-any-return]
-
-    def continue_with(self, kept: np.ndarray) -> None:
-        """Begin a step of the batch that the layer alone computes, on its own hidden states.
-
-        Args:
-            kept: int64 [num_tokens]; for each token of the batch the place in the `tokens` of
-                `predict_more` that it follows.
-        """
-        with paddle.no_grad():
-            self._hidden = self._hidden[kept]
-            self.initialize_forward_meta()
 
     @property
     def shows_selections(self) -> bool:

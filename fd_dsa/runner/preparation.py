@@ -67,11 +67,11 @@ class Preparation:
                 continue
             if follows:
                 self.input_batch.follows[0] = 0
-            # all kernels of a draw run for any parameters, and those of a layer that drafts
-            self.queue_model(last, Draw([0], [0], [0, 1], drafts=True))
+            # all kernels of a draw run for any parameters
+            self.queue_model(last, Draw([0], [0], [0, 1]))
             self.draw()()
             if self._mtp is not None:
-                self.draft_more(1, self.most_drafts)
+                self.draft(1, self.most_drafts)
         self._forget_rows()
         # these were no steps of requests
         self.counters = StepCounters()

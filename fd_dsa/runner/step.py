@@ -33,7 +33,7 @@ class DrawInputs(NamedTuple):
         slots, positions: of each row, slot -1 = padding, which gets no token.
         mask_rows: row of each row's mask, -1 = none.
         firsts: first row of each request, then the number of rows, then -1.
-        next_ids: of `following_tokens`; empty where no layer reads it.
+        next_ids: of `InputBatch.next_tokens`; empty where no layer reads it.
     """
 
     slots: Any
@@ -104,25 +104,6 @@ def host_inputs(batch: InputBatch, sampled: np.ndarray) -> tuple[np.ndarray, ...
     )
 
 
-def following_tokens(
-    batch: InputBatch, drawn: np.ndarray, first_row: int
-) -> np.ndarray | Sequence[int]:
-    """The token after each one of a step, or what `DeviceDraws` calls one that its draw will give.
-
-    Args:
-        batch: with the step.
-        drawn: int64 [n]; flat tokens of the rows of the draw.
-        first_row: of DeviceDraws.
-    """
-    rows = range(-1 - first_row, -1 - first_row - len(drawn), -1)
-    if len(drawn) == batch.num_tokens:
-        return rows
-    next_ids = np.roll(batch.ids_remove_padding[: batch.num_tokens], -1)
-    next_ids[list(batch.following)] = list(batch.following.values())
-    next_ids[drawn] = rows
-    return next_ids
-
-
 class DeviceInputs(StagedInputs):
     """The same on a device: sections of one tensor, which never move; one copy fills a step.
 
@@ -151,7 +132,7 @@ class DeviceInputs(StagedInputs):
     def stage(
         self, inputs: Sequence[Any], draw: Draw, next_ids: Sequence[int] | np.ndarray = ()
     ) -> None:
-        """Queue the copy of `host_inputs`, a draw and `following_tokens`; all may then change."""
+        """Queue the copy of `host_inputs`, a draw and `next_tokens`; all may then change."""
         (*values, tables), masks = inputs, _padded((), self._most_draws)
         if draw.masked:
             masks[draw.masked] = range(len(draw.masked))

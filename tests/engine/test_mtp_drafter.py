@@ -98,8 +98,7 @@ def offline(model: Any, ids: list[int], count: int) -> list[int]:
             return drafts
         runner.input_batch.begin_step()
         runner.input_batch.add_row(0, drafts[-1:], len(ids) + len(drafts) - 2, is_prefill=False)
-        runner.continue_with(np.array([0]))
-        logits = runner.predict_more(np.array(drafts[-1:]), np.array([0]))
+        logits = runner.predict_more(np.array(drafts[-1:]), [0], follows=[0])
 
 
 @pytest.mark.parametrize("breaks", [False, True])
@@ -110,7 +109,7 @@ def test_a_drafter_that_gives_nan_or_fails_changes_nothing(
     plain, _, _ = answers(model, None)
     calls = []
 
-    def predict_more(runner: ModelRunner, next_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def predict_more(runner: ModelRunner, next_ids: np.ndarray, tokens: list[int]) -> np.ndarray:
         calls.append(len(next_ids))
         if breaks and len(calls) == 5:
             raise OSError("the device is gone")

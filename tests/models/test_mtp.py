@@ -175,8 +175,7 @@ def test_further_drafts_go_on_from_the_layers_own_hidden_states(case: Case) -> N
         if row == 2:
             batch.begin_step()
             batch.add_row(row, [30], 20, is_prefill=False)
-            runner.continue_with(np.array([1]))
-            again = runner.predict_more(np.array([30]), np.array([0]))
+            again = runner.predict_more(np.array([30]), [0], follows=[1])
             more = case.wanted(np.array([*next_ids, 30]), np.array([*hidden, normed[19]]))[1]
             assert_near(again[0], more[20])
 

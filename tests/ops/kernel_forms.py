@@ -208,13 +208,13 @@ PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", 
 for most in (1, 2, 3):
     compile("verify", verify_kernel, PLACED | dict.fromkeys(("tokens_ptr", "newest_ptr"), "int64"),
             False, num_warps=1, STRIDE=128, MOST=most, VOCAB=129280)
-compile("extend", extend_kernel, PLACED | {"drafts_ptr": "int64"}, False, num_warps=4, STRIDE=128,
-        BLOCK=256)
+compile("extend", extend_kernel, PLACED, False, num_warps=4, STRIDE=128, BLOCK=256)
 compile("follow", follow_kernel, PLACED | {"tokens_ptr": "int64"}, False, num_warps=4, BLOCK=256)
 for dtype in ("float32", "bfloat16"):
     types = dict.fromkeys(("table_ptr", "hidden_ptr", "out_ptr"), dtype)
-    types |= {"ids_ptr": "int32", "positions_ptr": "int64"}
-    compile("mtp", mtp_inputs_kernel, types, num_warps=8, WIDTH=7168, BLOCK=8192)
+    for ids in ("int32", "int64"):
+        types |= {"ids_ptr": ids, "positions_ptr": "int64"}
+        compile("mtp", mtp_inputs_kernel, types, num_warps=8, WIDTH=7168, BLOCK=8192)
 # the largest with positions of both types
 for rows in (1, 100, 256, 1024, 4096):
     narrow = {} if rows == 4096 else {"position_ids_int32_ptr": None}

@@ -67,7 +67,7 @@ def test_every_form_compiles() -> None:
         *["scan", "scan", *["settle", "draw"] * 2, *["masses", "gather"] * 2] * 3,
         *["verify"] * 3,
         *["extend", "follow"],
-        *["mtp"] * 2,
+        *["mtp"] * 4,
         *["step"] * 10,
         *["v4 rows"] * 3,
     ]

@@ -105,8 +105,5 @@ def test_rows_are_those_of_add_row() -> None:
 def test_tokens_of_the_draw_before_are_named() -> None:
     batch = InputBatch(4, 8, 4, 16)
     batch.add_rows([0], [2], [3, 4], [0], [True])
-    assert not batch.has_deferred
     batch.add_rows([1, 3], [1, 2], [-3, 5, -9], [8, 9], [False, False])
-    assert batch.has_deferred and batch.ids_remove_padding[:5].tolist() == [3, 4, -3, 5, -9]
-    batch.begin_step()
-    assert not batch.has_deferred
+    assert batch.ids_remove_padding[:5].tolist() == [3, 4, -3, 5, -9]

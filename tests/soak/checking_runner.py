@@ -191,7 +191,6 @@ class DrawingRunner(CheckingRunner):
         """Put the tokens in, and how long rows are, then run the step."""
         batch = self.input_batch
         ids = batch.ids_remove_padding[: batch.num_tokens]
-        assert (ids < 0).any() == batch.has_deferred
         for token in np.flatnonzero(ids < 0):
             place = int(-1 - ids[token])
             is_draft = place >= batch.max_num_seqs

@@ -269,7 +269,8 @@ def _step(run: Run, history: History, fails: bool) -> None:
         run.counts["evicted blocks"] += len(keys - evictable_keys(engine))
     ahead = engine._in_flight
     run.counts["steps queued ahead"] += ahead is not None
-    run.counts["drafts queued ahead"] += ahead.num_drafts if ahead is not None else 0
+    drafts = () if ahead is None else ahead.drafts.values()
+    run.counts["drafts queued ahead"] += sum(map(len, drafts))
     _keep(run, outputs)
     audit(engine)
 

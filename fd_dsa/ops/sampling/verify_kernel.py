@@ -122,8 +122,6 @@ def follow_kernel(
 @step_kernel()
 def extend_kernel(
     going_on_ptr,
-    drafts_ptr,
-    ids_ptr,
     cached_ptr,
     lengths_ptr,
     num_requests,
@@ -132,11 +130,10 @@ def extend_kernel(
     STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The step that a further draft is made in: one token of each request, its draft before.
+    """Rows of the step that a further draft is made in: one token of each request.
 
     `going_on` is that of `verify_kernel`, whose slots ascend, and whose positions become those of
-    the new drafts. Request i has token i, and the row of its slot; `depth` drafts are before the
-    new one.
+    the new drafts. A request has the row of its slot; `depth` drafts are before the new one.
     """
     lane = tl.arange(0, BLOCK)
     for start in range(0, num_rows, BLOCK):
@@ -151,8 +148,6 @@ def extend_kernel(
         positions = going_on_ptr + 2 * STRIDE + request
         position = tl.load(positions, mask=inside, other=0)
         cached = tl.load(going_on_ptr + 3 * STRIDE + request, mask=inside, other=0)
-        token = tl.load(drafts_ptr + request, mask=slot >= 0, other=0)
-        tl.store(ids_ptr + request, token.to(tl.int32), mask=inside)
         tl.store(positions, position + 1, mask=inside)
         tl.store(cached_ptr + slot, cached + depth - 1, mask=slot >= 0)
         tl.store(lengths_ptr + slot, tl.full([BLOCK], 1, tl.int32), mask=slot >= 0)
