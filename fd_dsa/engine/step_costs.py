@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from fd_dsa.engine.engine import LLMEngine
     from fd_dsa.engine.speculation import Speculator
 
-logger = logging.getLogger(__name__)
 # tokens in front of those that are measured
 _CONTEXT = 128
 # steps of as many rows and drafts that are timed one by one, and that are queued ahead
@@ -50,12 +48,10 @@ class StepCosts:
 
     def of(self, num_rows: int, num_drafting: int) -> list[float]:
         """Time of a step of so many rows, of which some have 0, 1 and so on drafts each."""
-        times = []
-        for count, seconds in enumerate(self._seconds.T):
-            # those that have as many tokens if all have drafts
-            rows = (num_rows + count * num_drafting) / (1 + count)
-            times.append(float(np.interp(rows, self._rows, seconds)))
-        return times
+        # those that have as many tokens if all have drafts
+        rows = [(num_rows + n * num_drafting) / (1 + n) for n in range(self._seconds.shape[1])]
+        columns = zip(rows, self._seconds.T, strict=True)
+        return [float(np.interp(count, self._rows, seconds)) for count, seconds in columns]
 
 
 def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None:
@@ -88,10 +84,6 @@ def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None
         seconds[num_rows] = times
     # these were no steps of requests
     runner.counters = StepCounters()
-    logger.info(
-        "decode steps without drafts: %s",
-        ", ".join(f"{count} rows in {1e3 * times[0]:.1f} ms" for count, times in seconds.items()),
-    )
     return StepCosts(seconds) if seconds else None
 
 

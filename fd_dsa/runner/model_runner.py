@@ -314,8 +314,6 @@ class ModelRunner(Preparation):
                 self._hidden = self._hidden[follows]
                 self.initialize_forward_meta()
             self._hidden = mtp(next_ids, self._hidden, self.forward_meta)[tokens]
-            if not len(tokens):
-                return np.empty((0, self.vocab_size), np.float32)
             return mtp.head.times(self._hidden)  # type: ignore[no-any-return]
 
     @property
