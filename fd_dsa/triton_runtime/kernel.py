@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,8 @@ _OVERLAPS_FROM = 90
 # generated functions that are tried in order; some twenty in vain take as long as a look-up with
 # all checks
 _MAX_CHAIN = 16
+# such chains, by the constants and options that callers name
+_MAX_CHAINS = 256
 
 
 def paddle_jit(
@@ -82,8 +84,12 @@ class Kernel:
         self.__doc__ = function.__doc__
         self._lock = threading.RLock()
         self._variants: dict[Any, Variant] = {}
-        self._chain: list[Any] = []
+        self._chains: dict[Any, list[Any]] = {}
         self._chained: set[Any] = set()
+        parameters = self.signature.parameters.values()
+        self._constants = {p.name for p in parameters if p.is_constexpr} | OPTIONS.keys()
+        # what calls go to: all checks; the only function; the chain of their constants
+        self._launch: Callable[..., None] = self.run
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
         """The launch on this grid; call it with the kernel's arguments.
@@ -94,7 +100,7 @@ class Kernel:
         """
         if not callable(grid):
             grid = resolve_grid(self.__name__, grid, {}, {})
-        return partial(self._chain[0] if self._chain else self.run, grid)
+        return partial(self._launch, grid)
 
     def __call__(self, *_: Any, **__: Any) -> None:
         """Refuse a call without a grid.
@@ -113,10 +119,14 @@ class Kernel:
             BackendUnavailable: no GPU, and no interpreter either.
             DeviceError: the driver refuses the launch.
         """
+        self._run(self._key(kwargs), grid, args, kwargs)
+
+    def _run(self, key: Any, grid: Grid, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """See `run`; the next launch like this one finds a function by `key`."""
         values, options = self.signature.bind(args, kwargs)
         spelled = {name: kwargs[name] for name in kwargs if name in OPTIONS}
         api, variant = self._variant_for(values, options)
-        self._extend_chain(api, variant, spelled)
+        self._extend_chain(api, variant, spelled, key)
         BoundLaunch(api, variant, grid, values, options)()
 
     def bind(
@@ -215,22 +225,43 @@ class Kernel:
             self._variants[key] = variant
             return variant
 
-    def _extend_chain(self, api: DeviceApi, variant: Variant, spelled: dict[str, Any]) -> None:
+    def _key(self, kwargs: Mapping[str, Any]) -> Any:
+        """What a call's chain is found by: its named arguments, if they are all constants."""
+        return tuple(kwargs.items()) if kwargs.keys() <= self._constants else ()
+
+    def _dispatch(self, grid: Grid, *args: Any, **kwargs: Any) -> None:
+        """Launch by the chain of the call's constants."""
+        try:
+            chain = self._chains.get(self._key(kwargs))
+        except TypeError:
+            # one of them is none: `run` names it
+            chain = None
+        (chain[0] if chain else self.run)(grid, *args, **kwargs)
+
+    def _extend_chain(
+        self, api: DeviceApi, variant: Variant, spelled: dict[str, Any], key: Any
+    ) -> None:
         """Give calls spelled like this one their own generated function."""
-        spelling = (variant, api, tuple(spelled.items()))
+        spelling = (variant, api, tuple(spelled.items()), key)
         with self._lock:
-            if spelling in self._chained or len(self._chain) >= _MAX_CHAIN:
+            chain = self._chains.get(key, [])
+            is_full = len(chain) >= _MAX_CHAIN or len(self._chains) >= _MAX_CHAINS
+            if spelling in self._chained or is_full:
                 return
-            miss = partial(self._after, len(self._chain))
-            self._chain.append(fastpath.generate(variant, api, spelled, miss))
+            miss = partial(self._after, key, len(chain))
+            chain.append(fastpath.generate(variant, api, spelled, miss))
+            self._launch = self._dispatch if self._chained else chain[0]
             self._chained.add(spelling)
+            self._chains[key] = chain
 
     def _after(
-        self, position: int, grid: Grid, values: tuple[Any, ...], spelled: dict[str, Any]
+        self, key: Any, position: int, grid: Grid, values: tuple[Any, ...], spelled: dict[str, Any]
     ) -> None:
         """Try the next generated function, and after the last one the long way."""
-        if position + 1 < len(self._chain):
-            self._chain[position + 1](grid, *values, **spelled)
+        chain = self._chains[key]
+        if position + 1 < len(chain):
+            chain[position + 1](grid, *values, **spelled)
         else:
             given = zip(self.arg_names, values, strict=True)
-            self.run(grid, **{name: v for name, v in given if v is not MISSING}, **spelled)
+            named = {name: v for name, v in given if v is not MISSING}
+            self._run(key, grid, (), named | spelled)

@@ -137,6 +137,24 @@ def test_sixteen_spellings_are_found_without_checks(library: FakeLibrary, api: F
     assert asked[:16] == [0] * 16 and asked[16] > 0
 
 
+def test_any_number_of_constants_is_found_without_checks(
+    library: FakeLibrary, api: FakeApi
+) -> None:
+    kernel, library.codes = paddle_jit(fill_kernel.fn), "Q"
+    # equal to a number before them, and of another type
+    values = [*range(40), True, 1.0]
+    for _ in range(4):
+        asked = api.asked
+        for value in values:
+            kernel[(1,)](X, VALUE=value, num_warps=8)
+    assert api.asked == asked
+    assert len(library.loaded) == len(values)
+    functions = [launch.function for launch in library.launches]
+    assert functions[: len(values)] == functions[-len(values) :]
+    with pytest.raises(LaunchError, match="'VALUE' is a list, but it is compiled in"):
+        kernel[(1,)](X, VALUE=[1], num_warps=8)
+
+
 @pytest.mark.parametrize("spelling", [SPELLINGS[0], SPELLINGS[7]])
 def test_a_refusal_is_found_once_after_many_spellings(
     library: FakeLibrary, api: FakeApi, spelling: dict
