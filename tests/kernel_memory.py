@@ -18,6 +18,8 @@ import ctypes
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -208,3 +210,23 @@ _OPEN = {"interpreter": _open_interpreter, "torch": _open_torch, "rig": _open_ri
 def open_memory(name: str) -> KernelMemory:
     """The memory of this name; skips the test with the reason where it is not there."""
     return _OPEN[name]()
+
+
+@contextmanager
+def ending_midway(m: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The launch in the block is interrupted at its second program."""
+    if m.on_gpu:
+        pytest.skip("a launch on a GPU does not end midway, or its error ends the process")
+    from triton.runtime.interpreter import interpreter_builder
+
+    begin, programs = interpreter_builder.set_grid_idx, []
+
+    def stopped(*index: int) -> None:
+        programs.append(index)
+        if len(programs) == 2:
+            raise KeyboardInterrupt
+        begin(*index)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(interpreter_builder, "set_grid_idx", stopped)
+        yield

@@ -10,8 +10,6 @@ from fd_dsa.accuracy.selection.tap import RecordingBackend
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots
 
-HUGE = 2**31 - 1
-
 
 class Broken(RecordingBackend):
     """Lets a token that has more keys than `index_topk` attend to others than the indexer chose."""
@@ -21,49 +19,26 @@ class Broken(RecordingBackend):
         selection = super().select(q, weights, layer_id, forward_meta)
         step, topk = self.current_step(forward_meta), self.config.index_topk
         positions = as_numpy(step.position_ids)
-        cached = int(as_numpy(step.seq_lens_decoder)[0])
         tokens = np.flatnonzero(positions >= topk)
         if not len(tokens):
             return selection
         kept = np.full((len(tokens), topk), -1, np.int32)
         for row, token in zip(kept, tokens, strict=True):
-            found = self.chosen(int(positions[token]), cached, topk)
+            found = self.chosen(int(positions[token]), topk)
             row[: len(found)] = found
         rows, tables = as_numpy(step.batch_id_per_token)[tokens], as_numpy(step.block_tables)
         as_numpy(selection)[tokens] = positions_to_slots(kept, rows, tables, self.block_size)
         return selection
 
-    def chosen(self, position: int, cached: int, topk: int) -> range:
-        """Positions that the token at `position` attends to; `cached` are from earlier steps."""
+    def chosen(self, position: int, topk: int) -> range:
+        """Positions that the token at `position` attends to."""
         raise NotImplementedError
-
-
-class OwnChunkOnly(Broken):
-    """A later chunk of a prompt sees no key of the chunks before it; decoding is right.
-
-    As in mlx-lm #1189 and pypto-lib #592.
-    """
-
-    def chosen(self, position: int, cached: int, topk: int) -> range:
-        """The last keys of the chunk."""
-        return range(max(cached, position + 1 - topk), position + 1)
-
-
-class FirstKeysOnly(Broken):
-    """From `index_topk` on the sequence stands still: whatever comes later is never seen.
-
-    As a cache whose last keys are dropped: mlx-lm #1443, ik_llama.cpp #2045.
-    """
-
-    def chosen(self, position: int, cached: int, topk: int) -> range:
-        """The first keys."""
-        return range(topk)
 
 
 class TrailingKeysOnly(Broken):
     """Scores are zero, so the choice falls to the last keys, as in mlx-lm #1454."""
 
-    def chosen(self, position: int, cached: int, topk: int) -> range:
+    def chosen(self, position: int, topk: int) -> range:
         """The last keys."""
         return range(position + 1 - topk, position + 1)
 
@@ -71,6 +46,6 @@ class TrailingKeysOnly(Broken):
 class FewLastKeysOnly(Broken):
     """Keeps a few last keys alone as soon as it has to choose: a collapse at `index_topk`."""
 
-    def chosen(self, position: int, cached: int, topk: int) -> range:
+    def chosen(self, position: int, topk: int) -> range:
         """The last four keys."""
         return range(position - 3, position + 1)

@@ -12,15 +12,10 @@ from fd_dsa.accuracy.answers import open_store, read_run
 from fd_dsa.accuracy.scores import RunSettings
 from fd_dsa.client.questions import Answer, Question
 from fd_dsa.errors import ConfigError
+from tests.accuracy import scored
 
-SETTINGS = RunSettings(
-    task="ifeval",
-    base_url="http://127.0.0.1:1/v1",
-    model="demo",
-    temperature=0.0,
-    max_tokens=8,
-    seed=0,
-    concurrency=4,
+SETTINGS = replace(
+    scored.SETTINGS,
     server={"version": "0.1.0", "commit": None},
     task_settings={"prompts_sha256": "ab", "num_prompts": 3},
 )
@@ -92,11 +87,11 @@ def test_a_torn_first_line_is_a_new_run(tmp_path: Path, kept: int) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"model": "other"}, "with model 'demo', this one has 'other'"),
-        ({"max_tokens": 9}, "with max_tokens 8, this one has 9"),
+        ({"model": "other"}, "with model 'demo_model', this one has 'other'"),
+        ({"max_tokens": 9}, "with max_tokens 1280, this one has 9"),
         ({"temperature": 0.5}, "with temperature 0.0, this one has 0.5"),
         ({"thinking": False}, "with thinking None, this one has False"),
-        ({"base_url": "own"}, "with base_url 'http://127.0.0.1:1/v1', this one has 'own'"),
+        ({"base_url": "own"}, "with base_url 'http://127.0.0.1:8000/v1', this one has 'own'"),
         ({"server": {"version": "0.2"}}, "with server.version '0.1.0', this one has '0.2'"),
         (
             {"task_settings": {"prompts_sha256": "ab"}},

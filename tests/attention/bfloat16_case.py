@@ -25,6 +25,7 @@ from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
+from tests.reference.bfloat16 import widened
 from tests.reference.sparse_mla import ref_attend
 from tests.reference.topk import ref_slot
 from tests.strategies import StepBatch
@@ -41,11 +42,6 @@ Rows = list[tuple[int, int, int]]
 def rounded(values: np.ndarray) -> np.ndarray:
     """float32 numbers that bfloat16 has."""
     return widened(bfloat16_bits(values))
-
-
-def widened(bits: np.ndarray) -> np.ndarray:
-    """float32 values of bfloat16 bits."""
-    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 @dataclass(frozen=True)

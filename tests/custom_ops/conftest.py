@@ -22,49 +22,33 @@ def ops() -> Any:
     return load_package()
 
 
-def _memory(request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> Iterator[KernelMemory]:
-    """A memory for the kernels of the module's KERNELS: emulated on the CPU, or on a GPU."""
-    memory = open_memory(request.param)
-    if memory.on_gpu:
-        from custom_ops.build_library import build_library
+def _memories(*params: Any) -> Any:
+    """A fixture of memories for the kernels of the module's KERNELS."""
 
-        library = build_library()
-    else:
-        library = emulated_library(request.module.KERNELS)
-        # kernels on emulated threads count as compiled ones
-        patch.setattr("fd_dsa.ops._library.INTERPRETING", False)
-    custom_ops.use_library(library)
-    yield memory
-    custom_ops.use_library(None)
+    @pytest.fixture(params=params)
+    def memories(
+        request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[KernelMemory]:
+        memory = open_memory(request.param)
+        if memory.on_gpu:
+            from custom_ops.build_library import build_library
 
+            library = build_library()
+        else:
+            library = emulated_library(request.module.KERNELS)
+            # kernels on emulated threads count as compiled ones
+            monkeypatch.setattr("fd_dsa.ops._library.INTERPRETING", False)
+        custom_ops.use_library(library)
+        yield memory
+        custom_ops.use_library(None)
 
-@pytest.fixture(params=[EMULATED, ON_GPU])
-def kernel_memory(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[KernelMemory]:
-    """Memory in which the kernels of this module are called: of the CPU, or of a GPU."""
-    yield from _memory(request, monkeypatch)
-
-
-@pytest.fixture(params=[EMULATED, ON_RIG])
-def paddle_memory(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[KernelMemory]:
-    """As `kernel_memory`, for operators that make their results by Paddle."""
-    yield from _memory(request, monkeypatch)
+    return memories
 
 
-@pytest.fixture(params=[EMULATED])
-def emulated_memory(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[KernelMemory]:
-    """Memory of the CPU alone, for what cannot be asked of a GPU."""
-    yield from _memory(request, monkeypatch)
-
-
-@pytest.fixture(params=[ON_GPU])
-def gpu_memory(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[KernelMemory]:
-    """Memory of a GPU alone, for sizes that emulated threads would take too long for."""
-    yield from _memory(request, monkeypatch)
+kernel_memory = _memories(EMULATED, ON_GPU)
+# for operators that make their results by Paddle
+paddle_memory = _memories(EMULATED, ON_RIG)
+# for what cannot be asked of a GPU
+emulated_memory = _memories(EMULATED)
+# for sizes that emulated threads would take too long for
+gpu_memory = _memories(ON_GPU)

@@ -24,6 +24,7 @@ from tests.engine.fakes import (
     make_engine,
     run_all,
 )
+from tests.engine.test_engine import find_eos_prompt
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -128,20 +129,10 @@ def test_without_it_each_step_is_taken_first() -> None:
     assert runner.log == ["run", "draw", "take"] * 12
 
 
-def ending_prompt() -> list[int]:
-    """A prompt whose greedy continuation ends by itself within a few tokens."""
-    for first in range(2, VOCAB_SIZE):
-        for second in range(2, VOCAB_SIZE):
-            if 3 <= len(expected_greedy([first, second], 12)) < 10:
-                return [first, second]
-    raise AssertionError("the fake model never ends")
-
-
 def test_the_token_after_an_end_is_dropped() -> None:
     """Its row is free at once, and what it computed is found by nobody."""
     engine, runner = new_engine(rows=1)
-    prompt = ending_prompt()
-    expected = expected_greedy(prompt, 12)
+    prompt, expected = find_eos_prompt()
     engine.add_request("ends", prompt, SamplingParams(temperature=0, max_tokens=50))
     engine.add_request("next", prompt, GREEDY)
     found = tokens_of(engine)

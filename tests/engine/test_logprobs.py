@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fd_dsa.engine.logprobs import OutputLogprobs, score_tokens
 from fd_dsa.engine.sampling_params import SamplingParams
 from tests.engine.fakes import VOCAB_SIZE, expected_greedy, make_engine, run_all
-from tests.engine.test_engine import find_eos_prompt, letters, run_one
+from tests.engine.test_engine import letters, run_one
 
 PROMPT = [7, 8, 9]
 
@@ -186,12 +186,6 @@ def test_scores_of_a_cut_stop_string_are_never_shown_and_held_ones_come_with_the
     assert [len(output.new_logprobs) for output in outputs[:8]] == [1, 1, 1, 1, 0, 0, 0, 4]
     for output in outputs:
         assert sum(len(letters([e.token_id])) for e in output.logprobs) == len(output.text)
-
-
-def test_the_end_of_sequence_has_a_score():
-    prompt, tokens = find_eos_prompt()
-    last = run_one(make_engine(), prompt, params(ignore_eos=False, logprobs=1))[-1]
-    assert [entry.token_id for entry in last.logprobs] == tokens
 
 
 def test_tokens_of_one_character_are_shown_together():

@@ -24,17 +24,15 @@ TOPK, BLOCK_SIZE = V32["index_topk"], 4
 LEAST_LEAD = 1e-4
 
 
-def tiny_engine(
-    fields: dict[str, Any], kv_cache_dtype: str = "float32", num_blocks: int = 60
-) -> LLMEngine:
+def tiny_engine(fields: dict[str, Any]) -> LLMEngine:
     """An engine over a random model; prompts are read in chunks of 24, a block holds 4 tokens."""
     model = tiny_model(fields)
     batch = InputBatch(4, 24, 24, BLOCK_SIZE)
-    layout = cache_layout(model.config, kv_cache_dtype, BLOCK_SIZE)
+    layout = cache_layout(model.config, "float32", BLOCK_SIZE)
     return LLMEngine(
-        ModelRunner(model, batch, layout, num_blocks),
+        ModelRunner(model, batch, layout, 60),
         byte_tokenizer(model.config.vocab_size),
-        num_blocks=num_blocks,
+        num_blocks=60,
         max_model_len=96,
         eos_token_ids=[],
     )

@@ -16,10 +16,6 @@ GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [6, 4, 1]}
 ROWS = {"max_num_seqs": 6, "enable_overlap_schedule": False}
 
 
-def graphs_of(engine: Any) -> Any:
-    return engine.runner.model.model.graph_opt_backend.cudagraphs
-
-
 def jobs(count: int) -> list[Any]:
     """Rows of other lengths, which stop after other numbers of tokens."""
     return [Job(prompt(20 + 11 * n, n), 4 + n) for n in range(count)]

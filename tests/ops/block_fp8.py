@@ -10,6 +10,7 @@ from fd_dsa.ops._fp8_rows import Fp8Rows
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
+from tests.reference.bfloat16 import widened
 
 GROUP = 128
 
@@ -19,7 +20,7 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     values = np.asarray(values, np.float32)
     if dtype == "float32":
         return values
-    return (bfloat16_bits(values).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return widened(bfloat16_bits(values))
 
 
 def put(m: KernelMemory, values: np.ndarray, dtype: str) -> Any:
@@ -32,9 +33,7 @@ def put(m: KernelMemory, values: np.ndarray, dtype: str) -> Any:
 def get(m: KernelMemory, tensor: Any) -> np.ndarray:
     """float32 values of a float32 or bfloat16 tensor."""
     array = m.get(tensor)
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array
+    return widened(array) if array.dtype == np.uint16 else array
 
 
 def codes(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -10,15 +10,11 @@ import numpy as np
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
+from tests.reference.bfloat16 import widened
 
 RANK, ROPE, SCALE = 512, 64, 0.05
 UNNAMED = 5
 """Slots of each cache that no row names; they hold NaN."""
-
-
-def widened(bits: np.ndarray) -> np.ndarray:
-    """float32 values of bfloat16 bits."""
-    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 @dataclass

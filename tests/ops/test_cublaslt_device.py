@@ -12,6 +12,7 @@ from fd_dsa.ops._cublaslt_library import why_not_fp8
 from fd_dsa.triton_runtime.transfers import transfers_for
 from tests.kernel_memory import KernelMemory, open_memory
 from tests.ops.e4m3 import E4M3_VALUES
+from tests.reference.bfloat16 import upper_half, widened
 
 # a result is rounded to bfloat16 once
 BFLOAT16 = 2.0**-8
@@ -39,16 +40,9 @@ def cublaslt(memory: KernelMemory) -> Cublaslt:
     return cublaslt_for(memory.put(np.zeros(1, np.float32)), memory.poisoned)
 
 
-def bits(values: np.ndarray) -> np.ndarray:
-    """bfloat16 bits of values, cut off."""
-    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-
-
 def values(found: np.ndarray) -> np.ndarray:
     """float64 values of float32, or of bfloat16 bits."""
-    if found.dtype == np.uint16:
-        found = (found.astype(np.uint32) << 16).view(np.float32)
-    return found.astype(np.float64)
+    return (widened(found) if found.dtype == np.uint16 else found).astype(np.float64)
 
 
 def check(found: np.ndarray, wanted: np.ndarray, allowed: np.ndarray) -> None:
@@ -62,7 +56,7 @@ def check(found: np.ndarray, wanted: np.ndarray, allowed: np.ndarray) -> None:
 def test_linear(memory: KernelMemory, rows: int, size: tuple[int, int]) -> None:
     m, (outputs, inputs), rng = memory, size, np.random.default_rng(rows)
     arrays = [rng.standard_normal(shape, np.float32) for shape in ((rows, inputs), size)]
-    x, weight = map(bits, arrays)
+    x, weight = (upper_half(array).view(np.uint16) for array in arrays)
     out = m.poisoned((rows, outputs), "float32")
     cublaslt(m).linear(m.put(x, "bfloat16"), m.put(weight, "bfloat16"), out)
     left, right = values(x), values(weight)

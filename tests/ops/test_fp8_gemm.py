@@ -14,7 +14,7 @@ from fd_dsa.errors import ShapeError
 from fd_dsa.ops import _split_sums
 from fd_dsa.ops._fp8_gemm import Tiling, configuration, fp8_linear
 from fd_dsa.triton_runtime.transfers import Transfers
-from tests.kernel_memory import KernelMemory
+from tests.kernel_memory import KernelMemory, ending_midway
 from tests.ops import block_fp8
 from tests.ops.block_fp8 import put_pair, row_values, weight_values
 
@@ -151,22 +151,7 @@ def test_captured_before_the_first_run_it_does_not_split(
 def test_a_launch_that_ends_midway_leaves_no_counts(
     paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if paddle_memory.on_gpu:
-        pytest.skip("a launch on a GPU does not end midway, or its error ends the process")
-    from triton.runtime.interpreter import interpreter_builder
-
-    case, scratch, programs = Case(paddle_memory, *SMALL[3]), dirty_scratch(paddle_memory), 0
-    begin = interpreter_builder.set_grid_idx
-
-    def stopped(*index: int) -> None:
-        nonlocal programs
-        programs += 1
-        if programs == 2:
-            raise KeyboardInterrupt
-        begin(*index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(interpreter_builder, "set_grid_idx", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            case.check(scratch=scratch)
+    case, scratch = Case(paddle_memory, *SMALL[3]), dirty_scratch(paddle_memory)
+    with ending_midway(paddle_memory, monkeypatch):
+        case.check(scratch=scratch)
     case.check(scratch=scratch)

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks._projection_tilings import SPLIT, WHOLE
 from fd_dsa.ops.indexer_projection import project_on_host as project_indexer
-from tests.kernel_memory import KernelMemory
-from tests.reference.bfloat16 import ref_array, upper_half
+from tests.kernel_memory import KernelMemory, ending_midway
+from tests.reference.bfloat16 import ref_array, upper_half, widened
 
 # tokens, hidden size, width of a key, heads: no tile is full, and what V3.2 and GLM-5 have
 SMALL = ((1, 40, 24, 5), (33, 72, 128, 64), (5, 96, 128, 32))
@@ -33,6 +33,11 @@ def dirty_scratch(m: KernelMemory) -> Any:
     return m.put(np.concatenate(values).astype(np.float32))
 
 
+def in_memory(m: KernelMemory, array: np.ndarray, dtype: str) -> Any:
+    """A tensor of float32 or of bfloat16 numbers."""
+    return m.put(upper_half(array).view(np.uint16) if dtype == "bfloat16" else array, dtype)
+
+
 def in_kernel(
     m: KernelMemory,
     x: np.ndarray,
@@ -44,18 +49,13 @@ def in_kernel(
     """The launch over poison, on slices of one weight; keys as float32."""
     from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer as launch
 
-    if dtype == "bfloat16":
-        put = [m.put(upper_half(array).view(np.uint16), dtype) for array in (x, weight)]
-    else:
-        put = [m.put(array) for array in (x, weight)]
+    put = [in_memory(m, array, dtype) for array in (x, weight)]
     heads = weight.shape[1] - width
     out = m.poisoned((len(x), width), dtype), m.poisoned((len(x), heads), "float32")
     both = put[1][:, :width], put[1][:, width:]
     assert launch(put[0], *both, out, scratch) is out
-    keys, weights = m.get(out[0]), m.get(out[1])
-    if dtype == "bfloat16":
-        keys = (keys.astype(np.uint32) << 16).view(np.float32)
-    return keys, weights
+    keys = m.get(out[0])
+    return widened(keys) if dtype == "bfloat16" else keys, m.get(out[1])
 
 
 def shapes(m: KernelMemory) -> tuple[tuple[int, int, int, int], ...]:
@@ -139,26 +139,11 @@ def test_counters_are_zero_after_steps_of_any_length(kernel_memory: KernelMemory
 def test_a_launch_that_ends_midway_leaves_no_counts(
     kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kernel_memory.on_gpu:
-        pytest.skip("a launch on a GPU does not end midway, or its error ends the process")
-    from triton.runtime.interpreter import interpreter_builder
-
     shape = SMALL[1]
     x, weight = case(*shape)
-    scratch, programs = dirty_scratch(kernel_memory), 0
-    begin = interpreter_builder.set_grid_idx
-
-    def stopped(*index: int) -> None:
-        nonlocal programs
-        programs += 1
-        if programs == 2:
-            raise KeyboardInterrupt
-        begin(*index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(interpreter_builder, "set_grid_idx", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            in_kernel(kernel_memory, x, weight, shape[2], scratch=scratch)
+    scratch = dirty_scratch(kernel_memory)
+    with ending_midway(kernel_memory, monkeypatch):
+        in_kernel(kernel_memory, x, weight, shape[2], scratch=scratch)
     found = in_kernel(kernel_memory, x, weight, shape[2], scratch=scratch)
     close(found, x.astype(np.float64) @ weight)
 
@@ -185,9 +170,7 @@ def test_head_weights_alone_are_those_beside_keys(kernel_memory: KernelMemory, d
         x, weight = (ref_array(array) for array in case(num_tokens, hidden, width, heads))
         _, wanted = in_kernel(m, x, weight, width, dtype)
         arrays = x, weight[:, width:].copy()
-        if dtype == "bfloat16":
-            arrays = tuple(upper_half(array).view(np.uint16) for array in arrays)
-        given, own = (m.put(array, dtype) for array in arrays)
+        given, own = (in_memory(m, array, dtype) for array in arrays)
         out = m.poisoned((num_tokens, width), dtype), m.poisoned((num_tokens, heads), "float32")
         before = m.get(out[0]).tobytes()
         assert launch(given, None, own, out) is out

@@ -28,18 +28,6 @@ def test_against_the_formula(interleaved: bool, dim: int) -> None:
     np.testing.assert_allclose(x, np.array(wanted), rtol=0, atol=1e-6)
 
 
-def test_pairings_differ_by_a_permutation_of_elements() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 1, 8)).astype(np.float32)
-    angles = rng.uniform(-3, 3, (2, 4))
-    order = [0, 2, 4, 6, 1, 3, 5, 7]
-    interleaved, half_split = x.copy(), np.ascontiguousarray(x[..., order])
-    rotate_(interleaved, cos_sin_of("rope", *tables(angles)), interleaved=True)
-    rotate_(half_split, cos_sin_of("rope", *tables(angles)), interleaved=False)
-    assert not np.allclose(interleaved, x)
-    np.testing.assert_array_equal(interleaved[..., order], half_split)
-
-
 def test_only_the_view_that_is_given_turns() -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((3, 2, 12)).astype(np.float32)
@@ -47,19 +35,3 @@ def test_only_the_view_that_is_given_turns() -> None:
     rotate_(x[:, :, :4], cos_sin_of("rope", *tables(rng.uniform(1, 2, (3, 2)))), interleaved=False)
     np.testing.assert_array_equal(x[:, :, 4:], before[:, :, 4:])
     assert (x[:, :, :4] != before[:, :, :4]).all()
-
-
-def test_scores_depend_on_the_distance_alone() -> None:
-    rng = np.random.default_rng(2)
-    frequencies = 10000.0 ** -(np.arange(4) / 4)
-    q, k = rng.standard_normal((2, 8)).astype(np.float32)
-    products = []
-    for shift in (0, 5, 1000):
-        rows = np.stack([q, k])[:, None, :].copy()
-        rotate_(
-            rows,
-            cos_sin_of("rope", *tables(np.outer([shift + 7, shift], frequencies))),
-            interleaved=True,
-        )
-        products.append(float(rows[0, 0] @ rows[1, 0]))
-    assert products == pytest.approx([products[0]] * 3, abs=1e-5)

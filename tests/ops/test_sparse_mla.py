@@ -67,23 +67,9 @@ def test_selected_slots_of_ragged_rows(dtype: str, topk: int, garbage: float) ->
     assert (found[[2, 5]] == 0).all()
 
 
-def test_rows_without_a_key_are_zeros() -> None:
-    latents = Latents(np.arange(3), 8)
-    found = run_sparse(queries(4), latents.cache, np.full((4, 5), -1, np.int32))
-    assert (found == 0).all()
-
-
 def test_no_tokens() -> None:
     latents = Latents(np.arange(3), 8)
     assert run_sparse(queries(0), latents.cache, np.zeros((0, 5), np.int32)).shape == (0, 3, RANK)
-
-
-def test_order_of_the_selection_does_not_matter() -> None:
-    latents, q = Latents(np.arange(9), 9), queries(1)
-    ways = [np.random.default_rng(i).permutation(9).astype(np.int32)[None, :] for i in range(3)]
-    first, *others = (run_sparse(q, latents.cache, way).copy() for way in ways)
-    for other in others:
-        np.testing.assert_allclose(other, first, rtol=0, atol=TOLERANCE)
 
 
 def test_scores_of_any_size_stay_finite() -> None:

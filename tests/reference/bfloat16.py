@@ -38,3 +38,8 @@ def ref_array(values: Any) -> np.ndarray:
 def upper_half(values: np.ndarray) -> np.ndarray:
     """int16 bits of float32 `values` that are bfloat16 numbers."""
     return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    """float32 values of bfloat16 bits."""
+    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

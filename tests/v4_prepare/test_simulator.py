@@ -97,15 +97,6 @@ def test_the_host_builder_serves_any_history(swa: str, spec_tokens: int, seed: i
 
 @pytest.mark.slow
 @kinds
-@drafts
-@settings(max_examples=8, phases=ONCE)
-@given(seed=SEEDS)
-def test_the_oracle_serves_any_history(swa: str, spec_tokens: int, seed: int) -> None:
-    simulate(small(seed, swa=swa, spec_tokens=spec_tokens), naive, seed, NUM_STEPS)
-
-
-@pytest.mark.slow
-@kinds
 @lateness
 @ways
 @settings(max_examples=8, phases=ONCE)

@@ -82,11 +82,6 @@ def launch(name: str) -> None:
     _add("launch", name, _caller(2))
 
 
-def sync(name: str) -> None:
-    """An operator waits for the device."""
-    _add("sync", name, _caller(2))
-
-
 def allocation(name: str) -> None:
     """An operator or an expression takes fresh memory that `watch` cannot see."""
     _add("allocation", name, _caller(2))

@@ -21,9 +21,6 @@ class InputBatch:
     def __setitem__(self, name: str, value: Any) -> None:
         vars(self)[name] = value
 
-    def __contains__(self, name: str) -> bool:
-        return name in vars(self)
-
     def get(self, name: str, default: Any = None) -> Any:
         return vars(self).get(name, default)
 

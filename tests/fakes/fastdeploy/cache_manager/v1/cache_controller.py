@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdeploy import _counters, _memory
+from fastdeploy import _memory
 from fastdeploy.utils import llm_logger
 
 _ROLES = ("key", "value", "key_scale", "value_scale", "indexer")
@@ -62,7 +62,3 @@ class CacheController:
 
 class LayerDoneCounter:
     """Which layers' caches have been swapped in (`cache_manager/v1/cache_utils.py`)."""
-
-    def wait_for_layer(self, layer_idx: int, timeout: float = 1.0) -> None:
-        """Wait for an event of the layer, on the host."""
-        _counters.sync("wait_for_layer")

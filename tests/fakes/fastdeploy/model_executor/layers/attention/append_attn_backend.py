@@ -14,12 +14,6 @@ from .base_attention_backend import AttentionBackend
 class AppendAttentionBackend(AttentionBackend):
     """The default backend; the double has no model for it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
-    def init_attention_metadata(self, forward_meta: Any) -> None:
-        raise NotImplementedError
-
 
 def allocate_launch_related_buffer(
     max_batch_size: int,
