@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: 
     sampler = StepSampler(runner, 2)
     sampler._taken_by = [0, 0]
     requests: list[Any] = [
-        SimpleNamespace(
+        Mock(
             rules=None,
             logprobs=None,
             params=SamplingParams(temperature=each),

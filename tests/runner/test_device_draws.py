@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from fd_dsa.runner.device_draws import DeviceDraws
 from tests.kernel_memory import KernelMemory
 
 
-def test_the_warm_up_draws_nothing(kernel_memory: KernelMemory) -> None:
+def test_the_warm_up_draws_nothing(paddle_memory: KernelMemory) -> None:
     """160 rows of padding, more than there are slots: no token is written."""
-    draws = DeviceDraws(40, 300, kernel_memory.poisoned, most_drafts=3)
+    from fd_dsa.runner.device_draws import DeviceDraws
+
+    draws = DeviceDraws(40, 300, paddle_memory.poisoned, most_drafts=3)
     before = draws.read_drafts()().copy()
     draws.warm_up()
     assert (draws.read_drafts()() == before).all()

@@ -137,20 +137,16 @@ def test_sixteen_spellings_are_found_without_checks(library: FakeLibrary, api: F
     assert asked[:16] == [0] * 16 and asked[16] > 0
 
 
-def test_any_number_of_constants_is_found_without_checks(
-    library: FakeLibrary, api: FakeApi
-) -> None:
+def test_all_constants_are_found_without_checks(library: FakeLibrary, api: FakeApi) -> None:
     kernel, library.codes = paddle_jit(fill_kernel.fn), "Q"
-    # equal to a number before them, and of another type
-    values = [*range(40), True, 1.0]
     for _ in range(4):
         asked = api.asked
-        for value in values:
+        # the last ones equal a number before them
+        for value in (*range(40), True, 1.0):
             kernel[(1,)](X, VALUE=value, num_warps=8)
-    assert api.asked == asked
-    assert len(library.loaded) == len(values)
+    assert (len(library.loaded), api.asked) == (42, asked)
     functions = [launch.function for launch in library.launches]
-    assert functions[: len(values)] == functions[-len(values) :]
+    assert functions[:42] == functions[-42:]
     with pytest.raises(LaunchError, match="'VALUE' is a list, but it is compiled in"):
         kernel[(1,)](X, VALUE=[1], num_warps=8)
 
