@@ -245,8 +245,8 @@ class Kernel:
         spelling = (variant, api, tuple(spelled.items()), key)
         with self._lock:
             chain = self._chains.get(key, [])
-            is_full = len(chain) >= _MAX_CHAIN or len(self._chains) >= _MAX_CHAINS
-            if spelling in self._chained or is_full:
+            most = _MAX_CHAIN if chain or len(self._chains) < _MAX_CHAINS else 0
+            if spelling in self._chained or len(chain) >= most:
                 return
             miss = partial(self._after, key, len(chain))
             chain.append(fastpath.generate(variant, api, spelled, miss))
