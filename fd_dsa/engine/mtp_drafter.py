@@ -51,9 +51,8 @@ class MtpDrafter(Drafter):
                 if token >= 0:
                     proposals[request].append(token)
                     position = len(request.token_ids) + depth - 1
-                    blocks = np.count_nonzero(batch.block_tables[request.slot] >= 0)
-                    has_room = position < blocks * batch.block_size
-                    if has_room and counts[request] > depth + 1:
+                    block = batch.block_tables[request.slot, position // batch.block_size :][:1]
+                    if counts[request] > depth + 1 and (block >= 0).any():
                         batch.add_row(request.slot, [token], position, is_prefill=False)
                         kept.append(place)
             if not kept:

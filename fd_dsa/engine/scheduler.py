@@ -231,7 +231,8 @@ class Scheduler:
             # the last token of an output is never computed
             most = min(budget, request.max_tokens - request.num_output_tokens - 1)
             drafts = self.proposals.get(request, [])[: max(most, 0)]
-            if not self._allocate(request, request.num_tokens + len(drafts), len(self._running)):
+            tokens = request.num_tokens + len(drafts)
+            if drafts and not self._allocate(request, tokens, len(self._running)):
                 room = len(self._blocks.blocks_of(request.arrival)) * self._blocks.block_size
                 drafts = drafts[: room - request.num_tokens]
             if drafts:

@@ -60,8 +60,9 @@ class StepSampler:
         if any(rule.num_entries > MAX_ENTRIES for rule in rules):
             return False
         slots, positions = self._places(sampling)
-        firsts = step.first_rows
+        firsts: Sequence[int] = range(len(sampling) + 1)
         if step.drafts:
+            firsts = step.first_rows
             ranges = [range(end - first) for first, end in pairwise(firsts)]
             positions = [p + i for p, own in zip(positions, ranges, strict=True) for i in own]
             slots = [slot for slot, own in zip(slots, ranges, strict=True) for _ in own]
