@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.chat.deepseek_encoding import DeepseekV32Encoding, read_instructions
+from fd_dsa.chat.deepseek_encoding import (
+    DeepseekV4Encoding,
+    DeepseekV32Encoding,
+    read_instructions,
+    read_v4_words,
+)
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.errors import ConfigError
 
@@ -25,7 +30,7 @@ def read_renderer(
 
     `template_file` takes precedence, then the folder's chat_template.jinja, then `chat_template`
     of its tokenizer_config.json; of a list of named templates the one named "default" counts. A
-    folder of DeepSeek-V3.2 without any has the model's own encoding.
+    folder of DeepSeek-V3.2 or V4 without any has the model's own encoding.
 
     Raises:
         ConfigError: a template cannot be read or compiled, or is of another type; names the file.
@@ -48,6 +53,9 @@ def read_renderer(
         )
     if source is not None:
         return ChatTemplate(source, special_tokens, "tokenizer_config.json")
-    if model_type == "deepseek_v32" and all(map(has_token, _DEEPSEEK_TURNS)):
-        return DeepseekV32Encoding(read_instructions(folder))
+    if all(map(has_token, _DEEPSEEK_TURNS)):
+        if model_type == "deepseek_v32":
+            return DeepseekV32Encoding(read_instructions(folder))
+        if model_type == "deepseek_v4":
+            return DeepseekV4Encoding(read_v4_words(folder))
     return None
