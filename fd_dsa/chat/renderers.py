@@ -39,7 +39,8 @@ def read_renderer(
     origin = file.name if template_file is None else f"--chat-template {file.name}"
     if template_file is not None or file.is_file():
         try:
-            return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, origin)
+            text = file.read_text(encoding="utf-8")
+            return ChatTemplate(text, special_tokens, origin, model_type)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"chat template of {origin}: cannot be read: {error}") from error
     source = tokenizer_config.get("chat_template")
@@ -52,7 +53,7 @@ def read_renderer(
             f"{type(source).__name__}; it must be a string or a list of named templates"
         )
     if source is not None:
-        return ChatTemplate(source, special_tokens, "tokenizer_config.json")
+        return ChatTemplate(source, special_tokens, "tokenizer_config.json", model_type)
     if all(map(has_token, _DEEPSEEK_TURNS)):
         if model_type == "deepseek_v32":
             return DeepseekV32Encoding(read_instructions(folder))

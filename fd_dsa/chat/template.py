@@ -63,6 +63,7 @@ class ChatTemplate:
 
     Args:
         special_tokens: variables such as bos_token which the template may use.
+        model_type: of the model's config.json; with the source it decides how answers are read.
 
     Raises:
         ConfigError: the template does not compile; names the origin.
@@ -72,7 +73,11 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], origin: str = "the request"
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        origin: str = "the request",
+        model_type: str | None = None,
     ) -> None:
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -95,6 +100,7 @@ class ChatTemplate:
             raise ConfigError(f"chat template of {origin}: {why}") from error
         self.source = source
         self.origin = origin
+        self.model_type = model_type
         self._special_tokens = dict(special_tokens)
 
     def render(

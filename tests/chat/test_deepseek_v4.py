@@ -140,6 +140,6 @@ def test_missing_words_are_replaced_by_ours_and_named(
     assert "<think>" in bare
     assert '\n{"name": "get_weather"' in bare
     assert "{tool_schemas}" not in bare
-    # each of the two highest levels is told to the model
+    # a level that the model knows is never dropped silently
     efforts = [encoding.render([HI], reasoning_effort=effort) for effort in ("low", "max")]
     assert efforts[0] != efforts[1]

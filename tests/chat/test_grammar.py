@@ -14,7 +14,7 @@ from fd_dsa.config import demo_model_path
 from tests.chat.recorded import RECORDED, SCHEMAS
 
 llguidance = pytest.importorskip("llguidance", reason="the extra [structured] is not installed")
-V31, V32, GLM = "deepseek_v31", "deepseek_v32", "glm47"
+V31, V32, V4, GLM = "deepseek_v31", "deepseek_v32", "deepseek_v4", "glm47"
 
 
 def backend(*special: str) -> Backend:
@@ -53,6 +53,7 @@ def calls_of(name: str) -> str:
 ANSWERS = [
     (V31, calls_of("v31 calls")),
     (V32, calls_of("v32 thinking, calls")),
+    (V4, calls_of("v4 thinking, calls")),
     (GLM, calls_of("glm thinking, calls")),
 ]
 
@@ -127,6 +128,11 @@ def in_v32(value: str | None) -> str:
     return _DSML.format(_DSML_ARGUMENT.format("true" if is_text else "false", text))
 
 
+def in_v4(value: str | None) -> str:
+    """The same by DeepSeek-V4."""
+    return in_v32(value).replace("function_calls>", "tool_calls>")
+
+
 def in_glm(value: str | None) -> str:
     """The same by GLM."""
     if value is None:
@@ -135,7 +141,9 @@ def in_glm(value: str | None) -> str:
     return f"<tool_call>f<arg_key>k</arg_key><arg_value>{text}</arg_value></tool_call>"
 
 
-@pytest.mark.parametrize(("tool_format", "write"), [(V31, in_v31), (V32, in_v32), (GLM, in_glm)])
+@pytest.mark.parametrize(
+    ("tool_format", "write"), [(V31, in_v31), (V32, in_v32), (V4, in_v4), (GLM, in_glm)]
+)
 @pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [

@@ -19,7 +19,7 @@ WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
 class FakeRenderer:
     """`role:content` of every message, a line each; refuses to end with the assistant."""
 
-    source, origin = "plain", "a script"
+    source, origin, model_type = "plain", "a script", None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **kwargs: Any
