@@ -1,24 +1,14 @@
-"""What makes prompts of conversations: Jinja in a sandbox, with the names that templates expect.
-
-Folders of DeepSeek-V3.2 have no template: theirs is `deepseek_v32.jinja`. The model was trained on
-one text that offers tools. It is in `encoding/encoding_dsv32.py` of its folder, from where it is
-read as the literal that it is; nothing of the file is run. Copies of the model without the file get
-our words for the same format, `deepseek_v32_tools.txt`.
-"""
+"""Prompts of conversations: Jinja in a sandbox, with the names that templates expect."""
 
 from __future__ import annotations
 
-import ast
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateSyntaxError
 
-from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, is_reasoning_only, read_arguments
+from fd_dsa.chat.parser import is_reasoning_only, read_arguments
 from fd_dsa.chat.sandbox import Sandbox
-from fd_dsa.chat.tool_formats import DSML
 from fd_dsa.errors import ConfigError
 
 # variables of a template which are not a caller's to set
@@ -31,8 +21,7 @@ RESERVED = (
     "self",
 )
 # two names of one variable
-_SWITCHES = ("thinking", "enable_thinking")
-_V32_TURNS = ("<｜User｜>", "<｜Assistant｜>")
+SWITCHES = ("thinking", "enable_thinking")
 _BEYOND_PYTHON: dict[type[Exception], str] = {
     RecursionError: "nests too deeply",
     MemoryError: "makes more than there is memory for",
@@ -43,8 +32,6 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 _CUT = "\ue000\ue001cut\ue001\ue000"
 # texts that the prompt of a template either shows or not
 _FIRST, _LAST, _KEY = "first7c1e", "last7c1e", "key7c1e"
-
-logger = logging.getLogger(__name__)
 
 
 class ChatTemplate:
@@ -101,14 +88,14 @@ class ChatTemplate:
             ValueError: the template refuses the messages, or fails on them; the last message
                 cannot be continued.
         """
-        thinking = [kwargs[name] for name in _SWITCHES if kwargs.get(name) is not None]
+        thinking = [kwargs[name] for name in SWITCHES if kwargs.get(name) is not None]
         prepared = [self._prepare(message) for message in messages]
         if continue_final_message:
             prepared[-1] = _with_cut(prepared[-1])
         variables = {
             **self._special_tokens,
             "documents": None,
-            **({name: thinking[-1] for name in _SWITCHES} if thinking else {}),
+            **({name: thinking[-1] for name in SWITCHES} if thinking else {}),
             **kwargs,
             "tools": list(tools) if tools else None,
             "messages": prepared,
@@ -228,125 +215,3 @@ def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
         *before, last = text
         return {**message, "content": [*before, {**last, "text": last["text"] + _CUT}]}
     return {**message, **dict.fromkeys(names, text + _CUT)}
-
-
-ENCODING_FILE = Path("encoding", "encoding_dsv32.py")
-_INSTRUCTIONS = "TOOLS_SYSTEM_TEMPLATE"
-_OWN = Path(__file__).with_name("deepseek_v32.jinja")
-
-
-class DeepseekV32Encoding(ChatTemplate):
-    """Renders conversations as DeepSeek-V3.2 was trained on them.
-
-    Args:
-        instructions: text that offers tools, `{tool_schemas}` where their schemas go.
-    """
-
-    def __init__(self, instructions: str) -> None:
-        variables = {"instructions": instructions}
-        super().__init__(_OWN.read_text("utf-8"), variables, "DeepSeek-V3.2's own encoding")
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        **kwargs: Any,
-    ) -> str:
-        """See `ChatTemplate`; of further variables it knows the switch of the reasoning alone.
-
-        `reasoning_effort` is taken and changes nothing: the model reasons or does not.
-
-        Raises:
-            ValueError: the model does not know this order of roles, or the variable.
-        """
-        for name in kwargs.keys() - {"tools", "continue_final_message", "reasoning_effort"}:
-            if name not in _SWITCHES:
-                raise ValueError(
-                    f"chat_template_kwargs: has {name!r}; DeepSeek-V3.2's encoding knows "
-                    f"{' and '.join(_SWITCHES)}"
-                )
-            if not isinstance(kwargs[name], bool | None):
-                raise ValueError(
-                    f"chat_template_kwargs: {name} is {kwargs[name]!r}; it must be true or false"
-                )
-        if {True, False} <= {kwargs.get(name) for name in _SWITCHES}:
-            raise ValueError(
-                "chat_template_kwargs: thinking and enable_thinking differ; they are two names of "
-                "one switch"
-            )
-        begins = add_generation_prompt and not kwargs.get("continue_final_message")
-        return super().render(messages, begins, **kwargs)
-
-
-def read_instructions(folder: Path) -> str:
-    """The folder's own text that offers tools, or ours; `{tool_schemas}` is still in it."""
-    text = _literal(folder / ENCODING_FILE)
-    if "{tool_schemas}" not in text:
-        logger.warning(
-            "chat: %s of %s has no %s; tools are offered in other words than those that the model "
-            "was trained on",
-            ENCODING_FILE,
-            folder,
-            _INSTRUCTIONS,
-        )
-        text = _OWN.with_name("deepseek_v32_tools.txt").read_text("utf-8")
-    marks = {"dsml": DSML, "thinking_start": THINK_BEGIN, "thinking_end": THINK_END}
-    for name, mark in marks.items():
-        text = text.replace(f"{{{name}_token}}", mark)
-    return text
-
-
-def _literal(file: Path) -> str:
-    """The string that a Python file assigns to the text's name; empty where there is none."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError):
-        return ""
-    for node in tree.body:
-        if not isinstance(node, ast.Assign | ast.AnnAssign):
-            continue
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        is_named = any(isinstance(t, ast.Name) and t.id == _INSTRUCTIONS for t in targets)
-        if is_named and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            return node.value.value
-    return ""
-
-
-def read_renderer(
-    folder: Path,
-    tokenizer_config: Mapping[str, Any],
-    special_tokens: Mapping[str, str],
-    model_type: str | None,
-    has_token: Callable[[str], bool],
-    template_file: Path | None = None,
-) -> ChatTemplate | None:
-    """What renders the conversations of a model folder, None where nothing does.
-
-    `template_file` takes precedence, then the folder's chat_template.jinja, then `chat_template`
-    of its tokenizer_config.json; of a list of named templates the one named "default" counts. A
-    folder of DeepSeek-V3.2 without any has the model's own encoding.
-
-    Raises:
-        ConfigError: a template cannot be read or compiled, or is of another type; names the file.
-    """
-    file = template_file or folder / "chat_template.jinja"
-    origin = file.name if template_file is None else f"--chat-template {file.name}"
-    if template_file is not None or file.is_file():
-        try:
-            return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, origin)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat template of {origin}: cannot be read: {error}") from error
-    source = tokenizer_config.get("chat_template")
-    if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
-        named = {entry.get("name"): entry.get("template") for entry in source}
-        source = named.get("default")
-    if source is not None and not isinstance(source, str):
-        raise ConfigError(
-            f"chat template: chat_template of {folder / 'tokenizer_config.json'} is a "
-            f"{type(source).__name__}; it must be a string or a list of named templates"
-        )
-    if source is not None:
-        return ChatTemplate(source, special_tokens, "tokenizer_config.json")
-    if model_type == "deepseek_v32" and all(map(has_token, _V32_TURNS)):
-        return DeepseekV32Encoding(read_instructions(folder))
-    return None

@@ -61,10 +61,10 @@ class ToolFormat(ABC):
     """
 
     name: ClassVar[str]
-    starts: ClassVar[tuple[str, ...]]
+    starts: tuple[str, ...]
     markers: ClassVar[tuple[str, ...]]
     call: ClassVar[str]
-    calls_end: ClassVar[str] = ""
+    calls_end: str = ""
     argument: ClassVar[str] = ""
 
     def section(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[None]:
@@ -138,13 +138,22 @@ class DeepseekV31Tools(ToolFormat):
 
 
 class DeepseekV32Tools(ToolFormat):
-    """Reads the calls of DeepSeek-V3.2; the empty line before the section is a part of it."""
+    """Reads the calls of DeepSeek-V3.2; the empty line before the section is a part of it.
+
+    Attributes:
+        section_name: name of the element around all calls; a subclass may have another one.
+    """
 
     name = "deepseek_v32"
-    starts = (f"\n\n{V32_CALLS}", f"\n{V32_CALLS}", V32_CALLS)
+    section_name: ClassVar[str] = "function_calls"
     # the markup is made of ordinary characters, but for this token
     markers = (DSML,)
-    call, calls_end, argument = V32_CALL, V32_CALLS_END, V32_ARGUMENT
+    call, argument = V32_CALL, V32_ARGUMENT
+
+    def __init__(self) -> None:
+        begin = f"<{DSML}{self.section_name}>"
+        self.starts = (f"\n\n{begin}", f"\n{begin}", begin)
+        self.calls_end = f"</{DSML}{self.section_name}>"
 
     def _read_call(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[str | None]:
         attributes, close = yield from feed.until((">",))
@@ -155,7 +164,7 @@ class DeepseekV32Tools(ToolFormat):
             sink.content(V32_CALL + attributes + (close or ""))
             return V32_CALL_END
         sink.start_call(match[1])
-        ends = (V32_CALL_END, V32_CALLS_END)
+        ends = (V32_CALL_END, self.calls_end)
         if (yield from feed.skip_space()) == "{":
             return (yield from self._read_json(feed, sink, ends))
         marker = yield from feed.stream_until((V32_ARGUMENT, *ends), sink.content, keeps_half=False)

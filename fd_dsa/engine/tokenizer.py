@@ -12,7 +12,8 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import ByteLevel
 
-from fd_dsa.chat.template import ChatTemplate, read_renderer
+from fd_dsa.chat.renderers import read_renderer
+from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.text_windows import encode_text
 from fd_dsa.environment import set_default
 from fd_dsa.errors import ConfigError
@@ -76,7 +77,7 @@ class Tokenizer:
 
         tokenizer_config.json (special tokens, add_bos_token, chat template) and
         chat_template.jinja, which takes precedence over the template of the former, are
-        optional. Without a template: see `fd_dsa.chat.template.read_renderer`.
+        optional. Without a template: see `fd_dsa.chat.renderers.read_renderer`.
 
         Args:
             chat_template: a Jinja file instead of the folder's template.

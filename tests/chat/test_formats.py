@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fd_dsa.chat.deepseek_encoding import DeepseekV32Encoding, read_instructions
 from fd_dsa.chat.events import Message
 from fd_dsa.chat.parser import (
     REASONING_FORMATS,
@@ -20,7 +21,8 @@ from fd_dsa.chat.parser import (
     reasoning_format_name,
     tool_format_name,
 )
-from fd_dsa.chat.template import ChatTemplate, DeepseekV32Encoding, read_instructions, read_renderer
+from fd_dsa.chat.renderers import read_renderer
+from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.errors import ConfigError
 from tests.chat import templates
 from tests.chat.recorded import RECORDED, SCHEMAS, TOOLS

@@ -8,7 +8,8 @@ from typing import Any
 import openai
 import pytest
 
-from fd_dsa.chat.template import ChatTemplate, DeepseekV32Encoding
+from fd_dsa.chat.deepseek_encoding import DeepseekV32Encoding
+from fd_dsa.chat.template import ChatTemplate
 from tests.chat import templates
 from tests.chat.recorded import RECORDED, TOOLS, Recorded
 from tests.serve.conftest import Live, running
