@@ -212,6 +212,8 @@ def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
     names = REASONING if is_reasoning_only(message) else ("content",)
     text = message.get(names[0]) or ""
     if isinstance(text, list):
+        if _texts(text) is None:
+            raise ValueError("the last message has other parts than texts, so nothing goes on")
         *before, last = text
         return {**message, "content": [*before, {**last, "text": last["text"] + _CUT}]}
     return {**message, **dict.fromkeys(names, text + _CUT)}
