@@ -199,38 +199,46 @@ def is_reasoning_only(message: Mapping[str, Any]) -> bool:
 
 
 class Arguments(dict[str, Any]):
-    """A JSON object that templates may use as a mapping and as its text.
+    """The arguments of a call, which templates may use as a mapping and as text.
 
-    Some templates go through the items, others put the arguments between two texts; those get
-    the JSON as it was given, so that it stays what the model wrote.
+    Some templates go through the items, others put the arguments between two texts. The latter
+    get the text that the model wrote, byte for byte.
     """
 
     def __init__(self, value: Mapping[str, Any], text: str) -> None:
         super().__init__(value)
-        self.text = text
-
-    @classmethod
-    def read(cls, value: str | Mapping[str, Any]) -> Arguments:
-        """Arguments from JSON text or from a mapping; an empty text has none.
-
-        Raises:
-            ValueError: the text is no JSON object.
-        """
-        if not isinstance(value, str):
-            return cls(value, json.dumps(value, ensure_ascii=False))
-        try:
-            parsed = json.loads(value) if value.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the arguments of a tool call are no JSON: {error}") from error
-        if not isinstance(parsed, dict):
-            raise ValueError("the arguments of a tool call are no JSON object")
-        return cls(parsed, value if value.strip() else "{}")
+        # a public attribute would hide an argument of the same name from templates
+        self._text = text
 
     def __str__(self) -> str:
-        return self.text
+        return self._text
 
     def __add__(self, other: str) -> str:
-        return self.text + other
+        return self._text + other
 
     def __radd__(self, other: str) -> str:
-        return other + self.text
+        return other + self._text
+
+
+def read_arguments(value: str | Mapping[str, Any] | None) -> Arguments:
+    """Read the arguments of a call in the history.
+
+    An answer may end inside of a call, and a model may write arguments that are no JSON object.
+    Such a text is the one value of a mapping, under the name `arguments`.
+
+    Args:
+        value: JSON text or a mapping. An empty text and None are no arguments.
+
+    Source of the name: DeepSeek-V4's `encoding_dsv4.py`.
+    """
+    if isinstance(value, Mapping):
+        return Arguments(value, json.dumps(value, ensure_ascii=False))
+    text = value if value and value.strip() else "{}"
+    try:
+        parsed = json.loads(text)
+        # an escaped half of a surrogate pair is valid JSON, but the prompt needs valid Unicode
+        if "\\u" in text:
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        parsed = None
+    return Arguments(parsed if isinstance(parsed, dict) else {"arguments": text}, text)

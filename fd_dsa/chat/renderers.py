@@ -15,6 +15,12 @@ from fd_dsa.chat.deepseek_encoding import (
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.errors import ConfigError
 
+NO_TEMPLATE = (
+    "the model folder has no chat template (neither chat_template.jinja nor chat_template in "
+    "tokenizer_config.json)"
+)
+"""The reason of a folder without chat, if nothing of its template is broken."""
+
 _DEEPSEEK_TURNS = ("<｜User｜>", "<｜Assistant｜>")
 
 

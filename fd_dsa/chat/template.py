@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
-from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.exceptions import TemplateSyntaxError
 
-from fd_dsa.chat.parser import Arguments, is_reasoning_only
+from fd_dsa.chat.parser import is_reasoning_only, read_arguments
+from fd_dsa.chat.sandbox import Sandbox
 from fd_dsa.errors import ConfigError
 
 # variables of a template which are not a caller's to set
@@ -29,33 +26,12 @@ _BEYOND_PYTHON: dict[type[Exception], str] = {
     RecursionError: "nests too deeply",
     MemoryError: "makes more than there is memory for",
 }
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of the reasoning of a message; the first one in use counts."""
 # marks where a final message goes on; no text of a conversation holds it
 _CUT = "\ue000\ue001cut\ue001\ue000"
-# what one multiplication or power may make
-_MOST_ENTRIES, _MOST_BITS = 1 << 20, 1 << 12
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which no product or power makes a giant text, list or number."""
-
-    # what is intercepted is not computed while a template is compiled
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        counts = [value for value in (left, right) if isinstance(value, int)]
-        texts = [value for value in (left, right) if isinstance(value, str | bytes | list | tuple)]
-        if texts and counts and len(texts[0]) * counts[0] > _MOST_ENTRIES:
-            raise SecurityError(
-                f"'*' would make a text or list of more than {_MOST_ENTRIES} entries"
-            )
-        if len(counts) == 2:
-            bits = left.bit_length()
-            bits = bits + right.bit_length() if operator == "*" else bits * right
-            if bits > _MOST_BITS:
-                raise SecurityError(
-                    f"{operator!r} would make a number of more than {_MOST_BITS} bits"
-                )
-        return super().call_binop(context, operator, left, right)
+# texts that the prompt of a template either shows or not
+_FIRST, _LAST, _KEY = "first7c1e", "last7c1e", "key7c1e"
 
 
 class ChatTemplate:
@@ -79,29 +55,22 @@ class ChatTemplate:
         origin: str = "the request",
         model_type: str | None = None,
     ) -> None:
-        environment = _Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        # placeholder text of any length
-        del environment.globals["lipsum"]
-        # unlike Jinja's own filter without HTML escapes
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
         try:
-            self._template = environment.from_string(source)
+            self._template = Sandbox().from_string(source)
         except TemplateSyntaxError as error:
             raise ConfigError(
                 f"chat template of {origin}: line {error.lineno} is no valid Jinja: {error.message}"
             ) from error
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            # of the Python code that Jinja makes: blocks or numbers beyond what Python takes
+        except Exception as error:
+            # Jinja makes Python code, whose blocks or numbers may be beyond Python's limits
             why = _BEYOND_PYTHON.get(type(error), f"does not compile: {error}")
             raise ConfigError(f"chat template of {origin}: {why}") from error
         self.source = source
         self.origin = origin
         self.model_type = model_type
         self._special_tokens = dict(special_tokens)
+        # by role; filled when the first message of a role is rendered
+        self._shown: dict[str, tuple[bool, bool]] = {}
 
     def render(
         self,
@@ -115,6 +84,9 @@ class ChatTemplate:
         """Text of a conversation.
 
         Args:
+            messages: `content` is a text or a list of text parts. The template gets the form that
+                it shows: parts that it does not show become one text of as many lines, and a text
+                that it shows only inside of a part becomes one.
             kwargs: further variables. `thinking` and `enable_thinking` are two names of one: a
                 template that knows either gets it.
 
@@ -123,7 +95,7 @@ class ChatTemplate:
                 cannot be continued.
         """
         thinking = [kwargs[name] for name in SWITCHES if kwargs.get(name) is not None]
-        prepared = [_for_template(message) for message in messages]
+        prepared = [self._prepare(message) for message in messages]
         if continue_final_message:
             prepared[-1] = _with_cut(prepared[-1])
         variables = {
@@ -147,15 +119,91 @@ class ChatTemplate:
             raise ValueError("chat template: does not show the last message, so nothing goes on")
         return head
 
+    def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The message in the forms that templates expect."""
+        prepared = {**message, **_reasoning(message)}
+        if message.get("tool_calls"):
+            prepared["tool_calls"] = [_call(call) for call in message["tool_calls"]]
+        else:
+            # templates ask whether the name exists, and clients send an empty list or null
+            prepared.pop("tool_calls", None)
+        role, content = str(message.get("role")), message.get("content")
+        texts = _texts(content)
+        if texts is not None and not self._shows(role)[1]:
+            prepared["content"] = "\n".join(texts)
+        elif isinstance(content, str) and self._shows(role) == (False, True):
+            prepared["content"] = [{"type": "text", "text": content}]
+        return prepared
 
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose arguments serve templates that want JSON text and those that want a dict."""
-    calls = []
-    for call in message.get("tool_calls") or ():
-        function = call["function"]
-        arguments = Arguments.read(function["arguments"])
-        calls.append({**call, "function": {**function, "arguments": arguments}})
-    return {**message, "tool_calls": calls} if calls else dict(message)
+    def _shows(self, role: str) -> tuple[bool, bool]:
+        """Find out which content of a role the prompt shows: a text, and a list of text parts.
+
+        A rendered example decides. The template's code says less: it may hand the content to a
+        macro, and treat each role differently.
+        """
+        shown = self._shown.get(role)
+        if shown is None:
+            part = {"type": "text", "text": _FIRST, _KEY: _KEY}
+            parts = [part, {**part, "text": _LAST}]
+            is_text = self._is_shown(role, f"{_FIRST} {_LAST}")
+            shown = self._shown[role] = is_text, self._is_shown(role, parts)
+        return shown
+
+    def _is_shown(self, role: str, content: Any) -> bool:
+        """True if a prompt has both texts in their order, without the markup of a list."""
+        variables = {**self._special_tokens, "documents": None, "tools": None}
+        try:
+            text = self._template.render(
+                **variables, messages=_probe(role, content), add_generation_prompt=True
+            )
+        except Exception:
+            # a template may refuse the example for any reason
+            return False
+        _, first, rest = text.partition(_FIRST)
+        return bool(first) and _LAST in rest and _KEY not in text
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of the history, with arguments for both kinds of templates."""
+    function = call["function"]
+    arguments = read_arguments(function.get("arguments"))
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _texts(content: Any) -> list[str] | None:
+    """The texts of a list of text parts, None for any other content."""
+    if not isinstance(content, list):
+        return None
+    texts = [
+        part["text"]
+        for part in content
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+    ]
+    return texts if len(texts) == len(content) else None
+
+
+def _reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The reasoning of a message under each name that templates know."""
+    for name in REASONING:
+        if message.get(name) is not None:
+            return dict.fromkeys(REASONING, message[name])
+    return {}
+
+
+def _probe(role: str, content: Any) -> list[dict[str, Any]]:
+    """A conversation with this content in a message of this role, which all templates take."""
+    message = {"role": role, "content": content}
+    hello = {"role": "user", "content": "Hi"}
+    if role == "system":
+        return [message, hello]
+    if role == "assistant":
+        return [hello, message, hello]
+    if role == "tool":
+        function = {"name": "f", "arguments": read_arguments("{}")}
+        calls = [{"id": "call_0", "type": "function", "function": function}]
+        calling = {"role": "assistant", "content": "", "tool_calls": calls}
+        return [hello, calling, {**message, "tool_call_id": "call_0", "name": "f"}]
+    return [message]
 
 
 def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
@@ -167,9 +215,11 @@ def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
         )
     if message.get("tool_calls"):
         raise ValueError("the last message ends with tool calls, so its text cannot go on")
-    name = "reasoning_content" if is_reasoning_only(message) else "content"
-    return {**message, name: f"{message.get(name) or ''}{_CUT}"}
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+    names = REASONING if is_reasoning_only(message) else ("content",)
+    text = message.get(names[0]) or ""
+    if isinstance(text, list):
+        if _texts(text) is None:
+            raise ValueError("the last message has other parts than texts, so nothing goes on")
+        *before, last = text
+        return {**message, "content": [*before, {**last, "text": last["text"] + _CUT}]}
+    return {**message, **dict.fromkeys(names, text + _CUT)}

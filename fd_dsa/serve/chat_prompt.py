@@ -125,8 +125,7 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
             raise FieldError(f"chat_template: {error}") from error
     if tokenizer.chat_renderer is None:
         raise FieldError(
-            "messages: the model folder has no chat template (neither chat_template.jinja nor "
-            "chat_template in tokenizer_config.json); use /v1/completions, or start with "
+            f"messages: {tokenizer.why_no_chat}; use /v1/completions, or start the server with "
             "--chat-template"
         )
     return tokenizer.chat_renderer

@@ -190,7 +190,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.serve.engine_process import EngineProcess
     from fd_dsa.serve.guard import host_rule
-    from fd_dsa.serve.info import chat_formats, chat_line, server_info
+    from fd_dsa.serve.info import log_chat, server_info
     from fd_dsa.serve.server import DrainingServer, bind_socket, curl_line
     from fd_dsa.serve.state import ServerState
 
@@ -201,7 +201,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         logger.info("fd_dsa %s: loading %s", __version__, config.model)
         process = EngineProcess(config, progress, args.log_level, args.log_json)
         loaded.append(AsyncEngine(process))
-        logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, options)))
+        log_chat(loaded[0].tokenizer, options)
         return loaded[0]
 
     with bind_socket(args.host, args.port) as sock:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any
 
+from fd_dsa.chat.renderers import NO_TEMPLATE
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput
@@ -48,6 +49,7 @@ class FakeTokenizer:
     ) -> None:
         self.chat_renderer = chat_renderer
         self.has_chat_template = chat_renderer is not None
+        self.why_no_chat = NO_TEMPLATE
         self.special_tokens = {"bos_token": "<bos>"}
         self._special_ids = dict(special_ids or {})
 
