@@ -77,13 +77,6 @@ def test_reasoning_and_its_effort(fields: dict[str, Any], prompt: str, v4: Live)
     assert prompt_of(v4) == prompt
 
 
-def test_an_empty_line_is_between_parts(v4: Live) -> None:
-    parts = [{"type": "text", "text": text} for text in ("Hi", "there")]
-    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1}
-    assert v4.http.post("/v1/chat/completions", json=body).status_code == 200
-    assert prompt_of(v4) == f"{START}<｜User｜>Hi\n\nthere<｜Assistant｜><think>"
-
-
 def test_an_answer_with_tools_whole_and_streamed(v4: Live) -> None:
     calls = [(call.name, call.arguments) for call in V4.message.tool_calls]
     request = {**asked(V4), "extra_body": {}}
