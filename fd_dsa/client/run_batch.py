@@ -24,10 +24,10 @@ from rich.progress import Progress
 from fd_dsa.client.load import FailedAttempt, Request, Sender, Sent
 from fd_dsa.client.own_server import parse_flags, server_at
 from fd_dsa.client.remote import examine_server
-from fd_dsa.environment import signal_end
 from fd_dsa.errors import ConfigError, writing
 from fd_dsa.serve.flag_values import add_numbers, reports_failures
 from fd_dsa.serve.parser import Parser
+from fd_dsa.signals import signal_end
 
 MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000

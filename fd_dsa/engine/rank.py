@@ -16,8 +16,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from fd_dsa.distributed.host import HostGroup
-from fd_dsa.environment import leave_signals_to_starter, open_missing_streams
 from fd_dsa.errors import FdDsaError, describe_error
+from fd_dsa.signals import leave_signals_to_starter, open_missing_streams
 
 
 class _Relay(QueueHandler):

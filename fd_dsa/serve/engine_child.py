@@ -18,11 +18,11 @@ from queue import SimpleQueue
 
 from fd_dsa.engine.host import EngineFacts, EngineHost, Event, Failed
 from fd_dsa.engine.startup import StartupProgress
-from fd_dsa.environment import leave_signals_to_starter, open_missing_streams
 from fd_dsa.errors import describe_error
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps, trim_heaps
 from fd_dsa.serve.info import INFO, engine_info
 from fd_dsa.serve.logs import set_up_logging
+from fd_dsa.signals import leave_signals_to_starter, open_missing_streams
 
 logger = logging.getLogger("fd_dsa.serve")
 
