@@ -69,6 +69,8 @@ def _check_space(name: str) -> None:
     there = sum(path.stat().st_size for path in blobs.iterdir())
     try:
         files = HfApi().model_info(name, files_metadata=True, timeout=_TIMEOUT_S).siblings or []
+    except ConfigError:
+        raise
     except Exception:
         # an earlier download may serve, or the next one says why not
         logger.debug("the hub lists no files", exc_info=True)

@@ -82,7 +82,9 @@ def hub_of(folder: Path) -> Iterator[Hub]:
                 sizes = {name: len(data) for name, data in hub.files.items()}
                 if hub.listed is not None:
                     sizes = dict.fromkeys(sizes, hub.listed)
-                siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+                siblings = [
+                    {"rfilename": name, "size": size, **hub.patch} for name, size in sizes.items()
+                ]
                 self._json({"id": "org/model", "sha": COMMIT, "siblings": siblings, **hub.patch})
             elif found := re.fullmatch("/org/model/resolve/[^/]+/(.*)", path):
                 self._file(found[1])
