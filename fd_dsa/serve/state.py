@@ -17,6 +17,8 @@ from fd_dsa.serve.workers import Workers
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
 
+UNRESPONSIVE_S = 20.0
+"""Silence of the engine's process after which probes fail, seconds."""
 _ALIAS = "default"
 _POLL_S = 0.02
 
@@ -83,6 +85,12 @@ class ServerState:
         if engine.errored is not None:
             message = "the engine has failed; restart the server (its log says why)"
             return ApiError(503, message, code="engine_failed")
+        if engine.silent_s > UNRESPONSIVE_S:
+            return _later(
+                f"the engine's process has not answered for {engine.silent_s:.0f} s; it may be "
+                "stopped or hang; restart the server if it does not come back",
+                "engine_unresponsive",
+            )
         if not engine.is_running:
             return _later("the engine is not running yet; retry in a moment")
         return None
