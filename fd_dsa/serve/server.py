@@ -266,7 +266,7 @@ class DrainingServer(uvicorn.Server):
     async def _drain_and_exit(self) -> None:
         logger.info(
             "shutting down: %d requests running, waiting up to %g s; another signal stops at once",
-            len(self._state.active),
+            self._state.num_accepted,
             self._shutdown_timeout_s,
         )
         try:
