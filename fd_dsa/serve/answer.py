@@ -49,7 +49,7 @@ async def respond(
         make: tokenizes and checks the prompts of an answer with this id; runs in a thread, since
             that may take a while.
     """
-    state.check_available()
+    state.check_available(is_accepted=True)
     model = state.resolve_model(body.model)
     answer_id = f"{prefix}-{uuid.uuid4().hex}"
     answer = await state.prompt_workers.run(make, answer_id, request=request)

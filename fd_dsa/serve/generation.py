@@ -175,7 +175,7 @@ async def stream_outputs(
         ApiError: 503, the server takes no requests any more; 500, a job or the engine failed;
             408, the reader is too slow.
     """
-    state.check_available()
+    state.check_available(is_accepted=True)
     began = time.monotonic()
     last: dict[tuple[int, int], RequestOutput] = {}
     # None: a job has ended; an exception: it has failed

@@ -110,6 +110,7 @@ class FakeEngine:
         self.step_s = step_s
         self.is_running = self.is_held = False
         self.errored: BaseException | None = None
+        self.silent_s = 0.0
         self.fail_after: int | None = None
         self.fails_alone = False
         self.nan_after: int | None = None
