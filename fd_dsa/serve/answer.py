@@ -53,7 +53,7 @@ async def respond(
     model = state.resolve_model(body.model)
     answer_id = f"{prefix}-{uuid.uuid4().hex}"
     answer = await state.prompt_workers.run(make, answer_id, request=request)
-    await check_form(state, answer.jobs[0], answer.prompt_field)
+    await unless_gone(request, check_form(state, answer.jobs[0], answer.prompt_field))
     state.hold(request.scope["state"], sum(job.params.n for job in answer.jobs), "n")
     kind = answer.chunk_object if body.stream else answer.whole_object
     head = {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
