@@ -19,13 +19,14 @@ _CACHES = ("bfloat16", "fp8_ds_mla")
 _TRAITS = 90, 132, 227 << 10
 
 
-def plan(folder: Path, ranks: int) -> dict[str, Any]:
+def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, Any]:
     """What each of some GPUs would hold, and what fits.
 
     Args:
         folder: with config.json. Where no weights are beside it, those are FP8 that config.json
             names as quantised.
         ranks: GPUs that share the model.
+        allow_unknown: accept fields of config.json that fd_dsa does not know.
 
     Returns:
         `model`, `layers`, `ranks`, `utilization`, `max_model_len`, `has_weights`, `parts` (part of
@@ -45,7 +46,7 @@ def plan(folder: Path, ranks: int) -> dict[str, Any]:
     first, *_ = configs = [
         EngineConfig(**options, kv_cache_dtype=kind).on_device("gpu:0") for kind in _CACHES
     ]
-    whole = read_config(folder)
+    whole = read_config(folder, allow_unknown=allow_unknown)
     family_of(whole).check_flags(first, whole)
     fp8, has_weights = quantisable_tensors(whole), any(folder.glob("*.safetensors"))
     if has_weights:

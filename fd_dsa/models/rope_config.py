@@ -8,6 +8,16 @@ from dataclasses import dataclass
 from fd_dsa.models.config_reader import FieldReader
 
 _TYPES = ("default", "yarn")
+_OF_YARN = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "factor",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "truncate",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +109,9 @@ def read_section(
     kind = reader.choice("rope_type", reader.raw("type", "default"), _TYPES)
     reader.choice("type", kind, (kind,), "rope_type and type must agree")
     if kind == "default":
+        for name in _OF_YARN:
+            # without effect, but files keep them
+            reader.raw(name)
         return RopeConfig(theta=theta)
     reader.choice("truncate", True, (True,))
     if not has_factor and reader.raw("attention_factor") is not None:

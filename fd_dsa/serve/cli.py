@@ -121,7 +121,11 @@ def _download(args: argparse.Namespace) -> None:
     name = str(getattr(args, "model", ""))
     if not HUB_NAME.fullmatch(name):
         raise ConfigError(f"--download: got the model {name!r}; allowed is a name such as org/name")
-    args.model = download(name, any_family=args.engine == "fastdeploy")
+    args.model = download(
+        name,
+        any_family=args.engine == "fastdeploy",
+        allow_unknown=getattr(args, "allow_unknown_config_fields", False),
+    )
     if not getattr(args, "served_model_name", ()):
         args.served_model_name = [name]
 
