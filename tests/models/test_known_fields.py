@@ -170,6 +170,7 @@ def test_messages_stay_short(folder: Path) -> None:
         (TINY_GLM, {"indexer_types": None, "index_topk_pattern": "FSFF"}),
         (V4, {"index_topk_freq": None}),
         (V4, {"index_topk_freq": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}),
+        (V4, {"rope_parameters": V4["rope_scaling"]}),
         (V4, {"mlp_layer_types": ["hash_moe"] * 3 + ["moe", "moe"], "num_hash_layers": 3}),
         (V4, {"compress_ratios": [float(one) for one in V4["compress_ratios"]]}),
     ],

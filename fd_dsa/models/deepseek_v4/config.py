@@ -8,7 +8,7 @@ from typing import Any
 
 from fd_dsa.models.config import MOST_EXPERTS, add_generation, read_plain, spare_layers
 from fd_dsa.models.config_reader import FieldReader, as_integer
-from fd_dsa.models.rope_config import RopeConfig, read_section
+from fd_dsa.models.rope_config import ROPE_FIELDS, RopeConfig, read_section
 
 WINDOW, CSA, HCA = (
     "sliding_attention",
@@ -239,28 +239,37 @@ def _read_ropes(reader: FieldReader, longest: int, share: float) -> tuple[RopeCo
     counts for the layers with entries alone.
     """
     thetas = reader.positive("rope_theta", 1e4), reader.positive("compress_rope_theta", 1.6e5)
-    sections = [reader.section(name) for name in ("rope_parameters", "rope_scaling")]
-    section = next((one for one in sections if one is not None), None)
-    if section is None:
-        return RopeConfig(theta=thetas[0]), RopeConfig(theta=thetas[1])
+    names = "rope_parameters", "rope_scaling"
+    sections = [one for name in names if (one := reader.section(name)) is not None]
+    factor = reader.raw("partial_rotary_factor")
+    share = share if factor is None else factor
+    forms = [_read_form(one, thetas, longest, share) for one in sections]
+    if len(forms) == 2 and forms[0] != forms[1]:
+        raise reader.error(names[1], forms[1], f"the same as {names[0]}, {forms[0]}", "remove one")
+    return forms[0] if forms else (RopeConfig(theta=thetas[0]), RopeConfig(theta=thetas[1]))
+
+
+def _read_form(
+    section: FieldReader, thetas: tuple[float, float], longest: int, share: float
+) -> tuple[RopeConfig, RopeConfig]:
+    """Both angles of one object, whose fields may be in a `main` and a `compress`."""
     nested = section.section("main"), section.section("compress")
     if nested[0] is None or nested[1] is None:
         section.raw("rope_theta")
         return RopeConfig(theta=thetas[0]), _read_rope(section, thetas[1], longest)
-    for name in ("rope_type", "rope_theta", "partial_rotary_factor"):
+    for name in (*ROPE_FIELDS, "rope_theta", "partial_rotary_factor"):
+        # transformers drops them
         section.raw(name)
     nested[0].choice("rope_type", "default", ("default",))
     for one in nested:
-        factor = reader.raw("partial_rotary_factor")
-        factor = share if factor is None else factor
-        one.choice("partial_rotary_factor", factor, (factor,), "as at the top of the file")
+        one.choice("partial_rotary_factor", share, (share,), "as at the top of the file")
     # with neither, transformers scales cos and sin, which no V4 model is trained for
     if nested[1].raw("rope_type") == "yarn" and nested[1].raw("attention_factor") is None:
         raise nested[1].error("attention_factor", None, "1.0")
     main, compress = (
         one.positive("rope_theta", theta) for one, theta in zip(nested, thetas, strict=True)
     )
-    return RopeConfig(theta=main), _read_rope(nested[1], compress, longest)
+    return _read_rope(nested[0], main, longest), _read_rope(nested[1], compress, longest)
 
 
 def _read_rope(section: FieldReader, theta: float, longest: int) -> RopeConfig:
