@@ -323,6 +323,7 @@ def _read_quantization(reader: FieldReader) -> dict[str, Any]:
 
 
 def _read_fp8(section: FieldReader) -> dict[str, Any]:
+    """Return block size and kind of scales that one object names."""
     section.choice("quant_method", None, ("fp8",))
     section.choice("fmt", "e4m3", ("e4m3",))
     section.choice("activation_scheme", "dynamic", ("dynamic",))

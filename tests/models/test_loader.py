@@ -15,6 +15,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import fp8_tensors as fp8_names
 from fd_dsa.models.loader import load_weights, validate
+from fd_dsa.models.mla import down_projections
 from fd_dsa.models.sources import SourceTensor, WeightLoader
 from tests.models.folders import (
     SCALE_SUFFIX,
@@ -194,10 +195,22 @@ def test_indexers_of_layers_that_share_one_are_skipped_with_one_line(
     assert not copies.keys() & loaded.keys()
     (record,) = caplog.records
     assert f"{len(copies)} indexer tensors skipped" in record.getMessage()
+
+
+def test_fp8_keys_of_a_shared_indexer_join_no_projection(tmp_path: Path) -> None:
+    """A device joins an FP8 `wk` with the first GEMM of a layer, but a shared layer has none."""
+    widths = {"q_lora_rank": 128, "index_head_dim": 128, "attention_bias": False}
+    fields = TINY_GLM | widths | {"quantization_config": TINY_FP8["quantization_config"]}
+    prefix, stored = "model.layers.1.self_attn.", random_tensors(fields)
+    rows = {"q_a_proj": 128, "indexer.wk": 128, "kv_a_proj_with_mqa": 24}
+    for name, count in rows.items():
+        stored[f"{prefix}{name}.weight"] = f8(np.zeros((count, 32)))
+        stored[f"{prefix}{name}.weight{SCALE_SUFFIX}"] = f32(np.ones((1, 1)))
+    config = ModelConfig.from_folder(write_folder(tmp_path, fields, stored))
     with Checkpoint.open(tmp_path) as checkpoint:
-        # otherwise a device would hold the projection of a shared layer as one with an indexer
-        fields = TINY_GLM | {"quantization_config": TINY_FP8["quantization_config"]}
-        assert not fp8_names(checkpoint, ModelConfig.from_dict(fields))
+        validate(checkpoint, config)
+        parts = down_projections(config, prefix, fp8_names(checkpoint, config))
+    assert [name.split(".")[-2] for name in parts] == ["q_a_proj", "kv_a_proj_with_mqa"]
 
 
 def without(name: str, tensors: dict[str, Stored]) -> dict[str, Stored]:
