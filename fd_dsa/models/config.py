@@ -65,6 +65,7 @@ class ModelConfig(Family):
         ranks: processes that share the model; heads and widths of MLPs are those of one of them.
         generation: parameters that generation_config.json proposes for requests that do not say;
             a temperature of 0 where the file turns sampling off (`do_sample` false).
+        unknown_fields: fields of config.json that are ignored although they may change results.
     """
 
     rope: RopeConfig
@@ -81,6 +82,7 @@ class ModelConfig(Family):
     mtp: tuple[str, ...] | None = None
     ranks: int = 1
     generation: Mapping[str, float] = field(default_factory=dict)
+    unknown_fields: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def from_folder(
@@ -112,15 +114,15 @@ class ModelConfig(Family):
         """Configuration in parsed JSON; see `from_folder`.
 
         Args:
-            allow_unknown: log unknown fields in one warning. Otherwise they are refused, except for
-                those that are known to be harmless.
+            allow_unknown: name unknown fields in `unknown_fields`. Otherwise they are refused,
+                except for those that are known to be harmless.
 
         Raises:
             ConfigError: a value cannot be served, or a field is unknown.
         """
         reader = FieldReader(data, source)
         values = _read_fields(reader, FAMILIES[check_family(reader, FAMILIES)])
-        reader.check_unknown(allowed=allow_unknown)
+        values["unknown_fields"] = reader.unknown_fields(allowed=allow_unknown)
         add_generation(values, FieldReader(generation or {}, generation_source))
         return cls(**values)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import reprlib
 from collections.abc import Sequence
@@ -12,8 +11,6 @@ from typing import Any
 
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.known_fields import NULL_IS_ABSENT, is_harmless, same_value
-
-logger = logging.getLogger(__name__)
 
 # sizes and positions are int32 in kernels
 INT32_MAX = (1 << 31) - 1
@@ -178,28 +175,28 @@ class FieldReader:
         self._sections.append(reader)
         return reader
 
-    def check_unknown(self, *, allowed: bool) -> None:
-        """Refuse fields that may change results and that no method has read, also of sections.
+    def unknown_fields(self, *, allowed: bool) -> tuple[str, ...]:
+        """Return fields that may change results and that no method has read, also of sections.
 
         Args:
-            allowed: log them in one warning instead.
+            allowed: False refuses them.
+
+        Returns:
+            Their paths, sorted; past the first ones their number.
 
         Raises:
-            ConfigError: names all of them.
+            ConfigError: there is one, and they are not allowed; names them.
         """
         unknown = self._unknown()
-        if not unknown:
-            return
         listed = [
             one[:_MAX_NAME] if one.isprintable() else repr(one[:_MAX_NAME]) for one in unknown
         ]
         listed = listed[:_MAX_NAMES]
         if more := len(unknown) - len(listed):
             listed.append(f"and {more} more")
+        if allowed or not unknown:
+            return tuple(listed)
         names = ", ".join(listed)
-        if allowed:
-            logger.warning("%s: unknown fields, ignored: %s", self.source, names)
-            return
         value = reprlib.repr(next(iter(unknown.values())))
         raise ConfigError(
             f"{self.source}: {listed[0]}: got {value}, allowed: fields that fd_dsa knows, "

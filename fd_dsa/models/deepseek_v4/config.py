@@ -54,7 +54,7 @@ class DeepseekV4Config:
         compress_rates: tokens per entry of a CSA and of an HCA layer.
         mlp_layer_types: `hash_moe` (experts by token id) or `moe`, one a layer.
         main_rope, compress_rope: angles of window-only layers, and of the others.
-        eos_token_ids, generation: as of `ModelConfig`.
+        eos_token_ids, generation, unknown_fields: as of `ModelConfig`.
     """
 
     model_type: str = "deepseek_v4"
@@ -92,6 +92,7 @@ class DeepseekV4Config:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     generation: Mapping[str, float] = field(default_factory=dict)
+    unknown_fields: tuple[str, ...] = field(default=(), compare=False)
     # FP8 checkpoints are refused
     weight_block_size: None = None
     round_scales: bool = False
@@ -114,7 +115,7 @@ class DeepseekV4Config:
         """
         reader = FieldReader(data, source)
         values = _read_fields(reader)
-        reader.check_unknown(allowed=allow_unknown)
+        values["unknown_fields"] = reader.unknown_fields(allowed=allow_unknown)
         add_generation(values, FieldReader(generation or {}, generation_source))
         return cls(**values)
 
