@@ -17,7 +17,7 @@ from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.text_windows import encode_text
 from fd_dsa.environment import set_default
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.config_reader import read_json_object
+from fd_dsa.models.config_reader import check_file, read_json_object
 
 _SPECIAL_TOKEN_FIELDS = (
     "bos_token",
@@ -95,6 +95,7 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise ConfigError(f"tokenizer: {file} is missing; the folder needs a tokenizer.json")
+        check_file(file)
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
