@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.chat.deepseek_encoding import DeepseekV32Encoding, read_instructions
+from fd_dsa.chat.deepseek_encoding import (
+    DeepseekV4Encoding,
+    DeepseekV32Encoding,
+    read_instructions,
+    read_v4_words,
+)
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.errors import ConfigError
 
@@ -31,7 +36,7 @@ def read_renderer(
 
     `template_file` takes precedence, then the folder's chat_template.jinja, then `chat_template`
     of its tokenizer_config.json; of a list of named templates the one named "default" counts. A
-    folder of DeepSeek-V3.2 without any has the model's own encoding.
+    folder of DeepSeek-V3.2 or V4 without any has the model's own encoding.
 
     Raises:
         ConfigError: a template cannot be read or compiled, or is of another type; names the file.
@@ -40,7 +45,8 @@ def read_renderer(
     origin = file.name if template_file is None else f"--chat-template {file.name}"
     if template_file is not None or file.is_file():
         try:
-            return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, origin)
+            text = file.read_text(encoding="utf-8")
+            return ChatTemplate(text, special_tokens, origin, model_type)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"chat template of {origin}: cannot be read: {error}") from error
     source = tokenizer_config.get("chat_template")
@@ -53,7 +59,10 @@ def read_renderer(
             f"{type(source).__name__}; it must be a string or a list of named templates"
         )
     if source is not None:
-        return ChatTemplate(source, special_tokens, "tokenizer_config.json")
-    if model_type == "deepseek_v32" and all(map(has_token, _DEEPSEEK_TURNS)):
-        return DeepseekV32Encoding(read_instructions(folder))
+        return ChatTemplate(source, special_tokens, "tokenizer_config.json", model_type)
+    if all(map(has_token, _DEEPSEEK_TURNS)):
+        if model_type == "deepseek_v32":
+            return DeepseekV32Encoding(read_instructions(folder))
+        if model_type == "deepseek_v4":
+            return DeepseekV4Encoding(read_v4_words(folder))
     return None

@@ -39,6 +39,7 @@ class ChatTemplate:
 
     Args:
         special_tokens: variables such as bos_token which the template may use.
+        model_type: of the model's config.json; with the source it decides how answers are read.
 
     Raises:
         ConfigError: the template does not compile; names the origin.
@@ -48,7 +49,11 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], origin: str = "the request"
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        origin: str = "the request",
+        model_type: str | None = None,
     ) -> None:
         try:
             self._template = Sandbox().from_string(source)
@@ -62,6 +67,7 @@ class ChatTemplate:
             raise ConfigError(f"chat template of {origin}: {why}") from error
         self.source = source
         self.origin = origin
+        self.model_type = model_type
         self._special_tokens = dict(special_tokens)
         # by role; filled when the first message of a role is rendered
         self._shown: dict[str, tuple[bool, bool]] = {}

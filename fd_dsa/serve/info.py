@@ -85,15 +85,16 @@ def chat_formats(tokenizer: Tokenizer, options: ServerOptions) -> dict[str, str 
     """Origin of the chat template and names of the parsers; None where there is no chat.
 
     Args:
-        options: of the server; "auto" is resolved by the template.
+        options: of the server; "auto" is resolved by the template and the model's generation.
     """
     renderer = tokenizer.chat_renderer
     if renderer is None:
         return dict.fromkeys(("chat_template", "tool_call_parser", "reasoning_parser"))
+    template = (renderer.source, renderer.model_type)
     return {
         "chat_template": renderer.origin,
-        "tool_call_parser": tool_format_name(options.tool_call_parser, renderer.source),
-        "reasoning_parser": reasoning_format_name(options.reasoning_parser, renderer.source),
+        "tool_call_parser": tool_format_name(options.tool_call_parser, *template),
+        "reasoning_parser": reasoning_format_name(options.reasoning_parser, *template),
     }
 
 

@@ -173,8 +173,9 @@ def test_special_tokens_have_ids(demo):
     assert demo.special_ids_of(["<|eos|>", "<|no token|>", "a"]) == {"<|eos|>": 1}
 
 
-def test_a_folder_of_deepseek_v32_needs_no_template(folder):
-    (folder / "config.json").write_text('{"model_type": "deepseek_v32"}', encoding="utf-8")
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "deepseek_v4"])
+def test_a_folder_of_deepseek_needs_no_template(folder, model_type):
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
     assert not Tokenizer.from_folder(folder).has_chat_template
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(["<｜User｜>", "<｜Assistant｜>"])
