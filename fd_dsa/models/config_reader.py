@@ -63,8 +63,8 @@ def parse_json(text: bytes) -> Any:
     """The value of a JSON text in UTF-8.
 
     Raises:
-        ValueError, RecursionError: the text is no JSON, or an object has a name twice, which
-            readers take for one value or the other.
+        ValueError, RecursionError: the text is no JSON, or an object has a name twice, of which
+            readers keep one value or the other.
     """
     return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
 

@@ -34,7 +34,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"num_hidden_layers": 0}, "num_hidden_layers", "at least 1"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers", "at most 1024"),
     ({"n_routed_experts": 10**9}, "n_routed_experts", "at most 87381 in 3 layers"),
-    ({"n_routed_experts": 10**30}, "n_routed_experts", "at most 65536"),
+    ({"n_routed_experts": 10**30}, "n_routed_experts", "at most 2147483647"),
     ({"max_position_embeddings": 10**9}, "max_position_embeddings", "at most 16777216"),
     ({"index_topk": 10**30}, "index_topk", "at most 65536"),
     ({"n_shared_experts": 0}, "n_shared_experts", "at least 1"),
