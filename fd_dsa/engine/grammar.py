@@ -35,6 +35,8 @@ _KEPT_FOR_S = 20.0
 _Key = tuple[Kind, str, frozenset[int]]
 _MAX_LEXER_STATES = 25_000
 _SHOWN_ERROR_CHARS = 300
+# a text, a comment, a regular expression, or a token by its name
+_LARK_PART = re.compile(r'"(?:\\.|[^"\\\n])*"|(?://|#).*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
 _QUOTATION = re.compile(r"^ *\d+ \| ", re.MULTILINE)
 _JSON_OPTIONS = {"whitespace_pattern": JSON_SPACE}
 # any tokens that spell a text may come: those that llguidance would choose for a text without
@@ -216,7 +218,7 @@ class GrammarCompiler:
         if isinstance(vocabulary, str):
             return vocabulary
         try:
-            form = _grammar(kind, text)
+            form = _grammar(kind, text, vocabulary)
         except (ValueError, RecursionError) as error:
             return one_line(str(error))
         grammars = json.dumps({"grammars": [{"lark_grammar": _START}, {**form, "name": "form"}]})
@@ -250,8 +252,10 @@ class GrammarCompiler:
             return f"llguidance cannot use this model's tokenizer: {one_line(str(error))}"
 
 
-def _grammar(kind: Kind, text: str) -> dict[str, Any]:
+def _grammar(kind: Kind, text: str, vocabulary: GrammarVocabulary) -> dict[str, Any]:
     """A form as an entry of llguidance's list of grammars.
+
+    Tokens that a grammar names as <name> become their text if answers show it.
 
     Raises:
         ValueError, RecursionError: the text cannot be read.
@@ -267,7 +271,12 @@ def _grammar(kind: Kind, text: str) -> dict[str, Any]:
     if grammar.startswith("{"):
         (entry,) = json.loads(grammar)["grammars"]
         return {**entry}
-    return {"lark_grammar": grammar}
+
+    def spelled(match: re.Match[str]) -> str:
+        is_text = match[0].startswith("<") and match[0].encode() in vocabulary.names
+        return json.dumps(match[0], ensure_ascii=False) if is_text else match[0]
+
+    return {"lark_grammar": _LARK_PART.sub(spelled, grammar)}
 
 
 def _later(work: Callable[[], None]) -> None:

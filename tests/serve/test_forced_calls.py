@@ -1,0 +1,108 @@
+"""Calls and forms over HTTP, from a model that knows nothing, with the flags of real tokenizers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jsonschema
+import pytest
+
+from fd_dsa.chat.parser import THINK_END
+from tests.chat.test_grammar_walks import BOUNDED
+from tests.engine import fakes
+from tests.engine.published import KINDS
+from tests.engine.threaded import threaded
+from tests.serve.conftest import Live, running
+from tests.serve.test_tool_calls import RENDERERS
+
+pytest.importorskip("llguidance", reason="the extra [structured] is not installed")
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": schema}}
+    for name, schema in BOUNDED.items()
+]
+# a tokenizer, and the format that its model writes
+PAIRS = [
+    ("glm", "glm47"),
+    ("special", "glm47"),
+    ("special", "deepseek_v32"),
+    ("not special", "deepseek_v31"),
+    ("not special", "deepseek_v32"),
+    ("deepseek", "deepseek_v31"),
+    ("deepseek", "deepseek_v32"),
+]
+
+
+@functools.cache
+def tokenizer_of(kind: str) -> Any:
+    """One of the tokenizers, which takes a second to read."""
+    return KINDS[kind]()
+
+
+@contextmanager
+def serving(kind: str, tool_format: str) -> Iterator[Live]:
+    """A server whose model draws any token that may come."""
+    tokenizer = tokenizer_of(kind)
+    tokenizer.chat_renderer = RENDERERS[tool_format]
+    engine = fakes.make_engine(
+        num_blocks=2048,
+        max_model_len=4096,
+        max_num_batched_tokens=512,
+        vocab_size=tokenizer.highest_token_id + 1,
+        tokenizer=tokenizer,
+    )
+    with running(threaded(engine)) as live:
+        yield live
+
+
+def ask(live: Live, kind: str, **fields: Any) -> list[dict[str, Any]]:
+    """Choices of some answers whose reasoning ends soon."""
+    tokenizer = tokenizer_of(kind)
+    (end,) = tokenizer.encode(THINK_END, add_special_tokens=False)
+    # about every fifth token ends the reasoning
+    likely = math.log(tokenizer.highest_token_id) - 1
+    thinking = {"thinking": True, "enable_thinking": True}
+    body = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": TOOLS,
+        "chat_template_kwargs": thinking,
+        "logit_bias": {str(token_id): likely for token_id in (end, fakes.EOS)},
+        "max_tokens": 1500,
+        "n": 3,
+        "seed": 3,
+        **fields,
+    }
+    answer = live.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    choices: list[dict[str, Any]] = answer.json()["choices"]
+    return choices
+
+
+def check_calls(choice: dict[str, Any], names: tuple[str, ...] = tuple(BOUNDED)) -> None:
+    """The choice has valid calls and no content."""
+    message = choice["message"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert not message["content"]
+    for call in message["tool_calls"]:
+        assert call["function"]["name"] in names
+        jsonschema.validate(
+            json.loads(call["function"]["arguments"]), BOUNDED[call["function"]["name"]]
+        )
+
+
+@pytest.mark.parametrize(("kind", "tool_format"), PAIRS)
+def test_a_forced_call_is_answered_with_a_call(kind: str, tool_format: str) -> None:
+    named = {"type": "function", "function": {"name": "stop"}}
+    with serving(kind, tool_format) as live:
+        choices = ask(live, kind, tool_choice="required")
+        assert any("reasoning_content" in choice["message"] for choice in choices)
+        for choice in choices:
+            check_calls(choice)
+        for choice in ask(live, kind, tool_choice=named, n=1):
+            check_calls(choice, ("stop",))
+            assert len(choice["message"]["tool_calls"]) == 1
