@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,6 +94,70 @@ def check_calls(choice: dict[str, Any], names: tuple[str, ...] = tuple(BOUNDED))
         jsonschema.validate(
             json.loads(call["function"]["arguments"]), BOUNDED[call["function"]["name"]]
         )
+
+
+SHAPE = {
+    "type": "object",
+    "properties": {"shape": {"enum": ["round", "<tool_call>"]}},
+    "required": ["shape"],
+    "additionalProperties": False,
+}
+
+
+def _is_shape(content: str) -> bool:
+    jsonschema.validate(json.loads(content), SHAPE)
+    return True
+
+
+FORMS: list[tuple[dict[str, Any], Callable[[str], Any]]] = [
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SHAPE}}},
+        _is_shape,
+    ),
+    ({"guided_regex": "[ab]{2}[^ab]{1,3}"}, re.compile("[ab]{2}[^ab]{1,3}").fullmatch),
+    ({"guided_choice": ["<b> yes", "no"]}, ["<b> yes", "no"].__contains__),
+    ({"guided_grammar": 'start: "(" start ")" | /[xy]/'}, re.compile(r"\(*[xy]\)*").fullmatch),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tool_format"),
+    [("glm", "glm47"), ("special", "deepseek_v32"), ("not special", "deepseek_v31")],
+)
+def test_with_auto_an_answer_is_a_call_or_has_the_form(kind: str, tool_format: str) -> None:
+    with serving(kind, tool_format) as live:
+        for form, has_form in FORMS:
+            calls = 0
+            choices = ask(live, kind, n=12, **form)
+            for choice in choices:
+                if choice["message"].get("tool_calls"):
+                    check_calls(choice)
+                    calls += 1
+                else:
+                    assert choice["finish_reason"] == "stop"
+                    assert has_form(choice["message"]["content"])
+            assert 0 < calls < len(choices), form
+            for choice in ask(live, kind, parallel_tool_calls=False, n=6, **form):
+                assert len(choice["message"].get("tool_calls") or []) <= 1
+
+
+def test_a_refusal_names_the_form_or_the_tools() -> None:
+    wrong = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": wrong}}
+    with serving("not special", "deepseek_v31") as live:
+        for fields, param in (
+            ({"tools": [tool], "guided_regex": "a"}, "tools"),
+            ({"tools": TOOLS, "guided_regex": "("}, "guided_regex"),
+            ({"tools": [tool], "tool_choice": "required"}, "tools"),
+        ):
+            body = {"messages": [{"role": "user", "content": "Hi"}], **fields}
+            answer = live.http.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == param
+            assert answer.json()["error"]["message"].startswith(f"{param} cannot be used: ")
+        # without a form, calls are free
+        body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [tool], "max_tokens": 3}
+        assert live.http.post("/v1/chat/completions", json=body).status_code == 200
 
 
 @pytest.mark.parametrize(("kind", "tool_format"), PAIRS)
