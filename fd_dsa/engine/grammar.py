@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from fd_dsa.engine.grammar_source import grammar_text, one_line, refusal
+from fd_dsa.engine.grammar_source import grammar_text, is_panic, one_line, refusal
 from fd_dsa.engine.grammar_vocabulary import GrammarVocabulary
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import Kind, StructuredOutputsParams
@@ -215,23 +215,29 @@ class GrammarCompiler:
         self, forms: tuple[tuple[Kind, str], ...], shown: frozenset[int]
     ) -> CompiledGrammar | str:
         """A compiled grammar, or what is wrong with it."""
-        from llguidance import LLMatcher
-
         vocabulary = self._vocabulary(shown)
         if isinstance(vocabulary, str):
             return vocabulary
         try:
-            text = grammar_text(forms, vocabulary.names)
-        except (ValueError, RecursionError) as error:
+            matcher = self._make_matcher(grammar_text(forms, vocabulary.names), vocabulary)
+        except BaseException as error:
+            if not isinstance(error, (ValueError, RecursionError)) and not is_panic(error):
+                raise
             return one_line(str(error))
+        if matcher.is_error():
+            return one_line(matcher.get_error())
+        return refusal(matcher.get_grammar_warnings()) or CompiledGrammar(matcher, vocabulary)
+
+    def _make_matcher(self, text: str, vocabulary: GrammarVocabulary) -> LLMatcher:
+        """llguidance's matcher of a grammar; it holds an error if the grammar is wrong."""
+        from llguidance import LLMatcher
+
         matcher = LLMatcher(vocabulary.ll_tokenizer, text, log_level=0, limits=_limits())
         if not matcher.is_error():
             # what is too complex shows in the first mask at the latest
             buffer = np.zeros_like(self.buffer)
             matcher.unsafe_compute_mask_ptr(buffer.ctypes.data, buffer.nbytes)
-        if matcher.is_error():
-            return one_line(matcher.get_error())
-        return refusal(matcher.get_grammar_warnings()) or CompiledGrammar(matcher, vocabulary)
+        return matcher
 
     def _vocabulary(self, shown: frozenset[int]) -> GrammarVocabulary | str:
         """The vocabulary of answers that show these special tokens, or why there is none.
@@ -247,10 +253,9 @@ class GrammarCompiler:
         """See `_vocabulary`."""
         try:
             return GrammarVocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids, shown)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        # a panic of llguidance is no Exception
         except BaseException as error:
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             return f"llguidance cannot use this model's tokenizer: {one_line(str(error))}"
 
 

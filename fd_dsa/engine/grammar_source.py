@@ -71,6 +71,11 @@ def refusal(warnings: Iterable[str]) -> str | None:
     return _ONE_OF if dropped[0].startswith("oneOf") else dropped[0]
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic of llguidance's Rust code, which is no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
 def one_line(error: str) -> str:
     """An error of llguidance in one line, without the quotation of the grammar that follows it."""
     own = _QUOTATION.split(error.replace("<non-verbose/>", ""))[0]
