@@ -35,7 +35,7 @@ PAIRS = [
     ("not special", "deepseek_v31"),
     ("not special", "deepseek_v32"),
     ("deepseek", "deepseek_v31"),
-    ("deepseek", "deepseek_v32"),
+    ("deepseek", "deepseek_v4"),
 ]
 
 
