@@ -89,7 +89,10 @@ def byte_level_in_steps() -> Backend:
 )
 def test_other_kinds_of_tokenizers(make: Callable[[], Backend]) -> None:
     """Forms hold for tokenizers that put a space in front, and for those with byte fallback."""
-    walks = Walks(Tokenizer(make()))
+    backend = make()
+    backend.add_special_tokens(["<hidden>"])
+    walks = Walks(Tokenizer(backend))
+    assert backend.token_to_id("<hidden>") not in walks.allowed(walks.begin(ANY_TEXT))
     rng = np.random.default_rng(0)
     form = StructuredOutputsParams(regex="(a|the|é){1,4}( word|漢)[.]?")
     for _ in range(5):
