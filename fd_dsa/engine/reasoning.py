@@ -155,7 +155,7 @@ class AnswerStart:
         return None
 
     def _find_end(self, text: str) -> int | None:
-        """Offset in `text` behind the first marker that ends the reasoning, None without one."""
+        """Return the offset in `text` after the first end marker; None without one."""
         num_shown = len(self._tail)
         text = self._tail + text
         found = [(start, end) for end in self._reasoning.ends if (start := text.find(end)) >= 0]

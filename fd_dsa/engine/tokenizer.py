@@ -208,8 +208,8 @@ class Tokenizer:
     def _decode_pieces(self, token_ids: list[int]) -> str:
         """Decode token ids, some of which are in `_changed_tokens`."""
         if (table := self.token_bytes) is not None:
-            known = [table[i] for i in token_ids if i < len(table)]
-            return b"".join(known).decode(errors="replace")
+            spelled = [table[i] for i in token_ids if i < len(table)]
+            return b"".join(spelled).decode(errors="replace")
         changed, decoder = self._changed_tokens, self._backend.decoder
         pieces = [_MARK if i in changed else self._backend.id_to_token(i) for i in token_ids]
         known = [piece for piece in pieces if piece is not None]
