@@ -9,60 +9,40 @@ Source of the syntax: `docs/syntax.md` of guidance-ai/llguidance.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fd_dsa.chat import tool_formats as marks
 from fd_dsa.chat.events import types_of
-from fd_dsa.chat.parser import THINK_END
 
 _ANY_TEXT = "(?s:.*)"
 # in DSML, between the name of an argument and its value
 _STRING = '" string="{}">'
-# between two signs of JSON; without a bound a small model may write spaces until max_tokens
-JSON_SPACE = "[ \\t\\n\\r]{1,40}"
+# between two signs of JSON; without a bound a small model may write spaces until max_tokens.
+# Lenient: the caller is warned of keywords that cannot be enforced, and of unknown formats
+JSON_OPTIONS = {"whitespace_pattern": "[ \\t\\n\\r]{1,40}", "lenient": True}
 
 
-def forced_calls_grammar(
-    tool_format: str,
-    schemas: Mapping[str, Any],
-    *,
-    several: bool,
-    in_reasoning: bool,
-    special_ids: Mapping[str, int],
-) -> str:
+def forced_calls_grammar(tool_format: str, schemas: Mapping[str, Any], *, several: bool) -> str:
     """A grammar of answers that call at least one of the tools and say nothing else.
 
     Args:
         schemas: name of each tool that may be called -> JSON schema of its arguments.
-        in_reasoning: the prompt has opened the reasoning; the answer then begins with its rest.
-        special_ids: ids of markers which are special tokens of the vocabulary; a grammar must
-            name those by id.
 
     Returns:
         Lark text with the rule `start`.
     """
-    lark = _Lark(special_ids)
+    lark = _Lark()
     head, call, tail = _FORMS[tool_format]
     calls = lark.one_of([call(lark, name, schema) for name, schema in schemas.items()])
-    parts = [lark.text_until(THINK_END)] if in_reasoning else []
-    parts += [lark.literal(head), f"{calls}+" if several else calls, lark.literal(tail)]
-    return lark.grammar(" ".join(filter(None, parts)))
-
-
-def json_after_reasoning_grammar(schema: Any, special_ids: Mapping[str, int]) -> str:
-    """A grammar of answers that are JSON, after the rest of a reasoning that the prompt opened."""
-    lark = _Lark(special_ids)
-    reasoning = lark.text_until(THINK_END)
-    return lark.grammar(f"{reasoning} {lark.json(schema)}")
+    parts = [lark.literal(head), f"{calls}+" if several else calls, lark.literal(tail)]
+    return lark.grammar(" ".join(parts))
 
 
 class _Lark:
     """Rules of a grammar while it is made."""
 
-    def __init__(self, special_ids: Mapping[str, int]) -> None:
-        self._special_ids = special_ids
+    def __init__(self) -> None:
         self._rules: list[str] = []
 
     def grammar(self, start: str) -> str:
@@ -74,12 +54,8 @@ class _Lark:
         return name
 
     def literal(self, text: str) -> str:
-        """An expression for a text; special tokens in it by their ids."""
-        pieces = [text]
-        if self._special_ids:
-            marks = sorted(self._special_ids, key=len, reverse=True)
-            pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text)
-        return " ".join(self._piece(piece) for piece in pieces if piece)
+        """An expression for a text."""
+        return json.dumps(text, ensure_ascii=False)
 
     def one_of(self, choices: Iterable[str]) -> str:
         """Name of a rule for one of several expressions."""
@@ -95,23 +71,12 @@ class _Lark:
         for key in ("$defs", "definitions"):
             if isinstance(root, dict) and key in root:
                 body.setdefault(key, root[key])
-        body.setdefault("x-guidance", {"whitespace_pattern": JSON_SPACE})
+        body.setdefault("x-guidance", JSON_OPTIONS)
         return self.rule(f"%json {json.dumps(body, ensure_ascii=False)}")
 
     def text_until(self, end: str) -> str:
         """Name of a rule for any text up to the first `end`, and that."""
-        special = [mark for mark in self._special_ids if mark in end]
-        if not special:
-            return self.rule(f"/{_ANY_TEXT}/", f"[suffix={self._piece(end)}]")
-        # no text can hold a special token, so the text may be greedy
-        mark = min(special, key=end.index)
-        head = re.escape(end[: end.index(mark)]).replace("/", "\\/")
-        return self.rule(f"/{_ANY_TEXT}{head}/ {self.literal(end[end.index(mark) :])}")
-
-    def _piece(self, text: str) -> str:
-        if text in self._special_ids:
-            return f"<[{self._special_ids[text]}]>"
-        return json.dumps(text, ensure_ascii=False)
+        return self.rule(f"/{_ANY_TEXT}/", f"[suffix={self.literal(end)}]")
 
 
 def _v31_call(lark: _Lark, name: str, schema: Any) -> str:
