@@ -18,7 +18,7 @@ Steps = Generator[None, None, _T]
 
 
 # white space is held back only so long: else every piece of it would be read again and again
-MAX_SPACE = 64
+_MAX_SPACE = 64
 
 
 class TextFeed:
@@ -82,7 +82,7 @@ class TextFeed:
         """Whether the text begins with a marker, a little white space aside; then both are read."""
         while True:
             text = self._text.lstrip()
-            if len(self._text) - len(text) > MAX_SPACE:
+            if len(self._text) - len(text) > _MAX_SPACE:
                 return False
             if text.startswith(marker):
                 self._text = text[len(marker) :]

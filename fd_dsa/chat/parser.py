@@ -58,11 +58,6 @@ class AnswerFormat:
         return self.has_reasoning and self.in_reasoning
 
     @property
-    def reasoning_ends(self) -> tuple[str, ...]:
-        """Markers that end the reasoning: its own, or a call because models forget the former."""
-        return (THINK_END, *(self.tool_format.starts if self.tool_format else ()))
-
-    @property
     def markers(self) -> tuple[str, ...]:
         """Texts that the parser must see."""
         thinking = (THINK_BEGIN, THINK_END) if self.has_reasoning else ()
@@ -117,7 +112,8 @@ class OutputParser:
             answer.has_reasoning and (yield from self._feed.opens_with(THINK_BEGIN))
         ):
             self.is_reasoning = True
-            ends = answer.reasoning_ends
+            # a call inside of the reasoning ends it: models forget the end marker
+            ends = (THINK_END, *starts)
             marker = yield from self._feed.stream_until(ends, self._sink.reasoning)
             if marker is None:
                 return

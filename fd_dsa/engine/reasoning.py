@@ -7,15 +7,16 @@ hosted services of reasoning models do.
 from __future__ import annotations
 
 import copy
+import reprlib
 from dataclasses import dataclass
 from typing import Literal
 
-from fd_dsa.chat.events import MAX_SPACE
 from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, AnswerFormat
 from fd_dsa.engine.detokenizer import Detokenizer
 
-MAX_MARKERS = 16
-MAX_MARKER_CHARS = 128
+_MAX_MARKER_CHARS = 128
+# longer white space before `Reasoning.begin` belongs to the answer, as for parsers of answers
+_MAX_SPACE = 64
 
 
 @dataclass(frozen=True)
@@ -25,36 +26,30 @@ class Reasoning:
     Args:
         begin: text that opens the reasoning at the beginning of the output, with white space
             allowed before it; "" = the prompt has opened the reasoning.
-        ends: texts; the first one in the output ends the reasoning.
+        end: text whose first occurrence ends the reasoning.
 
     Raises:
-        ValueError: `ends` is empty or has an empty text, or the texts are too many or too long.
+        ValueError: `end` is empty, or a text is too long.
     """
 
     begin: str = ""
-    ends: tuple[str, ...] = (THINK_END,)
+    end: str = THINK_END
 
     def __post_init__(self) -> None:
-        is_texts = isinstance(self.ends, tuple) and all(
-            isinstance(end, str) and 0 < len(end) <= MAX_MARKER_CHARS for end in self.ends
-        )
-        if not is_texts or not 0 < len(self.ends) <= MAX_MARKERS:
-            raise ValueError(
-                f"reasoning.ends: got {self.ends!r}; must be a tuple of 1 to {MAX_MARKERS} texts "
-                f"of 1 to {MAX_MARKER_CHARS} characters"
-            )
-        if not isinstance(self.begin, str) or len(self.begin) > MAX_MARKER_CHARS:
-            raise ValueError(
-                f"reasoning.begin: got {self.begin!r}; must be a text of at most "
-                f"{MAX_MARKER_CHARS} characters"
-            )
+        for name, least in (("begin", 0), ("end", 1)):
+            text = getattr(self, name)
+            if not isinstance(text, str) or not least <= len(text) <= _MAX_MARKER_CHARS:
+                raise ValueError(
+                    f"reasoning.{name}: got {reprlib.repr(text)}; must be a text of {least} to "
+                    f"{_MAX_MARKER_CHARS} characters"
+                )
 
     @classmethod
     def of(cls, answer: AnswerFormat) -> Reasoning | None:
         """Return the markers of a chat format; None if its answers have no reasoning."""
         if not answer.has_reasoning:
             return None
-        return cls("" if answer.in_reasoning else THINK_BEGIN, answer.reasoning_ends)
+        return cls("" if answer.in_reasoning else THINK_BEGIN)
 
 
 class AnswerStart:
@@ -78,7 +73,6 @@ class AnswerStart:
         self.index: int | None = 0
         if not reasoning.begin:
             self._state, self.index = "reasoning", None
-        self._max_tail = max(map(len, reasoning.ends)) - 1
 
     @property
     def is_found(self) -> bool:
@@ -144,7 +138,7 @@ class AnswerStart:
             None if the output does not begin with the marker, or may still do so.
         """
         begin, stripped = self._reasoning.begin, text.lstrip()
-        if len(text) - len(stripped) <= MAX_SPACE:
+        if len(text) - len(stripped) <= _MAX_SPACE:
             if stripped.startswith(begin):
                 self._state, self._tail, self.index = "reasoning", "", None
                 return stripped[len(begin) :]
@@ -155,14 +149,13 @@ class AnswerStart:
         return None
 
     def _find_end(self, text: str) -> int | None:
-        """Return the offset in `text` after the first end marker; None without one."""
-        num_shown = len(self._tail)
+        """Return the offset in `text` after the end of the reasoning; None without it."""
+        end, num_shown = self._reasoning.end, len(self._tail)
         text = self._tail + text
-        found = [(start, end) for end in self._reasoning.ends if (start := text.find(end)) >= 0]
-        if found:
-            start, end = min(found)
+        start = text.find(end)
+        if start >= 0:
             return start + len(end) - num_shown
-        self._tail = text[-self._max_tail :] if self._max_tail else ""
+        self._tail = text[max(0, len(text) - len(end) + 1) :]
         return None
 
 

@@ -85,6 +85,9 @@ CASES: list[tuple[dict[str, Any], str | None, str, str | None]] = [
     ({"bad_words": ["O", "An"], **ON}, "a STOP", "\n\nA~ ST~P b ST~P", None),
     ({"bad_words": ["O", "An"]}, "a STOP", "\n\nA~ ST~P b ST~P", None),
     ({"bad_words": ["O"], **ON, **FIRST}, "a ST~P", "\n\nAn ST~P b ST~P", None),
+    # with a form, which begins after the reasoning too
+    ({"guided_choice": [ALL], "stop": "STOP", **ON}, "a STOP", "\n\nAn ", "STOP"),
+    ({"guided_regex": "[^O]*", "bad_words": ["S"], **ON}, "a STOP", "\n\nAn ~T~P b ~T~P", None),
     ({"messages": [HI, BEGUN], "stop": "STOP"}, " STOP", "\n\nAn ", "STOP"),
     ({"messages": [HI, THOUGHT], "stop": "STOP"}, None, " ", "STOP"),
 ]

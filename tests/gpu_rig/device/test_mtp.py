@@ -54,7 +54,7 @@ MASKED: list[dict[str, Any]] = [
     {**ABC, "temperature": 0, "structured_outputs": StructuredOutputsParams(regex="(ab?c?)*")},
     {**ABC, "temperature": 0.7, "bad_words": ["ab", "ca", "bbb"]},
     {**ABC, "temperature": 1, "structured_outputs": StructuredOutputsParams(regex="([ab]*c){4}")},
-    {**ABC, "temperature": 1, "bad_words": ["b", "aa"], "reasoning": Reasoning("", ("ba",))},
+    {**ABC, "temperature": 1, "bad_words": ["b", "aa"], "reasoning": Reasoning("", "ba")},
     {"temperature": 0, "logprobs": 1, "max_tokens": 3},
 ]
 MOST, SEED, NUM_BLOCKS = 2, 3, 6
