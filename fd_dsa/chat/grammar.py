@@ -94,7 +94,7 @@ def _v32_call(lark: _Lark, name: str, schema: Any) -> str:
 
 
 def _v32_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
-    """One argument of a call of DeepSeek-V3.2; of any name where that is None."""
+    """One argument of a call of DeepSeek-V3.2 or V4; of any name where that is None."""
     head = lark.literal(f'{marks.V32_ARGUMENT} name="')
     key = r'/[^"<>\n]+/' if name is None else lark.literal(name)
     types = types_of(schema, root)
@@ -157,5 +157,6 @@ def _required(schema: Any) -> Sequence[str]:
 _FORMS: dict[str, tuple[str, Callable[[_Lark, str, Any], str], str]] = {
     "deepseek_v31": (marks.V31_CALLS, _v31_call, marks.V31_CALLS_END),
     "deepseek_v32": (f"\n\n{marks.V32_CALLS}\n", _v32_call, marks.V32_CALLS_END),
+    "deepseek_v4": (f"\n\n{marks.V4_CALLS}\n", _v32_call, marks.V4_CALLS_END),
     "glm47": ("", _glm_call, ""),
 }

@@ -314,8 +314,10 @@ def _for_chat(
         continued: the message that the answer continues.
     """
     renderer = tokenizer.chat_renderer
-    source = "" if renderer is None else renderer.source
-    tool_format = find_tool_format(AUTO, source) if has_tools else None
+    if renderer is None:
+        return params
+    source, model_type = renderer.source, renderer.model_type
+    tool_format = find_tool_format(AUTO, source, model_type) if has_tools else None
     answer = AnswerFormat(has_reasoning(AUTO, source), tool_format=tool_format)
     reasoning = params.reasoning
     if answer.has_reasoning and reasoning is None and prompt is not None:

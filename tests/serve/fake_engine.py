@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any
 
+from fd_dsa.chat.renderers import NO_TEMPLATE
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput
@@ -18,7 +19,7 @@ WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
 class FakeRenderer:
     """`role:content` of every message, a line each; refuses to end with the assistant."""
 
-    source, origin = "plain", "a script"
+    source, origin, model_type = "plain", "a script", None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **kwargs: Any
@@ -47,6 +48,7 @@ class FakeTokenizer:
     ) -> None:
         self.chat_renderer = chat_renderer
         self.has_chat_template = chat_renderer is not None
+        self.why_no_chat = NO_TEMPLATE
         self.special_tokens = {"bos_token": "<bos>"}
         self._special_ids = dict(special_ids or {})
 
@@ -108,6 +110,7 @@ class FakeEngine:
         self.step_s = step_s
         self.is_running = self.is_held = False
         self.errored: BaseException | None = None
+        self.silent_s = 0.0
         self.fail_after: int | None = None
         self.fails_alone = False
         self.nan_after: int | None = None
