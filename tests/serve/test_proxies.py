@@ -17,7 +17,7 @@ from tests.serve.test_guard import every_route
 
 KEY = {"Authorization": "Bearer secret"}
 FILES = ["/static/page.js", "/static/nothing.js", "/nothing", "/v1/models/nothing"]
-# of an answer that is made anew for each request
+# headers that differ between two answers
 VARYING = {"date", "x-request-id", "content-length"}
 
 
