@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import ByteLevel
+from tokenizers.decoders import Decoder
 
 from fd_dsa.chat.renderers import NO_TEMPLATE, read_renderer
 from fd_dsa.chat.template import ChatTemplate
@@ -267,7 +268,7 @@ class Tokenizer:
         None unless the decoder is byte-level: only there is a text the concatenation of its
         tokens' bytes. Ids without a token are empty.
         """
-        if not isinstance(self._backend.decoder, ByteLevel):
+        if not _is_byte_level(self._backend.decoder):
             return None
         vocab = self._backend.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocab.values(), default=-1) + 1)
@@ -369,6 +370,15 @@ class Tokenizer:
         piece = self._backend.id_to_token(token_id) or ""
         byte = _BYTE_TOKEN.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
+
+
+def _is_byte_level(decoder: Decoder | None) -> bool:
+    """Whether a decoder maps the characters of tokens to bytes and does nothing else."""
+    if decoder is None:
+        return False
+    state = json.loads(decoder.__getstate__())
+    kinds = {step["type"] for step in state.get("decoders", [state])}
+    return "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -70,10 +70,29 @@ def test_a_grammar_may_name_a_token() -> None:
             assert walks.take(matcher, [token_id]) == 1
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "digits_from_the_right", "deepseek"])
-def test_other_kinds_of_tokenizers(kind: str) -> None:
+def byte_level_in_steps() -> Backend:
+    """The demo model's, with a decoder that is a list of one."""
+    backend = tokenizer_kinds.demo()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel()])
+    return backend
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tokenizer_kinds.llama,
+        tokenizer_kinds.gpt2,
+        tokenizer_kinds.digits_from_the_right,
+        tokenizer_kinds.deepseek,
+        byte_level_in_steps,
+    ],
+)
+def test_other_kinds_of_tokenizers(make: Callable[[], Backend]) -> None:
     """Forms hold for tokenizers that put a space in front, and for those with byte fallback."""
-    walks = Walks(Tokenizer(tokenizer_kinds.KINDS[kind]()))
+    backend = make()
+    backend.add_special_tokens(["<hidden>"])
+    walks = Walks(Tokenizer(backend))
+    assert backend.token_to_id("<hidden>") not in walks.allowed(walks.begin(ANY_TEXT))
     rng = np.random.default_rng(0)
     form = StructuredOutputsParams(regex="(a|the|é){1,4}( word|漢)[.]?")
     for _ in range(5):
@@ -114,6 +133,14 @@ def test_a_tokenizer_without_texts_turns_forms_off_only(
     asked = StructuredOutputsParams(choice=["a"], source="guided_choice")
     with pytest.raises(ValueError, match=f"^guided_choice cannot be used: .*{reason}"):
         compiler.check(SamplingParams(structured_outputs=asked))
+
+
+def test_a_hidden_token_may_be_the_text_that_a_form_comes_after() -> None:
+    walks = Walks(demo_with(("</think>",)))
+    form = StructuredOutputsParams(choice=["yes"], after_text="</think>")
+    for text, fields in (("So</think>yes", {}), ("</think>yes", {"skip_special_tokens": False})):
+        assert walks.accepts(form, text, **fields) == (True, True)
+        assert walks.accepts(form, text[:-1] + "x", **fields) == (False, False)
 
 
 WALKS = Walks(TOKENIZER)

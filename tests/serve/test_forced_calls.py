@@ -35,7 +35,7 @@ PAIRS = [
     ("not special", "deepseek_v31"),
     ("not special", "deepseek_v32"),
     ("deepseek", "deepseek_v31"),
-    ("deepseek", "deepseek_v32"),
+    ("deepseek", "deepseek_v4"),
 ]
 
 
@@ -74,7 +74,7 @@ def ask(live: Live, kind: str, **fields: Any) -> list[dict[str, Any]]:
         "chat_template_kwargs": thinking,
         "logit_bias": {str(token_id): likely for token_id in (end, fakes.EOS)},
         "max_tokens": 1500,
-        "n": 3,
+        "n": 2,
         "seed": 3,
         **fields,
     }
@@ -128,7 +128,7 @@ def test_with_auto_an_answer_is_a_call_or_has_the_form(kind: str, tool_format: s
     with serving(kind, tool_format) as live:
         for form, has_form in FORMS:
             calls = 0
-            choices = ask(live, kind, n=12, **form)
+            choices = ask(live, kind, n=8, **form)
             for choice in choices:
                 if choice["message"].get("tool_calls"):
                     check_calls(choice)
@@ -137,7 +137,7 @@ def test_with_auto_an_answer_is_a_call_or_has_the_form(kind: str, tool_format: s
                     assert choice["finish_reason"] == "stop"
                     assert has_form(choice["message"]["content"])
             assert 0 < calls < len(choices), form
-            for choice in ask(live, kind, parallel_tool_calls=False, n=6, **form):
+            for choice in ask(live, kind, parallel_tool_calls=False, n=2, **form):
                 assert len(choice["message"].get("tool_calls") or []) <= 1
 
 
