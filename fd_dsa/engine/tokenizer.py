@@ -15,6 +15,7 @@ from tokenizers.decoders import Decoder
 
 from fd_dsa.chat.renderers import NO_TEMPLATE, read_renderer
 from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.engine.byte_level import byte_table
 from fd_dsa.engine.text_windows import encode_text
 from fd_dsa.environment import set_default
 from fd_dsa.errors import ConfigError
@@ -270,17 +271,8 @@ class Tokenizer:
         """
         if not _is_byte_level(self._backend.decoder):
             return None
-        vocab = self._backend.get_vocab(with_added_tokens=True)
-        table = [b""] * (max(vocab.values(), default=-1) + 1)
-        byte_of_char = _byte_level_alphabet()
-        for token, token_id in vocab.items():
-            try:
-                table[token_id] = bytes([byte_of_char[char] for char in token])
-            except KeyError:
-                table[token_id] = token.encode()
-        for token_id, added in self._added_tokens.items():
-            table[token_id] = added.content.encode()
-        return table
+        contents = {i: token.content for i, token in self._added_tokens.items()}
+        return byte_table(self._backend.get_vocab(with_added_tokens=True), contents)
 
     def text_token_bytes(self, kept: frozenset[int] = frozenset()) -> list[bytes] | None:
         """Like `token_bytes`, with nothing for special tokens but those in `kept`."""
@@ -379,18 +371,6 @@ def _is_byte_level(decoder: Decoder | None) -> bool:
     state = json.loads(decoder.__getstate__())
     kinds = {step["type"] for step in state.get("decoders", [state])}
     return "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Character -> byte of the byte-level alphabet (GPT-2's): no control character or space.
-
-    Printable Latin-1 bytes stand for themselves, the other bytes for U+0100 onwards in order.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet.update({chr(0x100 + i): byte for i, byte in enumerate(others)})
-    return alphabet
 
 
 def _read_json(file: Path) -> dict[str, Any]:
