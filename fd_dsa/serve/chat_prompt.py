@@ -18,6 +18,7 @@ from fd_dsa.chat.parser import (
 )
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.chat.tool_formats import ToolFormat
+from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
@@ -78,6 +79,7 @@ def make_job(
     params = dataclasses.replace(
         params,
         kept_special_token_ids=frozenset(special_ids.values()),
+        reasoning=None if body.constrain_reasoning else Reasoning.of(answer),
         structured_outputs=_form(params.structured_outputs, body, answer),
     )
     job = Job(request_id, prompt, params)

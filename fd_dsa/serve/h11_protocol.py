@@ -206,7 +206,7 @@ class StrictH11Protocol(H11Protocol):
         self._listener = listener
         self._give_up: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
-        self._is_refused = False
+        self._is_refused = self._is_head_request = False
 
     @property
     def has_unread(self) -> bool:
@@ -242,6 +242,7 @@ class StrictH11Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         """The answer has been handed over, perhaps before the whole request had come."""
         self._listener.waits(self)
+        self._is_head_request = False
         if self.conn.their_state is h11.SEND_BODY:
             self._expect_head()
         super().on_response_complete()
@@ -255,6 +256,7 @@ class StrictH11Protocol(H11Protocol):
 
     def _admit(self, request: h11.Request) -> None:
         """Count a request; where all places are taken only a probe is served."""
+        self._is_head_request = request.method == b"HEAD"
         is_probe = request.target.partition(b"?")[0] in _PROBES
         if self._listener.is_full and not is_probe:
             raise ApiError(
@@ -289,7 +291,7 @@ class StrictH11Protocol(H11Protocol):
         reason = HTTPStatus(error.status).phrase.encode()
         for event in (
             h11.Response(status_code=error.status, headers=headers, reason=reason),
-            h11.Data(data=bytes(answer.body)),
+            h11.Data(data=b"" if self._is_head_request else bytes(answer.body)),
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event))
