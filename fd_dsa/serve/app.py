@@ -22,6 +22,7 @@ from fd_dsa.serve.errors import (
     ApiError,
     install_error_handlers,
     internal_error,
+    is_anthropic,
 )
 from fd_dsa.serve.guard import GuardMiddleware
 from fd_dsa.serve.state import ServerState, State
@@ -102,6 +103,8 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
 class RequestIdMiddleware:
     """Gives every response an `X-Request-Id` (the client's own if it sent one).
 
+    Clients of the Anthropic API read it as `request-id`.
+
     An exception that no handler took is logged with that id and answered with a 500; what is cut
     off by the end of the server with a 503.
     """
@@ -124,7 +127,10 @@ class RequestIdMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                if is_anthropic(scope["path"]):
+                    headers["request-id"] = request_id
             await send(message)
 
         try:
@@ -137,9 +143,9 @@ class RequestIdMiddleware:
             logger.warning("request %s: ended by the shutdown", request_id)
             if not started:
                 error = ApiError(503, "the server has shut down before it came to the request")
-                await error.response()(scope, receive, send_with_id)
+                await error.response(scope["path"])(scope, receive, send_with_id)
         except Exception:
             logger.exception("request %s failed", request_id)
             if not started:
                 error = internal_error(request_id)
-                await error.response()(scope, receive, send_with_id)
+                await error.response(scope["path"])(scope, receive, send_with_id)
