@@ -16,7 +16,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fd_dsa import __version__
-from fd_dsa.serve import chat, completions, metrics, pages, status, tokenization
+from fd_dsa.serve import (
+    chat,
+    completions,
+    messages,
+    metrics,
+    pages,
+    responses,
+    status,
+    tokenization,
+)
 from fd_dsa.serve.errors import (
     ERROR_RESPONSES,
     ApiError,
@@ -69,7 +78,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     app.include_router(router)
-    for part in (chat, completions, tokenization, status, metrics):
+    for part in (chat, completions, responses, messages, tokenization, status, metrics):
         app.include_router(part.router)
     app.include_router(pages.api_router)
     app.mount(pages.STATIC_PREFIX, pages.PageFiles())

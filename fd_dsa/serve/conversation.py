@@ -53,6 +53,8 @@ class Choice:
 
     Attributes:
         is_complete: nothing that the engine adds is shown any more.
+        is_reasoning: the text so far ends inside of the reasoning.
+        num_reasoning_tokens: tokens of the steps that ended or began inside of it.
         new_token_ids, new_scores: what the last step has shown.
         events, token_ids, scores: all that was shown, of a whole answer.
     """
@@ -60,6 +62,7 @@ class Choice:
     def __init__(self, answer: AnswerFormat, body: ChatCompletionRequest) -> None:
         self.is_complete = self.has_calls = False
         self.output: RequestOutput | None = None
+        self.num_reasoning_tokens = 0
         self.new_token_ids: Sequence[int] = ()
         self.new_scores: Sequence[TokenLogprobs] = ()
         self.events: list[Event] = []
@@ -70,6 +73,10 @@ class Choice:
         # the reasoning is a part of the answer; its tokens and scores go with it
         self._shows_reasoning = body.include_reasoning is not False
 
+    @property
+    def is_reasoning(self) -> bool:
+        return self._parser.is_reasoning
+
     def add(self, output: RequestOutput, *, is_whole: bool = False) -> list[Event]:
         """What a step adds to the answer, or a whole output."""
         self.new_token_ids, self.new_scores = (), ()
@@ -77,11 +84,13 @@ class Choice:
             return []
         self.output = output
         text, token_ids, scores = shown(output, is_whole)
-        was_reasoning = self._parser.is_reasoning
+        was_reasoning = self.is_reasoning
         events = self._parser.feed(text)
         if output.finished:
             events += self._parser.finish()
-        if self._shows_reasoning or not (was_reasoning or self._parser.is_reasoning):
+        is_reasoned = was_reasoning or self.is_reasoning
+        self.num_reasoning_tokens += len(token_ids) if is_reasoned else 0
+        if self._shows_reasoning or not is_reasoned:
             self.new_token_ids, self.new_scores = token_ids, scores
         return list(self._shown(events))
 
