@@ -171,6 +171,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
     def translate(self, made: Translation) -> None:
         made.paths |= {
             "max_completion_tokens": "max_output_tokens",
+            "max_tokens": "max_output_tokens",
             "messages": "input",
             "reasoning_effort": "reasoning.effort",
             "response_format": "text.format",
