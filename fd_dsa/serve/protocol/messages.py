@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from fd_dsa.engine.sampling_params import MAX_STOP_STRINGS
 from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol.chat import MAX_TOOLS
-from fd_dsa.serve.protocol.fields import MAX_ENTRIES, at_most
+from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, at_most
 from fd_dsa.serve.protocol.messages_input import add_messages, joined_texts
 from fd_dsa.serve.protocol.translation import (
     Node,
@@ -74,6 +74,8 @@ _EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _MODES = {"auto": "auto", "any": "required", "none": "none"}
 _DISPLAYS = ("summarized", "omitted", "updates")
 _FUNCTION_FIELDS = ("name", "description", "strict", "input_examples")
+_BLOCKS = {"type": "array", "items": {"type": "object"}}
+_SystemField = Annotated[Any, WithJsonSchema({"anyOf": [TEXT, _BLOCKS]})]
 _EXAMPLE = {"messages": [{"role": "user", "content": "Hello! What can you do?"}]}
 
 
@@ -87,7 +89,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
         description="Of role user, assistant or system; the answer goes on with a last message of "
         "the assistant."
     )
-    system: str | list[Any] | None = Field(None, description="A text or a list of text blocks.")
+    system: _SystemField = Field(None, description="A text or a list of text blocks.")
     tools: Annotated[list[dict[str, Any]], at_most(MAX_TOOLS)] | None = Field(
         None, description="Tools of the client."
     )

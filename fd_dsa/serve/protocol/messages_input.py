@@ -19,6 +19,8 @@ def joined_texts(value: Any, path: str) -> str:
     """The text of a content that is a text or a list of text blocks."""
     if isinstance(value, str):
         return value
+    if not isinstance(value, list):
+        raise FieldError(f"{path}: got {show(value)}; allowed is a string or a list of text blocks")
     blocks = nodes(value, path)
     for block in blocks:
         block.kind(("text",), _READS_TEXT)

@@ -124,6 +124,9 @@ _MetadataField = Annotated[
     PlainValidator(_metadata),
     WithJsonSchema({"type": "object", "additionalProperties": TEXT}),
 ]
+_ChoiceField = Annotated[
+    Any, WithJsonSchema({"anyOf": [{**TEXT, "enum": list(_CHOICES)}, {"type": "object"}]})
+]
 _EXAMPLE = {"input": "Hello! What can you do?", "max_output_tokens": 64}
 
 
@@ -141,7 +144,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
     tools: Annotated[list[dict[str, Any]], at_most(MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
     )
-    tool_choice: str | dict[str, Any] | None = Field(
+    tool_choice: _ChoiceField = Field(
         None, description="none, auto, required, a function by its name, or allowed_tools."
     )
     parallel_tool_calls: bool | None = Field(
