@@ -19,6 +19,7 @@ from fd_dsa.serve.protocol.messages import (
     CountTokensRequest,
     MessagesRequest,
 )
+from fd_dsa.serve.protocol.translation import EXTENSIONS
 from tests.chat.recorded import RECORDED, SCHEMAS, TOOLS, Recorded
 from tests.serve.conftest import Live, exchange, running, wait_until
 from tests.serve.fake_engine import FakeEngine
@@ -262,8 +263,8 @@ def test_usage() -> None:
     for usage in (start.message.usage, whole, streamed):
         assert (usage.input_tokens, usage.cache_read_input_tokens) == (1, num_prompt - 1)
     assert whole.output_tokens == streamed.output_tokens == len(V32.tokens)
-    assert whole.output_tokens_details is not None
-    assert whole.output_tokens_details.thinking_tokens == V32.tokens.index("</think>") + 1
+    details = whole.to_dict()["output_tokens_details"]
+    assert details == {"thinking_tokens": V32.tokens.index("</think>") + 1}
 
 
 class City(BaseModel):
@@ -450,7 +451,7 @@ def test_every_field_of_the_client_is_known() -> None:
     )
     from anthropic.types.beta import message_create_params as beta_params
 
-    known = MessagesRequest.model_fields.keys() | REFUSED | IGNORED
+    known = MessagesRequest.model_fields.keys() | REFUSED | IGNORED | EXTENSIONS
     for module in (message_create_params, beta_params):
         base = module.MessageCreateParamsBase.__annotations__
         streaming = module.MessageCreateParamsStreaming.__annotations__

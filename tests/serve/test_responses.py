@@ -44,7 +44,7 @@ def parts_of(response: Response) -> dict[str, Any]:
     found: dict[str, Any] = {"reasoning": "", "calls": [], "text": response.output_text}
     for item in response.output:
         if item.type == "reasoning":
-            found["reasoning"] += "".join(part.text for part in item.content or [])
+            found["reasoning"] += "".join(part["text"] for part in item.to_dict()["content"])
         elif item.type == "function_call":
             found["calls"].append((item.name, item.arguments))
     return found
@@ -188,7 +188,7 @@ def test_the_request_is_repeated_and_nothing_is_stored(v32: Live) -> None:
         "truncation": "auto",
         "user": "u",
     }
-    answer = v32.client.responses.create(**{**V32_FIELDS, **fields}).to_dict()
+    answer = v32.client.responses.create(**V32_FIELDS, extra_body=fields).to_dict()
     kept = {name: answer[name] for name in fields}
     assert kept == {**fields, "store": False, "truncation": "disabled"}
     assert (answer["object"], answer["model"]) == ("response", "demo")

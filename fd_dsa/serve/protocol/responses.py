@@ -24,6 +24,7 @@ _NO_PROMPTS = "this server stores no prompts; send instructions and input"
 _FIRST = "not a field of /v1/responses; use"
 
 REFUSED: Refusals = {
+    "access_programs": (({},), "this server has none; leave it out"),
     "background": ((False,), "this server stores no responses; leave it out, and use stream"),
     "context_management": (([],), "this server compacts nothing; shorten the input"),
     "conversation": ((), _STORES_NOTHING),
@@ -53,6 +54,7 @@ REFUSED_IN: dict[str, Refusals] = {
     },
     "text": {"verbosity": (("medium",), "the model has no switch for it; ask for it in words")},
     "tools": {
+        "async": ((False,), "the model waits for the results of its calls; leave it out"),
         "allowed_callers": ((["direct"],), "only the model calls functions; leave it out"),
         "defer_loading": ((False,), "this server has no tool search; leave it out"),
     },
@@ -61,6 +63,7 @@ REFUSED_IN: dict[str, Refusals] = {
 
 IGNORED = frozenset(
     {
+        "image",
         "max_tool_calls",
         "metadata",
         "prompt_cache_key",
