@@ -83,7 +83,7 @@ class BlockAnswer(ConversationAnswer):
 
     @abstractmethod
     def show(self, change: Change) -> Iterator[dict[str, Any]]:
-        """The events of a stream that tell of a change."""
+        """The events of a stream for one change."""
 
     @abstractmethod
     def closing(self, output: RequestOutput) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import ApiError, is_anthropic
 from fd_dsa.serve.guard import OPEN_PATHS, host_rule
 from tests.serve.conftest import Live, exchange, running, wait_until
 from tests.serve.fake_engine import FakeEngine
