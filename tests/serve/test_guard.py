@@ -57,6 +57,8 @@ def test_every_route_but_the_open_ones_asks_for_a_key(guarded: Live) -> None:
         paths.add(path)
         if path in OPEN_PATHS:
             assert answer.status_code == 200, path
+        elif is_anthropic(path):
+            assert (answer.status_code, answer.json()["type"]) == (401, "error"), path
         elif method != "HEAD":
             error = error_of(answer, 401)
             assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
