@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _Body = TypeVar("_Body", bound=GenerationRequest)
 
-# of a whole answer: 0.1 ms
-_SHORT_TOKENS = 4096
+SHORT_TOKENS = 4096
+"""Of a whole answer that is written in 0.1 ms."""
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -114,7 +114,7 @@ class Answer(ABC, Generic[_Body]):
         is_scored = params.logprobs is not None or params.prompt_logprobs is not None
         if is_scored or params.return_topk_positions or self.body.return_token_ids:
             return False
-        return sum(output.num_tokens for output in self.outputs.values()) <= _SHORT_TOKENS
+        return sum(output.num_tokens for output in self.outputs.values()) <= SHORT_TOKENS
 
     def is_small(self, job_index: int, output: RequestOutput) -> bool:
         """Whether the chunks of a step are short: nothing of the prompt, no chosen positions."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fd_dsa.chat.events import Event
 from fd_dsa.chat.parser import AnswerFormat
+from fd_dsa.serve.answer import SHORT_TOKENS
 from fd_dsa.serve.conversation import ConversationAnswer
 from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.generation import Job
@@ -93,6 +94,12 @@ class BlockAnswer(ConversationAnswer):
         super().take(job_index, output)
         for _ in self._changes(output):
             pass
+
+    def is_small(self, job_index: int, output: RequestOutput) -> bool:
+        """See `Answer`; the end of a block repeats all of it, with its scores."""
+        is_scored = self.jobs[0].params.logprobs is not None
+        is_long = output.finished and output.num_tokens > SHORT_TOKENS
+        return super().is_small(job_index, output) and not (is_scored or is_long)
 
     def whole(self, head: dict[str, Any]) -> JsonResponse:
         self.head = head

@@ -54,6 +54,8 @@ class ResponseAnswer(BlockAnswer):
         super().__init__(state, body.chat, job, answer_format)
         self._asked = body
         self._num_events = 0
+        # scores of ended blocks, which several events repeat
+        self._packed: dict[int, list[Any] | orjson.Fragment] = {}
 
     def choices(self) -> Iterator[dict[str, Any]]:
         yield self._ended(self.outputs[0, 0])
@@ -86,7 +88,8 @@ class ResponseAnswer(BlockAnswer):
             yield self._event(f"response.{name}.delta", **place, delta=change.text, **scores)
         else:
             if block.kind == "content":
-                scores = {"logprobs": self._scores(block.scores)}
+                self._packed[block.index] = self._scores(block.scores)
+                scores = {"logprobs": self._packed[block.index]}
             yield self._event(f"response.{name}.done", **place, text=block.text, **scores)
             yield self._event("response.content_part.done", **place, part=self._part(block))
 
@@ -182,7 +185,8 @@ class ResponseAnswer(BlockAnswer):
     def _part(self, block: Block) -> dict[str, Any]:
         if block.kind == "reasoning":
             return {"type": "reasoning_text", "text": block.text}
-        scores = self._scores(block.scores)
+        scores = self._packed.get(block.index)
+        scores = self._scores(block.scores) if scores is None else scores
         return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": scores}
 
     def _scores(self, scores: Sequence[TokenLogprobs]) -> list[Any] | orjson.Fragment:

@@ -185,7 +185,8 @@ def test_blocks_become_the_messages_of_a_chat(v32: Live, client: anthropic.Anthr
     counted = client.messages.count_tokens(
         model="demo", messages=messages, tools=OWN_TOOLS, thinking=V32_FIELDS["thinking"]
     )
-    client.messages.create(**{**V32_FIELDS, "messages": messages})
+    more: Any = {"betas": ["x"], "context_management": {"edits": []}}
+    client.beta.messages.create(**{**V32_FIELDS, "messages": messages}, **more)
     assert counted.input_tokens == len(prompt_of(v32).encode())
 
 

@@ -69,6 +69,7 @@ def error_of(answer: Any) -> dict[str, Any]:
         ({"output_config": {"effort": "huge"}}, "output_config.effort: got"),
         ({"output_config": {"format": {"type": "x"}}}, "output_config.format.type: got"),
         ({"stop_sequences": [""]}, "stop_sequences: got"),
+        ({"stop": ["x"]}, 'stop: got ["x"]; not a field of /v1/messages; use stop_sequences'),
         ({"container": "c"}, "container: got"),
         ({"mcp_servers": [{}]}, "mcp_servers: got"),
         ({"temperature": -1}, "temperature"),

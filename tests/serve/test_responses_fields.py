@@ -100,10 +100,10 @@ def test_refusals_name_the_field(
 
 
 def test_extensions_of_chat_pass(v32: Live) -> None:
-    more = {"top_k": 5, "seed": 3, "chat_template_kwargs": {"thinking": False}}
+    more = {"top_k": 5, "seed": 3, "stop": ["x"], "chat_template_kwargs": {"thinking": False}}
     v32.client.responses.create(model="demo", input="Hi", extra_body=more)
     prompt, params = list(v32.engine.requests.values())[-1]
-    assert (params.top_k, params.seed) == (5, 3)
+    assert (params.top_k, params.seed, params.stop_strings) == (5, 3, ("x",))
     assert bytes(prompt).endswith(b"</think>")
 
 

@@ -42,7 +42,6 @@ REFUSED: Refusals = {
     "n": ((1,), "a response has one answer; send several requests"),
     "reasoning_effort": ((), f"{_FIRST} reasoning.effort"),
     "response_format": ((), f"{_FIRST} text.format"),
-    "stop": (([],), "/v1/responses has no stop strings; use /v1/chat/completions"),
     "verbosity": (("medium",), f"{_FIRST} text.verbosity"),
 }
 """Fields of a request that are refused; see `Refusals`."""

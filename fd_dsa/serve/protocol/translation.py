@@ -41,6 +41,7 @@ EXTENSIONS = frozenset(
         "seed",
         "skip_special_tokens",
         "speculative",
+        "stop",
         "stop_token_ids",
         "structured_outputs",
         "top_k",
@@ -209,7 +210,7 @@ class TranslatedRequest(Body):
         """Translate the request; raises ApiError 400 for what cannot be honoured."""
         extra = self.model_extra or {}
         extensions = {name: value for name, value in extra.items() if name in EXTENSIONS}
-        known = EXTENSIONS | self.ignored
+        known = (EXTENSIONS | self.ignored) - self.refused.keys()
         others = {name: value for name, value in extra.items() if name not in known}
         check_fields(others, self.refused)
         made = self._translation
