@@ -13,14 +13,16 @@ DeepSeek-V3.2, in its markup DSML:
     </｜DSML｜invoke>
     </｜DSML｜function_calls>
 
+DeepSeek-V4 writes the same in a section named `tool_calls`.
+
 GLM-4.5 to GLM-5, where a string is written as it is and anything else as JSON, so that the tool's
 schema says which a value is:
 
     <tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>...</tool_call>
 
-Source of the formats: the chat templates of the models, and `encoding/encoding_dsv32.py` of
-DeepSeek-V3.2's folder. That V3.2 may write the arguments of a call as one JSON object:
-sgl-project/sglang, its detector of this format.
+Source of the formats: the chat templates of the models, and the files `encoding_dsv32.py` and
+`encoding_dsv4.py` of DeepSeek's folders. That V3.2 may write the arguments of a call as one JSON
+object: sgl-project/sglang, its detector of this format.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ V31_SEPARATOR = "<｜tool▁sep｜>"
 
 DSML = "｜DSML｜"
 V32_CALLS, V32_CALLS_END = f"<{DSML}function_calls>", f"</{DSML}function_calls>"
+V4_CALLS, V4_CALLS_END = f"<{DSML}tool_calls>", f"</{DSML}tool_calls>"
 V32_CALL, V32_CALL_END = f"<{DSML}invoke", f"</{DSML}invoke>"
 V32_ARGUMENT, V32_ARGUMENT_END = f"<{DSML}parameter", f"</{DSML}parameter>"
 _V32_NAME = re.compile(r'\s+name="([^"]+)"\s*')
@@ -61,10 +64,10 @@ class ToolFormat(ABC):
     """
 
     name: ClassVar[str]
-    starts: ClassVar[tuple[str, ...]]
+    starts: tuple[str, ...]
     markers: ClassVar[tuple[str, ...]]
     call: ClassVar[str]
-    calls_end: ClassVar[str] = ""
+    calls_end: str = ""
     argument: ClassVar[str] = ""
 
     def section(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[None]:
@@ -138,13 +141,22 @@ class DeepseekV31Tools(ToolFormat):
 
 
 class DeepseekV32Tools(ToolFormat):
-    """Reads the calls of DeepSeek-V3.2; the empty line before the section is a part of it."""
+    """Reads the calls of DeepSeek-V3.2; the empty line before the section is a part of it.
+
+    Attributes:
+        section_name: name of the element around all calls; a subclass may have another one.
+    """
 
     name = "deepseek_v32"
-    starts = (f"\n\n{V32_CALLS}", f"\n{V32_CALLS}", V32_CALLS)
+    section_name: ClassVar[str] = "function_calls"
     # the markup is made of ordinary characters, but for this token
     markers = (DSML,)
-    call, calls_end, argument = V32_CALL, V32_CALLS_END, V32_ARGUMENT
+    call, argument = V32_CALL, V32_ARGUMENT
+
+    def __init__(self) -> None:
+        begin = f"<{DSML}{self.section_name}>"
+        self.starts = (f"\n\n{begin}", f"\n{begin}", begin)
+        self.calls_end = f"</{DSML}{self.section_name}>"
 
     def _read_call(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[str | None]:
         attributes, close = yield from feed.until((">",))
@@ -155,7 +167,7 @@ class DeepseekV32Tools(ToolFormat):
             sink.content(V32_CALL + attributes + (close or ""))
             return V32_CALL_END
         sink.start_call(match[1])
-        ends = (V32_CALL_END, V32_CALLS_END)
+        ends = (V32_CALL_END, self.calls_end)
         if (yield from feed.skip_space()) == "{":
             return (yield from self._read_json(feed, sink, ends))
         marker = yield from feed.stream_until((V32_ARGUMENT, *ends), sink.content, keeps_half=False)
@@ -171,6 +183,13 @@ class DeepseekV32Tools(ToolFormat):
         elif close is not None and match is not None:
             is_text = match[2] == "true"
             yield from writer.read(feed, match[1], V32_ARGUMENT_END, is_text)
+
+
+class DeepseekV4Tools(DeepseekV32Tools):
+    """Reads the calls of DeepSeek-V4."""
+
+    name = "deepseek_v4"
+    section_name = "tool_calls"
 
 
 class GlmTools(ToolFormat):

@@ -49,11 +49,11 @@ async def respond(
             that may take a while.
         prefix: beginning of the id.
     """
-    state.check_available()
+    state.check_available(is_accepted=True)
     model = state.resolve_model(body.model)
     answer_id = f"{prefix}{uuid.uuid4().hex}"
     answer = await state.prompt_workers.run(make, answer_id, request=request)
-    await check_form(state, answer.jobs[0], answer.prompt_field)
+    await unless_gone(request, check_form(state, answer.jobs[0], answer.prompt_field))
     state.hold(request.scope["state"], sum(job.params.n for job in answer.jobs), "n")
     kind = answer.chunk_object if body.stream else answer.whole_object
     head = {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}

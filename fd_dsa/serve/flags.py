@@ -109,9 +109,9 @@ _FLAGS = {
         "--trust-request-chat-template": "let requests bring templates; one can keep a processor "
         "busy indefinitely",
         "--tool-call-parser NAME": f"how answers call tools: {', '.join(TOOL_FORMATS)}, none, or "
-        "auto, by the template (default: auto)",
+        "auto, by the template and the model's generation (default: auto)",
         "--reasoning-parser NAME": f"how answers reason: {', '.join(REASONING_FORMATS)}, none, or "
-        "auto, by the template (default: auto)",
+        "auto, by the template and the model's generation (default: auto)",
     },
     "server": {
         "--host": "interface (default: 127.0.0.1)",

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any
 
+from fd_dsa.chat.renderers import NO_TEMPLATE
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.text_windows import TooManyTokens
 
 WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
@@ -19,7 +19,7 @@ WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
 class FakeRenderer:
     """`role:content` of every message, a line each; refuses to end with the assistant."""
 
-    source, origin = "plain", "a script"
+    source, origin, model_type = "plain", "a script", None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **kwargs: Any
@@ -48,6 +48,7 @@ class FakeTokenizer:
     ) -> None:
         self.chat_renderer = chat_renderer
         self.has_chat_template = chat_renderer is not None
+        self.why_no_chat = NO_TEMPLATE
         self.special_tokens = {"bos_token": "<bos>"}
         self._special_ids = dict(special_ids or {})
 
@@ -109,6 +110,7 @@ class FakeEngine:
         self.step_s = step_s
         self.is_running = self.is_held = False
         self.errored: BaseException | None = None
+        self.silent_s = 0.0
         self.fail_after: int | None = None
         self.fails_alone = False
         self.nan_after: int | None = None
@@ -135,7 +137,7 @@ class FakeEngine:
         """There is nothing to tell."""
         return {}
 
-    async def check_form(self, form: StructuredOutputsParams) -> None:
+    async def check_form(self, params: SamplingParams) -> None:
         """Every form is fine."""
 
     def end(self, request_id: str, index: int | None = None) -> None:
