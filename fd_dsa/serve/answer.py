@@ -135,14 +135,13 @@ class Answer(ABC, Generic[_Body]):
 
     async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed answer, those of all choices as they come, then the usage."""
-        # as in the OpenAI API, usage is null in all chunks before the one that has it
-        null = {"usage": None} if self.body.include_usage else {}
         for chunk in self.opening():
-            yield {**head, **chunk, **null}
+            yield {**head, **chunk, **self._usage_so_far()}
         async with contextlib.aclosing(self.steps()) as steps:
             async for choices in steps:
+                usage = self._usage_so_far() if choices else {}
                 for choice in choices:
-                    yield {**head, "choices": [choice], **null}
+                    yield {**head, "choices": [choice], **usage}
         if self.body.include_usage:
             yield {**head, "choices": [], "usage": self.usage()}
 
@@ -160,6 +159,12 @@ class Answer(ABC, Generic[_Body]):
     def failure(self, error: ApiError) -> dict[str, Any]:
         """The chunk of a stream that fails after its beginning."""
         return error.body()
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        """The field `usage` of a chunk before the last one; null in the OpenAI API."""
+        if not self.body.include_usage:
+            return {}
+        return {"usage": self.usage() if self.body.usage_in_each_chunk else None}
 
     def shown_outputs(self) -> Sequence[RequestOutput]:
         """The last output of each choice whose tokens the answer shows."""

@@ -46,7 +46,7 @@ def error_of(live: Live, **fields: Any) -> dict[str, Any]:
         ({"input": [{"id": "x"}]}, "input[0].type", "stores none"),
         ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type", "no tools itself"),
         (
-            {"input": [{"type": "function_call", "call_id": "a", "name": "n", "arguments": "["}]},
+            {"input": [{"type": "function_call", "call_id": "a", "name": "n", "arguments": 3}]},
             "input[0].arguments",
             "JSON text of an object",
         ),
@@ -86,6 +86,9 @@ def error_of(live: Live, **fields: Any) -> dict[str, Any]:
         ({"background": True}, "background", "stores no responses"),
         ({"messages": HI}, "messages", "use input"),
         ({"max_tokens": 3}, "max_tokens", "use max_output_tokens"),
+        ({"n": 2}, "n", "one answer"),
+        ({"return_token_ids": True}, "return_token_ids", "use /v1/chat/completions"),
+        ({"allowed_token_ids": [2]}, "allowed_token_ids", "not supported"),
         ({"temperature": -1}, "temperature", ""),
         ({"top_k": -5}, "top_k", ""),
     ],
@@ -101,7 +104,9 @@ def test_refusals_name_the_field(
 
 def test_extensions_of_chat_pass(v32: Live) -> None:
     more = {"top_k": 5, "seed": 3, "stop": ["x"], "chat_template_kwargs": {"thinking": False}}
-    v32.client.responses.create(model="demo", input="Hi", extra_body=more)
+    sent = {**more, "store": True, "image": {}, "colour": "red"}
+    answer = v32.http.post("/v1/responses", json={"input": "Hi", **sent})
+    assert (answer.status_code, answer.headers["X-Ignored-Fields"]) == (200, "colour")
     prompt, params = list(v32.engine.requests.values())[-1]
     assert (params.top_k, params.seed, params.stop_strings) == (5, 3, ("x",))
     assert bytes(prompt).endswith(b"</think>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
@@ -9,49 +10,50 @@ from pydantic import Field, WithJsonSchema
 from fd_dsa.engine.sampling_params import MAX_STOP_STRINGS
 from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol.chat import MAX_TOOLS
-from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, at_most
+from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, at_most, check_further_fields
+from fd_dsa.serve.protocol.known_fields import Refused
 from fd_dsa.serve.protocol.messages_input import add_messages, joined_texts
 from fd_dsa.serve.protocol.translation import (
     Node,
-    Refusals,
     TranslatedRequest,
     Translation,
-    check_fields,
     nodes,
+    refused_beside,
 )
 
-_FIRST = "not a field of /v1/messages; use"
 _NO_CONTAINERS = "this server runs no tools itself and has no containers; leave it out"
 _STORES_NOTHING = "this server stores no messages; send the whole conversation as messages"
 
-REFUSED: Refusals = {
-    "compaction": ((), "this server compacts nothing; shorten the messages"),
-    "container": ((), _NO_CONTAINERS),
-    "diagnostics": ((), f"{_STORES_NOTHING}, without diagnostics"),
-    "fallback_credit_token": ((), "this server has no fallbacks; leave it out"),
-    "fallbacks": (([],), "this server has no fallbacks; send the request again"),
-    "inference_geo": ((), "the model runs where this server runs; leave it out"),
-    "mcp_servers": (([],), "this server runs no tools itself; offer them as tools"),
-    "speed": (("standard",), "allowed is standard"),
-    "thread": ((), _STORES_NOTHING),
+REFUSED: Mapping[str, Refused] = {
+    "compaction": Refused(reason="this server compacts nothing; shorten the messages"),
+    "container": Refused(reason=_NO_CONTAINERS),
+    "diagnostics": Refused(reason=f"{_STORES_NOTHING}, without diagnostics"),
+    "fallback_credit_token": Refused(reason="this server has no fallbacks; leave it out"),
+    "fallbacks": Refused(([],), reason="this server has no fallbacks; send the request again"),
+    "inference_geo": Refused(reason="the model runs where this server runs; leave it out"),
+    "mcp_servers": Refused(([],), reason="this server runs no tools itself; offer them as tools"),
+    "speed": Refused(("standard",), reason="allowed is standard"),
+    "thread": Refused(reason=_STORES_NOTHING),
     # of chat completions
-    "best_of": ((1,), "a message has one answer; send several requests"),
-    "logprobs": ((False,), "messages have no scores; use /v1/chat/completions"),
-    "max_completion_tokens": ((), f"{_FIRST} max_tokens"),
-    "n": ((1,), "a message has one answer; send several requests"),
-    "parallel_tool_calls": ((True,), f"{_FIRST} tool_choice.disable_parallel_tool_use"),
-    "reasoning_effort": ((), f"{_FIRST} output_config.effort or thinking"),
-    "response_format": ((), f"{_FIRST} output_config.format"),
-    "stop": (([],), f"{_FIRST} stop_sequences"),
-    "top_logprobs": ((0,), "messages have no scores; use /v1/chat/completions"),
+    "best_of": Refused((1,), reason="a message has one answer; send several requests"),
+    "logprobs": Refused((False,), reason="messages have no scores; use /v1/chat/completions"),
+    "max_completion_tokens": Refused(instead="max_tokens"),
+    "n": Refused((1,), reason="a message has one answer; send several requests"),
+    "parallel_tool_calls": Refused((True,), "tool_choice.disable_parallel_tool_use"),
+    "reasoning_effort": Refused(instead="output_config.effort or thinking"),
+    "response_format": Refused(instead="output_config.format"),
+    "stop": Refused(([],), "stop_sequences"),
+    "top_logprobs": Refused((0,), reason="messages have no scores; use /v1/chat/completions"),
 }
-"""Fields of a request that are refused; see `Refusals`."""
+"""Fields of a request that are refused, alongside the refused fields of chat."""
 
-REFUSED_IN: dict[str, Refusals] = {
-    "output_config": {"task_budget": ((), "the model knows no budget; use max_tokens")},
+REFUSED_IN: Mapping[str, Mapping[str, Refused]] = {
+    "output_config": {"task_budget": Refused(reason="the model knows no budget; use max_tokens")},
     "tools": {
-        "allowed_callers": ((["direct"],), "only the model calls tools; leave it out"),
-        "defer_loading": ((False,), "this server has no tool search; leave it out"),
+        "allowed_callers": Refused(
+            (["direct"],), reason="only the model calls tools; leave it out"
+        ),
+        "defer_loading": Refused((False,), reason="this server has no tool search; leave it out"),
     },
 }
 """Refused fields of the objects in a request."""
@@ -82,8 +84,8 @@ _EXAMPLE = {"messages": [{"role": "user", "content": "Hello! What can you do?"}]
 class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMPLE]}):
     """Body of POST /v1/messages/count_tokens."""
 
-    refused = REFUSED
-    ignored = IGNORED
+    refused_fields = refused_beside(REFUSED, IGNORED)
+    ignored_fields = IGNORED
 
     messages: Annotated[list[Any], Field(min_length=1), at_most(MAX_ENTRIES)] = Field(
         description="Of role user, assistant or system; the answer goes on with a last message of "
@@ -124,7 +126,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
     def _translate_tools(self, made: Translation) -> None:
         for node in nodes(self.tools or [], "tools"):
             node.kind(("custom",), "this server runs no tools itself, the client does", "custom")
-            check_fields(node.fields, REFUSED_IN["tools"], f"{node.path}.")
+            check_further_fields(node.fields, REFUSED_IN["tools"], f"{node.path}.")
             schema = node.fields.get("input_schema")
             if not isinstance(schema, dict):
                 raise FieldError(
@@ -147,7 +149,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
 
     def _translate_output(self, made: Translation) -> None:
         config = Node(self.output_config or {}, "output_config")
-        check_fields(config.fields, REFUSED_IN["output_config"], "output_config.")
+        check_further_fields(config.fields, REFUSED_IN["output_config"], "output_config.")
         effort = config.fields.get("effort")
         if effort is not None and effort not in _EFFORTS:
             raise FieldError(
@@ -172,7 +174,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
             made.fields["response_format"] = form
 
     def _translate_thinking(self, made: Translation) -> None:
-        """Switch the reasoning; variables that the request has itself take precedence."""
+        """Switch the reasoning; an extension that does so takes precedence."""
         if self.thinking is None:
             return
         node = Node(self.thinking, "thinking")
@@ -184,10 +186,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
             )
         if display == "omitted":
             made.fields.setdefault("include_reasoning", False)
-        variables = made.fields.get("chat_template_kwargs") or {}
-        if isinstance(variables, dict) and not {"thinking", "enable_thinking"} & set(variables):
-            is_on = kind != "disabled"
-            made.fields["chat_template_kwargs"] = {**variables, "enable_thinking": is_on}
+        made.fields.setdefault("enable_thinking", kind != "disabled")
 
 
 _MESSAGE_EXAMPLE = {**_EXAMPLE, "max_tokens": 64}

@@ -2,60 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol.chat import MAX_TOOLS
-from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, at_most, refuse
+from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, at_most, check_further_fields, refuse
+from fd_dsa.serve.protocol.known_fields import Refused
 from fd_dsa.serve.protocol.responses_input import add_items
 from fd_dsa.serve.protocol.translation import (
     Node,
-    Refusals,
     TranslatedRequest,
     Translation,
-    check_fields,
     nodes,
+    refused_beside,
 )
 
 _STORES_NOTHING = "this server stores no responses; send the whole conversation as input"
 _NO_PROMPTS = "this server stores no prompts; send instructions and input"
-_FIRST = "not a field of /v1/responses; use"
 
-REFUSED: Refusals = {
-    "access_programs": (({},), "this server has none; leave it out"),
-    "background": ((False,), "this server stores no responses; leave it out, and use stream"),
-    "context_management": (([],), "this server compacts nothing; shorten the input"),
-    "conversation": ((), _STORES_NOTHING),
-    "moderation": ((), "this server has no moderation; leave it out"),
-    "previous_response_id": ((), _STORES_NOTHING),
-    "prompt": ((), _NO_PROMPTS),
+REFUSED: Mapping[str, Refused] = {
+    "access_programs": Refused(({},), reason="this server has none; leave it out"),
+    "background": Refused(
+        (False,), reason="this server stores no responses; leave it out, and use stream"
+    ),
+    "context_management": Refused(([],), reason="this server compacts nothing; shorten the input"),
+    "conversation": Refused(reason=_STORES_NOTHING),
+    "moderation": Refused(reason="this server has no moderation; leave it out"),
+    "previous_response_id": Refused(reason=_STORES_NOTHING),
+    "prompt": Refused(reason=_NO_PROMPTS),
     # of chat completions
-    "best_of": ((1,), "a response has one answer; send several requests"),
-    "functions": (([],), f"{_FIRST} tools"),
-    "function_call": ((), f"{_FIRST} tool_choice"),
-    "logprobs": ((False,), f"{_FIRST} include or top_logprobs"),
-    "max_completion_tokens": ((), f"{_FIRST} max_output_tokens"),
-    "max_tokens": ((), f"{_FIRST} max_output_tokens"),
-    "messages": ((), f"{_FIRST} input"),
-    "n": ((1,), "a response has one answer; send several requests"),
-    "reasoning_effort": ((), f"{_FIRST} reasoning.effort"),
-    "response_format": ((), f"{_FIRST} text.format"),
-    "verbosity": (("medium",), f"{_FIRST} text.verbosity"),
+    "best_of": Refused((1,), reason="a response has one answer; send several requests"),
+    "functions": Refused(([],), "tools"),
+    "function_call": Refused(instead="tool_choice"),
+    "logprobs": Refused((False,), "include or top_logprobs"),
+    "max_completion_tokens": Refused(instead="max_output_tokens"),
+    "max_tokens": Refused(instead="max_output_tokens"),
+    "messages": Refused(instead="input"),
+    "n": Refused((1,), reason="a response has one answer; send several requests"),
+    "reasoning_effort": Refused(instead="reasoning.effort"),
+    "response_format": Refused(instead="text.format"),
+    "verbosity": Refused(("medium",), "text.verbosity"),
 }
-"""Fields of a request that are refused; see `Refusals`."""
+"""Fields of a request that are refused, alongside the refused fields of chat."""
 
-REFUSED_IN: dict[str, Refusals] = {
+REFUSED_IN: Mapping[str, Mapping[str, Refused]] = {
     "reasoning": {
-        "context": (("auto",), "the chat template decides which reasoning it keeps; leave it out"),
-        "mode": (("standard",), "allowed is standard"),
+        "context": Refused(
+            ("auto",), reason="the chat template decides which reasoning it keeps; leave it out"
+        ),
+        "mode": Refused(("standard",), reason="allowed is standard"),
     },
-    "text": {"verbosity": (("medium",), "the model has no switch for it; ask for it in words")},
+    "text": {
+        "verbosity": Refused(
+            ("medium",), reason="the model has no switch for it; ask for it in words"
+        )
+    },
     "tools": {
-        "async": ((False,), "the model waits for the results of its calls; leave it out"),
-        "allowed_callers": ((["direct"],), "only the model calls functions; leave it out"),
-        "defer_loading": ((False,), "this server has no tool search; leave it out"),
+        "async": Refused(
+            (False,), reason="the model waits for the results of its calls; leave it out"
+        ),
+        "allowed_callers": Refused(
+            (["direct"],), reason="only the model calls functions; leave it out"
+        ),
+        "defer_loading": Refused((False,), reason="this server has no tool search; leave it out"),
     },
 }
 """Refused fields of the objects in a request."""
@@ -135,8 +147,8 @@ _EXAMPLE = {"input": "Hello! What can you do?", "max_output_tokens": 64}
 class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMPLE]}):
     """Body of POST /v1/responses."""
 
-    refused = REFUSED
-    ignored = IGNORED
+    refused_fields = refused_beside(REFUSED, IGNORED)
+    ignored_fields = IGNORED
 
     input: _InputField = Field(description="A text, or messages, calls, their results, reasoning.")
     instructions: str | None = Field(None, description="The first system message.")
@@ -195,10 +207,10 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
     def _translate_options(self, made: Translation) -> None:
         """Reasoning, form and scores."""
         options = Node(self.reasoning or {}, "reasoning").fields
-        check_fields(options, REFUSED_IN["reasoning"], "reasoning.")
+        check_further_fields(options, REFUSED_IN["reasoning"], "reasoning.")
         made.fields["reasoning_effort"] = options.get("effort")
         text = Node(self.text or {}, "text").fields
-        check_fields(text, REFUSED_IN["text"], "text.")
+        check_further_fields(text, REFUSED_IN["text"], "text.")
         if text.get("format") is not None:
             made.fields["response_format"] = _format(Node(text["format"], "text.format"))
         for index, name in enumerate(self.include or []):
@@ -230,7 +242,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
         names = set()
         for node in nodes(self.tools or [], "tools"):
             node.kind(("function",), "this server runs no tools itself, the client does")
-            check_fields(node.fields, REFUSED_IN["tools"], f"{node.path}.")
+            check_further_fields(node.fields, REFUSED_IN["tools"], f"{node.path}.")
             names.add(node.text("name"))
             if allowed is None or node.text("name") in allowed:
                 given = {k: node.fields.get(k) for k in _FUNCTION_FIELDS}

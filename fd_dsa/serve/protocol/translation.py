@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,63 +13,33 @@ from pydantic import Field, PrivateAttr, ValidationError
 from fd_dsa.serve.errors import ApiError, FieldError, show, validation_refusal
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, MAX_FIELDS, Body
+from fd_dsa.serve.protocol.known_fields import REFUSED_IN_CHAT, Refused
 
-logger = logging.getLogger("fd_dsa.serve")
-
-EXTENSIONS = frozenset(
+# fields that every request here has as a chat completion has them
+_SAME = ("model", "stream", "temperature", "top_p")
+# fields of a chat completion that belong to its own form, or that translations write
+_OF_CHAT = frozenset(
     {
-        "bad_words",
-        "bad_words_token_ids",
-        "cache_salt",
-        "chat_template",
-        "chat_template_kwargs",
-        "frequency_penalty",
-        "guided_choice",
-        "guided_grammar",
-        "guided_json",
-        "guided_json_object",
-        "guided_regex",
-        "ignore_eos",
-        "include_reasoning",
-        "include_stop_str_in_output",
-        "logit_bias",
-        "min_p",
-        "min_tokens",
-        "presence_penalty",
-        "repetition_penalty",
-        "seed",
-        "skip_special_tokens",
-        "speculative",
-        "stop",
-        "stop_token_ids",
-        "structured_outputs",
-        "top_k",
+        *("messages", "add_generation_prompt", "continue_final_message"),
+        *("max_tokens", "max_completion_tokens", "reasoning_effort", "response_format"),
+        *("tools", "tool_choice", "parallel_tool_calls"),
+        *("n", "best_of", "stream_options", "logprobs", "top_logprobs", "prompt_logprobs"),
+        *("return_token_ids", "return_topk_positions"),
     }
 )
+EXTENSIONS = frozenset(ChatCompletionRequest.model_fields) - _OF_CHAT - set(_SAME)
 """Fields of a chat completion that other APIs take too, under the same names."""
 
-# fields of every request here that are fields of a chat completion
-_SAME = ("model", "stream", "temperature", "top_p")
 
-Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
-"""Name of a field -> values that change nothing (None is one of them), and what to do instead."""
-
-
-def check_fields(fields: Mapping[str, Any], refused: Refusals, path: str = "") -> None:
-    """Raise ApiError 400 for a field whose value cannot be honoured.
+def refused_beside(own: Mapping[str, Refused], ignored: Collection[str]) -> dict[str, Refused]:
+    """The refused fields of an API: its own, those of chat, and those that chat refuses.
 
     Args:
-        path: path of the object that has the fields, with a dot at its end.
+        ignored: names that the API ignores.
     """
-    for name, value in fields.items():
-        if name not in refused:
-            logger.debug("unknown field %s is ignored", show(name))
-            continue
-        neutral, reason = refused[name]
-        # false is not 0
-        if value is None or any(type(value) is type(v) and value == v for v in neutral):
-            continue
-        raise FieldError(f"{path}{name}: got {show(value)}; {reason}")
+    of_chat = dict.fromkeys(_OF_CHAT, Refused((False,), "/v1/chat/completions"))
+    refused = {**REFUSED_IN_CHAT, **of_chat, **own}
+    return {name: rule for name, rule in refused.items() if name not in ignored}
 
 
 class Node:
@@ -180,8 +149,7 @@ class Translation:
 class TranslatedRequest(Body):
     """A request of another API; `chat` is the same request for a chat completion."""
 
-    refused: ClassVar[Refusals]
-    ignored: ClassVar[frozenset[str]]
+    ignored_fields: ClassVar[frozenset[str]]
 
     model: str | None = Field(None, description="A served name; the first one by default.")
     stream: bool | None = None
@@ -198,6 +166,11 @@ class TranslatedRequest(Body):
         """The request for a chat completion, after `check_supported`."""
         return self._chat
 
+    @property
+    def unknown_fields(self) -> Sequence[str]:
+        known = EXTENSIONS | self.ignored_fields
+        return [name for name in super().unknown_fields if name not in known]
+
     @abstractmethod
     def translate(self, made: Translation) -> None:
         """Write the fields of the chat completion, in which extensions are already.
@@ -208,13 +181,11 @@ class TranslatedRequest(Body):
 
     def check_supported(self) -> None:
         """Translate the request; raises ApiError 400 for what cannot be honoured."""
+        super().check_supported()
         extra = self.model_extra or {}
-        extensions = {name: value for name, value in extra.items() if name in EXTENSIONS}
-        known = (EXTENSIONS | self.ignored) - self.refused.keys()
-        others = {name: value for name, value in extra.items() if name not in known}
-        check_fields(others, self.refused)
         made = self._translation
-        made.fields |= {name: getattr(self, name) for name in _SAME} | extensions
+        made.fields |= {name: getattr(self, name) for name in _SAME}
+        made.fields |= {name: value for name, value in extra.items() if name in EXTENSIONS}
         self.translate(made)
         with self.own_names():
             try:
