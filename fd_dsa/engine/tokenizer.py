@@ -31,6 +31,8 @@ _SPECIAL_TOKEN_FIELDS = (
 # how vocabularies with byte fallback write a byte
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _SURROGATE = "the text holds half of a surrogate pair, which is no valid Unicode"
+# passes every decoder unchanged, and is in no text: two code points that are no characters
+_MARK = "\U0010fffe\U0010fffe"
 # ids that are decoded with the GIL, which takes less time than giving it up
 _FEW_IDS = 256
 # tokens that are decoded alone in one call
@@ -185,7 +187,10 @@ class Tokenizer:
         skip_special_tokens: bool = True,
         kept: frozenset[int] = frozenset(),
     ) -> str:
-        """Text of token ids; bytes that form no character become U+FFFD.
+        """Decode token ids; bytes that form no character become U+FFFD.
+
+        An added token is its content. `tokenizers` sends the content through the decoder, which
+        changes characters that have another meaning in the vocabulary.
 
         Args:
             token_ids: of the text.
@@ -197,6 +202,9 @@ class Tokenizer:
             token_ids = [token_id for token_id in token_ids if token_id not in left_out]
             skip_special_tokens = False
         ids = list(token_ids)
+        if not self._changed_tokens.isdisjoint(ids):
+            left_out = self._special_ids if skip_special_tokens else frozenset()
+            return self._decode_pieces([i for i in ids if i not in left_out])
         if len(ids) <= _FEW_IDS:
             return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
@@ -204,14 +212,26 @@ class Tokenizer:
 
     def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """Text of each token alone, special tokens included."""
-        distinct = list(set(token_ids))
-        texts: dict[int, str] = {}
+        texts = {i: self._added_tokens[i].content for i in self._changed_tokens}
+        distinct = list(set(token_ids) - self._changed_tokens)
         for begin in range(0, len(distinct), _DECODED_AT_ONCE):
             some = distinct[begin : begin + _DECODED_AT_ONCE]
             alone = [[token_id] for token_id in some]
             decoded = self._backend.decode_batch(alone, skip_special_tokens=False)
             texts.update(zip(some, decoded, strict=True))
         return [texts[token_id] for token_id in token_ids]
+
+    def _decode_pieces(self, token_ids: list[int]) -> str:
+        """Decode token ids, some of which are in `_changed_tokens`."""
+        if (table := self.token_bytes) is not None:
+            spelled = [table[i] for i in token_ids if i < len(table)]
+            return b"".join(spelled).decode(errors="replace")
+        changed, decoder = self._changed_tokens, self._backend.decoder
+        pieces = [_MARK if i in changed else self._backend.id_to_token(i) for i in token_ids]
+        known = [piece for piece in pieces if piece is not None]
+        text = " ".join(known) if decoder is None else decoder.decode(known)
+        contents = iter([self._added_tokens[i].content for i in token_ids if i in changed])
+        return re.sub(_MARK, lambda _: next(contents, _MARK), text)
 
     def apply_chat_template(
         self,
@@ -257,6 +277,8 @@ class Tokenizer:
                 table[token_id] = bytes([byte_of_char[char] for char in token])
             except KeyError:
                 table[token_id] = token.encode()
+        for token_id, added in self._added_tokens.items():
+            table[token_id] = added.content.encode()
         return table
 
     def text_token_bytes(self, kept: frozenset[int] = frozenset()) -> list[bytes] | None:
@@ -274,6 +296,17 @@ class Tokenizer:
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
         """Tokens beside the vocabulary, by id."""
         return self._backend.get_added_tokens_decoder()
+
+    @cached_property
+    def _changed_tokens(self) -> frozenset[int]:
+        """Ids of the added tokens that the decoder of `tokenizers` changes."""
+        changed = set()
+        for token_id, token in self._added_tokens.items():
+            # at the beginning and after a token
+            text = self._backend.decode([token_id] * 2, skip_special_tokens=False)
+            if text not in (token.content * 2, f"{token.content} {token.content}"):
+                changed.add(token_id)
+        return frozenset(changed)
 
     @cached_property
     def _longest_added_token(self) -> int:
@@ -326,11 +359,13 @@ class Tokenizer:
 
         Empty for an id without a token. Where the decoder is not byte-level, what a token stands
         for may depend on its neighbours; then it is the token as it is written in the vocabulary,
-        with its word mark as a space.
+        with its word mark as a space. An added token is its content.
         """
         table = self.token_bytes
         if table is not None:
             return table[token_id] if token_id < len(table) else b""
+        if token_id in self._added_tokens:
+            return self._added_tokens[token_id].content.encode()
         piece = self._backend.id_to_token(token_id) or ""
         byte = _BYTE_TOKEN.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()

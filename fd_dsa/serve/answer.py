@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from fd_dsa.serve.errors import ApiError, internal_error
 from fd_dsa.serve.generation import Job, check_form, stream_outputs
+from fd_dsa.serve.heartbeat import pinging
 from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
 from fd_dsa.serve.logprobs import prompt_logprobs, token_text
 from fd_dsa.serve.protocol.generation import GenerationRequest
@@ -240,7 +241,8 @@ class EventStream(StreamingResponse):
     """Server-sent events: `data: {json}` for each chunk, then the end of the answer's streams.
 
     However the response ends, the generators are closed: a client that goes away aborts its
-    requests at once, not when a generator happens to be collected. An exception inside the stream
+    requests at once, not when a generator happens to be collected. The head is sent at once, and a
+    comment whenever no chunk comes for `sse_ping_interval`. An exception inside the stream
     becomes one error event before the end.
     """
 
@@ -252,8 +254,13 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.body_iterator = events = self._events()
-        async with contextlib.aclosing(self._chunks), contextlib.aclosing(events):
-            await super().__call__(scope, receive, send)
+        state: ServerState = scope["app"].state.server
+        async with (
+            contextlib.aclosing(self._chunks),
+            contextlib.aclosing(events),
+            pinging(send, state.options.sse_ping_interval) as send_event,
+        ):
+            await super().__call__(scope, receive, send_event)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:

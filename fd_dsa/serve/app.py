@@ -114,8 +114,9 @@ class RequestIdMiddleware:
 
     Clients of the Anthropic API read it as `request-id`.
 
-    An exception that no handler took is logged with that id and answered with a 500; what is cut
-    off by the end of the server with a 503.
+    `HEAD` is answered as `GET` on every path: the connection leaves out the body, whose length
+    the head has. An exception that no handler took is logged with that id and answered with a
+    500; what is cut off by the end of the server with a 503.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -129,7 +130,9 @@ class RequestIdMiddleware:
         sent = Headers(scope=scope).get("x-request-id", "")
         is_plain = 0 < len(sent) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(sent)
         request_id = sent if is_plain else uuid.uuid4().hex
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        state = {**scope.get("state", {}), "request_id": request_id}
+        scope = {**scope, "method": method, "state": state}
         started = False
 
         async def send_with_id(message: Message) -> None:

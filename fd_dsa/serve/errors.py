@@ -190,7 +190,11 @@ def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
         here = f"this server generates text{scope}; it has {routes}"
         return ApiError(404, f"path {path} does not exist here; {here}")
     if error.status_code == 405:
-        allowed = headers.get("allow") or headers.get("Allow") or "another method"
+        allowed = headers.pop("allow", "") or headers.pop("Allow", "another method")
+        # see RequestIdMiddleware
+        if allowed == "GET":
+            allowed = "GET, HEAD"
+        headers["Allow"] = allowed
         message = f"method {request.method} is not allowed on {path}; use {allowed}"
         return ApiError(405, message, headers=headers)
     return ApiError(error.status_code, str(error.detail), headers=headers)

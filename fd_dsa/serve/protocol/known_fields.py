@@ -268,6 +268,7 @@ REFUSED_IN_COMPLETIONS: Mapping[str, Refused] = {
     "add_generation_prompt": Refused((True, False), _IN_CHAT),
     "chat_template": Refused(instead=_IN_CHAT),
     "chat_template_kwargs": Refused(({},), _IN_CHAT),
+    "constrain_reasoning": Refused((True, False), _IN_CHAT),
     "continue_final_message": Refused((False,), _IN_CHAT),
     "enable_thinking": Refused(instead=_IN_CHAT),
     "include_reasoning": Refused((True,), _IN_CHAT),
