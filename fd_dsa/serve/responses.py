@@ -136,7 +136,6 @@ class ResponseAnswer(BlockAnswer):
     def _response(self, status: str, **fields: Any) -> dict[str, Any]:
         """The response object: its fields, and those that the request asked for."""
         asked, params = self._asked, self.jobs[0].params
-        text = asked.text or {}
         return {
             "id": self.head["id"],
             "object": "response",
@@ -146,28 +145,23 @@ class ResponseAnswer(BlockAnswer):
             "background": False,
             "error": None,
             "incomplete_details": None,
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
-            "max_tool_calls": asked.max_tool_calls,
-            "metadata": asked.metadata or {},
+            "metadata": {},
             "model": self.head["model"],
             "output": [self._item(block, _status(block)) for block in self.blocks],
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "prompt_cache_key": asked.prompt_cache_key,
             "reasoning": {"effort": self.body.reasoning_effort, "summary": None},
-            "safety_identifier": asked.safety_identifier,
             "service_tier": "default",
             "store": False,
             "temperature": params.temperature,
-            "text": {**text, "format": text.get("format") or {"type": "text"}},
-            "tool_choice": asked.tool_choice or "auto",
-            "tools": asked.tools or [],
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "auto",
+            "tools": [],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": params.top_p,
             "truncation": "disabled",
             "usage": None,
-            "user": asked.user,
+            **asked.repeated,
             **fields,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,20 @@ def test_extensions_of_chat_pass(v32: Live) -> None:
     prompt, params = list(v32.engine.requests.values())[-1]
     assert (params.top_k, params.seed, params.stop_strings) == (5, 3, ("x",))
     assert bytes(prompt).endswith(b"</think>")
+
+
+def test_odd_values_are_repeated_or_refused(v32: Live) -> None:
+    odd = {"user": "\ud800", "max_tool_calls": 10**40, "tools": [{**FUNCTIONS[0], "x": 10**40}]}
+    headers = {"Content-Type": "application/json"}
+    for stream in (False, True):
+        content = json.dumps({"input": "Hi", "stream": stream, **odd})
+        answer = v32.http.post("/v1/responses", content=content, headers=headers)
+        assert answer.status_code == 200
+        for shown in ('"user":"\\ud800"', f'"max_tool_calls":{10**40}', f'"x": {10**40}'):
+            assert shown in answer.text
+    content = '{"input": "Hi", "text": {"x": NaN}}'
+    answer = v32.http.post("/v1/responses", content=content, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "text")
 
 
 def test_every_field_of_the_client_is_known() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+import orjson
+from pydantic import Field, PlainValidator, PrivateAttr, WithJsonSchema
 
 from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol.chat import MAX_TOOLS
@@ -185,7 +187,22 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
     service_tier: str | None = None
     user: str | None = None
 
+    _repeated: dict[str, orjson.Fragment] = PrivateAttr(default_factory=dict)
+
+    @property
+    def repeated(self) -> dict[str, orjson.Fragment]:
+        """The fields that the response repeats as they came, as JSON."""
+        return self._repeated
+
     def translate(self, made: Translation) -> None:
+        given = {name: getattr(self, name) for name in _REPEATED}
+        if self.text is not None:
+            given["text"] = {"format": {"type": "text"}, **self.text}
+        self._repeated = {
+            name: _packed(name, value)
+            for name, value in given.items()
+            if value is not None or name not in _NOT_NULL
+        }
         made.paths |= {
             "max_completion_tokens": "max_output_tokens",
             "max_tokens": "max_output_tokens",
@@ -252,6 +269,22 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
             unknown = min(allowed - names)
             raise FieldError(f"tool_choice.tools: got {show(unknown)}, which is none of the tools")
         made.fields["tool_choice"] = choice
+
+
+_REPEATED = (
+    *("instructions", "max_output_tokens", "max_tool_calls", "metadata", "prompt_cache_key"),
+    *("safety_identifier", "text", "tool_choice", "tools", "user"),
+)
+# fields of a response that are never null
+_NOT_NULL = ("metadata", "text", "tool_choice", "tools")
+
+
+def _packed(name: str, value: Any) -> orjson.Fragment:
+    """A value of a request as JSON; escapes keep half of a surrogate pair encodable."""
+    try:
+        return orjson.Fragment(json.dumps(value, allow_nan=False))
+    except ValueError as error:
+        raise FieldError(f"{name}: cannot be written as JSON: {error}; correct it") from error
 
 
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict", "output_schema")
