@@ -41,9 +41,16 @@ _compiled = functools.lru_cache(16)(
 
 
 def make_job(
-    state: ServerState, body: ChatCompletionRequest, request_id: str
+    state: ServerState,
+    body: ChatCompletionRequest,
+    request_id: str,
+    *,
+    at_most: int | None = None,
 ) -> tuple[Job, AnswerFormat]:
     """Render and tokenise the conversation; takes a while, so it belongs into a thread.
+
+    Args:
+        at_most: tokens to generate if the context has room for more, of a body that does not say.
 
     Raises:
         ApiError: 400, the conversation cannot be rendered or does not fit, the model has no
@@ -70,7 +77,8 @@ def make_job(
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
-    default = most_scored_tokens(limit, len(prompt), body)
+    bounds = (most_scored_tokens(limit, len(prompt), body), at_most)
+    default = min((bound for bound in bounds if bound is not None), default=None)
     max_tokens = resolve_max_tokens(
         state, len(prompt), asked, default=default, param=param, source="messages"
     )

@@ -207,6 +207,8 @@ class StrictH11Protocol(H11Protocol):
         self._give_up: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._is_refused = self._is_head_request = False
+        # of the request whose head came last; empty before a head
+        self._path = ""
 
     @property
     def has_unread(self) -> bool:
@@ -257,7 +259,9 @@ class StrictH11Protocol(H11Protocol):
     def _admit(self, request: h11.Request) -> None:
         """Count a request; where all places are taken only a probe is served."""
         self._is_head_request = request.method == b"HEAD"
-        is_probe = request.target.partition(b"?")[0] in _PROBES
+        path = request.target.partition(b"?")[0]
+        self._path = path.decode("ascii", "replace")
+        is_probe = path in _PROBES
         if self._listener.is_full and not is_probe:
             raise ApiError(
                 503,
@@ -282,7 +286,7 @@ class StrictH11Protocol(H11Protocol):
         if self.conn.our_state not in _CAN_ANSWER:
             self.transport.close()
             return
-        answer = error.response()
+        answer = error.response(self._path)
         headers = [
             *answer.raw_headers,
             (b"x-request-id", request_id.encode()),
@@ -301,6 +305,7 @@ class StrictH11Protocol(H11Protocol):
     def _expect_head(self) -> None:
         """Give the client its time for the head of a request, or for the rest of a refused one."""
         self._forget_head()
+        self._path = ""
         self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_is_late)
 
     def _forget_head(self) -> None:
