@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from fd_dsa.chat.schema import ToolSchema, type_of
+
 _T = TypeVar("_T")
 Steps = Generator[None, None, _T]
 """A part of a parser that yields when it needs more text, and returns a `_T`."""
@@ -114,67 +116,6 @@ def _begin_of_unsure(text: str, markers: Sequence[str]) -> int:
     return len(text)
 
 
-# deep enough for schemas that people write, and an end for those that refer to themselves
-_MAX_DEPTH = 8
-
-
-_TYPES: dict[type, str] = {
-    dict: "object",
-    list: "array",
-    str: "string",
-    bool: "boolean",
-    type(None): "null",
-    int: "integer",
-    float: "number",
-}
-
-
-def type_of(text: str) -> str | None:
-    """JSON schema's name of the type of a JSON text; None for other texts, as of NaN."""
-    try:
-        # names that Python's parser takes and JSON lacks are no integers either
-        return _TYPES[type(json.loads(text, parse_constant=int))]
-    except (ValueError, RecursionError):
-        return None
-
-
-def types_of(schema: Any, root: Any = None, depth: int = _MAX_DEPTH) -> frozenset[str]:
-    """Types that a schema allows, "number" with "integer"; empty where it does not say.
-
-    Args:
-        root: the schema in which references of `schema` are looked up.
-        depth: references and alternatives to follow inside each other.
-    """
-    if not isinstance(schema, dict) or not depth:
-        return frozenset()
-    if "$ref" in schema:
-        return types_of(_target(schema["$ref"], root), root, depth - 1)
-    named = schema.get("type")
-    listed = named if isinstance(named, list) else [named]
-    names = {name for name in listed if isinstance(name, str)}
-    for keyword in ("anyOf", "oneOf"):
-        branches = schema.get(keyword)
-        for branch in branches if isinstance(branches, list) and not names else ():
-            of_branch = types_of(branch, root, depth - 1)
-            if not of_branch:
-                return frozenset()
-            names |= of_branch
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if not names and isinstance(values, list):
-        names = {kind for value in values if (kind := type_of(json.dumps(value)))}
-    return frozenset(names | ({"integer"} if "number" in names else set()))
-
-
-def _target(reference: Any, root: Any) -> Any:
-    """What a reference within `root` points to, None for any other."""
-    if not isinstance(reference, str) or not reference.startswith("#/"):
-        return None
-    target = root
-    for part in reference[2:].split("/"):
-        target = target.get(part) if isinstance(target, dict) else None
-    return target
-
-
 Kind = Literal["content", "reasoning", "call", "arguments", "call_end"]
 
 
@@ -237,6 +178,13 @@ class EventSink:
         self._held = ""
         self._num_calls_before = 0
         self._has_arguments = False
+        self._resolved: dict[int, ToolSchema] = {}
+
+    def resolved(self, schema: Any) -> ToolSchema:
+        """One of `schemas` with what is known of it, which all calls of an answer share."""
+        if id(schema) not in self._resolved:
+            self._resolved[id(schema)] = ToolSchema(schema)
+        return self._resolved[id(schema)]
 
     def take(self) -> list[Event]:
         """The events since the last call."""
@@ -300,10 +248,8 @@ class ArgumentsWriter:
         self._is_empty = True
 
     def types_of(self, name: str) -> frozenset[str]:
-        """Types that the schema allows for an argument; empty where it does not say."""
-        properties = self._schema.get("properties") if isinstance(self._schema, dict) else None
-        schema = properties.get(name) if isinstance(properties, dict) else None
-        return types_of(schema, self._schema)
+        """Types that the schema allows for an argument; empty if it does not say."""
+        return self._sink.resolved(self._schema).argument_types(name)
 
     def read(
         self,
