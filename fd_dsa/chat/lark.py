@@ -14,10 +14,10 @@ from fd_dsa.chat.patterns import ANY_TEXT
 # of all grammars of one request; a literal of that size takes 10 ms a step
 MAX_GRAMMAR_CHARS = 32_768
 # between two signs of JSON; without a bound a small model may write spaces until max_tokens
-JSON_SPACE = "[ \\t\\n\\r]{1,40}"
+_JSON_SPACE = "[ \\t\\n\\r]{1,40}"
 # \u would let a name be written in two ways, and llguidance would take it for two properties
 _ESCAPES = 'nrbtf\\"'
-_SPACED = {"whitespace_pattern": JSON_SPACE, "json_allowed_escapes": _ESCAPES}
+JSON_OPTIONS = {"whitespace_pattern": _JSON_SPACE, "json_allowed_escapes": _ESCAPES}
 # llguidance reads it together with texts, as neither has anything to skip
 _COMPACT = {
     "whitespace_flexible": False,
@@ -72,7 +72,7 @@ class Lark:
 
     def json(self, document: Mapping[str, Any], compact: bool = False) -> str:
         """Name of a rule for a JSON value; compact: with at most a space after , and :."""
-        body = {**document, "x-guidance": _COMPACT if compact else _SPACED}
+        body = {**document, "x-guidance": _COMPACT if compact else JSON_OPTIONS}
         return self.rule(f"%json {json.dumps(body, ensure_ascii=False)}")
 
     def _named(self, kind: str, body: str) -> str:

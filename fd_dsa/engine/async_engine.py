@@ -24,7 +24,6 @@ from fd_dsa.engine.host import (
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import Added, OutputState, RequestOutput, take_added
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 
 _JOIN_TIMEOUT_S = 30.0
 
@@ -87,14 +86,14 @@ class AsyncEngine:
         """
         return self.facts.limits.validate(prompt_token_ids, params)
 
-    async def check_form(self, form: StructuredOutputsParams) -> None:
-        """Let the engine compile the form of an output.
+    async def check_form(self, params: SamplingParams) -> None:
+        """Let the engine compile the form of an output, which the parameters have.
 
         Raises:
             ValueError: it cannot be compiled; begins with the name of the field.
             RuntimeError: the engine is not running or has failed.
         """
-        await self.ask(CHECK_FORM, form)
+        await self.ask(CHECK_FORM, params)
 
     async def snapshot(self) -> tuple[EngineStats, EngineMetrics]:
         """Load and counters; a figure may be one step old.

@@ -34,6 +34,8 @@ _SURROGATE = "the text holds half of a surrogate pair, which is no valid Unicode
 _FEW_IDS = 256
 # tokens that are decoded alone in one call
 _DECODED_AT_ONCE = 8192
+# tokens that show whether a text is the concatenation of its tokens
+_COMPARED_TOKENS = 256
 
 
 class Tokenizer:
@@ -272,9 +274,41 @@ class Tokenizer:
         """Ids that decoded text leaves out."""
         return frozenset(i for i, token in self._added_tokens.items() if token.special)
 
-    def to_json(self) -> str:
-        """The tokenizer as the text of a tokenizer.json."""
-        return self._backend.to_str()
+    def shown_special_ids(self, skip_special_tokens: bool, kept: frozenset[int]) -> frozenset[int]:
+        """Ids of the special tokens that a text decoded with these settings contains."""
+        return self._special_ids & kept if skip_special_tokens else self._special_ids
+
+    def pieces(self, shown: frozenset[int]) -> list[bytes]:
+        """Bytes that each token id adds to a text.
+
+        Args:
+            shown: special tokens that the text contains; the other special tokens add nothing.
+
+        Raises:
+            ValueError: the decoder changes tokens by their neighbours, so that a token has no
+                bytes of its own.
+        """
+        table = self.text_token_bytes(shown)
+        if table is not None:
+            return table.copy()
+        pieces = [self.piece_bytes(token_id) for token_id in range(self.highest_token_id + 1)]
+        # a byte of a longer character has no text of its own
+        ordinary = [
+            i
+            for i, piece in enumerate(pieces)
+            if (piece.isascii() or len(piece) > 1) and piece and i not in self._added_tokens
+        ]
+        some = ordinary[:: len(ordinary) // _COMPARED_TOKENS + 1]
+        joined = b"".join([pieces[token_id] for token_id in some]).decode(errors="replace")
+        # a text may lose the space that it begins with
+        if joined.strip() != self.decode(some).strip():
+            raise ValueError(
+                "the decoder of tokenizer.json writes a token by its neighbours, so that no token "
+                "has a text of its own"
+            )
+        for token_id in self._special_ids - shown:
+            pieces[token_id] = b""
+        return pieces
 
     def piece_bytes(self, token_id: int) -> bytes:
         """Bytes of a token by itself, special tokens included.

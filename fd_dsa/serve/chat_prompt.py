@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from fd_dsa.chat.grammar import forced_calls_grammar, json_after_reasoning_grammar
+from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import (
     AUTO,
     THINK_END,
@@ -77,13 +76,7 @@ def make_job(
     params = dataclasses.replace(
         params,
         kept_special_token_ids=frozenset(special_ids.values()),
-        structured_outputs=_form(
-            params.structured_outputs,
-            body,
-            answer,
-            special_ids,
-            tokenizer.encode(THINK_END, add_special_tokens=False),
-        ),
+        structured_outputs=_form(params.structured_outputs, body, answer),
     )
     job = Job(request_id, prompt, params)
     check_answer_size(limit, [job], body, shows_prompt_once=True)
@@ -181,56 +174,24 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _form(
-    asked: StructuredOutputsParams | None,
-    body: ChatCompletionRequest,
-    answer: AnswerFormat,
-    special_ids: Mapping[str, int],
-    think_end_ids: Sequence[int],
+    asked: StructuredOutputsParams | None, body: ChatCompletionRequest, answer: AnswerFormat
 ) -> StructuredOutputsParams | None:
     """The form of the whole answer: that of forced calls, or the one asked for.
 
     The model reasons freely before either.
     """
-    if body.choice.mode in ("required", "named"):
-        if asked is not None:
-            raise FieldError(
-                f"{asked.source}: given beside a tool_choice that forces calls; an answer has one "
-                "form"
-            )
-        assert answer.tool_format is not None, (
-            "checked: calls are forced only where there are tools"
-        )
-        name, source = body.choice.name, "tools"
-        grammar = forced_calls_grammar(
-            answer.tool_format.name,
-            answer.schemas if name is None else {name: answer.schemas[name]},
-            several=not body.one_call,
-            in_reasoning=answer.begins_in_reasoning,
-            special_ids=special_ids,
-        )
-    elif asked is None or not answer.begins_in_reasoning:
-        return asked
-    elif len(think_end_ids) == 1:
-        return dataclasses.replace(asked, after_token_id=think_end_ids[0])
-    else:
-        source = asked.source
-        grammar = json_after_reasoning_grammar(_schema(asked), special_ids)
-    try:
-        return StructuredOutputsParams(grammar=grammar, source=source)
-    except ValueError as error:
-        raise ApiError(400, str(error), param=source) from error
-
-
-def _schema(asked: StructuredOutputsParams) -> Any:
-    """The JSON schema of a form that follows a reasoning which no single token ends."""
-    schema = {"type": "object"} if asked.json_object else asked.json
-    if schema is None:
+    after = THINK_END if answer.begins_in_reasoning else None
+    if body.choice.mode not in ("required", "named"):
+        return None if asked is None else dataclasses.replace(asked, after_text=after)
+    if asked is not None:
         raise FieldError(
-            f"{asked.source}: the model reasons before its answer, and no single token ends "
-            "the reasoning, so only JSON can follow it; switch the reasoning off by "
-            "chat_template_kwargs"
+            f"{asked.source}: given beside a tool_choice that forces calls; an answer has one form"
         )
+    assert answer.tool_format is not None, "checked: calls are forced only where there are tools"
+    name = body.choice.name
+    schemas = answer.schemas if name is None else {name: answer.schemas[name]}
     try:
-        return json.loads(schema) if isinstance(schema, str) else schema
-    except (ValueError, RecursionError) as error:
-        raise FieldError(f"{asked.source}: is not valid JSON: {error}") from error
+        grammar = forced_calls_grammar(answer.tool_format.name, schemas, several=not body.one_call)
+        return StructuredOutputsParams(grammar=grammar, after_text=after, source="tools")
+    except ValueError as error:
+        raise ApiError(400, str(error), param="tools") from error

@@ -149,7 +149,7 @@ async def check_form(state: ServerState, job: Job, param: str) -> None:
     """Let the engine compile the form of a job's output, if it is to have one."""
     if job.params.structured_outputs is not None:
         with _refusals(param):
-            await state.engine.check_form(job.params.structured_outputs)
+            await state.engine.check_form(job.params)
 
 
 @contextlib.contextmanager

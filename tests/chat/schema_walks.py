@@ -14,7 +14,24 @@ from fd_dsa.config import demo_model_path
 
 # texts that a walk tries now and then, so that it ends and meets values that look like others
 _HINTS = (
-    *("5", "-3", "0.5", "true", "false", "null", '"', "[", "]", "{", "}", ",", ", ", "a", "ab", "1"),
+    *(
+        "5",
+        "-3",
+        "0.5",
+        "true",
+        "false",
+        "null",
+        '"',
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        ", ",
+        "a",
+        "ab",
+        "1",
+    ),
     *("12345", "</arg_value>", "</tool_call>", "</｜DSML｜parameter>\n", "</｜DSML｜invoke>\n"),
     *('"a"', "[1]", "2024-02-05", " ", "x-a", "<", "7</arg_value>", "null</arg_value>"),
 )

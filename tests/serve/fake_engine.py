@@ -10,7 +10,6 @@ from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.text_windows import TooManyTokens
 
 WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
@@ -135,7 +134,7 @@ class FakeEngine:
         """There is nothing to tell."""
         return {}
 
-    async def check_form(self, form: StructuredOutputsParams) -> None:
+    async def check_form(self, params: SamplingParams) -> None:
         """Every form is fine."""
 
     def end(self, request_id: str, index: int | None = None) -> None:

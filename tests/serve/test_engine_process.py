@@ -137,9 +137,11 @@ def test_one_process_serves_many_and_frees_what_is_left() -> None:
         assert ended[-1] == "abort"
         with pytest.raises(ValueError, match="max_model_len"):
             await collect(engine, [5] * 200_000, whole, "long")
+        wrong = StructuredOutputsParams(regex="(", source="guided_regex")
         with pytest.raises(ValueError, match="guided_regex cannot be used"):
-            await engine.check_form(StructuredOutputsParams(regex="(", source="guided_regex"))
-        await engine.check_form(StructuredOutputsParams(regex="(a|b)+"))
+            await engine.check_form(SamplingParams(structured_outputs=wrong))
+        right = StructuredOutputsParams(regex="(a|b)+")
+        await engine.check_form(SamplingParams(structured_outputs=right))
         while (await engine.snapshot())[0].num_used_blocks:
             await asyncio.sleep(0.01)
         stats, metrics = await engine.snapshot()

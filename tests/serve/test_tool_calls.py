@@ -301,7 +301,7 @@ def test_forced_calls_have_a_grammar(choice: Any, v32: Live) -> None:
     form = params.structured_outputs
     assert form.source == "tools"
     assert ("get_weather" in form.grammar) is (choice == "required")
-    assert '[suffix="</think>"]' in form.grammar
+    assert form.after_text == "</think>"
     with pytest.raises(openai.BadRequestError, match="an answer has one form") as caught:
         v32.client.chat.completions.create(
             **asked(V32, tool_choice=choice, response_format={"type": "json_object"})
@@ -309,27 +309,23 @@ def test_forced_calls_have_a_grammar(choice: Any, v32: Live) -> None:
     assert caught.value.param == "response_format"
 
 
-def test_json_stands_behind_the_reasoning(v32: Live) -> None:
-    schema = {"type": "object", "properties": {"k": {"type": "integer"}}}
-    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    for thinking in (True, False):
-        v32.client.chat.completions.create(
-            model="demo",
-            messages=HI,
-            response_format=wanted,
-            extra_body={"chat_template_kwargs": {"thinking": thinking}},
-        )
-        _, params = list(v32.engine.requests.values())[-1]
-        form = params.structured_outputs
-        assert (form.grammar is not None) is thinking
-        assert form.json == (None if thinking else schema)
-    with pytest.raises(openai.BadRequestError, match="switch the reasoning off") as caught:
-        v32.client.chat.completions.create(
-            model="demo",
-            messages=HI,
-            extra_body={"guided_regex": "a", "chat_template_kwargs": {"thinking": True}},
-        )
-    assert caught.value.param == "guided_regex"
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"guided_regex": "a"},
+        {"guided_choice": ["a", "b"]},
+        {"structured_outputs": {"grammar": 'start: "a"'}},
+    ],
+)
+@pytest.mark.parametrize("thinking", [True, False])
+def test_every_form_comes_after_the_reasoning(
+    fields: dict[str, Any], thinking: bool, v32: Live
+) -> None:
+    body = {"messages": HI, "chat_template_kwargs": {"thinking": thinking}, **fields}
+    assert v32.http.post("/v1/chat/completions", json=body).status_code == 200
+    _, params = list(v32.engine.requests.values())[-1]
+    assert params.structured_outputs.after_text == ("</think>" if thinking else None)
 
 
 def test_a_model_without_a_form_of_tool_calls_refuses_tools() -> None:
