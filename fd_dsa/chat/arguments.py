@@ -19,8 +19,11 @@ from fd_dsa.chat.schema import (
 
 # combinations of the alternatives of a schema, and plain schemas in all of them
 _MAX_LISTS = 64
-_MAX_PARTS = 4096
+_MAX_PARTS = 512
+# more do not fit into a grammar
+_MAX_NAMES = 512
 _OBJECT = frozenset({"object"})
+_Plain = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def argument_lists(schema: ToolSchema) -> list[ArgumentList]:
         SchemaError: a grammar cannot enforce a keyword, or no arguments satisfy the schema.
     """
     found = []
-    for plain in _alternatives(schema, schema.root, MAX_DEPTH):
+    for plain in _Alternatives(schema).of(schema.root):
         if all("object" in declared_kinds(part) for part in plain):
             made = _list_of(schema, plain)
             if made is not None:
@@ -74,51 +77,61 @@ def argument_lists(schema: ToolSchema) -> list[ArgumentList]:
     return found
 
 
-def _alternatives(schema: ToolSchema, of: Any, depth: int) -> list[list[Mapping[str, Any]]]:
-    """Alternatives of a schema, each as schemas whose own keywords must all be satisfied."""
-    if isinstance(of, bool) or of is None:
-        return [] if of is False else [[]]
-    if not isinstance(of, dict):
-        raise SchemaError(f"got {shown(of)}; must be a JSON schema, an object or a boolean")
-    if not depth:
-        raise SchemaError(f"got a schema that is nested more than {MAX_DEPTH} deep")
-    check_keywords(of)
-    if schema.has_own_base(of):
-        raise refusal("$id", "references to schemas with an identity are not supported")
-    found: list[list[Mapping[str, Any]]] = [[of]]
-    values = listed_values(of)
-    if values is not None:
-        found = _product(
-            found, [[schema.keep(_constant(v))] for v in values if isinstance(v, dict)], "enum"
-        )
-    for part in schema.conjuncts(of):
-        found = _product(found, _alternatives(schema, part, depth - 1), "allOf")
-    for keyword in ("anyOf", "oneOf"):
-        if keyword in of:
-            branches = of[keyword]
-            if keyword == "oneOf":
-                branches = exclusive(schema, branches, _OBJECT)
-            choices: list[list[Mapping[str, Any]]] = []
-            for branch in branches:
-                if "object" in schema.kinds([branch]):
-                    choices += _alternatives(schema, branch, depth - 1)
-                    _check_size(choices, keyword)
-            found = _product(found, choices, keyword)
-    return found
+class _Alternatives:
+    """Alternatives of schemas, each as schemas whose own keywords must all be satisfied."""
+
+    def __init__(self, schema: ToolSchema) -> None:
+        self._schema = schema
+        self._memo: dict[int, list[_Plain]] = {}
+
+    def of(self, of: Any, depth: int = MAX_DEPTH) -> list[_Plain]:
+        """The alternatives of a schema."""
+        if isinstance(of, bool) or of is None:
+            return [] if of is False else [()]
+        if not isinstance(of, dict):
+            raise SchemaError(f"got {shown(of)}; must be a JSON schema, an object or a boolean")
+        if not depth:
+            raise SchemaError(f"got a schema that is nested more than {MAX_DEPTH} deep")
+        if id(of) not in self._memo:
+            self._memo[id(of)] = self._of_dict(of, depth)
+        return self._memo[id(of)]
+
+    def _of_dict(self, of: Mapping[str, Any], depth: int) -> list[_Plain]:
+        schema = self._schema
+        check_keywords(of)
+        if schema.has_own_base(of):
+            raise refusal("$id", "references to schemas with an identity are not supported")
+        found: list[_Plain] = [(of,)]
+        values = listed_values(of)
+        if values is not None:
+            objects = [schema.keep(_constant(v)) for v in values if isinstance(v, dict)]
+            found = _product(found, [(each,) for each in objects], "enum")
+        for part in schema.conjuncts(of):
+            found = _product(found, self.of(part, depth - 1), "allOf")
+        for keyword in ("anyOf", "oneOf"):
+            if keyword in of:
+                branches = of[keyword]
+                if keyword == "oneOf":
+                    branches = exclusive(schema, branches, _OBJECT)
+                choices: list[_Plain] = []
+                for branch in branches:
+                    if "object" in schema.kinds([branch]):
+                        choices += self.of(branch, depth - 1)
+                        _check_size(choices, keyword)
+                found = _product(found, choices, keyword)
+        return found
 
 
-def _product(
-    a: list[list[Mapping[str, Any]]], b: list[list[Mapping[str, Any]]], keyword: str
-) -> list[list[Mapping[str, Any]]]:
+def _product(a: list[_Plain], b: list[_Plain], keyword: str) -> list[_Plain]:
     """Every alternative of one list with every one of the other."""
     if len(a) * len(b) > _MAX_LISTS:
         raise refusal(keyword, f"the arguments have more than {_MAX_LISTS} alternatives")
-    made = [[*each, *other] for each in a for other in b]
+    made = [_unique((*each, *other)) for each in a for other in b]
     _check_size(made, keyword)
     return made
 
 
-def _check_size(found: list[list[Mapping[str, Any]]], keyword: str) -> None:
+def _check_size(found: list[_Plain], keyword: str) -> None:
     if len(found) > _MAX_LISTS:
         raise refusal(keyword, f"the arguments have more than {_MAX_LISTS} alternatives")
     if sum(map(len, found)) > _MAX_PARTS:
@@ -131,12 +144,13 @@ def _constant(value: Mapping[str, Any]) -> dict[str, Any]:
     return {"properties": properties, "required": list(value), "additionalProperties": False}
 
 
-def _list_of(schema: ToolSchema, plain: list[Mapping[str, Any]]) -> ArgumentList | None:
+def _list_of(schema: ToolSchema, plain: _Plain) -> ArgumentList | None:
     """The arguments that satisfy all of some schemas; None if a required one cannot."""
-    plain = list({id(part): part for part in plain}.values())
     required = {name for part in plain for name in part.get("required", ())}
     names = dict.fromkeys(name for part in plain for name in mapping(part.get("properties")))
     names |= dict.fromkeys(name for part in plain for name in part.get("required", ()))
+    if len(names) > _MAX_NAMES:
+        raise refusal("properties", f"there are more than {_MAX_NAMES} arguments")
     arguments = []
     for name in names:
         parts = _unique(of for part in plain for of in _of_property(schema, part, name))
@@ -165,7 +179,7 @@ def _of_property(schema: ToolSchema, part: Mapping[str, Any], name: str) -> list
         raise SchemaError(f"patternProperties: {error}") from error
 
 
-def _of_any_name(plain: list[Mapping[str, Any]]) -> list[Argument]:
+def _of_any_name(plain: _Plain) -> list[Argument]:
     """Arguments whose names are not listed, by `patternProperties` or `additionalProperties`."""
     patterns = {p: None for part in plain for p in mapping(part.get("patternProperties"))}
     if not patterns:

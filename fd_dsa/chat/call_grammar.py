@@ -18,8 +18,13 @@ from fd_dsa.chat.value_text import UnboundedError, ValueTexts
 _STRING = '" string="{}">'
 _SCALARS = ("null", "boolean", "number")
 _TEXT = frozenset({"string"})
-# names that DSML and GLM can write
+# names that the formats can write
 _DSML_NAME, _GLM_NAME = re.compile(r'[^"<>\n]+'), re.compile(r"[^<>\s](?:[^<>\n]*[^<>\s])?")
+# names that a schema leaves to the model are short
+_SHORT_NAME = ".{1,40}"
+# a value that contained markup could be read in two ways
+_DSML_MARKS = (f"<{marks.DSML}", f"</{marks.DSML}")
+_GLM_MARKS = marks.GlmTools.markers
 
 
 class CallWriter:
@@ -61,8 +66,7 @@ class CallWriter:
         kinds = self._schema.kinds(argument.parts)
         forms = []
         if "string" in kinds:
-            # a text that ends with the marker would end later than the parser sees
-            text = self._texts.text(argument.parts, marks.V32_ARGUMENT_END, frozenset())
+            text = self._texts.text(argument.parts, _DSML_MARKS, frozenset())
             if text is not None:
                 text = self._lark.text_until(end, text)
                 forms.append(f"{self._lark.literal(_STRING.format('true'))} {text}")
@@ -94,7 +98,7 @@ class CallWriter:
         end = marks.GLM_VALUE_END
         parts, lark = argument.parts, self._lark
         if not any(isinstance(part, dict) and constraints(part) for part in parts):
-            return lark.text_until(end)
+            return lark.text_until(end, self._texts.text((), _GLM_MARKS, frozenset()))
         kinds = self._schema.kinds(parts)
         read = self._types_read(argument)
         as_json = kinds & {"array", "object"}
@@ -108,7 +112,7 @@ class CallWriter:
                 as_json |= kinds & {"number", "integer"}
         if "string" in kinds:
             preferred = read - _TEXT if read else KINDS
-            scalars.append(self._texts.text(parts, end, preferred, bounded="integer" in as_json))
+            scalars.append(self._texts.text(parts, _GLM_MARKS, preferred, "integer" in as_json))
         terminals = [scalar for scalar in scalars if scalar is not None]
         forms = [lark.text_until(end, lark.terminal(" | ".join(terminals)))] if terminals else []
         if as_json:
@@ -173,7 +177,11 @@ class CallWriter:
     ) -> str | None:
         """Name of the rule of one argument; None if its name or value cannot be written."""
         if argument.name is None:
-            regexes = [names.pattern, *([key_regex(argument.pattern)] if argument.pattern else [])]
+            regexes = [
+                names.pattern,
+                _SHORT_NAME,
+                *([key_regex(argument.pattern)] if argument.pattern else []),
+            ]
             without = [f"~{self._lark.regex(key_regex(p))}" for p in argument.other_patterns]
             key = self._lark.terminal(" & ".join([*map(self._lark.regex, regexes), *without]))
         elif names.fullmatch(argument.name):

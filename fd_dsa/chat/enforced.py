@@ -8,7 +8,6 @@ from typing import Any
 
 from fd_dsa.chat.schema import (
     KINDS,
-    MAX_DEPTH,
     SchemaError,
     ToolSchema,
     items_of,
@@ -59,6 +58,8 @@ _ANNOTATIONS_ASIDE = frozenset(
 )
 # alternatives of `oneOf` that are compared pair by pair
 _MAX_PAIRED = 32
+# properties of the first alternative that may tell it from the others
+_MAX_TAGS = 4
 
 
 def constraints(schema: Mapping[str, Any]) -> list[str]:
@@ -143,25 +144,21 @@ def _differ(sets: Iterable[frozenset[Any] | None]) -> bool:
     return True
 
 
-def _values(schema: ToolSchema, of: Any, depth: int = MAX_DEPTH) -> frozenset[Any] | None:
+def _values(schema: ToolSchema, of: Any) -> frozenset[Any] | None:
     """Finite set of scalar values that includes all that satisfy a schema; None if unknown."""
-    if not isinstance(of, dict) or not depth:
-        return frozenset() if of is False else None
-    own = listed_values(of)
-    if own is not None:
-        # 1 is no true
-        if any(isinstance(value, dict | list) for value in own):
-            return None
-        return frozenset((isinstance(value, bool), value) for value in own)
-    for part in schema.conjuncts(of):
-        found = _values(schema, part, depth - 1)
-        if found is not None:
-            return found
+    if of is False:
+        return frozenset()
+    _, plain = _facts(schema, of)
+    for part in plain:
+        own = listed_values(part)
+        if own is not None and not any(isinstance(value, dict | list) for value in own):
+            # 1 is no true
+            return frozenset((isinstance(value, bool), value) for value in own)
     return None
 
 
-def _object_facts(schema: ToolSchema, of: Any) -> tuple[dict[str, None], list[Mapping[str, Any]]]:
-    """Names that an object schema requires, and the plain schemas that it consists of."""
+def _facts(schema: ToolSchema, of: Any) -> tuple[dict[str, None], list[Mapping[str, Any]]]:
+    """Names that a schema requires of objects, and the plain schemas that it consists of."""
     required: dict[str, None] = {}
     plain: list[Mapping[str, Any]] = []
     todo, seen = [of], set[int]()
@@ -169,6 +166,7 @@ def _object_facts(schema: ToolSchema, of: Any) -> tuple[dict[str, None], list[Ma
         part = todo.pop()
         if isinstance(part, dict) and id(part) not in seen:
             seen.add(id(part))
+            schema.spend()
             plain.append(part)
             names = items_of(part.get("required"))
             required |= dict.fromkeys(name for name in names if isinstance(name, str))
@@ -178,9 +176,9 @@ def _object_facts(schema: ToolSchema, of: Any) -> tuple[dict[str, None], list[Ma
 
 def _apart(schema: ToolSchema, branches: list[Any]) -> list[Any]:
     """Object schemas of which no object satisfies two; see `exclusive`."""
-    facts = [_object_facts(schema, branch) for branch in branches]
-    names = {name: None for _, plain in facts for part in plain for name in _constants(part)}
-    for name in list(names)[:_MAX_PAIRED]:
+    facts = [_facts(schema, branch) for branch in branches]
+    names = dict.fromkeys(name for part in facts[0][1] for name in _constants(part))
+    for name in list(names)[:_MAX_TAGS]:
         sets = []
         for _, plain in facts:
             of = (mapping_of(part.get("properties")).get(name) for part in plain)
@@ -209,5 +207,5 @@ def _constants(plain: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name, of in properties.items()
-        if isinstance(of, dict) and ("const" in of or "enum" in of or "$ref" in of or "allOf" in of)
+        if isinstance(of, dict) and not of.keys().isdisjoint(("const", "enum", "$ref", "allOf"))
     ]

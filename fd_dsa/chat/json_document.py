@@ -6,7 +6,7 @@ are escaped differently. The documents here avoid those.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any
 
@@ -31,7 +31,7 @@ _MAX_OPTIONAL = 32
 
 
 def json_document(
-    schema: ToolSchema, parts: Iterable[Any], kinds: frozenset[str] = KINDS
+    schema: ToolSchema, parts: Sequence[Any], kinds: frozenset[str] = KINDS
 ) -> dict[str, Any]:
     """A schema of values that satisfy all of `parts` and have one of the types.
 
@@ -42,10 +42,12 @@ def json_document(
         SchemaError: a grammar cannot enforce a keyword.
     """
     document = _Document(schema)
-    bodies = [document.body(part) for part in parts]
+    bodies = [document.body(part) for part in parts if part is not True]
     if not kinds >= schema.kinds(parts):
         bodies.append({"type": sorted(kinds)})
-    body = bodies[0] if len(bodies) == 1 and isinstance(bodies[0], dict) else {"allOf": bodies}
+    body: dict[str, Any] = {"allOf": bodies} if bodies else {}
+    if len(bodies) == 1 and isinstance(bodies[0], dict):
+        (body,) = bodies
     return {**body, "$defs": document.definitions} if document.definitions else dict(body)
 
 
@@ -73,7 +75,7 @@ class _Document:
         values = listed_values(of)
         if values is not None:
             made["enum"] = [_exact(value) for value in values]
-        all_of = [{"pattern": _anchored(regex)} for regex in text_regexes(of)]
+        all_of: list[Any] = [{"pattern": _anchored(regex)} for regex in text_regexes(of)]
         made |= self._of_object(of, depth)
         made |= self._of_array(of, depth)
         if "$ref" in of:

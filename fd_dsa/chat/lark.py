@@ -33,13 +33,21 @@ class Lark:
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
         self._num_chars = 0
+        self._checked: list[str] = []
 
     def grammar(self, start: str) -> str:
         """The whole text with the rule `start`."""
-        return (
-            "\n".join([f"start: {start}", *(name + body for body, name in self._names.items())])
-            + "\n"
-        )
+        if self._checked:
+            # no text matches the terminal
+            never = self.terminal('"a" & "b"')
+            start = f"{start} | {never} {self.one_of(self._checked)}"
+        return "\n".join([f"start: {start}", *(n + body for body, n in self._names.items()), ""])
+
+    def check(self, document: Mapping[str, Any]) -> None:
+        """Let llguidance refuse the whole grammar if no value satisfies a schema."""
+        rule = self.json(document)
+        if rule not in self._checked:
+            self._checked.append(rule)
 
     def rule(self, body: str, options: str = "") -> str:
         """Name of a rule."""

@@ -84,7 +84,7 @@ def _is_quantifier(piece: str) -> bool:
 
 def _pieces(pattern: str) -> list[str]:
     """The pattern's atoms and operators, in a syntax that Rust and Python read alike."""
-    pieces = []
+    pieces: list[str] = []
     at = 0
     while at < len(pattern):
         char = pattern[at]

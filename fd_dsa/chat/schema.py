@@ -20,6 +20,8 @@ KINDS = frozenset({"null", "boolean", "integer", "number", "string", "array", "o
 _NO_KINDS: frozenset[str] = frozenset()
 # deeper than any schema that people write, and far from Python's limit of recursion
 MAX_DEPTH = 48
+# of one schema, about 0.1 s
+_MAX_SPENT = 50_000
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
 _Memo = dict[int, frozenset[str]]
@@ -105,6 +107,8 @@ class ToolSchema:
         self._kinds: _Memo = {}
         self._nullable: _Memo = {}
         self._arguments: dict[str, frozenset[str]] = {}
+        self._names: frozenset[str] | None = None
+        self._num_spent = 0
         self._made: list[dict[str, Any]] = []
 
     def keep(self, made: dict[str, Any]) -> dict[str, Any]:
@@ -114,6 +118,16 @@ class ToolSchema:
         """
         self._made.append(made)
         return made
+
+    def spend(self) -> None:
+        """Count one comparison of subschemas.
+
+        Raises:
+            SchemaError: there were too many.
+        """
+        self._num_spent += 1
+        if self._num_spent > _MAX_SPENT:
+            raise SchemaError("oneOf: its alternatives are too many to be compared")
 
     def target(self, reference: Any) -> Any:
         """The schema that a `$ref` points to.
@@ -174,6 +188,27 @@ class ToolSchema:
         for schema in schemas:
             found &= self._fold(schema, declared_kinds, self._kinds)
         return found
+
+    def argument_names(self) -> frozenset[str]:
+        """Names of arguments that any part of the schema lists; empty if it lists none."""
+        if self._names is None:
+            names: set[str] = set()
+            todo, seen = [self.root], set[int]()
+            while todo:
+                schema = todo.pop()
+                if not isinstance(schema, dict) or id(schema) in seen:
+                    continue
+                seen.add(id(schema))
+                names |= mapping(schema.get("properties")).keys()
+                names |= {n for n in items_of(schema.get("required")) if isinstance(n, str)}
+                for branches in self.choices(schema):
+                    todo += branches
+                try:
+                    todo += self.conjuncts(schema)
+                except SchemaError:
+                    continue
+            self._names = frozenset(names)
+        return self._names
 
     def argument_types(self, name: str) -> frozenset[str]:
         """Types of an argument for the parser of answers; empty if the schema does not say.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fd_dsa.chat.enforced import check_keywords, exclusive, refusal
-from fd_dsa.chat.json_document import text_regexes
+from fd_dsa.chat.json_document import json_document, text_regexes
 from fd_dsa.chat.lark import Lark
 from fd_dsa.chat.patterns import ANY_TEXT, matches
 from fd_dsa.chat.schema import (
@@ -89,11 +89,16 @@ class ValueTexts:
         return None if found.is_empty else self._terminal(found)
 
     def text(
-        self, parts: Iterable[Any], end: str, preferred: frozenset[str], bounded: bool = False
+        self,
+        parts: Iterable[Any],
+        marks: Iterable[str],
+        preferred: frozenset[str],
+        bounded: bool = False,
     ) -> str | None:
-        """Terminal of the strings that satisfy all of the schemas, as they are, before `end`.
+        """Terminal of the strings that satisfy all of the schemas, as they are.
 
         Args:
+            marks: texts of the format's markup, which the strings must not contain.
             preferred: types that the parser of answers prefers to a string.
             bounded: nothing that begins as a number is such a text.
 
@@ -103,15 +108,23 @@ class ValueTexts:
         Raises:
             SchemaError: a grammar cannot enforce a keyword.
         """
+        parts = tuple(parts)
         found = self._all(parts, "string")
+        if found.regexes and len(set(found.regexes)) + (found.values is not None) > 1:
+            # llguidance tells if no text matches all of it, but for JSON only
+            self._lark.check(json_document(self._schema, parts, frozenset({"string"})))
         looks = {_LOOKS[kind] for kind in preferred} | ({_BEGINS_AS_NUMBER} if bounded else set())
         reads_as = re.compile(f"{_SPACE}(?:{'|'.join(sorted(looks))}){_SPACE}" if looks else "(?!)")
         if found.values is not None:
-            kept = (v for v in found.values if not reads_as.fullmatch(v) and end not in v)
+            kept = (
+                value
+                for value in found.values
+                if not reads_as.fullmatch(value) and not any(mark in value for mark in marks)
+            )
             found = _Texts(dict.fromkeys(kept), found.regexes)
             return None if found.is_empty else self._terminal(found)
-        others = [f"{ANY_TEXT}{_literal_regex(end)}{ANY_TEXT}"] if found.regexes or looks else []
-        others += [reads_as.pattern] if looks else []
+        any_mark = "|".join(map(_literal_regex, marks))
+        others = [f"{ANY_TEXT}(?:{any_mark}){ANY_TEXT}", *([reads_as.pattern] if looks else [])]
         without = [f"~{self._lark.regex(other)}" for other in others]
         return self._lark.terminal(" & ".join([self._terminal(found), *without]))
 
@@ -162,7 +175,10 @@ class ValueTexts:
             return _Texts(values, ())
         if values:
             regexes.append(self._terminal(_Texts(values, ())))
-        return _Texts(None, (self._lark.terminal(" | ".join(dict.fromkeys(regexes))),))
+        regexes = list(dict.fromkeys(regexes))
+        if len(regexes) > 1:
+            regexes = [self._lark.terminal(" | ".join(regexes))]
+        return _Texts(None, tuple(regexes))
 
     def _terminal(self, texts: _Texts) -> str:
         parts = list(dict.fromkeys(texts.regexes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from typing import Any
+from urllib.parse import quote
 
 import llguidance
 import numpy as np
@@ -82,8 +83,15 @@ def random_tool(rng: random.Random) -> dict[str, Any]:
         "additionalProperties": False,
     }
     refs.append("#/$defs/tree")
+    is_named = rng.random() < 0.3
     root = _arguments(rng, 2, refs)
-    if rng.random() < 0.3:
+    properties = root.get("properties", {})
+    if len(properties) > 1 and rng.random() < 0.5:
+        first, second, *_ = properties
+        where = "#/$defs/Args" if is_named else "#"
+        properties[first] = _value(rng, 2, ())
+        properties[second] = {"$ref": f"{where}/properties/{quote(first)}", "description": "too"}
+    if is_named:
         defs["Args"] = root
         root = {"$ref": "#/$defs/Args"}
         if rng.random() < 0.5:
@@ -97,18 +105,12 @@ def _arguments(rng: random.Random, depth: int, refs: Any) -> dict[str, Any]:
     made: dict[str, Any] = {} if rng.random() < 0.1 else {"type": "object"}
     if names or rng.random() < 0.5:
         made["properties"] = {name: _value(rng, depth, refs) for name in names}
-        if "start" in names and len(names) > 1 and made["properties"]["start"] is not False:
-            made["properties"][names[0] if names[0] != "start" else names[1]] = {
-                "$ref": "#/properties/start",
-                "description": "as start",
-            }
-            made["properties"]["start"] = _value(rng, depth, ())
     required = [name for name in names if rng.random() < 0.5]
     required += ["extra"] * (rng.random() < 0.1)
     if required:
         made["required"] = required
     if rng.random() < 0.3:
-        made["additionalProperties"] = rng.choice([False, True, {"type": "integer"}])
+        made["additionalProperties"] = rng.choice([depth < 2, True, {"type": "integer"}])
     if rng.random() < 0.1:
         made["patternProperties"] = {"^x-": _value(rng, 1, refs)}
     if rng.random() < 0.1:
@@ -117,11 +119,11 @@ def _arguments(rng: random.Random, depth: int, refs: Any) -> dict[str, Any]:
         made["maxProperties"] = rng.randint(1, 4)
     if depth and rng.random() < 0.3:
         key = rng.choice(["allOf", "anyOf", "oneOf"])
-        made[key] = [_arguments(rng, depth - 1, refs) for _ in range(rng.randint(1, 3))]
+        made[key] = [_arguments(rng, 0, refs) for _ in range(rng.randint(1, 3))]
         if key == "oneOf":
+            made.get("properties", {}).pop("kind", None)
             for i, branch in enumerate(made[key]):
-                branch["properties"] = {"kind": {"const": f"k{i}"}, **branch.get("properties", {})}
-                branch["properties"]["kind"] = {"const": f"k{i}"}
+                branch["properties"] = {**branch.get("properties", {}), "kind": {"const": f"k{i}"}}
                 branch["required"] = ["kind"]
     return made
 
