@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fd_dsa.chat.enforced import check_keywords, exclusive, refusal
+from fd_dsa.chat.enforced import checked, exclusive, refusal
 from fd_dsa.chat.schema import (
     MAX_DEPTH,
     SchemaError,
@@ -14,7 +14,6 @@ from fd_dsa.chat.schema import (
     declared_kinds,
     listed_values,
     mapping,
-    shown,
 )
 
 # combinations of the alternatives of a schema, and plain schemas in all of them
@@ -88,19 +87,12 @@ class _Alternatives:
         """The alternatives of a schema."""
         if isinstance(of, bool) or of is None:
             return [] if of is False else [()]
-        if not isinstance(of, dict):
-            raise SchemaError(f"got {shown(of)}; must be a JSON schema, an object or a boolean")
-        if not depth:
-            raise SchemaError(f"got a schema that is nested more than {MAX_DEPTH} deep")
         if id(of) not in self._memo:
-            self._memo[id(of)] = self._of_dict(of, depth)
+            self._memo[id(of)] = self._of_dict(checked(self._schema, of, depth), depth)
         return self._memo[id(of)]
 
     def _of_dict(self, of: Mapping[str, Any], depth: int) -> list[_Plain]:
         schema = self._schema
-        check_keywords(of)
-        if schema.has_own_base(of):
-            raise refusal("$id", "references to schemas with an identity are not supported")
         found: list[_Plain] = [(of,)]
         values = listed_values(of)
         if values is not None:

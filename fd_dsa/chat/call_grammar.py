@@ -97,7 +97,9 @@ class CallWriter:
         """
         end = marks.GLM_VALUE_END
         parts, lark = argument.parts, self._lark
-        if not any(isinstance(part, dict) and constraints(part) for part in parts):
+        if all(
+            part is True or (isinstance(part, dict) and not constraints(part)) for part in parts
+        ):
             return lark.text_until(end, self._texts.text((), _GLM_MARKS, frozenset()))
         kinds = self._schema.kinds(parts)
         read = self._types_read(argument)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fd_dsa.chat.schema import (
     KINDS,
+    MAX_DEPTH,
     SchemaError,
     ToolSchema,
     items_of,
@@ -53,6 +54,7 @@ _FORMS: dict[str, tuple[type, ...]] = {
     "maxProperties": (int,),
 }
 _MAX_MULTIPLE = 2**31
+_MAX_VALUES = 8_192
 _ANNOTATIONS_ASIDE = frozenset(
     {*_FORMS, *_REFUSED, "type", "const", "format", "additionalProperties", "items", "$ref", "if"}
 )
@@ -67,12 +69,30 @@ def constraints(schema: Mapping[str, Any]) -> list[str]:
     return [keyword for keyword in schema if keyword in _ANNOTATIONS_ASIDE]
 
 
-def check_keywords(schema: Mapping[str, Any]) -> None:
-    """Check a schema's own keywords, not those of its subschemas.
+def checked(schema: ToolSchema, of: Any, depth: int) -> Mapping[str, Any]:
+    """Check the own keywords of a part of a tool's schema, not those of its subschemas.
+
+    Args:
+        of: the part, no boolean.
+        depth: how much deeper schemas may be nested.
+
+    Returns:
+        The same part.
 
     Raises:
         SchemaError: a keyword has a wrong form, or no grammar enforces it.
     """
+    if not isinstance(of, dict):
+        raise SchemaError(f"got {shown(of)}; must be a JSON schema, an object or a boolean")
+    if not depth:
+        raise SchemaError(f"got a schema that is nested more than {MAX_DEPTH} deep")
+    if schema.has_own_base(of):
+        raise refusal("$id", "references to schemas with an identity are not supported")
+    _check_keywords(of)
+    return of
+
+
+def _check_keywords(schema: Mapping[str, Any]) -> None:
     for keyword, forms in _FORMS.items():
         value = schema.get(keyword)
         if keyword in schema and (isinstance(value, bool) or not isinstance(value, forms)):
@@ -83,6 +103,8 @@ def check_keywords(schema: Mapping[str, Any]) -> None:
             raise refusal(keyword)
     if "if" in schema and ("then" in schema or "else" in schema):
         raise refusal("if")
+    if len(schema.get("enum", ())) > _MAX_VALUES:
+        raise SchemaError(f"enum: got {len(schema['enum'])} values; at most {_MAX_VALUES} fit")
     names = schema.get("type")
     for name in names if isinstance(names, list) else [names] * ("type" in schema):
         if name not in KINDS:
@@ -90,7 +112,7 @@ def check_keywords(schema: Mapping[str, Any]) -> None:
     for name in schema.get("required", ()):
         if not isinstance(name, str):
             raise SchemaError(f"required: got {shown(name)}; must be a list of names")
-    step = Fraction(schema.get("multipleOf", 1))
+    step = Fraction(str(schema.get("multipleOf", 1)))
     if not 0 < step < _MAX_MULTIPLE or step.denominator & (step.denominator - 1):
         raise SchemaError(
             f"multipleOf: got {shown(schema['multipleOf'])}; must be an integer or a binary "
@@ -166,7 +188,7 @@ def _facts(schema: ToolSchema, of: Any) -> tuple[dict[str, None], list[Mapping[s
         part = todo.pop()
         if isinstance(part, dict) and id(part) not in seen:
             seen.add(id(part))
-            schema.spend()
+            schema.spend(1, "oneOf")
             plain.append(part)
             names = items_of(part.get("required"))
             required |= dict.fromkeys(name for name in names if isinstance(name, str))

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any
 
-from fd_dsa.chat.enforced import check_keywords, constraints, exclusive, refusal
+from fd_dsa.chat.enforced import checked, constraints, exclusive, refusal
+from fd_dsa.chat.lark import check_size
 from fd_dsa.chat.patterns import FORMATS, full_regex
 from fd_dsa.chat.schema import (
     KINDS,
@@ -39,15 +40,18 @@ def json_document(
         schema: the tool's schema, to which references in `parts` point.
 
     Raises:
-        SchemaError: a grammar cannot enforce a keyword.
+        SchemaError: a grammar cannot enforce a keyword, or no finite value satisfies the schemas.
+        ValueError: the document is too large for a grammar.
     """
     document = _Document(schema)
-    bodies = [document.body(part) for part in parts if part is not True]
+    bodies = [document.body(part, kinds) for part in parts if part is not True]
     if not kinds >= schema.kinds(parts):
         bodies.append({"type": sorted(kinds)})
     body: dict[str, Any] = {"allOf": bodies} if bodies else {}
     if len(bodies) == 1 and isinstance(bodies[0], dict):
         (body,) = bodies
+    if not _is_finite(body, document.definitions):
+        raise SchemaError("got a schema whose values have no end")
     return {**body, "$defs": document.definitions} if document.definitions else dict(body)
 
 
@@ -57,19 +61,22 @@ class _Document:
     def __init__(self, schema: ToolSchema) -> None:
         self._schema = schema
         self._names: dict[int, str] = {}
+        # targets that are applied to the same value as the one that is being rewritten
+        self._in_place: frozenset[int] = frozenset()
+        self._num_chars = 0
         self.definitions: dict[str, Any] = {}
 
-    def body(self, of: Any, depth: int = MAX_DEPTH) -> Any:
-        """A schema in llguidance's part of JSON Schema."""
+    def body(self, of: Any, kinds: frozenset[str] = KINDS, depth: int = MAX_DEPTH) -> Any:
+        """A schema in llguidance's part of JSON Schema.
+
+        Args:
+            kinds: types that the value may have by other schemas.
+            depth: how much deeper schemas may be nested.
+        """
         if isinstance(of, bool):
             return of
-        if not isinstance(of, dict):
-            raise SchemaError(f"got {shown(of)}; must be a JSON schema, an object or a boolean")
-        if not depth:
-            raise SchemaError(f"got a schema that is nested more than {MAX_DEPTH} deep")
-        check_keywords(of)
-        if self._schema.has_own_base(of):
-            raise refusal("$id", "references to schemas with an identity are not supported")
+        of = checked(self._schema, of, depth)
+        kinds &= self._schema.kinds([of])
         made = {key: of[key] for key in _AS_THEY_ARE if key in of}
         made |= _bounds(of)
         values = listed_values(of)
@@ -80,21 +87,37 @@ class _Document:
         made |= self._of_array(of, depth)
         if "$ref" in of:
             made["$ref"] = f"#/$defs/{self._definition(of['$ref'], depth)}"
-        all_of += [self.body(part, depth - 1) for part in of.get("allOf", ())]
+        all_of += [self.body(part, kinds, depth - 1) for part in of.get("allOf", ())]
         if "anyOf" in of:
-            made["anyOf"] = [self.body(branch, depth - 1) for branch in of["anyOf"]]
+            made["anyOf"] = [self.body(branch, kinds, depth - 1) for branch in of["anyOf"]]
         if "oneOf" in of:
-            branches = exclusive(self._schema, of["oneOf"], declared_kinds(of))
-            all_of.append({"anyOf": [self.body(branch, depth - 1) for branch in branches]})
+            branches = exclusive(self._schema, of["oneOf"], kinds)
+            all_of.append({"anyOf": [self.body(each, kinds, depth - 1) for each in branches]})
         all_of += _at_least_one(of)
-        return {**made, "allOf": all_of} if all_of else made
+        made |= {"allOf": all_of} if all_of else {}
+        # no more than the text will have
+        self._num_chars += sum(len(key) + 6 for key in made)
+        check_size(self._num_chars)
+        return made
+
+    def _nested(self, of: Any, depth: int) -> Any:
+        """The body of a schema for a value inside of another."""
+        outside, self._in_place = self._in_place, frozenset()
+        made = self.body(of, depth=depth - 1)
+        self._in_place = outside
+        return made
 
     def _definition(self, reference: Any, depth: int) -> str:
         """Name of the definition of what a reference points to."""
         target = self._schema.target(reference)
+        if id(target) in self._in_place:
+            raise SchemaError(f"$ref: got {shown(reference)}, a reference that leads to itself")
         if id(target) not in self._names:
             name = self._names[id(target)] = f"d{len(self._names)}"
-            self.definitions[name] = self.body(target, depth - 1)
+            outside = self._in_place
+            self._in_place |= {id(target)}
+            self.definitions[name] = self.body(target, depth=depth - 1)
+            self._in_place = outside
         return self._names[id(target)]
 
     def _of_object(self, of: Mapping[str, Any], depth: int) -> dict[str, Any]:
@@ -104,11 +127,11 @@ class _Document:
             if key in of:
                 regexes = key == "patternProperties"
                 made[key] = {
-                    _anchored(key_regex(name)) if regexes else name: self.body(each, depth - 1)
+                    _anchored(key_regex(name)) if regexes else name: self._nested(each, depth)
                     for name, each in of[key].items()
                 }
         if "additionalProperties" in of:
-            made["additionalProperties"] = self.body(of["additionalProperties"], depth - 1)
+            made["additionalProperties"] = self._nested(of["additionalProperties"], depth)
         if of.get("required"):
             made["required"] = list(dict.fromkeys(of["required"]))
         return made | _counts(of)
@@ -121,9 +144,9 @@ class _Document:
             prefix, rest = items, of.get("additionalItems")
         made: dict[str, Any] = {}
         if prefix is not None:
-            made["prefixItems"] = [self.body(each, depth - 1) for each in prefix]
+            made["prefixItems"] = [self._nested(each, depth) for each in prefix]
         if rest is not None:
-            made["items"] = self.body(rest, depth - 1)
+            made["items"] = self._nested(rest, depth)
         return made
 
 
@@ -218,6 +241,37 @@ def _at_least_one(of: Mapping[str, Any]) -> list[dict[str, Any]]:
     if len(optional) > _MAX_OPTIONAL:
         raise refusal("minProperties", f"more than {_MAX_OPTIONAL} properties are optional")
     return [{"anyOf": [{"required": [name]} for name in optional]}]
+
+
+def _is_finite(body: Any, definitions: Mapping[str, Any]) -> bool:
+    """Whether some value of a document may have an end."""
+    finite: set[str] = set()
+    num_before = -1
+    while num_before < len(finite):
+        num_before = len(finite)
+        finite |= {name for name, of in definitions.items() if _may_end(of, finite)}
+    return _may_end(body, finite)
+
+
+def _may_end(of: Any, finite: set[str]) -> bool:
+    """Whether a value may have an end if only those of `finite` definitions have one."""
+    if isinstance(of, bool):
+        return True
+    if "$ref" in of and of["$ref"].rpartition("/")[2] not in finite:
+        return False
+    if not all(_may_end(part, finite) for part in of.get("allOf", ())):
+        return False
+    if "anyOf" in of and not any(_may_end(branch, finite) for branch in of["anyOf"]):
+        return False
+    kinds = declared_kinds(of)
+    if kinds == {"object"}:
+        properties = of.get("properties", {})
+        return all(_may_end(properties.get(name, True), finite) for name in of.get("required", ()))
+    if kinds == {"array"}:
+        prefix, size = of.get("prefixItems", []), of.get("minItems", 0)
+        first = [*prefix[:size], *([of.get("items", True)] if size > len(prefix) else [])]
+        return all(_may_end(item, finite) for item in first)
+    return True
 
 
 def plain_target(schema: ToolSchema, of: Any) -> Any:

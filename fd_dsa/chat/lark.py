@@ -27,6 +27,15 @@ _COMPACT = {
 }
 
 
+def check_size(num_chars: int) -> None:
+    """ValueError for a grammar that has more characters than may be compiled."""
+    if num_chars > MAX_GRAMMAR_CHARS:
+        raise ValueError(
+            f"the grammar has {num_chars} characters or more; at most {MAX_GRAMMAR_CHARS} are "
+            "allowed"
+        )
+
+
 class Lark:
     """Rules and terminals of a grammar while it is written; equal ones are written once."""
 
@@ -86,11 +95,7 @@ class Lark:
     def _named(self, kind: str, body: str) -> str:
         if body not in self._names:
             self._num_chars += len(body)
-            if self._num_chars > MAX_GRAMMAR_CHARS:
-                raise ValueError(
-                    f"the grammar has {self._num_chars} characters or more; at most "
-                    f"{MAX_GRAMMAR_CHARS} are allowed"
-                )
+            check_size(self._num_chars)
             self._names[body] = f"{kind}{len(self._names)}"
         return self._names[body]
 

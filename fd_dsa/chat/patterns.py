@@ -7,6 +7,7 @@ syntax of Rust's `regex`, without look-around and back-references.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 ANY_TEXT = "(?s:.*)"
 MAX_PATTERN_CHARS = 1_000
@@ -62,16 +63,15 @@ def matches(pattern: str, name: str) -> bool:
     Raises:
         ValueError: the answer could take long, as with quantifiers inside of quantifiers.
     """
-    pieces = _pieces(pattern) if len(pattern) <= MAX_PATTERN_CHARS else []
-    quantified = [
-        before
-        for before, piece in zip(["", *pieces], pieces, strict=False)
-        if _is_quantifier(piece)
-    ]
-    if (not pieces and pattern) or len(name) > _MAX_NAME_CHARS or ")" in quantified:
-        raise ValueError(f"got {pattern!r}, too complex to be compared with {name[:50]!r}")
-    if len(quantified) > 2:
-        raise ValueError(f"got {pattern!r}; at most two quantifiers can be compared with names")
+    if len(pattern) > MAX_PATTERN_CHARS or len(name) > _MAX_NAME_CHARS:
+        raise ValueError(f"got {pattern[:100]!r}; it or the name {name[:100]!r} is too long")
+    pieces = _pieces(pattern)
+    quantified = [pieces[i - 1] for i, piece in enumerate(pieces) if i and _is_quantifier(piece)]
+    most = 2 if pieces[:1] == ["^"] and "|" not in pieces else 1
+    if ")" in quantified or len(quantified) > most:
+        raise ValueError(
+            f"got {pattern!r}, which has too many quantifiers to be compared with names"
+        )
     try:
         return re.search("".join(pieces), name) is not None
     except re.error as error:
@@ -82,6 +82,7 @@ def _is_quantifier(piece: str) -> bool:
     return len(piece) < 20 and _QUANTIFIER.fullmatch(piece) is not None
 
 
+@lru_cache(512)
 def _pieces(pattern: str) -> list[str]:
     """The pattern's atoms and operators, in a syntax that Rust and Python read alike."""
     pieces: list[str] = []
@@ -136,7 +137,7 @@ def _class(pattern: str, at: int) -> tuple[str, int]:
             part, at = _escape(pattern, at, in_class=True)
         else:
             # a hyphen makes a range; other operators of Rust's classes are characters here
-            part, at = ("\\" + char if char in "[&~^" else char), at + 1
+            part, at = ("\\" + char if char in "[&~^|" else char), at + 1
             if part == "-" and parts[-1] == "-":
                 part = "\\-"
         parts.append(part)

@@ -21,7 +21,8 @@ _NO_KINDS: frozenset[str] = frozenset()
 # deeper than any schema that people write, and far from Python's limit of recursion
 MAX_DEPTH = 48
 # of one schema, about 0.1 s
-_MAX_SPENT = 50_000
+_MAX_COST = 50_000
+_PATTERN_COST = 20
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
 _Memo = dict[int, frozenset[str]]
@@ -108,7 +109,7 @@ class ToolSchema:
         self._nullable: _Memo = {}
         self._arguments: dict[str, frozenset[str]] = {}
         self._names: frozenset[str] | None = None
-        self._num_spent = 0
+        self._spent = 0
         self._made: list[dict[str, Any]] = []
 
     def keep(self, made: dict[str, Any]) -> dict[str, Any]:
@@ -119,15 +120,15 @@ class ToolSchema:
         self._made.append(made)
         return made
 
-    def spend(self) -> None:
-        """Count one comparison of subschemas.
+    def spend(self, cost: int, keyword: str) -> None:
+        """Count the cost of comparing subschemas.
 
         Raises:
-            SchemaError: there were too many.
+            SchemaError: there was too much of it.
         """
-        self._num_spent += 1
-        if self._num_spent > _MAX_SPENT:
-            raise SchemaError("oneOf: its alternatives are too many to be compared")
+        self._spent += cost
+        if self._spent > _MAX_COST:
+            raise SchemaError(f"{keyword}: got a schema with too much to compare; make it smaller")
 
     def target(self, reference: Any) -> Any:
         """The schema that a `$ref` points to.
@@ -177,7 +178,9 @@ class ToolSchema:
         own = mapping(schema.get("properties"))
         found = [own[name]] if name in own else []
         patterns = mapping(schema.get("patternProperties"))
-        found += [of for pattern, of in patterns.items() if matches(pattern, name)]
+        for pattern, of in patterns.items():
+            self.spend(_PATTERN_COST, "patternProperties")
+            found += [of] if matches(pattern, name) else []
         if not found and "additionalProperties" in schema:
             found.append(schema["additionalProperties"])
         return found

@@ -8,14 +8,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from fd_dsa.chat.enforced import check_keywords, exclusive, refusal
+from fd_dsa.chat.enforced import checked, exclusive
 from fd_dsa.chat.json_document import json_document, text_regexes
 from fd_dsa.chat.lark import Lark
 from fd_dsa.chat.patterns import ANY_TEXT, matches
 from fd_dsa.chat.schema import (
     KINDS,
     MAX_DEPTH,
-    SchemaError,
     ToolSchema,
     declared_kinds,
     kind_of,
@@ -31,7 +30,7 @@ _SPACE = r"[\s\x1c-\x1f]*"
 _LOOKS = {
     "null": "null",
     "boolean": "true|false",
-    "integer": "-?[0-9][0-9.eE+-]*",
+    "integer": "-?[0-9]+",
     "number": "-?[0-9][0-9.eE+-]*",
     "array": r"\[(?s:.*)",
     "object": r"\{(?s:.*)",
@@ -138,16 +137,9 @@ class ValueTexts:
     def _of(self, of: Any, kind: str, depth: int) -> _Texts:
         if isinstance(of, bool):
             return self._free(kind, KINDS) if of else _EMPTY
-        if not isinstance(of, dict) or not depth:
-            raise SchemaError(
-                f"got a value that is no JSON schema, or nested over {MAX_DEPTH} deep"
-            )
         key = id(of), kind
         if key not in self._memo:
-            check_keywords(of)
-            if self._schema.has_own_base(of):
-                raise refusal("$id", "references to schemas with an identity are not supported")
-            found = self._own(of, kind)
+            found = self._own(checked(self._schema, of, depth), kind)
             for part in () if found.is_empty else self._schema.conjuncts(of):
                 found = _both(found, self._of(part, kind, depth - 1))
             for keyword in ("anyOf", "oneOf"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
+import re
 from typing import Any
 from urllib.parse import quote
 
@@ -13,62 +13,68 @@ from tokenizers import Tokenizer as Backend
 
 from fd_dsa.config import demo_model_path
 
-# texts that a walk tries now and then, so that it ends and meets values that look like others
-_HINTS = (
-    *(
-        "5",
-        "-3",
-        "0.5",
-        "true",
-        "false",
-        "null",
-        '"',
-        "[",
-        "]",
-        "{",
-        "}",
-        ",",
-        ", ",
-        "a",
-        "ab",
-        "1",
-    ),
-    *("12345", "</arg_value>", "</tool_call>", "</｜DSML｜parameter>\n", "</｜DSML｜invoke>\n"),
-    *('"a"', "[1]", "2024-02-05", " ", "x-a", "<", "7</arg_value>", "null</arg_value>"),
+# texts that a walk tries now and then: values that look like others, and marks that end something
+_VALUES = (
+    *("5", "-3", "0.5", "true", "false", "null", '"', "[", "{", ",", ", ", ": ", "a", "1", "12345"),
+    *('"a"', "[1]", "2024-02-05", " ", "x-a", "<", '"kind": "k0"'),
+)
+_ENDS = (
+    *('"', "]", "}", "</arg_value>", "</tool_call>", "7</arg_value>", "null</arg_value>"),
+    *("</｜DSML｜parameter>\n", "</｜DSML｜invoke>\n"),
 )
 
 
 class Walker:
-    """Outputs of the demo model's vocabulary under a grammar."""
+    """Outputs of the demo model's vocabulary under grammars."""
 
     def __init__(self) -> None:
         self._backend = Backend.from_file(str(demo_model_path() / "tokenizer.json"))
         self._tokenizer = llguidance.LLTokenizer(self._backend.to_str())
-        self._hints = [self._backend.encode(h, add_special_tokens=False).ids for h in _HINTS]
+        self._values, self._ends = map(self._encode, (_VALUES, _ENDS))
+        (self._quote,) = self._encode(('"',))
 
-    def walk(self, grammar: str, rng: random.Random, num_tokens: int = 400) -> str | None:
-        """A text that the grammar allows; None if it is longer than `num_tokens` tokens."""
+    def _encode(self, texts: tuple[str, ...]) -> list[list[int]]:
+        return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
+
+    def error(self, grammar: str) -> str:
+        """What llguidance finds wrong with a grammar, empty for a good one."""
+        return str(llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer))
+
+    def _is_in_string(self, taken: list[int]) -> bool:
+        """Whether a string inside of a JSON value is open, in which marks are no marks."""
+        value = re.split('<arg_value>|string="false">', self._tokenizer.decode_str(taken))[-1]
+        return value[:1] in ("[", "{") and value.replace('\\"', "").count('"') % 2 == 1
+
+    def accepts(self, grammar: str, text: str) -> bool:
+        """Whether a grammar allows a whole text."""
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
-        assert not matcher.get_error(), matcher.get_error()
+        (ids,) = self._encode((text,))
+        return matcher.validate_tokens(ids) == len(ids) and (
+            matcher.consume_tokens(ids) and matcher.is_accepting()
+        )
+
+    def walk(self, grammar: str, rng: random.Random, num_tokens: int = 500) -> str | None:
+        """A text that the grammar allows; None if it is longer than `num_tokens` tokens.
+
+        Raises:
+            AssertionError: no token may follow, although the text is not complete.
+        """
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         taken: list[int] = []
-        while not matcher.is_stopped() and len(taken) < num_tokens:
-            if matcher.is_accepting() and rng.random() < 0.5:
-                break
-            hint = rng.choice(self._hints)
-            if rng.random() < 0.8 and matcher.validate_tokens(hint) == len(hint):
-                ids = hint
-            else:
+        while not matcher.is_accepting() and len(taken) < num_tokens:
+            is_late = len(taken) > 100
+            hints = self._ends if rng.random() < (0.9 if is_late else 0.4) else self._values
+            ids = rng.choice(hints)
+            if hints is self._ends and ids != self._quote and self._is_in_string(taken):
+                ids = self._quote
+            if rng.random() < 0.2 or matcher.validate_tokens(ids) < len(ids):
                 bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
                 allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
-                assert len(allowed), self._backend.decode(taken, skip_special_tokens=False)
+                assert len(allowed), f"no token may follow {self._tokenizer.decode_str(taken)!r}"
                 ids = [int(rng.choice(allowed))]
-            if ids == [self._tokenizer.eos_token]:
-                break
             assert matcher.consume_tokens(ids), matcher.get_error()
             taken += ids
-        if not (matcher.is_accepting() or matcher.is_stopped()):
-            return None
-        return self._tokenizer.decode_str(taken)
+        return self._tokenizer.decode_str(taken) if matcher.is_accepting() else None
 
 
 def random_tool(rng: random.Random) -> dict[str, Any]:
@@ -187,8 +193,3 @@ def _number(rng: random.Random) -> dict[str, Any]:
         {"maximum": 2**63 - 1},
     ]
     return {"type": rng.choice(["integer", "number"])} | rng.choice(more)
-
-
-def describe(schema: Any) -> str:
-    """A schema as a failing test shows it."""
-    return json.dumps(schema, ensure_ascii=False)
