@@ -78,7 +78,7 @@ class ValueTexts:
             kind: "null", "boolean" or "number", which includes integers.
 
         Returns:
-            The terminal, None if there is no such value.
+            The terminal; None if no value satisfies them.
 
         Raises:
             SchemaError: a grammar cannot enforce a keyword.
@@ -102,7 +102,7 @@ class ValueTexts:
             bounded: nothing that begins as a number is such a text.
 
         Returns:
-            The terminal, None if there is no such string.
+            The terminal; None if no string satisfies them.
 
         Raises:
             SchemaError: a grammar cannot enforce a keyword.

@@ -143,7 +143,7 @@ def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequ
     check_bytes(state, _texts(texts), "messages")
     offered = body.tools if body.tools and body.choice.mode != "none" else []
     tools = [tool.model_dump(exclude_unset=True) for tool in offered]
-    check_bytes(state, _texts(tools), "tools")
+    check_bytes(state, _texts(tools, with_names=True), "tools")
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
     try:
@@ -161,16 +161,22 @@ def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequ
         raise FieldError(f"messages: {error}") from error
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON value but the names of fields."""
+def _texts(value: Any, with_names: bool = False) -> Iterator[str]:
+    """Every text in a JSON value.
+
+    Args:
+        with_names: names of fields are texts too, such as the names in a tool's schema.
+    """
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
+        if with_names:
+            yield from value
         for entry in value.values():
-            yield from _texts(entry)
+            yield from _texts(entry, with_names)
     elif isinstance(value, list):
         for entry in value:
-            yield from _texts(entry)
+            yield from _texts(entry, with_names)
 
 
 def _form(
