@@ -46,6 +46,8 @@ class CallWriter:
         """A call of DeepSeek-V3.1, whose arguments are an object whatever the schema says."""
         head = self._lark.literal(marks.V31_CALL + self._name + marks.V31_SEPARATOR)
         root = True if self._schema.root is None else self._schema.root
+        if "object" not in self._schema.kinds([root]):
+            raise SchemaError("got a schema that no arguments satisfy")
         arguments = self._json([root], frozenset({"object"}))
         return f"{head} {arguments} {self._lark.literal(marks.V31_CALL_END)}"
 

@@ -129,7 +129,8 @@ def refusal(keyword: str, why: str = "") -> SchemaError:
 def exclusive(schema: ToolSchema, branches: list[Any], within: frozenset[str]) -> list[Any]:
     """Alternatives of `oneOf` of which no value satisfies two, so that they may be an `anyOf`.
 
-    An alternative gets a name that it must not have if only their required names differ.
+    Alternatives require the property whose constants tell them apart. If only their required names
+    differ, each gets a name that it must not have.
 
     Args:
         within: types that values can have.
@@ -206,8 +207,10 @@ def _apart(schema: ToolSchema, branches: list[Any]) -> list[Any]:
             of = (mapping_of(part.get("properties")).get(name) for part in plain)
             known = [values for each in of if (values := _values(schema, each)) is not None]
             sets.append(known[0] if known else None)
-        if _differ(sets) and sum(name not in required for required, _ in facts) <= 1:
-            return branches
+        if _differ(sets):
+            if sum(name not in required for required, _ in facts) <= 1:
+                return branches
+            return [schema.keep({"allOf": [each, {"required": [name]}]}) for each in branches]
     if len(branches) > _MAX_PAIRED:
         raise refusal("oneOf", "its alternatives may overlap")
     made = []

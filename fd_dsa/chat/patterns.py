@@ -12,6 +12,7 @@ from functools import lru_cache
 ANY_TEXT = "(?s:.*)"
 MAX_PATTERN_CHARS = 1_000
 _MAX_NAME_CHARS = 128
+_MAX_BRANCHES = 64
 _CLASSES = {"d": "0-9", "w": "A-Za-z0-9_"}
 # escapes that Rust, Python and ECMA 262 read alike
 _SAME_ESCAPES = frozenset("dDwWsSnrtfv") | frozenset(r"\/^$.|?*+()[]{}-\"'#&~ @%!,:;=<>_`")
@@ -27,14 +28,15 @@ _TIME = rf"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{{1,9}})?{_ZONE}"
 _BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _H16 = "[0-9a-fA-F]{1,4}"
-_UNTIL_DAYS = "(?:[0-9]{1,6}Y)?(?:[0-9]{1,6}M)?(?:[0-9]{1,6}D)"
-_SECONDS = "(?:[0-9]{1,6}H)?(?:[0-9]{1,6}M)?(?:[0-9]{1,6}S)"
+_N = "[0-9]{1,6}"
+_DAYS = f"(?:{_N}Y(?:{_N}M(?:{_N}D)?)?|{_N}M(?:{_N}D)?|{_N}D)"
+_SECONDS = f"(?:{_N}H(?:{_N}M(?:{_N}S)?)?|{_N}M(?:{_N}S)?|{_N}S)"
 
 FORMATS: dict[str, str] = {
     "date": _DAY,
     "time": _TIME,
     "date-time": f"{_DAY}T{_TIME}",
-    "duration": f"P(?:[0-9]{{1,6}}W|{_UNTIL_DAYS}(?:T{_SECONDS})?|T{_SECONDS})",
+    "duration": f"P(?:{_N}W|{_DAYS}(?:T{_SECONDS})?|T{_SECONDS})",
     "email": rf"[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*@{_LABEL}(?:\.{_LABEL})+",
     "hostname": rf"{_LABEL}(?:\.{_LABEL})*",
     "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
@@ -53,7 +55,7 @@ def full_regex(pattern: str) -> str:
     """
     if len(pattern) > MAX_PATTERN_CHARS:
         raise ValueError(f"got {len(pattern)} characters; at most {MAX_PATTERN_CHARS} are allowed")
-    branches = [_anchored(pieces) for pieces in _top_level(_pieces(pattern))]
+    branches = [_anchored(branch) for branch in _expanded(_pieces(pattern))]
     return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
 
 
@@ -154,6 +156,49 @@ def _group(pattern: str, at: int) -> tuple[str, int]:
     if name is None:
         raise ValueError(f"got {pattern!r}; look-around and flags are not supported")
     return "(?:", name.end()
+
+
+def _expanded(pieces: list[str]) -> list[list[str]]:
+    """Alternatives of a pattern, with ^ and $ at their ends.
+
+    A group at an end is replaced by its alternatives if it contains an anchor.
+    """
+    done = []
+    todo = _top_level(pieces)
+    while todo:
+        branch = todo.pop(0)
+        begin, end = branch[:1] == ["^"], branch[-1:] == ["$"]
+        inner = branch[begin : len(branch) - end]
+        size = _group_size(inner)
+        last = len(inner) - _group_size(inner[::-1])
+        is_quantified = any(map(_is_quantifier, inner[size : size + 1]))
+        if not begin and _has_anchor(inner[:size]) and not is_quantified:
+            groups = _top_level(inner[1 : size - 1])
+            todo += [[*each, *inner[size:], *branch[len(branch) - end :]] for each in groups]
+        elif not end and _has_anchor(inner[last:]):
+            groups = _top_level(inner[last + 1 : -1])
+            todo += [[*branch[:begin], *inner[:last], *each] for each in groups]
+        else:
+            done.append(branch)
+        if len(todo) + len(done) > _MAX_BRANCHES:
+            raise ValueError(
+                f"got {''.join(pieces)!r}, which has too many alternatives with ^ or $"
+            )
+    return done
+
+
+def _has_anchor(pieces: list[str]) -> bool:
+    return "^" in pieces or "$" in pieces
+
+
+def _group_size(pieces: list[str]) -> int:
+    """Number of pieces of the group at the begin, from either side; 0 without one."""
+    depth = 0
+    for number, piece in enumerate(pieces, 1):
+        depth += (piece == "(?:") - (piece == ")")
+        if not depth:
+            return number if number > 1 else 0
+    return 0
 
 
 def _top_level(pieces: list[str]) -> list[list[str]]:

@@ -100,6 +100,7 @@ def test_calls_satisfy_many_random_schemas() -> None:
         },
         {"properties": {"a": INTEGER, "b": STRING}, "oneOf": [{"required": [k]} for k in "ab"]},
         {"properties": {"a": INTEGER, "b": STRING}, "minProperties": 1},
+        {"oneOf": [{"properties": {"t": {"const": n}, n: INTEGER}, "required": [n]} for n in "ab"]},
         {"properties": {"a": False, "b": STRING}, "required": ["b"]},
         {"enum": [{"a": 1, "b": "x"}, {"a": "y"}, 5]},
         {"type": "object", "properties": {}},
@@ -138,6 +139,7 @@ TEXTS: list[tuple[Any, list[Any], list[Any]]] = [
     (STRING, ["", "5", "null", "{", "a <b> c"], []),
     ({**STRING, "minLength": 2, "maxLength": 3}, ["ab", "éè!"], ["a", "abcd"]),
     ({**STRING, "pattern": "^a+$"}, ["a", "aaa"], ["b", "ab"]),
+    ({**STRING, "pattern": "^a+$", "maxLength": 2}, ["a", "aa"], ["aaa", ""]),
     ({**STRING, "pattern": "[0-9]"}, ["a1b"], ["ab"]),
     ({**STRING, "format": "date"}, ["2024-02-28"], ["today", "2024-02-30"]),
     ({**STRING, "format": "no such format"}, ["x"], []),
@@ -238,6 +240,13 @@ def test_refusals_name_the_tool_and_the_keyword(tool_format: str, of: Any, messa
         forced_calls_grammar(tool_format, {"f": schema}, several=False)
     # parts that no argument refers to matter to nobody
     forced_calls_grammar(tool_format, {"f": {"properties": {}, "$defs": {"k": of}}}, several=False)
+
+
+@ANY_FORMAT
+@pytest.mark.parametrize("schema", [False, {"type": "array"}, {"allOf": [{"const": 5}]}])
+def test_schemas_of_no_object(tool_format: str, schema: Any) -> None:
+    with pytest.raises(ValueError, match="'f' cannot be forced: got a schema that no arguments"):
+        forced_calls_grammar(tool_format, {"f": schema}, several=False)
 
 
 @ANY_FORMAT

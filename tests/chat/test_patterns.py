@@ -31,6 +31,7 @@ TEXTS = ["".join(chars) for n in range(4) for chars in itertools.product("ab1-[^
             "a*?b",
         ),
         *("^a{2}$", "a{,2}", "x{y", r"a\x31", r"a\u0031", "(?P<n>a)b", "(?<n>a)b", "^[^ ]*$", "."),
+        *("(^a|b$)", "(^a$)|(^b$)", "(^|a)b(-|$)", "(^$|^[ab]+$)", "((^a|b)|1)$"),
     ],
 )
 def test_full_regexes_match_what_a_search_finds(pattern: str) -> None:
@@ -45,7 +46,20 @@ def test_full_regexes_match_what_a_search_finds(pattern: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(?=a)", "(?!a)", r"(a)\1", "(?i)a", r"\bx", "(^a)", "a^b", "[]", "[a", r"\p{L}", "a" * 2000],
+    [
+        "(?=a)",
+        "(?!a)",
+        r"(a)\1",
+        "(?i)a",
+        r"\bx",
+        "(^a)+",
+        "a^b",
+        "a(^|b)c",
+        "[]",
+        "[a",
+        r"\p{L}",
+        "a" * 2000,
+    ],
 )
 def test_patterns_that_no_grammar_has(pattern: str) -> None:
     with pytest.raises(ValueError, match="got "):
