@@ -12,11 +12,10 @@ from fd_dsa.chat.enforced import constraints
 from fd_dsa.chat.json_document import json_document, key_regex, plain_target
 from fd_dsa.chat.lark import Lark
 from fd_dsa.chat.schema import KINDS, SchemaError, ToolSchema
-from fd_dsa.chat.value_text import UnboundedError, ValueTexts
+from fd_dsa.chat.value_text import BoundedNumberError, ValueTexts
 
 # in DSML, between the name of an argument and its value
 _STRING = '" string="{}">'
-_SCALARS = ("null", "boolean", "number")
 _TEXT = frozenset({"string"})
 # names that the formats can write
 _DSML_NAME, _GLM_NAME = re.compile(r'[^"<>\n]+'), re.compile(r"[^<>\s](?:[^<>\n]*[^<>\s])?")
@@ -41,6 +40,8 @@ class CallWriter:
         self._schema = schema
         self._texts = ValueTexts(schema, lark)
         self._documents: dict[tuple[Any, ...], str] = {}
+        # names of arguments that are numbers with bounds in some alternative
+        self._bounded: set[str | None] = set()
 
     def v31_call(self) -> str:
         """A call of DeepSeek-V3.1, whose arguments are an object whatever the schema says."""
@@ -63,6 +64,7 @@ class CallWriter:
         return f"{head} {self._lark.one_of(bodies)} {end}"
 
     def _dsml_argument(self, key: str, argument: Argument) -> str | None:
+        """An argument of DSML: a text as it is, or JSON."""
         head = self._lark.literal(f'{marks.V32_ARGUMENT} name="')
         end = f"{marks.V32_ARGUMENT_END}\n"
         kinds = self._schema.kinds(argument.parts)
@@ -82,10 +84,13 @@ class CallWriter:
         """A call of GLM."""
         head = self._lark.literal(marks.GLM_CALL + self._name)
         lists = argument_lists(self._schema)
+        arguments = [argument for each in lists for argument in each.arguments]
+        self._bounded = {argument.name for argument in arguments if self._has_bounds(argument)}
         bodies = self._bodies(lists, _GLM_NAME, self._glm_argument)
         return f"{head} {self._lark.one_of(bodies)} {self._lark.literal(marks.GLM_CALL_END)}"
 
     def _glm_argument(self, key: str, argument: Argument) -> str | None:
+        """An argument of GLM."""
         head = self._lark.literal(marks.GLM_KEY)
         middle = self._lark.literal(marks.GLM_KEY_END + marks.GLM_VALUE)
         value = self._glm_value(argument)
@@ -106,26 +111,31 @@ class CallWriter:
         kinds = self._schema.kinds(parts)
         read = self._types_read(argument)
         as_json = kinds & {"array", "object"}
-        scalars = []
-        for kind in _SCALARS:
-            try:
-                scalars.append(
-                    self._texts.scalar(parts, kind) if self._may_be(kind, kinds) else None
-                )
-            except UnboundedError:
-                as_json |= kinds & {"number", "integer"}
+        scalars = [self._texts.scalar(parts, kind) for kind in ("null", "boolean")]
+        if argument.name in self._bounded:
+            as_json |= kinds & {"number", "integer"}
+        else:
+            scalars.append(self._texts.scalar(parts, "number"))
         if "string" in kinds:
             preferred = read - _TEXT if read else KINDS
-            scalars.append(self._texts.text(parts, _GLM_MARKS, preferred, "integer" in as_json))
+            has_bounds = argument.name in self._bounded
+            scalars.append(self._texts.text(parts, _GLM_MARKS, preferred, has_bounds))
         terminals = [scalar for scalar in scalars if scalar is not None]
         forms = [lark.text_until(end, lark.terminal(" | ".join(terminals)))] if terminals else []
         if as_json:
             forms.append(f"{self._json(parts, as_json, compact=True)} {lark.literal(end)}")
         return lark.one_of(forms) if forms else None
 
-    @staticmethod
-    def _may_be(kind: str, kinds: frozenset[str]) -> bool:
-        return kind in kinds or (kind == "number" and "integer" in kinds)
+    def _has_bounds(self, argument: Argument) -> bool:
+        """Return True if an argument may be a number with bounds."""
+        try:
+            self._texts.scalar(argument.parts, "number")
+        except BoundedNumberError:
+            return True
+        except SchemaError:
+            # raised again with the argument's name
+            return False
+        return False
 
     def _types_read(self, argument: Argument) -> frozenset[str]:
         """Types by which the parser reads an argument; empty for any."""

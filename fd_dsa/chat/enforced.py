@@ -55,7 +55,7 @@ _FORMS: dict[str, tuple[type, ...]] = {
 }
 _MAX_MULTIPLE = 2**31
 _MAX_VALUES = 8_192
-_ANNOTATIONS_ASIDE = frozenset(
+_CONSTRAINTS = frozenset(
     {*_FORMS, *_REFUSED, "type", "const", "format", "additionalProperties", "items", "$ref", "if"}
 )
 # alternatives of `oneOf` that are compared pair by pair
@@ -66,7 +66,7 @@ _MAX_TAGS = 4
 
 def constraints(schema: Mapping[str, Any]) -> list[str]:
     """A schema's keywords that are no annotations."""
-    return [keyword for keyword in schema if keyword in _ANNOTATIONS_ASIDE]
+    return [keyword for keyword in schema if keyword in _CONSTRAINTS]
 
 
 def checked(schema: ToolSchema, of: Any, depth: int) -> Mapping[str, Any]:
@@ -93,6 +93,7 @@ def checked(schema: ToolSchema, of: Any, depth: int) -> Mapping[str, Any]:
 
 
 def _check_keywords(schema: Mapping[str, Any]) -> None:
+    """Check the form of keywords, and refuse those without a grammar; see `checked`."""
     for keyword, forms in _FORMS.items():
         value = schema.get(keyword)
         if keyword in schema and (isinstance(value, bool) or not isinstance(value, forms)):
@@ -127,10 +128,10 @@ def refusal(keyword: str, why: str = "") -> SchemaError:
 
 
 def exclusive(schema: ToolSchema, branches: list[Any], within: frozenset[str]) -> list[Any]:
-    """Alternatives of `oneOf` of which no value satisfies two, so that they may be an `anyOf`.
+    """Rewrite the alternatives of `oneOf` so that no value satisfies two: an `anyOf`.
 
-    Alternatives require the property whose constants tell them apart. If only their required names
-    differ, each gets a name that it must not have.
+    Alternatives for objects then require the property whose constants tell them apart. If only
+    their required names differ, each forbids a name that another one requires.
 
     Args:
         within: types that values can have.
@@ -158,7 +159,7 @@ def exclusive(schema: ToolSchema, branches: list[Any], within: frozenset[str]) -
 
 
 def _differ(sets: Iterable[frozenset[Any] | None]) -> bool:
-    """Whether all sets are known and no two share a value."""
+    """Return True if all sets are known and no two share a value."""
     seen: set[Any] = set()
     for values in sets:
         if values is None or not seen.isdisjoint(values):
@@ -198,7 +199,7 @@ def _facts(schema: ToolSchema, of: Any) -> tuple[dict[str, None], list[Mapping[s
 
 
 def _apart(schema: ToolSchema, branches: list[Any]) -> list[Any]:
-    """Object schemas of which no object satisfies two; see `exclusive`."""
+    """Rewrite object schemas so that no object satisfies two; see `exclusive`."""
     facts = [_facts(schema, branch) for branch in branches]
     names = dict.fromkeys(name for part in facts[0][1] for name in _constants(part))
     for name in list(names)[:_MAX_TAGS]:

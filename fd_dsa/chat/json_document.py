@@ -244,7 +244,7 @@ def _at_least_one(of: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _is_finite(body: Any, definitions: Mapping[str, Any]) -> bool:
-    """Whether some value of a document may have an end."""
+    """Return True if some value of a document may have an end."""
     finite: set[str] = set()
     num_before = -1
     while num_before < len(finite):
@@ -254,7 +254,7 @@ def _is_finite(body: Any, definitions: Mapping[str, Any]) -> bool:
 
 
 def _may_end(of: Any, finite: set[str]) -> bool:
-    """Whether a value may have an end if only those of `finite` definitions have one."""
+    """Return True if a value may end, given the definitions whose values may."""
     if isinstance(of, bool):
         return True
     if "$ref" in of and of["$ref"].rpartition("/")[2] not in finite:

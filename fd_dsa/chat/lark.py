@@ -53,7 +53,7 @@ class Lark:
         return "\n".join([f"start: {start}", *(n + body for body, n in self._names.items()), ""])
 
     def check(self, document: Mapping[str, Any]) -> None:
-        """Let llguidance refuse the whole grammar if no value satisfies a schema."""
+        """Make llguidance refuse the whole grammar if no value satisfies a schema."""
         rule = self.json(document)
         if rule not in self._checked:
             self._checked.append(rule)

@@ -60,10 +60,10 @@ def full_regex(pattern: str) -> str:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a name contains a match of a pattern.
+    """Return True if a name contains a match of a pattern.
 
     Raises:
-        ValueError: the answer could take long, as with quantifiers inside of quantifiers.
+        ValueError: the comparison could take long, for example by nested quantifiers.
     """
     if len(pattern) > MAX_PATTERN_CHARS or len(name) > _MAX_NAME_CHARS:
         raise ValueError(f"got {pattern[:100]!r}; it or the name {name[:100]!r} is too long")
@@ -112,7 +112,7 @@ def _pieces(pattern: str) -> list[str]:
 
 
 def _escape(pattern: str, at: int, in_class: bool) -> tuple[str, int]:
-    """One escape, and the place after it."""
+    """Read one escape; returns it and the place after it."""
     match = _HEX.match(pattern, at)
     if match is not None:
         return f"\\x{int(match[0][2:], 16):02x}" if len(match[0]) == 4 else match[0], match.end()
@@ -126,7 +126,7 @@ def _escape(pattern: str, at: int, in_class: bool) -> tuple[str, int]:
 
 
 def _class(pattern: str, at: int) -> tuple[str, int]:
-    """A class of characters, and the place after it."""
+    """Read a class of characters; returns it and the place after it."""
     begin = at
     at += 1
     parts = ["["]
@@ -149,7 +149,7 @@ def _class(pattern: str, at: int) -> tuple[str, int]:
 
 
 def _group(pattern: str, at: int) -> tuple[str, int]:
-    """The begin of a group, and the place after it."""
+    """Read the begin of a group; returns it and the place after it."""
     if pattern.startswith("(?:", at) or not pattern.startswith("(?", at):
         return "(?:", at + (3 if pattern.startswith("(?", at) else 1)
     name = re.compile(r"\(\?P?<[A-Za-z]\w*>").match(pattern, at)

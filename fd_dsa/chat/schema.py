@@ -156,7 +156,7 @@ class ToolSchema:
         return at
 
     def has_own_base(self, schema: Mapping[str, Any]) -> bool:
-        """Whether references inside a subschema start from its own `$id`."""
+        """Return True if references inside a subschema start from its own `$id`."""
         return schema is not self.root and isinstance(schema.get("$id"), str)
 
     def conjuncts(self, schema: Mapping[str, Any]) -> list[Any]:

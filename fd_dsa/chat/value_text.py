@@ -39,8 +39,8 @@ _LOOKS = {
 _BEGINS_AS_NUMBER = "-?[0-9](?s:.*)"
 
 
-class UnboundedError(Exception):
-    """Numbers within bounds, which no regex is made for."""
+class BoundedNumberError(Exception):
+    """Numbers that have bounds, so no terminal is made for them."""
 
 
 class _Texts(NamedTuple):
@@ -82,7 +82,7 @@ class ValueTexts:
 
         Raises:
             SchemaError: a grammar cannot enforce a keyword.
-            UnboundedError: numbers have bounds.
+            BoundedNumberError: numbers have bounds.
         """
         found = self._all(parts, kind)
         return None if found.is_empty else self._terminal(found)
@@ -92,14 +92,14 @@ class ValueTexts:
         parts: Iterable[Any],
         marks: Iterable[str],
         preferred: frozenset[str],
-        bounded: bool = False,
+        has_bounds: bool = False,
     ) -> str | None:
         """Terminal of the strings that satisfy all of the schemas, as they are.
 
         Args:
             marks: texts of the format's markup, which the strings must not contain.
             preferred: types that the parser of answers prefers to a string.
-            bounded: nothing that begins as a number is such a text.
+            has_bounds: numbers in the same place have bounds, so no text begins like a number.
 
         Returns:
             The terminal; None if no string satisfies them.
@@ -112,7 +112,9 @@ class ValueTexts:
         if found.regexes and len(set(found.regexes)) + (found.values is not None) > 1:
             # llguidance tells if no text matches all of it, but for JSON only
             self._lark.check(json_document(self._schema, parts, frozenset({"string"})))
-        looks = {_LOOKS[kind] for kind in preferred} | ({_BEGINS_AS_NUMBER} if bounded else set())
+        looks = {_LOOKS[kind] for kind in preferred} | (
+            {_BEGINS_AS_NUMBER} if has_bounds else set()
+        )
         reads_as = re.compile(f"{_SPACE}(?:{'|'.join(sorted(looks))}){_SPACE}" if looks else "(?!)")
         if found.values is not None:
             kept = (
@@ -135,6 +137,7 @@ class ValueTexts:
         return found
 
     def _of(self, of: Any, kind: str, depth: int) -> _Texts:
+        """Texts of the values of a type that satisfy a schema."""
         if isinstance(of, bool):
             return self._free(kind, KINDS) if of else _EMPTY
         key = id(of), kind
@@ -173,6 +176,7 @@ class ValueTexts:
         return _Texts(None, tuple(regexes))
 
     def _terminal(self, texts: _Texts) -> str:
+        """Name of the terminal for texts."""
         parts = list(dict.fromkeys(texts.regexes))
         if texts.values is not None:
             literals = " | ".join(self._lark.literal(value) for value in texts.values)
@@ -194,7 +198,7 @@ class ValueTexts:
             same = [v for v in values if kind_of(v) in names and _is_within(v, of)]
             return _Texts(dict.fromkeys(map(_scalar, same)), ())
         if kind == "number" and any(key in of for key in _BOUNDS):
-            raise UnboundedError
+            raise BoundedNumberError
         return self._free(kind, kinds)
 
     def _free(self, kind: str, kinds: frozenset[str]) -> _Texts:
@@ -206,6 +210,7 @@ class ValueTexts:
         return _Texts(dict.fromkeys(["null"] if kind == "null" else ["true", "false"]), ())
 
     def _strings(self, of: Mapping[str, Any], values: list[Any] | None) -> _Texts:
+        """Strings by a schema's own keywords; `values` are those that it lists."""
         shortest, longest = of.get("minLength", 0), of.get("maxLength")
         if longest is not None and shortest > longest:
             return _EMPTY
@@ -232,7 +237,7 @@ def _both(a: _Texts, b: _Texts) -> _Texts:
 
 
 def _is_within(value: Any, of: Mapping[str, Any]) -> bool:
-    """Whether a value satisfies the bounds of numbers."""
+    """Return True unless a value is a number out of bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return True
     return (

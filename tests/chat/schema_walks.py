@@ -37,16 +37,16 @@ class Walker:
         return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
 
     def error(self, grammar: str) -> str:
-        """What llguidance finds wrong with a grammar, empty for a good one."""
+        """Error of llguidance in a grammar, empty for a good one."""
         return str(llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer))
 
     def _is_in_string(self, taken: list[int]) -> bool:
-        """Whether a string inside of a JSON value is open, in which marks are no marks."""
+        """Return True inside of a string of a JSON value, in which no mark ends anything."""
         value = re.split('<arg_value>|string="false">', self._tokenizer.decode_str(taken))[-1]
         return value[:1] in ("[", "{") and value.replace('\\"', "").count('"') % 2 == 1
 
     def accepts(self, grammar: str, text: str) -> bool:
-        """Whether a grammar allows a whole text."""
+        """Return True if a grammar allows a whole text."""
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         (ids,) = self._encode((text,))
         return matcher.validate_tokens(ids) == len(ids) and (

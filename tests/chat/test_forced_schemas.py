@@ -62,7 +62,7 @@ def walk_random_schemas(seeds: range) -> None:
 
 
 def test_calls_satisfy_random_schemas() -> None:
-    walk_random_schemas(range(40))
+    walk_random_schemas(range(30))
 
 
 @pytest.mark.slow
@@ -122,14 +122,14 @@ def test_numbers_of_arguments(tool_format: str, count: dict[str, int]) -> None:
         with pytest.raises(ValueError, match="'f' cannot be forced: maxProperties"):
             forced(tool_format, schema)
     else:
-        assert {len(made) for made in forced(tool_format, schema, num=20)} >= {2}
+        assert {len(made) for made in forced(tool_format, schema, num=12)} >= {2}
 
 
 @ANY_FORMAT
 def test_references_mean_the_root(tool_format: str) -> None:
     schema: dict[str, Any] = {"properties": {"leaf": INTEGER, "tree": {"$ref": "#"}}}
     schema |= {"type": "object", "additionalProperties": False}
-    trees = [made["tree"] for made in forced(tool_format, schema, num=20) if "tree" in made]
+    trees = [made["tree"] for made in forced(tool_format, schema, num=30) if "tree" in made]
     assert trees and all(made.keys() <= {"leaf", "tree"} for made in trees)
     with pytest.raises(ValueError, match="have no end"):
         forced(tool_format, {**schema, "required": ["tree"]})
@@ -190,6 +190,15 @@ def test_values_as_they_are(tool_format: str, of: Any, good: list[Any], bad: lis
             assert made == value and type(made) is type(value)
 
 
+def test_numbers_with_bounds_beside_texts() -> None:
+    """Texts of one alternative leave the numbers of another one readable."""
+    of_any = [{"properties": {"v": of}, "required": ["v"]} for of in (STRING, {"minimum": 3})]
+    grammar = forced_calls_grammar("glm47", {"f": {"anyOf": of_any}}, several=False)
+    call = "<tool_call>f<arg_key>v</arg_key><arg_value>{}</arg_value></tool_call>"
+    for text, allowed in (("5", True), ("2", False), ("a 5", True), ("[5]", True)):
+        assert WALKER.accepts(grammar, call.format(text)) is allowed, text
+
+
 def test_alternatives_of_glm_keep_their_types() -> None:
     """A text that the parser would read as another alternative's number is no text."""
     kinds = {"a": {"enum": ["5", "x"]}, "b": INTEGER}
@@ -236,7 +245,7 @@ def test_alternatives_of_glm_keep_their_types() -> None:
 )
 def test_refusals_name_the_tool_and_the_keyword(tool_format: str, of: Any, message: str) -> None:
     schema = {"properties": {"k": of}, "$defs": {"loop": {"$ref": "#/$defs/loop"}}}
-    with pytest.raises(ValueError, match=f"parameters of 'f' cannot be forced: .*({message})"):
+    with pytest.raises(ValueError, match=f"parameters of 'f' cannot be forced: (argument 'k': )?({message})"):
         forced_calls_grammar(tool_format, {"f": schema}, several=False)
     # parts that no argument refers to matter to nobody
     forced_calls_grammar(tool_format, {"f": {"properties": {}, "$defs": {"k": of}}}, several=False)
@@ -252,7 +261,7 @@ def test_schemas_of_no_object(tool_format: str, schema: Any) -> None:
 @ANY_FORMAT
 def test_definitions_are_written_once(tool_format: str) -> None:
     defs = {"big": {"enum": [f"value {i}" for i in range(1000)]}}
-    properties = {f"p{i}": {"$ref": "#/$defs/big", "description": f"{i}"} for i in range(40)}
+    properties = {f"p{i}": {"$ref": "#/$defs/big", "description": f"{i}"} for i in range(30)}
     schema = {"properties": properties, "$defs": defs}
     grammar = forced_calls_grammar(tool_format, {"f": schema}, several=False)
     assert grammar.count("value 999") == 1
@@ -271,7 +280,7 @@ def test_large_schemas_end_early(tool_format: str, num: int) -> None:
         {"anyOf": [{"properties": {name: INTEGER}} for name in names]},
         {"properties": {"k": {"oneOf": [{**of, "required": [name]} for name in names]}}},
     ):
-        begin = time.perf_counter()
+        begin = time.process_time()
         with pytest.raises(ValueError, match=r"at most 32768|more than|overlap|too much"):
             forced_calls_grammar(tool_format, {"f": schema}, several=False)
-        assert time.perf_counter() - begin < 2
+        assert time.process_time() - begin < 2

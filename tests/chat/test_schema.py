@@ -153,11 +153,11 @@ def test_alternatives_are_visited_once(keyword: str) -> None:
     }
     defs["l4"] = STRING
     schema = {"properties": {"k": {"$ref": "#/$defs/l0"}}, "$defs": defs}
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert ToolSchema(schema).argument_types("k") == {"string"}
     root = {"$ref": "#/$defs/l0", "$defs": {**defs, "l4": {"properties": {"k": STRING}}}}
     assert ToolSchema(root).argument_types("k") == {"string"}
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 def test_deep_schemas_have_no_types() -> None:
