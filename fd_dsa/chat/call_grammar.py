@@ -9,6 +9,7 @@ from typing import Any
 from fd_dsa.chat import tool_formats as marks
 from fd_dsa.chat.arguments import Argument, ArgumentList, argument_lists
 from fd_dsa.chat.enforced import constraints
+from fd_dsa.chat.glm_tools import GlmTools
 from fd_dsa.chat.json_document import json_document, key_regex, plain_target
 from fd_dsa.chat.lark import Lark
 from fd_dsa.chat.schema import KINDS, SchemaError, ToolSchema
@@ -23,7 +24,7 @@ _DSML_NAME, _GLM_NAME = re.compile(r'[^"<>\n]+'), re.compile(r"[^<>\s](?:[^<>\n]
 _SHORT_NAME = ".{1,40}"
 # a value that contained markup could be read in two ways
 _DSML_MARKS = (f"<{marks.DSML}", f"</{marks.DSML}")
-_GLM_MARKS = marks.GlmTools.markers
+_GLM_MARKS = GlmTools.markers
 
 
 class CallWriter:

@@ -157,7 +157,7 @@ class _Choice:
         was_reasoning = self._parser.is_reasoning
         events = self._parser.feed(text)
         if output.finished:
-            events += self._parser.finish()
+            events += self._parser.finish(is_cut=output.finish_reason != "stop")
         if self._shows_reasoning or not (was_reasoning or self._parser.is_reasoning):
             self.new_token_ids, self.new_scores = token_ids, scores
         return list(self._shown(events))

@@ -245,7 +245,10 @@ def test_alternatives_of_glm_keep_their_types() -> None:
 )
 def test_refusals_name_the_tool_and_the_keyword(tool_format: str, of: Any, message: str) -> None:
     schema = {"properties": {"k": of}, "$defs": {"loop": {"$ref": "#/$defs/loop"}}}
-    with pytest.raises(ValueError, match=f"parameters of 'f' cannot be forced: (argument 'k': )?({message})"):
+    where = "" if tool_format == "deepseek_v31" else "argument 'k': "
+    with pytest.raises(
+        ValueError, match=f"parameters of 'f' cannot be forced: {where}.*({message})"
+    ):
         forced_calls_grammar(tool_format, {"f": schema}, several=False)
     # parts that no argument refers to matter to nobody
     forced_calls_grammar(tool_format, {"f": {"properties": {}, "$defs": {"k": of}}}, several=False)
