@@ -18,8 +18,9 @@ from fd_dsa.chat.value_text import BoundedNumberError, ValueTexts
 # in DSML, between the name of an argument and its value
 _STRING = '" string="{}">'
 _TEXT = frozenset({"string"})
-# names that the formats can write
-_DSML_NAME, _GLM_NAME = re.compile(r'[^"<>\n]+'), re.compile(r"[^<>\s](?:[^<>\n]*[^<>\s])?")
+# names that the parsers of the formats read
+_DSML_NAME = re.compile(r'[^"<>\n]{1,128}')
+_GLM_NAME = re.compile(r"[^<>\s](?:[^<>\n]{0,62}[^<>\s])?")
 # names that a schema leaves to the model are short
 _SHORT_NAME = ".{1,40}"
 # a value that contained markup could be read in two ways

@@ -254,6 +254,21 @@ def test_refusals_name_the_tool_and_the_keyword(tool_format: str, of: Any, messa
     forced_calls_grammar(tool_format, {"f": {"properties": {}, "$defs": {"k": of}}}, several=False)
 
 
+@pytest.mark.parametrize(
+    ("tool_format", "name"),
+    [
+        *(("deepseek_v32", name) for name in ('a"', "a>", "a\nb", "a" * 129, "")),
+        *(("glm47", name) for name in ("a<b", " a", "a" * 65, "")),
+    ],
+)
+def test_names_that_a_format_cannot_write(tool_format: str, name: str) -> None:
+    schema = {"properties": {name: INTEGER, "k": INTEGER}, "required": ["k"]}
+    assert all(made.keys() == {"k"} for made in forced(tool_format, schema))
+    with pytest.raises(ValueError, match="the model's format cannot write"):
+        forced(tool_format, {**schema, "required": [name]})
+    assert all(name in made for made in forced("deepseek_v31", {**schema, "required": [name]}))
+
+
 @ANY_FORMAT
 @pytest.mark.parametrize("schema", [False, {"type": "array"}, {"allOf": [{"const": 5}]}])
 def test_schemas_of_no_object(tool_format: str, schema: Any) -> None:
