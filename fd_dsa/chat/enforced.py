@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -99,6 +100,9 @@ def _check_keywords(schema: Mapping[str, Any]) -> None:
         if keyword in schema and (isinstance(value, bool) or not isinstance(value, forms)):
             wanted = " or ".join(form.__name__ for form in forms)
             raise SchemaError(f"{keyword}: got {shown(value)}; must be of type {wanted}")
+        _check_finite(keyword, value)
+    for value in listed_values(schema) or ():
+        _check_finite("enum", value)
     for keyword, harmless in _REFUSED.items():
         if keyword in schema and schema[keyword] not in harmless:
             raise refusal(keyword)
@@ -108,7 +112,7 @@ def _check_keywords(schema: Mapping[str, Any]) -> None:
         raise SchemaError(f"enum: got {len(schema['enum'])} values; at most {_MAX_VALUES} fit")
     names = schema.get("type")
     for name in names if isinstance(names, list) else [names] * ("type" in schema):
-        if name not in KINDS:
+        if not isinstance(name, str) or name not in KINDS:
             raise SchemaError(f"type: got {shown(name)}; must be one of {', '.join(sorted(KINDS))}")
     for name in schema.get("required", ()):
         if not isinstance(name, str):
@@ -119,6 +123,12 @@ def _check_keywords(schema: Mapping[str, Any]) -> None:
             f"multipleOf: got {shown(schema['multipleOf'])}; must be an integer or a binary "
             "fraction such as 0.5, because rounding makes multiples of others uncertain"
         )
+
+
+def _check_finite(keyword: str, value: Any) -> None:
+    """SchemaError for a number that is too large for a double."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SchemaError(f"{keyword}: got {value}; must be a number that a double can hold")
 
 
 def refusal(keyword: str, why: str = "") -> SchemaError:

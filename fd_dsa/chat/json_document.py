@@ -6,6 +6,7 @@ are escaped differently. The documents here avoid those.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any
@@ -197,6 +198,8 @@ def _exact(value: Any, depth: int = MAX_DEPTH) -> Any:
     """A value of `const` or `enum`, which llguidance compares as doubles."""
     if isinstance(value, int) and abs(value) > _MAX_EXACT:
         raise refusal("enum", f"{shown(value)} is beyond the integers that doubles hold")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise refusal("enum", f"{value} is beyond what doubles hold")
     if not depth:
         raise SchemaError(f"enum: got a value that is nested more than {MAX_DEPTH} deep")
     if isinstance(value, list):

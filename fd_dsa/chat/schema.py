@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,6 +24,8 @@ MAX_DEPTH = 48
 # of one schema, about 0.1 s
 _MAX_COST = 50_000
 _PATTERN_COST = 20
+_MAX_PARTS = 1_000_000
+_MAX_ARGUMENT_PARTS = 1_024
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
 _Memo = dict[int, frozenset[str]]
@@ -219,11 +222,13 @@ class ToolSchema:
         OpenAPI's `nullable` counts, and an argument that the schema forbids has any type.
         """
         if name not in self._arguments:
-            kinds = self._fold(self.root, lambda schema: self._of_argument(schema, name), {})
+            own = partial(self._of_argument, name)
+            # every name costs a visit of all parts, and an answer may have many
+            kinds = self._fold(self.root, own, {}, max_parts=_MAX_ARGUMENT_PARTS)
             self._arguments[name] = _NO_KINDS if kinds == KINDS else kinds
         return self._arguments[name]
 
-    def _of_argument(self, schema: Mapping[str, Any], name: str) -> frozenset[str]:
+    def _of_argument(self, name: str, schema: Mapping[str, Any]) -> frozenset[str]:
         """Types that an object schema's own keywords allow for a property."""
         if "object" not in declared_kinds(schema):
             return _NO_KINDS
@@ -243,11 +248,14 @@ class ToolSchema:
         memo: _Memo,
         nullable: bool = False,
         depth: int = MAX_DEPTH,
+        max_parts: int = _MAX_PARTS,
     ) -> frozenset[str]:
         """Types by a schema's own keywords, cut by its conjuncts and the union of its choices.
 
         Args:
             nullable: OpenAPI's keyword adds null to the types.
+            depth, max_parts: how much deeper schemas may be nested, and how many are visited;
+                those beyond have all types.
         """
         if schema is False:
             return _NO_KINDS
@@ -255,6 +263,8 @@ class ToolSchema:
             return KINDS
         if id(schema) in memo:
             return memo[id(schema)]
+        if len(memo) >= max_parts:
+            return KINDS
         # a schema that refers to itself adds nothing
         memo[id(schema)] = KINDS
         kinds = own(schema)
@@ -263,9 +273,11 @@ class ToolSchema:
         except SchemaError:
             parts = []
         for part in parts:
-            kinds &= self._fold(part, own, memo, nullable, depth - 1)
+            kinds &= self._fold(part, own, memo, nullable, depth - 1, max_parts)
         for branches in self.choices(schema):
-            of_each = (self._fold(each, own, memo, nullable, depth - 1) for each in branches)
+            of_each = (
+                self._fold(each, own, memo, nullable, depth - 1, max_parts) for each in branches
+            )
             kinds &= _NO_KINDS.union(*of_each)
         if nullable and schema.get("nullable") is True:
             kinds |= {"null"}

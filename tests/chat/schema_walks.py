@@ -24,6 +24,19 @@ _ENDS = (
 )
 
 
+_KEYWORDS = (
+    *("type", "properties", "required", "allOf", "anyOf", "oneOf", "enum", "const", "$ref", "not"),
+    *("items", "prefixItems", "additionalItems", "additionalProperties", "patternProperties"),
+    *("minLength", "maxLength", "pattern", "format", "minimum", "exclusiveMaximum", "multipleOf"),
+    *("minProperties", "maxProperties", "minItems", "nullable", "$id", "if", "then", "$defs"),
+)
+_WRONG: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1.5, 10**30, -(10**400), float("inf"), "", "x", "#", "#/", "(((("),
+    *("#/$defs/no", "#/properties/a/0", "\ud800", "object", [], {}, [[]], [{}], {"a": {}}),
+    *({"a": []}, ["a"], [None], ["a", 5], {"$ref": "#"}, [{"type": [{}]}], {"\n": {}}),
+)
+
+
 class Walker:
     """Outputs of the demo model's vocabulary under grammars."""
 
@@ -75,6 +88,21 @@ class Walker:
             assert matcher.consume_tokens(ids), matcher.get_error()
             taken += ids
         return self._tokenizer.decode_str(taken) if matcher.is_accepting() else None
+
+
+def damaged(schema: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A schema in which some keyword or entry has a value that it must not have."""
+    nodes: list[Any] = []
+    todo: list[Any] = [schema]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict | list) and node:
+            nodes.append(node)
+            todo += node.values() if isinstance(node, dict) else node
+    for node in rng.sample(nodes, min(len(nodes), 3)):
+        key = rng.choice(_KEYWORDS) if isinstance(node, dict) else rng.randrange(len(node))
+        node[key] = rng.choice(_WRONG)
+    return schema
 
 
 def random_tool(rng: random.Random) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from jsonschema import Draft202012Validator
 
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import TOOL_FORMATS, AnswerFormat, OutputParser
+from fd_dsa.chat.schema import ToolSchema
 
 pytest.importorskip("llguidance", reason="the extra [structured] is not installed")
-from tests.chat.schema_walks import Walker, random_tool
+from tests.chat.schema_walks import Walker, damaged, random_tool
 
 FORMATS = ("deepseek_v31", "deepseek_v32", "glm47")
 ANY_FORMAT = pytest.mark.parametrize("tool_format", FORMATS)
@@ -63,6 +64,22 @@ def walk_random_schemas(seeds: range) -> None:
 
 def test_calls_satisfy_random_schemas() -> None:
     walk_random_schemas(range(30))
+
+
+def test_damaged_schemas_have_a_message() -> None:
+    num_refused = 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        schema = damaged(random_tool(rng), rng)
+        for name in ("a", "kind", "x-1"):
+            ToolSchema(schema).argument_types(name)
+        for tool_format in FORMATS:
+            try:
+                forced_calls_grammar(tool_format, {"f": schema}, several=True)
+            except ValueError as error:
+                assert str(error).startswith("tools: "), schema
+                num_refused += 1
+    assert num_refused > 200
 
 
 @pytest.mark.slow
