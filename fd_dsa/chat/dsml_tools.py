@@ -59,13 +59,12 @@ _DAMAGED_END = re.compile(rf"{V32_ARGUMENT_END}({half_mark(len(V32_CALL_END))}){
 _ENDS = f"(?:{V32_CALL_END}|{_SECTION_END})"
 _LOST = re.compile(rf"{_ENDS}{SPACE}(?:{V32_ARGUMENT}|{_KEY})")
 _MAYBE_LOST = re.compile(
-    rf"""{_ENDS}{SPACE}(?:{halves((V32_ARGUMENT,))}|[name]{{0,4}}\s{{0,4}}=?\s{{0,4}}["']?[^"'<>\s]{{0,64}})"""
+    rf"{_ENDS}{SPACE}(?:{halves((V32_ARGUMENT,))}"
+    r"""|[name]{0,4}\s{0,4}=?\s{0,4}["']?[^"'<>\s]{0,64})"""
 )
 _BRACE = re.compile("{")
-_BODY = re.compile(
-    rf"{SPACE}(?={{|{V32_ARGUMENT}|{V32_CALL_END}|{_SECTION_END}"
-    r"|<parameter\s)"
-)
+_BODY = re.compile(rf"{SPACE}(?={{|{V32_ARGUMENT}|{V32_CALL_END}|{_SECTION_END}|<parameter\s)")
+_MAYBE_BODY = re.compile(rf"{SPACE}(?:<[^<>\s]{{0,32}}|{V32_CALL}{_PARTIAL_ATTRIBUTES})?")
 
 
 class DeepseekV32Tools(TaggedTools):
@@ -116,7 +115,7 @@ class DeepseekV32Tools(TaggedTools):
     def _has_argument(self, call: Call) -> Steps[bool]:
         """Read up to the next argument; False at the end of the call, which is left unread."""
         feed = call.feed
-        found = yield from feed.peek(_BODY)
+        found = yield from feed.peek(_BODY, _MAYBE_BODY)
         if found is not None:
             feed.read_match(found)
             return feed.match(after_space(self.ends)) is None

@@ -229,8 +229,10 @@ class ArgumentsWriter:
 
     @property
     def is_full(self) -> bool:
-        """Whether the schema names its arguments, and the call has all of them."""
-        return bool(self._properties) and self._properties.keys() <= self._given
+        """Whether the call has the arguments that the schema requires, or all that it names."""
+        required = self._schema.get("required") if isinstance(self._schema, dict) else None
+        needed = required if isinstance(required, list) and required else list(self._properties)
+        return bool(needed) and all(name in self._given for name in needed)
 
     @property
     def _properties(self) -> Mapping[str, Any]:

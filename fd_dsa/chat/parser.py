@@ -71,9 +71,9 @@ class OutputParser:
 
     The joined result depends on the whole text only, not on the pieces. Text that may be a call is
     held back until the call is complete, or until `_MAX_HELD` characters of it are sound; then its
-    arguments are streamed. Text of a call that cannot be repaired is content, or reasoning if it
-    stands there. If more than `_MAX_HELD` characters of it are out, the call stays without its
-    end, so that its arguments are no whole JSON, and only the rest of its text is content.
+    arguments are streamed. Text of a call that cannot be repaired is content, or reasoning inside
+    of the reasoning. A call that breaks after more than `_MAX_HELD` characters has no end, so that
+    its arguments are no whole JSON; the rest of its text is content.
 
     Attributes:
         is_reasoning: the text at the read position is reasoning.
@@ -204,7 +204,7 @@ class OutputParser:
         """Report the events that were held back, and the next ones as they come.
 
         Raises:
-            Damaged: the end of the reasoning stands in the call, so the reasoning cites it.
+            Damaged: the call contains the end of the reasoning, so the reasoning only cites it.
         """
         if self.is_reasoning and THINK_END in self._feed.marked()[:_MAX_HELD]:
             raise Damaged

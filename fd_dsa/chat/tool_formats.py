@@ -96,6 +96,7 @@ _V31_PARTIAL = re.compile(
 # a call without arguments may have none at all; then a mark or the end of the text must follow
 _V31_ENDS = f"(?:{V31_CALL_END}|{V31_CALLS_END})"
 _V31_ARGUMENTS = re.compile(rf"{SPACE}(?:(?={{)|(?={_V31_ENDS}\s{{0,16}}<)())")
+_V31_MAYBE = re.compile(rf"{SPACE}(?:<[^<>]{{0,24}}>?\s{{0,16}})?")
 _V31_LAST = re.compile(rf"{SPACE}(?={_V31_ENDS}\s{{0,16}}\Z)()")
 
 
@@ -113,7 +114,7 @@ class DeepseekV31Tools(ToolFormat):
         if head is None:
             raise feed.broken()
         feed.read_match(head)
-        arguments = yield from feed.peek(_V31_ARGUMENTS)
+        arguments = yield from feed.peek(_V31_ARGUMENTS, _V31_MAYBE)
         if arguments is None and feed.ends_near:
             arguments = feed.match(_V31_LAST)
         if arguments is None:
