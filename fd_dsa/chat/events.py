@@ -132,11 +132,14 @@ class EventSink:
     Attributes:
         schemas: tool name -> JSON schema of its arguments.
         num_calls: calls so far, with those held back.
+        is_wary: only declared tools are called, since a damaged call came before, and the rest of
+            its text may cite calls.
     """
 
     def __init__(self, schemas: Mapping[str, Any]) -> None:
         self.schemas = schemas
         self.num_calls = 0
+        self.is_wary = False
         self._events: list[_Part] = []
         self._held: list[_Part] | None = None
         self._num_calls_before = 0
@@ -172,6 +175,13 @@ class EventSink:
         self._report("reasoning", text)
 
     def start_call(self, name: str) -> None:
+        """Begin a call.
+
+        Raises:
+            Damaged: the tool is not declared, and calls of such tools are no longer expected.
+        """
+        if self.is_wary and self.schemas and name not in self.schemas:
+            raise Damaged
         self.num_calls += 1
         self._report("call", name)
 

@@ -9,13 +9,11 @@ Source of the syntax: `docs/syntax.md` of guidance-ai/llguidance.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fd_dsa.chat import tool_formats as marks
 from fd_dsa.chat.events import types_of
-from fd_dsa.chat.parser import THINK_END
 
 _ANY_TEXT = "(?s:.*)"
 # in DSML, between the name of an argument and its value
@@ -24,45 +22,26 @@ _STRING = '" string="{}">'
 JSON_SPACE = "[ \\t\\n\\r]{1,40}"
 
 
-def forced_calls_grammar(
-    tool_format: str,
-    schemas: Mapping[str, Any],
-    *,
-    several: bool,
-    in_reasoning: bool,
-    special_ids: Mapping[str, int],
-) -> str:
+def forced_calls_grammar(tool_format: str, schemas: Mapping[str, Any], *, several: bool) -> str:
     """A grammar of answers that call at least one of the tools and say nothing else.
 
     Args:
         schemas: name of each tool that may be called -> JSON schema of its arguments.
-        in_reasoning: the prompt has opened the reasoning; the answer then begins with its rest.
-        special_ids: ids of markers which are special tokens of the vocabulary; a grammar must
-            name those by id.
 
     Returns:
         Lark text with the rule `start`.
     """
-    lark = _Lark(special_ids)
+    lark = _Lark()
     head, call, tail = _FORMS[tool_format]
     calls = lark.one_of([call(lark, name, schema) for name, schema in schemas.items()])
-    parts = [lark.text_until(THINK_END)] if in_reasoning else []
-    parts += [lark.literal(head), f"{calls}+" if several else calls, lark.literal(tail)]
-    return lark.grammar(" ".join(filter(None, parts)))
-
-
-def json_after_reasoning_grammar(schema: Any, special_ids: Mapping[str, int]) -> str:
-    """A grammar of answers that are JSON, after the rest of a reasoning that the prompt opened."""
-    lark = _Lark(special_ids)
-    reasoning = lark.text_until(THINK_END)
-    return lark.grammar(f"{reasoning} {lark.json(schema)}")
+    parts = [lark.literal(head), f"{calls}+" if several else calls, lark.literal(tail)]
+    return lark.grammar(" ".join(parts))
 
 
 class _Lark:
     """Rules of a grammar while it is made."""
 
-    def __init__(self, special_ids: Mapping[str, int]) -> None:
-        self._special_ids = special_ids
+    def __init__(self) -> None:
         self._rules: list[str] = []
 
     def grammar(self, start: str) -> str:
@@ -74,12 +53,8 @@ class _Lark:
         return name
 
     def literal(self, text: str) -> str:
-        """An expression for a text; special tokens in it by their ids."""
-        pieces = [text]
-        if self._special_ids:
-            marks = sorted(self._special_ids, key=len, reverse=True)
-            pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text)
-        return " ".join(self._piece(piece) for piece in pieces if piece)
+        """An expression for a text."""
+        return json.dumps(text, ensure_ascii=False)
 
     def one_of(self, choices: Iterable[str]) -> str:
         """Name of a rule for one of several expressions."""
@@ -100,18 +75,7 @@ class _Lark:
 
     def text_until(self, end: str) -> str:
         """Name of a rule for any text up to the first `end`, and that."""
-        special = [mark for mark in self._special_ids if mark in end]
-        if not special:
-            return self.rule(f"/{_ANY_TEXT}/", f"[suffix={self._piece(end)}]")
-        # no text can hold a special token, so the text may be greedy
-        mark = min(special, key=end.index)
-        head = re.escape(end[: end.index(mark)]).replace("/", "\\/")
-        return self.rule(f"/{_ANY_TEXT}{head}/ {self.literal(end[end.index(mark) :])}")
-
-    def _piece(self, text: str) -> str:
-        if text in self._special_ids:
-            return f"<[{self._special_ids[text]}]>"
-        return json.dumps(text, ensure_ascii=False)
+        return self.rule(f"/{_ANY_TEXT}/", f"[suffix={self.literal(end)}]")
 
 
 def _v31_call(lark: _Lark, name: str, schema: Any) -> str:
@@ -129,7 +93,7 @@ def _v32_call(lark: _Lark, name: str, schema: Any) -> str:
 
 
 def _v32_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
-    """One argument of a call of DeepSeek-V3.2; of any name where that is None."""
+    """One argument of a call of DeepSeek-V3.2 or V4; of any name where that is None."""
     head = lark.literal(f'{marks.V32_ARGUMENT} name="')
     key = r'/[^"<>\n]+/' if name is None else lark.literal(name)
     types = types_of(schema, root)
@@ -192,5 +156,6 @@ def _required(schema: Any) -> Sequence[str]:
 _FORMS: dict[str, tuple[str, Callable[[_Lark, str, Any], str], str]] = {
     "deepseek_v31": (marks.V31_CALLS, _v31_call, marks.V31_CALLS_END),
     "deepseek_v32": (f"\n\n{marks.V32_CALLS}\n", _v32_call, marks.V32_CALLS_END),
+    "deepseek_v4": (f"\n\n{marks.V4_CALLS}\n", _v32_call, marks.V4_CALLS_END),
     "glm47": ("", _glm_call, ""),
 }

@@ -24,7 +24,6 @@ from fd_dsa.engine.host import (
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import Added, OutputState, RequestOutput, take_added
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 
 _JOIN_TIMEOUT_S = 30.0
 
@@ -70,6 +69,11 @@ class AsyncEngine:
         """True while the engine serves."""
         return self._link.is_alive and self.errored is None and not self._is_stopping
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which the engine's process has not answered; 0 while it does."""
+        return self._link.silent_s
+
     def start(self) -> None:
         """Let the engine run.
 
@@ -87,14 +91,14 @@ class AsyncEngine:
         """
         return self.facts.limits.validate(prompt_token_ids, params)
 
-    async def check_form(self, form: StructuredOutputsParams) -> None:
-        """Let the engine compile the form of an output.
+    async def check_form(self, params: SamplingParams) -> None:
+        """Let the engine compile the form of an output, which the parameters have.
 
         Raises:
             ValueError: it cannot be compiled; begins with the name of the field.
             RuntimeError: the engine is not running or has failed.
         """
-        await self.ask(CHECK_FORM, form)
+        await self.ask(CHECK_FORM, params)
 
     async def snapshot(self) -> tuple[EngineStats, EngineMetrics]:
         """Load and counters; a figure may be one step old.
@@ -108,8 +112,11 @@ class AsyncEngine:
     async def ask(self, question: str, argument: Any = None) -> Any:
         """The engine's answer to a question of its host.
 
+        A caller that is cancelled takes the question back, unless its answer is being made.
+
         Raises:
-            RuntimeError: the engine is not running or has failed.
+            RuntimeError: the engine is not running or has failed; as `BusyError`, too many
+                questions wait for it.
             Exception: what the question says.
         """
         key, reply = str(next(self._numbers)), Future[Any]()
@@ -123,7 +130,9 @@ class AsyncEngine:
             return await asyncio.wrap_future(reply)
         finally:
             with self._lock:
-                self._replies.pop(key, None)
+                is_left = self._replies.pop(key, None) is not None
+            if is_left:
+                self._link.post(End(key))
 
     async def generate(
         self,

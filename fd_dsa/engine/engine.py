@@ -130,7 +130,7 @@ class LLMEngine:
         """
         max_tokens = self.limits.validate(prompt_token_ids, params)
         if params.structured_outputs is not None:
-            self.grammars.check(params.structured_outputs)
+            self.grammars.check(params)
         return max_tokens
 
     def add_request(

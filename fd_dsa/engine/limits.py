@@ -47,9 +47,6 @@ class RequestLimits:
                 "return_topk_positions is true; what the indexer chose stays in the memory of this "
                 "device, only a CPU shows it; leave it out or serve with --device cpu"
             )
-        form = params.structured_outputs
-        if form is not None and form.after_token_id is not None:
-            self._check_token_ids(form.source, (form.after_token_id,))
         return max_tokens
 
     def _room(self, num_prompt: int, params: SamplingParams) -> int:

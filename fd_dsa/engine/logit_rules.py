@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.grammar import GrammarMatcher
+from fd_dsa.engine.grammar_matcher import GrammarMatcher
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 

@@ -8,7 +8,8 @@ from functools import partial
 from fd_dsa.engine.block_manager import BlockKeys
 from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
 from fd_dsa.engine.draft_state import DraftState
-from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
+from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.grammar_matcher import GrammarMatcher
 from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenScore
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput, TopkPositions
@@ -102,7 +103,7 @@ class Request:
         if stops := params.stop_strings:
             self.stop_checker = StopChecker(stops, params.include_stop_str_in_output)
         if params.structured_outputs is not None:
-            self.grammar = GrammarMatcher(grammars, params.structured_outputs)
+            self.grammar = GrammarMatcher(grammars, params)
         output, ends = self.output_token_ids, self.end_token_ids
         rules = LogitRules(params, prompt, output, bad_words, ends, self.grammar)
         self.rules = None if rules.is_empty else rules

@@ -26,8 +26,8 @@ class StructuredOutputsParams:
             look-around.
         choice: the output is one of these texts.
         grammar: a context-free grammar in Lark's notation, or in GBNF.
-        after_token_id: the form begins after the first such token, as the one that ends the
-            reasoning of a model that thinks first; None = with the output.
+        after_text: the form begins after the first occurrence of this text, such as the end of
+            a model's reasoning; None = with the output.
         source: what messages call the object; the field of a request that it came from.
 
     Raises:
@@ -40,7 +40,7 @@ class StructuredOutputsParams:
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
-    after_token_id: int | None = None
+    after_text: str | None = None
     source: str = "structured_outputs"
 
     def __post_init__(self) -> None:
@@ -48,6 +48,12 @@ class StructuredOutputsParams:
         if len(forms) != 1:
             names = " and ".join(forms) or "nothing"
             raise ValueError(f"{self.source} has {names}; give one of {', '.join(_FORMS)}")
+        if self.after_text is not None and (
+            not isinstance(self.after_text, str) or not self.after_text
+        ):
+            raise ValueError(
+                f"{self.source} has after_text {self.after_text!r}; it must be a non-empty string"
+            )
         # fails where the type is wrong
         _, text = self.definition()
         self._check_length(text)

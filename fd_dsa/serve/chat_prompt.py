@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from fd_dsa.chat.grammar import forced_calls_grammar, json_after_reasoning_grammar
+from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import (
     AUTO,
     THINK_END,
@@ -35,7 +34,9 @@ from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
 # clients send the same template again and again
-_compiled = functools.lru_cache(16)(lambda source, tokens: ChatTemplate(source, dict(tokens)))
+_compiled = functools.lru_cache(16)(
+    lambda source, tokens, model_type: ChatTemplate(source, dict(tokens), model_type=model_type)
+)
 
 
 def make_job(
@@ -77,13 +78,7 @@ def make_job(
     params = dataclasses.replace(
         params,
         kept_special_token_ids=frozenset(special_ids.values()),
-        structured_outputs=_form(
-            params.structured_outputs,
-            body,
-            answer,
-            special_ids,
-            tokenizer.encode(THINK_END, add_special_tokens=False),
-        ),
+        structured_outputs=_form(params.structured_outputs, body, answer),
     )
     job = Job(request_id, prompt, params)
     check_answer_size(limit, [job], body, shows_prompt_once=True)
@@ -114,13 +109,16 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
                 "with --chat-template"
             )
         try:
-            return _compiled(body.chat_template, tuple(tokenizer.special_tokens.items()))
+            return _compiled(
+                body.chat_template,
+                tuple(tokenizer.special_tokens.items()),
+                None if tokenizer.chat_renderer is None else tokenizer.chat_renderer.model_type,
+            )
         except ConfigError as error:
             raise FieldError(f"chat_template: {error}") from error
     if tokenizer.chat_renderer is None:
         raise FieldError(
-            "messages: the model folder has no chat template (neither chat_template.jinja nor "
-            "chat_template in tokenizer_config.json); use /v1/completions, or start with "
+            f"messages: {tokenizer.why_no_chat}; use /v1/completions, or start the server with "
             "--chat-template"
         )
     return tokenizer.chat_renderer
@@ -133,7 +131,7 @@ def _tool_format(
     if not body.tools or body.choice.mode == "none":
         return None
     name = state.options.tool_call_parser
-    tool_format = find_tool_format(name, renderer.source)
+    tool_format = find_tool_format(name, renderer.source, renderer.model_type)
     if tool_format is None:
         why = "the model's chat template has no tool-call format this server knows"
         if name != AUTO:
@@ -181,56 +179,27 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _form(
-    asked: StructuredOutputsParams | None,
-    body: ChatCompletionRequest,
-    answer: AnswerFormat,
-    special_ids: Mapping[str, int],
-    think_end_ids: Sequence[int],
+    asked: StructuredOutputsParams | None, body: ChatCompletionRequest, answer: AnswerFormat
 ) -> StructuredOutputsParams | None:
     """The form of the whole answer: that of forced calls, or the one asked for.
 
     The model reasons freely before either.
     """
-    if body.choice.mode in ("required", "named"):
-        if asked is not None:
-            raise FieldError(
-                f"{asked.source}: given beside a tool_choice that forces calls; an answer has one "
-                "form"
-            )
-        assert answer.tool_format is not None, (
-            "checked: calls are forced only where there are tools"
-        )
-        name, source = body.choice.name, "tools"
-        grammar = forced_calls_grammar(
-            answer.tool_format.name,
-            answer.schemas if name is None else {name: answer.schemas[name]},
-            several=not body.one_call,
-            in_reasoning=answer.begins_in_reasoning,
-            special_ids=special_ids,
-        )
-    elif asked is None or not answer.begins_in_reasoning:
-        return asked
-    elif len(think_end_ids) == 1:
-        return dataclasses.replace(asked, after_token_id=think_end_ids[0])
-    else:
-        source = asked.source
-        grammar = json_after_reasoning_grammar(_schema(asked), special_ids)
-    try:
-        return StructuredOutputsParams(grammar=grammar, source=source)
-    except ValueError as error:
-        raise ApiError(400, str(error), param=source) from error
-
-
-def _schema(asked: StructuredOutputsParams) -> Any:
-    """The JSON schema of a form that follows a reasoning which no single token ends."""
-    schema = {"type": "object"} if asked.json_object else asked.json
-    if schema is None:
+    after = THINK_END if answer.begins_in_reasoning else None
+    if body.choice.mode not in ("required", "named"):
+        return None if asked is None else dataclasses.replace(asked, after_text=after)
+    if asked is not None:
         raise FieldError(
-            f"{asked.source}: the model reasons before its answer, and no single token ends "
-            "the reasoning, so only JSON can follow it; switch the reasoning off by "
-            "chat_template_kwargs"
+            f"{asked.source}: given beside a tool_choice that forces calls; an answer has one form"
         )
+    assert answer.tool_format is not None, "checked: calls are forced only where there are tools"
+    name = body.choice.name
+    grammar = forced_calls_grammar(
+        answer.tool_format.name,
+        answer.schemas if name is None else {name: answer.schemas[name]},
+        several=not body.one_call,
+    )
     try:
-        return json.loads(schema) if isinstance(schema, str) else schema
-    except (ValueError, RecursionError) as error:
-        raise FieldError(f"{asked.source}: is not valid JSON: {error}") from error
+        return StructuredOutputsParams(grammar=grammar, after_text=after, source="tools")
+    except ValueError as error:
+        raise ApiError(400, str(error), param="tools") from error

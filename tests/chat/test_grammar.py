@@ -6,42 +6,28 @@ import json
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer as Backend
 
-from fd_dsa.chat.grammar import forced_calls_grammar, json_after_reasoning_grammar
+from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import TOOL_FORMATS, AnswerFormat, OutputParser
 from fd_dsa.config import demo_model_path
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from fd_dsa.engine.tokenizer import Tokenizer
 from tests.chat.recorded import RECORDED, SCHEMAS
+from tests.engine.grammar_walks import Walks
 
-llguidance = pytest.importorskip("llguidance", reason="the extra [structured] is not installed")
-V31, V32, GLM = "deepseek_v31", "deepseek_v32", "glm47"
-
-
-def backend(*special: str) -> Backend:
-    """The demo model's vocabulary with more special tokens."""
-    made = Backend.from_file(str(demo_model_path() / "tokenizer.json"))
-    made.add_special_tokens(list(special))
-    return made
+pytest.importorskip("llguidance", reason="the extra [structured] is not installed")
+V31, V32, V4, GLM = "deepseek_v31", "deepseek_v32", "deepseek_v4", "glm47"
+WALKS = Walks(Tokenizer.from_folder(demo_model_path()))
 
 
-def accepts(grammar: str, text: str, special: tuple[str, ...] = ()) -> tuple[bool, bool]:
+def accepts(grammar: str, text: str, after_text: str | None = None) -> tuple[bool, bool]:
     """Whether a grammar allows a text so far, and whether it may end there."""
-    made = backend(*special)
-    tokenizer = llguidance.LLTokenizer(made.to_str())
-    error = llguidance.LLMatcher.validate_grammar(grammar, tokenizer)
-    assert not error, error
-    matcher = llguidance.LLMatcher(tokenizer, grammar)
-    for token in made.encode(text, add_special_tokens=False).ids:
-        if not matcher.consume_token(token):
-            return False, False
-    assert not matcher.get_error(), matcher.get_error()
-    return True, matcher.is_accepting()
+    return WALKS.accepts(StructuredOutputsParams(grammar=grammar, after_text=after_text), text)
 
 
 def grammar(tool_format: str, schemas: dict[str, Any] = SCHEMAS, **kwargs: Any) -> str:
     """A grammar of forced calls."""
-    given = {"several": True, "in_reasoning": False, "special_ids": {}, **kwargs}
-    return forced_calls_grammar(tool_format, schemas, **given)
+    return forced_calls_grammar(tool_format, schemas, **{"several": True, **kwargs})
 
 
 def calls_of(name: str) -> str:
@@ -53,6 +39,7 @@ def calls_of(name: str) -> str:
 ANSWERS = [
     (V31, calls_of("v31 calls")),
     (V32, calls_of("v32 thinking, calls")),
+    (V4, calls_of("v4 thinking, calls")),
     (GLM, calls_of("glm thinking, calls")),
 ]
 
@@ -76,30 +63,11 @@ def test_one_call_alone_and_a_named_tool(tool_format: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(("tool_format", "text"), ANSWERS)
-def test_reasoning_goes_before_the_calls(tool_format: str, text: str) -> None:
-    thinking = grammar(tool_format, in_reasoning=True)
-    assert accepts(thinking, f"Well, <so>.</think>{text}") == (True, True)
-    assert accepts(thinking, "only reasoning") == (True, False)
-    assert accepts(thinking, "Well.</think>text") == (False, False)
-
-
-@pytest.mark.parametrize(("tool_format", "text"), ANSWERS)
-def test_markers_that_are_special_tokens(tool_format: str, text: str) -> None:
-    marks = (*TOOL_FORMATS[tool_format].markers, "</think>")
-    made = backend(*marks)
-    ids = {mark: made.token_to_id(mark) for mark in marks}
-    forced = grammar(tool_format, in_reasoning=True, special_ids=ids)
-    assert accepts(forced, f"Well.</think>{text}", marks) == (True, True)
-    assert accepts(forced, f"Well.</think>x{text}", marks) == (False, False)
-
-
-def test_json_behind_reasoning() -> None:
-    schema = {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]}
-    behind = json_after_reasoning_grammar(schema, {})
-    assert accepts(behind, 'Well, {.</think>{"k": 5}') == (True, True)
-    assert accepts(behind, 'Well.</think>{"k": "x"}') == (False, False)
-    assert accepts(behind, '{"k": 5}') == (True, False)
-    assert accepts(behind, "Well.</think>{" + " " * 50) == (False, False)
+def test_calls_after_the_reasoning(tool_format: str, text: str) -> None:
+    forced = grammar(tool_format)
+    assert accepts(forced, f"Well, <so>.</think>{text}", "</think>") == (True, True)
+    assert accepts(forced, "only reasoning", "</think>") == (True, False)
+    assert accepts(forced, "Well.</think>text", "</think>") == (False, False)
 
 
 _DSML = (
@@ -127,6 +95,11 @@ def in_v32(value: str | None) -> str:
     return _DSML.format(_DSML_ARGUMENT.format("true" if is_text else "false", text))
 
 
+def in_v4(value: str | None) -> str:
+    """The same by DeepSeek-V4."""
+    return in_v32(value).replace("function_calls>", "tool_calls>")
+
+
 def in_glm(value: str | None) -> str:
     """The same by GLM."""
     if value is None:
@@ -135,7 +108,9 @@ def in_glm(value: str | None) -> str:
     return f"<tool_call>f<arg_key>k</arg_key><arg_value>{text}</arg_value></tool_call>"
 
 
-@pytest.mark.parametrize(("tool_format", "write"), [(V31, in_v31), (V32, in_v32), (GLM, in_glm)])
+@pytest.mark.parametrize(
+    ("tool_format", "write"), [(V31, in_v31), (V32, in_v32), (V4, in_v4), (GLM, in_glm)]
+)
 @pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [

@@ -12,7 +12,7 @@ from fd_dsa.chat.events import Event, Message, ToolCall, join_events
 from fd_dsa.chat.parser import TOOL_FORMATS, AnswerFormat, OutputParser
 from tests.chat.recorded import RECORDED, SCHEMAS, Recorded
 
-V31, V32, GLM = "deepseek_v31", "deepseek_v32", "glm47"
+V31, V32, V4, GLM = "deepseek_v31", "deepseek_v32", "deepseek_v4", "glm47"
 # what answers are made of in the property test: markers, parts of them and other text
 _ALPHABET = sorted(
     {token for one in RECORDED.values() for token in one.tokens}
@@ -68,7 +68,7 @@ def test_cut_off_at_every_character(recorded: Recorded) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    tool_format=st.sampled_from([V31, V32, GLM, None]),
+    tool_format=st.sampled_from([V31, V32, V4, GLM, None]),
     tokens=st.lists(st.sampled_from(_ALPHABET), max_size=40),
     in_reasoning=st.booleans(),
     is_cut=st.booleans(),

@@ -8,7 +8,7 @@ import pytest
 
 from fd_dsa.chat.events import Message, ToolCall
 from fd_dsa.chat.parser import TOOL_FORMATS, AnswerFormat, OutputParser
-from tests.chat.test_parser import GLM, V31, V32, in_pieces, parser
+from tests.chat.test_parser import GLM, V4, V31, V32, in_pieces, parser
 
 _LONG = "go " * 1000
 _NOW = (ToolCall("now", "{}"),)
@@ -40,6 +40,7 @@ _GLM_HEAD = "<tool_call>f<arg_key>k</arg_key><arg_value>"
         (V31, f'{_V31_HEAD}{{"a"'),
         (V32, f"\n\n{_SECTION}"),
         (V32, f"{_SECTION}x{_SECTION_END}"),
+        (V4, "<｜DSML｜tool_calls>x</｜DSML｜tool_calls>"),
         (V32, f"{_SECTION}<｜DSML｜invoke>y"),
         (V32, f'{_SECTION}<｜DSML｜invoke name="f"'),
         (V32, f"{_SECTION}{_INVOKE}?{_INVOKE_END}{_SECTION_END}"),
@@ -54,8 +55,9 @@ _GLM_HEAD = "<tool_call>f<arg_key>k</arg_key><arg_value>"
         (GLM, f"{_GLM_HEAD}x</arg_valu></tool_call>"),
         (GLM, f"{_GLM_HEAD}x</arg_value><arg_ky>l</arg_key><arg_value>y</arg_value></tool_call>"),
         (GLM, "<tool_call>f<arg_value>x</arg_value></tool_call>"),
-        # a value of a damaged call holds a whole call
+        # a value of a damaged call cites a call, which is no call of its own
         (GLM, f"{_GLM_HEAD}<tool_call>now</tool_call></arg_valu></tool_call>"),
+        (GLM, f"{_GLM_NAME}!<arg_ky><arg_value><tool_call>g</tool_call></arg_value></tool_call>"),
     ],
 )
 def test_text_that_is_no_call_stays_content(tool_format: str, text: str) -> None:
@@ -78,6 +80,7 @@ def test_text_that_is_no_call_stays_content(tool_format: str, text: str) -> None
         (V32, '<｜DSML｜invoke name="f"/>', "{}"),
         # the section has the name of the other generation, or there is none
         (V32, f"<｜DSML｜tool_calls>{_INVOKE}{_INVOKE_END}</｜DSML｜tool_calls>", "{}"),
+        (V4, f"{_SECTION}{_INVOKE}{_INVOKE_END}{_SECTION_END}", "{}"),
         (V32, f"\n\n{_INVOKE}{_INVOKE_END}", "{}"),
         # `string` is missing or has another value, attributes are in another order
         (V32, f"{_INVOKE}{_BARE}x{_PARAMETER_END}{_INVOKE_END}", '{"k": "x"}'),
@@ -143,7 +146,7 @@ def test_the_first_key_may_lack_its_mark_after_a_declared_name(head: str) -> Non
 def test_the_other_call_of_a_damaged_one_is_returned() -> None:
     damaged = '<｜DSML｜invoke name="f"><｜DSML｜parameter>x</｜DSML｜parameter></｜DSML｜invoke>'
     text = f'{_SECTION}\n<｜DSML｜invoke name="now">{_INVOKE_END}\n{damaged}\n{_SECTION_END}'
-    assert parser(V32).parse(text) == Message(f"{damaged}\n", "", _NOW)
+    assert parser(V32).parse(text) == Message(f"{damaged}\n{_SECTION_END}", "", _NOW)
     text = f'{damaged}\n<｜DSML｜invoke name="now">{_INVOKE_END}'
     assert parser(V32).parse(text) == Message(damaged, "", _NOW)
 

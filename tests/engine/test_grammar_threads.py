@@ -8,7 +8,8 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
-from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
+from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.grammar_matcher import GrammarMatcher
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -22,9 +23,9 @@ def record_compilers(monkeypatch):
     threads = []
     compile_once = GrammarCompiler._compile
 
-    def recorded(self, kind, text):
+    def recorded(self, *key):
         threads.append(threading.get_ident())
-        return compile_once(self, kind, text)
+        return compile_once(self, *key)
 
     monkeypatch.setattr(GrammarCompiler, "_compile", recorded)
     return threads
@@ -34,7 +35,7 @@ def compiler_with_a_follower(monkeypatch):
     """The threads that compile, a compiler, and an output that follows its regular expression."""
     threads = record_compilers(monkeypatch)
     compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
-    matcher = GrammarMatcher(compiler, FORMS["regex"])
+    matcher = GrammarMatcher(compiler, params(FORMS["regex"]))
     assert not matcher.is_finished
     return threads, compiler, matcher
 
@@ -93,27 +94,27 @@ def test_a_form_that_was_never_checked_fails_its_request_alone():
 def test_a_grammar_that_outputs_follow_is_not_compiled_again(monkeypatch):
     monkeypatch.setattr("fd_dsa.engine.grammar._NUM_KEPT", 1)
     threads, compiler, matcher = compiler_with_a_follower(monkeypatch)
-    compiler.check(FORMS["choice"])
-    compiler.check(FORMS["regex"])
+    compiler.check(params(FORMS["choice"]))
+    compiler.check(params(FORMS["regex"]))
     assert len(threads) == 2
     del matcher
-    compiler.check(FORMS["choice"])
+    compiler.check(params(FORMS["choice"]))
     assert len(threads) == 3
 
 
 def test_a_grammar_that_nobody_asks_for_is_dropped(monkeypatch):
     monkeypatch.setattr("fd_dsa.engine.grammar._KEPT_FOR_S", 0.2)
     threads, compiler, followed = compiler_with_a_follower(monkeypatch)
-    dropped = weakref.ref(compiler.find(FORMS["choice"]))
-    kept = weakref.ref(compiler.find(FORMS["regex"]))
+    dropped = weakref.ref(compiler.find(params(FORMS["choice"])))
+    kept = weakref.ref(compiler.find(params(FORMS["regex"])))
     # twice, as what is kept after the first look needs another one
     for _ in range(2):
         end = time.monotonic() + 30
         while dropped() is not None and time.monotonic() < end:
             time.sleep(0.02)
         assert dropped() is None and kept() is not None
-        dropped = weakref.ref(compiler.find(FORMS["choice"]))
-    compiler.check(FORMS["regex"])
+        dropped = weakref.ref(compiler.find(params(FORMS["choice"])))
+    compiler.check(params(FORMS["regex"]))
     assert len(threads) == 4
     assert not followed.is_finished
 

@@ -34,7 +34,7 @@ KINDS: list[dict[str, Any]] = [
     {"stop_token_ids": list(range(200, 300)), "ignore_eos": True, "temperature": 1},
     {"stop_token_ids": list(range(100, 300)), "min_tokens": 11},
     {"structured_outputs": JSON, "logprobs": 1},
-    {"structured_outputs": StructuredOutputsParams(json=JSON.json, after_token_id=THINK_END),
+    {"structured_outputs": StructuredOutputsParams(json=JSON.json, after_text="</think>"),
      "logit_bias": {THINK_END: 5.0}, "max_tokens": 60},
     {"prompt_logprobs": 2, "max_tokens": 9},
     {"speculative": False},
