@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from fd_dsa import __version__, environment
+from fd_dsa import __version__, signals
 from fd_dsa.serve.flag_values import reports_failures
 from fd_dsa.serve.parser import Parser
 
@@ -26,7 +26,7 @@ _SHELLS = ("bash", "zsh", "tcsh")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 for an unknown command."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    with environment.command():
+    with signals.command():
         if arguments[0] in _COMMANDS:
             module = import_module(f"fd_dsa.{_COMMANDS[arguments[0]][0]}")
             return int(module.main(arguments[1:]))

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from fd_dsa.errors import ConfigError
 
@@ -295,90 +295,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         package.setLevel(level)
-
-
-def open_missing_streams() -> None:
-    """Where the process was started without stdout or stderr, nobody reads, but all may write.
-
-    Their numbers would go to the next files that are opened, such as a client's connection.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-
-
-def leave_signals_to_starter() -> None:
-    """Ignore SIGINT and SIGTERM to all processes, as from systemd: the one that started this acts.
-
-    Blocked they would be another thread's, such as one that NumPy's libraries have started.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def discard(*streams: TextIO) -> None:
-    """From now on streams that cannot be written go nowhere, with what is left in their buffers."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in streams:
-        os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
-
-
-def _flush() -> None:
-    """Write what is left; raises BrokenPipeError where nobody reads stdout.
-
-    Where stdout cannot be written, the interpreter tries again at its exit and reports that.
-    """
-    try:
-        sys.stderr.flush()
-    except OSError:
-        # there is nowhere to report it; the exit status stays that of the command
-        discard(sys.stderr)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError:
-        return
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
-def signal_end(stop: KeyboardInterrupt) -> tuple[str, int]:
-    """What a command that a signal has ended says, and its exit status."""
-    by_term = isinstance(stop, Terminated)
-    line = str(stop) or ("terminated" if by_term else "interrupted")
-    return line, 128 + (signal.SIGTERM if by_term else signal.SIGINT)
-
-
-@contextmanager
-def command() -> Iterator[None]:
-    """Around a command: a signal is one line at any moment, a reader that goes away is none.
-
-    Raises:
-        SystemExit: the shell's status for SIGPIPE where nobody reads stdout any more, as in
-            `fd-dsa bench --help | head -1`. After Ctrl-C (130) and SIGTERM (143) the process ends.
-    """
-    open_missing_streams()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
-    try:
-        try:
-            yield
-        finally:
-            _flush()
-    except KeyboardInterrupt as stop:
-        line, status = signal_end(stop)
-        sys.stderr.write(f"fd_dsa: error: {line}\n")
-        sys.stderr.flush()
-        # the interpreter's own end may hang where an import of Paddle was cut off
-        os._exit(status)
-    except BrokenPipeError:
-        discard(sys.stdout, sys.stderr)
-        raise SystemExit(128 + signal.SIGPIPE) from None

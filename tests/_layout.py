@@ -15,6 +15,7 @@ PACKAGE = "fd_dsa"
 ROOMS = (
     "errors",
     "environment",
+    "signals",
     "speculative_config",
     "config",
     "custom_ops",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar
 
 from fd_dsa.chat.events import ArgumentsWriter, EventSink
 from fd_dsa.chat.tagged_tools import Call, TaggedTools, check_end, is_last_mark
@@ -11,17 +10,20 @@ from fd_dsa.chat.text_feed import Damaged, Steps, TextFeed, halves
 from fd_dsa.chat.tool_formats import (
     DSML,
     SPACE,
+    V4_CALLS,
+    V4_CALLS_END,
     V32_ARGUMENT,
     V32_ARGUMENT_END,
     V32_CALL,
     V32_CALL_END,
+    V32_CALLS,
+    V32_CALLS_END,
     after_space,
     half_mark,
     read_arguments,
 )
 
-_SECTIONS = ("function_calls", "tool_calls")
-_SECTION_ENDS = {f"<{DSML}{name}>": f"</{DSML}{name}>" for name in _SECTIONS}
+_SECTION_ENDS = {V32_CALLS: V32_CALLS_END, V4_CALLS: V4_CALLS_END}
 _SECTION = f"(?:{'|'.join(_SECTION_ENDS)})"
 _SECTION_END = f"(?:{'|'.join(_SECTION_ENDS.values())})"
 
@@ -59,26 +61,21 @@ _DAMAGED_END = re.compile(rf"{V32_ARGUMENT_END}({half_mark(len(V32_CALL_END))}){
 _ENDS = f"(?:{V32_CALL_END}|{_SECTION_END})"
 _LOST = re.compile(rf"{_ENDS}{SPACE}(?:{V32_ARGUMENT}|{_KEY})")
 _MAYBE_LOST = re.compile(
-    rf"""{_ENDS}{SPACE}(?:{halves((V32_ARGUMENT,))}|[name]{{0,4}}\s{{0,4}}=?\s{{0,4}}["']?[^"'<>\s]{{0,64}})"""
+    rf"{_ENDS}{SPACE}(?:{halves((V32_ARGUMENT,))}"
+    r"""|[name]{0,4}\s{0,4}=?\s{0,4}["']?[^"'<>\s]{0,64})"""
 )
 _BRACE = re.compile("{")
-_BODY = re.compile(
-    rf"{SPACE}(?={{|{V32_ARGUMENT}|{V32_CALL_END}|{_SECTION_END}"
-    r"|<parameter\s)"
-)
+_BODY = re.compile(rf"{SPACE}(?={{|{V32_ARGUMENT}|{V32_CALL_END}|{_SECTION_END}|<parameter\s)")
+_MAYBE_BODY = re.compile(rf"{SPACE}(?:<[^<>\s]{{0,32}}|{V32_CALL}{_PARTIAL_ATTRIBUTES})?")
 
 
 class DeepseekV32Tools(TaggedTools):
     """Reads the calls of DeepSeek-V3.2; the empty line before them is a part of them.
 
     A call may come without its section, or in the section of the other generation.
-
-    Attributes:
-        section_name: name of the element around all calls.
     """
 
     name = "deepseek_v32"
-    section_name: ClassVar[str] = "function_calls"
     starts = tuple(
         f"{lines}{mark}" for lines in ("\n\n", "\n", "") for mark in (*_SECTION_ENDS, V32_CALL)
     )
@@ -116,7 +113,7 @@ class DeepseekV32Tools(TaggedTools):
     def _has_argument(self, call: Call) -> Steps[bool]:
         """Read up to the next argument; False at the end of the call, which is left unread."""
         feed = call.feed
-        found = yield from feed.peek(_BODY)
+        found = yield from feed.peek(_BODY, _MAYBE_BODY)
         if found is not None:
             feed.read_match(found)
             return feed.match(after_space(self.ends)) is None
@@ -168,6 +165,12 @@ class DeepseekV32Tools(TaggedTools):
             return found is not None
         attributes = _attributes(found, {"name"})
         return attributes is not None and call.is_declared(attributes["name"])
+
+
+class DeepseekV4Tools(DeepseekV32Tools):
+    """Reads the calls of DeepSeek-V4."""
+
+    name = "deepseek_v4"
 
 
 def _attributes(head: re.Match[str] | None, known: set[str]) -> dict[str, str] | None:

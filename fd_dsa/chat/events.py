@@ -72,12 +72,15 @@ class EventSink:
     Attributes:
         schemas: tool name -> JSON schema of its arguments.
         num_calls: calls so far, with those held back.
+        is_wary: only declared tools are called, since a damaged call came before, and the rest of
+            its text may cite calls.
     """
 
     def __init__(self, schemas: Mapping[str, Any]) -> None:
         self.schemas = schemas
         self.num_calls = 0
         self._resolved: dict[str, ToolSchema] = {}
+        self.is_wary = False
         self._events: list[_Part] = []
         self._held: list[_Part] | None = None
         self._num_calls_before = 0
@@ -119,6 +122,13 @@ class EventSink:
         self._report("reasoning", text)
 
     def start_call(self, name: str) -> None:
+        """Begin a call.
+
+        Raises:
+            Damaged: the tool is not declared, and calls of such tools are no longer expected.
+        """
+        if self.is_wary and self.schemas and name not in self.schemas:
+            raise Damaged
         self.num_calls += 1
         self._report("call", name)
 
@@ -176,8 +186,9 @@ class ArgumentsWriter:
 
     @property
     def is_full(self) -> bool:
-        """Whether the schema names its arguments, and the call has all of them."""
-        return bool(self._names) and self._names <= self._given
+        """Whether the call has the arguments that the schema requires, or all that it names."""
+        needed = self._schema.required_names() or self._names
+        return bool(needed) and needed <= self._given
 
     @property
     def _names(self) -> frozenset[str]:

@@ -40,6 +40,7 @@ _CALL = re.compile(rf"\n?(?:{GLM_CALL_END}|{GLM_VALUE_END})?\s{{0,16}}{_HEAD.pat
 
 _REST = rf"{_KEY}{SPACE}(?:{GLM_KEY_END}{SPACE}){{1,2}}{GLM_VALUE}"
 _ARGUMENT = re.compile(rf"(?:{GLM_KEY}{SPACE}){{1,2}}{_REST}")
+_MAYBE_ARGUMENT = re.compile(rf"{GLM_KEY}[^<>]{{0,100}}(?:<[^<>]{{0,12}}>?[^<>]{{0,100}}){{0,3}}")
 _SLIPS = (
     re.compile(rf"{GLM_KEY}{SPACE}{_KEY}{SPACE}{GLM_VALUE}{_CLEAN}"),
     re.compile(rf"{GLM_KEY}{SPACE}{_KEY}{SPACE}{GLM_KEY_END}(?=\S){_CLEAN}"),
@@ -84,6 +85,8 @@ class GlmTools(TaggedTools):
         sink.start_call(name)
         call = Call(feed, sink, ArgumentsWriter(sink, name), markup.endswith("\n"))
         if key is not None:
+            if not call.writer.is_described or not call.writer.may_take(key):
+                raise Damaged
             yield from self._read_argument(call, key)
         while (yield from self._has_argument(call)):
             yield from self._read_argument(call, (yield from self._key(call)))
@@ -107,7 +110,8 @@ class GlmTools(TaggedTools):
     def _key(self, call: Call) -> Steps[str]:
         """Read the head of an argument; returns its key."""
         feed = call.feed
-        head = yield from feed.peek(_ARGUMENT)
+        has_key = feed.match(after_space((GLM_KEY,))) is not None
+        head = yield from feed.peek(_ARGUMENT, _MAYBE_ARGUMENT if has_key else None)
         if head is None:
             head = next(filter(None, map(feed.match, _SLIPS)), None)
             if head is None or not call.writer.may_take(head[1].strip()):

@@ -53,5 +53,6 @@ def forced_calls_grammar(tool_format: str, schemas: Mapping[str, Any], *, severa
 _FORMS: dict[str, tuple[str, Callable[[CallWriter], str], str]] = {
     "deepseek_v31": (marks.V31_CALLS, CallWriter.v31_call, marks.V31_CALLS_END),
     "deepseek_v32": (f"\n\n{marks.V32_CALLS}\n", CallWriter.dsml_call, marks.V32_CALLS_END),
+    "deepseek_v4": (f"\n\n{marks.V4_CALLS}\n", CallWriter.dsml_call, marks.V4_CALLS_END),
     "glm47": ("", CallWriter.glm_call, ""),
 }

@@ -18,7 +18,7 @@ def read_object(feed: TextFeed, emit: Callable[[str], None]) -> Steps[None]:
     """Read a JSON object, and hand its text out up to the last brace.
 
     Control characters in strings are escaped, since models write line breaks as they are. The
-    last brace is left to the caller, who knows if the object stands in the right place.
+    last brace is left to the caller, who knows if the object may end there.
 
     Raises:
         Damaged: the text is no JSON object.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fd_dsa.chat.dsml_tools import DeepseekV32Tools
+from fd_dsa.chat.dsml_tools import DeepseekV4Tools, DeepseekV32Tools
 from fd_dsa.chat.events import Event, EventSink, Message, join_events
 from fd_dsa.chat.glm_tools import GlmTools
 from fd_dsa.chat.text_feed import CutOff, Damaged, Steps, TextFeed
@@ -27,15 +27,27 @@ _MAX_HELD = 2048
 TOOL_FORMATS: dict[str, ToolFormat] = {
     "deepseek_v31": DeepseekV31Tools(),
     "deepseek_v32": DeepseekV32Tools(),
+    "deepseek_v4": DeepseekV4Tools(),
     "glm45": GlmTools(),
     "glm47": GlmTools(),
 }
 """Names as of vLLM's `--tool-call-parser`; both forms of GLM are read by one parser."""
-REASONING_FORMATS = ("deepseek_v3", "glm45")
+REASONING_FORMATS = ("deepseek_v3", "deepseek_v4", "glm45", "glm47")
 """Names as of vLLM's `--reasoning-parser`; all of them put <think> and </think> around it."""
 AUTO, NONE = "auto", "none"
-# in this order: what only this format's prompts show
-_SIGNS = ((DSML, "deepseek_v32"), (V31_CALLS, "deepseek_v31"), (GLM_KEY, "glm47"))
+# format -> its sign in the text of a template; the first that is found counts
+_SIGNS = {
+    "deepseek_v32": DSML,
+    "deepseek_v4": DSML,
+    "deepseek_v31": V31_CALLS,
+    "glm47": GLM_KEY,
+}
+# model_type -> formats of this generation, which go before the others
+_GENERATIONS = {
+    "deepseek_v4": ("deepseek_v4",),
+    "deepseek_v32": ("deepseek_v32", "deepseek_v31"),
+    "glm_moe_dsa": ("glm47",),
+}
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,9 @@ class OutputParser:
 
     The joined result depends on the whole text only, not on the pieces. Text that may be a call is
     held back until the call is complete, or until `_MAX_HELD` characters of it are sound; then its
-    arguments are streamed. Text of a call that cannot be repaired is content, or reasoning if it
-    stands there. If more than `_MAX_HELD` characters of it are out, the call stays without its
-    end, so that its arguments are no whole JSON, and only the rest of its text is content.
+    arguments are streamed. Text of a call that cannot be repaired is content, or reasoning inside
+    of the reasoning. A call that breaks after more than `_MAX_HELD` characters has no end, so that
+    its arguments are no whole JSON; the rest of its text is content.
 
     Attributes:
         is_reasoning: the text at the read position is reasoning.
@@ -162,7 +174,7 @@ class OutputParser:
     def _emit_damaged(self, start: str) -> None:
         """Report the text of a damaged call up to the damage; `start` of a text that is none.
 
-        The values of a damaged call may contain whole calls, which nobody asks for.
+        The values of a damaged call may cite calls and ends of sections.
         """
         text = self._feed.marked()
         if not text or (self.is_reasoning and THINK_END in text):
@@ -170,6 +182,7 @@ class OutputParser:
             text = self._feed.read(len(start))
         else:
             self._feed.release()
+            self._section_end, self._sink.is_wary = "", True
         self._emit(text)
 
     def _read_calls(self, tools: ToolFormat, start: str) -> Steps[bool]:
@@ -204,7 +217,7 @@ class OutputParser:
         """Report the events that were held back, and the next ones as they come.
 
         Raises:
-            Damaged: the end of the reasoning stands in the call, so the reasoning cites it.
+            Damaged: the call contains the end of the reasoning, so the reasoning only cites it.
         """
         if self.is_reasoning and THINK_END in self._feed.marked()[:_MAX_HELD]:
             raise Damaged
@@ -214,30 +227,37 @@ class OutputParser:
             self._sink.commit()
 
 
-def tool_format_name(name: str, source: str) -> str:
-    """Name of the format of tool calls; "none" where none are looked for.
+def tool_format_name(name: str, source: str, model_type: str | None = None) -> str:
+    """Name of the format of tool calls; "none" if calls are not looked for.
 
     Args:
-        name: one of `TOOL_FORMATS`, "none", or "auto", which goes by the source.
-        source: text of the template, which contains the marks of its formats.
+        name: one of `TOOL_FORMATS`, "none", or "auto", which goes by the other arguments.
+        source: text of the template, which contains the signs of its formats.
+        model_type: of the model's config.json. It decides between formats that share a sign.
     """
     if name != AUTO:
         return name
-    return next((tool_format for sign, tool_format in _SIGNS if sign in source), NONE)
+    generation = _GENERATIONS.get(model_type or "", ())
+    order = (*generation, *_SIGNS)
+    found = next((tool_format for tool_format in order if _SIGNS[tool_format] in source), NONE)
+    # the sign of two generations; only V3.2 has a section of this name
+    is_unsure = found == "deepseek_v32" and found not in generation
+    return "deepseek_v4" if is_unsure and "function_calls" not in source else found
 
 
-def find_tool_format(name: str, source: str) -> ToolFormat | None:
-    """The format that `tool_format_name` names; None where no calls are looked for."""
-    return TOOL_FORMATS.get(tool_format_name(name, source))
+def find_tool_format(name: str, source: str, model_type: str | None = None) -> ToolFormat | None:
+    """The format that `tool_format_name` names; None if calls are not looked for."""
+    return TOOL_FORMATS.get(tool_format_name(name, source, model_type))
 
 
-def reasoning_format_name(name: str, source: str) -> str:
-    """Name of the form that reasoning has; "none" where none is looked for."""
+def reasoning_format_name(name: str, source: str, model_type: str | None = None) -> str:
+    """Name of the form that reasoning has; "none" if reasoning is not looked for."""
     if name != AUTO:
         return name
     if THINK_END not in source:
         return NONE
-    return "glm45" if GLM_KEY in source else "deepseek_v3"
+    calls = tool_format_name(AUTO, source, model_type)
+    return {"glm47": "glm45", "deepseek_v4": "deepseek_v4"}.get(calls, "deepseek_v3")
 
 
 def has_reasoning(name: str, source: str) -> bool:
@@ -264,38 +284,46 @@ def is_reasoning_only(message: Mapping[str, Any]) -> bool:
 
 
 class Arguments(dict[str, Any]):
-    """A JSON object that templates may use as a mapping and as its text.
+    """The arguments of a call, which templates may use as a mapping and as text.
 
-    Some templates go through the items, others put the arguments between two texts; those get
-    the JSON as it was given, so that it stays what the model wrote.
+    Some templates go through the items, others put the arguments between two texts. The latter
+    get the text that the model wrote, byte for byte.
     """
 
     def __init__(self, value: Mapping[str, Any], text: str) -> None:
         super().__init__(value)
-        self.text = text
-
-    @classmethod
-    def read(cls, value: str | Mapping[str, Any]) -> Arguments:
-        """Arguments from JSON text or from a mapping; an empty text has none.
-
-        Raises:
-            ValueError: the text is no JSON object.
-        """
-        if not isinstance(value, str):
-            return cls(value, json.dumps(value, ensure_ascii=False))
-        try:
-            parsed = json.loads(value) if value.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the arguments of a tool call are no JSON: {error}") from error
-        if not isinstance(parsed, dict):
-            raise ValueError("the arguments of a tool call are no JSON object")
-        return cls(parsed, value if value.strip() else "{}")
+        # a public attribute would hide an argument of the same name from templates
+        self._text = text
 
     def __str__(self) -> str:
-        return self.text
+        return self._text
 
     def __add__(self, other: str) -> str:
-        return self.text + other
+        return self._text + other
 
     def __radd__(self, other: str) -> str:
-        return other + self.text
+        return other + self._text
+
+
+def read_arguments(value: str | Mapping[str, Any] | None) -> Arguments:
+    """Read the arguments of a call in the history.
+
+    An answer may end inside of a call, and a model may write arguments that are no JSON object.
+    Such a text is the one value of a mapping, under the name `arguments`.
+
+    Args:
+        value: JSON text or a mapping. An empty text and None are no arguments.
+
+    Source of the name: DeepSeek-V4's `encoding_dsv4.py`.
+    """
+    if isinstance(value, Mapping):
+        return Arguments(value, json.dumps(value, ensure_ascii=False))
+    text = value if value and value.strip() else "{}"
+    try:
+        parsed = json.loads(text)
+        # an escaped half of a surrogate pair is valid JSON, but the prompt needs valid Unicode
+        if "\\u" in text:
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        parsed = None
+    return Arguments(parsed if isinstance(parsed, dict) else {"arguments": text}, text)

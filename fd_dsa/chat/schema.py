@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
@@ -112,6 +112,7 @@ class ToolSchema:
         self._nullable: _Memo = {}
         self._arguments: dict[str, frozenset[str]] = {}
         self._names: frozenset[str] | None = None
+        self._required: frozenset[str] | None = None
         self._spent = 0
         self._made: list[dict[str, Any]] = []
 
@@ -198,23 +199,33 @@ class ToolSchema:
     def argument_names(self) -> frozenset[str]:
         """Names of arguments that any part of the schema lists; empty if it lists none."""
         if self._names is None:
-            names: set[str] = set()
-            todo, seen = [self.root], set[int]()
-            while todo:
-                schema = todo.pop()
-                if not isinstance(schema, dict) or id(schema) in seen:
-                    continue
-                seen.add(id(schema))
-                names |= mapping(schema.get("properties")).keys()
-                names |= {n for n in items_of(schema.get("required")) if isinstance(n, str)}
-                for branches in self.choices(schema):
-                    todo += branches
-                try:
-                    todo += self.conjuncts(schema)
-                except SchemaError:
-                    continue
-            self._names = frozenset(names)
+            parts = list(self._parts(with_choices=True))
+            listed = (mapping(part.get("properties")).keys() for part in parts)
+            self._names = frozenset().union(*listed, *map(_required, parts))
         return self._names
+
+    def required_names(self) -> frozenset[str]:
+        """Names of arguments that every call must have."""
+        if self._required is None:
+            parts = self._parts(with_choices=False)
+            self._required = frozenset().union(*map(_required, parts))
+        return self._required
+
+    def _parts(self, with_choices: bool) -> Iterator[Mapping[str, Any]]:
+        """The schema of the arguments, its conjuncts, and on request its alternatives."""
+        todo, seen = [self.root], set[int]()
+        while todo:
+            part = todo.pop()
+            if not isinstance(part, dict) or id(part) in seen:
+                continue
+            seen.add(id(part))
+            yield part
+            for branches in self.choices(part) if with_choices else ():
+                todo += branches
+            try:
+                todo += self.conjuncts(part)
+            except SchemaError:
+                continue
 
     def argument_types(self, name: str) -> frozenset[str]:
         """Types of an argument for the parser of answers; empty if the schema does not say.
@@ -283,6 +294,11 @@ class ToolSchema:
             kinds |= {"null"}
         memo[id(schema)] = kinds
         return kinds
+
+
+def _required(schema: Mapping[str, Any]) -> set[str]:
+    """Names that the schema's own keyword requires."""
+    return {name for name in items_of(schema.get("required")) if isinstance(name, str)}
 
 
 def shown(value: Any) -> str:

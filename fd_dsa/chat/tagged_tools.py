@@ -1,10 +1,10 @@
-"""Calls whose arguments stand between marks, each value as a text: DSML's and GLM's.
+"""Calls of DSML and GLM, which write each value as a text between two marks.
 
-A value may contain any mark, so position decides. A value goes on until its end mark stands
-before the next argument or before the end of the call. An end mark is missing if, inside of a
-value, the next argument of the tool begins, or the call ends and the text or another call follows.
-Such a slip is repaired if it is the only reading: the value has no other end mark, and no "<" or
-">" in its last characters. Otherwise the call is damaged.
+A value may contain any mark, so position decides. The end mark of a value counts only directly
+before the next argument or the end of the call. The end mark is missing if another argument of the
+tool begins inside of a value, or if the call ends there and the answer or another call follows.
+Such a slip is repaired if there is no other reading: the value has no other end mark, and no "<"
+or ">" in its last characters. Otherwise the call is damaged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fd_dsa.chat.events import ArgumentsWriter, Emit, EventSink
 from fd_dsa.chat.text_feed import CutOff, Damaged, Steps, TextFeed
 from fd_dsa.chat.tool_formats import ToolFormat
 
-# longer than half of any mark
+# longer than a mark at the end of a value
 _TAIL = 24
 # of markup, in the last characters of a value
 _REMAINS = re.compile(r"[<>]|(?:name|string)=|[\"']\Z")
@@ -31,7 +31,7 @@ class Call:
     Attributes:
         feed, sink: source of the text, and target of the events.
         writer: target of the arguments.
-        in_lines: a line break stands between two marks.
+        in_lines: the model writes a line break between two marks.
     """
 
     feed: TextFeed

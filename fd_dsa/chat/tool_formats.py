@@ -13,6 +13,8 @@ DeepSeek-V3.2, in its markup DSML:
     </｜DSML｜invoke>
     </｜DSML｜function_calls>
 
+DeepSeek-V4 writes the same in a section named `tool_calls`.
+
 GLM-4.5 to GLM-5, where a string is written as it is and anything else as JSON, so that the tool's
 schema says which a value is:
 
@@ -23,9 +25,9 @@ be damaged, its text is content. The marks of a format may occur in prose and in
 counts only in the right place, and each repair of a slip asks for clean text around it, without
 "<" and ">", so that half of a damaged mark is never a part of an argument.
 
-Source of the formats: the chat templates of the models, and `encoding/encoding_dsv32.py` of
-DeepSeek-V3.2's folder. That V3.2 may write the arguments of a call as one JSON object:
-sgl-project/sglang, its detector of this format.
+Source of the formats: the chat templates of the models, and the files `encoding_dsv32.py` and
+`encoding_dsv4.py` of DeepSeek's folders. That V3.2 may write the arguments of a call as one JSON
+object: sgl-project/sglang, its detector of this format.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ V31_SEPARATOR = "<｜tool▁sep｜>"
 
 DSML = "｜DSML｜"
 V32_CALLS, V32_CALLS_END = f"<{DSML}function_calls>", f"</{DSML}function_calls>"
+V4_CALLS, V4_CALLS_END = f"<{DSML}tool_calls>", f"</{DSML}tool_calls>"
 V32_CALL, V32_CALL_END = f"<{DSML}invoke", f"</{DSML}invoke>"
 V32_ARGUMENT, V32_ARGUMENT_END = f"<{DSML}parameter", f"</{DSML}parameter>"
 
@@ -96,6 +99,7 @@ _V31_PARTIAL = re.compile(
 # a call without arguments may have none at all; then a mark or the end of the text must follow
 _V31_ENDS = f"(?:{V31_CALL_END}|{V31_CALLS_END})"
 _V31_ARGUMENTS = re.compile(rf"{SPACE}(?:(?={{)|(?={_V31_ENDS}\s{{0,16}}<)())")
+_V31_MAYBE = re.compile(rf"{SPACE}(?:<[^<>]{{0,24}}>?\s{{0,16}})?")
 _V31_LAST = re.compile(rf"{SPACE}(?={_V31_ENDS}\s{{0,16}}\Z)()")
 
 
@@ -113,7 +117,7 @@ class DeepseekV31Tools(ToolFormat):
         if head is None:
             raise feed.broken()
         feed.read_match(head)
-        arguments = yield from feed.peek(_V31_ARGUMENTS)
+        arguments = yield from feed.peek(_V31_ARGUMENTS, _V31_MAYBE)
         if arguments is None and feed.ends_near:
             arguments = feed.match(_V31_LAST)
         if arguments is None:

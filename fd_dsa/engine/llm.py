@@ -58,6 +58,7 @@ class LLM:
         tokenizer: str | os.PathLike[str] | None = None,
         load_format: str = "auto",
         index_topk: int | None = None,
+        allow_unknown_config_fields: bool = False,
         device: str = "auto",
         tensor_parallel_size: int = 1,
         dtype: str = "auto",
@@ -288,8 +289,10 @@ def _in_python(text: Any, names: Iterable[str]) -> Any:
 def _special_markers(tokenizer: Tokenizer, has_tools: bool) -> frozenset[int]:
     """Special tokens that separate the parts of an answer."""
     renderer = tokenizer.chat_renderer
-    source = "" if renderer is None else renderer.source
-    tool_format = find_tool_format(AUTO, source) if has_tools else None
+    if renderer is None:
+        return frozenset()
+    source, model_type = renderer.source, renderer.model_type
+    tool_format = find_tool_format(AUTO, source, model_type) if has_tools else None
     answer = AnswerFormat(has_reasoning(AUTO, source), tool_format=tool_format)
     return frozenset(tokenizer.special_ids_of(answer.markers).values())
 

@@ -1,4 +1,4 @@
-"""The process of a rank but the first: `python -m fd_dsa.engine.rank SOCKET`, started by `Ranks`.
+"""The process of a further rank: `python -m fd_dsa.engine.rank SOCKET PIPE`, started by `Ranks`.
 
 Builds its part of the model, then runs the steps that rank 0 sends, until rank 0 is gone.
 """
@@ -16,8 +16,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from fd_dsa.distributed.host import HostGroup
-from fd_dsa.environment import leave_signals_to_starter, open_missing_streams
 from fd_dsa.errors import FdDsaError, describe_error
+from fd_dsa.signals import end_with_starter, leave_signals_to_starter, open_missing_streams
 
 
 class _Relay(QueueHandler):
@@ -35,12 +35,13 @@ class _Relay(QueueHandler):
 
 def main() -> None:
     """Follow rank 0; never returns."""
-    # the end of rank 0 is seen here
+    # rank 0 acts on signals
     leave_signals_to_starter()
     open_missing_streams()
     connection = Connection(int(sys.argv[1]))
+    end_with_starter(int(sys.argv[2]))
     config, rank, shared, debug = connection.recv()
-    threading.Thread(target=_end_with_rank_0, args=(connection,), daemon=True).start()
+    threading.Thread(target=_end_when_closed, args=(connection,), daemon=True).start()
     relay = _Relay(connection)
     log = logging.getLogger("fd_dsa")
     log.addHandler(relay)
@@ -66,8 +67,8 @@ def main() -> None:
         os._exit(1)
 
 
-def _end_with_rank_0(connection: Connection) -> None:
-    """Body of the thread that ends this process, whatever it does, when rank 0 has ended."""
+def _end_when_closed(connection: Connection) -> None:
+    """Body of the thread that ends this process, whatever it does, when rank 0 says so."""
     with suppress(EOFError, OSError):
         connection.recv()
     os._exit(0)

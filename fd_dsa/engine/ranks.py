@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -185,21 +186,32 @@ def _is_stopped(pid: int) -> bool:
 def start_process(
     command: Sequence[str], descriptors: Sequence[int] = ()
 ) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Start a process and connect to it; its last argument is the number of its socket.
+    """Start a process and connect to it.
+
+    Its last arguments are the number of its socket and that of the pipe for `end_with_starter`.
 
     Args:
         descriptors: of files that it has too.
     """
     ours, theirs = socket.socketpair()
+    life, own_life = os.pipe()
     with theirs:
         number = theirs.fileno()
-        process = subprocess.Popen(
-            (*command, str(number)),
-            pass_fds=(number, *descriptors),
-            stdin=subprocess.DEVNULL,
-            # Ctrl-C of a terminal is for this process
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                (*command, str(number), str(life)),
+                pass_fds=(number, life, *descriptors),
+                stdin=subprocess.DEVNULL,
+                # Ctrl-C of a terminal is for this process
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(own_life)
+            raise
+        finally:
+            os.close(life)
+    # the pipe lives as long as the object, at most as long as this process
+    weakref.finalize(process, os.close, own_life)
     return process, Connection(ours.detach())
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import ByteLevel
 
-from fd_dsa.chat.template import ChatTemplate, read_renderer
+from fd_dsa.chat.renderers import NO_TEMPLATE, read_renderer
+from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.text_windows import encode_text
 from fd_dsa.environment import set_default
 from fd_dsa.errors import ConfigError
@@ -46,6 +47,7 @@ class Tokenizer:
         special_tokens: names such as "bos_token" -> text, as in tokenizer_config.json.
         chat_renderer: what makes prompts of conversations, or None when the folder has nothing.
         add_bos_token: put bos_token before a text where the post-processor does not.
+        why_no_chat: the reason in errors of chat requests if there is no renderer.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Tokenizer:
         special_tokens: dict[str, str] | None = None,
         chat_renderer: ChatTemplate | None = None,
         add_bos_token: bool = False,
+        why_no_chat: str = NO_TEMPLATE,
     ) -> None:
         """Keep the parts and look up the ids of the special tokens."""
         # all work of a call in the calling thread: the engine needs the others
@@ -61,6 +64,7 @@ class Tokenizer:
         self._backend = backend
         self.special_tokens = dict(special_tokens or {})
         self.chat_renderer = chat_renderer
+        self.why_no_chat = why_no_chat
         # one for each set of markers that requests need; a server has one or two
         self._text_tables: dict[frozenset[int], list[bytes] | None] = {}
         self.bos_token_id, self.eos_token_id = (
@@ -78,7 +82,8 @@ class Tokenizer:
 
         tokenizer_config.json (special tokens, add_bos_token, chat template) and
         chat_template.jinja, which takes precedence over the template of the former, are
-        optional. Without a template: see `fd_dsa.chat.template.read_renderer`.
+        optional. Without a template: see `fd_dsa.chat.renderers.read_renderer`. A broken template
+        of the folder disables chat.
 
         Args:
             chat_template: a Jinja file instead of the folder's template.
@@ -98,15 +103,24 @@ class Tokenizer:
         backend.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(config)
-        renderer = read_renderer(
-            folder,
-            config,
-            special_tokens,
-            _read_json(folder / "config.json").get("model_type"),
-            lambda token: backend.token_to_id(token) is not None,
-            None if chat_template is None else Path(chat_template),
-        )
-        return cls(backend, special_tokens, renderer, bool(config.get("add_bos_token")))
+        model_type = _read_json(folder / "config.json").get("model_type")
+        renderer, why_no_chat = None, NO_TEMPLATE
+        try:
+            renderer = read_renderer(
+                folder,
+                config,
+                special_tokens,
+                model_type,
+                lambda token: backend.token_to_id(token) is not None,
+                None if chat_template is None else Path(chat_template),
+            )
+        except ConfigError as error:
+            # the operator has named this file; completions need no template of the folder
+            if chat_template is not None:
+                raise
+            why_no_chat = str(error)
+        add_bos = bool(config.get("add_bos_token"))
+        return cls(backend, special_tokens, renderer, add_bos, why_no_chat)
 
     @property
     def vocab_size(self) -> int:
@@ -214,13 +228,10 @@ class Tokenizer:
                 `fd_dsa.chat.template.ChatTemplate.render`.
 
         Raises:
-            ValueError: the folder has no template, or the template refuses the messages.
+            ValueError: there is no template that works, or the template refuses the messages.
         """
         if self.chat_renderer is None:
-            raise ValueError(
-                "the model folder has no chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json); send a plain prompt instead of messages"
-            )
+            raise ValueError(f"{self.why_no_chat}; send a plain prompt instead of messages")
         text = self.chat_renderer.render(messages, add_generation_prompt, **kwargs)
         return self.encode(text, add_special_tokens=False)
 

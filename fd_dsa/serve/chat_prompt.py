@@ -34,7 +34,9 @@ from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
 # clients send the same template again and again
-_compiled = functools.lru_cache(16)(lambda source, tokens: ChatTemplate(source, dict(tokens)))
+_compiled = functools.lru_cache(16)(
+    lambda source, tokens, model_type: ChatTemplate(source, dict(tokens), model_type=model_type)
+)
 
 
 def make_job(
@@ -107,13 +109,16 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
                 "with --chat-template"
             )
         try:
-            return _compiled(body.chat_template, tuple(tokenizer.special_tokens.items()))
+            return _compiled(
+                body.chat_template,
+                tuple(tokenizer.special_tokens.items()),
+                None if tokenizer.chat_renderer is None else tokenizer.chat_renderer.model_type,
+            )
         except ConfigError as error:
             raise FieldError(f"chat_template: {error}") from error
     if tokenizer.chat_renderer is None:
         raise FieldError(
-            "messages: the model folder has no chat template (neither chat_template.jinja nor "
-            "chat_template in tokenizer_config.json); use /v1/completions, or start with "
+            f"messages: {tokenizer.why_no_chat}; use /v1/completions, or start the server with "
             "--chat-template"
         )
     return tokenizer.chat_renderer
@@ -126,7 +131,7 @@ def _tool_format(
     if not body.tools or body.choice.mode == "none":
         return None
     name = state.options.tool_call_parser
-    tool_format = find_tool_format(name, renderer.source)
+    tool_format = find_tool_format(name, renderer.source, renderer.model_type)
     if tool_format is None:
         why = "the model's chat template has no tool-call format this server knows"
         if name != AUTO:

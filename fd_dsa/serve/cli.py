@@ -15,14 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
 from fd_dsa.config import HUB_NAME, EngineConfig
-from fd_dsa.environment import (
-    check_address_space,
-    discard,
-    local_url,
-    open_missing_streams,
-    process_environment,
-    signal_end,
-)
+from fd_dsa.environment import check_address_space, local_url, process_environment
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error, flag_error, is_out_of_memory
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.flag_values import EXIT_BAD_START, fail
@@ -32,6 +25,7 @@ from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
 from fd_dsa.serve.listener import connection_limit
 from fd_dsa.serve.logs import set_up_logging
 from fd_dsa.serve.parser import program
+from fd_dsa.signals import discard, open_missing_streams, signal_end, signals_exit_at_once
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -116,12 +110,18 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _download(args: argparse.Namespace) -> None:
-    from fd_dsa.serve.download import download
+    from fd_dsa.serve.download import AGAIN, download
 
     name = str(getattr(args, "model", ""))
     if not HUB_NAME.fullmatch(name):
         raise ConfigError(f"--download: got the model {name!r}; allowed is a name such as org/name")
-    args.model = download(name, any_family=args.engine == "fastdeploy")
+    # threads of the download would be waited for
+    with signals_exit_at_once(f"fd_dsa: error: interrupted; {AGAIN}"):
+        args.model = download(
+            name,
+            any_family=args.engine == "fastdeploy",
+            allow_unknown=getattr(args, "allow_unknown_config_fields", False),
+        )
     if not getattr(args, "served_model_name", ()):
         args.served_model_name = [name]
 
@@ -190,7 +190,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.serve.engine_process import EngineProcess
     from fd_dsa.serve.guard import host_rule
-    from fd_dsa.serve.info import chat_formats, chat_line, server_info
+    from fd_dsa.serve.info import log_chat, server_info
     from fd_dsa.serve.server import DrainingServer, bind_socket, curl_line
     from fd_dsa.serve.state import ServerState
 
@@ -201,7 +201,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         logger.info("fd_dsa %s: loading %s", __version__, config.model)
         process = EngineProcess(config, progress, args.log_level, args.log_json)
         loaded.append(AsyncEngine(process))
-        logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, options)))
+        log_chat(loaded[0].tokenizer, options)
         return loaded[0]
 
     with bind_socket(args.host, args.port) as sock:

@@ -19,15 +19,19 @@ logger = logging.getLogger("fd_dsa.serve")
 _PATTERNS = ["*.json", "*.jinja", "*.safetensors", "encoding/*.py"]
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = 10.0
-_AGAIN = "the same command goes on with the files that are missing"
+AGAIN = "the same command goes on with the files that are missing"
 
 
-def download(name: str, *, any_family: bool = False) -> Path:
+def download(name: str, *, any_family: bool = False, allow_unknown: bool = False) -> Path:
     """The folder of a model of the hub that HF_ENDPOINT names, downloaded as far as it is missing.
 
     huggingface_hub goes on with a file whose connection broke (before 1.0 in the next command), and
     keeps the complete files of an interrupted one. config.json comes first, so that a model that
     cannot be served costs nothing; without a network an earlier download serves.
+
+    Args:
+        any_family: download models that this engine does not serve, too.
+        allow_unknown: as of `read_config`.
 
     Raises:
         ConfigError: no such model, no access, no network, no space, a file that is not what the hub
@@ -35,13 +39,16 @@ def download(name: str, *, any_family: bool = False) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    from fd_dsa.serve.hub_answers import check_hub_answers
+
+    check_hub_answers()
     for client in ("httpx", "httpx2"):
         # a line for each request, beside the bars
         logging.getLogger(client).setLevel(logging.WARNING)
     try:
         folder = Path(snapshot_download(name, allow_patterns=["config.json"]))
         if not any_family:
-            read_config(folder)
+            read_config(folder, allow_unknown=allow_unknown)
         _check_space(name)
         folder = Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except ConfigError:
@@ -66,6 +73,8 @@ def _check_space(name: str) -> None:
     there = sum(path.stat().st_size for path in blobs.iterdir())
     try:
         files = HfApi().model_info(name, files_metadata=True, timeout=_TIMEOUT_S).siblings or []
+    except ConfigError:
+        raise
     except Exception:
         # an earlier download may serve, or the next one says why not
         logger.debug("the hub lists no files", exc_info=True)
@@ -80,7 +89,12 @@ def _check_space(name: str) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """Compare a file of the cache with its name there: a SHA-256, or git's SHA-1 of small files."""
+    """Compare a file of the cache with its name there: a SHA-256, or git's SHA-1 of small files.
+
+    A disk without symbolic links holds files under their own names, so they have no hash there.
+    """
+    if not path.is_symlink():
+        return
     blob = path.resolve()
     expected = blob.name
     if len(expected) == 64:
@@ -88,7 +102,10 @@ def _check_file(path: Path) -> None:
     elif len(expected) == 40:
         digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
     else:
-        return
+        raise ConfigError(
+            f"--download: {path}: the cache holds it as {expected!r:.80}, which is no hash to "
+            "check its bytes by; remove the model's folder of the cache, then run the command again"
+        )
     with blob.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
@@ -108,7 +125,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, errors.GatedRepoError | errors.RepositoryNotFoundError):
         return "the hub has no such model, or not for you; set HF_TOKEN where it asks for access"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"{ENDPOINT} cannot be reached, and there is no earlier download; {_AGAIN}"
+        return f"{ENDPOINT} cannot be reached, and there is no earlier download; {AGAIN}"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror.lower()}; {_AGAIN}"
-    return f"{describe_error(error)}; {_AGAIN}"
+        return f"{error.strerror.lower()}; {AGAIN}"
+    return f"{describe_error(error)}; {AGAIN}"

@@ -1,4 +1,4 @@
-"""The process of the engine: `python -m fd_dsa.serve.engine_child SOCKET`, started by the server.
+"""The engine's process: `python -m fd_dsa.serve.engine_child SOCKET PIPE`, started by the server.
 
 Reads what to build and how to log from the socket, builds the engine, and serves it until the other
 end asks it to stop or is gone.
@@ -18,11 +18,11 @@ from queue import SimpleQueue
 
 from fd_dsa.engine.host import EngineFacts, EngineHost, Event, Failed
 from fd_dsa.engine.startup import StartupProgress
-from fd_dsa.environment import leave_signals_to_starter, open_missing_streams
 from fd_dsa.errors import describe_error
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps, trim_heaps
 from fd_dsa.serve.info import INFO, engine_info
 from fd_dsa.serve.logs import set_up_logging
+from fd_dsa.signals import end_with_starter, leave_signals_to_starter, open_missing_streams
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -47,6 +47,7 @@ def main() -> int:
     leave_signals_to_starter()
     open_missing_streams()
     connection = Connection(int(sys.argv[1]))
+    end_with_starter(int(sys.argv[2]))
     config, log_level, log_json = connection.recv()
     set_up_logging(log_level, as_json=log_json)
     share_heaps()

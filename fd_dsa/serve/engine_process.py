@@ -10,18 +10,32 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.host import Command, EngineFacts, EngineLink, Event, Failed, Stop
+from fd_dsa.engine.host import (
+    SNAPSHOT,
+    Ask,
+    Command,
+    EngineFacts,
+    EngineLink,
+    Event,
+    Failed,
+    Stop,
+)
 from fd_dsa.engine.ranks import how_ended, start_process
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
 
 _KILL_AFTER_S = 5.0
+HEARTBEAT_S = 1.0
+"""Time between two questions by which the process shows that it is alive, seconds."""
+# the answer matters less than that there is one
+_HEARTBEAT = Ask("heartbeat", SNAPSHOT)
 
 
 class EngineProcess(EngineLink):
@@ -61,6 +75,14 @@ class EngineProcess(EngineLink):
             self._process.wait()
             raise
         self._commands: SimpleQueue[Command] = SimpleQueue()
+        # when the oldest message was sent that nothing has come after, seconds of time.monotonic()
+        self._waiting_since: float | None = None
+
+    @property
+    def silent_s(self) -> float:
+        """See `EngineLink`; a frozen process is noticed after `HEARTBEAT_S`."""
+        since = self._waiting_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def start(self, receive: Callable[[Event], None]) -> None:
         self._start(lambda: self._read(receive))
@@ -101,15 +123,27 @@ class EngineProcess(EngineLink):
         return FdDsaError(f"the engine's process {how} {when}{hint}")
 
     def _write(self) -> None:
+        next_heartbeat = 0.0
         while True:
-            command = self._commands.get()
+            try:
+                command: Command = self._commands.get(timeout=HEARTBEAT_S)
+            except Empty:
+                command = _HEARTBEAT
             if isinstance(command, Stop):
                 self._is_stopping = True
+            now = time.monotonic()
+            commands = [command]
+            if now >= next_heartbeat and command is not _HEARTBEAT:
+                commands.append(_HEARTBEAT)
             try:
-                self._connection.send(command)
+                # before a send, which waits for as long as a frozen process reads nothing
+                self._waiting_since = self._waiting_since or now
+                for one in commands:
+                    self._connection.send(one)
             except OSError:
                 # the thread that reads says what has happened
                 return
+            next_heartbeat = now + HEARTBEAT_S
 
     def _read(self, receive: Callable[[Event], None]) -> None:
         while True:
@@ -117,6 +151,7 @@ class EngineProcess(EngineLink):
                 event = self._connection.recv()
             except (EOFError, OSError):
                 break
+            self._waiting_since = None
             receive(event)
             if isinstance(event, Failed):
                 return

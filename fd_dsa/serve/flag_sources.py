@@ -21,6 +21,8 @@ from fd_dsa.serve.parser import nearest
 _PREFIX = "FD_DSA_"
 # they mean nothing outside of a command line
 _COMMAND_LINE_ONLY = ("help", "version", "positional_model")
+# an empty secret, as of an unset variable of a script, would leave the server open
+_NEVER_EMPTY = ("api_key",)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -66,17 +68,17 @@ def _from_command_line(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _from_variables() -> dict[str, Any]:
-    """Flags of variables such as FD_DSA_PORT; an empty one is none."""
+    """Flags of variables such as FD_DSA_PORT; an empty one is none, but for `_NEVER_EMPTY`."""
     variables = process_environment()
     values: dict[str, Any] = {}
     for action in _actions().values():
         name = _variable(action)
         text = variables.get(name, "").strip()
-        if not text:
+        if not text and not (action.dest in _NEVER_EMPTY and name in variables):
             continue
         value: Any = text
         if _takes_several(action):
-            value = [part.strip() for part in text.split(",") if part.strip()]
+            value = [part.strip() for part in text.split(",") if part.strip()] or [""]
         elif action.nargs == 0:
             value = switch(name)
         values.update(_parsed(name, action, value))
@@ -109,6 +111,8 @@ def _from_file(path: str) -> dict[str, Any]:
             raise ConfigError(f"--config: {path}: unknown key {str(key)!r}; {hint}")
         if action.dest in values:
             raise ConfigError(f"--config: {path}: {key} is there twice, with - and with _")
+        if value is None and action.dest in _NEVER_EMPTY:
+            value = []
         if value is not None:
             values.update(_parsed(f"--config: {path}", action, value))
     return values

@@ -98,6 +98,8 @@ _FLAGS = {
         "--tokenizer DIR": "folder of the tokenizer (default: the model's)",
         "--load-format FORMAT": "auto, safetensors, or dummy for random weights (default: auto)",
         "--index-topk N": "keys that the indexer chooses for a token (default: the model's)",
+        "--allow-unknown-config-fields": "load a model whose config.json has fields that fd_dsa "
+        "does not know, and that may change its results",
         "--device": "where the model runs; auto is a GPU where Paddle has one (default: auto)",
         "--dtype": "auto, float32 or bfloat16 (default: auto, bfloat16 on a GPU)",
         "--engine": "what runs the model: embedded, or fastdeploy, an installed FastDeploy; auto "
@@ -109,9 +111,9 @@ _FLAGS = {
         "--trust-request-chat-template": "let requests bring templates; one can keep a processor "
         "busy indefinitely",
         "--tool-call-parser NAME": f"how answers call tools: {', '.join(TOOL_FORMATS)}, none, or "
-        "auto, by the template (default: auto)",
+        "auto, by the template and the model's generation (default: auto)",
         "--reasoning-parser NAME": f"how answers reason: {', '.join(REASONING_FORMATS)}, none, or "
-        "auto, by the template (default: auto)",
+        "auto, by the template and the model's generation (default: auto)",
     },
     "server": {
         "--host": "interface (default: 127.0.0.1)",
@@ -212,6 +214,7 @@ _CHOICES = {
     "reasoning_parser": (AUTO, NONE, *REASONING_FORMATS),
     "tool_call_parser": (AUTO, NONE, *TOOL_FORMATS),
 }
+_SWITCHES = ("allow_unknown_config_fields", "enforce_eager")
 _ON_OR_OFF = ("async_scheduling", "enable_chunked_prefill", "enable_prefix_caching")
 _MAY_BE_REPEATED = ("allowed_host", "api_key", "served_model_name")
 
@@ -243,7 +246,7 @@ def _add(group: argparse._ActionsContainer, flag: str) -> argparse.Action:
     name = names[0].removeprefix("--").replace("-", "_")
     if name in _ON_OR_OFF:
         return group.add_argument(*names, action=argparse.BooleanOptionalAction)
-    if DEFAULTS.get(name) is False or name == "enforce_eager":
+    if DEFAULTS.get(name) is False or name in _SWITCHES:
         return group.add_argument(*names, action="store_true")
     return group.add_argument(
         *names,

@@ -92,14 +92,19 @@ class GuardMiddleware:
         with contextlib.ExitStack() as held:
             try:
                 if self._check_head(scope):
+                    self._state.num_accepted += 1
+                    held.callback(self._finish)
                     scope["state"]["body"] = [await receive_body(self._state, receive, held)]
-                    self._state.check_available()
+                    self._state.check_available(is_accepted=True)
                     held.callback(self._state.release, scope["state"])
                     self._state.hold(scope["state"], 1)
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
             await self._app(scope, receive, send)
+
+    def _finish(self) -> None:
+        self._state.num_accepted -= 1
 
     def _check_head(self, scope: Scope) -> bool:
         """Refuse a request by its head; True for one that computes, whose body comes next."""

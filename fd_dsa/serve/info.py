@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import fd_dsa
 from fd_dsa.chat.parser import reasoning_format_name, tool_format_name
+from fd_dsa.chat.renderers import NO_TEMPLATE
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import batch_invariant, nvidia_smi, variable
 from fd_dsa.serve.flags import ServerOptions
@@ -17,6 +19,8 @@ from fd_dsa.serve.flags import ServerOptions
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.engine.tokenizer import Tokenizer
+
+logger = logging.getLogger("fd_dsa.serve")
 
 INFO = "info"
 """Question to the engine's process, which `engine_info` answers."""
@@ -81,25 +85,31 @@ def chat_formats(tokenizer: Tokenizer, options: ServerOptions) -> dict[str, str 
     """Origin of the chat template and names of the parsers; None where there is no chat.
 
     Args:
-        options: of the server; "auto" is resolved by the template.
+        options: of the server; "auto" is resolved by the template and the model's generation.
     """
     renderer = tokenizer.chat_renderer
     if renderer is None:
         return dict.fromkeys(("chat_template", "tool_call_parser", "reasoning_parser"))
+    template = (renderer.source, renderer.model_type)
     return {
         "chat_template": renderer.origin,
-        "tool_call_parser": tool_format_name(options.tool_call_parser, renderer.source),
-        "reasoning_parser": reasoning_format_name(options.reasoning_parser, renderer.source),
+        "tool_call_parser": tool_format_name(options.tool_call_parser, *template),
+        "reasoning_parser": reasoning_format_name(options.reasoning_parser, *template),
     }
 
 
-def chat_line(formats: dict[str, str | None]) -> str:
-    """The line of the log about `chat_formats`."""
-    if formats["chat_template"] is None:
-        return "chat: none, the folder has no template; --chat-template FILE gives it one"
-    return (
-        f"chat: prompts by {formats['chat_template']}, tool calls {formats['tool_call_parser']}, "
-        f"reasoning {formats['reasoning_parser']}"
+def log_chat(tokenizer: Tokenizer, options: ServerOptions) -> None:
+    """Log `chat_formats`, or why there is no chat."""
+    if tokenizer.chat_renderer is None:
+        is_broken = tokenizer.why_no_chat != NO_TEMPLATE
+        message = "chat: none, %s; --chat-template FILE replaces the template"
+        logger.log(logging.WARNING if is_broken else logging.INFO, message, tokenizer.why_no_chat)
+        return
+    formats = chat_formats(tokenizer, options)
+    logger.info(
+        "chat: prompts by %(chat_template)s, tool calls %(tool_call_parser)s, "
+        "reasoning %(reasoning_parser)s",
+        formats,
     )
 
 

@@ -10,10 +10,9 @@ import logging
 import os
 import shlex
 import socket
-import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import uvicorn
@@ -27,6 +26,7 @@ from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
 from fd_dsa.serve.metrics import log_while_busy
 from fd_dsa.serve.state import ServerState
+from fd_dsa.signals import exit_at_once
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -257,27 +257,19 @@ class DrainingServer(uvicorn.Server):
         The status is then the shell's for the signal.
         """
         if self._state.loaded_engine is None:
-            _exit_at_once(number, "fd_dsa: error: interrupted while starting")
+            exit_at_once(number, "fd_dsa: error: interrupted while starting")
         if self._is_draining:
-            _exit_at_once(number, "fd_dsa: second signal, stopping at once")
+            exit_at_once(number, "fd_dsa: second signal, stopping at once")
         self._is_draining = True
         self._spawn(self._drain_and_exit())
 
     async def _drain_and_exit(self) -> None:
         logger.info(
             "shutting down: %d requests running, waiting up to %g s; another signal stops at once",
-            len(self._state.active),
+            self._state.num_accepted,
             self._shutdown_timeout_s,
         )
         try:
             await self._state.drain(self._shutdown_timeout_s)
         finally:
             self.should_exit = True
-
-
-def _exit_at_once(number: int, text: str) -> NoReturn:
-    with contextlib.suppress(OSError):
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
-        sys.stdout.flush()
-    os._exit(128 + number)

@@ -17,6 +17,8 @@ from fd_dsa.serve.workers import Workers
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
 
+UNRESPONSIVE_S = 20.0
+"""Silence of the engine's process after which probes fail, seconds."""
 _ALIAS = "default"
 _POLL_S = 0.02
 
@@ -33,6 +35,9 @@ class ServerState:
 
     Attributes:
         num_admitted: running and waiting outputs of all requests.
+        num_accepted: requests that compute, from their heads to the end of their answers.
+        draining: no new request is accepted.
+        is_closed: the accepted ones are not waited for any more either.
         num_body_bytes: of the bodies in memory, without the first 64 KiB of each.
     """
 
@@ -54,7 +59,8 @@ class ServerState:
         self.workers = Workers("front", 2)
         # templates, tokenizers and grammars, which may take long
         self.prompt_workers = Workers("prompts", 4)
-        self.draining = False
+        self.draining = self.is_closed = False
+        self.num_accepted = 0
         self.active: set[str] = set()
 
     @property
@@ -70,10 +76,14 @@ class ServerState:
             self._info = await self._find_info() if self._find_info is not None else {}
         return self._info
 
-    def unavailable(self) -> ApiError | None:
-        """Why no new request is taken: a 503, or None when the server can serve."""
+    def unavailable(self, *, is_accepted: bool = False) -> ApiError | None:
+        """Why no request is served: a 503, or None when the server can serve.
+
+        Args:
+            is_accepted: the request came before the drain, which waits for it.
+        """
         engine = self.loaded_engine
-        if self.draining:
+        if self.is_closed or (self.draining and not is_accepted):
             return _later(
                 "the server is shutting down; send the request to another one or retry later",
                 "shutting_down",
@@ -83,6 +93,12 @@ class ServerState:
         if engine.errored is not None:
             message = "the engine has failed; restart the server (its log says why)"
             return ApiError(503, message, code="engine_failed")
+        if engine.silent_s > UNRESPONSIVE_S:
+            return _later(
+                f"the engine's process has not answered for {engine.silent_s:.0f} s; it may be "
+                "stopped or hang; restart the server if it does not come back",
+                "engine_unresponsive",
+            )
         if not engine.is_running:
             return _later("the engine is not running yet; retry in a moment")
         return None
@@ -90,9 +106,9 @@ class ServerState:
     def _loading(self) -> ApiError:
         return _later(f"the model is loading: {self.startup.describe()}; retry later")
 
-    def check_available(self) -> None:
+    def check_available(self, *, is_accepted: bool = False) -> None:
         """Raise the 503 of `unavailable`, if there is one."""
-        error = self.unavailable()
+        error = self.unavailable(is_accepted=is_accepted)
         if error is not None:
             raise error
 
@@ -147,17 +163,18 @@ class ServerState:
         self.num_admitted -= request.get("num_outputs", 0)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new requests, let running ones end for `timeout_s`, then abort the rest.
+        """Accept no new requests, wait for the accepted ones for `timeout_s`, then abort the rest.
 
         An aborted request still answers, with what it has and finish_reason "abort".
         """
         self.draining = True
         deadline = time.monotonic() + timeout_s
         engine = self.loaded_engine
-        while self.active and time.monotonic() < deadline:
+        while self.num_accepted and time.monotonic() < deadline:
             if engine is not None and engine.errored is not None:
                 break
             await asyncio.sleep(_POLL_S)
+        self.is_closed = True
         for request_id in tuple(self.active):
             self.engine.end(request_id)
 

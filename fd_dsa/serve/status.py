@@ -10,7 +10,7 @@ from starlette.responses import Response
 from fd_dsa import __version__
 from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.json_response import JsonResponse
-from fd_dsa.serve.state import State
+from fd_dsa.serve.state import UNRESPONSIVE_S, State
 
 PROBE_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
 """Paths that an orchestrator asks; they are answered when nothing else is."""
@@ -33,10 +33,12 @@ async def startupz(state: State) -> Response:
 
 @router.get("/livez", summary="503 when only a restart helps, else 200")
 async def livez(state: State) -> Response:
-    """200 while loading, serving and draining; 503 after a failure of the engine."""
+    """200 while loading, serving and draining; 503 if the engine has failed or is silent."""
     engine = state.loaded_engine
-    has_failed = engine is not None and engine.errored is not None
-    return _ok_unless(state.unavailable() if has_failed else None)
+    is_dead = engine is not None and (
+        engine.errored is not None or engine.silent_s > UNRESPONSIVE_S
+    )
+    return _ok_unless(state.unavailable() if is_dead else None)
 
 
 @router.get("/version", summary="Version of fd_dsa")

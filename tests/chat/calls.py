@@ -20,6 +20,7 @@ TOOLS: dict[str, Any] = {
             "days": {"type": "integer"},
             "hours": {"type": "array", "items": {"type": "integer"}},
         },
+        "required": ["city", "days", "hours"],
     },
     "write_file": {
         "type": "object",

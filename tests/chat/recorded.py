@@ -55,6 +55,15 @@ TWO_CALLS = (
     ToolCall("now", "{}"),
 )
 _CITY = '杭·"·州·"·\n·</·x·>'
+_IN_DSML = (
+    "Two· calls· <·.·</think>·I· look·.·\n\n·<·｜DSML｜·SECTION·>\n·<·｜DSML｜·"
+    'invoke· name·="·get·_weather·">\n·<·｜DSML｜·parameter· name="·city·" string="·true·'
+    f'">·{_CITY}·</·｜DSML｜·parameter·>\n·<·｜DSML｜·parameter name="·days·'
+    '" string="false">·3·</·｜DSML｜·parameter·>\n·<·｜DSML｜·'
+    'parameter name="hours" string="false">·[·1·, ·2·]·</·｜DSML｜·parameter>\n·'
+    '</·｜DSML｜·invoke·>\n·<·｜DSML｜·invoke name="now">\n\n·</·｜DSML｜·invoke>\n·'
+    "</·｜DSML｜·SECTION·>"
+)
 
 
 def _cut(text: str) -> tuple[str, ...]:
@@ -75,15 +84,13 @@ RECORDED = {
     ),
     "v32 thinking, calls": Recorded(
         "deepseek_v32",
-        _cut(
-            "Two· calls· <·.·</think>·I· look·.·\n\n·<·｜DSML｜·function·_calls·>\n·<·｜DSML｜·"
-            'invoke· name·="·get·_weather·">\n·<·｜DSML｜·parameter· name="·city·" string="·true·'
-            f'">·{_CITY}·</·｜DSML｜·parameter·>\n·<·｜DSML｜·parameter name="·days·'
-            '" string="false">·3·</·｜DSML｜·parameter·>\n·<·｜DSML｜·'
-            'parameter name="hours" string="false">·[·1·, ·2·]·</·｜DSML｜·parameter>\n·'
-            '</·｜DSML｜·invoke·>\n·<·｜DSML｜·invoke name="now">\n\n·</·｜DSML｜·invoke>\n·'
-            "</·｜DSML｜·function_calls·>"
-        ),
+        _cut(_IN_DSML.replace("SECTION", "function·_calls")),
+        Message("I look.", "Two calls <.", TWO_CALLS),
+        in_reasoning=True,
+    ),
+    "v4 thinking, calls": Recorded(
+        "deepseek_v4",
+        _cut(_IN_DSML.replace("SECTION", "tool·_calls")),
         Message("I look.", "Two calls <.", TWO_CALLS),
         in_reasoning=True,
     ),

@@ -83,11 +83,20 @@ def test_a_slip_never_changes_a_call(name: str, count: int) -> None:
     assert num_right > count // 20
 
 
+_HEADS = (
+    "<tool_call>f<arg_key> begins",
+    "<tool_call>f<arg_key>k</arg_key> begins",
+    '<｜DSML｜invoke name="f"> begins',
+    '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f"> begins',
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜> begins",
+)
+
+
 @pytest.mark.parametrize("name", TOOL_FORMATS)
 @pytest.mark.parametrize("in_reasoning", [False, True])
 def test_prose_that_names_marks_is_streamed(name: str, in_reasoning: bool) -> None:
     rng = random.Random(name)
-    words = ("it", "begins", "a", "call,", "then", "f", "\n", "and", "so on.")
+    words = ("it", "begins", "a", "call,", "then", "f", "\n", "and", *_HEADS)
     prose = "Now " + "".join(
         f"{rng.choice(MARKS) if rng.random() < 0.4 else rng.choice(words)} " for _ in range(300)
     ).replace("</think>", "")
@@ -97,7 +106,7 @@ def test_prose_that_names_marks_is_streamed(name: str, in_reasoning: bool) -> No
         for event in one.feed(character):
             assert event.kind == ("reasoning" if in_reasoning else "content")
             held -= len(event.text)
-        assert held <= 64, prose
+        assert held <= 192, prose
 
 
 _GLM = "<tool_call>f<arg_key>k</arg_key><arg_value>"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.chat.template import DeepseekV32Encoding, read_instructions
+from fd_dsa.chat.deepseek_encoding import DeepseekV32Encoding, read_instructions
 from tests.chat.recorded import TOOLS
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

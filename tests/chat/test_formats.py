@@ -9,6 +9,12 @@ from typing import Any
 
 import pytest
 
+from fd_dsa.chat.deepseek_encoding import (
+    DeepseekV4Encoding,
+    DeepseekV32Encoding,
+    read_instructions,
+    read_v4_words,
+)
 from fd_dsa.chat.events import Message
 from fd_dsa.chat.parser import (
     REASONING_FORMATS,
@@ -20,7 +26,8 @@ from fd_dsa.chat.parser import (
     reasoning_format_name,
     tool_format_name,
 )
-from fd_dsa.chat.template import ChatTemplate, DeepseekV32Encoding, read_instructions, read_renderer
+from fd_dsa.chat.renderers import read_renderer
+from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.errors import ConfigError
 from tests.chat import templates
 from tests.chat.recorded import RECORDED, SCHEMAS, TOOLS
@@ -30,6 +37,7 @@ PLAIN = ChatTemplate("{{ messages[0].content }}", {})
 V31 = ChatTemplate(templates.V31, {"bos_token": "<｜begin▁of▁sentence｜>"})
 GLM = ChatTemplate(templates.GLM, {})
 V32 = DeepseekV32Encoding(read_instructions(Path()))
+V4 = DeepseekV4Encoding(read_v4_words(Path()))
 
 
 def renderer_of(folder: Path, **kwargs: Any) -> ChatTemplate | None:
@@ -46,6 +54,7 @@ def renderer_of(folder: Path, **kwargs: Any) -> ChatTemplate | None:
 
 def test_a_template_goes_before_the_models_own_encoding(tmp_path: Path) -> None:
     assert isinstance(renderer_of(tmp_path), DeepseekV32Encoding)
+    assert isinstance(renderer_of(tmp_path, model_type="deepseek_v4"), DeepseekV4Encoding)
     config = {"chat_template": "of the config"}
     named = renderer_of(tmp_path, tokenizer_config=config)
     assert named is not None
@@ -92,7 +101,8 @@ def test_a_template_that_is_none_names_its_file(
 
 def test_other_models_and_vocabularies_have_no_encoding(tmp_path: Path) -> None:
     assert renderer_of(tmp_path, model_type="glm_moe_dsa") is None
-    assert renderer_of(tmp_path, has_token=lambda token: False) is None
+    for model_type in ("deepseek_v32", "deepseek_v4"):
+        assert renderer_of(tmp_path, model_type=model_type, has_token=lambda _: False) is None
 
 
 @pytest.mark.parametrize(
@@ -101,9 +111,10 @@ def test_other_models_and_vocabularies_have_no_encoding(tmp_path: Path) -> None:
         (PLAIN, None, "none"),
         (V31, "deepseek_v31", "deepseek_v3"),
         (V32, "deepseek_v32", "deepseek_v3"),
+        (V4, "deepseek_v4", "deepseek_v4"),
         (GLM, "glm47", "glm45"),
     ],
-    ids=["plain", "v31", "v32", "glm"],
+    ids=["plain", "v31", "v32", "v4", "glm"],
 )
 def test_parsers_are_chosen_by_the_template(
     renderer: ChatTemplate, tools: str | None, reasoning: str
@@ -122,6 +133,37 @@ def test_parsers_are_chosen_by_the_template(
     assert all(has_reasoning(name, renderer.source) for name in REASONING_FORMATS)
 
 
+_DSML_BY_NAME = "{%- set mark = '｜DSML｜' -%}{%- set section = 'tool' ~ '_calls' -%}</think>"
+
+
+@pytest.mark.parametrize(
+    ("source", "model_type", "tools", "reasoning"),
+    [
+        ("<｜DSML｜tool_calls></think>", None, "deepseek_v4", "deepseek_v4"),
+        ("<｜DSML｜function_calls></think>", None, "deepseek_v32", "deepseek_v3"),
+        (_DSML_BY_NAME, None, "deepseek_v4", "deepseek_v4"),
+        # the generation goes before the names that a template has
+        (_DSML_BY_NAME, "deepseek_v4", "deepseek_v4", "deepseek_v4"),
+        (_DSML_BY_NAME, "deepseek_v32", "deepseek_v32", "deepseek_v3"),
+        ("<｜DSML｜function_calls></think>", "deepseek_v4", "deepseek_v4", "deepseek_v4"),
+        ("<｜DSML｜tool_calls></think>", "deepseek_v32", "deepseek_v32", "deepseek_v3"),
+        ("<｜DSML｜tool_calls></think>", "glm_moe_dsa", "deepseek_v4", "deepseek_v4"),
+        ("<arg_key> ｜DSML｜ </think>", "glm_moe_dsa", "glm47", "glm45"),
+        (templates.V31, "deepseek_v32", "deepseek_v31", "deepseek_v3"),
+        (templates.V31, "deepseek_v4", "deepseek_v31", "deepseek_v3"),
+        ("no calls, no reasoning", "deepseek_v4", "none", "none"),
+    ],
+)
+def test_formats_that_share_a_sign_are_chosen_by_the_generation(
+    source: str, model_type: str | None, tools: str, reasoning: str, tmp_path: Path
+) -> None:
+    config = {"chat_template": source}
+    renderer = renderer_of(tmp_path, tokenizer_config=config, model_type=model_type)
+    assert renderer is not None
+    assert tool_format_name("auto", renderer.source, renderer.model_type) == tools
+    assert reasoning_format_name("auto", renderer.source, renderer.model_type) == reasoning
+
+
 def test_where_an_answer_begins() -> None:
     assert opens_reasoning("...<|assistant|><think>", None)
     assert opens_reasoning("...<|assistant|><think>\n", None)
@@ -135,7 +177,12 @@ def test_where_an_answer_begins() -> None:
 
 @pytest.mark.parametrize(
     ("name", "renderer"),
-    [("v31 calls", V31), ("v32 thinking, calls", V32), ("glm thinking, calls", GLM)],
+    [
+        ("v31 calls", V31),
+        ("v32 thinking, calls", V32),
+        ("v4 thinking, calls", V4),
+        ("glm thinking, calls", GLM),
+    ],
 )
 def test_there_and_back(name: str, renderer: ChatTemplate) -> None:
     """What a client sends back renders to the tokens that the model had made."""

@@ -16,7 +16,7 @@ from tests.chat.recorded import RECORDED, SCHEMAS
 from tests.engine.grammar_walks import Walks
 
 pytest.importorskip("llguidance", reason="the extra [structured] is not installed")
-V31, V32, GLM = "deepseek_v31", "deepseek_v32", "glm47"
+V31, V32, V4, GLM = "deepseek_v31", "deepseek_v32", "deepseek_v4", "glm47"
 WALKS = Walks(Tokenizer.from_folder(demo_model_path()))
 
 
@@ -39,6 +39,7 @@ def calls_of(name: str) -> str:
 ANSWERS = [
     (V31, calls_of("v31 calls")),
     (V32, calls_of("v32 thinking, calls")),
+    (V4, calls_of("v4 thinking, calls")),
     (GLM, calls_of("glm thinking, calls")),
 ]
 
@@ -94,6 +95,11 @@ def in_v32(value: str | None) -> str:
     return _DSML.format(_DSML_ARGUMENT.format("true" if is_text else "false", text))
 
 
+def in_v4(value: str | None) -> str:
+    """The same by DeepSeek-V4."""
+    return in_v32(value).replace("function_calls>", "tool_calls>")
+
+
 def in_glm(value: str | None) -> str:
     """The same by GLM."""
     if value is None:
@@ -102,7 +108,9 @@ def in_glm(value: str | None) -> str:
     return f"<tool_call>f<arg_key>k</arg_key><arg_value>{text}</arg_value></tool_call>"
 
 
-@pytest.mark.parametrize(("tool_format", "write"), [(V31, in_v31), (V32, in_v32), (GLM, in_glm)])
+@pytest.mark.parametrize(
+    ("tool_format", "write"), [(V31, in_v31), (V32, in_v32), (V4, in_v4), (GLM, in_glm)]
+)
 @pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [

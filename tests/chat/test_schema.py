@@ -91,7 +91,15 @@ def test_alternatives_of_arguments() -> None:
 @pytest.mark.parametrize("schema", [None, True, False, [], "x", {"properties": 5}, {"allOf": {}}])
 def test_schemas_that_say_nothing(schema: Any) -> None:
     assert ToolSchema(schema).argument_types("k") == set()
-    assert ToolSchema(schema).argument_names() == set()
+    assert ToolSchema(schema).argument_names() == ToolSchema(schema).required_names() == set()
+
+
+def test_names_of_arguments() -> None:
+    base = {"properties": {"a": True}, "required": ["a"]}
+    of_any = [{"properties": {"b": True}, "required": ["b"]}, {"required": ["c"]}]
+    schema = ToolSchema({"$ref": "#/$defs/B", "anyOf": of_any, "$defs": {"B": base}})
+    assert schema.argument_names() == {"a", "b", "c"}
+    assert schema.required_names() == {"a"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -45,11 +46,86 @@ def test_arguments_serve_as_text_and_as_a_mapping() -> None:
     assert template.render([CALLING]) == '{"city":"\\"Köln\\"","days":3}!'
 
 
-def test_arguments_that_are_no_object() -> None:
-    for arguments in ("[1]", "{", "5"):
-        call = {"function": {"name": "f", "arguments": arguments}}
-        with pytest.raises(ValueError, match="arguments of a tool call"):
-            glm(HI, {"role": "assistant", "content": "", "tool_calls": [call]})
+@pytest.mark.parametrize(
+    "text",
+    ['{"city": "Par', "[1]", '"x"', "5", "null", "NaN", "{]", '{"a": "\\ud800"}', "[" * 9999],
+)
+def test_arguments_that_are_no_object_are_one_value(text: str) -> None:
+    call = {"function": {"name": "f", "arguments": text}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert f"<｜tool▁sep｜>{text}<｜tool▁call▁end｜>" in v31(HI, message, HI)
+    assert f"f<arg_key>arguments</arg_key><arg_value>{text}</arg_value>" in glm(HI, message)
+
+
+def test_an_argument_of_any_name_reaches_the_template() -> None:
+    names = ("text", "read", "_text", "arguments")
+    call = {"function": {"name": "f", "arguments": json.dumps(dict.fromkeys(names, "v"))}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    items = "".join(f"{{{{ c.function.arguments.{name} }}}}" for name in names[:2])
+    template = ChatTemplate(f"{{% for c in messages[0].tool_calls %}}{items}{{% endfor %}}", {})
+    assert template.render([message]) == "vv"
+    for name in names:
+        assert f"<arg_key>{name}</arg_key><arg_value>v</arg_value>" in glm(HI, message)
+
+
+def parts(role: str, *texts: str) -> dict[str, Any]:
+    """A message whose content is a list of text parts."""
+    return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
+
+
+# in the manner of GLM-4.7: a macro reads the content, and results of tools must be texts
+VISIBLE = """\
+{%- macro visible(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}{%- for part in content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}
+{%- endif -%}{%- endmacro -%}
+{%- for m in messages -%}
+<|{{ m.role }}|>{{ m.content if m.role == 'tool' else visible(m.content) }}
+{%- endfor -%}"""
+ONLY_PARTS = """\
+{% for m in messages %}<{{ m.role }}>{% for p in m['content'] %}{{ p['text'] }}{% endfor %}\
+{% endfor %}"""
+
+
+def test_parts_reach_a_template_that_shows_them() -> None:
+    template = ChatTemplate(VISIBLE, {})
+    messages = [parts("system", "a", "b"), parts("user", "foo", "bar"), {**HI}]
+    assert template.render(messages) == "<|system|>ab<|user|>foobar<|user|>Hi"
+    # the same template shows no parts in this role
+    text = template.render([HI, CALLING, {**parts("tool", "a", "b"), "tool_call_id": "call_0"}])
+    assert text.endswith("<|tool|>a\nb")
+    for source in (
+        "{{ messages[0].content }}",
+        "{{ messages[0].content | tojson }}",
+        templates.V31,
+    ):
+        assert "foo\nbar" in ChatTemplate(source, BOS).render(messages[1:2]).replace("\\n", "\n")
+
+
+def test_a_template_of_parts_only_gets_a_text_as_a_part() -> None:
+    template = ChatTemplate(ONLY_PARTS, {})
+    assert template.render([HI, parts("user", "foo", "bar")]) == "<user>Hi<user>foobar"
+
+
+def test_the_last_part_can_be_continued() -> None:
+    goes_on = {"add_generation_prompt": False, "continue_final_message": True}
+    last = parts("assistant", "foo", "bar")
+    assert ChatTemplate(VISIBLE, {}).render([HI, last], **goes_on).endswith("<|assistant|>foobar")
+    assert v31(HI, last, **goes_on).endswith("</think>foo\nbar")
+
+
+def test_reasoning_has_three_names() -> None:
+    source = "{% set m = messages[0] %}{{ m.reasoning_content }}{{ m.thinking }}{{ m.reasoning }}"
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        message = {"role": "assistant", "content": "", name: "x"}
+        assert ChatTemplate(source, {}).render([message]) == "xxx"
+
+
+def test_a_message_without_calls_has_no_field_for_them() -> None:
+    source = "{{ messages[0].tool_calls is defined }}"
+    for calls in ([], None):
+        message = {"role": "assistant", "content": "x", "tool_calls": calls}
+        assert ChatTemplate(source, {}).render([message]) == "False"
 
 
 @pytest.mark.parametrize("name", ["thinking", "enable_thinking"])

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from fd_dsa.chat.deepseek_encoding import DeepseekV32Encoding
 from fd_dsa.chat.events import Event
-from fd_dsa.chat.template import DeepseekV32Encoding
 from fd_dsa.client.chat import Conversation, Partner
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine

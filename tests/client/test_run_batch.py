@@ -65,8 +65,11 @@ def test_each_request_has_its_answer(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("{", "line 2: is not valid JSON: column 2: Expecting property name"),
-        ("\udcff", "line 2: is not valid JSON: 'utf-8' codec"),
+        ("{", "line 2: is not valid JSON: column 2: unexpected end of data"),
+        ("\udcff", "line 2: is not valid JSON: column 1: str is not valid UTF-8"),
+        ('{"body": {"seed": 1e400}}', "JSON: column 19: number is infinity when parsed as double"),
+        ('{"body": {"top_p": NaN}}', "line 2: is not valid JSON: column 20: unexpected character"),
+        ('{"custom_id": "\\ud800"}', "line 2: is not valid JSON: column 16: no low surrogate in"),
         ("[1]", "line 2: custom_id: got None, allowed: a text"),
         ({**request("b"), "custom_id": 5}, "line 2: custom_id: got 5, allowed: a text"),
         (request("a"), "line 2: custom_id: got 'a' again, line 1 has it"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from datetime import datetime
 
@@ -60,6 +61,34 @@ def test_a_folder_needs_tokenizer_json_alone(folder):
     assert not tokenizer.has_chat_template
     assert tokenizer.eos_token_id is None
     with pytest.raises(ValueError, match="no chat template"):
+        tokenizer.apply_chat_template(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a\n{% endif %}", "line 2 is no valid Jinja"),
+        (b"{{ 1 | no_filter }}", "line 1 is no valid Jinja: No filter named 'no_filter'"),
+        (b"{% if 1 %}" * 3000 + b"{% endif %}" * 3000, "nests too deeply"),
+        (b"\xff", "cannot be read"),
+        (5, "chat_template of"),
+        (["{{ 1 }}"], "must be a string or a list of named templates"),
+        ([{"name": "default", "template": {}}], "must be a string or a list of named templates"),
+        ("{% endif %}", "chat template of tokenizer_config.json: line 1"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_broken_template_disables_chat(folder, content, reason):
+    if isinstance(content, bytes):
+        (folder / "chat_template.jinja").write_bytes(content)
+        tokenizer = Tokenizer.from_folder(folder)
+        with pytest.raises(ConfigError, match="--chat-template"):
+            Tokenizer.from_folder(folder, folder / "chat_template.jinja")
+    else:
+        tokenizer = with_config(folder, chat_template=content)
+    assert not tokenizer.has_chat_template
+    assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
+    with pytest.raises(ValueError, match=re.escape(reason)):
         tokenizer.apply_chat_template(MESSAGES)
 
 
@@ -144,8 +173,9 @@ def test_special_tokens_have_ids(demo):
     assert demo.special_ids_of(["<|eos|>", "<|no token|>", "a"]) == {"<|eos|>": 1}
 
 
-def test_a_folder_of_deepseek_v32_needs_no_template(folder):
-    (folder / "config.json").write_text('{"model_type": "deepseek_v32"}', encoding="utf-8")
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "deepseek_v4"])
+def test_a_folder_of_deepseek_needs_no_template(folder, model_type):
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
     assert not Tokenizer.from_folder(folder).has_chat_template
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(["<｜User｜>", "<｜Assistant｜>"])

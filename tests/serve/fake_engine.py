@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any
 
+from fd_dsa.chat.renderers import NO_TEMPLATE
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput
@@ -15,19 +16,19 @@ from fd_dsa.engine.text_windows import TooManyTokens
 WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
 
 
-class FakeRenderer:
-    """`role:content` of every message, a line each; refuses to end with the assistant."""
-
-    source, origin = "plain", "a script"
-
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **kwargs: Any
-    ) -> str:
-        """The text of a conversation, `>` at its end."""
-        if messages[-1]["role"] == "assistant":
-            raise ValueError("chat template: the last message must be the user's")
-        lines = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
-        return lines + ">" * add_generation_prompt
+# `role:content` of every message, a line each; refuses to end with the assistant
+PLAIN = ChatTemplate(
+    """\
+{% if messages[-1].role == "assistant" %}
+{{ raise_exception("the last message must be the user's") }}
+{% endif %}
+{% for message in messages %}
+{{ message.role }}:{{ message.content }}
+{% endfor %}
+{% if add_generation_prompt %}>{% endif %}""",
+    {},
+    "a script",
+)
 
 
 class FakeTokenizer:
@@ -47,6 +48,7 @@ class FakeTokenizer:
     ) -> None:
         self.chat_renderer = chat_renderer
         self.has_chat_template = chat_renderer is not None
+        self.why_no_chat = NO_TEMPLATE
         self.special_tokens = {"bos_token": "<bos>"}
         self._special_ids = dict(special_ids or {})
 
@@ -95,10 +97,10 @@ class FakeEngine:
         step_s: float = 0.0,
         chat: bool = True,
         words: Sequence[str] = WORDS,
-        renderer: ChatTemplate | None = None,
+        renderer: ChatTemplate | None = PLAIN,
         special_ids: Mapping[str, int] | None = None,
     ) -> None:
-        self.tokenizer = FakeTokenizer((renderer or FakeRenderer()) if chat else None, special_ids)
+        self.tokenizer = FakeTokenizer(renderer if chat else None, special_ids)
         self.words = tuple(words)
         self.max_model_len = max_model_len
         self.sampling_defaults: dict[str, float] = {}
@@ -108,6 +110,7 @@ class FakeEngine:
         self.step_s = step_s
         self.is_running = self.is_held = False
         self.errored: BaseException | None = None
+        self.silent_s = 0.0
         self.fail_after: int | None = None
         self.fails_alone = False
         self.nan_after: int | None = None

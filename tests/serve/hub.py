@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ class Hub:
         ranges: of the requests for large files, from which byte on.
         cuts: bytes of a large file after which the connection is closed, one for each request.
         listed: size of every file in the list of files; None = the true ones.
+        headers: of the answers about files, in place of the true ones.
+        patch: fields of each listed file and of the model, in place of the true ones.
+        is_endless: each page of a list of files names a further one.
+        silence_s: wait before an answer.
+        asked: number of requests so far.
         damaged: whether large files are sent with another first byte.
     """
 
@@ -35,6 +41,11 @@ class Hub:
     ranges: list[int] = field(default_factory=list)
     cuts: list[int] = field(default_factory=list)
     listed: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    patch: dict[str, Any] = field(default_factory=dict)
+    is_endless: bool = False
+    silence_s: float = 0.0
+    asked: int = 0
     damaged: bool = False
 
 
@@ -61,22 +72,29 @@ def hub_of(folder: Path) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
+            hub.asked += 1
+            time.sleep(hub.silence_s)
             if path.startswith("/api/models/org/model/tree/"):
-                self._json([_entry(*item) for item in hub.files.items()])
+                entries = [{**_entry(*item), **hub.patch} for item in hub.files.items()]
+                more = {"Link": f'<{hub.url}{path}?cursor=x>; rel="next"'} if hub.is_endless else {}
+                self._json(entries, more)
             elif path.startswith("/api/models/org/model"):
                 sizes = {name: len(data) for name, data in hub.files.items()}
                 if hub.listed is not None:
                     sizes = dict.fromkeys(sizes, hub.listed)
-                siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
-                self._json({"id": "org/model", "sha": COMMIT, "siblings": siblings})
+                siblings = [
+                    {"rfilename": name, "size": size, **hub.patch} for name, size in sizes.items()
+                ]
+                self._json({"id": "org/model", "sha": COMMIT, "siblings": siblings, **hub.patch})
             elif found := re.fullmatch("/org/model/resolve/[^/]+/(.*)", path):
                 self._file(found[1])
             else:
                 headers = {"X-Error-Code": "RepoNotFound"}
                 self._send(404 if "none" in path else 401, b"{}", headers)
 
-        def _json(self, value: Any) -> None:
-            self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        def _json(self, value: Any, headers: dict[str, str] | None = None) -> None:
+            kind = {"Content-Type": "application/json"}
+            self._send(200, json.dumps(value).encode(), {**kind, **(headers or {})})
 
         def _file(self, name: str) -> None:
             data = hub.files[name]
@@ -86,6 +104,7 @@ def hub_of(folder: Path) -> Iterator[Hub]:
             if large:
                 headers["X-Linked-Etag"] = f'"{entry["lfs"]["oid"]}"'
                 headers["X-Linked-Size"] = str(len(data))
+            headers.update(hub.headers)
             if wanted := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
                 start, status = int(wanted[1]), 206
                 headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"

@@ -51,7 +51,7 @@ import sys
 from fd_dsa.serve.engine_process import EngineProcess
 EngineProcess.COMMAND = (sys.executable, "-c", {child!r})
 {before}
-from fd_dsa.environment import command
+from fd_dsa.signals import command
 from fd_dsa.serve.cli import main
 with command():
     sys.exit(main())

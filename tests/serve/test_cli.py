@@ -335,7 +335,7 @@ def test_flags_of_a_file_and_of_variables_are_served(tmp_path: Path) -> None:
         # the folder has no chat template
         assert "/v1/completions " in server.line()
         log = server.ends()
-    assert "chat: none, the folder has no template; --chat-template FILE gives it one" in log
+    assert "INFO chat: none, the model folder has no chat template" in log
 
 
 def test_a_server_needs_no_open_streams(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +17,7 @@ import yaml
 from fd_dsa.config import EngineConfig, demo_model_path
 from fd_dsa.errors import ConfigError
 from tests.serve.hub import Hub, hub_of
-from tests.serve.processes import TIMEOUT_S, environment, error_line
+from tests.serve.processes import TIMEOUT_S, environment, error_line, started, wait_until
 
 MIB = 1 << 20
 
@@ -27,6 +30,12 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
+def hub_variables(folder: Path, url: str) -> dict[str, str]:
+    """Variables of a download from a hub into `folder`/cache."""
+    home = {"HF_ENDPOINT": url, "HF_HOME": str(folder / "cache")}
+    return {**home, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": ""}
+
+
 def serve(
     folder: Path, url: str, *flags: str, name: str = "org/model", disk_mib: int = 0
 ) -> subprocess.CompletedProcess[str]:
@@ -37,11 +46,10 @@ def serve(
     if disk_mib:
         mount = f'mount -t tmpfs -o size={disk_mib}m none "$HF_HOME" && exec "$0" "$@"'
         line = ["unshare", "--mount", "sh", "-c", mount, *line]
-    env = {**environment(), "HF_ENDPOINT": url, "HF_HOME": str(home)}
     return subprocess.run(
         line,
         cwd=folder,
-        env={**env, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": ""},
+        env={**environment(), **hub_variables(folder, url)},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -101,6 +109,63 @@ def test_no_network_no_model_and_no_name(tmp_path: Path, hub: Hub) -> None:
         assert line.startswith("--download: ") and text in line
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"headers": {"ETag": '"../../../../x"'}},
+            "ETag: got '../../../../x'; must be a SHA-1 or ",
+        ),
+        ({"patch": {"sha": "../../../x"}}, "the hub's sha: got '../../../x'; must be a commit, 40"),
+        ({"is_endless": True}, "the hub lists files on more than 100 pages; HF_ENDPOINT must be "),
+        *(
+            pytest.param(change, text, marks=pytest.mark.slow)
+            for change, text in (
+                ({"headers": {"ETag": "W/*"}}, "ETag: got '*'; must be a SHA-1 or SHA-256 in hex"),
+                ({"headers": {"X-Linked-Etag": "/etc/x"}}, "the hub's ETag: got '/etc/x'; must be"),
+                (
+                    {"headers": {"X-Repo-Commit": "../x"}},
+                    "X-Repo-Commit: got '../x'; must be a com",
+                ),
+                ({"patch": {"lfs": {"oid": "../x"}}}, "the hub's oid: got '../x'; must be a SHA-1"),
+                ({"patch": {"oid": 5}}, "the hub's oid: got 5; must be a SHA-1 or SHA-256 in hex"),
+                (
+                    {"patch": {"path": "../x.json"}},
+                    "the hub's path: got '../x.json'; must be a path",
+                ),
+            )
+        ),
+    ],
+)
+def test_metadata_that_names_no_file_of_the_cache(
+    tmp_path: Path, hub: Hub, change: dict[str, Any], text: str
+) -> None:
+    for name, value in change.items():
+        setattr(hub, name, value)
+    line = error_line(serve(tmp_path, hub.url, "--download"))
+    assert line.startswith("--download: ") and text in line
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_a_signal_ends_a_download_at_once(tmp_path: Path, hub: Hub) -> None:
+    hub.silence_s = 8.0
+    flags = ("org/model", "--dry-run", "--download")
+    with started(tmp_path, *flags, env=hub_variables(tmp_path, hub.url)) as server:
+        wait_until(lambda: hub.asked > 0, TIMEOUT_S)
+        sent = time.monotonic()
+        log = server.ends(128 + signal.SIGTERM)
+        assert time.monotonic() - sent < 2.0
+    assert log.splitlines()[-1].startswith("fd_dsa: error: interrupted; the same command goes on")
+
+
+@pytest.mark.slow
+def test_a_silent_hub(tmp_path: Path, hub: Hub) -> None:
+    hub.silence_s = 1000.0
+    line = error_line(serve(tmp_path, hub.url, "--download"))
+    assert "cannot be reached, and there is no earlier download" in line
+
+
 def test_another_family_is_told_before_its_weights_come(tmp_path: Path, hub: Hub) -> None:
     hub.files["config.json"] = json.dumps({"model_type": "llama"}).encode()
     line = error_line(serve(tmp_path, hub.url, "--download"))
@@ -111,6 +176,28 @@ def test_another_family_is_told_before_its_weights_come(tmp_path: Path, hub: Hub
         "are served by FastDeploy (also through --engine fastdeploy), vLLM or SGLang"
     )
     assert hub.ranges == []
+
+
+def with_unknown_field(hub: Hub) -> None:
+    """Give the hub's config.json a field that fd_dsa does not know."""
+    fields = json.loads(hub.files["config.json"]) | {"index_kpool": 4}
+    hub.files["config.json"] = json.dumps(fields).encode()
+
+
+def test_an_unknown_field_is_told_before_its_weights_come(tmp_path: Path, hub: Hub) -> None:
+    with_unknown_field(hub)
+    line = error_line(serve(tmp_path, hub.url, "--download"))
+    assert "config.json: index_kpool: got 4, allowed: fields that fd_dsa knows" in line
+    assert hub.ranges == []
+
+
+@pytest.mark.slow
+def test_an_unknown_field_is_accepted_with_one_warning(tmp_path: Path, hub: Hub) -> None:
+    with_unknown_field(hub)
+    done = serve(tmp_path, hub.url, "--download", "--allow-unknown-config-fields")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["served_model_name"] == ["org/model"]
+    assert done.stderr.count("unknown fields of config.json, ignored: index_kpool") == 1
 
 
 def test_a_name_without_the_flag_says_how_to_download_it(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import FdDsaError
+from fd_dsa.serve import engine_process
 from fd_dsa.serve.engine_process import EngineProcess
 from tests.engine.fakes import make_engine, run_all
 from tests.engine.threaded import threaded
@@ -171,6 +172,23 @@ def test_a_process_that_is_killed_ends_every_request_with_an_error() -> None:
         assert isinstance(engine.errored, FdDsaError)
 
 
+def test_a_process_that_is_frozen_is_noticed_until_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_process, "HEARTBEAT_S", 0.05)
+    with process_of(BODY) as engine:
+        assert engine.pid is not None
+        time.sleep(0.3)
+        assert engine.silent_s < 0.3
+        os.kill(engine.pid, signal.SIGSTOP)
+        wait_until(lambda: engine.silent_s > 1.0)
+        # commands fill the socket, and the thread that writes them waits
+        for _ in range(100):
+            engine.end("nothing")
+        os.kill(engine.pid, signal.SIGCONT)
+        wait_until(lambda: engine.silent_s < 0.2)
+
+
 @pytest.mark.parametrize(
     ("body", "text"),
     [
@@ -184,12 +202,14 @@ def test_a_process_that_does_not_come_up_is_one_error(body: str, text: str) -> N
         pass
 
 
-@pytest.mark.parametrize("state", ["loading", "stepping", "idle"])
+@pytest.mark.parametrize("state", ["loading", "reading", "stepping", "idle"])
 def test_the_engines_process_ends_with_the_servers(state: str, tmp_path: Path) -> None:
     """However the server ends, and whatever the engine does."""
     pid_file = tmp_path / "pid"
     body = f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n"
-    body += "time.sleep(3600)" if state == "loading" else BODY.strip()
+    # the second one is a call of a library that holds Python's lock
+    hangs = {"loading": "time.sleep(3600)", "reading": "ctypes.PyDLL(None).sleep(3600)"}
+    body += f"import ctypes\n{hangs.get(state, BODY.strip())}"
     code = f"""
 import asyncio, sys
 from tests.serve.test_engine_process import ENDLESS, process_of
@@ -205,7 +225,7 @@ with process_of({body!r}) as engine:
     server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
-        if state != "loading":
+        if state not in hangs:
             assert server.stdout is not None
             assert server.stdout.readline() == "ready\n"
             time.sleep(0.2)

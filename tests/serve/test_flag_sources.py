@@ -46,7 +46,7 @@ def test_the_command_line_goes_before_variables_before_the_file_before_defaults(
 SWITCHES = (
     *("download", "dry-run", "trust-request-chat-template", "disable-ui", "enable-prefix-caching"),
     *("async-scheduling", "enable-chunked-prefill", "enforce-eager"),
-    *("enable-expert-parallel", "log-requests"),
+    *("allow-unknown-config-fields", "enable-expert-parallel", "log-requests"),
     "log-json",
 )
 VALUES: dict[str, Any] = {
@@ -124,9 +124,9 @@ def test_switches_of_variables(monkeypatch: pytest.MonkeyPatch, text: str, value
 def test_what_is_empty_says_nothing_and_a_switch_can_be_turned_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FD_DSA_API_KEY", "")
+    monkeypatch.setenv("FD_DSA_ALLOWED_HOST", "")
     args = parse_args(["--config", file(tmp_path, "# nothing\n")])
-    assert not hasattr(args, "api_key") and args.given == {"config"}
+    assert not hasattr(args, "allowed_host") and args.given == {"config"}
     path = file(tmp_path, "enable-prefix-caching: false\nlog-requests: true\nseed: null")
     args = parse_args(["--config", path])
     assert (args.enable_prefix_caching, args.log_requests, hasattr(args, "seed")) == (
@@ -149,6 +149,8 @@ def test_what_is_empty_says_nothing_and_a_switch_can_be_turned_back(
         ("port: true", ["--port: got bool, allowed: a text, a number"]),
         ("host: {a: b}", ["--host: got dict, allowed: a text"]),
         ("api-key: []", ["--api-key: got nothing, allowed: a text"]),
+        ("api_key:", ["--api-key: got nothing, allowed: a text"]),
+        ("api-key: ''", ["--api-key: allowed is a text of one character or more"]),
         ("log-json: maybe", ["--log-json: got 'maybe', allowed: true, false"]),
         ("max-num-seqs: 1\nmax_num_seqs: 2", ["is there twice"]),
         ("[1, 2]", ["holds a list"]),
@@ -175,6 +177,9 @@ def test_files_that_are_refused(tmp_path: Path, text: str, words: list[str]) -> 
         ("FD_DSA_MAX_BODY_SIZE", "huge", "FD_DSA_MAX_BODY_SIZE: --max-body-size: got 'huge'"),
         ("FD_DSA_MAX_CONCURRENCY", "0", "--max-concurrency: got '0'; must be a whole number"),
         ("FD_DSA_API_KEY", "one,two three", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
+        ("FD_DSA_API_KEY", "", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
+        ("FD_DSA_API_KEY", " ", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
+        ("FD_DSA_API_KEY", " ,", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
     ],
 )
 def test_variables_that_are_refused(

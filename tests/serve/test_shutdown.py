@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -136,6 +138,53 @@ def test_second_signal_ends_at_once(
         assert live.process.poll() is None
         live.ends(128 + second, second)
         assert isinstance(request.exception(), httpx.HTTPError)
+
+
+HELD = """
+import pathlib, time
+from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.serve import server
+server._LAST_RESPONSES_S = 0.3
+encode = Tokenizer.encode
+def hold(self, text, *args, **kwargs):
+    if text == "held":
+        print("held", flush=True)
+    while text == "held" and not pathlib.Path("go").exists():
+        time.sleep(0.02)
+    return encode(self, text, *args, **kwargs)
+Tokenizer.encode = hold
+"""
+
+
+def test_requests_that_are_not_in_the_engine_yet_are_waited_for(
+    tmp_path: Path, clients: ThreadPoolExecutor
+) -> None:
+    """Four in the tokenizer, and one whose body is still on its way."""
+    with serving(tmp_path, "--shutdown-timeout", "60", body=SLOW, before=HELD) as live:
+        sent, late = threading.Event(), threading.Event()
+
+        def parts() -> Iterator[bytes]:
+            yield b'{"prompt": "a", '
+            sent.set()
+            late.wait(TIMEOUT_S)
+            yield b'"max_tokens": 3}'
+
+        kind = {"Content-Type": "application/json"}
+        url = f"{live.url}/v1/completions"
+        slow = clients.submit(httpx.post, url, content=parts(), headers=kind, timeout=TIMEOUT_S)
+        assert sent.wait(TIMEOUT_S)
+        held = [ask(live, clients, prompt="held", max_tokens=3) for _ in range(4)]
+        assert live.line().startswith("curl ")
+        assert [live.line() for _ in range(4)] == ["held\n"] * 4
+        live.process.terminate()
+        wait_until_draining(live)
+        assert ask(live, clients).result().status_code == 503
+        time.sleep(1.0)
+        (tmp_path / "go").touch()
+        late.set()
+        for request in (slow, *held):
+            assert request.result().json()["usage"]["completion_tokens"] == 3
+        assert live.process.wait(TIMEOUT_S) == 0
 
 
 @pytest.mark.slow

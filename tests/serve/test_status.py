@@ -15,6 +15,7 @@ from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.info import INFO, engine_info, server_info
+from fd_dsa.serve.state import UNRESPONSIVE_S
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete, error_of
@@ -157,6 +158,16 @@ def test_probes_after_a_failure_of_the_engine() -> None:
         wait_until(lambda: live.engine.errored is not None)
         assert statuses(live) == {"/health": 503, "/livez": 503, "/readyz": 503, "/startupz": 200}
         assert error_of(live.http.get("/livez"), 503)["code"] == "engine_failed"
+
+
+def test_probes_while_the_engine_is_silent() -> None:
+    with running(FakeEngine()) as live:
+        live.engine.silent_s = UNRESPONSIVE_S + 1
+        assert statuses(live) == {"/health": 503, "/livez": 503, "/readyz": 503, "/startupz": 200}
+        error = error_of(live.http.get("/livez"), 503)
+        assert error["code"] == "engine_unresponsive" and "for 21 s" in error["message"]
+        live.engine.silent_s = UNRESPONSIVE_S - 1
+        assert set(statuses(live).values()) == {200}
 
 
 OUT_OF_SCOPE = {

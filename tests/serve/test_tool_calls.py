@@ -8,9 +8,11 @@ from typing import Any
 import openai
 import pytest
 
-from fd_dsa.chat.template import ChatTemplate, DeepseekV32Encoding
+from fd_dsa.chat.deepseek_encoding import DeepseekV4Encoding, DeepseekV32Encoding
+from fd_dsa.chat.template import ChatTemplate
 from tests.chat import templates
 from tests.chat.recorded import RECORDED, TOOLS, Recorded
+from tests.chat.v4_oracle import PLACEHOLDERS
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
 
@@ -18,6 +20,7 @@ HI = [{"role": "user", "content": "Hi"}]
 RENDERERS: dict[str, ChatTemplate] = {
     "deepseek_v31": ChatTemplate(templates.V31, {"bos_token": "<｜begin▁of▁sentence｜>"}),
     "deepseek_v32": DeepseekV32Encoding("TOOLS\n{tool_schemas}\n"),
+    "deepseek_v4": DeepseekV4Encoding(PLACEHOLDERS),
     "glm47": ChatTemplate(templates.GLM, {}),
     "glm45": ChatTemplate(templates.GLM, {}),
 }
@@ -74,17 +77,33 @@ def test_whole_and_streamed_answers(recorded: Recorded) -> None:
         assert reasons == [None] * (len(reasons) - 1) + [reason]
 
 
-def test_a_conversation_with_tools_goes_round() -> None:
+@pytest.mark.parametrize(
+    ("recorded", "ending"),
+    [
+        (
+            V32,
+            "\n\n<function_results>\n<result>get_weather</result>\n<result>now</result>\n"
+            "</function_results>\n\n<think>",
+        ),
+        (
+            RECORDED["v4 thinking, calls"],
+            "<｜User｜><tool_result>get_weather</tool_result>\n\n<tool_result>now</tool_result>"
+            "<｜Assistant｜><think>",
+        ),
+    ],
+    ids=["v32", "v4"],
+)
+def test_a_conversation_with_tools_goes_round(recorded: Recorded, ending: str) -> None:
     """The answer, sent back as the client got it, renders to what the model had written."""
-    with running(engine_of(V32)) as live:
-        answer = live.client.chat.completions.create(**asked(V32)).choices[0].message
+    with running(engine_of(recorded)) as live:
+        answer = live.client.chat.completions.create(**asked(recorded)).choices[0].message
         first = prompt_of(live)
         results = [
             {"role": "tool", "tool_call_id": call.id, "content": call.function.name}
             for call in answer.tool_calls or []
         ]
         history = [*HI, answer.model_dump(exclude_none=True), *reversed(results)]
-        live.client.chat.completions.create(**asked(V32, messages=history))
+        live.client.chat.completions.create(**asked(recorded, messages=history))
         second = prompt_of(live)
         dumped = answer.model_dump(exclude_none=True)
         # other names and forms that clients send the same in
@@ -92,14 +111,11 @@ def test_a_conversation_with_tools_goes_round() -> None:
         for made in dumped["tool_calls"]:
             made["function"]["arguments"] = json.loads(made["function"]["arguments"])
         live.client.chat.completions.create(
-            **asked(V32, messages=[HI[0], dumped, *reversed(results)])
+            **asked(recorded, messages=[HI[0], dumped, *reversed(results)])
         )
         assert prompt_of(live) == second
-    assert second.startswith(first + V32.text)
-    assert second.endswith(
-        "\n\n<function_results>\n<result>get_weather</result>\n<result>now</result>\n"
-        "</function_results>\n\n<think>"
-    )
+    assert second.startswith(first + recorded.text)
+    assert second.endswith(ending)
 
 
 @pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
@@ -253,11 +269,9 @@ def call(arguments: Any) -> dict[str, Any]:
         ({"continue_final_message": True}, "messages", "is of role"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "'none', 'minimal', 'low'"),
         ({"messages": [*HI, call(5)]}, "messages[1].tool_calls[0].function.arguments", "got 5"),
-        ({"messages": [*HI, call("[")]}, "messages[1].tool_calls[0].function.arguments", "JSON"),
-        ({"messages": [*HI, call("[]")]}, "messages[1].tool_calls[0].function.arguments", "object"),
         ({"messages": []}, "messages", "got []"),
         ({"messages": ["text"]}, "messages[0]", "got"),
-        ({"messages": [{"role": "assistant"}]}, "messages[0].content", "is missing"),
+        ({"messages": [{"role": "system"}]}, "messages[0].content", "is missing"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "is missing"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "allowed is 'sys"),

@@ -1,0 +1,340 @@
+"""Encodings of conversations for the DeepSeek models whose folders have no template.
+
+These models are trained on fixed texts, such as the one that offers tools. The texts are literals
+in a Python file of the model's folder, `encoding/encoding_dsv32.py` or `encoding/encoding_dsv4.py`.
+The file is parsed for those literals and never run. A copy of a model without the file gets our
+words for the same format, `deepseek_v32_tools.txt` or `deepseek_v4_tools.txt`.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fd_dsa.chat.parser import THINK_BEGIN, THINK_END
+from fd_dsa.chat.template import SWITCHES, ChatTemplate
+from fd_dsa.chat.tool_formats import DSML
+
+V32_FILE = Path("encoding", "encoding_dsv32.py")
+V4_FILE = Path("encoding", "encoding_dsv4.py")
+_OWN = Path(__file__).parent
+_SCHEMAS, _SCHEMA = "{tool_schemas}", "{schema}"
+# levels of `reasoning_effort` -> the levels that DeepSeek-V4 is trained on, as in vLLM
+_V4_EFFORTS = {
+    "none": "none",
+    "minimal": "low",
+    "low": "low",
+    "medium": "low",
+    "high": "high",
+    "xhigh": "high",
+    "max": "max",
+}
+
+logger = logging.getLogger(__name__)
+
+
+class DeepseekV32Encoding(ChatTemplate):
+    """Renders conversations as DeepSeek-V3.2 was trained on them.
+
+    Args:
+        instructions: text that offers tools, `{tool_schemas}` where their schemas go.
+    """
+
+    def __init__(self, instructions: str) -> None:
+        super().__init__(
+            _own_source("deepseek_v32.jinja"),
+            {"instructions": instructions},
+            "DeepSeek-V3.2's own encoding",
+            "deepseek_v32",
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """See `ChatTemplate`; of further variables it knows the switch of the reasoning alone.
+
+        `reasoning_effort` is taken and changes nothing: the model reasons or does not.
+
+        Raises:
+            ValueError: the model does not know this order of roles, or the variable.
+        """
+        others = kwargs.keys() - {"tools", "continue_final_message", "reasoning_effort"}
+        _check_variables("DeepSeek-V3.2", {name: kwargs[name] for name in others}, SWITCHES)
+        begins = add_generation_prompt and not kwargs.get("continue_final_message")
+        return super().render(messages, begins, **kwargs)
+
+
+@dataclass(frozen=True)
+class V4Words:
+    """Texts in the prompts of DeepSeek-V4.
+
+    Attributes:
+        tools: offers tools; contains `{tool_schemas}`.
+        response_format: asks for a form of the answer; contains `{schema}`.
+        efforts: level of the effort -> text before the conversation; other levels have no text.
+    """
+
+    tools: str
+    response_format: str
+    efforts: Mapping[str, str]
+
+
+_OWN_FORM = f"The answer must be JSON of this schema:\n{_SCHEMA}"
+_OWN_EFFORTS = {
+    "high": "Think thoroughly, and check each step before you answer.\n\n",
+    "max": "Think as long as it helps. Check each step, try other ways, and test the result.\n\n",
+}
+
+
+class DeepseekV4Encoding(ChatTemplate):
+    """Renders conversations as DeepSeek-V4 was trained on them.
+
+    The model reasons unless the switch or `reasoning_effort` "none" says otherwise.
+    """
+
+    def __init__(self, words: V4Words) -> None:
+        super().__init__(
+            _own_source("deepseek_v4.jinja"),
+            {"offer": words.tools, "form": words.response_format},
+            "DeepSeek-V4's own encoding",
+            "deepseek_v4",
+        )
+        self._efforts = words.efforts
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        reasoning_effort: object = None,
+        **kwargs: Any,
+    ) -> str:
+        """Text of a conversation.
+
+        Args:
+            messages: in addition to OpenAI's roles, `developer` is a user's message that offers
+                tools and `latest_reminder` is a note. A message may have `tools`,
+                `response_format`, the name of a `task` that the model does next, and `wo_eos`.
+            reasoning_effort: a level of OpenAI's API or "max"; None is the same as "low".
+            kwargs: the switch of the reasoning, and `drop_thinking`: false keeps the reasoning
+                before the last message of the user. A prompt with tools keeps it in any case.
+
+        Raises:
+            ValueError: the model does not know the role, the task or the variable.
+        """
+        _check_variables("DeepSeek-V4", kwargs, (*SWITCHES, "drop_thinking"))
+        effort = "low" if reasoning_effort is None else _V4_EFFORTS.get(str(reasoning_effort))
+        if effort is None:
+            raise ValueError(
+                f"chat_template_kwargs: reasoning_effort is {reasoning_effort!r}; it must be one "
+                f"of {', '.join(_V4_EFFORTS)}"
+            )
+        switches = [kwargs[name] for name in SWITCHES if kwargs.get(name) is not None]
+        thinks = switches[0] if switches else effort != "none"
+        turns = _with_tools(_turns(messages), tools or ())
+        drops = kwargs.get("drop_thinking") is not False and not any(t.get("tools") for t in turns)
+        if thinks and drops:
+            turns = _without_old_developers(turns)
+        return super().render(
+            turns,
+            add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            thinks=thinks,
+            drops=drops,
+            effort=self._efforts.get(effort, ""),
+            last_user=_last_user(turns),
+        )
+
+
+_Block = tuple[str, str | None]
+"""A text in a message of the user; with the id of the call if it is the result of one."""
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with texts as contents, results of tools as a part of the user's messages.
+
+    Neighbouring messages of the user and of tools become one message of the user. Results are in
+    the order of the calls that they name.
+    """
+    turns: list[dict[str, Any]] = []
+    # of each turn of the user: its texts, and the order of the calls before it
+    users: list[tuple[dict[str, Any], list[_Block], Mapping[str, int]]] = []
+    order: dict[str, int] = {}
+    for message in messages:
+        role, text = message.get("role"), _text(message.get("content"))
+        if role not in ("user", "tool"):
+            turns.append({**message, "content": text})
+            if message.get("tool_calls"):
+                calls = enumerate(message["tool_calls"])
+                order = {call["id"]: index for index, call in calls if call.get("id")}
+            continue
+        goes_on = bool(turns) and turns[-1].get("role") == "user"
+        if not goes_on or (role == "user" and turns[-1].get("task") is not None):
+            turns.append(dict(message) if role == "user" else {"role": "user"})
+            users.append((turns[-1], [], order))
+        call = message.get("tool_call_id") or "" if role == "tool" else None
+        users[-1][1].append((text if call is None else f"<tool_result>{text}</tool_result>", call))
+    for turn, blocks, calls_before in users:
+        turn["content"] = _joined(blocks, calls_before)
+    return turns
+
+
+def _joined(blocks: Sequence[_Block], order: Mapping[str, int]) -> str:
+    """Text of a user's message.
+
+    Args:
+        order: id of a call -> its place among the latest calls.
+    """
+    # a result of an unknown call has the place of the first call
+    results = [(order.get(call, 0), text) for text, call in blocks if call is not None]
+    results.sort(key=lambda result: result[0])
+    ordered = iter(results)
+    return "\n\n".join(text if call is None else next(ordered)[1] for text, call in blocks)
+
+
+def _text(content: Any) -> str:
+    """Text of a message's content, which is a text, a list of text parts, or missing."""
+    if not isinstance(content, list):
+        return content or ""
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(f"content: got a part of type {kind!r}; DeepSeek-V4 reads text only")
+        texts.append(part.get("text") or "")
+    return "\n\n".join(texts)
+
+
+def _with_tools(
+    turns: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Offer tools in the first system message; an empty one is added if there is none."""
+    if not tools:
+        return turns
+    system = next((turn for turn in turns if turn.get("role") == "system"), None)
+    if system is None:
+        return [{"role": "system", "content": "", "tools": tools}, *turns]
+    system["tools"] = tools
+    return turns
+
+
+def _without_old_developers(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out developer messages before the last user's or developer's message."""
+    last = _last_user(turns)
+    return [t for index, t in enumerate(turns) if t.get("role") != "developer" or index >= last]
+
+
+def _last_user(turns: Sequence[Mapping[str, Any]]) -> int:
+    """Index of the last message of a user or developer, -1 if there is none."""
+    users = [index for index, t in enumerate(turns) if t.get("role") in ("user", "developer")]
+    return users[-1] if users else -1
+
+
+def _check_variables(model: str, variables: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ValueError for a variable that is not a known switch, or not true or false."""
+    for name, value in variables.items():
+        if name not in known:
+            raise ValueError(
+                f"chat_template_kwargs: has {name!r}; {model}'s encoding knows "
+                f"{' and '.join(known)}"
+            )
+        if not isinstance(value, bool | None):
+            raise ValueError(f"chat_template_kwargs: {name} is {value!r}; it must be true or false")
+    if {True, False} <= {variables.get(name) for name in SWITCHES}:
+        raise ValueError(
+            "chat_template_kwargs: thinking and enable_thinking differ; they are two names of "
+            "one switch"
+        )
+
+
+def _own_source(name: str) -> str:
+    """Source of a template of ours, after the one for tool calls that all of them use."""
+    return "".join((_OWN / file).read_text("utf-8") for file in ("deepseek_dsml.jinja", name))
+
+
+def read_instructions(folder: Path) -> str:
+    """The folder's own text that offers tools to V3.2, or ours; contains `{tool_schemas}`."""
+    name = "TOOLS_SYSTEM_TEMPLATE"
+    text = _text_with(_SCHEMAS, _literals(folder / V32_FILE).get(name))
+    if text is None:
+        _warn_of_own_words(folder, V32_FILE, [name])
+        text = (_OWN / "deepseek_v32_tools.txt").read_text("utf-8")
+    return _with_marks(text)
+
+
+def read_v4_words(folder: Path) -> V4Words:
+    """The folder's own texts for V4; each that is missing is replaced by ours.
+
+    The first release has a text for the highest effort only. Later ones have a table of levels.
+    """
+    found = _literals(folder / V4_FILE)
+    efforts = found.get("REASONING_EFFORT_PROMPTS", {"max": found.get("REASONING_EFFORT_MAX")})
+    if not isinstance(efforts, dict) or not all(
+        isinstance(text, str) for level in efforts.items() for text in level
+    ):
+        efforts = None
+    texts: dict[str, Any] = {
+        "TOOLS_TEMPLATE": _text_with(_SCHEMAS, found.get("TOOLS_TEMPLATE")),
+        "response_format_template": _text_with(_SCHEMA, found.get("response_format_template")),
+        "REASONING_EFFORT_PROMPTS": efforts,
+    }
+    missing = [name for name, text in texts.items() if text is None]
+    if missing:
+        _warn_of_own_words(folder, V4_FILE, missing)
+    tools, form, _ = texts.values()
+    return V4Words(
+        _with_marks(tools or (_OWN / "deepseek_v4_tools.txt").read_text("utf-8")),
+        form or _OWN_FORM,
+        _OWN_EFFORTS if efforts is None else efforts,
+    )
+
+
+def _text_with(place: str, value: Any) -> str | None:
+    """The value if it is a text that has the place to fill in, otherwise None."""
+    return value if isinstance(value, str) and place in value else None
+
+
+def _with_marks(text: str) -> str:
+    """A text that offers tools, with the markers that it names."""
+    marks = {"dsml": DSML, "thinking_start": THINK_BEGIN, "thinking_end": THINK_END}
+    for name, mark in marks.items():
+        text = text.replace(f"{{{name}_token}}", mark)
+    return text
+
+
+def _warn_of_own_words(folder: Path, file: Path, names: Sequence[str]) -> None:
+    logger.warning(
+        "chat: %s of %s has no %s; prompts have other words than those that the model was trained "
+        "on",
+        file,
+        folder,
+        ", ".join(names),
+    )
+
+
+def _literals(file: Path) -> dict[str, Any]:
+    """Names that a Python file assigns literals to, with the values; empty if it is unreadable."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
+        return {}
+    literals = {}
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        try:
+            value = ast.literal_eval(node.value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue
+        literals.update({target.id: value for target in targets if isinstance(target, ast.Name)})
+    return literals

@@ -1,0 +1,68 @@
+"""Renderer of a model folder's conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fd_dsa.chat.deepseek_encoding import (
+    DeepseekV4Encoding,
+    DeepseekV32Encoding,
+    read_instructions,
+    read_v4_words,
+)
+from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.errors import ConfigError
+
+NO_TEMPLATE = (
+    "the model folder has no chat template (neither chat_template.jinja nor chat_template in "
+    "tokenizer_config.json)"
+)
+"""The reason of a folder without chat, if nothing of its template is broken."""
+
+_DEEPSEEK_TURNS = ("<｜User｜>", "<｜Assistant｜>")
+
+
+def read_renderer(
+    folder: Path,
+    tokenizer_config: Mapping[str, Any],
+    special_tokens: Mapping[str, str],
+    model_type: str | None,
+    has_token: Callable[[str], bool],
+    template_file: Path | None = None,
+) -> ChatTemplate | None:
+    """What renders the conversations of a model folder, None where nothing does.
+
+    `template_file` takes precedence, then the folder's chat_template.jinja, then `chat_template`
+    of its tokenizer_config.json; of a list of named templates the one named "default" counts. A
+    folder of DeepSeek-V3.2 or V4 without any has the model's own encoding.
+
+    Raises:
+        ConfigError: a template cannot be read or compiled, or is of another type; names the file.
+    """
+    file = template_file or folder / "chat_template.jinja"
+    origin = file.name if template_file is None else f"--chat-template {file.name}"
+    if template_file is not None or file.is_file():
+        try:
+            text = file.read_text(encoding="utf-8")
+            return ChatTemplate(text, special_tokens, origin, model_type)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat template of {origin}: cannot be read: {error}") from error
+    source = tokenizer_config.get("chat_template")
+    if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
+        named = {entry.get("name"): entry.get("template") for entry in source}
+        source = named.get("default")
+    if source is not None and not isinstance(source, str):
+        raise ConfigError(
+            f"chat template: chat_template of {folder / 'tokenizer_config.json'} is a "
+            f"{type(source).__name__}; it must be a string or a list of named templates"
+        )
+    if source is not None:
+        return ChatTemplate(source, special_tokens, "tokenizer_config.json", model_type)
+    if all(map(has_token, _DEEPSEEK_TURNS)):
+        if model_type == "deepseek_v32":
+            return DeepseekV32Encoding(read_instructions(folder))
+        if model_type == "deepseek_v4":
+            return DeepseekV4Encoding(read_v4_words(folder))
+    return None
