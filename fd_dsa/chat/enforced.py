@@ -14,9 +14,9 @@ from fd_dsa.chat.schema import (
     ToolSchema,
     items_of,
     listed_values,
+    mapping,
     shown,
 )
-from fd_dsa.chat.schema import mapping as mapping_of
 
 # keywords without a counterpart in grammars -> values with which they constrain nothing
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -215,7 +215,7 @@ def _apart(schema: ToolSchema, branches: list[Any]) -> list[Any]:
     for name in list(names)[:_MAX_TAGS]:
         sets = []
         for _, plain in facts:
-            of = (mapping_of(part.get("properties")).get(name) for part in plain)
+            of = (mapping(part.get("properties")).get(name) for part in plain)
             known = [values for each in of if (values := _values(schema, each)) is not None]
             sets.append(known[0] if known else None)
         if _differ(sets):
@@ -239,7 +239,7 @@ def _apart(schema: ToolSchema, branches: list[Any]) -> list[Any]:
 
 def _constants(plain: Mapping[str, Any]) -> list[str]:
     """Properties that may tell object schemas apart."""
-    properties = mapping_of(plain.get("properties"))
+    properties = mapping(plain.get("properties"))
     return [
         name
         for name, of in properties.items()
