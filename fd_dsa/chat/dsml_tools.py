@@ -79,7 +79,6 @@ class DeepseekV32Tools(TaggedTools):
     starts = tuple(
         f"{lines}{mark}" for lines in ("\n\n", "\n", "") for mark in (*_SECTION_ENDS, V32_CALL)
     )
-    sections = _SECTION_ENDS
     ends = (V32_CALL_END, *_SECTION_ENDS.values())
     # the markup is made of ordinary characters, but for this token
     markers = (DSML,)

@@ -170,6 +170,8 @@ class ArgumentsWriter:
         self._sink = sink
         self._schema = sink.schema_of(tool)
         self._given: set[str] = set()
+        # the value before has no end mark, so this one may be a part of it
+        self._is_doubtful = False
 
     def may_take(self, name: str) -> bool:
         """Whether an argument may follow by the schema; a schema without properties says yes."""
@@ -209,8 +211,8 @@ class ArgumentsWriter:
             says_text: the model calls the value a text, or JSON; None if it does not say.
 
         Raises:
-            Damaged: the call has this argument already, or the value has no end, or it should be
-                JSON and holds a part of a mark instead, or lacks its end mark.
+            Damaged: the call has this argument already, or the value has no end. Or it should be
+                JSON and is none, and it holds half of a mark, or an end mark is missing.
         """
         if name in self._given:
             raise Damaged
@@ -218,14 +220,15 @@ class ArgumentsWriter:
         self._sink.arguments(json.dumps(name, ensure_ascii=False) + ": ")
         self._given.add(name)
         types = self._schema.argument_types(name)
+        was_doubtful, self._is_doubtful = self._is_doubtful, False
         is_text = says_text is not False and types == {"string"}
         if is_text or (says_text and (not types or "string" in types)):
             self._sink.arguments('"')
-            yield from value(self._characters)
+            self._is_doubtful = not (yield from value(self._characters))
             self._sink.arguments('"')
             return
         pieces: list[str] = []
-        has_end = yield from value(pieces.append)
+        self._is_doubtful = not (yield from value(pieces.append))
         text = "".join(pieces)
         kind = type_of(text.strip())
         is_json = kind is not None and (
@@ -234,7 +237,8 @@ class ArgumentsWriter:
             or (kind == "string" and says_text is False)
         )
         should_be_json = says_text is False or (types and "string" not in types)
-        if kind is None and should_be_json and (not has_end or re.search("[<>]", text)):
+        is_doubtful = was_doubtful or self._is_doubtful or re.search("[<>]", text)
+        if kind is None and should_be_json and is_doubtful:
             raise Damaged
         self._sink.arguments(text.strip() if is_json else json.dumps(text, ensure_ascii=False))
 

@@ -96,8 +96,6 @@ class OutputParser:
         self._sink = EventSink(answer.schemas)
         self._tools = answer.tool_format
         self.is_reasoning = answer.begins_in_reasoning
-        # end mark of the section that is open
-        self._section_end = ""
         self._steps: Steps[None] | None = self._parse(answer)
 
     def feed(self, text: str) -> list[Event]:
@@ -133,15 +131,16 @@ class OutputParser:
             self.is_reasoning = bool((yield from self._feed.opens_with((THINK_BEGIN,))))
         starts = self._tools.starts if self._tools is not None else ()
         while True:
-            end = THINK_END if self.is_reasoning else self._section_end
             found = yield from self._feed.stream_to(
-                (end, *starts) if end else starts, self._emit, keeps_half=not self._sink.num_calls
+                (THINK_END, *starts) if self.is_reasoning else starts,
+                self._emit,
+                keeps_half=not self._sink.num_calls,
             )
             if found is None:
                 return
-            if found == end:
+            if found == THINK_END:
                 self._feed.read(len(found))
-                self.is_reasoning, self._section_end = False, ""
+                self.is_reasoning = False
             elif self._tools is not None:
                 yield from self._try_call(self._tools, found)
 
@@ -155,7 +154,7 @@ class OutputParser:
         feed.mark(_MAX_HELD, self._commit)
         sink.hold()
         try:
-            if (yield from self._read_calls(tools, start)):
+            if (yield from self._read_calls(tools)):
                 self._commit()
             else:
                 # calls that the reasoning cites
@@ -174,7 +173,7 @@ class OutputParser:
     def _emit_damaged(self, start: str) -> None:
         """Report the text of a damaged call up to the damage; `start` of a text that is none.
 
-        The values of a damaged call may cite calls and ends of sections.
+        The rest of a damaged call may cite calls.
         """
         text = self._feed.marked()
         if not text or (self.is_reasoning and THINK_END in text):
@@ -182,10 +181,10 @@ class OutputParser:
             text = self._feed.read(len(start))
         else:
             self._feed.release()
-            self._section_end, self._sink.is_wary = "", True
+            self._sink.is_wary = True
         self._emit(text)
 
-    def _read_calls(self, tools: ToolFormat, start: str) -> Steps[bool]:
+    def _read_calls(self, tools: ToolFormat) -> Steps[bool]:
         """Read a call and the marks after it; in the reasoning also the calls that follow it.
 
         Returns:
@@ -200,16 +199,13 @@ class OutputParser:
                 yield
             if not self.is_reasoning:
                 self._commit()
-            self._section_end = tools.sections.get(start.strip(), self._section_end)
             yield from feed.skip_space()
-            while mark := (yield from feed.opens_with(tools.ends)):
-                if mark in tools.sections.values():
-                    self._section_end = ""
+            while (yield from feed.opens_with(tools.ends)):
                 yield from feed.skip_space()
+            feed.skip_half(tools.ends)
             if not self.is_reasoning:
                 return True
-            start = yield from feed.opens_with(tools.starts, reads=False)
-            if not start:
+            if not (yield from feed.opens_with(tools.starts, reads=False)):
                 break
         return not (yield from feed.goes_on(THINK_END, _MAX_HELD))
 

@@ -173,6 +173,11 @@ class TextFeed:
             self.read_match(match)
         return "" if match is None else match[1]
 
+    def skip_half(self, markers: tuple[str, ...]) -> None:
+        """Read half of a marker in which the answer was cut off."""
+        if self.is_cut and _opening(markers)[1].fullmatch(self._text, self._pos):
+            self.skip_all()
+
     def goes_on(self, text: str, size: int) -> Steps[bool]:
         """Whether a text follows within `size` characters, or more characters than that."""
         while True:

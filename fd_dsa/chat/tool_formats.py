@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from functools import cache
 from typing import ClassVar
 
@@ -68,7 +67,6 @@ class ToolFormat(ABC):
     Attributes:
         name: name for vLLM's `--tool-call-parser`.
         starts: marks that begin a call or a section of calls.
-        sections: mark that begins a section of calls -> mark that ends it.
         ends: marks that are markup directly after a call.
         markers: texts that are a token each in the models' vocabularies and that the parser must
             see.
@@ -76,7 +74,6 @@ class ToolFormat(ABC):
 
     name: ClassVar[str]
     starts: ClassVar[tuple[str, ...]]
-    sections: ClassVar[Mapping[str, str]] = {}
     ends: ClassVar[tuple[str, ...]]
     markers: ClassVar[tuple[str, ...]]
 
@@ -108,7 +105,6 @@ class DeepseekV31Tools(ToolFormat):
 
     name = "deepseek_v31"
     starts = (V31_CALLS, V31_CALL)
-    sections: ClassVar[Mapping[str, str]] = {V31_CALLS: V31_CALLS_END}
     ends = (V31_CALL_END, V31_CALLS_END)
     markers = (V31_CALLS, V31_CALLS_END, V31_CALL, V31_CALL_END, V31_SEPARATOR)
 

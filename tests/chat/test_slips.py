@@ -143,6 +143,19 @@ def test_the_first_key_may_lack_its_mark_after_a_declared_name(head: str) -> Non
     assert parser(GLM).parse(other) == Message(other)
 
 
+def test_a_repair_must_fit_the_schema() -> None:
+    """The head of an argument in a value is cited, if its value is no value of the argument."""
+    head = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>use <arg_key>days</arg_key>"
+    text = f"{head}<arg_value>3</arg_value></tool_call>"
+    arguments = '{"city": "use ", "days": 3}'
+    assert parser(GLM).parse(text).tool_calls == (ToolCall("get_weather", arguments),)
+    text = f"{head}<arg_value> as shown</arg_value></tool_call>"
+    assert parser(GLM).parse(text) == Message(text)
+    text = text.replace("days", "zip")
+    arguments = '{"city": "use <arg_key>zip</arg_key><arg_value> as shown"}'
+    assert parser(GLM).parse(text).tool_calls == (ToolCall("get_weather", arguments),)
+
+
 def test_the_other_call_of_a_damaged_one_is_returned() -> None:
     damaged = '<｜DSML｜invoke name="f"><｜DSML｜parameter>x</｜DSML｜parameter></｜DSML｜invoke>'
     text = f'{_SECTION}\n<｜DSML｜invoke name="now">{_INVOKE_END}\n{damaged}\n{_SECTION_END}'
