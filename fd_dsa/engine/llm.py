@@ -149,6 +149,7 @@ class LLM:
         tools: Sequence[Message] | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens_in_text: bool = False,
     ) -> Any:
         """Answer one conversation or several, through the model's chat template; as `generate`.
 
@@ -163,6 +164,9 @@ class LLM:
             tools: offered to the model, in the form of the OpenAI API.
             continue_final_message: the answer goes on with the last message, the assistant's.
             chat_template_kwargs: variables of the template, such as `thinking`.
+            allow_special_tokens_in_text: markers of control tokens in messages and tools become
+                these tokens; by default they are text. The calls in the text of an answer are sent
+                back either with this, or as `tool_calls`.
 
         Raises:
             ValueError: as in `generate`; or the folder has no chat template, or it refuses.
@@ -183,6 +187,7 @@ class LLM:
                 not continue_final_message,
                 tools=tools,
                 continue_final_message=continue_final_message,
+                allow_special_tokens_in_text=allow_special_tokens_in_text,
                 **variables,
             )
             for entry in conversations

@@ -1,0 +1,333 @@
+"""Prompts in which only the template writes control tokens.
+
+A tokenizer reads the marker of a control token, such as `<|user|>`, wherever the marker is. Texts
+of a client may contain one, and so become a message of another role. Here each marker in such a
+text is quoted before the template is rendered: every character of it stands between two characters
+that no text of the conversation has. These go through all filters of a template. After rendering
+they tell the client's markers from the template's, and are removed.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, Arguments
+from fd_dsa.chat.template import ChatTemplate, with_read_arguments
+
+MASK = "¤"
+"""Replaces characters of quoted markers; no marker has it, and no normalizer changes it."""
+# U+E000 and U+E001 mark where a final message goes on
+_PRIVATE = [chr(code) for code in range(0xE002, 0xF900)]
+# such a character in JSON and in Python's literals
+_ESCAPED = re.compile("u([ef][0-9a-f]{3})")
+# an answer of an earlier turn, with its reasoning before its content
+_REASONED = re.compile(rf"(\s*{THINK_BEGIN})(.*?)({THINK_END})(.*)", re.DOTALL)
+_BEGUN = re.compile(rf"(\s*{THINK_BEGIN})(.*)", re.DOTALL)
+# no client can predict which characters quote its texts
+_random = random.SystemRandom()
+
+Spans = list[tuple[int, int]]
+"""Half-open ranges of characters, in order."""
+
+
+class ControlFinder(Protocol):
+    """Finds markers of control tokens as a tokenizer does."""
+
+    def find(self, text: str) -> Spans:
+        """Places of the markers."""
+
+    def texts_in(self, text: str) -> Collection[str]:
+        """Distinct markers that the text has; takes less time than `find`."""
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """The text of a prompt.
+
+    Attributes:
+        text: as the template wrote it.
+        masked: of the same length, with `MASK` for each character of a marker that is text. The
+            markers in it are control tokens.
+    """
+
+    text: str
+    masked: str
+
+
+def render_prompt(
+    renderer: ChatTemplate,
+    control: ControlFinder | None,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool = True,
+    /,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    continue_final_message: bool = False,
+    **variables: Any,
+) -> RenderedPrompt:
+    """Render a conversation.
+
+    Texts of messages, tools and variables are text, but for the roles. In a message of the
+    assistant that begins with <think>, this marker and the first </think> after it are markers.
+
+    Args:
+        control: finds markers; None = all markers are control tokens, no matter who wrote them.
+        renderer, messages to variables: as in `ChatTemplate.render`.
+
+    Raises:
+        ValueError: as in `ChatTemplate.render`; or a text with markers uses up the characters that
+            quote them.
+    """
+    read = [with_read_arguments(message) for message in messages]
+    if control is None:
+        text = renderer.render(
+            read,
+            add_generation_prompt,
+            tools=tools,
+            continue_final_message=continue_final_message,
+            **variables,
+        )
+        return RenderedPrompt(text, text)
+    conversation = _Conversation(read, tools, variables, continue_final_message)
+
+    def render(marks: Mapping[str, Spans]) -> RenderedPrompt:
+        return conversation.render(renderer, add_generation_prompt, marks)
+
+    inside = _find_markers(control, conversation.texts)
+    prompt = render(inside)
+    # a marker may also be put together from several texts, at the template's borders
+    markers = control.texts_in(prompt.masked)
+    for overlaps in _overlaps(conversation.texts, markers):
+        try:
+            checked = render({**overlaps, **_joined(inside, overlaps)})
+        except ValueError:
+            continue
+        # otherwise the template looks at these characters
+        if checked.text == prompt.text:
+            return checked
+    return prompt
+
+
+class _Conversation:
+    """Messages, tools and variables of one prompt.
+
+    Attributes:
+        texts: distinct texts in it, names of fields included; not the roles.
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        goes_on: bool,
+    ) -> None:
+        self._messages = messages
+        self._tools = tools
+        self._variables = variables
+        self._goes_on = goes_on
+        values: list[Any] = [list(variables.values()), tools]
+        for message in messages:
+            written = self._written_fields(message)
+            values += (value for name, value in message.items() if name not in written)
+            values += (text for parts in written.values() for text in parts[1::2])
+            values += message.keys()
+        self.texts = list(dict.fromkeys(_texts(values)))
+
+    def render(
+        self, renderer: ChatTemplate, add_generation_prompt: bool, marks: Mapping[str, Spans]
+    ) -> RenderedPrompt:
+        """Render with these places of texts quoted."""
+        messages, tools, variables = self._messages, self._tools, self._variables
+        begin = end = ""
+        if marks:
+            begin, end = unused_characters([*self.texts, renderer.source], 2)
+            quoted = {text: _quote(text, spans, begin, end) for text, spans in marks.items()}
+            try:
+                messages = [self._change_message(message, quoted) for message in messages]
+                tools, variables = _change(tools, quoted), _change(variables, quoted)
+            except RecursionError as error:
+                raise ValueError("the values nest too deeply; send flatter ones") from error
+        try:
+            text = renderer.render(
+                messages,
+                add_generation_prompt,
+                tools=tools,
+                continue_final_message=self._goes_on,
+                **variables,
+            )
+        except ValueError as error:
+            raise ValueError(_unquote(str(error), begin, end).text) from error
+        return _unquote(text, begin, end)
+
+    def _written_fields(self, message: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        """Fields with markers that count, each as markers and texts by turns."""
+        role, content = message.get("role"), message.get("content")
+        fields: dict[str, tuple[str, ...]] = {"role": (role,)} if isinstance(role, str) else {}
+        if role == "assistant" and isinstance(content, str):
+            answer = _REASONED.fullmatch(content)
+            if answer is None and self._goes_on and message is self._messages[-1]:
+                answer = _BEGUN.fullmatch(content)
+            if answer is not None:
+                fields["content"] = answer.groups()
+        return fields
+
+    def _change_message(
+        self, message: Mapping[str, Any], changes: Mapping[str, str]
+    ) -> dict[str, Any]:
+        written = self._written_fields(message)
+        changed: dict[str, Any] = {}
+        # in their order, because a template may go through the fields
+        for name, value in message.items():
+            parts = list(written.get(name, ()))
+            parts[1::2] = [changes.get(part, part) for part in parts[1::2]]
+            changed[changes.get(name, name)] = "".join(parts) if parts else _change(value, changes)
+        return changed
+
+
+def _texts(values: list[Any]) -> Iterator[str]:
+    """All texts in JSON values, names of fields included; `values` is used up."""
+    # without recursion: arguments of a call may nest as deeply as a JSON parser allows
+    while values:
+        value = values.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            values += value.keys()
+            values += value.values()
+            if isinstance(value, Arguments):
+                values.append(str(value))
+        elif isinstance(value, list | tuple):
+            values += value
+
+
+def _change(value: Any, changes: Mapping[str, str]) -> Any:
+    """A JSON value with texts replaced, names of fields included."""
+    if isinstance(value, str):
+        return changes.get(value, value)
+    if isinstance(value, Mapping):
+        changed = {_change(name, changes): _change(v, changes) for name, v in value.items()}
+        if isinstance(value, Arguments):
+            return Arguments(changed, _change(str(value), changes))
+        return changed
+    if isinstance(value, list | tuple):
+        return [_change(entry, changes) for entry in value]
+    return value
+
+
+def _find_markers(control: ControlFinder, texts: Sequence[str]) -> dict[str, Spans]:
+    """Places of whole markers, by text; texts without one are left out."""
+    # all texts at once, because most conversations have no marker
+    joined = MASK.join(texts)
+    found: dict[str, Spans] = {}
+    spans = iter(control.find(joined) if control.texts_in(joined) else ())
+    span = next(spans, None)
+    begin = 0
+    for text in texts:
+        end = begin + len(text)
+        while span is not None and span[0] < end:
+            found.setdefault(text, []).append((max(span[0] - begin, 0), min(span[1], end) - begin))
+            span = next(spans, None)
+        begin = end + len(MASK)
+    return found
+
+
+def _overlaps(texts: Sequence[str], markers: Collection[str]) -> Iterator[dict[str, Spans]]:
+    """Places of texts that may be a part of one of the markers, after white space is stripped.
+
+    Yields:
+        First with texts from the middle of a marker, then without them; only if there are any.
+    """
+    heads = {marker[begin:] for marker in markers for begin in range(1, len(marker))}
+    tails = {marker[:end] for marker in markers for end in range(1, len(marker))}
+    firsts, lasts = {marker[0] for marker in markers}, {marker[-1] for marker in markers}
+    longest = max(map(len, markers), default=0)
+    if longest < 2:
+        return
+    borders: dict[str, Spans] = {}
+    inner: dict[str, Spans] = {}
+    for text in texts:
+        core = text.strip()
+        begin, end = text.find(core), text.find(core) + len(core)
+        head, tail = core[: longest - 1], core[1 - longest :]
+        spans = []
+        if not lasts.isdisjoint(head):
+            sizes = [size for size in range(1, len(head) + 1) if head[:size] in heads]
+            spans += [(begin, begin + size) for size in sizes[-1:]]
+        if not firsts.isdisjoint(tail):
+            sizes = [size for size in range(1, len(tail) + 1) if tail[-size:] in tails]
+            spans += [(end - size, end) for size in sizes[-1:]]
+        if spans:
+            borders[text] = _merge(spans)
+        elif core and len(core) < longest and any(core in marker for marker in markers):
+            inner[text] = [(begin, end)]
+    if inner:
+        yield {**borders, **inner}
+    if borders:
+        yield borders
+
+
+def _joined(inside: Mapping[str, Spans], overlaps: Mapping[str, Spans]) -> dict[str, Spans]:
+    """Places of both kinds, for the texts that have whole markers."""
+    return {text: _merge([*spans, *overlaps.get(text, ())]) for text, spans in inside.items()}
+
+
+def _merge(spans: Iterable[tuple[int, int]]) -> Spans:
+    """Places in order, those that overlap as one."""
+    merged: Spans = []
+    for begin, end in sorted(spans):
+        if merged and begin < merged[-1][1]:
+            begin, end = merged[-1][0], max(end, merged.pop()[1])
+        merged.append((begin, end))
+    return merged
+
+
+def _quote(text: str, spans: Spans, begin: str, end: str) -> str:
+    """The text with `begin` and `end` around each character of these places."""
+    pieces, last = [], 0
+    for first, stop in spans:
+        # white space that a marker takes along stays what filters expect
+        core = text[first:stop].strip()
+        first = text.index(core, first)
+        quoted = f"{end}{begin}".join(core)
+        pieces += [text[last:first], begin, quoted, end]
+        last = first + len(core)
+    return "".join([*pieces, text[last:]])
+
+
+def _unquote(text: str, begin: str, end: str) -> RenderedPrompt:
+    """The text without the characters that quote, and with the quoted ones masked."""
+    if not begin:
+        return RenderedPrompt(text, text)
+    for mark in (begin, end):
+        # as JSON and Python's literals show it
+        text = text.replace(f"\\u{ord(mark):04x}", mark)
+    masked = re.sub(f"{begin}[^{begin}{end}]{end}", MASK, text)
+    # a filter has escaped the character
+    longer = f"{begin}([^{begin}{end}]+){end}"
+    masked = re.sub(longer, lambda match: MASK * len(match[1]), masked)
+    removed = str.maketrans("", "", begin + end)
+    return RenderedPrompt(text.translate(removed), masked.translate(removed))
+
+
+def unused_characters(texts: Iterable[str], count: int) -> list[str]:
+    """Characters that none of the texts has, not even escaped.
+
+    Raises:
+        ValueError: the texts use too many of Unicode's private characters.
+    """
+    used: set[str] = set()
+    for text in texts:
+        used.update(text)
+        used.update(chr(int(code, 16)) for code in _ESCAPED.findall(text))
+    free = [char for char in _PRIVATE if char not in used]
+    if len(free) < count:
+        raise ValueError(
+            f"the texts have a marker of a control token and all but {len(free)} of the private "
+            f"characters U+E002 to U+F8FF, of which {count} must be unused; leave some out"
+        )
+    return _random.sample(free, count)
