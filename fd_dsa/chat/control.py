@@ -290,12 +290,8 @@ def _quote(text: str, spans: Spans, begin: str, end: str) -> str:
     """The text with `begin` and `end` around each character of these places."""
     pieces, last = [], 0
     for first, stop in spans:
-        # white space that a marker takes along stays what filters expect
-        core = text[first:stop].strip()
-        first = text.index(core, first)
-        quoted = f"{end}{begin}".join(core)
-        pieces += [text[last:first], begin, quoted, end]
-        last = first + len(core)
+        pieces += [text[last:first], begin, f"{end}{begin}".join(text[first:stop]), end]
+        last = stop
     return "".join([*pieces, text[last:]])
 
 

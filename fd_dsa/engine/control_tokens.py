@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers.models import WordLevel
 
 from fd_dsa.chat.control import Spans, unused_characters
-from fd_dsa.engine.text_windows import encode_text
+from fd_dsa.engine.text_windows import TooManyTokens, encode_text
 
 # characters that are searched in one call, which takes 70 bytes of memory a byte
 _WINDOW_CHARS = 1 << 16
@@ -44,7 +44,7 @@ class ControlTokens:
         self._window_chars = max(_WINDOW_CHARS, 8 * self.longest)
 
     def find(self, text: str) -> Spans:
-        """Places of the markers, with the white space that their flags take along."""
+        """Places of the markers, without the white space that their flags take along."""
         return [(begin, end) for begin, end, _ in self._find(text)]
 
     def texts_in(self, text: str) -> set[str]:
@@ -87,9 +87,12 @@ class ControlTokens:
         if not (set(ids) - ids_of_copy.keys()).isdisjoint(self._texts):
             # the vocabulary has the marker as a word, so that no word may be the whole marker
             quoted = [s for s in self.find(text) if masked[slice(*s)] != text[slice(*s)]]
-            cuts = [(place, place, cut) for s in quoted for place in range(*s)]
-            ids = encode(controls + cuts, None)
-        return [ids_of_copy.get(i, i) for i in ids if i != _id_of(copy, cut)]
+            cuts = [(at, at, cut) for begin, end in quoted for at in range(begin, end + 1)]
+            cut_id = _id_of(copy, cut)
+            ids = [i for i in encode(controls + cuts, None) if i != cut_id]
+            if max_tokens is not None and len(ids) > max_tokens:
+                raise TooManyTokens(len(ids), is_exact=True)
+        return [ids_of_copy.get(i, i) for i in ids]
 
     def _find(self, text: str) -> Iterator[tuple[int, int, int]]:
         """Places and ids of the markers, in order."""
@@ -103,8 +106,10 @@ class ControlTokens:
             following = certain
             for i, (first, end) in zip(encoding.ids, encoding.offsets, strict=True):
                 if i in self._ids and first < certain:
-                    yield begin + first, begin + end, self._ids[i]
                     following = max(following, end)
+                    marker = window[first:end].strip() or window[first:end]
+                    first = window.index(marker, first)
+                    yield begin + first, begin + first + len(marker), self._ids[i]
             begin += following
 
     def _without_markers(
@@ -131,11 +136,16 @@ class ControlTokens:
         return copy, ids
 
     def _stand_in(self, token_id: int, text: str) -> tokenizers.AddedToken:
-        """An added token for another one, found before the same step of the tokenizer if it can."""
-        normalizer = self._backend.normalizer
-        is_kept = normalizer is None or normalizer.normalize_str(text) == text
-        normalized = is_kept and self._added[token_id].normalized
-        return tokenizers.AddedToken(text, normalized=normalized)
+        """An added token with the flags of another one."""
+        token, normalizer = self._added[token_id], self._backend.normalizer
+        # some normalizers remove private characters
+        is_kept = normalizer is None or text in normalizer.normalize_str(text)
+        return tokenizers.AddedToken(
+            text,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=token.normalized and is_kept,
+        )
 
 
 def _encode(
