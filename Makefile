@@ -97,7 +97,7 @@ custom-ops: $(VENV)/.cpu ## the operators in C++ for the Paddle of .venv; needs 
 # the builder needs Python 3.11 and nothing of the package, so it has a small environment of its own
 docs: $(DOCS)/.made ## the documentation as a site, in build/docs
 	rm -rf build/pages build/docs && mkdir -p build/pages
-	cp -r README*.md CHANGELOG.md CONTRIBUTING.md LICENSE docs build/pages
+	cp -r README*.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs build/pages
 	$(DOCS)/bin/zensical build --strict --clean
 	@echo "the pages are in build/docs: $(DOCS)/bin/python -m http.server -d build/docs"
 

@@ -86,7 +86,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("max_num_seqs", "block_size"), _POSITIVE),
     **dict.fromkeys(("max_model_len", "max_num_batched_tokens", "index_topk"), _OPTIONAL),
     **dict.fromkeys(("kv_cache_memory_bytes", "num_gpu_blocks_override"), _OPTIONAL),
-    **dict.fromkeys(("async_scheduling", "enforce_eager"), _SWITCH),
+    **dict.fromkeys(("allow_unknown_config_fields", "async_scheduling", "enforce_eager"), _SWITCH),
     **dict.fromkeys(("enable_chunked_prefill", "enable_prefix_caching"), _SWITCH),
     "seed": ("an integer of at least 0", lambda value: _is_integer(value, 0)),
     "tensor_parallel_size": _POSITIVE,
@@ -109,6 +109,8 @@ class EngineConfig:
         load_format: where weights come from: `safetensors` files, which `auto` means too, or
             `dummy`, random numbers, for measurements without a checkpoint.
         index_topk: keys that the indexer chooses for a token; None is the model's number.
+        allow_unknown_config_fields: load a model whose config.json has fields that fd_dsa does not
+            know, with one warning; otherwise they are refused.
         device: where the model runs: "cpu", "gpu" (the first that CUDA_VISIBLE_DEVICES shows), or
             "auto", a GPU where Paddle has one and the CPU otherwise: the values of the flag. In
             Python also the place of a custom device of Paddle, such as "name:0".
@@ -150,6 +152,7 @@ class EngineConfig:
     tokenizer: str | os.PathLike[str] | None = None
     load_format: str = "auto"
     index_topk: int | None = None
+    allow_unknown_config_fields: bool = False
     device: str = "auto"
     tensor_parallel_size: int = 1
     dtype: str = "auto"

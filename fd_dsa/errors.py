@@ -56,6 +56,10 @@ class LaunchError(FdDsaError, ValueError):
     """A Triton kernel cannot be launched so; the message names the kernel and the argument."""
 
 
+class BusyError(FdDsaError, RuntimeError):
+    """Too much work of one kind waits; the same may be asked for again later."""
+
+
 class DeviceError(FdDsaError, RuntimeError):
     """The CUDA driver reports an error; its number and text are in the message."""
 

@@ -88,11 +88,11 @@ def test_the_site_has_no_broken_links(tmp_path: Path) -> None:
 
 def test_every_page_is_in_the_sidebar() -> None:
     named = re.findall(r'"([^" ]+\.md)"', (ROOT / "zensical.toml").read_text("utf-8"))
-    pages = [*PAGES, *ROOT.glob("C*.md")]
+    pages = [*PAGES, *ROOT.glob("[CS]*.md")]
     assert sorted(named) == sorted(page.relative_to(ROOT).as_posix() for page in pages)
 
 
-@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("C*.md")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("[CS]*.md")], ids=lambda path: path.stem)
 def test_files_that_a_page_links_to_exist(page: Path) -> None:
     """The builder checks links to pages, not those to pictures and other files."""
     text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.M | re.S)

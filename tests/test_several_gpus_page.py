@@ -100,6 +100,8 @@ def test_parts_are_the_whole_and_are_split(tmp_path: Path) -> None:
         (TINY_FP8, ["-tp", "2"], "whole blocks of 128 of FP8 weights"),
         (TINY, ["-tp", "0"], "--tensor-parallel-size: got 0, allowed: "),
         (TINY | {"hidden_size": -1}, [], "config.json: hidden_size: got -1"),
+        (TINY | {"swiglu_limit": 7}, [], "config.json: swiglu_limit: got 7, allowed: fields that"),
+        ({"model_type": "hy_v4"}, [], "is not served yet: a gate and sinks in attention"),
         (CASES["mixed"].config, [], "--device: got 'gpu:0', allowed: cpu with deepseek_v4"),
     ],
 )
@@ -109,6 +111,16 @@ def test_what_cannot_be_planned_is_said_in_a_line(
     assert doctor.main(["--plan", str(folder_of(tmp_path, config)), *flags]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_unknown_fields_are_accepted_on_demand(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path, V32 | {"strange": 7})
+    plain = folder_of(tmp_path / "plain", V32)
+    found = printed(capsys, folder, "--allow-unknown-config-fields").splitlines()[1:]
+    assert found[0] == "unknown fields of config.json, ignored: strange"
+    assert found[1:] == printed(capsys, plain).splitlines()[1:]
 
 
 def test_a_folder_is_needed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

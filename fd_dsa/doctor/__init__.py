@@ -53,6 +53,11 @@ def build_parser() -> Parser:
         "-tp", "--tensor-parallel-size", type=int, default=1, help="GPUs of --plan; default: 1"
     )
     parser.add_argument(
+        "--allow-unknown-config-fields",
+        action="store_true",
+        help="with --plan: accept fields of config.json that fd_dsa does not know",
+    )
+    parser.add_argument(
         "--fastdeploy",
         action="store_true",
         help="list what the plug-in looks for in FastDeploy; status 1 unless fd_dsa serves there",
@@ -93,7 +98,8 @@ def _plan(args: argparse.Namespace) -> int:
     from fd_dsa.doctor.plan import as_lines, plan
 
     with quiet():
-        found = plan(args.plan, args.tensor_parallel_size)
+        allow_unknown = args.allow_unknown_config_fields
+        found = plan(args.plan, args.tensor_parallel_size, allow_unknown=allow_unknown)
     text = json.dumps(found, indent=1) if args.json else "\n".join(as_lines(found))
     sys.stdout.write(f"{text}\n")
     return _OK

@@ -19,19 +19,21 @@ _CACHES = ("bfloat16", "fp8_ds_mla")
 _TRAITS = 90, 132, 227 << 10
 
 
-def plan(folder: Path, ranks: int) -> dict[str, Any]:
+def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, Any]:
     """What each of some GPUs would hold, and what fits.
 
     Args:
         folder: with config.json. Where no weights are beside it, those are FP8 that config.json
             names as quantised.
         ranks: GPUs that share the model.
+        allow_unknown: accept fields of config.json that fd_dsa does not know.
 
     Returns:
-        `model`, `layers`, `ranks`, `utilization`, `max_model_len`, `has_weights`, `parts` (part of
-        the model -> bytes of weights on each GPU), and `caches`, of each type of caches
-        `bytes_per_token`, `graph_bytes`, `workspace_bytes` and `gpus`: memory in GiB -> `tokens`
-        that the caches would hold, 0 where it does not fit, and `why_not`.
+        `model`, `unknown_fields` (of config.json, ignored), `layers`, `ranks`, `utilization`,
+        `max_model_len`, `has_weights`, `parts` (part of the model -> bytes of weights on each GPU),
+        and `caches`, of each type of caches `bytes_per_token`, `graph_bytes`, `workspace_bytes` and
+        `gpus`: memory in GiB -> `tokens` that the caches would hold, 0 where it does not fit, and
+        `why_not`.
 
     Raises:
         ConfigError: a flag, config.json, the checkpoint, or a model that cannot be split so.
@@ -45,7 +47,7 @@ def plan(folder: Path, ranks: int) -> dict[str, Any]:
     first, *_ = configs = [
         EngineConfig(**options, kv_cache_dtype=kind).on_device("gpu:0") for kind in _CACHES
     ]
-    whole = read_config(folder)
+    whole = read_config(folder, allow_unknown=allow_unknown)
     family_of(whole).check_flags(first, whole)
     fp8, has_weights = quantisable_tensors(whole), any(folder.glob("*.safetensors"))
     if has_weights:
@@ -56,6 +58,7 @@ def plan(folder: Path, ranks: int) -> dict[str, Any]:
     parts = weight_parts(model, first.dtype, fp8)
     return {
         "model": str(folder),
+        "unknown_fields": list(whole.unknown_fields),
         "layers": model.num_hidden_layers,
         "ranks": ranks,
         "utilization": first.gpu_memory_utilization,
@@ -110,6 +113,8 @@ def as_lines(found: dict[str, Any]) -> Iterator[str]:
     first = next(iter(kinds.values()))
     source = "its weights" if found["has_weights"] else "config.json alone"
     yield f"{found['model']}: {found['layers']} layers, by {source}"
+    if found["unknown_fields"]:
+        yield f"unknown fields of config.json, ignored: {', '.join(found['unknown_fields'])}"
     yield f"on each of {found['ranks']} GPUs, GiB:"
     sizes = found["parts"] | {"weights in all": sum(found["parts"].values())}
     sizes |= {"graphs, at most": first["graph_bytes"], "work memory": first["workspace_bytes"]}

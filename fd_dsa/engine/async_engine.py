@@ -112,8 +112,11 @@ class AsyncEngine:
     async def ask(self, question: str, argument: Any = None) -> Any:
         """The engine's answer to a question of its host.
 
+        A caller that is cancelled takes the question back, unless its answer is being made.
+
         Raises:
-            RuntimeError: the engine is not running or has failed.
+            RuntimeError: the engine is not running or has failed; as `BusyError`, too many
+                questions wait for it.
             Exception: what the question says.
         """
         key, reply = str(next(self._numbers)), Future[Any]()
@@ -127,7 +130,9 @@ class AsyncEngine:
             return await asyncio.wrap_future(reply)
         finally:
             with self._lock:
-                self._replies.pop(key, None)
+                is_left = self._replies.pop(key, None) is not None
+            if is_left:
+                self._link.post(End(key))
 
     async def generate(
         self,

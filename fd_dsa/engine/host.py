@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.output import Added, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.errors import RankError
+from fd_dsa.errors import BusyError, RankError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,10 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Command: abort a request; with an index, end that one of its outputs as if the model had."""
+    """Command: abort a request, or an `Ask` that has not begun.
+
+    With an index, end that one of a request's outputs as if the model had.
+    """
 
     key: str
     index: int | None = None
@@ -71,6 +74,8 @@ class Failed:
     error: BaseException
 
 
+MAX_ASKED = 64
+"""Questions that wait for their thread; a grammar takes up to 0.2 s of it."""
 Command = Add | End | Ask | Stop
 Event = list[Added] | Reply | Failed
 """What a step has added to outputs, the reply to a command, or the end."""
@@ -170,6 +175,8 @@ class EngineHost:
         self._answers = {CHECK_FORM: engine.grammars.check, **(answers or {})}
         # one: what is computed beside the steps takes one processor
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="fd_dsa-aside")
+        # questions that wait for that thread or are in it, by their keys
+        self._asked: dict[str, Future[None]] = {}
         self._wake = threading.Condition()
         # guarded by _wake
         self._commands: deque[Add | End] = deque()
@@ -183,7 +190,10 @@ class EngineHost:
                 snapshot = (self._engine.stats(), self._engine.metrics)
                 self._emit(Reply(command.key, snapshot))
             elif not self._is_stopping:
-                self._aside.submit(self._answer, command)
+                self._ask(command)
+            return
+        if isinstance(command, End) and (asked := self._asked.get(command.key)) is not None:
+            asked.cancel()
             return
         with self._wake:
             if isinstance(command, Stop):
@@ -193,6 +203,16 @@ class EngineHost:
             else:
                 self._commands.append(command)
             self._wake.notify()
+
+    def _ask(self, command: Ask) -> None:
+        """Have a question answered in its thread, after those that came before."""
+        if len(self._asked) >= MAX_ASKED:
+            error = BusyError(f"{len(self._asked)} grammars wait to be compiled; try again later")
+            self._emit(Reply(command.key, error=error))
+            return
+        asked = self._aside.submit(self._answer, command)
+        self._asked[command.key] = asked
+        asked.add_done_callback(lambda _: self._asked.pop(command.key, None))
 
     def run(self) -> bool:
         """Serve until `Stop` or a failure of the engine; False after a failure."""

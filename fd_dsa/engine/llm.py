@@ -58,6 +58,7 @@ class LLM:
         tokenizer: str | os.PathLike[str] | None = None,
         load_format: str = "auto",
         index_topk: int | None = None,
+        allow_unknown_config_fields: bool = False,
         device: str = "auto",
         tensor_parallel_size: int = 1,
         dtype: str = "auto",

@@ -147,7 +147,10 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     has_fp8 = device == "cpu" or _check_capability(config)
     keep_float32(device)
     check_fixed_order(device, size)
-    model_config = read_config(config.model_path)
+    model_config = read_config(config.model_path, allow_unknown=config.allow_unknown_config_fields)
+    if model_config.unknown_fields and (group is None or group.rank == 0):
+        names = ", ".join(model_config.unknown_fields)
+        logger.warning("%s: unknown fields of config.json, ignored: %s", config.model, names)
     family = family_of(model_config)
     family.check_flags(config, model_config)
     model_config = _with_index_topk(model_config, config.index_topk)

@@ -40,7 +40,7 @@ class Tokenizer:
         special_tokens: names such as "bos_token" -> text, as in tokenizer_config.json.
         chat_renderer: what makes prompts of conversations, or None when the folder has nothing.
         add_bos_token: put bos_token before a text where the post-processor does not.
-        why_no_chat: the reason that requests are told if there is no renderer.
+        why_no_chat: the reason in errors of chat requests if there is no renderer.
     """
 
     def __init__(

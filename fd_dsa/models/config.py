@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
@@ -10,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.errors import flag_error
-from fd_dsa.models.config_reader import INT32_MAX, FieldReader, read_json_object
-from fd_dsa.models.families import FAMILIES, OTHER_FAMILIES, Family
+from fd_dsa.models.config_reader import INT32_MAX, FieldReader, as_integer, read_json_object
+from fd_dsa.models.families import FAMILIES, Family, check_family
 from fd_dsa.models.rope_config import RopeConfig, read_rope, yarn_mscale
 
 __all__ = ["ModelConfig", "RopeConfig"]
 
-logger = logging.getLogger(__name__)
-
 # fields of a family that are no field of config.json, or are read by functions of their own
-_READ_APART = ("n_routed_experts", "first_k_dense_replace", "rope_theta", "shares_selections")
+_READ_APART = (
+    "n_routed_experts",
+    "n_group",
+    "topk_group",
+    "first_k_dense_replace",
+    "rope_theta",
+    "shares_selections",
+)
 # many times what any model has; a list is made of so many layers and experts, and a table of so
 # many positions, before a weight is looked at
 MOST = {"num_hidden_layers": 1024, "max_position_embeddings": 1 << 24}
@@ -36,37 +40,6 @@ _FIXED: dict[str, Any] = {
 }
 # DSA's name in transformers, and the one that 5.17 wrote
 _LAYER_TYPES = ("indexed_attention", "deepseek_sparse_attention")
-# fields that do not touch what the main model computes, or repeat another field
-HARMLESS = frozenset(
-    (
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "auto_map",
-        "aux_loss_alpha",
-        "dtype",
-        "ep_size",
-        "head_dim",
-        "index_share_for_mtp_iteration",
-        "initializer_range",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pretraining_tp",
-        "return_dict",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "seq_aux",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "quantization_config.dequantize",
-        "quantization_config.ignored_layers",
-        "quantization_config.modules_to_convert",
-        "quantization_config.modules_to_not_convert",
-    )
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +51,6 @@ class ModelConfig(Family):
     elements, `max_position_embeddings` and `index_topk` tokens.
 
     Attributes:
-        mla_norm_eps: eps of the norms after q_a and kv_a, which Hugging Face fixes at 1e-6
-            whatever `rms_norm_eps` says; our own key `mla_norm_eps` in config.json changes it.
         attention_bias: q_a_proj, kv_a_proj_with_mqa and o_proj have a bias.
         mlp_layer_types: "dense" or "sparse" (experts), one a layer.
         indexer_types: "full" (own indexer) or "shared" (uses the choice of the nearest "full"
@@ -94,9 +65,9 @@ class ModelConfig(Family):
         ranks: processes that share the model; heads and widths of MLPs are those of one of them.
         generation: parameters that generation_config.json proposes for requests that do not say;
             a temperature of 0 where the file turns sampling off (`do_sample` false).
+        unknown_fields: fields of config.json that are ignored although they may change results.
     """
 
-    mla_norm_eps: float
     rope: RopeConfig
     attention_bias: bool
     tie_word_embeddings: bool
@@ -111,18 +82,24 @@ class ModelConfig(Family):
     mtp: tuple[str, ...] | None = None
     ranks: int = 1
     generation: Mapping[str, float] = field(default_factory=dict)
+    unknown_fields: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> ModelConfig:
+    def from_folder(
+        cls, folder: str | os.PathLike[str], *, allow_unknown: bool = False
+    ) -> ModelConfig:
         """Configuration of the model in a folder.
 
         Reads config.json and, where it exists, generation_config.json.
+
+        Args:
+            allow_unknown: as of `from_dict`.
 
         Raises:
             ConfigError: a file is missing or damaged, or a value cannot be served; the message
                 names the file and the field.
         """
-        return cls.from_dict(*read_folder(folder))
+        return cls.from_dict(*read_folder(folder), allow_unknown=allow_unknown)
 
     @classmethod
     def from_dict(
@@ -131,20 +108,21 @@ class ModelConfig(Family):
         source: str = "config.json",
         generation: dict[str, Any] | None = None,
         generation_source: str = "generation_config.json",
+        *,
+        allow_unknown: bool = False,
     ) -> ModelConfig:
         """Configuration in parsed JSON; see `from_folder`.
 
-        Unknown fields are logged in one warning, fields known to be harmless not at all.
+        Args:
+            allow_unknown: name unknown fields in `unknown_fields`. Otherwise they are refused,
+                except for those that are known to be harmless.
 
         Raises:
-            ConfigError: a value cannot be served.
+            ConfigError: a value cannot be served, or a field is unknown.
         """
         reader = FieldReader(data, source)
-        if "model_type" not in data:
-            raise reader.error("model_type", None, " or ".join(FAMILIES), "is this a model's file?")
-        values = _read_fields(
-            reader, FAMILIES[reader.choice("model_type", None, tuple(FAMILIES), OTHER_FAMILIES)]
-        )
+        values = _read_fields(reader, FAMILIES[check_family(reader, FAMILIES)])
+        values["unknown_fields"] = reader.unknown_fields(allowed=allow_unknown)
         add_generation(values, FieldReader(generation or {}, generation_source))
         return cls(**values)
 
@@ -233,6 +211,7 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
     plain = (one for one in fields(Family) if one.name not in _READ_APART)
     values |= read_plain(reader, ((one, values[one.name]) for one in plain))
     values["n_routed_experts"] = _read_num_experts(reader, family)
+    values |= _read_groups(reader, family)
     for name, value in _FIXED.items():
         reader.choice(name, value, (value,))
     rope = read_rope(reader, family.rope_theta, values["max_position_embeddings"])
@@ -240,14 +219,14 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
     num_dense = reader.integer("first_k_dense_replace", family.first_k_dense_replace, minimum=0)
     num_dense = min(num_dense, num_layers)
     # the list counts before `first_k_dense_replace`
-    listed = reader.strings("mlp_layer_types", ("dense", "sparse"), num_layers)
+    spare = spare_layers(reader)
+    listed = reader.strings("mlp_layer_types", ("dense", "sparse"), num_layers, spare)
     values |= {
         "first_k_dense_replace": num_dense,
         "rope_theta": rope.theta,
-        "mla_norm_eps": reader.positive("mla_norm_eps", 1e-6),
         "rope": rope,
         "attention_bias": reader.boolean("attention_bias", False),
-        "num_nextn_predict_layers": reader.integer("num_nextn_predict_layers", 0, minimum=0),
+        "num_nextn_predict_layers": _num_mtp_layers(reader),
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
         "mlp_layer_types": listed
         or ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense),
@@ -258,7 +237,6 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
     }
     values |= _read_quantization(reader)
     _check_consistency(reader, values)
-    warn_unknown(reader)
     return values
 
 
@@ -285,25 +263,43 @@ def _read_num_experts(reader: FieldReader, family: Family) -> int:
     return next(iter(counts.values()), family.n_routed_experts)
 
 
+def _read_groups(reader: FieldReader, family: Family) -> dict[str, int]:
+    """Groups of experts and those that a token uses; null in both is one group."""
+    if reader.raw("n_group", family.n_group) is None:
+        reader.choice("topk_group", None, (None, 1), "n_group null means one group")
+        return {"n_group": 1, "topk_group": 1}
+    return {name: reader.integer(name, getattr(family, name)) for name in ("n_group", "topk_group")}
+
+
+def _num_mtp_layers(reader: FieldReader) -> int:
+    return reader.integer("num_nextn_predict_layers", 0, minimum=0)
+
+
+def spare_layers(reader: FieldReader) -> int:
+    """Entries that a list of layers may have after the last one, for multi-token prediction."""
+    return max(_num_mtp_layers(reader), 1)
+
+
 def read_indexer_types(reader: FieldReader, num_layers: int, family: Family) -> tuple[str, ...]:
     """Kind of indexer of each layer: the list, else the pattern, else the schedule.
 
     Source: Hugging Face transformers 5.23, models/glm_moe_dsa/configuration_glm_moe_dsa.py.
     """
-    reader.strings("layer_types", _LAYER_TYPES, num_layers)
-    types = reader.strings("indexer_types", ("full", "shared"), num_layers)
+    spare, kinds = spare_layers(reader), ("full", "shared")
+    reader.strings("layer_types", _LAYER_TYPES, num_layers, spare)
+    types = reader.strings("indexer_types", kinds, num_layers, spare)
     pattern = reader.raw("index_topk_pattern")
     freq = max(reader.integer("index_topk_freq", 1, minimum=0), 1)
     offset = reader.integer("index_skip_topk_offset", 2, minimum=0)
     name = "indexer_types"
     if types is None and isinstance(pattern, str):
         name = "index_topk_pattern"
-        if len(pattern) != num_layers or set(pattern) - {"F", "S"}:
+        if not num_layers <= len(pattern) <= num_layers + spare or set(pattern) - {"F", "S"}:
             raise reader.error(name, pattern, f"{num_layers} letters F or S, one a layer")
-        types = tuple("full" if letter == "F" else "shared" for letter in pattern)
+        types = tuple("full" if letter == "F" else "shared" for letter in pattern[:num_layers])
     elif types is None and pattern is not None:
         name = "index_topk_pattern"
-        types = reader.strings(name, ("full", "shared"), num_layers)
+        types = reader.strings(name, kinds, num_layers, spare)
     if types is None:
         name = "index_topk_freq"
         types = tuple(
@@ -319,28 +315,27 @@ def read_indexer_types(reader: FieldReader, num_layers: int, family: Family) -> 
 
 def _read_quantization(reader: FieldReader) -> dict[str, Any]:
     """Block size and kind of scales of quantised weights, if they are."""
-    section = reader.section("quantization_config")
-    # our own key, of a layer for multi-token prediction that alone is FP8
-    own = reader.section("mtp_quantization_config")
-    section = own if section is None else section
-    if section is None:
-        return {}
+    # the second is our own key, of a layer for multi-token prediction that alone is FP8
+    names = "quantization_config", "mtp_quantization_config"
+    found = [_read_fp8(one) for name in names if (one := reader.section(name)) is not None]
+    if len(found) == 2 and found[0]["weight_block_size"] != found[1]["weight_block_size"]:
+        size = found[0]["weight_block_size"]
+        raise reader.error(names[1], reader.raw(names[1]), f"blocks of {size}, as in {names[0]}")
+    return found[0] if found else {}
+
+
+def _read_fp8(section: FieldReader) -> dict[str, Any]:
+    """Return block size and kind of scales that one object names."""
     section.choice("quant_method", None, ("fp8",))
     section.choice("fmt", "e4m3", ("e4m3",))
     section.choice("activation_scheme", "dynamic", ("dynamic",))
     scale_fmt = section.choice("scale_fmt", None, (None, "ue8m0", "float"))
     section.choice("expert_dtype", "fp8", ("fp8",))
     size = section.raw("weight_block_size", [128, 128])
-    # of type int: true is none
-    if not isinstance(size, list) or [type(n) is int and n > 0 for n in size] != [True, True]:
+    blocks = [as_integer(n) or 0 for n in size] if isinstance(size, (list, tuple)) else []
+    if len(blocks) != 2 or min(blocks) < 1:
         raise section.error("weight_block_size", size, "two integers of at least 1")
-    return {"weight_block_size": (size[0], size[1]), "round_scales": scale_fmt == "ue8m0"}
-
-
-def warn_unknown(reader: FieldReader) -> None:
-    """Log the fields that nobody has read, but for those known to be harmless."""
-    if unknown := [name for name in reader.unread() if name not in HARMLESS]:
-        logger.warning("%s: unknown fields, ignored: %s", reader.source, ", ".join(unknown))
+    return {"weight_block_size": (blocks[0], blocks[1]), "round_scales": scale_fmt == "ue8m0"}
 
 
 def add_generation(values: dict[str, Any], reader: FieldReader) -> None:

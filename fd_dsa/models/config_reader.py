@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fd_dsa.errors import ConfigError
+from fd_dsa.models.known_fields import NULL_IS_ABSENT, is_harmless, same_value
 
 # sizes and positions are int32 in kernels
 INT32_MAX = (1 << 31) - 1
+_MAX_NAMES, _MAX_NAME = 12, 80
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -31,6 +34,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: got a JSON {type(data).__name__}, allowed: an object")
     return data
+
+
+def as_integer(value: object) -> int | None:
+    """Convert a JSON integer, also one that is written as 64.0.
+
+    Returns:
+        The integer; None for any other value, true and false included.
+    """
+    if type(value) is int:
+        return value
+    return int(value) if type(value) is float and value.is_integer() else None
 
 
 class FieldReader:
@@ -54,19 +68,26 @@ class FieldReader:
         return ConfigError(f"{text}; {hint}" if hint else text)
 
     def raw(self, name: str, default: Any = None) -> Any:
-        """The unconverted value; the default where it is absent (null stays null)."""
+        """Return the unconverted value.
+
+        Returns:
+            The default if the field is absent, or null and one of `NULL_IS_ABSENT`. Another null is
+            None.
+        """
         self._read.add(name)
-        return self._data.get(name, default)
+        value = self._data.get(name, default)
+        return default if value is None and name in NULL_IS_ABSENT else value
 
     def integer(
         self, name: str, default: int | None, minimum: int = 1, maximum: int = INT32_MAX
     ) -> int:
         """An integer from `minimum` to `maximum`."""
-        value = self.raw(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.error(name, value, f"an integer of at least {minimum}")
+        given = self.raw(name, default)
+        value = as_integer(given)
+        if value is None or value < minimum:
+            raise self.error(name, given, f"an integer of at least {minimum}")
         if value > maximum:
-            raise self.error(name, value, f"at most {maximum}")
+            raise self.error(name, given, f"at most {maximum}")
         return value
 
     def positive(self, name: str, default: float | None) -> float:
@@ -81,9 +102,13 @@ class FieldReader:
         value = self.raw(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(name, value, "a number")
-        if not math.isfinite(value):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
             raise self.error(name, value, "a finite number")
-        return float(value)
+        return number
 
     def boolean(self, name: str, default: bool) -> bool:
         """true or false."""
@@ -93,34 +118,44 @@ class FieldReader:
         return value
 
     def choice(self, name: str, default: Any, allowed: Sequence[Any], hint: str = "") -> Any:
-        """One of the values that are supported; of the same type, so that true is not 1."""
+        """Return the value if it is supported; true is not 1, but 1.0 is."""
         value = self.raw(name, default)
-        if not any(type(value) is type(one) and value == one for one in allowed):
+        if not any(same_value(value, one) for one in allowed):
             raise self.error(name, value, ", ".join(repr(one) for one in allowed), hint)
         return value
 
-    def strings(self, name: str, allowed: Sequence[str], length: int) -> tuple[str, ...] | None:
-        """One of the allowed words for each layer; None where the field is absent."""
+    def strings(
+        self, name: str, allowed: Sequence[str], length: int, spare: int = 0
+    ) -> tuple[str, ...] | None:
+        """Return the word of each layer.
+
+        Args:
+            length: number of layers.
+            spare: further entries that the list may have, those of layers for multi-token
+                prediction; they are checked and left out.
+
+        Returns:
+            `length` words; None if the field is absent.
+        """
         value = self.raw(name)
         if value is None:
             return None
-        if not isinstance(value, list) or len(value) != length:
+        if not isinstance(value, (list, tuple)) or not length <= len(value) <= length + spare:
             raise self.error(name, value, f"a list of {length} entries, one a layer")
         for index, one in enumerate(value):
             if one not in allowed:
                 raise self.error(f"{name}[{index}]", one, ", ".join(map(repr, allowed)))
-        return tuple(value)
+        return tuple(value[:length])
 
     def token_ids(self, name: str, vocab_size: int, default: int | None = None) -> tuple[int, ...]:
         """Token ids of a field that holds null, one id or a list of them."""
         value = self.raw(name, default)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        for one in ids:
-            if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < vocab_size:
-                raise self.error(
-                    name, value, f"ids from 0 to {vocab_size - 1} (vocab_size {vocab_size})"
-                )
-        return tuple(ids)
+        given = value if isinstance(value, list) else [] if value is None else [value]
+        ids = [as_integer(one) for one in given]
+        if not all(one is not None and 0 <= one < vocab_size for one in ids):
+            allowed = f"ids from 0 to {vocab_size - 1} (vocab_size {vocab_size})"
+            raise self.error(name, value, allowed)
+        return tuple(one for one in ids if one is not None)
 
     def token_id(self, name: str, vocab_size: int, default: int | None = None) -> int | None:
         """The token id of a field that holds null or one id."""
@@ -140,7 +175,40 @@ class FieldReader:
         self._sections.append(reader)
         return reader
 
-    def unread(self) -> list[str]:
-        """Paths of the fields that nobody has read, also of sections, sorted."""
-        own = [f"{self._prefix}{name}" for name in self._data if name not in self._read]
-        return sorted(own + [name for section in self._sections for name in section.unread()])
+    def unknown_fields(self, *, allowed: bool) -> tuple[str, ...]:
+        """Return fields that may change results and that no method has read, also of sections.
+
+        Args:
+            allowed: False refuses them.
+
+        Returns:
+            Their paths, sorted; past the first ones their number.
+
+        Raises:
+            ConfigError: there is one, and they are not allowed; names them.
+        """
+        unknown = self._unknown()
+        listed = [
+            one[:_MAX_NAME] if one.isprintable() else repr(one[:_MAX_NAME]) for one in unknown
+        ]
+        listed = listed[:_MAX_NAMES]
+        if more := len(unknown) - len(listed):
+            listed.append(f"and {more} more")
+        if allowed or not unknown:
+            return tuple(listed)
+        names = ", ".join(listed)
+        value = reprlib.repr(next(iter(unknown.values())))
+        raise ConfigError(
+            f"{self.source}: {listed[0]}: got {value}, allowed: fields that fd_dsa knows, "
+            f"since another may change results (unknown: {names}); use an engine that knows them, "
+            "or, if they change no result, remove them or pass --allow-unknown-config-fields"
+        )
+
+    def _unknown(self) -> dict[str, Any]:
+        """Return path and value of each field that is neither read nor harmless, by path."""
+        unread = self._data.keys() - self._read
+        found = {f"{self._prefix}{name}": self._data[name] for name in unread}
+        found = {path: value for path, value in found.items() if not is_harmless(path, value)}
+        for section in self._sections:
+            found |= section._unknown()
+        return dict(sorted(found.items()))

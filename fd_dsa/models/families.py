@@ -6,7 +6,10 @@ models/glm_moe_dsa.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from fd_dsa.models.config_reader import FieldReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,59 @@ OTHER_FAMILIES = (
     "them, are served by FastDeploy (also through --engine fastdeploy), vLLM or SGLang"
 )
 """What to do about a model of another family."""
+
+# Source: Hugging Face transformers 5.23, one folder of models/ each
+_NOT_SERVED = {
+    "axk2": "low-rank gates in its norms and a gate on the output of attention",
+    "deepseek_v41": (
+        "compressed keys that groups of layers share, selection in two levels, n-gram memories "
+        "(engram), and images"
+    ),
+    "dots3_note": (
+        "sliding-window layers with other widths between the sparse ones, images, and audio"
+    ),
+    "glm5_next": (
+        "linear attention (KDA) in most layers, pooled index keys (index_kpool), attention without "
+        "rotary positions, hyper-connections, clamped activations, and images"
+    ),
+    "hy_v4": "a gate and sinks in attention, hyper-connections, and clamped activations of experts",
+    "mistral_large4": (
+        "layers that reuse the latents of earlier layers, layers without rotary positions, queries "
+        "scaled by position, capped logits, and images"
+    ),
+}
+"""Families with DeepSeek Sparse Attention: what they have that no served family has."""
+
+
+def check_family(reader: FieldReader, served: Iterable[str]) -> str:
+    """Return the `model_type` of a config.json.
+
+    Args:
+        reader: top level of the file.
+        served: values that are allowed.
+
+    Raises:
+        ConfigError: another value; the message says what differs, or what serves the model.
+    """
+    served = tuple(served)
+    model_type = reader.raw("model_type")
+    if model_type is None:
+        raise reader.error("model_type", None, " or ".join(served), "is this a model's file?")
+    if model_type in served:
+        return str(model_type)
+    different = _NOT_SERVED.get(str(model_type).removesuffix("_text"), "")
+    inner = reader.raw("text_config")
+    found = [reader.raw("index_topk"), inner.get("index_topk") if isinstance(inner, dict) else None]
+    if not different and found != [None, None]:
+        different = "fd_dsa does not know its layers"
+    hint = OTHER_FAMILIES
+    if different:
+        hint = (
+            f"this family has DeepSeek Sparse Attention but is not served yet: {different}; vLLM, "
+            "SGLang or Hugging Face transformers may serve it"
+        )
+    raise reader.error("model_type", model_type, ", ".join(map(repr, served)), hint)
+
 
 FAMILIES = {
     family.model_type: family

@@ -34,7 +34,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _INV_FREQ = ".rotary_emb.inv_freq"
 # where DeepSeek's own names put layers for multi-token prediction
 _MTP = "mtp."
-_WK = "indexer.wk.weight"
+_INDEXER, _WK = ".self_attn.indexer.", "indexer.wk.weight"
 _MAX_PROBLEMS = 3
 
 
@@ -42,7 +42,9 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Check that a checkpoint holds the tensors of the model and nothing else.
 
     Tensors of layers past the last that are not asked for (multi-token prediction) and
-    `rotary_emb.inv_freq` are skipped, which one log line says.
+    `rotary_emb.inv_freq` are skipped, which one log line says. Another line counts the indexer
+    tensors of layers that use the selection of an earlier layer. Some checkpoints hold them, and no
+    engine reads them.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or of an unsupported
@@ -57,6 +59,7 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     skipped = {name for name, match in layers.items() if int(match[1]) >= config.num_hidden_layers}
     skipped -= expected.keys()
     skipped |= {n for n in present if n.endswith(_INV_FREQ) or n.startswith(_MTP)}
+    unused = _unused_indexers(config, layers) - skipped
     companions = {
         name + SCALE_SUFFIX
         for name in expected
@@ -64,7 +67,7 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     }
     tied = {LM_HEAD} if config.tie_word_embeddings else set()
     skipped -= companions
-    unexpected = sorted(present - expected.keys() - companions - skipped - tied)
+    unexpected = sorted(present - expected.keys() - companions - skipped - unused - tied)
     problems = [*_problems(checkpoint, config, expected)]
     for name in unexpected:
         info = checkpoint.info(name)
@@ -83,6 +86,28 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
             len(skipped),
             config.num_hidden_layers,
         )
+    if unused:
+        logger.info(
+            "%s: %d indexer tensors skipped, of layers whose indexer is shared",
+            checkpoint.folder,
+            len(unused),
+        )
+
+
+def _unused_indexers(config: Any, layers: Mapping[str, re.Match[str]]) -> set[str]:
+    """Names of indexer tensors of layers that use the selection of an earlier layer.
+
+    Args:
+        layers: match of `_LAYER` for each name.
+    """
+    if not isinstance(config, ModelConfig):
+        return set()
+    shared = {str(i) for i, kind in enumerate(config.indexer_types) if kind == "shared"}
+    return {
+        name
+        for name, match in layers.items()
+        if match[1] in shared and name.startswith(_INDEXER, match.end() - 1)
+    }
 
 
 def add_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> ModelConfig:
@@ -278,7 +303,9 @@ def quantisable_tensors(config: ModelConfig) -> frozenset[str]:
 
 def fp8_tensors(checkpoint: Checkpoint, config: ModelConfig) -> frozenset[str]:
     """Names of the tensors that a device holds as the checkpoint: e4m3, a scale each 128 x 128."""
-    return _held(config, (n for n in checkpoint.names() if checkpoint.info(n).dtype == "F8_E4M3"))
+    # a checkpoint may hold tensors that the model does not have
+    names = (name for name in expected_tensors(config) if name in checkpoint)
+    return _held(config, (n for n in names if checkpoint.info(n).dtype == "F8_E4M3"))
 
 
 def _held(config: ModelConfig, names: Iterable[str]) -> frozenset[str]:

@@ -57,7 +57,7 @@ class DeepseekV32DSAAttention:
         down = down_projections(config, prefix, weights.fp8)
         self._down = weights.matrix(hidden, down)
         self._kv_begin = sum(down.values()) - rank - self.rope_dim
-        eps = config.mla_norm_eps
+        eps = config.rms_norm_eps
         self._norm = weights.norm(f"{prefix}q_a_layernorm.weight", config.q_lora_rank, eps)
         self._kv_norm = weights.norm(f"{prefix}kv_a_layernorm.weight", rank, eps)
         self._q_b = weights.matrix(

@@ -8,6 +8,19 @@ from dataclasses import dataclass
 from fd_dsa.models.config_reader import FieldReader
 
 _TYPES = ("default", "yarn")
+ROPE_FIELDS = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "factor",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "rope_type",
+    "truncate",
+    "type",
+)
+"""Fields of an object that describes RoPE, other than `rope_theta`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +112,9 @@ def read_section(
     kind = reader.choice("rope_type", reader.raw("type", "default"), _TYPES)
     reader.choice("type", kind, (kind,), "rope_type and type must agree")
     if kind == "default":
+        for name in ROPE_FIELDS:
+            # without effect, but files keep them
+            reader.raw(name)
         return RopeConfig(theta=theta)
     reader.choice("truncate", True, (True,))
     if not has_factor and reader.raw("attention_factor") is not None:

@@ -53,7 +53,7 @@ async def respond(
     model = state.resolve_model(body.model)
     answer_id = f"{prefix}-{uuid.uuid4().hex}"
     answer = await state.prompt_workers.run(make, answer_id, request=request)
-    await check_form(state, answer.jobs[0], answer.prompt_field)
+    await unless_gone(request, check_form(state, answer.jobs[0], answer.prompt_field))
     state.hold(request.scope["state"], sum(job.params.n for job in answer.jobs), "n")
     kind = answer.chunk_object if body.stream else answer.whole_object
     head = {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
@@ -131,10 +131,8 @@ class Answer(ABC, Generic[_Body]):
 
     async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed answer, those of all choices as they come, then the usage."""
-        # as in the OpenAI API, usage is null in all chunks before the one that has it
-        null = {"usage": None} if self.body.include_usage else {}
         for chunk in self.opening():
-            yield {**head, **chunk, **null}
+            yield {**head, **chunk, **self._usage_so_far()}
         async with contextlib.aclosing(stream_outputs(self.state, self.jobs)) as outputs:
             async for job_index, output in outputs:
                 is_small = self.is_small(job_index, output)
@@ -142,10 +140,17 @@ class Answer(ABC, Generic[_Body]):
                     self.deltas, job_index, output, is_short=is_small
                 )
                 self.outputs[job_index, output.index] = output
+                usage = self._usage_so_far() if choices else {}
                 for choice in choices:
-                    yield {**head, "choices": [choice], **null}
+                    yield {**head, "choices": [choice], **usage}
         if self.body.include_usage:
             yield {**head, "choices": [], "usage": self.usage()}
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        """The field `usage` of a chunk before the last one; null in the OpenAI API."""
+        if not self.body.include_usage:
+            return {}
+        return {"usage": self.usage() if self.body.usage_in_each_chunk else None}
 
     def shown_outputs(self) -> Sequence[RequestOutput]:
         """The last output of each choice whose tokens the answer shows."""

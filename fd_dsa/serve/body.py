@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Coroutine
+import logging
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -21,6 +22,8 @@ from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.protocol.fields import Body
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.workers import ClientGone
+
+logger = logging.getLogger("fd_dsa.serve")
 
 MAX_DEPTH = 64
 """Lists and objects around a value; schemas of tools have some twenty."""
@@ -40,6 +43,9 @@ _CLOSE = {"Connection": "close"}
 _SHORT_BYTES = 8192
 # longest body that Python's parser gets, which is slower and knows more than orjson
 _LENIENT_BYTES = 1 << 16
+# names of unknown fields, which clients choose: in one header, and in the log of a server
+_SHOWN_NAMES, _SHOWN_NAME_CHARS, _MAX_LOGGED_NAMES = 16, 64, 256
+_logged_names: set[str] = set()
 # brackets as the depth that they add, int8, and all other bytes
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
@@ -157,9 +163,25 @@ class BodyRoute(APIRoute):
                 read_body, model, contents, kind, most, request=request, is_short=is_short
             )
             answer: Response = await endpoint(body=body, request=request, state=state)
+            if unknown := body.unknown_fields:
+                report_unknown(unknown, answer)
             return answer
 
         return handle
+
+
+def report_unknown(names: Sequence[str], answer: Response) -> None:
+    """Name the fields that were ignored in a header, and each once in the log.
+
+    Args:
+        names: chosen by the client.
+    """
+    shown = [json.dumps(name[:_SHOWN_NAME_CHARS])[1:-1] for name in names[:_SHOWN_NAMES]]
+    answer.headers["X-Ignored-Fields"] = ", ".join(shown)
+    for name in shown:
+        if name not in _logged_names and len(_logged_names) < _MAX_LOGGED_NAMES:
+            _logged_names.add(name)
+            logger.warning("the field %s of a request is unknown and ignored", name)
 
 
 def read_body(model: type[Body], contents: list[bytearray], kind: str, most: int) -> Body:

@@ -117,7 +117,11 @@ def _download(args: argparse.Namespace) -> None:
         raise ConfigError(f"--download: got the model {name!r}; allowed is a name such as org/name")
     # threads of the download would be waited for
     with signals_exit_at_once(f"fd_dsa: error: interrupted; {AGAIN}"):
-        args.model = download(name, any_family=args.engine == "fastdeploy")
+        args.model = download(
+            name,
+            any_family=args.engine == "fastdeploy",
+            allow_unknown=getattr(args, "allow_unknown_config_fields", False),
+        )
     if not getattr(args, "served_model_name", ()):
         args.served_model_name = [name]
 

@@ -22,7 +22,8 @@ from fd_dsa.serve.generation import (
 )
 from fd_dsa.serve.logprobs import completion_logprobs
 from fd_dsa.serve.protocol.fields import IDS, TEXT, TEXTS, is_token_ids, refuse
-from fd_dsa.serve.protocol.generation import IN_COMPLETIONS, GenerationRequest
+from fd_dsa.serve.protocol.generation import GenerationRequest
+from fd_dsa.serve.protocol.known_fields import REFUSED_IN_COMPLETIONS
 from fd_dsa.serve.state import ServerState, State
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ _EXAMPLE = {"prompt": "The capital of France is", "max_tokens": 1, "temperature"
 class CompletionRequest(GenerationRequest, json_schema_extra={"examples": [_EXAMPLE]}):
     """Body of POST /v1/completions."""
 
-    unsupported_fields = IN_COMPLETIONS
+    refused_fields = REFUSED_IN_COMPLETIONS
 
     prompt: _PromptField
     echo: bool | None = Field(None, description="Put the prompt in front of its answer.")

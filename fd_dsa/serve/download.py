@@ -22,12 +22,16 @@ _TIMEOUT_S = 10.0
 AGAIN = "the same command goes on with the files that are missing"
 
 
-def download(name: str, *, any_family: bool = False) -> Path:
+def download(name: str, *, any_family: bool = False, allow_unknown: bool = False) -> Path:
     """The folder of a model of the hub that HF_ENDPOINT names, downloaded as far as it is missing.
 
     huggingface_hub goes on with a file whose connection broke (before 1.0 in the next command), and
     keeps the complete files of an interrupted one. config.json comes first, so that a model that
     cannot be served costs nothing; without a network an earlier download serves.
+
+    Args:
+        any_family: download models that this engine does not serve, too.
+        allow_unknown: as of `read_config`.
 
     Raises:
         ConfigError: no such model, no access, no network, no space, a file that is not what the hub
@@ -44,7 +48,7 @@ def download(name: str, *, any_family: bool = False) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=["config.json"]))
         if not any_family:
-            read_config(folder)
+            read_config(folder, allow_unknown=allow_unknown)
         _check_space(name)
         folder = Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except ConfigError:

@@ -99,6 +99,8 @@ _FLAGS = {
         "--tokenizer DIR": "folder of the tokenizer (default: the model's)",
         "--load-format FORMAT": "auto, safetensors, or dummy for random weights (default: auto)",
         "--index-topk N": "keys that the indexer chooses for a token (default: the model's)",
+        "--allow-unknown-config-fields": "load a model whose config.json has fields that fd_dsa "
+        "does not know, and that may change its results",
         "--device": "where the model runs; auto is a GPU where Paddle has one (default: auto)",
         "--dtype": "auto, float32 or bfloat16 (default: auto, bfloat16 on a GPU)",
         "--engine": "what runs the model: embedded, or fastdeploy, an installed FastDeploy; auto "
@@ -215,6 +217,7 @@ _CHOICES = {
     "reasoning_parser": (AUTO, NONE, *REASONING_FORMATS),
     "tool_call_parser": (AUTO, NONE, *TOOL_FORMATS),
 }
+_SWITCHES = ("allow_unknown_config_fields", "enforce_eager")
 _ON_OR_OFF = ("async_scheduling", "enable_chunked_prefill", "enable_prefix_caching")
 _MAY_BE_REPEATED = ("allowed_host", "api_key", "served_model_name")
 
@@ -246,7 +249,7 @@ def _add(group: argparse._ActionsContainer, flag: str) -> argparse.Action:
     name = names[0].removeprefix("--").replace("-", "_")
     if name in _ON_OR_OFF:
         return group.add_argument(*names, action=argparse.BooleanOptionalAction)
-    if DEFAULTS.get(name) is False or name == "enforce_eager":
+    if DEFAULTS.get(name) is False or name in _SWITCHES:
         return group.add_argument(*names, action="store_true")
     return group.add_argument(
         *names,

@@ -15,6 +15,7 @@ from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.text_windows import TooManyTokens
+from fd_dsa.errors import BusyError
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
 from fd_dsa.serve.protocol.generation import SAMPLING_FIELDS, GenerationRequest
 from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
@@ -154,10 +155,20 @@ def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> list[Job]
 
 
 async def check_form(state: ServerState, job: Job, param: str) -> None:
-    """Let the engine compile the form of a job's output, if it is to have one."""
-    if job.params.structured_outputs is not None:
+    """Let the engine compile the form of a job's output, if it is to have one.
+
+    Raises:
+        ApiError: 400, the form cannot be compiled; 429, too many others are compiled before it.
+    """
+    if job.params.structured_outputs is None:
+        return
+    try:
         with _refusals(param):
             await state.engine.check_form(job.params)
+    except BusyError as error:
+        raise ApiError(
+            429, str(error), code="too_many_grammars", headers={"Retry-After": "5"}
+        ) from error
 
 
 @contextlib.contextmanager

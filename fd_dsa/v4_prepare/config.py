@@ -298,7 +298,8 @@ def _model_fields(source: ModelSource, max_model_len: int) -> dict[str, int]:
     layers = found.get("layer_types") or found.get("compress_ratios")
     if found.get("num_hidden_layers") is None and isinstance(layers, list):
         found["num_hidden_layers"] = len(layers)
-    model = DeepseekV4Config.from_dict(found, name)
+    # the engine that calls has read the other fields
+    model = DeepseekV4Config.from_dict(found, name, allow_unknown=True)
     if max_model_len > model.max_position_embeddings:
         allowed = f"at least max_model_len = {max_model_len}"
         field = "max_position_embeddings", model.max_position_embeddings

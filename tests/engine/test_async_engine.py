@@ -9,7 +9,9 @@ import time
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.engine.host import MAX_ASKED
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.errors import BusyError
 from tests.engine.fakes import expected_greedy, make_engine
 from tests.engine.threaded import EngineThread, threaded
 
@@ -253,3 +255,36 @@ def test_an_engine_that_was_not_started_says_so():
     engine.stop()
     assert engine.max_model_len == 64
     assert engine.tokenizer.eos_token_id == 1
+
+
+def test_questions_whose_callers_have_left_are_not_answered():
+    """And no more of them wait than may."""
+    gate, checked = threading.Event(), []
+
+    def check(params):
+        checked.append(params.seed)
+        assert gate.wait(TIMEOUT_S)
+
+    inner = make_engine()
+    inner.grammars.check = check
+    asking = threaded(inner)
+    asking.start()
+
+    async def ask_and_leave():
+        tasks = [
+            asyncio.create_task(asking.check_form(SamplingParams(seed=seed)))
+            for seed in range(MAX_ASKED)
+        ]
+        await asyncio.sleep(0.05)
+        with pytest.raises(BusyError, match=f"{MAX_ASKED} grammars wait to be compiled"):
+            await asking.check_form(SamplingParams(seed=-1))
+        for task in tasks[:-1]:
+            task.cancel()
+        await asyncio.gather(*tasks[:-1], return_exceptions=True)
+        gate.set()
+        await tasks[-1]
+        await asking.check_form(SamplingParams(seed=-2))
+
+    asyncio.run(asyncio.wait_for(ask_and_leave(), TIMEOUT_S))
+    asking.stop()
+    assert checked == [0, MAX_ASKED - 1, -2]

@@ -107,6 +107,20 @@ def test_a_tokenizer_with_ids_beyond_the_embeddings(tmp_path: Path) -> None:
         make_plan(EngineConfig(device="cpu", tokenizer=folder))
 
 
+def test_unknown_fields_of_a_model_are_refused_unless_the_flag_accepts_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = folder_without(tmp_path, "config.json")
+    fields = json.loads((demo_model_path() / "config.json").read_text()) | {"index_kpool": 4}
+    (folder / "config.json").write_text(json.dumps(fields))
+    asked = {"model": folder, "device": "cpu", "num_gpu_blocks_override": 200}
+    with pytest.raises(ConfigError, match=r"index_kpool: got 4, .*--allow-unknown-config-fields"):
+        make_plan(EngineConfig(**asked))
+    plan = make_plan(EngineConfig(**asked, allow_unknown_config_fields=True))
+    assert plan.model_config.index_topk == 256
+    assert [one.getMessage().rpartition(": ")[2] for one in caplog.records] == ["index_kpool"]
+
+
 def test_fewer_chosen_keys_make_more_tokens_sparse() -> None:
     prompt = list(range(5, 69))
     sparse = []

@@ -26,8 +26,7 @@ _SIZES = {
     "index_topk": 24,
     "num_key_value_heads": 4,
 }
-# FastDeploy gives the norms inside of attention the model's own eps
-_GLM = CASES["glm"].config | _SIZES | {"mla_norm_eps": 1e-5, "indexer_rope_interleave": True}
+_GLM = CASES["glm"].config | _SIZES | {"indexer_rope_interleave": True}
 MODELS = {
     case.name: case
     for case in (

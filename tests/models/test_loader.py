@@ -13,7 +13,9 @@ from fd_dsa.errors import CheckpointError
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.loader import fp8_tensors as fp8_names
 from fd_dsa.models.loader import load_weights, validate
+from fd_dsa.models.mla import down_projections
 from fd_dsa.models.sources import SourceTensor, WeightLoader
 from tests.models.folders import (
     SCALE_SUFFIX,
@@ -175,6 +177,42 @@ def test_later_layers_and_inv_freq_are_skipped_with_one_line(
     assert "5 tensors skipped" in record.getMessage()
 
 
+def test_indexers_of_layers_that_share_one_are_skipped_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = random_tensors(TINY_GLM)
+    first, shared = "model.layers.0.self_attn.indexer.", "model.layers.1.self_attn.indexer."
+    copies = {
+        name.replace(first, shared): one for name, one in stored.items() if name.startswith(first)
+    }
+    wk = f"{shared}wk.weight"
+    rows, columns = stored[f"{first}wk.weight"].shape
+    copies[wk] = f8(np.zeros((rows, columns)))
+    copies[wk + SCALE_SUFFIX] = f32(np.ones((1, 1)))
+    write_folder(tmp_path, TINY_GLM, stored | copies)
+    with caplog.at_level(logging.INFO):
+        loaded = load(tmp_path)
+    assert not copies.keys() & loaded.keys()
+    (record,) = caplog.records
+    assert f"{len(copies)} indexer tensors skipped" in record.getMessage()
+
+
+def test_fp8_keys_of_a_shared_indexer_join_no_projection(tmp_path: Path) -> None:
+    """A device joins an FP8 `wk` with the first GEMM of a layer, but a shared layer has none."""
+    widths = {"q_lora_rank": 128, "index_head_dim": 128, "attention_bias": False}
+    fields = TINY_GLM | widths | {"quantization_config": TINY_FP8["quantization_config"]}
+    prefix, stored = "model.layers.1.self_attn.", random_tensors(fields)
+    rows = {"q_a_proj": 128, "indexer.wk": 128, "kv_a_proj_with_mqa": 24}
+    for name, count in rows.items():
+        stored[f"{prefix}{name}.weight"] = f8(np.zeros((count, 32)))
+        stored[f"{prefix}{name}.weight{SCALE_SUFFIX}"] = f32(np.ones((1, 1)))
+    config = ModelConfig.from_folder(write_folder(tmp_path, fields, stored))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        validate(checkpoint, config)
+        parts = down_projections(config, prefix, fp8_names(checkpoint, config))
+    assert [name.split(".")[-2] for name in parts] == ["q_a_proj", "kv_a_proj_with_mqa"]
+
+
 def without(name: str, tensors: dict[str, Stored]) -> dict[str, Stored]:
     return {other: tensor for other, tensor in tensors.items() if other != name}
 
@@ -188,7 +226,7 @@ PLAIN, FP8 = random_tensors(TINY), fp8_tensors()[0]
 ONES = f32(np.ones((2, 3)))
 TIED = TINY | {"tie_word_embeddings": True}
 FLOATS = "expected dtype F32 or BF16 or F16"
-SHARED_WK = "model.layers.1.self_attn.indexer.wk.weight"
+OTHER_PART = "model.layers.0.self_attn.indexer.q_norm.weight"
 # what config.json says, what the file holds, and what the message says
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Stored], str]] = {
     "missing": (TINY, without(Q_A, PLAIN), f"{Q_A!r}: missing, expected shape [12, 32]"),
@@ -197,10 +235,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Stored], str]] = {
         PLAIN | {"x": ONES},
         "safetensors: tensor 'x': unexpected, found F32 [2, 3]",
     ),
-    "indexer of a shared layer": (
+    "part of an indexer that no model has": (
         TINY_GLM,
-        random_tensors(TINY_GLM) | {SHARED_WK: ONES},
-        f"{SHARED_WK!r}: unexpected",
+        random_tensors(TINY_GLM) | {OTHER_PART: ONES},
+        f"{OTHER_PART!r}: unexpected",
     ),
     "scales of a plain weight": (
         TINY,

@@ -49,7 +49,7 @@ CASES = {
         k: v for k, v in (V32 | SIZES | {"rope_scaling": YARN}).items() if k != "indexer_types"
     },
     "glm": GLM | SIZES,
-    "glm-bias": GLM | SIZES | {"attention_bias": True, "mla_norm_eps": 1e-2},
+    "glm-bias": GLM | SIZES | {"attention_bias": True, "rms_norm_eps": 1e-2},
 }
 
 
@@ -75,7 +75,7 @@ class Reference:
         angles = position * inverse_frequencies(c.rope, c.qk_rope_head_dim).astype(np.float64)
         rope, nope = c.qk_rope_head_dim, c.qk_nope_head_dim
         norm = w["q_a_layernorm.weight"]
-        qr = ref_rms_norm(self.project("q_a_proj", x), norm, c.mla_norm_eps)
+        qr = ref_rms_norm(self.project("q_a_proj", x), norm, c.rms_norm_eps)
         q = self.project("q_b_proj", qr).reshape(c.num_attention_heads, -1)
         kv = self.project("kv_a_proj_with_mqa", x)
         index_q = self.project("indexer.wq_b", qr).reshape(c.index_n_heads, -1)
@@ -88,7 +88,7 @@ class Reference:
             "q_nope": q[:, :nope],
             "q_pe": np.array([ref_rotate(head, angles, True) for head in q[:, nope:]]),
             "latent": ref_rms_norm(
-                kv[: c.kv_lora_rank], w["kv_a_layernorm.weight"], c.mla_norm_eps
+                kv[: c.kv_lora_rank], w["kv_a_layernorm.weight"], c.rms_norm_eps
             ),
             "k_pe": ref_rotate(kv[c.kv_lora_rank :], angles, True),
             "index_q": index_q,

@@ -122,6 +122,18 @@ class UndecidedSelections:
         return found
 
 
+def give_latents_the_model_eps(model: Any) -> None:
+    """Set the eps of the norms of both latents to `rms_norm_eps`.
+
+    These norms have the default of their class in transformers, 1e-6. vLLM, SGLang and FastDeploy
+    take `rms_norm_eps`, which is 1e-5 in GLM-5. fd_dsa follows config.json as they do, so that the
+    comparison needs the same value on both sides.
+    """
+    for layer in model.model.layers:
+        for norm in (layer.self_attn.q_a_layernorm, layer.self_attn.kv_a_layernorm):
+            norm.variance_epsilon = model.config.rms_norm_eps
+
+
 class HuggingFaceModel:
     """One case in transformers, float32 on the CPU."""
 
@@ -134,6 +146,7 @@ class HuggingFaceModel:
         left = {key: info[key] for key in ("missing_keys", "unexpected_keys") if info[key]}
         if left:
             raise RuntimeError(f"{case.name}: transformers did not take the checkpoint: {left}")
+        give_latents_the_model_eps(self.model)
         self.model.eval()
         self.selections = UndecidedSelections(self.model, case.config["n_group"])
 

@@ -48,6 +48,8 @@ def torch_side(
     from safetensors.numpy import save_file
     from transformers import DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
 
+    from tests.parity.hugging_face import give_latents_the_model_eps
+
     prefix = f"model.layers.{fields['num_hidden_layers']}."
     own = {name.removeprefix(prefix): one for name, one in tensors.items() if prefix in name}
     kept = {"lm_head.weight", "model.embed_tokens.weight"}
@@ -65,6 +67,7 @@ def torch_side(
     model = classes[fields["model_type"]].from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
+    give_latents_the_model_eps(model)
     return model.eval(), {name: torch.tensor(one) for name, one in own.items()}
 
 

@@ -16,19 +16,19 @@ from fd_dsa.engine.text_windows import TooManyTokens
 WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
 
 
-class FakeRenderer:
-    """`role:content` of every message, a line each; refuses to end with the assistant."""
-
-    source, origin, model_type = "plain", "a script", None
-
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **kwargs: Any
-    ) -> str:
-        """The text of a conversation, `>` at its end."""
-        if messages[-1]["role"] == "assistant":
-            raise ValueError("chat template: the last message must be the user's")
-        lines = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
-        return lines + ">" * add_generation_prompt
+# `role:content` of every message, a line each; refuses to end with the assistant
+PLAIN = ChatTemplate(
+    """\
+{% if messages[-1].role == "assistant" %}
+{{ raise_exception("the last message must be the user's") }}
+{% endif %}
+{% for message in messages %}
+{{ message.role }}:{{ message.content }}
+{% endfor %}
+{% if add_generation_prompt %}>{% endif %}""",
+    {},
+    "a script",
+)
 
 
 class NoControlTokens:
@@ -114,10 +114,10 @@ class FakeEngine:
         step_s: float = 0.0,
         chat: bool = True,
         words: Sequence[str] = WORDS,
-        renderer: ChatTemplate | None = None,
+        renderer: ChatTemplate | None = PLAIN,
         special_ids: Mapping[str, int] | None = None,
     ) -> None:
-        self.tokenizer = FakeTokenizer((renderer or FakeRenderer()) if chat else None, special_ids)
+        self.tokenizer = FakeTokenizer(renderer if chat else None, special_ids)
         self.words = tuple(words)
         self.max_model_len = max_model_len
         self.sampling_defaults: dict[str, float] = {}

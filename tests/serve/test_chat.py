@@ -158,6 +158,7 @@ OF_COMPLETIONS = {"prompt", "echo", "logprobs"}
 OF_CHAT = {
     *("messages", "max_completion_tokens", "logprobs", "top_logprobs", "tools", "tool_choice"),
     *("parallel_tool_calls", "reasoning_effort", "include_reasoning", "chat_template"),
+    *("enable_thinking", "thinking"),
     *("chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
 }
 

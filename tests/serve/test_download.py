@@ -178,6 +178,28 @@ def test_another_family_is_told_before_its_weights_come(tmp_path: Path, hub: Hub
     assert hub.ranges == []
 
 
+def with_unknown_field(hub: Hub) -> None:
+    """Give the hub's config.json a field that fd_dsa does not know."""
+    fields = json.loads(hub.files["config.json"]) | {"index_kpool": 4}
+    hub.files["config.json"] = json.dumps(fields).encode()
+
+
+def test_an_unknown_field_is_told_before_its_weights_come(tmp_path: Path, hub: Hub) -> None:
+    with_unknown_field(hub)
+    line = error_line(serve(tmp_path, hub.url, "--download"))
+    assert "config.json: index_kpool: got 4, allowed: fields that fd_dsa knows" in line
+    assert hub.ranges == []
+
+
+@pytest.mark.slow
+def test_an_unknown_field_is_accepted_with_one_warning(tmp_path: Path, hub: Hub) -> None:
+    with_unknown_field(hub)
+    done = serve(tmp_path, hub.url, "--download", "--allow-unknown-config-fields")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["served_model_name"] == ["org/model"]
+    assert done.stderr.count("unknown fields of config.json, ignored: index_kpool") == 1
+
+
 def test_a_name_without_the_flag_says_how_to_download_it(tmp_path: Path) -> None:
     hint = r"the folder that huggingface_hub.snapshot_download\('org/model'\) returns$"
     with pytest.raises(ConfigError, match=hint):

@@ -46,7 +46,7 @@ def test_the_command_line_goes_before_variables_before_the_file_before_defaults(
 SWITCHES = (
     *("download", "dry-run", "trust-request-chat-template", "disable-ui", "enable-prefix-caching"),
     *("async-scheduling", "enable-chunked-prefill", "enforce-eager"),
-    *("enable-expert-parallel", "log-requests"),
+    *("allow-unknown-config-fields", "enable-expert-parallel", "log-requests"),
     "log-json",
 )
 VALUES: dict[str, Any] = {

@@ -33,6 +33,19 @@ def test_reasoning_effort_switches_the_reasoning(v32: Live) -> None:
     # a template argument takes precedence, under either name
     for name in ("thinking", "enable_thinking"):
         assert ending(reasoning_effort="high", chat_template_kwargs={name: False}) == "</think>"
+    # the names of hosted APIs, which take precedence over the effort
+    for value, end in ((True, "<think>"), (False, "</think>")):
+        kind = {"type": "enabled" if value else "disabled"}
+        for fields in ({"enable_thinking": value}, {"thinking": value}, {"thinking": kind}):
+            assert ending(**fields) == end
+            assert ending(reasoning_effort="none" if value else "high", **fields) == end
+            assert ending(**fields, chat_template_kwargs={"thinking": not value}) != end
+    for wrong in (1, "on", {}, {"type": "auto"}, {"type": "enabled", "budget_tokens": 5}):
+        body = {"messages": HI, "thinking": wrong}
+        error = v32.http.post("/v1/chat/completions", json=body).json()["error"]
+        assert error["param"] == "thinking"
+    body = {"messages": HI, "thinking": True, "enable_thinking": False}
+    assert v32.http.post("/v1/chat/completions", json=body).json()["error"]["param"] == "thinking"
     given = {"messages": HI, "reasoning_effort": "high"}
     tokens = v32.http.post("/tokenize", json=given).json()["tokens"]
     assert bytes(tokens).decode().endswith("<think>")

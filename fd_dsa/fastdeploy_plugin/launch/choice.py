@@ -107,7 +107,8 @@ def _weights_fit(args: argparse.Namespace) -> tuple[bool, str]:
 
     folder = Path(getattr(args, "model", demo_model_path())).expanduser()
     try:
-        config = ModelConfig.from_folder(folder)
+        allow_unknown = getattr(args, "allow_unknown_config_fields", False)
+        config = ModelConfig.from_folder(folder, allow_unknown=allow_unknown)
     except ConfigError:
         # the embedded engine refuses the folder with all that there is to say
         return True, "the model folder does not tell its size"

@@ -57,6 +57,7 @@ NO_COUNTERPART = {
     "load_format": (
         "FastDeploy reads the weights of the folder, by its own --load-choices after --"
     ),
+    "allow_unknown_config_fields": "FastDeploy refuses no field of config.json",
     "index_topk": "FastDeploy takes the number from config.json of the folder",
     "speculative_config": ("FastDeploy's own flag of this name takes other keys; give it after --"),
     "async_scheduling": "FastDeploy has schedulers of its own",

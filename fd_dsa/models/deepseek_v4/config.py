@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from fd_dsa.models.config import MOST_EXPERTS, add_generation, read_plain, warn_unknown
-from fd_dsa.models.config_reader import FieldReader
-from fd_dsa.models.rope_config import RopeConfig, read_section
+from fd_dsa.models.config import MOST_EXPERTS, add_generation, read_plain, spare_layers
+from fd_dsa.models.config_reader import FieldReader, as_integer
+from fd_dsa.models.rope_config import ROPE_FIELDS, RopeConfig, read_section
 
 WINDOW, CSA, HCA = (
     "sliding_attention",
@@ -54,7 +54,7 @@ class DeepseekV4Config:
         compress_rates: tokens per entry of a CSA and of an HCA layer.
         mlp_layer_types: `hash_moe` (experts by token id) or `moe`, one a layer.
         main_rope, compress_rope: angles of window-only layers, and of the others.
-        eos_token_ids, generation: as of `ModelConfig`.
+        eos_token_ids, generation, unknown_fields: as of `ModelConfig`.
     """
 
     model_type: str = "deepseek_v4"
@@ -92,6 +92,7 @@ class DeepseekV4Config:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     generation: Mapping[str, float] = field(default_factory=dict)
+    unknown_fields: tuple[str, ...] = field(default=(), compare=False)
     # FP8 checkpoints are refused
     weight_block_size: None = None
     round_scales: bool = False
@@ -103,13 +104,18 @@ class DeepseekV4Config:
         source: str = "config.json",
         generation: dict[str, Any] | None = None,
         generation_source: str = "generation_config.json",
+        *,
+        allow_unknown: bool = False,
     ) -> DeepseekV4Config:
         """Configuration in parsed JSON, as `ModelConfig.from_dict`.
 
         Raises:
-            ConfigError: a value cannot be served; names file, field, value and what is allowed.
+            ConfigError: a value cannot be served, or a field is unknown; names file, field, value
+                and what is allowed.
         """
-        values = _read_fields(FieldReader(data, source))
+        reader = FieldReader(data, source)
+        values = _read_fields(reader)
+        values["unknown_fields"] = reader.unknown_fields(allowed=allow_unknown)
         add_generation(values, FieldReader(generation or {}, generation_source))
         return cls(**values)
 
@@ -153,13 +159,11 @@ def _read_fields(reader: FieldReader) -> dict[str, Any]:
         "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
         "pad_token_id": reader.token_id("pad_token_id", vocab_size),
     }
+    share = values["qk_rope_head_dim"] / values["head_dim"]
     values["main_rope"], values["compress_rope"] = _read_ropes(
-        reader, values["max_position_embeddings"]
+        reader, values["max_position_embeddings"], share
     )
-    # draft layers are not loaded
-    reader.integer("num_nextn_predict_layers", 0, minimum=0)
     _check_consistency(reader, values)
-    warn_unknown(reader)
     return values
 
 
@@ -188,18 +192,19 @@ def _read_layer_types(reader: FieldReader, num_layers: int) -> tuple[str, ...]:
     listed, ratios = reader.raw(name), reader.raw("compress_ratios")
     if listed is None and ratios is not None:
         name = "compress_ratios"
-        if not isinstance(ratios, list) or any(type(r) is not int for r in ratios):
+        own = [as_integer(one) for one in ratios] if isinstance(ratios, (list, tuple)) else [None]
+        if None in own:
             raise reader.error(name, ratios, "a list of one integer a layer")
-        if odd := [ratio for ratio in ratios[:num_layers] if ratio not in _TYPE_OF_RATIO]:
+        if odd := [ratio for ratio in own[:num_layers] if ratio not in _TYPE_OF_RATIO]:
             raise reader.error(
                 name, odd[0], "0, 4 or 128", "other ratios are layer_types with compress_rates"
             )
-        listed = [_TYPE_OF_RATIO[ratio] for ratio in ratios[:num_layers]]
+        listed = [_TYPE_OF_RATIO[ratio] for ratio in own[:num_layers] if ratio is not None]
     if listed is None:
         raise reader.error(
             name, None, "layer_types or compress_ratios", "no default fits every model; copy them"
         )
-    if not isinstance(listed, list) or len(listed) < num_layers:
+    if not isinstance(listed, (list, tuple)) or len(listed) < num_layers:
         raise reader.error(name, reader.raw(name), f"a list of at least {num_layers}, one a layer")
     for index, kind in enumerate(listed):
         if kind not in allowed:
@@ -222,39 +227,50 @@ def _read_rates(reader: FieldReader) -> dict[str, int]:
 def _read_mlp_types(reader: FieldReader, num_layers: int) -> tuple[str, ...]:
     """Whether token ids or scores choose the experts of each layer."""
     num_hash = min(reader.integer("num_hash_layers", 3, minimum=0), num_layers)
-    listed = reader.strings("mlp_layer_types", ("hash_moe", "moe"), num_layers)
+    # draft layers are not loaded
+    spare = spare_layers(reader)
+    listed = reader.strings("mlp_layer_types", ("hash_moe", "moe"), num_layers, spare)
     return listed or ("hash_moe",) * num_hash + ("moe",) * (num_layers - num_hash)
 
 
-def _read_ropes(reader: FieldReader, longest: int) -> tuple[RopeConfig, RopeConfig]:
-    """Angles of window-only layers and of the others.
+def _read_ropes(reader: FieldReader, longest: int, share: float) -> tuple[RopeConfig, RopeConfig]:
+    """Angles of window-only layers and of the others; `share` of a head is rotated.
 
     Transformers writes one section for each; released checkpoints have one `rope_scaling`, which
     counts for the layers with entries alone.
     """
     thetas = reader.positive("rope_theta", 1e4), reader.positive("compress_rope_theta", 1.6e5)
-    sections = [reader.section(name) for name in ("rope_parameters", "rope_scaling")]
-    section = next((one for one in sections if one is not None), None)
-    if section is None:
-        return RopeConfig(theta=thetas[0]), RopeConfig(theta=thetas[1])
+    names = "rope_parameters", "rope_scaling"
+    sections = [one for name in names if (one := reader.section(name)) is not None]
+    factor = reader.raw("partial_rotary_factor")
+    share = share if factor is None else factor
+    forms = [_read_form(one, thetas, longest, share) for one in sections]
+    if len(forms) == 2 and forms[0] != forms[1]:
+        raise reader.error(names[1], forms[1], f"the same as {names[0]}, {forms[0]}", "remove one")
+    return forms[0] if forms else (RopeConfig(theta=thetas[0]), RopeConfig(theta=thetas[1]))
+
+
+def _read_form(
+    section: FieldReader, thetas: tuple[float, float], longest: int, share: float
+) -> tuple[RopeConfig, RopeConfig]:
+    """Both angles of one object, whose fields may be in a `main` and a `compress`."""
     nested = section.section("main"), section.section("compress")
     if nested[0] is None or nested[1] is None:
         section.raw("rope_theta")
         return RopeConfig(theta=thetas[0]), _read_rope(section, thetas[1], longest)
-    for name in ("rope_type", "rope_theta", "partial_rotary_factor"):
+    for name in (*ROPE_FIELDS, "rope_theta", "partial_rotary_factor"):
+        # transformers drops them
         section.raw(name)
     nested[0].choice("rope_type", "default", ("default",))
     for one in nested:
-        factor = reader.raw("partial_rotary_factor")
-        if factor is not None:
-            one.choice("partial_rotary_factor", factor, (factor,), "as at the top of the file")
+        one.choice("partial_rotary_factor", share, (share,), "as at the top of the file")
     # with neither, transformers scales cos and sin, which no V4 model is trained for
     if nested[1].raw("rope_type") == "yarn" and nested[1].raw("attention_factor") is None:
         raise nested[1].error("attention_factor", None, "1.0")
     main, compress = (
         one.positive("rope_theta", theta) for one, theta in zip(nested, thetas, strict=True)
     )
-    return RopeConfig(theta=main), _read_rope(nested[1], compress, longest)
+    return _read_rope(nested[0], main, longest), _read_rope(nested[1], compress, longest)
 
 
 def _read_rope(section: FieldReader, theta: float, longest: int) -> RopeConfig:

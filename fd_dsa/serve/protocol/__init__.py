@@ -1,4 +1,4 @@
 """Request bodies of the OpenAI API as this server reads them.
 
-Unknown fields are ignored, but for those that would change the result: see `generation`.
+`known_fields` lists the fields of other servers.
 """

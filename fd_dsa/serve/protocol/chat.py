@@ -8,54 +8,95 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, FailFast, Field, PlainValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    FailFast,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+)
 
-from fd_dsa.chat.template import RESERVED
+from fd_dsa.chat.template import REASONING, RESERVED, SWITCHES
 from fd_dsa.engine.sampling_params import MAX_LOGPROBS
 from fd_dsa.serve.errors import ApiError, FieldError, show
-from fd_dsa.serve.protocol.fields import MAX_ENTRIES, MAX_FIELDS, TEXT, Body, at_most, refuse
-from fd_dsa.serve.protocol.generation import IN_CHAT, GenerationRequest
+from fd_dsa.serve.protocol.fields import (
+    MAX_ENTRIES,
+    MAX_FIELDS,
+    TEXT,
+    Body,
+    at_most,
+    check_further_fields,
+    refuse,
+)
+from fd_dsa.serve.protocol.generation import GenerationRequest
+from fd_dsa.serve.protocol.known_fields import REFUSED_IN_CHAT, REFUSED_IN_MESSAGES
 
 MAX_ARGUMENTS_CHARS = 1 << 20
 """Of the arguments of one call in the history, as text."""
 
 
-def _content(value: Any) -> str | None:
+# type of a part of a content -> its field that has the text
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+def _content(value: Any) -> str | list[dict[str, Any]] | None:
+    """Content as a text or as parts, all of them of type text with their further fields."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         raise refuse(f"got {show(value)}; allowed is a string or a list of text parts")
     if len(value) > MAX_ENTRIES:
         raise refuse(f"has {len(value)} parts; at most {MAX_ENTRIES} are allowed")
-    texts = []
+    parts = []
     for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
+        field = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+        if field is None:
             raise refuse(f"part {index} has type {show(kind)}; this server reads text only")
-        if not isinstance(part.get("text"), str):
-            raise refuse(f"part {index} has no text; give it as a string")
-        texts.append(part["text"])
-    return "\n".join(texts)
+        if not isinstance(part.get(field), str):
+            raise refuse(f"part {index} has no {field}; give it as a string")
+        if len(part) > MAX_FIELDS:
+            raise refuse(f"part {index} has {len(part)} fields; at most {MAX_FIELDS} are allowed")
+        parts.append({**part, "type": "text", "text": part[field]})
+    return parts
 
 
 def _arguments(value: Any) -> str:
-    """Arguments of a call, as the JSON text that they were answered as; empty: none.
+    """Arguments of a call as the text that they were answered as, which may be cut.
 
-    An object is taken too, as other servers do.
+    An object is accepted, as in other servers. An empty text and null are no arguments.
     """
+    if value is None:
+        return ""
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, str) and len(value) > MAX_ARGUMENTS_CHARS:
+    if not isinstance(value, str):
+        raise refuse(f"got {show(value)}; allowed is the JSON text of an object")
+    if len(value) > MAX_ARGUMENTS_CHARS:
         raise refuse(
             f"has {len(value)} characters; at most {MAX_ARGUMENTS_CHARS} are allowed in one call"
         )
-    try:
-        parsed = json.loads(value) if isinstance(value, str) and value.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise refuse(f"got {show(value)}; allowed is the JSON text of an object: {error}") from None
-    if not isinstance(value, str) or not isinstance(parsed, dict):
-        raise refuse(f"got {show(value)}; allowed is the JSON text of an object")
     return value
+
+
+def _thinking(value: Any) -> bool | None:
+    """The switch of the reasoning, as a bool or as the object of hosted APIs."""
+    if value is None or isinstance(value, bool):
+        return value
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("enabled", "disabled"):
+        raise refuse(
+            f"got {show(value)}; allowed are true, false, "
+            '{"type": "enabled"} and {"type": "disabled"}'
+        )
+    for name in value:
+        if name != "type":
+            raise refuse(
+                f"has the field {show(name)}; allowed is only type; use reasoning_effort or "
+                "chat_template_kwargs for the rest"
+            )
+    return bool(kind == "enabled")
 
 
 _Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -64,25 +105,32 @@ _RoleField = Annotated[
     _Role, AfterValidator(lambda role: "system" if role == "developer" else role)
 ]
 _ContentField = Annotated[
-    str | None,
+    str | list[dict[str, Any]] | None,
     PlainValidator(_content),
     WithJsonSchema({"anyOf": [TEXT, {"type": "array", "items": {"type": "object"}}]}),
 ]
 _ArgumentsField = Annotated[str, PlainValidator(_arguments), WithJsonSchema(TEXT)]
+_ThinkingField = Annotated[
+    bool,
+    PlainValidator(_thinking),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "object"}]}),
+]
 
 
 class CalledFunction(Body):
     """The function of a call in the history."""
 
     name: str = Field(min_length=1)
-    arguments: _ArgumentsField
+    arguments: _ArgumentsField = Field("", description="JSON text; may be cut, as in an answer.")
 
 
 class CallInHistory(Body):
     """A call that the assistant made in an earlier answer."""
 
     id: str | None = None
-    type: Literal["function"] = "function"
+    type: Annotated[Literal["function"], BeforeValidator(lambda kind: kind or "function")] = (
+        "function"
+    )
     function: CalledFunction
 
 
@@ -90,37 +138,39 @@ class ChatMessage(Body):
     """One message; further fields, such as `name`, reach the chat template."""
 
     role: _RoleField
-    content: _ContentField = Field(None, description="Needed, but in messages that call tools.")
+    content: _ContentField = Field(None, description="Needed, but in the assistant's messages.")
+    refusal: str | None = Field(None, description="Content of an answer that refuses.")
     reasoning_content: str | None = Field(None, description="Reasoning of an earlier answer.")
     reasoning: str | None = Field(None, description="Another name of reasoning_content.")
+    thinking: str | None = Field(None, description="Another name of reasoning_content.")
     tool_calls: Annotated[list[CallInHistory], at_most(MAX_ENTRIES)] | None = None
     tool_call_id: str | None = Field(None, description="The call that a tool's result is of.")
 
     def check(self, path: str) -> None:
         """Raise ApiError 400 where fields do not go together; `path` is the message's own."""
-        if self.role != "assistant":
-            for name in ("tool_calls", "reasoning_content", "reasoning"):
-                if getattr(self, name):
-                    raise FieldError(
-                        f"{path}.{name}: given in a message of role {self.role}; only one of role "
-                        "assistant has it"
-                    )
-        if self.content is None and not (
-            self.tool_calls or self.reasoning_content or self.reasoning
-        ):
+        check_further_fields(self.model_extra or {}, REFUSED_IN_MESSAGES, f"{path}.")
+        if self.role == "assistant":
+            return
+        for name in ("tool_calls", "refusal", *REASONING):
+            if getattr(self, name):
+                raise FieldError(
+                    f"{path}.{name}: given in a message of role {self.role}; only one of role "
+                    "assistant has it"
+                )
+        if self.content is None:
             what = "got null" if "content" in self.model_fields_set else "is missing"
             raise FieldError(
                 f"{path}.content: {what}; allowed is a string or a list of text parts, and "
-                "nothing only where the assistant calls tools"
+                "nothing only in a message of role assistant"
             )
 
     def for_template(self) -> dict[str, Any]:
-        """The message as the chat template sees it: content a text, reasoning under one name."""
-        fields = self.model_dump(exclude_none=True, exclude={"reasoning"})
-        reasoning = self.reasoning_content or self.reasoning
+        """The message as the chat template sees it, without refusal and with one reasoning."""
+        fields = self.model_dump(exclude_none=True, exclude={"refusal", *REASONING})
+        reasoning = next(filter(None, (getattr(self, name) for name in REASONING)), None)
         return {
             **fields,
-            "content": self.content or "",
+            "content": self.content or self.refusal or "",
             **({"reasoning_content": reasoning} if reasoning else {}),
         }
 
@@ -154,11 +204,11 @@ class ToolChoice:
 
 def _choice(value: Any) -> ToolChoice:
     """`tool_choice` from a word or from an object that names a tool."""
-    if value in _MODES:
+    if isinstance(value, str) and value in _MODES:
         return ToolChoice(value)
     function = value.get("function") if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
-    if isinstance(value, dict) and value.get("type") == "function" and isinstance(name, str):
+    if isinstance(name, str) and value == {"type": "function", "function": {"name": name}}:
         return ToolChoice("named", name)
     raise refuse(
         f"got {show(value)}; allowed are {', '.join(_MODES)} and "
@@ -211,7 +261,6 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
 
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-_SWITCHES = ("thinking", "enable_thinking")
 
 
 _EXAMPLE = {
@@ -223,7 +272,7 @@ _EXAMPLE = {
 class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_EXAMPLE]}):
     """Body of POST /v1/chat/completions."""
 
-    unsupported_fields = IN_CHAT
+    refused_fields = REFUSED_IN_CHAT
 
     messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast(), at_most(MAX_ENTRIES)]
     max_completion_tokens: int | None = Field(None, description="Newer name of max_tokens.")
@@ -242,6 +291,10 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
     )
     reasoning_effort: ReasoningEffort | None = Field(
         None, description="none switches the reasoning off, anything else on."
+    )
+    enable_thinking: bool | None = Field(None, description="Switches the reasoning on or off.")
+    thinking: _ThinkingField | None = Field(
+        None, description='The same; a bool, {"type": "enabled"} or {"type": "disabled"}.'
     )
     include_reasoning: bool | None = Field(
         None, description="false: the model reasons, and the answer does not show it."
@@ -271,13 +324,18 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """`chat_template_kwargs`, and what `reasoning_effort` adds to them, as in vLLM."""
+        """`chat_template_kwargs`, and what the fields of the reasoning add, as in vLLM."""
         variables = dict(self.chat_template_kwargs or {})
-        if self.reasoning_effort is None:
-            return variables
-        if not any(name in variables for name in _SWITCHES):
-            variables["enable_thinking"] = self.reasoning_effort != "none"
-        return {"reasoning_effort": self.reasoning_effort, **variables}
+        effort = self.reasoning_effort
+        switches = (
+            self.enable_thinking,
+            self.thinking,
+            None if effort is None else effort != "none",
+        )
+        switch = next((value for value in switches if value is not None), None)
+        if switch is not None and not any(name in variables for name in SWITCHES):
+            variables["enable_thinking"] = switch
+        return variables if effort is None else {"reasoning_effort": effort, **variables}
 
     def check_supported(self) -> None:
         """Raise ApiError 400 for fields that cannot be honoured, or not together."""
@@ -285,6 +343,10 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
         for index, message in enumerate(self.messages):
             message.check(f"messages[{index}]")
         check_tools(self.tools or [], self.choice)
+        if {self.thinking, self.enable_thinking} == {True, False}:
+            raise FieldError(
+                "thinking: differs from enable_thinking; they are two names of one switch, send one"
+            )
         if self.continue_final_message and self.add_generation_prompt:
             raise FieldError(
                 "continue_final_message: true together with add_generation_prompt; an answer "

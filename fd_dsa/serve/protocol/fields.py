@@ -1,13 +1,15 @@
-"""What the models of all bodies are made of."""
+"""Parts of the models of all bodies."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
-from fd_dsa.serve.errors import CUSTOM_ERROR
+from fd_dsa.serve.errors import CUSTOM_ERROR, FieldError, show
+from fd_dsa.serve.protocol.known_fields import IGNORED, Refused
 
 TEXT: dict[str, Any] = {"type": "string"}
 TEXTS: dict[str, Any] = {"type": "array", "items": TEXT}
@@ -22,9 +24,10 @@ MAX_ENTRIES = 4096
 
 
 class Body(BaseModel):
-    """Base of all bodies: no conversion of types, no NaN, unknown fields kept for a look."""
+    """Base of all bodies: no conversion of types, no NaN, further fields kept for a check."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    refused_fields: ClassVar[Mapping[str, Refused]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -36,6 +39,37 @@ class Body(BaseModel):
 
     def check_supported(self) -> None:
         """Raise ApiError 400 for fields that cannot be honoured, or not together."""
+        check_further_fields(self.model_extra or {}, self.refused_fields)
+
+    @property
+    def unknown_fields(self) -> Sequence[str]:
+        """Names of fields that no table knows and that ask for something."""
+        return [
+            name
+            for name, value in (self.model_extra or {}).items()
+            if value is not None and name not in IGNORED and name not in self.refused_fields
+        ]
+
+
+def check_further_fields(
+    fields: Mapping[str, Any], refused: Mapping[str, Refused], path: str = ""
+) -> None:
+    """Raise ApiError 400 for a field whose value asks for something that this server lacks.
+
+    Args:
+        path: of the object that has the fields; ends with a dot, or is empty for the body.
+    """
+    for name, value in fields.items():
+        rule = refused.get(name)
+        if rule is None or value is None:
+            continue
+        # false is not 0: `logprobs: 0` asks for something
+        is_bool = isinstance(value, bool)
+        if any(isinstance(v, bool) == is_bool and v == value for v in rule.neutral):
+            continue
+        allowed = " or ".join(show(v) for v in (*rule.neutral, None))
+        hint = f"; use {rule.instead}" if rule.instead else ""
+        raise FieldError(f"{path}{name}: got {show(value)}; not supported, only {allowed}{hint}")
 
 
 def refuse(message: str) -> PydanticCustomError:

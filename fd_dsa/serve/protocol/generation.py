@@ -1,97 +1,18 @@
-"""What completions and chat completions have in common: model, stream, sampling.
-
-Fields that other servers know and that would change the result are listed with the values that mean
-"off"; any other value is refused, never ignored.
-"""
+"""Fields that completions and chat completions share: model, stream, sampling."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from fd_dsa.engine.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRINGS, SamplingParams
 from fd_dsa.serve.errors import FieldError, request_error, show
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, TEXTS, Body, at_most, refuse
+from fd_dsa.serve.protocol.known_fields import IGNORED_STREAM_OPTIONS
 from fd_dsa.serve.protocol.structured import StructuredFields
-
-logger = logging.getLogger("fd_dsa.serve")
-
-# field -> values which leave the result as it is; None is always one of them
-_BOTH: dict[str, tuple[Any, ...]] = {
-    # vLLM
-    "allowed_token_ids": (),
-    "length_penalty": (1,),
-    "logits_processors": ([],),
-    "priority": (0,),
-    "prompt_embeds": (),
-    "return_tokens_as_token_ids": (False,),
-    "structural_tag": (),
-    "suffix": ("",),
-    "thinking_token_budget": (),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    # SGLang
-    "ebnf": ("",),
-    "lora_path": (),
-    "regex": ("",),
-    "return_hidden_states": (False,),
-    "separate_reasoning": (True,),
-    "stop_regex": ([], ""),
-    # FastDeploy
-    "disable_chat_template": (False,),
-    "prompt_token_ids": (),
-    "reasoning_max_tokens": (),
-    "temp_scaled_logprobs": (False,),
-    "top_p_normalized_logprobs": (False,),
-    # llama.cpp
-    "grammar": ("",),
-    "json_schema": (),
-    # OpenAI, and the models' own services
-    "audio": (),
-    "documents": ([],),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "thinking": (),
-    "web_search_options": (),
-}
-
-IN_COMPLETIONS = {**_BOTH, "add_special_tokens": (True,)}
-IN_CHAT = {**_BOTH, "add_special_tokens": (False,), "echo": (False,)}
-# what does the same here
-_INSTEAD = {
-    "ebnf": "structured_outputs.grammar",
-    "functions": "tools",
-    "function_call": "tool_choice",
-    "grammar": "structured_outputs.grammar",
-    "json_schema": "response_format",
-    "prompt_token_ids": "prompt in /v1/completions",
-    "regex": "structured_outputs.regex",
-    "thinking": "reasoning_effort or chat_template_kwargs",
-}
-
-
-def check_extra_fields(
-    fields: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Raise ApiError 400 for a field that would change the result."""
-    for name, value in fields.items():
-        neutral = unsupported.get(name)
-        if neutral is None:
-            logger.debug("unknown field %s is ignored", show(name))
-            continue
-        # false is not 0: `logprobs: 0` asks for something
-        is_bool = isinstance(value, bool)
-        if value is None or any(isinstance(v, bool) == is_bool and v == value for v in neutral):
-            continue
-        allowed = " or ".join(show(v) for v in (*neutral, None))
-        hint = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
-        raise FieldError(f"{name}: got {show(value)}; not supported yet, only {allowed}{hint}")
-
 
 _MAX_ID_DIGITS = 10
 
@@ -134,15 +55,16 @@ _TokenIds = Annotated[list[int], at_most(MAX_ENTRIES)]
 
 
 class StreamOptions(Body):
-    """`stream_options`; with `include_usage` a last chunk without choices carries the usage."""
+    """`stream_options`: which chunks carry the usage."""
 
-    include_usage: bool | None = None
+    include_usage: bool | None = Field(None, description="A last chunk without choices.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: every chunk, as in vLLM."
+    )
 
 
 class GenerationRequest(StructuredFields):
     """Model, stream, sampling and structured output."""
-
-    unsupported_fields: ClassVar[dict[str, tuple[Any, ...]]]
 
     model: str | None = Field(None, description="A served name; the first one by default.")
     stream: bool | None = None
@@ -202,13 +124,25 @@ class GenerationRequest(StructuredFields):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def usage_in_each_chunk(self) -> bool:
+        """True if every chunk carries the usage so far."""
+        options = self.stream_options
+        return bool(options and options.include_usage and options.continuous_usage_stats)
+
     def check_supported(self) -> None:
-        """Raise ApiError 400 for a field that cannot be honoured; see `unsupported`."""
-        check_extra_fields(self.model_extra or {}, self.unsupported_fields)
-        if self.stream_options is not None and not self.stream:
-            raise FieldError(
-                'stream_options: given without streaming; set "stream": true or leave it out'
-            )
+        """Raise ApiError 400 for fields that cannot be honoured, or not together."""
+        super().check_supported()
+        if self.stream_options is not None:
+            if not self.stream:
+                raise FieldError(
+                    'stream_options: given without streaming; set "stream": true or leave it out'
+                )
+            for name in (self.stream_options.model_extra or {}).keys() - IGNORED_STREAM_OPTIONS:
+                raise FieldError(
+                    f"stream_options.{name}: is unknown; allowed are "
+                    f"{', '.join(StreamOptions.model_fields)}"
+                )
         if self.prompt_logprobs is not None and self.stream:
             raise FieldError(
                 "prompt_logprobs: cannot be streamed; leave out stream, or ask for echo with "

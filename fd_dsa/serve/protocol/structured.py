@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, WithJsonSchema
@@ -9,6 +10,11 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, TEXTS, Body, at_most, refuse
+from fd_dsa.serve.protocol.known_fields import (
+    IGNORED_STRUCTURED_OUTPUTS,
+    JSON_SCHEMA_FIELDS,
+    RESPONSE_FORMAT_FIELDS,
+)
 
 # field of FastDeploy and older vLLM -> form of StructuredOutputsParams
 _GUIDED = {
@@ -19,19 +25,29 @@ _GUIDED = {
     "guided_grammar": "grammar",
 }
 _FORMS = tuple(_GUIDED.values())
-_TYPES = ("text", "json_object", "json_schema")
 
 
 def _response_format(value: Any) -> dict[str, Any] | None:
+    """The form that `response_format` asks for, in the notation of any server.
+
+    OpenAI, vLLM and SGLang have a schema in `json_schema.schema`, llama.cpp and hosted APIs have
+    it in `schema`, of type json_object or json_schema.
+    """
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in _TYPES:
-        raise refuse(f"got {show(value)}; allowed is an object of type {', '.join(_TYPES)}")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"json_object": True}
-    wrapper = value.get("json_schema")
-    schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
+    if not isinstance(kind, str) or kind not in RESPONSE_FORMAT_FIELDS:
+        types = ", ".join(RESPONSE_FORMAT_FIELDS)
+        raise refuse(f"got {show(value)}; allowed is an object of type {types}")
+    _check_names(value, ("type", *RESPONSE_FORMAT_FIELDS[kind]), f"of type {kind} ")
+    wrapper, schema = value.get("json_schema"), value.get("schema")
+    if wrapper is not None:
+        if not isinstance(wrapper, dict):
+            raise refuse(f"got {show(wrapper)} as json_schema; allowed is an object with a schema")
+        _check_names(wrapper, JSON_SCHEMA_FIELDS, "has a json_schema that ")
+        if schema is not None and wrapper.get("schema") is not None:
+            raise refuse("has a schema twice; send json_schema.schema or schema")
+        schema = wrapper.get("schema") if schema is None else schema
+    if schema is None and kind != "json_schema":
+        return {"json_object": True} if kind == "json_object" else None
     if not isinstance(schema, dict):
         raise refuse(
             f"got {show(value)}; json_schema must be an object with a schema, which is an object"
@@ -39,13 +55,22 @@ def _response_format(value: Any) -> dict[str, Any] | None:
     return {"json": schema}
 
 
+def _check_names(value: dict[str, Any], allowed: Sequence[str], what: str) -> None:
+    """Refuse a field that asks for something in an object whose fields are all known."""
+    for name, field in value.items():
+        if field is not None and name not in allowed:
+            raise refuse(f"{what}has the field {show(name)}; allowed are {', '.join(allowed)}")
+
+
 def _structured_outputs(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object with one of {', '.join(_FORMS)}")
-    asked = {name: form for name, form in value.items() if form not in (None, False)}
-    unknown = [name for name in asked if name not in _FORMS]
-    if unknown:
-        raise refuse(f"has {show(unknown[0])}; allowed is one of {', '.join(_FORMS)}")
+    asked = {
+        name: form
+        for name, form in value.items()
+        if form not in (None, False) and name not in IGNORED_STRUCTURED_OUTPUTS
+    }
+    _check_names(asked, _FORMS, "")
     if not asked:
         raise refuse(f"asks for nothing; give one of {', '.join(_FORMS)}")
     return asked
@@ -70,8 +95,9 @@ _ResponseFormat = Annotated[
         {
             **_OBJECT,
             "properties": {
-                "type": {"type": "string", "enum": list(_TYPES)},
+                "type": {"type": "string", "enum": list(RESPONSE_FORMAT_FIELDS)},
                 "json_schema": {**_OBJECT, "properties": {"schema": _OBJECT}},
+                "schema": _OBJECT,
             },
             "required": ["type"],
         }
@@ -99,7 +125,7 @@ class StructuredFields(Body):
     """Forms of an output, at most one; a refusal names the field of the form."""
 
     response_format: _ResponseFormat | None = Field(
-        None, description="Of type text, json_object, or json_schema with the schema."
+        None, description="Of type text, json_object, or with a schema json_schema."
     )
     structured_outputs: _StructuredOutputs | None = Field(
         None, description="One of json, json_object, regex, choice, grammar, as in vLLM."
