@@ -20,6 +20,8 @@ from fd_dsa.chat.template import ChatTemplate, with_read_arguments
 
 MASK = "¤"
 """Replaces characters of quoted markers; no marker has it, and no normalizer changes it."""
+SEPARATOR = "\ufdd0"
+"""Between texts that are searched at once; begins a text for a normalizer."""
 # U+E000 and U+E001 mark where a final message goes on
 _PRIVATE = [chr(code) for code in range(0xE002, 0xF900)]
 # such a character in JSON and in Python's literals
@@ -38,7 +40,7 @@ class ControlFinder(Protocol):
     """Finds markers of control tokens as a tokenizer does."""
 
     def find(self, text: str) -> Spans:
-        """Places of the markers."""
+        """Places of the markers; each `SEPARATOR` begins another text."""
 
     def texts_in(self, text: str) -> Collection[str]:
         """Distinct markers that the text has; takes less time than `find`."""
@@ -222,7 +224,7 @@ def _change(value: Any, changes: Mapping[str, str]) -> Any:
 def _find_markers(control: ControlFinder, texts: Sequence[str]) -> dict[str, Spans]:
     """Places of whole markers, by text; texts without one are left out."""
     # all texts at once, because most conversations have no marker
-    joined = MASK.join(texts)
+    joined = SEPARATOR.join(texts)
     found: dict[str, Spans] = {}
     spans = iter(control.find(joined) if control.texts_in(joined) else ())
     span = next(spans, None)
@@ -232,7 +234,7 @@ def _find_markers(control: ControlFinder, texts: Sequence[str]) -> dict[str, Spa
         while span is not None and span[0] < end:
             found.setdefault(text, []).append((max(span[0] - begin, 0), min(span[1], end) - begin))
             span = next(spans, None)
-        begin = end + len(MASK)
+        begin = end + len(SEPARATOR)
     return found
 
 

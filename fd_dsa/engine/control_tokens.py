@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import tokenizers
 from tokenizers.models import WordLevel
 
-from fd_dsa.chat.control import Spans, unused_characters
+from fd_dsa.chat.control import SEPARATOR, Spans, unused_characters
 from fd_dsa.engine.text_windows import TooManyTokens, encode_text
 
 # characters that are searched in one call, which takes 70 bytes of memory a byte
@@ -37,7 +37,12 @@ class ControlTokens:
         self._scanner = tokenizers.Tokenizer(WordLevel({_NO_MARKER: 0}, unk_token=_NO_MARKER))
         if backend.normalizer is not None:
             self._scanner.normalizer = backend.normalizer
-        self._scanner.add_tokens([token for _, token in sorted(self._added.items())])
+        self._scanner.add_tokens(
+            [
+                *(token for _, token in sorted(self._added.items())),
+                tokenizers.AddedToken(SEPARATOR, normalized=False),
+            ]
+        )
         # id of the scanner -> id of the tokenizer
         self._ids = {_id_of(self._scanner, text): i for i, text in self._texts.items()}
         self.longest = max(map(len, self._texts.values()), default=0)
