@@ -9,6 +9,8 @@ they tell the client's markers from the template's, and are removed.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -110,7 +112,8 @@ def render_prompt(
             continue
         # otherwise the template looks at these characters
         if checked.text == prompt.text:
-            return checked
+            is_changed = control.find(checked.masked) != control.find(prompt.masked)
+            return checked if is_changed else prompt
     return prompt
 
 
@@ -244,8 +247,7 @@ def _overlaps(texts: Sequence[str], markers: Collection[str]) -> Iterator[dict[s
     Yields:
         First with texts from the middle of a marker, then without them; only if there are any.
     """
-    heads = {marker[begin:] for marker in markers for begin in range(1, len(marker))}
-    tails = {marker[:end] for marker in markers for end in range(1, len(marker))}
+    heads, tails = _parts(frozenset(markers))
     firsts, lasts = {marker[0] for marker in markers}, {marker[-1] for marker in markers}
     longest = max(map(len, markers), default=0)
     if longest < 2:
@@ -271,6 +273,14 @@ def _overlaps(texts: Sequence[str], markers: Collection[str]) -> Iterator[dict[s
         yield {**borders, **inner}
     if borders:
         yield borders
+
+
+@functools.lru_cache(16)
+def _parts(markers: frozenset[str]) -> tuple[set[str], set[str]]:
+    """Texts that end a marker, and those that begin one."""
+    heads = {marker[begin:] for marker in markers for begin in range(1, len(marker))}
+    tails = {marker[:end] for marker in markers for end in range(1, len(marker))}
+    return heads, tails
 
 
 def _joined(inside: Mapping[str, Spans], overlaps: Mapping[str, Spans]) -> dict[str, Spans]:
@@ -304,12 +314,17 @@ def _unquote(text: str, begin: str, end: str) -> RenderedPrompt:
     for mark in (begin, end):
         # as JSON and Python's literals show it
         text = text.replace(f"\\u{ord(mark):04x}", mark)
-    masked = re.sub(f"{begin}[^{begin}{end}]{end}", MASK, text)
-    # a filter has escaped the character
-    longer = f"{begin}([^{begin}{end}]+){end}"
-    masked = re.sub(longer, lambda match: MASK * len(match[1]), masked)
-    removed = str.maketrans("", "", begin + end)
-    return RenderedPrompt(text.translate(removed), masked.translate(removed))
+    first, *pieces = text.split(begin)
+    masked = [MASK if len(p) == 2 and p[1] == end else _mask(p, end) for p in pieces]
+    plain = "".join([first, *pieces]).replace(end, "")
+    return RenderedPrompt(plain, "".join([first, *masked]).replace(end, ""))
+
+
+def _mask(piece: str, end: str) -> str:
+    """Text after a character that quotes, masked up to the next one."""
+    # more than one character if a filter has escaped it, none if a filter has removed it
+    quoted, found, after = piece.partition(end)
+    return MASK * len(quoted) + after if found else piece
 
 
 def unused_characters(texts: Iterable[str], count: int) -> list[str]:
@@ -322,10 +337,12 @@ def unused_characters(texts: Iterable[str], count: int) -> list[str]:
     for text in texts:
         used.update(text)
         used.update(chr(int(code, 16)) for code in _ESCAPED.findall(text))
-    free = [char for char in _PRIVATE if char not in used]
+    start = _random.randrange(len(_PRIVATE))
+    candidates = (char for char in _PRIVATE[start:] + _PRIVATE[:start] if char not in used)
+    free = list(itertools.islice(candidates, count))
     if len(free) < count:
         raise ValueError(
             f"the texts have a marker of a control token and all but {len(free)} of the private "
             f"characters U+E002 to U+F8FF, of which {count} must be unused; leave some out"
         )
-    return _random.sample(free, count)
+    return free

@@ -227,8 +227,7 @@ class Tokenizer:
         Args:
             messages: dicts with "role" and "content".
             add_generation_prompt: end with the start of an assistant message.
-            allow_special_tokens_in_text: markers in texts become control tokens too; see
-                `fd_dsa.chat.control`.
+            allow_special_tokens_in_text: markers in texts become control tokens too.
             kwargs: `tools`, `continue_final_message`, and further variables of the template; see
                 `fd_dsa.chat.template.ChatTemplate.render`.
 
