@@ -7,6 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from reprlib import Repr
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
+
+
+def shorten(value: object) -> str:
+    """The `repr` of a value that a file or a client has chosen, cut to a length for one line."""
+    return _SHORT.repr(value)
 
 
 class FdDsaError(Exception):

@@ -1,10 +1,11 @@
 """Prompts in which only the template writes control tokens.
 
-A tokenizer reads the marker of a control token, such as `<|user|>`, wherever the marker is. Texts
-of a client may contain one, and so become a message of another role. Here each marker in such a
-text is quoted before the template is rendered: every character of it stands between two characters
-that no text of the conversation has. These go through all filters of a template. After rendering
-they tell the client's markers from the template's, and are removed.
+A tokenizer reads the marker of a control token, such as `<|user|>`, in any part of a prompt. So a
+client's text with this marker would begin a message of another role. `render_prompt` quotes each
+marker in such texts before the template runs: it puts one private character before and one after
+each character of the marker. No text of the conversation has these two characters, and they pass
+through the filters of a template. After rendering they show which markers the client wrote, and
+are removed.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ class _Conversation:
         return _unquote(text, begin, end)
 
     def _written_fields(self, message: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-        """Fields with markers that count, each as markers and texts by turns."""
+        """Fields with markers that count, each as markers and texts alternately."""
         role, content = message.get("role"), message.get("content")
         fields: dict[str, tuple[str, ...]] = {"role": (role,)} if isinstance(role, str) else {}
         if role == "assistant" and isinstance(content, str):

@@ -18,8 +18,9 @@ from fd_dsa.chat.events import types_of
 _ANY_TEXT = "(?s:.*)"
 # in DSML, between the name of an argument and its value
 _STRING = '" string="{}">'
-# between two signs of JSON; without a bound a small model may write spaces until max_tokens
-JSON_SPACE = "[ \\t\\n\\r]{1,40}"
+# between two signs of JSON; without a bound a small model may write spaces until max_tokens.
+# Lenient: the caller is warned of keywords that cannot be enforced, and of unknown formats
+JSON_OPTIONS = {"whitespace_pattern": "[ \\t\\n\\r]{1,40}", "lenient": True}
 
 
 def forced_calls_grammar(tool_format: str, schemas: Mapping[str, Any], *, several: bool) -> str:
@@ -70,7 +71,7 @@ class _Lark:
         for key in ("$defs", "definitions"):
             if isinstance(root, dict) and key in root:
                 body.setdefault(key, root[key])
-        body.setdefault("x-guidance", {"whitespace_pattern": JSON_SPACE})
+        body.setdefault("x-guidance", JSON_OPTIONS)
         return self.rule(f"%json {json.dumps(body, ensure_ascii=False)}")
 
     def text_until(self, end: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
@@ -48,6 +49,13 @@ class ByteDecoder:
         """Held bytes as U+FFFD; call it once, at the end."""
         return self._utf8.decode(b"", final=True)
 
+    def copy(self) -> ByteDecoder:
+        """A copy in the same state."""
+        other = ByteDecoder(self._table, [])
+        other._utf8.setstate(self._utf8.getstate())
+        other._holds_bytes = self._holds_bytes
+        return other
+
 
 class WindowDecoder:
     """Difference between two decodings of the last tokens.
@@ -85,6 +93,12 @@ class WindowDecoder:
     def flush(self) -> str:
         """Held tokens as they decode now."""
         return self._show(self._decode(self._ids))
+
+    def copy(self) -> WindowDecoder:
+        """A copy in the same state."""
+        other = copy.copy(self)
+        other._ids = self._ids.copy()
+        return other
 
     def _show(self, text: str) -> str:
         """Move the window past the shown tokens, unless they have no text yet."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -12,12 +10,12 @@ from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import numpy as np
 
-from fd_dsa.chat.grammar import JSON_SPACE
+from fd_dsa.engine.grammar_source import grammar_text, is_panic, one_line, refusal
 from fd_dsa.engine.grammar_vocabulary import GrammarVocabulary
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import Kind, StructuredOutputsParams
@@ -31,15 +29,9 @@ if TYPE_CHECKING:
 _NUM_KEPT = 32
 # for which one that nobody asks for is kept, at least; at most twice as long
 _KEPT_FOR_S = 20.0
-# of a form, and the special tokens that the text shows
-_Key = tuple[Kind, str, frozenset[int]]
+# of a form and its alternatives, and the special tokens that the text shows
+_Key = tuple[tuple[tuple[Kind, str], ...], frozenset[int]]
 _MAX_LEXER_STATES = 25_000
-_SHOWN_ERROR_CHARS = 300
-_QUOTATION = re.compile(r"^ *\d+ \| ", re.MULTILINE)
-_JSON_OPTIONS = {"whitespace_pattern": JSON_SPACE}
-# any tokens that spell a text may come: those that llguidance would choose for a text without
-# alternatives are not always the model's
-_START = '%llguidance {"no_forcing": true}\nstart: @form'
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +133,7 @@ class GrammarCompiler:
         # not under the lock, which the engine's thread takes too
         made = self._compile(*key)
         if isinstance(made, str):
-            raise ValueError(f"{form.source} cannot be used: {made}")
+            raise ValueError(self._blame(form, key[1], made))
         if form.after_text is not None:
             made.vocabulary.awaited(form.after_text)
         with self._lock:
@@ -206,28 +198,46 @@ class GrammarCompiler:
         shown = self._tokenizer.shown_special_ids(
             params.skip_special_tokens, params.kept_special_token_ids
         )
-        return (*form_of(params).definition(), shown)
+        return tuple(one.definition() for one in form_of(params).either()), shown
 
-    def _compile(self, kind: Kind, text: str, shown: frozenset[int]) -> CompiledGrammar | str:
+    def _blame(self, form: StructuredOutputsParams, shown: frozenset[int], reason: str) -> str:
+        """The message for a form that cannot be compiled, or for one of its alternatives."""
+        source = form.source
+        if form.alternative is not None:
+            for one in form.either():
+                alone = self._compile((one.definition(),), shown)
+                if isinstance(alone, str):
+                    source, reason = one.source, alone
+                    break
+        return f"{source} cannot be used: {reason}"
+
+    def _compile(
+        self, forms: tuple[tuple[Kind, str], ...], shown: frozenset[int]
+    ) -> CompiledGrammar | str:
         """A compiled grammar, or what is wrong with it."""
-        from llguidance import LLMatcher
-
         vocabulary = self._vocabulary(shown)
         if isinstance(vocabulary, str):
             return vocabulary
         try:
-            form = _grammar(kind, text)
-        except (ValueError, RecursionError) as error:
+            matcher = self._make_matcher(grammar_text(forms, vocabulary.names), vocabulary)
+        except BaseException as error:
+            if not isinstance(error, (ValueError, RecursionError)) and not is_panic(error):
+                raise
             return one_line(str(error))
-        grammars = json.dumps({"grammars": [{"lark_grammar": _START}, {**form, "name": "form"}]})
-        matcher = LLMatcher(vocabulary.ll_tokenizer, grammars, log_level=0, limits=_limits())
+        if matcher.is_error():
+            return one_line(matcher.get_error())
+        return refusal(matcher.get_grammar_warnings()) or CompiledGrammar(matcher, vocabulary)
+
+    def _make_matcher(self, text: str, vocabulary: GrammarVocabulary) -> LLMatcher:
+        """llguidance's matcher of a grammar; it holds an error if the grammar is wrong."""
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(vocabulary.ll_tokenizer, text, log_level=0, limits=_limits())
         if not matcher.is_error():
             # what is too complex shows in the first mask at the latest
             buffer = np.zeros_like(self.buffer)
             matcher.unsafe_compute_mask_ptr(buffer.ctypes.data, buffer.nbytes)
-        if matcher.is_error():
-            return one_line(matcher.get_error())
-        return CompiledGrammar(matcher, vocabulary)
+        return matcher
 
     def _vocabulary(self, shown: frozenset[int]) -> GrammarVocabulary | str:
         """The vocabulary of answers that show these special tokens, or why there is none.
@@ -243,31 +253,10 @@ class GrammarCompiler:
         """See `_vocabulary`."""
         try:
             return GrammarVocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids, shown)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        # a panic of llguidance is no Exception
         except BaseException as error:
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             return f"llguidance cannot use this model's tokenizer: {one_line(str(error))}"
-
-
-def _grammar(kind: Kind, text: str) -> dict[str, Any]:
-    """A form as an entry of llguidance's list of grammars.
-
-    Raises:
-        ValueError, RecursionError: the text cannot be read.
-    """
-    from llguidance import grammar_from
-
-    if kind == "json_schema":
-        schema = json.loads(text)
-        if isinstance(schema, dict):
-            schema["x-guidance"] = {**_JSON_OPTIONS, **schema.get("x-guidance", {})}
-        return {"json_schema": schema}
-    grammar = grammar_from(kind, text)
-    if grammar.startswith("{"):
-        (entry,) = json.loads(grammar)["grammars"]
-        return {**entry}
-    return {"lark_grammar": grammar}
 
 
 def _later(work: Callable[[], None]) -> None:
@@ -300,10 +289,3 @@ def form_of(params: SamplingParams) -> StructuredOutputsParams:
     """The form of a request that has one."""
     assert params.structured_outputs is not None, "grammars are made for requests with a form"
     return params.structured_outputs
-
-
-def one_line(error: str) -> str:
-    """An error of llguidance in one line, without the quotation of the grammar that follows it."""
-    own = _QUOTATION.split(error.replace("<non-verbose/>", ""))[0]
-    text = " ".join(own.split())
-    return text if len(text) <= _SHOWN_ERROR_CHARS else text[:_SHOWN_ERROR_CHARS] + "..."

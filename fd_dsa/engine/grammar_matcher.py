@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.grammar import CompiledGrammar, GrammarCompiler, form_of, one_line
+from fd_dsa.engine.grammar import CompiledGrammar, GrammarCompiler, form_of
+from fd_dsa.engine.grammar_source import one_line
 from fd_dsa.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ class GrammarVocabulary:
     Attributes:
         texts: bytes that each token id adds to the text; empty for hidden special tokens, ends of
             sequence and ids without a token.
+        names: texts of the form <...>, which a grammar may use as names of tokens.
         ll_tokenizer: the same for llguidance, a trie of the bytes.
 
     Raises:
@@ -53,6 +54,9 @@ class GrammarVocabulary:
         self.special_token_ids = [
             i for i, text in enumerate(self.texts) if not text and tokenizer.piece_bytes(i)
         ]
+        self.names = frozenset(
+            text for text in self.texts if text[:1] == b"<" and text[-1:] == b">"
+        )
         self.tokens = self.texts.copy()
         for token_id in self.special_token_ids:
             self.tokens[token_id] = tokenizer.piece_bytes(token_id)

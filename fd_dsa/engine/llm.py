@@ -11,12 +11,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from fd_dsa.chat.parser import AUTO, AnswerFormat, find_tool_format, has_reasoning
+from fd_dsa.chat.parser import (
+    AUTO,
+    AnswerFormat,
+    find_tool_format,
+    has_reasoning,
+    opens_reasoning,
+)
 from fd_dsa.chat.template import RESERVED
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
@@ -150,6 +157,7 @@ class LLM:
         tools: Sequence[Message] | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        constrain_reasoning: bool = False,
         allow_special_tokens_in_text: bool = False,
     ) -> Any:
         """Answer one conversation or several, through the model's chat template; as `generate`.
@@ -165,6 +173,8 @@ class LLM:
             tools: offered to the model, in the form of the OpenAI API.
             continue_final_message: the answer goes on with the last message, the assistant's.
             chat_template_kwargs: variables of the template, such as `thinking`.
+            constrain_reasoning: True: `stop`, `min_tokens` and bad words begin with the
+                reasoning. Otherwise they begin after it, unless `SamplingParams.reasoning` is set.
             allow_special_tokens_in_text: markers of control tokens in messages and tools become
                 these tokens; by default they are text. The calls in the text of an answer are sent
                 back either with this, or as `tool_calls`.
@@ -182,8 +192,8 @@ class LLM:
                 f"chat_template_kwargs has {reserved[0]!r}, which is not a variable of the "
                 "caller's; leave it out"
             )
-        token_ids = [
-            engine.tokenizer.apply_chat_template(
+        prompts = [
+            engine.tokenizer.render_chat(
                 entry,
                 not continue_final_message,
                 tools=tools,
@@ -193,14 +203,19 @@ class LLM:
             )
             for entry in conversations
         ]
+        token_ids = [engine.tokenizer.encode(p.text, False, masked=p.masked) for p in prompts]
         default = SamplingParams(**engine.sampling_defaults, max_tokens=None)
         params = _params_for(len(token_ids), sampling_params, default)
-        kept = _special_markers(engine.tokenizer, bool(tools))
-        if kept:
-            params = [
-                replace(one, kept_special_token_ids=one.kept_special_token_ids | kept)
-                for one in params
-            ]
+        params = [
+            _for_chat(
+                one,
+                engine.tokenizer,
+                bool(tools),
+                None if constrain_reasoning else prompt.masked,
+                entry[-1] if continue_final_message else None,
+            )
+            for one, prompt, entry in zip(params, prompts, conversations, strict=True)
+        ]
         return self._run(token_ids, params, stream)
 
     @property
@@ -291,15 +306,36 @@ def _in_python(text: Any, names: Iterable[str]) -> Any:
     return text
 
 
-def _special_markers(tokenizer: Tokenizer, has_tools: bool) -> frozenset[int]:
-    """Special tokens that separate the parts of an answer."""
+def _for_chat(
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    has_tools: bool,
+    prompt: str | None,
+    continued: Message | None,
+) -> SamplingParams:
+    """Add the markers that separate the parts of an answer.
+
+    Args:
+        prompt: its markers show if the answer begins in the reasoning; None = `stop`,
+            `min_tokens` and bad words begin with the output.
+        continued: the message that the answer continues.
+    """
     renderer = tokenizer.chat_renderer
     if renderer is None:
-        return frozenset()
+        return params
     source, model_type = renderer.source, renderer.model_type
     tool_format = find_tool_format(AUTO, source, model_type) if has_tools else None
     answer = AnswerFormat(has_reasoning(AUTO, source), tool_format=tool_format)
-    return frozenset(tokenizer.special_ids_of(answer.markers).values())
+    reasoning = params.reasoning
+    if answer.has_reasoning and reasoning is None and prompt is not None:
+        in_reasoning = opens_reasoning(prompt, continued)
+        reasoning = Reasoning.of(replace(answer, in_reasoning=in_reasoning))
+    kept = frozenset(tokenizer.special_ids_of(answer.markers).values())
+    return replace(
+        params,
+        kept_special_token_ids=params.kept_special_token_ids | kept,
+        reasoning=reasoning,
+    )
 
 
 def _as_list(prompts: Prompts) -> list[Prompt]:

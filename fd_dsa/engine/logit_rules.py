@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.engine.grammar_matcher import GrammarMatcher
+from fd_dsa.engine.reasoning import AnswerStart, is_too_short
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 
@@ -64,14 +65,16 @@ class BadWords(list[str]):
         texts = [*words, *(" " + word.lstrip() for word in words)]
         return cls(words, filter(None, tokenizer.encode_all(texts)))
 
-    def completing(self, output: list[int]) -> list[int]:
-        """Tokens that would complete a sequence of several after an output."""
-        if not output:
+    def completing(self, output: list[int], begin: int = 0) -> list[int]:
+        """Return tokens that would complete a sequence of several in `output[begin:]`."""
+        num_tokens = len(output) - begin
+        if num_tokens <= 0:
             return []
         return [
             sequence[-1]
             for sequence in self.by_token.get(output[-1], ())
-            if tuple(output[1 - len(sequence) :]) == sequence[:-1]
+            if len(sequence) <= num_tokens + 1
+            and tuple(output[1 - len(sequence) :]) == sequence[:-1]
         ]
 
 
@@ -116,6 +119,7 @@ class LogitRules:
         bad: what bad words forbid.
         end_token_ids: what min_tokens forbids.
         grammar: which tokens may come at all; None = all.
+        answer: place where the bans and min_tokens begin; None = with the output.
 
     Attributes:
         output, grammar: as given.
@@ -136,9 +140,10 @@ class LogitRules:
         bad: BadWords | None = None,
         end_token_ids: Iterable[int] = (),
         grammar: GrammarMatcher | None = None,
+        answer: AnswerStart | None = None,
     ) -> None:
         """Sort the rules by what they need in a step."""
-        self.grammar = grammar
+        self.grammar, self._answer = grammar, answer
         self.penalties = (
             params.repetition_penalty,
             params.frequency_penalty,
@@ -160,7 +165,9 @@ class LogitRules:
         rules = (self.counts, bias, bad, params.bad_words_token_ids, params.min_tokens, grammar)
         self.is_empty = not any(rules)
         self.num_entries = len(self.bias_ids) + len(self.banned) + len(self.end_ids)
-        self.needs_mask = grammar is not None or (bad is not None and bool(bad.by_token))
+        starts_later = answer is not None and (len(self.banned) or self.min_tokens)
+        has_sequences = bad is not None and bool(bad.by_token)
+        self.needs_mask = grammar is not None or has_sequences or bool(starts_later)
 
     def masks(
         self, vocab_size: int, drafts: Sequence[int] = (), has_ended: bool = False
@@ -178,34 +185,44 @@ class LogitRules:
         """
         free = np.full(-(-vocab_size // 32), -1, np.int32)
         masks: list[npt.NDArray[np.int32]] = []
-        grammar, output = self.grammar, self.output
+        grammar, output, answer = self.grammar, self.output, self._answer
         for draft in () if has_ended else (*drafts, -1):
             mask = free.copy()
             if grammar is not None:
                 grammar.fill_bitmask(mask)
             # after the grammar, whose mask may show that it is complete
-            ids = self.banned_ids(output, grammar)
+            ids = self._banned_ids(output, grammar, answer)
             bits = ~(np.uint32(1) << (ids % 32).astype(np.uint32))
             np.bitwise_and.at(mask.view(np.uint32), ids // 32, bits)
             masks.append(mask)
             if draft < 0 or not mask[draft // 32] >> draft % 32 & 1 or draft in self.end_ids:
                 break
             output = [*output, draft]
+            if answer is not None and not answer.is_found:
+                answer = answer.copy() if answer is self._answer else answer
+                answer.append_draft(draft, len(output))
             if grammar is not None:
                 grammar = grammar.copy() if grammar is self.grammar else grammar
                 if grammar.accept(draft):
                     break
         return masks + [free] * (1 + len(drafts) - len(masks))
 
-    def banned_ids(self, output: list[int], grammar: GrammarMatcher | None) -> Int64:
-        """Tokens that may not come after an output, which is so far in its grammar."""
-        banned = [self.banned]
+    def banned_ids(self) -> Int64:
+        """Return the tokens that may not follow the output."""
+        return self._banned_ids(self.output, self.grammar, self._answer)
+
+    def _banned_ids(
+        self, output: list[int], grammar: GrammarMatcher | None, answer: AnswerStart | None
+    ) -> Int64:
+        """Return the tokens that may not follow an output with its grammar and answer so far."""
+        begin = 0 if answer is None else answer.index
+        banned = [_NO_IDS if begin is None else self.banned]
         # a form that is complete ends the output, however short it is
         is_complete = grammar is not None and grammar.is_finished
-        if len(output) < self.min_tokens and not is_complete:
+        if is_too_short(len(output), self.min_tokens, answer) and not is_complete:
             banned.append(self.end_ids)
-        if self._bad is not None and (last := self._bad.completing(output)):
-            banned.append(np.array(last, np.int64))
+        if self._bad is not None and begin is not None:
+            banned.append(np.array(self._bad.completing(output, begin), np.int64))
         return banned[0] if len(banned) == 1 else np.concatenate(banned)
 
 
@@ -229,7 +246,7 @@ def apply_rules(logits: Float32, rules: Sequence[LogitRules]) -> None:
     if constrained:
         _apply_grammars(logits, rules, np.array(constrained))
     # after the masks, which may find that a grammar is complete
-    rows, ids = _flat([rule.banned_ids(rule.output, rule.grammar) for rule in rules])
+    rows, ids = _flat([rule.banned_ids() for rule in rules])
     logits[rows, ids] = -np.inf
 
 

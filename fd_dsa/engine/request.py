@@ -13,6 +13,7 @@ from fd_dsa.engine.grammar_matcher import GrammarMatcher
 from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenScore
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput, TopkPositions
+from fd_dsa.engine.reasoning import AnswerStart, is_too_short
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 
@@ -45,6 +46,8 @@ class Request:
         prompt_logprobs: scores of the prompt; None = not asked for.
         topk_positions: what the indexer chose in the latest step that sampled; likewise.
         grammar: how far the output is in its form; None = it may have any.
+        answer: beginning of the answer after the reasoning; None = no rule of the request depends
+            on it.
         rules: what happens to the logits before a token is drawn; None = nothing.
         drafts: how many pay; None = it has no drafts.
     """
@@ -73,6 +76,7 @@ class Request:
     prompt_logprobs: PromptLogprobs | None = None
     topk_positions: TopkPositions | None = None
     grammar: GrammarMatcher | None = None
+    answer: AnswerStart | None = None
     rules: LogitRules | None = None
     drafts: DraftState | None = None
     slot: int = -1
@@ -105,7 +109,10 @@ class Request:
         if params.structured_outputs is not None:
             self.grammar = GrammarMatcher(grammars, params)
         output, ends = self.output_token_ids, self.end_token_ids
-        rules = LogitRules(params, prompt, output, bad_words, ends, self.grammar)
+        begins_later = stops or params.min_tokens or bad_words or params.bad_words_token_ids
+        if params.reasoning is not None and begins_later:
+            self.answer = AnswerStart(params.reasoning, self.detokenizer)
+        rules = LogitRules(params, prompt, output, bad_words, ends, self.grammar, self.answer)
         self.rules = None if rules.is_empty else rules
         if params.logprobs is not None:
             self.logprobs = OutputLogprobs()
@@ -166,8 +173,9 @@ class Request:
 
     @property
     def _must_go_on(self) -> bool:
-        """True while the output is shorter than min_tokens, the token just taken included."""
-        return len(self.output_token_ids) <= self.params.min_tokens
+        """True if the token just taken belongs to the first `min_tokens` of the answer."""
+        num_before = len(self.output_token_ids) - 1
+        return is_too_short(num_before, self.params.min_tokens, self.answer)
 
     def finish(
         self, reason: FinishReason, now: float, stop_reason: str | int | None = None
@@ -184,7 +192,11 @@ class Request:
         """
         if self.finish_reason is not None:
             text += self.detokenizer.flush()
-        is_cut = False
+        is_cut, shown = False, ""
+        if self.answer is not None:
+            shown, text = self.answer.append(text, len(self.output_token_ids))
+            if self.finish_reason is not None:
+                text += self.answer.flush()
         if self.stop_checker is not None and not self._must_go_on:
             text, matched = self.stop_checker.append(text)
             if matched is not None:
@@ -192,6 +204,7 @@ class Request:
                 is_cut = True
             elif self.finish_reason is not None:
                 text += self.stop_checker.flush()
+        text = shown + text
         if text:
             self.state.pieces.append(text)
         if self.logprobs is not None:

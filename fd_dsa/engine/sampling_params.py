@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 
 SEED_MIN = -(2**63)
@@ -63,10 +64,13 @@ class SamplingParams:
         logit_bias: token id -> number in [-100, 100] that is added to its logit.
         bad_words: texts whose tokens, with and without a space in front, never come in a row.
         bad_words_token_ids: token ids that never come.
-        min_tokens: before so many output tokens nothing ends the output: end-of-sequence and
-            stop_token_ids cannot be drawn, and stop strings are looked for after them.
+        min_tokens: number of output tokens before which nothing ends the output: end-of-sequence
+            and stop_token_ids cannot be sampled, and stop strings are searched after them.
         max_tokens: output tokens, >= 1; None = whatever is left of the context.
         stop: a string or several; the output ends before the first one that is completed.
+        reasoning: texts around the reasoning at the beginning of the output. `stop`, `bad_words`,
+            `bad_words_token_ids` and `min_tokens` then begin with the answer after it; while the
+            output reasons, min_tokens > 0 forbids every end. None = they begin with the output.
         stop_token_ids: tokens that end the output.
         include_stop_str_in_output: keep the stop string, or the text of the stop token.
         ignore_eos: go on after an end-of-sequence token.
@@ -105,6 +109,7 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = 16
     stop: str | Sequence[str] | None = None
+    reasoning: Reasoning | None = None
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -138,6 +143,8 @@ class SamplingParams:
             raise ValueError(
                 f"cache_salt has {len(salt)} characters; at most {MAX_TEXT_CHARS} are allowed"
             )
+        if self.reasoning is not None and not isinstance(self.reasoning, Reasoning):
+            raise ValueError(f"reasoning is {self.reasoning!r}; it must be a Reasoning")
         form = self.structured_outputs
         if form is not None and not isinstance(form, StructuredOutputsParams):
             raise ValueError(

@@ -28,6 +28,8 @@ class StructuredOutputsParams:
         grammar: a context-free grammar in Lark's notation, or in GBNF.
         after_text: the form begins after the first occurrence of this text, such as the end of
             a model's reasoning; None = with the output.
+        alternative: another form, without `alternative` or `after_text`; the output has either
+            form. An output that begins like both may be held to one of them.
         source: what messages call the object; the field of a request that it came from.
 
     Raises:
@@ -41,6 +43,7 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     after_text: str | None = None
+    alternative: StructuredOutputsParams | None = None
     source: str = "structured_outputs"
 
     def __post_init__(self) -> None:
@@ -54,9 +57,20 @@ class StructuredOutputsParams:
             raise ValueError(
                 f"{self.source} has after_text {self.after_text!r}; it must be a non-empty string"
             )
+        if self.alternative is not None and (
+            self.alternative.alternative is not None or self.alternative.after_text is not None
+        ):
+            raise ValueError(
+                f"{self.source} has an alternative with an alternative or an after_text; set them "
+                "in the first form only"
+            )
         # fails where the type is wrong
         _, text = self.definition()
         self._check_length(text)
+
+    def either(self) -> tuple[StructuredOutputsParams, ...]:
+        """The form, and the alternative if there is one."""
+        return (self,) if self.alternative is None else (self, self.alternative)
 
     def definition(self) -> tuple[Kind, str]:
         """How the form is written, and its text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import ByteLevel
+from tokenizers.decoders import Decoder
 
-from fd_dsa.chat.control import render_prompt
+from fd_dsa.chat.control import RenderedPrompt, render_prompt
 from fd_dsa.chat.renderers import NO_TEMPLATE, read_renderer, read_special_tokens
 from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.engine.byte_level import byte_table
 from fd_dsa.engine.control_tokens import ControlTokens
 from fd_dsa.engine.text_windows import encode_text
 from fd_dsa.environment import set_default
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.config_reader import read_json_object
+from fd_dsa.models.config_reader import check_file, read_json_object
 
 # how vocabularies with byte fallback write a byte
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _SURROGATE = "the text holds half of a surrogate pair, which is no valid Unicode"
+# passes every decoder unchanged, and is in no text: two code points that are no characters
+_MARK = "\U0010fffe\U0010fffe"
 # ids that are decoded with the GIL, which takes less time than giving it up
 _FEW_IDS = 256
 # tokens that are decoded alone in one call
@@ -88,6 +92,7 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise ConfigError(f"tokenizer: {file} is missing; the folder needs a tokenizer.json")
+        check_file(file)
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
@@ -186,7 +191,10 @@ class Tokenizer:
         skip_special_tokens: bool = True,
         kept: frozenset[int] = frozenset(),
     ) -> str:
-        """Text of token ids; bytes that form no character become U+FFFD.
+        """Decode token ids; bytes that form no character become U+FFFD.
+
+        An added token is its content. `tokenizers` sends the content through the decoder, which
+        changes characters that have another meaning in the vocabulary.
 
         Args:
             token_ids: of the text.
@@ -198,6 +206,9 @@ class Tokenizer:
             token_ids = [token_id for token_id in token_ids if token_id not in left_out]
             skip_special_tokens = False
         ids = list(token_ids)
+        if not self._changed_tokens.isdisjoint(ids):
+            left_out = self._special_ids if skip_special_tokens else frozenset()
+            return self._decode_pieces([i for i in ids if i not in left_out])
         if len(ids) <= _FEW_IDS:
             return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
@@ -205,8 +216,8 @@ class Tokenizer:
 
     def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """Text of each token alone, special tokens included."""
-        distinct = list(set(token_ids))
-        texts: dict[int, str] = {}
+        texts = {i: self._added_tokens[i].content for i in self._changed_tokens}
+        distinct = list(set(token_ids) - self._changed_tokens)
         for begin in range(0, len(distinct), _DECODED_AT_ONCE):
             some = distinct[begin : begin + _DECODED_AT_ONCE]
             alone = [[token_id] for token_id in some]
@@ -214,15 +225,34 @@ class Tokenizer:
             texts.update(zip(some, decoded, strict=True))
         return [texts[token_id] for token_id in token_ids]
 
+    def _decode_pieces(self, token_ids: list[int]) -> str:
+        """Decode token ids, some of which are in `_changed_tokens`."""
+        if (table := self.token_bytes) is not None:
+            spelled = [table[i] for i in token_ids if i < len(table)]
+            return b"".join(spelled).decode(errors="replace")
+        changed, decoder = self._changed_tokens, self._backend.decoder
+        pieces = [_MARK if i in changed else self._backend.id_to_token(i) for i in token_ids]
+        known = [piece for piece in pieces if piece is not None]
+        text = " ".join(known) if decoder is None else decoder.decode(known)
+        contents = iter([self._added_tokens[i].content for i in token_ids if i in changed])
+        return re.sub(_MARK, lambda _: next(contents, _MARK), text)
+
     def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any
+    ) -> list[int]:
+        """Token ids of a conversation; the arguments are those of `render_chat`."""
+        prompt = self.render_chat(messages, *args, **kwargs)
+        return self.encode(prompt.text, add_special_tokens=False, masked=prompt.masked)
+
+    def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         *,
         allow_special_tokens_in_text: bool = False,
         **kwargs: Any,
-    ) -> list[int]:
-        """Token ids of a conversation.
+    ) -> RenderedPrompt:
+        """Render a conversation.
 
         Args:
             messages: dicts with "role" and "content".
@@ -237,10 +267,7 @@ class Tokenizer:
         if self.chat_renderer is None:
             raise ValueError(f"{self.why_no_chat}; send a plain prompt instead of messages")
         control = None if allow_special_tokens_in_text else self.control_tokens
-        prompt = render_prompt(
-            self.chat_renderer, control, messages, add_generation_prompt, **kwargs
-        )
-        return self.encode(prompt.text, add_special_tokens=False, masked=prompt.masked)
+        return render_prompt(self.chat_renderer, control, messages, add_generation_prompt, **kwargs)
 
     def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
         """Those of the texts which are special tokens, left out of decoded text, and their ids."""
@@ -254,17 +281,10 @@ class Tokenizer:
         None unless the decoder is byte-level: only there is a text the concatenation of its
         tokens' bytes. Ids without a token are empty.
         """
-        if not isinstance(self._backend.decoder, ByteLevel):
+        if not _is_byte_level(self._backend.decoder):
             return None
-        vocab = self._backend.get_vocab(with_added_tokens=True)
-        table = [b""] * (max(vocab.values(), default=-1) + 1)
-        byte_of_char = _byte_level_alphabet()
-        for token, token_id in vocab.items():
-            try:
-                table[token_id] = bytes([byte_of_char[char] for char in token])
-            except KeyError:
-                table[token_id] = token.encode()
-        return table
+        contents = {i: token.content for i, token in self._added_tokens.items()}
+        return byte_table(self._backend.get_vocab(with_added_tokens=True), contents)
 
     def text_token_bytes(self, kept: frozenset[int] = frozenset()) -> list[bytes] | None:
         """Like `token_bytes`, with nothing for special tokens but those in `kept`."""
@@ -286,6 +306,17 @@ class Tokenizer:
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
         """Tokens beside the vocabulary, by id."""
         return self._backend.get_added_tokens_decoder()
+
+    @cached_property
+    def _changed_tokens(self) -> frozenset[int]:
+        """Ids of the added tokens that the decoder of `tokenizers` changes."""
+        changed = set()
+        for token_id, token in self._added_tokens.items():
+            # at the beginning and after a token
+            text = self._backend.decode([token_id] * 2, skip_special_tokens=False)
+            if text not in (token.content * 2, f"{token.content} {token.content}"):
+                changed.add(token_id)
+        return frozenset(changed)
 
     @cached_property
     def _longest_added_token(self) -> int:
@@ -338,26 +369,25 @@ class Tokenizer:
 
         Empty for an id without a token. Where the decoder is not byte-level, what a token stands
         for may depend on its neighbours; then it is the token as it is written in the vocabulary,
-        with its word mark as a space.
+        with its word mark as a space. An added token is its content.
         """
         table = self.token_bytes
         if table is not None:
             return table[token_id] if token_id < len(table) else b""
+        if token_id in self._added_tokens:
+            return self._added_tokens[token_id].content.encode()
         piece = self._backend.id_to_token(token_id) or ""
         byte = _BYTE_TOKEN.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """Character -> byte of the byte-level alphabet (GPT-2's): no control character or space.
-
-    Printable Latin-1 bytes stand for themselves, the other bytes for U+0100 onwards in order.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet.update({chr(0x100 + i): byte for i, byte in enumerate(others)})
-    return alphabet
+def _is_byte_level(decoder: Decoder | None) -> bool:
+    """Whether a decoder maps the characters of tokens to bytes and does nothing else."""
+    if decoder is None:
+        return False
+    state = json.loads(decoder.__getstate__())
+    kinds = {step["type"] for step in state.get("decoders", [state])}
+    return "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

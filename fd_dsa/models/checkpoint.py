@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -12,8 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fd_dsa.errors import CheckpointError
-from fd_dsa.models.config_reader import read_json_object
+from fd_dsa.errors import CheckpointError, shorten
+from fd_dsa.models.config_reader import parse_json, read_json_object
 from fd_dsa.models.dequantize import SCALE_SUFFIX, TensorInfo
 from fd_dsa.models.sources import StoredTensor
 
@@ -23,6 +22,8 @@ SINGLE_FILE = "model.safetensors"
 MTP_FILE = "mtp.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
+# the largest releases have 300,000 in more than 100 files
+_MAX_TENSORS = 1 << 19
 
 
 class Checkpoint:
@@ -41,9 +42,8 @@ class Checkpoint:
         for path, mapped in self._maps.items():
             for info in _infos_of(path, mapped):
                 if info.name in self._infos:
-                    raise CheckpointError(
-                        f"{path}: tensor {info.name!r} is in {self._infos[info.name].file.name} too"
-                    )
+                    other = self._infos[info.name].file.name
+                    raise CheckpointError(f"{path}: tensor {shorten(info.name)} is in {other} too")
                 self._infos[info.name] = info
 
     @classmethod
@@ -153,7 +153,7 @@ class Checkpoint:
             infos = {name_of(name): info for name, info in self._infos.items()}
             if len(infos) < len(self._infos):
                 twice = next(i for n, i in self._infos.items() if infos[name_of(n)] is not i)
-                raise CheckpointError(f"{twice.file}: tensor {twice.name!r} is there twice")
+                raise CheckpointError(f"{twice.file}: tensor {shorten(twice.name)} is there twice")
             self._infos = infos
         return self
 
@@ -164,13 +164,13 @@ class Checkpoint:
             if info is None or info.file.name != shard:
                 place = "no shard" if info is None else info.file.name
                 raise CheckpointError(
-                    f"{index}: tensor {name!r}: expected in {shard}, found in {place}"
+                    f"{index}: tensor {shorten(name)}: expected in {shard:.100}, found in {place}"
                 )
         extra = self._infos.keys() - weight_map.keys()
         if extra:
             name = min(extra)
             raise CheckpointError(
-                f"{self._infos[name].file}: tensor {name!r} is not in {index.name} "
+                f"{self._infos[name].file}: tensor {shorten(name)} is not in {index.name} "
                 f"({len(extra)} such)"
             )
 
@@ -179,17 +179,20 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     """File name of each tensor."""
     weight_map: Any = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map: got {weight_map!r}, allowed: an object")
+        raise CheckpointError(f"{index}: weight_map: got {shorten(weight_map)}, allowed: an object")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or Path(shard).name != shard:
             raise CheckpointError(
-                f"{index}: weight_map.{name}: got {shard!r}, allowed: a file name in the folder"
+                f"{index}: weight_map.{name:.100}: got {shorten(shard)}, allowed: a file name in "
+                "the folder"
             )
     return weight_map
 
 
 def _map_file(path: Path) -> mmap.mmap:
     """A file mapped for reading, its header checked."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is no regular file; fetch the model's own")
     try:
         # numpy is the library's name for no tensor library
         with safe_open(path, framework="numpy"), path.open("rb") as file:
@@ -208,8 +211,15 @@ def _map_file(path: Path) -> mmap.mmap:
 def _infos_of(path: Path, mapped: mmap.mmap) -> list[TensorInfo]:
     """What a checked header says, in the order of the tensors' bytes."""
     start = _LENGTH_BYTES + int.from_bytes(mapped[:_LENGTH_BYTES], "little")
-    header = json.loads(mapped[_LENGTH_BYTES:start])
+    try:
+        header = parse_json(mapped[_LENGTH_BYTES:start])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: header: {error}; fetch the file again") from None
     header.pop("__metadata__", None)
+    if len(header) > _MAX_TENSORS:
+        raise CheckpointError(
+            f"{path}: has {len(header)} tensors, allowed: at most {_MAX_TENSORS} in one file"
+        )
     infos = []
     for name, entry in header.items():
         (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])

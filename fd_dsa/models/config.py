@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.errors import flag_error
-from fd_dsa.models.config_reader import INT32_MAX, FieldReader, as_integer, read_json_object
+from fd_dsa.models.config_reader import FieldReader, as_integer, read_json_object
 from fd_dsa.models.families import FAMILIES, Family, check_family
 from fd_dsa.models.rope_config import RopeConfig, read_rope, yarn_mscale
 
@@ -24,9 +24,15 @@ _READ_APART = (
     "rope_theta",
     "shares_selections",
 )
-# many times what any model has; a list is made of so many layers and experts, and a table of so
-# many positions, before a weight is looked at
-MOST = {"num_hidden_layers": 1024, "max_position_embeddings": 1 << 24}
+# many times the sizes of any model: lists of layers and experts, tables of positions and buffers of
+# selections are made from these numbers before a weight is read
+MOST = {
+    "num_hidden_layers": 1024,
+    "max_position_embeddings": 1 << 24,
+    "vocab_size": 1 << 24,
+    "index_topk": 1 << 16,
+}
+_MOST_WIDTH = 1 << 20
 MOST_EXPERTS = 1 << 18
 
 # fields with one supported value: any other would change the result
@@ -246,7 +252,7 @@ def read_plain(reader: FieldReader, of: Iterable[tuple[Field[Any], Any]]) -> dic
     for one, default in of:
         name = one.name
         if one.type == "int":
-            values[name] = reader.integer(name, default, maximum=MOST.get(name, INT32_MAX))
+            values[name] = reader.integer(name, default, maximum=MOST.get(name, _MOST_WIDTH))
         elif one.type == "float":
             values[name] = reader.positive(name, default)
         elif one.type == "bool":

@@ -4,36 +4,78 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, shorten
 from fd_dsa.models.known_fields import NULL_IS_ABSENT, is_harmless, same_value
 
 # sizes and positions are int32 in kernels
 INT32_MAX = (1 << 31) - 1
+MAX_FILE_BYTES = 256 << 20
+"""Size of a file of a model folder that is no weights; the largest tokenizers have 40 MB."""
 _MAX_NAMES, _MAX_NAME = 12, 80
+
+
+def check_file(path: Path) -> None:
+    """Check that a file of a model folder can be read in a bounded time and memory.
+
+    Raises:
+        ConfigError: the path is missing, is no regular file, such as a device or a pipe, or has
+            more than `MAX_FILE_BYTES`.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: file not found; a model folder in Hugging Face format holds it"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path}: is no regular file; replace it by the model's own")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"{path}: has {status.st_size} bytes, allowed: at most {MAX_FILE_BYTES}; replace it by "
+            "the model's own"
+        )
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ConfigError: the file is missing, cannot be read, or holds no JSON object.
+        ConfigError: see `check_file`; or the file holds no JSON object, or one with a name twice.
     """
+    check_file(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: file not found; a model folder in Hugging Face format holds it"
-        ) from None
+        data = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: got a JSON {type(data).__name__}, allowed: an object")
     return data
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises:
+        ValueError, RecursionError: the text is no JSON, or an object has a name twice, of which
+            readers keep one value or the other.
+    """
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = set[str]()
+        twice = next(name for name, _ in pairs if name in names or names.add(name))
+        raise ValueError(f"the name {shorten(twice)} is there twice in one object")
+    return made
 
 
 def as_integer(value: object) -> int | None:
@@ -64,7 +106,7 @@ class FieldReader:
 
     def error(self, name: str, got: object, allowed: str, hint: str = "") -> ConfigError:
         """The error of one field: file, field, got, allowed, what to do."""
-        text = f"{self.source}: {self._prefix}{name}: got {got!r}, allowed: {allowed}"
+        text = f"{self.source}: {self._prefix}{name}: got {shorten(got)}, allowed: {allowed}"
         return ConfigError(f"{text}; {hint}" if hint else text)
 
     def raw(self, name: str, default: Any = None) -> Any:
@@ -197,7 +239,7 @@ class FieldReader:
         if allowed or not unknown:
             return tuple(listed)
         names = ", ".join(listed)
-        value = reprlib.repr(next(iter(unknown.values())))
+        value = shorten(next(iter(unknown.values())))
         raise ConfigError(
             f"{self.source}: {listed[0]}: got {value}, allowed: fields that fd_dsa knows, "
             f"since another may change results (unknown: {names}); use an engine that knows them, "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from fd_dsa.distributed import Group
-from fd_dsa.errors import CheckpointError, flag_error
+from fd_dsa.errors import CheckpointError, flag_error, shorten
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK, FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
@@ -72,7 +72,8 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     for name in unexpected:
         info = checkpoint.info(name)
         problems.append(
-            f"{info.file}: tensor {name!r}: unexpected, found {info.dtype} {list(info.shape)}"
+            f"{info.file}: tensor {shorten(name)}: unexpected, found {info.dtype} "
+            f"{list(info.shape)}"
         )
     problems += _tied_head_problems(checkpoint, config)
     if problems:
@@ -190,7 +191,7 @@ def _problems(
             )
             continue
         info = checkpoint.info(name)
-        where = f"{info.file}: tensor {name!r}"
+        where = f"{info.file}: tensor {shorten(name)}"
         if info.shape != tensor.shape:
             hint = f" (vocab_size is {config.vocab_size})" if name in (EMBEDDING, LM_HEAD) else ""
             yield f"{where}: expected shape {list(tensor.shape)}{hint}, found {list(info.shape)}"

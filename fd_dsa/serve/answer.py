@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from fd_dsa.serve.errors import ApiError, internal_error
 from fd_dsa.serve.generation import Job, check_form, stream_outputs
+from fd_dsa.serve.heartbeat import pinging
 from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
 from fd_dsa.serve.logprobs import prompt_logprobs, token_text
 from fd_dsa.serve.protocol.generation import GenerationRequest
@@ -29,9 +30,8 @@ if TYPE_CHECKING:
 
 _Body = TypeVar("_Body", bound=GenerationRequest)
 
-# of a whole answer: 0.1 ms
-_SHORT_TOKENS = 4096
-_DONE = b"data: [DONE]\n\n"
+SHORT_TOKENS = 4096
+"""Of a whole answer that is written in 0.1 ms."""
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -48,17 +48,18 @@ async def respond(
     Args:
         make: tokenizes and checks the prompts of an answer with this id; runs in a thread, since
             that may take a while.
+        prefix: beginning of the id.
     """
     state.check_available(is_accepted=True)
     model = state.resolve_model(body.model)
-    answer_id = f"{prefix}-{uuid.uuid4().hex}"
+    answer_id = f"{prefix}{uuid.uuid4().hex}"
     answer = await state.prompt_workers.run(make, answer_id, request=request)
     await unless_gone(request, check_form(state, answer.jobs[0], answer.prompt_field))
     state.hold(request.scope["state"], sum(job.params.n for job in answer.jobs), "n")
     kind = answer.chunk_object if body.stream else answer.whole_object
     head = {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
     if body.stream:
-        return EventStream(answer.chunks(head), request.state.request_id)
+        return EventStream(answer, head, request.state.request_id)
     await unless_gone(request, answer.collect())
     return await state.workers.run(answer.whole, head, request=request, is_short=answer.is_short)
 
@@ -77,6 +78,10 @@ class Answer(ABC, Generic[_Body]):
     """Field of the request that its prompts come from."""
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
+    names_events: ClassVar[bool] = False
+    """Whether an event of a stream has its chunk's `type` as its name."""
+    stream_end: ClassVar[bytes] = b"data: [DONE]\n\n"
+    """Last bytes of a stream."""
 
     def __init__(self, state: ServerState, body: _Body, jobs: Sequence[Job]) -> None:
         self.state, self.body, self.jobs = state, body, jobs
@@ -110,7 +115,7 @@ class Answer(ABC, Generic[_Body]):
         is_scored = params.logprobs is not None or params.prompt_logprobs is not None
         if is_scored or params.return_topk_positions or self.body.return_token_ids:
             return False
-        return sum(output.num_tokens for output in self.outputs.values()) <= _SHORT_TOKENS
+        return sum(output.num_tokens for output in self.outputs.values()) <= SHORT_TOKENS
 
     def is_small(self, job_index: int, output: RequestOutput) -> bool:
         """Whether the chunks of a step are short: nothing of the prompt, no chosen positions."""
@@ -133,18 +138,28 @@ class Answer(ABC, Generic[_Body]):
         """The chunks of a streamed answer, those of all choices as they come, then the usage."""
         for chunk in self.opening():
             yield {**head, **chunk, **self._usage_so_far()}
-        async with contextlib.aclosing(stream_outputs(self.state, self.jobs)) as outputs:
-            async for job_index, output in outputs:
-                is_small = self.is_small(job_index, output)
-                choices = await self.state.workers.run(
-                    self.deltas, job_index, output, is_short=is_small
-                )
-                self.outputs[job_index, output.index] = output
+        async with contextlib.aclosing(self.steps()) as steps:
+            async for choices in steps:
                 usage = self._usage_so_far() if choices else {}
                 for choice in choices:
                     yield {**head, "choices": [choice], **usage}
         if self.body.include_usage:
             yield {**head, "choices": [], "usage": self.usage()}
+
+    async def steps(self) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """Run the jobs; yields the `deltas` of each step."""
+        async with contextlib.aclosing(stream_outputs(self.state, self.jobs)) as outputs:
+            async for job_index, output in outputs:
+                is_small = self.is_small(job_index, output)
+                deltas = await self.state.workers.run(
+                    self.deltas, job_index, output, is_short=is_small
+                )
+                self.outputs[job_index, output.index] = output
+                yield deltas
+
+    def failure(self, error: ApiError) -> dict[str, Any]:
+        """The chunk of a stream that fails after its beginning."""
+        return error.body()
 
     def _usage_so_far(self) -> dict[str, Any]:
         """The field `usage` of a chunk before the last one; null in the OpenAI API."""
@@ -223,34 +238,42 @@ def shown(
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events: `data: {json}` for each chunk, `data: [DONE]` at the end.
+    """Server-sent events: `data: {json}` for each chunk, then the end of the answer's streams.
 
     However the response ends, the generators are closed: a client that goes away aborts its
-    requests at once, not when a generator happens to be collected. An exception inside the stream
-    becomes one error event before `[DONE]`.
+    requests at once, not when a generator happens to be collected. The head is sent at once, and a
+    comment whenever no chunk comes for `sse_ping_interval`. An exception inside the stream
+    becomes one error event before the end.
     """
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], request_id: str) -> None:
-        self._chunks, self._request_id = chunks, request_id
+    def __init__(self, answer: Answer[Any], head: dict[str, Any], request_id: str) -> None:
+        self._answer, self._request_id = answer, request_id
+        self._chunks = answer.chunks(head)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(iter(()), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.body_iterator = events = self._events()
-        async with contextlib.aclosing(self._chunks), contextlib.aclosing(events):
-            await super().__call__(scope, receive, send)
+        state: ServerState = scope["app"].state.server
+        async with (
+            contextlib.aclosing(self._chunks),
+            contextlib.aclosing(events),
+            pinging(send, state.options.sse_ping_interval) as send_event,
+        ):
+            await super().__call__(scope, receive, send_event)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:
             async for chunk in self._chunks:
-                yield _event(chunk)
+                yield self._event(chunk)
         except ApiError as error:
-            yield _event(error.body())
+            yield self._event(self._answer.failure(error))
         except Exception:
             logger.exception("request %s failed while streaming", self._request_id)
-            yield _event(internal_error(self._request_id).body())
-        yield _DONE
+            yield self._event(self._answer.failure(internal_error(self._request_id)))
+        if self._answer.stream_end:
+            yield self._answer.stream_end
 
-
-def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(chunk) + b"\n\n"
+    def _event(self, chunk: dict[str, Any]) -> bytes:
+        name = f"event: {chunk['type']}\n".encode() if self._answer.names_events else b""
+        return name + b"data: " + orjson.dumps(chunk) + b"\n\n"

@@ -16,12 +16,22 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fd_dsa import __version__
-from fd_dsa.serve import chat, completions, metrics, pages, status, tokenization
+from fd_dsa.serve import (
+    chat,
+    completions,
+    messages,
+    metrics,
+    pages,
+    responses,
+    status,
+    tokenization,
+)
 from fd_dsa.serve.errors import (
     ERROR_RESPONSES,
     ApiError,
     install_error_handlers,
     internal_error,
+    is_anthropic,
 )
 from fd_dsa.serve.guard import GuardMiddleware
 from fd_dsa.serve.state import ServerState, State
@@ -68,7 +78,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     app.include_router(router)
-    for part in (chat, completions, tokenization, status, metrics):
+    for part in (chat, completions, responses, messages, tokenization, status, metrics):
         app.include_router(part.router)
     app.include_router(pages.api_router)
     app.mount(pages.STATIC_PREFIX, pages.PageFiles())
@@ -102,8 +112,11 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
 class RequestIdMiddleware:
     """Gives every response an `X-Request-Id` (the client's own if it sent one).
 
-    An exception that no handler took is logged with that id and answered with a 500; what is cut
-    off by the end of the server with a 503.
+    Clients of the Anthropic API read it as `request-id`.
+
+    `HEAD` is answered as `GET` on every path: the connection leaves out the body, whose length
+    the head has. An exception that no handler took is logged with that id and answered with a
+    500; what is cut off by the end of the server with a 503.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -117,14 +130,19 @@ class RequestIdMiddleware:
         sent = Headers(scope=scope).get("x-request-id", "")
         is_plain = 0 < len(sent) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(sent)
         request_id = sent if is_plain else uuid.uuid4().hex
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        state = {**scope.get("state", {}), "request_id": request_id}
+        scope = {**scope, "method": method, "state": state}
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                if is_anthropic(scope["path"]):
+                    headers["request-id"] = request_id
             await send(message)
 
         try:
@@ -137,9 +155,9 @@ class RequestIdMiddleware:
             logger.warning("request %s: ended by the shutdown", request_id)
             if not started:
                 error = ApiError(503, "the server has shut down before it came to the request")
-                await error.response()(scope, receive, send_with_id)
+                await error.response(scope["path"])(scope, receive, send_with_id)
         except Exception:
             logger.exception("request %s failed", request_id)
             if not started:
                 error = internal_error(request_id)
-                await error.response()(scope, receive, send_with_id)
+                await error.response(scope["path"])(scope, receive, send_with_id)

@@ -19,6 +19,7 @@ from fd_dsa.chat.parser import (
 )
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.chat.tool_formats import ToolFormat
+from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
@@ -41,9 +42,16 @@ _compiled = functools.lru_cache(16)(
 
 
 def make_job(
-    state: ServerState, body: ChatCompletionRequest, request_id: str
+    state: ServerState,
+    body: ChatCompletionRequest,
+    request_id: str,
+    *,
+    at_most: int | None = None,
 ) -> tuple[Job, AnswerFormat]:
     """Render and tokenise the conversation; takes a while, so it belongs into a thread.
+
+    Args:
+        at_most: tokens to generate if the context has room for more, of a body that does not say.
 
     Raises:
         ApiError: 400, the conversation cannot be rendered or does not fit, the model has no
@@ -71,7 +79,8 @@ def make_job(
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
-    default = most_scored_tokens(limit, len(prompt), body)
+    bounds = (most_scored_tokens(limit, len(prompt), body), at_most)
+    default = min((bound for bound in bounds if bound is not None), default=None)
     max_tokens = resolve_max_tokens(
         state, len(prompt), asked, default=default, param=param, source="messages"
     )
@@ -80,6 +89,7 @@ def make_job(
     params = dataclasses.replace(
         params,
         kept_special_token_ids=frozenset(special_ids.values()),
+        reasoning=None if body.constrain_reasoning else Reasoning.of(answer),
         structured_outputs=_form(params.structured_outputs, body, answer),
     )
     job = Job(request_id, prompt, params)
@@ -188,18 +198,29 @@ def _texts(value: Any) -> Iterator[str]:
 def _form(
     asked: StructuredOutputsParams | None, body: ChatCompletionRequest, answer: AnswerFormat
 ) -> StructuredOutputsParams | None:
-    """The form of the whole answer: that of forced calls, or the one asked for.
+    """The form of the whole answer: calls, the form asked for, or either of the two.
 
-    The model reasons freely before either.
+    The model reasons freely before it. `response_format` is the form of content, so a forced call
+    has none of it.
     """
     after = THINK_END if answer.begins_in_reasoning else None
-    if body.choice.mode not in ("required", "named"):
-        return None if asked is None else dataclasses.replace(asked, after_text=after)
-    if asked is not None:
+    is_forced = body.choice.mode in ("required", "named")
+    if not is_forced:
+        if asked is None:
+            return None
+        calls = None if answer.tool_format is None else _calls(body, answer)
+        return dataclasses.replace(asked, after_text=after, alternative=calls)
+    if asked is not None and asked.source != "response_format":
         raise FieldError(
-            f"{asked.source}: given beside a tool_choice that forces calls; an answer has one form"
+            f"{asked.source}: got it with a tool_choice that forces calls; must be left out; or "
+            "use tool_choice auto, with which an answer is a call or has this form"
         )
-    assert answer.tool_format is not None, "checked: calls are forced only where there are tools"
+    return dataclasses.replace(_calls(body, answer), after_text=after)
+
+
+def _calls(body: ChatCompletionRequest, answer: AnswerFormat) -> StructuredOutputsParams:
+    """The form of answers that call one of the tools, or the tool that `tool_choice` names."""
+    assert answer.tool_format is not None, "checked: there is a format if there are tools"
     name = body.choice.name
     grammar = forced_calls_grammar(
         answer.tool_format.name,
@@ -207,6 +228,6 @@ def _form(
         several=not body.one_call,
     )
     try:
-        return StructuredOutputsParams(grammar=grammar, after_text=after, source="tools")
+        return StructuredOutputsParams(grammar=grammar, source="tools")
     except ValueError as error:
         raise ApiError(400, str(error), param="tools") from error

@@ -90,7 +90,7 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     """Continue each prompt; one choice per prompt, in their order."""
     state.hold(request.scope["state"], len(body.prompt))
     make = functools.partial(_read_prompts, state, body)
-    return await respond(make, "cmpl", body, request, state)
+    return await respond(make, "cmpl-", body, request, state)
 
 
 def _read_prompts(

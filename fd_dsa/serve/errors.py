@@ -1,6 +1,9 @@
-"""Every failure leaves the server as one OpenAI error object.
+"""Every failure leaves the server as one error object, of the OpenAI API or of Anthropic's.
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+    {"type": "error", "error": {"type": ..., "message": ...}}
+
+The second form is that of the paths below /v1/messages.
 
 Source: the shape that the `openai` client parses; statuses follow the OpenAI API (400, 401, 403,
 404, 405, 408, 413, 415, 429, 431, 500, 503), and validation is 400, never FastAPI's 422.
@@ -43,6 +46,17 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+# types of the Anthropic API; any other status below 500 is an invalid request
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_ANTHROPIC_PATH = "/v1/messages"
 # endpoints of other servers that people try, and what fd_dsa is not for
 _OUT_OF_SCOPE = {
     "/v1/embeddings": "embeddings",
@@ -55,9 +69,14 @@ _OUT_OF_SCOPE = {
     "/v1/files": "files",
     "/v1/batches": "batches of files",
     "/v1/fine_tuning": "training",
-    "/v1/responses": "the Responses API",
-    "/v1/messages": "the Anthropic API",
+    "/v1/responses": "storage of responses",
+    "/v1/messages/batches": "batches of messages",
 }
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether the clients of a path speak the Anthropic API."""
+    return f"{path}/".startswith(f"{_ANTHROPIC_PATH}/")
 
 
 class ErrorObject(BaseModel):
@@ -109,16 +128,20 @@ class ApiError(FdDsaError):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """The error object."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The error object in the form that clients of a path read."""
+        if is_anthropic(path):
+            general = "api_error" if self.status >= 500 else "invalid_request_error"
+            kind = _ANTHROPIC_TYPES.get(self.status, general)
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
         general = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = _TYPES.get(self.status, general)
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JsonResponse:
-        """The error object with its status and headers."""
-        return JsonResponse(self.body(), status_code=self.status, headers=self.headers)
+    def response(self, path: str = "") -> JsonResponse:
+        """The error object with its status and headers, for a request to a path."""
+        return JsonResponse(self.body(path), status_code=self.status, headers=self.headers)
 
 
 class FieldError(ApiError):
@@ -149,7 +172,7 @@ def install_error_handlers(app: FastAPI) -> None:
         if isinstance(error, HTTPException):
             error = _from_http_exception(request, error)
         assert isinstance(error, ApiError)
-        return error.response()
+        return error.response(request.url.path)
 
     app.add_exception_handler(ApiError, answer)
     app.add_exception_handler(HTTPException, answer)
@@ -167,7 +190,11 @@ def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
         here = f"this server generates text{scope}; it has {routes}"
         return ApiError(404, f"path {path} does not exist here; {here}")
     if error.status_code == 405:
-        allowed = headers.get("allow") or headers.get("Allow") or "another method"
+        allowed = headers.pop("allow", "") or headers.pop("Allow", "another method")
+        # see RequestIdMiddleware
+        if allowed == "GET":
+            allowed = "GET, HEAD"
+        headers["Allow"] = allowed
         message = f"method {request.method} is not allowed on {path}; use {allowed}"
         return ApiError(405, message, headers=headers)
     return ApiError(error.status_code, str(error.detail), headers=headers)

@@ -42,6 +42,8 @@ class ServerOptions:
     max_prompt_bytes: int | None = None
     max_concurrency: int = 512
     max_connections: int = DEFAULT_MAX_CONNECTIONS
+    timeout_keep_alive: int = 75
+    sse_ping_interval: float = 15.0
     log_requests: bool = False
     disable_ui: bool = False
     tool_call_parser: str = AUTO
@@ -139,6 +141,10 @@ _FLAGS = {
         "--max-connections N": "connections that may have a request in progress; idle ones are "
         "closed to make room, any other request is a 503 (default: 4096, fewer where ulimit -n is "
         "lower)",
+        "--timeout-keep-alive S": "seconds for which a connection stays open without a request; "
+        "longer than a proxy in front keeps its connections (default: 75)",
+        "--sse-ping-interval S": "seconds without a chunk after which a stream gets a comment, so "
+        "that proxies keep it; 0 for none (default: 15)",
         "--allowed-host NAME": "name that the Host header of requests may have, beside localhost "
         "and --host; may be repeated, * allows all (default: checked on loopback addresses only)",
         "--disable-ui": "do not serve the chat page at /",
@@ -208,7 +214,8 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "api_key": values.key,
     "host": values.host,
     "port": values.port,
-    "shutdown_timeout": values.number(float, 0),
+    **dict.fromkeys(("shutdown_timeout", "sse_ping_interval"), values.number(float, 0)),
+    "timeout_keep_alive": _POSITIVE,
 }
 _CHOICES = {
     "device": DEVICES,

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fd_dsa.serve.body import check_length, receive_body
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.errors import ApiError, is_anthropic, show
 from fd_dsa.serve.pages import PAGE_PATHS, STATIC_PREFIX
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.status import PROBE_PATHS
@@ -99,7 +99,7 @@ class GuardMiddleware:
                     held.callback(self._state.release, scope["state"])
                     self._state.hold(scope["state"], 1)
             except ApiError as error:
-                await error.response()(scope, receive, send)
+                await error.response(scope["path"])(scope, receive, send)
                 return
             await self._app(scope, receive, send)
 
@@ -115,7 +115,7 @@ class GuardMiddleware:
             options.hosts(host)
         if scope["path"] in OPEN_PATHS or scope["path"].startswith(STATIC_PREFIX):
             return False
-        self._check_key(headers.get("authorization", ""))
+        self._check_key(headers, scope["path"])
         length = headers.get("content-length", "")
         check_length(int(length) if length.isdigit() else 0, options)
         if scope["method"] != "POST":
@@ -130,20 +130,29 @@ class GuardMiddleware:
         self._state.check_available()
         return True
 
-    def _check_key(self, authorization: str) -> None:
+    def _check_key(self, headers: Headers, path: str) -> None:
         if not self._key_digests:
             return
-        scheme, _, key = authorization.partition(" ")
-        # starlette reads headers as Latin-1; the key is the bytes that came
-        digest = sha256(key.strip().encode("latin-1")).digest()
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        keys = [key.strip()] if scheme.lower() == "bearer" else []
+        send = "Authorization: Bearer KEY"
+        if is_anthropic(path):
+            keys.append(headers.get("x-api-key", "").strip())
+            send = "x-api-key: KEY, or Authorization: Bearer KEY"
         # all of them: the time it takes does not depend on which is the right one
-        matches = [hmac.compare_digest(digest, known) for known in self._key_digests]
-        if scheme.lower() == "bearer" and any(matches):
+        if any([self._is_key(key) for key in keys]):
             return
-        what = "the API key is none of this server's" if key else "no API key came with the request"
+        is_sent = key or any(keys)
+        no_key = "no API key came with the request"
+        what = "the API key is none of this server's" if is_sent else no_key
         raise ApiError(
             401,
-            f"{what}; send the header Authorization: Bearer KEY",
+            f"{what}; send the header {send}",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+    def _is_key(self, key: str) -> bool:
+        # starlette reads headers as Latin-1; the key is the bytes that came
+        digest = sha256(key.encode("latin-1")).digest()
+        return any([hmac.compare_digest(digest, known) for known in self._key_digests])

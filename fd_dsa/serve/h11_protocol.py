@@ -206,7 +206,9 @@ class StrictH11Protocol(H11Protocol):
         self._listener = listener
         self._give_up: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
-        self._is_refused = False
+        self._is_refused = self._is_head_request = False
+        # of the request whose head came last; empty before a head
+        self._path = ""
 
     @property
     def has_unread(self) -> bool:
@@ -242,6 +244,7 @@ class StrictH11Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         """The answer has been handed over, perhaps before the whole request had come."""
         self._listener.waits(self)
+        self._is_head_request = False
         if self.conn.their_state is h11.SEND_BODY:
             self._expect_head()
         super().on_response_complete()
@@ -255,7 +258,10 @@ class StrictH11Protocol(H11Protocol):
 
     def _admit(self, request: h11.Request) -> None:
         """Count a request; where all places are taken only a probe is served."""
-        is_probe = request.target.partition(b"?")[0] in _PROBES
+        self._is_head_request = request.method == b"HEAD"
+        path = request.target.partition(b"?")[0]
+        self._path = path.decode("ascii", "replace")
+        is_probe = path in _PROBES
         if self._listener.is_full and not is_probe:
             raise ApiError(
                 503,
@@ -280,7 +286,7 @@ class StrictH11Protocol(H11Protocol):
         if self.conn.our_state not in _CAN_ANSWER:
             self.transport.close()
             return
-        answer = error.response()
+        answer = error.response(self._path)
         headers = [
             *answer.raw_headers,
             (b"x-request-id", request_id.encode()),
@@ -289,7 +295,7 @@ class StrictH11Protocol(H11Protocol):
         reason = HTTPStatus(error.status).phrase.encode()
         for event in (
             h11.Response(status_code=error.status, headers=headers, reason=reason),
-            h11.Data(data=bytes(answer.body)),
+            h11.Data(data=b"" if self._is_head_request else bytes(answer.body)),
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event))
@@ -299,6 +305,7 @@ class StrictH11Protocol(H11Protocol):
     def _expect_head(self) -> None:
         """Give the client its time for the head of a request, or for the rest of a refused one."""
         self._forget_head()
+        self._path = ""
         self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_is_late)
 
     def _forget_head(self) -> None:

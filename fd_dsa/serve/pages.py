@@ -45,13 +45,13 @@ class PageFiles(StaticFiles):
         return response
 
 
-@chat_router.api_route("/", methods=["GET", "HEAD"])
+@chat_router.get("/")
 async def chat_page() -> FileResponse:
     """The page to talk to the model."""
     return FileResponse(_FOLDER / "index.html", headers=_HEADERS)
 
 
-@api_router.api_route("/docs", methods=["GET", "HEAD"])
+@api_router.get("/docs")
 async def api_page() -> FileResponse:
     """What the server answers to."""
     return FileResponse(_FOLDER / "docs.html", headers=_HEADERS)

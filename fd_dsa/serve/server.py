@@ -143,6 +143,7 @@ class DrainingServer(uvicorn.Server):
                 ws="none",
                 log_config=None,
                 server_header=False,
+                timeout_keep_alive=state.options.timeout_keep_alive,
                 timeout_graceful_shutdown=_LAST_RESPONSES_S,
             )
         )

@@ -116,6 +116,8 @@ def in_glm(value: str | None) -> str:
     [
         ({"properties": {"k": {"type": "integer"}}, "required": ["k"]}, ["5"], ["[5]", None]),
         ({"properties": {"k": {"type": "integer"}}}, ["5", None], ["true"]),
+        # a format that JSON Schema does not know is an annotation
+        ({"properties": {"k": {"items": {"format": "x"}, "type": "array"}}}, ['["a"]'], ["5"]),
         ({"properties": {"k": {"type": "string"}}, "required": ["k"]}, ['"a b"', '""'], [None]),
         ({"properties": {"k": {"enum": ["a", "b"]}}, "required": ["k"]}, ['"b"'], ['"c"']),
         (

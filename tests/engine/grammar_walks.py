@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.grammar_matcher import GrammarMatcher
@@ -32,17 +33,24 @@ class Walks:
         """A matcher at the beginning of an output."""
         return GrammarMatcher(self.compiler, SamplingParams(structured_outputs=form, **fields))
 
-    def allowed(self, matcher: GrammarMatcher) -> list[int]:
+    def allowed(self, matcher: GrammarMatcher) -> npt.NDArray[np.int64]:
         """Tokens that may come next, in order."""
+        bits = np.unpackbits(self._mask(matcher).view(np.uint8), bitorder="little")
+        return np.flatnonzero(bits[: self.size])
+
+    def may_come(self, matcher: GrammarMatcher, token_id: int) -> bool:
+        """Whether a token may come next."""
+        return bool(self._mask(matcher)[token_id // 32] >> token_id % 32 & 1)
+
+    def _mask(self, matcher: GrammarMatcher) -> npt.NDArray[np.int32]:
         mask = np.zeros(-(-self.size // 32), np.int32)
         matcher.fill_bitmask(mask)
-        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: self.size]
-        return [int(i) for i in np.flatnonzero(bits)]
+        return mask
 
     def take(self, matcher: GrammarMatcher, token_ids: Sequence[int]) -> int:
         """Let an output have tokens; returns how many of them the masks allow."""
         for number, token_id in enumerate(token_ids):
-            if matcher.is_finished or token_id not in self.allowed(matcher):
+            if matcher.is_finished or not self.may_come(matcher, token_id):
                 return number
             assert matcher.count_allowed([token_id]) == 1
             matcher.accept(token_id)
@@ -50,7 +58,7 @@ class Walks:
 
     def may_end(self, matcher: GrammarMatcher) -> bool:
         """Whether the output is complete."""
-        return matcher.is_finished or self.eos in self.allowed(matcher)
+        return matcher.is_finished or (self.eos is not None and self.may_come(matcher, self.eos))
 
     def accepts(self, form: StructuredOutputsParams, text: str, **fields: Any) -> tuple[bool, bool]:
         """Whether the tokens of a text may come, and whether the output may end after them."""
@@ -61,12 +69,12 @@ class Walks:
         return True, self.may_end(matcher)
 
     def wander(
-        self, matcher: GrammarMatcher, choose: Callable[[list[int]], int], num_tokens: int
+        self, matcher: GrammarMatcher, rng: np.random.Generator, num_tokens: int
     ) -> list[int]:
-        """Tokens that `choose` takes of those allowed, until the output ends or is that long."""
+        """Random tokens of those allowed, until the output ends or is that long."""
         token_ids: list[int] = []
         while not matcher.is_finished and len(token_ids) < num_tokens:
-            token_id = choose(self.allowed(matcher))
+            token_id = int(rng.choice(self.allowed(matcher)))
             assert matcher.count_allowed([token_id]) == 1
             token_ids.append(token_id)
             matcher.accept(token_id)

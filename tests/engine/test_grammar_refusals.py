@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import time
 
 import pytest
@@ -25,6 +27,9 @@ BROKEN = {
         {"enum": []},
         {"not": {"type": "string"}},
         {"allOf": [{"type": "string"}, {"type": "number"}]},
+        {"type": "array", "uniqueItems": True},
+        {"type": "string", "format": 5},
+        {"x-guidance": 5},
     ],
 }
 
@@ -42,6 +47,39 @@ def test_a_wrong_form_is_refused_at_once_and_by_name(form, value):
     # the grammar that a form becomes is nobody's but ours
     assert " | start:" not in str(caught.value)
     assert not engine.has_unfinished_requests()
+
+
+def test_a_keyword_that_cannot_be_kept_is_named() -> None:
+    for schema, name in (
+        ({"not": {}}, r'\["not"\]'),
+        ({"properties": {"a": {"contains": {}, "format": "color"}}}, r'\["contains"\]'),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf: .*; use anyOf"),
+    ):
+        asked = SamplingParams(structured_outputs=StructuredOutputsParams(json=schema))
+        with pytest.raises(ValueError, match=name):
+            make_engine().validate([5], asked)
+
+
+def test_an_unknown_format_is_an_annotation() -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "color": {"type": "string", "format": "color", "maxLength": 3},
+            "format": {"type": "integer", "format": "int32", "maximum": 9},
+            "day": {"type": "string", "format": "date"},
+        },
+        "required": ["color", "format", "day"],
+    }
+    engine = make_engine()
+    form = StructuredOutputsParams(json=schema)
+    engine.add_request("r", [5], SamplingParams(max_tokens=400, structured_outputs=form, n=4))
+    texts = [out.text for out in run_all(engine)["r"] if out.finish_reason == "stop"]
+    assert texts
+    for text in texts:
+        value = json.loads(text)
+        assert len(value["color"]) <= 3 and value["format"] <= 9
+        # the formats that are known are kept
+        datetime.date.fromisoformat(value["day"])
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import shutil
 from datetime import datetime
 
 import pytest
+from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers import processors
 
 from fd_dsa.config import demo_model_path
+from fd_dsa.engine.detokenizer import new_detokenizer
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import ConfigError
+from tests.engine.tokenizer_kinds import KINDS
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -184,3 +186,41 @@ def test_a_folder_of_deepseek_needs_no_template(folder, model_type):
     ids = tokenizer.apply_chat_template(MESSAGES, thinking=True)
     text = "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hello<｜Assistant｜><think>"
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+# in the alphabet that writes bytes as characters, and with marks that decoders change
+ADDED = ["Bác", "Ġ", "é", "ÿ", "<Ġ>", "a▁b", "<0x41>", "##x", "  two", "<b▁c>", "plain"]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_added_token_is_its_content(kind, normalized, tmp_path):
+    backend = KINDS[kind]()
+    flags = {"normalized": normalized, "lstrip": True, "special": False}
+    backend.add_tokens([AddedToken(text, **flags) for text in ADDED])
+    backend.add_special_tokens(["<sù>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    texts = [*ADDED, "<sù>"]
+    ids = [backend.token_to_id(text) for text in texts]
+    assert tokenizer.decode_each(ids) == texts
+    assert [tokenizer.piece_bytes(i).decode() for i in ids] == texts
+    first, last = tokenizer.encode("fox", add_special_tokens=False), ids[-1]
+    for token, text in zip(ids[:-1], ADDED, strict=True):
+        some = [*first, token, token, last, *first, token]
+        whole = tokenizer.decode(some, skip_special_tokens=False)
+        assert whole.replace(" ", "").count(text.replace(" ", "")) == 3 and "<sù>" in whole
+        without = tokenizer.decode(some)
+        assert without.replace(" ", "") == whole.replace("<sù>", "").replace(" ", "")
+        assert tokenizer.decode(some, kept=frozenset([last])) == whole
+        detokenizer = new_detokenizer(tokenizer)
+        assert "".join(map(detokenizer.append, some)) + detokenizer.flush() == without
+
+
+def test_texts_with_an_added_token_come_back():
+    """As with the letters that published DeepSeek tokenizers add: ø, ö, ú, ÿ and others."""
+    backend = KINDS["deepseek"]()
+    backend.add_tokens([AddedToken(char, normalized=True) for char in ["Bác", "øß", "ÿÿ"]])
+    tokenizer = Tokenizer(backend)
+    for text in ("der Bác søß", "漢Bác字ÿÿ", "a Bácá"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text

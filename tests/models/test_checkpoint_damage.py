@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ def test_a_damaged_file(tmp_path: Path, header: bytes, data: bytes, text: str) -
     message = refusal(tmp_path)
     assert message.startswith(f"{path}: {TRUNCATED}{path.stat().st_size} bytes)")
     assert text in message and message.endswith("; fetch it again")
+
+
+def test_a_header_with_a_tensor_twice(tmp_path: Path) -> None:
+    entry = json.dumps(header_of(TENSORS)["a"]).encode()
+    path = tmp_path / "model.safetensors"
+    write_raw(path, SOUND[:-1] + b', "a": ' + entry + b"}", DATA)
+    assert refusal(tmp_path).startswith(f"{path}: header: the name 'a' is there twice")
+
+
+def test_weights_that_are_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "model.safetensors: is no regular file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", SOUND[:50], b"\xff" * 64])

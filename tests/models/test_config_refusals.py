@@ -10,6 +10,7 @@ import pytest
 
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.config_reader import MAX_FILE_BYTES
 from tests.models.folders import TINY, TINY_GLM
 
 YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32}
@@ -35,7 +36,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"n_routed_experts": 10**9}, "n_routed_experts", "at most 87381 in 3 layers"),
     ({"n_routed_experts": 10**30}, "n_routed_experts", "at most 2147483647"),
     ({"max_position_embeddings": 10**9}, "max_position_embeddings", "at most 16777216"),
-    ({"index_topk": 10**30}, "index_topk", "at most 2147483647"),
+    ({"index_topk": 10**30}, "index_topk", "at most 65536"),
     ({"n_shared_experts": 0}, "n_shared_experts", "at least 1"),
     ({"rms_norm_eps": 0}, "rms_norm_eps", "above 0"),
     ({"rms_norm_eps": float("inf")}, "rms_norm_eps", "finite"),
@@ -129,7 +130,12 @@ def test_missing_model_type() -> None:
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [(b"{", "cannot be read as JSON"), (b"\xff{}", "cannot be read"), (b"[1]", "JSON list")],
+    [
+        (b"{", "cannot be read as JSON"),
+        (b"\xff{}", "cannot be read"),
+        (b"[1]", "JSON list"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "the name 'b' is there twice in one object"),
+    ],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, text: str) -> None:
@@ -138,6 +144,37 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, text: str) -> 
     with pytest.raises(ConfigError, match=text) as caught:
         ModelConfig.from_folder(tmp_path)
     assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_files_that_have_no_end(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="is no regular file"):
+        ModelConfig.from_folder(tmp_path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(ConfigError, match=f"allowed: at most {MAX_FILE_BYTES}"):
+        ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"index_topk": 1 << 31}, "index_topk: got 2147483648, allowed: at most 65536"),
+        ({"vocab_size": 1 << 30}, "vocab_size: got 1073741824, allowed: at most 16777216"),
+        ({"q_lora_rank": 1 << 21}, "q_lora_rank: got 2097152, allowed: at most 1048576"),
+        ({"model_type": "x" * 1_000_000}, "model_type: got 'xxxx"),
+        ({"rope_scaling": ["x" * 1_000_000] * 99}, "rope_scaling: got ['xxxx"),
+    ],
+)
+def test_sizes_and_texts_of_a_file_are_bounded(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(TINY | fields)
+    assert text in str(caught.value) and len(str(caught.value)) < 2000
 
 
 def test_folder_without_config(tmp_path: Path) -> None:

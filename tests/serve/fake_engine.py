@@ -187,6 +187,7 @@ class FakeEngine:
                     error = RuntimeError("secret detail of the failure")
                     self.errored = None if self.fails_alone else error
                     raise error
+                num_before = len(tokens)
                 reason = self._next(tokens, pieces, params, request_id)
                 # all choices say the same, in step
                 for choice in sorted(running):
@@ -194,6 +195,10 @@ class FakeEngine:
                     why = reason or ("stop" if is_ended else None)
                     output = self._output(prompt_token_ids, request_id, tokens, pieces, why)
                     output.index = choice
+                    if len(tokens) == num_before:
+                        output.new_token_ids, output.new_text = [], ""
+                        # the stop string that has come
+                        output.stop_reason = self._word(num_before) if reason == "stop" else None
                     running -= {choice} if output.finished else set()
                     yield output
         finally:
@@ -209,13 +214,17 @@ class FakeEngine:
         if self.nan_after is not None and len(tokens) >= self.nan_after:
             return "error"
         word = self.words[len(tokens) % len(self.words)]
-        if params.stop_strings and word.strip() in params.stop_strings:
+        if params.stop_strings and self._word(len(tokens)) in params.stop_strings:
             return "stop"
         tokens.append(len(tokens))
         pieces.append(word)
         if len(tokens) == params.max_tokens:
             return "length"
         return "stop" if len(tokens) == len(self.words) and not params.ignore_eos else None
+
+    def _word(self, num_before: int) -> str:
+        """The next word, without white space, as stop strings are given."""
+        return self.words[num_before % len(self.words)].strip()
 
     def _output(
         self,

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -140,3 +141,56 @@ def test_calls_are_forced(tmp_path: Path) -> None:
             chunks = list(greedy(client, parallel_tool_calls=False, stream=True, **fields))
             parts = [p for chunk in chunks for p in chunk.choices[0].delta.tool_calls or []]
             assert "".join(part.function.arguments for part in parts) == call.function.arguments
+
+
+def test_a_conversation_with_tools_by_both_other_apis(tmp_path: Path) -> None:
+    """A forced call, its result, and an answer, streamed, by the clients of both makers."""
+    schema = {
+        "type": "object",
+        "properties": {"level": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["level"],
+    }
+    question = {"role": "user", "content": "Set it to three."}
+    short: Any = {"model": "demo_model", "temperature": 0}
+    with serving(tmp_path, "--tool-call-parser", "glm47") as server, server.client() as client:
+        asked: Any = {
+            **short,
+            "input": [question],
+            "tools": [{"type": "function", "name": "set", "parameters": schema}],
+            "parallel_tool_calls": False,
+        }
+        with client.responses.stream(**asked, tool_choice="required") as stream:
+            output = stream.get_final_response().output
+        call = output[-1]
+        assert (call.type, call.name, call.status) == ("function_call", "set", "completed")
+        assert json.loads(call.arguments)["level"] in range(1, 10)
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+        asked |= {"input": [question, *output, result], "max_output_tokens": 12}
+        with client.responses.stream(**asked, tool_choice="none") as stream:
+            events = list(stream)
+        whole = client.responses.create(**asked, tool_choice="none")
+        assert events[-1].response.output_text == whole.output_text != ""
+
+        with anthropic.Anthropic(base_url=server.url, api_key="none") as other:
+            fields: Any = {
+                "model": "demo_model",
+                "max_tokens": 400,
+                "messages": [question],
+                "tools": [{"name": "set", "input_schema": schema}],
+                "extra_body": {"temperature": 0},
+            }
+            choice: Any = {"type": "any", "disable_parallel_tool_use": True}
+            with other.messages.stream(**fields, tool_choice=choice) as messages:
+                answer = messages.get_final_message()
+            use = answer.content[-1]
+            assert (answer.stop_reason, use.type) == ("tool_use", "tool_use")
+            assert use.input == json.loads(call.arguments)
+            done = {"type": "tool_result", "tool_use_id": use.id, "content": "done"}
+            history = [
+                question,
+                {"role": "assistant", "content": answer.content},
+                {"role": "user", "content": [done]},
+            ]
+            fields |= {"messages": history, "max_tokens": 12}
+            with other.messages.stream(**fields, tool_choice={"type": "none"}) as messages:
+                assert messages.get_final_text() == whole.output_text

@@ -147,7 +147,7 @@ def test_random_damage_is_answered_by_an_error_object(live: Live) -> None:
             if found[0] >= 400:
                 num_errors += 1
                 body = answer.partition(b"\r\n\r\n")[2].decode()
-                check_error(json.JSONDecoder().raw_decode(body)[0])
+                check_error(json.JSONDecoder().raw_decode(body)[0], "")
     assert num_errors > 30
 
 

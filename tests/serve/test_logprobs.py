@@ -205,6 +205,26 @@ def test_a_chat_stream_sends_held_scores_with_their_text(letters_live: Live) -> 
         assert len(whole["logprobs"]["content"]) == len(spoken)
 
 
+def test_a_response_has_the_scores_of_a_chat_answer(letters_live: Live) -> None:
+    fields = {"temperature": 0, "seed": 1, "top_logprobs": 2}
+    same = chat(letters_live, **fields, logprobs=True, max_completion_tokens=6).json()
+    expected = same["choices"][0]["logprobs"]["content"]
+    body = {"input": "def", "max_output_tokens": 6, **fields}
+    post = letters_live.http.post
+    (item,) = post("/v1/responses", json=body).json()["output"]
+    assert item["content"][0]["logprobs"] == expected
+    lines = post("/v1/responses", json={**body, "stream": True}).text.split("\n\n")
+    events = [json.loads(line.partition("data: ")[2]) for line in lines if line]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert joined(delta["logprobs"] for delta in deltas) == expected
+    assert all(
+        "".join(entry["token"] for entry in delta["logprobs"]) == delta["delta"] for delta in deltas
+    )
+    included = {**body, "top_logprobs": None, "include": ["message.output_text.logprobs"]}
+    scores = post("/v1/responses", json=included).json()["output"][0]["content"][0]["logprobs"]
+    assert [entry["logprob"] for entry in scores] == [entry["logprob"] for entry in expected]
+
+
 def test_chat_with_several_choices(letters_live: Live) -> None:
     fields: dict[str, Any] = {"n": 3, "seed": 5, "max_tokens": 6, "return_token_ids": True}
     answer = chat(letters_live, **fields).json()

@@ -175,8 +175,7 @@ OUT_OF_SCOPE = {
     "/v1/rerank": "reranking",
     "/v1/audio/speech": "audio",
     "/v1/images/generations": "images",
-    "/v1/responses": "Responses API",
-    "/v1/messages": "Anthropic API",
+    "/v1/responses/resp_1/cancel": "storage of responses",
 }
 
 

@@ -316,11 +316,16 @@ def test_forced_calls_have_a_grammar(choice: Any, v32: Live) -> None:
     assert form.source == "tools"
     assert ("get_weather" in form.grammar) is (choice == "required")
     assert form.after_text == "</think>"
-    with pytest.raises(openai.BadRequestError, match="an answer has one form") as caught:
-        v32.client.chat.completions.create(
-            **asked(V32, tool_choice=choice, response_format={"type": "json_object"})
-        )
-    assert caught.value.param == "response_format"
+    # the form of content, which a forced call has not
+    v32.client.chat.completions.create(
+        **asked(V32, tool_choice=choice, response_format={"type": "json_object"})
+    )
+    _, params = list(v32.engine.requests.values())[-1]
+    assert params.structured_outputs == form
+    body = {"messages": HI, "tools": TOOLS, "tool_choice": choice, "guided_regex": "a"}
+    error = v32.http.post("/v1/chat/completions", json=body).json()["error"]
+    assert error["param"] == "guided_regex"
+    assert "use tool_choice auto" in error["message"]
 
 
 @pytest.mark.parametrize(

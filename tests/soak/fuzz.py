@@ -13,6 +13,7 @@ import asyncio
 import ctypes
 import gc
 import json
+import re
 import resource
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.serve.app import create_app
+from fd_dsa.serve.errors import is_anthropic
 from fd_dsa.serve.heaps import share_heaps
 from fd_dsa.serve.state import ServerState
 from tests.engine.threaded import threaded
@@ -46,6 +48,11 @@ WARM_UP_REQUESTS = 2000
 MAX_FAILURES = 10
 # of what is held beside compiled grammars; the allocator cannot give everything back at any time
 MAX_GROWTH_MIB = 100
+# last event of a stream, where it is no [DONE]
+STREAM_ENDS = {
+    "/v1/responses": r'{"type":"response\.(completed|incomplete|failed)"',
+    "/v1/messages": r'{"type":"(message_stop|error)"',
+}
 PAGE_BYTES = resource.getpagesize()
 
 
@@ -72,24 +79,31 @@ def check_answer(method: str, path: str, answer: httpx.Response) -> None:
     assert answer.headers.get("x-request-id")
     if answer.status_code >= 400:
         if method != "HEAD":
-            check_error(answer.json())
+            check_error(answer.json(), path)
     elif answer.headers.get("content-type", "").startswith("text/event-stream"):
         events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
-        assert events[-1] == "[DONE]", f"a stream without an end: {events[-1]}"
-        for event in map(json.loads, events[:-1]):
+        end = STREAM_ENDS.get(path, r"\[DONE\]")
+        assert re.match(end, events[-1]), f"a stream without an end: {events[-1]}"
+        for event in map(json.loads, (event for event in events if event != "[DONE]")):
             if "error" in event:
-                check_error(event)
+                check_error(event, path)
+            failure = event.get("response", {}).get("error")
+            assert failure is None or failure["code"] != "server_error", failure
     elif method == "POST" and path in POSTS:
-        assert "error" not in answer.json()
+        assert not answer.json().get("error")
 
 
-def check_error(content: Any) -> None:
-    """AssertionError unless it is an error object of the OpenAI API, without an inner detail."""
-    assert list(content) == ["error"], content
+def check_error(content: Any, path: str) -> None:
+    """AssertionError unless it is an error object of the path's API, without an inner detail."""
     error = content["error"]
-    assert set(error) == {"message", "type", "param", "code"}, content
+    if is_anthropic(path):
+        assert content == {"type": "error", "error": error}
+        assert set(error) == {"message", "type"}, content
+    else:
+        assert list(content) == ["error"], content
+        assert set(error) == {"message", "type", "param", "code"}, content
     assert isinstance(error["message"], str) and error["message"]
-    assert error["type"] != "server_error", content
+    assert error["type"] not in ("server_error", "api_error"), content
     for word in ("pydantic", "Traceback", 'File "'):
         assert word not in error["message"], content
 

@@ -15,11 +15,16 @@ from typing import Any
 from fd_dsa.serve.completions import CompletionRequest
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.protocol.fields import Body
+from fd_dsa.serve.protocol.messages import CountTokensRequest, MessagesRequest
+from fd_dsa.serve.protocol.responses import ResponsesRequest
 from fd_dsa.serve.tokenization import DetokenizeRequest, TokenizeRequest
 
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
@@ -143,11 +148,39 @@ def _messages(draw: random.Random) -> dict[str, Any]:
     return {"messages": messages}
 
 
+def _parts(draw: random.Random) -> dict[str, Any]:
+    """A conversation of the Responses or Messages API in which something is wrong."""
+    texts = ("text", "name", "id", "call_id", "arguments", "output", "input", "tool_use_id")
+    kinds = (
+        "message", "reasoning", "function_call", "function_call_output", "item_reference", "text",
+        "input_text", "tool_use", "tool_result", "thinking", "image", None,
+    )  # fmt: skip
+
+    def part(depth: int) -> Any:
+        made: dict[str, Any] = {"type": draw.choice(kinds)}
+        made["role"] = draw.choice(["user", "assistant", "system", "tool"])
+        for name in draw.sample(texts, 4):
+            made[name] = draw.choice(("f", "{}", *SIMPLE))
+        nested = [part(depth - 1) for _ in range(draw.choice([0, 1, 3]))] if depth else "x"
+        for name in ("content", "summary", "input", "output", "thinking"):
+            if draw.random() < 0.4:
+                made[name] = draw.choice([nested, nested, {}, *SIMPLE])
+        return made
+
+    parts = [part(2) for _ in range(draw.choice([1, 2, 5]))]
+    fields = draw.choice(["reasoning", "text", "thinking", "output_config", "tool_choice"])
+    value: Any = {draw.choice(["type", "effort", "format", "name"]): draw.choice(SIMPLE)}
+    tools = [{**value, **part(0)} for _ in range(draw.choice([0, 1, 2]))]
+    return {"input": parts, "messages": parts, fields: value, "tools": tools}
+
+
 def _valid(draw: random.Random, path: str) -> dict[str, Any]:
     """A body without a fault."""
     if path == "/detokenize":
         return {"tokens": [5, 6, 7]}
-    if path == "/v1/chat/completions":
+    if path == "/v1/responses":
+        return {"input": "hello", "max_output_tokens": draw.choice([1, 3, 12])}
+    if path == "/v1/chat/completions" or path.startswith("/v1/messages"):
         body: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
     else:
         body = {"prompt": draw.choice(["hello", "a b c " * 8])}
@@ -166,7 +199,11 @@ def _fields(draw: random.Random, path: str) -> bytes:
 def _special(draw: random.Random, path: str) -> bytes:
     """A body with a form, tools or messages."""
     body = _valid(draw, path)
-    body.update(draw.choice([_structured, _structured, _tools, _messages])(draw))
+    if path.startswith(("/v1/responses", "/v1/messages")):
+        wrong = draw.choice([_structured, _parts, _parts, _tools])(draw)
+        body.update({name: wrong[name] for name in wrong if name in BODIES[path].model_fields})
+    else:
+        body.update(draw.choice([_structured, _structured, _tools, _messages])(draw))
     if draw.random() < 0.3:
         body["stream"] = True
     if draw.random() < 0.3:

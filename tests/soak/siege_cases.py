@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.soak.hostile import BODIES, GRAMMARS, JSON, POSTS, REGEXES, SCHEMAS, HostileRequest
 
-COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = POSTS
+COMPLETIONS, CHAT, RESPONSES, MESSAGES, COUNT_TOKENS, TOKENIZE, DETOKENIZE = POSTS
 LONGEST_BODY = 16 * 2**20
 MEGABYTE = 10**6
 SENTENCE_SOURCES = sorted((Path(__file__).resolve().parents[2] / "docs").glob("*.md"))
@@ -179,6 +179,9 @@ def _forms(_: Facts) -> Iterator[HostileRequest]:
         yield post(COMPLETIONS, body)
 
 
+_LONG_LISTS = ("stop", "bad_words", "guided_choice", "prompt", "messages", "tools", "input")
+
+
 def _arrays(_: Facts) -> Iterator[HostileRequest]:
     """An array of a million entries in each field of each body."""
     numbers = b"[" + b",".join([b"1"] * MEGABYTE) + b"]"
@@ -186,6 +189,9 @@ def _arrays(_: Facts) -> Iterator[HostileRequest]:
     valid: dict[str, dict[str, Any]] = {
         COMPLETIONS: {"prompt": "a"},
         CHAT: {"messages": USER},
+        RESPONSES: {"input": "a"},
+        MESSAGES: {"messages": USER, "max_tokens": 1},
+        COUNT_TOKENS: {"messages": USER},
         TOKENIZE: {"prompt": "a"},
         DETOKENIZE: {"tokens": [5]},
     }
@@ -194,7 +200,7 @@ def _arrays(_: Facts) -> Iterator[HostileRequest]:
             rest = {name: value for name, value in valid[path].items() if name != field}
             start = json.dumps({**rest, field: 0}).encode().removesuffix(b"0}")
             yield post(path, start + numbers + b"}")
-            if field in ("stop", "bad_words", "guided_choice", "prompt", "messages", "tools"):
+            if field in _LONG_LISTS:
                 yield post(path, start + texts + b"}")
 
 

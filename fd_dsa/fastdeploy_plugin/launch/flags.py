@@ -69,6 +69,8 @@ NO_COUNTERPART = {
     "max_body_values": f"FastDeploy has no such flag; {_BODIES}",
     "max_answer_scores": "FastDeploy has no such flag",
     "max_connections": "FastDeploy does not limit connections; put a proxy in front that does",
+    "timeout_keep_alive": "FastDeploy has no such flag",
+    "sse_ping_interval": "FastDeploy sends no comments in its streams",
     "allowed_host": "FastDeploy does not look at the Host header; put a proxy that does in front",
     "max_prompt_bytes": f"FastDeploy tokenizes texts of any length; {_BODIES}",
     "log_requests": "FastDeploy writes its requests to log/api_server.log in any case",

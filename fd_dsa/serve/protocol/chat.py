@@ -299,6 +299,11 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
     include_reasoning: bool | None = Field(
         None, description="false: the model reasons, and the answer does not show it."
     )
+    constrain_reasoning: bool | None = Field(
+        None,
+        description="true: stop, min_tokens and bad words begin with the reasoning; by default "
+        "they begin after it.",
+    )
     chat_template: str | None = Field(
         None, description="A Jinja template; needs --trust-request-chat-template."
     )

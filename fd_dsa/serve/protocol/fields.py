@@ -69,7 +69,8 @@ def check_further_fields(
             continue
         allowed = " or ".join(show(v) for v in (*rule.neutral, None))
         hint = f"; use {rule.instead}" if rule.instead else ""
-        raise FieldError(f"{path}{name}: got {show(value)}; not supported, only {allowed}{hint}")
+        reason = rule.reason or f"not supported, only {allowed}"
+        raise FieldError(f"{path}{name}: got {show(value)}; {reason}{hint}")
 
 
 def refuse(message: str) -> PydanticCustomError:

@@ -21,10 +21,12 @@ class Refused(NamedTuple):
     Attributes:
         neutral: values that ask for nothing, in addition to null.
         instead: supported field for the same purpose.
+        reason: why the field is refused and what to do, if more is to say.
     """
 
     neutral: tuple[Any, ...] = ()
     instead: str = ""
+    reason: str = ""
 
 
 IGNORED_BECAUSE: Mapping[str, tuple[str, ...]] = {
@@ -266,6 +268,7 @@ REFUSED_IN_COMPLETIONS: Mapping[str, Refused] = {
     "add_generation_prompt": Refused((True, False), _IN_CHAT),
     "chat_template": Refused(instead=_IN_CHAT),
     "chat_template_kwargs": Refused(({},), _IN_CHAT),
+    "constrain_reasoning": Refused((True, False), _IN_CHAT),
     "continue_final_message": Refused((False,), _IN_CHAT),
     "enable_thinking": Refused(instead=_IN_CHAT),
     "include_reasoning": Refused((True,), _IN_CHAT),

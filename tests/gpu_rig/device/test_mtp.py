@@ -18,6 +18,7 @@ from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
+from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
@@ -53,6 +54,7 @@ MASKED: list[dict[str, Any]] = [
     {**ABC, "temperature": 0, "structured_outputs": StructuredOutputsParams(regex="(ab?c?)*")},
     {**ABC, "temperature": 0.7, "bad_words": ["ab", "ca", "bbb"]},
     {**ABC, "temperature": 1, "structured_outputs": StructuredOutputsParams(regex="([ab]*c){4}")},
+    {**ABC, "temperature": 1, "bad_words": ["b", "aa"], "reasoning": Reasoning("", "ba")},
     {"temperature": 0, "logprobs": 1, "max_tokens": 3},
 ]
 MOST, SEED, NUM_BLOCKS = 2, 3, 6
@@ -204,6 +206,9 @@ def test_rows_whose_masks_the_host_makes_have_drafts(rig: Rig, method: str) -> N
     for name, output in found.items():
         assert output.token_ids == plain[name].token_ids, name
         assert output.finish_reason == plain[name].finish_reason
+    # bad words come in the reasoning only
+    _, _, answer = found["4"].text.partition("ba")
+    assert answer and "b" not in answer and "aa" not in answer
     for name in ("1", "2"):
         assert 0 < found[name].num_accepted_tokens < found[name].num_draft_tokens, name
 

@@ -1,0 +1,83 @@
+"""Forms of outputs as grammars that llguidance reads, and its messages as ours.
+
+Source of the notation: `docs/syntax.md` and `docs/json_schema.md` of guidance-ai/llguidance.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Container, Iterable
+from typing import Any
+
+from fd_dsa.chat.grammar import JSON_OPTIONS
+from fd_dsa.engine.structured_outputs import Kind
+
+# any tokens that spell a text may come: those that llguidance would choose for a text without
+# alternatives are not always the tokenizer's
+_HEAD = '%llguidance {"no_forcing": true}\nstart: '
+# a text, a comment, a regular expression, or a token by its name
+_LARK_PART = re.compile(r'"(?:\\.|[^"\\\n])*"|(?://|#).*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
+_QUOTATION = re.compile(r"^ *\d+ \| ", re.MULTILINE)
+_SHOWN_ERROR_CHARS = 300
+# by JSON Schema, an unknown format is an annotation
+_HARMLESS = "Unknown format"
+_ONE_OF = (
+    "oneOf: several of its schemas may hold at once, which a grammar cannot exclude; use anyOf"
+)
+
+
+def grammar_text(forms: Iterable[tuple[Kind, str]], names: Container[bytes]) -> str:
+    """A grammar of outputs that have one of several forms.
+
+    Args:
+        names: texts that a grammar may use as names of tokens; they become the texts.
+
+    Raises:
+        ValueError, RecursionError: a form cannot be read.
+    """
+    entries = [{**_entry(*form, names), "name": f"f{i}"} for i, form in enumerate(forms)]
+    start = " | ".join(f"@{entry['name']}" for entry in entries)
+    return json.dumps({"grammars": [{"lark_grammar": _HEAD + start}, *entries]})
+
+
+def _entry(kind: Kind, text: str, names: Container[bytes]) -> dict[str, Any]:
+    """A form in llguidance's list of grammars."""
+    from llguidance import grammar_from
+
+    if kind == "json_schema":
+        schema = json.loads(text)
+        if isinstance(schema, dict):
+            given = schema.get("x-guidance", {})
+            schema["x-guidance"] = {**JSON_OPTIONS, **given} if isinstance(given, dict) else given
+        return {"json_schema": schema}
+    grammar = grammar_from(kind, text)
+    if kind == "regex":
+        (entry,) = json.loads(grammar)["grammars"]
+        return {"lark_grammar": entry["lark_grammar"]}
+
+    def spelled(match: re.Match[str]) -> str:
+        is_name = match[0].startswith("<") and match[0].encode() in names
+        return json.dumps(match[0], ensure_ascii=False) if is_name else match[0]
+
+    return {"lark_grammar": _LARK_PART.sub(spelled, grammar)}
+
+
+def refusal(warnings: Iterable[str]) -> str | None:
+    """Constraint that llguidance has dropped from a grammar; None if it has dropped none."""
+    dropped = [one_line(text) for text in warnings if not text.startswith(_HARMLESS)]
+    if not dropped:
+        return None
+    return _ONE_OF if dropped[0].startswith("oneOf") else dropped[0]
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic of llguidance's Rust code, which is no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
+def one_line(error: str) -> str:
+    """An error of llguidance in one line, without the quotation of the grammar that follows it."""
+    own = _QUOTATION.split(error.replace("<non-verbose/>", ""))[0]
+    text = " ".join(own.split())
+    return text if len(text) <= _SHOWN_ERROR_CHARS else text[:_SHOWN_ERROR_CHARS] + "..."

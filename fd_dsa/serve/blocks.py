@@ -1,0 +1,177 @@
+"""One answer as a row of blocks: reasoning, texts and calls, as they begin, grow and end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import uuid
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from fd_dsa.chat.events import Event
+from fd_dsa.chat.parser import AnswerFormat
+from fd_dsa.serve.answer import SHORT_TOKENS
+from fd_dsa.serve.conversation import ConversationAnswer
+from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.generation import Job
+from fd_dsa.serve.json_response import JsonResponse
+from fd_dsa.serve.protocol.chat import ChatCompletionRequest
+from fd_dsa.serve.state import ServerState
+
+if TYPE_CHECKING:
+    from fd_dsa.engine.logprobs import TokenLogprobs
+    from fd_dsa.engine.output import RequestOutput
+
+
+@dataclasses.dataclass
+class Block:
+    """A part of an answer.
+
+    Attributes:
+        kind: content is the text of the answer.
+        index: position in the answer, from 0.
+        name: name of the tool that a call is of.
+        is_complete: False until the block's end, and for a block that the answer's end cut off.
+        key: random part of the block's id.
+        scores: log-probabilities of the tokens of a content, if they were asked for.
+    """
+
+    kind: Literal["reasoning", "content", "call"]
+    index: int
+    name: str = ""
+    is_complete: bool = False
+    key: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    pieces: list[str] = dataclasses.field(default_factory=list)
+    scores: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The text so far, of a call its arguments."""
+        return "".join(self.pieces)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A step in the life of a block: it begins, gets more text, or ends."""
+
+    kind: Literal["begin", "more", "end"]
+    block: Block
+    text: str = ""
+    scores: tuple[TokenLogprobs, ...] = ()
+
+
+class BlockAnswer(ConversationAnswer):
+    """An answer of one choice, in blocks; its object is the whole answer.
+
+    Attributes:
+        blocks: all that have begun.
+        head: id, creation time and model, from the beginning of `whole` or `chunks` on.
+    """
+
+    names_events = True
+    stream_end = b""
+
+    def __init__(
+        self, state: ServerState, body: ChatCompletionRequest, job: Job, answer_format: AnswerFormat
+    ) -> None:
+        super().__init__(state, body, job, answer_format)
+        self.blocks: list[Block] = []
+        self.head: dict[str, Any] = {}
+        self._open: Block | None = None
+        # scores of tokens whose text the parser holds back
+        self._waiting: list[TokenLogprobs] = []
+
+    @abstractmethod
+    def show(self, change: Change) -> Iterator[dict[str, Any]]:
+        """The events of a stream for one change."""
+
+    @abstractmethod
+    def closing(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        """The events after the last block."""
+
+    def take(self, job_index: int, output: RequestOutput) -> None:
+        super().take(job_index, output)
+        for _ in self._changes(output):
+            pass
+
+    def is_small(self, job_index: int, output: RequestOutput) -> bool:
+        """See `Answer`; the end of a block repeats all of it, with its scores."""
+        is_scored = self.jobs[0].params.logprobs is not None
+        is_long = output.finished and output.num_tokens > SHORT_TOKENS
+        return super().is_small(job_index, output) and not (is_scored or is_long)
+
+    def whole(self, head: dict[str, Any]) -> JsonResponse:
+        self.head = head
+        (answer,) = self.choices()
+        return JsonResponse(answer)
+
+    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of a streamed answer."""
+        self.head = head
+        for event in self.opening():
+            yield event
+        async with contextlib.aclosing(self.steps()) as steps:
+            async for events in steps:
+                for event in events:
+                    yield event
+
+    def deltas(self, job_index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        events = [event for change in self._changes(output) for event in self.show(change)]
+        return [*events, *self.closing(output)] if output.finished else events
+
+    def _changes(self, output: RequestOutput) -> Iterator[Change]:
+        """What a step changes; blocks are as of each change when it is yielded."""
+        if output.finish_reason == "abort":
+            raise ApiError(
+                503,
+                "the server is shutting down and has ended the request; send it to another one or "
+                "retry later",
+                code="shutting_down",
+            )
+        (choice,) = self.parsed
+        was_reasoning = choice.is_reasoning
+        events = self.add(output)
+        if not was_reasoning:
+            self._waiting += choice.new_scores
+        for event in events:
+            yield from self._apply(event)
+        # scores of reasoning and markup are not shown
+        if choice.is_reasoning or (self.blocks and self.blocks[-1].kind == "call"):
+            self._waiting.clear()
+        if output.finished and self._open is not None:
+            is_cut = self._open.kind == "call" or output.finish_reason == "length"
+            yield from self._end(is_complete=not is_cut)
+
+    def _apply(self, event: Event) -> Iterator[Change]:
+        if event.kind == "call_end":
+            yield from self._end()
+        elif event.kind == "call":
+            yield from self._begin(Block("call", len(self.blocks), event.text))
+        elif event.kind == "arguments":
+            yield from self._more(event.text)
+        else:
+            if self._open is None or self._open.kind != event.kind:
+                yield from self._begin(Block(event.kind, len(self.blocks)))
+            yield from self._more(event.text)
+
+    def _begin(self, block: Block) -> Iterator[Change]:
+        yield from self._end()
+        self.blocks.append(block)
+        self._open = block
+        yield Change("begin", block)
+
+    def _more(self, text: str) -> Iterator[Change]:
+        block = self._open
+        assert block is not None, "text comes after the beginning of its block"
+        block.pieces.append(text)
+        scores = tuple(self._waiting) if block.kind == "content" else ()
+        block.scores += scores
+        self._waiting.clear()
+        yield Change("more", block, text, scores)
+
+    def _end(self, *, is_complete: bool = True) -> Iterator[Change]:
+        block, self._open = self._open, None
+        if block is not None:
+            block.is_complete = is_complete
+            yield Change("end", block)

@@ -1,0 +1,110 @@
+"""Choices of a conversation as events of their parsers, before an API gives them its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from fd_dsa.chat.events import Event
+from fd_dsa.chat.parser import AnswerFormat, OutputParser
+from fd_dsa.serve.answer import Answer, shown
+from fd_dsa.serve.generation import Job
+from fd_dsa.serve.protocol.chat import ChatCompletionRequest
+from fd_dsa.serve.state import ServerState
+
+if TYPE_CHECKING:
+    from fd_dsa.engine.logprobs import TokenLogprobs
+    from fd_dsa.engine.output import RequestOutput
+
+
+class ConversationAnswer(Answer[ChatCompletionRequest]):
+    """Choices whose text is parsed into reasoning, content and calls."""
+
+    prompt_field = "messages"
+
+    def __init__(
+        self, state: ServerState, body: ChatCompletionRequest, job: Job, answer_format: AnswerFormat
+    ) -> None:
+        super().__init__(state, body, [job])
+        self.parsed = [Choice(answer_format, body) for _ in range(job.params.n)]
+
+    def shown_outputs(self) -> Sequence[RequestOutput]:
+        """See `Answer`; a choice that was complete before its end counts up to there."""
+        return [choice.output for choice in self.parsed if choice.output is not None]
+
+    def add(self, output: RequestOutput) -> list[Event]:
+        """The events of a step; a choice that is complete by them is ended."""
+        choice = self.parsed[output.index]
+        was_complete = choice.is_complete
+        events = choice.add(output)
+        if choice.is_complete and not (was_complete or output.finished):
+            self.state.engine.end(self.jobs[0].request_id, output.index)
+        return events
+
+    def finish_reason(self, output: RequestOutput) -> str | None:
+        """Why a choice has ended, "tool_calls" after a call; None before its end."""
+        choice = self.parsed[output.index]
+        is_called = choice.has_calls and output.finish_reason == "stop"
+        return "tool_calls" if is_called or choice.is_complete else output.finish_reason
+
+
+class Choice:
+    """One choice of an answer, while it comes.
+
+    Attributes:
+        is_complete: nothing that the engine adds is shown any more.
+        is_reasoning: the text so far ends inside of the reasoning.
+        num_reasoning_tokens: tokens of the steps that ended or began inside of it.
+        new_token_ids, new_scores: what the last step has shown.
+        events, token_ids, scores: all that was shown, of a whole answer.
+    """
+
+    def __init__(self, answer: AnswerFormat, body: ChatCompletionRequest) -> None:
+        self.is_complete = self.has_calls = False
+        self.output: RequestOutput | None = None
+        self.num_reasoning_tokens = 0
+        self.new_token_ids: Sequence[int] = ()
+        self.new_scores: Sequence[TokenLogprobs] = ()
+        self.events: list[Event] = []
+        self.token_ids: list[int] = []
+        self.scores: list[TokenLogprobs] = []
+        self._parser = OutputParser(answer)
+        self._one_call = body.one_call
+        # the reasoning is a part of the answer; its tokens and scores go with it
+        self._shows_reasoning = body.include_reasoning is not False
+
+    @property
+    def is_reasoning(self) -> bool:
+        return self._parser.is_reasoning
+
+    def add(self, output: RequestOutput, *, is_whole: bool = False) -> list[Event]:
+        """What a step adds to the answer, or a whole output."""
+        self.new_token_ids, self.new_scores = (), ()
+        if self.is_complete:
+            return []
+        self.output = output
+        text, token_ids, scores = shown(output, is_whole)
+        was_reasoning = self.is_reasoning
+        events = self._parser.feed(text)
+        if output.finished:
+            events += self._parser.finish()
+        is_reasoned = was_reasoning or self.is_reasoning
+        self.num_reasoning_tokens += len(token_ids) if is_reasoned else 0
+        if self._shows_reasoning or not is_reasoned:
+            self.new_token_ids, self.new_scores = token_ids, scores
+        return list(self._shown(events))
+
+    def keep(self, events: list[Event]) -> None:
+        """Keep what was added last, for a whole answer."""
+        self.events += events
+        self.token_ids += self.new_token_ids
+        self.scores += self.new_scores
+
+    def _shown(self, events: Iterable[Event]) -> Iterator[Event]:
+        for event in events:
+            self.has_calls = self.has_calls or event.kind == "call"
+            if self._shows_reasoning or event.kind != "reasoning":
+                yield event
+            if self._one_call and event.kind == "call_end":
+                self.is_complete = True
+                return

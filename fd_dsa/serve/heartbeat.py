@@ -1,0 +1,71 @@
+"""Comments in quiet event streams, so that proxies and clients keep the connection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from starlette.types import Message, Send
+
+from fd_dsa.serve.workers import cancel
+
+PING = b": ping\n\n"
+"""A comment of server-sent events, which clients ignore."""
+
+
+@contextlib.asynccontextmanager
+async def pinging(send: Send, interval_s: float) -> AsyncIterator[Send]:
+    """Send `PING` whenever a response has sent nothing for some time.
+
+    Pings begin after the head of the response and stop with its last message.
+
+    Args:
+        send: of the ASGI server.
+        interval_s: seconds; 0 = no pings.
+
+    Yields:
+        What the response must send by.
+    """
+    if not interval_s:
+        yield send
+        return
+    heartbeat = _Heartbeat(send, interval_s)
+    task = asyncio.create_task(heartbeat.run())
+    try:
+        yield heartbeat.send
+    finally:
+        await cancel([task])
+
+
+class _Heartbeat:
+    """The messages of one response, and the pings between them."""
+
+    def __init__(self, send: Send, interval_s: float) -> None:
+        self._send, self._interval_s = send, interval_s
+        self._loop = asyncio.get_running_loop()
+        self._last = self._loop.time()
+        # a message that waits for a slow client must not be overtaken
+        self._lock = asyncio.Lock()
+        self._is_open = False
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the response."""
+        async with self._lock:
+            is_head = message["type"] == "http.response.start"
+            self._is_open = is_head or message.get("more_body", False)
+            self._last = self._loop.time()
+            await self._send(message)
+
+    async def run(self) -> None:
+        """Ping until the task is cancelled."""
+        while True:
+            quiet_s = self._loop.time() - self._last
+            if quiet_s < self._interval_s:
+                await asyncio.sleep(self._interval_s - quiet_s)
+                continue
+            async with self._lock:
+                self._last = self._loop.time()
+                if self._is_open:
+                    ping = {"type": "http.response.body", "body": PING, "more_body": True}
+                    await self._send(ping)

@@ -1,0 +1,186 @@
+"""POST /v1/messages and /v1/messages/count_tokens: the Messages API of Anthropic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from fastapi import APIRouter, Request
+from pydantic_core import from_json
+from starlette.responses import Response
+
+from fd_dsa.chat.parser import AnswerFormat
+from fd_dsa.serve.answer import respond
+from fd_dsa.serve.blocks import Block, BlockAnswer, Change
+from fd_dsa.serve.body import BodyRoute
+from fd_dsa.serve.chat_prompt import encode_conversation, make_job
+from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.generation import Job
+from fd_dsa.serve.json_response import JsonResponse
+from fd_dsa.serve.protocol.messages import CountTokensRequest, MessagesRequest
+from fd_dsa.serve.state import ServerState, State
+
+if TYPE_CHECKING:
+    from fd_dsa.engine.output import RequestOutput
+
+PATH = "/v1/messages"
+
+# clients send it back with the thinking; this server checks none
+_SIGNATURE = "unsigned"
+
+router = APIRouter(route_class=BodyRoute)
+
+
+@router.post(PATH, summary="Answer a conversation, in blocks of content")
+async def create_message(body: MessagesRequest, request: Request, state: State) -> Response:
+    """Answer the messages in the chat format of the model."""
+
+    def make(answer_id: str) -> MessageAnswer:
+        job, answer_format = make_job(state, body.chat, answer_id, at_most=body.max_tokens)
+        return MessageAnswer(state, body, job, answer_format)
+
+    with body.own_names():
+        return await respond(make, "msg_", body.chat, request, state)
+
+
+@router.post(f"{PATH}/count_tokens", summary="Tokens of a prompt", response_model=dict[str, int])
+async def count_tokens(body: CountTokensRequest, request: Request, state: State) -> Response:
+    """Number of tokens that the prompt of the same message would have."""
+    state.check_available()
+    state.resolve_model(body.model)
+    with body.own_names():
+        run = state.prompt_workers.run
+        tokens = await run(encode_conversation, state, body.chat, request=request)
+    return JsonResponse({"input_tokens": len(tokens)})
+
+
+class MessageAnswer(BlockAnswer):
+    """A message: a block of content for each block of the answer."""
+
+    whole_object = chunk_object = "message"
+
+    def __init__(
+        self, state: ServerState, body: MessagesRequest, job: Job, answer_format: AnswerFormat
+    ) -> None:
+        super().__init__(state, body.chat, job, answer_format)
+        self._max_tokens = body.max_tokens
+        self._is_begun = False
+
+    def choices(self) -> Iterator[dict[str, Any]]:
+        content = [_whole(block) for block in self.blocks]
+        yield self._message(content, self._stop(self.outputs[0, 0]), self._usage())
+
+    def deltas(self, job_index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        """See `Answer`; the message begins with its first step, which knows the cached tokens."""
+        events = super().deltas(job_index, output)
+        if self._is_begun:
+            return events
+        self._is_begun = True
+        none_yet = {"stop_reason": None, "stop_sequence": None}
+        message = self._message([], none_yet, {**self._usage(), "output_tokens": 0})
+        return [{"type": "message_start", "message": message}, {"type": "ping"}, *events]
+
+    def show(self, change: Change) -> Iterator[dict[str, Any]]:
+        block = change.block
+        if change.kind == "begin":
+            yield _event(block, "start", content_block=_begun(block))
+        elif change.kind == "more":
+            yield _event(block, "delta", delta=_delta(block, change.text))
+        else:
+            if block.kind == "reasoning":
+                signed = {"type": "signature_delta", "signature": _SIGNATURE}
+                yield _event(block, "delta", delta=signed)
+            yield _event(block, "stop")
+
+    def closing(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        yield {"type": "message_delta", "delta": self._stop(output), "usage": self._usage()}
+        yield {"type": "message_stop"}
+
+    def failure(self, error: ApiError) -> dict[str, Any]:
+        return error.body(PATH)
+
+    def _message(
+        self, content: list[dict[str, Any]], stop: dict[str, Any], usage: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "id": self.head["id"],
+            "type": "message",
+            "role": "assistant",
+            "model": self.head["model"],
+            "content": content,
+            **stop,
+            "usage": {**usage, "service_tier": "standard"},
+        }
+
+    def _stop(self, output: RequestOutput) -> dict[str, str | None]:
+        reason, sequence = self.finish_reason(output), self.end_fields(0, output)["stop_reason"]
+        if reason == "length":
+            is_full = (self.jobs[0].params.max_tokens or 0) < self._max_tokens
+            why = "model_context_window_exceeded" if is_full else "max_tokens"
+        elif reason == "tool_calls":
+            why = "tool_use"
+        else:
+            why = "stop_sequence" if isinstance(sequence, str) else "end_turn"
+        return {"stop_reason": why, "stop_sequence": sequence if why == "stop_sequence" else None}
+
+    def _usage(self) -> dict[str, Any]:
+        """Token counts; as in the API, those of the input leave out what the cache had."""
+        usage = self.usage()
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return {
+            "input_tokens": usage["prompt_tokens"] - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"thinking_tokens": self.parsed[0].num_reasoning_tokens},
+        }
+
+
+def _event(block: Block, kind: str, **fields: Any) -> dict[str, Any]:
+    return {"type": f"content_block_{kind}", "index": block.index, **fields}
+
+
+def _begun(block: Block) -> dict[str, Any]:
+    """A block of content as it begins."""
+    if block.kind == "reasoning":
+        return {"type": "thinking", "thinking": "", "signature": ""}
+    if block.kind == "content":
+        return {"type": "text", "text": ""}
+    return {"type": "tool_use", "id": f"toolu_{block.key[:24]}", "name": block.name, "input": {}}
+
+
+def _delta(block: Block, text: str) -> dict[str, Any]:
+    if block.kind == "reasoning":
+        return {"type": "thinking_delta", "thinking": text}
+    if block.kind == "content":
+        return {"type": "text_delta", "text": text}
+    return {"type": "input_json_delta", "partial_json": text}
+
+
+def _whole(block: Block) -> dict[str, Any]:
+    """A block of content of a whole message."""
+    if block.kind == "reasoning":
+        return {**_begun(block), "thinking": block.text, "signature": _SIGNATURE}
+    if block.kind == "content":
+        return {**_begun(block), "text": block.text}
+    return {**_begun(block), "input": _input(block.text)}
+
+
+def _input(arguments: str) -> orjson.Fragment:
+    """The arguments of a call as they are; of a call that was cut off, the part that has come.
+
+    The clients complete a streamed call that was cut off in the same way.
+    """
+    try:
+        if isinstance(orjson.loads(arguments), dict):
+            return orjson.Fragment(arguments)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        partial = from_json(arguments, allow_partial=True)
+        text = json.dumps(partial if isinstance(partial, dict) else {}, allow_nan=False)
+    except ValueError:
+        text = "{}"
+    return orjson.Fragment(text)

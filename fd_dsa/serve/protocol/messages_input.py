@@ -1,0 +1,77 @@
+"""Messages of a Messages request, as messages of a chat completion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fd_dsa.serve.errors import FieldError, show
+from fd_dsa.serve.protocol.translation import Node, Translation, nodes
+
+_ROLES = ("user", "assistant", "system")
+_READS_TEXT = "this server reads text only"
+_OF_USER = ("text", "tool_result")
+_OF_ASSISTANT = ("text", "thinking", "redacted_thinking", "tool_use")
+
+
+def joined_texts(value: Any, path: str) -> str:
+    """The text of a content that is a text or a list of text blocks."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise FieldError(f"{path}: got {show(value)}; allowed is a string or a list of text blocks")
+    blocks = nodes(value, path)
+    for block in blocks:
+        block.kind(("text",), _READS_TEXT)
+    return "\n".join(block.text("text") for block in blocks)
+
+
+def add_messages(made: Translation, messages: Sequence[Node]) -> None:
+    """Append the messages of a conversation, a tool's result as a message of its own."""
+    for message in messages:
+        role = message.fields.get("role")
+        if role not in _ROLES:
+            allowed = ", ".join(_ROLES)
+            raise FieldError(f"{message.of('role')}: got {show(role)}; allowed are {allowed}")
+        content, path = message.fields.get("content"), message.of("content")
+        if role == "system" or isinstance(content, str):
+            made.add_message(role, message.path, content=joined_texts(content, path))
+        elif role == "assistant":
+            _add_assistant(made, message, nodes(content, path))
+        else:
+            _add_user(made, message, nodes(content, path))
+
+
+def _add_assistant(made: Translation, message: Node, blocks: Sequence[Node]) -> None:
+    turn = made.add_message("assistant", message.path, content="")
+    for block in blocks:
+        kind = block.kind(_OF_ASSISTANT, _READS_TEXT)
+        if kind == "text":
+            turn["content"] += block.text("text")
+        elif kind == "thinking":
+            turn["reasoning_content"] = turn.get("reasoning_content", "") + block.text("thinking")
+        elif kind == "tool_use":
+            arguments = Node(block.fields.get("input"), block.of("input")).fields
+            text = json.dumps(arguments, ensure_ascii=False)
+            made.add_call(block.path, block.text("id"), block.text("name"), text)
+
+
+def _add_user(made: Translation, message: Node, blocks: Sequence[Node]) -> None:
+    if not blocks:
+        raise FieldError(f"{message.of('content')}: has no blocks; send at least one")
+    texts: list[str] = []
+    for block in blocks:
+        if block.kind(_OF_USER, _READS_TEXT) == "text":
+            texts.append(block.text("text"))
+            continue
+        if texts:
+            made.add_message("user", message.path, content="\n".join(texts))
+            texts = []
+        result = joined_texts(block.fields.get("content") or "", block.of("content"))
+        if block.flag("is_error"):
+            result = f"Error: {result}"
+        call_id = block.text("tool_use_id")
+        made.add_message("tool", block.path, content=result, tool_call_id=call_id)
+    if texts:
+        made.add_message("user", message.path, content="\n".join(texts))

@@ -1,0 +1,311 @@
+"""Body of POST /v1/responses: the Responses API of OpenAI, without what a server must store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import Field, PlainValidator, PrivateAttr, WithJsonSchema
+
+from fd_dsa.serve.errors import FieldError, show
+from fd_dsa.serve.protocol.chat import MAX_TOOLS
+from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, at_most, check_further_fields, refuse
+from fd_dsa.serve.protocol.known_fields import Refused
+from fd_dsa.serve.protocol.responses_input import add_items
+from fd_dsa.serve.protocol.translation import (
+    Node,
+    TranslatedRequest,
+    Translation,
+    nodes,
+    refused_beside,
+)
+
+_STORES_NOTHING = "this server stores no responses; send the whole conversation as input"
+_NO_PROMPTS = "this server stores no prompts; send instructions and input"
+
+REFUSED: Mapping[str, Refused] = {
+    "access_programs": Refused(({},), reason="this server has none; leave it out"),
+    "background": Refused(
+        (False,), reason="this server stores no responses; leave it out, and use stream"
+    ),
+    "context_management": Refused(([],), reason="this server compacts nothing; shorten the input"),
+    "conversation": Refused(reason=_STORES_NOTHING),
+    "moderation": Refused(reason="this server has no moderation; leave it out"),
+    "previous_response_id": Refused(reason=_STORES_NOTHING),
+    "prompt": Refused(reason=_NO_PROMPTS),
+    # of chat completions
+    "best_of": Refused((1,), reason="a response has one answer; send several requests"),
+    "functions": Refused(([],), "tools"),
+    "function_call": Refused(instead="tool_choice"),
+    "logprobs": Refused((False,), "include or top_logprobs"),
+    "max_completion_tokens": Refused(instead="max_output_tokens"),
+    "max_tokens": Refused(instead="max_output_tokens"),
+    "messages": Refused(instead="input"),
+    "n": Refused((1,), reason="a response has one answer; send several requests"),
+    "reasoning_effort": Refused(instead="reasoning.effort"),
+    "response_format": Refused(instead="text.format"),
+    "verbosity": Refused(("medium",), "text.verbosity"),
+}
+"""Fields of a request that are refused, alongside the refused fields of chat."""
+
+REFUSED_IN: Mapping[str, Mapping[str, Refused]] = {
+    "reasoning": {
+        "context": Refused(
+            ("auto",), reason="the chat template decides which reasoning it keeps; leave it out"
+        ),
+        "mode": Refused(("standard",), reason="allowed is standard"),
+    },
+    "text": {
+        "verbosity": Refused(
+            ("medium",), reason="the model has no switch for it; ask for it in words"
+        )
+    },
+    "tools": {
+        "async": Refused(
+            (False,), reason="the model waits for the results of its calls; leave it out"
+        ),
+        "allowed_callers": Refused(
+            (["direct"],), reason="only the model calls functions; leave it out"
+        ),
+        "defer_loading": Refused((False,), reason="this server has no tool search; leave it out"),
+    },
+}
+"""Refused fields of the objects in a request."""
+
+IGNORED = frozenset(
+    {
+        "image",
+        "max_tool_calls",
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "stream_options",
+        "truncation",
+        "user",
+    }
+)
+"""Fields that cannot change the answer of this server."""
+
+# values of `include`; the first has an effect, the others are of tools that this server lacks
+_LOGPROBS = "message.output_text.logprobs"
+_INCLUDED = (
+    _LOGPROBS,
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
+_CHOICES = ("none", "auto", "required")
+_FORMATS = ("text", "json_object", "json_schema")
+# as in the OpenAI API, which returns them too
+_MAX_METADATA = 16
+_MAX_METADATA_CHARS = 512
+
+
+def _input(value: Any) -> str | list[Any]:
+    if not isinstance(value, (str, list)) or not value:
+        raise refuse(f"got {show(value)}; allowed is a text or a list of items, not empty")
+    if isinstance(value, list) and len(value) > MAX_ENTRIES:
+        raise refuse(f"has {len(value)} items; at most {MAX_ENTRIES} are allowed")
+    return value
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    is_short = isinstance(value, dict) and len(value) <= _MAX_METADATA
+    texts = [*value, *value.values()] if is_short else [None]
+    if not all(isinstance(text, str) and len(text) <= _MAX_METADATA_CHARS for text in texts):
+        raise refuse(
+            f"got {show(value)}; allowed is an object of up to {_MAX_METADATA} texts of up to "
+            f"{_MAX_METADATA_CHARS} characters"
+        )
+    metadata: dict[str, str] = value
+    return metadata
+
+
+_LIST: dict[str, Any] = {"type": "array", "items": {"type": "object"}}
+_InputField = Annotated[
+    str | list[Any], PlainValidator(_input), WithJsonSchema({"anyOf": [TEXT, _LIST]})
+]
+_MetadataField = Annotated[
+    dict[str, str],
+    PlainValidator(_metadata),
+    WithJsonSchema({"type": "object", "additionalProperties": TEXT}),
+]
+_ChoiceField = Annotated[
+    Any, WithJsonSchema({"anyOf": [{**TEXT, "enum": list(_CHOICES)}, {"type": "object"}]})
+]
+_EXAMPLE = {"input": "Hello! What can you do?", "max_output_tokens": 64}
+
+
+class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMPLE]}):
+    """Body of POST /v1/responses."""
+
+    refused_fields = refused_beside(REFUSED, IGNORED)
+    ignored_fields = IGNORED
+
+    input: _InputField = Field(description="A text, or messages, calls, their results, reasoning.")
+    instructions: str | None = Field(None, description="The first system message.")
+    max_output_tokens: int | None = Field(
+        None, description="Most tokens to generate, the reasoning among them."
+    )
+    tools: Annotated[list[dict[str, Any]], at_most(MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call."
+    )
+    tool_choice: _ChoiceField = Field(
+        None, description="none, auto, required, a function by its name, or allowed_tools."
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="false: an answer ends after its first call."
+    )
+    reasoning: dict[str, Any] | None = Field(None, description="effort, as in a chat completion.")
+    text: dict[str, Any] | None = Field(
+        None, description="format: of type text, json_object, or json_schema with a schema."
+    )
+    include: Annotated[list[str], at_most(MAX_ENTRIES)] | None = Field(
+        None, description="message.output_text.logprobs adds scores; others add nothing here."
+    )
+    top_logprobs: int | None = Field(
+        None, description="Likeliest tokens scored beside each of the text, 0 to 20."
+    )
+    metadata: _MetadataField | None = Field(None, description="Texts that the response repeats.")
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None, description="Nothing is dropped: an input that is too long is a 400."
+    )
+    store: bool | None = Field(None, description="Without effect: nothing is stored.")
+    max_tool_calls: int | None = Field(None, description="Of tools of the server, which has none.")
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    user: str | None = None
+
+    _repeated: dict[str, orjson.Fragment] = PrivateAttr(default_factory=dict)
+
+    @property
+    def repeated(self) -> dict[str, orjson.Fragment]:
+        """The fields that the response repeats as they came, as JSON."""
+        return self._repeated
+
+    def translate(self, made: Translation) -> None:
+        given = {name: getattr(self, name) for name in _REPEATED}
+        if self.text is not None:
+            given["text"] = {"format": {"type": "text"}, **self.text}
+        self._repeated = {
+            name: _packed(name, value)
+            for name, value in given.items()
+            if value is not None or name not in _NOT_NULL
+        }
+        made.paths |= {
+            "max_completion_tokens": "max_output_tokens",
+            "max_tokens": "max_output_tokens",
+            "messages": "input",
+            "reasoning_effort": "reasoning.effort",
+            "response_format": "text.format",
+        }
+        if self.instructions is not None:
+            made.add_message("system", "instructions", content=self.instructions)
+        if isinstance(self.input, str):
+            made.add_message("user", "input", content=self.input)
+        else:
+            add_items(made, nodes(self.input, "input"))
+        made.fields["max_completion_tokens"] = self.max_output_tokens
+        made.fields["parallel_tool_calls"] = self.parallel_tool_calls
+        self._translate_options(made)
+        self._translate_tools(made)
+
+    def _translate_options(self, made: Translation) -> None:
+        """Reasoning, form and scores."""
+        options = Node(self.reasoning or {}, "reasoning").fields
+        check_further_fields(options, REFUSED_IN["reasoning"], "reasoning.")
+        made.fields["reasoning_effort"] = options.get("effort")
+        text = Node(self.text or {}, "text").fields
+        check_further_fields(text, REFUSED_IN["text"], "text.")
+        if text.get("format") is not None:
+            made.fields["response_format"] = _format(Node(text["format"], "text.format"))
+        for index, name in enumerate(self.include or []):
+            if name not in _INCLUDED:
+                allowed = ", ".join(_INCLUDED)
+                raise FieldError(f"include[{index}]: got {show(name)}; allowed are {allowed}")
+        if _LOGPROBS in (self.include or []) or self.top_logprobs:
+            made.fields |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+
+    def _translate_tools(self, made: Translation) -> None:
+        allowed: set[str] | None = None
+        choice: Any = self.tool_choice
+        if isinstance(choice, dict):
+            node = Node(choice, "tool_choice")
+            kinds = ("function", "allowed_tools")
+            if node.kind(kinds, "this server runs no tools itself") == "function":
+                choice = {"type": "function", "function": {"name": node.text("name")}}
+            else:
+                choice = choice.get("mode")
+                if choice not in ("auto", "required"):
+                    raise FieldError(
+                        f"tool_choice.mode: got {show(choice)}; allowed are auto, required"
+                    )
+                allowed = _allowed_names(node)
+        elif choice is not None and choice not in _CHOICES:
+            raise FieldError(
+                f"tool_choice: got {show(choice)}; allowed are {', '.join(_CHOICES)} and an object"
+            )
+        names = set()
+        for node in nodes(self.tools or [], "tools"):
+            node.kind(("function",), "this server runs no tools itself, the client does")
+            check_further_fields(node.fields, REFUSED_IN["tools"], f"{node.path}.")
+            names.add(node.text("name"))
+            if allowed is None or node.text("name") in allowed:
+                given = {k: node.fields.get(k) for k in _FUNCTION_FIELDS}
+                kept = {k: v for k, v in given.items() if v is not None}
+                made.add_tool(node.path, "parameters", kept)
+        if allowed is not None and not allowed <= names:
+            unknown = min(allowed - names)
+            raise FieldError(f"tool_choice.tools: got {show(unknown)}, which is none of the tools")
+        made.fields["tool_choice"] = choice
+
+
+_REPEATED = (
+    *("instructions", "max_output_tokens", "max_tool_calls", "metadata", "prompt_cache_key"),
+    *("safety_identifier", "text", "tool_choice", "tools", "user"),
+)
+# fields of a response that are never null
+_NOT_NULL = ("metadata", "text", "tool_choice", "tools")
+
+
+def _packed(name: str, value: Any) -> orjson.Fragment:
+    """A value of a request as JSON; escapes keep half of a surrogate pair encodable."""
+    try:
+        return orjson.Fragment(json.dumps(value, allow_nan=False))
+    except ValueError as error:
+        raise FieldError(f"{name}: cannot be written as JSON: {error}; correct it") from error
+
+
+_FUNCTION_FIELDS = ("name", "description", "parameters", "strict", "output_schema")
+
+
+def _allowed_names(choice: Node) -> set[str]:
+    """Names of the functions in `tool_choice` of type allowed_tools."""
+    names = set()
+    for node in nodes(choice.fields.get("tools"), choice.of("tools")):
+        node.kind(("function",), "this server runs no tools itself")
+        names.add(node.text("name"))
+    return names
+
+
+def _format(node: Node) -> dict[str, Any]:
+    """The `response_format` of a chat completion."""
+    kind = node.kind(_FORMATS, "this server has no such form")
+    if kind != "json_schema":
+        return {"type": kind}
+    schema = node.fields.get("schema")
+    if not isinstance(schema, dict):
+        raise FieldError(f"{node.of('schema')}: got {show(schema)}; allowed is a JSON schema")
+    kept = {k: v for k, v in node.fields.items() if k != "type"}
+    return {"type": kind, "json_schema": kept}

@@ -1,0 +1,97 @@
+"""Items of a Responses request, as messages of a chat completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fd_dsa.serve.errors import FieldError, show
+from fd_dsa.serve.protocol.translation import Node, Translation, nodes
+
+_ITEMS = ("message", "reasoning", "function_call", "function_call_output")
+_ROLES = ("system", "developer", "user", "assistant")
+_READS_TEXT = "this server reads text only"
+
+
+def add_items(made: Translation, items: Sequence[Node]) -> None:
+    """Append the messages of a conversation.
+
+    A message of the assistant has what its items have together: reasoning, then content and calls.
+    """
+    turn: dict[str, Any] | None = None
+    for item in items:
+        kind = _kind(item)
+        is_of_assistant = kind in ("reasoning", "function_call") or (
+            kind == "message" and item.fields.get("role") == "assistant"
+        )
+        if not is_of_assistant:
+            turn = None
+            _add_other(made, item, kind)
+            continue
+        if turn is None or _begins_message(turn, kind):
+            turn = made.add_message("assistant", item.path, content="")
+        if kind == "reasoning":
+            turn["reasoning_content"] = _reasoning(item)
+        elif kind == "message":
+            turn["content"] += "".join(_texts(item, "content", ("output_text", "refusal")))
+        else:
+            made.add_call(
+                item.path, item.text("call_id"), item.text("name"), item.fields.get("arguments")
+            )
+
+
+def _kind(item: Node) -> str:
+    if set(item.fields) <= {"id", "type"} and item.fields.get("type") in (None, "item_reference"):
+        raise FieldError(
+            f"{item.of('type')}: got a reference to an item; this server stores none; send the "
+            "item itself"
+        )
+    return item.kind(_ITEMS, "this server runs no tools itself and stores nothing", "message")
+
+
+def _begins_message(turn: dict[str, Any], kind: str) -> bool:
+    """Whether an item of the assistant is the beginning of another of its messages."""
+    has_text, has_calls = bool(turn["content"]), "tool_calls" in turn
+    if kind == "reasoning":
+        return has_text or has_calls or "reasoning_content" in turn
+    return kind == "message" and has_text and not has_calls
+
+
+def _add_other(made: Translation, item: Node, kind: str) -> None:
+    if kind == "function_call_output":
+        texts = _texts(item, "output", ("input_text", "output_text"))
+        call_id = item.text("call_id")
+        made.add_message("tool", item.path, content="\n".join(texts), tool_call_id=call_id)
+        return
+    role = item.fields.get("role")
+    if role not in _ROLES:
+        raise FieldError(f"{item.of('role')}: got {show(role)}; allowed are {', '.join(_ROLES)}")
+    texts = _texts(item, "content", ("input_text", "output_text"))
+    made.add_message(role, item.path, content="\n".join(texts))
+
+
+def _texts(item: Node, name: str, kinds: Sequence[str]) -> list[str]:
+    """The texts of a field that is one, or a list of parts of these types."""
+    value = item.fields.get(name)
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise FieldError(
+            f"{item.of(name)}: got {show(value)}; allowed is a string or a list of text parts"
+        )
+    texts = []
+    for part in nodes(value, item.of(name)):
+        kind = part.kind((*kinds, "text"), _READS_TEXT)
+        texts.append(part.text("refusal" if kind == "refusal" else "text"))
+    return texts
+
+
+def _reasoning(item: Node) -> str:
+    """The text of a reasoning item: its content, else its summary; empty for an encrypted one."""
+    for name, kind in (("content", "reasoning_text"), ("summary", "summary_text")):
+        parts = nodes(item.fields.get(name) or [], item.of(name))
+        for part in parts:
+            part.kind((kind,), _READS_TEXT)
+        if parts:
+            return "\n".join(part.text("text") for part in parts)
+    return ""

@@ -1,0 +1,203 @@
+"""Requests of other APIs, as requests for a chat completion."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import Field, PrivateAttr, ValidationError
+
+from fd_dsa.serve.errors import ApiError, FieldError, show, validation_refusal
+from fd_dsa.serve.protocol.chat import ChatCompletionRequest
+from fd_dsa.serve.protocol.fields import MAX_ENTRIES, MAX_FIELDS, Body
+from fd_dsa.serve.protocol.known_fields import REFUSED_IN_CHAT, Refused
+
+# fields that every request here has as a chat completion has them
+_SAME = ("model", "stream", "temperature", "top_p")
+# fields of a chat completion that belong to its own form, or that translations write
+_OF_CHAT = frozenset(
+    {
+        *("messages", "add_generation_prompt", "continue_final_message"),
+        *("max_tokens", "max_completion_tokens", "reasoning_effort", "response_format"),
+        *("tools", "tool_choice", "parallel_tool_calls"),
+        *("n", "best_of", "stream_options", "logprobs", "top_logprobs", "prompt_logprobs"),
+        *("return_token_ids", "return_topk_positions"),
+    }
+)
+EXTENSIONS = frozenset(ChatCompletionRequest.model_fields) - _OF_CHAT - set(_SAME)
+"""Fields of a chat completion that other APIs take too, under the same names."""
+
+
+def refused_beside(own: Mapping[str, Refused], ignored: Collection[str]) -> dict[str, Refused]:
+    """The refused fields of an API: its own, those of chat, and those that chat refuses.
+
+    Args:
+        ignored: names that the API ignores.
+    """
+    of_chat = dict.fromkeys(_OF_CHAT, Refused((False,), "/v1/chat/completions"))
+    refused = {**REFUSED_IN_CHAT, **of_chat, **own}
+    return {name: rule for name, rule in refused.items() if name not in ignored}
+
+
+class Node:
+    """An object of a request and its path, for translations that read it field by field."""
+
+    def __init__(self, value: Any, path: str) -> None:
+        if not isinstance(value, dict):
+            raise FieldError(f"{path}: got {show(value)}; allowed is an object")
+        if len(value) > MAX_FIELDS:
+            raise FieldError(f"{path}: has {len(value)} fields; at most {MAX_FIELDS} are allowed")
+        self.fields: dict[str, Any] = value
+        self.path = path
+
+    def of(self, name: str) -> str:
+        """Path of a field."""
+        return f"{self.path}.{name}"
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A field that is a text; without a default the field is required."""
+        value = self.fields.get(name, default)
+        if value is None and name not in self.fields:
+            raise FieldError(f"{self.of(name)}: is missing; the field is required")
+        if not isinstance(value, str):
+            raise FieldError(f"{self.of(name)}: got {show(value)}; allowed is a string")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """A field that is true or false; false by default."""
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise FieldError(f"{self.of(name)}: got {show(value)}; allowed is true or false")
+        return bool(value)
+
+    def kind(self, allowed: Collection[str], what: str, default: str | None = None) -> str:
+        """The field `type`.
+
+        Args:
+            what: reason of a refusal.
+        """
+        value = self.fields.get("type", default)
+        if value not in allowed:
+            names = ", ".join(sorted(allowed))
+            raise FieldError(f"{self.of('type')}: got {show(value)}; {what}; allowed is {names}")
+        return str(value)
+
+
+def nodes(value: Any, path: str) -> list[Node]:
+    """The objects of a list."""
+    if not isinstance(value, list):
+        raise FieldError(f"{path}: got {show(value)}; allowed is a list of objects")
+    if len(value) > MAX_ENTRIES:
+        raise FieldError(f"{path}: has {len(value)} entries; at most {MAX_ENTRIES} are allowed")
+    return [Node(entry, f"{path}[{index}]") for index, entry in enumerate(value)]
+
+
+@dataclass
+class Translation:
+    """The body of a chat completion while it is made.
+
+    Attributes:
+        fields: fields of the chat completion.
+        paths: path in the chat completion -> path in the request that it was made from.
+    """
+
+    fields: dict[str, Any] = field(default_factory=lambda: {"messages": []})
+    paths: dict[str, str] = field(default_factory=dict)
+
+    def add_message(self, role: str, path: str, **fields: Any) -> dict[str, Any]:
+        """Append a message that was made from what is at `path`."""
+        messages: list[dict[str, Any]] = self.fields["messages"]
+        self.paths[f"messages[{len(messages)}]"] = path
+        messages.append({"role": role, **fields})
+        return messages[-1]
+
+    def add_call(self, path: str, call_id: str, name: str, arguments: Any) -> None:
+        """Append a call to the last message."""
+        calls = self.fields["messages"][-1].setdefault("tool_calls", [])
+        index = len(self.fields["messages"]) - 1
+        self.paths[f"messages[{index}].tool_calls[{len(calls)}].function"] = path
+        function = {"name": name, "arguments": arguments}
+        calls.append({"id": call_id, "type": "function", "function": function})
+
+    def add_tool(self, path: str, parameters: str, function: dict[str, Any]) -> None:
+        """Append a function.
+
+        Args:
+            parameters: name that the request has for the schema of its arguments.
+        """
+        tools: list[dict[str, Any]] = self.fields.setdefault("tools", [])
+        chat_path = f"tools[{len(tools)}].function"
+        self.paths |= {chat_path: path, f"{chat_path}.parameters": f"{path}.{parameters}"}
+        tools.append({"type": "function", "function": function})
+
+    def renamed(self, error: ApiError) -> ApiError:
+        """An error of the chat completion, under the names of the request."""
+        param = error.param or ""
+        begins = [p for p in self.paths if param.startswith(p) and param[len(p) :][:1] in "[."]
+        if not begins:
+            return error
+        longest = max(begins, key=len)
+        own, message = self.paths[longest] + param[len(longest) :], error.message
+        if message.startswith(param):
+            message = own + message[len(param) :]
+        return ApiError(error.status, message, param=own, code=error.code, headers=error.headers)
+
+
+class TranslatedRequest(Body):
+    """A request of another API; `chat` is the same request for a chat completion."""
+
+    ignored_fields: ClassVar[frozenset[str]]
+
+    model: str | None = Field(None, description="A served name; the first one by default.")
+    stream: bool | None = None
+    temperature: float | None = Field(
+        None, description="0 is greedy; left out: what generation_config.json says, or 1."
+    )
+    top_p: float | None = None
+
+    _chat: ChatCompletionRequest = PrivateAttr()
+    _translation: Translation = PrivateAttr(default_factory=Translation)
+
+    @property
+    def chat(self) -> ChatCompletionRequest:
+        """The request for a chat completion, after `check_supported`."""
+        return self._chat
+
+    @property
+    def unknown_fields(self) -> Sequence[str]:
+        known = EXTENSIONS | self.ignored_fields
+        return [name for name in super().unknown_fields if name not in known]
+
+    @abstractmethod
+    def translate(self, made: Translation) -> None:
+        """Write the fields of the chat completion, in which extensions are already.
+
+        Raises:
+            ApiError: 400, a field is wrong or cannot be honoured.
+        """
+
+    def check_supported(self) -> None:
+        """Translate the request; raises ApiError 400 for what cannot be honoured."""
+        super().check_supported()
+        extra = self.model_extra or {}
+        made = self._translation
+        made.fields |= {name: getattr(self, name) for name in _SAME}
+        made.fields |= {name: value for name, value in extra.items() if name in EXTENSIONS}
+        self.translate(made)
+        with self.own_names():
+            try:
+                self._chat = ChatCompletionRequest.model_validate(made.fields)
+            except ValidationError as error:
+                raise validation_refusal(error) from error
+            self._chat.check_supported()
+
+    @contextlib.contextmanager
+    def own_names(self) -> Iterator[None]:
+        """Errors of the chat completion name the fields of this request."""
+        try:
+            yield
+        except ApiError as error:
+            raise self._translation.renamed(error) from error

@@ -1,0 +1,144 @@
+"""Forced calls and other forms, walked token by token with the flags of published tokenizers."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from fd_dsa.chat.grammar import forced_calls_grammar
+from fd_dsa.chat.parser import THINK_END, TOOL_FORMATS, AnswerFormat, OutputParser
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from tests.chat.recorded import SCHEMAS
+from tests.chat.test_grammar import ANSWERS
+from tests.engine.grammar_walks import Walks
+from tests.engine.published import KINDS, MARKERS
+
+pytest.importorskip("llguidance", reason="the extra [structured] is not installed")
+
+# every walk ends: no text is free
+BOUNDED: dict[str, Any] = {
+    "paint": {
+        "type": "object",
+        "properties": {
+            "color": {"type": "string", "enum": ["red", "a </think> b", "grün"]},
+            "coats": {"type": "integer", "minimum": 0, "maximum": 99},
+            "is_wet": {"type": "boolean"},
+        },
+        "required": ["color", "coats"],
+        "additionalProperties": False,
+    },
+    "stop": {"type": "object", "properties": {}, "additionalProperties": False},
+}
+FORMATS = sorted({known.name for known in TOOL_FORMATS.values()})
+THOUGHTS = "They say <think> or </thin k>; I paint</"
+
+
+@functools.cache
+def walks_of(kind: str) -> Walks:
+    """Walks with one of the tokenizers, which takes a second to read."""
+    return Walks(KINDS[kind]())
+
+
+def in_pieces(walks: Walks, text: str) -> list[int]:
+    """Tokens of a text, each of one character, so that no marker is one token."""
+    return [i for char in text for i in walks.tokenizer.encode(char, add_special_tokens=False)]
+
+
+def answer_of(tool_format: str, in_reasoning: bool, schemas: dict[str, Any]) -> AnswerFormat:
+    """The format of an answer."""
+    known = next(known for known in TOOL_FORMATS.values() if known.name == tool_format)
+    return AnswerFormat(True, in_reasoning, known, schemas)
+
+
+def fields_of(walks: Walks, answer: AnswerFormat) -> dict[str, Any]:
+    """Parameters of a request, as the server sets them for an answer."""
+    special = walks.tokenizer.special_ids_of(answer.markers)
+    return {"kept_special_token_ids": frozenset(special.values())}
+
+
+@pytest.mark.parametrize("in_reasoning", [False, True], ids=["", "reasoning"])
+@pytest.mark.parametrize("tool_format", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_allowed_tokens_are_calls(kind: str, tool_format: str, in_reasoning: bool) -> None:
+    """Random tokens under the masks are calls, and so is the tokenizer's way to write them."""
+    walks, rng = walks_of(kind), np.random.default_rng(in_reasoning)
+    answer = answer_of(tool_format, in_reasoning, BOUNDED)
+    kept = fields_of(walks, answer)
+    after = THINK_END if in_reasoning else None
+    grammar = forced_calls_grammar(tool_format, BOUNDED, several=True)
+    form = StructuredOutputsParams(grammar=grammar, after_text=after)
+    for _ in range(2):
+        matcher = walks.begin(form, **kept)
+        token_ids: list[int] = []
+        if in_reasoning:
+            token_ids = walks.tokenizer.encode(THOUGHTS, add_special_tokens=False)
+            if rng.random() < 0.5:
+                token_ids += in_pieces(walks, THINK_END)
+            else:
+                token_ids += walks.tokenizer.encode(THINK_END, add_special_tokens=False)
+            assert walks.take(matcher, token_ids) == len(token_ids)
+        token_ids += walks.wander(matcher, rng, 2000)
+        assert matcher.is_finished and matcher.error is None
+        if token_ids[-1] == walks.eos:
+            token_ids.pop()
+        text = walks.tokenizer.decode(token_ids, kept=kept["kept_special_token_ids"])
+        message = OutputParser(answer).parse(text)
+        assert message.content == "" and message.tool_calls
+        assert message.reasoning == (THOUGHTS if in_reasoning else "")
+        for call in message.tool_calls:
+            jsonschema.validate(json.loads(call.arguments), BOUNDED[call.name])
+        assert walks.accepts(form, text, **kept) == (True, True)
+
+
+@pytest.mark.parametrize("in_reasoning", [False, True], ids=["", "reasoning"])
+@pytest.mark.parametrize(("tool_format", "calls"), ANSWERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_as_models_write_them(
+    kind: str, tool_format: str, calls: str, in_reasoning: bool
+) -> None:
+    """The tokenizer's tokens of a whole answer, and those of its letters."""
+    walks, answer = walks_of(kind), answer_of(tool_format, in_reasoning, SCHEMAS)
+    grammar = forced_calls_grammar(tool_format, SCHEMAS, several=True)
+    form = StructuredOutputsParams(grammar=grammar, after_text=THINK_END if in_reasoning else None)
+    fields = fields_of(walks, answer)
+    text = f"{THOUGHTS}{THINK_END}{calls}" if in_reasoning else calls
+    assert walks.accepts(form, text, **fields) == (True, True)
+    pieces, matcher = in_pieces(walks, text), walks.begin(form, **fields)
+    assert walks.take(matcher, pieces) == len(pieces) and walks.may_end(matcher)
+
+
+TEXT = "a </think> <｜tool▁sep｜><arg_key>"
+FORMS = {
+    "choice": StructuredOutputsParams(choice=["no", TEXT]),
+    "regex": StructuredOutputsParams(regex=r"[^!]*</think> <｜tool▁sep｜><arg_key>!?"),
+    "grammar": StructuredOutputsParams(
+        grammar=f'start: A " " {json.dumps(TEXT[11:], ensure_ascii=False)}\nA: /a <\\/think>/'
+    ),
+    "enum": StructuredOutputsParams(json={"enum": [TEXT, 5]}),
+    "text in JSON": StructuredOutputsParams(json={"type": "string", "maxLength": 40}),
+}
+
+
+@pytest.mark.parametrize("after", [None, THINK_END])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forms_whose_texts_contain_markers(kind: str, form: str, after: str | None) -> None:
+    """The tokens are the marker's own if the text shows them, or those of its letters."""
+    walks = walks_of(kind)
+    asked = StructuredOutputsParams(**{**vars(FORMS[form]), "after_text": after})
+    text = f'"{TEXT}"' if FORMS[form].json is not None else TEXT
+    before = "" if after is None else f"So {THINK_END}"
+    special = walks.tokenizer.special_ids_of(MARKERS)
+    shown = {"kept_special_token_ids": frozenset(special.values())}
+    for fields in (shown, {"skip_special_tokens": False}):
+        assert walks.accepts(asked, before + text, **fields) == (True, True)
+    pieces, matcher = in_pieces(walks, before + text), walks.begin(asked)
+    assert walks.take(matcher, pieces) == len(pieces) and walks.may_end(matcher)
+    if special and after is None:
+        # the text would lose the tokens
+        assert not walks.accepts(asked, text)[0]
