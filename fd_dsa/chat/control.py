@@ -11,11 +11,14 @@ are removed.
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
 import random
 import re
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any, Protocol
 
 from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, Arguments
@@ -35,14 +38,16 @@ _BEGUN = re.compile(rf"(\s*{THINK_BEGIN})(.*)", re.DOTALL)
 # no client can predict which characters quote its texts
 _random = random.SystemRandom()
 
-Spans = list[tuple[int, int]]
-"""Half-open ranges of characters, in order."""
+# characters that are unquoted at once, which takes 100 bytes of memory each
+_CHUNK_CHARS = 1 << 16
+_Spans = array
+"""Half-open ranges of characters in order, as one row of numbers: a text may have millions."""
 
 
 class ControlFinder(Protocol):
     """Finds markers of control tokens as a tokenizer does."""
 
-    def find(self, text: str) -> Spans:
+    def find(self, text: str) -> Iterator[tuple[int, int]]:
         """Places of the markers; each `SEPARATOR` begins another text."""
 
     def texts_in(self, text: str) -> Collection[str]:
@@ -99,7 +104,7 @@ def render_prompt(
         return RenderedPrompt(text, text)
     conversation = _Conversation(read, tools, variables, continue_final_message)
 
-    def render(marks: Mapping[str, Spans]) -> RenderedPrompt:
+    def render(marks: Mapping[str, _Spans[int]]) -> RenderedPrompt:
         return conversation.render(renderer, add_generation_prompt, marks)
 
     inside = _find_markers(control, conversation.texts)
@@ -113,7 +118,8 @@ def render_prompt(
             continue
         # otherwise the template looks at these characters
         if checked.text == prompt.text:
-            is_changed = control.find(checked.masked) != control.find(prompt.masked)
+            found, before = control.find(checked.masked), control.find(prompt.masked)
+            is_changed = any(a != b for a, b in itertools.zip_longest(found, before))
             return checked if is_changed else prompt
     return prompt
 
@@ -145,7 +151,7 @@ class _Conversation:
         self.texts = list(dict.fromkeys(_texts(values)))
 
     def render(
-        self, renderer: ChatTemplate, add_generation_prompt: bool, marks: Mapping[str, Spans]
+        self, renderer: ChatTemplate, add_generation_prompt: bool, marks: Mapping[str, _Spans[int]]
     ) -> RenderedPrompt:
         """Render with these places of texts quoted."""
         messages, tools, variables = self._messages, self._tools, self._variables
@@ -225,24 +231,25 @@ def _change(value: Any, changes: Mapping[str, str]) -> Any:
     return value
 
 
-def _find_markers(control: ControlFinder, texts: Sequence[str]) -> dict[str, Spans]:
+def _find_markers(control: ControlFinder, texts: Sequence[str]) -> dict[str, _Spans[int]]:
     """Places of whole markers, by text; texts without one are left out."""
     # all texts at once, because most conversations have no marker
     joined = SEPARATOR.join(texts)
-    found: dict[str, Spans] = {}
-    spans = iter(control.find(joined) if control.texts_in(joined) else ())
+    found: dict[str, _Spans[int]] = {}
+    spans = control.find(joined) if control.texts_in(joined) else iter(())
     span = next(spans, None)
     begin = 0
     for text in texts:
         end = begin + len(text)
         while span is not None and span[0] < end:
-            found.setdefault(text, []).append((max(span[0] - begin, 0), min(span[1], end) - begin))
+            place = max(span[0] - begin, 0), min(span[1], end) - begin
+            found.setdefault(text, array("q")).extend(place)
             span = next(spans, None)
         begin = end + len(SEPARATOR)
     return found
 
 
-def _overlaps(texts: Sequence[str], markers: Collection[str]) -> Iterator[dict[str, Spans]]:
+def _overlaps(texts: Sequence[str], markers: Collection[str]) -> Iterator[dict[str, _Spans[int]]]:
     """Places of texts that may be a part of one of the markers, after white space is stripped.
 
     Yields:
@@ -253,13 +260,13 @@ def _overlaps(texts: Sequence[str], markers: Collection[str]) -> Iterator[dict[s
     longest = max(map(len, markers), default=0)
     if longest < 2:
         return
-    borders: dict[str, Spans] = {}
-    inner: dict[str, Spans] = {}
+    borders: dict[str, _Spans[int]] = {}
+    inner: dict[str, _Spans[int]] = {}
     for text in texts:
         core = text.strip()
         begin, end = text.find(core), text.find(core) + len(core)
         head, tail = core[: longest - 1], core[1 - longest :]
-        spans = []
+        spans: list[tuple[int, int]] = []
         if not lasts.isdisjoint(head):
             sizes = [size for size in range(1, len(head) + 1) if head[:size] in heads]
             spans += [(begin, begin + size) for size in sizes[-1:]]
@@ -269,7 +276,7 @@ def _overlaps(texts: Sequence[str], markers: Collection[str]) -> Iterator[dict[s
         if spans:
             borders[text] = _merge(spans)
         elif core and len(core) < longest and any(core in marker for marker in markers):
-            inner[text] = [(begin, end)]
+            inner[text] = array("q", (begin, end))
     if inner:
         yield {**borders, **inner}
     if borders:
@@ -284,28 +291,43 @@ def _parts(markers: frozenset[str]) -> tuple[set[str], set[str]]:
     return heads, tails
 
 
-def _joined(inside: Mapping[str, Spans], overlaps: Mapping[str, Spans]) -> dict[str, Spans]:
+def _joined(
+    inside: Mapping[str, _Spans[int]], overlaps: Mapping[str, _Spans[int]]
+) -> dict[str, _Spans[int]]:
     """Places of both kinds, for the texts that have whole markers."""
-    return {text: _merge([*spans, *overlaps.get(text, ())]) for text, spans in inside.items()}
+    return {
+        text: _merge(heapq.merge(_pairs(spans), _pairs(overlaps[text])))
+        if text in overlaps
+        else spans
+        for text, spans in inside.items()
+    }
 
 
-def _merge(spans: Iterable[tuple[int, int]]) -> Spans:
+def _pairs(spans: _Spans[int]) -> Iterator[tuple[int, int]]:
+    numbers = iter(spans)
+    return zip(numbers, numbers, strict=True)
+
+
+def _merge(spans: Iterable[tuple[int, int]]) -> _Spans[int]:
     """Places in order, those that overlap as one."""
-    merged: Spans = []
-    for begin, end in sorted(spans):
-        if merged and begin < merged[-1][1]:
-            begin, end = merged[-1][0], max(end, merged.pop()[1])
-        merged.append((begin, end))
+    merged: _Spans[int] = array("q")
+    for begin, end in spans:
+        if merged and begin < merged[-1]:
+            merged[-1] = max(end, merged[-1])
+        else:
+            merged.extend((begin, end))
     return merged
 
 
-def _quote(text: str, spans: Spans, begin: str, end: str) -> str:
+def _quote(text: str, spans: _Spans[int], begin: str, end: str) -> str:
     """The text with `begin` and `end` around each character of these places."""
-    pieces, last = [], 0
-    for first, stop in spans:
-        pieces += [text[last:first], begin, f"{end}{begin}".join(text[first:stop]), end]
+    quoted, last = StringIO(), 0
+    for first, stop in _pairs(spans):
+        between = f"{end}{begin}".join(text[first:stop])
+        quoted.write(f"{text[last:first]}{begin}{between}{end}")
         last = stop
-    return "".join([*pieces, text[last:]])
+    quoted.write(text[last:])
+    return quoted.getvalue()
 
 
 def _unquote(text: str, begin: str, end: str) -> RenderedPrompt:
@@ -315,10 +337,17 @@ def _unquote(text: str, begin: str, end: str) -> RenderedPrompt:
     for mark in (begin, end):
         # as JSON and Python's literals show it
         text = text.replace(f"\\u{ord(mark):04x}", mark)
-    first, *pieces = text.split(begin)
-    masked = [MASK if len(p) == 2 and p[1] == end else _mask(p, end) for p in pieces]
-    plain = "".join([first, *pieces]).replace(end, "")
-    return RenderedPrompt(plain, "".join([first, *masked]).replace(end, ""))
+    plain, masked = StringIO(), StringIO()
+    start = 0
+    while start < len(text):
+        stop = text.find(begin, start + _CHUNK_CHARS)
+        stop = len(text) if stop < 0 else stop
+        first, *pieces = text[start:stop].split(begin)
+        plain.write("".join([first, *pieces]).replace(end, ""))
+        pieces = [MASK if len(p) == 2 and p[1] == end else _mask(p, end) for p in pieces]
+        masked.write("".join([first, *pieces]).replace(end, ""))
+        start = stop
+    return RenderedPrompt(plain.getvalue(), masked.getvalue())
 
 
 def _mask(piece: str, end: str) -> str:

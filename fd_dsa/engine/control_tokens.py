@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import tokenizers
 from tokenizers.models import WordLevel
 
-from fd_dsa.chat.control import SEPARATOR, Spans, unused_characters
+from fd_dsa.chat.control import SEPARATOR, unused_characters
 from fd_dsa.engine.text_windows import TooManyTokens, encode_text
 
 # characters that are searched in one call, which takes 70 bytes of memory a byte
@@ -48,9 +48,9 @@ class ControlTokens:
         self.longest = max(map(len, self._texts.values()), default=0)
         self._window_chars = max(_WINDOW_CHARS, 8 * self.longest)
 
-    def find(self, text: str) -> Spans:
+    def find(self, text: str) -> Iterator[tuple[int, int]]:
         """Places of the markers, without the white space that their flags take along."""
-        return [(begin, end) for begin, end, _ in self._find(text)]
+        return ((begin, end) for begin, end, _ in self._find(text))
 
     def texts_in(self, text: str) -> set[str]:
         """Distinct markers that the text has; takes less time than `find`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fd_dsa.chat.renderers import NO_TEMPLATE
@@ -34,9 +34,9 @@ PLAIN = ChatTemplate(
 class NoControlTokens:
     """Control tokens of a tokenizer that makes none from a text."""
 
-    def find(self, text: str) -> list[tuple[int, int]]:
+    def find(self, text: str) -> Iterator[tuple[int, int]]:
         """None."""
-        return []
+        return iter(())
 
     def texts_in(self, text: str) -> set[str]:
         """None."""
