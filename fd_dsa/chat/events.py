@@ -1,179 +1,15 @@
-"""What a parser of answers reads and reports, and where its parts put what they find.
-
-Text comes in pieces, for parsers that are written as if they had all of it. A parser is a
-generator: it yields whenever it needs more text. What it finds depends on the whole text alone,
-never on where the pieces were cut.
-"""
+"""The parts of an answer that a parser reports, and the objects that collect them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-_T = TypeVar("_T")
-Steps = Generator[None, None, _T]
-"""A part of a parser that yields when it needs more text, and returns a `_T`."""
-
-
-# white space is held back only so long: else every piece of it would be read again and again
-_MAX_SPACE = 64
-
-
-class TextFeed:
-    """The text that is not read yet."""
-
-    def __init__(self) -> None:
-        self._text = ""
-        self._ended = False
-
-    def push(self, text: str) -> None:
-        self._text += text
-
-    def end(self) -> None:
-        self._ended = True
-
-    def stream_until(
-        self, markers: Sequence[str], emit: Callable[[str], None], *, keeps_half: bool = True
-    ) -> Steps[str | None]:
-        """Hand out the text before the first marker as soon as it is certain, and read the marker.
-
-        No marker begins with another one.
-
-        Args:
-            keeps_half: whether what begins like a marker where the text ends is text; else the
-                text was cut off inside of a marker.
-
-        Returns:
-            The marker, None where the text ended before one.
-        """
-        while True:
-            places = ((self._text.find(marker), marker) for marker in markers)
-            first = min((place for place in places if place[0] >= 0), default=None)
-            is_sure = self._ended and keeps_half
-            sure = len(self._text) if is_sure else _begin_of_unsure(self._text, markers)
-            if first is not None and first[0] < sure:
-                start, marker = first
-                self._emit(start, emit)
-                self._text = self._text[len(marker) :]
-                return marker
-            self._emit(sure, emit)
-            if self._ended:
-                self._text = ""
-                return None
-            yield
-
-    def until(self, markers: Sequence[str]) -> Steps[tuple[str, str | None]]:
-        """All the text before the first marker, and the marker, None where there is none."""
-        pieces: list[str] = []
-        marker = yield from self.stream_until(markers, pieces.append)
-        return "".join(pieces), marker
-
-    def skip_space(self) -> Steps[str]:
-        """Read white space; returns the next character, unread, empty at the end."""
-        while True:
-            self._text = self._text.lstrip()
-            if self._text or self._ended:
-                return self._text[:1]
-            yield
-
-    def opens_with(self, marker: str) -> Steps[bool]:
-        """Whether the text begins with a marker, a little white space aside; then both are read."""
-        while True:
-            text = self._text.lstrip()
-            if len(self._text) - len(text) > _MAX_SPACE:
-                return False
-            if text.startswith(marker):
-                self._text = text[len(marker) :]
-                return True
-            if self._ended or not marker.startswith(text):
-                return False
-            yield
-
-    def is_cut_off_in(self, marker: str) -> bool:
-        """Whether the text has ended before a marker or inside of it; then its rest is read."""
-        is_cut = self._ended and marker.startswith(self._text.lstrip())
-        if is_cut:
-            self._text = ""
-        return is_cut
-
-    def _emit(self, end: int, emit: Callable[[str], None]) -> None:
-        if end:
-            emit(self._text[:end])
-            self._text = self._text[end:]
-
-
-def _begin_of_unsure(text: str, markers: Sequence[str]) -> int:
-    """Where a marker may begin that more text would complete; the length where none may."""
-    longest = max((len(marker) for marker in markers), default=0)
-    for start in range(max(0, len(text) - longest + 1), len(text)):
-        tail = text[start:]
-        if any(marker.startswith(tail) and len(marker) > len(tail) for marker in markers):
-            return start
-    return len(text)
-
-
-# deep enough for schemas that people write, and an end for those that refer to themselves
-_MAX_DEPTH = 8
-
-
-_TYPES: dict[type, str] = {
-    dict: "object",
-    list: "array",
-    str: "string",
-    bool: "boolean",
-    type(None): "null",
-    int: "integer",
-    float: "number",
-}
-
-
-def type_of(text: str) -> str | None:
-    """JSON schema's name of the type of a JSON text; None for other texts, as of NaN."""
-    try:
-        # names that Python's parser takes and JSON lacks are no integers either
-        return _TYPES[type(json.loads(text, parse_constant=int))]
-    except (ValueError, RecursionError):
-        return None
-
-
-def types_of(schema: Any, root: Any = None, depth: int = _MAX_DEPTH) -> frozenset[str]:
-    """Types that a schema allows, "number" with "integer"; empty where it does not say.
-
-    Args:
-        root: the schema in which references of `schema` are looked up.
-        depth: references and alternatives to follow inside each other.
-    """
-    if not isinstance(schema, dict) or not depth:
-        return frozenset()
-    if "$ref" in schema:
-        return types_of(_target(schema["$ref"], root), root, depth - 1)
-    named = schema.get("type")
-    listed = named if isinstance(named, list) else [named]
-    names = {name for name in listed if isinstance(name, str)}
-    for keyword in ("anyOf", "oneOf"):
-        branches = schema.get(keyword)
-        for branch in branches if isinstance(branches, list) and not names else ():
-            of_branch = types_of(branch, root, depth - 1)
-            if not of_branch:
-                return frozenset()
-            names |= of_branch
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if not names and isinstance(values, list):
-        names = {kind for value in values if (kind := type_of(json.dumps(value)))}
-    return frozenset(names | ({"integer"} if "number" in names else set()))
-
-
-def _target(reference: Any, root: Any) -> Any:
-    """What a reference within `root` points to, None for any other."""
-    if not isinstance(reference, str) or not reference.startswith("#/"):
-        return None
-    target = root
-    for part in reference[2:].split("/"):
-        target = target.get(part) if isinstance(target, dict) else None
-    return target
-
+from fd_dsa.chat.schema import ToolSchema, type_of
+from fd_dsa.chat.text_feed import Damaged, Steps
 
 Kind = Literal["content", "reasoning", "call", "arguments", "call_end"]
 
@@ -183,9 +19,9 @@ class Event:
     """What a parser reports of an answer.
 
     Attributes:
-        kind: "content" and "reasoning" bring more text, and "arguments" more of a call's: together
-            a JSON object, where the model made one. A "call" begins, and with "call_end", which is
-            missing where the answer ends inside of it, it is complete.
+        kind: "content" and "reasoning" bring more text. A "call" begins, "arguments" bring more
+            of its JSON object, and "call_end" completes it. A call without a "call_end" was cut
+            off, or broken after a part of it was out; its arguments are no whole JSON then.
         text: what is added; of a call the name of the tool.
         index: of a call and its arguments, from 0 in an answer.
     """
@@ -227,122 +63,189 @@ def join_events(events: Iterable[Event]) -> Message:
     return Message("".join(texts["content"]), "".join(texts["reasoning"]), made)
 
 
+Emit = Callable[[str], None]
+
+
 class EventSink:
-    """Collects events, neighbours of one kind as one."""
+    """Collects events, neighbours of one kind as one, and holds those of a call back.
+
+    Attributes:
+        schemas: tool name -> JSON schema of its arguments.
+        num_calls: calls so far, with those held back.
+        is_wary: only declared tools are called, since a damaged call came before, and the rest of
+            its text may cite calls.
+    """
 
     def __init__(self, schemas: Mapping[str, Any]) -> None:
         self.schemas = schemas
         self.num_calls = 0
-        self._events: list[Event] = []
-        self._held = ""
+        self._resolved: dict[str, ToolSchema] = {}
+        self.is_wary = False
+        self._events: list[_Part] = []
+        self._held: list[_Part] | None = None
         self._num_calls_before = 0
-        self._has_arguments = False
+
+    def schema_of(self, tool: str) -> ToolSchema:
+        """Schema of a tool's arguments, with results that all calls of an answer share."""
+        if tool not in self._resolved:
+            self._resolved[tool] = ToolSchema(self.schemas.get(tool))
+        return self._resolved[tool]
 
     def take(self) -> list[Event]:
-        """The events since the last call."""
-        events, self._events = self._events, []
-        return events
+        """The events since the last call, without those held back."""
+        parts, self._events = self._events, []
+        return [Event(part.kind, "".join(part.texts), part.index) for part in parts]
 
-    def content(self, text: str) -> None:
-        """More text of the answer, after the markup that was held for it."""
-        text, self._held = self._held + text, ""
-        self._add("content", text)
+    def hold(self) -> None:
+        """Hold the next events back until `commit`."""
+        self._held, self._num_calls_before = [], self.num_calls
+
+    def commit(self) -> None:
+        """Report the events that were held back."""
+        for part in self._held or ():
+            self._add(part, self._events)
+        self._held = None
+
+    def drop(self) -> None:
+        """Forget the events that were held back."""
+        self._held, self.num_calls = None, self._num_calls_before
 
     @property
-    def has_calls(self) -> bool:
-        """Whether the section has made a call: what is cut off after it is markup, not content."""
-        return self.num_calls > self._num_calls_before
+    def is_held(self) -> bool:
+        """Whether events are held back."""
+        return self._held is not None
 
-    def begin_section(self, markup: str) -> None:
-        """Hold the markup that begins some calls: it is content if no call follows."""
-        self._held = markup
-        self._num_calls_before = self.num_calls
-
-    def end_section(self, markup: str) -> None:
-        """Take the markup that ends the calls, empty where the text ended before it."""
-        if not self.has_calls:
-            self.content(markup)
+    def content(self, text: str) -> None:
+        self._report("content", text)
 
     def reasoning(self, text: str) -> None:
-        self._add("reasoning", text)
+        self._report("reasoning", text)
 
     def start_call(self, name: str) -> None:
-        self._held, self._has_arguments = "", False
-        self._events.append(Event("call", name, self.num_calls))
+        """Begin a call.
+
+        Raises:
+            Damaged: the tool is not declared, and calls of such tools are no longer expected.
+        """
+        if self.is_wary and self.schemas and name not in self.schemas:
+            raise Damaged
         self.num_calls += 1
+        self._report("call", name)
 
     def arguments(self, text: str) -> None:
         """More arguments of the latest call."""
-        self._has_arguments = True
-        self._add("arguments", text, self.num_calls - 1)
+        self._report("arguments", text)
 
     def end_call(self) -> None:
-        """The latest call is complete; without arguments it has an empty object of them."""
-        if not self._has_arguments:
-            self.arguments("{}")
-        self._events.append(Event("call_end", index=self.num_calls - 1))
+        """The latest call is complete."""
+        self._report("call_end")
 
-    def _add(self, kind: Kind, text: str, index: int = 0) -> None:
+    def _report(self, kind: Kind, text: str = "") -> None:
+        is_of_call = kind not in ("content", "reasoning")
+        if text or kind == "call_end":
+            part = _Part(kind, [text], self.num_calls - 1 if is_of_call else 0)
+            self._add(part, self._events if self._held is None else self._held)
+
+    def _add(self, part: _Part, events: list[_Part]) -> None:
         """Report more text, as one event with the text of the same kind before it."""
-        last = self._events[-1] if self._events else None
-        if last is not None and last.kind == kind:
-            self._events[-1] = Event(kind, last.text + text, index)
-        elif text:
-            self._events.append(Event(kind, text, index))
+        if events and part.kind not in ("call", "call_end") and events[-1].kind == part.kind:
+            events[-1].texts.extend(part.texts)
+        else:
+            events.append(part)
+
+
+@dataclass(slots=True)
+class _Part:
+    """An event while it grows."""
+
+    kind: Kind
+    texts: list[str]
+    index: int
 
 
 class ArgumentsWriter:
     """A JSON object of arguments, written value by value while they come."""
 
-    def __init__(self, sink: EventSink, schema: Any) -> None:
+    def __init__(self, sink: EventSink, tool: str) -> None:
         self._sink = sink
-        self._schema = schema
-        self._is_empty = True
+        self._schema = sink.schema_of(tool)
+        self._given: set[str] = set()
+        # the value before has no end mark, so this one may be a part of it
+        self._is_doubtful = False
 
-    def types_of(self, name: str) -> frozenset[str]:
-        """Types that the schema allows for an argument; empty where it does not say."""
-        properties = self._schema.get("properties") if isinstance(self._schema, dict) else None
-        schema = properties.get(name) if isinstance(properties, dict) else None
-        return types_of(schema, self._schema)
+    def may_take(self, name: str) -> bool:
+        """Whether an argument may follow by the schema; a schema without properties says yes."""
+        return name not in self._given and (not self._names or name in self._names)
+
+    @property
+    def is_described(self) -> bool:
+        """Whether the schema names the arguments."""
+        return bool(self._names)
+
+    def ends_with_name(self, text: str) -> bool:
+        """Whether a text ends with the name of an argument that may follow."""
+        return text.endswith(tuple(self._names - self._given))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the call has the arguments that the schema requires, or all that it names."""
+        needed = self._schema.required_names() or self._names
+        return bool(needed) and needed <= self._given
+
+    @property
+    def _names(self) -> frozenset[str]:
+        return self._schema.argument_names()
 
     def read(
-        self,
-        feed: TextFeed,
-        name: str,
-        end: str,
-        is_text: bool,
-        types: frozenset[str] = frozenset(),
+        self, value: Callable[[Emit], Steps[bool]], name: str, says_text: bool | None = None
     ) -> Steps[None]:
-        """Read a value up to its end marker; of one that is cut off, what has come of a string.
+        """Read the value of an argument.
+
+        The schema decides if the value is a text or JSON. If it allows both, or does not say, the
+        model's word counts. Without that, JSON of an allowed type is preferred. A value that
+        should be JSON and is none becomes a string.
 
         Args:
-            is_text: the value is a string as it is, else the JSON text as the model wrote it.
-            types: those that the value may have, empty for any. With "string" among them JSON of
-                another type than these is a string; in any case a text that is no JSON is one.
+            value: reads the value, and hands its text out piece by piece; returns whether it had
+                an end mark.
+            says_text: the model calls the value a text, or JSON; None if it does not say.
+
+        Raises:
+            Damaged: the call has this argument already, or the value has no end. Or it should be
+                JSON and is none, and it holds half of a mark, or an end mark is missing.
         """
-        self._sink.arguments("{" if self._is_empty else ", ")
+        if name in self._given:
+            raise Damaged
+        self._sink.arguments(", " if self._given else "{")
         self._sink.arguments(json.dumps(name, ensure_ascii=False) + ": ")
-        self._is_empty = False
-        if is_text:
+        self._given.add(name)
+        types = self._schema.argument_types(name)
+        was_doubtful, self._is_doubtful = self._is_doubtful, False
+        is_text = says_text is not False and types == {"string"}
+        if is_text or (says_text and (not types or "string" in types)):
             self._sink.arguments('"')
-            marker = yield from feed.stream_until((end,), self._characters, keeps_half=False)
-            if marker is not None:
-                self._sink.arguments('"')
+            self._is_doubtful = not (yield from value(self._characters))
+            self._sink.arguments('"')
             return
-        text, marker = yield from feed.until((end,))
-        if marker is None:
-            return
-        raw = text.strip()
-        kind = type_of(raw)
-        if kind is not None and ("string" not in types or kind in types - {"string"}):
-            self._sink.arguments(raw)
-        else:
-            self._sink.arguments(json.dumps(text, ensure_ascii=False))
+        pieces: list[str] = []
+        self._is_doubtful = not (yield from value(pieces.append))
+        text = "".join(pieces)
+        kind = type_of(text.strip())
+        is_json = kind is not None and (
+            "string" not in types
+            or kind in types - {"string"}
+            or (kind == "string" and says_text is False)
+        )
+        should_be_json = says_text is False or (types and "string" not in types)
+        is_doubtful = was_doubtful or self._is_doubtful or re.search("[<>]", text)
+        if kind is None and should_be_json and is_doubtful:
+            raise Damaged
+        self._sink.arguments(text.strip() if is_json else json.dumps(text, ensure_ascii=False))
 
     def _characters(self, text: str) -> None:
         self._sink.arguments(json.dumps(text, ensure_ascii=False)[1:-1])
 
     def close(self) -> None:
-        if not self._is_empty:
-            self._sink.arguments("}")
+        """Complete the call."""
+        self._sink.arguments("}" if self._given else "{}")
         self._sink.end_call()

@@ -7,21 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fd_dsa.chat.events import Event, EventSink, Message, Steps, TextFeed, join_events
+from fd_dsa.chat.dsml_tools import DeepseekV4Tools, DeepseekV32Tools
+from fd_dsa.chat.events import Event, EventSink, Message, join_events
+from fd_dsa.chat.glm_tools import GlmTools
+from fd_dsa.chat.text_feed import CutOff, Damaged, Steps, TextFeed
 from fd_dsa.chat.tool_formats import (
     DSML,
     GLM_KEY,
     V31_CALLS,
-    DeepseekV4Tools,
     DeepseekV31Tools,
-    DeepseekV32Tools,
-    GlmTools,
     ToolFormat,
 )
 
 THINK_BEGIN = "<think>"
 THINK_END = "</think>"
-_PIECE_CHARS = 4096
+# a call of fewer characters is returned whole or not at all
+_MAX_HELD = 2048
 
 TOOL_FORMATS: dict[str, ToolFormat] = {
     "deepseek_v31": DeepseekV31Tools(),
@@ -80,9 +81,14 @@ class AnswerFormat:
 class OutputParser:
     """Splits one answer into its parts, piece by piece.
 
-    The joined result depends on the whole text alone, not on the pieces. Malformed markup is no
-    error: up to the name of a call it comes back as content, after it the arguments are what the
-    model wrote. White space around calls is markup.
+    The joined result depends on the whole text only, not on the pieces. Text that may be a call is
+    held back until the call is complete, or until `_MAX_HELD` characters of it are sound; then its
+    arguments are streamed. Text of a call that cannot be repaired is content, or reasoning inside
+    of the reasoning. A call that breaks after more than `_MAX_HELD` characters has no end, so that
+    its arguments are no whole JSON; the rest of its text is content.
+
+    Attributes:
+        is_reasoning: the text at the read position is reasoning.
     """
 
     def __init__(self, answer: AnswerFormat) -> None:
@@ -93,22 +99,24 @@ class OutputParser:
         self._steps: Steps[None] | None = self._parse(answer)
 
     def feed(self, text: str) -> list[Event]:
-        """Events that more text brings; what may still become markup is held back."""
-        events = []
-        # in pieces, so that the cost stays linear: reading a marker copies what follows it
-        for begin in range(0, len(text), _PIECE_CHARS):
-            self._feed.push(text[begin : begin + _PIECE_CHARS])
-            events += self._advance()
-        return events
-
-    def finish(self) -> list[Event]:
-        """Events of what was held back; call it once, at the end."""
-        self._feed.end()
+        """Events that more text brings; text that may still become markup is held back."""
+        self._feed.push(text)
         return self._advance()
 
-    def parse(self, text: str) -> Message:
+    def finish(self, *, is_cut: bool = False) -> list[Event]:
+        """Events of the text that was held back; call it once, at the end.
+
+        Args:
+            is_cut: the answer was cut off, as by `max_tokens`. A call at its end is reported as
+                far as it goes. Without it the model has ended the answer, and such a call is
+                repaired or content.
+        """
+        self._feed.end(is_cut=is_cut)
+        return self._advance()
+
+    def parse(self, text: str, *, is_cut: bool = False) -> Message:
         """The parts of a whole answer; for a parser that has read nothing."""
-        return join_events([*self.feed(text), *self.finish()])
+        return join_events([*self.feed(text), *self.finish(is_cut=is_cut)])
 
     def _advance(self) -> list[Event]:
         if self._steps is not None:
@@ -119,27 +127,100 @@ class OutputParser:
         return self._sink.take()
 
     def _parse(self, answer: AnswerFormat) -> Steps[None]:
+        if not self.is_reasoning and answer.has_reasoning:
+            self.is_reasoning = bool((yield from self._feed.opens_with((THINK_BEGIN,))))
         starts = self._tools.starts if self._tools is not None else ()
-        marker: str | None = None
-        if answer.begins_in_reasoning or (
-            answer.has_reasoning and (yield from self._feed.opens_with(THINK_BEGIN))
-        ):
-            self.is_reasoning = True
-            # a call inside of the reasoning ends it: models forget the end marker
-            ends = (THINK_END, *starts)
-            marker = yield from self._feed.stream_until(ends, self._sink.reasoning)
-            if marker is None:
-                return
-            self.is_reasoning = False
         while True:
-            if self._tools is not None and marker is not None and marker in starts:
-                before = self._sink.num_calls
-                yield from self._tools.section(self._feed, self._sink, marker)
-                if self._sink.num_calls > before:
-                    yield from self._feed.skip_space()
-            marker = yield from self._feed.stream_until(starts, self._sink.content)
-            if marker is None:
+            found = yield from self._feed.stream_to(
+                (THINK_END, *starts) if self.is_reasoning else starts,
+                self._emit,
+                keeps_half=not self._sink.num_calls,
+            )
+            if found is None:
                 return
+            if found == THINK_END:
+                self._feed.read(len(found))
+                self.is_reasoning = False
+            elif self._tools is not None:
+                yield from self._try_call(self._tools, found)
+
+    def _emit(self, text: str) -> None:
+        """Report text that is no call."""
+        (self._sink.reasoning if self.is_reasoning else self._sink.content)(text)
+
+    def _try_call(self, tools: ToolFormat, start: str) -> Steps[None]:
+        """Read a call with its events held back; if it is none, only `start` is read, as text."""
+        feed, sink = self._feed, self._sink
+        feed.mark(_MAX_HELD, self._commit)
+        sink.hold()
+        try:
+            if (yield from self._read_calls(tools)):
+                self._commit()
+            else:
+                # calls that the reasoning cites
+                sink.drop()
+                self._emit(feed.release())
+        except Damaged as damage:
+            is_cut = isinstance(damage, CutOff) and not self.is_reasoning
+            if is_cut and sink.num_calls:
+                # the answer ends inside of a call, or in the head of a further one
+                self._commit()
+                feed.skip_all()
+            elif sink.is_held:
+                sink.drop()
+                self._emit_damaged(start)
+
+    def _emit_damaged(self, start: str) -> None:
+        """Report the text of a damaged call up to the damage; `start` of a text that is none.
+
+        The rest of a damaged call may cite calls.
+        """
+        text = self._feed.marked()
+        if not text or (self.is_reasoning and THINK_END in text):
+            self._feed.rewind()
+            text = self._feed.read(len(start))
+        else:
+            self._feed.release()
+            self._sink.is_wary = True
+        self._emit(text)
+
+    def _read_calls(self, tools: ToolFormat) -> Steps[bool]:
+        """Read a call and the marks after it; in the reasoning also the calls that follow it.
+
+        Returns:
+            Whether they are calls. The reasoning cites them if it goes on after them.
+        """
+        feed = self._feed
+        while True:
+            # `yield from`, with a look at the text before each wait
+            for _ in tools.read_call(feed, self._sink):
+                if self.is_reasoning and THINK_END in feed.marked(whole=True)[:_MAX_HELD]:
+                    raise Damaged
+                yield
+            if not self.is_reasoning:
+                self._commit()
+            yield from feed.skip_space()
+            while (yield from feed.opens_with(tools.ends)):
+                yield from feed.skip_space()
+            feed.skip_half(tools.ends)
+            if not self.is_reasoning:
+                return True
+            if not (yield from feed.opens_with(tools.starts, reads=False)):
+                break
+        return not (yield from feed.goes_on(THINK_END, _MAX_HELD))
+
+    def _commit(self) -> None:
+        """Report the events that were held back, and the next ones as they come.
+
+        Raises:
+            Damaged: the call contains the end of the reasoning, so the reasoning only cites it.
+        """
+        if self.is_reasoning and THINK_END in self._feed.marked()[:_MAX_HELD]:
+            raise Damaged
+        if self._sink.is_held:
+            self.is_reasoning = False
+            self._feed.release()
+            self._sink.commit()
 
 
 def tool_format_name(name: str, source: str, model_type: str | None = None) -> str:

@@ -20,6 +20,11 @@ schema says which a value is:
 
     <tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>...</tool_call>
 
+A call is read as a trial: its events are held back until it is complete, and if it turns out to
+be damaged, its text is content. The marks of a format may occur in prose and in values, so a mark
+counts only in the right place, and each repair of a slip asks for clean text around it, without
+"<" and ">", so that half of a damaged mark is never a part of an argument.
+
 Source of the formats: the chat templates of the models, and the files `encoding_dsv32.py` and
 `encoding_dsv4.py` of DeepSeek's folders. That V3.2 may write the arguments of a call as one JSON
 object: sgl-project/sglang, its detector of this format.
@@ -29,9 +34,12 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import ClassVar
 
-from fd_dsa.chat.events import ArgumentsWriter, EventSink, Steps, TextFeed
+from fd_dsa.chat.events import EventSink
+from fd_dsa.chat.json_arguments import read_object
+from fd_dsa.chat.text_feed import Steps, TextFeed
 
 V31_CALLS, V31_CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 V31_CALL, V31_CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -42,189 +50,103 @@ V32_CALLS, V32_CALLS_END = f"<{DSML}function_calls>", f"</{DSML}function_calls>"
 V4_CALLS, V4_CALLS_END = f"<{DSML}tool_calls>", f"</{DSML}tool_calls>"
 V32_CALL, V32_CALL_END = f"<{DSML}invoke", f"</{DSML}invoke>"
 V32_ARGUMENT, V32_ARGUMENT_END = f"<{DSML}parameter", f"</{DSML}parameter>"
-_V32_NAME = re.compile(r'\s+name="([^"]+)"\s*')
-_V32_KEY = re.compile(r'\s+name="([^"]*)"\s+string="(true|false)"\s*')
 
 GLM_CALL, GLM_CALL_END = "<tool_call>", "</tool_call>"
 GLM_KEY, GLM_KEY_END = "<arg_key>", "</arg_key>"
 GLM_VALUE, GLM_VALUE_END = "<arg_value>", "</arg_value>"
-_GLM_NAME = re.compile(r'[^\s<>"{}]+')
+
+SPACE = r"\s{0,16}"
+"""White space inside of markup."""
+NAME = r"\w(?:[\w.:/-]{0,126}\w)?"
+"""Name of a tool."""
 
 
 class ToolFormat(ABC):
     """How a family of models writes tool calls.
 
     Attributes:
-        name: as vLLM's `--tool-call-parser` has it.
-        starts: what begins a section of calls in an answer.
+        name: name for vLLM's `--tool-call-parser`.
+        starts: marks that begin a call or a section of calls.
+        ends: marks that are markup directly after a call.
         markers: texts that are a token each in the models' vocabularies and that the parser must
             see.
-        call, calls_end: what begins a call, and what ends a section.
-        argument: what begins an argument.
     """
 
     name: ClassVar[str]
-    starts: tuple[str, ...]
+    starts: ClassVar[tuple[str, ...]]
+    ends: ClassVar[tuple[str, ...]]
     markers: ClassVar[tuple[str, ...]]
-    call: ClassVar[str]
-    calls_end: str = ""
-    argument: ClassVar[str] = ""
-
-    def section(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[None]:
-        """Read from after `start`, one of `starts`, to the end of the calls."""
-        sink.begin_section("" if start == self.call else start)
-        marker: str | None = start
-        while marker not in (None, self.calls_end):
-            if marker == self.call:
-                marker = yield from self._read_call(feed, sink, start)
-            if marker not in (None, self.calls_end):
-                yield from feed.skip_space()
-                marker = yield from feed.stream_until(
-                    (self.call, self.calls_end), sink.content, keeps_half=not sink.has_calls
-                )
-        sink.end_section(marker or "")
 
     @abstractmethod
-    def _read_call(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[str | None]:
-        """Read one call; returns the marker that ended it."""
+    def read_call(self, feed: TextFeed, sink: EventSink) -> Steps[None]:
+        """Read a call, with the mark that begins its section, from one of `starts` on.
 
-    def _read_argument(
-        self, feed: TextFeed, sink: EventSink, writer: ArgumentsWriter
-    ) -> Steps[None]:
-        """Read one argument from after `argument`."""
-        raise NotImplementedError
+        Raises:
+            Damaged: the text is no call, or it cannot be repaired.
+        """
 
-    def _read_arguments(
-        self, feed: TextFeed, sink: EventSink, name: str, marker: str | None, ends: tuple[str, ...]
-    ) -> Steps[str | None]:
-        """Read the arguments of a call from after `marker`; returns the marker that ended it."""
-        writer = ArgumentsWriter(sink, sink.schemas.get(name))
-        while marker == self.argument:
-            yield from self._read_argument(feed, sink, writer)
-            yield from feed.skip_space()
-            marker = yield from feed.stream_until(
-                (self.argument, *ends), sink.content, keeps_half=False
-            )
-        if marker is not None:
-            writer.close()
-        return marker
 
-    def _read_json(
-        self, feed: TextFeed, sink: EventSink, ends: tuple[str, ...]
-    ) -> Steps[str | None]:
-        """Read arguments that are one JSON object; returns the marker that ended the call."""
-        yield from feed.skip_space()
-        marker = yield from feed.stream_until(ends, sink.arguments, keeps_half=False)
-        if marker is not None:
-            sink.end_call()
-        return marker
+_V31_HEAD = re.compile(
+    rf"(?:{V31_CALLS}{SPACE}(?:{V31_CALL})?|{V31_CALL}){SPACE}({NAME}){SPACE}"
+    rf"(?:{V31_SEPARATOR}|(?={{))"
+)
+_V31_PARTIAL = re.compile(
+    rf"(?:{V31_CALLS}{SPACE})?(?:<[^<>]{{0,24}}>?)?{SPACE}(?:{NAME})?{SPACE}(?:<[^<>]{{0,16}})?"
+)
+# a call without arguments may have none at all; then a mark or the end of the text must follow
+_V31_ENDS = f"(?:{V31_CALL_END}|{V31_CALLS_END})"
+_V31_ARGUMENTS = re.compile(rf"{SPACE}(?:(?={{)|(?={_V31_ENDS}\s{{0,16}}<)())")
+_V31_MAYBE = re.compile(rf"{SPACE}(?:<[^<>]{{0,24}}>?\s{{0,16}})?")
+_V31_LAST = re.compile(rf"{SPACE}(?={_V31_ENDS}\s{{0,16}}\Z)()")
 
 
 class DeepseekV31Tools(ToolFormat):
-    """Reads the calls of DeepSeek-V3.1; one may come without the markers around all calls."""
+    """Reads the calls of DeepSeek-V3.1; one may come without the marks around all calls."""
 
     name = "deepseek_v31"
     starts = (V31_CALLS, V31_CALL)
+    ends = (V31_CALL_END, V31_CALLS_END)
     markers = (V31_CALLS, V31_CALLS_END, V31_CALL, V31_CALL_END, V31_SEPARATOR)
-    call, calls_end = V31_CALL, V31_CALLS_END
 
-    def _read_call(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[str | None]:
-        name, marker = yield from feed.until((V31_SEPARATOR, V31_CALL_END, V31_CALLS_END))
-        if marker is None and sink.has_calls:
-            return None
-        if marker != V31_SEPARATOR or not name.strip():
-            end = marker if marker and marker != V31_CALLS_END else ""
-            sink.content(V31_CALL + name + end)
-            return marker
-        sink.start_call(name.strip())
-        return (yield from self._read_json(feed, sink, (V31_CALL_END, V31_CALLS_END)))
+    def read_call(self, feed: TextFeed, sink: EventSink) -> Steps[None]:
+        head = yield from feed.peek(_V31_HEAD, _V31_PARTIAL)
+        if head is None:
+            raise feed.broken()
+        feed.read_match(head)
+        arguments = yield from feed.peek(_V31_ARGUMENTS, _V31_MAYBE)
+        if arguments is None and feed.ends_near:
+            arguments = feed.match(_V31_LAST)
+        if arguments is None:
+            raise feed.broken()
+        feed.read_match(arguments)
+        sink.start_call(head[1])
+        if arguments[1] is None:
+            yield from read_arguments(feed, sink, (V31_CALL_END, V31_CALLS_END, V31_CALL))
+        else:
+            sink.arguments("{}")
+            sink.end_call()
 
 
-class DeepseekV32Tools(ToolFormat):
-    """Reads the calls of DeepSeek-V3.2; the empty line before the section is a part of it.
+def read_arguments(feed: TextFeed, sink: EventSink, ends: tuple[str, ...]) -> Steps[None]:
+    """Read arguments that are one JSON object, and complete the call.
 
-    Attributes:
-        section_name: name of the element around all calls; a subclass may have another one.
+    Args:
+        ends: marks that may follow. The end of the text is as good, since the object is complete.
     """
-
-    name = "deepseek_v32"
-    section_name: ClassVar[str] = "function_calls"
-    # the markup is made of ordinary characters, but for this token
-    markers = (DSML,)
-    call, argument = V32_CALL, V32_ARGUMENT
-
-    def __init__(self) -> None:
-        begin = f"<{DSML}{self.section_name}>"
-        self.starts = (f"\n\n{begin}", f"\n{begin}", begin)
-        self.calls_end = f"</{DSML}{self.section_name}>"
-
-    def _read_call(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[str | None]:
-        attributes, close = yield from feed.until((">",))
-        match = _V32_NAME.fullmatch(attributes)
-        if close is None and sink.has_calls:
-            return None
-        if match is None or close is None:
-            sink.content(V32_CALL + attributes + (close or ""))
-            return V32_CALL_END
-        sink.start_call(match[1])
-        ends = (V32_CALL_END, self.calls_end)
-        if (yield from feed.skip_space()) == "{":
-            return (yield from self._read_json(feed, sink, ends))
-        marker = yield from feed.stream_until((V32_ARGUMENT, *ends), sink.content, keeps_half=False)
-        return (yield from self._read_arguments(feed, sink, match[1], marker, ends))
-
-    def _read_argument(
-        self, feed: TextFeed, sink: EventSink, writer: ArgumentsWriter
-    ) -> Steps[None]:
-        attributes, close = yield from feed.until((">",))
-        match = _V32_KEY.fullmatch(attributes)
-        if close is not None and match is None:
-            sink.content(V32_ARGUMENT + attributes + close)
-        elif close is not None and match is not None:
-            is_text = match[2] == "true"
-            yield from writer.read(feed, match[1], V32_ARGUMENT_END, is_text)
+    yield from read_object(feed, sink.arguments)
+    end = yield from feed.peek(after_space(ends))
+    if end is None and not feed.is_last:
+        raise feed.broken()
+    sink.arguments("}")
+    sink.end_call()
 
 
-class DeepseekV4Tools(DeepseekV32Tools):
-    """Reads the calls of DeepSeek-V4."""
+@cache
+def after_space(marks: tuple[str, ...]) -> re.Pattern[str]:
+    """A pattern of one of some marks, after white space."""
+    return re.compile(SPACE + f"(?:{'|'.join(map(re.escape, marks))})")
 
-    name = "deepseek_v4"
-    section_name = "tool_calls"
 
-
-class GlmTools(ToolFormat):
-    """Reads the calls of GLM, each a section; a line break before a call is a part of it."""
-
-    name = "glm47"
-    starts = (f"\n{GLM_CALL}", GLM_CALL)
-    markers = (GLM_CALL, GLM_CALL_END, GLM_KEY, GLM_KEY_END, GLM_VALUE, GLM_VALUE_END)
-    call, argument = GLM_CALL, GLM_KEY
-
-    def section(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[None]:
-        yield from self._read_call(feed, sink, start)
-
-    def _read_call(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[str | None]:
-        text, marker = yield from feed.until((GLM_KEY, GLM_CALL_END))
-        name = text.strip()
-        if marker is None and sink.num_calls:
-            # cut off after another call
-            return None
-        if marker is None or not _GLM_NAME.fullmatch(name):
-            sink.content(start + text + (marker or ""))
-            return None
-        sink.start_call(name)
-        return (yield from self._read_arguments(feed, sink, name, marker, (GLM_CALL_END,)))
-
-    def _read_argument(
-        self, feed: TextFeed, sink: EventSink, writer: ArgumentsWriter
-    ) -> Steps[None]:
-        key, marker = yield from feed.until((GLM_KEY_END,))
-        if marker is None:
-            # cut off inside of a call, which has what came before
-            return
-        if not (yield from feed.opens_with(GLM_VALUE)):
-            if not feed.is_cut_off_in(GLM_VALUE):
-                sink.content(GLM_KEY + key + marker)
-            return
-        types = writer.types_of(key.strip())
-        yield from writer.read(feed, key.strip(), GLM_VALUE_END, types == {"string"}, types)
+def half_mark(size: int) -> str:
+    """A pattern of text that may hold a damaged mark of `size` characters, and white space."""
+    return rf"[^<>]{{0,{size}}}[<>][\s\S]{{0,{size + 16}}}?"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Container, Iterable
 from typing import Any
 
-from fd_dsa.chat.grammar import JSON_OPTIONS
+from fd_dsa.chat.lark import JSON_OPTIONS
 from fd_dsa.engine.structured_outputs import Kind
 
 # any tokens that spell a text may come: those that llguidance would choose for a text without

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fd_dsa.chat.lark import MAX_GRAMMAR_CHARS
+
 Kind = Literal["json_schema", "regex", "lark", "grammar"]
 
-# what one request may have compiled, in characters; a literal of that size takes 10 ms a step
-MAX_GRAMMAR_CHARS = 32_768
 _FORMS = ("json", "json_object", "regex", "choice", "grammar")
 
 

@@ -156,7 +156,8 @@ class BlockAnswer(ConversationAnswer):
             yield from self._more(event.text)
 
     def _begin(self, block: Block) -> Iterator[Change]:
-        yield from self._end()
+        # a call that is still open has broken: its end is an event of its own
+        yield from self._end(is_complete=self._open is None or self._open.kind != "call")
         self.blocks.append(block)
         self._open = block
         yield Change("begin", block)

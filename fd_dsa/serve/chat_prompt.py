@@ -162,7 +162,7 @@ def _render(
     check_bytes(state, _texts(texts), "messages")
     offered = body.tools if body.tools and body.choice.mode != "none" else []
     tools = [tool.model_dump(exclude_unset=True) for tool in offered]
-    check_bytes(state, _texts(tools), "tools")
+    check_bytes(state, _texts(tools, with_names=True), "tools")
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
     allows = state.options.allow_special_tokens_in_text
@@ -183,16 +183,22 @@ def _render(
         raise FieldError(f"messages: {error}") from error
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON value but the names of fields."""
+def _texts(value: Any, with_names: bool = False) -> Iterator[str]:
+    """Every text in a JSON value.
+
+    Args:
+        with_names: names of fields are texts too, such as the names in a tool's schema.
+    """
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
+        if with_names:
+            yield from value
         for entry in value.values():
-            yield from _texts(entry)
+            yield from _texts(entry, with_names)
     elif isinstance(value, list):
         for entry in value:
-            yield from _texts(entry)
+            yield from _texts(entry, with_names)
 
 
 def _form(
@@ -222,12 +228,9 @@ def _calls(body: ChatCompletionRequest, answer: AnswerFormat) -> StructuredOutpu
     """The form of answers that call one of the tools, or the tool that `tool_choice` names."""
     assert answer.tool_format is not None, "checked: there is a format if there are tools"
     name = body.choice.name
-    grammar = forced_calls_grammar(
-        answer.tool_format.name,
-        answer.schemas if name is None else {name: answer.schemas[name]},
-        several=not body.one_call,
-    )
+    schemas = answer.schemas if name is None else {name: answer.schemas[name]}
     try:
+        grammar = forced_calls_grammar(answer.tool_format.name, schemas, several=not body.one_call)
         return StructuredOutputsParams(grammar=grammar, source="tools")
     except ValueError as error:
         raise ApiError(400, str(error), param="tools") from error

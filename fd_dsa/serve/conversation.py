@@ -87,7 +87,7 @@ class Choice:
         was_reasoning = self.is_reasoning
         events = self._parser.feed(text)
         if output.finished:
-            events += self._parser.finish()
+            events += self._parser.finish(is_cut=output.finish_reason != "stop")
         is_reasoned = was_reasoning or self.is_reasoning
         self.num_reasoning_tokens += len(token_ids) if is_reasoned else 0
         if self._shows_reasoning or not is_reasoned:

@@ -26,9 +26,9 @@ def parser(tool_format: str | None, in_reasoning: bool = False) -> OutputParser:
     return OutputParser(AnswerFormat(True, in_reasoning, known, SCHEMAS))
 
 
-def in_pieces(one: OutputParser, pieces: list[str]) -> Message:
+def in_pieces(one: OutputParser, pieces: list[str], *, is_cut: bool = False) -> Message:
     """The message of an answer that comes in pieces; events must be in a sensible order."""
-    events = [event for piece in pieces for event in one.feed(piece)] + one.finish()
+    events = [event for piece in pieces for event in one.feed(piece)] + one.finish(is_cut=is_cut)
     running: int | None = None
     for event in events:
         if event.kind == "call":
@@ -56,16 +56,14 @@ def test_cut_off_at_every_character(recorded: Recorded) -> None:
     """An answer that ends anywhere is parsed alike, whole and in pieces, and keeps its calls."""
     for end in range(len(recorded.text)):
         text = recorded.text[:end]
-        whole = parser(recorded.tool_format, recorded.in_reasoning).parse(text)
+        whole = parser(recorded.tool_format, recorded.in_reasoning).parse(text, is_cut=True)
         one = parser(recorded.tool_format, recorded.in_reasoning)
-        assert in_pieces(one, list(text)) == whole
+        assert in_pieces(one, list(text), is_cut=True) == whole
         for call, full in zip(whole.tool_calls, recorded.message.tool_calls, strict=False):
             assert call.name == full.name
             assert full.arguments.startswith(call.arguments)
         if whole.tool_calls:
-            # GLM's calls have no frame around them, so half a marker after one may still be text
-            rest = whole.content.removeprefix(recorded.message.content)
-            assert "<tool_call>".startswith(rest)
+            assert whole.content == recorded.message.content
 
 
 @settings(max_examples=300, deadline=None)
@@ -73,16 +71,21 @@ def test_cut_off_at_every_character(recorded: Recorded) -> None:
     tool_format=st.sampled_from([V31, V32, V4, GLM, None]),
     tokens=st.lists(st.sampled_from(_ALPHABET), max_size=40),
     in_reasoning=st.booleans(),
+    is_cut=st.booleans(),
     data=st.data(),
 )
 def test_any_text_in_any_pieces(
-    tool_format: str | None, tokens: list[str], in_reasoning: bool, data: st.DataObject
+    tool_format: str | None,
+    tokens: list[str],
+    in_reasoning: bool,
+    is_cut: bool,
+    data: st.DataObject,
 ) -> None:
     text = "".join(tokens)
-    whole = parser(tool_format, in_reasoning).parse(text)
+    whole = parser(tool_format, in_reasoning).parse(text, is_cut=is_cut)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    assert in_pieces(parser(tool_format, in_reasoning), pieces) == whole
+    assert in_pieces(parser(tool_format, in_reasoning), pieces, is_cut=is_cut) == whole
     if tool_format is None:
         assert whole.tool_calls == ()
 
@@ -93,19 +96,31 @@ def test_content_comes_as_soon_as_it_cannot_be_markup() -> None:
     assert one.feed("c <") == [Event("content", "c ")]
     assert one.feed("b> <｜tool▁") == [Event("content", "<b> ")]
     assert one.feed("calls▁begin｜><｜tool▁call▁begin｜>f") == []
-    assert one.feed('<｜tool▁sep｜>{"a') == [Event("call", "f"), Event("arguments", '{"a')]
-    assert one.feed('": 1}') == [Event("arguments", '": 1}')]
-    assert one.feed("<｜tool▁call▁end｜>") == [Event("call_end")]
+    assert one.feed('<｜tool▁sep｜>{"a": 1}') == []
+    assert one.feed("<｜tool▁call▁end｜>") == [
+        Event("call", "f"),
+        Event("arguments", '{"a": 1}'),
+        Event("call_end"),
+    ]
     assert one.finish() == []
 
 
-def test_texts_of_arguments_are_streamed() -> None:
-    dsml = f'<｜DSML｜function_calls>{_INVOKE}<｜DSML｜parameter name="city" string="true">'
-    glm = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>"
-    for text, tool_format in ((dsml, V32), (glm, GLM)):
-        one = parser(tool_format)
-        assert join_events(one.feed(text)).tool_calls[0].arguments == '{"city": "'
-        assert one.feed('a "b"\n') == [Event("arguments", 'a \\"b\\"\\n')]
+_LONG = "go " * 1000
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "begin"),
+    [
+        (V31, '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"city": "'),
+        (V32, '<｜DSML｜invoke name="f"><｜DSML｜parameter name="city" string="true">'),
+        (GLM, "<tool_call>get_weather<arg_key>city</arg_key><arg_value>"),
+    ],
+)
+def test_texts_of_long_calls_are_streamed(tool_format: str, begin: str) -> None:
+    one = parser(tool_format)
+    assert one.feed(begin + _LONG[:1000]) == []
+    assert join_events(one.feed(_LONG[1000:])).tool_calls[0].arguments == f'{{"city": "{_LONG}'
+    assert one.feed("a\nb") == [Event("arguments", "a\\nb")]
 
 
 def test_reasoning_only_where_it_may_be() -> None:
@@ -122,83 +137,63 @@ def test_reasoning_only_where_it_may_be() -> None:
     assert parser(None, True).feed("a</think") == [Event("reasoning", "a")]
 
 
-def test_a_call_inside_of_reasoning_that_was_not_closed_is_a_call() -> None:
-    text = "so<tool_call>now</tool_call>"
-    assert parser(GLM, True).parse(text) == Message("", "so", (ToolCall("now", "{}"),))
-    assert parser(None, True).parse(text) == Message("", text)
+_NOW = (ToolCall("now", "{}"),)
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text", "message"),
+    [
+        # models forget the end of the reasoning
+        (GLM, "so<tool_call>now</tool_call>", Message("", "so", _NOW)),
+        (GLM, "so<tool_call>now</tool_call>then", Message("then", "so", _NOW)),
+        (
+            V31,
+            "so<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+            "<｜tool▁calls▁end｜>",
+            Message("", "so", _NOW),
+        ),
+        (GLM, "<tool_call>now</tool_call><tool_call>now</tool_call>", Message("", "", _NOW * 2)),
+        # the reasoning speaks of marks and calls
+        (GLM, "What <tool_call> means.</think>Hi", Message("Hi", "What <tool_call> means.")),
+        (
+            GLM,
+            "<tool_call>now</tool_call> or not?</think>Hi",
+            Message("Hi", "<tool_call>now</tool_call> or not?"),
+        ),
+        (
+            GLM,
+            "<tool_call>f<arg_key>a</arg_key><arg_value></think>Hi</arg_value></tool_call>",
+            Message("Hi</arg_value></tool_call>", "<tool_call>f<arg_key>a</arg_key><arg_value>"),
+        ),
+        (
+            GLM,
+            f"<tool_call>now</tool_call>{_LONG}</think>Hi",
+            Message("Hi", f"<tool_call>now</tool_call>{_LONG}"),
+        ),
+        (GLM, "so<tool_call>now", Message("", "so<tool_call>now")),
+        (None, "so<tool_call>now</tool_call>", Message("", "so<tool_call>now</tool_call>")),
+    ],
+)  # fmt: skip
+def test_calls_in_the_reasoning(tool_format: str | None, text: str, message: Message) -> None:
+    assert parser(tool_format, True).parse(text) == message
+    assert in_pieces(parser(tool_format, True), list(text)) == message
+
+
+def test_a_long_call_ends_the_reasoning() -> None:
+    begin = f"so<tool_call>get_weather<arg_key>city</arg_key><arg_value>{_LONG}"
+    one = parser(GLM, True)
+    assert join_events(one.feed(begin)).tool_calls[0].arguments == f'{{"city": "{_LONG}'
+    assert not one.is_reasoning
+    text = f"{begin}</think></arg_value></tool_call>"
+    arguments = json.dumps({"city": f"{_LONG}</think>"})
+    message = Message("", "so", (ToolCall("get_weather", arguments),))
+    assert parser(GLM, True).parse(text) == message
 
 
 def test_without_a_format_markup_is_text() -> None:
     for one in RECORDED.values():
         if not one.in_reasoning and "<think>" not in one.text:
             assert parser(None).parse(one.text) == Message(one.text)
-
-
-_INVOKE = '<｜DSML｜invoke name="f">'
-_PARAMETER = '<｜DSML｜parameter name="k" string="false">'
-_V31_CALL = "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
-_DSML_END = "</｜DSML｜invoke></｜DSML｜function_calls>"
-
-
-@pytest.mark.parametrize(
-    ("tool_format", "text", "content", "arguments"),
-    [
-        # no call at all: everything comes back
-        (V31, "<｜tool▁calls▁begin｜>", None, None),
-        (V31, "<｜tool▁calls▁begin｜>x<｜tool▁calls▁end｜>", None, None),
-        (V31, "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f", None, None),
-        (V31, "<｜tool▁call▁begin｜>f<｜tool▁call▁end｜>b", None, None),
-        (V31, "<｜tool▁call▁begin｜><｜tool▁sep｜>{}<｜tool▁call▁end｜>", None, None),
-        (V32, "\n\n<｜DSML｜function_calls>", None, None),
-        (V32, "<｜DSML｜function_calls>x</｜DSML｜function_calls>", None, None),
-        (V4, "<｜DSML｜tool_calls>x</｜DSML｜tool_calls>", None, None),
-        (V32, "<｜DSML｜function_calls><｜DSML｜invoke>y", None, None),
-        (V32, '<｜DSML｜function_calls><｜DSML｜invoke name="f"', None, None),
-        (GLM, "a <tool_call> b", None, None),
-        (GLM, '\n<tool_call>{"name": "f"}</tool_call>', None, None),
-        (GLM, "<tool_call>two words<arg_key>", None, None),
-        # a call that goes wrong after its name
-        (V31, "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{no json<｜tool▁call▁end｜>", "", "{no json"),
-        (V31, "<｜tool▁call▁begin｜>f<｜tool▁sep｜> <｜tool▁calls▁end｜>", "", "{}"),
-        (V31, '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a"', "", '{"a"'),
-        (V32, f"<｜DSML｜function_calls>{_INVOKE}\n{{\"k\": 1}}{_DSML_END}", "", '{"k": 1}'),
-        (V32, f"<｜DSML｜function_calls>{_INVOKE}?{_DSML_END}", "?", "{}"),
-        (
-            V32,
-            f"<｜DSML｜function_calls>{_INVOKE}{_PARAMETER}NaN</｜DSML｜parameter>{_DSML_END}",
-            "",
-            '{"k": "NaN"}',
-        ),
-        (V32, f"<｜DSML｜function_calls>{_INVOKE}{_PARAMETER}[1", "", '{"k": '),
-        (
-            V32,
-            f"<｜DSML｜function_calls>{_INVOKE}"
-            f"<｜DSML｜parameter k>1</｜DSML｜parameter>{_DSML_END}",
-            "<｜DSML｜parameter k>1</｜DSML｜parameter>",
-            "{}",
-        ),
-        (V32, f"<｜DSML｜function_calls>{_INVOKE}</｜DSML｜function_calls>", "", "{}"),
-        (GLM, "<tool_call>f<arg_key>k</arg_key>v</tool_call>", "<arg_key>k</arg_key>v", "{}"),
-        # cut off inside of a call, or inside of a further one: no markup is content
-        (V32, f'<｜DSML｜function_calls>{_INVOKE}<｜DSML｜parameter name="k', "", ""),
-        (V32, f"<｜DSML｜function_calls>{_INVOKE}</｜DSML｜invoke>\n<｜DSML｜inv", "", "{}"),
-        (V32, f'<｜DSML｜function_calls>{_INVOKE}</｜DSML｜invoke>{_INVOKE[:-3]}', "", "{}"),
-        (V31, f"{_V31_CALL}<｜tool▁ca", "", "{}"),
-        (V31, f"{_V31_CALL}<｜tool▁call▁begin｜>g", "", "{}"),
-        (GLM, "<tool_call>f<arg_key>k", "", ""),
-        (GLM, "<tool_call>f</tool_call>\n<tool_call>g", "", "{}"),
-        (GLM, "<tool_call>f</tool_call> \n then", "then", "{}"),
-    ],
-)  # fmt: skip
-def test_malformed_answers(
-    tool_format: str, text: str, content: str | None, arguments: str | None
-) -> None:
-    message = parser(tool_format).parse(text)
-    assert message.content == (text if content is None else content)
-    assert [call.arguments for call in message.tool_calls] == (
-        [] if arguments is None else [arguments]
-    )
-    assert in_pieces(parser(tool_format), list(text)) == message
 
 
 @pytest.mark.parametrize(

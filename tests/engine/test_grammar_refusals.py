@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from fd_dsa.chat.lark import MAX_GRAMMAR_CHARS
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.structured_outputs import MAX_GRAMMAR_CHARS, StructuredOutputsParams
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from tests.engine.byte_model import make_engine
 from tests.engine.fakes import run_all
 

@@ -68,7 +68,7 @@ def test_tools_are_texts_of_the_prompt_too() -> None:
     with running(engine_of(V32), max_prompt_bytes=4000) as live:
         error = error_of(live.http.post("/v1/chat/completions", json=body), 400)
         assert error["param"] == "tools"
-        assert "tools: has 4010 bytes of text; allowed are at most 4000" in error["message"]
+        assert "tools: has 4052 bytes of text; allowed are at most 4000" in error["message"]
         unused = {**body, "tool_choice": "none"}
         assert live.http.post("/v1/chat/completions", json=unused).status_code == 200
 

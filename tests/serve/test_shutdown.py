@@ -141,14 +141,15 @@ def test_second_signal_ends_at_once(
 
 
 HELD = """
-import pathlib, time
+import pathlib, sys, time
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.serve import server
 server._LAST_RESPONSES_S = 0.3
 encode = Tokenizer.encode
 def hold(self, text, *args, **kwargs):
     if text == "held":
-        print("held", flush=True)
+        sys.stdout.write("held\n")
+        sys.stdout.flush()
     while text == "held" and not pathlib.Path("go").exists():
         time.sleep(0.02)
     return encode(self, text, *args, **kwargs)

@@ -328,6 +328,17 @@ def test_forced_calls_have_a_grammar(choice: Any, v32: Live) -> None:
     assert "use tool_choice auto" in error["message"]
 
 
+def test_a_schema_that_no_grammar_enforces_is_refused_only_if_calls_are_forced(v32: Live) -> None:
+    schema = {"type": "object", "properties": {"k": {"not": {"type": "string"}}}}
+    function = {"name": "f", "parameters": schema}
+    body = {"messages": HI, "tools": [{"type": "function", "function": function}]}
+    answer = v32.http.post("/v1/chat/completions", json={**body, "tool_choice": "required"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "tools")
+    assert "parameters of 'f' cannot be forced: argument 'k': not: " in error["message"]
+    assert v32.http.post("/v1/chat/completions", json=body).status_code == 200
+
+
 @pytest.mark.parametrize(
     "fields",
     [

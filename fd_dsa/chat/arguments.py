@@ -1,0 +1,196 @@
+"""Lists of arguments that a tool's schema allows, for formats that write them one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fd_dsa.chat.enforced import checked, exclusive, refusal
+from fd_dsa.chat.schema import (
+    MAX_DEPTH,
+    SchemaError,
+    ToolSchema,
+    declared_kinds,
+    listed_values,
+    mapping,
+)
+
+# combinations of the alternatives of a schema, and plain schemas in all of them
+_MAX_LISTS = 64
+_MAX_PARTS = 512
+# more do not fit into a grammar
+_MAX_NAMES = 512
+_OBJECT = frozenset({"object"})
+_Plain = tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument that a call may have.
+
+    Attributes:
+        name: None for a name of which the schema says only a pattern.
+        parts: schemas that its value must satisfy, all of them.
+        pattern, other_patterns: of names without a name of their own; a name must match the first,
+            and none of the others.
+    """
+
+    name: str | None
+    parts: tuple[Any, ...]
+    is_required: bool = False
+    pattern: str | None = None
+    other_patterns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ArgumentList:
+    """Arguments of one alternative of a schema, each of which comes once if it has a name.
+
+    Attributes:
+        min_count, max_count: numbers of arguments in a call; None: no upper bound.
+    """
+
+    arguments: tuple[Argument, ...]
+    min_count: int = 0
+    max_count: int | None = None
+
+
+def argument_lists(schema: ToolSchema) -> list[ArgumentList]:
+    """Lists of arguments that satisfy a tool's schema, one for each of its alternatives.
+
+    A schema without properties allows arguments of any name. Otherwise only the names that it
+    lists or requires are written.
+
+    Raises:
+        SchemaError: a grammar cannot enforce a keyword, or no arguments satisfy the schema.
+    """
+    found = []
+    for plain in _Alternatives(schema).of(schema.root):
+        if all("object" in declared_kinds(part) for part in plain):
+            made = _list_of(schema, plain)
+            if made is not None:
+                found.append(made)
+    if not found:
+        raise SchemaError("got a schema that no arguments satisfy")
+    return found
+
+
+class _Alternatives:
+    """Alternatives of schemas, each as schemas whose own keywords must all be satisfied."""
+
+    def __init__(self, schema: ToolSchema) -> None:
+        self._schema = schema
+        self._memo: dict[int, list[_Plain]] = {}
+
+    def of(self, of: Any, depth: int = MAX_DEPTH) -> list[_Plain]:
+        """The alternatives of a schema."""
+        if isinstance(of, bool) or of is None:
+            return [] if of is False else [()]
+        if id(of) not in self._memo:
+            self._memo[id(of)] = self._of_dict(checked(self._schema, of, depth), depth)
+        return self._memo[id(of)]
+
+    def _of_dict(self, of: Mapping[str, Any], depth: int) -> list[_Plain]:
+        schema = self._schema
+        found: list[_Plain] = [(of,)]
+        values = listed_values(of)
+        if values is not None:
+            objects = [schema.keep(_constant(v)) for v in values if isinstance(v, dict)]
+            found = _product(found, [(each,) for each in objects], "enum")
+        for part in schema.conjuncts(of):
+            found = _product(found, self.of(part, depth - 1), "allOf")
+        for keyword in ("anyOf", "oneOf"):
+            if keyword in of:
+                branches = of[keyword]
+                if keyword == "oneOf":
+                    branches = exclusive(schema, branches, _OBJECT)
+                choices: list[_Plain] = []
+                for branch in branches:
+                    if "object" in schema.kinds([branch]):
+                        choices += self.of(branch, depth - 1)
+                        _check_size(choices, keyword)
+                found = _product(found, choices, keyword)
+        return found
+
+
+def _product(a: list[_Plain], b: list[_Plain], keyword: str) -> list[_Plain]:
+    """Every alternative of one list with every one of the other."""
+    if len(a) * len(b) > _MAX_LISTS:
+        raise refusal(keyword, f"the arguments have more than {_MAX_LISTS} alternatives")
+    made = [_unique((*each, *other)) for each in a for other in b]
+    _check_size(made, keyword)
+    return made
+
+
+def _check_size(found: list[_Plain], keyword: str) -> None:
+    if len(found) > _MAX_LISTS:
+        raise refusal(keyword, f"the arguments have more than {_MAX_LISTS} alternatives")
+    if sum(map(len, found)) > _MAX_PARTS:
+        raise refusal(keyword, f"the arguments have more than {_MAX_PARTS} schemas")
+
+
+def _constant(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema of one object."""
+    properties = {name: {"const": of} for name, of in value.items()}
+    return {"properties": properties, "required": list(value), "additionalProperties": False}
+
+
+def _list_of(schema: ToolSchema, plain: _Plain) -> ArgumentList | None:
+    """The arguments that satisfy all of some schemas; None if a required one cannot."""
+    required = {name for part in plain for name in part.get("required", ())}
+    names = dict.fromkeys(name for part in plain for name in mapping(part.get("properties")))
+    names |= dict.fromkeys(name for part in plain for name in part.get("required", ()))
+    if len(names) > _MAX_NAMES:
+        raise refusal("properties", f"there are more than {_MAX_NAMES} arguments")
+    arguments = []
+    for name in names:
+        parts = _unique(of for part in plain for of in _of_property(schema, part, name))
+        if schema.kinds(parts):
+            arguments.append(Argument(name, parts, name in required))
+        elif name in required:
+            return None
+    min_count = max(part.get("minProperties", 0) for part in plain) if plain else 0
+    counts = [part["maxProperties"] for part in plain if "maxProperties" in part]
+    max_count = min(counts) if counts else None
+    if not any("properties" in part or part.get("required") for part in plain):
+        arguments = _of_any_name(plain)
+        if min_count > 1:
+            raise refusal("minProperties", "arguments of any name may come twice")
+    if min_count > len(arguments) and (min_count > 1 or not arguments):
+        return None
+    if max_count is not None and max_count < max(min_count, len(required)):
+        return None
+    return ArgumentList(tuple(arguments), min_count, max_count)
+
+
+def _of_property(schema: ToolSchema, part: Mapping[str, Any], name: str) -> list[Any]:
+    try:
+        return schema.of_property(part, name)
+    except ValueError as error:
+        raise SchemaError(f"patternProperties: {error}") from error
+
+
+def _of_any_name(plain: _Plain) -> list[Argument]:
+    """Arguments whose names are not listed, by `patternProperties` or `additionalProperties`."""
+    patterns = {p: None for part in plain for p in mapping(part.get("patternProperties"))}
+    if not patterns:
+        parts = _unique(p["additionalProperties"] for p in plain if "additionalProperties" in p)
+        return [] if any(of is False for of in parts) else [Argument(None, parts)]
+    found = []
+    for pattern in patterns:
+        parts = _unique(
+            part["patternProperties"][pattern]
+            if pattern in mapping(part.get("patternProperties"))
+            else part["additionalProperties"]
+            for part in plain
+            if pattern in mapping(part.get("patternProperties")) or "additionalProperties" in part
+        )
+        if not any(of is False for of in parts):
+            others = tuple(other for other in patterns if other != pattern)
+            found.append(Argument(None, parts, pattern=pattern, other_patterns=others))
+    return found
+
+
+def _unique(parts: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple({id(part): part for part in parts}.values())

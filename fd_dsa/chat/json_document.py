@@ -1,0 +1,286 @@
+"""JSON schemas for llguidance: one document without annotations, with what its references reach.
+
+llguidance enforces less than JSON Schema says in some places, such as names of one property that
+are escaped differently. The documents here avoid those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from decimal import ROUND_DOWN, Context, Decimal
+from typing import Any
+
+from fd_dsa.chat.enforced import checked, constraints, exclusive, refusal
+from fd_dsa.chat.lark import check_size
+from fd_dsa.chat.patterns import FORMATS, full_regex
+from fd_dsa.chat.schema import (
+    KINDS,
+    MAX_DEPTH,
+    SchemaError,
+    ToolSchema,
+    declared_kinds,
+    listed_values,
+    mapping,
+    shown,
+)
+
+_AS_THEY_ARE = ("type", "minItems", "maxItems", "minLength", "maxLength", "multipleOf")
+_MAX_EXACT = 2**53
+_LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+# optional properties of which `minProperties` may ask for one
+_MAX_OPTIONAL = 32
+
+
+def json_document(
+    schema: ToolSchema, parts: Sequence[Any], kinds: frozenset[str] = KINDS
+) -> dict[str, Any]:
+    """A schema of values that satisfy all of `parts` and have one of the types.
+
+    Args:
+        schema: the tool's schema, to which references in `parts` point.
+
+    Raises:
+        SchemaError: a grammar cannot enforce a keyword, or no finite value satisfies the schemas.
+        ValueError: the document is too large for a grammar.
+    """
+    document = _Document(schema)
+    bodies = [document.body(part, kinds) for part in parts if part is not True]
+    if not kinds >= schema.kinds(parts):
+        bodies.append({"type": sorted(kinds)})
+    body: dict[str, Any] = {"allOf": bodies} if bodies else {}
+    if len(bodies) == 1 and isinstance(bodies[0], dict):
+        (body,) = bodies
+    if not _is_finite(body, document.definitions):
+        raise SchemaError("got a schema whose values have no end")
+    return {**body, "$defs": document.definitions} if document.definitions else dict(body)
+
+
+class _Document:
+    """Bodies of schemas while they are rewritten, and the definitions that they refer to."""
+
+    def __init__(self, schema: ToolSchema) -> None:
+        self._schema = schema
+        self._names: dict[int, str] = {}
+        # targets that are applied to the same value as the one that is being rewritten
+        self._in_place: frozenset[int] = frozenset()
+        self._num_chars = 0
+        self.definitions: dict[str, Any] = {}
+
+    def body(self, of: Any, kinds: frozenset[str] = KINDS, depth: int = MAX_DEPTH) -> Any:
+        """A schema in llguidance's part of JSON Schema.
+
+        Args:
+            kinds: types that the value may have by other schemas.
+            depth: how much deeper schemas may be nested.
+        """
+        if isinstance(of, bool):
+            return of
+        of = checked(self._schema, of, depth)
+        kinds &= self._schema.kinds([of])
+        made = {key: of[key] for key in _AS_THEY_ARE if key in of}
+        made |= _bounds(of)
+        values = listed_values(of)
+        if values is not None:
+            made["enum"] = [_exact(value) for value in values]
+        all_of: list[Any] = [{"pattern": _anchored(regex)} for regex in text_regexes(of)]
+        made |= self._of_object(of, depth)
+        made |= self._of_array(of, depth)
+        if "$ref" in of:
+            made["$ref"] = f"#/$defs/{self._definition(of['$ref'], depth)}"
+        all_of += [self.body(part, kinds, depth - 1) for part in of.get("allOf", ())]
+        if "anyOf" in of:
+            made["anyOf"] = [self.body(branch, kinds, depth - 1) for branch in of["anyOf"]]
+        if "oneOf" in of:
+            branches = exclusive(self._schema, of["oneOf"], kinds)
+            all_of.append({"anyOf": [self.body(each, kinds, depth - 1) for each in branches]})
+        all_of += _at_least_one(of)
+        made |= {"allOf": all_of} if all_of else {}
+        # no more than the text will have
+        self._num_chars += sum(len(key) + 6 for key in made)
+        check_size(self._num_chars)
+        return made
+
+    def _nested(self, of: Any, depth: int) -> Any:
+        """The body of a schema for a value inside of another."""
+        outside, self._in_place = self._in_place, frozenset()
+        made = self.body(of, depth=depth - 1)
+        self._in_place = outside
+        return made
+
+    def _definition(self, reference: Any, depth: int) -> str:
+        """Name of the definition of what a reference points to."""
+        target = self._schema.target(reference)
+        if id(target) in self._in_place:
+            raise SchemaError(f"$ref: got {shown(reference)}, a reference that leads to itself")
+        if id(target) not in self._names:
+            name = self._names[id(target)] = f"d{len(self._names)}"
+            outside = self._in_place
+            self._in_place |= {id(target)}
+            self.definitions[name] = self.body(target, depth=depth - 1)
+            self._in_place = outside
+        return self._names[id(target)]
+
+    def _of_object(self, of: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        """Keywords for objects."""
+        made: dict[str, Any] = {}
+        for key in ("properties", "patternProperties"):
+            if key in of:
+                regexes = key == "patternProperties"
+                made[key] = {
+                    _anchored(key_regex(name)) if regexes else name: self._nested(each, depth)
+                    for name, each in of[key].items()
+                }
+        if "additionalProperties" in of:
+            made["additionalProperties"] = self._nested(of["additionalProperties"], depth)
+        if of.get("required"):
+            made["required"] = list(dict.fromkeys(of["required"]))
+        return made | _counts(of)
+
+    def _of_array(self, of: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        """Keywords for arrays; drafts before 2020-12 write `prefixItems` as a list of `items`."""
+        items = of.get("items")
+        prefix, rest = of.get("prefixItems"), items
+        if isinstance(items, list):
+            prefix, rest = items, of.get("additionalItems")
+        made: dict[str, Any] = {}
+        if prefix is not None:
+            made["prefixItems"] = [self._nested(each, depth) for each in prefix]
+        if rest is not None:
+            made["items"] = self._nested(rest, depth)
+        return made
+
+
+def text_regexes(of: Mapping[str, Any]) -> list[str]:
+    """Regexes of whole texts by `pattern` and `format`."""
+    found = [_full(of["pattern"], "pattern")] if "pattern" in of else []
+    known = FORMATS.get(of["format"]) if isinstance(of.get("format"), str) else None
+    return found + ([known] if known else [])
+
+
+def key_regex(pattern: str) -> str:
+    """A regex of whole names by a pattern of `patternProperties`."""
+    return _full(pattern, "patternProperties")
+
+
+def _full(pattern: str, keyword: str) -> str:
+    try:
+        return full_regex(pattern)
+    except ValueError as error:
+        raise SchemaError(f"{keyword}: {error}") from error
+
+
+def _anchored(regex: str) -> str:
+    return f"^(?:{regex})$"
+
+
+def _bounds(of: Mapping[str, Any]) -> dict[str, Any]:
+    """Bounds of numbers; where doubles are not exact, the next ones inside that have 15 digits."""
+    made = {}
+    for key in (*_LOWER, *_UPPER):
+        value = of.get(key)
+        if value is None:
+            continue
+        if abs(value) >= _MAX_EXACT:
+            if (value < 0) != (key in _LOWER):
+                raise refusal(key, f"{shown(value)} is beyond the integers that doubles hold")
+            value = int(Context(prec=15, rounding=ROUND_DOWN).create_decimal(Decimal(value)))
+            value = max(-_MAX_INT64, min(value, _MAX_INT64))
+        made[key] = value
+    return made
+
+
+# the largest of 15 digits
+_MAX_INT64 = 9_223_372_036_854_770_000
+
+
+def _exact(value: Any, depth: int = MAX_DEPTH) -> Any:
+    """A value of `const` or `enum`, which llguidance compares as doubles."""
+    if isinstance(value, int) and abs(value) > _MAX_EXACT:
+        raise refusal("enum", f"{shown(value)} is beyond the integers that doubles hold")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise refusal("enum", f"{value} is beyond what doubles hold")
+    if not depth:
+        raise SchemaError(f"enum: got a value that is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, list):
+        return [_exact(each, depth - 1) for each in value]
+    if isinstance(value, dict):
+        return {name: _exact(each, depth - 1) for name, each in value.items()}
+    return value
+
+
+def _is_closed(of: Mapping[str, Any]) -> bool:
+    return of.get("additionalProperties") is False and not of.get("patternProperties")
+
+
+def _optional(of: Mapping[str, Any]) -> list[str]:
+    required = set(of.get("required", ()))
+    return [name for name in mapping(of.get("properties")) if name not in required]
+
+
+def _counts(of: Mapping[str, Any]) -> dict[str, int]:
+    """Numbers of properties that llguidance must count."""
+    required, optional = len(set(of.get("required", ()))), _optional(of)
+    made = {}
+    least = of.get("minProperties", 0)
+    if least > required + 1:
+        # llguidance would count a name twice that is written twice
+        raise refusal("minProperties", "only one more than the required properties can be counted")
+    if least > required and not optional:
+        made["minProperties"] = least
+    most = of.get("maxProperties")
+    if most is not None and not (_is_closed(of) and most >= required + len(optional)):
+        if optional:
+            raise refusal("maxProperties", "optional properties are not counted")
+        made["maxProperties"] = most
+    return made
+
+
+def _at_least_one(of: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`minProperties` of an object with optional properties, as one of them that is required."""
+    optional = _optional(of)
+    if of.get("minProperties", 0) <= len(set(of.get("required", ()))) or not optional:
+        return []
+    if len(optional) > _MAX_OPTIONAL:
+        raise refusal("minProperties", f"more than {_MAX_OPTIONAL} properties are optional")
+    return [{"anyOf": [{"required": [name]} for name in optional]}]
+
+
+def _is_finite(body: Any, definitions: Mapping[str, Any]) -> bool:
+    """Return True if some value of a document may have an end."""
+    finite: set[str] = set()
+    num_before = -1
+    while num_before < len(finite):
+        num_before = len(finite)
+        finite |= {name for name, of in definitions.items() if _may_end(of, finite)}
+    return _may_end(body, finite)
+
+
+def _may_end(of: Any, finite: set[str]) -> bool:
+    """Return True if a value may end, given the definitions whose values may."""
+    if isinstance(of, bool):
+        return True
+    if "$ref" in of and of["$ref"].rpartition("/")[2] not in finite:
+        return False
+    if not all(_may_end(part, finite) for part in of.get("allOf", ())):
+        return False
+    if "anyOf" in of and not any(_may_end(branch, finite) for branch in of["anyOf"]):
+        return False
+    kinds = declared_kinds(of)
+    if kinds == {"object"}:
+        properties = of.get("properties", {})
+        return all(_may_end(properties.get(name, True), finite) for name in of.get("required", ()))
+    if kinds == {"array"}:
+        prefix, size = of.get("prefixItems", []), of.get("minItems", 0)
+        first = [*prefix[:size], *([of.get("items", True)] if size > len(prefix) else [])]
+        return all(_may_end(item, finite) for item in first)
+    return True
+
+
+def plain_target(schema: ToolSchema, of: Any) -> Any:
+    """The schema that a reference without other keywords stands for, otherwise the same schema."""
+    for _ in range(MAX_DEPTH):
+        if not isinstance(of, dict) or constraints(of) != ["$ref"] or schema.has_own_base(of):
+            break
+        of = schema.target(of["$ref"])
+    return of

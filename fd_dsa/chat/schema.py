@@ -1,0 +1,306 @@
+"""JSON schemas of tool arguments: references, types of values, and unsupported keywords.
+
+The grammars of forced calls and the parsers of answers read a tool's schema through this module
+only, so both agree on the type of every argument.
+
+Source of the meaning of keywords: JSON Schema, draft 2020-12, and JSON Pointer (RFC 6901).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+from urllib.parse import unquote
+
+from fd_dsa.chat.patterns import matches
+
+KINDS = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
+_NO_KINDS: frozenset[str] = frozenset()
+# deeper than any schema that people write, and far from Python's limit of recursion
+MAX_DEPTH = 48
+# of one schema, about 0.1 s
+_MAX_COST = 50_000
+_PATTERN_COST = 20
+_MAX_PARTS = 1_000_000
+_MAX_ARGUMENT_PARTS = 1_024
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+
+_Memo = dict[int, frozenset[str]]
+
+
+class SchemaError(ValueError):
+    """A schema that a grammar cannot enforce; the message begins with the keyword."""
+
+
+def type_of(text: str) -> str | None:
+    """JSON schema's name of the type of a JSON text; None for other texts, such as NaN."""
+    try:
+        # names that Python's parser takes and JSON lacks are no integers either
+        return kind_of(json.loads(text, parse_constant=int))
+    except (ValueError, RecursionError):
+        return None
+
+
+def kind_of(value: Any) -> str:
+    """JSON schema's name of the type of a parsed JSON value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    for kind, python in (("integer", int), ("number", float), ("string", str), ("array", list)):
+        if isinstance(value, python):
+            return kind
+    return "object"
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A keyword's value if it is an object, otherwise an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def items_of(value: Any) -> list[Any]:
+    """A keyword's value if it is a list, otherwise an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def listed_values(schema: Mapping[str, Any]) -> list[Any] | None:
+    """Values that `const` or `enum` allow; None without these keywords."""
+    if "const" in schema:
+        return [schema["const"]]
+    return items_of(schema["enum"]) if "enum" in schema else None
+
+
+def declared_kinds(schema: Mapping[str, Any]) -> frozenset[str]:
+    """Types that the schema's own keywords allow, "number" always with "integer"."""
+    kinds = KINDS
+    if "type" in schema:
+        named = schema["type"]
+        names = {name for name in (named if isinstance(named, list) else [named]) if _is_kind(name)}
+        # an unknown name says nothing
+        kinds = frozenset(names | ({"integer"} if "number" in names else set())) or KINDS
+    values = listed_values(schema)
+    if values is not None:
+        kinds &= {kind for value in values for kind in _kinds_of_value(value)}
+    return kinds
+
+
+def _is_kind(name: Any) -> bool:
+    return isinstance(name, str) and name in KINDS
+
+
+def _kinds_of_value(value: Any) -> tuple[str, ...]:
+    """Types of a value: 1.0 is an integer too."""
+    kind = kind_of(value)
+    return ("number", "integer") if kind == "number" and value.is_integer() else (kind,)
+
+
+class ToolSchema:
+    """The JSON schema of a tool's arguments, with what follows from it.
+
+    Every subschema is visited once for each question; results are kept by its identity.
+
+    Args:
+        root: the schema as it came with the request, of any type.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self.root = root
+        self._kinds: _Memo = {}
+        self._nullable: _Memo = {}
+        self._arguments: dict[str, frozenset[str]] = {}
+        self._names: frozenset[str] | None = None
+        self._required: frozenset[str] | None = None
+        self._spent = 0
+        self._made: list[dict[str, Any]] = []
+
+    def keep(self, made: dict[str, Any]) -> dict[str, Any]:
+        """Hold a schema that was made from parts of this one, and return it.
+
+        Results are kept by identity, which another object must not get meanwhile.
+        """
+        self._made.append(made)
+        return made
+
+    def spend(self, cost: int, keyword: str) -> None:
+        """Count the cost of comparing subschemas.
+
+        Raises:
+            SchemaError: there was too much of it.
+        """
+        self._spent += cost
+        if self._spent > _MAX_COST:
+            raise SchemaError(f"{keyword}: got a schema with too much to compare; make it smaller")
+
+    def target(self, reference: Any) -> Any:
+        """The schema that a `$ref` points to.
+
+        Raises:
+            SchemaError: the reference is no JSON pointer into the tool's schema.
+        """
+        if not isinstance(reference, str) or not re.match(r"#(/|$)", reference):
+            raise SchemaError(
+                f"$ref: got {shown(reference)}; must be a pointer into the same schema, such as "
+                "#/$defs/name"
+            )
+        at = self.root
+        for part in unquote(reference).split("/")[1:]:
+            key = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(at, dict) and key in at and not self.has_own_base(at):
+                at = at[key]
+            elif isinstance(at, list) and _INDEX.fullmatch(key) and int(key) < len(at):
+                at = at[int(key)]
+            else:
+                at = None
+                break
+        if not isinstance(at, dict | bool):
+            raise SchemaError(f"$ref: got {shown(reference)}; the schema has no schema there")
+        return at
+
+    def has_own_base(self, schema: Mapping[str, Any]) -> bool:
+        """Return True if references inside a subschema start from its own `$id`."""
+        return schema is not self.root and isinstance(schema.get("$id"), str)
+
+    def conjuncts(self, schema: Mapping[str, Any]) -> list[Any]:
+        """Schemas that hold in addition to the schema's own keywords: `$ref` and `allOf`."""
+        found = [self.target(schema["$ref"])] if "$ref" in schema else []
+        return found + items_of(schema.get("allOf"))
+
+    @staticmethod
+    def choices(schema: Mapping[str, Any]) -> list[list[Any]]:
+        """Lists of alternatives, `anyOf` and `oneOf`; each list holds in addition."""
+        return [schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list)]
+
+    def of_property(self, schema: Mapping[str, Any], name: str) -> list[Any]:
+        """Schemas that the schema's own keywords apply to a property.
+
+        Raises:
+            ValueError: the name cannot be compared with a pattern.
+        """
+        own = mapping(schema.get("properties"))
+        found = [own[name]] if name in own else []
+        patterns = mapping(schema.get("patternProperties"))
+        for pattern, of in patterns.items():
+            self.spend(_PATTERN_COST, "patternProperties")
+            found += [of] if matches(pattern, name) else []
+        if not found and "additionalProperties" in schema:
+            found.append(schema["additionalProperties"])
+        return found
+
+    def kinds(self, schemas: Iterable[Any]) -> frozenset[str]:
+        """Types of values that may satisfy all of the schemas."""
+        found = KINDS
+        for schema in schemas:
+            found &= self._fold(schema, declared_kinds, self._kinds)
+        return found
+
+    def argument_names(self) -> frozenset[str]:
+        """Names of arguments that any part of the schema lists; empty if it lists none."""
+        if self._names is None:
+            parts = list(self._parts(with_choices=True))
+            listed = (mapping(part.get("properties")).keys() for part in parts)
+            self._names = frozenset().union(*listed, *map(_required, parts))
+        return self._names
+
+    def required_names(self) -> frozenset[str]:
+        """Names of arguments that every call must have."""
+        if self._required is None:
+            parts = self._parts(with_choices=False)
+            self._required = frozenset().union(*map(_required, parts))
+        return self._required
+
+    def _parts(self, with_choices: bool) -> Iterator[Mapping[str, Any]]:
+        """The schema of the arguments, its conjuncts, and on request its alternatives."""
+        todo, seen = [self.root], set[int]()
+        while todo:
+            part = todo.pop()
+            if not isinstance(part, dict) or id(part) in seen:
+                continue
+            seen.add(id(part))
+            yield part
+            for branches in self.choices(part) if with_choices else ():
+                todo += branches
+            try:
+                todo += self.conjuncts(part)
+            except SchemaError:
+                continue
+
+    def argument_types(self, name: str) -> frozenset[str]:
+        """Types of an argument for the parser of answers; empty if the schema does not say.
+
+        OpenAPI's `nullable` counts, and an argument that the schema forbids has any type.
+        """
+        if name not in self._arguments:
+            own = partial(self._of_argument, name)
+            # every name costs a visit of all parts, and an answer may have many
+            kinds = self._fold(self.root, own, {}, max_parts=_MAX_ARGUMENT_PARTS)
+            self._arguments[name] = _NO_KINDS if kinds == KINDS else kinds
+        return self._arguments[name]
+
+    def _of_argument(self, name: str, schema: Mapping[str, Any]) -> frozenset[str]:
+        """Types that an object schema's own keywords allow for a property."""
+        if "object" not in declared_kinds(schema):
+            return _NO_KINDS
+        found = KINDS
+        try:
+            for of_name in self.of_property(schema, name):
+                if of_name is not False:
+                    found &= self._fold(of_name, declared_kinds, self._nullable, nullable=True)
+        except ValueError:
+            return KINDS
+        return found
+
+    def _fold(
+        self,
+        schema: Any,
+        own: Callable[[Mapping[str, Any]], frozenset[str]],
+        memo: _Memo,
+        nullable: bool = False,
+        depth: int = MAX_DEPTH,
+        max_parts: int = _MAX_PARTS,
+    ) -> frozenset[str]:
+        """Types by a schema's own keywords, cut by its conjuncts and the union of its choices.
+
+        Args:
+            nullable: OpenAPI's keyword adds null to the types.
+            depth, max_parts: how much deeper schemas may be nested, and how many are visited;
+                those beyond have all types.
+        """
+        if schema is False:
+            return _NO_KINDS
+        if not isinstance(schema, dict) or self.has_own_base(schema) or not depth:
+            return KINDS
+        if id(schema) in memo:
+            return memo[id(schema)]
+        if len(memo) >= max_parts:
+            return KINDS
+        # a schema that refers to itself adds nothing
+        memo[id(schema)] = KINDS
+        kinds = own(schema)
+        try:
+            parts = self.conjuncts(schema)
+        except SchemaError:
+            parts = []
+        for part in parts:
+            kinds &= self._fold(part, own, memo, nullable, depth - 1, max_parts)
+        for branches in self.choices(schema):
+            of_each = (
+                self._fold(each, own, memo, nullable, depth - 1, max_parts) for each in branches
+            )
+            kinds &= _NO_KINDS.union(*of_each)
+        if nullable and schema.get("nullable") is True:
+            kinds |= {"null"}
+        memo[id(schema)] = kinds
+        return kinds
+
+
+def _required(schema: Mapping[str, Any]) -> set[str]:
+    """Names that the schema's own keyword requires."""
+    return {name for name in items_of(schema.get("required")) if isinstance(name, str)}
+
+
+def shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else text[:100] + "..."

@@ -1,0 +1,262 @@
+"""Terminals for values that a model writes as they are: texts, and scalars in the same place."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from fd_dsa.chat.enforced import checked, exclusive
+from fd_dsa.chat.json_document import json_document, text_regexes
+from fd_dsa.chat.lark import Lark
+from fd_dsa.chat.patterns import ANY_TEXT, matches
+from fd_dsa.chat.schema import (
+    KINDS,
+    MAX_DEPTH,
+    ToolSchema,
+    declared_kinds,
+    kind_of,
+    listed_values,
+)
+
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+# bounded, since Python reads no longer integers
+_INTEGER = "-?(?:0|[1-9][0-9]{0,30})"
+_NUMBER = _INTEGER + r"(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,2})?"
+_SPACE = r"[\s\x1c-\x1f]*"
+# texts of each type, and some more
+_LOOKS = {
+    "null": "null",
+    "boolean": "true|false",
+    "integer": "-?[0-9]+",
+    "number": "-?[0-9][0-9.eE+-]*",
+    "array": r"\[(?s:.*)",
+    "object": r"\{(?s:.*)",
+    "string": '"(?s:.*)',
+}
+_BEGINS_AS_NUMBER = "-?[0-9](?s:.*)"
+
+
+class BoundedNumberError(Exception):
+    """Numbers that have bounds, so no terminal is made for them."""
+
+
+class _Texts(NamedTuple):
+    """Texts of values.
+
+    Attributes:
+        values: the only texts; None = any.
+        regexes: terminals that texts match as well.
+    """
+
+    values: dict[str, None] | None
+    regexes: tuple[str, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return self.values is not None and not self.values
+
+
+_EMPTY = _Texts({}, ())
+_ANY = _Texts(None, ())
+
+
+class ValueTexts:
+    """Terminals of the scalar values that schemas of a tool allow."""
+
+    def __init__(self, schema: ToolSchema, lark: Lark) -> None:
+        self._schema = schema
+        self._lark = lark
+        self._memo: dict[tuple[int, str], _Texts] = {}
+
+    def scalar(self, parts: Iterable[Any], kind: str) -> str | None:
+        """Terminal of the values of one type that satisfy all of the schemas.
+
+        Args:
+            kind: "null", "boolean" or "number", which includes integers.
+
+        Returns:
+            The terminal; None if no value satisfies them.
+
+        Raises:
+            SchemaError: a grammar cannot enforce a keyword.
+            BoundedNumberError: numbers have bounds.
+        """
+        found = self._all(parts, kind)
+        return None if found.is_empty else self._terminal(found)
+
+    def text(
+        self,
+        parts: Iterable[Any],
+        marks: Iterable[str],
+        preferred: frozenset[str],
+        has_bounds: bool = False,
+    ) -> str | None:
+        """Terminal of the strings that satisfy all of the schemas, as they are.
+
+        Args:
+            marks: texts of the format's markup, which the strings must not contain.
+            preferred: types that the parser of answers prefers to a string.
+            has_bounds: numbers in the same place have bounds, so no text begins like a number.
+
+        Returns:
+            The terminal; None if no string satisfies them.
+
+        Raises:
+            SchemaError: a grammar cannot enforce a keyword.
+        """
+        parts = tuple(parts)
+        found = self._all(parts, "string")
+        if found.regexes and len(set(found.regexes)) + (found.values is not None) > 1:
+            # llguidance tells if no text matches all of it, but for JSON only
+            self._lark.check(json_document(self._schema, parts, frozenset({"string"})))
+        looks = {_LOOKS[kind] for kind in preferred} | (
+            {_BEGINS_AS_NUMBER} if has_bounds else set()
+        )
+        reads_as = re.compile(f"{_SPACE}(?:{'|'.join(sorted(looks))}){_SPACE}" if looks else "(?!)")
+        if found.values is not None:
+            kept = (
+                value
+                for value in found.values
+                if not reads_as.fullmatch(value) and not any(mark in value for mark in marks)
+            )
+            found = _Texts(dict.fromkeys(kept), found.regexes)
+            return None if found.is_empty else self._terminal(found)
+        any_mark = "|".join(map(_literal_regex, marks))
+        others = [f"{ANY_TEXT}(?:{any_mark}){ANY_TEXT}", *([reads_as.pattern] if looks else [])]
+        without = [f"~{self._lark.regex(other)}" for other in others]
+        return self._lark.terminal(" & ".join([self._terminal(found), *without]))
+
+    def _all(self, parts: Iterable[Any], kind: str) -> _Texts:
+        """Texts of values that satisfy all of the schemas."""
+        found = _ANY
+        for part in parts:
+            found = _both(found, self._of(part, kind, MAX_DEPTH))
+        return found
+
+    def _of(self, of: Any, kind: str, depth: int) -> _Texts:
+        """Texts of the values of a type that satisfy a schema."""
+        if isinstance(of, bool):
+            return self._free(kind, KINDS) if of else _EMPTY
+        key = id(of), kind
+        if key not in self._memo:
+            found = self._own(checked(self._schema, of, depth), kind)
+            for part in () if found.is_empty else self._schema.conjuncts(of):
+                found = _both(found, self._of(part, kind, depth - 1))
+            for keyword in ("anyOf", "oneOf"):
+                if keyword in of and not found.is_empty:
+                    branches = of[keyword]
+                    if keyword == "oneOf":
+                        within = {kind, "integer"} if kind == "number" else {kind}
+                        branches = exclusive(self._schema, branches, frozenset(within))
+                    found = _both(found, self._any(branches, kind, depth - 1))
+            self._memo[key] = found
+        return self._memo[key]
+
+    def _any(self, branches: Iterable[Any], kind: str, depth: int) -> _Texts:
+        """Texts of any of the schemas."""
+        found = [self._of(branch, kind, depth) for branch in branches]
+        values: dict[str, None] = {}
+        regexes = []
+        for texts in found:
+            if texts.values is None or texts.regexes:
+                if not texts.is_empty:
+                    regexes.append(self._terminal(texts))
+            else:
+                values |= texts.values
+        if not regexes:
+            return _Texts(values, ())
+        if values:
+            regexes.append(self._terminal(_Texts(values, ())))
+        regexes = list(dict.fromkeys(regexes))
+        if len(regexes) > 1:
+            regexes = [self._lark.terminal(" | ".join(regexes))]
+        return _Texts(None, tuple(regexes))
+
+    def _terminal(self, texts: _Texts) -> str:
+        """Name of the terminal for texts."""
+        parts = list(dict.fromkeys(texts.regexes))
+        if texts.values is not None:
+            literals = " | ".join(self._lark.literal(value) for value in texts.values)
+            parts.insert(0, self._lark.terminal(literals))
+        if not parts:
+            return self._lark.regex(ANY_TEXT)
+        return parts[0] if len(parts) == 1 else self._lark.terminal(" & ".join(parts))
+
+    def _own(self, of: Mapping[str, Any], kind: str) -> _Texts:
+        """Texts by a schema's own keywords."""
+        kinds = declared_kinds(of)
+        if kind not in kinds and not (kind == "number" and "integer" in kinds):
+            return _EMPTY
+        values = listed_values(of)
+        if kind == "string":
+            return self._strings(of, values)
+        if values is not None:
+            names = (kind, "integer") if kind == "number" else (kind,)
+            same = [v for v in values if kind_of(v) in names and _is_within(v, of)]
+            return _Texts(dict.fromkeys(map(_scalar, same)), ())
+        if kind == "number" and any(key in of for key in _BOUNDS):
+            raise BoundedNumberError
+        return self._free(kind, kinds)
+
+    def _free(self, kind: str, kinds: frozenset[str]) -> _Texts:
+        """Texts of all values of a type."""
+        if kind == "string":
+            return _ANY
+        if kind == "number":
+            return _Texts(None, (self._lark.regex(_NUMBER if "number" in kinds else _INTEGER),))
+        return _Texts(dict.fromkeys(["null"] if kind == "null" else ["true", "false"]), ())
+
+    def _strings(self, of: Mapping[str, Any], values: list[Any] | None) -> _Texts:
+        """Strings by a schema's own keywords; `values` are those that it lists."""
+        shortest, longest = of.get("minLength", 0), of.get("maxLength")
+        if longest is not None and shortest > longest:
+            return _EMPTY
+        regexes = text_regexes(of)
+        if values is not None:
+            longest = math.inf if longest is None else longest
+            strings = [v for v in values if isinstance(v, str) and shortest <= len(v) <= longest]
+            try:
+                kept = [v for v in strings if "pattern" not in of or matches(of["pattern"], v)]
+                return _Texts(dict.fromkeys(kept), ())
+            except ValueError:
+                return _Texts(dict.fromkeys(strings), tuple(map(self._lark.regex, regexes)))
+        if shortest or longest is not None:
+            regexes.append(f"(?s:.{{{shortest},{'' if longest is None else longest}}})")
+        return _Texts(None, tuple(self._lark.regex(regex) for regex in regexes))
+
+
+def _both(a: _Texts, b: _Texts) -> _Texts:
+    """Texts in both."""
+    values = b.values if a.values is None else a.values
+    if a.values is not None and b.values is not None:
+        values = {value: None for value in a.values if value in b.values}
+    return _Texts(values, a.regexes + b.regexes)
+
+
+def _is_within(value: Any, of: Mapping[str, Any]) -> bool:
+    """Return True unless a value is a number out of bounds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return True
+    return (
+        value >= of.get("minimum", value)
+        and value <= of.get("maximum", value)
+        and not ("exclusiveMinimum" in of and value <= of["exclusiveMinimum"])
+        and not ("exclusiveMaximum" in of and value >= of["exclusiveMaximum"])
+        and not ("multipleOf" in of and value % of["multipleOf"])
+    )
+
+
+def _scalar(value: Any) -> str:
+    """JSON of a scalar; 1.0 as 1, which is the same value."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return json.dumps(int(value) if is_whole else value)
+
+
+def _literal_regex(text: str) -> str:
+    """A regex of one text."""
+    return "".join(
+        char if char.isalnum() or ord(char) > 127 else f"\\x{ord(char):02x}" for char in text
+    )
