@@ -18,6 +18,7 @@ RESERVED = (
     "add_generation_prompt",
     "continue_final_message",
     "chat_template",
+    "allow_special_tokens_in_text",
     "self",
 )
 # two names of one variable
@@ -121,10 +122,8 @@ class ChatTemplate:
 
     def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The message in the forms that templates expect."""
-        prepared = {**message, **_reasoning(message)}
-        if message.get("tool_calls"):
-            prepared["tool_calls"] = [_call(call) for call in message["tool_calls"]]
-        else:
+        prepared = {**with_read_arguments(message), **_reasoning(message)}
+        if not prepared.get("tool_calls"):
             # templates ask whether the name exists, and clients send an empty list or null
             prepared.pop("tool_calls", None)
         role, content = str(message.get("role")), message.get("content")
@@ -161,6 +160,12 @@ class ChatTemplate:
             return False
         _, first, rest = text.partition(_FIRST)
         return bool(first) and _LAST in rest and _KEY not in text
+
+
+def with_read_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with `Arguments` in its calls."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_call(call) for call in calls]} if calls else dict(message)
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+from fd_dsa.chat.control import RenderedPrompt, render_prompt
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import (
     AUTO,
@@ -59,11 +60,12 @@ def make_job(
     tokenizer = state.engine.tokenizer
     renderer = _renderer(state, body)
     tool_format = _tool_format(state, body, renderer)
-    text = _render(state, renderer, body)
+    rendered = _render(state, renderer, body)
     answer = AnswerFormat(
         has_reasoning=has_reasoning(state.options.reasoning_parser, renderer.source),
         in_reasoning=opens_reasoning(
-            text, body.messages[-1].for_template() if body.continue_final_message else None
+            rendered.masked,
+            body.messages[-1].for_template() if body.continue_final_message else None,
         ),
         tool_format=tool_format,
         schemas={tool.function.name: tool.function.parameters for tool in body.tools or []},
@@ -73,7 +75,7 @@ def make_job(
             "include_reasoning: false, but the server was started with --reasoning-parser none and "
             "cannot tell the reasoning; switch it off by reasoning_effort"
         )
-    prompt = encode_prompt(state, text, "messages", add_special_tokens=False)
+    prompt = encode_prompt(state, rendered, "messages", add_special_tokens=False)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
@@ -104,8 +106,8 @@ def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list
     """
     renderer = _renderer(state, body)
     _tool_format(state, body, renderer)
-    text = _render(state, renderer, body)
-    return encode_prompt(state, text, "messages", add_special_tokens=False)
+    rendered = _render(state, renderer, body)
+    return encode_prompt(state, rendered, "messages", add_special_tokens=False)
 
 
 def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
@@ -150,7 +152,9 @@ def _tool_format(
     return tool_format
 
 
-def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequest) -> str:
+def _render(
+    state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequest
+) -> RenderedPrompt:
     """The prompt's text; with `tool_choice` none it has no tools."""
     # before the template copies them
     messages = [message.for_template() for message in body.messages]
@@ -161,8 +165,11 @@ def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequ
     check_bytes(state, _texts(tools, with_names=True), "tools")
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
+    allows = state.options.allow_special_tokens_in_text
     try:
-        return renderer.render(
+        return render_prompt(
+            renderer,
+            None if allows else state.engine.tokenizer.control_tokens,
             messages,
             begins,
             tools=tools,
