@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fd_dsa.chat.grammar import forced_calls_grammar
@@ -90,7 +90,7 @@ def make_job(
         reasoning=None if body.constrain_reasoning else Reasoning.of(answer),
         structured_outputs=_form(params.structured_outputs, body, answer),
     )
-    job = Job(request_id, prompt, params)
+    job = Job(request_id, prompt, params, functools.partial(_each_call, body, answer))
     check_answer_size(limit, [job], body, shows_prompt_once=True)
     (job,) = check_jobs(state, [job], "messages")
     return job, answer
@@ -219,11 +219,29 @@ def _form(
 
 def _calls(body: ChatCompletionRequest, answer: AnswerFormat) -> StructuredOutputsParams:
     """The form of answers that call one of the tools, or the tool that `tool_choice` names."""
-    assert answer.tool_format is not None, "checked: there is a format if there are tools"
+    return _form_of_calls(answer, _called(body, answer), several=not body.one_call, source="tools")
+
+
+def _called(body: ChatCompletionRequest, answer: AnswerFormat) -> Mapping[str, Any]:
+    """Tools that may be called, each with the schema of its arguments."""
     name = body.choice.name
-    schemas = answer.schemas if name is None else {name: answer.schemas[name]}
+    return answer.schemas if name is None else {name: answer.schemas[name]}
+
+
+def _each_call(body: ChatCompletionRequest, answer: AnswerFormat) -> list[StructuredOutputsParams]:
+    """The forms of one call of each tool, with messages that name the tool."""
+    return [
+        _form_of_calls(answer, {name: of}, several=False, source=f"tools: a call of {name!r}")
+        for name, of in _called(body, answer).items()
+    ]
+
+
+def _form_of_calls(
+    answer: AnswerFormat, schemas: Mapping[str, Any], *, several: bool, source: str
+) -> StructuredOutputsParams:
+    assert answer.tool_format is not None, "checked: there is a format if there are tools"
     try:
-        grammar = forced_calls_grammar(answer.tool_format.name, schemas, several=not body.one_call)
-        return StructuredOutputsParams(grammar=grammar, source="tools")
+        grammar = forced_calls_grammar(answer.tool_format.name, schemas, several=several)
+        return StructuredOutputsParams(grammar=grammar, source=source)
     except ValueError as error:
         raise ApiError(400, str(error), param="tools") from error
