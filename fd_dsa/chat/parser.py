@@ -207,7 +207,8 @@ class OutputParser:
                 return True
             if not (yield from feed.opens_with(tools.starts, reads=False)):
                 break
-        return not (yield from feed.goes_on(THINK_END, _MAX_HELD))
+        # an answer that is cut off might have gone on
+        return not (yield from feed.goes_on(THINK_END, _MAX_HELD)) and not feed.is_cut
 
     def _commit(self) -> None:
         """Report the events that were held back, and the next ones as they come.

@@ -10,7 +10,6 @@ from typing import Any
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import (
     AUTO,
-    THINK_END,
     AnswerFormat,
     find_tool_format,
     has_reasoning,
@@ -87,7 +86,8 @@ def make_job(
     params = dataclasses.replace(
         params,
         kept_special_token_ids=frozenset(special_ids.values()),
-        reasoning=None if body.constrain_reasoning else Reasoning.of(answer),
+        reasoning=Reasoning.of(answer),
+        constrain_reasoning=bool(body.constrain_reasoning),
         structured_outputs=_form(params.structured_outputs, body, answer),
     )
     job = Job(request_id, prompt, params, functools.partial(_each_call, body, answer))
@@ -199,22 +199,20 @@ def _form(
 ) -> StructuredOutputsParams | None:
     """The form of the whole answer: calls, the form asked for, or either of the two.
 
-    The model reasons freely before it. `response_format` is the form of content, so a forced call
-    has none of it.
+    `response_format` is the form of content, so a forced call has none of it.
     """
-    after = THINK_END if answer.begins_in_reasoning else None
     is_forced = body.choice.mode in ("required", "named")
     if not is_forced:
         if asked is None:
             return None
         calls = None if answer.tool_format is None else _calls(body, answer)
-        return dataclasses.replace(asked, after_text=after, alternative=calls)
+        return dataclasses.replace(asked, alternative=calls)
     if asked is not None and asked.source != "response_format":
         raise FieldError(
             f"{asked.source}: got it with a tool_choice that forces calls; must be left out; or "
             "use tool_choice auto, with which an answer is a call or has this form"
         )
-    return dataclasses.replace(_calls(body, answer), after_text=after)
+    return _calls(body, answer)
 
 
 def _calls(body: ChatCompletionRequest, answer: AnswerFormat) -> StructuredOutputsParams:
