@@ -79,7 +79,7 @@ class OpenString:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all strings have an end, and nothing but JSON is around them."""
+        """Whether all strings have an end, with only JSON around them."""
         return self._is_json and not self.is_open
 
     def add(self, text: str) -> None:

@@ -66,6 +66,7 @@ def make_job(
         ),
         tool_format=tool_format,
         schemas={tool.function.name: tool.function.parameters for tool in body.tools or []},
+        has_only_calls=body.choice.mode in ("required", "named"),
     )
     if body.include_reasoning is False and answer.in_reasoning and not answer.has_reasoning:
         raise FieldError(
