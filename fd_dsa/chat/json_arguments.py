@@ -79,7 +79,7 @@ class OpenString:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all strings have an end, with only JSON around them."""
+        """Return True if all strings have an end, with only JSON around them."""
         return self._is_json and not self.is_open
 
     def add(self, text: str) -> None:
@@ -119,7 +119,7 @@ class OpenString:
             self._last = stripped[-1]
 
     def _may_follow(self, sign: str) -> bool:
-        """Whether a character may follow the last one outside of strings."""
+        """Return True if a character may follow the last one outside of strings."""
         if not self._last:
             return sign in self._begins
         if self._last == '"':

@@ -98,7 +98,7 @@ class GrammarMatcher:
 
     @property
     def _may_be_form(self) -> bool:
-        """Whether the output so far may be the form, or its beginning."""
+        """Return True if the output so far may be the form, or its beginning."""
         reading = self._reading
         return reading is None or (reading.state == "start" and self._is_form)
 
@@ -150,7 +150,7 @@ class GrammarMatcher:
                 bits[token_id // 32] &= ~bit
 
     def _may_begin_with(self, text: bytes) -> bool:
-        """Whether a form may begin with a text."""
+        """Return True if a form may begin with a text."""
         compiled, _ = self._begun
         token_ids = compiled.vocabulary.spell(text)
         return token_ids is not None and (

@@ -45,7 +45,7 @@ class ConversationAnswer(Answer[ChatCompletionRequest]):
         """Why a choice has ended, "tool_calls" after a call; None before its end."""
         choice = self.parsed[output.index]
         is_called = choice.has_calls and output.finish_reason == "stop"
-        # after a stop string inside of a call nobody can run it
+        # no client can run a call that a stop string cuts off
         is_called = is_called and not (choice.is_calling and isinstance(output.stop_reason, str))
         return "tool_calls" if is_called or choice.is_complete else output.finish_reason
 
@@ -101,7 +101,7 @@ class Choice:
         return list(self._shown(events))
 
     def _is_cut(self, output: RequestOutput) -> bool:
-        """Whether an output might have gone on.
+        """Return True if an output might have gone on.
 
         A stop string that is or contains the end of a call ends the answer as the model does.
         """

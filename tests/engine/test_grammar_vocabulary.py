@@ -156,7 +156,7 @@ _FORM = re.compile(" ?(ab?[!x]?)*")
 
 
 def _is_allowed(before: str, token: str, reasoning: Reasoning) -> bool:
-    """Whether a text may follow another one, by a search in the whole text."""
+    """Return True if a text may follow another one, by a search in the whole text."""
     text, begin = before + token, reasoning.begin
     stripped = text.lstrip()
     if begin and not stripped.startswith(begin):
