@@ -111,9 +111,12 @@ class GrammarCompiler:
             ValueError: it is wrong or too large, llguidance is missing, or the tokenizer cannot be
                 used; begins with the name of the field.
         """
-        if self._kept(self._key(params)) is None:
+        compiled = self._kept(self._key(params))
+        if compiled is None:
             with self._checks:
-                self.find(params)
+                compiled = self.find(params)
+        if params.reasoning is not None:
+            compiled.vocabulary.reasoning(params.reasoning)
 
     def find(self, params: SamplingParams, again: bool = False) -> CompiledGrammar:
         """The compiled grammar; this thread compiles it if needed, with `again` in any case.
@@ -134,8 +137,6 @@ class GrammarCompiler:
         made = self._compile(*key)
         if isinstance(made, str):
             raise ValueError(self._blame(form, key[1], made))
-        if form.after_text is not None:
-            made.vocabulary.awaited(form.after_text)
         with self._lock:
             self._keep(key, made)
         return made
@@ -196,7 +197,7 @@ class GrammarCompiler:
     def _key(self, params: SamplingParams) -> _Key:
         """The texts that tell compiled grammars apart, and the tokens of their vocabulary."""
         shown = self._tokenizer.shown_special_ids(
-            params.skip_special_tokens, params.kept_special_token_ids
+            params.skip_special_tokens, params.kept_ids(self._tokenizer)
         )
         return tuple(one.definition() for one in form_of(params).either()), shown
 

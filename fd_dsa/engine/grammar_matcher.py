@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.grammar import CompiledGrammar, GrammarCompiler, form_of
+from fd_dsa.engine.grammar import CompiledGrammar, GrammarCompiler
 from fd_dsa.engine.grammar_source import one_line
+from fd_dsa.engine.reasoning_tokens import Reading, ReasoningTokens
 from fd_dsa.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -35,9 +36,12 @@ class GrammarMatcher:
     def __init__(self, compiler: GrammarCompiler, params: SamplingParams) -> None:
         self._compiler = compiler
         self._params = params
-        # text that the form begins after, and the last bytes of the output until it has come
-        self._after = form_of(params).after_text
-        self._tail = b""
+        # place in the reasoning before the form; None = the form has begun
+        self._reading: Reading | None = None
+        if params.reasoning is not None:
+            self._reading = Reading("start" if params.reasoning.begin else "reasoning")
+        # the output so far may also be the beginning of the form
+        self._is_form = True
         self._compiled: CompiledGrammar | None = None
         self._copy: LLMatcher | None = None
         self._failure: str | None = None
@@ -88,9 +92,15 @@ class GrammarMatcher:
     @property
     def is_finished(self) -> bool:
         """True when nothing can follow, or the end of sequence was taken."""
-        if self._failure is not None:
+        if self._failure is not None or not self._may_be_form:
             return False
         return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def _may_be_form(self) -> bool:
+        """Return True if the output so far may be the form, or its beginning."""
+        reading = self._reading
+        return reading is None or (reading.state == "start" and self._is_form)
 
     @property
     def error(self) -> str | None:
@@ -110,67 +120,95 @@ class GrammarMatcher:
         if self._failure is not None:
             bitmask[:] = 0
             return
-        if self._after is not None:
-            self._fill_before_form(bitmask, self._after)
-            return
+        bitmask[:] = 0
+        if self._may_be_form:
+            self._fill_form(bitmask)
+        elif self._reading is not None and self._reading.state == "reasoning":
+            bitmask[:] = self._compiler.free[: len(bitmask)]
+        if self._reading is not None:
+            self._correct_before_form(bitmask, self._reading)
+
+    def _fill_form(self, bitmask: npt.NDArray[np.int32]) -> None:
+        """Allow the tokens that the form allows."""
         self._compute_mask()
         if self._matcher.is_error() and self._is_renewed():
             self._compute_mask()
-        bitmask[:] = 0 if self._matcher.is_error() else self._compiler.buffer[: len(bitmask)]
+        if not self._matcher.is_error():
+            bitmask[:] = self._compiler.buffer[: len(bitmask)]
 
-    def _fill_before_form(self, bitmask: npt.NDArray[np.int32], after: str) -> None:
-        """Allow all tokens but those that would begin the form with a text it does not allow."""
-        bitmask[:] = self._compiler.free[: len(bitmask)]
-        compiled, matcher = self._begun
+    def _correct_before_form(self, bitmask: npt.NDArray[np.int32], reading: Reading) -> None:
+        """Allow tokens that begin the reasoning, and none that begins another form after it."""
         bits = bitmask.view(np.uint32)
-        for token_id, rest in compiled.vocabulary.awaited(after).completing(self._tail).items():
-            token_ids = compiled.vocabulary.spell(rest)
-            if token_ids is None or matcher.validate_tokens(token_ids) < len(token_ids):
-                bits[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+        for token_id, after in self._reasoning.to_check(reading).items():
+            if after.state == "answer" and after.rest is None:
+                # for the form to decide
+                continue
+            bit = np.uint32(1 << token_id % 32)
+            if not after.rest or self._may_begin_with(after.rest):
+                bits[token_id // 32] |= bit
+            else:
+                bits[token_id // 32] &= ~bit
+
+    def _may_begin_with(self, text: bytes) -> bool:
+        """Return True if a form may begin with a text."""
+        compiled, _ = self._begun
+        token_ids = compiled.vocabulary.spell(text)
+        return token_ids is not None and (
+            compiled.matcher.validate_tokens(token_ids) == len(token_ids)
+        )
+
+    @property
+    def _reasoning(self) -> ReasoningTokens:
+        """Search for the end of the reasoning."""
+        assert self._params.reasoning is not None, "asked before the form only"
+        return self._begun[0].vocabulary.reasoning(self._params.reasoning)
 
     def accept(self, token_id: int) -> bool:
         """Take a token of the output; returns `is_finished`."""
-        token_ids = [token_id]
-        if self._after is not None:
-            self._tail, begin = self._await(self._after, self._tail, token_id)
-            token_ids = begin or []
-            if begin is not None:
-                self._after = None
-        for taken in token_ids:
-            self._matcher.consume_token(taken)
+        before = self._reading
+        if before is None:
+            self._take([token_id])
+            return self.is_finished
+        after = self._reasoning.read(before, token_id)
+        self._reading = None if after.state == "answer" else after
+        if before.state == "start" and after.state != "reasoning" and after.rest is None:
+            # no reasoning has begun
+            if self._is_form and after.state == "start":
+                self._is_form = self._matcher.validate_tokens([token_id]) == 1
+            if self._is_form:
+                self._take([token_id])
+        else:
+            if before.state == "start" and self._taken:
+                self._begin(self._begun[0])
+                self._taken = []
+            if after.rest is not None:
+                self._take(self._begun[0].vocabulary.spell(after.rest) or [])
+        return self.is_finished
+
+    def _take(self, token_ids: list[int]) -> None:
+        """Take tokens of the form."""
+        for token_id in token_ids:
+            self._matcher.consume_token(token_id)
         self._taken += token_ids
         if self._compiled is not None:
             self._compiled.num_tokens += len(token_ids)
-        return self.is_finished
-
-    def _await(self, after: str, tail: bytes, token_id: int) -> tuple[bytes, list[int] | None]:
-        """Read a token before the form.
-
-        Returns:
-            The new tail, and tokens that spell the beginning of the form; None before that.
-        """
-        vocabulary = self._begun[0].vocabulary
-        tail, rest = vocabulary.awaited(after).read(tail, token_id)
-        # the mask allows no token with a rest that cannot be spelled
-        return tail, None if rest is None else vocabulary.spell(rest) or []
 
     def count_allowed(self, token_ids: list[int]) -> int:
         """How many of these tokens, the first ones, may come; nothing is taken."""
         if self._failure is not None:
             return 0
-        begin: list[int] | None = []
-        tail, num_free = self._tail, 0
-        if self._after is not None:
-            begin = None
-            while begin is None and num_free < len(token_ids):
-                tail, begin = self._await(self._after, tail, token_ids[num_free])
-                num_free += 1
-        if begin is None:
-            return num_free
-        num_allowed = self._matcher.validate_tokens(begin + token_ids[num_free:])
-        if num_allowed < len(begin):
-            return num_free - 1
-        return num_free + num_allowed - len(begin)
+        if self._reading is None:
+            return self._matcher.validate_tokens(token_ids)
+        ahead, bitmask = self.copy(), np.zeros_like(self._compiler.free)
+        for count, token_id in enumerate(token_ids):
+            if ahead._reading is None:
+                return count + ahead.count_allowed(token_ids[count:])
+            ahead.fill_bitmask(bitmask)
+            if not bitmask[token_id // 32] >> token_id % 32 & 1:
+                return count
+            if ahead.accept(token_id):
+                return count + 1
+        return len(token_ids)
 
     def _compute_mask(self) -> None:
         """Let llguidance write the mask into the buffer."""

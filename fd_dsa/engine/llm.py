@@ -174,7 +174,9 @@ class LLM:
             continue_final_message: the answer goes on with the last message, the assistant's.
             chat_template_kwargs: variables of the template, such as `thinking`.
             constrain_reasoning: True: `stop`, `min_tokens` and bad words begin with the
-                reasoning. Otherwise they begin after it, unless `SamplingParams.reasoning` is set.
+                reasoning. Otherwise they begin after it, as a form does in any case. The texts
+                around the reasoning are those of the template, unless `SamplingParams.reasoning`
+                is set.
             allow_special_tokens_in_text: markers of control tokens in messages and tools become
                 these tokens; by default they are text. The calls in the text of an answer are sent
                 back either with this, or as `tool_calls`.
@@ -211,11 +213,13 @@ class LLM:
                 one,
                 engine.tokenizer,
                 bool(tools),
-                None if constrain_reasoning else prompt.masked,
+                prompt.masked,
                 entry[-1] if continue_final_message else None,
             )
             for one, prompt, entry in zip(params, prompts, conversations, strict=True)
         ]
+        if constrain_reasoning:
+            params = [replace(one, constrain_reasoning=True) for one in params]
         return self._run(token_ids, params, stream)
 
     @property
@@ -310,14 +314,13 @@ def _for_chat(
     params: SamplingParams,
     tokenizer: Tokenizer,
     has_tools: bool,
-    prompt: str | None,
+    prompt: str,
     continued: Message | None,
 ) -> SamplingParams:
     """Add the markers that separate the parts of an answer.
 
     Args:
-        prompt: its markers show if the answer begins in the reasoning; None = `stop`,
-            `min_tokens` and bad words begin with the output.
+        prompt: its markers show if the answer begins in the reasoning.
         continued: the message that the answer continues.
     """
     renderer = tokenizer.chat_renderer
@@ -327,7 +330,7 @@ def _for_chat(
     tool_format = find_tool_format(AUTO, source, model_type) if has_tools else None
     answer = AnswerFormat(has_reasoning(AUTO, source), tool_format=tool_format)
     reasoning = params.reasoning
-    if answer.has_reasoning and reasoning is None and prompt is not None:
+    if answer.has_reasoning and reasoning is None:
         in_reasoning = opens_reasoning(prompt, continued)
         reasoning = Reasoning.of(replace(answer, in_reasoning=in_reasoning))
     kept = frozenset(tokenizer.special_ids_of(answer.markers).values())

@@ -101,7 +101,7 @@ class Request:
         params, state, prompt = self.params, self.state, self.state.prompt_token_ids
         self.token_ids, self.output_token_ids = list(prompt), state.token_ids
         self.block_keys = BlockKeys(self.token_ids, block_size, params.cache_salt)
-        kept = params.kept_special_token_ids
+        kept = params.kept_ids(tokenizer)
         detokenizer = partial(new_detokenizer, tokenizer, params.skip_special_tokens)
         self.detokenizer = detokenizer(prompt, kept)
         if stops := params.stop_strings:
@@ -110,7 +110,7 @@ class Request:
             self.grammar = GrammarMatcher(grammars, params)
         output, ends = self.output_token_ids, self.end_token_ids
         begins_later = stops or params.min_tokens or bad_words or params.bad_words_token_ids
-        if params.reasoning is not None and begins_later:
+        if params.reasoning is not None and begins_later and not params.constrain_reasoning:
             self.answer = AnswerStart(params.reasoning, self.detokenizer)
         rules = LogitRules(params, prompt, output, bad_words, ends, self.grammar, self.answer)
         self.rules = None if rules.is_empty else rules

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fd_dsa.chat.control import RenderedPrompt, render_prompt
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import (
     AUTO,
-    THINK_END,
     AnswerFormat,
     find_tool_format,
     has_reasoning,
@@ -69,6 +68,7 @@ def make_job(
         ),
         tool_format=tool_format,
         schemas={tool.function.name: tool.function.parameters for tool in body.tools or []},
+        has_only_calls=body.choice.mode in ("required", "named"),
     )
     if body.include_reasoning is False and answer.in_reasoning and not answer.has_reasoning:
         raise FieldError(
@@ -89,10 +89,11 @@ def make_job(
     params = dataclasses.replace(
         params,
         kept_special_token_ids=frozenset(special_ids.values()),
-        reasoning=None if body.constrain_reasoning else Reasoning.of(answer),
+        reasoning=Reasoning.of(answer),
+        constrain_reasoning=bool(body.constrain_reasoning),
         structured_outputs=_form(params.structured_outputs, body, answer),
     )
-    job = Job(request_id, prompt, params)
+    job = Job(request_id, prompt, params, functools.partial(_each_call, body, answer))
     check_answer_size(limit, [job], body, shows_prompt_once=True)
     (job,) = check_jobs(state, [job], "messages")
     return job, answer
@@ -206,31 +207,47 @@ def _form(
 ) -> StructuredOutputsParams | None:
     """The form of the whole answer: calls, the form asked for, or either of the two.
 
-    The model reasons freely before it. `response_format` is the form of content, so a forced call
-    has none of it.
+    `response_format` is the form of content, so a forced call has none of it.
     """
-    after = THINK_END if answer.begins_in_reasoning else None
     is_forced = body.choice.mode in ("required", "named")
     if not is_forced:
         if asked is None:
             return None
         calls = None if answer.tool_format is None else _calls(body, answer)
-        return dataclasses.replace(asked, after_text=after, alternative=calls)
+        return dataclasses.replace(asked, alternative=calls)
     if asked is not None and asked.source != "response_format":
         raise FieldError(
             f"{asked.source}: got it with a tool_choice that forces calls; must be left out; or "
             "use tool_choice auto, with which an answer is a call or has this form"
         )
-    return dataclasses.replace(_calls(body, answer), after_text=after)
+    return _calls(body, answer)
 
 
 def _calls(body: ChatCompletionRequest, answer: AnswerFormat) -> StructuredOutputsParams:
     """The form of answers that call one of the tools, or the tool that `tool_choice` names."""
-    assert answer.tool_format is not None, "checked: there is a format if there are tools"
+    return _form_of_calls(answer, _called(body, answer), several=not body.one_call, source="tools")
+
+
+def _called(body: ChatCompletionRequest, answer: AnswerFormat) -> Mapping[str, Any]:
+    """Tools that may be called, each with the schema of its arguments."""
     name = body.choice.name
-    schemas = answer.schemas if name is None else {name: answer.schemas[name]}
+    return answer.schemas if name is None else {name: answer.schemas[name]}
+
+
+def _each_call(body: ChatCompletionRequest, answer: AnswerFormat) -> list[StructuredOutputsParams]:
+    """The forms of one call of each tool, with messages that name the tool."""
+    return [
+        _form_of_calls(answer, {name: of}, several=False, source=f"tools: a call of {name!r}")
+        for name, of in _called(body, answer).items()
+    ]
+
+
+def _form_of_calls(
+    answer: AnswerFormat, schemas: Mapping[str, Any], *, several: bool, source: str
+) -> StructuredOutputsParams:
+    assert answer.tool_format is not None, "checked: there is a format if there are tools"
     try:
-        grammar = forced_calls_grammar(answer.tool_format.name, schemas, several=not body.one_call)
-        return StructuredOutputsParams(grammar=grammar, source="tools")
+        grammar = forced_calls_grammar(answer.tool_format.name, schemas, several=several)
+        return StructuredOutputsParams(grammar=grammar, source=source)
     except ValueError as error:
         raise ApiError(400, str(error), param="tools") from error

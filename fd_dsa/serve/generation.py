@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from fd_dsa.chat.control import RenderedPrompt
 from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.text_windows import TooManyTokens
 from fd_dsa.errors import BusyError
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
@@ -89,11 +90,17 @@ def too_many_tokens(state: ServerState, num_tokens: int | str, field: str) -> Ap
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt for the engine."""
+    """One prompt for the engine.
+
+    Attributes:
+        each_call: makes the form of the calls of each tool, for the message if their common form
+            cannot be compiled; takes a while.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    each_call: Callable[[], Sequence[StructuredOutputsParams]] = tuple
 
 
 def resolve_max_tokens(
@@ -163,12 +170,24 @@ async def check_form(state: ServerState, job: Job, param: str) -> None:
     if job.params.structured_outputs is None:
         return
     try:
-        with _refusals(param):
-            await state.engine.check_form(job.params)
+        try:
+            with _refusals(param):
+                await state.engine.check_form(job.params)
+        except ApiError as refusal:
+            if refusal.param == "tools":
+                await _check_each_call(state, job, param)
+            raise
     except BusyError as error:
         raise ApiError(
             429, str(error), code="too_many_grammars", headers={"Retry-After": "5"}
         ) from error
+
+
+async def _check_each_call(state: ServerState, job: Job, param: str) -> None:
+    """Raise the refusal of the first tool whose calls cannot be compiled; see `check_form`."""
+    for form in await asyncio.to_thread(job.each_call):
+        with _refusals(param):
+            await state.engine.check_form(replace(job.params, structured_outputs=form))
 
 
 @contextlib.contextmanager

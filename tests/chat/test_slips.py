@@ -156,6 +156,26 @@ def test_a_repair_must_fit_the_schema() -> None:
     assert parser(GLM).parse(text).tool_calls == (ToolCall("get_weather", arguments),)
 
 
+@pytest.mark.parametrize("filler", ["", _LONG])
+def test_marks_in_strings_of_json(filler: str) -> None:
+    """A string of JSON goes on after a mark, unless it has no end."""
+    value = f'{{"a": "{filler}</arg_value></tool_call> \\"'
+    text = f'{_GLM_HEAD}{value}"}}{_GLM_END}{_GLM_HEAD}"x{_GLM_END}'
+    calls = (ToolCall("f", f'{{"k": {value}"}}}}'), ToolCall("f", '{"k": "\\"x"}'))
+    assert parser(GLM).parse(text) == Message("", "", calls)
+    assert in_pieces(parser(GLM), list(text)) == Message("", "", calls)
+    # the answer may end inside of the string
+    begun = Message("", "", (ToolCall("f", '{"k": '),))
+    assert in_pieces(parser(GLM), list(f"{_GLM_HEAD}{value}"), is_cut=True) == begun
+    text = f'{_GLM_HEAD}["{filler}{_GLM_END} And'
+    calls = (ToolCall("f", json.dumps({"k": f'["{filler}'})),)
+    if not filler:
+        assert in_pieces(parser(GLM), list(text)) == Message("And", "", calls)
+    else:
+        # too much of the call is out
+        assert in_pieces(parser(GLM), list(text)).tool_calls == begun.tool_calls
+
+
 def test_the_other_call_of_a_damaged_one_is_returned() -> None:
     damaged = '<｜DSML｜invoke name="f"><｜DSML｜parameter>x</｜DSML｜parameter></｜DSML｜invoke>'
     text = f'{_SECTION}\n<｜DSML｜invoke name="now">{_INVOKE_END}\n{damaged}\n{_SECTION_END}'
