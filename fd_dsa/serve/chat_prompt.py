@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+from fd_dsa.chat.budget import PromptTooLong, bounded_rendering
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import (
     AUTO,
@@ -114,7 +115,7 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
     if body.chat_template is not None:
         if not state.options.trust_request_chat_template:
             raise FieldError(
-                "chat_template: a template can keep a processor busy indefinitely, so this "
+                "chat_template: a template can keep a processor busy for 10 seconds, so this "
                 "server takes none from requests; start it with --trust-request-chat-template, or "
                 "with --chat-template"
             )
@@ -162,13 +163,19 @@ def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequ
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
     try:
-        return renderer.render(
-            messages,
-            begins,
-            tools=tools,
-            continue_final_message=goes_on,
-            **body.template_variables,
-        )
+        with bounded_rendering(state.options.prompt_bytes(state.engine.max_model_len)):
+            return renderer.render(
+                messages,
+                begins,
+                tools=tools,
+                continue_final_message=goes_on,
+                **body.template_variables,
+            )
+    except PromptTooLong as error:
+        raise FieldError(
+            f"messages: {error}, the --max-prompt-bytes of this server; shorten the text",
+            code="context_length_exceeded",
+        ) from error
     except ValueError as error:
         of_kwargs = request_error(error, ("chat_template_kwargs",))
         if of_kwargs.param is not None:

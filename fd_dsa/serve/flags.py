@@ -111,7 +111,7 @@ _FLAGS = {
     "chat": {
         "--chat-template FILE": "Jinja template of conversations (default: what the folder has)",
         "--trust-request-chat-template": "let requests bring templates; one can keep a processor "
-        "busy indefinitely",
+        "busy for 10 seconds",
         "--tool-call-parser NAME": f"how answers call tools: {', '.join(TOOL_FORMATS)}, none, or "
         "auto, by the template and the model's generation (default: auto)",
         "--reasoning-parser NAME": f"how answers reason: {', '.join(REASONING_FORMATS)}, none, or "

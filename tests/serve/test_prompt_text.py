@@ -48,8 +48,6 @@ def assistant(**fields: Any) -> dict[str, Any]:
         ("/v1/chat/completions", chat("a" * 60, "b" * 60), "messages", 120),
         ("/v1/chat/completions", assistant(reasoning_content="a" * 101), "messages", 101),
         ("/v1/chat/completions", assistant(name=[{"deep": "a" * 101}]), "messages", 101),
-        # the messages alone would fit
-        ("/v1/chat/completions", chat("a" * 50, "b" * 48), "messages", 111),
     ],
 )
 def test_a_text_of_too_many_bytes_names_both_numbers(
@@ -60,6 +58,15 @@ def test_a_text_of_too_many_bytes_names_both_numbers(
     assert error["message"].startswith(f"{field}: has {num_bytes} bytes of text; allowed are")
     assert "at most 100, the --max-prompt-bytes" in error["message"]
     assert short.http.post("/tokenize", json={"prompt": "a" * 100}).status_code == 200
+
+
+def test_a_template_that_writes_too_much_names_the_limit(short: Live) -> None:
+    # the messages alone would fit
+    body = chat("a" * 50, "b" * 48)
+    error = error_of(short.http.post("/v1/chat/completions", json=body), 400)
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+    assert "would make a prompt of more than 100 characters" in error["message"]
+    assert "the --max-prompt-bytes of this server; shorten the text" in error["message"]
 
 
 def test_tools_are_texts_of_the_prompt_too() -> None:
