@@ -37,11 +37,11 @@ SCALAR_BYTES = 32
 """Bytes of a number; each value has as many or more."""
 
 
-class OverBudget(SecurityError):
+class OverBudget(SecurityError, ValueError):
     """A template would make or do more than a rendering may."""
 
 
-class PromptTooLong(OverBudget, ValueError):
+class PromptTooLong(OverBudget):
     """The prompt has more characters than it may."""
 
 

@@ -312,6 +312,8 @@ def read_arguments(value: str | Mapping[str, Any] | None) -> Arguments:
 
     Source of the name: DeepSeek-V4's `encoding_dsv4.py`.
     """
+    if isinstance(value, Arguments):
+        return value
     if isinstance(value, Mapping):
         return Arguments(value, json.dumps(value, ensure_ascii=False))
     text = value if value and value.strip() else "{}"

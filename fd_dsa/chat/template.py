@@ -8,7 +8,7 @@ from typing import Any
 from jinja2.exceptions import TemplateSyntaxError
 
 from fd_dsa.cancellation import Cancelled
-from fd_dsa.chat.budget import PromptTooLong, bounded_compilation, bounded_rendering
+from fd_dsa.chat.budget import OverBudget, bounded_compilation, bounded_rendering
 from fd_dsa.chat.parser import is_reasoning_only, read_arguments
 from fd_dsa.chat.sandbox import Sandbox, render
 from fd_dsa.errors import ConfigError
@@ -20,6 +20,7 @@ RESERVED = (
     "add_generation_prompt",
     "continue_final_message",
     "chat_template",
+    "allow_special_tokens_in_text",
     "self",
 )
 # two names of one variable
@@ -134,18 +135,16 @@ class ChatTemplate:
             return render(self._template, variables)
         except Cancelled:
             raise
-        except PromptTooLong as error:
-            raise PromptTooLong(f"chat template: {error}") from error
+        except OverBudget as error:
+            raise type(error)(f"chat template: {error}") from error
         except Exception as error:
             why = _BEYOND_PYTHON.get(type(error), str(error)[:_MAX_REASON_CHARS])
             raise ValueError(f"chat template: {why}") from error
 
     def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The message in the forms that templates expect."""
-        prepared = {**message, **_reasoning(message)}
-        if message.get("tool_calls"):
-            prepared["tool_calls"] = [_call(call) for call in message["tool_calls"]]
-        else:
+        prepared = {**with_read_arguments(message), **_reasoning(message)}
+        if not prepared.get("tool_calls"):
             # templates ask whether the name exists, and clients send an empty list or null
             prepared.pop("tool_calls", None)
         role, content = str(message.get("role")), message.get("content")
@@ -186,6 +185,12 @@ class ChatTemplate:
             return False
         _, first, rest = text.partition(_FIRST)
         return bool(first) and _LAST in rest and _KEY not in text
+
+
+def with_read_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with `Arguments` in its calls."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_call(call) for call in calls]} if calls else dict(message)
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:

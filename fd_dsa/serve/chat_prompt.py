@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fd_dsa.chat.budget import PromptTooLong, bounded_rendering
+from fd_dsa.chat.control import QUOTED_CHARS, RenderedPrompt, render_prompt
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import (
     AUTO,
@@ -60,11 +61,12 @@ def make_job(
     tokenizer = state.engine.tokenizer
     renderer = _renderer(state, body)
     tool_format = _tool_format(state, body, renderer)
-    text = _render(state, renderer, body)
+    rendered = _render(state, renderer, body)
     answer = AnswerFormat(
         has_reasoning=has_reasoning(state.options.reasoning_parser, renderer.source),
         in_reasoning=opens_reasoning(
-            text, body.messages[-1].for_template() if body.continue_final_message else None
+            rendered.masked,
+            body.messages[-1].for_template() if body.continue_final_message else None,
         ),
         tool_format=tool_format,
         schemas={tool.function.name: tool.function.parameters for tool in body.tools or []},
@@ -74,7 +76,7 @@ def make_job(
             "include_reasoning: false, but the server was started with --reasoning-parser none and "
             "cannot tell the reasoning; switch it off by reasoning_effort"
         )
-    prompt = encode_prompt(state, text, "messages", add_special_tokens=False)
+    prompt = encode_prompt(state, rendered, "messages", add_special_tokens=False)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
@@ -105,8 +107,8 @@ def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list
     """
     renderer = _renderer(state, body)
     _tool_format(state, body, renderer)
-    text = _render(state, renderer, body)
-    return encode_prompt(state, text, "messages", add_special_tokens=False)
+    rendered = _render(state, renderer, body)
+    return encode_prompt(state, rendered, "messages", add_special_tokens=False)
 
 
 def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
@@ -151,7 +153,9 @@ def _tool_format(
     return tool_format
 
 
-def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequest) -> str:
+def _render(
+    state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequest
+) -> RenderedPrompt:
     """The prompt's text; with `tool_choice` none it has no tools."""
     # before the template copies them
     messages = [message.for_template() for message in body.messages]
@@ -162,9 +166,13 @@ def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequ
     check_bytes(state, _texts(tools, with_names=True), "tools")
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
+    allows = state.options.allow_special_tokens_in_text
+    limit = state.options.prompt_bytes(state.engine.max_model_len)
     try:
-        with bounded_rendering(state.options.prompt_bytes(state.engine.max_model_len)):
-            return renderer.render(
+        with bounded_rendering(limit if allows else QUOTED_CHARS * limit):
+            return render_prompt(
+                renderer,
+                None if allows else state.engine.tokenizer.control_tokens,
                 messages,
                 begins,
                 tools=tools,
@@ -173,7 +181,8 @@ def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequ
             )
     except PromptTooLong as error:
         raise FieldError(
-            f"messages: {error}, the --max-prompt-bytes of this server; shorten the text",
+            f"messages: {error}; allowed are at most {limit} bytes, the --max-prompt-bytes of this "
+            "server; shorten the text",
             code="context_length_exceeded",
         ) from error
     except ValueError as error:

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fd_dsa.chat.control import RenderedPrompt
 from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -36,16 +37,23 @@ _requests_logger = logging.getLogger("fd_dsa.requests")
 
 
 def encode_prompt(
-    state: ServerState, text: str, field: str, *, add_special_tokens: bool
+    state: ServerState, prompt: str | RenderedPrompt, field: str, *, add_special_tokens: bool
 ) -> list[int]:
     """Token ids of a text, at most max_model_len; for a thread, since a long one takes a while.
+
+    Args:
+        prompt: a text whose markers all become control tokens, or a rendered conversation.
 
     Raises:
         ApiError: 400, the text has too many bytes or tokens, or is no valid Unicode.
     """
-    check_bytes(state, [text], field)
+    rendered = RenderedPrompt(prompt, prompt) if isinstance(prompt, str) else prompt
+    check_bytes(state, [rendered.text], field)
+    limit = state.engine.max_model_len
     try:
-        return state.engine.tokenizer.encode(text, add_special_tokens, state.engine.max_model_len)
+        return state.engine.tokenizer.encode(
+            rendered.text, add_special_tokens, limit, rendered.masked
+        )
     except TooManyTokens as error:
         raise too_many_tokens(state, error.count, field) from error
     except ValueError as error:

@@ -148,7 +148,7 @@ server._LAST_RESPONSES_S = 0.3
 encode = Tokenizer.encode
 def hold(self, text, *args, **kwargs):
     if text == "held":
-        sys.stdout.write("held\n")
+        sys.stdout.write("held\\n")
         sys.stdout.flush()
     while text == "held" and not pathlib.Path("go").exists():
         time.sleep(0.02)
