@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Protocol
 
+from fd_dsa.chat.budget import OverBudget
 from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, Arguments
 from fd_dsa.chat.template import ChatTemplate, with_read_arguments
 
 MASK = "¤"
 """Replaces characters of quoted markers; no marker has it, and no normalizer changes it."""
+QUOTED_CHARS = 3
+"""Characters of a quoted character."""
 SEPARATOR = "\ufdd0"
 """Between texts that are searched at once; begins a text for a normalizer."""
 # U+E000 and U+E001 mark where a final message goes on
@@ -114,6 +117,9 @@ def render_prompt(
     for overlaps in _overlaps(conversation.texts, markers):
         try:
             checked = render({**overlaps, **_joined(inside, overlaps)})
+        except OverBudget:
+            # a prompt that could not be checked is not taken
+            raise
         except ValueError:
             continue
         # otherwise the template looks at these characters
@@ -172,6 +178,8 @@ class _Conversation:
                 continue_final_message=self._goes_on,
                 **variables,
             )
+        except OverBudget:
+            raise
         except ValueError as error:
             raise ValueError(_unquote(str(error), begin, end).text) from error
         return _unquote(text, begin, end)

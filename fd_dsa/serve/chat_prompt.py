@@ -7,7 +7,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fd_dsa.chat.control import RenderedPrompt, render_prompt
+from fd_dsa.chat.budget import PromptTooLong, bounded_rendering
+from fd_dsa.chat.control import QUOTED_CHARS, RenderedPrompt, render_prompt
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import (
     AUTO,
@@ -117,7 +118,7 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
     if body.chat_template is not None:
         if not state.options.trust_request_chat_template:
             raise FieldError(
-                "chat_template: a template can keep a processor busy indefinitely, so this "
+                "chat_template: a template can keep a processor busy for 10 seconds, so this "
                 "server takes none from requests; start it with --trust-request-chat-template, or "
                 "with --chat-template"
             )
@@ -167,16 +168,24 @@ def _render(
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
     allows = state.options.allow_special_tokens_in_text
+    limit = state.options.prompt_bytes(state.engine.max_model_len)
     try:
-        return render_prompt(
-            renderer,
-            None if allows else state.engine.tokenizer.control_tokens,
-            messages,
-            begins,
-            tools=tools,
-            continue_final_message=goes_on,
-            **body.template_variables,
-        )
+        with bounded_rendering(limit if allows else QUOTED_CHARS * limit):
+            return render_prompt(
+                renderer,
+                None if allows else state.engine.tokenizer.control_tokens,
+                messages,
+                begins,
+                tools=tools,
+                continue_final_message=goes_on,
+                **body.template_variables,
+            )
+    except PromptTooLong as error:
+        raise FieldError(
+            f"messages: {error}; allowed are at most {limit} bytes, the --max-prompt-bytes of this "
+            "server; shorten the text",
+            code="context_length_exceeded",
+        ) from error
     except ValueError as error:
         of_kwargs = request_error(error, ("chat_template_kwargs",))
         if of_kwargs.param is not None:

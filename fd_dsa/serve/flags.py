@@ -112,7 +112,7 @@ _FLAGS = {
     "chat": {
         "--chat-template FILE": "Jinja template of conversations (default: what the folder has)",
         "--trust-request-chat-template": "let requests bring templates; one can keep a processor "
-        "busy indefinitely",
+        "busy for 10 seconds",
         "--allow-special-tokens-in-text": "markers of control tokens in messages and tools become "
         "these tokens, so that a text can begin a message of another role",
         "--tool-call-parser NAME": f"how answers call tools: {', '.join(TOOL_FORMATS)}, none, or "

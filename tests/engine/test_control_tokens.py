@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
+from fd_dsa.chat.budget import OverBudget
 from fd_dsa.chat.control import MASK, render_prompt
 from fd_dsa.chat.deepseek_encoding import DeepseekV4Encoding, DeepseekV32Encoding
 from fd_dsa.chat.template import ChatTemplate
@@ -278,6 +279,25 @@ def test_quoting_cannot_be_forged() -> None:
         tokenizer.apply_chat_template(chat)
     chat[0]["content"] = chat[0]["content"].replace("<|user|>", "").replace("<think>", "")
     assert tokenizer.apply_chat_template(chat) == tokenizer.encode(renderer.render(chat), False)
+
+
+def test_a_prompt_whose_check_is_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = TOKENIZERS["special"]()
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
+    messages = [{"role": "user", "content": text} for text in ("<tool_", "response>")]
+    calls, render = 0, template.render
+
+    def refuse_the_check(*args: Any, **kwargs: Any) -> str:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise OverBudget("too much")
+        return render(*args, **kwargs)
+
+    monkeypatch.setattr(template, "render", refuse_the_check)
+    with pytest.raises(OverBudget):
+        render_prompt(template, tokenizer.control_tokens, messages, False)
+    assert calls == 2
 
 
 def test_long_texts(monkeypatch: pytest.MonkeyPatch) -> None:

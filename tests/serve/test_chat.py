@@ -292,5 +292,5 @@ def test_a_template_of_the_request_needs_trust() -> None:
         assert error["message"] == ("chat_template: chat template of the request: nests too deeply")
         giant = {**body, "chat_template": "{{ 'a' * 10**11 }}"}
         answer = live.http.post("/v1/chat/completions", json=giant)
-        assert answer.status_code == 400 and "1048576" in answer.json()["error"]["message"]
+        assert answer.status_code == 400 and "would make texts and" in answer.text
         assert live.http.post("/v1/chat/completions", json={**body, **kwargs}).status_code == 200

@@ -62,6 +62,18 @@ def test_a_text_of_too_many_bytes_names_both_numbers(
     assert short.http.post("/tokenize", json={"prompt": "a" * 100}).status_code == 200
 
 
+def test_a_template_that_writes_too_much_names_the_limit(short: Live) -> None:
+    # its markup is longer than the messages
+    body = chat(*["a"] * 99)
+    error = error_of(short.http.post("/v1/chat/completions", json=body), 400)
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+    assert (
+        "would make a prompt of more than 300 characters; allowed are at most 100"
+        in error["message"]
+    )
+    assert "bytes, the --max-prompt-bytes of this server; shorten" in error["message"]
+
+
 def test_tools_are_texts_of_the_prompt_too() -> None:
     function = {"name": "f", "description": "a" * 4000, "parameters": {"title": "b"}}
     body = {**chat("a"), "tools": [{"type": "function", "function": function}]}
