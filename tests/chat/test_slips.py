@@ -69,6 +69,7 @@ def test_text_that_is_no_call_stays_content(tool_format: str, text: str) -> None
     ("tool_format", "text", "arguments"),
     [
         (V31, f"{_V31_HEAD} {_V31_END}", "{}"),
+        (V31, f'{_V31_HEAD}{" " * 40}{{"k": 1}}{" " * 40}{_V31_END}', '{"k": 1}'),
         (V31, f'{_V31_HEAD}{{"k": "{_V31_END}"}}{_V31_END}', f'{{"k": "{_V31_END}"}}'),
         (V31, f'{_V31_HEAD}{{"k": "a\nb"}}{_V31_END}', '{"k": "a\\nb"}'),
         (V31, f'{_V31_HEAD}{{"k": 1}}', '{"k": 1}'),

@@ -151,7 +151,10 @@ SENT: dict[str, Any] = {
 }
 READ_AS = {"logit_bias": {3: 5}, "structured_outputs": StructuredOutputsParams(regex="a")}
 # of Python callers and of the server itself
-NOT_SENT = {"skip_reading_prefix_cache", "kept_special_token_ids", "reasoning"}
+NOT_SENT = {
+    *("skip_reading_prefix_cache", "kept_special_token_ids", "reasoning"),
+    "constrain_reasoning",
+}
 # what the server reads itself; with another name or in another form a parameter of the engine
 BY_THE_SERVER = {"model", "stream", "stream_options", "best_of", "return_token_ids"}
 OF_COMPLETIONS = {"prompt", "echo", "logprobs"}

@@ -133,7 +133,7 @@ def test_with_auto_an_answer_is_a_call_or_has_the_form(kind: str, tool_format: s
     with serving(kind, tool_format) as live:
         for form, has_form in FORMS:
             calls = 0
-            choices = ask(live, kind, n=8, **form)
+            choices = ask(live, kind, n=16, **form)
             for choice in choices:
                 if choice["message"].get("tool_calls"):
                     check_calls(choice)
