@@ -208,7 +208,7 @@ class DeepSeekV3Model(nn.Layer):
         return self.norm(hidden_states, residual, forward_meta=forward_meta)[0]
 
 
-@ModelRegistry.register_model_class("DeepseekV3ForCausalLM")
+@ModelRegistry.register_model_class(architecture="DeepseekV3ForCausalLM", module_name="deepseek_v3")
 class DeepseekV3ForCausalLM(ModelForCasualLM):
     """The whole model."""
 
@@ -250,12 +250,12 @@ class DeepseekV3ForCausalLM(ModelForCasualLM):
                 layer.mlp.experts(hidden, layer.mlp.gate, forward_meta)
 
 
-@ModelRegistry.register_model_class("DeepseekV32ForCausalLM")
+@ModelRegistry.register_model_class(architecture="DeepseekV32ForCausalLM", module_name="deepseek_v3")
 class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
     """DeepSeek-V3.2."""
 
 
-@ModelRegistry.register_model_class("GlmMoeDsaForCausalLM")
+@ModelRegistry.register_model_class(architecture="GlmMoeDsaForCausalLM", module_name="deepseek_v3")
 class GlmMoeDsaForCausalLM(DeepseekV32ForCausalLM):
     """GLM-5."""
 

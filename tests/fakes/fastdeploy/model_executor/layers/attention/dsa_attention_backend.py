@@ -51,12 +51,14 @@ class DSAAttentionBackend(AttentionBackend):
         self.rope_3d = fd_config.enable_rope_3d_runtime
         self.causal = getattr(model, "causal", True)
         self.num_layers, self.start_layer_index = model.num_hidden_layers, model.start_layer_index
+        self.num_layers_draft_model = int(speculative.method == "mtp")
         self.speculative_method = speculative.method
         self.speculate_max_draft_token_num = speculative.num_speculative_tokens
         self.keep_pd_step_flag = speculative.model_type == "mtp"
         self.kv_num_heads, self.num_heads, self.head_dim = kv_num_heads, num_heads, head_dim
         self.kv_lora_rank, self.qk_rope_head_dim = model.kv_lora_rank, model.qk_rope_head_dim
         self.index_head_dim, self.index_topk = model.index_head_dim, model.index_topk
+        self.quant_block_size = 128
         self.attn_softmax_scale = self._softmax_scale(model)
         self.pd_disaggregation_mode = fd_config.parallel_config.pd_disaggregation_mode
         self.rank, self.device_id = init_rank_and_device_id(fd_config)
