@@ -20,6 +20,7 @@ from fd_dsa.models.families import FAMILIES
 
 _SCHEDULE = ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
 
+
 @contextmanager
 def replaced(config: Any, **values: Any) -> Iterator[None]:
     """Give fields of a FastDeploy configuration other values inside the block."""

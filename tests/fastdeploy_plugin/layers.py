@@ -18,7 +18,7 @@ from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.ops._linear import rows_at
 from fd_dsa.step.host_tensor import as_tensor
-from tests.fastdeploy_plugin.names import MODELS
+from tests.fastdeploy_plugin.names import MODELS, registered_model
 from tests.fastdeploy_plugin.steps import NUM_BLOCKS, caches, config, int32, make_backend
 from tests.runner.tiny import stored
 
@@ -33,13 +33,16 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def make_layer(fd_config: Any = None, layer_id: int = 0, loaded: bool = True) -> Any:
-    """FastDeploy's attention layer of the tree, as its decoder layer makes it."""
-    models = sys.modules[MODELS]
+    """Attention layer of the tree: FastDeploy's, with the class that our model gives it."""
+    models, served = sys.modules[MODELS], registered_model().layer_classes
     fd_config = config() if fd_config is None else fd_config
     prefix = PREFIX.format(layer_id)
     layer = models.DeepseekV32DSAAttention(
         fd_config=fd_config, layer_id=layer_id, prefix=prefix.removesuffix(".")
     )
+    for one in (layer, layer.indexer):
+        one.__class__ = served[type(one)]
+        one.adopt(fd_config)
     if loaded:
         parts = {
             name.removeprefix(prefix): array

@@ -1,10 +1,9 @@
-"""forward_mixed through the caches, for our layers and for layers of FastDeploy's own code."""
+"""Writing keys of a layer and attending to selected ones, through the caches."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,13 @@ import pytest
 from fd_dsa.errors import MissingStepError
 from fd_dsa.ops.cache_write import CacheWriteParams
 from tests.fakes import golden
-from tests.fastdeploy_plugin.steps import forward_meta, int32, make_backend, registered
+from tests.fastdeploy_plugin.steps import (
+    forward_meta,
+    int32,
+    make_backend,
+    registered,
+    upstream_class,
+)
 from tests.reference.sparse_mla import ref_attend
 
 # of magnitude 3.5 = 448 / 128 at most, so an e4m3 cache holds them exactly
@@ -58,51 +63,26 @@ def expected(q: np.ndarray, keys: np.ndarray, chosen: np.ndarray, scale: float) 
     return np.stack(rows)
 
 
+def written(backend: Any, meta: Any, keys: np.ndarray) -> None:
+    """Latents of layer 0, without rotation and norm, which the layers' own tests have."""
+    unit = np.tile(np.float32([1, 0]).repeat(ROPE // 2), (256, 1))
+    params = CacheWriteParams("fp8_ds_mla")
+    backend.write_layer(paddle.to_tensor(keys), None, unit, params, 0, meta)
+
+
 @pytest.mark.parametrize("heads", [128, 64, 32, 16, 8])
-@pytest.mark.parametrize("caller", ["ours", "upstream"])
-def test_each_token_attends_once_through_the_cache(heads: int, caller: str) -> None:
+def test_each_token_attends_once_through_the_cache(heads: int) -> None:
     """Prefill and decode rows in one call, on physical slots, for every share of 128 heads."""
     keys, q, chosen = exact_keys(), query(heads), selection()
     with registered():
         backend = make_backend(num_heads=heads)
         meta = forward_meta(backend)
         backend.init_attention_metadata(meta)
-        latent, rope = keys[:, :LATENT], keys[:, LATENT:].reshape(TOKENS, 1, ROPE)
-        given: tuple[Any, Any] = (None, None)
-        if caller == "upstream":
-            given = paddle.to_tensor(latent), paddle.to_tensor(rope)
-        else:
-            # no rotation and no norm, which the layers' own tests have
-            unit = np.tile(np.float32([1, 0]).repeat(ROPE // 2), (256, 1))
-            params = CacheWriteParams("fp8_ds_mla")
-            backend.write_layer(paddle.to_tensor(keys), None, unit, params, 0, meta)
-        out = backend.forward_mixed(
-            paddle.to_tensor(q),
-            # this step's keys, as upstream's layers give them: not read
-            paddle.full([TOKENS, 1, 576], float("nan")),
-            paddle.to_tensor(chosen),
-            None,
-            *given,
-            SimpleNamespace(layer_id=0),
-            meta,
-        )
+        written(backend, meta, keys)
+        out = backend.current_core().attend(paddle.to_tensor(q), paddle.to_tensor(chosen), 0, meta)
         scale = backend.attn_softmax_scale
         found = np.asarray(out.reshape_([-1, heads, LATENT]))
     np.testing.assert_allclose(found, expected(q, keys, chosen, scale), rtol=1e-4, atol=1e-5)
-
-
-def test_all_modes_are_the_mixed_one() -> None:
-    keys, q, chosen = exact_keys(), query(8), selection()
-    with registered():
-        backend = make_backend()
-        meta = forward_meta(backend)
-        backend.init_attention_metadata(meta)
-        arguments = [q, None, chosen, None, keys[:, :LATENT], keys[:, LATENT:].reshape(-1, 1, 64)]
-        tensors = [None if one is None else paddle.to_tensor(one) for one in arguments]
-        call = (*tensors, SimpleNamespace(layer_id=0), meta)
-        mixed = np.array(backend.forward_mixed(*call))
-        for method in (backend.forward, backend.forward_decode, backend.forward_extend):
-            assert (np.array(method(*call)) == mixed).all()
 
 
 def test_padded_tokens_write_nothing_and_attend_to_nothing() -> None:
@@ -122,19 +102,11 @@ def test_padded_tokens_write_nothing_and_attend_to_nothing() -> None:
         backend.init_attention_metadata(meta)
         chosen = np.full((TOKENS, 1, 2), -1, np.int32)
         chosen[:3, 0, 0] = [578, 259, 212]
-        out = backend.forward_mixed(
-            paddle.to_tensor(q),
-            None,
-            paddle.to_tensor(chosen),
-            None,
-            paddle.to_tensor(keys[:, :LATENT]),
-            paddle.to_tensor(keys[:, LATENT:].reshape(-1, 1, ROPE)),
-            SimpleNamespace(layer_id=0),
-            meta,
-        )
-        written = np.asarray(meta.caches[0]).reshape(-1, 656)
+        written(backend, meta, keys)
+        out = backend.current_core().attend(paddle.to_tensor(q), paddle.to_tensor(chosen), 0, meta)
+        latents = np.asarray(meta.caches[0]).reshape(-1, 656)
         assert (np.asarray(out)[3:] == 0).all()
-        touched = np.flatnonzero((written != 0xAB).any(axis=1))
+        touched = np.flatnonzero((latents != 0xAB).any(axis=1))
         assert touched.tolist() == [212, 259, 578]
         assert (np.asarray(meta.caches[1]) == 0xAB).all()
 
@@ -145,17 +117,15 @@ def test_what_is_missing_is_named() -> None:
         backend = make_backend()
         meta = forward_meta(backend)
         backend.init_attention_metadata(meta)
-        layer = SimpleNamespace(layer_id=3)
         with pytest.raises(MissingStepError, match="layer 3 has no selection"):
-            backend.forward_mixed(paddle.to_tensor(query(8)), *[None] * 5, layer, meta)
+            backend.current_core().attend(paddle.to_tensor(query(8)), None, 3, meta)
         meta.caches = None
         with pytest.raises(MissingStepError, match=r"forward_meta.caches\[0\] is None"):
-            params = CacheWriteParams("fp8_ds_mla")
-            backend.write_layer(paddle.to_tensor(exact_keys()), None, None, params, 0, meta)
+            written(backend, meta, exact_keys())
 
 
 def test_other_models_find_the_static_form_under_the_name_that_is_ours() -> None:
     """Sliding windows of MLA and of fallback models (#8060, #8090) call FastDeploy's own."""
     with registered():
         ours = import_module("fastdeploy.model_executor.layers.attention").DSAAttentionBackend
-        assert ours.forward_static is ours.__mro__[2].forward_static
+        assert ours.forward_static is upstream_class().forward_static

@@ -12,6 +12,7 @@ import pytest
 
 from fd_dsa.errors import ConfigError, MissingStepError
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
+from fd_dsa.fastdeploy_plugin.take_over import is_ours
 from fd_dsa.ops import _gemm
 from tests.fastdeploy_plugin.layers import (
     Embedded,
@@ -20,11 +21,11 @@ from tests.fastdeploy_plugin.layers import (
     make_backend,
     make_layer,
 )
-from tests.fastdeploy_plugin.names import MODELS
+from tests.fastdeploy_plugin.names import MODELS, registered_model
 from tests.fastdeploy_plugin.steps import config, registered
 from tests.reference.fp8 import ref_index_key
 
-TREES = ["pr7367", "develop", "raising_import"]
+TREES = ["pr7367", "develop"]
 # prompts below and above the demo model's index_topk of 256, chunks, decoding, drafts, idle rows
 STEPS = [
     [(60, 0, 60)],
@@ -36,22 +37,26 @@ STEPS = [
 
 
 def test_parameters_are_those_of_upstream() -> None:
-    """Buffers that nothing reads are gone, and a decoder layer finds ours by name."""
+    """FastDeploy's objects get our classes; buffers that no code reads are gone."""
 
     def parameters(layer: Any) -> list[tuple[str, list[int], Any]]:
         return [(name, list(p.shape), p.dtype) for name, p in layer.named_parameters()]
 
     with registered():
-        models, fd_config = sys.modules[MODELS], config()
-        decoder = models.DeepSeekV3DecoderLayer(fd_config, prefix="deepseek_v3.layers.0")
-        ours = decoder.self_attn
-        assert type(ours) is models.DeepseekV32DSAAttention
-        assert type(ours.indexer) is models.Indexer
-        theirs = type(ours).__mro__[2](fd_config, 0, "deepseek_v3.layers.0.self_attn")
-        assert parameters(ours) == parameters(theirs)
-        upstream = models.Indexer.__mro__[2](fd_config, 0)
-        for name in ("offsets", "lengths"):
-            assert hasattr(upstream, name) and not hasattr(ours.indexer, name)
+        models, fd_config = sys.modules[MODELS], config(num_hidden_layers=2)
+        ours = registered_model()(fd_config)
+        theirs = models.DeepseekV32ForCausalLM(fd_config)
+        assert parameters(ours) == parameters(theirs) and ours.name() == theirs.name()
+        for mine, other in zip(ours.model.layers, theirs.model.layers, strict=True):
+            for part, base in (
+                (mine.self_attn, models.DeepseekV32DSAAttention),
+                (mine.self_attn.indexer, models.Indexer),
+            ):
+                assert is_ours(type(part)) and isinstance(part, base)
+            assert not is_ours(type(other.self_attn))
+            for name in ("offsets", "lengths"):
+                assert hasattr(other.self_attn.indexer, name)
+                assert not hasattr(mine.self_attn.indexer, name)
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -85,7 +90,7 @@ def test_layers_without_tokens_and_before_their_backend() -> None:
         meta = rows.step([(0, 0, 0)], 0)
         assert layer(meta, paddle.zeros([0, 384])).shape == [0, 384]
         meta = SimpleNamespace(attn_backend=object())
-        with pytest.raises(MissingStepError, match="the runner was made before the plug-in"):
+        with pytest.raises(MissingStepError, match="the runner was made before FastDeploy loaded"):
             layer(meta, hidden_states(3))
 
 

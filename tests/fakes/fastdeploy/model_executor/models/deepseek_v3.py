@@ -250,7 +250,9 @@ class DeepseekV3ForCausalLM(ModelForCasualLM):
                 layer.mlp.experts(hidden, layer.mlp.gate, forward_meta)
 
 
-@ModelRegistry.register_model_class(architecture="DeepseekV32ForCausalLM", module_name="deepseek_v3")
+@ModelRegistry.register_model_class(
+    architecture="DeepseekV32ForCausalLM", module_name="deepseek_v3"
+)
 class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
     """DeepSeek-V3.2."""
 

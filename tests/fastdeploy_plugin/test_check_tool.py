@@ -7,9 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from fd_dsa.config import demo_model_path
@@ -21,9 +25,10 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.loader import validate
 from tests.fakes import trees
 from tests.fastdeploy_plugin.launcher import ROOT, environment, plugin_folder
+from tools.fastdeploy_check import __main__ as tool_module
 from tools.fastdeploy_check import parity, step_time
 from tools.fastdeploy_check.cut import main as cut
-from tools.fastdeploy_check.servers import OURS, UPSTREAM, CheckFailed
+from tools.fastdeploy_check.servers import OURS, UPSTREAM, CheckFailed, Server
 from tools.fastdeploy_check.tiny import FLAGS, write_tiny_model
 
 OPTIONS = ("--rounds", "1", "--batches", "1,4")
@@ -96,7 +101,11 @@ def test_a_run(tmp_path: Path) -> None:
     assert "| 2 | 64 | 64 | 0 | ok |" in report
     for check in CHECKS:
         assert f"| {check} | ok |" in report
-    assert "| fd_dsa | fd_dsa | FastDeploy 0.0.0+fake, derived from its DSA backend" in report
+    assert "| fd_dsa | FastDeploy 0.0.0+fake, derived from its DSA backend" in report
+    # V1's cache manager is for FastDeploy's own path only
+    assert (
+        "| FastDeploy | FD_DSA_DISABLE=1 ENABLE_V1_KVCACHE_MANAGER=1 | FastDeploy's own" in report
+    )
     (ratio,) = re.findall(r"^\| 4 \| \S+ \| \S+ \| (\d\.\d{3}) \|$", report, flags=re.M)
     assert float(ratio) == round(result["step_time"]["entries"][1]["ratio_p50"], 3)
 
@@ -147,25 +156,111 @@ def test_a_tree_that_is_not_served_gives_its_table_and_runs_nothing(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_server_that_does_not_come_up(tmp_path: Path) -> None:
-    script = {"exit_with": 3, "say": ["", "RuntimeError: no memory\n"]}
+    script = {"exit_with": 3, "say": "RuntimeError: no memory\n"}
     status, result, output = tool(tmp_path, "--only", "smoke", script=script)
     assert status == 1
-    assert "the server ended with status 3: fd_dsa: error: FastDeploy's server ended" in output
+    assert "the server ended with status 3: RuntimeError: no memory (all of it: " in output
     assert result["smoke"]["error"] in output and not result["passed"]
 
 
-@pytest.mark.slow
-def test_a_check_that_fails_hides_no_other(tmp_path: Path) -> None:
-    # a completion without a token: smoke finds it, and parity is still run and finds other tokens
-    script: dict[str, Any] = {"tokens": [""], "tokens_upstream": ["x"], "gap": 0.3}
-    status, result, output = tool(tmp_path, "--only", "smoke", "--only", "parity", script=script)
-    assert status == 1, output
-    assert result["smoke"] == {"passed": False, "error": "/v1/completions: the text is empty"}
-    found = {"same": 0, "tokens": 1, "gap": 0.3, "passed": False}
-    assert result["parity"]["cases"] == [found] * 4 and not result["passed"]
-    assert output.count("DIFFERENT") == 4 and "NOT passed" in output
-    report = (tmp_path / "report.md").read_text("utf-8")
-    assert "## smoke: NOT passed\n\n/v1/completions: the text is empty\n" in report
+TOKENS = ["The", " north", " wall", " stands", "."]
+# what a server with our path does wrong, and the check that finds it
+GOOD: dict[str, Any] = {"tokens": TOKENS}
+SERVERS = {
+    "good": (GOOD, {}),
+    "nearly equal": ({"tokens": ["The", " south"], "theirs": -0.2}, {}),
+    "other tokens": (
+        {"tokens": ["The", " south"], "theirs": -0.9},
+        {"parity": "DIFFERENT"},
+    ),
+    "empty answers": (
+        {"tokens": [""]},
+        {
+            "smoke": "/v1/completions: the text is empty",
+            "parity": "DIFFERENT",
+            "step_time": "a stream had no token",
+        },
+    ),
+    "a stream that breaks": (
+        GOOD | {"done": False},
+        {"smoke": "the stream ended without [DONE]", "step_time": "a stream of fd_dsa failed"},
+    ),
+    "another text when it is streamed": (
+        GOOD | {"streamed": TOKENS[:-1]},
+        {"smoke": "streamed 'T"},
+    ),
+    "errors": (
+        GOOD | {"status": 500},
+        {name: "500" for name in ("smoke", "parity", "step_time")},
+    ),
+}
+
+
+def scripted(
+    ours: bool, tokens: list[str], status: int = 200, done: bool = True, **more: Any
+) -> Any:
+    """A server's answers, by a script; FastDeploy's own path answers TOKENS."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body, said = json.loads(request.content), tokens if ours else TOKENS
+        if ours and status != httpx.codes.OK:
+            return httpx.Response(status, text="out of memory")
+        if body.get("stream"):
+            sent = more.get("streamed", said) if ours else said
+            if body.get("min_tokens"):
+                sent = sent * 8
+            lines = [f"data: {json.dumps({'choices': [{'text': text}]})}\n\n" for text in sent]
+            ends = ["data: [DONE]\n\n"] if done or not ours else []
+            return httpx.Response(200, content=slowly([*lines, *ends]))
+        choice: dict[str, Any] = {"text": "".join(said), "message": {"content": "".join(said)}}
+        # the compared path's own opinion of our second token
+        tops = [{token: 0.0, " south": more.get("theirs", -9.0)} for token in said]
+        choice["logprobs"] = {"tokens": said, "top_logprobs": tops}
+        return httpx.Response(200, json={"choices": [choice]})
+
+    return answer
+
+
+def slowly(lines: list[str]) -> Iterator[bytes]:
+    """A stream that runs long enough to be there beside another."""
+    for line in lines:
+        time.sleep(0.005)
+        yield line.encode()
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_its_judgement(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Good servers pass every check; of a bad one each fault is named, and hides no other."""
+    script, faults = SERVERS[name]
+    found = {"error": "", "why": "w", "version": "1", "checks": [], "variables": {"A": "1"}}
+
+    @contextmanager
+    def serving(path: str, flags: Any, folder: Path, variables: Any) -> Iterator[Server]:
+        assert variables["A"] == "1" and flags[0] == "model"
+        full = {"tokens": TOKENS, "theirs": script.get("theirs", -9.0)} if path == UPSTREAM else {}
+        transport = httpx.MockTransport(scripted(path == OURS, **{**script, **full}))
+        with httpx.Client(transport=transport, base_url="http://x") as client:
+            yield Server(path, "model", client)
+
+    monkeypatch.setattr(tool_module, "require_fastdeploy", lambda: None)
+    monkeypatch.setattr(tool_module, "which_path", lambda path: {**found, "live": path == OURS})
+    monkeypatch.setattr(tool_module, "serving", serving)
+    out = tmp_path / "result.json"
+    files = ["--out", str(out), "--report", str(tmp_path / "r.md"), "--log-folder", str(tmp_path)]
+    status = tool_module.main(["model", *files, "--rounds", "1", "--batches", "1,2"])
+    result, said = json.loads(out.read_text()), capsys.readouterr().out
+    assert status == (1 if faults else 0)
+    assert {n for n in ("smoke", "parity", "step_time") if not result[n]["passed"]} == set(faults)
+    report = (tmp_path / "r.md").read_text("utf-8")
+    assert report.startswith(f"# fastdeploy_check: {'NOT' if faults else 'all'} passed\n")
+    for check, words in faults.items():
+        part = report.partition(f"## {check}: NOT passed\n")[2].partition("\n## ")[0]
+        assert words in part and words in said, part
 
 
 def answer(*tokens: str, **top: float) -> dict[str, Any]:
