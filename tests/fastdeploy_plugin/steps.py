@@ -91,16 +91,6 @@ def values(tensor: Any) -> list[Any]:
     return np.asarray(tensor).tolist()
 
 
-def decode_only() -> dict[str, Any]:
-    """Overrides for a step of three decode rows, one with drafts, and an idle one: 5 tokens."""
-    return {
-        "seq_lens_encoder": int32([0, 0, 0, 0]),
-        "seq_lens_decoder": int32([130, 3, 0, 20]),
-        "seq_lens_this_time": int32([1, 1, 0, 3]),
-        "block_tables": int32([[7, 2, 9, -1], [4, -1, -1, -1], [-1] * 4, [3, -1, -1, -1]]),
-    }
-
-
 def write(backend: Any, meta: Any, layer_id: int = 0) -> None:
     """A prepared step, and a layer of it that writes its latents: the worked step."""
     backend.init_attention_metadata(meta)

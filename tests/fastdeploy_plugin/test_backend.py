@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 import typing
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin import steps
-from tests.fakes.trees import V1_VARIABLE
 from tests.fastdeploy_plugin.names import ATTENTION
 from tests.fastdeploy_plugin.steps import (
     config,
@@ -112,18 +110,22 @@ def test_glm_has_its_rope_theta_elsewhere() -> None:
         assert not hasattr(fd_config.model_config, "rope_theta")
 
 
-@pytest.mark.parametrize("v1", ["1", "0"])
-def test_a_draft_model_is_refused_before_it_fails(v1: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_model_is_refused_before_it_fails() -> None:
     """By whatever cache manager: there is no draft model with DSA that could use the caches."""
     with registered():
-        monkeypatch.setenv(V1_VARIABLE, v1)
-        proposer = import_module("fastdeploy.spec_decode.mtp").MTPProposer
         fd_config = config(method="mtp", num_speculative_tokens=1)
         # the backend of the main model is made all the same
         assert make_backend(fd_config).num_layers_draft_model == 1
-        main = SimpleNamespace(num_gpu_blocks=4, enable_cache_manager_v1=v1 == "1")
+        fd_config.speculative_config.model_type = "mtp"
         with pytest.raises(ConfigError, match=r"method: got 'mtp'.*two cache shapes of three"):
-            proposer(fd_config, main, 0, 0, {})
+            make_backend(fd_config)
+
+
+def test_other_models_find_the_static_form_under_the_name_that_is_ours() -> None:
+    """Sliding windows of MLA and of fallback models (#8060, #8090) call FastDeploy's own."""
+    with registered():
+        ours = import_module(ATTENTION).DSAAttentionBackend
+        assert ours.forward_static is upstream_class().forward_static
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:

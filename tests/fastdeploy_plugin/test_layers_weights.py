@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ import pytest
 
 from fd_dsa.fastdeploy_plugin import projections
 from fd_dsa.fastdeploy_plugin.projections import IndexerProjections
-from tests.fastdeploy_plugin.layers import Rows, hidden_states, make_backend, make_layer
-from tests.fastdeploy_plugin.steps import config, registered
+from tests.fastdeploy_plugin.layers import Rows, hidden_states, make_layer
+from tests.fastdeploy_plugin.steps import config, make_backend, registered
 
 STEP = [(40, 0, 40)]
 
@@ -68,41 +67,6 @@ def test_one_float32_table_for_all_layers() -> None:
         fd_config.model_config.rope_theta = 5e5
         other = make_layer(fd_config, loaded=False)
         assert backend.cos_sin_of(other.rotary_emb) is not tables[0]
-
-
-def on_a_device(shape: list[int], dtype: Any = paddle.bfloat16) -> Any:
-    """As much of a device tensor as is looked at before a launch."""
-    place = SimpleNamespace(is_cpu_place=lambda: False)
-    return SimpleNamespace(shape=shape, dtype=dtype, place=place)
-
-
-def linear(shape: list[int], method: str = "UnquantizedLinearMethod", **fields: Any) -> Any:
-    """A layer of FastDeploy's with a plain weight, as far as it is looked at."""
-    weight = on_a_device(shape, fields.pop("dtype", paddle.bfloat16))
-    given = {"quant_method": type(method, (), {})(), "with_bias": False, **fields}
-    return SimpleNamespace(weight=weight, **given)
-
-
-@pytest.mark.parametrize(
-    ("wk", "weights_proj", "one"),
-    [
-        (linear([384, 128]), linear([384, 16]), True),
-        (linear([384, 128]), SimpleNamespace(weight=on_a_device([384, 16])), True),
-        (linear([384, 128], "BlockWiseFP8LinearMethod"), linear([384, 16]), False),
-        (linear([384, 128]), linear([384, 16], dtype=paddle.float32), False),
-        (linear([384, 128], with_bias=True), linear([384, 16]), False),
-        # as a checkpoint stores it, before FastDeploy has turned it
-        (linear([128, 384]), linear([384, 16]), False),
-        (linear([384, 128]), SimpleNamespace(quant_weight=None), False),
-    ],
-    ids=["plain", "no method", "fp8", "other dtype", "bias", "transposed", "no weight"],
-)
-def test_one_launch_needs_plain_weights(wk: Any, weights_proj: Any, one: bool) -> None:
-    hidden = on_a_device([5, 384])
-    assert IndexerProjections(wk, weights_proj, hidden, lambda make: make()).is_one_launch is one
-    assert not IndexerProjections(
-        wk, weights_proj, hidden_states(5), lambda make: make()
-    ).is_one_launch
 
 
 class Recorder:

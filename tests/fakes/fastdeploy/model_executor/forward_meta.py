@@ -8,17 +8,7 @@ and kernels; `attn_backends` as the runner at 39d329f2 sets it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum, auto
 from typing import Any
-
-
-class ForwardMode(IntEnum):
-    """Kind of a step; the GPU runner leaves it at MIXED."""
-
-    EXTEND = auto()
-    DECODE = auto()
-    MIXED = auto()
-    NATIVE = auto()
 
 
 @dataclass
@@ -29,7 +19,6 @@ class ForwardMeta:
     ids_remove_padding: Any
     rotary_embs: Any = None
     attn_backend: Any = None
-    forward_mode: ForwardMode = ForwardMode.MIXED
     is_dummy_or_profile_run: bool = False
     # int32 on the host; the shared buffer, with the values of the step before until it is filled
     max_len_tensor_cpu: Any = None

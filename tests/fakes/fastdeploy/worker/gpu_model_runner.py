@@ -14,7 +14,7 @@ from fastdeploy.model_executor.layers.attention.append_attn_backend import (
     allocate_launch_related_buffer,
 )
 from fastdeploy.model_executor.models import ModelRegistry
-from fastdeploy.spec_decode import MTPProposer, NgramProposer
+from fastdeploy.spec_decode import NgramProposer
 
 from ._runner_memory import RunnerMemory
 from ._runner_step import RunnerStep
@@ -92,11 +92,7 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         """The model of the configured architecture, its weights, and the proposer of drafts."""
         self.model = ModelRegistry.get_class(self.model_config.architectures[0])(self.fd_config)
         self.load_weights()
-        if self.speculative_method == "mtp":
-            self.proposer = MTPProposer(
-                self.fd_config, self, self.local_rank, self.device_id, self.share_inputs
-            )
-        elif self.speculative_decoding:
+        if self.speculative_decoding:
             self.proposer = NgramProposer(self.num_draft_tokens)
 
     def load_weights(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from fastdeploy import _counters, _tree
+from fastdeploy import _tree
 from fastdeploy.model_executor.graph_optimization.decorator import support_graph_optimization
 from fastdeploy.model_executor.layers.attention import Attention
 from fastdeploy.model_executor.layers.embeddings import VocabParallelEmbedding
@@ -56,8 +56,7 @@ class Indexer(nn.Layer):
         self.lengths = paddle.zeros([self.max_model_len], dtype="int32")
 
     def forward(self, forward_meta: Any, hidden_states: Any, qr: Any, rotary_emb: Any) -> Any:
-        """int32 [num_tokens, index_topk]."""
-        raise NotImplementedError("the double has none of DeepGEMM's kernels")
+        """int32 [num_tokens, index_topk]; the double has none of DeepGEMM's kernels."""
 
 
 class DeepseekV32DSAAttention(nn.Layer):
@@ -117,35 +116,12 @@ class DeepseekV32DSAAttention(nn.Layer):
         )
 
     def forward(self, forward_meta: Any, hidden_states: Any) -> Any:
-        """[num_tokens, hidden] of the same."""
-        heads, rope = self.num_attention_heads_tp, self.qk_rope_head_dim
-        query, compressed_kv, key_pe = self.qkv_a_proj_with_mqa(hidden_states).split(
-            [self.q_lora_rank, self.kv_lora_rank, rope], axis=-1
-        )
-        key_pe = key_pe.reshape([-1, 1, rope])
-        query = self.q_a_layernorm(query)[0]
-        indices = self.indexer(
-            forward_meta, hidden_states, query, rotary_emb=self.indexer_rotary_emb
-        )
-        query = self.q_b_proj(query).reshape([-1, heads, self.qk_head_dim])
-        query_nope, query_pe = query.split([self.qk_nope_head_dim, rope], axis=-1)
-        query_pe, key_pe = self.rotary_emb(forward_meta.position_ids, query_pe, key_pe)
-        absorbed = self.kv_b_proj_bmm(query_nope.transpose([1, 0, 2]), proj_type="k")
-        q_input = paddle.concat([absorbed.transpose([1, 0, 2]), query_pe], axis=-1)
-        compressed_kv = self.kv_a_layernorm(compressed_kv)[0]
-        kv = paddle.concat([compressed_kv, key_pe.squeeze(1)], axis=-1)
-        out = self.dsa_attn(
-            q=q_input.contiguous(),
-            k=kv.unsqueeze(1).contiguous(),
-            v=indices.unsqueeze(1).contiguous(),
-            qkv=None,
-            compressed_kv=compressed_kv,
-            k_pe=key_pe,
+        """[num_tokens, hidden] of the same, through FastDeploy's own backend."""
+        return self.dsa_attn(
+            q=self.qkv_a_proj_with_mqa(hidden_states),
+            v=self.indexer(forward_meta, hidden_states, None, rotary_emb=self.indexer_rotary_emb),
             forward_meta=forward_meta,
         )
-        out = out.reshape_([-1, heads, self.kv_lora_rank]).transpose([1, 0, 2])
-        merged = self.kv_b_proj_bmm(out, proj_type="v").transpose([1, 0, 2])
-        return self.o_proj(merged.reshape([-1, heads * self.v_head_dim]))
 
 
 def _indexer_class() -> type[nn.Layer]:
@@ -203,8 +179,7 @@ class DeepSeekV3Model(nn.Layer):
         hidden_states = self.embed_tokens(ids_remove_padding, forward_meta)
         residual = None
         for layer in self.layers:
-            with _counters.layer(layer.layer_id):
-                hidden_states, residual = layer(forward_meta, hidden_states, residual)
+            hidden_states, residual = layer(forward_meta, hidden_states, residual)
         return self.norm(hidden_states, residual, forward_meta=forward_meta)[0]
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import paddle
 
-from fastdeploy import _counters
-
 from .base_attention_backend import AttentionBackend
 
 
@@ -29,4 +27,4 @@ def allocate_launch_related_buffer(
     assert num_heads % kv_num_heads == 0
     assert max_model_len % block_size == 0
     assert max_model_len % encoder_block_shape_q == 0
-    return {"max_len_tensor_cpu": _counters.on_host(paddle.zeros([6], "int32").cpu())}
+    return {"max_len_tensor_cpu": paddle.zeros([6], "int32").cpu()}

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fastdeploy import _counters
 from fastdeploy._arrays import host
 
 _LARGEST = np.float32(448.0)
@@ -57,7 +56,6 @@ class BlockWiseFP8LinearMethod:
 
     def apply(self, layer: Any, x: Any) -> Any:
         """[num_tokens, out] of [num_tokens, in]."""
-        _counters.launch("fp8_gemm_nt")
         weight = layer.weight.astype("float32").numpy()
         scale = host(layer.weight_scale_inv).repeat(128, 0).repeat(128, 1)
         weight = weight * scale[: weight.shape[0], : weight.shape[1]]
