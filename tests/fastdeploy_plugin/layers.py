@@ -40,9 +40,8 @@ def make_layer(fd_config: Any = None, layer_id: int = 0, loaded: bool = True) ->
             for name, array in weights().items()
             if name.startswith(prefix)
         }
-        import_module(f"{MODELS.rpartition('.')[0]}.deepseek_weights").load_into(
-            layer, parts.items()
-        )
+        dense = import_module(f"{MODELS.rpartition('.')[0]}.dense")
+        dense.load_into(layer, parts.items())
     layer.eval()
     return layer
 

@@ -74,29 +74,15 @@ class RowParallelLinear(LinearBase):
     """Each rank would have its share of the inputs, and the results would be reduced."""
 
 
-class _MergedLinear(LinearBase):
-    """Several checkpoint tensors side by side in one weight; it is filled when all have come."""
-
-    shard_ids: tuple[str, ...] = ()
+class MergedReplicatedLinear(LinearBase):
+    """q_a_proj and kv_a_proj_with_mqa side by side in one weight; filled when both have come."""
 
     def weight_loader(self, param: Any, array: np.ndarray, shard_id: str | None = None) -> None:
         shards = self.__dict__.setdefault("_shards", {})
         shards[shard_id] = array.T
-        if len(shards) == len(self.shard_ids):
-            fill(param, np.concatenate([shards[one] for one in self.shard_ids], axis=-1))
+        if len(shards) == 2:
+            fill(param, np.concatenate([shards["q_a"], shards["kv_a"]], axis=-1))
             shards.clear()
-
-
-class MergedReplicatedLinear(_MergedLinear):
-    """q_a_proj and kv_a_proj_with_mqa of an attention layer, the same on every rank."""
-
-    shard_ids = ("q_a", "kv_a")
-
-
-class MergedColumnParallelLinear(_MergedLinear):
-    """gate_proj and up_proj of an MLP."""
-
-    shard_ids = ("gate", "up")
 
 
 class KVBatchLinear(nn.Layer):

@@ -17,7 +17,6 @@ from paddle import nn
 from fastdeploy import _tree
 from fastdeploy.model_executor.graph_optimization.decorator import support_graph_optimization
 from fastdeploy.model_executor.layers.attention import Attention
-from fastdeploy.model_executor.layers.embeddings import VocabParallelEmbedding
 from fastdeploy.model_executor.layers.linear import (
     ColumnParallelLinear,
     KVBatchLinear,
@@ -25,12 +24,10 @@ from fastdeploy.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from fastdeploy.model_executor.layers.lm_head import ParallelLMHead
 from fastdeploy.model_executor.layers.normalization import LayerNorm, RMSNorm
 from fastdeploy.model_executor.layers.rotary_embedding import DeepseekScalingRotaryEmbedding
 
-from .deepseek_mlp import DeepSeekV3MLP, DeepSeekV3MoE
-from .deepseek_weights import load_into
+from .dense import Embedding, Mlp, MoE, load_into
 from .model_base import ModelForCasualLM, ModelRegistry
 
 _TREE = _tree.current()
@@ -142,9 +139,9 @@ class DeepSeekV3DecoderLayer(nn.Layer):
             fd_config=fd_config, layer_id=layer_id, prefix=f"{prefix}.self_attn"
         )
         if config.n_routed_experts and layer_id >= config.first_k_dense_replace:
-            self.mlp: nn.Layer = DeepSeekV3MoE(fd_config)
+            self.mlp: nn.Layer = MoE(fd_config)
         else:
-            self.mlp = DeepSeekV3MLP(fd_config, config.intermediate_size)
+            self.mlp = Mlp(fd_config, config.intermediate_size)
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(fd_config, hidden, eps)
         self.post_attention_layernorm = RMSNorm(fd_config, hidden, eps)
@@ -159,7 +156,7 @@ class DeepSeekV3DecoderLayer(nn.Layer):
             hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         else:
             residual = hidden_states
-        return self.mlp(hidden_states, forward_meta), residual
+        return self.mlp(hidden_states), residual
 
 
 @support_graph_optimization
@@ -169,14 +166,14 @@ class DeepSeekV3Model(nn.Layer):
     def __init__(self, fd_config: Any) -> None:
         super().__init__()
         config = fd_config.model_config
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         names = (f"deepseek_v3.layers.{i}" for i in range(config.num_hidden_layers))
         self.layers = nn.LayerList([DeepSeekV3DecoderLayer(fd_config, name) for name in names])
         self.norm = RMSNorm(fd_config, config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
         """[num_tokens, hidden] of int64 [num_tokens], normed."""
-        hidden_states = self.embed_tokens(ids_remove_padding, forward_meta)
+        hidden_states = self.embed_tokens(ids_remove_padding)
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(forward_meta, hidden_states, residual)
@@ -192,7 +189,7 @@ class DeepseekV3ForCausalLM(ModelForCasualLM):
         config = fd_config.model_config
         self.model = DeepSeekV3Model(fd_config)
         self.ori_vocab_size = config.ori_vocab_size
-        self.lm_head = ParallelLMHead(fd_config, config.vocab_size, config.hidden_size)
+        self.lm_head = RowParallelLinear(fd_config, config.hidden_size, config.vocab_size)
         self.eval()
 
     def load_weights(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -218,11 +215,10 @@ class DeepseekV3ForCausalLM(ModelForCasualLM):
         return self.lm_head(hidden_states).astype("float32")[:, : self.ori_vocab_size]
 
     def empty_input_forward(self, forward_meta: Any) -> None:
-        """What an idle expert-parallel rank runs: the experts, on one token of zeros."""
+        """What an idle expert-parallel rank runs: the MLPs, on one token of zeros."""
         hidden = paddle.zeros([1, self.fd_config.model_config.hidden_size])
         for layer in self.model.layers:
-            if isinstance(layer.mlp, DeepSeekV3MoE):
-                layer.mlp.experts(hidden, layer.mlp.gate, forward_meta)
+            layer.mlp(hidden)
 
 
 @ModelRegistry.register_model_class(
