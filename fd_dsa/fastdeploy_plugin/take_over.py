@@ -1,4 +1,4 @@
-"""Put our classes in the place of FastDeploy's: all of them, or none.
+"""Replace FastDeploy's classes by ours: all of them, or none.
 
 Model classes go through FastDeploy's registry, in which a later class replaces an earlier one. The
 runner's class is the plug-in's return value. Only the attention backend has no such door:

@@ -21,7 +21,7 @@ class RunnerMemory:
     def initialize_kv_cache(self, profile: bool = False) -> None:
         """Two zeroed caches a layer: latents, indexer keys; the value cache is empty.
 
-        DSA's caches are bytes. The loop that creates V0's takes the dtype anew for each layer from
+        DSA's caches are bytes. The loop that creates V0's sets the dtype again for each layer from
         #8060 on, without a word about DSA: upstream's fault.
         """
         if self.enable_cache_manager_v1:
