@@ -11,7 +11,7 @@ from typing import Any
 import paddle
 import pytest
 
-from tests.fakes.trees import DEVELOP, FOLDER, OURS_ENV, TREES, UPSTREAM_ENV, installed
+from tests.fakes.trees import DEVELOP, FOLDER, OURS_ENV, TREES, installed
 
 PACKAGE = FOLDER / "fastdeploy"
 
@@ -32,39 +32,6 @@ def test_every_module_imports_in_every_tree_and_leaves_no_trace(
     assert not added & {"torch", "triton", "transformers"}
     assert (dict(os.environ), list(sys.path), list(sys.meta_path)) == before[:3]
     assert not [name for name in sys.modules if name.partition(".")[0] == "fastdeploy"]
-
-
-def test_names_that_no_code_has_set() -> None:
-    """Of the package and of ForwardMeta they are None, of `envs` an error."""
-    with installed(DEVELOP, {}):
-        import fastdeploy
-        from fastdeploy import envs
-        from fastdeploy.model_executor.forward_meta import ForwardMeta
-
-        assert hasattr(fastdeploy, "no_such_thing") and fastdeploy.no_such_thing is None
-        meta = ForwardMeta(None)
-        assert hasattr(meta, "slot_maping") and meta.slot_maping is None
-        assert envs.FD_ATTENTION_BACKEND == "APPEND_ATTN" and envs.FD_PLUGINS is None
-        with pytest.raises(AttributeError):
-            _ = envs.FD_NO_SUCH_VARIABLE
-
-
-def test_the_backend_is_looked_up_once_by_name() -> None:
-    with installed(DEVELOP):
-        from fastdeploy.model_executor.layers import attention
-        from fastdeploy.model_executor.layers.attention import attention_selecter
-
-        theirs = attention.get_attention_backend()
-        assert theirs is attention.DSAAttentionBackend
-        attention.DSAAttentionBackend = type("Ours", (theirs,), {})
-        assert attention.get_attention_backend() is theirs
-        attention_selecter._get_attn_backend.cache_clear()
-        assert attention.get_attention_backend() is attention.DSAAttentionBackend
-    with installed(DEVELOP, {**UPSTREAM_ENV, "FD_ATTENTION_BACKEND": "NO_SUCH_ATTN"}):
-        from fastdeploy.model_executor.layers.attention import get_attention_backend
-
-        with pytest.raises(ValueError, match="Invalid attention backend"):
-            get_attention_backend()
 
 
 def test_a_replay_has_the_shapes_of_the_capture_and_the_values_of_now() -> None:

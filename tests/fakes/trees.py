@@ -71,8 +71,6 @@ BROKEN = {
         "before_7367",
         # models/deepseek_v3.py has no class Indexer
         "missing_symbol",
-        # the import of layers/attention/dsa_attention_backend.py raises
-        "raising_import",
     )
 }
 

@@ -69,45 +69,23 @@ def test_sizes_without_caches_are_refused(field: str, value: int, words: str) ->
             make_backend(fd_config)
 
 
-V32 = {"factor": 40, "mscale_all_dim": 1.0, "type": "yarn"}
-
-
-@pytest.mark.parametrize(
-    ("scaling", "scale"),
-    [
-        (None, 192**-0.5),
-        ({}, 192**-0.5),
-        (V32, 192**-0.5 * 1.3688879**2),
-        ({"factor": 40}, 192**-0.5),
-        ({"factor": 1.0, "mscale_all_dim": 1.0}, 192**-0.5),
-        # GLM-5 says how, and has no factor
-        ({"rope_type": "default", "rope_theta": 1e6}, 192**-0.5),
-    ],
-    ids=["none", "empty", "V3.2", "no mscale", "no extension", "GLM"],
-)
-def test_softmax_scale(scaling: Any, scale: float) -> None:
-    with registered():
-        fd_config = config()
-        model = fd_config.model_config
-        model.qk_nope_head_dim, model.qk_rope_head_dim = 128, 64
-        model.rope_scaling = scaling
-        backend = make_backend(fd_config)
-        assert backend.attn_softmax_scale == pytest.approx(scale)
-        # the configuration itself stays as it is
-        assert model.rope_scaling == scaling
-        meta = forward_meta(backend)
-        backend.init_attention_metadata(meta)
-        assert backend.core.config.softmax_scale == pytest.approx(scale)
-
-
-def test_glm_has_its_rope_theta_elsewhere() -> None:
+def test_a_model_that_upstreams_constructor_cannot_read() -> None:
+    """GLM-5: a rope_scaling without a factor, rope_theta elsewhere; the configuration stays."""
     with registered():
         fd_config = config(model_type="glm_moe_dsa")
-        del fd_config.model_config.rope_theta
-        fd_config.model_config.rope_parameters = {"rope_theta": 8e6, "rope_type": "default"}
-        assert make_backend(fd_config).rope_theta == 8e6
-        # the configuration itself stays as it is
-        assert not hasattr(fd_config.model_config, "rope_theta")
+        model = fd_config.model_config
+        del model.rope_theta
+        model.rope_parameters = {"rope_theta": 8e6, "rope_type": "default"}
+        model.rope_scaling = {"rope_type": "default", "rope_theta": 1e6}
+        before = dict(vars(model))
+        backend = make_backend(fd_config)
+        assert vars(model) == before and backend.rope_theta == 8e6
+        width = model.qk_nope_head_dim + model.qk_rope_head_dim
+        assert backend.config.softmax_scale == pytest.approx(width**-0.5)
+        with pytest.raises(KeyError):
+            construct(upstream_class(), config(rope_scaling={"rope_type": "default"}))
+        yarn = config(rope_scaling={"factor": 40, "mscale_all_dim": 1.0, "type": "yarn"})
+        assert make_backend(yarn).config.softmax_scale == pytest.approx(width**-0.5 * 1.3688879**2)
 
 
 def test_a_draft_model_is_refused_before_it_fails() -> None:

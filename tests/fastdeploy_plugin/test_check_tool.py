@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import shlex
 import subprocess
 import sys
 import time
@@ -30,8 +30,6 @@ from tools.fastdeploy_check import parity, step_time
 from tools.fastdeploy_check.cut import main as cut
 from tools.fastdeploy_check.servers import OURS, UPSTREAM, CheckFailed, Server
 from tools.fastdeploy_check.tiny import FLAGS, write_tiny_model
-
-OPTIONS = ("--rounds", "1", "--batches", "1,4")
 
 
 def tool(
@@ -77,49 +75,23 @@ def test_without_fastdeploy_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run(tmp_path: Path) -> None:
-    # streams that run long enough to be there at the same time, even if one is late
-    script = {"tokens": [f" {i}" for i in range(64)], "step_s": 0.01}
-    status, result, output = tool(tmp_path, *OPTIONS, "--max-num-seqs", "8", script=script)
+def test_without_a_model_it_makes_a_tiny_one(tmp_path: Path) -> None:
+    script = {"imports": ["fastdeploy.worker.gpu_worker"]}
+    status, result, output = tool(tmp_path, "--only", "smoke", model=False, script=script)
     assert status == 0, output
-    assert result["passed"] and "all passed" in output
-    assert result["smoke"]["completion"] == "".join(script["tokens"][:16])
-    assert [case["same"] for case in result["parity"]["cases"]] == [64] * 4
-    for entry, batch in zip(result["step_time"]["entries"], (1, 4), strict=True):
-        assert entry["case"]["batch"] == batch
-        assert entry["baseline"]["label"] == UPSTREAM and entry["candidate"]["label"] == OURS
-        assert 5000 < entry["candidate"]["us"]["p50"] < 1_000_000
-    env = result["env"]
-    assert env["paths"][OURS]["live"] and not env["paths"][UPSTREAM]["live"]
-    assert env["paths"][OURS]["version"] and env["commit"] and env["command"]
-    assert f"for an issue: {tmp_path / 'report.md'}" in output
     report = (tmp_path / "report.md").read_text("utf-8")
-    assert report.startswith("# fastdeploy_check: all passed\n")
-    assert "| FastDeploy | 0.0.0+fake |" in report and f"| commit | {env['commit']}" in report
-    for name in ("smoke", "parity", "step_time"):
-        assert f"\n## {name}: passed\n" in report
-    assert "| 2 | 64 | 64 | 0 | ok |" in report
+    assert "| FastDeploy | 0.0.0+fake |" in report
     for check in CHECKS:
         assert f"| {check} | ok |" in report
     assert "| fd_dsa | FastDeploy 0.0.0+fake, derived from its DSA backend" in report
     # V1's cache manager is for FastDeploy's own path only
-    assert (
-        "| FastDeploy | FD_DSA_DISABLE=1 ENABLE_V1_KVCACHE_MANAGER=1 | FastDeploy's own" in report
-    )
-    (ratio,) = re.findall(r"^\| 4 \| \S+ \| \S+ \| (\d\.\d{3}) \|$", report, flags=re.M)
-    assert float(ratio) == round(result["step_time"]["entries"][1]["ratio_p50"], 3)
-
-
-@pytest.mark.slow
-def test_without_a_model_it_makes_a_tiny_one(tmp_path: Path) -> None:
-    script = {"imports": ["fastdeploy.model_executor.models.deepseek_v3"]}
-    status, result, output = tool(tmp_path, "--only", "smoke", model=False, script=script)
-    assert status == 0, output
+    own = f"FD_DSA_DISABLE=1 {trees.V1_VARIABLE}=1"
+    assert f"| FastDeploy | {own} | FastDeploy's own |" in report
     folder = tmp_path / "logs" / "tiny_model"
     assert f"no MODEL: a random one of three layers, {folder}" in output
     # what its processes log of the plug-in is in the report
     (line,) = (line for line in result["log"] if "serves FastDeploy's DSA path" in line)
-    assert f"| `{line}` | 1 |" in (tmp_path / "report.md").read_text("utf-8")
+    assert f"| `{line}` | 1 |" in report
 
 
 def test_the_tiny_model_is_one(tmp_path: Path) -> None:
@@ -173,6 +145,7 @@ SERVERS = {
         {"tokens": ["The", " south"], "theirs": -0.9},
         {"parity": "DIFFERENT"},
     ),
+    "not among the candidates": ({"tokens": ["The", " east"]}, {"parity": "DIFFERENT"}),
     "empty answers": (
         {"tokens": [""]},
         {
@@ -263,35 +236,6 @@ def test_its_judgement(
         assert words in part and words in said, part
 
 
-def answer(*tokens: str, **top: float) -> dict[str, Any]:
-    """Log probabilities of an answer; `top` is what its second token's candidates have."""
-    tops = [{token: 0.0} | (top if place == 1 else {}) for place, token in enumerate(tokens)]
-    return {"tokens": tokens, "top_logprobs": tops}
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "passed", "gap"),
-    [
-        (answer("a", "b"), answer("a", "b"), True, None),
-        (answer("a", "c"), answer("a", "b", c=-0.25), True, 0.25),
-        (answer("a", "c"), answer("a", "b", c=-0.26), False, 0.26),
-        # not even among the candidates
-        (answer("a", "z"), answer("a", "b"), False, None),
-        # only the compared path's own opinion counts
-        (answer("a", "c", b=-0.1), answer("a", "b", c=-9.0), False, 9.0),
-        (answer("a"), answer("a", "b"), False, None),
-        (answer(), answer(), False, None),
-    ],
-)
-def test_the_margin_rule(ours: Any, theirs: Any, passed: bool, gap: float | None) -> None:
-    found = parity.compare(ours, theirs)
-    assert (found["passed"], found["gap"]) == (passed, gap)
-    # each prompt is a text of its own: none finds another in a prefix cache
-    texts = parity.prompts()
-    assert len({text[:20] for text in texts}) == len(texts)
-    assert [len(text) // 1000 for text in texts] == [0, 2, 8, 24]
-
-
 def test_gaps_count_while_all_streams_run_and_all_rounds_make_one_ratio() -> None:
     first, second = [0.0, 1.0, 2.0, 3.0, 9.0], [1.5, 2.5, 3.5]
     assert step_time.overlapping_gaps_us([first, second]) == [1e6] * 3
@@ -326,3 +270,15 @@ def test_a_cut_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cut([str(demo_model_path()), str(tmp_path)]) == 1
     assert "exists" in capsys.readouterr().err
     assert cut([str(tmp_path), str(tmp_path / "new")]) == 1
+
+
+@pytest.mark.fastdeploy
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("check", tool_module.CHECKS)
+def test_a_real_installation(check: str, tmp_path: Path) -> None:
+    """With the model in FASTDEPLOY_CHECK_MODEL, else a tiny one; FASTDEPLOY_CHECK_FLAGS follow."""
+    model = os.environ.get("FASTDEPLOY_CHECK_MODEL")
+    out, report = tmp_path / "result.json", tmp_path / "report.md"
+    argv = [*([model] if model else []), "--out", str(out), "--report", str(report)]
+    flags = shlex.split(os.environ.get("FASTDEPLOY_CHECK_FLAGS", ""))
+    assert tool_module.main([*argv, "--only", check, *flags]) == 0, out.read_text()

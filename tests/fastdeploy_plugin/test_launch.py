@@ -10,7 +10,7 @@ from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin.launch import choice, environment, start
 from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
 from fd_dsa.fastdeploy_plugin.launch.environment import ENTRY_POINT_GROUPS, server_environment
-from fd_dsa.fastdeploy_plugin.launch.start import OWN, SHARED, Launch, prepare, without_secrets
+from fd_dsa.fastdeploy_plugin.launch.start import Launch, prepare, without_secrets
 from fd_dsa.serve.flag_sources import parse_args
 
 FASTDEPLOY_ONLY = [
@@ -109,14 +109,6 @@ def test_a_flag_that_cannot_be_honoured_is_one_line(words: str, said: str, tmp_p
 def test_a_model_is_needed() -> None:
     with pytest.raises(ConfigError, match="--model: got none, --engine fastdeploy needs the fold"):
         prepare(parse_args([]))
-
-
-def test_the_flags_of_both_are_flags_of_ours() -> None:
-    assert not set(SHARED) & set(OWN)
-    known = vars(parse_args(["--model", "m"]))
-    optional = {"served_model_name", "max_model_len", "max_num_seqs", "max_num_batched_tokens"}
-    optional |= {"gpu_memory_utilization", "num_gpu_blocks_override", "enable_prefix_caching"}
-    assert {*SHARED, *OWN} <= known.keys() | optional | {"api_key", "config"}
 
 
 def test_a_package_without_entry_points_is_refused(installed: pytest.MonkeyPatch) -> None:

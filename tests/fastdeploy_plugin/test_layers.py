@@ -125,31 +125,6 @@ def shared_config(**overrides: Any) -> Any:
     return fd_config
 
 
-def test_shared_layers_take_the_selection_before_them() -> None:
-    with registered():
-        fd_config = shared_config()
-        backend = make_backend(fd_config)
-        rows = Rows(backend, num_layers=3)
-        layers = [make_layer(fd_config, layer_id) for layer_id in range(3)]
-        hidden = hidden_states(40)
-        meta = rows.step([(40, 0, 40)])
-        with paddle.no_grad():
-            layers[0](meta, hidden)
-            chosen = backend.shared_selection
-            for layer in layers[1:]:
-                out = layer(meta, hidden)
-                assert backend.shared_selection is chosen
-                assert np.isfinite(np.asarray(out)).all()
-        # their latents are written, index keys they have none
-        assert [bool(np.asarray(cache).any()) for cache in rows.caches] == [
-            *(True, True),
-            *(True, False),
-            *(True, False),
-        ]
-        with pytest.raises(MissingStepError, match="layer 1 has no selection"):
-            layers[1](rows.step([(40, 0, 40)]), hidden)
-
-
 def test_who_shares() -> None:
     with registered():
         fd_config = shared_config()

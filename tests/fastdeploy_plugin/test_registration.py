@@ -203,14 +203,6 @@ def test_another_runner_plugin_is_one_clear_line(tmp_path: Path, caplog: Any) ->
     assert "name fd_dsa alone in FD_PLUGINS" in line
 
 
-def test_what_was_said_goes_with_the_modules(caplog: Any) -> None:
-    """A FastDeploy that is imported again is examined again."""
-    for tree in (BROKEN["before_7367"], TREES["develop"], BROKEN["before_7367"]):
-        with installed(tree, UPSTREAM_ENV):
-            assert is_ours(model_runner()) is (tree.defect == "")
-    assert ["unsupported" in line for line in our_lines(caplog.records)] == [True, False, True]
-
-
 # what the take-over adds to a process; an allocation counts wherever it lies
 _CHILD = f"""
 import json, sys

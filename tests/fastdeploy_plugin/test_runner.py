@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import paddle
@@ -65,17 +64,6 @@ def test_a_dummy_run_begins_with_prompts_whatever_the_flag_says() -> None:
     assert runner.step_hints() is False
     del Runner.exist_prefill
     assert runner.step_hints() is None
-
-
-def test_new_caches_let_the_step_go() -> None:
-    with installed(TREES["develop"], OURS_ENV):
-        runner = engine().runner
-        backend, meta = runner.attn_backends[0], runner.forward_meta
-        for method in ("initialize_kv_cache", "clear_cache"):
-            backend.init_attention_metadata(SimpleNamespace(**vars(meta)))
-            getattr(runner, method)()
-            assert backend._built_for is None
-            assert backend.core._built_for is None
 
 
 @pytest.mark.parametrize("name", TREES)

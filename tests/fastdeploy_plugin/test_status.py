@@ -34,7 +34,6 @@ WHY_NOT: list[tuple[str, dict[str, Any], str]] = [
     ("pr7367", {"FD_PLUGINS": "other"}, "FD_PLUGINS is other, and must name it"),
     ("before_7367", {}, "unsupported FastDeploy tree (DeepseekV32ForCausalLM has a pre_process"),
     ("missing_symbol", {}, "unsupported FastDeploy tree (models/deepseek_v3.py has no Indexer"),
-    ("raising_import", {}, "gpu_worker cannot be imported: ImportError"),
 ]
 
 

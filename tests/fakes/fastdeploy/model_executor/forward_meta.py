@@ -42,8 +42,6 @@ class ForwardMeta:
     indexer_attn_mask_offsets: Any = None
     # a backend for each layer (#8041)
     attn_backends: Any = None
-    # of the V1 cache manager; set after init_attention_metadata
-    layer_done_counter: Any = None
     step_use_cudagraph: bool = False
     is_zero_size: bool = False
     exist_prefill: bool = False

@@ -90,8 +90,6 @@ class RunnerStep:
             one.init_attention_metadata(self.forward_meta)
         self.forward_meta.is_zero_size = self.forward_meta.ids_remove_padding.shape[0] == 0
         self.forward_meta.exist_prefill = self.exist_prefill()
-        if self.enable_cache_manager_v1:
-            self.forward_meta.layer_done_counter = self.cache_controller.layer_done_counter
 
     def collect_distributed_status(self) -> None:
         """Whether the step may be a graph: decode-only ones, with a split graph all of them."""

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,14 +30,12 @@ class Script:
         exit_with: status with which it ends instead of opening the port.
         imports: modules that it imports first.
         tokens: tokens of every completion; a request's `max_tokens` cuts them.
-        step_s: seconds between two tokens of a stream.
     """
 
     say: str = ""
     exit_with: int | None = None
     imports: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ("a", " b", " c")
-    step_s: float = 0.0
 
 
 def main() -> None:
@@ -77,9 +74,6 @@ def _serve(host: str, port: int, script: Script) -> None:
                 return
             text = "".join(tokens)
             choice: dict[str, Any] = {"text": text, "message": {"content": text}}
-            if body.get("logprobs"):
-                tops = [{token: 0.0} for token in tokens]
-                choice["logprobs"] = {"tokens": list(tokens), "top_logprobs": tops}
             usage = {"completion_tokens": len(tokens)}
             self._answer(200, {"choices": [choice], "usage": usage})
 
@@ -88,7 +82,6 @@ def _serve(host: str, port: int, script: Script) -> None:
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
             for token in tokens:
-                time.sleep(script.step_s)
                 choice = {"text": token, "delta": {"content": token}, "finish_reason": None}
                 self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
             self.wfile.write(b"data: [DONE]\n\n")

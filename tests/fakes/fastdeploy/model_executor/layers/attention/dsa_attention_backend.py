@@ -17,9 +17,6 @@ from fastdeploy import _tree
 from .base_attention_backend import AttentionBackend, AttentionMetadata
 from .utils import init_rank_and_device_id
 
-if _tree.current().defect == "raising_import":
-    raise ImportError("libflash_mla.so: cannot open shared object file")
-
 
 @dataclass
 class DSAAttentionMetadata(AttentionMetadata):
@@ -141,6 +138,3 @@ class DSAAttentionBackend(AttentionBackend):
                 for layer in range(num_layers)
                 for role, shape in shapes.items()
             }
-
-        def create_host_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
-            raise NotImplementedError("DSA caches are not swapped to the host")
