@@ -124,7 +124,7 @@ def _load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProg
     if plan.device != "cpu":
         # kernels and their launcher are loaded only where a device is asked for
         from fd_dsa.models.device_weights import DeviceWeights
-        from fd_dsa.step.device import paddle_allocator
+        from fd_dsa.step.places import paddle_allocator
 
         allocate, rounds = paddle_allocator(plan.device), plan.model_config.round_scales
         weights = DeviceWeights(
