@@ -33,7 +33,8 @@ _CALLS = 5
 def by_token(cfg: V4PrepareConfig, step: Any, hca_indptr: np.ndarray, hca_idx: np.ndarray) -> None:
     """Copy the list of one token after the other from the entries of its row."""
     bounds = hca_indptr[: len(step.row) + 1].tolist()
-    entries = builder.hca_entries(cfg, step)
+    longest = int((step.ctx * (step.q > 0)).max(initial=0)) // cfg.hca_ratio
+    entries = builder.hca_entries(cfg, step, longest)
     for row, at, stop in zip(step.row.tolist(), bounds, bounds[1:], strict=False):
         hca_idx[at:stop] = entries[row, : stop - at]
 

@@ -227,39 +227,39 @@ def write_hca_list(
     the runs of a few tokens costs more than to copy the list of each.
     """
     num_tokens = len(step.row)
-    total = int(hca_indptr[num_tokens])
+    if not num_tokens:
+        return
+    begins, ends = hca_indptr[:num_tokens], hca_indptr[1 : num_tokens + 1]
+    lengths, total = ends - begins, int(ends[-1])
+    entries = hca_entries(cfg, step, int(lengths.max()))
     if num_tokens <= _FEW_TOKENS:
-        bounds, entries = hca_indptr[: num_tokens + 1].tolist(), hca_entries(cfg, step)
-        for row, at, stop in zip(step.row.tolist(), bounds, bounds[1:], strict=False):
+        tokens = zip(step.row.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        for row, at, stop in tokens:
             hca_idx[at:stop] = entries[row, : stop - at]
         return
     starts = ((step.number == 0) | ((step.position + 1) % cfg.hca_ratio == 0)).nonzero()[0]
-    entries = hca_entries(cfg, step)
     if total < _GATHERED_ENTRIES * len(starts):
-        begins, lengths = hca_indptr[:num_tokens], np.diff(hca_indptr[: num_tokens + 1])
         cells = np.arange(total)
-        cells += np.repeat(step.row * np.int64(entries.shape[1]) - begins, lengths)
+        cells += (step.row * np.int64(entries.shape[1]) - begins).repeat(lengths)
         # all cells are inside; in this mode NumPy writes to `out` without a copy
-        np.take(entries.reshape(-1), cells, out=hca_idx[:total], mode="clip")
+        entries.reshape(-1).take(cells, out=hca_idx[:total], mode="clip")
         return
-    begins = hca_indptr[starts]
-    lengths, stops = hca_indptr[starts + 1] - begins, [*begins[1:].tolist(), total]
-    runs = zip(step.row[starts].tolist(), begins.tolist(), stops, lengths.tolist(), strict=True)
-    for row, at, stop, length in runs:
+    bounds = [*begins[starts].tolist(), total]
+    runs = zip(step.row[starts].tolist(), lengths[starts].tolist(), strict=True)
+    for (row, length), at, stop in zip(runs, bounds, bounds[1:], strict=False):
         if length == stop - at:
             hca_idx[at:stop] = entries[row, :length]
         else:
             hca_idx[at:stop].reshape(-1, length)[:] = entries[row, :length]
 
 
-def hca_entries(cfg: V4PrepareConfig, step: _Step) -> Int32Array:
-    """The pool's row of each HCA entry of each row, int32 [B, entries of the longest row or more].
+def hca_entries(cfg: V4PrepareConfig, step: _Step, count: int) -> Int32Array:
+    """The pool's rows of the first HCA entries of each row, int32 [B, `count` or a few more].
 
     Cells after the entries of a row mean nothing.
     """
-    most = int(((step.ctx * (step.q > 0)) // cfg.hca_ratio).max(initial=0))
     per_block = cfg.block_size // cfg.hca_ratio
-    blocks = step.block_table[:, : -(-most // per_block)].astype(np.int32) * per_block
+    blocks = step.block_table[:, : -(-count // per_block)].astype(np.int32) * per_block
     inside = np.arange(cfg.comp_base, cfg.comp_base + per_block, dtype=np.int32)
     return (blocks[:, :, None] + inside).reshape(len(blocks), blocks.shape[1] * per_block)
 
