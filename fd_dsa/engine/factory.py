@@ -183,7 +183,7 @@ def _warm_up(runner: Any, plan: EnginePlan) -> str:
     start = time.perf_counter()
     # another engine of this process may have frozen it
     with warming():
-        runner.warm_up()
+        runner.warm_up(before_captures=not plan.config.enforce_eager)
         ready = time.perf_counter()
         if not plan.config.enforce_eager:
             runner.capture_graphs(plan.config.capture_sizes, PaddleCapture)
