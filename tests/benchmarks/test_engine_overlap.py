@@ -23,8 +23,6 @@ def test_the_default_is_within_all_measured_limits() -> None:
     ("ratios", "wanted"),
     [((1.01, 1.0, 1.002), 64), ((1.01, 0.999, 1.002), 1), ((0.99, 1.2, 1.2), 0)],
 )
-def test_the_limit_is_the_last_size_before_a_loss(
-    ratios: tuple[float, ...], wanted: int
-) -> None:
+def test_the_limit_is_the_last_size_before_a_loss(ratios: tuple[float, ...], wanted: int) -> None:
     cases = [{"rows": n, "ratio": r} for n, r in zip((1, 8, 64), ratios, strict=True)]
     assert limit(cases[::-1]) == wanted

@@ -14,7 +14,7 @@ from fd_dsa.ops._host import matmul
 def project_by_gemms(
     hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any]
 ) -> tuple[Any, Any]:
-    """See `fd_dsa.ops.indexer_projection`; the head weights are a product in float32.
+    """See `fd_dsa.ops.indexer_projection`; the head weights come from a GEMM in float32.
 
     It allocates, and runs on the current stream of the device only.
 
