@@ -54,7 +54,8 @@ class Engine(gpu_engine.Engine):
         runner, times = self._engine.runner, {name: [] for name in self._graphs}
         self._submit(batch, prompt, batch * prompt // self._chunk + turns * steps + 16)
         while len(self._engine.step()) < batch:
-            pass
+            if not self._engine.has_unfinished_requests():
+                raise RuntimeError(f"{batch} requests never decode together")
         for turn in range(turns):
             # of four turns the middle two are of one kind: a drift cancels out
             name = (ONE, TWO, TWO, ONE)[turn % 4]
