@@ -71,6 +71,37 @@ def pairs(result: Result) -> Iterator[str]:
     yield "\n".join(Table(lambda _: found, columns).lines(result))
 
 
+def ifeval(result: Result) -> Iterator[str]:
+    """The pairs of `ifeval_pairs`: where, a table of all metrics, and a verdict each."""
+    env = result["env"]
+    machine = env["gpu"] or f"{env['cpu']}, {env['cpus']} processors"
+    subset = f", {result['subset']} prompts only" if result["subset"] else ""
+    yield (
+        f"{env['date']}, {machine}; Python {env['python']}, paddlepaddle {env['paddlepaddle']}; "
+        f"{result['model']}{subset}; commit {env['commit'][:12]}."
+    )
+    form = "{passed}/{total} = {value:.2f} [{low:.1f}, {high:.1f}]"
+    columns: list[Any] = [
+        *(("before → after", "{sides}"), ("metric", "{metric}")),
+        *((f"{side}, % [95% interval]", f"{{{side}}}") for side in ("before", "after")),
+        *(("worse", "{worse}"), ("better", "{better}"), ("p", "{p}")),
+    ]
+    rows = [
+        {
+            "sides": f"{pair['before']} → {pair['after']}",
+            "metric": metric,
+            **{side: form.format_map(found[side]) for side in ("before", "after")},
+            **{key: found[key] for key in ("worse", "better")},
+            "p": "" if found["p"] is None else f"{found['p']:.2g}",
+        }
+        for pair in result["pairs"]
+        for metric, found in pair["metrics"].items()
+    ]
+    yield "\n".join(Table(lambda _: rows, columns).lines(result))
+    for pair in result["pairs"]:
+        yield f"{pair['before']} → {pair['after']}: {' '.join(pair['verdict'])}"
+
+
 def _gpu_joins(rows: str) -> Callable[[Result], str]:
     def text(result: Result) -> str:
         saved, step = sum(_saved_us(result, rows)), _step_us(int(rows))

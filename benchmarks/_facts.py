@@ -234,6 +234,13 @@ def unseen_541() -> float:
     return most_unseen_share(541)
 
 
+def siege() -> dict[str, float]:
+    """Bounds of the siege."""
+    from tests.soak.siege import FULL
+
+    return dataclasses.asdict(FULL)
+
+
 def descriptors() -> int:
     """File descriptors that the server keeps from connections."""
     from fd_dsa.serve import listener
@@ -268,6 +275,7 @@ FACTS: Mapping[str, Any] = _Code(
     accept_retries=accept_retries,
     grammars_most_s=grammars_most_s,
     unseen_541=unseen_541,
+    siege=siege,
     descriptors=descriptors,
 )
 

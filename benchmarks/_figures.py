@@ -37,8 +37,8 @@ class FigureError(ValueError):
 
 
 def _one_of(found: str, allowed: Mapping[str, Any]) -> str:
-    """The end of an error about a name: the name found, and those nearest to it."""
-    near = difflib.get_close_matches(found, allowed, n=3) or sorted(allowed)
+    """The end of an error about a name: the name found, and the nearest or some that exist."""
+    near = difflib.get_close_matches(found, allowed, n=3) or [*sorted(allowed)[:5], "..."]
     return f"got {found!r}; must be one of {', '.join(near)}"
 
 

@@ -34,7 +34,7 @@ _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 
 def pages() -> list[Path]:
     """The pages with regions or figures."""
-    texts = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+    texts = [*sorted(ROOT.glob("README*.md")), *sorted(DOCS.rglob("*.md"))]
     return [page for page in texts if re.search(r"<!-- (result|figure): ", page.read_text("utf-8"))]
 
 
