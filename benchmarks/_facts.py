@@ -6,10 +6,11 @@ The source `code` of "figures" in shown.json. A key with dots is a constant of t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from typing import Any
 
@@ -249,16 +250,21 @@ def descriptors() -> int:
 
 
 class _Code(dict[str, Any]):
-    """The functions above by name, and constants of the package by module and name."""
+    """The functions above by name, and constants of modules and classes by their full names."""
 
     def __missing__(self, key: str) -> Any:
-        module, _, name = key.rpartition(".")
-        if not module:
+        parts = key.split(".")
+        if len(parts) == 1:
             raise KeyError(f"{key!r} is no fact; there are {', '.join(self)}")
-        try:
-            return getattr(import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise KeyError(str(error)) from error
+        # a constant belongs to the module or to one of its classes
+        for end in (-1, -2):
+            with contextlib.suppress(ImportError):
+                module = import_module(".".join(parts[:end]))
+                try:
+                    return reduce(getattr, parts[end:], module)
+                except AttributeError as error:
+                    raise KeyError(str(error)) from error
+        raise KeyError(f"{key!r}: there is no such module")
 
 
 FACTS: Mapping[str, Any] = _Code(
