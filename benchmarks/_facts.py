@@ -97,45 +97,54 @@ def makefile() -> dict[str, dict[str, str]]:
 
 @cache
 def _model(name: str) -> dict[str, Any]:
-    """Sizes of a published model: parameters, and bytes in FP8 as stored."""
+    """Sizes of a published model: parameters, and bytes in FP8 as a GPU holds them.
+
+    Its layers with experts are alike, so two models of few layers give all sizes.
+    """
+    models = {"v32": V32, "glm": GLM, "reap": V32 | {"n_routed_experts": 128}}
+    whole = models[name]
+    dense = whole["first_k_dense_replace"]
+    layers = whole["num_hidden_layers"] - dense
+    few, more = (_cut(whole, dense + n) for n in (0, 1))
+    layer = {key: more[key] - few[key] for key in few}
+    sizes = {key: few[key] + layers * layer[key] for key in few}
+    others = sizes["parameters"] - sizes["routed"]
+    return sizes | {
+        "moe_layer_bytes": layer["bytes"],
+        "others": others,
+        # tensor parallelism of 8, and what it leaves of a GPU; then 16 ranks with a part of the
+        # routed experts each
+        "bytes_of_8": sizes["bytes"] / 8,
+        "left_of_8": 0.9 * 141e9 - sizes["bytes"] / 8,
+        "bytes_of_16": sizes["routed"] / 16 + others,
+        "ends_bytes": few["ends"],
+    }
+
+
+def _cut(config: dict[str, Any], layers: int) -> dict[str, float]:
+    """Sizes of a model cut to its first layers."""
     from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.expected_tensors import expected_tensors
     from fd_dsa.models.loader import quantisable_tensors
     from fd_dsa.models.memory_plan import weight_parts
 
-    models = {"v32": V32, "glm": GLM, "reap": V32 | {"n_routed_experts": 128}}
-    config = ModelConfig.from_dict(models[name], name)
-    tensors = expected_tensors(config)
-    parts = weight_parts(config, "bfloat16", quantisable_tensors(config))
-    sizes = {name: tensor.num_elements for name, tensor in tensors.items()}
-    routed = sum(n for name, n in sizes.items() if ".experts." in name)
-    layers = config.num_hidden_layers - config.first_k_dense_replace
-    ends = parts["embedding"] + parts["head"]
-    all_bytes, parameters = sum(parts.values()), sum(sizes.values())
+    model = ModelConfig.from_dict(config | {"num_hidden_layers": layers}, "config.json")
+    parts = weight_parts(model, "bfloat16", quantisable_tensors(model))
+    counts = {n: tensor.num_elements for n, tensor in expected_tensors(model).items()}
     return {
-        "parameters": parameters,
-        "bytes": all_bytes,
-        "moe_layer_bytes": _layer_bytes(config),
-        "ends_bytes": ends,
-        "routed": routed,
-        "others": parameters - routed,
-        "moe_layers": layers,
-        "softmax_scale": config.softmax_scale,
-        # tensor parallelism of 8; then 16 ranks with a part of the routed experts each
-        "bytes_of_8": all_bytes / 8,
-        "left_of_8": 0.9 * 141e9 - all_bytes / 8,
-        "bytes_of_16": routed / 16 + parameters - routed,
+        "parameters": sum(counts.values()),
+        "routed": sum(count for n, count in counts.items() if ".experts." in n),
+        "bytes": sum(parts.values()),
+        "ends": parts["embedding"] + parts["head"],
     }
 
 
-def _layer_bytes(config: Any) -> int:
-    """Bytes of the last layer, one with experts, in FP8 as stored."""
-    from fd_dsa.models.loader import quantisable_tensors
-    from fd_dsa.models.memory_plan import weight_bytes
+def softmax_scale() -> dict[str, float]:
+    """Factor of the attention scores of each family."""
+    from fd_dsa.models.config import ModelConfig
 
-    one_less = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)
-    both = (weight_bytes(c, "bfloat16", quantisable_tensors(c)) for c in (config, one_less))
-    return next(both) - next(both)
+    models = {"v32": V32, "glm": GLM}
+    return {name: ModelConfig.from_dict(one, name).softmax_scale for name, one in models.items()}
 
 
 @cache
@@ -274,6 +283,7 @@ FACTS: Mapping[str, Any] = _Code(
     v32=lambda: _model("v32"),
     glm=lambda: _model("glm"),
     reap=lambda: _model("reap"),
+    softmax_scale=softmax_scale,
     caches=caches,
     v4=v4,
     all_reduce=all_reduce,
