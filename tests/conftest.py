@@ -31,6 +31,8 @@ GPU_MARKERS = ("gpu", "gpu_rig")
 settings.register_profile(
     "fd_dsa", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
+# `make soak` draws more cases (tests/strategies.py)
+settings.register_profile("soak", settings.get_profile("fd_dsa"), max_examples=1000)
 # under a memory checker every launch takes a hundred times as long
 settings.register_profile("brief", settings.get_profile("fd_dsa"), max_examples=5)
 settings.load_profile("fd_dsa")
