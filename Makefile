@@ -76,7 +76,8 @@ bench-gpu: ## tests, benchmarks and profiles of the kernels on one GPU
 
 soak: $(VENV)/.dev ## new random cases for hours; make soak ROUNDS=1 CASES=200 is short
 	for round in $$(seq $(ROUNDS)); do \
-	  $(BIN)/python -m pytest -q -x tests/step tests/engine tests/v4_prepare $(ARGS) || exit 1; done
+	  $(BIN)/python -m pytest -q -x --hypothesis-profile soak tests/step \
+	  tests/engine tests/v4_prepare $(ARGS) || exit 1; done
 	$(BIN)/python -m tests.soak.histories --first $(SEED)0000 --histories $(CASES)
 	$(BIN)/python -m tests.soak.fuzz --first $(SEED)00000 --requests $(CASES)0
 	$(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.v4_host_lists import by_entry, by_token
@@ -22,6 +22,7 @@ from fd_dsa.v4_prepare import (
 )
 from fd_dsa.v4_prepare.builder import step_of, write_hca_list
 from tests.reference.v4_prepare import naive
+from tests.strategies import examples
 from tests.v4_prepare.cases import Step, assert_same, outputs_of, serving_config
 from tests.v4_prepare.golden import (
     CASES,
@@ -64,7 +65,7 @@ def test_inputs_of_any_integer_dtype_in_a_table_of_any_layout(name: str, dtype: 
     assert_outputs(case, lambda field: getattr(out, field))
 
 
-@settings(max_examples=500, deadline=None)
+@examples(100, in_soak=500)
 @given(made=steps(), garbage=st.integers(-(2**31), 2**31 - 1))
 def test_any_step_over_garbage(made: tuple[V4PrepareConfig, Step], garbage: int) -> None:
     cfg, step = made
@@ -185,7 +186,7 @@ print(out.hca_idx[0], prepare.expand().hca_idx[0], csa_translate(out, [[19, 26]]
     assert result.stdout == "51 51 [136 108  -1]\n", result.stderr
 
 
-@settings(max_examples=150, deadline=None)
+@examples(50, in_soak=150)
 @given(made=steps(), seed=st.integers(0, 2**16), dtype=st.sampled_from([np.int32, np.int64]))
 def test_translated_entries(made: tuple[V4PrepareConfig, Step], seed: int, dtype: Any) -> None:
     """Of numbers as an indexer might leave them: most are entries, some are not."""
