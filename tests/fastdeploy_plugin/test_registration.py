@@ -16,6 +16,7 @@ import pytest
 
 from fd_dsa.fastdeploy_plugin import model_runner, register
 from fd_dsa.fastdeploy_plugin.take_over import is_ours
+from fd_dsa.fastdeploy_plugin.tree_checks import checks
 from tests.fakes.trees import (
     BROKEN,
     OURS_ENV,
@@ -198,6 +199,7 @@ def test_another_runner_plugin_is_one_clear_line(tmp_path: Path, caplog: Any) ->
         assert import_module(WORKER).ModelRunner is sys.modules[RUNNER].GPUModelRunner
         assert not is_ours(registered_model())
         assert not is_ours(sys.modules[ATTENTION].DSAAttentionBackend)
+        assert [one["name"] for one in checks() if not one["passed"]] == ["plugins: runner class"]
     (line,) = our_lines(caplog.records)
     assert "fastdeploy.model_runner_plugins: got fd_dsa, other; FastDeploy takes one" in line
     assert "name fd_dsa alone in FD_PLUGINS" in line
