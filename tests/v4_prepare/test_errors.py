@@ -165,7 +165,7 @@ def first_fault(
     return ("E_TOKENS", -1) if sum(q) > cfg.max_num_tokens else None
 
 
-@examples(100, in_soak=500)
+@examples(250, in_soak=500)
 @given(made=steps(), data=st.data())
 def test_any_change_is_judged_by_the_rules(
     made: tuple[V4PrepareConfig, Step], data: st.DataObject
