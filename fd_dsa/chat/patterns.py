@@ -13,6 +13,8 @@ ANY_TEXT = "(?s:.*)"
 MAX_PATTERN_CHARS = 1_000
 _MAX_NAME_CHARS = 128
 _MAX_BRANCHES = 64
+# atoms of all alternatives while groups are opened, about 2 ms
+_MAX_WORK = 16_000
 _CLASSES = {"d": "0-9", "w": "A-Za-z0-9_"}
 # escapes that Rust, Python and ECMA 262 read alike
 _SAME_ESCAPES = frozenset("dDwWsSnrtfv") | frozenset(r"\/^$.|?*+()[]{}-\"'#&~ @%!,:;=<>_`")
@@ -165,8 +167,10 @@ def _expanded(pieces: list[str]) -> list[list[str]]:
     """
     done = []
     todo = _top_level(pieces)
+    work = 0
     while todo:
         branch = todo.pop(0)
+        work += len(branch)
         begin, end = branch[:1] == ["^"], branch[-1:] == ["$"]
         inner = branch[begin : len(branch) - end]
         size = _group_size(inner)
@@ -180,9 +184,9 @@ def _expanded(pieces: list[str]) -> list[list[str]]:
             todo += [[*branch[:begin], *inner[:last], *each] for each in groups]
         else:
             done.append(branch)
-        if len(todo) + len(done) > _MAX_BRANCHES:
+        if len(todo) + len(done) > _MAX_BRANCHES or work > _MAX_WORK:
             raise ValueError(
-                f"got {''.join(pieces)!r}, which has too many alternatives with ^ or $"
+                f"got {''.join(pieces)!r}, which has too many alternatives or groups with ^ or $"
             )
     return done
 
