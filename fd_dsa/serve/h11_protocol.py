@@ -256,7 +256,7 @@ class StrictH11Protocol(H11Protocol):
         if self._is_ended and (self.cycle is None or self.cycle.response_complete):
             self.transport.close()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """Answer a client that has ended its sending after a whole request.
 
         A client that has left looks the same until it gets bytes, which its system then refuses.
