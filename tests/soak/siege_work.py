@@ -35,7 +35,7 @@ def _calls(schema: Any, choice: str = "required") -> dict[str, Any]:
 
 
 def ladder(width: int, levels: int) -> dict[str, Any]:
-    """A schema whose alternatives are the product of those of its levels."""
+    """A schema with `width` ** `levels` ways to the same type."""
     steps = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * width} for i in range(levels)} | {
         f"d{levels}": {"type": "string"}
     }
