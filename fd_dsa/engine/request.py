@@ -158,13 +158,29 @@ class Request:
             text = self.detokenizer.append(token_id) if is_shown else ""
         else:
             text = self.detokenizer.append(token_id)
-            if self.grammar is not None and self.grammar.accept(token_id):
-                self.finish("stop", now)
-            elif len(self.output_token_ids) >= self.max_tokens:
-                self.finish("length", now)
+            is_complete = False if self.grammar is None else self.grammar.accept(token_id)
+            if is_complete is not None:
+                self._finish_if_ended(is_complete, now)
         if self.logprobs is not None and score is not None:
             self.logprobs.append(token_id, score, len(text))
         self.take_text(text, now)
+
+    def _finish_if_ended(self, is_complete: bool, now: float) -> None:
+        """Finish after the last token of the form, or after `max_tokens`."""
+        if is_complete:
+            self.finish("stop", now)
+        elif len(self.output_token_ids) >= self.max_tokens:
+            self.finish("length", now)
+
+    def finish_late(self, now: float) -> None:
+        """Finish if the token before was the last, of which the grammar's worker was late to tell.
+
+        Waits for the worker.
+        """
+        if self.grammar is not None:
+            self._finish_if_ended(self.grammar.is_finished, now)
+            if self.finish_reason is not None:
+                self.take_text("", now)
 
     def forget_draw(self) -> None:
         """The token on its way will not come; it is to be computed again."""

@@ -36,7 +36,8 @@ class Scheduler:
           free or cached, with one block to spare for each running request; strictly in order of
           arrival. So every running request has arrived before every waiting one.
         - A request whose grammar is being compiled, in another thread, is not admitted, nor are
-          those after it: within 0.2 s they are, and running ones go on.
+          those after it, and running ones go on.
+        - A request whose mask did not come in time is not scheduled until it has come.
         - The outputs of one request arrive one at a time. While one of them computes the
           prompt the next ones, and all after them, are not admitted; then they take its blocks.
         - A request whose last allowed token is on its way is not scheduled any more; one that was
@@ -127,13 +128,15 @@ class Scheduler:
         """Requests of the next step in ascending slot order, `num_scheduled_tokens` set.
 
         Empty only when there is no request, or the first one's grammar is being compiled and
-        nothing runs.
+        nothing runs but requests whose masks are late.
         """
         self._scheduled, self._held = [], []
         decoding: list[Request] = []
         prefilling: list[Request] = []
         for request in self._running.values():
-            if request.drawn_row < 0 or request.num_output_tokens < request.max_tokens:
+            if request.grammar is not None and request.grammar.is_late:
+                self._held.append(request)
+            elif request.drawn_row < 0 or request.num_output_tokens < request.max_tokens:
                 (decoding if request.is_decode else prefilling).append(request)
             elif request.num_unverified:
                 self._held.append(request)

@@ -6,11 +6,10 @@ import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fd_dsa.chat.lark import MAX_GRAMMAR_CHARS
-
-Kind = Literal["json_schema", "regex", "lark", "grammar"]
+from fd_dsa.grammars.messages import Kind
 
 _FORMS = ("json", "json_object", "regex", "choice", "grammar")
 

@@ -87,6 +87,7 @@ QUICK = (
     "350,000 messages",
     "n = 128, echo, logprobs 20",
     "1,100 idle sockets, ulimit -n 64",
+    "ambiguous grammars, n = 8",
 )
 
 

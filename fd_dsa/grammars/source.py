@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable
 from typing import Any
 
 from fd_dsa.chat.lark import JSON_OPTIONS
-from fd_dsa.engine.structured_outputs import Kind
+from fd_dsa.grammars.messages import Kind
 
 # any tokens that spell a text may come: those that llguidance would choose for a text without
 # alternatives are not always the tokenizer's

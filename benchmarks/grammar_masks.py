@@ -1,0 +1,69 @@
+"""Steps whose outputs follow grammars, and the gaps that hostile grammars make for others.
+
+    python -m benchmarks.grammar_masks --baseline CHECKOUT     # about ten minutes on 2 cores
+
+The packages of this tree and of a checkout take turns, over the demo model's vocabulary and over
+DeepSeek's 129,280 tokens. The model costs nothing, so a step is what the engine adds to it. Writes
+benchmarks/results/grammar_masks.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from benchmarks._harness import compare_packages, in_turns, percentiles, workers
+
+MODULE = "benchmarks.workers.grammar_masks:Masks"
+VOCABULARIES = ("demo", "deepseek")
+_FIELDS = {f"field_{i}": {"type": ["string", "integer", "boolean"][i % 3]} for i in range(60)}
+FORMS: dict[str, dict[str, Any]] = {
+    "JSON object": {"json_object": True},
+    "60 fields": {"json": {"type": "object", "properties": _FIELDS, "required": list(_FIELDS)}},
+    "regex": {"regex": "[a-z ]{900,1000}[.]"},
+    "calls": {"grammar": 'start: e\ne: NAME "(" e ("," e)* ")" | NAME\nNAME: /[a-z]+/'},
+}
+ROWS = (1, 8, 32)
+STEPS, ROUNDS, ATTACK_S = 120, 3, 20.0
+HOSTILE = {
+    "s: s s | s s s": "start: s\ns: s s | s s s | /[a-z ]/ |",
+    "rows of 1,000 items": (
+        f"start: s\ns: t{' n' * 500}\nt: /[a-z ]/ s | /[A-Z]/ u\nu: /[a-z ]/\nn: | /\\d/"
+    ),
+}
+
+
+def compare(checkouts: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """Measure honest forms and hostile grammars, the packages in turn."""
+    cases, attacks = [], []
+    for vocabulary in VOCABULARIES:
+        with workers(MODULE, checkouts, vocabulary=vocabulary) as sides:
+            for name, form in FORMS.items():
+                for rows in ROWS:
+                    case = {"op": "steps_ms", "form": form, "rows": rows, "steps": STEPS}
+                    calls = {label: partial(side.call, **case) for label, side in sides.items()}
+                    found = {
+                        label: percentiles([*chain(*times)])
+                        for label, times in in_turns(calls, rounds).items()
+                    }
+                    cases.append(
+                        {"vocabulary": vocabulary, "form": name, "rows": rows, "ms": found}
+                    )
+                    line = ", ".join(f"{k} {v['p50']:.2f} ms" for k, v in found.items())
+                    print(f"{vocabulary:8} {name:12} {rows:2} rows a step: {line}", flush=True)
+            for name, grammar in HOSTILE.items():
+                case = {"op": "attack", "grammar": grammar, "attackers": 4, "seconds": ATTACK_S}
+                gaps = {label: side.call(**case) for label, side in sides.items()}
+                attacks.append({"vocabulary": vocabulary, "grammar": name, "gaps": gaps})
+                line = ", ".join(f"{k} {v['gap_s']:.3f} s {v['ends']}" for k, v in gaps.items())
+                print(f"{vocabulary:8} longest gap beside {name}: {line}", flush=True)
+    return {"cases": cases, "attacks": attacks}
+
+
+main = partial(compare_packages, "grammar_masks", __doc__, compare, ROUNDS)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Worker processes of grammars: `python -m fd_dsa.grammars.worker SOCKET PIPE`.
+
+The process that is started reads vocabularies, and forks a worker for each grammar. A fork takes
+5 ms and shares the memory of the vocabularies. A worker compiles its grammar, then follows all of
+the grammar's outputs. The kernel ends a worker at its limits of processor time and memory, so a
+worker that was stopped or had to wait for a processor loses nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from pathlib import Path
+from typing import cast
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from fd_dsa.grammars.messages import (
+    COMPILE_S,
+    GAIN_S,
+    MEMORY_MIB,
+    TOKENS_S,
+    Compile,
+    Compiled,
+    Done,
+    Forget,
+    Vocabulary,
+    Work,
+)
+from fd_dsa.grammars.source import grammar_text, is_panic, one_line, refusal
+from fd_dsa.signals import end_with_starter, leave_signals_to_starter
+
+# llguidance's reasons for the end of an output whose lexer has come to its limits
+_WORN_OUT = ("LexerTooComplex", "InternalError")
+# a timer of 0 would be none
+_SHORTEST_S = 0.001
+
+
+class _Tokens:
+    """Vocabulary in the form that llguidance reads, a trie of the tokens' bytes."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        ends = vocabulary.end_token_ids
+        self.tokens = vocabulary.tokens
+        self.special_token_ids = vocabulary.special_token_ids
+        self.eos_token_id = ends[0] if ends else None
+        self.names = vocabulary.names
+        self.trie = LLTokenizer(cast("TokenizerWrapper", self), eos_token=ends or None)
+        # only the constructor reads them
+        del self.tokens
+        # llguidance adds an end of sequence to a vocabulary without one
+        size = len(vocabulary.tokens) + (not ends)
+        self.mask_bytes = -(-size // 32) * 4
+
+    def __call__(self, text: str) -> list[int]:
+        """Return token ids that spell a text, the longest first; llguidance calls it."""
+        return self.trie.greedy_tokenize(text)
+
+
+def main() -> int:
+    """Fork workers until the engine is gone; returns the exit status."""
+    leave_signals_to_starter()
+    # the kernel removes workers that have ended
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    connection, life = Connection(int(sys.argv[1])), int(sys.argv[2])
+    end_with_starter(life)
+    vocabularies: dict[int, _Tokens] = {}
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            return 0
+        if isinstance(message, Vocabulary):
+            connection.send(_add(vocabularies, message))
+            del message
+            # a collection in a worker would copy the pages of all objects
+            gc.collect()
+            gc.freeze()
+        elif isinstance(message, Forget):
+            vocabularies.pop(message.number, None)
+        elif isinstance(message, Compile):
+            descriptor = recv_handle(connection)
+            if os.fork() == 0:
+                connection.close()
+                os.close(life)
+                _run_worker(Connection(descriptor), message, vocabularies[message.vocabulary])
+            os.close(descriptor)
+
+
+def _add(vocabularies: dict[int, _Tokens], vocabulary: Vocabulary) -> str | None:
+    """Make a vocabulary; returns the reason of a refusal."""
+    try:
+        vocabularies[vocabulary.number] = _Tokens(vocabulary)
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        return one_line(str(error))
+    return None
+
+
+def _run_worker(connection: Connection, order: Compile, tokens: _Tokens) -> None:
+    """Serve one grammar, then end the process."""
+    try:
+        # messages of a panic or a failed allocation say nothing to the reader of the engine's log
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        _bound_memory()
+        with _processor_time(COMPILE_S):
+            made = _compile(order, tokens)
+        connection.send(Compiled(os.getpid(), made if isinstance(made, str) else None))
+        if not isinstance(made, str):
+            _Worker(made, tokens).serve(connection)
+    except (EOFError, OSError):
+        pass
+    finally:
+        os._exit(0)
+
+
+def _bound_memory() -> None:
+    """Bound what this process may allocate; a failed allocation of llguidance ends it."""
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    size = num_pages * resource.getpagesize() + MEMORY_MIB * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+@contextmanager
+def _processor_time(seconds: float) -> Iterator[None]:
+    """End the process if the block takes more processor time."""
+    signal.setitimer(signal.ITIMER_PROF, max(seconds, _SHORTEST_S))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _compile(order: Compile, tokens: _Tokens) -> LLMatcher | str:
+    """Return the matcher at the beginning of a grammar, or what is wrong with the grammar."""
+    try:
+        text = grammar_text(order.forms, tokens.names)
+        limits = _limits(order.max_lexer_states)
+        matcher = LLMatcher(tokens.trie, text, log_level=0, limits=limits)
+        if not matcher.is_error():
+            # most grammars that are too complex fail here
+            matcher.compute_bitmask()
+    except BaseException as error:
+        if not isinstance(error, (ValueError, RecursionError, MemoryError)) and not is_panic(error):
+            raise
+        return one_line(str(error)) or f"it needs more than {MEMORY_MIB} MiB of memory"
+    if matcher.is_error():
+        return one_line(matcher.get_error())
+    return refusal(matcher.get_grammar_warnings()) or matcher
+
+
+def _limits(max_lexer_states: int) -> LLParserLimits:
+    """Return llguidance's limits, which refuse most grammars that are too complex by name.
+
+    With a million units of initial fuel a letter that is repeated a million times takes 125 MB;
+    with these, 600 fields of most formats still fit into a schema. A schema of 600 optional fields
+    has 2,400 items in a row.
+    """
+    return LLParserLimits(
+        max_items_in_row=10_000,
+        initial_lexer_fuel=300_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        max_lexer_states=max_lexer_states,
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
+class _Worker:
+    """Follows the outputs of one grammar, each a copy of its matcher."""
+
+    def __init__(self, matcher: LLMatcher, tokens: _Tokens) -> None:
+        self._outputs = {-1: matcher}
+        self._mask = ctypes.create_string_buffer(tokens.mask_bytes)
+
+    def serve(self, connection: Connection) -> None:
+        """Answer one message after the other, each in what is left of the processor time."""
+        left_s = TOKENS_S
+        while True:
+            work: Work = connection.recv()
+            gain_s, begin_s = GAIN_S * len(work.token_ids), time.process_time()
+            with _processor_time(left_s + gain_s):
+                done = self._do(work)
+            left_s = min(left_s + gain_s - (time.process_time() - begin_s), TOKENS_S)
+            connection.send(done)
+
+    def _do(self, work: Work) -> Done:
+        """Do the work on one output."""
+        if work.is_over:
+            self._outputs.pop(work.output, None)
+            return Done()
+        if work.output not in self._outputs:
+            self._outputs[work.output] = self._outputs[work.source].deep_copy()
+        matcher = self._outputs[work.output]
+        for token_id in work.token_ids:
+            matcher.consume_token(token_id)
+        counts = tuple(matcher.validate_tokens(list(ids)) for ids in work.counted)
+        mask = None
+        if work.needs_mask:
+            matcher.unsafe_compute_mask_ptr(ctypes.addressof(self._mask), len(self._mask))
+            mask = self._mask.raw
+        is_error = matcher.is_error()
+        return Done(
+            matcher.is_stopped() and not is_error,
+            one_line(matcher.get_error()) if is_error else None,
+            is_error and matcher.stop_reason() in _WORN_OUT,
+            mask,
+            counts,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
