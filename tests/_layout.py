@@ -16,6 +16,7 @@ ROOMS = (
     "errors",
     "environment",
     "signals",
+    "cancellation",
     "speculative_config",
     "config",
     "custom_ops",

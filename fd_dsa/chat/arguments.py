@@ -59,8 +59,9 @@ class ArgumentList:
 def argument_lists(schema: ToolSchema) -> list[ArgumentList]:
     """Lists of arguments that satisfy a tool's schema, one for each of its alternatives.
 
-    A schema without properties allows arguments of any name. Otherwise only the names that it
-    lists or requires are written.
+    A schema without properties allows arguments of any name, and a name may come twice. Otherwise
+    only the names that it lists or requires are written. An alternative without properties then
+    has one argument, of any name.
 
     Raises:
         SchemaError: a grammar cannot enforce a keyword, or no arguments satisfy the schema.
@@ -157,6 +158,9 @@ def _list_of(schema: ToolSchema, plain: _Plain) -> ArgumentList | None:
         arguments = _of_any_name(plain)
         if min_count > 1:
             raise refusal("minProperties", "arguments of any name may come twice")
+        if schema.argument_names():
+            # the parser takes a name twice only if no part of the schema names an argument
+            max_count = min(1, 1 if max_count is None else max_count)
     if min_count > len(arguments) and (min_count > 1 or not arguments):
         return None
     if max_count is not None and max_count < max(min_count, len(required)):

@@ -44,6 +44,8 @@ class CallWriter:
         self._documents: dict[tuple[Any, ...], str] = {}
         # names of arguments that are numbers with bounds in some alternative
         self._bounded: set[str | None] = set()
+        # arguments of all names have the same schema
+        self._is_uniform = False
 
     def v31_call(self) -> str:
         """A call of DeepSeek-V3.1, whose arguments are an object whatever the schema says."""
@@ -87,6 +89,8 @@ class CallWriter:
         head = self._lark.literal(marks.GLM_CALL + self._name)
         lists = argument_lists(self._schema)
         arguments = [argument for each in lists for argument in each.arguments]
+        is_one = len(lists) == 1 and len(arguments) == 1 and arguments[0].pattern is None
+        self._is_uniform = is_one and not self._schema.argument_names()
         self._bounded = {argument.name for argument in arguments if self._has_bounds(argument)}
         bodies = self._bodies(lists, _GLM_NAME, self._glm_argument)
         return f"{head} {self._lark.one_of(bodies)} {self._lark.literal(marks.GLM_CALL_END)}"
@@ -109,7 +113,8 @@ class CallWriter:
         if all(
             part is True or (isinstance(part, dict) and not constraints(part)) for part in parts
         ):
-            return lark.text_until(end, self._texts.text((), _GLM_MARKS, frozenset()))
+            text = self._texts.text((), _GLM_MARKS, frozenset(), may_be_json=True)
+            return lark.text_until(end, text)
         kinds = self._schema.kinds(parts)
         read = self._types_read(argument)
         as_json = kinds & {"array", "object"}
@@ -141,9 +146,10 @@ class CallWriter:
 
     def _types_read(self, argument: Argument) -> frozenset[str]:
         """Types by which the parser reads an argument; empty for any."""
-        if argument.name is None:
-            return frozenset()
-        return self._schema.argument_types(argument.name)
+        if argument.name is not None:
+            return self._schema.argument_types(argument.name)
+        # "" stands for any name if all have the same schema
+        return self._schema.argument_types("") if self._is_uniform else frozenset()
 
     def _json(self, parts: Sequence[Any], kinds: frozenset[str], compact: bool = False) -> str:
         """Name of a rule for JSON of some types that satisfies all of the schemas."""

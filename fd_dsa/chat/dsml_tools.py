@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from fd_dsa.chat.events import ArgumentsWriter, EventSink
 from fd_dsa.chat.tagged_tools import Call, TaggedTools, check_end, is_last_mark
@@ -98,16 +99,20 @@ class DeepseekV32Tools(TaggedTools):
         feed.read_match(head)
         sink.start_call(attributes["name"])
         call = Call(feed, sink, ArgumentsWriter(sink, attributes["name"]), in_lines=True)
-        if not head[2]:
+        if head[2]:
+            call.writer.close()
+            return
+        has_argument = yield from self._has_argument(call)
+        if has_argument and feed.match(_BRACE):
+            yield from read_arguments(feed, sink, (*self.ends, V32_CALL))
+            return
+        yield from self.read_rest(call, self._read_arguments(call, has_argument))
+
+    def _read_arguments(self, call: Call, has_argument: bool) -> Steps[None]:
+        while has_argument:
+            yield from self._read_argument(call)
             has_argument = yield from self._has_argument(call)
-            if has_argument and feed.match(_BRACE):
-                yield from read_arguments(feed, sink, (*self.ends, V32_CALL))
-                return
-            while has_argument:
-                yield from self._read_argument(call)
-                has_argument = yield from self._has_argument(call)
-            yield from check_end(call, _LOST, _MAYBE_LOST)
-        call.writer.close()
+        yield from check_end(call, _LOST, _MAYBE_LOST)
 
     def _has_argument(self, call: Call) -> Steps[bool]:
         """Read up to the next argument; False at the end of the call, which is left unread."""
@@ -131,9 +136,7 @@ class DeepseekV32Tools(TaggedTools):
         if "string" not in attributes and (yield from feed.peek(_SPILT, _MAYBE_SPILT)):
             raise Damaged
         says_text = {"true": True, "false": False}.get(attributes.get("string", "").lower())
-        yield from call.writer.read(
-            lambda emit: self.read_value(call, emit), attributes["name"], says_text
-        )
+        yield from call.writer.read(partial(self.read_value, call), attributes["name"], says_text)
 
     def is_end(self, call: Call) -> bool:
         if self._is_next_call(call):

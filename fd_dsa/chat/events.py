@@ -64,6 +64,8 @@ def join_events(events: Iterable[Event]) -> Message:
 
 
 Emit = Callable[[str], None]
+# first character of JSON in which marks may be
+_BEGINS = {"object": "{", "array": "["}
 
 
 class EventSink:
@@ -164,7 +166,12 @@ class _Part:
 
 
 class ArgumentsWriter:
-    """A JSON object of arguments, written value by value while they come."""
+    """A JSON object of arguments, written value by value while they come.
+
+    A declared tool whose schema names no argument may get a name twice, also in a forced call,
+    since no grammar compares names. The last value counts, as in parsers of JSON, so the object of
+    such a tool is written at the end of the call.
+    """
 
     def __init__(self, sink: EventSink, tool: str) -> None:
         self._sink = sink
@@ -172,6 +179,10 @@ class ArgumentsWriter:
         self._given: set[str] = set()
         # the value before has no end mark, so this one may be a part of it
         self._is_doubtful = False
+        # name -> JSON of arguments that are written later
+        self._later: dict[str, list[str]] | None = None
+        if tool in sink.schemas and not self._names:
+            self._later = {}
 
     def may_take(self, name: str) -> bool:
         """Whether an argument may follow by the schema; a schema without properties says yes."""
@@ -197,7 +208,7 @@ class ArgumentsWriter:
         return self._schema.argument_names()
 
     def read(
-        self, value: Callable[[Emit], Steps[bool]], name: str, says_text: bool | None = None
+        self, value: Callable[[Emit, str], Steps[bool]], name: str, says_text: bool | None = None
     ) -> Steps[None]:
         """Read the value of an argument.
 
@@ -207,28 +218,52 @@ class ArgumentsWriter:
 
         Args:
             value: reads the value, and hands its text out piece by piece; returns whether it had
-                an end mark.
+                an end mark. It gets the first characters of the JSON that the value may be.
             says_text: the model calls the value a text, or JSON; None if it does not say.
 
         Raises:
             Damaged: the call has this argument already, or the value has no end. Or it should be
                 JSON and is none, and it holds half of a mark, or an end mark is missing.
         """
-        if name in self._given:
-            raise Damaged
+        if self._later is None:
+            if name in self._given:
+                raise Damaged
+            self._begin(name)
+            yield from self._read(self._sink.arguments, value, name, says_text)
+            return
+        texts: list[str] = []
+        first = self._later.setdefault(name, texts)
+        self._given.add(name)
+        yield from self._read(texts.append, value, name, says_text)
+        first[:] = texts
+
+    def _begin(self, name: str) -> None:
+        """Write what comes before the value of an argument."""
         self._sink.arguments(", " if self._given else "{")
         self._sink.arguments(json.dumps(name, ensure_ascii=False) + ": ")
         self._given.add(name)
+
+    def _read(
+        self,
+        write: Emit,
+        value: Callable[[Emit, str], Steps[bool]],
+        name: str,
+        says_text: bool | None,
+    ) -> Steps[None]:
+        """Read a value and write its JSON; see `read`."""
         types = self._schema.argument_types(name)
         was_doubtful, self._is_doubtful = self._is_doubtful, False
         is_text = says_text is not False and types == {"string"}
         if is_text or (says_text and (not types or "string" in types)):
-            self._sink.arguments('"')
-            self._is_doubtful = not (yield from value(self._characters))
-            self._sink.arguments('"')
+            write('"')
+            self._is_doubtful = not (yield from value(lambda text: write(_quoted(text)), ""))
+            write('"')
             return
         pieces: list[str] = []
-        self._is_doubtful = not (yield from value(pieces.append))
+        should_be_json = says_text is False or (bool(types) and "string" not in types)
+        begins = '{["' if should_be_json or not types else ""
+        begins += "".join(sign for kind, sign in _BEGINS.items() if kind in types)
+        self._is_doubtful = not (yield from value(pieces.append, begins))
         text = "".join(pieces)
         kind = type_of(text.strip())
         is_json = kind is not None and (
@@ -236,16 +271,28 @@ class ArgumentsWriter:
             or kind in types - {"string"}
             or (kind == "string" and says_text is False)
         )
-        should_be_json = says_text is False or (types and "string" not in types)
         is_doubtful = was_doubtful or self._is_doubtful or re.search("[<>]", text)
         if kind is None and should_be_json and is_doubtful:
             raise Damaged
-        self._sink.arguments(text.strip() if is_json else json.dumps(text, ensure_ascii=False))
+        write(text.strip() if is_json else json.dumps(text, ensure_ascii=False))
 
-    def _characters(self, text: str) -> None:
-        self._sink.arguments(json.dumps(text, ensure_ascii=False)[1:-1])
+    def flush(self) -> None:
+        """Write the arguments that are written later, as far as they go."""
+        if self._later is None:
+            return
+        later, self._later = self._later, None
+        self._given.clear()
+        for name, texts in later.items():
+            self._begin(name)
+            self._sink.arguments("".join(texts))
 
     def close(self) -> None:
         """Complete the call."""
+        self.flush()
         self._sink.arguments("}" if self._given else "{}")
         self._sink.end_call()
+
+
+def _quoted(text: str) -> str:
+    """A part of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 
 from fd_dsa.chat.events import ArgumentsWriter, EventSink
 from fd_dsa.chat.tagged_tools import Call, TaggedTools, check_end, is_last_mark
@@ -84,14 +85,17 @@ class GlmTools(TaggedTools):
         markup = feed.read_match(head)
         sink.start_call(name)
         call = Call(feed, sink, ArgumentsWriter(sink, name), markup.endswith("\n"))
+        if key is not None and not (call.writer.is_described and call.writer.may_take(key)):
+            raise Damaged
+        yield from self.read_rest(call, self._read_arguments(call, key))
+
+    def _read_arguments(self, call: Call, key: str | None) -> Steps[None]:
+        """Read all arguments; `key` of the first one, if it is read already."""
         if key is not None:
-            if not call.writer.is_described or not call.writer.may_take(key):
-                raise Damaged
             yield from self._read_argument(call, key)
         while (yield from self._has_argument(call)):
             yield from self._read_argument(call, (yield from self._key(call)))
         yield from check_end(call, _LOST, _MAYBE_LOST)
-        call.writer.close()
 
     def _has_argument(self, call: Call) -> Steps[bool]:
         """Read up to the next argument; False at the end of the call, which is left unread."""
@@ -120,7 +124,7 @@ class GlmTools(TaggedTools):
         return head[1].strip()
 
     def _read_argument(self, call: Call, key: str) -> Steps[None]:
-        yield from call.writer.read(lambda emit: self.read_value(call, emit), key)
+        yield from call.writer.read(partial(self.read_value, call), key)
 
     def is_end(self, call: Call) -> bool:
         if self._is_call(call):

@@ -1,4 +1,4 @@
-"""Arguments of a call that are one JSON object, read while it comes."""
+"""JSON in calls, read while it comes: whole objects of arguments, and strings in values."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from fd_dsa.chat.text_feed import Damaged, Steps, TextFeed
 _OUTSIDE = re.compile(r'(?:[\s:,0-9A-Za-z+\-.]|"(?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*")+|[{}\[\]"]')
 _INSIDE = re.compile(r'(?:[^"\\]|\\[^\x00-\x1f])+|"')
 _CONTROL = re.compile(r"[\x00-\x1f]")
+_STRING_SIGN = re.compile(r'["\\]')
+# text between two strings
+_BETWEEN = re.compile(r"[\s:,0-9A-Za-z+\-.{}\[\]]*")
 
 
 def read_object(feed: TextFeed, emit: Callable[[str], None]) -> Steps[None]:
@@ -57,3 +60,68 @@ def _escaped(match: re.Match[str]) -> str:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+class OpenString:
+    """Tells if a JSON text that comes in pieces ends inside of a string.
+
+    Args:
+        begins: first characters of the JSON that may come; any other text has no strings.
+    """
+
+    def __init__(self, begins: str) -> None:
+        self._begins = begins
+        self._is_json = bool(begins)
+        self._is_escaped = False
+        # last character outside of strings that is no white space; a quote after a string
+        self._last = ""
+        self.is_open = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Return True if all strings have an end, with only JSON around them."""
+        return self._is_json and not self.is_open
+
+    def add(self, text: str) -> None:
+        """Read more text; each character is read once."""
+        place = 0
+        while self._is_json and place < len(text):
+            if self.is_open:
+                place = self._inside(text, place)
+            else:
+                end = text.find('"', place)
+                self._outside(text[place:] if end < 0 else text[place:end])
+                if end < 0:
+                    return
+                self.is_open = self._is_json and self._may_follow('"')
+                self._is_json, self._last, place = self.is_open, '"', end + 1
+
+    def _inside(self, text: str, place: int) -> int:
+        """Read the rest of a string; returns the place after it."""
+        if self._is_escaped:
+            self._is_escaped = False
+            return place + 1
+        sign = _STRING_SIGN.search(text, place)
+        if sign is None:
+            return len(text)
+        if sign[0] == '"':
+            self.is_open = False
+        else:
+            self._is_escaped = True
+        return sign.end()
+
+    def _outside(self, text: str) -> None:
+        """Read text between two strings."""
+        stripped = text.strip()
+        if stripped:
+            is_sound = _BETWEEN.fullmatch(stripped) is not None
+            self._is_json = is_sound and self._may_follow(stripped[0])
+            self._last = stripped[-1]
+
+    def _may_follow(self, sign: str) -> bool:
+        """Return True if a character may follow the last one outside of strings."""
+        if not self._last:
+            return sign in self._begins
+        if self._last == '"':
+            return sign in ",:]}"
+        return sign != '"' or self._last in "[{,:"

@@ -7,8 +7,9 @@ are escaped differently. The documents here avoid those.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_DOWN, Context, Decimal
+from itertools import chain
 from typing import Any
 
 from fd_dsa.chat.enforced import checked, constraints, exclusive, refusal
@@ -28,6 +29,7 @@ from fd_dsa.chat.schema import (
 _AS_THEY_ARE = ("type", "minItems", "maxItems", "minLength", "maxLength", "multipleOf")
 _MAX_EXACT = 2**53
 _LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+_COUNTS = {"minProperties", "maxProperties"}
 # optional properties of which `minProperties` may ask for one
 _MAX_OPTIONAL = 32
 
@@ -46,6 +48,7 @@ def json_document(
     """
     document = _Document(schema)
     bodies = [document.body(part, kinds) for part in parts if part is not True]
+    _check_counts(schema, parts)
     if not kinds >= schema.kinds(parts):
         bodies.append({"type": sorted(kinds)})
     body: dict[str, Any] = {"allOf": bodies} if bodies else {}
@@ -105,6 +108,7 @@ class _Document:
         """The body of a schema for a value inside of another."""
         outside, self._in_place = self._in_place, frozenset()
         made = self.body(of, depth=depth - 1)
+        _check_counts(self._schema, [of])
         self._in_place = outside
         return made
 
@@ -234,6 +238,26 @@ def _counts(of: Mapping[str, Any]) -> dict[str, int]:
             raise refusal("maxProperties", "optional properties are not counted")
         made["maxProperties"] = most
     return made
+
+
+def _check_counts(schema: ToolSchema, parts: Iterable[Any]) -> None:
+    """Refuse numbers of properties if schemas of the same value list optional ones.
+
+    llguidance counts properties that no schema lists, and required ones.
+    """
+    together, seen, todo = list[Mapping[str, Any]](), set[int](), [*parts]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict) and id(part) not in seen:
+            seen.add(id(part))
+            together.append(part)
+            more = [*schema.conjuncts(part), *chain(*schema.choices(part))]
+            schema.spend(len(more), "allOf")
+            todo += more
+    counting = [part for part in together if part.keys() & _COUNTS and _counts(part)]
+    if counting and any(_optional(part) for part in together):
+        keyword = next(iter(_counts(counting[0])))
+        raise refusal(keyword, "optional properties are not counted")
 
 
 def _at_least_one(of: Mapping[str, Any]) -> list[dict[str, Any]]:

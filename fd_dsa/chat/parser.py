@@ -59,12 +59,15 @@ class AnswerFormat:
         in_reasoning: the prompt has opened the reasoning already.
         tool_format: how calls are written; None: a call is text like any other.
         schemas: tool name -> JSON schema of its arguments.
+        has_only_calls: after the reasoning come calls only, as a grammar forces them. Text at the
+            end of an answer that was cut off is then half of a call, and no content.
     """
 
     has_reasoning: bool = False
     in_reasoning: bool = False
     tool_format: ToolFormat | None = None
     schemas: Mapping[str, Any] = field(default_factory=dict)
+    has_only_calls: bool = False
 
     @property
     def begins_in_reasoning(self) -> bool:
@@ -95,6 +98,7 @@ class OutputParser:
         self._feed = TextFeed()
         self._sink = EventSink(answer.schemas)
         self._tools = answer.tool_format
+        self._has_only_calls = answer.has_only_calls
         self.is_reasoning = answer.begins_in_reasoning
         self._steps: Steps[None] | None = self._parse(answer)
 
@@ -103,20 +107,21 @@ class OutputParser:
         self._feed.push(text)
         return self._advance()
 
-    def finish(self, *, is_cut: bool = False) -> list[Event]:
-        """Events of the text that was held back; call it once, at the end.
+    def finish(self, text: str = "", *, is_cut: bool = False) -> list[Event]:
+        """Events of the last text and of all that was held back; call it once, at the end.
 
         Args:
             is_cut: the answer was cut off, as by `max_tokens`. A call at its end is reported as
                 far as it goes. Without it the model has ended the answer, and such a call is
                 repaired or content.
         """
+        self._feed.push(text)
         self._feed.end(is_cut=is_cut)
         return self._advance()
 
     def parse(self, text: str, *, is_cut: bool = False) -> Message:
         """The parts of a whole answer; for a parser that has read nothing."""
-        return join_events([*self.feed(text), *self.finish(is_cut=is_cut)])
+        return join_events(self.finish(text, is_cut=is_cut))
 
     def _advance(self) -> list[Event]:
         if self._steps is not None:
@@ -146,7 +151,10 @@ class OutputParser:
 
     def _emit(self, text: str) -> None:
         """Report text that is no call."""
-        (self._sink.reasoning if self.is_reasoning else self._sink.content)(text)
+        if self.is_reasoning:
+            self._sink.reasoning(text)
+        elif not (self._has_only_calls and self._feed.is_cut):
+            self._sink.content(text)
 
     def _try_call(self, tools: ToolFormat, start: str) -> Steps[None]:
         """Read a call with its events held back; if it is none, only `start` is read, as text."""
@@ -207,7 +215,8 @@ class OutputParser:
                 return True
             if not (yield from feed.opens_with(tools.starts, reads=False)):
                 break
-        return not (yield from feed.goes_on(THINK_END, _MAX_HELD))
+        # an answer that is cut off might have gone on
+        return not (yield from feed.goes_on(THINK_END, _MAX_HELD)) and not feed.is_cut
 
     def _commit(self) -> None:
         """Report the events that were held back, and the next ones as they come.
@@ -312,6 +321,8 @@ def read_arguments(value: str | Mapping[str, Any] | None) -> Arguments:
 
     Source of the name: DeepSeek-V4's `encoding_dsv4.py`.
     """
+    if isinstance(value, Arguments):
+        return value
     if isinstance(value, Mapping):
         return Arguments(value, json.dumps(value, ensure_ascii=False))
     text = value if value and value.strip() else "{}"

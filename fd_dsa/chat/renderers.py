@@ -21,6 +21,15 @@ NO_TEMPLATE = (
 )
 """The reason of a folder without chat, if nothing of its template is broken."""
 
+_SPECIAL_TOKEN_FIELDS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 _DEEPSEEK_TURNS = ("<｜User｜>", "<｜Assistant｜>")
 
 
@@ -66,3 +75,15 @@ def read_renderer(
         if model_type == "deepseek_v4":
             return DeepseekV4Encoding(read_v4_words(folder))
     return None
+
+
+def read_special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens of tokenizer_config.json by name, written as text or as an object."""
+    texts = {}
+    for name in _SPECIAL_TOKEN_FIELDS:
+        value = tokenizer_config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            texts[name] = value
+    return texts

@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
+from sys import getsizeof
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import Template, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Namespace, missing
 
-# limits of the result of one multiplication or power
-_MAX_ENTRIES, _MAX_BITS = 1 << 20, 1 << 12
+from fd_dsa.chat.budget import OverBudget, PromptTooLong, current
+from fd_dsa.chat.filters import OPERATORS, TEMPLATE_FILTERS
+from fd_dsa.chat.jinja_tests import TEMPLATE_TESTS
+from fd_dsa.chat.methods import METHODS, call_method, format_text, from_keys, make_dict
+from fd_dsa.chat.operators import compared, concat, finalize, to_text
+from fd_dsa.chat.rewriting import rewrite
+
+_MAX_TIME_FORMAT = 1000
+_NAMES_OF_DICT = frozenset(dir(dict))
+# bytes of a call and of what a function of a template needs
+_CALL_BYTES = 32
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of transformers, with bounds on the values that one operator makes.
+    """The environment of transformers, in which each rendering has a budget.
 
     Differences from Jinja's own sandbox: `tojson` does not escape HTML and takes the arguments of
     `json.dumps`; `{% generation %}` marks text for training and shows its body; `{% break %}`,
     `{% continue %}`, `raise_exception` and `strftime_now` exist; namespaces have no attribute that
     begins with an underscore; `dict` gives no access to the type.
 
-    `lipsum` does not exist, because it makes a text of any length. No product or power makes a
-    giant text, list or number.
+    Templates are compiled inside of `bounded_compilation` and rendered inside of
+    `bounded_rendering`. Each operator, filter, test, method, loop and call counts the bytes of its
+    result. The rendering ends when its bytes or its time are used up. `lipsum`, `{% autoescape %}`
+    and the methods that make bytes or tables of characters do not exist.
 
     Source: `transformers.utils.chat_template_utils`, read for its names and arguments.
     """
 
-    # an intercepted operator is not computed while a template is compiled
-    intercepted_binops = frozenset(("*", "**"))
+    concat = staticmethod(concat)
 
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
+            finalize=finalize,
         )
         del self.globals["lipsum"]
-        self.filters["tojson"] = _to_json
+        self.filters = {**TEMPLATE_FILTERS, **OPERATORS}
+        self.tests = dict(TEMPLATE_TESTS)
         self.globals.update(
             raise_exception=_raise_exception,
             strftime_now=_strftime_now,
@@ -50,21 +64,75 @@ class Sandbox(ImmutableSandboxedEnvironment):
             dict=_Dict(),
         )
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        counts = [value for value in (left, right) if isinstance(value, int)]
-        texts = [value for value in (left, right) if isinstance(value, str | bytes | list | tuple)]
-        if texts and counts and len(texts[0]) * counts[0] > _MAX_ENTRIES:
-            raise SecurityError(
-                f"'*' would make a text or list of more than {_MAX_ENTRIES} entries"
-            )
-        if len(counts) == 2:
-            bits = left.bit_length()
-            bits = bits + right.bit_length() if operator == "*" else bits * right
-            if bits > _MAX_BITS:
-                raise SecurityError(
-                    f"{operator!r} would make a number of more than {_MAX_BITS} bits"
-                )
-        return super().call_binop(context, operator, left, right)
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        return rewrite(super()._parse(source, name, filename), self)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """Attribute of a value, or the entry of this name."""
+        # most are names of JSON objects, for which Jinja catches an error first
+        if type(obj) is dict and attribute not in _NAMES_OF_DICT:
+            if attribute in obj:
+                return obj[attribute]
+            return self.undefined(obj=obj, name=attribute)
+        if type(obj) is _Namespace and not attribute.startswith("_"):
+            value = getattr(obj, attribute, missing)
+            return self.undefined(obj=obj, name=attribute) if value is missing else value
+        return super().getattr(obj, attribute)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """True for names that a template may read."""
+        return attr in METHODS.get(type(obj), ()) or super().is_safe_attribute(obj, attr, value)
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call an object of a template."""
+        current().spend(_CALL_BYTES + 8 * (len(args) + len(kwargs)))
+        kind = type(obj)
+        if kind is BuiltinMethodType or (kind is MethodType and isinstance(obj.__self__, str)):
+            # names that the compiled template gives to each call
+            kwargs.pop("_loop_vars", None)
+            kwargs.pop("_block_vars", None)
+            return call_method(obj, *args, **kwargs)
+        if kind is Macro:
+            return context.call(obj, *args, **kwargs)
+        if kind is MethodType and isinstance(obj.__self__, LoopContext):
+            # loop.changed compares its arguments
+            compared(args)
+        return super().call(context, obj, *args, **kwargs)
+
+    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a filter whose name a template has as a value."""
+        if name in OPERATORS:
+            raise TemplateError(f"No filter named {name!r}.")
+        return super().call_filter(name, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        """Return a bounded function in place of `str.format` and `str.format_map`."""
+        kind = type(value)
+        if kind is not BuiltinMethodType and kind is not MethodType:
+            return None
+        text, name = value.__self__, value.__name__
+        if name not in ("format", "format_map") or not isinstance(text, str):
+            return None
+        if name == "format":
+            return lambda *args, **kwargs: format_text(self, text, args, kwargs)
+        return lambda mapping: format_text(self, text, (), mapping)
+
+
+def render(template: Template, variables: Mapping[str, Any]) -> str:
+    """Text of a template.
+
+    Raises:
+        OverBudget: the template makes more than `bounded_rendering` allows.
+        Cancelled: the client has left.
+    """
+    budget = current()
+    pieces, num_chars = [], 0
+    for piece in template.generate(variables):
+        pieces.append(piece)
+        num_chars += len(piece)
+        if num_chars > budget.max_chars:
+            raise PromptTooLong(f"would make a prompt of more than {budget.max_chars} characters")
+    return "".join(pieces)
 
 
 class _GenerationTag(Extension):
@@ -84,10 +152,14 @@ class _Namespace(Namespace):
     def __init__(*args: Any, **kwargs: Any) -> None:
         # `self` stays free as a name of the template's
         self, *rest = args
-        values = dict(*rest, **kwargs)
+        values = _Dict()(*rest, **kwargs)
         for name in values:
             _check_name(name)
         Namespace.__init__(self, values)
+
+    def __repr__(self) -> str:
+        # counted for each place that shows it
+        return f"<Namespace {to_text(self._Namespace__attrs)}>"
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
@@ -97,12 +169,17 @@ class _Namespace(Namespace):
 class _Dict:
     """`dict` without the methods of the type, which would change the caller's messages."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
+    def __call__(self, /, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        for value in args[:1]:
+            if not isinstance(value, Mapping):
+                args = (make_dict((key, entry) for key, entry in value), *args[1:])
+        result = dict(*args, **kwargs)
+        current().spend(getsizeof(result))
+        return result
 
     def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
         """Return a dict with these keys and one value for all."""
-        return dict.fromkeys(keys, value)
+        return from_keys(keys, value)
 
 
 def _check_name(name: Any) -> None:
@@ -110,25 +187,11 @@ def _check_name(name: Any) -> None:
         raise SecurityError(f"namespace: got the name {name!r}; must not begin with an underscore")
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
 def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+    raise TemplateError(to_text(message))
 
 
 def _strftime_now(format: str) -> str:
+    if len(format) > _MAX_TIME_FORMAT:
+        raise OverBudget(f"strftime_now takes at most {_MAX_TIME_FORMAT} characters")
     return datetime.now().strftime(format)

@@ -5,6 +5,9 @@ before the next argument or the end of the call. The end mark is missing if anot
 tool begins inside of a value, or if the call ends there and the answer or another call follows.
 Such a slip is repaired if there is no other reading: the value has no other end mark, and no "<"
 or ">" in its last characters. Otherwise the call is damaged.
+
+A mark in a string of a JSON value is a part of the string. If the string has no end, the marks in
+it are read as in any other text.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fd_dsa.chat.events import ArgumentsWriter, Emit, EventSink
+from fd_dsa.chat.json_arguments import OpenString
 from fd_dsa.chat.text_feed import CutOff, Damaged, Steps, TextFeed
 from fd_dsa.chat.tool_formats import ToolFormat
 
@@ -58,6 +62,15 @@ class TaggedTools(ToolFormat):
     bounds: ClassVar[tuple[str, ...]]
     right_end: ClassVar[re.Pattern[str]]
 
+    def read_rest(self, call: Call, arguments: Steps[None]) -> Steps[None]:
+        """Read the arguments of a call, and complete it."""
+        try:
+            yield from arguments
+        except Damaged:
+            call.writer.flush()
+            raise
+        call.writer.close()
+
     @abstractmethod
     def is_end(self, call: Call) -> bool:
         """Whether an end mark, not in the right place, ends the value with a slip after it.
@@ -70,11 +83,30 @@ class TaggedTools(ToolFormat):
     def is_bound(self, call: Call, found: str) -> bool:
         """Whether another mark ends the value, which has lost its end mark."""
 
-    def read_value(self, call: Call, emit: Emit) -> Steps[bool]:
-        """Read a value and its end mark; False if that is missing."""
-        feed, value = call.feed, _Value(emit)
+    def read_value(self, call: Call, emit: Emit, json_begins: str) -> Steps[bool]:
+        """Read a value and its end mark; False if that is missing.
+
+        Args:
+            json_begins: first characters of the JSON that the value may be.
+        """
+        value = _Value(emit, json_begins)
+        has_end = yield from self._read_to_end(call, value)
+        value.flush()
+        return has_end
+
+    def _read_to_end(self, call: Call, value: _Value) -> Steps[bool]:
+        """See `read_value`; the last part of the value is left in `value`."""
+        feed = call.feed
         while True:
             found = yield from feed.stream_to(self.bounds, value.add)
+            if found is not None and value.strings.is_open:
+                value.skip(feed)
+                value.add(feed.read(len(found)))
+                continue
+            # the end of a string that is cut off is unknown
+            is_cut = found is None and feed.is_cut and value.strings.is_open
+            if not is_cut and value.go_back(feed):
+                continue
             if found is None:
                 raise feed.broken()
             right = yield from feed.peek(self.right_end)
@@ -124,17 +156,63 @@ def check_end(call: Call, lost: re.Pattern[str], maybe_lost: re.Pattern[str]) ->
 
 
 class _Value:
-    """A value while it is read; `check` raises `Damaged` if its end is not clean."""
+    """A value while it is read.
 
-    def __init__(self, emit: Emit) -> None:
+    Args:
+        json_begins: first characters of the JSON that the value may be. Its text is then handed
+            out at the end only.
+
+    Attributes:
+        strings: tells if the value ends inside of a string of JSON.
+        has_end: the value contains an end mark.
+    """
+
+    def __init__(self, emit: Emit, json_begins: str) -> None:
+        self.strings = OpenString(json_begins)
         self.has_end = False
         self._emit = emit
         self._tail = ""
+        self._kept: list[str] | None = [] if json_begins else None
+        # place of the first mark in a string, and number of texts before it
+        self._skipped: tuple[int, int] | None = None
 
     def add(self, text: str) -> None:
         self._tail = (self._tail + text)[-_TAIL:]
-        self._emit(text)
+        self.strings.add(text)
+        if self._kept is None:
+            self._emit(text)
+        else:
+            self._kept.append(text)
+
+    def skip(self, feed: TextFeed) -> None:
+        """Remember the place of a mark in a string, in case the string has no end."""
+        place = feed.place
+        if self._skipped is None and self._kept is not None and place is not None:
+            self._skipped = place, len(self._kept)
+
+    def go_back(self, feed: TextFeed) -> bool:
+        """Go back to the first mark in a string if the value is no JSON.
+
+        Returns:
+            Whether the feed is there; False also if its text is no longer kept.
+        """
+        if self._skipped is None or self.strings.is_complete or self._kept is None:
+            return False
+        (place, num_kept), self._skipped = self._skipped, None
+        self.strings = OpenString("")
+        if not feed.go_to(place):
+            self.has_end = True
+            return False
+        del self._kept[num_kept:]
+        self._tail = "".join(self._kept)[-_TAIL:]
+        return True
+
+    def flush(self) -> None:
+        """Hand out the text that was kept."""
+        if self._kept is not None:
+            self._emit("".join(self._kept))
 
     def check(self) -> None:
+        """Raise `Damaged` if the end of the value is not clean."""
         if self.has_end or _REMAINS.search(self._tail):
             raise Damaged

@@ -7,8 +7,10 @@ from typing import Any
 
 from jinja2.exceptions import TemplateSyntaxError
 
+from fd_dsa.cancellation import Cancelled
+from fd_dsa.chat.budget import OverBudget, bounded_compilation, bounded_rendering
 from fd_dsa.chat.parser import is_reasoning_only, read_arguments
-from fd_dsa.chat.sandbox import Sandbox
+from fd_dsa.chat.sandbox import Sandbox, render
 from fd_dsa.errors import ConfigError
 
 # variables of a template which are not a caller's to set
@@ -18,6 +20,7 @@ RESERVED = (
     "add_generation_prompt",
     "continue_final_message",
     "chat_template",
+    "allow_special_tokens_in_text",
     "self",
 )
 # two names of one variable
@@ -26,6 +29,10 @@ _BEYOND_PYTHON: dict[type[Exception], str] = {
     RecursionError: "nests too deeply",
     MemoryError: "makes more than there is memory for",
 }
+# the compiler needs a second for 20,000 characters or so
+_MAX_SOURCE_CHARS = 1 << 16
+# a template may quote a text of any length in its errors
+_MAX_REASON_CHARS = 1000
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of the reasoning of a message; the first one in use counts."""
 # marks where a final message goes on; no text of a conversation holds it
@@ -55,8 +62,14 @@ class ChatTemplate:
         origin: str = "the request",
         model_type: str | None = None,
     ) -> None:
+        if len(source) > _MAX_SOURCE_CHARS:
+            raise ConfigError(
+                f"chat template of {origin}: has {len(source)} characters; it must have at most "
+                f"{_MAX_SOURCE_CHARS}"
+            )
         try:
-            self._template = Sandbox().from_string(source)
+            with bounded_compilation():
+                self._template = Sandbox().from_string(source)
         except TemplateSyntaxError as error:
             raise ConfigError(
                 f"chat template of {origin}: line {error.lineno} is no valid Jinja: {error.message}"
@@ -91,27 +104,25 @@ class ChatTemplate:
                 template that knows either gets it.
 
         Raises:
-            ValueError: the template refuses the messages, or fails on them; the last message
-                cannot be continued.
+            ValueError: the template refuses the messages, or fails on them, or makes more than
+                `bounded_rendering` allows; the last message cannot be continued.
+            Cancelled: the client has left.
         """
         thinking = [kwargs[name] for name in SWITCHES if kwargs.get(name) is not None]
-        prepared = [self._prepare(message) for message in messages]
-        if continue_final_message:
-            prepared[-1] = _with_cut(prepared[-1])
-        variables = {
-            **self._special_tokens,
-            "documents": None,
-            **({name: thinking[-1] for name in SWITCHES} if thinking else {}),
-            **kwargs,
-            "tools": list(tools) if tools else None,
-            "messages": prepared,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        try:
-            text = self._template.render(**variables)
-        except Exception as error:
-            why = _BEYOND_PYTHON.get(type(error), str(error))
-            raise ValueError(f"chat template: {why}") from error
+        with bounded_rendering():
+            prepared = [self._prepare(message) for message in messages]
+            if continue_final_message:
+                prepared[-1] = _with_cut(prepared[-1])
+            variables = {
+                **self._special_tokens,
+                "documents": None,
+                **({name: thinking[-1] for name in SWITCHES} if thinking else {}),
+                **kwargs,
+                "tools": list(tools) if tools else None,
+                "messages": prepared,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            text = self._rendered(variables)
         if not continue_final_message:
             return text
         head, cut, _ = text.rpartition(_CUT)
@@ -119,12 +130,21 @@ class ChatTemplate:
             raise ValueError("chat template: does not show the last message, so nothing goes on")
         return head
 
+    def _rendered(self, variables: Mapping[str, Any]) -> str:
+        try:
+            return render(self._template, variables)
+        except Cancelled:
+            raise
+        except OverBudget as error:
+            raise type(error)(f"chat template: {error}") from error
+        except Exception as error:
+            why = _BEYOND_PYTHON.get(type(error), str(error)[:_MAX_REASON_CHARS])
+            raise ValueError(f"chat template: {why}") from error
+
     def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The message in the forms that templates expect."""
-        prepared = {**message, **_reasoning(message)}
-        if message.get("tool_calls"):
-            prepared["tool_calls"] = [_call(call) for call in message["tool_calls"]]
-        else:
+        prepared = {**with_read_arguments(message), **_reasoning(message)}
+        if not prepared.get("tool_calls"):
             # templates ask whether the name exists, and clients send an empty list or null
             prepared.pop("tool_calls", None)
         role, content = str(message.get("role")), message.get("content")
@@ -151,16 +171,26 @@ class ChatTemplate:
 
     def _is_shown(self, role: str, content: Any) -> bool:
         """True if a prompt has both texts in their order, without the markup of a list."""
-        variables = {**self._special_tokens, "documents": None, "tools": None}
+        variables = {
+            **self._special_tokens,
+            "documents": None,
+            "tools": None,
+            "messages": _probe(role, content),
+            "add_generation_prompt": True,
+        }
         try:
-            text = self._template.render(
-                **variables, messages=_probe(role, content), add_generation_prompt=True
-            )
-        except Exception:
+            text = self._rendered(variables)
+        except ValueError:
             # a template may refuse the example for any reason
             return False
         _, first, rest = text.partition(_FIRST)
         return bool(first) and _LAST in rest and _KEY not in text
+
+
+def with_read_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with `Arguments` in its calls."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_call(call) for call in calls]} if calls else dict(message)
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:

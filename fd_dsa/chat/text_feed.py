@@ -79,6 +79,17 @@ class TextFeed:
         assert self._mark is not None
         self._pos, self._mark = self._mark, None
 
+    @property
+    def place(self) -> int | None:
+        """Read position after the mark in characters; None without a mark."""
+        return None if self._mark is None else self._pos - self._mark
+
+    def go_to(self, place: int) -> bool:
+        """Go back to a place after the mark; False if there is no mark any more."""
+        if self._mark is not None:
+            self._pos = self._mark + place
+        return self._mark is not None
+
     def stream_to(
         self, markers: tuple[str, ...], emit: Callable[[str], None], *, keeps_half: bool = False
     ) -> Steps[str | None]:

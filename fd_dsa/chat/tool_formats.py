@@ -57,6 +57,8 @@ GLM_VALUE, GLM_VALUE_END = "<arg_value>", "</arg_value>"
 
 SPACE = r"\s{0,16}"
 """White space inside of markup."""
+JSON_SPACE = r"\s{0,64}"
+"""White space around JSON, of which a grammar allows 40 characters."""
 NAME = r"\w(?:[\w.:/-]{0,126}\w)?"
 """Name of a tool."""
 
@@ -95,9 +97,9 @@ _V31_PARTIAL = re.compile(
 )
 # a call without arguments may have none at all; then a mark or the end of the text must follow
 _V31_ENDS = f"(?:{V31_CALL_END}|{V31_CALLS_END})"
-_V31_ARGUMENTS = re.compile(rf"{SPACE}(?:(?={{)|(?={_V31_ENDS}\s{{0,16}}<)())")
-_V31_MAYBE = re.compile(rf"{SPACE}(?:<[^<>]{{0,24}}>?\s{{0,16}})?")
-_V31_LAST = re.compile(rf"{SPACE}(?={_V31_ENDS}\s{{0,16}}\Z)()")
+_V31_ARGUMENTS = re.compile(rf"{JSON_SPACE}(?:(?={{)|(?={_V31_ENDS}\s{{0,16}}<)())")
+_V31_MAYBE = re.compile(rf"{JSON_SPACE}(?:<[^<>]{{0,24}}>?\s{{0,16}})?")
+_V31_LAST = re.compile(rf"{JSON_SPACE}(?={_V31_ENDS}\s{{0,16}}\Z)()")
 
 
 class DeepseekV31Tools(ToolFormat):
@@ -134,7 +136,7 @@ def read_arguments(feed: TextFeed, sink: EventSink, ends: tuple[str, ...]) -> St
         ends: marks that may follow. The end of the text is as good, since the object is complete.
     """
     yield from read_object(feed, sink.arguments)
-    end = yield from feed.peek(after_space(ends))
+    end = yield from feed.peek(after_space(ends, JSON_SPACE))
     if end is None and not feed.is_last:
         raise feed.broken()
     sink.arguments("}")
@@ -142,9 +144,9 @@ def read_arguments(feed: TextFeed, sink: EventSink, ends: tuple[str, ...]) -> St
 
 
 @cache
-def after_space(marks: tuple[str, ...]) -> re.Pattern[str]:
+def after_space(marks: tuple[str, ...], space: str = SPACE) -> re.Pattern[str]:
     """A pattern of one of some marks, after white space."""
-    return re.compile(SPACE + f"(?:{'|'.join(map(re.escape, marks))})")
+    return re.compile(space + f"(?:{'|'.join(map(re.escape, marks))})")
 
 
 def half_mark(size: int) -> str:

@@ -37,6 +37,10 @@ _LOOKS = {
     "string": '"(?s:.*)',
 }
 _BEGINS_AS_NUMBER = "-?[0-9](?s:.*)"
+# what may be JSON up to a place inside of a string
+_STRING = r'"(?:[^"\\]|\\(?s:.))*'
+_SIGNS = r"[\s\x1c-\x1f:,0-9A-Za-z+.{}\[\]-]*"
+_OPEN_STRING = rf'(?:[\[{{]{_SIGNS}(?:{_STRING}"{_SIGNS})*)?{_STRING}\\?'
 
 
 class BoundedNumberError(Exception):
@@ -93,6 +97,7 @@ class ValueTexts:
         marks: Iterable[str],
         preferred: frozenset[str],
         has_bounds: bool = False,
+        may_be_json: bool = False,
     ) -> str | None:
         """Terminal of the strings that satisfy all of the schemas, as they are.
 
@@ -100,6 +105,8 @@ class ValueTexts:
             marks: texts of the format's markup, which the strings must not contain.
             preferred: types that the parser of answers prefers to a string.
             has_bounds: numbers in the same place have bounds, so no text begins like a number.
+            may_be_json: the parser of answers reads JSON too, so no text ends inside of a string
+                of JSON, where the parser would take the end of the value for a part of it.
 
         Returns:
             The terminal; None if no string satisfies them.
@@ -112,9 +119,9 @@ class ValueTexts:
         if found.regexes and len(set(found.regexes)) + (found.values is not None) > 1:
             # llguidance tells if no text matches all of it, but for JSON only
             self._lark.check(json_document(self._schema, parts, frozenset({"string"})))
-        looks = {_LOOKS[kind] for kind in preferred} | (
-            {_BEGINS_AS_NUMBER} if has_bounds else set()
-        )
+        looks = {_LOOKS[kind] for kind in preferred}
+        looks |= {_BEGINS_AS_NUMBER} if has_bounds else set()
+        looks |= {_OPEN_STRING} if may_be_json else set()
         reads_as = re.compile(f"{_SPACE}(?:{'|'.join(sorted(looks))}){_SPACE}" if looks else "(?!)")
         if found.values is not None:
             kept = (

@@ -204,10 +204,11 @@ class LLMEngine:
             Exception: what else the runner raises; no request has got a token then, and a later
                 call runs the step again.
         """
+        ended = [self._end(request, reason) for request, reason in self._scheduler.settled()]
         if not self._requests:
-            # what is in flight was for requests that have been aborted
+            # what is in flight was for requests that have ended
             self._in_flight = None
-            return []
+            return ended
         begin, runner_time_s = self.clock(), self._stats.runner_time_s
         before = self._in_flight
         try:
@@ -217,7 +218,7 @@ class LLMEngine:
                 raise
             too_large = self._scheduler.relieve(error)
             failure = RuntimeError("there is no memory for a step of this request alone")
-            return [self._end(too_large, "error", failure)] if too_large else []
+            return ended + ([self._end(too_large, "error", failure)] if too_large else [])
         self._in_flight = None
         try:
             outputs = [] if before is None else self._take(before)
@@ -243,7 +244,7 @@ class LLMEngine:
                 self._scheduler.proposals = self._speculator.propose(launched)
         in_runner_s = self._stats.runner_time_s - runner_time_s
         self._stats.host_time_s += self.clock() - begin - in_runner_s
-        return outputs
+        return ended + outputs
 
     def _launch(self, may_be_idle: bool) -> LaunchedStep | None:
         """Queue a step; None if nothing runs: it may be idle, or it has waited for a grammar.

@@ -51,14 +51,14 @@ class CompiledGrammar:
     Attributes:
         process: the worker, which keeps the states that outputs have reached.
         vocabulary: tokens of the outputs.
-        may_follow: by the text after an awaited text: True if the form may begin with the text.
+        may_begin: True for texts with which an output may begin, by those asked for.
         num_tokens: number of tokens that the outputs have taken.
         since: `time.monotonic()` of the compilation.
     """
 
     process: GrammarProcess
     vocabulary: GrammarVocabulary
-    may_follow: dict[bytes, bool] = field(default_factory=dict)
+    may_begin: dict[bytes, bool] = field(default_factory=dict)
     num_tokens: int = 0
     since: float = field(default_factory=time.monotonic)
 
@@ -128,9 +128,12 @@ class GrammarCompiler:
             ValueError: it is wrong or too large, llguidance is missing, or the tokenizer cannot be
                 used; begins with the name of the field.
         """
-        if self._kept(self._key(params)) is None:
+        compiled = self._kept(self._key(params))
+        if compiled is None:
             with self._checks:
-                self.find(params)
+                compiled = self.find(params)
+        if params.reasoning is not None:
+            compiled.vocabulary.reasoning(params.reasoning)
 
     def find(
         self, params: SamplingParams, instead_of: CompiledGrammar | None = None
@@ -156,8 +159,6 @@ class GrammarCompiler:
         made = self._compile(*key)
         if isinstance(made, str):
             raise ValueError(self._blame(form, key[1], made))
-        if form.after_text is not None:
-            made.vocabulary.awaited(form.after_text)
         with self._lock:
             self._keep(key, made)
         return made
@@ -256,7 +257,7 @@ class GrammarCompiler:
     def _key(self, params: SamplingParams) -> _Key:
         """The texts that tell compiled grammars apart, and the tokens of their vocabulary."""
         shown = self._tokenizer.shown_special_ids(
-            params.skip_special_tokens, params.kept_special_token_ids
+            params.skip_special_tokens, params.kept_ids(self._tokenizer)
         )
         return tuple(one.definition() for one in form_of(params).either()), shown
 

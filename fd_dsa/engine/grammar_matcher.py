@@ -10,8 +10,9 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.grammar import CompiledGrammar, GrammarCompiler, form_of
+from fd_dsa.engine.grammar import CompiledGrammar, GrammarCompiler
 from fd_dsa.engine.grammar_process import Pending
+from fd_dsa.engine.reasoning_tokens import Reading
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.grammars.messages import Done, Work
 
@@ -35,11 +36,14 @@ class GrammarMatcher:
     def __init__(self, compiler: GrammarCompiler, params: SamplingParams) -> None:
         self._compiler = compiler
         self._params = params
-        # text that the form begins after, and the last bytes of the output until it has come
-        self._after = form_of(params).after_text
-        self._tail = b""
-        # tokens that complete that text, and the bytes that they add after it; None = not known
-        self._completing: dict[int, bytes] | None = None
+        # place in the reasoning before the form; None = the form has begun
+        self._reading: Reading | None = None
+        if params.reasoning is not None:
+            self._reading = Reading("start" if params.reasoning.begin else "reasoning")
+        # the output so far may also be the beginning of the form
+        self._is_form = True
+        # places after tokens that need a decision before the form; None = not known
+        self._to_check: dict[int, Reading] | None = None
         self._compiled: CompiledGrammar | None = None
         self._worn_out: CompiledGrammar | None = None
         self._output = -1
@@ -93,7 +97,13 @@ class GrammarMatcher:
         """True when nothing can follow, or the end of sequence was taken."""
         while not self._has_state(may_wait=True):
             self._compiler.wait()
-        return self._failure is None and self._done.is_finished
+        return self._failure is None and self._may_be_form and self._done.is_finished
+
+    @property
+    def _may_be_form(self) -> bool:
+        """Return True if the output so far may be the form, or its beginning."""
+        reading = self._reading
+        return reading is None or (reading.state == "start" and self._is_form)
 
     @property
     def error(self) -> str | None:
@@ -108,36 +118,57 @@ class GrammarMatcher:
         may come.
         """
         self._settle()
-        if self._failure is not None or self._done.error is not None:
-            bitmask[:] = 0
-        elif self._after is not None:
-            self._fill_before_form(bitmask)
-        elif self._done.mask is not None:
-            bitmask[:] = np.frombuffer(self._done.mask, np.int32)[: len(bitmask)]
+        bitmask[:] = 0
+        if self._failure is not None:
+            return
+        if self._may_be_form:
+            if self._done.mask is not None and self._done.error is None:
+                bitmask[:] = np.frombuffer(self._done.mask, np.int32)[: len(bitmask)]
+        elif self._reading is not None and self._reading.state == "reasoning":
+            bitmask[:] = self._compiler.free[: len(bitmask)]
+        if self._to_check is not None:
+            self._correct_before_form(bitmask, self._to_check)
 
-    def _fill_before_form(self, bitmask: npt.NDArray[np.int32]) -> None:
-        """Allow all tokens but those that would begin the form with a text it does not allow."""
-        assert self._compiled is not None and self._completing is not None
-        bitmask[:] = self._compiler.free[: len(bitmask)]
+    def _correct_before_form(
+        self, bitmask: npt.NDArray[np.int32], to_check: dict[int, Reading]
+    ) -> None:
+        """Allow tokens that begin the reasoning, and none that begins another form after it."""
+        assert self._compiled is not None
         bits = bitmask.view(np.uint32)
-        for token_id, rest in self._completing.items():
-            if not self._compiled.may_follow[rest]:
-                bits[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+        for token_id, after in to_check.items():
+            if after.state == "answer" and after.rest is None:
+                # for the form to decide
+                continue
+            bit = np.uint32(1 << token_id % 32)
+            if not after.rest or self._compiled.may_begin[after.rest]:
+                bits[token_id // 32] |= bit
+            else:
+                bits[token_id // 32] &= ~bit
 
     def offer(self, token_id: int) -> None:
         """Have the worker take a token, without waiting for what `accept` returns."""
         self._has_offered = True
-        token_ids = [token_id]
-        if self._after is not None:
-            self._completing = None
-            self._tail, begin = self._await(self._after, self._tail, token_id)
-            token_ids = begin or []
-            if begin is not None:
-                self._after = None
-        self._taken += token_ids
-        if self._compiled is not None:
-            self._compiled.num_tokens += len(token_ids)
-            self._take(self._compiled, token_ids)
+        before = self._reading
+        if before is None:
+            self._take([token_id])
+            return
+        compiled = self._begun()
+        assert self._params.reasoning is not None
+        after = compiled.vocabulary.reasoning(self._params.reasoning).read(before, token_id)
+        if before.state == "start" and after.state != "reasoning" and after.rest is None:
+            # no reasoning has begun
+            if self._is_form and after.state == "start":
+                self._is_form = self._form_allows(token_id)
+            token_ids = [token_id] if self._is_form else []
+        else:
+            if before.state == "start" and self._taken:
+                compiled.process.drop(self._output)
+                self._taken = []
+                self._begin(compiled)
+            token_ids = compiled.vocabulary.spell(after.rest) or [] if after.rest else []
+        self._reading = None if after.state == "answer" else after
+        self._to_check = None
+        self._take(token_ids)
 
     def accept(self, token_id: int) -> bool | None:
         """Take a token of the output, unless `offer` has.
@@ -148,59 +179,69 @@ class GrammarMatcher:
         if not self._has_offered:
             self.offer(token_id)
         self._has_offered = False
-        return self.is_finished if self._has_state(may_wait=True) else None
+        self._is_late = not self._has_state(may_wait=True)
+        return None if self._is_late else self.is_finished
 
     def count_allowed(self, token_ids: list[int]) -> int:
         """Return how many of these tokens, the first ones, may come; nothing is taken.
 
-        The number is 0 if the worker does not answer in time.
+        The number is smaller if the worker does not answer in time.
         """
-        if self._failure is not None or self._compiled is None:
+        if self._failure is not None or (self._compiled is None and self._worn_out is not None):
             return 0
-        begin: list[int] | None = []
-        tail, num_free = self._tail, 0
-        if self._after is not None:
-            begin = None
-            while begin is None and num_free < len(token_ids):
-                tail, begin = self._await(self._after, tail, token_ids[num_free])
-                num_free += 1
-        if begin is None:
-            return num_free
-        process = self._compiled.process
-        counted = (*begin, *token_ids[num_free:])
-        done = self._compiler.answer(process, process.ask(Work(self._output, counted=(counted,))))
-        num_allowed = 0 if done is None else done.counts[0]
-        if num_allowed < len(begin):
-            return num_free - 1
-        return num_free + num_allowed - len(begin)
+        if self._reading is None:
+            process = self._begun().process
+            work = Work(self._output, counted=(tuple(token_ids),))
+            done = self._compiler.answer(process, process.ask(work))
+            return 0 if done is None else done.counts[0]
+        ahead, bitmask = self.copy(), np.zeros_like(self._compiler.free)
+        for count, token_id in enumerate(token_ids):
+            if ahead._reading is None:
+                return count + ahead.count_allowed(token_ids[count:])
+            if not ahead.await_mask():
+                return count
+            ahead.fill_bitmask(bitmask)
+            if not bitmask[token_id // 32] >> token_id % 32 & 1:
+                return count
+            if ahead.accept(token_id) is not False:
+                return count + 1
+        return len(token_ids)
 
-    def _await(self, after: str, tail: bytes, token_id: int) -> tuple[bytes, list[int] | None]:
-        """Read a token before the form.
+    def _form_allows(self, token_id: int) -> bool:
+        """Return True if the form allows a token next."""
+        self._settle()
+        mask = self._done.mask
+        return mask is not None and bool(mask[token_id // 8] >> token_id % 8 & 1)
 
-        Returns:
-            The new tail, and tokens that spell the beginning of the form; None before that.
-        """
+    def _begun(self) -> CompiledGrammar:
+        """Return the compiled grammar; waits for it."""
         while self._compiled is None:
             if not self.is_ready:
                 self._compiler.wait()
-        vocabulary = self._compiled.vocabulary
-        tail, rest = vocabulary.awaited(after).read(tail, token_id)
-        # the mask allows no token with a rest that cannot be spelled
-        return tail, None if rest is None else vocabulary.spell(rest) or []
+            elif self._failure is not None:
+                raise ValueError(self._failure)
+        return self._compiled
 
     def _begin(self, compiled: CompiledGrammar) -> None:
         """Begin the output, or begin it again with the tokens that it has taken."""
         self._follow(compiled, -1)
+        self._asked.clear()
         self._done = Done()
-        if self._taken:
-            self._take(compiled, self._taken)
+        self._ask_for(compiled, self._taken)
 
     def _follow(self, compiled: CompiledGrammar, source: int) -> None:
         """Have the worker follow this output too, as a copy of another one."""
         self._compiled, self._output = compiled, compiled.process.copy(source)
         weakref.finalize(self, compiled.process.drop, self._output).atexit = False
 
-    def _take(self, compiled: CompiledGrammar, token_ids: list[int]) -> None:
+    def _take(self, token_ids: list[int]) -> None:
+        """Take tokens of the form."""
+        self._taken += token_ids
+        if self._compiled is not None:
+            self._compiled.num_tokens += len(token_ids)
+            self._ask_for(self._compiled, token_ids)
+
+    def _ask_for(self, compiled: CompiledGrammar, token_ids: list[int]) -> None:
         """Have the worker take tokens, then compute the next mask."""
         if token_ids:
             taken = Work(self._output, token_ids=tuple(token_ids))
@@ -220,12 +261,10 @@ class GrammarMatcher:
             if not self._asked:
                 if self._is_renewed(self._compiled):
                     continue
-                if self._done.error is not None or self._done.is_finished:
-                    return True
-                if self._after is not None:
-                    return self._knows_completing(self._compiled, self._after, may_wait)
-                if self._done.mask is not None:
-                    return True
+                done = self._done
+                needs_mask = self._may_be_form and not done.is_finished and done.error is None
+                if not needs_mask or done.mask is not None:
+                    return self._knows_beginnings(self._compiled, may_wait)
                 work = Work(self._output, needs_mask=True)
                 self._asked.append(self._compiled.process.ask(work))
             if not self._read(may_wait):
@@ -250,11 +289,15 @@ class GrammarMatcher:
             self._done = done
         return done is not None
 
-    def _knows_completing(self, compiled: CompiledGrammar, after: str, may_wait: bool) -> bool:
-        """Find the tokens that complete the awaited text, and which of them may come."""
-        if self._completing is None:
-            self._completing = compiled.vocabulary.awaited(after).completing(self._tail)
-        unknown = {rest for rest in self._completing.values() if rest not in compiled.may_follow}
+    def _knows_beginnings(self, compiled: CompiledGrammar, may_wait: bool) -> bool:
+        """Find out which tokens need a decision before the form, and which texts may begin it."""
+        if self._reading is None or self._params.reasoning is None:
+            return True
+        if self._to_check is None:
+            tokens = compiled.vocabulary.reasoning(self._params.reasoning)
+            self._to_check = tokens.to_check(self._reading)
+        rests = {after.rest for after in self._to_check.values() if after.rest}
+        unknown = [rest for rest in rests if rest not in compiled.may_begin]
         spelled = {rest: tuple(compiled.vocabulary.spell(rest) or ()) for rest in unknown}
         if unknown:
             work = Work(-1, counted=tuple(spelled.values()))
@@ -262,7 +305,7 @@ class GrammarMatcher:
             if done is None:
                 return False
             for (rest, token_ids), count in zip(spelled.items(), done.counts, strict=True):
-                compiled.may_follow[rest] = 0 < len(token_ids) == count
+                compiled.may_begin[rest] = 0 < len(token_ids) == count
         return True
 
     def _is_renewed(self, compiled: CompiledGrammar) -> bool:

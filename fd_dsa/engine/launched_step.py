@@ -96,8 +96,10 @@ class LaunchedStep:
                 if is_sampled_here and not request.grammar.await_mask():
                     self.leave_out(request)
                     continue
-                request.finish_late(now)
-                if request.finish_reason is not None:
+                if request.grammar.is_finished:
+                    # the worker was late to tell
+                    request.finish("stop", now)
+                    request.take_text("", now)
                     drop(request)
                     continue
             found.append(place)

@@ -158,6 +158,7 @@ class LLM:
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         constrain_reasoning: bool = False,
+        allow_special_tokens_in_text: bool = False,
     ) -> Any:
         """Answer one conversation or several, through the model's chat template; as `generate`.
 
@@ -173,7 +174,12 @@ class LLM:
             continue_final_message: the answer goes on with the last message, the assistant's.
             chat_template_kwargs: variables of the template, such as `thinking`.
             constrain_reasoning: True: `stop`, `min_tokens` and bad words begin with the
-                reasoning. Otherwise they begin after it, unless `SamplingParams.reasoning` is set.
+                reasoning. Otherwise they begin after it, as a form does in any case. The texts
+                around the reasoning are those of the template, unless `SamplingParams.reasoning`
+                is set.
+            allow_special_tokens_in_text: markers of control tokens in messages and tools become
+                these tokens; by default they are text. The calls in the text of an answer are sent
+                back either with this, or as `tool_calls`.
 
         Raises:
             ValueError: as in `generate`; or the folder has no chat template, or it refuses.
@@ -188,16 +194,18 @@ class LLM:
                 f"chat_template_kwargs has {reserved[0]!r}, which is not a variable of the "
                 "caller's; leave it out"
             )
-        token_ids = [
-            engine.tokenizer.apply_chat_template(
+        prompts = [
+            engine.tokenizer.render_chat(
                 entry,
                 not continue_final_message,
                 tools=tools,
                 continue_final_message=continue_final_message,
+                allow_special_tokens_in_text=allow_special_tokens_in_text,
                 **variables,
             )
             for entry in conversations
         ]
+        token_ids = [engine.tokenizer.encode(p.text, False, masked=p.masked) for p in prompts]
         default = SamplingParams(**engine.sampling_defaults, max_tokens=None)
         params = _params_for(len(token_ids), sampling_params, default)
         params = [
@@ -205,11 +213,13 @@ class LLM:
                 one,
                 engine.tokenizer,
                 bool(tools),
-                None if constrain_reasoning else ids,
+                prompt.masked,
                 entry[-1] if continue_final_message else None,
             )
-            for one, ids, entry in zip(params, token_ids, conversations, strict=True)
+            for one, prompt, entry in zip(params, prompts, conversations, strict=True)
         ]
+        if constrain_reasoning:
+            params = [replace(one, constrain_reasoning=True) for one in params]
         return self._run(token_ids, params, stream)
 
     @property
@@ -304,14 +314,13 @@ def _for_chat(
     params: SamplingParams,
     tokenizer: Tokenizer,
     has_tools: bool,
-    prompt: Sequence[int] | None,
+    prompt: str,
     continued: Message | None,
 ) -> SamplingParams:
     """Add the markers that separate the parts of an answer.
 
     Args:
-        prompt: shows if the answer begins in the reasoning; None = `stop`, `min_tokens` and
-            bad words begin with the output.
+        prompt: its markers show if the answer begins in the reasoning.
         continued: the message that the answer continues.
     """
     renderer = tokenizer.chat_renderer
@@ -321,9 +330,9 @@ def _for_chat(
     tool_format = find_tool_format(AUTO, source, model_type) if has_tools else None
     answer = AnswerFormat(has_reasoning(AUTO, source), tool_format=tool_format)
     reasoning = params.reasoning
-    if answer.has_reasoning and reasoning is None and prompt is not None:
-        text = tokenizer.decode(prompt, skip_special_tokens=False)
-        reasoning = Reasoning.of(replace(answer, in_reasoning=opens_reasoning(text, continued)))
+    if answer.has_reasoning and reasoning is None:
+        in_reasoning = opens_reasoning(prompt, continued)
+        reasoning = Reasoning.of(replace(answer, in_reasoning=in_reasoning))
     kept = frozenset(tokenizer.special_ids_of(answer.markers).values())
     return replace(
         params,

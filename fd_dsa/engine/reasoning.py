@@ -1,7 +1,10 @@
 """Reasoning at the beginning of an output, and the place where the answer begins after it.
 
-Stop strings, `min_tokens` and bad words are rules of the answer. They ignore the reasoning, as the
-hosted services of reasoning models do.
+Stop strings, `min_tokens` and bad words are rules of the answer, and a form is the form of the
+answer. They ignore the reasoning, as the hosted services of reasoning models do.
+
+Only the end marker ends the reasoning. A call in the reasoning is no answer as long as a rule of
+the answer is unfulfilled, since models also cite calls.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from fd_dsa.engine.detokenizer import Detokenizer
 
 _MAX_MARKER_CHARS = 128
 # longer white space before `Reasoning.begin` belongs to the answer, as for parsers of answers
-_MAX_SPACE = 64
+MAX_SPACE = 64
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class AnswerStart:
             None if the output does not begin with the marker, or may still do so.
         """
         begin, stripped = self._reasoning.begin, text.lstrip()
-        if len(text) - len(stripped) <= _MAX_SPACE:
+        if len(text) - len(stripped) <= MAX_SPACE:
             if stripped.startswith(begin):
                 self._state, self._tail, self.index = "reasoning", "", None
                 return stripped[len(begin) :]

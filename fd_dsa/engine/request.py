@@ -101,7 +101,7 @@ class Request:
         params, state, prompt = self.params, self.state, self.state.prompt_token_ids
         self.token_ids, self.output_token_ids = list(prompt), state.token_ids
         self.block_keys = BlockKeys(self.token_ids, block_size, params.cache_salt)
-        kept = params.kept_special_token_ids
+        kept = params.kept_ids(tokenizer)
         detokenizer = partial(new_detokenizer, tokenizer, params.skip_special_tokens)
         self.detokenizer = detokenizer(prompt, kept)
         if stops := params.stop_strings:
@@ -110,7 +110,7 @@ class Request:
             self.grammar = GrammarMatcher(grammars, params)
         output, ends = self.output_token_ids, self.end_token_ids
         begins_later = stops or params.min_tokens or bad_words or params.bad_words_token_ids
-        if params.reasoning is not None and begins_later:
+        if params.reasoning is not None and begins_later and not params.constrain_reasoning:
             self.answer = AnswerStart(params.reasoning, self.detokenizer)
         rules = LogitRules(params, prompt, output, bad_words, ends, self.grammar, self.answer)
         self.rules = None if rules.is_empty else rules
@@ -139,6 +139,11 @@ class Request:
         return self.num_computed_tokens == self.num_tokens - 1 and self.num_output_tokens > 0
 
     @property
+    def is_unsettled(self) -> bool:
+        """True after the last allowed token, until it is known if the form is complete."""
+        return self.grammar is not None and len(self.output_token_ids) >= self.max_tokens
+
+    @property
     def wants_prompt_logits(self) -> bool:
         """True while prompt tokens are to be scored, so that none may come from the cache."""
         return self.prompt_logprobs is not None and not self.prompt_logprobs.is_complete
@@ -159,28 +164,13 @@ class Request:
         else:
             text = self.detokenizer.append(token_id)
             is_complete = False if self.grammar is None else self.grammar.accept(token_id)
-            if is_complete is not None:
-                self._finish_if_ended(is_complete, now)
+            if is_complete:
+                self.finish("stop", now)
+            elif len(self.output_token_ids) >= self.max_tokens and is_complete is not None:
+                self.finish("length", now)
         if self.logprobs is not None and score is not None:
             self.logprobs.append(token_id, score, len(text))
         self.take_text(text, now)
-
-    def _finish_if_ended(self, is_complete: bool, now: float) -> None:
-        """Finish after the last token of the form, or after `max_tokens`."""
-        if is_complete:
-            self.finish("stop", now)
-        elif len(self.output_token_ids) >= self.max_tokens:
-            self.finish("length", now)
-
-    def finish_late(self, now: float) -> None:
-        """Finish if the token before was the last, of which the grammar's worker was late to tell.
-
-        Waits for the worker.
-        """
-        if self.grammar is not None:
-            self._finish_if_ended(self.grammar.is_finished, now)
-            if self.finish_reason is not None:
-                self.take_text("", now)
 
     def forget_draw(self) -> None:
         """The token on its way will not come; it is to be computed again."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from fd_dsa.engine.tokenizer import Tokenizer
 
 SEED_MIN = -(2**63)
 SEED_MAX = 2**64 - 1
@@ -68,9 +69,12 @@ class SamplingParams:
             and stop_token_ids cannot be sampled, and stop strings are searched after them.
         max_tokens: output tokens, >= 1; None = whatever is left of the context.
         stop: a string or several; the output ends before the first one that is completed.
-        reasoning: texts around the reasoning at the beginning of the output. `stop`, `bad_words`,
-            `bad_words_token_ids` and `min_tokens` then begin with the answer after it; while the
-            output reasons, min_tokens > 0 forbids every end. None = they begin with the output.
+        reasoning: texts around the reasoning at the beginning of the output. The form, `stop`,
+            `bad_words`, `bad_words_token_ids` and `min_tokens` then begin with the answer after
+            it; while the output reasons, a form or min_tokens > 0 forbids every end. Special
+            tokens that are these texts stay in the text. None = all begin with the output.
+        constrain_reasoning: `stop`, `bad_words`, `bad_words_token_ids` and `min_tokens` begin with
+            the output nevertheless; the form does not.
         stop_token_ids: tokens that end the output.
         include_stop_str_in_output: keep the stop string, or the text of the stop token.
         ignore_eos: go on after an end-of-sequence token.
@@ -110,6 +114,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     stop: str | Sequence[str] | None = None
     reasoning: Reasoning | None = None
+    constrain_reasoning: bool = False
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -176,6 +181,13 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             name = f"logit_bias of token {token_id}"
             _check_number(name, bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX, float)
+
+    def kept_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Special tokens that stay in the text, the texts around the reasoning included."""
+        if self.reasoning is None:
+            return self.kept_special_token_ids
+        texts = (self.reasoning.begin, self.reasoning.end)
+        return self.kept_special_token_ids.union(tokenizer.special_ids_of(texts).values())
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from operator import attrgetter
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
+from fd_dsa.engine.output import FinishReason
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.step_times import StepTimes
 from fd_dsa.errors import describe_error
@@ -134,8 +135,12 @@ class Scheduler:
         decoding: list[Request] = []
         prefilling: list[Request] = []
         for request in self._running.values():
+            if request.is_unsettled:
+                continue
             if request.grammar is not None and request.grammar.is_late:
-                self._held.append(request)
+                # the token of a prompt's end is one of the prompts' tokens
+                if request.is_decode:
+                    self._held.append(request)
             elif request.drawn_row < 0 or request.num_output_tokens < request.max_tokens:
                 (decoding if request.is_decode else prefilling).append(request)
             elif request.num_unverified:
@@ -155,6 +160,17 @@ class Scheduler:
             self.prefill_context = _mean_context(prompts)
         self._scheduled.sort(key=_slot)
         return self._scheduled
+
+    def settled(self) -> list[tuple[Request, FinishReason]]:
+        """Return requests that ended with their last allowed token, and how.
+
+        The workers of their grammars were late to tell if the form is complete.
+        """
+        return [
+            (request, "stop" if request.grammar.is_finished else "length")
+            for request in (*self._running.values(), *self._waiting)
+            if request.is_unsettled and request.grammar is not None and not request.grammar.is_late
+        ]
 
     def complete_step(self) -> None:
         """The step that `schedule` made is launched: its tokens are computed, full blocks cached.
@@ -273,7 +289,7 @@ class Scheduler:
             # asked first: it is compiled while the request waits for a row
             if request.grammar is not None and not request.grammar.is_ready:
                 break
-            if request.drawn_row >= 0:
+            if request.drawn_row >= 0 or request.is_unsettled:
                 break
             if budget <= 0 or self._spare_logits <= 0 or len(self._running) >= self._most_rows:
                 break

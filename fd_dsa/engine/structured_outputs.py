@@ -25,10 +25,8 @@ class StructuredOutputsParams:
             look-around.
         choice: the output is one of these texts.
         grammar: a context-free grammar in Lark's notation, or in GBNF.
-        after_text: the form begins after the first occurrence of this text, such as the end of
-            a model's reasoning; None = with the output.
-        alternative: another form, without `alternative` or `after_text`; the output has either
-            form. An output that begins like both may be held to one of them.
+        alternative: another form, without `alternative`; the output has either form. An output
+            that begins like both may be held to one of them.
         source: what messages call the object; the field of a request that it came from.
 
     Raises:
@@ -41,7 +39,6 @@ class StructuredOutputsParams:
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
-    after_text: str | None = None
     alternative: StructuredOutputsParams | None = None
     source: str = "structured_outputs"
 
@@ -50,18 +47,9 @@ class StructuredOutputsParams:
         if len(forms) != 1:
             names = " and ".join(forms) or "nothing"
             raise ValueError(f"{self.source} has {names}; give one of {', '.join(_FORMS)}")
-        if self.after_text is not None and (
-            not isinstance(self.after_text, str) or not self.after_text
-        ):
+        if self.alternative is not None and self.alternative.alternative is not None:
             raise ValueError(
-                f"{self.source} has after_text {self.after_text!r}; it must be a non-empty string"
-            )
-        if self.alternative is not None and (
-            self.alternative.alternative is not None or self.alternative.after_text is not None
-        ):
-            raise ValueError(
-                f"{self.source} has an alternative with an alternative or an after_text; set them "
-                "in the first form only"
+                f"{self.source} has an alternative with an alternative; give one alternative"
             )
         # fails where the type is wrong
         _, text = self.definition()

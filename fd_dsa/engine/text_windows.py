@@ -15,6 +15,7 @@ from contextlib import nullcontext
 
 import tokenizers
 
+from fd_dsa.cancellation import check_cancelled
 from fd_dsa.environment import usable_cpus
 
 WINDOW_CHARS = 32_768
@@ -68,6 +69,7 @@ class _Window:
         self.begin = begin
         self.end = min(end, len(text))
         with _at_once:
+            check_cancelled()
             # a batch of one gives up the GIL, encode() does not
             (encoding,) = backend.encode_batch(
                 [text[begin:end]], add_special_tokens=add_special_tokens
@@ -116,6 +118,7 @@ def encode_text(
         window_chars: characters of a window.
 
     Raises:
+        Cancelled: the client has left; checked before each window.
         TooManyTokens: there are more; the rest of the text is not read.
         TypeError: the text holds a lone surrogate.
     """
@@ -126,6 +129,7 @@ def encode_text(
         ids = _encode_windows(backend, text, add_special_tokens, max_tokens, window_chars, margin)
     if ids is None:
         with _at_once if is_long else nullcontext():
+            check_cancelled()
             # a batch of one gives up the GIL, encode() does not; without offsets it is faster too
             (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids = encoding.ids

@@ -13,23 +13,16 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import Decoder
 
-from fd_dsa.chat.renderers import NO_TEMPLATE, read_renderer
+from fd_dsa.chat.control import RenderedPrompt, render_prompt
+from fd_dsa.chat.renderers import NO_TEMPLATE, read_renderer, read_special_tokens
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.byte_level import byte_table
+from fd_dsa.engine.control_tokens import ControlTokens
 from fd_dsa.engine.text_windows import encode_text
 from fd_dsa.environment import set_default
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config_reader import check_file, read_json_object
 
-_SPECIAL_TOKEN_FIELDS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 # how vocabularies with byte fallback write a byte
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _SURROGATE = "the text holds half of a surrogate pair, which is no valid Unicode"
@@ -107,7 +100,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
-        special_tokens = _special_tokens(config)
+        special_tokens = read_special_tokens(config)
         model_type = _read_json(folder / "config.json").get("model_type")
         renderer, why_no_chat = None, NO_TEMPLATE
         try:
@@ -145,20 +138,28 @@ class Tokenizer:
         return self.chat_renderer is not None
 
     def encode(
-        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        masked: str | None = None,
     ) -> list[int]:
         """Token ids of a text; other threads run meanwhile, however long it is.
 
         Args:
-            text: any text; special tokens written in it become their ids.
+            text: any text; markers of control tokens in it become their ids.
             add_special_tokens: apply the post-processor and add_bos_token.
             max_tokens: most ids, but for the one of add_bos_token; None = any number.
+            masked: same as `fd_dsa.chat.control.RenderedPrompt.masked`: markers that are not in it
+                are text. Not with `add_special_tokens`.
 
         Raises:
             ValueError: the text holds a lone surrogate and is no valid Unicode; as
                 `TooManyTokens`, it has more tokens, and what is left of it was not read.
         """
         try:
+            if masked is not None and masked != text:
+                return self.control_tokens.encode(text, masked, max_tokens)
             ids = encode_text(
                 self._backend,
                 text,
@@ -237,16 +238,26 @@ class Tokenizer:
         return re.sub(_MARK, lambda _: next(contents, _MARK), text)
 
     def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any
+    ) -> list[int]:
+        """Token ids of a conversation; the arguments are those of `render_chat`."""
+        prompt = self.render_chat(messages, *args, **kwargs)
+        return self.encode(prompt.text, add_special_tokens=False, masked=prompt.masked)
+
+    def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
+        *,
+        allow_special_tokens_in_text: bool = False,
         **kwargs: Any,
-    ) -> list[int]:
-        """Token ids of a conversation.
+    ) -> RenderedPrompt:
+        """Render a conversation.
 
         Args:
             messages: dicts with "role" and "content".
             add_generation_prompt: end with the start of an assistant message.
+            allow_special_tokens_in_text: markers in texts become control tokens too.
             kwargs: `tools`, `continue_final_message`, and further variables of the template; see
                 `fd_dsa.chat.template.ChatTemplate.render`.
 
@@ -255,8 +266,8 @@ class Tokenizer:
         """
         if self.chat_renderer is None:
             raise ValueError(f"{self.why_no_chat}; send a plain prompt instead of messages")
-        text = self.chat_renderer.render(messages, add_generation_prompt, **kwargs)
-        return self.encode(text, add_special_tokens=False)
+        control = None if allow_special_tokens_in_text else self.control_tokens
+        return render_prompt(self.chat_renderer, control, messages, add_generation_prompt, **kwargs)
 
     def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
         """Those of the texts which are special tokens, left out of decoded text, and their ids."""
@@ -285,6 +296,11 @@ class Tokenizer:
                     table[token_id] = b""
             self._text_tables[kept] = table
         return self._text_tables[kept]
+
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """Added tokens that control the model."""
+        return ControlTokens(self._backend)
 
     @cached_property
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
@@ -377,15 +393,3 @@ def _is_byte_level(decoder: Decoder | None) -> bool:
 def _read_json(file: Path) -> dict[str, Any]:
     """Object of a JSON file, empty when the file does not exist."""
     return read_json_object(file) if file.is_file() else {}
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Special tokens of tokenizer_config.json, written as text or as an object."""
-    texts = {}
-    for name in _SPECIAL_TOKEN_FIELDS:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            texts[name] = value
-    return texts

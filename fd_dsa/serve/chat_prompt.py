@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fd_dsa.chat.budget import PromptTooLong, bounded_rendering
+from fd_dsa.chat.control import QUOTED_CHARS, RenderedPrompt, render_prompt
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import (
     AUTO,
-    THINK_END,
     AnswerFormat,
     find_tool_format,
     has_reasoning,
@@ -59,21 +60,23 @@ def make_job(
     tokenizer = state.engine.tokenizer
     renderer = _renderer(state, body)
     tool_format = _tool_format(state, body, renderer)
-    text = _render(state, renderer, body)
+    rendered = _render(state, renderer, body)
     answer = AnswerFormat(
         has_reasoning=has_reasoning(state.options.reasoning_parser, renderer.source),
         in_reasoning=opens_reasoning(
-            text, body.messages[-1].for_template() if body.continue_final_message else None
+            rendered.masked,
+            body.messages[-1].for_template() if body.continue_final_message else None,
         ),
         tool_format=tool_format,
         schemas={tool.function.name: tool.function.parameters for tool in body.tools or []},
+        has_only_calls=body.choice.mode in ("required", "named"),
     )
     if body.include_reasoning is False and answer.in_reasoning and not answer.has_reasoning:
         raise FieldError(
             "include_reasoning: false, but the server was started with --reasoning-parser none and "
             "cannot tell the reasoning; switch it off by reasoning_effort"
         )
-    prompt = encode_prompt(state, text, "messages", add_special_tokens=False)
+    prompt = encode_prompt(state, rendered, "messages", add_special_tokens=False)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
@@ -87,10 +90,11 @@ def make_job(
     params = dataclasses.replace(
         params,
         kept_special_token_ids=frozenset(special_ids.values()),
-        reasoning=None if body.constrain_reasoning else Reasoning.of(answer),
+        reasoning=Reasoning.of(answer),
+        constrain_reasoning=bool(body.constrain_reasoning),
         structured_outputs=_form(params.structured_outputs, body, answer),
     )
-    job = Job(request_id, prompt, params)
+    job = Job(request_id, prompt, params, functools.partial(_each_call, body, answer))
     check_answer_size(limit, [job], body, shows_prompt_once=True)
     (job,) = check_jobs(state, [job], "messages")
     return job, answer
@@ -104,8 +108,8 @@ def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list
     """
     renderer = _renderer(state, body)
     _tool_format(state, body, renderer)
-    text = _render(state, renderer, body)
-    return encode_prompt(state, text, "messages", add_special_tokens=False)
+    rendered = _render(state, renderer, body)
+    return encode_prompt(state, rendered, "messages", add_special_tokens=False)
 
 
 def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
@@ -114,7 +118,7 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
     if body.chat_template is not None:
         if not state.options.trust_request_chat_template:
             raise FieldError(
-                "chat_template: a template can keep a processor busy indefinitely, so this "
+                "chat_template: a template can keep a processor busy for 10 seconds, so this "
                 "server takes none from requests; start it with --trust-request-chat-template, or "
                 "with --chat-template"
             )
@@ -150,7 +154,9 @@ def _tool_format(
     return tool_format
 
 
-def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequest) -> str:
+def _render(
+    state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequest
+) -> RenderedPrompt:
     """The prompt's text; with `tool_choice` none it has no tools."""
     # before the template copies them
     messages = [message.for_template() for message in body.messages]
@@ -161,14 +167,25 @@ def _render(state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequ
     check_bytes(state, _texts(tools, with_names=True), "tools")
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
+    allows = state.options.allow_special_tokens_in_text
+    limit = state.options.prompt_bytes(state.engine.max_model_len)
     try:
-        return renderer.render(
-            messages,
-            begins,
-            tools=tools,
-            continue_final_message=goes_on,
-            **body.template_variables,
-        )
+        with bounded_rendering(limit if allows else QUOTED_CHARS * limit):
+            return render_prompt(
+                renderer,
+                None if allows else state.engine.tokenizer.control_tokens,
+                messages,
+                begins,
+                tools=tools,
+                continue_final_message=goes_on,
+                **body.template_variables,
+            )
+    except PromptTooLong as error:
+        raise FieldError(
+            f"messages: {error}; allowed are at most {limit} bytes, the --max-prompt-bytes of this "
+            "server; shorten the text",
+            code="context_length_exceeded",
+        ) from error
     except ValueError as error:
         of_kwargs = request_error(error, ("chat_template_kwargs",))
         if of_kwargs.param is not None:
@@ -199,31 +216,47 @@ def _form(
 ) -> StructuredOutputsParams | None:
     """The form of the whole answer: calls, the form asked for, or either of the two.
 
-    The model reasons freely before it. `response_format` is the form of content, so a forced call
-    has none of it.
+    `response_format` is the form of content, so a forced call has none of it.
     """
-    after = THINK_END if answer.begins_in_reasoning else None
     is_forced = body.choice.mode in ("required", "named")
     if not is_forced:
         if asked is None:
             return None
         calls = None if answer.tool_format is None else _calls(body, answer)
-        return dataclasses.replace(asked, after_text=after, alternative=calls)
+        return dataclasses.replace(asked, alternative=calls)
     if asked is not None and asked.source != "response_format":
         raise FieldError(
             f"{asked.source}: got it with a tool_choice that forces calls; must be left out; or "
             "use tool_choice auto, with which an answer is a call or has this form"
         )
-    return dataclasses.replace(_calls(body, answer), after_text=after)
+    return _calls(body, answer)
 
 
 def _calls(body: ChatCompletionRequest, answer: AnswerFormat) -> StructuredOutputsParams:
     """The form of answers that call one of the tools, or the tool that `tool_choice` names."""
-    assert answer.tool_format is not None, "checked: there is a format if there are tools"
+    return _form_of_calls(answer, _called(body, answer), several=not body.one_call, source="tools")
+
+
+def _called(body: ChatCompletionRequest, answer: AnswerFormat) -> Mapping[str, Any]:
+    """Tools that may be called, each with the schema of its arguments."""
     name = body.choice.name
-    schemas = answer.schemas if name is None else {name: answer.schemas[name]}
+    return answer.schemas if name is None else {name: answer.schemas[name]}
+
+
+def _each_call(body: ChatCompletionRequest, answer: AnswerFormat) -> list[StructuredOutputsParams]:
+    """The forms of one call of each tool, with messages that name the tool."""
+    return [
+        _form_of_calls(answer, {name: of}, several=False, source=f"tools: a call of {name!r}")
+        for name, of in _called(body, answer).items()
+    ]
+
+
+def _form_of_calls(
+    answer: AnswerFormat, schemas: Mapping[str, Any], *, several: bool, source: str
+) -> StructuredOutputsParams:
+    assert answer.tool_format is not None, "checked: there is a format if there are tools"
     try:
-        grammar = forced_calls_grammar(answer.tool_format.name, schemas, several=not body.one_call)
-        return StructuredOutputsParams(grammar=grammar, source="tools")
+        grammar = forced_calls_grammar(answer.tool_format.name, schemas, several=several)
+        return StructuredOutputsParams(grammar=grammar, source=source)
     except ValueError as error:
         raise ApiError(400, str(error), param="tools") from error

@@ -45,6 +45,8 @@ class ConversationAnswer(Answer[ChatCompletionRequest]):
         """Why a choice has ended, "tool_calls" after a call; None before its end."""
         choice = self.parsed[output.index]
         is_called = choice.has_calls and output.finish_reason == "stop"
+        # no client can run a call that a stop string cuts off
+        is_called = is_called and not (choice.is_calling and isinstance(output.stop_reason, str))
         return "tool_calls" if is_called or choice.is_complete else output.finish_reason
 
 
@@ -53,6 +55,8 @@ class Choice:
 
     Attributes:
         is_complete: nothing that the engine adds is shown any more.
+        has_calls: a call has begun.
+        is_calling: the last event is of a call that has no end yet.
         is_reasoning: the text so far ends inside of the reasoning.
         num_reasoning_tokens: tokens of the steps that ended or began inside of it.
         new_token_ids, new_scores: what the last step has shown.
@@ -60,7 +64,7 @@ class Choice:
     """
 
     def __init__(self, answer: AnswerFormat, body: ChatCompletionRequest) -> None:
-        self.is_complete = self.has_calls = False
+        self.is_complete = self.has_calls = self.is_calling = False
         self.output: RequestOutput | None = None
         self.num_reasoning_tokens = 0
         self.new_token_ids: Sequence[int] = ()
@@ -69,6 +73,7 @@ class Choice:
         self.token_ids: list[int] = []
         self.scores: list[TokenLogprobs] = []
         self._parser = OutputParser(answer)
+        self._call_ends = () if answer.tool_format is None else answer.tool_format.ends
         self._one_call = body.one_call
         # the reasoning is a part of the answer; its tokens and scores go with it
         self._shows_reasoning = body.include_reasoning is not False
@@ -85,14 +90,25 @@ class Choice:
         self.output = output
         text, token_ids, scores = shown(output, is_whole)
         was_reasoning = self.is_reasoning
-        events = self._parser.feed(text)
         if output.finished:
-            events += self._parser.finish(is_cut=output.finish_reason != "stop")
+            events = self._parser.finish(text, is_cut=self._is_cut(output))
+        else:
+            events = self._parser.feed(text)
         is_reasoned = was_reasoning or self.is_reasoning
         self.num_reasoning_tokens += len(token_ids) if is_reasoned else 0
         if self._shows_reasoning or not is_reasoned:
             self.new_token_ids, self.new_scores = token_ids, scores
         return list(self._shown(events))
+
+    def _is_cut(self, output: RequestOutput) -> bool:
+        """Return True if an output might have gone on.
+
+        A stop string that is or contains the end of a call ends the answer as the model does.
+        """
+        stop = output.stop_reason
+        return output.finish_reason != "stop" or (
+            isinstance(stop, str) and not any(end in stop for end in self._call_ends)
+        )
 
     def keep(self, events: list[Event]) -> None:
         """Keep what was added last, for a whole answer."""
@@ -103,6 +119,7 @@ class Choice:
     def _shown(self, events: Iterable[Event]) -> Iterator[Event]:
         for event in events:
             self.has_calls = self.has_calls or event.kind == "call"
+            self.is_calling = event.kind in ("call", "arguments")
             if self._shows_reasoning or event.kind != "reasoning":
                 yield event
             if self._one_call and event.kind == "call_end":

@@ -49,6 +49,7 @@ class ServerOptions:
     tool_call_parser: str = AUTO
     reasoning_parser: str = AUTO
     trust_request_chat_template: bool = False
+    allow_special_tokens_in_text: bool = False
     hosts: Callable[[str], None] | None = None
     body_timeout_s: float = 60.0
 
@@ -111,7 +112,9 @@ _FLAGS = {
     "chat": {
         "--chat-template FILE": "Jinja template of conversations (default: what the folder has)",
         "--trust-request-chat-template": "let requests bring templates; one can keep a processor "
-        "busy indefinitely",
+        "busy for 10 seconds",
+        "--allow-special-tokens-in-text": "markers of control tokens in messages and tools become "
+        "these tokens, so that a text can begin a message of another role",
         "--tool-call-parser NAME": f"how answers call tools: {', '.join(TOOL_FORMATS)}, none, or "
         "auto, by the template and the model's generation (default: auto)",
         "--reasoning-parser NAME": f"how answers reason: {', '.join(REASONING_FORMATS)}, none, or "

@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fd_dsa.chat.control import RenderedPrompt
 from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.text_windows import TooManyTokens
 from fd_dsa.errors import BusyError
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
@@ -36,16 +38,23 @@ _requests_logger = logging.getLogger("fd_dsa.requests")
 
 
 def encode_prompt(
-    state: ServerState, text: str, field: str, *, add_special_tokens: bool
+    state: ServerState, prompt: str | RenderedPrompt, field: str, *, add_special_tokens: bool
 ) -> list[int]:
     """Token ids of a text, at most max_model_len; for a thread, since a long one takes a while.
+
+    Args:
+        prompt: a text whose markers all become control tokens, or a rendered conversation.
 
     Raises:
         ApiError: 400, the text has too many bytes or tokens, or is no valid Unicode.
     """
-    check_bytes(state, [text], field)
+    rendered = RenderedPrompt(prompt, prompt) if isinstance(prompt, str) else prompt
+    check_bytes(state, [rendered.text], field)
+    limit = state.engine.max_model_len
     try:
-        return state.engine.tokenizer.encode(text, add_special_tokens, state.engine.max_model_len)
+        return state.engine.tokenizer.encode(
+            rendered.text, add_special_tokens, limit, rendered.masked
+        )
     except TooManyTokens as error:
         raise too_many_tokens(state, error.count, field) from error
     except ValueError as error:
@@ -81,11 +90,17 @@ def too_many_tokens(state: ServerState, num_tokens: int | str, field: str) -> Ap
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt for the engine."""
+    """One prompt for the engine.
+
+    Attributes:
+        each_call: makes the form of the calls of each tool, for the message if their common form
+            cannot be compiled; takes a while.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    each_call: Callable[[], Sequence[StructuredOutputsParams]] = tuple
 
 
 def resolve_max_tokens(
@@ -155,12 +170,24 @@ async def check_form(state: ServerState, job: Job, param: str) -> None:
     if job.params.structured_outputs is None:
         return
     try:
-        with _refusals(param):
-            await state.engine.check_form(job.params)
+        try:
+            with _refusals(param):
+                await state.engine.check_form(job.params)
+        except ApiError as refusal:
+            if refusal.param == "tools":
+                await _check_each_call(state, job, param)
+            raise
     except BusyError as error:
         raise ApiError(
             429, str(error), code="too_many_grammars", headers={"Retry-After": "5"}
         ) from error
+
+
+async def _check_each_call(state: ServerState, job: Job, param: str) -> None:
+    """Raise the refusal of the first tool whose calls cannot be compiled; see `check_form`."""
+    for form in await asyncio.to_thread(job.each_call):
+        with _refusals(param):
+            await state.engine.check_form(replace(job.params, structured_outputs=form))
 
 
 @contextlib.contextmanager

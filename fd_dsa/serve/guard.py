@@ -92,9 +92,9 @@ class GuardMiddleware:
         with contextlib.ExitStack() as held:
             try:
                 if self._check_head(scope):
+                    scope["state"]["body"] = [await receive_body(self._state, receive, held)]
                     self._state.num_accepted += 1
                     held.callback(self._finish)
-                    scope["state"]["body"] = [await receive_body(self._state, receive, held)]
                     self._state.check_available(is_accepted=True)
                     held.callback(self._state.release, scope["state"])
                     self._state.hold(scope["state"], 1)

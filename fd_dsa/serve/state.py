@@ -35,7 +35,7 @@ class ServerState:
 
     Attributes:
         num_admitted: running and waiting outputs of all requests.
-        num_accepted: requests that compute, from their heads to the end of their answers.
+        num_accepted: requests that compute, from the end of a body to the end of the answer.
         draining: no new request is accepted.
         is_closed: the accepted ones are not waited for any more either.
         num_body_bytes: of the bodies in memory, without the first 64 KiB of each.

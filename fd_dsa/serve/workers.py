@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
+
+from fd_dsa.cancellation import cancelled_by
 
 _T = TypeVar("_T")
 
@@ -67,12 +71,13 @@ class Workers:
         """The result of `work(*args)`, run in one of the threads.
 
         Args:
-            request: whose work it is; while all threads are busy its client is watched. None
-                where the caller is cancelled when the client goes away.
+            request: whose work it is. Its client is watched while the work waits and runs. None
+                if the caller is cancelled when the client goes away.
             is_short: less work than the way to a thread; run at once, on the event loop.
 
         Raises:
-            ClientGone: the client closed the connection before a thread was free.
+            ClientGone: the client closed the connection before the work was done. Work that runs
+                ends at its next `check_cancelled`.
         """
         if is_short:
             return work(*args)
@@ -80,10 +85,31 @@ class Workers:
             await unless_gone(request, self._free.acquire())
         else:
             await self._free.acquire()
+        stop, loop = threading.Event(), asyncio.get_running_loop()
+
+        def cancellable() -> _T:
+            with cancelled_by(stop):
+                return work(*args)
+
+        future = self._threads.submit(cancellable)
+        # the thread is free when the work has ended, which may be after its client has left
+        future.add_done_callback(lambda _: _call_soon(loop, self._free.release))
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+            if request is None:
+                return await asyncio.wrap_future(future)
+            return await unless_gone(request, _result_of(future))
         finally:
-            self._free.release()
+            stop.set()
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)
+
+
+async def _result_of(future: Future[_T]) -> _T:
+    return await asyncio.wrap_future(future)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    with suppress(RuntimeError):
+        # the loop of a server that has ended is closed
+        loop.call_soon_threadsafe(function)

@@ -87,7 +87,7 @@ def _value(rng: random.Random, schema: Mapping[str, Any], marks: float) -> Any:
     if schema["type"] == "array":
         return [rng.randrange(24) for _ in range(rng.randrange(4))]
     if schema["type"] == "object":
-        return {_text(rng, 0): [_text(rng, 0), None, 1.5]}
+        return {_text(rng, marks): [_text(rng, marks), None, 1.5]}
     text = _text(rng, marks)
     return rng.choice((None, f"{text}.")) if isinstance(schema["type"], list) else text
 
@@ -173,7 +173,8 @@ def is_ambiguous(known: ToolFormat, calls: Sequence[Call]) -> bool:
     """Whether a text in the calls looks like the end of its value, by the rule of docs/chat.md."""
     bound = {"deepseek_v31": None, "glm47": _GLM_BOUND}.get(known.name, _DSML_BOUND)
     values = [value for call in calls for value in call.arguments.values()]
-    return bound is not None and any(bound.search(_plain(value)) for value in values)
+    texts = [value for value in values if isinstance(value, str)]
+    return bound is not None and any(map(bound.search, texts))
 
 
 def meant(call: ToolCall) -> Call | None:
@@ -196,6 +197,12 @@ def slip(rng: random.Random, pieces: Sequence[Piece]) -> list[Piece]:
         # two values of one attribute make another call that is sound
         others = [place for place in places if not pieces[place][0].startswith(" string")]
         other = rng.choice(others)
+        if any(
+            pieces[place + 1 :] and pieces[place + 1][0].startswith(pieces[place][0])
+            for place in (at, other)
+        ):
+            # the value begins with the mark that is lost before it, so nothing is lost
+            return damaged
         damaged[at], damaged[other] = pieces[other], pieces[at]
         return damaged
     damaged[at] = (

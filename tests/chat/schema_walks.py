@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from typing import Any
 from urllib.parse import quote
 
@@ -44,7 +43,6 @@ class Walker:
         self._backend = Backend.from_file(str(demo_model_path() / "tokenizer.json"))
         self._tokenizer = llguidance.LLTokenizer(self._backend.to_str())
         self._values, self._ends = map(self._encode, (_VALUES, _ENDS))
-        (self._quote,) = self._encode(('"',))
 
     def _encode(self, texts: tuple[str, ...]) -> list[list[int]]:
         return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
@@ -52,11 +50,6 @@ class Walker:
     def error(self, grammar: str) -> str:
         """Error of llguidance in a grammar, empty for a good one."""
         return str(llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer))
-
-    def _is_in_string(self, taken: list[int]) -> bool:
-        """Return True inside of a string of a JSON value, in which no mark ends anything."""
-        value = re.split('<arg_value>|string="false">', self._tokenizer.decode_str(taken))[-1]
-        return value[:1] in ("[", "{") and value.replace('\\"', "").count('"') % 2 == 1
 
     def accepts(self, grammar: str, text: str) -> bool:
         """Return True if a grammar allows a whole text."""
@@ -78,8 +71,6 @@ class Walker:
             is_late = len(taken) > 100
             hints = self._ends if rng.random() < (0.9 if is_late else 0.4) else self._values
             ids = rng.choice(hints)
-            if hints is self._ends and ids != self._quote and self._is_in_string(taken):
-                ids = self._quote
             if rng.random() < 0.2 or matcher.validate_tokens(ids) < len(ids):
                 bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
                 allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))

@@ -142,6 +142,19 @@ def test_numbers_of_arguments(tool_format: str, count: dict[str, int]) -> None:
         assert {len(made) for made in forced(tool_format, schema, num=12)} >= {2}
 
 
+def test_no_number_of_properties_that_other_schemas_list() -> None:
+    """llguidance does not count optional properties, whichever schema lists them."""
+    part = {"properties": {name: INTEGER for name in "abc"}}
+    for schema in (
+        {"maxProperties": 1, "oneOf": [part]},
+        {"allOf": [{"maxProperties": 1}, {"anyOf": [part]}]},
+        {"$ref": "#/$defs/one", "$defs": {"one": {"maxProperties": 1}}, **part},
+        {"properties": {"k": {"minProperties": 1, "allOf": [part]}}, "required": ["k"]},
+    ):
+        with pytest.raises(ValueError, match="Properties: optional properties are not counted"):
+            forced("deepseek_v31", schema)
+
+
 @ANY_FORMAT
 def test_references_mean_the_root(tool_format: str) -> None:
     schema: dict[str, Any] = {"properties": {"leaf": INTEGER, "tree": {"$ref": "#"}}}

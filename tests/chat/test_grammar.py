@@ -10,6 +10,7 @@ import pytest
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import TOOL_FORMATS, AnswerFormat, OutputParser
 from fd_dsa.config import demo_model_path
+from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from tests.chat.recorded import RECORDED, SCHEMAS
@@ -22,7 +23,8 @@ WALKS = Walks(Tokenizer.from_folder(demo_model_path()))
 
 def accepts(grammar: str, text: str, after_text: str | None = None) -> tuple[bool, bool]:
     """Whether a grammar allows a text so far, and whether it may end there."""
-    return WALKS.accepts(StructuredOutputsParams(grammar=grammar, after_text=after_text), text)
+    reasoning = None if after_text is None else Reasoning("", after_text)
+    return WALKS.accepts(StructuredOutputsParams(grammar=grammar), text, reasoning=reasoning)
 
 
 def grammar(tool_format: str, schemas: dict[str, Any] = SCHEMAS, **kwargs: Any) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import THINK_END, TOOL_FORMATS, AnswerFormat, OutputParser
+from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from tests.chat.recorded import SCHEMAS
 from tests.chat.test_grammar import ANSWERS
@@ -49,39 +50,42 @@ def in_pieces(walks: Walks, text: str) -> list[int]:
     return [i for char in text for i in walks.tokenizer.encode(char, add_special_tokens=False)]
 
 
-def answer_of(tool_format: str, in_reasoning: bool, schemas: dict[str, Any]) -> AnswerFormat:
-    """The format of an answer."""
+# texts before the answer, by how the answer begins
+BEFORE = {"none": "", "opened": f"{THOUGHTS}{THINK_END}", "own": f"<think>{THOUGHTS}{THINK_END}"}
+
+
+def answer_of(tool_format: str, begins: str, schemas: dict[str, Any]) -> AnswerFormat:
+    """The format of an answer; "none": of a model that never reasons."""
     known = next(known for known in TOOL_FORMATS.values() if known.name == tool_format)
-    return AnswerFormat(True, in_reasoning, known, schemas)
+    return AnswerFormat(begins != "none", begins == "opened", known, schemas)
 
 
 def fields_of(walks: Walks, answer: AnswerFormat) -> dict[str, Any]:
-    """Parameters of a request, as the server sets them for an answer."""
-    special = walks.tokenizer.special_ids_of(answer.markers)
-    return {"kept_special_token_ids": frozenset(special.values())}
+    """Parameters of a request, as the server sets them; an argument contains </think>."""
+    special = walks.tokenizer.special_ids_of((*answer.markers, THINK_END))
+    return {
+        "kept_special_token_ids": frozenset(special.values()),
+        "reasoning": Reasoning.of(answer),
+    }
 
 
-@pytest.mark.parametrize("in_reasoning", [False, True], ids=["", "reasoning"])
+@pytest.mark.parametrize("begins", BEFORE)
 @pytest.mark.parametrize("tool_format", FORMATS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_allowed_tokens_are_calls(kind: str, tool_format: str, in_reasoning: bool) -> None:
+def test_any_allowed_tokens_are_calls(kind: str, tool_format: str, begins: str) -> None:
     """Random tokens under the masks are calls, and so is the tokenizer's way to write them."""
-    walks, rng = walks_of(kind), np.random.default_rng(in_reasoning)
-    answer = answer_of(tool_format, in_reasoning, BOUNDED)
+    walks, rng = walks_of(kind), np.random.default_rng(len(begins))
+    answer, before = answer_of(tool_format, begins, BOUNDED), BEFORE[begins]
     kept = fields_of(walks, answer)
-    after = THINK_END if in_reasoning else None
     grammar = forced_calls_grammar(tool_format, BOUNDED, several=True)
-    form = StructuredOutputsParams(grammar=grammar, after_text=after)
+    form = StructuredOutputsParams(grammar=grammar)
     for _ in range(2):
         matcher = walks.begin(form, **kept)
-        token_ids: list[int] = []
-        if in_reasoning:
-            token_ids = walks.tokenizer.encode(THOUGHTS, add_special_tokens=False)
-            if rng.random() < 0.5:
-                token_ids += in_pieces(walks, THINK_END)
-            else:
-                token_ids += walks.tokenizer.encode(THINK_END, add_special_tokens=False)
-            assert walks.take(matcher, token_ids) == len(token_ids)
+        # markers as one token if they have one, or letter by letter
+        in_letters = functools.partial(in_pieces, walks)
+        in_tokens = functools.partial(walks.tokenizer.encode, add_special_tokens=False)
+        token_ids = (in_letters if rng.random() < 0.5 else in_tokens)(before)
+        assert walks.take(matcher, token_ids) == len(token_ids)
         token_ids += walks.wander(matcher, rng, 2000)
         assert matcher.is_finished and matcher.error is None
         if token_ids[-1] == walks.eos:
@@ -89,25 +93,26 @@ def test_any_allowed_tokens_are_calls(kind: str, tool_format: str, in_reasoning:
         text = walks.tokenizer.decode(token_ids, kept=kept["kept_special_token_ids"])
         message = OutputParser(answer).parse(text)
         assert message.content == "" and message.tool_calls
-        assert message.reasoning == (THOUGHTS if in_reasoning else "")
+        assert message.reasoning == (THOUGHTS if before else "")
         for call in message.tool_calls:
             jsonschema.validate(json.loads(call.arguments), BOUNDED[call.name])
         assert walks.accepts(form, text, **kept) == (True, True)
 
 
-@pytest.mark.parametrize("in_reasoning", [False, True], ids=["", "reasoning"])
+@pytest.mark.parametrize("begins", BEFORE)
 @pytest.mark.parametrize(("tool_format", "calls"), ANSWERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_calls_as_models_write_them(
-    kind: str, tool_format: str, calls: str, in_reasoning: bool
-) -> None:
+def test_calls_as_models_write_them(kind: str, tool_format: str, calls: str, begins: str) -> None:
     """The tokenizer's tokens of a whole answer, and those of its letters."""
-    walks, answer = walks_of(kind), answer_of(tool_format, in_reasoning, SCHEMAS)
+    walks, answer = walks_of(kind), answer_of(tool_format, begins, SCHEMAS)
     grammar = forced_calls_grammar(tool_format, SCHEMAS, several=True)
-    form = StructuredOutputsParams(grammar=grammar, after_text=THINK_END if in_reasoning else None)
+    form = StructuredOutputsParams(grammar=grammar)
     fields = fields_of(walks, answer)
-    text = f"{THOUGHTS}{THINK_END}{calls}" if in_reasoning else calls
+    text = BEFORE[begins] + calls
     assert walks.accepts(form, text, **fields) == (True, True)
+    if begins == "own":
+        # a model that may reason does not have to
+        assert walks.accepts(form, calls, **fields) == (True, True)
     pieces, matcher = in_pieces(walks, text), walks.begin(form, **fields)
     assert walks.take(matcher, pieces) == len(pieces) and walks.may_end(matcher)
 
@@ -130,14 +135,16 @@ FORMS = {
 def test_forms_whose_texts_contain_markers(kind: str, form: str, after: str | None) -> None:
     """The tokens are the marker's own if the text shows them, or those of its letters."""
     walks = walks_of(kind)
-    asked = StructuredOutputsParams(**{**vars(FORMS[form]), "after_text": after})
+    asked, reasoning = FORMS[form], None if after is None else Reasoning("", after)
     text = f'"{TEXT}"' if FORMS[form].json is not None else TEXT
     before = "" if after is None else f"So {THINK_END}"
     special = walks.tokenizer.special_ids_of(MARKERS)
     shown = {"kept_special_token_ids": frozenset(special.values())}
     for fields in (shown, {"skip_special_tokens": False}):
-        assert walks.accepts(asked, before + text, **fields) == (True, True)
-    pieces, matcher = in_pieces(walks, before + text), walks.begin(asked)
+        accepted = walks.accepts(asked, before + text, reasoning=reasoning, **fields)
+        assert accepted == (True, True)
+    pieces = in_pieces(walks, before + text)
+    matcher = walks.begin(asked, reasoning=reasoning)
     assert walks.take(matcher, pieces) == len(pieces) and walks.may_end(matcher)
     if special and after is None:
         # the text would lose the tokens

@@ -69,6 +69,7 @@ def test_text_that_is_no_call_stays_content(tool_format: str, text: str) -> None
     ("tool_format", "text", "arguments"),
     [
         (V31, f"{_V31_HEAD} {_V31_END}", "{}"),
+        (V31, f'{_V31_HEAD}{" " * 40}{{"k": 1}}{" " * 40}{_V31_END}', '{"k": 1}'),
         (V31, f'{_V31_HEAD}{{"k": "{_V31_END}"}}{_V31_END}', f'{{"k": "{_V31_END}"}}'),
         (V31, f'{_V31_HEAD}{{"k": "a\nb"}}{_V31_END}', '{"k": "a\\nb"}'),
         (V31, f'{_V31_HEAD}{{"k": 1}}', '{"k": 1}'),
@@ -154,6 +155,26 @@ def test_a_repair_must_fit_the_schema() -> None:
     text = text.replace("days", "zip")
     arguments = '{"city": "use <arg_key>zip</arg_key><arg_value> as shown"}'
     assert parser(GLM).parse(text).tool_calls == (ToolCall("get_weather", arguments),)
+
+
+@pytest.mark.parametrize("filler", ["", _LONG])
+def test_marks_in_strings_of_json(filler: str) -> None:
+    """A string of JSON goes on after a mark, unless it has no end."""
+    value = f'{{"a": "{filler}</arg_value></tool_call> \\"'
+    text = f'{_GLM_HEAD}{value}"}}{_GLM_END}{_GLM_HEAD}"x{_GLM_END}'
+    calls = (ToolCall("f", f'{{"k": {value}"}}}}'), ToolCall("f", '{"k": "\\"x"}'))
+    assert parser(GLM).parse(text) == Message("", "", calls)
+    assert in_pieces(parser(GLM), list(text)) == Message("", "", calls)
+    # the answer may end inside of the string
+    begun = Message("", "", (ToolCall("f", '{"k": '),))
+    assert in_pieces(parser(GLM), list(f"{_GLM_HEAD}{value}"), is_cut=True) == begun
+    text = f'{_GLM_HEAD}["{filler}{_GLM_END} And'
+    calls = (ToolCall("f", json.dumps({"k": f'["{filler}'})),)
+    if not filler:
+        assert in_pieces(parser(GLM), list(text)) == Message("And", "", calls)
+    else:
+        # too much of the call is out
+        assert in_pieces(parser(GLM), list(text)).tool_calls == begun.tool_calls
 
 
 def test_the_other_call_of_a_damaged_one_is_returned() -> None:

@@ -95,7 +95,7 @@ def expected_greedy(prompt: list[int], num_tokens: int, eos: int | None = EOS) -
 class Conversation:
     """A chat template that joins the texts of all messages."""
 
-    source = "plain"
+    source, model_type = "plain", None
 
     def render(self, messages: list[dict], add_generation_prompt: bool, **_: object) -> str:
         """The prompt."""

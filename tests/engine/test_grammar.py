@@ -16,6 +16,7 @@ from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.grammar_matcher import GrammarMatcher
 from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.output import ConstraintError
+from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -194,10 +195,10 @@ def test_the_end_of_sequence_comes_only_where_the_form_is_complete():
 
 def test_a_form_may_begin_behind_a_token():
     end = id_of("!")
-    form = StructuredOutputsParams(regex="[ab]{3}", after_text="!")
+    form, fields = StructuredOutputsParams(regex="[ab]{3}"), {"reasoning": Reasoning("", "!")}
     num_cut = 0
     for seed in range(10):
-        (output,) = answers(form, seed=seed, logit_bias={end: 3.0, EOS: 3.0})
+        (output,) = answers(form, seed=seed, logit_bias={end: 3.0, EOS: 3.0}, **fields)
         assert EOS not in output.token_ids
         before, mark, after = output.text.partition("!")
         if mark:
@@ -205,19 +206,18 @@ def test_a_form_may_begin_behind_a_token():
             assert output.finish_reason == "stop"
             num_cut += re.fullmatch("[ab]*", before) is None
     assert num_cut > 5
-    with pytest.raises(ValueError, match="guided_it has after_text ''; it must be a non-empty"):
-        StructuredOutputsParams(regex="a", after_text="", source="guided_it")
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from([*map(id_of, "abc!"), EOS, -1]), max_size=4), st.integers(0, 5))
 def test_masks_after_drafts_are_those_after_tokens(drafts, min_tokens):
     """As far as drafts may come; what follows is free, and no draft is taken."""
-    form = StructuredOutputsParams(regex="(a[bc]?)*", after_text="!")
+    form = StructuredOutputsParams(regex="(a[bc]?)*")
     bad = BadWords(["ca"], [[id_of("c"), id_of("a")]])
     compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
     output, rule = [], SamplingParams(min_tokens=min_tokens, max_tokens=9)
-    rules = LogitRules(rule, [5], output, bad, [EOS], GrammarMatcher(compiler, params(form)))
+    matcher = GrammarMatcher(compiler, params(form, reasoning=Reasoning("", "!")))
+    rules = LogitRules(rule, [5], output, bad, [EOS], matcher)
     output.append(id_of("!"))
     rules.grammar.accept(output[-1])
     found = rules.masks(VOCAB_SIZE, drafts)

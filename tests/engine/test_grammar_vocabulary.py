@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from fd_dsa.engine.detokenizer import new_detokenizer
 from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.reasoning import AnswerStart, Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -135,37 +137,71 @@ def test_a_tokenizer_without_texts_turns_forms_off_only(
         compiler.check(SamplingParams(structured_outputs=asked))
 
 
-def test_a_hidden_token_may_be_the_text_that_a_form_comes_after() -> None:
-    walks = Walks(demo_with(("</think>",)))
-    form = StructuredOutputsParams(choice=["yes"], after_text="</think>")
-    for text, fields in (("So</think>yes", {}), ("</think>yes", {"skip_special_tokens": False})):
-        assert walks.accepts(form, text, **fields) == (True, True)
-        assert walks.accepts(form, text[:-1] + "x", **fields) == (False, False)
+def test_special_tokens_around_the_reasoning_are_shown() -> None:
+    walks = Walks(demo_with(("<think>", "</think>")))
+    form = StructuredOutputsParams(choice=["yes"])
+    for reasoning, text in (
+        (Reasoning(), "So</think>yes"),
+        (Reasoning("<think>"), "<think>So</think>yes"),
+        (Reasoning("<think>"), "yes"),
+    ):
+        assert walks.accepts(form, text, reasoning=reasoning) == (True, True)
+        assert walks.accepts(form, text[:-1] + "x", reasoning=reasoning) == (False, False)
 
 
 WALKS = Walks(TOKENIZER)
-_LETTERS = TOKENIZER.encode("abcx!<>/", add_special_tokens=False)
+_PIECES = [*"abcx!<>/ ", "ab", " a", "\n<", "b!", "</think>"]
+_DRAFTS = sorted({i for text in _PIECES for i in TOKENIZER.encode(text, add_special_tokens=False)})
+_FORM = re.compile(" ?(ab?[!x]?)*")
 
 
-@settings(max_examples=60, deadline=None)
+def _is_allowed(before: str, token: str, reasoning: Reasoning) -> bool:
+    """Return True if a text may follow another one, by a search in the whole text."""
+    text, begin = before + token, reasoning.begin
+    stripped = text.lstrip()
+    if begin and not stripped.startswith(begin):
+        # every beginning of a text of this form has the form
+        space = text[: len(text) - len(stripped)]
+        may_begin = begin.startswith(stripped) and bool(stripped) and _FORM.fullmatch(space)
+        return bool(_FORM.fullmatch(text) or may_begin)
+    _, found, rest = stripped.removeprefix(begin).partition(reasoning.end)
+    return not found or _FORM.fullmatch(rest) is not None
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    after=st.sampled_from(["!", "ab", "aba", "<x>", "</x>"]),
-    drafts=st.lists(st.sampled_from([*_LETTERS, *TOKENIZER.encode("ab</think>")]), max_size=12),
+    begin=st.sampled_from(["", "", "<", "ab", "a", "!<x"]),
+    end=st.sampled_from(["!", "ab", "aba", "<x>", "</x>"]),
+    drafts=st.lists(st.sampled_from(_DRAFTS), max_size=12),
 )
-def test_a_form_begins_after_the_first_of_a_text(after: str, drafts: list[int]) -> None:
-    """Masks, accepted tokens and drafts agree with a search in the whole text."""
-    form = StructuredOutputsParams(regex="(ab?[!x]?)*", after_text=after)
-    matcher = WALKS.begin(form)
+def test_a_form_begins_with_the_answer(begin: str, end: str, drafts: list[int]) -> None:
+    """Masks, accepted tokens and drafts agree with a search, and with the rules of the answer."""
+    reasoning = Reasoning(begin, end)
+    matcher = WALKS.begin(StructuredOutputsParams(regex=_FORM.pattern), reasoning=reasoning)
+    start = AnswerStart(reasoning, new_detokenizer(TOKENIZER))
     taken: list[int] = []
     for number, token_id in enumerate(drafts):
-        text = TOKENIZER.decode([*taken, token_id])
-        _, found, rest = text.partition(after)
-        # every beginning of a text of this form has the form
-        may_come = not found or re.fullmatch("(ab?[!x]?)*", rest) is not None
+        before = TOKENIZER.decode(taken)
+        may_come = _is_allowed(before, TOKENIZER.decode([token_id]), reasoning)
         assert WALKS.may_come(matcher, token_id) is may_come
         assert (matcher.count_allowed(drafts[number:]) > 0) is may_come
-        assert WALKS.may_come(matcher, EOS) is (after in TOKENIZER.decode(taken))
+        is_answer = start.index is not None and (start.index > 0 or _FORM.fullmatch(before))
+        assert WALKS.may_come(matcher, EOS) is bool(is_answer)
         if not may_come:
             break
         matcher.accept(token_id)
         taken.append(token_id)
+        start.append_draft(token_id, len(taken))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    begin=st.sampled_from(["", "<", "ab"]),
+    drafts=st.lists(st.sampled_from(_DRAFTS), max_size=12),
+)
+def test_drafts_are_counted_as_they_are_accepted(begin: str, drafts: list[int]) -> None:
+    fields = {"reasoning": Reasoning(begin, "!")}
+    form = StructuredOutputsParams(regex=_FORM.pattern)
+    one = WALKS.begin(form, **fields)
+    num_allowed = one.count_allowed(drafts)
+    assert WALKS.take(one, drafts) == num_allowed

@@ -16,6 +16,7 @@ from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.grammar_process import GrammarProcess, Pending
 from fd_dsa.engine.output import ConstraintError, RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
+from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -65,7 +66,10 @@ KINDS: list[dict[str, Any]] = [
     {"structured_outputs": FORMS["lark"], "max_tokens": 2, "n": 3},
     {"structured_outputs": FORM, "stop": "cd", "min_tokens": 2, "n": 2},
     {"structured_outputs": FORM, "max_tokens": 8, "logprobs": 0, "n": 3},
-    {"structured_outputs": replace(FORM, after_text="</think>"), "logit_bias": {THINK_END: 5.0}},
+    {"structured_outputs": FORM, "reasoning": Reasoning("", "</think>"),
+     "logit_bias": {THINK_END: 5.0}},
+    {"structured_outputs": FORM, "reasoning": Reasoning("<think>", "</think>"),
+     "logit_bias": {THINK_END: 5.0}, "n": 3},
     {"structured_outputs": StructuredOutputsParams(regex="(ab[ab]){12}"), "temperature": 0.0},
     {"ignore_eos": True},
 ]  # fmt: skip
@@ -115,6 +119,26 @@ def test_late_masks_change_no_output(
     for key, output in found.items():
         for field in ("token_ids", "text", "finish_reason", "stop_reason", "logprobs"):
             assert getattr(output, field) == getattr(in_time[key], field), (key, field)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.7])
+def test_late_masks_change_nothing_in_an_engine_without_room(lateness: Any, share: float) -> None:
+    """An output of 50 tokens needs all blocks, and a step has fewer tokens than rows."""
+    found = []
+    for is_late in (False, True):
+        late = lateness(2, share if is_late else 0.0)
+        engine = make_engine(num_blocks=13, max_num_seqs=3, budget=2)
+        for number, name in enumerate(("schema", "lark", "object")):
+            params = SamplingParams(
+                max_tokens=50, n=2, seed=20 + number, structured_outputs=FORMS[name]
+            )
+            engine.add_request(name, [5, 6, 7], params)
+        ends = [
+            one for outputs in run_all(engine, 20_000).values() for one in outputs if one.finished
+        ]
+        found.append({(e.request_id, e.index): (e.token_ids, e.finish_reason) for e in ends})
+    assert late and found[0] == found[1]
+    assert max(len(token_ids) for token_ids, _ in found[0].values()) == 50
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

@@ -124,6 +124,20 @@ def test_chat_uses_the_template_and_fills_the_context():
     assert [*llm.chat(messages, GREEDY, stream=True)][-1].token_ids == several[0].token_ids
 
 
+def test_markers_in_messages_of_a_chat_are_text_unless_allowed():
+    plain = byte_tokenizer()
+    engine = make_engine()
+    source = "<bos>{{ messages[0].content }}"
+    engine.tokenizer = Tokenizer(plain._backend, plain.special_tokens, ChatTemplate(source, {}))
+    llm = LLM.from_engine(engine)
+    (bos,) = plain.encode("<bos>", add_special_tokens=False)
+    for allows in (False, True):
+        (output,) = llm.chat(
+            [{"role": "user", "content": "a<bos>b"}], GREEDY, allow_special_tokens_in_text=allows
+        )
+        assert output.prompt_token_ids.count(bos) == 1 + allows
+
+
 def test_chat_hands_tools_and_variables_to_the_template():
     source = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{{ letters }}"
     source += "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'L' * add_generation_prompt }}"

@@ -11,6 +11,7 @@ import pytest
 from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
+from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Drafter, Speculator
 from fd_dsa.engine.step_costs import StepCosts, measure_steps
@@ -19,6 +20,7 @@ from tests.engine.byte_model import TOKENIZER, VOCAB_SIZE, make_engine
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import run_all
 
+OPEN = TOKENIZER.encode("<", add_special_tokens=False)[0]
 THINK_END = TOKENIZER.encode("</think>", add_special_tokens=False)[0]
 JSON = StructuredOutputsParams(json={"type": "array", "items": {"enum": ["a", 12, True]}})
 # letters are likelier, so that stop strings and bad words come
@@ -34,8 +36,11 @@ KINDS: list[dict[str, Any]] = [
     {"stop_token_ids": list(range(200, 300)), "ignore_eos": True, "temperature": 1},
     {"stop_token_ids": list(range(100, 300)), "min_tokens": 11},
     {"structured_outputs": JSON, "logprobs": 1},
-    {"structured_outputs": StructuredOutputsParams(json=JSON.json, after_text="</think>"),
+    {"structured_outputs": JSON, "reasoning": Reasoning("", "</think>"),
      "logit_bias": {THINK_END: 5.0}, "max_tokens": 60},
+    # half of the outputs open a reasoning of their own
+    {"structured_outputs": JSON, "reasoning": Reasoning("<", "</think>"), "n": 2,
+     "logit_bias": {THINK_END: 5.0, OPEN: 4.0}, "max_tokens": 60, "stop": ["]]"]},
     {"prompt_logprobs": 2, "max_tokens": 9},
     {"speculative": False},
 ]  # fmt: skip

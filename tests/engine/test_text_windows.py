@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fd_dsa.cancellation import Cancelled, cancelled_by
 from fd_dsa.engine import text_windows
 from fd_dsa.engine.text_windows import WINDOW_CHARS, TooManyTokens, encode_text
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -102,6 +103,21 @@ def test_a_text_is_given_up_when_it_has_too_many_tokens(kind):
         with pytest.raises(TooManyTokens) as caught:
             encode(kind, text, True, max_tokens=num_tokens - 1, **options)
         assert caught.value.num_tokens <= num_tokens
+
+
+def test_a_text_is_not_read_further_when_its_client_leaves(monkeypatch):
+    stop, windows = threading.Event(), []
+    window = text_windows._Window
+
+    def read(*args):
+        windows.append(window(*args))
+        stop.set()
+        return windows[-1]
+
+    monkeypatch.setattr(text_windows, "_Window", read)
+    with cancelled_by(stop), pytest.raises(Cancelled):
+        encode("deepseek", "fox " * 9_000, True, window_chars=2_000)
+    assert len(windows) == 1
 
 
 def test_what_is_left_of_a_text_is_not_read(monkeypatch):

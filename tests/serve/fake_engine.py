@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fd_dsa.chat.renderers import NO_TEMPLATE
@@ -31,6 +31,18 @@ PLAIN = ChatTemplate(
 )
 
 
+class NoControlTokens:
+    """Control tokens of a tokenizer that makes none from a text."""
+
+    def find(self, text: str) -> Iterator[tuple[int, int]]:
+        """None."""
+        return iter(())
+
+    def texts_in(self, text: str) -> set[str]:
+        """None."""
+        return set()
+
+
 class FakeTokenizer:
     """One token per byte, and 256 for a special one.
 
@@ -40,6 +52,7 @@ class FakeTokenizer:
     """
 
     vocab_size = 257
+    control_tokens = NoControlTokens()
 
     def __init__(
         self,
@@ -53,7 +66,11 @@ class FakeTokenizer:
         self._special_ids = dict(special_ids or {})
 
     def encode(
-        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        masked: str | None = None,
     ) -> list[int]:
         """UTF-8 bytes, after a 256 for a special token; nothing for an empty text."""
         ids = [256] * (add_special_tokens and text != "") + list(text.encode())

@@ -12,6 +12,7 @@ from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.llm import LLM
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner.input_batch import InputBatch
 from tests.engine.byte_model import EOS, VOCAB_SIZE, all_bytes_tokenizer
 from tests.engine.fakes import FakeRunner
@@ -87,6 +88,11 @@ CASES: list[tuple[dict[str, Any], str | None, str, str | None]] = [
     ({"bad_words": ["O"], **ON, **FIRST}, "a ST~P", "\n\nAn ST~P b ST~P", None),
     # with a form, which begins after the reasoning too
     ({"guided_choice": [ALL], "stop": "STOP", **ON}, "a STOP", "\n\nAn ", "STOP"),
+    ({"guided_choice": [ALL], "stop": "STOP"}, "a STOP", "\n\nAn ", "STOP"),
+    ({"guided_choice": [ALL], **ON, **FIRST}, "a STOP", ALL, None),
+    ({"guided_choice": [ALL], **FIRST}, "a STOP", ALL, None),
+    ({"guided_choice": [ALL], "stop": "STOP", **FIRST}, "a ", "", "STOP"),
+    ({"guided_choice": ["<b>"]}, "a STOP", "<b>", None),
     ({"guided_regex": "[^O]*", "bad_words": ["S"], **ON}, "a STOP", "\n\nAn ~T~P b ~T~P", None),
     ({"messages": [HI, BEGUN], "stop": "STOP"}, " STOP", "\n\nAn ", "STOP"),
     ({"messages": [HI, THOUGHT], "stop": "STOP"}, None, " ", "STOP"),
@@ -134,5 +140,10 @@ def test_conversations_without_a_server() -> None:
         assert text() == PLAN + "\n\nAn "
         assert text(**thinking) == PLAN.removeprefix("<think>") + "\n\nAn "
         assert text(**thinking, constrain_reasoning=True) == "a "
+        form = StructuredOutputsParams(choice=["yes", "\n\nno"])
+        asked = SamplingParams(temperature=0, max_tokens=90, structured_outputs=form)
+        assert llm.chat([HI], asked)[0].text == PLAN + "\n\nno"
+        (output,) = llm.chat([HI], asked, **thinking, constrain_reasoning=True)
+        assert output.text == PLAN.removeprefix("<think>") + "\n\nno"
         (output,) = llm.chat([HI, BEGUN], params, continue_final_message=True)
         assert output.text == " STOP</think>\n\nAn "

@@ -44,7 +44,14 @@ def test_the_command_line_goes_before_variables_before_the_file_before_defaults(
 
 
 SWITCHES = (
-    *("download", "dry-run", "trust-request-chat-template", "disable-ui", "enable-prefix-caching"),
+    *(
+        "download",
+        "dry-run",
+        "trust-request-chat-template",
+        "allow-special-tokens-in-text",
+        "disable-ui",
+        "enable-prefix-caching",
+    ),
     *("async-scheduling", "enable-chunked-prefill", "enforce-eager"),
     *("allow-unknown-config-fields", "enable-expert-parallel", "log-requests"),
     "log-json",

@@ -61,14 +61,14 @@ def serving(kind: str, tool_format: str) -> Iterator[Live]:
         yield live
 
 
-def ask(live: Live, kind: str, **fields: Any) -> list[dict[str, Any]]:
-    """Choices of some answers whose reasoning ends soon."""
+def body_of(kind: str, **fields: Any) -> dict[str, Any]:
+    """A request for some answers whose reasoning ends soon."""
     tokenizer = tokenizer_of(kind)
     (end,) = tokenizer.encode(THINK_END, add_special_tokens=False)
     # about every fifth token ends the reasoning
     likely = math.log(tokenizer.highest_token_id) - 1
     thinking = {"thinking": True, "enable_thinking": True}
-    body = {
+    return {
         "messages": [{"role": "user", "content": "Hi"}],
         "tools": TOOLS,
         "chat_template_kwargs": thinking,
@@ -78,6 +78,11 @@ def ask(live: Live, kind: str, **fields: Any) -> list[dict[str, Any]]:
         "seed": 3,
         **fields,
     }
+
+
+def ask(live: Live, kind: str, **fields: Any) -> list[dict[str, Any]]:
+    """Choices of the answers to `body_of`."""
+    body = body_of(kind, **fields)
     answer = live.http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
     choices: list[dict[str, Any]] = answer.json()["choices"]
@@ -128,7 +133,7 @@ def test_with_auto_an_answer_is_a_call_or_has_the_form(kind: str, tool_format: s
     with serving(kind, tool_format) as live:
         for form, has_form in FORMS:
             calls = 0
-            choices = ask(live, kind, n=8, **form)
+            choices = ask(live, kind, n=16, **form)
             for choice in choices:
                 if choice["message"].get("tool_calls"):
                     check_calls(choice)
@@ -148,13 +153,14 @@ def test_a_refusal_names_the_form_or_the_tools() -> None:
         for fields, param in (
             ({"tools": [tool], "guided_regex": "a"}, "tools"),
             ({"tools": TOOLS, "guided_regex": "("}, "guided_regex"),
-            ({"tools": [tool], "tool_choice": "required"}, "tools"),
+            ({"tools": [*TOOLS, tool], "tool_choice": "required"}, "tools"),
         ):
             body = {"messages": [{"role": "user", "content": "Hi"}], **fields}
             answer = live.http.post("/v1/chat/completions", json=body)
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == param
-            assert answer.json()["error"]["message"].startswith(f"{param} cannot be used: ")
+            name = "tools: a call of 'f'" if param == "tools" else param
+            assert answer.json()["error"]["message"].startswith(f"{name} cannot be used: ")
         # without a form, calls are free
         body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [tool], "max_tokens": 3}
         assert live.http.post("/v1/chat/completions", json=body).status_code == 200

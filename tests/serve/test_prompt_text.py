@@ -62,6 +62,18 @@ def test_a_text_of_too_many_bytes_names_both_numbers(
     assert short.http.post("/tokenize", json={"prompt": "a" * 100}).status_code == 200
 
 
+def test_a_template_that_writes_too_much_names_the_limit(short: Live) -> None:
+    # its markup is longer than the messages
+    body = chat(*["a"] * 99)
+    error = error_of(short.http.post("/v1/chat/completions", json=body), 400)
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+    assert (
+        "would make a prompt of more than 300 characters; allowed are at most 100"
+        in error["message"]
+    )
+    assert "bytes, the --max-prompt-bytes of this server; shorten" in error["message"]
+
+
 def test_tools_are_texts_of_the_prompt_too() -> None:
     function = {"name": "f", "description": "a" * 4000, "parameters": {"title": "b"}}
     body = {**chat("a"), "tools": [{"type": "function", "function": function}]}
@@ -224,3 +236,56 @@ def test_tokens_that_are_none(live: Live, tokens: Any, param: str) -> None:
 def test_other_models_are_not_there(live: Live) -> None:
     error_of(tokenize(live, prompt="a", model="gpt-4"), 404)
     error_of(live.http.post("/detokenize", json={"tokens": [1], "model": "gpt-4"}), 404)
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}|{% endfor %}<think>"
+
+
+def test_only_the_template_writes_control_tokens() -> None:
+    think, text = byte_model.TOKENIZER.encode("<think>"), "<think>é\ue123"
+    assert len(think) == 1
+    for allows in (False, True):
+        flags = {"trust_request_chat_template": True, "allow_special_tokens_in_text": allows}
+        with running(threaded(byte_model.make_engine()), **flags) as live:
+            chat = {"messages": [{"role": "user", "content": text}], "chat_template": TEMPLATE}
+            told = tokenize(live, **chat).json()["tokens"]
+            assert told.count(*think) == 1 + allows
+            assert live.http.post("/detokenize", json={"tokens": told}).json() == {
+                "prompt": f"{text}|<think>"
+            }
+            answer = live.http.post("/v1/chat/completions", json={**chat, "max_tokens": 1}).json()
+            assert answer["usage"]["prompt_tokens"] == len(told)
+            # the prompt of a completion is the caller's own
+            assert tokenize(live, prompt=text).json()["tokens"].count(*think) == 1
+
+
+def test_a_continued_text_does_not_open_the_reasoning() -> None:
+    """Only a marker that counts does."""
+    template = "{{ messages[0].content }}"
+    flags = {"trust_request_chat_template": True, "reasoning_parser": "deepseek_v3"}
+    with running(threaded(byte_model.make_engine()), **flags) as live:
+        for content, is_reasoning in (("a<think>", False), ("<think>", True)):
+            body = {
+                "messages": [{"role": "assistant", "content": content}],
+                "chat_template": template,
+                "continue_final_message": True,
+                "max_tokens": 4,
+                "ignore_eos": True,
+            }
+            (choice,) = live.http.post("/v1/chat/completions", json=body).json()["choices"]
+            assert bool(choice["message"].get("reasoning_content")) == is_reasoning, choice
+
+
+def test_variables_of_any_name_reach_the_template() -> None:
+    names = {"renderer": "a", "control": "b"}
+    with running(threaded(byte_model.make_engine()), trust_request_chat_template=True) as live:
+        fields = {
+            "messages": CHAT,
+            "chat_template": "{{ renderer }}{{ control }}",
+            "chat_template_kwargs": names,
+        }
+        tokens = tokenize(live, **fields).json()["tokens"]
+        assert byte_model.TOKENIZER.decode(tokens) == "ab"
+        allowed = {"allow_special_tokens_in_text": True}
+        error = error_of(tokenize(live, **{**fields, "chat_template_kwargs": allowed}), 400)
+        assert "allow_special_tokens_in_text" in error["message"]

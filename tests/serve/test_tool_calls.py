@@ -10,6 +10,7 @@ import pytest
 
 from fd_dsa.chat.deepseek_encoding import DeepseekV4Encoding, DeepseekV32Encoding
 from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.engine.reasoning import Reasoning
 from tests.chat import templates
 from tests.chat.recorded import RECORDED, TOOLS, Recorded
 from tests.chat.v4_oracle import PLACEHOLDERS
@@ -315,7 +316,7 @@ def test_forced_calls_have_a_grammar(choice: Any, v32: Live) -> None:
     form = params.structured_outputs
     assert form.source == "tools"
     assert ("get_weather" in form.grammar) is (choice == "required")
-    assert form.after_text == "</think>"
+    assert params.reasoning == Reasoning("", "</think>")
     # the form of content, which a forced call has not
     v32.client.chat.completions.create(
         **asked(V32, tool_choice=choice, response_format={"type": "json_object"})
@@ -355,7 +356,7 @@ def test_every_form_comes_after_the_reasoning(
     body = {"messages": HI, "chat_template_kwargs": {"thinking": thinking}, **fields}
     assert v32.http.post("/v1/chat/completions", json=body).status_code == 200
     _, params = list(v32.engine.requests.values())[-1]
-    assert params.structured_outputs.after_text == ("</think>" if thinking else None)
+    assert params.reasoning == Reasoning("" if thinking else "<think>", "</think>")
 
 
 def test_a_model_without_a_form_of_tool_calls_refuses_tools() -> None:

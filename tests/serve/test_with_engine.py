@@ -165,4 +165,4 @@ def test_only_created_follows_the_clock_on_the_wall() -> None:
     files = (path for room in ("engine", "runner", "serve") for path in (root / room).rglob("*.py"))
     users = {path.name for path in files if "time.time" in path.read_text("utf-8")}
     # of answers, and of the model
-    assert users == {"answer.py", "state.py"}
+    assert users == {"answer.py", "responses.py", "state.py"}

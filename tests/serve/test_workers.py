@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fd_dsa.cancellation import Cancelled, check_cancelled
 from fd_dsa.serve.workers import ClientGone, Workers
 from tests.serve.conftest import TIMEOUT_S
 
@@ -54,6 +55,42 @@ def test_work_of_clients_that_left_is_dropped_and_the_rest_is_done() -> None:
         for _ in range(5):
             with pytest.raises(ZeroDivisionError):
                 await workers.run(lambda: 1 // 0)
+        workers.close()
+
+    asyncio.run(asyncio.wait_for(check(), TIMEOUT_S))
+
+
+def test_running_work_ends_when_its_client_leaves() -> None:
+    async def check() -> None:
+        workers = Workers("test", 1)
+        errors, running = list[BaseException](), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            loop.call_soon_threadsafe(running.set)
+            try:
+                while True:
+                    check_cancelled()
+            except Cancelled as error:
+                errors.append(error)
+                raise
+
+        leaving: Any = Client()
+        gone = asyncio.create_task(workers.run(work, request=leaving))
+        await running.wait()
+        running.clear()
+        leaving.left.set()
+        with pytest.raises(ClientGone):
+            await gone
+        # a caller that is cancelled needs the result no more either
+        cancelled = asyncio.create_task(workers.run(work))
+        await running.wait()
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        # the thread is free again, for work that is not cancelled
+        assert await workers.run(lambda: check_cancelled() or "done") == "done"
+        assert len(errors) == 2
         workers.close()
 
     asyncio.run(asyncio.wait_for(check(), TIMEOUT_S))

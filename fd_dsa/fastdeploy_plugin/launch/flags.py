@@ -46,6 +46,9 @@ NO_COUNTERPART = {
     ),
     "tool_call_parser": _PARSERS.format("--tool-call-parser"),
     "reasoning_parser": _PARSERS.format("--reasoning-parser"),
+    "allow_special_tokens_in_text": (
+        "FastDeploy decides itself whether texts become control tokens; leave the flag out"
+    ),
     "trust_request_chat_template": "FastDeploy decides itself about templates of requests",
     "seed": (
         "FastDeploy's --seed is another thing: a request without a seed gets a random one there; "

@@ -1,0 +1,39 @@
+"""Cancellation of work that runs in a thread: the work asks if its result is still needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from fd_dsa.errors import FdDsaError
+
+_stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
+
+
+class Cancelled(FdDsaError):
+    """The result of this work is not needed any more."""
+
+
+@contextmanager
+def cancelled_by(stop: threading.Event) -> Iterator[None]:
+    """Cancel the work inside when another thread sets `stop`; see `check_cancelled`."""
+    token = _stop.set(stop)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
+
+
+def check_cancelled() -> None:
+    """End the work of this thread if its result is not needed any more.
+
+    Long loops call this between pieces of at most a few tenths of a second.
+
+    Raises:
+        Cancelled: the event of `cancelled_by` is set.
+    """
+    stop = _stop.get()
+    if stop is not None and stop.is_set():
+        raise Cancelled("the client has closed the connection")

@@ -1,0 +1,386 @@
+"""Prompts in which only the template writes control tokens.
+
+A tokenizer reads the marker of a control token, such as `<|user|>`, in any part of a prompt. So a
+client's text with this marker would begin a message of another role. `render_prompt` quotes each
+marker in such texts before the template runs: it puts one private character before and one after
+each character of the marker. No text of the conversation has these two characters, and they pass
+through the filters of a template. After rendering they show which markers the client wrote, and
+are removed.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+import random
+import re
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any, Protocol
+
+from fd_dsa.chat.budget import OverBudget
+from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, Arguments
+from fd_dsa.chat.template import ChatTemplate, with_read_arguments
+
+MASK = "¤"
+"""Replaces characters of quoted markers; no marker has it, and no normalizer changes it."""
+QUOTED_CHARS = 3
+"""Characters of a quoted character."""
+SEPARATOR = "\ufdd0"
+"""Between texts that are searched at once; begins a text for a normalizer."""
+# U+E000 and U+E001 mark where a final message goes on
+_PRIVATE = [chr(code) for code in range(0xE002, 0xF900)]
+# such a character in JSON and in Python's literals
+_ESCAPED = re.compile("u([ef][0-9a-f]{3})")
+# an answer of an earlier turn, with its reasoning before its content
+_REASONED = re.compile(rf"(\s*{THINK_BEGIN})(.*?)({THINK_END})(.*)", re.DOTALL)
+_BEGUN = re.compile(rf"(\s*{THINK_BEGIN})(.*)", re.DOTALL)
+# no client can predict which characters quote its texts
+_random = random.SystemRandom()
+
+# characters that are unquoted at once, which takes 100 bytes of memory each
+_CHUNK_CHARS = 1 << 16
+_Spans = array
+"""Half-open ranges of characters in order, as one row of numbers: a text may have millions."""
+
+
+class ControlFinder(Protocol):
+    """Finds markers of control tokens as a tokenizer does."""
+
+    def find(self, text: str) -> Iterator[tuple[int, int]]:
+        """Places of the markers; each `SEPARATOR` begins another text."""
+
+    def texts_in(self, text: str) -> Collection[str]:
+        """Distinct markers that the text has; takes less time than `find`."""
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """The text of a prompt.
+
+    Attributes:
+        text: as the template wrote it.
+        masked: of the same length, with `MASK` for each character of a marker that is text. The
+            markers in it are control tokens.
+    """
+
+    text: str
+    masked: str
+
+
+def render_prompt(
+    renderer: ChatTemplate,
+    control: ControlFinder | None,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool = True,
+    /,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    continue_final_message: bool = False,
+    **variables: Any,
+) -> RenderedPrompt:
+    """Render a conversation.
+
+    Texts of messages, tools and variables are text, but for the roles. In a message of the
+    assistant that begins with <think>, this marker and the first </think> after it are markers.
+
+    Args:
+        control: finds markers; None = all markers are control tokens, no matter who wrote them.
+        renderer, messages to variables: as in `ChatTemplate.render`.
+
+    Raises:
+        ValueError: as in `ChatTemplate.render`; or a text with markers uses up the characters that
+            quote them.
+    """
+    read = [with_read_arguments(message) for message in messages]
+    if control is None:
+        text = renderer.render(
+            read,
+            add_generation_prompt,
+            tools=tools,
+            continue_final_message=continue_final_message,
+            **variables,
+        )
+        return RenderedPrompt(text, text)
+    conversation = _Conversation(read, tools, variables, continue_final_message)
+
+    def render(marks: Mapping[str, _Spans[int]]) -> RenderedPrompt:
+        return conversation.render(renderer, add_generation_prompt, marks)
+
+    inside = _find_markers(control, conversation.texts)
+    prompt = render(inside)
+    # a marker may also be put together from several texts, at the template's borders
+    markers = control.texts_in(prompt.masked)
+    for overlaps in _overlaps(conversation.texts, markers):
+        try:
+            checked = render({**overlaps, **_joined(inside, overlaps)})
+        except OverBudget:
+            # a prompt that could not be checked is not taken
+            raise
+        except ValueError:
+            continue
+        # otherwise the template looks at these characters
+        if checked.text == prompt.text:
+            found, before = control.find(checked.masked), control.find(prompt.masked)
+            is_changed = any(a != b for a, b in itertools.zip_longest(found, before))
+            return checked if is_changed else prompt
+    return prompt
+
+
+class _Conversation:
+    """Messages, tools and variables of one prompt.
+
+    Attributes:
+        texts: distinct texts in it, names of fields included; not the roles.
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        goes_on: bool,
+    ) -> None:
+        self._messages = messages
+        self._tools = tools
+        self._variables = variables
+        self._goes_on = goes_on
+        values: list[Any] = [list(variables.values()), tools]
+        for message in messages:
+            written = self._written_fields(message)
+            values += (value for name, value in message.items() if name not in written)
+            values += (text for parts in written.values() for text in parts[1::2])
+            values += message.keys()
+        self.texts = list(dict.fromkeys(_texts(values)))
+
+    def render(
+        self, renderer: ChatTemplate, add_generation_prompt: bool, marks: Mapping[str, _Spans[int]]
+    ) -> RenderedPrompt:
+        """Render with these places of texts quoted."""
+        messages, tools, variables = self._messages, self._tools, self._variables
+        begin = end = ""
+        if marks:
+            begin, end = unused_characters([*self.texts, renderer.source], 2)
+            quoted = {text: _quote(text, spans, begin, end) for text, spans in marks.items()}
+            try:
+                messages = [self._change_message(message, quoted) for message in messages]
+                tools, variables = _change(tools, quoted), _change(variables, quoted)
+            except RecursionError as error:
+                raise ValueError("the values nest too deeply; send flatter ones") from error
+        try:
+            text = renderer.render(
+                messages,
+                add_generation_prompt,
+                tools=tools,
+                continue_final_message=self._goes_on,
+                **variables,
+            )
+        except OverBudget:
+            raise
+        except ValueError as error:
+            raise ValueError(_unquote(str(error), begin, end).text) from error
+        return _unquote(text, begin, end)
+
+    def _written_fields(self, message: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        """Fields with markers that count, each as markers and texts alternately."""
+        role, content = message.get("role"), message.get("content")
+        fields: dict[str, tuple[str, ...]] = {"role": (role,)} if isinstance(role, str) else {}
+        if role == "assistant" and isinstance(content, str):
+            answer = _REASONED.fullmatch(content)
+            if answer is None and self._goes_on and message is self._messages[-1]:
+                answer = _BEGUN.fullmatch(content)
+            if answer is not None:
+                fields["content"] = answer.groups()
+        return fields
+
+    def _change_message(
+        self, message: Mapping[str, Any], changes: Mapping[str, str]
+    ) -> dict[str, Any]:
+        written = self._written_fields(message)
+        changed: dict[str, Any] = {}
+        # in their order, because a template may go through the fields
+        for name, value in message.items():
+            parts = list(written.get(name, ()))
+            parts[1::2] = [changes.get(part, part) for part in parts[1::2]]
+            changed[changes.get(name, name)] = "".join(parts) if parts else _change(value, changes)
+        return changed
+
+
+def _texts(values: list[Any]) -> Iterator[str]:
+    """All texts in JSON values, names of fields included; `values` is used up."""
+    # without recursion: arguments of a call may nest as deeply as a JSON parser allows
+    while values:
+        value = values.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            values += value.keys()
+            values += value.values()
+            if isinstance(value, Arguments):
+                values.append(str(value))
+        elif isinstance(value, list | tuple):
+            values += value
+
+
+def _change(value: Any, changes: Mapping[str, str]) -> Any:
+    """A JSON value with texts replaced, names of fields included."""
+    if isinstance(value, str):
+        return changes.get(value, value)
+    if isinstance(value, Mapping):
+        changed = {_change(name, changes): _change(v, changes) for name, v in value.items()}
+        if isinstance(value, Arguments):
+            return Arguments(changed, _change(str(value), changes))
+        return changed
+    if isinstance(value, list | tuple):
+        return [_change(entry, changes) for entry in value]
+    return value
+
+
+def _find_markers(control: ControlFinder, texts: Sequence[str]) -> dict[str, _Spans[int]]:
+    """Places of whole markers, by text; texts without one are left out."""
+    # all texts at once, because most conversations have no marker
+    joined = SEPARATOR.join(texts)
+    found: dict[str, _Spans[int]] = {}
+    spans = control.find(joined) if control.texts_in(joined) else iter(())
+    span = next(spans, None)
+    begin = 0
+    for text in texts:
+        end = begin + len(text)
+        while span is not None and span[0] < end:
+            place = max(span[0] - begin, 0), min(span[1], end) - begin
+            found.setdefault(text, array("q")).extend(place)
+            span = next(spans, None)
+        begin = end + len(SEPARATOR)
+    return found
+
+
+def _overlaps(texts: Sequence[str], markers: Collection[str]) -> Iterator[dict[str, _Spans[int]]]:
+    """Places of texts that may be a part of one of the markers, after white space is stripped.
+
+    Yields:
+        First with texts from the middle of a marker, then without them; only if there are any.
+    """
+    heads, tails = _parts(frozenset(markers))
+    firsts, lasts = {marker[0] for marker in markers}, {marker[-1] for marker in markers}
+    longest = max(map(len, markers), default=0)
+    if longest < 2:
+        return
+    borders: dict[str, _Spans[int]] = {}
+    inner: dict[str, _Spans[int]] = {}
+    for text in texts:
+        core = text.strip()
+        begin, end = text.find(core), text.find(core) + len(core)
+        head, tail = core[: longest - 1], core[1 - longest :]
+        spans: list[tuple[int, int]] = []
+        if not lasts.isdisjoint(head):
+            sizes = [size for size in range(1, len(head) + 1) if head[:size] in heads]
+            spans += [(begin, begin + size) for size in sizes[-1:]]
+        if not firsts.isdisjoint(tail):
+            sizes = [size for size in range(1, len(tail) + 1) if tail[-size:] in tails]
+            spans += [(end - size, end) for size in sizes[-1:]]
+        if spans:
+            borders[text] = _merge(spans)
+        elif core and len(core) < longest and any(core in marker for marker in markers):
+            inner[text] = array("q", (begin, end))
+    if inner:
+        yield {**borders, **inner}
+    if borders:
+        yield borders
+
+
+@functools.lru_cache(16)
+def _parts(markers: frozenset[str]) -> tuple[set[str], set[str]]:
+    """Texts that end a marker, and those that begin one."""
+    heads = {marker[begin:] for marker in markers for begin in range(1, len(marker))}
+    tails = {marker[:end] for marker in markers for end in range(1, len(marker))}
+    return heads, tails
+
+
+def _joined(
+    inside: Mapping[str, _Spans[int]], overlaps: Mapping[str, _Spans[int]]
+) -> dict[str, _Spans[int]]:
+    """Places of both kinds, for the texts that have whole markers."""
+    return {
+        text: _merge(heapq.merge(_pairs(spans), _pairs(overlaps[text])))
+        if text in overlaps
+        else spans
+        for text, spans in inside.items()
+    }
+
+
+def _pairs(spans: _Spans[int]) -> Iterator[tuple[int, int]]:
+    numbers = iter(spans)
+    return zip(numbers, numbers, strict=True)
+
+
+def _merge(spans: Iterable[tuple[int, int]]) -> _Spans[int]:
+    """Places in order, those that overlap as one."""
+    merged: _Spans[int] = array("q")
+    for begin, end in spans:
+        if merged and begin < merged[-1]:
+            merged[-1] = max(end, merged[-1])
+        else:
+            merged.extend((begin, end))
+    return merged
+
+
+def _quote(text: str, spans: _Spans[int], begin: str, end: str) -> str:
+    """The text with `begin` and `end` around each character of these places."""
+    quoted, last = StringIO(), 0
+    for first, stop in _pairs(spans):
+        between = f"{end}{begin}".join(text[first:stop])
+        quoted.write(f"{text[last:first]}{begin}{between}{end}")
+        last = stop
+    quoted.write(text[last:])
+    return quoted.getvalue()
+
+
+def _unquote(text: str, begin: str, end: str) -> RenderedPrompt:
+    """The text without the characters that quote, and with the quoted ones masked."""
+    if not begin:
+        return RenderedPrompt(text, text)
+    for mark in (begin, end):
+        # as JSON and Python's literals show it
+        text = text.replace(f"\\u{ord(mark):04x}", mark)
+    plain, masked = StringIO(), StringIO()
+    start = 0
+    while start < len(text):
+        stop = text.find(begin, start + _CHUNK_CHARS)
+        stop = len(text) if stop < 0 else stop
+        first, *pieces = text[start:stop].split(begin)
+        plain.write("".join([first, *pieces]).replace(end, ""))
+        pieces = [MASK if len(p) == 2 and p[1] == end else _mask(p, end) for p in pieces]
+        masked.write("".join([first, *pieces]).replace(end, ""))
+        start = stop
+    return RenderedPrompt(plain.getvalue(), masked.getvalue())
+
+
+def _mask(piece: str, end: str) -> str:
+    """Text after a character that quotes, masked up to the next one."""
+    # more than one character if a filter has escaped it, none if a filter has removed it
+    quoted, found, after = piece.partition(end)
+    return MASK * len(quoted) + after if found else piece
+
+
+def unused_characters(texts: Iterable[str], count: int) -> list[str]:
+    """Characters that none of the texts has, not even escaped.
+
+    Raises:
+        ValueError: the texts use too many of Unicode's private characters.
+    """
+    used: set[str] = set()
+    for text in texts:
+        used.update(text)
+        used.update(chr(int(code, 16)) for code in _ESCAPED.findall(text))
+    start = _random.randrange(len(_PRIVATE))
+    candidates = (char for char in _PRIVATE[start:] + _PRIVATE[:start] if char not in used)
+    free = list(itertools.islice(candidates, count))
+    if len(free) < count:
+        raise ValueError(
+            f"the texts have a marker of a control token and all but {len(free)} of the private "
+            f"characters U+E002 to U+F8FF, of which {count} must be unused; leave some out"
+        )
+    return free

@@ -1,0 +1,126 @@
+"""Reasoning at the beginning of an output, read by tokens instead of text."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from fd_dsa.engine.reasoning import MAX_SPACE, Reasoning
+
+
+class Reading(NamedTuple):
+    """Place in an output that may begin with reasoning.
+
+    Attributes:
+        state: "start": the reasoning may still begin. "answer": it has ended, or cannot begin.
+        tail: bytes of the output, in "start" all of them, in "reasoning" the last ones.
+        rest: bytes after the reasoning, with which the answer begins; None = the answer is the
+            whole output.
+    """
+
+    state: Literal["start", "reasoning", "answer"]
+    tail: bytes = b""
+    rest: bytes | None = None
+
+
+class ReasoningTokens:
+    """Finds the beginning of the answer token by token; the same place as `AnswerStart`.
+
+    A grammar needs more than that place: a token may complete a marker and have further bytes,
+    so some tokens are excluded before they come.
+
+    Args:
+        reasoning: texts around the reasoning.
+        texts: bytes that each token id adds to the output's text.
+    """
+
+    def __init__(self, reasoning: Reasoning, texts: Sequence[bytes]) -> None:
+        self._begin, self._end = reasoning.begin.encode(), reasoning.end.encode()
+        self._texts = texts
+        # tokens that may complete the end of the reasoning and have further bytes, by where in
+        # the marker they begin
+        self._longer: dict[int, list[int]] = {}
+        # tokens that go on with the beginning of the reasoning
+        self._opening: dict[int, list[int]] = {}
+        # tokens that begin with white space and the beginning of the reasoning
+        self._spaced: list[int] = []
+        ends = tuple(self._end[place:] for place in range(1, len(self._end)))
+        for token_id, text in enumerate(texts):
+            if text.startswith(ends):
+                for place, end in enumerate(ends, 1):
+                    if text.startswith(end) and text != end:
+                        self._longer.setdefault(place, []).append(token_id)
+            elif self._end in text:
+                self._longer.setdefault(0, []).append(token_id)
+            if text and self._begin:
+                self._add_opening(token_id, text)
+
+    def _add_opening(self, token_id: int, text: bytes) -> None:
+        for place in range(len(self._begin)):
+            rest = self._begin[place:]
+            if text.startswith(rest) or rest.startswith(text):
+                self._opening.setdefault(place, []).append(token_id)
+        if self._begin in text and text.decode(errors="replace").lstrip().startswith(
+            self._begin.decode()
+        ):
+            self._spaced.append(token_id)
+
+    def read(self, reading: Reading, token_id: int) -> Reading:
+        """The place after one more token."""
+        text = self._texts[token_id] if token_id < len(self._texts) else b""
+        if reading.state == "start":
+            return self._read_start(reading.tail + text)
+        return self._read_reasoning(reading.tail + text)
+
+    def _read_start(self, text: bytes) -> Reading:
+        """The place after a whole output in which the reasoning has not begun."""
+        num_space, stripped, begun = _without_space(text)
+        if num_space <= MAX_SPACE:
+            if stripped.startswith(self._begin):
+                return self._read_reasoning((stripped + begun)[len(self._begin) :])
+            if not stripped or self._begin.startswith(stripped + begun):
+                return Reading("start", text)
+        return Reading("answer")
+
+    def _read_reasoning(self, text: bytes) -> Reading:
+        """The place after more bytes of the reasoning, the tail included."""
+        _, found, rest = text.partition(self._end)
+        if found:
+            return Reading("answer", rest=rest)
+        return Reading("reasoning", text[-len(self._end) + 1 :] if len(self._end) > 1 else b"")
+
+    def to_check(self, reading: Reading) -> dict[int, Reading]:
+        """Tokens that need a decision after a place in the reasoning or before it.
+
+        Returns:
+            Place after each token that goes on with the beginning of the reasoning, and after each
+            token that has bytes of the answer after the end of the reasoning.
+        """
+        if reading.state == "start":
+            _, stripped, begun = _without_space(reading.tail)
+            marker = stripped + begun
+            token_ids = list(self._spaced) if not marker else []
+            if self._begin.startswith(marker):
+                token_ids += self._opening.get(len(marker), [])
+            return {token_id: self.read(reading, token_id) for token_id in token_ids}
+        found = {}
+        for place, token_ids in self._longer.items():
+            if reading.tail.endswith(self._end[:place]):
+                for token_id in token_ids:
+                    after = self.read(reading, token_id)
+                    if after.rest:
+                        found[token_id] = after
+        return found
+
+
+def _without_space(text: bytes) -> tuple[int, bytes, bytes]:
+    """Split off white space at the beginning of a text, and half of a character at its end.
+
+    Returns:
+        Number of characters of white space, bytes between, and bytes of the half.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    whole = decoder.decode(text)
+    stripped = whole.lstrip()
+    return len(whole) - len(stripped), stripped.encode(), decoder.getstate()[0]
