@@ -10,7 +10,7 @@ from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 
@@ -102,10 +102,10 @@ class GrammarCompiler:
         self._vocabularies: dict[frozenset[int], GrammarVocabulary | str] = {}
         self._worker = ThreadPoolExecutor(1, "fd_dsa-grammar")
         # what the worker compiles, never more than one
-        self._pending: tuple[_Key, Future[CompiledGrammar]] | None = None
+        self._pending: tuple[_Key, Future[None]] | None = None
         self._patience = None if is_patient else Patience(_PATIENCE_S, _PATIENCE_SHARE)
         # workers for which a step did not wait any longer
-        self._late: set[GrammarProcess] = set()
+        self._late: WeakSet[GrammarProcess] = WeakSet()
 
     def prepare(self) -> None:
         """Make the vocabulary of most grammars if llguidance is installed.
@@ -172,15 +172,21 @@ class GrammarCompiler:
             ValueError: see `check`.
         """
         key = self._key(params)
+        if self._pending is not None and self._pending[1].done():
+            (done, future), self._pending = self._pending, None
+            if done == key:
+                # the error, if there is one
+                future.result()
         compiled = self._kept(key)
         if compiled is instead_of:
             compiled = None
-        if compiled is None and self._pending is not None and self._pending[1].done():
-            (done, future), self._pending = self._pending, None
-            compiled = future.result() if done == key else None
         if compiled is None and self._pending is None:
-            self._pending = key, self._worker.submit(self.find, params, instead_of)
+            self._pending = key, self._worker.submit(self._make, params, instead_of)
         return compiled
+
+    def _make(self, params: SamplingParams, instead_of: CompiledGrammar | None) -> None:
+        """Have a grammar compiled and kept; the result of a thread would hold it for longer."""
+        self.find(params, instead_of)
 
     def answer(
         self, process: GrammarProcess, pending: Pending, may_wait: bool = True
@@ -212,8 +218,9 @@ class GrammarCompiler:
         Returns:
             False if there is nothing to wait for.
         """
-        late, busy = self._late, [process for process in self._late if process.is_busy]
-        self._late = set(busy)
+        late = list(self._late)
+        busy = [process for process in late if process.is_busy]
+        self._late = WeakSet(busy)
         if len(busy) < len(late):
             return True
         if busy:

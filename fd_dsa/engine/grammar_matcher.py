@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.engine.grammar import CompiledGrammar, GrammarCompiler
-from fd_dsa.engine.grammar_process import Pending
+from fd_dsa.engine.grammar_process import GrammarProcess, Pending
 from fd_dsa.engine.reasoning_tokens import Reading
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.grammars.messages import Done, Work
@@ -83,6 +83,14 @@ class GrammarMatcher:
         """Wait for the mask of the next token as long as the step may; returns if it is there."""
         self._is_late = not self._has_mask(may_wait=True)
         return not self._is_late
+
+    def release(self) -> None:
+        """Let go of the worker when the output has ended; samplers may keep this object."""
+        if self._compiled is not None:
+            self._compiled.process.drop(self._output)
+        self._compiled, self._worn_out = None, None
+        self._asked.clear()
+        self._failure = self._failure or "the output has ended"
 
     def copy(self) -> GrammarMatcher:
         """Return another matcher that has taken the same tokens."""
@@ -232,7 +240,8 @@ class GrammarMatcher:
     def _follow(self, compiled: CompiledGrammar, source: int) -> None:
         """Have the worker follow this output too, as a copy of another one."""
         self._compiled, self._output = compiled, compiled.process.copy(source)
-        weakref.finalize(self, compiled.process.drop, self._output).atexit = False
+        finalizer = weakref.finalize(self, _drop, weakref.ref(compiled.process), self._output)
+        finalizer.atexit = False
 
     def _take(self, token_ids: list[int]) -> None:
         """Take tokens of the form."""
@@ -320,3 +329,9 @@ class GrammarMatcher:
             return False
         self._worn_out, self._compiled = compiled, None
         return True
+
+
+def _drop(process: weakref.ref[GrammarProcess], output: int) -> None:
+    """Have a worker forget an output that nobody follows any more."""
+    if (alive := process()) is not None:
+        alive.drop(output)

@@ -116,6 +116,8 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Drop an ended or aborted request and free what it holds."""
+        if request.grammar is not None:
+            request.grammar.release()
         if request.slot >= 0:
             self._release(request)
         else:

@@ -234,6 +234,24 @@ def test_a_worker_that_is_killed_ends_its_outputs_and_is_replaced() -> None:
     assert len(run_all(engine)["again"][-1].text) == 80
 
 
+def test_the_worker_of_a_late_output_ends_with_its_grammar(
+    lateness: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fd_dsa.engine.grammar._KEPT_FOR_S", 0.2)
+    late = lateness(0, 0.3)
+    engine = make_engine()
+    engine.add_request("stream", [5], SamplingParams(max_tokens=200, ignore_eos=True))
+    params = SamplingParams(max_tokens=30, structured_outputs=FORM, seed=1)
+    engine.add_request("r", [5], params)
+    engine.step()
+    pid = engine.grammars.find(params).process.pid
+    run_all(engine)
+    end = time.monotonic() + 30
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < end:
+        time.sleep(0.02)
+    assert late and not os.path.exists(f"/proc/{pid}")
+
+
 def test_a_grammar_that_takes_long_to_compile_is_refused() -> None:
     """Its automaton has a million states; llguidance would take 20 s and 400 MB."""
     form = StructuredOutputsParams(json={"type": "integer", "multipleOf": 999_983})
