@@ -30,6 +30,7 @@ REFUSED: Mapping[str, Refused] = {
     "background": Refused(
         (False,), reason="this server stores no responses; leave it out, and use stream"
     ),
+    "background_options": Refused(({},), reason=_STORES_NOTHING),
     "context_management": Refused(([],), reason="this server compacts nothing; shorten the input"),
     "conversation": Refused(reason=_STORES_NOTHING),
     "moderation": Refused(reason="this server has no moderation; leave it out"),
