@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.grammar import GrammarCompiler
-from fd_dsa.engine.launched_step import LaunchedStep, assemble, execute_watched
+from fd_dsa.engine.launched_step import LaunchedStep, assemble, execute_watched, offer_tokens
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.logprobs import TokenScore
@@ -348,10 +348,7 @@ class LLMEngine:
             tokens, scores = self._sampler.sample(sampling, logits)
         now = time.monotonic()
         outputs = []
-        for request, token_id in zip(sampling, tokens.tolist(), strict=True):
-            # workers take the tokens of all requests at the same time
-            if request.grammar is not None and token_id >= 0:
-                request.grammar.offer(token_id)
+        offer_tokens(sampling, tokens.tolist())
         for request, token_id, score in zip(sampling, tokens.tolist(), scores, strict=True):
             request.drawn_row = -1
             if token_id < 0:

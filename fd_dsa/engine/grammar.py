@@ -38,7 +38,7 @@ _Key = tuple[tuple[tuple[Kind, str], ...], frozenset[int]]
 _MAX_LEXER_STATES = 25_000
 # time for which steps wait for all grammars: at once, seconds, and as a share of all time
 _PATIENCE_S, _PATIENCE_SHARE = 0.1, 0.25
-# at most this long the engine's thread waits for masks when it has nothing else to do, seconds
+# at most this long the engine's thread waits for grammars if it has nothing else to do, seconds
 _IDLE_WAIT_S = 0.05
 
 logger = logging.getLogger(__name__)
@@ -189,20 +189,24 @@ class GrammarCompiler:
         self.find(params, instead_of)
 
     def answer(
-        self, process: GrammarProcess, pending: Pending, may_wait: bool = True
+        self,
+        process: GrammarProcess,
+        pending: Pending,
+        needs_mask: bool = False,
+        may_wait: bool = True,
     ) -> Done | None:
         """Return the answer of a worker, or None if the step may not wait for it any longer.
 
-        Steps wait for a bounded share of all time, and of it for a smaller share for one grammar.
-        So a slow grammar soon delays no other request.
+        Steps wait for a bounded share of all time, and half of it for one grammar. So a slow
+        grammar soon delays no other request.
         """
-        if pending.done is not None:
-            return pending.done
+        if (known := pending.done if needs_mask else pending.state) is not None:
+            return known
         timeout_s = None if may_wait else 0.0
         if may_wait and self._patience is not None:
             timeout_s = min(self._patience.left_s(), process.patience.left_s())
         begin_s = time.monotonic()
-        done = process.answer(pending, timeout_s)
+        done = process.answer(pending, needs_mask, timeout_s)
         waited_s = time.monotonic() - begin_s
         if self._patience is not None:
             self._patience.spend(waited_s)
@@ -226,7 +230,7 @@ class GrammarCompiler:
         if busy:
             wait_for_any(busy, _IDLE_WAIT_S)
         elif self._pending is not None:
-            futures.wait([self._pending[1]])
+            futures.wait([self._pending[1]], _IDLE_WAIT_S)
         return bool(busy) or self._pending is not None
 
     def _kept(self, key: _Key) -> CompiledGrammar | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections import deque
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +49,8 @@ class GrammarMatcher:
         self._failure: str | None = None
         self._taken: list[int] = []
         self._has_offered = False
-        # work whose answers are not known here, and the state after the latest answer
-        self._asked: deque[Pending] = deque()
+        # the latest work if its answers are not known here, and the latest answer
+        self._pending: Pending | None = None
         self._done = Done()
         self._is_late = False
 
@@ -88,14 +87,13 @@ class GrammarMatcher:
         """Let go of the worker when the output has ended; samplers may keep this object."""
         if self._compiled is not None:
             self._compiled.process.drop(self._output)
-        self._compiled, self._worn_out = None, None
-        self._asked.clear()
+        self._compiled, self._worn_out, self._pending = None, None, None
         self._failure = self._failure or "the output has ended"
 
     def copy(self) -> GrammarMatcher:
         """Return another matcher that has taken the same tokens."""
         other = copy.copy(self)
-        other._taken, other._asked = self._taken.copy(), self._asked.copy()
+        other._taken = self._taken.copy()
         if self._compiled is not None:
             other._follow(self._compiled, self._output)
         return other
@@ -178,6 +176,11 @@ class GrammarMatcher:
         self._to_check = None
         self._take(token_ids)
 
+    def send(self) -> None:
+        """Have an idle worker begin with what it was given."""
+        if self._compiled is not None:
+            self._compiled.process.send()
+
     def accept(self, token_id: int) -> bool | None:
         """Take a token of the output, unless `offer` has.
 
@@ -233,8 +236,7 @@ class GrammarMatcher:
     def _begin(self, compiled: CompiledGrammar) -> None:
         """Begin the output, or begin it again with the tokens that it has taken."""
         self._follow(compiled, -1)
-        self._asked.clear()
-        self._done = Done()
+        self._pending, self._done = None, Done()
         self._ask_for(compiled, self._taken)
 
     def _follow(self, compiled: CompiledGrammar, source: int) -> None:
@@ -253,9 +255,8 @@ class GrammarMatcher:
     def _ask_for(self, compiled: CompiledGrammar, token_ids: list[int]) -> None:
         """Have the worker take tokens, then compute the next mask."""
         if token_ids:
-            taken = Work(self._output, token_ids=tuple(token_ids))
-            for work in (taken, Work(self._output, needs_mask=True)):
-                self._asked.append(compiled.process.ask(work))
+            work = Work(self._output, token_ids=tuple(token_ids), needs_mask=True)
+            self._pending = compiled.process.ask(work)
 
     def _settle(self) -> None:
         """Wait for the mask without a bound."""
@@ -267,7 +268,7 @@ class GrammarMatcher:
         while self._has_state(may_wait):
             if self._failure is not None or self._compiled is None:
                 return True
-            if not self._asked:
+            if self._pending is None:
                 if self._is_renewed(self._compiled):
                     continue
                 done = self._done
@@ -275,28 +276,26 @@ class GrammarMatcher:
                 if not needs_mask or done.mask is not None:
                     return self._knows_beginnings(self._compiled, may_wait)
                 work = Work(self._output, needs_mask=True)
-                self._asked.append(self._compiled.process.ask(work))
-            if not self._read(may_wait):
+                self._pending = self._compiled.process.ask(work)
+            if not self._read(may_wait, needs_mask=True):
                 return False
         return False
 
     def _has_state(self, may_wait: bool) -> bool:
-        """Read what the worker says of the tokens taken; returns if nothing is missing."""
-        if not self.is_ready:
-            return False
-        while self._asked and not self._asked[0].work.needs_mask:
-            if not self._read(may_wait):
-                return False
-        return True
+        """Read what the worker says of the tokens taken; returns if it is known."""
+        return self.is_ready and (self._pending is None or self._read(may_wait, needs_mask=False))
 
-    def _read(self, may_wait: bool) -> bool:
-        """Read one answer; returns if it has come."""
-        assert self._compiled is not None
-        done = self._compiler.answer(self._compiled.process, self._asked[0], may_wait)
-        if done is not None:
-            self._asked.popleft()
-            self._done = done
-        return done is not None
+    def _read(self, may_wait: bool, needs_mask: bool) -> bool:
+        """Read an answer to the latest work; returns if it has come."""
+        assert self._compiled is not None and self._pending is not None
+        process = self._compiled.process
+        done = self._compiler.answer(process, self._pending, needs_mask, may_wait)
+        if done is None:
+            return False
+        self._done = done
+        if self._pending.done is done:
+            self._pending = None
+        return True
 
     def _knows_beginnings(self, compiled: CompiledGrammar, may_wait: bool) -> bool:
         """Find out which tokens need a decision before the form, and which texts may begin it."""
@@ -310,7 +309,8 @@ class GrammarMatcher:
         spelled = {rest: tuple(compiled.vocabulary.spell(rest) or ()) for rest in unknown}
         if unknown:
             work = Work(-1, counted=tuple(spelled.values()))
-            done = self._compiler.answer(compiled.process, compiled.process.ask(work), may_wait)
+            pending = compiled.process.ask(work)
+            done = self._compiler.answer(compiled.process, pending, may_wait=may_wait)
             if done is None:
                 return False
             for (rest, token_ids), count in zip(spelled.items(), done.counts, strict=True):

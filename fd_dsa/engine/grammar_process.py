@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from fd_dsa.grammars.messages import (
     MEMORY_MIB,
     TOKENS_S,
     Compile,
+    Compiled,
     Done,
     Forget,
     Kind,
@@ -31,13 +33,11 @@ from fd_dsa.grammars.messages import (
     Work,
 )
 
-# messages of a worker that have no answer; more of them could fill its socket while it computes
-_MAX_SENT = 32
 # processor time of late work by which the niceness of a worker grows by 1, seconds
 _NICE_EVERY_S = 0.01
 _MAX_NICE = 19
 # time for which steps wait for one grammar: at once, seconds, and as a share of all time
-_PATIENCE_S, _PATIENCE_SHARE = 0.05, 0.05
+_PATIENCE_S, _PATIENCE_SHARE = 0.05, 0.125
 _TOO_COMPLEX = (
     f"the grammar is too complex: its next token takes more than {TOKENS_S:g} s of processor time "
     f"or {MEMORY_MIB} MiB of memory; simplify its ambiguous rules"
@@ -54,6 +54,7 @@ class WorkerSource:
     """Command line, to which `start_process` adds the numbers of a socket and a pipe."""
 
     def __init__(self) -> None:
+        # `compile` adds a vocabulary again after a new start
         self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -61,6 +62,8 @@ class WorkerSource:
             weakref.WeakKeyDictionary()
         )
         self._next_number = itertools.count()
+        # numbers of vocabularies that are gone, of the process that runs; from any thread
+        self._gone: deque[int] = deque()
         atexit.register(self._close)
 
     def add(self, vocabulary: GrammarVocabulary) -> str | None:
@@ -82,24 +85,27 @@ class WorkerSource:
             refusal: str | None = connection.recv()
             if refusal is None:
                 self._numbers[vocabulary] = number
-                weakref.finalize(vocabulary, self._forget, connection, number)
+                weakref.finalize(vocabulary, self._gone.append, number)
             return refusal
 
     def compile(
         self, vocabulary: GrammarVocabulary, forms: tuple[tuple[Kind, str], ...], max_states: int
     ) -> GrammarProcess | str:
         """Compile a grammar in a new worker; returns the worker, or what is wrong with it."""
-        ours, theirs = socket.socketpair()
-        with theirs, self._lock:
-            try:
-                self._order(vocabulary, forms, max_states, theirs.fileno())
-            except OSError:
-                # the process has ended since the last grammar
-                self._process = None
-                self._order(vocabulary, forms, max_states, theirs.fileno())
-        connection = Connection(ours.detach())
         try:
-            compiled = connection.recv()
+            ours, theirs = socket.socketpair()
+            connection = Connection(ours.detach())
+            with theirs, self._lock:
+                try:
+                    self._order(vocabulary, forms, max_states, theirs.fileno())
+                except (EOFError, OSError):
+                    # the process has ended since the last grammar
+                    self._process = None
+                    self._order(vocabulary, forms, max_states, theirs.fileno())
+        except (EOFError, OSError) as error:
+            return f"no process can be started for it: {error or 'it has ended'}"
+        try:
+            compiled: Compiled = connection.recv()
         except (EOFError, OSError):
             return (
                 f"the grammar is too complex: it takes more than {COMPILE_S:g} s of processor time "
@@ -116,6 +122,8 @@ class WorkerSource:
     ) -> None:
         """Send a grammar, with the worker's end of a socket."""
         connection = self._running()
+        while self._gone:
+            connection.send(Forget(self._gone.popleft()))
         if vocabulary not in self._numbers:
             self.add(vocabulary)
         connection.send(Compile(self._numbers[vocabulary], forms, max_states))
@@ -133,11 +141,6 @@ class WorkerSource:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-
-    def _forget(self, connection: Connection, number: int) -> None:
-        """Drop a vocabulary."""
-        with self._lock, contextlib.suppress(OSError):
-            connection.send(Forget(number))
 
 
 WORKERS = WorkerSource()
@@ -173,18 +176,22 @@ class Pending:
 
     Attributes:
         work: the work.
-        done: the answer; None = it has not come.
+        state: state of the output after its tokens; None = the answer has not come.
+        done: the same, or the state with the mask if one is needed; None = it has not come.
     """
 
-    __slots__ = ("done", "work")
+    __slots__ = ("done", "state", "work")
 
     def __init__(self, work: Work) -> None:
         self.work = work
+        self.state: Done | None = None
         self.done: Done | None = None
 
 
 class GrammarProcess:
     """Worker of one grammar, shared by all outputs of the grammar; for one thread.
+
+    Work is collected, and sent in one message when the worker is idle.
 
     Args:
         connection: to the worker, which ends when the connection is closed.
@@ -198,11 +205,16 @@ class GrammarProcess:
 
     def __init__(self, connection: Connection, pid: int) -> None:
         self._connection, self.pid = connection, pid
-        self._waiting: deque[Pending] = deque()
-        self._sent: deque[Pending] = deque()
+        # faster than `Connection.poll`, which makes one for each call
+        self._poll = select.poll()
+        self._poll.register(connection.fileno(), select.POLLIN)
+        self._waiting: list[Pending] = []
+        # work whose states have not come, then work whose masks have not come
+        self._sent: list[Pending] = []
+        self._masked: list[Pending] = []
         self._dropped: deque[int] = deque()
         self._nice = float(os.getpriority(os.PRIO_PROCESS, 0))
-        # processor time of the worker when it began what it is at, seconds
+        # processor time of the worker until which its niceness is known, seconds
         self._began_s = 0.0
         self._next_output = itertools.count()
         self.has_ended = False
@@ -211,8 +223,14 @@ class GrammarProcess:
     @property
     def is_busy(self) -> bool:
         """True while answers are missing; reads those that have come."""
-        self._read(0.0)
-        return bool(self._sent)
+        while self._is_working and self._read(0.0):
+            pass
+        return self._is_working
+
+    @property
+    def _is_working(self) -> bool:
+        """True while answers have not been read."""
+        return bool(self._sent or self._masked)
 
     def copy(self, source: int = -1) -> int:
         """Add an output where another one stands, -1 = the beginning; returns its number."""
@@ -225,69 +243,82 @@ class GrammarProcess:
         self._dropped.append(output)
 
     def ask(self, work: Work) -> Pending:
-        """Give work to the worker, without waiting for it."""
+        """Give work to the worker, which begins at the next `send` or `answer`."""
         while self._dropped:
             self._waiting.append(Pending(Work(self._dropped.popleft(), is_over=True)))
         pending = Pending(work)
         self._waiting.append(pending)
-        self._send()
         return pending
 
-    def answer(self, pending: Pending, timeout_s: float | None) -> Done | None:
-        """Return the answer, or None if it does not come in time; no time = wait for it."""
+    def send(self) -> None:
+        """Have an idle worker begin with the work that it was given."""
+        if self.has_ended:
+            self._end()
+        if not self._waiting or self._is_working:
+            return
+        self._sent, self._waiting = self._waiting, []
+        self._began_s = _processor_time(self.pid)
+        try:
+            self._connection.send([pending.work for pending in self._sent])
+        except OSError:
+            self._end()
+
+    def answer(self, pending: Pending, needs_mask: bool, timeout_s: float | None) -> Done | None:
+        """Return an answer, or None if it does not come in time.
+
+        Args:
+            needs_mask: False if the state of the output is enough.
+            timeout_s: time to wait, seconds; None = without end.
+        """
+        self.send()
         end_s = None if timeout_s is None else time.monotonic() + timeout_s
-        while pending.done is None:
+        while (done := pending.done if needs_mask else pending.state) is None:
             left_s = None if end_s is None else max(end_s - time.monotonic(), 0.0)
             if not self._read(left_s) and left_s == 0.0:
                 break
-        return pending.done
+        return done
 
     def give_way(self) -> None:
         """Leave the processors to others if an answer is late and has taken much of their time.
 
         A worker that is late because it has to wait for a processor is left alone.
         """
-        self._nice += (_processor_time(self.pid) - self._began_s) / _NICE_EVERY_S
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self.pid, min(int(self._nice), _MAX_NICE))
-
-    def _send(self) -> None:
-        """Send work while the worker has little of it."""
-        while self._waiting and len(self._sent) < _MAX_SENT and not self.has_ended:
-            pending = self._waiting.popleft()
-            if not self._sent:
-                self._began_s = _processor_time(self.pid)
-            self._sent.append(pending)
-            try:
-                self._connection.send(pending.work)
-            except OSError:
-                self._end()
-        if self.has_ended:
-            self._end()
+        now_s, before = _processor_time(self.pid), int(self._nice)
+        self._nice += max(now_s - self._began_s, 0.0) / _NICE_EVERY_S
+        self._began_s = now_s
+        if int(self._nice) > before:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self.pid, min(int(self._nice), _MAX_NICE))
 
     def _read(self, timeout_s: float | None) -> bool:
-        """Read the answers that have come, after waiting for the first; returns if there was one.
-
-        Args:
-            timeout_s: time to wait, seconds; None = without end.
-        """
-        has_read = False
-        while self._sent and self._connection.poll(0.0 if has_read else timeout_s):
-            has_read = True
-            try:
-                self._sent.popleft().done = self._connection.recv()
-            except (EOFError, OSError):
-                self._end()
-            self._send()
-        return has_read
+        """Read the next answer if it comes in time; returns if it has come."""
+        if not self._poll.poll(None if timeout_s is None else timeout_s * 1e3):
+            return False
+        try:
+            answers: list[Done] = self._connection.recv()
+        except (EOFError, OSError):
+            self._end()
+            return True
+        if self._sent:
+            for pending, state in zip(self._sent, answers, strict=True):
+                pending.state = state
+                pending.done = None if pending.work.needs_mask else state
+            self._masked = [pending for pending in self._sent if pending.work.needs_mask]
+            self._sent = []
+        else:
+            for pending, done in zip(self._masked, answers, strict=True):
+                pending.done = done
+            self._masked = []
+        self.send()
+        return True
 
     def _end(self) -> None:
         """Answer all work with the reason why the worker has ended."""
         self.has_ended = True
-        for pending in (*self._sent, *self._waiting):
-            pending.done = Done(error=_TOO_COMPLEX, counts=(0,) * len(pending.work.counted))
-        self._sent.clear()
-        self._waiting.clear()
+        for pending in (*self._sent, *self._masked, *self._waiting):
+            counts = (0,) * len(pending.work.counted)
+            pending.state = pending.done = Done(error=_TOO_COMPLEX, counts=counts)
+        self._sent, self._masked, self._waiting = [], [], []
 
 
 def _processor_time(pid: int) -> float:

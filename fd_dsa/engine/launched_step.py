@@ -191,3 +191,18 @@ def execute_watched(
     for request, layers in zip(watched.values(), selections, strict=True):
         request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
     return logits
+
+
+def offer_tokens(sampling: Sequence[Request], token_ids: Sequence[int]) -> None:
+    """Have the workers of grammars take sampled tokens, all workers at the same time.
+
+    Args:
+        token_ids: tokens of the requests, negative = none.
+    """
+    grammars = []
+    for request, token_id in zip(sampling, token_ids, strict=True):
+        if request.grammar is not None and token_id >= 0:
+            request.grammar.offer(token_id)
+            grammars.append(request.grammar)
+    for grammar in grammars:
+        grammar.send()

@@ -12,7 +12,7 @@ TOKENS_S = 0.5
 """Processor time that a worker may spend on tokens beyond its gains, seconds."""
 GAIN_S = 0.05
 """Processor time that a worker gains with each token, seconds; it keeps at most `TOKENS_S`."""
-MEMORY_MIB = 256
+MEMORY_MIB = 192
 """Memory that a grammar may take in addition to the vocabulary, MiB."""
 
 
@@ -69,7 +69,10 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Work on one output; the answer is `Done`.
+    """Work on one output.
+
+    A message is a list of works. Its answer is a list with the state of each output. A second
+    answer follows if masks are needed: a list with the states of those outputs and their masks.
 
     Attributes:
         output: number of the output.

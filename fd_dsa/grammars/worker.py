@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
@@ -91,12 +91,16 @@ def main() -> int:
         elif isinstance(message, Forget):
             vocabularies.pop(message.number, None)
         elif isinstance(message, Compile):
-            descriptor = recv_handle(connection)
-            if os.fork() == 0:
-                connection.close()
-                os.close(life)
-                _run_worker(Connection(descriptor), message, vocabularies[message.vocabulary])
-            os.close(descriptor)
+            with Connection(recv_handle(connection)) as to_engine:
+                try:
+                    pid = os.fork()
+                except OSError as error:
+                    to_engine.send(Compiled(0, f"no process can be started for it: {error}"))
+                    continue
+                if pid == 0:
+                    connection.close()
+                    os.close(life)
+                    _run_worker(to_engine, message, vocabularies[message.vocabulary])
 
 
 def _add(vocabularies: dict[int, _Tokens], vocabulary: Vocabulary) -> str | None:
@@ -133,6 +137,9 @@ def _bound_memory() -> None:
     size = num_pages * resource.getpagesize() + MEMORY_MIB * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # workers together may exhaust the memory of a machine; then the kernel ends them, not others
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 @contextmanager
@@ -192,15 +199,19 @@ class _Worker:
         """Answer one message after the other, each in what is left of the processor time."""
         left_s = TOKENS_S
         while True:
-            work: Work = connection.recv()
-            gain_s, begin_s = GAIN_S * len(work.token_ids), time.process_time()
+            works: list[Work] = connection.recv()
+            gain_s = GAIN_S * sum(len(work.token_ids) for work in works)
+            begin_s = time.process_time()
             with _processor_time(left_s + gain_s):
-                done = self._do(work)
+                # the engine goes on with the states while masks are computed
+                connection.send([self._take(work) for work in works])
+                masks = [self._mask_of(work.output) for work in works if work.needs_mask]
             left_s = min(left_s + gain_s - (time.process_time() - begin_s), TOKENS_S)
-            connection.send(done)
+            if masks:
+                connection.send(masks)
 
-    def _do(self, work: Work) -> Done:
-        """Do the work on one output."""
+    def _take(self, work: Work) -> Done:
+        """Have an output take tokens, or forget it."""
         if work.is_over:
             self._outputs.pop(work.output, None)
             return Done()
@@ -210,18 +221,30 @@ class _Worker:
         for token_id in work.token_ids:
             matcher.consume_token(token_id)
         counts = tuple(matcher.validate_tokens(list(ids)) for ids in work.counted)
-        mask = None
-        if work.needs_mask:
-            matcher.unsafe_compute_mask_ptr(ctypes.addressof(self._mask), len(self._mask))
-            mask = self._mask.raw
-        is_error = matcher.is_error()
-        return Done(
-            matcher.is_stopped() and not is_error,
-            one_line(matcher.get_error()) if is_error else None,
-            is_error and matcher.stop_reason() in _WORN_OUT,
-            mask,
-            counts,
-        )
+        return _state_of(matcher, counts=counts)
+
+    def _mask_of(self, output: int) -> Done:
+        """Compute which tokens an output may take next."""
+        matcher = self._outputs.get(output)
+        if matcher is None:
+            # a later work of the same message has ended it
+            return Done()
+        matcher.unsafe_compute_mask_ptr(ctypes.addressof(self._mask), len(self._mask))
+        return _state_of(matcher, mask=self._mask.raw)
+
+
+def _state_of(
+    matcher: LLMatcher, mask: bytes | None = None, counts: tuple[int, ...] = ()
+) -> Done:
+    """Return the state of an output, with what was computed for it."""
+    is_error = matcher.is_error()
+    return Done(
+        matcher.is_stopped() and not is_error,
+        one_line(matcher.get_error()) if is_error else None,
+        is_error and matcher.stop_reason() in _WORN_OUT,
+        mask,
+        counts,
+    )
 
 
 if __name__ == "__main__":

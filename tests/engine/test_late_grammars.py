@@ -45,13 +45,14 @@ def lateness(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], list[int
             self: GrammarCompiler,
             process: GrammarProcess,
             pending: Pending,
+            needs_mask: bool = False,
             may_wait: bool = True,
         ) -> Done | None:
             if rng.random() < share:
                 late.append(1)
                 self._late.add(process)
                 return None
-            return answer(self, process, pending, may_wait)
+            return answer(self, process, pending, needs_mask, may_wait)
 
         monkeypatch.setattr(GrammarCompiler, "answer", late_at_times)
         return late
