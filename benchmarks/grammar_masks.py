@@ -3,8 +3,9 @@
     python -m benchmarks.grammar_masks --baseline CHECKOUT     # about ten minutes on 2 cores
 
 The packages of this tree and of a checkout take turns, over the demo model's vocabulary and over
-DeepSeek's 129,280 tokens. The model costs nothing, so a step is what the engine adds to it. Writes
-benchmarks/results/grammar_masks.json.
+DeepSeek's 129,280 tokens. The model costs nothing, so a step is what the engine adds to it, and
+workers compute no mask while a model runs. The processor time is that of the engine's thread.
+Writes benchmarks/results/grammar_masks.json.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "regex": {"regex": "[a-z ]{900,1000}[.]"},
     "calls": {"grammar": 'start: e\ne: NAME "(" e ("," e)* ")" | NAME\nNAME: /[a-z]+/'},
 }
-ROWS = (1, 8, 32)
-STEPS, ROUNDS, ATTACK_S = 120, 3, 20.0
+ROWS = (1, 32)
+STEPS, ROUNDS, ATTACK_S = 80, 3, 20.0
+# numbers of requests with an ambiguous grammar each, and of outputs of each
+ATTACKS = ((4, 8), (30, 2))
+# the first one is honest: the gap without an attack
 HOSTILE = {
+    "a word": "start: /[a-z ]{900,1000}/",
     "s: s s | s s s": "start: s\ns: s s | s s s | /[a-z ]/ |",
     "rows of 1,000 items": (
         f"start: s\ns: t{' n' * 500}\nt: /[a-z ]/ s | /[A-Z]/ u\nu: /[a-z ]/\nn: | /\\d/"
@@ -45,21 +50,29 @@ def compare(checkouts: dict[str, Path], rounds: int) -> dict[str, Any]:
                 for rows in ROWS:
                     case = {"op": "steps_ms", "form": form, "rows": rows, "steps": STEPS}
                     calls = {label: partial(side.call, **case) for label, side in sides.items()}
-                    found = {
-                        label: percentiles([*chain(*times)])
-                        for label, times in in_turns(calls, rounds).items()
-                    }
-                    cases.append(
-                        {"vocabulary": vocabulary, "form": name, "rows": rows, "ms": found}
+                    found: dict[str, Any] = {}
+                    for label, times in in_turns(calls, rounds).items():
+                        wall, cpu = zip(*chain(*times), strict=True)
+                        found[label] = {"ms": percentiles(wall), "cpu_ms": percentiles(cpu)}
+                    cases.append({"vocabulary": vocabulary, "form": name, "rows": rows, **found})
+                    line = ", ".join(
+                        f"{label} {times['ms']['p50']:.2f} ms ({times['cpu_ms']['p50']:.2f} ms)"
+                        for label, times in found.items()
                     )
-                    line = ", ".join(f"{k} {v['p50']:.2f} ms" for k, v in found.items())
                     print(f"{vocabulary:8} {name:12} {rows:2} rows a step: {line}", flush=True)
             for name, grammar in HOSTILE.items():
-                case = {"op": "attack", "grammar": grammar, "attackers": 4, "seconds": ATTACK_S}
-                gaps = {label: side.call(**case) for label, side in sides.items()}
-                attacks.append({"vocabulary": vocabulary, "grammar": name, "gaps": gaps})
-                line = ", ".join(f"{k} {v['gap_s']:.3f} s {v['ends']}" for k, v in gaps.items())
-                print(f"{vocabulary:8} longest gap beside {name}: {line}", flush=True)
+                for attackers, outputs in ATTACKS:
+                    case = {"op": "attack", "grammar": grammar, "seconds": ATTACK_S}
+                    case |= {"attackers": attackers, "outputs": outputs}
+                    gaps = {label: side.call(**case) for label, side in sides.items()}
+                    attack = {"vocabulary": vocabulary, "grammar": name, "attackers": attackers}
+                    attacks.append(attack | gaps)
+                    line = ", ".join(
+                        f"{label} {gap['gap_s']:.3f} s, "
+                        f"{gap['stream_tokens']} tokens of the stream, {gap['ends']}"
+                        for label, gap in gaps.items()
+                    )
+                    print(f"{vocabulary:8} gap beside {attackers} x {name}: {line}", flush=True)
     return {"cases": cases, "attacks": attacks}
 
 

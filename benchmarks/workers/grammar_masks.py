@@ -64,40 +64,60 @@ class Masks:
         engine.grammars.prepare()
         return engine
 
-    def steps_ms(self, form: dict[str, Any], rows: int, steps: int) -> list[float]:
-        """Return the time of each step in which so many outputs follow a form, ms."""
+    def steps_ms(self, form: dict[str, Any], rows: int, steps: int) -> list[list[float]]:
+        """Return the time of each step in which `rows` outputs follow a form.
+
+        Returns:
+            For each step its time and the processor time of the engine's thread, ms.
+        """
         engine, found = self._engine(), []
         for number in range(rows):
             self._add(engine, str(number), form, seed=number)
         while engine.has_unfinished_requests() and len(found) < steps:
-            begin = time.perf_counter()
+            begin, begin_cpu = time.perf_counter(), time.thread_time()
             engine.step()
-            found.append((time.perf_counter() - begin) * 1e3)
+            took = time.perf_counter() - begin, time.thread_time() - begin_cpu
+            found.append([seconds * 1e3 for seconds in took])
         engine.abort_all()
         return found[1:]
 
-    def attack(self, grammar: str, attackers: int, seconds: float) -> dict[str, Any]:
-        """Return the longest gap of a stream while others use a grammar, and how those end."""
+    def attack(self, grammar: str, attackers: int, outputs: int, seconds: float) -> dict[str, Any]:
+        """Return the longest gap of a stream while others use variants of a grammar.
+
+        Args:
+            grammar: of the others.
+            attackers: number of the variants, each of one request.
+            outputs: number of outputs of each request.
+            seconds: time of the attack.
+
+        Returns:
+            gap_s, the number of tokens of the stream, and how many outputs ended in which way.
+        """
         engine = self._engine()
-        self._add(engine, "stream", None, seed=0)
-        engine.step()
-        for number in range(attackers):
-            self._add(engine, str(number), {"grammar": grammar + " " * number}, seed=number, n=8)
-        begin = last = time.perf_counter()
         ends: dict[str, int] = {}
-        gap = 0.0
+        for number in range(attackers):
+            form = {"grammar": grammar + " " * number}
+            try:
+                self._add(engine, str(number), form, seed=number, n=outputs)
+            except ValueError:
+                ends["refused"] = ends.get("refused", 0) + 1
+        self._add(engine, "stream", None, seed=0)
+        while engine.stats().num_waiting:
+            engine.step()
+        begin = last = time.perf_counter()
+        gap, tokens = 0.0, 0
         while time.perf_counter() - begin < seconds:
             for output in engine.step():
                 if output.request_id == "stream":
                     now = time.perf_counter()
-                    gap, last = max(gap, now - last), now
+                    gap, last, tokens = max(gap, now - last), now, tokens + 1
                 if output.finished:
                     end = output.finish_reason or "running"
                     ends[end] = ends.get(end, 0) + 1
             if "stream" not in engine._requests:
                 self._add(engine, "stream", None, seed=0)
         engine.abort_all()
-        return {"gap_s": gap, "ends": ends}
+        return {"gap_s": gap, "stream_tokens": tokens, "ends": ends}
 
     def _add(self, engine: Any, name: str, form: Any, **fields: Any) -> None:
         """Queue a request."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.engine.block_manager import BlockManager
-from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.grammar import GrammarCompiler, form_of
 from fd_dsa.engine.launched_step import LaunchedStep, assemble, execute_watched, offer_tokens
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logit_rules import BadWords
@@ -377,7 +377,8 @@ class LLMEngine:
         what = f"output token {len(request.output_token_ids)}"
         reason = "bad_words, min_tokens and the like leave no token that may come; ask for less"
         if request.grammar is not None:
-            reason = f"{request.grammar.error or reason}; so it cannot have the form asked for"
+            field = form_of(request.params).source
+            reason = f"{field} cannot be followed: {request.grammar.error or reason}"
         error: RuntimeError = ConstraintError(f"{what}: {reason}")
         if code == NOT_FINITE:
             # what it wrote into the caches may be unusable too, and others may have read it already

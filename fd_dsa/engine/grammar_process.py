@@ -257,7 +257,7 @@ class GrammarProcess:
         if not self._waiting or self._is_working:
             return
         self._sent, self._waiting = self._waiting, []
-        self._began_s = _processor_time(self.pid)
+        self._began_s = processor_time(self.pid)
         try:
             self._connection.send([pending.work for pending in self._sent])
         except OSError:
@@ -283,7 +283,7 @@ class GrammarProcess:
 
         A worker that is late because it has to wait for a processor is left alone.
         """
-        now_s, before = _processor_time(self.pid), int(self._nice)
+        now_s, before = processor_time(self.pid), int(self._nice)
         self._nice += max(now_s - self._began_s, 0.0) / _NICE_EVERY_S
         self._began_s = now_s
         if int(self._nice) > before:
@@ -321,7 +321,7 @@ class GrammarProcess:
         self._sent, self._masked, self._waiting = [], [], []
 
 
-def _processor_time(pid: int) -> float:
+def processor_time(pid: int) -> float:
     """Return the processor time that a process has taken, seconds; 0 if it has ended."""
     try:
         # the clock of another process, as clock_getcpuclockid(3) names it

@@ -14,6 +14,11 @@ GAIN_S = 0.05
 """Processor time that a worker gains with each token, seconds; it keeps at most `TOKENS_S`."""
 MEMORY_MIB = 192
 """Memory that a grammar may take in addition to the vocabulary, MiB."""
+TOKEN_BYTES = 2048
+"""Memory that a grammar may take beyond that for each token of the outputs that follow it.
+
+JSON takes 300 bytes a token.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ worker that was stopped or had to wait for a processor loses nothing.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import gc
 import os
 import resource
@@ -28,6 +29,7 @@ from fd_dsa.grammars.messages import (
     COMPILE_S,
     GAIN_S,
     MEMORY_MIB,
+    TOKEN_BYTES,
     TOKENS_S,
     Compile,
     Compiled,
@@ -36,7 +38,14 @@ from fd_dsa.grammars.messages import (
     Vocabulary,
     Work,
 )
-from fd_dsa.grammars.source import grammar_text, is_panic, one_line, refusal
+from fd_dsa.grammars.source import (
+    COMPILE_FUEL,
+    TOKEN_FUEL,
+    grammar_text,
+    is_panic,
+    one_line,
+    refusal,
+)
 from fd_dsa.signals import end_with_starter, leave_signals_to_starter
 
 # llguidance's reasons for the end of an output whose lexer has come to its limits
@@ -76,6 +85,8 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     connection, life = Connection(int(sys.argv[1])), int(sys.argv[2])
     end_with_starter(life)
+    # nor may workers compute for an engine that is gone: the kernel ends the whole group
+    fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
     vocabularies: dict[int, _Tokens] = {}
     while True:
         try:
@@ -99,7 +110,6 @@ def main() -> int:
                     continue
                 if pid == 0:
                     connection.close()
-                    os.close(life)
                     _run_worker(to_engine, message, vocabularies[message.vocabulary])
 
 
@@ -119,27 +129,41 @@ def _run_worker(connection: Connection, order: Compile, tokens: _Tokens) -> None
     try:
         # messages of a panic or a failed allocation say nothing to the reader of the engine's log
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-        _bound_memory()
+        memory = _Memory()
         with _processor_time(COMPILE_S):
             made = _compile(order, tokens)
         connection.send(Compiled(os.getpid(), made if isinstance(made, str) else None))
         if not isinstance(made, str):
-            _Worker(made, tokens).serve(connection)
+            _Worker(made, tokens, memory).serve(connection)
     except (EOFError, OSError):
         pass
     finally:
         os._exit(0)
 
 
-def _bound_memory() -> None:
-    """Bound what this process may allocate; a failed allocation of llguidance ends it."""
-    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
-    size = num_pages * resource.getpagesize() + MEMORY_MIB * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # workers together may exhaust the memory of a machine; then the kernel ends them, not others
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+class _Memory:
+    """Bound of what this process may allocate; a failed allocation of llguidance ends it."""
+
+    def __init__(self) -> None:
+        num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+        self._first = num_pages * resource.getpagesize() + MEMORY_MIB * 2**20
+        self._limit = 0
+        self.allow_tokens(0)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        # workers together may exhaust the memory of a machine; the kernel ends them first
+        with suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
+
+    def allow_tokens(self, count: int) -> None:
+        """Raise the bound for outputs that have `count` tokens together; it never falls."""
+        limit = self._first + count * TOKEN_BYTES
+        if limit > self._limit:
+            # in large pieces, since this is a system call
+            self._limit = limit + 2**20
+            _, hard = resource.getrlimit(resource.RLIMIT_AS)
+            is_bounded = hard != resource.RLIM_INFINITY
+            soft = min(self._limit, hard) if is_bounded else self._limit
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager
@@ -179,8 +203,8 @@ def _limits(max_lexer_states: int) -> LLParserLimits:
     """
     return LLParserLimits(
         max_items_in_row=10_000,
-        initial_lexer_fuel=300_000,
-        step_lexer_fuel=200_000,
+        initial_lexer_fuel=COMPILE_FUEL,
+        step_lexer_fuel=TOKEN_FUEL,
         step_max_items=50_000,
         max_lexer_states=max_lexer_states,
         max_grammar_size=100_000,
@@ -191,8 +215,10 @@ def _limits(max_lexer_states: int) -> LLParserLimits:
 class _Worker:
     """Follows the outputs of one grammar, each a copy of its matcher."""
 
-    def __init__(self, matcher: LLMatcher, tokens: _Tokens) -> None:
+    def __init__(self, matcher: LLMatcher, tokens: _Tokens, memory: _Memory) -> None:
         self._outputs = {-1: matcher}
+        self._num_tokens = {-1: 0}
+        self._memory = memory
         self._mask = ctypes.create_string_buffer(tokens.mask_bytes)
 
     def serve(self, connection: Connection) -> None:
@@ -202,6 +228,7 @@ class _Worker:
             works: list[Work] = connection.recv()
             gain_s = GAIN_S * sum(len(work.token_ids) for work in works)
             begin_s = time.process_time()
+            self._count_tokens(works)
             with _processor_time(left_s + gain_s):
                 # the engine goes on with the states while masks are computed
                 connection.send([self._take(work) for work in works])
@@ -209,6 +236,17 @@ class _Worker:
             left_s = min(left_s + gain_s - (time.process_time() - begin_s), TOKENS_S)
             if masks:
                 connection.send(masks)
+
+    def _count_tokens(self, works: list[Work]) -> None:
+        """Count the tokens of each output, whose memory grows with them."""
+        counts = self._num_tokens
+        for work in works:
+            if work.is_over:
+                counts.pop(work.output, None)
+            else:
+                before = counts[work.output if work.output in counts else work.source]
+                counts[work.output] = before + len(work.token_ids)
+        self._memory.allow_tokens(sum(counts.values()))
 
     def _take(self, work: Work) -> Done:
         """Have an output take tokens, or forget it."""
@@ -233,9 +271,7 @@ class _Worker:
         return _state_of(matcher, mask=self._mask.raw)
 
 
-def _state_of(
-    matcher: LLMatcher, mask: bytes | None = None, counts: tuple[int, ...] = ()
-) -> Done:
+def _state_of(matcher: LLMatcher, mask: bytes | None = None, counts: tuple[int, ...] = ()) -> Done:
     """Return the state of an output, with what was computed for it."""
     is_error = matcher.is_error()
     return Done(

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fd_dsa.engine.grammar import GrammarCompiler
-from fd_dsa.engine.grammar_process import GrammarProcess, Pending
+from fd_dsa.engine.grammar_matcher import GrammarMatcher
+from fd_dsa.engine.grammar_process import WORKERS, GrammarProcess, Pending
 from fd_dsa.engine.output import ConstraintError, RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.reasoning import Reasoning
@@ -21,7 +27,7 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.grammars.messages import Done
-from tests.engine.byte_model import TOKENIZER, VOCAB_SIZE, make_engine
+from tests.engine.byte_model import EOS, TOKENIZER, VOCAB_SIZE, all_bytes_tokenizer, make_engine
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import run_all
 from tests.engine.test_async_scheduling import new_engine
@@ -261,3 +267,97 @@ def test_a_grammar_that_takes_long_to_compile_is_refused() -> None:
         make_engine().validate([5], SamplingParams(structured_outputs=form))
     # another process has worked
     assert time.process_time() - begin < 0.4
+
+
+def test_many_grammars_together_delay_others_by_one_budget() -> None:
+    """Their workers are stopped, as if each took forever; each has 0.05 s, all have 0.1 s."""
+    engine = make_engine(num_blocks=2048, max_num_seqs=31, budget=64)
+    engine.add_request("stream", [5], SamplingParams(max_tokens=60, ignore_eos=True))
+    for number in range(30):
+        form = StructuredOutputsParams(regex=f"[a-z]{{{60 + number}}}")
+        params = SamplingParams(max_tokens=50, seed=number, structured_outputs=form)
+        engine.validate([5, 6], params)
+        os.kill(engine.grammars.find(params).process.pid, signal.SIGSTOP)
+        engine.add_request(str(number), [5, 6], params)
+    times = [time.monotonic()]
+    while "stream" in engine._requests:
+        if any(output.request_id == "stream" for output in engine.step()):
+            times.append(time.monotonic())
+    # 1.5 s if the budgets of the grammars added up
+    assert max(end - begin for begin, end in pairwise(times)) < 0.5
+    engine.abort_all()
+
+
+def test_a_grammar_is_compiled_after_the_forking_process_was_killed() -> None:
+    engine = make_engine()
+    params = SamplingParams(max_tokens=80, structured_outputs=FORM, seed=1)
+    engine.add_request("before", [5], params)
+    engine.step()
+    process = WORKERS._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    other = StructuredOutputsParams(regex="[k-m]{20}")
+    engine.add_request("after", [5], replace(params, structured_outputs=other))
+    results = run_all(engine)
+    assert results["before"][-1].finish_reason == "stop"
+    assert len(results["after"][-1].text) == 20
+
+
+def test_a_grammar_without_descriptors_left_is_refused() -> None:
+    engine, limits = make_engine(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="[p-q]{7}"))
+    engine.grammars.prepare()
+    engine.add_request("r", [5], params)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        outputs = run_all(engine)["r"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert "no process can be started for it" in str(outputs[-1].error)
+
+
+def test_the_kernel_ends_workers_with_the_engine() -> None:
+    """A stopped worker cannot end itself, nor can one that computes."""
+    code = (
+        "from tests.engine.test_late_grammars import *\n"
+        "compiled = make_engine().grammars.find(SamplingParams(structured_outputs=FORM))\n"
+        "os.kill(compiled.process.pid, signal.SIGSTOP)\n"
+        "print(compiled.process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as engine:
+        assert engine.stdout is not None
+        pid = int(engine.stdout.readline())
+        engine.kill()
+    end = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    has_ended = not is_running(pid)
+    if not has_ended:
+        os.kill(pid, signal.SIGKILL)
+    assert has_ended
+
+
+def is_running(pid: int) -> bool:
+    """Return True unless a process has ended, even if nobody has asked for its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_memory_of_a_worker_grows_with_its_tokens() -> None:
+    """Outputs of 180,000 tokens together take more than the memory of a short grammar."""
+    tokenizer = all_bytes_tokenizer("=" * 10)
+    (token_id,) = tokenizer.encode("=" * 10, add_special_tokens=False)
+    compiler = GrammarCompiler(tokenizer, VOCAB_SIZE, [EOS])
+    form = StructuredOutputsParams(grammar="start: /./*")
+    params = SamplingParams(structured_outputs=form)
+    for matcher in [GrammarMatcher(compiler, params) for _ in range(30)]:
+        for _ in range(6000):
+            matcher.offer(token_id)
+        assert matcher.error is None

@@ -1,6 +1,6 @@
 """Random schemas, grammars, regular expressions and lists of tools, each with bounds on its cost.
 
-    python -m tests.soak.grammars --cases 10000      # ten minutes on two cores
+    python -m tests.soak.grammars --cases 10000      # MINUTES on two cores
 
 A case is compiled, then two outputs follow it for some tokens, as an engine's step would. It may be
 refused. Ends with an AssertionError that has the smallest case if a bound is broken.
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,19 @@ from hypothesis import strategies as st
 from fd_dsa.chat.grammar import _FORMS, forced_calls_grammar
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.grammar_matcher import GrammarMatcher
+from fd_dsa.engine.grammar_process import processor_time
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
-from fd_dsa.grammars.messages import MEMORY_MIB
+from fd_dsa.grammars.messages import COMPILE_S, GAIN_S, TOKENS_S
 from tests.engine.byte_model import EOS, TOKENIZER, VOCAB_SIZE
 
-# processor time of the engine's process for a case: parsing and writing its grammar, and messages
-MOST_S = 1.0
-# memory that a worker shares with others is no growth of its own
-MOST_WORKER_MIB = MEMORY_MIB
-NUM_TOKENS = 12
+# processor time of this process and of the worker, seconds
+MAX_S = 2.0
+# memory that a worker does not share with others
+MAX_WORKER_MIB = 200
+NUM_OUTPUTS, NUM_TOKENS = 2, 8
+# errors of a limit have its value
+LIMIT = re.compile(r"more than [\d.]+ s of|more than [\d,]+ steps|\(limit \d+|at most [\d,]+ ")
 
 NAMES = st.sampled_from(["a", "b", "c", "$ref", "ä b", '"', "type"])
 LETTERS = st.sampled_from(["a", "b", "0", " ", "é", ".", "\\d", "\\w", "[a-c]", "[^b]", "\\p{L}"])
@@ -180,13 +182,9 @@ def form_of_case(kind: str, case: Any) -> StructuredOutputsParams:
     return StructuredOutputsParams(grammar=text)
 
 
-@contextmanager
-def bounded(case: Any) -> Iterator[None]:
-    """AssertionError if the block takes too much processor time of this process."""
-    begin = time.process_time()
-    yield
-    took_s = time.process_time() - begin
-    assert took_s < MOST_S, f"{took_s:.1f} s: {case}"
+def worker_s(pid: int) -> float:
+    """Processor time of a worker, seconds; if it has ended, the time that it may have taken."""
+    return processor_time(pid) or COMPILE_S + TOKENS_S + NUM_OUTPUTS * NUM_TOKENS * GAIN_S
 
 
 def worker_mib(pid: int) -> float:
@@ -199,30 +197,53 @@ def worker_mib(pid: int) -> float:
 
 
 def try_case(kind: str, case: Any, compiler: GrammarCompiler) -> str:
-    """Compile a case and follow it; returns how it ended."""
-    with bounded(case):
-        try:
-            params = SamplingParams(structured_outputs=form_of_case(kind, case))
-            compiled = compiler.find(params)
-        except ValueError as error:
-            assert str(error).strip(), case
-            return "too complex" if "too complex" in str(error) else "refused"
-        rng = np.random.default_rng(0)
-        matchers = [GrammarMatcher(compiler, params) for _ in range(2)]
-        end = "followed"
-        for _ in range(NUM_TOKENS):
-            for matcher in matchers:
-                if matcher.is_finished or matcher.error is not None:
-                    end = "failed" if matcher.error is not None else end
-                    continue
-                mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
-                matcher.fill_bitmask(mask)
-                bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB_SIZE]
-                # the grammar is followed, or it has an end or an error
-                if bits.any():
-                    matcher.accept(int(rng.choice(np.flatnonzero(bits))))
-        assert worker_mib(compiled.process.pid) < MOST_WORKER_MIB, case
-        return end
+    """Compile a case and follow it; returns how it ended.
+
+    Raises:
+        AssertionError: it takes too much time or memory, or an error does not say why.
+    """
+    begin_s = time.process_time()
+    try:
+        params = SamplingParams(structured_outputs=form_of_case(kind, case))
+        compiled = compiler.find(params)
+    except ValueError as error:
+        took_s, end = time.process_time() - begin_s + COMPILE_S, end_of_error(str(error), case)
+    else:
+        end = follow(compiler, params, case)
+        pid = compiled.process.pid
+        took_s = time.process_time() - begin_s + worker_s(pid)
+        used_mib = worker_mib(pid)
+        assert used_mib < MAX_WORKER_MIB, f"{used_mib:.0f} MiB: {case}"
+    assert took_s < MAX_S, f"{took_s:.1f} s: {case}"
+    return end
+
+
+def end_of_error(error: str, case: Any) -> str:
+    """Check an error, and return if a limit is its reason."""
+    assert error.strip() and "\n" not in error, case
+    names_limit = LIMIT.search(error) is not None
+    assert names_limit or "the grammar is too complex" not in error, error
+    return "over a limit" if names_limit else "refused"
+
+
+def follow(compiler: GrammarCompiler, params: SamplingParams, case: Any) -> str:
+    """Have outputs take random tokens that their grammar allows; returns how they ended."""
+    rng, end = np.random.default_rng(0), "followed"
+    matchers = [GrammarMatcher(compiler, params) for _ in range(NUM_OUTPUTS)]
+    for _ in range(NUM_TOKENS):
+        for matcher in matchers:
+            if matcher.is_finished:
+                continue
+            if matcher.error is not None:
+                end = end_of_error(matcher.error, case)
+                continue
+            mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+            matcher.fill_bitmask(mask)
+            bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB_SIZE]
+            # the grammar is followed, or it has an end or an error
+            if bits.any():
+                matcher.accept(int(rng.choice(np.flatnonzero(bits))))
+    return end
 
 
 def fuzz(kind: str, count: int, compiler: GrammarCompiler | None = None) -> Counter[str]:
