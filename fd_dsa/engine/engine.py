@@ -378,7 +378,7 @@ class LLMEngine:
         reason = "bad_words, min_tokens and the like leave no token that may come; ask for less"
         if request.grammar is not None:
             field = form_of(request.params).source
-            reason = f"{field} cannot be followed: {request.grammar.error or reason}"
+            reason = f"{request.grammar.error or reason}; so {field} cannot be followed"
         error: RuntimeError = ConstraintError(f"{what}: {reason}")
         if code == NOT_FINITE:
             # what it wrote into the caches may be unusable too, and others may have read it already

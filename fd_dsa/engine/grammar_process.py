@@ -33,8 +33,9 @@ from fd_dsa.grammars.messages import (
     Work,
 )
 
-# processor time of late work by which the niceness of a worker grows by 1, seconds
-_NICE_EVERY_S = 0.01
+# processor time of late work that is usual for an output, and each further one by which the
+# niceness of a worker grows by 1, seconds
+_USUAL_S, _NICE_EVERY_S = 0.01, 0.01
 _MAX_NICE = 19
 # time for which steps wait for one grammar: at once, seconds, and as a share of all time
 _PATIENCE_S, _PATIENCE_SHARE = 0.05, 0.125
@@ -214,8 +215,8 @@ class GrammarProcess:
         self._masked: list[Pending] = []
         self._dropped: deque[int] = deque()
         self._nice = float(os.getpriority(os.PRIO_PROCESS, 0))
-        # processor time of the worker until which its niceness is known, seconds
-        self._began_s = 0.0
+        # processor time of the worker from which on its niceness grows, seconds
+        self._slow_from_s = 0.0
         self._next_output = itertools.count()
         self.has_ended = False
         self.patience = Patience(_PATIENCE_S, _PATIENCE_SHARE)
@@ -257,7 +258,7 @@ class GrammarProcess:
         if not self._waiting or self._is_working:
             return
         self._sent, self._waiting = self._waiting, []
-        self._began_s = processor_time(self.pid)
+        self._slow_from_s = processor_time(self.pid) + _USUAL_S * len(self._sent)
         try:
             self._connection.send([pending.work for pending in self._sent])
         except OSError:
@@ -281,11 +282,11 @@ class GrammarProcess:
     def give_way(self) -> None:
         """Leave the processors to others if an answer is late and has taken much of their time.
 
-        A worker that is late because it has to wait for a processor is left alone.
+        A worker that is late because it has to wait for a processor keeps its niceness.
         """
         now_s, before = processor_time(self.pid), int(self._nice)
-        self._nice += max(now_s - self._began_s, 0.0) / _NICE_EVERY_S
-        self._began_s = now_s
+        self._nice += max(now_s - self._slow_from_s, 0.0) / _NICE_EVERY_S
+        self._slow_from_s = max(now_s, self._slow_from_s)
         if int(self._nice) > before:
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, self.pid, min(int(self._nice), _MAX_NICE))

@@ -1,6 +1,6 @@
 """Random schemas, grammars, regular expressions and lists of tools, each with bounds on its cost.
 
-    python -m tests.soak.grammars --cases 10000      # MINUTES on two cores
+    python -m tests.soak.grammars --cases 10000      # about 20 minutes on two cores
 
 A case is compiled, then two outputs follow it for some tokens, as an engine's step would. It may be
 refused. Ends with an AssertionError that has the smallest case if a bound is broken.
