@@ -28,16 +28,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "calls": {"grammar": 'start: e\ne: NAME "(" e ("," e)* ")" | NAME\nNAME: /[a-z]+/'},
 }
 ROWS = (1, 32)
-STEPS, ROUNDS, ATTACK_S = 80, 3, 20.0
+STEPS, ROUNDS, ATTACK_S = 80, 3, 10.0
 # numbers of requests with an ambiguous grammar each, and of outputs of each
 ATTACKS = ((4, 8), (30, 2))
 # the first one is honest: the gap without an attack
 HOSTILE = {
     "a word": "start: /[a-z ]{900,1000}/",
     "s: s s | s s s": "start: s\ns: s s | s s s | /[a-z ]/ |",
-    "rows of 1,000 items": (
-        f"start: s\ns: t{' n' * 500}\nt: /[a-z ]/ s | /[A-Z]/ u\nu: /[a-z ]/\nn: | /\\d/"
-    ),
 }
 
 
@@ -65,8 +62,8 @@ def compare(checkouts: dict[str, Path], rounds: int) -> dict[str, Any]:
                     case = {"op": "attack", "grammar": grammar, "seconds": ATTACK_S}
                     case |= {"attackers": attackers, "outputs": outputs}
                     gaps = {label: side.call(**case) for label, side in sides.items()}
-                    attack = {"vocabulary": vocabulary, "grammar": name, "attackers": attackers}
-                    attacks.append(attack | gaps)
+                    attack = {"vocabulary": vocabulary, "grammar": name, "requests": attackers}
+                    attacks.append(attack | {"outputs": outputs} | gaps)
                     line = ", ".join(
                         f"{label} {gap['gap_s']:.3f} s, "
                         f"{gap['stream_tokens']} tokens of the stream, {gap['ends']}"
