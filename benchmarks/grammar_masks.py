@@ -30,8 +30,8 @@ STEPS, ROUNDS, ATTACK_S = 80, 3, 10.0
 ATTACKS = ((4, 8), (30, 2))
 # the first one is honest: the gap without an attack
 HOSTILE = {
-    "a word": "start: /[a-z ]{900,1000}/",
-    "s: s s | s s s": "start: s\ns: s s | s s s | /[a-z ]/ |",
+    "letters": "start: /[a-z ]{900,1000}/",
+    "ambiguous": "start: s\ns: s s | s s s | /[a-z ]/ |",
 }
 
 
