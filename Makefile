@@ -80,6 +80,7 @@ soak: $(VENV)/.dev ## new random cases for hours; make soak ROUNDS=1 CASES=200 i
 	  tests/engine tests/v4_prepare $(ARGS) || exit 1; done
 	$(BIN)/python -m tests.soak.histories --first $(SEED)0000 --histories $(CASES)
 	$(BIN)/python -m tests.soak.fuzz --first $(SEED)00000 --requests $(CASES)0
+	$(BIN)/python -m tests.soak.grammars --cases $(CASES)
 	$(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
 	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
 	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.speculation --first $(SEED)0000 --groups $(ROUNDS)
