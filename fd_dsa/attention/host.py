@@ -148,9 +148,10 @@ class HostAttention:
             logits = score_gathered(
                 q[tile.tokens], weights[tile.tokens], cache, tile.key_slots, self._scratch
             )
-            if tile.key_start[-1] > 0:
-                # several rows: bring every token's own keys to column 0
-                column = tile.key_start[:, None] + np.arange(int(tile.window.max()))[None, :]
+            start = tile.key_start + tile.first_key
+            if start.any():
+                # bring the first key of each token's window to column 0
+                column = start[:, None] + np.arange(int(tile.window.max()))[None, :]
                 logits = np.take_along_axis(logits, np.minimum(column, logits.shape[1] - 1), axis=1)
             self._keep_best(plan, tile.tokens, logits, tile.window)
         if plan.decode_rows is not None:
@@ -161,8 +162,11 @@ class HostAttention:
     def _keep_best(
         self, plan: StepPlan, tokens: Any, logits: np.ndarray, window: np.ndarray
     ) -> None:
-        """Top-k of some tokens by scores of their keys, from column 0 on."""
+        """Top-k of some tokens by the scores of their windows, which begin in column 0."""
         positions = select_positions(logits, window, plan.topk)
+        first = plan.first_key[tokens, None]
+        if first.any():
+            positions = np.where(positions < 0, -1, positions + first)
         plan.slots[tokens] = positions_to_slots(
             positions, plan.batch_ids[tokens], plan.block_tables, self.block_size
         )

@@ -49,8 +49,6 @@ class ForwardMeta:
     position_ids_int32: Array | None
     # int64 [T]: block_tables[b, p // bs] * bs + p % bs for p = position_ids[t]; -1 = padding
     slot_mapping: Array
-    # int32 [B]: keys in the cache after this step (d_b + n_b) of a decode row, else 0
-    cache_seqlens: Array
     # int32 [2 T] or None: ks, ke of each token, half-open, into the step's gathered keys:
     # ks = cu_seqlens_kg[b], ke = ks + d_b + j + 1 for a prefill token, (0, 0) for all others
     indexer_attn_mask_offsets: Array | None
