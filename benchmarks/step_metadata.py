@@ -75,7 +75,7 @@ class Step:
         }
         windows = 8 if self.counts["num_prefill_tokens"] else 0
         # fewest bytes read and written: lengths and table entries in, all arrays out
-        self.num_bytes = (24 + windows) * batch.num_tokens + (16 + windows) * batch.num_rows
+        self.num_bytes = (24 + windows) * batch.num_tokens + (12 + windows) * batch.num_rows
 
     def build(self, builder: StepMetadataBuilder) -> _gpu.Call:
         """A call that makes its metadata."""

@@ -148,10 +148,9 @@ class HostAttention:
             logits = score_gathered(
                 q[tile.tokens], weights[tile.tokens], cache, tile.key_slots, self._scratch
             )
-            start = tile.key_start + tile.first_key
-            if start.any():
+            if tile.window_start is not None:
                 # bring the first key of each token's window to column 0
-                column = start[:, None] + np.arange(int(tile.window.max()))[None, :]
+                column = tile.window_start[:, None] + np.arange(int(tile.window.max()))[None, :]
                 logits = np.take_along_axis(logits, np.minimum(column, logits.shape[1] - 1), axis=1)
             self._keep_best(plan, tile.tokens, logits, tile.window)
         if plan.decode_rows is not None:
@@ -164,9 +163,8 @@ class HostAttention:
     ) -> None:
         """Top-k of some tokens by the scores of their windows, which begin in column 0."""
         positions = select_positions(logits, window, plan.topk)
-        first = plan.first_key[tokens, None]
-        if first.any():
-            positions = np.where(positions < 0, -1, positions + first)
+        if plan.has_late_windows:
+            positions = np.where(positions < 0, -1, positions + plan.first_key[tokens, None])
         plan.slots[tokens] = positions_to_slots(
             positions, plan.batch_ids[tokens], plan.block_tables, self.block_size
         )

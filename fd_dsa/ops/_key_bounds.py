@@ -61,29 +61,30 @@ def prompt_windows(step: ForwardMeta) -> PromptWindows:
     return windows
 
 
-def key_bounds(step: ForwardMeta) -> tuple[np.ndarray, np.ndarray]:
+def key_bounds(step: ForwardMeta, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the first key of each token and the end of its keys, as positions of its row.
 
     Args:
         step: metadata in host memory.
+        num_tokens: tokens of the step, without padding.
 
     Returns:
-        int64 [T] twice, 0 <= first <= end; (0, 0) for padding.
+        int64 [num_tokens] twice, 0 <= first <= end.
 
     Raises:
         MissingStepError: see `prompt_windows`.
     """
-    rows = as_numpy(step.batch_id_per_token)
-    end = np.where(rows < 0, 0, as_numpy(step.position_ids) + 1)
-    first = np.zeros_like(end)
+    end = as_numpy(step.position_ids)[:num_tokens] + 1
     windows = prompt_windows(step)
     if windows.offsets is None:
-        return first, end
+        return np.zeros(num_tokens, np.int64), end
     offsets, starts, encoder = map(as_numpy, windows)
-    # padding is of row -1, which is no prompt row
-    is_prompt = (encoder[rows] > 0) & (rows >= 0)
-    begins, counts = starts.astype(np.int64)[rows], np.diff(starts)[rows]
-    bounds = np.clip(offsets.reshape(-1, 2) - begins[:, None], 0, counts[:, None])
-    first = np.where(is_prompt, bounds[:, 0], 0)
-    end = np.where(is_prompt, np.maximum(bounds[:, 1], first), end)
-    return first, end
+    rows = as_numpy(step.batch_id_per_token)[:num_tokens]
+    # no int32 may wrap into a plausible bound
+    start, count = starts.astype(np.int64)[rows], np.diff(starts)[rows]
+    first = np.minimum(np.maximum(offsets[: 2 * num_tokens : 2] - start, 0), count)
+    stop = np.maximum(np.minimum(offsets[1 : 2 * num_tokens : 2] - start, count), first)
+    is_prompt = encoder[rows] > 0
+    if is_prompt.all():
+        return first, stop
+    return first * is_prompt, np.where(is_prompt, stop, end)

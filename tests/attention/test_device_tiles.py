@@ -133,7 +133,8 @@ class Tiles:
             cu_seqlens_kg=starts,
             seq_lens_encoder=encoder,
         )
-        return key_bounds(step)
+        live = int((step.batch_id_per_token >= 0).sum())
+        return [np.pad(bound, (0, PADDING)) for bound in key_bounds(step, live)]
 
     def select(self, scores: Any = None, prepare: bool = True, **changes: Any) -> np.ndarray:
         """The slots of the step, some of whose fields are others."""

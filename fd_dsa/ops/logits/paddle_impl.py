@@ -170,7 +170,7 @@ def score_step(q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any)
     if query.dtype == np.uint8:
         query = decode_e4m3(query)
     tables, starts = map(as_numpy, (step.block_tables, step.cu_seqlens_q))
-    first_keys, key_ends = key_bounds(step)
+    first_keys, key_ends = key_bounds(step, int(starts[-1]))
     block_size, scratch = blocks.shape[1], Scratch()
     for row, (begin, end) in enumerate(pairwise(starts.tolist())):
         if begin == end:
