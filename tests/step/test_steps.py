@@ -234,7 +234,6 @@ FIVE_KINDS = {
         *(6, 73, 6, 74, 6, 75, 6, 76),
         *(0, 0, 0, 0),
     ],
-    "cache_seqlens": [0, 131, 0, 65, 0],
     "num_prefill_tokens": 9,
     "num_decode_tokens": 3,
     "max_seqlen_k": 131,
