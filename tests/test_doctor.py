@@ -17,6 +17,7 @@ import pytest
 from fd_dsa import custom_ops, doctor
 from fd_dsa.cli import main as fd_dsa
 from fd_dsa.doctor import checks
+from fd_dsa.environment import nvidia_smi
 from fd_dsa.ops.cache_probes import CASES
 from fd_dsa.ops.probes import Case, CheckFailed, Memory, Outputs, require
 from fd_dsa.ops.providers import function
@@ -344,3 +345,21 @@ def test_the_library_of_custom_ops(
     mark = "BROKEN" if state == "broken" else state
     assert f"\ncustom ops {mark}: {lines[state]}\n" in out
     assert ("positions: got [-7, " in out) == (state == "built")
+
+
+@pytest.mark.parametrize(("status", "lines"), [(0, ["one", "two"]), (9, []), (None, [])])
+def test_what_nvidia_smi_reports(
+    status: int | None, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        if status is None:
+            raise FileNotFoundError
+        return subprocess.CompletedProcess(command, status, stdout="one\ntwo\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert nvidia_smi("name", "3") == lines == nvidia_smi("name")
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    assert commands == [[*query, "-i", "3"], query]
