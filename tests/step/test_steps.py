@@ -35,7 +35,7 @@ DECODE = ("idle", "idle_with_cache", "decode", "mtp_decode")
 
 def examples_at(place: Place, many: int, in_soak: int) -> settings:
     """Random steps: `many` with NumPy; fewer where a step takes longer."""
-    return examples(many, in_soak) if place.name == "numpy" else examples(many // 5, 30)
+    return examples(many, in_soak) if place.name == "numpy" else examples(many // 2, 30)
 
 
 @pytest.mark.parametrize(
