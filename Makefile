@@ -19,6 +19,8 @@ DOCS := build/docs-venv
 BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# without compiled files each server that a test starts compiles the package again, for seconds
+unexport PYTHONDONTWRITEBYTECODE
 
 # a target that uses .venv keeps the Python that .venv was made with
 ifneq ($(origin PYTHON),file)

@@ -20,6 +20,7 @@ name if they were given; a ratio above 1 means that once is better.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -142,6 +143,15 @@ def compared(options: dict[str, Any], args: argparse.Namespace) -> list[dict[str
     return entries
 
 
+def earlier_cases(earlier: dict[str, Any], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The other cases of an earlier result of the same model, commit and kind of GPU."""
+    same = all(earlier["env"].get(key) == result["env"].get(key) for key in ("commit", "gpu"))
+    if not same or earlier.get("model") != result["model"]:
+        return []
+    measured = {entry["case"] for entry in result["cases"]}
+    return [entry for entry in earlier["cases"] if entry["case"] not in measured]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -152,7 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     parser.add_argument("--layers", type=int, metavar="N", help="of a model in FP8")
     parser.add_argument("--experts", type=int, metavar="N", help="of a layer")
-    parser.add_argument("--only", nargs="+", choices=["decode", "prompts"])
+    parser.add_argument(
+        "--only", nargs="+", choices=["decode", "prompts"], help="the result keeps other cases"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     ranks, layers = args.tensor_parallel_size, args.layers
@@ -175,6 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result["cases"] = compared({"model": model, "rig": args.rig, "device": device}, args)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{name}.json"
+    if args.only and path.exists():
+        result["cases"] = earlier_cases(json.loads(path.read_text()), result) + result["cases"]
     write_json(path, result)
     print(f"written: {path}")
     return 0
