@@ -24,26 +24,10 @@ from .reading import copying, reading, several_questions
 from .refusals import hard_problem, refusal
 from .retrieval import key_values, retrieval
 from .talk import names_chat, persona, problem, talk, unknown
+from .wordings import casual
 
 if TYPE_CHECKING:
     from ..sources import Sources
-
-
-def casual(p: Pieces, request: str) -> str:
-    """A short request as people type it: at times polite, in small letters, without an end mark."""
-    r = p.random.random()
-    if r < 0.72 or len(request) > 120 or "\n" in request:
-        return request
-    lowered = request[0].lower() + request[1:] if not request.startswith("I ") else request
-    if r < 0.77:
-        return p.choice(["Hi, ", "Hello, ", "Hey, "]) + lowered
-    if r < 0.81:
-        return "Please " + lowered if not request.endswith("?") else "Please tell me: " + lowered
-    if r < 0.85 and request.endswith("?"):
-        return "Can you tell me " + lowered if request.startswith("What") else request
-    if r < 0.93:
-        return request.rstrip(".?!")
-    return request.rstrip(".?!").lower()
 
 
 class Generator:

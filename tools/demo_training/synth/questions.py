@@ -51,7 +51,8 @@ def _calendar(p: Pieces) -> QA:
     days, months, i, j = words.days, words.months, p.between(0, 6), p.between(0, 11)
     fields = {"day": days[i], "next_day": days[(i + 1) % 7], "last_day": days[(i - 1) % 7]}
     fields |= {"month": months[j], "next_month": months[(j + 1) % 12], "number": str(j + 1)}
-    question, answer = (x.format(**fields) for x in p.choice(facts.calendar))
+    fields["last_month"] = months[(j - 1) % 12]
+    question, answer = (p.say(rule, **fields) for rule in p.choice(facts.calendar))
     return question, answer
 
 
