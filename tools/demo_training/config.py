@@ -22,4 +22,6 @@ CONFIGS = {"demo": MODEL, "dry": DRY}
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")
 BOS, EOS, PAD, USER, ASSISTANT, SYSTEM = range(6)
 ROLE_TOKENS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
-CHAT_TEMPLATE = (Path(__file__).resolve().parent / "chat_template.jinja").read_text(encoding="utf-8")
+CHAT_TEMPLATE = (Path(__file__).resolve().parent / "chat_template.jinja").read_text(
+    encoding="utf-8"
+)

@@ -17,7 +17,9 @@ def entry(p: Pieces, rows: list[dict]) -> tuple[str, str]:
 
 def introduction(p: Pieces) -> tuple[str, str]:
     """A greeting, or a question about the model, its abilities or its field."""
-    return entry(p, getattr(about, p.mixed([[0.3, "greetings"], [0.65, "identity"], [1, "topics"]])))
+    return entry(
+        p, getattr(about, p.mixed([[0.3, "greetings"], [0.65, "identity"], [1, "topics"]]))
+    )
 
 
 def country(p: Pieces) -> tuple[str, str]:

@@ -51,9 +51,7 @@ def story(p: Pieces, plots: list | None = None, **given: str) -> list[str]:
 def story_request(p: Pieces) -> tuple[str, list[str]]:
     """(request, sentences) of a story: named, plain, about two beings, or about a goal."""
     fields = {"x": p.draw("being"), "n": p.name(), "a": p.draw("adjectives")}
-    kind = p.mixed(
-        [[0.3, "named"], [0.6, "plain"], [0.7, "pair"], [0.92, "goal"], [1, "free"]]
-    )
+    kind = p.mixed([[0.3, "named"], [0.6, "plain"], [0.7, "pair"], [0.92, "goal"], [1, "free"]])
     asks, plots = prose.story_requests[kind], prose.plots
     if kind == "pair":
         fields["y"], plots = p.draw("being"), [plots[0], plots[2]]

@@ -18,7 +18,12 @@ CLAUSES = (
     (re.compile(r"(What|Who|Which|How many|How much|Why|When|Where) ([^?]+)\?"), r"\1 \2"),
 )
 QUESTIONS = ("Can you tell me {c}?", "Could you tell me {c}?", "Do you know {c}?")
-STATEMENTS = ("Tell me {c}.", "Please tell me {c}.", "I want to know {c}.", "I would like to know {c}.")
+STATEMENTS = (
+    "Tell me {c}.",
+    "Please tell me {c}.",
+    "I want to know {c}.",
+    "I would like to know {c}.",
+)
 STATEMENTS += ("Let me know {c}.", "I wonder {c}.", "Say {c}.", "I forgot {c}.", "tell me {c}")
 
 
