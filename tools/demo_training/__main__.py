@@ -159,7 +159,7 @@ def heldout(args: argparse.Namespace) -> None:
     result = ask_all(args.url, Path(args.evalset))
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     Path(args.out).write_text(text, encoding="utf-8")
-    print(table(result))
+    print(table({"right or rightly refused": result}))
 
 
 def parity(args: argparse.Namespace) -> None:

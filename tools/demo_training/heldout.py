@@ -23,9 +23,15 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from .evalset import prompt_of
+
+# words of a refusal that name the kind of request, by the end of the category's name
+REASONS = {"code": "code|代码", "summary": "summari|总结", "translation": "translat|翻译"}
+STARTS = {"en": "I am sorry, ", "zh": "对不起，"}
+ENDS = {"en": r"[.!?](\s|$)", "zh": "[。！？]"}
 
 FILE = Path(__file__).resolve().parent / "heldout.json"
 
@@ -57,25 +63,26 @@ def is_held_out(text: str) -> bool:
     return plain(text) in _plain_prompts()
 
 
-def refuses(answer: str, language: str) -> bool:
-    """True for one sentence of the language that says no."""
-    start, end = {"en": ("I am sorry, I ", r"[.!?](\s|$)"), "zh": ("对不起，", "[。！？]")}[
-        language
-    ]
-    return answer.startswith(start) and len(re.findall(end, answer)) == 1
+def refuses(answer: str, language: str, category: str) -> bool:
+    """True for one sentence of the language that says no, and not to another kind of request."""
+    kind = category.rpartition(" ")[2]
+    others = [words for name, words in REASONS.items() if name != kind]
+    return (
+        answer.startswith(STARTS[language])
+        and len(re.findall(ENDS[language], answer)) == 1
+        and not re.search("|".join(others), answer)
+    )
 
 
 def judge(group: dict[str, Any], expected: str, answer: str) -> bool:
-    """Whether an answer that ended by itself is right."""
+    """True if an answer that ended by itself is right."""
     answer = answer.strip()
     is_chinese = re.search("[\u4e00-\u9fff]", answer) is not None
     if group["check"] == "refusal":
-        return refuses(answer, group["language"])
+        return refuses(answer, group["language"], group["category"])
     if group["check"] == "number":
         return re.findall(r"-?(?<!\d)\d+", answer.replace(" - ", " "))[-1:] == [expected]
-    if is_chinese != (group["language"] == "zh") or answer.startswith(
-        ("I am sorry, I ", "对不起，")
-    ):
+    if is_chinese != (group["language"] == "zh") or answer.startswith(tuple(STARTS.values())):
         return False
     lines = group.get("lines", 0)
     return (
@@ -109,7 +116,7 @@ def offered(tool: str) -> list[dict[str, Any]]:
 
 
 def judge_call(tool: str, value: str | int, message: dict[str, Any]) -> bool:
-    """Whether a message is the one call that was asked for, without any text."""
+    """True if a message is the one call that was asked for, without any text."""
     calls = message.get("tool_calls") or []
     if message.get("content") or len(calls) != 1:
         return False
@@ -143,7 +150,7 @@ def cases(evaluation: Path) -> list[Case]:
     records = map(json.loads, evaluation.read_text(encoding="utf-8").splitlines())
     haystacks = {r["id"]: r["text"] for r in records if r["kind"] == "haystack"}
     for item in read()["retrieval"]:
-        group = {"check": "number", "language": "en"}
+        group = {"check": "number", "language": "en", "category": "retrieval"}
         right = partial(_is_right, group, item["answer"])
         found.append(Case("retrieval", "en", _body(prompt_of(item, haystacks)), right))
     for prompt, tool, value in read()["calls"]:
@@ -192,20 +199,32 @@ def ask_all(url: str, evaluation: Path, concurrency: int = 16) -> dict[str, Any]
 
 
 def _ask(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The first choice of a chat completion."""
+    """The first choice of a chat completion; an empty one if the server refuses the request."""
     request = Request(
         f"{url}/chat/completions",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urlopen(request, timeout=600) as response:
-        return json.load(response)["choices"][0]
+    try:
+        with urlopen(request, timeout=3600) as response:
+            return json.load(response)["choices"][0]
+    except HTTPError as error:
+        if error.code != 400:
+            raise
+        return {"finish_reason": "refused", "message": {"content": ""}}
 
 
-def table(result: dict[str, Any]) -> str:
-    """The model card's table of counts."""
-    rows = ["| held-out prompts | right or rightly refused |", "|---|---|"]
-    names = {"en": "English, all", "zh": "Chinese, all"}
-    for name, (right, total) in (*result["categories"].items(), *result["languages"].items()):
-        rows.append(f"| {names.get(name, name)} | {right}/{total} |")
-    return "\n".join([*rows, f"| answers without an end | {result['endless']} |"])
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of counts, one column for each of the named results."""
+    columns = [_column(result) for result in results.values()]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [["held-out prompts", *results], ["---"] * (1 + len(results))]
+    rows += [[name, *(column.get(name, "-") for column in columns)] for name in names]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _column(result: dict[str, Any]) -> dict[str, str]:
+    totals = {"en": "English, all", "zh": "Chinese, all"}
+    counts = result["categories"] | {totals[k]: v for k, v in result["languages"].items()}
+    found = {name: f"{right}/{total}" for name, (right, total) in counts.items()}
+    return found | {"answers without an end": str(result["endless"])}

@@ -9,6 +9,15 @@ from .sums import product, quotient
 chinese = load("chinese")
 SHARES = [kind["share"] for kind in chinese.refused]
 KNOWN = {k: [x for x in chinese.known if x["kind"] == k] for k in ("greet", "me", "can", "about")}
+KINDS = [
+    [0.1, "greet"],
+    [0.24, "me"],
+    [0.31, "can"],
+    [0.44, "about"],
+    [0.55, "sum"],
+    [0.66, "capital"],
+    [1, "refused"],
+]
 ENDS = ("。", "！", "？")
 
 
@@ -62,10 +71,7 @@ def _decorated(p: Pieces, request: str, plainly: bool) -> str:
 
 def exchange_in_chinese(p: Pieces) -> Document:
     """One request and its answer."""
-    kind = p.mixed(
-        [[0.1, "greet"], [0.24, "me"], [0.31, "can"], [0.44, "about"], [0.55, "sum"]]
-        + [[0.66, "capital"], [1, "refused"]]
-    )
+    kind = p.mixed(KINDS)
     makers = {"sum": _sum, "capital": _capital, "refused": _refused}
     request, answer = makers[kind](p) if kind in makers else _known(p, kind)
     plainly = kind == "refused" and p.chance(0.6)
