@@ -67,7 +67,7 @@ def _invented(p: Pieces) -> Offer:
 
 def offer(p: Pieces) -> Offer:
     """A tool of the table, at times under other names, or one of random words."""
-    if p.chance(0.4):
+    if p.chance(0.55):
         return _invented(p)
     row = Offer(**p.choice(calls.tools))
     if p.chance(0.5):
@@ -79,8 +79,9 @@ def offer(p: Pieces) -> Offer:
 
 def call(p: Pieces) -> Document:
     """Tools, and a request for one of them or for none."""
-    offers = [offer(p) for _ in range(p.between(1, 4))]
-    offers = list({x.name: x for x in offers}.values())
+    offers = [offer(p) for _ in range(p.between(1, 5))]
+    # one of a kind: of two with one name or purpose no request could mean either
+    offers = list({x.name: x for x in {x.about: x for x in offers}.values()}.values())
     wanted = p.choice(offers)
     system = p.choice(talk.systems) if p.chance(0.25) else ""
     head = ("system", tools_text([x.line() for x in offers], system))

@@ -128,7 +128,7 @@ def chat(p: Pieces) -> Document:
 # share of each kind
 KINDS: tuple[tuple[float, Callable[[Pieces], Document]], ...] = (
     (2.0, passage),
-    (3.0, copying),
+    (5.0, copying),
     (1.0, lambda p: exchange(p, hard_problem, plainly=True)),
     (1.5, lambda p: exchange(p, taught, plainly=True)),
     (10.0, lambda p: exchange(p, plain_request)),
@@ -147,9 +147,9 @@ KINDS: tuple[tuple[float, Callable[[Pieces], Document]], ...] = (
     (3.0, several_questions),
     (6.0, chat),
     (12.0, chinese_chat),
-    (7.0, call),
+    (14.0, call),
     (2.5, lambda p: key_values(p, p.between(2, 30))),
     (5.0, lambda p: retrieval(p, short_length(p))),
     (4.0, lambda p: long_task(p, short_length(p))),
-    (2.0, lambda p: variables(p, 0)),
+    (6.0, lambda p: variables(p, 0)),
 )

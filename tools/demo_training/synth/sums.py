@@ -10,9 +10,11 @@ NUMBERS = [*sums.names, *(f"{tens}{unit}" for tens in sums.tens for unit in ("",
 
 
 def product(a: int, b: int) -> str:
-    """The product, by tens and units where both numbers are above 12."""
-    if min(a, b) <= 9 or max(a, b) <= 12 or b % 10 == 0 or a % 10 == 0:
+    """The product, by the tens and units of one number if a number is above 12."""
+    if max(a, b) <= 12 or b % 10 == 0 or a % 10 == 0:
         return str(a * b)
+    if b <= 9:
+        a, b = b, a
     tens, units = b // 10 * 10, b % 10
     return f"{a} x {tens} + {a} x {units} = {a * tens} + {a * units} = {a * b}"
 
@@ -26,7 +28,7 @@ def quotient(a: int, b: int) -> str:
 def operation(p: Pieces) -> tuple[str, str]:
     """A question about one of the four operations, in any wording, and its answer."""
     name = p.mixed([[0.24, "plus"], [0.44, "minus"], [0.84, "times"], [1, "over"]])
-    high = p.mixed([[0.2, 9], [0.45, 20], [1, 99]])
+    high = p.mixed([[0.2, 9], [0.45, 20], [1, 100]])
     a, b = p.between(0, high), p.between(0, high)
     if name == "plus":
         sign, value = "+", str(a + b)
