@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from string import Formatter
 from typing import Any, TypeAlias
 
@@ -37,10 +37,14 @@ class _Templates(Formatter):
     """The language of the templates; see `fill`."""
 
     def get_field(self, field_name: str, args: Any, row: Any) -> tuple[Any, str]:
-        """The value of a name such as a[b][0]."""
+        """The value of a name such as a[b][0] or a[b=text]; functions are called on the way."""
         value = row
         for key in re.findall(r"[^\[\]]+", field_name):
-            value = value[int(key) if isinstance(value, Sequence) else key]
+            if isinstance(value, Mapping):
+                value = value[key]
+            else:
+                value = _selected(value, key) if "=" in key else value[int(key)]
+            value = value() if callable(value) else value
         return value, field_name
 
     def format_field(self, value: Any, form: str) -> str:
@@ -53,11 +57,28 @@ class _Templates(Formatter):
         return three_digits(value) if form == "~" else format(value, form)
 
 
+def _selected(items: Sequence[Any], condition: str) -> Any:
+    """The only item with these values, written `a=1&b.c=text`.
+
+    Raises:
+        KeyError: no item, or more than one, has them.
+    """
+    wanted = [part.split("=", 1) for part in condition.split("&")]
+    found = [
+        item
+        for item in items
+        if all(str(reduce(lambda x, k: x[k], key.split("."), item)) == v for key, v in wanted)
+    ]
+    if len(found) != 1:
+        raise KeyError(f"{len(found)} items have {condition}")
+    return found[0]
+
+
 def fill(template: str, row: Any) -> str:
     """A template with the figures of a row.
 
     {x:~} has three digits, {x:/1e12:.2f} is in units of 1e12, {x:?none:g} is "none" where x is 0;
-    all else is as for `format`.
+    all else is as for `format`. {a[b=text]} selects the only item of the list a whose b is text.
 
     Raises:
         KeyError: the row has no such figure.

@@ -1,9 +1,10 @@
-"""Make the tables and plots of docs/performance.md and docs/results from benchmarks/results/*.json.
+"""Fill the tables, plots and figures of the pages from benchmarks/results/*.json and the code.
 
     python -m benchmarks.report     # rewrites the pages between their marks, and the plots
 
-The pages are prose by hand and marked regions: one for each result in docs/results, a function of
-its JSON file as shown.json describes it, and the tables of docs/performance.md (`_ratios`).
+The pages are prose by hand, with marked regions and marked figures. A region shows a result, as
+shown.json describes it, a table of docs/performance.md (`_ratios`), or a plan or log of the code
+(`_facts`). A figure is a number in a sentence (`_figures`).
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _notes, _ratios, _render, _v4_shown
+from benchmarks import _computed, _figures, _notes, _ratios, _render, _v4_shown
+from benchmarks._facts import REGIONS
 from benchmarks._harness import RESULTS, ROOT
 from benchmarks._ratios import SHOWN
 from benchmarks._render import FUNCTIONS, paragraphs, refusal
 
-FUNCTIONS.update(vars(_render) | vars(_notes) | vars(_ratios) | vars(_v4_shown))
+FUNCTIONS.update(vars(_render) | vars(_notes) | vars(_ratios) | vars(_v4_shown) | vars(_computed))
 DOCS = ROOT / "docs"
 IMAGES = DOCS / "img"
+# regions of shown.json that show a result under another name: region -> result
+_SHOWN_AS = SHOWN["regions"]
 _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 
 
 def pages() -> list[Path]:
-    """The pages with regions."""
-    concepts = DOCS / "concepts" / "fp8-cache.md"
-    return [DOCS / "performance.md", concepts, *sorted((DOCS / "results").glob("*.md"))]
+    """The pages with regions or figures."""
+    texts = [*sorted(ROOT.glob("README*.md")), *sorted(DOCS.rglob("*.md"))]
+    return [page for page in texts if re.search(r"<!-- (result|figure): ", page.read_text("utf-8"))]
 
 
 def region(name: str, folder: Path = RESULTS) -> str:
@@ -41,9 +45,11 @@ def region(name: str, folder: Path = RESULTS) -> str:
         name: name of an overview, or of the result's file without its ending.
         folder: where the results are.
     """
+    if name in REGIONS:
+        return REGIONS[name]()
     if name in _ratios.TABLES:
         return _ratios.region(name, folder)
-    path = next(folder.rglob(f"{name}.json"), None)
+    path = next(folder.rglob(f"{_SHOWN_AS.get(name, name)}.json"), None)
     if path is None:
         return "Not measured yet.\n"
     result = json.loads(path.read_text())
@@ -65,10 +71,11 @@ def regions(page: str) -> dict[str, str]:
 
 
 def filled(page: str, folder: Path = RESULTS) -> str:
-    """The page with every region written again."""
-    return _REGION.sub(
+    """The page with every region and figure written again."""
+    page = _REGION.sub(
         lambda m: f"<!-- result: {m[1]} -->\n{region(m[1], folder)}<!-- end -->\n", page
     )
+    return _figures.filled(page, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for page in pages():
         text = page.read_text("utf-8")
         page.write_text(filled(text), "utf-8")
-        print(f"{page.relative_to(ROOT)}: {', '.join(regions(text))}")
+        names = [*regions(text), f"{len(_figures.figures(text))} figures"]
+        print(f"{page.relative_to(ROOT)}: {', '.join(names)}")
     if find_spec("matplotlib") is None:
         print("plots left as they are: matplotlib is not installed (extra `dev`)")
         return 0

@@ -9,7 +9,7 @@ FROM ccr-2vdh3abv-pub.cnc.bj.baidubce.com/paddlepaddle/fastdeploy-cuda-12.6:2.5.
 WORKDIR /src
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY fd_dsa fd_dsa
-RUN python -m pip install --no-cache-dir . && rm -rf /src/*
+RUN python -m pip install --no-cache-dir . 'triton>=3.3,<3.10' && rm -rf /src/*
 
 # FastDeploy writes its log to the working directory
 WORKDIR /var/log/fd_dsa

@@ -18,10 +18,12 @@ from typing import Any
 
 from fd_dsa.errors import ConfigError
 
+OVERLAP_VARIABLE = "FD_DSA_OVERLAP_MAX_TOKENS"
 DEFAULT_OVERLAP_MAX_TOKENS = 256
 """Most tokens of a captured step whose indexer projections run on a second stream.
 
-Read from measurements (docs/performance.md).
+No more than the `limit_tokens` of benchmarks/results/engine_overlap*.json, past which the fork was
+measured not to pay; a test compares the two.
 """
 
 # with less the server of the demo model does not start
@@ -228,12 +230,12 @@ def overlap_max_tokens() -> int | None:
     Raises:
         ConfigError: the variable is no number of at least 0.
     """
-    value = variable("FD_DSA_OVERLAP_MAX_TOKENS")
+    value = variable(OVERLAP_VARIABLE)
     if not value:
         return None
     if not value.isdecimal():
         raise ConfigError(
-            f"FD_DSA_OVERLAP_MAX_TOKENS: got {value!r}, allowed: a number of tokens, 0 for no "
+            f"{OVERLAP_VARIABLE}: got {value!r}, allowed: a number of tokens, 0 for no "
             f"second stream; leave it unset for {DEFAULT_OVERLAP_MAX_TOKENS} in graphs alone"
         )
     return int(value)

@@ -94,6 +94,14 @@ class BackendUnavailable(FdDsaError, ImportError):
     """A device, provider or package that was asked for cannot serve on this machine."""
 
 
+class KernelUnavailable(BackendUnavailable):
+    """A Triton kernel cannot be compiled for a device, or not be loaded there.
+
+    It is raised before the kernel is queued. If the kernel belongs to a provider that is only
+    faster than another one, the other one serves from then on (`fd_dsa.ops.providers.refuse`).
+    """
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of the host or of a device is full."""
     if isinstance(error, RankError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 PACKAGE = "fd_dsa"
@@ -83,6 +84,16 @@ class Module:
             return ROOMS[-1]
         return parts[1] if len(parts) > 1 else ""
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All nodes of the tree."""
+        return list(ast.walk(self.tree))
+
+    @cached_property
+    def imports(self) -> list[Import]:
+        """Every import in the file, those inside functions included."""
+        return list(_imports_of(self))
+
 
 def load_package(root: Path) -> dict[str, Module]:
     """All modules of `root/fd_dsa` by dotted name."""
@@ -91,13 +102,14 @@ def load_package(root: Path) -> dict[str, Module]:
         parts = path.relative_to(root).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         modules[name] = Module(name, path, ast.parse(path.read_text("utf-8"), str(path)))
+    assert modules, f"no module in {root / PACKAGE}"
     return modules
 
 
-def _type_only_nodes(tree: ast.Module) -> set[ast.AST]:
+def _type_only_nodes(nodes: list[ast.AST]) -> set[ast.AST]:
     """Nodes below an `if TYPE_CHECKING:`."""
     found: set[ast.AST] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             found.update(inner for child in node.body for inner in ast.walk(child))
     return found
@@ -113,10 +125,10 @@ def _absolute(module: Module, node: ast.ImportFrom) -> str:
     return ".".join([*base, *([node.module] if node.module else [])])
 
 
-def imports_of(module: Module) -> Iterator[Import]:
-    """Every import in the file, those inside functions included."""
-    type_only = _type_only_nodes(module.tree)
-    for node in ast.walk(module.tree):
+def _imports_of(module: Module) -> Iterator[Import]:
+    """See `Module.imports`."""
+    type_only = _type_only_nodes(module.nodes)
+    for node in module.nodes:
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -149,7 +161,7 @@ def wrong_directions(modules: dict[str, Module]) -> Iterator[str]:
     """Imports of a higher room; what only type checkers see counts too."""
     rank = {room: index for index, room in enumerate(("", *ROOMS))}
     for module in modules.values():
-        for found in imports_of(module):
+        for found in module.imports:
             reached = _resolve(found.target, modules)
             if reached is None:
                 continue
@@ -163,7 +175,7 @@ def cycles(modules: dict[str, Module]) -> Iterator[str]:
     graph = {
         name: {
             reached
-            for found in imports_of(module)
+            for found in module.imports
             if not found.for_types_only
             and (reached := _resolve(found.target, modules)) not in (None, name)
         }
@@ -195,7 +207,7 @@ def _path_back(graph: dict[str, set[str]], start: str) -> list[str]:
 def forbidden_imports(modules: dict[str, Module]) -> Iterator[str]:
     """Packages that only one room may import, and those that none may."""
     for module in modules.values():
-        for found in imports_of(module):
+        for found in module.imports:
             for outside, rooms in ONLY_IN.items():
                 inside = found.target == outside or found.target.startswith(outside + ".")
                 if inside and module.room not in rooms:
@@ -208,7 +220,7 @@ def environment_reads(modules: dict[str, Module]) -> Iterator[str]:
     for module in modules.values():
         if module.room == "environment":
             continue
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             named = isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT
             taken = (
                 isinstance(node, ast.ImportFrom)

@@ -31,6 +31,8 @@ GPU_MARKERS = ("gpu", "gpu_rig")
 settings.register_profile(
     "fd_dsa", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
+# `make soak` draws more cases (tests/strategies.py)
+settings.register_profile("soak", settings.get_profile("fd_dsa"), max_examples=1000)
 # under a memory checker every launch takes a hundred times as long
 settings.register_profile("brief", settings.get_profile("fd_dsa"), max_examples=5)
 settings.load_profile("fd_dsa")
@@ -70,6 +72,8 @@ _skip_reason = cache(lambda marker: REQUIREMENTS[marker]())
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load the test plug-in in a session that asks for it, before anything imports Paddle."""
+    # the modules of all tests stay: looking through them for garbage takes a fifth of their load
+    gc.disable()
     _take_a_processor(os.environ.get("PYTEST_XDIST_WORKER", ""))
     open_session(config.option.markexpr)
 
@@ -184,6 +188,7 @@ def pytest_collection_finish() -> None:
     """Poison results, and spare work of interpreted kernels, where a test module has kernels."""
     # what is loaded now stays: it need not be looked through for garbage again and again
     gc.freeze()
+    gc.enable()
     if sys.modules.get("paddle"):
         from tests.kernel_memory import poison_results
 

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 ROW_KINDS = ("idle", "first_chunk", "later_chunk", "decode", "mtp_decode", "idle_with_cache")
 BLOCK_SIZES = (1, 16, 64)
+
+
+def examples(many: int, in_soak: int) -> settings:
+    """Settings of a test with `many` random cases, `in_soak` of them in `make soak`.
+
+    Under a memory checker the number is that of its profile. A fixture of one function holds no
+    state that one case could leave to the next.
+    """
+    profile = settings.default.max_examples
+    return settings(
+        # 100 is that of the quick suite
+        max_examples=min(many, profile) if profile < 100 else many if profile == 100 else in_soak,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,23 @@ def make_batch(
     return StepBatch(encoder, decoder, this_time, tables, block_size, num_blocks, num_padded_tokens)
 
 
+@cache
+def _rows(
+    kinds: tuple[str, ...], min_rows: int, max_rows: int, max_len: int
+) -> st.SearchStrategy[list[tuple[int, int, int]]]:
+    """Lengths of the rows of a step; a strategy is made once, since Hypothesis checks each."""
+    edges = [n for k in (1, 2) for n in (k * 64 - 1, k * 64, k * 64 + 1) if n <= max_len]
+    lengths = st.one_of(st.integers(1, 5), st.sampled_from([1, *edges]), st.integers(1, max_len))
+    row = st.builds(_lengths, st.sampled_from(kinds), lengths, lengths)
+    return st.lists(row, min_size=min_rows, max_size=max_rows)
+
+
+_BLOCK_SIZE = st.sampled_from(BLOCK_SIZES)
+_PADDING = st.one_of(st.none(), st.integers(0, 9))
+_SEED = st.integers(0, 2**32 - 1)
+_SPARE_COLUMNS = st.integers(0, 2)
+
+
 @st.composite
 def step_batches(
     draw: st.DrawFn,
@@ -93,18 +126,15 @@ def step_batches(
     num_columns: int | None = None,
 ) -> StepBatch:
     """Any legal step: all kinds of rows in any order, block edges, padding or none."""
-    block_size = block_size or draw(st.sampled_from(BLOCK_SIZES))
-    edges = [n for k in (1, 2) for n in (k * 64 - 1, k * 64, k * 64 + 1) if n <= max_len]
-    lengths = st.one_of(st.integers(1, 5), st.sampled_from([1, *edges]), st.integers(1, max_len))
-    row = st.builds(_lengths, st.sampled_from(kinds), lengths, lengths)
-    rows = draw(st.lists(row, min_size=min_rows, max_size=max_rows))
+    block_size = block_size or draw(_BLOCK_SIZE)
+    rows = draw(_rows(kinds, min_rows, max_rows, max_len))
     num_tokens = sum(new for _, _, new in rows)
-    padding = draw(st.one_of(st.none(), st.integers(0, 9)))
+    padding = draw(_PADDING)
     return make_batch(
         rows,
         block_size,
-        seed=draw(st.integers(0, 2**32 - 1)),
-        spare_columns=draw(st.integers(0, 2)),
+        seed=draw(_SEED),
+        spare_columns=draw(_SPARE_COLUMNS),
         num_padded_tokens=None if padding is None else num_tokens + padding,
         num_columns=num_columns,
     )
@@ -113,12 +143,17 @@ def step_batches(
 @st.composite
 def step_sequences(draw: st.DrawFn, max_rows: int = 8, max_len: int = 80) -> list[StepBatch]:
     """Several steps of different sizes that fit one builder."""
-    block_size = draw(st.sampled_from(BLOCK_SIZES))
+    return draw(_sequences(draw(_BLOCK_SIZE), max_rows, max_len))
+
+
+@cache
+def _sequences(block_size: int, max_rows: int, max_len: int) -> st.SearchStrategy[list[StepBatch]]:
+    """As `step_sequences`, of one block size."""
     columns = -(-2 * max_len // block_size)
     batch = step_batches(
         max_rows=max_rows, max_len=max_len, block_size=block_size, num_columns=columns
     )
-    return draw(st.lists(batch, min_size=2, max_size=6))
+    return st.lists(batch, min_size=2, max_size=6)
 
 
 def chunk_lengths(total: int) -> st.SearchStrategy[list[int]]:

@@ -209,3 +209,19 @@ def test_the_tests_that_ux_names_exist() -> None:
             assert not test or f"def {test}(" in text, name
             named += 1
     assert named > 50
+
+
+def test_the_files_and_tests_that_the_seeds_name_exist() -> None:
+    rows = (ROOT / "docs/seeds.md").read_text("utf-8").split("|---|")[-1].splitlines()[1:]
+    assert len(rows) > 40
+    named = 0
+    for row in rows:
+        _, source, asked, place, shown, _, _ = (cell.strip() for cell in row.split("|"))
+        assert source and asked and place and shown, row
+        for name in re.findall(r"`([\w./]+/[\w./]+(?:::\w+)?)`", f"{place} {shown}"):
+            path, _, test = name.partition("::")
+            file = ROOT / path
+            assert file.exists(), name
+            assert not test or f"def {test}(" in file.read_text("utf-8"), name
+            named += 1
+    assert named > 80

@@ -119,7 +119,7 @@ def test_a_wrong_result_and_an_error_fail(
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device whose tensors are host memory, and whose kernels are interpreted."""
     memory = open_memory("interpreter")
-    monkeypatch.setattr("fd_dsa.step.device.paddle_allocator", lambda device: memory.poisoned)
+    monkeypatch.setattr("fd_dsa.step.places.paddle_allocator", lambda device: memory.poisoned)
 
 
 def on_a_device(
@@ -216,7 +216,7 @@ def test_an_unknown_device_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("package", ["numpy", "paddle", "triton"])
+@pytest.mark.parametrize("package", ["numpy", "paddle"])
 def test_a_missing_package_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
 ) -> None:

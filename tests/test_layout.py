@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests._layout import LONG_FILE_MARK, MAX_LINES, load_package, violations
+from tests._layout import LONG_FILE_MARK, MAX_LINES, violations
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_tree_keeps_the_rules() -> None:
-    assert len(load_package(ROOT)) > 10
     assert violations(ROOT) == []
 
 

@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks._gpu_engine_model import FP8, WIDTHS
+from benchmarks._harness import ROOT
+from benchmarks._published import MODELS, V32, plan_lines
+from benchmarks.report import regions
 from fd_dsa import doctor
-from fd_dsa.doctor.plan import GPU_GIB
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.memory_plan import weight_bytes, weight_parts
 from tests.models.folders import TINY, TINY_FP8
 from tests.v4_model.cases import CASES
-
-PAGE = Path(__file__).parents[1] / "docs" / "several-gpus.md"
-V32 = WIDTHS | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "quantization_config": FP8}
-GLM = V32 | {
-    "model_type": "glm_moe_dsa",
-    "num_hidden_layers": 78,
-    "hidden_size": 6144,
-    "intermediate_size": 12288,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "q_lora_rank": 2048,
-    "qk_nope_head_dim": 192,
-    "v_head_dim": 256,
-    "index_n_heads": 32,
-    "n_group": 1,
-    "topk_group": 1,
-    "vocab_size": 154880,
-    "max_position_embeddings": 202752,
-    "rope_scaling": None,
-}
-MODELS = {"reap": V32 | {"n_routed_experts": 128}, "v32": V32, "glm": GLM}
-NAMES = {"reap": "DeepSeek-V3.2-REAP-345B", "v32": "DeepSeek-V3.2", "glm": "GLM-5"}
 
 
 def folder_of(root: Path, config: dict[str, Any]) -> Path:
@@ -53,34 +31,11 @@ def printed(capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> st
     return capsys.readouterr().out.replace(f"{folder.parent}/", "")
 
 
-def region(name: str) -> str:
-    """Between two marks of the page."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", PAGE.read_text("utf-8"), re.DOTALL)
-    assert found is not None
-    return found[1]
-
-
 def test_the_page_shows_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / NAMES["reap"], MODELS["reap"])
-    assert region("plan: reap 4") == f"```\n{printed(capsys, folder, '-tp', '4')}```\n"
-
-
-@pytest.mark.slow
-def test_the_page_lists_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    columns = [f"{gib} GB" for gib in GPU_GIB]
-    lines = [["model", "GPUs", "weights on each", *columns]]
-    lines.append(["---"] * len(lines[0]))
-    for model, config in MODELS.items():
-        for ranks in (4, 8):
-            folder = folder_of(tmp_path / model, config)
-            found = json.loads(printed(capsys, folder, "-tp", str(ranks), "--json"))
-            gpus = found["caches"]["fp8_ds_mla"]["gpus"]
-            tokens = [gpus[str(gib)]["tokens"] for gib in GPU_GIB]
-            weights = f"{sum(found['parts'].values()) / 2**30:.1f} GiB"
-            shown = [f"{n:,}" if n else "no" for n in tokens]
-            lines.append([NAMES[model], str(ranks), weights, *shown])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("| --- ", "|---")
-    assert region("plans") == table.replace("--- |\n", "---|\n")
+    name = "DeepSeek-V3.2-REAP-345B"
+    output = printed(capsys, folder_of(tmp_path / name, MODELS[name]), "-tp", "4")
+    shown = regions((ROOT / "docs/several-gpus.md").read_text("utf-8"))["plan_lines"]
+    assert shown == plan_lines() == f"```\n{output}```\n"
 
 
 def test_parts_are_the_whole_and_are_split(tmp_path: Path) -> None:

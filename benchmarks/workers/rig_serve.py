@@ -10,32 +10,46 @@ import os
 import sys
 from typing import Any
 
-_ENGINE = "engine"
+ENGINE = "engine"
 _DEVICE = "hopper:0"
+
+
+def load_device() -> None:
+    """Load the plug-in and, on a GPU, the custom operators; before anything imports Paddle."""
+    from tests.gpu_rig import load
+
+    if load(os.environ.get("FD_DSA_RIG", "real")).is_real:
+        from custom_ops.build_library import build_library
+        from fd_dsa import custom_ops
+
+        custom_ops.use_library(build_library())
+    from fd_dsa.engine.ranks import Ranks
+
+    Ranks.COMMAND = (sys.executable, "-m", "tests.distributed.rig_rank")
+
+
+def serve(module: str, flags: list[str], *, on_rig: bool = True) -> Any:
+    """Run a server whose engine is a process of `module`; returns the exit status."""
+    from fd_dsa.serve import cli
+    from fd_dsa.serve import flags as server_flags
+    from fd_dsa.serve.engine_process import EngineProcess
+
+    EngineProcess.COMMAND = (sys.executable, "-m", module, ENGINE)
+    if on_rig:
+        server_flags._CHOICES["device"] = (_DEVICE,)
+        flags = [*flags, "--device", _DEVICE]
+    return cli.main(flags)
 
 
 def main() -> Any:
     """Serve, or be the engine of a server; returns the exit status."""
-    if sys.argv[1:2] == [_ENGINE]:
-        from tests.gpu_rig import load
-
-        if load(os.environ.get("FD_DSA_RIG", "real")).is_real:
-            from custom_ops.build_library import build_library
-            from fd_dsa import custom_ops
-
-            custom_ops.use_library(build_library())
-        from fd_dsa.engine.ranks import Ranks
+    if sys.argv[1:2] == [ENGINE]:
+        load_device()
         from fd_dsa.serve import engine_child
 
-        Ranks.COMMAND = (sys.executable, "-m", "tests.distributed.rig_rank")
         del sys.argv[1]
         return engine_child.main()
-    from fd_dsa.serve import cli, flags
-    from fd_dsa.serve.engine_process import EngineProcess
-
-    EngineProcess.COMMAND = (sys.executable, "-m", "benchmarks.workers.rig_serve", _ENGINE)
-    flags._CHOICES["device"] = (_DEVICE,)
-    return cli.main([*sys.argv[1:], "--device", _DEVICE])
+    return serve("benchmarks.workers.rig_serve", sys.argv[1:])
 
 
 if __name__ == "__main__":

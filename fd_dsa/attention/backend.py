@@ -92,7 +92,7 @@ class DSAAttentionBackend:
         else:
             # kernels and their launcher are loaded only where a device is asked for
             from fd_dsa.attention.device import DeviceAttention
-            from fd_dsa.step.device import paddle_allocator
+            from fd_dsa.step.places import paddle_allocator
 
             self.attention = DeviceAttention(config, allocate or paddle_allocator(device))
         self.overlap = IndexerOverlap(device)

@@ -11,6 +11,8 @@ fastest that take its sizes and types.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -28,6 +30,7 @@ from fd_dsa.attention.device_scores import (
     tile_sizes,
 )
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops._host import check_shape
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
 from fd_dsa.ops.logits import tile_forms
@@ -35,7 +38,16 @@ from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.custom_op import choose_attention, kind_for
 from fd_dsa.ops.mla.triton_kernel import attend_slots
 from fd_dsa.ops.mla_query.triton_kernel import prepare_mla_query
-from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, TRITON, choose, device_kind, settle
+from fd_dsa.ops.providers import (
+    CUSTOM_OP,
+    TENSOR_CORE,
+    TRITON,
+    choose,
+    device_kind,
+    is_refused,
+    refuse,
+    settle,
+)
 from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
@@ -43,6 +55,7 @@ from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.driver import GpuTraits
 from fd_dsa.triton_runtime.transfers import traits_for, transfers_for
 
+logger = logging.getLogger(__name__)
 LOGITS_BYTES = 512 << 20
 """Most memory for the scores of a layer, but at least one token's are held; the tokens of a longer
 step are scored in chunks."""
@@ -74,8 +87,9 @@ class DeviceAttention:
         # the interpreter's tensors are in host memory
         kind = "interpreter" if kind == "cpu" else kind
         settle(kind)
-        self._scores = self._new_scores(kind)
-        self._attention = self._new_attention(kind)
+        self._kind = kind
+        self._scores = self._new_scores()
+        self._attention = self._new_attention()
         self.dense_prompts: Any = None
         if config.head_widths is not None:
             # it works on Paddle's tensors alone
@@ -88,8 +102,9 @@ class DeviceAttention:
         for name, (count, shape, dtype) in sizes.items():
             self._buffers[name] = self._allocate((count * prod(shape),), dtype), shape
 
-    def _new_scores(self, kind: str) -> PageScores:
-        """What scores and chooses on a kind of device."""
+    def _new_scores(self) -> PageScores:
+        """What scores and chooses on this kind of device."""
+        kind = self._kind
         config, logits = self.config, self._buffers["logits"][0]
         made = config, self._view, int(logits.shape[0]), slot_selector(kind, self._allocate)
         conditions = {TENSOR_CORE: why_not_tiles(config)}
@@ -99,8 +114,9 @@ class DeviceAttention:
         self._take(tile_sizes(config, made[2], transfers.traits.num_processors))
         return TileScores(*made, transfers)
 
-    def _new_attention(self, kind: str) -> TensorCoreAttention | None:
+    def _new_attention(self) -> TensorCoreAttention | None:
         """What attends on tensor cores; None where `attend_slots` does, which takes everything."""
+        kind = self._kind
         config, logits = self.config, self._buffers["logits"][0]
         heads, types = config.num_heads, _types(config)
         capability = traits_for(logits).capability
@@ -112,7 +128,24 @@ class DeviceAttention:
             own = kind_for(heads, config.cache_layout.is_fp8)
         custom = own(custom_ops.build().kernels) if own else None
         # scores of a layer are done with when its tokens attend
-        return TensorCoreAttention(config, self._allocate, logits, custom)
+        always = is_refused("sparse_mla", kind, TENSOR_CORE)
+        return TensorCoreAttention(config, self._allocate, logits, custom, always)
+
+    def _score(self, call: Callable[[PageScores], None]) -> None:
+        """Call with what scores; again with the next provider if a kernel cannot be compiled.
+
+        Raises:
+            KernelUnavailable: no other provider may serve, or a captured graph reads the schedule
+                of this one.
+        """
+        try:
+            call(self._scores)
+        except KernelUnavailable as error:
+            if type(self._scores) is PageScores or self._scores.is_captured:
+                raise
+            refuse("indexer_logits", self._kind, TENSOR_CORE, error)
+            self._scores = self._new_scores()
+            call(self._scores)
 
     def begin_step(
         self,
@@ -134,7 +167,7 @@ class DeviceAttention:
         if step is None:
             return
         if step.max_seqlen_k > self.config.index_topk or self._scores.is_captured:
-            self._scores.prepare(step)
+            self._score(lambda scores: scores.prepare(step))
 
     def query_buffers(self, num_tokens: int) -> tuple[Any, Any]:
         """Where `prepare_indexer_query` writes its two results for a step's tokens."""
@@ -180,7 +213,7 @@ class DeviceAttention:
                 self._everything = layer, self._all_keys(step, cache)
             return self._everything[1]
         slots = self._view("slots", step.position_ids.shape[0], self.config.index_topk)
-        self._scores.select(step, q, weights, cache, slots)
+        self._score(lambda scores: scores.select(step, q, weights, cache, slots))
         return slots
 
     def attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any) -> Any:
@@ -193,12 +226,37 @@ class DeviceAttention:
             step, selection = prompts.other_step, prompts.of_others(selection)
         check_shape("attend", "selection", selection, (num_tokens, None))
         out = self._view("latents", num_tokens)
+        try:
+            self._attend(step, q, cache, selection, out)
+        except KernelUnavailable as error:
+            if self._attention is None:
+                raise
+            refuse("sparse_mla", self._kind, TENSOR_CORE, error)
+            self._attention = self._new_attention()
+            self._attend(step, q, cache, selection, out)
+        return out
+
+    def _attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any, out: Any) -> None:
+        """Fill `out` by what serves."""
         if self._attention is None:
             scale, rank = self.config.softmax_scale, self.config.cache_layout.kv_lora_rank
             attend_slots(q, cache, selection, out, softmax_scale=scale, kv_lora_rank=rank)
         else:
             self._attention.attend(q, cache, selection, out, step=step)
-        return out
+
+    def attend_in_one_form(self, error: KernelUnavailable) -> None:
+        """Attend for all prompts in the absorbed form from now on, which is logged.
+
+        Args:
+            error: why the kernels of the dense form cannot be compiled.
+
+        Raises:
+            KernelUnavailable: `error`, if prompts attend in the absorbed form already.
+        """
+        if self.dense_prompts is None:
+            raise error
+        self.dense_prompts = None
+        logger.warning("attention of prompts: absorbed from now on (%s)", error)
 
     def _all_keys(self, step: ForwardMeta, cache: Any) -> Any:
         """The selection of a step whose tokens see all of their keys."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.ops._gemm import HostMatrix
-from fd_dsa.ops.providers import serving
+from fd_dsa.ops.providers import TRITON, provider_of, serving
 
 
 class Indexer:
@@ -43,6 +43,13 @@ class Indexer:
     def key_norm(self) -> dict[str, Any]:
         """How the keys are normed and rotated, as arguments of CacheWriteParams."""
         return self._k_norm | {"index_rope_interleave": self.config.indexer_rope_interleave}
+
+    def may_fork(self, hidden_states: Any) -> bool:
+        """True if `project` may run on a second stream: it is one launch that allocates nothing.
+
+        A GEMM of Paddle goes to the stream of its cuBLAS handle, which a fork does not change.
+        """
+        return provider_of("indexer_projection", hidden_states) == TRITON
 
     def project(self, hidden_states: Any, backend: Any) -> tuple[Any, Any]:
         """Index keys [num_tokens, index_head_dim] and head weights [num_tokens, index_n_heads].

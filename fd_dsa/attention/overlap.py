@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS, overlap_max_tokens
-from fd_dsa.errors import DeviceError, OverlapError
+from fd_dsa.errors import DeviceError, KernelUnavailable, OverlapError
+from fd_dsa.ops.providers import TRITON, device_kind, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _NOT_RUN: Any = object()
+_OPERATOR = "indexer_projection"
 
 
 class IndexerOverlap:
@@ -55,6 +57,9 @@ class IndexerOverlap:
         what is queued after this call runs after both. In a capture fork and join become edges of
         the graph. In other steps `project` runs after `work`, on the current stream.
 
+        If the kernel of `project` cannot be compiled, the step does not fork and `project` runs
+        once more: another provider of the operator then serves.
+
         `project` and its arguments are held until the join, and so is what it returns. It must
         return every tensor that it makes, at least as the memory of what it returns: a temporary
         that it drops may be overwritten by the work beside it (see SideStream). On Paddle the
@@ -79,10 +84,15 @@ class IndexerOverlap:
         self._is_open = True
         try:
             if stream is None:
-                return work(), project(*args)
+                return work(), _projected(project, args)
             stream.begin()
-            with _undone(stream.end, stream.join):
-                side = project(*args)
+            try:
+                with _undone(stream.end, stream.join):
+                    side = project(*args)
+            except KernelUnavailable as error:
+                # compiled before it is queued, so nothing runs on the second stream
+                refuse(_OPERATOR, device_kind(args[0]), TRITON, error)
+                return work(), project(*args)
             stream.end()
             with _undone(stream.join):
                 main = work()
@@ -90,6 +100,15 @@ class IndexerOverlap:
             return main, side
         finally:
             self._is_open = False
+
+    @contextmanager
+    def as_captured(self) -> Iterator[None]:
+        """Fork eager steps inside as captured ones, for a warm-up before the captures."""
+        before, self.eager = self.eager, True
+        try:
+            yield
+        finally:
+            self.eager = before
 
     def _is_capturing(self, tensor: Any) -> bool:
         """True while the current stream of a tensor's device is captured; asked in every layer."""
@@ -107,6 +126,15 @@ class IndexerOverlap:
 
             self.side_stream = side_stream_for(tensor)
         return self.side_stream
+
+
+def _projected(project: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """`project(*args)` without a fork, by the next provider if a kernel cannot be compiled."""
+    try:
+        return project(*args)
+    except KernelUnavailable as error:
+        refuse(_OPERATOR, device_kind(args[0]), TRITON, error)
+        return project(*args)
 
 
 @contextmanager

@@ -5,15 +5,18 @@ What it allocates serves all layers and steps.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.mla.custom_op import CustomAttention
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
 from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores, new_partials
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.views import Allocate
 
+logger = logging.getLogger(__name__)
 # of a step, below which a launch costs more than it saves
 _LEAST_PREFILL_TOKENS = 256
 # what a token saves for each 64 heads where records are dequantized, over what a record costs;
@@ -37,6 +40,7 @@ class TensorCoreAttention:
         config: one that `tensor_core.why_not` finds nothing against.
         scratch: float32 [n] that nothing else uses during `attend`, for dequantized records.
         custom: a kernel of custom_ops/ for these heads and this cache.
+        always_custom: it attends for all numbers of tokens, since Triton's cannot be compiled.
     """
 
     def __init__(
@@ -45,10 +49,11 @@ class TensorCoreAttention:
         allocate: Allocate,
         scratch: Any = None,
         custom: CustomAttention | None = None,
+        always_custom: bool = False,
     ) -> None:
-        self._scale, self._custom = config.softmax_scale, custom
+        self._scale, self._custom, self._always = config.softmax_scale, custom, always_custom
         self._partials = None
-        if custom is None or not custom.is_faster(1, config.num_heads):
+        if custom is None or not (always_custom or custom.is_faster(1, config.num_heads)):
             self._partials = new_partials(config.num_heads, allocate)
         self._records: DequantizedRecords | None = None
         takes_them = custom is not None and not custom.records_alone
@@ -67,9 +72,10 @@ class TensorCoreAttention:
     ) -> None:
         """See `attend_on_tensor_cores`; tokens of a `step` have slots of their own rows alone."""
         how = {"softmax_scale": self._scale, "lse": lse}
-        if self._custom is not None and self._custom.is_faster(q.shape[0], q.shape[1]):
+        custom = self._custom
+        if custom is not None and (self._always or custom.is_faster(q.shape[0], q.shape[1])):
             dequantized = self._dequantized(cache, step)
-            self._custom(q, cache, slots, out, dequantized=dequantized, **how)
+            custom(q, cache, slots, out, dequantized=dequantized, **how)
         else:
             attend_on_tensor_cores(q, cache, slots, out, partials=self._partials, **how)
 
@@ -79,4 +85,9 @@ class TensorCoreAttention:
             return None
         if step.num_prefill_tokens < _LEAST_PREFILL_TOKENS:
             return None
-        return self._records.fill(cache, step)
+        try:
+            return self._records.fill(cache, step)
+        except KernelUnavailable as error:
+            self._records = None
+            logger.warning("attention of prompts: no records are dequantized first (%s)", error)
+            return None

@@ -27,11 +27,7 @@ from fd_dsa.serve.flag_values import fail, reports_failures
 from fd_dsa.serve.parser import Parser
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
-_NEEDED = {
-    "numpy": "pip install numpy",
-    "paddle": "pip install '.[cpu]'",
-    "triton": "pip install triton",
-}
+_NEEDED = {"numpy": "pip install numpy", "paddle": "pip install '.[cpu]'"}
 _OK, _BAD = 0, 1
 _NO_WIDTH = 1 << 20
 
@@ -114,10 +110,10 @@ def examine(device: str | None = None) -> dict[str, Any]:
     Returns:
         `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
         `fastdeploy` (see `fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
-        Triton kernels run), `note` (what was not checked and why, or ""), `checks` (a list; see
-        `run_checks`, and on a device `check_float32`), `custom_ops` (`state`, `reason` and `path`
-        of fd_dsa_ops), `graphs` (see `graph_facts`), which has no part in `healthy` either,
-        `healthy`.
+        Triton kernels run: compiled, interpreted, or unavailable without Triton), `note` (what was
+        not checked and why, or ""), `checks` (a list; see `run_checks`, and on a device
+        `check_float32`), `custom_ops` (`state`, `reason` and `path` of fd_dsa_ops), `graphs` (see
+        `graph_facts`), which has no part in `healthy` either, `healthy`.
 
     Raises:
         ConfigError: FD_DSA_OP_PROVIDER cannot be read.
@@ -125,12 +121,13 @@ def examine(device: str | None = None) -> dict[str, Any]:
     """
     device = device_to_check(device)
     gpu, cpus = _gpu(), f"{usable_cpus()} processors"
-    # the check imports Paddle and Triton, whose absence has a clear error of its own above
+    # the check imports Paddle, whose absence has a clear error of its own above
     from fd_dsa import custom_ops
     from fd_dsa.doctor.checks import check_float32, run_checks
     from fd_dsa.doctor.fastdeploy import examination
-    from fd_dsa.triton_runtime import INTERPRETING
 
+    kernels = _kernels(device)
+    interpreting = kernels != "compiled"
     with examination() as fastdeploy_facts:
         checks = run_checks(device)
         if device != "cpu":
@@ -145,13 +142,28 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "gpu": gpu,
         "fastdeploy": fastdeploy,
         "device": device,
-        "kernels": "interpreted" if INTERPRETING else "compiled",
-        "note": not_checked(device, gpu, INTERPRETING),
+        "kernels": kernels,
+        "note": not_checked(device, gpu, interpreting),
         "checks": checks,
         "custom_ops": {"state": build.state, "reason": build.reason, "path": build.path},
-        "graphs": graph_facts(device, INTERPRETING),
+        "graphs": graph_facts(device, interpreting),
         "healthy": all(check["passed"] for check in checks) and build.state != custom_ops.BROKEN,
     }
+
+
+def _kernels(device: str) -> str:
+    """How Triton kernels run in this process: compiled, interpreted or unavailable.
+
+    Raises:
+        BackendUnavailable: a device is checked, and Triton is missing or unknown.
+    """
+    try:
+        from fd_dsa.triton_runtime import INTERPRETING
+    except BackendUnavailable:
+        if device != "cpu":
+            raise
+        return "unavailable"
+    return "interpreted" if INTERPRETING else "compiled"
 
 
 def _gpu() -> dict[str, str] | None:
@@ -168,8 +180,7 @@ def device_to_check(asked: str | None) -> str:
         BackendUnavailable: a package is missing, or Paddle has no such device.
     """
     require_packages()
-    # Triton, which this imports, was looked for above
-    from fd_dsa.step.device import paddle_device_counts
+    from fd_dsa.step.places import paddle_device_counts
 
     counts = paddle_device_counts()
     devices = [f"{kind}:{number}" for kind, count in counts.items() for number in range(count)]

@@ -38,8 +38,11 @@ def run_checks(device: str) -> list[dict[str, Any]]:
     memories = {"cpu": Memory()}
     if device != "cpu":
         # kernels are loaded only where there is a device
-        from fd_dsa.step.device import paddle_allocator
+        from fd_dsa.runner.device import keep_float32
+        from fd_dsa.step.places import paddle_allocator
 
+        # GEMMs of Paddle are a provider, as an engine has them
+        keep_float32(device)
         memories[device] = Memory(paddle_allocator(device))
     for operator, case in CASES.items():
         host: Outputs = {}
@@ -71,7 +74,7 @@ def check_float32(device: str) -> dict[str, Any]:
     import paddle
 
     from fd_dsa.runner.device import keep_float32
-    from fd_dsa.step.device import paddle_allocator
+    from fd_dsa.step.places import paddle_allocator
 
     keep_float32(device)
     memory, begin, detail = Memory(paddle_allocator(device)), time.perf_counter(), ""

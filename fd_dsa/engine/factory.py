@@ -124,7 +124,7 @@ def _load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProg
     if plan.device != "cpu":
         # kernels and their launcher are loaded only where a device is asked for
         from fd_dsa.models.device_weights import DeviceWeights
-        from fd_dsa.step.device import paddle_allocator
+        from fd_dsa.step.places import paddle_allocator
 
         allocate, rounds = paddle_allocator(plan.device), plan.model_config.round_scales
         weights = DeviceWeights(
@@ -183,7 +183,7 @@ def _warm_up(runner: Any, plan: EnginePlan) -> str:
     start = time.perf_counter()
     # another engine of this process may have frozen it
     with warming():
-        runner.warm_up()
+        runner.warm_up(before_captures=not plan.config.enforce_eager)
         ready = time.perf_counter()
         if not plan.config.enforce_eager:
             runner.capture_graphs(plan.config.capture_sizes, PaddleCapture)

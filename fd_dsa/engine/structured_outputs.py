@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fd_dsa.chat.json_text import json_start
 from fd_dsa.chat.lark import MAX_GRAMMAR_CHARS
 
 Kind = Literal["json_schema", "regex", "lark", "grammar"]
@@ -84,18 +85,10 @@ class StructuredOutputsParams:
             raise ValueError(
                 f"{self.source} is {reprlib.repr(schema)}; it must be a JSON schema, an object"
             )
-        parts = []
-        num_chars = 0
         try:
-            # no further than to the first piece that is too much
-            for part in json.JSONEncoder().iterencode(schema):
-                parts.append(part)
-                num_chars += len(part)
-                if num_chars > MAX_GRAMMAR_CHARS:
-                    break
+            return json_start(schema, MAX_GRAMMAR_CHARS, ensure_ascii=True)
         except (RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{self.source} cannot be written as JSON: {error}") from error
-        return "".join(parts)
 
     def _choice_text(self, choice: Any) -> str:
         """A grammar of one token of its own; as rules, many choices would be slow."""

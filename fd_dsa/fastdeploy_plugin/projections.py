@@ -18,7 +18,7 @@ from typing import Any
 from fd_dsa.attention import CacheLayout
 from fd_dsa.ops._host import dtype_name, on_device, readable
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.providers import serving
+from fd_dsa.ops.providers import TRITON, device_kind, is_refused, serving
 
 K_NORM_EPS = 1e-6
 """Of the indexer's key norm, whatever the model's `rms_norm_eps`, as in DeepSeek's own code."""
@@ -47,8 +47,9 @@ class IndexerProjections:
     def __init__(self, wk: Any, weights_proj: Any, hidden_states: Any, keep: Keep | None) -> None:
         self._linears, self._copies = (wk, weights_proj), [None, None]
         reasons = [_why_not_one_launch(one, hidden_states, keep) for one in self._linears]
-        self.is_one_launch = on_device(hidden_states) and not any(reasons)
-        if self.is_one_launch and keep is not None:
+        self._kind = device_kind(hidden_states)
+        self._takes_one_launch = on_device(hidden_states) and not any(reasons)
+        if self._takes_one_launch and keep is not None:
             dtype = dtype_name(hidden_states.dtype)
             self._copies = [
                 keep(partial(_dequantized, one, dtype)) if _is_block_fp8(one) else None
@@ -56,6 +57,12 @@ class IndexerProjections:
             ]
         elif on_device(hidden_states) and any(reasons):
             _log_once(next(filter(None, reasons)))
+
+    @property
+    def is_one_launch(self) -> bool:
+        """True if `one_launch` serves, False if `two_gemms` does."""
+        is_refused_now = is_refused("indexer_projection", self._kind, TRITON)
+        return self._takes_one_launch and not is_refused_now
 
     def one_launch(self, hidden_states: Any, out: Any) -> tuple[Any, Any]:
         """Index keys and head weights of [num_tokens, hidden_size] on a device, to `out`."""

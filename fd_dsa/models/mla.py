@@ -8,6 +8,7 @@ from typing import Any
 
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.indexer import Indexer
+from fd_dsa.errors import KernelUnavailable
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK
 from fd_dsa.ops._linear import linear, values_of
@@ -98,15 +99,24 @@ class DeepseekV32DSAAttention:
         else:
             work = partial(self._down_projected, hidden_states)
             # what it multiplies by is never FP8
-            side = indexer.project, values_of(hidden_states), backend
-            (qr, kv_a, joined), (index_k, weights) = backend.overlap.run(num_tokens, work, *side)
+            values = values_of(hidden_states)
+            forked = num_tokens if indexer.may_fork(values) else 0
+            (qr, kv_a, joined), (index_k, weights) = backend.overlap.run(
+                forked, work, indexer.project, values, backend
+            )
             index_k = index_k if joined is None else joined
             backend.write(kv_a, index_k, cos_sin, self, forward_meta)
             indices = None
             prompts = backend.attention.dense_prompts
             if prompts is None or not prompts.has_all:
                 indices = indexer.forward(forward_meta, qr, cos_sin, weights)
-        merged = self._attended(qr, cos_sin, indices, forward_meta)
+        try:
+            merged = self._attended(qr, cos_sin, indices, forward_meta)
+        except KernelUnavailable as error:
+            backend.attention.attend_in_one_form(error)
+            if indices is None and indexer is not None:
+                indices = indexer.forward(forward_meta, qr, cos_sin, weights)
+            merged = self._attended(qr, cos_sin, indices, forward_meta)
         return linear(merged, self._out, self._out_bias), indices
 
     def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 from fd_dsa.ops.probes import Case, Memory
-from fd_dsa.step.device import Allocate
+from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device import api_for_type
 from fd_dsa.triton_runtime.driver import cuda

@@ -19,11 +19,12 @@ import numpy as np
 
 from fd_dsa import custom_ops
 from fd_dsa.environment import choose_triton_mode, variable
-from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.errors import BackendUnavailable, ConfigError, KernelUnavailable
 
 logger = logging.getLogger(__name__)
 
 PADDLE, TRITON, TENSOR_CORE, CUSTOM_OP = "paddle", "triton", "triton_tensor_core", "custom_op"
+GEMM = "gemm"
 VARIABLE = "FD_DSA_OP_PROVIDER"
 
 # functions of one operator take the same arguments
@@ -40,6 +41,7 @@ OPERATORS: dict[str, dict[str, str]] = {
     "indexer_projection": {
         PADDLE: "ops.indexer_projection.project_on_host",
         TRITON: "ops.indexer_projection.triton_kernel.project_indexer",
+        GEMM: "ops.indexer_projection.gemms.project_by_gemms",
     },
     "cache_write": {
         PADDLE: "ops.cache_write.paddle_impl.write_caches",
@@ -96,6 +98,8 @@ class Choice:
 
 
 _choices: dict[tuple[str, str], Choice] = {}
+# (operator, kind of device, provider) -> why it was refused; for the life of the process
+_refused: dict[tuple[str, str, str], str] = {}
 _asked: dict[str, str] | None = None
 
 
@@ -145,9 +149,58 @@ def serving(operator: str, tensor: Any) -> Callable[..., Any]:
 
     Cost: two dictionary look-ups after the first call for a kind of device.
     """
+    return function(operator, provider_of(operator, tensor))
+
+
+def provider_of(operator: str, tensor: Any) -> str:
+    """Name of the provider that `serving` gives; the same errors and cost."""
     kind = device_kind(tensor)
-    choice = _choices.get((operator, kind)) or choose(operator, kind)
-    return function(operator, choice.provider)
+    return (_choices.get((operator, kind)) or choose(operator, kind)).provider
+
+
+def refuse(operator: str, kind: str, provider: str, error: KernelUnavailable) -> None:
+    """Serve an operator by another provider from now on; the next `choose` logs a warning.
+
+    Args:
+        kind: of device, as `device_kind` names it.
+        provider: the one whose kernel cannot be compiled.
+
+    Raises:
+        KernelUnavailable: `error`, if no other provider may serve: FD_DSA_OP_PROVIDER asks for
+            this one, or it is the last one.
+    """
+    others = [other for other in on(operator, kind) if other != provider]
+    left = [other for other in others if (operator, kind, other) not in _refused]
+    if requested().get(operator) == provider or not left:
+        raise error
+    _refused[operator, kind, provider] = str(error)
+    _choices.pop((operator, kind), None)
+
+
+def call(
+    operator: str, kind: str, provider: Callable[[], str], *arguments: Any, **options: Any
+) -> Any:
+    """Call the function that serves; of the next provider if a kernel cannot be compiled.
+
+    Args:
+        kind: of device, as `device_kind` names it.
+        provider: chooses; asked again after a refusal.
+        arguments, options: of the function.
+
+    Raises:
+        KernelUnavailable: see `refuse`.
+    """
+    while True:
+        chosen = provider()
+        try:
+            return function(operator, chosen)(*arguments, **options)
+        except KernelUnavailable as error:
+            refuse(operator, kind, chosen, error)
+
+
+def is_refused(operator: str, kind: str, provider: str) -> bool:
+    """True if `refuse` was called for a provider."""
+    return (operator, kind, provider) in _refused
 
 
 def choose(
@@ -172,6 +225,8 @@ def choose(
     asked, against, level = requested().get(operator), {}, logging.INFO
     for provider in [asked] if asked else on(operator, kind):
         reason = conditions.get(provider)
+        if not reason and is_refused(operator, kind, provider):
+            reason, level = _refused[operator, kind, provider], logging.WARNING
         if provider not in on(operator, kind):
             reason = f"it serves tensors on {'a CPU' if provider == PADDLE else 'a device'}"
         if not reason and provider == CUSTOM_OP:
@@ -197,7 +252,7 @@ def settle(kind: str) -> None:
         ConfigError, BackendUnavailable: see `choose`.
     """
     for operator in OPERATORS:
-        if len(on(operator, kind)) == 1:
+        if not {CUSTOM_OP, TENSOR_CORE} & set(on(operator, kind)):
             choose(operator, kind)
 
 
@@ -266,6 +321,8 @@ def reason_for(provider: str) -> str:
     """Why a provider serves where it does, in words."""
     if provider == PADDLE:
         return "CPU: NumPy; GEMMs by oneDNN or Paddle"
+    if provider == GEMM:
+        return "a device, Paddle's GEMMs"
     if provider == CUSTOM_OP:
         return "of fd_dsa_ops, agrees with the definition"
     # asked here, not at import: a process that stays on the CPU decides nothing about Triton

@@ -31,7 +31,7 @@ def resolve_device(name: str) -> str:
             raise BackendUnavailable(
                 f"--device: got {name!r}, allowed is 'gpu'; choose the GPU by CUDA_VISIBLE_DEVICES"
             )
-        from fd_dsa.step.device import paddle_place
+        from fd_dsa.step.places import paddle_place
 
         paddle_place(name)
         return name
@@ -62,7 +62,7 @@ def device_of_rank(device: str, rank: int, size: int) -> str:
         return device
     import paddle
 
-    from fd_dsa.step.device import paddle_device_counts
+    from fd_dsa.step.places import paddle_device_counts
 
     kind = device.partition(":")[0]
     count = paddle_device_counts().get(kind, 0)

@@ -19,12 +19,13 @@ from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import Draw, InputBatch
 from fd_dsa.runner.preparation import Preparation
 from fd_dsa.runner.selections import Selections
-from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, host_inputs
+from fd_dsa.runner.step import Step, host_inputs
 from fd_dsa.runner.step_graphs import PaddedStep, QueuedStep, StepGraphs
 from fd_dsa.step import StepHints
 
 if TYPE_CHECKING:
     from fd_dsa.runner.device_draws import DeviceDraws
+    from fd_dsa.runner.device_step import DeviceInputs
 
 _NOTHING, _NO_DRAW = np.empty(0, np.int64), Draw()
 
@@ -124,7 +125,8 @@ class ModelRunner(Preparation):
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
             from fd_dsa.runner.device_draws import DeviceDraws
-            from fd_dsa.step.device import paddle_allocator
+            from fd_dsa.runner.device_step import DeviceInputs, HostLogits
+            from fd_dsa.step.places import paddle_allocator
 
             allocate, sizes = paddle_allocator(device), (input_batch.max_num_seqs, self.vocab_size)
             self._to_device = DeviceInputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from typing import Any
@@ -33,12 +34,16 @@ logger = logging.getLogger(__name__)
 class Preparation:
     """What a ModelRunner does before its first step; the attributes are the runner's."""
 
-    def warm_up(self) -> None:
+    def warm_up(self, before_captures: bool = False) -> None:
         """Run steps of all kinds and magnitudes: no request waits for kernels.
 
         A kernel may have another form for other numbers of tokens; its limits are powers of two, so
         one form serves those from a power on and another those below.
         Results are dropped; what is written to the caches is written again before it is read.
+
+        Args:
+            before_captures: steps fork to the second stream as captured ones do, so that a capture
+                finds all that the first work on that stream makes.
         """
         batch, config = self.input_batch, self.model.config
         longest = self._longest_row()
@@ -59,8 +64,17 @@ class Preparation:
         if self.draws is not None:
             self.draws.set_slot(0, SlotParameters())
             self.draws.warm_up()
-        for rows in prompts + mixed + decode:
-            follows = self.draws is not None and rows is decode[-1]
+        forks = self.attn_backends[0].overlap.as_captured() if before_captures else nullcontext()
+        with forks:
+            self._run_all(prompts + mixed + decode, decode[-1])
+        self._forget_rows()
+        # these were no steps of requests
+        self.counters = StepCounters()
+
+    def _run_all(self, steps: list[list[tuple[int, int, bool]]], last_decode: object) -> None:
+        """Run steps of a warm-up; `last_decode` goes on from the draw of the one before it."""
+        for rows in steps:
+            follows = self.draws is not None and rows is last_decode
             last = np.array([self._only_rows(rows, token_id=-follows)])
             if self.draws is None:
                 self.execute_model(last)
@@ -72,9 +86,6 @@ class Preparation:
             self.draw()()
             if self._mtp is not None:
                 self.draft(1, self.most_drafts)
-        self._forget_rows()
-        # these were no steps of requests
-        self.counters = StepCounters()
 
     def capture_graphs(
         self,
@@ -95,7 +106,7 @@ class Preparation:
         Raises:
             DeviceError: a capture failed half-way, and Paddle cannot go on; has the cure.
         """
-        from fd_dsa.step.device import paddle_place
+        from fd_dsa.step.places import paddle_place
 
         batch, topk, longest = self.input_batch, self.model.config.index_topk, self._longest_row()
         prompts = [size for size in prompt_sizes if size <= batch.max_num_tokens]

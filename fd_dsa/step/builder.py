@@ -145,7 +145,8 @@ def _provider_for(
     if allocate is None and device == "cpu":
         return HostProvider(limits, _paddle_view(), int32_position_ids)
     # the kernel and its launcher are loaded only where a device is asked for
-    from fd_dsa.step.device import DeviceProvider, paddle_allocator
+    from fd_dsa.step.device import DeviceProvider
+    from fd_dsa.step.places import paddle_allocator
 
     return DeviceProvider(limits, allocate or paddle_allocator(device), int32_position_ids)
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from fd_dsa.environment import launches_overlap
-from fd_dsa.errors import LaunchError
+from fd_dsa.errors import KernelUnavailable, LaunchError, describe_error, is_out_of_memory
 from fd_dsa.triton_runtime import fastpath, serving
 from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.compiler import Argument, Compiled, compile_kernel
@@ -204,6 +204,9 @@ class Kernel:
         """The variant of the launch cache, compiled and loaded first if need be.
 
         It is visible to other threads only when it is complete.
+
+        Raises:
+            KernelUnavailable: it cannot be compiled or loaded.
         """
         key = device, tuple(arguments.values()), tuple(options.items())
         variant = self._variants.get(key)
@@ -212,18 +215,30 @@ class Kernel:
         with self._lock:
             if key in self._variants:
                 return self._variants[key]
-            if INTERPRETING:
-                variant = InterpretedVariant(self.fn, self.signature, arguments, options)
-            else:
+            if not INTERPRETING:
                 serving.announce_compilation(self.__name__, arguments, options)
-                capability = cuda().traits(device).capability
-                compiled, launched = self._compile(arguments, options, capability)
-                function = cuda().load(compiled, device)
-                variant = Variant(
-                    self.signature, arguments, launched, compiled, function, device, cuda()
-                )
+            try:
+                variant = self._new_variant(arguments, options, device)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                # Triton's compiler raises errors of many types
+                raise KernelUnavailable(
+                    f"kernel {self.__name__}: it cannot be compiled and loaded for device "
+                    f"{device}: {describe_error(error)}"
+                ) from error
             self._variants[key] = variant
             return variant
+
+    def _new_variant(
+        self, arguments: dict[str, Argument], options: Mapping[str, Any], device: int
+    ) -> Variant:
+        """A variant that is compiled and loaded, or that the interpreter runs."""
+        if INTERPRETING:
+            return InterpretedVariant(self.fn, self.signature, arguments, options)
+        compiled, launched = self._compile(arguments, options, cuda().traits(device).capability)
+        function = cuda().load(compiled, device)
+        return Variant(self.signature, arguments, launched, compiled, function, device, cuda())
 
     def _key(self, kwargs: Mapping[str, Any]) -> Any:
         """What a call's chain is found by: its named arguments, if they are all constants."""

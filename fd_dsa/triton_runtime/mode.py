@@ -7,6 +7,7 @@ import re
 from fd_dsa.environment import choose_triton_mode
 from fd_dsa.errors import BackendUnavailable
 
+_INSTALL = "run pip install 'triton>=3.3,<3.10'"
 INTERPRETING: bool = choose_triton_mode()
 """True where kernels run in Triton's interpreter on CPU tensors, False where they are compiled."""
 
@@ -14,12 +15,12 @@ try:
     import triton
 except ImportError as error:
     raise BackendUnavailable(
-        "triton is not installed, so no Triton kernel can run; install triton>=3.3,<3.10"
+        f"triton cannot be imported ({error}), and every kernel on a GPU needs it; {_INSTALL}, or "
+        "compute on a CPU, which needs none (--device cpu)"
     ) from error
 
 # versions whose internals were read and tried
 if not (3, 3) <= tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) <= (3, 9):
     raise BackendUnavailable(
-        f"triton {triton.__version__}: the launcher is tested with 3.3 to 3.9; "
-        "install triton>=3.3,<3.10"
+        f"triton {triton.__version__}: the launcher is tested with 3.3 to 3.9; {_INSTALL}"
     )

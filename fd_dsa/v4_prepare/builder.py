@@ -16,6 +16,10 @@ Int32Array = npt.NDArray[np.int32]
 # a NumPy array, or a tensor of the library that the place belongs to
 Array = Any
 Allocate = Callable[[tuple[int, ...], str], Array]
+# up to this many tokens their lists are copied one by one, which costs less than to find the runs
+_FEW_TOKENS = 16
+# entries of a run, on average, from which a copy of each run costs less than a gather of entries
+_GATHERED_ENTRIES = 192
 
 
 class V4Arrays:
@@ -105,8 +109,9 @@ def v4_prepare_np(
         V4PrepareError: a rule is broken; `.code` says which, `.row` where; nothing was written.
         ValueError: `out` belongs to another configuration.
 
-    Cost: a fixed number of NumPy calls, and one copy a token for the HCA list; memory beside `out`
-    in proportion to the window cells of the step and its part of the block table.
+    Cost: a fixed number of NumPy calls, and for long HCA lists one copy for each row and for each
+    entry that it finishes; memory beside `out` in proportion to the window cells of the step and
+    its part of the block table.
     Source: the idea is ROCm/ATOM #728.
     """
     ctx, q, slot, table = step_inputs(cfg, ctx, q, slot, block_table)
@@ -119,20 +124,17 @@ def v4_prepare_np(
         )
     # the slot of an idle row may be any number; it is never used
     ctx, q, slot = (array.astype(np.int32, copy=False) for array in (ctx, q, slot))
-    row = np.arange(len(q), dtype=np.int32).repeat(q)
-    ends = np.cumsum(q, dtype=np.int32)
-    number = np.arange(num_tokens, dtype=np.int32) - (ends - q)[row]
-    position = (ctx - q)[row] + number
-    step = _Step(ctx, q, slot, table, row, position, number)
+    step = step_of(ctx, q, slot, table)
+    position, row = step.position, step.row
     out.cu_q[0] = 0
-    _fill(out.cu_q[1:], ends, num_tokens)
+    _fill(out.cu_q[1:], np.cumsum(q, dtype=np.int32), num_tokens)
     _fill(out.ctx, ctx, 0)
     _fill(out.positions, position, 0)
     _fill(out.req_of_token, row, -1)
     _write_window(cfg, step, out)
     num_hca = _write_offsets((position + 1) // cfg.hca_ratio, out.hca_indptr)
     if out.hca_idx is not None:
-        _write_hca_list(cfg, step, out.hca_indptr, out.hca_idx)
+        write_hca_list(cfg, step, out.hca_indptr, out.hca_idx)
     visible = (position + 1) // cfg.csa_ratio
     _fill(out.csa_visible, visible, 0)
     num_csa = _write_offsets(np.minimum(visible, cfg.index_topk), out.csa_indptr)
@@ -141,6 +143,16 @@ def v4_prepare_np(
     counts += _write_plans(cfg, step, cfg.hca_ratio, out.plan_r2, out.plan_dst_r2, out.wplan_r2)
     out.counts[:] = counts
     return out
+
+
+def step_of(
+    ctx: Int32Array, q: Int32Array, slot: Int32Array, block_table: npt.NDArray[Any]
+) -> _Step:
+    """A checked step with its tokens."""
+    row = np.arange(len(q), dtype=np.int32).repeat(q)
+    begins = np.cumsum(q, dtype=np.int32) - q
+    number = np.arange(len(row), dtype=np.int32) - begins[row]
+    return _Step(ctx, q, slot, block_table, row, (ctx - q)[row] + number, number)
 
 
 def _fill(array: Int32Array, values: Any, pad: int) -> None:
@@ -204,21 +216,52 @@ def _write_offsets(counts: Int32Array, indptr: Int32Array) -> int:
     return total
 
 
-def _write_hca_list(
+def write_hca_list(
     cfg: V4PrepareConfig, step: _Step, hca_indptr: Int32Array, hca_idx: Int32Array
 ) -> None:
-    """The rows of all HCA entries that each token sees; cells after them are kept.
+    """Write the rows of all HCA entries that each token sees; cells after them are kept.
 
-    The tokens of a row see its first entries, so these are computed once a row.
+    The tokens of a row see its first entries, so these are computed once a row. Tokens of a row
+    between two ends of entries see the same ones: a run, which one call copies. A copy costs time
+    for each run and a gather for each entry, so the mean length of a run selects the form. To find
+    the runs of a few tokens costs more than to copy the list of each.
     """
-    bounds = hca_indptr[: len(step.row) + 1].tolist()
-    most = int(((step.ctx * (step.q > 0)) // cfg.hca_ratio).max(initial=0))
+    num_tokens = len(step.row)
+    if not num_tokens:
+        return
+    begins, ends = hca_indptr[:num_tokens], hca_indptr[1 : num_tokens + 1]
+    lengths, total = ends - begins, int(ends[-1])
+    entries = hca_entries(cfg, step, int(lengths.max()))
+    if num_tokens <= _FEW_TOKENS:
+        tokens = zip(step.row.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        for row, at, stop in tokens:
+            hca_idx[at:stop] = entries[row, : stop - at]
+        return
+    starts = ((step.number == 0) | ((step.position + 1) % cfg.hca_ratio == 0)).nonzero()[0]
+    if total < _GATHERED_ENTRIES * len(starts):
+        cells = np.arange(total)
+        cells += (step.row * np.int64(entries.shape[1]) - begins).repeat(lengths)
+        # all cells are inside; in this mode NumPy writes to `out` without a copy
+        entries.reshape(-1).take(cells, out=hca_idx[:total], mode="clip")
+        return
+    bounds = [*begins[starts].tolist(), total]
+    runs = zip(step.row[starts].tolist(), lengths[starts].tolist(), strict=True)
+    for (row, length), at, stop in zip(runs, bounds, bounds[1:], strict=False):
+        if length == stop - at:
+            hca_idx[at:stop] = entries[row, :length]
+        else:
+            hca_idx[at:stop].reshape(-1, length)[:] = entries[row, :length]
+
+
+def hca_entries(cfg: V4PrepareConfig, step: _Step, count: int) -> Int32Array:
+    """The pool's rows of the first HCA entries of each row, int32 [B, `count` or a few more].
+
+    Cells after the entries of a row mean nothing.
+    """
     per_block = cfg.block_size // cfg.hca_ratio
-    blocks = step.block_table[:, : -(-most // per_block)].astype(np.int32) * per_block
+    blocks = step.block_table[:, : -(-count // per_block)].astype(np.int32) * per_block
     inside = np.arange(cfg.comp_base, cfg.comp_base + per_block, dtype=np.int32)
-    entries = (blocks[:, :, None] + inside).reshape(len(blocks), blocks.shape[1] * per_block)
-    for row, at, stop in zip(step.row.tolist(), bounds, bounds[1:], strict=False):
-        hca_idx[at:stop] = entries[row, : stop - at]
+    return (blocks[:, :, None] + inside).reshape(len(blocks), blocks.shape[1] * per_block)
 
 
 def _write_plans(

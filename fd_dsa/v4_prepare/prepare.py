@@ -299,7 +299,7 @@ def _steps_for(
             )
         return HostSteps(cfg, table, as_tensor)
     # the launcher is loaded only where a device is asked for
-    from fd_dsa.step.device import paddle_allocator
+    from fd_dsa.step.places import paddle_allocator
     from fd_dsa.v4_prepare.launch import DeviceSteps
 
     return DeviceSteps(cfg, allocate or paddle_allocator(place), table, NUM_SLABS)

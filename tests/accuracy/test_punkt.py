@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
-import nltk
 import pytest
 
 from fd_dsa.accuracy.scorer import CARRIER, sentence_model
@@ -29,6 +28,8 @@ def digest() -> Iterator[str]:
 
 def _copy(target: Path, link: bool = False) -> Path:
     """The installed model below `target`, as copies or as hard links to copies."""
+    import nltk
+
     for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
         text = (Path(str(nltk.data.find(f"{MODEL}/"))) / name).read_bytes()
         file = target / MODEL / name
@@ -41,6 +42,8 @@ def _copy(target: Path, link: bool = False) -> Path:
 
 def _carrier(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
     """The installed carrier is in this folder, and NLTK has no model yet."""
+    import nltk
+
     sentence_model.cache_clear()
 
     def distribution(name: str) -> SimpleNamespace:
@@ -56,6 +59,8 @@ def _carrier(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
 def test_carrier_is_read_however_it_was_installed(
     link: bool, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import nltk
+
     (_copy(tmp_path / CACHE, link) / MODEL).chmod(0o700 if link else 0o777)
     _carrier(monkeypatch, tmp_path)
     assert sentence_model() == sentence_model() == digest
@@ -68,6 +73,8 @@ def test_carrier_is_read_however_it_was_installed(
 
 @pytest.mark.parametrize("installed", [False, True], ids=["no carrier", "carrier without it"])
 def test_missing_model(installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+
     _carrier(monkeypatch, tmp_path if installed else None)
     with pytest.raises(BackendUnavailable) as caught:
         sentence_model()

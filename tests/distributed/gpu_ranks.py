@@ -146,7 +146,7 @@ class Rank:
 
         paddle.set_device(rig.device)
         from fd_dsa.runner.step_graphs import PaddleCapture
-        from fd_dsa.step.device import paddle_allocator
+        from fd_dsa.step.places import paddle_allocator
 
         self.allocate = paddle_allocator(rig.device)
         self.capture = lambda work: PaddleCapture(rig.place)(work)[1]

@@ -25,7 +25,7 @@ def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> 
     from fd_dsa.runner import InputBatch
     from fd_dsa.runner.model_runner import cache_layout
     from fd_dsa.runner.ranks import FollowingRunner
-    from fd_dsa.step.device import paddle_allocator
+    from fd_dsa.step.places import paddle_allocator
 
     config = ModelConfig.from_folder(folder)
     with Checkpoint.open(folder) as checkpoint:

@@ -141,6 +141,11 @@ def _compile(form: str, tools: Tools, folder: Path) -> None:
     _run([*command, *LINK_FLAGS, "-o", str(folder / LIBRARY)])
 
 
+def folder_of(form: str) -> Path:
+    """Folder of the build of a form, which may not be there yet."""
+    return CACHE / f"{form}-{_key(form)}"
+
+
 def build(form: str) -> Path:
     """Folder with the library of a form, built now if it is not there yet.
 
@@ -152,7 +157,7 @@ def build(form: str) -> Path:
     """
     if form not in FORMS:
         raise BuildError(f"form: got {form!r}, allowed: {', '.join(FORMS)}")
-    folder = CACHE / f"{form}-{_key(form)}"
+    folder = folder_of(form)
     if (folder / LIBRARY).is_file():
         return folder
     tools = find_tools(form)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu_rig.build import LIBRARY, BuildError, build, find_tools
+from tests.gpu_rig.build import LIBRARY, BuildError, build, find_tools, folder_of
 from tests.gpu_rig.session import VARIABLE, built
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ def test_builds_are_found_again_and_not_shared() -> None:
     assert (built("real") / LIBRARY).is_file()
     folder = built("fake")
     made = (folder / LIBRARY).stat().st_mtime_ns
-    assert build("fake") == folder != built("guard")
+    assert build("fake") == folder != folder_of("guard")
     assert (folder / LIBRARY).stat().st_mtime_ns == made
 
 

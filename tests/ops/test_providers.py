@@ -33,6 +33,7 @@ PAIRS = [(operator, provider) for operator, served in OPERATORS.items() for prov
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is chosen or asked for before a test, nor after it."""
     monkeypatch.setattr(providers, "_choices", {})
+    monkeypatch.setattr(providers, "_refused", {})
     monkeypatch.delenv("FD_DSA_OP_PROVIDER", raising=False)
     custom_ops.use_library(None)
     yield
@@ -68,7 +69,7 @@ def test_every_pair_serves_or_says_why_not(
     kind: str, operator: str, provider: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", f"{operator}={provider}")
-    wanted = {("paddle", "cpu"), ("triton", "gpu"), ("triton_tensor_core", "gpu")}
+    wanted = {("paddle", "cpu"), *((p, "gpu") for p in ("triton", "triton_tensor_core", "gemm"))}
     if (provider, kind) in wanted:
         assert choose(operator, kind).provider == provider
         assert table()[operator][kind].against == {}

@@ -26,8 +26,12 @@ TOLERANCE = 1e-4
 # a greedy step whose two best logits are closer may end with either
 GREEDY_MARGIN = 1e-4
 MAX_UNDECIDED_SHARE = 0.05
-# more tokens than all prompts together, a block's edge, a prime, one by one
-CHUNKS = (200, 64, 16, 7, 1)
+# more tokens than all prompts together, a block's edge, a prime
+CHUNKS = (200, 16, 7)
+# of several blocks, and one by one
+MORE_CHUNKS = (64, 1)
+# the models of the long comparisons that are not slow
+QUICK_CASES = ("v32", "glm")
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,17 @@ SOURCES = [
     *(pytest.param((name, False), id=f"{name}-golden") for name in CASES),
     *(pytest.param((name, True), id=f"{name}-live", marks=LIVE.marks) for name in CASES),
 ]
+MOST_SLOW = [
+    *(
+        pytest.param(
+            (name, False),
+            id=f"{name}-golden",
+            marks=[] if name in QUICK_CASES else pytest.mark.slow,
+        )
+        for name in CASES
+    ),
+    *SOURCES[len(CASES) :],
+]
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -157,14 +172,29 @@ def test_logits_in_one_batch(both: SideBySide, chunk: int) -> None:
         check_logits(logits, both.golden, length)
 
 
+@pytest.mark.parametrize("both", MOST_SLOW, indirect=True)
+@pytest.mark.parametrize("chunk", MORE_CHUNKS)
+def test_logits_of_more_chunks(both: SideBySide, chunk: int) -> None:
+    test_logits_in_one_batch(both, chunk)
+
+
 @pytest.mark.parametrize("length", PROMPT_LENGTHS)
 def test_logits_alone(both: SideBySide, length: int) -> None:
     (found,) = fed_logits(both, [length], 1000)
     check_logits(found, both.golden, length)
 
 
-@pytest.mark.parametrize("beside", [0, 6], ids=["alone", "beside prefills"])
-def test_greedy_tokens(both: SideBySide, beside: int) -> None:
+@pytest.mark.parametrize("both", MOST_SLOW, indirect=True)
+def test_greedy_tokens_alone(both: SideBySide) -> None:
+    check_greedy(both, beside=0)
+
+
+def test_greedy_tokens_beside_prefills(both: SideBySide) -> None:
+    check_greedy(both, beside=6)
+
+
+def check_greedy(both: SideBySide, beside: int) -> None:
+    """Compare a greedy run in a batch with the prompts of `beside` others."""
     case, golden = both.case, both.golden
     others = [case.prompt(n) for n in range(100, 100 + beside)]
     runner = make_runner(both.model)

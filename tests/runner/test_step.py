@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.runner import InputBatch
+from fd_dsa.runner.device_step import DeviceInputs
 from fd_dsa.runner.input_batch import Draw
-from fd_dsa.runner.step import DeviceInputs, host_inputs
+from fd_dsa.runner.step import host_inputs
 from tests.kernel_memory import KernelMemory
 
 MAX_ROWS, MAX_TOKENS, COLUMNS = 5, 40, 3

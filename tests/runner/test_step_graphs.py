@@ -182,7 +182,7 @@ def test_what_cannot_be_captured(
 
 @pytest.mark.triton
 def test_logits_come_in_memory_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fd_dsa.runner.step import HostLogits
+    from fd_dsa.runner.device_step import HostLogits
     from fd_dsa.triton_runtime.transfers import transfers_for
 
     to_host = HostLogits(transfers_for(paddle.zeros([1])), 6)

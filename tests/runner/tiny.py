@@ -67,7 +67,7 @@ def tiny_model(
     weights: Any = HostWeights()
     if device != "cpu":
         from fd_dsa.models.device_weights import DeviceWeights
-        from fd_dsa.step.device import paddle_allocator
+        from fd_dsa.step.places import paddle_allocator
 
         weights = DeviceWeights(dtype, paddle_allocator(device))
     model = create_model(config, weights)

@@ -161,38 +161,57 @@ def test_values_of_a_body() -> None:
 
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "a"}] * 300_000}]
 VALUES = "--max-body-values"
-ATTACKS: list[tuple[str, dict[str, Any], int, str]] = [
-    (COMPLETIONS, {f"x{i}": 1 for i in range(128)}, 400, "body: has 129 fields; at most 128"),
-    ("/detokenize", {"tokens": [97] * 257}, 400, "tokens: has 257 entries; at most max_model_len"),
-    (COMPLETIONS, {"x": json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)}, 400, "nests too deeply"),
-    (CHAT, {"tools": tools(200_000)}, 413, VALUES),
-    (CHAT, {"tools": tools(20_000)}, 400, "at most 1024"),
-    (CHAT, {"messages": [HI] * 350_000}, 413, VALUES),
-    (CHAT, {"messages": PARTS}, 413, VALUES),
-    (CHAT, {"messages": [{"x" * 1_000_000: 1}]}, 400, "messages[0].role: is missing"),
-    (COMPLETIONS, {f"x{i}": 1 for i in range(300_000)}, 413, VALUES),
-    (COMPLETIONS, {f"x{i}": 1 for i in range(200_000)}, 400, "at most 128"),
-    (COMPLETIONS, {"logit_bias": {str(i): 1 for i in range(1_000_000)}}, 413, VALUES),
-    (COMPLETIONS, {"prompt": [1] * 2_500_000}, 413, VALUES),
-    (COMPLETIONS, {"prompt": [1] * 1_000_000}, 400, "has 1000000 tokens"),
-    (COMPLETIONS, {"bad_words": [1] * 1_000_000}, 400, "has 1000000 entries; at most 1024"),
-    (COMPLETIONS, {"temperature": [[1] * 100_000] * 10}, 400, "temperature: got [[1, 1, 1"),
-    (COMPLETIONS, {"model": "x" * 1_000_000}, 404, "model: got"),
-    (
-        COMPLETIONS,
-        {"structured_outputs": {"regex": [1] * 100_000}},
-        400,
-        "structured_outputs is [1, 1, 1",
-    ),
-    ("/detokenize", {"tokens": [1] * 1_000_000}, 400, "has 1000000 entries; at most max_model_len"),
-]
+
+
+def attacks() -> list[tuple[str, dict[str, Any], int, str]]:
+    """Path, fields, status and message; large, so made by the test that sends them."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}] * 300_000}]
+    return [
+        (COMPLETIONS, {f"x{i}": 1 for i in range(128)}, 400, "body: has 129 fields; at most 128"),
+        (
+            "/detokenize",
+            {"tokens": [97] * 257},
+            400,
+            "tokens: has 257 entries; at most max_model_len",
+        ),
+        (
+            COMPLETIONS,
+            {"x": json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)},
+            400,
+            "nests too deeply",
+        ),
+        (CHAT, {"tools": tools(200_000)}, 413, VALUES),
+        (CHAT, {"tools": tools(20_000)}, 400, "at most 1024"),
+        (CHAT, {"messages": [HI] * 350_000}, 413, VALUES),
+        (CHAT, {"messages": parts}, 413, VALUES),
+        (CHAT, {"messages": [{"x" * 1_000_000: 1}]}, 400, "messages[0].role: is missing"),
+        (COMPLETIONS, {f"x{i}": 1 for i in range(300_000)}, 413, VALUES),
+        (COMPLETIONS, {f"x{i}": 1 for i in range(200_000)}, 400, "at most 128"),
+        (COMPLETIONS, {"logit_bias": {str(i): 1 for i in range(1_000_000)}}, 413, VALUES),
+        (COMPLETIONS, {"prompt": [1] * 2_500_000}, 413, VALUES),
+        (COMPLETIONS, {"prompt": [1] * 1_000_000}, 400, "has 1000000 tokens"),
+        (COMPLETIONS, {"bad_words": [1] * 1_000_000}, 400, "has 1000000 entries; at most 1024"),
+        (COMPLETIONS, {"temperature": [[1] * 100_000] * 10}, 400, "temperature: got [[1, 1, 1"),
+        (COMPLETIONS, {"model": "x" * 1_000_000}, 404, "model: got"),
+        (
+            COMPLETIONS,
+            {"structured_outputs": {"regex": [1] * 100_000}},
+            400,
+            "structured_outputs is [1, 1, 1",
+        ),
+        (
+            "/detokenize",
+            {"tokens": [1] * 1_000_000},
+            400,
+            "has 1000000 entries; at most max_model_len",
+        ),
+    ]
 
 
 def test_what_would_take_long_is_refused(live: Live) -> None:
     needed = {CHAT: {"messages": [HI]}, COMPLETIONS: {"prompt": "a"}}
-    for path, fields, status, text in ATTACKS:
+    for path, fields, status, text in attacks():
         body = needed.get(path, {}) | fields
         error = error_of(live.http.post(path, content=orjson.dumps(body), headers=JSON), status)
         assert text in error["message"] and len(error["message"]) < 300

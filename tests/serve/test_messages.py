@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import pytest
-from anthropic.types import Message
 from pydantic import BaseModel
 
 from tests.chat.recorded import RECORDED, SCHEMAS, TOOLS, Recorded
@@ -17,6 +15,11 @@ from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_responses import CountingEngine
 from tests.serve.test_tool_calls import HI, RENDERERS, V32, engine_of, prompt_of
+
+if TYPE_CHECKING:
+    # a large package, which other workers need not load
+    import anthropic
+    from anthropic.types import Message
 
 OWN_TOOLS: Any = [
     {"name": name, "description": "d", "input_schema": schema} for name, schema in SCHEMAS.items()
@@ -34,6 +37,8 @@ V32_FIELDS: Any = {
 @contextmanager
 def client_of(live: Live, **kwargs: Any) -> Iterator[anthropic.Anthropic]:
     """The client of the package, without retries."""
+    import anthropic
+
     fields = {"api_key": "none", "max_retries": 0, **kwargs}
     with anthropic.Anthropic(base_url=live.url, **fields) as client:
         yield client
@@ -295,6 +300,8 @@ def test_tool_choices(v32: Live, client: anthropic.Anthropic) -> None:
 
 
 def test_a_failure_in_the_stream_is_an_error() -> None:
+    import anthropic
+
     engine = FakeEngine()
     fields: Any = {"model": "demo", "max_tokens": 9, "messages": HI}
     with running(engine) as live, client_of(live) as client:

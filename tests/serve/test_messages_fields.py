@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import pytest
 
 from fd_dsa.serve.protocol.messages import (
@@ -114,6 +113,8 @@ def test_failures_of_every_part_of_the_server(v32: Live) -> None:
 
 
 def test_keys_come_in_either_header() -> None:
+    import anthropic
+
     with running(FakeEngine(), api_key=("right",)) as live:
         fields: Any = {"model": "demo", "max_tokens": 1, "messages": HI}
         for keys in ({"api_key": "right"}, {"auth_token": "right", "api_key": None}):

@@ -25,10 +25,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from benchmarks._harness import Worker, environment, table_row
+from benchmarks._harness import Worker, environment, table_row, write_json
 from tests.serve.processes import Server, serving
 from tests.soak import large_model
-from tests.soak.siege_cases import CASES, Facts
+from tests.soak.siege_cases import CASES
+from tests.soak.siege_requests import Facts
 from tests.soak.watching import Watch
 
 DEMO = Facts(max_model_len=8192, vocab_size=4096)
@@ -87,6 +88,9 @@ QUICK = (
     "350,000 messages",
     "n = 128, echo, logprobs 20",
     "1,100 idle sockets, ulimit -n 64",
+    "4 ladders of alternatives, left",
+    "schemas that repeat their parts, GLM",
+    "64 clients that end their sending",
 )
 
 
@@ -196,7 +200,8 @@ def run_case(case: str, folder: Path, facts: Facts, bounds: Bounds, *flags: str)
     """
     record = Record(case)
     try:
-        with serving(folder, *flags, open_files=CASES[case].open_files) as server:
+        kind = CASES[case]
+        with serving(folder, *flags, *kind.flags, open_files=kind.open_files) as server:
             asyncio.run(besiege(record, server, facts, bounds))
     except (AssertionError, RuntimeError) as error:
         # the other kinds are still worth their time
@@ -210,9 +215,9 @@ def _most(records: Sequence[Record], name: str, digits: int) -> str:
     return "none" if None in values else f"{max(values):.{digits}f}"
 
 
-def lines_of(records: Sequence[Record]) -> list[str]:
-    """A table of records in Markdown, a line for each kind, the worst of its repeats."""
-    lines = [table_row(HEAD), table_row(["---"] * len(HEAD))]
+def rows_of(records: Sequence[Record]) -> list[dict[str, str]]:
+    """Cells of a table of records by their heads, the worst of the repeats of each kind."""
+    rows = []
     for case in dict.fromkeys(record.case for record in records):
         repeats = [record for record in records if record.case == case]
         answers = sum((Counter(record.answers) for record in repeats), Counter[str]())
@@ -220,8 +225,14 @@ def lines_of(records: Sequence[Record]) -> list[str]:
         gap = f"{_most(repeats, 'gap_s', 2)} ({_most(repeats, 'alone_s', 2)})"
         growth = [_most(repeats, name, 0) for name in ("growth_mib", "left_mib", "log_kib")]
         health, drain = _most(repeats, "health_s", 2), _most(repeats, "drain_s", 1)
-        lines.append(table_row([case, counts, health, gap, *growth, drain]))
-    return lines
+        rows.append(dict(zip(HEAD, (case, counts, health, gap, *growth, drain), strict=True)))
+    return rows
+
+
+def lines_of(records: Sequence[Record]) -> list[str]:
+    """The table of records in Markdown."""
+    rows = [list(row.values()) for row in rows_of(records)]
+    return list(map(table_row, [HEAD, ["---"] * len(HEAD), *rows]))
 
 
 def siege(names: Sequence[str], repeats: int, is_large: bool, bounds: Bounds) -> list[Record]:
@@ -251,6 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, help="default: 3, quick: 1")
     parser.add_argument("--large", action="store_true", help="a large vocabulary, a long context")
+    parser.add_argument(
+        "--out", type=Path, help="JSON of the table, as benchmarks/results/soak/siege_demo.json"
+    )
     args = parser.parse_args(argv)
     bounds = BUSY if args.quick else FULL
     kinds, starts = QUICK if args.quick else tuple(CASES), tuple(args.case or [""])
@@ -264,6 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = environment()
     where = ", ".join(f"{key} {env[key]}" for key in ("cpu", "cpus", "python", "commit"))
     print("\n".join(["", f"{where}; the worst of {repeats}", "", *lines_of(records)]))
+    if args.out is not None:
+        result = {"name": args.out.stem, "env": env, "tier": "T0", "repeats": repeats}
+        write_json(args.out, result | {"rows": rows_of(records)})
     broken = {record.case for record in records if record.broken(bounds)}
     print(f"\n{len(broken)} of {len(names)} kinds out of bounds")
     return int(bool(broken))

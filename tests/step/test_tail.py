@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fd_dsa.step import StepMetadataBuilder
@@ -19,14 +19,10 @@ from fd_dsa.step import device as device_module
 from fd_dsa.triton_runtime.transfers import Transfers
 from tests.kernel_memory import KernelMemory, open_memory
 from tests.step.helpers import Get, arrays_of, as_numpy, counts_of, device_builder
-from tests.strategies import StepBatch, make_batch, step_sequences
+from tests.strategies import StepBatch, examples, make_batch, step_sequences
 
 ROWS, TOKENS = 8, 720
-EXAMPLES = settings(
-    max_examples=min(12, settings.default.max_examples),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+EXAMPLES = examples(6, in_soak=12)
 
 
 class Tail:
@@ -55,11 +51,11 @@ class Tail:
             assert (totals == totals[0]).all()
 
 
-@pytest.mark.parametrize(("device", "many"), [("numpy", 200), ("cpu", 30)])
-def test_on_a_cpu(device: str, many: int) -> None:
+@pytest.mark.parametrize(("device", "many", "in_soak"), [("numpy", 40, 200), ("cpu", 10, 30)])
+def test_on_a_cpu(device: str, many: int, in_soak: int) -> None:
     """Paddle's tensors are of the memory that NumPy fills, so they take fewer steps."""
 
-    @settings(max_examples=many, deadline=None)
+    @examples(many, in_soak)
     @given(steps=step_sequences())
     def check(steps: list[StepBatch]) -> None:
         columns, block_size = steps[0].block_tables.shape[1], steps[0].block_size

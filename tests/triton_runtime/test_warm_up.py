@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from fd_dsa.engine import factory
-from fd_dsa.errors import LaunchError
+from fd_dsa.errors import DeviceError, KernelUnavailable, LaunchError
 from fd_dsa.triton_runtime import Pointer, freeze, num_late_compilations
+from fd_dsa.triton_runtime import kernel as runtime_kernel
 from tests.triton_runtime.fakes import FakeLibrary, FakeTensor, X, Y, scale_kernel
 
 pytestmark = pytest.mark.triton
@@ -55,7 +56,8 @@ class Runner:
     def step(self, num_tokens: int) -> None:
         self._kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=num_tokens)
 
-    def warm_up(self) -> None:
+    def warm_up(self, before_captures: bool) -> None:
+        self.before_captures = before_captures
         self.step(64)
 
     def capture_graphs(self, sizes: Any, capture: Any) -> None:
@@ -73,6 +75,8 @@ def test_an_engine_warns_of_what_compiles_after_its_warm_up(
     for runner in runners:
         factory._warm_up(runner, plan)
     assert len(library.loaded) == (2 if eager else 4) and not caplog.records
+    # a step forks in the warm-up only if captures follow
+    assert all(runner.before_captures != eager for runner in runners)
     runners[0].step(64)
     assert not caplog.records
     for _ in range(2):
@@ -81,3 +85,32 @@ def test_an_engine_warns_of_what_compiles_after_its_warm_up(
     runners[1].step(128)
     assert "no compiled variant for (x_ptr=*fp32" in caplog.records[-1].message
     assert len(caplog.records) == eager + 1
+
+
+@pytest.mark.parametrize("where", ["compile_kernel", "load"])
+def test_a_kernel_that_cannot_be_made_is_named(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Whatever the compiler raises, a caller can tell it from a wrong launch."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("ptxas died")
+
+    owner = runtime_kernel if where == "compile_kernel" else runtime_kernel.cuda()
+    monkeypatch.setattr(owner, where, fail)
+    kernel = scale_kernel()
+    for _ in range(2):
+        with pytest.raises(KernelUnavailable, match=r"kernel scale_kernel: .*: ptxas died"):
+            kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    assert library.launches == []
+
+
+def test_a_full_device_is_no_fault_of_the_kernel(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise DeviceError("loading kernel scale_kernel: CUDA error 2: out of memory")
+
+    monkeypatch.setattr(runtime_kernel.cuda(), "load", fail)
+    with pytest.raises(DeviceError, match="out of memory"):
+        scale_kernel()[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.v4_host_lists import by_entry, by_token
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.v4_prepare import (
     OUTPUT_SHAPES,
@@ -19,7 +20,9 @@ from fd_dsa.v4_prepare import (
     csa_translate,
     v4_prepare_np,
 )
+from fd_dsa.v4_prepare.builder import step_of, write_hca_list
 from tests.reference.v4_prepare import naive
+from tests.strategies import examples
 from tests.v4_prepare.cases import Step, assert_same, outputs_of, serving_config
 from tests.v4_prepare.golden import (
     CASES,
@@ -62,7 +65,7 @@ def test_inputs_of_any_integer_dtype_in_a_table_of_any_layout(name: str, dtype: 
     assert_outputs(case, lambda field: getattr(out, field))
 
 
-@settings(max_examples=500, deadline=None)
+@examples(100, in_soak=500)
 @given(made=steps(), garbage=st.integers(-(2**31), 2**31 - 1))
 def test_any_step_over_garbage(made: tuple[V4PrepareConfig, Step], garbage: int) -> None:
     cfg, step = made
@@ -123,6 +126,34 @@ def test_real_sizes(lengths: list[tuple[int, int]], sizes: dict[str, Any]) -> No
     assert memory == {name: getattr(out, name).ctypes.data for name in OUTPUT_SHAPES(cfg)}
 
 
+@pytest.mark.parametrize("kind", ["few tokens", "short lists", "long lists", "prompts", "any"])
+@pytest.mark.parametrize("seed", range(6))
+def test_hca_lists_are_those_of_a_copy_a_token_and_of_a_gather(kind: str, seed: int) -> None:
+    """Each form of the lists serves the steps that it is the fastest for, with equal results."""
+    rng = np.random.default_rng(seed)
+    rows, longest, most = {
+        "few tokens": (4, 131072, 4),
+        "short lists": (200, 2000, 4),
+        "long lists": (48, 60000, 4),
+        "prompts": (3, 9000, 3000),
+        "any": (40, 30000, 120),
+    }[kind]
+    q = rng.integers(0, most + 1, rows).astype(np.int32)
+    ctx = (q + rng.integers(0, longest, rows)).astype(np.int32)
+    sizes = {"max_num_tokens": 16384, "max_tokens_per_seq": 8192, "hca_mode": "list"}
+    block_size = int(rng.choice([128, 256, 512]))
+    cfg, (*_, slot, table) = real_step([(1, 1)] * rows, block_size=block_size, **sizes)
+    step = step_of(ctx, q, slot, table)
+    indptr = np.zeros(len(step.row) + 1, np.int32)
+    np.cumsum((step.position + 1) // cfg.hca_ratio, out=indptr[1:])
+    lists = np.full((3, indptr[-1] + 5), -5, np.int32)
+    for form, out in zip((write_hca_list, by_token, by_entry), lists, strict=True):
+        form(cfg, step, indptr, out)
+    np.testing.assert_array_equal(lists[0], lists[1])
+    np.testing.assert_array_equal(lists[0], lists[2])
+    assert (lists[:, indptr[-1] :] == -5).all()
+
+
 def test_table_mode_at_a_million_tokens() -> None:
     lengths = [(2**20, 4), (2**20 - 1, 1), (2**20, 200)]
     cfg, inputs = real_step(lengths, max_model_len=2**20, max_num_tokens=4096)
@@ -155,7 +186,7 @@ print(out.hca_idx[0], prepare.expand().hca_idx[0], csa_translate(out, [[19, 26]]
     assert result.stdout == "51 51 [136 108  -1]\n", result.stderr
 
 
-@settings(max_examples=150, deadline=None)
+@examples(50, in_soak=150)
 @given(made=steps(), seed=st.integers(0, 2**16), dtype=st.sampled_from([np.int32, np.int64]))
 def test_translated_entries(made: tuple[V4PrepareConfig, Step], seed: int, dtype: Any) -> None:
     """Of numbers as an indexer might leave them: most are entries, some are not."""

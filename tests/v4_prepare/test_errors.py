@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fd_dsa.errors import FdDsaError, V4PrepareError
 from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Arrays, V4PrepareConfig, v4_prepare_np
+from tests.strategies import examples
 from tests.v4_prepare.cases import Step
 from tests.v4_prepare.golden import CASES, config_of, error_config, inputs_of
 from tests.v4_prepare.strategies import steps
@@ -164,7 +165,7 @@ def first_fault(
     return ("E_TOKENS", -1) if sum(q) > cfg.max_num_tokens else None
 
 
-@settings(max_examples=500, deadline=None)
+@examples(250, in_soak=500)
 @given(made=steps(), data=st.data())
 def test_any_change_is_judged_by_the_rules(
     made: tuple[V4PrepareConfig, Step], data: st.DataObject

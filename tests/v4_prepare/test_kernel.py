@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fd_dsa.v4_prepare import launch
+from tests.strategies import examples
 from tests.v4_prepare.cases import (
     CONFIGS,
     DEVICES,
@@ -19,12 +20,7 @@ from tests.v4_prepare.cases import (
     make_step,
 )
 
-# the fixture holds no state that one example could leave to the next
-EXAMPLES = settings(
-    max_examples=min(4, settings.default.max_examples),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+EXAMPLES = examples(4, in_soak=4)
 
 
 @pytest.fixture(params=DEVICES)

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig, V4PrepareError, v4_prepare_np
 from tests.reference.v4_prepare import naive
+from tests.strategies import examples
 from tests.v4_prepare.cases import POISON_WORD, Place, assert_same, outputs_of
 from tests.v4_prepare.golden import ERRORS, error_config, inputs_of
 
@@ -36,11 +37,7 @@ CFG = V4PrepareConfig(
     max_tokens_per_seq=6,
     max_model_len=22,
 )
-EXAMPLES = settings(
-    max_examples=80,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+EXAMPLES = examples(25, in_soak=80)
 
 
 @pytest.fixture
@@ -81,17 +78,23 @@ def assert_step(prepare: V4Prepare, *step: Any) -> None:
     assert_same(outputs_of(prepare._steps.built), naive(prepare.cfg, *step))
 
 
+# a strategy is made once, since Hypothesis checks each
+NEW = st.sampled_from([0, 1, 1, 2, 4])
+SHARES = st.sampled_from([0, 0.1, 1])
+TABLE_DTYPES = st.sampled_from(["int32", "int64"])
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> list[tuple[Any, ...]]:
     """Steps with whole tables, in which some cells are those of the step before."""
     steps, table = [], np.full((3, 6), -1, np.int64)
     for _ in range(draw(st.integers(1, 8))):
         num_rows = draw(st.integers(0, 3))
-        q = np.array([draw(st.sampled_from([0, 1, 1, 2, 4])) for _ in range(num_rows)], np.int32)
+        q = np.array([draw(NEW) for _ in range(num_rows)], np.int32)
         # any row may grow, shrink, change hands or idle
         ctx = np.array([draw(st.integers(n, CFG.max_model_len)) for n in q.tolist()], np.int32)
         rng = np.random.default_rng(draw(st.integers(0, 99)))
-        changed = rng.random(table.shape) < draw(st.sampled_from([0, 0.1, 1]))
+        changed = rng.random(table.shape) < draw(SHARES)
         needed = np.zeros(3, np.int64)
         needed[:num_rows] = -(-ctx // 4) * (q > 0)
         is_needed = np.arange(6) < needed[:, None]
@@ -100,7 +103,7 @@ def histories(draw: st.DrawFn) -> list[tuple[Any, ...]]:
         # what no token needs may be no block at all
         garbage = ~is_needed & (rng.random(table.shape) < 0.3)
         table[garbage] = rng.choice([-1, 77, -(2**31)], garbage.sum())
-        dtype = draw(st.sampled_from(["int32", "int64"]))
+        dtype = draw(TABLE_DTYPES)
         slot = rng.permutation(4)[:num_rows]
         steps.append((ctx, q, slot.astype(np.int32), table[:num_rows].astype(dtype)))
     return steps

@@ -7,7 +7,7 @@ from typing import Any
 from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH
 from fd_dsa.ops._host import CACHE_DTYPES, cache_format, check_array, check_shape, result
 from fd_dsa.ops.logits.tile_forms import why_not
-from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, choose, device_kind, function
+from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, call, choose, device_kind
 from fd_dsa.step import ForwardMeta
 
 __all__ = ["indexer_logits"]
@@ -50,7 +50,14 @@ def indexer_logits(q: Any, weights: Any, cache: Any, step: ForwardMeta, out: Any
     shape = num_tokens, max(step.max_seqlen_k, 1)
     out = result(_NAME, out, q, shape, "float32", fill=float("-inf"))
     reason = why_not(form, cache.shape[1], q.shape[1])
-    choice = choose(_NAME, device_kind(q), {TENSOR_CORE: reason})
+    kind = device_kind(q)
+
+    def provider() -> str:
+        return choose(_NAME, kind, {TENSOR_CORE: reason}).provider
+
     if num_tokens:
-        function(_NAME, choice.provider)(q, weights, cache, step, out)
+        call(_NAME, kind, provider, q, weights, cache, step, out)
+    else:
+        # a provider that was asked for and cannot serve is an error for no token, too
+        provider()
     return out

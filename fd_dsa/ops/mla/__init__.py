@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fd_dsa.errors import ShapeError
@@ -19,7 +19,7 @@ from fd_dsa.ops._host import (
     dtype_name,
     result,
 )
-from fd_dsa.ops.providers import activation_dtypes, choose, device_kind, function
+from fd_dsa.ops.providers import activation_dtypes, call, choose, device_kind, function
 
 __all__ = ["dequantize", "sparse_mla"]
 
@@ -73,21 +73,23 @@ def sparse_mla(
     dtype = dtype_name((q if out is None else out).dtype)
     out = result(name, out, q, (num_tokens, num_heads, kv_lora_rank), dtype)
     kind = device_kind(q)
+    sizes = num_heads, dtype_name(q.dtype), cache_format(cache), kv_lora_rank, width - kv_lora_rank
     if kind == "cpu":
         check_values(name, "slots", as_numpy(slots), -1, as_numpy(cache)[..., 0].size)
-        provider = choose(name, kind).provider
+        choice = partial(choose, name, kind)
     else:
         # kernels are loaded only where there is a device
         from fd_dsa.ops.mla.custom_op import choose_attention
         from fd_dsa.triton_runtime.transfers import traits_for
 
-        types = dtype_name(q.dtype), cache_format(cache)
-        sizes = num_heads, *types, kv_lora_rank, width - kv_lora_rank
         capability = traits_for(q).capability
-        provider = choose_attention(kind, *sizes, capability, allocator_beside(q)).provider
+        choice = partial(choose_attention, kind, *sizes, capability, allocator_beside(q))
     if num_tokens and num_heads:
-        attend: Callable[..., None] = function(name, provider)
-        attend(q, cache, slots, out, softmax_scale=softmax_scale, kv_lora_rank=kv_lora_rank)
+        how = {"softmax_scale": softmax_scale, "kv_lora_rank": kv_lora_rank}
+        call(name, kind, lambda: choice().provider, q, cache, slots, out, **how)
+    else:
+        # a provider that was asked for and cannot serve is an error for no token, too
+        choice()
     return out
 
 

@@ -22,7 +22,7 @@ from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.records import Dequantized
 from fd_dsa.ops.probes import Case
 from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice, choose
-from fd_dsa.step.device import Allocate
+from fd_dsa.step.views import Allocate
 
 MOST_HEADS = 32
 """Of the kernel for few heads over FP8 records."""

@@ -16,7 +16,7 @@ from fd_dsa.ops._fixed_order import fixed_order, rows_of_tiles
 from fd_dsa.ops._host import allocator_beside, cache_format
 from fd_dsa.ops.mla._tiles import RANK, ROPE
 from fd_dsa.ops.mla.tensor_core_kernel import attend_kernel, combine_kernel
-from fd_dsa.step.device import Allocate
+from fd_dsa.step.views import Allocate
 
 MAX_SPLITS = 32
 _HOPPER = range(90, 100)

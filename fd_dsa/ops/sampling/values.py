@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# before Triton, since it selects how kernels run
+import fd_dsa.triton_runtime  # noqa: F401
 from fd_dsa.ops.sampling import parameters as places
 
 import triton  # isort: skip

@@ -16,7 +16,7 @@ from fd_dsa.ops._library import LibraryKernel, difference, shared_kernel, why_no
 from fd_dsa.ops.probes import Case, topk_case
 from fd_dsa.ops.providers import CUSTOM_OP, Choice, choose
 from fd_dsa.ops.topk import triton_kernel
-from fd_dsa.step.device import Allocate
+from fd_dsa.step.views import Allocate
 
 _TENSORS = ("position_ids", "batch_ids", "block_tables", "out")
 _NUMBERS = (

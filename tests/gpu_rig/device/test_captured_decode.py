@@ -346,7 +346,7 @@ def test_memory_of_graphs_is_within_the_plan(real_rig: Rig) -> None:
     from fd_dsa.models.device_weights import DeviceWeights
     from fd_dsa.models.registry import create_model
     from fd_dsa.runner.device import free_device_bytes
-    from fd_dsa.step.device import paddle_allocator
+    from fd_dsa.step.places import paddle_allocator
 
     config = ModelConfig.from_folder(demo_model_path())
     model = create_model(config, DeviceWeights("float32", paddle_allocator(real_rig.device)))

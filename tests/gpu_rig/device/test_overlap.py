@@ -12,13 +12,15 @@ import pytest
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.ops._split_sums import new_scratch
 from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer
+from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.triton_runtime import transfers
 from fd_dsa.triton_runtime.device import PaddleApi
 from tests.gpu_rig import Rig, RigError
 from tests.gpu_rig.device.test_capture import add_kernel
 from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
 from tests.gpu_rig.device.test_formats import FP8, SIZES, WIDE_KEYS, folder_of, runner_on
-from tests.runner.tiny import V32, run_rows
+from tests.runner.tiny import V32, run_rows, tiny_model
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
 
@@ -83,6 +85,22 @@ class Layer:
         """The sum, as NumPy makes it of `x`."""
         keys = x.astype(np.float64) @ self.weights[:, :, :WIDTH].sum(0)
         np.testing.assert_allclose(self.total.numpy(), keys, rtol=0, atol=5e-5)
+
+
+class SecondStream:
+    """Stands for the second stream, which an interpreter has not; notes the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def begin(self) -> None:
+        self.calls.append("begin")
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+    def join(self) -> None:
+        self.calls.append("join")
 
 
 def test_a_fork_has_a_stream_of_its_own_and_the_result_of_one_stream(rig: Rig) -> None:
@@ -233,3 +251,33 @@ def test_logits_of_a_model_are_the_same_bits(
         assert runner.attn_backends[0].overlap.max_tokens == int(most)
         found.append([run_rows(runner, rows).tobytes() for rows in steps])
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_the_warm_up_forks_where_the_capture_forks(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of up to the threshold fork before the captures; eager steps after them do not."""
+    monkeypatch.delenv("FD_DSA_OVERLAP_MAX_TOKENS", raising=False)
+    monkeypatch.setattr("fd_dsa.attention.overlap.DEFAULT_OVERLAP_MAX_TOKENS", 2)
+    model = tiny_model(V32, device=rig.device)
+    batch, layout = InputBatch(2, 4, 1, 16), cache_layout(model.config, "float32", 16)
+    runner = ModelRunner(model, batch, layout, 2, rig.device)
+    overlap, forked = runner.attn_backends[0].overlap, []
+    overlap.side_stream = SecondStream()
+    assert overlap.max_tokens == 2
+
+    def stream_for(tensor: Any) -> Any:
+        forked.append(runner.forward_meta.hints.num_tokens)
+        return overlap.side_stream
+
+    monkeypatch.setattr(overlap, "stream_for", stream_for)
+    runner.warm_up()
+    assert forked == []
+    runner.warm_up(before_captures=True)
+    assert set(forked) == {1, 2}
+    assert len(overlap.side_stream.calls) == 3 * len(forked)
+    forked.clear()
+    batch.set_blocks(0, [0])
+    run_rows(runner, [(0, [5], 0, True)])
+    assert forked == []

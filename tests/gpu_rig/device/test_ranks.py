@@ -29,7 +29,7 @@ from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.runner.ranks import FollowingRunner, LeadingRunner
-from fd_dsa.step.device import paddle_allocator
+from fd_dsa.step.places import paddle_allocator
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig

@@ -15,7 +15,7 @@ import paddle
 import pytest
 
 from fd_dsa.errors import LaunchError
-from fd_dsa.step.device import paddle_allocator
+from fd_dsa.step.places import paddle_allocator
 from fd_dsa.step.staging import InputStaging
 from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.transfers import transfers_for

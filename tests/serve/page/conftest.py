@@ -24,8 +24,9 @@ expect.set_options(timeout=30_000)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests of this folder are slow, and need the browser."""
+    folder = f"{Path(__file__).parent}{os.sep}"
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if str(item.path).startswith(folder):
             item.add_marker(pytest.mark.slow)
             reason = f"{BROWSER} is not installed: apt-get install {BROWSER}"
             item.add_marker(pytest.mark.skipif(_COMMAND is None, reason=reason))

@@ -1,0 +1,301 @@
+"""Figures that need more than a template: "@NAME" under "figures" and "results" in shown.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from benchmarks._harness import RESULTS
+from benchmarks._render import Case, Result, Table
+
+# the two launches of a layer that could be one, the kernels of the shorter or of either, and why
+# they are still two
+_PAIRS = (
+    ("the sum of the router's parts, choice of experts", ("splitKreduce",)),
+    ("choice of experts, their groups", ("choose_experts", "group_pairs")),
+    ("SiLU and quantisation, gate and up of dense and shared experts", ("silu_and_mul",)),
+    ("cache writes, the query of MLA", ("write_caches", "prepare_mla_query")),
+    ("sum of the experts, their second GEMM", ("sum_experts",)),
+)
+_WHY = (
+    "the parts are cuBLASLt's, which sums them itself",
+    "an expert's program reads the choices of all tokens",
+    "not tried",
+    "not tried",
+    "a token's experts are in different programs; atomics would lose the order",
+)
+
+
+def _other(name: str) -> Any:
+    """Another committed result."""
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def _step_us(rows: int) -> float:
+    """A decode step of these rows without the profiler, of the same commit as the profiles."""
+    cases = _other("gpu_engine_invariant")["cases"]
+    (ms,) = (case["peer_value"] for case in cases if case["case"] == f"decode-{rows}x4k")
+    return 1000.0 * float(ms)
+
+
+def _saved_us(result: Result, rows: str) -> list[float]:
+    """What joining each pair saves at most: the time of its shorter launch."""
+    kernels = result["profiles"][rows]["kernels"]
+    return [
+        min(us for kernel, us, _ in kernels for name in names if name in kernel)
+        for _, names in _PAIRS
+    ]
+
+
+def _launches(result: Result, rows: str) -> int:
+    """Launches of a layer with experts in a decode step."""
+    counts = (count for *_, count in result["profiles"][rows]["kernels"])
+    return sum(round(count / result["layers"]) for count in counts if count >= result["layers"] - 1)
+
+
+def pairs(result: Result) -> Iterator[str]:
+    """Table of the launches that could be joined."""
+    columns: list[Any] = [("pair", "{pair}")]
+    saved = {rows: _saved_us(result, rows) for rows in ("1", "32")}
+    for rows in saved:
+        columns.append((f"us a step, {rows} row{'s' * (rows != '1')}", f"{{us_{rows}:.1f}}"))
+        columns.append(("of the step", f"{{share_{rows}:.1%}}"))
+    columns.append(("why it was left", "{why}"))
+    found = [
+        {"pair": pair, "why": why}
+        | {f"us_{rows}": us[n] for rows, us in saved.items()}
+        | {f"share_{rows}": us[n] / _step_us(int(rows)) for rows, us in saved.items()}
+        for n, ((pair, _), why) in enumerate(zip(_PAIRS, _WHY, strict=True))
+    ]
+    yield "\n".join(Table(lambda _: found, columns).lines(result))
+
+
+def ifeval(result: Result) -> Iterator[str]:
+    """The pairs of `ifeval_pairs`: where, a table of all metrics, and a verdict each."""
+    env = result["env"]
+    machine = env["gpu"] or f"{env['cpu']}, {env['cpus']} processors"
+    subset = f", {result['subset']} prompts only" if result["subset"] else ""
+    yield (
+        f"{env['date']}, {machine}; Python {env['python']}, paddlepaddle {env['paddlepaddle']}; "
+        f"{result['model']}{subset}; commit {env['commit'][:12]}."
+    )
+    form = "{passed}/{total} = {value:.2f} [{low:.1f}, {high:.1f}]"
+    columns: list[Any] = [
+        *(("before → after", "{sides}"), ("metric", "{metric}")),
+        *((f"{side}, % [95% interval]", f"{{{side}}}") for side in ("before", "after")),
+        *(("worse", "{worse}"), ("better", "{better}"), ("p", "{p}")),
+    ]
+    rows = [
+        {
+            "sides": f"{pair['before']} → {pair['after']}",
+            "metric": metric,
+            **{side: form.format_map(found[side]) for side in ("before", "after")},
+            **{key: found[key] for key in ("worse", "better")},
+            "p": "" if found["p"] is None else f"{found['p']:.2g}",
+        }
+        for pair in result["pairs"]
+        for metric, found in pair["metrics"].items()
+    ]
+    yield "\n".join(Table(lambda _: rows, columns).lines(result))
+    for pair in result["pairs"]:
+        yield f"{pair['before']} → {pair['after']}: {' '.join(pair['verdict'])}"
+
+
+def _gpu_joins(rows: str) -> Callable[[Result], str]:
+    def text(result: Result) -> str:
+        saved, step = sum(_saved_us(result, rows)), _step_us(int(rows))
+        return f"{saved:.0f} us of {step:,.0f} ({saved / step:.1%})"
+
+    return text
+
+
+def _between_launches(result: Result) -> str:
+    idle = _step_us(1) - result["profiles"]["1"]["busy_us"]
+    return f"{idle / result['profiles']['1']['launches']:.1f} us"
+
+
+def _share(*classes: str, rows: str = "us_1") -> Callable[[Result], str]:
+    """Share of some classes of kernels in the time in which any runs."""
+
+    def text(result: Result) -> str:
+        us = {entry["class"]: entry[rows] for entry in result["classes"]}
+        return f"{sum(us[name] for name in classes) / us['any kernel runs']:.0%}"
+
+    return text
+
+
+def _range(values: Iterable[float], form: str) -> str:
+    """The smallest and the largest value."""
+    low, *_, high = map(lambda x: format(x, form), sorted(values))
+    return f"{low} to {high}"
+
+
+def _v4_ratios(requests: int) -> Callable[[Result], str]:
+    return lambda result: _range(
+        (
+            case["ratio_p50"]
+            for model in result["models"].values()
+            for case in model["cases"]
+            if case["case"]["requests"] == requests
+        ),
+        ".1f",
+    )
+
+
+def _bound_launch(result: Result) -> str:
+    """What a bound launch costs the host beside the driver's own launch."""
+    times = [c["times"] for c in result["cases"] if "fd_dsa bound" in c["times"]]
+    return _range((t["fd_dsa bound"]["p50"] - t["driver"]["p50"] for t in times), ".1f")
+
+
+def _within(case: Case) -> bool:
+    """True if a number of requests takes at most 0.3 ms and 3 us a request."""
+    return bool(case["us"] <= 300 + 3 * case["requests"])
+
+
+def _greedy(result: Result, vocabulary: int) -> list[dict[str, Any]]:
+    """Host time of greedy steps by number of requests."""
+    (entry,) = (
+        entry
+        for entry in result["host_time"]
+        if entry["vocab_size"] == vocabulary and entry["sampling"] == "greedy"
+    )
+    times = entry["sides"]["fd_dsa"]["us"]
+    return [{"requests": int(n), "us": time["p50"]} for n, time in times.items()]
+
+
+def _meets(vocabulary: int) -> Callable[[Result], str]:
+    """The largest number of requests that meets the aim, and the smallest one that does not."""
+
+    def text(result: Result) -> str:
+        cases = _greedy(result, vocabulary)
+        met = max(case["requests"] for case in cases if _within(case))
+        missed = min((c for c in cases if not _within(c)), key=lambda c: int(c["requests"]))
+        aim = 300 + 3 * missed["requests"]
+        return (
+            f"up to {met} requests meet it and steps of {missed['requests']} do not "
+            f"({missed['us']:.0f} us, aim {aim})"
+        )
+
+    return text
+
+
+def _slower(*starts: str) -> Callable[[Result], str]:
+    """How much longer than DeepGEMM ours takes at most, in cases that begin or end so."""
+
+    def text(result: Result) -> str:
+        ratios = [
+            case["ratios"]["DeepGEMM"]
+            for case in result["cases"]
+            if case["case"].startswith(starts) or case["case"].endswith(starts)
+        ]
+        return f"{1 / min(ratios) - 1:.0%}"
+
+    return text
+
+
+def _largest_ratio(result: Result) -> str:
+    """The largest ratio over what the bytes say, of steps with drafts."""
+    return f"{max(c['ratio'] / c['by_the_bytes'] for c in result['cases']):.2f}"
+
+
+def _more_experts(result: Result) -> str:
+    us = {entry["class"]: entry for entry in result["classes"]}["routed experts"]
+    return f"{us['us_known'] / us['us_plain'] - 1:.0%}"
+
+
+def _norm_us(result: Result) -> str:
+    """The norm after a sum over ranks, us, and its share of a decode step of one row."""
+    case = result["cases"][0]
+    us = case["fd_dsa_norm_us"] - case["fd_dsa_us"]
+    (step,) = (
+        c["ours_value"] for c in _other("gpu_engine_4")["cases"] if c["case"] == "decode-1x4k"
+    )
+    return f"{us:.0f} us, {2 * 61 * us / (1000 * step):.0%} of a step of one row"
+
+
+def _over_floor(result: Result) -> str:
+    case = result["cases"][0]
+    return f"{case['ours_value'] / case['floor']:.1f}"
+
+
+def _kernels_and_step(profile: str, engine: str) -> Callable[[Result], str]:
+    def text(result: Result) -> str:
+        busy = result["profiles"]["1"]["busy_us"]
+        (ms,) = (c["ours_value"] for c in _other(engine)["cases"] if c["case"] == "decode-1x4k")
+        return f"{busy:,.0f} us of kernels, a step of {1000 * ms:,.0f} us without the profiler"
+
+    return text
+
+
+def _dense_at_128(result: Result) -> str:
+    ratios = [c["cublaslt_us"] / c["ours_us"] for c in result["cases"] if c["rows"] == 128]
+    return _range(ratios, ".2f")
+
+
+def _experts(tokens: int) -> Callable[[Result], str]:
+    """Both GEMMs of the experts, all launches, and the rate that the GEMMs reach of the floor's."""
+
+    def text(result: Result) -> str:
+        (case,) = (c for c in result["cases"] if c["rows"] == tokens)
+        both = case["gate_up_us"] + case["down_us"]
+        return f"{both:,.0f} of {case['ours_us']:,.0f} us, at {case['floor_us'] / both:.0%}"
+
+    return text
+
+
+def _experts_missed(result: Result) -> str:
+    """Numbers of tokens at which a peer is faster."""
+    missed = [
+        f"{c['rows']:,}"
+        for c in result["cases"]
+        if min(c["vllm_us"], c["deep_gemm_us"]) < c["ours_us"]
+    ]
+    return " and ".join([", ".join(missed[:-1]), missed[-1]])
+
+
+def _experts_rest(result: Result) -> str:
+    case = result["cases"][-1]
+    return f"{case['ours_us'] - case['gate_up_us'] - case['down_us']:,.0f}"
+
+
+def _experts_triton_ms(result: Result) -> str:
+    case = result["cases"][-1]
+    return f"{(case['gate_up_triton_us'] + case['down_triton_us']) / 1000:.1f} ms"
+
+
+FUNCTIONS: Mapping[str, Callable[[Any], str]] = {
+    "joins_1": _gpu_joins("1"),
+    "joins_32": _gpu_joins("32"),
+    "launches_1": lambda result: str(_launches(result, "1")),
+    "launches_32": lambda result: str(_launches(result, "32")),
+    "joined_1": lambda result: str(_launches(result, "1") - len(_PAIRS)),
+    "between_launches": _between_launches,
+    "waits": lambda r: f"{1 - r['profiles']['1']['busy_us'] / _step_us(1):.1%}",
+    "attention_of_8k": _share("attention", rows="us_8192"),
+    "experts_of_32": _share("routed experts", rows="us_32"),
+    "three_classes": _share("GEMMs in FP8", "routed experts", "indexer"),
+    "sums_of_1": _share("sums over ranks"),
+    "v4_1": _v4_ratios(1),
+    "v4_16": _v4_ratios(16),
+    "bound_launch": _bound_launch,
+    "meets_4096": _meets(4096),
+    "meets_129280": _meets(129280),
+    "slower_prompts": _slower("prompt"),
+    "slower_drafts": _slower("2 tokens", "4 tokens"),
+    "over_the_bytes": _largest_ratio,
+    "more_experts": _more_experts,
+    "norm": _norm_us,
+    "over_floor": _over_floor,
+    "kernels_4": _kernels_and_step("gpu_profile_4", "gpu_engine_4"),
+    "kernels_2": _kernels_and_step("gpu_profile_2", "gpu_engine_2"),
+    "dense_at_128": _dense_at_128,
+    "experts_1": _experts(1),
+    "experts_32": _experts(32),
+    "experts_8192": _experts(8192),
+    "experts_missed": _experts_missed,
+    "experts_rest": _experts_rest,
+    "experts_triton": _experts_triton_ms,
+}
+"""Name -> figure of a result."""

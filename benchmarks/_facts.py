@@ -1,0 +1,303 @@
+"""Facts of the code that pages state: defaults, limits, sizes, and what is computed from them.
+
+The source `code` of "figures" in shown.json. A key with dots is a constant of the package, such as
+`fd_dsa.serve.body.MAX_DEPTH`; the others are the functions here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from functools import cache, reduce
+from importlib import import_module
+from typing import Any
+
+from benchmarks._harness import ROOT
+from benchmarks._published import GLM, V32, plan_lines, plan_table
+from fd_dsa.config import EngineConfig
+
+_KIB, _MIB = 1 << 10, 1 << 20
+# free memory of the machine that the start log of docs/operations.md is of
+_FREE_BYTES = 23 << 30
+
+
+@cache
+def flags() -> dict[str, Any]:
+    """Default of each flag, by its name with underscores."""
+    from fd_dsa.serve.flags import DEFAULTS
+
+    return {f.name: f.default for f in dataclasses.fields(EngineConfig)} | DEFAULTS
+
+
+@cache
+def start() -> dict[str, Any]:
+    """The start of a server on the demo model: memory plan, and MiB of the weights as stored."""
+    from fd_dsa.engine.caches import family_of
+    from fd_dsa.models.configs import open_checkpoint, read_config
+    from fd_dsa.models.loader import add_mtp_layer
+    from fd_dsa.models.memory_plan import plan_memory, weight_bytes
+    from fd_dsa.runner.input_batch import InputBatch
+
+    config = EngineConfig().on_device("cpu")
+    model = read_config(config.model_path)
+    if config.speculation is not None and config.speculation.method == "mtp":
+        with open_checkpoint(model, config.model_path) as checkpoint:
+            model = add_mtp_layer(checkpoint, model)
+    longest = model.max_position_embeddings
+    blocks = -(-longest // config.block_size)
+    batch = InputBatch(config.max_num_seqs, config.num_batched_tokens, blocks, config.block_size)
+    plan = plan_memory(
+        config,
+        weight_bytes=weight_bytes(model),
+        bytes_per_block=family_of(model)(config, model, batch).bytes_per_block,
+        max_model_len=longest,
+        free_bytes=_FREE_BYTES,
+    )
+    stored = sum(path.stat().st_size for path in config.model_path.glob("*.safetensors"))
+    return {
+        "summary": plan.summary(),
+        "model": f"{model.model_type} on the CPU, 2 threads: {model.num_hidden_layers} layers, "
+        f"{config.dtype}, caches in {config.kv_cache_dtype}, index_topk {model.index_topk}, "
+        f"max_model_len {longest}",
+        "stored": f"{stored / _MIB:.1f} MiB",
+    }
+
+
+def start_log() -> str:
+    """Log of a start on the demo model, as a code block; times are those of one machine."""
+    lines = [
+        f"[1/5] config   {start()['model']}",
+        f"[2/5] weights  {start()['stored']} read in 0.1 s",
+        f"[3/5] kv cache {start()['summary']}",
+        "[4/5] warm-up  not needed on this device",
+        "chat: prompts by tokenizer_config.json, tool calls none, reasoning none",
+        "[5/5] ready    in 0.9 s",
+    ]
+    text = "\n".join(f"07:05:09 INFO {line}" for line in lines)
+    return f"```\n{text}\n```\n"
+
+
+@cache
+def makefile() -> dict[str, dict[str, str]]:
+    """Sizes of the installation by stamp: `download`, `disk`, `minutes`; and minutes of tests."""
+    text = (ROOT / "Makefile").read_text("utf-8")
+    form = (
+        r"\.(\w+): SIZE := (?P<download>[\d.]+ GB) to download, (?P<disk>[\d.]+ GB) on disk, (.*)"
+    )
+    found = {
+        m[1]: {"download": m["download"], "disk": m["disk"], "minutes": m[4]}
+        for m in re.finditer(form, text)
+    }
+    minutes = re.search(r"about (\d+) minutes on 2 idle cores", text)
+    assert minutes is not None, "Makefile: the target `test` says no minutes"
+    return found | {"test": {"minutes": minutes[1]}}
+
+
+@cache
+def _model(name: str) -> dict[str, Any]:
+    """Sizes of a published model: parameters, and bytes in FP8 as a GPU holds them.
+
+    Its layers with experts are alike, so two models of few layers give all sizes.
+    """
+    models = {"v32": V32, "glm": GLM, "reap": V32 | {"n_routed_experts": 128}}
+    whole = models[name]
+    dense = whole["first_k_dense_replace"]
+    layers = whole["num_hidden_layers"] - dense
+    few, more = (_cut(whole, dense + n) for n in (0, 1))
+    layer = {key: more[key] - few[key] for key in few}
+    sizes = {key: few[key] + layers * layer[key] for key in few}
+    others = sizes["parameters"] - sizes["routed"]
+    return sizes | {
+        "moe_layer_bytes": layer["bytes"],
+        "others": others,
+        # tensor parallelism of 8, and what it leaves of a GPU; then 16 ranks with a part of the
+        # routed experts each
+        "bytes_of_8": sizes["bytes"] / 8,
+        "left_of_8": 0.9 * 141e9 - sizes["bytes"] / 8,
+        "bytes_of_16": sizes["routed"] / 16 + others,
+        "ends_bytes": few["ends"],
+    }
+
+
+def _cut(config: dict[str, Any], layers: int) -> dict[str, float]:
+    """Sizes of a model cut to its first layers."""
+    from fd_dsa.models.config import ModelConfig
+    from fd_dsa.models.expected_tensors import expected_tensors
+    from fd_dsa.models.loader import quantisable_tensors
+    from fd_dsa.models.memory_plan import weight_parts
+
+    model = ModelConfig.from_dict(config | {"num_hidden_layers": layers}, "config.json")
+    parts = weight_parts(model, "bfloat16", quantisable_tensors(model))
+    counts = {n: tensor.num_elements for n, tensor in expected_tensors(model).items()}
+    return {
+        "parameters": sum(counts.values()),
+        "routed": sum(count for n, count in counts.items() if ".experts." in n),
+        "bytes": sum(parts.values()),
+        "ends": parts["embedding"] + parts["head"],
+    }
+
+
+def softmax_scale() -> dict[str, float]:
+    """Factor of the attention scores of each family."""
+    from fd_dsa.models.config import ModelConfig
+
+    models = {"v32": V32, "glm": GLM}
+    return {name: ModelConfig.from_dict(one, name).softmax_scale for name, one in models.items()}
+
+
+@cache
+def caches() -> dict[str, Any]:
+    """Bytes of a token and layer of DeepSeek-V3.2's caches, by type; and of one with FP8 caches."""
+    from fd_dsa.attention.cache_layout import CacheLayout
+
+    found: dict[str, Any] = {}
+    for kind in ("float32", "bfloat16", "fp8_ds_mla"):
+        layout = CacheLayout(kind, 64, 512, 64, 128)
+        latent, both = (layout.bytes_per_block(1, n) // 64 for n in (0, 1))
+        found[kind] = {"latent": latent, "index": both - latent, "both": both}
+    fp8 = found["fp8_ds_mla"]["both"]
+    layers = V32["num_hidden_layers"]
+    return found | {
+        "more_than_float32": found["float32"]["both"] / fp8,
+        "block_of_v32": 64 * layers * fp8,
+        "token_of_v32": layers * fp8,
+        "tokens_of_10_gb": 10e9 / (layers * fp8),
+    }
+
+
+@cache
+def v4() -> dict[str, float]:
+    """Bytes of DeepSeek-V4-Flash's pools in float32, and bytes that a decoding token reads."""
+    from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
+    from fd_dsa.v4_attention.pools import V4CacheLayout
+
+    def layout(*ratios: int) -> V4CacheLayout:
+        # the last ratio belongs to the layer that drafts
+        fields = {"compress_ratios": [*ratios, 0], "num_hidden_layers": len(ratios)}
+        return V4CacheLayout(DeepseekV4Config.from_dict(fields), 128)
+
+    flash = [0, 0, *([4, 128] * 20), 4]
+    config = layout(*flash).config
+    window = layout(0).bytes_per_block() // 128
+    csa, hca = layout(4), layout(128)
+    record = 4 * 2 * (config.head_dim + config.index_head_dim) * 4
+    records = record * flash.count(4)
+    windows = window * len(flash)
+    return {
+        "window": window,
+        "windows": windows,
+        "entries": (layout(*flash).bytes_per_block() - records) / 128 - windows,
+        "record": record,
+        "records": records,
+        "csa_state": csa.bytes_per_slot(),
+        "hca_state": hca.bytes_per_slot(),
+        "states": layout(*flash).bytes_per_slot(),
+        # in bfloat16, after 32,768 tokens
+        "read_window": 2 * config.sliding_window * config.head_dim,
+        "read_index": 2 * 32768 // 4 * config.index_head_dim,
+        "read_chosen": 2 * config.index_topk * config.head_dim,
+        "read_hca": 2 * 32768 // 128 * config.head_dim,
+    }
+
+
+@cache
+def all_reduce() -> dict[str, float]:
+    """Bytes, and rows of DeepSeek-V3.2, from which the all-reduce has two stages."""
+    source = (ROOT / "custom_ops/csrc/all_reduce.cu").read_text("utf-8")
+    least = re.search(r"kBytesOfStage = (\d+) << 10", source)
+    assert least is not None, "all_reduce.cu: no kBytesOfStage"
+    found = {}
+    for ranks in (4, 8):
+        # one stage sends ranks - 1 times the rows, two send 2 (ranks - 1) / ranks times
+        less = (ranks - 1) * (1 - 2 / ranks)
+        found[f"kib_{ranks}"] = int(least[1]) / less
+    rows = found["kib_4"] * _KIB / (2 * V32["hidden_size"])
+    return found | {"rows_4": -(-rows // 1)}
+
+
+def indexer() -> dict[str, int]:
+    """Bytes of DeepSeek-V3.2's indexer projections in bfloat16: of a layer, and of all."""
+    layer = 2 * (V32["index_head_dim"] + V32["index_n_heads"]) * V32["hidden_size"]
+    return {"layer": layer, "all": layer * V32["num_hidden_layers"]}
+
+
+def accept_retries() -> float:
+    """Attempts a second to accept connections after the system had no descriptor or memory."""
+    from fd_dsa.serve import listener
+
+    return 1 / listener._RETRY_S
+
+
+def grammars_most_s() -> float:
+    """Seconds after which a compiled grammar is dropped at the latest: two sweeps."""
+    from fd_dsa.engine import grammar
+
+    return 2 * grammar._KEPT_FOR_S
+
+
+def unseen_541() -> float:
+    """Share of flipping prompts that 541 prompts without a flip leave open."""
+    from fd_dsa.accuracy.stats import most_unseen_share
+
+    return most_unseen_share(541)
+
+
+def siege() -> dict[str, float]:
+    """Bounds of the siege."""
+    from tests.soak.siege import FULL
+
+    return dataclasses.asdict(FULL)
+
+
+def descriptors() -> int:
+    """File descriptors that the server keeps from connections."""
+    from fd_dsa.serve import listener
+
+    return listener._KEPT_DESCRIPTORS + listener.PROBE_CONNECTIONS
+
+
+class _Code(dict[str, Any]):
+    """The functions above by name, and constants of modules and classes by their full names."""
+
+    def __missing__(self, key: str) -> Any:
+        parts = key.split(".")
+        if len(parts) == 1:
+            raise KeyError(f"{key!r} is no fact; there are {', '.join(self)}")
+        # a constant belongs to the module or to one of its classes
+        for end in (-1, -2):
+            with contextlib.suppress(ImportError):
+                module = import_module(".".join(parts[:end]))
+                try:
+                    return reduce(getattr, parts[end:], module)
+                except AttributeError as error:
+                    raise KeyError(str(error)) from error
+        raise KeyError(f"{key!r}: there is no such module")
+
+
+FACTS: Mapping[str, Any] = _Code(
+    flags=flags,
+    start=start,
+    makefile=makefile,
+    v32=lambda: _model("v32"),
+    glm=lambda: _model("glm"),
+    reap=lambda: _model("reap"),
+    softmax_scale=softmax_scale,
+    caches=caches,
+    v4=v4,
+    all_reduce=all_reduce,
+    indexer=indexer,
+    accept_retries=accept_retries,
+    grammars_most_s=grammars_most_s,
+    unseen_541=unseen_541,
+    siege=siege,
+    descriptors=descriptors,
+)
+
+REGIONS: dict[str, Callable[[], str]] = {
+    "start_log": start_log,
+    "plan_lines": plan_lines,
+    "plan_table": plan_table,
+}
+"""Regions of the pages that show no result: name -> its text."""

@@ -1,0 +1,68 @@
+"""Shapes of published checkpoints, and the memory plans that docs/several-gpus.md shows of them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks._gpu_engine_model import FP8, WIDTHS
+from benchmarks._harness import table_row
+from fd_dsa.doctor.plan import GPU_GIB, as_lines, plan
+
+V32 = WIDTHS | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "quantization_config": FP8}
+GLM = V32 | {
+    "model_type": "glm_moe_dsa",
+    "num_hidden_layers": 78,
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 2048,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "index_n_heads": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "vocab_size": 154880,
+    "max_position_embeddings": 202752,
+    "rope_scaling": None,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "DeepSeek-V3.2-REAP-345B": V32 | {"n_routed_experts": 128},
+    "DeepSeek-V3.2": V32,
+    "GLM-5": GLM,
+}
+"""Name -> its config.json."""
+
+
+@cache
+def plan_of(name: str, ranks: int) -> dict[str, Any]:
+    """Memory plan of a model on `ranks` GPUs, as `fd-dsa doctor --plan` makes it."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(MODELS[name]))
+        return plan(folder, ranks) | {"model": name}
+
+
+def plan_lines() -> str:
+    """Output of `fd-dsa doctor --plan` for four GPUs, as a code block."""
+    lines = "\n".join(as_lines(plan_of("DeepSeek-V3.2-REAP-345B", 4)))
+    return f"```\n{lines}\n```\n"
+
+
+def plan_table() -> str:
+    """Tokens that each kind of GPU holds beside the weights of each model."""
+    rows = [["model", "GPUs", "weights on each", *(f"{gib} GB" for gib in GPU_GIB)]]
+    for name in MODELS:
+        for ranks in (4, 8):
+            found = plan_of(name, ranks)
+            weights = sum(found["parts"].values()) / 2**30
+            gpus = found["caches"]["fp8_ds_mla"]["gpus"].values()
+            tokens = [f"{gpu['tokens']:,}" if gpu["tokens"] else "no" for gpu in gpus]
+            rows.append([name, str(ranks), f"{weights:.1f} GiB", *tokens])
+    head, *lines = map(table_row, rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *lines]) + "\n"

@@ -1,0 +1,139 @@
+"""Time per token of the engine whose captured decode steps fork to a second stream, and do not.
+
+    python -m benchmarks.engine_overlap --rig     # on the test plug-in, one GPU: five layers in FP8
+    python -m benchmarks.engine_overlap --rig -tp 2 --layers 8
+    python -m benchmarks.engine_overlap --dry     # small widths on the CPU: shows that it runs
+
+1 to 256 rows with more keys than are selected. On one GPU an engine has both graphs of each size,
+and a run of decode steps takes them in turns. On several GPUs each way is an engine of its own,
+twice, since all ranks must fork alike. Writes benchmarks/results/engine_overlap.json, with the
+number of ranks at its end if there are several. A ratio above 1 means that the fork pays;
+`limit_tokens` is the largest size up to which it pays at every size, and no larger one may be the
+default (`fd_dsa.environment.DEFAULT_OVERLAP_MAX_TOKENS`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._gpu_engine_model import FP8, Shape, of_ranks, shape_of, write_model
+from benchmarks._harness import RESULTS, Worker, environment, write_json
+from benchmarks.once_per_step import SMALL
+from benchmarks.workers.engine_overlap import ONE, TWO
+from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TARGET = "benchmarks.workers.engine_overlap:Engine"
+# most tokens of a step that forks; the order cancels a drift
+ENGINES = ((ONE, 0), (TWO, ROWS[-1]), (TWO, ROWS[-1]), (ONE, 0))
+LAYERS, DENSE_LAYERS = 5, 3
+
+
+def in_turns(
+    options: dict[str, Any], rows: Sequence[int], request: Mapping[str, int]
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Median milliseconds of both ways on one GPU, rows after rows."""
+    with Worker(TARGET, most=None, **options) as engine:
+        engine.call(op="capture_both")
+        for batch in rows:
+            found = engine.call(op="decode_in_turns", batch=batch, **request)
+            yield batch, {name: times["p50"] for name, times in found.items()}
+
+
+def by_engines(
+    options: dict[str, Any], rows: Sequence[int], prompt: int, new: int
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """The same of engines on several GPUs, in sequence: the weights of two do not fit."""
+    values: dict[tuple[int, str], list[float]] = {}
+    for name, most in ENGINES:
+        with Worker(TARGET, most=most, **options) as engine:
+            for batch in rows:
+                engine.call(op="decode", batch=batch, prompt=prompt, new=8)
+                found = engine.call(op="decode", batch=batch, prompt=prompt, new=new)
+                values.setdefault((batch, name), []).append(found["tpot_ms"])
+    for batch in rows:
+        yield batch, {name: float(np.mean(values[batch, name])) for name in (ONE, TWO)}
+
+
+def limit(cases: Sequence[Mapping[str, Any]]) -> int:
+    """The largest number of rows up to which the fork pays at every number; 0 if at none."""
+    found = 0
+    for case in sorted(cases, key=lambda one: one["rows"]):
+        if case["ratio"] < 1:
+            break
+        found = case["rows"]
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
+    )
+    parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
+    parser.add_argument("--layers", type=int, help="of a model on several GPUs; default: all 61")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    args = parser.parse_args(argv)
+    ranks = args.tensor_parallel_size
+    shape = Shape(LAYERS, DENSE_LAYERS)
+    if ranks > 1:
+        shape = shape._replace(ranks=ranks) if args.dry else shape_of(ranks, args.layers)
+    rows = (1, 4) if args.dry else ROWS
+    # past index_topk, so that keys are scored and selected
+    prompt, turns, steps = (80, 4, 8) if args.dry else (2304, 16, 20)
+    config: dict[str, Any] = {
+        "max_model_len": 512 if args.dry else 4096,
+        "max_num_seqs": rows[-1],
+        "max_num_batched_tokens": 512 if args.dry else 8192,
+        "target_inter_token_latency_ms": 0,
+        "cudagraph_capture_sizes": rows,
+        "tensor_parallel_size": ranks,
+    }
+    if not args.dry:
+        config["kv_cache_dtype"] = "fp8"
+    name = of_ranks("engine_overlap", ranks)
+    result: dict[str, Any] = {"name": name, "env": environment(), "cases": []}
+    result["tier"] = "dry" if args.dry else "T1p" if args.rig else "T2"
+    result |= {"shape": shape._asdict(), "prompt_tokens": prompt}
+    with tempfile.TemporaryDirectory() as folder:
+        fields = SMALL if args.dry else {"quantization_config": FP8}
+        options = {
+            "model": write_model(folder, shape, fields),
+            "rig": args.rig,
+            "config": config,
+            "device": "cpu" if args.dry else "gpu",
+        }
+        if ranks == 1:
+            request = {"prompt": prompt, "turns": turns, "steps": steps}
+            found = in_turns(options, rows, request)
+        else:
+            found = by_engines(options, rows, prompt, turns * steps // 4)
+        for batch, ms in found:
+            case = {"rows": batch, "one_ms": ms[ONE], "two_ms": ms[TWO]}
+            case["ratio"] = ms[ONE] / ms[TWO]
+            result["cases"].append(case)
+            print(
+                f"{batch:>4} rows: {ONE} {ms[ONE]:9.4f} ms, {TWO} {ms[TWO]:9.4f} ms a token, "
+                f"{case['ratio']:.4f}x",
+                flush=True,
+            )
+    result["limit_tokens"] = limit(result["cases"])
+    result["default_tokens"] = DEFAULT_OVERLAP_MAX_TOKENS
+    print(f"the fork pays up to {result['limit_tokens']} tokens of a step")
+    path = args.out / f"{name}.json"
+    write_json(path, result)
+    print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""IFEval of the demo model before and after two changes, paired prompt by prompt.
+
+    python -m benchmarks.ifeval_pairs                # on a CPU; about an hour on two idle cores
+    python -m benchmarks.ifeval_pairs --rig          # on a GPU, through the test plug-in
+    python -m benchmarks.ifeval_pairs --subset 16 --out build/ifeval    # shows that it runs
+
+The first pair makes a step's metadata in every layer, then once per step (FastDeploy #7367). The
+second one runs the indexer's projections on one stream, then on two (vLLM #39943); a CPU has one
+stream, so the pair runs on a GPU only. All sides serve with FD_DSA_BATCH_INVARIANT=1, so that no
+answer depends on the requests beside it and a difference can only come from the change. Answers,
+scores and the pages of `accuracy compare` stay in build/ifeval_pairs. Writes
+benchmarks/results/accuracy/ifeval_pairs_cpu.json or ifeval_pairs_gpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks._harness import RESULTS, ROOT, environment, write_json
+
+# name -> form of the server, and largest step in tokens that forks to a second stream
+SIDES = {
+    "every layer": ("every layer", None),
+    "once per step": ("once", None),
+    "one stream": ("once", "0"),
+    "two streams": ("once", "100000"),
+}
+PAIRS = (("every layer", "once per step"), ("one stream", "two streams"))
+CONCURRENCY = 64
+
+
+@contextmanager
+def _server(side: str, rig: bool, log: Path) -> Iterator[str]:
+    """URL of a server in the form of a side; it has ended afterwards."""
+    form, most_tokens = SIDES[side]
+    environ = os.environ | {"FD_DSA_FORM": form, "FD_DSA_BATCH_INVARIANT": "1"}
+    if most_tokens is not None:
+        environ["FD_DSA_OVERLAP_MAX_TOKENS"] = most_tokens
+    if rig:
+        environ.setdefault("FD_DSA_RIG", "real")
+    command = [sys.executable, "-m", "benchmarks.workers.form_serve", "--port", "0"]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environ
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            words = process.stdout.readline().split()
+            urls = [word for word in words if word.startswith("http://")]
+            if not urls:
+                raise RuntimeError(f"{side}: the server did not start, see {log}")
+            yield urls[0].rstrip("/")
+        finally:
+            process.terminate()
+
+
+def _accuracy(*arguments: object) -> None:
+    """Run a command of `fd_dsa.accuracy`."""
+    command = [sys.executable, "-m", "fd_dsa.accuracy", *map(str, arguments)]
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def answer(side: str, folder: Path, rig: bool, subset: int | None) -> dict[str, Any]:
+    """Metrics of one side; a run that was interrupted goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _server(side, rig, folder / "server.log") as url:
+        flags = ["--subset", subset] if subset else []
+        flags += ["--concurrency", CONCURRENCY, "--base-url", f"{url}/v1", "--out", folder]
+        _accuracy("ifeval", *flags)
+    metrics: dict[str, Any] = json.loads((folder / "scores.json").read_text())["metrics"]
+    return metrics
+
+
+def compared(before: Path, after: Path, out: Path) -> dict[str, Any]:
+    """The paired verdict of two sides, without the list of settings."""
+    _accuracy("compare", before, after, "--out", out)
+    found = json.loads((out / "compare.json").read_text())
+    return {key: found[key] for key in ("verdict", "prompts", "answers", "metrics", "flips")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all sides, compare, write; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rig", action="store_true", help="on a GPU, by the test plug-in")
+    parser.add_argument("--subset", type=int, metavar="N", help="N prompts only")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "accuracy", help="folder of the result"
+    )
+    args = parser.parse_args(argv)
+    name = f"ifeval_pairs_{'gpu' if args.rig else 'cpu'}"
+    folder = ROOT / "build" / name / (str(args.subset) if args.subset else "all")
+    result: dict[str, Any] = {"name": name, "env": environment(), "model": "demo_model"}
+    result |= {"tier": "T1p" if args.rig else "T0", "subset": args.subset, "pairs": []}
+    for before, after in PAIRS if args.rig else PAIRS[:1]:
+        for side in (before, after):
+            answer(side, folder / side.replace(" ", "_"), args.rig, args.subset)
+        sides = [folder / side.replace(" ", "_") for side in (before, after)]
+        pair = {"before": before, "after": after}
+        pair |= compared(*sides, folder / f"{sides[0].name}-{sides[1].name}")
+        result["pairs"].append(pair)
+        print(f"{before} -> {after}: {pair['verdict'][0]}", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{name}.json"
+    write_json(path, result)
+    print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

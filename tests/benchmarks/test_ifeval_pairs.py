@@ -1,0 +1,78 @@
+"""The sides of the IFEval pairs: layers read what they made again; the page shows the verdict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import ifeval_pairs
+from benchmarks.workers import form_serve
+from fd_dsa.attention.backend import DSAAttentionBackend
+from fd_dsa.step import StepHints, StepMetadataBuilder
+from tests.benchmarks.results import ENV, shown
+
+
+def test_each_layer_reads_metadata_that_it_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(
+        DSAAttentionBackend, "write", lambda self, *_: read.append(self.attention_metadata)
+    )
+    form_serve.read_again_in_every_layer()
+    builder = StepMetadataBuilder(2, 8, 2, 4, device="numpy")
+    lengths = [np.array(x, np.int32) for x in ((3, 0), (0, 5), (3, 1))]
+    arrays = (*lengths, np.array([[1, -1], [2, 3]], np.int32))
+    step = SimpleNamespace(hints=StepHints(), **dict(zip(form_serve._INPUTS, arrays, strict=True)))
+    backend: Any = SimpleNamespace(builder=builder)
+    backend.attention_metadata = first = builder.build(*arrays)
+    slots = first.slot_mapping.copy()
+    for layer_id in range(3):
+        # what the first layer had is spoiled: others do not read it
+        if layer_id:
+            first.slot_mapping[:] = -7
+        DSAAttentionBackend.write(backend, None, SimpleNamespace(layer_id=layer_id), step)  # type: ignore[call-arg]
+    assert read[0] is first and first not in read[1:]
+    assert all(np.array_equal(made.slot_mapping, slots) for made in read[1:])
+
+
+def _compared(worse: int) -> dict[str, Any]:
+    """What `accuracy compare` writes, of one metric."""
+    side = {"passed": 300, "total": 541, "value": 55.45, "low": 51.2, "high": 59.6}
+    metric = {"before": side, "after": side, "worse": worse, "better": 0, "p": 1.0}
+    return {
+        "verdict": ["No change: no prompt changed its strict result."],
+        "prompts": {"common": 541},
+        "answers": {"same": 500},
+        "metrics": {"Prompt-level-strict-accuracy": metric},
+        "flips": [],
+        "settings": ["left out"],
+    }
+
+
+@pytest.mark.parametrize(("flags", "pairs"), [((), 1), (("--rig",), 2)])
+def test_pairs_and_their_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], pairs: int
+) -> None:
+    sides: list[str] = []
+
+    def compare(*arguments: object) -> None:
+        out = Path(str(arguments[-1]))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "compare.json").write_text(json.dumps(_compared(0)))
+
+    monkeypatch.setattr(ifeval_pairs, "ROOT", tmp_path)
+    monkeypatch.setattr(ifeval_pairs, "answer", lambda side, *_: sides.append(side))
+    monkeypatch.setattr(ifeval_pairs, "_accuracy", compare)
+    assert ifeval_pairs.main(["--out", str(tmp_path), *flags]) == 0
+    assert sides == [side for pair in ifeval_pairs.PAIRS[:pairs] for side in pair]
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text()) | {"env": ENV | {"paddlepaddle": "3.3.1"}}
+    text = shown(tmp_path, result)
+    row = "| every layer → once per step | Prompt-level-strict-accuracy | 300/541 = 55.45 "
+    assert row in text and "every layer → once per step: No change" in text
+    # the head, and for each pair a row and a verdict
+    assert text.count(" → ") == 1 + 2 * pairs
