@@ -1,4 +1,4 @@
-"""The held-out prompts: none is trained on, and how answers are judged."""
+"""The held-out prompts: none is trained on, how answers are judged, and the recorded counts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from threading import Thread
 
 import pytest
 from demo_training import heldout
-from demo_training.heldout import ask_all, is_held_out, judge, judge_call, read
+from demo_training.heldout import ask_all, is_held_out, judge, judge_call, read, table
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools/demo_training"
+RESULTS = {
+    "shipped": TOOLS / "heldout_shipped.json",
+    "third training": TOOLS / "heldout_third.json",
+}
 
 
 def group(category: str, language: str = "en") -> dict:
@@ -145,3 +149,33 @@ def test_a_server_is_asked_every_prompt():
     # the second one's answer may name any of the model's subjects
     right = {"capital of Portugal?", "Give me an example of what I can ask."}
     assert {r["prompt"] for r in result["answers"] if r["right"]} == right
+
+
+@pytest.mark.parametrize("path", RESULTS.values(), ids=RESULTS)
+def test_recorded_answers_are_judged_as_they_were(path):
+    """The answers of all groups; those that were cut in the file are left out."""
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    rows = iter(recorded["answers"])
+    for found in read()["groups"]:
+        for prompt, *expected in found["items"]:
+            row = next(rows)
+            assert row["prompt"] == prompt[-200:]
+            if len(row["answer"]) < 400:
+                right = judge(found, expected[0] if expected else "", row["answer"])
+                assert row["right"] == right, row
+
+
+def test_the_card_has_the_counts_of_its_model():
+    counts = json.loads(RESULTS["shipped"].read_text(encoding="utf-8"))["languages"]
+    card = (TOOLS.parents[1] / "fd_dsa/demo_model/README.md").read_text(encoding="utf-8")
+    (right, total), (chinese, all_chinese) = counts["en"], counts["zh"]
+    assert f"Of {total} held-out requests in English it answers {right} rightly" in card
+    assert f"of {all_chinese} in Chinese {chinese}\n" in card
+
+
+def test_the_pages_table_is_that_of_the_recorded_counts():
+    recorded = {k: json.loads(v.read_text(encoding="utf-8")) for k, v in RESULTS.items()}
+    for result in recorded.values():
+        rights = sum(row["right"] for row in result["answers"])
+        assert rights == sum(right for right, _ in result["categories"].values())
+    assert table(recorded) in (TOOLS / "README.md").read_text(encoding="utf-8")

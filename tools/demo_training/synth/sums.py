@@ -10,7 +10,7 @@ NUMBERS = [*sums.names, *(f"{tens}{unit}" for tens in sums.tens for unit in ("",
 
 
 def product(a: int, b: int) -> str:
-    """The product, by the tens and units of one number if a number is above 12."""
+    """The result of a times b, by tens and units of one number if a number is above 12."""
     if max(a, b) <= 12 or b % 10 == 0 or a % 10 == 0:
         return str(a * b)
     if b <= 9:
