@@ -17,6 +17,7 @@ import pytest
 from fd_dsa import custom_ops, doctor
 from fd_dsa.cli import main as fd_dsa
 from fd_dsa.doctor import checks
+from fd_dsa.environment import nvidia_smi
 from fd_dsa.ops.cache_probes import CASES
 from fd_dsa.ops.probes import Case, CheckFailed, Memory, Outputs, require
 from fd_dsa.ops.providers import function
@@ -29,7 +30,7 @@ TAMPERED = [
     ("step_metadata", "slot_mapping", 2),
     ("step_metadata", "position_ids", 0),
     ("step_metadata", "indexer_attn_mask_offsets", 5),
-    ("step_metadata", "cache_seqlens", 1),
+    ("step_metadata", "cu_seqlens_kg", 2),
     ("cache_write", "latent", 70 * 656 + 3),
     ("cache_write", "latent", 70 * 656 + 515),
     ("cache_write", "latent", 70 * 656 + 531),
@@ -344,3 +345,21 @@ def test_the_library_of_custom_ops(
     mark = "BROKEN" if state == "broken" else state
     assert f"\ncustom ops {mark}: {lines[state]}\n" in out
     assert ("positions: got [-7, " in out) == (state == "built")
+
+
+@pytest.mark.parametrize(("status", "lines"), [(0, ["one", "two"]), (9, []), (None, [])])
+def test_what_nvidia_smi_reports(
+    status: int | None, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        if status is None:
+            raise FileNotFoundError
+        return subprocess.CompletedProcess(command, status, stdout="one\ntwo\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert nvidia_smi("name", "3") == lines == nvidia_smi("name")
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    assert commands == [[*query, "-i", "3"], query]

@@ -56,8 +56,8 @@ def test_an_installation_in_words(tmp_path: Path) -> None:
     lines = text.partition("\ndevice ")[0].splitlines()[4:]
     assert lines[:2] == [
         "fastdeploy 0.0.0+fake",
-        "           FD_ATTENTION_BACKEND unset, FD_PLUGINS unset, FD_DSA_DISABLE unset (some "
-        "versions load no plug-in without FD_PLUGINS)",
+        "           FD_ATTENTION_BACKEND unset, FD_PLUGINS unset, FD_DSA_DISABLE unset, "
+        "ENABLE_V1_KVCACHE_MANAGER unset (some versions load no plug-in without FD_PLUGINS)",
     ]
     assert lines[2].strip() == (
         "started from here: FastDeploy's own path serves: FD_ATTENTION_BACKEND is unset, not "
@@ -75,9 +75,10 @@ def test_an_installation_as_json(tmp_path: Path) -> None:
     assert found["installed"] and found["version"] == "0.0.0+fake"
     assert found["entry_points"] == list(ENTRY_POINT_GROUPS)
     assert found["missing_entry_points"] == []
-    assert found["environment"] == {**OURS, "FD_DSA_DISABLE": None}
+    assert found["environment"] == {**OURS, "FD_DSA_DISABLE": None, trees.V1_VARIABLE: None}
     here, launched = found["paths"].values()
-    assert here == launched and here["live"] and here["runner_is_ours"]
+    assert here == launched and here["live"]
+    assert here["own_path_variables"] == {trees.V1_VARIABLE: "1"}
     assert not {"checks", "version", "error"} & here.keys()
     assert not (tmp_path / "log").exists()
 
@@ -121,21 +122,20 @@ def test_a_broken_installation_does_not_make_the_doctor_ill(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("serves", [True, False])
 def test_facts_and_lines(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runner that is not ours, and an entry point that is missing, are named."""
+    """An entry point that is missing is named."""
     for name, value in (("installed", True), ("missing_entry_points", [ENTRY_POINT_GROUPS[1]])):
         target = "fastdeploy_is_installed" if name == "installed" else name
         monkeypatch.setattr(fastdeploy, target, lambda value=value: value)
     checks = [{"name": "x", "passed": False, "reason": "y"}]
-    path = {"error": "", "version": "1", "live": serves, "why": "z", "runner_is_ours": not serves}
+    path = {"error": "", "version": "1", "live": serves, "why": "z"}
     found = facts({"from_here": path, "with_engine_fastdeploy": path | {"checks": checks}})
     assert found["serves"] is serves and found["checks"] == checks and found["version"] == "1"
     assert found["entry_points"] == [ENTRY_POINT_GROUPS[0]]
     lines = as_lines(found, with_tree=True)
     missing = f"fd_dsa has no entry point in {ENTRY_POINT_GROUPS[1]}; install it as a package"
     assert [lines[0], lines[1].strip()] == ["fastdeploy 1", missing]
-    alone = " (but the model runner is FastDeploy's own)" if serves else ""
     who = "fd_dsa serves" if serves else "FastDeploy's own path serves"
-    assert lines[3].strip() == f"started from here: {who}: z{alone}"
+    assert lines[3].strip() == f"started from here: {who}: z"
     assert lines[-1].split() == ["x", "y"]
 
 
@@ -156,4 +156,4 @@ def test_without_fastdeploy_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     with examination() as found:
         known = found()
     assert not known["installed"] and known["paths"] == {}
-    assert as_lines(known) == ["fastdeploy not installed; --engine fastdeploy alone needs it"]
+    assert as_lines(known) == ["fastdeploy not installed; only --engine fastdeploy needs it"]

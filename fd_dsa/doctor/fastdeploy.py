@@ -1,6 +1,6 @@
-"""What the doctor says about FastDeploy: is it there, is the plug-in, and which path would serve.
+"""The doctor's answer about FastDeploy: the package, the plug-in, and the path that would serve.
 
-FastDeploy is imported by children only, which work while the operators are checked here.
+Only children import FastDeploy; they work while the operators are checked here.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from fd_dsa.fastdeploy_plugin.launch.environment import (
     probe,
     server_environment,
 )
+from fd_dsa.fastdeploy_plugin.tree_checks import V1_CACHES
 
-VARIABLES = ("FD_ATTENTION_BACKEND", "FD_PLUGINS", "FD_DSA_DISABLE")
+VARIABLES = ("FD_ATTENTION_BACKEND", "FD_PLUGINS", "FD_DSA_DISABLE", V1_CACHES)
 _WAIT_S = 120.0
 _LAUNCHED = "with_engine_fastdeploy"
 _WAYS = {"from_here": "started from here", _LAUNCHED: "--engine fastdeploy"}
@@ -84,7 +85,7 @@ def facts(paths: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def as_lines(facts: Mapping[str, Any], with_tree: bool = False) -> list[str]:
     """The facts for a person, the first line with a label of ten characters."""
     if not facts["installed"]:
-        return ["fastdeploy not installed; --engine fastdeploy alone needs it"]
+        return ["fastdeploy not installed; only --engine fastdeploy needs it"]
     lines = [f"fastdeploy {facts['version'] or 'of unknown version'}"]
     if facts["missing_entry_points"]:
         missing = ", ".join(facts["missing_entry_points"])
@@ -95,9 +96,7 @@ def as_lines(facts: Mapping[str, Any], with_tree: bool = False) -> list[str]:
     lines.append(shown + without)
     for way, path in facts["paths"].items():
         serves = "fd_dsa serves" if path["live"] else "FastDeploy's own path serves"
-        alone = path["live"] and not path.get("runner_is_ours")
-        runner = " (but the model runner is FastDeploy's own)" if alone else ""
-        lines.append(f"{_WAYS[way]}: {serves}: {path['why']}{runner}")
+        lines.append(f"{_WAYS[way]}: {serves}: {path['why']}")
     if with_tree:
         width = max((len(check["name"]) for check in facts["checks"]), default=0)
         lines += [f"{c['name']:<{width}}  {c['reason'] or 'ok'}" for c in facts["checks"]]

@@ -6,12 +6,11 @@ import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fd_dsa.chat.json_text import json_start
 from fd_dsa.chat.lark import MAX_GRAMMAR_CHARS
-
-Kind = Literal["json_schema", "regex", "lark", "grammar"]
+from fd_dsa.grammars.messages import Kind
 
 _FORMS = ("json", "json_object", "regex", "choice", "grammar")
 

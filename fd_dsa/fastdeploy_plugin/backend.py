@@ -1,9 +1,10 @@
-"""FastDeploy's DSAAttentionBackend: its constructor, methods and caches, over our kernels.
+"""FastDeploy's DSAAttentionBackend with our kernels.
 
-An object holds our own `fd_dsa.attention.DSAAttentionBackend`, made in the first step, since only
-the runner's block tables say on which device they are and how wide they are. That step is the
-profile run, or the first one of a capture's warm-up: all buffers are there before anything is
-captured.
+An object holds our own `fd_dsa.attention.DSAAttentionBackend`. The first step makes it, because
+only the runner's block tables tell their device and width. That step belongs to the profile run or
+to a capture's warm-up, so all buffers exist before anything is captured.
+
+Constructor, cache shapes and `create_kv_cache` are FastDeploy's own.
 
 Source: FastDeploy's `layers/attention/dsa_attention_backend.py` and `base_attention_backend.py`
 (#7367, #7598, #7787, #8041, #8060).
@@ -14,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,10 +26,9 @@ from fd_dsa.attention.backend import cache_of
 from fd_dsa.errors import ConfigError, MissingStepError
 from fd_dsa.fastdeploy_plugin import steps
 from fd_dsa.fastdeploy_plugin.projections import IndexerProjections, float32, key_norms
-from fd_dsa.fastdeploy_plugin.settings import core_config, upstream_attributes
-from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
+from fd_dsa.fastdeploy_plugin.settings import constructor_fields, core_config, replaced
+from fd_dsa.fastdeploy_plugin.tree_checks import ARCHITECTURES
 from fd_dsa.ops._host import readable
-from fd_dsa.ops._linear import joined
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.providers import device_name
 
@@ -40,58 +39,43 @@ logger = logging.getLogger(__name__)
 
 
 class PluginBackend:
-    """The DSA backend as FastDeploy constructs and calls it; one object serves all layers.
+    """DSA backend of a runner; one object serves all layers.
 
-    `take_over` derives the class that is bound from this one and FastDeploy's.
-
-    Args:
-        fd_config: FastDeploy's configuration.
-        kv_num_heads: kept as an attribute: all heads share one latent.
-        num_heads: attention heads on this rank.
-        head_dim, encoder_block_shape_q, decoder_block_shape_q: not used, as upstream.
+    `take_over` derives the bound class from this one and FastDeploy's DSAAttentionBackend.
 
     Attributes:
-        upstream_file: the module of FastDeploy's own backend, None where it was not imported.
-        tree_summary: the FastDeploy that the class was made for, for logs.
-        config: of our own backend.
+        metadata_class: FastDeploy's record of a step.
+        tree_summary: FastDeploy's version and what the plug-in replaces in it, for logs.
+        config: configuration of our own backend.
         core: our own backend, None before the first step.
-        shared_selection: what the newest indexer chose, for layers without one of their own.
+        shared_selection: newest selection of an indexer, for layers without an indexer.
 
     Raises:
         ConfigError: sizes for which there are no DSA caches, or MTP's draft model.
-        BackendUnavailable: disaggregation without the operators that it takes.
+        BackendUnavailable: disaggregation without its operators.
     """
 
     # FastDeploy's static graphs read the types of a backend's class attributes: annotate none here
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
-    upstream_file = None
+    metadata_class = SimpleNamespace
     tree_summary = ""
 
-    def __init__(
-        self,
-        fd_config: Any,
-        kv_num_heads: int,
-        num_heads: int,
-        head_dim: int,
-        encoder_block_shape_q: int = -1,
-        decoder_block_shape_q: int = -1,
-    ) -> None:
-        config = core_config(fd_config, num_heads, str(paddle.get_default_dtype()))
+    def __init__(self, fd_config: Any, *args: Any, **kwargs: Any) -> None:
         if fd_config.speculative_config.model_type == "mtp":
             raise ConfigError(
                 "speculative_config.method: got 'mtp', but FastDeploy has no draft model with DSA: "
                 "its proposer (spec_decode/mtp.py) unpacks two cache shapes of three, and gives "
                 "drafts neither positions nor slots; start it without --speculative-config"
             )
-        # instead of FastDeploy's constructor, which cannot read every model's rope_scaling
-        vars(self).update(upstream_attributes(fd_config, config))
-        init_rank = import_module(f"{ATTENTION}.utils").init_rank_and_device_id
-        self.rank, self.device_id = init_rank(fd_config)
-        self.kv_num_heads = kv_num_heads
-        steps.check_operators(self.pd_disaggregation_mode)
-        self.attention_metadata = None
-        self.config, self.core = config, None
+        with replaced(fd_config.model_config, **constructor_fields(fd_config.model_config)):
+            super().__init__(fd_config, *args, **kwargs)
+        steps.check_operators(self.pd_disaggregation_mode)  # type: ignore[attr-defined]
+        self.attention_metadata: Any = None
+        num_heads, scale = self.num_heads, self.attn_softmax_scale  # type: ignore[attr-defined]
+        self.config = core_config(fd_config, num_heads, scale, str(paddle.get_default_dtype()))
+        self.core: Any = None
         self.shared_selection: Any = None
+        self._has_runner = False
         self._counts, self._next_count = [0, 0, 0], 1
         self._has_prefill: bool | None = None
         self._built_for: Any = None
@@ -100,40 +84,38 @@ class PluginBackend:
         self._norms: dict[tuple[int, bool], CacheWriteParams] = {}
         self._projections: dict[int, IndexerProjections] = {}
         self._tables: dict[tuple[Any, ...], Any] = {}
-        self._weights_may_change = bool(getattr(fd_config.load_config, "dynamic_load_weight", 0))
 
     def serve_runner(self, position_dtype: str) -> None:
-        """Serve a runner with our hooks, which calls `refresh_weights` after other weights came.
-
-        Positions are int32, or of the dtype of the runner's own.
-        """
+        """Accept steps of a runner with our hooks, whose positions have the given dtype."""
         self.config = replace(self.config, int32_position_ids=position_dtype == "int32")
-        self._weights_may_change = False
+        self._has_runner = True
 
     def set_step_hints(self, has_prefill: bool | None) -> None:
         """Whether the step whose metadata is made next has a prefill row; None = not known."""
         self._has_prefill = has_prefill
 
-    def init_attention_metadata(self, forward_meta: Any) -> None:
-        """Make the step's metadata, once per object; everything that layers share is in it.
+    def init_attention_metadata(self, forward_meta: Any, *_: Any, **__: Any) -> None:
+        """Make the metadata of a step, once per `forward_meta`; all layers share it.
 
-        Sets `fd_dsa_step` and, in the tree's dtypes, `position_ids`, `slot_mapping` and, where a
-        prefill row may be there, `indexer_attn_mask_offsets`. `max_len_tensor_cpu` gets upper
-        bounds; FastDeploy's operator, which waits for the device, is not called.
+        Sets `fd_dsa_step` and, in the tree's dtypes, `position_ids` and `slot_mapping`; sets
+        `indexer_attn_mask_offsets` if the step may have a prefill row. `max_len_tensor_cpu` gets
+        upper bounds, so that FastDeploy's operator, which waits for the device, is not needed.
+        Further arguments of a newer tree are ignored: the step is in `forward_meta`.
 
         Raises:
+            ConfigError: the runner is not fd_dsa's.
             MissingStepError: the runner has not filled the lengths or the block tables.
             CapacityError: more tokens than FastDeploy's configuration allows a step.
 
-        Cost: one launch; no wait, no copy; no allocation once the views of a size exist. Where
-        weights may change without notice (RL, FastDeploy's own runner), also copies of the norms.
+        Cost: one launch; no wait, no copy; no allocation once the views of a size exist.
         """
-        # trees from #8041 on make a backend for each layer; all layers go through the first one
-        first = getattr(forward_meta, "attn_backend", None)
-        if self._built_for is forward_meta or first not in (None, self):
+        if self._built_for is forward_meta:
             return
-        if self._weights_may_change:
-            self.refresh_weights()
+        if not self._has_runner:
+            raise ConfigError(
+                "model runner: FastDeploy runs one without fd_dsa's hooks, which the DSA backend "
+                "needs; name fd_dsa alone in FD_PLUGINS, or set FD_DSA_DISABLE=1"
+            )
         rows = steps.step_rows(forward_meta)
         core = self._core_for(rows[3])
         num_tokens = int(forward_meta.ids_remove_padding.shape[0])
@@ -160,8 +142,7 @@ class PluginBackend:
         kept, layer_id = self._projections, indexer.layer_id
         if layer_id not in kept:
             linears = indexer.wk, indexer.weights_proj
-            keep = None if self._weights_may_change else self._keep
-            kept[layer_id] = IndexerProjections(*linears, hidden_states, keep)
+            kept[layer_id] = IndexerProjections(*linears, hidden_states, self._keep)
         return kept[layer_id]
 
     def cos_sin_of(self, rotary_emb: Any) -> Any:
@@ -192,49 +173,6 @@ class PluginBackend:
         if self.core is not None:
             self.core.forget_step()
 
-    def get_attention_meta(self) -> Any:
-        """FastDeploy's own record of the newest step, None before the first."""
-        return self.attention_metadata
-
-    def get_kv_cache_shape(
-        self, max_num_blocks: int, kv_cache_quant_type: str | None = None
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Shapes of the key (latent), value (empty) and indexer cache of a layer, all bytes."""
-        return cache_shapes(self.config.cache_layout, max_num_blocks)
-
-    def create_kv_cache(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        cache_dtype: str,
-        kv_cache_quant_type: str | None = None,
-        layer_offset: int = 0,
-    ) -> dict[tuple[str, int], Any]:
-        """Caches of some layers, zeroed bytes, for FastDeploy's V1 cache manager (#7787).
-
-        Args:
-            num_layers, layer_offset: which layers.
-            num_blocks: of each cache.
-            cache_dtype, kv_cache_quant_type: not used, as upstream.
-
-        Returns:
-            (role, layer) -> tensor, roles "key" and "indexer" in this order.
-        """
-        key_shape, _, indexer_shape = self.get_kv_cache_shape(num_blocks, kv_cache_quant_type)
-        return {
-            (role, layer): paddle.zeros(shape, "uint8")
-            for layer in range(layer_offset, layer_offset + num_layers)
-            for role, shape in (("key", key_shape), ("indexer", indexer_shape))
-        }
-
-    def create_host_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: without a copy on the host no layer waits for blocks to be swapped in.
-
-        FastDeploy's cache manager goes on without one, as with its own backend, and
-        `forward_meta.layer_done_counter`, whose wait blocks the host, is never needed.
-        """
-        raise NotImplementedError("DSA caches have no copy on the host")
-
     def write_layer(
         self,
         kv_a: Any,
@@ -262,42 +200,21 @@ class PluginBackend:
             params,
         )
 
-    def forward_mixed(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        qkv: Any,
-        compressed_kv: Any,
-        k_pe: Any,
-        layer: Any,
-        forward_meta: Any,
-    ) -> Any:
-        """Attend to the selected slots of a layer; every token goes through it once.
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Refuse a layer of FastDeploy's own: its indexer selects other slots than ours.
 
-        Args:
-            q: [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed query.
-            k, qkv: not used: keys are read from the cache.
-            v: int32 [num_tokens, 1, topk]; physical slots, -1 = none, for every kind of row.
-            compressed_kv: [num_tokens, kv_lora_rank], after its norm, which is written first; None
-                from our own layers, which have written it.
-            k_pe: [num_tokens, 1, qk_rope_head_dim], rotated; None with `compressed_kv`.
-            layer: FastDeploy's Attention; `layer_id` alone is read.
-
-        Returns:
-            [num_tokens, num_heads, kv_lora_rank]; the buffer holds until the next layer.
+        Raises:
+            ConfigError: always; layers of ours call `write_layer` and the core backend.
         """
-        if compressed_kv is not None:
-            kv_a = joined(compressed_kv, k_pe.reshape([-1, k_pe.shape[-1]]))
-            finished = CacheWriteParams(self.config.cache_layout.kv_cache_dtype)
-            self.write_layer(kv_a, None, None, finished, layer.layer_id, forward_meta)
-        return self.current_core().attend(q, v, layer.layer_id, forward_meta)
+        raise ConfigError(
+            "attention layer: FastDeploy's own calls fd_dsa's DSA backend; fd_dsa serves the "
+            f"architectures {', '.join(ARCHITECTURES)}; set FD_DSA_DISABLE=1 for others"
+        )
 
-    # a decode-only step is one without prefill rows, and a prefill-only one the other way round
-    forward_decode = forward_extend = forward_mixed
+    forward_mixed = forward_decode = forward_extend = forward
 
     def current_core(self) -> CoreBackend:
-        """Our backend; MissingStepError where no step has been yet."""
+        """Our backend; MissingStepError before the first step."""
         if self.core is None:
             raise MissingStepError(
                 "there has been no step: init_attention_metadata(forward_meta) must be called first"
@@ -321,7 +238,7 @@ class PluginBackend:
 
     def _max_keys(self) -> int:
         """Most keys of a row; drafts may reach past `max_model_len`."""
-        longest = self.max_seq_len + self.config.tokens_per_row - 1
+        longest: int = self.max_seq_len + self.config.tokens_per_row - 1
         return min(longest, self.config.max_blocks_per_seq * self.block_size)
 
     def _hints(self, num_tokens: int, has_prefill: bool) -> StepHints:
@@ -340,7 +257,7 @@ class PluginBackend:
 
     def _metadata(self, forward_meta: Any) -> Any:
         """FastDeploy's record of a step; what only its own kernels read stays unset."""
-        metadata = getattr(self.upstream_file, "DSAAttentionMetadata", SimpleNamespace)()
+        metadata = self.metadata_class()
         metadata.block_tables = forward_meta.block_tables
         metadata.rotary_embs = getattr(forward_meta, "rotary_embs", None)
         metadata.slot_mapping = forward_meta.slot_mapping

@@ -1,7 +1,7 @@
 """FastDeploy's Indexer and DeepseekV32DSAAttention with their parameters, and our forward.
 
-What is the same for all layers of a step is made before the first one, by the backend. A layer
-only launches: nothing here waits for the device or looks at a value on it.
+The backend prepares everything that the layers of a step share before the first layer runs. A
+layer only launches: no code here waits for the device or reads a value from it.
 
 Source of names, shapes and the order of calls: FastDeploy's `model_executor/models/deepseek_v3.py`;
 of the method: DeepSeek-V3.2 (arXiv 2512.02556) §2 and DeepSeek-V2 (arXiv 2405.04434) §2.1.
@@ -26,59 +26,45 @@ _UNUSED_BUFFERS = ("offsets", "lengths")
 
 
 def _backend_of(forward_meta: Any) -> PluginBackend:
-    """The backend of a step; MissingStepError where it is not ours, and has prepared none."""
+    """Backend of a step; MissingStepError if it is not ours."""
     backend = forward_meta.attn_backend
     if not isinstance(backend, PluginBackend):
         raise MissingStepError(
             f"forward_meta.attn_backend is a {type(backend).__name__}, allowed is fd_dsa's own: "
-            "the runner was made before the plug-in was registered; register it first"
+            "the runner was made before FastDeploy loaded the plug-in; load it first"
         )
     return backend
 
 
 class PluginIndexer:
-    """The lightning indexer: which past tokens a query attends to."""
+    """Lightning indexer: selects the past tokens that a query attends to."""
 
-    def __init__(self, fd_config: Any, layer_id: int, prefix: str = "") -> None:
-        super().__init__(fd_config, layer_id, prefix)
+    def adopt(self, fd_config: Any) -> None:
+        """Complete a layer that FastDeploy has constructed."""
         for name in _UNUSED_BUFFERS:
             if hasattr(self, name):
                 delattr(self, name)
         self.rope_interleave = interleaves_indexer_rope(fd_config.model_config)
         self.weights_scale = self.index_n_heads**-0.5 * self.index_head_dim**-0.5
 
-    def forward(
-        self,
-        forward_meta: Any,
-        hidden_states: Any,
-        qr: Any,
-        rotary_emb: Any,
-        precomputed_weights: Any = None,
+    def select(
+        self, backend: PluginBackend, forward_meta: Any, qr: Any, weights: Any, table: Any
     ) -> Any:
-        """Cache slots that each token attends to.
+        """Cache slots that each token attends to; the step's index keys are in the cache.
 
         Args:
-            hidden_states: [num_tokens, hidden_size], after the input norm.
             qr: [num_tokens, q_lora_rank], after its norm.
-            rotary_emb: FastDeploy's, of which the table is read.
-            precomputed_weights: [num_tokens, index_n_heads], as projected, where the keys of the
-                step are in the cache already; None = both are made here.
+            weights: [num_tokens, index_n_heads], as projected.
+            table: cos and sin by position.
 
         Returns:
             int32 [num_tokens, topk]; physical slots in ascending position, -1 = none.
         """
-        backend = _backend_of(forward_meta)
-        core, weights = backend.current_core(), precomputed_weights
-        step, table = core.current_step(forward_meta), backend.cos_sin_of(rotary_emb)
-        if weights is None:
-            index_k, weights = self.wk(hidden_states), self.weights_proj(hidden_states)
-            params = backend.norms_of(self.layer_id, None, self)
-            backend.write_layer(None, index_k, table, params, self.layer_id, forward_meta)
-        layout = backend.config.cache_layout
+        core, layout = backend.current_core(), backend.config.cache_layout
         q, weights = serving("indexer_query", qr)(
             self.wq_b(qr).reshape([-1, self.index_n_heads, self.index_head_dim]),
             weights,
-            step.position_ids,
+            core.current_step(forward_meta).position_ids,
             table,
             rope_interleave=self.rope_interleave,
             quantized=layout.is_fp8,
@@ -91,15 +77,18 @@ class PluginIndexer:
 
 
 class PluginAttention:
-    """Multi-head latent attention, absorbed, over the keys that an indexer chose."""
+    """Multi-head latent attention, absorbed, over the keys that an indexer selected."""
 
-    def __init__(self, fd_config: Any, layer_id: int, prefix: str = "") -> None:
-        super().__init__(fd_config, layer_id, prefix)
-        self.layer_id = layer_id
-        self.shares_selection = shares_selection(fd_config, layer_id)
+    def adopt(self, fd_config: Any) -> None:
+        """Complete a layer that FastDeploy has constructed."""
+        self.layer_id = self.indexer.layer_id
+        self.shares_selection = shares_selection(fd_config, self.layer_id)
 
-    def forward(self, forward_meta: Any, hidden_states: Any) -> Any:
-        """Attention output, [num_tokens, hidden_size] like `hidden_states`, which are normed."""
+    def forward(self, forward_meta: Any, hidden_states: Any, *_: Any, **__: Any) -> Any:
+        """Attention output, [num_tokens, hidden_size] like `hidden_states`, which are normed.
+
+        Further arguments of a newer tree are ignored: the step is in `forward_meta`.
+        """
         if hidden_states.shape[0] == 0:
             return hidden_states
         backend = _backend_of(forward_meta)
@@ -108,22 +97,16 @@ class PluginAttention:
             self._write(backend, kv_a, None, forward_meta)
         else:
             qr = self._select(backend, hidden_states, forward_meta)
-        latent = self.dsa_attn(
-            q=self._absorbed_query(backend, qr, forward_meta),
-            k=None,
-            v=backend.shared_selection,
-            qkv=None,
-            compressed_kv=None,
-            k_pe=None,
-            forward_meta=forward_meta,
-        )
+        query = self._absorbed_query(backend, qr, forward_meta)
+        chosen, core = backend.shared_selection, backend.current_core()
+        latent = core.attend(query, chosen, self.layer_id, forward_meta)
         by_head = latent.reshape([-1, self.num_attention_heads_tp, self.kv_lora_rank])
         values = self.kv_b_proj_bmm(by_head.transpose([1, 0, 2]), proj_type="v")
         width = self.num_attention_heads_tp * self.v_head_dim
         return self.o_proj(values.transpose([1, 0, 2]).reshape([-1, width]))
 
     def _select(self, backend: PluginBackend, hidden_states: Any, forward_meta: Any) -> Any:
-        """Write the keys of the step and choose among all; gives the queries' latent."""
+        """Write the keys of the step and select among all; returns the queries' latent."""
         projections = backend.projections_of(self.indexer, hidden_states)
         core = backend.current_core()
         project, num_tokens, args = projections.two_gemms, 0, [hidden_states]
@@ -134,9 +117,8 @@ class PluginAttention:
         work = partial(self._down_projected, hidden_states)
         (qr, kv_a), (index_k, weights) = core.overlap.run(num_tokens, work, project, *args)
         self._write(backend, kv_a, index_k, forward_meta)
-        backend.shared_selection = self.indexer(
-            forward_meta, hidden_states, qr, self.indexer_rotary_emb, precomputed_weights=weights
-        )
+        table = backend.cos_sin_of(self.indexer_rotary_emb)
+        backend.shared_selection = self.indexer.select(backend, forward_meta, qr, weights, table)
         return qr
 
     def _down_projected(self, hidden_states: Any) -> tuple[Any, Any]:

@@ -41,15 +41,15 @@ class IndexerProjections:
     Args:
         wk, weights_proj: FastDeploy's linear layers, loaded.
         hidden_states: [num_tokens, hidden_size], of the dtype of all steps.
-        keep: makes the copies; None where nobody would refresh them.
+        keep: makes the copies.
     """
 
-    def __init__(self, wk: Any, weights_proj: Any, hidden_states: Any, keep: Keep | None) -> None:
+    def __init__(self, wk: Any, weights_proj: Any, hidden_states: Any, keep: Keep) -> None:
         self._linears, self._copies = (wk, weights_proj), [None, None]
-        reasons = [_why_not_one_launch(one, hidden_states, keep) for one in self._linears]
+        reasons = [_why_not_one_launch(one, hidden_states) for one in self._linears]
         self._kind = device_kind(hidden_states)
         self._takes_one_launch = on_device(hidden_states) and not any(reasons)
-        if self._takes_one_launch and keep is not None:
+        if self._takes_one_launch:
             dtype = dtype_name(hidden_states.dtype)
             self._copies = [
                 keep(partial(_dequantized, one, dtype)) if _is_block_fp8(one) else None
@@ -113,14 +113,12 @@ def float32(tensor: Any) -> Any:
     return tensor if dtype_name(tensor.dtype) == "float32" else tensor.astype("float32")
 
 
-def _why_not_one_launch(linear: Any, hidden_states: Any, keep: Keep | None) -> str:
-    """The reason why our operator cannot multiply by a layer's weight; "" if it can."""
-    if _is_plain(linear, hidden_states):
+def _why_not_one_launch(linear: Any, hidden_states: Any) -> str:
+    """Reason why our operator cannot multiply by a layer's weight; "" if it can."""
+    if _is_plain(linear, hidden_states) or _is_block_fp8(linear):
         return ""
-    if not _is_block_fp8(linear):
-        method = type(getattr(linear, "quant_method", None)).__name__
-        return f"weights of {method} are neither plain nor block FP8 with float32 scales"
-    return "weights may change without notice, so none are kept dequantised" if not keep else ""
+    method = type(getattr(linear, "quant_method", None)).__name__
+    return f"weights of {method} are neither plain nor block FP8 with float32 scales"
 
 
 def _is_plain(linear: Any, hidden_states: Any) -> bool:

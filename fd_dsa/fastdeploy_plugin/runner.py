@@ -1,41 +1,38 @@
-"""Our hooks before FastDeploy's GPUModelRunner: what only a runner knows of a step.
+"""Our hooks before FastDeploy's GPUModelRunner: the host's knowledge of a step.
 
-The backend is complete without them. They add whether a step has a prefill row, spare FastDeploy
-its own positions and slots, and let go of what is derived from caches and weights when these are
-made again.
+The hooks tell the backend whether a step has a prefill row, share one backend among all layers,
+keep FastDeploy from replacing our positions and slots, make caches of bytes, and release what is
+derived from caches and weights before these are made again.
 
-The tail needs no hook: the backend leaves tokens past the step's as padding after every step, so a
-graph of a larger size finds slot -1 there (`padding_cudagraph_inputs` stays FastDeploy's).
+The tail of a padded graph needs no hook: the backend leaves padding past a step's tokens, so a
+graph of a larger size finds slot -1 there.
 
-Source: FastDeploy's `worker/gpu_model_runner.py` (#7367, #8041), read at 39d329f2.
+Source: FastDeploy's `worker/gpu_model_runner.py` (#7367, #8041, #8060), read at 39d329f2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
 from typing import Any
 
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
-from fd_dsa.fastdeploy_plugin.take_over import derive
-from fd_dsa.fastdeploy_plugin.tree_checks import check_runner
+from fd_dsa.fastdeploy_plugin.settings import replaced
 from fd_dsa.ops._host import dtype_name
 from fd_dsa.runner import DSAModelRunnerMixin
 
-# what FastDeploy's method does, with the arguments of the call
-GoOn = Callable[[], Any]
-
 
 class FastDeployRunnerMixin(DSAModelRunnerMixin):
-    """Goes before GPUModelRunner; a runner whose first backend is not ours is left alone."""
+    """Hooks of a GPUModelRunner; `take_over` derives the runner's class from both."""
 
     backend_class = PluginBackend
-    # passes of the dummy run that is going on
+    model_config: Any
+    share_inputs: Any
+    # passes so far of the dummy run in progress, None outside
     _num_dummy_passes: int | None = None
 
     def step_hints(self) -> bool | None:
-        """Whether the coming step may have a prefill row; None where the runner cannot tell.
+        """True if the coming step may have a prefill row; None if the runner cannot tell.
 
         A dummy run is one pass over prompts in one piece, then decode passes.
         """
@@ -46,92 +43,79 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):
         exists = getattr(self, "exist_prefill", None)
         return bool(exists()) if callable(exists) else None
 
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        """Count the passes of a dummy run for `step_hints`."""
+        self._num_dummy_passes = 0
+        try:
+            return super()._dummy_run(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._num_dummy_passes = None
 
-def make_runner_class(upstream: type) -> type:
-    """FastDeploy's runner class, checked, with our hooks before those of its methods it has."""
-    check_runner(upstream)
-    methods = {name: getattr(upstream, name, None) for name in _HOOKS}
-    hooked = {name: _hooked(one, _HOOKS[name]) for name, one in methods.items() if one is not None}
-    return derive(FastDeployRunnerMixin, upstream, **hooked)
+    def _initialize_attn_backend(self, *args: Any, **kwargs: Any) -> Any:
+        """Share one backend among all layers; FastDeploy makes one for each (#8041).
 
+        Positions get the dtype of the runner's own buffer, for any other reader.
+        """
+        result = super()._initialize_attn_backend(*args, **kwargs)  # type: ignore[misc]
+        self.attn_backends[:] = self.attn_backends[:1] * len(self.attn_backends)
+        dtype = dtype_name(self.share_inputs["position_ids_buffer"].dtype)
+        self.attn_backends[0].serve_runner(dtype)
+        return result
 
-def _hooked(method: Callable[..., Any], hook: Callable[[Any, GoOn], Any]) -> Callable[..., Any]:
-    """A method that calls our hook with the runner and what FastDeploy's own does."""
-    return wraps(method)(lambda self, *a, **kw: hook(self, partial(method, self, *a, **kw)))
+    def _compute_position_ids_and_slot_mapping(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep our positions and slots, which the backend has made from the same rows.
 
+        FastDeploy's would replace ours, and its slots of padding are slots of the last row, to
+        which a captured graph would write.
+        """
 
-def _count_passes(runner: Any, go_on: GoOn) -> Any:
-    """A dummy run whose passes `step_hints` counts."""
-    runner._num_dummy_passes = 0
-    try:
-        return go_on()
-    finally:
-        runner._num_dummy_passes = None
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the caches as bytes, whichever of FastDeploy's cache managers makes them.
 
+        V0's loop that creates caches takes the model's dtype for them (#8060).
 
-def _unless_made(runner: Any, go_on: GoOn) -> Any:
-    """FastDeploy's positions and slots, which the backend has made already, from the same rows.
+        Raises:
+            ConfigError: the caches are not two tensors of bytes a layer.
+        """
+        self._forget_step()
+        with replaced(self.model_config, dtype="uint8"):
+            result = super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        found = [dtype_name(cache.dtype) for cache in self.share_inputs["caches"]]
+        if found != ["uint8"] * 2 * self.model_config.num_hidden_layers:
+            raise ConfigError(
+                f"caches: FastDeploy has made {len(found)} of {', '.join(sorted(set(found)))}; DSA "
+                f"needs two of uint8 for each of {self.model_config.num_hidden_layers} layers; "
+                "start it without quantization of the KV cache"
+            )
+        return result
 
-    FastDeploy's would replace ours, without a guard for unused entries: slots of padding would be
-    those of the last row, which a captured graph would write to.
-    """
-    step = getattr(getattr(runner, "forward_meta", None), "fd_dsa_step", None)
-    return go_on() if runner.dsa_backend() is None or step is None else None
+    def clear_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Release the newest step, which refers to the caches."""
+        self._forget_step()
+        return super().clear_cache(*args, **kwargs)  # type: ignore[misc]
 
+    def update_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """Read our copies of weights again after RL has brought others."""
+        return self._refreshed(super().update_parameters, args, kwargs)  # type: ignore[misc]
 
-def _share_one(runner: Any, go_on: GoOn) -> Any:
-    """One backend for all layers, where FastDeploy makes one for each: they share each step.
+    def update_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Read our copies of weights again after a transfer has brought others."""
+        return self._refreshed(super().update_weights, args, kwargs)  # type: ignore[misc]
 
-    Its positions have the dtype of the runner's own buffer, for whatever else reads them.
-    """
-    result = go_on()
-    backend = runner.dsa_backend()
-    if backend is not None:
-        runner.attn_backends[:] = [backend] * len(runner.attn_backends)
-        backend.serve_runner(dtype_name(runner.share_inputs["position_ids_buffer"].dtype))
-    return result
+    def wakeup(self, *args: Any, **kwargs: Any) -> Any:
+        """Read our copies of weights again after a wake-up."""
+        return self._refreshed(super().wakeup, args, kwargs)  # type: ignore[misc]
 
+    def _refreshed(self, load: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Refresh our copies of weights below running graphs, once FastDeploy has loaded others.
 
-def _let_go(runner: Any, go_on: GoOn) -> Any:
-    """What makes or drops caches: nothing of the old ones is held."""
-    backend = runner.dsa_backend()
-    if backend is not None:
-        backend.forget_step()
-    return go_on()
+        After a wake-up of the caches only, the weights may still have no memory.
+        """
+        self._forget_step()
+        result = load(*args, **kwargs)
+        if not getattr(self, "is_weight_sleeping", False):
+            self.attn_backends[0].refresh_weights()
+        return result
 
-
-def _check_bytes(runner: Any, go_on: GoOn) -> Any:
-    """What makes caches, which must be bytes: from #8060 on FastDeploy may make them bfloat16."""
-    result = _let_go(runner, go_on)
-    if runner.dsa_backend() is not None:
-        for cache in runner.share_inputs["caches"]:
-            if dtype_name(cache.dtype) != "uint8":
-                raise ConfigError(
-                    f"caches: FastDeploy has made them of {dtype_name(cache.dtype)}, DSA's are "
-                    "uint8; start it with ENABLE_V1_KVCACHE_MANAGER=1, which makes such"
-                )
-    return result
-
-
-def _refresh_weights(runner: Any, go_on: GoOn) -> Any:
-    """What loads other weights: what is kept of them is read again, below running graphs too.
-
-    After a wake-up of the caches alone the weights may still have no memory.
-    """
-    result = _let_go(runner, go_on)
-    backend = runner.dsa_backend()
-    if backend is not None and not getattr(runner, "is_weight_sleeping", False):
-        backend.refresh_weights()
-    return result
-
-
-_HOOKS: dict[str, Callable[[Any, GoOn], Any]] = {
-    "_dummy_run": _count_passes,
-    "_initialize_attn_backend": _share_one,
-    "_compute_position_ids_and_slot_mapping": _unless_made,
-    "initialize_kv_cache": _check_bytes,
-    "clear_cache": _let_go,
-    "update_parameters": _refresh_weights,
-    "update_weights": _refresh_weights,
-    "wakeup": _refresh_weights,
-}
+    def _forget_step(self) -> None:
+        self.attn_backends[0].forget_step()

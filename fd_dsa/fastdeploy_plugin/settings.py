@@ -1,11 +1,13 @@
-"""What our backend and layers need of FastDeploy's `fd_config`.
+"""Settings of our backend and layers, read from FastDeploy's `fd_config`.
 
-Source of the fields: FastDeploy's `config.py`; of the softmax scale and `rope_theta`,
-`layers/attention/dsa_attention_backend.py` and `models/deepseek_v3.py`.
+Source of the fields: FastDeploy's `config.py`, `layers/attention/dsa_attention_backend.py` and
+`models/deepseek_v3.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fd_dsa.attention import CacheLayout, DSABackendConfig
@@ -15,18 +17,46 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.models.config import read_indexer_types
 from fd_dsa.models.config_reader import FieldReader
 from fd_dsa.models.families import FAMILIES
-from fd_dsa.models.rope_config import yarn_mscale
 
 _SCHEDULE = ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
-# of FastDeploy's model_config; its backend has them under the same names
-_OF_MODEL = ("head_dim", "index_head_dim", "index_n_heads", "index_topk")
-_OF_MODEL += ("kv_lora_rank", "qk_rope_head_dim")
 
 
-def core_config(fd_config: Any, num_heads: int, dtype: str) -> DSABackendConfig:
+@contextmanager
+def replaced(config: Any, **values: Any) -> Iterator[None]:
+    """Give fields of a FastDeploy configuration other values inside the block."""
+    before = {name: vars(config)[name] for name in values if name in vars(config)}
+    for name, value in values.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            delattr(config, name)
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def constructor_fields(model_config: Any) -> dict[str, Any]:
+    """Values for `replaced` with which the constructor of FastDeploy's DSA backend succeeds.
+
+    The constructor reads `rope_scaling["factor"]`, which GLM-5 does not have, and `rope_theta`,
+    which GLM-5 keeps in `rope_parameters`.
+    """
+    scaling = getattr(model_config, "rope_scaling", None) or {}
+    parameters = getattr(model_config, "rope_parameters", None) or {}
+    theta = parameters.get("rope_theta", getattr(model_config, "rope_theta", None))
+    return {"rope_scaling": scaling if "factor" in scaling else None, "rope_theta": theta}
+
+
+def core_config(
+    fd_config: Any, num_heads: int, softmax_scale: float, dtype: str
+) -> DSABackendConfig:
     """Configuration of our backend for block tables that are as wide as a row can be long.
 
-    `num_heads` are those of this rank, `dtype` is of activations on a device.
+    Args:
+        num_heads: attention heads on this rank.
+        softmax_scale: factor of the scores.
+        dtype: dtype of the activations on a device.
 
     Raises:
         ConfigError: a size for which there are no caches; the field and the flag are named.
@@ -51,7 +81,7 @@ def core_config(fd_config: Any, num_heads: int, dtype: str) -> DSABackendConfig:
         num_heads=num_heads,
         index_n_heads=model.index_n_heads,
         index_topk=model.index_topk,
-        softmax_scale=_softmax_scale(model),
+        softmax_scale=softmax_scale,
         cache_layout=CacheLayout("fp8_ds_mla", block_size, *widths),
         max_num_seqs=max_num_seqs,
         # prompts beside decode rows, or the largest graph
@@ -61,17 +91,6 @@ def core_config(fd_config: Any, num_heads: int, dtype: str) -> DSABackendConfig:
         int32_position_ids=True,
         tokens_per_row=tokens_per_row,
     )
-
-
-def _softmax_scale(model_config: Any) -> float:
-    """(nope + rope)**-0.5, times YaRN's square where `rope_scaling` has a factor; GLM has none."""
-    width = model_config.qk_nope_head_dim + model_config.qk_rope_head_dim
-    scaling = getattr(model_config, "rope_scaling", None) or {}
-    factor = scaling.get("factor")
-    mscale = 1.0
-    if factor is not None:
-        mscale = yarn_mscale(float(factor), float(scaling.get("mscale_all_dim") or 0.0))
-    return float(width**-0.5 * mscale * mscale)
 
 
 def interleaves_indexer_rope(model_config: Any) -> bool:
@@ -103,31 +122,3 @@ def shares_selection(fd_config: Any, layer_id: int) -> bool:
     reader = FieldReader(known, "config.json")
     types = read_indexer_types(reader, int(model.num_hidden_layers), FAMILIES[model.model_type])
     return types[layer_id] == "shared"
-
-
-def upstream_attributes(fd_config: Any, config: DSABackendConfig) -> dict[str, Any]:
-    """What FastDeploy's own backend keeps as attributes, which runners and caches may read."""
-    model, speculative = fd_config.model_config, fd_config.speculative_config
-    # GLM has it in `rope_parameters`
-    parameters = getattr(model, "rope_parameters", None) or {}
-    rope_theta = parameters.get("rope_theta", getattr(model, "rope_theta", None))
-    return {name: getattr(model, name) for name in _OF_MODEL} | {
-        "block_size": config.cache_layout.block_size,
-        "max_seq_len": int(model.max_model_len),
-        "rope_theta": 10000.0 if rope_theta is None else float(rope_theta),
-        "rope_scaling": getattr(model, "rope_scaling", None),
-        "rope_3d": bool(getattr(fd_config, "enable_rope_3d_runtime", False)),
-        "causal": getattr(model, "causal", True),
-        "speculative_method": speculative.method,
-        "use_speculate": speculative.method is not None,
-        "speculate_max_draft_token_num": speculative.num_speculative_tokens,
-        "keep_pd_step_flag": speculative.model_type == "mtp",
-        "num_layers_draft_model": int(speculative.method == "mtp"),
-        "num_heads": config.num_heads,
-        "num_layers": model.num_hidden_layers,
-        "quant_block_size": 128,
-        "qk_head_dim": model.qk_nope_head_dim + model.qk_rope_head_dim,
-        "attn_softmax_scale": config.softmax_scale,
-        "pd_disaggregation_mode": fd_config.parallel_config.pd_disaggregation_mode,
-        "start_layer_index": getattr(model, "start_layer_index", 0),
-    }

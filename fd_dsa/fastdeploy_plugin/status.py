@@ -1,7 +1,7 @@
 """Which DSA path is live in a process that has FastDeploy in it, and why.
 
-`python -m fd_dsa.fastdeploy_plugin.status FILE` imports FastDeploy, with its models and its worker,
-and writes that to a file as JSON: what FastDeploy prints may be anything. The `probe` of
+`python -m fd_dsa.fastdeploy_plugin.status FILE` imports FastDeploy with its worker and writes the
+answer to a file as JSON, because FastDeploy itself may print anything. The `probe` of
 `launch/environment.py` starts it.
 """
 
@@ -11,7 +11,6 @@ import ctypes
 import json
 import signal
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +24,40 @@ _PR_SET_PDEATHSIG = 1
 
 
 def report() -> dict[str, Any]:
-    """What FastDeploy would use for DSA in this process, as plain JSON values.
+    """Path that a worker would take for DSA if it started here, as plain JSON values.
 
     Returns:
-        `error` (why FastDeploy cannot be imported; "" = it can) and `version` (of FastDeploy; "" =
-        it does not say). Without an error also `live` (our backend, indexer and attention are
-        bound), `why`, `runner_is_ours` and `checks` (the table of `tree_checks.py`). Without our
-        runner the backend is complete; it only cannot tell a step without prefill.
+        `error` (reason why FastDeploy cannot be imported; "" = it can) and `version` of FastDeploy
+        ("" = unknown). Without an error also `live` (our models, backend and runner are in place),
+        `why`, `own_path_variables` (variables that FastDeploy's own path needs) and `checks` (the
+        table of `tree_checks.py`).
     """
     try:
         import fastdeploy
     except Exception as error:
         return {"error": describe_error(error), "version": ""}
     from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend
-    from fd_dsa.fastdeploy_plugin.tree_checks import MODELS, UnsupportedTree, checks, imported
+    from fd_dsa.fastdeploy_plugin.tree_checks import BACKEND, V1_CACHES, checks, imported
 
+    live, broken, variables = False, "", {}
     try:
-        imported(MODELS)
-        why = live_backend().tree_summary if is_ours(live_backend()) else _why_not()
-    except UnsupportedTree as error:
-        why = str(error)
-    try:
-        # a worker's module needs the devices of a worker
-        runner = import_module(_WORKER).ModelRunner
-    except Exception:
-        runner = None
+        live = is_ours(imported(_WORKER).ModelRunner)
+        if hasattr(BACKEND.find(), "create_kv_cache"):
+            variables = {V1_CACHES: "1"}
+    except Exception as error:
+        broken = str(error)
     return {
         "error": "",
         "version": str(getattr(fastdeploy, "__version__", None) or ""),
-        "live": is_ours(live_backend()),
-        "why": why,
-        "runner_is_ours": is_ours(runner),
+        "live": live,
+        "why": live_backend().tree_summary if live else _why_not(broken),
+        "own_path_variables": variables,
         "checks": checks(),
     }
 
 
-def _why_not() -> str:
-    """Why FastDeploy's own names are still there."""
+def _why_not(broken: str) -> str:
+    """Why FastDeploy's own path is live; `broken` is an error of the import of its worker."""
     environment = process_environment()
     try:
         if not fastdeploy_plugin_wanted():
@@ -71,14 +67,14 @@ def _why_not() -> str:
             return "FD_DSA_DISABLE turns the plug-in off"
     except ConfigError as error:
         return str(error)
-    plugins = environment.get("FD_PLUGINS")
     return last_logged().removeprefix("fd_dsa: ") or (
-        f"FastDeploy has not loaded the plug-in fd_dsa: FD_PLUGINS is {plugins or 'unset'}, and "
-        "must name it"
+        broken
+        or "FastDeploy has not loaded the plug-in fd_dsa: FD_PLUGINS is "
+        f"{environment.get('FD_PLUGINS') or 'unset'}, and must name it"
     )
 
 
 if __name__ == "__main__":
-    # nobody waits for the report of a process whose parent is gone
+    # a report without a parent has no reader
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     Path(sys.argv[1]).write_text(json.dumps(report()), "utf-8")

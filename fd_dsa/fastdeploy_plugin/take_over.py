@@ -1,8 +1,9 @@
-"""Bind FastDeploy's names of the DSA path to ours: all of them, or none.
+"""Replace FastDeploy's classes by ours: all of them, or none.
 
-FastDeploy looks its backend class up by name whenever a runner asks for one, and its decoder layer
-finds indexer and attention as globals of their module, so names are all that has to change. A
-class of ours carries `__fd_dsa__`; nothing else remembers that we were here.
+Model classes go through FastDeploy's registry, in which a later class replaces an earlier one. The
+runner's class is the plug-in's return value. Only the attention backend has no such door:
+FastDeploy looks its class up by name, so that one name is bound to ours. A class of ours carries
+`__fd_dsa__`, and no other state is kept.
 """
 
 from __future__ import annotations
@@ -13,73 +14,83 @@ from typing import Any
 from fd_dsa import __version__
 from fd_dsa.fastdeploy_plugin.tree_checks import (
     ATTENTION,
+    BACKEND,
     MARK,
     MODELS,
-    RUNNER,
-    backend_base,
+    REGISTRY,
     examine,
     imported,
+    models,
     select,
 )
 
-_BACKEND = "DSAAttentionBackend"
-_MODELS = "fastdeploy.model_executor.models."
-
 
 def is_ours(thing: Any) -> bool:
-    """Whether a class or function of FastDeploy's was put there by us."""
+    """True for a class that the plug-in has derived from one of FastDeploy's."""
     return getattr(thing, MARK, None) is not None
 
 
 def live_backend() -> Any:
-    """What FastDeploy, as imported here, takes for DSA_ATTN; None where nothing is imported."""
-    return getattr(sys.modules.get(ATTENTION), _BACKEND, None)
+    """Class that FastDeploy, as imported here, takes for DSA_ATTN; None without FastDeploy."""
+    return getattr(sys.modules.get(ATTENTION), BACKEND.name, None)
 
 
-def derive(ours: type, upstream: type, name: str = "", **attributes: Any) -> type:
-    """A class with our methods before FastDeploy's, which `isinstance` still finds; marked as ours.
+def derive(ours: type, upstream: type, **attributes: Any) -> type:
+    """A class with our methods before FastDeploy's, under FastDeploy's name; marked as ours.
 
     Args:
-        name: of the class, "" = FastDeploy's.
-        attributes: further ones of the class.
+        attributes: further attributes of the class.
     """
     marks = {MARK: __version__, "__module__": ours.__module__}
-    return type(upstream)(name or upstream.__name__, (ours, upstream), marks | attributes)
+    return type(upstream)(upstream.__name__, (ours, upstream), marks | attributes)
 
 
-def take_over() -> str:
-    """Bind the backend, the indexer and the attention layer of the installed tree to ours.
+def take_over(runner: type) -> type:
+    """Replace the models, the backend and the runner of the imported tree.
+
+    Args:
+        runner: FastDeploy's class.
 
     Returns:
-        the tree in words, for the log.
+        the runner's class with our hooks.
 
     Raises:
-        UnsupportedTree: a name is missing, takes other arguments or gives other cache shapes.
-        Whatever making one of the classes raises; every name is then as it was.
+        UnsupportedTree: a check fails; FastDeploy is then as it was.
+        Whatever making one of the classes raises; likewise.
     """
     examine()
     # late: a tree that does not fit costs no import of Paddle's parts
+    from fd_dsa.fastdeploy_plugin import models as own
     from fd_dsa.fastdeploy_plugin.backend import PluginBackend
     from fd_dsa.fastdeploy_plugin.layers import PluginAttention, PluginIndexer
+    from fd_dsa.fastdeploy_plugin.runner import FastDeployRunnerMixin
 
-    attention, models = imported(ATTENTION), imported(MODELS)
-    base, file = backend_base()
     version = getattr(imported("fastdeploy"), "__version__", None) or "of unknown version"
-    how = "in place of" if file is None else "derived from"
-    summary = f"FastDeploy {version}, {how} its DSA backend"
-    backend = derive(PluginBackend, base, _BACKEND, upstream_file=file, tree_summary=summary)
-    pairs = (PluginIndexer, models.Indexer), (PluginAttention, models.DeepseekV32DSAAttention)
-    layers = {upstream: derive(ours, upstream) for ours, upstream in pairs}
-    # a name is bound once nothing can fail any more
-    clear = getattr(select(), "cache_clear", None)
-    if clear is not None:
-        clear()
-    for module in (attention, file, sys.modules.get(RUNNER)):
-        if module is attention or hasattr(module, _BACKEND):
-            setattr(module, _BACKEND, backend)
-    for upstream, ours in layers.items():
-        # in its module, and in those of models that have taken it from there
-        for module_name, module in list(sys.modules.items()):
-            if module_name.startswith(_MODELS) and vars(module).get(upstream.__name__) is upstream:
-                setattr(module, upstream.__name__, ours)
-    return summary
+    upstream = BACKEND.find()
+    backend = derive(
+        PluginBackend,
+        upstream,
+        metadata_class=sys.modules[upstream.__module__].DSAAttentionMetadata,
+        tree_summary=f"FastDeploy {version}, derived from its DSA backend",
+    )
+    layers, file = {}, imported(MODELS)
+    for kind, theirs in (
+        (PluginIndexer, file.Indexer),
+        (PluginAttention, file.DeepseekV32DSAAttention),
+    ):
+        layers[theirs] = derive(kind, theirs)
+    served = {
+        name: derive(own.PluginModel, theirs, layer_classes=layers)
+        for name, theirs in models().items()
+    }
+    runner = derive(FastDeployRunnerMixin, runner)
+    # nothing is replaced before this line, and nothing can fail after it
+    getattr(select(), "cache_clear", lambda: None)()
+    package, _, module = own.__name__.rpartition(".")
+    register = imported(REGISTRY).ModelRegistry.register_model_class
+    for name, model in served.items():
+        # FastDeploy's registry also finds the class by its module and name
+        setattr(own, model.__name__, model)
+        register(architecture=name, module_name=module, module_path=package)(model)
+    setattr(imported(ATTENTION), BACKEND.name, backend)
+    return runner

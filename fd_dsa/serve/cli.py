@@ -30,7 +30,6 @@ from fd_dsa.signals import discard, open_missing_streams, signal_end, signals_ex
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.engine.startup import StartupProgress
-    from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -92,20 +91,18 @@ def _serve(args: argparse.Namespace) -> int:
     started = time.monotonic()
     # late, so that --help and errors of flags are quick
     from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
-    from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 
-    passed = PassedFlags.read(args.passed)
     if args.download:
         _download(args)
     else:
         _refuse_hub_name(str(getattr(args, "model", "")))
     engine = args.engine
     if engine == "auto":
-        engine, why = choose_engine(args, passed)
+        engine, why = choose_engine(args)
         logger.info("engine %s: %s", engine, why)
     if engine == "fastdeploy":
-        return _serve_with_fastdeploy(args, passed, started)
-    refuse_for_embedded(args, passed)
+        return _serve_with_fastdeploy(args)
+    refuse_for_embedded(args)
     return _show_plan(args) if args.dry_run else _serve_embedded(args, started)
 
 
@@ -137,28 +134,35 @@ def _refuse_hub_name(name: str) -> None:
         )
 
 
-def _serve_with_fastdeploy(args: argparse.Namespace, passed: PassedFlags, started: float) -> int:
-    from fd_dsa.fastdeploy_plugin.launch.flags import without_secrets
-    from fd_dsa.fastdeploy_plugin.launch.start import launch, prepare
+def _serve_with_fastdeploy(args: argparse.Namespace) -> int:
+    from fd_dsa.fastdeploy_plugin.launch.start import (
+        become,
+        check_import,
+        passed_values,
+        prepare,
+        without_secrets,
+    )
     from fd_dsa.serve.server import bind_socket, curl_line
 
-    plan = prepare(args, passed)
+    if not args.dry_run:
+        # the refusal of a taken address as with the other engine, and a number for --port 0
+        passed = passed_values(args.passed)
+        with bind_socket(passed.get("host", args.host), passed.get("port", args.port)) as sock:
+            args.port = sock.getsockname()[1]
+    plan = prepare(args)
     if args.dry_run:
         changed = plan.environment.items() - process_environment().items()
         words = [f"{name}={value}" for name, value in sorted(changed)]
         _say(shlex.join([*words, *without_secrets(plan.command)]))
         return 0
-    if "port" in args.given and args.port:
-        # the same refusal of a taken address as with the other engine
-        bind_socket(passed.values.get("--host", args.host), args.port).close()
-
-    def on_ready(engine: str, seconds: float) -> None:
-        # folders of DeepSeek-V3.2 come without a chat template, a completion always works
-        curl = curl_line(plan.url, plan.model_name, plan.max_model_len, chat=False)
-        name, length = f"{plan.model_name} with {engine}", plan.max_model_len
-        _say_ready(name, plan.url, seconds, length, plan.metrics_url, curl)
-
-    return launch(plan, started, on_ready)
+    engine = check_import(plan)
+    # folders of DeepSeek-V3.2 come without a chat template, a completion always works
+    curl = curl_line(plan.url, plan.model_name, plan.max_model_len, chat=False)
+    _say(
+        f"fd_dsa {__version__} starts {plan.model_name} with {engine} on {plan.url}, max_model_len "
+        f"{plan.max_model_len}; {plan.url}/health answers 200 when it is ready. Then try:\n{curl}"
+    )
+    become(plan)
 
 
 def _show_plan(args: argparse.Namespace) -> int:

@@ -106,7 +106,7 @@ _FLAGS = {
         "--device": "where the model runs; auto is a GPU where Paddle has one (default: auto)",
         "--dtype": "auto, float32 or bfloat16 (default: auto, bfloat16 on a GPU)",
         "--engine": "what runs the model: embedded, or fastdeploy, an installed FastDeploy; auto "
-        "is fastdeploy where it is installed and one device is not enough (default: auto)",
+        "is fastdeploy for flags that only FastDeploy has (default: auto)",
         "--seed": "seed of requests without one (default: 0)",
     },
     "chat": {

@@ -1,90 +1,62 @@
-"""The double keeps FastDeploy's contract: its trees, its imports, its plug-ins, its buffers."""
+"""The double keeps FastDeploy's contract: its trees, its names, its caches, its graphs."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import paddle
 import pytest
 
-from tests.fakes.trees import (
-    DEVELOP,
-    FOLDER,
-    OURS_ENV,
-    TREES,
-    UPSTREAM_ENV,
-    installed,
-)
+from tests.fakes.trees import DEVELOP, FOLDER, OURS_ENV, TREES, installed
 
 PACKAGE = FOLDER / "fastdeploy"
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=lambda tree: tree.name)
-def test_every_module_imports_in_every_tree(tree: Any) -> None:
-    """It needs Paddle and NumPy alone."""
-    with installed(tree):
-        before = set(sys.modules)
+def test_every_module_imports_in_every_tree_and_leaves_no_trace(
+    tree: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs only Paddle and NumPy."""
+    monkeypatch.setenv("FD_PLUGINS", "somebody_else")
+    before = dict(os.environ), list(sys.path), list(sys.meta_path), set(sys.modules)
+    with installed(tree, {**OURS_ENV, "FD_ATTENTION_BACKEND": "APPEND_ATTN"}):
+        assert os.environ["FD_PLUGINS"] == "fd_dsa"
         for path in sorted(PACKAGE.rglob("*.py")):
             parts = path.relative_to(FOLDER).with_suffix("").parts
             importlib.import_module(".".join(parts).removesuffix(".__init__"))
-        added = {name.partition(".")[0] for name in set(sys.modules) - before}
-    assert not added & {"torch", "triton", "transformers", "fd_dsa"}
-
-
-def test_an_installation_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FD_PLUGINS", "somebody_else")
-    before = dict(os.environ), list(sys.path), list(sys.meta_path)
-    with installed(DEVELOP, OURS_ENV):
-        import fastdeploy
-
-        assert fastdeploy.__version__ == "0.0.0+fake"
-        assert os.environ["FD_PLUGINS"] == "fd_dsa"
-    assert (dict(os.environ), list(sys.path), list(sys.meta_path)) == before
+        added = {name.partition(".")[0] for name in set(sys.modules) - before[3]}
+    assert not added & {"torch", "triton", "transformers"}
+    assert (dict(os.environ), list(sys.path), list(sys.meta_path)) == before[:3]
     assert not [name for name in sys.modules if name.partition(".")[0] == "fastdeploy"]
 
 
-def test_names_that_nobody_has_set(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the package they print and are None, of ForwardMeta they are None, of `envs` an error."""
-    with installed(DEVELOP, {}):
-        import fastdeploy
-        from fastdeploy import envs
-        from fastdeploy.model_executor.forward_meta import ForwardMeta
-
-        assert hasattr(fastdeploy, "no_such_thing") and fastdeploy.no_such_thing is None
-        assert "no_such_thing" in capsys.readouterr().out
-        assert fastdeploy.platforms.current_platform.device_name == "gpu"
-        meta = ForwardMeta(None)
-        assert hasattr(meta, "slot_maping") and meta.slot_maping is None
-        meta.caches = caches = [paddle.zeros([1])]
-        meta.clear_caches()
-        # the attribute goes, not what is in it
-        assert meta.caches is None and len(caches) == 1
-        assert envs.FD_ATTENTION_BACKEND == "APPEND_ATTN" and envs.FD_PLUGINS is None
-        # read at every access, and not stripped
-        monkeypatch.setenv("FD_PLUGINS", "a, b")
-        assert envs.FD_PLUGINS == ["a", " b"]
-        with pytest.raises(AttributeError):
-            _ = envs.FD_NO_SUCH_VARIABLE
-
-
-def test_the_backend_is_looked_up_once_by_name() -> None:
+def test_a_replay_has_the_shapes_of_the_capture_and_the_values_of_now() -> None:
+    """Memory that moved or was freed is refused."""
     with installed(DEVELOP):
-        from fastdeploy.model_executor.layers import attention
-        from fastdeploy.model_executor.layers.attention import attention_selecter
+        from fastdeploy import _memory
+        from fastdeploy.model_executor.graph_optimization.frozen_call import FrozenCall, GraphError
 
-        theirs = attention.get_attention_backend()
-        assert theirs is attention.DSAAttentionBackend
-        attention.DSAAttentionBackend = type("Ours", (theirs,), {})
-        assert attention.get_attention_backend() is theirs
-        attention_selecter._get_attn_backend.cache_clear()
-        assert attention.get_attention_backend() is attention.DSAAttentionBackend
-    with installed(DEVELOP, {**UPSTREAM_ENV, "FD_ATTENTION_BACKEND": "NO_SUCH_ATTN"}):
-        from fastdeploy.model_executor.layers.attention import get_attention_backend
+        ids, cache = paddle.zeros([8], dtype="int64"), paddle.zeros([4, 64], dtype="uint8")
+        lengths = paddle.zeros([4], dtype="int64")
 
-        with pytest.raises(ValueError, match="Invalid attention backend"):
-            get_attention_backend()
+        def step(tokens: list[int], **fields: Any) -> dict[str, Any]:
+            ids.copy_(paddle.to_tensor(tokens, dtype="int64"), False)
+            meta = {"attn_backend": None, "lengths": lengths, "caches": [cache], **fields}
+            return {"ids_remove_padding": ids, "forward_meta": SimpleNamespace(**meta)}
+
+        def run(ids_remove_padding: Any, forward_meta: Any) -> Any:
+            return ids_remove_padding * 2 + forward_meta.lengths.sum()
+
+        graph = FrozenCall(run, step([1, 2, 3, 4]), 1)
+        lengths.fill_(1)
+        # the third and fourth token are what the step before has left there
+        assert graph.replay(step([5, 6])).tolist() == [14, 16, 10, 12]
+        with pytest.raises(GraphError, match="lengths: lies elsewhere"):
+            graph.replay(step([1], lengths=paddle.zeros([4], dtype="int64")))
+        _memory.free(cache)
+        with pytest.raises(GraphError, match=r"caches\[0\]: its memory was freed"):
+            graph.replay(step([1]))

@@ -71,8 +71,6 @@ BROKEN = {
         "before_7367",
         # models/deepseek_v3.py has no class Indexer
         "missing_symbol",
-        # the import of layers/attention/dsa_attention_backend.py raises
-        "raising_import",
     )
 }
 
@@ -90,8 +88,7 @@ def environment(
         TREE_VARIABLE: json.dumps(asdict(tree)),
         PLACE_VARIABLE: place,
         "PYTHONPATH": os.pathsep.join(filter(None, [*path, os.environ.get("PYTHONPATH")])),
-        # V0 caches of the newest trees are none of DSA's
-        V1_VARIABLE: "1" if tree.v1_cache_manager else None,
+        V1_VARIABLE: None,
         **(UPSTREAM_ENV if env is None else env),
     }
 

@@ -37,12 +37,8 @@ def ours(tree: Tree = DEVELOP) -> Iterator[None]:
 
 
 def make_engine(num_gpu_blocks: int = 24, **overrides: Any) -> Any:
-    """An engine with the demo model; the events of its start are forgotten."""
-    engine = Engine(demo_model_path(), num_gpu_blocks, **{**SMALL, **overrides})
-    from fastdeploy import _counters
-
-    _counters.clear()
-    return engine
+    """An engine with the demo model."""
+    return Engine(demo_model_path(), num_gpu_blocks, **{**SMALL, **overrides})
 
 
 def prompt(num_tokens: int, seed: int = 0) -> list[int]:

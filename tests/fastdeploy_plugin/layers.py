@@ -1,26 +1,17 @@
-"""Attention layers of the demo model: FastDeploy's class in a tree, and the embedded engine's."""
+"""Attention layers of the demo model in a tree, and steps for them."""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import paddle
 
-from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.config import demo_model_path
-from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.mla import DeepseekV32DSAAttention as EmbeddedAttention
-from fd_dsa.models.rope import cos_sin_table
-from fd_dsa.models.weights import HostWeights
-from fd_dsa.ops._linear import rows_at
-from fd_dsa.step.host_tensor import as_tensor
-from tests.fastdeploy_plugin.names import MODELS
-from tests.fastdeploy_plugin.steps import NUM_BLOCKS, caches, config, int32, make_backend
-from tests.runner.tiny import stored
+from tests.fastdeploy_plugin.names import MODELS, registered_model
+from tests.fastdeploy_plugin.steps import NUM_BLOCKS, caches, config, int32
 
 PREFIX = "model.layers.{}.self_attn."
 HIDDEN = 384
@@ -33,22 +24,24 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def make_layer(fd_config: Any = None, layer_id: int = 0, loaded: bool = True) -> Any:
-    """FastDeploy's attention layer of the tree, as its decoder layer makes it."""
-    models = sys.modules[MODELS]
+    """Attention layer of the tree: FastDeploy's, with the class that our model gives it."""
+    models, served = sys.modules[MODELS], registered_model().layer_classes
     fd_config = config() if fd_config is None else fd_config
     prefix = PREFIX.format(layer_id)
     layer = models.DeepseekV32DSAAttention(
         fd_config=fd_config, layer_id=layer_id, prefix=prefix.removesuffix(".")
     )
+    for one in (layer, layer.indexer):
+        one.__class__ = served[type(one)]
+        one.adopt(fd_config)
     if loaded:
         parts = {
             name.removeprefix(prefix): array
             for name, array in weights().items()
             if name.startswith(prefix)
         }
-        import_module(f"{MODELS.rpartition('.')[0]}.deepseek_weights").load_into(
-            layer, parts.items()
-        )
+        dense = import_module(f"{MODELS.rpartition('.')[0]}.dense")
+        dense.load_into(layer, parts.items())
     layer.eval()
     return layer
 
@@ -90,49 +83,3 @@ class Rows:
         )
         self.backend.init_attention_metadata(meta)
         return meta
-
-
-class Embedded:
-    """The embedded engine's layer 0 of the demo model on fp8 caches of its own."""
-
-    def __init__(self, rows: Rows) -> None:
-        model = ModelConfig.from_folder(demo_model_path())
-        layout = CacheLayout("fp8_ds_mla", 64, 512, 64, 128)
-        self.backend = DSAAttentionBackend(
-            DSABackendConfig(
-                num_heads=model.num_attention_heads,
-                index_n_heads=model.index_n_heads,
-                index_topk=model.index_topk,
-                softmax_scale=model.softmax_scale,
-                cache_layout=layout,
-                max_num_seqs=4,
-                max_num_tokens=256,
-                max_blocks_per_seq=4,
-            )
-        )
-        made, tensors = HostWeights(), weights()
-        self.cos_sin = cos_sin_table(model.rope, model.qk_rope_head_dim, 256)
-        self.layer = EmbeddedAttention(model, 0, made, PREFIX.format(0))
-        for name, load in made.loaders.items():
-            load(stored(name, tensors[name]))
-        self.caches = caches(rows.backend)
-        self.tables = rows.tables
-
-    def __call__(self, rows: list[tuple[int, int, int]], hidden: Any) -> np.ndarray:
-        """Output of a step of rows (encoder, decoder, this_time)."""
-        encoder, decoder, now = (np.int32(one) for one in zip(*rows, strict=True))
-        meta = SimpleNamespace(
-            seq_lens_encoder=encoder,
-            seq_lens_decoder=decoder,
-            seq_lens_this_time=now,
-            block_tables=self.tables[: len(rows)].copy(),
-            caches=self.caches,
-            attn_backend=self.backend,
-        )
-        self.backend.init_attention_metadata(meta)
-        cos_sin = rows_at(self.cos_sin, meta.position_ids)
-        out, _ = self.layer.forward(np.array(hidden), cos_sin, meta, None)
-        return np.array(as_tensor(out) if isinstance(out, np.ndarray) else out)
-
-
-__all__ = ["Embedded", "Rows", "hidden_states", "make_backend", "make_layer", "weights"]

@@ -1,4 +1,4 @@
-"""Everything that the names of an imported FastDeploy stand for, to see what has changed."""
+"""Names of an imported FastDeploy and their objects, to see what has changed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 ATTENTION = "fastdeploy.model_executor.layers.attention"
 MODELS = "fastdeploy.model_executor.models.deepseek_v3"
+REGISTRY = "fastdeploy.model_executor.models.model_base"
 RUNNER = "fastdeploy.worker.gpu_model_runner"
 WORKER = "fastdeploy.worker.gpu_worker"
 # bookkeeping of the import system, which changes by itself
@@ -27,28 +28,32 @@ def snapshot() -> dict[str, Any]:
             if isinstance(value, type) and value.__module__ == module_name:
                 for attribute, inner in vars(value).items():
                     found[f"{module_name}:{name}.{attribute}"] = inner
+    for name, model in sys.modules[REGISTRY].ModelRegistry._classes.items():
+        found[f"registry:{name}"] = model
     return found
 
 
-def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
-    """Names of modules known before that stand for another object, have come or have gone.
-
-    Of a class that is another, its attributes are not listed.
-    """
+def changed(before: dict[str, Any]) -> set[str]:
+    """Names that stand for another object now, among modules that were imported before."""
+    after = snapshot()
     modules = {name.partition(":")[0] for name in before}
     known = {name for name in after if name.partition(":")[0] in modules}
-    same = {name for name in known & before.keys() if after[name] is before[name]}
-    found = (known | before.keys()) - same
-    return {name for name in found if name.rpartition(".")[0] not in found}
+    return {name for name in known | before.keys() if after.get(name) is not before.get(name)}
 
 
-def import_all() -> None:
-    """All modules that the plug-in binds names in, and a few around them."""
-    for name in (ATTENTION, MODELS, RUNNER, f"{ATTENTION}.attention_selecter"):
-        import_module(name)
+def import_all() -> Any:
+    """Import what a worker imports, without its plug-in; returns FastDeploy's runner class."""
+    import_module(f"{ATTENTION}.attention_selecter")
+    import_module(MODELS)
+    return import_module(RUNNER).GPUModelRunner
+
+
+def registered_model() -> Any:
+    """Class that FastDeploy constructs for DeepSeek-V3.2."""
+    return sys.modules[REGISTRY].ModelRegistry.get_class("DeepseekV32ForCausalLM")
 
 
 def our_lines(records: list[logging.LogRecord]) -> list[str]:
-    """What the plug-in has logged about the tree, in order."""
+    """Lines of the plug-in about the tree, in order."""
     lines = [record.getMessage() for record in records if record.name.startswith("fd_dsa")]
     return [line for line in lines if line.startswith("fd_dsa:")]

@@ -6,16 +6,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import paddle
 
 from fd_dsa.config import demo_model_path
+from fd_dsa.ops.cache_write import CacheWriteParams
 from tests.fakes import golden
 from tests.fakes.trees import BROKEN, OURS_ENV, TREES, installed
-from tests.fastdeploy_plugin.names import ATTENTION, MODELS
+from tests.fastdeploy_plugin.names import ATTENTION, WORKER
 
 NUM_BLOCKS = 16
 
@@ -24,7 +24,7 @@ NUM_BLOCKS = 16
 def registered(name: str = "develop") -> Iterator[None]:
     """A tree with our plug-in in it."""
     with installed({**TREES, **BROKEN}[name], OURS_ENV):
-        import_module(MODELS)
+        import_module(WORKER)
         yield
 
 
@@ -48,9 +48,16 @@ def construct(backend_class: type, fd_config: Any, num_heads: int = 8) -> Any:
 
 
 def make_backend(fd_config: Any = None, num_heads: int = 8) -> Any:
-    """Ours, through FastDeploy's own selection."""
+    """Ours, through FastDeploy's own selection, for a runner of ours."""
     select = sys.modules[ATTENTION].get_attention_backend
-    return construct(select(), config() if fd_config is None else fd_config, num_heads)
+    backend = construct(select(), config() if fd_config is None else fd_config, num_heads)
+    backend.serve_runner("int32")
+    return backend
+
+
+def upstream_class() -> Any:
+    """FastDeploy's own backend, from which ours derives."""
+    return sys.modules[f"{ATTENTION}.dsa_attention_backend"].DSAAttentionBackend
 
 
 def caches(backend: Any, num_layers: int = 1, num_blocks: int = NUM_BLOCKS) -> list[Any]:
@@ -84,24 +91,10 @@ def values(tensor: Any) -> list[Any]:
     return np.asarray(tensor).tolist()
 
 
-def decode_only() -> dict[str, Any]:
-    """Overrides for a step of three decode rows, one with drafts, and an idle one: 5 tokens."""
-    return {
-        "seq_lens_encoder": int32([0, 0, 0, 0]),
-        "seq_lens_decoder": int32([130, 3, 0, 20]),
-        "seq_lens_this_time": int32([1, 1, 0, 3]),
-        "block_tables": int32([[7, 2, 9, -1], [4, -1, -1, -1], [-1] * 4, [3, -1, -1, -1]]),
-    }
-
-
-def attend(backend: Any, meta: Any, layer_id: int = 0) -> Any:
-    """A layer of FastDeploy's own, which gives its keys with the query: the worked step."""
+def write(backend: Any, meta: Any, layer_id: int = 0) -> None:
+    """A prepared step, and a layer of it that writes its latents: the worked step."""
     backend.init_attention_metadata(meta)
-    rng, tokens = np.random.default_rng(0), golden.NUM_TOKENS
-    q, latent, rope = (
-        paddle.to_tensor(rng.standard_normal(shape, np.float32))
-        for shape in ([tokens, backend.num_heads, 576], [tokens, 512], [tokens, 1, 64])
-    )
-    selected = int32(golden.SLOTS).reshape([tokens, 1, 1])
-    layer = SimpleNamespace(layer_id=layer_id)
-    return backend.forward_mixed(q, None, selected, None, latent, rope, layer, meta)
+    keys = np.random.default_rng(0).standard_normal((golden.NUM_TOKENS, 576), np.float32)
+    unit = np.tile(np.float32([1, 0]).repeat(32), (256, 1))
+    params = CacheWriteParams("fp8_ds_mla")
+    backend.write_layer(paddle.to_tensor(keys), None, unit, params, layer_id, meta)

@@ -5,54 +5,36 @@ from __future__ import annotations
 import sys
 import typing
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin import steps
-from tests.fakes.trees import V1_VARIABLE
 from tests.fastdeploy_plugin.names import ATTENTION
 from tests.fastdeploy_plugin.steps import (
-    attend,
     config,
     construct,
     forward_meta,
     make_backend,
     registered,
+    upstream_class,
+    write,
 )
 
 SERVED = ["pr7367", "develop"]
 
 
-def upstream_class() -> Any:
-    """FastDeploy's own backend, from which ours derives."""
-    return sys.modules[ATTENTION].DSAAttentionBackend.__mro__[2]
-
-
 @pytest.mark.parametrize("name", SERVED)
-def test_attributes_are_those_of_upstream(name: str) -> None:
+def test_attributes_are_those_of_upstreams_constructor(name: str) -> None:
     with registered(name):
         fd_config = config()
         theirs, ours = construct(upstream_class(), fd_config), make_backend(fd_config)
         assert isinstance(ours, type(theirs))
         names = vars(theirs).keys()
         assert {n: getattr(ours, n) for n in names} == {n: getattr(theirs, n) for n in names}
-        for num_blocks in (0, 1, 12345):
-            shapes = ([num_blocks, 1, 64, 656], [], [num_blocks, 64, 132])
-            for backend in (ours, theirs):
-                assert backend.get_kv_cache_shape(num_blocks, kv_cache_quant_type="uint8") == shapes
-
-
-def test_attributes_without_an_upstream_class() -> None:
-    with registered("develop"):
-        theirs = vars(make_backend())
-    with registered("raising_import"):
-        ours = vars(make_backend())
-    assert ours.keys() >= theirs.keys()
-    for name in ("block_size", "num_heads", "num_layers", "rank", "device_id", "index_topk"):
-        assert ours[name] == theirs[name]
+        shape = ours.get_kv_cache_shape(max_num_blocks=5, kv_cache_quant_type="uint8")
+        assert shape == ([5, 1, 64, 656], [], [5, 64, 132])
 
 
 def test_what_upstream_reads_of_a_backend_is_its_own() -> None:
@@ -87,58 +69,41 @@ def test_sizes_without_caches_are_refused(field: str, value: int, words: str) ->
             make_backend(fd_config)
 
 
-V32 = {"factor": 40, "mscale_all_dim": 1.0, "type": "yarn"}
-
-
-@pytest.mark.parametrize(
-    ("scaling", "scale"),
-    [
-        (None, 192**-0.5),
-        ({}, 192**-0.5),
-        (V32, 192**-0.5 * 1.3688879**2),
-        ({"factor": 40}, 192**-0.5),
-        ({"factor": 1.0, "mscale_all_dim": 1.0}, 192**-0.5),
-        # GLM-5 says how, and has no factor
-        ({"rope_type": "default", "rope_theta": 1e6}, 192**-0.5),
-    ],
-    ids=["none", "empty", "V3.2", "no mscale", "no extension", "GLM"],
-)
-def test_softmax_scale(scaling: Any, scale: float) -> None:
-    with registered():
-        fd_config = config()
-        model = fd_config.model_config
-        model.qk_nope_head_dim, model.qk_rope_head_dim = 128, 64
-        model.rope_scaling = scaling
-        backend = make_backend(fd_config)
-        assert backend.attn_softmax_scale == pytest.approx(scale)
-        assert backend.rope_scaling == scaling
-        meta = forward_meta(backend)
-        backend.init_attention_metadata(meta)
-        assert backend.core.config.softmax_scale == pytest.approx(scale)
-
-
-def test_glm_has_its_rope_theta_elsewhere() -> None:
+def test_a_model_that_upstreams_constructor_cannot_read() -> None:
+    """GLM-5: a rope_scaling without a factor, rope_theta elsewhere; the configuration stays."""
     with registered():
         fd_config = config(model_type="glm_moe_dsa")
-        del fd_config.model_config.rope_theta
-        fd_config.model_config.rope_parameters = {"rope_theta": 8e6, "rope_type": "default"}
-        assert make_backend(fd_config).rope_theta == 8e6
-        # the configuration itself stays as it is
-        assert not hasattr(fd_config.model_config, "rope_theta")
+        model = fd_config.model_config
+        del model.rope_theta
+        model.rope_parameters = {"rope_theta": 8e6, "rope_type": "default"}
+        model.rope_scaling = {"rope_type": "default", "rope_theta": 1e6}
+        before = dict(vars(model))
+        backend = make_backend(fd_config)
+        assert vars(model) == before and backend.rope_theta == 8e6
+        width = model.qk_nope_head_dim + model.qk_rope_head_dim
+        assert backend.config.softmax_scale == pytest.approx(width**-0.5)
+        with pytest.raises(KeyError):
+            construct(upstream_class(), config(rope_scaling={"rope_type": "default"}))
+        yarn = config(rope_scaling={"factor": 40, "mscale_all_dim": 1.0, "type": "yarn"})
+        assert make_backend(yarn).config.softmax_scale == pytest.approx(width**-0.5 * 1.3688879**2)
 
 
-@pytest.mark.parametrize("v1", ["1", "0"])
-def test_a_draft_model_is_refused_before_it_fails(v1: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_model_is_refused_before_it_fails() -> None:
     """By whatever cache manager: there is no draft model with DSA that could use the caches."""
     with registered():
-        monkeypatch.setenv(V1_VARIABLE, v1)
-        proposer = import_module("fastdeploy.spec_decode.mtp").MTPProposer
         fd_config = config(method="mtp", num_speculative_tokens=1)
         # the backend of the main model is made all the same
         assert make_backend(fd_config).num_layers_draft_model == 1
-        main = SimpleNamespace(num_gpu_blocks=4, enable_cache_manager_v1=v1 == "1")
+        fd_config.speculative_config.model_type = "mtp"
         with pytest.raises(ConfigError, match=r"method: got 'mtp'.*two cache shapes of three"):
-            proposer(fd_config, main, 0, 0, {})
+            make_backend(fd_config)
+
+
+def test_other_models_find_the_static_form_under_the_name_that_is_ours() -> None:
+    """Sliding windows of MLA and of fallback models (#8060, #8090) call FastDeploy's own."""
+    with registered():
+        ours = import_module(ATTENTION).DSAAttentionBackend
+        assert ours.forward_static is upstream_class().forward_static
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
@@ -173,7 +138,7 @@ def test_disaggregation_by_chunk_announces_a_step(monkeypatch: pytest.MonkeyPatc
         dummy = forward_meta(backend, is_dummy_or_profile_run=True)
         backend.init_attention_metadata(dummy)
         assert len(made) == 1
-        attend(backend, dummy)
+        write(backend, dummy)
         assert len(made) == 1
 
 
@@ -183,7 +148,7 @@ def test_disaggregation_by_query_announces_step_and_layers(
     with registered():
         made = recorded(monkeypatch)
         backend = make_backend(config(pd_disaggregation_mode="per_query", start_layer_index=3))
-        attend(backend, forward_meta(backend))
+        write(backend, forward_meta(backend))
         signal = "from open_shm_and_get_meta_signal"
         assert made == [
             ("open_shm_and_get_meta_signal", backend.rank, int(backend.device_id), False),

@@ -9,89 +9,59 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fd_dsa.errors import CapacityError, MissingStepError
 from fd_dsa.fastdeploy_plugin.steps import fill_max_lens
 from tests.fakes import golden
 from tests.fastdeploy_plugin.steps import (
     config,
-    decode_only,
     forward_meta,
     int32,
     make_backend,
     registered,
     values,
+    write,
 )
 
-TREES = ["pr7367", "develop", "raising_import"]
 LENGTHS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time")
 
 
-def offsets(meta: Any) -> list[tuple[int, int]]:
-    """The windows of a step as pairs."""
-    return [tuple(pair) for pair in np.asarray(meta.indexer_attn_mask_offsets).reshape(-1, 2)]
+def prepared(num_tokens: int = golden.NUM_TOKENS, **overrides: Any) -> Any:
+    """A step of a new backend."""
+    backend = make_backend()
+    meta = forward_meta(backend, num_tokens, **overrides)
+    backend.init_attention_metadata(meta)
+    return meta
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_the_worked_step(name: str) -> None:
+@pytest.mark.parametrize("launched", [13, 14, 64])
+@pytest.mark.parametrize("name", ["pr7367", "develop"])
+def test_the_worked_step(name: str, launched: int) -> None:
+    """The overlap schedule predicts the count of tokens; the surplus is padding."""
     with registered(name):
-        backend = make_backend()
-        meta = forward_meta(backend)
-        backend.init_attention_metadata(meta)
-    assert meta.position_ids.dtype == paddle.int32
-    assert values(meta.position_ids) == golden.POSITIONS
+        meta = prepared(launched)
+    surplus = launched - golden.NUM_TOKENS
+    assert meta.position_ids.dtype == meta.indexer_attn_mask_offsets.dtype == paddle.int32
     assert meta.slot_mapping.dtype == paddle.int64
-    assert values(meta.slot_mapping) == golden.SLOTS
-    assert meta.indexer_attn_mask_offsets.dtype == paddle.int32
-    assert offsets(meta) == golden.WINDOWS
-    step = meta.fd_dsa_step
-    assert values(step.batch_id_per_token) == golden.BATCH_IDS
-    # the layers' own positions are int64 in all trees
-    assert step.position_ids.dtype == paddle.int64
-
-
-def test_a_decode_only_step_has_no_windows_and_memory_past_it_is_clean() -> None:
-    """A graph of a larger size reads that memory: slot -1, position 0, no row."""
-    with registered():
-        backend = make_backend()
-        long = forward_meta(backend)
-        backend.init_attention_metadata(long)
-        meta = forward_meta(backend, 5, **decode_only())
-        backend.init_attention_metadata(meta)
-        assert meta.indexer_attn_mask_offsets is None
-        assert values(meta.position_ids) == [130, 3, 20, 21, 22]
-        assert values(meta.slot_mapping) == [578, 259, 212, 213, 214]
-        step = long.fd_dsa_step
-        assert values(step.slot_mapping)[5:] == [-1] * 8
-        assert values(step.position_ids)[5:] == [0] * 8
-        assert values(step.batch_id_per_token)[5:] == [-1] * 8
+    assert values(meta.position_ids) == golden.POSITIONS + [0] * surplus
+    assert values(meta.slot_mapping) == golden.SLOTS + [-1] * surplus
+    windows = np.asarray(meta.indexer_attn_mask_offsets).reshape(-1, 2)
+    assert list(map(tuple, windows)) == golden.WINDOWS + [(0, 0)] * surplus
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("running", ["this_time", "all but this_time", "none", "tables"])
-def test_slots_and_running_rows_are_the_same_step(rank: int, running: str) -> None:
+@pytest.mark.parametrize("running", [LENGTHS[2:], (*LENGTHS[:2], "block_tables")], ids=str)
+def test_slots_and_running_rows_are_the_same_step(rank: int, running: tuple[str, ...]) -> None:
     """Runners give `[S]`, `[S, 1]` or `[B]`, and not the same for all four."""
-    names = {
-        "this_time": LENGTHS[2:],
-        "all but this_time": (*LENGTHS[:2], "block_tables"),
-        "none": LENGTHS[:2],
-        "tables": ("block_tables",),
-    }[running]
     full = {}
     for name, tensor in golden.tensors().items():
-        if name in (*LENGTHS, "block_tables") and name not in names:
+        if name in (*LENGTHS, "block_tables") and name not in running:
             # rows past the running ones hold what a request left there
             more = np.full((3, *tensor.shape[1:]), 5, np.int32)
             tensor = int32(np.concatenate([np.asarray(tensor), more]))
-        if name in LENGTHS and rank == 2:
-            tensor = tensor.reshape([-1, 1])
-        full[name] = tensor
+        full[name] = tensor.reshape([-1, 1]) if name in LENGTHS and rank == 2 else tensor
     with registered():
-        backend = make_backend()
-        meta = forward_meta(backend, **full)
-        backend.init_attention_metadata(meta)
+        meta = prepared(**full)
     assert values(meta.slot_mapping) == golden.SLOTS
     assert values(meta.fd_dsa_step.cu_seqlens_q) == golden.CU_SEQLENS_Q
 
@@ -114,55 +84,25 @@ def test_steps_of_requests_are_counted_in_the_log(
     ]
 
 
-@pytest.mark.parametrize("launched", [14, 20, 64])
-def test_more_tokens_launched_than_there_are(launched: int) -> None:
-    """The overlap schedule predicts the count; the surplus is padding."""
+def test_what_is_missing_is_named() -> None:
+    """Fields of the runner, caches, and the step itself."""
     with registered():
         backend = make_backend()
-        meta = forward_meta(backend, launched)
-        backend.init_attention_metadata(meta)
-    surplus = launched - golden.NUM_TOKENS
-    assert values(meta.position_ids) == golden.POSITIONS + [0] * surplus
-    assert values(meta.slot_mapping) == golden.SLOTS + [-1] * surplus
-    assert offsets(meta) == golden.WINDOWS + [(0, 0)] * surplus
-
-
-def test_a_step_without_tokens() -> None:
-    """An idle rank of expert parallelism."""
-    idle = {name: int32([0] * 5) for name in LENGTHS}
-    with registered():
-        backend = make_backend()
-        meta = forward_meta(backend, 0, **idle)
-        meta.max_len_tensor_cpu.fill_(7)
-        backend.init_attention_metadata(meta)
-    assert meta.position_ids.shape == [0]
-    assert meta.indexer_attn_mask_offsets is None
-    assert values(meta.max_len_tensor_cpu) == [0] * 6
-
-
-def test_what_the_runner_must_fill_is_named() -> None:
-    with registered():
-        backend = make_backend()
+        with pytest.raises(MissingStepError, match="init_attention_metadata"):
+            backend.current_core()
         for name in (*LENGTHS, "block_tables"):
-            meta = forward_meta(backend, **{name: None})
             with pytest.raises(MissingStepError, match=f"forward_meta.{name} is None"):
-                backend.init_attention_metadata(meta)
+                backend.init_attention_metadata(forward_meta(backend, **{name: None}))
+        with pytest.raises(MissingStepError, match=r"forward_meta.caches\[0\] is None"):
+            write(backend, forward_meta(backend, caches=None))
 
 
 def test_more_tokens_than_configured_are_refused() -> None:
     with registered():
         # 64 scheduled tokens beside one of each of 8 rows
-        backend = make_backend()
-        backend.init_attention_metadata(forward_meta(backend, 72))
-        with pytest.raises(CapacityError, match="72"):
-            backend.init_attention_metadata(forward_meta(backend, 73))
-
-
-def test_layers_before_the_first_step_are_refused() -> None:
-    with registered():
-        backend = make_backend()
-        with pytest.raises(MissingStepError, match="init_attention_metadata"):
-            backend.forward_mixed(*[None] * 7, forward_meta(backend))
+        prepared(72)
+        with pytest.raises(CapacityError, match="73"):
+            prepared(73)
 
 
 def test_a_step_is_made_once_and_let_go_with_its_caches() -> None:
@@ -195,36 +135,20 @@ def test_bounds_of_the_maxima(has_prefill: bool | None, drafts: int, longest: in
         if has_prefill is None:
             # what FastDeploy's own operator, which waits for the device, would give
             assert (np.array(expected) >= golden.MAXIMA).all()
-        # a hint is of one step
-        again = forward_meta(backend)
-        backend.init_attention_metadata(again)
-        assert values(again.max_len_tensor_cpu)[1] == 13
+        # a hint is of one step, and a capture leaves the values of its warm-up
+        for is_capturing, second in ((False, 13), (True, 0)):
+            if is_capturing:
+                backend._transfers = SimpleNamespace(is_capturing=lambda: True)
+            again = forward_meta(backend)
+            backend._bound_lengths(again, 13, True)
+            assert values(again.max_len_tensor_cpu)[1] == second
 
 
-@given(
-    entries=st.integers(1, 9),
-    num_tokens=st.integers(0, 100),
-    has_prefill=st.booleans(),
-    tokens_per_row=st.integers(1, 4),
-)
-def test_bounds_fit_the_tensor_of_the_tree(
-    entries: int, num_tokens: int, has_prefill: bool, tokens_per_row: int
-) -> None:
+@pytest.mark.parametrize("entries", [1, 6, 9])
+def test_bounds_fit_the_tensor_of_the_tree(entries: int) -> None:
+    """Entries past the sixth are another tree's own."""
     target = paddle.full([entries], -5, "int32")
-    fill_max_lens(target, num_tokens, has_prefill, tokens_per_row=tokens_per_row, max_keys=99)
-    longest = num_tokens if has_prefill else min(num_tokens, tokens_per_row)
-    keys = 99 if num_tokens else 0
-    known = [longest, num_tokens if has_prefill else 0, keys, keys, keys, keys]
-    # entries past the sixth are another tree's own
-    assert target.tolist() == (known + [-5] * 3)[:entries]
-
-
-def test_bounds_stay_as_they_are_during_a_capture() -> None:
-    with registered():
-        backend = make_backend()
-        backend.init_attention_metadata(forward_meta(backend))
-        meta = forward_meta(backend)
-        for is_capturing, first in ((True, 0), (False, 13)):
-            backend._transfers = SimpleNamespace(is_capturing=lambda answer=is_capturing: answer)
-            backend._bound_lengths(meta, 13, True)
-            assert values(meta.max_len_tensor_cpu)[0] == first
+    fill_max_lens(target, 7, True, tokens_per_row=2, max_keys=99)
+    assert target.tolist() == [7, 7, 99, 99, 99, 99, -5, -5, -5][:entries]
+    fill_max_lens(target, 0, False, tokens_per_row=2, max_keys=99)
+    assert target.tolist() == [0, 0, 0, 0, 0, 0, -5, -5, -5][:entries]

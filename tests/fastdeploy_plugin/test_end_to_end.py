@@ -13,7 +13,7 @@ import pytest
 
 from fd_dsa import LLM, SamplingParams
 from tests.fakes.driver import Job
-from tests.fakes.trees import BROKEN, TREES
+from tests.fakes.trees import TREES, V1_VARIABLE
 from tests.fastdeploy_plugin.demo_prompts import demo_prompts
 from tests.fastdeploy_plugin.engines import make_engine, ours
 from tests.fastdeploy_plugin.watching import Watch, watch_steps
@@ -116,10 +116,11 @@ def test_answers_are_those_of_hugging_face(tree: str, mode: str, prompts: Any) -
     assert watch.kinds() >= ALWAYS | MODES[mode].kinds | surplus
 
 
-def test_the_v1_cache_manager_gets_our_caches_where_there_are_no_others(prompts: Any) -> None:
-    """FastDeploy's abstract backend makes two caches a layer, of another dtype."""
+def test_the_v1_cache_manager_serves_too(prompts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FastDeploy's variable may be set: its caches are those of its own DSA backend."""
     wanted = prompts["fact"]
-    with ours(BROKEN["raising_import"]):
+    with ours():
+        monkeypatch.setenv(V1_VARIABLE, "1")
         engine = make_engine(NUM_BLOCKS, **SIZES)
         assert engine.runner.enable_cache_manager_v1
         caches = engine.runner.share_inputs["caches"]

@@ -1,4 +1,4 @@
-"""The layers: FastDeploy's parameters, and the results of the embedded engine's layer."""
+"""The layers: FastDeploy's parameters, pairing of the RoPE, shared selections."""
 
 from __future__ import annotations
 
@@ -12,71 +12,56 @@ import pytest
 
 from fd_dsa.errors import ConfigError, MissingStepError
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
-from fd_dsa.ops import _gemm
+from fd_dsa.fastdeploy_plugin.take_over import is_ours
 from tests.fastdeploy_plugin.layers import (
-    Embedded,
     Rows,
     hidden_states,
-    make_backend,
     make_layer,
 )
-from tests.fastdeploy_plugin.names import MODELS
-from tests.fastdeploy_plugin.steps import config, registered
+from tests.fastdeploy_plugin.names import MODELS, registered_model
+from tests.fastdeploy_plugin.steps import config, make_backend, registered
 from tests.reference.fp8 import ref_index_key
-
-TREES = ["pr7367", "develop", "raising_import"]
-# prompts below and above the demo model's index_topk of 256, chunks, decoding, drafts, idle rows
-STEPS = [
-    [(60, 0, 60)],
-    [(20, 60, 20), (140, 0, 140)],
-    [(0, 80, 1), (100, 140, 100)],
-    [(0, 81, 1), (0, 240, 3), (0, 0, 0)],
-    [(0, 82, 2), (0, 243, 1), (9, 0, 9)],
-]
 
 
 def test_parameters_are_those_of_upstream() -> None:
-    """Buffers that nothing reads are gone, and a decoder layer finds ours by name."""
+    """FastDeploy's objects get our classes; buffers that no code reads are gone."""
 
     def parameters(layer: Any) -> list[tuple[str, list[int], Any]]:
         return [(name, list(p.shape), p.dtype) for name, p in layer.named_parameters()]
 
     with registered():
-        models, fd_config = sys.modules[MODELS], config()
-        decoder = models.DeepSeekV3DecoderLayer(fd_config, prefix="deepseek_v3.layers.0")
-        ours = decoder.self_attn
-        assert type(ours) is models.DeepseekV32DSAAttention
-        assert type(ours.indexer) is models.Indexer
-        theirs = type(ours).__mro__[2](fd_config, 0, "deepseek_v3.layers.0.self_attn")
-        assert parameters(ours) == parameters(theirs)
-        upstream = models.Indexer.__mro__[2](fd_config, 0)
-        for name in ("offsets", "lengths"):
-            assert hasattr(upstream, name) and not hasattr(ours.indexer, name)
+        models, fd_config = sys.modules[MODELS], config(num_hidden_layers=2)
+        ours = registered_model()(fd_config)
+        theirs = models.DeepseekV32ForCausalLM(fd_config)
+        assert parameters(ours) == parameters(theirs) and ours.name() == theirs.name()
+        for mine, other in zip(ours.model.layers, theirs.model.layers, strict=True):
+            for part, base in (
+                (mine.self_attn, models.DeepseekV32DSAAttention),
+                (mine.self_attn.indexer, models.Indexer),
+            ):
+                assert is_ours(type(part)) and isinstance(part, base)
+            assert not is_ours(type(other.self_attn))
+            for name in ("offsets", "lengths"):
+                assert hasattr(other.self_attn.indexer, name)
+                assert not hasattr(mine.self_attn.indexer, name)
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_a_layer_gives_what_the_embedded_engine_gives(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """First and later chunks, decoding, drafts and idle rows; launches past the true count."""
-    # GEMMs by Paddle's operator on both sides: bytes of the caches hold last bits of their sums
-    monkeypatch.setattr(_gemm._thread, "sgemm", None)
-    with registered(name):
-        backend = make_backend(config(max_num_batched_tokens=256))
-        rows, layer = Rows(backend), make_layer()
-        embedded = Embedded(rows)
-        for number, lengths in enumerate(STEPS):
-            count = sum(now for _, _, now in lengths)
-            hidden = hidden_states(count + 2, number)
+def test_a_prompt_token_sees_the_keys_of_its_window() -> None:
+    """The window of token 50 of 60 is whole, then its first 20 keys, then empty."""
+    outputs = []
+    with registered():
+        backend, layer = make_backend(config()), make_layer()
+        for window in (None, (0, 20), (30, 30)):
+            meta = Rows(backend).step([(60, 0, 60)])
+            if window is not None:
+                meta.indexer_attn_mask_offsets[100:102] = paddle.to_tensor(window, "int32")
             with paddle.no_grad():
-                found = layer(rows.step(lengths, count + 2), hidden)
-            expected = embedded(lengths, np.asarray(hidden)[:count])
-            assert np.abs(expected).max() > 0.01
-            np.testing.assert_allclose(np.asarray(found)[:count], expected, rtol=1e-3, atol=1e-4)
-        for ours, theirs in zip(rows.caches, embedded.caches, strict=True):
-            same = np.asarray(ours) == np.asarray(theirs)
-            assert same.mean() > 0.9999
-            assert np.asarray(ours).any()
+                outputs.append(np.array(layer(meta, hidden_states(60))))
+    whole, first_keys, no_keys = outputs
+    for other in first_keys, no_keys:
+        differs = np.flatnonzero((other != whole).any(axis=1))
+        assert differs.tolist() == [50]
+    assert not no_keys[50].any()
 
 
 def test_layers_without_tokens_and_before_their_backend() -> None:
@@ -85,7 +70,7 @@ def test_layers_without_tokens_and_before_their_backend() -> None:
         meta = rows.step([(0, 0, 0)], 0)
         assert layer(meta, paddle.zeros([0, 384])).shape == [0, 384]
         meta = SimpleNamespace(attn_backend=object())
-        with pytest.raises(MissingStepError, match="the runner was made before the plug-in"):
+        with pytest.raises(MissingStepError, match="the runner was made before FastDeploy loaded"):
             layer(meta, hidden_states(3))
 
 
@@ -138,11 +123,12 @@ def test_the_switch_reproduces_upstreams_index_keys(
         with paddle.no_grad():
             layer(meta, hidden)
             k = layer.indexer.k_norm(layer.indexer.wk(hidden))
-            pe = k[:, :64].unsqueeze(1)
-            # FastDeploy's own pairing, whatever the model's is
-            layer.indexer_rotary_emb(meta.position_ids, paddle.zeros([100, 1, 64]), pe)
-            k = paddle.concat([pe.reshape([-1, 64]), k[:, 64:]], axis=-1)
-        theirs = np.stack([ref_index_key(key, "ue8m0")[0] for key in k.numpy()])
+        # FastDeploy's own pairing, whatever the model's is
+        cos, sin = np.split(layer.indexer_rotary_emb.cos_sin_cache.numpy()[:100], 2, axis=1)
+        keys = k.numpy()
+        even, odd = keys[:, :64:2].copy(), keys[:, 1:64:2].copy()
+        keys[:, :64:2], keys[:, 1:64:2] = even * cos - odd * sin, odd * cos + even * sin
+        theirs = np.stack([ref_index_key(key, "ue8m0")[0] for key in keys])
         ours = index_keys(rows.caches)[np.asarray(meta.slot_mapping)]
         same = (ours == theirs).mean(axis=1)
     # position 0 turns nothing
@@ -155,31 +141,6 @@ def shared_config(**overrides: Any) -> Any:
     fd_config.model_config.rope_parameters = {"rope_theta": 10000.0}
     fd_config.model_config.indexer_types = ["full", "shared", "shared", "full", "full", "shared"]
     return fd_config
-
-
-def test_shared_layers_take_the_selection_before_them() -> None:
-    with registered():
-        fd_config = shared_config()
-        backend = make_backend(fd_config)
-        rows = Rows(backend, num_layers=3)
-        layers = [make_layer(fd_config, layer_id) for layer_id in range(3)]
-        hidden = hidden_states(40)
-        meta = rows.step([(40, 0, 40)])
-        with paddle.no_grad():
-            layers[0](meta, hidden)
-            chosen = backend.shared_selection
-            for layer in layers[1:]:
-                out = layer(meta, hidden)
-                assert backend.shared_selection is chosen
-                assert np.isfinite(np.asarray(out)).all()
-        # their latents are written, index keys they have none
-        assert [bool(np.asarray(cache).any()) for cache in rows.caches] == [
-            *(True, True),
-            *(True, False),
-            *(True, False),
-        ]
-        with pytest.raises(MissingStepError, match="layer 1 has no selection"):
-            layers[1](rows.step([(40, 0, 40)]), hidden)
 
 
 def test_who_shares() -> None:

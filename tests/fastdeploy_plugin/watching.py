@@ -11,14 +11,23 @@ tokens and no others, whatever was launched beside them.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import paddle
+import pytest
 
 from tests.fastdeploy_plugin.engines import make_engine
 
 LATENT, INDEX, BLOCK_SIZE = 656, 132, 64
+READS = ("__array__", "__bool__", "__float__", "__index__", "__int__", "cpu", "item", "numpy")
+READS += ("tolist",)
+CREATIONS = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like")
+CREATIONS += ("to_tensor", "zeros", "zeros_like")
 
 
 def small_engine(num_gpu_blocks: int = 24, **overrides: Any) -> Any:
@@ -82,6 +91,36 @@ class Watch:
                 if is_so
             }
         return found
+
+
+@contextmanager
+def own_costs(engine: Any) -> Iterator[list[tuple[str, bool]]]:
+    """Reads of tensors by Python, and tensors that it makes, which fd_dsa's code causes.
+
+    On a GPU a read is a wait. Yields a list of (name, in a layer), in order.
+    """
+    found: list[tuple[str, bool]] = []
+    inside = [False]
+    hooks = []
+    for layer in engine.runner.model.model.layers:
+        hooks.append(layer.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True)))
+        hooks.append(layer.register_forward_post_hook(lambda *_: inside.__setitem__(0, False)))
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            if sys._getframe(1).f_globals.get("__name__", "").startswith("fd_dsa"):
+                found.append((name, inside[0]))
+            return original(*args, **kwargs)
+
+        return function
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in ((paddle.Tensor, READS), (paddle, CREATIONS)):
+            for name in names:
+                patch.setattr(owner, name, counted(name, getattr(owner, name)))
+        yield found
+    for hook in hooks:
+        hook.remove()
 
 
 def watch_steps(engine: Any) -> Watch:

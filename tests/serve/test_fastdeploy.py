@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import socket
 from pathlib import Path
 
 import openai
@@ -10,33 +12,63 @@ import pytest
 
 from fd_dsa import __version__
 from tests.fakes import trees
-from tests.fastdeploy_plugin.launcher import launcher
+from tests.fastdeploy_plugin.launcher import Launcher, launcher
 
 pytestmark = pytest.mark.slow
 
 
+def url_of(live: Launcher) -> str:
+    """Address in the start line."""
+    found = re.search(r" on (http://[\d.:]+), ", live.start_line())
+    assert found is not None
+    return found[1]
+
+
 def test_a_server_for_the_openai_client(tmp_path: Path) -> None:
-    with launcher(tmp_path, "--port", "0", whole=True) as live:
-        ready = live.ready_line()
-        assert ready.startswith(f"fd_dsa {__version__} serves model with FastDeploy 0.0.0+fake on ")
-        url = re.search(r"http://[\d.:]+", ready)
-        assert url is not None
-        with openai.OpenAI(base_url=f"{url[0]}/v1", api_key="none", max_retries=0) as client:
+    env = {"FD_PLUGINS": "other , ", "FD_LOG_DIR": "there", "all_proxy": "http://127.0.0.1:9"}
+    own = ("-tp", "2", "--api-key", "secret", "--", "--quantization", "block_wise_fp8", "--x=y z")
+    with launcher(tmp_path, *own, env=env) as live:
+        line = live.start_line()
+        assert line.startswith(f"fd_dsa {__version__} starts model with FastDeploy 0.0.0+fake on h")
+        url = line.split(" on ")[1].partition(",")[0]
+        assert f"{url}/health answers 200 when it is ready. Then try:\n" in line
+        dump = live.wait(url)
+        # the launcher has become the server
+        assert dump["pid"] == live.process.pid
+        place = ["--model", str(tmp_path / "model"), "--served-model-name", "model"]
+        place += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
+        shared = ["--tensor-parallel-size", "2", "--api-key", "secret"]
+        assert dump["argv"] == [*place, *shared, "--quantization", "block_wise_fp8", "--x=y z"]
+        assert dump["env"]["FD_PLUGINS"] == "other,fd_dsa" and dump["env"]["FD_LOG_DIR"] == "there"
+        assert dump["env"]["FD_ATTENTION_BACKEND"] == "DSA_ATTN"
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             answer = client.completions.create(model="model", prompt="x", max_tokens=2)
             assert answer.choices[0].text == "a b"
         live.process.terminate()
         status, _, log = live.finish()
-    assert status == 0
+    assert status == -signal.SIGTERM
     assert "INFO fd_dsa serves its DSA path: FastDeploy 0.0.0+fake, derived from" in log
-    assert "INFO starting FastDeploy 0.0.0+fake: " in log
-    # of the client that asks for the health
-    assert "HTTP Request" not in log
+    assert "INFO starting FastDeploy: " in log and "--api-key '***'" in log and "secret" not in log
+
+
+def test_the_status_is_fastdeploys(tmp_path: Path) -> None:
+    with launcher(tmp_path, script={"exit_with": 3, "say": "RuntimeError: no memory\n"}) as live:
+        status, _, log = live.finish()
+    assert status == 3 and log.endswith("RuntimeError: no memory\n")
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with launcher(tmp_path, "--port", str(port)) as live:
+            status, _, log = live.finish()
+    assert status == 2 and not live.dump_file.exists()
+    assert f"fd_dsa: error: 127.0.0.1:{port}: address already in use by process" in log
 
 
 @pytest.mark.parametrize(
     ("tree", "env", "why"),
     [
-        (trees.BROKEN["before_7367"], {}, "unsupported FastDeploy tree ("),
         (trees.BROKEN["missing_symbol"], {}, "unsupported FastDeploy tree (models/deepseek_v3.py"),
         (trees.DEVELOP, {"FD_DSA_DISABLE": "1"}, "FD_DSA_DISABLE turns the plug-in off"),
     ],
@@ -44,11 +76,10 @@ def test_a_server_for_the_openai_client(tmp_path: Path) -> None:
 def test_fastdeploys_own_path_is_told(
     tmp_path: Path, tree: trees.Tree, env: dict[str, str], why: str
 ) -> None:
-    with launcher(tmp_path, whole=True, tree=tree, env=env) as live:
-        live.ready_line()
+    with launcher(tmp_path, tree=tree, env=env) as live:
+        live.wait(url_of(live))
         live.process.terminate()
-        status, _, log = live.finish()
-    assert status == 0
+        log = live.finish()[2]
     said = "WARNING FastDeploy serves by its own DSA path, not by fd_dsa: "
     assert any(said in line and why in line for line in log.splitlines()), log
     assert ("FD_DSA_DISABLE is set: FastDeploy serves" in log) == bool(env)
@@ -66,7 +97,7 @@ def test_a_fastdeploy_that_cannot_be_imported(tmp_path: Path, source: str, why: 
     broken = tmp_path / "broken" / "fastdeploy"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text(source)
-    with launcher(tmp_path, whole=True, path=[broken.parent]) as live:
+    with launcher(tmp_path, path=[broken.parent]) as live:
         status, out, log = live.finish()
     assert (status, out) == (2, "")
     line = log.splitlines()[-1]
@@ -75,34 +106,20 @@ def test_a_fastdeploy_that_cannot_be_imported(tmp_path: Path, source: str, why: 
     assert not live.dump_file.exists()
 
 
-def test_auto_takes_fastdeploy_for_several_devices(tmp_path: Path) -> None:
-    with launcher(tmp_path, "-tp", "2", engine="auto") as live:
-        live.ready_line()
-        argv = live.dump()["argv"]
-        assert argv[argv.index("--tensor-parallel-size") + 1] == "2"
-        live.process.terminate()
-        log = live.finish()[2]
-    assert " INFO engine fastdeploy: --tensor-parallel-size is 2\n" in log
-
-
-def test_auto_is_embedded_where_one_device_is_enough(tmp_path: Path) -> None:
-    with launcher(tmp_path, "--port", "0", model=False, engine="auto") as live:
-        assert live.process.stdout is not None
-        ready = live.process.stdout.readline()
-        assert ready.startswith(f"fd_dsa {__version__} serves demo_model on http://127.0.0.1:")
-        live.process.stdout.readline()
-        live.process.terminate()
-        status, _, log = live.finish()
-    assert status == 0
-    assert " INFO engine embedded: one device is enough: weights 74.9 MiB in float32" in log
-    assert "imported: []" in log and not live.dump_file.exists()
-
-
-def test_what_fastdeploy_cannot_serve_is_told(tmp_path: Path) -> None:
-    names = ("--served-model-name", "a", "--served-model-name", "b")
-    one = "--served-model-name: got 2 names, --served-model-name of FastDeploy takes one"
-    needed = "--model: got none, --engine fastdeploy needs the folder"
-    for flags, model, line in ((names, True, one), ((), False, needed)):
-        with launcher(tmp_path, *flags, model=model) as live:
-            status, _, log = live.finish()
-        assert status == 2 and line in log
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["-tp", "2", "--dry-run"], "engine embedded: no flag asks for FastDeploy"),
+        (
+            ["--data-parallel-size", "2", "--dry-run"],
+            "engine fastdeploy: --data-parallel-size is 2",
+        ),
+    ],
+)
+def test_auto(tmp_path: Path, argv: list[str], line: str) -> None:
+    model = "--data-parallel-size" in argv
+    with launcher(tmp_path, *argv, model=model, engine="auto") as live:
+        status, out, log = live.finish()
+    assert status == 0 and f" INFO {line}\n" in log
+    begin = "FD_ATTENTION_BACKEND=DSA_ATTN FD_PLUGINS=fd_dsa "
+    assert out.startswith(begin) is model and not live.dump_file.exists()

@@ -91,6 +91,7 @@ QUICK = (
     "4 ladders of alternatives, left",
     "schemas that repeat their parts, GLM",
     "64 clients that end their sending",
+    "ambiguous grammars, n = 8",
 )
 
 

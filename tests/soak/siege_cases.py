@@ -43,6 +43,18 @@ GREEDY = (
     "(\\w{1,20}\\W{1,20}){1,300}",
     "|".join(f"(.*{chr(97 + i)}.{{{8 + i}}})" for i in range(20)),
 )
+# grammars whose masks take long: rows of many items at once, or after a text that looks harmless
+AMBIGUOUS = (
+    "start: s\ns: s s | s s s | /[a-z ]/ |",
+    "start: s\ns: s s | /[^x]/ | /(?s:.)/",
+    "start: s\ns: a s a s | a s | a\na: /[a-z]/ | /[a-z ]/ |",
+    "start: e\ne: e e e e | /[ -~]/ |",
+    *(
+        f"start: s\ns: t{' n' * count}\nt: /[a-z ]/ s | /[.,A-Z]/ u\nu: /[a-z ]/\nn: | /\\d/"
+        for count in (100, 1000, 4000)
+    ),
+    "start: s\n" + "".join(f"s: s s{i} |\ns{i}: /[a-z ]/ s |\n" for i in range(3)),
+)
 
 
 def prose(num_bytes: int) -> str:
@@ -139,6 +151,14 @@ def _bombs(_: Facts) -> Iterator[HostileRequest]:
     for form in forms:
         body = {"prompt": "a", "max_tokens": 32, "structured_outputs": form}
         yield post(COMPLETIONS, json.dumps(body).encode())
+
+
+def _ambiguous(_: Facts) -> Iterator[HostileRequest]:
+    """Several outputs of each grammar that is ambiguous, at once, also streamed."""
+    for number in range(4 * len(AMBIGUOUS)):
+        form = {"grammar": AMBIGUOUS[number % len(AMBIGUOUS)] + " " * number}
+        body = {"prompt": "Once", "max_tokens": 60, "n": 8, "ignore_eos": True}
+        yield post(COMPLETIONS, {**body, "structured_outputs": form, "stream": number % 2 == 1})
 
 
 def _forms(_: Facts) -> Iterator[HostileRequest]:
@@ -258,6 +278,8 @@ CASES: dict[str, Case] = {
     "schemas 200 deep": Case(lambda _: _with_schema(_deep_schema(200)), at_once=4),
     "schemas of 100,000 fields": Case(lambda _: _with_schema(_wide_schema(100_000))),
     "regexes, grammars, schemas that explode": Case(_bombs, at_once=8),
+    # more outputs at once would measure the model
+    "ambiguous grammars, n = 8": Case(_ambiguous, at_once=2),
     "chat_template of 10 MB": Case(
         one(CHAT, lambda _: {"messages": USER, "chat_template": _template()})
     ),

@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks._harness import write_json
 from fd_dsa.errors import FdDsaError
 from fd_dsa.fastdeploy_plugin.launch.choice import require_fastdeploy
-from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
+from fd_dsa.fastdeploy_plugin.launch.start import passed_values
 from fd_dsa.serve.flag_sources import parse_args
 from tools.fastdeploy_check import parity, step_time
 from tools.fastdeploy_check.report import as_markdown, body
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FdDsaError as error:
         print(f"fastdeploy_check: {error}", file=sys.stderr)
         return _IMPOSSIBLE
+    options.variables = {path: found["variables"] for path, found in paths.items()}
     env = machine(argv, paths)
     result: dict[str, Any] = {"name": "fastdeploy_check", "passed": False, "env": env}
     refusals = [found["error"] for found in paths.values() if found["error"]]
@@ -105,7 +106,7 @@ def _with_model(serve: list[str], folder: Path) -> list[str]:
         ConfigError: a flag that neither this tool nor the server has.
     """
     args = parse_args(serve)
-    if "model" in args.given or "--model" in PassedFlags.read(args.passed).values:
+    if "model" in args.given or "model" in passed_values(args.passed):
         return serve
     model = write_tiny_model(folder / "tiny_model")
     print(f"no MODEL: a random one of three layers, {model}")
@@ -140,7 +141,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _serving(path: str, options: argparse.Namespace, serve: list[str]) -> Any:
     """A server that runs as in FastDeploy's recipe: prompts in one piece, no prefix caching."""
     flags = [*serve, *([] if "--" in serve else ["--"]), *_RECIPE]
-    return serving(path, flags, options.log_folder, FD_DISABLE_CHUNKED_PREFILL="1")
+    variables = options.variables[path] | {"FD_DISABLE_CHUNKED_PREFILL": "1"}
+    return serving(path, flags, options.log_folder, variables)
 
 
 def _smoke(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def _smoke(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
         CheckFailed: an answer is missing, empty, or another when it is streamed.
     """
     greedy, prompt = {"max_tokens": 16, "temperature": 0}, "The capital of France is"
-    with serving(OURS, serve, options.log_folder) as server:
+    with serving(OURS, serve, options.log_folder, options.variables[OURS]) as server:
         route = "/v1/completions"
         whole = server.post(route, prompt=prompt, **greedy)["choices"][0]["text"]
         events = server.stream(route, prompt=prompt, **greedy)

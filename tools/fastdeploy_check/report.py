@@ -37,6 +37,7 @@ def as_markdown(result: Mapping[str, Any], names: Sequence[str]) -> str:
     paths = [
         (
             name,
+            " ".join(f"{key}={value}" for key, value in one["variables"].items()),
             one["error"] or ("fd_dsa" if one.get("live") else "FastDeploy's own"),
             one.get("why", ""),
         )
@@ -50,7 +51,7 @@ def as_markdown(result: Mapping[str, Any], names: Sequence[str]) -> str:
         "",
         *_table(("what", "is"), ((title, env[key] or "none") for key, title in _VERSIONS.items())),
         *_section("Which path serves"),
-        *_table(("started for", "which serves", "why"), paths),
+        *_table(("started for", "with", "which serves", "why"), paths),
         *_section("What the plug-in looks for"),
         *_table(("check", "result"), tree),
     ]

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from benchmarks._harness import environment
 from fd_dsa import __version__
 from fd_dsa.environment import installed_version, nvidia_smi
 from fd_dsa.fastdeploy_plugin.launch.environment import probe, server_environment
-from fd_dsa.fastdeploy_plugin.launch.flags import without_secrets
+from fd_dsa.fastdeploy_plugin.launch.start import without_secrets
+from fd_dsa.fastdeploy_plugin.tree_checks import V1_CACHES
 
 OURS, UPSTREAM = "fd_dsa", "FastDeploy"
 PATHS = (OURS, UPSTREAM)
@@ -34,6 +35,7 @@ _VARIABLES = {
 }
 _OUR_LINE = re.compile(r"fd_dsa: .+|\b\w+ on (?:cpu|gpu)\S*: \w+ \(.+\)")
 _STOP_S = 120.0
+_HEALTH_EVERY_S = 0.2
 _REQUEST_S = 600.0
 
 
@@ -87,12 +89,17 @@ class Server:
 
 
 def which_path(path: str) -> dict[str, Any]:
-    """What the plug-in says of itself in a process that is started for a path.
+    """Report of the plug-in in a process that is started for a path.
 
     Returns:
-        as of `fd_dsa.fastdeploy_plugin.status.report`; `error` also where another path serves.
+        as `fd_dsa.fastdeploy_plugin.status.report`, with `error` also if another path serves, and
+        with `variables`, which servers of this path need. Only FastDeploy's own path needs its V1
+        cache manager: V0 makes no caches of bytes there.
     """
     found = probe(server_environment({**os.environ, **_VARIABLES[path]})[0], _REQUEST_S)
+    needed = found.get("own_path_variables", {}) if path == UPSTREAM else {}
+    exported = {name: os.environ[name] for name in (V1_CACHES,) if name in os.environ}
+    found["variables"] = {**_VARIABLES[path], **needed, **exported}
     if found["error"]:
         found["error"] = f"FastDeploy cannot be imported: {found['error']}"
     elif found["live"] != (path == OURS):
@@ -102,15 +109,15 @@ def which_path(path: str) -> dict[str, Any]:
 
 @contextmanager
 def serving(
-    path: str, arguments: Sequence[str], log_folder: Path, **variables: str
+    path: str, arguments: Sequence[str], log_folder: Path, variables: Mapping[str, str]
 ) -> Iterator[Server]:
-    """A server on free ports, started by the launcher that users start.
+    """A server on a free port, started by the launcher that users start.
 
     Args:
         path: OURS or UPSTREAM.
-        arguments: of `python -m fd_dsa.serve --engine fastdeploy`.
-        log_folder: for what launcher and server write.
-        variables: further ones of the environment.
+        arguments: arguments of `python -m fd_dsa.serve --engine fastdeploy`.
+        log_folder: folder for the output of launcher and server.
+        variables: added to the environment.
 
     Raises:
         CheckFailed: it did not come up.
@@ -118,14 +125,13 @@ def serving(
     log = log_folder / f"server-{path}-{time.strftime('%H%M%S')}.log"
     own = {"FD_LOG_DIR": str(log_folder / f"log-{path}")}
     command = [sys.executable, "-m", "fd_dsa.serve", "--engine", "fastdeploy", "--port", "0"]
-    with log.open("wb") as errors:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, *arguments],
-            env={**os.environ, **_VARIABLES[path], **variables, **own},
+            env={**os.environ, **variables, **own},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     try:
         url, name = _ready(process, log)
@@ -134,20 +140,21 @@ def serving(
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=_STOP_S)
+            process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
-            # the guard below the launcher ends what it started
             process.kill()
-            process.communicate()
+            process.wait()
 
 
-def _ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str]:
-    """Address and model of the server, from its ready line."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        found = re.match(r"fd_dsa \S+ serves (.+) with FastDeploy.* on (http://\S+) ", line)
-        if found:
-            return found[2], found[1]
+def _ready(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
+    """Address and model of the server, once GET /health answers 200."""
+    line = re.compile(r"^fd_dsa \S+ starts (.+) with FastDeploy.* on (http://\S+), ", re.MULTILINE)
+    while process.poll() is None:
+        found = line.search(log.read_text("utf-8", "replace"))
+        with suppress(httpx.TransportError):
+            if found and httpx.get(f"{found[2]}/health", trust_env=False).is_success:
+                return found[2], found[1]
+        time.sleep(_HEALTH_EVERY_S)
     status = process.wait()
     last = log.read_text("utf-8", "replace").strip().rpartition("\n")[2]
     raise CheckFailed(f"the server ended with status {status}: {last} (all of it: {log})")

@@ -1,7 +1,7 @@
-"""The environment in which FastDeploy's server runs, and what a child with it says of itself.
+"""Environment of FastDeploy's server, and the report of a child that has it.
 
-The launcher's own environment stays as it is, and it never imports FastDeploy: that imports a whole
-engine, starts plug-ins and creates files.
+The launcher never imports FastDeploy, because that imports a whole engine, starts plug-ins and
+creates files.
 
 Source of the variables' meaning: `fastdeploy/envs.py` and `fastdeploy/plugins/utils.py` of
 PaddlePaddle/FastDeploy.
@@ -21,7 +21,6 @@ from typing import Any
 
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.launch.choice import fastdeploy_version
-from fd_dsa.fastdeploy_plugin.launch.server import last_line
 
 BACKEND = "DSA_ATTN"
 PLUGIN = "fd_dsa"
@@ -30,11 +29,10 @@ ENTRY_POINT_GROUPS = ("fastdeploy.model_register_plugins", "fastdeploy.model_run
 
 
 def server_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The environment of FastDeploy's server, and a line for each value that works against us.
+    """Environment of FastDeploy's server, and a line for each value that works against us.
 
-    The launcher's, with FD_ATTENTION_BACKEND=DSA_ATTN, and with fd_dsa in FD_PLUGINS beside what it
-    names already, without spaces, which FastDeploy would read as part of a name. All else passes
-    through, FD_DISABLE_CHUNKED_PREFILL too: a value that only costs something is left alone.
+    It is the launcher's, with FD_ATTENTION_BACKEND=DSA_ATTN, and with fd_dsa added to FD_PLUGINS.
+    That list has no spaces, because FastDeploy would read them as part of a name.
 
     Raises:
         ConfigError: FD_ATTENTION_BACKEND asks for another backend.
@@ -43,20 +41,13 @@ def server_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], 
     if backend not in ("", BACKEND):
         raise ConfigError(
             f"FD_ATTENTION_BACKEND: got {backend!r}, --engine fastdeploy needs {BACKEND}; unset it "
-            "(the launcher sets it for FastDeploy's server alone)"
+            "(the launcher sets it for FastDeploy's server only)"
         )
     names = [name.strip() for name in environment.get("FD_PLUGINS", "").split(",")]
     plugins = list(dict.fromkeys(name for name in names if name))
     plugins += [] if PLUGIN in plugins else [PLUGIN]
     changes = {"FD_ATTENTION_BACKEND": BACKEND, "FD_PLUGINS": ",".join(plugins)}
     lines = []
-    unchunked = environment.get("FD_DISABLE_CHUNKED_PREFILL", "")
-    if unchunked not in ("", "0"):
-        lines.append(
-            f"FD_DISABLE_CHUNKED_PREFILL={unchunked} stays as it is set: FastDeploy takes every "
-            "prompt in one piece. fd_dsa does not need that (FastDeploy's own DSA_ATTN does); "
-            "unset it for chunked prefill"
-        )
     others = sorted(plugin_names() - {PLUGIN})
     if others and "FD_PLUGINS" not in environment:
         lines.append(
@@ -72,23 +63,23 @@ def plugin_names() -> set[str]:
 
 
 def missing_entry_points() -> list[str]:
-    """Groups in which the installed packages have no entry point named fd_dsa."""
+    """Groups of FastDeploy's without an installed entry point named fd_dsa."""
     return [group for group in ENTRY_POINT_GROUPS if not entry_points(group=group, name=PLUGIN)]
 
 
 def probe(environment: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
-    """`status.report` of a child that imports FastDeploy, with `error` also where it has none.
+    """`status.report` of a child that imports FastDeploy; always with `error` and `version`.
 
     Args:
-        environment: of the child: what FastDeploy's server would get.
+        environment: environment of the child.
         timeout_s: longest wait; a child that takes longer is ended.
     """
     version = fastdeploy_version()
     with tempfile.TemporaryDirectory(prefix="fd_dsa-probe-") as name:
         folder = Path(name)
         report, output = folder / "report.json", folder / "output"
-        # FastDeploy writes its logs and metrics somewhere when it is imported: not where we are;
-        # but `python -m` finds there what it finds here
+        # FastDeploy writes logs and metrics to its working folder when it is imported, so the child
+        # has another one; sys.path stays the same
         entries = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
         own = {
             "FD_LOG_DIR": str(folder / "log"),
@@ -110,7 +101,8 @@ def probe(environment: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
         try:
             found = json.loads(report.read_text("utf-8"))
         except (OSError, ValueError):
-            last = last_line(output.read_bytes()) or "no output"
+            said = output.read_text("utf-8", "replace").split("\n")
+            last = next((line.strip() for line in reversed(said) if line.strip()), "no output")
             error = f"its import ended Python with status {status}: {last}"
             return {"error": error, "version": version}
         return {**found, "version": version or found["version"]}

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fastdeploy import _counters
-
 
 def host(tensor: Any) -> np.ndarray:
     """A copy of a tensor's values, float32 for bfloat16."""
-    with _counters.quiet():
-        values = tensor.detach().cpu().numpy()
+    values = tensor.detach().cpu().numpy()
     if tensor.dtype == paddle.bfloat16:
         # Paddle gives the bits
         return (values.astype(np.uint32) << 16).view(np.float32)
@@ -28,11 +25,9 @@ def writable(tensor: Any) -> Iterator[np.ndarray]:
     values = host(tensor)
     yield values
     if values.size:
-        with _counters.quiet():
-            tensor.copy_(tensor_of(values, tensor.place), False)
+        tensor.copy_(tensor_of(values, tensor.place), False)
 
 
 def tensor_of(values: np.ndarray, place: Any) -> Any:
     """A new tensor with these values."""
-    with _counters.quiet():
-        return paddle.to_tensor(np.ascontiguousarray(values), place=place)
+    return paddle.to_tensor(np.ascontiguousarray(values), place=place)

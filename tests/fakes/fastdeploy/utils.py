@@ -13,7 +13,6 @@ def get_logger(name: str, file_name: str = "", **kwargs: Any) -> logging.Logger:
 
 
 llm_logger = get_logger("fastdeploy", "fastdeploy.log")
-console_logger = get_logger("console")
 
 
 def resolve_obj_from_strname(strname: str) -> Any:

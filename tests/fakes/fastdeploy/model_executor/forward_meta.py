@@ -8,17 +8,7 @@ and kernels; `attn_backends` as the runner at 39d329f2 sets it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum, auto
 from typing import Any
-
-
-class ForwardMode(IntEnum):
-    """Kind of a step; the GPU runner leaves it at MIXED."""
-
-    EXTEND = auto()
-    DECODE = auto()
-    MIXED = auto()
-    NATIVE = auto()
 
 
 @dataclass
@@ -29,7 +19,6 @@ class ForwardMeta:
     ids_remove_padding: Any
     rotary_embs: Any = None
     attn_backend: Any = None
-    forward_mode: ForwardMode = ForwardMode.MIXED
     is_dummy_or_profile_run: bool = False
     # int32 on the host; the shared buffer, with the values of the step before until it is filled
     max_len_tensor_cpu: Any = None
@@ -53,8 +42,6 @@ class ForwardMeta:
     indexer_attn_mask_offsets: Any = None
     # a backend for each layer (#8041)
     attn_backends: Any = None
-    # of the V1 cache manager; set after init_attention_metadata
-    layer_done_counter: Any = None
     step_use_cudagraph: bool = False
     is_zero_size: bool = False
     exist_prefill: bool = False

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy import _counters
 from fastdeploy._arrays import host, tensor_of, writable
 
 UNUSED_ID = 2
@@ -32,7 +31,6 @@ def pre_process(
         ids int64 [token_num], 2 past the last; rows int32 [token_num], -1 past the last; prefix
         sums of the step's tokens and of the rows' keys, int32 [B + 1].
     """
-    _counters.launch("get_padding_offset")
     now = host(seq_lens_this_time).reshape(-1)
     encoder, decoder = (
         host(x).reshape(-1)[: len(now)] for x in (seq_lens_encoder, seq_lens_decoder)
@@ -57,7 +55,6 @@ def _prefix_sums(lengths: np.ndarray) -> np.ndarray:
 
 def recover_decode_task(share_inputs: Any, block_size: int) -> None:
     """Blocked rows whose next block has come go on decoding."""
-    _counters.launch("recover_decode_task")
     blocked = np.flatnonzero(host(share_inputs["is_block_step"]))
     tables, parked = (host(share_inputs[n]) for n in ("block_tables", "step_seq_lens_decoder"))
     for row in blocked:
@@ -89,7 +86,6 @@ def update_inputs_v1(share_inputs: Any, next_tokens: dict[int, list[int]], block
     Raises:
         RuntimeError: more rows than one block of the kernel has threads.
     """
-    _counters.launch("update_inputs_v1")
     now = host(share_inputs["seq_lens_this_time"]).reshape(-1).copy()
     if len(now) > THREADS_OF_A_BLOCK:
         raise RuntimeError(f"update_inputs_v1: {len(now)} rows, a block has {THREADS_OF_A_BLOCK}")

@@ -21,22 +21,23 @@ class RunnerMemory:
     def initialize_kv_cache(self, profile: bool = False) -> None:
         """Two zeroed caches a layer: latents, indexer keys; the value cache is empty.
 
-        Without the V1 manager those of #8060 have the model's dtype, which DSA's operators do not
-        read; trees before and the V1 manager make bytes.
+        DSA's caches are bytes. The loop that creates V0's sets the dtype again for each layer from
+        #8060 on, without a word about DSA: upstream's fault.
         """
         if self.enable_cache_manager_v1:
             self.share_inputs["caches"] = self.cache_controller.initialize_kv_cache(
                 attn_backend=self.attn_backends, num_gpu_blocks=self.num_gpu_blocks
             )
             return
-        dtype = self.model_config.dtype if _tree.current().sliding_windows else "uint8"
-        caches = []
+        dtype, caches = "uint8", []
         for layer in range(self.model_config.num_hidden_layers):
             backend = self.attn_backends[layer if len(self.attn_backends) > 1 else 0]
             backend.layer_id = layer
             key_shape, _, indexer_shape = backend.get_kv_cache_shape(
                 max_num_blocks=self.num_gpu_blocks, kv_cache_quant_type="uint8"
             )
+            if _tree.current().sliding_windows:
+                dtype = self.model_config.dtype
             caches += [paddle.zeros(shape, dtype=dtype) for shape in (key_shape, indexer_shape)]
         self.share_inputs["caches"] = caches
 
@@ -180,6 +181,10 @@ class RunnerMemory:
         self._reload_model_weights()
         self.initialize_kv_cache()
         self.capture_model()
+
+    def update_weights(self, version: str | None = None) -> None:
+        """New weights at the same addresses; caches and graphs stay."""
+        self.load_weights()
 
     def _clear_model_weight(self) -> None:
         """Take the memory of all parameters and buffers (`rl/dynamic_weight_manager.py`)."""

@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fastdeploy import _counters
 from fastdeploy._arrays import host, writable
 from fastdeploy.model_executor.forward_meta import ForwardMeta
 from fastdeploy.model_executor.layers.attention import DSAAttentionBackend, MLAAttentionBackend
-from fastdeploy.model_executor.ops import gpu
 from fastdeploy.model_executor.pre_and_post_process import (
     pre_process,
     recover_decode_task,
@@ -50,15 +48,12 @@ class RunnerStep:
             share["seq_lens_encoder"],
             share["seq_lens_decoder"],
         )
-        with _counters.quiet():
-            share["ids_remove_padding"].copy_(ids, False)
-            # wipes what the step before used, no more: the buffer has its shape
-            share["batch_id_per_token"].copy_(
-                paddle.full_like(share["batch_id_per_token"], -1), False
-            )
-            share["batch_id_per_token"].copy_(rows, False)
-            share["cu_seqlens_q"].copy_(cu_q, False)
-            share["cu_seqlens_k"].copy_(cu_k, False)
+        share["ids_remove_padding"].copy_(ids, False)
+        # wipes what the step before used, no more: the buffer has its shape
+        share["batch_id_per_token"].copy_(paddle.full_like(share["batch_id_per_token"], -1), False)
+        share["batch_id_per_token"].copy_(rows, False)
+        share["cu_seqlens_q"].copy_(cu_q, False)
+        share["cu_seqlens_k"].copy_(cu_k, False)
         self.initialize_forward_meta(is_dummy_or_profile_run=is_dummy_or_profile_run)
         return token_num
 
@@ -95,8 +90,6 @@ class RunnerStep:
             one.init_attention_metadata(self.forward_meta)
         self.forward_meta.is_zero_size = self.forward_meta.ids_remove_padding.shape[0] == 0
         self.forward_meta.exist_prefill = self.exist_prefill()
-        if self.enable_cache_manager_v1:
-            self.forward_meta.layer_done_counter = self.cache_controller.layer_done_counter
 
     def collect_distributed_status(self) -> None:
         """Whether the step may be a graph: decode-only ones, with a split graph all of them."""
@@ -118,19 +111,15 @@ class RunnerStep:
         self._compute_position_ids_and_slot_mapping()
 
     def _compute_position_ids_and_slot_mapping(self) -> None:
-        """Positions and slots once a step (#7367), whatever the backend has made before."""
+        """Positions and slots once a step (#7367), whatever the backend has made before.
+
+        Upstream's give padding the slots of the last row; the double has none of its kernels.
+        """
         if not isinstance(self.attn_backends[0], (MLAAttentionBackend, DSAAttentionBackend)):
             return
-        meta, share = self.forward_meta, self.share_inputs
-        count = meta.ids_remove_padding.shape[0]
-        lengths = meta.seq_lens_encoder, meta.seq_lens_decoder, meta.seq_lens_this_time
-        positions = share["position_ids_buffer"][:count]
-        slots = share["slot_mapping_buffer"][:count]
-        block_size = self.fd_config.cache_config.block_size
-        gpu.get_position_ids_and_mask_encoder_batch(*lengths, positions)
-        rows = meta.batch_id_per_token
-        paddle.assign(compute_slot_mapping(meta.block_tables, positions, rows, block_size), slots)
-        meta.position_ids, meta.slot_mapping = positions, slots
+        self.forward_meta.position_ids = self.share_inputs["position_ids_buffer"]
+        self.forward_meta.slot_mapping = self.share_inputs["slot_mapping_buffer"]
+        raise NotImplementedError("the double has none of FastDeploy's position kernels")
 
     def padding_cudagraph_inputs(self) -> None:
         """Nothing is padded; the true count is kept, for the output to be cut to it."""
@@ -149,7 +138,7 @@ class RunnerStep:
         Args:
             drafts: in dummy runs, whether all of them or none are accepted.
         """
-        with _counters.quiet(), paddle.no_grad():
+        with paddle.no_grad():
             now, encoder, starts = (
                 host(self.share_inputs[name]).reshape(-1)
                 for name in ("seq_lens_this_time", "seq_lens_encoder", "cu_seqlens_q")
@@ -194,17 +183,3 @@ class RunnerStep:
         if self.speculative_decoding:
             self.proposer.run(share_inputs=share, accepted=tokens)
         self.exist_prefill_flag = False
-
-
-def compute_slot_mapping(
-    block_tables: Any, position_ids: Any, batch_id_per_token: Any, block_size: int
-) -> Any:
-    """Slots by advanced indexing (#7367): a batch id of -1, of padding, takes the last row."""
-    for kernel in ("divide", "index", "modulo", "scale_add", "cast"):
-        _counters.launch(f"slot_mapping.{kernel}")
-    block_idx = position_ids // block_size
-    assert batch_id_per_token.shape == block_idx.shape
-    blocks = block_tables[batch_id_per_token, block_idx]
-    slots = (blocks * block_size + position_ids % block_size).astype("int64")
-    _counters.allocation("slot_mapping")
-    return slots

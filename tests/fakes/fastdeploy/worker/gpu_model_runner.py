@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import paddle
 
 from fastdeploy import _tree, envs
 from fastdeploy._arrays import host
 from fastdeploy.cache_manager.v1 import CacheController
 from fastdeploy.model_executor.layers.attention import get_attention_backend
-from fastdeploy.model_executor.layers.attention.append_attn_backend import (
-    allocate_launch_related_buffer,
-)
 from fastdeploy.model_executor.models import ModelRegistry
-from fastdeploy.spec_decode import MTPProposer, NgramProposer
+from fastdeploy.spec_decode import NgramProposer
 
 from ._runner_memory import RunnerMemory
 from ._runner_step import RunnerStep
@@ -65,18 +63,8 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         size = parallel.tensor_parallel_size
         num_heads = model.num_attention_heads // size
         kv_num_heads = max(1, model.num_key_value_heads // size)
-        self.share_inputs.update(
-            allocate_launch_related_buffer(
-                max_batch_size=self.scheduler_config.max_num_seqs,
-                max_model_len=model.max_model_len,
-                encoder_block_shape_q=_ENCODER_BLOCK,
-                decoder_block_shape_q=_DECODER_BLOCK,
-                decoder_step_token_num=self.fd_config.speculative_config.num_speculative_tokens + 1,
-                num_heads=num_heads,
-                kv_num_heads=kv_num_heads,
-                block_size=self.fd_config.cache_config.block_size,
-            )
-        )
+        # of upstream's twelve launch buffers the one that models read
+        self.share_inputs["max_len_tensor_cpu"] = paddle.zeros([6], "int32").cpu()
         for _ in range(model.num_hidden_layers if _tree.current().backend_per_layer else 1):
             backend = get_attention_backend()(
                 self.fd_config,
@@ -92,11 +80,7 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         """The model of the configured architecture, its weights, and the proposer of drafts."""
         self.model = ModelRegistry.get_class(self.model_config.architectures[0])(self.fd_config)
         self.load_weights()
-        if self.speculative_method == "mtp":
-            self.proposer = MTPProposer(
-                self.fd_config, self, self.local_rank, self.device_id, self.share_inputs
-            )
-        elif self.speculative_decoding:
+        if self.speculative_decoding:
             self.proposer = NgramProposer(self.num_draft_tokens)
 
     def load_weights(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import paddle
 
-from fastdeploy import _counters, _tree
+from fastdeploy import _tree
 
 
 class InputBatch:
@@ -83,11 +83,10 @@ def _host_copies(fd_config: Any) -> dict[str, Any]:
     """Page-locked copies, and flags that never leave the host."""
     slots = fd_config.scheduler_config.max_num_seqs
     cpu = paddle.CPUPlace()
-    fields = {
+    return {
         "seq_lens_this_time_cpu": paddle.zeros([slots, 1], dtype="int32", device=cpu),
         "is_chunk_step": paddle.zeros([slots], dtype="bool", device=cpu),
     }
-    return {name: _counters.on_host(tensor) for name, tensor in fields.items()}
 
 
 def _speculative(fd_config: Any, num_draft_tokens: int) -> dict[str, Any]:

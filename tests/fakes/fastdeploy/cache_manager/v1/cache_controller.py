@@ -5,21 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from fastdeploy import _memory
-from fastdeploy.utils import llm_logger
 
 _ROLES = ("key", "value", "key_scale", "value_scale", "indexer")
 
 
 class CacheController:
-    """Owns the caches of a rank, and would own their copies on the host.
-
-    Attributes:
-        layer_done_counter: what a layer would wait for whose cache is swapped in.
-    """
+    """Owns the caches of a rank."""
 
     def __init__(self, fd_config: Any, local_rank: int, device_id: int) -> None:
         self.fd_config, self.local_rank, self.device_id = fd_config, local_rank, device_id
-        self.layer_done_counter = LayerDoneCounter()
         self._caches: list[Any] = []
 
     def initialize_kv_cache(self, attn_backend: list[Any], num_gpu_blocks: int) -> list[Any]:
@@ -41,24 +35,10 @@ class CacheController:
                 layer_offset=layer,
             )
             self._caches += [made[role, layer] for role in _ROLES if (role, layer) in made]
-        self._initialize_host_cache(attn_backend[0])
         return self._caches
-
-    def _initialize_host_cache(self, backend: Any) -> None:
-        """Memory to swap blocks to, where the backend can make it."""
-        try:
-            backend.create_host_kv_cache(
-                num_layers=1, num_blocks=1, cache_item_bytes=1, kv_cache_quant_type=None
-            )
-        except NotImplementedError as error:
-            llm_logger.info("no host cache: %s", error)
 
     def free_gpu_cache(self) -> None:
         """Give the caches up; a later reader finds poison."""
         for cache in self._caches:
             _memory.free(cache)
         self._caches = []
-
-
-class LayerDoneCounter:
-    """Which layers' caches have been swapped in (`cache_manager/v1/cache_utils.py`)."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastdeploy import _counters
-
 from .frozen_call import FrozenCall
 
 
@@ -28,7 +26,6 @@ class CudaGraphPiecewiseBackend:
         graph = self.graphs.get(size)
         if graph is not None:
             self.num_replays[size] = self.num_replays.get(size, 0) + 1
-            _counters.launch("graph")
             return graph.replay(kwargs)
         graph = FrozenCall(self.runnable, kwargs, self.config.cudagraph_num_of_warmups)
         self.graphs[size] = graph

@@ -14,13 +14,11 @@ device they are those after the warm-up, and what a layer keeps of a step then s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import paddle
 
-from fastdeploy import _counters
 from fastdeploy._memory import is_freed
 
 _OWNERS = ("fd_dsa.", "fastdeploy.model_executor.layers.attention")
@@ -48,8 +46,7 @@ class FrozenCall:
         self._kwargs = {name: _view(value) for name, value in kwargs.items()}
         on_host = kwargs["ids_remove_padding"].place.is_cpu_place()
         self._state = state if on_host else self._frozen_state()
-        with _capturing():
-            self.output = runnable(**kwargs)
+        self.output = runnable(**kwargs)
 
     def replay(self, kwargs: dict[str, Any]) -> Any:
         """The captured result after another run over the memory of the capture.
@@ -61,8 +58,7 @@ class FrozenCall:
         live = _state_of([owner for owner, _ in self._state])
         _put(self._state)
         try:
-            with _counters.quiet():
-                self.output.copy_(self._runnable(**self._kwargs), False)
+            self.output.copy_(self._runnable(**self._kwargs), False)
         finally:
             _put(live)
         return self.output
@@ -109,15 +105,6 @@ def _put(state: list[tuple[Any, dict[str, Any]]]) -> None:
     for owner, attributes in state:
         vars(owner).clear()
         vars(owner).update(attributes)
-
-
-@contextmanager
-def _capturing() -> Iterator[None]:
-    _counters.capturing = True
-    try:
-        yield
-    finally:
-        _counters.capturing = False
 
 
 def _view(value: Any) -> Any:

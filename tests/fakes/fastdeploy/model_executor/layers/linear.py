@@ -19,27 +19,18 @@ class LinearBase(nn.Layer):
     """x @ weight; `weight.weight_loader` takes checkpoint tensors."""
 
     with_bias = False
+    quant_method = None
 
     def __init__(
         self,
         fd_config: Any,
         input_size: int,
         output_size: int,
-        skip_quant: bool = False,
         weight_dtype: str | None = None,
     ) -> None:
         super().__init__()
-        self.fd_config, self.skip_quant = fd_config, skip_quant
-        self.input_size, self.output_size = input_size, output_size
-        self.quant_method = self._quant_method()
-        if self.quant_method is None:
-            self.weight = zeros_parameter(self, [input_size, output_size], weight_dtype)
-        else:
-            self.quant_method.create_weights(self)
+        self.weight = zeros_parameter(self, [input_size, output_size], weight_dtype)
         self.weight.weight_loader = loader_of(self)
-
-    def _quant_method(self) -> Any:
-        """What quantises the layer; None of the kinds that the double leaves as they are."""
 
     def weight_loader(self, param: Any, array: np.ndarray, shard_id: str | None = None) -> None:
         """Fill the weight from the checkpoint's tensor."""
@@ -47,23 +38,11 @@ class LinearBase(nn.Layer):
 
     def forward(self, x: Any) -> Any:
         """[num_tokens, out] of [num_tokens, in]."""
-        if self.quant_method is not None:
-            return self.quant_method.apply(self, x)
         return paddle.matmul(x, self.weight)
 
 
 class ReplicatedLinear(LinearBase):
-    """The same on every rank, quantised where the configuration says so."""
-
-    def _quant_method(self) -> Any:
-        quantizes = self.fd_config.quant_config is not None and not self.skip_quant
-        return self.fd_config.quant_config.get_quant_method(self) if quantizes else None
-
-    def weight_loader(self, param: Any, array: np.ndarray, shard_id: str | None = None) -> None:
-        if self.quant_method is None:
-            super().weight_loader(param, array, shard_id)
-        else:
-            self.quant_method.load(self, array.T)
+    """The same on every rank."""
 
 
 class ColumnParallelLinear(LinearBase):
@@ -74,29 +53,15 @@ class RowParallelLinear(LinearBase):
     """Each rank would have its share of the inputs, and the results would be reduced."""
 
 
-class _MergedLinear(LinearBase):
-    """Several checkpoint tensors side by side in one weight; it is filled when all have come."""
-
-    shard_ids: tuple[str, ...] = ()
+class MergedReplicatedLinear(LinearBase):
+    """q_a_proj and kv_a_proj_with_mqa side by side in one weight; filled when both have come."""
 
     def weight_loader(self, param: Any, array: np.ndarray, shard_id: str | None = None) -> None:
         shards = self.__dict__.setdefault("_shards", {})
         shards[shard_id] = array.T
-        if len(shards) == len(self.shard_ids):
-            fill(param, np.concatenate([shards[one] for one in self.shard_ids], axis=-1))
+        if len(shards) == 2:
+            fill(param, np.concatenate([shards["q_a"], shards["kv_a"]], axis=-1))
             shards.clear()
-
-
-class MergedReplicatedLinear(_MergedLinear):
-    """q_a_proj and kv_a_proj_with_mqa of an attention layer, the same on every rank."""
-
-    shard_ids = ("q_a", "kv_a")
-
-
-class MergedColumnParallelLinear(_MergedLinear):
-    """gate_proj and up_proj of an MLP."""
-
-    shard_ids = ("gate", "up")
 
 
 class KVBatchLinear(nn.Layer):

@@ -1,19 +1,16 @@
-"""DeepseekScalingRotaryEmbedding (`model_executor/layers/rotary_embedding.py`): YaRN, interleaved.
+"""DeepseekScalingRotaryEmbedding (`model_executor/layers/rotary_embedding.py`): its table, YaRN.
 
-`forward` hard-codes the interleaved pairing and rotates in place, for MLA and for the indexer
+Upstream's `forward` hard-codes the interleaved pairing, for MLA and for the indexer
 alike; DeepSeek's own indexer pairs by halves.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import paddle
 from paddle import nn
-
-from fastdeploy.model_executor.ops import gpu
 
 
 def yarn_get_mscale(scale: float = 1, mscale: float = 1) -> float:
@@ -71,9 +68,6 @@ class DeepseekScalingRotaryEmbedding(nn.Layer):
         blend = plain / self.scaling_factor * (1 - kept) + plain * kept
         return blend.astype(np.float32)
 
-    def forward(self, position_ids: Any, query: Any, key: Any) -> tuple[Any, Any]:
-        """`query` and `key`, both rotated in place."""
-        gpu.fused_rotary_position_encoding(
-            query, key, position_ids, self.cos_sin_cache, self.rotary_dim, False
-        )
-        return query, key
+    def forward(self, position_ids: object, query: object, key: object) -> None:
+        """Upstream's kernel, which rotates in place by the table, is not part of the double."""
+        raise NotImplementedError(f"no kernel for a table of {self.cos_sin_cache.shape}")

@@ -14,10 +14,9 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from fastdeploy import _counters, _tree
+from fastdeploy import _tree
 from fastdeploy.model_executor.graph_optimization.decorator import support_graph_optimization
 from fastdeploy.model_executor.layers.attention import Attention
-from fastdeploy.model_executor.layers.embeddings import VocabParallelEmbedding
 from fastdeploy.model_executor.layers.linear import (
     ColumnParallelLinear,
     KVBatchLinear,
@@ -25,12 +24,10 @@ from fastdeploy.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from fastdeploy.model_executor.layers.lm_head import ParallelLMHead
 from fastdeploy.model_executor.layers.normalization import LayerNorm, RMSNorm
 from fastdeploy.model_executor.layers.rotary_embedding import DeepseekScalingRotaryEmbedding
 
-from .deepseek_mlp import DeepSeekV3MLP, DeepSeekV3MoE
-from .deepseek_weights import load_into
+from .dense import Embedding, Mlp, MoE, load_into
 from .model_base import ModelForCasualLM, ModelRegistry
 
 _TREE = _tree.current()
@@ -56,8 +53,7 @@ class Indexer(nn.Layer):
         self.lengths = paddle.zeros([self.max_model_len], dtype="int32")
 
     def forward(self, forward_meta: Any, hidden_states: Any, qr: Any, rotary_emb: Any) -> Any:
-        """int32 [num_tokens, index_topk]."""
-        raise NotImplementedError("the double has none of DeepGEMM's kernels")
+        """int32 [num_tokens, index_topk]; the double has none of DeepGEMM's kernels."""
 
 
 class DeepseekV32DSAAttention(nn.Layer):
@@ -117,35 +113,12 @@ class DeepseekV32DSAAttention(nn.Layer):
         )
 
     def forward(self, forward_meta: Any, hidden_states: Any) -> Any:
-        """[num_tokens, hidden] of the same."""
-        heads, rope = self.num_attention_heads_tp, self.qk_rope_head_dim
-        query, compressed_kv, key_pe = self.qkv_a_proj_with_mqa(hidden_states).split(
-            [self.q_lora_rank, self.kv_lora_rank, rope], axis=-1
-        )
-        key_pe = key_pe.reshape([-1, 1, rope])
-        query = self.q_a_layernorm(query)[0]
-        indices = self.indexer(
-            forward_meta, hidden_states, query, rotary_emb=self.indexer_rotary_emb
-        )
-        query = self.q_b_proj(query).reshape([-1, heads, self.qk_head_dim])
-        query_nope, query_pe = query.split([self.qk_nope_head_dim, rope], axis=-1)
-        query_pe, key_pe = self.rotary_emb(forward_meta.position_ids, query_pe, key_pe)
-        absorbed = self.kv_b_proj_bmm(query_nope.transpose([1, 0, 2]), proj_type="k")
-        q_input = paddle.concat([absorbed.transpose([1, 0, 2]), query_pe], axis=-1)
-        compressed_kv = self.kv_a_layernorm(compressed_kv)[0]
-        kv = paddle.concat([compressed_kv, key_pe.squeeze(1)], axis=-1)
-        out = self.dsa_attn(
-            q=q_input.contiguous(),
-            k=kv.unsqueeze(1).contiguous(),
-            v=indices.unsqueeze(1).contiguous(),
-            qkv=None,
-            compressed_kv=compressed_kv,
-            k_pe=key_pe,
+        """[num_tokens, hidden] of the same, through FastDeploy's own backend."""
+        return self.dsa_attn(
+            q=self.qkv_a_proj_with_mqa(hidden_states),
+            v=self.indexer(forward_meta, hidden_states, None, rotary_emb=self.indexer_rotary_emb),
             forward_meta=forward_meta,
         )
-        out = out.reshape_([-1, heads, self.kv_lora_rank]).transpose([1, 0, 2])
-        merged = self.kv_b_proj_bmm(out, proj_type="v").transpose([1, 0, 2])
-        return self.o_proj(merged.reshape([-1, heads * self.v_head_dim]))
 
 
 def _indexer_class() -> type[nn.Layer]:
@@ -166,9 +139,9 @@ class DeepSeekV3DecoderLayer(nn.Layer):
             fd_config=fd_config, layer_id=layer_id, prefix=f"{prefix}.self_attn"
         )
         if config.n_routed_experts and layer_id >= config.first_k_dense_replace:
-            self.mlp: nn.Layer = DeepSeekV3MoE(fd_config)
+            self.mlp: nn.Layer = MoE(fd_config)
         else:
-            self.mlp = DeepSeekV3MLP(fd_config, config.intermediate_size)
+            self.mlp = Mlp(fd_config, config.intermediate_size)
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(fd_config, hidden, eps)
         self.post_attention_layernorm = RMSNorm(fd_config, hidden, eps)
@@ -183,7 +156,7 @@ class DeepSeekV3DecoderLayer(nn.Layer):
             hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         else:
             residual = hidden_states
-        return self.mlp(hidden_states, forward_meta), residual
+        return self.mlp(hidden_states), residual
 
 
 @support_graph_optimization
@@ -193,22 +166,21 @@ class DeepSeekV3Model(nn.Layer):
     def __init__(self, fd_config: Any) -> None:
         super().__init__()
         config = fd_config.model_config
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         names = (f"deepseek_v3.layers.{i}" for i in range(config.num_hidden_layers))
         self.layers = nn.LayerList([DeepSeekV3DecoderLayer(fd_config, name) for name in names])
         self.norm = RMSNorm(fd_config, config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
         """[num_tokens, hidden] of int64 [num_tokens], normed."""
-        hidden_states = self.embed_tokens(ids_remove_padding, forward_meta)
+        hidden_states = self.embed_tokens(ids_remove_padding)
         residual = None
         for layer in self.layers:
-            with _counters.layer(layer.layer_id):
-                hidden_states, residual = layer(forward_meta, hidden_states, residual)
+            hidden_states, residual = layer(forward_meta, hidden_states, residual)
         return self.norm(hidden_states, residual, forward_meta=forward_meta)[0]
 
 
-@ModelRegistry.register_model_class("DeepseekV3ForCausalLM")
+@ModelRegistry.register_model_class(architecture="DeepseekV3ForCausalLM", module_name="deepseek_v3")
 class DeepseekV3ForCausalLM(ModelForCasualLM):
     """The whole model."""
 
@@ -217,7 +189,7 @@ class DeepseekV3ForCausalLM(ModelForCasualLM):
         config = fd_config.model_config
         self.model = DeepSeekV3Model(fd_config)
         self.ori_vocab_size = config.ori_vocab_size
-        self.lm_head = ParallelLMHead(fd_config, config.vocab_size, config.hidden_size)
+        self.lm_head = RowParallelLinear(fd_config, config.hidden_size, config.vocab_size)
         self.eval()
 
     def load_weights(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -243,19 +215,20 @@ class DeepseekV3ForCausalLM(ModelForCasualLM):
         return self.lm_head(hidden_states).astype("float32")[:, : self.ori_vocab_size]
 
     def empty_input_forward(self, forward_meta: Any) -> None:
-        """What an idle expert-parallel rank runs: the experts, on one token of zeros."""
+        """What an idle expert-parallel rank runs: the MLPs, on one token of zeros."""
         hidden = paddle.zeros([1, self.fd_config.model_config.hidden_size])
         for layer in self.model.layers:
-            if isinstance(layer.mlp, DeepSeekV3MoE):
-                layer.mlp.experts(hidden, layer.mlp.gate, forward_meta)
+            layer.mlp(hidden)
 
 
-@ModelRegistry.register_model_class("DeepseekV32ForCausalLM")
+@ModelRegistry.register_model_class(
+    architecture="DeepseekV32ForCausalLM", module_name="deepseek_v3"
+)
 class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
     """DeepSeek-V3.2."""
 
 
-@ModelRegistry.register_model_class("GlmMoeDsaForCausalLM")
+@ModelRegistry.register_model_class(architecture="GlmMoeDsaForCausalLM", module_name="deepseek_v3")
 class GlmMoeDsaForCausalLM(DeepseekV32ForCausalLM):
     """GLM-5."""
 

@@ -17,9 +17,6 @@ from fastdeploy import _tree
 from .base_attention_backend import AttentionBackend, AttentionMetadata
 from .utils import init_rank_and_device_id
 
-if _tree.current().defect == "raising_import":
-    raise ImportError("libflash_mla.so: cannot open shared object file")
-
 
 @dataclass
 class DSAAttentionMetadata(AttentionMetadata):
@@ -51,12 +48,14 @@ class DSAAttentionBackend(AttentionBackend):
         self.rope_3d = fd_config.enable_rope_3d_runtime
         self.causal = getattr(model, "causal", True)
         self.num_layers, self.start_layer_index = model.num_hidden_layers, model.start_layer_index
+        self.num_layers_draft_model = int(speculative.method == "mtp")
         self.speculative_method = speculative.method
         self.speculate_max_draft_token_num = speculative.num_speculative_tokens
         self.keep_pd_step_flag = speculative.model_type == "mtp"
         self.kv_num_heads, self.num_heads, self.head_dim = kv_num_heads, num_heads, head_dim
         self.kv_lora_rank, self.qk_rope_head_dim = model.kv_lora_rank, model.qk_rope_head_dim
         self.index_head_dim, self.index_topk = model.index_head_dim, model.index_topk
+        self.quant_block_size = 128
         self.attn_softmax_scale = self._softmax_scale(model)
         self.pd_disaggregation_mode = fd_config.parallel_config.pd_disaggregation_mode
         self.rank, self.device_id = init_rank_and_device_id(fd_config)
@@ -139,6 +138,3 @@ class DSAAttentionBackend(AttentionBackend):
                 for layer in range(num_layers)
                 for role, shape in shapes.items()
             }
-
-        def create_host_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
-            raise NotImplementedError("DSA caches are not swapped to the host")
