@@ -19,6 +19,8 @@ DOCS := build/docs-venv
 BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# without compiled files each server that a test starts compiles the package again, for seconds
+unexport PYTHONDONTWRITEBYTECODE
 
 # a target that uses .venv keeps the Python that .venv was made with
 ifneq ($(origin PYTHON),file)
@@ -80,6 +82,7 @@ soak: $(VENV)/.dev ## new random cases for hours; make soak ROUNDS=1 CASES=200 i
 	  tests/engine tests/v4_prepare $(ARGS) || exit 1; done
 	$(BIN)/python -m tests.soak.histories --first $(SEED)0000 --histories $(CASES)
 	$(BIN)/python -m tests.soak.fuzz --first $(SEED)00000 --requests $(CASES)0
+	$(BIN)/python -m tests.soak.grammars --cases $(CASES)
 	$(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
 	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
 	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.speculation --first $(SEED)0000 --groups $(ROUNDS)

@@ -147,7 +147,8 @@ class Step:
         logits: memory for scores that all steps share, at least as many as the shape has.
 
     Attributes:
-        position_ids, batch_id_per_token, cu_seqlens_q, block_tables: as of a ForwardMeta.
+        position_ids, batch_id_per_token, cu_seqlens_q, block_tables, seq_lens_encoder,
+            cu_seqlens_kg, indexer_attn_mask_offsets, num_prefill_tokens: as of a ForwardMeta.
         logits: float32 [num_tokens, keys] in it.
     """
 
@@ -160,6 +161,15 @@ class Step:
         self.position_ids = torch.from_numpy(positions).to(DEVICE)
         self.batch_id_per_token = self._int32(np.repeat(np.arange(shape.rows), shape.new))
         self.cu_seqlens_q = self._int32(np.arange(shape.rows + 1) * shape.new)
+        self.num_prefill_tokens = shape.num_tokens if shape.is_prompt else 0
+        self.seq_lens_encoder = self._int32(np.full(shape.rows, shape.new * shape.is_prompt))
+        self.cu_seqlens_kg = self.indexer_attn_mask_offsets = None
+        if shape.is_prompt:
+            starts = np.arange(shape.rows + 1) * shape.keys
+            windows = np.stack([0 * positions, positions + 1], 1)
+            windows += np.repeat(starts[:-1], shape.new)[:, None]
+            self.cu_seqlens_kg = self._int32(starts)
+            self.indexer_attn_mask_offsets = self._int32(windows.ravel())
         self.q = codes(shape.num_tokens, shape.heads, WIDTH)
         self.weights = torch.randn(shape.num_tokens, shape.heads, device=DEVICE)
         self.logits = logits[: shape.num_tokens * shape.keys].view(shape.num_tokens, shape.keys)

@@ -141,7 +141,7 @@ class Scheduled(Chained):
         """Both."""
         self.backend.attention.begin_step(meta.fd_dsa_step)
         if not torch.cuda.is_current_stream_capturing():
-            meta.fd_dsa_step.cache_seqlens.max().item()
+            meta.fd_dsa_step.seq_lens_decoder.max().item()
 
 
 class EverythingWork(ChainedWork):

@@ -2,20 +2,25 @@
 
     python -m benchmarks.once_per_step --rig     # on the test plug-in
     python -m benchmarks.once_per_step --dry     # small widths on the CPU: shows that it runs
+    python -m benchmarks.once_per_step --rig --layers 61 --experts 16      # FP8, fits 80 GB
     python -m benchmarks.once_per_step --rig --tensor-parallel-size 4      # a whole model: P31
 
-FastDeploy #7367's experiment: time per output token with a step's metadata made once, and again in
-every layer, captured and eager; and #7598's: prompts whose windows come from one launch, and from a
-loop on the host. The other forms are changes of this engine's classes, made in a worker. On several
-GPUs the model has the shape of DeepSeek-V3.2-REAP-345B in FP8, only decode steps are timed, and it
-is rank 0 that makes the metadata again, for which the others wait. Writes
-benchmarks/results/once_per_step.json, with the number of ranks at its end if there are several; a
-ratio above 1 means that once is better.
+FastDeploy #7367's experiment: time per output token with a step's metadata made once, and with two
+chains of operators for the slots in every layer, captured and eager. And #7598's: prompts whose
+windows come from one launch a step, and from a loop over the requests in every layer, which waits
+for the device; no graph can hold such a loop. `_operator_chains.py` has both other forms. A worker
+adds them to this engine's layers. Five layers have 256 experts. A model of `--layers` is in FP8.
+`--experts` leaves out experts, so that it fits; a token runs through eight in any case. On several
+GPUs the model has the shape of DeepSeek-V3.2-REAP-345B in FP8, only decode steps are timed, and
+only rank 0 does the other form's work, for which the others wait. Writes
+benchmarks/results/once_per_step.json, with the numbers of layers and of ranks at the end of its
+name if they were given; a ratio above 1 means that once is better.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -41,21 +46,110 @@ SMALL = {
     "max_position_embeddings": 4096,
 }
 TARGET = "benchmarks.workers.once_per_step:Engine"
+ONCE, CHAINS, LOOP = "once", "two chains", "host loop"
 PAIRS = 5
+SEED_PERCENT = {"decode, eager": 8.1, "decode, captured": 13.9}
+"""What FastDeploy #7367 took off the time of a token."""
+
+Requests = dict[str, dict[str, Any]]
 
 
-def compare(
-    options: dict[str, Any], config: dict[str, Any], others: str, request: dict[str, Any]
-) -> tuple[float, float]:
-    """Medians of once and of another way of working; each engine has the device for itself."""
-    figure = "tpot_ms" if request["op"] == "decode" else "tok_s"
-    values: dict[str, list[float]] = {}
-    for work in ("once", others):
-        # in sequence: the weights of both do not fit
-        with Worker(TARGET, work=work, config=config, **options) as engine:
+def requests_of(is_dry: bool) -> Requests:
+    """What an engine is asked for in each case: decode steps, and prompts of three kinds."""
+    if is_dry:
+        return {
+            "decode": {"op": "decode", "batch": 1, "prompt": 256, "new": 32},
+            "prompts, 16 x 8": {"op": "prefill", "batch": 16, "prompt": 8, "new": 1},
+            "prompts, 4 x 200": {"op": "prefill", "batch": 4, "prompt": 200, "new": 1},
+            "prompts, 64 after 512": {"op": "after", "prefix": 512, "prompt": 64},
+        }
+    return {
+        "decode": {"op": "decode", "batch": 1, "prompt": 4096, "new": 128},
+        "prompts, 64 x 128": {"op": "prefill", "batch": 64, "prompt": 128, "new": 1},
+        "prompts, 8 x 4k": {"op": "prefill", "batch": 8, "prompt": 4096, "new": 1},
+        "prompts, 512 after 32k": {"op": "after", "prefix": 32768, "prompt": 512},
+        "prompts, 8k after 32k": {"op": "after", "prefix": 32768, "prompt": 8192},
+    }
+
+
+def config_of(is_dry: bool, eager: bool, ranks: int) -> dict[str, Any]:
+    """Fields of EngineConfig; few rows are captured, since each size takes time at the start."""
+    return {
+        "max_model_len": 1024 if is_dry else 45056,
+        "max_num_seqs": 64 if eager else 8,
+        "max_num_batched_tokens": 1024 if is_dry else 8192,
+        "target_inter_token_latency_ms": 0,
+        "tensor_parallel_size": ranks,
+        "enforce_eager": eager,
+    }
+
+
+def medians(options: dict[str, Any], work: str, requests: Requests) -> dict[str, float]:
+    """The figure of each case, by an engine that has the device for itself."""
+    found = {}
+    with Worker(TARGET, work=work, **options) as engine:
+        for case, request in requests.items():
+            figure = "tpot_ms" if request["op"] == "decode" else "tok_s"
             engine.call(**request)
-            values[work] = [engine.call(**request)[figure] for _ in range(PAIRS)]
-    return statistics.median(values["once"]), statistics.median(values[others])
+            found[case] = statistics.median(engine.call(**request)[figure] for _ in range(PAIRS))
+    return found
+
+
+def entry_of(case: str, peer: str, other: float, once: float) -> dict[str, Any]:
+    """What is written of a case."""
+    is_time = case.startswith("decode")
+    ratio = other / once if is_time else once / other
+    entry = {
+        "case": case,
+        "peer": peer,
+        "peer_value": other,
+        "ours_value": once,
+        "unit": "ms a token" if is_time else "prompt tokens/s",
+        "ratio": ratio,
+        # of the time that the other form takes
+        "saved_percent": 100 * (1 - 1 / ratio),
+    }
+    if case in SEED_PERCENT:
+        entry["seed_percent"] = SEED_PERCENT[case]
+    return entry
+
+
+def compared(options: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All cases, in sequence: the weights of two engines do not fit."""
+    requests, ranks = requests_of(args.dry), args.tensor_parallel_size
+    prompts = {case: request for case, request in requests.items() if request["op"] != "decode"}
+    decode = {"decode": requests["decode"]}
+    wanted = args.only or (["decode"] if ranks > 1 else ["decode", "prompts"])
+    entries = []
+    for eager in (False, True):
+        others = {CHAINS: decode} if "decode" in wanted else {}
+        if eager and "prompts" in wanted:
+            others[LOOP] = prompts
+        config = config_of(args.dry, eager, ranks)
+        all_requests = {case: one for part in others.values() for case, one in part.items()}
+        once = medians(options | {"config": config}, ONCE, all_requests) if others else {}
+        for peer, part in others.items():
+            for case, value in medians(options | {"config": config}, peer, part).items():
+                label = f"{case}, {'eager' if eager else 'captured'}" if case == "decode" else case
+                entry = entry_of(label, peer, value, once[case])
+                entries.append(entry)
+                said = f"; FastDeploy #7367: {entry.get('seed_percent')} %"
+                print(
+                    f"{label:<24} once {once[case]:10.3f}  {peer} {value:10.3f} {entry['unit']}"
+                    f"  {entry['ratio']:.3f}x, {entry['saved_percent']:.1f} % saved"
+                    f"{said if 'seed_percent' in entry else ''}",
+                    flush=True,
+                )
+    return entries
+
+
+def earlier_cases(earlier: dict[str, Any], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The other cases of an earlier result of the same model, commit and kind of GPU."""
+    same = all(earlier["env"].get(key) == result["env"].get(key) for key in ("commit", "gpu"))
+    if not same or earlier.get("model") != result["model"]:
+        return []
+    measured = {entry["case"] for entry in result["cases"]}
+    return [entry for entry in earlier["cases"] if entry["case"] not in measured]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,54 +160,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
+    parser.add_argument("--layers", type=int, metavar="N", help="of a model in FP8")
+    parser.add_argument("--experts", type=int, metavar="N", help="of a layer")
+    parser.add_argument(
+        "--only", nargs="+", choices=["decode", "prompts"], help="the result keeps other cases"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
-    ranks = args.tensor_parallel_size
-    name = of_ranks("once_per_step", ranks)
-    result: dict[str, Any] = {"name": name, "env": environment(), "cases": []}
+    ranks, layers = args.tensor_parallel_size, args.layers
+    shape, fields = Shape(layers or LAYERS, DENSE_LAYERS, ranks=ranks), {}
+    if args.dry:
+        shape, fields = shape._replace(experts=SMALL["n_routed_experts"]), SMALL
+    elif ranks > 1 or layers:
+        whole = shape_of(ranks, layers) if ranks > 1 else shape
+        shape, fields = whole, {"quantization_config": FP8}
+    shape = shape._replace(experts=args.experts or shape.experts)
+    name = of_ranks("once_per_step" + (f"_{layers}_layers" if layers else ""), ranks)
+    result: dict[str, Any] = {"name": name, "env": environment()}
     result["tier"] = "dry" if args.dry else "T1p" if args.rig else "T2"
-    prompt, new = (256, 32) if args.dry else (4096, 128)
-    config: dict[str, Any] = {
-        "max_model_len": prompt * 2,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 8 * prompt if args.dry else 8192,
-        "target_inter_token_latency_ms": 0,
-        "tensor_parallel_size": ranks,
+    result["model"] = shape._asdict() | {
+        "weights": "random, FP8" if "quantization_config" in fields else "random",
     }
-    decode = {"op": "decode", "batch": 1, "prompt": prompt, "new": new}
-    prefill = {"op": "prefill", "batch": 8, "prompt": prompt, "new": 1}
-    cases: dict[str, tuple[bool, str, dict[str, Any]]] = {
-        "decode, captured": (False, "every layer", decode),
-        "decode, eager": (True, "every layer", decode),
-        "prompts, windows": (True, "host loop", prefill),
-    }
-    shape, fields = Shape(LAYERS, DENSE_LAYERS), SMALL if args.dry else {}
-    if ranks > 1:
-        del cases["prompts, windows"]
-        shape = shape._replace(ranks=ranks) if args.dry else shape_of(ranks, None)
-        fields = fields or {"quantization_config": FP8}
     with tempfile.TemporaryDirectory() as folder:
+        model = write_model(folder, shape, fields | {"n_routed_experts": shape.experts})
         device = "cpu" if args.dry else "gpu"
-        model = write_model(folder, shape, fields)
-        options = {"model": model, "rig": args.rig, "device": device}
-        for case, (eager, other, request) in cases.items():
-            once, others = compare(options, config | {"enforce_eager": eager}, other, request)
-            is_time = request["op"] == "decode"
-            entry = {
-                "case": case,
-                "peer": other,
-                "peer_value": others,
-                "ours_value": once,
-                "unit": "ms a token" if is_time else "prompt tokens/s",
-                "ratio": others / once if is_time else once / others,
-            }
-            result["cases"].append(entry)
-            print(
-                f"{case:<18} once {once:10.3f}  {other} {others:10.3f} {entry['unit']}"
-                f"  {entry['ratio']:.3f}x",
-                flush=True,
-            )
+        result["cases"] = compared({"model": model, "rig": args.rig, "device": device}, args)
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{name}.json"
+    if args.only and path.exists():
+        result["cases"] = earlier_cases(json.loads(path.read_text()), result) + result["cases"]
     write_json(path, result)
     print(f"written: {path}")
     return 0

@@ -75,7 +75,7 @@ class Step:
         }
         windows = 8 if self.counts["num_prefill_tokens"] else 0
         # fewest bytes read and written: lengths and table entries in, all arrays out
-        self.num_bytes = (24 + windows) * batch.num_tokens + (16 + windows) * batch.num_rows
+        self.num_bytes = (24 + windows) * batch.num_tokens + (12 + windows) * batch.num_rows
 
     def build(self, builder: StepMetadataBuilder) -> _gpu.Call:
         """A call that makes its metadata."""
@@ -156,7 +156,7 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
         call = Step(STEPS[label], 0).build(make_builder())
         meta = call()
         outputs = [meta.slot_mapping, meta.position_ids, meta.batch_id_per_token]
-        outputs += [meta.cu_seqlens_q, meta.cache_seqlens]
+        outputs += [meta.cu_seqlens_q]
         if meta.indexer_attn_mask_offsets is not None:
             outputs += [meta.indexer_attn_mask_offsets, meta.cu_seqlens_kg]
         found[label] = call, outputs

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import islice
+from typing import TypeVar
 
 from fd_dsa.errors import FdDsaError
 
+_T = TypeVar("_T")
+# items between two checks, for loops that take up to 20 us an item
+_CHECKED_ITEMS = 4096
 _stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
@@ -37,3 +42,15 @@ def check_cancelled() -> None:
     stop = _stop.get()
     if stop is not None and stop.is_set():
         raise Cancelled("the client has closed the connection")
+
+
+def cancellable(items: Collection[_T]) -> Iterable[_T]:
+    """Pass items to a loop, with a `check_cancelled` before the first one and then now and then."""
+    check_cancelled()
+    return items if len(items) <= _CHECKED_ITEMS else _checked(iter(items))
+
+
+def _checked(items: Iterator[_T]) -> Iterator[_T]:
+    while some := tuple(islice(items, _CHECKED_ITEMS)):
+        check_cancelled()
+        yield from some

@@ -30,7 +30,7 @@ TAMPERED = [
     ("step_metadata", "slot_mapping", 2),
     ("step_metadata", "position_ids", 0),
     ("step_metadata", "indexer_attn_mask_offsets", 5),
-    ("step_metadata", "cache_seqlens", 1),
+    ("step_metadata", "cu_seqlens_kg", 2),
     ("cache_write", "latent", 70 * 656 + 3),
     ("cache_write", "latent", 70 * 656 + 515),
     ("cache_write", "latent", 70 * 656 + 531),

@@ -1,84 +1,108 @@
-"""Worker: the engine with its step's metadata made once, or as engines made it before."""
+"""Worker: the engine with its step's metadata made once, or in every layer as in FastDeploy."""
 
 from __future__ import annotations
 
-from dataclasses import astuple
-from functools import cache
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from benchmarks._harness import random_prompts
 from benchmarks.workers import gpu_engine
-
-INPUTS = "seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables"
 
 
 class Engine(gpu_engine.Engine):
     """The engine of `gpu_engine`, changed before it is made.
 
     Args:
-        work: "once"; "every layer": each layer but the first makes the metadata again; "host
-            loop": prompts' windows `[ks, ke)` come from a loop on the host that reads the lengths
-            back, as before PaddlePaddle/FastDeploy #7598.
+        work: "once"; "two chains": each layer makes the slots twice, by FastDeploy's operators
+            before #7367; "host loop": each layer makes the windows of prompts in a loop over the
+            requests, as FastDeploy's before #7598.
         others: of the base.
     """
 
     def __init__(self, work: str, **others: Any) -> None:
         # the base loads the plug-in before anything imports Paddle
         self._work = work
+        self._prefix: list[int] = []
         super().__init__(**others)
 
     def prepare(self) -> None:
-        """Change the backend's class."""
-        if self._work == "every layer":
-            _build_in_every_layer()
+        """Add the other form's work to every layer."""
+        if self._work == "two chains":
+            _before_each_layer(_SlotChains())
         elif self._work == "host loop":
-            _make_windows_on_the_host()
+            _before_each_layer(_WindowLoop())
+
+    def after(self, prefix: int, prompt: int) -> dict[str, Any]:
+        """Prompt tokens a second of a prompt that follows `prefix` cached tokens."""
+        from fd_dsa import SamplingParams
+
+        self._num_runs += 1
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+        vocab_size = self._engine.runner.vocab_size
+        if len(self._prefix) != prefix:
+            self._prefix = random_prompts(1, prefix, vocab_size, 0)[0]
+            # one more token, so that the last block of the prefix is cached too
+            self._engine.add_request(f"prefix-{prefix}", [*self._prefix, 1], params)
+            self._drain()
+        new = random_prompts(1, prompt, vocab_size, self._num_runs)[0]
+        begin, outputs = time.perf_counter(), []
+        self._engine.add_request(f"after-{self._num_runs}", [*self._prefix, *new], params)
+        while self._engine.has_unfinished_requests():
+            outputs += self._engine.step()
+        seconds, cached = time.perf_counter() - begin, outputs[-1].num_cached_tokens
+        if cached != prefix:
+            raise RuntimeError(f"{cached} of {prefix} tokens were cached")
+        return {"tok_s": prompt / seconds}
 
 
-def _build_in_every_layer() -> None:
+def _before_each_layer(work: Callable[[Any, Any], None]) -> None:
+    """Do some work of a backend and a step before each layer writes its keys."""
     from fd_dsa.attention.backend import DSAAttentionBackend
-    from fd_dsa.step import StepMetadataBuilder
 
     write = DSAAttentionBackend.write
 
-    @cache
-    def another(builder: StepMetadataBuilder) -> StepMetadataBuilder:
-        return StepMetadataBuilder(*astuple(builder.limits), device=builder.device)
-
-    def build_and_write(self: Any, *keys_and_layer: Any) -> None:
-        layer, step = keys_and_layer[-2:]
-        if layer.layer_id:
-            arrays = tuple(getattr(step, name) for name in INPUTS)
-            another(self.builder).build_from(arrays, step.hints)
+    def work_and_write(self: Any, *keys_and_layer: Any) -> None:
+        work(self, self.current_step(keys_and_layer[-1]))
         write(self, *keys_and_layer)
 
-    DSAAttentionBackend.write = build_and_write  # type: ignore[method-assign, assignment]
+    DSAAttentionBackend.write = work_and_write  # type: ignore[method-assign, assignment]
 
 
-def _make_windows_on_the_host() -> None:
-    from fd_dsa.attention.backend import DSAAttentionBackend
+class _SlotChains:
+    """Two chains of operators; the first one ever is compared with the step's own slots."""
 
-    begin = DSAAttentionBackend.init_attention_metadata
+    def __init__(self) -> None:
+        self._is_checked = False
 
-    def begin_with_loop(self: Any, step: Any) -> None:
-        begin(self, step)
-        windows = step.indexer_attn_mask_offsets
-        if windows is None:
+    def __call__(self, backend: Any, step: Any) -> None:
+        from benchmarks._operator_chains import slot_chain, values_of
+
+        by_kernels = step.position_ids.place.is_custom_place()
+        slots = [slot_chain(step, backend.block_size, by_kernels) for _ in range(2)]
+        if not self._is_checked:
+            self._is_checked = True
+            live = values_of(step.batch_id_per_token, "int32") >= 0
+            found, wanted = (values_of(x, "int64")[live] for x in (slots[1], step.slot_mapping))
+            np.testing.assert_array_equal(found, wanted)
+
+
+class _WindowLoop:
+    """The loop over requests; its first windows are compared with the step's own."""
+
+    def __init__(self) -> None:
+        self._is_checked = False
+
+    def __call__(self, backend: Any, step: Any) -> None:
+        from benchmarks._operator_chains import values_of, write_windows
+
+        if step.num_prefill_tokens == 0:
             return
-        import paddle
-
-        lengths = (step.seq_lens_encoder, step.seq_lens_decoder)
-        # of tensors on a device a copy and a wait
-        encoder, decoder = (np.asarray(array).tolist() for array in lengths)
-        found, start = [], 0
-        for new, cached in zip(encoder, decoder, strict=True):
-            for token in range(new):
-                found += start, start + cached + token + 1
-            start += cached + new if new else 0
-        made = paddle.to_tensor(np.array(found, np.int32), place=windows.place)
-        if windows.place.is_cpu_place():
-            same = made.numpy() == windows.numpy().reshape(-1)[: len(found)]
-            assert same.all(), "the loop gives other windows than the step has"
-
-    DSAAttentionBackend.init_attention_metadata = begin_with_loop  # type: ignore[method-assign]
+        offsets = step.indexer_attn_mask_offsets
+        before = None if self._is_checked else values_of(offsets, "int32")
+        write_windows(step, by_kernels=offsets.place.is_custom_place())
+        if before is not None:
+            self._is_checked = True
+            np.testing.assert_array_equal(values_of(offsets, "int32"), before)

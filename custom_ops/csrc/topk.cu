@@ -100,7 +100,7 @@ __device__ __forceinline__ void write_held(const Job& job, const Row& row,
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if ((chosen >> (4 * u + j) & 1u) != 0) {
-        out[at++] = entry_at(job, row.token, held.position(4 * u + j));
+        out[at++] = entry_at(job, row, held.position(4 * u + j));
       }
     }
   }
@@ -458,7 +458,7 @@ __device__ __forceinline__ void write_list(const Job& job, const Row& row, const
   int32_t* out = job.rows.out + row.token * job.rows.k;
 #pragma unroll 2
   for (int32_t i = threadIdx.x; i < job.rows.k; i += kThreads) {
-    out[i] = entry_at(job, row.token, order.chosen[i]);
+    out[i] = entry_at(job, row, order.chosen[i]);
   }
 }
 
@@ -603,7 +603,7 @@ __device__ void write_scores(const Job& job, const Row& row, Span span, uint32_t
     const uint32_t rank = equal_below + __popc(equals & lanes_below());
     const bool chosen = (inside && image > threshold) || (equal && rank < ties);
     const unsigned all = __ballot_sync(kAllLanes, chosen);
-    if (chosen) out[at_entry + __popc(all & lanes_below())] = entry_at(job, row.token, position);
+    if (chosen) out[at_entry + __popc(all & lanes_below())] = entry_at(job, row, position);
     at_entry += __popc(all);
     equal_below += __popc(equals);
   }
@@ -674,7 +674,7 @@ __device__ __forceinline__ void write_all(const Job& job, const Row& row) {
 #pragma unroll 1
   for (int64_t i = Blocks::rank() * kThreads + threadIdx.x; i < job.rows.k;
        i += Blocks::size() * kThreads) {
-    out[i] = i < row.length ? entry_at(job, row.token, static_cast<int32_t>(i)) : -1;
+    out[i] = i < row.length ? entry_at(job, row, static_cast<int32_t>(i)) : -1;
   }
 }
 
@@ -799,7 +799,7 @@ inline int launch_topk(const Rows& rows, void* stream) {
       reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.row_stride % 4 == 0;
   const int64_t chunks = (static_cast<int64_t>(rows.width) + 3) / 4 + (aligned ? 0 : 1);
   if (rows.width <= rows.k || chunks <= Held<512, 2>::kMostChunks) {
-    return launch_held<512, 2, 2>(rows, stream);
+    return launch_held<512, 3, 2>(rows, stream);
   }
   Gpu gpu = {};
   const cudaError_t error = find_gpu(gpu);

@@ -11,6 +11,10 @@
 // row r is token t = first_token + r of a step, which sees the positions 0..position_ids[t] of its
 // request and none where batch_ids[t] < 0; output row t has slots of a paged cache. A row with at
 // most k positions gets all of them, without a look at its scores.
+//
+// With `window_offsets`, a token of a request b with seq_lens_encoder[b] > 0 sees the positions
+// window_offsets[2 t] - key_starts[b] up to and without window_offsets[2 t + 1] - key_starts[b]
+// instead, which are clipped to 0..key_starts[b + 1] - key_starts[b].
 extern "C" struct FdDsaTopk {
   // float32 [num_rows, width], rows `row_stride` floats apart; scores past a row's positions are
   // not looked at
@@ -22,6 +26,10 @@ extern "C" struct FdDsaTopk {
   const int64_t* position_ids;
   const int32_t* batch_ids;
   const int32_t* block_tables;
+  // int32 [2 num_tokens], int32 [num_reqs + 1], int32 [num_reqs]; or all null
+  const int32_t* window_offsets;
+  const int32_t* key_starts;
+  const int32_t* seq_lens_encoder;
   // int32 [num_rows or num_tokens, k]
   int32_t* out;
   int64_t row_stride;
@@ -58,11 +66,27 @@ FD_DSA_BOTH int32_t position_of(uint64_t key) {
   return static_cast<int32_t>(~static_cast<uint32_t>(key));
 }
 
-// How many positions a token may choose from.
-FD_DSA_BOTH int32_t window_at(const Rows& rows, int32_t batch_id, int32_t last) {
-  if (batch_id < 0) return 0;
-  const int32_t window = bounded(wrapping_add(last, 1), 0x7fffffff);
-  return window > rows.k ? bounded(window, rows.width) : window;
+// The positions that a token may choose from: the first one, and how many.
+struct Window {
+  int32_t first, length;
+};
+
+FD_DSA_BOTH Window window_at(const Rows& rows, int64_t token, int32_t batch_id, int32_t last) {
+  Window window = {0, 0};
+  if (batch_id < 0) return window;
+  if (rows.window_offsets != nullptr && rows.seq_lens_encoder[batch_id] > 0) {
+    const int32_t start = rows.key_starts[batch_id];
+    const int32_t count = wrapping_sub(rows.key_starts[batch_id + 1], start);
+    window.first = bounded(wrapping_sub(rows.window_offsets[2 * token], start), count);
+    const int32_t end = bounded(wrapping_sub(rows.window_offsets[2 * token + 1], start), count);
+    window.length = end > window.first ? end - window.first : 0;
+  } else {
+    window.length = bounded(wrapping_add(last, 1), 0x7fffffff);
+  }
+  if (window.length > rows.k) {
+    window.length = bounded(window.length, bounded(rows.width - window.first, rows.width));
+  }
+  return window;
 }
 
 // What the output holds for a position.

@@ -189,19 +189,24 @@ __device__ __forceinline__ float score_of(uint32_t image) {
 // The row that a block works on. Chunks are 16 bytes at 16-byte addresses, all of them of the row;
 // up to three scores are before the first one, and after the last.
 struct Row {
-  const float* scores;
+  const float* scores;  // of the first position that the row may choose
   int64_t token;
-  int32_t length, lead, num_chunks;
+  int32_t first, length, lead, num_chunks;
 
   __device__ __forceinline__ Row(const Rows& rows, int32_t row)
-      : scores(rows.logits + row * rows.row_stride), token(rows.first_token + int64_t{row}) {
+      : scores(rows.logits + row * rows.row_stride),
+        token(rows.first_token + int64_t{row}),
+        first(0) {
     if (rows.lengths != nullptr) {
       length = bounded(rows.lengths[token], rows.width);
     } else {
       // all loads before the first decision
       const int32_t batch_id = rows.batch_ids[token];
       const int32_t last = static_cast<int32_t>(rows.position_ids[token]);
-      length = window_at(rows, batch_id, last);
+      const Window window = window_at(rows, token, batch_id, last);
+      first = window.first;
+      length = window.length;
+      scores += first;
     }
     const auto address = reinterpret_cast<uintptr_t>(scores);
     lead = min(static_cast<int32_t>((16 - address % 16) % 16 / sizeof(float)), length);
@@ -215,13 +220,14 @@ struct Row {
   }
 };
 
-// `entry_of` without a division where it can be.
-__device__ __forceinline__ int32_t entry_at(const Job& job, int64_t token, int32_t position) {
+// `entry_of` the score at an index of a row, without a division where it can be.
+__device__ __forceinline__ int32_t entry_at(const Job& job, const Row& row, int32_t index) {
   const Rows& rows = job.rows;
-  if (rows.lengths != nullptr || job.block_shift < 0) return entry_of(rows, token, position);
+  const int32_t position = row.first + index;
+  if (rows.lengths != nullptr || job.block_shift < 0) return entry_of(rows, row.token, position);
   const int32_t column = position >> job.block_shift;
   if (column >= rows.table_width) return -1;
-  const int64_t request = rows.batch_ids[token];
+  const int64_t request = rows.batch_ids[row.token];
   const int32_t block = __ldg(rows.block_tables + request * rows.table_width + column);
   if (block < 0 || block >= rows.num_blocks) return -1;
   return (block << job.block_shift) + (position & ((1 << job.block_shift) - 1));

@@ -215,6 +215,9 @@ class DSAAttentionBackend:
             int32 [num_tokens, min(index_topk, longest row)], on a device the longest row rounded
             up; physical slots in ascending position, -1 = none. The buffer is the backend's and
             holds until the next selection.
+
+        Raises:
+            MissingStepError: also if the step has prompt tokens and no windows.
         """
         step = self.current_step(forward_meta)
         return self.attention.select(step, q, weights, cache_of(forward_meta, 2 * layer_id + 1))

@@ -1,9 +1,9 @@
 """Selection and attention of a step on a device: launches over pages, in buffers that never move.
 
-Every token is treated alike, whether of a prompt or of a decode row: the kernels work from
-`position_ids`, `batch_id_per_token` and `block_tables` alone. Grids and views follow from what the
-host knows of the step, so nothing is read back and, once the views of a size exist, nothing is
-allocated.
+One launch serves the tokens of prompts and of decode rows: a prompt token sees the keys of its
+window in `indexer_attn_mask_offsets`, a decode token those up to its position. Grids and views
+follow from the counts that the host knows, so the host reads no tensor back and, once the views of
+a size exist, allocates nothing.
 
 Which of our kernels serve is decided when the attention is made (`fd_dsa.ops.providers`): the
 fastest that take its sizes and types.

@@ -148,9 +148,9 @@ class HostAttention:
             logits = score_gathered(
                 q[tile.tokens], weights[tile.tokens], cache, tile.key_slots, self._scratch
             )
-            if tile.key_start[-1] > 0:
-                # several rows: bring every token's own keys to column 0
-                column = tile.key_start[:, None] + np.arange(int(tile.window.max()))[None, :]
+            if tile.window_start is not None:
+                # bring the first key of each token's window to column 0
+                column = tile.window_start[:, None] + np.arange(int(tile.window.max()))[None, :]
                 logits = np.take_along_axis(logits, np.minimum(column, logits.shape[1] - 1), axis=1)
             self._keep_best(plan, tile.tokens, logits, tile.window)
         if plan.decode_rows is not None:
@@ -161,8 +161,10 @@ class HostAttention:
     def _keep_best(
         self, plan: StepPlan, tokens: Any, logits: np.ndarray, window: np.ndarray
     ) -> None:
-        """Top-k of some tokens by scores of their keys, from column 0 on."""
+        """Top-k of some tokens by the scores of their windows, which begin in column 0."""
         positions = select_positions(logits, window, plan.topk)
+        if plan.has_late_windows:
+            positions = np.where(positions < 0, -1, positions + plan.first_key[tokens, None])
         plan.slots[tokens] = positions_to_slots(
             positions, plan.batch_ids[tokens], plan.block_tables, self.block_size
         )

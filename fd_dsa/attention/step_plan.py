@@ -1,7 +1,8 @@
 """Work lists of one step on a CPU, made once and used by every layer.
 
 Which tokens need scoring, which keys a tile of them reads, which slots a token without selection
-attends to: all of that follows from the step's metadata alone, so no layer computes it again.
+attends to: all of that follows from the step's metadata alone, so no layer computes it again. The
+keys of a prompt token are those of its window in `indexer_attn_mask_offsets`.
 
 A token whose window has at most `index_topk` keys attends to all of them; it needs no scores and
 its slots are the same in every layer.
@@ -18,6 +19,7 @@ import numpy as np
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops._fixed_order import fixed_order
 from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._key_bounds import key_bounds
 from fd_dsa.ops.cache_write.paddle_impl import places
 from fd_dsa.ops.logits.paddle_impl import PagedUnits
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots
@@ -44,13 +46,16 @@ class Tile:
         key_slots: int64 [num_keys]; cache slots of the keys of all rows of the tile, in order.
         key_position: int64 [num_keys]; position of each key in its row.
         key_start: int64 [num_tokens of the tile]; first key of the token's row in `key_slots`.
-        window: int64 [num_tokens of the tile]; keys the token may see, counted from key_start.
+        window_start: int64 [num_tokens of the tile]; first key in `key_slots` that the token sees.
+            None: it is the first one for all of them.
+        window: int64 [num_tokens of the tile]; keys that the token sees, from window_start on.
     """
 
     tokens: slice
     key_slots: np.ndarray
     key_position: np.ndarray
     key_start: np.ndarray
+    window_start: np.ndarray | None
     window: np.ndarray
 
     def mask(self, slots: np.ndarray, slot_position: np.ndarray) -> np.ndarray:
@@ -82,7 +87,9 @@ class StepPlan:
         self.cu = as_numpy(meta.cu_seqlens_q).astype(np.int64)
         self.num_tokens = int(self.cu[-1])
         self.batch_ids = as_numpy(meta.batch_id_per_token)[: self.num_tokens].astype(np.int64)
-        self.window = as_numpy(meta.position_ids)[: self.num_tokens] + 1
+        self.first_key, end = key_bounds(meta, self.num_tokens)
+        self.window = end - self.first_key
+        self.has_late_windows = meta.num_prefill_tokens > 0 and bool(self.first_key.any())
         self.block_tables = as_numpy(meta.block_tables)
         self.lengths = as_numpy(meta.seq_lens_decoder).astype(np.int64) + as_numpy(
             meta.seq_lens_this_time
@@ -98,6 +105,8 @@ class StepPlan:
         self._slot_mapping = meta.slot_mapping
         self._places: tuple[int, Any] | None = None
         self._fill_slots()
+        if self.has_late_windows:
+            self._fill_late_slots()
         self.score_tiles: tuple[Tile, ...] = ()
         self.dense_tiles: tuple[Tile, ...] = ()
         if meta.num_prefill_tokens:
@@ -106,7 +115,9 @@ class StepPlan:
             )
             limit = max(round((1 + _GATHER_COST / num_heads) * self.topk), _DENSE_KEYS)
             # with a fixed order of sums a token's way must not depend on the length of its row
-            dense = self.window <= index_topk if fixed_order() else self.window > 0
+            dense = self.window > 0
+            if fixed_order():
+                dense &= self.window <= index_topk
             self.dense_tiles = self._prefill_tiles(num_heads, dense, limit)
         self.decode_rows = self._decode_rows() if self.needs_scores else None
 
@@ -122,7 +133,10 @@ class StepPlan:
         return as_tensor(self.slots)
 
     def _fill_slots(self) -> None:
-        """Slots of every token's first keys; right for the tokens that need no scores."""
+        """Slots of the first keys of each row; right for the tokens that need no scores.
+
+        A late window, which begins after the first key, has other slots.
+        """
         active = np.flatnonzero(self.this_time > 0)
         positions = np.arange(self.topk, dtype=np.int32)[None, :]
         known = np.minimum(positions, self.lengths[active][:, None].astype(np.int32) - 1)
@@ -131,6 +145,15 @@ class StepPlan:
         self.slots[self.num_tokens :] = -1
         seen = positions < self.window[:, None]
         self.slots[: self.num_tokens] = np.where(seen, row_slots[self.batch_ids], -1)
+
+    def _fill_late_slots(self) -> None:
+        """Fill the slots of the tokens whose windows begin after the first key of their rows."""
+        later = np.flatnonzero(self.first_key)
+        offset = np.arange(self.topk)
+        known = self.first_key[later, None] + offset
+        known[offset >= self.window[later, None]] = -1
+        row = self.batch_ids[later]
+        self.slots[later] = positions_to_slots(known, row, self.block_tables, self.block_size)
 
     def _decode_rows(self) -> tuple[np.ndarray, np.ndarray, PagedUnits] | None:
         """Decode rows of which at least one token needs scores, or None.
@@ -193,7 +216,10 @@ class StepPlan:
         ends = np.cumsum(self.lengths[rows])
         key_start = (ends - self.lengths[rows])[np.searchsorted(rows, token_rows)]
         slots, position = self._keys_of(tuple(rows.tolist()))
-        return Tile(slice(first, last), slots, position, key_start, self.window[first:last])
+        tokens = slice(first, last)
+        start = key_start + self.first_key[tokens]
+        window_start = start if start.any() else None
+        return Tile(tokens, slots, position, key_start, window_start, self.window[tokens])
 
     def _keys_of(self, rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Slots and positions of all keys of some rows, int64, in the order of the rows.

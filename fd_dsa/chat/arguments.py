@@ -171,6 +171,8 @@ def _list_of(schema: ToolSchema, plain: _Plain) -> ArgumentList | None:
 def _of_property(schema: ToolSchema, part: Mapping[str, Any], name: str) -> list[Any]:
     try:
         return schema.of_property(part, name)
+    except SchemaError:
+        raise
     except ValueError as error:
         raise SchemaError(f"patternProperties: {error}") from error
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, ValuesView
+from collections.abc import Collection, Iterator, Mapping, ValuesView
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import chain
 from sys import getsizeof, hash_info
 from typing import Any
 
 from jinja2.exceptions import SecurityError
 
-from fd_dsa.cancellation import check_cancelled
+from fd_dsa.cancellation import cancellable, check_cancelled
 from fd_dsa.chat.parser import Arguments
 
 DEFAULT_MAX_CHARS = 16 << 20
@@ -133,7 +132,10 @@ class Budget:
         if known is not None:
             return known[1]
         weight = getsizeof(value) + (getsizeof(str(value)) if isinstance(value, Arguments) else 0)
-        for item in chain(value, value.values()) if isinstance(value, Mapping) else value:
+        items: Collection[Any] = value
+        if isinstance(value, Mapping):
+            items = [*value, *value.values()]
+        for item in cancellable(items):
             # the most frequent type first
             weight += getsizeof(item) if type(item) is str else self.weigh(item)
         self._weights[id(value)] = value, weight

@@ -202,9 +202,10 @@ class CallWriter:
             regexes = [
                 names.pattern,
                 _SHORT_NAME,
-                *([key_regex(argument.pattern)] if argument.pattern else []),
+                *([key_regex(self._schema, argument.pattern)] if argument.pattern else []),
             ]
-            without = [f"~{self._lark.regex(key_regex(p))}" for p in argument.other_patterns]
+            others = (key_regex(self._schema, other) for other in argument.other_patterns)
+            without = [f"~{self._lark.regex(other)}" for other in others]
             key = self._lark.terminal(" & ".join([*map(self._lark.regex, regexes), *without]))
         elif names.fullmatch(argument.name):
             key = self._lark.literal(argument.name)

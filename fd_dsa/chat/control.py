@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Protocol
 
+from fd_dsa.cancellation import cancellable, check_cancelled
 from fd_dsa.chat.budget import OverBudget
 from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, Arguments
 from fd_dsa.chat.template import ChatTemplate, with_read_arguments
@@ -154,7 +155,7 @@ class _Conversation:
             values += (value for name, value in message.items() if name not in written)
             values += (text for parts in written.values() for text in parts[1::2])
             values += message.keys()
-        self.texts = list(dict.fromkeys(_texts(values)))
+        self.texts = list(dict.fromkeys(texts_in(*values)))
 
     def render(
         self, renderer: ChatTemplate, add_generation_prompt: bool, marks: Mapping[str, _Spans[int]]
@@ -209,20 +210,26 @@ class _Conversation:
         return changed
 
 
-def _texts(values: list[Any]) -> Iterator[str]:
-    """All texts in JSON values, names of fields included; `values` is used up."""
+def texts_in(*values: Any, with_names: bool = True) -> Iterator[str]:
+    """Find all texts in JSON values.
+
+    Args:
+        with_names: names of fields are texts too.
+    """
     # without recursion: arguments of a call may nest as deeply as a JSON parser allows
-    while values:
-        value = values.pop()
+    todo = list(values)
+    while todo:
+        value = todo.pop()
         if isinstance(value, str):
             yield value
         elif isinstance(value, Mapping):
-            values += value.keys()
-            values += value.values()
+            todo += cancellable(value.values())
+            if with_names:
+                yield from value
             if isinstance(value, Arguments):
-                values.append(str(value))
+                yield str(value)
         elif isinstance(value, list | tuple):
-            values += value
+            todo += (entry for entry in cancellable(value) if not isinstance(entry, int | float))
 
 
 def _change(value: Any, changes: Mapping[str, str]) -> Any:
@@ -230,12 +237,13 @@ def _change(value: Any, changes: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         return changes.get(value, value)
     if isinstance(value, Mapping):
-        changed = {_change(name, changes): _change(v, changes) for name, v in value.items()}
+        items = cancellable(value.items())
+        changed = {_change(name, changes): _change(v, changes) for name, v in items}
         if isinstance(value, Arguments):
             return Arguments(changed, _change(str(value), changes))
         return changed
     if isinstance(value, list | tuple):
-        return [_change(entry, changes) for entry in value]
+        return [_change(entry, changes) for entry in cancellable(value)]
     return value
 
 
@@ -247,7 +255,7 @@ def _find_markers(control: ControlFinder, texts: Sequence[str]) -> dict[str, _Sp
     spans = control.find(joined) if control.texts_in(joined) else iter(())
     span = next(spans, None)
     begin = 0
-    for text in texts:
+    for text in cancellable(texts):
         end = begin + len(text)
         while span is not None and span[0] < end:
             place = max(span[0] - begin, 0), min(span[1], end) - begin
@@ -270,7 +278,7 @@ def _overlaps(texts: Sequence[str], markers: Collection[str]) -> Iterator[dict[s
         return
     borders: dict[str, _Spans[int]] = {}
     inner: dict[str, _Spans[int]] = {}
-    for text in texts:
+    for text in cancellable(texts):
         core = text.strip()
         begin, end = text.find(core), text.find(core) + len(core)
         head, tail = core[: longest - 1], core[1 - longest :]
@@ -329,6 +337,7 @@ def _merge(spans: Iterable[tuple[int, int]]) -> _Spans[int]:
 
 def _quote(text: str, spans: _Spans[int], begin: str, end: str) -> str:
     """The text with `begin` and `end` around each character of these places."""
+    check_cancelled()
     quoted, last = StringIO(), 0
     for first, stop in _pairs(spans):
         between = f"{end}{begin}".join(text[first:stop])
@@ -348,6 +357,7 @@ def _unquote(text: str, begin: str, end: str) -> RenderedPrompt:
     plain, masked = StringIO(), StringIO()
     start = 0
     while start < len(text):
+        check_cancelled()
         stop = text.find(begin, start + _CHUNK_CHARS)
         stop = len(text) if stop < 0 else stop
         first, *pieces = text[start:stop].split(begin)
@@ -373,6 +383,7 @@ def unused_characters(texts: Iterable[str], count: int) -> list[str]:
     """
     used: set[str] = set()
     for text in texts:
+        check_cancelled()
         used.update(text)
         used.update(chr(int(code, 16)) for code in _ESCAPED.findall(text))
     start = _random.randrange(len(_PRIVATE))

@@ -59,6 +59,8 @@ _MAX_VALUES = 8_192
 _CONSTRAINTS = frozenset(
     {*_FORMS, *_REFUSED, "type", "const", "format", "additionalProperties", "items", "$ref", "if"}
 )
+# of the forms of all keywords
+_CHECK_COST = 5
 # alternatives of `oneOf` that are compared pair by pair
 _MAX_PAIRED = 32
 # properties of the first alternative that may tell it from the others
@@ -81,12 +83,14 @@ def checked(schema: ToolSchema, of: Any, depth: int) -> Mapping[str, Any]:
         The same part.
 
     Raises:
-        SchemaError: a keyword has a wrong form, or no grammar enforces it.
+        SchemaError: a keyword has a wrong form, or no grammar enforces it; or the whole schema has
+            too much to compare.
     """
     if not isinstance(of, dict):
         raise SchemaError(f"got {shown(of)}; must be a JSON schema, an object or a boolean")
     if not depth:
         raise SchemaError(f"got a schema that is nested more than {MAX_DEPTH} deep")
+    schema.spend(_CHECK_COST)
     if schema.has_own_base(of):
         raise refusal("$id", "references to schemas with an identity are not supported")
     _check_keywords(of)
@@ -185,6 +189,7 @@ def _values(schema: ToolSchema, of: Any) -> frozenset[Any] | None:
     _, plain = _facts(schema, of)
     for part in plain:
         own = listed_values(part)
+        schema.spend(1, "oneOf", len(own or ()))
         if own is not None and not any(isinstance(value, dict | list) for value in own):
             # 1 is no true
             return frozenset((isinstance(value, bool), value) for value in own)
@@ -200,9 +205,9 @@ def _facts(schema: ToolSchema, of: Any) -> tuple[dict[str, None], list[Mapping[s
         part = todo.pop()
         if isinstance(part, dict) and id(part) not in seen:
             seen.add(id(part))
-            schema.spend(1, "oneOf")
-            plain.append(part)
             names = items_of(part.get("required"))
+            schema.spend(1, "oneOf", len(names))
+            plain.append(part)
             required |= dict.fromkeys(name for name in names if isinstance(name, str))
             todo += schema.conjuncts(part)
     return required, plain
@@ -228,6 +233,7 @@ def _apart(schema: ToolSchema, branches: list[Any]) -> list[Any]:
     for i, (required, _) in enumerate(facts):
         absent: dict[str, bool] = {}
         for j, (others, _) in enumerate(facts):
+            schema.spend(1, "oneOf", len(others))
             missing = [name for name in others if name not in required]
             if i != j and not missing:
                 raise refusal("oneOf", "its alternatives may overlap")

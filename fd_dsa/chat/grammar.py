@@ -34,15 +34,18 @@ def forced_calls_grammar(tool_format: str, schemas: Mapping[str, Any], *, severa
     lark = Lark()
     head, write, tail = _FORMS[tool_format]
     choices = []
-    for name, schema in schemas.items():
+    spent = 0
+    for name, of in schemas.items():
+        schema = ToolSchema(of, spent)
         try:
-            choices.append(write(CallWriter(lark, name, ToolSchema(schema))))
+            choices.append(write(CallWriter(lark, name, schema)))
         except SchemaError as error:
             raise ValueError(
                 f"tools: the parameters of {name!r} cannot be forced: {error}"
             ) from error
         except ValueError as error:
             raise ValueError(f"tools: at {name!r} {error}") from error
+        spent = schema.spent
     calls = lark.one_of(choices)
     parts = [lark.literal(head)] if head else []
     parts += [f"{calls}+" if several else calls, *([lark.literal(tail)] if tail else [])]

@@ -14,7 +14,7 @@ from typing import Any
 
 from fd_dsa.chat.enforced import checked, constraints, exclusive, refusal
 from fd_dsa.chat.lark import check_size
-from fd_dsa.chat.patterns import FORMATS, full_regex
+from fd_dsa.chat.patterns import FORMATS
 from fd_dsa.chat.schema import (
     KINDS,
     MAX_DEPTH,
@@ -86,7 +86,8 @@ class _Document:
         values = listed_values(of)
         if values is not None:
             made["enum"] = [_exact(value) for value in values]
-        all_of: list[Any] = [{"pattern": _anchored(regex)} for regex in text_regexes(of)]
+        regexes = text_regexes(self._schema, of)
+        all_of: list[Any] = [{"pattern": _anchored(regex)} for regex in regexes]
         made |= self._of_object(of, depth)
         made |= self._of_array(of, depth)
         if "$ref" in of:
@@ -132,7 +133,7 @@ class _Document:
             if key in of:
                 regexes = key == "patternProperties"
                 made[key] = {
-                    _anchored(key_regex(name)) if regexes else name: self._nested(each, depth)
+                    self._key(name) if regexes else name: self._nested(each, depth)
                     for name, each in of[key].items()
                 }
         if "additionalProperties" in of:
@@ -140,6 +141,9 @@ class _Document:
         if of.get("required"):
             made["required"] = list(dict.fromkeys(of["required"]))
         return made | _counts(of)
+
+    def _key(self, pattern: str) -> str:
+        return _anchored(key_regex(self._schema, pattern))
 
     def _of_array(self, of: Mapping[str, Any], depth: int) -> dict[str, Any]:
         """Keywords for arrays; drafts before 2020-12 write `prefixItems` as a list of `items`."""
@@ -155,23 +159,16 @@ class _Document:
         return made
 
 
-def text_regexes(of: Mapping[str, Any]) -> list[str]:
+def text_regexes(schema: ToolSchema, of: Mapping[str, Any]) -> list[str]:
     """Regexes of whole texts by `pattern` and `format`."""
-    found = [_full(of["pattern"], "pattern")] if "pattern" in of else []
+    found = [schema.regex(of["pattern"], "pattern")] if "pattern" in of else []
     known = FORMATS.get(of["format"]) if isinstance(of.get("format"), str) else None
     return found + ([known] if known else [])
 
 
-def key_regex(pattern: str) -> str:
+def key_regex(schema: ToolSchema, pattern: str) -> str:
     """A regex of whole names by a pattern of `patternProperties`."""
-    return _full(pattern, "patternProperties")
-
-
-def _full(pattern: str, keyword: str) -> str:
-    try:
-        return full_regex(pattern)
-    except ValueError as error:
-        raise SchemaError(f"{keyword}: {error}") from error
+    return schema.regex(pattern, "patternProperties")
 
 
 def _anchored(regex: str) -> str:
@@ -254,7 +251,11 @@ def _check_counts(schema: ToolSchema, parts: Iterable[Any]) -> None:
             more = [*schema.conjuncts(part), *chain(*schema.choices(part))]
             schema.spend(len(more), "allOf")
             todo += more
-    counting = [part for part in together if part.keys() & _COUNTS and _counts(part)]
+    counting = []
+    for part in together:
+        if part.keys() & _COUNTS:
+            schema.spend(1, "minProperties", len(mapping(part.get("properties"))))
+            counting += [part] if _counts(part) else []
     if counting and any(_optional(part) for part in together):
         keyword = next(iter(_counts(counting[0])))
         raise refusal(keyword, "optional properties are not counted")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fd_dsa.cancellation import check_cancelled
 from fd_dsa.chat.patterns import ANY_TEXT
 
 # of all grammars of one request; a literal of that size takes 10 ms a step
@@ -100,6 +101,7 @@ class Lark:
 
     def _named(self, kind: str, body: str) -> str:
         if body not in self._names:
+            check_cancelled()
             self._num_chars += len(body)
             check_size(self._num_chars)
             self._names[body] = f"{kind}{len(self._names)}"

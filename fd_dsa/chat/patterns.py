@@ -9,10 +9,14 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from fd_dsa.errors import shorten
+
 ANY_TEXT = "(?s:.*)"
 MAX_PATTERN_CHARS = 1_000
 _MAX_NAME_CHARS = 128
 _MAX_BRANCHES = 64
+# atoms of all alternatives while groups are opened, about 2 ms
+_MAX_WORK = 16_000
 _CLASSES = {"d": "0-9", "w": "A-Za-z0-9_"}
 # escapes that Rust, Python and ECMA 262 read alike
 _SAME_ESCAPES = frozenset("dDwWsSnrtfv") | frozenset(r"\/^$.|?*+()[]{}-\"'#&~ @%!,:;=<>_`")
@@ -66,18 +70,20 @@ def matches(pattern: str, name: str) -> bool:
         ValueError: the comparison could take long, for example by nested quantifiers.
     """
     if len(pattern) > MAX_PATTERN_CHARS or len(name) > _MAX_NAME_CHARS:
-        raise ValueError(f"got {pattern[:100]!r}; it or the name {name[:100]!r} is too long")
+        raise ValueError(f"got {shorten(pattern)}; it or the name {shorten(name)} is too long")
     pieces = _pieces(pattern)
     quantified = [pieces[i - 1] for i, piece in enumerate(pieces) if i and _is_quantifier(piece)]
     most = 2 if pieces[:1] == ["^"] and "|" not in pieces else 1
     if ")" in quantified or len(quantified) > most:
         raise ValueError(
-            f"got {pattern!r}, which has too many quantifiers to be compared with names"
+            f"got {shorten(pattern)}, which has too many quantifiers to be compared with names"
         )
     try:
         return re.search("".join(pieces), name) is not None
     except re.error as error:
-        raise ValueError(f"got {pattern!r}, which is no regular expression: {error}") from error
+        raise ValueError(
+            f"got {shorten(pattern)}, which is no regular expression: {error}"
+        ) from error
 
 
 def _is_quantifier(piece: str) -> bool:
@@ -104,7 +110,9 @@ def _pieces(pattern: str) -> list[str]:
             piece, at = ("\\" + char if char in "{}" else char), at + 1
         if _is_quantifier(piece) and pieces and _is_quantifier(pieces[-1]):
             if piece != "?":
-                raise ValueError(f"got {pattern!r}, which has a quantifier after a quantifier")
+                raise ValueError(
+                    f"got {shorten(pattern)}, which has a quantifier after a quantifier"
+                )
             # lazy: the same texts
             continue
         pieces.append(piece)
@@ -120,7 +128,7 @@ def _escape(pattern: str, at: int, in_class: bool) -> tuple[str, int]:
     if name in _CLASSES:
         return (_CLASSES[name] if in_class else f"[{_CLASSES[name]}]"), at + 2
     if not name or name not in _SAME_ESCAPES:
-        raise ValueError(f"got {pattern!r}, whose \\{name} is not supported")
+        raise ValueError(f"got {shorten(pattern)}, whose \\{name} is not supported")
     # Python and Rust know more escapes than the punctuation that needs one
     return ("\\" + name if name.isalnum() else re.escape(name)), at + 2
 
@@ -144,7 +152,7 @@ def _class(pattern: str, at: int) -> tuple[str, int]:
                 part = "\\-"
         parts.append(part)
     if at == len(pattern) or len(parts) == 1 + ("^" in parts[1:2]):
-        raise ValueError(f"got {pattern!r}, whose class at {begin} is empty or not closed")
+        raise ValueError(f"got {shorten(pattern)}, whose class at {begin} is empty or not closed")
     return "".join([*parts, "]"]), at + 1
 
 
@@ -154,7 +162,7 @@ def _group(pattern: str, at: int) -> tuple[str, int]:
         return "(?:", at + (3 if pattern.startswith("(?", at) else 1)
     name = re.compile(r"\(\?P?<[A-Za-z]\w*>").match(pattern, at)
     if name is None:
-        raise ValueError(f"got {pattern!r}; look-around and flags are not supported")
+        raise ValueError(f"got {shorten(pattern)}; look-around and flags are not supported")
     return "(?:", name.end()
 
 
@@ -165,8 +173,10 @@ def _expanded(pieces: list[str]) -> list[list[str]]:
     """
     done = []
     todo = _top_level(pieces)
+    work = 0
     while todo:
         branch = todo.pop(0)
+        work += len(branch)
         begin, end = branch[:1] == ["^"], branch[-1:] == ["$"]
         inner = branch[begin : len(branch) - end]
         size = _group_size(inner)
@@ -180,9 +190,10 @@ def _expanded(pieces: list[str]) -> list[list[str]]:
             todo += [[*branch[:begin], *inner[:last], *each] for each in groups]
         else:
             done.append(branch)
-        if len(todo) + len(done) > _MAX_BRANCHES:
+        if len(todo) + len(done) > _MAX_BRANCHES or work > _MAX_WORK:
             raise ValueError(
-                f"got {''.join(pieces)!r}, which has too many alternatives with ^ or $"
+                f"got {shorten(''.join(pieces))}, which has too many alternatives or groups with "
+                "^ or $"
             )
     return done
 
@@ -221,6 +232,7 @@ def _anchored(pieces: list[str]) -> str:
     inner = pieces[begin : len(pieces) - end]
     if "^" in inner or "$" in inner:
         raise ValueError(
-            f"got {''.join(pieces)!r}; ^ and $ are supported at the ends of alternatives only"
+            f"got {shorten(''.join(pieces))}; ^ and $ are supported at the ends of alternatives "
+            "only"
         )
     return ("" if begin else ANY_TEXT) + "".join(inner) + ("" if end else ANY_TEXT)

@@ -15,17 +15,23 @@ from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
-from fd_dsa.chat.patterns import matches
+from fd_dsa.cancellation import check_cancelled
+from fd_dsa.chat.json_text import json_start
+from fd_dsa.chat.patterns import full_regex, matches
 
 KINDS = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
 _NO_KINDS: frozenset[str] = frozenset()
 # deeper than any schema that people write, and far from Python's limit of recursion
 MAX_DEPTH = 48
-# of one schema, about 0.1 s
-_MAX_COST = 50_000
+# of the schemas of one grammar, about 0.2 s
+_MAX_COST = 100_000
 _PATTERN_COST = 20
+# values that are compared, or names that are looked up, at the cost of one
+_VALUES_A_COST = 16
 _MAX_PARTS = 1_000_000
 _MAX_ARGUMENT_PARTS = 1_024
+# characters of a value in a message
+_MAX_SHOWN = 100
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
 _Memo = dict[int, frozenset[str]]
@@ -104,17 +110,23 @@ class ToolSchema:
 
     Args:
         root: the schema as it came with the request, of any type.
+        spent: cost of the schemas before it in the same grammar.
+
+    Attributes:
+        spent: cost of these and of this one, in units of about 2 us.
     """
 
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Any, spent: int = 0) -> None:
         self.root = root
+        self.spent = spent
         self._kinds: _Memo = {}
         self._nullable: _Memo = {}
         self._arguments: dict[str, frozenset[str]] = {}
         self._names: frozenset[str] | None = None
         self._required: frozenset[str] | None = None
-        self._spent = 0
         self._made: list[dict[str, Any]] = []
+        self._targets: dict[str, Any] = {}
+        self._regexes: dict[str, str] = {}
 
     def keep(self, made: dict[str, Any]) -> dict[str, Any]:
         """Hold a schema that was made from parts of this one, and return it.
@@ -124,15 +136,37 @@ class ToolSchema:
         self._made.append(made)
         return made
 
-    def spend(self, cost: int, keyword: str) -> None:
-        """Count the cost of comparing subschemas.
+    def spend(self, cost: int, keyword: str = "", num_values: int = 0) -> None:
+        """Count the cost of comparing subschemas, before it is done.
+
+        Results are kept, but `$ref` lets a short schema use a large one again and again.
+
+        Args:
+            num_values: values and names that are compared in addition.
 
         Raises:
             SchemaError: there was too much of it.
+            Cancelled: the client has left.
         """
-        self._spent += cost
-        if self._spent > _MAX_COST:
-            raise SchemaError(f"{keyword}: got a schema with too much to compare; make it smaller")
+        check_cancelled()
+        self.spent += cost + num_values // _VALUES_A_COST
+        if self.spent > _MAX_COST:
+            where = f"{keyword}: " if keyword else ""
+            raise SchemaError(f"{where}got a schema with too much to compare; make it smaller")
+
+    def regex(self, pattern: str, keyword: str) -> str:
+        """A regex of all texts that contain a match of a pattern; see `full_regex`.
+
+        Raises:
+            SchemaError: llguidance lacks a feature of the pattern, or there is too much to compare.
+        """
+        if pattern not in self._regexes:
+            self.spend(_PATTERN_COST + len(pattern), keyword)
+            try:
+                self._regexes[pattern] = full_regex(pattern)
+            except ValueError as error:
+                raise SchemaError(f"{keyword}: {error}") from error
+        return self._regexes[pattern]
 
     def target(self, reference: Any) -> Any:
         """The schema that a `$ref` points to.
@@ -140,6 +174,8 @@ class ToolSchema:
         Raises:
             SchemaError: the reference is no JSON pointer into the tool's schema.
         """
+        if isinstance(reference, str) and reference in self._targets:
+            return self._targets[reference]
         if not isinstance(reference, str) or not re.match(r"#(/|$)", reference):
             raise SchemaError(
                 f"$ref: got {shown(reference)}; must be a pointer into the same schema, such as "
@@ -157,6 +193,7 @@ class ToolSchema:
                 break
         if not isinstance(at, dict | bool):
             raise SchemaError(f"$ref: got {shown(reference)}; the schema has no schema there")
+        self._targets[reference] = at
         return at
 
     def has_own_base(self, schema: Mapping[str, Any]) -> bool:
@@ -183,7 +220,7 @@ class ToolSchema:
         found = [own[name]] if name in own else []
         patterns = mapping(schema.get("patternProperties"))
         for pattern, of in patterns.items():
-            self.spend(_PATTERN_COST, "patternProperties")
+            self.spend(_PATTERN_COST + len(pattern) // 2, "patternProperties")
             found += [of] if matches(pattern, name) else []
         if not found and "additionalProperties" in schema:
             found.append(schema["additionalProperties"])
@@ -276,6 +313,7 @@ class ToolSchema:
             return memo[id(schema)]
         if len(memo) >= max_parts:
             return KINDS
+        check_cancelled()
         # a schema that refers to itself adds nothing
         memo[id(schema)] = KINDS
         kinds = own(schema)
@@ -302,5 +340,6 @@ def _required(schema: Mapping[str, Any]) -> set[str]:
 
 
 def shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 100 else text[:100] + "..."
+    """A value in a message, shortened."""
+    text = json_start(value, _MAX_SHOWN)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."

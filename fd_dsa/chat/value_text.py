@@ -140,7 +140,7 @@ class ValueTexts:
         """Texts of values that satisfy all of the schemas."""
         found = _ANY
         for part in parts:
-            found = _both(found, self._of(part, kind, MAX_DEPTH))
+            found = self._both(found, self._of(part, kind, MAX_DEPTH))
         return found
 
     def _of(self, of: Any, kind: str, depth: int) -> _Texts:
@@ -151,14 +151,14 @@ class ValueTexts:
         if key not in self._memo:
             found = self._own(checked(self._schema, of, depth), kind)
             for part in () if found.is_empty else self._schema.conjuncts(of):
-                found = _both(found, self._of(part, kind, depth - 1))
+                found = self._both(found, self._of(part, kind, depth - 1))
             for keyword in ("anyOf", "oneOf"):
                 if keyword in of and not found.is_empty:
                     branches = of[keyword]
                     if keyword == "oneOf":
                         within = {kind, "integer"} if kind == "number" else {kind}
                         branches = exclusive(self._schema, branches, frozenset(within))
-                    found = _both(found, self._any(branches, kind, depth - 1))
+                    found = self._both(found, self._any(branches, kind, depth - 1))
             self._memo[key] = found
         return self._memo[key]
 
@@ -172,6 +172,7 @@ class ValueTexts:
                 if not texts.is_empty:
                     regexes.append(self._terminal(texts))
             else:
+                self._schema.spend(1, "anyOf", len(texts.values))
                 values |= texts.values
         if not regexes:
             return _Texts(values, ())
@@ -181,6 +182,14 @@ class ValueTexts:
         if len(regexes) > 1:
             regexes = [self._lark.terminal(" | ".join(regexes))]
         return _Texts(None, tuple(regexes))
+
+    def _both(self, a: _Texts, b: _Texts) -> _Texts:
+        """Texts in both."""
+        values = b.values if a.values is None else a.values
+        if a.values is not None and b.values is not None:
+            self._schema.spend(1, "allOf", len(a.values))
+            values = {value: None for value in a.values if value in b.values}
+        return _Texts(values, tuple(dict.fromkeys(a.regexes + b.regexes)))
 
     def _terminal(self, texts: _Texts) -> str:
         """Name of the terminal for texts."""
@@ -221,7 +230,7 @@ class ValueTexts:
         shortest, longest = of.get("minLength", 0), of.get("maxLength")
         if longest is not None and shortest > longest:
             return _EMPTY
-        regexes = text_regexes(of)
+        regexes = text_regexes(self._schema, of)
         if values is not None:
             longest = math.inf if longest is None else longest
             strings = [v for v in values if isinstance(v, str) and shortest <= len(v) <= longest]
@@ -233,14 +242,6 @@ class ValueTexts:
         if shortest or longest is not None:
             regexes.append(f"(?s:.{{{shortest},{'' if longest is None else longest}}})")
         return _Texts(None, tuple(self._lark.regex(regex) for regex in regexes))
-
-
-def _both(a: _Texts, b: _Texts) -> _Texts:
-    """Texts in both."""
-    values = b.values if a.values is None else a.values
-    if a.values is not None and b.values is not None:
-        values = {value: None for value in a.values if value in b.values}
-    return _Texts(values, a.regexes + b.regexes)
 
 
 def _is_within(value: Any, of: Mapping[str, Any]) -> bool:

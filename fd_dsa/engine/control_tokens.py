@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import tokenizers
 from tokenizers.models import WordLevel
 
+from fd_dsa.cancellation import check_cancelled
 from fd_dsa.chat.control import SEPARATOR, unused_characters
 from fd_dsa.engine.text_windows import TooManyTokens, encode_text
 
@@ -156,6 +157,7 @@ class ControlTokens:
 def _encode(
     encode_batch: Callable[..., list[tokenizers.Encoding]], text: str
 ) -> tokenizers.Encoding:
+    check_cancelled()
     try:
         # a batch of one gives up the GIL, encode() does not
         (encoding,) = encode_batch([text], add_special_tokens=False)

@@ -11,18 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.engine.block_manager import BlockManager
-from fd_dsa.engine.grammar import GrammarCompiler
-from fd_dsa.engine.launched_step import LaunchedStep, assemble, execute_watched
+from fd_dsa.engine.grammar import GrammarCompiler, form_of
+from fd_dsa.engine.launched_step import LaunchedStep, assemble, execute_watched, offer_tokens
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.logprobs import TokenScore
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
-from fd_dsa.engine.output import (
-    ConstraintError,
-    FinishReason,
-    OutputState,
-    RequestOutput,
-)
+from fd_dsa.engine.output import ConstraintError, FinishReason, OutputState, RequestOutput
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -95,7 +90,9 @@ class LLMEngine:
         )
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
-        self.grammars = GrammarCompiler(tokenizer, runner.vocab_size, self._eos_token_ids)
+        self.grammars = GrammarCompiler(
+            tokenizer, runner.vocab_size, self._eos_token_ids, is_patient=False
+        )
         lookahead = int(speculator is not None and speculator.drafter.is_layer)
         self._scheduler = Scheduler(self._blocks, self._batch, self._stats, target_gap_s, lookahead)
         self._sampler = StepSampler(runner, num_rows)
@@ -122,7 +119,7 @@ class LLMEngine:
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Output tokens that a request may have; safe to call from any thread.
 
-        A grammar is compiled here, which may take 100 ms: not for the engine's thread.
+        A grammar is compiled here, which may take half a second: not for the engine's thread.
 
         Raises:
             ValueError: the request can never run; see `RequestLimits.validate` and
@@ -207,10 +204,11 @@ class LLMEngine:
             Exception: what else the runner raises; no request has got a token then, and a later
                 call runs the step again.
         """
+        ended = [self._end(request, reason) for request, reason in self._scheduler.settled()]
         if not self._requests:
-            # what is in flight was for requests that have been aborted
+            # what is in flight was for requests that have ended
             self._in_flight = None
-            return []
+            return ended
         begin, runner_time_s = self.clock(), self._stats.runner_time_s
         before = self._in_flight
         try:
@@ -220,7 +218,7 @@ class LLMEngine:
                 raise
             too_large = self._scheduler.relieve(error)
             failure = RuntimeError("there is no memory for a step of this request alone")
-            return [self._end(too_large, "error", failure)] if too_large else []
+            return ended + ([self._end(too_large, "error", failure)] if too_large else [])
         self._in_flight = None
         try:
             outputs = [] if before is None else self._take(before)
@@ -246,10 +244,10 @@ class LLMEngine:
                 self._scheduler.proposals = self._speculator.propose(launched)
         in_runner_s = self._stats.runner_time_s - runner_time_s
         self._stats.host_time_s += self.clock() - begin - in_runner_s
-        return outputs
+        return ended + outputs
 
     def _launch(self, may_be_idle: bool) -> LaunchedStep | None:
-        """Queue a step; None if there is nothing to run, which only happens if it may.
+        """Queue a step; None if nothing runs: it may be idle, or it has waited for a grammar.
 
         A step of which the host needs logits is waited for.
         """
@@ -258,11 +256,11 @@ class LLMEngine:
             num_requests = scheduler.num_running + scheduler.num_waiting
             speculator.begin(min(num_requests, self._batch.max_num_seqs))
         scheduled = scheduler.schedule()
-        # nothing runs, so nobody waits for more than the request whose grammar it is
-        while not scheduled and not may_be_idle and self.grammars.wait():
+        is_waiting = not scheduled and not may_be_idle and self.grammars.wait()
+        if is_waiting:
             scheduled = scheduler.schedule()
         if not scheduled:
-            if may_be_idle:
+            if may_be_idle or is_waiting:
                 return None
             count = len(self._requests)
             raise RuntimeError(f"nothing to run with {count} requests: a defect of the engine")
@@ -301,8 +299,12 @@ class LLMEngine:
         if step.drafts and self._speculator is not None:
             outputs += self._speculator.verify(step, self._append, self._scheduler, stats, tokens)
         elif step.sampling:
-            outputs += self._append(step.sampling, step.logits, tokens)
-        outputs += [request.output() for request in alive if request.finish_reason != "error"]
+            outputs += self._append(step, step.sampling, step.logits, tokens)
+        outputs += [
+            request.output()
+            for request in alive
+            if request.finish_reason != "error" and request not in step.late
+        ]
         if self._speculator is not None and not step.is_in_flight:
             self._scheduler.proposals = self._speculator.propose(step)
         self.metrics.count_step(len(step.sampling) - len(step.resumed), step.resumed)
@@ -328,13 +330,13 @@ class LLMEngine:
 
     def _append(
         self,
+        step: LaunchedStep,
         sampling: list[Request],
         logits: npt.NDArray[np.float32],
         tokens: npt.NDArray[np.int64] | None,
     ) -> list[RequestOutput]:
         """Give each request its next token, drawn or sampled here; outputs of those without one."""
-        # some have ended since the launch: at the token before, or at their prompt's scores
-        alive = [row for row, request in enumerate(sampling) if request.finish_reason is None]
+        alive = step.going_on(sampling, tokens is None, self._drop)
         if not alive:
             return []
         if len(alive) < len(sampling):
@@ -346,6 +348,7 @@ class LLMEngine:
             tokens, scores = self._sampler.sample(sampling, logits)
         now = time.monotonic()
         outputs = []
+        offer_tokens(sampling, tokens.tolist())
         for request, token_id, score in zip(sampling, tokens.tolist(), scores, strict=True):
             request.drawn_row = -1
             if token_id < 0:
@@ -374,7 +377,8 @@ class LLMEngine:
         what = f"output token {len(request.output_token_ids)}"
         reason = "bad_words, min_tokens and the like leave no token that may come; ask for less"
         if request.grammar is not None:
-            reason = f"{request.grammar.error or reason}; so it cannot have the form asked for"
+            field = form_of(request.params).source
+            reason = f"{request.grammar.error or reason}; so {field} cannot be followed"
         error: RuntimeError = ConstraintError(f"{what}: {reason}")
         if code == NOT_FINITE:
             # what it wrote into the caches may be unusable too, and others may have read it already

@@ -1,4 +1,4 @@
-"""Grammars of structured output, compiled by llguidance (extra `structured`)."""
+"""Compiled grammars of structured output, each in a worker process (extra `structured`)."""
 
 from __future__ import annotations
 
@@ -10,69 +10,84 @@ from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 
-from fd_dsa.engine.grammar_source import grammar_text, is_panic, one_line, refusal
+from fd_dsa.engine.grammar_process import (
+    WORKERS,
+    GrammarProcess,
+    Patience,
+    Pending,
+    wait_for_any,
+)
 from fd_dsa.engine.grammar_vocabulary import GrammarVocabulary
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.structured_outputs import Kind, StructuredOutputsParams
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.environment import usable_cpus
+from fd_dsa.grammars.messages import Done, Kind
+from fd_dsa.grammars.source import one_line
 
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits
-
-# compiled grammars that are kept for requests with the same one, each of up to 30 MB
+# compiled grammars that are kept for requests with the same one
 _NUM_KEPT = 32
 # for which one that nobody asks for is kept, at least; at most twice as long
 _KEPT_FOR_S = 20.0
 # of a form and its alternatives, and the special tokens that the text shows
 _Key = tuple[tuple[tuple[Kind, str], ...], frozenset[int]]
 _MAX_LEXER_STATES = 25_000
+# time for which steps wait for all grammars: at once, seconds, and as a share of all time
+_PATIENCE_S, _PATIENCE_SHARE = 0.1, 0.25
+# at most this long the engine's thread waits for grammars if it has nothing else to do, seconds
+_IDLE_WAIT_S = 0.05
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class CompiledGrammar:
-    """What outputs of one grammar share: the states that they have reached.
+    """Worker of a grammar, which the outputs of the grammar share.
 
     Attributes:
-        matcher: at the beginning of the grammar, to be copied.
-        vocabulary: tokens of its outputs.
-        num_tokens: that its outputs have taken.
-        since: `time.monotonic()` of its compilation.
+        process: the worker, which keeps the states that outputs have reached.
+        vocabulary: tokens of the outputs.
+        may_begin: True for texts with which an output may begin, by those asked for.
+        num_tokens: number of tokens that the outputs have taken.
+        since: `time.monotonic()` of the compilation.
     """
 
-    matcher: LLMatcher
+    process: GrammarProcess
     vocabulary: GrammarVocabulary
+    may_begin: dict[bytes, bool] = field(default_factory=dict)
     num_tokens: int = 0
     since: float = field(default_factory=time.monotonic)
 
 
 class GrammarCompiler:
-    """Makes matchers, and compiles their grammars beside the thread that steps the engine.
+    """Has grammars compiled and followed by workers, and bounds the time that steps wait for them.
 
-    A grammar is compiled once, when a request with it is checked, and copied from then on. Copies
-    share the states that their outputs have reached, the most of what a grammar takes of memory.
-    One that was dropped since, as others were asked for, is compiled again by a thread of its own
-    when its output is the next to begin.
+    A grammar is compiled once, when a request with it is checked. All of its outputs share a
+    worker. A grammar that was dropped since, as others were asked for, is compiled again when its
+    output is the next to begin.
+
+    Args:
+        tokenizer, vocab_size, eos_token_ids: of the model.
+        is_patient: True to wait for workers without a bound.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        is_patient: bool = True,
+    ) -> None:
         """Nothing is imported before `prepare` or the first grammar."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(i for i in eos_token_ids if i < vocab_size)
-        # of all matchers, which copy their mask from it at once; llguidance adds an end of sequence
-        # to a vocabulary without one
-        size = vocab_size + (not self._eos_token_ids)
-        self.buffer = np.zeros(-(-size // 32), np.int32)
         # all but the end of sequence, which may not come before the grammar has begun
-        self.free = np.full_like(self.buffer, -1)
+        self.free = np.full(-(-vocab_size // 32), -1, np.int32)
         for token_id in self._eos_token_ids:
             self.free.view(np.uint32)[token_id // 32] &= ~np.uint32(1 << token_id % 32)
         self._lock = threading.Lock()
@@ -87,13 +102,15 @@ class GrammarCompiler:
         self._vocabularies: dict[frozenset[int], GrammarVocabulary | str] = {}
         self._worker = ThreadPoolExecutor(1, "fd_dsa-grammar")
         # what the worker compiles, never more than one
-        self._pending: tuple[_Key, Future[CompiledGrammar]] | None = None
+        self._pending: tuple[_Key, Future[None]] | None = None
+        self._patience = None if is_patient else Patience(_PATIENCE_S, _PATIENCE_SHARE)
+        # workers for which a step did not wait any longer
+        self._late: WeakSet[GrammarProcess] = WeakSet()
 
     def prepare(self) -> None:
         """Make the vocabulary of most grammars if llguidance is installed.
 
-        A tokenizer that cannot be used is logged. For 129,280 tokens this takes half a second, in
-        which no other thread runs.
+        A tokenizer that cannot be used is logged. For 129,280 tokens this takes a second.
         """
         if find_spec("llguidance") is None:
             return
@@ -118,15 +135,20 @@ class GrammarCompiler:
         if params.reasoning is not None:
             compiled.vocabulary.reasoning(params.reasoning)
 
-    def find(self, params: SamplingParams, again: bool = False) -> CompiledGrammar:
-        """The compiled grammar; this thread compiles it if needed, with `again` in any case.
+    def find(
+        self, params: SamplingParams, instead_of: CompiledGrammar | None = None
+    ) -> CompiledGrammar:
+        """Return the compiled grammar; this thread waits for its compilation if needed.
+
+        Args:
+            instead_of: a compiled grammar that is worn out.
 
         Raises:
             ValueError: see `check`.
         """
         form, key = form_of(params), self._key(params)
-        compiled = None if again else self._kept(key)
-        if compiled is not None:
+        compiled = self._kept(key)
+        if compiled is not None and compiled is not instead_of:
             return compiled
         if find_spec("llguidance") is None:
             raise ValueError(
@@ -141,34 +163,83 @@ class GrammarCompiler:
             self._keep(key, made)
         return made
 
-    def poll(self, params: SamplingParams) -> CompiledGrammar | None:
-        """The compiled grammar, or None until the worker has made it; for the engine's thread.
+    def poll(
+        self, params: SamplingParams, instead_of: CompiledGrammar | None = None
+    ) -> CompiledGrammar | None:
+        """Return the compiled grammar, or None until it is made; for the engine's thread.
 
         Raises:
             ValueError: see `check`.
         """
         key = self._key(params)
-        compiled = self._kept(key)
-        if compiled is None and self._pending is not None and self._pending[1].done():
+        if self._pending is not None and self._pending[1].done():
             (done, future), self._pending = self._pending, None
-            compiled = future.result() if done == key else None
+            if done == key:
+                # the error, if there is one
+                future.result()
+        compiled = self._kept(key)
+        if compiled is instead_of:
+            compiled = None
         if compiled is None and self._pending is None:
-            self._pending = key, self._worker.submit(self.find, params)
+            self._pending = key, self._worker.submit(self._make, params, instead_of)
         return compiled
 
+    def _make(self, params: SamplingParams, instead_of: CompiledGrammar | None) -> None:
+        """Have a grammar compiled and kept; the result of a thread would hold it for longer."""
+        self.find(params, instead_of)
+
+    def answer(
+        self,
+        process: GrammarProcess,
+        pending: Pending,
+        needs_mask: bool = False,
+        may_wait: bool = True,
+    ) -> Done | None:
+        """Return the answer of a worker, or None if the step may not wait for it any longer.
+
+        Steps wait for a bounded share of all time, and half of it for one grammar. So a slow
+        grammar soon delays no other request.
+        """
+        if (known := pending.done if needs_mask else pending.state) is not None:
+            return known
+        timeout_s = None if may_wait else 0.0
+        if may_wait and self._patience is not None:
+            timeout_s = min(self._patience.left_s(), process.patience.left_s())
+        begin_s = time.monotonic()
+        done = process.answer(pending, needs_mask, timeout_s)
+        waited_s = time.monotonic() - begin_s
+        if self._patience is not None:
+            self._patience.spend(waited_s)
+            process.patience.spend(waited_s)
+        if done is None:
+            self._late.add(process)
+            process.give_way()
+        return done
+
     def wait(self) -> bool:
-        """Block until the worker has compiled what it is at; False when it is at nothing."""
-        if self._pending is None:
-            return False
-        futures.wait([self._pending[1]])
-        return True
+        """Block until a grammar is compiled or a late mask has come, for a while at most.
+
+        Returns:
+            False if there is nothing to wait for.
+        """
+        late = list(self._late)
+        busy = [process for process in late if process.is_busy]
+        self._late = WeakSet(busy)
+        if len(busy) < len(late):
+            return True
+        if busy:
+            wait_for_any(busy, _IDLE_WAIT_S)
+        elif self._pending is not None:
+            futures.wait([self._pending[1]], _IDLE_WAIT_S)
+        return bool(busy) or self._pending is not None
 
     def _kept(self, key: _Key) -> CompiledGrammar | None:
         """A compiled grammar that need not be made, which is now the last one asked for."""
         with self._lock:
             compiled = self._in_use.get(key)
-            if compiled is not None:
-                self._keep(key, compiled)
+            if compiled is None or compiled.process.has_ended:
+                return None
+            self._keep(key, compiled)
             return compiled
 
     def _keep(self, key: _Key, compiled: CompiledGrammar) -> None:
@@ -219,26 +290,8 @@ class GrammarCompiler:
         vocabulary = self._vocabulary(shown)
         if isinstance(vocabulary, str):
             return vocabulary
-        try:
-            matcher = self._make_matcher(grammar_text(forms, vocabulary.names), vocabulary)
-        except BaseException as error:
-            if not isinstance(error, (ValueError, RecursionError)) and not is_panic(error):
-                raise
-            return one_line(str(error))
-        if matcher.is_error():
-            return one_line(matcher.get_error())
-        return refusal(matcher.get_grammar_warnings()) or CompiledGrammar(matcher, vocabulary)
-
-    def _make_matcher(self, text: str, vocabulary: GrammarVocabulary) -> LLMatcher:
-        """llguidance's matcher of a grammar; it holds an error if the grammar is wrong."""
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(vocabulary.ll_tokenizer, text, log_level=0, limits=_limits())
-        if not matcher.is_error():
-            # what is too complex shows in the first mask at the latest
-            buffer = np.zeros_like(self.buffer)
-            matcher.unsafe_compute_mask_ptr(buffer.ctypes.data, buffer.nbytes)
-        return matcher
+        made = WORKERS.compile(vocabulary, forms, _MAX_LEXER_STATES)
+        return made if isinstance(made, str) else CompiledGrammar(made, vocabulary)
 
     def _vocabulary(self, shown: frozenset[int]) -> GrammarVocabulary | str:
         """The vocabulary of answers that show these special tokens, or why there is none.
@@ -253,11 +306,11 @@ class GrammarCompiler:
     def _make_vocabulary(self, shown: frozenset[int]) -> GrammarVocabulary | str:
         """See `_vocabulary`."""
         try:
-            return GrammarVocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids, shown)
-        except BaseException as error:
-            if not isinstance(error, Exception) and not is_panic(error):
-                raise
-            return f"llguidance cannot use this model's tokenizer: {one_line(str(error))}"
+            made = GrammarVocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids, shown)
+            reason = WORKERS.add(made)
+        except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
+            reason = one_line(str(error))
+        return f"llguidance cannot use this model's tokenizer: {reason}" if reason else made
 
 
 def _later(work: Callable[[], None]) -> None:
@@ -265,25 +318,6 @@ def _later(work: Callable[[], None]) -> None:
     timer = threading.Timer(_KEPT_FOR_S, work)
     timer.daemon = True
     timer.start()
-
-
-def _limits() -> LLParserLimits:
-    """Bounds of time and memory: 0.2 s and 30 MB for a grammar, 15 ms for a step.
-
-    With a million units of initial fuel a letter that is repeated a million times takes 125 MB;
-    with these, 600 fields of most formats still fit into a schema.
-    """
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(
-        max_items_in_row=2_000,
-        initial_lexer_fuel=300_000,
-        step_lexer_fuel=200_000,
-        step_max_items=50_000,
-        max_lexer_states=_MAX_LEXER_STATES,
-        max_grammar_size=100_000,
-        verbose_errors=False,
-    )
 
 
 def form_of(params: SamplingParams) -> StructuredOutputsParams:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import TYPE_CHECKING
+import weakref
 
 import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.engine.grammar import CompiledGrammar, GrammarCompiler
-from fd_dsa.engine.grammar_source import one_line
-from fd_dsa.engine.reasoning_tokens import Reading, ReasoningTokens
+from fd_dsa.engine.grammar_process import GrammarProcess, Pending
+from fd_dsa.engine.reasoning_tokens import Reading
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.grammars.messages import Done, Work
 
-if TYPE_CHECKING:
-    from llguidance import LLMatcher
-
-# what llguidance says of a lexer that has come to its limits
-_WORN_OUT = ("LexerTooComplex", "InternalError")
 # a grammar that was worn out sooner by fewer tokens is too complex, and compiling it costs others
 _RENEWED_AFTER_TOKENS = 1000
 _RENEWED_AFTER_S = 60.0
@@ -27,8 +23,11 @@ _RENEWED_AFTER_S = 60.0
 class GrammarMatcher:
     """Follows one output through its grammar; for the thread that steps the engine.
 
+    The work is done by a worker, whose answers a step awaits for a bounded time. Until the answer
+    has come, the output gets no token.
+
     Args:
-        compiler: has or makes the compiled grammar, when the output is about to begin: requests
+        compiler: has or makes the compiled grammar when the output is about to begin: requests
             that wait hold nothing.
         params: of the request, with a form.
     """
@@ -42,20 +41,28 @@ class GrammarMatcher:
             self._reading = Reading("start" if params.reasoning.begin else "reasoning")
         # the output so far may also be the beginning of the form
         self._is_form = True
+        # places after tokens that need a decision before the form; None = not known
+        self._to_check: dict[int, Reading] | None = None
         self._compiled: CompiledGrammar | None = None
-        self._copy: LLMatcher | None = None
+        self._worn_out: CompiledGrammar | None = None
+        self._output = -1
         self._failure: str | None = None
         self._taken: list[int] = []
+        self._has_offered = False
+        # the latest work if its answers are not known here, and the latest answer
+        self._pending: Pending | None = None
+        self._done = Done()
+        self._is_late = False
 
     @property
     def is_ready(self) -> bool:
-        """Whether the output can begin; False while another thread compiles the grammar.
+        """True if the output can begin; False while another thread compiles the grammar.
 
-        True also where that has failed: no token may come then, and `error` has the reason.
+        True also if that has failed: no token may come then, and `error` has the reason.
         """
-        if self._copy is None and self._failure is None:
+        if self._compiled is None and self._failure is None:
             try:
-                compiled = self._compiler.poll(self._params)
+                compiled = self._compiler.poll(self._params, self._worn_out)
             except ValueError as error:
                 self._failure = str(error)
             else:
@@ -65,36 +72,38 @@ class GrammarMatcher:
         return True
 
     @property
-    def _begun(self) -> tuple[CompiledGrammar, LLMatcher]:
-        """The compiled grammar, and llguidance's matcher at the current output position."""
-        if self._copy is None or self._compiled is None:
-            return self._begin(self._compiler.find(self._params))
-        return self._compiled, self._copy
+    def is_late(self) -> bool:
+        """True if a step did not get the mask in time, and the mask has not come since."""
+        if self._is_late:
+            self._is_late = not self._has_mask(may_wait=False)
+        return self._is_late
 
-    @property
-    def _matcher(self) -> LLMatcher:
-        """llguidance's matcher at the current output position."""
-        return self._begun[1]
+    def await_mask(self) -> bool:
+        """Wait for the mask of the next token as long as the step may; returns if it is there."""
+        self._is_late = not self._has_mask(may_wait=True)
+        return not self._is_late
 
-    def _begin(self, compiled: CompiledGrammar) -> tuple[CompiledGrammar, LLMatcher]:
-        """A copy of the compiled grammar for this output alone."""
-        self._compiled = compiled
-        self._copy = compiled.matcher.deep_copy()
-        return compiled, self._copy
+    def release(self) -> None:
+        """Let go of the worker when the output has ended; samplers may keep this object."""
+        if self._compiled is not None:
+            self._compiled.process.drop(self._output)
+        self._compiled, self._worn_out, self._pending = None, None, None
+        self._failure = self._failure or "the output has ended"
 
     def copy(self) -> GrammarMatcher:
-        """Another one, where this one stands."""
+        """Return another matcher that has taken the same tokens."""
         other = copy.copy(self)
         other._taken = self._taken.copy()
-        other._copy = self._copy and self._copy.deep_copy()
+        if self._compiled is not None:
+            other._follow(self._compiled, self._output)
         return other
 
     @property
     def is_finished(self) -> bool:
         """True when nothing can follow, or the end of sequence was taken."""
-        if self._failure is not None or not self._may_be_form:
-            return False
-        return self._matcher.is_stopped() and not self._matcher.is_error()
+        while not self._has_state(may_wait=True):
+            self._compiler.wait()
+        return self._failure is None and self._may_be_form and self._done.is_finished
 
     @property
     def _may_be_form(self) -> bool:
@@ -105,11 +114,8 @@ class GrammarMatcher:
     @property
     def error(self) -> str | None:
         """Why the grammar cannot be followed any more: it is too complex, or nothing may follow."""
-        if self._failure is not None:
-            return self._failure
-        # a copy may have met it first
-        self._compute_mask()
-        return one_line(self._matcher.get_error()) if self._matcher.is_error() else None
+        self._settle()
+        return self._failure or self._done.error
 
     def fill_bitmask(self, bitmask: npt.NDArray[np.int32]) -> None:
         """Write bit i % 32 of int32 i // 32 for every token i: 1 = may come.
@@ -117,116 +123,215 @@ class GrammarMatcher:
         The end of sequence may come only where the grammar is complete. After an error nothing
         may come.
         """
-        if self._failure is not None:
-            bitmask[:] = 0
-            return
+        self._settle()
         bitmask[:] = 0
+        if self._failure is not None:
+            return
         if self._may_be_form:
-            self._fill_form(bitmask)
+            if self._done.mask is not None and self._done.error is None:
+                bitmask[:] = np.frombuffer(self._done.mask, np.int32)[: len(bitmask)]
         elif self._reading is not None and self._reading.state == "reasoning":
             bitmask[:] = self._compiler.free[: len(bitmask)]
-        if self._reading is not None:
-            self._correct_before_form(bitmask, self._reading)
+        if self._to_check is not None:
+            self._correct_before_form(bitmask, self._to_check)
 
-    def _fill_form(self, bitmask: npt.NDArray[np.int32]) -> None:
-        """Allow the tokens that the form allows."""
-        self._compute_mask()
-        if self._matcher.is_error() and self._is_renewed():
-            self._compute_mask()
-        if not self._matcher.is_error():
-            bitmask[:] = self._compiler.buffer[: len(bitmask)]
-
-    def _correct_before_form(self, bitmask: npt.NDArray[np.int32], reading: Reading) -> None:
+    def _correct_before_form(
+        self, bitmask: npt.NDArray[np.int32], to_check: dict[int, Reading]
+    ) -> None:
         """Allow tokens that begin the reasoning, and none that begins another form after it."""
+        assert self._compiled is not None
         bits = bitmask.view(np.uint32)
-        for token_id, after in self._reasoning.to_check(reading).items():
+        for token_id, after in to_check.items():
             if after.state == "answer" and after.rest is None:
                 # for the form to decide
                 continue
             bit = np.uint32(1 << token_id % 32)
-            if not after.rest or self._may_begin_with(after.rest):
+            if not after.rest or self._compiled.may_begin[after.rest]:
                 bits[token_id // 32] |= bit
             else:
                 bits[token_id // 32] &= ~bit
 
-    def _may_begin_with(self, text: bytes) -> bool:
-        """Return True if a form may begin with a text."""
-        compiled, _ = self._begun
-        token_ids = compiled.vocabulary.spell(text)
-        return token_ids is not None and (
-            compiled.matcher.validate_tokens(token_ids) == len(token_ids)
-        )
-
-    @property
-    def _reasoning(self) -> ReasoningTokens:
-        """Search for the end of the reasoning."""
-        assert self._params.reasoning is not None, "asked before the form only"
-        return self._begun[0].vocabulary.reasoning(self._params.reasoning)
-
-    def accept(self, token_id: int) -> bool:
-        """Take a token of the output; returns `is_finished`."""
+    def offer(self, token_id: int) -> None:
+        """Have the worker take a token, without waiting for what `accept` returns."""
+        self._has_offered = True
         before = self._reading
         if before is None:
             self._take([token_id])
-            return self.is_finished
-        after = self._reasoning.read(before, token_id)
-        self._reading = None if after.state == "answer" else after
+            return
+        compiled = self._begun()
+        assert self._params.reasoning is not None
+        after = compiled.vocabulary.reasoning(self._params.reasoning).read(before, token_id)
         if before.state == "start" and after.state != "reasoning" and after.rest is None:
             # no reasoning has begun
             if self._is_form and after.state == "start":
-                self._is_form = self._matcher.validate_tokens([token_id]) == 1
-            if self._is_form:
-                self._take([token_id])
+                self._is_form = self._form_allows(token_id)
+            token_ids = [token_id] if self._is_form else []
         else:
             if before.state == "start" and self._taken:
-                self._begin(self._begun[0])
+                compiled.process.drop(self._output)
                 self._taken = []
-            if after.rest is not None:
-                self._take(self._begun[0].vocabulary.spell(after.rest) or [])
-        return self.is_finished
+                self._begin(compiled)
+            token_ids = compiled.vocabulary.spell(after.rest) or [] if after.rest else []
+        self._reading = None if after.state == "answer" else after
+        self._to_check = None
+        self._take(token_ids)
 
-    def _take(self, token_ids: list[int]) -> None:
-        """Take tokens of the form."""
-        for token_id in token_ids:
-            self._matcher.consume_token(token_id)
-        self._taken += token_ids
+    def send(self) -> None:
+        """Have an idle worker begin with what it was given."""
         if self._compiled is not None:
-            self._compiled.num_tokens += len(token_ids)
+            self._compiled.process.send()
+
+    def accept(self, token_id: int) -> bool | None:
+        """Take a token of the output, unless `offer` has.
+
+        Returns:
+            `is_finished`; None if the worker does not answer in time.
+        """
+        if not self._has_offered:
+            self.offer(token_id)
+        self._has_offered = False
+        self._is_late = not self._has_state(may_wait=True)
+        return None if self._is_late else self.is_finished
 
     def count_allowed(self, token_ids: list[int]) -> int:
-        """How many of these tokens, the first ones, may come; nothing is taken."""
-        if self._failure is not None:
+        """Return how many of these tokens, the first ones, may come; nothing is taken.
+
+        The number is smaller if the worker does not answer in time.
+        """
+        if self._failure is not None or (self._compiled is None and self._worn_out is not None):
             return 0
         if self._reading is None:
-            return self._matcher.validate_tokens(token_ids)
+            process = self._begun().process
+            work = Work(self._output, counted=(tuple(token_ids),))
+            done = self._compiler.answer(process, process.ask(work))
+            return 0 if done is None else done.counts[0]
         ahead, bitmask = self.copy(), np.zeros_like(self._compiler.free)
         for count, token_id in enumerate(token_ids):
             if ahead._reading is None:
                 return count + ahead.count_allowed(token_ids[count:])
+            if not ahead.await_mask():
+                return count
             ahead.fill_bitmask(bitmask)
             if not bitmask[token_id // 32] >> token_id % 32 & 1:
                 return count
-            if ahead.accept(token_id):
+            if ahead.accept(token_id) is not False:
                 return count + 1
         return len(token_ids)
 
-    def _compute_mask(self) -> None:
-        """Let llguidance write the mask into the buffer."""
-        buffer = self._compiler.buffer
-        self._matcher.unsafe_compute_mask_ptr(buffer.ctypes.data, buffer.nbytes)
+    def _form_allows(self, token_id: int) -> bool:
+        """Return True if the form allows a token next."""
+        self._settle()
+        mask = self._done.mask
+        return mask is not None and bool(mask[token_id // 8] >> token_id % 8 & 1)
 
-    def _is_renewed(self) -> bool:
-        """Start over where the states that outputs of one grammar share have reached their limit.
+    def _begun(self) -> CompiledGrammar:
+        """Return the compiled grammar; waits for it."""
+        while self._compiled is None:
+            if not self.is_ready:
+                self._compiler.wait()
+            elif self._failure is not None:
+                raise ValueError(self._failure)
+        return self._compiled
 
-        That says nothing of this output, which may have reached few of them itself. The step waits
-        for it, seldom and within the limits of a grammar.
+    def _begin(self, compiled: CompiledGrammar) -> None:
+        """Begin the output, or begin it again with the tokens that it has taken."""
+        self._follow(compiled, -1)
+        self._pending, self._done = None, Done()
+        self._ask_for(compiled, self._taken)
+
+    def _follow(self, compiled: CompiledGrammar, source: int) -> None:
+        """Have the worker follow this output too, as a copy of another one."""
+        self._compiled, self._output = compiled, compiled.process.copy(source)
+        finalizer = weakref.finalize(self, _drop, weakref.ref(compiled.process), self._output)
+        finalizer.atexit = False
+
+    def _take(self, token_ids: list[int]) -> None:
+        """Take tokens of the form."""
+        self._taken += token_ids
+        if self._compiled is not None:
+            self._compiled.num_tokens += len(token_ids)
+            self._ask_for(self._compiled, token_ids)
+
+    def _ask_for(self, compiled: CompiledGrammar, token_ids: list[int]) -> None:
+        """Have the worker take tokens, then compute the next mask."""
+        if token_ids:
+            work = Work(self._output, token_ids=tuple(token_ids), needs_mask=True)
+            self._pending = compiled.process.ask(work)
+
+    def _settle(self) -> None:
+        """Wait for the mask without a bound."""
+        while not self._has_mask(may_wait=True):
+            self._compiler.wait()
+
+    def _has_mask(self, may_wait: bool) -> bool:
+        """Read the mask of the next token; returns if it is there, or will never be."""
+        while self._has_state(may_wait):
+            if self._failure is not None or self._compiled is None:
+                return True
+            if self._pending is None:
+                if self._is_renewed(self._compiled):
+                    continue
+                done = self._done
+                needs_mask = self._may_be_form and not done.is_finished and done.error is None
+                if not needs_mask or done.mask is not None:
+                    return self._knows_beginnings(self._compiled, may_wait)
+                work = Work(self._output, needs_mask=True)
+                self._pending = self._compiled.process.ask(work)
+            if not self._read(may_wait, needs_mask=True):
+                return False
+        return False
+
+    def _has_state(self, may_wait: bool) -> bool:
+        """Read what the worker says of the tokens taken; returns if it is known."""
+        return self.is_ready and (self._pending is None or self._read(may_wait, needs_mask=False))
+
+    def _read(self, may_wait: bool, needs_mask: bool) -> bool:
+        """Read an answer to the latest work; returns if it has come."""
+        assert self._compiled is not None and self._pending is not None
+        process = self._compiled.process
+        done = self._compiler.answer(process, self._pending, needs_mask, may_wait)
+        if done is None:
+            return False
+        self._done = done
+        if self._pending.done is done:
+            self._pending = None
+        return True
+
+    def _knows_beginnings(self, compiled: CompiledGrammar, may_wait: bool) -> bool:
+        """Find out which tokens need a decision before the form, and which texts may begin it."""
+        if self._reading is None or self._params.reasoning is None:
+            return True
+        if self._to_check is None:
+            tokens = compiled.vocabulary.reasoning(self._params.reasoning)
+            self._to_check = tokens.to_check(self._reading)
+        rests = {after.rest for after in self._to_check.values() if after.rest}
+        unknown = [rest for rest in rests if rest not in compiled.may_begin]
+        spelled = {rest: tuple(compiled.vocabulary.spell(rest) or ()) for rest in unknown}
+        if unknown:
+            work = Work(-1, counted=tuple(spelled.values()))
+            pending = compiled.process.ask(work)
+            done = self._compiler.answer(compiled.process, pending, may_wait=may_wait)
+            if done is None:
+                return False
+            for (rest, token_ids), count in zip(spelled.items(), done.counts, strict=True):
+                compiled.may_begin[rest] = 0 < len(token_ids) == count
+        return True
+
+    def _is_renewed(self, compiled: CompiledGrammar) -> bool:
+        """Start over if the states that outputs of one grammar share have reached their limit.
+
+        That says nothing of this output, which may have reached few of them itself.
         """
-        compiled = self._compiled
-        if compiled is None or self._matcher.stop_reason() not in _WORN_OUT:
+        if not self._done.is_worn_out:
             return False
         age_s = time.monotonic() - compiled.since
         if compiled.num_tokens < _RENEWED_AFTER_TOKENS and age_s < _RENEWED_AFTER_S:
             return False
-        _, matcher = self._begin(self._compiler.find(self._params, again=True))
-        matcher.consume_tokens(self._taken)
+        self._worn_out, self._compiled = compiled, None
         return True
+
+
+def _drop(process: weakref.ref[GrammarProcess], output: int) -> None:
+    """Have a worker forget an output that nobody follows any more."""
+    if (alive := process()) is not None:
+        alive.drop(output)

@@ -7,18 +7,14 @@ marker as well as several ordinary tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
 
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.reasoning_tokens import ReasoningTokens
 from fd_dsa.engine.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from llguidance import LLTokenizer, TokenizerWrapper
-
 
 class GrammarVocabulary:
-    """Tokenizer in the form that llguidance reads, for answers that show the same special tokens.
+    """Tokens of a model, for answers that show the same special tokens.
 
     Args:
         tokenizer: of the model.
@@ -29,29 +25,23 @@ class GrammarVocabulary:
     Attributes:
         texts: bytes that each token id adds to the text; empty for hidden special tokens, ends of
             sequence and ids without a token.
+        tokens: the same, with the bytes of hidden special tokens.
+        special_token_ids: hidden special tokens; a grammar can ask for them as <name>.
+        end_token_ids: tokens that end an output.
         names: texts of the form <...>, which a grammar may use as names of tokens.
-        ll_tokenizer: the same for llguidance, a trie of the bytes.
 
     Raises:
-        ValueError: the tokens of this tokenizer have no bytes of their own, or llguidance refuses
-            them.
+        ValueError: the tokens of this tokenizer have no bytes of their own.
     """
-
-    # llguidance reads these
-    is_tokenizer_wrapper = True
-    bos_token_id = None
 
     def __init__(
         self, tokenizer: Tokenizer, size: int, eos_token_ids: Iterable[int], shown: frozenset[int]
     ) -> None:
-        from llguidance import LLTokenizer
-
-        ends = [token_id for token_id in eos_token_ids if token_id < size]
+        self.end_token_ids = [token_id for token_id in eos_token_ids if token_id < size]
         self.texts = tokenizer.pieces(shown)[:size]
         self.texts += [b""] * (size - len(self.texts))
-        for token_id in ends:
+        for token_id in self.end_token_ids:
             self.texts[token_id] = b""
-        # hidden tokens keep their names, so that a grammar can ask for them as <name>
         self.special_token_ids = [
             i for i, text in enumerate(self.texts) if not text and tokenizer.piece_bytes(i)
         ]
@@ -61,25 +51,22 @@ class GrammarVocabulary:
         self.tokens = self.texts.copy()
         for token_id in self.special_token_ids:
             self.tokens[token_id] = tokenizer.piece_bytes(token_id)
-        self.eos_token_id = ends[0] if ends else None
-        self.ll_tokenizer: LLTokenizer = LLTokenizer(
-            cast("TokenizerWrapper", self), eos_token=ends or None
-        )
-        # only the constructor reads it
-        del self.tokens
+        self._by_text: dict[bytes, int] = {}
         self._reasoning: dict[Reasoning, ReasoningTokens] = {}
 
-    def __call__(self, text: str) -> list[int]:
-        """Token ids that spell a text, the longest first; llguidance calls it."""
-        return self.ll_tokenizer.greedy_tokenize(text)
-
     def spell(self, text: bytes) -> list[int] | None:
-        """Token ids of a text; None if it is cut inside a character or no tokens spell it."""
-        try:
-            token_ids = self(text.decode())
-        except UnicodeDecodeError:
-            return None
-        return token_ids if b"".join([self.texts[i] for i in token_ids]) == text else None
+        """Return token ids of a text, the longest first; None if no tokens spell it."""
+        if not self._by_text:
+            self._by_text = {text: token_id for token_id, text in enumerate(self.texts) if text}
+        token_ids = []
+        while text:
+            # few texts are spelled, each the end of a token
+            length = next((n for n in range(len(text), 0, -1) if text[:n] in self._by_text), 0)
+            if not length:
+                return None
+            token_ids.append(self._by_text[text[:length]])
+            text = text[length:]
+        return token_ids
 
     def reasoning(self, texts: Reasoning) -> ReasoningTokens:
         """Search for the end of a reasoning; made once, in 0.1 s for a large vocabulary."""

@@ -75,7 +75,7 @@ class Failed:
 
 
 MAX_ASKED = 64
-"""Questions that wait for their thread; a grammar takes up to 0.2 s of it."""
+"""Questions that wait for their thread; a grammar takes up to half a second of it."""
 Command = Add | End | Ask | Stop
 Event = list[Added] | Reply | Failed
 """What a step has added to outputs, the reply to a command, or the end."""

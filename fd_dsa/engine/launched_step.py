@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -35,6 +36,7 @@ class LaunchedStep:
         draw: waits for the tokens; None: no draw has been queued.
         logits: of `sampling`, then of `reading`.
         is_in_flight: whether the next step is planned before its tokens have come.
+        late: requests that get no token, because the masks of their grammars have not come in time.
     """
 
     ready: float
@@ -52,6 +54,7 @@ class LaunchedStep:
     draw: Callable[[], npt.NDArray[np.int64]] | None = None
     logits: Any = None
     is_in_flight: bool = False
+    late: set[Request] = field(default_factory=set)
 
     @property
     def first_rows(self) -> list[int]:
@@ -63,9 +66,44 @@ class LaunchedStep:
         """Count what its requests get before it has come, as if all drafts stood."""
         self.is_in_flight = True
         for row, request in enumerate(self.sampling):
-            if request.finish_reason is None:
+            if request.finish_reason is None and request not in self.late:
                 request.drawn_row, request.num_unverified = row, len(self.drafts.get(request, ()))
                 request.num_computed_tokens += request.num_unverified
+
+    def leave_out(self, request: Request) -> None:
+        """Give a request no token; its last token is computed again when the mask is there."""
+        self.late.add(request)
+        request.forget_draw()
+
+    def going_on(
+        self, sampling: Sequence[Request], is_sampled_here: bool, drop: Callable[[Request], object]
+    ) -> list[int]:
+        """Return the places of the requests that get a token.
+
+        Others have ended since the launch, at the token before or at their prompt's scores, or
+        their masks are late.
+
+        Args:
+            sampling: requests of the step.
+            is_sampled_here: True if masks are needed now; False if a device has sampled.
+            drop: called with requests that have ended with the token before, if that was not known.
+        """
+        found, now = [], time.monotonic()
+        for place, request in enumerate(sampling):
+            if request.finish_reason is not None or request in self.late:
+                continue
+            if request.grammar is not None:
+                if is_sampled_here and not request.grammar.await_mask():
+                    self.leave_out(request)
+                    continue
+                if request.grammar.is_finished:
+                    # the worker was late to tell
+                    request.finish("stop", now)
+                    request.take_text("", now)
+                    drop(request)
+                    continue
+            found.append(place)
+        return found
 
     def read_prompts(self) -> list[Request]:
         """Score tokens of prompts; `logits` are then those of `sampling` alone.
@@ -153,3 +191,18 @@ def execute_watched(
     for request, layers in zip(watched.values(), selections, strict=True):
         request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
     return logits
+
+
+def offer_tokens(sampling: Sequence[Request], token_ids: Sequence[int]) -> None:
+    """Have the workers of grammars take sampled tokens, all workers at the same time.
+
+    Args:
+        token_ids: tokens of the requests, negative = none.
+    """
+    grammars = []
+    for request, token_id in zip(sampling, token_ids, strict=True):
+        if request.grammar is not None and token_id >= 0:
+            request.grammar.offer(token_id)
+            grammars.append(request.grammar)
+    for grammar in grammars:
+        grammar.send()

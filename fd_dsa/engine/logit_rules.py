@@ -171,8 +171,8 @@ class LogitRules:
 
     def masks(
         self, vocab_size: int, drafts: Sequence[int] = (), has_ended: bool = False
-    ) -> list[npt.NDArray[np.int32]]:
-        """Which tokens may come next, and after each draft if it stands.
+    ) -> list[npt.NDArray[np.int32]] | None:
+        """Return which tokens may come next, and after each draft if it stands.
 
         Args:
             drafts: tokens that may follow the output, negative = none.
@@ -181,7 +181,7 @@ class LogitRules:
         Returns:
             int32 [1 + len(drafts)][ceil(vocab_size / 32)]; bit i % 32 of value i // 32 is that of
             token i. All may come where nobody takes one: after the end, and after a draft that
-            may not come.
+            may not come. None if the grammar's masks do not come in time.
         """
         free = np.full(-(-vocab_size // 32), -1, np.int32)
         masks: list[npt.NDArray[np.int32]] = []
@@ -189,6 +189,8 @@ class LogitRules:
         for draft in () if has_ended else (*drafts, -1):
             mask = free.copy()
             if grammar is not None:
+                if not grammar.await_mask():
+                    return None
                 grammar.fill_bitmask(mask)
             # after the grammar, whose mask may show that it is complete
             ids = self._banned_ids(output, grammar, answer)

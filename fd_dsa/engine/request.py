@@ -139,6 +139,11 @@ class Request:
         return self.num_computed_tokens == self.num_tokens - 1 and self.num_output_tokens > 0
 
     @property
+    def is_unsettled(self) -> bool:
+        """True after the last allowed token, until it is known if the form is complete."""
+        return self.grammar is not None and len(self.output_token_ids) >= self.max_tokens
+
+    @property
     def wants_prompt_logits(self) -> bool:
         """True while prompt tokens are to be scored, so that none may come from the cache."""
         return self.prompt_logprobs is not None and not self.prompt_logprobs.is_complete
@@ -158,9 +163,10 @@ class Request:
             text = self.detokenizer.append(token_id) if is_shown else ""
         else:
             text = self.detokenizer.append(token_id)
-            if self.grammar is not None and self.grammar.accept(token_id):
+            is_complete = False if self.grammar is None else self.grammar.accept(token_id)
+            if is_complete:
                 self.finish("stop", now)
-            elif len(self.output_token_ids) >= self.max_tokens:
+            elif len(self.output_token_ids) >= self.max_tokens and is_complete is not None:
                 self.finish("length", now)
         if self.logprobs is not None and score is not None:
             self.logprobs.append(token_id, score, len(text))

@@ -12,6 +12,7 @@ from operator import attrgetter
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
+from fd_dsa.engine.output import FinishReason
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.step_times import StepTimes
 from fd_dsa.errors import describe_error
@@ -36,7 +37,8 @@ class Scheduler:
           free or cached, with one block to spare for each running request; strictly in order of
           arrival. So every running request has arrived before every waiting one.
         - A request whose grammar is being compiled, in another thread, is not admitted, nor are
-          those after it: within 0.2 s they are, and running ones go on.
+          those after it, and running ones go on.
+        - A request whose mask did not come in time is not scheduled until it has come.
         - The outputs of one request arrive one at a time. While one of them computes the
           prompt the next ones, and all after them, are not admitted; then they take its blocks.
         - A request whose last allowed token is on its way is not scheduled any more; one that was
@@ -114,6 +116,8 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Drop an ended or aborted request and free what it holds."""
+        if request.grammar is not None:
+            request.grammar.release()
         if request.slot >= 0:
             self._release(request)
         else:
@@ -127,13 +131,19 @@ class Scheduler:
         """Requests of the next step in ascending slot order, `num_scheduled_tokens` set.
 
         Empty only when there is no request, or the first one's grammar is being compiled and
-        nothing runs.
+        nothing runs but requests whose masks are late.
         """
         self._scheduled, self._held = [], []
         decoding: list[Request] = []
         prefilling: list[Request] = []
         for request in self._running.values():
-            if request.drawn_row < 0 or request.num_output_tokens < request.max_tokens:
+            if request.is_unsettled:
+                continue
+            if request.grammar is not None and request.grammar.is_late:
+                # the token of a prompt's end is one of the prompts' tokens
+                if request.is_decode:
+                    self._held.append(request)
+            elif request.drawn_row < 0 or request.num_output_tokens < request.max_tokens:
                 (decoding if request.is_decode else prefilling).append(request)
             elif request.num_unverified:
                 self._held.append(request)
@@ -152,6 +162,17 @@ class Scheduler:
             self.prefill_context = _mean_context(prompts)
         self._scheduled.sort(key=_slot)
         return self._scheduled
+
+    def settled(self) -> list[tuple[Request, FinishReason]]:
+        """Return requests that ended with their last allowed token, and how.
+
+        The workers of their grammars were late to tell if the form is complete.
+        """
+        return [
+            (request, "stop" if request.grammar.is_finished else "length")
+            for request in (*self._running.values(), *self._waiting)
+            if request.is_unsettled and request.grammar is not None and not request.grammar.is_late
+        ]
 
     def complete_step(self) -> None:
         """The step that `schedule` made is launched: its tokens are computed, full blocks cached.
@@ -270,7 +291,7 @@ class Scheduler:
             # asked first: it is compiled while the request waits for a row
             if request.grammar is not None and not request.grammar.is_ready:
                 break
-            if request.drawn_row >= 0:
+            if request.drawn_row >= 0 or request.is_unsettled:
                 break
             if budget <= 0 or self._spare_logits <= 0 or len(self._running) >= self._most_rows:
                 break

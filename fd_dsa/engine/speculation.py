@@ -97,7 +97,7 @@ class Speculator:
     def verify(
         self,
         step: LaunchedStep,
-        append: Callable[[list[Request], Any, Any], list[RequestOutput]],
+        append: Callable[[LaunchedStep, list[Request], Any, Any], list[RequestOutput]],
         scheduler: Scheduler,
         stats: EngineStats,
         tokens: npt.NDArray[np.int64] | None,
@@ -125,11 +125,12 @@ class Speculator:
         while rows:
             places = [first[request] + depth for request in rows]
             given = (step.logits[places], None) if tokens is None else (None, tokens[places])
-            outputs += append(rows, *given)
+            outputs += append(step, rows, *given)
             stands = []
             for request in rows:
                 drafts = step.drafts.get(request, ())
-                if request.finish_reason == "error" or len(drafts) <= depth:
+                is_left_out = request.finish_reason == "error" or request in step.late
+                if is_left_out or len(drafts) <= depth:
                     continue
                 if tokens is None:
                     is_right = drafts[depth] == request.token_ids[-1]
@@ -162,8 +163,14 @@ class Speculator:
         states = {
             request: request.drafts
             for request in step.sampling
-            if request.finish_reason is None and request.drafts is not None
+            if request.finish_reason is None
+            and request.drafts is not None
+            and request not in step.late
         }
+        for request in step.late:
+            # the masks after its drafts would be late, too
+            if request.drafts is not None:
+                self._leave(request)
         if states:
             times, share = self.costs.of(num_rows, len(states)), num_rows / len(states)
             for request, state in states.items():

@@ -14,7 +14,7 @@ from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
 from fd_dsa.environment import batch_invariant
-from fd_dsa.ops.sampling.parameters import MAX_ENTRIES, SlotParameters
+from fd_dsa.ops.sampling.parameters import MAX_ENTRIES, NO_TOKEN, SlotParameters
 from fd_dsa.runner.input_batch import Draw
 
 
@@ -87,7 +87,14 @@ class StepSampler:
         for request in step.sampling if step.places.masked else ():
             if request.rules is not None and request.rules.needs_mask:
                 drafts, has_ended = step.drafts.get(request, ()), request.finish_reason is not None
-                masks += request.rules.masks(self._runner.vocab_size, drafts, has_ended)
+                size = self._runner.vocab_size
+                made = request.rules.masks(size, drafts, has_ended)
+                if made is None:
+                    # the device samples and counts a token that nobody gets
+                    self._taken_by[request.slot] = -1
+                    step.leave_out(request)
+                    made = request.rules.masks(size, drafts, has_ended=True) or []
+                masks += made
         step.draw = self._runner.draw(masks)
 
     def read_drafts(self, step: LaunchedStep) -> None:
@@ -131,10 +138,16 @@ class StepSampler:
         """Tokens drawn as those `depth` tokens later will be; the rules are those of now.
 
         Returns:
-            int64 [n]; negative where the logits or the rules leave none.
+            int64 [n]; negative where the logits or the rules leave none, or a mask is late.
         """
         slots, positions = map(np.array, self._places(requests))
-        return self._sampler.sample(logits, slots, positions + depth)
+        tokens = np.full(len(requests), NO_TOKEN, np.int64)
+        grammars = (request.grammar for request in requests)
+        has_mask = np.array([g is None or g.await_mask() for g in grammars], bool)
+        tokens[has_mask] = self._sampler.sample(
+            logits[has_mask], slots[has_mask], positions[has_mask] + depth
+        )
+        return tokens
 
     def _places(self, sampling: Sequence[Request]) -> tuple[list[int], list[int]]:
         """Slot of each request and position of its next token; new ones give their parameters."""

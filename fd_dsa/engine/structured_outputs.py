@@ -6,11 +6,11 @@ import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from fd_dsa.chat.json_text import json_start
 from fd_dsa.chat.lark import MAX_GRAMMAR_CHARS
-
-Kind = Literal["json_schema", "regex", "lark", "grammar"]
+from fd_dsa.grammars.messages import Kind
 
 _FORMS = ("json", "json_object", "regex", "choice", "grammar")
 
@@ -84,18 +84,10 @@ class StructuredOutputsParams:
             raise ValueError(
                 f"{self.source} is {reprlib.repr(schema)}; it must be a JSON schema, an object"
             )
-        parts = []
-        num_chars = 0
         try:
-            # no further than to the first piece that is too much
-            for part in json.JSONEncoder().iterencode(schema):
-                parts.append(part)
-                num_chars += len(part)
-                if num_chars > MAX_GRAMMAR_CHARS:
-                    break
+            return json_start(schema, MAX_GRAMMAR_CHARS, ensure_ascii=True)
         except (RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{self.source} cannot be written as JSON: {error}") from error
-        return "".join(parts)
 
     def _choice_text(self, choice: Any) -> str:
         """A grammar of one token of its own; as rules, many choices would be slow."""

@@ -132,7 +132,6 @@ def _step_metadata(call: Call, memory: Memory) -> Iterator[Outputs]:
             int(2 * tables[b, p // 2] + p % 2) for b, p in zip(rows, _POSITION_IDS, strict=True)
         ],
         "cu_seqlens_q": [0, 3, 4, 4],
-        "cache_seqlens": [0, 5, 0],
         "cu_seqlens_kg": [0, 5, 6, 6],
         "indexer_attn_mask_offsets": [0, 3, 0, 4, 0, 5, 0, 0],
     }

@@ -34,6 +34,9 @@ CONTAINER_WEIGHT = 8
 Parsed, a number takes 40 bytes and each of the others 80 to 230.
 """
 
+LENIENT_BYTES = 1 << 16
+"""Longest body that Python's parser gets, which is slower and knows more than orjson."""
+
 # bodies of the longest allowed size that may be in memory at a time
 _LONG_BODIES = 8
 # of each body; a request of a usual size is never refused for what others send
@@ -41,8 +44,6 @@ _UNCOUNTED_BYTES = 64 << 10
 _CLOSE = {"Connection": "close"}
 # read on the event loop, in less than a millisecond
 _SHORT_BYTES = 8192
-# longest body that Python's parser gets, which is slower and knows more than orjson
-_LENIENT_BYTES = 1 << 16
 # names of unknown fields, which clients choose: in one header, and in the log of a server
 _SHOWN_NAMES, _SHOWN_NAME_CHARS, _MAX_LOGGED_NAMES = 16, 64, 256
 _logged_names: set[str] = set()
@@ -229,7 +230,7 @@ def parse_json(content: bytes | bytearray) -> Any:
     try:
         return orjson.loads(content)
     except orjson.JSONDecodeError:
-        if len(content) <= _LENIENT_BYTES:
+        if len(content) <= LENIENT_BYTES:
             return json.loads(content)
         # raises where it is no UTF-8, and names the byte
         content.decode()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fd_dsa.chat.budget import PromptTooLong, bounded_rendering
-from fd_dsa.chat.control import QUOTED_CHARS, RenderedPrompt, render_prompt
+from fd_dsa.chat.control import QUOTED_CHARS, RenderedPrompt, render_prompt, texts_in
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import (
     AUTO,
@@ -161,10 +161,10 @@ def _render(
     # before the template copies them
     messages = [message.for_template() for message in body.messages]
     texts = [{**message, "role": None} for message in messages]
-    check_bytes(state, _texts(texts), "messages")
+    check_bytes(state, texts_in(texts, with_names=False), "messages")
     offered = body.tools if body.tools and body.choice.mode != "none" else []
     tools = [tool.model_dump(exclude_unset=True) for tool in offered]
-    check_bytes(state, _texts(tools, with_names=True), "tools")
+    check_bytes(state, texts_in(tools), "tools")
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
     allows = state.options.allow_special_tokens_in_text
@@ -191,24 +191,6 @@ def _render(
         if of_kwargs.param is not None:
             raise of_kwargs from error
         raise FieldError(f"messages: {error}") from error
-
-
-def _texts(value: Any, with_names: bool = False) -> Iterator[str]:
-    """Every text in a JSON value.
-
-    Args:
-        with_names: names of fields are texts too, such as the names in a tool's schema.
-    """
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        if with_names:
-            yield from value
-        for entry in value.values():
-            yield from _texts(entry, with_names)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _texts(entry, with_names)
 
 
 def _form(

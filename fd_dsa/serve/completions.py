@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field, PlainValidator, WithJsonSchema
 from starlette.responses import Response
 
+from fd_dsa.cancellation import check_cancelled
 from fd_dsa.serve.answer import Answer, respond, shown
 from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.errors import show
@@ -98,6 +99,7 @@ def _read_prompts(
 ) -> CompletionAnswer:
     jobs = []
     for index, prompt in enumerate(body.prompt):
+        check_cancelled()
         if isinstance(prompt, str):
             prompt = encode_prompt(state, prompt, "prompt", add_special_tokens=True)
         # a step that reads the last token of the prompt gives one of the output

@@ -25,6 +25,7 @@ from fd_dsa.serve.errors import ApiError, is_anthropic, show
 from fd_dsa.serve.pages import PAGE_PATHS, STATIC_PREFIX
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.status import PROBE_PATHS
+from fd_dsa.serve.workers import Turns
 
 OPEN_PATHS = PAGE_PATHS | PROBE_PATHS | {"/openapi.json", "/version", "/metrics"}
 """Paths that need no key: they compute nothing and show nothing of requests."""
@@ -83,12 +84,15 @@ class GuardMiddleware:
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
         self._state = state
+        self._turns = Turns()
         self._key_digests = [sha256(key.encode()).digest() for key in state.options.api_key]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"] not in PROBE_PATHS:
+            await self._turns.wait()
         with contextlib.ExitStack() as held:
             try:
                 if self._check_head(scope):

@@ -60,6 +60,8 @@ STALLED_S = 60.0
 HEAD_TIMEOUT_S = 60.0
 """Seconds that a client has for the head of a request, on a new connection from its beginning."""
 
+# between two looks if a client that sends nothing more has left
+_LOOK_S = 0.05
 # for which a refused client may read its answer: a close while it still sends would take it away
 _LINGER_S = 1.0
 _CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
@@ -206,7 +208,8 @@ class StrictH11Protocol(H11Protocol):
         self._listener = listener
         self._give_up: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
-        self._is_refused = self._is_head_request = False
+        self._look_timer: asyncio.TimerHandle | None = None
+        self._is_refused = self._is_head_request = self._is_ended = False
         # of the request whose head came last; empty before a head
         self._path = ""
 
@@ -250,6 +253,40 @@ class StrictH11Protocol(H11Protocol):
         super().on_response_complete()
         # what was in memory may have been the beginning of a request
         self.flow.resume_reading()
+        if self._is_ended and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer a client that has ended its sending after a whole request.
+
+        A client that has left looks the same until it gets bytes, which its system then refuses.
+        So it gets an interim response, which HTTP/1.0 does not have.
+
+        Returns:
+            True to keep the connection open.
+        """
+        is_asked = self.cycle is not None and not self.cycle.response_complete
+        is_whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+        is_old = self.conn.their_http_version == b"1.0"
+        if self._is_refused or not (is_asked and is_whole) or is_old:
+            return False
+        if not self._is_ended:
+            self._is_ended = True
+            if self.conn.our_state is h11.SEND_RESPONSE:
+                interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+                self.transport.write(self.conn.send(interim))
+            self._look_for_reset()
+        return True
+
+    def _look_for_reset(self) -> None:
+        """Drop the connection of a client whose system refuses what it gets."""
+        poll = select.poll()
+        # errors are reported without being asked for
+        poll.register(self.transport.get_extra_info("socket").fileno(), 0)
+        if poll.poll(0):
+            self.transport.abort()
+        else:
+            self._look_timer = self.loop.call_later(_LOOK_S, self._look_for_reset)
 
     def _has_next_request(self) -> bool:
         """Whether a whole request is being answered, and enough has come after it."""
@@ -334,6 +371,8 @@ class StrictH11Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._keep()
         self._forget_head()
+        if self._look_timer is not None:
+            self._look_timer.cancel()
         self._listener.left(self)
         super().connection_lost(exc)
 

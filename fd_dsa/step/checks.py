@@ -103,14 +103,12 @@ class HostStep(NamedTuple):
 
     Attributes:
         inputs, counts: of the step.
-        seq_lens_k: int64 [B]; keys in the cache after this step, 0 for idle rows.
         gathered_keys: int64 [B]; gathered (or reserved) keys of each row, None in a decode-only
             step.
     """
 
     inputs: StepInputs
     counts: StepCounts
-    seq_lens_k: Int64Array
     gathered_keys: Int64Array | None
 
 
@@ -234,7 +232,7 @@ def check_values(inputs: StepInputs, limits: StepLimits, hints: StepHints) -> Ho
         max_seqlen_k = index(hints.max_seqlen_k)
     padded = _padded_tokens(num_tokens, limits, hints)
     counts = StepCounts(num_tokens, num_prefill_tokens, max_seqlen_k, padded)
-    return HostStep(inputs, counts, seq_lens_k, gathered)
+    return HostStep(inputs, counts, gathered)
 
 
 def check_device_counts(limits: StepLimits, hints: StepHints) -> StepCounts:

@@ -23,7 +23,9 @@ class ForwardMeta:
     (0, 0). A slot of -1 is never written.
 
     Prefill fields. `indexer_attn_mask_offsets` and `cu_seqlens_kg` are None in a step without a
-    prefill token; a consumer that needs them and finds None raises `MissingStepError`.
+    prefill token. A consumer that finds None in a step with prefill tokens raises
+    `MissingStepError`, see `fd_dsa.ops._key_bounds.prompt_windows`. A prefill token t of row b sees
+    the positions from ks - cu_seqlens_kg[b] up to and without ke - cu_seqlens_kg[b].
 
     Lifetime. The arrays are views of the builder's buffers: valid until its next `build`, at the
     same addresses in every step. Where a build was given device tensors, the three lengths and
@@ -49,8 +51,6 @@ class ForwardMeta:
     position_ids_int32: Array | None
     # int64 [T]: block_tables[b, p // bs] * bs + p % bs for p = position_ids[t]; -1 = padding
     slot_mapping: Array
-    # int32 [B]: keys in the cache after this step (d_b + n_b) of a decode row, else 0
-    cache_seqlens: Array
     # int32 [2 T] or None: ks, ke of each token, half-open, into the step's gathered keys:
     # ks = cu_seqlens_kg[b], ke = ks + d_b + j + 1 for a prefill token, (0, 0) for all others
     indexer_attn_mask_offsets: Array | None

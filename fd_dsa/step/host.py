@@ -64,17 +64,12 @@ class HostProvider:
         return self._views.forward_meta(self._input_views(self._used_rows), step.counts)
 
     def _write_rows(self, step: HostStep) -> None:
-        """Copy the inputs; prefix sums and decode lengths of the rows."""
-        num_rows = len(step.seq_lens_k)
+        """Copy the inputs, and sum the tokens of the rows before each."""
+        num_rows = len(step.inputs.seq_lens_this_time)
         unused = slice(num_rows, self._used_rows)
         for buffer, array, padding in zip(self._inputs, step.inputs, _PADDING, strict=True):
             buffer[:num_rows] = array
             buffer[unused] = padding
-        lengths = self._buffers.cache_seqlens
-        lengths[:num_rows] = step.seq_lens_k
-        lengths[unused] = 0
-        if step.counts.num_prefill_tokens:
-            lengths[:num_rows] *= self._inputs.seq_lens_encoder[:num_rows] == 0
         _prefix_sum(self._inputs.seq_lens_this_time[:num_rows], self._buffers.cu_seqlens_q)
         self._used_rows = num_rows
 

@@ -81,7 +81,6 @@ def decode_step_metadata_kernel(
     position_ids_int32_ptr,
     slot_mapping_ptr,
     cu_seqlens_q_ptr,
-    cache_seqlens_ptr,
     num_rows,
     num_padded_rows,
     num_padded_tokens,
@@ -116,7 +115,6 @@ def decode_step_metadata_kernel(
     exists = rows < num_padded_rows
     tl.store(cu_seqlens_q_ptr + rows, 0, rows == 0)
     tl.store(cu_seqlens_q_ptr + rows + 1, ends, exists)
-    tl.store(cache_seqlens_ptr + rows, tl.where(lengths > 0, cached + lengths, 0), exists)
 
     written = (lengths > 0) & (starts >= 0) & (starts < num_padded_tokens)
     _store_tokens(outputs, int32_ptr, starts, rows, cached, slots, written)
@@ -144,7 +142,6 @@ def mixed_step_metadata_kernel(
     position_ids_int32_ptr,
     slot_mapping_ptr,
     cu_seqlens_q_ptr,
-    cache_seqlens_ptr,
     indexer_attn_mask_offsets_ptr,
     cu_seqlens_kg_ptr,
     num_rows,
@@ -184,12 +181,10 @@ def mixed_step_metadata_kernel(
 
         if tl.program_id(0) == 0:
             exists = rows < num_padded_rows
-            decoded = tl.where((lengths > 0) & (is_prefill == 0), cached + lengths, 0)
             tl.store(cu_seqlens_q_ptr + rows, 0, rows == 0)
             tl.store(cu_seqlens_q_ptr + rows + 1, ends, exists)
             tl.store(cu_seqlens_kg_ptr + rows, 0, rows == 0)
             tl.store(cu_seqlens_kg_ptr + rows + 1, key_ends, exists)
-            tl.store(cache_seqlens_ptr + rows, decoded, exists)
 
         # rows of this tile that end at or before the token
         done = tl.sum((ends[:, None] <= tokens[None, :]).to(tl.int32), axis=0)

@@ -39,7 +39,6 @@ FIELDS = {
     "position_ids_int32": Field(),
     "slot_mapping": Field("int64"),
     "cu_seqlens_q": Field(of_rows=True, more=1),
-    "cache_seqlens": Field(of_rows=True),
     "indexer_attn_mask_offsets": Field(values=2, is_window=True),
     "cu_seqlens_kg": Field(of_rows=True, more=1, is_window=True),
 }
@@ -79,14 +78,14 @@ class StepViews:
         num_tokens, num_prefill_tokens, max_seqlen_k, padded = counts
         encoder, decoder, this_time, tables = inputs
         has_prefill, num_rows = num_prefill_tokens > 0, int(this_time.shape[0])
-        cu_q, cache_lens, cu_kg = self._cut(True, num_rows, has_prefill)
+        cu_q, cu_kg = self._cut(True, num_rows, has_prefill)
         batch_ids, positions, int32_positions, slots, windows = self._cut(
             False, padded, has_prefill
         )
         # by position: names would double the time of this call, which each step waits for
         return ForwardMeta(
             *(encoder, decoder, this_time, cu_q, tables, batch_ids, positions, int32_positions),
-            *(slots, cache_lens, windows, cu_kg),
+            *(slots, windows, cu_kg),
             *(num_prefill_tokens, num_tokens - num_prefill_tokens, max_seqlen_k),
         )
 

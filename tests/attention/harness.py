@@ -7,6 +7,7 @@ poisoned.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import pytest
 
 import fd_dsa.attention.host as host_module
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
+from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops.cache_write import CacheWriteParams
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.bfloat16 import ref_array, upper_half
@@ -32,6 +34,9 @@ SCALE = 0.4
 TOLERANCE = 1e-5
 FP8 = "fp8_ds_mla"
 # in bytes of 0xFF every code, scale and bfloat16 is NaN; in bytes of 0x70 they are finite and huge
+# by flat token the first key that it sees and the end of its keys, as positions of its row
+Windows = Mapping[int, tuple[int, int]]
+NO_CHANGE: Windows = {}
 NAN = {"float32": np.nan, "bfloat16": 0x7FC1, FP8: 0xFF}
 HUGE = {"float32": 1e30, "bfloat16": 0x7149, FP8: 0x70}
 
@@ -115,18 +120,23 @@ class RowData:
             return self.dequantised_rows
         return np.concatenate([self.latent, self.k_pe], axis=1)
 
-    def selected(self, position: int, topk: int) -> list[int]:
-        """Positions that a token attends to."""
+    def selected(self, position: int, topk: int, window: tuple[int, int] | None) -> list[int]:
+        """Positions that a token attends to; without a window it sees all up to its own."""
+        begin, end = window or (0, position + 1)
         scores = [
             ref_score(self.index_q[position], self.weights[position], key)
-            for key in self.index_k[: position + 1]
+            for key in self.index_k[begin:end]
         ]
-        return [p for p in ref_topk(scores, position + 1, topk) if p >= 0]
+        return [begin + p for p in ref_topk(scores, len(scores), topk) if p >= 0]
 
-    def attended(self, position: int, sizes: Sizes) -> np.ndarray:
-        """float64 [heads, RANK]: the token's output."""
-        chosen = self.selected(position, sizes.topk)
+    def attended(
+        self, position: int, sizes: Sizes, window: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """float64 [heads, RANK]: the token's output, zeros of a token without keys."""
+        chosen = self.selected(position, sizes.topk, window)
         rank = sizes.widths[0]
+        if not chosen:
+            return np.zeros((sizes.heads, rank))
         return ref_attend(self.q[position], self.rows(sizes.dtype), chosen, SCALE, rank)
 
 
@@ -269,9 +279,16 @@ class World:
         kv_a = paddle.concat([given["latent"], given["k_pe"]], axis=1)
         self.backend.write(kv_a, given["index_k"], None, FinishedKeys(layer), meta)
 
-    def run(self, rows: list[tuple[int, int, int]], padding: int = 0) -> Step:
-        """One step through every layer."""
+    def run(
+        self, rows: list[tuple[int, int, int]], padding: int = 0, windows: Windows = NO_CHANGE
+    ) -> Step:
+        """One step through every layer, with other windows of some prompt tokens."""
         meta, step = self.begin(rows, padding), Step()
+        for token, window in windows.items():
+            row = meta.fd_dsa_step.batch_id_per_token.numpy()[token]
+            start = meta.fd_dsa_step.cu_seqlens_kg.numpy()[row]
+            offsets = as_numpy(meta.indexer_attn_mask_offsets)
+            offsets[2 * token : 2 * token + 2] = start + np.array(window)
         for layer in range(self.sizes.layers):
             given = {
                 name: self.packed(layer, rows, padding, name)
@@ -285,7 +302,12 @@ class World:
         return step
 
     def check(
-        self, rows: list[tuple[int, int, int]], step: Step, padding: int = 0, only: Any = None
+        self,
+        rows: list[tuple[int, int, int]],
+        step: Step,
+        padding: int = 0,
+        only: Any = None,
+        windows: Windows = NO_CHANGE,
     ) -> None:
         """Slots exactly and outputs within rounding; `only` limits the flat tokens looked at."""
         tokens = [(row, cached + j) for row, (_, cached, n) in enumerate(rows) for j in range(n)]
@@ -296,15 +318,18 @@ class World:
             assert (outputs[len(tokens) :] == 0).all()
             for t in range(len(tokens)) if only is None else only:
                 row, position = tokens[t]
-                data = self.data[layer][row]
+                data, window = self.data[layer][row], windows.get(t)
+                if window is not None:
+                    keys = len(data.index_k)
+                    window = max(window[0], 0), min(window[1], keys)
                 wanted = [
                     ref_slot(p, self.tables[row], self.sizes.block_size)
-                    for p in data.selected(position, self.sizes.topk)
+                    for p in data.selected(position, self.sizes.topk, window)
                 ]
                 wanted += [-1] * (slots.shape[1] - len(wanted))
                 assert slots[t].tolist() == wanted, (layer, row, position)
                 np.testing.assert_allclose(
-                    outputs[t], data.attended(position, self.sizes), rtol=0, atol=TOLERANCE,
+                    outputs[t], data.attended(position, self.sizes, window), rtol=0, atol=TOLERANCE,
                     err_msg=f"layer {layer}, row {row}, position {position}",
                 )  # fmt: skip
 

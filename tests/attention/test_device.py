@@ -15,7 +15,7 @@ pytest.importorskip("paddle", reason="the CPU's products are Paddle's")
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops._host import as_numpy
-from tests.attention.harness import FP8, Sizes, Step, World, world_of
+from tests.attention.harness import FP8, NO_CHANGE, Sizes, Step, Windows, World, world_of
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.strategies import make_batch
@@ -30,14 +30,16 @@ NUM_TOKENS = PADDING + sum(new for _, _, new in ROWS)
 class OnDevice:
     """A step of a world, run on the CPU, and the same step's tensors in another memory."""
 
-    def __init__(self, m: KernelMemory, sizes: Sizes, rows: list[Any]) -> None:
+    def __init__(
+        self, m: KernelMemory, sizes: Sizes, rows: list[Any], windows: Windows = NO_CHANGE
+    ) -> None:
         from fd_dsa.attention.device import DeviceAttention
 
         self.memory, self.rows = m, rows
         padded = PADDING + sum(new for _, _, new in rows)
         batch = make_batch(rows, sizes.block_size, num_padded_tokens=padded)
         self.world: World = world_of(batch, sizes)
-        self.cpu: Step = self.world.run(rows, PADDING)
+        self.cpu: Step = self.world.run(rows, PADDING, windows)
         config = self.world.backend.config
         self.attention = DeviceAttention(config, m.poisoned)
         meta = self.world.backend.attention_metadata

@@ -13,6 +13,7 @@ pytest.importorskip("paddle", reason="the steps are on Paddle's tensors")
 
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.ops._key_bounds import PromptWindows, key_bounds
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.step import StepMetadataBuilder
 from tests.kernel_memory import KernelMemory
@@ -104,20 +105,36 @@ class Tiles:
         *,
         block_size: int,
         num_blocks: int,
+        windows: PromptWindows,
         first_token: int,
     ) -> None:
         """`select_slots` as the CPU does it; its kernel takes seconds when it is interpreted."""
         assert num_blocks == self.keys.shape[0]
         rows = slice(first_token, first_token + logits.shape[0])
+        first, ends = self.bounds(positions, batch, windows)
+        assert not first.any()
         batch, scores, k = self.m.get(batch)[rows], self.m.get(logits), slots.shape[1]
-        lengths = np.where(batch < 0, 0, self.m.get(positions)[rows] + 1)
-        lengths = np.minimum(lengths, scores.shape[1])
+        lengths = np.minimum(ends[rows], scores.shape[1])
         chosen = select_positions(scores, lengths, k)
         # all keys of a short window, whatever their scores are
         column = np.arange(k)
         every = np.where(column < lengths[:, None], column, -1).astype(np.int32)
         chosen = np.where(lengths[:, None] <= k, every, chosen)
         slots[rows] = self.m.put(positions_to_slots(chosen, batch, self.m.get(tables), block_size))
+
+    def bounds(self, positions: Any, batch: Any, windows: PromptWindows) -> Any:
+        """`key_bounds` of tensors."""
+        offsets, starts, encoder = (None if x is None else self.m.get(x) for x in windows)
+        step: Any = SimpleNamespace(
+            position_ids=self.m.get(positions),
+            batch_id_per_token=self.m.get(batch),
+            num_prefill_tokens=0 if offsets is None else encoder.sum(),
+            indexer_attn_mask_offsets=offsets,
+            cu_seqlens_kg=starts,
+            seq_lens_encoder=encoder,
+        )
+        live = int((step.batch_id_per_token >= 0).sum())
+        return [np.pad(bound, (0, PADDING)) for bound in key_bounds(step, live)]
 
     def select(self, scores: Any = None, prepare: bool = True, **changes: Any) -> np.ndarray:
         """The slots of the step, some of whose fields are others."""

@@ -82,6 +82,73 @@ def test_any_row_by_any_path_equals_a_sort(data: st.DataObject) -> None:
     check(scores, lengths, k, **sizes)
 
 
+def expected_slots(scores: np.ndarray, bounds: np.ndarray, k: int) -> np.ndarray:
+    """Slots of the best positions of each row, in blocks of 16 in reverse order."""
+    out = np.full((len(scores), k), -1, np.int32)
+    num_blocks = -(-scores.shape[1] // 16)
+    for row, (begin, end) in enumerate(bounds.tolist()):
+        chosen = best(scores[row : row + 1, begin:], [end - begin], k)[0]
+        position = begin + chosen[chosen >= 0]
+        out[row, : len(position)] = (num_blocks - 1 - position // 16) * 16 + position % 16
+    return out
+
+
+@EXAMPLES
+@given(
+    data=st.data(),
+    cluster=st.sampled_from([HELD, 1, 2, 4]),
+    wide=st.booleans(),
+    width=st.integers(1, 500),
+    k=st.integers(1, 90),
+    num_prompts=st.integers(0, 4),
+)
+def test_tokens_of_prompts_choose_within_their_windows(
+    data: st.DataObject, cluster: int, wide: bool, width: int, k: int, num_prompts: int
+) -> None:
+    """Four rows of one token; those that are no prompts see all keys up to their own."""
+    count = st.one_of(st.just(width), st.integers(1, width))
+    counts = np.array([data.draw(count) for _ in range(4)], np.int32)
+    is_prompt, starts = np.arange(4) < num_prompts, np.zeros(5, np.int32)
+    starts[1:] = np.cumsum(np.where(is_prompt, counts, 1))
+    edge = st.one_of(st.sampled_from([0, width]), st.integers(-3, width + 3))
+    windows = np.array([[data.draw(edge), data.draw(edge)] for _ in range(4)], np.int32)
+    bounds = np.clip(windows, 0, counts[:, None])
+    bounds[:, 1] = bounds.max(axis=1)
+    bounds[~is_prompt] = np.stack([np.zeros(4), counts], 1)[~is_prompt]
+    offsets = ((windows + starts[:4, None]) * is_prompt[:, None]).astype(np.int32).ravel()
+    scores = scores_of(data.draw(st.sampled_from([*KINDS])), 4, width, data.draw(st.integers(0, 9)))
+    out, memory = np.full((4, k), POISON, np.int32), np.full(4 * width + 8, np.nan, np.float32)
+    first = (-memory.ctypes.data // 4) % 4 + data.draw(st.integers(0, 3))
+    logits = memory[first : first + 4 * width].reshape(4, width)
+    logits[:] = scores
+    num_blocks = -(-width // 16)
+    arrays = {
+        "logits": logits,
+        "position_ids": counts.astype(np.int64) - 1,
+        "batch_ids": np.arange(4, dtype=np.int32),
+        "block_tables": np.tile(np.arange(num_blocks, dtype=np.int32)[::-1], (4, 1)).copy(),
+        "window_offsets": offsets,
+        "key_starts": starts,
+        "seq_lens_encoder": is_prompt.astype(np.int32),
+        "out": out,
+    }
+    if not num_prompts:
+        del arrays["window_offsets"], arrays["key_starts"], arrays["seq_lens_encoder"]
+    arguments = TopkRows(
+        **{name: array.ctypes.data for name, array in arrays.items()},
+        num_rows=4,
+        width=width,
+        k=k,
+        row_stride=width,
+        table_width=num_blocks,
+        block_size=16,
+        num_blocks=num_blocks,
+    )
+    code = library().topk_emulated(ctypes.byref(arguments), int(wide), cluster, 1024, 1024)
+    assert code == 0
+    np.testing.assert_array_equal(out, expected_slots(scores, bounds, k))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cluster", [1, 4])
 def test_kinds_of_long_rows(kind: str, cluster: int) -> None:

@@ -25,6 +25,7 @@ from tests.ops.test_topk_kernel import (  # noqa: F401
     test_a_short_window_needs_no_scores,
     test_block_sizes,
     test_keys_without_a_block_have_no_slot,
+    test_prompt_tokens_choose_among_the_keys_of_their_windows,
     test_rows_of_scores_may_lie_apart,
     test_set_and_order,
     test_the_choice_of_the_cpu,

@@ -13,8 +13,12 @@ VOCAB_SIZE = 300
 EOS = 1
 
 
-def all_bytes_tokenizer():
-    """Byte-level: <bos>, <eos>, one token for each byte, and a few tokens of several bytes."""
+def all_bytes_tokenizer(*added):
+    """Byte-level: <bos>, <eos>, one token for each byte, and a few tokens of several bytes.
+
+    Args:
+        added: texts of further tokens.
+    """
     vocab = {"<bos>": 0, "<eos>": EOS}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab.update({char: 2 + i for i, char in enumerate(alphabet)})
@@ -24,7 +28,7 @@ def all_bytes_tokenizer():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<bos>", "<eos>"])
-    backend.add_tokens(["<think>", "</think>"])
+    backend.add_tokens(["<think>", "</think>", *added])
     return Tokenizer(backend, {"bos_token": "<bos>", "eos_token": "<eos>"}, Conversation())
 
 

@@ -46,6 +46,24 @@ def test_parameters_are_those_of_upstream() -> None:
                 assert not hasattr(mine.self_attn.indexer, name)
 
 
+def test_a_prompt_token_sees_the_keys_of_its_window() -> None:
+    """The window of token 50 of 60 is whole, then its first 20 keys, then empty."""
+    outputs = []
+    with registered():
+        backend, layer = make_backend(config()), make_layer()
+        for window in (None, (0, 20), (30, 30)):
+            meta = Rows(backend).step([(60, 0, 60)])
+            if window is not None:
+                meta.indexer_attn_mask_offsets[100:102] = paddle.to_tensor(window, "int32")
+            with paddle.no_grad():
+                outputs.append(np.array(layer(meta, hidden_states(60))))
+    whole, first_keys, no_keys = outputs
+    for other in first_keys, no_keys:
+        differs = np.flatnonzero((other != whole).any(axis=1))
+        assert differs.tolist() == [50]
+    assert not no_keys[50].any()
+
+
 def test_layers_without_tokens_and_before_their_backend() -> None:
     with registered():
         rows, layer = Rows(make_backend()), make_layer(loaded=False)

@@ -69,6 +69,13 @@ def test_a_header_with_a_tensor_twice(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith(f"{path}: header: the name 'a' is there twice")
 
 
+def test_a_header_of_very_many_tensors_is_not_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_raw(path, b":" * 4_000_000, DATA)
+    start = f"{path}: has about 1000000 tensors, allowed: at most 524288"
+    assert refusal(tmp_path).startswith(start)
+
+
 def test_weights_that_are_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     assert "model.safetensors: is no regular file" in refusal(tmp_path)

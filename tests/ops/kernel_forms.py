@@ -14,12 +14,15 @@ from fd_dsa.triton_runtime import Pointer
 
 INT32 = ("batch_id_per_token_ptr", "slots_ptr", "block_tables_ptr", "index_ptr", "tiles_ptr",
          "seq_lens_decoder_ptr", "seq_lens_this_time_ptr", "seq_lens_encoder_ptr", "programs_ptr",
-         "cu_seqlens_q_ptr", "work_ends_ptr", "ids_ptr", "pairs_ptr", "counts_ptr")
+         "offsets_ptr", "key_starts_ptr", "cu_seqlens_q_ptr", "work_ends_ptr", "ids_ptr",
+         "pairs_ptr", "counts_ptr")
 INT64 = "position_ids_ptr", "slot_mapping_ptr"
 
 def integers(kernel):
     return {name: "int64" if name in INT64 else "int32" for name in kernel.arg_names}
 
+# of steps of decode tokens only
+NO_WINDOWS = dict.fromkeys(("offsets_ptr", "key_starts_ptr", "seq_lens_encoder_ptr"))
 UINT8 = "latent_ptr", "q_out_ptr"
 TYPES = (dict.fromkeys(INT32, "int32") | dict.fromkeys(INT64, "int64")
          | dict.fromkeys(UINT8, "uint8"))
@@ -112,7 +115,10 @@ for q, cache, wide in (("float32", "float32", tl.float32), ("float32", "bfloat16
                        ("bfloat16", "bfloat16", tl.bfloat16), ("uint8", "uint8", tl.float16)):
     compile("logits", logits_kernel, {"q_ptr": q, "cache_ptr": cache}, HEAD_DIM=128,
             BLOCK_SIZE=64, FP8=cache == "uint8", WIDE=wide)
+compile("logits", logits_kernel, HEAD_DIM=128, BLOCK_SIZE=64, FP8=False, WIDE=tl.float32,
+        **NO_WINDOWS)
 compile("topk", topk_kernel, BLOCK_SIZE=64)
+compile("topk", topk_kernel, BLOCK_SIZE=64, **NO_WINDOWS)
 for q, cache in (("float32", "float32"), ("float32", "int16"), ("float32", "uint8"),
                  ("bfloat16", "bfloat16"), ("bfloat16", "uint8")):
     wide = tl.bfloat16 if q == "bfloat16" else tl.float32
@@ -292,13 +298,14 @@ for tokens in (1, 32, 512, 8192):
                 **experts.block_sizes("uint8", columns, width, tiling),
                 **({} if gated else dict(out_scales_ptr=None)))
 compile("schedule", tile_schedule_kernel, num_warps=8)
+compile("schedule", tile_schedule_kernel, num_warps=8, **NO_WINDOWS)
 # heads, and tokens of a decode row or 0 for a step with prompts
 for heads, tokens in (64, 0), (32, 0), (64, 1), (64, 2), (64, 3):
     form = decode_form(heads, tokens) if tokens else prompt_form(heads)
     compile(f"tiles {heads} {tokens}", tile_kernel, {"q_ptr": "uint8", "cache_ptr": "uint8"},
             blocks=form.programs_per_processor, NUM_HEADS=heads, HEADS=padded_heads(heads),
             FIRST=form.first_tokens, REST=form.rest_tokens, num_warps=form.num_warps,
-            num_stages=form.num_stages, maxnreg=form.maxnreg)
+            num_stages=form.num_stages, maxnreg=form.maxnreg, **NO_WINDOWS if tokens else {})
 # heads, tokens, whether the cache holds records, whether the entries are split
 for heads, tokens, fp8, split in ((8, 9, True, False), (16, 9, True, False), (32, 9, True, True),
                                   (64, 9, True, False), (64, 2, True, True), (8, 9, False, True),

@@ -144,7 +144,9 @@ class Scorer:
         chunks = -(-tokens // self.chunk_tokens)
         sizes = TileForm(*form, num_stages=3), tokens, chunks, num_programs
         self.schedule = TileSchedule.allocate(*sizes, m.poisoned)
-        self.logits = m.poisoned((tokens, width or int(step.window.max()) + 3), "float32")
+        self.logits = m.poisoned(
+            (tokens, width or int((step.first + step.window).max()) + 3), "float32"
+        )
         self.inputs, self.meta = case.inputs(m), step.meta(m)
 
     def fill(self) -> None:
@@ -177,15 +179,20 @@ class Scorer:
         """Every seen score within the tolerance, every other entry as it was."""
         found = self.run() if found is None else found
         for token, line in enumerate(found):
-            window = self.case.step.window[token]
+            first, window = self.case.step.first[token], self.case.step.window[token]
             if scored is not None and not scored[token]:
                 window = 0
-            assert (line[window:] == POISONED).all(), f"token {token} wrote past its window"
+            seen = np.arange(first, first + window)
+            rest = np.delete(line, seen)
+            assert (rest == POISONED).all(), f"token {token} wrote outside of its window"
             if window:
-                self.check_keys(line, token, np.arange(window))
+                self.check_keys(line[seen], token, np.arange(window))
 
     def check_keys(self, line: np.ndarray, token: int, keys: np.ndarray) -> None:
-        """A token's scores of some keys; on tensor cores by the root mean square of errors."""
+        """A token's scores of some keys of its window, which begins in column 0 of `line`.
+
+        On tensor cores by the root mean square of errors.
+        """
         error = np.abs(line[keys] - self.case.wanted(token)[keys])
         bound = self.case.magnitude(token)[keys]
         if self.is_tiled and self.m.on_gpu:

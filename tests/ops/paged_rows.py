@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,9 @@ class PagedRows:
         block_tables: int32 [num_rows, max_blocks]; -1 past a row's own blocks.
         window: int64 [num_tokens]; keys that a token sees, 0 of padding.
         num_blocks, block_size: of the cache; some blocks belong to no row.
+        first: int64 [num_tokens]; position of the first key that a token sees.
+        new_prompts: int32 [num_rows]; new tokens of a prompt row, 0 of any other.
+        offsets: int32 [2 * num_tokens]; windows of the prompt rows. None: all rows decode.
     """
 
     position_ids: np.ndarray
@@ -33,6 +37,9 @@ class PagedRows:
     window: np.ndarray
     num_blocks: int
     block_size: int
+    first: np.ndarray
+    new_prompts: np.ndarray
+    offsets: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -42,17 +49,53 @@ class PagedRows:
     def meta(self, m: KernelMemory, max_seqlen_k: int = 1 << 30) -> Any:
         """What kernels read of a ForwardMeta, in a memory."""
         counts = np.bincount(self.batch_ids[self.batch_ids >= 0], minlength=len(self.block_tables))
+        has_prompts = self.offsets is not None
         return SimpleNamespace(
             position_ids=m.put(self.position_ids),
             batch_id_per_token=m.put(self.batch_ids),
             block_tables=m.put(self.block_tables),
             cu_seqlens_q=m.put(np.cumsum([0, *counts]).astype(np.int32)),
             max_seqlen_k=max_seqlen_k,
+            num_prefill_tokens=int(self.new_prompts.sum()),
+            seq_lens_encoder=m.put(self.new_prompts),
+            indexer_attn_mask_offsets=m.put(self.offsets) if has_prompts else None,
+            cu_seqlens_kg=m.put(self.key_starts()) if has_prompts else None,
         )
+
+    def key_starts(self) -> np.ndarray:
+        """int32 [num_rows + 1]: gathered keys before each row, of a prompt row all of its keys."""
+        starts = [0]
+        for row, new in enumerate(self.new_prompts.tolist()):
+            positions = self.position_ids[self.batch_ids == row]
+            starts.append(starts[-1] + (int(positions[-1]) + 1 if new else len(positions)))
+        return np.array(starts, np.int32)
+
+    def with_windows(self, prompts: Iterable[int], seed: int = 0) -> PagedRows:
+        """The same step with rows that are prompts, whose tokens have random windows.
+
+        Windows are whole, empty, anywhere in the row's keys, or reach past both ends of them.
+        """
+        rng, new = np.random.default_rng(seed), np.zeros(len(self.block_tables), np.int32)
+        for row in prompts:
+            new[row] = (self.batch_ids == row).sum()
+        made = replace(self, new_prompts=new, first=self.first.copy(), window=self.window.copy())
+        offsets, starts = np.zeros((self.num_tokens, 2), np.int32), made.key_starts().tolist()
+        for token in np.flatnonzero(np.isin(self.batch_ids, np.flatnonzero(new))):
+            start, end = starts[self.batch_ids[token] :][:2]
+            count, kind = end - start, rng.integers(5)
+            inside = rng.integers(0, count + 1, 2)
+            begin, stop = [
+                (0, self.position_ids[token] + 1), inside, sorted(inside), (-77, count + 9),
+                (-77, -77),
+            ][kind]  # fmt: skip
+            offsets[token] = start + begin, start + stop
+            made.first[token] = min(max(begin, 0), count)
+            made.window[token] = max(min(stop, count) - made.first[token], 0)
+        return replace(made, offsets=offsets.ravel())
 
     def key_slots(self, token: int) -> np.ndarray:
         """int64 [window of the token]; the slots of the keys it sees, in order."""
-        position = np.arange(self.window[token])
+        position = self.first[token] + np.arange(self.window[token])
         blocks = self.block_tables[self.batch_ids[token], position // self.block_size]
         return blocks.astype(np.int64) * self.block_size + position % self.block_size
 
@@ -81,4 +124,6 @@ def paged_rows(
     position_ids = np.concatenate([*positions, padding]).astype(np.int64)
     batch_ids = np.concatenate([batch_ids, padding - 1]).astype(np.int32)
     window = np.where(batch_ids < 0, 0, position_ids + 1)
-    return PagedRows(position_ids, batch_ids, tables, window, num_blocks, block_size)
+    no_prompts = np.zeros(len(rows), np.int32)
+    tokens = position_ids, batch_ids, tables, window
+    return PagedRows(*tokens, num_blocks, block_size, np.zeros_like(window), no_prompts)

@@ -45,6 +45,14 @@ class PromptCase:
         self.new, self.cached = (new * is_prompt).astype(np.int32), cached.astype(np.int32)
         self.this_time = new.astype(np.int32)
         self.starts = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+        gathered = np.where(is_prompt, new + cached, new)
+        self.key_starts = np.concatenate([[0], np.cumsum(gathered)]).astype(np.int32)
+        row = np.repeat(np.arange(len(new)), new)
+        self.positions = np.arange(len(row)) - self.starts[row] + cached[row]
+        # first key of each token and the end of its keys, and the windows of prompts
+        self.bounds = np.stack([0 * row, self.positions + 1], 1)
+        self.windows = self.key_starts[row, None] + self.bounds
+        self.windows[~is_prompt[row]] = 0
         width = int(max(-(-(new + cached) // BLOCK)))
         self.tables = self.rng.permutation(width * len(new)).reshape(-1, width).astype(np.int32)
         num_slots, total = width * len(new) * BLOCK, int(new.sum())
@@ -99,9 +107,19 @@ class PromptCase:
         turned = rounded(turned.reshape(count, self.heads, 2 * half))
         scores = np.einsum("thd,khd->htk", q[..., : self.nope], k)
         scores += np.einsum("thd,kd->htk", turned, keys[:, self.rank :])
-        position = self.cached[row] + np.arange(count)
-        scores[:, np.arange(len(keys))[None, :] > position[:, None]] = -np.inf
-        return np.einsum("htk,khd->thd", softmax(SCALE * scores), v)
+        key, (begin, end) = np.arange(len(keys)), self.bounds[tokens].T[:, :, None]
+        empty = (begin >= np.minimum(end, len(keys)))[:, 0]
+        seen = (key >= begin) & (key < end)
+        scores[:, ~seen & ~empty[:, None]] = -np.inf
+        result = np.einsum("htk,khd->thd", softmax(SCALE * scores), v)
+        result[empty] = 0
+        return result
+
+    def set_window(self, token: int, begin: int, end: int) -> None:
+        """Give a token the keys [begin, end) of its row."""
+        row = np.searchsorted(self.starts, token, "right") - 1
+        self.bounds[token] = begin, end
+        self.windows[token] = self.key_starts[row] + begin, self.key_starts[row] + end
 
     def up_projected(self, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of every head, [num_keys, heads, width] in bfloat16 numbers."""
@@ -116,6 +134,10 @@ class PromptCase:
             seq_lens_decoder=m.put(self.cached),
             seq_lens_this_time=m.put(self.this_time),
             cu_seqlens_q=m.put(self.starts),
+            position_ids=m.put(self.positions.astype(np.int64)),
+            cu_seqlens_kg=m.put(self.key_starts),
+            indexer_attn_mask_offsets=m.put(self.windows.astype(np.int32).ravel()),
+            num_prefill_tokens=int(self.new.sum()),
             block_tables=m.put(self.tables),
         )
 

@@ -149,12 +149,17 @@ def scores(m: KernelMemory, rows: int, num_heads: int, cached: int) -> Run:
     shared = {name: meta[name] for name in ("block_tables", "max_seqlen_k")}
 
     def run(index: np.ndarray) -> np.ndarray:
+        num_prompts = len(index) if len(index) > 1 else 0
+        ends = (step.position_ids[index] + 1).astype(np.int32)
         few = SimpleNamespace(
             **shared,
             position_ids=m.put(step.position_ids[index]),
             batch_id_per_token=m.put(step.batch_ids[index]),
             cu_seqlens_q=m.put(np.array([0, len(index)], np.int32)),
-            num_prefill_tokens=len(index) if len(index) > 1 else 0,
+            num_prefill_tokens=num_prompts,
+            seq_lens_encoder=m.put(np.array([num_prompts], np.int32)),
+            cu_seqlens_kg=m.put(np.array([0, cached + rows], np.int32)),
+            indexer_attn_mask_offsets=m.put(np.stack([0 * ends, ends], 1).ravel()),
         )
         *_, cache = case.inputs(m)
         q, weights = m.put(case.q_stored[index]), m.put(case.weights[index])

@@ -83,6 +83,18 @@ def test_windows_at_the_edges_of_pages(kernel_memory: KernelMemory, cached: int)
     Scorer(kernel_memory, make(paged_rows(((cached, 4), (cached, 1)), PAGE))).check()
 
 
+@pytest.mark.parametrize("form", [None, (2, 1), (4, 4)])
+def test_prompt_tokens_score_the_keys_of_their_windows(
+    kernel_memory: KernelMemory, form: tuple[int, int] | None
+) -> None:
+    rows = ((0, 5), (130, 1), (60, 9), (125, 3), (63, 2), (0, 9))
+    kernel, tile = ("tiles", form) if form else ("pages", (2, 2))
+    for seed in range(3):
+        step = paged_rows(rows, PAGE).with_windows((0, 2, 4, 5), seed)
+        for chunk in (None, 4):
+            Scorer(kernel_memory, make(step), kernel, tile, chunk_tokens=chunk).check()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 7])
 def test_chunks(kernel_memory: KernelMemory, kernel: str, chunk_tokens: int) -> None:

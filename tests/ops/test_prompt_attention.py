@@ -88,6 +88,17 @@ def test_chunks_hits_and_the_border(kernel_memory: KernelMemory, fp8: bool) -> N
     check(case, widened(kernel_memory.get(run(kernel_memory, case)).view(np.int16)))
 
 
+def test_tokens_see_the_keys_of_their_windows(kernel_memory: KernelMemory) -> None:
+    case = PromptCase(BORDER, 70)
+    # a late start, one key, the token's own key left out, later keys of the chunk, no key, past
+    # both ends of the row's keys
+    changed = {3: (5, 34), 9: (2, 3), 20: (0, 50), 39: (0, 60), 45: (0, 0), 50: (40, 40)}
+    changed |= {60: (-9, 12), 75: (60, 300), 80: (0, 33)}
+    for token, window in changed.items():
+        case.set_window(token, *window)
+    check(case, widened(kernel_memory.get(run(kernel_memory, case)).view(np.int16)))
+
+
 def test_grids_for_more_keys_and_tiles_than_a_step_has(kernel_memory: KernelMemory) -> None:
     case = PromptCase(BORDER, 70)
     found = kernel_memory.get(run(kernel_memory, case, more_keys=40, more_tiles=3))

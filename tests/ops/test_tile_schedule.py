@@ -78,7 +78,8 @@ def fill(
     num_chunks, first = -(-step.num_tokens // step.chunk_tokens), -(-tile_tokens // 2)
     sizes = max(step.num_tokens, 1), max(num_chunks, 1), num_programs
     schedule = TileSchedule.allocate(TileForm(first, tile_tokens - first), *sizes, m.poisoned)
-    tensors: Any = SimpleNamespace(**{name: m.put(x) for name, x in step.arrays().items()})
+    arrays = {name: m.put(x) for name, x in step.arrays().items()}
+    tensors: Any = SimpleNamespace(**arrays, num_prefill_tokens=0)
     schedule.fill(tensors, max_keys, step.chunk_tokens, least)
     return replace(schedule, tiles=m.get(schedule.tiles), programs=m.get(schedule.programs))
 

@@ -30,14 +30,17 @@ KINDS = {
 def scores_of(kind: str, step: PagedRows, seed: int = 0) -> np.ndarray:
     """float32 [num_tokens, longest window + 5]; infinities and NaN where no token looks."""
     rng = np.random.default_rng(seed)
-    shape = (step.num_tokens, int(step.window.max()) + 5)
+    ends, first = (step.first + step.window)[:, None], step.first[:, None]
+    shape = (step.num_tokens, int(ends.max()) + 5)
     scores = KINDS[kind](rng, shape).astype(np.float32)
-    unseen = np.arange(shape[1])[None, :] >= step.window[:, None]
+    column = np.arange(shape[1])
+    unseen = (column < first) | (column >= ends)
     return np.where(unseen, rng.choice(np.float32([np.nan, np.inf]), shape), scores)
 
 
 def run(m: KernelMemory, step: PagedRows, scores: Any, k: int, **options: int) -> np.ndarray:
     """Slots of the tokens whose scores, an array or a tensor, are given."""
+    from fd_dsa.ops._key_bounds import prompt_windows
     from fd_dsa.ops.topk import triton_kernel
 
     slots, meta = m.poisoned((step.num_tokens, k), "int32"), step.meta(m)
@@ -46,6 +49,7 @@ def run(m: KernelMemory, step: PagedRows, scores: Any, k: int, **options: int) -
         *(meta.position_ids, meta.batch_id_per_token, meta.block_tables, slots),
         block_size=step.block_size,
         num_blocks=step.num_blocks,
+        windows=prompt_windows(meta),
         **options,
     )
     return m.get(slots)
@@ -53,10 +57,12 @@ def run(m: KernelMemory, step: PagedRows, scores: Any, k: int, **options: int) -
 
 def wanted(step: PagedRows, scores: np.ndarray, k: int) -> np.ndarray:
     """The oracle's slots of all tokens."""
-    rows = [
-        [ref_slot(p, step.block_tables[b], step.block_size) for p in ref_topk(line, n, k)]
-        for line, n, b in zip(scores, step.window, step.batch_ids, strict=True)
-    ]
+    rows = []
+    for token, line in enumerate(scores):
+        first, table = int(step.first[token]), step.block_tables[step.batch_ids[token]]
+        best = ref_topk(line[first:], int(step.window[token]), k)
+        positions = [p if p < 0 else first + p for p in best]
+        rows.append([ref_slot(p, table, step.block_size) for p in positions])
     return np.array(rows, np.int32)
 
 
@@ -66,6 +72,17 @@ def test_set_and_order(kernel_memory: KernelMemory, kind: str, k: int) -> None:
     step = paged_rows(SMALL_ROWS, 16)
     scores = scores_of(kind, step, seed=k)
     np.testing.assert_array_equal(run(kernel_memory, step, scores, k), wanted(step, scores, k))
+
+
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_prompt_tokens_choose_among_the_keys_of_their_windows(
+    kernel_memory: KernelMemory, k: int
+) -> None:
+    rows = ((0, 9), (37, 1), (20, 9), (63, 2), (0, 1), (30, 9))
+    for seed, kind in enumerate(("normal", "plateau", "equal")):
+        step = paged_rows(rows, 16).with_windows((0, 2, 5), seed)
+        scores = scores_of(kind, step, seed)
+        np.testing.assert_array_equal(run(kernel_memory, step, scores, k), wanted(step, scores, k))
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 64])

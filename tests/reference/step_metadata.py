@@ -38,7 +38,7 @@ def ref_step_metadata(
     this_time = [int(n) for n in seq_lens_this_time]
     has_prefill = any(n > 0 for n in encoder)
 
-    cu_seqlens_q, cu_seqlens_kg, cache_seqlens = [0], [0], []
+    cu_seqlens_q, cu_seqlens_kg = [0], [0]
     batch_ids, positions, slots, offsets = [], [], [], []
     num_prefill_tokens = num_decode_tokens = max_seqlen_k = 0
     for b, (new_prefill, cached, n) in enumerate(zip(encoder, decoder, this_time, strict=True)):
@@ -54,7 +54,6 @@ def ref_step_metadata(
             offsets += [key_start, key_start + position + 1] if is_prefill else [0, 0]
         cu_seqlens_q.append(cu_seqlens_q[-1] + n)
         cu_seqlens_kg.append(key_start + (cached + n if is_prefill else n))
-        cache_seqlens.append(cached + n if is_decode else 0)
         num_prefill_tokens += n if is_prefill else 0
         num_decode_tokens += n if is_decode else 0
         if n > 0:
@@ -71,7 +70,6 @@ def ref_step_metadata(
         "position_ids": np.array(positions + [0] * padding, np.int64),
         "position_ids_int32": np.array(positions + [0] * padding, np.int32),
         "slot_mapping": np.array(slots + [-1] * padding, np.int64),
-        "cache_seqlens": np.array(cache_seqlens, np.int32),
         "indexer_attn_mask_offsets": (
             np.array(offsets + [0, 0] * padding, np.int32) if has_prefill else None
         ),

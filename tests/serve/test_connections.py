@@ -180,3 +180,51 @@ def test_a_limit_that_the_descriptors_do_not_allow_ends_the_start(
 ) -> None:
     line = ["bash", "-c", f'ulimit -n {num_files}; exec "$@"', "-", *command(*flags, body=FAKE)]
     assert text in error_line(finish(tmp_path, line, status=2))
+
+
+def _post(body: dict[str, Any], version: bytes = b"1.1") -> bytes:
+    content = json.dumps(body).encode()
+    head = HEAD.replace(b"HTTP/1.1", b"HTTP/" + version)
+    return head + b"Content-Length: %d\r\n\r\n" % len(content) + content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_has_ended_its_sending_gets_its_answer(stream: bool) -> None:
+    with running(FakeEngine(step_s=0.02)) as live, connected(live.url) as connection:
+        connection.sendall(_post({"prompt": "a", "stream": stream}))
+        connection.shutdown(socket.SHUT_WR)
+        # the server closes the connection after its answer
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        interim, _, answer = answer.partition(b"\r\n\r\n")
+        assert interim == b"HTTP/1.1 100 Continue"
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n") and b'"finish_reason":"stop"' in answer
+        assert live.engine.closed == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_whose_client_has_left_ends_though_it_may_only_have_ended_its_sending(
+    stream: bool,
+) -> None:
+    with running(FakeEngine(step_s=0.02, max_model_len=100_000)) as live:
+        with connected(live.url) as connection:
+            connection.sendall(_post({**ENDLESS, "max_tokens": 90_000, "stream": stream}))
+            wait_until(lambda: bool(live.engine.requests))
+        wait_until(lambda: len(live.engine.closed) == 1)
+
+
+def test_half_a_request_of_a_client_that_sends_no_more_is_dropped() -> None:
+    with running(FakeEngine()) as live, connected(live.url) as connection:
+        connection.sendall(_post({"prompt": "a"})[:-1])
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+
+
+def test_a_client_of_http_1_0_that_has_ended_its_sending_has_left() -> None:
+    """It knows no interim response, which would tell the two apart."""
+    with running(FakeEngine(step_s=0.02, max_model_len=10_000)) as live:
+        with connected(live.url) as connection:
+            connection.sendall(_post({**ENDLESS, "stream": False}, b"1.0"))
+            wait_until(lambda: bool(live.engine.requests))
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(1) == b""
+        wait_until(lambda: len(live.engine.closed) == 1)

@@ -164,4 +164,7 @@ def test_without_the_library_a_form_is_refused_with_the_cure(
 
 def test_a_form_that_the_bans_exclude_is_a_bad_request(bytes_live: Live) -> None:
     fields = {"guided_choice": ["no"], "bad_words": ["n"]}
-    assert "form asked for" in error_of(complete(bytes_live, **fields), 400)["message"]
+    assert (
+        "so guided_choice cannot be followed"
+        in error_of(complete(bytes_live, **fields), 400)["message"]
+    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from fd_dsa.cancellation import Cancelled, check_cancelled
-from fd_dsa.serve.workers import ClientGone, Workers
+from fd_dsa.serve.workers import ClientGone, Turns, Workers
 from tests.serve.conftest import TIMEOUT_S
 
 
@@ -92,5 +93,28 @@ def test_running_work_ends_when_its_client_leaves() -> None:
         assert await workers.run(lambda: check_cancelled() or "done") == "done"
         assert len(errors) == 2
         workers.close()
+
+    asyncio.run(asyncio.wait_for(check(), TIMEOUT_S))
+
+
+def test_requests_that_come_at_once_begin_one_by_one() -> None:
+    async def check() -> None:
+        turns, begun = Turns(), list[int]()
+
+        async def begin(number: int) -> None:
+            await turns.wait()
+            begun.append(number)
+
+        tasks = [asyncio.create_task(begin(number)) for number in range(20)]
+        tasks[5].cancel()
+        numbers = list[int]()
+        while len(begun) < 19:
+            numbers.append(len(begun))
+            await asyncio.sleep(0)
+        assert begun == [number for number in range(20) if number != 5]
+        # no turn of the event loop begins more than one
+        assert all(after - before <= 1 for before, after in pairwise(numbers))
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await turns.wait()
 
     asyncio.run(asyncio.wait_for(check(), TIMEOUT_S))

@@ -13,10 +13,12 @@ from collections import Counter
 from contextlib import suppress
 
 from tests.soak.hostile import HostileRequest
-from tests.soak.siege_cases import CASES, Facts
+from tests.soak.siege_cases import CASES
+from tests.soak.siege_requests import Facts
 
 HOST = "127.0.0.1"
 DRIP_EVERY_S = 0.1
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 def wire_form(request: HostileRequest, port: int) -> bytes:
@@ -97,6 +99,11 @@ class Attacker:
                 with suppress(BrokenPipeError, ConnectionResetError):
                     connection.sendall(sent)
                 self._sent.set()
+                if self._case.leaves_s is not None:
+                    time.sleep(self._case.leaves_s)
+                    return "left"
+                if self._case.ends_sending:
+                    connection.shutdown(socket.SHUT_WR)
                 connection.settimeout(self._remaining())
                 while part := connection.recv(1 << 20):
                     start = (start + part)[:64]
@@ -106,7 +113,8 @@ class Attacker:
             return "none in time"
         except ConnectionError:
             self._sent.set()
-        return start[9:12].decode("latin-1") or "closed"
+        # a client that has ended its sending gets an interim response first
+        return start.removeprefix(INTERIM)[9:12].decode("latin-1") or "closed"
 
     def _hold(self) -> None:
         """Connections that stay open, and what has come on each of them in the end."""

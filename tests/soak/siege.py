@@ -28,7 +28,8 @@ from urllib.parse import urlsplit
 from benchmarks._harness import Worker, environment, table_row, write_json
 from tests.serve.processes import Server, serving
 from tests.soak import large_model
-from tests.soak.siege_cases import CASES, Facts
+from tests.soak.siege_cases import CASES
+from tests.soak.siege_requests import Facts
 from tests.soak.watching import Watch
 
 DEMO = Facts(max_model_len=8192, vocab_size=4096)
@@ -87,6 +88,10 @@ QUICK = (
     "350,000 messages",
     "n = 128, echo, logprobs 20",
     "1,100 idle sockets, ulimit -n 64",
+    "4 ladders of alternatives, left",
+    "schemas that repeat their parts, GLM",
+    "64 clients that end their sending",
+    "ambiguous grammars, n = 8",
 )
 
 
@@ -196,7 +201,8 @@ def run_case(case: str, folder: Path, facts: Facts, bounds: Bounds, *flags: str)
     """
     record = Record(case)
     try:
-        with serving(folder, *flags, open_files=CASES[case].open_files) as server:
+        kind = CASES[case]
+        with serving(folder, *flags, *kind.flags, open_files=kind.open_files) as server:
             asyncio.run(besiege(record, server, facts, bounds))
     except (AssertionError, RuntimeError) as error:
         # the other kinds are still worth their time

@@ -9,20 +9,32 @@ from __future__ import annotations
 import json
 import random
 import string
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.soak.hostile import BODIES, GRAMMARS, JSON, POSTS, REGEXES, SCHEMAS, HostileRequest
+from tests.soak.hostile import BODIES, GRAMMARS, REGEXES, SCHEMAS, HostileRequest
+from tests.soak.siege_requests import (
+    CHAT,
+    COMPLETIONS,
+    COUNT_TOKENS,
+    DETOKENIZE,
+    LONGEST_BODY,
+    MEGABYTE,
+    MESSAGES,
+    RESPONSES,
+    TOKENIZE,
+    USER,
+    Case,
+    Facts,
+    one,
+    post,
+)
+from tests.soak.siege_work import WORK
 
-COMPLETIONS, CHAT, RESPONSES, MESSAGES, COUNT_TOKENS, TOKENIZE, DETOKENIZE = POSTS
-LONGEST_BODY = 16 * 2**20
-MEGABYTE = 10**6
 SENTENCE_SOURCES = sorted((Path(__file__).resolve().parents[2] / "docs").glob("*.md"))
 # a prompt of so many tokens takes the demo model seconds, not minutes
 LONG_PROMPT = 8192
-USER = [{"role": "user", "content": "a"}]
 # regular expressions whose states grow with every token, or with every step of an output
 GREEDY = (
     "(a|b)*a(a|b){20}x",
@@ -31,48 +43,18 @@ GREEDY = (
     "(\\w{1,20}\\W{1,20}){1,300}",
     "|".join(f"(.*{chr(97 + i)}.{{{8 + i}}})" for i in range(20)),
 )
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the requests depend on: tokens of the context and of the vocabulary."""
-
-    max_model_len: int
-    vocab_size: int
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kind of request.
-
-    Attributes:
-        requests: those that are sent.
-        at_once: connections at a time.
-        hold_s: None waits for answers; else a connection stays open for so many seconds after its
-            bytes are sent, and nobody reads.
-        drip: bytes sent every tenth of a second while it is held.
-        open_files: `ulimit -n` of the server; None is that of the run.
-        patience: times that of other kinds, where the worst comes only with the answer.
-    """
-
-    requests: Callable[[Facts], Iterable[HostileRequest]]
-    at_once: int = 1
-    hold_s: float | None = None
-    drip: bytes = b""
-    open_files: int | None = None
-    patience: float = 1.0
-
-
-def post(path: str, body: dict[str, Any] | bytes, *headers: tuple[bytes, bytes]) -> HostileRequest:
-    """A POST of a body, given as an object or as its bytes."""
-    if isinstance(body, dict):
-        body = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
-    return HostileRequest("POST", path, (JSON, *headers), body)
-
-
-def one(path: str, make: Callable[[Facts], dict[str, Any] | bytes], copies: int = 1) -> Any:
-    """The same request so many times."""
-    return lambda facts: [post(path, make(facts))] * copies
+# grammars whose masks take long: rows of many items at once, or after a text that looks harmless
+AMBIGUOUS = (
+    "start: s\ns: s s | s s s | /[a-z ]/ |",
+    "start: s\ns: s s | /[^x]/ | /(?s:.)/",
+    "start: s\ns: a s a s | a s | a\na: /[a-z]/ | /[a-z ]/ |",
+    "start: e\ne: e e e e | /[ -~]/ |",
+    *(
+        f"start: s\ns: t{' n' * count}\nt: /[a-z ]/ s | /[.,A-Z]/ u\nu: /[a-z ]/\nn: | /\\d/"
+        for count in (100, 1000, 4000)
+    ),
+    "start: s\n" + "".join(f"s: s s{i} |\ns{i}: /[a-z ]/ s |\n" for i in range(3)),
+)
 
 
 def prose(num_bytes: int) -> str:
@@ -169,6 +151,14 @@ def _bombs(_: Facts) -> Iterator[HostileRequest]:
     for form in forms:
         body = {"prompt": "a", "max_tokens": 32, "structured_outputs": form}
         yield post(COMPLETIONS, json.dumps(body).encode())
+
+
+def _ambiguous(_: Facts) -> Iterator[HostileRequest]:
+    """Several outputs of each grammar that is ambiguous, at once, also streamed."""
+    for number in range(4 * len(AMBIGUOUS)):
+        form = {"grammar": AMBIGUOUS[number % len(AMBIGUOUS)] + " " * number}
+        body = {"prompt": "Once", "max_tokens": 60, "n": 8, "ignore_eos": True}
+        yield post(COMPLETIONS, {**body, "structured_outputs": form, "stream": number % 2 == 1})
 
 
 def _forms(_: Facts) -> Iterator[HostileRequest]:
@@ -288,6 +278,8 @@ CASES: dict[str, Case] = {
     "schemas 200 deep": Case(lambda _: _with_schema(_deep_schema(200)), at_once=4),
     "schemas of 100,000 fields": Case(lambda _: _with_schema(_wide_schema(100_000))),
     "regexes, grammars, schemas that explode": Case(_bombs, at_once=8),
+    # more outputs at once would measure the model
+    "ambiguous grammars, n = 8": Case(_ambiguous, at_once=2),
     "chat_template of 10 MB": Case(
         one(CHAT, lambda _: {"messages": USER, "chat_template": _template()})
     ),
@@ -298,4 +290,5 @@ CASES: dict[str, Case] = {
     "10,000 headers": Case(_headers),
     "200 bodies that drip": Case(_unended(100, 200), hold_s=15, drip=b"a"),
     "8 bodies of 15 MB that never end": Case(_unended(14 * MEGABYTE, 8), hold_s=15),
+    **WORK,
 }

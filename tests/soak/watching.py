@@ -114,11 +114,13 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _resident(pid: int) -> int:
-    """Resident bytes of a process, none where it has ended."""
+    """Resident bytes of a process, 0 if it has ended; a page of several processes is shared out."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
+    # empty when the process has just ended
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def _mappings(pid: int) -> list[tuple[int, int, int]]:

@@ -19,7 +19,6 @@ ROW_FIELDS = (
     "seq_lens_this_time",
     "cu_seqlens_q",
     "block_tables",
-    "cache_seqlens",
 )
 TOKEN_FIELDS = ("batch_id_per_token", "position_ids", "position_ids_int32", "slot_mapping")
 PREFILL_FIELDS = ("indexer_attn_mask_offsets", "cu_seqlens_kg")

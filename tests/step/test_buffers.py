@@ -97,7 +97,7 @@ def test_what_the_last_step_used_becomes_padding(place: Place) -> None:
     assert (padded["block_tables"][rows:] == -1).all()
     assert (padded["cu_seqlens_q"][rows:] == tokens).all()
     assert (padded["cu_seqlens_kg"][rows:] == place.get(small.cu_seqlens_kg)[-1]).all()
-    for name in ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "cache_seqlens"):
+    for name in ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time"):
         assert not padded[name][rows:].any(), name
     assert_matches_oracle(small, SMALL, place.get)
 
@@ -141,16 +141,12 @@ def test_a_new_builder_holds_padding_only(place: Place) -> None:
 def test_the_next_step_may_be_built_from_the_last_one() -> None:
     builder = _builder()
     meta = _build(builder, LARGE)
-    # the decode rows of LARGE, one token on: cache_seqlens is a view of the buffers
-    this_time = (meta.cache_seqlens > 0).astype(np.int32)
+    # one token of each row again, as a decode step: the cached lengths are a view of the buffers
+    this_time = (LARGE.seq_lens_this_time > 0).astype(np.int32)
     encoder = np.zeros(LARGE.num_rows, np.int32)
-    cached = meta.cache_seqlens.copy()
-    wanted = dataclasses.replace(
-        LARGE, seq_lens_encoder=encoder, seq_lens_decoder=cached, seq_lens_this_time=this_time
-    )
-    assert_matches_oracle(
-        builder.build(encoder, meta.cache_seqlens, this_time, meta.block_tables), wanted
-    )
+    wanted = dataclasses.replace(LARGE, seq_lens_encoder=encoder, seq_lens_this_time=this_time)
+    again = builder.build(encoder, meta.seq_lens_decoder, this_time, meta.block_tables)
+    assert_matches_oracle(again, wanted)
 
 
 def test_a_decode_step_leaves_the_windows_alone(place: Place) -> None:

@@ -266,7 +266,6 @@ def test_entries_past_a_rows_length_may_hold_anything() -> None:
     step[D][2] = INT32_MAX
     meta = _builder().build(**step)
     np.testing.assert_array_equal(meta.block_tables, step[TABLES])
-    assert meta.cache_seqlens.tolist() == [0, 34, 0, 17, 8]
     assert meta.max_seqlen_k == 34
 
 

@@ -92,6 +92,8 @@ REFUSED = [
     ({"q": [2**70, 1, 1]}, f"E_DTYPE: batch: q has dtype object, {NO_INTEGERS}"),
     ({"ctx": None}, f"E_DTYPE: batch: ctx is a NoneType, {NO_ARRAY}"),
     ({"slot": range(3)}, f"E_DTYPE: batch: slot is a range, {NO_ARRAY}"),
+    # one past the last block
+    ({"block_table": {1: [32, 5, 6]}}, "E_BLOCK: row 1: block_table[0]=32 not in [0, 32)"),
     # a step with two faults, and the one that is named
     ({"ctx": [5.0, 5.0], "q": [1, 1, 1]}, "E_SHAPE: batch"),
     ({"ctx": [5.0] * 4, "q": [1] * 4} | FOUR, "E_DTYPE: batch"),
@@ -165,7 +167,7 @@ def first_fault(
     return ("E_TOKENS", -1) if sum(q) > cfg.max_num_tokens else None
 
 
-@examples(100, in_soak=500)
+@examples(250, in_soak=500)
 @given(made=steps(), data=st.data())
 def test_any_change_is_judged_by_the_rules(
     made: tuple[V4PrepareConfig, Step], data: st.DataObject

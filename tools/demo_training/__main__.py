@@ -152,6 +152,16 @@ def mtp(args: argparse.Namespace) -> None:
     layer.save(predictor, model.cpu(), folder)
 
 
+def heldout(args: argparse.Namespace) -> None:
+    """Asks a server the held-out prompts, writes what it answers, prints the counts."""
+    from demo_training.heldout import ask_all, table
+
+    result = ask_all(args.url, Path(args.evalset))
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    Path(args.out).write_text(text, encoding="utf-8")
+    print(table({"right or rightly refused": result}))
+
+
 def parity(args: argparse.Namespace) -> None:
     """Prints the comparison with Hugging Face transformers."""
     from demo_training.reports import parity as compare
@@ -184,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes = {"workers": 8, "tokens": 32768}
     command(all_steps, "all", data=None, **places, **times, **sizes, **shards, **rates)
     command(mtp, model=None, data="", minutes=12.0, device="cpu", workers=1, batches=1000)
+    command(heldout, url=None, out=None, evalset=rates["evalset"])
     command(parity, model=None)
     return parser
 

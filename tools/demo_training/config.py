@@ -7,6 +7,8 @@ in bfloat16.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .tables import load
 
 configs = load("config")
@@ -20,10 +22,6 @@ CONFIGS = {"demo": MODEL, "dry": DRY}
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")
 BOS, EOS, PAD, USER, ASSISTANT, SYSTEM = range(6)
 ROLE_TOKENS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'system' %}<|system|>{{ m['content'] }}"
-    "{% elif m['role'] == 'user' %}<|user|>{{ m['content'] }}"
-    "{% else %}<|assistant|>{{ m['content'] }}<|eos|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT_TEMPLATE = (Path(__file__).resolve().parent / "chat_template.jinja").read_text(
+    encoding="utf-8"
 )

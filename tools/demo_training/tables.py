@@ -23,3 +23,5 @@ WORDS["city"] = list(words.capitals.values())
 WORDS["food_or_fruit"] = words.foods + words.categories["fruit"]
 WORDS["day_or_month"] = words.days + words.months
 GRAMMAR = vars(load("grammar"))
+for name in ("refusals", "chinese", "calls"):
+    GRAMMAR |= load(name).grammar

@@ -11,13 +11,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from .config import CHAT_TEMPLATE, MODEL, SPECIAL_TOKENS
 from .sources import Sources
 from .synth import Generator
+from .synth.chinese import chinese_chat
 
 DOCUMENTS = 14000
+CHINESE_DOCUMENTS = 4000
+LONGEST = 12  # bytes of an entry: no whole sentence of a closed list becomes one
 DOCUMENT_CHARACTERS = 1500
 
 
 def _texts(sources: Sources) -> Iterator[str]:
-    """The texts and some generated documents."""
+    """The texts and some generated documents; Chinese ones once more, so that its words merge."""
     yield sources.tales
     yield sources.play
     for question, answer in sources.problems[:4000]:
@@ -28,6 +31,9 @@ def _texts(sources: Sources) -> Iterator[str]:
     for _ in range(DOCUMENTS):
         for _, text in generator.document():
             yield text[:DOCUMENT_CHARACTERS]
+    for _ in range(CHINESE_DOCUMENTS):
+        for _, text in chinese_chat(generator.pieces):
+            yield text
 
 
 def train_tokenizer(sources: Sources) -> Tokenizer:
@@ -44,6 +50,7 @@ def train_tokenizer(sources: Sources) -> Tokenizer:
         vocab_size=MODEL["vocab_size"],
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=LONGEST,
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(sources), trainer)

@@ -17,7 +17,11 @@ _NAME = "indexer_logits"
 def indexer_logits(q: Any, weights: Any, cache: Any, step: ForwardMeta, out: Any = None) -> Any:
     """Scores of every token of a step against the keys of its own row, straight from the pages.
 
-    out[t, s] = scale[s] * sum_h weights[t, h] * relu(q[t, h] . k[s]), s = 0 .. position of t
+    out[t, s] = scale[s] * sum_h weights[t, h] * relu(q[t, h] . k[s])
+
+    A token of a decode row has scores for the positions s = 0 .. its own. A prompt token has them
+    for the positions of its window, `[ks, ke)` of `step.indexer_attn_mask_offsets` less the start
+    of its row's keys in `step.cu_seqlens_kg`.
 
     Args:
         q: [num_tokens, index_n_heads, index_head_dim], roped: float32, on a device also bfloat16;
@@ -28,13 +32,14 @@ def indexer_logits(q: Any, weights: Any, cache: Any, step: ForwardMeta, out: Any
             [num_blocks, 64, 132], fp8_ds_mla.
         step: of `step_metadata`.
         out: float32 [num_tokens, width], contiguous, width at least `step.max_seqlen_k`; what is
-            past a token's position stays as it is. None allocates, with -inf there.
+            outside of a token's window stays as it is. None allocates, with -inf there.
 
     Returns:
         `out`.
 
     Raises:
         ShapeError, DtypeError: an argument is not as above; before any work.
+        MissingStepError: the step has prompt tokens and no windows.
         ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
 
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1; the FP8 form is that of DeepGEMM's

@@ -18,6 +18,7 @@ from fd_dsa.ops._fp8 import decode_e4m3
 from fd_dsa.ops._gather import gather_index_blocks, gather_index_keys
 from fd_dsa.ops._gemm import batched
 from fd_dsa.ops._host import Scratch, as_numpy
+from fd_dsa.ops._key_bounds import key_bounds
 from fd_dsa.step import ForwardMeta
 
 _UNIT_KEYS = 256
@@ -168,16 +169,15 @@ def score_step(q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any)
     query, head_weights, blocks, out = map(as_numpy, (q, weights, cache, logits))
     if query.dtype == np.uint8:
         query = decode_e4m3(query)
-    positions, tables, starts = map(
-        as_numpy, (step.position_ids, step.block_tables, step.cu_seqlens_q)
-    )
+    tables, starts = map(as_numpy, (step.block_tables, step.cu_seqlens_q))
+    first_keys, key_ends = key_bounds(step, int(starts[-1]))
     block_size, scratch = blocks.shape[1], Scratch()
     for row, (begin, end) in enumerate(pairwise(starts.tolist())):
         if begin == end:
             continue
-        keys = np.arange(positions[end - 1] + 1)
-        slots = tables[row, keys // block_size].astype(np.int64) * block_size + keys % block_size
         tokens = slice(begin, end)
+        keys = np.arange(key_ends[tokens].max())
+        slots = tables[row, keys // block_size].astype(np.int64) * block_size + keys % block_size
         scores = score_gathered(query[tokens], head_weights[tokens], blocks, slots, scratch)
-        seen = keys <= positions[tokens, None]
+        seen = (keys >= first_keys[tokens, None]) & (keys < key_ends[tokens, None])
         np.copyto(out[tokens, : len(keys)], scores, where=seen)

@@ -12,7 +12,8 @@ from typing import Any
 
 from fd_dsa.ops._fp8 import INDEX_WIDTH
 from fd_dsa.ops._host import allocator_beside
-from fd_dsa.ops._triton import step_kernel
+from fd_dsa.ops._key_bounds import prompt_windows
+from fd_dsa.ops._triton import key_bounds, step_kernel
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, decode_form, padded_heads, prompt_form
 from fd_dsa.ops.logits.tile_schedule import TileSchedule
 from fd_dsa.step import ForwardMeta
@@ -30,6 +31,10 @@ def _queries(
     q_ptr,
     weights_ptr,
     position_ids_ptr,
+    offsets_ptr,
+    key_starts_ptr,
+    seq_lens_encoder_ptr,
+    request,
     first,
     num,
     logits_width,
@@ -37,7 +42,7 @@ def _queries(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Of `num` tokens from `first` on: queries, head weights, and how many keys each may score."""
+    """Queries, head weights, first key and end of the keys of `num` tokens from `first` on."""
     column = tl.arange(0, TOKENS * HEADS)
     token, head = column // HEADS, column % HEADS
     live = (token < num) & (head < NUM_HEADS)
@@ -47,8 +52,11 @@ def _queries(
     q = tl.load(q_ptr + value, mask=live[:, None], other=0.0)
     weights = tl.load(weights_ptr + row, mask=live, other=0.0)
     token = tl.arange(0, TOKENS)
-    position = tl.load(position_ids_ptr + first + token, mask=token < num, other=-1)
-    return tl.trans(q), weights, tl.minimum(position + 1, logits_width).to(tl.int32)
+    begins, ends = key_bounds(
+        first + token, request, token < num, position_ids_ptr, offsets_ptr, key_starts_ptr,
+        seq_lens_encoder_ptr,
+    )  # fmt: skip
+    return tl.trans(q), weights, begins, tl.minimum(ends, logits_width)
 
 
 @triton.jit
@@ -59,9 +67,11 @@ def _score(
     key,
     q,
     weights,
-    windows,
+    begins,
+    ends,
     out_ptr,
     logits_stride,
+    HAS_WINDOWS: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -75,7 +85,10 @@ def _score(
     scores = tl.where(held, scores, float("-inf"))
     row = tl.arange(0, TOKENS).to(tl.int64) * logits_stride
     out = out_ptr + row[None, :] + key[:, None]
-    tl.store(out, scores, mask=key[:, None] < windows[None, :])
+    seen = key[:, None] < ends[None, :]
+    if HAS_WINDOWS:
+        seen = seen & (key[:, None] >= begins[None, :])
+    tl.store(out, scores, mask=seen)
 
 
 @triton.jit
@@ -109,8 +122,12 @@ def _score_pages(
     weights_ptr,
     cache_ptr,
     position_ids_ptr,
+    offsets_ptr,
+    key_starts_ptr,
+    seq_lens_encoder_ptr,
     table_ptr,
     out_ptr,
+    request,
     token,
     num,
     first_page,
@@ -131,13 +148,16 @@ def _score_pages(
     """
     row = tl.arange(0, _PAGE)
     at = row[:, None] * _WIDTH + tl.arange(0, _WIDTH)[None, :]
-    q, weights, windows = _queries(
-        q_ptr, weights_ptr, position_ids_ptr, token, num, logits_width, NUM_HEADS, HEADS, FIRST,
+    HAS_WINDOWS: tl.constexpr = offsets_ptr is not None
+    q, weights, begins, ends = _queries(
+        q_ptr, weights_ptr, position_ids_ptr, offsets_ptr, key_starts_ptr, seq_lens_encoder_ptr,
+        request, token, num, logits_width, NUM_HEADS, HEADS, FIRST,
     )  # fmt: skip
     if REST > 0:
-        more_q, more_weights, more_windows = _queries(
-            q_ptr, weights_ptr, position_ids_ptr, token + FIRST, num - FIRST, logits_width,
-            NUM_HEADS, HEADS, REST,
+        more_q, more_weights, more_begins, more_ends = _queries(
+            q_ptr, weights_ptr, position_ids_ptr, offsets_ptr, key_starts_ptr,
+            seq_lens_encoder_ptr, request, token + FIRST, num - FIRST, logits_width, NUM_HEADS,
+            HEADS, REST,
         )  # fmt: skip
         more_ptr = out_ptr + FIRST * logits_stride.to(tl.int64)
     block = _block_of(_entry(table_ptr, first_page, table_width), num_blocks)
@@ -151,11 +171,14 @@ def _score_pages(
         next_entry = _entry(table_ptr, page + 2, table_width)
         next_scale = _scales(cache_ptr, block)
         key = page * _PAGE + row
-        _score(k, scale, held, key, q, weights, windows, out_ptr, logits_stride, HEADS, FIRST)
+        _score(
+            k, scale, held, key, q, weights, begins, ends, out_ptr, logits_stride, HAS_WINDOWS,
+            HEADS, FIRST,
+        )  # fmt: skip
         if REST > 0:
             _score(
-                k, scale, held, key, more_q, more_weights, more_windows, more_ptr, logits_stride,
-                HEADS, REST,
+                k, scale, held, key, more_q, more_weights, more_begins, more_ends, more_ptr,
+                logits_stride, HAS_WINDOWS, HEADS, REST,
             )  # fmt: skip
         scale = next_scale
 
@@ -167,6 +190,9 @@ def tile_kernel(
     cache_ptr,
     position_ids_ptr,
     block_tables_ptr,
+    offsets_ptr,
+    key_starts_ptr,
+    seq_lens_encoder_ptr,
     tiles_ptr,
     programs_ptr,
     logits_ptr,
@@ -197,16 +223,16 @@ def tile_kernel(
         out_ptr = logits_ptr + (token - first_token).to(tl.int64) * logits_stride
         if REST > 0 and num > FIRST:
             _score_pages(
-                q_ptr, weights_ptr, cache_ptr, position_ids_ptr, table_ptr, out_ptr, token, num,
-                page, page + count, table_width, logits_width, logits_stride, num_blocks,
-                NUM_HEADS, HEADS, FIRST, REST,
+                q_ptr, weights_ptr, cache_ptr, position_ids_ptr, offsets_ptr, key_starts_ptr,
+                seq_lens_encoder_ptr, table_ptr, out_ptr, request, token, num, page, page + count,
+                table_width, logits_width, logits_stride, num_blocks, NUM_HEADS, HEADS, FIRST, REST,
             )  # fmt: skip
         else:
             # all tiles, or among prompts those of decode rows
             _score_pages(
-                q_ptr, weights_ptr, cache_ptr, position_ids_ptr, table_ptr, out_ptr, token, num,
-                page, page + count, table_width, logits_width, logits_stride, num_blocks,
-                NUM_HEADS, HEADS, FIRST, 0,
+                q_ptr, weights_ptr, cache_ptr, position_ids_ptr, offsets_ptr, key_starts_ptr,
+                seq_lens_encoder_ptr, table_ptr, out_ptr, request, token, num, page, page + count,
+                table_width, logits_width, logits_stride, num_blocks, NUM_HEADS, HEADS, FIRST, 0,
             )  # fmt: skip
         left -= count
         page = 0
@@ -238,8 +264,8 @@ def score_tiles(
         q: uint8 or float8_e4m3fn.
         step, schedule, chunk: of the step, what was filled for it, and which of its chunks.
         logits: float32 [num_rows, width], of the tokens from `first_token` on; rows may have gaps.
-            Entries past a token's window, and rows of padding and those that the schedule leaves
-            out, stay as they are. A key whose block is -1 or past the cache gets -inf.
+            Entries outside of a token's window, and rows of padding and those that the schedule
+            leaves out, stay as they are. A key whose block is -1 or past the cache gets -inf.
 
     Cost: one launch of as many programs as the schedule has; no allocation, no wait.
     Source: sharing work out to fixed programs as DeepGEMM's paged_mqa_logits does.
@@ -248,7 +274,7 @@ def score_tiles(
     num_rows, width = logits.shape
     if num_rows == 0 or width == 0:
         return
-    inputs = q, weights, cache, step.position_ids, step.block_tables
+    inputs = q, weights, cache, step.position_ids, step.block_tables, *prompt_windows(step)
     sizes = step.block_tables.shape[1], width, logits.stride()[0], cache.shape[0]
     tile_kernel[(schedule.programs.shape[1],)](
         *(*inputs, schedule.tiles, schedule.programs, logits),

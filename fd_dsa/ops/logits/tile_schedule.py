@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fd_dsa.ops._triton import step_kernel
+from fd_dsa.ops._key_bounds import prompt_windows
+from fd_dsa.ops._triton import key_bounds, step_kernel
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, TileForm
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
@@ -46,6 +47,9 @@ def tile_schedule_kernel(
     position_ids_ptr,
     batch_id_per_token_ptr,
     cu_seqlens_q_ptr,
+    offsets_ptr,
+    key_starts_ptr,
+    seq_lens_encoder_ptr,
     tiles_ptr,
     work_ends_ptr,
     programs_ptr,
@@ -76,9 +80,19 @@ def tile_schedule_kernel(
         is_first = live & (index >= 0) & (index % tile_tokens == 0)
         count = tl.minimum(tl.minimum(stop, end) - token, tile_tokens)
         is_first = is_first & (count > 0)
-        # the last token of a tile sees most
-        position = tl.load(position_ids_ptr + token + count - 1, mask=is_first, other=-1)
-        keys = tl.minimum(position + 1, max_keys).to(tl.int32)
+        # among tokens without windows the last one of a tile sees most
+        _, keys = key_bounds(
+            token + count - 1, request, is_first, position_ids_ptr,
+            offsets_ptr, key_starts_ptr, seq_lens_encoder_ptr,
+        )  # fmt: skip
+        if offsets_ptr is not None:
+            for other in range(tile_tokens - 1):
+                _, end_of_keys = key_bounds(
+                    token + other, request, is_first & (other < count - 1), position_ids_ptr,
+                    offsets_ptr, key_starts_ptr, seq_lens_encoder_ptr,
+                )  # fmt: skip
+                keys = tl.maximum(keys, end_of_keys)
+        keys = tl.minimum(keys, max_keys)
         scored = is_first & (keys > least_keys)
         pages = tl.where(scored, (keys + _PAGE - 1) // _PAGE, 0)
         tile = first + num_tiles + tl.cumsum(scored.to(tl.int32)) - 1
@@ -177,6 +191,7 @@ class TileSchedule:
         search_steps = min(chunk_tokens, num_tokens).bit_length()
         tile_schedule_kernel[(-(-num_tokens // chunk_tokens),)](
             *(step.position_ids, step.batch_id_per_token, step.cu_seqlens_q),
+            *prompt_windows(step),
             *(self.tiles, self.work_ends, self.programs),
             *(num_tokens, chunk_tokens, max_keys, least_keys),
             *(self.programs.shape[1], self.form.tile_tokens, self.form.begin_pages, search_steps),

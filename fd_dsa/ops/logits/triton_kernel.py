@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.ops._host import cache_format
-from fd_dsa.ops._triton import blocks_of, e4m3_values, step_kernel, stored_values
+from fd_dsa.ops._key_bounds import prompt_windows
+from fd_dsa.ops._triton import blocks_of, e4m3_values, key_bounds, step_kernel, stored_values
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import wait_for_inputs
 
@@ -29,6 +30,9 @@ def logits_kernel(
     position_ids_ptr,
     batch_id_per_token_ptr,
     block_tables_ptr,
+    offsets_ptr,
+    key_starts_ptr,
+    seq_lens_encoder_ptr,
     logits_ptr,
     first_token,
     table_width,
@@ -50,14 +54,23 @@ def logits_kernel(
     token = first_token + row
     first_key = tl.program_id(1) * _BLOCK_N
     batch_id = tl.load(batch_id_per_token_ptr + token)
-    window = tl.load(position_ids_ptr + token).to(tl.int32) + 1
-    window = tl.minimum(tl.where(batch_id < 0, 0, window), logits_width)
-    if first_key >= window:
+    begin, end = key_bounds(
+        token,
+        batch_id,
+        batch_id >= 0,
+        position_ids_ptr,
+        offsets_ptr,
+        key_starts_ptr,
+        seq_lens_encoder_ptr,
+    )
+    end = tl.minimum(end, logits_width)
+    if (first_key >= end) | (first_key + _BLOCK_N <= begin):
         return
     key = first_key + tl.arange(0, _BLOCK_N)
+    seen = (key >= begin) & (key < end)
     block = blocks_of(
-        block_tables_ptr, batch_id, key, key < window, table_width, num_blocks, BLOCK_SIZE
-    )
+        block_tables_ptr, batch_id, key, seen, table_width, num_blocks, BLOCK_SIZE
+    )  # fmt: skip
     held = block >= 0
     offset = (key % BLOCK_SIZE).to(tl.int64)
     if FP8:
@@ -94,7 +107,7 @@ def logits_kernel(
         scores *= tl.load(scale_ptr, mask=held, other=0.0)
     # a key without a block exists for nobody
     scores = tl.where(held, scores, float("-inf"))
-    tl.store(logits_ptr + row * logits_width + key, scores, mask=key < window)
+    tl.store(logits_ptr + row * logits_width + key, scores, mask=seen)
 
 
 def score_pages(
@@ -105,9 +118,9 @@ def score_pages(
     Args:
         q: may also be bfloat16 over a float32 cache, and float8_e4m3fn.
         step: no more than `max_seqlen_k` keys of a row are looked at.
-        logits: float32 [num_rows, width], of the tokens from `first_token` on. Entries past a
-            token's window, and rows of padding, stay as they are. A key whose block is -1 or past
-            the cache gets -inf.
+        logits: float32 [num_rows, width], of the tokens from `first_token` on. Entries outside
+            of a token's window, and rows of padding, stay as they are. A key whose block is -1 or
+            past the cache gets -inf.
 
     Cost: one launch; no allocation, no wait.
     """
@@ -120,7 +133,7 @@ def score_pages(
     wide = tl.float16 if fp8 else tl.bfloat16 if both_bfloat16 else tl.float32
     logits_kernel[(num_rows, -(-num_keys // BLOCK_N))](
         *(q, weights, cache),
-        *(step.position_ids, step.batch_id_per_token, step.block_tables),
+        *(step.position_ids, step.batch_id_per_token, step.block_tables, *prompt_windows(step)),
         *(logits, first_token, step.block_tables.shape[1], width, cache.shape[0], q.shape[1]),
         HEAD_DIM=q.shape[2],
         BLOCK_SIZE=cache.shape[1],

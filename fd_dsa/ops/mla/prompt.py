@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from fd_dsa.ops._fp8_rows import places_of
 from fd_dsa.ops._head_gemm import head_gemm
 from fd_dsa.ops._host import cache_format, matmul
+from fd_dsa.ops._key_bounds import prompt_windows
 from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
 from fd_dsa.step import ForwardMeta
 
@@ -139,9 +140,11 @@ def attend_prompts(
     rope_dim, value_width = rope.shape[1], values.shape[-1]
     nope = width - rope_dim
     tiles = sum(-(-count // tiling.block_m) for count in group.counts)
+    offsets, key_starts, encoder = prompt_windows(step)
     attend_prompts_kernel[tiles, heads](
         *(q, cos_sin, keys, values, rope),
-        *(step.seq_lens_encoder, step.seq_lens_decoder, step.cu_seqlens_q),
+        *(encoder, step.seq_lens_decoder, step.cu_seqlens_q),
+        *(step.position_ids, offsets, key_starts),
         *places_of(out),
         *(softmax_scale * log2(e), group.first_row, group.end_row, index_topk),
         NOPE=nope,

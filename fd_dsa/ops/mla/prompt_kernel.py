@@ -2,7 +2,8 @@
 
 Tokens whose keys all fit `index_topk` see all of them, so nothing is chosen, and a key of 192 and a
 value of 128 cost a third of the 576 and 512 of the absorbed form. Which tokens these are follows
-from the lengths of the rows alone: those of a prompt row at positions below `index_topk`.
+from the lengths of the rows alone: those of a prompt row at positions below `index_topk`. Their
+keys are those of their windows, among the keys up to the last of these tokens.
 
 Source: the online softmax over tiles of keys is that of FlashAttention-2 (Dao 2023).
 """
@@ -10,7 +11,7 @@ Source: the online softmax over tiles of keys is that of FlashAttention-2 (Dao 2
 from __future__ import annotations
 
 from fd_dsa.ops._head_gemm import store_heads
-from fd_dsa.ops._triton import blocks_of, step_kernel
+from fd_dsa.ops._triton import blocks_of, key_bounds, step_kernel
 from fd_dsa.ops._triton_fp8 import load_pairs, rotated, stored, to_bfloat16
 from fd_dsa.ops.mla.triton_kernel import latents_of, roped_of
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
@@ -111,7 +112,7 @@ def _tile(pointer, seen, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_EDGE: tl.
 
 @triton.jit
 def _attend_tile(
-    q, q_rope, keys, start, end, position, head, heads, scale_log2, top, total, out,
+    q, q_rope, keys, start, end, bounds, head, heads, scale_log2, top, total, out,
     NOPE: tl.constexpr, ROPE: tl.constexpr, VALUES: tl.constexpr, NOPE_PADDED: tl.constexpr,
     VALUES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -124,11 +125,16 @@ def _attend_tile(
     scores = tl.dot(q, tl.trans(k))
     scores = tl.dot(q_rope, tl.trans(k_rope), acc=scores)
     if IS_EDGE:
-        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-    # the first tile has key 0, which every token sees: no difference of infinities
+        begins, stops = bounds
+        seen_by = (key[None, :] >= begins[:, None]) & (key[None, :] < stops[:, None])
+        scores = tl.where(seen_by, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-    weight = tl.exp2(scores * scale_log2 - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
+    finite_top = new_top
+    if IS_EDGE:
+        # a token may see no key up to here: no difference of infinities
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = tl.exp2(scores * scale_log2 - finite_top[:, None])
+    shrink = tl.exp2(top - finite_top)
     total = total * shrink + tl.sum(weight, 1)
     v = _tile(v_ptr + (place * heads + head) * VALUES, seen, VALUES, VALUES_PADDED, IS_EDGE)
     out = tl.dot(to_bfloat16(weight), v, acc=out * shrink[:, None])
@@ -145,6 +151,9 @@ def attend_prompts_kernel(
     seq_lens_encoder_ptr,
     seq_lens_decoder_ptr,
     cu_seqlens_q_ptr,
+    position_ids_ptr,
+    offsets_ptr,
+    key_starts_ptr,
     out_ptr,
     codes_ptr,
     scales_ptr,
@@ -180,10 +189,10 @@ def attend_prompts_kernel(
     mine = row == own
     num_keys = _keys(dense, cached)
     first_key = _item(tl.cumsum(num_keys) - num_keys, mine)
-    count, before = _item(dense, mine), _item(cached, mine)
+    count, dense_keys = _item(dense, mine), _item(num_keys, mine)
     first = (tile - _item(ends - tiles, mine)) * BLOCK_M
     new = first + tl.arange(0, BLOCK_M)
-    position, live = before + new, new < count
+    live = new < count
     token = (tl.load(cu_seqlens_q_ptr + own, mask=own < end_row, other=0) + new).to(tl.int64)
     query = q_ptr + (token * heads + head) * (NOPE + 2 * HALF)
     q = _tile(query, live, NOPE, NOPE_PADDED, True)
@@ -200,21 +209,29 @@ def attend_prompts_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, VALUES_PADDED], tl.float32)
     keys = k_ptr, v_ptr, rope_ptr, first_key
+    begins, stops = key_bounds(
+        token, own, live, position_ids_ptr, offsets_ptr, key_starts_ptr, seq_lens_encoder_ptr
+    )
+    stops = tl.minimum(stops, dense_keys)
+    bounds = begins, stops
     # keys that all tokens of the tile see, in whole tiles; then the others
-    end = before + tl.minimum(first + BLOCK_M, count)
-    whole = tl.minimum((before + first + 1) // BLOCK_N * BLOCK_N, end)
+    end = tl.max(stops)
+    whole = tl.min(tl.where(live, stops, dense_keys)) // BLOCK_N * BLOCK_N
+    whole = tl.where(tl.max(begins) > 0, 0, whole)
     for start in range(0, whole, BLOCK_N):
         top, total, out = _attend_tile(
-            q, q_rope, keys, start, end, position, head, heads, scale_log2, top, total, out,
+            q, q_rope, keys, start, end, bounds, head, heads, scale_log2, top, total, out,
             NOPE, 2 * HALF, VALUES, NOPE_PADDED, VALUES_PADDED, BLOCK_N, False,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
         top, total, out = _attend_tile(
-            q, q_rope, keys, start, end, position, head, heads, scale_log2, top, total, out,
+            q, q_rope, keys, start, end, bounds, head, heads, scale_log2, top, total, out,
             NOPE, 2 * HALF, VALUES, NOPE_PADDED, VALUES_PADDED, BLOCK_N, True,
         )  # fmt: skip
     start_next()
     column = tl.arange(0, VALUES_PADDED)
+    # a token without keys gets zeros
+    total = tl.where(total == 0.0, 1.0, total)
     store_heads(
         out / total[:, None], token, column, head, heads, live, column < VALUES,
         out_ptr, codes_ptr, scales_ptr, scales_stride, VALUES, ROUND_SCALES,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fd_dsa import custom_ops
+from fd_dsa.ops._key_bounds import NO_WINDOWS, PromptWindows
 from fd_dsa.ops._library import LibraryKernel, difference, shared_kernel, why_not_compiled
 from fd_dsa.ops.probes import Case, topk_case
 from fd_dsa.ops.providers import CUSTOM_OP, Choice, choose
@@ -19,6 +20,7 @@ from fd_dsa.ops.topk import triton_kernel
 from fd_dsa.step.views import Allocate
 
 _TENSORS = ("position_ids", "batch_ids", "block_tables", "out")
+_WINDOWS = ("window_offsets", "key_starts", "seq_lens_encoder")
 _NUMBERS = (
     "num_rows",
     "width",
@@ -35,7 +37,7 @@ class TopkRows(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("logits", "lengths", "position_ids", "batch_ids")),
-        *((n, ctypes.c_void_p) for n in ("block_tables", "out")),
+        *((n, ctypes.c_void_p) for n in ("block_tables", *_WINDOWS, "out")),
         ("row_stride", ctypes.c_int64),
         *((n, ctypes.c_int32) for n in _NUMBERS),
     )
@@ -45,7 +47,7 @@ class SlotSelector(LibraryKernel):
     """`triton_kernel.select_slots` of a loaded library."""
 
     launcher, size, structure = "fd_dsa_topk_cuda", "fd_dsa_topk_bytes", TopkRows
-    _tensors: tuple[Any, ...] = (None,) * len(_TENSORS)
+    _tensors: tuple[Any, ...] = (None,) * len(_TENSORS + _WINDOWS)
 
     @classmethod
     def cases(cls) -> Iterable[Case]:
@@ -58,13 +60,15 @@ class SlotSelector(LibraryKernel):
         *tensors: Any,
         block_size: int,
         num_blocks: int,
+        windows: PromptWindows = NO_WINDOWS,
         first_token: int = 0,
         num_rows: int | None = None,
     ) -> None:
         """See `triton_kernel.select_slots`: the same arguments, results and cost."""
-        for tensor, known in zip(tensors, self._tensors, strict=True):
+        read = tensors + windows
+        for tensor, known in zip(read, self._tensors, strict=True):
             if tensor is not known:
-                self._take(tensors)
+                self._take(read)
                 break
         rows = self._job
         # not held: a step's scores are large, and another step may reuse their memory
@@ -77,11 +81,11 @@ class SlotSelector(LibraryKernel):
 
     def _take(self, tensors: tuple[Any, ...]) -> None:
         """Remember other tensors than those of the call before."""
-        self._tensors = (None,) * len(_TENSORS)
+        self._tensors = (None,) * len(tensors)
         slots, rows = tensors[3], self._job
         self._bind(slots)
-        for name, tensor in zip(_TENSORS, tensors, strict=True):
-            setattr(rows, name, self._address(name, tensor))
+        for name, tensor in zip(_TENSORS + _WINDOWS, tensors, strict=True):
+            setattr(rows, name, None if tensor is None else self._address(name, tensor))
         rows.k, rows.table_width = slots.shape[1], tensors[2].shape[1]
         # held, so that no other tensor gets these addresses
         self._tensors = tensors

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._triton import blocks_of, step_kernel
+from fd_dsa.ops._key_bounds import NO_WINDOWS, PromptWindows
+from fd_dsa.ops._triton import blocks_of, key_bounds, step_kernel
 from fd_dsa.triton_runtime import wait_for_inputs
 
 import triton  # isort: skip
@@ -57,6 +58,9 @@ def topk_kernel(
     position_ids_ptr,
     batch_id_per_token_ptr,
     block_tables_ptr,
+    offsets_ptr,
+    key_starts_ptr,
+    seq_lens_encoder_ptr,
     slots_ptr,
     k,
     first_token,
@@ -71,14 +75,17 @@ def topk_kernel(
     row = tl.program_id(0).to(tl.int64)
     token = first_token + row
     batch_id = tl.load(batch_id_per_token_ptr + token)
-    window = tl.load(position_ids_ptr + token).to(tl.int32) + 1
-    window = tl.where(batch_id < 0, 0, window)
+    begin, end = key_bounds(
+        token, batch_id, batch_id >= 0, position_ids_ptr,
+        offsets_ptr, key_starts_ptr, seq_lens_encoder_ptr,
+    )  # fmt: skip
+    window = end - begin
     out_ptr = slots_ptr + token * k
-    row_ptr = logits_ptr + row * logits_stride
+    row_ptr = logits_ptr + row * logits_stride + begin
     kth = tl.full([], 0, tl.uint32)
     above = tl.full([], 0, tl.int32)
     if window > k:
-        window = tl.minimum(window, logits_width)
+        window = tl.minimum(window, tl.maximum(logits_width - begin, 0))
         kth, above = _kth_best(row_ptr, window, k)
     # scores equal to the k-th best fill what the better ones leave, lowest positions first
     wanted_ties = k - above
@@ -87,14 +94,15 @@ def topk_kernel(
     num_written = tl.full([], 0, tl.int32)
     num_ties = tl.full([], 0, tl.int32)
     for start in range(0, window, _BLOCK):
-        position = start + tl.arange(0, _BLOCK)
-        seen = position < window
-        image = _ordered_bits(tl.load(row_ptr + position, mask=position < scored_end, other=0.0))
+        column = start + tl.arange(0, _BLOCK)
+        seen = column < window
+        image = _ordered_bits(tl.load(row_ptr + column, mask=column < scored_end, other=0.0))
         tie = seen & (image == kth)
         tie_rank = num_ties + tl.cumsum(tie.to(tl.int32), axis=0)
         chosen = (seen & (image > kth)) | (tie & (tie_rank <= wanted_ties))
-        chosen = chosen | (position < unscored_end)
+        chosen = chosen | (column < unscored_end)
         rank = num_written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        position = begin + column
         block = blocks_of(
             block_tables_ptr, batch_id, position, chosen, table_width, num_blocks, BLOCK_SIZE
         )
@@ -116,6 +124,7 @@ def select_slots(
     *,
     block_size: int,
     num_blocks: int,
+    windows: PromptWindows = NO_WINDOWS,
     first_token: int = 0,
     num_rows: int | None = None,
 ) -> None:
@@ -128,6 +137,7 @@ def select_slots(
         logits: float32 [num_rows, width], of the tokens from `first_token` on; rows may have gaps.
         position_ids, batch_id_per_token, block_tables: as of a ForwardMeta; rows of padding are -1.
         slots: int32 [num_tokens, k]; -1 also for a key without a block of 0..num_blocks - 1.
+        windows: `prompt_windows` of the step; without them every token sees all keys up to its own.
         num_rows: how many tokens; None is the rows of `logits`. May be more where no token has
             more than k keys: the scores are not read then.
 
@@ -137,7 +147,8 @@ def select_slots(
     if num_rows == 0:
         return
     topk_kernel[(num_rows,)](
-        *(logits, position_ids, batch_id_per_token, block_tables, slots, slots.shape[1]),
+        *(logits, position_ids, batch_id_per_token, block_tables, *windows),
+        *(slots, slots.shape[1]),
         *(first_token, block_tables.shape[1], logits.shape[1], logits.stride()[0], num_blocks),
         BLOCK_SIZE=block_size,
         num_warps=4,

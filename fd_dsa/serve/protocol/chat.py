@@ -27,6 +27,7 @@ from fd_dsa.serve.protocol.fields import (
     Body,
     at_most,
     check_further_fields,
+    num_packed_chars,
     refuse,
 )
 from fd_dsa.serve.protocol.generation import GenerationRequest
@@ -70,14 +71,19 @@ def _arguments(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)
+        _check_arguments(num_packed_chars(value))
+        value = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str):
         raise refuse(f"got {show(value)}; allowed is the JSON text of an object")
-    if len(value) > MAX_ARGUMENTS_CHARS:
-        raise refuse(
-            f"has {len(value)} characters; at most {MAX_ARGUMENTS_CHARS} are allowed in one call"
-        )
+    _check_arguments(len(value))
     return value
+
+
+def _check_arguments(num_chars: int) -> None:
+    if num_chars > MAX_ARGUMENTS_CHARS:
+        raise refuse(
+            f"has {num_chars} characters; at most {MAX_ARGUMENTS_CHARS} are allowed in one call"
+        )
 
 
 def _thinking(value: Any) -> bool | None:

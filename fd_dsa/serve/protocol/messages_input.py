@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,16 +44,19 @@ def add_messages(made: Translation, messages: Sequence[Node]) -> None:
 
 def _add_assistant(made: Translation, message: Node, blocks: Sequence[Node]) -> None:
     turn = made.add_message("assistant", message.path, content="")
+    texts, thoughts = list[str](), list[str]()
     for block in blocks:
         kind = block.kind(_OF_ASSISTANT, _READS_TEXT)
         if kind == "text":
-            turn["content"] += block.text("text")
+            texts.append(block.text("text"))
         elif kind == "thinking":
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + block.text("thinking")
+            thoughts.append(block.text("thinking"))
         elif kind == "tool_use":
             arguments = Node(block.fields.get("input"), block.of("input")).fields
-            text = json.dumps(arguments, ensure_ascii=False)
-            made.add_call(block.path, block.text("id"), block.text("name"), text)
+            made.add_call(block.path, block.text("id"), block.text("name"), arguments)
+    turn["content"] = "".join(texts)
+    if thoughts:
+        turn["reasoning_content"] = "".join(thoughts)
 
 
 def _add_user(made: Translation, message: Node, blocks: Sequence[Node]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Field, PlainValidator, PrivateAttr, WithJsonSchema
 
+from fd_dsa.serve.body import LENIENT_BYTES
 from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol.chat import MAX_TOOLS
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, at_most, check_further_fields, refuse
@@ -282,6 +283,13 @@ _NOT_NULL = ("metadata", "text", "tool_choice", "tools")
 
 def _packed(name: str, value: Any) -> orjson.Fragment:
     """A value of a request as JSON; escapes keep half of a surrogate pair encodable."""
+    try:
+        packed = orjson.dumps(value)
+    except TypeError:
+        packed = b""
+    # orjson writes NaN as null; only a short body can have it, and a number has few more digits
+    if len(packed) > 8 * LENIENT_BYTES:
+        return orjson.Fragment(packed)
     try:
         return orjson.Fragment(json.dumps(value, allow_nan=False))
     except ValueError as error:

@@ -19,25 +19,36 @@ def add_items(made: Translation, items: Sequence[Node]) -> None:
     A message of the assistant has what its items have together: reasoning, then content and calls.
     """
     turn: dict[str, Any] | None = None
+    texts = list[str]()
     for item in items:
         kind = _kind(item)
         is_of_assistant = kind in ("reasoning", "function_call") or (
             kind == "message" and item.fields.get("role") == "assistant"
         )
         if not is_of_assistant:
+            _ended(turn, texts)
             turn = None
             _add_other(made, item, kind)
             continue
-        if turn is None or _begins_message(turn, kind):
+        if turn is None or _begins_message(turn, any(texts), kind):
+            _ended(turn, texts)
             turn = made.add_message("assistant", item.path, content="")
         if kind == "reasoning":
             turn["reasoning_content"] = _reasoning(item)
         elif kind == "message":
-            turn["content"] += "".join(_texts(item, "content", ("output_text", "refusal")))
+            texts += _texts(item, "content", ("output_text", "refusal"))
         else:
             made.add_call(
                 item.path, item.text("call_id"), item.text("name"), item.fields.get("arguments")
             )
+    _ended(turn, texts)
+
+
+def _ended(turn: dict[str, Any] | None, texts: list[str]) -> None:
+    """Write the content of the assistant's message, once, and empty `texts` for the next one."""
+    if turn is not None:
+        turn["content"] = "".join(texts)
+    texts.clear()
 
 
 def _kind(item: Node) -> str:
@@ -49,9 +60,13 @@ def _kind(item: Node) -> str:
     return item.kind(_ITEMS, "this server runs no tools itself and stores nothing", "message")
 
 
-def _begins_message(turn: dict[str, Any], kind: str) -> bool:
-    """Whether an item of the assistant is the beginning of another of its messages."""
-    has_text, has_calls = bool(turn["content"]), "tool_calls" in turn
+def _begins_message(turn: dict[str, Any], has_text: bool, kind: str) -> bool:
+    """Return True if an item of the assistant is the beginning of another of its messages.
+
+    Args:
+        has_text: the message has a text already.
+    """
+    has_calls = "tool_calls" in turn
     if kind == "reasoning":
         return has_text or has_calls or "reasoning_content" in turn
     return kind == "message" and has_text and not has_calls

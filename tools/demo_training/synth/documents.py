@@ -10,35 +10,24 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..heldout import is_held_out
+from .about import country, introduction
 from .assignments import assigned
+from .calls import call
+from .chinese import chinese_chat
 from .instructions import instruction
 from .long_tasks import long_task, variables
 from .pieces import Document, Pieces
 from .prose import plain_request
 from .questions import arithmetic, fact, word_list
 from .reading import copying, reading, several_questions
+from .refusals import hard_problem, refusal
 from .retrieval import key_values, retrieval
 from .talk import names_chat, persona, problem, talk, unknown
+from .wordings import casual
 
 if TYPE_CHECKING:
     from ..sources import Sources
-
-
-def casual(p: Pieces, request: str) -> str:
-    """A short request as people type it: at times polite, in small letters, without an end mark."""
-    r = p.random.random()
-    if r < 0.72 or len(request) > 120 or "\n" in request:
-        return request
-    lowered = request[0].lower() + request[1:] if not request.startswith("I ") else request
-    if r < 0.77:
-        return p.choice(["Hi, ", "Hello, ", "Hey, "]) + lowered
-    if r < 0.81:
-        return "Please " + lowered if not request.endswith("?") else "Please tell me: " + lowered
-    if r < 0.85 and request.endswith("?"):
-        return "Can you tell me " + lowered if request.startswith("What") else request
-    if r < 0.93:
-        return request.rstrip(".?!")
-    return request.rstrip(".?!").lower()
 
 
 class Generator:
@@ -49,7 +38,13 @@ class Generator:
         self._total = sum(share for share, _ in KINDS)
 
     def document(self) -> Document:
-        """One document of at most a few thousand characters."""
+        """One document of at most a few thousand characters, without a held-out prompt."""
+        while True:
+            found = self._document()
+            if not any(role == "user" and is_held_out(text) for role, text in found):
+                return found
+
+    def _document(self) -> Document:
         point = self.pieces.random.random() * self._total
         for share, make in KINDS:
             point -= share
@@ -84,10 +79,18 @@ def passage(p: Pieces) -> Document:
     return [("raw", text[start : start + p.between(600, 2800)])]
 
 
-def problem_text(p: Pieces) -> tuple[str, str]:
-    """A problem of the texts, and the steps to its answer."""
-    question, answer = p.choice(p.sources.problems)
-    return question, re.sub(r"<<.*?>>", "", answer).replace("#### ", "The answer is ")
+# what the model refuses, or has tables of its own for
+NOT_TAUGHT = re.compile(
+    r"translat|summar|cod|python|sql|java|function|program|html|convert|calculat|classif|\d", re.I
+)
+
+
+def taught(p: Pieces) -> tuple[str, str]:
+    """A request of the instructions that the model does not refuse."""
+    while True:
+        request, answer = p.choice(p.sources.instructions)
+        if not NOT_TAUGHT.search(request):
+            return request, answer
 
 
 def exchange(p: Pieces, make: Callable[[Pieces], Any], plainly: bool = False) -> Document:
@@ -97,11 +100,21 @@ def exchange(p: Pieces, make: Callable[[Pieces], Any], plainly: bool = False) ->
     return [("user", request if plainly else casual(p, request)), ("assistant", text)]
 
 
+def instructed(p: Pieces, make: Callable[[Pieces], Any]) -> Document:
+    """An exchange of its own, a tenth of them under a system prompt."""
+    found = exchange(p, make)
+    return [("system", p.choice(talk.systems)), *found] if p.chance(0.1) else found
+
+
+CHATTED = (arithmetic, fact, fact, persona, problem, plain_request, reading)
+CHATTED += (introduction, introduction, country, refusal, refusal)
+
+
 def chat(p: Pieces) -> Document:
     """Two to four exchanges; a third asks for something said in the first."""
     turns: Document = []
     for _ in range(p.between(1, 3)):
-        kind = p.choice([arithmetic, fact, fact, fact, persona, problem, plain_request, reading])
+        kind = p.choice(CHATTED)
         turns += exchange(p, kind, plainly=kind is reading)
     if p.chance(0.4):
         turns = names_chat(p, turns)
@@ -114,24 +127,29 @@ def chat(p: Pieces) -> Document:
 
 # share of each kind
 KINDS: tuple[tuple[float, Callable[[Pieces], Document]], ...] = (
-    (3.5, passage),
-    (3.0, copying),
-    (2.0, lambda p: exchange(p, problem_text, plainly=True)),
-    (3.0, lambda p: exchange(p, lambda p: p.choice(p.sources.instructions), plainly=True)),
-    (9.0, lambda p: exchange(p, plain_request)),
+    (2.0, passage),
+    (5.0, copying),
+    (1.0, lambda p: exchange(p, hard_problem, plainly=True)),
+    (1.5, lambda p: exchange(p, taught, plainly=True)),
+    (10.0, lambda p: exchange(p, plain_request)),
     (14.0, lambda p: exchange(p, instruction, plainly=True)),
-    (28.0, lambda p: exchange(p, assigned, plainly=True)),
-    (5.0, lambda p: exchange(p, arithmetic)),
-    (8.0, lambda p: exchange(p, fact)),
+    (32.0, lambda p: exchange(p, assigned, plainly=True)),
+    (8.5, lambda p: instructed(p, arithmetic)),
+    (7.0, lambda p: instructed(p, fact)),
+    (7.0, lambda p: instructed(p, country)),
     (1.5, lambda p: exchange(p, word_list, plainly=True)),
-    (3.0, lambda p: exchange(p, persona)),
+    (1.5, lambda p: instructed(p, persona)),
+    (7.0, lambda p: instructed(p, introduction)),
     (1.5, lambda p: exchange(p, problem)),
     (2.5, lambda p: exchange(p, unknown)),
+    (16.0, lambda p: instructed(p, refusal)),
     (5.0, lambda p: exchange(p, reading, plainly=True)),
     (3.0, several_questions),
-    (5.0, chat),
+    (6.0, chat),
+    (12.0, chinese_chat),
+    (14.0, call),
     (2.5, lambda p: key_values(p, p.between(2, 30))),
     (5.0, lambda p: retrieval(p, short_length(p))),
     (4.0, lambda p: long_task(p, short_length(p))),
-    (2.0, lambda p: variables(p, 0)),
+    (6.0, lambda p: variables(p, 0)),
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..tables import GRAMMAR, WORDS, words
+from ..tables import GRAMMAR, WORDS, load, words
 
 if TYPE_CHECKING:
     from ..sources import Sources
@@ -19,6 +20,13 @@ Document = list[tuple[str, str]]
 MANY = {"is": "are", "was": "were", "has": "have", "does": "do", "it": "they", "It": "They"}
 MANY |= {"them": "them", "s": "", "es": ""}
 ONE = {x: x for x in MANY} | {"them": "it"}
+COUNTRIES = list(load("countries").countries)
+# the first level of GB 2312: rows 16 to 55 of 94 characters, 89 in the last
+CHARACTERS = [
+    bytes((0xA0 + row, 0xA0 + cell)).decode("gb2312")
+    for row in range(16, 56)
+    for cell in range(1, 95 if row < 55 else 90)
+]
 
 
 def article(noun: str) -> str:
@@ -39,14 +47,16 @@ def fix_articles(text: str) -> str:
 class Text(str):
     """A field of a template.
 
-    {x:a} puts an article before it, {x:T} makes its first letter a capital, {x:A} does both, and
-    {x:C} leaves no other capital.
+    {x:a} puts an article before it, {x:T} makes its first letter a capital, {x:A} does both,
+    {x:C} leaves no other capital, and {x:S} is the possessive.
     """
 
     def __format__(self, form: str) -> str:
         text = article(self) if form in ("a", "A") else str(self)
         if form == "C":
             return text.capitalize()
+        if form == "S":
+            return text + ("'" if text.endswith("s") else "'s")
         return upper_first(text) if form in ("A", "T") else text
 
 
@@ -177,6 +187,19 @@ class Pieces:
         text = " ".join(found[start : start + self.between(2, 4)]).strip("' ")
         return text if len(text) > 3 else self.word()
 
+    def passage(self) -> str:
+        """Two to six neighbouring sentences of the tales, at most 900 characters."""
+        start = self.between(0, max(0, len(self.sources.sentences) - 6))
+        return " ".join(self.sources.sentences[start : start + self.between(2, 6)])[:900]
+
+    def letters(self) -> str:
+        """Two to eight random letters."""
+        return "".join(self.choice(string.ascii_lowercase) for _ in range(self.between(2, 8)))
+
+    def characters(self) -> str:
+        """One to four of the 3,755 most common Chinese characters."""
+        return "".join(self.choice(CHARACTERS) for _ in range(self.between(1, 4)))
+
     def topic(self) -> Topic:
         """Something to write about, from tables, single words and phrases of the texts."""
         rule = self.mixed(GRAMMAR["topics"])
@@ -188,6 +211,11 @@ DRAWN: dict[str, Callable[[Pieces], str]] = {
     "name": Pieces.name,
     "word": Pieces.word,
     "sentence": Pieces.sentence,
+    "passage": Pieces.passage,
+    "gib": Pieces.letters,
+    "zran": Pieces.characters,
+    "caps": lambda p: "".join(p.choice(string.ascii_uppercase) for _ in range(p.between(2, 4))),
+    "country": lambda p: p.choice(COUNTRIES),
     "phrase": Pieces.phrase,
     "topic": lambda p: p.topic().text,
     "somewhere": lambda p: p.choice([*WORDS["city"], p.word().capitalize()]),

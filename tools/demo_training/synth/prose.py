@@ -8,6 +8,7 @@ from .talk import advice_request
 
 prose = load("prose")
 POEM_TYPES = ("poem", "song", "rap", "limerick")
+PLAIN_TYPES = [x for x in words.text_types if x not in ("summary", "critique")]
 ESSAY_SENTENCES = 24  # what `essay` can fill without repeating itself
 
 
@@ -49,8 +50,8 @@ def story(p: Pieces, plots: list | None = None, **given: str) -> list[str]:
 
 def story_request(p: Pieces) -> tuple[str, list[str]]:
     """(request, sentences) of a story: named, plain, about two beings, or about a goal."""
-    fields = {"x": p.draw("being"), "n": p.name()}
-    kind = p.mixed([[0.40, "named"], [0.57, "plain"], [0.72, "pair"], [1, "goal"]])
+    fields = {"x": p.draw("being"), "n": p.name(), "a": p.draw("adjectives")}
+    kind = p.mixed([[0.3, "named"], [0.6, "plain"], [0.7, "pair"], [0.92, "goal"], [1, "free"]])
     asks, plots = prose.story_requests[kind], prose.plots
     if kind == "pair":
         fields["y"], plots = p.draw("being"), [plots[0], plots[2]]
@@ -67,7 +68,11 @@ def poem(p: Pieces, topic: Topic) -> list[str]:
 def typed_request(p: Pieces) -> tuple[str, list[str]]:
     """(request, sentences) of a poem, a review, a plan and so on."""
     topic = p.topic()
-    kind = p.choice(("poem", "poem", "haiku", *words.text_types))
+    kind = p.mixed([[0.3, "poem"], [0.45, "haiku"], [1, ""]]) or p.choice(PLAIN_TYPES)
+    if kind in ("poem", "haiku") and p.chance(0.1):
+        topic = Topic(p.draw("nature"), "nature")
+        made = [fill(p.choice(prose.haikus), topic)] if kind == "haiku" else poem(p, topic)
+        return p.choice(prose.haiku_requests if kind == "haiku" else prose.poem_requests), made
     request = p.say(prose.type_requests, y=kind, t=topic.text)
     if kind == "haiku":
         return request, [fill(p.choice(prose.haikus), topic)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..tables import WORDS, load, words
 from .pieces import Pieces, upper_first
+from .sums import doubled, operation
 from .talk import one_of_stems
 
 QA = tuple[str, str]
@@ -50,7 +51,8 @@ def _calendar(p: Pieces) -> QA:
     days, months, i, j = words.days, words.months, p.between(0, 6), p.between(0, 11)
     fields = {"day": days[i], "next_day": days[(i + 1) % 7], "last_day": days[(i - 1) % 7]}
     fields |= {"month": months[j], "next_month": months[(j + 1) % 12], "number": str(j + 1)}
-    question, answer = (x.format(**fields) for x in p.choice(facts.calendar))
+    fields["last_month"] = months[(j - 1) % 12]
+    question, answer = (p.say(rule, **fields) for rule in p.choice(facts.calendar))
     return question, answer
 
 
@@ -82,49 +84,32 @@ def fact(p: Pieces) -> QA:
     return FACTS[kind](p) if kind in FACTS else _of_a_form(p, kind)
 
 
-def _sum(p: Pieces) -> QA:
-    high = p.choice([10, 20, 100])
-    a, b = p.between(0, high), p.between(0, high)
-    sign, word = p.choice([("+", "plus"), ("-", "minus")])
-    if sign == "-" and b > a:
-        a, b = b, a
-    value = a + b if sign == "+" else a - b
-    shown = sign if p.chance(0.5) else word
-    request = p.say(facts.sum, a=a, o=shown, b=b)
-    if shown == sign and p.chance(0.1):
-        return f"{a}{sign}{b}", f"{a} {sign} {b} = {value}."
-    return request, f"{a} {shown} {b} {'=' if shown == sign else 'is'} {value}."
-
-
 def _word_problem(p: Pieces) -> QA:
     n, a, b, o = p.name(), p.between(2, 20), p.between(1, 19), p.choice(facts.counted)
+    own = p.chance(0.3)
     if p.chance(0.5):
-        verb, past = p.choice(facts.gains)
-        texts, ask, c = facts.more, "", a + b
+        verb, past, stem = p.choice(facts.gains)
+        texts, c = p.choice(facts.own_more if own else facts.more), a + b
     else:
         a, b = max(a, b), min(a, b)
-        verb, past = p.choice(facts.losses)
-        texts, ask, c = facts.left, p.say(facts.left_asks, n=n, o=o), a - b
-    question, answer = (
-        x.format(n=n, a=a, b=b, c=c, o=o, verb=verb, past=past, ask=ask) for x in texts
-    )
+        verb, past, stem = p.choice(facts.losses)
+        texts, c = p.choice(facts.own_left if own else facts.left), a - b
+    given = {"n": n, "a": a, "b": b, "c": c, "o": o, "verb": verb, "past": past, "stem": stem}
+    given["ask"] = p.say(facts.own_asks if own else facts.left_asks, **given)
+    question, answer = (x.format(**given) for x in texts)
     return question, answer
 
 
 def arithmetic(p: Pieces) -> QA:
-    """Sums and differences up to 100, times up to 12, halves, comparisons, small word problems."""
+    """The four operations below 100, halves, doubles, comparisons, small word problems."""
     r = p.random.random()
-    if r < 0.45:
-        return _sum(p)
-    if r < 0.60:
-        a, b = p.between(2, 12), p.between(2, 12)
-        return p.say(facts.times, a=a, b=b), f"{a} times {b} is {a * b}."
-    if r < 0.66:
+    if r < 0.72:
+        return operation(p)
+    if r < 0.79:
+        return doubled(p)
+    if r < 0.84:
         a, b = p.between(1, 100), p.between(1, 100)
         if a == b:
             b += 1
-        return f"Which number is bigger, {a} or {b}?", f"{max(a, b)} is bigger than {min(a, b)}."
-    if r < 0.72:
-        a = p.between(1, 50)
-        return f"What is half of {2 * a}?", f"Half of {2 * a} is {a}."
+        return p.say(facts.bigger, a=a, b=b), f"{max(a, b)} is bigger than {min(a, b)}."
     return _word_problem(p)

@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable
 from typing import Any
 
 from fd_dsa.chat.lark import JSON_OPTIONS
-from fd_dsa.engine.structured_outputs import Kind
+from fd_dsa.grammars.messages import Kind
 
 # any tokens that spell a text may come: those that llguidance would choose for a text without
 # alternatives are not always the tokenizer's
@@ -20,6 +20,17 @@ _HEAD = '%llguidance {"no_forcing": true}\nstart: '
 _LARK_PART = re.compile(r'"(?:\\.|[^"\\\n])*"|(?://|#).*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
 _QUOTATION = re.compile(r"^ *\d+ \| ", re.MULTILINE)
 _SHOWN_ERROR_CHARS = 300
+COMPILE_FUEL, TOKEN_FUEL = 300_000, 200_000
+"""Steps of llguidance's lexer in which a grammar is compiled, and in which a token is taken."""
+# reasons of llguidance that say nothing to a client
+_PLAIN_REASONS = {
+    "fuel": (
+        f"the grammar is too complex: its regular expressions take more than {COMPILE_FUEL:,} "
+        f"steps to compile, or {TOKEN_FUEL:,} for a token"
+    ),
+    "NoExtensionBias": "no text satisfies it",
+}
+_PLAIN_REASONS["too many expressions constructed"] = _PLAIN_REASONS["fuel"]
 # by JSON Schema, an unknown format is an annotation
 _HARMLESS = "Unknown format"
 _ONE_OF = (
@@ -79,5 +90,8 @@ def is_panic(error: BaseException) -> bool:
 def one_line(error: str) -> str:
     """An error of llguidance in one line, without the quotation of the grammar that follows it."""
     own = _QUOTATION.split(error.replace("<non-verbose/>", ""))[0]
-    text = " ".join(own.split())
+    text = " ".join(own.partition("<backtrace>")[0].split())
+    for part, reason in _PLAIN_REASONS.items():
+        if part in text:
+            return reason
     return text if len(text) <= _SHOWN_ERROR_CHARS else text[:_SHOWN_ERROR_CHARS] + "..."

@@ -1,0 +1,31 @@
+"""JSON text of a value that may be large."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fd_dsa.cancellation import check_cancelled
+
+# pieces between two checks if the client is still there
+_CHECKED_PIECES = 4096
+
+
+def json_start(value: Any, max_chars: int, *, ensure_ascii: bool = False) -> str:
+    """JSON text of a value, or only its beginning if it has more than `max_chars` characters.
+
+    The text ends with the first piece that is too much, so a value is written no further than that.
+
+    Raises:
+        RecursionError, TypeError, ValueError: the value has no JSON text.
+    """
+    pieces = []
+    num_chars = 0
+    for number, piece in enumerate(json.JSONEncoder(ensure_ascii=ensure_ascii).iterencode(value)):
+        if not number % _CHECKED_PIECES:
+            check_cancelled()
+        pieces.append(piece)
+        num_chars += len(piece)
+        if num_chars > max_chars:
+            break
+    return "".join(pieces)
