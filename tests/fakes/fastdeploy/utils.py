@@ -7,12 +7,7 @@ import logging
 from typing import Any
 
 
-def get_logger(name: str, file_name: str = "", **kwargs: Any) -> logging.Logger:
-    """A logger of the double; FastDeploy writes a file of its own for each."""
-    return logging.getLogger(f"fastdeploy.{name}")
-
-
-llm_logger = get_logger("fastdeploy", "fastdeploy.log")
+llm_logger = logging.getLogger("fastdeploy")
 
 
 def resolve_obj_from_strname(strname: str) -> Any:
