@@ -6,7 +6,6 @@ import importlib
 import logging
 from typing import Any
 
-
 llm_logger = logging.getLogger("fastdeploy")
 
 
