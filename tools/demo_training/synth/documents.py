@@ -81,7 +81,9 @@ def passage(p: Pieces) -> Document:
 
 # what the model refuses, or has tables of its own for
 NOT_TAUGHT = re.compile(
-    r"translat|summar|cod|python|sql|java|function|program|html|convert|calculat|classif|\d", re.I
+    r"translat|summary|summari[sz]|cod|python|sql|java|function|program|html|convert|calculate|"
+    r"calculating|calculation|calculator|classif|\d",
+    re.I,
 )
 
 
