@@ -348,8 +348,9 @@ class LLMEngine:
             tokens, scores = self._sampler.sample(sampling, logits)
         now = time.monotonic()
         outputs = []
-        offer_tokens(sampling, tokens.tolist())
-        for request, token_id, score in zip(sampling, tokens.tolist(), scores, strict=True):
+        token_ids = tokens.tolist()
+        offer_tokens(sampling, token_ids)
+        for request, token_id, score in zip(sampling, token_ids, scores, strict=True):
             request.drawn_row = -1
             if token_id < 0:
                 outputs.append(self._fail(request, token_id))
@@ -366,9 +367,7 @@ class LLMEngine:
         self, request: Request, reason: FinishReason, error: RuntimeError | None = None
     ) -> RequestOutput:
         """End a request without a next token."""
-        now = time.monotonic()
-        request.finish(reason, now)
-        request.take_text("", now)
+        request.end(reason)
         self._drop(request)
         return request.output(error)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -88,7 +87,7 @@ class LaunchedStep:
             is_sampled_here: True if masks are needed now; False if a device has sampled.
             drop: called with requests that have ended with the token before, if that was not known.
         """
-        found, now = [], time.monotonic()
+        found = []
         for place, request in enumerate(sampling):
             if request.finish_reason is not None or request in self.late:
                 continue
@@ -98,8 +97,7 @@ class LaunchedStep:
                     continue
                 if request.grammar.is_finished:
                     # the worker was late to tell
-                    request.finish("stop", now)
-                    request.take_text("", now)
+                    request.end("stop")
                     drop(request)
                     continue
             found.append(place)

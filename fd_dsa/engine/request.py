@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 
@@ -190,6 +191,12 @@ class Request:
         self.finish_reason = reason
         self.stop_reason = stop_reason
         self.state.finish_time = now
+
+    def end(self, reason: FinishReason) -> None:
+        """End the output without a further token, and show the text that was held back."""
+        now = time.monotonic()
+        self.finish(reason, now)
+        self.take_text("", now)
 
     def take_text(self, text: str, now: float) -> None:
         """Show what of the decoded text may be now; all that is held back once it has ended.

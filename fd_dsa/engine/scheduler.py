@@ -93,6 +93,8 @@ class Scheduler:
         # dicts by arrival number, in order of arrival
         self._running: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
+        # requests with their last allowed token, see `settled`
+        self._unsettled: dict[int, Request] = {}
         self._scheduled: list[Request] = []
         self._held: list[Request] = []
         # fewer after a step that found no memory
@@ -118,6 +120,7 @@ class Scheduler:
         """Drop an ended or aborted request and free what it holds."""
         if request.grammar is not None:
             request.grammar.release()
+            self._unsettled.pop(request.arrival, None)
         if request.slot >= 0:
             self._release(request)
         else:
@@ -170,8 +173,8 @@ class Scheduler:
         """
         return [
             (request, "stop" if request.grammar.is_finished else "length")
-            for request in (*self._running.values(), *self._waiting)
-            if request.is_unsettled and request.grammar is not None and not request.grammar.is_late
+            for request in self._unsettled.values()
+            if request.grammar is not None and not request.grammar.is_late
         ]
 
     def complete_step(self) -> None:
@@ -215,6 +218,8 @@ class Scheduler:
 
     def take_token(self, request: Request) -> None:
         """A token of a request has come; it may be the last of a block that is computed."""
+        if request.is_unsettled:
+            self._unsettled[request.arrival] = request
         known = len(request.token_ids) - self._lookahead
         if request.slot >= 0 and known % self._blocks.block_size == 0:
             self._cache_blocks(request)

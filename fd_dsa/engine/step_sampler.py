@@ -141,11 +141,15 @@ class StepSampler:
             int64 [n]; negative where the logits or the rules leave none, or a mask is late.
         """
         slots, positions = map(np.array, self._places(requests))
-        tokens = np.full(len(requests), NO_TOKEN, np.int64)
+        positions += depth
         grammars = (request.grammar for request in requests)
         has_mask = np.array([g is None or g.await_mask() for g in grammars], bool)
+        if has_mask.all():
+            # no copy of the logits
+            return self._sampler.sample(logits, slots, positions)
+        tokens = np.full(len(requests), NO_TOKEN, np.int64)
         tokens[has_mask] = self._sampler.sample(
-            logits[has_mask], slots[has_mask], positions[has_mask] + depth
+            logits[has_mask], slots[has_mask], positions[has_mask]
         )
         return tokens
 
