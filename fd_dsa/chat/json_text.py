@@ -29,3 +29,14 @@ def json_start(value: Any, max_chars: int, *, ensure_ascii: bool = False) -> str
         if num_chars > max_chars:
             break
     return "".join(pieces)
+
+
+def shortened_json(value: Any, max_chars: int) -> str:
+    """JSON text of a value for a message, with "..." in the place of all after `max_chars`.
+
+    Raises:
+        RecursionError, TypeError, ValueError: see `json_start`.
+    """
+    head = value[: max_chars + 1] if isinstance(value, str) else value
+    text = json_start(head, max_chars)
+    return text if len(text) <= max_chars else text[:max_chars] + "..."

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from fd_dsa.cancellation import check_cancelled
-from fd_dsa.chat.json_text import json_start
+from fd_dsa.chat.json_text import shortened_json
 from fd_dsa.chat.patterns import full_regex, matches
 
 KINDS = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
@@ -341,5 +341,4 @@ def _required(schema: Mapping[str, Any]) -> set[str]:
 
 def shown(value: Any) -> str:
     """A value in a message, shortened."""
-    text = json_start(value, _MAX_SHOWN)
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+    return shortened_json(value, _MAX_SHOWN)

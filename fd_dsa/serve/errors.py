@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from fd_dsa.chat.json_text import json_start
+from fd_dsa.chat.json_text import shortened_json
 from fd_dsa.errors import FdDsaError
 from fd_dsa.serve.json_response import JsonResponse
 
@@ -244,6 +244,4 @@ def _field_path(location: Sequence[str | int]) -> str:
 
 def show(value: Any) -> str:
     """A value of a request as it was sent, shortened; only the beginning of a long one is read."""
-    head = value[: _SHOWN_INPUT_CHARS + 1] if isinstance(value, str) else value
-    text = json_start(head, _SHOWN_INPUT_CHARS)
-    return text if len(text) <= _SHOWN_INPUT_CHARS else text[:_SHOWN_INPUT_CHARS] + "..."
+    return shortened_json(value, _SHOWN_INPUT_CHARS)

@@ -27,7 +27,7 @@ from fd_dsa.serve.protocol.fields import (
     Body,
     at_most,
     check_further_fields,
-    num_packed_chars,
+    packed_json,
     refuse,
 )
 from fd_dsa.serve.protocol.generation import GenerationRequest
@@ -71,7 +71,7 @@ def _arguments(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        _check_arguments(num_packed_chars(value))
+        _check_arguments(len(packed_json(value).decode()))
         value = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str):
         raise refuse(f"got {show(value)}; allowed is the JSON text of an object")

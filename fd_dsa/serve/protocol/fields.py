@@ -92,16 +92,17 @@ def at_most(num_entries: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def num_packed_chars(value: Any) -> int:
-    """Count the characters of a value's shortest JSON text, in a few milliseconds a megabyte.
+def packed_json(value: Any) -> bytes:
+    """Write a value's shortest JSON text, in a few milliseconds a megabyte; NaN becomes null.
 
     Returns:
-        The number; 0 for half of a surrogate pair or a large integer, which only short bodies have.
+        The text; empty for half of a surrogate pair or a large integer, which only short bodies
+        have.
     """
     try:
-        return len(orjson.dumps(value).decode())
+        return orjson.dumps(value)
     except TypeError:
-        return 0
+        return b""
 
 
 def is_token_ids(value: Any) -> bool:

@@ -12,7 +12,14 @@ from pydantic import Field, PlainValidator, PrivateAttr, WithJsonSchema
 from fd_dsa.serve.body import LENIENT_BYTES
 from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol.chat import MAX_TOOLS
-from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, at_most, check_further_fields, refuse
+from fd_dsa.serve.protocol.fields import (
+    MAX_ENTRIES,
+    TEXT,
+    at_most,
+    check_further_fields,
+    packed_json,
+    refuse,
+)
 from fd_dsa.serve.protocol.known_fields import Refused
 from fd_dsa.serve.protocol.responses_input import add_items
 from fd_dsa.serve.protocol.translation import (
@@ -283,11 +290,8 @@ _NOT_NULL = ("metadata", "text", "tool_choice", "tools")
 
 def _packed(name: str, value: Any) -> orjson.Fragment:
     """A value of a request as JSON; escapes keep half of a surrogate pair encodable."""
-    try:
-        packed = orjson.dumps(value)
-    except TypeError:
-        packed = b""
-    # orjson writes NaN as null; only a short body can have it, and a number has few more digits
+    packed = packed_json(value)
+    # only a short body can have a NaN, which is null there, and a number has few more digits
     if len(packed) > 8 * LENIENT_BYTES:
         return orjson.Fragment(packed)
     try:
