@@ -96,6 +96,36 @@ def write_json(path: Path, result: Any) -> None:
     unfinished.replace(path)
 
 
+def rig_parser(doc: str | None, *, is_dry: bool = True) -> argparse.ArgumentParser:
+    """Make a parser with the flags of benchmarks that run on the test plug-in.
+
+    Args:
+        doc: text of the benchmark's module, whose first line is the description.
+        is_dry: True to add --dry.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument(
+        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
+    )
+    if is_dry:
+        parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    return parser
+
+
+def tier_of(args: argparse.Namespace) -> str:
+    """Return the tier of a run with the flags of `rig_parser`."""
+    return "dry" if args.dry else "T1p" if args.rig else "T2"
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write a result to <its name>.json in a folder, and print where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['name']}.json"
+    write_json(path, result)
+    print(f"written: {path}")
+
+
 def save(name: str, result: dict[str, Any]) -> Path:
     """Write `result` with the environment to benchmarks/results/<name>.json."""
     RESULTS.mkdir(parents=True, exist_ok=True)

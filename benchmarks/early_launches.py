@@ -11,18 +11,16 @@ early launches are faster.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from benchmarks._gpu_engine_model import FP8, Shape, write_model
-from benchmarks._harness import RESULTS, Worker, environment, write_json
+from benchmarks._harness import Worker, environment, rig_parser, tier_of, write_json
 from benchmarks.once_per_step import SMALL
 
 LAYERS, DENSE_LAYERS = 3, 1
@@ -46,14 +44,9 @@ def step_ms(options: dict[str, Any], switch: str, prompt: int, new: int) -> list
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
-    )
-    parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser = rig_parser(__doc__)
     args = parser.parse_args(argv)
-    tier = "dry" if args.dry else "T1p" if args.rig else "T2"
+    tier = tier_of(args)
     result: dict[str, Any] = {"name": "early_launches", "tier": tier, "layers": LAYERS}
     result |= {"env": environment(), "cases": []}
     prompt, new = (64, 8) if args.dry else (4096, 64)

@@ -14,18 +14,16 @@ default (`fd_dsa.environment.DEFAULT_OVERLAP_MAX_TOKENS`).
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks._gpu_engine_model import FP8, Shape, of_ranks, shape_of, write_model
-from benchmarks._harness import RESULTS, Worker, environment, write_json
-from benchmarks.once_per_step import SMALL
+from benchmarks._harness import Worker, environment, rig_parser, tier_of, write_result
+from benchmarks.once_per_step import DENSE_LAYERS, LAYERS, SMALL
 from benchmarks.workers.engine_overlap import ONE, TWO
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS
 
@@ -33,7 +31,6 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TARGET = "benchmarks.workers.engine_overlap:Engine"
 # most tokens of a step that forks; the order cancels a drift
 ENGINES = ((ONE, 0), (TWO, ROWS[-1]), (TWO, ROWS[-1]), (ONE, 0))
-LAYERS, DENSE_LAYERS = 5, 3
 
 
 def in_turns(
@@ -74,14 +71,9 @@ def limit(cases: Sequence[Mapping[str, Any]]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
-    )
-    parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
+    parser = rig_parser(__doc__)
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     parser.add_argument("--layers", type=int, help="of a model on several GPUs; default: all 61")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     ranks = args.tensor_parallel_size
     shape = Shape(LAYERS, DENSE_LAYERS)
@@ -102,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config["kv_cache_dtype"] = "fp8"
     name = of_ranks("engine_overlap", ranks)
     result: dict[str, Any] = {"name": name, "env": environment(), "cases": []}
-    result["tier"] = "dry" if args.dry else "T1p" if args.rig else "T2"
+    result["tier"] = tier_of(args)
     result |= {"shape": shape._asdict(), "prompt_tokens": prompt}
     with tempfile.TemporaryDirectory() as folder:
         fields = SMALL if args.dry else {"quantization_config": FP8}
@@ -129,9 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["limit_tokens"] = limit(result["cases"])
     result["default_tokens"] = DEFAULT_OVERLAP_MAX_TOKENS
     print(f"the fork pays up to {result['limit_tokens']} tokens of a step")
-    path = args.out / f"{name}.json"
-    write_json(path, result)
-    print(f"written: {path}")
+    write_result(args.out, result)
     return 0
 
 

@@ -44,7 +44,7 @@ from benchmarks._gpu_engine_model import (
     shape_of,
     write_model,
 )
-from benchmarks._harness import RESULTS, Worker, environment, write_json
+from benchmarks._harness import Worker, environment, rig_parser, write_json
 from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.stream_client import streams
 from fd_dsa.config import demo_model_path
@@ -269,10 +269,7 @@ def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
-    )
+    parser = rig_parser(__doc__, is_dry=False)
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument(
         "--earlier", action="store_true", help="the peer alone, beside ours in --out of this hour"
@@ -289,7 +286,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--files", type=Path, help="folder for weights; the start alone, from them")
     parser.add_argument("--layers", type=int, help="default: as many as fit one GPU, or 61")
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     names = [name for name in args.cases.split(",") if name]
     if args.files or args.batch_invariant:

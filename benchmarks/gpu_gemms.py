@@ -13,7 +13,6 @@ benchmarks/results.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import RESULTS, environment, run_peer, write_json
+from benchmarks._harness import environment, rig_parser, run_peer, write_json
 
 BYTES_PER_US, FP8_OPS_PER_US = 4.3e6, 1.5e9
 # outputs x inputs
@@ -255,14 +254,10 @@ def line(entry: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
-    )
+    parser = rig_parser(__doc__, is_dry=False)
     parser.add_argument("--tilings", action="store_true", help="every tiling that may serve")
     parser.add_argument("--only", choices=["dense", "experts"])
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     bench = Bench(args.rig)
     for kind, cases in (("experts", partial(expert_cases, peer=args.peer)), ("dense", dense_cases)):

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS, ROOT, environment, write_json
+from benchmarks._harness import RESULTS, ROOT, environment, write_result
 
 # name -> form of the server, and largest step in tokens that forks to a second stream
 SIDES = {
@@ -109,10 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pair |= compared(*sides, folder / f"{sides[0].name}-{sides[1].name}")
         result["pairs"].append(pair)
         print(f"{before} -> {after}: {pair['verdict'][0]}", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{name}.json"
-    write_json(path, result)
-    print(f"written: {path}")
+    write_result(args.out, result)
     return 0
 
 

@@ -13,14 +13,12 @@ Writes benchmarks/results/joined_projection.json.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS, environment, write_json
+from benchmarks._harness import environment, rig_parser, write_json
 from benchmarks.gpu_gemms import Bench
 
 HIDDEN, Q_A, KV_A, WK, HEADS = 7168, 1536, 576, 128, 64
@@ -114,12 +112,8 @@ class Projections:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write the microseconds of each form, of those with tilings the best; 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
-    )
+    parser = rig_parser(__doc__, is_dry=False)
     parser.add_argument("--tilings", action="store_true", help="every tiling of weights_proj")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     bench = Bench(args.rig)
     result: dict[str, Any] = {"name": "joined_projection", "tier": "T1p"}

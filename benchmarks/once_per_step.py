@@ -25,11 +25,10 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks._gpu_engine_model import FP8, Shape, of_ranks, shape_of, write_model
-from benchmarks._harness import RESULTS, Worker, environment, write_json
+from benchmarks._harness import Worker, environment, rig_parser, tier_of, write_result
 
 LAYERS, DENSE_LAYERS = 5, 3
 SMALL = {
@@ -154,18 +153,13 @@ def earlier_cases(earlier: dict[str, Any], result: dict[str, Any]) -> list[dict[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
-    )
-    parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
+    parser = rig_parser(__doc__)
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     parser.add_argument("--layers", type=int, metavar="N", help="of a model in FP8")
     parser.add_argument("--experts", type=int, metavar="N", help="of a layer")
     parser.add_argument(
         "--only", nargs="+", choices=["decode", "prompts"], help="the result keeps other cases"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     ranks, layers = args.tensor_parallel_size, args.layers
     shape, fields = Shape(layers or LAYERS, DENSE_LAYERS, ranks=ranks), {}
@@ -177,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = shape._replace(experts=args.experts or shape.experts)
     name = of_ranks("once_per_step" + (f"_{layers}_layers" if layers else ""), ranks)
     result: dict[str, Any] = {"name": name, "env": environment()}
-    result["tier"] = "dry" if args.dry else "T1p" if args.rig else "T2"
+    result["tier"] = tier_of(args)
     result["model"] = shape._asdict() | {
         "weights": "random, FP8" if "quantization_config" in fields else "random",
     }
@@ -185,12 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = write_model(folder, shape, fields | {"n_routed_experts": shape.experts})
         device = "cpu" if args.dry else "gpu"
         result["cases"] = compared({"model": model, "rig": args.rig, "device": device}, args)
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{name}.json"
     if args.only and path.exists():
         result["cases"] = earlier_cases(json.loads(path.read_text()), result) + result["cases"]
-    write_json(path, result)
-    print(f"written: {path}")
+    write_result(args.out, result)
     return 0
 
 

@@ -12,17 +12,15 @@ attention in either form, and of its GEMMs. Writes prompt_attention.json of benc
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import RESULTS, environment, write_json
+from benchmarks._harness import environment, rig_parser, write_json
 from benchmarks.gpu_gemms import Bench
 
 HEADS, NOPE, ROPE, VALUES, RANK, TOPK, BLOCK = 128, 128, 64, 128, 512, 2048, 64
@@ -187,12 +185,8 @@ def cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 1 where the forms disagree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
-    )
+    parser = rig_parser(__doc__, is_dry=False)
     parser.add_argument("--tilings", action="store_true", help="every tiling that may serve")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     result: dict[str, Any] = {"name": "prompt_attention", "tier": "T1p", "env": environment()}
     result["cases"] = found = []

@@ -35,6 +35,7 @@ from benchmarks._harness import (
     environment,
     random_prompts,
     run_peer,
+    tier_of,
     write_json,
 )
 from benchmarks.once_per_step import SMALL
@@ -198,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = (20, 100, 200) if args.dry else PROMPTS
     prompts = [random_prompts(1, n, config["vocab_size"], n)[0] for n in lengths]
     result: dict[str, Any] = {"name": "real_widths", "env": environment(), "cases": []}
-    result["tier"] = "dry" if args.dry else "T1p" if args.rig else "T2"
+    result["tier"] = tier_of(args)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         size = write_checkpoint(folder, config, "cpu" if args.dry else "cuda")

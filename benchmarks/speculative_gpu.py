@@ -17,7 +17,6 @@ recorded. DIR has a `run.sh` that runs `python SCRIPT ...` with vLLM's packages,
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._gpu_engine_model import FP8, Shape, write_model
-from benchmarks._harness import RESULTS, Worker, environment, run_peer, write_json
+from benchmarks._harness import Worker, environment, rig_parser, run_peer, tier_of, write_json
 from benchmarks.gpu_engine import CAPTURED, CONFIG
 from benchmarks.once_per_step import SMALL
 from benchmarks.workers.gpu_engine import by_class
@@ -81,19 +80,14 @@ def cases_of(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
-    )
-    parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
+    parser = rig_parser(__doc__)
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--ways", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--layers", type=int, default=Shape().layers)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     result: dict[str, Any] = {"name": "speculative_gpu", "env": environment(), "steps": {}}
-    result["tier"] = "dry" if args.dry else "T1p" if args.rig else "T2"
+    result["tier"] = tier_of(args)
     prompt, steps = (64, 12) if args.dry else (4096, 48)
     config: dict[str, Any] = CONFIG | {
         "max_model_len": 2 * prompt,
