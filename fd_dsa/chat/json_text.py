@@ -32,7 +32,7 @@ def json_start(value: Any, max_chars: int, *, ensure_ascii: bool = False) -> str
 
 
 def shortened_json(value: Any, max_chars: int) -> str:
-    """JSON text of a value for a message, with "..." in the place of all after `max_chars`.
+    """JSON text of a value for a message, with "..." instead of all after `max_chars`.
 
     Raises:
         RecursionError, TypeError, ValueError: see `json_start`.

@@ -1,1 +1,1 @@
-"""FastDeploy's own server as a child process. Nothing below imports FastDeploy."""
+"""FastDeploy's own server with our plug-in in it. Nothing below imports FastDeploy."""
