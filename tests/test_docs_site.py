@@ -50,11 +50,14 @@ def test_the_site_comes_from_one_origin(site: Path) -> None:
         assert not re.search(r"<(link|script)[^>]*(href|src)=\"?https?:", page)
 
 
-@pytest.mark.parametrize("link", ["[a](flags.md#missing)", "[a](missing.md)"])
-def test_a_broken_link_ends_the_build(site: Path, tmp_path: Path, link: str) -> None:
+def test_a_broken_link_ends_the_build(
+    site: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     pages = _folder(tmp_path) / "build/pages"
-    (pages / "docs/index.md").write_text(link, "utf-8")
+    # docstrings take most of the time of a build
+    (pages / "docs/python.md").write_text("[a](flags.md#missing)", "utf-8")
     assert not docs_site.build(tmp_path)
+    assert "anchor does not exist" in capfd.readouterr().err
 
 
 def test_the_search_knows_both_languages(site: Path) -> None:
@@ -103,7 +106,7 @@ def test_the_reference_shows_docstrings(site: Path) -> None:
 
 @pytest.fixture
 def site_url(site: Path) -> Iterator[str]:
-    """The site behind a local server."""
+    """Address of a local server with the site."""
     handler = partial(SimpleHTTPRequestHandler, directory=site)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -129,9 +132,7 @@ def browser() -> Iterator[Browser]:
     ("query", "found"),
     [
         ("预填充", "docs/several-gpus.zh.html"),
-        ("张量并行", "docs/fastdeploy.zh.html"),
         ("端口被占用", "docs/troubleshooting.zh.html"),
-        ("命中率", "docs/glossary.html"),
         ("tensor parallelism", "docs/glossary.html"),
     ],
 )
@@ -140,5 +141,5 @@ def test_the_search_finds_words(browser: Browser, site_url: str, query: str, fou
     page.goto(f"{site_url}/docs/index.html")
     page.click(".md-search__button")
     page.keyboard.type(query)
-    expect(page.locator(f'[role=dialog] a[href*="{found}"]').first).to_be_visible(timeout=30_000)
+    expect(page.locator(f'a[href*="{found}?h="]').first).to_be_visible(timeout=30_000)
     page.close()
