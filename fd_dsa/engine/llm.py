@@ -145,7 +145,7 @@ class LLM:
         encode = engine.tokenizer.encode
         token_ids = [encode(p) if isinstance(p, str) else list(p) for p in _as_list(prompts)]
         default = SamplingParams(**engine.sampling_defaults)
-        params = _params_for(len(token_ids), sampling_params, default)
+        params = _params_for(token_ids, sampling_params, default, engine.limits.max_model_len)
         return self._run(token_ids, params, stream)
 
     def chat(
@@ -167,8 +167,8 @@ class LLM:
 
         Args:
             messages: a list of {"role", "content"}, or a list of such lists.
-            sampling_params: as in `generate`; None = the default, until the model ends or the
-                context is full.
+            sampling_params: as in `generate`; None = the default, until the model ends, or
+                `max_new_tokens` of generation_config.json or the context is full.
             stream: as in `generate`.
             tools: offered to the model, in the form of the OpenAI API.
             continue_final_message: the answer goes on with the last message, the assistant's.
@@ -206,8 +206,8 @@ class LLM:
             for entry in conversations
         ]
         token_ids = [engine.tokenizer.encode(p.text, False, masked=p.masked) for p in prompts]
-        default = SamplingParams(**engine.sampling_defaults, max_tokens=None)
-        params = _params_for(len(token_ids), sampling_params, default)
+        default = SamplingParams(**{"max_tokens": None, **engine.sampling_defaults})
+        params = _params_for(token_ids, sampling_params, default, engine.limits.max_model_len)
         params = [
             _for_chat(
                 one,
@@ -351,10 +351,20 @@ def _as_list(prompts: Prompts) -> list[Prompt]:
     return several
 
 
-def _params_for(count: int, params: Params, default: SamplingParams) -> list[SamplingParams]:
-    """One SamplingParams for each of `count` prompts."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or default] * count
+def _params_for(
+    prompts: Sequence[Sequence[int]], params: Params, default: SamplingParams, max_model_len: int
+) -> list[SamplingParams]:
+    """Return one SamplingParams for each prompt; a default fits into the context."""
+    count = len(prompts)
+    if params is None:
+        rooms = (max(max_model_len - len(prompt), 1) for prompt in prompts)
+        most = default.max_tokens
+        return [
+            default if most is None else replace(default, max_tokens=min(most, room))
+            for room in rooms
+        ]
+    if isinstance(params, SamplingParams):
+        return [params] * count
     if len(params) != count:
         raise ValueError(
             f"sampling_params has {len(params)} entries for {count} prompts; give one for all, or "
