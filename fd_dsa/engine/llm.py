@@ -84,6 +84,7 @@ class LLM:
         enforce_eager: bool = False,
         cudagraph_capture_sizes: Sequence[int] | None = None,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None,
+        generation_config: str = "auto",
         seed: int = 0,
         chat_template: str | os.PathLike[str] | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from fd_dsa.models.memory_plan import format_bytes
 logger = logging.getLogger(__name__)
 
 _LINE_PERCENT = 25
-# a quick load is told by the line at its end
+# the line at the end is enough for a quick load
 _LINE_EVERY_S = 5.0
 _TELL_EVERY_S = 0.1
 PHASES = ("config", "weights", "kv cache", "warm-up", "ready")
