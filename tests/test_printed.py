@@ -25,7 +25,7 @@ from fd_dsa.cli import COMMANDS, build_parser
 from fd_dsa.errors import FdDsaError
 from fd_dsa.serve.flag_sources import parse_args
 from fd_dsa.serve.flag_values import split_flags
-from tests.serve.processes import FAKE, console, finish, serving
+from tests.serve.processes import FAKE, console, environment, finish, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 # the changelog says what was done, and its old commands stay
@@ -182,8 +182,8 @@ def test_commands_that_cannot_be_pasted_are_found(line: str, said: str) -> None:
 
 def _run(line: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """A line as a shell runs it; `.venv/bin` is the environment of this Python."""
-    line = line.replace(BIN, f"{Path(sys.executable).parent}/")
-    env = {"PATH": "/usr/bin:/bin", **variables}
+    line = re.sub(r"(^|\s)\.venv/bin/", rf"\1{Path(sys.executable).parent}/", line)
+    env = {**environment(), "PATH": "/usr/bin:/bin", **variables}
     return subprocess.run(["bash", "-c", line], cwd=cwd, env=env, capture_output=True, text=True)
 
 
