@@ -1,5 +1,7 @@
 // Swagger UI on the server's own document, with a curl command for each operation.
 
+import { isDark } from "./theme.js";
+
 const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 function example(operation, document) {
@@ -27,7 +29,7 @@ api.components.securitySchemes = { key: { type: "http", scheme: "bearer", descri
 api.tags = [{ name: "Text" }, { name: "Server" }];
 api.security = [{}, { key: [] }];
 
-document.documentElement.classList.toggle("dark-mode", matchMedia("(prefers-color-scheme: dark)").matches);
+document.documentElement.classList.toggle("dark-mode", isDark());
 window.SwaggerUIBundle({
   spec: api,
   dom_id: "#api",
