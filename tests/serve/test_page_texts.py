@@ -16,7 +16,7 @@ SCRIPTS = sorted(path for path in STATIC.glob("*.js") if path.name not in ("stri
 HTML = (STATIC / "index.html").read_text("utf-8")
 HAN = re.compile(r"[\u4e00-\u9fff]")
 # names that are the same in every language
-NAMES = {"API", "English", "Top-p", "Top-k", "Min-p", "{rate} tok/s"}
+NAMES = {"API", "English", "Top-p", "Top-k", "Min-p"}
 # literals with a capital letter or a space that no reader sees: names of the platform, selectors,
 # media queries, parts of commands
 UNSEEN = {

@@ -47,25 +47,25 @@ function ascii(text) {
   return value ? t("mustBeAscii", { value: JSON.stringify(value) }) : "";
 }
 
-// The numbers of a request, with the ranges of the server.
+// The numbers of a request, with the ranges of the server, in the order of their fields.
 export const NUMBERS = {
+  max_tokens: number(1, SAFE, "wholeAtLeast"),
   temperature: number(0, Infinity, "numberAtLeast"),
   top_p: number(0, 1),
   top_k: number(-1, SAFE, "wholeAtLeast"),
   min_p: number(0, 1),
+  seed: number(-SAFE, SAFE, "wholeFrom"),
   presence_penalty: number(-2, 2),
   frequency_penalty: number(-2, 2),
   repetition_penalty: number(0, Infinity, "numberAbove"),
-  max_tokens: number(1, SAFE, "wholeAtLeast"),
-  seed: number(-SAFE, SAFE, "wholeFrom"),
 };
 // each returns a message, empty if the text is right
 const RULES = {
+  key: ascii,
   ...NUMBERS,
   "stop-strings": stops,
   schema: json("jsonObject", (value) => value !== null && typeof value === "object" && !Array.isArray(value)),
   tools: json("jsonArray", Array.isArray),
-  key: ascii,
 };
 
 export function mark(name, message) {
@@ -97,7 +97,7 @@ export function openSettings(field) {
   field?.focus();
 }
 
-function close(event) {
+function closeIfRight(event) {
   event.preventDefault();
   const wrong = firstWrong();
   if (wrong) openSettings(wrong);
@@ -115,14 +115,14 @@ export function startDialog() {
     $(name).addEventListener("input", () => { if (message.textContent) check(name); });
   }
   $("settings-button").addEventListener("click", () => openSettings());
-  $("settings").addEventListener("submit", close);
+  $("settings").addEventListener("submit", closeIfRight);
   // the gesture for "back" of a phone
-  $("settings").addEventListener("cancel", close);
+  $("settings").addEventListener("cancel", closeIfRight);
   $("settings").addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing) return;
     // it stops no answer, and a browser would close the dialog at the second time
     event.stopPropagation();
-    close(event);
+    closeIfRight(event);
   });
   document.addEventListener("language", firstWrong);
 }
