@@ -86,7 +86,8 @@ export function firstWrong() {
   return Object.keys(RULES).filter(check).map($)[0];
 }
 
-// Opens the dialog, with the groups in which something is set, and puts the focus on `field`.
+// Opens the dialog, with the groups in which something is set, and puts the focus on `field`. Its
+// message is visible too.
 export function openSettings(field) {
   const isSet = ({ type, checked, value }) => (type === "checkbox" ? checked : value !== "");
   for (const group of document.querySelectorAll("#settings details")) {
@@ -95,6 +96,7 @@ export function openSettings(field) {
   }
   if (!$("settings").open) $("settings").showModal();
   field?.focus();
+  field?.parentNode.scrollIntoView({ block: "nearest" });
 }
 
 function closeIfRight(event) {

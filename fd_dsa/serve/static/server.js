@@ -39,9 +39,9 @@ async function refusal(reply) {
   if ([502, 503, 504].includes(reply.status) && error.code !== "engine_failed") return new Unavailable(message);
   if (reply.status === 401) {
     const asked = t($("key").value ? "keyRefused" : "keyMissing");
+    mark("key", asked);
     // in an open dialog the focus stays where the reader has it
     if (!$("settings").open) openSettings($("key"));
-    mark("key", asked);
     return new Error(asked);
   }
   return new Error(message);

@@ -159,11 +159,10 @@ export const STRINGS = {
 
   // --- settings
   language: ["Language · 语言", "语言 · Language"],
-  languageOfBrowser: ["as the browser", "跟随浏览器"],
+  automatic: ["automatic", "自动"],
   english: ["English", "English"],
   chinese: ["中文", "中文"],
   theme: ["Theme", "主题"],
-  themeOfSystem: ["as the system", "跟随系统"],
   light: ["light", "浅色"],
   dark: ["dark", "深色"],
   groupKey: ["API key", "API 密钥"],
@@ -192,7 +191,6 @@ export const STRINGS = {
   tools: ["Tools, a JSON array", "工具，JSON 数组"],
   default: ["default", "默认"],
   none: ["none", "无"],
-  restOfContext: ["rest of the context", "上下文的剩余部分"],
   on: ["on", "开"],
   off: ["off", "关"],
   defaults: ["Defaults", "恢复默认"],

@@ -33,7 +33,7 @@ def topk(scores, k):  # the best
 NAMES = {
     *("fd_dsa", "demo", "alias", "API", "JSON", "schema", "curl", "token", "tok", "Enter"),
     *("Shift", "Esc", "Top", "Min", "English", "Language", "Hello", "attention", "sparse"),
-    *("FastDeploy", "DeepSeek", "Question", "Markdown", "index_topk"),
+    *("ASCII", "DeepSeek", "Question", "Markdown", "index_topk"),
 }
 # every text that a reader sees or hears
 SEEN = """() => {

@@ -73,7 +73,8 @@ def test_the_page_has_the_ranges_of_the_server(browser: Browser, live: Live) -> 
 def test_a_wrong_value_keeps_the_dialog_open(browser: Browser, live: Live, name: str) -> None:
     value, message = WRONG[name]
     field, text = f"#{name}", f"#{name}-wrong"
-    with opened(browser, live) as page:
+    phone = {"width": 390, "height": 500}
+    with opened(browser, live, viewport=phone) as page:
         open_settings(page)
         page.fill(field, value)
         page.click("#settings-title")
@@ -83,7 +84,8 @@ def test_a_wrong_value_keeps_the_dialog_open(browser: Browser, live: Live, name:
         page.eval_on_selector_all("#settings details", "all => all.forEach((d) => d.open = false)")
         page.click("#close-settings")
         expect(page.locator(field)).to_be_focused()
-        expect(page.locator(field)).to_be_in_viewport(ratio=1)
+        for place in (field, text):
+            expect(page.locator(place)).to_be_in_viewport(ratio=1)
         # the message goes with the first right value, and the dialog closes
         page.fill(field, "")
         expect(page.locator(text)).to_have_text("")
