@@ -41,10 +41,10 @@ function stops(text) {
   return t("stopsTooLong", { lines, longest, all, limits: MAX_STOPS.join(" / ") });
 }
 
-function ascii(text) {
-  // a header of HTTP carries nothing else
-  const [value] = /[^!-~]/u.exec(text) ?? [];
-  return value ? t("mustBeAscii", { value: JSON.stringify(value) }) : "";
+function latin(text) {
+  // a browser puts no other characters into a header
+  const [value] = /[^ -~\u00a0-\u00ff]/u.exec(text) ?? [];
+  return value ? t("mustBeLatin", { value: JSON.stringify(value) }) : "";
 }
 
 // The numbers of a request, with the ranges of the server, in the order of their fields.
@@ -61,7 +61,7 @@ export const NUMBERS = {
 };
 // each returns a message, empty if the text is right
 const RULES = {
-  key: ascii,
+  key: latin,
   ...NUMBERS,
   "stop-strings": stops,
   schema: json("jsonObject", (value) => value !== null && typeof value === "object" && !Array.isArray(value)),

@@ -206,8 +206,8 @@ export const STRINGS = {
     "Got {lines} lines, the longest of {longest} characters, {all} in all; must be at most {limits}.",
     "输入了 {lines} 行，最长一行 {longest} 个字符，共 {all} 个字符；上限分别为 {limits}。",
   ],
-  mustBeAscii: [
-    "Got the character {value}; must be ASCII letters, digits and signs without spaces.",
-    "含有字符 {value}；只能使用 ASCII 字母、数字和符号，不能有空格。",
+  mustBeLatin: [
+    "Got the character {value}; must be Latin letters, digits and signs.",
+    "含有字符 {value}；只能使用拉丁字母、数字和符号。",
   ],
 };

@@ -33,7 +33,7 @@ WRONG = {
     "schema": ("[1]", 'Got "[1]"; must be a JSON object, or empty.'),
     "tools": ("{}", 'Got "{}"; must be a JSON array, or empty.'),
     "stop-strings": ("\n".join("x" * 65), "Got 65 lines, the longest of 1 characters, 65 in all"),
-    "key": ("schlüssel", 'Got the character "ü"; must be ASCII'),
+    "key": ("my ключ", 'Got the character "к"; must be Latin'),
 }
 # width and height; the second and third are phones, the third with its keyboard open
 WINDOWS = ((1280, 860), (390, 664), (390, 340), (844, 390), (340, 480))
