@@ -48,7 +48,7 @@ function draw() {
   view.shown.clear();
   const nodes = path().map(article);
   $("log").replaceChildren(...(nodes.length ? nodes : [empty()]));
-  $("log").scrollTop = $("log").scrollHeight;
+  $("log").scrollTop = nodes.length ? $("log").scrollHeight : 0;
   save("sessionStorage", CHAT, view.chat);
   drawChats(view.chat);
   drawFooter();

@@ -186,7 +186,7 @@ def test_reasoning_and_tool_calls(browser: Browser) -> None:
 def test_a_key_is_asked_for(browser: Browser) -> None:
     with (
         running(FakeEngine(), api_key=("secret",)) as live,
-        profile(browser, live, fails=True) as context,
+        profile(browser, live, fails=True, viewport={"width": 390, "height": 500}) as context,
     ):
         page = context.new_page()
         page.goto(live.url)
@@ -194,6 +194,10 @@ def test_a_key_is_asked_for(browser: Browser) -> None:
         expect(page.locator("#key-wrong")).to_contain_text("This server asks for an API key")
         expect(page.locator("#key-wrong")).to_be_in_viewport(ratio=1)
         expect(page.locator("#fields")).to_have_js_property("scrollTop", 0)
+        page.keyboard.press("Escape")
+        expect(page.locator(".empty h2")).to_be_in_viewport(ratio=1)
+        page.click("#settings-button")
+        page.click("#settings summary")
         page.fill("#key", "none of its keys")
         page.press("#key", "Enter")
         expect(page.locator("#key-wrong")).to_contain_text("The server refused this API key")

@@ -31,9 +31,8 @@ def topk(scores, k):  # the best
 """
 # words that are the same in Chinese: names, units, the model, the texts of the test itself
 NAMES = {
-    *("fd_dsa", "demo", "alias", "API", "JSON", "schema", "curl", "token", "tok", "Enter"),
-    *("Shift", "Esc", "Top", "Min", "English", "Language", "Hello", "attention", "sparse"),
-    *("DeepSeek",, "Question", "Markdown", "index_topk"),
+    *("fd_dsa", "demo", "alias", "API", "JSON", "schema", "curl", "token", "Enter", "Shift"),
+    *("Esc", "Top", "Min", "English", "Language", "DeepSeek", "Question"),
 }
 # every text that a reader sees or hears
 SEEN = """() => {
