@@ -89,7 +89,7 @@ def create_app(state: ServerState) -> FastAPI:
 
 @router.get("/v1/models", summary="The served models")
 async def list_models(state: State) -> dict[str, Any]:
-    """Every served name with the longest sequence it takes, in tokens."""
+    """Every served name with its longest sequence, in tokens, and its sampling defaults."""
     return {"object": "list", "data": [_model(state, n) for n in state.served_model_names]}
 
 
@@ -106,6 +106,7 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
         "created": state.created,
         "owned_by": "fd_dsa",
         "max_model_len": state.engine.max_model_len,
+        "sampling_defaults": state.engine.sampling_defaults,
     }
 
 
