@@ -50,7 +50,7 @@ router = APIRouter()
 
 
 class ModelCard(TypedDict):
-    """A served model; `max_model_len` is its longest sequence, in tokens."""
+    """A served model: its longest sequence in tokens, and the defaults of its folder."""
 
     id: str
     object: Literal["model"]

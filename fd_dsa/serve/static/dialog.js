@@ -122,7 +122,7 @@ export function startDialog() {
   $("settings").addEventListener("cancel", closeIfRight);
   $("settings").addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing) return;
-    // it stops no answer, and a browser would close the dialog at the second time
+    // it stops no answer, and a browser closes the dialog if the key is pressed again and again
     event.stopPropagation();
     closeIfRight(event);
   });
