@@ -13,6 +13,12 @@ SEED ?= 0
 SECONDS ?= 600
 SIEGE ?=
 MODES ?= --requests 32 --longest 800
+# a test file of each package, for `make smoke`; together 45 seconds of processor time
+SMOKE = $(addprefix tests/,accuracy/test_scores.py attention/test_batching.py \
+  chat/test_template_features.py client/test_report.py distributed/test_host.py engine/test_llm.py \
+  fastdeploy_plugin/test_status.py models/test_checkpoint.py ops/test_operators.py \
+  runner/test_step.py serve/test_chat.py step/test_buffers.py triton_runtime/test_bound.py \
+  v4_model/test_config.py v4_prepare/test_prepare.py test_doctor.py)
 VENV := .venv
 NUMPY1 := build/numpy1
 DOCS := build/docs-venv
@@ -32,15 +38,18 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-numpy1 test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
+.PHONY: help serve smoke test test-all test-numpy1 test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@echo "make TARGET [ARGS=...] [PYTHON=python3.12] [WORKERS=2]; .venv is made on first use"
 	@sed -n 's/^\([a-z0-9-]*\):.* ## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
-serve: $(VENV)/.cpu ## start the server on the demo model; flags: make serve ARGS="--port 9000"
+serve: $(VENV)/.serve ## start the server on the demo model; flags: make serve ARGS="--port 9000"
 	$(BIN)/python -m fd_dsa.serve $(ARGS)
+
+smoke: $(VENV)/.dev ## one quick test file of each package: under a minute on 2 cores
+	$(PYTEST) -m "not slow and not oracle" $(SMOKE) $(ARGS)
 
 # -m in ARGS replaces the selection
 test: $(VENV)/.dev ## the quick tests: 7 minutes on 2 cores
@@ -93,17 +102,16 @@ soak: $(VENV)/.dev ## new random cases for hours; make soak ROUNDS=1 CASES=200 i
 gpu-rig: $(VENV)/.dev ## Paddle tensors in CUDA memory, with Paddle's CPU wheel, g++ and nvcc
 	$(BIN)/python -m pytest -m gpu_rig $(ARGS)
 
-custom-ops: $(VENV)/.cpu ## the operators in C++ for the Paddle of .venv; needs g++, for CUDA nvcc
+custom-ops: $(VENV)/.serve ## the operators in C++ for the Paddle of .venv; needs g++, for CUDA nvcc
 	$(PIP) --quiet --no-build-isolation ./custom_ops
 	@$(BIN)/python -W ignore -c 'from fd_dsa.custom_ops import build; \
 	  print("fd_dsa_ops is", build().state, build().reason + ("" if build().kernels else \
 	  "; the Triton kernels serve top-k and sparse MLA on GPUs"))'
 
-# the builder needs Python 3.11 and nothing of the package, so it has a small environment of its own
+# the builder needs Python 3.11 and reads the package without its dependencies, so it has a small
+# environment of its own
 docs: $(DOCS)/.made ## the documentation as a site, in build/docs
-	rm -rf build/pages build/docs && mkdir -p build/pages
-	cp -r README*.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs build/pages
-	$(DOCS)/bin/zensical build --strict --clean
+	$(DOCS)/bin/python tools/docs_site.py
 	@echo "the pages are in build/docs: $(DOCS)/bin/python -m http.server -d build/docs"
 
 $(DOCS)/.made: pyproject.toml
@@ -116,15 +124,15 @@ $(DOCS)/.made: pyproject.toml
 	@touch $@
 
 # a stamp is the extras that .venv holds; a newer pyproject.toml makes pip look again
-$(VENV)/.cpu: EXTRAS := cpu
-$(VENV)/.cpu: SIZE := 0.25 GB to download, 1 GB on disk, one to ten minutes
+$(VENV)/.serve: EXTRAS := cpu,structured
+$(VENV)/.serve: SIZE := 0.25 GB to download, 1 GB on disk, one to ten minutes
 $(VENV)/.dev: EXTRAS := cpu,dev
 $(VENV)/.dev: SIZE := 0.7 GB to download, 3 GB on disk, two to fifteen minutes
 $(VENV)/.all: EXTRAS := cpu,dev,integrations
 $(VENV)/.all: SIZE := 0.8 GB to download, 3.4 GB on disk, two to fifteen minutes
 $(VENV)/.oracle: EXTRAS := cpu,dev,oracle
 $(VENV)/.oracle: SIZE := several GB, since torch's default wheel brings CUDA (docs/quickstart.md)
-$(VENV)/.cpu $(VENV)/.dev $(VENV)/.all $(VENV)/.oracle: $(VENV)/.made pyproject.toml setup.py
+$(VENV)/.serve $(VENV)/.dev $(VENV)/.all $(VENV)/.oracle: $(VENV)/.made pyproject.toml setup.py
 	@echo "installing fd_dsa[$(EXTRAS)] into $(VENV): $(SIZE)"
 	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@

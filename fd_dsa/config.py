@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 DEVICES = ("auto", "cpu", "gpu")
+GENERATION_CONFIGS = ("auto", "vllm")
 # or a custom device of Paddle
 _DEVICE_PATTERN = re.compile(rf"{'|'.join(DEVICES)}|[A-Za-z_]\w*:\d+")
 _DTYPES = ("auto", "float32", "bfloat16")
 _CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
 # what users of other servers write
-_CACHE_DTYPE_ALIASES = {"fp8": "fp8_ds_mla"}
+_CACHE_DTYPE_ALIASES = dict.fromkeys(("fp8", "fp8_e4m3"), "fp8_ds_mla")
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _MOST_CAPTURED = 512
 _MOST_RANKS = 8
@@ -82,6 +83,7 @@ _RULES: dict[str, _Rule] = {
     ),
     "dtype": (", ".join(_DTYPES), _DTYPES.__contains__),
     "kv_cache_dtype": (", ".join(_CACHE_DTYPES), _CACHE_DTYPES.__contains__),
+    "generation_config": (", ".join(GENERATION_CONFIGS), GENERATION_CONFIGS.__contains__),
     "load_format": (", ".join(_LOAD_FORMATS), _LOAD_FORMATS.__contains__),
     **dict.fromkeys(("max_num_seqs", "block_size"), _POSITIVE),
     **dict.fromkeys(("max_model_len", "max_num_batched_tokens", "index_topk"), _OPTIONAL),
@@ -140,6 +142,8 @@ class EngineConfig:
             fewer is padded; None is 1, 2, 4, 8, then every eighth number up to `max_num_seqs`.
         speculative_config: how drafts are made, see SpeculativeConfig; "none" makes none. None is
             three drafts of the demo model's own layer on a CPU, and otherwise none.
+        generation_config: defaults of requests: "auto", what generation_config.json of the model's
+            folder proposes, or "vllm", the defaults of the API.
         seed: seed of requests which bring none.
         chat_template: Jinja file that renders conversations; None is what the folder has.
 
@@ -171,6 +175,7 @@ class EngineConfig:
     enforce_eager: bool = False
     cudagraph_capture_sizes: tuple[int, ...] | None = None
     speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None
+    generation_config: str = "auto"
     seed: int = 0
     chat_template: str | os.PathLike[str] | None = None
 
@@ -178,13 +183,16 @@ class EngineConfig:
         self._set("model", self._checked_folder("model") or demo_model_path())
         self._set("tokenizer", self._checked_folder("tokenizer"))
         names = self.served_model_name
+        if not isinstance(names, (str, Sequence)):
+            raise flag_error("served_model_name", names, "a name or a list of names")
         names = (names,) if isinstance(names, str) else tuple(names)
         self._set("served_model_name", names or (self.model_path.name,))
         for one in self.served_model_name:
             if not isinstance(one, str) or not one:
                 raise flag_error("served_model_name", one, "a non-empty name")
-        cache_dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
-        self._set("kv_cache_dtype", cache_dtype)
+        if isinstance(self.kv_cache_dtype, str):
+            cache_dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
+            self._set("kv_cache_dtype", cache_dtype)
         if isinstance(self.kv_cache_memory_bytes, str):
             try:
                 self._set("kv_cache_memory_bytes", parse_bytes(self.kv_cache_memory_bytes))
@@ -205,8 +213,11 @@ class EngineConfig:
             raise flag_error("speculative_config.method", "mtp", allowed, hint)
         self._check_together()
         self._check_capture_sizes()
-        if self.chat_template is not None and not os.path.isfile(self.chat_template):
-            got = os.fspath(self.chat_template)
+        template = self.chat_template
+        # a number would be the descriptor of an open file
+        is_path = isinstance(template, (str, os.PathLike))
+        if template is not None and not (is_path and os.path.isfile(template)):
+            got = os.fspath(template) if is_path else template
             raise flag_error("chat_template", got, "a file with a Jinja template")
 
     @property
@@ -299,7 +310,9 @@ class EngineConfig:
         path = getattr(self, name)
         if path is None:
             return None
-        folder = Path(os.path.abspath(Path(path).expanduser()))
+        if not isinstance(path, (str, os.PathLike)):
+            raise flag_error(name, path, "a path of a local folder")
+        folder = Path(os.path.abspath(os.path.expanduser(path)))
         if not folder.is_dir():
             file = "config.json" if name == "model" else "tokenizer.json"
             hint, text = "give an existing folder", os.fspath(path)
@@ -338,7 +351,7 @@ class EngineConfig:
         if sizes is None:
             return
         name, most = "cudagraph_capture_sizes", self.most_decode_tokens
-        if isinstance(sizes, (str, int)):
+        if isinstance(sizes, str) or not isinstance(sizes, Sequence):
             raise flag_error(name, sizes, "several integers")
         if self.enforce_eager:
             raise ConfigError(

@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import socket
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
 from fd_dsa.serve.metrics import log_while_busy
 from fd_dsa.serve.state import ServerState
+from fd_dsa.serve.status import PROBE_PATHS
 from fd_dsa.signals import exit_at_once
 
 if TYPE_CHECKING:
@@ -41,12 +43,17 @@ def describe_port_owner(port: int) -> str:
     return ""
 
 
+KEY_VARIABLE = "FD_DSA_API_KEY"
+"""Variable from which a server, and the command that it prints, read keys."""
 Load = Callable[[StartupProgress], "AsyncEngine"]
 
 LAST_RESPONSES_S = 5
 """Seconds after the drain for the last bytes of aborted answers."""
 FORCED_EXIT_S = 45.0
 """Seconds after them in which the process ends; the step in progress has 30 s of these."""
+# the event loop takes the interpreter back from a thread that computes after this time, ten times
+# for each probe; Python's default is 5 ms
+_SWITCH_INTERVAL_S = 0.0005
 _BIND_CURES = {
     errno.EADDRINUSE: "stop the process that has it or choose another --host or --port",
     errno.EADDRNOTAVAIL: "no interface of this machine has it; choose another --host",
@@ -94,11 +101,14 @@ def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"{where}: {reason}{by}; {cure}")
 
 
-def curl_line(url: str, model: str, max_model_len: int, chat: bool) -> str:
-    """A shell command which asks the server something, as it can be pasted.
+def curl_line(url: str, model: str, max_model_len: int, chat: bool, num_keys: int = 0) -> str:
+    """Return a shell command that asks the server a question.
 
     Args:
-        max_model_len: of the engine; the answer takes at most an eighth of it.
+        max_model_len: tokens; the answer takes at most an eighth of them.
+        chat: True: the model has a chat template.
+        num_keys: number of keys that open the server. The command reads a key from `KEY_VARIABLE`,
+            because the line may end in a log.
     """
     question = "Hello! What can you do?"
     body: dict[str, object] = {"model": model}
@@ -110,7 +120,18 @@ def curl_line(url: str, model: str, max_model_len: int, chat: bool) -> str:
         body["prompt"] = "Once upon a time"
     body.update(max_tokens=max(1, min(64, max_model_len // 8)), temperature=0)
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    return f"curl {url}{path} -H 'Content-Type: application/json' -d {data}"
+    headers = "-H 'Content-Type: application/json'"
+    if num_keys:
+        # the variable of a server may have several keys
+        key = f"${KEY_VARIABLE}" if num_keys == 1 else f"${{{KEY_VARIABLE}%%,*}}"
+        headers += f' -H "Authorization: Bearer {key}"'
+    # zsh looks for files in the brackets of an IPv6 address
+    return f"curl {shlex.quote(url + path)} {headers} -d {data}"
+
+
+def key_hint(num_keys: int) -> str:
+    """Return what to do before the `curl` line of a server with `num_keys` keys, "" if nothing."""
+    return f", after export {KEY_VARIABLE}=... with a key of this server" if num_keys else ""
 
 
 class DrainingServer(uvicorn.Server):
@@ -175,6 +196,7 @@ class DrainingServer(uvicorn.Server):
             host, port = sock.getsockname()[:2]
             raise _bind_error(host, port, error) from error
         self.forced_exit_s = FORCED_EXIT_S
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self.run(sockets=[sock])
         if self.start_error is not None:
             raise self.start_error
@@ -192,6 +214,7 @@ class DrainingServer(uvicorn.Server):
             lambda listener: StrictH11Protocol(
                 self.config, self.server_state, self.lifespan.state, listener
             ),
+            PROBE_PATHS,
         )
         self._listener.start()
         self._spawn(self._load_engine())

@@ -3,10 +3,9 @@
 import { marked } from "./vendor/marked.esm.js";
 import hljs from "./vendor/highlight.min.js";
 import "./vendor/purify.min.js";
-import { button, copy, make } from "./dom.js";
-
-const escape = (text) =>
-  text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll('"', "&quot;");
+import { button, copy, escape, make } from "./dom.js";
+import { t } from "./language.js";
+import { drawFormulas, formulas } from "./formulas.js";
 
 marked.use({
   gfm: true,
@@ -18,6 +17,7 @@ marked.use({
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
   },
 });
+marked.use(formulas);
 
 const RULES = {
   ALLOWED_TAGS: [
@@ -45,8 +45,8 @@ export function codeBlock(text, language = "") {
   pre.append(code);
   const block = make("div", "code");
   const bar = make("div", "code-bar");
-  const node = button("Copy", () => copy(text, node));
-  node.setAttribute("aria-label", "Copy the code");
+  const node = button(t("copy"), () => copy(text, node));
+  node.setAttribute("aria-label", t("copyCode"));
   bar.append(make("span", "", language), node);
   block.append(bar, pre);
   return block;
@@ -54,6 +54,7 @@ export function codeBlock(text, language = "") {
 
 export function markdown(text) {
   const content = clean(marked.parse(text));
+  drawFormulas(content);
   for (const pre of content.querySelectorAll("pre")) {
     const language = /language-(\S+)/.exec(pre.firstChild?.className ?? "")?.[1];
     pre.replaceWith(codeBlock(pre.textContent.replace(/\n$/, ""), language));

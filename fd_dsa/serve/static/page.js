@@ -1,22 +1,23 @@
 // The page: which conversation is shown, and what its buttons do.
 
 import { answer } from "./answer.js";
-import { $, button, copy, load, make, notice, save } from "./dom.js";
+import { attached, detach, splitFiles, startAttaching, withFiles } from "./attach.js";
+import { $, button, copy, make, notice, toast } from "./dom.js";
+import { t } from "./language.js";
 import { edit, fill } from "./messages.js";
+import { lookAtNumber, needleMessage } from "./needle.js";
 import { findModels, watch } from "./server.js";
-import { contextLength, curlCommand, requestBody, showModels, startSettings } from "./settings.js";
+import { contextLength, curlCommand, isGreedy, requestBody, showModels, startSettings } from "./settings.js";
 import { drawChats, startSidebar } from "./sidebar.js";
-import { chats, endBelow, newId, patchChat, pathTo, saveMessage, start, visible } from "./store.js";
+import { load, save } from "./storage.js";
+import { chats, endBelow, newId, patchChat, pathTo, saveMessage, siblings, start, visible } from "./store.js";
 
 const DRAFT = "fd_dsa.draft";
 const CHAT = "fd_dsa.chat";
 const SAVE_MS = 1000;
-const EXAMPLES = [
-  "Hello! What can you do?",
-  "What is the capital of France?",
-  "Write a short poem about the sea.",
-  "List three colours of the rainbow.",
-];
+// at which an answer is written again, if the temperature in use is 0
+const OTHER_TEMPERATURE = 0.8;
+const EXAMPLES = ["example1", "example2", "example3", "example4"];
 
 const view = { chat: load("sessionStorage", CHAT, "") || newId(), leaf: null, running: null, shown: new Map() };
 const path = () => pathTo(view.chat, view.leaf);
@@ -26,9 +27,17 @@ const path = () => pathTo(view.chat, view.leaf);
 function empty() {
   const box = make("div", "empty");
   const list = make("div", "examples");
-  list.append(...EXAMPLES.map((text) => button(text, () => send(text))));
-  box.append(make("h2", "", "What would you like to know?"), make("p", "", "Type a message below, or begin with one of these."), list);
+  list.append(...EXAMPLES.map((key) => button(t(key), () => send(t(key)))), button(t("exampleNeedle"), sendNeedle, "wide"));
+  box.append(make("h2", "", t("emptyTitle")), make("p", "", t("emptyText")), list);
   return box;
+}
+
+async function sendNeedle() {
+  try {
+    await send(await needleMessage(Math.floor(Math.random() * 100)), { picture: true });
+  } catch (error) {
+    notice(error.message);
+  }
 }
 
 function article(message) {
@@ -51,7 +60,7 @@ function draw() {
   view.shown.clear();
   const nodes = path().map(article);
   $("log").replaceChildren(...(nodes.length ? nodes : [empty()]));
-  $("log").scrollTop = $("log").scrollHeight;
+  $("log").scrollTop = nodes.length ? $("log").scrollHeight : 0;
   save("sessionStorage", CHAT, view.chat);
   drawChats(view.chat);
   drawFooter();
@@ -70,9 +79,9 @@ function drawFooter() {
   const limit = contextLength();
   $("used").max = limit || 1;
   $("used").value = used;
-  $("context").textContent = limit ? `${used} / ${limit} tokens` : "";
+  $("context").textContent = limit ? t("usedTokens", { used, limit }) : "";
   const call = openCall();
-  $("input").placeholder = call ? `The result of ${call.function.name}` : "Message";
+  $("input").placeholder = call ? t("resultOf", { name: call.function.name }) : t("message");
   $("send").hidden = Boolean(view.running);
   $("stop").hidden = !view.running;
   // a screen reader waits for the whole answer
@@ -101,7 +110,8 @@ function add(chat, parent, fields) {
 
 async function keep(message) {
   view.leaf = message.id;
-  const { title } = chats.get(message.chat) ?? { title: message.content.trim().slice(0, 60) };
+  const { files, text } = splitFiles(message.content);
+  const { title } = chats.get(message.chat) ?? { title: (text.trim() || files[0].name).slice(0, 60) };
   await Promise.all([
     saveMessage(message),
     patchChat(message.chat, { title, updated: Date.now(), leaf: message.id, deleted: 0 }),
@@ -113,9 +123,18 @@ function redraw(message) {
   if (node?.isConnected) scrolled(() => fill(node, message, actions));
 }
 
+// A text being edited stays.
+function redrawAll(isDrawn) {
+  path().filter((message) => isDrawn(message) && !view.shown.get(message.id)?.querySelector("textarea")).forEach(redraw);
+}
+
 async function run(message, body) {
+  notice("");
   view.running = new AbortController();
+  for (const name of ["error", "stats", "note", "repeats"]) delete message[name];
   message.running = true;
+  message.asked = JSON.stringify(body);
+  if (body.response_format) message.json = true;
   await keep(message);
   draw();
   let drawing = 0;
@@ -127,8 +146,9 @@ async function run(message, body) {
     saveMessage(message);
   };
   const usage = await answer(message, body, view.running.signal, changed);
-  cancelAnimationFrame(drawing);
   if (usage) message.used = usage.total_tokens;
+  if (usage && pathTo(message.chat, message.parent).at(-1)?.picture) await lookAtNumber(message, body, view.running.signal);
+  cancelAnimationFrame(drawing);
   // it stays running until it is stored: what another tab makes this one read is older
   await saveMessage(message);
   view.running = null;
@@ -137,25 +157,14 @@ async function run(message, body) {
   drawFooter();
 }
 
-// The body of a request for the next answer, or null after a notice; nothing is lost then.
-function bodyFor(messages) {
-  try {
-    notice("");
-    return requestBody(messages);
-  } catch (error) {
-    notice(error.message);
-    return null;
-  }
-}
-
-// Sends a text as the next message after `parent`; the text stays in its field where it cannot go.
-async function send(text, parent = view.leaf, role = openCall() ? "tool" : "user") {
+// Sends a text as the next message after `parent`. Calls `taken` unless a setting is wrong.
+async function send(text, { parent = view.leaf, role = openCall() ? "tool" : "user", picture = false, taken = () => {} } = {}) {
   if (!text.trim() || view.running) return;
   const call = role === "tool" ? openCall() : null;
-  const message = add(view.chat, parent, { role, content: text, ...(call && { tool_call_id: call.id }) });
-  const body = bodyFor([...pathTo(view.chat, parent), message]);
+  const message = add(view.chat, parent, { role, content: text, ...(call && { tool_call_id: call.id }), ...(picture && { picture }) });
+  const body = requestBody([...pathTo(view.chat, parent), message]);
   if (!body) return;
-  if ($("input").value === text) setDraft("");
+  taken();
   await keep(message);
   if (openCall()) draw();
   else await run(add(view.chat, message.id, { role: "assistant", created: message.created + 1 }), body);
@@ -170,27 +179,58 @@ const actions = {
   },
   edit(message) {
     const node = view.shown.get(message.id);
-    edit(node, message, (text) => send(text, message.parent, "user"), () => fill(node, message, actions));
+    const { parent, picture } = message;
+    edit(node, message, (text) => send(text, { parent, picture, role: "user" }), () => fill(node, message, actions));
   },
-  again(message) {
+  async again(message, changes = {}) {
     if (view.running) return;
-    const body = bodyFor(pathTo(message.chat, message.parent));
+    const body = requestBody(pathTo(message.chat, message.parent));
     if (!body) return;
+    Object.assign(body, changes);
+    const others = siblings(message).filter(({ used, error }) => used && !error);
+    if (isGreedy(body) && others.some(({ asked }) => asked === JSON.stringify(body))) {
+      offerOther(message);
+      return;
+    }
     // a failure without a text is no version worth keeping
-    const again = message.error && !message.content ? message : add(message.chat, message.parent, { role: "assistant" });
-    for (const name of ["error", "stats", "reasoning", "tool_calls"]) delete again[name];
-    run(again, body);
+    const isFailure = message.error && !message.content;
+    const again = isFailure ? message : add(message.chat, message.parent, { role: "assistant" });
+    for (const name of ["reasoning", "tool_calls"]) delete again[name];
+    // the same seed would give the same answer
+    if (!isFailure && body.seed !== undefined) body.seed += siblings(message).length;
+    await run(again, body);
+    // of an answer of before a reload no request is known
+    if (isGreedy(body) && others.some(({ content }) => again.used && content === again.content)) offerOther(again);
+  },
+  // Lets an answer that the page has ended continue, whatever it repeats.
+  goOn(message) {
+    if (view.running) return;
+    const body = requestBody(pathTo(message.chat, message.id));
+    if (body) run(message, { ...body, continue_final_message: true, add_generation_prompt: false });
   },
 };
 
+function offerOther(message) {
+  const temperature = OTHER_TEMPERATURE;
+  toast(t("greedy"), t("otherTemperature", { temperature }), () => actions.again(message, { temperature }));
+}
+
 function curl() {
-  const draft = $("input").value.trim();
+  const draft = withFiles(attached(), $("input").value).trim();
   const messages = path();
   if (draft) messages.push({ role: "user", content: draft });
   // without a draft: the request of the last answer
   else while (messages.at(-1)?.role === "assistant") messages.pop();
-  const body = messages.length && bodyFor(messages);
-  if (body) copy(curlCommand(messages), $("curl"));
+  const body = messages.length && requestBody(messages);
+  if (body) copy(curlCommand(body), $("curl"));
+}
+
+function submit() {
+  const taken = () => {
+    setDraft("");
+    detach();
+  };
+  send(withFiles(attached(), $("input").value), { taken });
 }
 
 function setDraft(text) {
@@ -204,15 +244,21 @@ async function changedElsewhere(id) {
   drawChats(view.chat);
   if (id !== view.chat) return;
   if (view.running) {
-    // the running answer draws itself, and a text being edited stays
-    const isDrawn = ({ id, running }) => !running && !view.shown.get(id)?.querySelector("textarea");
-    path().filter(isDrawn).forEach(redraw);
+    // the running answer draws itself
+    redrawAll(({ running }) => !running);
   } else if (chats.get(id)?.deleted) {
     create();
   } else if (!document.querySelector("article textarea")) {
     view.leaf = endBelow(id, view.leaf);
     scrolled(draw);
   }
+}
+
+function inAnotherLanguage() {
+  if (view.shown.size) redrawAll(() => true);
+  else draw();
+  drawChats(view.chat);
+  drawFooter();
 }
 
 async function health(trouble) {
@@ -232,25 +278,27 @@ async function health(trouble) {
 function listen() {
   $("form").addEventListener("submit", (event) => {
     event.preventDefault();
-    send($("input").value);
+    submit();
   });
   $("input").addEventListener("input", () => save("sessionStorage", DRAFT, $("input").value));
   $("input").addEventListener("keydown", (event) => {
     // Enter that ends the choice of a character of an input method sends nothing
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
-    send($("input").value);
+    submit();
   });
   $("stop").addEventListener("click", () => view.running?.abort());
   $("curl").addEventListener("click", curl);
   $("close-notice").addEventListener("click", () => notice(""));
   $("model").addEventListener("change", drawFooter);
+  document.addEventListener("language", inAnotherLanguage);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !$("settings").open) view.running?.abort();
   });
 }
 
 startSettings();
+startAttaching();
 startSidebar({ open, create, removed: (id) => { if (id === view.chat) create(); else drawChats(view.chat); } });
 listen();
 setDraft(load("sessionStorage", DRAFT, ""));

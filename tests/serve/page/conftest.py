@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    Page,
+    Playwright,
+    expect,
+    sync_playwright,
+)
 
 from tests.serve.conftest import Live
 
@@ -32,16 +39,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skipif(_COMMAND is None, reason=reason))
 
 
+@contextmanager
+def launched(playwright: Playwright) -> Iterator[Browser]:
+    """The browser of the system, headless."""
+    args = ["--no-sandbox"] if os.geteuid() == 0 and BROWSER == "chromium" else []
+    kind, channel = ("chromium", None) if BROWSER == "chromium" else ("firefox", "moz-firefox")
+    launch = getattr(playwright, kind).launch
+    browser = launch(executable_path=_COMMAND, args=args, channel=channel)
+    try:
+        yield browser
+    finally:
+        browser.close()
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """A headless browser, one for the tests of a file."""
-    args = ["--no-sandbox"] if os.geteuid() == 0 and BROWSER == "chromium" else []
-    kind, channel = ("chromium", None) if BROWSER == "chromium" else ("firefox", "moz-firefox")
-    with sync_playwright() as playwright:
-        launch = getattr(playwright, kind).launch
-        browser = launch(executable_path=_COMMAND, args=args, channel=channel)
+    with sync_playwright() as playwright, launched(playwright) as browser:
         yield browser
-        browser.close()
 
 
 needs_chromium = pytest.mark.skipif(
@@ -99,9 +114,15 @@ def say(page: Page, text: str) -> None:
     expect(page.locator("#send")).to_be_visible()
 
 
+def open_settings(page: Page) -> None:
+    """Open the settings, with all their groups."""
+    page.click("#settings-button")
+    page.eval_on_selector_all("#settings details", "all => all.forEach((d) => { d.open = true; })")
+
+
 def choose(page: Page, **settings: str) -> None:
     """Fill in fields of the settings."""
-    page.click("#settings-button")
+    open_settings(page)
     for name, value in settings.items():
         field = page.locator(f"#{name.replace('_strings', '-strings')}")
         if name in ("thinking", "model"):
