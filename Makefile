@@ -99,11 +99,10 @@ custom-ops: $(VENV)/.cpu ## the operators in C++ for the Paddle of .venv; needs 
 	  print("fd_dsa_ops is", build().state, build().reason + ("" if build().kernels else \
 	  "; the Triton kernels serve top-k and sparse MLA on GPUs"))'
 
-# the builder needs Python 3.11 and nothing of the package, so it has a small environment of its own
+# the builder needs Python 3.11 and reads the package without its dependencies, so it has a small
+# environment of its own
 docs: $(DOCS)/.made ## the documentation as a site, in build/docs
-	rm -rf build/pages build/docs && mkdir -p build/pages
-	cp -r README*.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs build/pages
-	$(DOCS)/bin/zensical build --strict --clean
+	$(DOCS)/bin/python tools/docs_site.py
 	@echo "the pages are in build/docs: $(DOCS)/bin/python -m http.server -d build/docs"
 
 $(DOCS)/.made: pyproject.toml

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from importlib import import_module
 from typing import Any
 
@@ -299,5 +299,6 @@ REGIONS: dict[str, Callable[[], str]] = {
     "start_log": start_log,
     "plan_lines": plan_lines,
     "plan_table": plan_table,
+    "plan_table_zh": partial(plan_table, ("模型", "GPU 数", "每张 GPU 的权重"), "否"),
 }
 """Regions of the pages that show no result: name -> its text."""

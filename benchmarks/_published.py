@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,20 @@ def plan_lines() -> str:
     return f"```\n{lines}\n```\n"
 
 
-def plan_table() -> str:
-    """Tokens that each kind of GPU holds beside the weights of each model."""
-    rows = [["model", "GPUs", "weights on each", *(f"{gib} GB" for gib in GPU_GIB)]]
+def plan_table(head: Sequence[str] = ("model", "GPUs", "weights on each"), no: str = "no") -> str:
+    """Table of the tokens that each kind of GPU holds in addition to the weights of each model.
+
+    Args:
+        head: heads of the first three columns, in the language of the page.
+        no: cell of a GPU that is too small.
+    """
+    rows = [[*head, *(f"{gib} GB" for gib in GPU_GIB)]]
     for name in MODELS:
         for ranks in (4, 8):
             found = plan_of(name, ranks)
             weights = sum(found["parts"].values()) / 2**30
             gpus = found["caches"]["fp8_ds_mla"]["gpus"].values()
-            tokens = [f"{gpu['tokens']:,}" if gpu["tokens"] else "no" for gpu in gpus]
+            tokens = [f"{gpu['tokens']:,}" if gpu["tokens"] else no for gpu in gpus]
             rows.append([name, str(ranks), f"{weights:.1f} GiB", *tokens])
     head, *lines = map(table_row, rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *lines]) + "\n"

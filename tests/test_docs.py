@@ -1,4 +1,4 @@
-"""The documentation agrees with the code: flags, commands, messages, links, both languages."""
+"""The documentation agrees with the code: flags, commands, messages, links."""
 
 from __future__ import annotations
 
@@ -59,33 +59,6 @@ def test_every_field_of_the_configuration_has_a_flag() -> None:
     assert fields <= _flags().keys()
 
 
-def _copy_of_the_pages(folder: Path) -> Path:
-    """The pages and the builder's configuration, as `make docs` lays them out."""
-    pages = folder / "build/pages"
-    shutil.copytree(ROOT / "docs", pages / "docs")
-    for path in [*ROOT.glob("*.md"), ROOT / "LICENSE"]:
-        shutil.copy(path, pages)
-    shutil.copy(ROOT / "zensical.toml", folder)
-    return pages
-
-
-def _build(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "zensical", "build", "--strict"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
-
-
-def test_the_site_has_no_broken_links(tmp_path: Path) -> None:
-    pytest.importorskip("zensical", reason="zensical (extra docs) is not installed")
-    pages = _copy_of_the_pages(tmp_path)
-    built = _build(tmp_path)
-    assert built.returncode == 0, built.stdout
-    # nothing comes from another origin
-    home = (tmp_path / "build/docs/index.html").read_text("utf-8")
-    assert not re.search(r"<(link|script)[^>]*(href|src)=\"?https?:", home)
-    (pages / "docs/index.md").write_text("[a](flags.md#missing)", "utf-8")
-    assert _build(tmp_path).returncode != 0
-
-
 def test_every_page_is_in_the_sidebar() -> None:
     named = re.findall(r'"([^" ]+\.md)"', (ROOT / "zensical.toml").read_text("utf-8"))
     pages = [*PAGES, *ROOT.glob("[CS]*.md")]
@@ -126,23 +99,6 @@ def test_every_error_in_troubleshooting_exists() -> None:
 def test_interactive_examples(page: Path) -> None:
     results = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
     assert results.failed == 0
-
-
-@pytest.mark.parametrize("page", CHINESE, ids=lambda path: path.stem)
-def test_both_languages_have_the_same_commands(page: Path) -> None:
-    both = page.with_name(page.name.replace(".zh", "")), page
-    texts = [path.read_text("utf-8") for path in both]
-    blocks, links = (
-        [re.findall(pattern, text, re.M | re.S) for text in texts]
-        for pattern in (r"^```.*?^```", r"\]\(([^)]+)\)")
-    )
-    assert blocks[0] == blocks[1] and blocks[0]
-    assert {x.replace(".zh", "") for x in links[0]} == {x.replace(".zh", "") for x in links[1]}
-    # inline commands, flags and names; the Chinese page may explain the English of a block
-    inline = [set(re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^```.*?^```", "", x))) for x in texts]
-    assert inline[0] <= inline[1]
-    for pattern in (r"^#+ ", r"^\| "):
-        assert len({len(re.findall(pattern, text, re.M)) for text in texts}) == 1
 
 
 def _examples(language: str) -> list[str]:

@@ -13,7 +13,8 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from fd_dsa.errors import ConfigError
@@ -26,9 +27,11 @@ BACKLOG = 2048
 DEFAULT_MAX_CONNECTIONS = 4096
 PROBE_CONNECTIONS = 8
 """Connections beyond the limit, on which probes are still answered."""
-# files of the model, the engine's pipes, compilers, and what is accepted in one turn of the loop
+# files of the model, the engine's pipes, and compilers
 _KEPT_DESCRIPTORS = 40
-_ACCEPTS_AT_ONCE = 8
+# connections accepted and connections opened in one turn of the loop: the first takes 20 us each
+_ACCEPTS_AT_ONCE, _OPENED_AT_ONCE = 64, 8
+_PEEKED_BYTES = 64
 _RETRY_S = 0.02
 
 logger = logging.getLogger("fd_dsa.serve")
@@ -40,10 +43,12 @@ class Listener:
     A connection waits as long as none of its requests is in progress: it is new, between two
     requests, or its head or the rest of a refused request is on the way. `limit` connections may
     have a request in progress. `PROBE_CONNECTIONS` more are accepted; then each new one
-    takes the place of the one that has waited longest.
+    takes the place of the one that has waited longest. A probe overtakes the connections that were
+    accepted before it and not yet opened.
 
     Args:
-        make_protocol: the protocol of a new connection, which reports to this listener.
+        make_protocol: makes the protocol of a new connection, which reports to this listener.
+        probe_paths: paths of the requests that are served first.
     """
 
     def __init__(
@@ -51,11 +56,15 @@ class Listener:
         sock: socket.socket,
         limit: int,
         make_protocol: Callable[[Listener], asyncio.Protocol],
+        probe_paths: Collection[str] = (),
     ) -> None:
         self.limit = limit
         self._sock = sock
         self._make_protocol = make_protocol
+        self._probe_paths = frozenset(path.encode() for path in probe_paths)
         self._loop = asyncio.get_running_loop()
+        # accepted, to be opened in this order
+        self._accepted: deque[socket.socket] = deque()
         # the one that has waited longest comes first
         self._waiting: dict[StrictH11Protocol, None] = {}
         self._working: set[StrictH11Protocol] = set()
@@ -81,6 +90,8 @@ class Listener:
         if self._is_open:
             self._is_open = False
             self._loop.remove_reader(self._sock.fileno())
+            while self._accepted:
+                self._accepted.popleft().close()
 
     def joined(self, connection: StrictH11Protocol) -> None:
         self._waiting[connection] = None
@@ -107,7 +118,7 @@ class Listener:
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_AT_ONCE):
             oldest = None
-            num_connections = len(self._waiting) + len(self._working) + len(self._opening)
+            num_connections = len(self._waiting) + len(self._working) + self._num_unopened
             if num_connections >= self.limit + PROBE_CONNECTIONS:
                 oldest = self._oldest()
                 if oldest is None:
@@ -125,7 +136,32 @@ class Listener:
                 return
             sock.setblocking(False)
             self._drop(oldest)
-            self._open(sock)
+            if self._is_probe(sock):
+                self._open(sock)
+                continue
+            self._accepted.append(sock)
+            if len(self._accepted) == 1:
+                self._loop.call_soon(self._open_accepted)
+
+    @property
+    def _num_unopened(self) -> int:
+        """Number of accepted connections that have not reported themselves."""
+        return len(self._accepted) + len(self._opening)
+
+    def _is_probe(self, sock: socket.socket) -> bool:
+        """Return True if the first bytes of a new connection ask for a probe."""
+        try:
+            target = sock.recv(_PEEKED_BYTES, socket.MSG_PEEK).partition(b" ")[2]
+        except OSError:
+            return False
+        return target.partition(b" ")[0].partition(b"?")[0] in self._probe_paths
+
+    def _open_accepted(self) -> None:
+        """Open the next connections; the others wait for the next turn of the loop."""
+        for _ in range(min(_OPENED_AT_ONCE, len(self._accepted))):
+            self._open(self._accepted.popleft())
+        if self._accepted:
+            self._loop.call_soon(self._open_accepted)
 
     def _open(self, sock: socket.socket) -> None:
         opening = self._loop.connect_accepted_socket(lambda: self._make_protocol(self), sock)

@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import socket
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
 from fd_dsa.serve.metrics import log_while_busy
 from fd_dsa.serve.state import ServerState
+from fd_dsa.serve.status import PROBE_PATHS
 from fd_dsa.signals import exit_at_once
 
 if TYPE_CHECKING:
@@ -47,6 +49,9 @@ Load = Callable[[StartupProgress], "AsyncEngine"]
 _LAST_RESPONSES_S = 5
 # then for all that should have ended: the step in progress has 30 s
 _FORCED_EXIT_S = 45.0
+# the event loop takes the interpreter back from a thread that computes after this time, ten times
+# for each probe; Python's default is 5 ms
+_SWITCH_INTERVAL_S = 0.0005
 _BIND_CURES = {
     errno.EADDRINUSE: "stop the process that has it or choose another --host or --port",
     errno.EADDRNOTAVAIL: "no interface of this machine has it; choose another --host",
@@ -175,6 +180,7 @@ class DrainingServer(uvicorn.Server):
             host, port = sock.getsockname()[:2]
             raise _bind_error(host, port, error) from error
         self.forced_exit_s = _FORCED_EXIT_S
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self.run(sockets=[sock])
         if self.start_error is not None:
             raise self.start_error
@@ -192,6 +198,7 @@ class DrainingServer(uvicorn.Server):
             lambda listener: StrictH11Protocol(
                 self.config, self.server_state, self.lifespan.state, listener
             ),
+            PROBE_PATHS,
         )
         self._listener.start()
         self._spawn(self._load_engine())

@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import resource
+import select
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -62,6 +64,42 @@ def test_connections_without_a_request_make_room_the_oldest_first(sent: bytes) -
         assert not sent or closed == sorted(closed, reverse=True)
         assert complete(live, max_tokens=2).status_code == 200
         assert live.http.get("/health").status_code == 200
+
+
+def test_a_probe_is_answered_before_requests_that_came_before_it() -> None:
+    class Held(FakeEngine):
+        """Holds the event loop when a client asks for the served models."""
+
+        @property
+        def max_model_len(self) -> int:
+            if asked.is_set():
+                inside.set()
+                assert released.wait(TIMEOUT_S)
+            return 100
+
+        @max_model_len.setter
+        def max_model_len(self, value: int) -> None:
+            pass
+
+    asked, inside, released = threading.Event(), threading.Event(), threading.Event()
+    request = HEAD.replace(b"POST /v1/completions", b"GET /nowhere") + b"\r\n"
+    with running(Held()) as live, ExitStack() as stack:
+        asked.set()
+        models = stack.enter_context(connected(live.url))
+        models.sendall(request.replace(b"/nowhere", b"/v1/models"))
+        assert inside.wait(TIMEOUT_S)
+        crowd = [stack.enter_context(connected(live.url)) for _ in range(300)]
+        for connection in crowd:
+            connection.sendall(request)
+        probe = stack.enter_context(connected(live.url))
+        probe.sendall(request.replace(b"/nowhere", b"/health"))
+        asked.clear()
+        released.set()
+        assert probe.recv(64).startswith(b"HTTP/1.1 200 ")
+        answered, _, _ = select.select(crowd, [], [], 0)
+        # one of the others is answered in each turn of the loop, which opens 8 connections
+        assert len(answered) < 25
+        wait_until(lambda: len(select.select(crowd, [], [], 0)[0]) == 300)
 
 
 def test_where_all_have_requests_in_work_others_are_a_503_and_probes_are_answered() -> None:
