@@ -13,6 +13,12 @@ SEED ?= 0
 SECONDS ?= 600
 SIEGE ?=
 MODES ?= --requests 32 --longest 800
+# a test file of each package, for `make smoke`; together 45 seconds of processor time
+SMOKE = $(addprefix tests/,accuracy/test_scores.py attention/test_batching.py \
+  chat/test_template_features.py client/test_report.py distributed/test_host.py engine/test_llm.py \
+  fastdeploy_plugin/test_status.py models/test_checkpoint.py ops/test_operators.py \
+  runner/test_step.py serve/test_chat.py step/test_buffers.py triton_runtime/test_bound.py \
+  v4_model/test_config.py v4_prepare/test_prepare.py test_doctor.py)
 VENV := .venv
 NUMPY1 := build/numpy1
 DOCS := build/docs-venv
@@ -32,7 +38,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-numpy1 test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
+.PHONY: help serve smoke test test-all test-numpy1 test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -41,6 +47,9 @@ help: ## this list
 
 serve: $(VENV)/.cpu ## start the server on the demo model; flags: make serve ARGS="--port 9000"
 	$(BIN)/python -m fd_dsa.serve $(ARGS)
+
+smoke: $(VENV)/.dev ## one quick test file of each package: under a minute on 2 cores
+	$(PYTEST) -m "not slow and not oracle" $(SMOKE) $(ARGS)
 
 # -m in ARGS replaces the selection
 test: $(VENV)/.dev ## the quick tests: 7 minutes on 2 cores

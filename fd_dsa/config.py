@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -178,13 +178,16 @@ class EngineConfig:
         self._set("model", self._checked_folder("model") or demo_model_path())
         self._set("tokenizer", self._checked_folder("tokenizer"))
         names = self.served_model_name
+        if not isinstance(names, (str, Sequence)):
+            raise flag_error("served_model_name", names, "a name or a list of names")
         names = (names,) if isinstance(names, str) else tuple(names)
         self._set("served_model_name", names or (self.model_path.name,))
         for one in self.served_model_name:
             if not isinstance(one, str) or not one:
                 raise flag_error("served_model_name", one, "a non-empty name")
-        cache_dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
-        self._set("kv_cache_dtype", cache_dtype)
+        if isinstance(self.kv_cache_dtype, str):
+            cache_dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
+            self._set("kv_cache_dtype", cache_dtype)
         if isinstance(self.kv_cache_memory_bytes, str):
             try:
                 self._set("kv_cache_memory_bytes", parse_bytes(self.kv_cache_memory_bytes))
@@ -205,8 +208,11 @@ class EngineConfig:
             raise flag_error("speculative_config.method", "mtp", allowed, hint)
         self._check_together()
         self._check_capture_sizes()
-        if self.chat_template is not None and not os.path.isfile(self.chat_template):
-            got = os.fspath(self.chat_template)
+        template = self.chat_template
+        # a number would be the descriptor of an open file
+        is_path = isinstance(template, (str, os.PathLike))
+        if template is not None and not (is_path and os.path.isfile(template)):
+            got = os.fspath(template) if is_path else template
             raise flag_error("chat_template", got, "a file with a Jinja template")
 
     @property
@@ -299,7 +305,9 @@ class EngineConfig:
         path = getattr(self, name)
         if path is None:
             return None
-        folder = Path(os.path.abspath(Path(path).expanduser()))
+        if not isinstance(path, (str, os.PathLike)):
+            raise flag_error(name, path, "a path of a local folder")
+        folder = Path(os.path.abspath(os.path.expanduser(path)))
         if not folder.is_dir():
             file = "config.json" if name == "model" else "tokenizer.json"
             hint, text = "give an existing folder", os.fspath(path)
@@ -338,7 +346,7 @@ class EngineConfig:
         if sizes is None:
             return
         name, most = "cudagraph_capture_sizes", self.most_decode_tokens
-        if isinstance(sizes, (str, int)):
+        if isinstance(sizes, str) or not isinstance(sizes, Sequence):
             raise flag_error(name, sizes, "several integers")
         if self.enforce_eager:
             raise ConfigError(

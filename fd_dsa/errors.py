@@ -5,8 +5,9 @@ A message says what, what was found, what is allowed and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from reprlib import Repr
 
 _SHORT = Repr()
@@ -17,6 +18,13 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
 def shorten(value: object) -> str:
     """The `repr` of a value that a file or a client has chosen, cut to a length for one line."""
     return _SHORT.repr(value)
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """Find the known name that a wrong name most likely stands for."""
+    names = list(known)
+    begun = [one for one in names if len(name) > 3 and one.startswith(name)]
+    return next(iter(begun or get_close_matches(name, names, n=1)), None)
 
 
 class FdDsaError(Exception):
@@ -33,6 +41,14 @@ class DtypeError(FdDsaError, ValueError):
 
 class ConfigError(FdDsaError, ValueError):
     """A flag or a field of the model folder has a value that cannot be served."""
+
+
+class ArgumentError(FdDsaError, TypeError, ValueError):
+    """An argument of a call has an unknown name, or a value of another type or form.
+
+    Python raises TypeError for the first and most libraries ValueError for the second, so the
+    error is both.
+    """
 
 
 class CheckpointError(ConfigError):
@@ -134,3 +150,9 @@ def flag_error(name: str, got: object, allowed: str, hint: str = "") -> ConfigEr
     flag, dot, key = name.partition(".")
     text = f"--{flag.replace('_', '-')}{dot}{key}: got {got!r}, allowed: {allowed}"
     return ConfigError(f"{text}; {hint}" if hint else text)
+
+
+def argument_error(name: str, got: object, allowed: str, hint: str = "") -> ArgumentError:
+    """Make the error of one argument of a call, such as `messages[0].role`."""
+    text = f"{name}: got {shorten(got)}; must be {allowed}"
+    return ArgumentError(f"{text}; {hint}" if hint else text)

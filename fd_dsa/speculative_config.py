@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
-from fd_dsa.errors import flag_error
+from fd_dsa.errors import flag_error, nearest_name
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class SpeculativeConfig:
             raise flag_error(name, given, allowed) from None
         known = [one.name for one in fields(cls)]
         if unknown := sorted(map(str, values.keys() - set(known))):
-            near = get_close_matches(unknown[0], known, 1)
-            hint = f"did you mean {near[0]}?" if near else ""
+            near = nearest_name(unknown[0], known)
+            hint = f"did you mean {near}?" if near else ""
             raise flag_error(name, unknown[0], f"the keys {', '.join(known)}", hint)
         if method not in ("mtp", "ngram"):
             raise flag_error(f"{name}.method", method, "mtp, ngram")

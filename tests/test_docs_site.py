@@ -101,7 +101,7 @@ def test_the_reference_shows_docstrings(site: Path) -> None:
         assert " ".join(first.split()) in text, path
     # a parameter with its type and what it means
     assert "tensor_parallel_size" in text and "max_tokens" in text
-    assert "output tokens, >= 1; None = whatever is left of the context." in text
+    assert "maximum number of output tokens, >= 1; None = the rest of the context." in text
 
 
 @pytest.fixture

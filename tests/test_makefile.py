@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +31,28 @@ def test_make_alone_lists_every_target() -> None:
     assert targets is not None
     listed = re.findall(r"(?m)^  (\S+) +\S", _make())
     assert listed and sorted(listed) == sorted(targets[1].split())
+
+
+def test_smoke_has_a_test_file_of_every_package() -> None:
+    (command,) = [line for line in _make("-n", "smoke").splitlines() if "-m pytest" in line]
+    files = re.findall(r"tests/\S+\.py", command)
+    assert all((ROOT / file).is_file() for file in files)
+    packages = {path.parent.name for path in (ROOT / "fd_dsa").glob("*/__init__.py")}
+    tested = {name for name in packages if (ROOT / "tests" / name).is_dir()}
+    assert len(tested) >= 14
+    assert {file.split("/")[1] for file in files} >= tested
+    assert len(files) == len({file.split("/")[1] for file in files})
+
+
+def test_the_workflow_runs_what_ci_runs() -> None:
+    """The workflow file says only where: its one command is .ci/run, which can be executed."""
+    text = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    for version in job["strategy"]["matrix"]["python"]:
+        assert f"Programming Language :: Python :: {version}" in project
 
 
 @pytest.mark.parametrize("target", ["serve", "test", "test-oracle"])

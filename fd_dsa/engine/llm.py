@@ -11,44 +11,61 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from fd_dsa.chat.parser import (
-    AUTO,
-    AnswerFormat,
-    find_tool_format,
-    has_reasoning,
-    opens_reasoning,
-)
-from fd_dsa.chat.template import RESERVED
 from fd_dsa.config import EngineConfig
+from fd_dsa.engine.arguments import CALL_HINTS, LLM_HINTS, explain_calls
 from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.llm_inputs import (
+    SAMPLING_FIELDS,
+    Conversations,
+    Message,
+    Params,
+    Prompts,
+    check_switches,
+    for_chat,
+    naming,
+    place_of,
+    read_conversations,
+    read_params,
+    read_prompts,
+    read_tools,
+    read_variables,
+)
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
-from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
 from fd_dsa.speculative_config import SpeculativeConfig
 
-Prompt = str | Sequence[int]
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-Message = dict[str, Any]
-Conversations = Sequence[Message] | Sequence[Sequence[Message]]
-Params = SamplingParams | Sequence[SamplingParams] | None
+# arguments of SamplingParams that a call of LLM is given
+_SAMPLED = {name: f"write sampling_params=SamplingParams({name}=...)" for name in SAMPLING_FIELDS}
+_EXPLAIN_INIT = explain_calls(
+    {
+        **{
+            name: f"give SamplingParams({name}=...) to generate or chat" for name in SAMPLING_FIELDS
+        },
+        **LLM_HINTS,
+    }
+)
+_EXPLAIN_CALL = explain_calls({**_SAMPLED, **CALL_HINTS})
 
 
 class LLM:
-    """A model in this process.
+    """A model in this process, without a server.
 
         with LLM() as llm:
-            print(llm.generate("Once upon a time")[0].text)
+            print(llm.generate("Once upon a time")[0].outputs[0].text)
 
-    Only warnings are logged, unless the logger `fd_dsa` has a level.
+    Calls run in the caller's thread. Only warnings are logged, unless the logger `fd_dsa` has a
+    level.
 
     Args:
-        model: folder of a checkpoint; None = the demo model of the package.
-        tokenizer to chat_template: as the fields of `fd_dsa.config.EngineConfig`.
+        model: folder of a checkpoint in Hugging Face format; None = the demo model of the package.
+        tokenizer, load_format, ...: the fields of `fd_dsa.config.EngineConfig`, which are also the
+            flags of the server.
 
     Raises:
+        ArgumentError: LLM has no argument of that name; the message has the right name.
         ConfigError: an argument, the folder or its checkpoint cannot be served.
     """
 
@@ -57,6 +74,7 @@ class LLM:
     # where the outputs of an unfinished request go: the queue of its call
     _outbox: dict[str, deque[RequestOutput]]
 
+    @_EXPLAIN_INIT
     def __init__(
         self,
         model: str | os.PathLike[str] | None = None,
@@ -101,7 +119,7 @@ class LLM:
 
     @classmethod
     def from_engine(cls, engine: LLMEngine) -> LLM:
-        """An LLM over an engine that is built already and used by no one else."""
+        """Make an LLM over an engine that is built already, and that only this LLM uses."""
         llm = cls.__new__(cls)
         llm._start(engine)
         return llm
@@ -121,6 +139,7 @@ class LLM:
         self, prompts: Prompts, sampling_params: Params = None, *, stream: Literal[True]
     ) -> Iterator[RequestOutput]: ...
 
+    @_EXPLAIN_CALL
     def generate(
         self, prompts: Prompts, sampling_params: Params = None, stream: bool = False
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
@@ -128,26 +147,61 @@ class LLM:
 
         Args:
             prompts: a text, token ids, or a list of either.
-            sampling_params: one for all, or one for each prompt; None = `SamplingParams()` with
-                what the model's generation_config.json proposes.
-            stream: yield outputs as they come instead. `request_id` is "CALL-INDEX" with the
-                index of the prompt; closing the iterator aborts what still runs.
+            sampling_params: one for all prompts, or a list with one for each; None = the defaults
+                of `SamplingParams` with the proposals of the model's generation_config.json.
+            stream: True = yield an output after every step. `request_id` is then "CALL-INDEX" with
+                the index of the prompt. Closing the iterator aborts the unfinished requests.
 
         Returns:
-            The last output of every prompt, in order, with n > 1 its n outputs in a row;
-            `finish_reason` "error" and `error` where one failed alone. With `stream`, an iterator
-            over all outputs.
+            One `RequestOutput` for each prompt, in order, with all n outputs in `outputs`. An
+            output that failed has `finish_reason` "error" and the reason in `error`. With `stream`,
+            an iterator over the outputs of all prompts.
 
         Raises:
-            ValueError: a prompt can never run (then none does), or the counts differ.
+            ArgumentError: an argument has another type or form, or a prompt can never run. No
+                prompt runs then. The error is a ValueError and a TypeError.
         """
         engine = self._open_engine()
-        encode = engine.tokenizer.encode
-        token_ids = [encode(p) if isinstance(p, str) else list(p) for p in _as_list(prompts)]
+        check_switches(stream=stream)
+        given = read_prompts(prompts)
         default = SamplingParams(**engine.sampling_defaults)
-        params = _params_for(len(token_ids), sampling_params, default)
-        return self._run(token_ids, params, stream)
+        params = read_params(sampling_params, len(given), default, "prompts")
+        token_ids = []
+        for index, one in enumerate(given):
+            with naming(place_of("prompts", index, len(given))):
+                token_ids.append(engine.tokenizer.encode(one) if isinstance(one, str) else one)
+        texts = [one if isinstance(one, str) else None for one in given]
+        return self._run("prompts", texts, token_ids, params, stream)
 
+    @overload
+    def chat(
+        self,
+        messages: Conversations,
+        sampling_params: Params = None,
+        stream: Literal[False] = False,
+        *,
+        tools: Sequence[Message] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        constrain_reasoning: bool = False,
+        allow_special_tokens_in_text: bool = False,
+    ) -> list[RequestOutput]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Conversations,
+        sampling_params: Params = None,
+        *,
+        stream: Literal[True],
+        tools: Sequence[Message] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        constrain_reasoning: bool = False,
+        allow_special_tokens_in_text: bool = False,
+    ) -> Iterator[RequestOutput]: ...
+
+    @_EXPLAIN_CALL
     def chat(
         self,
         messages: Conversations,
@@ -159,72 +213,73 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         constrain_reasoning: bool = False,
         allow_special_tokens_in_text: bool = False,
-    ) -> Any:
-        """Answer one conversation or several, through the model's chat template; as `generate`.
+    ) -> list[RequestOutput] | Iterator[RequestOutput]:
+        """Answer one conversation or several through the model's chat template.
 
-        The text of an answer is what the model writes: reasoning and calls are in it with their
-        markers, and `fd_dsa.chat.parser.OutputParser` takes them apart.
+        The text of an answer includes reasoning and calls with their markers, as the model writes
+        them. `fd_dsa.chat.parser.OutputParser` takes them apart.
 
         Args:
-            messages: a list of {"role", "content"}, or a list of such lists.
+            messages: a list of {"role": ..., "content": ...}, or a list of such lists.
             sampling_params: as in `generate`; None = the default, until the model ends or the
                 context is full.
             stream: as in `generate`.
-            tools: offered to the model, in the form of the OpenAI API.
-            continue_final_message: the answer goes on with the last message, the assistant's.
+            tools: functions offered to the model, in the form of the OpenAI API.
+            continue_final_message: True = the answer continues the last message, the assistant's.
             chat_template_kwargs: variables of the template, such as `thinking`.
-            constrain_reasoning: True: `stop`, `min_tokens` and bad words begin with the
-                reasoning. Otherwise they begin after it, as a form does in any case. The texts
-                around the reasoning are those of the template, unless `SamplingParams.reasoning`
-                is set.
-            allow_special_tokens_in_text: markers of control tokens in messages and tools become
-                these tokens; by default they are text. The calls in the text of an answer are sent
-                back either with this, or as `tool_calls`.
+            constrain_reasoning: True = `stop`, `min_tokens` and bad words begin with the
+                reasoning. False = they begin with the answer after it, as structured output always
+                does. The texts around the reasoning are those of the template, unless
+                `SamplingParams.reasoning` is set.
+            allow_special_tokens_in_text: True = markers of control tokens in messages and tools
+                become these tokens. False = they are text. Calls in the text of an answer are sent
+                back either with True, or as `tool_calls`.
+
+        Returns:
+            As `generate`, with one `RequestOutput` for each conversation.
 
         Raises:
-            ValueError: as in `generate`; or the folder has no chat template, or it refuses.
+            ArgumentError: as in `generate`; also if a message has no role or content, the model has
+                no chat template, or the template refuses the messages.
         """
         engine = self._open_engine()
-        conversations: list[Any] = list(messages)
-        if conversations and isinstance(conversations[0], dict):
-            conversations = [conversations]
-        variables = chat_template_kwargs or {}
-        if reserved := [name for name in variables if name in RESERVED]:
-            raise ValueError(
-                f"chat_template_kwargs has {reserved[0]!r}, which is not a variable of the "
-                "caller's; leave it out"
-            )
-        prompts = [
-            engine.tokenizer.render_chat(
-                entry,
-                not continue_final_message,
-                tools=tools,
-                continue_final_message=continue_final_message,
-                allow_special_tokens_in_text=allow_special_tokens_in_text,
-                **variables,
-            )
-            for entry in conversations
-        ]
-        token_ids = [engine.tokenizer.encode(p.text, False, masked=p.masked) for p in prompts]
+        check_switches(
+            stream=stream,
+            continue_final_message=continue_final_message,
+            constrain_reasoning=constrain_reasoning,
+            allow_special_tokens_in_text=allow_special_tokens_in_text,
+        )
+        conversations = read_conversations(messages)
+        count = len(conversations)
+        offered, variables = read_tools(tools), read_variables(chat_template_kwargs)
         default = SamplingParams(**engine.sampling_defaults, max_tokens=None)
-        params = _params_for(len(token_ids), sampling_params, default)
-        params = [
-            _for_chat(
-                one,
-                engine.tokenizer,
-                bool(tools),
-                prompt.masked,
-                entry[-1] if continue_final_message else None,
+        params = read_params(sampling_params, count, default, "conversations")
+        texts: list[str | None] = []
+        token_ids = []
+        for index, entry in enumerate(conversations):
+            with naming(place_of("messages", index, count)):
+                prompt = engine.tokenizer.render_chat(
+                    entry,
+                    not continue_final_message,
+                    tools=offered,
+                    continue_final_message=continue_final_message,
+                    allow_special_tokens_in_text=allow_special_tokens_in_text,
+                    **variables,
+                )
+                ids = engine.tokenizer.encode(prompt.text, False, masked=prompt.masked)
+            texts.append(prompt.text)
+            token_ids.append(ids)
+            continued = entry[-1] if continue_final_message else None
+            params[index] = for_chat(
+                params[index], engine.tokenizer, bool(offered), prompt.masked, continued
             )
-            for one, prompt, entry in zip(params, prompts, conversations, strict=True)
-        ]
         if constrain_reasoning:
             params = [replace(one, constrain_reasoning=True) for one in params]
-        return self._run(token_ids, params, stream)
+        return self._run("messages", texts, token_ids, params, stream)
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
-        """Fields of SamplingParams that the model proposes to callers who give none."""
+        """Arguments of SamplingParams that the model proposes to calls without one."""
         return dict(self._open_engine().sampling_defaults)
 
     def stats(self) -> EngineStats:
@@ -232,7 +287,10 @@ class LLM:
         return self._open_engine().stats()
 
     def close(self) -> None:
-        """Abort what runs and let go of the model; the LLM cannot be used any more."""
+        """Abort unfinished requests and release the model.
+
+        Later calls raise RuntimeError.
+        """
         if self._engine is not None:
             self._engine.abort_all()
             ranks = getattr(self._engine.runner, "ranks", None)
@@ -248,7 +306,7 @@ class LLM:
         self.close()
 
     def _start(self, engine: LLMEngine) -> None:
-        """Take an engine."""
+        """Begin to use an engine."""
         self._engine = engine
         self._calls = itertools.count()
         self._outbox = {}
@@ -260,24 +318,44 @@ class LLM:
         return self._engine
 
     def _run(
-        self, token_ids: list[list[int]], params: list[SamplingParams], stream: bool
+        self,
+        argument: str,
+        texts: list[str | None],
+        token_ids: list[list[int]],
+        params: list[SamplingParams],
+        stream: bool,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
-        """Check the prompts of a call, then stream or collect."""
+        """Check the prompts of a call, then stream or collect.
+
+        Args:
+            argument: name of the argument that has the prompts.
+            texts: of the prompts; None = the caller gave token ids.
+        """
         engine = self._open_engine()
-        for ids, one in zip(token_ids, params, strict=True):
-            engine.validate(ids, one)
-        outputs = self._stream(token_ids, params)
+        for index, (ids, one) in enumerate(zip(token_ids, params, strict=True)):
+            with naming(place_of(argument, index, len(params))):
+                engine.validate(ids, one)
+        outputs = self._stream(texts, token_ids, params)
         if stream:
             return outputs
-        return sorted(
+        finished = sorted(
             (output for output in outputs if output.finished),
             key=lambda output: (int(output.request_id.rpartition("-")[2]), output.index),
         )
+        # the n outputs of a prompt follow each other
+        ends = itertools.accumulate(one.n for one in params)
+        return [
+            RequestOutput.of_prompt(finished[end - one.n : end])
+            for end, one in zip(ends, params, strict=True)
+        ]
 
     def _stream(
-        self, token_ids: list[list[int]], params: list[SamplingParams]
+        self,
+        texts: list[str | None],
+        token_ids: list[list[int]],
+        params: list[SamplingParams],
     ) -> Iterator[RequestOutput]:
-        """Outputs of one call; steps the engine for all calls while its own queue is empty."""
+        """Yield the outputs of one call, and step the engine while its queue is empty."""
         engine = self._open_engine()
         call = next(self._calls)
         queue: deque[RequestOutput] = deque()
@@ -295,6 +373,7 @@ class LLM:
                         self._outbox[new.request_id].append(new)
                 output = queue.popleft()
                 num_running -= output.finished
+                output.prompt = texts[int(output.request_id.rpartition("-")[2])]
                 yield output
         finally:
             for request_id in request_ids:
@@ -308,56 +387,3 @@ def _in_python(text: Any, names: Iterable[str]) -> Any:
         flag = f"--{name.replace('_', '-')}"
         text = re.sub(rf"{flag}(?![\w-])", name, str(text))
     return text
-
-
-def _for_chat(
-    params: SamplingParams,
-    tokenizer: Tokenizer,
-    has_tools: bool,
-    prompt: str,
-    continued: Message | None,
-) -> SamplingParams:
-    """Add the markers that separate the parts of an answer.
-
-    Args:
-        prompt: its markers show if the answer begins in the reasoning.
-        continued: the message that the answer continues.
-    """
-    renderer = tokenizer.chat_renderer
-    if renderer is None:
-        return params
-    source, model_type = renderer.source, renderer.model_type
-    tool_format = find_tool_format(AUTO, source, model_type) if has_tools else None
-    answer = AnswerFormat(has_reasoning(AUTO, source), tool_format=tool_format)
-    reasoning = params.reasoning
-    if answer.has_reasoning and reasoning is None:
-        in_reasoning = opens_reasoning(prompt, continued)
-        reasoning = Reasoning.of(replace(answer, in_reasoning=in_reasoning))
-    kept = frozenset(tokenizer.special_ids_of(answer.markers).values())
-    return replace(
-        params,
-        kept_special_token_ids=params.kept_special_token_ids | kept,
-        reasoning=reasoning,
-    )
-
-
-def _as_list(prompts: Prompts) -> list[Prompt]:
-    """Prompts as a list, whichever of the four forms they have."""
-    if isinstance(prompts, str):
-        return [prompts]
-    several: list[Any] = list(prompts)
-    if several and not isinstance(several[0], (str, Sequence)) and hasattr(several[0], "__index__"):
-        return [several]
-    return several
-
-
-def _params_for(count: int, params: Params, default: SamplingParams) -> list[SamplingParams]:
-    """One SamplingParams for each of `count` prompts."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or default] * count
-    if len(params) != count:
-        raise ValueError(
-            f"sampling_params has {len(params)} entries for {count} prompts; give one for all, or "
-            "one for each"
-        )
-    return list(params)

@@ -24,13 +24,13 @@ class ConstraintError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class TopkPositions:
-    """What the indexer chose for one token.
+    """Positions that the indexer selected for one token, by layer.
 
     Attributes:
-        position: of the token in its sequence, from 0 on.
-        layers: for each layer, int64 [n], ascending: positions that the token attends to, at most
-            `index_topk` of 0 to `position`. A layer without an indexer has those of the layer
-            that it shares them with.
+        position: place of the token in its sequence, from 0 on.
+        layers: an array for each layer, int64 [n], ascending: the positions that the token attends
+            to, at most `index_topk` of 0 to `position`. A layer without an indexer has the array
+            of the layer whose selection it shares.
     """
 
     position: int
@@ -39,22 +39,23 @@ class TopkPositions:
 
 @dataclass(slots=True, eq=False)
 class OutputState:
-    """All that is known of one output of a request; it grows from step to step.
+    """State of one output of a request, which grows with each step.
 
     Attributes:
-        request_id: name given by the caller.
-        index: which of the request's n outputs.
-        prompt_token_ids: the prompt; not to be changed.
-        token_ids: of the output, an end-of-sequence token included.
+        request_id: name of the request.
+        index: number of the output among the n outputs of its request, from 0 on.
+        prompt_token_ids: token ids of the prompt; callers must not change the list.
+        token_ids: token ids of the output, an end-of-sequence token included.
         pieces: text of the output, one entry for each step that added some.
-        logprobs: scores of the tokens whose text is shown; None unless asked for.
-        prompt_logprobs: scores of the prompt's tokens, None for the first one; None until the
-            prompt is read, and unless asked for.
-        num_cached_tokens: leading prompt tokens that were not computed for this request, because
-            the blocks of earlier ones hold them.
-        num_draft_tokens, num_accepted_tokens: drafts that were verified, and those that stood.
-        arrival_time, first_token_time, finish_time: seconds of time.monotonic(); None when not
-            reached yet.
+        logprobs: scores of the output tokens whose text is shown; None unless asked for.
+        prompt_logprobs: scores of the prompt tokens, with None for the first one; None before the
+            whole prompt is computed, and unless asked for.
+        num_cached_tokens: leading prompt tokens that came from the prefix cache.
+        num_draft_tokens: drafts that were verified.
+        num_accepted_tokens: drafts that were accepted.
+        arrival_time: time.monotonic() at which the request arrived, seconds.
+        first_token_time: the same for its first token; None before it.
+        finish_time: the same for its end; None before it.
     """
 
     request_id: str
@@ -75,10 +76,15 @@ class OutputState:
 class RequestOutput:
     """One output of a request after one step; stays valid after later steps.
 
-    Beside what is listed here it has the attributes of `OutputState` as they were after the step,
-    with `text`, all text so far, instead of `pieces`.
+    It also has the attributes of `OutputState` as they were after the step, but not `pieces`.
+    `outputs[0].text` and the other names of vLLM's outputs work as well: see `outputs`.
 
     Attributes:
+        prompt: text of the prompt, for a conversation as the chat template renders it; None if the
+            caller gave token ids.
+        text: all text so far, property.
+        token_ids: all output tokens so far, property.
+        finished: True in the last state of an output, property.
         new_token_ids: tokens added by this step.
         new_text: text added by this step; may be empty while a character or a possible stop
             string is incomplete.
@@ -86,10 +92,10 @@ class RequestOutput:
         finish_reason: None while running; "stop" end-of-sequence or stop string, "length"
             max_tokens reached, "abort" ended from outside, "error" see `error`.
         stop_reason: the stop string or the token id which ended the request.
-        error: what went wrong with this request alone: its logits were not finite, or
+        error: reason why this output failed, while others go on: its logits were not finite, or
             `ConstraintError`.
-        topk_positions: what the indexer chose for the token from which the last one was drawn;
-            in the last state alone, and None unless asked for.
+        topk_positions: positions that the indexer selected for the token before the last one;
+            None before the last state, and unless asked for.
         num_tokens: length of `token_ids`.
 
     Cost: constant in the length of the output. The state's lists are shared and grow; only their
@@ -109,6 +115,8 @@ class RequestOutput:
     ) -> None:
         """Keep the state as it is now, with what is new."""
         self._state = state
+        self._others: Sequence[RequestOutput] = ()
+        self.prompt: str | None = None
         self.request_id = state.request_id
         self.index = state.index
         self.prompt_token_ids = state.prompt_token_ids
@@ -130,21 +138,44 @@ class RequestOutput:
         self.error = error
         self.topk_positions = topk_positions
 
+    @staticmethod
+    def of_prompt(outputs: Sequence[RequestOutput]) -> RequestOutput:
+        """Join the n finished outputs of a prompt: the first one, with all of them in `outputs`."""
+        first = outputs[0]
+        first._others = outputs[1:]
+        return first
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """Outputs of the prompt, by `index`: this one, then the others of a finished call.
+
+        Of the n outputs that `LLM.generate` and `LLM.chat` return for a prompt, the first one has
+        all in `outputs`, so `out.text` is `out.outputs[0].text`. An output of a stream has only
+        itself.
+        """
+        return [self, *self._others]
+
     @property
     def token_ids(self) -> list[int]:
-        """All output tokens so far."""
+        """Token ids of the output so far."""
         return self._state.token_ids[: self.num_tokens]
 
     @property
     def text(self) -> str:
-        """All output text so far."""
+        """Text of the output so far."""
         return "".join(self._state.pieces[: self._num_pieces])
 
     @property
     def logprobs(self) -> list[TokenLogprobs] | None:
-        """Scores of the output tokens whose text is shown."""
+        """Scores of the output tokens whose text is shown; None unless asked for."""
         shown = self._state.logprobs
         return None if shown is None else shown[: self._num_logprobs]
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum of the logarithms of the probabilities in `logprobs`; None unless asked for."""
+        scores = self.logprobs
+        return None if scores is None else sum((one.score.logprob for one in scores), 0.0)
 
     @property
     def finished(self) -> bool:

@@ -8,9 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
+from fd_dsa.engine.arguments import SAMPLING_HINTS, explain_fields
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.errors import ArgumentError, argument_error
 
 SEED_MIN = -(2**63)
 SEED_MAX = 2**64 - 1
@@ -43,13 +47,15 @@ _RANGES = {
 }
 
 
+@explain_fields(SAMPLING_HINTS)
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled and when it ends.
+    """How one request is sampled, and when it ends.
 
-    The order is: penalties, logit_bias, bad words and the end tokens that min_tokens forbids;
-    then temperature, min_p, top_k, and top_p over what they left. A draw depends on the logits,
-    the seed and the position in the output alone. Names and meanings are vLLM's.
+    The sampler applies penalties, then `logit_bias`, bad words and the end tokens that `min_tokens`
+    forbids. Temperature, `min_p` and `top_k` follow, and `top_p` over the tokens that they keep. A
+    sampled token depends only on the logits, the seed and the position in the output. Names and
+    meanings are vLLM's.
 
     Args:
         n: outputs for the prompt, 1 to 128; they share its cache blocks, and all but the first
@@ -58,45 +64,45 @@ class SamplingParams:
         top_p: in [0, 1]; the smallest set of most likely tokens with this mass. 1 = off.
         top_k: number of most likely tokens kept; -1 or 0 = off.
         min_p: in [0, 1]; drops tokens less likely than this share of the likeliest. 0 = off.
-        presence_penalty: in [-2, 2]; taken off the logit of every token in the output.
-        frequency_penalty: in [-2, 2]; the same, times how often the token is in the output.
+        presence_penalty: in [-2, 2]; subtracted from the logit of every token in the output.
+        frequency_penalty: in [-2, 2]; the same, times the number of its occurrences in the output.
         repetition_penalty: > 0; divides positive logits of every token in prompt or output, and
             multiplies negative ones. 1 = off.
         logit_bias: token id -> number in [-100, 100] that is added to its logit.
-        bad_words: texts whose tokens, with and without a space in front, never come in a row.
-        bad_words_token_ids: token ids that never come.
-        min_tokens: number of output tokens before which nothing ends the output: end-of-sequence
-            and stop_token_ids cannot be sampled, and stop strings are searched after them.
-        max_tokens: output tokens, >= 1; None = whatever is left of the context.
+        bad_words: texts whose tokens never follow each other, with or without a space in front.
+        bad_words_token_ids: token ids that are never sampled.
+        min_tokens: output tokens before the output may end: end-of-sequence and `stop_token_ids`
+            cannot be sampled, and stop strings are searched only after these tokens.
+        max_tokens: maximum number of output tokens, >= 1; None = the rest of the context.
         stop: a string or several; the output ends before the first one that is completed.
-        reasoning: texts around the reasoning at the beginning of the output. The form, `stop`,
-            `bad_words`, `bad_words_token_ids` and `min_tokens` then begin with the answer after
-            it; while the output reasons, a form or min_tokens > 0 forbids every end. Special
-            tokens that are these texts stay in the text. None = all begin with the output.
-        constrain_reasoning: `stop`, `bad_words`, `bad_words_token_ids` and `min_tokens` begin with
-            the output nevertheless; the form does not.
+        reasoning: texts around the reasoning at the beginning of the output. Structured output,
+            `stop`, `bad_words`, `bad_words_token_ids` and `min_tokens` then begin with the answer
+            after it. In the reasoning, structured output or min_tokens > 0 forbids every end.
+            Special tokens that are these texts stay in the text. None = all begin with the output.
+        constrain_reasoning: True = `stop`, `bad_words`, `bad_words_token_ids` and `min_tokens`
+            begin with the output nevertheless; structured output does not.
         stop_token_ids: tokens that end the output.
-        include_stop_str_in_output: keep the stop string, or the text of the stop token.
-        ignore_eos: go on after an end-of-sequence token.
-        skip_special_tokens: leave special tokens out of the text.
-        logprobs: score every output token, and so many of the likeliest ones beside it, 0 to 20;
-            of the model's own distribution, before all of the above. None = off.
+        include_stop_str_in_output: True = keep the stop string, or the text of the stop token.
+        ignore_eos: True = an end-of-sequence token does not end the output.
+        skip_special_tokens: True = the text has no special tokens.
+        logprobs: number of likeliest tokens that are scored with each output token, 0 to 20. The
+            scores are of the model's own distribution, before all of the above. None = no scores.
         prompt_logprobs: the same for the prompt, whose prefix is then not read from the cache.
-        structured_outputs: the form that the output must have; it ends where that is complete.
-        seed: draws of the request depend on it and the position in the output alone;
+        structured_outputs: form that the output must have; the output ends when it is complete.
+        seed: random numbers of the request depend only on it and on the position in the output;
             None = derived from the engine's seed and the request's arrival number.
         cache_salt: a text, not empty; the request shares cache blocks only with requests of the
-            same one. None = with all that have none.
-        skip_reading_prefix_cache: compute the whole prompt, also where earlier requests have;
-            what is computed can be found by later ones.
-        kept_special_token_ids: special tokens that stay in the text, which leaves out the others:
-            those that a parser of the caller looks for.
-        return_topk_positions: report at the end which positions the indexer chose for the last
-            token; on a CPU alone.
-        speculative: whether it may have drafts where the engine makes some; they change no token.
+            same salt. None = with all requests that have none.
+        skip_reading_prefix_cache: True = compute the whole prompt; later requests can read it from
+            the cache.
+        kept_special_token_ids: special tokens that stay in the text for a parser of the caller.
+        return_topk_positions: True = report the positions that the indexer selected for the last
+            token; only on a CPU.
+        speculative: False = the request has no drafts; its tokens are the same.
 
     Raises:
-        ValueError: a field is out of range or of another type; names field and value.
+        ArgumentError: an argument has an unknown name, is out of range or of another type; the
+            message names argument and value. The error is a ValueError and a TypeError.
     """
 
     n: int = 1
@@ -134,53 +140,54 @@ class SamplingParams:
             value = getattr(self, name)
             if kind is bool:
                 if not isinstance(value, bool):
-                    raise ValueError(f"{name} is {value!r}; it must be true or false")
+                    raise argument_error(name, value, "True or False")
             elif value is not None or not optional:
                 _check_number(name, value, *_RANGES[name], kind)
         if self.repetition_penalty == 0:
-            raise ValueError("repetition_penalty is 0; it must be a number > 0")
-        for token_id in self.kept_special_token_ids:
-            _check_number("kept_special_token_ids", token_id, 0, math.inf, int)
+            raise argument_error("repetition_penalty", 0, "a number > 0", "write 1 for none")
+        kept = self.kept_special_token_ids
+        if not isinstance(kept, (set, frozenset)):
+            raise argument_error("kept_special_token_ids", kept, "a frozenset of token ids")
+        _check_token_ids("kept_special_token_ids", list(kept))
         salt = self.cache_salt
         if salt is not None and (not isinstance(salt, str) or not salt):
-            raise ValueError(f"cache_salt is {salt!r}; it must be a non-empty string")
+            raise argument_error("cache_salt", salt, "a non-empty string")
         if salt is not None and len(salt) > MAX_TEXT_CHARS:
-            raise ValueError(
-                f"cache_salt has {len(salt)} characters; at most {MAX_TEXT_CHARS} are allowed"
+            raise ArgumentError(
+                f"cache_salt: got {len(salt)} characters; must be at most {MAX_TEXT_CHARS}"
             )
         if self.reasoning is not None and not isinstance(self.reasoning, Reasoning):
-            raise ValueError(f"reasoning is {self.reasoning!r}; it must be a Reasoning")
+            hint = "write fd_dsa.engine.reasoning.Reasoning(begin=..., end=...)"
+            raise argument_error("reasoning", self.reasoning, "a Reasoning", hint)
         form = self.structured_outputs
         if form is not None and not isinstance(form, StructuredOutputsParams):
-            raise ValueError(
-                f"structured_outputs is {form!r}; it must be a StructuredOutputsParams"
-            )
+            hint = "write StructuredOutputsParams(json=SCHEMA), or regex, choice, grammar"
+            raise argument_error("structured_outputs", form, "a StructuredOutputsParams", hint)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens is {self.min_tokens}; it must be at most max_tokens, which is "
-                f"{self.max_tokens}"
-            )
+            rule = f"at most max_tokens, which is {self.max_tokens}"
+            raise argument_error("min_tokens", self.min_tokens, rule)
         self._check_tokens()
 
     def _check_tokens(self) -> None:
         """Tokens and texts that are treated apart."""
         if self.stop is not None and not isinstance(self.stop, (str, Sequence)):
-            raise ValueError(f"stop is {self.stop!r}; it must be a string or a list of strings")
+            raise argument_error("stop", self.stop, "a string or a list of strings")
         _check_texts("stop", self.stop_strings, MAX_STOP_STRINGS, MAX_STOP_CHARS)
         for name in ("stop_token_ids", "bad_words_token_ids"):
             _check_token_ids(name, getattr(self, name))
         if self.bad_words is not None:
             if isinstance(self.bad_words, str) or not isinstance(self.bad_words, Sequence):
-                raise ValueError(f"bad_words is {self.bad_words!r}; it must be a list of strings")
+                raise argument_error("bad_words", self.bad_words, "a list of strings")
             _check_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
         if self.logit_bias is None:
             return
         if not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
+            rule = "a dict from token ids to numbers"
+            raise argument_error("logit_bias", self.logit_bias, rule)
         _check_token_ids("logit_bias", list(self.logit_bias))
         for token_id, bias in self.logit_bias.items():
-            name = f"logit_bias of token {token_id}"
-            _check_number(name, bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX, float)
+            of = f" for token {token_id}"
+            _check_number("logit_bias", bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX, float, of)
 
     def kept_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Special tokens that stay in the text, the texts around the reasoning included."""
@@ -206,46 +213,56 @@ _CHECKED = tuple(
 )
 
 
-def _check_number(name: str, value: Any, low: float, high: float, kind: type) -> None:
-    """ValueError unless `value` is a number of this type, int or float, in [low, high]."""
+def _check_number(name: str, value: Any, low: float, high: float, kind: type, of: str = "") -> None:
+    """Raise ArgumentError unless `value` is a number of this type in [low, high].
+
+    Args:
+        kind: int or float.
+        of: the entry that the value is of, for the message.
+    """
     types, noun = (int, "an integer") if kind is int else ((int, float), "a number")
     is_number = isinstance(value, types) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         allowed = f"{noun} in [{low}, {high}]"
         if high >= _LARGEST:
             allowed = f"{noun if kind is int else 'a finite number'} >= {low}"
-        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+        raise argument_error(name, value, f"{allowed}{of}", _plain_number(value))
+
+
+def _plain_number(value: object) -> str:
+    """Say what to write for a number of NumPy, which may look like one of Python."""
+    return "write VALUE.item()" if isinstance(value, np.generic) else ""
 
 
 def _check_texts(name: str, texts: Sequence[Any], most: int, most_chars: int) -> None:
-    """ValueError unless these are at most so many non-empty strings, of so many characters."""
+    """Raise ArgumentError unless these are non-empty strings, few and short enough."""
     if len(texts) > most:
-        raise ValueError(f"{name} has {len(texts)} entries; at most {most} are allowed")
+        raise ArgumentError(f"{name}: got {len(texts)} entries; must be at most {most}")
     num_chars = 0
     for text in texts:
         if not isinstance(text, str) or not text:
-            raise ValueError(f"{name} has the entry {text!r}; it must be a non-empty string")
+            raise argument_error(name, text, "a non-empty string, as every entry")
         if len(text) > MAX_TEXT_CHARS:
-            raise ValueError(
-                f"{name} has an entry of {len(text)} characters; at most {MAX_TEXT_CHARS} are "
-                "allowed"
+            raise ArgumentError(
+                f"{name}: got an entry of {len(text)} characters; must be at most {MAX_TEXT_CHARS}"
             )
         if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError(f"{name} has the entry {text!r}; it must be valid Unicode")
+            raise argument_error(name, text, "valid Unicode, as every entry")
         num_chars += len(text)
     if num_chars > most_chars:
-        raise ValueError(
-            f"{name} has {num_chars} characters in all; at most {most_chars} are allowed"
+        raise ArgumentError(
+            f"{name}: got {num_chars} characters in all; must be at most {most_chars}"
         )
 
 
 def _check_token_ids(name: str, token_ids: Any) -> None:
-    """ValueError unless this is None or a sequence of integers that may be token ids."""
+    """Raise ArgumentError unless this is None or a sequence of possible token ids."""
     if token_ids is None:
         return
     if isinstance(token_ids, str) or not isinstance(token_ids, Sequence):
-        raise ValueError(f"{name} is {token_ids!r}; it must be a list of token ids")
+        raise argument_error(name, token_ids, "a list of token ids")
     for token_id in token_ids:
         integer = isinstance(token_id, int) and not isinstance(token_id, bool)
         if not integer or not 0 <= token_id <= MAX_TOKEN_ID:
-            raise ValueError(f"{name} has the entry {token_id!r}; it must be a token id, >= 0")
+            rule = f"a token id, 0 to {MAX_TOKEN_ID}, as every entry"
+            raise argument_error(name, token_id, rule, _plain_number(token_id))

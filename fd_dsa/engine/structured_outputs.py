@@ -6,33 +6,40 @@ import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from fd_dsa.chat.json_text import json_start
 from fd_dsa.chat.lark import MAX_GRAMMAR_CHARS
+from fd_dsa.engine.arguments import FORM_HINTS, explain_fields
+from fd_dsa.errors import argument_error
 from fd_dsa.grammars.messages import Kind
 
 _FORMS = ("json", "json_object", "regex", "choice", "grammar")
 
 
+@explain_fields(FORM_HINTS)
 @dataclass(frozen=True)
 class StructuredOutputsParams:
-    """The form of an output, exactly one; names and meanings are vLLM's.
+    """Form that an output must have: exactly one of the first five arguments.
+
+    Names and meanings are vLLM's.
 
     Args:
-        json: a JSON schema, as an object or as its text.
-        json_object: any JSON object.
-        regex: a regular expression that the whole output matches; Rust's syntax, which has no
+        json: JSON schema of the output, as a dict or as its text.
+        json_object: True = any JSON object.
+        regex: regular expression that the whole output matches, in Rust's syntax, which has no
             look-around.
-        choice: the output is one of these texts.
-        grammar: a context-free grammar in Lark's notation, or in GBNF.
+        choice: texts; the output is one of them.
+        grammar: context-free grammar in Lark's notation or in GBNF.
         alternative: another form, without `alternative`; the output has either form. An output
             that begins like both may be held to one of them.
-        source: what messages call the object; the field of a request that it came from.
+        source: name of the object in error messages, the field of a request that it came from.
 
     Raises:
-        ValueError: not exactly one form is given, or it has another type or is too large; begins
-            with `source`.
+        ArgumentError: an argument has an unknown name or another type.
+        ValueError: no form or several are given, or the form is wrong or too large; the message
+            begins with `source`.
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -44,6 +51,11 @@ class StructuredOutputsParams:
     source: str = "structured_outputs"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.json_object, bool):
+            raise argument_error("json_object", self.json_object, "True or False")
+        if not isinstance(self.alternative, (StructuredOutputsParams, NoneType)):
+            rule = "a StructuredOutputsParams"
+            raise argument_error("alternative", self.alternative, rule)
         forms = [name for name in _FORMS if getattr(self, name) not in (None, False)]
         if len(forms) != 1:
             names = " and ".join(forms) or "nothing"

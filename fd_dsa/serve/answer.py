@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import orjson
@@ -20,6 +20,12 @@ from fd_dsa.serve.generation import Job, check_form, stream_outputs
 from fd_dsa.serve.heartbeat import pinging
 from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
 from fd_dsa.serve.logprobs import prompt_logprobs, token_text
+from fd_dsa.serve.protocol.answers import (
+    EndFields,
+    PromptFields,
+    SelectedPositions,
+    Usage,
+)
 from fd_dsa.serve.protocol.generation import GenerationRequest
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.workers import unless_gone
@@ -89,19 +95,19 @@ class Answer(ABC, Generic[_Body]):
         self.outputs: dict[tuple[int, int], RequestOutput] = {}
 
     @abstractmethod
-    def choices(self) -> Iterator[dict[str, Any]]:
+    def choices(self) -> Iterator[Mapping[str, Any]]:
         """The choices of a whole answer, after `collect`."""
 
     @abstractmethod
-    def deltas(self, job_index: int, output: RequestOutput) -> list[dict[str, Any]]:
+    def deltas(self, job_index: int, output: RequestOutput) -> Sequence[Mapping[str, Any]]:
         """The choices of the chunks that a step adds."""
 
-    def opening(self) -> Iterator[dict[str, Any]]:
+    def opening(self) -> Iterator[Mapping[str, Any]]:
         """Chunks before the first step, without their head."""
         return iter(())
 
-    def shared_fields(self) -> dict[str, Any]:
-        """Fields of a whole answer beside its choices."""
+    def shared_fields(self) -> PromptFields:
+        """Fields of a whole answer alongside its choices."""
         return {}
 
     def take(self, job_index: int, output: RequestOutput) -> None:
@@ -134,7 +140,7 @@ class Answer(ABC, Generic[_Body]):
             {**head, "choices": choices, "usage": self.usage(), **self.shared_fields()}
         )
 
-    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
         """The chunks of a streamed answer, those of all choices as they come, then the usage."""
         for chunk in self.opening():
             yield {**head, **chunk, **self._usage_so_far()}
@@ -146,7 +152,7 @@ class Answer(ABC, Generic[_Body]):
         if self.body.include_usage:
             yield {**head, "choices": [], "usage": self.usage()}
 
-    async def steps(self) -> AsyncGenerator[list[dict[str, Any]], None]:
+    async def steps(self) -> AsyncGenerator[Sequence[Mapping[str, Any]], None]:
         """Run the jobs; yields the `deltas` of each step."""
         async with contextlib.aclosing(stream_outputs(self.state, self.jobs)) as outputs:
             async for job_index, output in outputs:
@@ -157,7 +163,7 @@ class Answer(ABC, Generic[_Body]):
                 self.outputs[job_index, output.index] = output
                 yield deltas
 
-    def failure(self, error: ApiError) -> dict[str, Any]:
+    def failure(self, error: ApiError) -> Mapping[str, Any]:
         """The chunk of a stream that fails after its beginning."""
         return error.body()
 
@@ -171,7 +177,7 @@ class Answer(ABC, Generic[_Body]):
         """The last output of each choice whose tokens the answer shows."""
         return list(self.outputs.values())
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         """Token counts: each prompt once, all outputs.
 
         `cached_tokens` are those of the prompts that earlier requests had computed; details of
@@ -180,7 +186,7 @@ class Answer(ABC, Generic[_Body]):
         outputs = self.shown_outputs()
         prompt = sum(len(job.prompt_token_ids) for job in self.jobs)
         completion = sum(len(output.token_ids) for output in outputs)
-        usage: dict[str, Any] = {
+        usage: Usage = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
@@ -196,7 +202,7 @@ class Answer(ABC, Generic[_Body]):
             }
         return usage
 
-    def end_fields(self, job_index: int, output: RequestOutput) -> dict[str, Any]:
+    def end_fields(self, job_index: int, output: RequestOutput) -> EndFields:
         """`stop_reason` and, where asked for, `topk_positions` of a choice that has ended."""
         stop: str | int | None = output.stop_reason
         # as in vLLM: an end of sequence that nobody asked to stop at is no reason to name
@@ -209,16 +215,16 @@ class Answer(ABC, Generic[_Body]):
         texts = (
             [token_text(self.tokenizer, token) for token in part] for part in slices(token_ids)
         )
-        positions = {
+        positions: SelectedPositions = {
             "position": chosen.position,
             "layers": [packed_list(packed([layer.tolist()])) for layer in chosen.layers],
             "tokens": packed_list(packed(texts)),
         }
         return {"stop_reason": stop, "topk_positions": positions}
 
-    def prompt_fields(self, output: RequestOutput) -> dict[str, Any]:
+    def prompt_fields(self, output: RequestOutput) -> PromptFields:
         """`prompt_logprobs` and `prompt_token_ids` of an output's prompt, where asked for."""
-        fields: dict[str, Any] = {}
+        fields: PromptFields = {}
         if self.body.prompt_logprobs is not None:
             scores = output.prompt_logprobs
             shown = None if scores is None else prompt_logprobs(self.tokenizer, scores)
@@ -274,6 +280,6 @@ class EventStream(StreamingResponse):
         if self._answer.stream_end:
             yield self._answer.stream_end
 
-    def _event(self, chunk: dict[str, Any]) -> bytes:
+    def _event(self, chunk: Mapping[str, Any]) -> bytes:
         name = f"event: {chunk['type']}\n".encode() if self._answer.names_events else b""
         return name + b"data: " + orjson.dumps(chunk) + b"\n\n"

@@ -8,12 +8,15 @@ import logging
 import string
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Literal
 
 from fastapi import APIRouter, FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# pydantic reads only this TypedDict before Python 3.12
+from typing_extensions import TypedDict
 
 from fd_dsa import __version__
 from fd_dsa.serve import (
@@ -27,13 +30,15 @@ from fd_dsa.serve import (
     tokenization,
 )
 from fd_dsa.serve.errors import (
-    ERROR_RESPONSES,
     ApiError,
+    ErrorResponse,
+    error_responses,
     install_error_handlers,
     internal_error,
     is_anthropic,
 )
 from fd_dsa.serve.guard import GuardMiddleware
+from fd_dsa.serve.openapi import Application
 from fd_dsa.serve.state import ServerState, State
 from fd_dsa.serve.workers import ClientGone
 
@@ -42,6 +47,23 @@ _REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
 
 logger = logging.getLogger("fd_dsa.serve")
 router = APIRouter()
+
+
+class ModelCard(TypedDict):
+    """A served model; `max_model_len` is its longest sequence, in tokens."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    """The served models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
 
 
 def create_app(state: ServerState) -> FastAPI:
@@ -60,12 +82,12 @@ def create_app(state: ServerState) -> FastAPI:
             if state.loaded_engine is not None:
                 await asyncio.to_thread(state.loaded_engine.stop)
 
-    app = FastAPI(
+    app = Application(
         title="fd_dsa",
         summary="DeepSeek Sparse Attention on PaddlePaddle, over the OpenAI API",
         version=__version__,
         lifespan=lifespan,
-        responses=ERROR_RESPONSES,
+        responses=error_responses(ErrorResponse),
         # FastAPI's pages load scripts from other servers
         docs_url=None,
         redoc_url=None,
@@ -88,18 +110,18 @@ def create_app(state: ServerState) -> FastAPI:
 
 
 @router.get("/v1/models", summary="The served models")
-async def list_models(state: State) -> dict[str, Any]:
+async def list_models(state: State) -> ModelList:
     """Every served name with the longest sequence it takes, in tokens."""
     return {"object": "list", "data": [_model(state, n) for n in state.served_model_names]}
 
 
 @router.get("/v1/models/{name:path}", summary="One served model")
-async def get_model(name: str, state: State) -> dict[str, Any]:
+async def get_model(name: str, state: State) -> ModelCard:
     """The model of that name; 404 lists the served ones."""
     return _model(state, state.resolve_model(name))
 
 
-def _model(state: ServerState, name: str) -> dict[str, Any]:
+def _model(state: ServerState, name: str) -> ModelCard:
     return {
         "id": name,
         "object": "model",

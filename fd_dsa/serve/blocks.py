@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import uuid
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fd_dsa.chat.events import Event
@@ -83,11 +83,11 @@ class BlockAnswer(ConversationAnswer):
         self._waiting: list[TokenLogprobs] = []
 
     @abstractmethod
-    def show(self, change: Change) -> Iterator[dict[str, Any]]:
+    def show(self, change: Change) -> Iterator[Mapping[str, Any]]:
         """The events of a stream for one change."""
 
     @abstractmethod
-    def closing(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
+    def closing(self, output: RequestOutput) -> Iterator[Mapping[str, Any]]:
         """The events after the last block."""
 
     def take(self, job_index: int, output: RequestOutput) -> None:
@@ -106,7 +106,7 @@ class BlockAnswer(ConversationAnswer):
         (answer,) = self.choices()
         return JsonResponse(answer)
 
-    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
         """The events of a streamed answer."""
         self.head = head
         for event in self.opening():
@@ -116,7 +116,7 @@ class BlockAnswer(ConversationAnswer):
                 for event in events:
                     yield event
 
-    def deltas(self, job_index: int, output: RequestOutput) -> list[dict[str, Any]]:
+    def deltas(self, job_index: int, output: RequestOutput) -> Sequence[Mapping[str, Any]]:
         events = [event for change in self._changes(output) for event in self.show(change)]
         return [*events, *self.closing(output)] if output.finished else events
 

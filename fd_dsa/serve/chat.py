@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -17,6 +17,20 @@ from fd_dsa.serve.chat_prompt import make_job
 from fd_dsa.serve.conversation import ConversationAnswer
 from fd_dsa.serve.generation import Job
 from fd_dsa.serve.logprobs import chat_logprobs
+from fd_dsa.serve.protocol.answers import (
+    AnswerMessage,
+    ChatChoice,
+    ChatChunkBody,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatEnd,
+    ChatLogprobs,
+    Delta,
+    FunctionText,
+    PromptFields,
+    ToolCall,
+    ToolCallDelta,
+)
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState, State
 
@@ -27,7 +41,7 @@ if TYPE_CHECKING:
 router = APIRouter(route_class=BodyRoute)
 
 
-@router.post("/v1/chat/completions", summary="Answer a conversation")
+@router.post("/v1/chat/completions", summary="Answer a conversation", response_model=ChatCompletion)
 async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, state: State
 ) -> Response:
@@ -57,60 +71,62 @@ class ChatAnswer(ConversationAnswer):
         if self._reads_steps:
             self.parsed[output.index].keep(self.add(output))
 
-    def choices(self) -> Iterator[dict[str, Any]]:
+    def choices(self) -> Iterator[ChatChoice]:
         for index, choice in enumerate(self.parsed):
             if not self._reads_steps:
                 choice.keep(choice.add(self.outputs[0, index], is_whole=True))
-            fields = {
+            fields: ChatChoice = {
                 "index": index,
                 "message": _message(choice.events),
                 "logprobs": self._scores(choice.scores),
-                **self._end(self.outputs[0, index]),
+                "finish_reason": None,
+                "stop_reason": None,
             }
             if self.body.return_token_ids:
                 fields["token_ids"] = choice.token_ids
-            yield fields
+            yield {**fields, **self._end(self.outputs[0, index])}
 
-    def shared_fields(self) -> dict[str, Any]:
+    def shared_fields(self) -> PromptFields:
         return self.prompt_fields(self.outputs[0, 0])
 
-    def opening(self) -> Iterator[dict[str, Any]]:
+    def opening(self) -> Iterator[ChatChunkBody]:
         """The role of each choice."""
-        job = self.jobs[0]
-        more = {"prompt_token_ids": job.prompt_token_ids} if self.body.return_token_ids else {}
         for index in range(len(self.parsed)):
-            yield {"choices": [_delta(index, {"role": "assistant", "content": ""})], **more}
+            chunk: ChatChunkBody = {
+                "choices": [_delta(index, {"role": "assistant", "content": ""})]
+            }
+            if self.body.return_token_ids:
+                chunk["prompt_token_ids"] = self.jobs[0].prompt_token_ids
+            yield chunk
 
-    def deltas(self, job_index: int, output: RequestOutput) -> list[dict[str, Any]]:
+    def deltas(self, job_index: int, output: RequestOutput) -> list[ChatChunkChoice]:
         choice = self.parsed[output.index]
         deltas = list(_deltas(self.add(output)))
-        fields: dict[str, Any] = {}
-        if choice.new_scores:
-            fields["logprobs"] = self._scores(choice.new_scores)
-        if self.body.return_token_ids and choice.new_token_ids:
-            fields["token_ids"] = choice.new_token_ids
-        if fields and not deltas:
+        shows_ids = bool(self.body.return_token_ids and choice.new_token_ids)
+        if (choice.new_scores or shows_ids) and not deltas:
             # tokens whose text is held back are scored when they come
             deltas = [{}]
         chunks = [_delta(output.index, delta) for delta in deltas]
-        if chunks:
-            chunks[0].update(fields)
+        if choice.new_scores:
+            chunks[0]["logprobs"] = self._scores(choice.new_scores)
+        if shows_ids:
+            chunks[0]["token_ids"] = list(choice.new_token_ids)
         if output.finished:
             chunks.append({**_delta(output.index, {}), **self._end(output)})
         return chunks
 
-    def _end(self, output: RequestOutput) -> dict[str, Any]:
+    def _end(self, output: RequestOutput) -> ChatEnd:
         return {"finish_reason": self.finish_reason(output), **self.end_fields(0, output)}
 
-    def _scores(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+    def _scores(self, entries: Sequence[TokenLogprobs]) -> ChatLogprobs | None:
         if self.jobs[0].params.logprobs is None:
             return None
         return chat_logprobs(self.tokenizer, entries)
 
 
-def _message(events: Iterable[Event]) -> dict[str, Any]:
+def _message(events: Iterable[Event]) -> AnswerMessage:
     joined = join_events(events)
-    message: dict[str, Any] = {"role": "assistant", "content": joined.content or None}
+    message: AnswerMessage = {"role": "assistant", "content": joined.content or None}
     if joined.reasoning:
         message["reasoning_content"] = joined.reasoning
     if joined.tool_calls:
@@ -120,11 +136,11 @@ def _message(events: Iterable[Event]) -> dict[str, Any]:
     return message
 
 
-def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+def _delta(index: int, delta: Delta) -> ChatChunkChoice:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _deltas(events: Iterable[Event]) -> Iterator[dict[str, Any]]:
+def _deltas(events: Iterable[Event]) -> Iterator[Delta]:
     for event in events:
         if event.kind == "content":
             yield {"content": event.text}
@@ -133,9 +149,19 @@ def _deltas(events: Iterable[Event]) -> Iterator[dict[str, Any]]:
         elif event.kind == "arguments":
             yield {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
         elif event.kind == "call":
-            yield {"tool_calls": [{"index": event.index, **_call(event.text, "")}]}
+            begun: ToolCallDelta = {
+                "index": event.index,
+                "id": _call_id(),
+                "type": "function",
+                "function": {"name": event.text, "arguments": ""},
+            }
+            yield {"tool_calls": [begun]}
 
 
-def _call(name: str, arguments: str) -> dict[str, Any]:
-    call_id = f"call_{uuid.uuid4().hex[:24]}"
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+def _call(name: str, arguments: str) -> ToolCall:
+    function: FunctionText = {"name": name, "arguments": arguments}
+    return {"id": _call_id(), "type": "function", "function": function}
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"

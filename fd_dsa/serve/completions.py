@@ -22,6 +22,13 @@ from fd_dsa.serve.generation import (
     resolve_max_tokens,
 )
 from fd_dsa.serve.logprobs import completion_logprobs
+from fd_dsa.serve.protocol.answers import (
+    Completion,
+    CompletionChoice,
+    CompletionEnd,
+    CompletionLogprobs,
+    Usage,
+)
 from fd_dsa.serve.protocol.fields import IDS, TEXT, TEXTS, is_token_ids, refuse
 from fd_dsa.serve.protocol.generation import GenerationRequest
 from fd_dsa.serve.protocol.known_fields import REFUSED_IN_COMPLETIONS
@@ -86,7 +93,11 @@ _DEFAULT_MAX_TOKENS = 16
 router = APIRouter(route_class=BodyRoute)
 
 
-@router.post("/v1/completions", summary="Continue a text or a list of token ids")
+@router.post(
+    "/v1/completions",
+    summary="Continue a text or a list of token ids",
+    response_model=Completion,
+)
 async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response:
     """Continue each prompt; one choice per prompt, in their order."""
     state.hold(request.scope["state"], len(body.prompt))
@@ -135,7 +146,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
         is_echo = self.body.echo and (job_index, output.index) not in self.outputs
         return not is_echo and super().is_small(job_index, output)
 
-    def choices(self) -> Iterator[dict[str, Any]]:
+    def choices(self) -> Iterator[CompletionChoice]:
         for job_index, job in enumerate(self.jobs):
             of_prompt = self.prompt_fields(self.outputs[job_index, 0])
             for index in range(job.params.n):
@@ -143,18 +154,18 @@ class CompletionAnswer(Answer[CompletionRequest]):
                 choice = self._choice(job_index, output, is_first=True, is_whole=True)
                 yield {**choice, **of_prompt}
 
-    def deltas(self, job_index: int, output: RequestOutput) -> list[dict[str, Any]]:
+    def deltas(self, job_index: int, output: RequestOutput) -> list[CompletionChoice]:
         """See `Answer`; nothing where a step has nothing to show."""
         is_first = (job_index, output.index) not in self.outputs
         choice = self._choice(job_index, output, is_first=is_first, is_whole=False)
         if is_first:
-            choice.update(self.prompt_fields(output))
+            choice = {**choice, **self.prompt_fields(output)}
         is_news = choice["text"] or output.finished or self.body.return_token_ids
         return [choice] if is_news else []
 
     def _choice(
         self, job_index: int, output: RequestOutput, *, is_first: bool, is_whole: bool
-    ) -> dict[str, Any]:
+    ) -> CompletionChoice:
         """A choice of a whole answer, or what a step adds to it, the first one with the echo."""
         text, token_ids, scored = shown(output, is_whole)
         if self.body.only_echo:
@@ -163,24 +174,25 @@ class CompletionAnswer(Answer[CompletionRequest]):
         scores = None
         if self.body.logprobs is not None and (scored or has_echo or is_whole):
             scores = self._scores(job_index, output, scored, has_echo)
-        choice = {
+        choice: CompletionChoice = {
             "index": job_index * self.jobs[0].params.n + output.index,
             "text": self._echoes[job_index] * is_first + text,
             "logprobs": scores,
-            **self._end(job_index, output),
+            "finish_reason": None,
         }
         if self.body.return_token_ids:
-            choice["token_ids"] = token_ids
-        return choice
+            choice["token_ids"] = list(token_ids)
+        return {**choice, **self._end(job_index, output)}
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         """Token counts; a prompt that is the whole answer has no output."""
         usage = super().usage()
         if self.body.only_echo:
-            usage.update(completion_tokens=0, total_tokens=usage["prompt_tokens"])
+            usage["completion_tokens"] = 0
+            usage["total_tokens"] = usage["prompt_tokens"]
         return usage
 
-    def _end(self, job_index: int, output: RequestOutput) -> dict[str, Any]:
+    def _end(self, job_index: int, output: RequestOutput) -> CompletionEnd:
         if not output.finished:
             return {"finish_reason": None}
         if self.body.only_echo:
@@ -189,7 +201,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     def _scores(
         self, job_index: int, output: RequestOutput, scored: Sequence[Any], has_echo: bool
-    ) -> dict[str, Any]:
+    ) -> CompletionLogprobs:
         prompt = None
         if has_echo:
             prompt = output.prompt_token_ids[0], output.prompt_logprobs or ()

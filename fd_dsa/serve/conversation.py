@@ -9,6 +9,7 @@ from fd_dsa.chat.events import Event
 from fd_dsa.chat.parser import AnswerFormat, OutputParser
 from fd_dsa.serve.answer import Answer, shown
 from fd_dsa.serve.generation import Job
+from fd_dsa.serve.protocol.answers import ChatFinish
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
@@ -41,7 +42,7 @@ class ConversationAnswer(Answer[ChatCompletionRequest]):
             self.state.engine.end(self.jobs[0].request_id, output.index)
         return events
 
-    def finish_reason(self, output: RequestOutput) -> str | None:
+    def finish_reason(self, output: RequestOutput) -> ChatFinish | None:
         """Why a choice has ended, "tool_calls" after a call; None before its end."""
         choice = self.parsed[output.index]
         is_called = choice.has_calls and output.finish_reason == "stop"

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+
+# pydantic reads only this TypedDict before Python 3.12
+from typing_extensions import TypedDict
 
 from fd_dsa.chat.json_text import shortened_json
 from fd_dsa.errors import FdDsaError
@@ -80,8 +83,8 @@ def is_anthropic(path: str) -> bool:
     return f"{path}/".startswith(f"{_ANTHROPIC_PATH}/")
 
 
-class ErrorObject(BaseModel):
-    """What went wrong, in the shape of the OpenAI API."""
+class ErrorObject(TypedDict):
+    """Failure in the shape of the OpenAI API."""
 
     message: str
     type: str
@@ -89,16 +92,32 @@ class ErrorObject(BaseModel):
     code: str | None
 
 
-class ErrorResponse(BaseModel):
-    """The body of every answer that is no success."""
+class ErrorResponse(TypedDict):
+    """Body of every answer that is no success."""
 
     error: ErrorObject
 
 
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    "default": {"model": ErrorResponse, "description": "400 and above: an error object"}
-}
-"""Of every route, for the OpenAPI document; instead of FastAPI's 422, which is never sent."""
+class AnthropicErrorObject(TypedDict):
+    """Failure in the shape of Anthropic's API."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorResponse(TypedDict):
+    """Body of every answer below /v1/messages that is no success."""
+
+    type: Literal["error"]
+    error: AnthropicErrorObject
+
+
+def error_responses(model: type) -> dict[int | str, dict[str, Any]]:
+    """Describe the failures of routes, for the OpenAPI document.
+
+    They replace FastAPI's 422, which is never sent.
+    """
+    return {"default": {"model": model, "description": "400 and above: an error object"}}
 
 
 class ApiError(FdDsaError):
@@ -129,7 +148,7 @@ class ApiError(FdDsaError):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self, path: str = "") -> dict[str, Any]:
+    def body(self, path: str = "") -> ErrorResponse | AnthropicErrorResponse:
         """The error object in the form that clients of a path read."""
         if is_anthropic(path):
             general = "api_error" if self.status >= 500 else "invalid_request_error"
@@ -137,8 +156,14 @@ class ApiError(FdDsaError):
             return {"type": "error", "error": {"type": kind, "message": self.message}}
         general = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = _TYPES.get(self.status, general)
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        return {
+            "error": {
+                "message": self.message,
+                "type": kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
     def response(self, path: str = "") -> JsonResponse:
         """The error object with its status and headers, for a request to a path."""

@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+# pydantic reads only this TypedDict before Python 3.12
+from typing_extensions import TypedDict
+
 from fd_dsa import __version__
 from fd_dsa.chat.parser import AUTO, NONE, REASONING_FORMATS, TOOL_FORMATS
 from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES
@@ -20,6 +23,17 @@ from fd_dsa.serve.parser import Parser, program
 PROMPT_BYTES_PER_TOKEN = 16
 """Bytes of a prompt's text for each token of the context, unless --max-prompt-bytes says more."""
 _SIZE_FORMS = "32k is 32,000, 32K is 32,768"
+
+
+class Limits(TypedDict):
+    """Limits of requests."""
+
+    max_body_bytes: int
+    max_body_values: int
+    max_answer_scores: int
+    max_prompt_bytes: int
+    max_concurrency: int
+    max_connections: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class ServerOptions:
     hosts: Callable[[str], None] | None = None
     body_timeout_s: float = 60.0
 
-    def limits(self, max_model_len: int) -> dict[str, int]:
+    def limits(self, max_model_len: int) -> Limits:
         """Limits of requests by name, for a model of that context."""
         return {
             "max_body_bytes": self.max_body_size,

@@ -9,12 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# pydantic reads only this TypedDict before Python 3.12
+from typing_extensions import TypedDict
+
 import fd_dsa
 from fd_dsa.chat.parser import reasoning_format_name, tool_format_name
 from fd_dsa.chat.renderers import NO_TEMPLATE
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import batch_invariant, nvidia_smi, variable
-from fd_dsa.serve.flags import ServerOptions
+from fd_dsa.serve.flags import Limits, ServerOptions
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -26,8 +29,48 @@ INFO = "info"
 """Question to the engine's process, which `engine_info` answers."""
 
 
-def engine_info(config: EngineConfig) -> dict[str, Any]:
-    """What only the process that runs the model can find out; None is what it cannot."""
+class EngineInfo(TypedDict):
+    """Facts that only the process of the model knows; None = unknown."""
+
+    paddle: str
+    device: str
+    device_name: str | None
+    dtype: str
+    kv_cache_dtype: str
+    speculative_config: dict[str, Any] | None
+    sampling: str
+    providers: dict[str, dict[str, str]]
+    provider_reasons: dict[str, dict[str, dict[str, str]]]
+
+
+class ChatFormats(TypedDict):
+    """Origin of the chat template and names of the parsers; None = there is no chat."""
+
+    chat_template: str | None
+    tool_call_parser: str | None
+    reasoning_parser: str | None
+
+
+class ServerInfo(EngineInfo, Limits, ChatFormats):
+    """Versions, device, types, limits and providers of a server; None = unknown."""
+
+    engine: str
+    version: str
+    commit: str | None
+    tensor_parallel_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    target_inter_token_latency_ms: float
+    block_size: int
+    has_chat_template: bool
+    enable_prefix_caching: bool
+    batch_invariant: bool
+    cudagraph_capture_sizes: list[int]
+
+
+def engine_info(config: EngineConfig) -> EngineInfo:
+    """Find out what only the process that runs the model knows."""
     import paddle
 
     from fd_dsa.ops.providers import table
@@ -40,7 +83,7 @@ def engine_info(config: EngineConfig) -> dict[str, Any]:
         "device_name": _device_name(here.device),
         "dtype": here.dtype,
         "kv_cache_dtype": here.kv_cache_dtype,
-        "speculative_config": here.speculation and asdict(here.speculation),
+        "speculative_config": None if here.speculation is None else asdict(here.speculation),
         "sampling": "NumPy" if here.device == "cpu" else "Triton",
         "providers": {
             op: {kind: c.provider for kind, c in by.items()} for op, by in choices.items()
@@ -54,18 +97,19 @@ def engine_info(config: EngineConfig) -> dict[str, Any]:
 
 async def server_info(
     config: EngineConfig, engine: AsyncEngine, options: ServerOptions
-) -> dict[str, Any]:
+) -> ServerInfo:
     """Versions, device, types, limits and providers; None is what cannot be found out.
 
     Args:
         config: what the engine was built from; no path of it is shown.
     """
+    told: EngineInfo = await engine.ask(INFO)
     return {
         "engine": "fd_dsa",
         "version": fd_dsa.__version__,
         # starts processes
         "commit": variable("FD_DSA_COMMIT") or await asyncio.to_thread(_commit),
-        **await engine.ask(INFO),
+        **told,
         "tensor_parallel_size": config.tensor_parallel_size,
         "max_model_len": engine.max_model_len,
         "max_num_seqs": config.max_num_seqs,
@@ -81,7 +125,7 @@ async def server_info(
     }
 
 
-def chat_formats(tokenizer: Tokenizer, options: ServerOptions) -> dict[str, str | None]:
+def chat_formats(tokenizer: Tokenizer, options: ServerOptions) -> ChatFormats:
     """Origin of the chat template and names of the parsers; None where there is no chat.
 
     Args:
@@ -89,7 +133,7 @@ def chat_formats(tokenizer: Tokenizer, options: ServerOptions) -> dict[str, str 
     """
     renderer = tokenizer.chat_renderer
     if renderer is None:
-        return dict.fromkeys(("chat_template", "tool_call_parser", "reasoning_parser"))
+        return {"chat_template": None, "tool_call_parser": None, "reasoning_parser": None}
     template = (renderer.source, renderer.model_type)
     return {
         "chat_template": renderer.origin,

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
 from fd_dsa.serve.json_response import packed, packed_list, slices
+from fd_dsa.serve.protocol.answers import (
+    ChatLogprobs,
+    ChatToken,
+    CompletionLogprobs,
+    PromptScore,
+    ScoredToken,
+)
 
 if TYPE_CHECKING:
     from fd_dsa.engine.logprobs import TokenLogprobs
@@ -17,14 +24,14 @@ if TYPE_CHECKING:
 _LOWEST = -9999.0
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
     """`logprobs` of a choice of a chat completion or of its chunk, `content` as packed JSON."""
     content = packed(_chat_content(tokenizer, part) for part in slices(entries))
     return {"content": packed_list(content), "refusal": None}
 
 
-def _chat_content(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
-    def one(token_id: int, logprob: float) -> dict[str, Any]:
+def _chat_content(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> list[ChatToken]:
+    def one(token_id: int, logprob: float) -> ScoredToken:
         piece = tokenizer.piece_bytes(token_id)
         return {"token": _text(piece), "logprob": max(logprob, _LOWEST), "bytes": list(piece)}
 
@@ -45,7 +52,7 @@ def completion_logprobs(
     entries: Sequence[TokenLogprobs],
     text_offset: int = 0,
     prompt: tuple[int, Sequence[TokenLogprobs | None]] | None = None,
-) -> dict[str, orjson.Fragment]:
+) -> CompletionLogprobs:
     """`logprobs` of a choice of a completion or of its chunk.
 
     Args:
@@ -65,7 +72,12 @@ def completion_logprobs(
             rows = [_row(tokenizer, entry, offset) for entry in some]
             for name, values in zip(_COLUMNS, zip(*rows, strict=True), strict=True):
                 columns[name].append(packed([values]))
-    return {name: packed_list(*encoded) for name, encoded in columns.items()}
+    return {
+        "tokens": packed_list(*columns["tokens"]),
+        "token_logprobs": packed_list(*columns["token_logprobs"]),
+        "top_logprobs": packed_list(*columns["top_logprobs"]),
+        "text_offset": packed_list(*columns["text_offset"]),
+    }
 
 
 def _row(
@@ -101,16 +113,16 @@ def _text(piece: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def _by_id(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, Any]:
+def _by_id(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, PromptScore]:
     """The scores at one position of a prompt, the token itself first."""
     score = entry.score
     ranked = [
         (entry.token_id, score.logprob, score.rank),
         *((token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(score.top, 1)),
     ]
-    by_id: dict[str, Any] = {}
+    by_id: dict[str, PromptScore] = {}
     for token_id, logprob, rank in ranked:
-        shown = {
+        shown: PromptScore = {
             "logprob": max(logprob, _LOWEST),
             "rank": rank,
             "decoded_token": token_text(tokenizer, token_id),

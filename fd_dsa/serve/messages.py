@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -11,15 +11,30 @@ from fastapi import APIRouter, Request
 from pydantic_core import from_json
 from starlette.responses import Response
 
+# pydantic reads only this TypedDict before Python 3.12
+from typing_extensions import TypedDict
+
 from fd_dsa.chat.parser import AnswerFormat
 from fd_dsa.serve.answer import respond
 from fd_dsa.serve.blocks import Block, BlockAnswer, Change
 from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.chat_prompt import encode_conversation, make_job
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import AnthropicErrorResponse, ApiError, error_responses
 from fd_dsa.serve.generation import Job
 from fd_dsa.serve.json_response import JsonResponse
 from fd_dsa.serve.protocol.messages import CountTokensRequest, MessagesRequest
+from fd_dsa.serve.protocol.messages_answers import (
+    AnsweredMessage,
+    BlockDelta,
+    BlockDeltaEvent,
+    ContentBlock,
+    MessageStartEvent,
+    MessageUsage,
+    PingEvent,
+    Stop,
+    StopReason,
+    StreamEvent,
+)
 from fd_dsa.serve.state import ServerState, State
 
 if TYPE_CHECKING:
@@ -30,10 +45,18 @@ PATH = "/v1/messages"
 # clients send it back with the thinking; this server checks none
 _SIGNATURE = "unsigned"
 
-router = APIRouter(route_class=BodyRoute)
+router = APIRouter(route_class=BodyRoute, responses=error_responses(AnthropicErrorResponse))
 
 
-@router.post(PATH, summary="Answer a conversation, in blocks of content")
+class TokenCount(TypedDict):
+    """Tokens of a prompt."""
+
+    input_tokens: int
+
+
+@router.post(
+    PATH, summary="Answer a conversation, in blocks of content", response_model=AnsweredMessage
+)
 async def create_message(body: MessagesRequest, request: Request, state: State) -> Response:
     """Answer the messages in the chat format of the model."""
 
@@ -45,7 +68,7 @@ async def create_message(body: MessagesRequest, request: Request, state: State) 
         return await respond(make, "msg_", body.chat, request, state)
 
 
-@router.post(f"{PATH}/count_tokens", summary="Tokens of a prompt", response_model=dict[str, int])
+@router.post(f"{PATH}/count_tokens", summary="Tokens of a prompt", response_model=TokenCount)
 async def count_tokens(body: CountTokensRequest, request: Request, state: State) -> Response:
     """Number of tokens that the prompt of the same message would have."""
     state.check_available()
@@ -53,7 +76,8 @@ async def count_tokens(body: CountTokensRequest, request: Request, state: State)
     with body.own_names():
         run = state.prompt_workers.run
         tokens = await run(encode_conversation, state, body.chat, request=request)
-    return JsonResponse({"input_tokens": len(tokens)})
+    count: TokenCount = {"input_tokens": len(tokens)}
+    return JsonResponse(count)
 
 
 class MessageAnswer(BlockAnswer):
@@ -68,42 +92,47 @@ class MessageAnswer(BlockAnswer):
         self._max_tokens = body.max_tokens
         self._is_begun = False
 
-    def choices(self) -> Iterator[dict[str, Any]]:
+    def choices(self) -> Iterator[AnsweredMessage]:
         content = [_whole(block) for block in self.blocks]
         yield self._message(content, self._stop(self.outputs[0, 0]), self._usage())
 
-    def deltas(self, job_index: int, output: RequestOutput) -> list[dict[str, Any]]:
+    def deltas(self, job_index: int, output: RequestOutput) -> Sequence[Mapping[str, Any]]:
         """See `Answer`; the message begins with its first step, which knows the cached tokens."""
         events = super().deltas(job_index, output)
         if self._is_begun:
             return events
         self._is_begun = True
-        none_yet = {"stop_reason": None, "stop_sequence": None}
+        none_yet: Stop = {"stop_reason": None, "stop_sequence": None}
         message = self._message([], none_yet, {**self._usage(), "output_tokens": 0})
-        return [{"type": "message_start", "message": message}, {"type": "ping"}, *events]
+        start: MessageStartEvent = {"type": "message_start", "message": message}
+        ping: PingEvent = {"type": "ping"}
+        return [start, ping, *events]
 
-    def show(self, change: Change) -> Iterator[dict[str, Any]]:
+    def show(self, change: Change) -> Iterator[StreamEvent]:
         block = change.block
         if change.kind == "begin":
-            yield _event(block, "start", content_block=_begun(block))
+            yield {
+                "type": "content_block_start",
+                "index": block.index,
+                "content_block": _begun(block),
+            }
         elif change.kind == "more":
-            yield _event(block, "delta", delta=_delta(block, change.text))
+            yield _more(block, _delta(block, change.text))
         else:
             if block.kind == "reasoning":
-                signed = {"type": "signature_delta", "signature": _SIGNATURE}
-                yield _event(block, "delta", delta=signed)
-            yield _event(block, "stop")
+                yield _more(block, {"type": "signature_delta", "signature": _SIGNATURE})
+            yield {"type": "content_block_stop", "index": block.index}
 
-    def closing(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
+    def closing(self, output: RequestOutput) -> Iterator[StreamEvent]:
         yield {"type": "message_delta", "delta": self._stop(output), "usage": self._usage()}
         yield {"type": "message_stop"}
 
-    def failure(self, error: ApiError) -> dict[str, Any]:
+    def failure(self, error: ApiError) -> Mapping[str, Any]:
         return error.body(PATH)
 
     def _message(
-        self, content: list[dict[str, Any]], stop: dict[str, Any], usage: dict[str, Any]
-    ) -> dict[str, Any]:
+        self, content: list[ContentBlock], stop: Stop, usage: MessageUsage
+    ) -> AnsweredMessage:
         return {
             "id": self.head["id"],
             "type": "message",
@@ -114,7 +143,8 @@ class MessageAnswer(BlockAnswer):
             "usage": {**usage, "service_tier": "standard"},
         }
 
-    def _stop(self, output: RequestOutput) -> dict[str, str | None]:
+    def _stop(self, output: RequestOutput) -> Stop:
+        why: StopReason
         reason, sequence = self.finish_reason(output), self.end_fields(0, output)["stop_reason"]
         if reason == "length":
             is_full = (self.jobs[0].params.max_tokens or 0) < self._max_tokens
@@ -123,9 +153,10 @@ class MessageAnswer(BlockAnswer):
             why = "tool_use"
         else:
             why = "stop_sequence" if isinstance(sequence, str) else "end_turn"
-        return {"stop_reason": why, "stop_sequence": sequence if why == "stop_sequence" else None}
+        is_stopped = why == "stop_sequence" and isinstance(sequence, str)
+        return {"stop_reason": why, "stop_sequence": str(sequence) if is_stopped else None}
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> MessageUsage:
         """Token counts; as in the API, those of the input leave out what the cache had."""
         usage = self.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
@@ -138,20 +169,32 @@ class MessageAnswer(BlockAnswer):
         }
 
 
-def _event(block: Block, kind: str, **fields: Any) -> dict[str, Any]:
-    return {"type": f"content_block_{kind}", "index": block.index, **fields}
+def _more(block: Block, delta: BlockDelta) -> BlockDeltaEvent:
+    return {"type": "content_block_delta", "index": block.index, "delta": delta}
 
 
-def _begun(block: Block) -> dict[str, Any]:
+def _begun(block: Block) -> ContentBlock:
     """A block of content as it begins."""
+    return _content(block, "", "", {})
+
+
+def _content(
+    block: Block, text: str, signature: str, given: dict[str, Any] | orjson.Fragment
+) -> ContentBlock:
+    """A block of content.
+
+    Args:
+        given: input of a call.
+    """
     if block.kind == "reasoning":
-        return {"type": "thinking", "thinking": "", "signature": ""}
+        return {"type": "thinking", "thinking": text, "signature": signature}
     if block.kind == "content":
-        return {"type": "text", "text": ""}
-    return {"type": "tool_use", "id": f"toolu_{block.key[:24]}", "name": block.name, "input": {}}
+        return {"type": "text", "text": text}
+    call_id = f"toolu_{block.key[:24]}"
+    return {"type": "tool_use", "id": call_id, "name": block.name, "input": given}
 
 
-def _delta(block: Block, text: str) -> dict[str, Any]:
+def _delta(block: Block, text: str) -> BlockDelta:
     if block.kind == "reasoning":
         return {"type": "thinking_delta", "thinking": text}
     if block.kind == "content":
@@ -159,13 +202,10 @@ def _delta(block: Block, text: str) -> dict[str, Any]:
     return {"type": "input_json_delta", "partial_json": text}
 
 
-def _whole(block: Block) -> dict[str, Any]:
+def _whole(block: Block) -> ContentBlock:
     """A block of content of a whole message."""
-    if block.kind == "reasoning":
-        return {**_begun(block), "thinking": block.text, "signature": _SIGNATURE}
-    if block.kind == "content":
-        return {**_begun(block), "text": block.text}
-    return {**_begun(block), "input": _input(block.text)}
+    text = block.text
+    return _content(block, text, _SIGNATURE, _input(text) if block.kind == "call" else {})
 
 
 def _input(arguments: str) -> orjson.Fragment:

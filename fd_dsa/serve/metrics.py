@@ -78,7 +78,12 @@ _STEP_COUNTERS = {
 }
 
 
-@router.get("/metrics", summary="Counters and histograms for Prometheus")
+@router.get(
+    "/metrics",
+    summary="Counters and histograms for Prometheus",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(state: State) -> Response:
     """The engine's metrics and memory and files of the processes; the latter alone while it loads.
 

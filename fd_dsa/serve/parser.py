@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, nearest_name
 
 _CHOICE = re.compile(r"(?s)(.*)invalid choice: '(.*)' \(choose from (.*)\)")
 
@@ -23,10 +22,8 @@ def program(command: str) -> str:
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
     """What to do about a name that is none of the known ones."""
-    known = list(known)
-    begun = [one for one in known if len(name) > 3 and one.startswith(name)]
-    near = begun or difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else otherwise
+    near = nearest_name(name, known)
+    return f"did you mean {near}?" if near else otherwise
 
 
 class Parser(argparse.ArgumentParser):

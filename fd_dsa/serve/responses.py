@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -19,6 +18,16 @@ from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.generation import Job
 from fd_dsa.serve.logprobs import chat_logprobs
 from fd_dsa.serve.protocol.responses import ResponsesRequest
+from fd_dsa.serve.protocol.responses_answers import (
+    Item,
+    ItemStatus,
+    Part,
+    ReasoningPart,
+    ResponseObject,
+    ResponseUsage,
+    Scores,
+    TextPart,
+)
 from fd_dsa.serve.state import ServerState, State
 
 if TYPE_CHECKING:
@@ -32,7 +41,9 @@ _PREFIXES = {"reasoning": "rs_", "content": "msg_", "call": "fc_"}
 router = APIRouter(route_class=BodyRoute)
 
 
-@router.post("/v1/responses", summary="Answer a conversation, in items")
+@router.post(
+    "/v1/responses", summary="Answer a conversation, in items", response_model=ResponseObject
+)
 async def create_response(body: ResponsesRequest, request: Request, state: State) -> Response:
     """Answer the input in the chat format of the model; nothing is stored."""
 
@@ -55,7 +66,7 @@ class ResponseAnswer(BlockAnswer):
         self._asked = body
         self._num_events = 0
         # scores of ended blocks, which several events repeat
-        self._packed: dict[int, list[Any] | orjson.Fragment] = {}
+        self._packed: dict[int, Scores] = {}
 
     def choices(self) -> Iterator[dict[str, Any]]:
         yield self._ended(self.outputs[0, 0])
@@ -122,7 +133,7 @@ class ResponseAnswer(BlockAnswer):
             return self._response("incomplete", incomplete_details=why, **times)
         return self._response("completed", **times)
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> ResponseUsage:
         usage = self.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return {
@@ -165,25 +176,42 @@ class ResponseAnswer(BlockAnswer):
             **fields,
         }
 
-    def _item(self, block: Block, status: str, *, is_begun: bool = True) -> dict[str, Any]:
+    def _item(self, block: Block, status: ItemStatus, *, is_begun: bool = True) -> Item:
         """The item of a block; one that has not begun has no content yet."""
-        item: dict[str, Any] = {"id": _id(block), "type": "function_call", "status": status}
         if block.kind == "call":
-            call = {"call_id": f"call_{block.key[:24]}", "name": block.name}
-            return {**item, **call, "arguments": block.text}
-        content = [self._part(block)] if is_begun else []
+            return {
+                "id": _id(block),
+                "type": "function_call",
+                "status": status,
+                "call_id": f"call_{block.key[:24]}",
+                "name": block.name,
+                "arguments": block.text,
+            }
         if block.kind == "content":
-            return {**item, "type": "message", "role": "assistant", "content": content}
-        return {**item, "type": "reasoning", "summary": [], "content": content}
+            return {
+                "id": _id(block),
+                "type": "message",
+                "status": status,
+                "role": "assistant",
+                "content": [self._text_part(block)] if is_begun else [],
+            }
+        return {
+            "id": _id(block),
+            "type": "reasoning",
+            "status": status,
+            "summary": [],
+            "content": [_reasoning_part(block)] if is_begun else [],
+        }
 
-    def _part(self, block: Block) -> dict[str, Any]:
-        if block.kind == "reasoning":
-            return {"type": "reasoning_text", "text": block.text}
+    def _part(self, block: Block) -> Part:
+        return _reasoning_part(block) if block.kind == "reasoning" else self._text_part(block)
+
+    def _text_part(self, block: Block) -> TextPart:
         scores = self._packed.get(block.index)
         scores = self._scores(block.scores) if scores is None else scores
         return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": scores}
 
-    def _scores(self, scores: Sequence[TokenLogprobs]) -> list[Any] | orjson.Fragment:
+    def _scores(self, scores: Sequence[TokenLogprobs]) -> Scores:
         return chat_logprobs(self.tokenizer, scores)["content"] if scores else []
 
 
@@ -195,5 +223,9 @@ def _place(block: Block) -> dict[str, Any]:
     return {"item_id": _id(block), "output_index": block.index}
 
 
-def _status(block: Block) -> str:
+def _reasoning_part(block: Block) -> ReasoningPart:
+    return {"type": "reasoning_text", "text": block.text}
+
+
+def _status(block: Block) -> ItemStatus:
     return "completed" if block.is_complete else "incomplete"

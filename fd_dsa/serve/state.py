@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
@@ -22,7 +22,7 @@ UNRESPONSIVE_S = 20.0
 _ALIAS = "default"
 _POLL_S = 0.02
 
-Info = Callable[[], Awaitable[dict[str, Any]]]
+Info = Callable[[], Awaitable[Mapping[str, Any]]]
 """Finds out what /server_info shows."""
 
 
@@ -51,7 +51,7 @@ class ServerState:
         self.served_model_names = tuple(served_model_names)
         self.created = int(time.time())
         self._find_info = info
-        self._info: dict[str, Any] | None = None
+        self._info: Mapping[str, Any] | None = None
         self.options = options or ServerOptions()
         self.startup = StartupProgress()
         self.num_admitted = self.num_body_bytes = 0
@@ -70,7 +70,7 @@ class ServerState:
             raise self._loading()
         return self.loaded_engine
 
-    async def info(self) -> dict[str, Any]:
+    async def info(self) -> Mapping[str, Any]:
         """What /server_info shows."""
         if self._info is None:
             self._info = await self._find_info() if self._find_info is not None else {}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 from pydantic import FailFast, Field
 from starlette.responses import Response
+
+# pydantic reads only this TypedDict before Python 3.12
+from typing_extensions import NotRequired, TypedDict
 
 from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.chat_prompt import encode_conversation
 from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.generation import encode_prompt
 from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
+from fd_dsa.serve.protocol.answers import PackedIds, PackedTexts
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest, ChatMessage
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, Body, at_most
 from fd_dsa.serve.state import ServerState, State
@@ -45,13 +49,28 @@ class DetokenizeRequest(Body, json_schema_extra={"examples": [{"tokens": [72, 10
     tokens: Annotated[list[int], FailFast()]
 
 
+class Tokenized(TypedDict):
+    """Token ids of an input."""
+
+    count: int
+    max_model_len: int
+    tokens: PackedIds
+    token_strs: NotRequired[PackedTexts]
+
+
+class Detokenized(TypedDict):
+    """Text of token ids."""
+
+    prompt: str
+
+
 router = APIRouter(route_class=BodyRoute)
 
 
 @router.post(
     "/tokenize",
     summary="Token ids of a text or of a conversation",
-    response_model=dict[str, Any],
+    response_model=Tokenized,
 )
 async def tokenize(body: TokenizeRequest, request: Request, state: State) -> Response:
     """The ids that a completion or a chat completion of the same input would begin with."""
@@ -59,7 +78,7 @@ async def tokenize(body: TokenizeRequest, request: Request, state: State) -> Res
     return await state.prompt_workers.run(_tokenize, state, body, request=request)
 
 
-@router.post("/detokenize", summary="Text of token ids", response_model=dict[str, str])
+@router.post("/detokenize", summary="Text of token ids", response_model=Detokenized)
 async def detokenize(body: DetokenizeRequest, request: Request, state: State) -> Response:
     """The text, special tokens included; bytes that form no character become U+FFFD."""
     state.resolve_model(body.model)
@@ -73,7 +92,7 @@ def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
     else:
         special = body.add_special_tokens is not False
         tokens = encode_prompt(state, body.prompt, "prompt", add_special_tokens=special)
-    answer: dict[str, Any] = {
+    answer: Tokenized = {
         "count": len(tokens),
         "max_model_len": state.engine.max_model_len,
         "tokens": packed_list(packed(slices(tokens))),
@@ -95,4 +114,5 @@ def _detokenize(state: ServerState, tokens: list[int]) -> Response:
     outside = next((token for token in tokens if not 0 <= token <= highest), None)
     if outside is not None:
         raise FieldError(f"tokens: got {show(outside)}; token ids of this model are 0 to {highest}")
-    return JsonResponse({"prompt": tokenizer.decode(tokens, False)})
+    answer: Detokenized = {"prompt": tokenizer.decode(tokens, False)}
+    return JsonResponse(answer)

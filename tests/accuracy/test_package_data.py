@@ -22,7 +22,8 @@ BUILD = "from setuptools import build_meta as b; print(b.build_{}('dist'))"
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project with this room alone, so that building takes a second."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fd_dsa/__init__.py"):
+    typed = "fd_dsa/py.typed"
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fd_dsa/__init__.py", typed):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     # other processes write there
@@ -49,6 +50,8 @@ def test_wheel_and_sdist_hold_the_prompts(source: Path) -> None:
     with zipfile.ZipFile(_build(source, "wheel")) as wheel:
         assert sorted(name for name in wheel.namelist() if "/data/" in name) == wanted
         assert wheel.read(str(DATA / OFFICIAL.name)) == OFFICIAL.read_bytes()
+        # type checkers read the annotations of an installed package only if it holds this file
+        assert "fd_dsa/py.typed" in wheel.namelist()
     with tarfile.open(_build(source, "sdist")) as sdist:
         names = [name.partition("/")[2] for name in sdist.getnames()]
-    assert set(wanted) <= set(names)
+    assert {*wanted, "fd_dsa/py.typed"} <= set(names)

@@ -118,17 +118,18 @@ def test_logits_that_are_not_finite_end_all_outputs():
     assert [outputs[index].finish_reason for index in range(3)] == ["error"] * 3
 
 
-def test_llm_gives_the_outputs_of_a_prompt_in_a_row():
+def test_llm_gives_the_outputs_of_a_prompt_together():
     with LLM.from_engine(make_engine()) as llm:
-        outputs = llm.generate([PROMPT, [5, 6]], [params(n=3), params(n=2)])
-        assert [(len(out.prompt_token_ids), out.index) for out in outputs] == [
-            (18, 0),
-            (18, 1),
-            (18, 2),
-            (2, 0),
-            (2, 1),
+        asked = [params(n=3), params(n=1), params(n=2)]
+        answers = llm.generate([PROMPT, [5], [5, 6]], asked)
+        assert [[one.index for one in answer.outputs] for answer in answers] == [
+            [0, 1, 2],
+            [0],
+            [0, 1],
         ]
-        assert outputs[1].token_ids == tokens_of_seed(PROMPT, derive_seed(5, 1))
+        assert [len(answer.prompt_token_ids) for answer in answers] == [18, 1, 2]
+        assert answers[0].outputs[1].token_ids == tokens_of_seed(PROMPT, derive_seed(5, 1))
+        assert answers[0].outputs[0] is answers[0]
         streamed = llm.generate([PROMPT], params(n=2), stream=True)
         next(streamed)
         streamed.close()

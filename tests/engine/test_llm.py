@@ -66,6 +66,26 @@ def test_stream_yields_every_step_of_every_prompt(llm):
     assert text == {index: output.text for index, output in last.items()}
 
 
+def test_outputs_have_the_names_of_vllm(llm):
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=0)
+    by_text, by_ids = llm.generate(["ab", [4]], params)
+    assert (by_text.prompt, by_text.prompt_token_ids) == ("ab", [2, 3])
+    assert (by_ids.prompt, by_ids.prompt_token_ids) == (None, [4])
+    for answer in (by_text, by_ids):
+        (output,) = answer.outputs
+        assert answer.finished and answer.request_id
+        assert (output.index, output.text, output.token_ids) == (0, answer.text, answer.token_ids)
+        assert (output.finish_reason, output.stop_reason) == ("length", None)
+        total = sum(entry.score.logprob for entry in output.logprobs)
+        assert output.cumulative_logprob == pytest.approx(total)
+        assert output.cumulative_logprob < 0
+    plain = llm.generate("ab", GREEDY)[0]
+    assert (plain.logprobs, plain.cumulative_logprob) == (None, None)
+    for streamed in llm.generate("ab", params, stream=True):
+        assert streamed.outputs == [streamed]
+        assert streamed.prompt == "ab"
+
+
 def test_two_streams_may_be_read_in_turn_with_calls_between(llm):
     first = llm.generate("ab", GREEDY, stream=True)
     second = llm.generate("c", GREEDY, stream=True)
@@ -115,6 +135,7 @@ def test_chat_uses_the_template_and_fills_the_context():
     messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
     outputs = llm.chat(messages, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
     assert outputs[0].prompt_token_ids == plain.encode("<bos>abcL")
+    assert outputs[0].prompt == "<bos>abcL"
     assert len(outputs[0].token_ids) == 64 - 5
     several = llm.chat([messages, messages[:1]], GREEDY)
     assert [output.prompt_token_ids for output in several] == [
@@ -154,7 +175,7 @@ def test_chat_hands_tools_and_variables_to_the_template():
     assert prompt(tools=tools) == plain.encode("dabcL")
     assert prompt(chat_template_kwargs={"letters": "ee"}) == plain.encode("eeabcL")
     assert prompt(continue_final_message=True) == plain.encode("abc")
-    with pytest.raises(ValueError, match="chat_template_kwargs has 'tools'"):
+    with pytest.raises(ValueError, match="chat_template_kwargs: got 'tools'"):
         prompt(chat_template_kwargs={"tools": []})
 
 

@@ -153,5 +153,5 @@ def test_a_runner_that_cannot_tell_refuses_by_name() -> None:
     engine = make_engine()
     with pytest.raises(ValueError, match=r"^return_topk_positions is true; .* --device cpu$"):
         engine.add_request("r", [5, 6], ASKING)
-    with pytest.raises(ValueError, match="return_topk_positions is 'yes'"):
+    with pytest.raises(ValueError, match="return_topk_positions: got 'yes'"):
         replace(ASKING, return_topk_positions="yes")

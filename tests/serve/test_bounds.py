@@ -63,10 +63,10 @@ COMPLETION_BOUNDS: dict[str, tuple[Any, Any, str]] = {
     "bad_words_token_ids": ([1] * ENTRIES, [1] * (ENTRIES + 1), f"at most {ENTRIES}"),
     "guided_choice": (["a"] * ENTRIES, ["a"] * (ENTRIES + 1), f"at most {ENTRIES}"),
     "stop": (["a"] * 64, ["a"] * 65, "has 65 entries; at most 64"),
-    "stop ": (["a" * 512] * 16, ["a" * 512] * 16 + ["b"], "8193 characters in all; at most 8192"),
+    "stop ": (["a" * 512] * 16, ["a" * 512] * 16 + ["b"], "8193 characters in all; must be"),
     "bad_words": (["a"] * 1024, ["a"] * 1025, "has 1025 entries; at most 1024"),
-    "bad_words ": (["a" * 512] * 64, ["a" * 512] * 64 + ["b"], "32769 characters in all; at most"),
-    "cache_salt": ("a" * 512, "a" * 513, "has 513 characters; at most 512"),
+    "bad_words ": (["a" * 512] * 64, ["a" * 512] * 64 + ["b"], "32769 characters in all; must be"),
+    "cache_salt": ("a" * 512, "a" * 513, "got 513 characters; must be at most 512"),
     "guided_json": (
         {"description": "a" * (32_768 - 19)},
         {"description": ["a"] * 10_000},

@@ -17,11 +17,12 @@ ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", 
 
 def test_the_document_tells_the_errors_that_are_sent(live: Live) -> None:
     document = live.http.get("/openapi.json").json()
-    for operations in document["paths"].values():
+    for path, operations in document["paths"].items():
+        kind = "AnthropicErrorResponse" if path.startswith("/v1/messages") else "ErrorResponse"
         for operation in operations.values():
             assert operation["responses"].keys() == {"200", "default"}
             content = operation["responses"]["default"]["content"]["application/json"]
-            assert content["schema"]["$ref"].endswith("/ErrorResponse")
+            assert content["schema"]["$ref"].endswith(f"/{kind}")
     error = document["components"]["schemas"]["ErrorObject"]
     assert error["properties"].keys() == {"message", "type", "param", "code"}
 

@@ -1,0 +1,224 @@
+"""Names of arguments: errors of wrong calls that say which argument was meant."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from fd_dsa.errors import ArgumentError, argument_error, nearest_name
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_T = TypeVar("_T")
+
+_FORM = "write structured_outputs=StructuredOutputsParams(json=SCHEMA), or regex, choice, grammar"
+_NO_BEAMS = "leave it out, there is no beam search"
+_GRAPHS = "write cudagraph_capture_sizes, or enforce_eager=True to capture nothing"
+_FOLDER = "give model the folder that huggingface_hub.snapshot_download returns"
+_ONE_MACHINE = "write tensor_parallel_size, or serve with --engine fastdeploy"
+_STAYS = "leave it out, weights and caches stay on the device"
+_TEXT_ONLY = "leave it out, models read only text"
+_SERVER = "leave it out, it is a flag of the server"
+_DRAFTS = 'write speculative_config={"method": "mtp", "num_speculative_tokens": 3}'
+_PARSED = "leave it out, fd_dsa.chat.parser.OutputParser reads the text of an answer"
+_READ = "leave it out, the model folder says it"
+
+SAMPLING_HINTS: Mapping[str, str] = {
+    **dict.fromkeys(("use_beam_search", "num_beams", "beam_width", "length_penalty"), _NO_BEAMS),
+    "early_stopping": _NO_BEAMS,
+    **dict.fromkeys(("guided_decoding", "guided_json", "guided_regex", "guided_choice"), _FORM),
+    **dict.fromkeys(("guided_grammar", "response_format", "json_schema", "json"), _FORM),
+    **dict.fromkeys(("regex", "choice", "grammar", "structured_output"), _FORM),
+    **dict.fromkeys(("max_new_tokens", "max_completion_tokens", "max_length"), "write max_tokens"),
+    **dict.fromkeys(("max_output_tokens", "num_predict", "n_predict"), "write max_tokens"),
+    **dict.fromkeys(("min_new_tokens", "min_length"), "write min_tokens"),
+    **dict.fromkeys(("stop_strings", "stop_sequences"), "write stop"),
+    **dict.fromkeys(("num_return_sequences", "num_completions"), "write n"),
+    "allowed_token_ids": "write logit_bias to favor tokens, or structured_outputs for a form",
+    "best_of": "write n, all sampled outputs are returned",
+    "detokenize": "leave it out, every output has its text and its token_ids",
+    "do_sample": "write temperature=0 for greedy sampling",
+    "extra_args": "leave it out",
+    "logits_processors": "write logit_bias, bad_words or structured_outputs",
+    "output_kind": "write stream=True in generate or chat for outputs as they come",
+    "repeat_penalty": "write repetition_penalty",
+    "spaces_between_special_tokens": "leave it out",
+    "stop_token": "write stop_token_ids",
+    "top_logprobs": "write logprobs",
+    "truncate_prompt_tokens": "cut the token ids of the prompt",
+}
+"""Arguments that SamplingParams has in other libraries, and what to write here."""
+
+FORM_HINTS: Mapping[str, str] = {
+    **dict.fromkeys(("schema", "json_schema", "guided_json"), "write json"),
+    **dict.fromkeys(("pattern", "guided_regex"), "write regex"),
+    **dict.fromkeys(("choices", "guided_choice"), "write choice"),
+    **dict.fromkeys(("guided_grammar", "lark", "gbnf"), "write grammar"),
+    "backend": "leave it out, llguidance serves every form",
+    "disable_additional_properties": 'write "additionalProperties": false in the schema',
+    "disable_any_whitespace": "leave it out, white space in JSON is bounded",
+    "disable_fallback": "leave it out, there is no other backend",
+    "structural_tag": "write grammar",
+    "whitespace_pattern": "leave it out, white space in JSON is bounded",
+}
+"""As `SAMPLING_HINTS`, for StructuredOutputsParams."""
+
+LLM_HINTS: Mapping[str, str] = {
+    **dict.fromkeys(("api_key", "host", "port"), _SERVER),
+    **dict.fromkeys(("cpu_offload_gb", "swap_space"), _STAYS),
+    **dict.fromkeys(("compilation_config", "cuda_graph_sizes", "use_cuda_graph"), _GRAPHS),
+    **dict.fromkeys(
+        ("max_seq_len_to_capture", "use_cudagraph", "graph_optimization_config"), _GRAPHS
+    ),
+    **dict.fromkeys(
+        ("context_length", "max_seq_len", "max_length", "n_ctx"), "write max_model_len"
+    ),
+    **dict.fromkeys(("data_parallel_size", "pipeline_parallel_size"), _ONE_MACHINE),
+    "enable_expert_parallel": _ONE_MACHINE,
+    **dict.fromkeys(("disable_custom_all_reduce", "disable_log_stats"), "leave it out"),
+    **dict.fromkeys(("distributed_executor_backend", "worker_cls"), "leave it out"),
+    **dict.fromkeys(("download_dir", "revision", "tokenizer_revision", "code_revision"), _FOLDER),
+    **dict.fromkeys(("draft_model", "num_speculative_tokens", "speculative_model"), _DRAFTS),
+    **dict.fromkeys(
+        ("enable_lora", "max_lora_rank", "max_loras"), "leave it out, no adapter is read"
+    ),
+    **dict.fromkeys(("limit_mm_per_prompt", "mm_processor_kwargs"), _TEXT_ONLY),
+    **dict.fromkeys(("enable_auto_tool_choice", "reasoning_parser", "tool_call_parser"), _PARSED),
+    **dict.fromkeys(("quantization", "tokenizer_mode", "skip_tokenizer_init", "task"), _READ),
+    **dict.fromkeys(("runner", "model_impl", "config_format"), _READ),
+    **dict.fromkeys(("dp", "dp_size", "ep", "ep_size", "pp", "pp_size"), _ONE_MACHINE),
+    **dict.fromkeys(("tp", "tp_size", "num_gpus", "world_size"), "write tensor_parallel_size"),
+    **dict.fromkeys(("precision", "torch_dtype"), "write dtype"),
+    "device_map": "write device",
+    "disable_cascade_attn": "leave it out",
+    "generation_config": "write SamplingParams; sampling_defaults shows what the folder proposes",
+    "guided_decoding_backend": "leave it out, llguidance serves every form",
+    "hf_overrides": "edit config.json; index_topk is an argument",
+    "max_logprobs": "leave it out, the bound is 20",
+    "mem_fraction_static": "write gpu_memory_utilization",
+    "model_path": "write model",
+    "override_generation_config": "write SamplingParams",
+    "scheduling_policy": "leave it out, requests run in the order of their arrival",
+    "structured_outputs_config": "leave it out, llguidance serves every form",
+    "trust_remote_code": "leave it out, no Python file of a folder is run",
+}
+"""As `SAMPLING_HINTS`, for LLM."""
+
+CALL_HINTS: Mapping[str, str] = {
+    **dict.fromkeys(("add_generation_prompt", "prefix"), "write continue_final_message"),
+    **dict.fromkeys(("conversation", "conversations"), "write messages"),
+    **dict.fromkeys(
+        ("enable_thinking", "thinking"), 'write chat_template_kwargs={"thinking": True}'
+    ),
+    **dict.fromkeys(("input", "inputs", "text", "texts"), "give the first argument no name"),
+    **dict.fromkeys(("lora_request", "priority", "tokenization_kwargs"), "leave it out"),
+    "chat_template": "write LLM(chat_template=FILE)",
+    "chat_template_content_format": "leave it out, the template shows which form it takes",
+    "guided_options_request": _FORM,
+    "mm_processor_kwargs": _TEXT_ONLY,
+    "params": "write sampling_params",
+    "prompt_token_ids": "give the token ids as prompts: one list, or a list of lists",
+    "reasoning_effort": 'write chat_template_kwargs={"reasoning_effort": LEVEL}',
+    "system": 'write a message {"role": "system", "content": TEXT}',
+    "tool_choice": "leave tools out for no call; the server's chat completions take tool_choice",
+    "use_tqdm": "write stream=True for outputs as they come",
+}
+"""As `SAMPLING_HINTS`, for LLM.generate and LLM.chat."""
+
+
+def explain_calls(
+    hints: Mapping[str, str],
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorate a function so that a call which does not fit its signature raises ArgumentError.
+
+    Calls that fit cost nothing more: the signature is read only after a TypeError.
+
+    Args:
+        hints: names that callers of other libraries write, and what to write here.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            try:
+                return function(*args, **kwargs)
+            except TypeError:
+                refusal = _refusal(function, args, kwargs, hints)
+                if refusal is not None:
+                    raise refusal from None
+                # the call fits, so the error came from inside of the function
+                raise
+
+        return call
+
+    return decorate
+
+
+def explain_fields(hints: Mapping[str, str]) -> Callable[[type[_T]], type[_T]]:
+    """Decorate a dataclass as `explain_calls` decorates a function."""
+
+    def decorate(cls: type[_T]) -> type[_T]:
+        cls.__init__ = explain_calls(hints)(cls.__init__)  # type: ignore[method-assign]
+        return cls
+
+    return decorate
+
+
+def _refusal(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    hints: Mapping[str, str],
+) -> ArgumentError | None:
+    """Make the error of a call; None if it fits the signature."""
+    parameters = inspect.signature(function).parameters
+    owner = function.__qualname__.removesuffix(".__init__")
+    kind = function.__qualname__.split(".")[-2:][0]
+    is_method = "self" in parameters and kind != owner
+    if is_method and args and kind not in (one.__name__ for one in type(args[0]).__mro__):
+        hint = f"call the method of an instance: {kind.lower()} = {kind}()"
+        return argument_error("self", args[0], f"an instance of {kind}", hint)
+    names = [name for name in parameters if name != "self"]
+    for name, value in kwargs.items():
+        if name not in names:
+            return argument_error(
+                name, value, f"an argument of {owner}", _instead(name, names, hints)
+            )
+    placed = [
+        name
+        for name, one in parameters.items()
+        if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(args) > len(placed):
+        # the first one is self
+        most = len(placed) - 1
+        named = ", ".join(name for name in names if name not in placed) or "those of the others"
+        return argument_error(
+            f"argument {most + 1}",
+            args[len(placed)],
+            f"given by its name, since {owner} takes {most} without one",
+            f"write NAME=VALUE; the names are {named}",
+        )
+    for name in placed[: len(args)]:
+        if name in kwargs:
+            return ArgumentError(
+                f"{name}: got two values, one without a name; must be one; leave one out"
+            )
+    for name in placed[len(args) :]:
+        if parameters[name].default is inspect.Parameter.empty and name not in kwargs:
+            return ArgumentError(
+                f"{name}: got nothing; must be an argument of {owner}; write {name}=VALUE"
+            )
+    return None
+
+
+def _instead(name: str, names: list[str], hints: Mapping[str, str]) -> str:
+    """Say what to write for an unknown name."""
+    if name.lower() in hints:
+        return hints[name.lower()]
+    near = nearest_name(name.lower(), (*names, *hints))
+    if near is not None and near in hints:
+        return hints[near]
+    return f"write {near}" if near else f"the names are {', '.join(names)}"
