@@ -45,7 +45,7 @@ help: ## this list
 	@echo "make TARGET [ARGS=...] [PYTHON=python3.12] [WORKERS=2]; .venv is made on first use"
 	@sed -n 's/^\([a-z0-9-]*\):.* ## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
-serve: $(VENV)/.cpu ## start the server on the demo model; flags: make serve ARGS="--port 9000"
+serve: $(VENV)/.serve ## start the server on the demo model; flags: make serve ARGS="--port 9000"
 	$(BIN)/python -m fd_dsa.serve $(ARGS)
 
 smoke: $(VENV)/.dev ## one quick test file of each package: under a minute on 2 cores
@@ -102,7 +102,7 @@ soak: $(VENV)/.dev ## new random cases for hours; make soak ROUNDS=1 CASES=200 i
 gpu-rig: $(VENV)/.dev ## Paddle tensors in CUDA memory, with Paddle's CPU wheel, g++ and nvcc
 	$(BIN)/python -m pytest -m gpu_rig $(ARGS)
 
-custom-ops: $(VENV)/.cpu ## the operators in C++ for the Paddle of .venv; needs g++, for CUDA nvcc
+custom-ops: $(VENV)/.serve ## the operators in C++ for the Paddle of .venv; needs g++, for CUDA nvcc
 	$(PIP) --quiet --no-build-isolation ./custom_ops
 	@$(BIN)/python -W ignore -c 'from fd_dsa.custom_ops import build; \
 	  print("fd_dsa_ops is", build().state, build().reason + ("" if build().kernels else \
@@ -124,15 +124,15 @@ $(DOCS)/.made: pyproject.toml
 	@touch $@
 
 # a stamp is the extras that .venv holds; a newer pyproject.toml makes pip look again
-$(VENV)/.cpu: EXTRAS := cpu
-$(VENV)/.cpu: SIZE := 0.25 GB to download, 1 GB on disk, one to ten minutes
+$(VENV)/.serve: EXTRAS := cpu,structured
+$(VENV)/.serve: SIZE := 0.25 GB to download, 1 GB on disk, one to ten minutes
 $(VENV)/.dev: EXTRAS := cpu,dev
 $(VENV)/.dev: SIZE := 0.7 GB to download, 3 GB on disk, two to fifteen minutes
 $(VENV)/.all: EXTRAS := cpu,dev,integrations
 $(VENV)/.all: SIZE := 0.8 GB to download, 3.4 GB on disk, two to fifteen minutes
 $(VENV)/.oracle: EXTRAS := cpu,dev,oracle
 $(VENV)/.oracle: SIZE := several GB, since torch's default wheel brings CUDA (docs/quickstart.md)
-$(VENV)/.cpu $(VENV)/.dev $(VENV)/.all $(VENV)/.oracle: $(VENV)/.made pyproject.toml setup.py
+$(VENV)/.serve $(VENV)/.dev $(VENV)/.all $(VENV)/.oracle: $(VENV)/.made pyproject.toml setup.py
 	@echo "installing fd_dsa[$(EXTRAS)] into $(VENV): $(SIZE)"
 	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@

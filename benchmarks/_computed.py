@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from benchmarks._harness import RESULTS
+from benchmarks._ratios import headline
 from benchmarks._render import Case, Result, Table
 
 # the two launches of a layer that could be one, the kernels of the shorter or of either, and why
@@ -266,6 +267,7 @@ def _experts_triton_ms(result: Result) -> str:
 
 
 FUNCTIONS: Mapping[str, Callable[[Any], str]] = {
+    "headline": headline,
     "joins_1": _gpu_joins("1"),
     "joins_32": _gpu_joins("32"),
     "launches_1": lambda result: str(_launches(result, "1")),

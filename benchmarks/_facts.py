@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks._harness import ROOT
 from benchmarks._published import GLM, V32, plan_lines, plan_table
+from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
 
 _KIB, _MIB = 1 << 10, 1 << 20
@@ -65,11 +66,28 @@ def start() -> dict[str, Any]:
     }
 
 
+def other_flags() -> str:
+    """Table of the flags of other servers, as docs/flags.md shows them."""
+    from fd_dsa.serve.known_flags import rows
+
+    lines = [f"| {here} | {flags} |" for here, flags in rows()]
+    return "\n".join(["| here | flags of other servers |", "|---|---|", *lines]) + "\n"
+
+
 def start_log() -> str:
     """Log of a start on the demo model, as a code block; times are those of one machine."""
+    from fd_dsa.models.configs import read_config
+    from fd_dsa.ops.providers import OPERATORS, choose
+
+    config = EngineConfig()
+    defaults = dict(read_config(config.model_path).generation)
     lines = [
+        "engine embedded: no flag asks for FastDeploy",
+        f"fd_dsa {__version__}: loading {config.model_path.name}",
+        f"sampling defaults of generation_config.json: {defaults}",
         f"[1/5] config   {start()['model']}",
         f"[2/5] weights  {start()['stored']} read in 0.1 s",
+        f"{', '.join(OPERATORS)} on cpu: {choose('topk', 'cpu')}",
         f"[3/5] kv cache {start()['summary']}",
         "[4/5] warm-up  not needed on this device",
         "chat: prompts by tokenizer_config.json, tool calls none, reasoning none",
@@ -296,6 +314,7 @@ FACTS: Mapping[str, Any] = _Code(
 )
 
 REGIONS: dict[str, Callable[[], str]] = {
+    "other_flags": other_flags,
     "start_log": start_log,
     "plan_lines": plan_lines,
     "plan_table": plan_table,

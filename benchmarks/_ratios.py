@@ -118,10 +118,15 @@ def _range(row: Mapping[str, Any]) -> str:
     return " to ".join(three_digits(row["ratios"][index][0]) for index in (0, -1))
 
 
+def headline(result: Result) -> str:
+    """Return the least and the largest ratio of the first headline of a result, with a dash."""
+    return _range(next(_rows("headline", result))).replace(" to ", "\N{EN DASH}")
+
+
 _OF_PERFORMANCE = [
     ("what", "[{what}](results/{page})"),
     *(("against", "{against}"), ("ratio", _range), ("slower in", _slower), ("on", "{on}")),
-    ("command", "`python -m benchmarks.{command}`"),
+    ("command", "`.venv/bin/python -m benchmarks.{command}`"),
 ]
 
 

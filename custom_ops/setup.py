@@ -10,6 +10,7 @@ Source: the documentation of paddle.utils.cpp_extension.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -50,8 +51,9 @@ def import_paddle() -> tuple[Any, Any]:
     except ImportError as error:
         sys.exit(
             f"{NAME}: Paddle cannot be imported here ({error}). The operators are built for the "
-            "Paddle that is installed: install it first (pip install '.[cpu]' or '.[gpu]'), then "
-            "pip install --no-build-isolation ./custom_ops"
+            "Paddle that is installed: install it first, then "
+            f"{shlex.quote(sys.executable)} -m pip install --no-build-isolation "
+            f"{shlex.quote(str(Path(__file__).resolve().parent))}"
         )
     return paddle, cpp_extension
 

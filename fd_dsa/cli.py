@@ -8,11 +8,12 @@ from importlib import import_module
 from typing import Any
 
 from fd_dsa import __version__, signals
+from fd_dsa.commands import own_command
 from fd_dsa.serve.flag_values import reports_failures
 from fd_dsa.serve.parser import Parser
 
 # command -> the module of its `main` and `build_parser`, imported when needed, and what it does
-_COMMANDS = {
+COMMANDS = {
     "serve": ("serve.cli", "serve a model over the OpenAI API"),
     "chat": ("client.chat", "talk to a model in the terminal"),
     "run-batch": ("client.run_batch", "answer an OpenAI batch file"),
@@ -20,25 +21,33 @@ _COMMANDS = {
     "accuracy": ("accuracy.cli", "measure a served model: IFEval, retrieval, comparisons"),
     "doctor": ("doctor", "report device, versions and providers, and check every operator"),
 }
-_SHELLS = ("bash", "zsh", "tcsh")
+_SHELLS = ("bash", "fish", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 for an unknown command."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     with signals.command():
-        if arguments[0] in _COMMANDS:
-            module = import_module(f"fd_dsa.{_COMMANDS[arguments[0]][0]}")
+        if arguments[0] in COMMANDS:
+            module = import_module(f"fd_dsa.{COMMANDS[arguments[0]][0]}")
             return int(module.main(arguments[1:]))
         return _run(["--help"] if arguments == ["help"] else arguments)
 
 
 def build_parser(parents: dict[str, Parser] | None = None) -> Parser:
-    """The parser of `fd-dsa`; its commands have the flags of `parents`, where given."""
-    parser = Parser(prog="fd-dsa", description="fd-dsa COMMAND --help lists the command's flags.")
+    """Build the parser of `fd-dsa`.
+
+    Args:
+        parents: parsers of the commands, for a completion script, which completes the plain name
+            of the program; None = help and errors only.
+    """
+    parser = Parser(
+        prog=own_command() if parents is None else "fd-dsa",
+        description="%(prog)s COMMAND --help lists the command's flags.",
+    )
     parser.add_argument("--version", action="version", version=f"fd_dsa {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (_, purpose) in _COMMANDS.items():
+    for name, (_, purpose) in COMMANDS.items():
         options: dict[str, Any] = {}
         if parents is not None:
             options = {"parents": [parents[name]], "conflict_handler": "resolve"}
@@ -63,7 +72,7 @@ def _print_completion(args: Any) -> None:
 
     parents = {
         name: import_module(f"fd_dsa.{module}").build_parser()
-        for name, (module, _) in _COMMANDS.items()
+        for name, (module, _) in COMMANDS.items()
     }
     # what the shell itself completes
     kinds = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY, "MODEL": shtab.DIRECTORY}

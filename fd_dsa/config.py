@@ -25,12 +25,13 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 DEVICES = ("auto", "cpu", "gpu")
+GENERATION_CONFIGS = ("auto", "vllm")
 # or a custom device of Paddle
 _DEVICE_PATTERN = re.compile(rf"{'|'.join(DEVICES)}|[A-Za-z_]\w*:\d+")
 _DTYPES = ("auto", "float32", "bfloat16")
 _CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
 # what users of other servers write
-_CACHE_DTYPE_ALIASES = {"fp8": "fp8_ds_mla"}
+_CACHE_DTYPE_ALIASES = dict.fromkeys(("fp8", "fp8_e4m3"), "fp8_ds_mla")
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _MOST_CAPTURED = 512
 _MOST_RANKS = 8
@@ -82,6 +83,7 @@ _RULES: dict[str, _Rule] = {
     ),
     "dtype": (", ".join(_DTYPES), _DTYPES.__contains__),
     "kv_cache_dtype": (", ".join(_CACHE_DTYPES), _CACHE_DTYPES.__contains__),
+    "generation_config": (", ".join(GENERATION_CONFIGS), GENERATION_CONFIGS.__contains__),
     "load_format": (", ".join(_LOAD_FORMATS), _LOAD_FORMATS.__contains__),
     **dict.fromkeys(("max_num_seqs", "block_size"), _POSITIVE),
     **dict.fromkeys(("max_model_len", "max_num_batched_tokens", "index_topk"), _OPTIONAL),
@@ -140,6 +142,8 @@ class EngineConfig:
             fewer is padded; None is 1, 2, 4, 8, then every eighth number up to `max_num_seqs`.
         speculative_config: how drafts are made, see SpeculativeConfig; "none" makes none. None is
             three drafts of the demo model's own layer on a CPU, and otherwise none.
+        generation_config: defaults of requests: "auto", what generation_config.json of the model's
+            folder proposes, or "vllm", the defaults of the API.
         seed: seed of requests which bring none.
         chat_template: Jinja file that renders conversations; None is what the folder has.
 
@@ -171,6 +175,7 @@ class EngineConfig:
     enforce_eager: bool = False
     cudagraph_capture_sizes: tuple[int, ...] | None = None
     speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None
+    generation_config: str = "auto"
     seed: int = 0
     chat_template: str | os.PathLike[str] | None = None
 

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fd_dsa.commands import pip_command, project_folder
 from fd_dsa.errors import BackendUnavailable, describe_error
 
 PACKAGE = "fd_dsa_ops"
@@ -67,21 +68,27 @@ def use_library(path: Path | str | None) -> None:
     try:
         kernels = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BackendUnavailable(f"{path}: {error}; build it again") from error
+        raise BackendUnavailable(f"{path}: {error}; build it again: {build_command()}") from error
     _build = Build(BUILT, "as a C library", str(path), kernels)
+
+
+def build_command() -> str:
+    """Return a shell line that builds the package for this Python."""
+    return pip_command("--no-build-isolation", project_folder("custom_ops"))
 
 
 def _examine() -> Build:
     """Look for the package and import it."""
     try:
         if sys.modules.get(PACKAGE) is None and find_spec(PACKAGE) is None:
-            return Build(MISSING, "not installed; make custom-ops, or pip install ./custom_ops")
+            return Build(MISSING, f"not installed; {build_command()} builds it")
         package = import_module(PACKAGE)
         path, made = str(package.LIBRARY), package.BUILD
         operators = tuple(package.__all__)
     except Exception as error:
         # a half-made package raises anything
-        return Build(BROKEN, describe_error(error).removeprefix("ImportError: "))
+        reason = describe_error(error).removeprefix("ImportError: ")
+        return Build(BROKEN, f"{reason}; build it again: {build_command()}")
     archs = ", ".join(made["archs"])
     what = f"for Paddle {made['paddle']} {f'with kernels for {archs}' if archs else _NO_KERNELS}"
     return Build(BUILT, what, path, ctypes.CDLL(path) if archs else None, operators)

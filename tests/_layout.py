@@ -16,6 +16,7 @@ PACKAGE = "fd_dsa"
 ROOMS = (
     "errors",
     "environment",
+    "commands",
     "signals",
     "cancellation",
     "speculative_config",

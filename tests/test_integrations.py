@@ -62,6 +62,6 @@ def test_a_recipe_answers_whole_and_streamed(module: str, server_url: str, tmp_p
 
 def test_the_page_has_a_recipe_for_each_package() -> None:
     for package in RECIPES.values():
-        assert f"`pip install {package}`" in PAGE
+        assert f"`.venv/bin/pip install {package}`" in PAGE
     (proxy,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", PAGE)
     assert yaml.safe_load(proxy)["model_list"][0]["litellm_params"]["api_base"] == f"{URL}/v1"

@@ -67,7 +67,7 @@ ON_A_DEVICE = ("fd_dsa.ops.", "fd_dsa.triton_runtime", "fd_dsa.distributed.", *(
         "v4_prepare.kernel", "v4_prepare.launch",
     )
 ))  # fmt: skip
-CURE = "run pip install 'triton>=3.3,<3.10'"
+CURE = "-m pip install 'triton>=3.3,<3.10'"
 
 
 @pytest.fixture

@@ -23,17 +23,16 @@ def _load() -> list[str]:
     import paddle
     from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
-    cure = "build it again: make custom-ops"
     if paddle.__version__ != BUILD["paddle"]:
         raise ImportError(
             f"fd_dsa_ops was built beside Paddle {BUILD['paddle']}, this is Paddle "
-            f"{paddle.__version__}, and its C++ interface changes between releases; {cure}"
+            f"{paddle.__version__}, and its C++ interface changes between releases"
         )
     try:
         return list(load_op_meta_info_and_register_op(str(LIBRARY)))
     except Exception as error:
         said = str(error).strip().splitlines()
-        raise ImportError(f"{LIBRARY}: {said[-1] if said else error!r}; {cure}") from error
+        raise ImportError(f"{LIBRARY}: {said[-1] if said else error!r}") from error
 
 
 def get_position_ids_and_mask_encoder_batch(

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from importlib import import_module
 
+from fd_dsa.commands import own_command
 from fd_dsa.serve.flag_values import reports_failures, split_flags
-from fd_dsa.serve.parser import Parser, program
+from fd_dsa.serve.parser import Parser
 
 COMMANDS = {
     "ifeval": ("ifeval.fill_parser", "ask a server the IFEval prompts and score its answers"),
@@ -28,7 +29,7 @@ COMMANDS = {
 
 def build_parser(commands: Collection[str] = COMMANDS) -> Parser:
     """The parser with the flags of these commands; of the others it has the names alone."""
-    parser = Parser(prog=program("accuracy"), description="Measure a model's answers.")
+    parser = Parser(prog=own_command("accuracy"), description="Measure a model's answers.")
     subparsers = parser.add_subparsers(
         title="commands (each has a --help)", metavar="COMMAND", required=True
     )

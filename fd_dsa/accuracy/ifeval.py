@@ -50,7 +50,7 @@ def fill_parser(parser: Parser) -> None:
         "Ask an OpenAI-compatible server the IFEval prompts, keep every answer, score them. The "
         "same command goes on with a run that was interrupted."
     )
-    parser.usage = "%(prog)s [flags] [-- flags of python -m fd_dsa.serve]"
+    parser.usage = "%(prog)s [flags] [-- flags of the server]"
     parser.add_argument(
         "--prompts", metavar="FILE", help="JSONL of prompts (default: the official 541)"
     )

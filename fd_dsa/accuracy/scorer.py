@@ -31,6 +31,7 @@ from typing import Any
 from fd_dsa.accuracy.prompts import Prompt
 from fd_dsa.accuracy.scores import PromptScore, prompt_score
 from fd_dsa.client.questions import Answer
+from fd_dsa.commands import extra_command
 from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError
 
 SEED = 0
@@ -127,7 +128,7 @@ def _checkers() -> Callable[[dict[str, Any], list[str]], dict[str, Any]]:
         raise
     except ImportError as error:
         raise BackendUnavailable(
-            f"IFEval's checkers are not installed ({error}); pip install 'fd_dsa[accuracy]'"
+            f"IFEval's checkers are not installed ({error}); {extra_command('accuracy')}"
         ) from None
     process: Callable[[dict[str, Any], list[str]], dict[str, Any]] = process_results
     return process
@@ -169,7 +170,7 @@ def sentence_model() -> str:
     except (ImportError, OSError) as error:
         raise BackendUnavailable(
             f"IFEval's checkers need nltk, and its sentence model punkt_tab from {CARRIER} "
-            f"({error}); pip install 'fd_dsa[accuracy]'"
+            f"({error}); {extra_command('accuracy')}"
         ) from None
     own = tempfile.mkdtemp(prefix="fd_dsa_punkt_")
     atexit.register(shutil.rmtree, own, ignore_errors=True)

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from fd_dsa.accuracy.stats import Estimate, bootstrap_share, wilson
 from fd_dsa.client.questions import Answer
 from fd_dsa.client.report import Table, as_json, page, write_files
+from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError
 
 PROMPT_STRICT = "Prompt-level-strict-accuracy"
@@ -218,7 +219,7 @@ def read_scores(path: Path) -> Scores:
         place = "".join(f"{part}: " for part in first["loc"])
         raise ConfigError(
             f"{file}: {place}got {shown(first['input'])}: {first['msg']}; give a "
-            f"{SCORES_FILE} that `python -m fd_dsa.accuracy score` made"
+            f"{SCORES_FILE} that `{own_command('accuracy', 'score')}` made"
         ) from error
     if not scores.prompts:
         raise ConfigError(f"{file}: prompts: got none; score the run again")

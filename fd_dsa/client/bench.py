@@ -20,6 +20,7 @@ from fd_dsa.client.own_server import add_server_flags, parse_flags, server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.report import as_json, show
 from fd_dsa.client.timing import Timing, measure, summarise, tables
+from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, RemoteError, writing
 from fd_dsa.serve.flag_values import add_numbers, number, reader, reports_failures
 from fd_dsa.serve.parser import Parser
@@ -31,7 +32,7 @@ _LOWEST_ID, _HIGHEST_ID = 100, 1000
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="fd-dsa bench",
+        prog=own_command("bench"),
         usage="%(prog)s [flags] [-- flags of the server that is started]",
         description="Measure an OpenAI-compatible server with random prompts of equal length.",
     )

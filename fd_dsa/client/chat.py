@@ -23,6 +23,7 @@ from fd_dsa.client.remote import (
     transport_reason,
 )
 from fd_dsa.client.settings import NAMES, add_setting_flags, fields_of, read_setting
+from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, RemoteError, writing
 from fd_dsa.serve.flag_values import reader, reports_failures
 from fd_dsa.serve.parser import Parser, nearest
@@ -130,7 +131,7 @@ def _figures(begin: float, times: Sequence[float], usage: dict[str, Any]) -> str
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="fd-dsa chat",
+        prog=own_command("chat"),
         description="Talk to a model, line by line; from a pipe, each line is a message.",
         epilog=f"In the conversation {_HINT}.",
     )

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from fd_dsa.client.load import FailedAttempt, Request, Sender, Sent
 from fd_dsa.client.own_server import parse_flags, server_at
 from fd_dsa.client.remote import examine_server
+from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, writing
 from fd_dsa.serve.flag_values import add_numbers, reports_failures
 from fd_dsa.serve.parser import Parser
@@ -48,7 +49,7 @@ class Item:
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="fd-dsa run-batch",
+        prog=own_command("run-batch"),
         usage="%(prog)s -i FILE -o FILE [flags] [-- flags of the server that is started]",
         description="Answer the requests of an OpenAI batch file, one JSON object a line.",
     )

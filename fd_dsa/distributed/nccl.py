@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fd_dsa.commands import pip_command
 from fd_dsa.environment import set_default
 from fd_dsa.errors import BackendUnavailable, DeviceError, DtypeError
 from fd_dsa.triton_runtime.driver import cuda
@@ -109,7 +110,7 @@ def _library() -> Any:
             return ctypes.CDLL(path)
     raise BackendUnavailable(
         f"no NCCL ({_SONAME}), without which GPUs do not work together; "
-        "pip install nvidia-nccl-cu12, or -cu13 for CUDA 13"
+        f"{pip_command('nvidia-nccl-cu12')} (for CUDA 13 nvidia-nccl-cu13)"
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa import __version__
+from fd_dsa.commands import extra_command, own_command, pip_command
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import (
     has_nvidia_gpu,
@@ -27,14 +28,14 @@ from fd_dsa.serve.flag_values import fail, reports_failures
 from fd_dsa.serve.parser import Parser
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
-_NEEDED = {"numpy": "pip install numpy", "paddle": "pip install '.[cpu]'"}
+_NEEDED = ("numpy", "paddle")
 _OK, _BAD = 0, 1
 _NO_WIDTH = 1 << 20
 
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="fd-dsa doctor",
+        prog=own_command("doctor"),
         description="Report device, versions and providers, and check every operator here.",
     )
     parser.add_argument("--device", help="cpu, gpu:0 or a custom device; default: the best one")
@@ -195,8 +196,9 @@ def device_to_check(asked: str | None) -> str:
 
 def require_packages() -> None:
     """Import Paddle; BackendUnavailable where it or another package is missing."""
-    for package, cure in _NEEDED.items():
+    for package in _NEEDED:
         if find_spec(package) is None:
+            cure = pip_command("numpy") if package == "numpy" else extra_command("cpu")
             raise BackendUnavailable(f"{package} is not installed; {cure}, then run this again")
     prepare_cpu_runtime()
 

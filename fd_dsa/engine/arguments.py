@@ -93,7 +93,6 @@ LLM_HINTS: Mapping[str, str] = {
     **dict.fromkeys(("precision", "torch_dtype"), "write dtype"),
     "device_map": "write device",
     "disable_cascade_attn": "leave it out",
-    "generation_config": "write SamplingParams; sampling_defaults shows what the folder proposes",
     "guided_decoding_backend": "leave it out, llguidance serves every form",
     "hf_overrides": "edit config.json; index_topk is an argument",
     "max_logprobs": "leave it out, the bound is 20",

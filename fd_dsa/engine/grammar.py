@@ -14,6 +14,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 
+from fd_dsa.commands import extra_command
 from fd_dsa.engine.grammar_process import (
     WORKERS,
     GrammarProcess,
@@ -152,8 +153,8 @@ class GrammarCompiler:
             return compiled
         if find_spec("llguidance") is None:
             raise ValueError(
-                f"{form.source} needs llguidance, which is not installed here; pip install "
-                "'fd_dsa[structured]'"
+                f"{form.source} needs llguidance, which is not installed here; "
+                f"{extra_command('structured')}"
             )
         # not under the lock, which the engine's thread takes too
         made = self._compile(*key)

@@ -21,6 +21,7 @@ from fd_dsa.engine.llm_inputs import (
     Params,
     Prompts,
     check_switches,
+    fit_into_context,
     for_chat,
     naming,
     place_of,
@@ -102,6 +103,7 @@ class LLM:
         enforce_eager: bool = False,
         cudagraph_capture_sizes: Sequence[int] | None = None,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None,
+        generation_config: str = "auto",
         seed: int = 0,
         chat_template: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -162,6 +164,7 @@ class LLM:
                 prompt runs then. The error is a ValueError and a TypeError.
         """
         engine = self._open_engine()
+        max_model_len = engine.limits.max_model_len
         check_switches(stream=stream)
         given = read_prompts(prompts)
         default = SamplingParams(**engine.sampling_defaults)
@@ -170,6 +173,8 @@ class LLM:
         for index, one in enumerate(given):
             with naming(place_of("prompts", index, len(given))):
                 token_ids.append(engine.tokenizer.encode(one) if isinstance(one, str) else one)
+            if sampling_params is None:
+                params[index] = fit_into_context(default, token_ids[-1], max_model_len)
         texts = [one if isinstance(one, str) else None for one in given]
         return self._run("prompts", texts, token_ids, params, stream)
 
@@ -221,8 +226,8 @@ class LLM:
 
         Args:
             messages: a list of {"role": ..., "content": ...}, or a list of such lists.
-            sampling_params: as in `generate`; None = the default, until the model ends or the
-                context is full.
+            sampling_params: as in `generate`; None = the default, until the model ends, or
+                `max_new_tokens` of generation_config.json or the context is full.
             stream: as in `generate`.
             tools: functions offered to the model, in the form of the OpenAI API.
             continue_final_message: True = the answer continues the last message, the assistant's.
@@ -243,6 +248,7 @@ class LLM:
                 no chat template, or the template refuses the messages.
         """
         engine = self._open_engine()
+        max_model_len = engine.limits.max_model_len
         check_switches(
             stream=stream,
             continue_final_message=continue_final_message,
@@ -252,7 +258,7 @@ class LLM:
         conversations = read_conversations(messages)
         count = len(conversations)
         offered, variables = read_tools(tools), read_variables(chat_template_kwargs)
-        default = SamplingParams(**engine.sampling_defaults, max_tokens=None)
+        default = SamplingParams(**{"max_tokens": None, **engine.sampling_defaults})
         params = read_params(sampling_params, count, default, "conversations")
         texts: list[str | None] = []
         token_ids = []
@@ -269,6 +275,8 @@ class LLM:
                 ids = engine.tokenizer.encode(prompt.text, False, masked=prompt.masked)
             texts.append(prompt.text)
             token_ids.append(ids)
+            if sampling_params is None:
+                params[index] = fit_into_context(default, ids, max_model_len)
             continued = entry[-1] if continue_final_message else None
             params[index] = for_chat(
                 params[index], engine.tokenizer, bool(offered), prompt.masked, continued

@@ -137,6 +137,16 @@ def read_params(
     return several
 
 
+def fit_into_context(
+    params: SamplingParams, prompt: Sequence[int], max_model_len: int
+) -> SamplingParams:
+    """Lower the `max_tokens` of a caller without parameters to the room after the prompt."""
+    room = max(max_model_len - len(prompt), 1)
+    if params.max_tokens is None or params.max_tokens <= room:
+        return params
+    return replace(params, max_tokens=room)
+
+
 def check_switches(**switches: Any) -> None:
     """Raise the ArgumentError of an argument that is neither True nor False."""
     for name, value in switches.items():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fd_dsa.commands import extra_command, pip_command
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -240,7 +241,7 @@ def _prepare_paddle() -> None:
     """Make Paddle ready to be imported."""
     if find_spec("paddle") is None:
         raise BackendUnavailable(
-            "paddle is not installed; for a CPU run: pip install 'fd_dsa[cpu]' "
+            f"paddle is not installed; for a CPU run: {extra_command('cpu')} "
             "(for a GPU install paddlepaddle-gpu from Paddle's own package index)"
         )
     for name in ("paddlepaddle", "paddlepaddle-gpu"):
@@ -257,18 +258,25 @@ def _check_version(name: str) -> None:
     numbers = tuple(int(word) for word in installed.split(".")[:2] if word.isdigit())
     if numbers != (0, 0) and numbers < _OLDEST_PADDLE:
         oldest = ".".join(map(str, _OLDEST_PADDLE))
+        # no public index but Paddle's own has the builds for GPUs
+        cure = f"install a newer {name} from Paddle's own package index"
+        if name == "paddlepaddle":
+            cure = pip_command("--upgrade", f"{name}>={oldest}")
         raise BackendUnavailable(
-            f"{name} {installed} is too old, fd_dsa needs {oldest} or newer; "
-            f"pip install --upgrade '{name}>={oldest}' (for a GPU from Paddle's own package index)"
+            f"{name} {installed} is too old, fd_dsa needs {oldest} or newer; {cure}"
         )
 
 
 def sampling_defaults(config: EngineConfig, model_config: Any) -> dict[str, Any]:
-    """What generation_config.json proposes for parameters that a request leaves out.
+    """Return what generation_config.json proposes for parameters that a request leaves out.
+
+    It is empty with `--generation-config vllm`.
 
     Raises:
         ConfigError: a proposal that no request could make; names the file.
     """
+    if config.generation_config != "auto":
+        return {}
     defaults: dict[str, Any] = dict(model_config.generation)
     try:
         SamplingParams(**defaults)

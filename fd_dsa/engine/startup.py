@@ -16,6 +16,8 @@ from fd_dsa.models.memory_plan import format_bytes
 logger = logging.getLogger(__name__)
 
 _LINE_PERCENT = 25
+# the line at the end is enough for a quick load
+_LINE_EVERY_S = 5.0
 _TELL_EVERY_S = 0.1
 PHASES = ("config", "weights", "kv cache", "warm-up", "ready")
 
@@ -75,7 +77,9 @@ class StartupProgress:
 
 
 class LoadProgress:
-    """Loading of weights: a bar on a terminal, elsewhere one line of the log for each quarter.
+    """Progress of the weights: a bar on a terminal, elsewhere lines of the log.
+
+    A long load has a line for each quarter.
 
     Use it as a context manager and pass it as `progress` to `load_weights`.
 
@@ -94,6 +98,7 @@ class LoadProgress:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._next_percent = _LINE_PERCENT
+        self._logged_at = time.monotonic()
 
     def __enter__(self) -> LoadProgress:
         if self._stream.isatty():
@@ -125,4 +130,7 @@ class LoadProgress:
         percent = 100 * done_bytes // max(total_bytes, 1)
         if percent >= self._next_percent:
             self._next_percent = percent - percent % _LINE_PERCENT + _LINE_PERCENT
-            logger.info("weights %d %% %s of %s", percent, done, total)
+            now = time.monotonic()
+            if percent < 100 and now - self._logged_at >= _LINE_EVERY_S:
+                self._logged_at = now
+                logger.info("weights %d %% %s of %s", percent, done, total)

@@ -70,7 +70,8 @@ class ModelConfig(Family):
             of layers have an entry more for it.
         ranks: processes that share the model; heads and widths of MLPs are those of one of them.
         generation: parameters that generation_config.json proposes for requests that do not say;
-            a temperature of 0 where the file turns sampling off (`do_sample` false).
+            a temperature of 0 if the file turns sampling off (`do_sample` false), `max_tokens` of
+            its `max_new_tokens`.
         unknown_fields: fields of config.json that are ignored although they may change results.
     """
 
@@ -352,6 +353,8 @@ def add_generation(values: dict[str, Any], reader: FieldReader) -> None:
     proposed = {name: reader.number(name, None) for name in names if reader.raw(name) is not None}
     if reader.raw("top_k") is not None:
         proposed["top_k"] = reader.integer("top_k", None, minimum=0)
+    if reader.raw("max_new_tokens") is not None:
+        proposed["max_tokens"] = reader.integer("max_new_tokens", None, minimum=1)
     if not (reader.raw("do_sample") is None or reader.boolean("do_sample", True)):
         proposed["temperature"] = 0.0
     values["generation"] = proposed

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, ClassVar
 
+from fd_dsa.custom_ops import build_command
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 from fd_dsa.ops.probes import Case, Memory
 from fd_dsa.step.views import Allocate
@@ -42,7 +43,7 @@ class LibraryKernel:
         if getattr(kernels, self.size, int)() != ctypes.sizeof(self.structure):
             raise BackendUnavailable(
                 f"fd_dsa_ops: {self.launcher} takes another structure than this fd_dsa passes; "
-                "build it again: make custom-ops"
+                f"build it again: {build_command()}"
             )
         self._kernels, self._job = kernels, self.structure()
         self._function, self._argument = getattr(kernels, self.launcher), ctypes.byref(self._job)

@@ -222,6 +222,23 @@ def choose(
         ConfigError: FD_DSA_OP_PROVIDER cannot be read.
         BackendUnavailable: it asks for a provider that cannot serve.
     """
+    choice, level, is_new = _decide(operator, kind, conditions, probe)
+    if is_new:
+        logger.log(level, "%s on %s: %s", operator, kind, choice)
+    return choice
+
+
+def _decide(
+    operator: str,
+    kind: str,
+    conditions: Mapping[str, str | None] = MappingProxyType({}),
+    probe: Callable[[Any], str] | None = None,
+) -> tuple[Choice, int, bool]:
+    """Choose as `choose` does, without a line in the log.
+
+    Returns:
+        The choice, the level of its line, and False if the log has the line already.
+    """
     asked, against, level = requested().get(operator), {}, logging.INFO
     for provider in [asked] if asked else on(operator, kind):
         reason = conditions.get(provider)
@@ -236,10 +253,9 @@ def choose(
             against[provider] = reason
             continue
         choice = Choice(provider, reason_for(provider), against)
-        if _choices.get((operator, kind)) != choice:
-            _choices[operator, kind] = choice
-            logger.log(level, "%s on %s: %s", operator, kind, choice)
-        return choice
+        is_new = _choices.get((operator, kind)) != choice
+        _choices[operator, kind] = choice
+        return choice, level, is_new
     raise BackendUnavailable(
         f"{VARIABLE}: {operator}={asked} cannot serve on {kind}: {', '.join(against.values())}"
     )
@@ -248,12 +264,19 @@ def choose(
 def settle(kind: str) -> None:
     """Choose for all operators without conditions, when an attention is made.
 
+    The log gets one line for all operators that are served alike.
+
     Raises:
         ConfigError, BackendUnavailable: see `choose`.
     """
+    alike: dict[tuple[int, str], list[str]] = {}
     for operator in OPERATORS:
         if not {CUSTOM_OP, TENSOR_CORE} & set(on(operator, kind)):
-            choose(operator, kind)
+            choice, level, is_new = _decide(operator, kind)
+            if is_new:
+                alike.setdefault((level, str(choice)), []).append(operator)
+    for (level, choice_text), operators in alike.items():
+        logger.log(level, "%s on %s: %s", ", ".join(operators), kind, choice_text)
 
 
 def table() -> dict[str, dict[str, Choice]]:

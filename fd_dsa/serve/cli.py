@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
+from fd_dsa.commands import own_command
 from fd_dsa.config import HUB_NAME, EngineConfig
 from fd_dsa.environment import check_address_space, local_url, process_environment
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error, flag_error, is_out_of_memory
@@ -24,7 +25,6 @@ from fd_dsa.serve.flags import build_parser as build_parser
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
 from fd_dsa.serve.listener import connection_limit
 from fd_dsa.serve.logs import set_up_logging
-from fd_dsa.serve.parser import program
 from fd_dsa.signals import discard, open_missing_streams, signal_end, signals_exit_at_once
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(args.log_level, as_json=args.log_json)
     for line in unused_variables():
         logger.warning("%s", line)
+    for flag, reason in args.not_needed.items():
+        # as a whole, so that lines of other flags do not count as repeated
+        logger.info("%s", f"{flag} is not needed here: {reason}")
     share_heaps()
     keep_heaps_trimmed()
     try:
@@ -130,7 +133,7 @@ def _refuse_hub_name(name: str) -> None:
             "model",
             name,
             "a local folder in Hugging Face format with config.json",
-            f"if that is a model of a hub: {program('serve')} {name} --download",
+            f"if that is a model of a hub: {own_command('serve', name, '--download')}",
         )
 
 
@@ -142,7 +145,7 @@ def _serve_with_fastdeploy(args: argparse.Namespace) -> int:
         prepare,
         without_secrets,
     )
-    from fd_dsa.serve.server import bind_socket, curl_line
+    from fd_dsa.serve.server import bind_socket, curl_line, key_hint
 
     if not args.dry_run:
         # the refusal of a taken address as with the other engine, and a number for --port 0
@@ -157,10 +160,12 @@ def _serve_with_fastdeploy(args: argparse.Namespace) -> int:
         return 0
     engine = check_import(plan)
     # folders of DeepSeek-V3.2 come without a chat template, a completion always works
-    curl = curl_line(plan.url, plan.model_name, plan.max_model_len, chat=False)
+    num_keys = plan.num_api_keys
+    curl = curl_line(plan.url, plan.model_name, plan.max_model_len, False, num_keys)
     _say(
         f"fd_dsa {__version__} starts {plan.model_name} with {engine} on {plan.url}, max_model_len "
-        f"{plan.max_model_len}; {plan.url}/health answers 200 when it is ready. Then try:\n{curl}"
+        f"{plan.max_model_len}; {plan.url}/health answers 200 when it is ready. Then try"
+        f"{key_hint(num_keys)}:\n{curl}"
     )
     become(plan)
 
@@ -195,7 +200,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     from fd_dsa.serve.engine_process import EngineProcess
     from fd_dsa.serve.guard import host_rule
     from fd_dsa.serve.info import log_chat, server_info
-    from fd_dsa.serve.server import DrainingServer, bind_socket, curl_line
+    from fd_dsa.serve.server import DrainingServer, bind_socket
     from fd_dsa.serve.state import ServerState
 
     loaded: list[AsyncEngine] = []
@@ -216,10 +221,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         def on_ready() -> None:
             engine, url = loaded[0], local_url(args.host, sock.getsockname()[1])
             seconds = time.monotonic() - started
-            length = engine.max_model_len
-            curl = curl_line(url, name, length, engine.tokenizer.has_chat_template)
-            page = "" if args.disable_ui else f"chat page {url}/, "
-            _say_ready(name, url, seconds, length, f"{url}/metrics", curl, page)
+            _say_ready(engine, name, url, seconds, options)
 
         state = ServerState(
             config.served_model_name, lambda: server_info(config, loaded[0], options), options
@@ -228,11 +230,17 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
 
 
 def _say_ready(
-    name: str, url: str, seconds: float, length: int, metrics: str, curl: str, page: str = ""
+    engine: AsyncEngine, name: str, url: str, seconds: float, options: ServerOptions
 ) -> None:
+    from fd_dsa.serve.server import curl_line, key_hint
+
+    length, num_keys = engine.max_model_len, len(options.api_key)
+    curl = curl_line(url, name, length, engine.tokenizer.has_chat_template, num_keys)
+    page = "" if options.disable_ui else f"chat page {url}/, "
     _say(
         f"fd_dsa {__version__} serves {name} on {url} (ready in {seconds:.1f} s, max_model_len "
-        f"{length}, {page}API page {url}/docs, metrics {metrics}, Ctrl-C stops). Try:\n{curl}"
+        f"{length}, {page}API page {url}/docs, metrics {url}/metrics, Ctrl-C stops). Try"
+        f"{key_hint(num_keys)}:\n{curl}"
     )
 
 

@@ -16,6 +16,7 @@ from fd_dsa.environment import process_environment, switch
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.flag_values import split_flags
 from fd_dsa.serve.flags import DEFAULTS, build_parser
+from fd_dsa.serve.known_flags import find, judge, take_out
 from fd_dsa.serve.parser import nearest
 
 _PREFIX = "FD_DSA_"
@@ -28,20 +29,27 @@ _NEVER_EMPTY = ("api_key",)
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The flags of all sources; those of the engine are there only when they were given.
 
-    Two names more than flags: `given`, the names of those that some source has, and `passed`, the
-    arguments after `--`, which are for FastDeploy.
+    Three names more than flags: `given`, the names of those that some source has; `passed`, the
+    arguments after `--`, which are for FastDeploy; and `not_needed`, flags of other servers that
+    change no answer here, with the reasons.
 
     Raises:
         ConfigError: an unknown flag or key (with the nearest known one), a value of a wrong form,
             or a file that cannot be read; names the source where it is not the command line.
     """
     words, passed = split_flags(argv)
+    words, not_needed = take_out(words)
     line = _from_command_line(words)
     variables = _from_variables()
     path = line.get("config", variables.get("config"))
-    file = {} if path is None else _from_file(path)
+    file = {} if path is None else _from_file(path, not_needed)
     given = {**file, **variables, **line}
-    return argparse.Namespace(**{**DEFAULTS, **given}, given=frozenset(given), passed=tuple(passed))
+    return argparse.Namespace(
+        **{**DEFAULTS, **given},
+        given=frozenset(given),
+        passed=tuple(passed),
+        not_needed=not_needed,
+    )
 
 
 def unused_variables() -> list[str]:
@@ -85,8 +93,12 @@ def _from_variables() -> dict[str, Any]:
     return values
 
 
-def _from_file(path: str) -> dict[str, Any]:
-    """Flags of a YAML file: names with dashes or underscores, and their values."""
+def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
+    """Flags of a YAML file: names with dashes or underscores, and their values.
+
+    Args:
+        not_needed: gets the keys that are flags of other servers and change no answer here.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             loaded = yaml.safe_load(file)
@@ -106,6 +118,14 @@ def _from_file(path: str) -> dict[str, Any]:
     for key, value in loaded.items():
         name = str(key).replace("_", "-")
         action = actions.get(name)
+        if action is None and (found := find(f"--{name}")) is not None:
+            known, is_off = found
+            is_off ^= value is False
+            try:
+                not_needed[str(key)] = judge(str(key), str(value), known, is_off)
+            except ConfigError as error:
+                raise ConfigError(f"--config: {path}: {error}") from None
+            continue
         if action is None or action.dest == "config":
             hint = nearest(name, actions, "keys are flags without their dashes in front")
             raise ConfigError(f"--config: {path}: unknown key {str(key)!r}; {hint}")

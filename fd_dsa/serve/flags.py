@@ -15,10 +15,11 @@ from typing_extensions import TypedDict
 
 from fd_dsa import __version__
 from fd_dsa.chat.parser import AUTO, NONE, REASONING_FORMATS, TOOL_FORMATS
-from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES
+from fd_dsa.commands import own_command
+from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES, GENERATION_CONFIGS
 from fd_dsa.serve import flag_values as values
 from fd_dsa.serve.listener import DEFAULT_MAX_CONNECTIONS
-from fd_dsa.serve.parser import Parser, program
+from fd_dsa.serve.parser import Parser
 
 PROMPT_BYTES_PER_TOKEN = 16
 """Bytes of a prompt's text for each token of the context, unless --max-prompt-bytes says more."""
@@ -121,6 +122,8 @@ _FLAGS = {
         "--dtype": "auto, float32 or bfloat16 (default: auto, bfloat16 on a GPU)",
         "--engine": "what runs the model: embedded, or fastdeploy, an installed FastDeploy; auto "
         "is fastdeploy for flags that only FastDeploy has (default: auto)",
+        "--generation-config": "defaults of requests: auto, what the folder's "
+        "generation_config.json proposes, or vllm, only those of the API (default: auto)",
         "--seed": "seed of requests without one (default: 0)",
     },
     "chat": {
@@ -225,6 +228,8 @@ _READERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("max_concurrency", "max_connections"), _POSITIVE),
     **dict.fromkeys(("max_body_size", "max_prompt_bytes"), values.size),
     "allowed_host": values.host_name,
+    # the name that other servers have
+    "device": lambda text: "gpu" if text == "cuda" else text,
     "api_key": values.key,
     "host": values.host,
     "port": values.port,
@@ -233,6 +238,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
 }
 _CHOICES = {
     "device": DEVICES,
+    "generation_config": GENERATION_CONFIGS,
     "engine": (AUTO, "embedded", "fastdeploy"),
     "log_level": ("debug", "info", "warning", "error"),
     "reasoning_parser": (AUTO, NONE, *REASONING_FORMATS),
@@ -246,7 +252,7 @@ _MAY_BE_REPEATED = ("allowed_host", "api_key", "served_model_name")
 def build_parser() -> Parser:
     """The parser, flags grouped as in `--help`; it gives those of the command line alone."""
     parser = Parser(
-        prog=program("serve"),
+        prog=own_command("serve"),
         usage="%(prog)s [MODEL] [flags] [-- flags of FastDeploy]",
         description="Serve a DeepSeek-V3.2 or GLM-5 shaped checkpoint over the OpenAI API.",
         epilog="Each flag is also a variable, FD_DSA_PORT for --port, and a key of the file of "

@@ -112,10 +112,13 @@ def resolve_max_tokens(
     param: str = "max_tokens",
     source: str = "prompt",
 ) -> int:
-    """Most tokens to generate: what was asked for, or what the context has left.
+    """Return the maximum number of tokens to generate.
+
+    It is what the request asks for. Otherwise it is what the context has left, at most `default`
+    and what the model's generation_config.json proposes.
 
     Args:
-        default: upper bound where nothing was asked for.
+        default: upper bound if the request asks for no number.
         param: name of the request's field, for the message.
         source: the field that the prompt comes from.
 
@@ -129,7 +132,8 @@ def resolve_max_tokens(
     if longest < 1:
         raise too_many_tokens(state, num_prompt_tokens, source)
     if asked is None:
-        return longest if default is None else min(default, longest)
+        bounds = (longest, default, state.engine.sampling_defaults.get("max_tokens"))
+        return min(bound for bound in bounds if bound is not None)
     if asked > longest:
         raise FieldError(
             f"{param}: got {asked} after a prompt of {num_prompt_tokens} tokens, "

@@ -6,18 +6,11 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from fd_dsa.errors import ConfigError, nearest_name
 
 _CHOICE = re.compile(r"(?s)(.*)invalid choice: '(.*)' \(choose from (.*)\)")
-
-
-def program(command: str) -> str:
-    """How a command was called: by the console script, or as a module."""
-    is_script = Path(sys.argv[0]).name == "fd-dsa"
-    return f"fd-dsa {command}" if is_script else f"python -m fd_dsa.{command}"
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -43,6 +43,8 @@ def describe_port_owner(port: int) -> str:
     return ""
 
 
+KEY_VARIABLE = "FD_DSA_API_KEY"
+"""Variable from which a server, and the command that it prints, read keys."""
 Load = Callable[[StartupProgress], "AsyncEngine"]
 
 # after the drain: time for the last bytes of aborted answers
@@ -99,11 +101,14 @@ def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"{where}: {reason}{by}; {cure}")
 
 
-def curl_line(url: str, model: str, max_model_len: int, chat: bool) -> str:
-    """A shell command which asks the server something, as it can be pasted.
+def curl_line(url: str, model: str, max_model_len: int, chat: bool, num_keys: int = 0) -> str:
+    """Return a shell command that asks the server a question.
 
     Args:
-        max_model_len: of the engine; the answer takes at most an eighth of it.
+        max_model_len: tokens; the answer takes at most an eighth of them.
+        chat: True: the model has a chat template.
+        num_keys: number of keys that open the server. The command reads a key from `KEY_VARIABLE`,
+            because the line may end in a log.
     """
     question = "Hello! What can you do?"
     body: dict[str, object] = {"model": model}
@@ -115,7 +120,18 @@ def curl_line(url: str, model: str, max_model_len: int, chat: bool) -> str:
         body["prompt"] = "Once upon a time"
     body.update(max_tokens=max(1, min(64, max_model_len // 8)), temperature=0)
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    return f"curl {url}{path} -H 'Content-Type: application/json' -d {data}"
+    headers = "-H 'Content-Type: application/json'"
+    if num_keys:
+        # the variable of a server may have several keys
+        key = f"${KEY_VARIABLE}" if num_keys == 1 else f"${{{KEY_VARIABLE}%%,*}}"
+        headers += f' -H "Authorization: Bearer {key}"'
+    # zsh looks for files in the brackets of an IPv6 address
+    return f"curl {shlex.quote(url + path)} {headers} -d {data}"
+
+
+def key_hint(num_keys: int) -> str:
+    """Return what to do before the `curl` line of a server with `num_keys` keys, "" if nothing."""
+    return f", after export {KEY_VARIABLE}=... with a key of this server" if num_keys else ""
 
 
 class DrainingServer(uvicorn.Server):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+from fd_dsa.commands import pip_command
 from fd_dsa.environment import choose_triton_mode
 from fd_dsa.errors import BackendUnavailable
 
-_INSTALL = "run pip install 'triton>=3.3,<3.10'"
+_INSTALL = f"run {pip_command('triton>=3.3,<3.10')}"
 INTERPRETING: bool = choose_triton_mode()
 """True where kernels run in Triton's interpreter on CPU tensors, False where they are compiled."""
 

@@ -227,17 +227,17 @@ def test_missing_checkers_are_found_before_the_first_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def absent(prompts: Any) -> dict[str, str]:
-        raise BackendUnavailable("pip install 'fd_dsa[accuracy]'")
+        raise BackendUnavailable("the cure")
 
     monkeypatch.setattr(scorer, "ready", absent)
     asked_before, out = len(server.bodies), tmp_path / "run"
     command = ["ifeval", "--base-url", server.base_url, "--max-tokens", "8", "--out", str(out)]
-    assert error_line(capsys, command) == "pip install 'fd_dsa[accuracy]'"
+    assert error_line(capsys, command) == "the cure"
     assert len(server.bodies) == asked_before
     assert not out.exists()
     assert main([*command, "--subset", "3", "--answers-only"]) == 0
     assert len(answers_of(out)) == 3
-    assert error_line(capsys, ["score", str(out)]) == "pip install 'fd_dsa[accuracy]'"
+    assert error_line(capsys, ["score", str(out)]) == "the cure"
 
 
 def test_a_server_of_its_own_that_does_not_start_leaves_nothing(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from fd_dsa.accuracy.scorer import CARRIER, sentence_model
+from fd_dsa.commands import extra_command
 from fd_dsa.errors import BackendUnavailable
 
 MODEL = "tokenizers/punkt_tab/english"
@@ -80,7 +81,7 @@ def test_missing_model(installed: bool, tmp_path: Path, monkeypatch: pytest.Monk
         sentence_model()
     text = str(caught.value)
     assert "punkt_tab from llama-index-core (" in text
-    assert "pip install 'fd_dsa[accuracy]'" in text
+    assert text.endswith(f"; {extra_command('accuracy')}")
     assert "\n" not in text
     assert nltk.data.path == []
 
@@ -106,7 +107,7 @@ def test_missing_package(absent: str) -> None:
     (line,) = result.stdout.splitlines()
     assert line.startswith("IFEval's checkers ")
     assert absent in line
-    assert line.endswith("pip install 'fd_dsa[accuracy]'")
+    assert " -m pip install " in line and "lm-eval" in line
 
 
 def test_scores_without_a_network_and_imports_nothing_early(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,25 @@ def test_the_demo_model_proposes_greedy_decoding() -> None:
         unsaid, greedy = (
             llm.chat(question, params)[0].text for params in (None, SamplingParams(temperature=0))
         )
+        # the 256 tokens that the folder proposes do not fit after a prompt
+        assert llm.sampling_defaults["max_tokens"] == 256
     assert unsaid == greedy
     assert "Paris" in unsaid
 
 
 def test_proposals_of_the_folder(tmp_path: Path) -> None:
     proposed = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1}
-    folder = folder_that_proposes(tmp_path, **proposed)
-    plan = make_plan(EngineConfig(model=folder, max_model_len=256, max_num_seqs=2))
-    assert plan.sampling_defaults == proposed
+    folder = folder_that_proposes(tmp_path, max_new_tokens=3, **proposed)
+    config = EngineConfig(model=folder, max_model_len=256, max_num_seqs=2)
+    assert make_plan(config).sampling_defaults == {**proposed, "max_tokens": 3}
+    assert make_plan(replace(config, generation_config="vllm")).sampling_defaults == {}
+    with LLM(model=folder, max_model_len=256, max_num_seqs=2) as llm:
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        for (output,) in (llm.generate("Once upon"), llm.chat(question)):
+            assert (len(output.token_ids), output.finish_reason) == (3, "length")
+        # of a caller that gives parameters nothing is replaced
+        (output,) = llm.generate("Once upon", SamplingParams(max_tokens=5, ignore_eos=True))
+        assert len(output.token_ids) == 5
 
 
 def test_a_proposal_that_no_request_could_make(tmp_path: Path) -> None:
@@ -239,7 +250,9 @@ def test_releases_of_paddle_that_are_too_old(
     with pytest.raises(BackendUnavailable) as caught:
         make_plan(config)
     said = str(caught.value)
-    assert said.startswith(f"{name} {found} is too old") and "pip install --upgrade" in said
+    assert said.startswith(f"{name} {found} is too old")
+    # no index that pip knows has builds for GPUs
+    assert (" -m pip install --upgrade " in said) == (name == "paddlepaddle")
 
 
 def test_phases_are_told_one_after_the_other(caplog: pytest.LogCaptureFixture) -> None:

@@ -147,14 +147,15 @@ def test_generation_config_adds_to_config(tmp_path: Path) -> None:
     fields = TINY | {"eos_token_id": [3, 1], "bos_token_id": None, "pad_token_id": 2}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     generation = {"eos_token_id": [1, 7], "top_p": 0.9, "top_k": 20, "temperature": 0.6}
-    generation |= {"min_p": 0.05, "repetition_penalty": 1.1}
+    generation |= {"min_p": 0.05, "repetition_penalty": 1.1, "max_new_tokens": 256}
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     config = ModelConfig.from_folder(tmp_path)
     assert config.eos_token_ids == (3, 1, 7)
     assert (config.bos_token_id, config.pad_token_id) == (None, 2)
-    assert config.generation == {
-        name: generation[name] for name in generation if name != "eos_token_id"
-    }
+    del generation["eos_token_id"]
+    # the name that requests have for it
+    generation["max_tokens"] = generation.pop("max_new_tokens")
+    assert config.generation == generation
 
 
 def test_generation_config_without_sampling_is_greedy() -> None:

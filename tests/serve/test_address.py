@@ -7,13 +7,15 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
+import subprocess
 
 import pytest
 
 from fd_dsa.environment import format_address, local_url
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.server import bind_socket, curl_line
+from fd_dsa.serve.server import bind_socket, curl_line, key_hint
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,19 @@ def test_curl_line_is_quoted_for_a_shell(name: str, chat: bool) -> None:
     assert body["model"] == name
     assert body["max_tokens"] == 1
     assert ("messages" in body) is chat
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize("keys", [["k"], ["k1", "k2"]])
+def test_curl_line_reads_the_key_from_the_variable_of_the_server(keys: list[str]) -> None:
+    line = curl_line("http://[::1]:1", "it's", 8, True, len(keys))
+    # a shell may look for files in brackets
+    assert "'http://[::1]:1/v1/chat/completions'" in line
+    asked = ["bash", "-c", f"curl() {{ printf '%s\\n' \"$@\"; }}; {line}"]
+    env = {"FD_DSA_API_KEY": ",".join(keys)}
+    said = subprocess.run(asked, env=env, capture_output=True, text=True, check=True).stdout
+    assert f"Authorization: Bearer {keys[0]}\n" in said
+    assert (key_hint(0), "FD_DSA_API_KEY=" in key_hint(len(keys))) == ("", True)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,28 @@ def test_default_of_max_tokens_is_sixteen_or_what_is_left() -> None:
         assert answer["usage"]["completion_tokens"] == 5
 
 
+def test_the_model_folder_proposes_how_long_answers_are() -> None:
+    engine = FakeEngine(max_model_len=60)
+    engine.sampling_defaults = {"max_tokens": 20}
+    with running(engine) as live:
+        question = [{"role": "user", "content": "a"}]
+        sent: list[tuple[str, dict[str, object], int]] = [
+            ("chat/completions", {"messages": question}, 20),
+            ("chat/completions", {"messages": question, "max_tokens": 25}, 25),
+            ("chat/completions", {"messages": question, "max_completion_tokens": 7}, 7),
+            ("responses", {"input": "a"}, 20),
+            ("completions", {"prompt": "a"}, 16),
+            ("completions", {"prompt": "a", "max_tokens": 25}, 25),
+        ]
+        for path, body, _ in sent:
+            assert live.http.post(f"/v1/{path}", json=body).status_code == 200
+        asked = [params.max_tokens for _, params in live.engine.requests.values()]
+        assert asked == [expected for *_, expected in sent]
+        # a proposal beyond the context is no error
+        engine.sampling_defaults = {"max_tokens": 1000}
+        assert live.http.post("/v1/chat/completions", json={"messages": question}).is_success
+
+
 def test_neutral_values_of_unsupported_fields_are_accepted(live: Live) -> None:
     fields = {"metadata": {"a": "b"}, "store": True, "of_another_server": [1]}
     answer = live.client.completions.create(

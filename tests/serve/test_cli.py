@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from fd_dsa import __version__
-from fd_dsa.cli import main
+from fd_dsa.cli import COMMANDS, main
+from fd_dsa.commands import own_command
 from fd_dsa.config import EngineConfig
 from fd_dsa.fastdeploy_plugin.launch import choice
 from fd_dsa.serve import cli
@@ -60,7 +61,7 @@ NO_MEMORY = "lower --gpu-memory-utilization, --kv-cache-memory-bytes"
 @pytest.mark.parametrize(
     ("body", "status", "texts"),
     [
-        (WITHOUT_PADDLE, 2, ["pip install 'fd_dsa[cpu]'"]),
+        (WITHOUT_PADDLE, 2, ["-m pip install ", "paddlepaddle"]),
         (DAMAGED, 2, ["model.safetensors: tensor x has shape [1], expected [2]"]),
         (BUG, 1, ["unexpected KeyError: 'surprise'", "--log-level debug"]),
         (FULL_HOST, 2, ["not enough memory (", "Out of memory", NO_MEMORY]),
@@ -187,7 +188,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--host", ""], "--host: got ''; must be a name or an address, 0.0.0.0 for all"),
         (["--served-model-name", ""], "--served-model-name: got '', allowed: a non-empty name"),
         (["no/such/folder"], "--model: got 'no/such/folder'"),
-        (["org/name"], "a model of a hub: python -m fd_dsa.serve org/name --download"),
+        (["org/name"], "a model of a hub: " + own_command("serve", "org/name", "--download")),
         (["--host", "no.such.host.invalid"], "--host: got 'no.such.host.invalid'"),
         *((["--allowed-host", name], "a name without a port") for name in ("", "a:80", "a b")),
     ],
@@ -214,7 +215,7 @@ def test_bad_flags_are_one_line(
     [
         (["version"], 0, f"fd_dsa {__version__}"),
         (["serve", "--version"], 0, f"fd_dsa {__version__}"),
-        ([], 0, "usage: fd-dsa "),
+        ([], 0, f"usage: {own_command()} "),
         (["dance"], 2, "unknown command 'dance', allowed: serve, chat, run-batch"),
         (["srve"], 2, "; did you mean serve?"),
         (
@@ -244,15 +245,11 @@ def test_the_package_is_the_console_script(tmp_path: Path) -> None:
         assert done.stdout == f"fd_dsa {__version__}\n"
 
 
-def test_the_usage_shows_the_form_that_was_called(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for called, shown in (("/bin/fd-dsa", "fd-dsa "), ("/fd_dsa/__main__.py", "python -m fd_dsa.")):
-        monkeypatch.setattr(sys, "argv", [called])
-        for name in ("serve", "accuracy"):
-            with pytest.raises(SystemExit):
-                main([name, "--help"])
-            assert capsys.readouterr().out.startswith(f"usage: {shown}{name} ")
+def test_every_usage_shows_a_command_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: {own_command(name)} ")
 
 
 def test_help_of_a_topic_has_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,6 +286,16 @@ def test_bash_completes_commands_flags_and_choices(tmp_path: Path) -> None:
         line = f"COMP_WORDS=(fd-dsa {words}); COMP_CWORD={len(words.split())}; _shtab_fd_dsa"
         shell = ["bash", "-c", f'{script}\n{line}; echo "${{COMPREPLY[@]}}"']
         assert finish(tmp_path, shell, 0).stdout == f"{completed}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh", "tcsh"])
+def test_completion_scripts_are_for_the_plain_name(tmp_path: Path, shell: str) -> None:
+    pytest.importorskip("shtab", reason="shtab is not installed: make test installs it")
+    script = finish(tmp_path, console("completion", shell), 0).stdout
+    assert "fd-dsa" in script and "bin/fd-dsa" not in script
+    assert "max-num-seqs" in script
+    if shutil.which(shell) and shell != "tcsh":
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
 
 
 def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:

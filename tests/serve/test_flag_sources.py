@@ -66,6 +66,7 @@ VALUES: dict[str, Any] = {
     **{key: ["one", "two"] for key in ("served-model-name", "api-key", "allowed-host")},
     "cudagraph-capture-sizes": [1, 8],
     "data-parallel-size": 2,
+    "generation-config": "vllm",
     "load-format": "dummy",
     **dict.fromkeys(("max-body-size", "max-prompt-bytes"), "2M"),
     **dict.fromkeys(("max-body-values", "max-answer-scores"), 6),

@@ -13,6 +13,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from fd_dsa.commands import extra_command
 from tests.engine.byte_model import TOKENIZER, make_engine
 from tests.engine.test_grammar import SCHEMA
 from tests.engine.threaded import threaded
@@ -158,7 +159,7 @@ def test_without_the_library_a_form_is_refused_with_the_cure(
     with running(threaded(make_engine())) as live:
         error = error_of(complete(live, response_format={"type": "json_object"}), 400)
         assert error["param"] == "response_format"
-        assert "pip install 'fd_dsa[structured]'" in error["message"]
+        assert error["message"].endswith(f"; {extra_command('structured')}")
         assert complete(live).status_code == 200
 
 

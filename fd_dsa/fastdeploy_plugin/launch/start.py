@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fd_dsa.commands import pip_command, project_folder
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import local_url, process_environment, switch
 from fd_dsa.errors import BackendUnavailable, ConfigError
@@ -56,6 +57,7 @@ class Launch:
         url: address of the server for this machine.
         model_name: value of the `model` field of requests.
         max_model_len: longest prompt plus output, tokens.
+        num_api_keys: number of keys that open the server.
     """
 
     command: tuple[str, ...]
@@ -64,6 +66,7 @@ class Launch:
     url: str
     model_name: str
     max_model_len: int
+    num_api_keys: int
 
 
 def prepare(args: argparse.Namespace) -> Launch:
@@ -83,8 +86,8 @@ def prepare(args: argparse.Namespace) -> Launch:
     if missing:
         raise BackendUnavailable(
             f"--engine fastdeploy: fd_dsa has no entry point in {', '.join(missing)}, by which "
-            "FastDeploy finds its plug-ins; install fd_dsa into this Python (pip install .), so "
-            "that it is a package and not only a folder"
+            f"FastDeploy finds its plug-ins; {pip_command(project_folder())} installs fd_dsa "
+            "into this Python, so that it is a package and not only a folder"
         )
     place = _place(args)
     words = [word for name, value in place.items() for word in (_flag(name), str(value))]
@@ -105,6 +108,7 @@ def prepare(args: argparse.Namespace) -> Launch:
         url=local_url(place["host"], place["port"]),
         model_name=place["served_model_name"],
         max_model_len=length,
+        num_api_keys=_num_keys([*words, *args.passed]),
     )
 
 
@@ -163,6 +167,8 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
             "--model: got none, --engine fastdeploy needs the folder of a model; the demo model of "
             "the package is for --engine embedded"
         )
+    for flag in args.not_needed:
+        raise ConfigError(f"{flag}: is a flag of FastDeploy; give FastDeploy's own flags after --")
     names = getattr(args, "served_model_name", [])
     if len(names) > 1:
         raise ConfigError(
@@ -184,6 +190,10 @@ def passed_values(arguments: Sequence[str]) -> dict[str, Any]:
         return vars(parser.parse_known_args(arguments)[0])
     except argparse.ArgumentError as error:
         raise ConfigError(f"after --: {error}") from None
+
+
+def _num_keys(arguments: Sequence[str]) -> int:
+    return sum(word.partition("=")[0] == "--api-key" for word in arguments)
 
 
 def _flag(name: str) -> str:

@@ -1,5 +1,6 @@
 // One answer: its stream, its figures, and how it ends.
 
+import { t } from "./language.js";
 import { Unavailable, complete, recovered } from "./server.js";
 
 function takeDelta(message, delta) {
@@ -18,17 +19,19 @@ function takeDelta(message, delta) {
 // `pieces` stands for the number of tokens where an answer was stopped and the server counted none.
 function figures(times, usage, ending) {
   const tokens = usage?.completion_tokens ?? times.pieces;
-  const parts = [...ending, ...(usage ? [`prompt ${usage.prompt_tokens}`] : []), `output ${usage ? "" : "about "}${tokens}`];
+  const parts = [...ending];
+  if (usage) parts.push(t("promptTokens", { count: usage.prompt_tokens }));
+  parts.push(t(usage ? "outputTokens" : "aboutTokens", { count: tokens }));
   const drafts = usage?.completion_tokens_details;
   if (drafts) {
     const { accepted_prediction_tokens: accepted, rejected_prediction_tokens: rejected } = drafts;
-    parts.push(`drafts ${accepted} of ${accepted + rejected}`);
+    parts.push(t("acceptedDrafts", { accepted, count: accepted + rejected }));
   }
   if (tokens > 1 && times.last > times.first) {
     // the first token ends the wait, the others come after it
-    parts.push(`${((tokens - 1) * 1000 / (times.last - times.first)).toFixed(1)} tok/s`);
+    parts.push(t("tokenRate", { rate: ((tokens - 1) * 1000 / (times.last - times.first)).toFixed(1) }));
   }
-  if (times.first) parts.push(`TTFT ${((times.first - times.begin) / 1000).toFixed(2)} s`);
+  if (times.first) parts.push(t("firstToken", { seconds: ((times.first - times.begin) / 1000).toFixed(2) }));
   return parts.join(" · ");
 }
 
@@ -49,8 +52,8 @@ async function read(message, body, signal, changed, times) {
     }
     changed();
   }
-  if (reason === "abort") throw new Error("The server shut down before the answer was complete.");
-  return { usage, ending: reason === "length" ? ["cut at the token limit"] : [] };
+  if (reason === "abort") throw new Error(t("shutDown"));
+  return { usage, ending: reason === "length" ? [t("cutAtLimit")] : [] };
 }
 
 // Fills `message`, and calls `changed` after each piece. While the server cannot be asked it waits,
@@ -73,7 +76,7 @@ export async function answer(message, body, signal, changed) {
         continue;
       }
       if (error.name !== "AbortError") message.error = error.message;
-      if (times.pieces || !message.error) message.stats = figures(times, null, message.error ? [] : ["stopped"]);
+      if (times.pieces || !message.error) message.stats = figures(times, null, message.error ? [] : [t("stopped")]);
       return null;
     }
   }

@@ -1,5 +1,7 @@
 // Swagger UI on the server's own document, with a curl command for each operation.
 
+import { isDark } from "./theme.js";
+
 const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 function example(operation, document) {
@@ -26,7 +28,7 @@ for (const [path, operations] of Object.entries(api.paths)) {
 }
 api.tags = [{ name: "Text" }, { name: "Server" }];
 
-document.documentElement.classList.toggle("dark-mode", matchMedia("(prefers-color-scheme: dark)").matches);
+document.documentElement.classList.toggle("dark-mode", isDark());
 window.SwaggerUIBundle({
   spec: api,
   dom_id: "#api",

@@ -1,5 +1,7 @@
 // Small helpers for the elements of the page.
 
+import { t } from "./language.js";
+
 export const $ = (id) => document.getElementById(id);
 
 export function make(tag, className, text) {
@@ -14,15 +16,6 @@ export function button(text, action, className = "") {
   node.type = "button";
   node.addEventListener("click", action);
   return node;
-}
-
-// Webstorage may be forbidden, full, or written by another page of this address.
-export function load(store, key, fallback) {
-  try { return JSON.parse(window[store].getItem(key)) ?? fallback; } catch { return fallback; }
-}
-
-export function save(store, key, value) {
-  try { window[store].setItem(key, JSON.stringify(value)); } catch { /* this tab has it */ }
 }
 
 export function notice(text) {
@@ -54,7 +47,7 @@ export async function copy(text, node) {
     area.remove();
   }
   const label = node.textContent;
-  if (label === "Copied") return;
-  node.textContent = "Copied";
+  if (label === t("copied")) return;
+  node.textContent = t("copied");
   setTimeout(() => { node.textContent = label; }, 1200);
 }

@@ -4,6 +4,7 @@ import { marked } from "./vendor/marked.esm.js";
 import hljs from "./vendor/highlight.min.js";
 import "./vendor/purify.min.js";
 import { button, copy, make } from "./dom.js";
+import { t } from "./language.js";
 
 const escape = (text) =>
   text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll('"', "&quot;");
@@ -45,8 +46,8 @@ export function codeBlock(text, language = "") {
   pre.append(code);
   const block = make("div", "code");
   const bar = make("div", "code-bar");
-  const node = button("Copy", () => copy(text, node));
-  node.setAttribute("aria-label", "Copy the code");
+  const node = button(t("copy"), () => copy(text, node));
+  node.setAttribute("aria-label", t("copyCode"));
   bar.append(make("span", "", language), node);
   block.append(bar, pre);
   return block;

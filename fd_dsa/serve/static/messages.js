@@ -1,13 +1,14 @@
 // The messages of a conversation as elements.
 
 import { button, copy, make } from "./dom.js";
+import { t } from "./language.js";
 import { codeBlock, markdown } from "./markdown.js";
 import { picture } from "./picture.js";
 import { siblings } from "./store.js";
 
 function reasoning(message) {
   const box = make("details", "reasoning");
-  const summary = make("summary", "", "Reasoning");
+  const summary = make("summary", "", t("reasoning"));
   box.open = message.unfolded ?? !message.content;
   // the answer is drawn anew with every piece: what was folded by hand stays so
   summary.addEventListener("click", () => { message.unfolded = !box.open; });
@@ -18,7 +19,7 @@ function reasoning(message) {
 function toolCall(call) {
   const box = make("details", "call");
   box.open = true;
-  box.append(make("summary", "", `Tool call: ${call.function.name}`), codeBlock(call.function.arguments, "json"));
+  box.append(make("summary", "", t("toolCall", { name: call.function.name })), codeBlock(call.function.arguments, "json"));
   return box;
 }
 
@@ -32,7 +33,8 @@ function versions(message, actions) {
     return node;
   };
   const box = make("span", "versions");
-  box.append(step("‹", "Earlier version", at - 1), make("span", "", `${at + 1} of ${all.length}`), step("›", "Later version", at + 1));
+  box.append(step("‹", t("earlierVersion"), at - 1), make("span", "", t("versionOf", { number: at + 1, count: all.length })),
+    step("›", t("laterVersion"), at + 1));
   return box;
 }
 
@@ -40,26 +42,26 @@ function actionsOf(message, actions) {
   const box = make("div", "actions");
   if (siblings(message).length > 1) box.append(versions(message, actions));
   if (message.content) {
-    const node = button("Copy", () => copy(message.content, node));
+    const node = button(t("copy"), () => copy(message.content, node));
     box.append(node);
   }
-  if (message.role === "user") box.append(button("Edit", () => actions.edit(message)));
+  if (message.role === "user") box.append(button(t("edit"), () => actions.edit(message)));
   if (message.role === "assistant") {
-    box.append(button(message.error ? "Retry" : "Regenerate", () => actions.again(message)));
+    box.append(button(t(message.error ? "retry" : "regenerate"), () => actions.again(message)));
   }
   return box;
 }
 
 export function fill(node, message, actions) {
   node.className = message.role;
-  node.setAttribute("aria-label", { user: "You", tool: "Result of a tool", assistant: "Answer" }[message.role]);
+  node.setAttribute("aria-label", t({ user: "you", tool: "toolResult", assistant: "answer" }[message.role]));
   node.replaceChildren();
   const body = make("div", "body");
   if (message.role === "assistant") {
     if (message.reasoning) body.append(reasoning(message));
     body.append(markdown(message.content));
     body.append(...(message.tool_calls ?? []).map(toolCall));
-    if (message.waiting) body.append(make("p", "waiting", "Your message is sent when the server is back."));
+    if (message.waiting) body.append(make("p", "waiting", t("sentLater")));
     else if (message.running && !message.content && !message.reasoning) body.append(make("p", "waiting", "…"));
   } else {
     body.textContent = message.content;
@@ -76,7 +78,7 @@ export function edit(node, message, send, cancel) {
   const area = make("textarea");
   area.value = message.content;
   area.rows = Math.min(12, message.content.split("\n").length + 1);
-  area.setAttribute("aria-label", "Edit the message");
+  area.setAttribute("aria-label", t("editMessage"));
   const submit = () => { if (area.value.trim()) send(area.value); };
   area.addEventListener("keydown", (event) => {
     if (event.key === "Escape") cancel();
@@ -85,7 +87,7 @@ export function edit(node, message, send, cancel) {
     submit();
   });
   const box = make("div", "actions");
-  box.append(button("Send", submit), button("Cancel", cancel));
+  box.append(button(t("send"), submit), button(t("cancel"), cancel));
   node.replaceChildren(area, box);
   area.focus();
 }

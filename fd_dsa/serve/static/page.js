@@ -1,22 +1,19 @@
 // The page: which conversation is shown, and what its buttons do.
 
 import { answer } from "./answer.js";
-import { $, button, copy, load, make, notice, save } from "./dom.js";
+import { $, button, copy, make, notice } from "./dom.js";
+import { t } from "./language.js";
 import { edit, fill } from "./messages.js";
 import { findModels, watch } from "./server.js";
 import { contextLength, curlCommand, requestBody, showModels, startSettings } from "./settings.js";
 import { drawChats, startSidebar } from "./sidebar.js";
+import { load, save } from "./storage.js";
 import { chats, endBelow, newId, patchChat, pathTo, saveMessage, start, visible } from "./store.js";
 
 const DRAFT = "fd_dsa.draft";
 const CHAT = "fd_dsa.chat";
 const SAVE_MS = 1000;
-const EXAMPLES = [
-  "Hello! What can you do?",
-  "What is the capital of France?",
-  "Write a short poem about the sea.",
-  "List three colours of the rainbow.",
-];
+const EXAMPLES = ["example1", "example2", "example3", "example4"];
 
 const view = { chat: load("sessionStorage", CHAT, "") || newId(), leaf: null, running: null, shown: new Map() };
 const path = () => pathTo(view.chat, view.leaf);
@@ -26,8 +23,8 @@ const path = () => pathTo(view.chat, view.leaf);
 function empty() {
   const box = make("div", "empty");
   const list = make("div", "examples");
-  list.append(...EXAMPLES.map((text) => button(text, () => send(text))));
-  box.append(make("h2", "", "What would you like to know?"), make("p", "", "Type a message below, or begin with one of these."), list);
+  list.append(...EXAMPLES.map((key) => button(t(key), () => send(t(key)))));
+  box.append(make("h2", "", t("emptyTitle")), make("p", "", t("emptyText")), list);
   return box;
 }
 
@@ -51,7 +48,7 @@ function draw() {
   view.shown.clear();
   const nodes = path().map(article);
   $("log").replaceChildren(...(nodes.length ? nodes : [empty()]));
-  $("log").scrollTop = $("log").scrollHeight;
+  $("log").scrollTop = nodes.length ? $("log").scrollHeight : 0;
   save("sessionStorage", CHAT, view.chat);
   drawChats(view.chat);
   drawFooter();
@@ -70,9 +67,9 @@ function drawFooter() {
   const limit = contextLength();
   $("used").max = limit || 1;
   $("used").value = used;
-  $("context").textContent = limit ? `${used} / ${limit} tokens` : "";
+  $("context").textContent = limit ? t("usedTokens", { used, limit }) : "";
   const call = openCall();
-  $("input").placeholder = call ? `The result of ${call.function.name}` : "Message";
+  $("input").placeholder = call ? t("resultOf", { name: call.function.name }) : t("message");
   $("send").hidden = Boolean(view.running);
   $("stop").hidden = !view.running;
   // a screen reader waits for the whole answer
@@ -113,7 +110,13 @@ function redraw(message) {
   if (node?.isConnected) scrolled(() => fill(node, message, actions));
 }
 
+// A text being edited stays.
+function redrawAll(isDrawn) {
+  path().filter((message) => isDrawn(message) && !view.shown.get(message.id)?.querySelector("textarea")).forEach(redraw);
+}
+
 async function run(message, body) {
+  notice("");
   view.running = new AbortController();
   message.running = true;
   await keep(message);
@@ -137,23 +140,12 @@ async function run(message, body) {
   drawFooter();
 }
 
-// The body of a request for the next answer, or null after a notice; nothing is lost then.
-function bodyFor(messages) {
-  try {
-    notice("");
-    return requestBody(messages);
-  } catch (error) {
-    notice(error.message);
-    return null;
-  }
-}
-
 // Sends a text as the next message after `parent`; the text stays in its field where it cannot go.
 async function send(text, parent = view.leaf, role = openCall() ? "tool" : "user") {
   if (!text.trim() || view.running) return;
   const call = role === "tool" ? openCall() : null;
   const message = add(view.chat, parent, { role, content: text, ...(call && { tool_call_id: call.id }) });
-  const body = bodyFor([...pathTo(view.chat, parent), message]);
+  const body = requestBody([...pathTo(view.chat, parent), message]);
   if (!body) return;
   if ($("input").value === text) setDraft("");
   await keep(message);
@@ -174,7 +166,7 @@ const actions = {
   },
   again(message) {
     if (view.running) return;
-    const body = bodyFor(pathTo(message.chat, message.parent));
+    const body = requestBody(pathTo(message.chat, message.parent));
     if (!body) return;
     // a failure without a text is no version worth keeping
     const again = message.error && !message.content ? message : add(message.chat, message.parent, { role: "assistant" });
@@ -189,8 +181,8 @@ function curl() {
   if (draft) messages.push({ role: "user", content: draft });
   // without a draft: the request of the last answer
   else while (messages.at(-1)?.role === "assistant") messages.pop();
-  const body = messages.length && bodyFor(messages);
-  if (body) copy(curlCommand(messages), $("curl"));
+  const body = messages.length && requestBody(messages);
+  if (body) copy(curlCommand(body), $("curl"));
 }
 
 function setDraft(text) {
@@ -204,15 +196,21 @@ async function changedElsewhere(id) {
   drawChats(view.chat);
   if (id !== view.chat) return;
   if (view.running) {
-    // the running answer draws itself, and a text being edited stays
-    const isDrawn = ({ id, running }) => !running && !view.shown.get(id)?.querySelector("textarea");
-    path().filter(isDrawn).forEach(redraw);
+    // the running answer draws itself
+    redrawAll(({ running }) => !running);
   } else if (chats.get(id)?.deleted) {
     create();
   } else if (!document.querySelector("article textarea")) {
     view.leaf = endBelow(id, view.leaf);
     scrolled(draw);
   }
+}
+
+function inAnotherLanguage() {
+  if (view.shown.size) redrawAll(() => true);
+  else draw();
+  drawChats(view.chat);
+  drawFooter();
 }
 
 async function health(trouble) {
@@ -245,6 +243,7 @@ function listen() {
   $("curl").addEventListener("click", curl);
   $("close-notice").addEventListener("click", () => notice(""));
   $("model").addEventListener("change", drawFooter);
+  document.addEventListener("language", inAnotherLanguage);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !$("settings").open) view.running?.abort();
   });

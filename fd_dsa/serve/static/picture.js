@@ -1,6 +1,7 @@
 // What the indexer chose for the last token of an answer.
 
 import { make } from "./dom.js";
+import { t } from "./language.js";
 
 const MOST_SPANS = 6000;
 
@@ -16,8 +17,8 @@ export function picture(chosen) {
   const box = make("details", "picture");
   box.open = true;
   const all = sets.every((set) => set.size === size);
-  const what = `Chosen for token ${chosen.position}, by layer`;
-  box.append(make("summary", "", all ? `${what}: every position, the context is no longer than index_topk` : what));
+  const what = t("selectedFor", { position: chosen.position });
+  box.append(make("summary", "", all ? t("selectedAll", { what }) : what));
   const canvas = make("canvas");
   const width = Math.min(size, 800);
   const cell = 12;
@@ -38,18 +39,16 @@ export function picture(chosen) {
       pen.fillRect(x, row * cell, 1, cell - 1);
     }
   });
-  const why = make("p", "caption", "With DeepSeek Sparse Attention a token reads only the earlier tokens that " +
-    "the indexer, a small scorer in each layer, ranks highest: each row is a layer, each mark a position that it read.");
-  const caption = make("p", "caption", "Hover over a mark to see its token.");
+  const why = make("p", "caption", t("selectionNote"));
+  const caption = make("p", "caption", t(matchMedia("(any-hover: hover)").matches ? "hoverMark" : "tapMark"));
   const point = (event) => {
     const area = canvas.getBoundingClientRect();
     const share = (value, length) => Math.min(Math.max(value / length, 0), 1 - 1e-9);
     const position = Math.floor(share(event.clientX - area.left, area.width) * size);
     const layer = Math.floor(share(event.clientY - area.top, area.height) * sets.length);
-    const verdict = sets[layer].has(position) ? "chosen" : "not chosen";
     const token = chosen.tokens ? ` ${JSON.stringify(chosen.tokens[position])}` : "";
-    caption.textContent = `layer ${layer}, position ${position}${token}: ${verdict}; ` +
-      `this layer chose ${sets[layer].size} of ${size}`;
+    const verdict = sets[layer].has(position) ? "markSelected" : "markNotSelected";
+    caption.textContent = t(verdict, { layer, position, token, count: sets[layer].size, size });
   };
   canvas.addEventListener("pointermove", point);
   canvas.addEventListener("pointerdown", point);
@@ -60,17 +59,17 @@ export function picture(chosen) {
 
 function heat(chosen, size) {
   const box = make("details");
-  box.append(make("summary", "", "Context: darker where more layers chose the token"));
+  box.append(make("summary", "", t("heatTitle")));
   const counts = layerCounts(chosen, size);
   const text = make("div", "heat");
   text.tabIndex = 0;
   const first = Math.max(0, size - MOST_SPANS);
-  if (first) text.append(`… the last ${MOST_SPANS} tokens …\n`);
+  if (first) text.append(`${t("heatCut", { count: MOST_SPANS })}\n`);
   for (let p = first; p < size; p++) {
     const node = make("span", "", chosen.tokens[p]);
     const share = counts[p] / chosen.layers.length;
     if (share) node.style.backgroundColor = `rgba(31, 111, 235, ${0.7 * share})`;
-    node.title = `${p}: ${counts[p]} of ${chosen.layers.length} layers`;
+    node.title = t("heatToken", { position: p, count: counts[p], layers: chosen.layers.length });
     text.append(node);
   }
   box.append(text);

@@ -1,10 +1,11 @@
 // The server: its models, its answers, and whether it can be asked.
 
-import { $, load, save } from "./dom.js";
+import { mark, openSettings } from "./dialog.js";
+import { $ } from "./dom.js";
+import { t } from "./language.js";
+import { load, save } from "./storage.js";
 
 const KEY = "fd_dsa.key";
-const UNREACHABLE = "The server does not answer; it may have stopped. This page asks again every few seconds.";
-const BROKEN = "The connection ended before the answer was complete.";
 const CALM_MS = 10_000;
 const PROBE_MS = 2_000;
 const SOON_MS = 500;
@@ -28,20 +29,20 @@ async function refusal(reply) {
   let error = {};
   // no error object: a proxy in between
   try { error = (await reply.json()).error; } catch { /* its status has to do */ }
-  const message = error.message ?? `The server answered with status ${reply.status}.`;
-  if (error.code === "shutting_down") return new Unavailable("The server is shutting down and takes no new messages. This page asks again every few seconds.");
+  const message = error.message ?? t("statusOnly", { status: reply.status });
+  if (error.code === "shutting_down") return new Unavailable(t("shuttingDown"));
   if (error.code === "context_length_exceeded") {
     // the flag is of use only to who runs the server
-    return new Error(message.replace(/; shorten the prompt or start .*/, "; shorten the prompt or begin a new conversation"));
+    return new Error(message.replace(/; shorten the prompt or start .*/, t("shortenPrompt")));
   }
-  if (error.code === "loading") {
-    const what = message.replace(/; retry .*/, "");
-    return new Unavailable(`${what[0].toUpperCase()}${what.slice(1)}.`);
-  }
+  if (error.code === "loading") return new Unavailable(t("loading", { reason: message.replace(/; retry .*/, "") }));
   if ([502, 503, 504].includes(reply.status) && error.code !== "engine_failed") return new Unavailable(message);
   if (reply.status === 401) {
-    $("settings").showModal();
-    $("key").focus();
+    const asked = t($("key").value ? "keyRefused" : "keyMissing");
+    mark("key", asked);
+    // in an open dialog the focus stays where the reader has it
+    if (!$("settings").open) openSettings($("key"));
+    return new Error(asked);
   }
   return new Error(message);
 }
@@ -51,7 +52,7 @@ async function ask(path, options) {
   try {
     reply = await fetch(path, options);
   } catch (error) {
-    throw error.name === "AbortError" ? error : new Unavailable(UNREACHABLE);
+    throw error.name === "AbortError" ? error : new Unavailable(t("unreachable"));
   }
   if (!reply.ok) throw await refusal(reply);
   return reply;
@@ -65,9 +66,9 @@ export async function* complete(body, signal) {
   let rest = "";
   for (const reader = reply.body.getReader(); ;) {
     const { done, value } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : broken(BROKEN);
+      throw error.name === "AbortError" ? error : broken(t("broken"));
     });
-    if (done) throw broken(BROKEN);
+    if (done) throw broken(t("broken"));
     rest += decoder.decode(value, { stream: true });
     const lines = rest.split("\n");
     rest = lines.pop();
@@ -112,13 +113,17 @@ function probeIn(milliseconds) {
 export function watch(changed) {
   onTrouble = changed;
   $("key").value = load("sessionStorage", KEY, "");
+  const anew = () => {
+    trouble = null;
+    return probe();
+  };
   $("settings").addEventListener("close", () => {
     if ($("key").value === load("sessionStorage", KEY, "")) return;
     save("sessionStorage", KEY, $("key").value);
-    trouble = null;
-    probe();
+    anew();
   });
-  return probe();
+  document.addEventListener("language", anew);
+  return anew();
 }
 
 // Resolves when the server can be asked again.

@@ -1,26 +1,14 @@
 // Settings of the requests, kept in the browser.
 
-import { $, load, save } from "./dom.js";
+import { NUMBERS, firstWrong, openSettings, startDialog, stopStrings } from "./dialog.js";
+import { $ } from "./dom.js";
 import { server } from "./server.js";
+import { load, save } from "./storage.js";
 
 const SETTINGS = "fd_dsa.settings";
-const NUMBERS = [
-  "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-  "max_tokens", "seed",
-];
-const FIELDS = ["model", "system", "stop-strings", "thinking", "schema", "tools", ...NUMBERS];
+const FIELDS = ["model", "system", "stop-strings", "thinking", "schema", "tools", ...Object.keys(NUMBERS)];
 
 const current = () => ({ ...Object.fromEntries(FIELDS.map((name) => [name, $(name).value])), topk: $("topk").checked });
-
-function number(name, text) {
-  const value = Number(text);
-  if (!Number.isFinite(value)) throw new Error(`${name}: '${text}' is not a number`);
-  return value;
-}
-
-function json(what, text) {
-  try { return JSON.parse(text); } catch (error) { throw new Error(`${what}: not valid JSON, ${error.message}`); }
-}
 
 // The message as the API takes it.
 function sent({ role, content, reasoning, tool_calls, tool_call_id }) {
@@ -32,19 +20,25 @@ function sent({ role, content, reasoning, tool_calls, tool_call_id }) {
   return plain;
 }
 
-// The body of a request for the answer to these messages; an error names a field that is wrong.
+// The body of a request for the answer to these messages. If a setting is wrong: null, and the
+// dialog opens at its field.
 export function requestBody(messages) {
+  const wrong = firstWrong();
+  if (wrong) {
+    openSettings(wrong);
+    return null;
+  }
   const given = current();
   const list = messages.filter((message) => message.role !== "assistant" || message.content || message.tool_calls).map(sent);
   if (given.system.trim()) list.unshift({ role: "system", content: given.system });
   const body = { model: given.model, messages: list, stream: true, stream_options: { include_usage: true } };
-  for (const name of NUMBERS) if (given[name].trim()) body[name] = number(name, given[name]);
-  const stop = given["stop-strings"].split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
+  for (const name of Object.keys(NUMBERS)) if (given[name].trim()) body[name] = Number(given[name]);
+  const stop = stopStrings(given["stop-strings"]);
   if (stop.length) body.stop = stop;
   if (given.schema.trim()) {
-    body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: json("JSON schema", given.schema) } };
+    body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(given.schema) } };
   }
-  if (given.tools.trim()) body.tools = json("Tools", given.tools);
+  if (given.tools.trim()) body.tools = JSON.parse(given.tools);
   if (given.thinking) {
     // two names of one switch, by model
     const on = given.thinking === "on";
@@ -54,12 +48,12 @@ export function requestBody(messages) {
   return body;
 }
 
-// A shell command that asks the same.
-export function curlCommand(messages) {
+// A shell command that sends this body.
+export function curlCommand(body) {
   const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const url = new URL("v1/chat/completions", location.href).href;
   const key = $("key").value ? ' -H "Authorization: Bearer $FD_DSA_API_KEY"' : "";
-  return `curl -N ${quote(url)} -H 'Content-Type: application/json'${key} \\\n  -d ${quote(JSON.stringify(requestBody(messages)))}`;
+  return `curl -N ${quote(url)} -H 'Content-Type: application/json'${key} \\\n  -d ${quote(JSON.stringify(body))}`;
 }
 
 // Fills the list of models; the one chosen before stays where it is still served.
@@ -76,9 +70,9 @@ export function startSettings() {
     $("topk").checked = given.topk === true;
   };
   const keep = () => save("localStorage", SETTINGS, current());
+  startDialog();
   show(load("localStorage", SETTINGS, {}));
   $("settings").addEventListener("close", keep);
   $("model").addEventListener("change", keep);
-  $("settings-button").addEventListener("click", () => $("settings").showModal());
-  $("reset").addEventListener("click", () => show({}));
+  $("reset").addEventListener("click", () => { show({}); firstWrong(); });
 }

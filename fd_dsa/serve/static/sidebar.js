@@ -1,6 +1,7 @@
 // The list of conversations: search, rename, delete with undo, export, import.
 
 import { $, button, make, notice, toast } from "./dom.js";
+import { t } from "./language.js";
 import { exportText, importText, messagesOf, patchChat, visible } from "./store.js";
 
 const MOST_IMPORTED_BYTES = 100e6;
@@ -17,7 +18,7 @@ function rename(row, chat) {
   const input = make("input");
   input.value = chat.title;
   input.maxLength = 200;
-  input.setAttribute("aria-label", "Name of the conversation");
+  input.setAttribute("aria-label", t("nameOfChat"));
   input.enterKeyHint = "done";
   let isOver = false;
   const end = async (title) => {
@@ -38,7 +39,7 @@ function rename(row, chat) {
 async function remove(chat) {
   await patchChat(chat.id, { deleted: Date.now() });
   actions.removed(chat.id);
-  toast(`Deleted “${chat.title}”.`, "Undo", async () => {
+  toast(t("deleted", { title: chat.title }), t("undo"), async () => {
     await patchChat(chat.id, { deleted: 0 });
     actions.open(chat.id);
   });
@@ -54,13 +55,13 @@ export function drawChats(id) {
     if (chat.id === id) {
       open.setAttribute("aria-current", "true");
       const tools = make("span", "actions");
-      tools.append(button("Rename", () => rename(row, chat)), button("Delete", () => remove(chat)));
+      tools.append(button(t("rename"), () => rename(row, chat)), button(t("delete"), () => remove(chat)));
       row.append(tools);
     }
     return row;
   }));
   $("none").hidden = found.length > 0;
-  $("none").textContent = $("search").value ? "No conversation has this text." : "No conversations yet.";
+  $("none").textContent = t($("search").value ? "noMatch" : "noChats");
 }
 
 function download() {
@@ -75,12 +76,12 @@ async function upload() {
   const [file] = $("file").files;
   $("file").value = "";
   try {
-    if (file.size > MOST_IMPORTED_BYTES) throw new Error(`the file has ${file.size} bytes, at most ${MOST_IMPORTED_BYTES} are allowed`);
+    if (file.size > MOST_IMPORTED_BYTES) throw new Error(t("fileTooLarge", { size: file.size, limit: MOST_IMPORTED_BYTES }));
     const count = await importText(await file.text());
-    toast(`Imported ${count} ${count === 1 ? "conversation" : "conversations"}.`);
+    toast(t("imported", { count }));
     drawChats(current);
   } catch (error) {
-    notice(`Nothing was imported: ${error.message}.`);
+    notice(t("notImported", { reason: error.message }));
   }
 }
 

@@ -1,7 +1,8 @@
 // Conversations in IndexedDB. A conversation is a tree with a record for each message: tabs only
 // ever add records, so none overwrites another's, and a new version of a message is a sibling.
 
-import { load } from "./dom.js";
+import { t } from "./language.js";
+import { load } from "./storage.js";
 
 const FORMAT = "fd_dsa.chats";
 const KEPT_DELETED_MS = 3_600_000;
@@ -48,7 +49,7 @@ async function write(action) {
     await Promise.all([action(transaction.objectStore("chats"), transaction.objectStore("messages")), ended]);
     return true;
   } catch (error) {
-    onFailure(`Conversations cannot be saved (${error.message}). Export them before closing this tab.`);
+    onFailure(t("cannotSave", { reason: error.message }));
     return false;
   }
 }
@@ -109,13 +110,14 @@ export function endBelow(chatId, id) {
 
 // --- files
 
-function checked(value, allowed, what) {
-  if (!allowed) throw new Error(`${what}: got ${JSON.stringify(value)?.slice(0, 60)}`);
+function checked(value, isAllowed, where, rule, limits = {}) {
+  const got = () => JSON.stringify(value)?.slice(0, 60) ?? "";
+  if (!isAllowed) throw new Error(t("wrongField", { where, value: got(), rule: t(rule, limits) }));
   return value;
 }
 
 const isId = (value) => typeof value === "string" && value.length > 0 && value.length <= 100;
-const text = (value, what) => checked(value ?? "", typeof (value ?? "") === "string", `${what}: allowed is a text`);
+const text = (value, where) => checked(value ?? "", typeof (value ?? "") === "string", where, "ruleText");
 const time = (value) => (Number.isFinite(value) ? value : Date.now());
 
 function isCall(call) {
@@ -124,16 +126,16 @@ function isCall(call) {
 }
 
 function readMessage(given, chat, known, where) {
-  checked(given?.id, isId(given?.id), `${where}.id: allowed is a text`);
-  const parent = checked(given.parent, given.parent === null || known.has(given.parent), `${where}.parent: allowed is an earlier message or null`);
-  const role = checked(given.role, ROLES.includes(given.role), `${where}.role: allowed are ${ROLES.join(", ")}`);
+  checked(given?.id, isId(given?.id), `${where}.id`, "ruleText");
+  const parent = checked(given.parent, given.parent === null || known.has(given.parent), `${where}.parent`, "ruleParent");
+  const role = checked(given.role, ROLES.includes(given.role), `${where}.role`, "ruleRole", { roles: ROLES.join(", ") });
   const message = { id: given.id, chat, parent, role, created: time(given.created), content: text(given.content, `${where}.content`) };
   for (const name of ["reasoning", "tool_call_id", "error", "stats"]) {
     if (given[name]) message[name] = text(given[name], `${where}.${name}`);
   }
   if (given.tool_calls) {
     const isList = Array.isArray(given.tool_calls) && given.tool_calls.every(isCall);
-    message.tool_calls = checked(given.tool_calls, isList, `${where}.tool_calls: allowed is a list of calls`);
+    message.tool_calls = checked(given.tool_calls, isList, `${where}.tool_calls`, "ruleCalls");
   }
   if (Number.isFinite(given.used)) message.used = given.used;
   known.add(given.id);
@@ -141,8 +143,8 @@ function readMessage(given, chat, known, where) {
 }
 
 function readChat(given, where) {
-  checked(given?.id, isId(given?.id), `${where}.id: allowed is a text`);
-  checked(given.messages, Array.isArray(given.messages), `${where}.messages: allowed is a list`);
+  checked(given?.id, isId(given?.id), `${where}.id`, "ruleText");
+  checked(given.messages, Array.isArray(given.messages), `${where}.messages`, "ruleList");
   const known = new Set();
   const messages = given.messages.map((one, i) => readMessage(one, given.id, known, `${where}.messages[${i}]`));
   const chat = { id: given.id, title: text(given.title, `${where}.title`).slice(0, 200), updated: time(given.updated), leaf: messages.at(-1)?.id ?? null };
@@ -177,13 +179,13 @@ export function exportText() {
 // Number of conversations read; nothing is added where anything is wrong.
 export async function importText(content) {
   let file;
-  try { file = JSON.parse(content); } catch { throw new Error("the file is not JSON"); }
+  try { file = JSON.parse(content); } catch { throw new Error(t("fileNotJson")); }
   if (file?.format !== FORMAT || file.version !== 1 || !Array.isArray(file.chats)) {
-    throw new Error(`the file is no export of this page (format "${FORMAT}", version 1)`);
+    throw new Error(t("fileNotExport", { format: FORMAT, version: 1 }));
   }
   const read = file.chats.map((chat, i) => readChat(chat, `chats[${i}]`));
   const count = read.reduce((sum, one) => sum + one.messages.length, 0);
-  if (count > MOST_IMPORTED) throw new Error(`the file has ${count} messages, at most ${MOST_IMPORTED} are allowed`);
+  if (count > MOST_IMPORTED) throw new Error(t("tooManyMessages", { count, limit: MOST_IMPORTED }));
   await add(read);
   return read.length;
 }
@@ -228,7 +230,7 @@ export async function start(changed, failed) {
     for (const message of messages) tree(message.chat).set(message.id, message);
   } catch (error) {
     db = null;
-    failed(`This browser keeps no conversations (${error.message}); they end with this tab.`);
+    failed(t("notKept", { reason: error.message }));
     return;
   }
   await migrate();

@@ -99,9 +99,15 @@ def say(page: Page, text: str) -> None:
     expect(page.locator("#send")).to_be_visible()
 
 
+def open_settings(page: Page) -> None:
+    """Open the settings, with all their groups."""
+    page.click("#settings-button")
+    page.eval_on_selector_all("#settings details", "all => all.forEach((d) => { d.open = true; })")
+
+
 def choose(page: Page, **settings: str) -> None:
     """Fill in fields of the settings."""
-    page.click("#settings-button")
+    open_settings(page)
     for name, value in settings.items():
         field = page.locator(f"#{name.replace('_strings', '-strings')}")
         if name in ("thinking", "model"):

@@ -162,7 +162,7 @@ def test_files_go_out_and_in(browser: Browser, live: Live, tmp_path: Path) -> No
         download.value.save_as(path)
         # what is here already stays once
         page.set_input_files("#file", path)
-        expect(page.locator("#toast")).to_contain_text("Imported 1 conversation.")
+        expect(page.locator("#toast")).to_contain_text("Conversations imported: 1.")
         titles(page, "Keep me")
     exported = json.loads(path.read_text())
     assert [m["content"] for m in exported["chats"][0]["messages"]] == ["Keep me", TEXT]
@@ -172,7 +172,7 @@ def test_files_go_out_and_in(browser: Browser, live: Live, tmp_path: Path) -> No
         for content, reason in (
             ("{", "the file is not JSON"),
             ("[]", "the file is no export of this page"),
-            (json.dumps(broken), "chats[1].messages[0].parent: allowed is an earlier message"),
+            (json.dumps(broken), 'chats[1].messages[0].parent: got "2"; must be an earlier'),
         ):
             path.write_text(content)
             page.set_input_files("#file", path)

@@ -1,0 +1,72 @@
+"""Commands that messages name, in a form that the user can paste into the same shell."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def own_command(*words: str) -> str:
+    """Return a shell line that calls `fd-dsa` of this Python with these words."""
+    script = Path(sys.executable).with_name("fd-dsa")
+    if script.exists():
+        return shlex.join([_program(script), *words])
+    # a folder on PYTHONPATH has no script
+    return python_command("-m", "fd_dsa", *words)
+
+
+def python_command(*words: str) -> str:
+    """Return a shell line that calls this Python with these words."""
+    return shlex.join([_program(Path(sys.executable)), *words])
+
+
+def pip_command(*requirements: str) -> str:
+    """Return a shell line that installs packages, or folders of the project, into this Python."""
+    return python_command("-m", "pip", "install", *requirements)
+
+
+def extra_command(extra: str) -> str:
+    """Return a shell line that installs the packages of an extra into this Python.
+
+    The line names these packages, because fd_dsa is on no package index.
+    """
+    try:
+        needed = list(_packages_of(extra, requires("fd_dsa") or ()))
+    except PackageNotFoundError:
+        needed = []
+    return pip_command(*(needed or [f"{_ROOT}[{extra}]"]))
+
+
+def project_folder(name: str = ".") -> str:
+    """Return the path of a folder of the project, relative if it is below the current folder."""
+    return _relative(_ROOT / name)
+
+
+def _packages_of(extra: str, requirements: Iterable[str]) -> Iterable[str]:
+    for requirement in requirements:
+        package, _, marker = requirement.partition(";")
+        if f'extra == "{extra}"' in marker.replace("'", '"'):
+            yield package.strip()
+
+
+def _program(path: Path) -> str:
+    """The shortest name by which a shell in the current folder finds a program."""
+    if shutil.which(path.name) == str(path):
+        return path.name
+    return _relative(path)
+
+
+def _relative(path: Path) -> str:
+    try:
+        below = path.relative_to(Path.cwd())
+    except (OSError, ValueError):
+        # elsewhere, or the current folder was deleted
+        return str(path)
+    # a bare name would be looked up on PATH, or on a package index
+    return str(below) if len(below.parts) != 1 else f"./{below}"

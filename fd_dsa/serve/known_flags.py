@@ -1,0 +1,327 @@
+"""Flags of other servers on our command line, and what this server does with each of them.
+
+A flag of this module is taken out of the command line, if it changes no answer here, or refused
+with our flag for the same purpose. docs/flags.md lists both kinds.
+
+Sources: `vllm serve --help`, `python -m sglang.launch_server --help`, and `EngineArgs` of
+FastDeploy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from fd_dsa.errors import ConfigError
+
+
+class Known(NamedTuple):
+    """A flag of another server.
+
+    Attributes:
+        reason: why it is not needed; "" = it is always refused.
+        refusal: what to do instead; "" = no value of it is refused.
+        takes_value: True: a value follows, in the same word after "=" or in the next one.
+        neutral: values that are not refused, if only some are.
+    """
+
+    reason: str
+    refusal: str
+    takes_value: bool = False
+    neutral: tuple[str, ...] = ()
+
+
+NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "no code of a model's folder runs": ("trust-remote-code",),
+    "the folder says which tokenizer and template it has": (
+        *("tokenizer-mode=auto|hf|fast|deepseek_v32|deepseek_v4", "config-format=auto|hf"),
+        *("chat-template-content-format=auto|string", "response-role=assistant"),
+    ),
+    "models of this server generate text": (
+        *("task=auto|generate", "runner=auto|generate", "convert=auto|none", "model-impl=auto"),
+        *("limit-mm-per-prompt=", "mm-processor-kwargs=", "mm-processor-cache-gb="),
+        *("media-io-kwargs=", "allowed-local-media-path=", "allowed-media-domains="),
+        *("interleave-mm-strings", "disable-mm-preprocessor-cache", "skip-mm-profiling"),
+        *("language-model-only", "disable-chunked-mm-input"),
+    ),
+    "--download takes the main revision": (
+        *("revision=main", "tokenizer-revision=main", "code-revision=main"),
+    ),
+    "weights are read in one way": (
+        *("safetensors-load-strategy=", "model-loader-extra-config=", "use-tqdm-on-load"),
+        *("max-parallel-loading-workers=", "ignore-patterns=", "load-choices=default|default_v1"),
+        *("weight-loader-disable-mmap",),
+    ),
+    "tool calls and reasoning are read if the template has a form of them": (
+        *("enable-auto-tool-choice", "enable-reasoning"),
+    ),
+    "forms of answers are always enforced by llguidance": (
+        "guided-decoding-backend=auto|guidance|llguidance|xgrammar|outlines|off",
+        "grammar-backend=auto|llguidance|xgrammar|outlines",
+        "guided-decoding-disable-fallback",
+    ),
+    "answers always have it": (
+        *("enable-prompt-tokens-details", "enable-request-id-headers", "enable-cache-report"),
+        "enable-logprob",
+    ),
+    "metrics are at /metrics of --port": (
+        *("enable-metrics", "metrics-port=", "show-hidden-metrics-for-version="),
+        *("kv-cache-metrics", "cudagraph-metrics", "enable-server-load-tracking"),
+        *("enable-mfu-metrics", "decode-log-interval="),
+    ),
+    "the log is short; --log-level warning leaves out all that is no warning": (
+        *("disable-log-requests", "disable-log-stats", "disable-uvicorn-access-log"),
+        *("disable-access-log-for-endpoints=", "max-log-len=", "aggregate-engine-logging"),
+        *("log-level-http=", "uvicorn-log-level="),
+    ),
+    "the scheduler has no such choice": (
+        *("swap-space=", "cpu-offload-gb=0", "preemption-mode=recompute", "stream-interval=1"),
+        *("scheduling-policy=fcfs", "schedule-policy=fcfs|lpm", "schedule-conservativeness="),
+        *("num-scheduler-steps=1", "num-lookahead-slots=", "multi-step-stream-outputs"),
+        *("scheduler-delay-factor=0|0.0", "use-v2-block-manager", "enable-mixed-chunk"),
+        *("max-num-partial-prefills=", "max-long-partial-prefills=", "disable-async-output-proc"),
+        *("long-prefill-token-threshold=", "disable-hybrid-kv-cache-manager"),
+        *("prefix-caching-hash-algo=", "calculate-kv-scales", "disable-overlap-schedule"),
+        "num-continuous-decode-steps=",
+    ),
+    "kernels are chosen at the start; FD_DSA_OP_PROVIDER asks for others": (
+        *("attention-backend=", "prefill-attention-backend=", "decode-attention-backend="),
+        *("nsa-prefill-backend=", "nsa-decode-backend=", "dsa-prefill-backend="),
+        *("dsa-decode-backend=", "sampling-backend=", "moe-runner-backend=", "moe-backend="),
+        *("fp8-gemm-backend=", "moe-a2a-backend=none", "all2all-backend=", "enable-flashinfer"),
+        *("disable-cascade-attn", "disable-sliding-window", "enable-dbo", "enable-flashinfer-mla"),
+        *("enable-torch-compile", "compilation-config=", "optimization-level="),
+        *("graph-optimization-config=", "use-cudagraph", "max-seq-len-to-capture="),
+        *("disable-custom-all-reduce", "enable-p2p-check", "-cc=", "-O0", "-O1", "-O2", "-O3"),
+    ),
+    "the server starts its own processes on this machine": (
+        *("distributed-executor-backend=mp|uni", "data-parallel-backend=mp", "nnodes=1"),
+        *("node-rank=0", "pipeline-parallel-size=1", "-pp=1", "pp-size=1", "ep-size=1"),
+        *("dp-size=1", "-dp=1", "dp=1", "-dcp=1"),
+        *("decode-context-parallel-size=1", "prefill-context-parallel-size=1"),
+        *("api-server-count=", "disable-frontend-multiprocessing", "workers=", "master-addr="),
+        *("master-port=", "dist-init-addr=", "nccl-port=", "base-gpu-id=0", "watchdog-timeout="),
+        *("engine-worker-queue-port=", "cache-queue-port=", "controller-port="),
+        *("skip-server-warmup", "use-warmup=", "tokenizer-worker-num="),
+    ),
+    "heads have bounds of their own (docs/operations.md)": (
+        *("h11-max-incomplete-event-size=", "h11-max-header-count="),
+    ),
+    "generation_config.json gives the defaults": ("sampling-defaults=model",),
+}
+"""Reason that a flag changes no answer -> such flags: `name`, `name=` with any value, or
+`name=a|b` with one of these values."""
+
+OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "--model": ("model-path",),
+    "--tokenizer": ("tokenizer-path",),
+    "--max-model-len": ("context-length",),
+    "--max-num-seqs": ("max-running-requests",),
+    "--max-num-batched-tokens": ("chunked-prefill-size", "max-prefill-tokens"),
+    "--gpu-memory-utilization": ("mem-fraction-static",),
+    "--kv-cache-memory-bytes or --num-gpu-blocks-override": ("max-total-tokens", "kv-cache-ratio"),
+    "--block-size": ("page-size",),
+    "--no-enable-prefix-caching": ("disable-radix-cache",),
+    "--enforce-eager": ("disable-cuda-graph",),
+    "--cudagraph-capture-sizes": (
+        *("cuda-graph-bs", "cuda-graph-max-bs", "max-cudagraph-capture-size"),
+    ),
+    "--tensor-parallel-size": ("tp", "tp-size"),
+    "--data-parallel-size": ("-dp", "dp", "data-parallel-size-local"),
+    "--enable-expert-parallel": ("-ep", "ep", "enable-ep-moe", "expert-parallel-size"),
+    "--speculative-config": (
+        *("-sc", "speculative-model", "num-speculative-tokens", "speculative-algorithm"),
+        *("speculative-num-steps", "speculative-eagle-topk", "speculative-num-draft-tokens"),
+        *("speculative-draft-model-path", "ngram-prompt-lookup-max"),
+        "ngram-prompt-lookup-min",
+    ),
+    "--seed": ("random-seed",),
+    "--log-requests": ("enable-log-requests",),
+}
+"""Our flag -> names that other servers have for it, or for the nearest to it."""
+
+REFUSED: Mapping[str, tuple[str, ...]] = {
+    "weights are served in the form that config.json names; give the folder of a quantised model": (
+        *("quantization", "-q", "torchao-config", "quantization-param-path"),
+    ),
+    "a model is served as its config.json says; change that file in a copy of the folder": (
+        *("hf-overrides", "json-model-override-args", "rope-scaling", "rope-theta"),
+        *("override-attention-dtype", "override-neuron-config", "hf-config-path"),
+    ),
+    "edit generation_config.json in a copy of the folder, or send the fields with each request": (
+        *("override-generation-config", "preferred-sampling-params"),
+    ),
+    "send chat_template_kwargs with each request": ("default-chat-template-kwargs",),
+    "--generation-config vllm leaves out what generation_config.json proposes": (
+        "sampling-defaults",
+    ),
+    "download another revision yourself and give its folder": (
+        *("revision", "tokenizer-revision", "code-revision"),
+    ),
+    "set the variable HF_HOME": ("download-dir",),
+    "set the variable HF_TOKEN": ("hf-token",),
+    "adapters are not supported": (
+        *("enable-lora", "lora-modules", "lora-paths", "max-loras", "max-lora-rank", "lora-dtype"),
+        *("max-cpu-loras", "fully-sharded-loras", "lora-backend", "max-loras-per-batch"),
+        *("enable-prompt-adapter", "qlora-adapter-name-or-path"),
+    ),
+    "code from outside of the package is not loaded": (
+        *("tool-parser-plugin", "reasoning-parser-plugin", "tool-server", "middleware"),
+        *("logits-processors", "logits-processor-pattern", "worker-cls", "scheduler-cls"),
+        *("worker-extension-cls", "io-processor-plugin", "enable-custom-logit-processor"),
+    ),
+    "TLS, CORS, sockets and paths belong to a proxy in front (docs/operations.md)": (
+        *("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs", "ssl-ciphers"),
+        *("enable-ssl-refresh", "ssl-keyfile-password", "allowed-origins", "allowed-methods"),
+        *("allowed-headers", "allow-credentials", "uds", "root-path", "disable-fastapi-docs"),
+        *("admin-api-key", "headless"),
+    ),
+    "the embedded engine serves on one machine; several need FastDeploy (docs/fastdeploy.md)": (
+        *("pipeline-parallel-size", "-pp", "pp-size", "nnodes", "node-rank", "ep-size", "dp-size"),
+        *("decode-context-parallel-size", "-dcp", "prefill-context-parallel-size", "ips"),
+        *("distributed-executor-backend", "data-parallel-backend", "data-parallel-rank"),
+        *("data-parallel-start-rank", "data-parallel-address", "data-parallel-rpc-port"),
+        *("data-parallel-hybrid-lb", "data-parallel-external-lb", "enable-dp-attention"),
+        *("enable-eplb", "eplb-config", "num-redundant-experts", "moe-a2a-backend", "base-gpu-id"),
+        *("kv-transfer-config", "kv-events-config", "ec-transfer-config", "disaggregation-mode"),
+        *("splitwise-role", "innode-prefill-ports", "rdma-comm-ports", "pd-comm-port"),
+    ),
+    "caches stay in the memory of the device": (
+        *("cpu-offload-gb", "kv-offloading-size", "kv-offloading-backend", "preemption-mode"),
+        *("enable-hierarchical-cache", "hicache-ratio", "enable-sleep-mode", "enable-lmcache"),
+        *("enable-memory-saver", "dynamic-load-weight"),
+    ),
+    "requests run in the order in which they arrive": (
+        *("scheduling-policy", "schedule-policy", "num-scheduler-steps", "scheduler-delay-factor"),
+        *("stream-interval", "enable-priority-scheduling"),
+    ),
+    "models of this server read and generate text": (
+        *("task", "runner", "convert", "model-impl", "is-embedding", "pooler-config", "enable-mm"),
+        *("enable-multimodal", "skip-tokenizer-init", "enable-prompt-embeds", "tokens-only"),
+    ),
+    "a folder is read in one way": (
+        *("tokenizer-mode", "config-format", "load-choices", "chat-template-content-format"),
+        "response-role",
+    ),
+    "requests may ask for up to 20 log-probabilities of a token": ("max-logprobs",),
+    "requests ask for it themselves (docs/api.md)": (
+        *("enable-force-include-usage", "return-tokens-as-token-ids", "logprobs-mode"),
+        *("exclude-tools-when-tool-choice-none", "structured-outputs-config"),
+        *("guided-decoding-backend", "grammar-backend", "early-stop-config"),
+        *("guided-decoding-disable-any-whitespace", "constrained-json-disable-any-whitespace"),
+    ),
+    "texts are never logged, and there are no traces": (
+        *("enable-log-outputs", "enable-log-deltas", "log-config-file", "log-error-stack"),
+        *("otlp-traces-endpoint", "collect-detailed-traces", "enable-trace", "profiler-config"),
+    ),
+    "it is a flag of FastDeploy; give it after -- with --engine fastdeploy": (
+        *("plas-attention-config", "static-decode-blocks", "moba-attention-config"),
+        "load-strategy",
+    ),
+}
+"""Reason, and what to do -> flags that are refused, some of them only with other values than in
+`NOT_NEEDED`."""
+
+
+def _known() -> dict[str, Known]:
+    """Every flag of the tables, by its name on the command line."""
+    found: dict[str, Known] = {}
+    for ours, names in OTHER_NAMES.items():
+        found |= {_flag(name): Known("", f"the flag for this is {ours}") for name in names}
+    for reason, names in REFUSED.items():
+        found |= {_flag(name): Known("", f"not supported: {reason}") for name in names}
+    for reason, forms in NOT_NEEDED.items():
+        for form in forms:
+            name, equals, values = form.partition("=")
+            neutral = tuple(values.split("|")) if values else ()
+            refusal = found[_flag(name)].refusal if neutral else ""
+            found[_flag(name)] = Known(reason, refusal, bool(equals), neutral)
+    return found
+
+
+def _flag(name: str) -> str:
+    return name if name.startswith("-") else f"--{name}"
+
+
+KNOWN = _known()
+"""Flags of other servers, by their names on a command line."""
+
+
+def take_out(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take flags of other servers out of a command line.
+
+    Returns:
+        The words that are left, and for each flag taken out why it is not needed.
+
+    Raises:
+        ConfigError: a flag would change answers; names ours for the same purpose.
+    """
+    left: list[str] = []
+    reasons: dict[str, str] = {}
+    rest = list(reversed(words))
+    while rest:
+        word = rest.pop()
+        flag, equals, value = word.partition("=")
+        found = find(flag) if word.startswith("-") else None
+        if found is None:
+            left.append(word)
+            continue
+        known, is_off = found
+        has_next = bool(rest) and re.fullmatch(r"(?!-[^\d.]).*", rest[-1], re.DOTALL)
+        if known.takes_value and not is_off and not equals and has_next:
+            value = rest.pop()
+        reasons[flag] = judge(flag, value, known, is_off)
+    return left, reasons
+
+
+def find(flag: str) -> tuple[Known, bool] | None:
+    """Return what is known of a flag, and True if this is its opposite, `--no-...`.
+
+    As in vLLM, names may have underscores, and a key of a JSON value may follow a dot.
+    """
+    name = flag.partition(".")[0].replace("_", "-")
+    if name in KNOWN:
+        return KNOWN[name], False
+    opposite = KNOWN.get(f"--{name.removeprefix('--no-')}")
+    return None if opposite is None or not name.startswith("--no-") else (opposite, True)
+
+
+def judge(flag: str, value: str, known: Known, is_off: bool) -> str:
+    """Return why a flag of another server is not needed here.
+
+    Args:
+        flag: its name, for the message.
+        value: its value, "" of a switch.
+        is_off: True: it is switched off.
+
+    Raises:
+        ConfigError: this value would change answers.
+    """
+    if is_off:
+        return known.reason or "it is off"
+    if known.neutral and value in known.neutral:
+        return known.reason
+    if known.refusal:
+        # the value of a flag that is always refused may be a secret
+        got = f"got {value!r}, allowed: {', '.join(known.neutral)}; " if known.neutral else ""
+        raise ConfigError(f"{flag}: {got}{known.refusal}")
+    return known.reason
+
+
+def rows() -> Iterator[tuple[str, str]]:
+    """What holds here, and the flags of other servers for which it does."""
+    for ours, names in OTHER_NAMES.items():
+        yield f"the name here is `{ours}`".replace(" or ", "` or `"), _shown(names)
+    for reason, names in NOT_NEEDED.items():
+        yield f"not needed: {reason}", _shown(names)
+    for reason, names in REFUSED.items():
+        yield f"refused: {reason}", _shown(names)
+
+
+def _shown(forms: Sequence[str]) -> str:
+    names = []
+    for form in forms:
+        name, _, values = form.partition("=")
+        names.append(f"`{f'{_flag(name)} {values}'.rstrip()}`".replace("|", "` or `"))
+    return ", ".join(names)
