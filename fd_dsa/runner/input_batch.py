@@ -166,11 +166,12 @@ class InputBatch:
                 known.
             first_sample: index of the first sample in the `TokenBuffer`.
         """
-        samples = np.arange(first_sample, first_sample + len(sampled), dtype=np.int32)
-        pending = np.full(self.num_tokens, -1, np.int32)
+        tokens, following = slice(self.num_tokens), list(self.following)
+        next_ids = np.roll(self.ids_remove_padding[tokens], -1)
+        pending = np.roll(self.pending[tokens], -1)
+        next_ids[following], pending[following] = list(self.following.values()), -1
+        samples = range(first_sample, first_sample + len(sampled))
         pending[np.asarray(sampled, np.int64)] = samples
-        next_ids = np.roll(self.ids_remove_padding[: self.num_tokens], -1)
-        next_ids[list(self.following)] = list(self.following.values())
         return staged_ids(next_ids, pending)
 
     def state(self) -> tuple[Any, ...]:

@@ -110,6 +110,10 @@ def test_pending_tokens_are_staged_by_their_index() -> None:
     assert batch.ids_remove_padding[:5].tolist() == [3, 4, 0, 5, 0]
     assert batch.pending[:5].tolist() == [-1, -1, 2, -1, 8]
     assert batch.staged_ids().tolist() == [3, 4, -3, 5, -9]
+    batch.following[1] = 6
+    # the token after a pending one of the same row may be pending itself
+    assert batch.next_tokens()[[0, 1, 3]].tolist() == [4, 6, -9]
+    assert batch.next_tokens([2, 3, 4], 10).tolist() == [4, 6, -11, -12, -13]
     copy = InputBatch(4, 8, 4, 16)
     copy.restore(batch.state())
     assert copy.staged_ids().tolist() == batch.staged_ids().tolist()
