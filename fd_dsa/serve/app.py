@@ -50,13 +50,14 @@ router = APIRouter()
 
 
 class ModelCard(TypedDict):
-    """A served model; `max_model_len` is its longest sequence, in tokens."""
+    """A served model: its longest sequence in tokens, and the defaults of its folder."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    sampling_defaults: dict[str, float | int]
 
 
 class ModelList(TypedDict):
@@ -111,7 +112,7 @@ def create_app(state: ServerState) -> FastAPI:
 
 @router.get("/v1/models", summary="The served models")
 async def list_models(state: State) -> ModelList:
-    """Every served name with the longest sequence it takes, in tokens."""
+    """Every served name with its longest sequence, in tokens, and its sampling defaults."""
     return {"object": "list", "data": [_model(state, n) for n in state.served_model_names]}
 
 
@@ -128,6 +129,7 @@ def _model(state: ServerState, name: str) -> ModelCard:
         "created": state.created,
         "owned_by": "fd_dsa",
         "max_model_len": state.engine.max_model_len,
+        "sampling_defaults": state.engine.sampling_defaults,
     }
 
 

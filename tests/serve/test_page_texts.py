@@ -22,6 +22,8 @@ NAMES = {"API", "English", "Top-p", "Top-k", "Min-p"}
 UNSEEN = {
     "AbortError",
     "BroadcastChannel",
+    "Files",
+    '<span class="formula f"></span>',
     "Content-Type",
     "Enter",
     "Escape",

@@ -25,7 +25,8 @@ def test_models(live: Live) -> None:
     models = live.client.models.list().data
     assert [m.id for m in models] == ["demo", "alias"]
     assert {m.owned_by for m in models} == {"fd_dsa"}
-    assert live.http.get("/v1/models").json()["data"][0]["max_model_len"] == 256
+    first = live.http.get("/v1/models").json()["data"][0]
+    assert (first["max_model_len"], first["sampling_defaults"]) == (256, {})
     assert live.client.models.retrieve("alias").id == "alias"
 
 

@@ -4,6 +4,9 @@ import { t } from "./language.js";
 
 export const $ = (id) => document.getElementById(id);
 
+export const escape = (text) =>
+  text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll('"', "&quot;");
+
 export function make(tag, className, text) {
   const node = document.createElement(tag);
   if (className) node.className = className;

@@ -3,11 +3,9 @@
 import { marked } from "./vendor/marked.esm.js";
 import hljs from "./vendor/highlight.min.js";
 import "./vendor/purify.min.js";
-import { button, copy, make } from "./dom.js";
+import { button, copy, escape, make } from "./dom.js";
 import { t } from "./language.js";
-
-const escape = (text) =>
-  text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll('"', "&quot;");
+import { drawFormulas, formulas } from "./formulas.js";
 
 marked.use({
   gfm: true,
@@ -19,6 +17,7 @@ marked.use({
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
   },
 });
+marked.use(formulas);
 
 const RULES = {
   ALLOWED_TAGS: [
@@ -55,6 +54,7 @@ export function codeBlock(text, language = "") {
 
 export function markdown(text) {
   const content = clean(marked.parse(text));
+  drawFormulas(content);
   for (const pre of content.querySelectorAll("pre")) {
     const language = /language-(\S+)/.exec(pre.firstChild?.className ?? "")?.[1];
     pre.replaceWith(codeBlock(pre.textContent.replace(/\n$/, ""), language));

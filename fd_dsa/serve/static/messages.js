@@ -1,5 +1,6 @@
 // The messages of a conversation as elements.
 
+import { size, splitFiles } from "./attach.js";
 import { button, copy, make } from "./dom.js";
 import { t } from "./language.js";
 import { codeBlock, markdown } from "./markdown.js";
@@ -20,6 +21,41 @@ function toolCall(call) {
   const box = make("details", "call");
   box.open = true;
   box.append(make("summary", "", t("toolCall", { name: call.function.name })), codeBlock(call.function.arguments, "json"));
+  return box;
+}
+
+// An answer that is JSON as a whole, so that Markdown would spoil it. The text itself is shown: a
+// number like 1e400 does not survive parsing.
+function isJson({ content, json, running }) {
+  if (json) return content !== "";
+  if (running || !/^\s*[[{]/.test(content)) return false;
+  try { JSON.parse(content); } catch { return false; }
+  return true;
+}
+
+function text(message) {
+  if (!isJson(message)) return markdown(message.content);
+  const block = codeBlock(message.content, "json");
+  block.classList.add("json");
+  return block;
+}
+
+function attachment({ name, content }) {
+  const box = make("details", "file");
+  const pre = make("pre", "", content);
+  pre.tabIndex = 0;
+  box.append(make("summary", "", t("fileSize", { name, size: size(content) })), pre);
+  return box;
+}
+
+function written(message) {
+  const { files, text } = splitFiles(message.content);
+  return [...files.map(attachment), ...(text ? [text] : [])];
+}
+
+function repetition(message, actions) {
+  const box = make("p", "note", t("repeatsNote"));
+  if (message.content) box.append(" ", button(t("goOn"), () => actions.goOn(message)));
   return box;
 }
 
@@ -59,16 +95,18 @@ export function fill(node, message, actions) {
   const body = make("div", "body");
   if (message.role === "assistant") {
     if (message.reasoning) body.append(reasoning(message));
-    body.append(markdown(message.content));
+    body.append(text(message));
     body.append(...(message.tool_calls ?? []).map(toolCall));
     if (message.waiting) body.append(make("p", "waiting", t("sentLater")));
     else if (message.running && !message.content && !message.reasoning) body.append(make("p", "waiting", "…"));
   } else {
-    body.textContent = message.content;
+    body.append(...written(message));
   }
   node.append(body);
   if (message.error) node.append(make("p", "error", message.error));
-  if (message.chosen) node.append(picture(message.chosen));
+  if (message.repeats && !message.running) node.append(repetition(message, actions));
+  if (message.chosen && !message.running) node.append(picture(message.chosen, message.content));
+  if (message.note) node.append(make("p", "caption", message.note));
   if (message.stats) node.append(make("p", "stats", message.stats));
   if (!message.running) node.append(actionsOf(message, actions));
 }

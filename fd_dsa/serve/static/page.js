@@ -1,18 +1,22 @@
 // The page: which conversation is shown, and what its buttons do.
 
 import { answer } from "./answer.js";
-import { $, button, copy, make, notice } from "./dom.js";
+import { attached, detach, splitFiles, startAttaching, withFiles } from "./attach.js";
+import { $, button, copy, make, notice, toast } from "./dom.js";
 import { t } from "./language.js";
 import { edit, fill } from "./messages.js";
+import { lookAtNumber, needleMessage } from "./needle.js";
 import { findModels, watch } from "./server.js";
-import { contextLength, curlCommand, requestBody, showModels, startSettings } from "./settings.js";
+import { contextLength, curlCommand, isGreedy, requestBody, showModels, startSettings } from "./settings.js";
 import { drawChats, startSidebar } from "./sidebar.js";
 import { load, save } from "./storage.js";
-import { chats, endBelow, newId, patchChat, pathTo, saveMessage, start, visible } from "./store.js";
+import { chats, endBelow, newId, patchChat, pathTo, saveMessage, siblings, start, visible } from "./store.js";
 
 const DRAFT = "fd_dsa.draft";
 const CHAT = "fd_dsa.chat";
 const SAVE_MS = 1000;
+// at which an answer is written again, if the temperature in use is 0
+const OTHER_TEMPERATURE = 0.8;
 const EXAMPLES = ["example1", "example2", "example3", "example4"];
 
 const view = { chat: load("sessionStorage", CHAT, "") || newId(), leaf: null, running: null, shown: new Map() };
@@ -23,9 +27,17 @@ const path = () => pathTo(view.chat, view.leaf);
 function empty() {
   const box = make("div", "empty");
   const list = make("div", "examples");
-  list.append(...EXAMPLES.map((key) => button(t(key), () => send(t(key)))));
+  list.append(...EXAMPLES.map((key) => button(t(key), () => send(t(key)))), button(t("exampleNeedle"), sendNeedle, "wide"));
   box.append(make("h2", "", t("emptyTitle")), make("p", "", t("emptyText")), list);
   return box;
+}
+
+async function sendNeedle() {
+  try {
+    await send(await needleMessage(Math.floor(Math.random() * 100)), { picture: true });
+  } catch (error) {
+    notice(error.message);
+  }
 }
 
 function article(message) {
@@ -98,7 +110,8 @@ function add(chat, parent, fields) {
 
 async function keep(message) {
   view.leaf = message.id;
-  const { title } = chats.get(message.chat) ?? { title: message.content.trim().slice(0, 60) };
+  const { files, text } = splitFiles(message.content);
+  const { title } = chats.get(message.chat) ?? { title: (text.trim() || files[0].name).slice(0, 60) };
   await Promise.all([
     saveMessage(message),
     patchChat(message.chat, { title, updated: Date.now(), leaf: message.id, deleted: 0 }),
@@ -118,7 +131,10 @@ function redrawAll(isDrawn) {
 async function run(message, body) {
   notice("");
   view.running = new AbortController();
+  for (const name of ["error", "stats", "note", "repeats"]) delete message[name];
   message.running = true;
+  message.asked = JSON.stringify(body);
+  if (body.response_format) message.json = true;
   await keep(message);
   draw();
   let drawing = 0;
@@ -130,8 +146,9 @@ async function run(message, body) {
     saveMessage(message);
   };
   const usage = await answer(message, body, view.running.signal, changed);
-  cancelAnimationFrame(drawing);
   if (usage) message.used = usage.total_tokens;
+  if (usage && pathTo(message.chat, message.parent).at(-1)?.picture) await lookAtNumber(message, body, view.running.signal);
+  cancelAnimationFrame(drawing);
   // it stays running until it is stored: what another tab makes this one read is older
   await saveMessage(message);
   view.running = null;
@@ -140,14 +157,14 @@ async function run(message, body) {
   drawFooter();
 }
 
-// Sends a text as the next message after `parent`; the text stays in its field where it cannot go.
-async function send(text, parent = view.leaf, role = openCall() ? "tool" : "user") {
+// Sends a text as the next message after `parent`. Calls `taken` unless a setting is wrong.
+async function send(text, { parent = view.leaf, role = openCall() ? "tool" : "user", picture = false, taken = () => {} } = {}) {
   if (!text.trim() || view.running) return;
   const call = role === "tool" ? openCall() : null;
-  const message = add(view.chat, parent, { role, content: text, ...(call && { tool_call_id: call.id }) });
+  const message = add(view.chat, parent, { role, content: text, ...(call && { tool_call_id: call.id }), ...(picture && { picture }) });
   const body = requestBody([...pathTo(view.chat, parent), message]);
   if (!body) return;
-  if ($("input").value === text) setDraft("");
+  taken();
   await keep(message);
   if (openCall()) draw();
   else await run(add(view.chat, message.id, { role: "assistant", created: message.created + 1 }), body);
@@ -162,27 +179,58 @@ const actions = {
   },
   edit(message) {
     const node = view.shown.get(message.id);
-    edit(node, message, (text) => send(text, message.parent, "user"), () => fill(node, message, actions));
+    const { parent, picture } = message;
+    edit(node, message, (text) => send(text, { parent, picture, role: "user" }), () => fill(node, message, actions));
   },
-  again(message) {
+  async again(message, changes = {}) {
     if (view.running) return;
     const body = requestBody(pathTo(message.chat, message.parent));
     if (!body) return;
+    Object.assign(body, changes);
+    const others = siblings(message).filter(({ used, error }) => used && !error);
+    if (isGreedy(body) && others.some(({ asked }) => asked === JSON.stringify(body))) {
+      offerOther(message);
+      return;
+    }
     // a failure without a text is no version worth keeping
-    const again = message.error && !message.content ? message : add(message.chat, message.parent, { role: "assistant" });
-    for (const name of ["error", "stats", "reasoning", "tool_calls"]) delete again[name];
-    run(again, body);
+    const isFailure = message.error && !message.content;
+    const again = isFailure ? message : add(message.chat, message.parent, { role: "assistant" });
+    for (const name of ["reasoning", "tool_calls"]) delete again[name];
+    // the same seed would give the same answer
+    if (!isFailure && body.seed !== undefined) body.seed += siblings(message).length;
+    await run(again, body);
+    // of an answer of before a reload no request is known
+    if (isGreedy(body) && others.some(({ content }) => again.used && content === again.content)) offerOther(again);
+  },
+  // Lets an answer that the page has ended continue, whatever it repeats.
+  goOn(message) {
+    if (view.running) return;
+    const body = requestBody(pathTo(message.chat, message.id));
+    if (body) run(message, { ...body, continue_final_message: true, add_generation_prompt: false });
   },
 };
 
+function offerOther(message) {
+  const temperature = OTHER_TEMPERATURE;
+  toast(t("greedy"), t("otherTemperature", { temperature }), () => actions.again(message, { temperature }));
+}
+
 function curl() {
-  const draft = $("input").value.trim();
+  const draft = withFiles(attached(), $("input").value).trim();
   const messages = path();
   if (draft) messages.push({ role: "user", content: draft });
   // without a draft: the request of the last answer
   else while (messages.at(-1)?.role === "assistant") messages.pop();
   const body = messages.length && requestBody(messages);
   if (body) copy(curlCommand(body), $("curl"));
+}
+
+function submit() {
+  const taken = () => {
+    setDraft("");
+    detach();
+  };
+  send(withFiles(attached(), $("input").value), { taken });
 }
 
 function setDraft(text) {
@@ -230,14 +278,14 @@ async function health(trouble) {
 function listen() {
   $("form").addEventListener("submit", (event) => {
     event.preventDefault();
-    send($("input").value);
+    submit();
   });
   $("input").addEventListener("input", () => save("sessionStorage", DRAFT, $("input").value));
   $("input").addEventListener("keydown", (event) => {
     // Enter that ends the choice of a character of an input method sends nothing
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
-    send($("input").value);
+    submit();
   });
   $("stop").addEventListener("click", () => view.running?.abort());
   $("curl").addEventListener("click", curl);
@@ -250,6 +298,7 @@ function listen() {
 }
 
 startSettings();
+startAttaching();
 startSidebar({ open, create, removed: (id) => { if (id === view.chat) create(); else drawChats(view.chat); } });
 listen();
 setDraft(load("sessionStorage", DRAFT, ""));

@@ -44,7 +44,7 @@ async function refusal(reply) {
     if (!$("settings").open) openSettings($("key"));
     return new Error(asked);
   }
-  return new Error(message);
+  return Object.assign(new Error(message), { param: error.param });
 }
 
 async function ask(path, options) {
@@ -64,21 +64,29 @@ export async function* complete(body, signal) {
   const reply = await ask("v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
   const decoder = new TextDecoder();
   let rest = "";
-  for (const reader = reply.body.getReader(); ;) {
-    const { done, value } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : broken(t("broken"));
-    });
-    if (done) throw broken(t("broken"));
-    rest += decoder.decode(value, { stream: true });
-    const lines = rest.split("\n");
-    rest = lines.pop();
-    for (const line of lines) {
-      if (line === "data: [DONE]") return;
-      if (!line.startsWith("data: ")) continue;
-      const chunk = JSON.parse(line.slice(6));
-      if (chunk.error) throw broken(chunk.error.message);
-      yield chunk;
+  const reader = reply.body.getReader();
+  let isOver = false;
+  try {
+    for (;;) {
+      const { done, value } = await reader.read().catch((error) => {
+        throw error.name === "AbortError" ? error : broken(t("broken"));
+      });
+      if (done) throw broken(t("broken"));
+      rest += decoder.decode(value, { stream: true });
+      const lines = rest.split("\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        isOver = line === "data: [DONE]";
+        if (isOver) return;
+        if (!line.startsWith("data: ")) continue;
+        const chunk = JSON.parse(line.slice(6));
+        if (chunk.error) throw broken(chunk.error.message);
+        yield chunk;
+      }
     }
+  } finally {
+    // the server ends a request whose client has left
+    if (!isOver) reader.cancel().catch(() => {});
   }
 }
 

@@ -44,7 +44,7 @@ export function requestBody(messages) {
     const on = given.thinking === "on";
     body.chat_template_kwargs = { thinking: on, enable_thinking: on };
   }
-  if (given.topk) body.return_topk_positions = true;
+  if (given.topk || messages.findLast(({ role }) => role === "user")?.picture) body.return_topk_positions = true;
   return body;
 }
 
@@ -62,7 +62,12 @@ export function showModels() {
   $("model").replaceChildren(...server.models.map(({ id }) => new Option(id, id, false, id === wanted)));
 }
 
-export const contextLength = () => server.models.find(({ id }) => id === $("model").value)?.max_model_len ?? 0;
+const model = () => server.models.find(({ id }) => id === $("model").value);
+
+export const contextLength = () => model()?.max_model_len ?? 0;
+
+// True if the same request gets the same answer.
+export const isGreedy = (body) => (body.temperature ?? model()?.sampling_defaults?.temperature ?? 1) === 0;
 
 export function startSettings() {
   const show = (given) => {

@@ -55,7 +55,7 @@ async function write(action) {
 }
 
 // what belongs to this tab alone; pictures are large
-const stored = ({ chosen, unfolded, running, waiting, ...message }) => message;
+const stored = ({ asked, chosen, unfolded, running, waiting, ...message }) => message;
 
 export async function saveMessage(message) {
   tree(message.chat).set(message.id, message);
@@ -84,7 +84,7 @@ async function reload(id) {
   for (const message of messages) {
     const known = tree(id).get(message.id);
     // this tab writes a running answer itself
-    if (!known?.running) tree(id).set(message.id, { ...message, chosen: known?.chosen, unfolded: known?.unfolded });
+    if (!known?.running) tree(id).set(message.id, { ...message, asked: known?.asked, chosen: known?.chosen, unfolded: known?.unfolded });
   }
 }
 
@@ -138,6 +138,7 @@ function readMessage(given, chat, known, where) {
     message.tool_calls = checked(given.tool_calls, isList, `${where}.tool_calls`, "ruleCalls");
   }
   if (Number.isFinite(given.used)) message.used = given.used;
+  for (const name of ["json", "picture", "repeats"]) if (given[name] === true) message[name] = true;
   known.add(given.id);
   return message;
 }

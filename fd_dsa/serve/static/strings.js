@@ -59,6 +59,30 @@ export const STRINGS = {
   stop: ["Stop", "停止"],
   usedContext: ["Used part of the context", "上下文已用部分"],
   usedTokens: ["{used} / {limit} tokens", "{used} / {limit} 个 token"],
+  attach: ["Attach", "附件"],
+  attachFiles: ["Text files for the message", "随消息发送的文本文件"],
+  files: ["Files of the message", "消息的文件"],
+  fileSize: ["{name}, {size} bytes", "{name}，{size} 字节"],
+  removeFile: ["Remove {name}", "移除 {name}"],
+  notAttached: ["{name} is not attached: {reason}.", "未添加 {name}：{reason}。"],
+  attachLater: [
+    "the server has not told the length of its context yet; attach the file when it answers",
+    "服务器尚未告知上下文长度；请在服务器响应后再添加文件",
+  ],
+  attachTooLarge: [
+    "the file has {size} bytes; must have at most {limit}, {factor} for each of the {tokens} tokens of the context",
+    "文件有 {size} 字节，最多允许 {limit} 字节，即上下文 {tokens} 个 token 每个 {factor} 字节",
+  ],
+  attachTooMany: [
+    "the file has {size} bytes and the files before it {used}; must have at most {limit} together, {factor} for each of the {tokens} tokens of the context",
+    "文件有 {size} 字节，已添加的文件共 {used} 字节；总共最多允许 {limit} 字节，即上下文 {tokens} 个 token 每个 {factor} 字节",
+  ],
+  attachEmpty: ["the file is empty", "文件为空"],
+  attachUnreadable: ["the file cannot be read ({reason})", "无法读取文件（{reason}）"],
+  attachNotText: [
+    "the file is not plain text in UTF-8; convert it to plain text",
+    "文件不是 UTF-8 纯文本；请先转换为纯文本",
+  ],
   keys: [
     "Enter sends, Shift+Enter is a new line, Esc stops",
     "Enter 发送，Shift+Enter 换行，Esc 停止",
@@ -71,6 +95,7 @@ export const STRINGS = {
   example2: ["What is the capital of France?", "法国的首都是哪里？"],
   example3: ["Write a short poem about the sea.", "什么是稀疏注意力？"],
   example4: ["List three colours of the rainbow.", "7 加 5 等于多少？"],
+  exampleNeedle: ["Find the number hidden in a long text, and see where the model looks", "在长文本中找出隐藏的数字，并查看模型读取的位置"],
 
   // --- messages
   you: ["You", "你"],
@@ -85,6 +110,20 @@ export const STRINGS = {
   cancel: ["Cancel", "取消"],
   retry: ["Retry", "重试"],
   regenerate: ["Regenerate", "重新生成"],
+  goOn: ["Go on", "继续"],
+  repeats: ["ended: it repeated itself", "已结束：内容重复"],
+  repeatsNote: [
+    "The answer repeated itself over and over, so this page ended it.",
+    "回答不断重复，因此本页面结束了它。",
+  ],
+  greedy: [
+    "The temperature is 0, so the same question gets the same answer.",
+    "温度为 0，因此相同的问题会得到相同的回答。",
+  ],
+  otherTemperature: ["Regenerate at temperature {temperature}", "以温度 {temperature} 重新生成"],
+  seedUsed: ["seed {seed}", "种子 {seed}"],
+  formulaCommand: ["This page does not run {command} in formulas.", "本页面不执行公式中的 {command}。"],
+  formulaTooLarge: ["The formula is too large for this page.", "公式过大，本页面无法显示。"],
   earlierVersion: ["Earlier version", "上一个版本"],
   laterVersion: ["Later version", "下一个版本"],
   versionOf: ["{number} of {count}", "第 {number} / {count} 版"],
@@ -117,6 +156,14 @@ export const STRINGS = {
   markNotSelected: [
     "layer {layer}, position {position}{token}: not selected; this layer selected {count} of {size}",
     "第 {layer} 层，位置 {position}{token}：未选择；该层选择了 {size} 个中的 {count} 个",
+  ],
+  numberSelected: [
+    "{number}, at the positions {first} to {last}: layer {layer} selected {count} of its {tokens} tokens",
+    "{number}，位于位置 {first} 到 {last}：第 {layer} 层选择了其 {tokens} 个 token 中的 {count} 个",
+  ],
+  numberNotSelected: [
+    "{number}, at the positions {first} to {last}: selected by none of the {layers} layers",
+    "{number}，位于位置 {first} 到 {last}：{layers} 层均未选择",
   ],
   heatTitle: [
     "Context: darker where more layers selected the token",

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    Page,
+    Playwright,
+    expect,
+    sync_playwright,
+)
 
 from tests.serve.conftest import Live
 
@@ -32,16 +39,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skipif(_COMMAND is None, reason=reason))
 
 
+@contextmanager
+def launched(playwright: Playwright) -> Iterator[Browser]:
+    """The browser of the system, headless."""
+    args = ["--no-sandbox"] if os.geteuid() == 0 and BROWSER == "chromium" else []
+    kind, channel = ("chromium", None) if BROWSER == "chromium" else ("firefox", "moz-firefox")
+    launch = getattr(playwright, kind).launch
+    browser = launch(executable_path=_COMMAND, args=args, channel=channel)
+    try:
+        yield browser
+    finally:
+        browser.close()
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """A headless browser, one for the tests of a file."""
-    args = ["--no-sandbox"] if os.geteuid() == 0 and BROWSER == "chromium" else []
-    kind, channel = ("chromium", None) if BROWSER == "chromium" else ("firefox", "moz-firefox")
-    with sync_playwright() as playwright:
-        launch = getattr(playwright, kind).launch
-        browser = launch(executable_path=_COMMAND, args=args, channel=channel)
+    with sync_playwright() as playwright, launched(playwright) as browser:
         yield browser
-        browser.close()
 
 
 needs_chromium = pytest.mark.skipif(
