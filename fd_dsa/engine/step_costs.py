@@ -21,8 +21,8 @@ _CONTEXT = 128
 _STEPS, _STEPS_AHEAD = 4, 16
 # tokens of a request in which there are so many, if few drafts stand
 _TOKENS_A_STEP = 6
-# seconds after which no larger step is measured: with a large model on a CPU they are long
-_PATIENCE_S = 3.0
+MAX_MEASURING_S = 3.0
+"""Stop measuring larger batches after this time, because large models on a CPU are slow."""
 # rows from which on each more takes as long, on a CPU
 _MANY_ROWS = 16
 # more rows than any step has
@@ -72,7 +72,7 @@ def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None
         most_rows = min(most_rows, _MANY_ROWS)
     seconds: dict[int, list[float]] = {}
     begin, num_rows = engine.clock(), 0
-    while num_rows < most_rows and engine.clock() - begin < _PATIENCE_S:
+    while num_rows < most_rows and engine.clock() - begin < MAX_MEASURING_S:
         num_rows = min(4 * num_rows or 1, most_rows)
         times = []
         for count in range(most + 1):

@@ -96,7 +96,7 @@ class FollowingRunner(ModelRunner):
     def run(self, logits_indices: np.ndarray) -> None:
         """Queue the step in the batch; nobody here needs its logits."""
         with paddle.no_grad():
-            self._logits(logits_indices)
+            self.compute_logits(logits_indices)
 
     def set_slot(self, *arguments: Any) -> None:
         """See DeviceDraws."""

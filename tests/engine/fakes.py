@@ -69,10 +69,10 @@ class FakeRunner:
             histories += [tokens[: cached + j + 1].tolist() for j in range(num_new)]
             begin += num_new
         self.steps.append(step)
-        rows = [self._logits(histories[index]) for index in logits_indices]
+        rows = [self.logits_after(histories[index]) for index in logits_indices]
         return np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
 
-    def _logits(self, history: list[int]) -> np.ndarray:
+    def logits_after(self, history: list[int]) -> np.ndarray:
         """Logits as a function of the whole history."""
         seed = zlib.crc32(np.array(history, np.int64).tobytes())
         logits = np.random.default_rng(seed).normal(size=self.vocab_size).astype(np.float32)
@@ -86,7 +86,7 @@ def expected_greedy(prompt: list[int], num_tokens: int, eos: int | None = EOS) -
     runner = FakeRunner(InputBatch(1, 1, 1, 1), 1)
     tokens = list(prompt)
     for _ in range(num_tokens):
-        tokens.append(int(runner._logits(tokens).argmax()))
+        tokens.append(int(runner.logits_after(tokens).argmax()))
         if tokens[-1] == eos:
             break
     return tokens[len(prompt) :]

@@ -32,11 +32,10 @@ PAIRS = [(operator, provider) for operator, served in OPERATORS.items() for prov
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is chosen or asked for before a test, nor after it."""
-    monkeypatch.setattr(providers, "_choices", {})
-    monkeypatch.setattr(providers, "_refused", {})
     monkeypatch.delenv("FD_DSA_OP_PROVIDER", raising=False)
     custom_ops.use_library(None)
-    yield
+    with providers.asking_for({}):
+        yield
     custom_ops.use_library(None)
 
 
