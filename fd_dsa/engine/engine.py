@@ -28,15 +28,14 @@ from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import is_out_of_memory
 from fd_dsa.ops.sampling.parameters import NOT_FINITE
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.protocol import Runner
 
 
 class LLMEngine:
     """Continuous batching over one runner; not thread-safe.
 
     Args:
-        runner: runs the model on the step assembled in its `input_batch`, whose sizes bound a
-            step: a `ModelRunner`, or what has at least its `input_batch`, `vocab_size` and
-            `execute_model`.
+        runner: runs the model on the step in its `input_batch`, whose sizes bound a step.
         max_model_len: longest prompt plus output, tokens.
         eos_token_ids: tokens that end an output.
         target_gap_s: seconds between two tokens of a request, which prompts computed in the same
@@ -56,13 +55,12 @@ class LLMEngine:
         metrics: counts and times of requests.
         block_manager: owner of the cache blocks.
         scheduler: order of the requests, and the rows and tokens of a step.
-        speculator: as given.
         in_flight: enqueued step whose tokens the host has not read, or None.
     """
 
     def __init__(
         self,
-        runner: Any,
+        runner: Runner,
         tokenizer: Tokenizer,
         *,
         num_blocks: int,
@@ -90,7 +88,7 @@ class LLMEngine:
             max_model_len,
             num_blocks,
             block_size,
-            getattr(runner, "shows_selections", False),
+            runner.info.selections is not None,
         )
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
@@ -98,15 +96,14 @@ class LLMEngine:
             tokenizer, runner.vocab_size, self._eos_token_ids, is_patient=False
         )
         lookahead = int(speculator is not None and speculator.drafter.is_layer)
-        self.scheduler = Scheduler(
-            self.block_manager, self._batch, self._stats, target_gap_s, lookahead
-        )
+        parts = self.block_manager, self._batch, self._stats
+        self.scheduler = Scheduler(*parts, target_gap_s, lookahead)
         self._sampler = StepSampler(runner, num_rows)
         self._is_async, self.speculator = async_scheduling, speculator
         self.in_flight: LaunchedStep | None = None
         # what is left of each group
         self._requests: dict[str, list[Request]] = {}
-        self.metrics = EngineMetrics(max_model_len, getattr(runner, "counters", None))
+        self.metrics = EngineMetrics(max_model_len, runner.info.counters)
         self.metrics.cache_config.update(
             block_size=str(block_size),
             num_gpu_blocks=str(num_blocks),
@@ -120,7 +117,7 @@ class LLMEngine:
     @property
     def captured_sizes(self) -> tuple[int, ...]:
         """Rows of the decode steps that the runner replays from graphs, ascending."""
-        return tuple(getattr(self.runner, "captured_sizes", ()))
+        return self.runner.info.captured_sizes
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Output tokens that a request may have; safe to call from any thread.

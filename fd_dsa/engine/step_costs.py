@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.runner.counters import StepCounters
 
 if TYPE_CHECKING:
     from fd_dsa.engine.engine import LLMEngine
@@ -68,7 +67,7 @@ def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None
     """
     runner, most = engine.runner, speculator.most
     most_rows = runner.input_batch.max_num_seqs
-    if getattr(runner, "draws", None) is None:
+    if runner.info.sampling is None:
         most_rows = min(most_rows, _MANY_ROWS)
     seconds: dict[int, list[float]] = {}
     begin, num_rows = engine.clock(), 0
@@ -82,8 +81,9 @@ def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None
         if math.inf in times:
             break
         seconds[num_rows] = times
-    # these were no steps of requests
-    runner.counters = StepCounters()
+    # warm-up steps do not count
+    if (counters := runner.info.counters) is not None:
+        counters.reset()
     return StepCosts(seconds) if seconds else None
 
 
@@ -93,7 +93,7 @@ def _step_seconds(engine: LLMEngine, num_rows: int, num_drafts: int) -> float:
     Steps that are queued ahead have a short one after a long one, so their median counts. Of others
     the fastest does, since what else runs only adds.
     """
-    limits, is_ahead = engine.limits, getattr(engine.runner, "draws", None) is not None
+    limits, is_ahead = engine.limits, engine.runner.info.sampling is not None
     steps = _STEPS_AHEAD if is_ahead else _STEPS
     room = min(limits.max_model_len, limits.num_blocks * limits.block_size)
     # a row takes over the blocks of those measured before, which computed these tokens

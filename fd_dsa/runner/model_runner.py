@@ -18,6 +18,7 @@ from fd_dsa.ops.linear import rows_at
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import Draw, InputBatch
 from fd_dsa.runner.preparation import Preparation
+from fd_dsa.runner.protocol import RunnerInfo
 from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import Step, host_inputs
 from fd_dsa.runner.step_graphs import PaddedStep, QueuedStep, StepGraphs
@@ -185,6 +186,16 @@ class ModelRunner(Preparation):
         if self.draws is not None and is_deferred:
             self.draws.follow(step)
         step.attn_backend.init_attention_metadata(step)
+
+    @property
+    def info(self) -> RunnerInfo:
+        """Optional parts of the runner, as they are now."""
+        return RunnerInfo(
+            sampling=self if self.draws is not None else None,
+            selections=self if self.shows_selections else None,
+            counters=self.counters,
+            captured_sizes=tuple(self.captured_sizes),
+        )
 
     @property
     def captured_sizes(self) -> tuple[int, ...]:

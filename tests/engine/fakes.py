@@ -14,6 +14,7 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.protocol import RunnerInfo
 
 VOCAB_SIZE = 40
 EOS = 1
@@ -31,6 +32,8 @@ class FakeRunner:
         num_blocks: blocks of the cache.
         vocab_size: columns of the logits.
     """
+
+    info = RunnerInfo()
 
     def __init__(
         self, input_batch: InputBatch, num_blocks: int, vocab_size: int = VOCAB_SIZE

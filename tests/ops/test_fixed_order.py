@@ -22,6 +22,7 @@ from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.ops import fixed_order
 from fd_dsa.ops.logits import paddle_impl as scoring
 from fd_dsa.ops.mla import paddle_impl as attention
+from fd_dsa.runner.protocol import RunnerInfo
 from tests.attention.harness import Sizes, rows_of, world_of
 from tests.strategies import make_batch
 
@@ -144,6 +145,7 @@ def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: 
         queue_model=lambda rows, draw: None,
         draw=queued.append,
     )
+    runner.info = RunnerInfo(sampling=runner)
     sampler = StepSampler(runner, 2)
     requests: list[Any] = [
         Mock(
