@@ -244,9 +244,10 @@ def apply_rules(logits: Float32, rules: Sequence[LogitRules]) -> None:
     if len(ids):
         bias = np.concatenate([rule.bias for rule in rules])
         _store(logits, rows, ids, logits[rows, ids] + bias)
-    constrained = [row for row, rule in enumerate(rules) if rule.grammar is not None]
-    if constrained:
-        _apply_grammars(logits, rules, np.array(constrained))
+    # one row at a time stays in the processor's cache; copies of all rows would be 100 MB
+    for row, rule in enumerate(rules):
+        if rule.grammar is not None:
+            _apply_grammar(logits[row], rule.grammar)
     # after the masks, which may find that a grammar is complete
     rows, ids = _flat([rule.banned_ids() for rule in rules])
     logits[rows, ids] = -np.inf
@@ -267,16 +268,12 @@ def _apply_penalties(logits: Float32, rules: Sequence[LogitRules]) -> None:
     _store(logits, rows, ids, values)
 
 
-def _apply_grammars(logits: Float32, rules: Sequence[LogitRules], rows: Int64) -> None:
-    """-inf for every token that a row's grammar does not allow."""
-    vocab_size = logits.shape[1]
-    bitmask = np.zeros((len(rows), -(-vocab_size // 32)), np.int32)
-    for mask, row in zip(bitmask, rows.tolist(), strict=True):
-        grammar = rules[row].grammar
-        if grammar is not None:
-            grammar.fill_bitmask(mask)
-    allowed = np.unpackbits(bitmask.view(np.uint8), axis=1, bitorder="little")
-    logits[rows] = np.where(allowed[:, :vocab_size], logits[rows], np.float32(-np.inf))
+def _apply_grammar(logits: Float32, grammar: GrammarMatcher) -> None:
+    """Write -inf for every token that a grammar does not allow; logits are float32 [vocab_size]."""
+    bitmask = np.zeros(-(-len(logits) // 32), np.int32)
+    grammar.fill_bitmask(bitmask)
+    bits = np.unpackbits(bitmask.view(np.uint8), count=len(logits), bitorder="little")
+    np.copyto(logits, np.float32(-np.inf), where=bits == 0)
 
 
 def _flat(ids: list[Int64]) -> tuple[Int64, Int64]:

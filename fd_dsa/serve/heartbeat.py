@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Send
 
 from fd_dsa.serve.workers import cancel
 
@@ -15,25 +15,28 @@ PING = b": ping\n\n"
 
 
 @contextlib.asynccontextmanager
-async def pinging(send: Send, interval_s: float) -> AsyncIterator[Send]:
-    """Send `PING` whenever a response has sent nothing for some time.
+async def pinging(
+    receive: Receive, send: Send, interval_s: float
+) -> AsyncIterator[tuple[Receive, Send]]:
+    """Send `PING` whenever a response has sent nothing for some time, and to see who has left.
 
     Pings begin after the head of the response and stop with its last message.
 
     Args:
+        receive: of the ASGI server, after the whole body.
         send: of the ASGI server.
         interval_s: seconds; 0 = no pings.
 
     Yields:
-        What the response must send by.
+        The functions that the response must receive and send by.
     """
     if not interval_s:
-        yield send
+        yield receive, send
         return
-    heartbeat = _Heartbeat(send, interval_s)
+    heartbeat = _Heartbeat(receive, send, interval_s)
     task = asyncio.create_task(heartbeat.run())
     try:
-        yield heartbeat.send
+        yield heartbeat.receive, heartbeat.send
     finally:
         await cancel([task])
 
@@ -41,13 +44,20 @@ async def pinging(send: Send, interval_s: float) -> AsyncIterator[Send]:
 class _Heartbeat:
     """The messages of one response, and the pings between them."""
 
-    def __init__(self, send: Send, interval_s: float) -> None:
-        self._send, self._interval_s = send, interval_s
+    def __init__(self, receive: Receive, send: Send, interval_s: float) -> None:
+        self._receive, self._send, self._interval_s = receive, send, interval_s
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
         # a message that waits for a slow client must not be overtaken
         self._lock = asyncio.Lock()
         self._is_open = False
+
+    async def receive(self) -> Message:
+        """Receive a message; a client that sends no more gets a ping, which it may refuse."""
+        message = await self._receive()
+        if message["type"] == "http.request":
+            await self._ping()
+        return message
 
     async def send(self, message: Message) -> None:
         """Send a message of the response."""
@@ -63,9 +73,13 @@ class _Heartbeat:
             quiet_s = self._loop.time() - self._last
             if quiet_s < self._interval_s:
                 await asyncio.sleep(self._interval_s - quiet_s)
-                continue
-            async with self._lock:
-                self._last = self._loop.time()
-                if self._is_open:
-                    ping = {"type": "http.response.body", "body": PING, "more_body": True}
-                    await self._send(ping)
+            else:
+                await self._ping()
+
+    async def _ping(self) -> None:
+        """Send a ping if the response is open."""
+        async with self._lock:
+            self._last = self._loop.time()
+            if self._is_open:
+                ping = {"type": "http.response.body", "body": PING, "more_body": True}
+                await self._send(ping)

@@ -212,6 +212,16 @@ def test_a_request_whose_client_has_left_ends_though_it_may_only_have_ended_its_
         wait_until(lambda: len(live.engine.closed) == 1)
 
 
+def test_a_stream_without_tokens_ends_when_its_client_has_left() -> None:
+    silent = FakeEngine(step_s=3600)
+    with running(silent, sse_ping_interval=3600) as live:
+        with connected(live.url) as connection:
+            connection.sendall(_post({"prompt": "a", "stream": True}))
+            wait_until(lambda: bool(live.engine.requests))
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+        wait_until(lambda: len(live.engine.closed) == 1)
+
+
 def test_half_a_request_of_a_client_that_sends_no_more_is_dropped() -> None:
     with running(FakeEngine()) as live, connected(live.url) as connection:
         connection.sendall(_post({"prompt": "a"})[:-1])
