@@ -119,7 +119,7 @@ def paddle_memory(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def fresh_choices() -> Iterator[None]:
-    """Operators choose their providers anew, and forget these choices after the test."""
+    """Operators choose their providers again, and forget these choices after the test."""
     from fd_dsa.ops.providers import asking_for
 
     with asking_for({}):

@@ -271,7 +271,7 @@ def forget() -> None:
 
 @contextmanager
 def asking_for(asked: Mapping[str, str]) -> Iterator[None]:
-    """Choose anew inside, by these pairs; without pairs by FD_DSA_OP_PROVIDER.
+    """Choose again inside: by these pairs, or without pairs by FD_DSA_OP_PROVIDER.
 
     Choices and refusals end with it. Refusals of before hold again after it.
     """

@@ -125,7 +125,7 @@ class RunnerInfo:
     Attributes:
         sampling: samples on the device; None if only the host samples.
         selections: shows the indexer's selections; None if they stay in device memory.
-        counters: counts of the steps that were run; None if the runner has none.
+        counters: counts of the steps that were run, or None.
         captured_sizes: rows of the decode steps that are replayed from graphs, ascending.
         ranks: processes that run each step too; None without any.
     """
