@@ -57,7 +57,7 @@ class Engine(gpu_engine.Engine):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._known: KnownDrafts | None = None
-        speculator = self._engine._speculator
+        speculator = self._engine.speculator
         if speculator is not None:
             from fd_dsa.engine.draft_state import DraftState
 

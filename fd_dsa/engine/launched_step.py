@@ -14,6 +14,7 @@ from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts
 from fd_dsa.engine.output import TopkPositions
 from fd_dsa.engine.request import Request
 from fd_dsa.runner.input_batch import Draw, InputBatch
+from fd_dsa.runner.protocol import Runner
 
 
 @dataclass(slots=True)
@@ -177,23 +178,22 @@ def assemble(
 
 
 def execute_watched(
-    runner: Any, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]
+    runner: Runner, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
     """Run a step; requests that ask for it get what the indexer chose for their last token.
 
     Args:
-        runner: see RunnerProtocol.
+        runner: runs the step.
         step: whose requests sample; those that ask have no drafts.
-        logits_indices: see RunnerProtocol.
+        logits_indices: see Runner.
     """
     rows = zip(step.sampling, step.first_rows, strict=False)
     watched = {row: request for request, row in rows if request.params.return_topk_positions}
-    logits: npt.NDArray[np.float32]
     if not watched:
-        logits = runner.execute_model(logits_indices)
-        return logits
-    # `limits` refuses such requests where the runner cannot show it
-    logits, selections = runner.execute_watched(logits_indices, logits_indices[list(watched)])
+        return runner.execute_model(logits_indices)
+    shows = runner.info.selections
+    assert shows is not None, "`limits` refuses such requests without it"
+    logits, selections = shows.execute_watched(logits_indices, logits_indices[list(watched)])
     for request, layers in zip(watched.values(), selections, strict=True):
         request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
     return logits

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._dense_kernels import rows_at
+from fd_dsa.ops.dense_kernels import rows_at
 from fd_dsa.ops.sampling.sampler import DeviceSampler
 from fd_dsa.ops.sampling.token_buffer import TokenBuffer
 from fd_dsa.ops.sampling.verify_kernel import (

@@ -127,7 +127,7 @@ class Preparation:
         except Exception as error:
             raise capture_failed(error) from error
         finally:
-            self._padded = None
+            self.padded_step = None
             self._forget_rows()
         self.graphs = graphs
 
@@ -140,7 +140,7 @@ class Preparation:
             tokens = padded.num_tokens if padded.num_prompts else 1
             done = 0 if padded.num_prompts else padded.max_seqlen_k - 1
             last = self._only_rows([(tokens, done, padded.num_prompts > 0)])
-            self._padded = padded
+            self.padded_step = padded
             self._stage(np.array([last]), Draw())
             graphs[padded] = self._captured_step(capture, padded)
         if self._mtp is None:

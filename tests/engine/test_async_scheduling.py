@@ -15,6 +15,7 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner.input_batch import Draw, InputBatch
+from fd_dsa.runner.protocol import RunnerInfo
 from tests.engine.fakes import (
     EOS,
     VOCAB_SIZE,
@@ -35,6 +36,7 @@ class GreedyRunner(FakeRunner):
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
         self.draws, self.log = self, []
+        self.info = RunnerInfo(sampling=self)
         self._drawn = np.zeros(0, np.int64)
 
     def set_slot(self, *parameters: Any) -> None:

@@ -18,6 +18,7 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.ops.sampling.token_buffer import REJECTED
 from fd_dsa.runner.input_batch import Draw, InputBatch
+from fd_dsa.runner.protocol import RunnerInfo
 from tests.engine.drafters import KnowingDrafter
 
 VOCAB_SIZE = 12
@@ -45,6 +46,8 @@ class CheckingRunner:
         nan_share: one of so many histories has logits that are not finite; 0 = none.
         vocab_size: columns of the logits.
     """
+
+    info = RunnerInfo()
 
     def __init__(
         self,
@@ -148,6 +151,7 @@ class DrawingRunner(CheckingRunner):
     def __init__(self, *arguments: Any, **others: Any) -> None:
         super().__init__(*arguments, **others)
         self.draws, self._sampler = self, Sampler(self.input_batch.max_num_seqs)
+        self.info = RunnerInfo(sampling=self)
         self.drafts: list[int] = []
         # newest token of each request of the draw before, and its tokens in the cache
         self._newest, self._known = np.zeros((2, 0), np.int64)

@@ -6,9 +6,9 @@ number is corrected here.
 
 from __future__ import annotations
 
-from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops.sampling import token_buffer
 from fd_dsa.ops.sampling.values import FLAGS, PENALIZED, RECORD
+from fd_dsa.ops.step_kernel import step_kernel
 
 import triton.language as tl  # isort: skip
 

@@ -61,7 +61,7 @@ def demo(
 def watched_logits(llm: LLM, seen: Callable[[np.ndarray], None]) -> None:
     """Show `seen` the logits of every step."""
     runner = llm._open_engine().runner
-    original = runner._logits
+    original = runner.compute_logits
 
     def logits_of(*given: Any) -> Any:
         logits = original(*given)
@@ -69,7 +69,7 @@ def watched_logits(llm: LLM, seen: Callable[[np.ndarray], None]) -> None:
             seen(logits if isinstance(logits, np.ndarray) else np.array(logits.numpy()))
         return logits
 
-    runner._logits = logits_of
+    runner.compute_logits = logits_of
 
 
 def generated(llm: LLM, large: bool, **others: Any) -> list[Any]:
@@ -204,7 +204,7 @@ def test_drafts_change_no_token_on_the_device(
         engine = llm._open_engine()
         answers = {(f"0-{i}", 0): tokens for i, tokens in enumerate(wanted)}
         # no measured costs of steps decide how many drafts there are
-        engine._speculator = Speculator(KnowingDrafter(answers, right_share, 4096), 3)
+        engine.speculator = Speculator(KnowingDrafter(answers, right_share, 4096), 3)
         assert [output.token_ids for output in llm.generate(SHORT_PROMPTS, params)] == wanted
         stats = engine.stats()
     assert stats.num_draft_tokens >= 6
