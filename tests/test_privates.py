@@ -13,17 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PLANTED = "plants defects in single functions, as tests/mutants.py does in single lines"
 FASTDEPLOYS = "FastDeploy calls the runner by this name"
-ENGINE_OF_LLM = "`LLM` has no public name for its engine"
 AUDIT = "recounts the owners of blocks, because figures of the block manager could hide a fault"
 # (file, name; "" = any name) -> most uses, and the reason
 EXCEPTIONS: dict[tuple[str, str], tuple[int, str]] = {
-    ("distributed/test_llm.py", "_open_engine"): (1, ENGINE_OF_LLM),
-    ("engine/test_llm.py", "_open_engine"): (1, ENGINE_OF_LLM),
-    ("engine/test_prefix_caching_models.py", "_open_engine"): (1, ENGINE_OF_LLM),
-    ("gpu_rig/decode_steps.py", "_open_engine"): (3, ENGINE_OF_LLM),
-    ("gpu_rig/device/test_batch_invariance.py", "_open_engine"): (2, ENGINE_OF_LLM),
-    ("gpu_rig/device/test_captured_decode.py", "_open_engine"): (2, ENGINE_OF_LLM),
-    ("gpu_rig/device/test_demo_end_to_end.py", "_open_engine"): (3, ENGINE_OF_LLM),
     ("fastdeploy_plugin/test_behaviours_graphs.py", "_dummy_run"): (1, FASTDEPLOYS),
     ("fastdeploy_plugin/test_runner.py", "_compute_position_ids_and_slot_mapping"): (
         1,

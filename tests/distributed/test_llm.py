@@ -125,7 +125,7 @@ def test_a_caller_who_leaves_and_one_who_is_refused_disturb_nobody(alone: LLM, s
 
 def test_a_killed_rank_is_named_at_once_and_later(shared: LLM) -> None:
     """The last test with this model."""
-    ranks = shared._open_engine().runner.ranks
+    ranks = shared.engine.runner.ranks
     stream = shared.generate("Once", SamplingParams(max_tokens=150, ignore_eos=True), stream=True)
     next(stream)
     begin = time.monotonic()

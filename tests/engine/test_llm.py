@@ -116,7 +116,7 @@ def test_one_bad_prompt_refuses_the_call_before_anything_runs(llm):
 
 
 def test_a_failing_step_raises_and_leaves_nothing_behind(llm):
-    runner = llm._open_engine().runner
+    runner = llm.engine.runner
     runner.fail_at = 0
     with pytest.raises(OSError, match="device is gone"):
         llm.generate(["ab", "c"], GREEDY)

@@ -319,7 +319,7 @@ def test_tokens_of_the_demo_model(rig: Rig, demo_folder: Path) -> None:
         for graphs in (False, True):
             options |= {"kv_cache_dtype": kv_cache_dtype, "enforce_eager": True}
             with LLM(str(demo_folder), **options) as llm:
-                runner = llm._open_engine().runner
+                runner = llm.engine.runner
                 if graphs:
                     runner.capture_graphs(sizes, capture_of(rig))
                     assert runner.captured_sizes == sizes
@@ -332,7 +332,7 @@ def test_tokens_of_the_demo_model(rig: Rig, demo_folder: Path) -> None:
 def test_the_engine_captures_by_itself(real_rig: Rig) -> None:
     options = {"max_model_len": 512, "max_num_seqs": 4, "num_gpu_blocks_override": 32}
     with LLM(device=real_rig.device, cudagraph_capture_sizes=(1, 4), **options) as llm:
-        runner = llm._open_engine().runner
+        runner = llm.engine.runner
         assert runner.captured_sizes == (1, 4)
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         llm.generate(["Once upon a time"], params)
