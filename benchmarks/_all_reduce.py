@@ -116,7 +116,7 @@ class Bench:
 
     def norm(self, tokens: int, x: Any) -> Callable[[], Any]:
         """A call of the launch after an all-reduce: `x` and a residual added and normed."""
-        from fd_dsa.ops._dense_kernels import rms_norm_kernel
+        from fd_dsa.ops.dense_kernels import rms_norm_kernel
 
         memory, shape = self._rank.memory, (tokens, WIDTH)
         residual = memory.put(np.zeros(shape, np.uint16), "bfloat16")

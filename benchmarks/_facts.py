@@ -252,7 +252,7 @@ def grammars_most_s() -> float:
     """Seconds after which a compiled grammar is dropped at the latest: two sweeps."""
     from fd_dsa.engine import grammar
 
-    return 2 * grammar._KEPT_FOR_S
+    return 2 * grammar.KEPT_FOR_S
 
 
 def unseen_541() -> float:

@@ -245,7 +245,7 @@ class Recorder:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         limit_s = float(os.environ.get(LIMIT_VARIABLE, "inf"))
         # a case that was begun shall end
-        self._end = time.monotonic() + (1 - _RESERVE) * limit_s
+        self.end_s = time.monotonic() + (1 - _RESERVE) * limit_s
         # the gate is set by the run that passed the tests; without it a figure is not published
         gate = os.environ.get("FD_DSA_GATE", "not run")
         self._result = {"name": name, "env": environment(), "gate": gate, "clocks": [clocks()]}
@@ -272,7 +272,7 @@ class Recorder:
             case: adds its cases to this record.
         """
         result = self._result
-        if time.monotonic() > self._end:
+        if time.monotonic() > self.end_s:
             result["not_run"].append(name)
             self._flush()
             return

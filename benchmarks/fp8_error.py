@@ -26,7 +26,7 @@ from fd_dsa import LLM, SamplingParams
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.factory import build_engine
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.query import prepare_on_host
 from tools.demo_training.evalset import read
 

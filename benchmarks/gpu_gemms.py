@@ -65,7 +65,7 @@ class Bench:
 
     def codes(self, *shape: int) -> Any:
         """Random e4m3 codes."""
-        from fd_dsa.ops._fill_kernels import fill_random
+        from fd_dsa.ops.fill_kernels import fill_random
 
         made, self._seed = self.allocate(shape, "uint8"), self._seed + 1
         fill_random(made, 0, int(np.prod(shape)), [self._seed], 1.0)
@@ -73,7 +73,7 @@ class Bench:
 
     def scales(self, *shape: int) -> Any:
         """Scales of small numbers."""
-        from fd_dsa.ops._fill_kernels import fill_constant
+        from fd_dsa.ops.fill_kernels import fill_constant
 
         made = self.allocate(shape, "float32")
         fill_constant(made, 0, int(np.prod(shape)), 2.0**-6)
@@ -86,7 +86,7 @@ class Bench:
 
     def rows(self, count: int, width: int) -> Any:
         """Activations in FP8."""
-        from fd_dsa.ops._fp8_rows import Fp8Rows
+        from fd_dsa.ops.fp8_rows import Fp8Rows
 
         stride = max(8, -(-count // 4) * 4)
         padded = self.codes(stride, width)
@@ -118,8 +118,8 @@ def floor_us(nbytes: float, ops: float) -> float:
 def dense_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
     """Each shape and number of rows: cuBLASLt and our kernel."""
     from benchmarks import _tilings
-    from fd_dsa.ops import _fp8_gemm
-    from fd_dsa.ops._cublaslt import cublaslt_for
+    from fd_dsa.ops import fp8_gemm
+    from fd_dsa.ops.cublaslt import cublaslt_for
 
     library = cublaslt_for(bench.allocate((1,), "float32"), bench.allocate)
     for name, (outputs, width) in DENSE.items():
@@ -132,7 +132,7 @@ def dense_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
             by_library = partial(library.fp8_linear, x.padded, x.scales)
 
             def ours(tiling: Any = None, x: Any = x, weights: Any = weights) -> list[Any]:
-                linear = partial(_fp8_gemm.fp8_linear, x, tiling=tiling)
+                linear = partial(fp8_gemm.fp8_linear, x, tiling=tiling)
                 return [partial(linear, *pair) for pair in weights]
 
             entry = {"case": name, "shape": [outputs, width], "rows": num_rows}
@@ -140,7 +140,7 @@ def dense_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
             entry["cublaslt_us"] = bench.time_us(
                 [partial(by_library, *pair, out) for pair in weights]
             )
-            chosen = _fp8_gemm.configuration(num_rows)
+            chosen = fp8_gemm.configuration(num_rows)
             entry["ours_us"], entry["tiling"] = bench.time_us(ours()), chosen
             if tilings:
                 entry["tilings"] = tried(bench, _tilings.fp8_gemms(num_rows), ours)
@@ -162,11 +162,11 @@ class Experts:
     """The experts of a number of tokens that choose evenly."""
 
     def __init__(self, bench: Bench, gate_up: Any, down: Any, tokens: int) -> None:
-        from fd_dsa.ops import _expert_kernels
-        from fd_dsa.ops._fill_kernels import fill_random
+        from fd_dsa.ops import expert_kernels
+        from fd_dsa.ops.fill_kernels import fill_random
         from fd_dsa.triton_runtime.transfers import uploaded
 
-        self._kernels, self._weights = _expert_kernels, (gate_up, down)
+        self._kernels, self._weights = expert_kernels, (gate_up, down)
         self._logits = bench.allocate((tokens, EXPERTS), "float32")
         fill_random(self._logits, 0, tokens * EXPERTS, [9, tokens], 1.0)
         self._bias, self._x = bench.scales(EXPERTS), bench.rows(tokens, HIDDEN)
@@ -218,7 +218,7 @@ def of_peers(peer: Path, choices: Sequence[Any]) -> list[dict[str, Any]]:
 def expert_cases(bench: Bench, *, tilings: bool, peer: Path | None) -> Iterator[dict[str, Any]]:
     """Experts of each number of tokens: all launches, and both GEMMs; those of peers."""
     from benchmarks import _tilings
-    from fd_dsa.ops import _expert_gemm
+    from fd_dsa.ops import expert_gemm
 
     gate_up, down = bench.weight(EXPERTS, 2 * WIDTH, HIDDEN), bench.weight(EXPERTS, HIDDEN, WIDTH)
     layers = [Experts(bench, gate_up, down, tokens) for tokens in ROWS]
@@ -234,7 +234,7 @@ def expert_cases(bench: Bench, *, tilings: bool, peer: Path | None) -> Iterator[
         ):
             entry[f"{name}_us"] = bench.time_us([call])
             sizes = "uint8", tokens * TOP_K, EXPERTS, is_gated
-            tiling = entry[f"{name}_tiling"] = _expert_gemm.configuration(*sizes, 227 << 10)
+            tiling = entry[f"{name}_tiling"] = expert_gemm.configuration(*sizes, 227 << 10)
             entry[f"{name}_triton_us"] = bench.time_us([partial(call, tiling)])
             if tilings:
                 entry[f"{name}_tilings"] = tried(

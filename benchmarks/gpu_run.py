@@ -241,7 +241,7 @@ def table(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_run")
@@ -262,7 +262,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen sections; 0 if all of them passed."""
-    args = _arguments(argv)
+    args = parse_arguments(argv)
     every = engine_sections(args) if args.rig else sections(args)
     unknown = {*args.only} - {section.name for section in every}
     if unknown:

@@ -36,8 +36,8 @@ class Projections:
 
     def __init__(self, bench: Bench, num_rows: int) -> None:
         from fd_dsa.attention.overlap import IndexerOverlap
-        from fd_dsa.ops import _split_sums
-        from fd_dsa.ops._fill_kernels import fill_random
+        from fd_dsa.ops import split_sums
+        from fd_dsa.ops.fill_kernels import fill_random
         from fd_dsa.ops.indexer_projection import triton_kernel
 
         self._kernel, self.num_rows = triton_kernel, num_rows
@@ -56,10 +56,10 @@ class Projections:
         self._overlap = IndexerOverlap(bench.device)
         # neither is made in a capture
         self._overlap.stream_for(self._plain)
-        self._scratch = _split_sums.scratch_beside(out, "project_indexer")
+        self._scratch = split_sums.scratch_beside(out, "project_indexer")
 
     def _down(self, weight: tuple[Any, Any]) -> Any:
-        from fd_dsa.ops._device_matrix import DeviceMatrix
+        from fd_dsa.ops.device_matrix import DeviceMatrix
 
         return DeviceMatrix(*weight, round_scales=True).times(self._fp8)
 

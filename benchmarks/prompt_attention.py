@@ -37,8 +37,8 @@ class Prompts:
 
     def __init__(self, bench: Bench, rows: int, new: int, cached: int, heads: int = HEADS) -> None:
         from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
-        from fd_dsa.ops._device_matrix import DeviceMatrix
-        from fd_dsa.ops._fill_kernels import fill_random
+        from fd_dsa.ops.device_matrix import DeviceMatrix
+        from fd_dsa.ops.fill_kernels import fill_random
         from fd_dsa.step import StepHints
 
         self._bench, total, length = bench, rows * new, new + cached
@@ -105,7 +105,7 @@ class Prompts:
     def parts(self) -> dict[str, Callable[[], Any]]:
         """The launches of the dense form, of a step whose keys are one group."""
         from fd_dsa.attention import dense_prompts as form
-        from fd_dsa.ops._head_gemm import empty_heads, head_gemm
+        from fd_dsa.ops.head_gemm import empty_heads, head_gemm
 
         (group,), p = self.prompts.groups, self.prompts
         latents, rope = p.latents[: group.num_keys], p.rope[: group.num_keys]
@@ -136,8 +136,8 @@ class Prompts:
 
 def fill_latents(cache: Any) -> None:
     """Write records of normal latents to every slot."""
-    from fd_dsa.ops._fp8 import encode_e4m3
     from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
+    from fd_dsa.ops.fp8 import encode_e4m3
     from fd_dsa.triton_runtime.upload import Upload
 
     rng, shape = np.random.default_rng(1), tuple(cache.shape)

@@ -34,13 +34,13 @@ _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W",
 _LEFT_OUT = ("graph", "capture", "replay", "thousand", "repeated", "every_time", "refus")
 _LEFT_OUT += ("gigabytes", "to_the_31", "neither_waits", "outlive", "at_once_get")
 # flags of pytest that choose the tests
-_CHOICE = ("--hypothesis-profile=brief", "-k", "not " + " and not ".join(_LEFT_OUT))
+PYTEST_OPTIONS = ("--hypothesis-profile=brief", "-k", "not " + " and not ".join(_LEFT_OUT))
 # torch's own pool would hide an access past the end of a tensor
 _VARIABLES = {"FD_DSA_SMALL_TESTS": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # racecheck does not follow the order from lanes to the one that arrives at a barrier for them
 _EVERY_LANE = {"NVCC_APPEND_FLAGS": "-DFD_DSA_EVERY_LANE_ARRIVES"}
 # few, so that little is lost when the time ends; a process needs some seconds before its first one
-_TESTS_A_PROCESS = 3
+MAX_TESTS_A_PROCESS = 3
 # share of the time for the last lines of the output
 _RESERVE = 0.05
 # what a tool says at the end of a clean process
@@ -68,7 +68,7 @@ class Checked(NamedTuple):
 
 def collect(paths: Sequence[str], marker: str, variables: Mapping[str, str]) -> list[str]:
     """Identifiers of the tests to check."""
-    command = [*_PYTEST, "-m", marker, *_CHOICE, "--collect-only", *paths]
+    command = [*_PYTEST, "-m", marker, *PYTEST_OPTIONS, "--collect-only", *paths]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
     tests = re.findall(r"^tests/.*::.*$", done.stdout, re.MULTILINE)
     if done.returncode or not tests:
@@ -96,7 +96,14 @@ def checked(tool: str, end: float, variables: Mapping[str, str], tests: Sequence
     checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     # a driver call that is refused, and answered, is no wrong access
     checker += ["--report-api-errors", "no"] if tool == "memcheck" else []
-    command = [*checker, "--target-processes", "application-only", *_PYTEST, *_CHOICE, *tests]
+    command = [
+        *checker,
+        "--target-processes",
+        "application-only",
+        *_PYTEST,
+        *PYTEST_OPTIONS,
+        *tests,
+    ]
     if time.time() > end:
         return Checked(tests, None, "")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -144,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     has_done = args.done and args.done.exists()
     done = set(args.done.read_text().split("\n")) - {""} if has_done else set()
     tests = [test for test in every if test not in done]
-    parts = [tests[i : i + _TESTS_A_PROCESS] for i in range(0, len(tests), _TESTS_A_PROCESS)]
+    parts = [tests[i : i + MAX_TESTS_A_PROCESS] for i in range(0, len(tests), MAX_TESTS_A_PROCESS)]
     failures = passed = 0
     with ThreadPoolExecutor(args.workers) as pool:
         running = [pool.submit(checked, args.tool, end, variables, part) for part in parts]

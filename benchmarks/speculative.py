@@ -173,7 +173,7 @@ def print_acceptance(count: int) -> None:
     """Shares of drafts that were accepted, by task and most drafts of a step."""
     for most in (1, 2, 3):
         with LLM(speculative_config={"method": "mtp", "num_speculative_tokens": most}) as llm:
-            speculator: Any = llm._open_engine()._speculator
+            speculator: Any = llm.engine.speculator
             # as if drafts cost the same on every machine
             speculator.costs = StepCosts({1: [1 + n / 10 for n in range(most + 1)]})
             for task, asked in tasks(count).items():

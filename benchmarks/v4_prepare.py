@@ -182,9 +182,9 @@ def launches_of(
         # the first brings the whole table; of the second no cell comes with the step
         for table in (decode.block_table, None):
             prepare.stage(*decode.inputs(), table)
-            slab = prepare._steps.staged[0][1]
+            slab = prepare.steps.staged[0][1]
             prepare.expand()
-        launches.append((partial(prepare._steps.launch, slab), prepare))
+        launches.append((partial(prepare.steps.launch, slab), prepare))
     return launches
 
 

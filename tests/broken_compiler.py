@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from fd_dsa.ops import providers
 from fd_dsa.triton_runtime import Kernel
+from fd_dsa.triton_runtime import kernel as kernel_module
 
 
 class PTXASError(Exception):
-    """What Triton's compiler raises where its assembler fails; no error of ours."""
+    """Error of Triton's compiler if its assembler fails; no error of ours."""
 
 
-def refuse_to_compile(monkeypatch: pytest.MonkeyPatch, *kernels: Kernel) -> list[str]:
-    """Let no form of these kernels be made until the test ends, and forget those that were.
+@contextmanager
+def refusing_to_compile(*kernels: Kernel) -> Iterator[list[str]]:
+    """Refuse to compile these kernels inside, as in a process that has not launched them.
 
-    Returns:
-        names of the kernels whose forms were asked for, one for each time.
+    Yields:
+        names of the kernels whose compilation was tried, one for each time.
     """
-    asked: list[str] = []
-    made = Kernel._new_variant
+    tried: list[str] = []
+    names = {kernel.fn: kernel.__name__ for kernel in kernels}
 
-    def new_variant(self: Kernel, *which: Any) -> Any:
-        if self in kernels:
-            asked.append(self.__name__)
-            raise PTXASError("ptxas died")
-        return made(self, *which)
+    def refusing(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(fn: Any, *given: Any) -> Any:
+            if fn in names:
+                tried.append(names[fn])
+                raise PTXASError("ptxas died")
+            return make(fn, *given)
 
-    monkeypatch.setattr(Kernel, "_new_variant", new_variant)
-    for kernel in kernels:
-        fresh = {"_variants": {}, "_chains": {}, "_chained": set(), "_launch": kernel.run}
-        for name, value in fresh.items():
-            monkeypatch.setattr(kernel, name, value)
-    monkeypatch.setattr(providers, "_refused", {})
-    monkeypatch.setattr(providers, "_choices", {})
-    return asked
+        return made
+
+    with pytest.MonkeyPatch.context() as patch, providers.asking_for({}):
+        for name in ("compile_kernel", "InterpretedVariant"):
+            patch.setattr(kernel_module, name, refusing(getattr(kernel_module, name)))
+        for kernel in kernels:
+            untouched = Kernel(kernel.fn, ((), (), ()), waits=False)
+            for name, value in vars(untouched).items():
+                patch.setitem(vars(kernel), name, value)
+        yield tried

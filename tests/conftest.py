@@ -118,9 +118,18 @@ def paddle_memory(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
+def fresh_choices() -> Iterator[None]:
+    """Operators choose their providers again, and forget these choices after the test."""
+    from fd_dsa.ops.providers import asking_for
+
+    with asking_for({}):
+        yield
+
+
+@pytest.fixture
 def one_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """FD_DSA_BATCH_INVARIANT=1, which a process otherwise reads once."""
-    from fd_dsa.ops._fixed_order import fixed_order
+    from fd_dsa.ops.fixed_order import fixed_order
 
     monkeypatch.setenv("FD_DSA_BATCH_INVARIANT", "1")
     if find_spec("triton"):

@@ -25,10 +25,11 @@ class IdleRunner:
 
     def __init__(self, num_rows: int, vocab_size: int) -> None:
         from fd_dsa.runner.input_batch import InputBatch
+        from fd_dsa.runner.protocol import RunnerInfo
 
         columns = _MAX_MODEL_LEN // _BLOCK_SIZE
         self.input_batch = InputBatch(num_rows, max(num_rows, 2048), columns, _BLOCK_SIZE)
-        self.vocab_size = vocab_size
+        self.vocab_size, self.info = vocab_size, RunnerInfo()
         rng = np.random.default_rng(0)
         # Zipf's law, in an order of its own for each row
         falling = -1.2 * np.log1p(np.arange(vocab_size))

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.workers.rig_serve import ENGINE, load_device, serve
 
 FORMS = ("once", "every layer")
-_INPUTS = "seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables"
+STEP_INPUTS = "seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables"
 
 
 def read_again_in_every_layer() -> None:
@@ -33,7 +33,7 @@ def read_again_in_every_layer() -> None:
     def build_and_write(self: Any, *keys_and_layer: Any) -> None:
         layer, step = keys_and_layer[-2:]
         if layer.layer_id:
-            arrays = tuple(getattr(step, name) for name in _INPUTS)
+            arrays = tuple(getattr(step, name) for name in STEP_INPUTS)
             self.attention_metadata = another(self.builder).build_from(arrays, step.hints)
         write(self, *keys_and_layer)
 

@@ -21,8 +21,8 @@ _REPEATS = 15
 _STREAM_PROMPT, _TOKENS_BEFORE = 64, 20
 # part of a step -> where it is called, from the engine on
 _PARTS = {
-    "schedule": "_scheduler.schedule",
-    "complete": "_scheduler.complete_step",
+    "schedule": "scheduler.schedule",
+    "complete": "scheduler.complete_step",
     "batch": "_assemble",
     "runner": "runner.execute_model",
     "metadata": "runner.initialize_forward_meta",
@@ -122,7 +122,7 @@ class Engine:
         """Median milliseconds of scoring and selecting alone, all layers, one query."""
         import paddle
 
-        from fd_dsa.ops._host import Scratch
+        from fd_dsa.ops.arrays import Scratch
         from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_paged
         from fd_dsa.ops.topk.paddle_impl import select_positions
 

@@ -213,7 +213,7 @@ __device__ __forceinline__ void bring(const Job& job, const TensorMap& weight, u
 
 // ---- the warpgroups that multiply
 
-// x / 448 and so on as `group_scales` of fd_dsa/ops/_fp8_rows.py, to the bit.
+// x / 448 and so on as `group_scales` of fd_dsa/ops/fp8_rows.py, to the bit.
 __device__ __forceinline__ float scale_of(float largest, bool round) {
   const float scale = fmaxf(largest / 448.0f, 1e-12f);
   if (!round) return scale;

@@ -43,7 +43,7 @@ extern "C" struct FdDsaExpertGemm {
   int32_t round_scales;
 };
 
-static_assert(sizeof(FdDsaExpertGemm) == 120, "fd_dsa.ops._expert_gemm_cuda has the same");
+static_assert(sizeof(FdDsaExpertGemm) == 120, "fd_dsa.ops.expert_gemm_cuda has the same");
 
 // Fills `out`, on Hopper alone (sm_90), after a memset of `taken`; both can be captured. Returns a
 // cudaError_t, 0 = success. Allocates nothing, waits for nothing; the same input gives the same

@@ -14,7 +14,7 @@ from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.host import HostAttention
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.errors import ConfigError, MissingStepError
-from fd_dsa.ops._host import check_shape
+from fd_dsa.ops.arrays import check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.step import ForwardMeta, StepHints, StepMetadataBuilder
 from fd_dsa.step.views import Allocate

@@ -19,7 +19,7 @@ import numpy as np
 
 from fd_dsa.config import FP8_BLOCK_SIZE
 from fd_dsa.errors import ConfigError
-from fd_dsa.ops._fp8 import (
+from fd_dsa.ops.fp8 import (
     INDEX_RECORD_BYTES,
     INDEX_WIDTH,
     LATENT_RECORD_BYTES,

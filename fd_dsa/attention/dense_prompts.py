@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops._fixed_order import why_not_by_rows
-from fd_dsa.ops._head_gemm import empty_heads
-from fd_dsa.ops._linear import rows_at
+from fd_dsa.ops.fixed_order import why_not_by_rows
+from fd_dsa.ops.head_gemm import empty_heads
+from fd_dsa.ops.linear import rows_at
 from fd_dsa.ops.mla.prompt import (
     Group,
     attend_prompts,
@@ -74,7 +74,7 @@ class DensePrompts:
             return
         new, cached, this_time = lengths
         counts = np.clip(self._config.index_topk - cached, 0, new)
-        self.groups = _groups(counts, cached, self._max_keys)
+        self.groups = row_groups(counts, cached, self._max_keys)
         sizes = [group.num_keys for group in self.groups]
         self._gathered = [(self.latents[:size], self.rope[:size]) for size in sizes]
         self.has_all = counts.sum() == step.position_ids.shape[0]
@@ -178,7 +178,7 @@ def dense_prompts_for(
     return None if reason else DensePrompts(config, allocate, gpu)
 
 
-def _groups(counts: np.ndarray, cached: np.ndarray, most: int) -> list[Group]:
+def row_groups(counts: np.ndarray, cached: np.ndarray, most: int) -> list[Group]:
     """Rows in order, cut where the keys of the next one do not fit."""
     groups: list[Group] = []
     for row in np.flatnonzero(counts).tolist():

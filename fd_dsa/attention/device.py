@@ -31,7 +31,7 @@ from fd_dsa.attention.device_scores import (
 )
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 from fd_dsa.errors import KernelUnavailable
-from fd_dsa.ops._host import check_shape
+from fd_dsa.ops.arrays import check_shape
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
 from fd_dsa.ops.logits import tile_forms
 from fd_dsa.ops.mla import tensor_core
@@ -74,13 +74,15 @@ class DeviceAttention:
     Attributes:
         dense_prompts: attends for prompts within `index_topk`; None: in the absorbed form, as for
             all others.
+        scores: kernels that score and select keys; replaced if a kernel cannot be compiled.
+        tensor_core_attention: attention on tensor cores; None if `attend_slots` serves.
     """
 
     def __init__(self, config: DSABackendConfig, allocate: Allocate) -> None:
         self.config, self._allocate = config, allocate
         self._buffers: Buffers = {}
         self._take(_sizes(config))
-        self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(_view, self._buffers))
+        self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(buffer_view, self._buffers))
         # the layer that made it, as the address of its cache, and the slots
         self._everything: tuple[int, Any] | None = None
         kind = device_kind(self._buffers["logits"][0])
@@ -88,8 +90,8 @@ class DeviceAttention:
         kind = "interpreter" if kind == "cpu" else kind
         settle(kind)
         self._kind = kind
-        self._scores = self._new_scores()
-        self._attention = self._new_attention()
+        self.scores = self._new_scores()
+        self.tensor_core_attention = self._new_attention()
         self.dense_prompts: Any = None
         if config.head_widths is not None:
             # it works on Paddle's tensors alone
@@ -118,7 +120,7 @@ class DeviceAttention:
         """What attends on tensor cores; None where `attend_slots` does, which takes everything."""
         kind = self._kind
         config, logits = self.config, self._buffers["logits"][0]
-        heads, types = config.num_heads, _types(config)
+        heads, types = config.num_heads, kernel_types(config)
         capability = traits_for(logits).capability
         choice = choose_attention(kind, heads, *types, capability, self._allocate)
         if choice.provider == TRITON:
@@ -139,13 +141,13 @@ class DeviceAttention:
                 of this one.
         """
         try:
-            call(self._scores)
+            call(self.scores)
         except KernelUnavailable as error:
-            if type(self._scores) is PageScores or self._scores.is_captured:
+            if type(self.scores) is PageScores or self.scores.is_captured:
                 raise
             refuse("indexer_logits", self._kind, TENSOR_CORE, error)
-            self._scores = self._new_scores()
-            call(self._scores)
+            self.scores = self._new_scores()
+            call(self.scores)
 
     def begin_step(
         self,
@@ -166,7 +168,7 @@ class DeviceAttention:
             self.dense_prompts.begin_step(step, lengths)
         if step is None:
             return
-        if step.max_seqlen_k > self.config.index_topk or self._scores.is_captured:
+        if step.max_seqlen_k > self.config.index_topk or self.scores.is_captured:
             self._score(lambda scores: scores.prepare(step))
 
     def query_buffers(self, num_tokens: int) -> tuple[Any, Any]:
@@ -229,20 +231,20 @@ class DeviceAttention:
         try:
             self._attend(step, q, cache, selection, out)
         except KernelUnavailable as error:
-            if self._attention is None:
+            if self.tensor_core_attention is None:
                 raise
             refuse("sparse_mla", self._kind, TENSOR_CORE, error)
-            self._attention = self._new_attention()
+            self.tensor_core_attention = self._new_attention()
             self._attend(step, q, cache, selection, out)
         return out
 
     def _attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any, out: Any) -> None:
         """Fill `out` by what serves."""
-        if self._attention is None:
+        if self.tensor_core_attention is None:
             scale, rank = self.config.softmax_scale, self.config.cache_layout.kv_lora_rank
             attend_slots(q, cache, selection, out, softmax_scale=scale, kv_lora_rank=rank)
         else:
-            self._attention.attend(q, cache, selection, out, step=step)
+            self.tensor_core_attention.attend(q, cache, selection, out, step=step)
 
     def attend_in_one_form(self, error: KernelUnavailable) -> None:
         """Attend for all prompts in the absorbed form from now on, which is logged.
@@ -263,7 +265,7 @@ class DeviceAttention:
         num_tokens = step.position_ids.shape[0]
         width = rounded_length(step.max_seqlen_k, self.config.index_topk)
         slots = self._view("slots", num_tokens, width)
-        self._scores.choose(step, self._view("logits", 1, 1), cache, slots, num_rows=num_tokens)
+        self.scores.choose(step, self._view("logits", 1, 1), cache, slots, num_rows=num_tokens)
         return slots
 
 
@@ -296,7 +298,7 @@ def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
     if why_not_tiles(config) is None:
         sizes |= tile_sizes(config, sizes["logits"][0], gpu.num_processors)
     total = sum(count * prod(shape) * _WIDTHS[dtype] for count, shape, dtype in sizes.values())
-    if tensor_core.why_not(gpu.capability, *_types(config)) is None:
+    if tensor_core.why_not(gpu.capability, *kernel_types(config)) is None:
         splits = tensor_core.new_partials(config.num_heads, lambda shape, _: 4 * prod(shape))
         total += sum(splits)
     if config.head_widths is not None:
@@ -312,13 +314,13 @@ def why_not_tiles(config: DSABackendConfig) -> str | None:
     return tile_forms.why_not(layout.kv_cache_dtype, layout.block_size, config.index_n_heads)
 
 
-def _types(config: DSABackendConfig) -> tuple[str, str, int, int]:
+def kernel_types(config: DSABackendConfig) -> tuple[str, str, int, int]:
     """Types and widths that a kernel of attention is chosen by."""
     layout = config.cache_layout
     return config.dtype, layout.kv_cache_dtype, layout.kv_lora_rank, layout.qk_rope_head_dim
 
 
-def _view(buffers: Buffers, name: str, *counts: int) -> Any:
+def buffer_view(buffers: Buffers, name: str, *counts: int) -> Any:
     """The start of a buffer as a tensor of so many values, in as many axes, and their own."""
     memory, shape = buffers[name]
     shape = counts + shape

@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops._key_bounds import prompt_windows
+from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
 from fd_dsa.ops.logits.tile_kernel import score_tiles
 from fd_dsa.ops.logits.tile_schedule import PROGRAM_FIELDS, TILE_FIELDS, TileSchedule

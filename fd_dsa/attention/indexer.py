@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._gemm import HostMatrix
+from fd_dsa.ops.host_gemm import HostMatrix
 from fd_dsa.ops.providers import TRITON, provider_of, serving
 
 
@@ -20,6 +20,10 @@ class Indexer:
         weights: make what is asked for; `wk` and `weights_proj` are one GEMM.
         has_wk: False where `wk` is one of the attention's own projections.
 
+    Attributes:
+        wk_weights_proj: weight of the joined projections of keys and head weights; on a device a
+            sequence of both, or of the second one if `has_wk` is False.
+
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, in the form of Hugging Face transformers 5.23
     (DeepseekV32Indexer).
     """
@@ -33,7 +37,7 @@ class Indexer:
         parts[f"{prefix}weights_proj.weight"] = heads
         # both scale factors of the scores are folded in when the weight is loaded
         factors = {f"{prefix}weights_proj.weight": heads**-0.5 * dim**-0.5}
-        self._wk_weights_proj = weights.columns(config.hidden_size, parts, factors)
+        self.wk_weights_proj = weights.columns(config.hidden_size, parts, factors)
         self._k_norm = {
             "k_norm_weight": weights.vector({f"{prefix}k_norm.weight": dim}),
             "k_norm_bias": weights.vector({f"{prefix}k_norm.bias": dim}),
@@ -58,7 +62,7 @@ class Indexer:
         projections, see IndexerOverlap. Keys are not normed, without `wk` of no meaning; on a
         device both are in `projection_buffers`.
         """
-        weights, width = self._wk_weights_proj, self._key_width
+        weights, width = self.wk_weights_proj, self._key_width
         if not isinstance(weights, HostMatrix):
             out = backend.attention.projection_buffers(hidden_states.shape[0])
             project = serving("indexer_projection", hidden_states)

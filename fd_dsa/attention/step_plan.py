@@ -17,24 +17,29 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops._fixed_order import fixed_order
-from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._key_bounds import key_bounds
+from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.cache_write.paddle_impl import places
+from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.key_bounds import key_bounds
 from fd_dsa.ops.logits.paddle_impl import PagedUnits
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.host_tensor import as_tensor
 
-# values of a score matrix that one tile may hold: 32 MiB of float32
-_TILE_VALUES = 8 << 20
-# scoring makes several passes over its tile, which should stay in the cache: 8 MiB
-_SCORE_TILE_VALUES = 2 << 20
-# A tile attends densely while its key list is at most 1 + _GATHER_COST / num_heads times the
-# selection: the gather of a key costs as much as its dot products for that many heads.
-_GATHER_COST = 16
-_DENSE_KEYS = 768
-_JOINED_KEYS = 128
+TILE_VALUES = 8 << 20
+"""Values in the score matrix of one attention tile: 32 MiB of float32."""
+SCORE_TILE_VALUES = 2 << 20
+"""Values in the score matrix of one scoring tile: 8 MiB, which stay in the cache."""
+GATHER_COST = 16
+"""Heads whose dot products with a key cost as much as gathering the key.
+
+A tile attends densely while its key list is at most 1 + GATHER_COST / num_heads times the
+selection.
+"""
+DENSE_KEYS = 768
+"""Keys up to which a tile attends densely for any selection."""
+JOINED_KEYS = 128
+"""Keys up to which short rows share a tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,7 @@ class StepPlan:
             self.score_tiles = self._prefill_tiles(
                 config.index_n_heads, self.window > index_topk, None
             )
-            limit = max(round((1 + _GATHER_COST / num_heads) * self.topk), _DENSE_KEYS)
+            limit = max(round((1 + GATHER_COST / num_heads) * self.topk), DENSE_KEYS)
             # with a fixed order of sums a token's way must not depend on the length of its row
             dense = self.window > 0
             if fixed_order():
@@ -179,7 +184,7 @@ class StepPlan:
         """Prefill tokens that are `wanted`, cut where a score matrix would outgrow its budget.
 
         With `max_keys`, tokens of rows longer than that are left out, and short rows share a tile
-        only up to `_JOINED_KEYS` keys, since a token pays for the keys of its neighbours.
+        only up to `JOINED_KEYS` keys, since a token pays for the keys of its neighbours.
         """
         chosen = wanted & self.is_prefill_row[self.batch_ids]
         if max_keys is not None:
@@ -201,10 +206,10 @@ class StepPlan:
         row = self.batch_ids[run]
         new_row = np.concatenate(([True], row[1:] != row[:-1]))
         keys = np.cumsum(np.where(new_row, self.lengths[row], 0))
-        values = _SCORE_TILE_VALUES if max_keys is None else _TILE_VALUES
+        values = SCORE_TILE_VALUES if max_keys is None else TILE_VALUES
         fits = keys * np.arange(1, len(run) + 1) * heads <= values
         if max_keys is not None:
-            joined = 0 if fixed_order() else min(_JOINED_KEYS, max_keys)
+            joined = 0 if fixed_order() else min(JOINED_KEYS, max_keys)
             fits &= keys <= max(joined, self.lengths[row[0]])
         # both limits grow along the run; one token is always taken
         return start + max(1, int(fits.sum()))

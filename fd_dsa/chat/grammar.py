@@ -32,7 +32,7 @@ def forced_calls_grammar(tool_format: str, schemas: Mapping[str, Any], *, severa
             tool and the keyword.
     """
     lark = Lark()
-    head, write, tail = _FORMS[tool_format]
+    head, write, tail = CALL_FORMS[tool_format]
     choices = []
     spent = 0
     for name, of in schemas.items():
@@ -52,8 +52,8 @@ def forced_calls_grammar(tool_format: str, schemas: Mapping[str, Any], *, severa
     return lark.grammar(" ".join(parts))
 
 
-# format -> text before all calls, the writer of one call, text after all calls
-_FORMS: dict[str, tuple[str, Callable[[CallWriter], str], str]] = {
+# tool format -> text before all calls, the writer of one call, text after all calls
+CALL_FORMS: dict[str, tuple[str, Callable[[CallWriter], str], str]] = {
     "deepseek_v31": (marks.V31_CALLS, CallWriter.v31_call, marks.V31_CALLS_END),
     "deepseek_v32": (f"\n\n{marks.V32_CALLS}\n", CallWriter.dsml_call, marks.V32_CALLS_END),
     "deepseek_v4": (f"\n\n{marks.V4_CALLS}\n", CallWriter.dsml_call, marks.V4_CALLS_END),

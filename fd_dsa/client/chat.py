@@ -180,6 +180,9 @@ class Conversation:
 
     Args:
         is_terminal: somebody types: prompts are shown, and a failed answer is no end.
+
+    Attributes:
+        messages: questions and answers so far, without the system prompt.
     """
 
     def __init__(self, partner: Partner, system: str | None, *, is_terminal: bool) -> None:
@@ -188,7 +191,7 @@ class Conversation:
         self._is_terminal = is_terminal
         # where a line of an answer has begun
         self._open: TextIO | None = None
-        self._messages: list[Message] = []
+        self.messages: list[Message] = []
 
     def run(self) -> int:
         """Talk; returns the exit status."""
@@ -252,9 +255,9 @@ class Conversation:
             for name, purpose in _COMMANDS.items():
                 sys.stderr.write(f"  {name:<16} {purpose}\n")
         elif command == "/reset":
-            self._messages = []
+            self.messages = []
         elif command == "/system":
-            self._system, self._messages = rest, []
+            self._system, self.messages = rest, []
         elif command == "/set":
             self._set(*rest.split(maxsplit=1))
         elif command == "/save":
@@ -281,7 +284,7 @@ class Conversation:
         saved = {
             "model": self._partner.name,
             "settings": self._partner.settings,
-            "messages": [*system, *self._messages],
+            "messages": [*system, *self.messages],
         }
         with writing("/save", path), open(path, "x", encoding="utf-8") as file:
             try:
@@ -299,7 +302,7 @@ class Conversation:
         left out of the conversation.
         """
         system = [{"role": "system", "content": self._system}] if self._system else []
-        asked = [*self._messages, {"role": "user", "content": text}]
+        asked = [*self.messages, {"role": "user", "content": text}]
         pieces = []
         try:
             with contextlib.closing(self._partner.answer([*system, *asked])) as answer:
@@ -321,7 +324,7 @@ class Conversation:
             self._end_line()
         if self._is_terminal and self._partner.figures:
             sys.stderr.write(f"[{self._partner.figures}]\n")
-        self._messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         return True
 
     def _leave_line(self) -> None:

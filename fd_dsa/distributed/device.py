@@ -17,8 +17,8 @@ from fd_dsa.distributed.group import Group
 from fd_dsa.distributed.nccl import Communicator
 from fd_dsa.distributed.shared_memory import SIZES, PeerAllReduce, SharedMemory
 from fd_dsa.errors import BackendUnavailable, DeviceError
-from fd_dsa.ops._host import dtype_name
-from fd_dsa.ops._library import why_not_compiled
+from fd_dsa.ops.arrays import dtype_name
+from fd_dsa.ops.library_kernel import why_not_compiled
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.transfers import on_host, transfers_for, uploaded

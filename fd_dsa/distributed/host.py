@@ -121,7 +121,7 @@ class HostGroup(Group):
         data = np.frombuffer(len(message).to_bytes(_LENGTH_BYTES, "little") + message, np.uint8)
         for start in range(0, len(data), _PIECE):
             for rank in range(1, self.size):
-                self._take(self._shared.free[rank])
+                self.wait_eventfd(self._shared.free[rank])
             part = data[start : start + _PIECE]
             self._parts[self._part, : len(part)] = part
             self._part = (self._part + 1) % _NUM_PARTS
@@ -150,7 +150,7 @@ class HostGroup(Group):
 
     def _next_part(self, missing: int | None) -> bytes:
         """A part of a message of which so many bytes are missing; None: its first part."""
-        self._take(self._shared.filled[self.rank])
+        self.wait_eventfd(self._shared.filled[self.rank])
         part = self._parts[self._part]
         if missing is None:
             missing = _LENGTH_BYTES + int(part[:_LENGTH_BYTES].view("<i8")[0])
@@ -174,9 +174,9 @@ class HostGroup(Group):
         for rank in others:
             os.eventfd_write(arrived[self.rank][rank], 1)
         for rank in others:
-            self._take(arrived[rank][self.rank])
+            self.wait_eventfd(arrived[rank][self.rank])
 
-    def _take(self, fd: int) -> None:
+    def wait_eventfd(self, fd: int) -> None:
         """Take one signal, which is waited for."""
         while True:
             try:

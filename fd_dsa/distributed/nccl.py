@@ -34,7 +34,7 @@ def new_unique_id() -> bytes:
         DeviceError: NCCL finds no network interface to be called on.
     """
     made = _UniqueId()
-    _check(_library().ncclGetUniqueId(ctypes.byref(made)), "ncclGetUniqueId")
+    _check(load_library().ncclGetUniqueId(ctypes.byref(made)), "ncclGetUniqueId")
     return bytes(made.internal)
 
 
@@ -49,7 +49,7 @@ class Communicator:
         self._handle, self._device = ctypes.c_void_p(), device
         arguments = ctypes.c_int(size), _UniqueId.from_buffer_copy(unique_id), ctypes.c_int(rank)
         with cuda().context(device):
-            code = _library().ncclCommInitRank(ctypes.byref(self._handle), *arguments)
+            code = load_library().ncclCommInitRank(ctypes.byref(self._handle), *arguments)
         _check(code, f"ncclCommInitRank of rank {rank} of {size}")
 
     def all_reduce(self, at: int, count: int, dtype: str, stream: ctypes.c_void_p) -> None:
@@ -80,20 +80,20 @@ class Communicator:
         handle, self._handle = self._handle, ctypes.c_void_p()
         if handle.value:
             with cuda().context(self._device):
-                getattr(_library(), name)(handle)
+                getattr(load_library(), name)(handle)
 
     def _call(self, name: str, *arguments: Any) -> None:
         """A collective on the stream that is the last argument."""
         *values, stream = arguments
         with cuda().context(self._device):
-            code = getattr(_library(), name)(*values, self._handle, stream)
+            code = getattr(load_library(), name)(*values, self._handle, stream)
         _check(code, name)
 
 
 def _check(code: int, what: str) -> None:
     """Raise DeviceError with NCCL's text if it returned an error."""
     if code:
-        library, texts = _library(), []
+        library, texts = load_library(), []
         library.ncclGetErrorString.restype = library.ncclGetLastError.restype = ctypes.c_char_p
         for text in (library.ncclGetErrorString(code), library.ncclGetLastError(None)):
             texts += [text.decode().strip()] if text and text.strip() else []
@@ -101,11 +101,11 @@ def _check(code: int, what: str) -> None:
 
 
 @cache
-def _library() -> Any:
+def load_library() -> Any:
     """The library that the process has loaded, or else one that is found."""
     # NVLink multicast, which not every machine grants
     set_default("NCCL_NVLS_ENABLE", "0")
-    for path in _candidates(Path("/proc/self/maps").read_text()):
+    for path in library_paths(Path("/proc/self/maps").read_text()):
         with suppress(OSError):
             return ctypes.CDLL(path)
     raise BackendUnavailable(
@@ -114,7 +114,7 @@ def _library() -> Any:
     )
 
 
-def _candidates(maps: str) -> Iterator[str]:
+def library_paths(maps: str) -> Iterator[str]:
     """Where NCCL is: in the process, by its maps; where pip puts it; where the system has it."""
     yield from re.findall(r"\s(/\S*libnccl\.so\S*)$", maps, re.MULTILINE)[:1]
     spec = find_spec("nvidia")

@@ -10,8 +10,8 @@ import numpy as np
 
 from fd_dsa.environment import launches_overlap
 from fd_dsa.errors import DeviceError
-from fd_dsa.ops._host import dtype_name
-from fd_dsa.ops._library import LibraryKernel
+from fd_dsa.ops.arrays import dtype_name
+from fd_dsa.ops.library_kernel import LibraryKernel
 from fd_dsa.triton_runtime.transfers import Transfers
 
 SIZES = (2, 4, 8)
@@ -105,7 +105,7 @@ class PeerAllReduce(LibraryKernel):
         self, kernels: Any, rank: int, size: int, late: np.ndarray, timeout_s: float
     ) -> None:
         super().__init__(kernels)
-        job = self._job
+        job = self.job
         job.rank, job.size, job.slot_vectors = rank, size, MOST_BYTES // (2 * _VALUES)
         job.late, job.timeout_ns = late.ctypes.data, int(timeout_s * 1e9)
         job.starts_early = launches_overlap()
@@ -116,8 +116,8 @@ class PeerAllReduce(LibraryKernel):
 
     def use(self, addresses: list[int], max_blocks: int = 0) -> None:
         """Take the memory of the ranks, and at most so many blocks; 0: as the device has room."""
-        self._job.ranks[: len(addresses)] = addresses
-        self._job.max_blocks = max_blocks
+        self.job.ranks[: len(addresses)] = addresses
+        self.job.max_blocks = max_blocks
 
     @staticmethod
     def suits(tensor: Any) -> bool:
@@ -141,16 +141,16 @@ class PeerAllReduce(LibraryKernel):
 
         Cost: one launch; no allocation, no wait of the host.
         """
-        job = self._job
-        self._bind(x)
+        job = self.job
+        self.bind(x)
         job.x, job.out = (self._address(n, t, multiple=16) for n, t in (("x", x), ("out", out)))
         job.num_vectors = prod(x.shape) // _VALUES
         try:
-            self._launch()
+            self.launch()
         except DeviceError as error:
             raise DeviceError(self.failure() or str(error)) from error
 
     def failure(self) -> str:
         """Which rank a launch has given up to wait for, in words; "" if none."""
-        rank, seconds = int(self._late[0]) - 1, self._job.timeout_ns / 1e9
+        rank, seconds = int(self._late[0]) - 1, self.job.timeout_ns / 1e9
         return "" if rank < 0 else f"rank {rank} did not come to an all-reduce for {seconds:g} s"

@@ -117,7 +117,7 @@ def _why_not(operator: str, provider: str, memory: Memory) -> str:
         return ""
     if provider not in (TENSOR_CORE, CUSTOM_OP):
         return ""
-    from fd_dsa.ops._library import why_not_compiled
+    from fd_dsa.ops.library_kernel import why_not_compiled
     from fd_dsa.ops.mla.tensor_core import why_not
     from fd_dsa.triton_runtime.transfers import traits_for
 

@@ -13,8 +13,8 @@ from fd_dsa.cancellation import check_cancelled
 from fd_dsa.chat.control import SEPARATOR, unused_characters
 from fd_dsa.engine.text_windows import TooManyTokens, encode_text
 
-# characters that are searched in one call, which takes 70 bytes of memory a byte
-_WINDOW_CHARS = 1 << 16
+WINDOW_CHARS = 1 << 16
+"""Characters that one call searches; the call takes 70 bytes of memory for each byte."""
 _NO_MARKER = "\ue000"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -47,7 +47,7 @@ class ControlTokens:
         # id of the scanner -> id of the tokenizer
         self._ids = {_id_of(self._scanner, text): i for i, text in self._texts.items()}
         self.longest = max(map(len, self._texts.values()), default=0)
-        self._window_chars = max(_WINDOW_CHARS, 8 * self.longest)
+        self._window_chars = max(WINDOW_CHARS, 8 * self.longest)
 
     def find(self, text: str) -> Iterator[tuple[int, int]]:
         """Places of the markers, without the white space that their flags take along."""

@@ -26,17 +26,16 @@ from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import is_out_of_memory
-from fd_dsa.ops.sampling.parameters import NOT_FINITE
+from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.protocol import Runner
 
 
 class LLMEngine:
     """Continuous batching over one runner; not thread-safe.
 
     Args:
-        runner: runs the model on the step assembled in its `input_batch`, whose sizes bound a
-            step: a `ModelRunner`, or what has at least its `input_batch`, `vocab_size` and
-            `execute_model`.
+        runner: runs the model on the step in its `input_batch`, whose sizes bound a step.
         max_model_len: longest prompt plus output, tokens.
         eos_token_ids: tokens that end an output.
         target_gap_s: seconds between two tokens of a request, which prompts computed in the same
@@ -54,11 +53,14 @@ class LLMEngine:
         limits: what requests may ask for.
         grammars: compiles the forms of outputs.
         metrics: counts and times of requests.
+        block_manager: owner of the cache blocks.
+        scheduler: order of the requests, and the rows and tokens of a step.
+        in_flight: enqueued step whose tokens the host has not read, or None.
     """
 
     def __init__(
         self,
-        runner: Any,
+        runner: Runner,
         tokenizer: Tokenizer,
         *,
         num_blocks: int,
@@ -80,13 +82,13 @@ class LLMEngine:
         self._batch: InputBatch = runner.input_batch
         block_size, num_rows = self._batch.block_size, self._batch.max_num_seqs
         self._stats = EngineStats(num_blocks=num_blocks)
-        self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
+        self.block_manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.limits = RequestLimits(
             runner.vocab_size,
             max_model_len,
             num_blocks,
             block_size,
-            getattr(runner, "shows_selections", False),
+            runner.info.selections is not None,
         )
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
@@ -94,13 +96,14 @@ class LLMEngine:
             tokenizer, runner.vocab_size, self._eos_token_ids, is_patient=False
         )
         lookahead = int(speculator is not None and speculator.drafter.is_layer)
-        self._scheduler = Scheduler(self._blocks, self._batch, self._stats, target_gap_s, lookahead)
+        parts = self.block_manager, self._batch, self._stats
+        self.scheduler = Scheduler(*parts, target_gap_s, lookahead)
         self._sampler = StepSampler(runner, num_rows)
-        self._is_async, self._speculator = async_scheduling, speculator
-        self._in_flight: LaunchedStep | None = None
+        self._is_async, self.speculator = async_scheduling, speculator
+        self.in_flight: LaunchedStep | None = None
         # what is left of each group
         self._requests: dict[str, list[Request]] = {}
-        self.metrics = EngineMetrics(max_model_len, getattr(runner, "counters", None))
+        self.metrics = EngineMetrics(max_model_len, runner.info.counters)
         self.metrics.cache_config.update(
             block_size=str(block_size),
             num_gpu_blocks=str(num_blocks),
@@ -114,7 +117,7 @@ class LLMEngine:
     @property
     def captured_sizes(self) -> tuple[int, ...]:
         """Rows of the decode steps that the runner replays from graphs, ascending."""
-        return tuple(getattr(self.runner, "captured_sizes", ()))
+        return self.runner.info.captured_sizes
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Output tokens that a request may have; safe to call from any thread.
@@ -170,9 +173,9 @@ class LLMEngine:
         self._has_watched |= params.return_topk_positions
         self._requests[request_id] = list(group)
         for request in group:
-            self._scheduler.add(request)
-        if self._speculator is not None:
-            self._speculator.arrived += group
+            self.scheduler.add(request)
+        if self.speculator is not None:
+            self.speculator.arrived += group
 
     def abort_request(self, request_id: str) -> list[RequestOutput]:
         """End a request now; the last state of every output of it that was unfinished."""
@@ -204,44 +207,44 @@ class LLMEngine:
             Exception: what else the runner raises; no request has got a token then, and a later
                 call runs the step again.
         """
-        ended = [self._end(request, reason) for request, reason in self._scheduler.settled()]
+        ended = [self._end(request, reason) for request, reason in self.scheduler.settled()]
         if not self._requests:
             # what is in flight was for requests that have ended
-            self._in_flight = None
+            self.in_flight = None
             return ended
         begin, runner_time_s = self.clock(), self._stats.runner_time_s
-        before = self._in_flight
+        before = self.in_flight
         try:
             launched = self._launch(may_be_idle=before is not None)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            too_large = self._scheduler.relieve(error)
+            too_large = self.scheduler.relieve(error)
             failure = RuntimeError("there is no memory for a step of this request alone")
             return ended + ([self._end(too_large, "error", failure)] if too_large else [])
-        self._in_flight = None
+        self.in_flight = None
         try:
             outputs = [] if before is None else self._take(before)
             if launched is not None and launched.places is not None and launched.draw is None:
                 # its masks are known after the tokens of the step before
                 self._stats.num_mask_waits += before is not None
                 self._sampler.draw(launched)
-            waits = self._speculator is not None and self._speculator.waits
+            waits = self.speculator is not None and self.speculator.waits
             if launched is not None and (waits or not (self._is_async and launched.draw)):
                 outputs += self._take(launched)
                 launched = None
         except Exception:
             self._sampler.forget()
-            self._scheduler.proposals = {}
+            self.scheduler.proposals = {}
             for step in (before, launched):
                 for request in step.sampling if step is not None else ():
                     request.forget_draw()
             raise
         if launched is not None:
-            self._in_flight = launched
+            self.in_flight = launched
             launched.count_ahead()
-            if self._speculator is not None:
-                self._scheduler.proposals = self._speculator.propose(launched)
+            if self.speculator is not None:
+                self.scheduler.proposals = self.speculator.propose(launched)
         in_runner_s = self._stats.runner_time_s - runner_time_s
         self._stats.host_time_s += self.clock() - begin - in_runner_s
         return ended + outputs
@@ -251,7 +254,7 @@ class LLMEngine:
 
         A step of which the host needs logits is waited for.
         """
-        scheduler, speculator = self._scheduler, self._speculator
+        scheduler, speculator = self.scheduler, self.speculator
         if speculator is not None:
             num_requests = scheduler.num_running + scheduler.num_waiting
             speculator.begin(min(num_requests, self._batch.max_num_seqs))
@@ -296,8 +299,8 @@ class LLMEngine:
         if step.reading:
             outputs = [self._fail(request, NOT_FINITE) for request in step.read_prompts()]
         alive = [request for request in step.sampling if request.finish_reason is None]
-        if step.drafts and self._speculator is not None:
-            outputs += self._speculator.verify(step, self._append, self._scheduler, stats, tokens)
+        if step.drafts and self.speculator is not None:
+            outputs += self.speculator.verify(step, self._append, self.scheduler, stats, tokens)
         elif step.sampling:
             outputs += self._append(step, step.sampling, step.logits, tokens)
         outputs += [
@@ -305,27 +308,27 @@ class LLMEngine:
             for request in alive
             if request.finish_reason != "error" and request not in step.late
         ]
-        if self._speculator is not None and not step.is_in_flight:
-            self._scheduler.proposals = self._speculator.propose(step)
+        if self.speculator is not None and not step.is_in_flight:
+            self.scheduler.proposals = self.speculator.propose(step)
         self.metrics.count_step(len(step.sampling) - len(step.resumed), step.resumed)
         stats.num_steps += 1
         stats.computed_prompt_tokens += step.num_prefill_tokens
         # the token of a decoding request comes after the one of the step before; without such
         # requests, a step may have waited for a grammar before it was ready
         since, end = self._last_end if step.num_decode_tokens else step.ready, self.clock()
-        self._scheduler.observe(step, end - since)
+        self.scheduler.observe(step, end - since)
         self._last_end = end
         return outputs
 
     def stats(self) -> EngineStats:
         """Counters and load now."""
-        num_used = self._blocks.num_used
+        num_used = self.block_manager.num_used
         return replace(
             self._stats,
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
             num_used_blocks=num_used,
-            kv_cache_usage=num_used / self._blocks.num_blocks,
+            kv_cache_usage=num_used / self.block_manager.num_blocks,
         )
 
     def _append(
@@ -351,7 +354,7 @@ class LLMEngine:
         token_ids = tokens.tolist()
         offer_tokens(sampling, token_ids)
         for request, token_id, score in zip(sampling, token_ids, scores, strict=True):
-            request.drawn_row = -1
+            request.pending_row = -1
             if token_id < 0:
                 outputs.append(self._fail(request, token_id))
                 continue
@@ -360,7 +363,7 @@ class LLMEngine:
             if request.finish_reason is not None:
                 self._drop(request)
             else:
-                self._scheduler.take_token(request)
+                self.scheduler.take_token(request)
         return outputs
 
     def _end(
@@ -381,7 +384,7 @@ class LLMEngine:
         error: RuntimeError = ConstraintError(f"{what}: {reason}")
         if code == NOT_FINITE:
             # what it wrote into the caches may be unusable too, and others may have read it already
-            self._blocks.reset_prefix_cache()
+            self.block_manager.reset_prefix_cache()
             error = RuntimeError(
                 f"{what}: the logits are not finite; the model or its weights are at fault"
             )
@@ -390,7 +393,7 @@ class LLMEngine:
     def _drop(self, request: Request) -> None:
         """Count an ended request and free what it holds."""
         self.metrics.count_end(request)
-        self._scheduler.finish(request)
+        self.scheduler.finish(request)
         request_id = request.state.request_id
         self._requests[request_id].remove(request)
         if not self._requests[request_id]:

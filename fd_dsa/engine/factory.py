@@ -96,7 +96,7 @@ def build_runner(
         progress: as of `build_engine`.
         kind: ModelRunner or a subclass.
     """
-    model = _load_model(plan, group, progress)
+    model = load_model(plan, group, progress)
     num_blocks = plan.memory.num_blocks
     backend = plan.caches.backend(num_blocks, plan.device)
     drafts = plan.config.most_drafts
@@ -106,13 +106,13 @@ def build_runner(
     if group is not None:
         # a warm-up meets the others on the device, where nobody sees that one is not there
         group.barrier()
-    progress.done(_warm_up(runner, plan))
+    progress.done(warm_up(runner, plan))
     if group is not None:
         group.barrier()
     return runner
 
 
-def _load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProgress) -> Any:
+def load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProgress) -> Any:
     """The model with its weights, on its device."""
     from fd_dsa.models.configs import open_checkpoint
     from fd_dsa.models.loader import load_dummy_weights, load_weights
@@ -168,7 +168,7 @@ def _on_device(group: HostGroup | None, allocate: Allocate) -> Group | None:
     return DeviceGroup(group.rank, group.size, name, allocate)
 
 
-def _warm_up(runner: Any, plan: EnginePlan) -> str:
+def warm_up(runner: Any, plan: EnginePlan) -> str:
     """Compile the kernels of a device and capture decode steps; returns what was done.
 
     From then on a step that compiles is logged. Where kernels are interpreted there is nothing to

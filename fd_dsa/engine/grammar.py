@@ -30,13 +30,14 @@ from fd_dsa.environment import usable_cpus
 from fd_dsa.grammars.messages import Done, Kind
 from fd_dsa.grammars.source import one_line
 
-# compiled grammars that are kept for requests with the same one
-_NUM_KEPT = 32
-# for which one that nobody asks for is kept, at least; at most twice as long
-_KEPT_FOR_S = 20.0
+MAX_KEPT = 32
+"""Compiled grammars that are kept for later requests."""
+KEPT_FOR_S = 20.0
+"""Unused grammars are evicted after one to two of these periods, seconds."""
+MAX_LEXER_STATES = 25_000
+"""States of a grammar's lexer, above which it is too complex."""
 # of a form and its alternatives, and the special tokens that the text shows
 _Key = tuple[tuple[tuple[Kind, str], ...], frozenset[int]]
-_MAX_LEXER_STATES = 25_000
 # time for which steps wait for all grammars: at once, seconds, and as a share of all time
 _PATIENCE_S, _PATIENCE_SHARE = 0.1, 0.25
 # at most this long the engine's thread waits for grammars if it has nothing else to do, seconds
@@ -94,7 +95,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._vocabulary_lock = threading.Lock()
         self._checks = threading.BoundedSemaphore(max(1, usable_cpus() // 2))
-        # asked for since `_expire` was called last, and only before; and all that outputs follow
+        # asked for since `expire` was called last, and only before; and all that outputs follow
         self._recent: dict[_Key, CompiledGrammar] = {}
         self._older: dict[_Key, CompiledGrammar] = {}
         self._in_use: WeakValueDictionary[_Key, CompiledGrammar] = WeakValueDictionary()
@@ -248,20 +249,23 @@ class GrammarCompiler:
         for kept in (self._older, self._recent):
             kept.pop(key, None)
         self._in_use[key] = self._recent[key] = compiled
-        if len(self._older) + len(self._recent) > _NUM_KEPT:
+        if len(self._older) + len(self._recent) > MAX_KEPT:
             oldest = self._older or self._recent
             del oldest[next(iter(oldest))]
         if not self._is_expiring:
             self._is_expiring = True
-            _later(self._expire)
+            _later(self.expire)
 
-    def _expire(self) -> None:
-        """Drop what nobody has asked for since the call before; once more while one is kept."""
+    def expire(self) -> None:
+        """Drop the grammars that no request has asked for since the last call.
+
+        The compiler calls it every `KEPT_FOR_S` seconds while it keeps a grammar.
+        """
         with self._lock:
             dropped, self._older, self._recent = self._older, self._recent, {}
             self._is_expiring = bool(self._older)
             if self._is_expiring:
-                _later(self._expire)
+                _later(self.expire)
         # freed one at a time and without the lock: a large one takes milliseconds
         while dropped:
             dropped.popitem()
@@ -291,7 +295,7 @@ class GrammarCompiler:
         vocabulary = self._vocabulary(shown)
         if isinstance(vocabulary, str):
             return vocabulary
-        made = WORKERS.compile(vocabulary, forms, _MAX_LEXER_STATES)
+        made = WORKERS.compile(vocabulary, forms, MAX_LEXER_STATES)
         return made if isinstance(made, str) else CompiledGrammar(made, vocabulary)
 
     def _vocabulary(self, shown: frozenset[int]) -> GrammarVocabulary | str:
@@ -315,8 +319,8 @@ class GrammarCompiler:
 
 
 def _later(work: Callable[[], None]) -> None:
-    """Call `work` after `_KEPT_FOR_S`, in a daemon thread."""
-    timer = threading.Timer(_KEPT_FOR_S, work)
+    """Call `work` after `KEPT_FOR_S`, in a daemon thread."""
+    timer = threading.Timer(KEPT_FOR_S, work)
     timer.daemon = True
     timer.start()
 

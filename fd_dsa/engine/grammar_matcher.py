@@ -15,9 +15,12 @@ from fd_dsa.engine.reasoning_tokens import Reading
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.grammars.messages import Done, Work
 
-# a grammar that was worn out sooner by fewer tokens is too complex, and compiling it costs others
-_RENEWED_AFTER_TOKENS = 1000
-_RENEWED_AFTER_S = 60.0
+RENEWED_AFTER_TOKENS = 1000
+RENEWED_AFTER_S = 60.0
+"""A grammar that reaches its limit of states after fewer tokens and less time is too complex.
+
+Otherwise it is compiled again, which delays other grammars.
+"""
 
 
 class GrammarMatcher:
@@ -325,7 +328,7 @@ class GrammarMatcher:
         if not self._done.is_worn_out:
             return False
         age_s = time.monotonic() - compiled.since
-        if compiled.num_tokens < _RENEWED_AFTER_TOKENS and age_s < _RENEWED_AFTER_S:
+        if compiled.num_tokens < RENEWED_AFTER_TOKENS and age_s < RENEWED_AFTER_S:
             return False
         self._worn_out, self._compiled = compiled, None
         return True

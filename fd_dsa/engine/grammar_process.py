@@ -49,6 +49,9 @@ class WorkerSource:
     """Process that forks a worker for each grammar; one of them serves all engines here.
 
     It starts with the first vocabulary, and again if it has ended.
+
+    Attributes:
+        process: the process that forks the workers; None before the first vocabulary.
     """
 
     COMMAND = (sys.executable, "-m", "fd_dsa.grammars.worker")
@@ -57,7 +60,7 @@ class WorkerSource:
     def __init__(self) -> None:
         # `compile` adds a vocabulary again after a new start
         self._lock = threading.RLock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._numbers: weakref.WeakKeyDictionary[GrammarVocabulary, int] = (
             weakref.WeakKeyDictionary()
@@ -101,7 +104,7 @@ class WorkerSource:
                     self._order(vocabulary, forms, max_states, theirs.fileno())
                 except (EOFError, OSError):
                     # the process has ended since the last grammar
-                    self._process = None
+                    self.process = None
                     self._order(vocabulary, forms, max_states, theirs.fileno())
         except (EOFError, OSError) as error:
             return f"no process can be started for it: {error or 'it has ended'}"
@@ -132,16 +135,16 @@ class WorkerSource:
 
     def _running(self) -> Connection:
         """Return the connection to the process, which starts if it does not run."""
-        if self._connection is None or self._process is None or self._process.poll() is not None:
-            self._process, self._connection = start_process(self.COMMAND)
+        if self._connection is None or self.process is None or self.process.poll() is not None:
+            self.process, self._connection = start_process(self.COMMAND)
             self._numbers.clear()
         return self._connection
 
     def _close(self) -> None:
         """End the process; its workers end when their connections are closed."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
 
 WORKERS = WorkerSource()

@@ -147,7 +147,12 @@ class EngineLink:
         if self._thread is not None:
             self._thread.join(timeout_s)
 
-    def _start(self, target: Callable[[], object]) -> None:
+    def start_thread(self, target: Callable[[], object]) -> None:
+        """Run `target` in the thread of the link.
+
+        Raises:
+            RuntimeError: it was started before.
+        """
         if self._thread is not None:
             raise RuntimeError("the engine was started before")
         self._thread = threading.Thread(target=target, name="fd_dsa-engine", daemon=True)

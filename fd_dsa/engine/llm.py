@@ -129,7 +129,7 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """Tokenizer of the model."""
-        return self._open_engine().tokenizer
+        return self.engine.tokenizer
 
     @overload
     def generate(
@@ -163,7 +163,7 @@ class LLM:
             ArgumentError: an argument has another type or form, or a prompt can never run. No
                 prompt runs then. The error is a ValueError and a TypeError.
         """
-        engine = self._open_engine()
+        engine = self.engine
         max_model_len = engine.limits.max_model_len
         check_switches(stream=stream)
         given = read_prompts(prompts)
@@ -247,7 +247,7 @@ class LLM:
             ArgumentError: as in `generate`; also if a message has no role or content, the model has
                 no chat template, or the template refuses the messages.
         """
-        engine = self._open_engine()
+        engine = self.engine
         max_model_len = engine.limits.max_model_len
         check_switches(
             stream=stream,
@@ -288,11 +288,11 @@ class LLM:
     @property
     def sampling_defaults(self) -> dict[str, Any]:
         """Arguments of SamplingParams that the model proposes to calls without one."""
-        return dict(self._open_engine().sampling_defaults)
+        return dict(self.engine.sampling_defaults)
 
     def stats(self) -> EngineStats:
         """Counters and load of the engine."""
-        return self._open_engine().stats()
+        return self.engine.stats()
 
     def close(self) -> None:
         """Abort unfinished requests and release the model.
@@ -301,7 +301,7 @@ class LLM:
         """
         if self._engine is not None:
             self._engine.abort_all()
-            ranks = getattr(self._engine.runner, "ranks", None)
+            ranks = self._engine.runner.info.ranks
             if ranks is not None:
                 ranks.close()
         self._outbox.clear()
@@ -319,8 +319,9 @@ class LLM:
         self._calls = itertools.count()
         self._outbox = {}
 
-    def _open_engine(self) -> LLMEngine:
-        """The engine; RuntimeError after `close`."""
+    @property
+    def engine(self) -> LLMEngine:
+        """The engine that serves all calls; RuntimeError after `close`."""
         if self._engine is None:
             raise RuntimeError("this LLM is closed; make a new one")
         return self._engine
@@ -339,7 +340,7 @@ class LLM:
             argument: name of the argument that has the prompts.
             texts: of the prompts; None = the caller gave token ids.
         """
-        engine = self._open_engine()
+        engine = self.engine
         for index, (ids, one) in enumerate(zip(token_ids, params, strict=True)):
             with naming(place_of(argument, index, len(params))):
                 engine.validate(ids, one)
@@ -364,7 +365,7 @@ class LLM:
         params: list[SamplingParams],
     ) -> Iterator[RequestOutput]:
         """Yield the outputs of one call, and step the engine while its queue is empty."""
-        engine = self._open_engine()
+        engine = self.engine
         call = next(self._calls)
         queue: deque[RequestOutput] = deque()
         request_ids = []
@@ -377,7 +378,7 @@ class LLM:
             num_running = sum(one.n for one in params)
             while num_running:
                 while not queue:
-                    for new in self._open_engine().step():
+                    for new in self.engine.step():
                         self._outbox[new.request_id].append(new)
                 output = queue.popleft()
                 num_running -= output.finished

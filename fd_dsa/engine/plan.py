@@ -135,7 +135,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
         quantisable_tensors,
         validate,
     )
-    from fd_dsa.ops._fixed_order import check_fixed_order
+    from fd_dsa.ops.fixed_order import check_fixed_order
     from fd_dsa.runner.device import device_of_rank, keep_float32, resolve_device
     from fd_dsa.runner.input_batch import InputBatch
 

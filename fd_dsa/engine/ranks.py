@@ -38,6 +38,7 @@ class Ranks:
 
     Attributes:
         group: this process's.
+        processes: of the other ranks, by rank from 1 on.
     """
 
     COMMAND = (sys.executable, "-m", "fd_dsa.engine.rank")
@@ -51,7 +52,7 @@ class Ranks:
         # whether the engine's thread may wait for a device
         self._is_busy = True
         self._on_failure: Callable[[RankError], object] = lambda error: None
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         try:
             for rank in range(1, self.group.size):
@@ -109,7 +110,7 @@ class Ranks:
             with contextlib.suppress(OSError):
                 connection.send(None)
         deadline = time.monotonic() + _END_TIMEOUT_S
-        for process in self._processes:
+        for process in self.processes:
             try:
                 process.wait(max(deadline - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
@@ -120,7 +121,7 @@ class Ranks:
     def _start(self, rank: int, config: EngineConfig, shared: Shared) -> None:
         """Start a rank and the thread that watches it."""
         process, connection = start_process(self.COMMAND, shared.descriptors)
-        self._processes.append(process)
+        self.processes.append(process)
         self._connections.append(connection)
         with contextlib.suppress(OSError):
             # where it has ended already, the thread says how
@@ -169,7 +170,7 @@ class Ranks:
                 return
             self.group.failure = failure
             call = self._on_failure
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
         call(failure)
 

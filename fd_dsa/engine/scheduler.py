@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from fd_dsa.engine.block_manager import BlockManager
+from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import FinishReason
@@ -70,6 +71,9 @@ class Scheduler:
         proposals: drafts after the step launched last, of requests that took part in it.
         drafts: those of the step scheduled last.
         prefill_context: tokens before each prompt token of that step, on average.
+        running: requests with a row by arrival number, in order of arrival.
+        waiting: requests without a row, in order of arrival.
+        free_slots: heap of the batch rows without a request.
     """
 
     def __init__(
@@ -80,8 +84,8 @@ class Scheduler:
         target_gap_s: float = 0.0,
         lookahead: int = 0,
     ) -> None:
-        self.proposals: dict[Request, list[int]] = {}
-        self.drafts: dict[Request, list[int]] = {}
+        self.proposals: dict[Request, Drafts] = {}
+        self.drafts: dict[Request, Drafts] = {}
         self._may_draft, self._lookahead = True, lookahead
         self._blocks = blocks
         self._batch = batch
@@ -89,11 +93,10 @@ class Scheduler:
         self._target_gap_s = target_gap_s
         self._step_times = StepTimes(batch.max_num_tokens) if target_gap_s else None
         self.prefill_context = 0
-        self._free_slots = list(range(batch.max_num_seqs))
-        # dicts by arrival number, in order of arrival
-        self._running: dict[int, Request] = {}
-        self._waiting: deque[Request] = deque()
-        # requests with their last allowed token, see `settled`
+        self.free_slots = list(range(batch.max_num_seqs))
+        self.running: dict[int, Request] = {}
+        self.waiting: deque[Request] = deque()
+        # requests with their last allowed token by arrival number, see `settled`
         self._unsettled: dict[int, Request] = {}
         self._scheduled: list[Request] = []
         self._held: list[Request] = []
@@ -105,16 +108,16 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests with a row."""
-        return len(self._running)
+        return len(self.running)
 
     @property
     def num_waiting(self) -> int:
         """Requests without a row."""
-        return len(self._waiting)
+        return len(self.waiting)
 
     def add(self, request: Request) -> None:
         """Queue a request; arrival numbers must grow."""
-        self._waiting.append(request)
+        self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
         """Drop an ended or aborted request and free what it holds."""
@@ -124,8 +127,8 @@ class Scheduler:
         if request.slot >= 0:
             self._release(request)
         else:
-            self._waiting.remove(request)
-        if not self._running and not self._waiting:
+            self.waiting.remove(request)
+        if not self.running and not self.waiting:
             self._most_prompt_tokens = self._batch.max_num_tokens
             self._most_rows = self._batch.max_num_seqs
             self._may_draft = True
@@ -139,25 +142,25 @@ class Scheduler:
         self._scheduled, self._held = [], []
         decoding: list[Request] = []
         prefilling: list[Request] = []
-        for request in self._running.values():
+        for request in self.running.values():
             if request.is_unsettled:
                 continue
             if request.grammar is not None and request.grammar.is_late:
                 # the token of a prompt's end is one of the prompts' tokens
                 if request.is_decode:
                     self._held.append(request)
-            elif request.drawn_row < 0 or request.num_output_tokens < request.max_tokens:
+            elif request.pending_row < 0 or request.num_output_tokens < request.max_tokens:
                 (decoding if request.is_decode else prefilling).append(request)
             elif request.num_unverified:
                 self._held.append(request)
         budget = self._schedule_decode(decoding)
         self._num_decoding = len(self._scheduled)
-        self._spare_logits = len(self._free_slots)
+        self._spare_logits = len(self.free_slots)
         for request in prefilling:
             # a decoding request may have preempted it just now
             if budget and request.slot >= 0:
                 budget = self._take(request, budget)
-        if self._waiting:
+        if self.waiting:
             budget = self._admit(budget)
         if self._may_draft:
             self._add_drafts(budget)
@@ -200,18 +203,18 @@ class Scheduler:
             less.
         """
         num_prompt_tokens = sum(r.num_scheduled_tokens for r in self._scheduled if not r.is_decode)
-        latest = next(reversed(self._running.values()))
+        latest = next(reversed(self.running.values()))
         if self.drafts:
             self.drafts, self._may_draft = {}, False
             cure = "no drafts are verified now"
         elif num_prompt_tokens > 1:
             self._most_prompt_tokens = num_prompt_tokens // 2
             cure = f"prompts are read in steps of at most {self._most_prompt_tokens} tokens now"
-        elif len(self._running) == 1:
+        elif len(self.running) == 1:
             return latest
         else:
             self._preempt(latest)
-            self._most_rows = len(self._running)
+            self._most_rows = len(self.running)
             cure = f"at most {self._most_rows} requests run at a time now"
         logger.warning("%s; %s", describe_error(error), cure)
         return None
@@ -256,11 +259,11 @@ class Scheduler:
         for request in self._scheduled[: self._num_decoding] if self.proposals else ():
             # the last token of an output is never computed
             most = min(budget, request.max_tokens - request.num_output_tokens - 1)
-            drafts = self.proposals.get(request, [])[: max(most, 0)]
+            drafts = self.proposals.get(request, NO_DRAFTS).first(max(most, 0))
             tokens = request.num_tokens + len(drafts)
-            if drafts and not self._allocate(request, tokens, len(self._running)):
+            if drafts and not self._allocate(request, tokens, len(self.running)):
                 room = len(self._blocks.blocks_of(request.arrival)) * self._blocks.block_size
-                drafts = drafts[: room - request.num_tokens]
+                drafts = drafts.first(room - request.num_tokens)
             if drafts:
                 self.drafts[request] = drafts
                 budget -= len(drafts)
@@ -271,7 +274,7 @@ class Scheduler:
             if request.num_unverified:
                 self._held.append(request)
                 return False
-            victim = next(reversed(self._running.values()))
+            victim = next(reversed(self.running.values()))
             self._preempt(victim)
             if victim is request:
                 return False
@@ -291,17 +294,17 @@ class Scheduler:
         Returns:
             The tokens left.
         """
-        while self._waiting:
-            request = self._waiting[0]
+        while self.waiting:
+            request = self.waiting[0]
             # asked first: it is compiled while the request waits for a row
             if request.grammar is not None and not request.grammar.is_ready:
                 break
-            if request.drawn_row >= 0 or request.is_unsettled:
+            if request.pending_row >= 0 or request.is_unsettled:
                 break
-            if budget <= 0 or self._spare_logits <= 0 or len(self._running) >= self._most_rows:
+            if budget <= 0 or self._spare_logits <= 0 or len(self.running) >= self._most_rows:
                 break
             # the blocks of running requests; what is cached never covers all tokens
-            spare = len(self._running)
+            spare = len(self.running)
             if spare >= self._blocks.num_free:
                 break
             cached = self._find_computed_blocks(request)
@@ -310,11 +313,11 @@ class Scheduler:
             added = self._blocks.allocate(request.arrival, len(request.token_ids), cached, spare)
             if added is None:
                 break
-            self._waiting.popleft()
-            request.slot = heapq.heappop(self._free_slots)
+            self.waiting.popleft()
+            request.slot = heapq.heappop(self.free_slots)
             self._spare_logits -= 1
             self._batch.set_blocks(request.slot, added)
-            self._running[request.arrival] = request
+            self.running[request.arrival] = request
             self._count_hits(request, len(cached) * self._blocks.block_size)
             budget = self._take(request, budget)
         return budget
@@ -372,15 +375,15 @@ class Scheduler:
         request.preempted_time = time.monotonic()
         self._release(request)
         request.num_computed_tokens = request.num_unverified = 0
-        self._waiting.appendleft(request)
+        self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
         """Take row and blocks from a running request."""
         self._batch.clear_row(request.slot)
-        heapq.heappush(self._free_slots, request.slot)
+        heapq.heappush(self.free_slots, request.slot)
         request.slot = -1
         self._blocks.free(request.arrival)
-        del self._running[request.arrival]
+        del self.running[request.arrival]
 
 
 def _mean_context(prefilling: Sequence[Request]) -> int:

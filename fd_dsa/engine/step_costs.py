@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.runner.counters import StepCounters
 
 if TYPE_CHECKING:
     from fd_dsa.engine.engine import LLMEngine
@@ -21,8 +20,8 @@ _CONTEXT = 128
 _STEPS, _STEPS_AHEAD = 4, 16
 # tokens of a request in which there are so many, if few drafts stand
 _TOKENS_A_STEP = 6
-# seconds after which no larger step is measured: with a large model on a CPU they are long
-_PATIENCE_S = 3.0
+MAX_MEASURING_S = 3.0
+"""Stop measuring larger batches after this time, because large models on a CPU are slow."""
 # rows from which on each more takes as long, on a CPU
 _MANY_ROWS = 16
 # more rows than any step has
@@ -68,11 +67,11 @@ def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None
     """
     runner, most = engine.runner, speculator.most
     most_rows = runner.input_batch.max_num_seqs
-    if getattr(runner, "draws", None) is None:
+    if runner.info.sampling is None:
         most_rows = min(most_rows, _MANY_ROWS)
     seconds: dict[int, list[float]] = {}
     begin, num_rows = engine.clock(), 0
-    while num_rows < most_rows and engine.clock() - begin < _PATIENCE_S:
+    while num_rows < most_rows and engine.clock() - begin < MAX_MEASURING_S:
         num_rows = min(4 * num_rows or 1, most_rows)
         times = []
         for count in range(most + 1):
@@ -82,8 +81,9 @@ def measure_steps(engine: LLMEngine, speculator: Speculator) -> StepCosts | None
         if math.inf in times:
             break
         seconds[num_rows] = times
-    # these were no steps of requests
-    runner.counters = StepCounters()
+    # warm-up steps do not count
+    if (counters := runner.info.counters) is not None:
+        counters.reset()
     return StepCosts(seconds) if seconds else None
 
 
@@ -93,7 +93,7 @@ def _step_seconds(engine: LLMEngine, num_rows: int, num_drafts: int) -> float:
     Steps that are queued ahead have a short one after a long one, so their median counts. Of others
     the fastest does, since what else runs only adds.
     """
-    limits, is_ahead = engine.limits, getattr(engine.runner, "draws", None) is not None
+    limits, is_ahead = engine.limits, engine.runner.info.sampling is not None
     steps = _STEPS_AHEAD if is_ahead else _STEPS
     room = min(limits.max_model_len, limits.num_blocks * limits.block_size)
     # a row takes over the blocks of those measured before, which computed these tokens

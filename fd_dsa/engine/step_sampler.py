@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
 from fd_dsa.environment import batch_invariant
-from fd_dsa.ops.sampling.parameters import MAX_ENTRIES, NO_TOKEN, SlotParameters
+from fd_dsa.ops.sampling.parameters import MAX_ENTRIES, SlotParameters
+from fd_dsa.ops.sampling.token_buffer import NO_TOKEN
 from fd_dsa.runner.input_batch import Draw
+from fd_dsa.runner.protocol import Runner
 
 
 class StepSampler:
@@ -32,9 +35,9 @@ class StepSampler:
         num_slots: rows of a step.
     """
 
-    def __init__(self, runner: Any, num_slots: int) -> None:
-        self._runner, self._sampler = runner, Sampler(num_slots)
-        self._has_draws = getattr(runner, "draws", None) is not None
+    def __init__(self, runner: Runner, num_slots: int) -> None:
+        self._vocab_size, self._sampler = runner.vocab_size, Sampler(num_slots)
+        self._device = runner.info.sampling
         self._draws_greedy_alone = batch_invariant()
         # arrival number of the request whose parameters the samplers have in a slot
         self._taken_by = [-1] * num_slots
@@ -44,13 +47,13 @@ class StepSampler:
 
         Args:
             step: whose requests and drafts are those of the rows of `logits_indices`, in order.
-            logits_indices: see RunnerProtocol.
+            logits_indices: see Runner.
 
         Returns:
             False, and nothing is done, where the host must sample.
         """
-        sampling = step.sampling
-        if not self._has_draws or step.reading or not sampling:
+        sampling, device = step.sampling, self._device
+        if device is None or step.reading or not sampling:
             return False
         if any(request.logprobs is not None for request in sampling):
             return False
@@ -70,10 +73,10 @@ class StepSampler:
         for (first, end), request in zip(pairwise(firsts), sampling, strict=True):
             if request.rules and request.rules.needs_mask:
                 masked += range(first, end)
-                if step.drafts.get(request, (0,))[0] < 0 and step.known_drafts is None:
-                    step.known_drafts = self._runner.draws.read_drafts()
+                if step.drafts.get(request, NO_DRAFTS).is_pending and step.known_drafts is None:
+                    step.known_drafts = device.draws.read_drafts()
         step.places = Draw(slots, positions, firsts, masked)
-        self._runner.queue_model(logits_indices, step.places)
+        device.queue_model(logits_indices, step.places)
         if not masked:
             self.draw(step)
         return True
@@ -86,8 +89,9 @@ class StepSampler:
             self.read_drafts(step)
         for request in step.sampling if step.places.masked else ():
             if request.rules is not None and request.rules.needs_mask:
-                drafts, has_ended = step.drafts.get(request, ()), request.finish_reason is not None
-                size = self._runner.vocab_size
+                drafts = step.drafts.get(request, NO_DRAFTS).tokens
+                has_ended = request.finish_reason is not None
+                size = self._vocab_size
                 made = request.rules.masks(size, drafts, has_ended)
                 if made is None:
                     # the device samples and counts a token that nobody gets
@@ -95,15 +99,17 @@ class StepSampler:
                     step.leave_out(request)
                     made = request.rules.masks(size, drafts, has_ended=True) or []
                 masks += made
-        step.draw = self._runner.draw(masks)
+        assert self._device is not None, "a step is enqueued on a device only"
+        step.draw = self._device.draw(masks)
 
     def read_drafts(self, step: LaunchedStep) -> None:
         """Fill in drafts that a device has, of a step that needs masks or that the host samples."""
-        if any(drafts[0] < 0 for drafts in step.drafts.values()):
-            ids = (step.known_drafts or self._runner.draws.read_drafts())()
+        if any(drafts.is_pending for drafts in step.drafts.values()):
+            assert self._device is not None, "only a device has drafts that the host has not"
+            ids = (step.known_drafts or self._device.draws.read_drafts())()
             step.drafts = {
-                request: ids[-1 - np.array(places)].tolist()
-                for request, places in step.drafts.items()
+                request: Drafts(ids[drafts.tokens].tolist())
+                for request, drafts in step.drafts.items()
             }
 
     def forget(self) -> None:
@@ -126,7 +132,7 @@ class StepSampler:
             sampled_scores = score_tokens(logits[scored], tokens[scored], num_top)
             for row, score in zip(scored, sampled_scores, strict=True):
                 scores[row] = score
-        for request in sampling if self._has_draws else ():
+        for request in sampling if self._device is not None else ():
             if request.rules is not None and request.rules.counts is not None:
                 # a device has not counted this token
                 self._taken_by[request.slot] = -1
@@ -170,7 +176,7 @@ class StepSampler:
             self._taken_by[self._taken_by.index(request.arrival)] = -1
         self._taken_by[slot] = request.arrival
         self._sampler.set_slot(slot, params, request.seed, rules)
-        if not self._has_draws or (rules is not None and rules.num_entries > MAX_ENTRIES):
+        if self._device is None or (rules is not None and rules.num_entries > MAX_ENTRIES):
             return
         plain = (params.temperature, params.min_p, max(params.top_k, 0), params.top_p, request.seed)
         given = SlotParameters(*plain)
@@ -182,4 +188,4 @@ class StepSampler:
         counted: tuple[list[int], ...] = ()
         if given.is_penalized:
             counted = request.state.prompt_token_ids, request.output_token_ids
-        self._runner.draws.set_slot(slot, given, *counted)
+        self._device.draws.set_slot(slot, given, *counted)

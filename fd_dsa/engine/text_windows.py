@@ -50,7 +50,7 @@ class TooManyTokens(ValueError):
         super().__init__(f"the text has {self.count} tokens")
 
 
-class _Window:
+class Window:
     """Tokens of text[begin:end].
 
     Attributes:
@@ -149,13 +149,13 @@ def _encode_windows(
     """Token ids by windows; None where only one of the whole text would do."""
     overlap = _OVERLAP_MARGINS * margin
     window_chars = max(window_chars, 2 * overlap)
-    left = _Window(backend, text, 0, window_chars, add_special_tokens)
+    left = Window(backend, text, 0, window_chars, add_special_tokens)
     ids, after = left.before, left.after
     # the first token of the left window that no other has made
     begin = 0
     while left.ids and left.end < len(text):
         start = left.end - overlap
-        right = _Window(backend, text, start, start + window_chars)
+        right = Window(backend, text, start, start + window_chars)
         seam = _find_seam(text, left, right, margin)
         if seam is not None:
             ids += left.ids[begin : seam[0]]
@@ -166,14 +166,14 @@ def _encode_windows(
         end = left.begin + _GROWTH * (left.end - left.begin)
         # the rest at once rather than the most of it twice
         end = len(text) if 2 * end > len(text) else end
-        wider = _Window(backend, text, left.begin, end) if left.begin or end < len(text) else None
+        wider = Window(backend, text, left.begin, end) if left.begin or end < len(text) else None
         if wider is None or wider.ids[:begin] != left.ids[:begin]:
             return None
         left = wider
     return ids + left.ids[begin:] + after if left.ids else None
 
 
-def _find_seam(text: str, left: _Window, right: _Window, margin: int) -> tuple[int, int] | None:
+def _find_seam(text: str, left: Window, right: Window, margin: int) -> tuple[int, int] | None:
     """Where two windows agree from there to the margin of the left one.
 
     Returns:

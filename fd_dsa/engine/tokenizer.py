@@ -45,6 +45,9 @@ class Tokenizer:
         chat_renderer: what makes prompts of conversations, or None when the folder has nothing.
         add_bos_token: put bos_token before a text where the post-processor does not.
         why_no_chat: the reason in errors of chat requests if there is no renderer.
+
+    Attributes:
+        backend, special_tokens, chat_renderer: as given.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Tokenizer:
         """Keep the parts and look up the ids of the special tokens."""
         # all work of a call in the calling thread: the engine needs the others
         set_default("TOKENIZERS_PARALLELISM", "false")
-        self._backend = backend
+        self.backend = backend
         self.special_tokens = dict(special_tokens or {})
         self.chat_renderer = chat_renderer
         self.why_no_chat = why_no_chat
@@ -123,14 +126,14 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        return self.backend.get_vocab_size(with_added_tokens=True)
 
     @cached_property
     def highest_token_id(self) -> int:
         """Highest id of a token, added ones included; -1 where there is none."""
         if self.token_bytes is not None:
             return len(self.token_bytes) - 1
-        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def has_chat_template(self) -> bool:
@@ -161,7 +164,7 @@ class Tokenizer:
             if masked is not None and masked != text:
                 return self.control_tokens.encode(text, masked, max_tokens)
             ids = encode_text(
-                self._backend,
+                self.backend,
                 text,
                 add_special_tokens,
                 max_tokens,
@@ -180,7 +183,7 @@ class Tokenizer:
             ValueError: a text holds a lone surrogate.
         """
         try:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(_SURROGATE) from error
         return [encoding.ids for encoding in encodings]
@@ -210,8 +213,8 @@ class Tokenizer:
             left_out = self._special_ids if skip_special_tokens else frozenset()
             return self._decode_pieces([i for i in ids if i not in left_out])
         if len(ids) <= _FEW_IDS:
-            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
-        (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        (text,) = self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
 
     def decode_each(self, token_ids: Sequence[int]) -> list[str]:
@@ -221,7 +224,7 @@ class Tokenizer:
         for begin in range(0, len(distinct), _DECODED_AT_ONCE):
             some = distinct[begin : begin + _DECODED_AT_ONCE]
             alone = [[token_id] for token_id in some]
-            decoded = self._backend.decode_batch(alone, skip_special_tokens=False)
+            decoded = self.backend.decode_batch(alone, skip_special_tokens=False)
             texts.update(zip(some, decoded, strict=True))
         return [texts[token_id] for token_id in token_ids]
 
@@ -230,8 +233,8 @@ class Tokenizer:
         if (table := self.token_bytes) is not None:
             spelled = [table[i] for i in token_ids if i < len(table)]
             return b"".join(spelled).decode(errors="replace")
-        changed, decoder = self._changed_tokens, self._backend.decoder
-        pieces = [_MARK if i in changed else self._backend.id_to_token(i) for i in token_ids]
+        changed, decoder = self._changed_tokens, self.backend.decoder
+        pieces = [_MARK if i in changed else self.backend.id_to_token(i) for i in token_ids]
         known = [piece for piece in pieces if piece is not None]
         text = " ".join(known) if decoder is None else decoder.decode(known)
         contents = iter([self._added_tokens[i].content for i in token_ids if i in changed])
@@ -281,10 +284,10 @@ class Tokenizer:
         None unless the decoder is byte-level: only there is a text the concatenation of its
         tokens' bytes. Ids without a token are empty.
         """
-        if not _is_byte_level(self._backend.decoder):
+        if not _is_byte_level(self.backend.decoder):
             return None
         contents = {i: token.content for i, token in self._added_tokens.items()}
-        return byte_table(self._backend.get_vocab(with_added_tokens=True), contents)
+        return byte_table(self.backend.get_vocab(with_added_tokens=True), contents)
 
     def text_token_bytes(self, kept: frozenset[int] = frozenset()) -> list[bytes] | None:
         """Like `token_bytes`, with nothing for special tokens but those in `kept`."""
@@ -300,12 +303,12 @@ class Tokenizer:
     @cached_property
     def control_tokens(self) -> ControlTokens:
         """Added tokens that control the model."""
-        return ControlTokens(self._backend)
+        return ControlTokens(self.backend)
 
     @cached_property
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
         """Tokens beside the vocabulary, by id."""
-        return self._backend.get_added_tokens_decoder()
+        return self.backend.get_added_tokens_decoder()
 
     @cached_property
     def _changed_tokens(self) -> frozenset[int]:
@@ -313,7 +316,7 @@ class Tokenizer:
         changed = set()
         for token_id, token in self._added_tokens.items():
             # at the beginning and after a token
-            text = self._backend.decode([token_id] * 2, skip_special_tokens=False)
+            text = self.backend.decode([token_id] * 2, skip_special_tokens=False)
             if text not in (token.content * 2, f"{token.content} {token.content}"):
                 changed.add(token_id)
         return frozenset(changed)
@@ -376,7 +379,7 @@ class Tokenizer:
             return table[token_id] if token_id < len(table) else b""
         if token_id in self._added_tokens:
             return self._added_tokens[token_id].content.encode()
-        piece = self._backend.id_to_token(token_id) or ""
+        piece = self.backend.id_to_token(token_id) or ""
         byte = _BYTE_TOKEN.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
 

@@ -28,7 +28,7 @@ from fd_dsa.fastdeploy_plugin import steps
 from fd_dsa.fastdeploy_plugin.projections import IndexerProjections, float32, key_norms
 from fd_dsa.fastdeploy_plugin.settings import constructor_fields, core_config, replaced
 from fd_dsa.fastdeploy_plugin.tree_checks import ARCHITECTURES
-from fd_dsa.ops._host import readable
+from fd_dsa.ops.arrays import readable
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.providers import device_name
 
@@ -49,6 +49,8 @@ class PluginBackend:
         config: configuration of our own backend.
         core: our own backend, None before the first step.
         shared_selection: newest selection of an indexer, for layers without an indexer.
+        projections: projections of the indexers that have run, by layer.
+        transfers: copies and streams of the device; None on a CPU.
 
     Raises:
         ConfigError: sizes for which there are no DSA caches, or MTP's draft model.
@@ -79,10 +81,10 @@ class PluginBackend:
         self._counts, self._next_count = [0, 0, 0], 1
         self._has_prefill: bool | None = None
         self._built_for: Any = None
-        self._transfers: Any = None
+        self.transfers: Any = None
         self._copies: list[tuple[Callable[[], Any], Any]] = []
         self._norms: dict[tuple[int, bool], CacheWriteParams] = {}
-        self._projections: dict[int, IndexerProjections] = {}
+        self.projections: dict[int, IndexerProjections] = {}
         self._tables: dict[tuple[Any, ...], Any] = {}
 
     def serve_runner(self, position_dtype: str) -> None:
@@ -122,7 +124,7 @@ class PluginBackend:
         has_prefill = self._has_prefill is not False and num_tokens > 0
         self._has_prefill = self.shared_selection = None
         core.build_step(forward_meta, rows, self._hints(num_tokens, has_prefill))
-        self._bound_lengths(forward_meta, num_tokens, has_prefill)
+        self.bound_lengths(forward_meta, num_tokens, has_prefill)
         self.attention_metadata = self._metadata(forward_meta)
         steps.begin_step(self, self.attention_metadata, forward_meta)
         self._built_for = forward_meta
@@ -139,7 +141,7 @@ class PluginBackend:
 
     def projections_of(self, indexer: Any, hidden_states: Any) -> IndexerProjections:
         """Projections of a layer's indexer, made at its first step, when the weights are loaded."""
-        kept, layer_id = self._projections, indexer.layer_id
+        kept, layer_id = self.projections, indexer.layer_id
         if layer_id not in kept:
             linears = indexer.wk, indexer.weights_proj
             kept[layer_id] = IndexerProjections(*linears, hidden_states, self._keep)
@@ -232,7 +234,7 @@ class PluginBackend:
                 # kernels and their launcher are loaded only where a device is asked for
                 from fd_dsa.triton_runtime.transfers import transfers_for
 
-                self._transfers = transfers_for(block_tables)
+                self.transfers = transfers_for(block_tables)
             self.core = CoreBackend(self.config, device)
         return self.core
 
@@ -243,15 +245,15 @@ class PluginBackend:
 
     def _hints(self, num_tokens: int, has_prefill: bool) -> StepHints:
         """What the host knows: bounds, which hold for the replays of a graph too."""
-        if self._transfers is None:
+        if self.transfers is None:
             # a CPU reads the counts of tokens from the lengths themselves
             return StepHints(max_seqlen_k=self._max_keys(), num_padded_tokens=num_tokens)
         return StepHints(num_tokens, num_tokens * has_prefill, self._max_keys(), num_tokens)
 
-    def _bound_lengths(self, forward_meta: Any, num_tokens: int, has_prefill: bool) -> None:
+    def bound_lengths(self, forward_meta: Any, num_tokens: int, has_prefill: bool) -> None:
         """Fill `max_len_tensor_cpu`, which the model reads, except during a capture."""
         target = getattr(forward_meta, "max_len_tensor_cpu", None)
-        if target is not None and not (self._transfers and self._transfers.is_capturing()):
+        if target is not None and not (self.transfers and self.transfers.is_capturing()):
             tokens_per_row = self.config.tokens_per_row
             steps.fill_max_lens(target, num_tokens, has_prefill, tokens_per_row, self._max_keys())
 

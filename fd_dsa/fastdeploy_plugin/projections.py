@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import Any
 
 from fd_dsa.attention import CacheLayout
-from fd_dsa.ops._host import dtype_name, on_device, readable
+from fd_dsa.ops.arrays import dtype_name, on_device, readable
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.providers import TRITON, device_kind, is_refused, serving
 
@@ -42,21 +42,24 @@ class IndexerProjections:
         wk, weights_proj: FastDeploy's linear layers, loaded.
         hidden_states: [num_tokens, hidden_size], of the dtype of all steps.
         keep: makes the copies.
+
+    Attributes:
+        copies: dequantised weights of both layers; None for a weight that is read in place.
     """
 
     def __init__(self, wk: Any, weights_proj: Any, hidden_states: Any, keep: Keep) -> None:
-        self._linears, self._copies = (wk, weights_proj), [None, None]
+        self._linears, self.copies = (wk, weights_proj), [None, None]
         reasons = [_why_not_one_launch(one, hidden_states) for one in self._linears]
         self._kind = device_kind(hidden_states)
         self._takes_one_launch = on_device(hidden_states) and not any(reasons)
         if self._takes_one_launch:
             dtype = dtype_name(hidden_states.dtype)
-            self._copies = [
+            self.copies = [
                 keep(partial(_dequantized, one, dtype)) if _is_block_fp8(one) else None
                 for one in self._linears
             ]
         elif on_device(hidden_states) and any(reasons):
-            _log_once(next(filter(None, reasons)))
+            log_once(next(filter(None, reasons)))
 
     @property
     def is_one_launch(self) -> bool:
@@ -68,7 +71,7 @@ class IndexerProjections:
         """Index keys and head weights of [num_tokens, hidden_size] on a device, to `out`."""
         wk, weights_proj = (
             linear.weight.detach() if copy is None else copy
-            for linear, copy in zip(self._linears, self._copies, strict=True)
+            for linear, copy in zip(self._linears, self.copies, strict=True)
         )
         project = serving("indexer_projection", hidden_states)
         return project(hidden_states, wk, weights_proj, out)  # type: ignore[no-any-return]
@@ -169,7 +172,8 @@ def _dequantized(linear: Any, dtype: str) -> Any:
 
 
 @cache
-def _log_once(reason: str) -> None:
+def log_once(reason: str) -> None:
+    """Log why FastDeploy's GEMMs serve; one line for each reason."""
     logger.info(
         "fd_dsa: FastDeploy's GEMMs make the indexer's projections, without overlap: %s", reason
     )

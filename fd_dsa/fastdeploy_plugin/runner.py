@@ -18,7 +18,7 @@ from typing import Any
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.settings import replaced
-from fd_dsa.ops._host import dtype_name
+from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.runner import DSAModelRunnerMixin
 
 

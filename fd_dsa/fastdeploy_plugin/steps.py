@@ -19,7 +19,7 @@ from fd_dsa.errors import BackendUnavailable
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION
 
 PER_CHUNK, PER_QUERY = "per_chunk", "per_query"
-_OPERATORS = {
+OPERATORS = {
     PER_CHUNK: ("init_kv_signal_per_query",),
     PER_QUERY: ("open_shm_and_get_meta_signal", "init_signal_layerwise"),
 }
@@ -63,7 +63,7 @@ def fill_max_lens(
 
 def check_operators(mode: str) -> None:
     """Raise BackendUnavailable for a mode of disaggregation whose operators the tree lacks."""
-    for name in _OPERATORS.get(mode, ()):
+    for name in OPERATORS.get(mode, ()):
         if not hasattr(import_module(f"{ATTENTION}.ops"), name):
             raise BackendUnavailable(
                 f"pd_disaggregation_mode: got {mode!r}, this FastDeploy has no operator {name}; "

@@ -12,8 +12,8 @@ from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader
-from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._linear import rows_at, values_of
+from fd_dsa.ops.arrays import as_numpy
+from fd_dsa.ops.linear import rows_at, values_of
 
 
 class DeepseekV32DecoderLayer:
@@ -26,9 +26,10 @@ class DeepseekV32DecoderLayer:
     def __init__(self, config: ModelConfig, layer_id: int, weights: Any) -> None:
         self._group = weights.group
         prefix, hidden, eps = f"model.layers.{layer_id}.", config.hidden_size, config.rms_norm_eps
-        self._input_norm = weights.norm(f"{prefix}input_layernorm.weight", hidden, eps)
+        self.input_layernorm = weights.norm(f"{prefix}input_layernorm.weight", hidden, eps)
         self.self_attn = DeepseekV32DSAAttention(config, layer_id, weights, f"{prefix}self_attn.")
-        self._norm = weights.norm(f"{prefix}post_attention_layernorm.weight", hidden, eps)
+        name = "post_attention_layernorm"
+        self.post_attention_layernorm = weights.norm(f"{prefix}{name}.weight", hidden, eps)
         if config.mlp_layer_types[layer_id] == "sparse":
             self.mlp: Any = DeepseekMoE(config, weights, f"{prefix}mlp.")
         else:
@@ -45,11 +46,12 @@ class DeepseekV32DecoderLayer:
             cos_sin, forward_meta, shared_indices: as of the attention.
         """
         if change is None:
-            normed = self._input_norm.of(hidden_states)
+            normed = self.input_layernorm.of(hidden_states)
         else:
-            hidden_states, normed = self._input_norm.after(hidden_states, change, self._group)
+            hidden_states, normed = self.input_layernorm.after(hidden_states, change, self._group)
         attended, indices = self.self_attn.forward(normed, cos_sin, forward_meta, shared_indices)
-        hidden_states, normed = self._norm.after(hidden_states, attended, self._group)
+        norm = self.post_attention_layernorm
+        hidden_states, normed = norm.after(hidden_states, attended, self._group)
         return hidden_states, self.mlp.forward(normed, forward_meta), indices
 
 
@@ -81,7 +83,7 @@ class MultiTokenPredictor:
         self._token_norm = weights.norm(f"{prefix}enorm.weight", hidden, eps)
         self._hidden_norm = weights.norm(f"{prefix}hnorm.weight", hidden, eps)
         self._join = weights.matrix(2 * hidden, {prefix + MTP_JOIN: hidden})
-        self._layer = DeepseekV32DecoderLayer(config, number, weights)
+        self.layer = DeepseekV32DecoderLayer(config, number, weights)
         self._norm = weights.norm(f"{prefix}shared_head.norm.weight", hidden, eps)
 
     def __call__(self, next_ids: Any, hidden: Any, step: Any) -> Any:
@@ -99,11 +101,11 @@ class MultiTokenPredictor:
             embedded[as_numpy(positions) == 0] = 0
             pair = np.concatenate([norms[0].of(embedded), norms[1].of(hidden)], axis=1)
         else:
-            from fd_dsa.ops._mtp_kernels import mtp_inputs
+            from fd_dsa.ops.mtp_kernels import mtp_inputs
 
             pair = mtp_inputs(self._embed, next_ids, positions, hidden, *norms)
         cos_sin = rows_at(self._cos_sin, positions)
-        states, change, _ = self._layer.forward(self._join.times(pair), None, cos_sin, step, None)
+        states, change, _ = self.layer.forward(self._join.times(pair), None, cos_sin, step, None)
         return values_of(self._norm.after(states, change, self._group)[1])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fd_dsa.errors import CheckpointError
-from fd_dsa.ops._fp8 import decode_e4m3
+from fd_dsa.ops.fp8 import decode_e4m3
 
 SCALE_SUFFIX = "_scale_inv"
 FLOAT_DTYPES = ("F32", "BF16", "F16")

@@ -11,8 +11,8 @@ from fd_dsa.attention.indexer import Indexer
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK
-from fd_dsa.ops._linear import linear, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
+from fd_dsa.ops.linear import linear, values_of
 
 
 def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> dict[str, int]:
@@ -45,6 +45,12 @@ class DeepseekV32DSAAttention:
     shared by all heads.
     A layer of indexer type "shared" has no indexer of its own.
 
+    Attributes:
+        qkv_a_proj: weight of the joined down-projections, see `down_projections`.
+        q_b_proj, k_b_proj, v_b_proj, o_proj: weights of the checkpoint's names; `kv_b_proj` in two.
+        q_a_layernorm, kv_a_layernorm: norms of the latents.
+        indexer: None in a layer of type "shared".
+
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1.
     """
 
@@ -56,25 +62,25 @@ class DeepseekV32DSAAttention:
         values = heads * config.v_head_dim
 
         down = down_projections(config, prefix, weights.fp8)
-        self._down = weights.matrix(hidden, down)
+        self.qkv_a_proj = weights.matrix(hidden, down)
         self._kv_begin = sum(down.values()) - rank - self.rope_dim
         eps = config.rms_norm_eps
-        self._norm = weights.norm(f"{prefix}q_a_layernorm.weight", config.q_lora_rank, eps)
-        self._kv_norm = weights.norm(f"{prefix}kv_a_layernorm.weight", rank, eps)
-        self._q_b = weights.matrix(
+        self.q_a_layernorm = weights.norm(f"{prefix}q_a_layernorm.weight", config.q_lora_rank, eps)
+        self.kv_a_layernorm = weights.norm(f"{prefix}kv_a_layernorm.weight", rank, eps)
+        self.q_b_proj = weights.matrix(
             config.q_lora_rank, {f"{prefix}q_b_proj.weight": heads * config.qk_head_dim}
         )
-        self._k_b, self._v_b = weights.by_head(
+        self.k_b_proj, self.v_b_proj = weights.by_head(
             f"{prefix}kv_b_proj.weight", heads, self.nope_dim, config.v_head_dim, rank
         )
-        self._out = weights.matrix(values, {f"{prefix}o_proj.weight": hidden})
-        self._down_bias = self._out_bias = None
+        self.o_proj = weights.matrix(values, {f"{prefix}o_proj.weight": hidden})
+        self.qkv_a_bias = self.o_bias = None
         if config.attention_bias:
             biases = {f"{name.removesuffix('weight')}bias": n for name, n in down.items()}
-            self._down_bias = weights.bias(biases)
+            self.qkv_a_bias = weights.bias(biases)
             out_bias = weights.bias({f"{prefix}o_proj.bias": hidden})
             # one rank brings it into the sum over all
-            self._out_bias = out_bias if weights.group.rank == 0 else None
+            self.o_bias = out_bias if weights.group.rank == 0 else None
         self.indexer = None
         if config.indexer_types[layer_id] == "full":
             has_wk = self._kv_begin == self.q_lora_rank
@@ -93,11 +99,11 @@ class DeepseekV32DSAAttention:
         backend, indexer = forward_meta.attn_backend, self.indexer
         num_tokens = hidden_states.shape[0]
         if indexer is None:
-            qr, kv_a, _ = self._down_projected(hidden_states)
+            qr, kv_a, _ = self.project_qkv_a(hidden_states)
             backend.write(kv_a, None, cos_sin, self, forward_meta)
             indices = shared_indices
         else:
-            work = partial(self._down_projected, hidden_states)
+            work = partial(self.project_qkv_a, hidden_states)
             # what it multiplies by is never FP8
             values = values_of(hidden_states)
             forked = num_tokens if indexer.may_fork(values) else 0
@@ -117,7 +123,7 @@ class DeepseekV32DSAAttention:
             if indices is None and indexer is not None:
                 indices = indexer.forward(forward_meta, qr, cos_sin, weights)
             merged = self._attended(qr, cos_sin, indices, forward_meta)
-        return linear(merged, self._out, self._out_bias), indices
+        return linear(merged, self.o_proj, self.o_bias), indices
 
     def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
         """How the keys of this layer are normed and stored in caches of `layout`."""
@@ -126,38 +132,38 @@ class DeepseekV32DSAAttention:
             norms = self.indexer.key_norm()
         return CacheWriteParams(
             layout.kv_cache_dtype,
-            kv_norm_weight=self._kv_norm.weight,
-            kv_norm_eps=self._kv_norm.epsilon,
+            kv_norm_weight=self.kv_a_layernorm.weight,
+            kv_norm_eps=self.kv_a_layernorm.epsilon,
             index_hadamard=layout.index_hadamard,
             index_scale_fmt=layout.index_scale_fmt,
             **norms,
         )
 
-    def _down_projected(self, hidden_states: Any) -> tuple[Any, Any, Any]:
+    def project_qkv_a(self, hidden_states: Any) -> tuple[Any, Any, Any]:
         """Latent of the queries, normed, and keys of `write_caches`, neither normed nor rotated.
 
         Those of the indexer are None where it projects them itself.
         """
-        qkv = linear(hidden_states, self._down, self._down_bias)
+        qkv = linear(hidden_states, self.qkv_a_proj, self.qkv_a_bias)
         rank, begin = self.q_lora_rank, self._kv_begin
         index_k = qkv[:, rank:begin] if begin > rank else None
-        return self._norm.of(qkv[:, :rank]), qkv[:, begin:], index_k
+        return self.q_a_layernorm.of(qkv[:, :rank]), qkv[:, begin:], index_k
 
     def _attended(self, qr: Any, cos_sin: Any, indices: Any, forward_meta: Any) -> Any:
         """Values of the heads side by side [num_tokens, num_heads * v_head_dim]."""
         backend, nope = forward_meta.attn_backend, self.nope_dim
-        q = self._q_b.times(qr).reshape([-1, self.num_heads, nope + self.rope_dim])
+        q = self.q_b_proj.times(qr).reshape([-1, self.num_heads, nope + self.rope_dim])
         prompts, tokens = backend.attention.dense_prompts, None
         where: tuple[Any, ...] = ()
         if prompts is not None and prompts.groups:
             merged = backend.attend_densely(
-                q, cos_sin, (self._k_b, self._v_b), self._out, self.layer_id, forward_meta
+                q, cos_sin, (self.k_b_proj, self.v_b_proj), self.o_proj, self.layer_id, forward_meta
             )
             if prompts.has_all:
                 return merged
             tokens = prompts.others
             q, where = prompts.of_others(q), (merged, tokens)
-        q_latent = self._k_b.times_by_head(q[:, :, :nope])
+        q_latent = self.k_b_proj.times_by_head(q[:, :, :nope])
         query = backend.attention.prepare_mla_query(q_latent, q[:, :, nope:], tokens, cos_sin)
         latent = backend.attend(query, indices, self.layer_id, forward_meta)
-        return self._v_b.heads_joined(latent, self._out, *where)
+        return self.v_b_proj.heads_joined(latent, self.o_proj, *where)

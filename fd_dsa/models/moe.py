@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.ops._gemm import HostMatrix, times_of_spans
+from fd_dsa.ops.host_gemm import HostMatrix, times_of_spans
 
 EXPERT_BYTES = 1 << 30
 """Most memory for an activation of the chosen experts; a longer step is cut."""
@@ -27,11 +27,11 @@ class DeepseekMLP:
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, weights: Any, prefix: str, hidden_size: int, width: int) -> None:
-        self._gate_up, self._down = gated(weights, prefix, hidden_size, width)
+        self.gate_up_proj, self.down_proj = gated(weights, prefix, hidden_size, width)
 
     def forward(self, x: Any, forward_meta: Any = None) -> Any:
         """[num_tokens, hidden_size] of the same."""
-        return self._down.times(self._down.activated(self._gate_up.times(x)))
+        return self.down_proj.times(self.down_proj.activated(self.gate_up_proj.times(x)))
 
 
 class NoAuxTopkGate:
@@ -97,15 +97,15 @@ class DeepseekMoE:
         self.intermediate_size, self.num_experts = width, count
         self.gate = NoAuxTopkGate(config, weights, f"{prefix}gate.")
         shared_width = width * config.n_shared_experts
-        self._shared = DeepseekMLP(weights, f"{prefix}shared_experts.", hidden, shared_width)
+        self.shared_experts = DeepseekMLP(weights, f"{prefix}shared_experts.", hidden, shared_width)
         # on a device a stack of all
-        self._experts = weights.experts(f"{prefix}experts.", count, hidden, width)
+        self.experts = weights.experts(f"{prefix}experts.", count, hidden, width)
 
     def forward(self, x: Any, forward_meta: Any = None) -> Any:
         """[num_tokens, hidden_size] of the same; on a device a padded token takes no expert."""
-        out = self._shared.forward(x)
-        if isinstance(self._experts, list):
-            out += routed(x, *self.gate.forward(x), self._experts, HostMatrix.activated)
+        out = self.shared_experts.forward(x)
+        if isinstance(self.experts, list):
+            out += routed(x, *self.gate.forward(x), self.experts, HostMatrix.activated)
             return out
         return self._routed_on_device(x, out, forward_meta.slot_mapping)
 
@@ -128,7 +128,7 @@ class DeepseekMoE:
                 [self._routed_on_device(*(part[chunk] for part in parts)) for chunk in chunks]
             )
         # kernels are loaded only where there is a device
-        from fd_dsa.ops import _expert_kernels as kernels
+        from fd_dsa.ops import expert_kernels as kernels
 
         ids, weights = kernels.choose_experts(
             gate.weight.times(x),
@@ -141,7 +141,7 @@ class DeepseekMoE:
             slot_mapping=slot_mapping,
         )
         pairs = kernels.group_pairs(ids, self.num_experts)
-        gate_up, down = self._experts
+        gate_up, down = self.experts
         hidden = gate_up.times_grouped(x, *pairs, top_k=gate.top_k, gated=True)
         parts = down.times_grouped(hidden, *pairs, top_k=gate.top_k)
         return kernels.sum_experts(parts, weights, ids, shared)

@@ -17,8 +17,8 @@ from fd_dsa.distributed import Group, SingleGroup
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.moe import gated
 from fd_dsa.models.sources import SourceTensor, WeightLoader
-from fd_dsa.ops._gemm import HostMatrix
-from fd_dsa.ops._norm import HostNorm
+from fd_dsa.ops.host_gemm import HostMatrix
+from fd_dsa.ops.norm import HostNorm
 
 
 class HostWeights:

@@ -11,7 +11,8 @@ from functools import partial
 
 import numpy as np
 
-from fd_dsa.ops._fp8 import (
+from fd_dsa.ops.cache_write import CacheWriteParams
+from fd_dsa.ops.fp8 import (
     E4M3_VALUES,
     INDEX_RECORD_BYTES,
     INDEX_WIDTH,
@@ -22,7 +23,6 @@ from fd_dsa.ops._fp8 import (
     ROPE_WIDTH,
     TILE_WIDTH,
 )
-from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.probes import STEP_CASES, UNTOUCHED, Call, Case, Memory, Outputs, require
 
 FORMATS = ("float32", "bfloat16", "fp8_ds_mla")

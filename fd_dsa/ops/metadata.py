@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._host import as_numpy, check_array, on_device
+from fd_dsa.ops.arrays import as_numpy, check_array, on_device
 from fd_dsa.ops.providers import choose, device_kind, device_name, function
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._triton import step_kernel
+from fd_dsa.ops.step_kernel import step_kernel
 
 import triton.language as tl  # isort: skip
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import dtype_name
+from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.step import StepMetadataBuilder
 from fd_dsa.step.builder import Allocate
 from fd_dsa.step.host_tensor import as_tensor

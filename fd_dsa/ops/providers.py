@@ -98,7 +98,7 @@ class Choice:
 
 
 _choices: dict[tuple[str, str], Choice] = {}
-# (operator, kind of device, provider) -> why it was refused; for the life of the process
+# (operator, kind of device, provider) -> why it was refused, until `asking_for` ends
 _refused: dict[tuple[str, str, str], str] = {}
 _asked: dict[str, str] | None = None
 
@@ -294,14 +294,18 @@ def forget() -> None:
 
 @contextmanager
 def asking_for(asked: Mapping[str, str]) -> Iterator[None]:
-    """Forget all choices and make others inside, by these pairs; none = FD_DSA_OP_PROVIDER's."""
-    global _asked
-    before, _asked = _asked, dict(asked) or None
+    """Choose again inside: by these pairs, or without pairs by FD_DSA_OP_PROVIDER.
+
+    Choices and refusals end with it. Refusals of before hold again after it.
+    """
+    global _asked, _refused
+    before = _asked, _refused
+    _asked, _refused = dict(asked) or None, {}
     forget()
     try:
         yield
     finally:
-        _asked = before
+        _asked, _refused = before
         forget()
 
 

@@ -46,6 +46,10 @@ class StepCounters:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Set all counts to zero."""
         self.prepare_s = {kind: Histogram(_STEP_SECONDS) for kind in ("prefill", "decode", "mixed")}
         self.sparse_tokens = 0
 

@@ -13,11 +13,12 @@ import paddle
 
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._linear import rows_at
+from fd_dsa.ops.arrays import as_numpy
+from fd_dsa.ops.linear import rows_at
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import Draw, InputBatch
 from fd_dsa.runner.preparation import Preparation
+from fd_dsa.runner.protocol import RunnerInfo
 from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import Step, host_inputs
 from fd_dsa.runner.step_graphs import PaddedStep, QueuedStep, StepGraphs
@@ -86,6 +87,9 @@ class ModelRunner(Preparation):
         counters: of the steps that were run.
         graphs: those of decode steps; None where all steps are eager.
         draws: draws tokens from logits on a device; None on a CPU.
+        padded_step: sizes of the graph that the newest step replayed; None after an eager step.
+        hidden_states: [num_tokens, hidden_size] of the newest eager step, normed, which the MTP
+            layer reads; None without such a layer.
     """
 
     def __init__(
@@ -111,14 +115,14 @@ class ModelRunner(Preparation):
         self.forward_meta: Any = None
         self.counters = StepCounters()
         self.graphs: StepGraphs | None = None
-        self._padded: PaddedStep | None = None
+        self.padded_step: PaddedStep | None = None
         self.most_drafts = most_drafts
         # the step whose tokens are yet to be drawn or sampled, and how they will be drawn
         self._queued: QueuedStep | None = None
         self._draw = _NO_DRAW
         self._selections: Selections | None = None
-        # the layer for multi-token prediction; on a CPU hidden states that it goes on from, normed
-        self._mtp, self._hidden = getattr(model, "mtp", None), None
+        # layer for multi-token prediction
+        self._mtp, self.hidden_states = getattr(model, "mtp", None), None
         self._to_device: DeviceInputs | None = None
         self._to_host: Callable[[Any], np.ndarray] = as_numpy
         self.draws: DeviceDraws | None = None
@@ -162,8 +166,7 @@ class ModelRunner(Preparation):
                 # the layer runs when rows that have ended have lost their blocks
                 inputs = (*inputs[:-1], inputs[-1].copy())
         step = Step(hints, *inputs, self.caches, backend, placed, host_lengths=lengths)
-        # tokens that a draw before still gives
-        self._begin(step, is_deferred=batch.ids_remove_padding[:tokens].min(initial=0) < 0)
+        self._begin(step, has_pending=batch.has_pending)
         return step
 
     def _stage(self, sampled: np.ndarray, draw: Draw) -> tuple[np.ndarray, ...]:
@@ -171,17 +174,27 @@ class ModelRunner(Preparation):
         assert self._to_device is not None and self.draws is not None
         batch, next_ids = self.input_batch, ()
         if draw.slots and self._mtp is not None:
-            next_ids = batch.next_tokens(sampled, self.draws.first_row)
+            next_ids = batch.next_tokens(sampled, self.draws.buffer.sample)
         inputs = host_inputs(batch, sampled)
         self._to_device.stage(inputs, draw, next_ids)
         return inputs
 
-    def _begin(self, step: Step, is_deferred: bool) -> None:
-        """Queue the metadata of a step on what a draw leaves to it; may be captured on a device."""
+    def _begin(self, step: Step, has_pending: bool) -> None:
+        """Resolve the pending tokens of a step, then make its metadata; may be captured."""
         self.forward_meta = step
-        if self.draws is not None and is_deferred:
+        if self.draws is not None and has_pending:
             self.draws.follow(step)
         step.attn_backend.init_attention_metadata(step)
+
+    @property
+    def info(self) -> RunnerInfo:
+        """Optional parts of the runner, as they are now."""
+        return RunnerInfo(
+            sampling=self if self.draws is not None else None,
+            selections=self if self.shows_selections else None,
+            counters=self.counters,
+            captured_sizes=tuple(self.captured_sizes),
+        )
 
     @property
     def captured_sizes(self) -> tuple[int, ...]:
@@ -202,7 +215,7 @@ class ModelRunner(Preparation):
         """
         # logits that are not finite are for the sampler to report
         with paddle.no_grad(), np.errstate(invalid="ignore"):
-            logits = self._logits(logits_indices)
+            logits = self.compute_logits(logits_indices)
             if logits is None:
                 return np.empty((0, self.vocab_size), np.float32)
             # on a device this is the step's one wait
@@ -216,7 +229,7 @@ class ModelRunner(Preparation):
             draw: of a token from each of them.
         """
         with paddle.no_grad():
-            self._logits(logits_indices, draw)
+            self.compute_logits(logits_indices, draw)
             self._draw = draw
 
     def draw(self, masks: Sequence[np.ndarray] = ()) -> Callable[[], np.ndarray]:
@@ -253,7 +266,7 @@ class ModelRunner(Preparation):
                 replay = graphs.more_drafts(*size) if graphs else None
                 (replay or partial(draws.queue_more_drafts, queued.step, *size))()
 
-    def _logits(self, logits_indices: np.ndarray, draw: Draw = _NO_DRAW) -> Any:
+    def compute_logits(self, logits_indices: np.ndarray, draw: Draw = _NO_DRAW) -> Any:
         """The step's logits where the model is, float32 [n, vocab_size]; None of no token.
 
         Those of graphs are followed by those of padding.
@@ -262,7 +275,7 @@ class ModelRunner(Preparation):
         if batch.num_tokens == 0:
             raise ValueError("execute_model: the step has no token; call add_row first")
         graphs, begin = self.graphs, time.perf_counter()
-        self._padded = padded = graphs and graphs.fitting(batch, logits_indices)
+        self.padded_step = padded = graphs and graphs.fitting(batch, logits_indices)
         self._queued = queued = graphs[padded] if graphs and padded else None
         if queued is None:
             step = self.initialize_forward_meta(logits_indices, draw)
@@ -279,11 +292,11 @@ class ModelRunner(Preparation):
             queued.replay()
             return queued.logits
         step.selections = self._selections
-        logits, self._hidden = self._forward(step)
+        logits, self.hidden_states = self._forward(step)
         if (draws := self.draws) is not None:
             draw_it = partial(draws.queue, logits, step)
-            draft = partial(draws.queue_drafts, self._hidden, step)
-            self._queued = QueuedStep(step, logits, self._hidden, draw_it, draft)
+            draft = partial(draws.queue_drafts, self.hidden_states, step)
+            self._queued = QueuedStep(step, logits, self.hidden_states, draw_it, draft)
         return logits
 
     def _forward(self, step: Step, *, reads_all: bool = False) -> tuple[Any, Any]:
@@ -313,10 +326,10 @@ class ModelRunner(Preparation):
         mtp = self._mtp
         with paddle.no_grad(), np.errstate(invalid="ignore"):
             if len(follows):
-                self._hidden = self._hidden[follows]
+                self.hidden_states = self.hidden_states[follows]
                 self.initialize_forward_meta()
-            self._hidden = mtp(next_ids, self._hidden, self.forward_meta)[tokens]
-            return mtp.head.times(self._hidden)  # type: ignore[no-any-return]
+            self.hidden_states = mtp(next_ids, self.hidden_states, self.forward_meta)[tokens]
+            return mtp.head.times(self.hidden_states)  # type: ignore[no-any-return]
 
     @property
     def shows_selections(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import paddle
 
 from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.model_runner import ModelRunner
+from fd_dsa.runner.protocol import RunnerInfo
 
 
 class LeadingRunner(ModelRunner):
@@ -26,6 +28,11 @@ class LeadingRunner(ModelRunner):
     """
 
     ranks: Any = None
+
+    @property
+    def info(self) -> RunnerInfo:
+        """See ModelRunner."""
+        return replace(super().info, ranks=self.ranks)
 
     def lead(self, ranks: Any) -> None:
         """From now on send every step to the other ranks.
@@ -96,7 +103,7 @@ class FollowingRunner(ModelRunner):
     def run(self, logits_indices: np.ndarray) -> None:
         """Queue the step in the batch; nobody here needs its logits."""
         with paddle.no_grad():
-            self._logits(logits_indices)
+            self.compute_logits(logits_indices)
 
     def set_slot(self, *arguments: Any) -> None:
         """See DeviceDraws."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.runner.input_batch import InputBatch
 
 

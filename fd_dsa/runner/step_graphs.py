@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _FALLBACK = "FLAGS_enable_api_kernel_fallback"
-# place -> pool of memory of all graphs of this process, and one of them, which stays: on an H200
+# place -> memory pool of all graphs of this process, and one graph, which stays: on an H200
 # Paddle 3.3.1 jumped to freed memory when it took some after the last graph of a pool had gone, as
 # if it still asked the pool's allocators, and does not since
-_pools: dict[str, int] = {}
-_lasting: dict[str, Any] = {}
+MEMORY_POOLS: dict[str, int] = {}
+LASTING_GRAPHS: dict[str, Any] = {}
 
 
 class PaddedStep(NamedTuple):
@@ -167,9 +167,9 @@ class PaddleCapture:
         if not graphs.is_cuda_graph_supported():
             raise CaptureRefused("this build of Paddle has no CUDA graphs")
         self._place, self._new = place, graphs.CUDAGraph
-        if str(place) not in _pools:
-            _pools[str(place)] = core.CUDAGraph.gen_new_memory_pool_id()
-        self._pool = _pools[str(place)]
+        if str(place) not in MEMORY_POOLS:
+            MEMORY_POOLS[str(place)] = core.CUDAGraph.gen_new_memory_pool_id()
+        self._pool = MEMORY_POOLS[str(place)]
 
     def __call__(self, work: Callable[[], Any]) -> Captured:
         """Run `work` once, then capture it.
@@ -207,7 +207,7 @@ class PaddleCapture:
             raise capture_failed(error) from error
         # a graph that lives at exit ends the process with an error
         weakref.finalize(graph, _reset, graph._graph)
-        _lasting.setdefault(str(self._place), graph)
+        LASTING_GRAPHS.setdefault(str(self._place), graph)
         return result, graph.replay
 
 

@@ -37,8 +37,8 @@ Parsed, a number takes 40 bytes and each of the others 80 to 230.
 LENIENT_BYTES = 1 << 16
 """Longest body that Python's parser gets, which is slower and knows more than orjson."""
 
-# bodies of the longest allowed size that may be in memory at a time
-_LONG_BODIES = 8
+MAX_LONG_BODIES = 8
+"""Bodies of the largest allowed size that fit into memory together."""
 # of each body; a request of a usual size is never refused for what others send
 _UNCOUNTED_BYTES = 64 << 10
 _CLOSE = {"Connection": "close"}
@@ -63,7 +63,7 @@ async def receive_body(
     """
     options, loop = state.options, asyncio.get_running_loop()
     deadline = loop.time() + options.body_timeout_s
-    limit = _LONG_BODIES * options.max_body_size
+    limit = MAX_LONG_BODIES * options.max_body_size
     content = bytearray()
     num_counted = 0
     more_body = True
@@ -88,8 +88,8 @@ async def receive_body(
             raise ApiError(
                 429,
                 f"the bodies of the requests in progress take {state.num_body_bytes} bytes, "
-                f"allowed: {limit}, {_LONG_BODIES} times --max-body-size; send the request again "
-                "later",
+                f"allowed: {limit}, {MAX_LONG_BODIES} times --max-body-size; send the request "
+                "again later",
                 code="too_many_bytes",
                 headers={"Retry-After": "1", **_CLOSE},
             )

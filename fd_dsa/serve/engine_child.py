@@ -70,7 +70,7 @@ def main() -> int:
     trim_heaps()
     host = EngineHost(engine, _sender(connection), {INFO: lambda _: engine_info(config)})
     hosts.put(host)
-    ranks = getattr(engine.runner, "ranks", None)
+    ranks = engine.runner.info.ranks
     if ranks is not None:
         ranks.on_failure(lambda error: host.post(Failed(error)))
     connection.send(EngineFacts.of(engine))

@@ -85,7 +85,7 @@ class EngineProcess(EngineLink):
         return 0.0 if since is None else time.monotonic() - since
 
     def start(self, receive: Callable[[Event], None]) -> None:
-        self._start(lambda: self._read(receive))
+        self.start_thread(lambda: self._read(receive))
         threading.Thread(target=self._write, name="fd_dsa-engine-commands", daemon=True).start()
 
     def post(self, command: Command) -> None:

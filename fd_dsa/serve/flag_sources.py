@@ -54,7 +54,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def unused_variables() -> list[str]:
     """What to say about variables whose names are nearly, but not quite, those of a flag."""
-    known = [_variable(action) for action in _actions().values()]
+    known = [_variable(action) for action in _flag_actions().values()]
     lines = []
     ours = {name for name in process_environment() if name.startswith(_PREFIX)}
     for name in sorted(ours - set(known)):
@@ -79,7 +79,7 @@ def _from_variables() -> dict[str, Any]:
     """Flags of variables such as FD_DSA_PORT; an empty one is none, but for `_NEVER_EMPTY`."""
     variables = process_environment()
     values: dict[str, Any] = {}
-    for action in _actions().values():
+    for action in _flag_actions().values():
         name = _variable(action)
         text = variables.get(name, "").strip()
         if not text and not (action.dest in _NEVER_EMPTY and name in variables):
@@ -113,7 +113,7 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
         raise ConfigError(
             f"--config: {path} holds a {type(loaded).__name__}; allowed: flags as keys"
         )
-    actions = _actions()
+    actions = _flag_actions()
     values: dict[str, Any] = {}
     for key, value in loaded.items():
         name = str(key).replace("_", "-")
@@ -162,7 +162,7 @@ def _parsed(source: str, action: argparse.Action, value: Any) -> dict[str, Any]:
         raise ConfigError(f"{source}: {error}") from None
 
 
-def _actions() -> dict[str, argparse.Action]:
+def _flag_actions() -> dict[str, argparse.Action]:
     """Every flag that may come from all sources, by its name without dashes in front."""
     return {
         _flag(action).removeprefix("--"): action

@@ -11,7 +11,8 @@ from fd_dsa.environment import set_heaps
 # parameter of mallopt(3)
 _M_ARENA_MAX = -8
 _NUM_ARENAS = 2
-_TRIM_EVERY_S = 10.0
+TRIM_EVERY_S = 10.0
+"""Seconds between two calls of malloc_trim."""
 
 
 def share_heaps() -> bool:
@@ -47,7 +48,7 @@ def keep_heaps_trimmed() -> None:
 
     def work() -> None:
         while True:
-            time.sleep(_TRIM_EVERY_S)
+            time.sleep(TRIM_EVERY_S)
             trim_heaps()
 
     threading.Thread(target=work, name="heaps", daemon=True).start()

@@ -62,25 +62,27 @@ class RepeatFilter:
 
     The next line of the kind has the number of those that were left out. Lines of --log-requests
     and access lines of requests that were served are all let through.
+
+    Attributes:
+        last_lines: kind of line -> time of its last line, and how many were left out since.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # kind -> time of its last line, and how many were left out since
-        self._last: dict[object, tuple[float, int]] = {}
+        self.last_lines: dict[object, tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         kind = _kind(record)
         if kind is None:
             return True
         now = self._clock()
-        written_at, left_out = self._last.get(kind, (-_REPEAT_S, 0))
+        written_at, left_out = self.last_lines.get(kind, (-_REPEAT_S, 0))
         if now - written_at < _REPEAT_S:
-            self._last[kind] = written_at, left_out + 1
+            self.last_lines[kind] = written_at, left_out + 1
             return False
-        if len(self._last) >= _MAX_KINDS:
-            self._last.clear()
-        self._last[kind] = now, 0
+        if len(self.last_lines) >= _MAX_KINDS:
+            self.last_lines.clear()
+        self.last_lines[kind] = now, 0
         if left_out:
             record.msg = f"{record.getMessage()} ({left_out} lines like it were left out)"
             record.args = None

@@ -47,10 +47,10 @@ KEY_VARIABLE = "FD_DSA_API_KEY"
 """Variable from which a server, and the command that it prints, read keys."""
 Load = Callable[[StartupProgress], "AsyncEngine"]
 
-# after the drain: time for the last bytes of aborted answers
-_LAST_RESPONSES_S = 5
-# then for all that should have ended: the step in progress has 30 s
-_FORCED_EXIT_S = 45.0
+LAST_RESPONSES_S = 5
+"""Seconds after the drain for the last bytes of aborted answers."""
+FORCED_EXIT_S = 45.0
+"""Seconds after them in which the process ends; the step in progress has 30 s of these."""
 # the event loop takes the interpreter back from a thread that computes after this time, ten times
 # for each probe; Python's default is 5 ms
 _SWITCH_INTERVAL_S = 0.0005
@@ -167,7 +167,7 @@ class DrainingServer(uvicorn.Server):
                 log_config=None,
                 server_header=False,
                 timeout_keep_alive=state.options.timeout_keep_alive,
-                timeout_graceful_shutdown=_LAST_RESPONSES_S,
+                timeout_graceful_shutdown=LAST_RESPONSES_S,
             )
         )
         self.exit_status = 0
@@ -197,7 +197,7 @@ class DrainingServer(uvicorn.Server):
         except OSError as error:
             host, port = sock.getsockname()[:2]
             raise _bind_error(host, port, error) from error
-        self.forced_exit_s = _FORCED_EXIT_S
+        self.forced_exit_s = FORCED_EXIT_S
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self.run(sockets=[sock])
         if self.start_error is not None:

@@ -42,7 +42,9 @@ class DeviceProvider:
         self._limits, self._allocate = limits, allocate
         buffers = new_buffers(limits, allocate, int32_position_ids)
         self._views = StepViews(buffers, lambda tensor: tensor)
-        self._forms = _Form(limits, buffers, False), _Form(limits, buffers, True)
+        self._forms = tuple(
+            BoundStepKernel(limits, buffers, has_prefill) for has_prefill in (False, True)
+        )
         self._tokens, self._windows = _Extent(), _Extent()
         empty = (buffers["cu_seqlens_q"],) * len(StepInputs._fields)
         for form in self._forms:
@@ -134,8 +136,8 @@ class _Extent:
         self.used = max(num_tokens, self._captured)
 
 
-class _Form:
-    """The kernel for steps with or without prefill rows, bound to the buffers."""
+class BoundStepKernel:
+    """Kernel for steps with or without prefill rows, bound to the buffers."""
 
     def __init__(self, limits: StepLimits, buffers: Buffers, has_prefill: bool) -> None:
         rows, kernel = limits.max_num_seqs, decode_step_metadata_kernel

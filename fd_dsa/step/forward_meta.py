@@ -24,7 +24,7 @@ class ForwardMeta:
 
     Prefill fields. `indexer_attn_mask_offsets` and `cu_seqlens_kg` are None in a step without a
     prefill token. A consumer that finds None in a step with prefill tokens raises
-    `MissingStepError`, see `fd_dsa.ops._key_bounds.prompt_windows`. A prefill token t of row b sees
+    `MissingStepError`, see `fd_dsa.ops.key_bounds.prompt_windows`. A prefill token t of row b sees
     the positions from ks - cu_seqlens_kg[b] up to and without ke - cu_seqlens_kg[b].
 
     Lifetime. The arrays are views of the builder's buffers: valid until its next `build`, at the

@@ -51,6 +51,7 @@ class InputStaging:
 
     Attributes:
         slabs: int32 [num_slabs, num_values] on the device, at one address for life.
+        host: int32 [num_values], page-locked; one for each slab.
         used: of each slab, the event after its readers.
         num_waits: how often `next_slab` found its copy unfinished and blocked.
     """
@@ -59,9 +60,7 @@ class InputStaging:
         self.slabs = allocate((num_slabs, num_values), "int32")
         self.transfers = transfers = transfers_for(self.slabs)
         self.num_waits = self._turn = 0
-        self._host = [
-            transfers.host_buffer(4 * num_values).view(np.int32) for _ in range(num_slabs)
-        ]
+        self.host = [transfers.host_buffer(4 * num_values).view(np.int32) for _ in range(num_slabs)]
         self._stream = transfers.new_stream()
         self._copied = [transfers.event() for _ in range(num_slabs)]
         self.used = [transfers.event() for _ in range(num_slabs)]
@@ -71,7 +70,7 @@ class InputStaging:
         start = self.slabs.data_ptr()
         self._copies = [
             transfers.copy("h2d", start + 4 * num_values * index, slab.ctypes.data, self._stream)
-            for index, slab in enumerate(self._host)
+            for index, slab in enumerate(self.host)
         ]
         for used in self.used:
             # the memory may have been another's, whose work is still queued
@@ -104,7 +103,7 @@ class InputStaging:
         self._is_read = self.used[self._turn].done()
         if not self._is_read:
             self.wait_for_copy()
-        return self._host[self._turn]
+        return self.host[self._turn]
 
     def wait_for_copy(self) -> None:
         """Block until the last copy of the slab that has its turn is done."""
@@ -121,7 +120,7 @@ class InputStaging:
         self._copies[index].queue(4 * num_values)
         self._is_open[index], self._is_read = True, False
         self._copied[index].record(self._stream)
-        self._turn = (index + 1) % len(self._host)
+        self._turn = (index + 1) % len(self.host)
         return index
 
     def acquire(self, index: int) -> None:
@@ -169,7 +168,7 @@ class StagedInputs:
         # rows of the tensor's tables that may hold blocks; at first its memory is anything
         self._used_rows = max_rows
         self._starts, self._columns = [0, *ends], columns
-        view = partial(_section_view, self.tensor, tuple(self._starts), columns)
+        view = partial(section_view, self.tensor, tuple(self._starts), columns)
         self._view = lru_cache(maxsize=CACHED_VIEWS)(view)
 
     def upload(self, values: Sequence[Int32Array], tables: Int32Array) -> list[Any]:
@@ -213,7 +212,7 @@ class StagedInputs:
         return [self._view(section, size) for section, size in enumerate(sizes)]
 
 
-def _section_view(
+def section_view(
     tensor: Any, starts: tuple[int, ...], columns: int, index: int, length: int
 ) -> Any:
     """The first values of a section; of the tables, which come last, rows."""

@@ -131,14 +131,14 @@ class HostApi(DeviceApi):
         return 0
 
 
-_REGISTRY: dict[type, DeviceApi] = {}
+DEVICE_APIS: dict[type, DeviceApi] = {}
 
 
 def register_device_api(tensor_type: type, api: DeviceApi) -> None:
     """Launch kernels on tensors of this type, and of types derived from it, through `api`."""
-    for known in [t for t in _REGISTRY if issubclass(t, tensor_type)]:
-        del _REGISTRY[known]
-    _REGISTRY[tensor_type] = api
+    for known in [t for t in DEVICE_APIS if issubclass(t, tensor_type)]:
+        del DEVICE_APIS[known]
+    DEVICE_APIS[tensor_type] = api
 
 
 def api_for_type(tensor_type: type) -> DeviceApi:
@@ -148,11 +148,11 @@ def api_for_type(tensor_type: type) -> DeviceApi:
         BackendUnavailable: no library was registered for it.
     """
     for base in tensor_type.__mro__:
-        if base in _REGISTRY:
-            _REGISTRY[tensor_type] = api = _REGISTRY[base]
+        if base in DEVICE_APIS:
+            DEVICE_APIS[tensor_type] = api = DEVICE_APIS[base]
             return api
         if base.__module__.partition(".")[0] == "paddle" and hasattr(base, "data_ptr"):
-            _REGISTRY[base] = HostApi() if INTERPRETING else PaddleApi()
+            DEVICE_APIS[base] = HostApi() if INTERPRETING else PaddleApi()
             return api_for_type(tensor_type)
     raise BackendUnavailable(
         f"no device interface for {tensor_type.__module__}.{tensor_type.__qualname__}; "

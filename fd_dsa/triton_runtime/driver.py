@@ -246,7 +246,7 @@ def cuda() -> Driver:
         BackendUnavailable: no driver library, or no usable device.
     """
     try:
-        return Driver(_open_library())
+        return Driver(open_library())
     except OSError as error:
         raise BackendUnavailable(
             "no CUDA driver (libcuda.so.1) on this machine: kernels can be compiled ahead by "
@@ -254,6 +254,6 @@ def cuda() -> Driver:
         ) from error
 
 
-def _open_library() -> Any:
+def open_library() -> Any:
     """The driver library, or what stands for it; tests put another one in its place."""
     return HostLibrary() if INTERPRETING else ctypes.CDLL("libcuda.so.1")

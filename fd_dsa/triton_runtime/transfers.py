@@ -267,10 +267,11 @@ def side_stream_for(tensor: Any) -> SideStream | None:
     if INTERPRETING:
         return None
     api = api_for_type(type(tensor))
-    return _side_stream(api, api.device_of(tensor))
+    return shared_side_stream(api, api.device_of(tensor))
 
 
-_side_stream = cache(SideStream)
+shared_side_stream = cache(SideStream)
+"""Make the side stream of a device once; `cache_clear` drops all."""
 
 
 def on_host(tensor: Any, like: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import CSA
-from fd_dsa.ops._host import Scratch, as_numpy
+from fd_dsa.ops.arrays import Scratch, as_numpy
 from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
 from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import CSA, HCA
-from fd_dsa.ops._fixed_order import fixed_order
+from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.logits.paddle_impl import PagedUnits
 from fd_dsa.ops.mla.paddle_impl import KeyLists
 from fd_dsa.v4_attention.pooling import PoolingPlan, RecordPlan

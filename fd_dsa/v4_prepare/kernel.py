@@ -36,7 +36,7 @@ made on the device); vLLM #57122 (what is valid is decided where it is written),
 
 from __future__ import annotations
 
-from fd_dsa.ops._triton import step_kernel
+from fd_dsa.ops.step_kernel import step_kernel
 
 import triton
 import triton.language as tl

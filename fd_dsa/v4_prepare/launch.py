@@ -126,6 +126,10 @@ class DeviceSteps:
     Attributes:
         buffers: the outputs.
         staged: stamp, slab and tokens of the steps that are not expanded yet.
+        cfg: as given.
+        staging: slabs of the steps.
+        first_value: word of a slab at which its table cells begin.
+        stamp: number of the newest step.
 
     Raises:
         LaunchError: a tensor is not where kernels run.
@@ -135,22 +139,22 @@ class DeviceSteps:
     def __init__(
         self, cfg: V4PrepareConfig, allocate: Allocate, table: BlockTable, num_slabs: int
     ) -> None:
-        self._cfg, self._allocate, self._table = cfg, allocate, table
-        self._first_value = HEADER_WORDS + 5 * section_words(cfg)
+        self.cfg, self._allocate, self._table = cfg, allocate, table
+        self.first_value = HEADER_WORDS + 5 * section_words(cfg)
         cells = cfg.max_num_seqs * cfg.max_blocks_per_seq
-        self._slab_words = self._first_value + -(-cells // HEADER_WORDS) * HEADER_WORDS
+        self._slab_words = self.first_value + -(-cells // HEADER_WORDS) * HEADER_WORDS
         # a step writes what differs from the one before
-        self._words = np.zeros(self._first_value, np.int32)
+        self._words = np.zeros(self.first_value, np.int32)
         self._sections = self._words[HEADER_WORDS:].reshape(5, -1)
         self.buffers = V4Arrays(cfg, allocate)
-        self._staging = InputStaging(allocate, self._slab_words, num_slabs)
-        memory = self._staging.transfers.host_buffer(4 * ERROR_SLOTS * ERROR_WORDS)
+        self.staging = InputStaging(allocate, self._slab_words, num_slabs)
+        memory = self.staging.transfers.host_buffer(4 * ERROR_SLOTS * ERROR_WORDS)
         self._faults = memory.view(np.int32).reshape(ERROR_SLOTS, ERROR_WORDS)
         self._fault_stamps = self._faults[:, _FAULT_STAMP]
         names = (*OUTPUT_SHAPES(cfg), "hca_idx", "block_table")
         arguments: dict[str, Any] = {f"{name}_ptr": getattr(self.buffers, name) for name in names}
         arguments |= expand_arguments(cfg) | {
-            "slabs_ptr": self._staging.slabs,
+            "slabs_ptr": self.staging.slabs,
             "slab_offset": _WIDE,
             "error_address": self._faults.ctypes.data,
             "num_rollback": 0,
@@ -169,7 +173,7 @@ class DeviceSteps:
             rollback_ptr=self.buffers.ctx,
             scalars=("slab_offset", "num_rollback"),
         )
-        self._stamp = self._rollback_address = self._topk_address = 0
+        self.stamp = self._rollback_address = self._topk_address = 0
         self.staged: deque[tuple[int, int, int]] = deque()
         self._expanded: deque[tuple[int, int, int]] = deque(maxlen=2 * num_slabs)
         self._csa: tuple[Any, Array] | None = None
@@ -189,7 +193,7 @@ class DeviceSteps:
             RuntimeError: a graph is being captured.
         """
         # refuses in a capture, so before anything is written
-        slab, num_rows = self._staging.next_slab(), len(ctx)
+        slab, num_rows = self.staging.next_slab(), len(ctx)
         words, sections, table = self._words, self._sections, self._table
         if runs is not None:
             table.put(runs)
@@ -199,15 +203,15 @@ class DeviceSteps:
         sections[0, :num_rows] = ctx
         num_values = 0
         if table.news:
-            num_values = table.send(num_rows, sections[3], sections[4], slab[self._first_value :])
-        words[0] = self._stamp = self._stamp % _MAX_STAMP + 1
+            num_values = table.send(num_rows, sections[3], sections[4], slab[self.first_value :])
+        words[0] = self.stamp = self.stamp % _MAX_STAMP + 1
         words[3] = num_values
-        slab[: self._first_value] = words
+        slab[: self.first_value] = words
         if num_values:
             # no news for the next step
             sections[4] = 0
-        index = self._staging.upload(self._first_value + num_values)
-        self.staged.append((self._stamp, index, num_tokens))
+        index = self.staging.upload(self.first_value + num_values)
+        self.staged.append((self.stamp, index, num_tokens))
 
     def expand(self, rollback: Array | None) -> None:
         """Queue the launch of the earliest staged step after its copy.
@@ -221,9 +225,9 @@ class DeviceSteps:
             LaunchError: the rollback is not int32, or not on the buffers' device.
         """
         slab = self.staged[0][1]
-        self._staging.acquire(slab)
+        self.staging.acquire(slab)
         self.launch(slab, rollback)
-        self._staging.release(slab)
+        self.staging.release(slab)
         self._expanded.append(self.staged.popleft())
 
     def launch(self, slab: int, rollback: Array | None = None) -> None:
@@ -243,7 +247,7 @@ class DeviceSteps:
         if self._fault_stamps.tobytes() == _NO_FAULTS:
             return
         # a word may be seen before the others of its step
-        used = self._staging.used
+        used = self.staging.used
         running = {stamp for stamp, slab, _ in self._expanded if not used[slab].done()}
         for stamp, at in sorted(zip(self._fault_stamps.tolist(), range(ERROR_SLOTS), strict=True)):
             if stamp and stamp not in running:
@@ -253,7 +257,7 @@ class DeviceSteps:
 
     def csa_translate(self, local_topk: Array) -> Array:
         """Queue the launch that turns chosen entries into rows; see `V4Prepare`."""
-        cfg, buffers = self._cfg, self.buffers
+        cfg, buffers = self.cfg, self.buffers
         check_topk(cfg, local_topk, self._expanded[-1][2])
         if self._csa is None:
             rows = self._allocate((max(cfg.csa_list_length, 1),), "int32")

@@ -46,6 +46,8 @@ class V4Prepare:
 
     Attributes:
         buffers: the outputs; before the first step they hold an empty one.
+        table: blocks of all rows.
+        steps: steps in memory of the place, staged and expanded in order.
 
     Raises:
         BackendUnavailable: no library serves the place.
@@ -57,12 +59,12 @@ class V4Prepare:
         self, cfg: V4PrepareConfig, place: str = "cpu", allocate: Allocate | None = None
     ) -> None:
         self.cfg, self.place = cfg, place
-        self._table = BlockTable(cfg)
+        self.table = BlockTable(cfg)
         # the last step, as `_is_repeat` compares it
         self._q = self._slot = b""
-        self._room, self._num_tokens = self._table.room, 0
-        self._steps = _steps_for(cfg, place, allocate, self._table)
-        self.buffers: V4Arrays = self._steps.buffers
+        self._room, self._num_tokens = self.table.room, 0
+        self.steps = _steps_for(cfg, place, allocate, self.table)
+        self.buffers: V4Arrays = self.steps.buffers
         self.stage([], [], [])
         self.expand()
 
@@ -82,7 +84,7 @@ class V4Prepare:
             ValueError: no such row or start.
             V4PrepareError: E_DTYPE, E_TABLE or E_BLOCK; the row is as it was.
         """
-        self._table.set_blocks(row, block_ids, start)
+        self.table.set_blocks(row, block_ids, start)
 
     def stage(self, ctx: Any, q: Any, slot: Any, block_table: Any = None) -> None:
         """Check the next step and queue its copy; the device is not waited for.
@@ -107,28 +109,28 @@ class V4Prepare:
         step whose q and slot are int32 arrays equal to those of the last one is checked in a few
         microseconds.
         """
-        if len(self._steps.staged) == NUM_SLABS:
+        if len(self.steps.staged) == NUM_SLABS:
             raise RuntimeError(
                 f"stage: {NUM_SLABS} steps are staged and not expanded, no slab is free; "
                 "call expand() first"
             )
         has_table = block_table is not None
         if not has_table and self._is_repeat(ctx, q, slot):
-            self._steps.stage(ctx, q, slot, self._num_tokens, None)
+            self.steps.stage(ctx, q, slot, self._num_tokens, None)
             return
         if not has_table:
             block_table = np.empty((np.shape(ctx)[:1] or (0,)) + (0,), np.int32)
         ctx, q, slot, table = step_inputs(self.cfg, ctx, q, slot, block_table)
         num_tokens, runs = count_tokens(self.cfg, ctx, q, slot), None
         if num_tokens >= 0:
-            runs = self._table.changes(ctx, q, table if has_table else None)
+            runs = self.table.changes(ctx, q, table if has_table else None)
         if runs is None:
-            table = table if has_table else self._table.table_of(len(ctx))
+            table = table if has_table else self.table.table_of(len(ctx))
             raise_first_fault(self.cfg, ctx, q, slot, table)
-        self._steps.stage(ctx, q, slot, num_tokens, runs)
+        self.steps.stage(ctx, q, slot, num_tokens, runs)
         # the slot of an idle row may be any number: some bits of it matter as little as all
         self._q, self._slot = q.astype(np.int32).tobytes(), slot.astype(np.int32).tobytes()
-        self._room, self._num_tokens = self._table.room[: len(q)], num_tokens
+        self._room, self._num_tokens = self.table.room[: len(q)], num_tokens
 
     def _is_repeat(self, ctx: Any, q: Any, slot: Any) -> bool:
         """Whether int32 arrays are a good step that differs from the last one in `ctx` alone.
@@ -170,9 +172,9 @@ class V4Prepare:
                 staged.
             V4PrepareError: E_CTX, in host memory: a row cannot be rolled back so far; likewise.
         """
-        if not self._steps.staged:
+        if not self.steps.staged:
             raise RuntimeError("expand: no step is staged; call stage() first")
-        self._steps.expand(rollback)
+        self.steps.expand(rollback)
         return self.buffers
 
     def poll_error(self) -> None:
@@ -184,7 +186,7 @@ class V4Prepare:
         Raises:
             V4PrepareError: E_CTX of the lowest row at fault, with the text of the host's check.
         """
-        self._steps.poll_error()
+        self.steps.poll_error()
 
     def csa_translate(self, local_topk: Array) -> Array:
         """Rows of the CSA entries that the indexer chose for the tokens of the expanded step.
@@ -204,7 +206,7 @@ class V4Prepare:
         Raises:
             ShapeError: `local_topk` has another shape.
         """
-        return self._steps.csa_translate(local_topk)
+        return self.steps.csa_translate(local_topk)
 
 
 class HostSteps:
@@ -222,7 +224,7 @@ class HostSteps:
     def __init__(
         self, cfg: V4PrepareConfig, table: BlockTable, view: Callable[[np.ndarray], Array]
     ) -> None:
-        self._table = table
+        self.table = table
         self._out = V4Arrays(cfg)
         self.buffers = copy(self._out)
         for name, value in vars(self._out).items():
@@ -236,10 +238,10 @@ class HostSteps:
         self, ctx: Integers, q: Integers, slot: Integers, num_tokens: int, runs: list[Run] | None
     ) -> None:
         """Keep a copy of the step and of its part of the table."""
-        self._table.put(runs or [])
+        self.table.put(runs or [])
         width = -(-int(ctx.max(initial=0)) // self._out.config.block_size)
         self.staged.append(
-            (ctx.copy(), q.copy(), slot.copy(), self._table.table_of(len(ctx), width))
+            (ctx.copy(), q.copy(), slot.copy(), self.table.table_of(len(ctx), width))
         )
 
     def expand(self, rollback: Any) -> None:

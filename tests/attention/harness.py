@@ -19,7 +19,7 @@ import pytest
 
 import fd_dsa.attention.host as host_module
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.cache_write import CacheWriteParams
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.bfloat16 import ref_array, upper_half

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from fd_dsa.ops import providers
@@ -17,12 +19,12 @@ SLOW = pytest.mark.slow
 
 
 @pytest.fixture
-def memory(kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> KernelMemory:
+def memory(kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> Iterator[KernelMemory]:
     """A kernel memory whose tensors are treated as a GPU's, also in the interpreter."""
     if kernel_memory.name == "interpreter":
-        monkeypatch.setattr(providers, "_choices", {})
         monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
-    return kernel_memory
+    with providers.asking_for({}):
+        yield kernel_memory
 
 
 @pytest.mark.parametrize("heads", [pytest.param(n, marks=SLOW) for n in (128, 64)] + [32, 16])

@@ -14,7 +14,7 @@ pytest.importorskip("paddle", reason="the CPU's products are Paddle's")
 
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.arrays import as_numpy
 from tests.attention.harness import FP8, NO_CHANGE, Sizes, Step, Windows, World, world_of
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
@@ -195,6 +195,7 @@ def on_tensor_cores(config: Any) -> Any:
     return replace(config, cache_layout=layout, dtype="bfloat16", max_blocks_per_seq=2)
 
 
+@pytest.mark.usefixtures("fresh_choices")
 @pytest.mark.parametrize("serves", [True, False])
 def test_what_serves_is_told_once_and_remembered(
     kernel_memory: KernelMemory,
@@ -208,11 +209,10 @@ def test_what_serves_is_told_once_and_remembered(
     from fd_dsa.ops import providers
     from fd_dsa.triton_runtime.transfers import transfers_for
 
-    monkeypatch.setattr(providers, "_choices", {})
     config = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
     # the interpreter's tensors are on a CPU, for which the table lists no kernel
     monkeypatch.setattr(device, "device_kind", lambda tensor: "gpu")
-    monkeypatch.setattr(providers, "_choices", {})
+    providers.forget()
     if serves:
         config = on_tensor_cores(config)
     caplog.clear()
@@ -222,8 +222,8 @@ def test_what_serves_is_told_once_and_remembered(
     assert str(made[0].query_buffers(4)[0].dtype).endswith("uint8" if serves else "float32")
     capability = transfers_for(kernel_memory.poisoned((1,), "float32")).traits.capability
     on_hopper = serves and capability == 90
-    assert all(type(x._scores) is (TileScores if serves else PageScores) for x in made)
-    assert all(isinstance(x._attention, TensorCoreAttention) == on_hopper for x in made)
+    assert all(type(x.scores) is (TileScores if serves else PageScores) for x in made)
+    assert all(isinstance(x.tensor_core_attention, TensorCoreAttention) == on_hopper for x in made)
     said = [r.getMessage() for r in caplog.records if "ndexer_logits on gpu" in r.getMessage()]
     if serves:
         assert len(said) == 1 and "triton_tensor_core (a device, a" in said[0]
@@ -255,6 +255,6 @@ def test_a_schedule_is_made_once_in_a_step_that_is_scored(
     short.select()
     assert len(made) == (dtype == FP8)
     # a graph that reads the schedule is replayed in any step
-    monkeypatch.setattr(short.attention._scores, "is_captured", True)
+    monkeypatch.setattr(short.attention.scores, "is_captured", True)
     short.attention.begin_step(short.step)
     assert len(made) == 2 * (dtype == FP8)

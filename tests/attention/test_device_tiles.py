@@ -13,7 +13,7 @@ pytest.importorskip("paddle", reason="the steps are on Paddle's tensors")
 
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops._key_bounds import PromptWindows, key_bounds
+from fd_dsa.ops.key_bounds import PromptWindows, key_bounds
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.step import StepMetadataBuilder
 from tests.kernel_memory import KernelMemory
@@ -91,9 +91,9 @@ class Tiles:
     def view(self, name: str, *counts: int) -> Any:
         if name == "logits":
             self.shapes.append(counts)
-        from fd_dsa.attention.device import _view
+        from fd_dsa.attention.device import buffer_view
 
-        return _view(self._buffers, name, *counts)
+        return buffer_view(self._buffers, name, *counts)
 
     def choose(
         self,

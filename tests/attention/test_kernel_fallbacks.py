@@ -12,7 +12,7 @@ pytest.importorskip("paddle", reason="the steps are on Paddle's tensors")
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops import providers
 from tests.attention.bfloat16_case import Bfloat16World
-from tests.broken_compiler import refuse_to_compile
+from tests.broken_compiler import refusing_to_compile
 from tests.kernel_memory import open_memory
 from tests.strategies import make_batch
 
@@ -42,20 +42,20 @@ def test_the_kernel_for_every_type_serves_instead(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     kernel = getattr(__import__(f"fd_dsa.ops.{module}", fromlist=[name]), name)
-    asked = refuse_to_compile(monkeypatch, kernel)
     monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
-    backend = world()
-    with caplog.at_level(logging.WARNING, logger="fd_dsa"):
+    caplog.set_level(logging.WARNING, logger="fd_dsa")
+    with refusing_to_compile(kernel) as tried:
+        backend = world()
         backend.step(backend.rows).check()
         # another backend does not try again
         another = world()
         another.step(another.rows).check()
-    assert asked == [name]
+        (choice,) = providers.table()[operator].values()
+    assert tried == [name]
     (said,) = caplog.messages
     assert re.match(rf"{operator} on \w+: triton \(", said)
     assert f"not triton_tensor_core: kernel {name}: it cannot be compiled and loaded" in said
     assert said.endswith("PTXASError: ptxas died)")
-    (choice,) = providers.table()[operator].values()
     assert choice.provider == "triton"
 
 
@@ -66,13 +66,13 @@ def test_what_was_asked_for_and_the_last_provider_are_errors(
     from fd_dsa.ops.topk.triton_kernel import topk_kernel
 
     monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
-    refuse_to_compile(monkeypatch, tile_kernel)
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", "indexer_logits=triton_tensor_core")
-    backend = world()
-    with pytest.raises(KernelUnavailable, match="tile_kernel"):
-        backend.step(backend.rows)
+    with refusing_to_compile(tile_kernel):
+        backend = world()
+        with pytest.raises(KernelUnavailable, match="tile_kernel"):
+            backend.step(backend.rows)
     monkeypatch.delenv("FD_DSA_OP_PROVIDER")
-    refuse_to_compile(monkeypatch, topk_kernel)
-    backend = world()
-    with pytest.raises(KernelUnavailable, match="topk_kernel"):
-        backend.step(backend.rows)
+    with refusing_to_compile(topk_kernel):
+        backend = world()
+        with pytest.raises(KernelUnavailable, match="topk_kernel"):
+            backend.step(backend.rows)

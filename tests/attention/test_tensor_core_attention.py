@@ -72,11 +72,11 @@ def test_layers_share_what_is_allocated_once(kernel_memory: KernelMemory, heads:
 def test_what_tensor_cores_do_not_serve(
     changes: dict[str, Any], capability: int, attention: str | None, scores: str | None
 ) -> None:
-    from fd_dsa.attention.device import _types, why_not_tiles
+    from fd_dsa.attention.device import kernel_types, why_not_tiles
     from fd_dsa.ops.mla.tensor_core import why_not
 
     sizes = config(**changes)
-    assert (attention or "") in (found := why_not(capability, *_types(sizes)) or "")
+    assert (attention or "") in (found := why_not(capability, *kernel_types(sizes)) or "")
     assert bool(found) == bool(attention)
     assert (scores or "") in (found := why_not_tiles(sizes) or "")
     assert bool(found) == bool(scores)

@@ -45,19 +45,19 @@ def budgets(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"_SCORE_TILE_VALUES": 1, "_TILE_VALUES": 1},
-        {"_SCORE_TILE_VALUES": 3 * 27 * 4},
-        {"_SCORE_TILE_VALUES": 2500, "_TILE_VALUES": 900},
-        {"_GATHER_COST": 0, "_DENSE_KEYS": 0},
-        {"_GATHER_COST": 0, "_DENSE_KEYS": 40},
-        {"_GATHER_COST": 0, "_DENSE_KEYS": 75, "_TILE_VALUES": 900},
-        {"_GATHER_COST": 6, "_DENSE_KEYS": 0},
-        {"_UNIT_KEYS": 1},
-        {"_UNIT_KEYS": 32},
-        {"_TILE_BYTES": 1},
-        {"_TILE_BYTES": 700, "_UNIT_KEYS": 1, "_GATHER_COST": 0, "_DENSE_KEYS": 0},
+        {"SCORE_TILE_VALUES": 1, "TILE_VALUES": 1},
+        {"SCORE_TILE_VALUES": 3 * 27 * 4},
+        {"SCORE_TILE_VALUES": 2500, "TILE_VALUES": 900},
+        {"GATHER_COST": 0, "DENSE_KEYS": 0},
+        {"GATHER_COST": 0, "DENSE_KEYS": 40},
+        {"GATHER_COST": 0, "DENSE_KEYS": 75, "TILE_VALUES": 900},
+        {"GATHER_COST": 6, "DENSE_KEYS": 0},
+        {"UNIT_KEYS": 1},
+        {"UNIT_KEYS": 32},
+        {"TILE_BYTES": 1},
+        {"TILE_BYTES": 700, "UNIT_KEYS": 1, "GATHER_COST": 0, "DENSE_KEYS": 0},
     ],
-    ids=lambda values: " ".join(f"{k[1:].lower()}={v}" for k, v in values.items()),
+    ids=lambda values: " ".join(f"{k.lower()}={v}" for k, v in values.items()),
 )
 def test_every_budget_gives_the_oracle(
     monkeypatch: pytest.MonkeyPatch, dtype: str, values: dict[str, int]
@@ -85,7 +85,7 @@ def spans(tiles: Any) -> list[tuple[int, int]]:
 
 def test_tiles_cover_what_needs_scores_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for budget in (1, 300, 2000, 1 << 20):
-        budgets(monkeypatch, _SCORE_TILE_VALUES=budget)
+        budgets(monkeypatch, SCORE_TILE_VALUES=budget)
         plan = plan_of(ROWS, 8, 3, 2)
         covered = [t for start, end in spans(plan.score_tiles) for t in range(start, end)]
         flat = [(new, cached + j) for new, cached, n in ROWS for j in range(n)]
@@ -100,7 +100,7 @@ def test_tiles_cover_what_needs_scores_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_dense_tiles_keep_to_short_lists_of_keys(
     monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    budgets(monkeypatch, _DENSE_KEYS=limit, _GATHER_COST=0)
+    budgets(monkeypatch, DENSE_KEYS=limit, GATHER_COST=0)
     # with a selection of one key, the limit alone decides
     plan = plan_of(ROWS, 1, 3, 2)
     assert all(len(tile.key_slots) <= limit for tile in plan.dense_tiles)
@@ -115,7 +115,7 @@ def test_dense_tiles_keep_to_short_lists_of_keys(
 def test_short_rows_share_a_tile_up_to_a_number_of_keys(
     monkeypatch: pytest.MonkeyPatch, joined: int
 ) -> None:
-    budgets(monkeypatch, _DENSE_KEYS=1000, _JOINED_KEYS=joined)
+    budgets(monkeypatch, DENSE_KEYS=1000, JOINED_KEYS=joined)
     plan = plan_of(ROWS, 1, 3, 2)
     rows_of = [np.unique(plan.batch_ids[tile.tokens]) for tile in plan.dense_tiles]
     for tile, rows in zip(plan.dense_tiles, rows_of, strict=True):
@@ -145,7 +145,7 @@ def test_budgets_as_shipped(dtype: str) -> None:
 
 
 def test_tiles_of_a_long_prompt_share_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    budgets(monkeypatch, _SCORE_TILE_VALUES=1)
+    budgets(monkeypatch, SCORE_TILE_VALUES=1)
     plan = plan_of([(20, 0, 20), (20, 50, 20)], 8, 3, 2)
     for start, length in ((0, 20), (20, 70)):
         tiles = [t for t in plan.score_tiles if start <= t.tokens.start < start + 20]

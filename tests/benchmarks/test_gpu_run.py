@@ -111,7 +111,7 @@ def test_only_and_budget(run: Runner, tmp_path: Path) -> None:
 
 
 def test_the_command_of_every_section() -> None:
-    args = gpu_run._arguments(["--peers", "/p", "--quick", "--out", "/o"])
+    args = gpu_run.parse_arguments(["--peers", "/p", "--quick", "--out", "/o"])
     sections = {section.name: section for section in gpu_run.sections(args)}
     assert sections["tests_small"].ends_run
     assert sections["ceilings"].command[-5:] == ("--out", "/o", "--peers", "/p", "--quick")
@@ -124,10 +124,10 @@ def test_the_command_of_every_section() -> None:
 
 
 def test_benchmarks_of_the_engine_take_their_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    args = gpu_run._arguments(["--rig", "--vllm", "/v", "--out", "/o"])
+    args = gpu_run.parse_arguments(["--rig", "--vllm", "/v", "--out", "/o"])
     found = gpu_run.engine_sections(args)
     assert "gpu_engine_peer" in [section.name for section in found]
-    assert len(gpu_run.engine_sections(gpu_run._arguments(["--rig"]))) == len(found) - 3
+    assert len(gpu_run.engine_sections(gpu_run.parse_arguments(["--rig"]))) == len(found) - 3
     for section in found:
         module, *flags = section.command[2:]
         if module == "pytest":

@@ -26,7 +26,8 @@ def test_each_layer_reads_metadata_that_it_made_again(monkeypatch: pytest.Monkey
     builder = StepMetadataBuilder(2, 8, 2, 4, device="numpy")
     lengths = [np.array(x, np.int32) for x in ((3, 0), (0, 5), (3, 1))]
     arrays = (*lengths, np.array([[1, -1], [2, 3]], np.int32))
-    step = SimpleNamespace(hints=StepHints(), **dict(zip(form_serve._INPUTS, arrays, strict=True)))
+    inputs = dict(zip(form_serve.STEP_INPUTS, arrays, strict=True))
+    step = SimpleNamespace(hints=StepHints(), **inputs)
     backend: Any = SimpleNamespace(builder=builder)
     backend.attention_metadata = first = builder.build(*arrays)
     slots = first.slot_mapping.copy()

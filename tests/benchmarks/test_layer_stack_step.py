@@ -25,7 +25,7 @@ class HostMemory:
 
 
 @pytest.fixture
-def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
+def stack(monkeypatch: pytest.MonkeyPatch, fresh_choices: None) -> Any:
     """Inputs, weights and the backend of two layers."""
     torch = pytest.importorskip("torch")
     from fd_dsa.ops import providers
@@ -34,9 +34,8 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
     if not INTERPRETING:
         pytest.skip("kernels are compiled here, and torch's tensors are not on the GPU")
     # nothing that is registered or decided here is left to other tests
-    monkeypatch.setattr(device, "_REGISTRY", {torch.Tensor: HostMemory()})
+    monkeypatch.setattr(device, "DEVICE_APIS", {torch.Tensor: HostMemory()})
     monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
-    monkeypatch.setattr(providers, "_choices", {})
     from benchmarks import _gpu, _layer, _logits_sides, _sparse_mla_sides, _stack
     from benchmarks._layer import Sizes
     from benchmarks._logits_sides import Shape

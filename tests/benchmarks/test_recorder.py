@@ -56,7 +56,7 @@ def test_a_shape_that_fails_leaves_the_others(tmp_path: Path) -> None:
 def test_no_case_is_begun_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with _gpu.Recorder("it", tmp_path) as record:
         add(record, "first")
-        monkeypatch.setattr(record, "_end", 0.0)
+        monkeypatch.setattr(record, "end_s", 0.0)
         add(record, "second")
     assert result(tmp_path)["not_run"] == ["second"] and record.status() == OUT_OF_TIME
     assert [case["case"] for case in result(tmp_path)["cases"]] == ["first, timed"]

@@ -50,9 +50,9 @@ def checked_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sanitize, "ROOT", tmp_path)
-    monkeypatch.setattr(sanitize, "_CHOICE", ())
+    monkeypatch.setattr(sanitize, "PYTEST_OPTIONS", ())
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    monkeypatch.setattr(sanitize, "_TESTS_A_PROCESS", 1)
+    monkeypatch.setattr(sanitize, "MAX_TESTS_A_PROCESS", 1)
     return tmp_path
 
 

@@ -78,7 +78,7 @@ def test_reasoning_is_shown_to_somebody_who_types_and_not_said_again(
     shown = capsys.readouterr()
     assert shown.out == "1\n3\n"
     assert shown.err.count("[reasoning] Let me.\n[prompt 3]\n") == 2 * is_terminal
-    assert all(set(message) == {"role", "content"} for message in conversation._messages)
+    assert all(set(message) == {"role", "content"} for message in conversation.messages)
 
 
 def test_reasoning_of_a_server_is_told_from_the_content() -> None:

@@ -37,7 +37,7 @@ def _memories(*params: Any) -> Any:
         else:
             library = emulated_library(request.module.KERNELS)
             # kernels on emulated threads count as compiled ones
-            monkeypatch.setattr("fd_dsa.ops._library.INTERPRETING", False)
+            monkeypatch.setattr("fd_dsa.ops.library_kernel.INTERPRETING", False)
         custom_ops.use_library(library)
         yield memory
         custom_ops.use_library(None)

@@ -6,20 +6,20 @@ import re
 import subprocess
 from pathlib import Path
 
-from fd_dsa.ops import _fp8
+from fd_dsa.ops import fp8
 from tests.custom_ops.building import SOURCES, compiler
 
 HEADER = SOURCES / "csrc" / "cache_record.h"
 IN_PYTHON = {
-    "kRank": _fp8.LATENT_WIDTH,
-    "kRope": _fp8.ROPE_WIDTH,
-    "kScaled": _fp8.TILE_WIDTH,
-    "kWidth": _fp8.LATENT_WIDTH + _fp8.ROPE_WIDTH,
-    "kScalesAt": _fp8.LATENT_SCALES_AT,
-    "kRopeAt": _fp8.LATENT_ROPE_AT,
-    "kRecord": _fp8.LATENT_RECORD_BYTES,
-    "kIndexWidth": _fp8.INDEX_WIDTH,
-    "kIndexRecord": _fp8.INDEX_RECORD_BYTES,
+    "kRank": fp8.LATENT_WIDTH,
+    "kRope": fp8.ROPE_WIDTH,
+    "kScaled": fp8.TILE_WIDTH,
+    "kWidth": fp8.LATENT_WIDTH + fp8.ROPE_WIDTH,
+    "kScalesAt": fp8.LATENT_SCALES_AT,
+    "kRopeAt": fp8.LATENT_ROPE_AT,
+    "kRecord": fp8.LATENT_RECORD_BYTES,
+    "kIndexWidth": fp8.INDEX_WIDTH,
+    "kIndexRecord": fp8.INDEX_RECORD_BYTES,
 }
 
 

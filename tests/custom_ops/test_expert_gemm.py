@@ -15,11 +15,11 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import DeviceError, LaunchError
-from fd_dsa.ops import _expert_gemm_cuda
-from fd_dsa.ops._expert_gemm_cuda import ExpertGemm, kernel_for, suits
-from fd_dsa.ops._expert_kernels import expert_gemm, group_pairs
-from fd_dsa.ops._fp8_gemm import Tiling
-from fd_dsa.ops._fp8_rows import Fp8Rows
+from fd_dsa.ops import expert_gemm_cuda
+from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
+from fd_dsa.ops.expert_kernels import expert_gemm, group_pairs
+from fd_dsa.ops.fp8_gemm import Tiling
+from fd_dsa.ops.fp8_rows import Fp8Rows
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8
 from tests.ops.block_fp8 import put_pair
@@ -41,10 +41,10 @@ def launches(paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> li
         call(self, x, weight, pairs, *rest, **options)
 
     monkeypatch.setattr(ExpertGemm, "__call__", counted)
-    monkeypatch.setattr(_expert_gemm_cuda, "MANY_PAIRS", 0)
+    monkeypatch.setattr(expert_gemm_cuda, "MANY_PAIRS", 0)
     if not paddle_memory.on_gpu:
-        monkeypatch.setattr(_expert_gemm_cuda, "_why_not_device", lambda codes: "")
-    elif reason := _expert_gemm_cuda._why_not_device(paddle_memory.poisoned((1,), "uint8")):
+        monkeypatch.setattr(expert_gemm_cuda, "unsupported_reason", lambda codes: "")
+    elif reason := expert_gemm_cuda.unsupported_reason(paddle_memory.poisoned((1,), "uint8")):
         pytest.skip(reason)
     return calls
 
@@ -187,10 +187,13 @@ def test_what_suits_it() -> None:
 
 
 @pytest.mark.triton
-def test_the_log_says_once_why_not(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="fd_dsa.ops._expert_gemm_cuda"):
+def test_the_log_says_once_why_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(expert_gemm_cuda, "why_not_compiled", lambda: "for this test")
+    with caplog.at_level(logging.INFO, logger="fd_dsa.ops.expert_gemm_cuda"):
         for _ in range(2):
-            assert _expert_gemm_cuda._kernel_for(None, "for this test") is None
+            assert kernel_for(None) is None
     assert [record.getMessage() for record in caplog.records] == [
         "experts of 32 pairs and more on average, in FP8: triton (not custom_op: for this test)"
     ]

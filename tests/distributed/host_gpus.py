@@ -130,8 +130,8 @@ class HostGpus:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.ipc, self.nccl = HostIpc(patch), HostNccl(1)
-        patch.setattr(nccl, "_library", lambda: self.nccl)
-        patch.setattr("fd_dsa.ops._library.INTERPRETING", False)
+        patch.setattr(nccl, "load_library", lambda: self.nccl)
+        patch.setattr("fd_dsa.ops.library_kernel.INTERPRETING", False)
         custom_ops.use_library(emulated_library("all_reduce"))
 
     def run(

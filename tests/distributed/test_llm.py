@@ -125,11 +125,11 @@ def test_a_caller_who_leaves_and_one_who_is_refused_disturb_nobody(alone: LLM, s
 
 def test_a_killed_rank_is_named_at_once_and_later(shared: LLM) -> None:
     """The last test with this model."""
-    ranks = shared._open_engine().runner.ranks
+    ranks = shared.engine.runner.ranks
     stream = shared.generate("Once", SamplingParams(max_tokens=150, ignore_eos=True), stream=True)
     next(stream)
     begin = time.monotonic()
-    os.kill(ranks._processes[0].pid, signal.SIGKILL)
+    os.kill(ranks.processes[0].pid, signal.SIGKILL)
     with pytest.raises(RankError, match=r"^rank 1 \(process \d+\) ended by signal 9 \(SIGKILL\)"):
         list(stream)
     with pytest.raises(RankError, match=r"^rank 1 "):
@@ -166,7 +166,7 @@ prepare_cpu_runtime()
 import fd_dsa.engine.factory as factory
 def warm_up(*args):
     {what}
-factory._warm_up = warm_up
+factory.warm_up = warm_up
 """
 IN_STEP = """
 from fd_dsa.environment import prepare_cpu_runtime
@@ -224,7 +224,7 @@ Ranks.COMMAND = (sys.executable, "-c", "import time; time.sleep(60)")
 ranks = Ranks(EngineConfig(device="cpu", tensor_parallel_size=3))
 ranks.group.has_devices = True
 with ranks.step(None):
-    os.kill(ranks._processes[1].pid, signal.SIGKILL)
+    os.kill(ranks.processes[1].pid, signal.SIGKILL)
     time.sleep(60)
 """
 

@@ -14,12 +14,12 @@ from fd_dsa.errors import BackendUnavailable, DeviceError, DtypeError
 def test_the_library_of_the_process_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = "7f 08:01 12 /usr/lib/libcuda.so.1\n7f 08:01 13 /opt/torch/libnccl.so.2\n"
     monkeypatch.setattr(nccl, "find_spec", lambda name: None)
-    assert [*nccl._candidates(maps)] == ["/opt/torch/libnccl.so.2", "libnccl.so.2"]
+    assert [*nccl.library_paths(maps)] == ["/opt/torch/libnccl.so.2", "libnccl.so.2"]
 
 
 def test_without_a_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(nccl, "_candidates", lambda maps: [str(tmp_path / "libnccl.so.2")])
-    monkeypatch.setattr(nccl, "_library", nccl._library.__wrapped__)
+    monkeypatch.setattr(nccl, "library_paths", lambda maps: [str(tmp_path / "libnccl.so.2")])
+    nccl.load_library.cache_clear()
     with pytest.raises(BackendUnavailable, match=r"no NCCL .*pip install nvidia-nccl"):
         nccl.new_unique_id()
 
@@ -35,7 +35,7 @@ class Refuses:
 
 
 def test_an_error_has_the_text_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nccl, "_library", Refuses)
+    monkeypatch.setattr(nccl, "load_library", Refuses)
     expected = "ncclGetUniqueId: NCCL error 2: unhandled system error; no eth0"
     with pytest.raises(DeviceError, match=expected):
         nccl.new_unique_id()

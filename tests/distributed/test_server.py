@@ -99,12 +99,12 @@ WARMING = """
     from tests.distributed.test_llm import IN_WARM_UP, KILL, RANK
     program = RANK.format(patch=IN_WARM_UP.format(what=KILL))
     Ranks.COMMAND = (sys.executable, "-c", program)
-    load = real._load_model
+    load = real.load_model
     def load_on_a_device(plan, group, progress):
         group.has_devices = True
         return load(plan, group, progress)
-    real._load_model = load_on_a_device
-    real._warm_up = lambda *_: time.sleep(60)
+    real.load_model = load_on_a_device
+    real.warm_up = lambda *_: time.sleep(60)
     return real.build_engine(config, progress)
 """
 

@@ -151,12 +151,13 @@ def parts_of_layers(m: KernelMemory, folder: Path, rank: int, size: int) -> dict
     found: dict[str, Any] = {}
     for number, layer in enumerate(model.layers):
         attention = layer.self_attn
-        split = attention._q_b, attention._out, *split_matrices(layer.mlp)
+        split = attention.q_b_proj, attention.o_proj, *split_matrices(layer.mlp)
         assert all(one.scales is not None for one in split)
-        queries = attention._q_b.times(qr).reshape([9, -1, 128])
-        keys = attention._k_b.times_by_head(nope[:, own])
-        merged = attention._v_b.heads_joined(latent[:, own], attention._out)
-        sums = attention._out.times(merged), layer.mlp.forward(layer._norm.of(hidden), meta)
+        queries = attention.q_b_proj.times(qr).reshape([9, -1, 128])
+        keys = attention.k_b_proj.times_by_head(nope[:, own])
+        merged = attention.v_b_proj.heads_joined(latent[:, own], attention.o_proj)
+        normed = layer.post_attention_layernorm.of(hidden)
+        sums = attention.o_proj.times(merged), layer.mlp.forward(normed, meta)
         found |= {f"{number} heads": (queries, keys), f"{number} sums": sums}
     return {name: [block_fp8.get(m, one) for one in results] for name, results in found.items()}
 
@@ -164,8 +165,8 @@ def parts_of_layers(m: KernelMemory, folder: Path, rank: int, size: int) -> dict
 def split_matrices(mlp: Any) -> tuple[Any, ...]:
     """Weights of an MLP that the ranks split."""
     if hasattr(mlp, "gate"):
-        return (*mlp._experts, *split_matrices(mlp._shared))
-    return mlp._gate_up, mlp._down
+        return (*mlp.experts, *split_matrices(mlp.shared_experts))
+    return mlp.gate_up_proj, mlp.down_proj
 
 
 @pytest.mark.triton

@@ -14,6 +14,7 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.protocol import RunnerInfo
 
 VOCAB_SIZE = 40
 EOS = 1
@@ -31,6 +32,8 @@ class FakeRunner:
         num_blocks: blocks of the cache.
         vocab_size: columns of the logits.
     """
+
+    info = RunnerInfo()
 
     def __init__(
         self, input_batch: InputBatch, num_blocks: int, vocab_size: int = VOCAB_SIZE
@@ -69,10 +72,10 @@ class FakeRunner:
             histories += [tokens[: cached + j + 1].tolist() for j in range(num_new)]
             begin += num_new
         self.steps.append(step)
-        rows = [self._logits(histories[index]) for index in logits_indices]
+        rows = [self.logits_after(histories[index]) for index in logits_indices]
         return np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
 
-    def _logits(self, history: list[int]) -> np.ndarray:
+    def logits_after(self, history: list[int]) -> np.ndarray:
         """Logits as a function of the whole history."""
         seed = zlib.crc32(np.array(history, np.int64).tobytes())
         logits = np.random.default_rng(seed).normal(size=self.vocab_size).astype(np.float32)
@@ -86,7 +89,7 @@ def expected_greedy(prompt: list[int], num_tokens: int, eos: int | None = EOS) -
     runner = FakeRunner(InputBatch(1, 1, 1, 1), 1)
     tokens = list(prompt)
     for _ in range(num_tokens):
-        tokens.append(int(runner._logits(tokens).argmax()))
+        tokens.append(int(runner.logits_after(tokens).argmax()))
         if tokens[-1] == eos:
             break
     return tokens[len(prompt) :]

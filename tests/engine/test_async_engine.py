@@ -27,7 +27,7 @@ class GatedRunner:
     def __init__(self, runner):
         self.runner = runner
         self.input_batch = runner.input_batch
-        self.vocab_size = runner.vocab_size
+        self.vocab_size, self.info = runner.vocab_size, runner.info
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()

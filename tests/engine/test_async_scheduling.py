@@ -15,6 +15,7 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner.input_batch import Draw, InputBatch
+from fd_dsa.runner.protocol import RunnerInfo
 from tests.engine.fakes import (
     EOS,
     VOCAB_SIZE,
@@ -35,15 +36,16 @@ class GreedyRunner(FakeRunner):
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
         self.draws, self.log = self, []
+        self.info = RunnerInfo(sampling=self)
         self._drawn = np.zeros(0, np.int64)
 
     def set_slot(self, *parameters: Any) -> None:
         """All slots are greedy."""
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
-        ids = self.input_batch.ids_remove_padding[: self.input_batch.num_tokens]
-        deferred = np.flatnonzero(ids < 0)
-        ids[deferred] = self._drawn[-1 - ids[deferred]]
+        batch = self.input_batch
+        deferred = np.flatnonzero(batch.pending[: batch.num_tokens] >= 0)
+        batch.ids_remove_padding[deferred] = self._drawn[batch.pending[deferred]]
         self.log.append("run")
         return super().execute_model(logits_indices)
 

@@ -120,7 +120,7 @@ def conversations(texts: Texts) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """The control tokens among token ids; other added tokens are words and white space."""
-    texts = {i: token.content for i, token in tokenizer._backend.get_added_tokens_decoder().items()}
+    texts = {i: token.content for i, token in tokenizer.backend.get_added_tokens_decoder().items()}
     return [i for i in ids if re.search("[^\\w ]", texts.get(i, ""))]
 
 
@@ -178,7 +178,7 @@ def test_each_kind_of_tokenizer(kind: str) -> None:
     tokenizer, encode = quoted(kind, think, masked, AddedToken("</s>", special=True))
     ends = control_ids(tokenizer, tokenizer.encode("</s>", False))
     assert len(ends) == 1
-    unknown = {tokenizer._backend.token_to_id(text) for text in ("<unk>", "[UNK]")}
+    unknown = {tokenizer.backend.token_to_id(text) for text in ("<unk>", "[UNK]")}
     for text in ("a</s>b", "<think>", "a  <m>  b", "</s></s>a word</s>", "<m><think>1", "</S>"):
         found = control_ids(tokenizer, encode(text))
         assert [i for i in found if i not in unknown] == 2 * ends, text
@@ -198,7 +198,7 @@ def test_texts_that_become_a_marker_by_normalization() -> None:
 def test_words_and_white_space_of_the_vocabulary_stay_tokens() -> None:
     tokenizer, encode = quoted("gpt2", AddedToken("</s>"))
     text = "a    b  c fox <mask> d"
-    added = tokenizer._backend.get_added_tokens_decoder()
+    added = tokenizer.backend.get_added_tokens_decoder()
     words = [added[i].content for i in encode(text) if i in added]
     assert words == ["</s>", "    ", "  ", "fox", "</s>"]
 
@@ -222,7 +222,7 @@ def test_a_template_that_changes_texts(source: str, shown: str, text: str) -> No
     tokenizer = TOKENIZERS["special"]()
     tokenizer.chat_renderer = renderer = ChatTemplate("<sop>" + source + "<eop>", {})
     ids = tokenizer.apply_chat_template([{"role": "user", "content": ""}], x=text)
-    sop, eop = (tokenizer._backend.token_to_id(end) for end in ("<sop>", "<eop>"))
+    sop, eop = (tokenizer.backend.token_to_id(end) for end in ("<sop>", "<eop>"))
     assert control_ids(tokenizer, ids) == [sop, eop]
     rendered = renderer.render([{"role": "user", "content": ""}], x=text)
     assert tokenizer.decode(ids, False) == rendered
@@ -301,7 +301,7 @@ def test_a_prompt_whose_check_is_too_much_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_long_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_tokens, "_WINDOW_CHARS", 64)
+    monkeypatch.setattr(control_tokens, "WINDOW_CHARS", 64)
     tokenizer = published.demo_with(("<|user|>", "[[", "[gMASK]"))
     tokenizer.chat_renderer = ChatTemplate("[gMASK]{{ messages[0].content }}[gMASK]", {})
     pick = random.Random(5)

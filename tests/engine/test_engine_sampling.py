@@ -31,7 +31,7 @@ def expected_tokens(params, prompt=PROMPT, bad_sequences=()):
     output = []
     ends = {*(params.stop_token_ids or ()), *([] if params.ignore_eos else [EOS])}
     while len(output) < params.max_tokens:
-        logits = runner._logits([*prompt, *output])
+        logits = runner.logits_after([*prompt, *output])
         adjusted = ref_adjusted(logits, params, prompt, output, bad_sequences, ends)
         output.append(int(adjusted.argmax()))
         if output[-1] in ends:

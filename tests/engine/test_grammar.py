@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fd_dsa.config import demo_model_path
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.grammar_matcher import GrammarMatcher
+from fd_dsa.engine.grammar_process import WORKERS
 from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.reasoning import Reasoning
@@ -235,8 +236,8 @@ def test_masks_after_drafts_are_those_after_tokens(drafts, min_tokens):
 
 def test_what_others_have_asked_of_a_form_does_not_wear_it_out(monkeypatch):
     """Outputs of one form share the states that they reach, of which there may be so many."""
-    monkeypatch.setattr("fd_dsa.engine.grammar._MAX_LEXER_STATES", 400)
-    monkeypatch.setattr("fd_dsa.engine.grammar_matcher._RENEWED_AFTER_TOKENS", 80)
+    monkeypatch.setattr("fd_dsa.engine.grammar.MAX_LEXER_STATES", 400)
+    monkeypatch.setattr("fd_dsa.engine.grammar_matcher.RENEWED_AFTER_TOKENS", 80)
     compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
     form = StructuredOutputsParams(regex="(a|b)*a(a|b){10}x")
     letters = [id_of(text) for text in "ab"]
@@ -261,13 +262,13 @@ def test_what_others_have_asked_of_a_form_does_not_wear_it_out(monkeypatch):
 
 
 def test_a_form_that_is_too_complex_is_not_compiled_for_every_output(monkeypatch):
-    monkeypatch.setattr("fd_dsa.engine.grammar._MAX_LEXER_STATES", 20)
+    monkeypatch.setattr("fd_dsa.engine.grammar.MAX_LEXER_STATES", 20)
     compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
     form = StructuredOutputsParams(regex="(a|b)*a(a|b){10}x")
     compiled = []
-    compile_once = compiler._compile
+    compile_once = WORKERS.compile
     monkeypatch.setattr(
-        compiler, "_compile", lambda *key: compiled.append(key) or compile_once(*key)
+        WORKERS, "compile", lambda *given: compiled.append(given) or compile_once(*given)
     )
     a = id_of("a")
     for _ in range(10):
@@ -277,7 +278,7 @@ def test_a_form_that_is_too_complex_is_not_compiled_for_every_output(monkeypatch
             matcher.accept(a)
         assert "too many states" in matcher.error
     assert len(compiled) == 1
-    monkeypatch.setattr("fd_dsa.engine.grammar_matcher._RENEWED_AFTER_S", 0.0)
+    monkeypatch.setattr("fd_dsa.engine.grammar_matcher.RENEWED_AFTER_S", 0.0)
     allowed(GrammarMatcher(compiler, params(form)))
     assert len(compiled) == 2
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.grammar_matcher import GrammarMatcher
+from fd_dsa.engine.grammar_process import WORKERS
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -21,13 +22,13 @@ from tests.engine.test_grammar import FORMS, has_form, params
 def record_compilers(monkeypatch):
     """The threads that have compiled a grammar, one entry each time."""
     threads = []
-    compile_once = GrammarCompiler._compile
+    compile_once = WORKERS.compile
 
-    def recorded(self, *key):
+    def recorded(*given):
         threads.append(threading.get_ident())
-        return compile_once(self, *key)
+        return compile_once(*given)
 
-    monkeypatch.setattr(GrammarCompiler, "_compile", recorded)
+    monkeypatch.setattr(WORKERS, "compile", recorded)
     return threads
 
 
@@ -92,7 +93,7 @@ def test_a_form_that_was_never_checked_fails_its_request_alone():
 
 
 def test_a_grammar_that_outputs_follow_is_not_compiled_again(monkeypatch):
-    monkeypatch.setattr("fd_dsa.engine.grammar._NUM_KEPT", 1)
+    monkeypatch.setattr("fd_dsa.engine.grammar.MAX_KEPT", 1)
     threads, compiler, matcher = compiler_with_a_follower(monkeypatch)
     compiler.check(params(FORMS["choice"]))
     compiler.check(params(FORMS["regex"]))
@@ -103,7 +104,7 @@ def test_a_grammar_that_outputs_follow_is_not_compiled_again(monkeypatch):
 
 
 def test_a_grammar_that_nobody_asks_for_is_dropped(monkeypatch):
-    monkeypatch.setattr("fd_dsa.engine.grammar._KEPT_FOR_S", 0.2)
+    monkeypatch.setattr("fd_dsa.engine.grammar.KEPT_FOR_S", 0.2)
     threads, compiler, followed = compiler_with_a_follower(monkeypatch)
     dropped = weakref.ref(compiler.find(params(FORMS["choice"])))
     kept = weakref.ref(compiler.find(params(FORMS["regex"])))

@@ -42,25 +42,20 @@ CASCADE = f'start: s\ns: t{" n" * 2000}\nt: "x" s | "y" u\nu: "!"\nn: | "z"'
 @pytest.fixture
 def lateness(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], list[int]]:
     """Function that makes a share of the answers late; returns a list that grows with each."""
-    answer = GrammarCompiler.answer
+    answer = GrammarProcess.answer
 
     def begin(seed: int, share: float) -> list[int]:
         rng, late = random.Random(seed), list[int]()
 
         def late_at_times(
-            self: GrammarCompiler,
-            process: GrammarProcess,
-            pending: Pending,
-            needs_mask: bool = False,
-            may_wait: bool = True,
+            self: GrammarProcess, pending: Pending, needs_mask: bool, timeout_s: float | None
         ) -> Done | None:
             if rng.random() < share:
                 late.append(1)
-                self._late.add(process)
                 return None
-            return answer(self, process, pending, needs_mask, may_wait)
+            return answer(self, pending, needs_mask, timeout_s)
 
-        monkeypatch.setattr(GrammarCompiler, "answer", late_at_times)
+        monkeypatch.setattr(GrammarProcess, "answer", late_at_times)
         return late
 
     return begin
@@ -246,7 +241,7 @@ def test_a_worker_that_is_killed_ends_its_outputs_and_is_replaced() -> None:
 def test_the_worker_of_a_late_output_ends_with_its_grammar(
     lateness: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fd_dsa.engine.grammar._KEPT_FOR_S", 0.2)
+    monkeypatch.setattr("fd_dsa.engine.grammar.KEPT_FOR_S", 0.2)
     late = lateness(0, 0.3)
     engine = make_engine()
     engine.add_request("stream", [5], SamplingParams(max_tokens=200, ignore_eos=True))
@@ -282,9 +277,12 @@ def test_many_grammars_together_delay_others_by_one_budget() -> None:
         os.kill(engine.grammars.find(params).process.pid, signal.SIGSTOP)
         engine.add_request(str(number), [5, 6], params)
     times = [time.monotonic()]
-    while "stream" in engine._requests:
-        if any(output.request_id == "stream" for output in engine.step()):
-            times.append(time.monotonic())
+    is_running = True
+    while is_running:
+        for output in engine.step():
+            if output.request_id == "stream":
+                times.append(time.monotonic())
+                is_running = not output.finished
     # 1.5 s if the budgets of the grammars added up
     assert max(end - begin for begin, end in pairwise(times)) < 0.5
     engine.abort_all()
@@ -295,7 +293,7 @@ def test_a_grammar_is_compiled_after_the_forking_process_was_killed() -> None:
     params = SamplingParams(max_tokens=80, structured_outputs=FORM, seed=1)
     engine.add_request("before", [5], params)
     engine.step()
-    process = WORKERS._process
+    process = WORKERS.process
     assert process is not None
     process.kill()
     process.wait()

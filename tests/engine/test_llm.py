@@ -116,7 +116,7 @@ def test_one_bad_prompt_refuses_the_call_before_anything_runs(llm):
 
 
 def test_a_failing_step_raises_and_leaves_nothing_behind(llm):
-    runner = llm._open_engine().runner
+    runner = llm.engine.runner
     runner.fail_at = 0
     with pytest.raises(OSError, match="device is gone"):
         llm.generate(["ab", "c"], GREEDY)
@@ -129,7 +129,7 @@ def test_chat_uses_the_template_and_fills_the_context():
     plain = byte_tokenizer()
     engine = make_engine()
     engine.tokenizer = Tokenizer(
-        plain._backend, plain.special_tokens, ChatTemplate(source, plain.special_tokens)
+        plain.backend, plain.special_tokens, ChatTemplate(source, plain.special_tokens)
     )
     llm = LLM.from_engine(engine)
     messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
@@ -149,7 +149,7 @@ def test_markers_in_messages_of_a_chat_are_text_unless_allowed():
     plain = byte_tokenizer()
     engine = make_engine()
     source = "<bos>{{ messages[0].content }}"
-    engine.tokenizer = Tokenizer(plain._backend, plain.special_tokens, ChatTemplate(source, {}))
+    engine.tokenizer = Tokenizer(plain.backend, plain.special_tokens, ChatTemplate(source, {}))
     llm = LLM.from_engine(engine)
     (bos,) = plain.encode("<bos>", add_special_tokens=False)
     for allows in (False, True):
@@ -164,7 +164,7 @@ def test_chat_hands_tools_and_variables_to_the_template():
     source += "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'L' * add_generation_prompt }}"
     plain = byte_tokenizer()
     engine = make_engine()
-    engine.tokenizer = Tokenizer(plain._backend, plain.special_tokens, ChatTemplate(source, {}))
+    engine.tokenizer = Tokenizer(plain.backend, plain.special_tokens, ChatTemplate(source, {}))
     llm = LLM.from_engine(engine)
     messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
 
@@ -180,7 +180,7 @@ def test_chat_hands_tools_and_variables_to_the_template():
 
 
 def test_special_marks_of_the_parts_of_an_answer_stay_in_its_text(monkeypatch):
-    backend = byte_tokenizer()._backend
+    backend = byte_tokenizer().backend
     call, end = "<｜tool▁calls▁begin｜>", "</think>"
     backend.add_special_tokens([call, end, "<other>"])
     ids = {text: backend.token_to_id(text) for text in (call, end)}

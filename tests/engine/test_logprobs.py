@@ -75,7 +75,7 @@ def check_output(output, runner, num_top):
     for entry, token_id in zip(output.logprobs, output.token_ids, strict=False):
         assert entry.token_id == token_id
         assert entry.text_offset == offset
-        check_score(entry.score, runner._logits(history), token_id, num_top)
+        check_score(entry.score, runner.logits_after(history), token_id, num_top)
         history.append(token_id)
         offset += len(letters([token_id]))
 
@@ -88,7 +88,7 @@ def check_prompt(output, runner, num_top):
     for position, entry in enumerate(output.prompt_logprobs[1:], 1):
         assert entry.token_id == prompt[position]
         assert entry.text_offset == len(letters(prompt[:position]))
-        check_score(entry.score, runner._logits(prompt[:position]), prompt[position], num_top)
+        check_score(entry.score, runner.logits_after(prompt[:position]), prompt[position], num_top)
 
 
 def test_scores_are_of_the_models_own_distribution():

@@ -85,7 +85,7 @@ def test_questions_about_one_text_in_fp8_caches() -> None:
     }
     with LLM(kv_cache_dtype="fp8_ds_mla", speculative_config="none", **sizes) as llm:
         chats = chats_about_a_text(llm)
-        expected = computed_whole(llm._open_engine(), chats)
+        expected = computed_whole(llm.engine, chats)
 
         def ask() -> list[int]:
             outputs = [llm.generate(chat, SHORT)[0] for chat in chats]

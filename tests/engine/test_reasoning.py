@@ -47,7 +47,7 @@ def expected(params: SamplingParams) -> Answer:
     reasoning, runner = params.reasoning or Reasoning("a"), FakeRunner(InputBatch(1, 1, 1, 1), 1)
     output, text = list[int](), ""
     while len(output) < MAX_TOKENS:
-        logits = runner._logits([*PROMPT, *output]).astype(float)
+        logits = runner.logits_after([*PROMPT, *output]).astype(float)
         for token, value in (params.logit_bias or {}).items():
             logits[token] += value
         begin = answer_begin(text, reasoning)

@@ -117,7 +117,7 @@ def test_add_bos_token_is_honoured_once(folder):
     tokenizer = with_config(folder, bos_token="<|bos|>", add_bos_token=True)
     plain = tokenizer.encode("Hi", add_special_tokens=False)
     assert tokenizer.encode("Hi") == [0, *plain]
-    backend = tokenizer._backend
+    backend = tokenizer.backend
     backend.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
     )

@@ -18,7 +18,7 @@ class EngineThread(EngineLink):
 
     def start(self, receive: Callable[[Event], None]) -> None:
         self._host = self._host or EngineHost(self._engine, receive)
-        self._start(self._host.run)
+        self.start_thread(self._host.run)
 
     def post(self, command: Command) -> None:
         """Nothing happens before `start`."""

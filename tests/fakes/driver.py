@@ -98,9 +98,9 @@ class Engine:
         shuffled = np.random.default_rng(0).permutation(num_gpu_blocks)
         self._free: list[int] = shuffled.tolist()
         self._owners = [0] * num_gpu_blocks
-        self._rows: list[Job | None] = [None] * self.config.scheduler_config.max_num_seqs
+        self.rows: list[Job | None] = [None] * self.config.scheduler_config.max_num_seqs
         # the rows of the step before, whose output an overlapped step reports
-        self._ran = list(self._rows)
+        self._ran = list(self.rows)
 
     def generate(self, jobs: Sequence[Job]) -> list[list[int]]:
         """Greedy tokens of each job.
@@ -110,7 +110,7 @@ class Engine:
         """
         waiting = list(jobs)
         made, idle = 0, 0
-        while waiting or any(self._rows):
+        while waiting or any(self.rows):
             self.step(waiting)
             idle = 0 if made < sum(len(job.output) for job in jobs) else idle + 1
             made = sum(len(job.output) for job in jobs)
@@ -123,18 +123,18 @@ class Engine:
         tasks = self._preemptions(waiting)
         self._admit(waiting)
         tokens_left = self.config.scheduler_config.max_num_batched_tokens
-        for job in filter(None, self._rows):
+        for job in filter(None, self.rows):
             if job.done >= job.target:
                 tokens_left -= 1 + self.runner.num_draft_tokens
-        for job in filter(None, self._rows):
+        for job in filter(None, self.rows):
             done = job.done
             tasks += self._task(job, tokens_left)
             tokens_left -= job.done - done
-        rows = [row for row, job in enumerate(self._rows) if job is not None]
+        rows = [row for row, job in enumerate(self.rows) if job is not None]
         num_running = max([task.idx for task in tasks] + rows, default=-1) + 1
         self.worker.preprocess_new_task(tasks, num_running)
         saved, reported = len(self.runner.saved_output), self._ran
-        self._ran = list(self._rows)
+        self._ran = list(self.rows)
         if not self.config.scheduler_config.enable_overlap_schedule:
             reported = self._ran
         self.worker.execute_model(tasks, num_running)
@@ -191,11 +191,11 @@ class Engine:
         for job in list(waiting):
             source = job.after
             ready = source is None or 0 < source.target <= source.done
-            if None not in self._rows or self.num_steps < job.start_at or not ready:
+            if None not in self.rows or self.num_steps < job.start_at or not ready:
                 continue
             waiting.remove(job)
-            job.row = self._rows.index(None)
-            self._rows[job.row] = job
+            job.row = self.rows.index(None)
+            self.rows[job.row] = job
             job.target, job.done, job.seen = len(job.tokens), 0, list(job.output)
             if source is not None and not job.preempted:
                 self._share(job, source)
@@ -217,7 +217,7 @@ class Engine:
         from fastdeploy.engine.request import Request, RequestType
 
         tasks = []
-        for job in filter(None, self._rows):
+        for job in filter(None, self.rows):
             due = [count for count in job.preempt_at if count <= len(job.output)]
             if len(due) > job.preempted:
                 job.preempted += 1
@@ -246,11 +246,11 @@ class Engine:
             self._owners[block] -= 1
             if not self._owners[block]:
                 self._free.append(block)
-        self._rows[job.row] = None
+        self.rows[job.row] = None
         job.blocks, job.row = [], -1
 
     def _propose(self, row: int, accepted: list[int]) -> list[int]:
         """Drafts after what the device has accepted, which the engine may not know yet."""
-        job = self._rows[row]
+        job = self.rows[row]
         job.seen += accepted
         return job.drafts(job.prompt + job.seen) if job.drafts else []

@@ -114,7 +114,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return lambda *args: (made.append((name, *args)), f"from {name}")[1]
 
     operators = import_module(f"{ATTENTION}.ops")
-    for names in steps._OPERATORS.values():
+    for names in steps.OPERATORS.values():
         for name in names:
             monkeypatch.setattr(operators, name, recorder(name))
     return made

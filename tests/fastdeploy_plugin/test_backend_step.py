@@ -138,9 +138,9 @@ def test_bounds_of_the_maxima(has_prefill: bool | None, drafts: int, longest: in
         # a hint is of one step, and a capture leaves the values of its warm-up
         for is_capturing, second in ((False, 13), (True, 0)):
             if is_capturing:
-                backend._transfers = SimpleNamespace(is_capturing=lambda: True)
+                backend.transfers = SimpleNamespace(is_capturing=lambda: True)
             again = forward_meta(backend)
-            backend._bound_lengths(again, 13, True)
+            backend.bound_lengths(again, 13, True)
             assert values(again.max_len_tensor_cpu)[1] == second
 
 

@@ -90,14 +90,14 @@ def test_block_fp8_weights_are_dequantised_once_and_refreshed_in_place(
         for ours, linear in zip(before, (plain.wk, plain.weights_proj), strict=True):
             exact = np.asarray(hidden) @ np.asarray(linear.weight)
             assert np.abs(ours - exact).max() < 0.05 * np.abs(exact).max()
-        addresses = [copy.data_ptr() for copy in made._copies]
+        addresses = [copy.data_ptr() for copy in made.copies]
         wk.weight_scale_inv.copy_(wk.weight_scale_inv * 2, False)
         np.testing.assert_array_equal(both_of(made, hidden)[0], before[0])
         backend.refresh_weights()
         after = both_of(made, hidden)
         np.testing.assert_allclose(after[0], 2 * before[0], rtol=1e-6)
         np.testing.assert_array_equal(after[1], before[1])
-        assert [copy.data_ptr() for copy in made._copies] == addresses
+        assert [copy.data_ptr() for copy in made.copies] == addresses
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_scales_of_another_form_are_left_to_fastdeploy(
 ) -> None:
     monkeypatch.setattr(projections, "on_device", lambda tensor: True)
     lines: list[str] = []
-    monkeypatch.setattr(projections, "_log_once", lines.append)
+    monkeypatch.setattr(projections, "log_once", lines.append)
     with registered():
         plain = make_layer().indexer
         wk, form = in_fp8(plain.wk), {"shape": [1, 3], "dtype": "float32"} | change

@@ -44,7 +44,7 @@ def open_engine(rig: Rig, way: str, sizes: tuple[int, ...], max_model_len: int) 
         enforce_eager=way == EAGER or not rig.is_real,
         **(options if rig.is_real else {}),
     )
-    runner = llm._open_engine().runner
+    runner = llm.engine.runner
     if way == GRAPH and not rig.is_real:
         runner.capture_graphs(sizes, stand_in)
     if way == GRAPH and runner.captured_sizes != sizes:
@@ -69,7 +69,7 @@ def timed_steps(rig: Rig, llm: Any, rows: int, context: int, steps: int) -> dict
     """
     from fd_dsa import SamplingParams
 
-    engine = llm._open_engine()
+    engine = llm.engine
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     names = [f"row {number}" for number in range(rows)]
     prompts = random_prompts(rows, context, engine.runner.vocab_size, seed=rows)
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_json(args.out / "decode_steps.json", result)
     for llm in llms.values():
         # graphs go before the process does
-        llm._open_engine().runner.graphs = None
+        llm.engine.runner.graphs = None
         llm.close()
     return int(eager != graph)
 

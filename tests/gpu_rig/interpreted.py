@@ -28,6 +28,6 @@ class RigLibrary(HostLibrary):
 
 def register(rig: Any) -> None:
     """Tell the launcher how kernels and copies reach the memory of this rig."""
-    driver._open_library = lambda: RigLibrary(rig)
+    driver.open_library = lambda: RigLibrary(rig)
     driver.cuda.cache_clear()
     register_device_api(paddle.Tensor, RigApi())

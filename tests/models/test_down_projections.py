@@ -20,8 +20,8 @@ from fd_dsa.models.memory_plan import weight_bytes
 from fd_dsa.models.mla import DeepseekV32DSAAttention, down_projections
 from fd_dsa.models.registry import create_model
 from fd_dsa.models.weights import HostWeights
-from fd_dsa.ops._dense_kernels import quantize_rows
-from fd_dsa.ops._device_matrix import Normed
+from fd_dsa.ops.dense_kernels import quantize_rows
+from fd_dsa.ops.device_matrix import Normed
 from tests.kernel_memory import KernelMemory
 from tests.models.folders import TINY_FP8, f8, f32
 from tests.ops import block_fp8
@@ -56,14 +56,14 @@ def test_one_weight_has_the_parts_and_their_scales(paddle_memory: KernelMemory) 
         weights.loaders[f"{PREFIX}{name}.weight"](norm)
     weights.finish()
     codes, scales = (np.concatenate(both) for both in zip(*parts, strict=True))
-    np.testing.assert_array_equal(m.get(attention._down.values), codes)
-    np.testing.assert_array_equal(m.get(attention._down.scales), scales)
+    np.testing.assert_array_equal(m.get(attention.qkv_a_proj.values), codes)
+    np.testing.assert_array_equal(m.get(attention.qkv_a_proj.scales), scales)
     # of powers of two, and neighbours across the borders of the parts differ
     assert (np.abs(np.log2(scales[1:] / scales[:-1])) > 0.5).mean() > 0.7
 
     x = block_fp8.put(m, rng.standard_normal((ROWS, 160)), "bfloat16")
     rows = quantize_rows(x, True)
-    qr, kv_a, index_k = attention._down_projected(Normed(x, rows))
+    qr, kv_a, index_k = attention.project_qkv_a(Normed(x, rows))
     values = block_fp8.row_values(m.get(rows.codes), m.get(rows.scales))
     every = block_fp8.weight_values(codes, scales)
     # rounded once; of the sums as in test_fp8_gemm
@@ -101,8 +101,8 @@ def test_what_decides(
     assert (NAMES[1] in rows) == is_joined
     weights = DeviceWeights("bfloat16", paddle_memory.poisoned, fp8)
     attention = DeepseekV32DSAAttention(config, 0, weights, PREFIX)
-    assert attention._down.values.shape[0] == sum(rows.values())
-    own = attention.indexer._wk_weights_proj
+    assert attention.qkv_a_proj.values.shape[0] == sum(rows.values())
+    own = attention.indexer.wk_weights_proj
     widths = [config.index_head_dim] * (not is_joined) + [config.index_n_heads]
     assert [weight.shape[1] for weight in own] == widths
 
@@ -110,9 +110,9 @@ def test_what_decides(
 def test_a_cpu_has_wk_beside_weights_proj() -> None:
     config = ModelConfig.from_dict(SIZES)
     attention = DeepseekV32DSAAttention(config, 0, HostWeights(), "")
-    assert attention._down.out_width == Q_A + KV_A
+    assert attention.qkv_a_proj.out_width == Q_A + KV_A
     assert attention.indexer is not None
-    assert attention.indexer._wk_weights_proj.out_width == WK + config.index_n_heads
+    assert attention.indexer.wk_weights_proj.out_width == WK + config.index_n_heads
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -132,9 +132,9 @@ def test_every_layer_of_every_rank_has_them_and_the_plan_counts_them(
     group = cast(Group, SimpleNamespace(rank=0, size=ranks))
     weights = DeviceWeights("bfloat16", counted, fp8, round_scales=True, group=group)
     model = create_model(config.split(ranks), weights)
-    for layer in (*model.layers, model.mtp._layer):
-        assert layer.self_attn._down.values.shape[0] == Q_A + WK + KV_A
-        assert len(layer.self_attn.indexer._wk_weights_proj) == 1
+    for layer in (*model.layers, model.mtp.layer):
+        assert layer.self_attn.qkv_a_proj.values.shape[0] == Q_A + WK + KV_A
+        assert len(layer.self_attn.indexer.wk_weights_proj) == 1
     assert model.loaders.keys() == expected_tensors(config.split(ranks)).keys()
     assert num_bytes - 4 * prod(model.cos_sin.shape) == weight_bytes(
         config.split(ranks), "bfloat16", fp8

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._fp8_rows import Fp8Rows
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
+from fd_dsa.ops.fp8_rows import Fp8Rows
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.bfloat16 import widened
@@ -86,7 +86,7 @@ def check_quantized(
     m: KernelMemory, found: Fp8Rows, values: np.ndarray, round_scales: bool
 ) -> None:
     """The codes and scales are those of float32 `values`, to the bit."""
-    from fd_dsa.ops._fp8 import encode_e4m3
+    from fd_dsa.ops.fp8 import encode_e4m3
 
     rows, width = values.shape
     groups = -(-width // GROUP)

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from fd_dsa.ops._cublaslt import Cublaslt
+from fd_dsa.ops.cublaslt import Cublaslt
 from tests.triton_runtime.fakes import FakeApi, FakeLibrary
 
 WORKSPACE = 32 << 20

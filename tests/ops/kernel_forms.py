@@ -86,10 +86,10 @@ def compile(label, kernel, types={}, fusion=True, blocks=1, capability=CAPABILIT
 """
 
 EVERY = """
-from fd_dsa.ops import _dense_kernels as dense
-from fd_dsa.ops._expert_gemm import block_sizes, configuration, expert_gemm_kernel
-from fd_dsa.ops._expert_kernels import choose_experts_kernel, group_pairs_kernel, sum_experts_kernel
-from fd_dsa.ops._fill_kernels import fill_kernel
+from fd_dsa.ops import dense_kernels as dense
+from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops.expert_kernels import choose_experts_kernel, group_pairs_kernel, sum_experts_kernel
+from fd_dsa.ops.fill_kernels import fill_kernel
 from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
 from fd_dsa.ops.logits.triton_kernel import logits_kernel
 from fd_dsa.ops.mla.records import dequantize_kernel as records_kernel
@@ -97,7 +97,7 @@ from fd_dsa.ops.mla.triton_kernel import dequantize_kernel, sparse_mla_kernel
 from fd_dsa.ops.mla_query.triton_kernel import BLOCK_ROWS, NUM_WARPS, prepare_mla_query_kernel
 from fd_dsa.ops.positions_kernel import position_ids_kernel
 from fd_dsa.ops.query.triton_kernel import prepare_query_kernel
-from fd_dsa.ops._mtp_kernels import mtp_inputs_kernel
+from fd_dsa.ops.mtp_kernels import mtp_inputs_kernel
 from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.draw_kernels import draw_kernel
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
@@ -240,8 +240,8 @@ for topk in (3, 512, 1024):
 TUNED = """
 from fd_dsa.ops.mla import prompt
 from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
-from fd_dsa.ops import _expert_gemm as experts, _fp8_gemm as gemm
-from fd_dsa.ops._head_gemm import head_gemm_kernel
+from fd_dsa.ops import expert_gemm as experts, fp8_gemm as gemm
+from fd_dsa.ops.head_gemm import head_gemm_kernel
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_forms import decode_form, padded_heads, prompt_form
 from fd_dsa.ops.logits.tile_kernel import tile_kernel
@@ -321,7 +321,7 @@ for heads, tokens, fp8, split in ((8, 9, True, False), (16, 9, True, False), (32
             blocks=form.per_processor, num_warps=form.num_warps, num_stages=form.num_stages,
             BLOCK_H=form.block_h, BLOCK_N=form.block_n, SWAPPED=form.swapped, FP8=fp8,
             COPIED=form.copied, **dict.fromkeys(absent))
-for most, columns, warps in core._COMBINE:
+for most, columns, warps in core.COMBINE_FORMS:
     compile("combine", kernels.combine_kernel, {"out_ptr": "bfloat16"}, num_warps=warps, blocks=4,
             num_stages=1, MAX_SPLITS=most, COLUMNS=columns)
 decode = serving_config(256, 131072, 3)

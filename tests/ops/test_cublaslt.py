@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import BackendUnavailable, DeviceError, DtypeError, LaunchError, ShapeError
-from fd_dsa.ops import _cublaslt, _cublaslt_library
-from fd_dsa.ops._cublaslt import cublaslt_for, padded_rows
-from fd_dsa.ops._cublaslt_library import library, library_names, why_not_fp8
+from fd_dsa.ops import cublaslt, cublaslt_library
+from fd_dsa.ops.cublaslt import cublaslt_for, padded_rows
+from fd_dsa.ops.cublaslt_library import library, library_names, why_not_fp8
 from fd_dsa.triton_runtime import register_device_api
 from tests.ops.cublaslt_fakes import WORKSPACE, Bench, Blas, Driver, Tensor
 from tests.triton_runtime.fakes import FakeApi, driven_by
@@ -72,7 +72,7 @@ def test_the_library_is_that_of_the_process(
 
 def test_import_opens_no_library() -> None:
     code = (
-        "import fd_dsa.ops._cublaslt; from pathlib import Path; "
+        "import fd_dsa.ops.cublaslt; from pathlib import Path; "
         "print('cublas' in Path('/proc/self/maps').read_text())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -84,7 +84,7 @@ def test_a_machine_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    monkeypatch.setattr(_cublaslt_library, "why_not_compiled", lambda: "")
+    monkeypatch.setattr(cublaslt_library, "why_not_compiled", lambda: "")
     library.cache_clear()
     with pytest.raises(BackendUnavailable, match="no cuBLASLt is loaded or installed"):
         library()
@@ -105,11 +105,11 @@ def test_why_not_fp8(
 ) -> None:
     blas = Blas(Driver())
     monkeypatch.setattr(blas, "cublasLtGetVersion", lambda: version)
-    monkeypatch.setattr(_cublaslt_library, "library", lambda: blas)
-    monkeypatch.setattr(_cublaslt_library, "why_not_compiled", lambda: "")
+    monkeypatch.setattr(cublaslt_library, "library", lambda: blas)
+    monkeypatch.setattr(cublaslt_library, "why_not_compiled", lambda: "")
     found = why_not_fp8(capability)
     assert found.endswith(reason) and bool(found) == bool(reason)
-    monkeypatch.setattr(_cublaslt_library, "why_not_compiled", lambda: "interpreted")
+    monkeypatch.setattr(cublaslt_library, "why_not_compiled", lambda: "interpreted")
     assert why_not_fp8(capability) == "interpreted"
 
 
@@ -246,9 +246,8 @@ def test_another_device_is_entered() -> None:
 
 
 def test_a_device_has_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cublaslt, "_known", {})
     with driven_by(Driver(num_devices=2)) as driver:
-        monkeypatch.setattr(_cublaslt, "library", lambda: Blas(driver))
+        monkeypatch.setattr(cublaslt, "library", lambda: Blas(driver))
         register_device_api(Tensor, FakeApi())
         first = cublaslt_for(X, lambda shape, dtype: X)
         assert cublaslt_for(W, lambda shape, dtype: X) is first

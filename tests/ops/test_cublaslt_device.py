@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from fd_dsa.ops._cublaslt import Cublaslt, cublaslt_for, padded_rows
-from fd_dsa.ops._cublaslt_library import why_not_fp8
+from fd_dsa.ops.cublaslt import Cublaslt, cublaslt_for, padded_rows
+from fd_dsa.ops.cublaslt_library import why_not_fp8
 from fd_dsa.triton_runtime.transfers import transfers_for
 from tests.kernel_memory import KernelMemory, open_memory
 from tests.ops.e4m3 import E4M3_VALUES

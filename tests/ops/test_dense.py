@@ -11,11 +11,11 @@ pytest.importorskip("paddle", reason="the operators are on Paddle's tensors")
 
 import paddle
 
-from fd_dsa.ops import _dense_kernels as dense
-from fd_dsa.ops._device_matrix import DeviceMatrix
-from fd_dsa.ops._gemm import HostMatrix
-from fd_dsa.ops._linear import joined, linear, rows_at
-from fd_dsa.ops._norm import layer_norm, rms_norm
+from fd_dsa.ops import dense_kernels as dense
+from fd_dsa.ops.device_matrix import DeviceMatrix
+from fd_dsa.ops.host_gemm import HostMatrix
+from fd_dsa.ops.linear import joined, linear, rows_at
+from fd_dsa.ops.norm import layer_norm, rms_norm
 from fd_dsa.step.host_tensor import as_tensor
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8
@@ -29,7 +29,7 @@ DTYPES = ["float32", "bfloat16"]
 @pytest.fixture(autouse=True)
 def every_tensor_is_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's too; NumPy arrays are the host's."""
-    name = "fd_dsa.ops._linear.on_device"
+    name = "fd_dsa.ops.linear.on_device"
     monkeypatch.setattr(name, lambda array: not isinstance(array, np.ndarray))
 
 

@@ -19,9 +19,10 @@ from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.errors import BackendUnavailable, ConfigError
-from fd_dsa.ops import _fixed_order
+from fd_dsa.ops import fixed_order
 from fd_dsa.ops.logits import paddle_impl as scoring
 from fd_dsa.ops.mla import paddle_impl as attention
+from fd_dsa.runner.protocol import RunnerInfo
 from tests.attention.harness import Sizes, rows_of, world_of
 from tests.strategies import make_batch
 
@@ -66,7 +67,7 @@ def test_logits_do_not_depend_on_chunks_company_or_batch() -> None:
 @pytest.fixture
 def in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The ways of one order in this process, whose library may keep none."""
-    for module in (_fixed_order, scoring, attention, step_plan):
+    for module in (fixed_order, scoring, attention, step_plan):
         monkeypatch.setattr(module, "fixed_order", lambda: True)
     yield
 
@@ -91,8 +92,8 @@ def test_sums_over_keys_do_not_see_zeros_behind_them() -> None:
     for length in (1, 255, 256, 257, 600):
         shorter, wide = weights[..., :length], np.zeros_like(weights)
         wide[..., :length] = shorter
-        np.testing.assert_array_equal(_fixed_order.row_sums(shorter), _fixed_order.row_sums(wide))
-        found = _fixed_order.weighted_sum(shorter, values[:, :length])
+        np.testing.assert_array_equal(fixed_order.row_sums(shorter), fixed_order.row_sums(wide))
+        found = fixed_order.weighted_sum(shorter, values[:, :length])
         np.testing.assert_allclose(found, shorter @ values[:, :length], rtol=1e-5, atol=1e-4)
 
 
@@ -103,17 +104,17 @@ def test_a_library_whose_rows_differ_is_refused(
     def rows_agree(width: int, out: int, transpose_y: bool) -> bool:
         return (width, transpose_y) != (1024, transposed)
 
-    monkeypatch.setattr(_fixed_order, "fixed_order", lambda: True)
-    monkeypatch.setattr(_fixed_order, "_rows_agree", rows_agree)
+    monkeypatch.setattr(fixed_order, "fixed_order", lambda: True)
+    monkeypatch.setattr(fixed_order, "rows_agree", rows_agree)
     with pytest.raises(ConfigError, match="FD_DSA_BATCH_INVARIANT: got 1, but on this machine"):
-        _fixed_order.check_fixed_order("cpu")
+        fixed_order.check_fixed_order("cpu")
 
 
 @pytest.mark.usefixtures("one_order")
 def test_several_devices_are_refused() -> None:
-    _fixed_order.check_fixed_order("gpu:0")
+    fixed_order.check_fixed_order("gpu:0")
     with pytest.raises(ConfigError, match="got 1 with --tensor-parallel-size 2 on gpu:0"):
-        _fixed_order.check_fixed_order("gpu:0", 2)
+        fixed_order.check_fixed_order("gpu:0", 2)
 
 
 @pytest.mark.usefixtures("one_order")
@@ -139,20 +140,21 @@ def test_a_kernel_that_chooses_by_the_number_of_tokens_is_refused() -> None:
 def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: bool) -> None:
     queued: list[Any] = []
     runner = SimpleNamespace(
-        draws="some",
+        draws=SimpleNamespace(set_slot=lambda *given: None),
         vocab_size=32,
         queue_model=lambda rows, draw: None,
         draw=queued.append,
     )
+    runner.info = RunnerInfo(sampling=runner)
     sampler = StepSampler(runner, 2)
-    sampler._taken_by = [0, 0]
     requests: list[Any] = [
         Mock(
             rules=None,
             logprobs=None,
             params=SamplingParams(temperature=each),
             slot=slot,
-            arrival=0,
+            arrival=slot,
+            seed=0,
             num_output_tokens=3,
         )
         for slot, each in enumerate((0.0, temperature))

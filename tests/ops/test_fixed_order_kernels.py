@@ -16,9 +16,9 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
-from fd_dsa.ops._device_matrix import DeviceMatrix
-from fd_dsa.ops._fixed_order import fixed_order
-from fd_dsa.ops._fp8_rows import Fp8Rows
+from fd_dsa.ops.device_matrix import DeviceMatrix
+from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.fp8_rows import Fp8Rows
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8, logits_case, tensor_core_case
 from tests.ops.paged_rows import paged_rows
@@ -78,7 +78,7 @@ def heads(m: KernelMemory, rows: int, kind: str, *shape: int) -> Run:
 
 def experts(m: KernelMemory, rows: int, kind: str, *shape: int) -> Run:
     """Both grouped GEMMs, and the sum; what the first rows choose makes some experts full."""
-    from fd_dsa.ops._expert_kernels import group_pairs, sum_experts
+    from fd_dsa.ops.expert_kernels import group_pairs, sum_experts
 
     count, width, hidden = shape
     gate_up = _matrix(m, kind, count, 2 * hidden, width)

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.ops._fp8 import absolute_maximum, decode_e4m3, encode_e4m3, index_scale, raw_scale
-from fd_dsa.ops._gather import gather_index_keys, gather_latents
-from fd_dsa.ops._host import Scratch
-from fd_dsa.ops._rope import hadamard
+from fd_dsa.ops.arrays import Scratch
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
+from fd_dsa.ops.fp8 import absolute_maximum, decode_e4m3, encode_e4m3, index_scale, raw_scale
+from fd_dsa.ops.gather import gather_index_keys, gather_latents
 from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_gathered, score_paged
 from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 from fd_dsa.ops.query import prepare_on_host as prepare_indexer_query
+from fd_dsa.ops.rotations import hadamard
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.fp8_goldens import NAMES, Golden

@@ -11,8 +11,8 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from benchmarks import _tilings
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops import _split_sums
-from fd_dsa.ops._fp8_gemm import Tiling, configuration, fp8_linear
+from fd_dsa.ops import split_sums
+from fd_dsa.ops.fp8_gemm import Tiling, configuration, fp8_linear
 from fd_dsa.triton_runtime.transfers import Transfers
 from tests.kernel_memory import KernelMemory, ending_midway
 from tests.ops import block_fp8
@@ -27,8 +27,8 @@ LARGE = ((1, 2240, 7168), (8, 7168, 16384), (77, 4096, 7168), (300, 576, 7168), 
 
 def dirty_scratch(m: KernelMemory) -> Any:
     """Scratch memory as an earlier launch may leave it: counters at zero, sums of any value."""
-    values = np.full(_split_sums.NUM_COUNTERS + _split_sums.NUM_PARTIALS, np.nan, np.float32)
-    values[: _split_sums.NUM_COUNTERS] = 0
+    values = np.full(split_sums.NUM_COUNTERS + split_sums.NUM_PARTIALS, np.nan, np.float32)
+    values[: split_sums.NUM_COUNTERS] = 0
     return m.put(values)
 
 
@@ -84,7 +84,7 @@ def test_every_tiling_gives_the_same_values(paddle_memory: KernelMemory) -> None
     large = ((LARGE[3], tiling) for tiling in _tilings.FP8_GEMMS)
     for shape, tiling in (*TILINGS, *large) if m.large else TILINGS:
         Case(m, *shape).check(tiling=tiling, scratch=scratch)
-        assert not m.get(scratch[: _split_sums.NUM_COUNTERS]).any()
+        assert not m.get(scratch[: split_sums.NUM_COUNTERS]).any()
 
 
 def test_chosen_tilings_are_candidates() -> None:
@@ -96,11 +96,11 @@ def test_splits_have_work_and_room() -> None:
     for steps in (1, 5, 56, 144):
         for tiles in (1, 7, 33, 112, 2000):
             for size in (16 * 64, 128 * 128):
-                splits, each = _split_sums.splits_of(steps, tiles, size, 396)
+                splits, each = split_sums.splits_of(steps, tiles, size, 396)
                 assert (splits - 1) * each < steps <= splits * each
                 if splits > 1:
-                    assert tiles * splits <= 396 and tiles <= _split_sums.NUM_COUNTERS
-                    assert tiles * splits * size <= _split_sums.NUM_PARTIALS
+                    assert tiles * splits <= 396 and tiles <= split_sums.NUM_COUNTERS
+                    assert tiles * splits * size <= split_sums.NUM_PARTIALS
 
 
 def test_bits_are_the_same_in_every_run(paddle_memory: KernelMemory) -> None:
@@ -143,9 +143,9 @@ def test_captured_before_the_first_run_it_does_not_split(
     paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Transfers, "is_capturing", lambda self: True)
-    monkeypatch.setattr(_split_sums, "_OF_DEVICE", {})
+    monkeypatch.setattr(split_sums, "SCRATCH", {})
     Case(paddle_memory, 3, 384, 1300).check()
-    assert "run a step before the capture" in caplog.text and not _split_sums._OF_DEVICE
+    assert "run a step before the capture" in caplog.text and not split_sums.SCRATCH
 
 
 def test_a_launch_that_ends_midway_leaves_no_counts(

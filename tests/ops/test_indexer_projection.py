@@ -151,14 +151,14 @@ def test_a_launch_that_ends_midway_leaves_no_counts(
 def test_captured_before_the_first_run_it_does_without_scratch(
     kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fd_dsa.ops import _split_sums as scratch
+    from fd_dsa.ops import split_sums as scratch
     from fd_dsa.triton_runtime.transfers import Transfers
 
     monkeypatch.setattr(Transfers, "is_capturing", lambda self: True)
-    monkeypatch.setattr(scratch, "_OF_DEVICE", {})
+    monkeypatch.setattr(scratch, "SCRATCH", {})
     x, weight = case(*SMALL[1])
     close(in_kernel(kernel_memory, x, weight, 128), x.astype(np.float64) @ weight)
-    assert "run a step before the capture" in caplog.text and not scratch._OF_DEVICE
+    assert "run a step before the capture" in caplog.text and not scratch.SCRATCH
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

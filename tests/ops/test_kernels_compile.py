@@ -118,8 +118,8 @@ def test_tuned_forms_are_what_they_are_chosen_for() -> None:
 
 WAITING = """
 import os
-from fd_dsa.ops._dense_kernels import rms_norm_kernel
-from fd_dsa.ops._head_gemm import head_gemm_kernel
+from fd_dsa.ops.dense_kernels import rms_norm_kernel
+from fd_dsa.ops.head_gemm import head_gemm_kernel
 
 for capability, switch in (80, ""), (89, "1"), (90, ""), (90, "1"), (90, "0"), (100, ""):
     os.environ["FD_DSA_PDL"] = switch

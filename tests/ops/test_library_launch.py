@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import BackendUnavailable, DeviceError
-from fd_dsa.ops._library import LibraryKernel
+from fd_dsa.ops.library_kernel import LibraryKernel
 from fd_dsa.triton_runtime import register_device_api
 from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, driven_by
 
@@ -27,9 +27,9 @@ class Launch(LibraryKernel):
     launcher, size, structure = "launch", "size", Step
 
     def __call__(self, number: int, device: int = 0) -> None:
-        self._bind(FakeTensor(0x7000, device=device))
-        self._job.number = number
-        self._launch()
+        self.bind(FakeTensor(0x7000, device=device))
+        self.job.number = number
+        self.launch()
 
 
 class Kernels:

@@ -14,10 +14,10 @@ import pytest
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.models.weights import HostWeights
-from fd_dsa.ops import _gemm
-from fd_dsa.ops._gemm import HostMatrix
-from fd_dsa.ops._host import staged
-from fd_dsa.ops._linear import joined, linear
+from fd_dsa.ops import host_gemm
+from fd_dsa.ops.arrays import staged
+from fd_dsa.ops.host_gemm import HostMatrix
+from fd_dsa.ops.linear import joined, linear
 
 
 def operands(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
@@ -34,12 +34,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which function serves a GEMM: NumPy's, where it is small, oneDNN's, or Paddle's operator."""
     if request.param == "operator":
         # of all threads
-        monkeypatch.setattr(_gemm, "_libraries", lambda: None)
-        monkeypatch.setattr(_gemm, "_thread", _gemm._Thread())
-    elif _gemm._thread.sgemm is None:
+        monkeypatch.setattr(host_gemm, "load_libraries", lambda: None)
+        monkeypatch.setattr(host_gemm, "thread_state", host_gemm.ThreadState())
+    elif host_gemm.thread_state.sgemm is None:
         pytest.skip("this Paddle brings no oneDNN")
     if request.param != "NumPy":
-        monkeypatch.setattr(_gemm, "_SMALL", 0)
+        monkeypatch.setattr(host_gemm, "MIN_SGEMM_PRODUCTS", 0)
     return str(request.param)
 
 
@@ -64,7 +64,7 @@ def test_a_weight(way: str, rows: int, transposed: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 15, 64, 79])
 def test_packed_weights(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once a model is loaded, some weights are in another order; the results are the same."""
-    monkeypatch.setattr(_gemm, "_LARGE", 1)
+    monkeypatch.setattr(host_gemm, "MIN_PACKED_VALUES", 1)
     weights = HostWeights()
     for columns in (192, 24):
         wide, w = operands(rows, (rows, 140), (128, columns))
@@ -72,7 +72,7 @@ def test_packed_weights(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         matrix.array[...] = w
         weights.finish()
         with_avx512 = "avx512f" in Path("/proc/cpuinfo").read_text()
-        if columns == 192 and with_avx512 and _gemm._thread.sgemm is not None:
+        if columns == 192 and with_avx512 and host_gemm.thread_state.sgemm is not None:
             assert (matrix.array == w).mean() < 0.1
         for x in (wide[:, 5:133], wide[:, :128].copy()):
             close(matrix.times(x), x @ w)
@@ -92,7 +92,7 @@ def test_weights_of_heads(way: str, rows: int) -> None:
 def test_a_batch(way: str, count: int, rows: int, transpose_y: bool) -> None:
     x, y = operands(count, (count, rows, 8), (count, 8, 5))
     stored = np.ascontiguousarray(y.transpose(0, 2, 1)) if transpose_y else y
-    close(_gemm.batched(x, stored, transpose_y=transpose_y), x @ y)
+    close(host_gemm.batched(x, stored, transpose_y=transpose_y), x @ y)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 600])
@@ -118,7 +118,7 @@ def test_threads(way: str) -> None:
 
 
 def test_more_shapes_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gemm._thread, "sgemm", None)
+    monkeypatch.setattr(host_gemm.thread_state, "sgemm", None)
     weight = paddle.ones([2, 1])
     for rows in range(1, 1200):
         assert linear(np.ones((rows, 2), np.float32), weight).shape == (rows, 1)
@@ -156,7 +156,7 @@ def test_silu_of_extremes() -> None:
 SIGNALS = """
 import signal, time
 import numpy as np
-from fd_dsa.ops._gemm import batched
+from fd_dsa.ops.host_gemm import batched
 x, y = np.ones((1, 32, 512), "f"), np.ones((1, 512, 256), "f")
 signal.signal(signal.SIGALRM, lambda *_: None)
 batched(x, y)

@@ -88,6 +88,7 @@ def run_layer(x: dict[str, Any], fp8: bool) -> list[Any]:
 
 
 @pytest.mark.triton
+@pytest.mark.usefixtures("fresh_choices")
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_layer_by_kernels_and_by_numpy(fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x = attention_inputs(fp8)
@@ -109,7 +110,6 @@ def test_a_layer_by_kernels_and_by_numpy(fp8: bool, monkeypatch: pytest.MonkeyPa
             expected = ref_attend(x["query"].numpy()[token], cache, chosen, 0.1, RANK)
             np.testing.assert_allclose(latents[token], expected, atol=1e-5)
         np.testing.assert_array_equal(keys, cache[slots[0]])
-    monkeypatch.setattr(providers, "_choices", {})
     monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
     for module in ("topk", "logits", "mla", "query", "metadata"):
         monkeypatch.setattr(f"fd_dsa.ops.{module}.device_kind", lambda tensor: "gpu")
@@ -122,9 +122,9 @@ def test_a_layer_by_kernels_and_by_numpy(fp8: bool, monkeypatch: pytest.MonkeyPa
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("fresh_choices")
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("gpu", marks=pytest.mark.triton)])
 def test_positions(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "_choices", {})
     monkeypatch.setattr("fd_dsa.ops.positions.device_kind", lambda tensor: kind)
     out = paddle.full([7], -9, "int32")
     assert ops.position_ids(ints(3, 0, 0), ints(2, 4, 8), ints(3, 0, 2), out) is out

@@ -35,8 +35,8 @@ def run(
 
     Grids may reach to more keys and tiles than the step has, as those of captured launches do.
     """
-    from fd_dsa.attention.dense_prompts import _groups
-    from fd_dsa.ops._fp8_rows import Fp8Rows
+    from fd_dsa.attention.dense_prompts import row_groups
+    from fd_dsa.ops.fp8_rows import Fp8Rows
     from fd_dsa.ops.mla.prompt import Tiling, attend_prompts, gather_keys
 
     total, step = int(case.starts[-1]), case.step(m)
@@ -46,7 +46,7 @@ def run(
         stride = -(-(total + 3) // 4) * 4
         codes = m.poisoned((total + 3, case.heads * 128), "uint8")
         out = Fp8Rows(codes, m.poisoned((case.heads, stride), "float32"))
-    for group in _groups(counts, case.cached, most_keys):
+    for group in row_groups(counts, case.cached, most_keys):
         num_keys, counts = group.num_keys, (*group.counts, *[1] * more_tiles)
         group = group._replace(num_keys=num_keys + more_keys, counts=counts)
         latents = m.poisoned((group.num_keys, case.rank), "bfloat16")
@@ -130,7 +130,7 @@ def test_real_sizes(kernel_memory: KernelMemory, widths: tuple[int, int]) -> Non
 
 
 def test_a_result_in_fp8_is_the_plain_one_quantised(paddle_memory: KernelMemory) -> None:
-    from fd_dsa.ops._dense_kernels import quantize_rows
+    from fd_dsa.ops.dense_kernels import quantize_rows
 
     m, case = paddle_memory, PromptCase([(20, 0, True), (2, 5, False)], 64, values=128)
     plain = run(m, case)

@@ -18,7 +18,7 @@ pytest.importorskip("paddle", reason="the operators are on Paddle tensors")
 import paddle
 
 from fd_dsa import custom_ops
-from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.errors import BackendUnavailable, ConfigError, KernelUnavailable
 from fd_dsa.ops import providers
 from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_CASES
 from fd_dsa.ops.probes import Memory, topk_case
@@ -32,11 +32,10 @@ PAIRS = [(operator, provider) for operator, served in OPERATORS.items() for prov
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is chosen or asked for before a test, nor after it."""
-    monkeypatch.setattr(providers, "_choices", {})
-    monkeypatch.setattr(providers, "_refused", {})
     monkeypatch.delenv("FD_DSA_OP_PROVIDER", raising=False)
     custom_ops.use_library(None)
-    yield
+    with providers.asking_for({}):
+        yield
     custom_ops.use_library(None)
 
 
@@ -61,6 +60,18 @@ class Place(str):
 
     def is_gpu_place(self) -> bool:
         return self == "gpu"
+
+
+def test_refusals_end_with_the_block_that_asks() -> None:
+    where = "indexer_logits", "gpu", providers.TENSOR_CORE
+    with providers.asking_for({}):
+        providers.refuse(*where, KernelUnavailable("it cannot be compiled"))
+        assert providers.is_refused(*where)
+    assert not providers.is_refused(*where)
+    providers.refuse(*where, KernelUnavailable("it cannot be compiled"))
+    with providers.asking_for({}):
+        assert not providers.is_refused(*where)
+    assert providers.is_refused(*where)
 
 
 @pytest.mark.parametrize(("operator", "provider"), PAIRS)

@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 import pytest
 
-from fd_dsa.ops._host import Scratch
+from fd_dsa.ops.arrays import Scratch
 from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 from tests.reference.bfloat16 import ref_array, upper_half
 from tests.reference.sparse_mla import ref_attend

@@ -140,7 +140,7 @@ def test_rows_past_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = np.random.default_rng(5).standard_normal((7, 50)).astype(np.float32)
     lengths = np.array([50, 3, 0, 50, 20, 1, 49])
     whole = select_positions(scores, lengths, 6)
-    monkeypatch.setattr("fd_dsa.ops.topk.paddle_impl._TILE_KEYS", 110)
+    monkeypatch.setattr("fd_dsa.ops.topk.paddle_impl.TILE_KEYS", 110)
     np.testing.assert_array_equal(select_positions(scores, lengths, 6), whole)
 
 

@@ -40,7 +40,7 @@ def scores_of(kind: str, step: PagedRows, seed: int = 0) -> np.ndarray:
 
 def run(m: KernelMemory, step: PagedRows, scores: Any, k: int, **options: int) -> np.ndarray:
     """Slots of the tokens whose scores, an array or a tensor, are given."""
-    from fd_dsa.ops._key_bounds import prompt_windows
+    from fd_dsa.ops.key_bounds import prompt_windows
     from fd_dsa.ops.topk import triton_kernel
 
     slots, meta = m.poisoned((step.num_tokens, k), "int32"), step.meta(m)

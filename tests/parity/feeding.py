@@ -12,8 +12,8 @@ import numpy as np
 
 from fd_dsa.attention import DSAAttentionBackend, DSABackendConfig
 from fd_dsa.models.moe import NoAuxTopkGate
-from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._linear import linear
+from fd_dsa.ops.arrays import as_numpy
+from fd_dsa.ops.linear import linear
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots
 from fd_dsa.runner import ModelRunner
 from tests.parity.choices import Choice

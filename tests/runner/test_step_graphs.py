@@ -113,7 +113,7 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
     pools = SimpleNamespace(gen_new_memory_pool_id=iter((7, 8)).__next__)
     monkeypatch.setattr(core, "CUDAGraph", pools, raising=False)
     monkeypatch.setattr(paddle.device, "synchronize", lambda place: kind.log.append("wait"))
-    for kept in ("_pools", "_lasting"):
+    for kept in ("MEMORY_POOLS", "LASTING_GRAPHS"):
         monkeypatch.setattr(step_graphs, kept, {})
     return kind
 

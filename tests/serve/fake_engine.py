@@ -193,7 +193,7 @@ class FakeEngine:
                 for choice in sorted(running):
                     is_ended = (request_id, choice) in self.finished
                     why = reason or ("stop" if is_ended else None)
-                    output = self._output(prompt_token_ids, request_id, tokens, pieces, why)
+                    output = self.make_output(prompt_token_ids, request_id, tokens, pieces, why)
                     output.index = choice
                     if len(tokens) == num_before:
                         output.new_token_ids, output.new_text = [], ""
@@ -226,7 +226,7 @@ class FakeEngine:
         """The next word, without white space, as stop strings are given."""
         return self.words[num_before % len(self.words)].strip()
 
-    def _output(
+    def make_output(
         self,
         prompt: list[int],
         request_id: str,

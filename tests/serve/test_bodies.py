@@ -44,7 +44,7 @@ def test_slow_bodies_take_no_place_of_max_concurrency() -> None:
 
 
 def test_bodies_together_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "_LONG_BODIES", 3)
+    monkeypatch.setattr(body, "MAX_LONG_BODIES", 3)
     size = 1 << 20
     with running(FakeEngine(), max_body_size=size) as live:
 
@@ -71,7 +71,7 @@ def test_bodies_together_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) 
 def test_a_client_that_leaves_in_its_body_gives_its_memory_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(body, "_LONG_BODIES", 1)
+    monkeypatch.setattr(body, "MAX_LONG_BODIES", 1)
     size = 1 << 20
     with running(FakeEngine(), max_body_size=size) as live:
         for _ in range(10):

@@ -62,7 +62,7 @@ HOLE = """
 import ctypes, time
 from pathlib import Path
 from fd_dsa.serve import heaps
-heaps._TRIM_EVERY_S = 0.05
+heaps.TRIM_EVERY_S = 0.05
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 assert libc.mallopt(-3, 1 << 25)

@@ -35,7 +35,7 @@ def letters_live() -> Iterator[Live]:
 def rows(history: list[int], count: int) -> list[np.ndarray]:
     """Log-probabilities after the first tokens of a history, from `count` on."""
     runner = make_engine().runner
-    return [ref_logprobs(runner._logits(history[:i])) for i in range(count, len(history))]
+    return [ref_logprobs(runner.logits_after(history[:i])) for i in range(count, len(history))]
 
 
 def joined(lists: Iterable[list[Any]]) -> list[Any]:

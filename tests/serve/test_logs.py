@@ -145,7 +145,7 @@ def test_what_is_no_repetition_is_all_written() -> None:
         assert log("uvicorn.access", 20, *access)
     for number in range(5000):
         assert log("fd_dsa.engine", 20, f"line {number}")
-    assert len(log.filter._last) <= 1000
+    assert len(log.filter.last_lines) <= 1000
     # asyncio has no arguments; its first line says what happened
     assert log("asyncio", 40, "out of resource\nsocket 1") == ["out of resource\nsocket 1"]
     assert log("asyncio", 40, "out of resource\nsocket 2") == []

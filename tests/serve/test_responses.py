@@ -213,8 +213,8 @@ def test_cut_by_its_length(v32: Live) -> None:
 class CountingEngine(FakeEngine):
     """An engine whose prompts were cached up to their last token."""
 
-    def _output(self, *args: Any) -> RequestOutput:
-        output = super()._output(*args)
+    def make_output(self, *args: Any) -> RequestOutput:
+        output = super().make_output(*args)
         output.num_cached_tokens = len(output.prompt_token_ids) - 1
         return output
 

@@ -24,7 +24,7 @@ STALLING = """
 import time
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.serve import server
-server._FORCED_EXIT_S = 8
+server.FORCED_EXIT_S = 8
 encode = Tokenizer.encode
 def stall(self, text, *args, **kwargs):
     if text == "stall":
@@ -144,7 +144,7 @@ HELD = """
 import pathlib, sys, time
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.serve import server
-server._LAST_RESPONSES_S = 0.3
+server.LAST_RESPONSES_S = 0.3
 encode = Tokenizer.encode
 def hold(self, text, *args, **kwargs):
     if text == "held":

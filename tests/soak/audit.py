@@ -14,17 +14,17 @@ from fd_dsa.engine.request import Request
 
 def running_requests(engine: LLMEngine) -> dict[int, Request]:
     """Requests with a row, by row."""
-    return {request.slot: request for request in engine._scheduler._running.values()}
+    return {request.slot: request for request in engine.scheduler.running.values()}
 
 
 def waiting_requests(engine: LLMEngine) -> list[Request]:
     """Requests without a row, in the order in which they will get one."""
-    return list(engine._scheduler._waiting)
+    return list(engine.scheduler.waiting)
 
 
 def evictable_keys(engine: LLMEngine) -> set[bytes]:
     """Keys by which blocks can be found."""
-    return set(engine._blocks._block_of)
+    return set(engine.block_manager._block_of)
 
 
 def audit(engine: LLMEngine) -> None:
@@ -35,7 +35,7 @@ def audit(engine: LLMEngine) -> None:
 
 def _audit_blocks(engine: LLMEngine) -> None:
     """Each block is free, kept or owned, and owners are counted right."""
-    blocks = engine._blocks
+    blocks = engine.block_manager
     owners: Counter[int] = Counter()
     for name, owner in blocks._owners.items():
         assert len(set(owner.blocks)) == len(owner.blocks), f"{name} owns a block twice"
@@ -59,10 +59,10 @@ def _audit_blocks(engine: LLMEngine) -> None:
 
 def _audit_rows(engine: LLMEngine) -> None:
     """Rows are those of the running requests, which own what their tokens need."""
-    blocks, batch = engine._blocks, engine.runner.input_batch
+    blocks, batch = engine.block_manager, engine.runner.input_batch
     running = running_requests(engine)
-    assert len(running) == engine._scheduler.num_running <= batch.max_num_seqs
-    free = engine._scheduler._free_slots
+    assert len(running) == engine.scheduler.num_running <= batch.max_num_seqs
+    free = engine.scheduler.free_slots
     assert sorted([*free, *running]) == list(range(batch.max_num_seqs)), "a row is lost"
     for row in range(batch.max_num_seqs):
         owned = blocks.blocks_of(running[row].arrival) if row in running else ()
@@ -71,6 +71,6 @@ def _audit_rows(engine: LLMEngine) -> None:
         assert (table[len(owned) :] == -1).all(), f"row {row} shows blocks it does not own"
     names = {request.arrival for request in running.values()}
     assert blocks._owners.keys() <= names, "a request without a row owns blocks"
-    arrivals = [request.arrival for request in engine._scheduler._running.values()]
+    arrivals = [request.arrival for request in engine.scheduler.running.values()]
     arrivals += [request.arrival for request in waiting_requests(engine)]
     assert arrivals == sorted(set(arrivals)), f"served out of order: {arrivals}"

@@ -110,8 +110,8 @@ def check_error(content: Any, path: str) -> None:
 
 def held_without_grammars_mib(engine: LLMEngine) -> int:
     """Memory of this process without what its allocator and the grammar cache keep for later."""
-    engine.grammars._recent.clear()
-    engine.grammars._older.clear()
+    for _ in range(2):
+        engine.grammars.expire()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return round(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES / 2**20)

@@ -21,7 +21,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.chat.grammar import _FORMS, forced_calls_grammar
+from fd_dsa.chat.grammar import CALL_FORMS, forced_calls_grammar
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.grammar_matcher import GrammarMatcher
 from fd_dsa.engine.grammar_process import processor_time
@@ -153,7 +153,7 @@ ARGUMENTS = SCHEMAS | st.builds(
     st.lists(NAMES, max_size=3, unique=True),
 )
 TOOLS = st.tuples(
-    st.sampled_from(sorted(_FORMS)),
+    st.sampled_from(sorted(CALL_FORMS)),
     st.dictionaries(st.sampled_from(["f", "g", "get_x", "h-1"]), ARGUMENTS, min_size=1, max_size=3),
     st.booleans(),
 )

@@ -267,7 +267,7 @@ def _step(run: Run, history: History, fails: bool) -> None:
     assert earliest.finish_reason or before < after, f"request {earliest.arrival} was left out"
     if all(output.finish_reason != "error" for output in outputs):
         run.counts["evicted blocks"] += len(keys - evictable_keys(engine))
-    ahead = engine._in_flight
+    ahead = engine.in_flight
     run.counts["steps queued ahead"] += ahead is not None
     drafts = () if ahead is None else ahead.drafts.values()
     run.counts["drafts queued ahead"] += sum(map(len, drafts))

@@ -60,7 +60,7 @@ def run_ahead(history: History) -> tuple[list[tuple[int, bool]], EngineStats]:
     while engine.has_unfinished_requests():
         outputs = engine.step()
         tokens += [token for output in outputs for token in output.new_token_ids]
-        ahead.append((len(outputs), engine._in_flight is not None))
+        ahead.append((len(outputs), engine.in_flight is not None))
     assert tokens == run_alone(arrival, history)[0][0]
     return ahead, engine.stats()
 
@@ -120,7 +120,7 @@ def _latest_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def preempt(self: Scheduler, request: Any) -> None:
         original(self, request)
-        self._waiting.rotate(-1)
+        self.waiting.rotate(-1)
 
     return preempt
 

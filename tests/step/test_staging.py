@@ -251,7 +251,7 @@ def test_no_copy_arrives_after_the_memory_is_gone(library: LateLibrary) -> None:
 def test_a_tensor_that_stays_is_filled_after_its_readers(
     library: LateLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fd_dsa.step.staging._section_view", lambda *_: None)
+    monkeypatch.setattr("fd_dsa.step.staging.section_view", lambda *_: None)
     staged, seen = StagedInputs(LateTensor, (2,), 2, 3), []
     prep, values = staged.staging.prep_stream, staged.tensor.values
     for step in range(12):

@@ -157,13 +157,13 @@ def check_captured_steps(m: KernelMemory, capture: Capture, *, has_prefill: bool
 def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], None]]]:
     """Launches of the block are kept, not run, as in a capture."""
     calls: list[Callable[[], None]] = []
-    original = device_module._Form.launch
+    original = device_module.BoundStepKernel.launch
 
     def keep(*args: Any) -> None:
         calls.append(lambda: original(*args))
 
     with monkeypatch.context() as patch:
-        patch.setattr(device_module._Form, "launch", keep)
+        patch.setattr(device_module.BoundStepKernel, "launch", keep)
         patch.setattr(Transfers, "is_capturing", lambda self: True)
         yield calls
 

@@ -174,7 +174,7 @@ class FakeLibrary(HostLibrary):
 def driven_by(library: Any) -> Iterator[Any]:
     """The library is the CUDA driver's inside, of a process that may interpret its kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_open_library", lambda: library)
+        patch.setattr(driver, "open_library", lambda: library)
         driver.cuda.cache_clear()
         yield library
     unfreeze()

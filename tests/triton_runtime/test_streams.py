@@ -52,11 +52,11 @@ def api() -> StreamApi:
 def library(monkeypatch: pytest.MonkeyPatch, api: StreamApi) -> Iterator[LateLibrary]:
     """The driver of one test, in a process whose kernels are compiled; it has two devices."""
     monkeypatch.setattr(transfers, "INTERPRETING", False)
-    transfers._side_stream.cache_clear()
+    transfers.shared_side_stream.cache_clear()
     with driven_by(LateLibrary(num_devices=2)) as library:
         api.log = library.log
         yield library
-    transfers._side_stream.cache_clear()
+    transfers.shared_side_stream.cache_clear()
 
 
 BEGIN = [("record", MAIN, 1), ("wait", SIDE, 1), ("current", SIDE)]

@@ -73,7 +73,7 @@ def test_an_engine_warns_of_what_compiles_after_its_warm_up(
     plan: Any = SimpleNamespace(device="gpu:0", config=config)
     runners = [Runner(), Runner()]
     for runner in runners:
-        factory._warm_up(runner, plan)
+        factory.warm_up(runner, plan)
     assert len(library.loaded) == (2 if eager else 4) and not caplog.records
     # a step forks in the warm-up only if captures follow
     assert all(runner.before_captures != eager for runner in runners)

@@ -108,7 +108,7 @@ from fd_dsa.environment import prepare_cpu_runtime
 prepare_cpu_runtime()
 from pathlib import Path
 import numpy as np
-from fd_dsa.ops._fixed_order import check_fixed_order
+from fd_dsa.ops.fixed_order import check_fixed_order
 from tests.v4_model.cases import CASES
 from tests.v4_model.ours import load_model, make_runner, prompt_logits, run_step
 check_fixed_order("cpu")

@@ -219,7 +219,7 @@ class Place:
         prepare = self.new(cfg)
         if self._memory is not None:
             self._memory.sync()
-            for slab in prepare._steps._staging._host:
+            for slab in prepare.steps.staging.host:
                 slab.fill(POISON_WORD)
             for name in (*OUTPUT_SHAPES(cfg), "block_table"):
                 tensor = getattr(prepare.buffers, name)

@@ -183,7 +183,7 @@ def test_errors_of_two_steps_are_raised_in_order_once_they_have_run(
     place = Place("interpreter")
     prepare = place.prepare(CFG)
     # the later one has the lower slot for errors
-    prepare._steps._stamp = 28
+    prepare.steps.stamp = 28
     for row in (None, 2, None, None, None, 1):
         rollback = None if row is None else -(np.arange(3) == row).astype(np.int32)
         place.run(prepare, STEPS[1], rollback)

@@ -49,11 +49,11 @@ def by_slabs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., V4Prepare]:
         """Attributes: `cells`, the table's cells that came with the last step."""
 
         def launch(self, slab: int, rollback: Any = None) -> None:
-            cfg, words = self._cfg, np.array(self._staging.slabs[slab].numpy())
+            cfg, words = self.cfg, np.array(self.staging.slabs[slab].numpy())
             _, num_rows, num_tokens, num_cells = words[:4]
-            sections = words[launch.HEADER_WORDS : self._first_value].reshape(5, -1)
+            sections = words[launch.HEADER_WORDS : self.first_value].reshape(5, -1)
             ctx, q, slot, columns, starts = sections[:, : cfg.max_num_seqs + 1]
-            self.cells = words[self._first_value :][:num_cells].tolist()
+            self.cells = words[self.first_value :][:num_cells].tolist()
             assert q[:num_rows].sum() == num_tokens and not ctx[num_rows:].any()
             assert starts[0] == 0 and not q[num_rows:].any()
             assert (starts[num_rows:] == num_cells).all()
@@ -75,7 +75,7 @@ def by_slabs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., V4Prepare]:
 def assert_step(prepare: V4Prepare, *step: Any) -> None:
     """Expand the earliest staged step and compare it with the oracle's."""
     prepare.expand()
-    assert_same(outputs_of(prepare._steps.built), naive(prepare.cfg, *step))
+    assert_same(outputs_of(prepare.steps.built), naive(prepare.cfg, *step))
 
 
 # a strategy is made once, since Hypothesis checks each
@@ -176,7 +176,7 @@ def test_blocks_that_cannot_be_set(
         prepare.stage([0, 9, 22], [0, 1, 1], [0, 1, 2])
     prepare.stage([0, 8, 22], [0, 1, 1], [0, 1, 2])
     prepare.expand()
-    assert prepare._steps.cells == [8, 9] + [1] * 6
+    assert prepare.steps.cells == [8, 9] + [1] * 6
 
 
 def test_a_row_has_the_blocks_that_were_set_last(by_slabs: Callable[..., V4Prepare]) -> None:
@@ -226,7 +226,7 @@ def test_only_changed_cells_travel(by_slabs: Callable[..., V4Prepare]) -> None:
         # an idle row keeps its cells
         prepare.stage(ctx, [1, 1, number != 1], [0, 1, 2], table)
         prepare.expand()
-        sent.append(prepare._steps.cells)
+        sent.append(prepare.steps.cells)
     # one run a row, from the first changed cell on
     assert sent == [[1, 2, 4, 5, 7, 8], [], [3], [6], [11, 8]]
     np.testing.assert_array_equal(
@@ -238,7 +238,7 @@ def test_only_changed_cells_travel(by_slabs: Callable[..., V4Prepare]) -> None:
     for ctx, cells in (([10], []), ([10, 12], []), ([10, 12, 9], [21])):
         prepare.stage(ctx, [1] * len(ctx), [0, 1, 2][: len(ctx)])
         prepare.expand()
-        assert prepare._steps.cells == cells
+        assert prepare.steps.cells == cells
 
 
 @pytest.mark.parametrize("name", sorted(set(ERRORS) - {"X5", "X6"}))
@@ -294,7 +294,7 @@ def test_steps_that_repeat_are_checked_as_others_are(
         assert fault == verdict(full.stage, *(array.tolist() for array in arrays))
         if not fault:
             lengths = arrays[0].tolist(), arrays[1].tolist(), slot.tolist()
-            table = short._table.table_of(num_rows)
+            table = short.table.table_of(num_rows)
             for prepare in (short, full):
                 assert_step(prepare, *lengths, table)
 

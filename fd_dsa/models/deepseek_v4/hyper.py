@@ -15,7 +15,7 @@ import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.norm import length
-from fd_dsa.ops._fixed_order import fixed_order
+from fd_dsa.ops.fixed_order import fixed_order
 
 # tokens up to which sums are repeated
 _MANY = 128

@@ -14,7 +14,7 @@ from fd_dsa.models.deepseek_v4.norm import RowNorm
 from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation
 from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.arrays import as_numpy
 
 
 class DeepseekV4DecoderLayer:

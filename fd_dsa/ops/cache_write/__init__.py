@@ -7,7 +7,8 @@ from typing import Any
 
 from fd_dsa.config import FP8_BLOCK_SIZE
 from fd_dsa.errors import ConfigError, ShapeError
-from fd_dsa.ops._fp8 import (
+from fd_dsa.ops.arrays import check_array, check_dtype, check_rope, check_shape
+from fd_dsa.ops.fp8 import (
     INDEX_RECORD_BYTES,
     INDEX_WIDTH,
     LATENT_RECORD_BYTES,
@@ -15,7 +16,6 @@ from fd_dsa.ops._fp8 import (
     ROPE_WIDTH,
     check_scale_fmt,
 )
-from fd_dsa.ops._host import check_array, check_dtype, check_rope, check_shape
 from fd_dsa.ops.providers import activation_dtypes, serving
 
 __all__ = ["CacheWriteParams", "write_caches"]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._fp8 import (
+from fd_dsa.ops.arrays import as_numpy, check_writable
+from fd_dsa.ops.fp8 import (
     LATENT_ROPE_AT,
     LATENT_SCALES_AT,
     LATENT_TILES,
@@ -18,10 +19,9 @@ from fd_dsa.ops._fp8 import (
     quantise,
     raw_scale,
 )
-from fd_dsa.ops._gather import index_planes
-from fd_dsa.ops._host import as_numpy, check_writable
-from fd_dsa.ops._norm import layer_norm, rms_norm
-from fd_dsa.ops._rope import cos_sin_of, hadamard, rotate_
+from fd_dsa.ops.gather import index_planes
+from fd_dsa.ops.norm import layer_norm, rms_norm
+from fd_dsa.ops.rotations import cos_sin_of, hadamard, rotate_
 
 if TYPE_CHECKING:
     from fd_dsa.ops.cache_write import CacheWriteParams

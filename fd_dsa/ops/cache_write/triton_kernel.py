@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._fixed_order import rows_of_tiles
-from fd_dsa.ops._host import check_shape, outer_strides
-from fd_dsa.ops._triton import step_kernel
-from fd_dsa.ops._triton_fp8 import (
+from fd_dsa.ops.arrays import check_shape, outer_strides
+from fd_dsa.ops.fixed_order import rows_of_tiles
+from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.ops.triton_fp8 import (
     absolute_maximum,
     hadamard,
     load_pairs,

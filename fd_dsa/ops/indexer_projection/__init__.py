@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy, check_writable
-from fd_dsa.ops._linear import linear
+from fd_dsa.ops.arrays import as_numpy, check_writable
+from fd_dsa.ops.linear import linear
 
 
 def project_on_host(

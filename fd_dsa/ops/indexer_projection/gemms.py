@@ -7,8 +7,8 @@ from typing import Any
 import paddle
 
 from fd_dsa.errors import BackendUnavailable
-from fd_dsa.ops._fixed_order import why_not_by_rows
-from fd_dsa.ops._host import matmul
+from fd_dsa.ops.arrays import matmul
+from fd_dsa.ops.fixed_order import why_not_by_rows
 
 
 def project_by_gemms(

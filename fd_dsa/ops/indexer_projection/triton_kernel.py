@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._fixed_order import rows_of_tiles
-from fd_dsa.ops._host import outer_strides
-from fd_dsa.ops._split_sums import NUM_COUNTERS, clear_counters, scratch_beside, sum_of_parts
-from fd_dsa.ops._triton import step_kernel, stored_values
-from fd_dsa.ops._triton_fp8 import stored
+from fd_dsa.ops.arrays import outer_strides
+from fd_dsa.ops.fixed_order import rows_of_tiles
+from fd_dsa.ops.split_sums import NUM_COUNTERS, clear_counters, scratch_beside, sum_of_parts
+from fd_dsa.ops.step_kernel import step_kernel, stored_values
+from fd_dsa.ops.triton_fp8 import stored
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip

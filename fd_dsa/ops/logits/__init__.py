@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH
-from fd_dsa.ops._host import CACHE_DTYPES, cache_format, check_array, check_shape, result
+from fd_dsa.ops.arrays import CACHE_DTYPES, cache_format, check_array, check_shape, result
+from fd_dsa.ops.fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH
 from fd_dsa.ops.logits.tile_forms import why_not
 from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, call, choose, device_kind
 from fd_dsa.step import ForwardMeta

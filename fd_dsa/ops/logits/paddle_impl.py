@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._fixed_order import fixed_order, two_rows
-from fd_dsa.ops._fp8 import decode_e4m3
-from fd_dsa.ops._gather import gather_index_blocks, gather_index_keys
-from fd_dsa.ops._gemm import batched
-from fd_dsa.ops._host import Scratch, as_numpy
-from fd_dsa.ops._key_bounds import key_bounds
+from fd_dsa.ops.arrays import Scratch, as_numpy
+from fd_dsa.ops.fixed_order import fixed_order, two_rows
+from fd_dsa.ops.fp8 import decode_e4m3
+from fd_dsa.ops.gather import gather_index_blocks, gather_index_keys
+from fd_dsa.ops.host_gemm import batched
+from fd_dsa.ops.key_bounds import key_bounds
 from fd_dsa.step import ForwardMeta
 
-_UNIT_KEYS = 256
-_TILE_BYTES = 8 << 20
+UNIT_KEYS = 256
+"""Keys that are gathered and scored as one unit."""
+TILE_BYTES = 8 << 20
+"""Memory of the keys or scores of one pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class PagedUnits:
     def build(cls, lengths: np.ndarray, block_tables: np.ndarray, block_size: int) -> PagedUnits:
         """Units of rows with `lengths` keys each (int [num_rows], all > 0)."""
         longest = -(-int(lengths.max()) // block_size)
-        per_unit = min(longest, max(1, _UNIT_KEYS // block_size))
+        per_unit = min(longest, max(1, UNIT_KEYS // block_size))
         counts = -(-lengths.astype(np.int64) // (per_unit * block_size))
         row = np.repeat(np.arange(len(counts)), counts)
         first = np.cumsum(counts) - counts
@@ -113,7 +115,7 @@ def score_gathered(
     scratch = scratch or Scratch()
     q_rows, w_rows, blocks = as_numpy(q)[None], as_numpy(weights)[None], as_numpy(cache)
     logits = scratch.take("gathered_logits", (queries, len(key_slots)))
-    step = max(1, _TILE_BYTES // (4 * max(dim, queries * heads)))
+    step = max(1, TILE_BYTES // (4 * max(dim, queries * heads)))
     for start in range(0, len(key_slots), step):
         tile = slice(start, start + step)
         slots = key_slots[tile]
@@ -142,7 +144,7 @@ def score_paged(
     logits = scratch.take(
         "paged_logits", (units.num_rows, queries, units.units_per_row, units.unit_keys)
     )
-    step = max(1, _TILE_BYTES // (units.unit_keys * dim * 4))
+    step = max(1, TILE_BYTES // (units.unit_keys * dim * 4))
     for start in range(0, len(units.row), step):
         tile = slice(start, start + step)
         row, index = units.row[tile], units.blocks[tile].ravel()

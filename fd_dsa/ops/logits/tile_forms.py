@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fd_dsa.ops._fixed_order import fixed_order
+from fd_dsa.ops.fixed_order import fixed_order
 
 BLOCK_SIZE = 64
 """Keys of a page, and rows of a GEMM; other caches are not read."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._fp8 import INDEX_WIDTH
-from fd_dsa.ops._host import allocator_beside
-from fd_dsa.ops._key_bounds import prompt_windows
-from fd_dsa.ops._triton import key_bounds, step_kernel
+from fd_dsa.ops.arrays import allocator_beside
+from fd_dsa.ops.fp8 import INDEX_WIDTH
+from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, decode_form, padded_heads, prompt_form
 from fd_dsa.ops.logits.tile_schedule import TileSchedule
+from fd_dsa.ops.step_kernel import key_bounds, step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 from fd_dsa.triton_runtime.transfers import traits_for

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fd_dsa.ops._key_bounds import prompt_windows
-from fd_dsa.ops._triton import key_bounds, step_kernel
+from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, TileForm
+from fd_dsa.ops.step_kernel import key_bounds, step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 

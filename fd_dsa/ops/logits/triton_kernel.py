@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._host import cache_format
-from fd_dsa.ops._key_bounds import prompt_windows
-from fd_dsa.ops._triton import blocks_of, e4m3_values, key_bounds, step_kernel, stored_values
+from fd_dsa.ops.arrays import cache_format
+from fd_dsa.ops.key_bounds import prompt_windows
+from fd_dsa.ops.step_kernel import blocks_of, e4m3_values, key_bounds, step_kernel, stored_values
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import wait_for_inputs
 

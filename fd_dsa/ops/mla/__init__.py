@@ -6,8 +6,7 @@ from functools import partial
 from typing import Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
-from fd_dsa.ops._host import (
+from fd_dsa.ops.arrays import (
     CACHE_DTYPES,
     allocator_beside,
     as_numpy,
@@ -19,6 +18,7 @@ from fd_dsa.ops._host import (
     dtype_name,
     result,
 )
+from fd_dsa.ops.fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops.providers import activation_dtypes, call, choose, device_kind, function
 
 __all__ = ["dequantize", "sparse_mla"]

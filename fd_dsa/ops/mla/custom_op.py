@@ -13,11 +13,11 @@ from math import prod
 from typing import Any, ClassVar
 
 from fd_dsa import custom_ops
-from fd_dsa.ops._fixed_order import why_not_by_rows
-from fd_dsa.ops._fp8 import LATENT_WIDTH
-from fd_dsa.ops._host import cache_format
-from fd_dsa.ops._library import LibraryKernel, difference, shared_kernel, why_not_compiled
+from fd_dsa.ops.arrays import cache_format
 from fd_dsa.ops.cache_probes import TENSOR_CORE_TOLERANCE, mla_case
+from fd_dsa.ops.fixed_order import why_not_by_rows
+from fd_dsa.ops.fp8 import LATENT_WIDTH
+from fd_dsa.ops.library_kernel import LibraryKernel, difference, shared_kernel, why_not_compiled
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.records import Dequantized
 from fd_dsa.ops.probes import Case
@@ -92,8 +92,8 @@ class CustomAttention(LibraryKernel):
         num_tokens, num_heads, _ = q.shape
         if num_tokens == 0 or num_heads == 0:
             return
-        job = self._job
-        self._bind(q)
+        job = self.job
+        self.bind(q)
         # read 16 bytes at a time
         for name, tensor in (("q", q), ("cache", cache), ("out", out)):
             setattr(job, name, self._address(name, tensor, multiple=16))
@@ -107,11 +107,11 @@ class CustomAttention(LibraryKernel):
         job.dequantized = None
         if dequantized is not None:
             self._name_dequantized(dequantized)
-        self._launch()
+        self.launch()
 
     def _name_dequantized(self, records: Dequantized) -> None:
         """Put addresses and sizes of dequantized records into the structure."""
-        job = self._job
+        job = self.job
         job.dequantized = self._address("values", records.values, multiple=16)
         job.dequantized_blocks = self._address("blocks", records.blocks)
         job.is_dequantized = self._address("is_dequantized", records.is_dequantized)

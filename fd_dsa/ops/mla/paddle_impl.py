@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._fixed_order import fixed_order, row_sums, weighted_sum
-from fd_dsa.ops._gather import gather_latents
-from fd_dsa.ops._gemm import batched
-from fd_dsa.ops._host import Scratch, as_numpy
+from fd_dsa.ops.arrays import Scratch, as_numpy
+from fd_dsa.ops.fixed_order import fixed_order, row_sums, weighted_sum
+from fd_dsa.ops.gather import gather_latents
+from fd_dsa.ops.host_gemm import batched
 
-_TILE_BYTES = 8 << 20
+TILE_BYTES = 8 << 20
+"""Memory of the latents that one pass gathers."""
 # a row that attends to an infinite or NaN key becomes NaN, which is for the sampler to report
 _quiet = np.errstate(invalid="ignore", over="ignore")
 # scores whose exp is far from a float32's least and most
@@ -105,7 +106,7 @@ def attend_gathered(
     lists = indices if isinstance(indices, KeyLists) else KeyLists(as_numpy(indices))
     (num_tokens, topk), width, mask = lists.index.shape, query.shape[2], lists.mask
     out = np.empty((num_tokens, query.shape[1], kv_lora_rank), np.float32)
-    step = max(1, _TILE_BYTES // max(1, topk * width * 4))
+    step = max(1, TILE_BYTES // max(1, topk * width * 4))
     for start in range(0, num_tokens, step):
         tile = slice(start, start + step)
         index = lists.index[tile]

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from math import e, log2
 from typing import Any, NamedTuple
 
-from fd_dsa.ops._fp8_rows import places_of
-from fd_dsa.ops._head_gemm import head_gemm
-from fd_dsa.ops._host import cache_format, matmul
-from fd_dsa.ops._key_bounds import prompt_windows
+from fd_dsa.ops.arrays import cache_format, matmul
+from fd_dsa.ops.fp8_rows import places_of
+from fd_dsa.ops.head_gemm import head_gemm
+from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
 from fd_dsa.step import ForwardMeta
 

@@ -11,14 +11,14 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
-from fd_dsa.ops._fp8 import (
+from fd_dsa.ops.fp8 import (
     LATENT_RECORD_BYTES,
     LATENT_ROPE_AT,
     LATENT_SCALES_AT,
     LATENT_WIDTH,
     ROPE_WIDTH,
 )
-from fd_dsa.ops._triton import e4m3_values, step_kernel
+from fd_dsa.ops.step_kernel import e4m3_values, step_kernel
 from fd_dsa.step import ForwardMeta
 
 import triton  # isort: skip

@@ -12,10 +12,10 @@ from functools import lru_cache
 from math import e, log2, prod
 from typing import Any, NamedTuple
 
-from fd_dsa.ops._fixed_order import fixed_order, rows_of_tiles
-from fd_dsa.ops._host import allocator_beside, cache_format
-from fd_dsa.ops.mla._tiles import RANK, ROPE
+from fd_dsa.ops.arrays import allocator_beside, cache_format
+from fd_dsa.ops.fixed_order import fixed_order, rows_of_tiles
 from fd_dsa.ops.mla.tensor_core_kernel import attend_kernel, combine_kernel
+from fd_dsa.ops.mla.tiles import RANK, ROPE
 from fd_dsa.step.views import Allocate
 
 MAX_SPLITS = 32
@@ -24,8 +24,8 @@ _HOPPER = range(90, 100)
 _PROCESSORS = 132
 # what a program costs beside its tiles, and a second launch, in tiles
 _START_TILES, _COMBINE_TILES = 1.5, 2.0
-# (most splits, columns of a program, num_warps) of the second launch
-_COMBINE = ((4, RANK, 4), (MAX_SPLITS, 128, 4))
+COMBINE_FORMS = ((4, RANK, 4), (MAX_SPLITS, 128, 4))
+"""(max splits, columns of a program, num_warps) of the launch that adds the splits."""
 
 
 class Form(NamedTuple):
@@ -163,7 +163,7 @@ def attend_on_tensor_cores(
         num_stages=form.num_stages,
     )
     if is_split:
-        most, columns, num_warps = next(x for x in _COMBINE if x[0] >= splits)
+        most, columns, num_warps = next(x for x in COMBINE_FORMS if x[0] >= splits)
         combine_kernel[(num_tokens * num_heads, RANK // columns)](
             *(values, partial_lse, out, lse, splits),
             MAX_SPLITS=most,

@@ -10,9 +10,7 @@ Source: the online softmax over splits is that of Flash-Decoding (Dao et al. 202
 
 from __future__ import annotations
 
-from fd_dsa.ops._triton import step_kernel
-from fd_dsa.ops._triton_fp8 import stored, to_bfloat16
-from fd_dsa.ops.mla._tiles import (
+from fd_dsa.ops.mla.tiles import (
     RANK,
     ROPE,
     bfloat16_pairs,
@@ -31,6 +29,8 @@ from fd_dsa.ops.mla._tiles import (
     weighted,
     zeros,
 )
+from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.ops.triton_fp8 import stored, to_bfloat16
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip

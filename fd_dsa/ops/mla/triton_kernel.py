@@ -10,9 +10,9 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
-from fd_dsa.ops._host import cache_format
-from fd_dsa.ops._triton import e4m3_values, step_kernel, stored_values
+from fd_dsa.ops.arrays import cache_format
+from fd_dsa.ops.fp8 import LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
+from fd_dsa.ops.step_kernel import e4m3_values, step_kernel, stored_values
 from fd_dsa.triton_runtime import wait_for_inputs
 
 import triton  # isort: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import (
+from fd_dsa.ops.arrays import (
     as_numpy,
     check_array,
     check_dtype,
@@ -15,8 +15,8 @@ from fd_dsa.ops._host import (
     check_writable,
     dtype_name,
 )
-from fd_dsa.ops._rope import cos_sin_of, rotate_
 from fd_dsa.ops.providers import activation_dtypes, serving
+from fd_dsa.ops.rotations import cos_sin_of, rotate_
 
 __all__ = ["prepare_mla_query"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import outer_strides
-from fd_dsa.ops._triton import step_kernel
-from fd_dsa.ops._triton_fp8 import load_pairs, rotated, store_pairs, stored
+from fd_dsa.ops.arrays import outer_strides
+from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.ops.triton_fp8 import load_pairs, rotated, store_pairs, stored
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip

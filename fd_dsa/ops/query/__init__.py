@@ -8,15 +8,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._fp8 import (
-    INDEX_WIDTH,
-    absolute_maximum,
-    check_scale_fmt,
-    decode_e4m3,
-    index_scale,
-    quantise,
-)
-from fd_dsa.ops._host import (
+from fd_dsa.ops.arrays import (
     as_numpy,
     check_array,
     check_dtype,
@@ -26,9 +18,17 @@ from fd_dsa.ops._host import (
     dtype_name,
     result,
 )
-from fd_dsa.ops._rope import cos_sin_of, rotate_
-from fd_dsa.ops._rope import hadamard as hadamard_rotated
+from fd_dsa.ops.fp8 import (
+    INDEX_WIDTH,
+    absolute_maximum,
+    check_scale_fmt,
+    decode_e4m3,
+    index_scale,
+    quantise,
+)
 from fd_dsa.ops.providers import activation_dtypes, device_kind, serving
+from fd_dsa.ops.rotations import cos_sin_of, rotate_
+from fd_dsa.ops.rotations import hadamard as hadamard_rotated
 
 __all__ = ["indexer_query"]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._triton import step_kernel
-from fd_dsa.ops._triton_fp8 import (
+from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.ops.triton_fp8 import (
     hadamard,
     load_row,
     rotated,

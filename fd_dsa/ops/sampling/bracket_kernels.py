@@ -7,7 +7,6 @@ threads can show.
 
 from __future__ import annotations
 
-from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops.sampling.values import (
     IS_DRAWN,
     LEVELS,
@@ -22,6 +21,7 @@ from fd_dsa.ops.sampling.values import (
     value_of,
     weights_of,
 )
+from fd_dsa.ops.step_kernel import step_kernel
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip

@@ -6,7 +6,6 @@ sums are of integers, so no order of threads can show.
 
 from __future__ import annotations
 
-from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops.sampling.bracket_kernels import bracket, cuts_of
 from fd_dsa.ops.sampling.values import (
     FLAGS,
@@ -25,6 +24,7 @@ from fd_dsa.ops.sampling.values import (
     value_of,
     weights_of,
 )
+from fd_dsa.ops.step_kernel import step_kernel
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip

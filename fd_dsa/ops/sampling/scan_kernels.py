@@ -6,7 +6,6 @@ launches divide it: the floor of min-p, and values at some ranks of a sample of 
 
 from __future__ import annotations
 
-from fd_dsa.ops._triton import step_kernel
 from fd_dsa.ops.sampling import parameters as places
 from fd_dsa.ops.sampling.values import (
     FLAGS,
@@ -34,6 +33,7 @@ from fd_dsa.ops.sampling.values import (
     rank_of,
     value_of,
 )
+from fd_dsa.ops.step_kernel import step_kernel
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip

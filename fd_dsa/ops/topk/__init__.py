@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import allocator_beside, as_numpy, check_array, check_values, result
+from fd_dsa.ops.arrays import allocator_beside, as_numpy, check_array, check_values, result
 from fd_dsa.ops.providers import choose, device_kind, function
 
 __all__ = ["topk_indices"]

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fd_dsa import custom_ops
-from fd_dsa.ops._key_bounds import NO_WINDOWS, PromptWindows
-from fd_dsa.ops._library import LibraryKernel, difference, shared_kernel, why_not_compiled
+from fd_dsa.ops.key_bounds import NO_WINDOWS, PromptWindows
+from fd_dsa.ops.library_kernel import LibraryKernel, difference, shared_kernel, why_not_compiled
 from fd_dsa.ops.probes import Case, topk_case
 from fd_dsa.ops.providers import CUSTOM_OP, Choice, choose
 from fd_dsa.ops.topk import triton_kernel
@@ -70,20 +70,20 @@ class SlotSelector(LibraryKernel):
             if tensor is not known:
                 self._take(read)
                 break
-        rows = self._job
+        rows = self.job
         # not held: a step's scores are large, and another step may reuse their memory
         rows.row_stride, rows.width = logits.stride()[0], logits.shape[1]
         rows.logits = self._address("logits", logits, may_have_gaps=True)
         rows.num_rows = logits.shape[0] if num_rows is None else num_rows
         rows.first_token = first_token
         rows.block_size, rows.num_blocks = block_size, num_blocks
-        self._launch()
+        self.launch()
 
     def _take(self, tensors: tuple[Any, ...]) -> None:
         """Remember other tensors than those of the call before."""
         self._tensors = (None,) * len(tensors)
-        slots, rows = tensors[3], self._job
-        self._bind(slots)
+        slots, rows = tensors[3], self.job
+        self.bind(slots)
         for name, tensor in zip(_TENSORS + _WINDOWS, tensors, strict=True):
             setattr(rows, name, None if tensor is None else self._address(name, tensor))
         rows.k, rows.table_width = slots.shape[1], tensors[2].shape[1]

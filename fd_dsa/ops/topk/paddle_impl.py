@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.arrays import as_numpy
 
 _SIGN = np.uint32(0x80000000)
 _LOW = np.uint64(0xFFFFFFFF)
 _NONE = np.int32(np.iinfo(np.int32).max)
-_TILE_KEYS = 1 << 20
+TILE_KEYS = 1 << 20
+"""Scores that one pass selects from."""
 
 
 def ordered_bits(scores: np.ndarray) -> np.ndarray:
@@ -34,7 +35,7 @@ def select_positions(logits: Any, lengths: Any, k: int) -> np.ndarray:
     if rows == 0 or take == 0:
         return out
     # a key has twice the bytes of a score: rows come in tiles that bound them
-    step = max(1, _TILE_KEYS // width)
+    step = max(1, TILE_KEYS // width)
     for start in range(0, rows, step):
         tile = slice(start, start + step)
         out[tile, :take] = _best_columns(scores[tile], lengths[tile], take)

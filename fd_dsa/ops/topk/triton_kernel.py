@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._key_bounds import NO_WINDOWS, PromptWindows
-from fd_dsa.ops._triton import blocks_of, key_bounds, step_kernel
+from fd_dsa.ops.key_bounds import NO_WINDOWS, PromptWindows
+from fd_dsa.ops.step_kernel import blocks_of, key_bounds, step_kernel
 from fd_dsa.triton_runtime import wait_for_inputs
 
 import triton  # isort: skip

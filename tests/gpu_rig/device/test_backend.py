@@ -10,7 +10,7 @@ import paddle
 import pytest
 
 from fd_dsa.attention import DSAAttentionBackend, StepHints
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.arrays import as_numpy
 from tests.attention.harness import FP8, FinishedKeys, Sizes, World
 from tests.gpu_rig import Rig
 from tests.ops.e4m3 import E4M3_VALUES

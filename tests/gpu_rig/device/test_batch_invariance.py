@@ -115,7 +115,7 @@ def answers(folder: Path, device: str, batch: int, large: bool, **form: Any) -> 
     with LLM(
         folder, tokenizer=demo_model_path(), device=device, dtype="bfloat16", **options | form
     ) as llm:
-        runner = llm._open_engine().runner
+        runner = llm.engine.runner
         captured = form.get("cudagraph_capture_sizes")
         assert captured is None or runner.captured_sizes == captured
         for first in range(0, len(requests), batch):
@@ -124,7 +124,7 @@ def answers(folder: Path, device: str, batch: int, large: bool, **form: Any) -> 
             for output in outputs:
                 scores = [t.score for t in output.logprobs or ()]
                 found.append((output.token_ids, scores))
-        stats = llm._open_engine().stats()
+        stats = llm.engine.stats()
         runner.graphs = None
     gc.collect()
     return found, stats

@@ -100,7 +100,7 @@ def test_logits_are_those_of_eager_steps(
         for step in steps_of(rig):
             wanted = np.array(run_rows(eager, rows_of(step)))
             found = run_rows(graphs, rows_of(step))
-            assert graphs._padded is not None and graphs._padded.num_tokens >= len(step)
+            assert graphs.padded_step is not None and graphs.padded_step.num_tokens >= len(step)
             # GEMMs of the padded size may round otherwise
             bound = (1e-5 if kv_cache_dtype == "float32" else 2e-3) * np.abs(wanted).max()
             np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
@@ -233,14 +233,14 @@ def test_prompts_and_steps_that_are_too_large_stay_eager(rig: Rig) -> None:
         filled(runner)
         for rows in (rows_of(STEPS[1]), [(0, IDS[0][:1], 0, True)], [(1, IDS[1][:3], 0, True)]):
             run_rows(runner, rows)
-            assert runner._padded is None
+            assert runner.padded_step is None
         # of two rows that decode, one is not sampled from
         batch = runner.input_batch
         batch.begin_step()
         for row in rows_of(STEPS[1]):
             batch.add_row(*row)
         assert runner.execute_model(np.array([1])).shape == (1, runner.vocab_size)
-        assert runner._padded is None
+        assert runner.padded_step is None
 
 
 def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -319,7 +319,7 @@ def test_tokens_of_the_demo_model(rig: Rig, demo_folder: Path) -> None:
         for graphs in (False, True):
             options |= {"kv_cache_dtype": kv_cache_dtype, "enforce_eager": True}
             with LLM(str(demo_folder), **options) as llm:
-                runner = llm._open_engine().runner
+                runner = llm.engine.runner
                 if graphs:
                     runner.capture_graphs(sizes, capture_of(rig))
                     assert runner.captured_sizes == sizes
@@ -332,11 +332,11 @@ def test_tokens_of_the_demo_model(rig: Rig, demo_folder: Path) -> None:
 def test_the_engine_captures_by_itself(real_rig: Rig) -> None:
     options = {"max_model_len": 512, "max_num_seqs": 4, "num_gpu_blocks_override": 32}
     with LLM(device=real_rig.device, cudagraph_capture_sizes=(1, 4), **options) as llm:
-        runner = llm._open_engine().runner
+        runner = llm.engine.runner
         assert runner.captured_sizes == (1, 4)
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         llm.generate(["Once upon a time"], params)
-        assert runner._padded is not None and runner._padded.num_tokens == 1
+        assert runner.padded_step is not None and runner.padded_step.num_tokens == 1
         runner.graphs = None
     gc.collect()
 

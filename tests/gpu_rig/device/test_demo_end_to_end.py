@@ -60,8 +60,8 @@ def demo(
 
 def watched_logits(llm: LLM, seen: Callable[[np.ndarray], None]) -> None:
     """Show `seen` the logits of every step."""
-    runner = llm._open_engine().runner
-    original = runner._logits
+    runner = llm.engine.runner
+    original = runner.compute_logits
 
     def logits_of(*given: Any) -> Any:
         logits = original(*given)
@@ -69,7 +69,7 @@ def watched_logits(llm: LLM, seen: Callable[[np.ndarray], None]) -> None:
             seen(logits if isinstance(logits, np.ndarray) else np.array(logits.numpy()))
         return logits
 
-    runner._logits = logits_of
+    runner.compute_logits = logits_of
 
 
 def generated(llm: LLM, large: bool, **others: Any) -> list[Any]:
@@ -152,7 +152,7 @@ def test_every_write_leaves_the_bytes_of_the_cpu(
     replay, steps = Replay(), []
     # the writes of a graph's replay go through no Python; test_captured_decode.py has them
     with demo(demo_folder, device_of(rig), kv_cache_dtype, rig.is_real, enforce_eager=True) as llm:
-        num_layers = llm._open_engine().runner.model.config.num_hidden_layers
+        num_layers = llm.engine.runner.model.config.num_hidden_layers
         # only now: the warm-up reads slots that nobody has written, and any NaN may come of that
         monkeypatch.setattr(device, "write_caches", replay)
         watched_logits(llm, steps.append)
@@ -201,10 +201,10 @@ def test_drafts_change_no_token_on_the_device(
         wanted = [output.token_ids for output in llm.generate(SHORT_PROMPTS, params)]
     method = {"method": "ngram", "num_speculative_tokens": 3}
     with demo(demo_folder, device_of(rig), "float32", False, speculative_config=method) as llm:
-        engine = llm._open_engine()
+        engine = llm.engine
         answers = {(f"0-{i}", 0): tokens for i, tokens in enumerate(wanted)}
         # no measured costs of steps decide how many drafts there are
-        engine._speculator = Speculator(KnowingDrafter(answers, right_share, 4096), 3)
+        engine.speculator = Speculator(KnowingDrafter(answers, right_share, 4096), 3)
         assert [output.token_ids for output in llm.generate(SHORT_PROMPTS, params)] == wanted
         stats = engine.stats()
     assert stats.num_draft_tokens >= 6

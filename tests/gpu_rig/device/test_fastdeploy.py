@@ -164,7 +164,7 @@ def test_steps_copy_nothing_and_wait_for_nothing_in_our_parts(rig: Rig) -> None:
         costs = Costs(rig)
         costs.watch(engine)
         waiting, has_windows = small_jobs(), []
-        while waiting or any(engine._rows):
+        while waiting or any(engine.rows):
             with interpreted_launches() as launches:
                 engine.step(waiting)
             assert costs.take() == {}

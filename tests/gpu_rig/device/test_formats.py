@@ -18,8 +18,8 @@ from fd_dsa.models.loader import fp8_tensors, load_dummy_weights, load_weights, 
 from fd_dsa.models.registry import create_model
 from fd_dsa.models.sources import EMBEDDING
 from fd_dsa.models.weights import HostWeights
-from fd_dsa.ops._device_matrix import Normed
-from fd_dsa.ops._fp8 import encode_e4m3
+from fd_dsa.ops.device_matrix import Normed
+from fd_dsa.ops.fp8 import encode_e4m3
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.step.places import paddle_allocator

@@ -13,6 +13,7 @@ import paddle
 import pytest
 
 from fd_dsa.engine import step_costs
+from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
@@ -73,9 +74,7 @@ class Watching:
     num_ahead = num_after = 0
     was_ahead = False
 
-    def propose(
-        self, step: LaunchedStep, counts: Mapping[Request, int]
-    ) -> dict[Request, list[int]]:
+    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
         runner, begin = self._runner, 0
         if not hasattr(self, "drafts"):
             self.drafts: dict[tuple[str, int], list[int]] = {}
@@ -95,7 +94,7 @@ class Watching:
                 name = request.state.request_id, int(cached[row]) + 1
                 self.drafts[name] = ids[begin + 1 : begin + lengths[row]].tolist()
             begin += int(lengths[row])
-        proposals: dict[Request, list[int]] = super().propose(  # type: ignore[misc]
+        proposals: dict[Request, Drafts] = super().propose(  # type: ignore[misc]
             step, dict.fromkeys(counts, MOST)
         )
         return proposals
@@ -218,9 +217,7 @@ class FixedDrafts(DeviceMtpDrafter):
 
     count = 1
 
-    def propose(
-        self, step: LaunchedStep, counts: Mapping[Request, int]
-    ) -> dict[Request, list[int]]:
+    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
         return super().propose(step, dict.fromkeys(counts, self.count))
 
 
@@ -268,14 +265,14 @@ def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
     engine.add_request("r", [*range(2, 12)], params)
     copies, num_steps, num_more = 2 if bad_words else 1, 0, 0
     while engine.has_unfinished_requests():
-        before = engine._in_flight
+        before = engine.in_flight
         replays.clear()
         with counted_transfers() as transfers:
             engine.step()
-        launched = engine._in_flight
+        launched = engine.in_flight
         if before and before.drafts and launched and launched.drafts:
             num_steps += 1
-            has_more = any(len(drafts) > 1 for drafts in engine._scheduler.proposals.values())
+            has_more = any(len(drafts) > 1 for drafts in engine.scheduler.proposals.values())
             num_more += has_more
             kinds = ["replay", "draw", "draft", *["more"] * has_more]
             assert +replays == Counter(kinds)
@@ -318,7 +315,7 @@ def test_a_start_runs_the_layer_before_any_request(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # kernels may be interpreted
-    monkeypatch.setattr(step_costs, "_PATIENCE_S", 60.0)
+    monkeypatch.setattr(step_costs, "MAX_MEASURING_S", 60.0)
     runner = make_runner(rig.device)
     tokens, queue = set(), DeviceDraws.queue_drafts
     with monkeypatch.context() as patch:

@@ -10,8 +10,8 @@ import paddle
 import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.ops._split_sums import new_scratch
 from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer
+from fd_dsa.ops.split_sums import new_scratch
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.triton_runtime import transfers

@@ -47,10 +47,10 @@ class Turns(HostGroup):
 
     turn = threading.Lock()
 
-    def _take(self, fd: int) -> None:
+    def wait_eventfd(self, fd: int) -> None:
         self.turn.release()
         try:
-            super()._take(fd)
+            super().wait_eventfd(fd)
         finally:
             self.turn.acquire()
 

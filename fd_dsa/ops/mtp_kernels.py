@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._dense_kernels import empty_beside
-from fd_dsa.ops._triton import step_kernel
-from fd_dsa.ops._triton_fp8 import stored, widened
+from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.ops.triton_fp8 import stored, widened
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip

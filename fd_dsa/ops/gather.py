@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fd_dsa.ops._fp8 import (
+from fd_dsa.ops.arrays import Scratch
+from fd_dsa.ops.fp8 import (
     INDEX_WIDTH,
     LATENT_ROPE_AT,
     LATENT_SCALES_AT,
@@ -20,7 +21,6 @@ from fd_dsa.ops._fp8 import (
     TILE_WIDTH,
     decode_e4m3,
 )
-from fd_dsa.ops._host import Scratch
 
 
 def gather_rows(cache: np.ndarray, index: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:

@@ -75,7 +75,7 @@ def key_bounds(
 ):
     """First key of each token and the end of its keys, int32; (0, 0) of what is not live.
 
-    See `_key_bounds.py`; pointers from `offsets_ptr` on are None in steps of decode tokens only.
+    See `key_bounds.py`; pointers from `offsets_ptr` on are None in steps of decode tokens only.
     """
     row = tl.zeros_like(token) + batch_id
     live = live & (row >= 0)

@@ -28,6 +28,7 @@ class LibraryKernel:
         size: name of the C function that gives the bytes of its structure.
         structure: what it is called with.
         cases: small cases on which it has to agree with the definition before it serves.
+        job: the structure that the next launch reads.
 
     Raises:
         BackendUnavailable: the library is of another release.
@@ -45,20 +46,20 @@ class LibraryKernel:
                 f"fd_dsa_ops: {self.launcher} takes another structure than this fd_dsa passes; "
                 f"build it again: {build_command()}"
             )
-        self._kernels, self._job = kernels, self.structure()
-        self._function, self._argument = getattr(kernels, self.launcher), ctypes.byref(self._job)
+        self._kernels, self.job = kernels, self.structure()
+        self._function, self._argument = getattr(kernels, self.launcher), ctypes.byref(self.job)
         self._stream: Callable[[], ctypes.c_void_p]
         self._api: Any = None
         self._device = -1
 
-    def _bind(self, tensor: Any) -> None:
+    def bind(self, tensor: Any) -> None:
         """Launch on the device of a tensor."""
         api = api_for_type(type(tensor))
         device = api.device_of(tensor)
         if (api, device) != (self._api, self._device):
             self._api, self._device, self._stream = api, device, Transfers(api, device).stream
 
-    def _launch(self) -> None:
+    def launch(self) -> None:
         """Queue the kernel on the current stream of the device that was bound last.
 
         The structure is read during the call, so it may change between two calls.

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import paddle
 
-from fd_dsa.ops._cublaslt import padded_rows
-from fd_dsa.ops._triton_fp8 import absolute_maximum, magnitude, over_448, quotient, to_e4m3
+from fd_dsa.ops.cublaslt import padded_rows
+from fd_dsa.ops.triton_fp8 import absolute_maximum, magnitude, over_448, quotient, to_e4m3
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip

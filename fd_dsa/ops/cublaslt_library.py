@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.errors import BackendUnavailable, DeviceError
-from fd_dsa.ops._library import why_not_compiled
+from fd_dsa.ops.library_kernel import why_not_compiled
 from fd_dsa.triton_runtime.driver import cuda
 
 _NAMES = "libcublasLt.so.13", "libcublasLt.so.12"

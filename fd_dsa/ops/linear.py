@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._gemm import HostMatrix
-from fd_dsa.ops._host import as_numpy, on_device
+from fd_dsa.ops.arrays import as_numpy, on_device
+from fd_dsa.ops.host_gemm import HostMatrix
 
 
 def rows_at(x: Any, index: Any) -> Any:
     """Rows `index`, integers [n], of x [num_rows, width]; on a CPU `x` is a NumPy array."""
     if isinstance(x, np.ndarray):
         return x[as_numpy(index)]
-    from fd_dsa.ops import _dense_kernels
+    from fd_dsa.ops import dense_kernels
 
-    return _dense_kernels.rows_at(x, index)
+    return dense_kernels.rows_at(x, index)
 
 
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import paddle
 
 from fd_dsa.errors import BackendUnavailable, DeviceError
-from fd_dsa.ops._cublaslt import cublaslt_for
-from fd_dsa.ops._cublaslt_library import why_not_fp8
-from fd_dsa.ops._dense_kernels import quantize_rows, rms_norm, silu_and_mul
-from fd_dsa.ops._expert_kernels import expert_gemm
-from fd_dsa.ops._fixed_order import fixed_order
-from fd_dsa.ops._fp8_gemm import fp8_linear
-from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows
-from fd_dsa.ops._head_gemm import head_gemm, linear_in_one_order
-from fd_dsa.ops._host import allocator_beside, dtype_name, matmul, on_device
-from fd_dsa.ops._linear import values_of
+from fd_dsa.ops.arrays import allocator_beside, dtype_name, matmul, on_device
+from fd_dsa.ops.cublaslt import cublaslt_for
+from fd_dsa.ops.cublaslt_library import why_not_fp8
+from fd_dsa.ops.dense_kernels import quantize_rows, rms_norm, silu_and_mul
+from fd_dsa.ops.expert_kernels import expert_gemm
+from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.fp8_gemm import fp8_linear
+from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows
+from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
+from fd_dsa.ops.linear import values_of
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.transfers import traits_for
 

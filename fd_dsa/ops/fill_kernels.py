@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fd_dsa.ops._triton import step_kernel
-from fd_dsa.ops._triton_fp8 import to_bfloat16, to_e4m3
+from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.ops.triton_fp8 import to_bfloat16, to_e4m3
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy, check_values
+from fd_dsa.ops.arrays import as_numpy, check_values
 
 
 def cos_sin_of(operator: str, position_ids: Any, cos_sin_cache: Any) -> np.ndarray:

@@ -13,15 +13,15 @@ from typing import Any
 import paddle
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._dense_kernels import empty_beside, sigmoid
-from fd_dsa.ops._expert_gemm import block_sizes, configuration, expert_gemm_kernel
-from fd_dsa.ops._expert_gemm_cuda import ExpertGemm, kernel_for, suits
-from fd_dsa.ops._fixed_order import rows_of_tiles
-from fd_dsa.ops._fp8_gemm import Tiling, check_weight, native_fp8
-from fd_dsa.ops._fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of
-from fd_dsa.ops._host import dtype_name
-from fd_dsa.ops._triton import step_kernel
-from fd_dsa.ops._triton_fp8 import stored, widened
+from fd_dsa.ops.arrays import dtype_name
+from fd_dsa.ops.dense_kernels import empty_beside, sigmoid
+from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
+from fd_dsa.ops.fixed_order import rows_of_tiles
+from fd_dsa.ops.fp8_gemm import Tiling, check_weight, native_fp8
+from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of
+from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.ops.triton_fp8 import stored, widened
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 from fd_dsa.triton_runtime.transfers import traits_for
 

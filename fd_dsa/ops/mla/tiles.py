@@ -7,7 +7,7 @@ padding.
 
 from __future__ import annotations
 
-from fd_dsa.ops._fp8 import (
+from fd_dsa.ops.fp8 import (
     LATENT_RECORD_BYTES,
     LATENT_ROPE_AT,
     LATENT_SCALES_AT,
@@ -15,8 +15,8 @@ from fd_dsa.ops._fp8 import (
     ROPE_WIDTH,
     TILE_WIDTH,
 )
-from fd_dsa.ops._triton import e4m3_values
-from fd_dsa.ops._triton_fp8 import stored
+from fd_dsa.ops.step_kernel import e4m3_values
+from fd_dsa.ops.triton_fp8 import stored
 from fd_dsa.triton_runtime import INTERPRETING
 
 import triton  # isort: skip

@@ -13,9 +13,9 @@ from typing import Any
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable
-from fd_dsa.ops._fixed_order import why_not_by_rows
-from fd_dsa.ops._fp8_rows import GROUP
-from fd_dsa.ops._library import LibraryKernel, shared_kernel, why_not_compiled
+from fd_dsa.ops.fixed_order import why_not_by_rows
+from fd_dsa.ops.fp8_rows import GROUP
+from fd_dsa.ops.library_kernel import LibraryKernel, shared_kernel, why_not_compiled
 from fd_dsa.triton_runtime.transfers import traits_for
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,8 @@ class ExpertGemm(LibraryKernel):
         `x` and `weight` are codes and scales, see `expert_gemm`; `taken` is int32 [1], of this
         launch alone. Cost: a memset and one launch; no allocation, no wait.
         """
-        job = self._job
-        self._bind(out)
+        job = self.job
+        self.bind(out)
         for name, tensor in (("x", x[0]), ("weight", weight[0]), ("out", out)):
             setattr(job, name, self._address(name, tensor, multiple=16))
         others = {"x_scales": x[1], "weight_scales": weight[1], "pairs": pairs, "counts": counts}
@@ -75,7 +75,7 @@ class ExpertGemm(LibraryKernel):
         job.row_pairs = out.shape[0] // x[0].shape[0]
         (job.num_experts, _, job.width), job.columns = weight[0].shape, out.shape[1]
         job.is_gated, job.round_scales = gated, round_scales
-        self._launch()
+        self.launch()
 
 
 def suits(num_rows: int, num_pairs: int, num_experts: int, columns: int, width: int) -> bool:
@@ -91,7 +91,7 @@ def suits(num_rows: int, num_pairs: int, num_experts: int, columns: int, width: 
 
 def kernel_for(codes: Any) -> ExpertGemm | None:
     """The kernel for codes on their device; None: Triton's serves. Logged once a device."""
-    reason = why_not_by_rows() or why_not_compiled() or _why_not_device(codes)
+    reason = why_not_by_rows() or why_not_compiled() or unsupported_reason(codes)
     return _kernel_for(custom_ops.build().kernels, reason)
 
 
@@ -111,7 +111,7 @@ def _kernel_for(kernels: Any, reason: str) -> ExpertGemm | None:
     return found
 
 
-def _why_not_device(codes: Any) -> str:
+def unsupported_reason(codes: Any) -> str:
     """Why the kernel does not run where a tensor is; "" if it does."""
     capability = traits_for(codes).capability
     return "" if capability == _HOPPER else f"the GPU is of capability {capability}, not {_HOPPER}"

@@ -21,7 +21,7 @@ import numpy as np
 
 from fd_dsa.environment import batch_invariant
 from fd_dsa.errors import ConfigError
-from fd_dsa.ops._host import as_numpy, matmul, staged
+from fd_dsa.ops.arrays import as_numpy, matmul, staged
 from fd_dsa.step.host_tensor import as_tensor
 
 logger = logging.getLogger(__name__)
@@ -108,14 +108,14 @@ def check_fixed_order(device: str, num_ranks: int = 1) -> None:
         )
         return
     orders = (False, True)
-    if not all(_rows_agree(*sizes, order) for sizes in _PROBE_SIZES for order in orders):
+    if not all(rows_agree(*sizes, order) for sizes in _PROBE_SIZES for order in orders):
         raise ConfigError(
             "FD_DSA_BATCH_INVARIANT: got 1, but on this machine a row of a GEMM depends on the "
             "number of rows; set MKL_CBWR=AUTO,STRICT before the process starts, or unset it"
         )
 
 
-def _rows_agree(width: int, out: int, transpose_y: bool) -> bool:
+def rows_agree(width: int, out: int, transpose_y: bool) -> bool:
     """Whether rows of a GEMM have the same bits beside any number of other rows."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((max(_PROBE_ROWS), width)).astype(np.float32)

@@ -18,8 +18,8 @@ from operator import or_
 from typing import Any, NamedTuple
 
 from fd_dsa.errors import DeviceError, LaunchError, ShapeError
-from fd_dsa.ops._cublaslt_library import Functions, library
-from fd_dsa.ops._host import check_array
+from fd_dsa.ops.arrays import check_array
+from fd_dsa.ops.cublaslt_library import Functions, library
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
 from fd_dsa.triton_runtime.transfers import Transfers

@@ -5,7 +5,7 @@ step's gathered keys, of which row b has those from `cu_seqlens_kg[b]` on, so th
 positions `ks - cu_seqlens_kg[b]` and `ke - cu_seqlens_kg[b]` of the row. A bound outside of the
 row's gathered keys is clipped to them. A decode token sees all keys up to its own position.
 
-Device code reads the same arrays, see `key_bounds` of `_triton.py`.
+Device code reads the same arrays, see `key_bounds` of `step_kernel.py`.
 
 Source: `ks` and `ke` of PaddlePaddle/FastDeploy #7598.
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fd_dsa.errors import MissingStepError
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.step import ForwardMeta
 
 

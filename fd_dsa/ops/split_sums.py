@@ -25,7 +25,8 @@ NUM_PARTIALS = 1 << 22
 MOST_SPLITS = 16
 
 _logger = logging.getLogger(__name__)
-_OF_DEVICE: dict[Any, Any] = {}
+SCRATCH: dict[Any, Any] = {}
+"""Scratch memory by operator and device."""
 _COUNTERS = tl.constexpr(NUM_COUNTERS)
 
 
@@ -92,7 +93,7 @@ def scratch_beside(like: Any, operator: str, num_partials: int = NUM_PARTIALS) -
     # interpreted kernels also run on what has no number, such as a CPU's memory
     place = str(getattr(like, "place", "")) if INTERPRETING else api.device_of(like)
     key = operator, api, place
-    scratch = _OF_DEVICE.get(key)
+    scratch = SCRATCH.get(key)
     if scratch is None:
         if transfers_for(like).is_capturing():
             _logger.warning(
@@ -101,7 +102,7 @@ def scratch_beside(like: Any, operator: str, num_partials: int = NUM_PARTIALS) -
                 operator,
             )
             return None
-        scratch = _OF_DEVICE.setdefault(key, new_scratch(like, num_partials))
+        scratch = SCRATCH.setdefault(key, new_scratch(like, num_partials))
     return scratch
 
 

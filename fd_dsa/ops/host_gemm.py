@@ -24,21 +24,21 @@ import numpy as np
 
 from fd_dsa.environment import cpu_threads
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops._fixed_order import fixed_order, two_rows
-from fd_dsa.ops._host import as_numpy, matmul, staged
-from fd_dsa.ops._packed import OneDNN, onednn
+from fd_dsa.ops.arrays import as_numpy, matmul, staged
+from fd_dsa.ops.fixed_order import fixed_order, two_rows
+from fd_dsa.ops.packed_weights import OneDNN, onednn
 from fd_dsa.step.host_tensor import as_tensor
 
 _INT, _FLOAT, _POINTER, _CHAR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_char
-# multiplications of a GEMM up to which NumPy's is faster, whose BLAS takes one thread for them
-_SMALL = 1 << 19
-# values of a weight from which on packing it pays
-_LARGE = 1 << 17
+MIN_SGEMM_PRODUCTS = 1 << 19
+"""Multiplications below which NumPy's GEMM is faster, because its BLAS takes one thread."""
+MIN_PACKED_VALUES = 1 << 17
+"""Values of a weight from which packing is worthwhile."""
 _FLOAT32, _ONE = np.dtype(np.float32), np.float32(1.0)
 
 
 @cache
-def _libraries() -> tuple[Any, Any, Any] | None:
+def load_libraries() -> tuple[Any, Any, Any] | None:
     """oneDNN's function, the OpenMP runtime that it runs on, oneDNN; None where Paddle has none."""
     import paddle
 
@@ -79,7 +79,7 @@ def _separate_signal_stack() -> None:
         change(ctypes.byref(stack), None)
 
 
-class _Thread(threading.local):
+class ThreadState(threading.local):
     """A thread's `sgemm`, None without one: OpenMP counts threads for each thread that calls it."""
 
     sgemm: Callable[..., int] | None
@@ -88,7 +88,7 @@ class _Thread(threading.local):
         """Bind it in the thread's first GEMM: Paddle is imported by that, not by this module."""
         if name != "sgemm":
             raise AttributeError(name)
-        self.sgemm, libraries = None, None if fixed_order() else _libraries()
+        self.sgemm, libraries = None, None if fixed_order() else load_libraries()
         if libraries is not None:
             self.sgemm, set_threads, _ = libraries
             _separate_signal_stack()
@@ -98,7 +98,7 @@ class _Thread(threading.local):
         return self.sgemm
 
 
-_thread = _Thread()
+thread_state = ThreadState()
 
 
 class HostMatrix:
@@ -125,12 +125,12 @@ class HostMatrix:
         self._address = _address(self.array)
         self._operand = self.array.T if transposed else self.array
         self._packed: tuple[OneDNN, Any] | None = None
-        self._few = 0 if fixed_order() else _SMALL // max(1, rows * self._leading)
+        self._few = 0 if fixed_order() else MIN_SGEMM_PRODUCTS // max(1, rows * self._leading)
 
     def pack(self) -> None:
         """Bring a large weight into the order of oneDNN's kernels: it cannot be loaded again."""
-        libraries = None if fixed_order() else _libraries()
-        if libraries is None or self.array.size < _LARGE or self._mode == b"T":
+        libraries = None if fixed_order() else load_libraries()
+        if libraries is None or self.array.size < MIN_PACKED_VALUES or self._mode == b"T":
             return
         engine = onednn(libraries[2])
         memory = engine.pack(self.array)
@@ -149,7 +149,7 @@ class HostMatrix:
             out = np.empty((num_tokens, self.out_width), np.float32)
         if num_tokens < self._few:
             return x.dot(self._operand, out)
-        sgemm = _thread.sgemm
+        sgemm = thread_state.sgemm
         if sgemm is None:
             product = matmul(staged(x), self.tensor, transpose_y=self._mode == b"T")
             np.copyto(out, as_numpy(product))
@@ -196,7 +196,7 @@ class HostMatrix:
             raise ShapeError(f"gemm: x is {x.shape}, the weight {self.array.shape}")
         if num_tokens < self._few:
             return np.matmul(x.transpose(1, 0, 2), self.array).transpose(1, 0, 2)
-        sgemm = _thread.sgemm
+        sgemm = thread_state.sgemm
         if sgemm is None:
             by_head = x.transpose(1, 0, 2)
             rows = two_rows(by_head) if fixed_order() else by_head
@@ -233,7 +233,7 @@ def times_of_spans(
     """
     packed = spans[0][0]._packed
     # the thread's first GEMM binds its number of processors
-    if packed is None or _thread.sgemm is None:
+    if packed is None or thread_state.sgemm is None:
         for weight, start, end in spans:
             rows, result = x[start:end], out[start:end]
             if end - start < weight._few:
@@ -252,9 +252,9 @@ def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.nd
     """
     count, rows, width = x.shape
     columns, leading = y.shape[1 if transpose_y else 2], y.strides[1] >> 2
-    if rows * width * columns < _SMALL and not fixed_order():
+    if rows * width * columns < MIN_SGEMM_PRODUCTS and not fixed_order():
         return np.matmul(x, y.transpose(0, 2, 1) if transpose_y else y)
-    sgemm = _thread.sgemm
+    sgemm = thread_state.sgemm
     if sgemm is None:
         y = as_tensor(np.ascontiguousarray(y))
         return as_numpy(matmul(staged(x), y, transpose_y=transpose_y))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.arrays import as_numpy
 
 # values that become float64 at a time, and stay in a core's cache
 _CHUNK = 1 << 16

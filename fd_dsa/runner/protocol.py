@@ -1,0 +1,137 @@
+"""Interface between an engine and its runner: the calls of a step, and optional parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.runner.counters import StepCounters
+from fd_dsa.runner.input_batch import Draw, InputBatch
+
+Logits = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+
+
+class Runner(Protocol):
+    """Runs the model on the step that an engine assembles in `input_batch`."""
+
+    @property
+    def input_batch(self) -> InputBatch:
+        """Rows of the step; their sizes bound a step."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits."""
+
+    @property
+    def info(self) -> RunnerInfo:
+        """Optional parts of the runner, as they are now."""
+
+    def execute_model(self, logits_indices: Indices) -> Logits:
+        """Run the step and wait for its logits.
+
+        Args:
+            logits_indices: int64 [n]; flat tokens of the step whose logits are wanted, n may be 0.
+
+        Returns:
+            float32 [n, vocab_size]; valid until the next step.
+        """
+
+
+class SlotSampling(Protocol):
+    """Sampler on a device, which keeps the parameters of each batch row."""
+
+    def set_slot(
+        self,
+        slot: int,
+        parameters: SlotParameters,
+        prompt_token_ids: Sequence[int] = (),
+        output_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Set how the tokens of a row are sampled.
+
+        Args:
+            slot: batch row.
+            parameters: of the request in the row.
+            prompt_token_ids, output_token_ids: known tokens, if the parameters penalize them.
+        """
+
+    def read_drafts(self) -> Callable[[], Indices]:
+        """Enqueue a copy of the draft tokens; the result waits for it."""
+
+
+class SamplingRunner(Protocol):
+    """Runner that samples on its device, so the host need not wait for the logits."""
+
+    @property
+    def draws(self) -> SlotSampling:
+        """Sampler of the device."""
+
+    def queue_model(self, logits_indices: Indices, draw: Draw) -> None:
+        """Enqueue the step without its sampling; `draw` comes before the next step.
+
+        Args:
+            logits_indices: as for `execute_model`, at least one.
+            draw: how a token is sampled from each row of logits.
+        """
+
+    def draw(self, masks: Sequence[npt.NDArray[np.int32]] = ()) -> Callable[[], Indices]:
+        """Enqueue the sampling of the step that `queue_model` enqueued.
+
+        Args:
+            masks: allowed tokens of the masked rows, int32 [ceil(vocab_size / 32)] each.
+
+        Returns:
+            Function that waits for the sampled tokens, int64.
+        """
+
+
+class SelectionRunner(Protocol):
+    """Runner that shows which keys the indexer selected."""
+
+    def execute_watched(
+        self, logits_indices: Indices, tokens: Sequence[int] | Indices
+    ) -> tuple[Logits, list[list[Indices]]]:
+        """Run the step as `execute_model` does, and collect selections.
+
+        Args:
+            logits_indices: as for `execute_model`.
+            tokens: flat tokens whose selections are wanted.
+
+        Returns:
+            The logits; and for each token and layer the selected positions, ascending int64 [n].
+        """
+
+
+class OtherRanks(Protocol):
+    """Processes that run each step together with this one."""
+
+    def on_failure(self, call: Callable[[Any], object]) -> None:
+        """Call a function with the error when a process fails."""
+
+    def close(self) -> None:
+        """End the processes."""
+
+
+@dataclass(frozen=True)
+class RunnerInfo:
+    """Optional parts of a runner.
+
+    Attributes:
+        sampling: samples on the device; None if only the host samples.
+        selections: shows the indexer's selections; None if they stay in device memory.
+        counters: counts of the steps that were run, or None.
+        captured_sizes: rows of the decode steps that are replayed from graphs, ascending.
+        ranks: processes that run each step too; None without any.
+    """
+
+    sampling: SamplingRunner | None = None
+    selections: SelectionRunner | None = None
+    counters: StepCounters | None = None
+    captured_sizes: tuple[int, ...] = ()
+    ranks: OtherRanks | None = None
