@@ -1,6 +1,6 @@
 """Chat from Python: a conversation of two turns, without a server.
 
-python examples/chat.py
+.venv/bin/python examples/chat.py
 """
 
 from __future__ import annotations

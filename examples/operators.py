@@ -2,7 +2,7 @@
 
 Decodes one token of one sequence with five cached keys. Operators need neither engine nor model.
 
-python examples/operators.py
+.venv/bin/python examples/operators.py
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """A runner of one's own: the engine schedules, caches and samples for any model.
 
-The model of this example is the alphabet: after `c` comes `d`. A runner has three things:
-`input_batch`, which the engine fills before each step, `vocab_size`, and `execute_model`.
+The model of this example is the alphabet: after `c` comes `d`. The interface of a runner is
+`fd_dsa.runner.protocol.Runner`: `input_batch`, which the engine fills before each step,
+`vocab_size`, `execute_model`, and `info`, which names optional parts.
 
-python examples/runner.py
+.venv/bin/python examples/runner.py
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.engine import LLMEngine, Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.protocol import RunnerInfo
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 END = len(LETTERS)
@@ -24,6 +26,8 @@ class AlphabetRunner:
     """Computes logits that favor the next letter, and the end after `z`."""
 
     vocab_size = len(LETTERS) + 1
+    # this runner samples on no device and shows no selections
+    info = RunnerInfo()
 
     def __init__(self, input_batch: InputBatch) -> None:
         self.input_batch = input_batch

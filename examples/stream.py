@@ -1,6 +1,6 @@
 """Stream two answers at the same time, and stop one of them early.
 
-python examples/stream.py
+.venv/bin/python examples/stream.py
 """
 
 from __future__ import annotations

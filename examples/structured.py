@@ -2,7 +2,7 @@
 
 Needs the extra `structured`: pip install 'fd_dsa[cpu,structured]'
 
-python examples/structured.py
+.venv/bin/python examples/structured.py
 """
 
 from __future__ import annotations

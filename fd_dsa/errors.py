@@ -20,11 +20,16 @@ def shorten(value: object) -> str:
     return _SHORT.repr(value)
 
 
+# from here on two names look like one misspelt: --prot and --port, not --trust-remote-code and
+# --request-rate, which share a few letters
+_NEAR = 0.7
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """Find the known name that a wrong name most likely stands for."""
     names = list(known)
     begun = [one for one in names if len(name) > 3 and one.startswith(name)]
-    return next(iter(begun or get_close_matches(name, names, n=1)), None)
+    return next(iter(begun or get_close_matches(name, names, 1, _NEAR)), None)
 
 
 class FdDsaError(Exception):

@@ -213,7 +213,7 @@ def test_the_line_of_a_server_with_keys_is_answered(tmp_path: Path) -> None:
     keys = ("secret-1", "secret-2")
     with serving(tmp_path, body=FAKE, env={"FD_DSA_API_KEY": ",".join(keys)}) as server:
         ready, curl = server.ready, server.line().strip()
-        assert "Try, after export FD_DSA_API_KEY=... with a key of this server:" in ready
+        assert "to a key of this server (export FD_DSA_API_KEY=KEY):" in ready
         # the variable of the shell may have one key, or the value that the server has
         for value, status in ((keys[1], 0), (",".join(keys), 0), ("another", 22)):
             done = _run(f"{curl} --fail --silent", tmp_path, FD_DSA_API_KEY=value)

@@ -34,19 +34,21 @@ class KnownDrafts:
         # place in the output of the draft on its way
         self._places: dict[Any, int] = {}
 
-    def propose(self, step: Any, counts: Mapping[Any, int]) -> dict[Any, list[int]]:
-        """One token a request."""
+    def propose(self, step: Any, counts: Mapping[Any, int]) -> dict[Any, Any]:
+        """Propose one token for each request."""
+        from fd_dsa.engine.draft_state import Drafts
+
         if self._drafter is not None:
             self._drafter.propose(step, counts)
         proposals = {}
         for request in counts:
             answer = self.answers.get(request.state.request_id, [])
             place = len(request.output_token_ids)
-            if request.drawn_row >= 0:
+            if request.pending_row >= 0:
                 place += 1 + (self._places.get(request) == place)
             self._places[request] = place
             proposals[request] = answer[place:][:1]
-        return proposals
+        return {request: Drafts(tokens) for request, tokens in proposals.items()}
 
 
 class Engine(gpu_engine.Engine):

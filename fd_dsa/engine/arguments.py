@@ -122,7 +122,7 @@ CALL_HINTS: Mapping[str, str] = {
     "reasoning_effort": 'write chat_template_kwargs={"reasoning_effort": LEVEL}',
     "system": 'write a message {"role": "system", "content": TEXT}',
     "tool_choice": "leave tools out for no call; the server's chat completions take tool_choice",
-    "use_tqdm": "write stream=True for outputs as they come",
+    "use_tqdm": "leave it out, no progress is printed; stream=True gives outputs as they come",
 }
 """As `SAMPLING_HINTS`, for LLM.generate and LLM.chat."""
 

@@ -1,8 +1,9 @@
-"""What is known of one request's drafts: how many pay."""
+"""Draft tokens of a request, and acceptance statistics that choose their number."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -13,6 +14,29 @@ _WEIGHT = 0.05
 _FIRST_COUNT = 3
 # share of the way back to the usual rate in a step without the draft
 _DRIFT = 1 / 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Draft tokens of a request for one step.
+
+    Attributes:
+        tokens: their ids, or their indices in the `TokenBuffer` if only the device has the ids.
+        is_pending: True if `tokens` are indices.
+    """
+
+    tokens: list[int]
+    is_pending: bool = False
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def first(self, count: int) -> Drafts:
+        """Return the first `count` drafts."""
+        return Drafts(self.tokens[:count], self.is_pending)
+
+
+NO_DRAFTS = Drafts([])
 
 
 class DraftState:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.ops.sampling.parameters import NOT_FINITE
+from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

@@ -26,7 +26,7 @@ from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import is_out_of_memory
-from fd_dsa.ops.sampling.parameters import NOT_FINITE
+from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.protocol import Runner
 
@@ -354,7 +354,7 @@ class LLMEngine:
         token_ids = tokens.tolist()
         offer_tokens(sampling, token_ids)
         for request, token_id, score in zip(sampling, token_ids, scores, strict=True):
-            request.drawn_row = -1
+            request.pending_row = -1
             if token_id < 0:
                 outputs.append(self._fail(request, token_id))
                 continue

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts
 from fd_dsa.engine.output import TopkPositions
 from fd_dsa.engine.request import Request
 from fd_dsa.runner.input_batch import Draw, InputBatch
@@ -28,8 +29,7 @@ class LaunchedStep:
         num_decode_tokens, num_prefill_tokens: of the step.
         prefill_context: of the scheduler.
         scheduled: all requests of the step in the order of their rows.
-        drafts: of requests of `sampling`, which have a row of logits for each one more; negative
-            where they are on a device alone, see `InputBatch.add_rows`.
+        drafts: drafts of requests of `sampling`, which have one more row of logits for each.
         num_rejected: those of them that have proved wrong.
         known_drafts: as of `DeviceDraws.read_drafts`, where masks need the drafts of a device.
         places: what is drawn on a device; None: the host samples from `logits`.
@@ -47,7 +47,7 @@ class LaunchedStep:
     num_prefill_tokens: int
     prefill_context: int
     scheduled: list[Request] = field(default_factory=list)
-    drafts: Mapping[Request, list[int]] = field(default_factory=dict)
+    drafts: Mapping[Request, Drafts] = field(default_factory=dict)
     num_rejected: dict[Request, int] = field(default_factory=dict)
     known_drafts: Callable[[], npt.NDArray[np.int64]] | None = None
     places: Draw | None = None
@@ -59,7 +59,7 @@ class LaunchedStep:
     @property
     def first_rows(self) -> list[int]:
         """First row of `logits` of each request of `sampling`, then the number of their rows."""
-        counts = [1 + len(self.drafts.get(request, ())) for request in self.sampling]
+        counts = [1 + len(self.drafts.get(request, NO_DRAFTS)) for request in self.sampling]
         return list(accumulate(counts, initial=0))
 
     def count_ahead(self) -> None:
@@ -67,8 +67,9 @@ class LaunchedStep:
         self.is_in_flight = True
         for row, request in enumerate(self.sampling):
             if request.finish_reason is None and request not in self.late:
-                request.drawn_row, request.num_unverified = row, len(self.drafts.get(request, ()))
-                request.num_computed_tokens += request.num_unverified
+                num_drafts = len(self.drafts.get(request, NO_DRAFTS))
+                request.pending_row, request.num_unverified = row, num_drafts
+                request.num_computed_tokens += num_drafts
 
     def leave_out(self, request: Request) -> None:
         """Give a request no token; its last token is computed again when the mask is there."""
@@ -122,7 +123,7 @@ class LaunchedStep:
 
 
 def assemble(
-    batch: InputBatch, scheduled: list[Request], drafts: Mapping[Request, list[int]]
+    batch: InputBatch, scheduled: list[Request], drafts: Mapping[Request, Drafts]
 ) -> tuple[list[Request], list[tuple[Request, int]], npt.NDArray[np.int64]]:
     """Fill the input batch with a step.
 
@@ -137,7 +138,7 @@ def assemble(
     """
     batch.begin_step()
     slots, lengths, computed, are_prefills = list[int](), list[int](), list[int](), list[bool]()
-    ids = list[int]()
+    ids, pending = list[int](), dict[int, int]()
     sampling: list[Request] = []
     sampled: list[int] = []
     reading, read = [], []
@@ -150,11 +151,18 @@ def assemble(
         # as Request.is_decode, of the chunk: only the token sampled last is missing
         is_decode = samples and end - begin == 1 and request.num_output_tokens > 0
         are_prefills.append(not is_decode)
-        ids += request.token_ids[begin:end] if request.drawn_row < 0 else [-1 - request.drawn_row]
+        if request.pending_row < 0:
+            ids += request.token_ids[begin:end]
+        else:
+            pending[len(ids)] = request.pending_row
+            ids.append(0)
         last = len(ids) - 1
         if samples:
             sampling.append(request)
-            ids += drafts.get(request, ())
+            own = drafts.get(request, NO_DRAFTS)
+            if own.is_pending:
+                pending.update(enumerate(own.tokens, len(ids)))
+            ids += [0] * len(own) if own.is_pending else own.tokens
             sampled += range(last, len(ids))
         else:
             batch.following[last] = request.token_ids[end]
@@ -164,8 +172,8 @@ def assemble(
             if unread:
                 reading.append((request, len(unread)))
                 read += [last + 1 - end + position for position in unread]
-    batch.add_rows(slots, lengths, ids, computed, are_prefills)
-    batch.follows[slots] = [request.drawn_row for request in scheduled]
+    batch.add_rows(slots, lengths, ids, computed, are_prefills, pending)
+    batch.follows[slots] = [request.pending_row for request in scheduled]
     return sampling, reading, np.array(sampled + read, np.int64)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.speculation import Drafter
@@ -34,9 +35,7 @@ class MtpDrafter(Drafter):
         self._runner, self._batch = runner, runner.input_batch
         self._sampler = StepSampler(runner, runner.input_batch.max_num_seqs)
 
-    def propose(
-        self, step: LaunchedStep, counts: Mapping[Request, int]
-    ) -> dict[Request, list[int]]:
+    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
         """Run the layer; drafts of the requests that want some."""
         batch, runner, wanting = self._batch, self._runner, list(counts)
         next_ids, last = self._next_tokens(step)
@@ -60,7 +59,7 @@ class MtpDrafter(Drafter):
             wanting = [wanting[place] for place in kept]
             tokens = list(range(len(kept)))
             logits = runner.predict_more(batch.ids_remove_padding[tokens], tokens, kept)
-        return proposals
+        return {request: Drafts(tokens) for request, tokens in proposals.items()}
 
     def _next_tokens(self, step: LaunchedStep) -> tuple[Int64, dict[Request, int]]:
         """The token after each one of the step, and the last token that stands of each request.
@@ -80,17 +79,15 @@ class MtpDrafter(Drafter):
 class DeviceMtpDrafter(MtpDrafter):
     """The same on a device, queued before the tokens of a step have come that is in flight.
 
-    Drafts stay where they are, and are named by where they are (`LaunchedStep.drafts`). Further
-    drafts are queued for all requests, as the host does not know where a row ends: past its blocks
-    they lack a key, and stand less often.
+    Drafts stay on the device, where later steps find them as pending tokens. Further drafts are
+    queued for all requests because the host does not know where a row ends. Drafts past the blocks
+    of a row lack a key and are accepted less often.
 
     Args:
         runner: has `draws`, `draft` and the `forward_meta` of a step.
     """
 
-    def propose(
-        self, step: LaunchedStep, counts: Mapping[Request, int]
-    ) -> dict[Request, list[int]]:
+    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
         """Queue the layer and the drafts, from what was drawn or the host has sampled."""
         requests, runner, draws = step.sampling, self._runner, self._runner.draws
         if step.draw is None:
@@ -103,7 +100,10 @@ class DeviceMtpDrafter(MtpDrafter):
             draws.go_on(runner.forward_meta, next_ids, places)
         runner.draft(len(requests), max(counts.values(), default=0))
         return {
-            request: [-1 - draws.draft_row(depth, row) for depth in range(counts[request])]
+            request: Drafts(
+                [draws.buffer.draft(depth, row) for depth in range(counts[request])],
+                is_pending=True,
+            )
             for row, request in enumerate(requests)
             if request in counts
         }

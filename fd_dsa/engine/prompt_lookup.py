@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.speculation import Drafter
@@ -59,14 +60,12 @@ class PromptLookup(Drafter):
     def __init__(self, longest: int, shortest: int) -> None:
         self._longest, self._shortest = longest, shortest
 
-    def propose(
-        self, step: LaunchedStep, counts: Mapping[Request, int]
-    ) -> dict[Request, list[int]]:
+    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
         """Drafts of requests that have got a token, at most so many each."""
         proposals = {}
         for request, count in counts.items():
             # where none pays, what has come since is listed later
             if (state := request.drafts) is not None:
                 own = state.memory or LookupIndex(request.token_ids, self._longest, self._shortest)
-                state.memory, proposals[request] = own, own.following(count)
+                state.memory, proposals[request] = own, Drafts(own.following(count))
         return proposals

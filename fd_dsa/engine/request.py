@@ -36,9 +36,10 @@ class Request:
         token_ids: prompt and output so far; what must be in the cache before the next token.
         num_computed_tokens: leading tokens of `token_ids` whose keys are in the cache.
         num_scheduled_tokens: tokens of the step being prepared.
-        drawn_row: place in the draw that gives its next token, while that is on its way; -1 else.
-        num_unverified: drafts that are on their way too, and may not stand. All counts of tokens
-            include them, so they are upper bounds then.
+        pending_row: place of its pending token among the samples of the step in flight; -1 = it has
+            no pending token.
+        num_unverified: drafts in flight, which may be rejected. All counts of tokens include them,
+            so the counts are upper bounds then.
         block_keys: names of the full blocks of `token_ids` in the prefix cache.
         slot: row of the input batch; -1 while waiting.
         scheduled_time, preempted_time: when it first got a row, and last lost one; seconds of
@@ -70,7 +71,7 @@ class Request:
     output_token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
-    drawn_row: int = -1
+    pending_row: int = -1
     num_unverified: int = 0
     block_keys: BlockKeys = field(init=False)
     logprobs: OutputLogprobs | None = None
@@ -126,12 +127,12 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Tokens of prompt and output, those that are on their way included."""
-        return len(self.token_ids) + (self.drawn_row >= 0) + self.num_unverified
+        return len(self.token_ids) + (self.pending_row >= 0) + self.num_unverified
 
     @property
     def num_output_tokens(self) -> int:
         """Tokens of the output, those that are on their way included."""
-        return len(self.output_token_ids) + (self.drawn_row >= 0) + self.num_unverified
+        return len(self.output_token_ids) + (self.pending_row >= 0) + self.num_unverified
 
     @property
     def is_decode(self) -> bool:
@@ -175,7 +176,7 @@ class Request:
 
     def forget_draw(self) -> None:
         """The token on its way will not come; it is to be computed again."""
-        self.drawn_row, self.num_unverified = -1, 0
+        self.pending_row, self.num_unverified = -1, 0
         self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from fd_dsa.engine.draws import RowDraw
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.ops.sampling.parameters import GREEDY_BELOW, HOTTEST, NO_TOKEN, NOT_FINITE, mix
+from fd_dsa.ops.sampling.parameters import GREEDY_BELOW, HOTTEST, mix
+from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

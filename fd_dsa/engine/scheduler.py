@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from fd_dsa.engine.block_manager import BlockManager
+from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import FinishReason
@@ -83,8 +84,8 @@ class Scheduler:
         target_gap_s: float = 0.0,
         lookahead: int = 0,
     ) -> None:
-        self.proposals: dict[Request, list[int]] = {}
-        self.drafts: dict[Request, list[int]] = {}
+        self.proposals: dict[Request, Drafts] = {}
+        self.drafts: dict[Request, Drafts] = {}
         self._may_draft, self._lookahead = True, lookahead
         self._blocks = blocks
         self._batch = batch
@@ -148,7 +149,7 @@ class Scheduler:
                 # the token of a prompt's end is one of the prompts' tokens
                 if request.is_decode:
                     self._held.append(request)
-            elif request.drawn_row < 0 or request.num_output_tokens < request.max_tokens:
+            elif request.pending_row < 0 or request.num_output_tokens < request.max_tokens:
                 (decoding if request.is_decode else prefilling).append(request)
             elif request.num_unverified:
                 self._held.append(request)
@@ -258,11 +259,11 @@ class Scheduler:
         for request in self._scheduled[: self._num_decoding] if self.proposals else ():
             # the last token of an output is never computed
             most = min(budget, request.max_tokens - request.num_output_tokens - 1)
-            drafts = self.proposals.get(request, [])[: max(most, 0)]
+            drafts = self.proposals.get(request, NO_DRAFTS).first(max(most, 0))
             tokens = request.num_tokens + len(drafts)
             if drafts and not self._allocate(request, tokens, len(self.running)):
                 room = len(self._blocks.blocks_of(request.arrival)) * self._blocks.block_size
-                drafts = drafts[: room - request.num_tokens]
+                drafts = drafts.first(room - request.num_tokens)
             if drafts:
                 self.drafts[request] = drafts
                 budget -= len(drafts)
@@ -298,7 +299,7 @@ class Scheduler:
             # asked first: it is compiled while the request waits for a row
             if request.grammar is not None and not request.grammar.is_ready:
                 break
-            if request.drawn_row >= 0 or request.is_unsettled:
+            if request.pending_row >= 0 or request.is_unsettled:
                 break
             if budget <= 0 or self._spare_logits <= 0 or len(self.running) >= self._most_rows:
                 break

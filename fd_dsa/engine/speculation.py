@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draft_state import DraftState
+from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts, DraftState
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.step_costs import StepCosts
-from fd_dsa.ops.sampling.parameters import REJECTED
+from fd_dsa.ops.sampling.token_buffer import REJECTED
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +36,14 @@ class Drafter:
 
     is_layer, usual_rate = False, 0.6
 
-    def propose(
-        self, step: LaunchedStep, counts: Mapping[Request, int]
-    ) -> dict[Request, list[int]]:
+    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
         """Tokens that may follow those of some requests.
 
         Args:
             step: the one that has just given its requests their tokens, or will give them.
             counts: most drafts of each request that wants some.
         """
-        return {request: [0] * count for request, count in counts.items()}
+        return {request: Drafts([0] * count) for request, count in counts.items()}
 
 
 class Speculator:
@@ -128,12 +126,12 @@ class Speculator:
             outputs += append(step, rows, *given)
             stands = []
             for request in rows:
-                drafts = step.drafts.get(request, ())
+                drafts = step.drafts.get(request, NO_DRAFTS)
                 is_left_out = request.finish_reason == "error" or request in step.late
                 if is_left_out or len(drafts) <= depth:
                     continue
                 if tokens is None:
-                    is_right = drafts[depth] == request.token_ids[-1]
+                    is_right = drafts.tokens[depth] == request.token_ids[-1]
                 else:
                     is_right = bool(tokens[first[request] + depth + 1] != REJECTED)
                 accepted[request] += is_right
@@ -155,7 +153,7 @@ class Speculator:
             request.state.num_accepted_tokens += count
         return outputs
 
-    def propose(self, step: LaunchedStep) -> dict[Request, list[int]]:
+    def propose(self, step: LaunchedStep) -> dict[Request, Drafts]:
         """Drafts of the next step, as many as pay by what the steps taken so far have shown."""
         num_rows, counts = len(step.sampling), dict[Request, int]()
         # for requests that leave now too: others may share the blocks that the step filled
@@ -188,7 +186,7 @@ class Speculator:
             self.waits = any(proposals.values())
             # those here would come before the tokens on their way
             proposals = {} if step.is_in_flight else proposals
-        for request, proposal in proposals.items():
-            if proposal and proposal[0] >= 0 and request.grammar is not None:
-                del proposal[request.grammar.count_allowed(proposal) :]
+        for request, drafts in proposals.items():
+            if drafts and not drafts.is_pending and request.grammar is not None:
+                proposals[request] = drafts.first(request.grammar.count_allowed(drafts.tokens))
         return proposals

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
 from fd_dsa.environment import batch_invariant
-from fd_dsa.ops.sampling.parameters import MAX_ENTRIES, NO_TOKEN, SlotParameters
+from fd_dsa.ops.sampling.parameters import MAX_ENTRIES, SlotParameters
+from fd_dsa.ops.sampling.token_buffer import NO_TOKEN
 from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.protocol import Runner
 
@@ -71,7 +73,7 @@ class StepSampler:
         for (first, end), request in zip(pairwise(firsts), sampling, strict=True):
             if request.rules and request.rules.needs_mask:
                 masked += range(first, end)
-                if step.drafts.get(request, (0,))[0] < 0 and step.known_drafts is None:
+                if step.drafts.get(request, NO_DRAFTS).is_pending and step.known_drafts is None:
                     step.known_drafts = device.draws.read_drafts()
         step.places = Draw(slots, positions, firsts, masked)
         device.queue_model(logits_indices, step.places)
@@ -87,7 +89,8 @@ class StepSampler:
             self.read_drafts(step)
         for request in step.sampling if step.places.masked else ():
             if request.rules is not None and request.rules.needs_mask:
-                drafts, has_ended = step.drafts.get(request, ()), request.finish_reason is not None
+                drafts = step.drafts.get(request, NO_DRAFTS).tokens
+                has_ended = request.finish_reason is not None
                 size = self._vocab_size
                 made = request.rules.masks(size, drafts, has_ended)
                 if made is None:
@@ -101,12 +104,12 @@ class StepSampler:
 
     def read_drafts(self, step: LaunchedStep) -> None:
         """Fill in drafts that a device has, of a step that needs masks or that the host samples."""
-        if any(drafts[0] < 0 for drafts in step.drafts.values()):
+        if any(drafts.is_pending for drafts in step.drafts.values()):
             assert self._device is not None, "only a device has drafts that the host has not"
             ids = (step.known_drafts or self._device.draws.read_drafts())()
             step.drafts = {
-                request: ids[-1 - np.array(places)].tolist()
-                for request, places in step.drafts.items()
+                request: Drafts(ids[drafts.tokens].tolist())
+                for request, drafts in step.drafts.items()
             }
 
     def forget(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from fd_dsa.ops.dense_kernels import rows_at
 from fd_dsa.ops.sampling.sampler import DeviceSampler
+from fd_dsa.ops.sampling.token_buffer import TokenBuffer
 from fd_dsa.ops.sampling.verify_kernel import (
     FOLLOW_BLOCK,
     extend_kernel,
@@ -24,9 +25,6 @@ from fd_dsa.ops.sampling.verify_kernel import (
 from fd_dsa.step import StepHints
 from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.transfers import transfers_for, uploaded
-
-# kernels have one form for all views that begin at multiples of 16 bytes
-_ALIGNED = 32
 
 
 class DeviceDraws:
@@ -41,7 +39,7 @@ class DeviceDraws:
         model: whose layer drafts, if it has one.
 
     Attributes:
-        first_row: where the tokens of a draw are, among those that `follow` gives to steps.
+        buffer: layout of the token buffer.
     """
 
     def __init__(
@@ -52,20 +50,15 @@ class DeviceDraws:
         most_drafts: int = 0,
         model: Any = None,
     ) -> None:
-        self._num_slots, self._most_drafts = max_num_seqs, most_drafts
-        rows = (1 + most_drafts) * max_num_seqs
+        self.buffer = buffer = TokenBuffer(max_num_seqs, most_drafts)
+        rows, self._stride = buffer.num_rows, buffer.stride
         self._sampler = DeviceSampler(max_num_seqs, vocab_size, allocate, rows)
-        self._stride = stride = -(-max_num_seqs // _ALIGNED) * _ALIGNED
-        # with drafts the newest token of each request; the tokens of a draw, by row; then those of
-        # each draft, by the rows that they were drawn in
-        self.first_row = stride if most_drafts else 0
-        self._first_draft = self.first_row + -(-rows // _ALIGNED) * _ALIGNED
-        self._tokens = allocate((self._first_draft + most_drafts * stride,), "int64")
-        self._sampler.tokens = self._tokens[self.first_row : self._first_draft]
+        self._tokens = allocate((buffer.size,), "int64")
+        self._sampler.tokens = self._tokens[buffer.sample : buffer.draft(0, 0)]
         # where requests go on: the flat tokens that their next drafts come after; their slots, -1
         # without a request; positions of the drafts in their outputs; tokens in the cache
-        self._next = allocate((4 * stride,), "int32")
-        self._known = self._next[3 * stride :]
+        self._next = allocate((4 * buffer.stride,), "int32")
+        self._known = self._next[3 * buffer.stride :]
         self._no_masks = uploaded(allocate, np.full(rows, -1, np.int32))
         self._transfers = transfers = transfers_for(self._tokens)
         # of the draw that is taken, and of the next one
@@ -98,13 +91,13 @@ class DeviceDraws:
             logits: float32 [num_padded_rows, vocab_size] on the device, contiguous.
             step: the runner's record of it.
         """
-        sampler, most, draw = self._sampler, self._most_drafts, step.draw
+        sampler, most, draw = self._sampler, self.buffer.max_drafts, step.draw
         slots, positions = draw.slots, draw.positions
         verified = (step.ids_remove_padding, step.sampled, most) if most else None
         sampler.sample(logits, slots, positions, draw.mask_rows, verified=verified)
         if most:
             # of requests that it has not, too: a step of further drafts may have more rows
-            verify_kernel[(self._num_slots,)](
+            verify_kernel[(self.buffer.max_num_seqs,)](
                 sampler.tokens, step.ids_remove_padding, step.sampled, slots, positions,
                 draw.firsts, step.seq_lens_decoder, step.seq_lens_this_time, self._next,
                 self._tokens, sampler.records, sampler.counts, STRIDE=self._stride, MOST=most,
@@ -141,7 +134,7 @@ class DeviceDraws:
         states = self._kept[:num_requests]
         new, cached, tokens = (x[: step.block_tables.shape[0]] for x in self._lengths)
         for depth in range(1, count):
-            begin = self.draft_row(depth - 1, 0)
+            begin = self.buffer.draft(depth - 1, 0)
             ids = self._tokens[begin : begin + num_requests]
             extend_kernel[(1,)](
                 self._next, cached, tokens, num_requests, tokens.shape[0], depth,
@@ -161,20 +154,17 @@ class DeviceDraws:
 
     def _draw_drafts(self, states: Any, depth: int) -> None:
         """Queue the draw of a draft of each request, as of any token, with `depth` before it."""
-        rows, stride, begin = states.shape[0], self._stride, self.draft_row(depth, 0)
+        rows, stride, begin = states.shape[0], self._stride, self.buffer.draft(depth, 0)
         slots, positions = (self._next[i * stride : i * stride + rows] for i in (1, 2))
         logits, drafts = self._mtp.head.times(states), self._tokens[begin : begin + rows]
         self._sampler.sample(logits, slots, positions, self._no_masks[:rows], drafts)
-
-    def draft_row(self, depth: int, row: int) -> int:
-        """What `follow` calls the draft of a row, and `InputBatch.add_rows`."""
-        return self._first_draft + depth * self._stride + row
 
     def read_drafts(self) -> Callable[[], np.ndarray]:
         """Queue the copy of all drafts; a wait for the draw before them then waits for it too.
 
         Returns:
-            What waits for them: int64, by `draft_row`, valid until the next call.
+            A function that waits for them and returns the token buffer, int64 [buffer.size], valid
+            until the next call.
         """
         (ids, copy), (*_, copied) = self._known_tokens, self._results[-1]
         copy.queue(ids.nbytes)
@@ -224,16 +214,15 @@ class DeviceDraws:
         return taken
 
     def follow(self, step: Any) -> None:
-        """Give a step what the draw before has left to it: tokens, and how long its rows are.
+        """Resolve the pending tokens of a step and correct the lengths of its rows.
 
-        An id of -1 - i is the newest token of request i, that of a row, see `first_row`, or a
-        draft, see `draft_row`. It may be captured: a step that goes on from no draw stays as it is.
+        The work may be captured. A step without pending tokens stays as it is.
 
         Args:
-            step: the runner's record of it, whose metadata is yet to be made.
+            step: the runner's record of the step, before its metadata is made.
         """
         cached, draw = step.seq_lens_decoder, step.draw
-        sizes = (cached.shape[0], draw.slots.shape[0]) if self._most_drafts else (0, 0)
+        sizes = (cached.shape[0], draw.slots.shape[0]) if self.buffer.max_drafts else (0, 0)
         rows = cached, step.follows, draw.slots, draw.positions
         self._follow(step.ids_remove_padding, *rows, *sizes)
 

@@ -8,13 +8,17 @@ FastDeploy's `share_inputs` (worker/input_batch.py): a prefill row has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import add, ge
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fd_dsa.errors import CapacityError
+from fd_dsa.ops.sampling.token_buffer import staged_ids
+
+_NONE_PENDING: Mapping[int, int] = MappingProxyType({})
 
 
 class Draw(NamedTuple):
@@ -43,11 +47,15 @@ class InputBatch:
         seq_lens_this_time: int32 [max_num_seqs]; tokens of the row in this step, 0 when idle.
         block_tables: int32 [max_num_seqs, max_blocks_per_seq]; physical blocks, -1 = none.
         ids_remove_padding: int64 [max_num_tokens]; token ids of the step, packed in row order.
+        pending: int32 [max_num_tokens]; index of each pending token in the `TokenBuffer`, -1 = the
+            id is known.
+        has_pending: True if the step has a pending token.
         num_tokens, num_prefill_tokens: tokens of this step so far.
         max_seqlen_k: longest row after this step, tokens; 0 without rows.
         num_rows: 1 + the highest row that has tokens in this step.
-        follows: int32 [max_num_seqs]; the request of the draw before from which a row goes on, -1 =
-            none. Its `seq_lens_decoder` is then an upper bound.
+        follows: int32 [max_num_seqs]; request of the step before that a row continues, by its place
+            among the requests that were sampled, -1 = none. Its `seq_lens_decoder` is then an
+            upper bound.
         following: the token after a chunk that ends inside of a prompt, by the flat last token.
     """
 
@@ -63,6 +71,7 @@ class InputBatch:
         self.follows = np.full(max_num_seqs, -1, np.int32)
         self.block_tables = np.full((max_num_seqs, max_blocks_per_seq), -1, np.int32)
         self.ids_remove_padding = np.zeros(max_num_tokens, np.int64)
+        self.pending = np.full(max_num_tokens, -1, np.int32)
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -72,6 +81,7 @@ class InputBatch:
         self.seq_lens_this_time[:] = 0
         self.follows[:] = -1
         self.num_tokens = 0
+        self.has_pending = False
         self.num_prefill_tokens = 0
         self.max_seqlen_k = 0
         self.num_rows = 0
@@ -97,16 +107,17 @@ class InputBatch:
         token_ids: Sequence[int],
         num_computed_tokens: Sequence[int],
         are_prefills: Sequence[bool],
+        pending: Mapping[int, int] = _NONE_PENDING,
     ) -> None:
         """Have the tokens of some rows join this step, after those that it has.
 
         Args:
             rows: rows of the batch; they must come in ascending order, each once a step.
             num_new: tokens of each row to run, at least one.
-            token_ids: those of all rows, one after another; -1 - i for one that request i of the
-                draw before gets, with `DeviceDraws.draft_row` for i of one of its drafts.
+            token_ids: token ids of all rows, one after another; 0 for a pending token.
             num_computed_tokens: tokens of each row whose keys are in the cache already.
             are_prefills: whether the tokens belong to the prompt (any chunk of it).
+            pending: place of each pending token in `token_ids` -> its index in the `TokenBuffer`.
 
         Raises:
             ValueError: rows out of order, or one without a token.
@@ -129,6 +140,10 @@ class InputBatch:
             )
         prompts = [new if is_one else 0 for new, is_one in zip(num_new, are_prefills, strict=True)]
         self.ids_remove_padding[begin:end] = token_ids
+        self.pending[begin:end] = -1
+        if pending:
+            self.pending[begin:end][list(pending)] = list(pending.values())
+            self.has_pending = True
         self.seq_lens_encoder[rows] = prompts
         self.seq_lens_decoder[rows] = num_computed_tokens
         self.seq_lens_this_time[rows] = num_new
@@ -136,21 +151,28 @@ class InputBatch:
         self.num_prefill_tokens += sum(prompts)
         self.max_seqlen_k = max(self.max_seqlen_k, *map(add, num_computed_tokens, num_new))
 
-    def next_tokens(self, drawn: Sequence[int] | np.ndarray = (), first_row: int = 0) -> np.ndarray:
-        """The token after each one of the step, or what `DeviceDraws` calls one that it will draw.
+    def staged_ids(self) -> np.ndarray:
+        """Return the token ids of the step as a device takes them, int64 [num_tokens]."""
+        ids = self.ids_remove_padding[: self.num_tokens]
+        return staged_ids(ids, self.pending[: self.num_tokens]) if self.has_pending else ids
+
+    def next_tokens(
+        self, sampled: Sequence[int] | np.ndarray = (), first_sample: int = 0
+    ) -> np.ndarray:
+        """Return the token after each token of the step as a device takes it, int64 [num_tokens].
 
         Args:
-            drawn: flat tokens of the rows of the draw, after others than which the tokens are
+            sampled: flat tokens after which a token is sampled; the tokens after all others are
                 known.
-            first_row: of DeviceDraws.
+            first_sample: index of the first sample in the `TokenBuffer`.
         """
-        rows = np.arange(-1 - first_row, -1 - first_row - len(drawn), -1)
-        if len(drawn) == self.num_tokens:
-            return rows
-        next_ids = np.roll(self.ids_remove_padding[: self.num_tokens], -1)
-        next_ids[list(self.following)] = list(self.following.values())
-        next_ids[np.asarray(drawn, np.int64)] = rows
-        return next_ids
+        tokens, following = slice(self.num_tokens), list(self.following)
+        next_ids = np.roll(self.ids_remove_padding[tokens], -1)
+        pending = np.roll(self.pending[tokens], -1)
+        next_ids[following], pending[following] = list(self.following.values()), -1
+        samples = range(first_sample, first_sample + len(sampled))
+        pending[np.asarray(sampled, np.int64)] = samples
+        return staged_ids(next_ids, pending)
 
     def state(self) -> tuple[Any, ...]:
         """The step as `restore` takes it, for another process."""
@@ -158,6 +180,7 @@ class InputBatch:
         return (
             (self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows),
             self.ids_remove_padding[: self.num_tokens],
+            self.pending[: self.num_tokens],
             self.seq_lens_encoder[:rows],
             self.seq_lens_decoder[:rows],
             self.seq_lens_this_time[:rows],
@@ -166,11 +189,12 @@ class InputBatch:
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Have the step of a batch of the same sizes, by its `state`."""
-        counts, ids, *lengths, tables = state
+        counts, ids, pending, *lengths, tables = state
         self.begin_step()
         self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows = counts
         self.num_rows = rows
-        self.ids_remove_padding[: len(ids)] = ids
+        self.ids_remove_padding[: len(ids)], self.pending[: len(ids)] = ids, pending
+        self.has_pending = bool((pending >= 0).any())
         own = (self.seq_lens_encoder, self.seq_lens_decoder, self.seq_lens_this_time)
         for target, values in zip(own, lengths, strict=True):
             target[:rows] = values

@@ -166,8 +166,7 @@ class ModelRunner(Preparation):
                 # the layer runs when rows that have ended have lost their blocks
                 inputs = (*inputs[:-1], inputs[-1].copy())
         step = Step(hints, *inputs, self.caches, backend, placed, host_lengths=lengths)
-        # tokens that a draw before still gives
-        self._begin(step, is_deferred=batch.ids_remove_padding[:tokens].min(initial=0) < 0)
+        self._begin(step, has_pending=batch.has_pending)
         return step
 
     def _stage(self, sampled: np.ndarray, draw: Draw) -> tuple[np.ndarray, ...]:
@@ -175,15 +174,15 @@ class ModelRunner(Preparation):
         assert self._to_device is not None and self.draws is not None
         batch, next_ids = self.input_batch, ()
         if draw.slots and self._mtp is not None:
-            next_ids = batch.next_tokens(sampled, self.draws.first_row)
+            next_ids = batch.next_tokens(sampled, self.draws.buffer.sample)
         inputs = host_inputs(batch, sampled)
         self._to_device.stage(inputs, draw, next_ids)
         return inputs
 
-    def _begin(self, step: Step, is_deferred: bool) -> None:
-        """Queue the metadata of a step on what a draw leaves to it; may be captured on a device."""
+    def _begin(self, step: Step, has_pending: bool) -> None:
+        """Resolve the pending tokens of a step, then make its metadata; may be captured."""
         self.forward_meta = step
-        if self.draws is not None and is_deferred:
+        if self.draws is not None and has_pending:
             self.draws.follow(step)
         step.attn_backend.init_attention_metadata(step)
 

@@ -75,7 +75,7 @@ class Preparation:
         """Run steps of a warm-up; `last_decode` goes on from the draw of the one before it."""
         for rows in steps:
             follows = self.draws is not None and rows is last_decode
-            last = np.array([self._only_rows(rows, token_id=-follows)])
+            last = np.array([self._only_rows(rows, is_pending=follows)])
             if self.draws is None:
                 self.execute_model(last)
                 continue
@@ -174,26 +174,28 @@ class Preparation:
         hints = StepHints(tokens, is_prompt * tokens, padded.max_seqlen_k, tokens)
         backend = self.attn_backends[0]
         step = Step(hints, *inputs, self.caches, backend, draw, host_lengths=lengths)
-        self._begin(step, is_deferred=True)
+        self._begin(step, has_pending=True)
         return self._forward(step, reads_all=not is_prompt)
 
     def _longest_row(self) -> int:
         """Tokens that the table of a row reaches to."""
         return self.input_batch.block_tables.shape[1] * self.input_batch.block_size
 
-    def _only_rows(self, rows: Sequence[tuple[int, int, bool]], token_id: int = 0) -> int:
+    def _only_rows(self, rows: Sequence[tuple[int, int, bool]], is_pending: bool = False) -> int:
         """Fill rows alone, all with the same blocks; index of the last token.
 
         Args:
             rows: of each its tokens, those before them, and whether they are of a prompt.
-            token_id: of all tokens.
+            is_pending: True if all tokens are the first sample of the step before.
         """
         batch = self.input_batch
         batch.begin_step()
         for row, (tokens, done, _) in enumerate(rows):
             batch.set_blocks(row, range(-(-(done + tokens) // batch.block_size)))
         tokens, done, are_prefills = zip(*rows, strict=True)
-        batch.add_rows(range(len(rows)), tokens, [token_id] * sum(tokens), done, are_prefills)
+        ids = [0] * sum(tokens)
+        pending = dict.fromkeys(range(len(ids)), 0) if is_pending else {}
+        batch.add_rows(range(len(rows)), tokens, ids, done, are_prefills, pending)
         return batch.num_tokens - 1
 
     def _forget_rows(self) -> None:

@@ -90,7 +90,7 @@ def host_inputs(batch: InputBatch, sampled: np.ndarray) -> tuple[np.ndarray, ...
     """
     rows = batch.num_rows
     return (
-        batch.ids_remove_padding[: batch.num_tokens],
+        batch.staged_ids(),
         batch.seq_lens_encoder[:rows],
         batch.seq_lens_decoder[:rows],
         batch.seq_lens_this_time[:rows],

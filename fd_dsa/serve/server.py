@@ -131,7 +131,9 @@ def curl_line(url: str, model: str, max_model_len: int, chat: bool, num_keys: in
 
 def key_hint(num_keys: int) -> str:
     """Return what to do before the `curl` line of a server with `num_keys` keys, "" if nothing."""
-    return f", after export {KEY_VARIABLE}=... with a key of this server" if num_keys else ""
+    if not num_keys:
+        return ""
+    return f", with {KEY_VARIABLE} set to a key of this server (export {KEY_VARIABLE}=KEY)"
 
 
 class DrainingServer(uvicorn.Server):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
+from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.request import Request
 
 
@@ -41,14 +42,15 @@ class KnowingDrafter:
         """Tokens of the output so far."""
         return len(request.output_token_ids)
 
-    def propose(self, step: object, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
+    def propose(self, step: object, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
         proposals = {}
         for request, count in counts.items():
             following = self.answer(request)[self.num_taken(request) :][:count]
-            proposals[request] = [
+            tokens = [
                 token
                 if self._draw.random() < self._share
                 else self._draw.randrange(self._vocab_size)
                 for token in following
             ]
+            proposals[request] = Drafts(tokens)
         return proposals

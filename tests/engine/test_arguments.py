@@ -128,7 +128,7 @@ def test_structured_outputs_name_the_argument(given, expected):
         (("ab",), {"temperature": 0}, "write sampling_params=SamplingParams(temperature=...)"),
         (("ab",), {"temperature_": 0}, "write sampling_params=SamplingParams(temperature=...)"),
         (("ab",), {"sampling_param": GREEDY}, "write sampling_params"),
-        (("ab",), {"use_tqdm": False}, "use_tqdm: got False; must be an argument of LLM.generate"),
+        (("ab",), {"use_tqdm": False}, "must be an argument of LLM.generate; leave it out"),
         ((), {"prompt_token_ids": [[2]]}, "give the token ids as prompts"),
     ],
 )

@@ -43,9 +43,9 @@ class GreedyRunner(FakeRunner):
         """All slots are greedy."""
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
-        ids = self.input_batch.ids_remove_padding[: self.input_batch.num_tokens]
-        deferred = np.flatnonzero(ids < 0)
-        ids[deferred] = self._drawn[-1 - ids[deferred]]
+        batch = self.input_batch
+        deferred = np.flatnonzero(batch.pending[: batch.num_tokens] >= 0)
+        batch.ids_remove_padding[deferred] = self._drawn[batch.pending[deferred]]
         self.log.append("run")
         return super().execute_model(logits_indices)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fd_dsa.engine.logit_rules import BadWords, LogitRules, TokenCounts
 from fd_dsa.engine.sampler import Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.ops.sampling.parameters import NO_TOKEN, NOT_FINITE
+from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
 from tests.engine.reference_sampler import ref_adjusted, ref_distribution, ref_token, ref_uniform
 
 VOCAB_SIZE = 77

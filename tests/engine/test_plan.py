@@ -80,7 +80,7 @@ def test_proposals_of_the_folder(tmp_path: Path) -> None:
 
 def test_a_proposal_that_no_request_could_make(tmp_path: Path) -> None:
     folder = folder_that_proposes(tmp_path, top_p=1.5)
-    with pytest.raises(ConfigError, match=r"generation_config\.json: top_p is 1\.5"):
+    with pytest.raises(ConfigError, match=r"generation_config\.json: top_p: got 1\.5"):
         make_plan(EngineConfig(model=folder))
 
 

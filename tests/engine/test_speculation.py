@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.engine.draft_state import DraftState
+from fd_dsa.engine.draft_state import Drafts, DraftState
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
 from fd_dsa.engine.reasoning import Reasoning
@@ -140,10 +140,10 @@ class CheckedLookup(PromptLookup):
 
     num_drafts = 0
 
-    def propose(self, step: Any, counts: Any) -> dict[Any, list[int]]:
+    def propose(self, step: Any, counts: Any) -> dict[Any, Drafts]:
         proposals = super().propose(step, counts)
         for request, drafts in proposals.items():
-            assert drafts == searched(request.token_ids, counts[request])
+            assert drafts.tokens == searched(request.token_ids, counts[request])
             self.num_drafts += len(drafts)
         return proposals
 
@@ -244,7 +244,7 @@ class CountedLayer(KnowingDrafter):
 
     num_steps = 0
 
-    def propose(self, step: Any, counts: Any) -> dict[Any, list[int]]:
+    def propose(self, step: Any, counts: Any) -> dict[Any, Drafts]:
         self.num_steps += 1
         return super().propose(step, counts)
 
@@ -269,7 +269,7 @@ class TimedDrafts(Drafter):
 
     now = 0.0
 
-    def propose(self, step: Any, counts: Any) -> dict[Any, list[int]]:
+    def propose(self, step: Any, counts: Any) -> dict[Any, Drafts]:
         num_drafts = sum(map(len, step.drafts.values()))
         self.now += 1e-3 + 1e-4 * len(step.sampling) + 5e-5 * num_drafts
         return super().propose(step, counts)

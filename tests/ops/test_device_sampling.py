@@ -15,8 +15,9 @@ from fd_dsa.engine import sampler as cpu
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.sampling.parameters import NO_TOKEN, NOT_FINITE, SlotParameters
+from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.ops.sampling.sampler import DeviceSampler
+from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
 from tests.engine.reference_sampler import ref_uniform
 from tests.kernel_memory import KernelMemory, open_memory
 

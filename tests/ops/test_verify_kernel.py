@@ -10,8 +10,9 @@ pytest.importorskip("triton", reason="drafts are verified by Triton's kernels")
 from fd_dsa.engine import sampler as cpu
 from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.ops.sampling.parameters import FLAGS, PENALIZED, RECORD, REJECTED, SlotParameters
+from fd_dsa.ops.sampling.parameters import FLAGS, PENALIZED, RECORD, SlotParameters
 from fd_dsa.ops.sampling.sampler import DeviceSampler
+from fd_dsa.ops.sampling.token_buffer import REJECTED
 from fd_dsa.ops.sampling.verify_kernel import (
     FOLLOW_BLOCK,
     extend_kernel,

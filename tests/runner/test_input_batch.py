@@ -102,8 +102,21 @@ def test_rows_are_those_of_add_row() -> None:
     assert state(both[0]) == state(both[1])
 
 
-def test_tokens_of_the_draw_before_are_named() -> None:
+def test_pending_tokens_are_staged_by_their_index() -> None:
     batch = InputBatch(4, 8, 4, 16)
     batch.add_rows([0], [2], [3, 4], [0], [True])
-    batch.add_rows([1, 3], [1, 2], [-3, 5, -9], [8, 9], [False, False])
-    assert batch.ids_remove_padding[:5].tolist() == [3, 4, -3, 5, -9]
+    assert batch.staged_ids().tolist() == [3, 4]
+    batch.add_rows([1, 3], [1, 2], [0, 5, 0], [8, 9], [False, False], {0: 2, 2: 8})
+    assert batch.ids_remove_padding[:5].tolist() == [3, 4, 0, 5, 0]
+    assert batch.pending[:5].tolist() == [-1, -1, 2, -1, 8]
+    assert batch.staged_ids().tolist() == [3, 4, -3, 5, -9]
+    batch.following[1] = 6
+    # the token after a pending one of the same row may be pending itself
+    assert batch.next_tokens()[[0, 1, 3]].tolist() == [4, 6, -9]
+    assert batch.next_tokens([2, 3, 4], 10).tolist() == [4, 6, -11, -12, -13]
+    copy = InputBatch(4, 8, 4, 16)
+    copy.restore(batch.state())
+    assert copy.staged_ids().tolist() == batch.staged_ids().tolist()
+    batch.begin_step()
+    batch.add_rows([0], [3], [1, 2, 3], [0], [False])
+    assert batch.staged_ids().tolist() == [1, 2, 3]

@@ -40,7 +40,7 @@ class ScriptRunner(FakeRunner):
 
     script = PLAN + REST
 
-    def _logits(self, history: list[int]) -> np.ndarray:
+    def logits_after(self, history: list[int]) -> np.ndarray:
         begin = len(history) - history[::-1].index(BAR)
         script = [*TOKENIZER.encode(self.script, add_special_tokens=False), EOS]
         logits = np.zeros(self.vocab_size, np.float32)

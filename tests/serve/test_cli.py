@@ -157,7 +157,8 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--cudagraph-capture-sizes", "2", "--enforce-eager"], "got [2] together with --enforce"),
         (["--engine", "turbo"], "--engine: got 'turbo', allowed: auto, embedded, fastdeploy"),
         (
-            ["--engine", "fastdeploy"],
+            # another server may have the default port
+            ["--engine", "fastdeploy", "--port", "0"],
             "FastDeploy is not installed in this Python; install it from Paddle's own package "
             "index (docs/fastdeploy.md has the commands), then fd_dsa beside it",
         ),
@@ -226,6 +227,7 @@ def test_bad_flags_are_one_line(
         (["accuracy", "compere"], 2, "unknown command 'compere', allowed: ifeval, score, compare"),
         (["accuracy", "perplexity", "--contxt"], 2, "--contxt; did you mean --context?"),
         (["doctor", "--jsn"], 2, "unknown flag --jsn; did you mean --json?"),
+        (["bench", "--trust-remote-code"], 2, "--trust-remote-code; --help lists the flags"),
         (["serve", "--help=max-num"], 0, "--max-num-seqs N"),
         (["serve", "--zzz"], 2, "fd_dsa: error: unknown flag --zzz"),
     ],

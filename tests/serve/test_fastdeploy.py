@@ -31,7 +31,7 @@ def test_a_server_for_the_openai_client(tmp_path: Path) -> None:
         line = live.start_line()
         assert line.startswith(f"fd_dsa {__version__} starts model with FastDeploy 0.0.0+fake on h")
         url = line.split(" on ")[1].partition(",")[0]
-        assert f"{url}/health answers 200 when it is ready. Then try, after export " in line
+        assert f"{url}/health answers 200 when it is ready. Then try, with FD_DSA_API_KEY " in line
         assert "secret" not in line
         dump = live.wait(url)
         # the launcher has become the server

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.ops.sampling.parameters import REJECTED, SlotParameters
+from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.token_buffer import REJECTED
 from fd_dsa.runner.input_batch import Draw, InputBatch
 from fd_dsa.runner.protocol import RunnerInfo
 from tests.engine.drafters import KnowingDrafter
@@ -97,7 +99,7 @@ class CheckingRunner:
         given = batch.ids_remove_padding[begin : begin + num_new].tolist()
         end = cached + num_new
         token_ids = request.token_ids[:end]
-        if request.drawn_row >= 0:
+        if request.pending_row >= 0:
             token_ids += self.on_the_way[request]
         hashes = self._hashes.setdefault(request, [])
         extend_hashes(hashes, token_ids, request.params.cache_salt)
@@ -194,9 +196,9 @@ class DrawingRunner(CheckingRunner):
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Put the tokens in, and how long rows are, then run the step."""
         batch = self.input_batch
-        ids = batch.ids_remove_padding[: batch.num_tokens]
-        for token in np.flatnonzero(ids < 0):
-            place = int(-1 - ids[token])
+        ids, pending = batch.ids_remove_padding, batch.pending[: batch.num_tokens]
+        for token in np.flatnonzero(pending >= 0):
+            place = int(pending[token])
             is_draft = place >= batch.max_num_seqs
             ids[token] = (
                 self.drafts[place - batch.max_num_seqs] if is_draft else self._newest[place]
@@ -277,16 +279,17 @@ class AheadDrafter(KnowingDrafter):
 
     def num_taken(self, request: Request) -> int:
         """Tokens of the output, those on their way too."""
-        on_the_way = self.runner.on_the_way.get(request, ()) if request.drawn_row >= 0 else ()
+        on_the_way = self.runner.on_the_way.get(request, ()) if request.pending_row >= 0 else ()
         return super().num_taken(request) + len(on_the_way)
 
-    def propose(self, step: object, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
+    def propose(self, step: object, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
         self.runner.drafts = []
         proposals = super().propose(step, counts)
         for request, drafts in proposals.items():
             begin = self.runner.input_batch.max_num_seqs + len(self.runner.drafts)
-            self.runner.drafts += drafts
-            proposals[request] = [-1 - begin - place for place in range(len(drafts))]
+            self.runner.drafts += drafts.tokens
+            places = list(range(begin, begin + len(drafts)))
+            proposals[request] = Drafts(places, is_pending=True)
         return proposals
 
 

@@ -1,6 +1,6 @@
 """Sampling parameters of one request, and their place in the device's record of its slot.
 
-It needs no kernels: the sampler of a CPU has codes and numbers from here, too.
+The module needs no kernels, because the sampler of a CPU uses its numbers too.
 """
 
 from __future__ import annotations
@@ -12,13 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-NOT_FINITE = -1
-"""Instead of a token where the logits of a row hold NaN or +inf, or only -inf."""
-NO_TOKEN = -2
-"""Instead of a token where the rules of a row leave none."""
-REJECTED = -3
-"""Instead of a token where a draft before it did not stand."""
 
 # places in a record, in int32 values; the first seven numbers have 64 bits
 SCALE, MARGIN, TOP_P, REPETITION, FREQUENCY, PRESENCE, SEED = range(0, 14, 2)

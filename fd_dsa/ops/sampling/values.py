@@ -5,11 +5,12 @@ from __future__ import annotations
 # before Triton, since it selects how kernels run
 import fd_dsa.triton_runtime  # noqa: F401
 from fd_dsa.ops.sampling import parameters as places
+from fd_dsa.ops.sampling import token_buffer as results
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-NOT_FINITE, NO_TOKEN = tl.constexpr(places.NOT_FINITE), tl.constexpr(places.NO_TOKEN)
+NOT_FINITE, NO_TOKEN = tl.constexpr(results.NOT_FINITE), tl.constexpr(results.NO_TOKEN)
 SCALE, MARGIN, TOP_P = map(tl.constexpr, (places.SCALE, places.MARGIN, places.TOP_P))
 SEED, TOP_K, FLAGS = map(tl.constexpr, (places.SEED, places.TOP_K, places.FLAGS))
 RANDOM, PENALIZED = tl.constexpr(places.RANDOM), tl.constexpr(places.PENALIZED)

@@ -6,13 +6,13 @@ number is corrected here.
 
 from __future__ import annotations
 
-from fd_dsa.ops.sampling import parameters as places
+from fd_dsa.ops.sampling import token_buffer
 from fd_dsa.ops.sampling.values import FLAGS, PENALIZED, RECORD
 from fd_dsa.ops.step_kernel import step_kernel
 
 import triton.language as tl  # isort: skip
 
-_REJECTED = tl.constexpr(places.REJECTED)
+_REJECTED = tl.constexpr(token_buffer.REJECTED)
 
 
 @step_kernel()
@@ -90,11 +90,12 @@ def follow_kernel(
     num_draws,
     BLOCK: tl.constexpr,
 ):
-    """What a draw leaves to the next step: block `program 0` of ids, the first one all rows, too.
+    """Resolve the pending tokens of a step. Program p handles ids [p * BLOCK, (p + 1) * BLOCK).
 
-    An id of -1 - i becomes token i of what was drawn. Row i goes on from request `follows[i]`, if
-    any, with `known` tokens in the cache; by as many as the host had planned too many, the
-    positions of the slot's draws are less.
+    A value of -1 - i, made by `staged_ids`, becomes token i of the token buffer. Program 0 also
+    corrects all rows: row i continues request `follows[i]` of the step before, if any, which has
+    `known` tokens in the cache. The host has planned with the maximum, so the positions of the
+    slot's samples become smaller by the difference.
     """
     program, lane = tl.program_id(0), tl.arange(0, BLOCK)
     place = program * BLOCK + lane

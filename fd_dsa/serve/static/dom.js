@@ -28,13 +28,15 @@ export function notice(text) {
 
 let hiding = 0;
 
+// Returns a function that takes this text away again.
 export function toast(text, label, action) {
-  const box = $("toast");
-  const hide = () => box.replaceChildren();
-  const act = () => { hide(); action(); };
-  box.replaceChildren(make("span", "", text), ...(label ? [button(label, act)] : []));
+  const shown = [make("span", "", text)];
+  const hide = () => shown.forEach((node) => node.remove());
+  if (label) shown.push(button(label, () => { hide(); action(); }));
+  $("toast").replaceChildren(...shown);
   clearTimeout(hiding);
   hiding = setTimeout(hide, 10_000);
+  return hide;
 }
 
 export async function copy(text, node) {

@@ -19,7 +19,7 @@ const SAVE_MS = 1000;
 const OTHER_TEMPERATURE = 0.8;
 const EXAMPLES = ["example1", "example2", "example3", "example4"];
 
-const view = { chat: load("sessionStorage", CHAT, "") || newId(), leaf: null, running: null, shown: new Map() };
+const view = { chat: load("sessionStorage", CHAT, "") || newId(), leaf: null, running: null, shown: new Map(), endOffer: () => {} };
 const path = () => pathTo(view.chat, view.leaf);
 
 // --- drawing
@@ -57,6 +57,8 @@ function scrolled(action) {
 }
 
 function draw() {
+  // an offer is about an answer that may be out of sight now
+  view.endOffer();
   view.shown.clear();
   const nodes = path().map(article);
   $("log").replaceChildren(...(nodes.length ? nodes : [empty()]));
@@ -212,7 +214,8 @@ const actions = {
 
 function offerOther(message) {
   const temperature = OTHER_TEMPERATURE;
-  toast(t("greedy"), t("otherTemperature", { temperature }), () => actions.again(message, { temperature }));
+  const again = () => actions.again(message, { temperature });
+  view.endOffer = toast(t("greedy"), t("otherTemperature", { temperature }), again);
 }
 
 function curl() {
@@ -255,6 +258,7 @@ async function changedElsewhere(id) {
 }
 
 function inAnotherLanguage() {
+  view.endOffer();
   if (view.shown.size) redrawAll(() => true);
   else draw();
   drawChats(view.chat);

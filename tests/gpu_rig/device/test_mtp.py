@@ -13,6 +13,7 @@ import paddle
 import pytest
 
 from fd_dsa.engine import step_costs
+from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
@@ -73,9 +74,7 @@ class Watching:
     num_ahead = num_after = 0
     was_ahead = False
 
-    def propose(
-        self, step: LaunchedStep, counts: Mapping[Request, int]
-    ) -> dict[Request, list[int]]:
+    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
         runner, begin = self._runner, 0
         if not hasattr(self, "drafts"):
             self.drafts: dict[tuple[str, int], list[int]] = {}
@@ -95,7 +94,7 @@ class Watching:
                 name = request.state.request_id, int(cached[row]) + 1
                 self.drafts[name] = ids[begin + 1 : begin + lengths[row]].tolist()
             begin += int(lengths[row])
-        proposals: dict[Request, list[int]] = super().propose(  # type: ignore[misc]
+        proposals: dict[Request, Drafts] = super().propose(  # type: ignore[misc]
             step, dict.fromkeys(counts, MOST)
         )
         return proposals
@@ -218,9 +217,7 @@ class FixedDrafts(DeviceMtpDrafter):
 
     count = 1
 
-    def propose(
-        self, step: LaunchedStep, counts: Mapping[Request, int]
-    ) -> dict[Request, list[int]]:
+    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
         return super().propose(step, dict.fromkeys(counts, self.count))
 
 

@@ -211,7 +211,18 @@ def test_an_answer_that_would_be_the_same(browser: Browser) -> None:
         page.click("text=Regenerate")
         expect(page.locator("#toast")).to_contain_text("The temperature is 0")
         assert len(engine.requests) == 1
-        page.get_by_role("button", name="Regenerate at temperature 0.8").click()
+        # in another conversation the offer would ask out of sight
+        page.click("#new")
+        expect(page.locator("#toast")).to_be_empty()
+        page.click("#chats .chat")
+        page.click("text=Regenerate")
+        offer = page.get_by_role("button", name="Regenerate at temperature 0.8")
+        page.set_viewport_size({"width": 390, "height": 800})
+        # on a phone the text has the width of its words, and the button is whole
+        assert page.locator("#toast span").bounding_box()["width"] > 200
+        assert 0 <= offer.bounding_box()["x"] <= 390 - offer.bounding_box()["width"]
+        page.set_viewport_size({"width": 1280, "height": 800})
+        offer.click()
         expect(page.locator(".versions")).to_contain_text("2 of 2")
         expect(page.locator("#send")).to_be_visible()
         assert sent(live)[1].temperature == 0.8

@@ -153,6 +153,18 @@ def test_rename_search_delete_and_undo(browser: Browser, live: Live) -> None:
 
 
 @needs_chromium
+def test_a_phone_shows_the_way_back_over_the_list(browser: Browser, live: Live) -> None:
+    with opened(browser, live, viewport={"width": 390, "height": 800}) as page:
+        say(page, "About the sea")
+        page.click("#menu")
+        page.click("text=Delete")
+        # a click fails if something lies over the text
+        page.locator("#toast span").click(timeout=5000)
+        page.click("text=Undo")
+        expect(page.locator("article.user")).to_contain_text("About the sea")
+
+
+@needs_chromium
 def test_files_go_out_and_in(browser: Browser, live: Live, tmp_path: Path) -> None:
     path = tmp_path / "chats.json"
     with opened(browser, live) as page:
