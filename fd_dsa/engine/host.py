@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,9 @@ from fd_dsa.engine.output import Added, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import BusyError, RankError
+
+COMMANDS_S = 0.02
+"""Seconds between two steps in which an engine with running requests takes commands."""
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +187,7 @@ class EngineHost:
         # questions that wait for that thread or are in it, by their keys
         self._asked: dict[str, Future[None]] = {}
         self._wake = threading.Condition()
-        # guarded by _wake
+        # other threads append with _wake held; only this thread takes
         self._commands: deque[Add | End] = deque()
         self._is_stopping = False
         self._failure: BaseException | None = None
@@ -248,21 +252,28 @@ class EngineHost:
                 self._wake.wait()
             if self._failure is not None and not self._is_stopping:
                 raise self._failure
-            commands = list(self._commands)
-            self._commands.clear()
             is_stopping = self._is_stopping
-        for command in commands:
-            if isinstance(command, Add):
-                prompt_token_ids, params = command.prompt_token_ids, command.params
-                try:
-                    self._engine.add_request(command.key, prompt_token_ids, params)
-                except ValueError as error:
-                    self._emit(Reply(command.key, error=error))
-            elif command.index is None:
-                self._deliver(self._engine.abort_request(command.key))
-            else:
-                self._deliver(self._engine.finish_output(command.key, command.index))
+        # hundreds of requests that arrive together would hold up the tokens of running ones
+        until = time.monotonic() + COMMANDS_S
+        while self._commands:
+            self._run_command(self._commands.popleft())
+            is_late = time.monotonic() > until and self._engine.has_unfinished_requests()
+            if is_late and not is_stopping:
+                break
         return not is_stopping
+
+    def _run_command(self, command: Add | End) -> None:
+        """Change the engine as a command says."""
+        if isinstance(command, Add):
+            prompt_token_ids, params = command.prompt_token_ids, command.params
+            try:
+                self._engine.add_request(command.key, prompt_token_ids, params)
+            except ValueError as error:
+                self._emit(Reply(command.key, error=error))
+        elif command.index is None:
+            self._deliver(self._engine.abort_request(command.key))
+        else:
+            self._deliver(self._engine.finish_output(command.key, command.index))
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Emit what outputs have gained."""

@@ -30,7 +30,7 @@ PROBE_CONNECTIONS = 8
 # files of the model, the engine's pipes, and compilers
 _KEPT_DESCRIPTORS = 40
 # connections accepted and connections opened in one turn of the loop: the first takes 20 us each
-_ACCEPTS_AT_ONCE, _OPENED_AT_ONCE = 64, 8
+_ACCEPTS_AT_ONCE, _OPENED_AT_ONCE = 64, 4
 _PEEKED_BYTES = 64
 _RETRY_S = 0.02
 

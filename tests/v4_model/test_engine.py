@@ -47,7 +47,8 @@ def engine_of(folder: Path, **fields: Any) -> LLM:
 
 def tokens_of(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
     """Answers to prompts in one call."""
-    return [output.token_ids for output in llm.generate(prompts, params)]
+    answers = llm.generate(prompts, params)
+    return [output.token_ids for answer in answers for output in answer.outputs]
 
 
 FORMS: dict[str, dict[str, Any]] = {
