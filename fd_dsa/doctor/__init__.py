@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa import __version__
-from fd_dsa.commands import extra_command, own_command, pip_command
+from fd_dsa.commands import extra_command, own_command, pip_command, python_command
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import (
     has_nvidia_gpu,
@@ -279,5 +279,7 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
     text = ""
     for line in lines:
         fold.subsequent_indent = " " * max(4, len(line) - len(line.lstrip()) + 2)
-        text += f"{fold.fill(line)}\n"
+        # a folded command could not be pasted
+        has_command = any(command in line for command in (own_command(), python_command()))
+        text += f"{line if has_command else fold.fill(line)}\n"
     return text
