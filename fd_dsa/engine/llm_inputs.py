@@ -25,6 +25,9 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 SAMPLING_FIELDS = tuple(one.name for one in fields(SamplingParams))
 """Names of the arguments of SamplingParams."""
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles of messages, as in a chat completion."""
+
 _MESSAGE = '{"role": "user", "content": TEXT}'
 _TOOL = '{"type": "function", "function": {"name": NAME, "parameters": SCHEMA}}'
 
@@ -247,8 +250,10 @@ def _check_message(name: str, message: Any) -> None:
             hint = f"write {key} for {near}" if near else f"write {_MESSAGE}"
             raise argument_error(name, message, f"a message with the key {key}", hint)
     role, content = message["role"], message.get("content")
-    if not isinstance(role, str) or not role:
-        raise argument_error(f"{name}.role", role, "a text", "write user, assistant or system")
+    if role not in ROLES:
+        near = nearest_name(role, ROLES) if isinstance(role, str) else None
+        hint = f"write {near}" if near else ""
+        raise argument_error(f"{name}.role", role, f"one of {', '.join(ROLES)}", hint)
     if isinstance(content, list):
         for index, part in enumerate(content):
             text = part.get("text") if isinstance(part, Mapping) else None

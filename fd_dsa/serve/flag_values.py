@@ -150,3 +150,12 @@ def key(text: str) -> str:
     if not text or any(char.isspace() or not char.isprintable() for char in text):
         raise argparse.ArgumentTypeError("allowed is a text of one character or more, none a space")
     return text
+
+
+def parser_name(names: Sequence[str]) -> Callable[[str], str]:
+    """Return a function that finds the name of a parser in SGLang's spelling too.
+
+    SGLang writes `deepseek-v3` and `deepseekv32` for `deepseek_v3` and `deepseek_v32`.
+    """
+    spelled = {name.replace("_", ""): name for name in names}
+    return lambda text: spelled.get(text.lower().replace("-", "").replace("_", ""), text)

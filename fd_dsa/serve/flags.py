@@ -230,6 +230,8 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "allowed_host": values.host_name,
     # the name that other servers have
     "device": lambda text: "gpu" if text == "cuda" else text,
+    "reasoning_parser": values.parser_name((AUTO, NONE, *REASONING_FORMATS)),
+    "tool_call_parser": values.parser_name((AUTO, NONE, *TOOL_FORMATS)),
     "api_key": values.key,
     "host": values.host,
     "port": values.port,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict
 
 import fd_dsa
-from fd_dsa.chat.parser import reasoning_format_name, tool_format_name
+from fd_dsa.chat.parser import AUTO, NONE, reasoning_format_name, tool_format_name
 from fd_dsa.chat.renderers import NO_TEMPLATE
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import batch_invariant, nvidia_smi, variable
@@ -155,6 +155,13 @@ def log_chat(tokenizer: Tokenizer, options: ServerOptions) -> None:
         "reasoning %(reasoning_parser)s",
         formats,
     )
+    parser = options.tool_call_parser
+    if parser not in (AUTO, NONE) and "tools" not in tokenizer.chat_renderer.source:
+        logger.warning(
+            "chat: --tool-call-parser %s reads calls, but the chat template shows no tools, so the "
+            "tools of a request do not reach the model",
+            parser,
+        )
 
 
 def _commit() -> str | None:

@@ -154,7 +154,8 @@ def test_generate_names_the_argument(llm, args, kwargs, expected):
         ([{"content": "ab"}], "messages[0]: got {'content': 'ab'}; must be a message with the ke"),
         ([{"rol": "user", "content": "ab"}], "must be a message with the key role; write role for"),
         ([{"role": "user"}], "messages[0]: got {'role': 'user'}; must be a message with the key c"),
-        ([{"role": 5, "content": "ab"}], "messages[0].role: got 5; must be a text"),
+        ([{"role": 5, "content": "ab"}], "messages[0].role: got 5; must be one of system, dev"),
+        ([{"role": "usr", "content": "ab"}], "user, assistant, tool; write user"),
         ([{"role": "user", "content": 5}], "messages[0].content: got 5; must be a text or a list"),
         ([{"role": "user", "content": None}], "messages[0].content: got None;"),
         (

@@ -313,8 +313,9 @@ def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None
 
 def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
     names = ("--served-model-name", "first", "--served-model-name", "second")
+    parser = ("--tool-call-parser", "deepseek_v32")
     # nearly the name of a flag's variable
-    with serving(tmp_path, *names, body=FAKE, env={"FD_DSA_MAX_MODEL_LENGTH": "5"}) as server:
+    with serving(tmp_path, *names, *parser, body=FAKE, env={"FD_DSA_MAX_MODEL_LENGTH": "5"}) as server:
         assert server.ready.startswith(f"fd_dsa {__version__} serves first on {server.url} ")
         models = httpx.get(f"{server.url}/v1/models", timeout=TIMEOUT_S).json()["data"]
         assert [m["id"] for m in models] == ["first", "second"]
@@ -327,7 +328,8 @@ def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
     # one access line per request, none of uvicorn's own lines
     assert log.count("GET /v1/models") == 1
     assert "Uvicorn" not in log
-    assert log.count("INFO chat: prompts by tokenizer_config.json, tool calls none") == 1
+    assert log.count("INFO chat: prompts by tokenizer_config.json, tool calls deepseek_v32") == 1
+    assert "WARNING chat: --tool-call-parser deepseek_v32 reads calls, but the chat" in log
     assert "WARNING the variable FD_DSA_MAX_MODEL_LENGTH is none of fd_dsa's; did you" in log
 
 

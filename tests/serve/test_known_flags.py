@@ -48,6 +48,9 @@ def test_pasted_command_lines_serve() -> None:
         *("--disable-log-requests", "--no-enable-lora", "-pp"),
     ]
     assert parse_args(["--device", "cuda"]).device == "gpu"
+    sglang = "/m --reasoning-parser deepseek-v3 --tool-call-parser deepseekv32"
+    args = parse_args(sglang.split())
+    assert (args.tool_call_parser, args.reasoning_parser) == ("deepseek_v32", "deepseek_v3")
 
 
 @pytest.mark.parametrize("form", FORMS)
