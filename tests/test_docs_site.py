@@ -44,12 +44,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "build/docs"
 
 
+@pytest.mark.slow
 def test_the_site_comes_from_one_origin(site: Path) -> None:
     for name in ("index.html", "docs/python.html"):
         page = (site / name).read_text("utf-8")
         assert not re.search(r"<(link|script)[^>]*(href|src)=\"?https?:", page)
 
 
+@pytest.mark.slow
 def test_a_broken_link_ends_the_build(
     site: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +62,7 @@ def test_a_broken_link_ends_the_build(
     assert "anchor does not exist" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_search_knows_both_languages(site: Path) -> None:
     index = json.loads((site / "search.json").read_text("utf-8"))
     assert index["config"]["lang"] == ["en", "zh"]
@@ -67,6 +70,7 @@ def test_the_search_knows_both_languages(site: Path) -> None:
     assert any("张量并行" in text for place, text in texts.items() if ".zh.html" in place)
 
 
+@pytest.mark.slow
 def test_pages_name_their_language(site: Path) -> None:
     pages = [*site.glob("README*.html"), *site.glob("docs/*.html")]
     assert len(pages) > 20
@@ -92,6 +96,7 @@ def test_every_public_name_is_in_the_reference() -> None:
             assert name == "__version__" or getattr(module, name) in objects, name
 
 
+@pytest.mark.slow
 def test_the_reference_shows_docstrings(site: Path) -> None:
     page = (site / "docs/python.html").read_text("utf-8")
     text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())

@@ -111,6 +111,7 @@ def test_the_doctor_checks_every_operator_of_a_cpu(without_triton: dict[str, str
     assert found["kernels"] == "unavailable"
 
 
+@pytest.mark.slow
 def test_only_modules_for_devices_need_it(without_triton: dict[str, str]) -> None:
     refused = json.loads(python(without_triton, "-c", MODULES).stdout)
     assert "fd_dsa.step.device" in refused

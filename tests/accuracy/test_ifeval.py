@@ -56,6 +56,7 @@ def error_line(capsys: pytest.CaptureFixture[str], arguments: list[str], status:
     return lines[0].removeprefix("fd_dsa: error: ")
 
 
+@pytest.mark.slow
 def test_the_prompts_are_asked_as_they_are_and_the_answers_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,6 +110,7 @@ def test_missing_package(absent: str) -> None:
     assert " -m pip install " in line and "lm-eval" in line
 
 
+@pytest.mark.slow
 def test_scores_without_a_network_and_imports_nothing_early(tmp_path: Path) -> None:
     result = _python(
         "import socket, sys\n"

@@ -127,7 +127,9 @@ PARAMS = st.builds(
 )
 
 
-@pytest.mark.parametrize("vocab_size", [3, 50, 700, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "vocab_size", [3, 50, *(pytest.param(size, marks=pytest.mark.slow) for size in (700, 2000))]
+)
 def test_tokens_are_those_of_the_cpu(kernel_memory: KernelMemory, vocab_size: int) -> None:
     both = Both(kernel_memory, 8, vocab_size)
 
