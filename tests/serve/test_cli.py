@@ -312,12 +312,10 @@ def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None
 
 
 def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
-    names = ("--served-model-name", "first", "--served-model-name", "second")
-    parser = ("--tool-call-parser", "deepseek_v32")
+    flags = "--served-model-name first --served-model-name second --tool-call-parser deepseek_v32"
     # nearly the name of a flag's variable
-    with serving(
-        tmp_path, *names, *parser, body=FAKE, env={"FD_DSA_MAX_MODEL_LENGTH": "5"}
-    ) as server:
+    env = {"FD_DSA_MAX_MODEL_LENGTH": "5"}
+    with serving(tmp_path, *flags.split(), body=FAKE, env=env) as server:
         assert server.ready.startswith(f"fd_dsa {__version__} serves first on {server.url} ")
         models = httpx.get(f"{server.url}/v1/models", timeout=TIMEOUT_S).json()["data"]
         assert [m["id"] for m in models] == ["first", "second"]
