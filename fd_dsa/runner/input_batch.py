@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import add, ge
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fd_dsa.errors import CapacityError
 from fd_dsa.ops.sampling.token_buffer import staged_ids
-
-_NONE_PENDING: Mapping[int, int] = MappingProxyType({})
 
 
 class Draw(NamedTuple):
@@ -107,7 +104,7 @@ class InputBatch:
         token_ids: Sequence[int],
         num_computed_tokens: Sequence[int],
         are_prefills: Sequence[bool],
-        pending: Mapping[int, int] = _NONE_PENDING,
+        pending: Mapping[int, int] | None = None,
     ) -> None:
         """Have the tokens of some rows join this step, after those that it has.
 
@@ -166,11 +163,14 @@ class InputBatch:
                 known.
             first_sample: index of the first sample in the `TokenBuffer`.
         """
+        samples = np.arange(first_sample, first_sample + len(sampled), dtype=np.int32)
+        if len(sampled) == self.num_tokens:
+            # a decode step, in which every token is followed by a sample
+            return staged_ids(samples, samples)
         tokens, following = slice(self.num_tokens), list(self.following)
         next_ids = np.roll(self.ids_remove_padding[tokens], -1)
         pending = np.roll(self.pending[tokens], -1)
         next_ids[following], pending[following] = list(self.following.values()), -1
-        samples = range(first_sample, first_sample + len(sampled))
         pending[np.asarray(sampled, np.int64)] = samples
         return staged_ids(next_ids, pending)
 

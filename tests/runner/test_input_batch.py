@@ -114,6 +114,7 @@ def test_pending_tokens_are_staged_by_their_index() -> None:
     # the token after a pending one of the same row may be pending itself
     assert batch.next_tokens()[[0, 1, 3]].tolist() == [4, 6, -9]
     assert batch.next_tokens([2, 3, 4], 10).tolist() == [4, 6, -11, -12, -13]
+    assert batch.next_tokens(range(5), 10).tolist() == [-11, -12, -13, -14, -15]
     copy = InputBatch(4, 8, 4, 16)
     copy.restore(batch.state())
     assert copy.staged_ids().tolist() == batch.staged_ids().tolist()

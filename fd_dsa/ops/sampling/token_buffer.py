@@ -7,7 +7,7 @@ device carries either the id or the index in one int32 value.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,6 @@ REJECTED = -3
 _ALIGNED = 32
 
 
-@dataclass(frozen=True, slots=True)
 class TokenBuffer:
     """Layout of the token buffer: samples and drafts of one step, int64.
 
@@ -35,34 +34,26 @@ class TokenBuffer:
     Args:
         max_num_seqs: requests of a step.
         max_drafts: drafts of a request in a step.
+
+    Attributes:
+        max_num_seqs, max_drafts: as given.
+        stride: number of tokens from one section of requests to the next one.
+        num_rows: number of rows of logits, one for each request and for each of its drafts.
+        sample: index of the first sample.
+        size: number of tokens.
     """
 
-    max_num_seqs: int
-    max_drafts: int
-
-    @property
-    def stride(self) -> int:
-        """Number of tokens from one section of requests to the next one."""
-        return _aligned(self.max_num_seqs)
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows of logits: one for each request and for each of its drafts."""
-        return (1 + self.max_drafts) * self.max_num_seqs
-
-    @property
-    def sample(self) -> int:
-        """Index of the first sample."""
-        return self.stride if self.max_drafts else 0
+    def __init__(self, max_num_seqs: int, max_drafts: int) -> None:
+        self.max_num_seqs, self.max_drafts = max_num_seqs, max_drafts
+        self.stride = _aligned(max_num_seqs)
+        self.num_rows = (1 + max_drafts) * max_num_seqs
+        self.sample = self.stride if max_drafts else 0
+        self._first_draft = self.sample + _aligned(self.num_rows)
+        self.size = self.draft(max_drafts, 0)
 
     def draft(self, depth: int, row: int) -> int:
         """Return the index of a draft that comes after `depth` others of its request."""
-        return self.sample + _aligned(self.num_rows) + depth * self.stride + row
-
-    @property
-    def size(self) -> int:
-        """Number of tokens."""
-        return self.draft(self.max_drafts, 0)
+        return self._first_draft + depth * self.stride + row
 
 
 def _aligned(count: int) -> int:
@@ -70,12 +61,12 @@ def _aligned(count: int) -> int:
 
 
 def staged_ids(
-    token_ids: npt.NDArray[np.int64], pending: npt.NDArray[np.int32]
+    token_ids: npt.NDArray[np.integer[Any]], pending: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.int64]:
     """Return the values from which `follow_kernel` makes the token ids of a step.
 
     Args:
-        token_ids: int64 [n]; ids of tokens that the host knows.
+        token_ids: integers [n]; ids of tokens that the host knows.
         pending: int32 [n]; index of each pending token in the buffer, -1 = the host knows it.
 
     Returns:
