@@ -17,7 +17,18 @@ _WARM_UP = 5
 _SPARE = 64
 
 
-class IdleRunner:
+class PlainRunner:
+    """Runner without optional parts, of this package and of those before the protocol."""
+
+    @property
+    def info(self) -> Any:
+        """Return the optional parts; packages before the protocol do not ask."""
+        from fd_dsa.runner.protocol import RunnerInfo
+
+        return RunnerInfo()
+
+
+class IdleRunner(PlainRunner):
     """A runner whose steps cost nothing: the same logits for every step, no copy.
 
     A row's logits fall off as those of language models do: few tokens hold most of the mass.
@@ -25,11 +36,10 @@ class IdleRunner:
 
     def __init__(self, num_rows: int, vocab_size: int) -> None:
         from fd_dsa.runner.input_batch import InputBatch
-        from fd_dsa.runner.protocol import RunnerInfo
 
         columns = _MAX_MODEL_LEN // _BLOCK_SIZE
         self.input_batch = InputBatch(num_rows, max(num_rows, 2048), columns, _BLOCK_SIZE)
-        self.vocab_size, self.info = vocab_size, RunnerInfo()
+        self.vocab_size = vocab_size
         rng = np.random.default_rng(0)
         # Zipf's law, in an order of its own for each row
         falling = -1.2 * np.log1p(np.arange(vocab_size))
