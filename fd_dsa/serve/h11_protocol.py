@@ -30,7 +30,6 @@ from uvicorn.server import ServerState
 
 from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.listener import Listener
-from fd_dsa.serve.status import PROBE_PATHS
 
 MAX_HEAD_BYTES = 32 << 10
 """Longest head of a request: request line and headers."""
@@ -65,7 +64,6 @@ _LOOK_S = 0.05
 # for which a refused client may read its answer: a close while it still sends would take it away
 _LINGER_S = 1.0
 _CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
-_PROBES = frozenset(path.encode() for path in PROBE_PATHS)
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -299,10 +297,8 @@ class StrictH11Protocol(H11Protocol):
     def _admit(self, request: h11.Request) -> None:
         """Count a request; where all places are taken only a probe is served."""
         self._is_head_request = request.method == b"HEAD"
-        path = request.target.partition(b"?")[0]
-        self._path = path.decode("ascii", "replace")
-        is_probe = path in _PROBES
-        if self._listener.is_full and not is_probe:
+        self._path = request.target.partition(b"?")[0].decode("ascii", "replace")
+        if self._listener.is_full and not self._listener.is_probe(request.target):
             raise ApiError(
                 503,
                 f"{self._listener.limit} connections have a request in progress, as many as "

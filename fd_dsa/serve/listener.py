@@ -56,7 +56,7 @@ class Listener:
         sock: socket.socket,
         limit: int,
         make_protocol: Callable[[Listener], asyncio.Protocol],
-        probe_paths: Collection[str] = (),
+        probe_paths: Collection[str],
     ) -> None:
         self.limit = limit
         self._sock = sock
@@ -75,6 +75,10 @@ class Listener:
     def is_full(self) -> bool:
         """Whether as many connections have a request in progress as may."""
         return len(self._working) >= self.limit
+
+    def is_probe(self, target: bytes) -> bool:
+        """Return True if the target of a request, with or without a query, is a probe."""
+        return target.partition(b"?")[0] in self._probe_paths
 
     def start(self) -> None:
         self._sock.setblocking(False)
@@ -118,7 +122,8 @@ class Listener:
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_AT_ONCE):
             oldest = None
-            num_connections = len(self._waiting) + len(self._working) + self._num_unopened
+            num_connections = len(self._waiting) + len(self._working)
+            num_connections += len(self._accepted) + len(self._opening)
             if num_connections >= self.limit + PROBE_CONNECTIONS:
                 oldest = self._oldest()
                 if oldest is None:
@@ -136,25 +141,20 @@ class Listener:
                 return
             sock.setblocking(False)
             self._drop(oldest)
-            if self._is_probe(sock):
+            if self._asks_for_probe(sock):
                 self._open(sock)
                 continue
             self._accepted.append(sock)
             if len(self._accepted) == 1:
                 self._loop.call_soon(self._open_accepted)
 
-    @property
-    def _num_unopened(self) -> int:
-        """Number of accepted connections that have not reported themselves."""
-        return len(self._accepted) + len(self._opening)
-
-    def _is_probe(self, sock: socket.socket) -> bool:
+    def _asks_for_probe(self, sock: socket.socket) -> bool:
         """Return True if the first bytes of a new connection ask for a probe."""
         try:
             target = sock.recv(_PEEKED_BYTES, socket.MSG_PEEK).partition(b" ")[2]
         except OSError:
             return False
-        return target.partition(b" ")[0].partition(b"?")[0] in self._probe_paths
+        return self.is_probe(target.partition(b" ")[0])
 
     def _open_accepted(self) -> None:
         """Open the next connections; the others wait for the next turn of the loop."""
