@@ -276,10 +276,10 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
         break_on_hyphens=False,
         replace_whitespace=False,
     )
-    text = ""
+    text, commands = "", (own_command(), python_command())
     for line in lines:
         fold.subsequent_indent = " " * max(4, len(line) - len(line.lstrip()) + 2)
         # a folded command could not be pasted
-        has_command = any(command in line for command in (own_command(), python_command()))
+        has_command = any(command in line for command in commands)
         text += f"{line if has_command else fold.fill(line)}\n"
     return text
