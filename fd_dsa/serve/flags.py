@@ -217,6 +217,10 @@ _SIZE = values.number(int, 1, f"; {_SIZE_FORMS}")
 # the configuration of the engine checks its range
 _NUMBER = values.reader(float, "a number")
 # readers of values that are no plain texts
+_PARSERS = {
+    "reasoning_parser": (AUTO, NONE, *REASONING_FORMATS),
+    "tool_call_parser": (AUTO, NONE, *TOOL_FORMATS),
+}
 _READERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("block_size", "index_topk", "num_gpu_blocks_override"), _SIZE),
     **dict.fromkeys(("max_model_len", "max_num_batched_tokens", "max_num_seqs"), _SIZE),
@@ -230,8 +234,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "allowed_host": values.host_name,
     # the name that other servers have
     "device": lambda text: "gpu" if text == "cuda" else text,
-    "reasoning_parser": values.parser_name((AUTO, NONE, *REASONING_FORMATS)),
-    "tool_call_parser": values.parser_name((AUTO, NONE, *TOOL_FORMATS)),
+    **{flag: values.parser_name(names) for flag, names in _PARSERS.items()},
     "api_key": values.key,
     "host": values.host,
     "port": values.port,
@@ -243,8 +246,7 @@ _CHOICES = {
     "generation_config": GENERATION_CONFIGS,
     "engine": (AUTO, "embedded", "fastdeploy"),
     "log_level": ("debug", "info", "warning", "error"),
-    "reasoning_parser": (AUTO, NONE, *REASONING_FORMATS),
-    "tool_call_parser": (AUTO, NONE, *TOOL_FORMATS),
+    **_PARSERS,
 }
 _SWITCHES = ("allow_unknown_config_fields", "enforce_eager")
 _ON_OR_OFF = ("async_scheduling", "enable_chunked_prefill", "enable_prefix_caching")
