@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jinja2.exceptions import TemplateSyntaxError
 
@@ -13,6 +13,8 @@ from fd_dsa.chat.parser import is_reasoning_only, read_arguments
 from fd_dsa.chat.sandbox import Sandbox, render
 from fd_dsa.errors import ConfigError
 
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+"""Role of a message of a chat completion."""
 # variables of a template which are not a caller's to set
 RESERVED = (
     "messages",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from fd_dsa.chat.parser import AUTO, AnswerFormat, find_tool_format, has_reasoning, opens_reasoning
-from fd_dsa.chat.template import RESERVED
+from fd_dsa.chat.template import RESERVED, Role
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -25,9 +25,7 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 SAMPLING_FIELDS = tuple(one.name for one in fields(SamplingParams))
 """Names of the arguments of SamplingParams."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Roles of messages, as in a chat completion."""
-
+_ROLES: tuple[str, ...] = get_args(Role)
 _MESSAGE = '{"role": "user", "content": TEXT}'
 _TOOL = '{"type": "function", "function": {"name": NAME, "parameters": SCHEMA}}'
 
@@ -250,10 +248,10 @@ def _check_message(name: str, message: Any) -> None:
             hint = f"write {key} for {near}" if near else f"write {_MESSAGE}"
             raise argument_error(name, message, f"a message with the key {key}", hint)
     role, content = message["role"], message.get("content")
-    if role not in ROLES:
-        near = nearest_name(role, ROLES) if isinstance(role, str) else None
+    if role not in _ROLES:
+        near = nearest_name(role, _ROLES) if isinstance(role, str) else None
         hint = f"write {near}" if near else ""
-        raise argument_error(f"{name}.role", role, f"one of {', '.join(ROLES)}", hint)
+        raise argument_error(f"{name}.role", role, f"one of {', '.join(_ROLES)}", hint)
     if isinstance(content, list):
         for index, part in enumerate(content):
             text = part.get("text") if isinstance(part, Mapping) else None

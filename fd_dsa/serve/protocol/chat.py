@@ -17,7 +17,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from fd_dsa.chat.template import REASONING, RESERVED, SWITCHES
+from fd_dsa.chat.template import REASONING, RESERVED, SWITCHES, Role
 from fd_dsa.engine.sampling_params import MAX_LOGPROBS
 from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.protocol.fields import (
@@ -105,11 +105,8 @@ def _thinking(value: Any) -> bool | None:
     return bool(kind == "enabled")
 
 
-_Role = Literal["system", "developer", "user", "assistant", "tool"]
 # the newer name of system
-_RoleField = Annotated[
-    _Role, AfterValidator(lambda role: "system" if role == "developer" else role)
-]
+_RoleField = Annotated[Role, AfterValidator(lambda role: "system" if role == "developer" else role)]
 _ContentField = Annotated[
     str | list[dict[str, Any]] | None,
     PlainValidator(_content),
