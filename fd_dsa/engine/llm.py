@@ -164,7 +164,6 @@ class LLM:
                 prompt runs then. The error is a ValueError and a TypeError.
         """
         engine = self.engine
-        max_model_len = engine.limits.max_model_len
         check_switches(stream=stream)
         given = read_prompts(prompts)
         default = SamplingParams(**engine.sampling_defaults)
@@ -173,10 +172,8 @@ class LLM:
         for index, one in enumerate(given):
             with naming(place_of("prompts", index, len(given))):
                 token_ids.append(engine.tokenizer.encode(one) if isinstance(one, str) else one)
-            if sampling_params is None:
-                params[index] = fit_into_context(default, token_ids[-1], max_model_len)
         texts = [one if isinstance(one, str) else None for one in given]
-        return self._run("prompts", texts, token_ids, params, stream)
+        return self._run("prompts", texts, token_ids, params, stream, sampling_params is None)
 
     @overload
     def chat(
@@ -248,7 +245,6 @@ class LLM:
                 no chat template, or the template refuses the messages.
         """
         engine = self.engine
-        max_model_len = engine.limits.max_model_len
         check_switches(
             stream=stream,
             continue_final_message=continue_final_message,
@@ -275,15 +271,13 @@ class LLM:
                 ids = engine.tokenizer.encode(prompt.text, False, masked=prompt.masked)
             texts.append(prompt.text)
             token_ids.append(ids)
-            if sampling_params is None:
-                params[index] = fit_into_context(default, ids, max_model_len)
             continued = entry[-1] if continue_final_message else None
             params[index] = for_chat(
                 params[index], engine.tokenizer, bool(offered), prompt.masked, continued
             )
         if constrain_reasoning:
             params = [replace(one, constrain_reasoning=True) for one in params]
-        return self._run("messages", texts, token_ids, params, stream)
+        return self._run("messages", texts, token_ids, params, stream, sampling_params is None)
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
@@ -333,14 +327,18 @@ class LLM:
         token_ids: list[list[int]],
         params: list[SamplingParams],
         stream: bool,
+        is_default: bool,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """Check the prompts of a call, then stream or collect.
 
         Args:
             argument: name of the argument that has the prompts.
             texts: of the prompts; None = the caller gave token ids.
+            is_default: True = the caller gave no parameters, so that `max_tokens` fits the context.
         """
         engine = self.engine
+        if is_default:
+            params = fit_into_context(params, token_ids, engine.limits.max_model_len)
         for index, (ids, one) in enumerate(zip(token_ids, params, strict=True)):
             with naming(place_of(argument, index, len(params))):
                 engine.validate(ids, one)
@@ -368,13 +366,13 @@ class LLM:
         engine = self.engine
         call = next(self._calls)
         queue: deque[RequestOutput] = deque()
-        request_ids = []
+        prompts: dict[str, str | None] = {}
         try:
             for index, (ids, one) in enumerate(zip(token_ids, params, strict=True)):
                 request_id = f"{call}-{index}"
                 engine.add_request(request_id, ids, one)
                 self._outbox[request_id] = queue
-                request_ids.append(request_id)
+                prompts[request_id] = texts[index]
             num_running = sum(one.n for one in params)
             while num_running:
                 while not queue:
@@ -382,10 +380,10 @@ class LLM:
                         self._outbox[new.request_id].append(new)
                 output = queue.popleft()
                 num_running -= output.finished
-                output.prompt = texts[int(output.request_id.rpartition("-")[2])]
+                output.prompt = prompts[output.request_id]
                 yield output
         finally:
-            for request_id in request_ids:
+            for request_id in prompts:
                 if self._outbox.pop(request_id, None) is not None:
                     engine.abort_request(request_id)
 

@@ -139,13 +139,15 @@ def read_params(
 
 
 def fit_into_context(
-    params: SamplingParams, prompt: Sequence[int], max_model_len: int
-) -> SamplingParams:
-    """Lower the `max_tokens` of a caller without parameters to the room after the prompt."""
-    room = max(max_model_len - len(prompt), 1)
-    if params.max_tokens is None or params.max_tokens <= room:
-        return params
-    return replace(params, max_tokens=room)
+    params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], max_model_len: int
+) -> list[SamplingParams]:
+    """Lower each `max_tokens` of a caller without parameters to the room after the prompt."""
+    fitting = []
+    for one, prompt in zip(params, prompts, strict=True):
+        room = max(max_model_len - len(prompt), 1)
+        is_long = one.max_tokens is not None and one.max_tokens > room
+        fitting.append(replace(one, max_tokens=room) if is_long else one)
+    return fitting
 
 
 def check_switches(**switches: Any) -> None:
