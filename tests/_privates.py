@@ -35,7 +35,7 @@ DEFINITION = re.compile(
 
 
 class Use(NamedTuple):
-    """One use of a private name.
+    """Use of a private name.
 
     Attributes:
         path: of the file, below `tests/`.

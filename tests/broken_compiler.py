@@ -14,7 +14,7 @@ from fd_dsa.triton_runtime import kernel as kernel_module
 
 
 class PTXASError(Exception):
-    """Error of Triton's compiler if its assembler fails; no error of ours."""
+    """Error of Triton's compiler if its assembler fails, which is no error of ours."""
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def environment(
 
 
 def _pasted(line: str) -> str:
-    """What a shell in the current folder prints for a line."""
+    """Return the output of a shell in the current folder for a line."""
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
     return done.stdout.rstrip("\n")
 

@@ -28,7 +28,7 @@ def test_every_example_has_its_output_here() -> None:
 
 
 def _by_time(name: str) -> Any:
-    """The example; those that load the demo model take seconds."""
+    """Mark an example that loads the demo model as slow."""
     marks = () if name in ("operators", "runner") else pytest.mark.slow
     return pytest.param(name, marks=marks)
 

@@ -1,4 +1,4 @@
-"""Files of the package that one request passes through; the numbers may only fall."""
+"""Files of the package that one request passes through, whose numbers may only fall."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ ALL = [command for page in PAGES for command in _commands(page)]
 
 
 def _why_not(words: list[str], is_activated: bool) -> str:
-    """What is wrong with a command; "" if nothing."""
+    """Return why a command cannot be pasted, or ""."""
     while words and re.match(r"\w+=", words[0]):
         words = words[1:]
     program, *rest = words
@@ -97,7 +97,7 @@ def _why_not(words: list[str], is_activated: bool) -> str:
 
 
 def _refusal_of_flags(words: list[str]) -> str:
-    """What the parser of a command says to its words."""
+    """Return the refusal of a command's parser, or ""."""
     command, *flags = words
     # the usage of a command
     flags = shlex.split(re.sub(r"\[.*\]|\.\.\.", "", shlex.join(flags)))
@@ -121,7 +121,7 @@ def _refusal_of_flags(words: list[str]) -> str:
 
 
 def _refusal_of_packages(words: list[str]) -> str:
-    """Which package of a pip command is neither in the project nor known to an index."""
+    """Return why a package of a pip command cannot be installed, or ""."""
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     known = {*re.findall(r'"([\w-]+)(?:\[\w+\])?[=<>~]', text), *OTHER_PACKAGES, "fd_dsa"}
     extras = set(re.findall(r"(?m)^(\w+) = \[", text))
@@ -181,7 +181,7 @@ def test_commands_that_cannot_be_pasted_are_found(line: str, said: str) -> None:
 
 
 def _run(line: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A line as a shell runs it; `.venv/bin` is the environment of this Python."""
+    """Return a line with `.venv/bin` as the environment of this Python."""
     line = re.sub(r"(^|\s)\.venv/bin/", rf"\1{Path(sys.executable).parent}/", line)
     env = {**environment(), "PATH": "/usr/bin:/bin", **variables}
     return subprocess.run(["bash", "-c", line], cwd=cwd, env=env, capture_output=True, text=True)

@@ -31,13 +31,14 @@ def _chinese_pages() -> list[Path]:
 
 
 def _english(path: Path) -> Path:
-    """The English page of a Chinese one; any other file as it is."""
+    """Return the English page of a Chinese one, and any other file as it is."""
     return path.with_name(path.name.replace(".zh.md", ".md"))
 
 
 def _row(line: str) -> tuple[str, int, list[str], list[str]]:
-    """Bars, code spans and numbers of a line of a table; a month is a word in English."""
+    """Return bars, code spans and numbers of a line of a table."""
     plain = _SPAN.sub("", _LINK.sub("]", re.sub(r"<!--.*?-->", "", line)))
+    # a month is a word in English
     numbers = re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"\d+ 月", "", plain))
     return "row", plain.count("|"), sorted(_SPAN.findall(line)), sorted(numbers)
 
@@ -60,7 +61,7 @@ def _parts(text: str) -> Iterator[object]:
 
 
 def _sections(text: str) -> list[str]:
-    """Prose and tables below each heading; the code blocks are left out."""
+    """Return prose and tables below each heading, without code blocks."""
     return re.split(r"^#+ ", _FENCE.sub("", text), flags=re.MULTILINE)
 
 

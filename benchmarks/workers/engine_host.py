@@ -22,7 +22,7 @@ class PlainRunner:
 
     @property
     def info(self) -> Any:
-        """Return the optional parts; packages before the protocol do not ask."""
+        """Return the optional parts, for which packages before the protocol do not ask."""
         from fd_dsa.runner.protocol import RunnerInfo
 
         return RunnerInfo()

@@ -171,7 +171,7 @@ def _refusal(
     kwargs: Mapping[str, Any],
     hints: Mapping[str, str],
 ) -> ArgumentError | None:
-    """Make the error of a call; None if it fits the signature."""
+    """Make the error of a call, or None if the call fits the signature."""
     parameters = inspect.signature(function).parameters
     owner = function.__qualname__.removesuffix(".__init__")
     kind = function.__qualname__.split(".")[-2:][0]

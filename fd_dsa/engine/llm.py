@@ -315,7 +315,11 @@ class LLM:
 
     @property
     def engine(self) -> LLMEngine:
-        """The engine that serves all calls; RuntimeError after `close`."""
+        """The engine that serves all calls.
+
+        Raises:
+            RuntimeError: the LLM is closed.
+        """
         if self._engine is None:
             raise RuntimeError("this LLM is closed; make a new one")
         return self._engine

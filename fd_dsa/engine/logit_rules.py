@@ -269,7 +269,11 @@ def _apply_penalties(logits: Float32, rules: Sequence[LogitRules]) -> None:
 
 
 def _apply_grammar(logits: Float32, grammar: GrammarMatcher) -> None:
-    """Write -inf for every token that a grammar does not allow; logits are float32 [vocab_size]."""
+    """Write -inf for every token that a grammar does not allow.
+
+    Args:
+        logits: float32 [vocab_size].
+    """
     bitmask = np.zeros(-(-len(logits) // 32), np.int32)
     grammar.fill_bitmask(bitmask)
     bits = np.unpackbits(bitmask.view(np.uint8), count=len(logits), bitorder="little")

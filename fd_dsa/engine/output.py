@@ -167,13 +167,13 @@ class RequestOutput:
 
     @property
     def logprobs(self) -> list[TokenLogprobs] | None:
-        """Scores of the output tokens whose text is shown; None unless asked for."""
+        """Scores of the output tokens whose text is shown, or None unless asked for."""
         shown = self._state.logprobs
         return None if shown is None else shown[: self._num_logprobs]
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """Sum of the logarithms of the probabilities in `logprobs`; None unless asked for."""
+        """Sum of the log-probabilities in `logprobs`, or None unless asked for."""
         scores = self.logprobs
         return None if scores is None else sum((one.score.logprob for one in scores), 0.0)
 

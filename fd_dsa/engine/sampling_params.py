@@ -50,7 +50,7 @@ _RANGES = {
 @explain_fields(SAMPLING_HINTS)
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled, and when it ends.
+    """Sampling of one request, and conditions for its end.
 
     The sampler applies penalties, then `logit_bias`, bad words and the end tokens that `min_tokens`
     forbids. Temperature, `min_p` and `top_k` follow, and `top_p` over the tokens that they keep. A

@@ -173,7 +173,7 @@ def _dequantized(linear: Any, dtype: str) -> Any:
 
 @cache
 def log_once(reason: str) -> None:
-    """Log why FastDeploy's GEMMs serve; one line for each reason."""
+    """Log why FastDeploy's GEMMs serve, with one line for each reason."""
     logger.info(
         "fd_dsa: FastDeploy's GEMMs make the indexer's projections, without overlap: %s", reason
     )

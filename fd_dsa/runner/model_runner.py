@@ -180,7 +180,7 @@ class ModelRunner(Preparation):
         return inputs
 
     def _begin(self, step: Step, has_pending: bool) -> None:
-        """Resolve the pending tokens of a step, then make its metadata; may be captured."""
+        """Resolve the pending tokens of a step and make its metadata, which may be captured."""
         self.forward_meta = step
         if self.draws is not None and has_pending:
             self.draws.follow(step)

@@ -22,7 +22,7 @@ class Runner(Protocol):
 
     @property
     def input_batch(self) -> InputBatch:
-        """Rows of the step; their sizes bound a step."""
+        """Rows of the step, whose sizes bound a step."""
 
     @property
     def vocab_size(self) -> int:
@@ -62,7 +62,7 @@ class SlotSampling(Protocol):
         """
 
     def read_drafts(self) -> Callable[[], Indices]:
-        """Enqueue a copy of the draft tokens; the result waits for it."""
+        """Enqueue a copy of the draft tokens, for which the result waits."""
 
 
 class SamplingRunner(Protocol):
@@ -73,7 +73,7 @@ class SamplingRunner(Protocol):
         """Sampler of the device."""
 
     def queue_model(self, logits_indices: Indices, draw: Draw) -> None:
-        """Enqueue the step without its sampling; `draw` comes before the next step.
+        """Enqueue the step without its sampling, which `draw` adds before the next step.
 
         Args:
             logits_indices: as for `execute_model`, at least one.

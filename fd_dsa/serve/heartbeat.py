@@ -53,7 +53,7 @@ class _Heartbeat:
         self._is_open = False
 
     async def receive(self) -> Message:
-        """Receive a message; a client that sends no more gets a ping, which it may refuse."""
+        """Receive a message, and ping a client that sends no more."""
         message = await self._receive()
         if message["type"] == "http.request":
             await self._ping()

@@ -30,7 +30,7 @@ INFO = "info"
 
 
 class EngineInfo(TypedDict):
-    """Facts that only the process of the model knows; None = unknown."""
+    """Facts that only the process of the model knows, with None for unknown ones."""
 
     paddle: str
     device: str
@@ -44,7 +44,7 @@ class EngineInfo(TypedDict):
 
 
 class ChatFormats(TypedDict):
-    """Origin of the chat template and names of the parsers; None = there is no chat."""
+    """Origin of the chat template and names of the parsers, all None without chat."""
 
     chat_template: str | None
     tool_call_parser: str | None
@@ -52,7 +52,7 @@ class ChatFormats(TypedDict):
 
 
 class ServerInfo(EngineInfo, Limits, ChatFormats):
-    """Versions, device, types, limits and providers of a server; None = unknown."""
+    """Versions, device, types, limits and providers of a server, None if unknown."""
 
     engine: str
     version: str

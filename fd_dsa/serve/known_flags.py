@@ -310,7 +310,7 @@ def judge(flag: str, value: str, known: Known, is_off: bool) -> str:
 
 
 def rows() -> Iterator[tuple[str, str]]:
-    """What holds here, and the flags of other servers for which it does."""
+    """Yield each rule of this server with the flags of other servers that it covers."""
     for ours, names in OTHER_NAMES.items():
         yield f"the name here is `{ours}`".replace(" or ", "` or `"), _shown(names)
     for reason, names in NOT_NEEDED.items():

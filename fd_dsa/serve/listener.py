@@ -157,7 +157,7 @@ class Listener:
         return self.is_probe(target.partition(b" ")[0])
 
     def _open_accepted(self) -> None:
-        """Open the next connections; the others wait for the next turn of the loop."""
+        """Open the next connections, and the others in later turns of the loop."""
         for _ in range(min(_OPENED_AT_ONCE, len(self._accepted))):
             self._open(self._accepted.popleft())
         if self._accepted:

@@ -98,7 +98,7 @@ def compare(expected: list[RequestOutput], found: list[RequestOutput]) -> None:
 
 
 def ranks_left() -> list[int]:
-    """Processes of ranks; the process of grammars stays for the next engine."""
+    """Processes of ranks, without the process of grammars, which stays."""
     return [
         pid
         for pid in children(os.getpid())

@@ -125,7 +125,7 @@ def _parts(schema: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def checker() -> Checker:
-    """Of the document of a server, which is the same for all servers without keys."""
+    """The document of a server, the same for all servers without keys."""
     with running(FakeEngine()) as live:
         return Checker(live.http.get("/openapi.json").json())
 

@@ -64,7 +64,7 @@ def texts() -> dict[str, list[str]]:
 
 
 def literals(source: str) -> Iterator[str]:
-    """Values of the string literals of a script; templates without what fills them."""
+    """Values of the string literals of a script, with templates unfilled."""
     for match in LITERAL.finditer(source):
         template = match["template"]
         if template is not None:

@@ -233,7 +233,7 @@ class CompletionLogprobs(TypedDict):
 
 
 class CompletionEnd(TypedDict):
-    """The end of a choice of a completion; only `finish_reason`, null, before it."""
+    """End of a choice of a completion, with a null `finish_reason` before it."""
 
     finish_reason: FinishReason | None
     stop_reason: NotRequired[str | int | None]

@@ -93,7 +93,7 @@ def at_most(num_entries: int) -> BeforeValidator:
 
 
 def packed_json(value: Any) -> bytes:
-    """Write a value's shortest JSON text, in a few milliseconds a megabyte; NaN becomes null.
+    """Write the shortest JSON text of a value, with null for NaN.
 
     Returns:
         The text; empty for half of a surrogate pair or a large integer, which only short bodies

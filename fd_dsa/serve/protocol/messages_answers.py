@@ -21,7 +21,7 @@ class ThinkingTokens(TypedDict):
 
 
 class MessageUsage(TypedDict):
-    """Token counts of a message; those of the input are without the cached ones."""
+    """Token counts of a message, without cached tokens in those of the input."""
 
     input_tokens: int
     cache_creation_input_tokens: int
@@ -59,7 +59,7 @@ ContentBlock = TextBlock | ThinkingBlock | ToolUseBlock
 
 
 class Stop(TypedDict):
-    """Reason why a message has ended; null before its end."""
+    """Reason why a message has ended, null before its end."""
 
     stop_reason: StopReason | None
     stop_sequence: str | None

@@ -108,7 +108,7 @@ class ResponseReasoning(TypedDict):
 
 
 class ResponseObject(TypedDict):
-    """A response; it repeats fields of its request."""
+    """Response, which repeats fields of its request."""
 
     id: str
     object: Literal["response"]

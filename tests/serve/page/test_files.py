@@ -141,7 +141,7 @@ def test_the_example_of_a_number_in_a_long_text(browser: Browser) -> None:
 
 
 def test_the_example_where_no_picture_can_be_made(browser: Browser) -> None:
-    """On a device the server refuses the picture; the answer comes without."""
+    """A device refuses the picture, and the answer comes without it."""
     field = "return_topk_positions"
 
     def refuse(route: Route) -> None:
