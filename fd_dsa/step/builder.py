@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa.device.allocation import Allocate, Array, paddle_allocator
+from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.step.checks import StepHints, StepLimits
-from fd_dsa.step.forward_meta import Array, ForwardMeta
-from fd_dsa.step.host import HostProvider
-from fd_dsa.step.host_tensor import as_tensor
-from fd_dsa.step.views import Allocate, View
+from fd_dsa.step.forward_meta import ForwardMeta
+from fd_dsa.step.host_provider import HostProvider
+from fd_dsa.step.views import View
 
 
 class StepMetadataBuilder:
@@ -145,8 +146,7 @@ def _provider_for(
     if allocate is None and device == "cpu":
         return HostProvider(limits, _paddle_view(), int32_position_ids)
     # the kernel and its launcher are loaded only where a device is asked for
-    from fd_dsa.step.device import DeviceProvider
-    from fd_dsa.step.places import paddle_allocator
+    from fd_dsa.step.device_provider import DeviceProvider
 
     return DeviceProvider(limits, allocate or paddle_allocator(device), int32_position_ids)
 

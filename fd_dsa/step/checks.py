@@ -8,15 +8,11 @@ from operator import index
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import numpy as np
-import numpy.typing as npt
 
-from fd_dsa.errors import BackendUnavailable, CapacityError, DtypeError, ShapeError
-
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
+from fd_dsa.device.host_tensor import Int32Array, Int64Array, host_array
+from fd_dsa.errors import CapacityError, DtypeError, ShapeError
 
 INT32_MAX = 2**31 - 1
-_DLPACK_CPU = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,28 +119,6 @@ def check_host_step(arrays: Sequence[Any], limits: StepLimits, hints: StepHints)
     inputs = StepInputs(*map(host_array, StepInputs._fields, arrays))
     check_arrays(inputs, np.int32, limits)
     return check_values(inputs, limits, hints)
-
-
-def host_array(name: str, value: Any) -> npt.NDArray[Any]:
-    """`value` as a NumPy array over the same memory; raises as `check_host_step`."""
-    if isinstance(value, np.ndarray):
-        return value
-    if not hasattr(value, "__dlpack_device__"):
-        raise DtypeError(
-            f"{name}: got {type(value).__name__}, allowed are a NumPy array and a Paddle tensor "
-            "of int32; convert it with numpy.asarray(value, numpy.int32)"
-        )
-    try:
-        on_host = int(value.__dlpack_device__()[0]) == _DLPACK_CPU
-    except RuntimeError:
-        # what Paddle raises for its custom devices, which DLPack has no number for
-        on_host = False
-    if not on_host:
-        raise BackendUnavailable(
-            f"{name}: is on {getattr(value, 'place', 'a device')}, but this builder reads host "
-            "memory; build with the device of the tensors, for example device='gpu'"
-        )
-    return np.from_dlpack(value)
 
 
 def check_arrays(arrays: Sequence[Any], int32: Any, limits: StepLimits) -> None:

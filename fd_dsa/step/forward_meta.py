@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-# a paddle.Tensor; a numpy.ndarray where the builder was made for device "numpy", or what its
-# `allocate` makes
-Array = Any
+from fd_dsa.device.allocation import Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+from fd_dsa.device.allocation import CACHED_VIEWS, Allocate, Array
 from fd_dsa.step.checks import StepCounts, StepLimits
-from fd_dsa.step.forward_meta import Array, ForwardMeta
+from fd_dsa.step.forward_meta import ForwardMeta
 
 View = Callable[[Any], Array]
-Allocate = Callable[[tuple[int, ...], str], Array]
-# views are small; a server sees few row counts and, when decoding, few token counts
-CACHED_VIEWS = 512
 
 
 class Field(NamedTuple):

@@ -1,4 +1,4 @@
-"""The device provider: a step's metadata in one launch, bound to buffers that never move."""
+"""Device provider: the metadata of a step by one launch, in buffers that never move."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.staging import StagedInputs
+from fd_dsa.device.transfers import on_host, transfers_for
 from fd_dsa.environment import switch
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.step import checks
 from fd_dsa.step.checks import INT32_MAX, StepCounts, StepHints, StepInputs, StepLimits
-from fd_dsa.step.forward_meta import Array, ForwardMeta
-from fd_dsa.step.kernel import decode_step_metadata_kernel, mixed_step_metadata_kernel
-from fd_dsa.step.staging import StagedInputs
-from fd_dsa.step.views import FIELDS, Allocate, StepViews, new_buffers
-from fd_dsa.triton_runtime.transfers import on_host, transfers_for
+from fd_dsa.step.forward_meta import ForwardMeta
+from fd_dsa.step.metadata_kernels import decode_step_metadata_kernel, mixed_step_metadata_kernel
+from fd_dsa.step.views import FIELDS, StepViews, new_buffers
 
 # lanes and warps of a program: rows of a decode-only step, tokens of any other
 DECODE_TILE, DECODE_WARPS = 32, 1

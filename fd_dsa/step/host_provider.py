@@ -1,4 +1,4 @@
-"""The host provider: a step's metadata in vectorised NumPy over buffers that never move."""
+"""Host provider: the metadata of a step by vectorised NumPy, in buffers that never move."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fd_dsa.step.checks import (
-    HostStep,
-    Int32Array,
-    Int64Array,
-    StepHints,
-    StepInputs,
-    StepLimits,
-    check_host_step,
-)
-from fd_dsa.step.forward_meta import Array, ForwardMeta
-from fd_dsa.step.views import CACHED_VIEWS, StepViews, View, new_buffers
+from fd_dsa.device.allocation import CACHED_VIEWS, Array
+from fd_dsa.device.host_tensor import Int32Array, Int64Array
+from fd_dsa.step.checks import HostStep, StepHints, StepInputs, StepLimits, check_host_step
+from fd_dsa.step.forward_meta import ForwardMeta
+from fd_dsa.step.views import StepViews, View, new_buffers
 
 # of the inputs
 _PADDING = (0, 0, 0, -1)
