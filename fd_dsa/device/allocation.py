@@ -16,7 +16,10 @@ CACHED_VIEWS = 512
 
 
 def paddle_allocator(device: str) -> Allocate:
-    """Return the allocator of uninitialised Paddle tensors on `device`; see `paddle_place`.
+    """Return the allocator of uninitialised Paddle tensors on a device.
+
+    Args:
+        device: a name that `paddle_place` takes.
 
     Raises:
         BackendUnavailable: Paddle is missing, or has no such device.

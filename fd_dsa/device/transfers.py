@@ -77,7 +77,7 @@ class Transfers:
     def copy(
         self, kind: str, target: int, source: int, stream: RawStream | None = None
     ) -> FixedCopy:
-        """Prepare a copy between two addresses that never move; see `FixedCopy`."""
+        """Prepare a copy between two addresses that never move."""
         return FixedCopy(self, kind, target, source, stream)
 
     def event(self) -> Event:
@@ -85,7 +85,7 @@ class Transfers:
         return Event(self)
 
     def new_stream(self) -> RawStream:
-        """Create a stream that waits for no other stream by itself; it lives with the object."""
+        """Create a stream that waits for no other stream by itself and ends with the object."""
         stream = RawStream()
         self.function("cuStreamCreate")(ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
         _give_back_with(stream, "cuStreamDestroy_v2", ctypes.c_void_p(stream.value))
@@ -121,7 +121,7 @@ class Transfers:
 
 
 class RawStream(ctypes.c_void_p):
-    """Stream of the driver that the tensor library does not know; null if interpreted."""
+    """Stream of the driver alongside the tensor library's streams, null if interpreted."""
 
     def finish_before(self, owner: Any) -> None:
         """Wait for the work on the stream when `owner` is collected, before its memory is freed."""
@@ -212,7 +212,7 @@ def transfers_for(tensor: Any) -> Transfers:
 
 
 def on_host(tensor: Any, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Wait for the values of a contiguous tensor with the shape and dtype of `like`."""
+    """Copy a contiguous tensor of the shape and dtype of `like` to the host, and wait."""
     array, transfers = np.empty_like(like), transfers_for(tensor)
     if array.size:
         transfers.to_host(array, tensor)

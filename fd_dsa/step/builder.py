@@ -1,4 +1,4 @@
-"""The one call of a step that computes what all layers share."""
+"""Builder of the metadata that all layers of a step share."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class StepMetadataBuilder:
         num_prefill_tokens: int | None = None,
         max_seqlen_k: int | None = None,
     ) -> ForwardMeta:
-        """Metadata of one step, valid until the next `build` of this builder.
+        """Compute the metadata of one step, valid until the next `build` of this builder.
 
         All checks come before the first write: a refused step leaves the metadata of the step
         before it as it was.
@@ -130,7 +130,7 @@ class StepMetadataBuilder:
         return self.build_from(arrays, hints)
 
     def build_from(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta:
-        """`build` of its four arrays, and of its keywords in one record."""
+        """Build a step from the four arrays and the keywords of `build` in one record."""
         hints.check_types()
         meta: ForwardMeta = self._provider.build(arrays, hints)
         self.num_builds += 1
@@ -140,19 +140,19 @@ class StepMetadataBuilder:
 def _provider_for(
     limits: StepLimits, device: str, allocate: Allocate | None, int32_position_ids: bool
 ) -> Any:
-    """What checks and computes the steps of a builder."""
+    """Return the provider that checks and computes the steps of a builder."""
     if allocate is None and device == "numpy":
         return HostProvider(limits, lambda array: array, int32_position_ids)
     if allocate is None and device == "cpu":
         return HostProvider(limits, _paddle_view(), int32_position_ids)
-    # the kernel and its launcher are loaded only where a device is asked for
+    # imported here, because the kernel and its launcher need Triton
     from fd_dsa.step.device_provider import DeviceProvider
 
     return DeviceProvider(limits, allocate or paddle_allocator(device), int32_position_ids)
 
 
 def _paddle_view() -> View:
-    """How a NumPy buffer becomes a Paddle tensor that shares its memory."""
+    """Return the function that makes a Paddle tensor on the memory of a NumPy buffer."""
     try:
         import paddle  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a step's inputs must satisfy; everything here runs before the first write."""
+"""Checks of the inputs of a step, all before the first write."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class StepInputs(NamedTuple):
 
 
 class StepHints(NamedTuple):
-    """What a runner knows of a step before anybody reads its lengths; None = it does not say.
+    """Counts of a step that the runner knows without reading the lengths, None = not known.
 
     With tensors on a device the first three are needed, and each may be an upper bound. On a CPU
     the lengths themselves are read: the token counts are exact or None, `max_seqlen_k` is at
@@ -86,7 +86,7 @@ class StepHints(NamedTuple):
 
 
 class StepCounts(NamedTuple):
-    """The counts of a step that has passed all checks; fields as in StepHints."""
+    """Counts of a step that has passed all checks, with the fields of StepHints."""
 
     num_tokens: int
     num_prefill_tokens: int
@@ -152,7 +152,7 @@ def check_arrays(arrays: Sequence[Any], int32: Any, limits: StepLimits) -> None:
 
 
 def check_values(inputs: StepInputs, limits: StepLimits, hints: StepHints) -> HostStep:
-    """Refuse lengths and block ids which no consistent step has; count what it holds.
+    """Refuse inconsistent lengths and block ids, and count the tokens and keys of the step.
 
     Sums are int64, so that no int32 input can wrap into a plausible number.
 
@@ -210,7 +210,7 @@ def check_values(inputs: StepInputs, limits: StepLimits, hints: StepHints) -> Ho
 
 
 def check_device_counts(limits: StepLimits, hints: StepHints) -> StepCounts:
-    """Counts of a step whose arrays are on a device and are not read.
+    """Check and return the counts of a step whose arrays are on a device and are not read.
 
     Raises:
         ValueError: one of the three is missing, negative, or more prefill tokens than tokens.
@@ -240,7 +240,7 @@ def check_device_counts(limits: StepLimits, hints: StepHints) -> StepCounts:
 
 
 def _padded_tokens(num_tokens: int, limits: StepLimits, hints: StepHints) -> int:
-    """Padded token count of a step; without one, its token count."""
+    """Return the padded token count of a step, by default its token count."""
     padded = hints.num_padded_tokens
     if padded is None:
         return index(num_tokens)
@@ -265,7 +265,7 @@ def _check_size(name: str, value: Any) -> None:
 def _check_blocks(
     inputs: StepInputs, limits: StepLimits, seq_lens_k: Int64Array, max_seqlen_k: int
 ) -> None:
-    """Refuse a row that is longer than its table, or that needs an entry which is no block."""
+    """Refuse a row that is longer than its table or needs an entry that is no block."""
     block_size = limits.block_size
     if max_seqlen_k > limits.max_seq_len:
         row = int(seq_lens_k.argmax())
