@@ -20,6 +20,7 @@ ROOMS = (
     "signals",
     "cancellation",
     "speculative_config",
+    "cache_formats",
     "config",
     "custom_ops",
     "triton_runtime",

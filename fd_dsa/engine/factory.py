@@ -114,9 +114,8 @@ def build_runner(
 
 def load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProgress) -> Any:
     """The model with its weights, on its device."""
-    from fd_dsa.models.configs import open_checkpoint
     from fd_dsa.models.loader import load_dummy_weights, load_weights
-    from fd_dsa.models.registry import create_model
+    from fd_dsa.models.registry import create_model, open_checkpoint
     from fd_dsa.models.weights import HostWeights
 
     begin = time.perf_counter()

@@ -127,8 +127,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     _prepare_paddle()
     # these import paddle
     from fd_dsa.device.resolve import device_of_rank, keep_float32, resolve_device
-    from fd_dsa.engine.caches import family_of
-    from fd_dsa.models.configs import open_checkpoint, read_config
+    from fd_dsa.engine.caches import caches_class
     from fd_dsa.models.loader import (
         add_mtp_layer,
         check_blocks,
@@ -136,6 +135,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
         quantisable_tensors,
         validate,
     )
+    from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.ops.fixed_order import check_fixed_order
     from fd_dsa.runner.input_batch import InputBatch
 
@@ -152,8 +152,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     if model_config.unknown_fields and (group is None or group.rank == 0):
         names = ", ".join(model_config.unknown_fields)
         logger.warning("%s: unknown fields of config.json, ignored: %s", config.model, names)
-    family = family_of(model_config)
-    family.check_flags(config, model_config)
+    caches_class(model_config).check_flags(config, model_config)
     model_config = _with_index_topk(model_config, config.index_topk)
     defaults = sampling_defaults(config, model_config)
     max_model_len = config.resolve_max_model_len(model_config.max_position_embeddings)
@@ -185,7 +184,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     if size > 1:
         check_blocks(whole_config, size, fp8)
         model_config = whole_config.split(size)
-    caches = family(config, model_config, input_batch)
+    caches = caches_class(model_config)(config, model_config, input_batch)
     memory = _plan_memory(config, model_config, caches, max_model_len, fp8, group)
     return EnginePlan(
         config=config,
