@@ -1,4 +1,4 @@
-"""How much memory a model takes, and how many cache blocks fit beside its weights."""
+"""Memory plan: bytes of weights, graphs and caches, and the number of blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fd_dsa.models.expected_tensors import expected_tensors
 _DEFAULT_CACHE_BYTES = 4 << 30
 _UNLIMITED = 1 << 60
 _WIDTHS = {"float32": 4, "bfloat16": 2}
-# the first that fits a tensor's name; ranks split all of them but the embedding
+# the first match of a tensor's name counts. Ranks split all but the embedding
 _PARTS = {
     "routed experts": re.compile(r"\.experts\."),
     "shared experts": re.compile(r"\.shared_experts\."),
@@ -27,20 +27,21 @@ _PARTS = {
     "embedding": re.compile(r"embed_tokens\."),
 }
 _OTHERS = "indexers, routers, others"
-# what the driver keeps for a graph of some thousand launches
+# memory of the driver for a graph of some thousand launches
 _GRAPH_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Sizes in bytes, made before anything large is allocated; blocks and lengths in tokens.
+    """Sizes that are planned before anything large is allocated.
 
     Attributes:
-        weight_bytes: weights as held.
-        graph_bytes: captured decode steps, their activations included; 0 without any.
-        state_bytes: what rows of the batch keep beside the blocks.
-        free_bytes: what the system could give when the plan was made.
-        bytes_per_block: one of `num_blocks` cache blocks over all layers.
+        weight_bytes: bytes of the weights as held.
+        graph_bytes: bytes of captured steps with their activations, 0 = no step is captured.
+        state_bytes: bytes that rows of the batch take in addition to blocks.
+        free_bytes: bytes that the system could give when the plan was made.
+        bytes_per_block: bytes of one of `num_blocks` cache blocks over all layers.
+        block_size, max_model_len: tokens of a block and of the longest sequence.
     """
 
     weight_bytes: int
@@ -54,10 +55,11 @@ class MemoryPlan:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """All cache blocks of all layers."""
+        """Bytes of all cache blocks of all layers."""
         return self.num_blocks * self.bytes_per_block
 
     def summary(self) -> str:
+        """Return the plan in one line."""
         blocks_per_request = -(-self.max_model_len // self.block_size)
         graphs = f"graphs {format_bytes(self.graph_bytes)}, " if self.graph_bytes else ""
         states = f"states {format_bytes(self.state_bytes)}, " if self.state_bytes else ""
@@ -71,7 +73,7 @@ class MemoryPlan:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """A size for people, such as `31.2 GiB`."""
+    """Return a size for people, such as `31.2 GiB`."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}"
@@ -81,19 +83,19 @@ def format_bytes(num_bytes: float) -> str:
 def weight_bytes(
     config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
 ) -> int:
-    """Bytes of a model's weights as held; arguments as of `weight_parts`."""
+    """Return the bytes of a model's weights as held. Arguments: see `weight_parts`."""
     return sum(weight_parts(config, dtype, fp8).values())
 
 
 def weight_parts(
     config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
 ) -> dict[str, int]:
-    """Bytes of a model's weights, or one rank's, as held, by the part of the model they belong to.
+    """Return the bytes of the weights of a model, or of a rank, by part of the model.
 
     Args:
-        dtype: of all matrices but those in `fp8`; vectors are float32. A CPU holds everything in
-            float32 whatever the checkpoint stores.
-        fp8: names of tensors whose values are one byte, with a scale for each block.
+        dtype: dtype of all matrices except for those in `fp8`. Vectors are float32. A CPU holds
+            float32 for every dtype of the checkpoint.
+        fp8: names of tensors with values of one byte and a scale per block.
     """
     width, parts = _WIDTHS[dtype], dict.fromkeys((*_PARTS, _OTHERS), 0)
     for name, tensor in expected_tensors(config).items():
@@ -109,22 +111,24 @@ def weight_parts(
 
 
 PROMPT_SIZES = (32, 64, 128, 256)
-"""Numbers of keys for which steps of short prompts are captured: of more the device is the slower
-side."""
+"""Captured prefill sizes in keys. Larger prompts are GPU-bound, so graphs do not help."""
 MOST_PROMPTS = 8
-"""Prompts of such a step."""
+"""Max prompts of a captured prefill step."""
 
 
 def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -> int:
-    """Bytes that captured steps take at most: decode steps of these numbers of tokens, and prompts.
+    """Return the max bytes of captured decode and prefill steps.
 
-    Each graph keeps its logits and what the driver needs for it. Activations are those of the
-    largest, which all share; those of a layer are counted as if none were given back before its
-    end.
+    Each graph has logits and memory of the driver. All graphs share the activations of the
+    largest. The activations of a layer are counted as if all were freed at its end.
+
+    Args:
+        sizes: captured numbers of tokens of decode steps.
+        max_model_len: tokens of the longest sequence.
     """
     if not sizes:
         return 0
-    # one for rows of any length, one for rows that need no choice of keys
+    # one for rows of any length, one for rows that attend to all of their keys
     lengths = 1 if max_model_len <= config.index_topk else 2
     prompts = [size for size in PROMPT_SIZES if size <= config.index_topk]
     graphs = len(sizes) * lengths + len(prompts)
@@ -132,14 +136,14 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     kept = rows * config.vocab_size
     heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
     if config.mtp is not None:
-        # those of drafts, and hidden states that one graph gives another; the second and the third
-        # draft have graphs for powers of two of rows
+        # logits of drafts, and hidden states that one graph hands to another. The second and the
+        # third draft have graphs for powers of two of rows
         kept = 2 * kept + 3 * (rows + sum(prompts)) * hidden
         graphs = 2 * (graphs + lengths * (1 + (max(sizes) - 1).bit_length()))
     query = config.qk_nope_head_dim + config.qk_rope_head_dim
     attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
     attention += 3 * heads * config.v_head_dim + config.index_n_heads * config.index_head_dim
-    # of each chosen expert; then the router's scores
+    # of each selected expert, then the router's scores
     moe = config.num_experts_per_tok * (config.moe_intermediate_size + hidden)
     moe += config.n_routed_experts
     dense = 3 * max(config.intermediate_size, config.moe_intermediate_size)
@@ -153,11 +157,11 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
 def available_memory_bytes(
     proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """Bytes that this process may still allocate without swapping.
+    """Return the bytes that this process may still allocate without swapping.
 
-    The least of what the system has (MemAvailable), what `ulimit -v` leaves of the address space,
-    and what each control group of the process, version 1 or 2, leaves: its limit less its use,
-    where file pages that can be dropped do not count as used.
+    The minimum of the system's MemAvailable, the rest of the address space (`ulimit -v`), and the
+    rest of each control group of the process, version 1 or 2: its limit minus its use. File pages
+    that can be dropped do not count as used.
 
     Raises:
         ConfigError: /proc/meminfo has no MemAvailable.
@@ -183,24 +187,26 @@ def plan_memory(
     free_bytes: int | None = None,
     takes_all: bool = False,
 ) -> MemoryPlan:
-    """Sizes of weights and caches, or an error that says which flag to change.
+    """Plan weights and caches.
 
-    The number of blocks is `num_gpu_blocks_override`, or what `kv_cache_memory_bytes` holds, or
-    else enough for `max_num_seqs` sequences of full length, but at most what is free beside the
-    weights; unless `takes_all`, also at most half of that, and 4 GiB or one full-length sequence.
+    The number of blocks is `num_gpu_blocks_override`, or fills `kv_cache_memory_bytes`. Without
+    both flags there are blocks for `max_num_seqs` sequences of full length, but at most as many as
+    fit in the memory that the weights leave free. Unless `takes_all`, they also take at most half
+    of it, and at most 4 GiB or one full-length sequence.
 
     Args:
-        free_bytes: memory for all of it; None asks the system. Other sizes: as of a MemoryPlan.
-        takes_all: whether the memory is of use to nobody else.
+        free_bytes: memory for weights and caches, None = ask the system. Other sizes: see
+            MemoryPlan.
+        takes_all: True if no other program needs the memory.
 
     Raises:
         ConfigError: weights and caches do not fit in the free memory, or the caches do not hold
-            one sequence of full length.
+            one sequence of full length. The message names the flag to change.
     """
     if free_bytes is None:
         free_bytes = available_memory_bytes()
     needed_blocks = -(-max_model_len // config.block_size)
-    # None where the size of the caches is ours to choose
+    # None if the plan chooses the size of the caches
     flag = None
     if config.num_gpu_blocks_override is not None:
         flag, num_blocks = "--num-gpu-blocks-override", config.num_gpu_blocks_override
@@ -235,7 +241,7 @@ def plan_memory(
 
 
 def _check_fit(plan: MemoryPlan, least_blocks: int, flag: str | None) -> None:
-    """Refuse a plan for which there is no room, with so many cache blocks at least."""
+    """Refuse a plan that does not fit with `least_blocks` cache blocks."""
     kv_cache_bytes = least_blocks * plan.bytes_per_block
     needed = plan.weight_bytes + kv_cache_bytes + plan.graph_bytes + plan.state_bytes
     if needed <= plan.free_bytes:
@@ -257,7 +263,7 @@ def _check_fit(plan: MemoryPlan, least_blocks: int, flag: str | None) -> None:
 
 
 def _memory_groups(proc: Path, cgroup: Path) -> Iterator[Path]:
-    """Folders of the control groups that limit this process, its own and those around it."""
+    """Yield folders of the control groups that limit this process, inner first."""
     for line in _read_text(proc / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -270,14 +276,14 @@ def _memory_groups(proc: Path, cgroup: Path) -> Iterator[Path]:
 
 
 def _address_room(process: Path) -> int:
-    """What `ulimit -v` still allows a process, bytes; no limit is a very large number."""
+    """Return the bytes that `ulimit -v` still allows a process, or `_UNLIMITED`."""
     limit = _keyed_number(_read_text(process / "limits"), "Max address space")
     size = _keyed_number(_read_text(process / "status"), "VmSize:")
     return _UNLIMITED if limit is None or size is None else max(limit - size * 1024, 0)
 
 
 def _group_room(folder: Path) -> int:
-    """What a control group still allows, bytes; no limit is a very large number."""
+    """Return the bytes that a control group still allows, or `_UNLIMITED`."""
     for limit_name, usage_name, prefix in (
         ("memory.max", "memory.current", ""),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
@@ -294,13 +300,13 @@ def _group_room(folder: Path) -> int:
 
 
 def _keyed_number(text: str, key: str) -> int | None:
-    """The number that follows a key at the start of a line; None where there is none."""
+    """Return the number that follows a key at the start of a line, or None."""
     found = re.search(rf"^{re.escape(key)}\s+(\d+)\b", text, re.MULTILINE)
     return int(found[1]) if found else None
 
 
 def _read_text(path: Path) -> str:
-    """A small file of the system; empty where it cannot be read."""
+    """Read a small file of the system. A file that cannot be read is empty."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:

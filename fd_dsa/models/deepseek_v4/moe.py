@@ -1,4 +1,4 @@
-"""DeepSeek-V4's experts: chosen by token id or by score, with clamped activations."""
+"""Experts of DeepSeek-V4, selected by token id or by score."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _ONE = np.float32(1.0)
 
 
 class V4Gate:
-    """Experts of each token and their weights: by a table of token ids, or by the best scores.
+    """Router: selects experts by a table of token ids, or by the best scores.
 
-    The bias counts for the choice alone. The chosen scores are normalised whatever the function.
+    The bias counts only for the selection. The selected scores are normalised for every scoring
+    function.
     """
 
     def __init__(self, config: DeepseekV4Config, layer_id: int, weights: Any, prefix: str) -> None:
@@ -34,10 +35,14 @@ class V4Gate:
             self._bias = weights.vector({f"{prefix}bias": count})
 
     def forward(self, x: np.ndarray, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape."""
+        """Select the experts of each token.
+
+        Returns:
+            Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape.
+        """
         scores = self._scores(self._weight.times(x))
         if self._by_id is not None:
-            # ascending, as those of scores: the order of sums does not depend on the company
+            # ascending, so that the order of sums does not depend on the batch composition
             experts = np.sort(self._by_id.take(token_ids, axis=0), axis=1)
         else:
             experts = NoAuxTopkGate.best(scores + self._bias, self._top_k)
@@ -63,17 +68,17 @@ class V4MoE:
             self._experts.append((gate_up, down))
 
     def forward(self, x: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-        """[num_tokens, hidden_size] of the same, for tokens of these ids."""
+        """Return the output [num_tokens, hidden_size] of an input of the same shape."""
         experts, weights = self._gate.forward(x, token_ids)
         shape = len(x), experts.shape[1] + 1
-        # the shared expert is one that every token chooses
+        # every token selects the shared expert
         chosen, factors = np.full(shape, self._shared, np.int32), np.ones(shape, np.float32)
         chosen[:, :-1], factors[:, :-1] = experts, weights
         return routed(x, chosen, factors, self._experts, self._activated)
 
     def _activated(self, gate_up: np.ndarray) -> np.ndarray:
-        """silu(min(gate, limit)) * clip(up, -limit, limit); the gate has no lower bound."""
-        # of a maximum with a number, NumPy's clip takes a third of the time
+        """Return silu(min(gate, limit)) * clip(up, -limit, limit)."""
+        # clip takes a third of the time of a minimum
         gate = gate_up[:, : self._width].clip(-np.inf, self._limit)
         up = gate_up[:, self._width :].clip(-self._limit, self._limit)
         divisor = np.negative(gate)
@@ -85,7 +90,7 @@ class V4MoE:
 
 
 def _softplus(x: np.ndarray) -> np.ndarray:
-    """log(1 + exp(x)); of many values NumPy's logaddexp takes eight times as long."""
+    """Return log(1 + exp(x)), in an eighth of the time of logaddexp."""
     return np.log1p(np.exp(-np.abs(x))) + np.clip(x, 0.0, np.inf)
 
 
