@@ -13,7 +13,7 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.errors import flag_error
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
-from fd_dsa.models.registry import AnyConfig
+from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.model_runner import backend_config
 from fd_dsa.v4_attention import V4AttentionBackend
@@ -97,9 +97,9 @@ class V4Caches:
 
 Caches = DSACaches | V4Caches
 """Sizes of a model's caches, and the constructor of their backend."""
-_CLASSES: dict[type[AnyConfig], type[Any]] = {ModelConfig: DSACaches, DeepseekV4Config: V4Caches}
+_CLASSES: dict[type[FamilyConfig], type[Any]] = {ModelConfig: DSACaches, DeepseekV4Config: V4Caches}
 
 
-def caches_class(model_config: AnyConfig) -> type[Any]:
+def caches_class(model_config: FamilyConfig) -> type[Any]:
     """Return the class of a model's caches, one of `Caches`."""
     return _CLASSES[type(model_config)]

@@ -12,6 +12,7 @@ from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader
+from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.linear import rows_at, values_of
 
@@ -22,7 +23,7 @@ class DeepseekV32DecoderLayer:
     Attention and MLP of a rank return its part of a sum over all ranks. The next norm sums them.
     """
 
-    def __init__(self, config: ModelConfig, layer_id: int, weights: Any) -> None:
+    def __init__(self, config: ModelConfig, layer_id: int, weights: Weights) -> None:
         self._group = weights.group
         prefix, hidden, eps = f"model.layers.{layer_id}.", config.hidden_size, config.rms_norm_eps
         self.input_layernorm = weights.norm(f"{prefix}input_layernorm.weight", hidden, eps)
@@ -72,7 +73,7 @@ class MultiTokenPredictor:
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2; names of Hugging Face checkpoints.
     """
 
-    def __init__(self, model: DeepseekV32ForCausalLM, weights: Any) -> None:
+    def __init__(self, model: DeepseekV32ForCausalLM, weights: Weights) -> None:
         config, own = model.config, model.config.mtp or ()
         hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
         prefix, self._group = f"model.layers.{number}.", weights.group
@@ -121,7 +122,7 @@ class DeepseekV32ForCausalLM:
         mtp: MTP layer, None = not loaded.
     """
 
-    def __init__(self, config: ModelConfig, weights: Any) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config, self._weights = config, weights
         vocab_size, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens, self.head = weights.table(

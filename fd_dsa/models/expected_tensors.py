@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
+
+import numpy as np
 
 from fd_dsa.distributed import SingleGroup
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.moe import gated
-from fd_dsa.models.registry import FAMILIES, AnyConfig
-from fd_dsa.models.sources import MTP_JOIN
+from fd_dsa.models.registry import FAMILIES, FamilyConfig
+from fd_dsa.models.sources import MTP_JOIN, WeightLoader
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class ExpectedTensor:
         return math.prod(self.shape)
 
 
-def expected_tensors(config: AnyConfig) -> dict[str, ExpectedTensor]:
+def expected_tensors(config: FamilyConfig) -> dict[str, ExpectedTensor]:
     """Return all tensors that the layers of a model ask for, by Hugging Face name.
 
     A loaded MTP layer has some. Experts are listed one by one, as checkpoints store them. A layer
@@ -53,6 +55,7 @@ class _Expected:
 
     group = SingleGroup()
     fp8: frozenset[str] = frozenset()
+    loaders: ClassVar[dict[str, WeightLoader]] = {}
 
     def __init__(self, may_be_fp8: bool) -> None:
         self.tensors: dict[str, ExpectedTensor] = {}
@@ -104,8 +107,8 @@ class _Expected:
         for i in range(count):
             gated(self, f"{prefix}{i}.", hidden_size, width)
 
-    def constant(self, make: Any) -> None:
+    def constant(self, make: Callable[[], np.ndarray]) -> None:
         """Ignore a table that is computed and not loaded."""
 
-    def fills(self, name: str, target: Any) -> None:
+    def fills(self, name: str, target: np.ndarray) -> None:
         self.tensors[name] = ExpectedTensor((len(target), math.prod(target.shape[1:])))

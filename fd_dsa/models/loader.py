@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from fd_dsa.distributed import Group
 from fd_dsa.errors import CheckpointError, flag_error, shorten
@@ -14,6 +13,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK, FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
 from fd_dsa.models.expected_tensors import ExpectedTensor, expected_tensors
 from fd_dsa.models.mla import down_projections
+from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.models.sources import (
     EMBEDDING,
     LM_HEAD,
@@ -91,7 +91,7 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
         )
 
 
-def _unused_indexers(config: Any, layers: Mapping[str, re.Match[str]]) -> set[str]:
+def _unused_indexers(config: FamilyConfig, layers: Mapping[str, re.Match[str]]) -> set[str]:
     """Return the indexer tensors of layers that use an earlier layer's selection.
 
     Args:
@@ -263,7 +263,7 @@ def load_dummy_weights(
 
 
 def rank_parts(
-    config: Any, group: Group | None
+    config: FamilyConfig, group: Group | None
 ) -> tuple[Callable[[str, SourceTensor], SourceTensor], dict[str, float]]:
     """Return the parts of tensors that a rank holds.
 
@@ -274,6 +274,7 @@ def rank_parts(
     cuts: dict[str, tuple[int, int, int]] = {}
     shares: dict[str, float] = {}
     if group is not None and group.size > 1:
+        assert isinstance(config, ModelConfig), "ranks share only models with its layers"
         parts = expected_tensors(config.split(group.size))
         for name, tensor in expected_tensors(config).items():
             for axis, (whole, own) in enumerate(zip(tensor.shape, parts[name].shape, strict=True)):

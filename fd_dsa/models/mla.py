@@ -11,6 +11,7 @@ from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK
+from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.linear import linear, values_of
 
@@ -55,7 +56,7 @@ class DeepseekV32DSAAttention:
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1.
     """
 
-    def __init__(self, config: ModelConfig, layer_id: int, weights: Any, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, layer_id: int, weights: Weights, prefix: str) -> None:
         self.layer_id = layer_id
         self.q_lora_rank, self.num_heads = config.q_lora_rank, config.num_attention_heads
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.host_gemm import HostMatrix, times_of_spans
 
 EXPERT_BYTES = 1 << 30
@@ -16,7 +17,7 @@ EXPERT_BYTES = 1 << 30
 _GROUP_VALUES = 1 << 17
 
 
-def gated(weights: Any, prefix: str, hidden_size: int, width: int) -> tuple[Any, Any]:
+def gated(weights: Weights, prefix: str, hidden_size: int, width: int) -> tuple[Any, Any]:
     """Return the weights of a gated MLP: gate and up in one GEMM, then down."""
     gate_up = {f"{prefix}gate_proj.weight": width, f"{prefix}up_proj.weight": width}
     down = {f"{prefix}down_proj.weight": hidden_size}
@@ -26,7 +27,7 @@ def gated(weights: Any, prefix: str, hidden_size: int, width: int) -> tuple[Any,
 class DeepseekMLP:
     """Gated MLP, down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, weights: Any, prefix: str, hidden_size: int, width: int) -> None:
+    def __init__(self, weights: Weights, prefix: str, hidden_size: int, width: int) -> None:
         self.gate_up_proj, self.down_proj = gated(weights, prefix, hidden_size, width)
 
     def forward(self, x: Any, forward_meta: Any = None) -> Any:
@@ -44,7 +45,7 @@ class NoAuxTopkGate:
     (DeepseekV32TopkRouter).
     """
 
-    def __init__(self, config: ModelConfig, weights: Any, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         self.top_k, self.num_experts = config.num_experts_per_tok, config.n_routed_experts
         self.n_group, self.topk_group = config.n_group, config.topk_group
         self.norm_topk_prob = config.norm_topk_prob
@@ -95,7 +96,7 @@ class NoAuxTopkGate:
 class DeepseekMoE:
     """Routed experts plus the shared expert, accumulated in float32."""
 
-    def __init__(self, config: ModelConfig, weights: Any, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         width, hidden, count = (
             config.moe_intermediate_size,
             config.hidden_size,

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.deepseek_v4.model import DeepseekV4ForCausalLM
     from fd_dsa.models.deepseek_v32 import DeepseekV32ForCausalLM
+    from fd_dsa.models.weights_protocol import HostOnlyWeights, Weights
 
-AnyConfig = ModelConfig | DeepseekV4Config
+FamilyConfig = ModelConfig | DeepseekV4Config
 """Configuration of a model of any family."""
-AnyModel: TypeAlias = "DeepseekV32ForCausalLM | DeepseekV4ForCausalLM"
+FamilyModel: TypeAlias = "DeepseekV32ForCausalLM | DeepseekV4ForCausalLM"
 """Model of any family."""
 Defaults = TypeVar("Defaults", bound=ModelDefaults | DeepseekV4Defaults)
 _Given = TypeVar("_Given", contravariant=True)
@@ -30,7 +31,7 @@ _Given = TypeVar("_Given", contravariant=True)
 class ConfigClass(Protocol[_Given]):
     """Class of configurations that reads config.json."""
 
-    def read(self, reader: FieldReader, defaults: _Given) -> AnyConfig:
+    def read(self, reader: FieldReader, defaults: _Given) -> FamilyConfig:
         """Return the configuration in a config.json."""
 
 
@@ -52,20 +53,20 @@ class Family(Generic[Defaults]):
 
     defaults: Defaults
     config: ConfigClass[Defaults]
-    model: Callable[[Any, Any], AnyModel]
+    model: Callable[[Any, Any], FamilyModel]
     tensor_name: Callable[[str], str] | None = None
     chat_formats: tuple[str, ...] = ()
     fastdeploy_class: str = ""
 
 
 # layers are imported when a model is created: a process that only tokenizes does without them
-def _deepseek_v32(config: ModelConfig, weights: Any) -> AnyModel:
+def _deepseek_v32(config: ModelConfig, weights: Weights) -> FamilyModel:
     from fd_dsa.models.deepseek_v32 import DeepseekV32ForCausalLM
 
     return DeepseekV32ForCausalLM(config, weights)
 
 
-def _deepseek_v4(config: DeepseekV4Config, weights: Any) -> AnyModel:
+def _deepseek_v4(config: DeepseekV4Config, weights: HostOnlyWeights) -> FamilyModel:
     from fd_dsa.models.deepseek_v4.model import DeepseekV4ForCausalLM
 
     return DeepseekV4ForCausalLM(config, weights)
@@ -243,7 +244,7 @@ def find_family(reader: FieldReader) -> Family[Any]:
     raise reader.error("model_type", model_type, ", ".join(map(repr, FAMILIES)), hint)
 
 
-def read_config(folder: str | os.PathLike[str], *, allow_unknown: bool = False) -> AnyConfig:
+def read_config(folder: str | os.PathLike[str], *, allow_unknown: bool = False) -> FamilyConfig:
     """Return the configuration of the model in a folder.
 
     Reads config.json and generation_config.json, if there is one.
@@ -270,7 +271,7 @@ def config_from_dict(
     generation_source: str = "generation_config.json",
     *,
     allow_unknown: bool = False,
-) -> AnyConfig:
+) -> FamilyConfig:
     """Return the configuration in parsed JSON.
 
     Args:
@@ -292,14 +293,14 @@ def config_from_dict(
     return replace(config, unknown_fields=unknown, generation=proposed, eos_token_ids=end_tokens)
 
 
-def open_checkpoint(config: AnyConfig, folder: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(config: FamilyConfig, folder: str | os.PathLike[str]) -> Checkpoint:
     """Open the weights in a model's folder, by the names of `expected_tensors`."""
     from fd_dsa.models.checkpoint import Checkpoint
 
     return Checkpoint.open(folder, FAMILIES[config.model_type].tensor_name)
 
 
-def create_model(config: AnyConfig, weights: Any = None) -> AnyModel:
+def create_model(config: FamilyConfig, weights: Weights | None = None) -> FamilyModel:
     """Return the model of `config`, whose weights `loaders` will fill.
 
     Args:

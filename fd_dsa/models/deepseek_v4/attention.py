@@ -10,6 +10,7 @@ from fd_dsa.models.deepseek_v4.compressor import Compressor
 from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.norm import RowNorm, length
 from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation, rotate
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 
 class V4Attention:
@@ -27,7 +28,7 @@ class V4Attention:
         self,
         config: DeepseekV4Config,
         layer_id: int,
-        weights: Any,
+        weights: HostOnlyWeights,
         prefix: str,
         rotation: Rotation,
     ) -> None:

@@ -8,13 +8,12 @@ main compressor and of its indexer's are side by side, so both are pooled at onc
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.norm import RowNorm
 from fd_dsa.models.deepseek_v4.rotation import Rotation, rotate
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 
 class Compressor:
@@ -27,7 +26,12 @@ class Compressor:
     """
 
     def __init__(
-        self, config: DeepseekV4Config, kind: str, weights: Any, prefix: str, rotation: Rotation
+        self,
+        config: DeepseekV4Config,
+        kind: str,
+        weights: HostOnlyWeights,
+        prefix: str,
+        rotation: Rotation,
     ) -> None:
         self.halves = 2 if kind == CSA else 1
         self._ratio, self._rotation = config.compress_rates[kind], rotation

@@ -15,6 +15,7 @@ import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.norm import length
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.fixed_order import fixed_order
 
 # max tokens for which sums are repeated
@@ -25,7 +26,7 @@ _ONE, _TWO = np.float32(1.0), np.float32(2.0)
 class HyperConnection:
     """Connection of a block: reads its input from streams and adds its output."""
 
-    def __init__(self, config: DeepseekV4Config, weights: Any, prefix: str) -> None:
+    def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights, prefix: str) -> None:
         streams, width = config.hc_mult, config.hc_mult * config.hidden_size
         mixes = (2 + streams) * streams
         self._streams, self._norm_eps = streams, config.rms_norm_eps
@@ -130,7 +131,7 @@ def _adders(n: int, eps: np.float32) -> dict[int, list[np.ndarray]]:
 class HeadCollapse:
     """Weighted sum of all streams, the input of the head."""
 
-    def __init__(self, config: DeepseekV4Config, weights: Any, prefix: str) -> None:
+    def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights, prefix: str) -> None:
         streams, width = config.hc_mult, config.hc_mult * config.hidden_size
         self._norm_eps, self._eps = config.rms_norm_eps, np.float32(config.hc_eps)
         self._fn = weights.matrix(width, {f"{prefix}fn": streams}, sums_in_float32=True)

@@ -14,6 +14,7 @@ from fd_dsa.models.deepseek_v4.norm import RowNorm
 from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation
 from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.arrays import as_numpy
 
 
@@ -21,7 +22,7 @@ class DeepseekV4DecoderLayer:
     """Decoder layer: attention, then experts, each inside a hyper-connection."""
 
     def __init__(
-        self, config: DeepseekV4Config, layer_id: int, weights: Any, rotation: Rotation
+        self, config: DeepseekV4Config, layer_id: int, weights: HostOnlyWeights, rotation: Rotation
     ) -> None:
         prefix, hidden, eps = f"model.layers.{layer_id}.", config.hidden_size, config.rms_norm_eps
         self._attn_hc = HyperConnection(config, weights, f"{prefix}hc_attn_")
@@ -57,7 +58,7 @@ class DeepseekV4DecoderLayer:
 class DeepseekV4ForCausalLM:
     """Model from packed token ids of a step to logits of sampled tokens."""
 
-    def __init__(self, config: DeepseekV4Config, weights: Any) -> None:
+    def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights) -> None:
         self.config, self._weights = config, weights
         vocab_size, hidden = config.vocab_size, config.hidden_size
         self._embedding, self._head = weights.table(EMBEDDING, vocab_size, hidden)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.hyper import sigmoid
 from fd_dsa.models.moe import NoAuxTopkGate, routed
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 _ONE = np.float32(1.0)
 
@@ -20,7 +19,9 @@ class V4Gate:
     function.
     """
 
-    def __init__(self, config: DeepseekV4Config, layer_id: int, weights: Any, prefix: str) -> None:
+    def __init__(
+        self, config: DeepseekV4Config, layer_id: int, weights: HostOnlyWeights, prefix: str
+    ) -> None:
         self._top_k, count = config.num_experts_per_tok, config.n_routed_experts
         self._scaling = np.float32(config.routed_scaling_factor)
         self._scores = _SCORES[config.scoring_func]
@@ -54,7 +55,9 @@ class V4Gate:
 class V4MoE:
     """Routed experts plus the shared expert."""
 
-    def __init__(self, config: DeepseekV4Config, layer_id: int, weights: Any, prefix: str) -> None:
+    def __init__(
+        self, config: DeepseekV4Config, layer_id: int, weights: HostOnlyWeights, prefix: str
+    ) -> None:
         self._gate = V4Gate(config, layer_id, weights, f"{prefix}gate.")
         hidden, self._width = config.hidden_size, config.moe_intermediate_size
         self._limit = np.float32(config.swiglu_limit)

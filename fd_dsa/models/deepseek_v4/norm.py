@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 
 class RowNorm:
@@ -15,7 +15,7 @@ class RowNorm:
         epsilon: added to the mean square.
     """
 
-    def __init__(self, weights: Any, name: str, width: int, epsilon: float) -> None:
+    def __init__(self, weights: HostOnlyWeights, name: str, width: int, epsilon: float) -> None:
         self._weight, self._epsilon = weights.vector({name: width}, factor=width**0.5), epsilon
 
     def of(self, x: np.ndarray) -> np.ndarray:
