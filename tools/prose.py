@@ -163,9 +163,11 @@ def page_findings(path: str) -> Iterator[Finding]:
         plain = sentence.lstrip("-*( ")
         if _POINTS.match(plain):
             yield Finding(path, "first words", path, plain)
-        if _NEGATIVE.search(plain):
+        num_words = len(_WORD.findall(plain))
+        # a cell that only says "none" is a value
+        if _NEGATIVE.search(plain) and num_words > 1:
             yield Finding(path, "negatives", path, plain)
-        if len(_WORD.findall(plain)) > MAX_WORDS:
+        if num_words > MAX_WORDS:
             yield Finding(path, "long sentences", path, plain)
 
 
