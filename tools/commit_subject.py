@@ -24,7 +24,7 @@ VERBS = frozenset((TREE / "tools/commit_verbs.txt").read_text("utf-8").split())
 
 
 def scopes() -> set[str]:
-    """Return what may stand before the colon: packages, folders of the tree, and a few parts."""
+    """Return the allowed words before the colon: packages, folders of the tree, and a few parts."""
     packages = {path.stem for path in (TREE / "fd_dsa").iterdir() if not path.name.startswith("_")}
     folders = {path.name for path in TREE.iterdir() if path.is_dir()}
     parts = {path.name for parent in ("tests", "tools") for path in (TREE / parent).iterdir()}
