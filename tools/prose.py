@@ -90,7 +90,7 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
     if path.suffix != ".py":
         yield from enumerate(lines, start=1)
         return
-    numbers = set()
+    numbers: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
         if token.type == tokenize.COMMENT or "STRING" in tokenize.tok_name[token.type]:
             numbers.update(range(token.start[0], token.end[0] + 1))
@@ -224,8 +224,8 @@ def form_errors(found: Sequence[Finding]) -> list[str]:
 def lower(found: Sequence[Finding]) -> None:
     """Write the counts that have fallen, and those of new groups.
 
-    Files may move between packages: if the sum of the whole package has not risen, the counts of its
-    parts are written as they are.
+    Files may move between packages: if the sum of the whole package has not risen, the counts of
+    its parts are written as they are.
     """
     limits = json.loads(LIMITS.read_text("utf-8")) if LIMITS.exists() else {}
     now = counts(found)
