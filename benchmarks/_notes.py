@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -110,7 +111,14 @@ def siege_table() -> str:
         old = found[3].get(row["requests"], {})
         return " / ".join(old[key].partition(" ")[0] for key in figures[:3]) if old else ""
 
-    columns: list[Column] = [("requests", "{requests}"), ("answers", "{answers}")]
+    def answers(row: Case) -> str:
+        # the others are named if their kinds of answers differ
+        each = [rows[row["requests"]]["answers"] for rows in found[:3]]
+        kinds = [re.sub(r": \d+", "", text) for text in each]
+        others = zip(("large", "busy"), kinds[1:], each[1:], strict=True)
+        return "; ".join([each[0], *(f"{k}: {text}" for k, x, text in others if x != kinds[0])])
+
+    columns: list[Column] = [("requests", "{requests}"), ("answers", answers)]
     columns += [(key.replace(" (alone)", ""), partial(cell, key=key)) for key in figures]
     columns.append(("before: /health / gap / memory", earlier))
     table = "\n".join(Table(lambda _: demo["rows"], columns).lines({}))
