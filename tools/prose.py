@@ -65,7 +65,8 @@ def tracked() -> list[str]:
     names = subprocess.run(
         ["git", "ls-files"], cwd=TREE, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    kept = [n for n in names if n.endswith(SUFFIXES) and not n.startswith(SKIPPED)]
+    # a file in conflict is listed once for each version
+    kept = [n for n in dict.fromkeys(names) if n.endswith(SUFFIXES) and not n.startswith(SKIPPED)]
     return [name for name in kept if (TREE / name).exists()]
 
 
