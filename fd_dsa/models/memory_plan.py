@@ -190,9 +190,9 @@ def plan_memory(
     """Plan weights and caches.
 
     The number of blocks is `num_gpu_blocks_override`, or fills `kv_cache_memory_bytes`. Without
-    both flags there are blocks for `max_num_seqs` sequences of full length, but at most as many as
-    fit in the memory that the weights leave free. Unless `takes_all`, they also take at most half
-    of it, and at most 4 GiB or one full-length sequence.
+    both flags there are blocks for `max_num_seqs` sequences of full length, if they fit in the
+    memory that the weights leave free. Unless `takes_all`, they take at most half of it, and at
+    most 4 GiB or one full-length sequence.
 
     Args:
         free_bytes: memory for weights and caches, None = ask the system. Other sizes: see

@@ -1,8 +1,8 @@
 """Manifold-constrained hyper-connections: residual streams and their mixing.
 
 A token has `hc_mult` residual streams [num_streams, hidden_size] instead of one. A block reads a
-weighted sum of them, and its output is added to a mixture of them, by weights that each token
-computes from its own streams.
+weighted sum of them, and its output is added to a mixture of them. Each token computes the weights
+from its own streams.
 
 Source: mHC (arXiv 2512.24880); Hugging Face transformers 5.23, models/deepseek_v4.
 """
