@@ -8,7 +8,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
@@ -119,6 +119,24 @@ def signals_exit_at_once(line: str) -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+@contextmanager
+def signals_call(handle: Callable[[int], None]) -> Iterator[None]:
+    """Let SIGINT and SIGTERM call `handle` in the event loop. Only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    import asyncio
+
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, handle, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 @contextmanager

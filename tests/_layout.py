@@ -21,6 +21,7 @@ ROOMS = (
     "cancellation",
     "speculative_config",
     "config",
+    "command_line",
     "custom_ops",
     "triton_runtime",
     "step",

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
+from fd_dsa.command_line.failures import EXIT_BAD_START, fail
 from fd_dsa.commands import own_command
 from fd_dsa.config import HUB_NAME, EngineConfig
 from fd_dsa.environment import check_address_space, local_url, process_environment
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error, flag_error, is_out_of_memory
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
-from fd_dsa.serve.flag_values import EXIT_BAD_START, fail
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.flags import build_parser as build_parser
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps

@@ -18,13 +18,13 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from fd_dsa.errors import ConfigError
+from fd_dsa.serve.flags import DEFAULT_MAX_CONNECTIONS
 
 if TYPE_CHECKING:
     from fd_dsa.serve.h11_protocol import StrictH11Protocol
 
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
-DEFAULT_MAX_CONNECTIONS = 4096
 PROBE_CONNECTIONS = 8
 """Connections beyond the limit, on which probes are still answered."""
 # files of the model, the engine's pipes, and compilers
