@@ -18,6 +18,7 @@ SMOKE = $(addprefix tests/,accuracy/test_scores.py attention/test_batching.py \
   chat/test_template_features.py client/test_questions.py command_line/test_report.py \
   distributed/test_host.py engine/test_llm.py \
   fastdeploy_plugin/test_status.py models/test_checkpoint.py ops/test_operators.py \
+  processes/test_processes.py \
   runner/test_step.py serve/test_chat.py step/test_buffers.py triton_runtime/test_bound.py \
   v4_model/test_config.py v4_prepare/test_prepare.py test_doctor.py)
 VENV := .venv

@@ -18,6 +18,7 @@ ROOMS = (
     "environment",
     "commands",
     "signals",
+    "processes",
     "cancellation",
     "speculative_config",
     "config",

@@ -1,59 +1,53 @@
-"""The other ranks of an engine: processes that it starts, sends its steps, and keeps an eye on."""
+"""Processes of the other ranks of an engine: their start, their steps, and their failures."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.distributed.host import HostGroup, Shared
 from fd_dsa.errors import RankError, describe_error
+from fd_dsa.processes.parent import ChildProcess
 
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
-# a process that a user has stopped may go on for so long as if nothing had been
+# a process that a user has stopped for less than this time may continue
 _PATIENCE_S = 6.5
-# a thread that waits for a device notices nothing, and has so long until the process ends
+# a thread that waits for a device notices no failure: this process ends after this time
 _NOTICE_S = 2.0
 _END_TIMEOUT_S = 5.0
 
 
 class Ranks:
-    """All ranks of an engine but the first, which is this process. They end with it.
+    """All ranks of an engine but rank 0, which is this process.
 
-    Where one ends or stays stopped, the others are killed, and every wait of this process for them
-    raises the error that names it. If this process waits for a device instead, it ends.
+    If a rank ends or stays stopped, the others are killed, and every wait of this process for them
+    raises an error that names the rank. If this process waits for a device instead, it ends.
 
     Attributes:
-        group: this process's.
-        processes: of the other ranks, by rank from 1 on.
+        group: group of rank 0.
+        processes: processes of the ranks from 1 on, in this order.
     """
 
     COMMAND = (sys.executable, "-m", "fd_dsa.engine.rank")
-    """Command line of a rank, to which the number of its socket is added."""
+    """Command line of a rank, to which `ChildProcess` adds the numbers of a socket and a pipe."""
 
     def __init__(self, config: EngineConfig) -> None:
         shared = Shared.create(config.tensor_parallel_size)
         self.group = HostGroup(0, shared)
         self._lock = threading.Lock()
         self._is_closed = False
-        # whether the engine's thread may wait for a device
+        # True while the engine's thread may wait for a device
         self._is_busy = True
         self._on_failure: Callable[[RankError], object] = lambda error: None
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self._connections: list[Connection] = []
+        self.processes: list[ChildProcess] = []
         try:
             for rank in range(1, self.group.size):
                 self._start(rank, config, shared)
@@ -62,7 +56,7 @@ class Ranks:
             raise
 
     def on_failure(self, call: Callable[[RankError], object]) -> None:
-        """Have a function called, in another thread, when a rank has ended."""
+        """Call a function with the error, in another thread, when a rank has ended."""
         with self._lock:
             self._on_failure = call
             failure = self.group.failure
@@ -71,10 +65,13 @@ class Ranks:
 
     @contextlib.contextmanager
     def step(self, message: bytes | None) -> Iterator[None]:
-        """Send a message to all ranks, if there is one; inside, this rank does what it says.
+        """Send a message to all ranks. Inside, this rank runs the same step.
+
+        Args:
+            message: None = the other ranks have the step already.
 
         Raises:
-            RankError: a rank has ended, or this one fails inside: it cannot be left out.
+            RankError: a rank has ended, or this rank fails inside, whose part is missing then.
         """
         self.group.check()
         self._is_busy = True
@@ -94,11 +91,11 @@ class Ranks:
             self._is_busy = False
 
     def ready(self) -> None:
-        """The start is over."""
+        """Note that the start is over."""
         self._is_busy = False
 
     def close(self) -> None:
-        """End all ranks; may be called twice."""
+        """End all ranks. Further calls have no effect."""
         with self._lock:
             is_first = not self._is_closed
             self._is_closed = True
@@ -106,42 +103,34 @@ class Ranks:
             return
         if self.group.failure is None:
             self.group.failure = RankError("the ranks have been closed; make a new engine")
-        for connection in self._connections:
+        for process in self.processes:
             with contextlib.suppress(OSError):
-                connection.send(None)
+                process.connection.send(None)
         deadline = time.monotonic() + _END_TIMEOUT_S
         for process in self.processes:
-            try:
-                process.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.join(max(deadline - time.monotonic(), 0.0))
         self.group.close()
 
     def _start(self, rank: int, config: EngineConfig, shared: Shared) -> None:
         """Start a rank and the thread that watches it."""
-        process, connection = start_process(self.COMMAND, shared.descriptors)
+        process = ChildProcess(self.COMMAND, shared.descriptors)
         self.processes.append(process)
-        self._connections.append(connection)
         with contextlib.suppress(OSError):
-            # where it has ended already, the thread says how
-            connection.send((config, rank, shared, logger.isEnabledFor(logging.DEBUG)))
+            # if the process has ended already, the thread reports it
+            process.connection.send((config, rank, shared, logger.isEnabledFor(logging.DEBUG)))
         threading.Thread(
-            target=self._watch,
-            args=(rank, process, connection),
-            name=f"fd_dsa-rank-{rank}",
-            daemon=True,
+            target=self._watch, args=(rank, process), name=f"fd_dsa-rank-{rank}", daemon=True
         ).start()
 
-    def _watch(self, rank: int, process: subprocess.Popen[bytes], connection: Connection) -> None:
-        """Body of the thread that reads a rank's log and its last words, until it has ended."""
+    def _watch(self, rank: int, process: ChildProcess) -> None:
+        """Read a rank's log and its final error until it has ended. Body of a thread."""
         reason, stopped_s = "", 0.0
         while stopped_s < _PATIENCE_S:
-            if not connection.poll(_LOOK_EVERY_S):
-                stopped_s = stopped_s + _LOOK_EVERY_S if _is_stopped(process.pid) else 0.0
+            if not process.connection.poll(_LOOK_EVERY_S):
+                stopped_s = stopped_s + _LOOK_EVERY_S if process.is_stopped else 0.0
                 continue
             try:
-                message = connection.recv()
+                message = process.connection.recv()
             except (EOFError, OSError):
                 break
             if isinstance(message, logging.LogRecord):
@@ -151,11 +140,8 @@ class Ranks:
                 reason = f"failed: {message}"
         else:
             reason = f"was stopped for {_PATIENCE_S:g} s by a signal, as SIGSTOP"
-        self._fail(
-            RankError(
-                f"rank {rank} (process {process.pid}) {reason or ''.join(how_ended(process))}"
-            )
-        )
+        reason = reason or "".join(process.how_ended())
+        self._fail(RankError(f"rank {rank} (process {process.pid}) {reason}"))
         deadline = time.monotonic() + _NOTICE_S
         while self.group.has_devices and self._is_busy and not self._is_closed:
             if time.monotonic() > deadline:
@@ -164,7 +150,7 @@ class Ranks:
             time.sleep(_LOOK_EVERY_S / 10)
 
     def _fail(self, failure: RankError) -> None:
-        """End everything because of a rank; the first failure counts."""
+        """Kill all ranks because of the first failure. Later ones have no effect."""
         with self._lock:
             if self._is_closed or self.group.failure is not None:
                 return
@@ -173,56 +159,3 @@ class Ranks:
         for process in self.processes:
             process.kill()
         call(failure)
-
-
-def _is_stopped(pid: int) -> bool:
-    """Whether a process has got SIGSTOP or the like."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state == "T"
-
-
-def start_process(
-    command: Sequence[str], descriptors: Sequence[int] = ()
-) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Start a process and connect to it.
-
-    Its last arguments are the number of its socket and that of the pipe for `end_with_starter`.
-
-    Args:
-        descriptors: of files that it has too.
-    """
-    ours, theirs = socket.socketpair()
-    life, own_life = os.pipe()
-    with theirs:
-        number = theirs.fileno()
-        try:
-            process = subprocess.Popen(
-                (*command, str(number), str(life)),
-                pass_fds=(number, life, *descriptors),
-                stdin=subprocess.DEVNULL,
-                # Ctrl-C of a terminal is for this process
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(own_life)
-            raise
-        finally:
-            os.close(life)
-    # the pipe lives as long as the object, at most as long as this process
-    weakref.finalize(process, os.close, own_life)
-    return process, Connection(ours.detach())
-
-
-def how_ended(process: subprocess.Popen[bytes]) -> tuple[str, str]:
-    """How a process has ended whose connection has, in words, and what may be the cause."""
-    try:
-        status = process.wait(_END_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return "ended its connection but not itself", ""
-    if status < 0:
-        hint = "; the system may have been out of memory" if status == -signal.SIGKILL else ""
-        return f"ended by signal {-status} ({signal.Signals(-status).name})", hint
-    return f"ended with status {status}", ""
