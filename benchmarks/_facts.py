@@ -38,8 +38,8 @@ def start() -> dict[str, Any]:
     from fd_dsa.engine.caches import family_of
     from fd_dsa.models.configs import open_checkpoint, read_config
     from fd_dsa.models.loader import add_mtp_layer
-    from fd_dsa.models.memory_plan import plan_memory, weight_bytes
     from fd_dsa.runner.input_batch import InputBatch
+    from fd_dsa.startup.memory import plan_memory, weight_bytes
 
     config = EngineConfig().on_device("cpu")
     model = read_config(config.model_path)
@@ -144,7 +144,7 @@ def _cut(config: dict[str, Any], layers: int) -> dict[str, float]:
     from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.expected_tensors import expected_tensors
     from fd_dsa.models.loader import quantisable_tensors
-    from fd_dsa.models.memory_plan import weight_parts
+    from fd_dsa.startup.memory import weight_parts
 
     model = ModelConfig.from_dict(config | {"num_hidden_layers": layers}, "config.json")
     parts = weight_parts(model, "bfloat16", quantisable_tensors(model))

@@ -37,6 +37,8 @@ ROOMS = (
     "chat",
     "grammars",
     "engine",
+    "startup",
+    "offline",
     "serve",
     "client",
     "accuracy",

@@ -29,7 +29,7 @@ from fd_dsa.signals import discard, open_missing_streams, signal_end, signals_ex
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
-    from fd_dsa.engine.startup import StartupProgress
+    from fd_dsa.startup.progress import StartupProgress
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -174,8 +174,8 @@ def _show_plan(args: argparse.Namespace) -> int:
     config = EngineConfig(**_fields_of(EngineConfig, args))
     import yaml
 
-    from fd_dsa.engine.plan import make_plan
     from fd_dsa.serve.info import chat_formats
+    from fd_dsa.startup.plan import make_plan
 
     plan, options = make_plan(config), _server_options(args)
     server = {

@@ -17,12 +17,12 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from fd_dsa.engine.host import EngineFacts, EngineHost, Event, Failed
-from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.errors import describe_error
 from fd_dsa.processes.child import connect_to_parent
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps, trim_heaps
 from fd_dsa.serve.info import INFO, engine_info
 from fd_dsa.serve.logs import set_up_logging
+from fd_dsa.startup.progress import StartupProgress
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -55,7 +55,7 @@ def main() -> int:
     ).start()
     try:
         # the imports take seconds
-        from fd_dsa.engine.factory import build_engine
+        from fd_dsa.startup.build import build_engine
 
         progress = StartupProgress(lambda *phase: connection.send(phase))
         engine = build_engine(config, progress)

@@ -25,10 +25,10 @@ from fd_dsa.engine.host import (
     Failed,
     Stop,
 )
-from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
 from fd_dsa.processes.parent import ChildProcess
+from fd_dsa.startup.progress import StartupProgress
 
 # time for the last event to arrive once the process has ended, seconds
 _LAST_EVENT_S = 5.0
@@ -44,7 +44,7 @@ class EngineProcess(EngineLink):
     The process ends when this one does, however it ends: its end of the socket is closed then.
 
     Raises:
-        ConfigError: as `fd_dsa.engine.factory.build_engine`; so are the others.
+        ConfigError: as `fd_dsa.startup.build.build_engine`; so are the others.
         FdDsaError: the process ended before the engine was ready.
     """
 

@@ -10,9 +10,9 @@ import pytest
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.memory_plan import (
+from fd_dsa.startup.host_memory import available_memory_bytes
+from fd_dsa.startup.memory import (
     MemoryPlan,
-    available_memory_bytes,
     format_bytes,
     graph_bytes,
     plan_memory,

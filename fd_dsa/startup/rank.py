@@ -1,4 +1,4 @@
-"""Process of a further rank: `python -m fd_dsa.engine.rank SOCKET PIPE`, started by `Ranks`.
+"""Process of a further rank: `python -m fd_dsa.startup.rank SOCKET PIPE`, started by `Ranks`.
 
 The process builds its part of the model, then runs the steps that rank 0 sends.
 """
@@ -46,9 +46,9 @@ def main() -> None:
     try:
         group = HostGroup(rank, shared)
         # the imports take seconds
-        from fd_dsa.engine.factory import build_runner
-        from fd_dsa.engine.plan import make_plan
-        from fd_dsa.engine.startup import StartupProgress
+        from fd_dsa.startup.build import build_runner
+        from fd_dsa.startup.plan import make_plan
+        from fd_dsa.startup.progress import StartupProgress
 
         plan = make_plan(config, group)
         from fd_dsa.runner.ranks import FollowingRunner

@@ -36,7 +36,7 @@ class Ranks:
         processes: processes of the ranks from 1 on, in this order.
     """
 
-    COMMAND = (sys.executable, "-m", "fd_dsa.engine.rank")
+    COMMAND = (sys.executable, "-m", "fd_dsa.startup.rank")
     """Command line of a rank, to which `ChildProcess` adds the numbers of a socket and a pipe."""
 
     def __init__(self, config: EngineConfig) -> None:
