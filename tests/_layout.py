@@ -25,6 +25,7 @@ ROOMS = (
     "command_line",
     "custom_ops",
     "triton_runtime",
+    "device",
     "step",
     "ops",
     "distributed",

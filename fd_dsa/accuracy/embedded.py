@@ -119,7 +119,7 @@ def open_model(
     fields = {"model": model, "index_topk": index_topk, "max_num_seqs": 1, **engine_config}
     asked = EngineConfig(max_model_len=max_model_len, **fields)
     length = asked.resolve_max_model_len(config.max_position_embeddings)
-    from fd_dsa.runner.device import resolve_device
+    from fd_dsa.device.resolve import resolve_device
     from fd_dsa.startup.build import build_engine
 
     blocks = -(-length // asked.block_size)

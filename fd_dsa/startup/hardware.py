@@ -57,8 +57,8 @@ def choose_device(config: EngineConfig, rank: int) -> tuple[EngineConfig, int]:
         ConfigError: the device does not serve a flag.
         BackendUnavailable: there is no such device, or kernels cannot run on it.
     """
+    from fd_dsa.device.resolve import device_of_rank, keep_float32, resolve_device
     from fd_dsa.ops.fixed_order import check_fixed_order
-    from fd_dsa.runner.device import device_of_rank, keep_float32, resolve_device
 
     size = config.tensor_parallel_size
     num_threads = set_cpu_threads(max(usable_cpus() // size, 1))
@@ -76,7 +76,7 @@ def _check_capability(config: EngineConfig) -> None:
     """Refuse a GPU without the instructions that the kernels or the caches need."""
     if config.device == "cpu":
         return
-    from fd_dsa.runner.device import traits_of
+    from fd_dsa.device.resolve import traits_of
     from fd_dsa.triton_runtime.driver import LEAST_CAPABILITY
 
     device, capability = config.device, traits_of(config.device).capability
@@ -99,7 +99,7 @@ def has_fp8(device: str) -> bool:
     """Return True if a device computes with FP8 values, as a CPU does in float32."""
     if device == "cpu":
         return True
-    from fd_dsa.runner.device import traits_of
+    from fd_dsa.device.resolve import traits_of
     from fd_dsa.triton_runtime.driver import FP8_CAPABILITY
 
     return traits_of(device).capability >= FP8_CAPABILITY

@@ -14,7 +14,7 @@ from fd_dsa.startup.plan import EnginePlan
 from fd_dsa.startup.progress import LoadProgress, StartupProgress
 
 if TYPE_CHECKING:
-    from fd_dsa.step.views import Allocate
+    from fd_dsa.device.allocation import Allocate
 
 
 def load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProgress) -> Any:
@@ -33,8 +33,8 @@ def load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProgr
     weights: Any = HostWeights(group)
     if plan.device != "cpu":
         # only a device needs the kernels and their launcher
+        from fd_dsa.device.allocation import paddle_allocator
         from fd_dsa.models.device_weights import DeviceWeights
-        from fd_dsa.step.places import paddle_allocator
 
         allocate, rounds = paddle_allocator(plan.device), plan.model_config.round_scales
         weights = DeviceWeights(

@@ -279,7 +279,7 @@ def _plan_memory(
     group: Group | None,
 ) -> MemoryPlan:
     """Share out the memory between weights and caches, as the rank with the least memory can."""
-    from fd_dsa.runner.device import free_device_bytes, traits_of
+    from fd_dsa.device.resolve import free_device_bytes, traits_of
 
     device, size = config.device, config.tensor_parallel_size
     free_bytes, captured_bytes = free_device_bytes(device, config.gpu_memory_utilization), 0

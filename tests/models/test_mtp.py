@@ -278,7 +278,9 @@ def test_a_checkpoint_without_the_layer_is_refused_with_what_it_has(tmp_path: Pa
 
 def test_drafts_of_the_demo_models_layer_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     # whatever else this machine does now
-    monkeypatch.setattr(build, "measure_step_costs", lambda *_: StepCosts({1: [1.0, 1.1, 1.2, 1.3]}))
+    monkeypatch.setattr(
+        build, "measure_step_costs", lambda *_: StepCosts({1: [1.0, 1.1, 1.2, 1.3]})
+    )
     drafts = {"method": "mtp", "num_speculative_tokens": 3}
     greedy = SamplingParams(temperature=0, max_tokens=64)
     question = [{"role": "user", "content": "Tell me a story about a fox."}]
