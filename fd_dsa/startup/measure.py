@@ -37,7 +37,7 @@ def measure_step_costs(
         num_drafts: maximum number of drafts of a row.
 
     Returns:
-        The table, or None if the caches have no room for such a step.
+        The table, or None if no such step fits into the caches.
     """
     speculator = Speculator(drafter, num_drafts)
     engine = make_engine(speculator)
