@@ -39,9 +39,9 @@ def start() -> dict[str, Any]:
     """The start of a server on the demo model: memory plan, and MiB of the weights as stored."""
     from fd_dsa.engine.caches import caches_class
     from fd_dsa.models.loader import add_mtp_layer
-    from fd_dsa.models.memory_plan import plan_memory, weight_bytes
     from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.runner.input_batch import InputBatch
+    from fd_dsa.startup.memory import plan_memory, weight_bytes
 
     config = EngineConfig().on_device("cpu")
     model = read_config(config.model_path)
@@ -145,7 +145,7 @@ def _cut(config: dict[str, Any], layers: int) -> dict[str, float]:
     """Sizes of a model cut to its first layers."""
     from fd_dsa.models.expected_tensors import expected_tensors
     from fd_dsa.models.loader import quantisable_tensors
-    from fd_dsa.models.memory_plan import weight_parts
+    from fd_dsa.startup.memory import weight_parts
 
     model = config_from_dict(config | {"num_hidden_layers": layers}, "config.json")
     parts = weight_parts(model, "bfloat16", quantisable_tensors(model))

@@ -12,8 +12,8 @@ from benchmarks._harness import ROOT
 from benchmarks._published import MODELS, V32, plan_lines
 from benchmarks.report import regions
 from fd_dsa import doctor
-from fd_dsa.models.memory_plan import weight_bytes, weight_parts
 from fd_dsa.models.registry import read_config
+from fd_dsa.startup.memory import weight_bytes, weight_parts
 from tests.models.folders import TINY, TINY_FP8
 from tests.v4_model.cases import CASES
 

@@ -39,7 +39,7 @@ def cache_bytes(layers: int, indexer_layers: int, num_blocks: int) -> dict[str, 
 def engine_bytes() -> dict[str, Any]:
     """The plan of an engine of the demo model, and the arrays of its runner."""
     from fd_dsa.config import EngineConfig
-    from fd_dsa.engine.factory import build_engine
+    from fd_dsa.startup.build import build_engine
 
     config = EngineConfig(
         kv_cache_dtype="fp8_ds_mla", num_gpu_blocks_override=300, speculative_config="none"

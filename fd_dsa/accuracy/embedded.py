@@ -127,7 +127,7 @@ def open_model(
     asked = EngineConfig(max_model_len=max_model_len, **fields)
     length = asked.resolve_max_model_len(config.max_position_embeddings)
     from fd_dsa.device.resolve import resolve_device
-    from fd_dsa.engine.factory import build_engine
+    from fd_dsa.startup.build import build_engine
 
     blocks = -(-length // asked.block_size)
     engine = build_engine(replace(asked, max_model_len=length, num_gpu_blocks_override=blocks))

@@ -41,8 +41,8 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
     """
     from fd_dsa.engine.caches import caches_class
     from fd_dsa.models.loader import check_blocks, fp8_tensors, quantisable_tensors
-    from fd_dsa.models.memory_plan import weight_parts
     from fd_dsa.models.registry import open_checkpoint, read_config
+    from fd_dsa.startup.memory import weight_parts
 
     options = {"model": folder, "tensor_parallel_size": ranks}
     first, *_ = configs = [
@@ -73,9 +73,9 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
 def _caches(config: EngineConfig, model: Any, weight_bytes: int) -> dict[str, Any]:
     """What is beside the weights, with caches of one type, and what fits on each GPU."""
     from fd_dsa.engine.caches import caches_class
-    from fd_dsa.models.memory_plan import graph_bytes, plan_memory
-    from fd_dsa.runner.device_draws import draw_bytes
     from fd_dsa.runner.input_batch import InputBatch
+    from fd_dsa.startup.memory import graph_bytes, plan_memory
+    from fd_dsa.startup.plan import workspace_bytes
     from fd_dsa.triton_runtime.driver import GpuTraits
 
     longest = model.max_position_embeddings
@@ -83,8 +83,7 @@ def _caches(config: EngineConfig, model: Any, weight_bytes: int) -> dict[str, An
     blocks = -(-longest // config.block_size)
     batch = InputBatch(config.max_num_seqs, config.num_batched_tokens, blocks, config.block_size)
     caches = caches_class(model)(config, model, batch)
-    workspace = caches.workspace_bytes(GpuTraits(*_TRAITS))
-    workspace += draw_bytes(config.max_num_seqs, model.vocab_size)
+    workspace = workspace_bytes(config, model, caches, GpuTraits(*_TRAITS))
     sizes = {
         "weight_bytes": weight_bytes,
         "bytes_per_block": caches.bytes_per_block,

@@ -15,9 +15,7 @@ pytest.importorskip("paddle")
 from fd_dsa.config import EngineConfig
 from fd_dsa.distributed import Group
 from fd_dsa.distributed.host import HostGroup
-from fd_dsa.engine.plan import make_plan
 from fd_dsa.errors import ConfigError
-from fd_dsa.models import memory_plan
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.device_weights import DeviceWeights
@@ -29,9 +27,11 @@ from fd_dsa.models.loader import (
     load_weights,
     validate,
 )
-from fd_dsa.models.memory_plan import weight_bytes
 from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.weights import HostWeights
+from fd_dsa.startup import memory, plan
+from fd_dsa.startup.memory import weight_bytes
+from fd_dsa.startup.plan import make_plan
 from tests.distributed.groups import on_ranks
 from tests.kernel_memory import KernelMemory
 from tests.models.folders import SCALE_SUFFIX, TINY_FP8, Stored, f8, f32, write_folder
@@ -211,8 +211,9 @@ def test_caches_are_planned_by_the_rank_with_the_least_memory(
         EngineConfig(device="cpu", tensor_parallel_size=size, speculative_config="none")
         for size in (4, 1)
     ]
-    monkeypatch.setattr(memory_plan, "available_memory_bytes", lambda: free.pop())
-    memories = [plan.memory for plan in on_ranks(4, lambda group: make_plan(plans[0], group))]
+    for module in (memory, plan):
+        monkeypatch.setattr(module, "available_memory_bytes", lambda: free.pop())
+    memories = [made.memory for made in on_ranks(4, lambda group: make_plan(plans[0], group))]
     assert memories == memories[:1] * 4
     # on a CPU all ranks have the same memory
     assert memories[0].free_bytes == (2 << 30) // 4

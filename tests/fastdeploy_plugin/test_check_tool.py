@@ -17,12 +17,12 @@ import httpx
 import pytest
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.engine.llm import LLM
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.fastdeploy_plugin.tree_checks import CHECKS
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.loader import validate
 from fd_dsa.models.registry import read_config
+from fd_dsa.offline.llm import LLM
 from tests.fakes import trees
 from tests.fastdeploy_plugin.launcher import ROOT, environment, plugin_folder
 from tools.fastdeploy_check import __main__ as tool_module

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fd_dsa.models.expected_tensors import expected_tensors
-from fd_dsa.models.memory_plan import weight_bytes
 from fd_dsa.models.registry import config_from_dict
+from fd_dsa.startup.memory import weight_bytes
 from tests.models.folders import TINY, bf16, f8, write_folder
 
 LIMIT = 1.15

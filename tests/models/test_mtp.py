@@ -12,18 +12,18 @@ import pytest
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig, demo_model_path
-from fd_dsa.engine import factory
-from fd_dsa.engine.plan import make_plan
 from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import add_mtp_layer, load_weights, validate
-from fd_dsa.models.memory_plan import weight_bytes
 from fd_dsa.models.registry import config_from_dict, create_model, read_config
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD
 from fd_dsa.models.weights import HostWeights
+from fd_dsa.startup import build
+from fd_dsa.startup.memory import weight_bytes
+from fd_dsa.startup.plan import make_plan
 from tests.models.folders import (
     SCALE_SUFFIX,
     TINY,
@@ -278,7 +278,9 @@ def test_a_checkpoint_without_the_layer_is_refused_with_what_it_has(tmp_path: Pa
 
 def test_drafts_of_the_demo_models_layer_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     # whatever else this machine does now
-    monkeypatch.setattr(factory, "measure_steps", lambda *_: StepCosts({1: [1.0, 1.1, 1.2, 1.3]}))
+    monkeypatch.setattr(
+        build, "measure_step_costs", lambda *_: StepCosts({1: [1.0, 1.1, 1.2, 1.3]})
+    )
     drafts = {"method": "mtp", "num_speculative_tokens": 3}
     greedy = SamplingParams(temperature=0, max_tokens=64)
     question = [{"role": "user", "content": "Tell me a story about a fox."}]

@@ -19,12 +19,12 @@ import pytest
 import fd_dsa.attention.device_scores as device_scores
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.errors import DeviceError
-from fd_dsa.models.memory_plan import graph_bytes
 from fd_dsa.models.registry import read_config
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.step_graphs import Captured, CaptureRefused, PaddleCapture
+from fd_dsa.startup.memory import graph_bytes
 from tests.demo.samples import PROSE
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of

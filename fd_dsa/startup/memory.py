@@ -1,23 +1,23 @@
-"""Memory plan: bytes of weights, graphs and caches, and the number of blocks."""
+"""Memory plan: bytes of weights, graphs and caches, and the number of cache blocks that fit."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.runner.step_graphs import MAX_PROMPTS, PROMPT_SIZES
+from fd_dsa.startup.host_memory import available_memory_bytes
 
 _DEFAULT_CACHE_BYTES = 4 << 30
-_UNLIMITED = 1 << 60
 _WIDTHS = {"float32": 4, "bfloat16": 2}
-# the first match of a tensor's name counts. Ranks split all but the embedding
+# the first that fits a tensor's name; ranks split all of them but the embedding
 _PARTS = {
     "routed experts": re.compile(r"\.experts\."),
     "shared experts": re.compile(r"\.shared_experts\."),
@@ -27,21 +27,23 @@ _PARTS = {
     "embedding": re.compile(r"embed_tokens\."),
 }
 _OTHERS = "indexers, routers, others"
-# memory of the driver for a graph of some thousand launches
+# what the driver keeps for a graph of some thousand launches
 _GRAPH_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Sizes that are planned before anything large is allocated.
+    """Sizes of an engine's memory, made before anything large is allocated.
 
     Attributes:
         weight_bytes: bytes of the weights as held.
-        graph_bytes: bytes of captured steps with their activations, 0 = no step is captured.
-        state_bytes: bytes that rows of the batch take in addition to blocks.
+        graph_bytes: bytes of captured steps with their activations, 0 without captures.
+        state_bytes: bytes of the states that batch rows have in addition to blocks.
         free_bytes: bytes that the system could give when the plan was made.
-        bytes_per_block: bytes of one of `num_blocks` cache blocks over all layers.
-        block_size, max_model_len: tokens of a block and of the longest sequence.
+        bytes_per_block: bytes of one cache block over all layers.
+        num_blocks: number of cache blocks.
+        block_size: tokens of a block.
+        max_model_len: longest prompt plus output, tokens.
     """
 
     weight_bytes: int
@@ -59,7 +61,7 @@ class MemoryPlan:
         return self.num_blocks * self.bytes_per_block
 
     def summary(self) -> str:
-        """Return the plan in one line."""
+        """Describe the plan in one line."""
         blocks_per_request = -(-self.max_model_len // self.block_size)
         graphs = f"graphs {format_bytes(self.graph_bytes)}, " if self.graph_bytes else ""
         states = f"states {format_bytes(self.state_bytes)}, " if self.state_bytes else ""
@@ -73,7 +75,7 @@ class MemoryPlan:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Return a size for people, such as `31.2 GiB`."""
+    """Write a size for people, such as `31.2 GiB`."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}"
@@ -83,19 +85,20 @@ def format_bytes(num_bytes: float) -> str:
 def weight_bytes(
     config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
 ) -> int:
-    """Return the bytes of a model's weights as held. Arguments: see `weight_parts`."""
+    """Return the bytes of a model's weights as held. Arguments are those of `weight_parts`."""
     return sum(weight_parts(config, dtype, fp8).values())
 
 
 def weight_parts(
     config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
 ) -> dict[str, int]:
-    """Return the bytes of the weights of a model, or of a rank, by part of the model.
+    """Return the bytes of a model's weights as held, by part of the model.
 
     Args:
-        dtype: dtype of all matrices except for those in `fp8`. Vectors are float32. A CPU holds
-            float32 for every dtype of the checkpoint.
-        fp8: names of tensors with values of one byte and a scale per block.
+        config: configuration of the model, or of one rank's part.
+        dtype: type of the matrices that are not in `fp8`; vectors are float32. A CPU holds
+            everything in float32.
+        fp8: names of tensors whose values are one byte, with a scale for each block.
     """
     width, parts = _WIDTHS[dtype], dict.fromkeys((*_PARTS, _OTHERS), 0)
     for name, tensor in expected_tensors(config).items():
@@ -110,40 +113,35 @@ def weight_parts(
     return parts
 
 
-PROMPT_SIZES = (32, 64, 128, 256)
-"""Captured prefill sizes in keys. Larger prompts are GPU-bound, so graphs do not help."""
-MOST_PROMPTS = 8
-"""Max prompts of a captured prefill step."""
-
-
 def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -> int:
-    """Return the max bytes of captured decode and prefill steps.
+    """Return an upper bound of the bytes of captured steps: decode steps and short prompts.
 
-    Each graph has logits and memory of the driver. All graphs share the activations of the
-    largest. The activations of a layer are counted as if all were freed at its end.
+    Each graph keeps its logits and the driver's own data. All graphs share the activations of the
+    largest one, counted as if a layer freed no activation before its end.
 
     Args:
+        config: configuration of the model, or of one rank's part.
         sizes: captured numbers of tokens of decode steps.
-        max_model_len: tokens of the longest sequence.
+        max_model_len: longest prompt plus output, tokens.
     """
     if not sizes:
         return 0
-    # one for rows of any length, one for rows that attend to all of their keys
+    # one for rows of any length, one for rows that need no choice of keys
     lengths = 1 if max_model_len <= config.index_topk else 2
     prompts = [size for size in PROMPT_SIZES if size <= config.index_topk]
     graphs = len(sizes) * lengths + len(prompts)
-    rows = lengths * sum(sizes) + len(prompts) * MOST_PROMPTS
+    rows = lengths * sum(sizes) + len(prompts) * MAX_PROMPTS
     kept = rows * config.vocab_size
     heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
     if config.mtp is not None:
-        # logits of drafts, and hidden states that one graph hands to another. The second and the
-        # third draft have graphs for powers of two of rows
+        # those of drafts, and hidden states that one graph gives another; the second and the third
+        # draft have graphs for powers of two of rows
         kept = 2 * kept + 3 * (rows + sum(prompts)) * hidden
         graphs = 2 * (graphs + lengths * (1 + (max(sizes) - 1).bit_length()))
     query = config.qk_nope_head_dim + config.qk_rope_head_dim
     attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
     attention += 3 * heads * config.v_head_dim + config.index_n_heads * config.index_head_dim
-    # of each selected expert, then the router's scores
+    # of each chosen expert; then the router's scores
     moe = config.num_experts_per_tok * (config.moe_intermediate_size + hidden)
     moe += config.n_routed_experts
     dense = 3 * max(config.intermediate_size, config.moe_intermediate_size)
@@ -152,28 +150,6 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
         # logits as each rank computed them, and gathered
         token += config.vocab_size + config.head_rows
     return 4 * (kept + max(*sizes, *prompts) * token) + graphs * _GRAPH_BYTES
-
-
-def available_memory_bytes(
-    proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
-) -> int:
-    """Return the bytes that this process may still allocate without swapping.
-
-    The minimum of the system's MemAvailable, the rest of the address space (`ulimit -v`), and the
-    rest of each control group of the process, version 1 or 2: its limit minus its use. File pages
-    that can be dropped do not count as used.
-
-    Raises:
-        ConfigError: /proc/meminfo has no MemAvailable.
-    """
-    meminfo = _read_text(proc / "meminfo")
-    available = _keyed_number(meminfo, "MemAvailable:")
-    if available is None:
-        raise ConfigError(
-            f"{proc / 'meminfo'}: found no MemAvailable; fd_dsa needs Linux 3.14 or later"
-        )
-    rooms = [_group_room(group) for group in _memory_groups(proc, cgroup)]
-    return min([available * 1024, _address_room(proc / "self"), *rooms])
 
 
 def plan_memory(
@@ -187,26 +163,26 @@ def plan_memory(
     free_bytes: int | None = None,
     takes_all: bool = False,
 ) -> MemoryPlan:
-    """Plan weights and caches.
+    """Plan the memory of weights and caches.
 
-    The number of blocks is `num_gpu_blocks_override`, or fills `kv_cache_memory_bytes`. Without
-    both flags there are blocks for `max_num_seqs` sequences of full length, if they fit in the
-    memory that the weights leave free. Unless `takes_all`, they take at most half of it, and at
-    most 4 GiB or one full-length sequence.
+    The flags `num_gpu_blocks_override` and `kv_cache_memory_bytes` decide the number of blocks.
+    Without them there are enough for `max_num_seqs` sequences of full length, if the memory that
+    weights and graphs leave holds as many. Unless `takes_all`, blocks take at most half of that
+    memory, and at most 4 GiB or one sequence of full length.
 
     Args:
-        free_bytes: memory for weights and caches, None = ask the system. Other sizes: see
-            MemoryPlan.
-        takes_all: True if no other program needs the memory.
+        weight_bytes, bytes_per_block, max_model_len, graph_bytes, state_bytes: as in MemoryPlan.
+        free_bytes: memory for weights, graphs and caches together; None = ask the system.
+        takes_all: True if no other process needs the memory.
 
     Raises:
         ConfigError: weights and caches do not fit in the free memory, or the caches do not hold
-            one sequence of full length. The message names the flag to change.
+            one sequence of full length.
     """
     if free_bytes is None:
         free_bytes = available_memory_bytes()
     needed_blocks = -(-max_model_len // config.block_size)
-    # None if the plan chooses the size of the caches
+    # None = no flag sets the size of the caches
     flag = None
     if config.num_gpu_blocks_override is not None:
         flag, num_blocks = "--num-gpu-blocks-override", config.num_gpu_blocks_override
@@ -260,54 +236,3 @@ def _check_fit(plan: MemoryPlan, least_blocks: int, flag: str | None) -> None:
         f"cache {format_bytes(kv_cache_bytes)}{graphs}), free {format_bytes(plan.free_bytes)}; "
         f"{advice}"
     )
-
-
-def _memory_groups(proc: Path, cgroup: Path) -> Iterator[Path]:
-    """Yield folders of the control groups that limit this process, inner first."""
-    for line in _read_text(proc / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        # version 1 has a tree for each controller, version 2 one for all
-        root = cgroup / "memory" if controllers else cgroup
-        group = PurePosixPath(path)
-        for part in (group, *group.parents):
-            yield root / part.relative_to("/")
-
-
-def _address_room(process: Path) -> int:
-    """Return the bytes that `ulimit -v` still allows a process, or `_UNLIMITED`."""
-    limit = _keyed_number(_read_text(process / "limits"), "Max address space")
-    size = _keyed_number(_read_text(process / "status"), "VmSize:")
-    return _UNLIMITED if limit is None or size is None else max(limit - size * 1024, 0)
-
-
-def _group_room(folder: Path) -> int:
-    """Return the bytes that a control group still allows, or `_UNLIMITED`."""
-    for limit_name, usage_name, prefix in (
-        ("memory.max", "memory.current", ""),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-    ):
-        limit, usage = _read_text(folder / limit_name), _read_text(folder / usage_name)
-        if not limit.strip().isdigit() or not usage.strip().isdigit():
-            continue
-        stat = _read_text(folder / "memory.stat")
-        droppable = sum(
-            _keyed_number(stat, f"{prefix}{kind}") or 0 for kind in ("inactive_file", "active_file")
-        )
-        return max(int(limit) - max(int(usage) - droppable, 0), 0)
-    return _UNLIMITED
-
-
-def _keyed_number(text: str, key: str) -> int | None:
-    """Return the number that follows a key at the start of a line, or None."""
-    found = re.search(rf"^{re.escape(key)}\s+(\d+)\b", text, re.MULTILINE)
-    return int(found[1]) if found else None
-
-
-def _read_text(path: Path) -> str:
-    """Read a small file of the system. A file that cannot be read is empty."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""

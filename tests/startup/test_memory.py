@@ -9,15 +9,15 @@ import pytest
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.memory_plan import (
+from fd_dsa.models.registry import config_from_dict
+from fd_dsa.startup.host_memory import available_memory_bytes
+from fd_dsa.startup.memory import (
     MemoryPlan,
-    available_memory_bytes,
     format_bytes,
     graph_bytes,
     plan_memory,
     weight_bytes,
 )
-from fd_dsa.models.registry import config_from_dict
 from tests.models.folders import TINY, TINY_FP8, random_tensors
 
 GIB = 1 << 30
