@@ -56,7 +56,7 @@ class ScheduledBatch:
     prefilled: list[Request] = field(default_factory=list)
     logits_indptr: Sequence[int] = (0,)
     scoring: list[tuple[Request, int]] = field(default_factory=list)
-    logits_indices: Indices = field(default_factory=lambda: np.empty(0, np.int64))
+    logits_indices: Indices = field(init=False)
     ready_time: float = 0.0
     sampling_inputs: SamplingInputs | None = None
     future: StepFuture | None = None
@@ -78,6 +78,7 @@ class ScheduledBatch:
         slots, lengths, computed = list[int](), list[int](), list[int]()
         ids, are_prefills, pending = list[int](), list[bool](), dict[int, int]()
         sampled, scored = list[int](), list[int]()
+        sampling, prefilled, drafts = self.sampling, self.prefilled, self.drafts
         for request in self.requests:
             first, begin = len(ids), request.num_computed_tokens
             end = begin + request.num_scheduled_tokens
@@ -94,10 +95,10 @@ class ScheduledBatch:
                 ids.append(0)
             last = len(ids) - 1
             if samples:
-                self.sampling.append(request)
+                sampling.append(request)
                 if not is_decode:
-                    self.prefilled.append(request)
-                own = self.drafts.get(request, NO_DRAFTS)
+                    prefilled.append(request)
+                own = drafts.get(request, NO_DRAFTS)
                 if own.is_pending:
                     pending.update(enumerate(own.tokens, len(ids)))
                 ids += [0] * len(own) if own.is_pending else own.tokens

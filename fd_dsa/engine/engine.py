@@ -188,7 +188,7 @@ class LLMEngine:
         batch = self._schedule(may_be_idle=before is not None)
         try:
             if batch is not None:
-                self._execute(batch)
+                self._execute_batch(batch)
         except Exception as error:
             if batch is None or not is_out_of_memory(error):
                 raise
@@ -222,7 +222,7 @@ class LLMEngine:
             batch = scheduler.schedule()
         return batch
 
-    def _execute(self, batch: ScheduledBatch) -> None:
+    def _execute_batch(self, batch: ScheduledBatch) -> None:
         """Enqueue a step if the device samples, else run it and wait for its logits."""
         batch.fill(self._input_batch)
         batch.ready_time = self.clock()

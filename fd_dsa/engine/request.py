@@ -57,8 +57,8 @@ class Request:
         topk_positions: selected keys of the newest step that sampled; None if not asked for.
         grammar: position of the output in its grammar; None without one.
         answer: beginning of the answer after the reasoning; None if no rule depends on it.
-        rules: changes to the logits before sampling; None if there are none.
-        drafts: acceptance statistics; None if the request has no drafts.
+        rules: changes to the logits before sampling, or None.
+        drafts: acceptance statistics, or None if drafting is disabled.
     """
 
     state: OutputState

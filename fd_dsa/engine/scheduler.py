@@ -130,8 +130,8 @@ class Scheduler:
         """Choose the requests of the next step, and set their `num_scheduled_tokens`.
 
         Returns:
-            The step; None if there is no request, or if the grammar of the first waiting request
-            is being compiled and all running requests wait for late masks.
+            The step; None without requests, or while the grammar of the first waiting request is
+            being compiled and all running requests wait for late masks.
         """
         self._scheduled, self._held = [], []
         decoding: list[Request] = []

@@ -126,7 +126,7 @@ class StepSampler:
             }
 
     def invalidate(self) -> None:
-        """Set the parameters of all requests anew, because the newest samples were dropped."""
+        """Set the parameters of all requests again, because the newest samples were dropped."""
         self._owners = [-1] * len(self._owners)
 
     def tokens(
