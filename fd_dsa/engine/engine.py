@@ -29,7 +29,7 @@ Before = ScheduledBatch | None
 
 
 class LLMEngine:
-    """Continuous batching over one runner; not thread-safe.
+    """Continuous batching over one runner, for one thread.
 
     Each `step` schedules a batch of tokens, executes it, and processes the results of the batch
     before it or of its own; see `_finish_step`.
@@ -283,7 +283,7 @@ class LLMEngine:
             self.scheduler.proposals = self.speculator.propose(batch)
 
     def _forget(self, *batches: ScheduledBatch | None) -> None:
-        """Drop steps whose tokens will not come; their requests compute them again."""
+        """Drop steps whose tokens will not come, so that requests compute them again."""
         self._sampler.invalidate()
         self.scheduler.proposals = {}
         for batch in batches:
@@ -321,7 +321,7 @@ class LLMEngine:
         return outputs
 
     def _append_all(self, batch: ScheduledBatch) -> list[RequestOutput]:
-        """Give each request of a step its token and its accepted drafts; see `_append`."""
+        """Give each request of a step its token and its accepted drafts, as `_append` does."""
         if self.speculator is None or not batch.drafts:
             return self._append(batch, batch.sampling, range(len(batch.sampling)))
         outputs, (requests, rows) = list[RequestOutput](), batch.begin_verification()

@@ -1,4 +1,4 @@
-"""What a runner does before its first step: kernels compiled, short steps captured."""
+"""Warm-up of a runner: compilation of kernels, and capture of short steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Preparation:
-    """What a ModelRunner does before its first step; the attributes are the runner's."""
+    """Part of ModelRunner that warms up and captures. The attributes are the runner's."""
 
     def warm_up(self, before_captures: bool = False) -> None:
         """Run steps of all kinds and magnitudes: no request waits for kernels.
@@ -77,7 +77,7 @@ class Preparation:
         self.counters = StepCounters()
 
     def _run_all(self, steps: list[list[tuple[int, int, bool]]], last_decode: object) -> None:
-        """Run steps of a warm-up; `last_decode` goes on from the draw of the one before it."""
+        """Run steps of a warm-up. `last_decode` depends on the sample of the step before it."""
         for rows in steps:
             follows = self.draws is not None and rows is last_decode
             last = np.array([self._only_rows(rows, is_pending=follows)])
@@ -136,7 +136,7 @@ class Preparation:
         self.graphs = graphs
 
     def _fill(self, graphs: StepGraphs, capture: Capture) -> None:
-        """Capture all steps; one row is live, the others are padding, as all are of drafts."""
+        """Capture all steps with one live row, and the steps of drafts with padding only."""
         steps = graphs.steps()
         # a capture must not make a stream
         self.attn_backends[0].warm_up(steps[-1].num_tokens, self.caches)
@@ -187,7 +187,7 @@ class Preparation:
         return self.input_batch.block_tables.shape[1] * self.input_batch.block_size
 
     def _only_rows(self, rows: Sequence[tuple[int, int, bool]], is_pending: bool = False) -> int:
-        """Fill rows alone, all with the same blocks; index of the last token.
+        """Fill the batch with rows that share their blocks, and return the index of the last token.
 
         Args:
             rows: of each its tokens, those before them, and whether they are of a prompt.
