@@ -10,8 +10,6 @@ inference/kernel.py and FlashMLA's 656-byte records.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fd_dsa.errors import ConfigError
@@ -52,7 +50,7 @@ def _value_table() -> np.ndarray:
 E4M3_VALUES = _value_table()
 
 
-def check_scale_fmt(name: str, value: Any) -> None:
+def check_scale_fmt(name: str, value: object) -> None:
     """Raise ConfigError unless `value` names a form of the scales of index keys and queries."""
     if value not in (None, "ue8m0"):
         raise ConfigError(f"{name}: got {value!r}, allowed are 'ue8m0' and None")
