@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fd_dsa.chat.deepseek_encoding import (
     DeepseekV4Encoding,
@@ -35,7 +34,7 @@ _DEEPSEEK_TURNS = ("<｜User｜>", "<｜Assistant｜>")
 
 def read_renderer(
     folder: Path,
-    tokenizer_config: Mapping[str, Any],
+    tokenizer_config: Mapping[str, object],
     special_tokens: Mapping[str, str],
     model_type: str | None,
     has_token: Callable[[str], bool],
@@ -77,7 +76,7 @@ def read_renderer(
     return None
 
 
-def read_special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+def read_special_tokens(tokenizer_config: Mapping[str, object]) -> dict[str, str]:
     """Special tokens of tokenizer_config.json by name, written as text or as an object."""
     texts = {}
     for name in _SPECIAL_TOKEN_FIELDS:
