@@ -43,7 +43,7 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
     from fd_dsa.models.loader import check_blocks, fp8_tensors, quantisable_tensors
     from fd_dsa.models.memory_plan import weight_parts
 
-    options = {"model": folder, "tensor_parallel_size": ranks}
+    options: dict[str, Any] = {"model": folder, "tensor_parallel_size": ranks}
     first, *_ = configs = [
         EngineConfig(**options, kv_cache_dtype=kind).on_device("gpu:0") for kind in _CACHES
     ]

@@ -6,7 +6,7 @@ and its name to `_FAMILIES`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fd_dsa.attention import DSAAttentionBackend
 from fd_dsa.config import EngineConfig
@@ -14,6 +14,9 @@ from fd_dsa.errors import flag_error
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.model_runner import backend_config, cache_layout
 from fd_dsa.v4_attention import V4AttentionBackend, V4CacheLayout
+
+if TYPE_CHECKING:
+    from fd_dsa.triton_runtime.driver import GpuTraits
 
 
 class DSACaches:
@@ -42,7 +45,7 @@ class DSACaches:
         """
         cache_layout(model_config, config.kv_cache_dtype, config.block_size)
 
-    def workspace_bytes(self, traits: Any) -> int:
+    def workspace_bytes(self, traits: GpuTraits) -> int:
         """Memory of a device that the attention takes beside its caches."""
         from fd_dsa.attention.device import workspace_bytes
 
@@ -79,7 +82,7 @@ class V4Caches:
             raise flag_error("speculative_config", given, f"none {served}", "leave it out")
         V4CacheLayout(model_config, config.block_size)
 
-    def workspace_bytes(self, traits: Any) -> int:
+    def workspace_bytes(self, traits: GpuTraits) -> int:
         """None: no device is served."""
         return 0
 

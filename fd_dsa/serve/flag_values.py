@@ -13,12 +13,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import TypeVar
 
 from fd_dsa.config import parse_bytes
 from fd_dsa.errors import FdDsaError, RemoteError
 
 EXIT_BAD_START = 2
+
+_T = TypeVar("_T")
 
 
 def fail(message: str, status: int) -> int:
@@ -72,8 +74,8 @@ def signals_call(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def reader(
-    read: Callable[[str], Any], rule: str, is_allowed: Callable[[Any], object] = lambda _: True
-) -> Callable[[str], Any]:
+    read: Callable[[str], _T], rule: str, is_allowed: Callable[[_T], object] = lambda _: True
+) -> Callable[[str], _T]:
     """A type of argparse, which shows its refusals after the name of the flag.
 
     Args:
@@ -82,7 +84,7 @@ def reader(
         is_allowed: whether a value is.
     """
 
-    def parse(text: str) -> Any:
+    def parse(text: str) -> _T:
         try:
             value = read(text)
             if is_allowed(value):
@@ -112,7 +114,7 @@ def whole_number(text: str) -> int:
     return int(value)
 
 
-def number(kind: type, least: float, forms: str = "") -> Callable[[str], Any]:
+def number(kind: type, least: float, forms: str = "") -> Callable[[str], float]:
     """A reader of finite numbers from `least` on, of type int or float.
 
     `forms` ends the error's line: how else a number may be written.
@@ -122,7 +124,7 @@ def number(kind: type, least: float, forms: str = "") -> Callable[[str], Any]:
 
 
 def add_numbers(
-    parser: argparse._ActionsContainer, *rows: tuple[str, type, float, Any, str]
+    parser: argparse._ActionsContainer, *rows: tuple[str, type, float, float | None, str]
 ) -> None:
     """Add flags that take a number: name, kind, smallest value, default, help."""
     for flag, kind, least, default, text in rows:

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
             message = f"{what}{got!r}, allowed: {', '.join(known)}" + (hint and f"; {hint}")
         raise ConfigError(message)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any | None = None, namespace: Any | None = None) -> Any:
         """The flags; what is left over is refused here, where the flags of a command are known."""
         found, rest = super().parse_known_args(args, namespace)
         for word in rest:
@@ -77,7 +77,13 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+    def __call__(
+        self,
+        parser: Any,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
         text = parser.format_help() if values is None else parser.format_topic(values)
         sys.stdout.write(text)
         parser.exit()
