@@ -48,7 +48,7 @@ def host_array(name: str, value: Any) -> npt.NDArray[Any]:
     return np.from_dlpack(value)
 
 
-def as_tensor(array: npt.NDArray[Any]) -> Tensor:
+def as_tensor(array: np.ndarray) -> Tensor:
     """Return a Paddle CPU tensor on the memory of a C-contiguous NumPy array.
 
     The tensor keeps the array alive.

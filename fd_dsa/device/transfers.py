@@ -11,7 +11,6 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +59,7 @@ class Transfers:
         buffer.fill(0)
         return buffer
 
-    def to_device(self, target: Tensor, source: npt.NDArray[Any]) -> None:
+    def to_device(self, target: Tensor, source: np.ndarray) -> None:
         """Enqueue a copy of a contiguous array to the start of a contiguous tensor.
 
         `source` must not change until an event recorded after the copy is done. The copy overlaps
@@ -68,7 +67,7 @@ class Transfers:
         """
         self.copy("h2d", target.data_ptr(), source.ctypes.data).queue(source.nbytes)
 
-    def to_host(self, target: npt.NDArray[Any], source: Tensor) -> None:
+    def to_host(self, target: np.ndarray, source: Tensor) -> None:
         """Enqueue a copy that fills a contiguous array from the start of a contiguous tensor.
 
         The copy overlaps with the host if `target` is in a `host_buffer`.
@@ -212,7 +211,7 @@ def transfers_for(tensor: Tensor) -> Transfers:
     return Transfers(api, api.device_of(tensor))
 
 
-def on_host(tensor: Tensor, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def on_host(tensor: Tensor, like: np.ndarray) -> np.ndarray:
     """Copy a contiguous tensor of the shape and dtype of `like` to the host, and wait."""
     array, transfers = np.empty_like(like), transfers_for(tensor)
     if array.size:
@@ -221,7 +220,7 @@ def on_host(tensor: Tensor, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array
 
 
-def uploaded(allocate: Callable[..., Tensor], array: npt.NDArray[Any], dtype: str = "") -> Tensor:
+def uploaded(allocate: Callable[..., Tensor], array: np.ndarray, dtype: str = "") -> Tensor:
     """Make a tensor with the values of an array, and wait for the copy.
 
     Args:

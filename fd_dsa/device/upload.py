@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from fd_dsa.device.transfers import transfers_for
 from fd_dsa.tensor import Tensor
@@ -22,7 +19,7 @@ class Upload:
             (self._transfers.host_buffer(BUFFER_BYTES), self._transfers.event()) for _ in range(2)
         ]
 
-    def copy(self, target: Tensor, start: int, values: npt.NDArray[Any]) -> None:
+    def copy(self, target: Tensor, start: int, values: np.ndarray) -> None:
         """Enqueue a copy into a contiguous tensor.
 
         Args:
