@@ -53,6 +53,11 @@ class Preparation:
         powers = [1 << i for i in range((chunk - 1).bit_length())]
         chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
         prompts = [[(n, done, True)] for done in (0, cached) for n in chunks if n <= longest - done]
+        # several prompts together may have more tokens than a row
+        most_tokens = min(batch.max_num_tokens, longest * batch.max_num_seqs)
+        beyond = [1 << i for i in range(chunk.bit_length(), (most_tokens - 1).bit_length())]
+        for n in sorted({*beyond, *(size - 1 for size in beyond), most_tokens} - {*chunks}):
+            prompts.append([(min(longest, n - begin), 0, True) for begin in range(0, n, longest)])
         # rows that decode beside a prompt, all of them within the selection
         most = min(batch.max_num_seqs, batch.max_num_tokens)
         mixed = [
