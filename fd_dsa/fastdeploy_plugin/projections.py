@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, TypeGuard
 
-from fd_dsa.attention import CacheLayout
+from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.fastdeploy_plugin.upstream import BlockFp8Linear, Indexer, Linear, Norm
 from fd_dsa.ops.arrays import dtype_name, on_device, readable
 from fd_dsa.ops.cache_write import CacheWriteParams
