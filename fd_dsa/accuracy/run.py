@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -70,7 +69,7 @@ class Target:
     info: ServerInfo
     own: OwnServer | None
 
-    def settings(self, task: str, task_settings: dict[str, Any]) -> RunSettings:
+    def settings(self, task: str, task_settings: dict[str, object]) -> RunSettings:
         """Everything that decides the answers."""
         args, facts, url = self.args, dict(self.info.facts), self.client.base_url
         if self.own is not None:
@@ -87,7 +86,7 @@ class Target:
         )
 
     def collect(
-        self, task: str, questions: Sequence[Question], task_settings: dict[str, Any]
+        self, task: str, questions: Sequence[Question], task_settings: dict[str, object]
     ) -> Run:
         """Ask what has no answer yet and keep every answer; the run with all of them.
 

@@ -122,7 +122,7 @@ def prompt_score(
     return PromptScore(answer.key, names, strict, loose, answer.finish_reason, *counts, sha)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

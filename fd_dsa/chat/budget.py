@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from contextvars import ContextVar
 from sys import getsizeof, hash_info
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2.exceptions import SecurityError
 
@@ -34,6 +34,9 @@ _SCALARS = (str, int, float, bool, type(None))
 _CONTAINERS = (list, tuple, Mapping, AbstractSet, ValuesView)
 SCALAR_BYTES = 32
 """Bytes of a number; each value has as many or more."""
+
+
+_T = TypeVar("_T")
 
 
 class OverBudget(SecurityError, ValueError):
@@ -99,7 +102,7 @@ class Budget:
         if num_bytes > _MAX_WORK:
             raise OverBudget(f"would compare or search more than {_MAX_WORK} bytes at once")
 
-    def check_key(self, value: Any) -> Any:
+    def check_key(self, value: _T) -> _T:
         """Return a value that is hashed, or shown in an error; refuse one that takes long."""
         if isinstance(value, int):
             # larger ones may all have one hash
@@ -113,7 +116,7 @@ class Budget:
                     self.check_key(item)
         return value
 
-    def weigh(self, value: Any) -> int:
+    def weigh(self, value: object) -> int:
         """Bytes of a value with all values inside, each as often as it occurs.
 
         A list that holds another one twice, which does the same again, has few objects but a

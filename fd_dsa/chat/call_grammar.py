@@ -151,7 +151,7 @@ class CallWriter:
         # "" stands for any name if all have the same schema
         return self._schema.argument_types("") if self._is_uniform else frozenset()
 
-    def _json(self, parts: Sequence[Any], kinds: frozenset[str], compact: bool = False) -> str:
+    def _json(self, parts: Sequence[object], kinds: frozenset[str], compact: bool = False) -> str:
         """Name of a rule for JSON of some types that satisfies all of the schemas."""
         parts = [plain_target(self._schema, part) for part in parts] or [True]
         key = (*map(id, parts), kinds, compact)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from fd_dsa.cancellation import check_cancelled
 
@@ -11,7 +10,7 @@ from fd_dsa.cancellation import check_cancelled
 _CHECKED_PIECES = 4096
 
 
-def json_start(value: Any, max_chars: int, *, ensure_ascii: bool = False) -> str:
+def json_start(value: object, max_chars: int, *, ensure_ascii: bool = False) -> str:
     """JSON text of a value, or only its beginning if it has more than `max_chars` characters.
 
     The text ends with the first piece that is too much, so a value is written no further than that.
@@ -31,7 +30,7 @@ def json_start(value: Any, max_chars: int, *, ensure_ascii: bool = False) -> str
     return "".join(pieces)
 
 
-def shortened_json(value: Any, max_chars: int) -> str:
+def shortened_json(value: object, max_chars: int) -> str:
     """JSON text of a value for a message, with "..." instead of all after `max_chars`.
 
     Raises:

@@ -266,7 +266,7 @@ def has_reasoning(name: str, source: str) -> bool:
     return reasoning_format_name(name, source) != NONE
 
 
-def opens_reasoning(prompt: str, continued: Mapping[str, Any] | None) -> bool:
+def opens_reasoning(prompt: str, continued: Mapping[str, object] | None) -> bool:
     """Whether an answer begins inside of the reasoning.
 
     Args:
@@ -277,7 +277,7 @@ def opens_reasoning(prompt: str, continued: Mapping[str, Any] | None) -> bool:
     return prompt.rstrip().endswith(THINK_BEGIN)
 
 
-def is_reasoning_only(message: Mapping[str, Any]) -> bool:
+def is_reasoning_only(message: Mapping[str, object]) -> bool:
     """Whether a message of the assistant ends inside of its reasoning."""
     return bool(message.get("reasoning_content")) and not (
         message.get("content") or message.get("tool_calls")
@@ -291,7 +291,7 @@ class Arguments(dict[str, Any]):
     get the text that the model wrote, byte for byte.
     """
 
-    def __init__(self, value: Mapping[str, Any], text: str) -> None:
+    def __init__(self, value: Mapping[str, object], text: str) -> None:
         super().__init__(value)
         # a public attribute would hide an argument of the same name from templates
         self._text = text
@@ -306,7 +306,7 @@ class Arguments(dict[str, Any]):
         return other + self._text
 
 
-def read_arguments(value: str | Mapping[str, Any] | None) -> Arguments:
+def read_arguments(value: str | Mapping[str, object] | None) -> Arguments:
     """Read the arguments of a call in the history.
 
     An answer may end inside of a call, and a model may write arguments that are no JSON object.

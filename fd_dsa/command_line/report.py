@@ -74,7 +74,7 @@ def show(parts: Sequence[str | Table], console: Console | None = None) -> None:
             out.print(part.replace("**", "").replace("`", ""))
 
 
-def as_json(data: Any) -> str:
+def as_json(data: object) -> str:
     """JSON of our files: two spaces, UTF-8, no NaN, a line break at the end."""
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -106,7 +106,7 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
                 os.replace(Path(folder) / name, out / name)
 
 
-def publish(out: str | None, title: str, result: Any, parts: Sequence[str | Table]) -> None:
+def publish(out: str | None, title: str, result: object, parts: Sequence[str | Table]) -> None:
     """Show a result; with a folder write it there too, as `title`.json and report.md."""
     if out is not None:
         texts = {f"{title.lower()}.json": as_json(result), "report.md": page(title, parts)}

@@ -267,6 +267,6 @@ def _field_path(location: Sequence[str | int]) -> str:
     return path
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value of a request as it was sent, shortened; only the beginning of a long one is read."""
     return shortened_json(value, _SHOWN_INPUT_CHARS)

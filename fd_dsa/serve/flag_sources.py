@@ -137,7 +137,7 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
     return values
 
 
-def _parsed(source: str, action: argparse.Action, value: Any) -> dict[str, Any]:
+def _parsed(source: str, action: argparse.Action, value: object) -> dict[str, Any]:
     """One flag as the parser of the command line reads it, so that all sources have one rule."""
     flag = _flag(action)
     if action.nargs == 0:

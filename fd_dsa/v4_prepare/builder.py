@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.errors import DtypeError, ShapeError
-from fd_dsa.v4_prepare.checks import check_step, step_inputs
+from fd_dsa.v4_prepare.checks import Integers, check_step, step_inputs
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
 
 Int32Array = npt.NDArray[np.int32]
@@ -55,7 +55,26 @@ class V4Arrays:
             nothing. `v4_prepare_np` leaves it alone.
     """
 
+    positions: Array
+    req_of_token: Array
+    cu_q: Array
+    ctx: Array
+    win_idx: Array
+    win_len: Array
+    ext_len: Array
+    swa_write: Array
+    hca_indptr: Array
     hca_idx: Array | None = None
+    csa_visible: Array
+    csa_indptr: Array
+    plan_r1: Array
+    plan_r2: Array
+    plan_dst_r1: Array
+    plan_dst_r2: Array
+    wplan_r1: Array
+    wplan_r2: Array
+    counts: Array
+    block_table: Array
 
     def __init__(self, cfg: V4PrepareConfig, allocate: Allocate | None = None) -> None:
         self.config = cfg
@@ -81,10 +100,10 @@ class _Step(NamedTuple):
 
 def v4_prepare_np(
     cfg: V4PrepareConfig,
-    ctx: Any,
-    q: Any,
-    slot: Any,
-    block_table: Any,
+    ctx: npt.ArrayLike,
+    q: npt.ArrayLike,
+    slot: npt.ArrayLike,
+    block_table: npt.ArrayLike,
     out: V4Arrays | None = None,
 ) -> V4Arrays:
     """All outputs of one step, computed on the host.
@@ -145,9 +164,7 @@ def v4_prepare_np(
     return out
 
 
-def step_of(
-    ctx: Int32Array, q: Int32Array, slot: Int32Array, block_table: npt.NDArray[Any]
-) -> _Step:
+def step_of(ctx: Int32Array, q: Int32Array, slot: Int32Array, block_table: Integers) -> _Step:
     """A checked step with its tokens."""
     row = np.arange(len(q), dtype=np.int32).repeat(q)
     begins = np.cumsum(q, dtype=np.int32) - q
@@ -155,7 +172,7 @@ def step_of(
     return _Step(ctx, q, slot, block_table, row, (ctx - q)[row] + number, number)
 
 
-def _fill(array: Int32Array, values: Any, pad: int) -> None:
+def _fill(array: Int32Array, values: Int32Array, pad: int) -> None:
     """Values at the front of an array, padding after them."""
     array[: len(values)] = values
     array[len(values) :] = pad
@@ -200,7 +217,7 @@ def _write_window(cfg: V4PrepareConfig, step: _Step, out: V4Arrays) -> None:
 
 
 def _pool_rows(
-    block_table: npt.NDArray[Any], row: Int32Array, number: Int32Array, per_block: int
+    block_table: Integers, row: Int32Array, number: Int32Array, per_block: int
 ) -> Int32Array:
     """Rows of a pool whose blocks hold `per_block` items, of each row's items `number`."""
     blocks = block_table[row, number // per_block].astype(np.int32, copy=False)
@@ -290,7 +307,9 @@ def _write_plans(
     return len(finished), len(kept)
 
 
-def csa_translate(out: V4Arrays, block_table: Any, local_topk: Any) -> Int32Array:
+def csa_translate(
+    out: V4Arrays, block_table: npt.ArrayLike, local_topk: npt.ArrayLike
+) -> Int32Array:
     """Rows of the CSA entries that the indexer chose, token after token as `csa_indptr` says.
 
     row = comp_base + block_table[b, e // n] * n + e % n, n = block_size // csa_ratio

@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"  # long on purpose: one kernel
+# long on purpose: one kernel
+# mypy: disable-error-code="no-redef"
 """Every index list of a step in one Triton launch, from one slab; and rows of chosen CSA entries.
 
 A program of `expand_kernel` has a row and a part of its work: its tokens' scalars and plans, its

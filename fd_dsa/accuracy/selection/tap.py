@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fd_dsa.attention import DSAAttentionBackend, DSABackendConfig
 from fd_dsa.cache_formats import CacheLayout
-from fd_dsa.ops.arrays import Scratch, on_device
+from fd_dsa.ops.arrays import Scratch, as_numpy, on_device
 from fd_dsa.ops.fp8 import decode_e4m3
 from fd_dsa.ops.gather import gather_index_keys, gather_latents
+from fd_dsa.tensor import Array
+
+if TYPE_CHECKING:
+    from fd_dsa.runner.model_runner import ModelRunner
 
 
 @dataclass
@@ -56,7 +60,7 @@ class RecordingBackend(DSAAttentionBackend):
         self.watched = frozenset(map(int, positions))
         self.layers = {}
 
-    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> Any:
+    def select(self, q: Array, weights: Array, layer_id: int, forward_meta: Any) -> Any:
         selection = super().select(q, weights, layer_id, forward_meta)
         trace = self.layers.setdefault(layer_id, LayerTrace())
         for token, position in self._tokens(forward_meta)[0]:
@@ -66,7 +70,7 @@ class RecordingBackend(DSAAttentionBackend):
             trace.index_weights[position] = host_copy(weights[token])
         return selection
 
-    def attend(self, q: Any, selection: Any, layer_id: int, forward_meta: Any) -> Any:
+    def attend(self, q: Array, selection: Array, layer_id: int, forward_meta: Any) -> Any:
         out = super().attend(q, selection, layer_id, forward_meta)
         trace = self.layers.setdefault(layer_id, LayerTrace())
         tokens, position_of_block = self._tokens(forward_meta)
@@ -95,7 +99,7 @@ class RecordingBackend(DSAAttentionBackend):
 
 @contextmanager
 def recording(
-    runner: Any, device: str, backend: type[RecordingBackend] = RecordingBackend
+    runner: ModelRunner, device: str, backend: type[RecordingBackend] = RecordingBackend
 ) -> Iterator[RecordingBackend]:
     """Replace the runner's backend with a recording one, for as long as the context lasts."""
     own = runner.attn_backends[0]
@@ -107,7 +111,7 @@ def recording(
         runner.attn_backends[0] = own
 
 
-def read_latents(cache: Any, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
+def read_latents(cache: Array, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
     """float32 [n, kv_lora_rank + qk_rope_head_dim]: what the layers read at these int64 slots."""
     out = np.empty((len(slots), layout.kv_lora_rank + layout.qk_rope_head_dim), np.float32)
     rows = _stored(cache).reshape(-1, layout.latent_row)
@@ -115,21 +119,21 @@ def read_latents(cache: Any, slots: np.ndarray, layout: CacheLayout) -> np.ndarr
     return out
 
 
-def read_index_keys(cache: Any, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
+def read_index_keys(cache: Array, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
     """float32 [n, index_head_dim]: index keys at these slots, their scales multiplied in."""
     out = np.empty((len(slots), layout.index_head_dim), np.float32)
     scales = gather_index_keys(_stored(cache), slots, out, Scratch())
     return out if scales is None else out * scales[:, None]
 
 
-def host_copy(array: Any) -> np.ndarray:
+def host_copy(array: Array) -> np.ndarray:
     """A NumPy copy of an array or of a tensor on any device."""
     if isinstance(array, np.ndarray):
         return array.copy()
-    return np.array(array.numpy()) if on_device(array) else np.from_dlpack(array).copy()
+    return np.array(array.numpy()) if on_device(array) else as_numpy(array).copy()
 
 
-def _stored(cache: Any) -> np.ndarray:
+def _stored(cache: Array) -> np.ndarray:
     """The memory of a cache with the dtype that the CPU's readers know it by."""
     array = host_copy(cache)
     # a device's bfloat16 arrives as its bits, unsigned

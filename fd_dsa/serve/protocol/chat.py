@@ -41,7 +41,7 @@ MAX_ARGUMENTS_CHARS = 1 << 20
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
-def _content(value: Any) -> str | list[dict[str, Any]] | None:
+def _content(value: object) -> str | list[dict[str, Any]] | None:
     """Content as a text or as parts, all of them of type text with their further fields."""
     if value is None or isinstance(value, str):
         return value
@@ -63,7 +63,7 @@ def _content(value: Any) -> str | list[dict[str, Any]] | None:
     return parts
 
 
-def _arguments(value: Any) -> str:
+def _arguments(value: object) -> str:
     """Arguments of a call as the text that they were answered as, which may be cut.
 
     An object is accepted, as in other servers. An empty text and null are no arguments.
@@ -188,7 +188,7 @@ _NAME = re.compile(r'[^\s"<>{}]{1,128}')
 _MODES = ("none", "auto", "required")
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise refuse(
             f"got {show(value)}; allowed is a name of 1 to 128 characters without white space, "
@@ -205,7 +205,7 @@ class ToolChoice:
     name: str | None = None
 
 
-def _choice(value: Any) -> ToolChoice:
+def _choice(value: object) -> ToolChoice:
     """`tool_choice` from a word or from an object that names a tool."""
     if isinstance(value, str) and value in _MODES:
         return ToolChoice(value)
