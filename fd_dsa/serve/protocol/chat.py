@@ -171,8 +171,7 @@ class ChatMessage(Body):
             )
 
     def for_template(self) -> dict[str, Any]:
-        """Return the message for the template, without refusal and with one reasoning field.
-        """
+        """Return the message for the template, without refusal and with one reasoning field."""
         fields = self.model_dump(exclude_none=True, exclude={"refusal", *REASONING})
         reasoning = next(filter(None, (getattr(self, name) for name in REASONING)), None)
         return {
