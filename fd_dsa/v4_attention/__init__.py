@@ -1,4 +1,4 @@
-"""DeepSeek-V4's caches and attention in host memory: pools, the work of a step, the backend."""
+"""DeepSeek-V4's caches and attention in host memory."""
 
 from __future__ import annotations
 

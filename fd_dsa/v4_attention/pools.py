@@ -1,4 +1,4 @@
-"""What DeepSeek-V4's layers keep between steps: sizes in bytes, and the memory itself.
+"""Memory that DeepSeek-V4's layers keep between steps, and its size in bytes.
 
     pool            rows                                   kept
     keys            window keys, then compressed entries   in blocks
@@ -6,9 +6,9 @@
     records         sources of a block's last tokens       in blocks
     states          sources that wait to be pooled         in slots, one a row of the batch
 
-A block found in the prefix cache brings its keys, its entries and its record along. The record is
-what the state of a row would hold after the block; of a source it keeps the half that the next
-entry pools. An HCA entry needs nothing from before its block.
+A block found in the prefix cache includes its keys, its entries and its record. The record restores
+the state of a row after the block. From each source it stores the half that the next entry pools.
+An HCA entry does not depend on tokens before its block.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class LayerPools:
 
     Attributes:
         keys: [num_blocks * (block_size + entries of a block), head_dim].
-        index_entries: [num_blocks, entries of a block, index_head_dim]; None without an indexer.
-        states: [num_slots * pooled tokens, halves, 2, width]; None in a window-only layer.
-        records: [num_blocks, ratio, 2, width]; CSA alone.
+        index_entries: [num_blocks, entries of a block, index_head_dim], None without an indexer.
+        states: [num_slots * pooled tokens, halves, 2, width], None in a window-only layer.
+        records: [num_blocks, ratio, 2, width], only for CSA.
     """
 
     keys: np.ndarray
@@ -62,24 +62,24 @@ class V4CacheLayout:
         return self._bytes(num_blocks=1, num_slots=0)
 
     def bytes_per_slot(self) -> int:
-        """The states of one row over all layers."""
+        """Return the bytes of one row's states over all layers."""
         return self._bytes(num_blocks=0, num_slots=1)
 
     def allocate(self, num_blocks: int, num_slots: int) -> list[LayerPools]:
-        """Pools of every layer, zeroed."""
+        """Return the pools of every layer, filled with zeros."""
         return [
             LayerPools(**{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
             for shapes in self._shapes(num_blocks, num_slots)
         ]
 
     def _bytes(self, num_blocks: int, num_slots: int) -> int:
-        """Bytes of the pools of so many blocks and slots."""
+        """Return the bytes of the pools for these numbers of blocks and slots."""
         layers = self._shapes(num_blocks, num_slots)
         values = sum(math.prod(shape) for shapes in layers for shape in shapes.values())
         return _VALUE_BYTES * values
 
     def _shapes(self, num_blocks: int, num_slots: int) -> list[dict[str, tuple[int, ...]]]:
-        """Shapes of the pools of every layer, as of `LayerPools`."""
+        """Return the shapes of the pools of every layer. See `LayerPools`."""
         return [self._layer(kind, num_blocks, num_slots) for kind in self.config.layer_types]
 
     def _layer(self, kind: str, num_blocks: int, num_slots: int) -> dict[str, tuple[int, ...]]:
