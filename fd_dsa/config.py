@@ -14,42 +14,51 @@ from fd_dsa.errors import ConfigError, flag_error
 from fd_dsa.speculative_config import SpeculativeConfig
 
 DEFAULT_PROMPT_TOKENS = 512
-"""Prompt tokens of a step: enough for full-speed GEMMs on a CPU, few enough for smooth streams."""
+"""Default prompt tokens of a step.
+
+The number is large enough for fast GEMMs on a CPU and small enough for smooth streams.
+"""
 
 DEFAULT_TARGET_MS = 200.0
-"""Milliseconds between two tokens that a server keeps to: about as fast as people read."""
+"""Default target of a server for the time between two tokens, milliseconds.
+
+People read about as fast.
+"""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-"""Form of a model's name on a hub."""
+"""Pattern of a model's name on a hub."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 DEVICES = ("auto", "cpu", "gpu")
 GENERATION_CONFIGS = ("auto", "vllm")
-# or a custom device of Paddle
+# DEVICES, or a custom device of Paddle
 _DEVICE_PATTERN = re.compile(rf"{'|'.join(DEVICES)}|[A-Za-z_]\w*:\d+")
 _DTYPES = ("auto", "float32", "bfloat16")
 _CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
-# what users of other servers write
+# names used by other servers
 _CACHE_DTYPE_ALIASES = dict.fromkeys(("fp8", "fp8_e4m3"), "fp8_ds_mla")
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
-_MOST_CAPTURED = 512
-_MOST_RANKS = 8
+_MAX_CAPTURED = 512
+_MAX_RANKS = 8
 _LARGEST_TARGET_MS = 60_000
 NO_DRAFTS = "none"
 FP8_BLOCK_SIZE = 64
-"""Tokens of a block of fp8_ds_mla caches; the kernels that read them take no other."""
+"""Tokens of a block of fp8_ds_mla caches.
+
+The kernels that read them support no other size.
+"""
 
 
 def demo_model_path() -> Path:
-    """Folder of the demo checkpoint that comes with the package."""
+    """Return the folder of the demo checkpoint, which is part of the package."""
     return Path(__file__).resolve().parent / "demo_model"
 
 
 def parse_bytes(text: str) -> int:
-    """Number of bytes in a text such as `8G`, `512MiB`, `1.5GB` or `4096`.
+    """Return the number of bytes for a text such as `8G`, `512MiB`, `1.5GB` or `4096`.
 
-    K, M, G and T are powers of 1024, with or without `B` or `iB`, in either case.
+    K, M, G and T are powers of 1024, with or without `B` or `iB`, in upper or lower case.
 
     Raises:
         ConfigError: the text has another form.
@@ -63,19 +72,19 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _is_integer(value: object, least: int, most: float = math.inf) -> bool:
-    return type(value) is int and least <= value <= most
+def _is_integer(value: object, low: int, high: float = math.inf) -> bool:
+    return type(value) is int and low <= value <= high
 
 
-def _is_number(value: object, least: float, most: float) -> bool:
-    return type(value) in (int, float) and least <= value <= most  # type: ignore[operator]
+def _is_number(value: object, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high  # type: ignore[operator]
 
 
 _Rule = tuple[str, Callable[[Any], bool]]
 _POSITIVE: _Rule = "an integer of at least 1", lambda value: _is_integer(value, 1)
 _OPTIONAL: _Rule = _POSITIVE[0], lambda value: value is None or _is_integer(value, 1)
 _SWITCH: _Rule = "a bool", lambda value: isinstance(value, bool)
-# flag -> what is allowed, in words and as a function
+# flag -> (allowed values in words, check)
 _RULES: dict[str, _Rule] = {
     "device": (
         f"{', '.join(DEVICES)}, in Python also a custom device of Paddle as name:number",
@@ -102,53 +111,56 @@ _RULES: dict[str, _Rule] = {
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the engine is started with; each field is the command-line flag of the same name.
+    """The settings of an engine. Each field is the command-line flag of the same name.
 
     Attributes:
-        model: folder of a checkpoint in Hugging Face format; None is the demo model.
-        served_model_name: names that requests may use; empty is the folder's name.
-        tokenizer: folder of the tokenizer and its chat template; None is the model's.
-        load_format: where weights come from: `safetensors` files, which `auto` means too, or
-            `dummy`, random numbers, for measurements without a checkpoint.
-        index_topk: keys that the indexer chooses for a token; None is the model's number.
+        model: folder of a checkpoint in Hugging Face format. None = the demo model.
+        served_model_name: names that requests may use. Empty = the folder's name.
+        tokenizer: folder of the tokenizer and its chat template. None = the model's folder.
+        load_format: source of the weights: `safetensors` files (also the meaning of `auto`), or
+            `dummy`, random numbers for measurements without a checkpoint.
+        index_topk: number of keys that the indexer selects for a token. None = the model's number.
         allow_unknown_config_fields: load a model whose config.json has fields that fd_dsa does not
-            know, with one warning; otherwise they are refused.
-        device: where the model runs: "cpu", "gpu" (the first that CUDA_VISIBLE_DEVICES shows), or
-            "auto", a GPU where Paddle has one and the CPU otherwise: the values of the flag. In
-            Python also the place of a custom device of Paddle, such as "name:0".
-        tensor_parallel_size: processes that share the model, each with a GPU of its own, or with
-            some of the CPU's cores.
-        dtype: type of activations and of weights that are not FP8; `auto` is bfloat16 on a GPU and
-            float32 on a CPU, which has no other.
-        kv_cache_dtype: type of the caches; `auto` is the type of the activations, `fp8_ds_mla`
-            is e4m3 with scales, 788 bytes a token and layer; `fp8` is another name for it.
-        max_model_len: longest prompt plus output, tokens; None is the model's own limit.
-        max_num_seqs: most sequences in one step.
-        max_num_batched_tokens: most tokens in one step; None is 512 of prompts beside one of each
-            sequence.
-        target_inter_token_latency_ms: most milliseconds between two tokens of an answer while
-            prompts are computed beside it; 0 = no target. A server's own default is
-            `DEFAULT_TARGET_MS`: nobody reads along with a program that waits for whole answers.
+            know, with one warning. Otherwise such fields are refused.
+        device: device of the model: "cpu", "gpu" (the first that CUDA_VISIBLE_DEVICES shows), or
+            "auto", a GPU if Paddle has one and otherwise the CPU. In Python also the place of a
+            custom device of Paddle, such as "name:0".
+        tensor_parallel_size: number of processes that share the model, each with its own GPU, or
+            with some of the CPU's cores.
+        dtype: type of activations and of weights that are not FP8. `auto` is bfloat16 on a GPU and
+            float32 on a CPU, which supports no other type.
+        kv_cache_dtype: type of the caches. `auto` is the type of the activations. `fp8_ds_mla` is
+            e4m3 with scales, 788 bytes per token and layer. `fp8` is another name for it.
+        max_model_len: maximum length of prompt plus output, tokens. None = the model's own limit.
+        max_num_seqs: maximum number of sequences in one step.
+        max_num_batched_tokens: maximum number of tokens in one step. None = 512 prompt tokens and
+            one token of each sequence.
+        target_inter_token_latency_ms: target for the time between two tokens of an answer while
+            prompts are computed in the same steps, milliseconds. 0 = no target. A server's default
+            is `DEFAULT_TARGET_MS`, because people read along with its streams.
         block_size: tokens per cache block.
         kv_cache_memory_bytes: size of the caches, a number or a text such as `8G`.
-        gpu_memory_utilization: share of a GPU's memory that weights and caches may take, 0 to 1.
+        gpu_memory_utilization: share of a GPU's memory for weights and caches, above 0 and at most
+            1.
         num_gpu_blocks_override: number of cache blocks, instead of `kv_cache_memory_bytes`.
-        enable_prefix_caching: whether requests share the cache blocks of prompts that begin alike.
-        enable_chunked_prefill: True alone: prompts are split at `max_num_batched_tokens`.
-        async_scheduling: whether a step on a GPU is prepared and queued while the one before runs.
-        enforce_eager: whether decode steps on a GPU are launched kernel by kernel, and not replayed
+        enable_prefix_caching: True if requests share the cache blocks of common prefixes.
+        enable_chunked_prefill: only True is supported: prompts are split at
+            `max_num_batched_tokens`.
+        async_scheduling: True if a step on a GPU is prepared and enqueued while the previous one
+            runs.
+        enforce_eager: True if decode steps on a GPU are launched kernel by kernel, not replayed
             from CUDA graphs.
-        cudagraph_capture_sizes: numbers of rows for which decode steps are captured, a step of
-            fewer is padded; None is 1, 2, 4, 8, then every eighth number up to `max_num_seqs`.
-        speculative_config: how drafts are made, see SpeculativeConfig; "none" makes none. None is
-            three drafts of the demo model's own layer on a CPU, and otherwise none.
-        generation_config: defaults of requests: "auto", what generation_config.json of the model's
-            folder proposes, or "vllm", the defaults of the API.
-        seed: seed of requests which bring none.
-        chat_template: Jinja file that renders conversations; None is what the folder has.
+        cudagraph_capture_sizes: numbers of rows for which decode steps are captured. A step with
+            fewer rows is padded. None = 1, 2, 4, 8, then every eighth number up to `max_num_seqs`.
+        speculative_config: method of drafts, see SpeculativeConfig. "none" = no drafts. None =
+            three drafts of the demo model's own layer on a CPU, otherwise no drafts.
+        generation_config: source of the defaults of requests: "auto" (generation_config.json of the
+            model's folder) or "vllm" (the defaults of the API).
+        seed: seed of requests without a seed.
+        chat_template: Jinja file that renders conversations. None = the folder's template.
 
     Raises:
-        ConfigError: a value is not allowed; the message names the flag.
+        ConfigError: a value is not allowed. The message names the flag.
     """
 
     model: str | os.PathLike[str] | None = None
@@ -214,7 +226,7 @@ class EngineConfig:
         self._check_together()
         self._check_capture_sizes()
         template = self.chat_template
-        # a number would be the descriptor of an open file
+        # a number would mean the descriptor of an open file
         is_path = isinstance(template, (str, os.PathLike))
         if template is not None and not (is_path and os.path.isfile(template)):
             got = os.fspath(template) if is_path else template
@@ -229,10 +241,10 @@ class EngineConfig:
         return self.model_path if self.tokenizer is None else Path(self.tokenizer)
 
     def on_device(self, device: str) -> EngineConfig:
-        """The same with `device`, both types and drafts as they are there, none left open.
+        """Return the same configuration with device, dtypes and drafts resolved.
 
         Raises:
-            ConfigError: the device does not compute in `dtype`.
+            ConfigError: the device does not support `dtype`.
         """
         dtype = self.dtype
         if dtype == "auto":
@@ -246,7 +258,7 @@ class EngineConfig:
             )
         cache_dtype = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
         drafts = self.speculative_config
-        # where nobody says how, the demo model drafts, on one rank
+        # by default the demo model uses its own layer for drafts, on one rank
         is_whole = self.tensor_parallel_size == 1 and self.load_format != "dummy"
         if drafts is None and device == "cpu" and is_whole and self.model_path == demo_model_path():
             drafts = SpeculativeConfig("mtp", 3)
@@ -255,23 +267,23 @@ class EngineConfig:
 
     @property
     def num_batched_tokens(self) -> int:
-        """`max_num_batched_tokens`, resolved, as the plain int that it is after construction."""
+        """`max_num_batched_tokens`, resolved, as a plain int."""
         return int(self.max_num_batched_tokens)  # type: ignore[arg-type]
 
     @property
     def speculation(self) -> SpeculativeConfig | None:
-        """`speculative_config` as what it is after construction."""
+        """`speculative_config` in its form after construction, or None."""
         given = self.speculative_config
         return given if isinstance(given, SpeculativeConfig) else None
 
     @property
     def most_drafts(self) -> int:
-        """Most drafts of a request in a step."""
+        """Maximum number of drafts of a request in a step."""
         return self.speculation.num_speculative_tokens if self.speculation else 0
 
     @property
     def most_decode_tokens(self) -> int:
-        """Most tokens of a step that only decodes, drafts included."""
+        """Maximum number of tokens of a decode step, including drafts."""
         return min((1 + self.most_drafts) * self.max_num_seqs, self.num_batched_tokens)
 
     @property
@@ -281,16 +293,16 @@ class EngineConfig:
             return ()
         if self.cudagraph_capture_sizes is not None:
             return self.cudagraph_capture_sizes
-        most = min(self.most_decode_tokens, _MOST_CAPTURED)
-        # as vLLM has them
-        sizes = (1, 2, 4, *range(8, 256, 8), *range(256, _MOST_CAPTURED, 16))
-        return (*(size for size in sizes if size < most), most)
+        largest = min(self.most_decode_tokens, _MAX_CAPTURED)
+        # the same sizes as vLLM
+        sizes = (1, 2, 4, *range(8, 256, 8), *range(256, _MAX_CAPTURED, 16))
+        return (*(size for size in sizes if size < largest), largest)
 
     def resolve_max_model_len(self, max_position_embeddings: int) -> int:
-        """Longest sequence that will be served, tokens.
+        """Return the maximum sequence length to be served, tokens.
 
         Raises:
-            ConfigError: `max_model_len` is beyond what the model was made for.
+            ConfigError: `max_model_len` exceeds the model's own maximum.
         """
         if self.max_model_len is None:
             return max_position_embeddings
@@ -326,9 +338,9 @@ class EngineConfig:
         return folder
 
     def _check_together(self) -> None:
-        """Refuse values beyond this release, alone or beside another flag."""
-        if self.tensor_parallel_size > _MOST_RANKS:
-            allowed = f"at most {_MOST_RANKS}, the GPUs of one machine"
+        """Refuse values and combinations that this release does not support."""
+        if self.tensor_parallel_size > _MAX_RANKS:
+            allowed = f"at most {_MAX_RANKS}, the GPUs of one machine"
             hint = "--engine fastdeploy serves on several machines"
             raise flag_error("tensor_parallel_size", self.tensor_parallel_size, allowed, hint)
         if self.kv_cache_dtype == "fp8_ds_mla" and self.block_size != FP8_BLOCK_SIZE:
@@ -350,20 +362,20 @@ class EngineConfig:
         sizes = self.cudagraph_capture_sizes
         if sizes is None:
             return
-        name, most = "cudagraph_capture_sizes", self.most_decode_tokens
+        name, max_size = "cudagraph_capture_sizes", self.most_decode_tokens
         if isinstance(sizes, str) or not isinstance(sizes, Sequence):
             raise flag_error(name, sizes, "several integers")
         if self.enforce_eager:
             raise ConfigError(
                 f"--cudagraph-capture-sizes: got {list(sizes)} together with --enforce-eager, "
-                "which captures nothing; give one of them"
+                "which disables graphs; give one of them"
             )
         for size in sizes:
-            if not _is_integer(size, 1, most):
+            if not _is_integer(size, 1, max_size):
                 raise flag_error(
                     name,
                     size,
-                    f"integers from 1 to {most}, the rows that a decode step can have",
+                    f"integers from 1 to {max_size}, the rows that a decode step can have",
                     "leave them out, or raise --max-num-seqs",
                 )
         if not sizes:
