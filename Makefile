@@ -15,7 +15,8 @@ SIEGE ?=
 MODES ?= --requests 32 --longest 800
 # a test file of each package, for `make smoke`; together 45 seconds of processor time
 SMOKE = $(addprefix tests/,accuracy/test_scores.py attention/test_batching.py \
-  chat/test_template_features.py client/test_report.py distributed/test_host.py engine/test_llm.py \
+  chat/test_template_features.py client/test_report.py device/test_resolve.py \
+  distributed/test_host.py engine/test_llm.py \
   fastdeploy_plugin/test_status.py models/test_checkpoint.py ops/test_operators.py \
   runner/test_step.py serve/test_chat.py step/test_buffers.py triton_runtime/test_bound.py \
   v4_model/test_config.py v4_prepare/test_prepare.py test_doctor.py)
@@ -87,8 +88,8 @@ bench-gpu: ## tests, benchmarks and profiles of the kernels on one GPU
 
 soak: $(VENV)/.dev ## new random cases for hours; make soak ROUNDS=1 CASES=200 is short
 	for round in $$(seq $(ROUNDS)); do \
-	  $(BIN)/python -m pytest -q -x --hypothesis-profile soak tests/step \
-	  tests/engine tests/v4_prepare $(ARGS) || exit 1; done
+	  $(BIN)/python -m pytest -q -x --hypothesis-profile soak tests/device \
+	  tests/step tests/engine tests/v4_prepare $(ARGS) || exit 1; done
 	$(BIN)/python -m tests.soak.histories --first $(SEED)0000 --histories $(CASES)
 	$(BIN)/python -m tests.soak.fuzz --first $(SEED)00000 --requests $(CASES)0
 	$(BIN)/python -m tests.soak.grammars --cases $(CASES)

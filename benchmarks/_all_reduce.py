@@ -90,7 +90,7 @@ class Bench:
     """Tensors and times of a rank."""
 
     def __init__(self, rank: Rank) -> None:
-        from fd_dsa.triton_runtime.transfers import transfers_for
+        from fd_dsa.device.transfers import transfers_for
 
         self._rank, self._groups = rank, groups_of(rank)
         self._transfers = transfers_for(rank.memory.put(np.ones(1, np.float32)))

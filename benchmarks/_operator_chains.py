@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import paddle
 
+from fd_dsa.device.transfers import on_host, transfers_for
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.triton_runtime.transfers import on_host, transfers_for
 
 import triton.language as tl  # isort: skip
 

@@ -56,7 +56,8 @@ class Bench:
 
         from custom_ops.build_library import build_library
         from fd_dsa import custom_ops
-        from fd_dsa.step.places import paddle_allocator, paddle_place
+        from fd_dsa.device.allocation import paddle_allocator
+        from fd_dsa.device.places import paddle_place
 
         custom_ops.use_library(build_library())
         paddle.set_device(self.device)
@@ -95,8 +96,8 @@ class Bench:
     def time_us(self, calls: Sequence[Callable[[], Any]]) -> float:
         """Median microseconds of a call: all of them are captured together."""
         from benchmarks._events import device_us
+        from fd_dsa.device.transfers import transfers_for
         from fd_dsa.runner.step_graphs import PaddleCapture
-        from fd_dsa.triton_runtime.transfers import transfers_for
 
         def work() -> Any:
             return [call() for call in calls]
@@ -162,9 +163,9 @@ class Experts:
     """The experts of a number of tokens that choose evenly."""
 
     def __init__(self, bench: Bench, gate_up: Any, down: Any, tokens: int) -> None:
+        from fd_dsa.device.transfers import uploaded
         from fd_dsa.ops import expert_kernels
         from fd_dsa.ops.fill_kernels import fill_random
-        from fd_dsa.triton_runtime.transfers import uploaded
 
         self._kernels, self._weights = expert_kernels, (gate_up, down)
         self._logits = bench.allocate((tokens, EXPERTS), "float32")

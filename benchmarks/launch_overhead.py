@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import _gpu
 from fd_dsa.triton_runtime import BoundLaunch, paddle_jit
-from fd_dsa.triton_runtime.device import api_for_type
+from fd_dsa.triton_runtime.device_api import api_for_type
 from fd_dsa.triton_runtime.driver import cuda
 
 import triton

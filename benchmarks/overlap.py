@@ -44,10 +44,10 @@ from benchmarks._logits_sides import Shape
 from benchmarks._torch_device import TorchDeviceApi
 from benchmarks.ceilings import matrix_flops_per_s
 from fd_dsa.attention.overlap import IndexerOverlap
+from fd_dsa.device.side_stream import SideStream
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS
 from fd_dsa.ops.indexer_projection import triton_kernel
 from fd_dsa.ops.split_sums import new_scratch
-from fd_dsa.triton_runtime.transfers import SideStream
 
 ONE, TWO, SERVED = "one stream", "two streams", "as served"
 # what is measured of a number of tokens, and how a case of it is called

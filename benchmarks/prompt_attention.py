@@ -136,9 +136,9 @@ class Prompts:
 
 def fill_latents(cache: Any) -> None:
     """Write records of normal latents to every slot."""
+    from fd_dsa.device.upload import Upload
     from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
     from fd_dsa.ops.fp8 import encode_e4m3
-    from fd_dsa.triton_runtime.upload import Upload
 
     rng, shape = np.random.default_rng(1), tuple(cache.shape)
     records = np.zeros((int(np.prod(shape[:-1])), shape[-1]), np.uint8)

@@ -23,6 +23,7 @@ ROOMS = (
     "config",
     "custom_ops",
     "triton_runtime",
+    "device",
     "step",
     "ops",
     "distributed",

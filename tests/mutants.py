@@ -32,7 +32,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-ROOMS = ("step", "ops", "engine", "serve", "runner")
+ROOMS = ("device", "step", "ops", "engine", "serve", "runner")
 TREE = Path(__file__).resolve().parents[1]
 # a module of the recorded copy: `hit` adds the number of a mutant and the file of the running test
 # to a list, each pair once a process; one write, so that processes may append at the same time

@@ -121,7 +121,7 @@ def test_a_wrong_result_and_an_error_fail(
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device whose tensors are host memory, and whose kernels are interpreted."""
     memory = open_memory("interpreter")
-    monkeypatch.setattr("fd_dsa.step.places.paddle_allocator", lambda device: memory.poisoned)
+    monkeypatch.setattr("fd_dsa.device.allocation.paddle_allocator", lambda device: memory.poisoned)
 
 
 def on_a_device(
@@ -182,7 +182,7 @@ def test_every_provider_of_a_device(
 def test_tf32_is_found(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import paddle
 
-    monkeypatch.setattr("fd_dsa.runner.device.keep_float32", lambda device: None)
+    monkeypatch.setattr("fd_dsa.device.resolve.keep_float32", lambda device: None)
     assert checks.check_float32("gpu:0")["passed"]
     exact = paddle.matmul
 

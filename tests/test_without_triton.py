@@ -62,9 +62,10 @@ ON_A_DEVICE = ("fd_dsa.ops.", "fd_dsa.triton_runtime", "fd_dsa.distributed.", *(
     "fd_dsa." + name
     for name in (
         "attention.dense_prompts", "attention.device", "attention.device_scores",
-        "attention.tensor_core_attention", "models.device_weights", "runner.device_draws",
-        "runner.device_step", "step.device", "step.kernel", "step.staging",
-        "v4_prepare.kernel", "v4_prepare.launch",
+        "attention.tensor_core_attention", "device.side_stream", "device.staging",
+        "device.transfers", "device.upload", "models.device_weights", "runner.device_draws",
+        "runner.device_step", "step.device_provider", "step.metadata_kernels", "v4_prepare.kernel",
+        "v4_prepare.launch",
     )
 ))  # fmt: skip
 CURE = "-m pip install 'triton>=3.3,<3.10'"
@@ -114,7 +115,7 @@ def test_the_doctor_checks_every_operator_of_a_cpu(without_triton: dict[str, str
 @pytest.mark.slow
 def test_only_modules_for_devices_need_it(without_triton: dict[str, str]) -> None:
     refused = json.loads(python(without_triton, "-c", MODULES).stdout)
-    assert "fd_dsa.step.device" in refused
+    assert "fd_dsa.step.device_provider" in refused
     assert [name for name in refused if not name.startswith(ON_A_DEVICE)] == []
     assert all(CURE in message for message in refused.values())
     public = {"fd_dsa.ops", "fd_dsa.ops.topk", "fd_dsa.ops.mla", "fd_dsa.distributed"}

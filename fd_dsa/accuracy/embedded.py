@@ -128,8 +128,8 @@ def open_model(
     fields = {"model": model, "index_topk": index_topk, "max_num_seqs": 1, **engine_config}
     asked = EngineConfig(max_model_len=max_model_len, **fields)
     length = asked.resolve_max_model_len(config.max_position_embeddings)
+    from fd_dsa.device.resolve import resolve_device
     from fd_dsa.engine.factory import build_engine
-    from fd_dsa.runner.device import resolve_device
 
     blocks = -(-length // asked.block_size)
     engine = build_engine(replace(asked, max_model_len=length, num_gpu_blocks_override=blocks))

@@ -160,9 +160,9 @@ def _bootstrap(values: ArrayLike, sizes: ArrayLike) -> Estimate:
 def smallest_difference(prompts: int, flip_rate: float, power: float = POWER) -> float | None:
     """Return the smallest true difference that a paired run detects with given power.
 
-    A share `flip_rate` of `prompts` pairs is expected to flip, and (flip_rate + difference) / 2 of the
-    prompts get better. "Detects" means p <= 0.05 in the exact test of `mcnemar`. The power is
-    computed from the binomial distributions.
+    A share `flip_rate` of the pairs is expected to flip, and (flip_rate + difference) / 2 of them
+    get better. "Detects" means p <= 0.05 in the exact test of `mcnemar`. The power is computed from
+    the binomial distributions.
 
     Returns:
         The difference, or None if even flips in one direction are too few.

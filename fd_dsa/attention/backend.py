@@ -13,11 +13,11 @@ from typing import Any
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.host import HostAttention
 from fd_dsa.attention.overlap import IndexerOverlap
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.errors import ConfigError, MissingStepError
 from fd_dsa.ops.arrays import check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.step import ForwardMeta, StepHints, StepMetadataBuilder
-from fd_dsa.step.views import Allocate
 
 _INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
 
@@ -92,7 +92,7 @@ class DSAAttentionBackend:
         else:
             # kernels and their launcher are loaded only where a device is asked for
             from fd_dsa.attention.device import DeviceAttention
-            from fd_dsa.step.places import paddle_allocator
+            from fd_dsa.device.allocation import paddle_allocator
 
             self.attention = DeviceAttention(config, allocate or paddle_allocator(device))
         self.overlap = IndexerOverlap(device)

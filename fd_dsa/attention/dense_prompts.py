@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.staging import StagedInputs
 from fd_dsa.ops.fixed_order import why_not_by_rows
 from fd_dsa.ops.head_gemm import empty_heads
 from fd_dsa.ops.linear import rows_at
@@ -25,8 +27,6 @@ from fd_dsa.ops.mla.prompt import (
     keys_and_values,
 )
 from fd_dsa.step import ForwardMeta
-from fd_dsa.step.staging import StagedInputs
-from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.driver import GpuTraits
 
 logger = logging.getLogger(__name__)

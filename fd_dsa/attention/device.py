@@ -30,6 +30,8 @@ from fd_dsa.attention.device_scores import (
     tile_sizes,
 )
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.transfers import transfers_for
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import check_shape
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
@@ -51,9 +53,8 @@ from fd_dsa.ops.providers import (
 from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
-from fd_dsa.step.views import Allocate
+from fd_dsa.triton_runtime.device_api import traits_for
 from fd_dsa.triton_runtime.driver import GpuTraits
-from fd_dsa.triton_runtime.transfers import traits_for, transfers_for
 
 logger = logging.getLogger(__name__)
 LOGITS_BYTES = 512 << 20

@@ -6,13 +6,13 @@ from functools import lru_cache, partial
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.device.transfers import Transfers
 from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
 from fd_dsa.ops.logits.tile_kernel import score_tiles
 from fd_dsa.ops.logits.tile_schedule import PROGRAM_FIELDS, TILE_FIELDS, TileSchedule
 from fd_dsa.ops.logits.triton_kernel import score_pages
 from fd_dsa.step import ForwardMeta
-from fd_dsa.triton_runtime.transfers import Transfers
 
 # views are small; lengths are rounded to powers of two, so a server sees few of them
 CACHED_VIEWS = 512

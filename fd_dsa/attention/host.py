@@ -8,6 +8,7 @@ import numpy as np
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.step_plan import StepPlan
+from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops.arrays import Scratch, as_numpy, check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.cache_write.paddle_impl import store_keys
@@ -18,7 +19,6 @@ from fd_dsa.ops.query import prepare_on_host
 from fd_dsa.ops.rotations import rotate_
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.step import ForwardMeta
-from fd_dsa.step.host_tensor import as_tensor
 
 
 class HostAttention:

@@ -114,7 +114,7 @@ class IndexerOverlap:
         """True while the current stream of a tensor's device is captured; asked in every layer."""
         if self._capturing is None:
             # the launcher is loaded only where a device is asked for
-            from fd_dsa.triton_runtime.transfers import transfers_for
+            from fd_dsa.device.transfers import transfers_for
 
             self._capturing = transfers_for(tensor).is_capturing
         return self._capturing()
@@ -122,7 +122,7 @@ class IndexerOverlap:
     def stream_for(self, tensor: Any) -> Any:
         """The second stream beside a tensor's, None where there is none."""
         if self.side_stream is _NOT_RUN:
-            from fd_dsa.triton_runtime.transfers import side_stream_for
+            from fd_dsa.device.side_stream import side_stream_for
 
             self.side_stream = side_stream_for(tensor)
         return self.side_stream

@@ -9,12 +9,12 @@ import logging
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.mla.custom_op import CustomAttention
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
 from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores, new_partials
 from fd_dsa.step import ForwardMeta
-from fd_dsa.step.views import Allocate
 
 logger = logging.getLogger(__name__)
 # of a step, below which a launch costs more than it saves

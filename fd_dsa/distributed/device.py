@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from fd_dsa import custom_ops
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.transfers import on_host, transfers_for, uploaded
 from fd_dsa.distributed.group import Group
 from fd_dsa.distributed.nccl import Communicator
 from fd_dsa.distributed.shared_memory import SIZES, PeerAllReduce, SharedMemory
 from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.library_kernel import why_not_compiled
-from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.driver import cuda
-from fd_dsa.triton_runtime.transfers import on_host, transfers_for, uploaded
 
 logger = logging.getLogger(__name__)
 

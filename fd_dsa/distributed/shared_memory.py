@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.transfers import Transfers
 from fd_dsa.environment import launches_overlap
 from fd_dsa.errors import DeviceError
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.library_kernel import LibraryKernel
-from fd_dsa.triton_runtime.transfers import Transfers
 
 SIZES = (2, 4, 8)
 """Numbers of ranks that the kernel is made for."""

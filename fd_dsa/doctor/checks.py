@@ -39,8 +39,8 @@ def run_checks(device: str) -> list[dict[str, Any]]:
     memories = {"cpu": Memory()}
     if device != "cpu":
         # imported late, because only devices need kernels
-        from fd_dsa.runner.device import keep_float32
-        from fd_dsa.step.places import paddle_allocator
+        from fd_dsa.device.allocation import paddle_allocator
+        from fd_dsa.device.resolve import keep_float32
 
         # Paddle's GEMMs are a provider, with the same settings as in an engine
         keep_float32(device)
@@ -74,8 +74,8 @@ def check_float32(device: str) -> dict[str, Any]:
     """
     import paddle
 
-    from fd_dsa.runner.device import keep_float32
-    from fd_dsa.step.places import paddle_allocator
+    from fd_dsa.device.allocation import paddle_allocator
+    from fd_dsa.device.resolve import keep_float32
 
     keep_float32(device)
     memory, begin, detail = Memory(paddle_allocator(device)), time.perf_counter(), ""
@@ -120,7 +120,7 @@ def _unsupported_reason(operator: str, provider: str, memory: Memory) -> str:
         return ""
     from fd_dsa.ops.library_kernel import why_not_compiled
     from fd_dsa.ops.mla.tensor_core import why_not
-    from fd_dsa.triton_runtime.transfers import traits_for
+    from fd_dsa.triton_runtime.device_api import traits_for
 
     reason = why_not_compiled() if provider == CUSTOM_OP else ""
     if operator == "topk" or reason:

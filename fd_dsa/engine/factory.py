@@ -25,7 +25,7 @@ from fd_dsa.errors import DeviceError
 from fd_dsa.models.memory_plan import format_bytes
 
 if TYPE_CHECKING:
-    from fd_dsa.step.views import Allocate
+    from fd_dsa.device.allocation import Allocate
 
 
 def build_engine(config: EngineConfig, progress: StartupProgress | None = None) -> LLMEngine:
@@ -123,8 +123,8 @@ def load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProgr
     weights: Any = HostWeights(group)
     if plan.device != "cpu":
         # kernels and their launcher are loaded only where a device is asked for
+        from fd_dsa.device.allocation import paddle_allocator
         from fd_dsa.models.device_weights import DeviceWeights
-        from fd_dsa.step.places import paddle_allocator
 
         allocate, rounds = paddle_allocator(plan.device), plan.model_config.round_scales
         weights = DeviceWeights(

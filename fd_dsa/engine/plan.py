@@ -126,6 +126,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     """
     _prepare_paddle()
     # these import paddle
+    from fd_dsa.device.resolve import device_of_rank, keep_float32, resolve_device
     from fd_dsa.engine.caches import family_of
     from fd_dsa.models.configs import open_checkpoint, read_config
     from fd_dsa.models.loader import (
@@ -136,7 +137,6 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
         validate,
     )
     from fd_dsa.ops.fixed_order import check_fixed_order
-    from fd_dsa.runner.device import device_of_rank, keep_float32, resolve_device
     from fd_dsa.runner.input_batch import InputBatch
 
     size = config.tensor_parallel_size
@@ -205,7 +205,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
 
 def _check_capability(config: EngineConfig) -> bool:
     """Refuse a GPU, or caches, without the instructions; whether a GPU has those of FP8."""
-    from fd_dsa.runner.device import traits_of
+    from fd_dsa.device.resolve import traits_of
     from fd_dsa.triton_runtime.driver import FP8_CAPABILITY, LEAST_CAPABILITY
 
     device, capability = config.device, traits_of(config.device).capability
@@ -310,13 +310,13 @@ def _plan_memory(
     group: Group | None,
 ) -> MemoryPlan:
     """How the memory is shared out between weights and caches."""
+    from fd_dsa.device.resolve import free_device_bytes, traits_of
     from fd_dsa.models.memory_plan import (
         available_memory_bytes,
         graph_bytes,
         plan_memory,
         weight_bytes,
     )
-    from fd_dsa.runner.device import free_device_bytes, traits_of
 
     device = config.device
     room: dict[str, Any] = {}

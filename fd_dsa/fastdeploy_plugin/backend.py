@@ -232,7 +232,7 @@ class PluginBackend:
                 self.config = replace(self.config, dtype="float32")
             else:
                 # kernels and their launcher are loaded only where a device is asked for
-                from fd_dsa.triton_runtime.transfers import transfers_for
+                from fd_dsa.device.transfers import transfers_for
 
                 self.transfers = transfers_for(block_tables)
             self.core = CoreBackend(self.config, device)

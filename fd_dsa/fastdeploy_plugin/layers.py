@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import MissingStepError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
 from fd_dsa.ops.mla_query import prepare_mla_query
 from fd_dsa.ops.providers import serving
-from fd_dsa.step.host_tensor import as_tensor
 
 # of FastDeploy's indexer: [max_model_len] each, on the device, and read by its own forward alone
 _UNUSED_BUFFERS = ("offsets", "lengths")

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.upload import Upload
 from fd_dsa.distributed import Group, SingleGroup
 from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
@@ -16,8 +18,6 @@ from fd_dsa.models.weights import halves_of_heads
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
 from fd_dsa.ops.device_matrix import DeviceMatrix, DeviceNorm
 from fd_dsa.ops.fill_kernels import fill_constant, fill_random
-from fd_dsa.step.views import Allocate
-from fd_dsa.triton_runtime.upload import Upload
 
 logger = logging.getLogger(__name__)
 # a type that weights are held in, as the safetensors format has it

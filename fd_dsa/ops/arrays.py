@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import DtypeError, ShapeError
-from fd_dsa.step.host_tensor import as_tensor
 
 
 def as_numpy(array: Any) -> np.ndarray:

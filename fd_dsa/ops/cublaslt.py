@@ -17,12 +17,12 @@ from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
 
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.transfers import Transfers
 from fd_dsa.errors import DeviceError, LaunchError, ShapeError
 from fd_dsa.ops.arrays import check_array
 from fd_dsa.ops.cublaslt_library import Functions, library
-from fd_dsa.step.views import Allocate
-from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
-from fd_dsa.triton_runtime.transfers import Transfers
+from fd_dsa.triton_runtime.device_api import DeviceApi, api_for_type
 
 _ALIGNMENT, _WORKSPACE_BYTES = 16, 32 << 20
 # values along K that have one scale

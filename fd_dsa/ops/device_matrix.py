@@ -20,7 +20,7 @@ from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
 from fd_dsa.ops.linear import values_of
 from fd_dsa.triton_runtime import INTERPRETING
-from fd_dsa.triton_runtime.transfers import traits_for
+from fd_dsa.triton_runtime.device_api import traits_for
 
 logger = logging.getLogger(__name__)
 OWN_ROWS = 32

@@ -16,7 +16,7 @@ from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops.fixed_order import why_not_by_rows
 from fd_dsa.ops.fp8_rows import GROUP
 from fd_dsa.ops.library_kernel import LibraryKernel, shared_kernel, why_not_compiled
-from fd_dsa.triton_runtime.transfers import traits_for
+from fd_dsa.triton_runtime.device_api import traits_for
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import stored, widened
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
-from fd_dsa.triton_runtime.transfers import traits_for
+from fd_dsa.triton_runtime.device_api import traits_for
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip

@@ -19,10 +19,10 @@ from functools import cache
 
 import numpy as np
 
+from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.environment import batch_invariant
 from fd_dsa.errors import ConfigError
 from fd_dsa.ops.arrays import as_numpy, matmul, staged
-from fd_dsa.step.host_tensor import as_tensor
 
 logger = logging.getLogger(__name__)
 # rows that a launch on a device is cut for in one order: so many that no sum is split

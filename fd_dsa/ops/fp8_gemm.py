@@ -21,8 +21,8 @@ from fd_dsa.ops.split_sums import clear_counters, scratch_beside, splits_of, sum
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import stored
 from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
+from fd_dsa.triton_runtime.device_api import traits_for
 from fd_dsa.triton_runtime.driver import FP8_CAPABILITY
-from fd_dsa.triton_runtime.transfers import traits_for
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip

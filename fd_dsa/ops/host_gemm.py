@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.environment import cpu_threads
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import as_numpy, matmul, staged
 from fd_dsa.ops.fixed_order import fixed_order, two_rows
 from fd_dsa.ops.packed_weights import OneDNN, onednn
-from fd_dsa.step.host_tensor import as_tensor
 
 _INT, _FLOAT, _POINTER, _CHAR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_char
 MIN_SGEMM_PRODUCTS = 1 << 19

@@ -8,13 +8,13 @@ from functools import cache
 from typing import Any, ClassVar
 
 from fd_dsa.custom_ops import build_command
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.transfers import Transfers
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 from fd_dsa.ops.probes import Case, Memory
-from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime import INTERPRETING
-from fd_dsa.triton_runtime.device import api_for_type
+from fd_dsa.triton_runtime.device_api import api_for_type
 from fd_dsa.triton_runtime.driver import cuda
-from fd_dsa.triton_runtime.transfers import Transfers
 
 
 class LibraryKernel:

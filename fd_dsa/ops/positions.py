@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from fd_dsa import custom_ops
+from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops.arrays import as_numpy, check_array, check_values, check_writable
 from fd_dsa.ops.providers import choose, device_kind, function
-from fd_dsa.step.host_tensor import as_tensor
 
 
 def position_ids(

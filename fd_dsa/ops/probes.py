@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.step import StepMetadataBuilder
-from fd_dsa.step.builder import Allocate
-from fd_dsa.step.host_tensor import as_tensor
 
 Outputs = dict[str, np.ndarray]
 Call = Callable[..., Any]
@@ -55,7 +55,7 @@ class Memory:
         if self.allocate is None:
             return array.copy()
         # kernels and their launcher are loaded only where there is a device
-        from fd_dsa.triton_runtime.transfers import uploaded
+        from fd_dsa.device.transfers import uploaded
 
         return uploaded(self.allocate, array, dtype)
 
@@ -65,7 +65,7 @@ class Memory:
             return array
         if self.allocate is None:
             return np.asarray(array.numpy())
-        from fd_dsa.triton_runtime.transfers import on_host
+        from fd_dsa.device.transfers import on_host
 
         return on_host(array, np.empty(tuple(array.shape), dtype_name(array.dtype)))
 

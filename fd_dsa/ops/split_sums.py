@@ -11,9 +11,9 @@ import logging
 from contextlib import suppress
 from typing import Any
 
+from fd_dsa.device.transfers import transfers_for
 from fd_dsa.triton_runtime import INTERPRETING
-from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.transfers import transfers_for
+from fd_dsa.triton_runtime.device_api import api_for_type
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip

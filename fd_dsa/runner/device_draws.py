@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.transfers import transfers_for, uploaded
 from fd_dsa.ops.dense_kernels import rows_at
 from fd_dsa.ops.sampling.sampler import DeviceSampler
 from fd_dsa.ops.sampling.token_buffer import TokenBuffer
@@ -23,8 +25,6 @@ from fd_dsa.ops.sampling.verify_kernel import (
     verify_kernel,
 )
 from fd_dsa.step import StepHints
-from fd_dsa.step.views import Allocate
-from fd_dsa.triton_runtime.transfers import transfers_for, uploaded
 
 
 class DeviceDraws:

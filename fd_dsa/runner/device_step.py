@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.staging import StagedInputs
+from fd_dsa.device.transfers import Transfers
 from fd_dsa.runner.input_batch import Draw, InputBatch
 from fd_dsa.runner.step import DrawInputs
-from fd_dsa.step.staging import StagedInputs
-from fd_dsa.step.views import Allocate
-from fd_dsa.triton_runtime.transfers import Transfers
 
 
 class DeviceInputs(StagedInputs):

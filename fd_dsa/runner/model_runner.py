@@ -128,9 +128,9 @@ class ModelRunner(Preparation):
         self.draws: DeviceDraws | None = None
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
+            from fd_dsa.device.allocation import paddle_allocator
             from fd_dsa.runner.device_draws import DeviceDraws
             from fd_dsa.runner.device_step import DeviceInputs, HostLogits
-            from fd_dsa.step.places import paddle_allocator
 
             allocate, sizes = paddle_allocator(device), (input_batch.max_num_seqs, self.vocab_size)
             self._to_device = DeviceInputs(

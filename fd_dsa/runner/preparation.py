@@ -106,7 +106,7 @@ class Preparation:
         Raises:
             DeviceError: a capture failed half-way, and Paddle cannot go on; has the cure.
         """
-        from fd_dsa.step.places import paddle_place
+        from fd_dsa.device.places import paddle_place
 
         batch, topk, longest = self.input_batch, self.model.config.index_topk, self._longest_row()
         prompts = [size for size in prompt_sizes if size <= batch.max_num_tokens]

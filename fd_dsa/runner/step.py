@@ -7,7 +7,7 @@
     attention backend               caches, metadata, slots           layers
 
 On a device the values of a step travel through one of three page-locked slabs, so a step may be
-staged while the one before runs (`fd_dsa.runner.device_step`, `fd_dsa.step.staging`).
+staged while the one before runs (`fd_dsa.runner.device_step`, `fd_dsa.device.staging`).
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def engine_info(config: EngineConfig) -> EngineInfo:
     """Collect the facts that only the engine's process knows."""
     import paddle
 
+    from fd_dsa.device.resolve import resolve_device
     from fd_dsa.ops.providers import table
-    from fd_dsa.runner.device import resolve_device
 
     here, choices = config.on_device(resolve_device(config.device)), table()
     return {

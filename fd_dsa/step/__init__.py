@@ -1,4 +1,4 @@
-"""Once per step: the metadata which every layer reads, in buffers that never move."""
+"""Step metadata: computed once per step, read by every layer, in buffers that never move."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""The one call of a step that computes what all layers share."""
+"""Builder of the metadata that all layers of a step share."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa.device.allocation import Allocate, Array, paddle_allocator
+from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.step.checks import StepHints, StepLimits
-from fd_dsa.step.forward_meta import Array, ForwardMeta
-from fd_dsa.step.host import HostProvider
-from fd_dsa.step.host_tensor import as_tensor
-from fd_dsa.step.views import Allocate, View
+from fd_dsa.step.forward_meta import ForwardMeta
+from fd_dsa.step.host_provider import HostProvider
+from fd_dsa.step.views import View
 
 
 class StepMetadataBuilder:
@@ -69,7 +70,7 @@ class StepMetadataBuilder:
         num_prefill_tokens: int | None = None,
         max_seqlen_k: int | None = None,
     ) -> ForwardMeta:
-        """Metadata of one step, valid until the next `build` of this builder.
+        """Compute the metadata of one step, valid until the next `build` of this builder.
 
         All checks come before the first write: a refused step leaves the metadata of the step
         before it as it was.
@@ -129,7 +130,7 @@ class StepMetadataBuilder:
         return self.build_from(arrays, hints)
 
     def build_from(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta:
-        """`build` of its four arrays, and of its keywords in one record."""
+        """Build a step from the four arrays and the keywords of `build` in one record."""
         hints.check_types()
         meta: ForwardMeta = self._provider.build(arrays, hints)
         self.num_builds += 1
@@ -139,20 +140,19 @@ class StepMetadataBuilder:
 def _provider_for(
     limits: StepLimits, device: str, allocate: Allocate | None, int32_position_ids: bool
 ) -> Any:
-    """What checks and computes the steps of a builder."""
+    """Return the provider that checks and computes the steps of a builder."""
     if allocate is None and device == "numpy":
         return HostProvider(limits, lambda array: array, int32_position_ids)
     if allocate is None and device == "cpu":
         return HostProvider(limits, _paddle_view(), int32_position_ids)
-    # the kernel and its launcher are loaded only where a device is asked for
-    from fd_dsa.step.device import DeviceProvider
-    from fd_dsa.step.places import paddle_allocator
+    # imported here, because the kernel and its launcher need Triton
+    from fd_dsa.step.device_provider import DeviceProvider
 
     return DeviceProvider(limits, allocate or paddle_allocator(device), int32_position_ids)
 
 
 def _paddle_view() -> View:
-    """How a NumPy buffer becomes a Paddle tensor that shares its memory."""
+    """Return the function that makes a Paddle tensor on the memory of a NumPy buffer."""
     try:
         import paddle  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a step's inputs must satisfy; everything here runs before the first write."""
+"""Checks of the inputs of a step, all before the first write."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from operator import index
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import numpy as np
-import numpy.typing as npt
 
-from fd_dsa.errors import BackendUnavailable, CapacityError, DtypeError, ShapeError
-
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
+from fd_dsa.device.host_tensor import Int32Array, Int64Array, host_array
+from fd_dsa.errors import CapacityError, DtypeError, ShapeError
 
 INT32_MAX = 2**31 - 1
-_DLPACK_CPU = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +61,7 @@ class StepInputs(NamedTuple):
 
 
 class StepHints(NamedTuple):
-    """What a runner knows of a step before anybody reads its lengths; None = it does not say.
+    """Counts of a step that the runner knows without reading the lengths, None = not known.
 
     With tensors on a device the first three are needed, and each may be an upper bound. On a CPU
     the lengths themselves are read: the token counts are exact or None, `max_seqlen_k` is at
@@ -90,7 +86,7 @@ class StepHints(NamedTuple):
 
 
 class StepCounts(NamedTuple):
-    """The counts of a step that has passed all checks; fields as in StepHints."""
+    """Counts of a step that has passed all checks, with the fields of StepHints."""
 
     num_tokens: int
     num_prefill_tokens: int
@@ -125,28 +121,6 @@ def check_host_step(arrays: Sequence[Any], limits: StepLimits, hints: StepHints)
     return check_values(inputs, limits, hints)
 
 
-def host_array(name: str, value: Any) -> npt.NDArray[Any]:
-    """`value` as a NumPy array over the same memory; raises as `check_host_step`."""
-    if isinstance(value, np.ndarray):
-        return value
-    if not hasattr(value, "__dlpack_device__"):
-        raise DtypeError(
-            f"{name}: got {type(value).__name__}, allowed are a NumPy array and a Paddle tensor "
-            "of int32; convert it with numpy.asarray(value, numpy.int32)"
-        )
-    try:
-        on_host = int(value.__dlpack_device__()[0]) == _DLPACK_CPU
-    except RuntimeError:
-        # what Paddle raises for its custom devices, which DLPack has no number for
-        on_host = False
-    if not on_host:
-        raise BackendUnavailable(
-            f"{name}: is on {getattr(value, 'place', 'a device')}, but this builder reads host "
-            "memory; build with the device of the tensors, for example device='gpu'"
-        )
-    return np.from_dlpack(value)
-
-
 def check_arrays(arrays: Sequence[Any], int32: Any, limits: StepLimits) -> None:
     """Check dtypes and shapes of the four inputs of a step, arrays or tensors.
 
@@ -178,7 +152,7 @@ def check_arrays(arrays: Sequence[Any], int32: Any, limits: StepLimits) -> None:
 
 
 def check_values(inputs: StepInputs, limits: StepLimits, hints: StepHints) -> HostStep:
-    """Refuse lengths and block ids which no consistent step has; count what it holds.
+    """Refuse inconsistent lengths and block ids, and count the tokens and keys of the step.
 
     Sums are int64, so that no int32 input can wrap into a plausible number.
 
@@ -236,7 +210,7 @@ def check_values(inputs: StepInputs, limits: StepLimits, hints: StepHints) -> Ho
 
 
 def check_device_counts(limits: StepLimits, hints: StepHints) -> StepCounts:
-    """Counts of a step whose arrays are on a device and are not read.
+    """Check and return the counts of a step whose arrays are on a device and are not read.
 
     Raises:
         ValueError: one of the three is missing, negative, or more prefill tokens than tokens.
@@ -266,7 +240,7 @@ def check_device_counts(limits: StepLimits, hints: StepHints) -> StepCounts:
 
 
 def _padded_tokens(num_tokens: int, limits: StepLimits, hints: StepHints) -> int:
-    """Padded token count of a step; without one, its token count."""
+    """Return the padded token count of a step, by default its token count."""
     padded = hints.num_padded_tokens
     if padded is None:
         return index(num_tokens)
@@ -291,7 +265,7 @@ def _check_size(name: str, value: Any) -> None:
 def _check_blocks(
     inputs: StepInputs, limits: StepLimits, seq_lens_k: Int64Array, max_seqlen_k: int
 ) -> None:
-    """Refuse a row that is longer than its table, or that needs an entry which is no block."""
+    """Refuse a row that is longer than its table or needs an entry that is no block."""
     block_size = limits.block_size
     if max_seqlen_k > limits.max_seq_len:
         row = int(seq_lens_k.argmax())

@@ -1,18 +1,15 @@
-"""The contract between the step's builder and everything that reads a step."""
+"""Contract between the builder of a step and its readers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-# a paddle.Tensor; a numpy.ndarray where the builder was made for device "numpy", or what its
-# `allocate` makes
-Array = Any
+from fd_dsa.device.allocation import Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardMeta:
-    """What attention knows about one step: built once, read by every layer, written by none.
+    """Metadata of one step for attention: built once, read by every layer, never changed.
 
     B = rows of the step, T = padded token count, n_b = `seq_lens_this_time[b]`,
     d_b = `seq_lens_decoder[b]`. The j-th token of row b is t = `cu_seqlens_q[b]` + j.

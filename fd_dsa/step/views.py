@@ -1,4 +1,4 @@
-"""Buffers of the fields that a step computes, and the slices of them that it hands out."""
+"""Buffers of the fields of `ForwardMeta`, and the slices of a step."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+from fd_dsa.device.allocation import CACHED_VIEWS, Allocate, Array
 from fd_dsa.step.checks import StepCounts, StepLimits
-from fd_dsa.step.forward_meta import Array, ForwardMeta
+from fd_dsa.step.forward_meta import ForwardMeta
 
 View = Callable[[Any], Array]
-Allocate = Callable[[tuple[int, ...], str], Array]
-# views are small; a server sees few row counts and, when decoding, few token counts
-CACHED_VIEWS = 512
 
 
 class Field(NamedTuple):
-    """The buffer of a field of `ForwardMeta`.
+    """Buffer of a field of `ForwardMeta`.
 
     Attributes:
         dtype: of its values.
@@ -47,7 +45,7 @@ FIELDS = {
 def new_buffers(
     limits: StepLimits, allocate: Allocate, int32_position_ids: bool
 ) -> dict[str, Array | None]:
-    """Arrays of all fields at full capacity; None of int32 positions that are not written.
+    """Allocate the arrays of all fields at full capacity, with None for unused int32 positions.
 
     Args:
         limits: sizes that every step keeps to.
@@ -74,7 +72,7 @@ class StepViews:
         self._cut = lru_cache(maxsize=CACHED_VIEWS)(partial(_cut, buffers, view))
 
     def forward_meta(self, inputs: Sequence[Array], counts: StepCounts) -> ForwardMeta:
-        """The metadata of a step whose inputs, of exactly its rows, are these four arrays."""
+        """Return the metadata of a step, from four inputs of exactly its rows."""
         num_tokens, num_prefill_tokens, max_seqlen_k, padded = counts
         encoder, decoder, this_time, tables = inputs
         has_prefill, num_rows = num_prefill_tokens > 0, int(this_time.shape[0])
@@ -93,7 +91,7 @@ class StepViews:
 def _cut(
     buffers: dict[str, Any], view: View, of_rows: bool, size: int, has_prefill: bool
 ) -> list[Array | None]:
-    """The fields of rows or of tokens, cut to those of a step; None where it has none."""
+    """Cut the fields of rows or of tokens to the size of a step, with None for absent fields."""
     views = []
     for name, field in FIELDS.items():
         if field.of_rows == of_rows:

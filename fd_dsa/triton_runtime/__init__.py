@@ -11,7 +11,7 @@ from fd_dsa.triton_runtime.mode import INTERPRETING  # isort: skip
 
 from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.compiler import Compiled
-from fd_dsa.triton_runtime.device import DeviceApi, register_device_api
+from fd_dsa.triton_runtime.device_api import DeviceApi, register_device_api
 from fd_dsa.triton_runtime.early import start_next, wait_for_inputs
 from fd_dsa.triton_runtime.kernel import Kernel, paddle_jit
 from fd_dsa.triton_runtime.parameters import Pointer

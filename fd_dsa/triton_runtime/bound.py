@@ -6,7 +6,7 @@ import struct
 from typing import Any
 
 from fd_dsa.errors import LaunchError
-from fd_dsa.triton_runtime.device import DeviceApi
+from fd_dsa.triton_runtime.device_api import DeviceApi
 from fd_dsa.triton_runtime.grid import Grid, resolve_grid
 from fd_dsa.triton_runtime.variant import Frame, Variant
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fd_dsa.triton_runtime.compiler import Argument
-from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
+from fd_dsa.triton_runtime.device_api import DeviceApi, api_for_type
 from fd_dsa.triton_runtime.grid import resolve_grid
 from fd_dsa.triton_runtime.parameters import OPTIONS, Parameter
 from fd_dsa.triton_runtime.variant import Variant

@@ -12,7 +12,7 @@ from fd_dsa.errors import KernelUnavailable, LaunchError, describe_error, is_out
 from fd_dsa.triton_runtime import fastpath, serving
 from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.compiler import Argument, Compiled, compile_kernel
-from fd_dsa.triton_runtime.device import DeviceApi
+from fd_dsa.triton_runtime.device_api import DeviceApi
 from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.grid import Grid, resolve_grid
 from fd_dsa.triton_runtime.interpreter import InterpretedVariant

@@ -12,7 +12,7 @@ import numpy as np
 
 from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime.compiler import Argument
-from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
+from fd_dsa.triton_runtime.device_api import DeviceApi, api_for_type
 
 MISSING = inspect.Parameter.empty
 """Stands for an argument that was not given."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.step.staging import InputStaging
+from fd_dsa.device.staging import InputStaging
 from fd_dsa.v4_prepare.builder import Allocate, Array, V4Arrays, check_topk
 from fd_dsa.v4_prepare.checks import Integers, rollback_error
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.host_tensor import as_tensor, host_array
 from fd_dsa.errors import BackendUnavailable, DtypeError
-from fd_dsa.step.checks import host_array
-from fd_dsa.step.host_tensor import as_tensor
 from fd_dsa.v4_prepare.builder import Allocate, Array, V4Arrays, csa_translate, v4_prepare_np
 from fd_dsa.v4_prepare.checks import (
     Integers,
@@ -301,7 +300,7 @@ def _steps_for(
             )
         return HostSteps(cfg, table, as_tensor)
     # imported late, because only devices need the launcher
-    from fd_dsa.step.places import paddle_allocator
+    from fd_dsa.device.allocation import paddle_allocator
     from fd_dsa.v4_prepare.launch import DeviceSteps
 
     return DeviceSteps(cfg, allocate or paddle_allocator(place), table, NUM_SLABS)

@@ -167,8 +167,8 @@ def test_workspace_is_the_size_of_the_buffers(
     index_heads: int,
 ) -> None:
     from fd_dsa.attention.device import DeviceAttention, workspace_bytes
+    from fd_dsa.device.transfers import transfers_for
     from fd_dsa.triton_runtime.driver import GpuTraits
-    from fd_dsa.triton_runtime.transfers import transfers_for
 
     transfers = transfers_for(kernel_memory.poisoned((1,), "float32"))
     # the interpreter is one processor
@@ -206,8 +206,8 @@ def test_what_serves_is_told_once_and_remembered(
     from fd_dsa.attention import device
     from fd_dsa.attention.device_scores import PageScores, TileScores
     from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+    from fd_dsa.device.transfers import transfers_for
     from fd_dsa.ops import providers
-    from fd_dsa.triton_runtime.transfers import transfers_for
 
     config = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
     # the interpreter's tensors are on a CPU, for which the table lists no kernel

@@ -113,7 +113,7 @@ class Rank:
 
     def copy(self, target: Any, source: Any) -> None:
         """Queue a copy between two tensors, which a capture has too."""
-        from fd_dsa.triton_runtime.transfers import transfers_for
+        from fd_dsa.device.transfers import transfers_for
 
         num_bytes = int(np.prod(source.shape)) * source.element_size()
         transfers = transfers_for(source)
@@ -145,8 +145,8 @@ class Rank:
         import paddle
 
         paddle.set_device(rig.device)
+        from fd_dsa.device.allocation import paddle_allocator
         from fd_dsa.runner.step_graphs import PaddleCapture
-        from fd_dsa.step.places import paddle_allocator
 
         self.allocate = paddle_allocator(rig.device)
         self.capture = lambda work: PaddleCapture(rig.place)(work)[1]

@@ -17,6 +17,7 @@ _BLOCK_SIZE, _MAX_LEN = 64, 512
 
 def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> Any:
     """This rank's runner of a folder, in bfloat16 or FP8 as stored."""
+    from fd_dsa.device.allocation import paddle_allocator
     from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.device_weights import DeviceWeights
@@ -25,7 +26,6 @@ def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> 
     from fd_dsa.runner import InputBatch
     from fd_dsa.runner.model_runner import cache_layout
     from fd_dsa.runner.ranks import FollowingRunner
-    from fd_dsa.step.places import paddle_allocator
 
     config = ModelConfig.from_folder(folder)
     with Checkpoint.open(folder) as checkpoint:

@@ -152,8 +152,8 @@ def test_the_share_of_a_device_that_may_be_taken(monkeypatch: pytest.MonkeyPatch
         asked.append(utilization)
         return int(utilization * (8 << 30))
 
-    monkeypatch.setattr("fd_dsa.runner.device.free_device_bytes", free_device_bytes)
-    monkeypatch.setattr("fd_dsa.runner.device.traits_of", lambda device: None)
+    monkeypatch.setattr("fd_dsa.device.resolve.free_device_bytes", free_device_bytes)
+    monkeypatch.setattr("fd_dsa.device.resolve.traits_of", lambda device: None)
     monkeypatch.setattr("fd_dsa.attention.device.workspace_bytes", lambda *_: 3 << 28)
     monkeypatch.setattr("fd_dsa.runner.device_draws.draw_bytes", lambda *_: 1 << 28)
     blocks = []
@@ -181,10 +181,10 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch):
 
     def pretend(capability: int) -> None:
         traits = GpuTraits(capability, 108, 99 << 10)
-        monkeypatch.setattr("fd_dsa.runner.device.resolve_device", lambda name: "gpu:0")
-        monkeypatch.setattr("fd_dsa.runner.device.keep_float32", lambda device: None)
-        monkeypatch.setattr("fd_dsa.runner.device.traits_of", lambda device: traits)
-        monkeypatch.setattr("fd_dsa.runner.device.free_device_bytes", lambda *_: 1 << 34)
+        monkeypatch.setattr("fd_dsa.device.resolve.resolve_device", lambda name: "gpu:0")
+        monkeypatch.setattr("fd_dsa.device.resolve.keep_float32", lambda device: None)
+        monkeypatch.setattr("fd_dsa.device.resolve.traits_of", lambda device: traits)
+        monkeypatch.setattr("fd_dsa.device.resolve.free_device_bytes", lambda *_: 1 << 34)
 
     return pretend
 

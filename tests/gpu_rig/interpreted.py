@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 
 from fd_dsa.triton_runtime import driver, register_device_api
-from fd_dsa.triton_runtime.device import HostApi
+from fd_dsa.triton_runtime.device_api import HostApi
 from fd_dsa.triton_runtime.driver import HostLibrary
 
 

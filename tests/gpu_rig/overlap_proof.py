@@ -107,7 +107,7 @@ def overlap_run(
         work: queues the work of a step.
         control: the stream of a copy first waits for all work queued on the main stream.
     """
-    from fd_dsa.triton_runtime.transfers import transfers_for
+    from fd_dsa.device.transfers import transfers_for
     from tests.gpu_rig.timing import Clock, timed_copies
 
     clock = Clock(rig, 4 * num_steps)
@@ -164,8 +164,8 @@ GUARDS = ("wait of the host for a copy", "wait of a copy for readers", "wait of 
 
 def without_guards(names: Sequence[str]) -> ExitStack:
     """Inside the block these guards of every staging are gone: nothing is waited for there."""
-    from fd_dsa.step.staging import InputStaging
-    from fd_dsa.triton_runtime.transfers import Event
+    from fd_dsa.device.staging import InputStaging
+    from fd_dsa.device.transfers import Event
     from tests.gpu_rig.transfers import replaced
 
     stack = ExitStack()

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import paddle
 
+from fd_dsa.device.allocation import paddle_allocator
+from fd_dsa.device.staging import InputStaging
 from fd_dsa.runner import InputBatch
 from fd_dsa.runner.device_step import DeviceInputs
 from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.step import host_inputs
-from fd_dsa.step.places import paddle_allocator
-from fd_dsa.step.staging import InputStaging
 from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.v4_prepare import V4Prepare
 from fd_dsa.v4_prepare.prepare import NUM_SLABS

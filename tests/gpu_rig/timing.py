@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import paddle
 
+from fd_dsa.device.transfers import FixedCopy
 from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.triton_runtime.driver import cuda
-from fd_dsa.triton_runtime.transfers import FixedCopy
 from tests.gpu_rig.rig import Rig
 from tests.gpu_rig.transfers import replaced
 

@@ -29,7 +29,7 @@ def replaced(base: type, name: str, change: Callable[[Callable[..., Any]], Any])
 @contextmanager
 def counted_transfers() -> Iterator[Counter[str]]:
     """Count the launcher's copies and waits inside the block, under the plug-in's names."""
-    from fd_dsa.triton_runtime.transfers import Event, FixedCopy
+    from fd_dsa.device.transfers import Event, FixedCopy
 
     counts: Counter[str] = Counter()
 

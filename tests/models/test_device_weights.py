@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("paddle", reason="the weights are Paddle's tensors")
 
+from fd_dsa.device import upload
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.sources import RandomTensor, StoredTensor
-from fd_dsa.triton_runtime import upload
 from tests.kernel_memory import KernelMemory
 from tests.models.folders import bf16, f8, f16, f32
 from tests.ops.block_fp8 import get, weight, weight_values

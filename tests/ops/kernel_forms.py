@@ -107,8 +107,8 @@ from fd_dsa.ops.sampling.verify_kernel import (
     verify_kernel,
 )
 from fd_dsa.ops.topk.triton_kernel import topk_kernel
-from fd_dsa.step import device as step
-from fd_dsa.step.kernel import decode_step_metadata_kernel, mixed_step_metadata_kernel
+from fd_dsa.step import device_provider as step
+from fd_dsa.step.metadata_kernels import decode_step_metadata_kernel, mixed_step_metadata_kernel
 from fd_dsa.v4_prepare.kernel import csa_rows_kernel
 
 for q, cache, wide in (("float32", "float32", tl.float32), ("float32", "bfloat16", tl.float32),

@@ -151,8 +151,8 @@ def test_a_launch_that_ends_midway_leaves_no_counts(
 def test_captured_before_the_first_run_it_does_without_scratch(
     kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    from fd_dsa.device.transfers import Transfers
     from fd_dsa.ops import split_sums as scratch
-    from fd_dsa.triton_runtime.transfers import Transfers
 
     monkeypatch.setattr(Transfers, "is_capturing", lambda self: True)
     monkeypatch.setattr(scratch, "SCRATCH", {})

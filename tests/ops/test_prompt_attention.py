@@ -118,7 +118,7 @@ def test_real_sizes(kernel_memory: KernelMemory, widths: tuple[int, int]) -> Non
     if not kernel_memory.large:
         pytest.skip("2,048 keys are for a GPU")
     from fd_dsa.ops.mla.prompt import fitting
-    from fd_dsa.triton_runtime.transfers import traits_for
+    from fd_dsa.triton_runtime.device_api import traits_for
 
     nope, values = widths
     rows = [(2048, 0, True), (3, 900, False), (300, 1800, True), (129, 1000, True)]

@@ -182,8 +182,8 @@ def test_what_cannot_be_captured(
 
 @pytest.mark.triton
 def test_logits_come_in_memory_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fd_dsa.device.transfers import transfers_for
     from fd_dsa.runner.device_step import HostLogits
-    from fd_dsa.triton_runtime.transfers import transfers_for
 
     to_host = HostLogits(transfers_for(paddle.zeros([1])), 6)
     first = to_host(paddle.to_tensor(np.arange(6, dtype=np.float32).reshape(2, 3)))

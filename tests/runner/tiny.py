@@ -66,8 +66,8 @@ def tiny_model(
         config = config.with_mtp_layer(*mtp)
     weights: Any = HostWeights()
     if device != "cpu":
+        from fd_dsa.device.allocation import paddle_allocator
         from fd_dsa.models.device_weights import DeviceWeights
-        from fd_dsa.step.places import paddle_allocator
 
         weights = DeviceWeights(dtype, paddle_allocator(device))
     model = create_model(config, weights)

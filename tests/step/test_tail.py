@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fd_dsa.step import StepMetadataBuilder
-from fd_dsa.step import device as device_module
-from fd_dsa.triton_runtime.transfers import Transfers
+from fd_dsa.device.transfers import Transfers
+from fd_dsa.step import StepMetadataBuilder, device_provider
 from tests.kernel_memory import KernelMemory, open_memory
 from tests.step.helpers import Get, arrays_of, as_numpy, counts_of, device_builder
 from tests.strategies import StepBatch, examples, make_batch, step_sequences
@@ -157,13 +156,13 @@ def check_captured_steps(m: KernelMemory, capture: Capture, *, has_prefill: bool
 def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], None]]]:
     """Launches of the block are kept, not run, as in a capture."""
     calls: list[Callable[[], None]] = []
-    original = device_module.BoundStepKernel.launch
+    original = device_provider.BoundStepKernel.launch
 
     def keep(*args: Any) -> None:
         calls.append(lambda: original(*args))
 
     with monkeypatch.context() as patch:
-        patch.setattr(device_module.BoundStepKernel, "launch", keep)
+        patch.setattr(device_provider.BoundStepKernel, "launch", keep)
         patch.setattr(Transfers, "is_capturing", lambda self: True)
         yield calls
 

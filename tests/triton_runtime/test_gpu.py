@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from fd_dsa.device.transfers import transfers_for
 from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime import paddle_jit, start_next, wait_for_inputs
-from fd_dsa.triton_runtime.transfers import transfers_for
 from tests.triton_runtime.fakes import in_threads, run_module
 
 import triton.language as tl

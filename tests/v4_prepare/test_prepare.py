@@ -178,7 +178,7 @@ def test_impossible_rollbacks(place: Place) -> None:
 def test_errors_of_two_steps_are_raised_in_order_once_they_have_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from fd_dsa.triton_runtime.transfers import Event
+    from fd_dsa.device.transfers import Event
 
     place = Place("interpreter")
     prepare = place.prepare(CFG)

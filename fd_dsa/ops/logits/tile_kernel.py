@@ -18,7 +18,7 @@ from fd_dsa.ops.logits.tile_schedule import TileSchedule
 from fd_dsa.ops.step_kernel import key_bounds, step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
-from fd_dsa.triton_runtime.transfers import traits_for
+from fd_dsa.triton_runtime.device_api import traits_for
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip

@@ -80,7 +80,7 @@ def sparse_mla(
     else:
         # kernels are loaded only where there is a device
         from fd_dsa.ops.mla.custom_op import choose_attention
-        from fd_dsa.triton_runtime.transfers import traits_for
+        from fd_dsa.triton_runtime.device_api import traits_for
 
         capability = traits_for(q).capability
         choice = partial(choose_attention, kind, *sizes, capability, allocator_beside(q))

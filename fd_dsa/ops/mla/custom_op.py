@@ -13,6 +13,7 @@ from math import prod
 from typing import Any, ClassVar
 
 from fd_dsa import custom_ops
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.arrays import cache_format
 from fd_dsa.ops.cache_probes import TENSOR_CORE_TOLERANCE, mla_case
 from fd_dsa.ops.fixed_order import why_not_by_rows
@@ -22,7 +23,6 @@ from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.records import Dequantized
 from fd_dsa.ops.probes import Case
 from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice, choose
-from fd_dsa.step.views import Allocate
 
 MOST_HEADS = 32
 """Of the kernel for few heads over FP8 records."""

@@ -12,11 +12,11 @@ from functools import lru_cache
 from math import e, log2, prod
 from typing import Any, NamedTuple
 
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.arrays import allocator_beside, cache_format
 from fd_dsa.ops.fixed_order import fixed_order, rows_of_tiles
 from fd_dsa.ops.mla.tensor_core_kernel import attend_kernel, combine_kernel
 from fd_dsa.ops.mla.tiles import RANK, ROPE
-from fd_dsa.step.views import Allocate
 
 MAX_SPLITS = 32
 _HOPPER = range(90, 100)

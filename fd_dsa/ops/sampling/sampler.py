@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.staging import InputStaging
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.draw_kernels import draw_kernel
 from fd_dsa.ops.sampling.parameters import IN_PROMPT, RECORD, SlotParameters
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
 from fd_dsa.ops.sampling.values import LEVELS, STATE
-from fd_dsa.step.staging import InputStaging
-from fd_dsa.step.views import Allocate
 
 import triton  # isort: skip
 

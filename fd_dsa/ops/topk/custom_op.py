@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fd_dsa import custom_ops
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.key_bounds import NO_WINDOWS, PromptWindows
 from fd_dsa.ops.library_kernel import LibraryKernel, difference, shared_kernel, why_not_compiled
 from fd_dsa.ops.probes import Case, topk_case
 from fd_dsa.ops.providers import CUSTOM_OP, Choice, choose
 from fd_dsa.ops.topk import triton_kernel
-from fd_dsa.step.views import Allocate
 
 _TENSORS = ("position_ids", "batch_ids", "block_tables", "out")
 _WINDOWS = ("window_offsets", "key_starts", "seq_lens_encoder")

@@ -343,10 +343,10 @@ def test_the_engine_captures_by_itself(real_rig: Rig) -> None:
 
 def test_memory_of_graphs_is_within_the_plan(real_rig: Rig) -> None:
     from fd_dsa.config import demo_model_path
+    from fd_dsa.device.allocation import paddle_allocator
+    from fd_dsa.device.resolve import free_device_bytes
     from fd_dsa.models.device_weights import DeviceWeights
     from fd_dsa.models.registry import create_model
-    from fd_dsa.runner.device import free_device_bytes
-    from fd_dsa.step.places import paddle_allocator
 
     config = ModelConfig.from_folder(demo_model_path())
     model = create_model(config, DeviceWeights("float32", paddle_allocator(real_rig.device)))

@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 import pytest
 
+from fd_dsa.device.allocation import paddle_allocator
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.device_weights import DeviceWeights
@@ -22,7 +23,6 @@ from fd_dsa.ops.device_matrix import Normed
 from fd_dsa.ops.fp8 import encode_e4m3
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
-from fd_dsa.step.places import paddle_allocator
 from tests.gpu_rig import Rig
 from tests.models.folders import Stored, bf16, f8, f32, write_folder
 from tests.ops.e4m3 import E4M3_VALUES

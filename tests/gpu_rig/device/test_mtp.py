@@ -12,6 +12,7 @@ import numpy as np
 import paddle
 import pytest
 
+from fd_dsa.device.transfers import on_host
 from fd_dsa.engine import step_costs
 from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.engine import LLMEngine
@@ -31,7 +32,6 @@ from fd_dsa.runner.device_draws import DeviceDraws
 from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.kernel import Kernel
-from fd_dsa.triton_runtime.transfers import on_host
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of

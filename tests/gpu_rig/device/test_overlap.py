@@ -10,12 +10,12 @@ import paddle
 import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
+from fd_dsa.device import side_stream
 from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer
 from fd_dsa.ops.split_sums import new_scratch
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
-from fd_dsa.triton_runtime import transfers
-from fd_dsa.triton_runtime.device import PaddleApi
+from fd_dsa.triton_runtime.device_api import PaddleApi
 from tests.gpu_rig import Rig, RigError
 from tests.gpu_rig.device.test_capture import add_kernel
 from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
@@ -122,7 +122,7 @@ def test_paddle_has_the_second_stream_between_begin_and_end(rig: Rig) -> None:
     api = PaddleApi()
     assert api.device_of(paddle.ones([1])) == 0
     main = api.current_stream(0)
-    side = transfers.SideStream(api, 0)
+    side = side_stream.SideStream(api, 0)
     for _ in range(3):
         side.begin()
         assert api.current_stream(0) == api.stream_handle(side.stream) != main
@@ -223,7 +223,7 @@ def test_a_capture_ends_cleanly_after_a_failed_fork(real_rig: Rig, where: str) -
 def test_a_capture_without_the_join_fails(real_rig: Rig) -> None:
     layer = Layer(real_rig)
     layer.run()
-    side = transfers.side_stream_for(layer.x)
+    side = side_stream.side_stream_for(layer.x)
     assert side is not None
     with pytest.raises(RigError, match="unjoined"), real_rig.capture():
         side.begin()

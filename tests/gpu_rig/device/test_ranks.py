@@ -16,6 +16,7 @@ import paddle
 import pytest
 
 from fd_dsa import SamplingParams
+from fd_dsa.device.allocation import paddle_allocator
 from fd_dsa.distributed import Group
 from fd_dsa.distributed.host import HostGroup, Shared
 from fd_dsa.engine.engine import LLMEngine
@@ -29,7 +30,6 @@ from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.runner.ranks import FollowingRunner, LeadingRunner
-from fd_dsa.step.places import paddle_allocator
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig

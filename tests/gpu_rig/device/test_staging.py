@@ -14,11 +14,11 @@ import numpy as np
 import paddle
 import pytest
 
+from fd_dsa.device.allocation import paddle_allocator
+from fd_dsa.device.staging import InputStaging
+from fd_dsa.device.transfers import transfers_for
 from fd_dsa.errors import LaunchError
-from fd_dsa.step.places import paddle_allocator
-from fd_dsa.step.staging import InputStaging
 from fd_dsa.triton_runtime.driver import cuda
-from fd_dsa.triton_runtime.transfers import transfers_for
 from tests.gpu_rig import Rig
 from tests.gpu_rig.overlap_proof import (
     BUSY_US,

@@ -6,13 +6,13 @@ import paddle
 import pytest
 from paddle.base import core
 
-from fd_dsa.errors import BackendUnavailable, ConfigError
-from fd_dsa.runner.device import (
+from fd_dsa.device.resolve import (
     device_of_rank,
     free_device_bytes,
     keep_float32,
     resolve_device,
 )
+from fd_dsa.errors import BackendUnavailable, ConfigError
 
 
 @pytest.fixture

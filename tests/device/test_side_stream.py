@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
+from fd_dsa.device import side_stream
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS
 from fd_dsa.errors import DeviceError
-from fd_dsa.triton_runtime import register_device_api, transfers
+from fd_dsa.triton_runtime import register_device_api
 from tests.triton_runtime.fakes import FakeApi, FakeTensor, driven_by
 from tests.triton_runtime.late_driver import MAIN, LateLibrary
 
@@ -51,12 +52,12 @@ def api() -> StreamApi:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, api: StreamApi) -> Iterator[LateLibrary]:
     """The driver of one test, in a process whose kernels are compiled; it has two devices."""
-    monkeypatch.setattr(transfers, "INTERPRETING", False)
-    transfers.shared_side_stream.cache_clear()
+    monkeypatch.setattr(side_stream, "INTERPRETING", False)
+    side_stream.shared_side_stream.cache_clear()
     with driven_by(LateLibrary(num_devices=2)) as library:
         api.log = library.log
         yield library
-    transfers.shared_side_stream.cache_clear()
+    side_stream.shared_side_stream.cache_clear()
 
 
 BEGIN = [("record", MAIN, 1), ("wait", SIDE, 1), ("current", SIDE)]
@@ -141,7 +142,7 @@ def test_a_thread_without_a_context_gets_the_devices(api: StreamApi, library: La
 
 
 def test_every_device_has_a_stream_of_its_own(api: StreamApi, library: LateLibrary) -> None:
-    found = [transfers.side_stream_for(FakeTensor(0x7000, device=d)) for d in (0, 1, 0)]
+    found = [side_stream.side_stream_for(FakeTensor(0x7000, device=d)) for d in (0, 1, 0)]
     assert found[0] is found[2] is not found[1]
-    transfers.SideStream(api, 0)
+    side_stream.SideStream(api, 0)
     assert api.num_streams == 3 and library.num_events == 6

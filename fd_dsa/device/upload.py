@@ -1,18 +1,19 @@
-"""Copies of files to device memory through page-locked memory, which is half full at most times."""
+"""Copies of files to device memory through two page-locked buffers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from fd_dsa.triton_runtime.transfers import transfers_for
+from fd_dsa.device.transfers import transfers_for
 
 BUFFER_BYTES = 64 << 20
 
 
 class Upload:
-    """Queues copies to one device; the host fills one buffer while the other one is copied."""
+    """Copies to one device: the host fills one buffer while the device reads the other."""
 
     def __init__(self, like: Any) -> None:
         self._transfers = transfers_for(like)
@@ -20,11 +21,11 @@ class Upload:
             (self._transfers.host_buffer(BUFFER_BYTES), self._transfers.event()) for _ in range(2)
         ]
 
-    def copy(self, target: Any, start: int, values: np.ndarray) -> None:
-        """Queue a copy into a contiguous tensor.
+    def copy(self, target: Any, start: int, values: npt.NDArray[Any]) -> None:
+        """Enqueue a copy into a contiguous tensor.
 
         Args:
-            start: value of it, counted in memory order, that the first one is copied to.
+            start: index of the first value of `target` to overwrite, in memory order.
             values: contiguous, of the target's width or its bytes; may change after the call.
         """
         source = values.reshape(-1).view(np.uint8)
@@ -40,4 +41,5 @@ class Upload:
             copied.record()
 
     def finish(self) -> None:
+        """Block the calling thread until all copies are done."""
         self._transfers.finish()

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The step's metadata in one Triton launch, by one of two kernels.
+"""Triton kernels for the metadata of a step, one launch of one of them a step.
 
 In a decode-only step each lane takes a row and writes its few tokens where the rows before it end,
 so nothing is searched and the block-table entry is on its way while the lengths are still being
@@ -39,17 +39,17 @@ _INPUTS = (
 
 @triton.jit
 def _lengths(seq_lens_this_time_ptr, rows, num_rows, num_padded_tokens):
-    """Tokens of each row, 0 past the last one; bounded, whatever the tensor holds."""
+    """Load the tokens of each row within 0..num_padded_tokens, 0 past the last row."""
     lengths = tl.load(seq_lens_this_time_ptr + rows, mask=rows < num_rows, other=0)
     return tl.minimum(tl.maximum(lengths, 0), num_padded_tokens)
 
 
 @triton.jit
 def _slots(tables, rows, positions, live, BLOCK_SIZE: tl.constexpr):
-    """Cache slot of each position; -1 where the table has no block of the cache for it.
+    """Return the cache slot of each position, -1 if the table has no valid block for it.
 
-    `tables` are the address of the block tables, the distance of two rows, and their columns; and
-    the last block of the cache.
+    `tables`: address of the block tables, distance of two rows, number of columns, and last block
+    of the cache.
     """
     block_tables_ptr, row_stride, num_columns, last_block = tables
     columns = positions // BLOCK_SIZE
@@ -62,7 +62,7 @@ def _slots(tables, rows, positions, live, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def _store_tokens(outputs, int32_ptr, tokens, rows, positions, slots, mask):
-    """Row, position (int32 too, where there is a buffer) and slot of each token."""
+    """Store row, position (int32 too, if there is a buffer) and slot of each token."""
     batch_id_per_token_ptr, position_ids_ptr, slot_mapping_ptr = outputs
     tl.store(batch_id_per_token_ptr + tokens, rows, mask)
     tl.store(position_ids_ptr + tokens, positions.to(tl.int64), mask)
@@ -92,7 +92,7 @@ def decode_step_metadata_kernel(
     NUM_ROW_TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Rows [TILE * program, TILE * (program + 1)), and padding in the tokens of that range."""
+    """Write rows [TILE * program, TILE * (program + 1)), and padding in that range of tokens."""
     tables = (block_tables_ptr, row_stride, num_columns, last_block)
     # Triton 3.3 takes no None in a tuple
     int32_ptr = position_ids_int32_ptr
@@ -155,7 +155,7 @@ def mixed_step_metadata_kernel(
     NUM_ROW_TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Tokens [TILE * program, TILE * (program + 1)); the first program also writes all rows."""
+    """Write tokens [TILE * program, TILE * (program + 1)), and in the first program all rows."""
     tables = (block_tables_ptr, row_stride, num_columns, last_block)
     # Triton 3.3 takes no None in a tuple
     int32_ptr = position_ids_int32_ptr

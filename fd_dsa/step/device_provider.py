@@ -1,4 +1,4 @@
-"""The device provider: a step's metadata in one launch, bound to buffers that never move."""
+"""Device provider: the metadata of a step by one launch, in buffers that never move."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.staging import StagedInputs
+from fd_dsa.device.transfers import on_host, transfers_for
 from fd_dsa.environment import switch
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.step import checks
 from fd_dsa.step.checks import INT32_MAX, StepCounts, StepHints, StepInputs, StepLimits
-from fd_dsa.step.forward_meta import Array, ForwardMeta
-from fd_dsa.step.kernel import decode_step_metadata_kernel, mixed_step_metadata_kernel
-from fd_dsa.step.staging import StagedInputs
-from fd_dsa.step.views import FIELDS, Allocate, StepViews, new_buffers
-from fd_dsa.triton_runtime.transfers import on_host, transfers_for
+from fd_dsa.step.forward_meta import ForwardMeta
+from fd_dsa.step.metadata_kernels import decode_step_metadata_kernel, mixed_step_metadata_kernel
+from fd_dsa.step.views import FIELDS, StepViews, new_buffers
 
 # lanes and warps of a program: rows of a decode-only step, tokens of any other
 DECODE_TILE, DECODE_WARPS = 32, 1
@@ -27,13 +28,16 @@ Buffers = dict[str, Array | None]
 
 
 class DeviceProvider:
-    """Steps in the memory of a GPU; both kernels are compiled here, none later.
+    """Steps in the memory of a GPU, by two kernels that are compiled here.
 
-    The first launch of each, here, writes an empty step: the buffers hold padding from the
-    beginning. A step clears all rows after its own, and all tokens that a step before it may have
-    left. The host does not see the replays of a captured launch: each writes the tokens of its
-    capture and no others, and any later step may come after one of them. Arguments: as of
-    `new_buffers`, `allocate` makes tensors on the device.
+    The first launch of each kernel, here, writes an empty step, so that the buffers hold padding
+    from the beginning. A step clears all rows after its own, and all tokens that an earlier step
+    may have left. The host does not see the replays of a captured launch. Each replay writes the
+    tokens of its capture and no others, and any later step may follow a replay.
+
+    Args:
+        limits, int32_position_ids: as in `new_buffers`.
+        allocate: makes tensors on the device.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class DeviceProvider:
         self._reads_back = bool(switch("FD_DSA_CHECK"))
 
     def build(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta:
-        """The step of four device tensors or NumPy arrays; see `StepMetadataBuilder.build`."""
+        """Compute a step of four device tensors or NumPy arrays, as `StepMetadataBuilder.build`."""
         kinds_of = {type(array): array for array in arrays}.values()
         is_host = {isinstance(array, np.ndarray) for array in kinds_of}
         if len(is_host) != 1 or not all(hasattr(array, "shape") for array in kinds_of):
@@ -75,7 +79,7 @@ class DeviceProvider:
         return self._views.forward_meta(inputs, counts)
 
     def _stage(self, arrays: tuple[Array, ...], hints: StepHints) -> tuple[Any, StepCounts]:
-        """Check host arrays in full and queue their copy to the device."""
+        """Check host arrays in full, and enqueue their copy to the device."""
         step = checks.check_host_step(arrays, self._limits, hints)
         if self._staging is None:
             rows, columns = self._limits.max_num_seqs, self._limits.max_blocks_per_seq
@@ -86,7 +90,7 @@ class DeviceProvider:
     def _check_tensors(
         self, tensors: tuple[Array, ...], hints: StepHints, is_captured: bool
     ) -> StepCounts:
-        """Check shapes, dtypes and counts of device tensors; their values only on request."""
+        """Check shapes, dtypes and counts of device tensors, their values with FD_DSA_CHECK=1."""
         checks.check_arrays(tensors, self._int32, self._limits)
         for name, tensor in zip(StepInputs._fields, tensors, strict=True):
             # rows of a table may lie apart, the values of one must not
@@ -103,7 +107,7 @@ class DeviceProvider:
         return counts
 
     def _launch(self, inputs: tuple[Array, ...], counts: StepCounts, is_captured: bool) -> None:
-        """Queue the step of four checked tensors of the same rows, or put it into a graph."""
+        """Enqueue the step of four checked tensors of the same rows, or capture it."""
         padded, tables = counts.num_padded_tokens, inputs[3]
         has_prefill = counts.num_prefill_tokens > 0
         extents = (self._tokens, self._windows) if has_prefill else (self._tokens,)
@@ -119,7 +123,7 @@ class DeviceProvider:
 
 
 class _Extent:
-    """How many tokens of some buffers may hold more than padding.
+    """Number of tokens of some buffers that may hold more than padding.
 
     Attributes:
         used: tokens that the next step must clear or write.
@@ -129,7 +133,7 @@ class _Extent:
         self.used = self._captured = 0
 
     def follow(self, num_tokens: int, is_captured: bool) -> None:
-        """A step of this many tokens was launched, or captured and so not launched yet."""
+        """Record that a step of `num_tokens` was launched, or captured and so not launched yet."""
         if is_captured:
             self._captured = max(self._captured, num_tokens)
             num_tokens = self.used
@@ -172,7 +176,7 @@ class BoundStepKernel:
     def launch(
         self, inputs: tuple[Array, ...], num_rows: int, num_padded_tokens: int, row_stride: int
     ) -> None:
-        """Queue the kernel over rows and padded tokens."""
+        """Enqueue the kernel over rows and padded tokens."""
         read = inputs[self._first :]
         addresses = [tensor.data_ptr() for tensor in read]
         if addresses != self._addresses:
@@ -184,6 +188,6 @@ class BoundStepKernel:
 
 
 def row_tile_for(max_num_seqs: int) -> int:
-    """Rows that a program sums at a time: a power of two, all rows if there are not too many."""
+    """Return the rows that a program sums at a time: a power of two, all rows up to a limit."""
     power = 1 << (max_num_seqs - 1).bit_length()
     return min(max(power, _MIN_ROW_TILE), _MAX_ROW_TILE)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fd_dsa.step.host_tensor import as_tensor
+from fd_dsa.device.host_tensor import as_tensor
 
 CALLS = 100_000
 

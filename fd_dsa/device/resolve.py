@@ -1,4 +1,4 @@
-"""Which device a model runs on, and how much memory is free there."""
+"""Device of a model: its name on this machine, its free memory, its traits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def resolve_device(name: str) -> str:
-    """The device that `EngineConfig.device` means here: "cpu", "gpu:0" or a custom device.
+    """Resolve `EngineConfig.device` to "cpu", "gpu:0" or a custom device such as "name:0".
 
     Raises:
         BackendUnavailable: the installed Paddle has no such device, or sees none.
@@ -31,7 +31,7 @@ def resolve_device(name: str) -> str:
             raise BackendUnavailable(
                 f"--device: got {name!r}, allowed is 'gpu'; choose the GPU by CUDA_VISIBLE_DEVICES"
             )
-        from fd_dsa.step.places import paddle_place
+        from fd_dsa.device.places import paddle_place
 
         paddle_place(name)
         return name
@@ -49,11 +49,12 @@ def resolve_device(name: str) -> str:
 
 
 def device_of_rank(device: str, rank: int, size: int) -> str:
-    """The device of one of several ranks, where its thread computes from now on.
+    """Make the device of one of several ranks the current one of its thread, and return it.
 
     Args:
-        device: of rank 0, as `resolve_device` gives it.
-        rank, size: of this process, and how many share the model.
+        device: device of rank 0, as returned by `resolve_device`.
+        rank: rank of this process.
+        size: number of ranks that share the model.
 
     Raises:
         ConfigError: there are fewer devices of its kind.
@@ -62,7 +63,7 @@ def device_of_rank(device: str, rank: int, size: int) -> str:
         return device
     import paddle
 
-    from fd_dsa.step.places import paddle_device_counts
+    from fd_dsa.device.places import paddle_device_counts
 
     kind = device.partition(":")[0]
     count = paddle_device_counts().get(kind, 0)
@@ -75,9 +76,9 @@ def device_of_rank(device: str, rank: int, size: int) -> str:
 
 
 def keep_float32(device: str) -> None:
-    """Have a GPU multiply float32 matrices in float32, for the whole process.
+    """Make a GPU multiply float32 matrices in float32, for the whole process.
 
-    Paddle takes TF32 by default, which has 10 bits of mantissa.
+    Paddle uses TF32 by default, which has 10 bits of mantissa.
     """
     if device.startswith("gpu"):
         from paddle.base import core
@@ -86,14 +87,17 @@ def keep_float32(device: str) -> None:
 
 
 def free_device_bytes(device: str, utilization: float = 1.0) -> int | None:
-    """Bytes that may be taken of the memory of a device; None where that is the host's own.
+    """Return the free bytes of a device within a share of its memory.
 
     Args:
-        device: as `resolve_device` gives it.
-        utilization: share of the whole memory that all who use it may take together.
+        device: as returned by `resolve_device`.
+        utilization: share of the device's memory that all processes may use together, 0 to 1.
+
+    Returns:
+        Free bytes, 0 or more. None if the device's memory is host memory.
 
     Raises:
-        DeviceError: the CUDA driver does not say.
+        DeviceError: the CUDA driver fails.
     """
     if device == "cpu":
         return None
@@ -111,12 +115,12 @@ def free_device_bytes(device: str, utilization: float = 1.0) -> int | None:
 
 
 def traits_of(device: str) -> GpuTraits:
-    """What kernels are chosen and sized by on a device other than "cpu"."""
+    """Return the traits that kernels are chosen and sized by, for a device other than "cpu"."""
     from fd_dsa.triton_runtime.driver import cuda
 
     return cuda().traits(_index_of(device))
 
 
 def _index_of(device: str) -> int:
-    """The number in "gpu:0"; 0 without one."""
+    """Return the number in "gpu:0", 0 without a number."""
     return int(device.partition(":")[2] or 0)

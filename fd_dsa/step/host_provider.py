@@ -1,4 +1,4 @@
-"""The host provider: a step's metadata in vectorised NumPy over buffers that never move."""
+"""Host provider: the metadata of a step by vectorised NumPy, in buffers that never move."""
 
 from __future__ import annotations
 
@@ -7,30 +7,27 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fd_dsa.step.checks import (
-    HostStep,
-    Int32Array,
-    Int64Array,
-    StepHints,
-    StepInputs,
-    StepLimits,
-    check_host_step,
-)
-from fd_dsa.step.forward_meta import Array, ForwardMeta
-from fd_dsa.step.views import CACHED_VIEWS, StepViews, View, new_buffers
+from fd_dsa.device.allocation import CACHED_VIEWS, Array
+from fd_dsa.device.host_tensor import Int32Array, Int64Array
+from fd_dsa.step.checks import HostStep, StepHints, StepInputs, StepLimits, check_host_step
+from fd_dsa.step.forward_meta import ForwardMeta
+from fd_dsa.step.views import StepViews, View, new_buffers
 
-# of the inputs
+# padding of the four inputs, in the order of StepInputs
 _PADDING = (0, 0, 0, -1)
 
 
 class HostProvider:
-    """Steps in host memory: inputs checked in full, copied, and worked on with NumPy.
+    """Steps in host memory: inputs are checked in full, copied, and computed with NumPy.
 
-    Everything past what the last step wrote holds the values of padding: lengths 0, batch id and
-    slot and block -1, position 0, window (0, 0); `cu_seqlens_*` repeat their last value there. A
-    step therefore clears only what the step before it used and it does not. The two prefill
-    arrays keep whatever the last step with a prefill row left in them. Arguments: as of
-    `new_buffers` and StepViews.
+    Rows and tokens past the last step hold padding: lengths 0, batch id and slot and block -1,
+    position 0, window (0, 0). `cu_seqlens_*` repeat their last value there. A step therefore
+    clears only the range that the step before it used and it does not. The two prefill arrays
+    keep the values of the last step with a prefill row.
+
+    Args:
+        limits, int32_position_ids: as in `new_buffers`.
+        view: as in `StepViews`.
     """
 
     def __init__(self, limits: StepLimits, view: View, int32_position_ids: bool = False) -> None:
@@ -51,7 +48,7 @@ class HostProvider:
         self._used_rows = self._used_tokens = self._used_windows = 0
 
     def build(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta:
-        """The step of four NumPy arrays or CPU tensors; see `StepMetadataBuilder.build`.
+        """Compute the step of four NumPy arrays or CPU tensors, as `StepMetadataBuilder.build`.
 
         Cost: a fixed number of NumPy calls, none of them per row or per token; the two prefill
         arrays are written only if the step has a prefill token.
@@ -74,7 +71,7 @@ class HostProvider:
         self._used_rows = num_rows
 
     def _write_tokens(self, num_tokens: int) -> None:
-        """Row, position and slot of each token."""
+        """Write row, position and slot of each token."""
         inputs, out, num_rows = self._inputs, self._buffers, self._used_rows
         new = inputs.seq_lens_this_time[:num_rows]
         rows: Int32Array = self._row_ids[:num_rows].repeat(new)
@@ -98,7 +95,7 @@ class HostProvider:
         self._used_tokens = num_tokens
 
     def _write_windows(self, gathered_keys: Int64Array, num_tokens: int) -> None:
-        """Where each row's gathered keys start, and `[ks, ke)` of each token."""
+        """Write the start of each row's gathered keys, and `[ks, ke)` of each token."""
         out, num_rows = self._buffers, len(gathered_keys)
         _prefix_sum(gathered_keys, out.cu_seqlens_kg)
         rows = out.batch_id_per_token[:num_tokens]
@@ -112,12 +109,12 @@ class HostProvider:
 
 
 def _rows(inputs: StepInputs, view: View, num_rows: int) -> list[Array]:
-    """The buffers of the inputs, cut to the rows of a step."""
+    """Cut the buffers of the inputs to the rows of a step."""
     return [view(buffer[:num_rows]) for buffer in inputs]
 
 
 def _prefix_sum(lengths: Int32Array | Int64Array, out: Int32Array) -> None:
-    """Exclusive prefix sums into `out`, whose rest repeats the total."""
+    """Write exclusive prefix sums into `out`, whose rest repeats the total."""
     num_rows = len(lengths)
     np.cumsum(lengths, dtype=np.int32, out=out[1 : num_rows + 1])
     out[num_rows + 1 :] = out[num_rows]

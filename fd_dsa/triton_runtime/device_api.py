@@ -9,7 +9,7 @@ from typing import Any
 
 from fd_dsa.environment import has_nvidia_gpu
 from fd_dsa.errors import BackendUnavailable, LaunchError
-from fd_dsa.triton_runtime.driver import cuda
+from fd_dsa.triton_runtime.driver import GpuTraits, cuda
 from fd_dsa.triton_runtime.mode import INTERPRETING
 
 
@@ -158,3 +158,13 @@ def api_for_type(tensor_type: type) -> DeviceApi:
         f"no device interface for {tensor_type.__module__}.{tensor_type.__qualname__}; "
         "launches take paddle.Tensor, or types given to register_device_api"
     )
+
+
+def traits_for(tensor: Any) -> GpuTraits:
+    """Return the traits of the device of a tensor, which kernels are chosen and sized by.
+
+    Raises:
+        LaunchError: the tensor is not in the memory that kernels of this process use.
+        BackendUnavailable: no library is registered for its type, or no CUDA driver is found.
+    """
+    return cuda().traits(api_for_type(type(tensor)).device_of(tensor))

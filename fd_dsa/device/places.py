@@ -1,4 +1,4 @@
-"""Devices of the installed Paddle, by name; needs neither Triton nor a driver."""
+"""Devices of the installed Paddle by name, without Triton and without a driver."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from functools import partial
 from typing import Any
 
 from fd_dsa.errors import BackendUnavailable
-from fd_dsa.step.views import Allocate
 
 
 def paddle_place(device: str) -> Any:
-    """Paddle's place of "gpu", "gpu:1" or a custom device such as "name:0".
+    """Return Paddle's place for "gpu", "gpu:1" or a custom device such as "name:0".
 
     Raises:
-        BackendUnavailable: Paddle is missing, or serves no such device.
+        BackendUnavailable: Paddle is missing, or has no such device.
     """
     try:
         import paddle
@@ -34,7 +33,7 @@ def paddle_place(device: str) -> Any:
 
 
 def paddle_device_counts() -> dict[str, int]:
-    """How many devices of each kind the installed Paddle has, the CPU left out."""
+    """Count the devices of the installed Paddle by kind, without the CPU."""
     import paddle
 
     count_of = paddle.framework.core.get_custom_device_count
@@ -42,11 +41,3 @@ def paddle_device_counts() -> dict[str, int]:
     if paddle.device.is_compiled_with_cuda():
         counts["gpu"] = paddle.device.cuda.device_count()
     return counts
-
-
-def paddle_allocator(device: str) -> Allocate:
-    """Makes uninitialised Paddle tensors on a device; see `paddle_place`."""
-    place = paddle_place(device)
-    import paddle
-
-    return lambda shape, dtype: paddle.empty(list(shape), dtype, device=place)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fd_dsa.device.staging import InputStaging, StagedInputs
 from fd_dsa.errors import DeviceError
-from fd_dsa.step.staging import InputStaging, StagedInputs
 from tests.gpu_rig.overlap_proof import GUARDS, without_guards
 from tests.triton_runtime.late_driver import MAIN, LateLibrary, LateTensor, late_driver
 
@@ -251,7 +251,7 @@ def test_no_copy_arrives_after_the_memory_is_gone(library: LateLibrary) -> None:
 def test_a_tensor_that_stays_is_filled_after_its_readers(
     library: LateLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fd_dsa.step.staging.section_view", lambda *_: None)
+    monkeypatch.setattr("fd_dsa.device.staging.section_view", lambda *_: None)
     staged, seen = StagedInputs(LateTensor, (2,), 2, 3), []
     prep, values = staged.staging.prep_stream, staged.tensor.values
     for step in range(12):

@@ -1,6 +1,6 @@
-"""Inputs of a step on their way to the device while it still computes the step before.
+"""Staging: inputs of a step are copied to the device while it computes the step before.
 
-Three sets of slabs take turns, each a page-locked one and one on the device:
+Three pairs of slabs take turns, each a page-locked slab and a slab on the device:
 
     host                         prep_stream                main stream
     next_slab: used[i] done?
@@ -10,18 +10,19 @@ Three sets of slabs take turns, each a page-locked one and one on the device:
                                  one copy
                                  record copied[i]
     acquire                                                 wait copied[i]
-                                                            whatever reads slab i
+                                                            readers of slab i
     release                                                 record used[i]
 
-`prep_stream` waits for nothing of the main stream but the readers of the slab that it overwrites,
-which ran three steps ago. So the copy for a step runs beside the work of the step before, and the
-calling thread waits for neither.
+`prep_stream` waits only for the readers of the slab that it overwrites, which ran three steps ago.
+So the copy for a step runs alongside the work of the step before, and the calling thread waits for
+neither.
 
-Why not otherwise: a stream that first waits for the current one, as in ROCm/ATOM #728, starts each
-copy when the step before has ended. `paddle.to_tensor` waits for its copy; `Tensor.to` with
-`non_blocking` adds a host callback (PaddleFleet #1068). Operators may move page-locked tensors to
-the GPU for good (Paddle #78835), so staging memory is no tensor but a NumPy array. Page-locked
-memory that is filled again under a copy spoils it (ROCm/ATOM #817, PyTorch #130785).
+Alternatives that cost more: a stream that first waits for the current one, as in ROCm/ATOM #728,
+starts each copy when the step before has ended. `paddle.to_tensor` waits for its copy. `Tensor.to`
+with `non_blocking` adds a host callback (PaddleFleet #1068). Operators may move page-locked tensors
+to the GPU for good (Paddle #78835), so staging memory is a NumPy array and no tensor. If
+page-locked memory is filled again during a copy, the copy is corrupt (ROCm/ATOM #817, PyTorch
+#130785).
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.step.checks import Int32Array
-from fd_dsa.step.views import CACHED_VIEWS, Allocate
-from fd_dsa.triton_runtime.transfers import transfers_for
+from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
+from fd_dsa.device.host_tensor import Int32Array
+from fd_dsa.device.transfers import transfers_for
 
 NUM_SLABS = 3
 # int32 values to which the sections of a packed tensor are rounded up: 256 bytes
@@ -42,18 +43,18 @@ _SECTION = 64
 
 
 class InputStaging:
-    """Rotating slabs whose copies run on a stream of their own. One thread at a time.
+    """Rotating slabs with a copy stream of their own. One thread at a time.
 
     The order of calls for a step is `next_slab`, `upload`, `acquire`, work that reads the slab,
-    `release`; steps may be uploaded ahead, up to `num_slabs`. Cost of all four: about seven calls
-    of the driver, no memory, no wait for the device unless the caller is `num_slabs` steps ahead of
-    it. Where kernels are interpreted, a copy is done at once.
+    `release`. Up to `num_slabs` steps may be uploaded ahead. The four calls cost about seven driver
+    calls and no memory. They wait for the device only if the caller is `num_slabs` steps ahead of
+    it. If kernels are interpreted, a copy is done at once.
 
     Attributes:
         slabs: int32 [num_slabs, num_values] on the device, at one address for life.
         host: int32 [num_values], page-locked; one for each slab.
-        used: of each slab, the event after its readers.
-        num_waits: how often `next_slab` found its copy unfinished and blocked.
+        used: one event for each slab, recorded after its readers.
+        num_waits: number of calls of `next_slab` that blocked on an unfinished copy.
     """
 
     def __init__(self, allocate: Allocate, num_values: int, num_slabs: int = NUM_SLABS) -> None:
@@ -65,7 +66,7 @@ class InputStaging:
         self._copied = [transfers.event() for _ in range(num_slabs)]
         self.used = [transfers.event() for _ in range(num_slabs)]
         self._is_open = [False] * num_slabs
-        # whether the readers of the slab that is filled now were seen to be done
+        # True if the readers of the slab that is filled now are known to be done
         self._is_read = False
         start = self.slabs.data_ptr()
         self._copies = [
@@ -73,16 +74,16 @@ class InputStaging:
             for index, slab in enumerate(self.host)
         ]
         for used in self.used:
-            # the memory may have been another's, whose work is still queued
+            # the allocator may have recycled this memory while earlier work is still enqueued
             used.record()
-        # and may become another's: no copy may arrive after that
+        # and it may recycle the memory again, so all copies end before
         self._stream.finish_before(self)
 
-    def next_slab(self) -> np.ndarray:
-        """The page-locked slab to fill for the coming step, the same until `upload`.
+    def next_slab(self) -> Int32Array:
+        """Return the page-locked slab to fill for the coming step, the same until `upload`.
 
         Returns:
-            int32 [num_values]; it holds what its last turn left.
+            int32 [num_values]; it still holds the values of its last turn.
 
         Raises:
             RuntimeError: all slabs are uploaded and not released, or the current stream is being
@@ -93,13 +94,13 @@ class InputStaging:
                 f"input staging: {len(self.used)} steps are uploaded and none is released; read "
                 "the earliest one before another is staged"
             )
-        # before an event is asked, which would end a capture
+        # first, because a query of an event would end a capture
         if self.transfers.is_capturing():
             raise RuntimeError(
                 "a step of host arrays is built during a graph capture, whose replays would copy "
                 "this step again; capture a build from device tensors"
             )
-        # readers run after the copy that they read: mostly one question answers two
+        # readers run after the copy that they read, so one query usually answers for both
         self._is_read = self.used[self._turn].done()
         if not self._is_read:
             self.wait_for_copy()
@@ -113,7 +114,7 @@ class InputStaging:
             copied.wait()
 
     def upload(self, num_values: int) -> int:
-        """Queue the copy of the first values of the slab from `next_slab`; its index."""
+        """Enqueue the copy of the first values of the slab, and return the slab's index."""
         index = self._turn
         if not self._is_read:
             self.used[index].precede(self._stream)
@@ -124,32 +125,34 @@ class InputStaging:
         return index
 
     def acquire(self, index: int) -> None:
-        """The current stream waits for the copy of a slab; after it the slab may be read."""
+        """Make the current stream wait for the copy of a slab, so that work may read the slab."""
         self._copied[index].precede()
 
     def release(self, index: int) -> None:
-        """The readers of a slab are queued on the current stream; after them it may change."""
+        """Mark the end of the readers of a slab on the current stream, so that it may change."""
         self.used[index].record()
         self._is_open[index] = False
 
     @property
     def prep_stream(self) -> int:
-        """Handle of the stream of the copies; 0 where kernels are interpreted."""
+        """Handle of the copy stream, 0 if kernels are interpreted."""
         return self._stream.value or 0
 
 
 class StagedInputs:
-    """What the host knows of a step, as sections of one tensor that never moves.
+    """Host values of a step, as sections of one device tensor that never moves.
 
-    A copy of an `InputStaging` and one within the device fill it, once a step.
+    Once a step an `InputStaging` copies the values to the device, and a second copy within the
+    device fills the tensor.
 
     Args:
-        sizes: most int32 values of each section before the block tables.
-        max_rows, columns: of the block tables, the last section: a copy ends with the rows in use.
+        sizes: max int32 values of each section before the block tables.
+        max_rows, columns: shape of the block tables, the last section. A copy ends with the last
+            row in use.
 
     Attributes:
-        tensor: int32, all sections; it changes in stream order.
-        staging: the slabs.
+        tensor: int32, all sections; its values change in stream order.
+        staging: slabs of the tensor's values.
     """
 
     def __init__(
@@ -165,30 +168,30 @@ class StagedInputs:
             transfers.copy("d2d", target, start + 4 * num_values * index)
             for index in range(int(slabs.shape[0]))
         ]
-        # rows of the tensor's tables that may hold blocks; at first its memory is anything
+        # rows of the tensor's tables that may hold blocks: at first all, as its memory is not set
         self._used_rows = max_rows
         self._starts, self._columns = [0, *ends], columns
         view = partial(section_view, self.tensor, tuple(self._starts), columns)
         self._view = lru_cache(maxsize=CACHED_VIEWS)(view)
 
     def upload(self, values: Sequence[Int32Array], tables: Int32Array) -> list[Any]:
-        """`queue` a step; the tensors that will hold it, valid until the next one.
+        """Enqueue the copies of a step (`queue`), and return the tensors that will hold it.
 
         Returns:
-            int32 tensors, one a section, and the block tables.
+            int32 tensors, one for each section, then the block tables; valid until the next step.
         """
         self.queue(values, tables)
         return self.views_of([*map(len, values), len(tables)])
 
     def queue(self, values: Sequence[Int32Array], tables: Int32Array) -> None:
-        """Queue the copies of a step.
+        """Enqueue the copies of a step.
 
-        To the device it is copied on the stream of the staging; the current stream waits for that
-        and copies it from there to the tensor, after the readers of the step before.
+        The copy stream of the staging copies the values to the device. The current stream waits
+        for that copy and then fills the tensor, after the readers of the step before.
 
         Args:
-            values: integers, at most the size of each section, which zeros fill up.
-            tables: int32 [rows, columns]; rows of the step before that this one lacks become -1.
+            values: integers, at most the size of each section. Zeros fill the rest of a section.
+            tables: int32 [rows, columns]; rows that only the step before had become -1.
         """
         staging, starts = self.staging, self._starts
         slab = staging.next_slab()
@@ -208,14 +211,14 @@ class StagedInputs:
         staging.release(index)
 
     def views_of(self, sizes: Sequence[int]) -> list[Any]:
-        """The first values of each section, and the first block tables; they never move."""
+        """Return the first values of each section and the first block tables, which never move."""
         return [self._view(section, size) for section, size in enumerate(sizes)]
 
 
 def section_view(
     tensor: Any, starts: tuple[int, ...], columns: int, index: int, length: int
 ) -> Any:
-    """The first values of a section; of the tables, which come last, rows."""
+    """Cut the first `length` values of a section, or rows of the block tables, the last section."""
     start = starts[index]
     if index + 1 < len(starts):
         return tensor[start : start + length]
