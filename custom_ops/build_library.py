@@ -2,7 +2,7 @@
 
     python -m custom_ops.build_library      # prints the path of libfd_dsa_kernels.so
 
-The build needs nvcc only, and the library takes tensors of any framework. It lies in
+The build needs nvcc only, and the library takes tensors of any framework. It is placed in
 `build/custom_ops/<hash>`, which git ignores. The hash covers the sources, the compiler, its flags
 and NVCC_APPEND_FLAGS, so each build runs once and an outdated library is never loaded.
 """

@@ -174,7 +174,7 @@ def main(arguments: list[str]) -> int:
         session = ChatSession(base_url, None if is_own else args.model, settings)
         if args.quick is not None:
             return 0 if Conversation(session, args.system, is_terminal=False).ask(args.quick) else 1
-            return Conversation(session, args.system, is_terminal=sys.stdin.isatty()).run()
+        return Conversation(session, args.system, is_terminal=sys.stdin.isatty()).run()
 
 
 class Conversation:
