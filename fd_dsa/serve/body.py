@@ -109,14 +109,14 @@ def check_length(num_bytes: int, options: ServerOptions) -> None:
         raise ApiError(413, message, headers=_CLOSE)
 
 
-def check_values(content: bytes | bytearray, most: int) -> None:
+def check_values(content: bytes | bytearray, max_weight: int) -> None:
     """Refuse a body with too many values before it is parsed.
 
     Each comma counts 1. Each list, object and string (also field names) counts `CONTAINER_WEIGHT`.
     Invalid JSON is counted by the same rules, and the parser refuses it later.
 
     Args:
-        most: maximum weight of all values, --max-body-values of the server.
+        max_weight: maximum weight of all values, --max-body-values of the server.
 
     Raises:
         ApiError: 413 for too many values, 400 for a nesting deeper than `MAX_DEPTH`.
@@ -124,14 +124,14 @@ def check_values(content: bytes | bytearray, most: int) -> None:
     # drop escaped quotation marks, so that the remaining ones delimit strings
     marked = content.replace(rb"\\", b"").replace(rb"\"", b"")
     num_texts = (marked.count(b'"') + 1) // 2
-    is_small = CONTAINER_WEIGHT * num_texts <= most
+    is_small = CONTAINER_WEIGHT * num_texts <= max_weight
     outside = b"".join(marked.split(b'"')[::2]) if is_small else b""
     num_opened = outside.count(b"[") + outside.count(b"{")
-    if CONTAINER_WEIGHT * (num_texts + num_opened) + outside.count(b",") > most:
+    if CONTAINER_WEIGHT * (num_texts + num_opened) + outside.count(b",") > max_weight:
         raise ApiError(
             413,
-            f"the body holds more than {most} values, the --max-body-values of this server; each "
-            f"number counts 1, each text, name, list and object {CONTAINER_WEIGHT}",
+            f"the body holds more than {max_weight} values, the --max-body-values of this server; "
+            f"each number counts 1, each text, name, list and object {CONTAINER_WEIGHT}",
         )
     # the parser stops at the first unmatched closing bracket, so later bytes do not count
     steps = outside.translate(_STEPS, _NO_BRACKETS)[: 2 * num_opened]
@@ -160,10 +160,10 @@ class BodyRoute(APIRoute):
             state: ServerState = request.app.state.server
             contents: list[bytearray] = request.state.body
             kind = request.headers.get("content-type", "")
-            most = state.options.max_body_values
+            max_weight = state.options.max_body_values
             is_short = len(contents[0]) <= _SHORT_BYTES
             body = await state.workers.run(
-                read_body, model, contents, kind, most, request=request, is_short=is_short
+                read_body, model, contents, kind, max_weight, request=request, is_short=is_short
             )
             answer: Response = await endpoint(body=body, request=request, state=state)
             if unknown := body.unknown_fields:
@@ -187,7 +187,7 @@ def report_unknown(names: Sequence[str], answer: Response) -> None:
             logger.warning("the field %s of a request is unknown and ignored", name)
 
 
-def read_body(model: type[Body], contents: list[bytearray], kind: str, most: int) -> Body:
+def read_body(model: type[Body], contents: list[bytearray], kind: str, max_weight: int) -> Body:
     """Parse and check the body of a request.
 
     Args:
@@ -206,7 +206,7 @@ def read_body(model: type[Body], contents: list[bytearray], kind: str, most: int
     if main != "application" or not (sub == "json" or sub.endswith("+json")):
         message = f"Content-Type is {kind!r}; send JSON with Content-Type: application/json"
         raise ApiError(400, message)
-    check_values(content, most)
+    check_values(content, max_weight)
     try:
         value = parse_json(content)
     except (ValueError, RecursionError) as error:

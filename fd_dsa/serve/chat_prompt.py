@@ -29,7 +29,7 @@ from fd_dsa.serve.generation import (
     check_bytes,
     check_jobs,
     encode_prompt,
-    most_scored_tokens,
+    max_scored_tokens,
     resolve_max_tokens,
 )
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
@@ -46,12 +46,12 @@ def make_job(
     body: ChatCompletionRequest,
     request_id: str,
     *,
-    at_most: int | None = None,
+    max_generated: int | None = None,
 ) -> tuple[Job, AnswerFormat]:
     """Render and tokenize the conversation, which is slow and belongs into a thread.
 
     Args:
-        at_most: upper bound for the generated tokens if the body names no number.
+        max_generated: upper bound for the generated tokens if the body names no number.
 
     Raises:
         ApiError: 400 if the conversation cannot be rendered or is too long, if the model has no
@@ -80,7 +80,7 @@ def make_job(
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
-    bounds = (most_scored_tokens(limit, len(prompt), body), at_most)
+    bounds = (max_scored_tokens(limit, len(prompt), body), max_generated)
     default = min((bound for bound in bounds if bound is not None), default=None)
     max_tokens = resolve_max_tokens(
         state, len(prompt), asked, default=default, param=param, source="messages"

@@ -1,4 +1,4 @@
-"""Flags of `python -m fd_dsa.serve`, and the options that they set beside those of the engine.
+"""The flags of `python -m fd_dsa.serve`, and the options of a server that they set.
 
 `--help` imports neither Paddle nor the server.
 """
@@ -22,7 +22,7 @@ from fd_dsa.serve.listener import DEFAULT_MAX_CONNECTIONS
 from fd_dsa.serve.parser import Parser
 
 PROMPT_BYTES_PER_TOKEN = 16
-"""Bytes of a prompt's text for each token of the context, unless --max-prompt-bytes says more."""
+"""Bytes of a prompt's text per token of the context, without --max-prompt-bytes."""
 _SIZE_FORMS = "32k is 32,000, 32K is 32,768"
 
 
@@ -39,15 +39,15 @@ class Limits(TypedDict):
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Access, limits, log and chat formats of a server; each field is the flag of the same name.
+    """Access, limits, log and chat formats of a server.
 
-    Two fields are no flags: `hosts` and `body_timeout_s`.
+    Each field except `hosts` and `body_timeout_s` is the flag of the same name.
 
     Attributes:
-        max_prompt_bytes: UTF-8 bytes of a prompt's text; None is `PROMPT_BYTES_PER_TOKEN` for each
-            token of max_model_len.
-        hosts: refuses a Host header by an ApiError; None serves every one.
-        body_timeout_s: seconds that a client has for sending a body.
+        max_prompt_bytes: UTF-8 bytes of a prompt's text. None means `PROMPT_BYTES_PER_TOKEN` for
+            each token of max_model_len.
+        hosts: raises ApiError for a refused Host header. None accepts every host.
+        body_timeout_s: time that a client has to send a body, seconds.
     """
 
     api_key: Sequence[str] = ()
@@ -69,7 +69,7 @@ class ServerOptions:
     body_timeout_s: float = 60.0
 
     def limits(self, max_model_len: int) -> Limits:
-        """Limits of requests by name, for a model of that context."""
+        """Return the limits of requests by name, for a model with a context of max_model_len."""
         return {
             "max_body_bytes": self.max_body_size,
             "max_body_values": self.max_body_values,
@@ -80,11 +80,11 @@ class ServerOptions:
         }
 
     def prompt_bytes(self, max_model_len: int) -> int:
-        """Most UTF-8 bytes of a prompt's text for a model of that context, tokens."""
+        """Return the maximum UTF-8 bytes of a prompt's text for a context of max_model_len."""
         return self.max_prompt_bytes or PROMPT_BYTES_PER_TOKEN * max_model_len
 
 
-# of the options of a server: resolved when it starts
+# options of a server that are resolved at its start
 _RESOLVED = ("api_key", "body_timeout_s", "hosts", "max_connections")
 DEFAULTS: dict[str, Any] = {
     **{f.name: f.default for f in fields(ServerOptions) if f.name not in _RESOLVED},
@@ -97,7 +97,7 @@ DEFAULTS: dict[str, Any] = {
     "shutdown_timeout": 30.0,
     "target_inter_token_latency_ms": DEFAULT_TARGET_MS,
 }
-"""By name of a flag; those of the engine are in its configuration."""
+"""Defaults by name of a flag. Those of the engine are in its configuration."""
 
 # group of --help -> flag, with its metavar -> help
 _FLAGS = {
@@ -216,7 +216,7 @@ _POSITIVE = values.number(int, 1)
 _SIZE = values.number(int, 1, f"; {_SIZE_FORMS}")
 # the configuration of the engine checks its range
 _NUMBER = values.reader(float, "a number")
-# readers of values that are no plain texts
+# readers of values that are not plain texts
 _PARSERS = {
     "reasoning_parser": (AUTO, NONE, *REASONING_FORMATS),
     "tool_call_parser": (AUTO, NONE, *TOOL_FORMATS),
@@ -232,7 +232,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("max_concurrency", "max_connections"), _POSITIVE),
     **dict.fromkeys(("max_body_size", "max_prompt_bytes"), values.size),
     "allowed_host": values.host_name,
-    # the name that other servers have
+    # the name on other servers
     "device": lambda text: "gpu" if text == "cuda" else text,
     **{flag: values.parser_name(names) for flag, names in _PARSERS.items()},
     "api_key": values.key,
@@ -254,7 +254,10 @@ _MAY_BE_REPEATED = ("allowed_host", "api_key", "served_model_name")
 
 
 def build_parser() -> Parser:
-    """The parser, flags grouped as in `--help`; it gives those of the command line alone."""
+    """Return the parser with flags grouped as in `--help`.
+
+    It parses flags of the command line only.
+    """
     parser = Parser(
         prog=own_command("serve"),
         usage="%(prog)s [MODEL] [flags] [-- flags of FastDeploy]",
@@ -267,7 +270,8 @@ def build_parser() -> Parser:
     for title, flags in _FLAGS.items():
         group = parser.add_argument_group(title) if title else parser
         for flag, text in flags.items():
-            # set afterwards: some versions of Python add the default, which is a marker here
+            # set afterwards, because some versions of Python add the default, which is a marker
+            # here
             _add(group, flag).help = text
     return parser
 

@@ -344,7 +344,7 @@ def check_answer_size(
     )
 
 
-def most_scored_tokens(limit: int, num_prompt_tokens: int, body: GenerationRequest) -> int | None:
+def max_scored_tokens(limit: int, num_prompt_tokens: int, body: GenerationRequest) -> int | None:
     """Return the largest output length whose scores are allowed, or None without scores.
 
     Args:

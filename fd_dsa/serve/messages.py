@@ -61,7 +61,7 @@ async def create_message(body: MessagesRequest, request: Request, state: State) 
     """Answer the messages in the chat format of the model."""
 
     def make(answer_id: str) -> MessageAnswer:
-        job, answer_format = make_job(state, body.chat, answer_id, at_most=body.max_tokens)
+        job, answer_format = make_job(state, body.chat, answer_id, max_generated=body.max_tokens)
         return MessageAnswer(state, body, job, answer_format)
 
     with body.own_names():

@@ -376,14 +376,14 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
         Raises:
             ApiError: 400 if the number is out of range, or given without the flag.
         """
-        most = self.top_logprobs or 0
-        if not 0 <= most <= MAX_LOGPROBS:
-            raise FieldError(f"top_logprobs: got {most}; allowed is 0 to {MAX_LOGPROBS}")
-        if most and not self.logprobs:
+        count = self.top_logprobs or 0
+        if not 0 <= count <= MAX_LOGPROBS:
+            raise FieldError(f"top_logprobs: got {count}; allowed is 0 to {MAX_LOGPROBS}")
+        if count and not self.logprobs:
             raise FieldError(
-                f'top_logprobs: got {most} without logprobs; set "logprobs": true or leave it out'
+                f'top_logprobs: got {count} without logprobs; set "logprobs": true or leave it out'
             )
         return {
-            "logprobs": most if self.logprobs else None,
+            "logprobs": count if self.logprobs else None,
             "prompt_logprobs": self.prompt_logprobs,
         }
