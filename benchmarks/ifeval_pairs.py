@@ -3,6 +3,8 @@
     python -m benchmarks.ifeval_pairs                # on a CPU; about an hour on two idle cores
     python -m benchmarks.ifeval_pairs --rig          # on a GPU, through the test plug-in
     python -m benchmarks.ifeval_pairs --subset 16 --out build/ifeval    # shows that it runs
+    python -m benchmarks.ifeval_pairs --rig --answers-only    # a GPU machine without the checkers
+    python -m benchmarks.ifeval_pairs --rig --score-only      # later, elsewhere; build/ is copied
 
 The first pair makes a step's metadata in every layer, then once per step (FastDeploy #7367). The
 second one runs the indexer's projections on one stream, then on two (vLLM #39943); a CPU has one
@@ -24,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS, ROOT, environment, write_result
+from benchmarks._harness import RESULTS, ROOT, environment, write_json, write_result
 
 # name -> form of the server, and largest step in tokens that forks to a second stream
 SIDES = {
@@ -35,6 +37,7 @@ SIDES = {
 }
 PAIRS = (("every layer", "once per step"), ("one stream", "two streams"))
 CONCURRENCY = 64
+ENVIRONMENT_FILE = "environment.json"
 
 
 @contextmanager
@@ -70,15 +73,14 @@ def _accuracy(*arguments: object) -> None:
     subprocess.run(command, check=True, cwd=ROOT)
 
 
-def answer(side: str, folder: Path, rig: bool, subset: int | None) -> dict[str, Any]:
-    """Metrics of one side; a run that was interrupted goes on."""
+def answer(side: str, folder: Path, rig: bool, subset: int | None) -> None:
+    """Keep the answers of one side and where they come from; goes on with an interrupted run."""
     folder.mkdir(parents=True, exist_ok=True)
     with _server(side, rig, folder / "server.log") as url:
         flags = ["--subset", subset] if subset else []
         flags += ["--concurrency", CONCURRENCY, "--base-url", f"{url}/v1", "--out", folder]
-        _accuracy("ifeval", *flags)
-    metrics: dict[str, Any] = json.loads((folder / "scores.json").read_text())["metrics"]
-    return metrics
+        _accuracy("ifeval", "--answers-only", *flags)
+    write_json(folder / ENVIRONMENT_FILE, environment())
 
 
 def compared(before: Path, after: Path, out: Path) -> dict[str, Any]:
@@ -89,22 +91,33 @@ def compared(before: Path, after: Path, out: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all sides, compare, write; returns 0."""
+    """Let all sides answer, score and compare them, write the result; returns 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rig", action="store_true", help="on a GPU, by the test plug-in")
     parser.add_argument("--subset", type=int, metavar="N", help="N prompts only")
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "accuracy", help="folder of the result"
     )
+    half = parser.add_mutually_exclusive_group()
+    half.add_argument("--answers-only", action="store_true", help="keep the answers unscored")
+    half.add_argument("--score-only", action="store_true", help="score the kept answers")
     args = parser.parse_args(argv)
     name = f"ifeval_pairs_{'gpu' if args.rig else 'cpu'}"
     folder = ROOT / "build" / name / (str(args.subset) if args.subset else "all")
-    result: dict[str, Any] = {"name": name, "env": environment(), "model": "demo_model"}
+    pairs = PAIRS if args.rig else PAIRS[:1]
+    folders = {side: folder / side.replace(" ", "_") for pair in pairs for side in pair}
+    if not args.score_only:
+        for side, own in folders.items():
+            answer(side, own, args.rig, args.subset)
+    if args.answers_only:
+        return 0
+    env = json.loads((next(iter(folders.values())) / ENVIRONMENT_FILE).read_text())
+    result: dict[str, Any] = {"name": name, "env": env, "model": "demo_model"}
     result |= {"tier": "T1p" if args.rig else "T0", "subset": args.subset, "pairs": []}
-    for before, after in PAIRS if args.rig else PAIRS[:1]:
-        for side in (before, after):
-            answer(side, folder / side.replace(" ", "_"), args.rig, args.subset)
-        sides = [folder / side.replace(" ", "_") for side in (before, after)]
+    for own in folders.values():
+        _accuracy("score", own)
+    for before, after in pairs:
+        sides = [folders[before], folders[after]]
         pair = {"before": before, "after": after}
         pair |= compared(*sides, folder / f"{sides[0].name}-{sides[1].name}")
         result["pairs"].append(pair)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
+from fd_dsa.device.places import paddle_device_counts, paddle_place
 from fd_dsa.errors import BackendUnavailable, flag_error
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ def resolve_device(name: str) -> str:
             raise BackendUnavailable(
                 f"--device: got {name!r}, allowed is 'gpu'; choose the GPU by CUDA_VISIBLE_DEVICES"
             )
-        from fd_dsa.device.places import paddle_place
-
         paddle_place(name)
         return name
     if not is_gpu_build:
@@ -62,8 +61,6 @@ def device_of_rank(device: str, rank: int, size: int) -> str:
     if device == "cpu":
         return device
     import paddle
-
-    from fd_dsa.device.places import paddle_device_counts
 
     kind = device.partition(":")[0]
     count = paddle_device_counts().get(kind, 0)

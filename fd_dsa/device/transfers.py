@@ -55,7 +55,7 @@ class Transfers:
         self.function("cuMemHostAlloc")(ctypes.byref(address), size, ctypes.c_uint(_PORTABLE))
         memory = (ctypes.c_uint8 * num_bytes).from_address(address.value or 0)
         _give_back_with(memory, "cuMemFreeHost", address)
-        buffer = np.frombuffer(memory, np.uint8)
+        buffer = np.frombuffer(memoryview(memory), np.uint8)
         buffer.fill(0)
         return buffer
 
