@@ -46,7 +46,7 @@ def prepare_cpu_runtime() -> None:
     (2.6 times faster float32 GEMMs measured). Another variable makes it use one order of sums for
     any number of rows. OpenMP's idle threads spin for 200 ms by default, which slows the main
     thread; 1 ms is enough between two GEMMs. By default glibc returns the pages of arrays of some
-    MiB and requests zeroed ones for the next step, which costs a hundredth of a long prompt's time,
+    MiB and requests zeroed ones for the next step. This costs a hundredth of a long prompt's time,
     so its thresholds are raised. Values that the user has set are kept. Paddle's advice to install
     ccache is silenced.
 

@@ -27,7 +27,7 @@ def open_missing_streams() -> None:
 def end_with_starter(descriptor: int) -> None:
     """Make the kernel end this process when the process that started it has ended.
 
-    No thread is involved, so that it works even during a call that holds Python's lock, such as a
+    No thread is involved. So it works even during a call that holds Python's lock, such as a
     library that reads a file from a dead disk.
 
     Args:

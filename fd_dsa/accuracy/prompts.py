@@ -6,8 +6,8 @@ A prompt file holds one JSON object a line:
      "kwargs": [{}, ...]}
 
 `kwargs` has one object of arguments for each instruction. Null arguments count as absent. Every
-argument that an instruction has in the official set is required, because the checkers would replace
-a missing one by a random requirement that no answer has seen.
+argument that an instruction has in the official set is required. The checkers would replace a
+missing one by a random requirement that no answer has seen.
 
 A response file, as google-research/instruction_following_eval reads it, holds `{"prompt": ...,
 "response": ...}` a line, in any order. A response belongs to the prompt with the same text. The

@@ -226,8 +226,8 @@ class ArgumentsWriter:
                 declaration.
 
         Raises:
-            Damaged: the call has this argument already, or the value has no end, or it should be
-                JSON, is invalid, and a mark in or around it is damaged.
+            Damaged: the call has this argument already, or the value has no end. Also an invalid
+                value that should be JSON, with a damaged mark in or around it.
         """
         if self._later is None:
             if name in self._given:

@@ -240,10 +240,10 @@ class OutputParser:
 
 
 def tool_format_name(name: str, source: str, model_type: str | None = None) -> str:
-    """Return the name of the format of tool calls, "none" without one.
+    """Return the name of the format of tool calls, or `NONE`.
 
     Args:
-        name: one of `TOOL_FORMATS`, "none", or "auto", which uses the other arguments.
+        name: one of `TOOL_FORMATS`, `NONE` or `AUTO`, which uses the other arguments.
         source: source of the template, which contains the signs of its formats.
         model_type: field of the model's config.json. It decides between formats with the same sign.
     """

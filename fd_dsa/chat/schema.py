@@ -1,7 +1,7 @@
 """JSON schemas of tool arguments: references, types of values, and costs.
 
-Both the grammars of forced calls and the parsers of answers read a tool's schema only through this
-module, so they agree on the type of every argument.
+The grammars of forced calls and the parsers of answers read a tool's schema through this module.
+They therefore agree on the type of every argument.
 
 Source of the meaning of keywords: JSON Schema, draft 2020-12, and JSON Pointer (RFC 6901).
 """

@@ -2,9 +2,9 @@
 
 A value may contain any mark, so the position decides. The end mark of a value counts only directly
 before the next argument or the end of the call. The end mark is missing if another argument of the
-tool begins inside a value, or if the call ends there and the answer or another call follows. Such
-an error is repaired if there is no other reading: the value has no other end mark, and no "<" or
-">" in its last characters. Otherwise the call is damaged.
+tool begins inside a value. It is also missing if the call ends there and the answer or another call
+follows. Such an error is repaired if there is no other reading: the value has no other end mark,
+and no "<" or ">" in its last characters. Otherwise the call is damaged.
 
 A mark in a string of a JSON value is a part of the string. If the string has no end, its marks are
 read as in other text.

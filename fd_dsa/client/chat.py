@@ -161,8 +161,8 @@ def main(arguments: list[str]) -> int:
     """Talk until /exit or the end of the input.
 
     Returns:
-        Exit status: 0 after a conversation; 1 for a pipe or -q if a message was not answered; 2 if
-            it cannot begin; 130 after a Ctrl-C outside an answer; 143 after SIGTERM.
+        Exit status: 0 after a conversation. For a pipe or -q, 1 if a message was not answered. 2 if
+            it cannot begin, 130 after a Ctrl-C outside an answer, 143 after SIGTERM.
     """
     args = build_parser().parse_args(arguments)
     settings = {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}

@@ -110,12 +110,12 @@ def examine(device: str | None = None) -> dict[str, Any]:
             available.
 
     Returns:
-        `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
-        `fastdeploy` (see `fastdeploy.facts`), `device`, `kernels` (mode of Triton kernels:
-        compiled, interpreted, or unavailable without Triton), `note` (checks that were not run and
-        the reason, or ""), `checks` (a list; see `run_checks`, and on a device `check_float32`),
-        `custom_ops` (`state`, `reason` and `path` of fd_dsa_ops), `graphs` (see `graph_facts`),
-        `healthy` (depends on `checks` and `custom_ops`).
+        `version`, `machine`, `device`, `packages` (name -> version, "" = not installed), `gpu` (or
+        None) and `fastdeploy` (see `fastdeploy.facts`). `kernels` is the mode of Triton kernels:
+        compiled, interpreted, or unavailable without Triton. `note` names the checks that were not
+        run, with the reason. `checks` is a list (see `run_checks`, and on a device
+        `check_float32`). `custom_ops` has `state`, `reason` and `path` of fd_dsa_ops. `graphs` is
+        explained at `graph_facts`. `healthy` depends on `checks` and `custom_ops`.
 
     Raises:
         ConfigError: FD_DSA_OP_PROVIDER has an invalid value.

@@ -27,9 +27,9 @@ def run_checks(device: str) -> list[dict[str, Any]]:
     """Check every provider on the CPU, and on `device` if that is another place.
 
     Returns:
-        `name`, `device`, `provider`, `serves` (True for the provider of DeepSeek-V3.2's steps),
-        `reason` (why the provider can or cannot serve), `passed`, `detail` (the fault, or "") and
-        `ms` of each check. A provider that cannot serve passes unless FD_DSA_OP_PROVIDER requests
+        `name`, `device`, `provider`, `passed`, `detail` (the fault, or "") and `ms` of each check.
+        `serves` is True for the provider of DeepSeek-V3.2's steps. `reason` says why the provider
+        can or cannot serve. A provider that cannot serve passes unless FD_DSA_OP_PROVIDER requests
         it.
 
     Raises:

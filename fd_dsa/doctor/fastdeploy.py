@@ -57,10 +57,10 @@ def facts(paths: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `installed`, `version` ("" = unknown), `entry_points` (groups in which FastDeploy finds
-        fd_dsa), `missing_entry_points`, `environment` (variable -> value, None = unset), `paths`
-        (only with FastDeploy: way of starting it -> `live` (True if fd_dsa serves), `why`, and
-        other answers of the plug-in), `serves` (True if fd_dsa serves in at least one way) and
-        `checks` (see `tree_checks.checks`; equal for all ways).
+        fd_dsa), `missing_entry_points` and `environment` (variable -> value, None = unset).
+        `serves` is True if fd_dsa serves in at least one way of starting FastDeploy. `checks` is
+        explained at `tree_checks.checks` and equal for all ways. `paths`, only with FastDeploy, has
+        `live` (True if fd_dsa serves), `why` and other answers of the plug-in for each way.
     """
     missing = missing_entry_points()
     environment = process_environment()

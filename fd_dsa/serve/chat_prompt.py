@@ -54,8 +54,8 @@ def make_job(
         max_generated: upper bound for the generated tokens if the body names no number.
 
     Raises:
-        ApiError: 400 if the conversation cannot be rendered or is too long, if the model has no
-            format for it, or if the engine could never run it.
+        ApiError: 400 if the conversation cannot be rendered, is too long, or could never run. Also
+            if the model has no format for it.
     """
     tokenizer = state.engine.tokenizer
     renderer = _renderer(state, body)

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve a model folder.
 
     Returns:
-        Exit status: 0 after a drained shutdown; 1 after a failure while serving; 2 if the start
-            fails, with the reason in one line on stderr; 130 or 143 after a signal during the
+        Exit status: 0 after a drained shutdown, 1 after a failure while serving. 2 if the start
+            fails, with the reason in one line on stderr. 130 or 143 after a signal during the
             start.
     """
     open_missing_streams()

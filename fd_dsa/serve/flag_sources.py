@@ -30,9 +30,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Collect the flags of all sources.
 
     Flags of the engine are included only if a source has them. The namespace also has three other
-    names: `given`, the names of flags that a source has; `passed`, the arguments after `--`, which
-    are for FastDeploy; and `not_needed`, flags of other servers that change no answer, with the
-    reasons.
+    names. `given` has the names of flags that a source has. `passed` has the arguments after `--`,
+    which are for FastDeploy. `not_needed` has flags of other servers that change no answer, with
+    the reasons.
 
     Raises:
         ConfigError: an unknown flag or key (with the nearest known one), a value of a wrong form,

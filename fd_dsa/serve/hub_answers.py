@@ -45,8 +45,8 @@ _HASH_FIELDS = ("oid", "sha256", "blobId", "xetHash")
 def check_hub_answers() -> None:
     """Install the checks for all later calls of huggingface_hub in this process.
 
-    The calls then raise ConfigError for an invalid hash or commit, for a path outside the model's
-    folder, and for answers over the bounds of this module.
+    The calls then raise ConfigError for an invalid hash or commit and for a path outside the
+    model's folder. They also raise it for answers over the bounds of this module.
     """
     first = get_session()
     listings = itertools.count(1)

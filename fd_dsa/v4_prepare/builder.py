@@ -49,8 +49,8 @@ class V4Arrays:
         plan_r1, plan_r2: [cap_p, 4], one row for each entry that the step finishes, in token order:
             (t, b, p, number of sources from the state ring), pad -1.
         plan_dst_r1, plan_dst_r2: [cap_p], pool row of that entry, pad -1.
-        wplan_r1, wplan_r2: [cap_w, 4], the same columns for the last K(r) tokens of each row, which
-            are stored in row slot * (K(r) + k) + p % (K(r) + k) of the state ring, pad -1.
+        wplan_r1, wplan_r2: [cap_w, 4], the same columns for the last K(r) tokens of each row, pad
+            -1. They are stored in row slot * (K(r) + k) + p % (K(r) + k) of the state ring.
         counts: [8], B, T, entries of hca_idx, of csa_indptr, rows of plan_r1, wplan_r1, plan_r2,
             wplan_r2.
         block_table: [Bcap, MB], the table of a staged step. Cells that no step needed yet are
@@ -169,9 +169,9 @@ def _write_window(cfg: V4PrepareConfig, step: _Step, out: V4Arrays) -> None:
     """Write the window of every token, ascending and left-packed, and its own key's row.
 
     A token of a decode row reads its whole window from the pool. A token of a prefill row reads
-    only older tokens' keys from the pool (`win_len`), and the rest, including its own key, from the
-    step's keys (`ext_len`). Written to a ring before they are read, the step's keys would overwrite
-    the window. For the same reason a ring stores only the row's last W keys.
+    only older tokens' keys from the pool (`win_len`). It reads the rest, including its own key,
+    from the step's keys (`ext_len`). Written to a ring before they are read, the step's keys would
+    overwrite the window. For the same reason a ring stores only the row's last W keys.
     """
     num_tokens, width = len(step.row), cfg.window_size
     position, row = step.position, step.row

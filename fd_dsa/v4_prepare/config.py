@@ -150,8 +150,8 @@ class V4PrepareConfig:
     def ring_rows(self) -> int:
         """R = W + k, rows of one window ring.
 
-        All keys of a decode step are written before any is read, so the oldest key needed and the
-        newest key written are W + k - 1 apart.
+        All keys of a decode step are written before any is read. The oldest key needed and the
+        newest key written are therefore W + k - 1 apart.
         """
         return self.window_size + self.spec_tokens
 

@@ -30,7 +30,7 @@ Functions pass related values as tuples:
     plans    pointers to plan, destinations and write plan of one ratio, and the rows of both plans
 
 Sources: ROCm/ATOM #728 (the lists), #817 and #894 (rows of the rings, prefill rows), #2039 (lists
-made on the device); vLLM #57122 (validity decided where values are written), #57434 and #57659
+made on the device). vLLM #57122 (validity decided where values are written), #57434 and #57659
 (rows of selected entries once per selection, not per layer that reads them).
 """
 

@@ -38,7 +38,7 @@ class V4Prepare:
 
     Args:
         cfg: size limits of every step.
-        place: "numpy" = NumPy arrays; "cpu" = Paddle CPU tensors; "gpu", "gpu:0" or a custom place
+        place: "numpy" = NumPy arrays. "cpu" = Paddle CPU tensors. "gpu", "gpu:0" or a custom place
             such as "name:0" = Paddle tensors on that device, filled by one Triton launch.
         allocate: allocator of device tensors, `(shape, dtype name) -> tensor`, for another library
             that the launcher supports. None = Paddle's.
