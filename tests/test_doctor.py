@@ -198,7 +198,7 @@ def test_tf32_is_found(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("topk=triton", "FD_DSA_OP_PROVIDER asks for it: it does not support tensors on cpu"),
+        ("topk=triton", "FD_DSA_OP_PROVIDER requests it: it does not support tensors on cpu"),
         ("topk=torch", "FD_DSA_OP_PROVIDER: got 'topk=torch'"),
     ],
 )

@@ -179,8 +179,8 @@ def verdict(found: Comparison) -> list[str]:
     if found.same_answers == found.prompts:
         return [
             f"Equal, answer by answer: all {counted(found.prompts, 'answer')} have the same "
-            "SHA-256 in both runs. That is the strongest statement there is: on these prompts "
-            "nothing changed, and no statistics are needed.",
+            "SHA-256 in both runs. This is the strongest possible result: no answer to these "
+            "prompts changed, so no statistics are needed.",
             *_scorer(found),
         ]
     known = found.prompts - found.unknown_answers

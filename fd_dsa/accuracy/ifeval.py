@@ -51,7 +51,7 @@ Some prompts ask for up to 1,200 words and fail with less.
 def fill_parser(parser: Parser) -> None:
     parser.description = (
         "Ask an OpenAI-compatible server the IFEval prompts, keep every answer, score them. The "
-        "same command goes on with a run that was interrupted."
+        "same command continues an interrupted run."
     )
     parser.usage = "%(prog)s [flags] [-- flags of the server]"
     parser.add_argument(
@@ -147,7 +147,7 @@ def _answered(kept: Run, file: Path) -> tuple[list[Prompt], list[Answer]]:
                 f"{file}: the answer to {key!r} lacks its prompt or its instructions"
             ) from error
     if not found:
-        raise ConfigError(f"{file}: holds no answer yet; there is nothing to score")
+        raise ConfigError(f"{file}: has no answers to score yet")
     official = {prompt.key: place for place, prompt in enumerate(read_prompts())}
     found.sort(key=lambda prompt: (official.get(prompt.key, len(official)), prompt.key))
     return found, [kept.answers[prompt.key] for prompt in found]

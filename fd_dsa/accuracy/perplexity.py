@@ -93,7 +93,7 @@ def cut(
     # the preceding tokens predict a token, so the first one of a text needs a lead
     first = 0 if lead else 1
     if len(token_ids) <= first:
-        raise ConfigError(f"the text has {len(token_ids)} tokens; none of them can be predicted")
+        raise ConfigError(f"the text has {len(token_ids)} tokens, too few to predict one")
     room = context - len(lead) - first
     if room < 1:
         raise ConfigError(f"--context: got {context}, allowed: at least {context - room + 1}")
@@ -184,8 +184,8 @@ def stretches(losses: Losses, index_topk: int) -> list[tuple[int, int, np.ndarra
 
 def fill_parser(parser: Parser) -> None:
     parser.description = (
-        "Read a text through the embedded engine and report the likelihood of its tokens; nothing "
-        "is generated."
+        "Read a text through the embedded engine and report the likelihood of its tokens. The "
+        "command generates no text."
     )
     parser.add_argument(
         "text",

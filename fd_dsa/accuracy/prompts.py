@@ -193,7 +193,7 @@ def _checked(name: Any, given: Any, where: str) -> dict[str, Any]:
             good, rule = _is_text(value), _TEXT_RULE
         else:
             good = isinstance(value, list) and bool(value) and all(map(_is_text, value))
-            rule = "a list of texts, none of them empty"
+            rule = "a list of non-empty texts"
         if not good:
             found = f": {shown(value)}" if key in kept else " is missing"
             raise ConfigError(f"{where}{key}{found}; {rule} is needed")
@@ -242,8 +242,8 @@ def read_responses(path: Path, prompts: Sequence[Prompt]) -> tuple[dict[str, str
         near = get_close_matches(prompt, free, n=1, cutoff=_SAME_PROMPT)
         if not near:
             raise ConfigError(
-                f"{path}:{number}: prompt: {shown(prompt)} is none of the {len(prompts)} prompts; "
-                "--prompts names the file that it is from"
+                f"{path}:{number}: prompt: {shown(prompt)} is not one of the {len(prompts)} "
+                "prompts; --prompts names the file that it is from"
             )
         texts[keys[near[0]]] = response
         reworded.append(keys[near[0]])

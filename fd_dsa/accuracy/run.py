@@ -60,7 +60,7 @@ def add_run_flags(parser: argparse.ArgumentParser, *, out: str, max_tokens: int)
         "--thinking",
         metavar="on|off",
         type=ON_OR_OFF,
-        help="asked of the chat template (default: nothing is asked, its own default counts)",
+        help="mode requested from the chat template (default: the template's own)",
     )
 
 

@@ -130,7 +130,7 @@ class ChatTemplate:
             return text
         head, cut, _ = text.rpartition(_CUT)
         if not cut:
-            raise ValueError("chat template: does not show the last message, so it cannot go on")
+            raise ValueError("chat template: omits the last message, so it cannot be continued")
         return head
 
     def _rendered(self, variables: Mapping[str, Any]) -> str:
@@ -243,16 +243,16 @@ def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
     """Mark the place where the last message continues: in its content or its reasoning."""
     if message.get("role") != "assistant":
         raise ValueError(
-            f"the last message is of role {message.get('role')!r}; continue_final_message goes on "
-            "with a message of role assistant"
+            f"the last message is of role {message.get('role')!r}; continue_final_message "
+            "continues a message of role assistant"
         )
     if message.get("tool_calls"):
-        raise ValueError("the last message ends with tool calls, so its text cannot go on")
+        raise ValueError("the last message ends with tool calls, so its text cannot be continued")
     names = REASONING if is_reasoning_only(message) else ("content",)
     text = message.get(names[0]) or ""
     if isinstance(text, list):
         if _texts(text) is None:
-            raise ValueError("the last message has other parts than texts, so it cannot go on")
+            raise ValueError("the last message has parts without text, so it cannot be continued")
         *before, last = text
         return {**message, "content": [*before, {**last, "text": last["text"] + _CUT}]}
     return {**message, **dict.fromkeys(names, text + _CUT)}

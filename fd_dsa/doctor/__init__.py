@@ -44,7 +44,7 @@ def build_parser() -> Parser:
         "--plan",
         type=Path,
         metavar="FOLDER",
-        help="print what each GPU would hold of a model with this config.json, and check nothing",
+        help="print what each GPU would hold of a model with this config.json, without checks",
     )
     parser.add_argument(
         "-tp", "--tensor-parallel-size", type=int, default=1, help="GPUs of --plan; default: 1"

@@ -61,7 +61,7 @@ def run_checks(device: str) -> list[dict[str, Any]]:
                     reason = reason_for(provider) + others
                     detail, milliseconds = _checked(operator, provider, case, memory, host)
                 elif provider == wanted:
-                    detail, reason = f"{VARIABLE} asks for it: {reason}", ""
+                    detail, reason = f"{VARIABLE} requests it: {reason}", ""
                 serves = provider == chosen
                 rows.append(_row(operator, place, provider, reason, detail, milliseconds, serves))
     return rows
@@ -155,7 +155,7 @@ def _checked(
 
 
 def _compare(host: Outputs, out: Outputs) -> None:
-    require(host, "nothing to compare with: the check on the CPU failed")
+    require(host, "no reference: the check on the CPU failed")
     for name, values in host.items():
         differ = int(np.count_nonzero(out[name] != values))
         require(differ == 0, f"{name}: {differ} of {values.size} values differ from the CPU's")

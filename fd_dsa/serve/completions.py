@@ -49,7 +49,7 @@ def _prompt(value: Any) -> list[str | list[int]]:
         return entries
     raise refuse(
         f"got {show(value)}; allowed is a string, a list of strings, a list of token ids or a "
-        "list of lists of token ids, none of them empty"
+        "list of lists of token ids, each of them not empty"
     )
 
 

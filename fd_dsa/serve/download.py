@@ -19,7 +19,7 @@ logger = logging.getLogger("fd_dsa.serve")
 _PATTERNS = ["*.json", "*.jinja", "*.safetensors", "encoding/*.py"]
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = 10.0
-AGAIN = "the same command goes on with the files that are missing"
+AGAIN = "the same command continues with the missing files"
 
 
 def download(name: str, *, any_family: bool = False, allow_unknown: bool = False) -> Path:

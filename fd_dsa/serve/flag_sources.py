@@ -62,7 +62,7 @@ def unused_variables() -> list[str]:
     for name in sorted(ours - set(known)):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if near:
-            lines.append(f"the variable {name} is none of fd_dsa's; did you mean {near[0]}?")
+            lines.append(f"the variable {name} is unknown; did you mean {near[0]}?")
     return lines
 
 

@@ -149,7 +149,7 @@ class GuardMiddleware:
             return
         is_sent = key or any(keys)
         no_key = "no API key came with the request"
-        what = "the API key is none of this server's" if is_sent else no_key
+        what = "the API key is not valid for this server" if is_sent else no_key
         raise ApiError(
             401,
             f"{what}; send the header {send}",

@@ -45,7 +45,7 @@ _BROKEN = re.compile(
     rb"|(?P<control>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n))"
 )
 _BROKEN_RULES = {
-    "lf": "a line of the head ends with LF alone; end lines with CR LF",
+    "lf": "a line of the head ends with LF only; end lines with CR LF",
     "fold": "a header line is folded; send each header on one line",
     "control": "the head contains a control character; send none",
 }
@@ -383,7 +383,7 @@ class StrictH11Protocol(H11Protocol):
     def _abort(self) -> None:
         """Drop the connection, which ends its request like every disconnect."""
         logger.warning(
-            "a client has read nothing for %g s while an answer waited; its connection is closed "
+            "a client has not read for %g s while an answer waited; its connection is closed "
             "and its request aborted",
             self.stalled_s,
         )

@@ -64,7 +64,7 @@ _COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "prompt tokens of the requests that have come"),
     "generated_tokens": ("generation_tokens", "tokens generated"),
     "num_preemptions": ("num_preemptions", "requests that gave up their cache blocks"),
-    "num_mask_waits": ("mask_waits", "steps whose draw waited for the tokens of the one before"),
+    "num_mask_waits": ("mask_waits", "steps whose sampling waited for earlier tokens"),
     "prefix_cache_queries": ("prefix_cache_queries", "prompt tokens looked for in the cache"),
     "prefix_cache_hits": ("prefix_cache_hits", "prompt tokens found in the cache"),
     "num_drafts": ("spec_decode_num_drafts", "times that drafts of a request were verified"),

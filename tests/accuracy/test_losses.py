@@ -55,8 +55,8 @@ class TestWindows:
     @pytest.mark.parametrize(
         ("ids", "context", "lead", "message"),
         [
-            ([], 8, [0], "has 0 tokens; none of them"),
-            ([5], 8, [], "has 1 tokens; none of them"),
+            ([], 8, [0], "has 0 tokens, too few to"),
+            ([5], 8, [], "has 1 tokens, too few to"),
             ([5, 6], 2, [0, 0], "--context: got 2, allowed: at least 3"),
         ],
     )

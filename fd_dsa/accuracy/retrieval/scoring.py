@@ -132,12 +132,12 @@ def verdict(scores: Sequence[ItemScore], index_topk: int, max_tokens: int) -> st
     every = steps(scores)
     beyond = [step for step in every if step.length > index_topk]
     if not beyond or every[0].base > index_topk:
-        return "No lengths on both sides of index_topk: the results say nothing about it."
+        return "No lengths on both sides of index_topk: the results do not cover it."
     base, passed = every[0].base, every[0].passed
     if not passed:
         return (
-            f"No item passes even at {base} tokens, where attention is dense: this says nothing "
-            "about selection."
+            f"No item passes even at {base} tokens, where attention is dense: this does not "
+            "test selection."
         )
     limit = ALPHA / (len(every) - 1)
     for step in every:
@@ -233,8 +233,8 @@ def _about(results: Results) -> str:
         f"Model `{results.settings.model}`, {len(results.scores)} answers; seed "
         f"{plan.seed}, {plan.trials} prompts a cell, depths {depths} "
         f"%; {KEYS} keys, {CHAINS} chains of {HOPS + 1} "
-        "variables. Passed: the answer names all that is asked for and nothing else that the text "
-        f"hides. Intervals: Wilson, 95 %.{selects}"
+        "variables. Passed: the answer names all requested values and no other value of the "
+        f"text. Intervals: Wilson, 95 %.{selects}"
     )
 
 
@@ -279,7 +279,7 @@ def _length_check(results: Results) -> str:
     differences = results.length_differences
     compared = differences.total()
     if not compared:
-        return "The server does not say how many tokens a prompt has: lengths are ours alone."
+        return "The server reports no prompt tokens, so lengths are by the local tokenizer."
     low, high = min(differences), max(differences)
     if low == high == 0:
         return f"The server counts the same lengths ({compared} prompts)."

@@ -174,7 +174,7 @@ def parts(result: Mapping[str, Any]) -> list[str | Table]:
         f"Model {settings['model']}: {settings['texts']} texts of each length with a hidden "
         f"5-digit number, {settings['queries']} further queries a text, seed {settings['seed']}. "
         f"A layer looks for the number where its strongest head gives it at least {ATTENDS:.0%} "
-        "of its dense attention; recall says nothing of the others. Its interval is Wilson's of "
+        "of its dense attention; recall does not cover the others. Its interval is Wilson's of "
         "95 %, each token of a number a trial. Random keys: the mean of 16 sets a query."
     )
     refused = [

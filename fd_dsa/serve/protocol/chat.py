@@ -167,7 +167,7 @@ class ChatMessage(Body):
             what = "got null" if "content" in self.model_fields_set else "is missing"
             raise FieldError(
                 f"{path}.content: {what}; allowed is a string or a list of text parts, and "
-                "nothing only in a message of role assistant"
+                "null only in a message of role assistant"
             )
 
     def for_template(self) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
             raise FieldError(f"{path}: got {show(name)} a second time")
         names[name] = None
     if choice.mode in ("required", "named") and not tools:
-        raise ApiError(400, "tool_choice: asks for a call, but there are no tools", param="tools")
+        raise ApiError(400, "tool_choice: requires a call, but there are no tools", param="tools")
     if choice.name is not None and choice.name not in names:
         shown, num_more = ", ".join(list(names)[:_SHOWN_TOOLS]), len(names) - _SHOWN_TOOLS
         more = f" and {num_more} more" if num_more > 0 else ""
@@ -320,7 +320,7 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
         None, description="End the prompt with the start of an answer (default: true)."
     )
     continue_final_message: bool | None = Field(
-        None, description="Go on with the last message, the assistant's."
+        None, description="Continue the last message, which is the assistant's."
     )
 
     @property
@@ -361,7 +361,7 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
         if self.continue_final_message and self.add_generation_prompt:
             raise FieldError(
                 "continue_final_message: true together with add_generation_prompt; an answer "
-                "either goes on with the last message or begins a new one"
+                "either continues the last message or begins a new one"
             )
         for name in self.chat_template_kwargs or {}:
             if name in RESERVED:

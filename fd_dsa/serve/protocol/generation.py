@@ -103,7 +103,7 @@ class GenerationRequest(StructuredFields):
     include_stop_str_in_output: bool | None = Field(
         None, description="Keep the stop string, or the text of the stop token."
     )
-    ignore_eos: bool | None = Field(None, description="Go on after an end-of-sequence token.")
+    ignore_eos: bool | None = Field(None, description="Continue after an end-of-sequence token.")
     skip_special_tokens: bool | None = Field(
         None, description="Leave special tokens out of the text; true by default."
     )

@@ -25,7 +25,7 @@ _NO_CONTAINERS = "this server runs no tools itself and has no containers; leave 
 _STORES_NOTHING = "this server stores no messages; send the whole conversation as messages"
 
 REFUSED: Mapping[str, Refused] = {
-    "compaction": Refused(reason="this server compacts nothing; shorten the messages"),
+    "compaction": Refused(reason="this server does not compact; shorten the messages"),
     "container": Refused(reason=_NO_CONTAINERS),
     "diagnostics": Refused(reason=f"{_STORES_NOTHING}, without diagnostics"),
     "fallback_credit_token": Refused(reason="this server has no fallbacks; leave it out"),
@@ -88,7 +88,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
     ignored_fields = IGNORED
 
     messages: Annotated[list[Any], Field(min_length=1), at_most(MAX_ENTRIES)] = Field(
-        description="Of role user, assistant or system; the answer goes on with a last message of "
+        description="Of role user, assistant or system; the answer continues a last message of "
         "the assistant."
     )
     system: _SystemField = Field(None, description="A text or a list of text blocks.")

@@ -39,7 +39,7 @@ REFUSED: Mapping[str, Refused] = {
         (False,), reason="this server stores no responses; leave it out, and use stream"
     ),
     "background_options": Refused(({},), reason=_STORES_NOTHING),
-    "context_management": Refused(([],), reason="this server compacts nothing; shorten the input"),
+    "context_management": Refused(([],), reason="this server does not compact; shorten the input"),
     "conversation": Refused(reason=_STORES_NOTHING),
     "moderation": Refused(reason="this server has no moderation; leave it out"),
     "previous_response_id": Refused(reason=_STORES_NOTHING),
@@ -180,7 +180,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
         None, description="format: of type text, json_object, or json_schema with a schema."
     )
     include: Annotated[list[str], at_most(MAX_ENTRIES)] | None = Field(
-        None, description="message.output_text.logprobs adds scores; others add nothing here."
+        None, description="message.output_text.logprobs adds scores; other values have no effect."
     )
     top_logprobs: int | None = Field(
         None, description="Most likely tokens scored for each token of the text, 0 to 20."

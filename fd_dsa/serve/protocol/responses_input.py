@@ -57,7 +57,7 @@ def _kind(item: Node) -> str:
             f"{item.of('type')}: got a reference to an item; this server stores none; send the "
             "item itself"
         )
-    return item.kind(_ITEMS, "this server runs no tools itself and stores nothing", "message")
+    return item.kind(_ITEMS, "this server runs no tools and stores no responses", "message")
 
 
 def _begins_message(turn: dict[str, Any], has_text: bool, kind: str) -> bool:
