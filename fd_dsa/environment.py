@@ -22,7 +22,7 @@ from typing import Any
 from fd_dsa.errors import ConfigError
 
 OVERLAP_VARIABLE = "FD_DSA_OVERLAP_MAX_TOKENS"
-DEFAULT_OVERLAP_MAX_TOKENS = 256
+DEFAULT_OVERLAP_MAX_TOKENS = 16
 """Maximum tokens of a captured step that projects for the indexer on a second stream.
 
 It must not exceed `limit_tokens` of benchmarks/results/engine_overlap*.json, above which the fork
