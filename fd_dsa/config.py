@@ -10,20 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.errors import ConfigError, flag_error
 from fd_dsa.speculative_config import SpeculativeConfig
 
 DEFAULT_PROMPT_TOKENS = 512
-"""Default prompt tokens of a step.
-
-The number is large enough for fast GEMMs on a CPU and small enough for smooth streams.
-"""
+"""Prompt tokens of a step: enough for fast GEMMs on a CPU, few enough for smooth streams."""
 
 DEFAULT_TARGET_MS = 200.0
-"""Default target of a server for the time between two tokens, milliseconds.
-
-People read about as fast.
-"""
+"""Target milliseconds between two tokens of a server, about the speed of reading."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """Pattern of a model's name on a hub."""
@@ -35,28 +30,23 @@ GENERATION_CONFIGS = ("auto", "vllm")
 # DEVICES, or a custom device of Paddle
 _DEVICE_PATTERN = re.compile(rf"{'|'.join(DEVICES)}|[A-Za-z_]\w*:\d+")
 _DTYPES = ("auto", "float32", "bfloat16")
-_CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
-# names used by other servers
-_CACHE_DTYPE_ALIASES = dict.fromkeys(("fp8", "fp8_e4m3"), "fp8_ds_mla")
+_CACHE_DTYPES = ("auto", *CACHE_FORMATS)
+# the names of other servers
+_CACHE_DTYPE_ALIASES = {alias: one.name for one in CACHE_FORMATS.values() for alias in one.aliases}
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _MAX_CAPTURED = 512
 _MAX_RANKS = 8
 _LARGEST_TARGET_MS = 60_000
 NO_DRAFTS = "none"
-FP8_BLOCK_SIZE = 64
-"""Tokens of a block of fp8_ds_mla caches.
-
-The kernels that read them support no other size.
-"""
 
 
 def demo_model_path() -> Path:
-    """Return the folder of the demo checkpoint, which is part of the package."""
+    """Return the folder of the demo checkpoint in the package."""
     return Path(__file__).resolve().parent / "demo_model"
 
 
 def parse_bytes(text: str) -> int:
-    """Return the number of bytes for a text such as `8G`, `512MiB`, `1.5GB` or `4096`.
+    """Return the number of bytes in a text such as `8G`, `512MiB`, `1.5GB` or `4096`.
 
     K, M, G and T are powers of 1024, with or without `B` or `iB`, in upper or lower case.
 
@@ -111,53 +101,49 @@ _RULES: dict[str, _Rule] = {
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The settings of an engine. Each field is the command-line flag of the same name.
+    """Settings of the engine, each under the name of its command-line flag.
 
     Attributes:
-        model: folder of a checkpoint in Hugging Face format. None = the demo model.
-        served_model_name: names that requests may use. Empty = the folder's name.
-        tokenizer: folder of the tokenizer and its chat template. None = the model's folder.
-        load_format: source of the weights: `safetensors` files (also the meaning of `auto`), or
-            `dummy`, random numbers for measurements without a checkpoint.
-        index_topk: number of keys that the indexer selects for a token. None = the model's number.
-        allow_unknown_config_fields: load a model whose config.json has fields that fd_dsa does not
-            know, with one warning. Otherwise such fields are refused.
+        model: folder of a checkpoint in Hugging Face format, None = the demo model.
+        served_model_name: names that requests may use, empty = the folder's name.
+        tokenizer: folder of the tokenizer and its chat template, None = the model's folder.
+        load_format: source of weights: "safetensors" files, "auto" (the same), or "dummy" (random
+            numbers, for measurements without a checkpoint).
+        index_topk: keys that the indexer selects for a token, None = the model's number.
+        allow_unknown_config_fields: load a model whose config.json has unknown fields, with one
+            warning. Otherwise they are refused.
         device: device of the model: "cpu", "gpu" (the first that CUDA_VISIBLE_DEVICES shows), or
-            "auto", a GPU if Paddle has one and otherwise the CPU. In Python also the place of a
-            custom device of Paddle, such as "name:0".
-        tensor_parallel_size: number of processes that share the model, each with its own GPU, or
-            with some of the CPU's cores.
-        dtype: type of activations and of weights that are not FP8. `auto` is bfloat16 on a GPU and
-            float32 on a CPU, which supports no other type.
-        kv_cache_dtype: type of the caches. `auto` is the type of the activations. `fp8_ds_mla` is
-            e4m3 with scales, 788 bytes per token and layer. `fp8` is another name for it.
-        max_model_len: maximum length of prompt plus output, tokens. None = the model's own limit.
-        max_num_seqs: maximum number of sequences in one step.
-        max_num_batched_tokens: maximum number of tokens in one step. None = 512 prompt tokens and
-            one token of each sequence.
-        target_inter_token_latency_ms: target for the time between two tokens of an answer while
-            prompts are computed in the same steps, milliseconds. 0 = no target. A server's default
-            is `DEFAULT_TARGET_MS`, because people read along with its streams.
+            "auto" (a GPU if Paddle has one, else the CPU). In Python also the place of a custom
+            device of Paddle, such as "name:0".
+        tensor_parallel_size: processes that share the model, each with a GPU or with some of the
+            CPU's cores.
+        dtype: dtype of activations and of weights that are not FP8. "auto" is bfloat16 on a GPU
+            and float32 on a CPU, which has no other.
+        kv_cache_dtype: format of the caches, see `fd_dsa.cache_formats`. "auto" is the dtype of
+            the activations.
+        max_model_len: longest prompt plus output in tokens, None = the model's own limit.
+        max_num_seqs: max sequences in one step.
+        max_num_batched_tokens: max tokens in one step, None = 512 of prompts plus one of each
+            sequence.
+        target_inter_token_latency_ms: max milliseconds between two tokens of an answer while
+            prompts are computed, 0 = no target. The default of a server is `DEFAULT_TARGET_MS`. A
+            program that waits for whole answers needs no target.
         block_size: tokens per cache block.
-        kv_cache_memory_bytes: size of the caches, a number or a text such as `8G`.
-        gpu_memory_utilization: share of a GPU's memory for weights and caches, above 0 and at most
-            1.
+        kv_cache_memory_bytes: size of the caches, a number or a text such as "8G".
+        gpu_memory_utilization: fraction of a GPU's memory for weights and caches, 0 to 1.
         num_gpu_blocks_override: number of cache blocks, instead of `kv_cache_memory_bytes`.
-        enable_prefix_caching: True if requests share the cache blocks of common prefixes.
-        enable_chunked_prefill: only True is supported: prompts are split at
-            `max_num_batched_tokens`.
-        async_scheduling: True if a step on a GPU is prepared and enqueued while the previous one
-            runs.
-        enforce_eager: True if decode steps on a GPU are launched kernel by kernel, not replayed
-            from CUDA graphs.
-        cudagraph_capture_sizes: numbers of rows for which decode steps are captured. A step with
+        enable_prefix_caching: share the cache blocks of prompts that begin alike.
+        enable_chunked_prefill: only True: prompts are split at `max_num_batched_tokens`.
+        async_scheduling: prepare and enqueue a step on a GPU while the one before runs.
+        enforce_eager: launch decode steps on a GPU kernel by kernel, without CUDA graphs.
+        cudagraph_capture_sizes: numbers of rows for which decode steps are captured. A step of
             fewer rows is padded. None = 1, 2, 4, 8, then every eighth number up to `max_num_seqs`.
-        speculative_config: method of drafts, see SpeculativeConfig. "none" = no drafts. None =
-            three drafts of the demo model's own layer on a CPU, otherwise no drafts.
-        generation_config: source of the defaults of requests: "auto" (generation_config.json of the
-            model's folder) or "vllm" (the defaults of the API).
-        seed: seed of requests without a seed.
-        chat_template: Jinja file that renders conversations. None = the folder's template.
+        speculative_config: source of drafts, see SpeculativeConfig, or "none". None = three drafts
+            of the demo model's own MTP layer on a CPU, and otherwise no drafts.
+        generation_config: defaults of requests: "auto" (generation_config.json of the model's
+            folder) or "vllm" (the defaults of the API).
+        seed: seed of requests without one.
+        chat_template: Jinja file that renders conversations, None = the folder's template.
 
     Raises:
         ConfigError: a value is not allowed. The message names the flag.
@@ -241,7 +227,7 @@ class EngineConfig:
         return self.model_path if self.tokenizer is None else Path(self.tokenizer)
 
     def on_device(self, device: str) -> EngineConfig:
-        """Return the same configuration with device, dtypes and drafts resolved.
+        """Return the settings with `device`, and with dtypes and drafts resolved for it.
 
         Raises:
             ConfigError: the device does not support `dtype`.
@@ -258,7 +244,7 @@ class EngineConfig:
             )
         cache_dtype = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
         drafts = self.speculative_config
-        # by default the demo model uses its own layer for drafts, on one rank
+        # without the flag the demo model drafts, on one rank
         is_whole = self.tensor_parallel_size == 1 and self.load_format != "dummy"
         if drafts is None and device == "cpu" and is_whole and self.model_path == demo_model_path():
             drafts = SpeculativeConfig("mtp", 3)
@@ -267,23 +253,23 @@ class EngineConfig:
 
     @property
     def num_batched_tokens(self) -> int:
-        """`max_num_batched_tokens`, resolved, as a plain int."""
+        """`max_num_batched_tokens`, which is an int after construction."""
         return int(self.max_num_batched_tokens)  # type: ignore[arg-type]
 
     @property
     def speculation(self) -> SpeculativeConfig | None:
-        """`speculative_config` in its form after construction, or None."""
+        """`speculative_config`, which is resolved after construction."""
         given = self.speculative_config
         return given if isinstance(given, SpeculativeConfig) else None
 
     @property
     def most_drafts(self) -> int:
-        """Maximum number of drafts of a request in a step."""
+        """Max drafts of a request in a step."""
         return self.speculation.num_speculative_tokens if self.speculation else 0
 
     @property
     def most_decode_tokens(self) -> int:
-        """Maximum number of tokens of a decode step, including drafts."""
+        """Max tokens of a decode step, drafts included."""
         return min((1 + self.most_drafts) * self.max_num_seqs, self.num_batched_tokens)
 
     @property
@@ -299,7 +285,7 @@ class EngineConfig:
         return (*(size for size in sizes if size < largest), largest)
 
     def resolve_max_model_len(self, max_position_embeddings: int) -> int:
-        """Return the maximum sequence length to be served, tokens.
+        """Return the tokens of the longest sequence.
 
         Raises:
             ConfigError: `max_model_len` exceeds the model's own maximum.
@@ -338,13 +324,15 @@ class EngineConfig:
         return folder
 
     def _check_together(self) -> None:
-        """Refuse values and combinations that this release does not support."""
+        """Refuse values that this release does not support, also in combination."""
         if self.tensor_parallel_size > _MAX_RANKS:
             allowed = f"at most {_MAX_RANKS}, the GPUs of one machine"
             hint = "--engine fastdeploy serves on several machines"
             raise flag_error("tensor_parallel_size", self.tensor_parallel_size, allowed, hint)
-        if self.kv_cache_dtype == "fp8_ds_mla" and self.block_size != FP8_BLOCK_SIZE:
-            allowed = f"{FP8_BLOCK_SIZE} with --kv-cache-dtype fp8_ds_mla"
+        stored = CACHE_FORMATS.get(self.kv_cache_dtype)
+        block_size = stored and stored.required.get("block_size")
+        if block_size and self.block_size != block_size:
+            allowed = f"{block_size} with --kv-cache-dtype {self.kv_cache_dtype}"
             raise flag_error("block_size", self.block_size, allowed, "leave it out")
         if not self.enable_chunked_prefill:
             raise ConfigError(

@@ -1,6 +1,6 @@
 // The records of fp8_ds_mla caches in C++.
 //
-// fd_dsa/ops/fp8.py defines them for Python, and a test compares the two.
+// fd_dsa/cache_formats.py defines them for Python, and a test compares the two.
 #pragma once
 
 namespace fd_dsa {

@@ -48,8 +48,8 @@ class ChatTemplate:
 
     Args:
         special_tokens: variables for the template, such as bos_token.
-        model_type: field of the model's config.json. Together with the source it selects the parser
-            of answers.
+        family_formats: tool-call formats of the model's family, newest first. Together with the
+            source they select the parser of answers.
 
     Raises:
         ConfigError: the template does not compile. The message names the origin.
@@ -63,7 +63,7 @@ class ChatTemplate:
         source: str,
         special_tokens: Mapping[str, str],
         origin: str = "the request",
-        model_type: str | None = None,
+        family_formats: Sequence[str] = (),
     ) -> None:
         if len(source) > _MAX_SOURCE_CHARS:
             raise ConfigError(
@@ -83,7 +83,7 @@ class ChatTemplate:
             raise ConfigError(f"chat template of {origin}: {why}") from error
         self.source = source
         self.origin = origin
-        self.model_type = model_type
+        self.family_formats = tuple(family_formats)
         self._special_tokens = dict(special_tokens)
         # by role, filled when the first message of a role is rendered
         self._shown: dict[str, tuple[bool, bool]] = {}

@@ -9,7 +9,6 @@ count, so a worker that is stopped, or waits for a processor, is not ended.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gc
 import os
 import resource
@@ -46,7 +45,7 @@ from fd_dsa.grammars.source import (
     one_line,
     refusal,
 )
-from fd_dsa.signals import end_with_starter, leave_signals_to_starter
+from fd_dsa.processes.child import connect_to_parent
 
 # stop reasons of llguidance for an output whose lexer has reached its limits
 _WORN_OUT = ("LexerTooComplex", "InternalError")
@@ -84,13 +83,9 @@ def main() -> int:
     Returns:
         The exit status.
     """
-    leave_signals_to_starter()
+    connection = connect_to_parent()
     # the kernel reaps workers that have ended
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    connection, life = Connection(int(sys.argv[1])), int(sys.argv[2])
-    end_with_starter(life)
-    # when the engine is gone, the kernel ends the whole process group, workers included
-    fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
     vocabularies: dict[int, _Tokens] = {}
     while True:
         try:

@@ -13,12 +13,13 @@ import numpy as np
 import paddle
 
 from fd_dsa.errors import FdDsaError
-from fd_dsa.models.memory_plan import MOST_PROMPTS, PROMPT_SIZES
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import Draw
 from fd_dsa.runner.step import Step
 from fd_dsa.runner.step_graphs import (
+    MAX_PROMPTS,
+    PROMPT_SIZES,
     Capture,
     CaptureRefused,
     PaddedStep,
@@ -53,6 +54,11 @@ class Preparation:
         powers = [1 << i for i in range((chunk - 1).bit_length())]
         chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
         prompts = [[(n, done, True)] for done in (0, cached) for n in chunks if n <= longest - done]
+        # several prompts together may have more tokens than a row
+        most_tokens = min(batch.max_num_tokens, longest * batch.max_num_seqs)
+        beyond = [1 << i for i in range(chunk.bit_length(), (most_tokens - 1).bit_length())]
+        for n in sorted({*beyond, *(size - 1 for size in beyond), most_tokens} - {*chunks}):
+            prompts.append([(min(longest, n - begin), 0, True) for begin in range(0, n, longest)])
         # rows that decode beside a prompt, all of them within the selection
         most = min(batch.max_num_seqs, batch.max_num_tokens)
         mixed = [
@@ -110,7 +116,7 @@ class Preparation:
 
         batch, topk, longest = self.input_batch, self.model.config.index_topk, self._longest_row()
         prompts = [size for size in prompt_sizes if size <= batch.max_num_tokens]
-        rows = min(MOST_PROMPTS, batch.max_num_seqs)
+        rows = min(MAX_PROMPTS, batch.max_num_seqs)
         graphs = StepGraphs(sizes, topk, longest, prompts, rows)
         try:
             with paddle.no_grad():

@@ -7,7 +7,6 @@ four times as long. vLLM and SGLang separate the two in the same way.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 import time
@@ -26,12 +25,13 @@ from fd_dsa.engine.host import (
     Failed,
     Stop,
 )
-from fd_dsa.engine.ranks import how_ended, start_process
-from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
+from fd_dsa.processes.parent import ChildProcess
+from fd_dsa.startup.progress import StartupProgress
 
-_KILL_AFTER_S = 5.0
+# time for the last event to arrive once the process has ended, seconds
+_LAST_EVENT_S = 5.0
 HEARTBEAT_S = 1.0
 """Time between two heartbeat calls to the process, seconds."""
 # any answer shows that the process is alive
@@ -44,7 +44,7 @@ class EngineProcess(EngineLink):
     The process ends when this one does, because its end of the socket closes.
 
     Raises:
-        ConfigError: like `fd_dsa.engine.factory.build_engine`, as are further errors of the start.
+        ConfigError: like `fd_dsa.startup.build.build_engine`, as are further errors of the start.
         FdDsaError: the process ended before the engine was ready.
     """
 
@@ -58,7 +58,8 @@ class EngineProcess(EngineLink):
         log_level: str = "info",
         log_json: bool = False,
     ) -> None:
-        self._process, self._connection = start_process(self.COMMAND)
+        self._process = ChildProcess(self.COMMAND)
+        self._connection = self._process.connection
         self.pid = self._process.pid
         self._is_stopping = False
         try:
@@ -71,8 +72,7 @@ class EngineProcess(EngineLink):
             self.facts = self._wait_until_ready(progress)
             self.tokenizer = loading.result()
         except BaseException:
-            self._process.kill()
-            self._process.wait()
+            self._process.join(0.0)
             raise
         self._commands: SimpleQueue[Command] = SimpleQueue()
         # time.monotonic() of the oldest message without an answer, seconds
@@ -97,12 +97,8 @@ class EngineProcess(EngineLink):
 
     def join(self, timeout_s: float) -> None:
         """Wait until the process has ended, and kill it after `timeout_s`."""
-        try:
-            self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(_KILL_AFTER_S)
-        super().join(_KILL_AFTER_S)
+        self._process.join(timeout_s)
+        super().join(_LAST_EVENT_S)
 
     def _wait_until_ready(self, progress: StartupProgress) -> EngineFacts:
         """Wait for the engine's facts and report the progress of its start.
@@ -122,7 +118,7 @@ class EngineProcess(EngineLink):
             progress.follow(*message)
 
     def _ended(self, when: str) -> FdDsaError:
-        how, hint = how_ended(self._process)
+        how, hint = self._process.how_ended()
         return FdDsaError(f"the engine's process {how} {when}{hint}")
 
     def _write(self) -> None:

@@ -16,16 +16,13 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fd_dsa.errors import ConfigError
-
-if TYPE_CHECKING:
-    from fd_dsa.serve.h11_protocol import StrictH11Protocol
+from fd_dsa.serve.flags import DEFAULT_MAX_CONNECTIONS
 
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
-DEFAULT_MAX_CONNECTIONS = 4096
 PROBE_CONNECTIONS = 8
 """Connections beyond the limit, on which probes are still answered."""
 # files of the model, pipes of the engine, and compilers
@@ -36,6 +33,18 @@ _PEEKED_BYTES = 64
 _RETRY_S = 0.02
 
 logger = logging.getLogger("fd_dsa.serve")
+
+
+class ClientConnection(Protocol):
+    """Connection of a client, as the listener sees it."""
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """Transport of the connection."""
+
+    @property
+    def has_unread(self) -> bool:
+        """True if the client has sent bytes that were not read."""
 
 
 class Listener:
@@ -67,8 +76,8 @@ class Listener:
         # accepted connections, in the order in which they are opened
         self._accepted: deque[socket.socket] = deque()
         # the connection that has waited longest comes first
-        self._waiting: dict[StrictH11Protocol, None] = {}
-        self._working: set[StrictH11Protocol] = set()
+        self._waiting: dict[ClientConnection, None] = {}
+        self._working: set[ClientConnection] = set()
         self._opening: set[asyncio.Task[object]] = set()
         self._is_open = self._is_paused = False
 
@@ -98,24 +107,24 @@ class Listener:
             while self._accepted:
                 self._accepted.popleft().close()
 
-    def add(self, connection: StrictH11Protocol) -> None:
+    def add(self, connection: ClientConnection) -> None:
         self._waiting[connection] = None
         if not self._is_open:
             # it was being opened when the server began to close
             connection.transport.abort()
 
-    def count_waiting(self, connection: StrictH11Protocol) -> None:
+    def count_waiting(self, connection: ClientConnection) -> None:
         """Count a connection without a request in progress."""
         self._working.discard(connection)
         self._waiting.setdefault(connection)
         self._resume()
 
-    def count_working(self, connection: StrictH11Protocol) -> None:
+    def count_working(self, connection: ClientConnection) -> None:
         """Count a connection with a request in progress."""
         self._waiting.pop(connection, None)
         self._working.add(connection)
 
-    def remove(self, connection: StrictH11Protocol) -> None:
+    def remove(self, connection: ClientConnection) -> None:
         self._waiting.pop(connection, None)
         self._working.discard(connection)
         self._resume()
@@ -177,7 +186,7 @@ class Listener:
             # otherwise asyncio would log that the exception was never retrieved
             task.exception()
 
-    def _oldest(self) -> StrictH11Protocol | None:
+    def _oldest(self) -> ClientConnection | None:
         """Return the connection that has waited longest, preferably one that is not sending."""
         sending = None
         for connection in self._waiting:
@@ -189,7 +198,7 @@ class Listener:
             sending = sending or connection
         return sending
 
-    def _drop(self, connection: StrictH11Protocol | None) -> None:
+    def _drop(self, connection: ClientConnection | None) -> None:
         if connection is not None:
             del self._waiting[connection]
             connection.transport.abort()

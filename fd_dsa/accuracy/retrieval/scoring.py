@@ -30,7 +30,7 @@ from fd_dsa.accuracy.scores import (
 )
 from fd_dsa.accuracy.stats import ALPHA, max_unseen_share, mcnemar, wilson
 from fd_dsa.client.questions import Answer
-from fd_dsa.client.report import Table, as_json, page
+from fd_dsa.command_line.report import Table, as_json, page
 
 _SHOWN_FAILURES = 5
 # reads 1,234,567 as 1234567
