@@ -1,6 +1,6 @@
-"""Filters of templates, within the budget of a rendering.
+"""Filters of templates, bounded by the budget of a rendering.
 
-Each filter of Jinja is in a table here; a filter in no table does not exist.
+Every available filter is in a table of this module. Other filters of Jinja do not exist.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from fd_dsa.chat.operators import (
 _MAX_DIGITS = 4300
 _MAX_PRECISION = 1000
 _MAX_ATTRIBUTE_BYTES = 512
-# bytes of all values of a filter whose time or result grows with their square
+# maximum bytes of all values of a filter with quadratic time or result
 _MAX_SLOW_BYTES = 1 << 12
-# bytes of a short text, as a word
+# bytes of a short text, such as a word
 _WORD_BYTES = 60
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
@@ -54,12 +54,12 @@ _Filter = Callable[..., Any]
 
 
 def _first(function: _Filter) -> int:
-    """Place of the value among the arguments: some functions get an environment before it."""
+    """Return the position of the value: some functions take an environment before it."""
     return 1 if getattr(function, "jinja_pass_arg", None) else 0
 
 
 def _of_text(name: str, factor: int) -> _Filter:
-    """The filter of a text whose result has at most `factor` times its bytes."""
+    """Return a text filter whose result has at most `factor` times its input's bytes."""
     function = FILTERS[name]
 
     @wraps(function)
@@ -75,7 +75,7 @@ def _of_text(name: str, factor: int) -> _Filter:
 
 
 def _slow(name: str) -> _Filter:
-    """The filter, of short values: its time or its result grows with their square."""
+    """Return a filter for short values, because its time or result is quadratic."""
     function = FILTERS[name]
     first = _first(function)
 
@@ -95,14 +95,14 @@ def _slow(name: str) -> _Filter:
 
 
 def _lazy(name: str) -> _Filter:
-    """The filter, whose items are counted while they are read."""
+    """Return a filter whose items are counted while they are read."""
     function = FILTERS[name]
 
     @wraps(function)
     def guarded(context: object, value: Any, *args: object, **kwargs: object) -> Any:
         # the name of a filter, test or attribute
         current().check_key((args[:1], kwargs.get("attribute")))
-        # a selection reads more items than it yields; Jinja does not iterate a None
+        # a selection reads more items than it yields, so its input counts; None is not iterated
         items = counted(value) if value else value
         return counted(function(context, items, *args, **kwargs))
 
@@ -110,7 +110,7 @@ def _lazy(name: str) -> _Filter:
 
 
 def _copying(name: str) -> _Filter:
-    """The filter, whose result is no larger than its values."""
+    """Return a filter whose result is not larger than its values."""
     function = FILTERS[name]
 
     @wraps(function)
@@ -125,7 +125,11 @@ def _copying(name: str) -> _Filter:
 def _check_sorting(
     environment: Environment, items: Any, attribute: str | int | None, others: object
 ) -> Any:
-    """Check the comparison of all items and the copies in lower case; return what is compared."""
+    """Check the cost of comparing all items and of their lower-case copies.
+
+    Returns:
+        The values that are compared.
+    """
     budget = current()
     keys = items
     if attribute is not None:
@@ -141,10 +145,10 @@ def _check_sorting(
 
 
 def _sorting(name: str, place: int) -> _Filter:
-    """The filter, which compares all items.
+    """Return a filter that compares all items.
 
     Args:
-        place: of the attribute among the arguments after the value.
+        place: position of the attribute among the arguments after the value.
     """
     function = FILTERS[name]
 
@@ -158,7 +162,7 @@ def _sorting(name: str, place: int) -> _Filter:
                 current().check_key(key)
         result = function(environment, items, *args, **kwargs)
         if isinstance(result, list):
-            # of groups, each has a list of its own
+            # each group has its own list
             current().spend(4 * getsizeof(result))
         return result if name != "unique" else counted(result)
 
@@ -293,7 +297,7 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Filter `tojson`, as transformers have it."""
+    """Filter `tojson`, with the arguments of transformers."""
     budget = current()
     weight = budget.weigh(value)
     between = budget.weigh(separators) if separators is not None else 0
@@ -308,7 +312,7 @@ def to_json(
         text = encoder.encode(value)
         budget.spend(getsizeof(text))
         return text
-    # blanks grow with the depth, so they are counted while they are written
+    # indentation grows with the depth, so the pieces are counted while they are written
     pieces = []
     for piece in encoder.iterencode(value):
         budget.spend(getsizeof(piece))
@@ -317,7 +321,7 @@ def to_json(
 
 
 def _text(value: object) -> Any:
-    """Return a text, or a Markup, as it is, and the text of any other value."""
+    """Return a text or a Markup unchanged, and the text of any other value."""
     return value if isinstance(value, str) else to_text(value)
 
 
@@ -334,7 +338,7 @@ def _ticked(context: object, value: object, num_bytes: int) -> Any:
 
 
 OPERATORS: dict[str, _Filter] = {
-    # no template can write these names
+    # names that no template can write
     "+": add,
     "-": subtract,
     "(-)": negate,

@@ -1,6 +1,6 @@
-"""Tests of templates (`x is even`), within the budget of a rendering.
+"""Tests of templates (`x is even`), bounded by the budget of a rendering.
 
-Each test of Jinja is in a table here; a test in no table does not exist.
+Every available test is in a table of this module. Other tests of Jinja do not exist.
 """
 
 from __future__ import annotations
