@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -67,7 +68,7 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _print_completion(args: Any) -> None:
+def _print_completion(args: argparse.Namespace) -> None:
     import shtab
 
     parents = {
@@ -79,7 +80,7 @@ def _print_completion(args: Any) -> None:
     for parent in parents.values():
         for action in parent._actions:
             if action.metavar in kinds:
-                action.complete = kinds[str(action.metavar)]  # type: ignore[attr-defined]
+                action.complete = kinds[str(action.metavar)]
     print(shtab.complete(build_parser(parents), args.shell))
 
 

@@ -248,7 +248,11 @@ class EngineConfig:
         is_whole = self.tensor_parallel_size == 1 and self.load_format != "dummy"
         if drafts is None and device == "cpu" and is_whole and self.model_path == demo_model_path():
             drafts = SpeculativeConfig("mtp", 3)
-        resolved = {"dtype": dtype, "kv_cache_dtype": cache_dtype, "speculative_config": drafts}
+        resolved: dict[str, Any] = {
+            "dtype": dtype,
+            "kv_cache_dtype": cache_dtype,
+            "speculative_config": drafts,
+        }
         return replace(self, device=device, **resolved)
 
     @property

@@ -160,7 +160,7 @@ def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:
             os.close(folder)
 
 
-def _append(file: BinaryIO, entry: Mapping[str, Any]) -> None:
+def _append(file: BinaryIO, entry: Mapping[str, object]) -> None:
     """Write one line and wait until it is on the disk."""
     # ASCII escapes, because a lone surrogate has no UTF-8 form
     file.write(json.dumps(entry).encode("ascii") + b"\n")

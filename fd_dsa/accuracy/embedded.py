@@ -17,6 +17,7 @@ import numpy as np
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import prepare_cpu_runtime
 from fd_dsa.errors import ConfigError
+from fd_dsa.tensor import Array
 
 if TYPE_CHECKING:
     from fd_dsa.engine.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ class SingleSequenceRunner:
         for start in range(0, len(token_ids), size):
             yield start, self.run(token_ids[start : start + size])
 
-    def logits(self, hidden: Any) -> np.ndarray:
+    def logits(self, hidden: Array) -> np.ndarray:
         """Return logits, float32 [n, vocab_size], of `run`'s hidden states [n, hidden_size]."""
         import paddle
 

@@ -136,11 +136,11 @@ def arguments() -> Mapping[str, Mapping[str, type]]:
     return dict(sorted(found.items()))
 
 
-def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
+def _without_nulls(given: Mapping[str, object]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _prompt(data: Mapping[str, Any], where: str) -> Prompt:
+def _prompt(data: Mapping[str, object], where: str) -> Prompt:
     """Parse the prompt of one line and check each field.
 
     Args:
@@ -170,7 +170,7 @@ def _prompt(data: Mapping[str, Any], where: str) -> Prompt:
     return Prompt(str(key), text, tuple(names), tuple(_checked(*pair, where) for pair in pairs))
 
 
-def _checked(name: Any, given: Any, where: str) -> dict[str, Any]:
+def _checked(name: object, given: object, where: str) -> dict[str, Any]:
     """Check the arguments of one instruction. Returns them without nulls."""
     if not isinstance(name, str) or name not in arguments():
         known = ", ".join(arguments())
@@ -200,7 +200,7 @@ def _checked(name: Any, given: Any, where: str) -> dict[str, Any]:
     return kept
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 

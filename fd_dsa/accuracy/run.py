@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -78,7 +77,7 @@ class ServerUnderTest:
     info: ServerInfo
     own: OwnServer | None
 
-    def settings(self, task: str, task_settings: dict[str, Any]) -> RunSettings:
+    def settings(self, task: str, task_settings: dict[str, object]) -> RunSettings:
         """Return all settings that determine the answers."""
         args, facts, url = self.args, dict(self.info.facts), self.client.base_url
         if self.own is not None:
@@ -95,7 +94,7 @@ class ServerUnderTest:
         )
 
     def collect(
-        self, task: str, questions: Sequence[Question], task_settings: dict[str, Any]
+        self, task: str, questions: Sequence[Question], task_settings: dict[str, object]
     ) -> Run:
         """Ask the questions without an answer and store every answer.
 

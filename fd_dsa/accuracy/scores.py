@@ -132,7 +132,7 @@ def prompt_score(
     return PromptScore(answer.key, names, strict, loose, answer.finish_reason, *counts, sha)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value for a message, shortened if long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from fd_dsa.chat.enforced import checked, exclusive, refusal
+from fd_dsa.chat.enforced import CheckedSchema, checked, exclusive, refusal
 from fd_dsa.chat.schema import (
     MAX_DEPTH,
     SchemaError,
     ToolSchema,
     declared_kinds,
+    items_of,
     listed_values,
     mapping,
 )
@@ -22,7 +23,8 @@ _MAX_PARTS = 512
 # a grammar with more names would be too large
 _MAX_NAMES = 512
 _OBJECT = frozenset({"object"})
-_Plain = tuple[Mapping[str, Any], ...]
+_T = TypeVar("_T")
+_Plain = tuple[CheckedSchema, ...]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class _Alternatives:
         self._schema = schema
         self._memo: dict[int, list[_Plain]] = {}
 
-    def of(self, of: Any, depth: int = MAX_DEPTH) -> list[_Plain]:
+    def of(self, of: object, depth: int = MAX_DEPTH) -> list[_Plain]:
         """Return the alternatives of a schema."""
         if isinstance(of, bool) or of is None:
             return [] if of is False else [()]
@@ -94,7 +96,7 @@ class _Alternatives:
             self._memo[id(of)] = self._of_dict(checked(self._schema, of, depth), depth)
         return self._memo[id(of)]
 
-    def _of_dict(self, of: Mapping[str, Any], depth: int) -> list[_Plain]:
+    def _of_dict(self, of: CheckedSchema, depth: int) -> list[_Plain]:
         schema = self._schema
         found: list[_Plain] = [(of,)]
         values = listed_values(of)
@@ -105,7 +107,7 @@ class _Alternatives:
             found = _product(found, self.of(part, depth - 1), "allOf")
         for keyword in ("anyOf", "oneOf"):
             if keyword in of:
-                branches = of[keyword]
+                branches: Sequence[object] = items_of(of.get(keyword))
                 if keyword == "oneOf":
                     branches = exclusive(schema, branches, _OBJECT)
                 choices: list[_Plain] = []
@@ -133,9 +135,9 @@ def _check_size(found: list[_Plain], keyword: str) -> None:
         raise refusal(keyword, f"the arguments have more than {_MAX_PARTS} schemas")
 
 
-def _constant(value: Mapping[str, Any]) -> dict[str, Any]:
+def _constant(value: Mapping[str, object]) -> CheckedSchema:
     """Return a schema that only this object satisfies."""
-    properties = {name: {"const": of} for name, of in value.items()}
+    properties: dict[str, object] = {name: {"const": of} for name, of in value.items()}
     return {"properties": properties, "required": list(value), "additionalProperties": False}
 
 
@@ -170,7 +172,7 @@ def _list_of(schema: ToolSchema, plain: _Plain) -> ArgumentList | None:
     return ArgumentList(tuple(arguments), min_count, max_count)
 
 
-def _of_property(schema: ToolSchema, part: Mapping[str, Any], name: str) -> list[Any]:
+def _of_property(schema: ToolSchema, part: Mapping[str, object], name: str) -> list[Any]:
     try:
         return schema.of_property(part, name)
     except SchemaError:
@@ -200,5 +202,5 @@ def _of_any_name(plain: _Plain) -> list[Argument]:
     return found
 
 
-def _unique(parts: Iterable[Any]) -> tuple[Any, ...]:
+def _unique(parts: Iterable[_T]) -> tuple[_T, ...]:
     return tuple({id(part): part for part in parts}.values())

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from contextvars import ContextVar
 from sys import getsizeof, hash_info
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2.exceptions import SecurityError
 
@@ -34,6 +34,9 @@ _SCALARS = (str, int, float, bool, type(None))
 _CONTAINERS = (list, tuple, Mapping, AbstractSet, ValuesView)
 SCALAR_BYTES = 32
 """Bytes of a number, and the minimum for any value."""
+
+
+_T = TypeVar("_T")
 
 
 class OverBudget(SecurityError, ValueError):
@@ -99,7 +102,7 @@ class Budget:
         if num_bytes > _MAX_WORK:
             raise OverBudget(f"would compare or search more than {_MAX_WORK} bytes at once")
 
-    def check_key(self, value: Any) -> Any:
+    def check_key(self, value: _T) -> _T:
         """Return a value used as a key or shown in an error.
 
         Refuse one that is slow to hash.
@@ -116,7 +119,7 @@ class Budget:
                     self.check_key(item)
         return value
 
-    def weigh(self, value: Any) -> int:
+    def weigh(self, value: object) -> int:
         """Return the bytes of a value with all nested values, each as often as it occurs.
 
         Nested lists that hold the same list twice have few objects but endless text. Each object is

@@ -152,7 +152,7 @@ class CallWriter:
         # "" represents any name if all names have the same schema
         return self._schema.argument_types("") if self._is_uniform else frozenset()
 
-    def _json(self, parts: Sequence[Any], kinds: frozenset[str], compact: bool = False) -> str:
+    def _json(self, parts: Sequence[object], kinds: frozenset[str], compact: bool = False) -> str:
         """Return the rule for JSON of some types that satisfies all schemas."""
         parts = [plain_target(self._schema, part) for part in parts] or [True]
         key = (*map(id, parts), kinds, compact)

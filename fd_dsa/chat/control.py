@@ -75,13 +75,13 @@ class RenderedPrompt:
 def render_prompt(
     renderer: ChatTemplate,
     control: ControlFinder | None,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Mapping[str, object]],
     add_generation_prompt: bool = True,
     /,
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, object]] | None = None,
     continue_final_message: bool = False,
-    **variables: Any,
+    **variables: object,
 ) -> RenderedPrompt:
     """Render a conversation.
 
@@ -141,9 +141,9 @@ class _Conversation:
 
     def __init__(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any],
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None,
+        variables: Mapping[str, object],
         goes_on: bool,
     ) -> None:
         self._messages = messages
@@ -186,7 +186,7 @@ class _Conversation:
             raise ValueError(_unquote(str(error), begin, end).text) from error
         return _unquote(text, begin, end)
 
-    def _written_fields(self, message: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    def _written_fields(self, message: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
         """Return the fields with markers that count, as alternating markers and texts."""
         role, content = message.get("role"), message.get("content")
         fields: dict[str, tuple[str, ...]] = {"role": (role,)} if isinstance(role, str) else {}
@@ -199,7 +199,7 @@ class _Conversation:
         return fields
 
     def _change_message(
-        self, message: Mapping[str, Any], changes: Mapping[str, str]
+        self, message: Mapping[str, object], changes: Mapping[str, str]
     ) -> dict[str, Any]:
         written = self._written_fields(message)
         changed: dict[str, Any] = {}
@@ -211,7 +211,7 @@ class _Conversation:
         return changed
 
 
-def texts_in(*values: Any, with_names: bool = True) -> Iterator[str]:
+def texts_in(*values: object, with_names: bool = True) -> Iterator[str]:
     """Yield all texts in JSON values.
 
     Args:
@@ -233,7 +233,7 @@ def texts_in(*values: Any, with_names: bool = True) -> Iterator[str]:
             todo += (entry for entry in cancellable(value) if not isinstance(entry, int | float))
 
 
-def _change(value: Any, changes: Mapping[str, str]) -> Any:
+def _change(value: object, changes: Mapping[str, str]) -> Any:
     """Return a JSON value with texts and field names replaced."""
     if isinstance(value, str):
         return changes.get(value, value)

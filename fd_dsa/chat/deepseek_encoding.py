@@ -54,7 +54,7 @@ class DeepseekV32Encoding(ChatTemplate):
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> str:
@@ -110,13 +110,13 @@ class DeepseekV4Encoding(ChatTemplate):
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         add_generation_prompt: bool = True,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         continue_final_message: bool = False,
         reasoning_effort: object = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> str:
         """Return the text of a conversation.
 
@@ -218,7 +218,7 @@ def _text(content: Any) -> str:
 
 
 def _with_tools(
-    turns: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]
+    turns: list[dict[str, Any]], tools: Sequence[Mapping[str, object]]
 ) -> list[dict[str, Any]]:
     """Offer tools in the first system message, which is added if necessary."""
     if not tools:
@@ -236,13 +236,13 @@ def _without_old_developers(turns: list[dict[str, Any]]) -> list[dict[str, Any]]
     return [t for index, t in enumerate(turns) if t.get("role") != "developer" or index >= last]
 
 
-def _last_user(turns: Sequence[Mapping[str, Any]]) -> int:
+def _last_user(turns: Sequence[Mapping[str, object]]) -> int:
     """Return the index of the last message of a user or developer, -1 without one."""
     users = [index for index, t in enumerate(turns) if t.get("role") in ("user", "developer")]
     return users[-1] if users else -1
 
 
-def _check_variables(model: str, variables: Mapping[str, Any], known: Collection[str]) -> None:
+def _check_variables(model: str, variables: Mapping[str, object], known: Collection[str]) -> None:
     """Raise ValueError for a variable that is not a known switch, or not true or false."""
     for name, value in variables.items():
         if name not in known:
@@ -304,7 +304,7 @@ def read_v4_words(folder: Path) -> V4Words:
     )
 
 
-def _text_with(place: str, value: Any) -> str | None:
+def _text_with(place: str, value: object) -> str | None:
     """Return the value if it is a text with the placeholder, otherwise None."""
     return value if isinstance(value, str) and place in value else None
 

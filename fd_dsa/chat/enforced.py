@@ -6,9 +6,9 @@ Other keywords are refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from fd_dsa.chat.schema import (
     KINDS,
@@ -57,6 +57,40 @@ _FORMS: dict[str, tuple[type, ...]] = {
     "minProperties": (int,),
     "maxProperties": (int,),
 }
+CheckedSchema = TypedDict(
+    "CheckedSchema",
+    {
+        "$ref": object,
+        "additionalItems": object,
+        "additionalProperties": object,
+        "allOf": list[object],
+        "anyOf": list[object],
+        "const": object,
+        "enum": list[object],
+        "exclusiveMaximum": float,
+        "exclusiveMinimum": float,
+        "format": object,
+        "items": object,
+        "maxItems": int,
+        "maxLength": int,
+        "maxProperties": int,
+        "maximum": float,
+        "minItems": int,
+        "minLength": int,
+        "minProperties": int,
+        "minimum": float,
+        "multipleOf": float,
+        "oneOf": list[object],
+        "pattern": str,
+        "patternProperties": dict[str, object],
+        "prefixItems": list[object],
+        "properties": dict[str, object],
+        "required": list[str],
+        "type": object,
+    },
+    total=False,
+)
+"""Schema whose own keywords have the right forms, see `checked`."""
 _MAX_MULTIPLE = 2**31
 _MAX_VALUES = 8_192
 _CONSTRAINTS = frozenset(
@@ -70,12 +104,12 @@ _MAX_PAIRED = 32
 _MAX_TAGS = 4
 
 
-def constraints(schema: Mapping[str, Any]) -> list[str]:
+def constraints(schema: Mapping[str, object]) -> list[str]:
     """Return the keywords of a schema that are not annotations."""
     return [keyword for keyword in schema if keyword in _CONSTRAINTS]
 
 
-def checked(schema: ToolSchema, of: Any, depth: int) -> Mapping[str, Any]:
+def checked(schema: ToolSchema, of: object, depth: int) -> CheckedSchema:
     """Check the own keywords of a part of a tool's schema, not those of its subschemas.
 
     Args:
@@ -97,7 +131,7 @@ def checked(schema: ToolSchema, of: Any, depth: int) -> Mapping[str, Any]:
     if schema.has_own_base(of):
         raise refusal("$id", "references to schemas with an identity are not supported")
     _check_keywords(of)
-    return of
+    return cast(CheckedSchema, of)
 
 
 def _check_keywords(schema: Mapping[str, Any]) -> None:
@@ -135,7 +169,7 @@ def _check_keywords(schema: Mapping[str, Any]) -> None:
         )
 
 
-def _check_finite(keyword: str, value: Any) -> None:
+def _check_finite(keyword: str, value: object) -> None:
     """Raise SchemaError for a number that is too large for a double."""
     if isinstance(value, float) and not math.isfinite(value):
         raise SchemaError(f"{keyword}: got {value}; must be a number that a double can hold")
@@ -147,7 +181,9 @@ def refusal(keyword: str, why: str = "") -> SchemaError:
     return SchemaError(f'{keyword}: {why}; remove it, or use tool_choice "auto"')
 
 
-def exclusive(schema: ToolSchema, branches: list[Any], within: frozenset[str]) -> list[Any]:
+def exclusive(
+    schema: ToolSchema, branches: Sequence[object], within: frozenset[str]
+) -> Sequence[object]:
     """Rewrite the alternatives of `oneOf` so that no value satisfies two: an `anyOf`.
 
     Alternatives for objects then require the property whose constants distinguish them. If only
@@ -178,7 +214,7 @@ def exclusive(schema: ToolSchema, branches: list[Any], within: frozenset[str]) -
     return made
 
 
-def _differ(sets: Iterable[frozenset[Any] | None]) -> bool:
+def _differ(sets: Iterable[frozenset[object] | None]) -> bool:
     """Return True if all sets are known and disjoint."""
     seen: set[Any] = set()
     for values in sets:
@@ -188,7 +224,7 @@ def _differ(sets: Iterable[frozenset[Any] | None]) -> bool:
     return True
 
 
-def _values(schema: ToolSchema, of: Any) -> frozenset[Any] | None:
+def _values(schema: ToolSchema, of: object) -> frozenset[Any] | None:
     """Return a finite superset of the scalars that satisfy a schema, or None if unknown."""
     if of is False:
         return frozenset()
@@ -202,7 +238,7 @@ def _values(schema: ToolSchema, of: Any) -> frozenset[Any] | None:
     return None
 
 
-def _facts(schema: ToolSchema, of: Any) -> tuple[dict[str, None], list[Mapping[str, Any]]]:
+def _facts(schema: ToolSchema, of: object) -> tuple[dict[str, None], list[Mapping[str, Any]]]:
     """Return the names that a schema requires, and the plain schemas it consists of."""
     required: dict[str, None] = {}
     plain: list[Mapping[str, Any]] = []
@@ -219,7 +255,7 @@ def _facts(schema: ToolSchema, of: Any) -> tuple[dict[str, None], list[Mapping[s
     return required, plain
 
 
-def _apart(schema: ToolSchema, branches: list[Any]) -> list[Any]:
+def _apart(schema: ToolSchema, branches: Sequence[object]) -> Sequence[object]:
     """Rewrite object schemas so that no object satisfies two. See `exclusive`."""
     facts = [_facts(schema, branch) for branch in branches]
     names = dict.fromkeys(name for part in facts[0][1] for name in _constants(part))
@@ -249,7 +285,7 @@ def _apart(schema: ToolSchema, branches: list[Any]) -> list[Any]:
     return made
 
 
-def _constants(plain: Mapping[str, Any]) -> list[str]:
+def _constants(plain: Mapping[str, object]) -> list[str]:
     """Return the properties that may distinguish object schemas."""
     properties = mapping(plain.get("properties"))
     return [

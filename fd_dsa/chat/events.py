@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from fd_dsa.chat.schema import ToolSchema, type_of
 from fd_dsa.chat.text_feed import Damaged, Steps
@@ -78,7 +78,7 @@ class EventSink:
             tools are called.
     """
 
-    def __init__(self, schemas: Mapping[str, Any]) -> None:
+    def __init__(self, schemas: Mapping[str, object]) -> None:
         self.schemas = schemas
         self.num_calls = 0
         self._resolved: dict[str, ToolSchema] = {}

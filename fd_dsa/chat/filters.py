@@ -11,6 +11,7 @@ from functools import wraps
 from sys import getsizeof
 from typing import Any
 
+from jinja2 import Environment
 from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.utils import pass_context, pass_environment
 
@@ -62,7 +63,7 @@ def _of_text(name: str, factor: int) -> _Filter:
     function = FILTERS[name]
 
     @wraps(function)
-    def guarded(value: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded(value: object, *args: object, **kwargs: object) -> Any:
         budget = current()
         text = value if isinstance(value, str) else to_text(value)
         budget.check_room(factor * getsizeof(text))
@@ -79,7 +80,7 @@ def _slow(name: str) -> _Filter:
     first = _first(function)
 
     @wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def guarded(*args: object, **kwargs: object) -> Any:
         budget = current()
         values = (*args[first:], *kwargs.values())
         if any(isinstance(value, Iterator) for value in values):
@@ -98,7 +99,7 @@ def _lazy(name: str) -> _Filter:
     function = FILTERS[name]
 
     @wraps(function)
-    def guarded(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded(context: object, value: Any, *args: object, **kwargs: object) -> Any:
         # the name of a filter, test or attribute
         current().check_key((args[:1], kwargs.get("attribute")))
         # a selection reads more items than it yields, so its input counts; None is not iterated
@@ -113,7 +114,7 @@ def _copying(name: str) -> _Filter:
     function = FILTERS[name]
 
     @wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def guarded(*args: object, **kwargs: object) -> Any:
         result = function(*args, **kwargs)
         current().spend(getsizeof(result))
         return result
@@ -121,7 +122,9 @@ def _copying(name: str) -> _Filter:
     return guarded
 
 
-def _check_sorting(environment: Any, items: Any, attribute: Any, others: Any) -> Any:
+def _check_sorting(
+    environment: Environment, items: Any, attribute: str | int | None, others: object
+) -> Any:
     """Check the cost of comparing all items and of their lower-case copies.
 
     Returns:
@@ -150,9 +153,9 @@ def _sorting(name: str, place: int) -> _Filter:
     function = FILTERS[name]
 
     @wraps(function)
-    def guarded(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded(environment: Environment, value: object, *args: object, **kwargs: object) -> Any:
         items = to_list(value)
-        attribute = kwargs.get("attribute", args[place] if len(args) > place else None)
+        attribute: Any = kwargs.get("attribute", args[place] if len(args) > place else None)
         keys = _check_sorting(environment, items, attribute, (*args, *kwargs.values()))
         if name == "unique":
             for key in keys:
@@ -166,7 +169,7 @@ def _sorting(name: str, place: int) -> _Filter:
     return guarded
 
 
-def _dictsort(value: Mapping[Any, Any], *args: Any, **kwargs: Any) -> Any:
+def _dictsort(value: Mapping[Any, object], *args: object, **kwargs: object) -> Any:
     budget = current()
     weight = budget.weigh(value)
     budget.check_room(weight)
@@ -176,7 +179,7 @@ def _dictsort(value: Mapping[Any, Any], *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _center(value: Any, width: int = 80) -> Any:
+def _center(value: object, width: int = 80) -> Any:
     text = _text(value)
     current().check_room(padded_bytes(text, width))
     result = text.center(width)
@@ -184,7 +187,7 @@ def _center(value: Any, width: int = 80) -> Any:
     return result
 
 
-def _trim(value: Any, chars: str | None = None) -> Any:
+def _trim(value: object, chars: str | None = None) -> Any:
     text = _text(value)
     if chars is not None:
         stripped_bytes(text, chars)
@@ -193,13 +196,13 @@ def _trim(value: Any, chars: str | None = None) -> Any:
     return result
 
 
-def _format(value: Any, *args: Any, **kwargs: Any) -> Any:
+def _format(value: Any, *args: object, **kwargs: object) -> Any:
     if args and kwargs:
         return FILTERS["format"]("", *args, **kwargs)
     return modulo(_text(value), kwargs or args)
 
 
-def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> Any:
+def _indent(value: object, width: int | str = 4, first: bool = False, blank: bool = False) -> Any:
     budget = current()
     if isinstance(value, str) and isinstance(width, int | str):
         step = len(width) if isinstance(width, str) else max(width, 0)
@@ -213,7 +216,9 @@ def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool =
 
 
 @pass_environment
-def _join(environment: Any, value: Any, d: Any = "", attribute: Any = None) -> str:
+def _join(
+    environment: Environment, value: Any, d: object = "", attribute: str | int | None = None
+) -> str:
     if attribute is not None:
         current().check_key(attribute)
         value = map(make_attrgetter(environment, attribute), value)
@@ -228,7 +233,7 @@ def _list(value: Any) -> Any:
     return list(value)
 
 
-def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
+def _replace(value: object, old: object, new: object, count: int | None = None) -> str:
     text, old, new = to_text(value), to_text(old), to_text(new)
     current().check_room(replaced_bytes(text, old, new, -1 if count is None else count))
     result = text.replace(old, new, -1 if count is None else count)
@@ -237,7 +242,9 @@ def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
 
 
 @pass_environment
-def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0) -> Any:
+def _sum(
+    environment: Environment, iterable: Any, attribute: str | int | None = None, start: object = 0
+) -> Any:
     if isinstance(start, str):
         raise TypeError("sum() can't sum strings [use the filter 'join' instead]")
     if attribute is not None:
@@ -248,23 +255,23 @@ def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0)
     return start
 
 
-def _int(value: Any, default: Any = 0, base: int = 10) -> Any:
+def _int(value: object, default: object = 0, base: int = 10) -> Any:
     result = FILTERS["int"](_digits(value), default, base)
     current().spend(getsizeof(result))
     return result
 
 
-def _float(value: Any, default: Any = 0.0) -> Any:
+def _float(value: object, default: object = 0.0) -> Any:
     return FILTERS["float"](_digits(value), default)
 
 
-def _digits(value: Any) -> Any:
+def _digits(value: object) -> Any:
     if isinstance(value, str) and len(value) > _MAX_DIGITS:
         raise OverBudget(f"would read a number of more than {_MAX_DIGITS} characters")
     return value
 
 
-def _round(value: Any, precision: int = 0, method: str = "common") -> Any:
+def _round(value: object, precision: int = 0, method: str = "common") -> Any:
     if isinstance(precision, int) and abs(precision) > _MAX_PRECISION:
         raise OverBudget(f"'round' takes a precision of at most {_MAX_PRECISION}")
     result = FILTERS["round"](value, precision, method)
@@ -272,19 +279,19 @@ def _round(value: Any, precision: int = 0, method: str = "common") -> Any:
     return result
 
 
-def _batch(value: Any, linecount: int, fill_with: Any = None) -> Any:
+def _batch(value: Any, linecount: int, fill_with: object = None) -> Any:
     if fill_with is not None and isinstance(linecount, int):
         current().check_room(8 * linecount)
     return counted(FILTERS["batch"](counted(value), linecount, fill_with))
 
 
 @wraps(FILTERS["slice"])
-def _slice(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+def _slice(environment: Environment, value: object, *args: object, **kwargs: object) -> Any:
     return counted(FILTERS["slice"](environment, to_list(value), *args, **kwargs))
 
 
 def to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
@@ -313,19 +320,19 @@ def to_json(
     return join("", pieces)
 
 
-def _text(value: Any) -> Any:
+def _text(value: object) -> Any:
     """Return a text or a Markup unchanged, and the text of any other value."""
     return value if isinstance(value, str) else to_text(value)
 
 
 @pass_context
-def _tick(context: Any, num_bytes: int) -> None:
+def _tick(context: object, num_bytes: int) -> None:
     """Count a step of a loop, or a call of a macro."""
     current().spend(num_bytes)
 
 
 @pass_context
-def _ticked(context: Any, value: Any, num_bytes: int) -> Any:
+def _ticked(context: object, value: object, num_bytes: int) -> Any:
     current().spend(num_bytes)
     return value
 

@@ -7,7 +7,6 @@ model's own format. So the same parser reads forced and free calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from fd_dsa.chat import tool_formats as marks
 from fd_dsa.chat.call_grammar import CallWriter
@@ -15,7 +14,7 @@ from fd_dsa.chat.lark import Lark
 from fd_dsa.chat.schema import SchemaError, ToolSchema
 
 
-def forced_calls_grammar(tool_format: str, schemas: Mapping[str, Any], *, several: bool) -> str:
+def forced_calls_grammar(tool_format: str, schemas: Mapping[str, object], *, several: bool) -> str:
     """Return a grammar of answers that consist of calls only, at least one.
 
     Every call under the grammar satisfies its tool's schema, and the parser of answers reads each

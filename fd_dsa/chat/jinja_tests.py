@@ -22,7 +22,7 @@ def _named(name: str) -> _Test:
     test = _TESTS[name]
 
     @wraps(test)
-    def guarded(environment: Any, value: Any) -> Any:
+    def guarded(environment: object, value: object) -> Any:
         return test(environment, current().check_key(value))
 
     return guarded

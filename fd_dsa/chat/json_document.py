@@ -12,7 +12,7 @@ from decimal import ROUND_DOWN, Context, Decimal
 from itertools import chain
 from typing import Any
 
-from fd_dsa.chat.enforced import checked, constraints, exclusive, refusal
+from fd_dsa.chat.enforced import CheckedSchema, checked, constraints, exclusive, refusal
 from fd_dsa.chat.lark import check_size
 from fd_dsa.chat.patterns import FORMATS
 from fd_dsa.chat.schema import (
@@ -35,7 +35,7 @@ _MAX_OPTIONAL = 32
 
 
 def json_document(
-    schema: ToolSchema, parts: Sequence[Any], kinds: frozenset[str] = KINDS
+    schema: ToolSchema, parts: Sequence[object], kinds: frozenset[str] = KINDS
 ) -> dict[str, Any]:
     """Return a schema of values that satisfy all of `parts` and have one of the types.
 
@@ -70,7 +70,7 @@ class _Document:
         self._num_chars = 0
         self.definitions: dict[str, Any] = {}
 
-    def body(self, of: Any, kinds: frozenset[str] = KINDS, depth: int = MAX_DEPTH) -> Any:
+    def body(self, of: object, kinds: frozenset[str] = KINDS, depth: int = MAX_DEPTH) -> Any:
         """Rewrite a schema to the part of JSON Schema that llguidance supports.
 
         Args:
@@ -81,7 +81,7 @@ class _Document:
             return of
         of = checked(self._schema, of, depth)
         kinds &= self._schema.kinds([of])
-        made = {key: of[key] for key in _AS_THEY_ARE if key in of}
+        made: dict[str, Any] = {key: of.get(key) for key in _AS_THEY_ARE if key in of}
         made |= _bounds(of)
         values = listed_values(of)
         if values is not None:
@@ -105,7 +105,7 @@ class _Document:
         check_size(self._num_chars)
         return made
 
-    def _nested(self, of: Any, depth: int) -> Any:
+    def _nested(self, of: object, depth: int) -> Any:
         """Rewrite a schema for a value inside another value."""
         outside, self._in_place = self._in_place, frozenset()
         made = self.body(of, depth=depth - 1)
@@ -113,7 +113,7 @@ class _Document:
         self._in_place = outside
         return made
 
-    def _definition(self, reference: Any, depth: int) -> str:
+    def _definition(self, reference: object, depth: int) -> str:
         """Return the name of the definition for the target of a reference."""
         target = self._schema.target(reference)
         if id(target) in self._in_place:
@@ -126,7 +126,7 @@ class _Document:
             self._in_place = outside
         return self._names[id(target)]
 
-    def _of_object(self, of: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    def _of_object(self, of: CheckedSchema, depth: int) -> dict[str, Any]:
         """Rewrite the keywords for objects."""
         made: dict[str, Any] = {}
         for key in ("properties", "patternProperties"):
@@ -134,7 +134,7 @@ class _Document:
                 regexes = key == "patternProperties"
                 made[key] = {
                     self._key(name) if regexes else name: self._nested(each, depth)
-                    for name, each in of[key].items()
+                    for name, each in mapping(of.get(key)).items()
                 }
         if "additionalProperties" in of:
             made["additionalProperties"] = self._nested(of["additionalProperties"], depth)
@@ -145,7 +145,7 @@ class _Document:
     def _key(self, pattern: str) -> str:
         return _anchored(key_regex(self._schema, pattern))
 
-    def _of_array(self, of: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    def _of_array(self, of: CheckedSchema, depth: int) -> dict[str, Any]:
         """Rewrite the keywords for arrays.
 
         Drafts before 2020-12 write `prefixItems` as a list of `items`.
@@ -162,10 +162,11 @@ class _Document:
         return made
 
 
-def text_regexes(schema: ToolSchema, of: Mapping[str, Any]) -> list[str]:
+def text_regexes(schema: ToolSchema, of: CheckedSchema) -> list[str]:
     """Return regexes of whole texts for `pattern` and `format`."""
     found = [schema.regex(of["pattern"], "pattern")] if "pattern" in of else []
-    known = FORMATS.get(of["format"]) if isinstance(of.get("format"), str) else None
+    form = of.get("format")
+    known = FORMATS.get(form) if isinstance(form, str) else None
     return found + ([known] if known else [])
 
 
@@ -178,7 +179,7 @@ def _anchored(regex: str) -> str:
     return f"^(?:{regex})$"
 
 
-def _bounds(of: Mapping[str, Any]) -> dict[str, Any]:
+def _bounds(of: CheckedSchema) -> dict[str, Any]:
     """Return the bounds of numbers.
 
     Beyond exact doubles they are moved inward to 15 digits.
@@ -186,7 +187,7 @@ def _bounds(of: Mapping[str, Any]) -> dict[str, Any]:
     made = {}
     for key in (*_LOWER, *_UPPER):
         value = of.get(key)
-        if value is None:
+        if not isinstance(value, int | float):
             continue
         if abs(value) >= _MAX_EXACT:
             if (value < 0) != (key in _LOWER):
@@ -201,7 +202,7 @@ def _bounds(of: Mapping[str, Any]) -> dict[str, Any]:
 _MAX_INT64 = 9_223_372_036_854_770_000
 
 
-def _exact(value: Any, depth: int = MAX_DEPTH) -> Any:
+def _exact(value: object, depth: int = MAX_DEPTH) -> Any:
     """Check a value of `const` or `enum`, which llguidance compares as a double."""
     if isinstance(value, int) and abs(value) > _MAX_EXACT:
         raise refusal("enum", f"{shown(value)} is beyond the integers that doubles hold")
@@ -216,16 +217,16 @@ def _exact(value: Any, depth: int = MAX_DEPTH) -> Any:
     return value
 
 
-def _is_closed(of: Mapping[str, Any]) -> bool:
+def _is_closed(of: CheckedSchema) -> bool:
     return of.get("additionalProperties") is False and not of.get("patternProperties")
 
 
-def _optional(of: Mapping[str, Any]) -> list[str]:
+def _optional(of: CheckedSchema) -> list[str]:
     required = set(of.get("required", ()))
     return [name for name in mapping(of.get("properties")) if name not in required]
 
 
-def _counts(of: Mapping[str, Any]) -> dict[str, int]:
+def _counts(of: CheckedSchema) -> dict[str, int]:
     """Return the property counts that llguidance must check."""
     required, optional = len(set(of.get("required", ()))), _optional(of)
     made = {}
@@ -243,12 +244,12 @@ def _counts(of: Mapping[str, Any]) -> dict[str, int]:
     return made
 
 
-def _check_counts(schema: ToolSchema, parts: Iterable[Any]) -> None:
+def _check_counts(schema: ToolSchema, parts: Iterable[object]) -> None:
     """Refuse property counts if schemas of the same value list optional properties.
 
     llguidance counts properties that no schema lists, and required ones.
     """
-    together, seen, todo = list[Mapping[str, Any]](), set[int](), [*parts]
+    together, seen, todo = list[Any](), set[int](), [*parts]
     while todo:
         part = todo.pop()
         if isinstance(part, dict) and id(part) not in seen:
@@ -267,7 +268,7 @@ def _check_counts(schema: ToolSchema, parts: Iterable[Any]) -> None:
         raise refusal(keyword, "optional properties are not counted")
 
 
-def _at_least_one(of: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _at_least_one(of: CheckedSchema) -> list[dict[str, Any]]:
     """Express `minProperties` of an object by requiring one of its optional properties."""
     optional = _optional(of)
     if of.get("minProperties", 0) <= len(set(of.get("required", ()))) or not optional:
@@ -277,7 +278,7 @@ def _at_least_one(of: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"anyOf": [{"required": [name]} for name in optional]}]
 
 
-def _is_finite(body: Any, definitions: Mapping[str, Any]) -> bool:
+def _is_finite(body: Any, definitions: Mapping[str, object]) -> bool:
     """Return True if at least one value of a document is finite."""
     finite: set[str] = set()
     num_before = -1
@@ -308,7 +309,7 @@ def _may_end(of: Any, finite: set[str]) -> bool:
     return True
 
 
-def plain_target(schema: ToolSchema, of: Any) -> Any:
+def plain_target(schema: ToolSchema, of: object) -> Any:
     """Follow a reference without other keywords. Other schemas are returned unchanged."""
     for _ in range(MAX_DEPTH):
         if not isinstance(of, dict) or constraints(of) != ["$ref"] or schema.has_own_base(of):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from fd_dsa.cancellation import check_cancelled
 
@@ -11,7 +10,7 @@ from fd_dsa.cancellation import check_cancelled
 _CHECKED_PIECES = 4096
 
 
-def json_start(value: Any, max_chars: int, *, ensure_ascii: bool = False) -> str:
+def json_start(value: object, max_chars: int, *, ensure_ascii: bool = False) -> str:
     """Return the JSON text of a value, or only its beginning if it is long.
 
     The text ends with the first piece beyond `max_chars` characters, so the rest of the value is
@@ -32,7 +31,7 @@ def json_start(value: Any, max_chars: int, *, ensure_ascii: bool = False) -> str
     return "".join(pieces)
 
 
-def shortened_json(value: Any, max_chars: int) -> str:
+def shortened_json(value: object, max_chars: int) -> str:
     """Return the JSON text of a value for a message, cut by "..." after `max_chars`.
 
     Raises:

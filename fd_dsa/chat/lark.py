@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from fd_dsa.cancellation import check_cancelled
 from fd_dsa.chat.patterns import ANY_TEXT
@@ -59,7 +58,7 @@ class Lark:
             start = f"{start} | {never} {self.one_of(self._checked)}"
         return "\n".join([f"start: {start}", *(n + body for body, n in self._names.items()), ""])
 
-    def check(self, document: Mapping[str, Any]) -> None:
+    def check(self, document: Mapping[str, object]) -> None:
         """Make llguidance refuse the whole grammar if no value satisfies a schema."""
         rule = self.json(document)
         if rule not in self._checked:
@@ -94,7 +93,7 @@ class Lark:
         body = self.regex(ANY_TEXT) if text is None else text
         return self.rule(body, f"[suffix={self.literal(end)}]")
 
-    def json(self, document: Mapping[str, Any], compact: bool = False) -> str:
+    def json(self, document: Mapping[str, object], compact: bool = False) -> str:
         """Add a rule for a JSON value and return its name.
 
         Args:

@@ -5,11 +5,12 @@ Every available method is in a table of this module. Other methods do not exist 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from sys import getsizeof
 from types import BuiltinMethodType, MethodType
 from typing import Any
 
+from jinja2 import Environment
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import SandboxedEscapeFormatter, SandboxedFormatter
 from markupsafe import Markup
@@ -31,7 +32,7 @@ _Check = Callable[..., int]
 """Checks a call before it is made and returns an upper bound for its result's bytes."""
 
 
-def char_bytes(*texts: Any) -> int:
+def char_bytes(*texts: object) -> int:
     """Return an upper bound for the bytes per character of texts that are joined."""
     return 1 if all(isinstance(text, str) and text.isascii() for text in texts) else 4
 
@@ -41,12 +42,12 @@ def count_lines(text: str) -> int:
     return 1 + sum(map(text.count, _LINE_ENDS))
 
 
-def padded_bytes(text: str, width: Any = 0, fill: Any = " ") -> int:
+def padded_bytes(text: str, width: object = 0, fill: object = " ") -> int:
     """Return an upper bound for the bytes of a text that is padded to a width."""
     return max(len(text), width) * char_bytes(text, fill) if isinstance(width, int) else 0
 
 
-def replaced_bytes(text: str, old: Any, new: Any, count: Any = -1) -> int:
+def replaced_bytes(text: str, old: object, new: object, count: object = -1) -> int:
     """Return an upper bound for the bytes of a text with replacements."""
     if not isinstance(old, str) or not isinstance(new, str) or not isinstance(count, int):
         return 0
@@ -55,7 +56,7 @@ def replaced_bytes(text: str, old: Any, new: Any, count: Any = -1) -> int:
     return (len(text) + places * max(growth, 0)) * char_bytes(text, new)
 
 
-def stripped_bytes(text: str, chars: Any = None) -> int:
+def stripped_bytes(text: str, chars: object = None) -> int:
     """Return an upper bound for the bytes of a stripped text.
 
     Check the search in `chars`.
@@ -70,23 +71,23 @@ def _times(factor: int) -> _Check:
     return lambda text, *args, **kwargs: factor * getsizeof(text)
 
 
-def _small(value: Any, *args: Any, **kwargs: Any) -> int:
+def _small(value: object, *args: object, **kwargs: object) -> int:
     return 0
 
 
-def _expanded(text: str, tabsize: Any = 8) -> int:
+def _expanded(text: str, tabsize: object = 8) -> int:
     size = max(tabsize, 0) if isinstance(tabsize, int) else 0
     return (len(text) + text.count("\t") * size) * char_bytes(text)
 
 
-def _search_back(text: str, part: Any = None, *args: Any) -> int:
+def _search_back(text: str, part: object = None, *args: object) -> int:
     """Check a search from the end, whose time grows with both lengths multiplied."""
     if isinstance(part, str):
         current().check_work(max(len(text) - len(part), 0) * len(part))
     return 0
 
 
-def _split(text: str, sep: Any = None, maxsplit: Any = -1) -> int:
+def _split(text: str, sep: object = None, maxsplit: object = -1) -> int:
     if sep is not None and not isinstance(sep, str):
         return 0
     pieces = sum(map(text.count, _BLANKS)) if sep is None else text.count(sep)
@@ -95,37 +96,37 @@ def _split(text: str, sep: Any = None, maxsplit: Any = -1) -> int:
     return getsizeof(text) + (pieces + 1) * _PIECE_BYTES
 
 
-def _split_back(text: str, sep: Any = None, maxsplit: Any = -1) -> int:
+def _split_back(text: str, sep: object = None, maxsplit: object = -1) -> int:
     _search_back(text, sep)
     return _split(text, sep, maxsplit)
 
 
-def _partition(text: str, sep: Any = None) -> int:
+def _partition(text: str, sep: object = None) -> int:
     return getsizeof(text) + 3 * _PIECE_BYTES
 
 
-def _partition_back(text: str, sep: Any = None) -> int:
+def _partition_back(text: str, sep: object = None) -> int:
     _search_back(text, sep)
     return _partition(text)
 
 
-def _lines(text: str, keepends: Any = False) -> int:
+def _lines(text: str, keepends: object = False) -> int:
     return getsizeof(text) + count_lines(text) * _PIECE_BYTES
 
 
-def _compare_ends(text: str, ends: Any = None, *args: Any) -> int:
+def _compare_ends(text: str, ends: object = None, *args: object) -> int:
     current().check_work(current().weigh(ends))
     return 0
 
 
-def _find_item(items: Any, item: Any = None, *args: Any) -> int:
+def _find_item(items: object, item: object = None, *args: object) -> int:
     # the error for a missing item may show it
     current().check_key(item)
     current().check_work(current().weigh(items))
     return 0
 
 
-def _get(items: Any, key: Any = None, *args: Any) -> int:
+def _get(items: object, key: object = None, *args: object) -> int:
     current().check_key(key)
     return 0
 
@@ -167,7 +168,7 @@ METHODS: dict[type, dict[str, _Check]] = {
 """Checked methods, by type."""
 
 
-def make_dict(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+def make_dict(pairs: Iterable[tuple[object, object]]) -> dict[Any, Any]:
     """Return a dict of pairs, each counted as a step.
 
     Keys with equal hashes would take quadratic time, so `check_key` refuses them.
@@ -180,12 +181,12 @@ def make_dict(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     return result
 
 
-def from_keys(keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+def from_keys(keys: Iterable[object], value: object = None) -> dict[Any, Any]:
     """Return a dict with these keys and one value for all."""
     return make_dict((key, value) for key in keys)
 
 
-def _join(separator: str, items: Any) -> str:
+def _join(separator: str, items: object) -> str:
     texts = to_list(items)
     if type(separator) is str and all(type(text) is str for text in texts):
         return join(separator, texts)
@@ -229,7 +230,7 @@ def call_method(method: BuiltinMethodType | MethodType, *args: Any, **kwargs: An
 class TextFormatter(SandboxedFormatter):
     """The formatter of `str.format`, with bounds on each field."""
 
-    def format_field(self, value: Any, format_spec: str) -> str:
+    def format_field(self, value: object, format_spec: str) -> str:
         """Return the text of a field. Numbers in its format are widths or precisions."""
         budget = current()
         size = budget.weigh(value)
@@ -240,7 +241,7 @@ class TextFormatter(SandboxedFormatter):
         budget.spend(getsizeof(text))
         return text
 
-    def convert_field(self, value: Any, conversion: Any) -> Any:
+    def convert_field(self, value: object, conversion: str | None) -> Any:
         """Return the value, or its text if a conversion asks for it."""
         if conversion is not None:
             current().check_room(ESCAPED * current().weigh(value))
@@ -251,7 +252,9 @@ class MarkupFormatter(TextFormatter, SandboxedEscapeFormatter):
     """The formatter of a Markup, which escapes its fields."""
 
 
-def format_text(environment: Any, text: str, args: Any, kwargs: Any) -> str:
+def format_text(
+    environment: Environment, text: str, args: Sequence[object], kwargs: Mapping[str, object]
+) -> str:
     """Return `text.format(*args, **kwargs)`."""
     if isinstance(text, Markup):
         formatter: TextFormatter = MarkupFormatter(environment, escape=text.escape)

@@ -25,7 +25,7 @@ ESCAPED = 6
 """Maximum bytes of an escaped byte, as in `\\u0000`."""
 
 
-def to_text(value: Any) -> str:
+def to_text(value: object) -> str:
     """Return `str(value)`, counted."""
     if type(value) is str:
         return value
@@ -51,7 +51,7 @@ def to_list(value: Any) -> Any:
     return result
 
 
-def counted(items: Iterable[Any]) -> Iterator[Any]:
+def counted(items: Iterable[object]) -> Iterator[Any]:
     """Yield the items and count each as a step of the rendering."""
     budget = current()
     for item in items:
@@ -77,7 +77,7 @@ def concat(pieces: Iterable[str]) -> str:
     return texts[0] if len(texts) == 1 and type(texts[0]) is str else join("", texts)
 
 
-def concat_values(*values: Any) -> str:
+def concat_values(*values: object) -> str:
     """Apply the operator `~`."""
     return join("", [value if type(value) is str else to_text(value) for value in values])
 
@@ -104,7 +104,7 @@ def _add(left: Any, right: Any) -> Any:
     return result
 
 
-def subtract(left: Any, right: Any) -> Any:
+def subtract(left: object, right: object) -> Any:
     """Apply the operator `-` to numbers.
 
     Other types that have it, such as sets, are refused.
@@ -146,7 +146,7 @@ def divide(left: Any, right: Any) -> Any:
     return _number("//", left // right)
 
 
-def _number(name: str, value: Any) -> Any:
+def _number(name: str, value: object) -> Any:
     """Return a new number, counted."""
     if type(value) is int and not -_SMALL_NUMBER < value < _SMALL_NUMBER:
         _check_bits(name, value.bit_length())
@@ -201,14 +201,14 @@ def _percent_specs(text: str) -> Iterator[tuple[int | None, ...]]:
         place = text.find("%", found.end() + 1)
 
 
-def slice_of(value: Any, start: Any, stop: Any, step: Any) -> Any:
+def slice_of(value: Any, start: object, stop: object, step: object) -> Any:
     """Apply the operator `[start:stop:step]`."""
     result = value[start:stop:step]
     current().spend(getsizeof(result))
     return result
 
 
-def compared(value: Any) -> Any:
+def compared(value: object) -> Any:
     """Return an operand of a comparison after a check of its size."""
     if isinstance(value, _SMALL) or value is None:
         return value
@@ -217,6 +217,6 @@ def compared(value: Any) -> Any:
     return value
 
 
-def finalize(value: Any) -> Any:
+def finalize(value: object) -> Any:
     """Return the text of a value in the output, counted."""
     return value if type(value) is str else to_text(value)

@@ -273,7 +273,7 @@ def has_reasoning(name: str, source: str) -> bool:
     return reasoning_format_name(name, source) != NONE
 
 
-def opens_reasoning(prompt: str, continued: Mapping[str, Any] | None) -> bool:
+def opens_reasoning(prompt: str, continued: Mapping[str, object] | None) -> bool:
     """Return True if an answer begins inside the reasoning.
 
     Args:
@@ -284,7 +284,7 @@ def opens_reasoning(prompt: str, continued: Mapping[str, Any] | None) -> bool:
     return prompt.rstrip().endswith(THINK_BEGIN)
 
 
-def is_reasoning_only(message: Mapping[str, Any]) -> bool:
+def is_reasoning_only(message: Mapping[str, object]) -> bool:
     """Return True if a message of the assistant ends inside its reasoning."""
     return bool(message.get("reasoning_content")) and not (
         message.get("content") or message.get("tool_calls")
@@ -298,7 +298,7 @@ class Arguments(dict[str, Any]):
     text that the model wrote.
     """
 
-    def __init__(self, value: Mapping[str, Any], text: str) -> None:
+    def __init__(self, value: Mapping[str, object], text: str) -> None:
         super().__init__(value)
         # a public attribute would hide an argument of the same name from templates
         self._text = text
@@ -313,7 +313,7 @@ class Arguments(dict[str, Any]):
         return other + self._text
 
 
-def read_arguments(value: str | Mapping[str, Any] | None) -> Arguments:
+def read_arguments(value: str | Mapping[str, object] | None) -> Arguments:
     """Read the arguments of a call in the history.
 
     An answer may end inside a call, and a model may write arguments that are not a JSON object.

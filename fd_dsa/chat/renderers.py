@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fd_dsa.chat.deepseek_encoding import (
     DeepseekV4Encoding,
@@ -40,7 +39,7 @@ _ENCODINGS: dict[str, Callable[[Path], ChatTemplate]] = {
 
 def read_renderer(
     folder: Path,
-    tokenizer_config: Mapping[str, Any],
+    tokenizer_config: Mapping[str, object],
     special_tokens: Mapping[str, str],
     family_formats: Sequence[str],
     has_token: Callable[[str], bool],
@@ -79,7 +78,7 @@ def read_renderer(
     return encoding(folder) if encoding and all(map(has_token, _DEEPSEEK_TURNS)) else None
 
 
-def read_special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+def read_special_tokens(tokenizer_config: Mapping[str, object]) -> dict[str, str]:
     """Return special tokens of tokenizer_config.json by name.
 
     Each is a string or an object.

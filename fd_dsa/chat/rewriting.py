@@ -6,8 +6,6 @@ begins with a step.
 
 from __future__ import annotations
 
-from typing import Any
-
 from jinja2 import Environment, nodes
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.visitor import NodeTransformer
@@ -30,7 +28,7 @@ def rewrite(template: nodes.Template, environment: Environment) -> nodes.Templat
 class _Rewriter(NodeTransformer):
     """Rewrites nodes whose children are rewritten already."""
 
-    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+    def generic_visit(self, node: nodes.Node, *args: object, **kwargs: object) -> nodes.Node:
         node = super().generic_visit(node, *args, **kwargs)
         if isinstance(node, _REPEATED):
             size = _STEP_BYTES + sum(map(_made_bytes, node.body))

@@ -67,7 +67,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return rewrite(super()._parse(source, name, filename), self)
 
-    def getattr(self, obj: Any, attribute: str) -> Any:
+    def getattr(self, obj: object, attribute: str) -> Any:
         """Return the attribute of a value, or the entry with this name."""
         # a fast path for names of JSON objects, for which Jinja catches an error first
         if type(obj) is dict and attribute not in _NAMES_OF_DICT:
@@ -79,11 +79,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return self.undefined(obj=obj, name=attribute) if value is missing else value
         return super().getattr(obj, attribute)
 
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+    def is_safe_attribute(self, obj: object, attr: str, value: object) -> bool:
         """Return True for names that a template may read."""
         return attr in METHODS.get(type(obj), ()) or super().is_safe_attribute(obj, attr, value)
 
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Context, obj: Any, /, *args: object, **kwargs: object) -> Any:
         """Call an object of a template."""
         current().spend(_CALL_BYTES + 8 * (len(args) + len(kwargs)))
         kind = type(obj)
@@ -118,7 +118,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return lambda mapping: format_text(self, text, (), mapping)
 
 
-def render(template: Template, variables: Mapping[str, Any]) -> str:
+def render(template: Template, variables: Mapping[str, object]) -> str:
     """Return the text of a template.
 
     Raises:
@@ -149,7 +149,7 @@ class _GenerationTag(Extension):
 class _Namespace(Namespace):
     """A namespace without names that begin with an underscore."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:
+    def __init__(*args: Any, **kwargs: object) -> None:
         # not a named parameter, so that templates can use the name `self`
         self, *rest = args
         values = _Dict()(*rest, **kwargs)
@@ -161,7 +161,7 @@ class _Namespace(Namespace):
         # counted at each place that shows it
         return f"<Namespace {to_text(self._Namespace__attrs)}>"
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check_name(name)
         super().__setitem__(name, value)
 
@@ -169,7 +169,7 @@ class _Namespace(Namespace):
 class _Dict:
     """`dict` without the methods of the type, which could change the caller's messages."""
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+    def __call__(self, /, *args: Any, **kwargs: object) -> dict[Any, Any]:
         for value in args[:1]:
             if not isinstance(value, Mapping):
                 args = (make_dict((key, entry) for key, entry in value), *args[1:])
@@ -177,12 +177,12 @@ class _Dict:
         current().spend(getsizeof(result))
         return result
 
-    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+    def fromkeys(self, keys: Iterable[object], value: object = None) -> dict[Any, Any]:
         """Return a dict with these keys and one value for all."""
         return from_keys(keys, value)
 
 
-def _check_name(name: Any) -> None:
+def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"namespace: got the name {name!r}; must not begin with an underscore")
 

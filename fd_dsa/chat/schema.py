@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from fd_dsa.cancellation import check_cancelled
@@ -34,6 +34,7 @@ _MAX_ARGUMENT_PARTS = 1_024
 _MAX_SHOWN = 100
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
+_T = TypeVar("_T")
 _Memo = dict[int, frozenset[str]]
 
 
@@ -50,7 +51,7 @@ def type_of(text: str) -> str | None:
         return None
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """Return JSON Schema's type of a parsed JSON value."""
     if value is None:
         return "null"
@@ -62,29 +63,30 @@ def kind_of(value: Any) -> str:
     return "object"
 
 
-def mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: object) -> Mapping[str, Any]:
     """Return a keyword's value if it is an object, otherwise an empty object."""
     return value if isinstance(value, dict) else {}
 
 
-def items_of(value: Any) -> list[Any]:
+def items_of(value: object) -> list[Any]:
     """Return a keyword's value if it is a list, otherwise an empty list."""
     return value if isinstance(value, list) else []
 
 
-def listed_values(schema: Mapping[str, Any]) -> list[Any] | None:
+def listed_values(schema: Mapping[str, object]) -> list[Any] | None:
     """Return the values that `const` or `enum` allow, or None without these keywords."""
     if "const" in schema:
         return [schema["const"]]
     return items_of(schema["enum"]) if "enum" in schema else None
 
 
-def declared_kinds(schema: Mapping[str, Any]) -> frozenset[str]:
+def declared_kinds(schema: Mapping[str, object]) -> frozenset[str]:
     """Return the types that the schema's own keywords allow. "number" implies "integer"."""
     kinds = KINDS
     if "type" in schema:
         named = schema["type"]
-        names = {name for name in (named if isinstance(named, list) else [named]) if _is_kind(name)}
+        several = named if isinstance(named, list) else [named]
+        names = {name for name in several if isinstance(name, str) and name in KINDS}
         # unknown type names are ignored
         kinds = frozenset(names | ({"integer"} if "number" in names else set())) or KINDS
     values = listed_values(schema)
@@ -93,14 +95,11 @@ def declared_kinds(schema: Mapping[str, Any]) -> frozenset[str]:
     return kinds
 
 
-def _is_kind(name: Any) -> bool:
-    return isinstance(name, str) and name in KINDS
-
-
-def _kinds_of_value(value: Any) -> tuple[str, ...]:
+def _kinds_of_value(value: object) -> tuple[str, ...]:
     """Return the types of a value. 1.0 is an integer too."""
-    kind = kind_of(value)
-    return ("number", "integer") if kind == "number" and value.is_integer() else (kind,)
+    if isinstance(value, float) and value.is_integer():
+        return ("number", "integer")
+    return (kind_of(value),)
 
 
 class ToolSchema:
@@ -116,7 +115,7 @@ class ToolSchema:
         spent: cost of the previous schemas and this one, in units of about 2 us.
     """
 
-    def __init__(self, root: Any, spent: int = 0) -> None:
+    def __init__(self, root: object, spent: int = 0) -> None:
         self.root = root
         self.spent = spent
         self._kinds: _Memo = {}
@@ -124,11 +123,11 @@ class ToolSchema:
         self._arguments: dict[str, frozenset[str]] = {}
         self._names: frozenset[str] | None = None
         self._required: frozenset[str] | None = None
-        self._made: list[dict[str, Any]] = []
+        self._made: list[object] = []
         self._targets: dict[str, Any] = {}
         self._regexes: dict[str, str] = {}
 
-    def keep(self, made: dict[str, Any]) -> dict[str, Any]:
+    def keep(self, made: _T) -> _T:
         """Keep a schema that was made from parts of this one alive, and return it.
 
         Results are cached by identity, so its identity must not be reused.
@@ -168,7 +167,7 @@ class ToolSchema:
                 raise SchemaError(f"{keyword}: {error}") from error
         return self._regexes[pattern]
 
-    def target(self, reference: Any) -> Any:
+    def target(self, reference: object) -> Any:
         """Return the schema that a `$ref` points to.
 
         Raises:
@@ -196,24 +195,25 @@ class ToolSchema:
         self._targets[reference] = at
         return at
 
-    def has_own_base(self, schema: Mapping[str, Any]) -> bool:
+    def has_own_base(self, schema: Mapping[str, object]) -> bool:
         """Return True if references inside a subschema start from its own `$id`."""
         return schema is not self.root and isinstance(schema.get("$id"), str)
 
-    def conjuncts(self, schema: Mapping[str, Any]) -> list[Any]:
+    def conjuncts(self, schema: Mapping[str, object]) -> list[Any]:
         """Return the schemas that apply in addition to the own keywords: `$ref` and `allOf`."""
         found = [self.target(schema["$ref"])] if "$ref" in schema else []
         return found + items_of(schema.get("allOf"))
 
     @staticmethod
-    def choices(schema: Mapping[str, Any]) -> list[list[Any]]:
+    def choices(schema: Mapping[str, object]) -> list[list[Any]]:
         """Return the lists of alternatives, `anyOf` and `oneOf`.
 
         Each list applies in addition.
         """
-        return [schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list)]
+        lists = (schema.get(keyword) for keyword in ("anyOf", "oneOf"))
+        return [each for each in lists if isinstance(each, list)]
 
-    def of_property(self, schema: Mapping[str, Any], name: str) -> list[Any]:
+    def of_property(self, schema: Mapping[str, object], name: str) -> list[Any]:
         """Return the schemas that the own keywords apply to a property.
 
         Raises:
@@ -229,7 +229,7 @@ class ToolSchema:
             found.append(schema["additionalProperties"])
         return found
 
-    def kinds(self, schemas: Iterable[Any]) -> frozenset[str]:
+    def kinds(self, schemas: Iterable[object]) -> frozenset[str]:
         """Return the types of the values that may satisfy all schemas."""
         found = KINDS
         for schema in schemas:
@@ -279,7 +279,7 @@ class ToolSchema:
             self._arguments[name] = _NO_KINDS if kinds == KINDS else kinds
         return self._arguments[name]
 
-    def _of_argument(self, name: str, schema: Mapping[str, Any]) -> frozenset[str]:
+    def _of_argument(self, name: str, schema: Mapping[str, object]) -> frozenset[str]:
         """Return the types that an object schema's own keywords allow for a property."""
         if "object" not in declared_kinds(schema):
             return _NO_KINDS
@@ -294,8 +294,8 @@ class ToolSchema:
 
     def _fold(
         self,
-        schema: Any,
-        own: Callable[[Mapping[str, Any]], frozenset[str]],
+        schema: object,
+        own: Callable[[Mapping[str, object]], frozenset[str]],
         memo: _Memo,
         nullable: bool = False,
         depth: int = MAX_DEPTH,
@@ -337,11 +337,11 @@ class ToolSchema:
         return kinds
 
 
-def _required(schema: Mapping[str, Any]) -> set[str]:
+def _required(schema: Mapping[str, object]) -> set[str]:
     """Return the names that the schema's own keyword requires."""
     return {name for name in items_of(schema.get("required")) if isinstance(name, str)}
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value for a message, shortened."""
     return shortened_json(value, _MAX_SHOWN)

@@ -90,12 +90,12 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         add_generation_prompt: bool = True,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         continue_final_message: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> str:
         """Return the text of a conversation.
 
@@ -133,7 +133,7 @@ class ChatTemplate:
             raise ValueError("chat template: omits the last message, so it cannot be continued")
         return head
 
-    def _rendered(self, variables: Mapping[str, Any]) -> str:
+    def _rendered(self, variables: Mapping[str, object]) -> str:
         try:
             return render(self._template, variables)
         except Cancelled:
@@ -144,7 +144,7 @@ class ChatTemplate:
             why = _BEYOND_PYTHON.get(type(error), str(error)[:_MAX_REASON_CHARS])
             raise ValueError(f"chat template: {why}") from error
 
-    def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _prepare(self, message: Mapping[str, object]) -> dict[str, Any]:
         """Convert a message to the forms that templates expect."""
         prepared = {**with_read_arguments(message), **_reasoning(message)}
         if not prepared.get("tool_calls"):
@@ -172,7 +172,7 @@ class ChatTemplate:
             shown = self._shown[role] = is_text, self._is_shown(role, parts)
         return shown
 
-    def _is_shown(self, role: str, content: Any) -> bool:
+    def _is_shown(self, role: str, content: object) -> bool:
         """Return True if a prompt shows both texts in order, without the markup of a list."""
         variables = {
             **self._special_tokens,
@@ -203,7 +203,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _texts(content: Any) -> list[str] | None:
+def _texts(content: object) -> list[str] | None:
     """Return the texts of a list of text parts, or None for other content."""
     if not isinstance(content, list):
         return None
@@ -215,7 +215,7 @@ def _texts(content: Any) -> list[str] | None:
     return texts if len(texts) == len(content) else None
 
 
-def _reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+def _reasoning(message: Mapping[str, object]) -> dict[str, Any]:
     """Return the reasoning of a message under each name that templates use."""
     for name in REASONING:
         if message.get(name) is not None:
@@ -223,7 +223,7 @@ def _reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _probe(role: str, content: Any) -> list[dict[str, Any]]:
+def _probe(role: str, content: object) -> list[dict[str, Any]]:
     """Return a conversation with this content, in an order that all templates accept."""
     message = {"role": role, "content": content}
     hello = {"role": "user", "content": "Hi"}

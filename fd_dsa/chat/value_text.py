@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from fd_dsa.chat.enforced import checked, exclusive
+from fd_dsa.chat.enforced import CheckedSchema, checked, exclusive
 from fd_dsa.chat.json_document import json_document, text_regexes
 from fd_dsa.chat.lark import Lark
 from fd_dsa.chat.patterns import ANY_TEXT, matches
@@ -17,6 +17,7 @@ from fd_dsa.chat.schema import (
     MAX_DEPTH,
     ToolSchema,
     declared_kinds,
+    items_of,
     kind_of,
     listed_values,
 )
@@ -75,7 +76,7 @@ class ValueTexts:
         self._lark = lark
         self._memo: dict[tuple[int, str], _Texts] = {}
 
-    def scalar(self, parts: Iterable[Any], kind: str) -> str | None:
+    def scalar(self, parts: Iterable[object], kind: str) -> str | None:
         """Return the terminal of the values of one type that satisfy all schemas.
 
         Args:
@@ -93,7 +94,7 @@ class ValueTexts:
 
     def text(
         self,
-        parts: Iterable[Any],
+        parts: Iterable[object],
         marks: Iterable[str],
         preferred: frozenset[str],
         has_bounds: bool = False,
@@ -137,25 +138,26 @@ class ValueTexts:
         without = [f"~{self._lark.regex(other)}" for other in others]
         return self._lark.terminal(" & ".join([self._terminal(found), *without]))
 
-    def _all(self, parts: Iterable[Any], kind: str) -> _Texts:
+    def _all(self, parts: Iterable[object], kind: str) -> _Texts:
         """Return the texts of the values that satisfy all schemas."""
         found = _ANY
         for part in parts:
             found = self._both(found, self._of(part, kind, MAX_DEPTH))
         return found
 
-    def _of(self, of: Any, kind: str, depth: int) -> _Texts:
+    def _of(self, of: object, kind: str, depth: int) -> _Texts:
         """Return the texts of the values of a type that satisfy a schema."""
         if isinstance(of, bool):
             return self._free(kind, KINDS) if of else _EMPTY
         key = id(of), kind
         if key not in self._memo:
-            found = self._own(checked(self._schema, of, depth), kind)
-            for part in () if found.is_empty else self._schema.conjuncts(of):
+            plain = checked(self._schema, of, depth)
+            found = self._own(plain, kind)
+            for part in () if found.is_empty else self._schema.conjuncts(plain):
                 found = self._both(found, self._of(part, kind, depth - 1))
             for keyword in ("anyOf", "oneOf"):
-                if keyword in of and not found.is_empty:
-                    branches = of[keyword]
+                if keyword in plain and not found.is_empty:
+                    branches: Sequence[object] = items_of(plain.get(keyword))
                     if keyword == "oneOf":
                         within = {kind, "integer"} if kind == "number" else {kind}
                         branches = exclusive(self._schema, branches, frozenset(within))
@@ -163,7 +165,7 @@ class ValueTexts:
             self._memo[key] = found
         return self._memo[key]
 
-    def _any(self, branches: Iterable[Any], kind: str, depth: int) -> _Texts:
+    def _any(self, branches: Iterable[object], kind: str, depth: int) -> _Texts:
         """Return the texts of the values that satisfy any of the schemas."""
         found = [self._of(branch, kind, depth) for branch in branches]
         values: dict[str, None] = {}
@@ -202,7 +204,7 @@ class ValueTexts:
             return self._lark.regex(ANY_TEXT)
         return parts[0] if len(parts) == 1 else self._lark.terminal(" & ".join(parts))
 
-    def _own(self, of: Mapping[str, Any], kind: str) -> _Texts:
+    def _own(self, of: CheckedSchema, kind: str) -> _Texts:
         """Return the texts that a schema's own keywords allow."""
         kinds = declared_kinds(of)
         if kind not in kinds and not (kind == "number" and "integer" in kinds):
@@ -226,7 +228,7 @@ class ValueTexts:
             return _Texts(None, (self._lark.regex(_NUMBER if "number" in kinds else _INTEGER),))
         return _Texts(dict.fromkeys(["null"] if kind == "null" else ["true", "false"]), ())
 
-    def _strings(self, of: Mapping[str, Any], values: list[Any] | None) -> _Texts:
+    def _strings(self, of: CheckedSchema, values: list[Any] | None) -> _Texts:
         """Return the strings that a schema's own keywords allow.
 
         Args:
@@ -237,8 +239,8 @@ class ValueTexts:
             return _EMPTY
         regexes = text_regexes(self._schema, of)
         if values is not None:
-            longest = math.inf if longest is None else longest
-            strings = [v for v in values if isinstance(v, str) and shortest <= len(v) <= longest]
+            most = math.inf if longest is None else longest
+            strings = [v for v in values if isinstance(v, str) and shortest <= len(v) <= most]
             try:
                 kept = [v for v in strings if "pattern" not in of or matches(of["pattern"], v)]
                 return _Texts(dict.fromkeys(kept), ())
@@ -249,7 +251,7 @@ class ValueTexts:
         return _Texts(None, tuple(self._lark.regex(regex) for regex in regexes))
 
 
-def _is_within(value: Any, of: Mapping[str, Any]) -> bool:
+def _is_within(value: object, of: CheckedSchema) -> bool:
     """Return False only for a number out of bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return True
@@ -262,10 +264,11 @@ def _is_within(value: Any, of: Mapping[str, Any]) -> bool:
     )
 
 
-def _scalar(value: Any) -> str:
+def _scalar(value: object) -> str:
     """Return the JSON of a scalar. 1.0 becomes 1, which is the same value."""
-    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return json.dumps(int(value) if is_whole else value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return json.dumps(value)
 
 
 def _literal_regex(text: str) -> str:

@@ -64,7 +64,7 @@ class ChatSession:
         ConfigError: the server cannot be reached or has no such model.
     """
 
-    def __init__(self, base_url: str, model: str | None, settings: dict[str, Any]) -> None:
+    def __init__(self, base_url: str, model: str | None, settings: dict[str, object]) -> None:
         self._base_url = base_url
         self.name = examine_server(base_url, model, "MODEL").model
         self.settings = settings

@@ -127,7 +127,7 @@ def _models(http: httpx.Client, base_url: str, model: str | None) -> list[dict[s
 
 
 def _choose(
-    models: list[dict[str, Any]], base_url: str, model: str | None, flag: str
+    models: list[dict[str, object]], base_url: str, model: str | None, flag: str
 ) -> Mapping[str, Any]:
     if model is None and (len(models) == 1 or models[0].get("owned_by") == "fd_dsa"):
         # the names of our server all belong to one model
@@ -140,7 +140,7 @@ def _choose(
     raise ConfigError(f"{flag}: {got}; the server at {base_url} has {names}")
 
 
-def _facts(http: httpx.Client, base_url: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(http: httpx.Client, base_url: str, entry: Mapping[str, object]) -> dict[str, Any]:
     facts = {"engine": entry.get("owned_by"), "max_model_len": entry.get("max_model_len")}
     for path in ("/version", "/server_info"):
         with contextlib.suppress(httpx.HTTPError, ValueError):
@@ -159,7 +159,7 @@ def error_message(reply: httpx.Response) -> str:
         return one_line(reply.text)
 
 
-def _error_text(error: Any) -> str:
+def _error_text(error: object) -> str:
     """Return the message of an error object, or the error itself."""
     return one_line(str(error.get("message", error) if isinstance(error, dict) else error))
 

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +154,7 @@ def _read_item(where: str, number: int, line: bytes) -> Item:
         reason = f"column {error.colno}: {error.msg}"
         raise ConfigError(f"{where}: is not valid JSON: {reason}") from None
 
-    def field(name: str, allowed: str, is_good: Any) -> Any:
+    def field(name: str, allowed: str, is_good: Callable[[Any], object]) -> Any:
         value = data.get(name) if isinstance(data, Mapping) else None
         if not is_good(value):
             shown = repr(value)
@@ -225,7 +225,7 @@ async def _read(reply: httpx.Response, started: float) -> dict[str, Any]:
     }
 
 
-def _line(item: Item, sent: TimedRequest[dict[str, Any]]) -> dict[str, Any]:
+def _line(item: Item, sent: TimedRequest[dict[str, object]]) -> dict[str, Any]:
     response, error = sent.value, None
     if sent.status:
         body = {"error": {"message": sent.error}}

@@ -74,7 +74,7 @@ def show(parts: Sequence[str | Table], console: Console | None = None) -> None:
             out.print(part.replace("**", "").replace("`", ""))
 
 
-def as_json(data: Any) -> str:
+def as_json(data: object) -> str:
     """Return JSON in the format of our files: indented, UTF-8, no NaN, final line break."""
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -106,7 +106,7 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
                 os.replace(Path(folder) / name, out / name)
 
 
-def publish(out: str | None, title: str, result: Any, parts: Sequence[str | Table]) -> None:
+def publish(out: str | None, title: str, result: object, parts: Sequence[str | Table]) -> None:
     """Print a result. With a folder, also write `title`.json and report.md to it."""
     if out is not None:
         texts = {f"{title.lower()}.json": as_json(result), "report.md": page(title, parts)}

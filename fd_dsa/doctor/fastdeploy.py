@@ -52,7 +52,7 @@ def _path(way: str) -> dict[str, Any]:
     return found
 
 
-def facts(paths: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def facts(paths: Mapping[str, Mapping[str, object]]) -> dict[str, Any]:
     """Combine the answers into plain JSON values.
 
     Returns:

@@ -43,16 +43,18 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
         ConfigError: an invalid flag, config.json or checkpoint, or a model that cannot be split.
     """
     from fd_dsa.engine.caches import caches_class
+    from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.loader import check_blocks, fp8_tensors, quantisable_tensors
     from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.startup.memory import weight_parts
 
-    options = {"model": folder, "tensor_parallel_size": ranks}
+    options: dict[str, Any] = {"model": folder, "tensor_parallel_size": ranks}
     first, *_ = configs = [
         EngineConfig(**options, kv_cache_dtype=kind).on_device("gpu:0") for kind in _CACHES
     ]
     whole = read_config(folder, allow_unknown=allow_unknown)
     caches_class(whole).check_flags(first, whole)
+    assert isinstance(whole, ModelConfig), "other families have no caches on a device"
     fp8, has_weights = quantisable_tensors(whole), any(folder.glob("*.safetensors"))
     if has_weights:
         with open_checkpoint(whole, folder) as checkpoint:

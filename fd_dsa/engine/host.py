@@ -107,7 +107,7 @@ class EngineFacts:
     @classmethod
     def of(cls, engine: LLMEngine) -> EngineFacts:
         """The facts of an engine."""
-        return cls(engine.limits, engine.sampling_defaults, engine.captured_sizes)
+        return cls(engine.limits, engine.sampling_defaults, engine.runner.info.captured_sizes)
 
 
 class EngineLink:
@@ -177,7 +177,7 @@ class EngineHost:
         self,
         engine: LLMEngine,
         emit: Callable[[Event], None],
-        answers: Mapping[str, Callable[[Any], Any]] | None = None,
+        answers: Mapping[str, Callable[[Any], object]] | None = None,
     ) -> None:
         self._engine = engine
         self._emit = emit

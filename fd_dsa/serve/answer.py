@@ -136,14 +136,14 @@ class Answer(ABC, Generic[_Body]):
             async for job_index, output in outputs:
                 self.take(job_index, output)
 
-    def whole(self, head: dict[str, Any]) -> JsonResponse:
+    def whole(self, head: dict[str, object]) -> JsonResponse:
         """Return the whole answer, after `collect`."""
         choices = list(self.choices())
         return JsonResponse(
             {**head, "choices": choices, "usage": self.usage(), **self.shared_fields()}
         )
 
-    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+    async def chunks(self, head: dict[str, object]) -> AsyncGenerator[Mapping[str, Any], None]:
         """Yield the chunks of all choices in the order of their steps, then the usage."""
         for chunk in self.opening():
             yield {**head, **chunk, **self._usage_so_far()}
@@ -254,7 +254,7 @@ class EventStream(StreamingResponse):
     chunk. An exception inside the stream becomes one error event before the end.
     """
 
-    def __init__(self, answer: Answer[Any], head: dict[str, Any], request_id: str) -> None:
+    def __init__(self, answer: Answer[Any], head: dict[str, object], request_id: str) -> None:
         self._answer, self._request_id = answer, request_id
         self._chunks = answer.chunks(head)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -282,6 +282,6 @@ class EventStream(StreamingResponse):
         if self._answer.stream_end:
             yield self._answer.stream_end
 
-    def _event(self, chunk: Mapping[str, Any]) -> bytes:
+    def _event(self, chunk: Mapping[str, object]) -> bytes:
         name = f"event: {chunk['type']}\n".encode() if self._answer.names_events else b""
         return name + b"data: " + orjson.dumps(chunk) + b"\n\n"

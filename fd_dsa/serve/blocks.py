@@ -102,12 +102,12 @@ class BlockAnswer(ConversationAnswer):
         is_long = output.finished and output.num_tokens > SHORT_TOKENS
         return super().is_small(job_index, output) and not (is_scored or is_long)
 
-    def whole(self, head: dict[str, Any]) -> JsonResponse:
+    def whole(self, head: dict[str, object]) -> JsonResponse:
         self.head = head
         (answer,) = self.choices()
         return JsonResponse(answer)
 
-    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+    async def chunks(self, head: dict[str, object]) -> AsyncGenerator[Mapping[str, Any], None]:
         """Yield the events of a streamed answer."""
         self.head = head
         for event in self.opening():

@@ -235,7 +235,7 @@ def _each_call(body: ChatCompletionRequest, answer: AnswerFormat) -> list[Struct
 
 
 def _form_of_calls(
-    answer: AnswerFormat, schemas: Mapping[str, Any], *, several: bool, source: str
+    answer: AnswerFormat, schemas: Mapping[str, object], *, several: bool, source: str
 ) -> StructuredOutputsParams:
     assert answer.tool_format is not None, "checked: there is a format if there are tools"
     try:

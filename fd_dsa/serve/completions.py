@@ -35,6 +35,7 @@ from fd_dsa.serve.protocol.known_fields import REFUSED_IN_COMPLETIONS
 from fd_dsa.serve.state import ServerState, State
 
 if TYPE_CHECKING:
+    from fd_dsa.engine.logprobs import TokenLogprobs
     from fd_dsa.engine.output import RequestOutput
 
 
@@ -206,7 +207,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
         return {"finish_reason": output.finish_reason, **self.end_fields(job_index, output)}
 
     def _scores(
-        self, job_index: int, output: RequestOutput, scored: Sequence[Any], has_echo: bool
+        self, job_index: int, output: RequestOutput, scored: Sequence[TokenLogprobs], has_echo: bool
     ) -> CompletionLogprobs:
         prompt = None
         if has_echo:

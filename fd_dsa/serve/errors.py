@@ -270,6 +270,6 @@ def _field_path(location: Sequence[str | int]) -> str:
     return path
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """Return a value as JSON, shortened. Only the beginning of a long value is encoded."""
     return shortened_json(value, _SHOWN_INPUT_CHARS)

@@ -142,7 +142,7 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
     return values
 
 
-def _parsed(source: str, action: argparse.Action, value: Any) -> dict[str, Any]:
+def _parsed(source: str, action: argparse.Action, value: object) -> dict[str, Any]:
     """Parse one flag like the parser of the command line, so that all sources have one rule."""
     flag = _flag(action)
     if action.nargs == 0:

@@ -18,7 +18,6 @@ import select
 import uuid
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
 
 import h11
 from uvicorn.config import Config
@@ -197,7 +196,7 @@ class StrictH11Protocol(H11Protocol):
         self,
         config: Config,
         server_state: ServerState,
-        app_state: dict[str, Any],
+        app_state: dict[str, object],
         listener: Listener,
     ) -> None:
         super().__init__(config, server_state, app_state)

@@ -14,13 +14,16 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import get_session, set_client_factory
 from huggingface_hub.constants import ENDPOINT
 
 from fd_dsa.errors import ConfigError
+
+if TYPE_CHECKING:
+    import httpx
 
 # httpx or httpx2, by the version of huggingface_hub
 _httpx: Any = import_module(type(get_session()).__module__.partition(".")[0])
@@ -51,7 +54,7 @@ def check_hub_answers() -> None:
     first = get_session()
     listings = itertools.count(1)
 
-    def check(response: Any) -> None:
+    def check(response: httpx.Response) -> None:
         _check_response(response, listings)
 
     hooks = {"request": [*first.event_hooks["request"], _limit_silence], "response": [check]}
@@ -60,7 +63,7 @@ def check_hub_answers() -> None:
     )
 
 
-def _limit_silence(request: Any) -> None:
+def _limit_silence(request: httpx.Request) -> None:
     """Set the timeouts that a call of the library does not set."""
     given = request.extensions.get("timeout") or {}
     names = ("connect", "read", "write", "pool")
@@ -69,7 +72,7 @@ def _limit_silence(request: Any) -> None:
     }
 
 
-def _check_response(response: Any, listings: Iterator[int]) -> None:
+def _check_response(response: httpx.Response, listings: Iterator[int]) -> None:
     """Check the head of an answer, and the body of a listing."""
     request = response.request
     if request.method == "HEAD":
@@ -107,7 +110,7 @@ def _check_head(headers: Mapping[str, str]) -> None:
         _check_name("X-Repo-Commit", commit, _COMMIT, "a commit, 40 hex digits")
 
 
-def _check_listing(listing: Any) -> None:
+def _check_listing(listing: object) -> None:
     """Check commit, hashes and paths in a model description or a file listing."""
     if isinstance(listing, dict):
         if listing.get("sha") is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import orjson
 from starlette.responses import Response
@@ -25,7 +25,7 @@ class JsonResponse(Response):
 
     media_type = "application/json"
 
-    def render(self, content: Any) -> bytes:
+    def render(self, content: object) -> bytes:
         return orjson.dumps(content)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,7 +47,7 @@ def slices(entries: Sequence[_T]) -> Iterator[Sequence[_T]]:
     return (entries[begin : begin + _SLICE] for begin in range(0, len(entries), _SLICE))
 
 
-def packed(parts: Iterable[Sequence[Any]]) -> bytes:
+def packed(parts: Iterable[Sequence[object]]) -> bytes:
     """Encode the entries of all parts, separated by commas, without brackets.
 
     Each part is made and encoded before the next one, so that few objects exist at once and other

@@ -182,7 +182,7 @@ def _begun(block: Block) -> ContentBlock:
 
 
 def _content(
-    block: Block, text: str, signature: str, given: dict[str, Any] | orjson.Fragment
+    block: Block, text: str, signature: str, given: dict[str, object] | orjson.Fragment
 ) -> ContentBlock:
     """Return a block of content.
 

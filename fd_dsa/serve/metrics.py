@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 from prometheus_client import (
@@ -130,7 +130,12 @@ class _EngineCollector(Collector):
         yield self._family(InfoMetricFamily, "cache_config", "the caches", caches)
 
     def _family(
-        self, kind: Any, name: str, text: str, values: Mapping[str, Any], label: str = ""
+        self,
+        kind: Callable[..., Metric],
+        name: str,
+        text: str,
+        values: Mapping[str, object],
+        label: str = "",
     ) -> Metric:
         """Return a family of one metric.
 

@@ -121,7 +121,7 @@ class ResponseAnswer(BlockAnswer):
         shown = {"code": code, "message": error.message}
         return self._event("response.failed", response=self._response("failed", error=shown))
 
-    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+    def _event(self, kind: str, **fields: object) -> dict[str, Any]:
         self._num_events += 1
         return {"type": kind, "sequence_number": self._num_events - 1, **fields}
 
@@ -144,7 +144,7 @@ class ResponseAnswer(BlockAnswer):
             "total_tokens": usage["total_tokens"],
         }
 
-    def _response(self, status: str, **fields: Any) -> dict[str, Any]:
+    def _response(self, status: str, **fields: object) -> dict[str, Any]:
         """Return the response object: its own fields, and the repeated ones of the request."""
         asked, params = self._asked, self.jobs[0].params
         return {

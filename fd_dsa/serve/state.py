@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
+from starlette.types import Scope
 
 from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.flags import ServerOptions
@@ -136,7 +137,7 @@ class ServerState:
             code="model_not_found",
         )
 
-    def hold(self, request: dict[str, Any], num_outputs: int, param: str = "prompt") -> None:
+    def hold(self, request: Scope, num_outputs: int, param: str = "prompt") -> None:
         """Count running and waiting outputs of a request, at least as many as before.
 
         Args:
@@ -165,7 +166,7 @@ class ServerState:
         self.num_admitted += added
         request["num_outputs"] = held + added
 
-    def release(self, request: dict[str, Any]) -> None:
+    def release(self, request: Scope) -> None:
         """Remove the outputs of a request from the count."""
         self.num_admitted -= request.get("num_outputs", 0)
 

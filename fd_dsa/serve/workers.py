@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 
@@ -21,7 +21,7 @@ class ClientGone(Exception):
     """The client closed the connection before the answer was ready."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+async def unless_gone(request: Request, work: Coroutine[None, None, _T]) -> _T:
     """Return the result of `work`, or cancel it when the client disconnects.
 
     Raises:
@@ -43,7 +43,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
         await cancel([task, gone])
 
 
-async def cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+async def cancel(tasks: Sequence[asyncio.Task[object]]) -> None:
     """Cancel the tasks and wait until they have cleaned up."""
     for task in tasks:
         task.cancel()
@@ -91,7 +91,7 @@ class Workers:
     async def run(
         self,
         work: Callable[..., _T],
-        *args: Any,
+        *args: object,
         request: Request | None = None,
         is_short: bool = False,
     ) -> _T:

@@ -16,7 +16,7 @@ from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.v4_attention.pools import LayerPools, allocate_pools
-from fd_dsa.v4_attention.step import V4Step
+from fd_dsa.v4_attention.step import Tile, V4Step
 from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
 
 
@@ -62,10 +62,10 @@ class V4AttentionBackend:
         self._slots = np.arange(batch.max_num_seqs, dtype=np.int32)
         self._scratch, self._step = Scratch(), None
 
-    def allocate_caches(self, has_indexer: Any = None) -> list[LayerPools]:
+    def allocate_caches(self, has_indexer: object = None) -> list[LayerPools]:
         return allocate_pools(self._layout, self._prepare.cfg.num_blocks, self._num_slots)
 
-    def warm_up(self, num_tokens: int, caches: Any) -> None:
+    def warm_up(self, num_tokens: int, caches: object) -> None:
         """Skip the warm-up, because no step is captured."""
 
     def init_attention_metadata(self, forward_meta: Any) -> None:
@@ -106,10 +106,12 @@ class V4AttentionBackend:
         if kind == CSA:
             step.records.restore(pools)
         plan = step.pooling(kind)
+        assert pools.states is not None
         if plan.num_entries:
             entries = compressor.entries(plan.pooled(sources, pools.states), plan.first)
             pools.keys[plan.rows] = entries[0]
             if kind == CSA:
+                assert pools.index_entries is not None
                 width = entries[1].shape[1]
                 pools.index_entries.reshape(-1, width)[plan.rows - self._comp_base] = entries[1]
         plan.keep(sources, pools.states)
@@ -119,7 +121,9 @@ class V4AttentionBackend:
     def chooses(self, forward_meta: Any) -> bool:
         return bool(forward_meta.fd_dsa_step.chooses)
 
-    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> np.ndarray:
+    def select(
+        self, q: np.ndarray, weights: np.ndarray, layer_id: int, forward_meta: Any
+    ) -> np.ndarray:
         """Return the selected entries, int32 [num_tokens, index_topk], ascending, -1 last.
 
         Args:
@@ -187,7 +191,7 @@ class V4AttentionBackend:
         return np.concatenate((step.window_list, entries), axis=1)
 
 
-def _mask_of_chosen(tile: Any, chosen: np.ndarray) -> np.ndarray:
+def _mask_of_chosen(tile: Tile, chosen: np.ndarray) -> np.ndarray:
     """Return the mask of a tile in which only selected entries are visible."""
     mask: np.ndarray = tile.mask.copy()
     entries = mask[:, tile.num_window :]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fd_dsa.v4_attention.pools import LayerPools
@@ -93,7 +91,12 @@ class RecordPlan:
     """
 
     def __init__(
-        self, out: V4Arrays, start: Any, q: Any, slots: np.ndarray, block_table: np.ndarray
+        self,
+        out: V4Arrays,
+        start: np.ndarray,
+        q: np.ndarray,
+        slots: np.ndarray,
+        block_table: np.ndarray,
     ) -> None:
         cfg = out.config
         size, ratio, pool = cfg.block_size, cfg.csa_ratio, cfg.pool(cfg.csa_ratio)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fd_dsa.models.deepseek_v4.config import CSA, HCA
 from fd_dsa.ops.fixed_order import fixed_order
@@ -53,7 +53,12 @@ class V4Step:
     """
 
     def __init__(
-        self, out: V4Arrays, start: Any, q: Any, block_table: np.ndarray, num_heads: int
+        self,
+        out: V4Arrays,
+        start: np.ndarray,
+        q: np.ndarray,
+        block_table: np.ndarray,
+        num_heads: int,
     ) -> None:
         self._out, self._start, self._q = out, start, q
         self.block_table, self._num_heads = block_table, num_heads
@@ -113,7 +118,7 @@ class V4Step:
         cfg = self._out.config
         return cfg.block_size // (cfg.csa_ratio if kind == CSA else cfg.hca_ratio)
 
-    def entry_rows(self, kind: str, rows: Any, count: int) -> np.ndarray:
+    def entry_rows(self, kind: str, rows: npt.ArrayLike, count: int) -> np.ndarray:
         """Return pool rows of the rows' first entries, less `comp_base`, int64 [rows, count]."""
         per_block, entry = self.entries_per_block(kind), np.arange(count)
         columns = np.minimum(entry // per_block, self.block_table.shape[1] - 1)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.errors import DtypeError, ShapeError
-from fd_dsa.v4_prepare.checks import check_step, step_inputs
+from fd_dsa.v4_prepare.checks import Integers, check_step, step_inputs
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
 
 Int32Array = npt.NDArray[np.int32]
@@ -57,7 +57,26 @@ class V4Arrays:
             undefined. `v4_prepare_np` does not write it.
     """
 
+    positions: Array
+    req_of_token: Array
+    cu_q: Array
+    ctx: Array
+    win_idx: Array
+    win_len: Array
+    ext_len: Array
+    swa_write: Array
+    hca_indptr: Array
     hca_idx: Array | None = None
+    csa_visible: Array
+    csa_indptr: Array
+    plan_r1: Array
+    plan_r2: Array
+    plan_dst_r1: Array
+    plan_dst_r2: Array
+    wplan_r1: Array
+    wplan_r2: Array
+    counts: Array
+    block_table: Array
 
     def __init__(self, cfg: V4PrepareConfig, allocate: Allocate | None = None) -> None:
         self.config = cfg
@@ -83,10 +102,10 @@ class _Step(NamedTuple):
 
 def v4_prepare_np(
     cfg: V4PrepareConfig,
-    ctx: Any,
-    q: Any,
-    slot: Any,
-    block_table: Any,
+    ctx: npt.ArrayLike,
+    q: npt.ArrayLike,
+    slot: npt.ArrayLike,
+    block_table: npt.ArrayLike,
     out: V4Arrays | None = None,
 ) -> V4Arrays:
     """Compute all outputs of one step on the host.
@@ -149,9 +168,7 @@ def v4_prepare_np(
     return out
 
 
-def step_of(
-    ctx: Int32Array, q: Int32Array, slot: Int32Array, block_table: npt.NDArray[Any]
-) -> _Step:
+def step_of(ctx: Int32Array, q: Int32Array, slot: Int32Array, block_table: Integers) -> _Step:
     """Return a checked step with its tokens."""
     row = np.arange(len(q), dtype=np.int32).repeat(q)
     begins = np.cumsum(q, dtype=np.int32) - q
@@ -159,7 +176,7 @@ def step_of(
     return _Step(ctx, q, slot, block_table, row, (ctx - q)[row] + number, number)
 
 
-def _fill(array: Int32Array, values: Any, pad: int) -> None:
+def _fill(array: Int32Array, values: Int32Array, pad: int) -> None:
     """Write values to the front of an array, and padding after them."""
     array[: len(values)] = values
     array[len(values) :] = pad
@@ -204,7 +221,7 @@ def _write_window(cfg: V4PrepareConfig, step: _Step, out: V4Arrays) -> None:
 
 
 def _pool_rows(
-    block_table: npt.NDArray[Any], row: Int32Array, number: Int32Array, per_block: int
+    block_table: Integers, row: Int32Array, number: Int32Array, per_block: int
 ) -> Int32Array:
     """Return the pool rows of each row's items `number`, `per_block` items a block."""
     blocks = block_table[row, number // per_block].astype(np.int32, copy=False)
@@ -300,7 +317,9 @@ def _write_plans(
     return len(finished), len(kept)
 
 
-def csa_translate(out: V4Arrays, block_table: Any, local_topk: Any) -> Int32Array:
+def csa_translate(
+    out: V4Arrays, block_table: npt.ArrayLike, local_topk: npt.ArrayLike
+) -> Int32Array:
     """Return rows of the CSA entries that the indexer selected, flat by `csa_indptr`.
 
     row = comp_base + block_table[b, e // n] * n + e % n, n = block_size // csa_ratio

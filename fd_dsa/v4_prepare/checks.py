@@ -21,7 +21,11 @@ _NAMES = ("ctx", "q", "slot", "block_table")
 
 
 def step_inputs(
-    cfg: V4PrepareConfig, ctx: Any, q: Any, slot: Any, block_table: Any
+    cfg: V4PrepareConfig,
+    ctx: npt.ArrayLike,
+    q: npt.ArrayLike,
+    slot: npt.ArrayLike,
+    block_table: npt.ArrayLike,
 ) -> list[Integers]:
     """Return the inputs as arrays: [B] three times and [B, columns], of integers.
 
@@ -175,7 +179,7 @@ def rollback_error(row: int, rollback: int, left: int, q: int) -> V4PrepareError
     return V4PrepareError("E_CTX", row, text)
 
 
-def _as_array(name: str, value: Any) -> Integers:
+def _as_array(name: str, value: npt.ArrayLike) -> Integers:
     """Return an array or a list as an array."""
     if isinstance(value, np.ndarray):
         return value

@@ -133,7 +133,7 @@ class V4PrepareConfig:
         for name, value in (own | {"spec_tokens": spec_tokens, "block_size": block_size}).items():
             _size(name, value)
         sizes = {name: size for name, size in sizes.items() if size is not None}
-        defaults = {
+        defaults: dict[str, Any] = {
             "max_num_tokens": max_rows * (spec_tokens + 1),
             "max_tokens_per_seq": sizes.get("max_num_tokens", spec_tokens + 1),
             "max_blocks_per_seq": -(-max_model_len // block_size),
@@ -189,7 +189,7 @@ class V4PrepareConfig:
             return self.num_slots * self.ring_rows
         return self.num_blocks * self.block_size
 
-    def _set(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def _check_sizes(self) -> None:
@@ -277,16 +277,17 @@ def OUTPUT_SHAPES(cfg: V4PrepareConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _size(name: str, value: Any) -> int:
+def _size(name: str, value: object) -> int:
     """Return a size as an int, and refuse other types and values out of range."""
     low = int(name not in _MAY_BE_ZERO)
-    is_integer = isinstance(value, SupportsIndex) and not isinstance(value, bool)
-    if not is_integer or not low <= index(value) <= INT32_MAX:
-        raise ValueError(f"{name}: got {value!r}, allowed are integers in {low}..{INT32_MAX}")
-    return index(value)
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        size = index(value)
+        if low <= size <= INT32_MAX:
+            return size
+    raise ValueError(f"{name}: got {value!r}, allowed are integers in {low}..{INT32_MAX}")
 
 
-def _model_fields(source: ModelSource, max_model_len: int) -> dict[str, int]:
+def _model_fields(source: ModelSource, max_model_len: int) -> dict[str, Any]:
     """Return window, ratios and top-k of a model, read by its configuration class.
 
     Raises:

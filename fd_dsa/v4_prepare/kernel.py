@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"  # long on purpose: one kernel
+# long on purpose: one kernel
+# mypy: disable-error-code="no-redef"
 """All index lists of a step in one Triton launch, and rows of selected CSA entries.
 
 A program of `expand_kernel` has a row and one kind of its work: its tokens' scalars and plans, its

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fd_dsa.device.host_tensor import as_tensor, host_array
 from fd_dsa.errors import BackendUnavailable, DtypeError
@@ -67,7 +68,7 @@ class V4Prepare:
         self.stage([], [], [])
         self.expand()
 
-    def set_blocks(self, row: int, block_ids: Any, start: int = 0) -> None:
+    def set_blocks(self, row: int, block_ids: npt.ArrayLike, start: int = 0) -> None:
         """Set the blocks of a row from column `start` on, for its next step.
 
         Like `blocks[start:] = block_ids` for a list: later blocks of the row are removed. A new
@@ -85,7 +86,13 @@ class V4Prepare:
         """
         self.table.set_blocks(row, block_ids, start)
 
-    def stage(self, ctx: Any, q: Any, slot: Any, block_table: Any = None) -> None:
+    def stage(
+        self,
+        ctx: npt.ArrayLike,
+        q: npt.ArrayLike,
+        slot: npt.ArrayLike,
+        block_table: npt.ArrayLike | None = None,
+    ) -> None:
         """Check the next step and enqueue its copy, without waiting for the device.
 
         A refused step changes no state. The arrays may be changed after the call.
@@ -117,7 +124,7 @@ class V4Prepare:
         if not has_table and self._is_repeat(ctx, q, slot):
             self.steps.stage(ctx, q, slot, self._num_tokens, None)
             return
-        if not has_table:
+        if block_table is None:
             block_table = np.empty((np.shape(ctx)[:1] or (0,)) + (0,), np.int32)
         ctx, q, slot, table = step_inputs(self.cfg, ctx, q, slot, block_table)
         num_tokens, runs = count_tokens(self.cfg, ctx, q, slot), None
@@ -243,7 +250,7 @@ class HostSteps:
             (ctx.copy(), q.copy(), slot.copy(), self.table.table_of(len(ctx), width))
         )
 
-    def expand(self, rollback: Any) -> None:
+    def expand(self, rollback: Array | None) -> None:
         """Build the earliest staged step.
 
         Raises:
@@ -260,7 +267,7 @@ class HostSteps:
     def poll_error(self) -> None:
         """Do not raise: `expand` has raised all errors already."""
 
-    def csa_translate(self, local_topk: Any) -> Array:
+    def csa_translate(self, local_topk: Array) -> Array:
         """Return the rows of selected entries, at a fixed address. See `V4Prepare`."""
         chosen = host_array("local_topk", local_topk)
         rows = csa_translate(self._out, self._out.block_table, chosen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from operator import index
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +34,7 @@ class BlockTable:
         self._num_set, self.room = np.zeros((2, cfg.max_num_seqs), np.int32)
         self.news: dict[int, tuple[int, Int32Array]] = {}
 
-    def set_blocks(self, row: int, block_ids: Any, start: int) -> None:
+    def set_blocks(self, row: int, block_ids: npt.ArrayLike, start: int) -> None:
         """Replace a row's cells from `start` on with `block_ids`. See `V4Prepare`."""
         cfg, row, start, ids = self._cfg, index(row), index(start), np.asarray(block_ids)
         if not 0 <= row < cfg.max_num_seqs:

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fd_dsa.attention import DSAAttentionBackend, DSABackendConfig
 from fd_dsa.cache_formats import CacheLayout
-from fd_dsa.ops.arrays import Scratch, on_device
+from fd_dsa.ops.arrays import Scratch, as_numpy, on_device
 from fd_dsa.ops.fp8 import decode_e4m3
 from fd_dsa.ops.gather import gather_index_keys, gather_latents
+from fd_dsa.tensor import Array
+
+if TYPE_CHECKING:
+    from fd_dsa.runner.model_runner import ModelRunner
 
 
 @dataclass
@@ -57,7 +61,7 @@ class RecordingBackend(DSAAttentionBackend):
         self.watched = frozenset(map(int, positions))
         self.layers = {}
 
-    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> Any:
+    def select(self, q: Array, weights: Array, layer_id: int, forward_meta: Any) -> Any:
         selection = super().select(q, weights, layer_id, forward_meta)
         trace = self.layers.setdefault(layer_id, LayerTrace())
         for token, position in self._tokens(forward_meta)[0]:
@@ -67,7 +71,7 @@ class RecordingBackend(DSAAttentionBackend):
             trace.index_weights[position] = host_copy(weights[token])
         return selection
 
-    def attend(self, q: Any, selection: Any, layer_id: int, forward_meta: Any) -> Any:
+    def attend(self, q: Array, selection: Array, layer_id: int, forward_meta: Any) -> Any:
         out = super().attend(q, selection, layer_id, forward_meta)
         trace = self.layers.setdefault(layer_id, LayerTrace())
         tokens, position_of_block = self._tokens(forward_meta)
@@ -98,7 +102,7 @@ class RecordingBackend(DSAAttentionBackend):
 
 @contextmanager
 def recording(
-    runner: Any, device: str, backend: type[RecordingBackend] = RecordingBackend
+    runner: ModelRunner, device: str, backend: type[RecordingBackend] = RecordingBackend
 ) -> Iterator[RecordingBackend]:
     """Replace the runner's backend with a recording one for the duration of the context."""
     own = runner.attn_backends[0]
@@ -110,7 +114,7 @@ def recording(
         runner.attn_backends[0] = own
 
 
-def read_latents(cache: Any, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
+def read_latents(cache: Array, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
     """Return the latents that layers read, float32 [n, kv_lora_rank + qk_rope_head_dim].
 
     Args:
@@ -122,7 +126,7 @@ def read_latents(cache: Any, slots: np.ndarray, layout: CacheLayout) -> np.ndarr
     return out
 
 
-def read_index_keys(cache: Any, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
+def read_index_keys(cache: Array, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
     """Return index keys multiplied with their scales, float32 [n, index_head_dim].
 
     Args:
@@ -133,14 +137,14 @@ def read_index_keys(cache: Any, slots: np.ndarray, layout: CacheLayout) -> np.nd
     return out if scales is None else out * scales[:, None]
 
 
-def host_copy(array: Any) -> np.ndarray:
+def host_copy(array: Array) -> np.ndarray:
     """Return a NumPy copy of an array, or of a tensor on any device."""
     if isinstance(array, np.ndarray):
         return array.copy()
-    return np.array(array.numpy()) if on_device(array) else np.from_dlpack(array).copy()
+    return np.array(array.numpy()) if on_device(array) else as_numpy(array).copy()
 
 
-def _stored(cache: Any) -> np.ndarray:
+def _stored(cache: Array) -> np.ndarray:
     """Return the memory of a cache with the dtype that the CPU readers expect."""
     array = host_copy(cache)
     # bfloat16 of a device arrives as uint16

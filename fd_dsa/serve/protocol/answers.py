@@ -25,7 +25,7 @@ class PackedAs:
 
     kind: Any
 
-    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, _: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return handler.generate_schema(self.kind)
 
 

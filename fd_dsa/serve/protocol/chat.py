@@ -41,7 +41,7 @@ MAX_ARGUMENTS_CHARS = 1 << 20
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
-def _content(value: Any) -> str | list[dict[str, Any]] | None:
+def _content(value: object) -> str | list[dict[str, Any]] | None:
     """Return the content as a string or as text parts with their further fields."""
     if value is None or isinstance(value, str):
         return value
@@ -63,7 +63,7 @@ def _content(value: Any) -> str | list[dict[str, Any]] | None:
     return parts
 
 
-def _arguments(value: Any) -> str:
+def _arguments(value: object) -> str:
     """Return the arguments of a call as text, which may be cut as in the earlier answer.
 
     An object is accepted, as in other servers. An empty text and null mean no arguments.
@@ -191,7 +191,7 @@ _NAME = re.compile(r'[^\s"<>{}]{1,128}')
 _MODES = ("none", "auto", "required")
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise refuse(
             f"got {show(value)}; allowed is a name of 1 to 128 characters without white space, "
@@ -208,7 +208,7 @@ class ToolChoice:
     name: str | None = None
 
 
-def _choice(value: Any) -> ToolChoice:
+def _choice(value: object) -> ToolChoice:
     """Parse `tool_choice` from a word or from an object that names a tool."""
     if isinstance(value, str) and value in _MODES:
         return ToolChoice(value)

@@ -32,7 +32,7 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _has_few_fields(cls, value: Any) -> Any:
+    def _has_few_fields(cls, value: object) -> Any:
         """Refuse an object with too many fields before they are read."""
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise refuse(f"has {len(value)} fields; at most {MAX_FIELDS} are allowed")
@@ -53,7 +53,7 @@ class Body(BaseModel):
 
 
 def check_further_fields(
-    fields: Mapping[str, Any], refused: Mapping[str, Refused], path: str = ""
+    fields: Mapping[str, object], refused: Mapping[str, Refused], path: str = ""
 ) -> None:
     """Raise ApiError 400 for a field with a value that this server does not support.
 
@@ -84,7 +84,7 @@ def refuse(message: str) -> PydanticCustomError:
 def at_most(num_entries: int) -> BeforeValidator:
     """Return a validator that refuses a longer list or object before reading its entries."""
 
-    def check(value: Any) -> Any:
+    def check(value: object) -> Any:
         if isinstance(value, (list, dict)) and len(value) > num_entries:
             raise refuse(f"has {len(value)} entries; at most {num_entries} are allowed")
         return value
@@ -92,7 +92,7 @@ def at_most(num_entries: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def packed_json(value: Any) -> bytes:
+def packed_json(value: object) -> bytes:
     """Return the shortest JSON text of a value, with null for NaN.
 
     Returns:
@@ -105,6 +105,6 @@ def packed_json(value: Any) -> bytes:
         return b""
 
 
-def is_token_ids(value: Any) -> bool:
+def is_token_ids(value: object) -> bool:
     """Return True for a non-empty list of integers (a bool is not an integer here)."""
     return isinstance(value, list) and bool(value) and all(type(t) is int for t in value)

@@ -17,14 +17,14 @@ from fd_dsa.serve.protocol.structured import StructuredFields
 _MAX_ID_DIGITS = 10
 
 
-def _stop(value: Any) -> list[str] | None:
+def _stop(value: object) -> list[str] | None:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
         raise refuse(f"got {show(value)}; allowed is a non-empty string or a list of them")
     return strings or None
 
 
-def _logit_bias(value: Any) -> dict[int, float]:
+def _logit_bias(value: object) -> dict[int, float]:
     """Parse the bias by token id. JSON has the ids as strings."""
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object of token ids and numbers")

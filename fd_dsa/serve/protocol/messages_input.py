@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol.translation import Node, Translation, nodes
@@ -14,7 +13,7 @@ _OF_USER = ("text", "tool_result")
 _OF_ASSISTANT = ("text", "thinking", "redacted_thinking", "tool_use")
 
 
-def joined_texts(value: Any, path: str) -> str:
+def joined_texts(value: object, path: str) -> str:
     """Return the text of a content, which is a string or a list of text blocks."""
     if isinstance(value, str):
         return value

@@ -120,7 +120,7 @@ _MAX_METADATA = 16
 _MAX_METADATA_CHARS = 512
 
 
-def _input(value: Any) -> str | list[Any]:
+def _input(value: object) -> str | list[Any]:
     if not isinstance(value, (str, list)) or not value:
         raise refuse(f"got {show(value)}; allowed is a text or a list of items, not empty")
     if isinstance(value, list) and len(value) > MAX_ENTRIES:
@@ -288,7 +288,7 @@ _REPEATED = (
 _NOT_NULL = ("metadata", "text", "tool_choice", "tools")
 
 
-def _packed(name: str, value: Any) -> orjson.Fragment:
+def _packed(name: str, value: object) -> orjson.Fragment:
     """Return a value of a request as JSON.
 
     Escapes keep half of a surrogate pair encodable.

@@ -44,7 +44,7 @@ def add_items(made: Translation, items: Sequence[Node]) -> None:
     _ended(turn, texts)
 
 
-def _ended(turn: dict[str, Any] | None, texts: list[str]) -> None:
+def _ended(turn: dict[str, object] | None, texts: list[str]) -> None:
     """Write the content of the assistant's message, if any, and clear `texts`."""
     if turn is not None:
         turn["content"] = "".join(texts)
@@ -60,7 +60,7 @@ def _kind(item: Node) -> str:
     return item.kind(_ITEMS, "this server runs no tools and stores no responses", "message")
 
 
-def _begins_message(turn: dict[str, Any], has_text: bool, kind: str) -> bool:
+def _begins_message(turn: dict[str, object], has_text: bool, kind: str) -> bool:
     """Return True if an item of the assistant begins another message.
 
     Args:

@@ -55,14 +55,14 @@ def _response_format(value: Any) -> dict[str, Any] | None:
     return {"json": schema}
 
 
-def _check_names(value: dict[str, Any], allowed: Sequence[str], what: str) -> None:
+def _check_names(value: dict[str, object], allowed: Sequence[str], what: str) -> None:
     """Refuse an unknown field with a value."""
     for name, field in value.items():
         if field is not None and name not in allowed:
             raise refuse(f"{what}has the field {show(name)}; allowed are {', '.join(allowed)}")
 
 
-def _structured_outputs(value: Any) -> dict[str, Any]:
+def _structured_outputs(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object with one of {', '.join(_FORMS)}")
     asked = {
@@ -76,7 +76,7 @@ def _structured_outputs(value: Any) -> dict[str, Any]:
     return asked
 
 
-def _json_schema(value: Any) -> dict[str, Any] | str:
+def _json_schema(value: object) -> dict[str, Any] | str:
     if isinstance(value, (dict, str)):
         return value
     raise refuse(f"got {show(value)}; allowed is a JSON schema, an object or its text")

@@ -45,7 +45,7 @@ def refused_beside(own: Mapping[str, Refused], ignored: Collection[str]) -> dict
 class Node:
     """An object of a request with its path, read field by field by a translation."""
 
-    def __init__(self, value: Any, path: str) -> None:
+    def __init__(self, value: object, path: str) -> None:
         if not isinstance(value, dict):
             raise FieldError(f"{path}: got {show(value)}; allowed is an object")
         if len(value) > MAX_FIELDS:
@@ -86,7 +86,7 @@ class Node:
         return str(value)
 
 
-def nodes(value: Any, path: str) -> list[Node]:
+def nodes(value: object, path: str) -> list[Node]:
     """Return the objects of a list."""
     if not isinstance(value, list):
         raise FieldError(f"{path}: got {show(value)}; allowed is a list of objects")
@@ -107,14 +107,14 @@ class Translation:
     fields: dict[str, Any] = field(default_factory=lambda: {"messages": []})
     paths: dict[str, str] = field(default_factory=dict)
 
-    def add_message(self, role: str, path: str, **fields: Any) -> dict[str, Any]:
+    def add_message(self, role: str, path: str, **fields: object) -> dict[str, Any]:
         """Append a message that was made from the object at `path`."""
         messages: list[dict[str, Any]] = self.fields["messages"]
         self.paths[f"messages[{len(messages)}]"] = path
         messages.append({"role": role, **fields})
         return messages[-1]
 
-    def add_call(self, path: str, call_id: str, name: str, arguments: Any) -> None:
+    def add_call(self, path: str, call_id: str, name: str, arguments: object) -> None:
         """Append a call to the last message."""
         calls = self.fields["messages"][-1].setdefault("tool_calls", [])
         index = len(self.fields["messages"]) - 1
@@ -122,7 +122,7 @@ class Translation:
         function = {"name": name, "arguments": arguments}
         calls.append({"id": call_id, "type": "function", "function": function})
 
-    def add_tool(self, path: str, parameters: str, function: dict[str, Any]) -> None:
+    def add_tool(self, path: str, parameters: str, function: dict[str, object]) -> None:
         """Append a function.
 
         Args:
