@@ -180,7 +180,7 @@ def choose_attention(
     return choose("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
 
 
-def attend_slots(q: Tensor, cache: Tensor, *others: Any, **options: Any) -> None:
+def attend_slots(q: Tensor, cache: Tensor, *others: Tensor, **options: Any) -> None:
     """See `CustomAttention.__call__`; one thread at a time."""
     kind = kind_for(q.shape[1], cache_format(cache).is_fp8)
     assert kind is not None, f"no kernel takes {q.shape[1]} heads"
