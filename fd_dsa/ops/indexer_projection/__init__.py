@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.ops.arrays import as_numpy, check_writable
-from fd_dsa.ops.linear import linear
+from fd_dsa.ops.host_gemm import HostMatrix
 
 
 def project_on_host(
@@ -41,7 +41,7 @@ def project_on_host(
     for index, result in enumerate(out or ()):
         check_writable("project_indexer", f"out[{index}]", result)
     x = as_numpy(hidden_states)
-    results = [weight if weight is None else linear(x, weight) for weight in (wk, weights_proj)]
+    results = [w if w is None else HostMatrix(w).times(x) for w in (wk, weights_proj)]
     if out is None:
         return results[0], results[1]
     for target, result in zip(out, results, strict=True):
