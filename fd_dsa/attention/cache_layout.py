@@ -29,7 +29,7 @@ from fd_dsa.ops.fp8 import (
 )
 
 # bfloat16 is held as its bits: neither NumPy nor Paddle's CPU build computes with it
-_STORAGE = {
+_STORAGE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.int16),
     "fp8_ds_mla": np.dtype(np.uint8),
@@ -93,7 +93,7 @@ class CacheLayout:
         return self.kv_cache_dtype == "fp8_ds_mla"
 
     @property
-    def storage_dtype(self) -> np.dtype:
+    def storage_dtype(self) -> np.dtype[Any]:
         """Dtype of the memory: float32, int16 which holds bfloat16 bits, or bytes."""
         return _STORAGE[self.kv_cache_dtype]
 

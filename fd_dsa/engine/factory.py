@@ -18,7 +18,7 @@ from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.plan import EnginePlan, make_plan
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.ranks import Ranks
-from fd_dsa.engine.speculation import Drafter, Speculator
+from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, Speculator
 from fd_dsa.engine.startup import LoadProgress, StartupProgress
 from fd_dsa.engine.step_costs import measure_steps
 from fd_dsa.errors import DeviceError
@@ -55,7 +55,7 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
     group = None if ranks is None else ranks.group
     plan = make_plan(config, group)
     progress.done(plan.summary())
-    from fd_dsa.runner.model_runner import ModelRunner
+    from fd_dsa.runner.preparation import ModelRunner
     from fd_dsa.runner.ranks import LeadingRunner
 
     runner = build_runner(plan, group, progress, ModelRunner if ranks is None else LeadingRunner)
@@ -216,9 +216,10 @@ def _make_speculator(
     asked = plan.config.speculation
     if asked is None:
         return None
-    make_drafter: Callable[[], Drafter] = Drafter
+    make_drafter: Callable[[], Drafter] = ArbitraryDrafter
     if asked.method == "mtp":
-        make_drafter = partial(MtpDrafter if runner.draws is None else DeviceMtpDrafter, runner)
+        on_host = runner.info.sampling is None
+        make_drafter = partial(MtpDrafter if on_host else DeviceMtpDrafter, runner)
     most, costs = asked.num_speculative_tokens, None
     if not _interprets(plan.device):
         measured = Speculator(make_drafter(), most)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.attention.protocol import LayerStep
+from fd_dsa.device.allocation import Array
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
@@ -36,14 +38,22 @@ class DeepseekV32DecoderLayer:
             self.mlp = DeepseekMLP(weights, f"{prefix}mlp.", hidden, config.intermediate_size)
 
     def forward(
-        self, hidden_states: Any, change: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
-    ) -> tuple[Any, Any, Any]:
-        """Hidden states, this rank's part of the MLP's change to them, and the layer's selection.
+        self,
+        hidden_states: Array,
+        change: Array | None,
+        cos_sin: Array,
+        forward_meta: LayerStep,
+        shared_indices: Array | None,
+    ) -> tuple[Array, Array, Array | None]:
+        """Run the layer.
 
         Args:
             hidden_states: [num_tokens, hidden_size].
-            change: this rank's part of that of the layer before; None before the first one.
-            cos_sin, forward_meta, shared_indices: as of the attention.
+            change: this rank's part of the change of the layer before; None before the first one.
+            cos_sin, forward_meta, shared_indices: as for the attention.
+
+        Returns:
+            Hidden states, this rank's part of the MLP's change to them, and the selection.
         """
         if change is None:
             normed = self.input_layernorm.of(hidden_states)
@@ -65,6 +75,7 @@ class MultiTokenPredictor:
     model's embedding and head serve where the layer has none.
 
     Attributes:
+        embed_tokens: [vocab_size, hidden_size]; embedding of the next tokens.
         head: from hidden states that a call gave to logits.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2; names of Hugging Face checkpoints.
@@ -74,9 +85,10 @@ class MultiTokenPredictor:
         config, own = model.config, model.config.mtp or ()
         hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
         prefix, self._group = f"model.layers.{number}.", weights.group
-        self._cos_sin, self._embed, self.head = model.cos_sin, model.embed_tokens, model.head
+        self._cos_sin, self.head = model.cos_sin, model.head
+        self.embed_tokens = model.embed_tokens
         if MTP_EMBEDDING in own:
-            self._embed, _ = weights.table(prefix + MTP_EMBEDDING, config.vocab_size, hidden)
+            self.embed_tokens, _ = weights.table(prefix + MTP_EMBEDDING, config.vocab_size, hidden)
         if MTP_HEAD in own:
             parts = {prefix + MTP_HEAD: config.vocab_size}
             self.head = weights.matrix(hidden, parts, sums_in_float32=True)
@@ -86,7 +98,7 @@ class MultiTokenPredictor:
         self.layer = DeepseekV32DecoderLayer(config, number, weights)
         self._norm = weights.norm(f"{prefix}shared_head.norm.weight", hidden, eps)
 
-    def __call__(self, next_ids: Any, hidden: Any, step: Any) -> Any:
+    def __call__(self, next_ids: Array, hidden: Array, step: LayerStep) -> Array:
         """Hidden states after the layer's norm, [num_tokens, hidden_size].
 
         Args:
@@ -97,13 +109,13 @@ class MultiTokenPredictor:
         """
         positions, norms = step.position_ids, (self._token_norm, self._hidden_norm)
         if isinstance(hidden, np.ndarray):
-            embedded = rows_at(self._embed, next_ids)
+            embedded = rows_at(self.embed_tokens, next_ids)
             embedded[as_numpy(positions) == 0] = 0
             pair = np.concatenate([norms[0].of(embedded), norms[1].of(hidden)], axis=1)
         else:
             from fd_dsa.ops.mtp_kernels import mtp_inputs
 
-            pair = mtp_inputs(self._embed, next_ids, positions, hidden, *norms)
+            pair = mtp_inputs(self.embed_tokens, next_ids, positions, hidden, *norms)
         cos_sin = rows_at(self._cos_sin, positions)
         states, change, _ = self.layer.forward(self._join.times(pair), None, cos_sin, step, None)
         return values_of(self._norm.after(states, change, self._group)[1])
@@ -132,6 +144,7 @@ class DeepseekV32ForCausalLM:
         if not config.tie_word_embeddings:
             rows = {"lm_head.weight": config.head_rows}
             self.head = weights.matrix(hidden, rows, sums_in_float32=True)
+        self._head_is_split = config.head_rows < vocab_size
         width, positions = config.qk_rope_head_dim, config.max_position_embeddings
         self.cos_sin = weights.constant(partial(cos_sin_table, config.rope, width, positions))
         self.mtp = None if config.mtp is None else MultiTokenPredictor(self, weights)
@@ -141,13 +154,13 @@ class DeepseekV32ForCausalLM:
         """How each tensor of a Hugging Face checkpoint fills its place."""
         return self._weights.loaders  # type: ignore[no-any-return]
 
-    def __call__(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
-        """Hidden states after the last norm, [num_tokens, hidden_size].
+    def __call__(self, ids_remove_padding: Array, forward_meta: LayerStep) -> Array:
+        """Compute hidden states after the last norm, [num_tokens, hidden_size].
 
         Args:
             ids_remove_padding: int64, on a device also int32, [num_tokens]; rows back to back.
-            forward_meta: the runner's object; `init_attention_metadata` has been called for it.
-                Its `selections`, where there are any, are given every layer's choice.
+            forward_meta: step whose metadata was built last. Its `selections` record the selection
+                of every layer, unless they are None.
         """
         hidden_states = rows_at(self.embed_tokens, ids_remove_padding)
         cos_sin = rows_at(self.cos_sin, forward_meta.position_ids)
@@ -160,10 +173,10 @@ class DeepseekV32ForCausalLM:
                 selections.add(indices)
         return self.norm.after(hidden_states, change, self._weights.group)[1]
 
-    def compute_logits(self, hidden_states: Any) -> Any:
-        """float32 [n, vocab_size] of [n, hidden_size], which a call gave."""
+    def compute_logits(self, hidden_states: Array) -> Array:
+        """Compute logits float32 [n, vocab_size] of hidden states [n, hidden_size]."""
         logits = self.head.times(hidden_states)
-        if self.config.head_rows == self.config.vocab_size:
+        if not self._head_is_split:
             return logits
         gathered = self._weights.group.all_gather(logits)
         return gathered.transpose([1, 0, 2]).reshape([-1, self.config.vocab_size])

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.indexer import Indexer
-from fd_dsa.errors import KernelUnavailable
+from fd_dsa.attention.protocol import LayerStep
+from fd_dsa.device.allocation import Array
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.linear import linear, values_of
+from fd_dsa.ops.linear import linear
 
 
 def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> dict[str, int]:
@@ -38,7 +38,7 @@ def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> 
 
 
 class DeepseekV32DSAAttention:
-    """MLA whose queries see the keys that an indexer chose.
+    """MLA over the keys that an indexer selects; the attention backend runs its projections.
 
     The up-projection of the keys is absorbed into the query and that of the values into the
     output, so the cache holds one latent of `kv_lora_rank` + `qk_rope_head_dim` values a token,
@@ -81,52 +81,33 @@ class DeepseekV32DSAAttention:
             out_bias = weights.bias({f"{prefix}o_proj.bias": hidden})
             # one rank brings it into the sum over all
             self.o_bias = out_bias if weights.group.rank == 0 else None
-        self.indexer = None
+        self.indexer: Indexer | None = None
         if config.indexer_types[layer_id] == "full":
             has_wk = self._kv_begin == self.q_lora_rank
             self.indexer = Indexer(config, layer_id, weights, f"{prefix}indexer.", has_wk)
 
     def forward(
-        self, hidden_states: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
-    ) -> tuple[Any, Any]:
-        """Attention output and the selection that a following "shared" layer uses.
+        self,
+        hidden_states: Array,
+        cos_sin: Array,
+        forward_meta: LayerStep,
+        shared_indices: Array | None,
+    ) -> tuple[Array, Array | None]:
+        """Compute the attention output and the selection that a following "shared" layer uses.
 
         Args:
             hidden_states: [num_tokens, hidden_size], normed.
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
+            forward_meta: step whose metadata was built last.
             shared_indices: selection of the nearest layer before with an indexer, or None.
         """
-        backend, indexer = forward_meta.attn_backend, self.indexer
-        num_tokens = hidden_states.shape[0]
-        if indexer is None:
-            qr, kv_a, _ = self.project_qkv_a(hidden_states)
-            backend.write(kv_a, None, cos_sin, self, forward_meta)
-            indices = shared_indices
-        else:
-            work = partial(self.project_qkv_a, hidden_states)
-            # what it multiplies by is never FP8
-            values = values_of(hidden_states)
-            forked = num_tokens if indexer.may_fork(values) else 0
-            (qr, kv_a, joined), (index_k, weights) = backend.overlap.run(
-                forked, work, indexer.project, values, backend
-            )
-            index_k = index_k if joined is None else joined
-            backend.write(kv_a, index_k, cos_sin, self, forward_meta)
-            indices = None
-            prompts = backend.attention.dense_prompts
-            if prompts is None or not prompts.has_all:
-                indices = indexer.forward(forward_meta, qr, cos_sin, weights)
-        try:
-            merged = self._attended(qr, cos_sin, indices, forward_meta)
-        except KernelUnavailable as error:
-            backend.attention.attend_in_one_form(error)
-            if indices is None and indexer is not None:
-                indices = indexer.forward(forward_meta, qr, cos_sin, weights)
-            merged = self._attended(qr, cos_sin, indices, forward_meta)
-        return linear(merged, self.o_proj, self.o_bias), indices
+        values, indices = forward_meta.attn_backend.forward(
+            self, hidden_states, cos_sin, forward_meta, shared_indices
+        )
+        return linear(values, self.o_proj, self.o_bias), indices
 
     def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
-        """How the keys of this layer are normed and stored in caches of `layout`."""
+        """Return how the keys of this layer are normed and stored in caches of `layout`."""
         norms: dict[str, Any] = {}
         if self.indexer is not None:
             norms = self.indexer.key_norm()
@@ -139,31 +120,14 @@ class DeepseekV32DSAAttention:
             **norms,
         )
 
-    def project_qkv_a(self, hidden_states: Any) -> tuple[Any, Any, Any]:
-        """Latent of the queries, normed, and keys of `write_caches`, neither normed nor rotated.
-
-        Those of the indexer are None where it projects them itself.
-        """
+    def project_qkv_a(self, hidden_states: Array) -> tuple[Array, Array, Array | None]:
+        """See MlaLayer; `hidden_states` are normed."""
         qkv = linear(hidden_states, self.qkv_a_proj, self.qkv_a_bias)
         rank, begin = self.q_lora_rank, self._kv_begin
         index_k = qkv[:, rank:begin] if begin > rank else None
         return self.q_a_layernorm.of(qkv[:, :rank]), qkv[:, begin:], index_k
 
-    def _attended(self, qr: Any, cos_sin: Any, indices: Any, forward_meta: Any) -> Any:
-        """Values of the heads side by side [num_tokens, num_heads * v_head_dim]."""
-        backend, nope = forward_meta.attn_backend, self.nope_dim
-        q = self.q_b_proj.times(qr).reshape([-1, self.num_heads, nope + self.rope_dim])
-        prompts, tokens = backend.attention.dense_prompts, None
-        where: tuple[Any, ...] = ()
-        if prompts is not None and prompts.groups:
-            merged = backend.attend_densely(
-                q, cos_sin, (self.k_b_proj, self.v_b_proj), self.o_proj, self.layer_id, forward_meta
-            )
-            if prompts.has_all:
-                return merged
-            tokens = prompts.others
-            q, where = prompts.of_others(q), (merged, tokens)
-        q_latent = self.k_b_proj.times_by_head(q[:, :, :nope])
-        query = backend.attention.prepare_mla_query(q_latent, q[:, :, nope:], tokens, cos_sin)
-        latent = backend.attend(query, indices, self.layer_id, forward_meta)
-        return self.v_b_proj.heads_joined(latent, self.o_proj, *where)
+    def queries(self, latent: Array) -> Array:
+        """See MlaLayer."""
+        width = self.nope_dim + self.rope_dim
+        return self.q_b_proj.times(latent).reshape([-1, self.num_heads, width])

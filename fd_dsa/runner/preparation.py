@@ -1,4 +1,4 @@
-"""Warm-up of a runner: compilation of kernels, and capture of short steps."""
+"""ModelRunner: the runner of the engine, with its work before the first step."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 import paddle
 
+from fd_dsa.device.allocation import Array
 from fd_dsa.errors import FdDsaError
 from fd_dsa.models.memory_plan import MOST_PROMPTS, PROMPT_SIZES
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import SamplingInputs
-from fd_dsa.runner.step import Step
+from fd_dsa.runner.model_runner import StepRunner
 from fd_dsa.runner.step_graphs import (
     Capture,
     CaptureRefused,
@@ -31,8 +31,8 @@ from fd_dsa.step import StepHints
 logger = logging.getLogger(__name__)
 
 
-class Preparation:
-    """Part of ModelRunner that warms up and captures. The attributes are the runner's."""
+class ModelRunner(StepRunner):
+    """Runner that compiles kernels and captures short steps before its first request."""
 
     def warm_up(self, before_captures: bool = False) -> None:
         """Run steps of all kinds and magnitudes: no request waits for kernels.
@@ -67,9 +67,9 @@ class Preparation:
         # the second decode step goes on from the draw of the first
         decode = [[(1, max(cached - 1, 0), False)], [(1, cached, False)]]
         if self.draws is not None:
-            self.draws.set_slot(0, SlotParameters())
+            self.set_slot(0, SlotParameters())
             self.draws.warm_up()
-        forks = self.attn_backends[0].overlap.as_captured() if before_captures else nullcontext()
+        forks = self.attn_backends[0].as_captured() if before_captures else nullcontext()
         with forks:
             self._run_all(prompts + mixed + decode, decode[-1])
         self._forget_rows()
@@ -95,12 +95,12 @@ class Preparation:
     def capture_graphs(
         self,
         sizes: Sequence[int],
-        capture: Callable[[Any], Capture],
+        capture: Callable[[object], Capture],
         prompt_sizes: Sequence[int] = PROMPT_SIZES,
     ) -> None:
-        """Make graphs of decode steps of these numbers of tokens, padding included, and of prompts.
+        """Capture decode steps of these padded numbers of tokens, and steps of prompts.
 
-        Where the first cannot be made, all steps stay eager, with one warning that says why.
+        If the first graph cannot be captured, all steps stay eager, with one warning.
 
         Args:
             sizes: each at most the tokens of a step.
@@ -154,37 +154,32 @@ class Preparation:
         lengths = {key.max_seqlen_k for key in steps if not key.num_prompts}
         counts = range(2, 1 + self.most_drafts)
         for size in sorted(product(rows, lengths, counts), reverse=True):
-            work = partial(self.draws.queue_more_drafts, self.forward_meta, *size)
+            work = partial(self._device_draws().queue_more_drafts, self._newest_step(), *size)
             _, graphs.drafts[size] = capture(work)
 
     def _capture_step(self, capture: Capture, key: GraphKey) -> GraphEntry:
         """Capture the graphs of a step, which sample only padding during the capture."""
-        draws, rows = self.draws, min(key.num_sampled, self.input_batch.max_num_seqs)
+        draws, rows = self._device_draws(), min(key.num_sampled, self.input_batch.max_num_seqs)
         (_, hidden), replay = capture(lambda: self._run_padded(key))
-        step = self.forward_meta
-        _, sample = capture(lambda: draws.queue(self.forward_meta))
+        step = self._newest_step()
+        _, sample = capture(lambda: draws.queue(self._newest_step()))
         # without such a layer requests have no drafts from it
         draft = replay
         if hidden is not None:
-            _, draft = capture(lambda: draws.queue_drafts(self.forward_meta, rows))
+            _, draft = capture(lambda: draws.queue_drafts(self._newest_step(), rows))
         return GraphEntry(step, replay, sample, draft)
 
-    def _run_padded(self, key: GraphKey) -> tuple[Any, Any]:
-        """Run the staged step with the sizes of a graph, and return logits and hidden states."""
+    def _run_padded(self, key: GraphKey) -> tuple[Array | None, Array | None]:
+        """Run the staged step with the sizes of a graph, for its logits and hidden states."""
+        assert self._to_device is not None
         tokens, rows = key.num_tokens, self.input_batch.max_num_seqs
         inputs, sampling = self._to_device.views(tokens, rows, key.num_sampled)
         is_prompt = key.num_prompts > 0
         lengths = key.prompt_lengths(rows) if is_prompt else None
         hints = StepHints(tokens, is_prompt * tokens, key.max_seqlen_k, tokens)
-        backend = self.attn_backends[0]
-        step = Step(hints, *inputs, self.caches, backend, sampling, host_lengths=lengths)
-        self._begin(step, has_pending=True)
+        step = self._begin(hints, inputs, sampling, lengths, has_pending=True)
         self._forward(step, reads_all=not is_prompt)
         return step.logits, step.hidden_states
-
-    def _longest_row(self) -> int:
-        """Tokens that the table of a row reaches to."""
-        return self.input_batch.block_tables.shape[1] * self.input_batch.block_size
 
     def _only_rows(self, rows: Sequence[tuple[int, int, bool]], is_pending: bool = False) -> int:
         """Fill the batch with rows that share their blocks, and return the index of the last token.
@@ -197,13 +192,13 @@ class Preparation:
         batch.begin_step()
         for row, (tokens, done, _) in enumerate(rows):
             batch.set_blocks(row, range(-(-(done + tokens) // batch.block_size)))
-        tokens, done, are_prefills = zip(*rows, strict=True)
-        ids = [0] * sum(tokens)
+        counts, cached, are_prefills = zip(*rows, strict=True)
+        ids = [0] * sum(counts)
         pending = dict.fromkeys(range(len(ids)), 0) if is_pending else {}
-        batch.add_rows(range(len(rows)), tokens, ids, done, are_prefills, pending)
+        batch.add_rows(range(len(rows)), counts, ids, cached, are_prefills, pending)
         return batch.num_tokens - 1
 
     def _forget_rows(self) -> None:
-        """Leave the batch without rows and blocks."""
+        """Remove all rows and blocks from the batch."""
         self.input_batch.begin_step()
         self.input_batch.block_tables[:] = -1

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.attention.protocol import LayerStep
+from fd_dsa.device.allocation import Array
 from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.hyper import HeadCollapse, HyperConnection
@@ -36,7 +38,7 @@ class DeepseekV4DecoderLayer:
         residual: np.ndarray,
         token_ids: np.ndarray,
         angles: Angles,
-        forward_meta: Any,
+        forward_meta: LayerStep,
         kept: np.ndarray | slice,
     ) -> np.ndarray:
         """[num_tokens, num_streams + 1, hidden_size] after the layer; the last row is free.
@@ -53,7 +55,14 @@ class DeepseekV4DecoderLayer:
 
 
 class DeepseekV4ForCausalLM:
-    """The whole model: packed token ids of a step in, logits of chosen tokens out."""
+    """The whole model: packed token ids of a step in, logits of chosen tokens out.
+
+    Attributes:
+        config: sizes of the model.
+        mtp: None, because draft layers are not loaded.
+    """
+
+    mtp: None = None
 
     def __init__(self, config: DeepseekV4Config, weights: Any) -> None:
         self.config, self._weights = config, weights
@@ -79,14 +88,14 @@ class DeepseekV4ForCausalLM:
         """How each tensor of a checkpoint fills its place."""
         return self._weights.loaders  # type: ignore[no-any-return]
 
-    def __call__(self, ids_remove_padding: Any, forward_meta: Any) -> np.ndarray:
+    def __call__(self, ids_remove_padding: Array, forward_meta: LayerStep) -> np.ndarray:
         """Streams after the last layer, float32 [num_tokens, num_streams * hidden_size].
 
         Only those of `forward_meta.sampled` have values: the last layer computes no others.
 
         Args:
             ids_remove_padding: int64 [num_tokens]; token ids of the step, rows back to back.
-            forward_meta: the runner's step; `init_attention_metadata` has been called for it.
+            forward_meta: step whose metadata was built last.
         """
         token_ids, positions = as_numpy(ids_remove_padding), forward_meta.position_ids
         rows = self._embedding[token_ids]
