@@ -58,6 +58,9 @@ ONLY_IN = {
     "transformers": (),
 }
 ENVIRONMENT = ("environ", "environb", "getenv", "putenv", "unsetenv")
+# rooms whose interfaces are typed, so that an attribute is there or is an error of the type checker
+TYPED_ROOMS = ("attention", "runner")
+PROBES = ("getattr", "hasattr")
 MAX_LINES = 400
 LONG_FILE_MARK = "long on purpose: "
 
@@ -234,6 +237,17 @@ def environment_reads(modules: dict[str, Module]) -> Iterator[str]:
                 yield f"{module.path}:{node.lineno}: reads the environment; only environment may"
 
 
+def probes(modules: dict[str, Module]) -> Iterator[str]:
+    """Calls that look an attribute of another object up by its name, in rooms with typed seams."""
+    for module in modules.values():
+        for node in module.nodes if module.room in TYPED_ROOMS else ():
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) not in PROBES:
+                continue
+            if ast.unparse(node.args[0]) != "self":
+                name = ast.unparse(node.func)
+                yield f"{module.path}:{node.lineno}: {name} of another object; give it a type"
+
+
 def long_files(paths: Iterable[Path]) -> Iterator[str]:
     """Files over the limit whose first line gives no reason."""
     for path in paths:
@@ -247,6 +261,6 @@ def violations(root: Path) -> list[str]:
     modules = load_package(root)
     folders = (PACKAGE, "tests", "tools", "benchmarks")
     files = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
-    rules = (unknown_rooms, wrong_directions, cycles, forbidden_imports, environment_reads)
+    rules = (unknown_rooms, wrong_directions, cycles, forbidden_imports, environment_reads, probes)
     found = [line for rule in rules for line in rule(modules)]
     return found + list(long_files(files))

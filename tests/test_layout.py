@@ -81,6 +81,8 @@ def test_clean_tree_has_no_violation(tmp_path: Path) -> None:
         ("serve/x.py", "import os\nKEY = os.getenv('KEY')\n", "reads the environment"),
         ("serve/x.py", "import os as system\nsystem.environ\n", "reads the environment"),
         ("serve/x.py", "from os import environ\n", "reads the environment"),
+        ("runner/x.py", "x = hasattr(y, 'z')\n", "hasattr of another object"),
+        ("attention/x.py", "def f(m):\n    return getattr(m, 'z', None)\n", "getattr of another"),
         ("serve/x.py", "x = 0\n" * (MAX_LINES + 1), f"{MAX_LINES + 1} lines"),
     ],
 )
