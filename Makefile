@@ -15,11 +15,13 @@ SIEGE ?=
 MODES ?= --requests 32 --longest 800
 # a test file of each package, for `make smoke`; together 45 seconds of processor time
 SMOKE = $(addprefix tests/,accuracy/test_scores.py attention/test_batching.py \
-  chat/test_template_features.py client/test_report.py device/test_resolve.py \
-  distributed/test_host.py engine/test_llm.py \
-  fastdeploy_plugin/test_status.py models/test_checkpoint.py ops/test_operators.py \
-  runner/test_step.py serve/test_chat.py step/test_buffers.py triton_runtime/test_bound.py \
-  v4_model/test_config.py v4_prepare/test_prepare.py test_doctor.py)
+  chat/test_template_features.py client/test_questions.py command_line/test_report.py \
+  device/test_resolve.py distributed/test_host.py engine/test_engine.py \
+  fastdeploy_plugin/test_status.py models/test_checkpoint.py offline/test_llm.py \
+  ops/test_operators.py processes/test_processes.py runner/test_step.py \
+  serve/test_chat.py startup/test_memory.py \
+  step/test_buffers.py triton_runtime/test_bound.py v4_model/test_config.py \
+  v4_prepare/test_prepare.py test_doctor.py)
 VENV := .venv
 NUMPY1 := build/numpy1
 DOCS := build/docs-venv

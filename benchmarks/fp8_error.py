@@ -25,9 +25,9 @@ from benchmarks.report import region
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.factory import build_engine
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.query import prepare_on_host
+from fd_dsa.startup.build import build_engine
 from tools.demo_training.evalset import read
 
 RESULT = RESULTS / "accuracy" / "fp8_cache.json"

@@ -28,7 +28,7 @@ def count_calls() -> Counter[str]:
     import fd_dsa
     from fd_dsa import SamplingParams
     from fd_dsa.config import EngineConfig
-    from fd_dsa.engine.factory import build_engine
+    from fd_dsa.startup.build import build_engine
 
     package = str(Path(fd_dsa.__file__).parent)
     engine = build_engine(

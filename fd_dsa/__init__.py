@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 _LAZY = {
-    "LLM": ("fd_dsa.engine.llm", "LLM"),
+    "LLM": ("fd_dsa.offline.llm", "LLM"),
     "SamplingParams": ("fd_dsa.engine.sampling_params", "SamplingParams"),
     "StructuredOutputsParams": ("fd_dsa.engine.structured_outputs", "StructuredOutputsParams"),
 }

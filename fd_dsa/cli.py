@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import Any
 
 from fd_dsa import __version__, signals
+from fd_dsa.command_line.failures import reports_failures
+from fd_dsa.command_line.parser import Parser
 from fd_dsa.commands import own_command
-from fd_dsa.serve.flag_values import reports_failures
-from fd_dsa.serve.parser import Parser
 
 # command -> the module of its `main` and `build_parser`, imported when needed, and what it does
 COMMANDS = {

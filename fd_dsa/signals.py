@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
@@ -21,33 +19,6 @@ def open_missing_streams() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-
-
-def end_with_starter(descriptor: int) -> None:
-    """Have the kernel end this process when the process that started it has ended.
-
-    No thread is needed, so that a call that holds Python's lock, as a library that reads a file of
-    a dead disk, keeps nothing alive.
-
-    Args:
-        descriptor: the read end of a pipe, to which only the starter has the write end.
-    """
-    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
-    if select.select([descriptor], [], [], 0)[0]:
-        # the starter had ended before
-        os._exit(1)
-
-
-def leave_signals_to_starter() -> None:
-    """Ignore SIGINT and SIGTERM to all processes, as from systemd: the one that started this acts.
-
-    Blocked they would be another thread's, such as one that NumPy's libraries have started.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def discard(*streams: TextIO) -> None:
@@ -119,6 +90,24 @@ def signals_exit_at_once(line: str) -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+@contextmanager
+def signals_call(handle: Callable[[int], None]) -> Iterator[None]:
+    """Let SIGINT and SIGTERM call `handle` in the event loop. Only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    import asyncio
+
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, handle, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 @contextmanager

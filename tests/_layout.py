@@ -18,9 +18,12 @@ ROOMS = (
     "environment",
     "commands",
     "signals",
+    "processes",
     "cancellation",
     "speculative_config",
+    "cache_formats",
     "config",
+    "command_line",
     "custom_ops",
     "triton_runtime",
     "device",
@@ -36,6 +39,8 @@ ROOMS = (
     "chat",
     "grammars",
     "engine",
+    "startup",
+    "offline",
     "serve",
     "client",
     "accuracy",
@@ -67,11 +72,15 @@ LONG_FILE_MARK = "long on purpose: "
 
 @dataclass(frozen=True)
 class Import:
-    """One imported name: where it stands, what it reaches, whether only type checkers see it."""
+    """Imported name.
+
+    Attributes:
+        line: line of the import.
+        target: dotted name that it reaches.
+    """
 
     line: int
     target: str
-    for_types_only: bool
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Module:
 
     @cached_property
     def imports(self) -> list[Import]:
-        """Every import in the file, those inside functions included."""
+        """Every import in the file, also inside functions and below `if TYPE_CHECKING:`."""
         return list(_imports_of(self))
 
 
@@ -112,15 +121,6 @@ def load_package(root: Path) -> dict[str, Module]:
     return modules
 
 
-def _type_only_nodes(nodes: list[ast.AST]) -> set[ast.AST]:
-    """Nodes below an `if TYPE_CHECKING:`."""
-    found: set[ast.AST] = set()
-    for node in nodes:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            found.update(inner for child in node.body for inner in ast.walk(child))
-    return found
-
-
 def _absolute(module: Module, node: ast.ImportFrom) -> str:
     """The dotted module of a `from … import`, relative ones resolved."""
     if not node.level:
@@ -133,7 +133,6 @@ def _absolute(module: Module, node: ast.ImportFrom) -> str:
 
 def _imports_of(module: Module) -> Iterator[Import]:
     """See `Module.imports`."""
-    type_only = _type_only_nodes(module.nodes)
     for node in module.nodes:
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -143,7 +142,7 @@ def _imports_of(module: Module) -> Iterator[Import]:
         else:
             continue
         for target in targets:
-            yield Import(node.lineno, target, node in type_only)
+            yield Import(node.lineno, target)
 
 
 def _resolve(target: str, modules: dict[str, Module]) -> str | None:
@@ -164,7 +163,7 @@ def unknown_rooms(modules: dict[str, Module]) -> Iterator[str]:
 
 
 def wrong_directions(modules: dict[str, Module]) -> Iterator[str]:
-    """Imports of a higher room; what only type checkers see counts too."""
+    """Imports of a higher room."""
     rank = {room: index for index, room in enumerate(("", *ROOMS))}
     for module in modules.values():
         for found in module.imports:
@@ -177,13 +176,12 @@ def wrong_directions(modules: dict[str, Module]) -> Iterator[str]:
 
 
 def cycles(modules: dict[str, Module]) -> Iterator[str]:
-    """Groups of modules which import each other, imports inside functions included."""
+    """Groups of modules which import each other."""
     graph = {
         name: {
             reached
             for found in module.imports
-            if not found.for_types_only
-            and (reached := _resolve(found.target, modules)) not in (None, name)
+            if (reached := _resolve(found.target, modules)) not in (None, name)
         }
         for name, module in modules.items()
     }

@@ -72,6 +72,11 @@ def test_clean_tree_has_no_violation(tmp_path: Path) -> None:
         ("errors.py", "import fd_dsa.config\n", "fd_dsa.config, a higher room"),
         ("step/host.py", "import fd_dsa.step.builder\n", "cycle fd_dsa.step.builder"),
         ("step/host.py", "def f():\n    from . import builder\n", "cycle fd_dsa.step.builder"),
+        (
+            "step/host.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import builder\n",
+            "cycle fd_dsa.step.builder",
+        ),
         ("gadgets/new.py", "", "room 'gadgets' has no place"),
         ("engine/x.py", "import torch\n", "imports torch; no room may"),
         ("engine/x.py", "from transformers import x\n", "no room may"),

@@ -22,9 +22,9 @@ import pytest
 
 from fd_dsa.accuracy.cli import build_parser as accuracy_parser
 from fd_dsa.cli import COMMANDS, build_parser
+from fd_dsa.command_line.parser import split_flags
 from fd_dsa.errors import FdDsaError
 from fd_dsa.serve.flag_sources import parse_args
-from fd_dsa.serve.flag_values import split_flags
 from tests.serve.processes import FAKE, console, environment, finish, serving
 
 ROOT = Path(__file__).resolve().parent.parent

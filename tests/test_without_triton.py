@@ -30,7 +30,7 @@ pathlib.Path(__file__).with_name(f"absent-{os.getpid()}").touch()
 ENGINE = """
 import paddle
 from fd_dsa.config import demo_model_path
-from fd_dsa.engine import LLM, SamplingParams
+from fd_dsa import LLM, SamplingParams
 from fd_dsa.errors import BackendUnavailable
 with LLM(demo_model_path(), device="cpu") as llm:
     (said,) = llm.generate(["Hello"], SamplingParams(max_tokens=4, temperature=0))

@@ -40,7 +40,7 @@ def open_device(rig: bool, device: str) -> str:
 
         # Paddle looks for plug-ins when it is imported
         device = load("real").device
-        from fd_dsa.engine.ranks import Ranks
+        from fd_dsa.startup.ranks import Ranks
 
         Ranks.COMMAND = (sys.executable, "-m", "tests.distributed.rig_rank")
     if device != "cpu":

@@ -39,7 +39,7 @@ def cache_bytes(layers: int, indexer_layers: int, num_blocks: int) -> dict[str, 
 def engine_bytes() -> dict[str, Any]:
     """The plan of an engine of the demo model, and the arrays of its runner."""
     from fd_dsa.config import EngineConfig
-    from fd_dsa.engine.factory import build_engine
+    from fd_dsa.startup.build import build_engine
 
     config = EngineConfig(
         kv_cache_dtype="fp8_ds_mla", num_gpu_blocks_override=300, speculative_config="none"
@@ -90,7 +90,6 @@ def prefill_peak(context: int, tokens: int) -> dict[str, Any]:
     from paddle.base import core
 
     from fd_dsa.runner import InputBatch, ModelRunner
-    from fd_dsa.runner.model_runner import cache_layout
     from tests.runner.tiny import V32, tiny_model
 
     fields = {"num_hidden_layers": 1, "index_n_heads": 64, "index_topk": 2048} | _WIDTHS
@@ -98,7 +97,7 @@ def prefill_peak(context: int, tokens: int) -> dict[str, Any]:
     model = tiny_model(V32 | fields)
     columns = -(-context // _BLOCK_SIZE)
     batch = InputBatch(1, tokens, columns, _BLOCK_SIZE)
-    layout = cache_layout(model.config, "fp8_ds_mla", _BLOCK_SIZE)
+    layout = model.config.cache_layout("fp8_ds_mla", _BLOCK_SIZE)
     runner = ModelRunner(model, batch, layout, columns)
     batch.set_blocks(0, range(columns))
     batch.begin_step()

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks._harness import random_prompts
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.factory import build_engine
+from fd_dsa.startup.build import build_engine
 
 # a decode step is timed this often, the scan as well
 _REPEATS = 15

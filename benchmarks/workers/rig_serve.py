@@ -23,7 +23,7 @@ def load_device() -> None:
         from fd_dsa import custom_ops
 
         custom_ops.use_library(build_library())
-    from fd_dsa.engine.ranks import Ranks
+    from fd_dsa.startup.ranks import Ranks
 
     Ranks.COMMAND = (sys.executable, "-m", "tests.distributed.rig_rank")
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from importlib import import_module
 
+from fd_dsa.command_line.failures import reports_failures
+from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.commands import own_command
-from fd_dsa.serve.flag_values import reports_failures, split_flags
-from fd_dsa.serve.parser import Parser
 
 COMMANDS = {
     "ifeval": ("ifeval.fill_parser", "ask a server the IFEval prompts and score its answers"),

@@ -20,9 +20,9 @@ from fd_dsa.accuracy.stats import (
     signed,
     smallest_difference,
 )
-from fd_dsa.client import report
-from fd_dsa.client.report import Table
-from fd_dsa.serve.parser import Parser
+from fd_dsa.command_line import report
+from fd_dsa.command_line.parser import Parser
+from fd_dsa.command_line.report import Table
 
 JSON_FILE, PAGE_FILE = "compare.json", "compare.md"
 # of the list of flips on the terminal; the files hold all

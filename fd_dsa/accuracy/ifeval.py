@@ -35,10 +35,10 @@ from fd_dsa.accuracy.scores import (
     write_report,
 )
 from fd_dsa.client.questions import Answer
-from fd_dsa.client.report import check_folder, show
+from fd_dsa.command_line.parser import Parser
+from fd_dsa.command_line.report import check_folder, show
+from fd_dsa.command_line.values import number
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.flag_values import number
-from fd_dsa.serve.parser import Parser
 
 TASK = "ifeval"
 MAX_TOKENS = 1280

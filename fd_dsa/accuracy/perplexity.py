@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model, read_config
-from fd_dsa.client.report import Table, check_folder, publish
+from fd_dsa.command_line.parser import Parser
+from fd_dsa.command_line.report import Table, check_folder, publish
+from fd_dsa.command_line.values import add_numbers
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
 from fd_dsa.errors import ConfigError, FdDsaError
-from fd_dsa.serve.flag_values import add_numbers
-from fd_dsa.serve.parser import Parser
 
 if TYPE_CHECKING:
     from fd_dsa.engine.tokenizer import Tokenizer

@@ -24,10 +24,11 @@ from fd_dsa.accuracy.scores import ANSWERS_FILE, RunSettings
 from fd_dsa.client.own_server import OwnServer, add_server_flags, own_server
 from fd_dsa.client.questions import ChatClient, Question
 from fd_dsa.client.remote import ServerInfo
-from fd_dsa.client.report import check_folder
 from fd_dsa.client.settings import ON_OR_OFF
+from fd_dsa.command_line.report import check_folder
+from fd_dsa.command_line.values import add_numbers
 from fd_dsa.errors import ConfigError, RemoteError
-from fd_dsa.serve.flag_values import add_numbers, signals_call
+from fd_dsa.signals import signals_call
 
 # RunSettings.base_url of a run that started its server
 OWN = "own"

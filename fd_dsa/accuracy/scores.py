@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fd_dsa.accuracy.stats import Estimate, bootstrap_share, wilson
 from fd_dsa.client.questions import Answer
-from fd_dsa.client.report import Table, as_json, page, write_files
+from fd_dsa.command_line.report import Table, as_json, page, write_files
 from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError
 

@@ -195,7 +195,7 @@ class DeviceAttention:
     def allocate_cache(self, shape: list[int]) -> Array:
         """Allocate a cache with arbitrary contents: only written values are read."""
         layout = self.config.cache_layout
-        return self._allocate(tuple(shape), "uint8" if layout.is_fp8 else layout.kv_cache_dtype)
+        return self._allocate(tuple(shape), layout.format.device_dtype)
 
     def project(
         self, layer: MlaLayer, indexer: Indexer, hidden: Array, overlap: IndexerOverlap

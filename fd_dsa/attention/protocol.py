@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.indexer import Indexer
+from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.device.allocation import Array
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.linear import Linear

@@ -18,12 +18,13 @@ from fd_dsa import __version__
 from fd_dsa.client.load import Sender
 from fd_dsa.client.own_server import add_server_flags, parse_flags, server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
-from fd_dsa.client.report import as_json, show
 from fd_dsa.client.timing import Timing, measure, summarise, tables
+from fd_dsa.command_line.failures import reports_failures
+from fd_dsa.command_line.parser import Parser
+from fd_dsa.command_line.report import as_json, show
+from fd_dsa.command_line.values import add_numbers, number, reader
 from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, RemoteError, writing
-from fd_dsa.serve.flag_values import add_numbers, number, reader, reports_failures
-from fd_dsa.serve.parser import Parser
 
 _WARM_UP = 2
 # every vocabulary has these, and few have special tokens among them

@@ -23,10 +23,11 @@ from fd_dsa.client.remote import (
     transport_reason,
 )
 from fd_dsa.client.settings import NAMES, add_setting_flags, fields_of, read_setting
+from fd_dsa.command_line.failures import reports_failures
+from fd_dsa.command_line.parser import Parser, nearest
+from fd_dsa.command_line.values import reader
 from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, RemoteError, writing
-from fd_dsa.serve.flag_values import reader, reports_failures
-from fd_dsa.serve.parser import Parser, nearest
 
 Message = dict[str, str]
 _COMMANDS = {

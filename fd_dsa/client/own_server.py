@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fd_dsa.client.remote import normal_base_url
+from fd_dsa.command_line.parser import split_flags
 from fd_dsa.errors import ConfigError, writing
-from fd_dsa.serve.flag_values import split_flags
 
 _POLL_S = 0.05
 # any free port; a run that ends has no request that is worth waiting for; and every prompt is

@@ -25,10 +25,11 @@ from rich.progress import Progress
 from fd_dsa.client.load import FailedAttempt, Request, Sender, Sent
 from fd_dsa.client.own_server import parse_flags, server_at
 from fd_dsa.client.remote import examine_server
+from fd_dsa.command_line.failures import reports_failures
+from fd_dsa.command_line.parser import Parser
+from fd_dsa.command_line.values import add_numbers
 from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, writing
-from fd_dsa.serve.flag_values import add_numbers, reports_failures
-from fd_dsa.serve.parser import Parser
 from fd_dsa.signals import signal_end
 
 MOST_REQUESTS = 50_000

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from fd_dsa.command_line.parser import Parser, nearest
+from fd_dsa.command_line.values import number, reader
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.flag_values import number, reader
-from fd_dsa.serve.parser import Parser, nearest
 
 
 def _between(least: float, most: float) -> Callable[[str], Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fd_dsa.client.load import FailedAttempt, Request, Sender
 from fd_dsa.client.remote import read_event
-from fd_dsa.client.report import Table
+from fd_dsa.command_line.report import Table
 from fd_dsa.errors import RemoteError
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa import __version__
+from fd_dsa.command_line.failures import fail, reports_failures
+from fd_dsa.command_line.parser import Parser
 from fd_dsa.commands import extra_command, own_command, pip_command, python_command
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import (
@@ -24,8 +26,6 @@ from fd_dsa.environment import (
     usable_cpus,
 )
 from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError
-from fd_dsa.serve.flag_values import fail, reports_failures
-from fd_dsa.serve.parser import Parser
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
 _NEEDED = ("numpy", "paddle")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.llm import LLM
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -12,7 +11,6 @@ from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 
 __all__ = [
-    "LLM",
     "AsyncEngine",
     "EngineStats",
     "LLMEngine",

@@ -8,7 +8,6 @@ import itertools
 import os
 import select
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +18,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import send_handle
 
 from fd_dsa.engine.grammar_vocabulary import GrammarVocabulary
-from fd_dsa.engine.ranks import start_process
 from fd_dsa.grammars.messages import (
     COMPILE_S,
     MEMORY_MIB,
@@ -32,6 +30,7 @@ from fd_dsa.grammars.messages import (
     Vocabulary,
     Work,
 )
+from fd_dsa.processes.parent import ChildProcess
 
 # processor time of late work that is usual for an output, and each further one by which the
 # niceness of a worker grows by 1, seconds
@@ -55,13 +54,12 @@ class WorkerSource:
     """
 
     COMMAND = (sys.executable, "-m", "fd_dsa.grammars.worker")
-    """Command line, to which `start_process` adds the numbers of a socket and a pipe."""
+    """Command line, to which `ChildProcess` adds the numbers of a socket and a pipe."""
 
     def __init__(self) -> None:
         # `compile` adds a vocabulary again after a new start
         self._lock = threading.RLock()
-        self.process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self.process: ChildProcess | None = None
         self._numbers: weakref.WeakKeyDictionary[GrammarVocabulary, int] = (
             weakref.WeakKeyDictionary()
         )
@@ -135,16 +133,15 @@ class WorkerSource:
 
     def _running(self) -> Connection:
         """Return the connection to the process, which starts if it does not run."""
-        if self._connection is None or self.process is None or self.process.poll() is not None:
-            self.process, self._connection = start_process(self.COMMAND)
+        if self.process is None or not self.process.is_running:
+            self.process = ChildProcess(self.COMMAND)
             self._numbers.clear()
-        return self._connection
+        return self.process.connection
 
     def _close(self) -> None:
         """End the process; its workers end when their connections are closed."""
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            self.process.join(0.0)
 
 
 WORKERS = WorkerSource()

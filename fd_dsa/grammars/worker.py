@@ -9,7 +9,6 @@ worker that was stopped or had to wait for a processor loses nothing.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gc
 import os
 import resource
@@ -46,7 +45,7 @@ from fd_dsa.grammars.source import (
     one_line,
     refusal,
 )
-from fd_dsa.signals import end_with_starter, leave_signals_to_starter
+from fd_dsa.processes.child import connect_to_parent
 
 # llguidance's reasons for the end of an output whose lexer has come to its limits
 _WORN_OUT = ("LexerTooComplex", "InternalError")
@@ -80,13 +79,9 @@ class _Tokens:
 
 def main() -> int:
     """Fork workers until the engine is gone; returns the exit status."""
-    leave_signals_to_starter()
+    connection = connect_to_parent()
     # the kernel removes workers that have ended
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    connection, life = Connection(int(sys.argv[1])), int(sys.argv[2])
-    end_with_starter(life)
-    # nor may workers compute for an engine that is gone: the kernel ends the whole group
-    fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
     vocabularies: dict[int, _Tokens] = {}
     while True:
         try:

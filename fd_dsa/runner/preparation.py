@@ -13,12 +13,13 @@ import paddle
 
 from fd_dsa.device.allocation import Array
 from fd_dsa.errors import FdDsaError
-from fd_dsa.models.memory_plan import MOST_PROMPTS, PROMPT_SIZES
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.model_runner import StepRunner
 from fd_dsa.runner.step_graphs import (
+    MAX_PROMPTS,
+    PROMPT_SIZES,
     Capture,
     CaptureRefused,
     GraphEntry,
@@ -115,7 +116,7 @@ class ModelRunner(StepRunner):
 
         batch, topk, longest = self.input_batch, self.model.config.index_topk, self._longest_row()
         prompts = [size for size in prompt_sizes if size <= batch.max_num_tokens]
-        rows = min(MOST_PROMPTS, batch.max_num_seqs)
+        rows = min(MAX_PROMPTS, batch.max_num_seqs)
         graphs = StepGraphs(sizes, topk, longest, prompts, rows)
         try:
             with paddle.no_grad():

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
+from fd_dsa.command_line.failures import EXIT_BAD_START, fail
 from fd_dsa.commands import own_command
 from fd_dsa.config import HUB_NAME, EngineConfig
 from fd_dsa.environment import check_address_space, local_url, process_environment
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error, flag_error, is_out_of_memory
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
-from fd_dsa.serve.flag_values import EXIT_BAD_START, fail
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.flags import build_parser as build_parser
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
@@ -29,7 +29,7 @@ from fd_dsa.signals import discard, open_missing_streams, signal_end, signals_ex
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
-    from fd_dsa.engine.startup import StartupProgress
+    from fd_dsa.startup.progress import StartupProgress
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -174,8 +174,8 @@ def _show_plan(args: argparse.Namespace) -> int:
     config = EngineConfig(**_fields_of(EngineConfig, args))
     import yaml
 
-    from fd_dsa.engine.plan import make_plan
     from fd_dsa.serve.info import chat_formats
+    from fd_dsa.startup.plan import make_plan
 
     plan, options = make_plan(config), _server_options(args)
     server = {

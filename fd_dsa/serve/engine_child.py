@@ -17,12 +17,12 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from fd_dsa.engine.host import EngineFacts, EngineHost, Event, Failed
-from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.errors import describe_error
+from fd_dsa.processes.child import connect_to_parent
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps, trim_heaps
 from fd_dsa.serve.info import INFO, engine_info
 from fd_dsa.serve.logs import set_up_logging
-from fd_dsa.signals import end_with_starter, leave_signals_to_starter, open_missing_streams
+from fd_dsa.startup.progress import StartupProgress
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -43,11 +43,8 @@ def _sender(connection: Connection) -> Callable[[Event], None]:
 
 def main() -> int:
     """Build the engine and serve it; returns the exit status."""
-    # the HTTP process drains
-    leave_signals_to_starter()
-    open_missing_streams()
-    connection = Connection(int(sys.argv[1]))
-    end_with_starter(int(sys.argv[2]))
+    # the HTTP process drains on signals
+    connection = connect_to_parent()
     config, log_level, log_json = connection.recv()
     set_up_logging(log_level, as_json=log_json)
     share_heaps()
@@ -58,7 +55,7 @@ def main() -> int:
     ).start()
     try:
         # the imports take seconds
-        from fd_dsa.engine.factory import build_engine
+        from fd_dsa.startup.build import build_engine
 
         progress = StartupProgress(lambda *phase: connection.send(phase))
         engine = build_engine(config, progress)

@@ -7,7 +7,6 @@ model four times as long. vLLM and SGLang part the two in the same way.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 import time
@@ -26,12 +25,13 @@ from fd_dsa.engine.host import (
     Failed,
     Stop,
 )
-from fd_dsa.engine.ranks import how_ended, start_process
-from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
+from fd_dsa.processes.parent import ChildProcess
+from fd_dsa.startup.progress import StartupProgress
 
-_KILL_AFTER_S = 5.0
+# time for the last event to arrive once the process has ended, seconds
+_LAST_EVENT_S = 5.0
 HEARTBEAT_S = 1.0
 """Time between two questions by which the process shows that it is alive, seconds."""
 # the answer matters less than that there is one
@@ -44,7 +44,7 @@ class EngineProcess(EngineLink):
     The process ends when this one does, however it ends: its end of the socket is closed then.
 
     Raises:
-        ConfigError: as `fd_dsa.engine.factory.build_engine`; so are the others.
+        ConfigError: as `fd_dsa.startup.build.build_engine`; so are the others.
         FdDsaError: the process ended before the engine was ready.
     """
 
@@ -58,7 +58,8 @@ class EngineProcess(EngineLink):
         log_level: str = "info",
         log_json: bool = False,
     ) -> None:
-        self._process, self._connection = start_process(self.COMMAND)
+        self._process = ChildProcess(self.COMMAND)
+        self._connection = self._process.connection
         self.pid = self._process.pid
         self._is_stopping = False
         try:
@@ -71,8 +72,7 @@ class EngineProcess(EngineLink):
             self.facts = self._wait_until_ready(progress)
             self.tokenizer = loading.result()
         except BaseException:
-            self._process.kill()
-            self._process.wait()
+            self._process.join(0.0)
             raise
         self._commands: SimpleQueue[Command] = SimpleQueue()
         # when the oldest message was sent that nothing has come after, seconds of time.monotonic()
@@ -94,12 +94,8 @@ class EngineProcess(EngineLink):
 
     def join(self, timeout_s: float) -> None:
         """Wait until the process has ended; kill it after `timeout_s`."""
-        try:
-            self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(_KILL_AFTER_S)
-        super().join(_KILL_AFTER_S)
+        self._process.join(timeout_s)
+        super().join(_LAST_EVENT_S)
 
     def _wait_until_ready(self, progress: StartupProgress) -> EngineFacts:
         """The facts of the engine, as soon as it serves.
@@ -119,7 +115,7 @@ class EngineProcess(EngineLink):
             progress.follow(*message)
 
     def _ended(self, when: str) -> FdDsaError:
-        how, hint = how_ended(self._process)
+        how, hint = self._process.how_ended()
         return FdDsaError(f"the engine's process {how} {when}{hint}")
 
     def _write(self) -> None:

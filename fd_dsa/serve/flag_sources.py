@@ -12,12 +12,11 @@ from typing import Any
 
 import yaml
 
+from fd_dsa.command_line.parser import nearest, split_flags
 from fd_dsa.environment import process_environment, switch
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.flag_values import split_flags
 from fd_dsa.serve.flags import DEFAULTS, build_parser
 from fd_dsa.serve.known_flags import find, judge, take_out
-from fd_dsa.serve.parser import nearest
 
 _PREFIX = "FD_DSA_"
 # they mean nothing outside of a command line

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,12 +16,12 @@ from typing_extensions import TypedDict
 
 from fd_dsa import __version__
 from fd_dsa.chat.parser import AUTO, NONE, REASONING_FORMATS, TOOL_FORMATS
+from fd_dsa.command_line import values
+from fd_dsa.command_line.parser import Parser
 from fd_dsa.commands import own_command
 from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES, GENERATION_CONFIGS
-from fd_dsa.serve import flag_values as values
-from fd_dsa.serve.listener import DEFAULT_MAX_CONNECTIONS
-from fd_dsa.serve.parser import Parser
 
+DEFAULT_MAX_CONNECTIONS = 4096
 PROMPT_BYTES_PER_TOKEN = 16
 """Bytes of a prompt's text for each token of the context, unless --max-prompt-bytes says more."""
 _SIZE_FORMS = "32k is 32,000, 32K is 32,768"
@@ -212,6 +213,23 @@ _FLAGS = {
     },
 }
 
+
+def _key(text: str) -> str:
+    """A key that a header can carry; an empty one, as of an unset variable, would be no secret."""
+    if not text or any(char.isspace() or not char.isprintable() for char in text):
+        raise argparse.ArgumentTypeError("allowed is a text of one character or more, none a space")
+    return text
+
+
+def _parser_name(names: Sequence[str]) -> Callable[[str], str]:
+    """Return a function that finds the name of a parser in SGLang's spelling too.
+
+    SGLang writes `deepseek-v3` and `deepseekv32` for `deepseek_v3` and `deepseek_v32`.
+    """
+    spelled = {name.replace("_", ""): name for name in names}
+    return lambda text: spelled.get(text.lower().replace("-", "").replace("_", ""), text)
+
+
 _POSITIVE = values.number(int, 1)
 _SIZE = values.number(int, 1, f"; {_SIZE_FORMS}")
 # the configuration of the engine checks its range
@@ -231,13 +249,18 @@ _READERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("max_answer_scores", "max_body_values"), _SIZE),
     **dict.fromkeys(("max_concurrency", "max_connections"), _POSITIVE),
     **dict.fromkeys(("max_body_size", "max_prompt_bytes"), values.size),
-    "allowed_host": values.host_name,
+    "allowed_host": values.reader(
+        str,
+        "a name without a port, or *",
+        lambda text: text and text.count(":") != 1 and not re.search(r"[/\s]", text),
+    ),
     # the name that other servers have
     "device": lambda text: "gpu" if text == "cuda" else text,
-    **{flag: values.parser_name(names) for flag, names in _PARSERS.items()},
-    "api_key": values.key,
-    "host": values.host,
-    "port": values.port,
+    **{flag: _parser_name(names) for flag, names in _PARSERS.items()},
+    "api_key": _key,
+    # for the system an empty name, as of an unset variable, is every interface
+    "host": values.reader(str, "a name or an address, 0.0.0.0 for all interfaces", str.strip),
+    "port": values.reader(values.digits, "0 to 65535", lambda value: value <= 65535),
     **dict.fromkeys(("shutdown_timeout", "sse_ping_interval"), values.number(float, 0)),
     "timeout_keep_alive": _POSITIVE,
 }

@@ -15,16 +15,13 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fd_dsa.errors import ConfigError
-
-if TYPE_CHECKING:
-    from fd_dsa.serve.h11_protocol import StrictH11Protocol
+from fd_dsa.serve.flags import DEFAULT_MAX_CONNECTIONS
 
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
-DEFAULT_MAX_CONNECTIONS = 4096
 PROBE_CONNECTIONS = 8
 """Connections beyond the limit, on which probes are still answered."""
 # files of the model, the engine's pipes, and compilers
@@ -35,6 +32,18 @@ _PEEKED_BYTES = 64
 _RETRY_S = 0.02
 
 logger = logging.getLogger("fd_dsa.serve")
+
+
+class ClientConnection(Protocol):
+    """Connection of a client, as the listener sees it."""
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """Transport of the connection."""
+
+    @property
+    def has_unread(self) -> bool:
+        """True if the client has sent bytes that were not read."""
 
 
 class Listener:
@@ -66,8 +75,8 @@ class Listener:
         # accepted, to be opened in this order
         self._accepted: deque[socket.socket] = deque()
         # the one that has waited longest comes first
-        self._waiting: dict[StrictH11Protocol, None] = {}
-        self._working: set[StrictH11Protocol] = set()
+        self._waiting: dict[ClientConnection, None] = {}
+        self._working: set[ClientConnection] = set()
         self._opening: set[asyncio.Task[object]] = set()
         self._is_open = self._is_paused = False
 
@@ -97,24 +106,24 @@ class Listener:
             while self._accepted:
                 self._accepted.popleft().close()
 
-    def joined(self, connection: StrictH11Protocol) -> None:
+    def joined(self, connection: ClientConnection) -> None:
         self._waiting[connection] = None
         if not self._is_open:
             # it was being opened when the server began to close
             connection.transport.abort()
 
-    def waits(self, connection: StrictH11Protocol) -> None:
+    def waits(self, connection: ClientConnection) -> None:
         """Count a connection without a request in progress."""
         self._working.discard(connection)
         self._waiting.setdefault(connection)
         self._resume()
 
-    def works(self, connection: StrictH11Protocol) -> None:
+    def works(self, connection: ClientConnection) -> None:
         """Count a connection with a request in progress."""
         self._waiting.pop(connection, None)
         self._working.add(connection)
 
-    def left(self, connection: StrictH11Protocol) -> None:
+    def left(self, connection: ClientConnection) -> None:
         self._waiting.pop(connection, None)
         self._working.discard(connection)
         self._resume()
@@ -176,7 +185,7 @@ class Listener:
             # else asyncio would log that nobody asked for it
             task.exception()
 
-    def _oldest(self) -> StrictH11Protocol | None:
+    def _oldest(self) -> ClientConnection | None:
         """The connection that has waited longest, rather one that does not send any more."""
         sending = None
         for connection in self._waiting:
@@ -188,7 +197,7 @@ class Listener:
             sending = sending or connection
         return sending
 
-    def _drop(self, connection: StrictH11Protocol | None) -> None:
+    def _drop(self, connection: ClientConnection | None) -> None:
         if connection is not None:
             del self._waiting[connection]
             connection.transport.abort()

@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import uvicorn
 
-from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.environment import format_address
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
-from fd_dsa.serve.flag_values import signals_call
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
 from fd_dsa.serve.metrics import log_while_busy
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.status import PROBE_PATHS
-from fd_dsa.signals import exit_at_once
+from fd_dsa.signals import exit_at_once, signals_call
+from fd_dsa.startup.progress import StartupProgress
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine

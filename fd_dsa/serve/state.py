@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
-from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.workers import Workers
+from fd_dsa.startup.progress import StartupProgress
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine

@@ -11,7 +11,7 @@ import numpy as np
 from fd_dsa.attention.protocol import HostLengths, LayerStep
 from fd_dsa.errors import MissingStepError
 from fd_dsa.models.deepseek_v4.attention import V4Attention
-from fd_dsa.models.deepseek_v4.config import CSA
+from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.rotation import Angles
 from fd_dsa.ops.arrays import Scratch, as_numpy
 from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
@@ -19,18 +19,18 @@ from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import StepHints
-from fd_dsa.v4_attention.pools import LayerPools, V4CacheLayout
+from fd_dsa.v4_attention.pools import LayerPools, allocate_pools
 from fd_dsa.v4_attention.step import Tile, V4Step
 from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
 
 
 class V4AttentionBackend:
-    """Attention over windows in pages, compressed entries, and states in the rows of the batch.
+    """Attention over windows and compressed entries in pages, with states in rows of the batch.
 
     Args:
-        layout: shapes of the caches.
-        batch: the runner's batch, whose rows are slots.
-        num_blocks: blocks of each cache.
+        config: configuration of the model.
+        batch: rows of a step. Each row is a slot of the states.
+        num_blocks: blocks of the pools, of `batch.block_size` tokens.
 
     Attributes:
         shows_selections: False, because layers select compressed entries instead of tokens.
@@ -38,17 +38,17 @@ class V4AttentionBackend:
 
     shows_selections = False
 
-    def __init__(self, layout: V4CacheLayout, batch: InputBatch, num_blocks: int) -> None:
-        config = layout.config
+    def __init__(self, config: DeepseekV4Config, batch: InputBatch, num_blocks: int) -> None:
         self._kinds = config.layer_types
-        self._layout, self._num_heads = layout, config.num_attention_heads
+        self._layout = config.cache_layout("float32", batch.block_size)
+        self._num_heads = config.num_attention_heads
         self._topk, self._width = config.index_topk, config.head_dim
         max_blocks = batch.block_tables.shape[1]
         self._num_slots = batch.max_num_seqs
         sizes = V4PrepareConfig(
             window_size=config.sliding_window,
             spec_tokens=0,
-            block_size=layout.block_size,
+            block_size=batch.block_size,
             csa_ratio=config.compress_rates[CSA],
             hca_ratio=max(config.compress_rates.values()),
             index_topk=config.index_topk,
@@ -58,7 +58,7 @@ class V4AttentionBackend:
             max_num_seqs=batch.max_num_seqs,
             max_num_tokens=batch.max_num_tokens,
             max_tokens_per_seq=batch.max_num_tokens,
-            max_model_len=max_blocks * layout.block_size,
+            max_model_len=max_blocks * batch.block_size,
             swa="paged",
             # the entries' rows come from the block table, for the indexer's scan too
             hca_mode="table",
@@ -72,7 +72,7 @@ class V4AttentionBackend:
 
     def allocate_caches(self, has_indexer: Sequence[bool] = ()) -> list[LayerPools]:
         """Allocate the pools of every layer, zeroed."""
-        return self._layout.allocate(self._prepare.cfg.num_blocks, self._num_slots)
+        return allocate_pools(self._layout, self._prepare.cfg.num_blocks, self._num_slots)
 
     def warm_up(self, num_tokens: int, caches: Sequence[LayerPools]) -> None:
         """See AttentionBackend. Steps on a CPU are not captured."""

@@ -14,7 +14,7 @@ import pytest
 from fd_dsa.accuracy.cli import main
 from fd_dsa.accuracy.embedded import open_model
 from fd_dsa.accuracy.perplexity import DEFAULT_TEXT, measure, report_parts
-from fd_dsa.client.report import Table
+from fd_dsa.command_line.report import Table
 from tests.demo.samples import PROSE
 
 ON_CPU = ("--device", "cpu")

@@ -105,7 +105,7 @@ def main(folder: Path, size: int, cases: list[str], form: str = "real") -> None:
     from custom_ops.build_library import build_library
     from fd_dsa import LLM, custom_ops
     from fd_dsa.config import demo_model_path
-    from fd_dsa.engine.ranks import Ranks
+    from fd_dsa.startup.ranks import Ranks
 
     if form == "real":
         custom_ops.use_library(build_library())

@@ -37,11 +37,11 @@ def be_killed_in_a_capture(file: Path) -> None:
 
 
 def main() -> None:
-    """Load what `fd_dsa.engine.rank` finds beside paddlepaddle-gpu, and go on there."""
+    """Load what `fd_dsa.startup.rank` finds beside paddlepaddle-gpu, and go on there."""
     load("real")
     from custom_ops.build_library import build_library
     from fd_dsa import custom_ops
-    from fd_dsa.engine import rank
+    from fd_dsa.startup import rank
 
     custom_ops.use_library(build_library())
     if KILLED in os.environ:

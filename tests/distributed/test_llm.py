@@ -20,9 +20,9 @@ import pytest
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.engine.logprobs import TokenLogprobs
 from fd_dsa.engine.output import RequestOutput
-from fd_dsa.engine.ranks import Ranks
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import ConfigError, RankError
+from fd_dsa.startup.ranks import Ranks
 from tests.serve.processes import children, environment
 
 # so few blocks that requests are preempted, and prompts in chunks
@@ -150,7 +150,7 @@ def test_what_several_ranks_cannot_do_is_refused_by_name() -> None:
 RANK = """
 import os, signal, sys, time
 {patch}
-from fd_dsa.engine.rank import main
+from fd_dsa.startup.rank import main
 main()
 """
 AT_LOAD = """
@@ -163,7 +163,7 @@ loader.load_weights = load_weights
 IN_WARM_UP = """
 from fd_dsa.environment import prepare_cpu_runtime
 prepare_cpu_runtime()
-import fd_dsa.engine.factory as factory
+import fd_dsa.startup.build as factory
 def warm_up(*args):
     {what}
 factory.warm_up = warm_up
@@ -219,7 +219,7 @@ def test_four_ranks(alone: LLM) -> None:
 WAITING = """
 import os, signal, sys, time
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.ranks import Ranks
+from fd_dsa.startup.ranks import Ranks
 Ranks.COMMAND = (sys.executable, "-c", "import time; time.sleep(60)")
 ranks = Ranks(EngineConfig(device="cpu", tensor_parallel_size=3))
 ranks.group.has_devices = True

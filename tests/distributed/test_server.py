@@ -35,7 +35,7 @@ def rank_of(server: Server) -> int:
     found = [
         pid
         for pid in children(server.process.pid)
-        if b"fd_dsa.engine.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"fd_dsa.startup.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     assert len(found) == 1
     return found[0]
@@ -93,9 +93,9 @@ def test_a_rank_that_ends_or_stops_ends_the_server(
 # the rank, which dies in its own
 WARMING = """
     import os, signal
-    del sys.modules["fd_dsa.engine.factory"]
-    import fd_dsa.engine.factory as real
-    from fd_dsa.engine.ranks import Ranks
+    del sys.modules["fd_dsa.startup.build"]
+    import fd_dsa.startup.build as real
+    from fd_dsa.startup.ranks import Ranks
     from tests.distributed.test_llm import IN_WARM_UP, KILL, RANK
     program = RANK.format(patch=IN_WARM_UP.format(what=KILL))
     Ranks.COMMAND = (sys.executable, "-c", program)

@@ -283,7 +283,7 @@ def test_an_error_inside_of_a_call_stays_as_it_is():
 def test_type_checkers_see_the_signatures(tmp_path):
     """mypy refuses wrong names and finds the types of results through the decorators."""
     (tmp_path / "use.py").write_text(
-        "from fd_dsa.engine.llm import LLM\n"
+        "from fd_dsa.offline.llm import LLM\n"
         "from fd_dsa.engine.sampling_params import SamplingParams\n"
         "llm = LLM(max_num_seqs=4)\n"
         "reveal_type(llm.generate('a')[0].outputs[0].text)\n"

@@ -8,9 +8,9 @@ from contextlib import aclosing
 
 import pytest
 
-from fd_dsa.engine.llm import LLM
 from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.offline.llm import LLM
 from tests.engine.fakes import make_engine, run_all
 from tests.engine.threaded import threaded
 

@@ -10,8 +10,8 @@ import pytest
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.factory import build_engine
 from fd_dsa.errors import ConfigError
+from fd_dsa.startup.build import build_engine
 from tests.models.folders import TINY
 
 NEEDLE = "Anna has hidden the magic brush in the market. "

@@ -14,8 +14,9 @@ import pytest
 from fd_dsa.engine.mtp_drafter import MtpDrafter
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
-from fd_dsa.engine.step_costs import StepCosts, measure_steps
+from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.runner import ModelRunner
+from fd_dsa.startup.measure import measure_step_costs
 from tests.engine.mtp_engine import (
     WatchedDrafter,
     answers,
@@ -30,7 +31,6 @@ from tests.runner.tiny import V32
 PROGRAM = """
 from fd_dsa.environment import prepare_cpu_runtime
 prepare_cpu_runtime()
-from fd_dsa.engine.step_costs import measure_steps
 from fd_dsa.runner import ModelRunner
 from tests.engine.mtp_engine import answers, make_model, shown
 from tests.runner.tiny import V32
@@ -141,8 +141,9 @@ def test_prompts_that_came_together_have_no_drafts_where_those_of_one_alone_pay(
 
 def test_steps_are_measured_when_an_engine_starts() -> None:
     runner = make_runner(make_model(V32), 40)
-    speculator = Speculator(MtpDrafter(runner), 3)
-    costs = measure_steps(make_engine(runner, speculator, 40), speculator)
+    costs = measure_step_costs(
+        lambda speculator: make_engine(runner, speculator, 40), MtpDrafter(runner), 3
+    )
     batch = runner.input_batch
     assert (batch.block_tables == -1).all() and not batch.seq_lens_this_time.any()
     assert runner.counters.mask_offsets_launched == runner.counters.mask_offsets_skipped == 0

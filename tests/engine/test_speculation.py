@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from fd_dsa.engine.draft_state import Drafts, DraftState
+from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, Speculator
-from fd_dsa.engine.step_costs import StepCosts, measure_steps
+from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from fd_dsa.startup.measure import measure_step_costs
 from tests.engine.byte_model import TOKENIZER, VOCAB_SIZE, make_engine
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import run_all
@@ -276,11 +278,16 @@ class TimedDrafts(ArbitraryDrafter):
 
 
 def test_steps_of_requests_are_measured_with_all_that_they_take() -> None:
-    drafter = TimedDrafts()
-    speculator = Speculator(drafter, 2)
-    engine = make_engine(max_num_seqs=20, budget=64, speculator=speculator)
-    engine.clock = lambda: drafter.now
-    costs = measure_steps(engine, speculator)
+    drafter, engines = TimedDrafts(), []
+
+    def make(speculator: Speculator) -> LLMEngine:
+        engine = make_engine(max_num_seqs=20, budget=64, speculator=speculator)
+        engine.clock = lambda: drafter.now
+        engines.append(engine)
+        return engine
+
+    costs = measure_step_costs(make, drafter, 2)
+    (engine,) = engines
     assert costs is not None
     # more than 16 rows are not measured on a CPU
     for rows in (1, 4, 10, 16, 20):

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.factory import build_engine
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.startup.build import build_engine
 from tests.engine.fakes import random_clock
 
 # of the second prompt the selection leaves keys out

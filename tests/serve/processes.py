@@ -37,11 +37,11 @@ return engine
 # the process of the engine, with a factory whose body is put in place of {body}
 CHILD = """
 import os, pathlib, sys, time, types
-factory = types.ModuleType("fd_dsa.engine.factory")
+factory = types.ModuleType("fd_dsa.startup.build")
 def build_engine(config, progress=None):
 {body}
 factory.build_engine = build_engine
-sys.modules["fd_dsa.engine.factory"] = factory
+sys.modules["fd_dsa.startup.build"] = factory
 from fd_dsa.serve.engine_child import main
 os._exit(main())
 """

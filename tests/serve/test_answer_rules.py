@@ -10,9 +10,9 @@ import pytest
 
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.llm import LLM
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from fd_dsa.offline.llm import LLM
 from fd_dsa.runner.input_batch import InputBatch
 from tests.engine.byte_model import EOS, VOCAB_SIZE, all_bytes_tokenizer
 from tests.engine.fakes import FakeRunner

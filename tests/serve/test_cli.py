@@ -43,7 +43,7 @@ WITHOUT_PADDLE = """
     import importlib.util as u
     real = u.find_spec
     u.find_spec = lambda name, *a: None if name == "paddle" else real(name, *a)
-    from fd_dsa.engine.plan import make_plan
+    from fd_dsa.startup.plan import make_plan
     make_plan(config)
 """
 DAMAGED = """

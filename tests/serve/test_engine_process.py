@@ -19,11 +19,11 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import FdDsaError
 from fd_dsa.serve import engine_process
 from fd_dsa.serve.engine_process import EngineProcess
+from fd_dsa.startup.progress import StartupProgress
 from tests.engine.fakes import make_engine, run_all
 from tests.engine.threaded import threaded
 from tests.serve.conftest import wait_until

@@ -139,7 +139,7 @@ def test_what_is_no_repetition_is_all_written() -> None:
     for number in range(50):
         assert log("fd_dsa.serve", 20, "%s", f"line {number}")
         assert log("fd_dsa.serve", 30, "%s", f"line {number}")
-        assert log("fd_dsa.engine.startup", 20, "[%d/%d] %s", number, 5, "phase")
+        assert log("fd_dsa.startup.progress", 20, "[%d/%d] %s", number, 5, "phase")
         assert log("fd_dsa.requests", 20, "%s", "the same")
         access = ('%s - "%s %s HTTP/%s" %d', "127.0.0.1:1", "POST", "/v1/completions", "1.1", 200)
         assert log("uvicorn.access", 20, *access)

@@ -11,10 +11,10 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.factory import build_engine
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.guard import OPEN_PATHS
 from fd_dsa.serve.info import INFO, engine_info, server_info
+from fd_dsa.startup.build import build_engine
 from tests.chat.recorded import TOOLS
 from tests.engine.threaded import threaded
 from tests.serve.conftest import Live, running

@@ -25,10 +25,10 @@ import numpy as np
 from fd_dsa.accuracy.retrieval.prompts import endless
 from fd_dsa.config import EngineConfig, demo_model_path
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.factory import build_engine
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.environment import batch_invariant, prepare_cpu_runtime, quiet
+from fd_dsa.startup.build import build_engine
 
 CACHE_DTYPES = ("float32", "bfloat16", "fp8_ds_mla")
 # of logits in float32, between GEMMs of different numbers of rows

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.engine import factory
 from fd_dsa.errors import DeviceError, KernelUnavailable, LaunchError
+from fd_dsa.startup import build
 from fd_dsa.triton_runtime import Pointer, freeze, num_late_compilations
 from fd_dsa.triton_runtime import kernel as runtime_kernel
 from tests.triton_runtime.fakes import FakeLibrary, FakeTensor, X, Y, scale_kernel
@@ -73,7 +73,7 @@ def test_an_engine_warns_of_what_compiles_after_its_warm_up(
     plan: Any = SimpleNamespace(device="gpu:0", config=config)
     runners = [Runner(), Runner()]
     for runner in runners:
-        factory.warm_up(runner, plan)
+        build.warm_up(runner, plan)
     assert len(library.loaded) == (2 if eager else 4) and not caplog.records
     # a step forks in the warm-up only if captures follow
     assert all(runner.before_captures != eager for runner in runners)

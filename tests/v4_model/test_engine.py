@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.plan import make_plan
 from fd_dsa.errors import CheckpointError, ConfigError
+from fd_dsa.startup.plan import make_plan
 from tests.v4_model.cases import CASES, GREEDY, GREEDY_PROMPTS, STEPS
 from tests.v4_model.test_parity import GOLDENS
 

@@ -22,11 +22,11 @@ from fd_dsa.accuracy.retrieval.prompts import TASKS, PromptBuilder, TokenCounter
 from fd_dsa.accuracy.retrieval.scoring import Results, files, parts, score_answer
 from fd_dsa.accuracy.run import add_run_flags, connected
 from fd_dsa.accuracy.scores import REPORT_FILE
-from fd_dsa.client import report
+from fd_dsa.command_line import report
+from fd_dsa.command_line.parser import Parser
+from fd_dsa.command_line.values import add_numbers
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.flag_values import add_numbers
-from fd_dsa.serve.parser import Parser
 
 _MAX_TOKENS, _TRIALS = 64, 5
 

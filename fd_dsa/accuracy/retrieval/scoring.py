@@ -29,7 +29,7 @@ from fd_dsa.accuracy.scores import (
 )
 from fd_dsa.accuracy.stats import ALPHA, mcnemar, most_unseen_share, wilson
 from fd_dsa.client.questions import Answer
-from fd_dsa.client.report import Table, as_json, page
+from fd_dsa.command_line.report import Table, as_json, page
 
 _SHOWN_FAILURES = 5
 # 1,234,567 is read as 1234567

@@ -1,8 +1,6 @@
-"""DeepSeek-V4's attention: one key head over a window and compressed entries, with sinks."""
+"""Attention of DeepSeek-V4: one key head over a window and entries, with sinks."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -11,24 +9,25 @@ from fd_dsa.models.deepseek_v4.compressor import Compressor
 from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.norm import RowNorm, length
 from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation, rotate
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 
 class V4Attention:
-    """Attention of one layer; caches and indices are the backend's.
+    """Attention of one layer, with caches and indices of the backend.
 
     All projections of the layer's input are one GEMM: the query's latent, the key, head weights of
     the indexer, sources of the compressors.
 
     Attributes:
-        sinks: float32 [num_heads]; logit of a key without a value.
-        compressor: makes the layer's entries; None in a window-only layer.
+        sinks: float32 [num_heads], logit of a key without a value.
+        compressor: maker of the layer's entries, None in a window-only layer.
     """
 
     def __init__(
         self,
         config: DeepseekV4Config,
         layer_id: int,
-        weights: Any,
+        weights: HostOnlyWeights,
         prefix: str,
         rotation: Rotation,
     ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fd_dsa.accuracy.cli import main
 from fd_dsa.config import EngineConfig, demo_model_path
-from fd_dsa.engine.factory import build_engine
+from fd_dsa.startup.build import build_engine
 from tests.engine.threaded import threaded
 from tests.serve.conftest import Live, running
 

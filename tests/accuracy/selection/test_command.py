@@ -10,7 +10,7 @@ import pytest
 
 from fd_dsa.accuracy.cli import main
 from fd_dsa.accuracy.selection.command import parts
-from fd_dsa.client.report import Table, page
+from fd_dsa.command_line.report import Table, page
 
 SHORT = ("--lengths", "300", "--texts", "1", "--queries", "3", "--seed", "2")
 

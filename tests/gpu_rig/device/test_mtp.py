@@ -13,7 +13,6 @@ import paddle
 import pytest
 
 from fd_dsa.device.transfers import on_host
-from fd_dsa.engine import step_costs
 from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.engine import LLMEngine
@@ -24,12 +23,12 @@ from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
-from fd_dsa.engine.step_costs import StepCosts, measure_steps
+from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.device_draws import DeviceDraws
-from fd_dsa.runner.model_runner import cache_layout
+from fd_dsa.startup import measure
 from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.kernel import Kernel
 from tests.engine.fakes import byte_tokenizer, run_all
@@ -113,7 +112,7 @@ class DeviceDrafter(Watching, DeviceMtpDrafter):
 def make_runner(device: str, has_layer: bool = True) -> ModelRunner:
     """Three rows of at most six blocks of eight tokens, chunks of twelve."""
     model = tiny_model(FIELDS, seed=2, device=device, mtp=() if has_layer else None)
-    layout = cache_layout(model.config, "float32", 8)
+    layout = model.config.cache_layout("float32", 8)
     batch = InputBatch(3, 12, 6, 8)
     runner = ModelRunner(model, batch, layout, NUM_BLOCKS, device, most_drafts=MOST)
     for cache in runner.caches:
@@ -321,7 +320,7 @@ def test_a_start_runs_the_layer_before_any_request(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # kernels may be interpreted
-    monkeypatch.setattr(step_costs, "MAX_MEASURING_S", 60.0)
+    monkeypatch.setattr(measure, "MAX_MEASURING_S", 60.0)
     runner = make_runner(rig.device)
     tokens, queue = set(), DeviceDraws.queue_drafts
     with monkeypatch.context() as patch:
@@ -334,8 +333,9 @@ def test_a_start_runs_the_layer_before_any_request(
     # its kernels have other forms for other numbers of tokens, as those of any layer
     assert tokens == {1, 2, 3, 4, 7, 8, 12}
     runner.capture_graphs((2, 6), capture_of(rig))
-    speculator = Speculator(DeviceMtpDrafter(runner), MOST)
-    costs = measure_steps(make_engine(runner, speculator), speculator)
+    costs = measure.measure_step_costs(
+        lambda speculator: make_engine(runner, speculator), DeviceMtpDrafter(runner), MOST
+    )
     assert (runner.input_batch.block_tables == -1).all()
     assert costs is not None
     one, *more = costs.of(2, 2)

@@ -37,7 +37,7 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     from fd_dsa.config import EngineConfig
-    from fd_dsa.engine.factory import build_engine
+    from fd_dsa.startup.build import build_engine
     from tests.engine.threaded import threaded
     from tests.serve.conftest import running
     from tests.serve.page.conftest import launched, opened

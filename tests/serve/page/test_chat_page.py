@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.factory import build_engine
+from fd_dsa.startup.build import build_engine
 from tests.chat.recorded import TOOLS
 from tests.engine.threaded import threaded
 from tests.serve.conftest import Live, running, wait_until

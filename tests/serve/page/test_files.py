@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.factory import build_engine
+from fd_dsa.startup.build import build_engine
 from tests.engine.threaded import threaded
 from tests.serve.conftest import running
 from tests.serve.fake_engine import FakeEngine

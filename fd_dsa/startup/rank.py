@@ -1,13 +1,12 @@
-"""The process of a further rank: `python -m fd_dsa.engine.rank SOCKET PIPE`, started by `Ranks`.
+"""Process of a further rank: `python -m fd_dsa.startup.rank SOCKET PIPE`, started by `Ranks`.
 
-Builds its part of the model, then runs the steps that rank 0 sends, until rank 0 is gone.
+The process builds its part of the model, then runs the steps that rank 0 sends.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 from contextlib import suppress
 from logging.handlers import QueueHandler
@@ -17,11 +16,11 @@ from typing import Any
 
 from fd_dsa.distributed.host import HostGroup
 from fd_dsa.errors import FdDsaError, describe_error
-from fd_dsa.signals import end_with_starter, leave_signals_to_starter, open_missing_streams
+from fd_dsa.processes.child import connect_to_parent
 
 
 class _Relay(QueueHandler):
-    """Sends records of the log, and the last words, to rank 0; from any thread."""
+    """Forwards log records and the final error to rank 0, from any thread."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(SimpleQueue())
@@ -34,12 +33,8 @@ class _Relay(QueueHandler):
 
 
 def main() -> None:
-    """Follow rank 0; never returns."""
-    # rank 0 acts on signals
-    leave_signals_to_starter()
-    open_missing_streams()
-    connection = Connection(int(sys.argv[1]))
-    end_with_starter(int(sys.argv[2]))
+    """Build the runner of this rank and run the steps of rank 0, until the process ends."""
+    connection = connect_to_parent()
     config, rank, shared, debug = connection.recv()
     threading.Thread(target=_end_when_closed, args=(connection,), daemon=True).start()
     relay = _Relay(connection)
@@ -51,9 +46,9 @@ def main() -> None:
     try:
         group = HostGroup(rank, shared)
         # the imports take seconds
-        from fd_dsa.engine.factory import build_runner
-        from fd_dsa.engine.plan import make_plan
-        from fd_dsa.engine.startup import StartupProgress
+        from fd_dsa.startup.build import build_runner
+        from fd_dsa.startup.plan import make_plan
+        from fd_dsa.startup.progress import StartupProgress
 
         plan = make_plan(config, group)
         from fd_dsa.runner.ranks import FollowingRunner
@@ -68,7 +63,7 @@ def main() -> None:
 
 
 def _end_when_closed(connection: Connection) -> None:
-    """Body of the thread that ends this process, whatever it does, when rank 0 says so."""
+    """End this process when rank 0 sends a message or is gone. Body of a thread."""
     with suppress(EOFError, OSError):
         connection.recv()
     os._exit(0)

@@ -1,21 +1,21 @@
-"""How much memory a model takes, and how many cache blocks fit beside its weights."""
+"""Memory plan: bytes of weights, graphs and caches, and the number of cache blocks that fit."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.runner.step_graphs import MAX_PROMPTS, PROMPT_SIZES
+from fd_dsa.startup.host_memory import available_memory_bytes
 
 _DEFAULT_CACHE_BYTES = 4 << 30
-_UNLIMITED = 1 << 60
 _WIDTHS = {"float32": 4, "bfloat16": 2}
 # the first that fits a tensor's name; ranks split all of them but the embedding
 _PARTS = {
@@ -33,14 +33,17 @@ _GRAPH_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Sizes in bytes, made before anything large is allocated; blocks and lengths in tokens.
+    """Sizes of an engine's memory, made before anything large is allocated.
 
     Attributes:
-        weight_bytes: weights as held.
-        graph_bytes: captured decode steps, their activations included; 0 without any.
-        state_bytes: what rows of the batch keep beside the blocks.
-        free_bytes: what the system could give when the plan was made.
-        bytes_per_block: one of `num_blocks` cache blocks over all layers.
+        weight_bytes: bytes of the weights as held.
+        graph_bytes: bytes of captured steps with their activations, 0 without captures.
+        state_bytes: bytes of the states that batch rows have in addition to blocks.
+        free_bytes: bytes that the system could give when the plan was made.
+        bytes_per_block: bytes of one cache block over all layers.
+        num_blocks: number of cache blocks.
+        block_size: tokens of a block.
+        max_model_len: longest prompt plus output, tokens.
     """
 
     weight_bytes: int
@@ -54,10 +57,11 @@ class MemoryPlan:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """All cache blocks of all layers."""
+        """Bytes of all cache blocks of all layers."""
         return self.num_blocks * self.bytes_per_block
 
     def summary(self) -> str:
+        """Describe the plan in one line."""
         blocks_per_request = -(-self.max_model_len // self.block_size)
         graphs = f"graphs {format_bytes(self.graph_bytes)}, " if self.graph_bytes else ""
         states = f"states {format_bytes(self.state_bytes)}, " if self.state_bytes else ""
@@ -71,7 +75,7 @@ class MemoryPlan:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """A size for people, such as `31.2 GiB`."""
+    """Write a size for people, such as `31.2 GiB`."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}"
@@ -81,18 +85,19 @@ def format_bytes(num_bytes: float) -> str:
 def weight_bytes(
     config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
 ) -> int:
-    """Bytes of a model's weights as held; arguments as of `weight_parts`."""
+    """Return the bytes of a model's weights as held. Arguments are those of `weight_parts`."""
     return sum(weight_parts(config, dtype, fp8).values())
 
 
 def weight_parts(
     config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
 ) -> dict[str, int]:
-    """Bytes of a model's weights, or one rank's, as held, by the part of the model they belong to.
+    """Return the bytes of a model's weights as held, by part of the model.
 
     Args:
-        dtype: of all matrices but those in `fp8`; vectors are float32. A CPU holds everything in
-            float32 whatever the checkpoint stores.
+        config: configuration of the model, or of one rank's part.
+        dtype: type of the matrices that are not in `fp8`; vectors are float32. A CPU holds
+            everything in float32.
         fp8: names of tensors whose values are one byte, with a scale for each block.
     """
     width, parts = _WIDTHS[dtype], dict.fromkeys((*_PARTS, _OTHERS), 0)
@@ -108,19 +113,16 @@ def weight_parts(
     return parts
 
 
-PROMPT_SIZES = (32, 64, 128, 256)
-"""Numbers of keys for which steps of short prompts are captured: of more the device is the slower
-side."""
-MOST_PROMPTS = 8
-"""Prompts of such a step."""
-
-
 def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -> int:
-    """Bytes that captured steps take at most: decode steps of these numbers of tokens, and prompts.
+    """Return an upper bound of the bytes of captured steps: decode steps and short prompts.
 
-    Each graph keeps its logits and what the driver needs for it. Activations are those of the
-    largest, which all share; those of a layer are counted as if none were given back before its
-    end.
+    Each graph keeps its logits and the driver's own data. All graphs share the activations of the
+    largest one, counted as if a layer freed no activation before its end.
+
+    Args:
+        config: configuration of the model, or of one rank's part.
+        sizes: captured numbers of tokens of decode steps.
+        max_model_len: longest prompt plus output, tokens.
     """
     if not sizes:
         return 0
@@ -128,7 +130,7 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     lengths = 1 if max_model_len <= config.index_topk else 2
     prompts = [size for size in PROMPT_SIZES if size <= config.index_topk]
     graphs = len(sizes) * lengths + len(prompts)
-    rows = lengths * sum(sizes) + len(prompts) * MOST_PROMPTS
+    rows = lengths * sum(sizes) + len(prompts) * MAX_PROMPTS
     kept = rows * config.vocab_size
     heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
     if config.mtp is not None:
@@ -150,28 +152,6 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     return 4 * (kept + max(*sizes, *prompts) * token) + graphs * _GRAPH_BYTES
 
 
-def available_memory_bytes(
-    proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
-) -> int:
-    """Bytes that this process may still allocate without swapping.
-
-    The least of what the system has (MemAvailable), what `ulimit -v` leaves of the address space,
-    and what each control group of the process, version 1 or 2, leaves: its limit less its use,
-    where file pages that can be dropped do not count as used.
-
-    Raises:
-        ConfigError: /proc/meminfo has no MemAvailable.
-    """
-    meminfo = _read_text(proc / "meminfo")
-    available = _keyed_number(meminfo, "MemAvailable:")
-    if available is None:
-        raise ConfigError(
-            f"{proc / 'meminfo'}: found no MemAvailable; fd_dsa needs Linux 3.14 or later"
-        )
-    rooms = [_group_room(group) for group in _memory_groups(proc, cgroup)]
-    return min([available * 1024, _address_room(proc / "self"), *rooms])
-
-
 def plan_memory(
     config: EngineConfig,
     *,
@@ -183,15 +163,17 @@ def plan_memory(
     free_bytes: int | None = None,
     takes_all: bool = False,
 ) -> MemoryPlan:
-    """Sizes of weights and caches, or an error that says which flag to change.
+    """Plan the memory of weights and caches.
 
-    The number of blocks is `num_gpu_blocks_override`, or what `kv_cache_memory_bytes` holds, or
-    else enough for `max_num_seqs` sequences of full length, but at most what is free beside the
-    weights; unless `takes_all`, also at most half of that, and 4 GiB or one full-length sequence.
+    The flags `num_gpu_blocks_override` and `kv_cache_memory_bytes` decide the number of blocks.
+    Without them there are enough for `max_num_seqs` sequences of full length, if the memory that
+    weights and graphs leave holds as many. Unless `takes_all`, blocks take at most half of that
+    memory, and at most 4 GiB or one sequence of full length.
 
     Args:
-        free_bytes: memory for all of it; None asks the system. Other sizes: as of a MemoryPlan.
-        takes_all: whether the memory is of use to nobody else.
+        weight_bytes, bytes_per_block, max_model_len, graph_bytes, state_bytes: as in MemoryPlan.
+        free_bytes: memory for weights, graphs and caches together; None = ask the system.
+        takes_all: True if no other process needs the memory.
 
     Raises:
         ConfigError: weights and caches do not fit in the free memory, or the caches do not hold
@@ -200,7 +182,7 @@ def plan_memory(
     if free_bytes is None:
         free_bytes = available_memory_bytes()
     needed_blocks = -(-max_model_len // config.block_size)
-    # None where the size of the caches is ours to choose
+    # None = no flag sets the size of the caches
     flag = None
     if config.num_gpu_blocks_override is not None:
         flag, num_blocks = "--num-gpu-blocks-override", config.num_gpu_blocks_override
@@ -235,7 +217,7 @@ def plan_memory(
 
 
 def _check_fit(plan: MemoryPlan, least_blocks: int, flag: str | None) -> None:
-    """Refuse a plan for which there is no room, with so many cache blocks at least."""
+    """Refuse a plan that does not fit with `least_blocks` cache blocks."""
     kv_cache_bytes = least_blocks * plan.bytes_per_block
     needed = plan.weight_bytes + kv_cache_bytes + plan.graph_bytes + plan.state_bytes
     if needed <= plan.free_bytes:
@@ -254,54 +236,3 @@ def _check_fit(plan: MemoryPlan, least_blocks: int, flag: str | None) -> None:
         f"cache {format_bytes(kv_cache_bytes)}{graphs}), free {format_bytes(plan.free_bytes)}; "
         f"{advice}"
     )
-
-
-def _memory_groups(proc: Path, cgroup: Path) -> Iterator[Path]:
-    """Folders of the control groups that limit this process, its own and those around it."""
-    for line in _read_text(proc / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        # version 1 has a tree for each controller, version 2 one for all
-        root = cgroup / "memory" if controllers else cgroup
-        group = PurePosixPath(path)
-        for part in (group, *group.parents):
-            yield root / part.relative_to("/")
-
-
-def _address_room(process: Path) -> int:
-    """What `ulimit -v` still allows a process, bytes; no limit is a very large number."""
-    limit = _keyed_number(_read_text(process / "limits"), "Max address space")
-    size = _keyed_number(_read_text(process / "status"), "VmSize:")
-    return _UNLIMITED if limit is None or size is None else max(limit - size * 1024, 0)
-
-
-def _group_room(folder: Path) -> int:
-    """What a control group still allows, bytes; no limit is a very large number."""
-    for limit_name, usage_name, prefix in (
-        ("memory.max", "memory.current", ""),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-    ):
-        limit, usage = _read_text(folder / limit_name), _read_text(folder / usage_name)
-        if not limit.strip().isdigit() or not usage.strip().isdigit():
-            continue
-        stat = _read_text(folder / "memory.stat")
-        droppable = sum(
-            _keyed_number(stat, f"{prefix}{kind}") or 0 for kind in ("inactive_file", "active_file")
-        )
-        return max(int(limit) - max(int(usage) - droppable, 0), 0)
-    return _UNLIMITED
-
-
-def _keyed_number(text: str, key: str) -> int | None:
-    """The number that follows a key at the start of a line; None where there is none."""
-    found = re.search(rf"^{re.escape(key)}\s+(\d+)\b", text, re.MULTILINE)
-    return int(found[1]) if found else None
-
-
-def _read_text(path: Path) -> str:
-    """A small file of the system; empty where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""

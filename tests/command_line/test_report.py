@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fd_dsa.client import report
-from fd_dsa.client.report import Table
+from fd_dsa.command_line import report
+from fd_dsa.command_line.report import Table
 from fd_dsa.errors import ConfigError
 
 TABLE = Table("Title", ("name", "a|b"), (("one", "1"), ("[bold]two", "2")), ("a note",))

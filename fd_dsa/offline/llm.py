@@ -14,7 +14,12 @@ from typing import Any, Literal, overload
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.arguments import CALL_HINTS, LLM_HINTS, explain_calls
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.llm_inputs import (
+from fd_dsa.engine.metrics import EngineStats
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.errors import FdDsaError
+from fd_dsa.offline.inputs import (
     SAMPLING_FIELDS,
     Conversations,
     Message,
@@ -31,11 +36,6 @@ from fd_dsa.engine.llm_inputs import (
     read_tools,
     read_variables,
 )
-from fd_dsa.engine.metrics import EngineStats
-from fd_dsa.engine.output import RequestOutput
-from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.errors import FdDsaError
 from fd_dsa.speculative_config import SpeculativeConfig
 
 # arguments of SamplingParams that a call of LLM is given
@@ -109,7 +109,7 @@ class LLM:
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         # not at the top: the factory imports paddle
-        from fd_dsa.engine.factory import build_engine
+        from fd_dsa.startup.build import build_engine
 
         if not logging.getLogger("fd_dsa").level:
             logging.getLogger("fd_dsa").setLevel(logging.WARNING)

@@ -14,11 +14,11 @@ from tokenizers import models
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig, demo_model_path
-from fd_dsa.engine import plan as plan_module
-from fd_dsa.engine.factory import build_engine
-from fd_dsa.engine.plan import make_plan
-from fd_dsa.engine.startup import PHASES, StartupProgress
 from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.startup import hardware
+from fd_dsa.startup.build import build_engine
+from fd_dsa.startup.plan import make_plan
+from fd_dsa.startup.progress import PHASES, StartupProgress
 from fd_dsa.triton_runtime.driver import GpuTraits
 
 
@@ -242,7 +242,7 @@ def test_releases_of_paddle_that_are_too_old(
             return found
         raise importlib.metadata.PackageNotFoundError(asked)
 
-    monkeypatch.setattr(plan_module, "version", version)
+    monkeypatch.setattr(hardware, "version", version)
     config = EngineConfig(device="cpu", max_model_len=256, max_num_seqs=1)
     if not refused:
         assert make_plan(config).max_model_len == 256

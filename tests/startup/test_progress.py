@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 
-from fd_dsa.engine import startup
-from fd_dsa.engine.startup import LoadProgress, StartupProgress
+from fd_dsa.startup import progress
+from fd_dsa.startup.progress import LoadProgress, StartupProgress
 
 
 class Terminal(io.StringIO):
@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look at the clock is 3 s after the one before."""
     ticks = itertools.count(0, 3)
-    monkeypatch.setattr(startup.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(ticks)))
 
 
 def test_a_quick_load_has_no_lines(caplog: pytest.LogCaptureFixture) -> None:

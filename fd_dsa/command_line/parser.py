@@ -14,15 +14,22 @@ _CHOICE = re.compile(r"(?s)(.*)invalid choice: '(.*)' \(choose from (.*)\)")
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """What to do about a name that is none of the known ones."""
+    """Return a hint for an unknown name: the nearest known name, or else `otherwise`."""
     near = nearest_name(name, known)
     return f"did you mean {near}?" if near else otherwise
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line of ours.
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the flags of a command, and the flags after `--`, which are for a server."""
+    words = list(arguments)
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place + 1 :]
 
-    Names are never abbreviated: a new flag would change what a short form means.
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line each, with the nearest name.
+
+    Names are never abbreviated, because a new flag would change the meaning of a short form.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -48,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """The flags; what is left over is refused here, where the flags of a command are known."""
+        """Parse the flags, and refuse other words with the nearest flag of this command."""
         found, rest = super().parse_known_args(args, namespace)
         for word in rest:
             if word.startswith("-"):
@@ -60,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def format_topic(self, topic: str) -> str:
-        """The help of one group, or else of the flags whose names contain a text."""
+        """Format the help of one group, or else of the flags whose names contain a text."""
         word = topic.strip("-").lower().replace("_", "-")
         groups = {(group.title or "").lower(): group for group in self._action_groups}
         flags = {flag.lstrip("-"): action for flag, action in self._option_string_actions.items()}

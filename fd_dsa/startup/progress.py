@@ -1,4 +1,4 @@
-"""How far the start of an engine has come: written while it loads, read from any thread."""
+"""Progress of a start: phases and loaded bytes, for the log and for `/health`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeRemainingColumn
 
-from fd_dsa.models.memory_plan import format_bytes
+from fd_dsa.startup.memory import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,15 @@ PHASES = ("config", "weights", "kv cache", "warm-up", "ready")
 
 
 class StartupProgress:
-    """The phases of a start, one line of the log for each; read from any thread.
+    """Phases of a start, each with a line of the log. Any thread may read it.
 
     Args:
-        tell: takes the index and how far the phase is, when one ends and now and then within one.
+        tell: gets the index and detail of the phase, when a phase ends and a few times a second
+            during a phase.
 
     Attributes:
-        began: `time.monotonic()` of the start.
-        index: number of the phase that runs, from 0.
+        began: `time.monotonic()` of the start, seconds.
+        index: number of the present phase, from 0.
     """
 
     def __init__(self, tell: Callable[[int, str], object] = lambda index, detail: None) -> None:
@@ -40,7 +41,7 @@ class StartupProgress:
 
     @property
     def phase(self) -> str:
-        """The phase that runs; the last one once the engine is there."""
+        """Name of the present phase, the last one after the start."""
         return PHASES[self.index]
 
     @property
@@ -49,18 +50,18 @@ class StartupProgress:
         return time.monotonic() - self.began
 
     def note(self, detail: str) -> None:
-        """Say how far the present phase has come."""
+        """Set the detail of the present phase, such as the bytes loaded so far."""
         self._detail, now = detail, time.monotonic()
         if now - self._told_at >= _TELL_EVERY_S:
             self._told_at = now
             self._tell(self.index, detail)
 
     def follow(self, index: int, detail: str) -> None:
-        """Take over how far the same start is in another process, which logs it."""
+        """Copy the progress of the same start in another process, which logs it."""
         self.index, self._detail = index, detail
 
     def done(self, text: str) -> None:
-        """End the present phase with one line about it; the next one begins."""
+        """Log a line about the present phase, and begin the next phase."""
         number, name = self.index + 1, self.phase
         logger.info("[%d/%d] %-8s %s", number, len(PHASES), name, text)
         self._detail = ""
@@ -68,7 +69,7 @@ class StartupProgress:
         self._tell(self.index, "")
 
     def describe(self) -> str:
-        """For people who ask while it runs: phase, its number, how far it is, seconds."""
+        """Describe the progress for people: phase, its number, its detail, seconds."""
         detail = f", {self._detail}" if self._detail else ""
         return (
             f"{self.phase} (phase {self.index + 1} of {len(PHASES)}{detail}), "
@@ -77,18 +78,16 @@ class StartupProgress:
 
 
 class LoadProgress:
-    """Progress of the weights: a bar on a terminal, elsewhere lines of the log.
-
-    A long load has a line for each quarter.
+    """Progress of the weights: a bar on a terminal, or else a line of the log for each quarter.
 
     Use it as a context manager and pass it as `progress` to `load_weights`.
 
     Args:
         startup: gets the details of its present phase.
-        stream: where a bar is drawn, if it is a terminal; None is stderr.
+        stream: terminal for the bar; None = stderr. Other streams get no bar.
 
     Attributes:
-        total_bytes: of what is loaded, once it has begun.
+        total_bytes: bytes of all weights, 0 before the first call.
     """
 
     def __init__(self, startup: StartupProgress, stream: TextIO | None = None) -> None:
@@ -118,7 +117,7 @@ class LoadProgress:
             self._bar.stop()
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
-        """Take note that `done_bytes` of `total_bytes` are loaded."""
+        """Note that `done_bytes` of `total_bytes` are loaded."""
         self.total_bytes = total_bytes
         done, total = format_bytes(done_bytes), format_bytes(total_bytes)
         self._startup.note(f"{done} of {total}")

@@ -1,0 +1,1 @@
+"""Toolkit of all commands: parser, values of flags, results as tables and files, failures."""

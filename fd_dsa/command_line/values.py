@@ -1,0 +1,91 @@
+"""Values of flags from their texts: types of argparse whose refusals name what is allowed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TypeVar
+
+from fd_dsa.config import parse_bytes
+
+_Value = TypeVar("_Value")
+
+
+def reader(
+    read: Callable[[str], _Value],
+    rule: str,
+    is_allowed: Callable[[_Value], object] = lambda _: True,
+) -> Callable[[str], _Value]:
+    """Make a type of argparse, which shows its refusals after the name of the flag.
+
+    Args:
+        read: makes the value of a text; raises ValueError.
+        rule: allowed values, for the message.
+        is_allowed: returns True for an allowed value.
+    """
+
+    def parse(text: str) -> _Value:
+        try:
+            value = read(text)
+            if is_allowed(value):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be {rule}")
+
+    return parse
+
+
+def digits(text: str) -> int:
+    """Read a whole number that has only ASCII digits, or raise ValueError."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError
+    return int(text)
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number, which may have a unit as in vLLM: 32k is 32,000 and 32K is 32,768."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])", text, re.ASCII | re.IGNORECASE)
+    if match is None:
+        return digits(text)
+    base = 1000 if match[2].islower() else 1024
+    value = Fraction(match[1]) * base ** (1 + "kmg".index(match[2].lower()))
+    if value.denominator != 1:
+        raise ValueError
+    return int(value)
+
+
+def number(kind: type[float], least: float, forms: str = "") -> Callable[[str], float]:
+    """Make a reader of finite numbers from `least` on.
+
+    Args:
+        kind: int or float.
+        forms: end of the error's line, with other ways to write a number.
+    """
+    read: Callable[[str], float] = whole_number if kind is int else float
+    what = "a whole number" if kind is int else "a number"
+    return reader(read, f"{what} from {least:g} on{forms}", lambda x: least <= x < math.inf)
+
+
+def add_numbers(
+    parser: argparse._ActionsContainer,
+    *rows: tuple[str, type[float], float, float | None, str],
+) -> None:
+    """Add flags that take a number.
+
+    Args:
+        rows: name, kind, smallest value, default and help of each flag.
+    """
+    for flag, kind, least, default, text in rows:
+        shown = text if default is None else f"{text} (default: {default:g})"
+        metavar = "N" if kind is int else "X"
+        parser.add_argument(
+            flag, metavar=metavar, type=number(kind, least), default=default, help=shown
+        )
+
+
+_BYTES = "1 byte or more: a number and an optional unit K, M, G or T, for example 8G or 512MiB"
+size = reader(parse_bytes, _BYTES, lambda num_bytes: num_bytes >= 1)

@@ -1,0 +1,1 @@
+"""Offline inference: a model in the caller's process, without a server."""

@@ -1,0 +1,135 @@
+"""Construction of an engine from its configuration: plan, weights, memory, warm-up."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from fd_dsa.config import EngineConfig
+from fd_dsa.distributed.host import HostGroup
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
+from fd_dsa.engine.prompt_lookup import PromptLookup
+from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, Speculator
+from fd_dsa.startup.load import load_model
+from fd_dsa.startup.measure import measure_step_costs
+from fd_dsa.startup.plan import EnginePlan, make_plan
+from fd_dsa.startup.progress import StartupProgress
+from fd_dsa.startup.ranks import Ranks
+from fd_dsa.startup.warm_up import interprets, warm_up
+
+if TYPE_CHECKING:
+    from fd_dsa.runner.preparation import ModelRunner
+
+_Runner = TypeVar("_Runner", bound="ModelRunner")
+
+
+def build_engine(config: EngineConfig, progress: StartupProgress | None = None) -> LLMEngine:
+    """Build an engine over the model of `config`, ready for requests.
+
+    Everything that can be refused is refused before memory is taken. Then weights are loaded.
+
+    Args:
+        progress: follows the phases; None = only the log does.
+
+    Raises:
+        ConfigError: a flag, the folder, its checkpoint or the memory; says which and what to do.
+        BackendUnavailable: Paddle is missing, or has no such device.
+    """
+    progress = progress or StartupProgress()
+    ranks = Ranks(config) if config.tensor_parallel_size > 1 else None
+    try:
+        return _build(config, ranks, progress)
+    except BaseException:
+        if ranks is not None:
+            ranks.close()
+        raise
+
+
+def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress) -> LLMEngine:
+    """Build the engine, whose other ranks have been started."""
+    group = None if ranks is None else ranks.group
+    plan = make_plan(config, group)
+    progress.done(plan.summary())
+    # these import paddle, after `make_plan` has set its environment
+    from fd_dsa.runner.preparation import ModelRunner
+    from fd_dsa.runner.ranks import LeadingRunner
+
+    runner: ModelRunner
+    if ranks is None:
+        runner = build_runner(plan, group, progress, ModelRunner)
+    else:
+        runner = leading = build_runner(plan, group, progress, LeadingRunner)
+        leading.lead(ranks)
+        weakref.finalize(runner, ranks.close)
+    make_engine = partial(
+        LLMEngine,
+        runner,
+        plan.tokenizer,
+        num_blocks=plan.memory.num_blocks,
+        max_model_len=plan.max_model_len,
+        eos_token_ids=plan.model_config.eos_token_ids,
+        target_gap_s=config.target_inter_token_latency_ms / 1e3,
+        enable_prefix_caching=config.enable_prefix_caching,
+        seed=config.seed,
+        sampling_defaults=plan.sampling_defaults,
+        async_scheduling=config.async_scheduling,
+    )
+    engine = make_engine(speculator=_make_speculator(runner, plan, make_engine))
+    engine.grammars.prepare()
+    engine.metrics.cache_config["cache_dtype"] = plan.config.kv_cache_dtype
+    if ranks is not None:
+        ranks.ready()
+    return engine
+
+
+def build_runner(
+    plan: EnginePlan, group: HostGroup | None, progress: StartupProgress, kind: type[_Runner]
+) -> _Runner:
+    """Build this rank's runner, with its model loaded and its steps warm.
+
+    Args:
+        group: ranks that share the model, each in a process like this; None = one rank.
+        progress: as for `build_engine`.
+        kind: class of the runner.
+    """
+    model = load_model(plan, group, progress)
+    num_blocks = plan.memory.num_blocks
+    backend = plan.caches.backend(num_blocks, plan.device)
+    drafts = plan.config.most_drafts
+    batch, device = plan.input_batch, plan.device
+    runner = kind(model, batch, None, num_blocks, device, backend, most_drafts=drafts)
+    progress.done(plan.memory.summary())
+    if group is not None:
+        # a warm-up waits for the other ranks on the device, where a missing rank goes unnoticed
+        group.barrier()
+    progress.done(warm_up(runner, plan))
+    if group is not None:
+        group.barrier()
+    return runner
+
+
+def _make_speculator(
+    runner: ModelRunner, plan: EnginePlan, make_engine: Callable[..., LLMEngine]
+) -> Speculator | None:
+    """Make the speculator with a measured cost table, or None without drafts."""
+    asked = plan.config.speculation
+    if asked is None:
+        return None
+    make_drafter: Callable[[], Drafter] = ArbitraryDrafter
+    if asked.method == "mtp":
+        on_host = runner.info.sampling is None
+        make_drafter = partial(MtpDrafter if on_host else DeviceMtpDrafter, runner)
+    most, costs = asked.num_speculative_tokens, None
+    if not interprets(plan.device):
+
+        def make_measured(speculator: Speculator) -> LLMEngine:
+            return make_engine(speculator=speculator, enable_prefix_caching=True)
+
+        costs = measure_step_costs(make_measured, make_drafter(), most)
+    if asked.method == "ngram":
+        make_drafter = partial(PromptLookup, asked.prompt_lookup_max, asked.prompt_lookup_min)
+    # not the measured drafter, which remembers its requests
+    return Speculator(make_drafter(), most, costs)
