@@ -16,7 +16,7 @@ from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.host import HostAttention
 from fd_dsa.attention.indexer import Indexer
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.attention.protocol import HostLengths, LayerStep, MlaLayer, WrittenLayer
+from fd_dsa.attention.protocol import BackendStep, HostLengths, MlaLayer, WrittenLayer
 from fd_dsa.device.allocation import Allocate, Array
 from fd_dsa.errors import ConfigError, KernelUnavailable, MissingStepError
 from fd_dsa.ops.arrays import check_shape
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def cache_of(forward_meta: LayerStep, index: int) -> Array:
+def cache_of(forward_meta: BackendStep, index: int) -> Array:
     """Return entry `index` of `forward_meta.caches`.
 
     Raises:
@@ -44,7 +44,7 @@ def cache_of(forward_meta: LayerStep, index: int) -> Array:
     return caches[index]
 
 
-def step_inputs(forward_meta: LayerStep) -> tuple[Array, ...]:
+def step_inputs(forward_meta: BackendStep) -> tuple[Array, ...]:
     """Return the four arrays of a step that the runner has filled.
 
     Raises:
@@ -128,7 +128,7 @@ class DSAAttentionBackend:
             self.attention = DeviceAttention(config, allocate or paddle_allocator(device))
         self.overlap = IndexerOverlap(device)
         self._hints: StepHints | None = None
-        self._built_for: LayerStep | None = None
+        self._built_for: BackendStep | None = None
         self._write_params: dict[int, CacheWriteParams] = {}
 
     def set_step_hints(self, hints: StepHints | None) -> None:
@@ -137,7 +137,7 @@ class DSAAttentionBackend:
 
     def init_attention_metadata(
         self,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
         hints: StepHints | None = None,
         host_lengths: HostLengths | None = None,
     ) -> None:
@@ -156,7 +156,7 @@ class DSAAttentionBackend:
 
     def build_step(
         self,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
         inputs: Sequence[Array],
         hints: StepHints | None = None,
         host_lengths: HostLengths | None = None,
@@ -197,7 +197,7 @@ class DSAAttentionBackend:
         self._built_for = None
         self.attention.begin_step()
 
-    def current_step(self, forward_meta: LayerStep) -> ForwardMeta:
+    def current_step(self, forward_meta: BackendStep) -> ForwardMeta:
         """Return the metadata of `forward_meta`, which must be the step built last."""
         if self._built_for is not forward_meta or self.attention_metadata is None:
             raise MissingStepError(
@@ -230,7 +230,7 @@ class DSAAttentionBackend:
         layer: MlaLayer,
         hidden: Array,
         rotation: Array,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
         shared: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """Write the keys of a layer, select keys and attend to them, as AttentionBackend says.
@@ -271,7 +271,7 @@ class DSAAttentionBackend:
         latent: Array,
         weights: Array,
         rotation: Array,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
     ) -> Array:
         """Return the selection of an indexer for the latents of the queries."""
         q, interleave = indexer.queries(latent), indexer.config.indexer_rope_interleave
@@ -284,7 +284,7 @@ class DSAAttentionBackend:
         latent: Array,
         selection: Array | None,
         rotation: Array,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
     ) -> Array:
         """Return the values of all heads, see `forward`."""
         q, dense, nope = layer.queries(latent), self.attention.dense_prompts, layer.nope_dim
@@ -308,7 +308,7 @@ class DSAAttentionBackend:
         index_k: Array | None,
         cos_sin: Array,
         layer: WrittenLayer,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
     ) -> None:
         """Write this step's keys of a layer, latents and indexer keys together.
 
@@ -331,7 +331,7 @@ class DSAAttentionBackend:
         index_cache = None if index_k is None else cache_of(forward_meta, index + 1)
         self.attention.write(step, kv_a, index_k, cos_sin, latent_cache, index_cache, params)
 
-    def select(self, q: Array, weights: Array, layer_id: int, forward_meta: LayerStep) -> Array:
+    def select(self, q: Array, weights: Array, layer_id: int, forward_meta: BackendStep) -> Array:
         """Select the keys that this step's tokens attend to in a layer.
 
         Args:
@@ -351,7 +351,7 @@ class DSAAttentionBackend:
         return self.attention.select(step, q, weights, cache_of(forward_meta, 2 * layer_id + 1))
 
     def attend(
-        self, q: Array, selection: Array | None, layer_id: int, forward_meta: LayerStep
+        self, q: Array, selection: Array | None, layer_id: int, forward_meta: BackendStep
     ) -> Array:
         """Attend to the selected slots of a layer, for prefill and decode tokens together.
 

@@ -35,8 +35,8 @@ class SelectionRecorder(Protocol):
         """Record the selection of the next layer, int32 [num_tokens, topk], -1 = padding."""
 
 
-class LayerStep(Protocol):
-    """Step as layers and backends see it. B = number of rows of the step.
+class BackendStep(Protocol):
+    """Step as attention backends see it. B = number of rows of the step.
 
     Attributes:
         seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [B].
@@ -67,12 +67,16 @@ class LayerStep(Protocol):
         """Physical blocks of each row, -1 = unused."""
 
     @property
-    def sampled(self) -> Array:
-        """Flat tokens whose logits are wanted, integers [n]."""
-
-    @property
     def caches(self) -> Sequence[Any]:
         """Caches of all layers, in the form that the backend allocates."""
+
+
+class LayerStep(BackendStep, Protocol):
+    """Step that layers are called with."""
+
+    @property
+    def sampled(self) -> Array:
+        """Flat tokens whose logits are wanted, integers [n]."""
 
     @property
     def attn_backend(self) -> AttentionBackend:
@@ -99,7 +103,7 @@ class AttentionBackend(Protocol):
 
     def init_attention_metadata(
         self,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
         hints: StepHints | None = None,
         host_lengths: HostLengths | None = None,
     ) -> None:
@@ -120,7 +124,7 @@ class AttentionBackend(Protocol):
         layer: Any,
         hidden: Array,
         rotation: Any,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
         shared: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """Write the keys of a layer, select keys and attend to them.

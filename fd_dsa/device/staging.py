@@ -37,6 +37,7 @@ import numpy.typing as npt
 from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
 from fd_dsa.device.host_tensor import Int32Array
 from fd_dsa.device.transfers import transfers_for
+from fd_dsa.tensor import Tensor
 
 NUM_SLABS = 3
 Integers = npt.NDArray[np.integer[Any]]
@@ -218,7 +219,7 @@ class StagedInputs:
 
 
 def section_view(
-    tensor: Any, starts: tuple[int, ...], columns: int, index: int, length: int
+    tensor: Tensor, starts: tuple[int, ...], columns: int, index: int, length: int
 ) -> Any:
     """Cut the first `length` values of a section, or rows of the block tables, the last section."""
     start = starts[index]

@@ -108,6 +108,7 @@ class MultiTokenPredictor:
             step: step of the runner, after `init_attention_metadata`.
         """
         positions, norms = step.position_ids, (self._token_norm, self._hidden_norm)
+        pair: Array
         if isinstance(hidden, np.ndarray):
             embedded = rows_at(self.embed_tokens, next_ids)
             embedded[as_numpy(positions) == 0] = 0

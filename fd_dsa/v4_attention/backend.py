@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.attention.protocol import HostLengths, LayerStep
+from fd_dsa.attention.protocol import BackendStep, HostLengths
 from fd_dsa.errors import MissingStepError
 from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
@@ -60,7 +60,7 @@ class V4AttentionBackend:
             max_tokens_per_seq=batch.max_num_tokens,
             max_model_len=max_blocks * batch.block_size,
             swa="paged",
-            # the entries' rows come from the block table, for the indexer's scan too
+            # the rows of entries come from the block table, also for the indexer's scan
             hca_mode="table",
         )
         self._comp_base = sizes.comp_base
@@ -68,7 +68,7 @@ class V4AttentionBackend:
         self._slots = np.arange(batch.max_num_seqs, dtype=np.int32)
         self._scratch = Scratch()
         self._step: V4Step | None = None
-        self._built_for: LayerStep | None = None
+        self._built_for: BackendStep | None = None
 
     def allocate_caches(self, has_indexer: Sequence[bool] = ()) -> list[LayerPools]:
         """Allocate the pools of every layer, zeroed."""
@@ -83,14 +83,14 @@ class V4AttentionBackend:
 
     def init_attention_metadata(
         self,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
         hints: StepHints | None = None,
         host_lengths: HostLengths | None = None,
     ) -> None:
         """Make the index arrays of a step, and its `position_ids`.
 
         Raises:
-            ValueError: inconsistent lengths or block tables, with row and value.
+            ValueError: inconsistent lengths or block tables. The message has row and value.
         """
         before, q, tables = map(
             as_numpy,
@@ -105,7 +105,7 @@ class V4AttentionBackend:
         self._step = step = V4Step(out, before, q, tables, self._num_heads)
         self._built_for, forward_meta.position_ids = forward_meta, step.positions
 
-    def current_step(self, forward_meta: LayerStep) -> V4Step:
+    def current_step(self, forward_meta: BackendStep) -> V4Step:
         """Return the index arrays of `forward_meta`, which must be the step built last."""
         if self._built_for is not forward_meta or self._step is None:
             raise MissingStepError(
@@ -119,7 +119,7 @@ class V4AttentionBackend:
         layer: V4Attention,
         hidden: np.ndarray,
         rotation: Angles,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
         shared: None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Write the keys of a layer, select entries and attend to them, as AttentionBackend says.
@@ -142,7 +142,7 @@ class V4AttentionBackend:
         kv: np.ndarray,
         sources: np.ndarray | None,
         layer: V4Attention,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
     ) -> None:
         """Store a layer's window keys, and make and store the entries that the step finishes.
 
@@ -159,14 +159,17 @@ class V4AttentionBackend:
         if sources is None:
             return
         kind, compressor = self._kinds[layer.layer_id], layer.compressor
+        assert compressor is not None, "only a layer with a compressor has sources"
         compressor.add_gates(sources, step.positions)
         if kind == CSA:
             step.records.restore(pools)
         plan = step.pooling(kind)
+        assert pools.states is not None
         if plan.num_entries:
             entries = compressor.entries(plan.pooled(sources, pools.states), plan.first)
             pools.keys[plan.rows] = entries[0]
             if kind == CSA:
+                assert pools.index_entries is not None
                 width = entries[1].shape[1]
                 pools.index_entries.reshape(-1, width)[plan.rows - self._comp_base] = entries[1]
         plan.keep(sources, pools.states)
@@ -174,7 +177,7 @@ class V4AttentionBackend:
             step.records.record(sources, pools)
 
     def select(
-        self, q: np.ndarray, weights: np.ndarray, layer_id: int, forward_meta: LayerStep
+        self, q: np.ndarray, weights: np.ndarray, layer_id: int, forward_meta: BackendStep
     ) -> np.ndarray:
         """Select the entries that each token attends to.
 
@@ -207,7 +210,7 @@ class V4AttentionBackend:
         q: np.ndarray,
         chosen: np.ndarray | None,
         layer: V4Attention,
-        forward_meta: LayerStep,
+        forward_meta: BackendStep,
     ) -> np.ndarray:
         """Attend to the window and the selected entries of a layer.
 
@@ -245,7 +248,7 @@ class V4AttentionBackend:
         return out
 
     def _chosen_list(self, step: V4Step, chosen: np.ndarray) -> np.ndarray:
-        """List rows of the window and of the selected entries of gathering tokens, -1 = padding."""
+        """Return window and selected-entry rows of the gathering tokens, padded with -1."""
         entries = positions_to_slots(
             chosen, step.rows[step.gathered], step.block_table, step.entries_per_block(CSA)
         )
@@ -254,7 +257,7 @@ class V4AttentionBackend:
 
 
 def _mask_of_chosen(tile: Tile, chosen: np.ndarray) -> np.ndarray:
-    """Return the mask of a tile that hides all entries but the selected ones."""
+    """Return the mask of a tile in which only selected entries are visible."""
     mask: np.ndarray = tile.mask.copy()
     entries = mask[:, tile.num_window :]
     entries[:] = -np.inf
