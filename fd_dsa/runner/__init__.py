@@ -10,7 +10,7 @@ __all__ = ["DSAModelRunnerMixin", "InputBatch", "ModelRunner"]
 def __getattr__(name: str) -> Any:
     """Import the names that need Paddle on first use."""
     if name == "ModelRunner":
-        from fd_dsa.runner.preparation import ModelRunner
+        from fd_dsa.runner.model_runner import ModelRunner
 
         return ModelRunner
     if name == "DSAModelRunnerMixin":

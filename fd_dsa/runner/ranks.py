@@ -16,7 +16,7 @@ import paddle
 
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.input_batch import SamplingInputs
-from fd_dsa.runner.preparation import ModelRunner
+from fd_dsa.runner.model_runner import ModelRunner
 from fd_dsa.runner.protocol import OtherRanks, RunnerInfo, StepFuture
 
 

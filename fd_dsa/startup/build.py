@@ -21,7 +21,7 @@ from fd_dsa.startup.ranks import Ranks
 from fd_dsa.startup.warm_up import interprets, warm_up
 
 if TYPE_CHECKING:
-    from fd_dsa.runner.preparation import ModelRunner
+    from fd_dsa.runner.model_runner import ModelRunner
 
 _Runner = TypeVar("_Runner", bound="ModelRunner")
 
@@ -54,7 +54,7 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
     plan = make_plan(config, group)
     progress.done(plan.summary())
     # these import paddle, after `make_plan` has set its environment
-    from fd_dsa.runner.preparation import ModelRunner
+    from fd_dsa.runner.model_runner import ModelRunner
     from fd_dsa.runner.ranks import LeadingRunner
 
     runner: ModelRunner

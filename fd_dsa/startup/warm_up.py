@@ -9,7 +9,7 @@ from fd_dsa.errors import DeviceError
 from fd_dsa.startup.plan import EnginePlan
 
 if TYPE_CHECKING:
-    from fd_dsa.runner.preparation import ModelRunner
+    from fd_dsa.runner.model_runner import ModelRunner
 
 
 def warm_up(runner: ModelRunner, plan: EnginePlan) -> str:
