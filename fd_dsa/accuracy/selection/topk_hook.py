@@ -107,6 +107,7 @@ def recording(
 ) -> Iterator[RecordingBackend]:
     """Replace the runner's backend with a recording one for the duration of the context."""
     own = runner.attn_backends[0]
+    assert isinstance(own, DSAAttentionBackend), "only DSA layers select tokens"
     watching = backend(own.config, device)
     runner.attn_backends[0] = watching
     try:
