@@ -52,7 +52,7 @@ class ArbitraryDrafter:
     def propose(
         self, batch: ScheduledBatch, counts: Mapping[Request, int]
     ) -> dict[Request, Drafts]:
-        """Return the token 0 as each draft; see Drafter."""
+        """Return the token 0 as each draft."""
         return {request: Drafts([0] * count) for request, count in counts.items()}
 
 
