@@ -1,345 +1,205 @@
-"""Runs a model on the rows of an InputBatch, on one device."""
+"""ModelRunner: the runner of the engine, with its work before the first step."""
 
 from __future__ import annotations
 
-import time
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
-from math import prod
-from typing import TYPE_CHECKING, Any
+from itertools import product
 
 import numpy as np
 import paddle
 
-from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
-from fd_dsa.models.config import ModelConfig
-from fd_dsa.ops.arrays import as_numpy
-from fd_dsa.ops.linear import rows_at
+from fd_dsa.device.allocation import Array
+from fd_dsa.errors import FdDsaError
+from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
-from fd_dsa.runner.preparation import Preparation
-from fd_dsa.runner.protocol import RunnerInfo, StepFuture
-from fd_dsa.runner.selections import Selections
-from fd_dsa.runner.step import Step
-from fd_dsa.runner.step_graphs import GraphEntry, GraphKey, StepGraphs
+from fd_dsa.runner.input_batch import SamplingInputs
+from fd_dsa.runner.step_graphs import (
+    MAX_PROMPTS,
+    PROMPT_SIZES,
+    Capture,
+    CaptureRefused,
+    GraphEntry,
+    GraphKey,
+    StepGraphs,
+    capture_failed,
+)
+from fd_dsa.runner.step_runner import StepRunner
 from fd_dsa.step import StepHints
 
-if TYPE_CHECKING:
-    from fd_dsa.runner.device_draws import DeviceDraws
-    from fd_dsa.runner.device_step import DeviceInputs
-
-_NO_INDICES, _NO_SAMPLING = np.empty(0, np.int64), SamplingInputs()
+logger = logging.getLogger(__name__)
 
 
-def backend_config(
-    config: ModelConfig,
-    layout: CacheLayout,
-    batch: InputBatch,
-    num_blocks: int | None = None,
-    dtype: str = "float32",
-) -> DSABackendConfig:
-    """What the attention backend must know of a model, its caches and the batch it serves."""
-    return DSABackendConfig(
-        num_heads=config.num_attention_heads,
-        index_n_heads=config.index_n_heads,
-        index_topk=config.index_topk,
-        softmax_scale=config.softmax_scale,
-        cache_layout=layout,
-        max_num_seqs=batch.max_num_seqs,
-        max_num_tokens=batch.max_num_tokens,
-        max_blocks_per_seq=batch.block_tables.shape[1],
-        num_blocks=num_blocks,
-        dtype=dtype,
-        head_widths=(config.qk_nope_head_dim, config.v_head_dim),
-    )
+class ModelRunner(StepRunner):
+    """Runner that compiles kernels and captures short steps before its first request."""
 
+    def warm_up(self, before_captures: bool = False) -> None:
+        """Run steps of all kinds and magnitudes: no request waits for kernels.
 
-class ModelRunner(Preparation):
-    """Runs one model over one batch: a Step, the backend's metadata, one forward, logits.
+        A kernel may have several forms for different numbers of tokens. The limits between them are
+        powers of two, so steps at and just below each power use all forms.
+        Results are dropped; what is written to the caches is written again before it is read.
 
-    Caches, metadata and slots are the attention backend's: a model with other caches brings its
-    own, which has `allocate_caches`, `init_attention_metadata`, `warm_up` and what its layers call.
-
-    Args:
-        model: a model of `fd_dsa.models.registry`, its weights loaded.
-        input_batch: rows that the engine fills.
-        layout: of the caches; None with a `backend`, which has its own.
-        num_blocks: blocks of each cache.
-        device: "cpu", "gpu:0" or a custom device of Paddle, where the model is already.
-        backend: the attention backend; None: a DSAAttentionBackend.
-        dtype: of the model's activations.
-        most_drafts: of a row in a step, drawn on a device.
-
-    Attributes:
-        attn_backends: the one that serves.
-        forward_meta: the newest step, with its logits and hidden states; None before the first.
-        counters: of the steps that were run.
-        graphs: those of decode steps; None where all steps are eager.
-        draws: draws tokens from logits on a device; None on a CPU.
-        graph_key: sizes of the graph that the newest step replayed; None after an eager step.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        input_batch: InputBatch,
-        layout: CacheLayout | None,
-        num_blocks: int,
-        device: str = "cpu",
-        backend: Any = None,
-        dtype: str = "float32",
-        most_drafts: int = 0,
-    ) -> None:
-        self.model, self.input_batch, self._device = model, input_batch, device
-        config = model.config
-        self.vocab_size, self._most_dense_keys = config.vocab_size, config.most_dense_keys
-        if backend is None:
-            assert layout is not None
-            sizes = backend_config(config, layout, input_batch, num_blocks, dtype)
-            backend = DSAAttentionBackend(sizes, device)
-        self.attn_backends: list[Any] = [backend]
-        self.caches = backend.allocate_caches(config.has_indexer)
-        self.forward_meta: Any = None
+        Args:
+            before_captures: steps fork to the second stream as captured ones do, so that a capture
+                finds all that the first work on that stream makes.
+        """
+        batch, config = self.input_batch, self.model.config
+        longest = self._longest_row()
+        chunk = min(batch.max_num_tokens, longest)
+        # past the selection keys are scored and chosen, and prompts attend in another form
+        cached = min(config.index_topk, longest - 1)
+        powers = [1 << i for i in range((chunk - 1).bit_length())]
+        chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
+        prompts = [[(n, done, True)] for done in (0, cached) for n in chunks if n <= longest - done]
+        # several prompts together may have more tokens than a row
+        most_tokens = min(batch.max_num_tokens, longest * batch.max_num_seqs)
+        beyond = [1 << i for i in range(chunk.bit_length(), (most_tokens - 1).bit_length())]
+        for n in sorted({*beyond, *(size - 1 for size in beyond), most_tokens} - {*chunks}):
+            prompts.append([(min(longest, n - begin), 0, True) for begin in range(0, n, longest)])
+        # rows that decode beside a prompt, all of them within the selection
+        most = min(batch.max_num_seqs, batch.max_num_tokens)
+        mixed = [
+            [(1, max(min(1 << i, cached) - 1, 0), False)] * min(1 << i, most - 1) + [(1, 0, True)]
+            for i in range(max(most, cached).bit_length())
+        ]
+        # the second decode step goes on from the draw of the first
+        decode = [[(1, max(cached - 1, 0), False)], [(1, cached, False)]]
+        if self.draws is not None:
+            self.set_slot(0, SlotParameters())
+            self.draws.warm_up()
+        forks = self.attn_backends[0].as_captured() if before_captures else nullcontext()
+        with forks:
+            self._run_all(prompts + mixed + decode, decode[-1])
+        self._forget_rows()
+        # these were no steps of requests
         self.counters = StepCounters()
-        self.graphs: StepGraphs | None = None
-        self.graph_key: GraphKey | None = None
-        self.most_drafts = most_drafts
-        # graphs of the newest step, None after an eager step, and its number of samples
-        self._graph: GraphEntry | None = None
-        self._num_samples = 0
-        self._selections: Selections | None = None
-        # layer for multi-token prediction
-        self._mtp = getattr(model, "mtp", None)
-        self._to_device: DeviceInputs | None = None
-        self._to_host: Callable[[Any], np.ndarray] = as_numpy
-        self.draws: DeviceDraws | None = None
-        if device != "cpu":
-            # kernels and their launcher are loaded only where a device is asked for
-            from fd_dsa.device.allocation import paddle_allocator
-            from fd_dsa.runner.device_draws import DeviceDraws
-            from fd_dsa.runner.device_step import DeviceInputs, HostLogits
 
-            allocate, sizes = paddle_allocator(device), (input_batch.max_num_seqs, self.vocab_size)
-            self._to_device = DeviceInputs(
-                input_batch, allocate, most_drafts, reads_next=self._mtp is not None
-            )
-            self._to_host = HostLogits(self._to_device.staging.transfers, prod(sizes))
-            self.draws = DeviceDraws(*sizes, allocate, most_drafts, model)
-
-    def initialize_forward_meta(
-        self, sampled: np.ndarray = _NO_INDICES, sampling: SamplingInputs = _NO_SAMPLING
-    ) -> Step:
-        """Make the step of the rows in the batch with its metadata, and keep it in `forward_meta`.
-
-        Args:
-            sampled: int64 [n]; flat tokens whose logits are asked for.
-            sampling: how a device samples a token from each of them.
-
-        Raises:
-            ValueError: inconsistent lengths or block tables, with row and value.
-        """
-        batch, backend = self.input_batch, self.attn_backends[0]
-        tokens = batch.num_tokens
-        hints = StepHints(tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
-        inputs: Any
-        placed = None
-        if self._to_device is not None:
-            lengths = self._stage(sampled, sampling)[1:4]
-            inputs, placed = self._to_device.views(tokens, batch.num_rows, len(sampled))
-        else:
-            inputs = batch.arrays(sampled)
-            lengths = inputs[1:4]
+    def _run_all(self, steps: list[list[tuple[int, int, bool]]], last_decode: object) -> None:
+        """Run steps of a warm-up. `last_decode` depends on the sample of the step before it."""
+        for rows in steps:
+            follows = self.draws is not None and rows is last_decode
+            last = np.array([self._only_rows(rows, is_pending=follows)])
+            if self.draws is None:
+                self.execute_model(last)
+                continue
+            if follows:
+                self.input_batch.follows[0] = 0
+            # all kernels of the sampler run for any parameters
+            self.enqueue_model(last, SamplingInputs([0], [0], [0, 1]))
+            self.sample().result()
             if self._mtp is not None:
-                # the layer runs when rows that have ended have lost their blocks
-                inputs = (*inputs[:-1], inputs[-1].copy())
-        step = Step(hints, *inputs, self.caches, backend, placed, host_lengths=lengths)
-        self._begin(step, has_pending=batch.has_pending)
-        return step
+                self.draft(1, self.most_drafts)
 
-    def _stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> tuple[np.ndarray, ...]:
-        """Enqueue the copy of the step in the batch, and return `InputBatch.arrays`."""
-        assert self._to_device is not None and self.draws is not None
-        batch = self.input_batch
-        if sampling.slots and self._mtp is not None:
-            next_ids = batch.next_tokens(sampled, self.draws.buffer.sample)
-            sampling = sampling._replace(next_ids=next_ids)
-        inputs = batch.arrays(sampled)
-        self._to_device.stage(inputs, sampling)
-        return inputs
+    def capture_graphs(
+        self,
+        sizes: Sequence[int],
+        capture: Callable[[object], Capture],
+        prompt_sizes: Sequence[int] = PROMPT_SIZES,
+    ) -> None:
+        """Capture decode steps of these padded numbers of tokens, and steps of prompts.
 
-    def _begin(self, step: Step, has_pending: bool) -> None:
-        """Resolve the pending tokens of a step and make its metadata, which may be captured."""
-        self.forward_meta = step
-        if self.draws is not None and has_pending:
-            self.draws.follow(step)
-        step.attn_backend.init_attention_metadata(step)
-
-    @property
-    def info(self) -> RunnerInfo:
-        """Optional parts of the runner, as they are now."""
-        return RunnerInfo(
-            sampling=self if self.draws is not None else None,
-            selections=self if self.shows_selections else None,
-            counters=self.counters,
-            captured_sizes=tuple(self.captured_sizes),
-        )
-
-    @property
-    def captured_sizes(self) -> tuple[int, ...]:
-        """Numbers of tokens of the captured decode steps, ascending."""
-        return self.graphs.sizes if self.graphs else ()
-
-    def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
-        """Run the step in the batch.
+        If the first graph cannot be captured, all steps stay eager, with one warning.
 
         Args:
-            logits_indices: int64 [n]; flat tokens whose logits are wanted, n may be 0.
-
-        Returns:
-            float32 [n, vocab_size]; on a device valid until the next step.
+            sizes: each at most the tokens of a step.
+            capture: gives what captures on a place, such as PaddleCapture.
+            prompt_sizes: numbers of keys of steps of prompts, as of StepGraphs; what is longer
+                than a step is left out.
 
         Raises:
-            ValueError: the batch holds no token, or lengths and tables disagree.
+            DeviceError: a capture failed half-way, and Paddle cannot go on; has the cure.
         """
-        # logits that are not finite are for the sampler to report
-        with paddle.no_grad(), np.errstate(invalid="ignore"):
-            logits = self.compute_logits(logits_indices)
-            if logits is None:
-                return np.empty((0, self.vocab_size), np.float32)
-            # on a device this is the step's one wait
-            return self._to_host(logits[: len(logits_indices)])
+        from fd_dsa.device.places import paddle_place
 
-    def enqueue_model(self, logits_indices: np.ndarray, sampling: SamplingInputs) -> None:
-        """Enqueue the step in the batch on a device, as SamplingRunner says."""
-        with paddle.no_grad():
-            self.compute_logits(logits_indices, sampling)
-            self._num_samples = len(sampling.slots)
+        batch, topk, longest = self.input_batch, self.model.config.index_topk, self._longest_row()
+        prompts = [size for size in prompt_sizes if size <= batch.max_num_tokens]
+        rows = min(MAX_PROMPTS, batch.max_num_seqs)
+        graphs = StepGraphs(sizes, topk, longest, prompts, rows)
+        try:
+            with paddle.no_grad():
+                self._fill(graphs, capture(paddle_place(self._device)))
+        except CaptureRefused as error:
+            logger.warning(
+                "all steps stay eager, they cannot be captured: %s; with --enforce-eager "
+                "nothing is captured",
+                error,
+            )
+            return
+        except FdDsaError:
+            raise
+        except Exception as error:
+            raise capture_failed(error) from error
+        finally:
+            self._forget_rows()
+        self.graphs = graphs
 
-    def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
-        """Enqueue the sampling of the enqueued step, as SamplingRunner says."""
-        draws = self.draws
-        assert draws is not None
-        if masks:
-            draws.set_masks(np.stack(masks))
-        with paddle.no_grad():
-            if self._graph is not None:
-                self._graph.sample()
-            else:
-                draws.queue(self.forward_meta)
-            return draws.results(self._num_samples)
+    def _fill(self, graphs: StepGraphs, capture: Capture) -> None:
+        """Capture all steps with one live row, and the steps of drafts with padding only."""
+        steps = graphs.steps()
+        # a capture must not make a stream
+        self.attn_backends[0].warm_up(steps[-1].num_tokens, self.caches)
+        for key in steps:
+            tokens = key.num_tokens if key.num_prompts else 1
+            done = 0 if key.num_prompts else key.max_seqlen_k - 1
+            last = self._only_rows([(tokens, done, key.num_prompts > 0)])
+            self._stage(np.array([last]), SamplingInputs())
+            graphs[key] = self._capture_step(capture, key)
+        if self._mtp is None:
+            return
+        most = min(graphs.sizes[-1], self.input_batch.max_num_seqs)
+        # powers of two, so that there are few
+        rows = {most, *(1 << power for power in range((most - 1).bit_length()))}
+        lengths = {key.max_seqlen_k for key in steps if not key.num_prompts}
+        counts = range(2, 1 + self.most_drafts)
+        for size in sorted(product(rows, lengths, counts), reverse=True):
+            work = partial(self._device_draws().queue_more_drafts, self._newest_step(), *size)
+            _, graphs.drafts[size] = capture(work)
 
-    def draft(self, num_requests: int, count: int) -> None:
-        """Enqueue the layer that drafts over the enqueued step, and its drafts.
+    def _capture_step(self, capture: Capture, key: GraphKey) -> GraphEntry:
+        """Capture the graphs of a step, which sample only padding during the capture."""
+        draws, rows = self._device_draws(), min(key.num_sampled, self.input_batch.max_num_seqs)
+        (_, hidden), replay = capture(lambda: self._run_padded(key))
+        step = self._newest_step()
+        _, sample = capture(lambda: draws.queue(self._newest_step()))
+        # without such a layer requests have no drafts from it
+        draft = replay
+        if hidden is not None:
+            _, draft = capture(lambda: draws.queue_drafts(self._newest_step(), rows))
+        return GraphEntry(step, replay, sample, draft)
+
+    def _run_padded(self, key: GraphKey) -> tuple[Array | None, Array | None]:
+        """Run the staged step with the sizes of a graph, for its logits and hidden states."""
+        assert self._to_device is not None
+        tokens, rows = key.num_tokens, self.input_batch.max_num_seqs
+        inputs, sampling = self._to_device.views(tokens, rows, key.num_sampled)
+        is_prompt = key.num_prompts > 0
+        lengths = key.prompt_lengths(rows) if is_prompt else None
+        hints = StepHints(tokens, is_prompt * tokens, key.max_seqlen_k, tokens)
+        step = self._begin(hints, inputs, sampling, lengths, has_pending=True)
+        self._forward(step, reads_all=not is_prompt)
+        return step.logits, step.hidden_states
+
+    def _only_rows(self, rows: Sequence[tuple[int, int, bool]], is_pending: bool = False) -> int:
+        """Fill the batch with rows that share their blocks, and return the index of the last token.
 
         Args:
-            num_requests: maximum number of requests that go on.
-            count: number of drafts of each; the layer makes the first one in any case.
-        """
-        draws, step, graphs = self.draws, self.forward_meta, self.graphs
-        assert draws is not None
-        longest = min(self.input_batch.max_seqlen_k + count - 1, self._longest_row())
-        size = num_requests, longest, count
-        with paddle.no_grad():
-            if self._graph is not None:
-                self._graph.draft()
-            else:
-                draws.queue_drafts(step, num_requests)
-            if count > 1:
-                replay = graphs.more_drafts(*size) if graphs else None
-                (replay or partial(draws.queue_more_drafts, step, *size))()
-
-    def compute_logits(
-        self, logits_indices: np.ndarray, sampling: SamplingInputs = _NO_SAMPLING
-    ) -> Any:
-        """Enqueue the step in the batch, and return its logits where the model runs.
-
-        Returns:
-            float32 [n, vocab_size], from a graph followed by rows of padding; None if no logits are
-            wanted.
+            rows: of each its tokens, those before them, and whether they are of a prompt.
+            is_pending: True if all tokens are the first sample of the step before.
         """
         batch = self.input_batch
-        if batch.num_tokens == 0:
-            raise ValueError("execute_model: the step has no token; call add_row first")
-        graphs, begin = self.graphs, time.perf_counter()
-        self.graph_key = key = graphs.fitting(batch, logits_indices) if graphs else None
-        self._graph = graph = graphs[key] if graphs and key else None
-        if graph is None:
-            step = self.initialize_forward_meta(logits_indices, sampling)
-        else:
-            step = graph.step
-            self._stage(logits_indices, sampling)
-        self.counters.count_step(
-            time.perf_counter() - begin,
-            batch.num_tokens,
-            batch.num_prefill_tokens,
-            batch.num_tokens_past(self._most_dense_keys),
-        )
-        if graph is not None:
-            self.forward_meta = step
-            graph.replay()
-        else:
-            step.selections = self._selections
-            self._forward(step)
-        return step.logits
+        batch.begin_step()
+        for row, (tokens, done, _) in enumerate(rows):
+            batch.set_blocks(row, range(-(-(done + tokens) // batch.block_size)))
+        counts, cached, are_prefills = zip(*rows, strict=True)
+        ids = [0] * sum(counts)
+        pending = dict.fromkeys(range(len(ids)), 0) if is_pending else {}
+        batch.add_rows(range(len(rows)), counts, ids, cached, are_prefills, pending)
+        return batch.num_tokens - 1
 
-    def _forward(self, step: Step, *, reads_all: bool = False) -> None:
-        """Run the model, and set `logits` and `hidden_states` of a step.
-
-        Args:
-            step: its metadata is made.
-            reads_all: True if the logits of all tokens are wanted, in their order.
-        """
-        hidden = self.model(step.ids_remove_padding, step)
-        read = hidden if reads_all else rows_at(hidden, step.sampled)
-        if step.sampled.shape[0]:
-            step.logits = self.model.compute_logits(read)
-        if self._mtp is not None:
-            step.hidden_states = hidden
-
-    def predict_more(
-        self, next_ids: np.ndarray, tokens: Sequence[int], follows: Sequence[int] = ()
-    ) -> np.ndarray:
-        """Run the layer for multi-token prediction on a CPU, after the newest step.
-
-        Args:
-            next_ids: int64 [num_tokens]; the token after each token of the step.
-            tokens: flat tokens to go on from, n may be 0.
-            follows: for each token of the new step in the batch its index among `tokens` of the
-                call before. The layer then runs over that step, on its own hidden states.
-
-        Returns:
-            float32 [n, vocab_size]; logits of the token after the next one.
-        """
-        mtp, hidden = self._mtp, self.forward_meta.hidden_states
-        with paddle.no_grad(), np.errstate(invalid="ignore"):
-            if len(follows):
-                hidden = hidden[follows]
-                self.initialize_forward_meta()
-            step = self.forward_meta
-            step.hidden_states = mtp(next_ids, hidden, step)[tokens]
-            return mtp.head.times(step.hidden_states)  # type: ignore[no-any-return]
-
-    @property
-    def shows_selections(self) -> bool:
-        """Whether `execute_watched` can be called: what a device chose stays in its memory."""
-        backend = self.attn_backends[0]
-        return self._device == "cpu" and getattr(backend, "shows_selections", True)
-
-    def execute_watched(
-        self, logits_indices: np.ndarray, tokens: Sequence[int]
-    ) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-        """`execute_model`, and what the layers chose for some of the tokens.
-
-        Args:
-            logits_indices: as of `execute_model`.
-            tokens: flat tokens of the step.
-
-        Returns:
-            The logits; and for each token and layer, int64 [n], ascending: positions in its row.
-        """
-        selections = self._selections = Selections(tokens)
-        try:
-            logits = self.execute_model(logits_indices)
-        finally:
-            self._selections = None
-        return logits, selections.positions(self.input_batch)
+    def _forget_rows(self) -> None:
+        """Remove all rows and blocks from the batch."""
+        self.input_batch.begin_step()
+        self.input_batch.block_tables[:] = -1

@@ -59,6 +59,11 @@ class CustomAttention(LibraryKernel):
     records_alone: ClassVar[bool]
     probed_heads: ClassVar[tuple[int, ...]]
 
+    @staticmethod
+    def is_faster(num_tokens: int, num_heads: int) -> bool:
+        """Return whether the kernel was at least as fast as Triton's on an H200."""
+        raise NotImplementedError
+
     @classmethod
     def cases(cls) -> Iterable[Case]:
         """Attention of few and of padded heads, over every cache that the kernel takes."""
