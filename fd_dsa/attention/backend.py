@@ -219,7 +219,9 @@ class DSAAttentionBackend:
     def warm_up(self, num_tokens: int, caches: Sequence[Array | None]) -> None:
         """Make the second stream, if a captured step of `num_tokens` tokens forks to it."""
         if num_tokens <= self.overlap.max_tokens:
-            self.overlap.stream_for(caches[0])
+            latents = caches[0]
+            assert latents is not None, "every layer has latents"
+            self.overlap.stream_for(latents)
 
     def as_captured(self) -> AbstractContextManager[None]:
         """Fork eager steps inside as captured ones, for a warm-up before the captures."""

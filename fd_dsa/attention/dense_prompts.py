@@ -15,7 +15,7 @@ import numpy as np
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.protocol import HostLengths, MlaLayer
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import StagedInputs
 from fd_dsa.ops.device_matrix import DeviceMatrix
 from fd_dsa.ops.fixed_order import why_not_by_rows
@@ -29,6 +29,7 @@ from fd_dsa.ops.mla.prompt import (
     keys_and_values,
 )
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.driver import GpuTraits
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ class DensePrompts:
         self._staged = StagedInputs(allocate, (tokens, tokens, config.max_num_seqs), 1, 1)
         self.groups: list[Group] = []
         # where the keys of each are gathered
-        self._gathered: list[tuple[Array, Array]] = []
-        self.others: Array | None = None
+        self._gathered: list[tuple[Tensor, Tensor]] = []
+        self.others: Tensor | None = None
         self.other_step: ForwardMeta | None = None
         self.has_all = False
 
@@ -98,8 +99,8 @@ class DensePrompts:
         )
 
     def attend(
-        self, step: ForwardMeta, q: Array, cos_sin: Array, cache: Array, layer: MlaLayer
-    ) -> Array:
+        self, step: ForwardMeta, q: Tensor, cos_sin: Tensor, cache: Tensor, layer: MlaLayer
+    ) -> Tensor:
         """Attend for the dense tokens of a layer. Rows of the others hold anything.
 
         Args:
@@ -130,13 +131,13 @@ class DensePrompts:
             )
         return out if rounds is not None else out.reshape([out.shape[0], -1])
 
-    def of_others(self, x: Array) -> Array:
+    def of_others(self, x: Tensor) -> Tensor:
         """Return the rows of x [num_tokens, ...] whose tokens do not attend densely."""
         width = int(np.prod(x.shape[1:]))
         rows = rows_at(x.reshape([x.shape[0], width]), self.others)
         return rows.reshape([rows.shape[0], *x.shape[1:]])
 
-    def with_others(self, dense: Array, latent: Array, layer: MlaLayer) -> Array:
+    def with_others(self, dense: Tensor, latent: Tensor, layer: MlaLayer) -> Tensor:
         """Write the values of the other tokens to their rows of `dense`.
 
         Args:

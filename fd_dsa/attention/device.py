@@ -31,7 +31,7 @@ from fd_dsa.attention.indexer import Indexer
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, MlaLayer
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.transfers import transfers_for
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import check_shape
@@ -56,6 +56,7 @@ from fd_dsa.ops.providers import (
 from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import traits_for
 from fd_dsa.triton_runtime.driver import GpuTraits
 
@@ -68,9 +69,9 @@ LOGITS_BYTES = 512 << 20
 step are scored in chunks."""
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
-Buffers = dict[str, tuple[Array, tuple[int, ...]]]
+Buffers = dict[str, tuple[Tensor, tuple[int, ...]]]
 """Memory, and the shape of each value."""
-Projected = tuple[Array, Array, Array, Array]
+Projected = tuple[Tensor, Tensor, Tensor, Tensor]
 """Latents of queries and keys, index keys and head weights of a layer."""
 
 
@@ -94,7 +95,7 @@ class DeviceAttention:
         self._take(_sizes(config))
         self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(buffer_view, self._buffers))
         # the layer that made it, as the address of its cache, and the slots
-        self._everything: tuple[int, Array] | None = None
+        self._everything: tuple[int, Tensor] | None = None
         kind = device_kind(self._buffers["logits"][0])
         # the interpreter's tensors are in host memory
         kind = "interpreter" if kind == "cpu" else kind
@@ -180,25 +181,25 @@ class DeviceAttention:
         if step.max_seqlen_k > self.config.index_topk or self.scores.is_captured:
             self._score(lambda scores: scores.prepare(step))
 
-    def query_buffers(self, num_tokens: int) -> tuple[Array, Array]:
+    def query_buffers(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Return the buffers of the two results of `prepare_indexer_query`."""
         return self._view("index_q", num_tokens), self._view("index_weights", num_tokens)
 
-    def projection_buffers(self, num_tokens: int) -> tuple[Array, Array]:
+    def projection_buffers(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Return the buffers of `project_indexer`: index keys and head weights."""
         return self._view("index_k", num_tokens), self._view("head_weights", num_tokens)
 
-    def mla_query_buffer(self, num_tokens: int) -> Array:
+    def mla_query_buffer(self, num_tokens: int) -> Tensor:
         """Return the buffer that `prepare_mla_query` writes and `attend` reads."""
         return self._view("mla_q", num_tokens)
 
-    def allocate_cache(self, shape: list[int]) -> Array:
+    def allocate_cache(self, shape: list[int]) -> Tensor:
         """Allocate a cache with arbitrary contents: only written values are read."""
         layout = self.config.cache_layout
         return self._allocate(tuple(shape), layout.format.device_dtype)
 
     def project(
-        self, layer: MlaLayer, indexer: Indexer, hidden: Array, overlap: IndexerOverlap
+        self, layer: MlaLayer, indexer: Indexer, hidden: Tensor, overlap: IndexerOverlap
     ) -> Projected:
         """Project a layer's input, for the indexer on a second stream."""
         # the indexer's projections are never FP8
@@ -214,11 +215,11 @@ class DeviceAttention:
     def write(
         self,
         step: ForwardMeta,
-        kv_a: Array,
-        index_k: Array | None,
-        cos_sin: Array,
-        latent_cache: Array,
-        index_cache: Array | None,
+        kv_a: Tensor,
+        index_k: Tensor | None,
+        cos_sin: Tensor,
+        latent_cache: Tensor,
+        index_cache: Tensor | None,
         params: CacheWriteParams,
     ) -> None:
         """See DSAAttentionBackend.write."""
@@ -226,21 +227,21 @@ class DeviceAttention:
         write_caches(kv_a, index_k, None, slots, cos_sin, latent_cache, index_cache, params)
 
     def prepare_indexer_query(
-        self, q: Array, weights: Array, cos_sin: Array, rope_interleave: bool
-    ) -> tuple[Array, Array]:
+        self, q: Tensor, weights: Tensor, cos_sin: Tensor, rope_interleave: bool
+    ) -> tuple[Tensor, Tensor]:
         """Bring queries of an indexer into the format of its keys, by `indexer_query`."""
         out = self.query_buffers(q.shape[0])
         how = {"rope_interleave": rope_interleave, **self._query_format}
         return prepare_indexer_query(q, weights, None, cos_sin, out=out, **how)
 
     def prepare_mla_query(
-        self, q_latent: Array, q_pe: Array, position_ids: Array | None, cos_sin: Array
-    ) -> Array:
+        self, q_latent: Tensor, q_pe: Tensor, position_ids: Tensor | None, cos_sin: Tensor
+    ) -> Tensor:
         """Run the operator of the same arguments, with the result in `mla_query_buffer`."""
         out = self.mla_query_buffer(q_latent.shape[0])
         return prepare_mla_query(q_latent, q_pe, position_ids, cos_sin, out)
 
-    def select(self, step: ForwardMeta, q: Array, weights: Array, cache: Array) -> Array:
+    def select(self, step: ForwardMeta, q: Tensor, weights: Tensor, cache: Tensor) -> Tensor:
         """See DSAAttentionBackend.select. The cache is the layer's indexer cache.
 
         If no row is longer than `index_topk`, every token sees all of its keys: scores are not
@@ -256,7 +257,7 @@ class DeviceAttention:
         self._score(lambda scores: scores.select(step, q, weights, cache, slots))
         return slots
 
-    def attend(self, step: ForwardMeta, q: Array, cache: Array, selection: Array) -> Array:
+    def attend(self, step: ForwardMeta, q: Tensor, cache: Tensor, selection: Tensor) -> Tensor:
         """See DSAAttentionBackend.attend. The cache is the layer's latent cache."""
         num_tokens = q.shape[0]
         if len(selection.shape) == 3:
@@ -277,7 +278,7 @@ class DeviceAttention:
         return out
 
     def _attend(
-        self, step: ForwardMeta, q: Array, cache: Array, selection: Array, out: Array
+        self, step: ForwardMeta, q: Tensor, cache: Tensor, selection: Tensor, out: Tensor
     ) -> None:
         """Fill `out` by the selected kernel."""
         if self.tensor_core_attention is None:
@@ -286,7 +287,7 @@ class DeviceAttention:
         else:
             self.tensor_core_attention.attend(q, cache, selection, out, step=step)
 
-    def _all_keys(self, step: ForwardMeta, cache: Array) -> Array:
+    def _all_keys(self, step: ForwardMeta, cache: Tensor) -> Tensor:
         """Return the selection of a step whose tokens see all of their keys."""
         num_tokens = step.position_ids.shape[0]
         width = rounded_length(step.max_seqlen_k, self.config.index_topk)
@@ -346,7 +347,7 @@ def kernel_types(config: DSABackendConfig) -> tuple[str, str, int, int]:
     return config.dtype, layout.kv_cache_dtype, layout.kv_lora_rank, layout.qk_rope_head_dim
 
 
-def buffer_view(buffers: Buffers, name: str, *counts: int) -> Array:
+def buffer_view(buffers: Buffers, name: str, *counts: int) -> Tensor:
     """Return the start of a buffer as a tensor [*counts, *shape of a value]."""
     memory, shape = buffers[name]
     shape = counts + shape

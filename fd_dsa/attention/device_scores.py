@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.device.allocation import Array
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
@@ -14,13 +13,14 @@ from fd_dsa.ops.logits.tile_kernel import score_tiles
 from fd_dsa.ops.logits.tile_schedule import PROGRAM_FIELDS, TILE_FIELDS, TileSchedule
 from fd_dsa.ops.logits.triton_kernel import score_pages
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 
 # views are small; lengths are rounded to powers of two, so a server sees few of them
 CACHED_VIEWS = 512
 _LEAST_WIDTH = 64
 Sizes = dict[str, tuple[int, tuple[int, ...], str]]
 """Of buffers: how many values they hold, the shape of each, and the dtype."""
-View = Callable[..., Array]
+View = Callable[..., Tensor]
 """Returns the start of a named buffer as a tensor [*counts, *shape of a value]."""
 
 
@@ -57,7 +57,7 @@ class PageScores:
         """Prepare the scores of all layers of a step. These need no preparation."""
 
     def select(
-        self, step: ForwardMeta, q: Array, weights: Array, cache: Array, slots: Array
+        self, step: ForwardMeta, q: Tensor, weights: Tensor, cache: Tensor, slots: Tensor
     ) -> None:
         """Fill `slots` with the best keys of every token of the step prepared last."""
         num_tokens = step.position_ids.shape[0]
@@ -68,7 +68,7 @@ class PageScores:
             self.choose(step, logits, cache, slots, first_token=first)
 
     def choose(
-        self, step: ForwardMeta, logits: Array, cache: Array, slots: Array, **which: int
+        self, step: ForwardMeta, logits: Tensor, cache: Tensor, slots: Tensor, **which: int
     ) -> None:
         """Fill rows of `slots` with the best keys by `logits`."""
         self._select_slots(
@@ -91,10 +91,10 @@ class PageScores:
     def _score(
         self,
         step: ForwardMeta,
-        q: Array,
-        weights: Array,
-        cache: Array,
-        logits: Array,
+        q: Tensor,
+        weights: Tensor,
+        cache: Tensor,
+        logits: Tensor,
         first: int,
         rows: int,
     ) -> None:
@@ -168,10 +168,10 @@ class TileScores(PageScores):
     def _score(
         self,
         step: ForwardMeta,
-        q: Array,
-        weights: Array,
-        cache: Array,
-        logits: Array,
+        q: Tensor,
+        weights: Tensor,
+        cache: Tensor,
+        logits: Tensor,
         first: int,
         rows: int,
     ) -> None:
@@ -179,7 +179,7 @@ class TileScores(PageScores):
         score_tiles(q, weights, cache, step, self._schedule_of(step), logits, **where)
 
 
-def _logits(view: View, num_rows: int, stride: int, width: int) -> Array:
+def _logits(view: View, num_rows: int, stride: int, width: int) -> Tensor:
     """Return rows of `width` scores at a distance of `stride`."""
     logits = view("logits", num_rows, stride)
     return logits if width == stride else logits[:, :width]

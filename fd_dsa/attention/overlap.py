@@ -14,10 +14,10 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fd_dsa.device.allocation import Array
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS, overlap_max_tokens
 from fd_dsa.errors import DeviceError, KernelUnavailable, OverlapError
 from fd_dsa.ops.providers import TRITON, device_kind, refuse
+from fd_dsa.tensor import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,7 @@ class IndexerOverlap:
         num_tokens: int,
         work: Callable[[], Work],
         project: Callable[..., Side],
-        *args: Array,
+        *args: Any,
     ) -> tuple[Work, Side]:
         """Run `work()` and `project(*args)`, at the same time if the step forks.
 
@@ -117,7 +117,7 @@ class IndexerOverlap:
         finally:
             self.eager = before
 
-    def _is_capturing(self, tensor: Array) -> bool:
+    def _is_capturing(self, tensor: Tensor) -> bool:
         """Return True while the current stream of a tensor's device is captured."""
         if self._capturing is None:
             # the launcher is loaded only where a device is asked for
@@ -126,7 +126,7 @@ class IndexerOverlap:
             self._capturing = transfers_for(tensor).is_capturing
         return self._capturing()
 
-    def stream_for(self, tensor: Array) -> Any:
+    def stream_for(self, tensor: Tensor) -> Any:
         """Return the second stream of a tensor's device, None on a CPU."""
         if self.side_stream is _NOT_RUN:
             from fd_dsa.device.side_stream import side_stream_for
@@ -135,7 +135,7 @@ class IndexerOverlap:
         return self.side_stream
 
 
-def _projected(project: Callable[..., Side], args: tuple[Array, ...]) -> Side:
+def _projected(project: Callable[..., Side], args: tuple[object, ...]) -> Side:
     """Run `project(*args)` without a fork, again after a failed compilation."""
     try:
         return project(*args)

@@ -9,12 +9,13 @@ import logging
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.mla.custom_op import CustomAttention
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
 from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores, new_partials
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 
 logger = logging.getLogger(__name__)
 # of a step, below which a launch costs more than it saves
@@ -47,7 +48,7 @@ class TensorCoreAttention:
         self,
         config: DSABackendConfig,
         allocate: Allocate,
-        scratch: Array | None = None,
+        scratch: Tensor | None = None,
         custom: CustomAttention | None = None,
         always_custom: bool = False,
     ) -> None:
@@ -63,11 +64,11 @@ class TensorCoreAttention:
 
     def attend(
         self,
-        q: Array,
-        cache: Array,
-        slots: Array,
-        out: Array,
-        lse: Array | None = None,
+        q: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+        out: Tensor,
+        lse: Tensor | None = None,
         step: ForwardMeta | None = None,
     ) -> None:
         """See `attend_on_tensor_cores`. Tokens of a `step` have slots of their own rows only."""
@@ -79,7 +80,7 @@ class TensorCoreAttention:
         else:
             attend_on_tensor_cores(q, cache, slots, out, partials=self._partials, **how)
 
-    def _dequantized(self, cache: Array, step: ForwardMeta | None) -> Dequantized | None:
+    def _dequantized(self, cache: Tensor, step: ForwardMeta | None) -> Dequantized | None:
         """Records of the step's prompts, where that may save time."""
         if self._records is None or step is None:
             return None

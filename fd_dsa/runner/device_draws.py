@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.transfers import Event, FixedCopy, transfers_for, uploaded
 from fd_dsa.ops.dense_kernels import rows_at
 from fd_dsa.ops.sampling.sampler import DeviceSampler
@@ -25,6 +25,7 @@ from fd_dsa.ops.sampling.verify_kernel import (
 from fd_dsa.runner.model_protocol import MtpLayer
 from fd_dsa.runner.step import Step
 from fd_dsa.step import StepHints
+from fd_dsa.tensor import Tensor
 
 
 class HostTokens:
@@ -96,7 +97,7 @@ class DeviceDraws:
             # hidden states of the tokens before the first drafts; padding reads them too
             self._kept = rows_at(mtp.embed_tokens, self._no_masks[:max_num_seqs])
 
-    def _host_copy(self, tokens: Array) -> tuple[np.ndarray, FixedCopy]:
+    def _host_copy(self, tokens: Tensor) -> tuple[np.ndarray, FixedCopy]:
         """Page-locked memory for some tokens, and the copy to it."""
         ids = self._transfers.host_buffer(8 * tokens.shape[0]).view(np.int64)
         return ids, self._transfers.copy("d2h", ids.ctypes.data, tokens.data_ptr())
@@ -176,7 +177,7 @@ class DeviceDraws:
         assert self._mtp is not None, "the model has no layer that drafts"
         return self._mtp
 
-    def _draw_drafts(self, states: Array, depth: int) -> None:
+    def _draw_drafts(self, states: Tensor, depth: int) -> None:
         """Enqueue the sampling of one draft of each request, after `depth` other drafts."""
         rows, stride, begin = states.shape[0], self._stride, self.buffer.draft(depth, 0)
         slots, positions = (self._next[i * stride : i * stride + rows] for i in (1, 2))
@@ -249,7 +250,7 @@ class DeviceDraws:
         """
         self.sampler.warm_up(self._no_masks)
 
-    def _follow(self, ids: Array, *others: Array | int) -> None:
+    def _follow(self, ids: Tensor, *others: Tensor | int) -> None:
         count = ids.shape[0]
         follow_kernel[(-(-count // FOLLOW_BLOCK),)](
             ids, self._tokens, self._known, count, *others, BLOCK=FOLLOW_BLOCK, num_warps=4,
