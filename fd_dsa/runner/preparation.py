@@ -38,8 +38,8 @@ class Preparation:
     def warm_up(self, before_captures: bool = False) -> None:
         """Run steps of all kinds and magnitudes: no request waits for kernels.
 
-        A kernel may have another form for other numbers of tokens; its limits are powers of two, so
-        one form serves those from a power on and another those below.
+        A kernel may have several forms for different numbers of tokens. The limits between them are
+        powers of two, so steps at and just below each power use all forms.
         Results are dropped; what is written to the caches is written again before it is read.
 
         Args:
