@@ -108,7 +108,7 @@ WORDS = "length_constraints:number_words"
         ),
         (
             {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["a", ""]}]},
-            r"kwargs of keywords:existence: keywords: \['a', ''\]; a list of texts, none of them",
+            r"kwargs of keywords:existence: keywords: \['a', ''\]; a list of non-empty texts",
         ),
     ],
 )

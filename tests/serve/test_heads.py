@@ -77,7 +77,7 @@ REFUSED: dict[str, list[bytes]] = {
     "after the body": [
         POST + CODING + CHUNKED[:-2] + trailer for trailer in (b"X: a\n\n", b"X: a\r\n\r\n")
     ],
-    "LF alone": [
+    "LF only": [
         GET.replace(b"\r\n", b"\n") + b"\n",
         b"GET /health HTTP/1.1\nHost: a\r\n\r\n",
         *(GET + rest for rest in (b"X: a\nY: b\r\n\r\n", b"X: a\r\n\n")),
