@@ -140,7 +140,7 @@ def test_a_kernel_that_chooses_by_the_number_of_tokens_is_refused() -> None:
 def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: bool) -> None:
     queued: list[Any] = []
     runner = SimpleNamespace(
-        draws=SimpleNamespace(set_slot=lambda *given: None),
+        set_slot=lambda *given: None,
         vocab_size=32,
         enqueue_model=lambda rows, sampling: queued.append(sampling),
         sample=lambda: None,

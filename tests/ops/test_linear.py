@@ -98,7 +98,7 @@ def test_a_batch(way: str, count: int, rows: int, transpose_y: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 600])
 def test_results_outlive_later_ones(way: str, rows: int) -> None:
     pairs = [operands(seed, (rows, 128), (128, 8)) for seed in range(4)]
-    found = [linear(x, paddle.to_tensor(w)) for x, w in pairs]
+    found = [linear(x, HostMatrix(paddle.to_tensor(w))) for x, w in pairs]
     for (x, w), y in zip(pairs, found, strict=True):
         close(y, x @ w)
 
@@ -106,7 +106,7 @@ def test_results_outlive_later_ones(way: str, rows: int) -> None:
 def test_threads(way: str) -> None:
     def work(seed: int) -> None:
         x, w = operands(seed, (9, 32), (32, 16))
-        weight = paddle.to_tensor(w)
+        weight = HostMatrix(paddle.to_tensor(w))
         for _ in range(200):
             close(linear(x, weight), x @ w)
             close(shared.times(x), x @ common)
@@ -119,7 +119,7 @@ def test_threads(way: str) -> None:
 
 def test_more_shapes_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_gemm.thread_state, "sgemm", None)
-    weight = paddle.ones([2, 1])
+    weight = HostMatrix(paddle.ones([2, 1]))
     for rows in range(1, 1200):
         assert linear(np.ones((rows, 2), np.float32), weight).shape == (rows, 1)
     assert (linear(np.full((7, 2), 3, np.float32), weight) == 6).all()
