@@ -160,4 +160,5 @@ def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: 
         for slot, each in enumerate((0.0, temperature))
     ]
     batch = ScheduledBatch(requests, {}, sampling=requests, logits_indptr=range(3))
+    batch.logits_indices = np.arange(2)
     assert sampler.enqueue(batch) == is_drawn == bool(queued)
