@@ -159,10 +159,10 @@ class ScheduledBatch:
         Returns:
             Indices of the requests that go on with the row after it.
         """
-        first = dict(zip(self.sampling, self.logits_indptr, strict=False))
         running = []
         for index, (request, row) in enumerate(zip(requests, rows, strict=True)):
-            drafts, depth = self.drafts.get(request, NO_DRAFTS), row - first[request]
+            # a request goes on row by row, while its drafts are accepted
+            drafts, depth = self.drafts.get(request, NO_DRAFTS), self.num_accepted[request]
             is_left_out = request.finish_reason == "error" or request in self.late
             if is_left_out or depth >= len(drafts):
                 continue
