@@ -51,13 +51,11 @@ class ModelRunner(StepRunner):
         chunk = min(batch.max_num_tokens, longest)
         # past the selection keys are scored and chosen, and prompts attend in another form
         cached = min(config.index_topk, longest - 1)
-        powers = [1 << i for i in range((chunk - 1).bit_length())]
-        chunks = sorted({*powers, *(size - 1 for size in powers[1:]), chunk})
+        chunks = _sizes_up_to(chunk)
         prompts = [[(n, done, True)] for done in (0, cached) for n in chunks if n <= longest - done]
         # several prompts together may have more tokens than a row
         most_tokens = min(batch.max_num_tokens, longest * batch.max_num_seqs)
-        beyond = [1 << i for i in range(chunk.bit_length(), (most_tokens - 1).bit_length())]
-        for n in sorted({*beyond, *(size - 1 for size in beyond), most_tokens} - {*chunks}):
+        for n in [size for size in _sizes_up_to(most_tokens) if size > chunk]:
             prompts.append([(min(longest, n - begin), 0, True) for begin in range(0, n, longest)])
         # rows that decode beside a prompt, all of them within the selection
         most = min(batch.max_num_seqs, batch.max_num_tokens)
@@ -151,7 +149,7 @@ class ModelRunner(StepRunner):
             return
         most = min(graphs.sizes[-1], self.input_batch.max_num_seqs)
         # powers of two, so that there are few
-        rows = {most, *(1 << power for power in range((most - 1).bit_length()))}
+        rows = {most, *_powers_below(most)}
         lengths = {key.max_seqlen_k for key in steps if not key.num_prompts}
         counts = range(2, 1 + self.most_drafts)
         for size in sorted(product(rows, lengths, counts), reverse=True):
@@ -203,3 +201,14 @@ class ModelRunner(StepRunner):
         """Remove all rows and blocks from the batch."""
         self.input_batch.begin_step()
         self.input_batch.block_tables[:] = -1
+
+
+def _powers_below(limit: int) -> list[int]:
+    """Return the powers of two below a limit."""
+    return [1 << i for i in range((limit - 1).bit_length())]
+
+
+def _sizes_up_to(limit: int) -> list[int]:
+    """Return a limit, and the numbers at and just below each power of two below it, ascending."""
+    powers = _powers_below(limit)
+    return sorted({*powers, *(power - 1 for power in powers[1:]), limit})
