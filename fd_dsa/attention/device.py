@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from fd_dsa import custom_ops
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device_scores import (
-    CACHED_VIEWS,
     PageScores,
     Sizes,
     TileScores,
@@ -31,7 +30,7 @@ from fd_dsa.attention.indexer import Indexer
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, MlaLayer
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
-from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
 from fd_dsa.device.transfers import transfers_for
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import check_shape

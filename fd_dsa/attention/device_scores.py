@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.device.allocation import CACHED_VIEWS
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
@@ -15,8 +16,6 @@ from fd_dsa.ops.logits.triton_kernel import score_pages
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 
-# views are small; lengths are rounded to powers of two, so a server sees few of them
-CACHED_VIEWS = 512
 _LEAST_WIDTH = 64
 Sizes = dict[str, tuple[int, tuple[int, ...], str]]
 """Of buffers: how many values they hold, the shape of each, and the dtype."""

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.host_tensor import Int32Array
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.v4_prepare.checks import Integers, check_step, step_inputs
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
 
-Int32Array = npt.NDArray[np.int32]
-# a NumPy array, or a tensor of the place's library
-Array = Any
-Allocate = Callable[[tuple[int, ...], str], Array]
 # for this many tokens or fewer, copying each list costs less than finding the runs
 _FEW_TOKENS = 16
 # mean run length in entries from which copying each run costs less than gathering entries

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.allocation import Allocate, Array
 from fd_dsa.device.staging import InputStaging
-from fd_dsa.v4_prepare.builder import Allocate, Array, V4Arrays, check_topk
+from fd_dsa.v4_prepare.builder import V4Arrays, check_topk
 from fd_dsa.v4_prepare.checks import Integers, rollback_error
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
 from fd_dsa.v4_prepare.kernel import (

@@ -7,11 +7,11 @@ from operator import index
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.device.host_tensor import Int32Array
 from fd_dsa.errors import V4PrepareError
 from fd_dsa.v4_prepare.checks import Integers, cells_are_good, check_cells, num_blocks_needed
 from fd_dsa.v4_prepare.config import V4PrepareConfig
 
-Int32Array = npt.NDArray[np.int32]
 # (row, first new column, blocks from that column on)
 Run = tuple[int, int, Integers]
 
