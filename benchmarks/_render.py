@@ -1,6 +1,7 @@
 """Results as Markdown: templates over the JSON, tables, and the parts that GPU results share.
 
-shown.json lists the parts of each result, with an empty line between them:
+shown.json lists the parts of each result, with an empty line between them. The name of another
+result stands for the parts of that one:
 
     "text {a[b]:~}"       a template over the result, see `fill`
     ["piece", "piece"]    pieces of one paragraph

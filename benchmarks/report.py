@@ -54,6 +54,8 @@ def region(name: str, folder: Path = RESULTS) -> str:
         return "Not measured yet.\n"
     result = json.loads(path.read_text())
     parts = SHOWN["results"].get(name, ["@times"])
+    if isinstance(parts, str):
+        parts = SHOWN["results"][parts]
     return (refusal(result) or "\n\n".join(paragraphs(result, parts))) + "\n"
 
 
