@@ -48,9 +48,11 @@ class Capture:
 
     Attributes:
         num_nodes: of the graph.
+        work: kept as long as the graph, because replays use the memory that it holds.
     """
 
     num_nodes = 0
+    work: Callable[[], Any] | None = None
 
     def __init__(self, rig: Rig) -> None:
         self._rig, self._graph = rig, _POINTER()
@@ -184,12 +186,8 @@ class Rig:
             return work
         with self.capture() as capture:
             work()
-
-        def replay() -> Any:
-            # a replay uses the memory that the work holds, so the work lives as long
-            return work and capture.replay()
-
-        return replay
+        capture.work = work
+        return capture.replay
 
 
 def _find_cublas() -> Path | None:
