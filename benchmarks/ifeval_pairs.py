@@ -74,7 +74,7 @@ def _accuracy(*arguments: object) -> None:
 
 
 def answer(side: str, folder: Path, rig: bool, subset: int | None) -> None:
-    """Keep the answers of one side and where they come from; goes on with an interrupted run."""
+    """Keep the answers of one side, also of an interrupted run, and where they come from."""
     folder.mkdir(parents=True, exist_ok=True)
     with _server(side, rig, folder / "server.log") as url:
         flags = ["--subset", subset] if subset else []
@@ -91,7 +91,7 @@ def compared(before: Path, after: Path, out: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Let all sides answer, score and compare them, write the result; returns 0."""
+    """Answer, score and compare all sides, and write the result. Returns 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rig", action="store_true", help="on a GPU, by the test plug-in")
     parser.add_argument("--subset", type=int, metavar="N", help="N prompts only")

@@ -278,7 +278,7 @@ def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.ar
 
 
 def missing_annotations(modules: dict[str, Module]) -> Iterator[str]:
-    """Functions without all annotations; mypy lets them pass if their file has kernels."""
+    """Functions without all annotations, which mypy lets pass if their file has kernels."""
     for module in modules.values():
         for function in _functions(module):
             types = [function.returns, *(one.annotation for one in _parameters(function))]

@@ -85,7 +85,7 @@ def new_subjects() -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check one message or the new commits; returns 1 if a subject breaks a rule."""
+    """Check one message or the new commits. Returns 1 if a subject breaks a rule."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("file", nargs="?", type=Path, help="file with the message of a commit")

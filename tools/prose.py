@@ -154,7 +154,7 @@ def docstring_findings(path: str) -> Iterator[Finding]:
 
 
 def page_findings(path: str) -> Iterator[Finding]:
-    """Yield what the sentences of an English page break; headings and code are left out."""
+    """Yield what the sentences of an English page break, without headings and code."""
     text = (TREE / path).read_text("utf-8")
     text = re.sub(r"<!-- result: \w+ -->\n.*?<!-- end -->\n", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
@@ -241,7 +241,7 @@ def lower(found: Sequence[Finding]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the checks; returns 1 if one fails."""
+    """Run the checks. Returns 1 if one fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("paths", nargs="*", help="files or folders whose findings are printed")
     parser.add_argument("--lower", action="store_true", help="write the counts that have fallen")

@@ -105,7 +105,7 @@ class BlockFp8Linear(Linear, Protocol):
 
 
 class Norm(Protocol):
-    """Norm with a weight; a LayerNorm has a bias too."""
+    """Norm with a weight. A LayerNorm has a bias too."""
 
     weight: Tensor
     bias: Tensor

@@ -31,7 +31,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 class GreedyRunner(FakeRunner):
-    """Takes the largest logit itself; `log` has "run", "sample" and "wait" for a step."""
+    """Takes the largest logit itself. `log` has "run", "sample" and "wait" for a step."""
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)

@@ -44,7 +44,7 @@ def until(is_so: Callable[[], bool]) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Return True if a process computes or waits; a zombie does neither."""
+    """Return True if a process computes or waits, as a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

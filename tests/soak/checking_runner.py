@@ -215,7 +215,7 @@ class DrawingRunner(CheckingRunner):
         self._unsampled = self.execute_model(logits_indices), sampling
 
     def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
-        """Sample from the step's logits; the host gets the tokens when it asks for them."""
+        """Sample from the step's logits. The host gets the tokens when it asks for them."""
         (logits, sampling), self._unsampled = self._unsampled, None
         slots, firsts = np.array(sampling.slots), sampling.logits_indptr
         positions = np.array(sampling.positions) - self._shifts[slots]
