@@ -84,8 +84,9 @@ class HostAttention:
         Returns:
             Latents of queries and keys, index keys and head weights.
         """
-        latent, kv_a, _ = layer.project_qkv_a(hidden)
-        return (latent, kv_a, *indexer.project(hidden))
+        latent, kv_a, joined = layer.project_qkv_a(hidden)
+        index_k, weights = indexer.project(hidden)
+        return latent, kv_a, index_k if joined is None else joined, weights
 
     def prepare_indexer_query(
         self, q: np.ndarray, weights: np.ndarray, cos_sin: np.ndarray, rope_interleave: bool
