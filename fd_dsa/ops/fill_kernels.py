@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fd_dsa.ops.device_functions import to_bfloat16, to_e4m3
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import to_bfloat16, to_e4m3
 from fd_dsa.tensor import Tensor
 
 import triton  # isort: skip

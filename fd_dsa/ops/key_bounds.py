@@ -88,3 +88,21 @@ def key_bounds(step: ForwardMeta, num_tokens: int) -> tuple[np.ndarray, np.ndarr
     if is_prompt.all():
         return first, stop
     return first * is_prompt, np.where(is_prompt, stop, end)
+
+
+def positions_to_slots(
+    positions: np.ndarray, batch_ids: np.ndarray, block_tables: np.ndarray, block_size: int
+) -> np.ndarray:
+    """Cache slots, int32 [num_rows, k], of request-local positions; -1 stays -1.
+
+    slot = block_tables[b, p // block_size] * block_size + p % block_size
+
+    Args:
+        positions: int32 [num_rows, k], -1 = none.
+        batch_ids: int [num_rows]; row of `block_tables`.
+        block_tables: int32 [num_reqs, max_blocks].
+    """
+    block = block_tables[batch_ids[:, None], positions // block_size]
+    return np.where(positions >= 0, block * block_size + positions % block_size, -1).astype(
+        np.int32
+    )

@@ -25,56 +25,57 @@ from fd_dsa.tensor import Array
 
 logger = logging.getLogger(__name__)
 
-PADDLE, TRITON, TENSOR_CORE, CUSTOM_OP = "paddle", "triton", "triton_tensor_core", "custom_op"
+NUMPY, TRITON, TENSOR_CORE, CUSTOM_OP = "numpy", "triton", "triton_tensor_core", "custom_op"
 GEMM = "gemm"
+_FORMER_NAMES = {"paddle": NUMPY}
 VARIABLE = "FD_DSA_OP_PROVIDER"
 
 # functions of one operator take the same arguments
 OPERATORS: dict[str, dict[str, str]] = {
     "step_metadata": {
-        PADDLE: "step.builder.StepMetadataBuilder",
+        NUMPY: "step.builder.StepMetadataBuilder",
         TRITON: "step.builder.StepMetadataBuilder",
     },
     "position_ids": {
         CUSTOM_OP: "ops.positions.registered_position_ids",
-        PADDLE: "ops.positions.position_ids_on_host",
+        NUMPY: "ops.positions.position_ids_on_host",
         TRITON: "ops.positions_kernel.position_ids",
     },
     "indexer_projection": {
-        PADDLE: "ops.indexer_projection.project_on_host",
+        NUMPY: "ops.indexer_projection.project_on_host",
         TRITON: "ops.indexer_projection.triton_kernel.project_indexer",
-        GEMM: "ops.indexer_projection.gemms.project_by_gemms",
+        GEMM: "ops.indexer_projection.project_by_gemms",
     },
     "cache_write": {
-        PADDLE: "ops.cache_write.paddle_impl.write_caches",
+        NUMPY: "ops.cache_write.write_on_host",
         TRITON: "ops.cache_write.triton_kernel.write_caches",
     },
     "indexer_query": {
-        PADDLE: "ops.query.prepare_on_host",
-        TRITON: "ops.query.triton_kernel.prepare_indexer_query",
+        NUMPY: "ops.query.prepare_on_host",
+        TRITON: "ops.query_kernels.prepare_indexer_query",
     },
     "indexer_logits": {
         TENSOR_CORE: "ops.logits.tile_kernel.score_step",
-        PADDLE: "ops.logits.paddle_impl.score_step",
+        NUMPY: "ops.logits.host_scores.score_step",
         TRITON: "ops.logits.triton_kernel.score_pages",
     },
     "topk": {
         CUSTOM_OP: "ops.topk.custom_op.select_slots",
-        PADDLE: "ops.topk.paddle_impl.select_slots",
+        NUMPY: "ops.topk.select_on_host",
         TRITON: "ops.topk.triton_kernel.select_slots",
     },
     "mla_query": {
-        PADDLE: "ops.mla_query.prepare_on_host",
-        TRITON: "ops.mla_query.triton_kernel.prepare_mla_query",
+        NUMPY: "ops.mla_query.prepare_on_host",
+        TRITON: "ops.query_kernels.prepare_mla_query",
     },
     "sparse_mla": {
         CUSTOM_OP: "ops.mla.custom_op.attend_slots",
         TENSOR_CORE: "ops.mla.tensor_core.attend_slots",
-        PADDLE: "ops.mla.paddle_impl.attend_slots",
+        NUMPY: "ops.mla.attend_on_host",
         TRITON: "ops.mla.triton_kernel.attend_slots",
     },
     "dequantize": {
-        PADDLE: "ops.mla.paddle_impl.dequantize",
+        NUMPY: "ops.mla.dequantize_on_host",
         TRITON: "ops.mla.triton_kernel.dequantize",
     },
 }
@@ -247,7 +248,7 @@ def _decide(
         if not reason and is_refused(operator, kind, provider):
             reason, level = _refused[operator, kind, provider], logging.WARNING
         if provider not in on(operator, kind):
-            reason = f"it serves tensors on {'a CPU' if provider == PADDLE else 'a device'}"
+            reason = f"it serves tensors on {'a CPU' if provider == NUMPY else 'a device'}"
         if not reason and provider == CUSTOM_OP:
             reason, is_fault = why_not_library(operator, kind, probe)
             level = logging.WARNING if is_fault else level
@@ -336,6 +337,7 @@ def parse(pairs: Iterable[str], source: str, text: str) -> dict[str, str]:
     asked = {}
     for pair in filter(None, map(str.strip, pairs)):
         operator, _, provider = pair.partition("=")
+        provider = _FORMER_NAMES.get(provider, provider)
         if provider not in OPERATORS.get(operator, ()):
             known = {operator: OPERATORS[operator]} if operator in OPERATORS else OPERATORS
             allowed = ", ".join(f"{op}={p}" for op, served in known.items() for p in served)
@@ -348,7 +350,7 @@ def parse(pairs: Iterable[str], source: str, text: str) -> dict[str, str]:
 
 def reason_for(provider: str) -> str:
     """Why a provider serves where it does, in words."""
-    if provider == PADDLE:
+    if provider == NUMPY:
         return "CPU: NumPy; GEMMs by oneDNN or Paddle"
     if provider == GEMM:
         return "a device, Paddle's GEMMs"
@@ -361,9 +363,9 @@ def reason_for(provider: str) -> str:
 
 def on(operator: str, kind: str) -> list[str]:
     """Providers of an operator for tensors on a kind of device, the fastest first."""
-    on_host = (PADDLE, CUSTOM_OP) if operator == "position_ids" else (PADDLE,)
+    on_host = (NUMPY, CUSTOM_OP) if operator == "position_ids" else (NUMPY,)
     names = OPERATORS[operator]
-    return [p for p in names if (p in on_host if kind == "cpu" else p != PADDLE)]
+    return [p for p in names if (p in on_host if kind == "cpu" else p != NUMPY)]
 
 
 def why_not_library(

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 from fd_dsa.cache_formats import CACHE_FORMATS, TILE_WIDTH
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import check_shape, outer_strides
-from fd_dsa.ops.fixed_order import rows_of_tiles
-from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import (
+from fd_dsa.ops.device_functions import (
     absolute_maximum,
     hadamard,
     load_pairs,
@@ -31,6 +29,8 @@ from fd_dsa.ops.triton_fp8 import (
     to_e4m3,
     widened,
 )
+from fd_dsa.ops.fixed_order import rows_of_tiles
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 

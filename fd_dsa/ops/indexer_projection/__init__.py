@@ -31,9 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops.arrays import as_numpy, check_writable
+from fd_dsa.errors import BackendUnavailable
+from fd_dsa.ops.arrays import as_numpy, check_writable, matmul
+from fd_dsa.ops.fixed_order import why_not_by_rows
 from fd_dsa.ops.host_gemm import HostMatrix
-from fd_dsa.tensor import Array
+from fd_dsa.tensor import Array, Tensor
 
 
 def project_on_host(
@@ -48,4 +50,27 @@ def project_on_host(
     for target, result in zip(out, results, strict=True):
         if result is not None:
             np.copyto(as_numpy(target), result)
+    return out
+
+
+def project_by_gemms(
+    hidden_states: Tensor, wk: Tensor | None, weights_proj: Tensor, out: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """See `fd_dsa.ops.indexer_projection`; the head weights come from a GEMM in float32.
+
+    It allocates, and runs on the current stream of the device only.
+
+    Raises:
+        BackendUnavailable: FD_DSA_BATCH_INVARIANT=1, whose sums no GEMM of Paddle makes.
+    """
+    if reason := why_not_by_rows():
+        raise BackendUnavailable(
+            f"indexer_projection: Paddle's GEMMs cannot serve: {reason}; leave the variable out"
+        )
+    import paddle
+
+    if wk is not None:
+        paddle.assign(matmul(hidden_states, wk), output=out[0])
+    wide = (paddle.cast(values, "float32") for values in (hidden_states, weights_proj))
+    paddle.assign(matmul(*wide), output=out[1])
     return out

@@ -10,10 +10,17 @@ Source: the online softmax over tiles of keys is that of FlashAttention-2 (Dao 2
 
 from __future__ import annotations
 
+from fd_dsa.ops.device_functions import (
+    blocks_of,
+    key_bounds,
+    load_pairs,
+    rotated,
+    stored,
+    to_bfloat16,
+)
 from fd_dsa.ops.head_gemm import store_heads
 from fd_dsa.ops.mla.triton_kernel import latents_of, roped_of
-from fd_dsa.ops.step_kernel import blocks_of, key_bounds, step_kernel
-from fd_dsa.ops.triton_fp8 import load_pairs, rotated, stored, to_bfloat16
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip

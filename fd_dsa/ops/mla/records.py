@@ -18,7 +18,8 @@ from fd_dsa.cache_formats import (
     LATENT_WIDTH,
     ROPE_WIDTH,
 )
-from fd_dsa.ops.step_kernel import e4m3_values, step_kernel
+from fd_dsa.ops.device_functions import e4m3_values
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 

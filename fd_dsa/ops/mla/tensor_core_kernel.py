@@ -10,6 +10,7 @@ Source: the online softmax over splits is that of Flash-Decoding (Dao et al. 202
 
 from __future__ import annotations
 
+from fd_dsa.ops.device_functions import stored, to_bfloat16
 from fd_dsa.ops.mla.tiles import (
     RANK,
     ROPE,
@@ -30,7 +31,6 @@ from fd_dsa.ops.mla.tiles import (
     zeros,
 )
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import stored, to_bfloat16
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip

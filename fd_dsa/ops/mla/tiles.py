@@ -15,8 +15,7 @@ from fd_dsa.cache_formats import (
     ROPE_WIDTH,
     TILE_WIDTH,
 )
-from fd_dsa.ops.step_kernel import e4m3_values
-from fd_dsa.ops.triton_fp8 import stored
+from fd_dsa.ops.device_functions import e4m3_values, stored
 from fd_dsa.triton_runtime import INTERPRETING
 
 import triton  # isort: skip

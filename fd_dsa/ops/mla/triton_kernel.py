@@ -11,7 +11,8 @@ from math import prod
 
 from fd_dsa.cache_formats import LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
 from fd_dsa.ops.arrays import cache_format
-from fd_dsa.ops.step_kernel import e4m3_values, step_kernel, stored_values
+from fd_dsa.ops.device_functions import e4m3_values, stored_values
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import wait_for_inputs
 

@@ -7,8 +7,9 @@ of threads. A provider with fewer passes over the row can replace it without a c
 
 from __future__ import annotations
 
+from fd_dsa.ops.device_functions import blocks_of, key_bounds
 from fd_dsa.ops.key_bounds import NO_WINDOWS, PromptWindows
-from fd_dsa.ops.step_kernel import blocks_of, key_bounds, step_kernel
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import wait_for_inputs
 

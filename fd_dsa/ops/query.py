@@ -20,9 +20,9 @@ from fd_dsa.ops.arrays import (
     result,
 )
 from fd_dsa.ops.fp8 import absolute_maximum, decode_e4m3, index_scale, quantise
+from fd_dsa.ops.host_rows import cos_sin_of, rotate_
+from fd_dsa.ops.host_rows import hadamard as hadamard_rotated
 from fd_dsa.ops.providers import activation_dtypes, device_kind, serving
-from fd_dsa.ops.rotations import cos_sin_of, rotate_
-from fd_dsa.ops.rotations import hadamard as hadamard_rotated
 from fd_dsa.tensor import Array
 
 __all__ = ["indexer_query"]

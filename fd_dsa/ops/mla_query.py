@@ -15,8 +15,8 @@ from fd_dsa.ops.arrays import (
     check_writable,
     dtype_name,
 )
+from fd_dsa.ops.host_rows import cos_sin_of, rotate_
 from fd_dsa.ops.providers import activation_dtypes, serving
-from fd_dsa.ops.rotations import cos_sin_of, rotate_
 from fd_dsa.tensor import Array
 
 __all__ = ["prepare_mla_query"]
