@@ -1,10 +1,10 @@
-"""RMSNorm and LayerNorm of a packed step in host memory.
+"""Norms and rotations of rows in host memory: RMSNorm, LayerNorm, RoPE, Walsh-Hadamard.
 
-On a CPU NumPy, not Paddle: the arrays are small, and a Paddle norm starts its thread pool for each
-of them, which costs more than the work and far more on a busy machine.
+They run in NumPy, because the arrays are small and Paddle starts a thread pool for each norm. That
+costs more than the work, and far more on a busy machine.
 
-Sums run in float64 and are rounded to float32 once, so their order does not show: a kernel that
-adds in another order gets the same bits.
+Sums of norms run in float64 and are rounded to float32 once. So a kernel that adds in another order
+gets the same bits.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy as np
 from fd_dsa.ops.arrays import as_numpy, check_values
 from fd_dsa.tensor import Array
 
-# values that become float64 at a time, and stay in a core's cache
+# values that are converted to float64 at a time, so that they stay in a core's cache
 _CHUNK = 1 << 16
 
 
 class Reducer(Protocol):
-    """Ranks that sum their parts of a tensor, such as a group of `distributed`."""
+    """Group of ranks that sum their parts of a tensor, such as a group of `distributed`."""
 
     def all_reduce(self, tensor: Any) -> Any:
         """Return the sum over all ranks, an array of the same kind."""
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> np.ndarray:
-    """x * rsqrt(mean(x^2) + epsilon) * weight, float32 [num_tokens, width], C-contiguous.
+    """Return x * rsqrt(mean(x^2) + epsilon) * weight, float32 and C-contiguous.
 
     Args:
-        x: float32 [num_tokens, width]; may be a view of a wider row.
+        x: float32 [num_tokens, width], may be columns of wider rows.
         weight: float32 [width].
         epsilon: added to the mean square.
     """
@@ -48,16 +48,18 @@ class HostNorm:
         self.weight, self.epsilon = weight, epsilon
 
     def of(self, x: np.ndarray) -> np.ndarray:
-        """x [num_tokens, width], normed; may be columns of wider rows."""
+        """Norm x [num_tokens, width], which may be columns of wider rows."""
         return rms_norm(x, self.weight, self.epsilon)
 
     def after(
         self, hidden_states: np.ndarray, change: np.ndarray, group: Reducer
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The sum of `hidden_states` and of the ranks' changes, and the sum normed.
+        """Add the ranks' changes to `hidden_states`. Return the sum, and the sum normed.
 
         Args:
-            change: this rank's part; overwritten.
+            hidden_states: float32 [num_tokens, width].
+            change: this rank's part of the change, overwritten.
+            group: ranks whose changes are added.
         """
         change = group.all_reduce(change)
         change += hidden_states
@@ -65,7 +67,7 @@ class HostNorm:
 
 
 def layer_norm(x: Array, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
-    """(x - mean) * rsqrt(variance + epsilon) * weight + bias, float32 like `x`."""
+    """Return (x - mean) * rsqrt(variance + epsilon) * weight + bias, float32 like `x`."""
     rows = as_numpy(x)
     mean = rows.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32)
     out = rows - mean
@@ -76,7 +78,7 @@ def layer_norm(x: Array, weight: np.ndarray, bias: np.ndarray, epsilon: float) -
 
 
 def inverse_root(rows: np.ndarray, epsilon: float) -> np.ndarray:
-    """float32 [num_tokens, 1]: 1 / sqrt(mean(x^2) + epsilon)."""
+    """Return 1 / sqrt(mean(x^2) + epsilon) of each row, float32 [num_tokens, 1]."""
     num_tokens, width = rows.shape
     step = max(1, _CHUNK // width)
     if num_tokens <= step:
@@ -91,19 +93,22 @@ def inverse_root(rows: np.ndarray, epsilon: float) -> np.ndarray:
 
 
 def _squares(rows: np.ndarray) -> np.ndarray:
-    """float64 [num_tokens]: the sum of squares of each row."""
+    """Return the sum of squares of each row, float64 [num_tokens]."""
     wide = rows.astype(np.float64)
     sums: np.ndarray = np.matmul(wide[:, None], wide[:, :, None])[:, 0, 0]
     return sums
 
 
 def cos_sin_of(operator: str, position_ids: Array | None, cos_sin_cache: Array) -> np.ndarray:
-    """float32 [num_tokens, rope_dim]: cos and sin of each token.
+    """Return cos and sin of each token, float32 [num_tokens, rope_dim].
 
-    Rows `position_ids` of `cos_sin_cache`; without positions row t is that of token t.
+    Args:
+        operator: name of the operator, for errors.
+        position_ids: int64 [num_tokens], rows of the table; None = row t belongs to token t.
+        cos_sin_cache: float32 [num_positions or num_tokens, rope_dim].
 
     Raises:
-        ValueError: a position has no row.
+        ValueError: a position is outside the table.
     """
     table = as_numpy(cos_sin_cache)
     if position_ids is None:
@@ -116,16 +121,16 @@ def cos_sin_of(operator: str, position_ids: Array | None, cos_sin_cache: Array) 
 def rotate_(x: np.ndarray, cos_sin: np.ndarray, *, interleaved: bool) -> None:
     """Rotate `x` in place by the angles of its tokens.
 
-    first' = first * cos - second * sin, second' = second * cos + first * sin, each
-    product rounded before the sum.
+    first' = first * cos - second * sin, second' = second * cos + first * sin
 
-    Interleaved pairs are (x[2j], x[2j+1]), half-split pairs (x[j], x[j + dim/2]); both are kept
-    where they are, so cached keys have DeepSeek's own layout.
+    Each product is rounded before the sum. Interleaved pairs are (x[2j], x[2j+1]), half-split pairs
+    are (x[j], x[j + dim/2]). Both values of a pair keep their places, so cached keys have
+    DeepSeek's own layout.
 
     Args:
-        x: float32 [num_tokens, num_heads, rope_dim]; may be a view.
-        cos_sin: float32 [num_tokens, rope_dim]; cos in the first half, sin in the second.
-        interleaved: pairing; True for MLA, per configuration for the indexer.
+        x: float32 [num_tokens, num_heads, rope_dim], may be a view.
+        cos_sin: float32 [num_tokens, rope_dim], cos in the first half, sin in the second.
+        interleaved: pairing; True for MLA, set by the configuration for the indexer.
 
     Source: RoFormer (arXiv 2104.09864); pairings: docs/concepts/dsa.md, "Rotary positions".
     """
@@ -143,12 +148,12 @@ def rotate_(x: np.ndarray, cos_sin: np.ndarray, *, interleaved: bool) -> None:
 
 
 def hadamard(x: np.ndarray) -> np.ndarray:
-    """float32 `x` [..., width] times the orthogonal Hadamard matrix in Sylvester's order.
+    """Multiply float32 `x` [..., width] by the orthogonal Hadamard matrix in Sylvester's order.
 
-    As DeepSeek's own inference code rotates index keys and queries.
+    DeepSeek's own inference code rotates index keys and queries in the same way.
 
-    Stages m = 1, 2, 4 .. width / 2 replace (u, v), m apart, by (u + v, u - v), then everything
-    is multiplied by float32(width ** -0.5); `width` is a power of two.
+    Each stage m = 1, 2, 4 .. width / 2 replaces (u, v), m apart, by (u + v, u - v). The result is
+    multiplied by float32(width ** -0.5). `width` is a power of two.
     """
     width = x.shape[-1]
     out, m = x, 1

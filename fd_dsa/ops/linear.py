@@ -14,21 +14,21 @@ _Linear = TypeVar("_Linear", bound="Linear")
 
 
 class Linear(Protocol):
-    """Weight of a GEMM, or a weight for each head: HostMatrix or DeviceMatrix."""
+    """Weight of a GEMM, or one weight for each head: a HostMatrix or a DeviceMatrix."""
 
     def times(self, x: Array) -> Array:
         """Multiply activations x [num_tokens, in] by the weight: [num_tokens, out]."""
 
     def times_by_head(self, x: Array) -> Array:
-        """Multiply x [num_tokens, heads, in] by the weight of each head: [..., out]."""
+        """Multiply x [tokens, heads, in] by the weight of each head: [tokens, heads, out]."""
 
     def heads_joined(self: _Linear, x: Array, reader: _Linear) -> Array:
-        """Multiply as `times_by_head`, with the heads of a token side by side.
+        """Multiply as `times_by_head`: [num_tokens, heads * out].
 
         Args:
             x: [num_tokens, heads, in].
-            reader: weight that multiplies the result, which has a form that suits it.
+            reader: weight that multiplies the result. It decides the result's form.
         """
 
     def activated(self, gate_up: Array) -> Array:
-        """Return silu(gate) * up of gate_up [num_tokens, 2 * in], in a form that suits `times`."""
+        """Return silu(gate) * up of gate_up [num_tokens, 2 * in], in the form for `times`."""

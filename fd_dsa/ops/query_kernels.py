@@ -31,13 +31,12 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _INDEXER, _MLA = "indexer_query", "prepare_mla_query"
-# BLOCK_ROWS and num_warps: of those that benchmarks/tune.py times, the best or within 4% of it
-# for every size on an H200
+# for every size within 4% of the best candidate of benchmarks/tune.py, on an H200
 MLA_BLOCK_ROWS, MLA_NUM_WARPS = 2, 1
 
 
 def indexer_configuration(num_rows: int) -> tuple[int, int]:
-    """BLOCK_ROWS and num_warps for this many heads of all tokens."""
+    """Return BLOCK_ROWS and num_warps for a number of rows."""
     if num_rows <= 16384:
         return 8, 1
     return (32, 4) if num_rows <= 131072 else (32, 2)
@@ -62,9 +61,9 @@ def prepare_query_kernel(
     UE8M0: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """See `prepare_indexer_query`; rows of 4 * HALF values, HEADS of them a token.
+    """Prepare BLOCK_ROWS rows of 4 * HALF values. A token has HEADS rows.
 
-    Where programs divide tokens evenly, each has the rows of one token and needs no mask.
+    If BLOCK_ROWS divides HEADS, the rows of a program belong to one token and need no mask.
     """
     wait_for_inputs()
     start_next()
@@ -80,7 +79,7 @@ def prepare_query_kernel(
         angle_row = row // HEADS
     if position_ids_ptr is not None:
         angle_row = tl.load(position_ids_ptr + angle_row, mask=inside)
-        # a position past the table must not be an address
+        # a position past the table must not become an address
         angle_row = tl.minimum(tl.maximum(angle_row, 0), num_positions - 1)
     start = (row * (4 * HALF))[:, None]
     if QUANTIZED:
@@ -111,7 +110,7 @@ def prepare_indexer_query(
     out: tuple[Tensor, Tensor],
     **how: Any,
 ) -> tuple[Tensor, Tensor]:
-    """See `fd_dsa.ops.query.indexer_query`, with results to write."""
+    """Prepare queries as `fd_dsa.ops.query.indexer_query`, in one launch, to `out`."""
     num_rows = weights.shape[0] * weights.shape[1]
     if num_rows:
         block_rows, num_warps = indexer_configuration(num_rows)
@@ -137,10 +136,12 @@ def indexer_query_arguments(
     scale_fmt: str | None = "ue8m0",
     weights_scale: float = 1.0,
 ) -> dict[str, object]:
-    """Arguments of `prepare_query_kernel` by name, but for BLOCK_ROWS; launch without fusion.
+    """Return the arguments of `prepare_query_kernel` by name, without BLOCK_ROWS.
+
+    The launch must have `enable_fp_fusion=False`.
 
     Raises:
-        ShapeError: a width that the kernel has no tiles for.
+        ShapeError: the kernel has no tiles for a width.
     """
     num_tokens, heads, width = q.shape
     half = cos_sin_cache.shape[1] // 2
@@ -192,7 +193,7 @@ def prepare_mla_query_kernel(
     PADDED_RANK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """See `prepare_mla_query`; rows of RANK + 2 * HALF values, HEADS of them a token."""
+    """Prepare BLOCK_ROWS rows of RANK + 2 * HALF values. A token has HEADS rows."""
     wait_for_inputs()
     start_next()
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -201,7 +202,7 @@ def prepare_mla_query_kernel(
     angle_row = token
     if position_ids_ptr is not None:
         angle_row = tl.load(position_ids_ptr + token, mask=inside, other=0)
-        # a position past the table must not be an address
+        # a position past the table must not become an address
         angle_row = tl.minimum(tl.maximum(angle_row, 0), num_positions - 1)
     mask = inside[:, None]
     angle = (cos_sin_ptr + angle_row * (2 * HALF))[:, None] + tl.arange(0, HALF)[None, :]
@@ -226,7 +227,7 @@ def prepare_mla_query(
     cos_sin_cache: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `fd_dsa.ops.mla_query.prepare_mla_query`."""
+    """Prepare queries as `fd_dsa.ops.mla_query.prepare_mla_query`, in one launch."""
     num_tokens, num_heads, rank = q_latent.shape
     if out is None:
         out = q_latent.new_empty([num_tokens, num_heads, rank + q_pe.shape[2]])
@@ -244,10 +245,12 @@ def prepare_mla_query(
 def mla_query_arguments(
     q_latent: Tensor, q_pe: Tensor, position_ids: Tensor | None, cos_sin_cache: Tensor, out: Tensor
 ) -> dict[str, object]:
-    """Arguments of `prepare_mla_query_kernel` by name, but for BLOCK_ROWS; launch without fusion.
+    """Return the arguments of `prepare_mla_query_kernel` by name, without BLOCK_ROWS.
+
+    The launch must have `enable_fp_fusion=False`.
 
     Raises:
-        ShapeError: a width or strides that the kernel has no form for.
+        ShapeError: the kernel does not support a width or stride.
     """
     num_tokens, num_heads, rank = q_latent.shape
     half = cos_sin_cache.shape[1] // 2

@@ -14,11 +14,17 @@ def step_kernel(
     unaligned: tuple[str, ...] = (),
     waits: bool = False,
 ) -> Callable[[Callable[..., object]], Kernel]:
-    """`paddle_jit` of a kernel whose numbers change from step to step.
+    """Make a decorator that turns a function into a kernel, see `paddle_jit`.
 
-    None of them selects another compiled form but those `specialized`, nor does the alignment of
-    tensors `unaligned`; every tensor, named `*_ptr`, must be contiguous but those `strided`.
-    One that `waits` may be launched while the kernel before it runs; see `paddle_jit`.
+    Integers of a launch change from step to step, so their values do not select a compiled form.
+    Parameters named `*_ptr` are tensors.
+
+    Args:
+        strided: tensors that may have gaps. All others must be contiguous.
+        specialized: integers whose values select a compiled form.
+        unaligned: tensors whose alignment does not select a compiled form.
+        waits: True if the kernel calls `wait_for_inputs`, so that it may be launched while the
+            kernel before it runs.
     """
 
     def decorate(function: Callable[..., object]) -> Kernel:

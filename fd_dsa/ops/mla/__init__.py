@@ -1,4 +1,4 @@
-"""Attention over the selected keys only, in MLA's absorbed (latent) form."""
+"""Operators for attention over selected keys in MLA's absorbed form, and for dequantization."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from fd_dsa.tensor import Array
 __all__ = ["dequantize", "sparse_mla"]
 
 TILE_BYTES = 8 << 20
-"""Memory of the latents that one pass gathers."""
-# a row that attends to an infinite or NaN key becomes NaN, which is for the sampler to report
+"""Maximum bytes of the latents that one pass gathers."""
+# a row that attends to an infinite or NaN key becomes NaN, and the sampler reports it
 _quiet = np.errstate(invalid="ignore", over="ignore")
-# scores whose exp is far from a float32's least and most
+# magnitude of scores whose exp is far from the limits of float32
 _SMALL = np.float32(40.0)
 _HIDDEN, _SEEN = np.float32(-np.inf), np.float32(0.0)
 
@@ -48,27 +48,27 @@ def sparse_mla(
     kv_lora_rank: int = LATENT_WIDTH,
     out: Array | None = None,
 ) -> Any:
-    """Attention of each token over the cache slots that its row names.
+    """Attend to the cache slots that each token's row names.
 
     out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . kv[s]) * kv[s, :kv_lora_rank]
 
     Args:
         q: float32, on a device also bfloat16, [num_tokens, num_heads, kv_lora_rank + rope_dim];
-            absorbed, its last part rotated.
-        cache: the layer's latent cache, [..., row] with a row a slot: float32 or bfloat16 (or
-            int16, its bits) of the width of q, or uint8 with row = 656, fp8_ds_mla records.
-        slots: int32 [num_tokens, topk]; -1 = none, after all others.
+            absorbed queries whose last part is rotated.
+        cache: the layer's latent cache, [..., row] with one row for each slot: float32, bfloat16 or
+            int16 (bfloat16 bits) of the width of q, or uint8 with row = 656, fp8_ds_mla records.
+        slots: int32 [num_tokens, topk]; unused entries are -1, after all others.
         softmax_scale: factor of the scores.
-        kv_lora_rank: width of the value part; 512 with records.
+        kv_lora_rank: width of the value part; 512 for records.
         out: [num_tokens, num_heads, kv_lora_rank] float32, on a device also bfloat16, contiguous;
-            None allocates, of the dtype of q.
+            None allocates, with the dtype of q.
 
     Returns:
-        `out`; zeros where a row names no slot.
+        `out`, with zeros for a row without a slot.
 
     Raises:
-        ShapeError, DtypeError: an argument is not as above; before any work.
-        ValueError: on a CPU, a slot below -1 or past the cache; a device leaves it out.
+        ShapeError, DtypeError: an argument is not as above, before any work.
+        ValueError: on a CPU, a slot below -1 or past the cache. A device ignores such a slot.
         ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
 
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1, over the keys chosen as in arXiv 2512.02556.
@@ -94,7 +94,7 @@ def sparse_mla(
         check_values(name, "slots", as_numpy(slots), -1, as_numpy(cache)[..., 0].size)
         choice = partial(choose, name, kind)
     else:
-        # kernels are loaded only where there is a device
+        # imported only if there is a device, because it loads kernels
         from fd_dsa.ops.mla.custom_op import choose_attention
         from fd_dsa.triton_runtime.device_api import traits_for
 
@@ -111,13 +111,13 @@ def sparse_mla(
 
 
 def dequantize(cache: Array, slots: Array, out: Array | None = None) -> Any:
-    """Keys of a latent cache as float32, whatever it stores.
+    """Return keys of a latent cache of any format as float32.
 
-    Of an fp8_ds_mla record the first 512 values are float32(code) * scale, the last 64 its
-    bfloat16.
+    The first 512 values of an fp8_ds_mla record are float32(code) * scale. The last 64 values are
+    its bfloat16 numbers.
 
     Args:
-        cache: [num_slots, row]: float32 or bfloat16 (or int16, its bits), or uint8 with row = 656.
+        cache: [num_slots, row]: float32, bfloat16, int16 (bfloat16 bits), or uint8 with row = 656.
         slots: int64 [num_keys].
         out: float32 [num_keys, width of a key], contiguous; None allocates.
 
@@ -125,8 +125,8 @@ def dequantize(cache: Array, slots: Array, out: Array | None = None) -> Any:
         `out`.
 
     Raises:
-        ShapeError, DtypeError: an argument is not as above; before any work.
-        ValueError: on a CPU, a slot outside the cache; on a device its key is zeros.
+        ShapeError, DtypeError: an argument is not as above, before any work.
+        ValueError: on a CPU, a slot outside the cache. On a device the key of such a slot is zeros.
         ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
 
     Source: FlashMLA (README, "FP8 KV cache") for the record.
@@ -146,7 +146,7 @@ def dequantize(cache: Array, slots: Array, out: Array | None = None) -> Any:
 
 
 def _check_cache(operator: str, cache: Array, width: int) -> None:
-    """Refuse a cache whose rows are not keys of so many values."""
+    """Check that the rows of a cache are keys of `width` values."""
     check_dtype(operator, "cache", cache, CACHE_DTYPES)
     if cache_format(cache).is_fp8:
         if width != LATENT_WIDTH + ROPE_WIDTH:
@@ -159,16 +159,16 @@ def _check_cache(operator: str, cache: Array, width: int) -> None:
 
 
 def _softmax(scores: np.ndarray, mask: np.ndarray | None, sinks: np.ndarray | None) -> None:
-    """Softmax of the last axis in place; a row of -inf alone becomes zeros.
+    """Apply the softmax to the last axis in place. A row of only -inf becomes zeros.
 
     Args:
-        scores: [n, heads, num_keys].
-        mask: [n, num_keys]; is added to the scores of all heads; None = 0.
-        sinks: [heads]; logit of one more key of each head, whose weight is dropped.
+        scores: float32 [n, heads, num_keys].
+        mask: float32 [n, num_keys], added to the scores of all heads; None = 0.
+        sinks: float32 [heads], logit of one more key of each head, whose weight is dropped.
     """
     # the maximum of each row takes longer than exp, and few scores need it
-    most = -np.inf if sinks is None else sinks.max()
-    is_small = not fixed_order() and max(scores.max(), -scores.min(), most) < _SMALL
+    max_sink = -np.inf if sinks is None else sinks.max()
+    is_small = not fixed_order() and max(scores.max(), -scores.min(), max_sink) < _SMALL
     top: Any = np.float32(0.0)
     if mask is not None:
         scores += mask[:, None, :]
@@ -188,26 +188,32 @@ def _softmax(scores: np.ndarray, mask: np.ndarray | None, sinks: np.ndarray | No
 
 
 def _scaled(query: Array, factor: float) -> np.ndarray:
+    """Return queries times the factor of the scores."""
     return as_numpy(query) if factor == 1.0 else as_numpy(query) * np.float32(factor)
 
 
 def _weighted(probabilities: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """[n, rows, width]: `probabilities` [n, rows, num_keys] times `keys`."""
+    """Multiply `probabilities` [n, rows, num_keys] by `keys`: [n, rows, width]."""
     return weighted_sum(probabilities, keys) if fixed_order() else batched(probabilities, keys)
 
 
 class KeyLists:
-    """Slots of each query's keys, as `attend_gathered` reads them: layers that share them make one.
+    """Slots of each query's keys in the form of `attend_gathered`, shared by layers.
 
     Args:
-        slots: int32 [num_tokens, topk]; -1 = none, valid entries first.
+        slots: int32 [num_tokens, topk], valid entries first, then -1.
+
+    Attributes:
+        index: int64 [num_tokens, topk], slots without -1.
+        mask: float32 [num_tokens, topk], 0 or -inf; None if all entries are valid.
+        is_empty: bool [num_tokens], True for a row without a slot; None if every row has one.
     """
 
     def __init__(self, slots: np.ndarray) -> None:
         hidden = slots < 0
         self.mask = self.is_empty = None
         if hidden.any():
-            # an unused entry reads its own row's first key: finite if the row's result is
+            # an unused entry reads the row's first key, which is finite if the row's result is
             slots = np.where(hidden, np.maximum(slots[:, :1], 0), slots)
             self.mask = np.where(hidden, _HIDDEN, _SEEN)
             if hidden[:, 0].any():
@@ -226,19 +232,19 @@ def attend_gathered(
     scratch: Scratch | None = None,
     sinks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Attention of each query over the cache slots that its row of `indices` names.
+    """Attend to the cache slots that each query's row of `indices` names.
 
     Args:
-        q: float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed query.
-        cache: [num_slots, row]: float32 or int16 (bfloat16 bits), or fp8_ds_mla records, uint8.
-        indices: slots of the cache: KeyLists, or its argument.
+        q: float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], absorbed queries.
+        cache: [num_slots, row]: float32, int16 (bfloat16 bits) or uint8 (fp8_ds_mla records).
+        indices: KeyLists, or the slots to make them of.
         softmax_scale: factor of the scores.
         kv_lora_rank: width of the value part.
         scratch: buffers to reuse between calls; None = new ones.
-        sinks: float32 [num_heads]; logit of a key without a value, of each head; None = no such.
+        sinks: float32 [num_heads], logit of a key without a value, for each head; None = without.
 
     Returns:
-        float32 [num_tokens, num_heads, kv_lora_rank]; zeros where a row is all -1.
+        float32 [num_tokens, num_heads, kv_lora_rank], zeros for a row without a slot.
     """
     latents, query, scratch = as_numpy(cache), _scaled(q, softmax_scale), scratch or Scratch()
     lists = indices if isinstance(indices, KeyLists) else KeyLists(as_numpy(indices))
@@ -270,15 +276,15 @@ def attend_dense(
     scratch: Scratch | None = None,
     sinks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The result of `attend_gathered` for neighbouring tokens that share a short list of keys.
+    """Attend as `attend_gathered` for neighbouring tokens that share a short list of keys.
 
-    One GEMM of all queries with all `key_slots`, where `mask` leaves the selected ones: cheaper
-    than a gather per token while the list is not much longer than the selection.
+    One GEMM multiplies all queries by all keys, and `mask` hides keys that are not selected. This
+    is cheaper than a gather for each token if the list is not much longer than the selection.
 
     Args:
-        key_slots: int64 [num_keys]; slots of the cache.
-        mask: float32 [num_tokens, num_keys]; 0 where selected, -inf elsewhere; no row all -inf.
-        q, cache, softmax_scale, kv_lora_rank, scratch, sinks: as in `attend_gathered`.
+        key_slots: int64 [num_keys], slots of the cache.
+        mask: float32 [num_tokens, num_keys], 0 for selected keys, else -inf. Each row has a 0.
+        q, cache, softmax_scale, kv_lora_rank, scratch, sinks: see `attend_gathered`.
     """
     latents, query, scratch = as_numpy(cache), _scaled(q, softmax_scale), scratch or Scratch()
     num_tokens, heads, width = query.shape
@@ -306,12 +312,12 @@ def attend_dense(
 
 
 def attend_on_host(q: Array, cache: Array, slots: Array, out: Array, **options: Any) -> None:
-    """See `fd_dsa.ops.mla.sparse_mla`, with a result to write; valid slots come first."""
+    """Attend as `sparse_mla`, on a CPU, to `out`. Valid slots are first."""
     rows = as_numpy(cache)
     rows = rows.reshape(-1, rows.shape[-1])
     as_numpy(out)[...] = attend_gathered(q, rows, slots, **options)
 
 
 def dequantize_on_host(cache: Array, slots: Array, out: Array) -> None:
-    """See `fd_dsa.ops.mla.dequantize`, with a result to write."""
+    """Dequantize as `dequantize`, on a CPU, to `out`."""
     gather_latents(as_numpy(cache), as_numpy(slots), as_numpy(out), Scratch())
