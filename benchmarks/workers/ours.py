@@ -23,10 +23,10 @@ _STREAM_PROMPT, _TOKENS_BEFORE = 64, 20
 _PARTS = {
     "schedule": "scheduler.schedule",
     "complete": "scheduler.complete_step",
-    "batch": "_assemble",
+    "batch": "runner.input_batch.add_rows",
     "runner": "runner.execute_model",
     "metadata": "runner.initialize_forward_meta",
-    "sampling and outputs": "_sample",
+    "sampling and outputs": "_append",
     "sampling": "_sampler.sample",
     "metrics": "metrics.count_step",
 }

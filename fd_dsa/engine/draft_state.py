@@ -8,11 +8,11 @@ from itertools import accumulate
 from operator import mul
 from typing import Any
 
-# least share of a new observation in a rate
+# minimum weight of a new observation
 _WEIGHT = 0.05
-# as how many observations the usual rate counts
+# weight of the prior rate, in observations
 _FIRST_COUNT = 3
-# share of the way back to the usual rate in a step without the draft
+# share of the difference to the prior rate that a rate loses in a step without its draft
 _DRIFT = 1 / 1024
 
 
@@ -40,19 +40,19 @@ NO_DRAFTS = Drafts([])
 
 
 class DraftState:
-    """Drafts of a request, and how many pay by the rate at which those before were accepted.
+    """Acceptance rates of a request's drafts, by position, and the number of drafts that pays.
 
-    A rate is the mean of what was seen, and of the last twenty or so once there are more. With
-    rates r1, r2 and so on a step with n drafts gives 1 + r1 + r1 r2 + ... tokens. The number
-    that gives the most tokens for the time of a step is taken, which may be none. Rates of the
-    drafts that are left out drift back to the usual one, so that they are tried now and then.
+    A rate is the mean of about the last twenty observations. With rates r1, r2 and so on a step
+    with n drafts gives 1 + r1 + r1 r2 + ... tokens. The best number of drafts gives the most tokens
+    for the time of a step, and may be 0. Rates of drafts that are left out drift back to the prior
+    rate, so that the drafts are tried again now and then.
 
     Args:
-        most: drafts of a step.
-        usual_rate: assumed of drafts that nothing is known of yet.
+        most: maximum number of drafts in a step.
+        usual_rate: prior acceptance rate.
 
     Attributes:
-        memory: what the drafter keeps of the request.
+        memory: data that the drafter keeps for the request.
     """
 
     def __init__(self, most: int, usual_rate: float) -> None:
@@ -61,11 +61,11 @@ class DraftState:
         self._rates, self._counts = [usual_rate] * most, [_FIRST_COUNT] * most
 
     def length(self, costs: Sequence[float], rows: float = 1.0) -> int:
-        """Drafts of the next step, which give the most tokens for its time; 0 where none pay.
+        """Return the number of drafts that gives the most tokens for the time of a step.
 
         Args:
-            costs: [n] time of a step with n drafts a row, from 0 to the most.
-            rows: of the step, for each one with drafts.
+            costs: time of a step with 0, 1 and so on drafts a row.
+            rows: number of rows of the step for each row with drafts.
         """
         tokens = accumulate(accumulate(self._rates, mul), initial=rows)
         gains = [count / cost for count, cost in zip(tokens, costs, strict=True)]
@@ -75,7 +75,7 @@ class DraftState:
         return best
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """Take in how many of a step's drafts stood, the first ones."""
+        """Record that a step accepted the first `num_accepted` of its drafts."""
         for place in range(min(num_accepted + 1, num_drafts)):
             self._counts[place] += 1
             weight = max(_WEIGHT, 1 / self._counts[place])

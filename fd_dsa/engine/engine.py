@@ -8,18 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fd_dsa.engine.batch import ScheduledBatch, offer_tokens
 from fd_dsa.engine.block_manager import BlockManager
-from fd_dsa.engine.grammar import GrammarCompiler, form_of
-from fd_dsa.engine.launched_step import LaunchedStep, assemble, execute_watched, offer_tokens
+from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.limits import RequestLimits
-from fd_dsa.engine.logit_rules import BadWords
-from fd_dsa.engine.logprobs import TokenScore
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
-from fd_dsa.engine.output import ConstraintError, FinishReason, OutputState, RequestOutput
-from fd_dsa.engine.request import Request
-from fd_dsa.engine.sampler import derive_seed
+from fd_dsa.engine.output import FinishReason, RequestOutput
+from fd_dsa.engine.request import Request, new_group
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.speculation import Speculator
@@ -27,34 +23,38 @@ from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import is_out_of_memory
 from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
-from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.protocol import Runner
+
+Before = ScheduledBatch | None
 
 
 class LLMEngine:
     """Continuous batching over one runner; not thread-safe.
 
+    Each `step` schedules a batch of tokens, executes it, and processes the results of the batch
+    before it or of its own; see `_finish_step`.
+
     Args:
         runner: runs the model on the step in its `input_batch`, whose sizes bound a step.
-        max_model_len: longest prompt plus output, tokens.
+        max_model_len: maximum number of tokens of prompt and output.
         eos_token_ids: tokens that end an output.
-        target_gap_s: seconds between two tokens of a request, which prompts computed in the same
-            steps shall not exceed; 0 = no target.
-        enable_prefix_caching: whether requests share the blocks of prompts that begin alike.
-        seed: of requests that bring none.
-        sampling_defaults: fields of SamplingParams that the model proposes to callers who leave
-            them out; the engine itself does not apply them.
-        async_scheduling: whether a step is queued before the tokens of the one before have come,
-            where they are drawn on a device and lead to no draft of a drafter that reads them.
-        speculator: has drafts made and verifies them; None = no drafts.
+        target_gap_s: target inter-token latency, seconds; 0 = no target. Prefill chunks are limited
+            to keep it.
+        enable_prefix_caching: True if requests share the blocks of prompts that begin alike.
+        seed: seed of requests that have none.
+        sampling_defaults: defaults of SamplingParams that the model proposes to callers. The engine
+            does not apply them.
+        async_scheduling: True if a step is enqueued before the host has the tokens of the step
+            before, if the device samples and no draft depends on them.
+        speculator: decides on drafts; None = no drafts.
 
     Attributes:
-        clock: seconds; what steps are measured with.
-        limits: what requests may ask for.
-        grammars: compiles the forms of outputs.
+        clock: times steps, seconds.
+        limits: bounds of what requests may ask for.
+        grammars: compiles the grammars of outputs.
         metrics: counts and times of requests.
         block_manager: owner of the cache blocks.
-        scheduler: order of the requests, and the rows and tokens of a step.
+        scheduler: chooses the requests and tokens of a step.
         in_flight: enqueued step whose tokens the host has not read, or None.
     """
 
@@ -73,35 +73,27 @@ class LLMEngine:
         async_scheduling: bool = True,
         speculator: Speculator | None = None,
     ) -> None:
-        self.runner = runner
-        self.tokenizer = tokenizer
-        # made now, not in the first request's step
+        self.runner, self.tokenizer = runner, tokenizer
+        # load it now, not in the step of the first request
         tokenizer.text_token_bytes()
         self.clock: Callable[[], float] = time.perf_counter
         self.sampling_defaults: dict[str, Any] = dict(sampling_defaults or {})
-        self._batch: InputBatch = runner.input_batch
-        block_size, num_rows = self._batch.block_size, self._batch.max_num_seqs
+        self._input_batch = runner.input_batch
+        block_size, num_rows = self._input_batch.block_size, self._input_batch.max_num_seqs
         self._stats = EngineStats(num_blocks=num_blocks)
         self.block_manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
-        self.limits = RequestLimits(
-            runner.vocab_size,
-            max_model_len,
-            num_blocks,
-            block_size,
-            runner.info.selections is not None,
-        )
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._seed = seed
-        self.grammars = GrammarCompiler(
-            tokenizer, runner.vocab_size, self._eos_token_ids, is_patient=False
-        )
+        sizes = runner.vocab_size, max_model_len, num_blocks, block_size
+        self.limits = RequestLimits(*sizes, runner.info.selections is not None)
+        self._seed, self._eos_token_ids = seed, frozenset(eos_token_ids)
+        end_ids = self._eos_token_ids
+        self.grammars = GrammarCompiler(tokenizer, runner.vocab_size, end_ids, is_patient=False)
         lookahead = int(speculator is not None and speculator.drafter.is_layer)
-        parts = self.block_manager, self._batch, self._stats
+        parts = self.block_manager, self._input_batch, self._stats
         self.scheduler = Scheduler(*parts, target_gap_s, lookahead)
         self._sampler = StepSampler(runner, num_rows)
         self._is_async, self.speculator = async_scheduling, speculator
-        self.in_flight: LaunchedStep | None = None
-        # what is left of each group
+        self.in_flight: ScheduledBatch | None = None
+        # unfinished requests by the caller's id
         self._requests: dict[str, list[Request]] = {}
         self.metrics = EngineMetrics(max_model_len, runner.info.counters)
         self.metrics.cache_config.update(
@@ -109,15 +101,9 @@ class LLMEngine:
             num_gpu_blocks=str(num_blocks),
             enable_prefix_caching=str(enable_prefix_caching),
         )
-        self._num_arrived = 0
-        # whether a request has asked for what the indexer chose
+        self._num_arrived, self._last_end = 0, 0.0
+        # True once a request has asked for the selected keys
         self._has_watched = False
-        self._last_end = 0.0
-
-    @property
-    def captured_sizes(self) -> tuple[int, ...]:
-        """Rows of the decode steps that the runner replays from graphs, ascending."""
-        return self.runner.info.captured_sizes
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Output tokens that a request may have; safe to call from any thread.
@@ -146,28 +132,18 @@ class LLMEngine:
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use; choose another one")
         max_tokens = self.limits.validate(prompt_token_ids, params)
-        arrival, end_token_ids = self._num_arrived, frozenset(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            end_token_ids |= self._eos_token_ids
-        seed = derive_seed(self._seed, arrival) if params.seed is None else params.seed
-        prompt, now = np.asarray(prompt_token_ids).tolist(), time.monotonic()
-        bad_words = BadWords.of(params.bad_words, self.tokenizer)
-        group: list[Request] = []
-        for index in range(params.n):
-            request = Request(
-                state=OutputState(request_id, index, prompt, arrival_time=now),
-                params=params,
-                max_tokens=max_tokens,
-                end_token_ids=end_token_ids,
-                arrival=arrival + index,
-                seed=derive_seed(seed, index) if index else seed,
-                group=group,
-                block_size=self._batch.block_size,
-                tokenizer=self.tokenizer,
-                grammars=self.grammars,
-                bad_words=bad_words,
-            )
-            group.append(request)
+        group = new_group(
+            request_id,
+            np.asarray(prompt_token_ids).tolist(),
+            params,
+            max_tokens=max_tokens,
+            eos_token_ids=self._eos_token_ids,
+            arrival=self._num_arrived,
+            seed=self._seed,
+            block_size=self._input_batch.block_size,
+            tokenizer=self.tokenizer,
+            grammars=self.grammars,
+        )
         self._num_arrived += params.n
         self._stats.prompt_tokens += len(prompt_token_ids)
         self._has_watched |= params.return_topk_positions
@@ -195,129 +171,168 @@ class LLMEngine:
         return bool(self._requests)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; outputs of the requests that got a token or ended.
+        """Run one step, and return outputs of the requests that got a token or ended.
 
-        Where tokens are drawn on a device, the step is queued and those of the step before are
-        taken while it runs. A request that they end may have a row in it, whose token is dropped.
-        If a row's mask depends on them, as a grammar's does, the draw is queued after that.
-
-        After a step that finds no memory the next ones need less (`Scheduler.relieve`).
+        After an out-of-memory error the next steps need less memory (`shrink_after_oom`).
 
         Raises:
-            Exception: what else the runner raises; no request has got a token then, and a later
-                call runs the step again.
+            Exception: any other error of the runner. Requests get no token then, and a later call
+                runs the step again.
         """
         ended = [self._end(request, reason) for request, reason in self.scheduler.settled()]
         if not self._requests:
-            # what is in flight was for requests that have ended
+            # the step in flight was for requests that have ended
             self.in_flight = None
             return ended
-        begin, runner_time_s = self.clock(), self._stats.runner_time_s
-        before = self.in_flight
+        before, begin, runner_time_s = self.in_flight, self.clock(), self._stats.runner_time_s
+        batch = self._schedule(may_be_idle=before is not None)
         try:
-            launched = self._launch(may_be_idle=before is not None)
+            if batch is not None:
+                self._execute_batch(batch)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if batch is None or not is_out_of_memory(error):
                 raise
-            too_large = self.scheduler.relieve(error)
+            too_large = self.scheduler.shrink_after_oom(batch, error)
             failure = RuntimeError("there is no memory for a step of this request alone")
             return ended + ([self._end(too_large, "error", failure)] if too_large else [])
         self.in_flight = None
         try:
-            outputs = [] if before is None else self._take(before)
-            if launched is not None and launched.places is not None and launched.draw is None:
-                # its masks are known after the tokens of the step before
-                self._stats.num_mask_waits += before is not None
-                self._sampler.draw(launched)
-            waits = self.speculator is not None and self.speculator.waits
-            if launched is not None and (waits or not (self._is_async and launched.draw)):
-                outputs += self._take(launched)
-                launched = None
+            outputs = self._finish_step(before, batch)
         except Exception:
-            self._sampler.forget()
-            self.scheduler.proposals = {}
-            for step in (before, launched):
-                for request in step.sampling if step is not None else ():
-                    request.forget_draw()
+            self._forget(before, batch)
             raise
-        if launched is not None:
-            self.in_flight = launched
-            launched.count_ahead()
-            if self.speculator is not None:
-                self.scheduler.proposals = self.speculator.propose(launched)
         in_runner_s = self._stats.runner_time_s - runner_time_s
         self._stats.host_time_s += self.clock() - begin - in_runner_s
         return ended + outputs
 
-    def _launch(self, may_be_idle: bool) -> LaunchedStep | None:
-        """Queue a step; None if nothing runs: it may be idle, or it has waited for a grammar.
+    def _schedule(self, may_be_idle: bool) -> ScheduledBatch | None:
+        """Choose the requests of the next step.
 
-        A step of which the host needs logits is waited for.
+        Returns:
+            The step; None if it may be idle, or if it has waited for a grammar.
         """
         scheduler, speculator = self.scheduler, self.speculator
         if speculator is not None:
             num_requests = scheduler.num_running + scheduler.num_waiting
-            speculator.begin(min(num_requests, self._batch.max_num_seqs))
-        scheduled = scheduler.schedule()
-        is_waiting = not scheduled and not may_be_idle and self.grammars.wait()
-        if is_waiting:
-            scheduled = scheduler.schedule()
-        if not scheduled:
-            if may_be_idle or is_waiting:
-                return None
-            count = len(self._requests)
-            raise RuntimeError(f"nothing to run with {count} requests: a defect of the engine")
-        sampling, reading, logits_indices = assemble(self._batch, scheduled, scheduler.drafts)
-        num_prefill_tokens = self._batch.num_prefill_tokens
-        step = LaunchedStep(
-            ready=self.clock(),
-            sampling=sampling,
-            reading=reading,
-            resumed=[r for r in sampling if not r.is_decode] if num_prefill_tokens else [],
-            num_decode_tokens=self._batch.num_tokens - num_prefill_tokens,
-            num_prefill_tokens=num_prefill_tokens,
-            prefill_context=scheduler.prefill_context,
-            scheduled=scheduled,
-            drafts=scheduler.drafts,
-        )
-        if self._has_watched:
-            step.logits = execute_watched(self.runner, step, logits_indices)
-        elif not self._sampler.queue(step, logits_indices):
-            step.logits = self.runner.execute_model(logits_indices)
-            self._sampler.read_drafts(step)
-        self._stats.runner_time_s += self.clock() - step.ready
-        scheduler.complete_step()
-        return step
+            speculator.begin(min(num_requests, self._input_batch.max_num_seqs))
+        batch = scheduler.schedule()
+        if batch is None and not may_be_idle:
+            if not self.grammars.wait():
+                raise RuntimeError(f"nothing to run for {len(self._requests)} requests: a defect")
+            batch = scheduler.schedule()
+        return batch
 
-    def _take(self, step: LaunchedStep) -> list[RequestOutput]:
-        """Give the requests of a launched step their tokens; waits for it."""
-        stats, tokens, begin = self._stats, None, self.clock()
-        if step.draw is not None:
-            tokens = step.draw()
+    def _execute_batch(self, batch: ScheduledBatch) -> None:
+        """Enqueue a step if the device samples, else run it and wait for its logits."""
+        batch.fill(self._input_batch)
+        batch.ready_time = self.clock()
+        self._sampler.execute(self.runner, batch, self._has_watched)
+        self._stats.runner_time_s += self.clock() - batch.ready_time
+        self.scheduler.complete_step(batch)
+
+    # The host chooses one of three modes after it has enqueued a step:
+    #
+    # synchronous  host    | schedule k | enqueue k | wait for k ........ | process k |
+    #              device               | forward k, sample k ........... |
+    #
+    # overlapped   host    | schedule k+1 | enqueue k+1 | wait for k | process k | schedule k+2 |
+    #              device  | forward k, sample k .................. | forward k+1, sample k+1 ...
+    #
+    # late masks   host    | schedule k+1 | enqueue k+1 | wait for k | process k | masks k+1 | ...
+    #              device  | forward k, sample k .................. | forward k+1 .. | sample k+1
+
+    def _finish_step(self, before: Before, batch: ScheduledBatch | None) -> list[RequestOutput]:
+        """Choose the mode of a call after the step is enqueued, if there is one.
+
+        The step is synchronous if the host samples, or if drafts or the caller need its tokens.
+        """
+        if batch is None:
+            return self._process(before)
+        self._stats.num_mask_waits += before is not None and batch.has_late_masks
+        needs_tokens = self.speculator is not None and self.speculator.waits
+        if batch.sampling_inputs is None or needs_tokens or not self._is_async:
+            return self._synchronous(before, batch)
+        run = self._late_masks if batch.has_late_masks else self._overlapped
+        return run(before, batch)
+
+    def _synchronous(self, before: Before, batch: ScheduledBatch) -> list[RequestOutput]:
+        """Process the step before, then wait for this one and process it too."""
+        outputs = self._process(before)
+        if batch.has_late_masks:
+            self._sampler.enqueue_late_samples(batch)
+        return outputs + self._process(batch)
+
+    def _overlapped(self, before: Before, batch: ScheduledBatch) -> list[RequestOutput]:
+        """Process the step before while the device runs this one."""
+        outputs = self._process(before)
+        self._keep_in_flight(batch)
+        return outputs
+
+    def _late_masks(self, before: Before, batch: ScheduledBatch) -> list[RequestOutput]:
+        """Process the step before while the device computes the logits of this one."""
+        outputs = self._process(before)
+        self._sampler.enqueue_late_samples(batch)
+        self._keep_in_flight(batch)
+        return outputs
+
+    def _keep_in_flight(self, batch: ScheduledBatch) -> None:
+        """Leave the tokens of a step to the next call, which schedules without them."""
+        self.in_flight = batch
+        batch.advance_optimistically()
+        if self.speculator is not None:
+            self.scheduler.proposals = self.speculator.propose(batch)
+
+    def _forget(self, *batches: ScheduledBatch | None) -> None:
+        """Drop steps whose tokens will not come; their requests compute them again."""
+        self._sampler.invalidate()
+        self.scheduler.proposals = {}
+        for batch in batches:
+            for request in batch.sampling if batch is not None else ():
+                request.forget_pending()
+
+    def _process(self, batch: ScheduledBatch | None) -> list[RequestOutput]:
+        """Wait for the tokens of a step, and give them to its requests."""
+        if batch is None:
+            return []
+        stats, begin = self._stats, self.clock()
+        if batch.future is not None:
+            batch.token_ids = batch.future.result()
         stats.runner_time_s += self.clock() - begin
         outputs: list[RequestOutput] = []
-        if step.reading:
-            outputs = [self._fail(request, NOT_FINITE) for request in step.read_prompts()]
-        alive = [request for request in step.sampling if request.finish_reason is None]
-        if step.drafts and self.speculator is not None:
-            outputs += self.speculator.verify(step, self._append, self.scheduler, stats, tokens)
-        elif step.sampling:
-            outputs += self._append(step, step.sampling, step.logits, tokens)
+        if batch.scoring:
+            outputs = [self._fail(request, NOT_FINITE) for request in batch.score_prompts()]
+        alive = [request for request in batch.sampling if request.finish_reason is None]
+        outputs += self._append_all(batch)
         outputs += [
             request.output()
             for request in alive
-            if request.finish_reason != "error" and request not in step.late
+            if request.finish_reason != "error" and request not in batch.late
         ]
-        if self.speculator is not None and not step.is_in_flight:
-            self.scheduler.proposals = self.speculator.propose(step)
-        self.metrics.count_step(len(step.sampling) - len(step.resumed), step.resumed)
+        if self.speculator is not None and not batch.is_in_flight:
+            self.scheduler.proposals = self.speculator.propose(batch)
+        self.metrics.count_step(len(batch.sampling) - len(batch.prefilled), batch.prefilled)
         stats.num_steps += 1
-        stats.computed_prompt_tokens += step.num_prefill_tokens
+        stats.computed_prompt_tokens += batch.num_prefill_tokens
         # the token of a decoding request comes after the one of the step before; without such
         # requests, a step may have waited for a grammar before it was ready
-        since, end = self._last_end if step.num_decode_tokens else step.ready, self.clock()
-        self.scheduler.observe(step, end - since)
+        since, end = self._last_end if batch.num_decode_tokens else batch.ready_time, self.clock()
+        self.scheduler.record_step_time(batch, end - since)
         self._last_end = end
+        return outputs
+
+    def _append_all(self, batch: ScheduledBatch) -> list[RequestOutput]:
+        """Give each request of a step its token and its accepted drafts; see `_append`."""
+        if self.speculator is None or not batch.drafts:
+            return self._append(batch, batch.sampling, range(len(batch.sampling)))
+        outputs, (requests, rows) = list[RequestOutput](), batch.begin_verification()
+        while requests:
+            outputs += self._append(batch, requests, rows)
+            accepted = batch.accept_drafts(requests, rows)
+            requests = [requests[index] for index in accepted]
+            rows = [rows[index] + 1 for index in accepted]
+            for request in requests:
+                self.scheduler.take_token(request)
+        self.speculator.record_acceptance(batch, self._stats)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -332,28 +347,22 @@ class LLMEngine:
         )
 
     def _append(
-        self,
-        step: LaunchedStep,
-        sampling: list[Request],
-        logits: npt.NDArray[np.float32],
-        tokens: npt.NDArray[np.int64] | None,
+        self, batch: ScheduledBatch, requests: list[Request], rows: Sequence[int]
     ) -> list[RequestOutput]:
-        """Give each request its next token, drawn or sampled here; outputs of those without one."""
-        alive = step.going_on(sampling, tokens is None, self._drop)
+        """Give each request the token of its row of logits.
+
+        Returns:
+            Outputs of requests that cannot have a token.
+        """
+        alive = batch.going_on(requests, self._drop)
         if not alive:
             return []
-        if len(alive) < len(sampling):
-            sampling = [sampling[row] for row in alive]
-            logits = None if logits is None else logits[alive]
-            tokens = None if tokens is None else tokens[alive]
-        scores: list[TokenScore | None] = [None] * len(sampling)
-        if tokens is None:
-            tokens, scores = self._sampler.sample(sampling, logits)
-        now = time.monotonic()
-        outputs = []
-        token_ids = tokens.tolist()
-        offer_tokens(sampling, token_ids)
-        for request, token_id, score in zip(sampling, token_ids, scores, strict=True):
+        if len(alive) < len(requests):
+            requests, rows = [requests[i] for i in alive], [rows[i] for i in alive]
+        token_ids, scores = self._sampler.tokens(batch, requests, rows)
+        now, outputs = time.monotonic(), []
+        offer_tokens(requests, token_ids)
+        for request, token_id, score in zip(requests, token_ids, scores, strict=True):
             request.pending_row = -1
             if token_id < 0:
                 outputs.append(self._fail(request, token_id))
@@ -375,20 +384,11 @@ class LLMEngine:
         return request.output(error)
 
     def _fail(self, request: Request, code: int) -> RequestOutput:
-        """End a request whose next token cannot be; the others go on."""
-        what = f"output token {len(request.output_token_ids)}"
-        reason = "bad_words, min_tokens and the like leave no token that may come; ask for less"
-        if request.grammar is not None:
-            field = form_of(request.params).source
-            reason = f"{request.grammar.error or reason}; so {field} cannot be followed"
-        error: RuntimeError = ConstraintError(f"{what}: {reason}")
+        """End a request that cannot have a next token."""
+        # the step may have written unusable keys, which other requests may have read
         if code == NOT_FINITE:
-            # what it wrote into the caches may be unusable too, and others may have read it already
             self.block_manager.reset_prefix_cache()
-            error = RuntimeError(
-                f"{what}: the logits are not finite; the model or its weights are at fault"
-            )
-        return self._end(request, "error", error)
+        return self._end(request, "error", request.failure(code))
 
     def _drop(self, request: Request) -> None:
         """Count an ended request and free what it holds."""

@@ -107,7 +107,7 @@ class EngineFacts:
     @classmethod
     def of(cls, engine: LLMEngine) -> EngineFacts:
         """The facts of an engine."""
-        return cls(engine.limits, engine.sampling_defaults, engine.captured_sizes)
+        return cls(engine.limits, engine.sampling_defaults, engine.runner.info.captured_sizes)
 
 
 class EngineLink:

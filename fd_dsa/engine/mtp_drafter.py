@@ -1,4 +1,4 @@
-"""Drafts of the checkpoint's own layer for multi-token prediction."""
+"""Drafts of the checkpoint's own layer for multi-token prediction (MTP)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.draft_state import Drafts
-from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.speculation import Drafter
 from fd_dsa.engine.step_sampler import StepSampler
@@ -18,12 +18,13 @@ Int64 = npt.NDArray[np.int64]
 
 
 class MtpDrafter(Drafter):
-    """Drafter of the method "mtp": the layer runs after each step, for all of its tokens.
+    """Drafter of the method "mtp", which runs the layer after each step for all of its tokens.
 
-    For token i it needs the hidden state of i and token i + 1. It also runs where nobody wants a
-    draft: its caches would have holes that cannot be filled later. A further draft runs it again,
-    for one token a row, on its own hidden state; the next step overwrites what that leaves in the
-    caches. It draws as the request will: with its parameters, and its own number of the position.
+    For token i the layer needs the hidden state of i and token i + 1. It also runs if no request
+    wants a draft, because missing entries of its caches cannot be filled later. For each further
+    draft it runs again, for one token a row, on its own hidden state. The next step overwrites the
+    entries that this leaves in the caches. Drafts are sampled as the tokens of the request will be:
+    with its parameters, and the random number of their position.
 
     Args:
         runner: has `predict_more`.
@@ -32,66 +33,71 @@ class MtpDrafter(Drafter):
     is_layer, usual_rate = True, 0.85
 
     def __init__(self, runner: Any) -> None:
-        self._runner, self._batch = runner, runner.input_batch
+        self._runner, self._input_batch = runner, runner.input_batch
         self._sampler = StepSampler(runner, runner.input_batch.max_num_seqs)
 
-    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
-        """Run the layer; drafts of the requests that want some."""
-        batch, runner, wanting = self._batch, self._runner, list(counts)
-        next_ids, last = self._next_tokens(step)
+    def propose(
+        self, batch: ScheduledBatch, counts: Mapping[Request, int]
+    ) -> dict[Request, Drafts]:
+        """Run the layer, and return drafts of the requests that want some."""
+        rows, runner, wanting = self._input_batch, self._runner, list(counts)
+        next_ids, last = self._next_tokens(batch)
         logits = runner.predict_more(next_ids, [last[request] for request in wanting])
         proposals: dict[Request, list[int]] = {request: [] for request in wanting}
         for depth in range(max(counts.values(), default=0)):
-            drawn = self._sampler.draft(wanting, logits, depth).tolist()
+            sampled = self._sampler.draft(wanting, logits, depth).tolist()
             kept = []
-            batch.begin_step()
-            for place, (request, token) in enumerate(zip(wanting, drawn, strict=True)):
-                # negative where the logits are not finite: no draft
+            rows.begin_step()
+            for place, (request, token) in enumerate(zip(wanting, sampled, strict=True)):
+                # negative if the logits are not finite: no draft
                 if token >= 0:
                     proposals[request].append(token)
                     position = len(request.token_ids) + depth - 1
-                    block = batch.block_tables[request.slot, position // batch.block_size :][:1]
+                    block = rows.block_tables[request.slot, position // rows.block_size :][:1]
                     if counts[request] > depth + 1 and (block >= 0).any():
-                        batch.add_row(request.slot, [token], position, is_prefill=False)
+                        rows.add_row(request.slot, [token], position, is_prefill=False)
                         kept.append(place)
             if not kept:
                 break
             wanting = [wanting[place] for place in kept]
             tokens = list(range(len(kept)))
-            logits = runner.predict_more(batch.ids_remove_padding[tokens], tokens, kept)
+            logits = runner.predict_more(rows.ids_remove_padding[tokens], tokens, kept)
         return {request: Drafts(tokens) for request, tokens in proposals.items()}
 
-    def _next_tokens(self, step: LaunchedStep) -> tuple[Int64, dict[Request, int]]:
-        """The token after each one of the step, and the last token that stands of each request.
+    def _next_tokens(self, batch: ScheduledBatch) -> tuple[Int64, dict[Request, int]]:
+        """Return the token after each token of a step, whose tokens the host has.
 
-        Of those that go on; one that has ended has no slot.
+        Returns:
+            int64 [num_tokens]; and for each running request the flat index of the last token that
+            was accepted. Requests that have ended are left out, because they have no row.
         """
-        batch, last = self._batch, {}
-        next_ids, ends = batch.next_tokens(), batch.seq_lens_this_time.cumsum()
-        for request in step.sampling:
+        rows, last = self._input_batch, {}
+        next_ids, ends = rows.next_tokens(), rows.seq_lens_this_time.cumsum()
+        for request in batch.sampling:
             if request.slot >= 0:
-                rejected = step.num_rejected.get(request, 0)
-                last[request] = int(ends[request.slot]) - 1 - rejected
+                last[request] = int(ends[request.slot]) - 1 - batch.num_rejected(request)
                 next_ids[last[request]] = request.token_ids[-1]
         return next_ids, last
 
 
 class DeviceMtpDrafter(MtpDrafter):
-    """The same on a device, queued before the tokens of a step have come that is in flight.
+    """MTP drafter on a device, which enqueues drafts before the host has the tokens of the step.
 
-    Drafts stay on the device, where later steps find them as pending tokens. Further drafts are
-    queued for all requests because the host does not know where a row ends. Drafts past the blocks
-    of a row lack a key and are accepted less often.
+    Drafts stay on the device. Later steps name them as pending tokens. Further drafts are enqueued
+    for all requests, because the host does not know which drafts of a row are accepted. Drafts past
+    the blocks of a row lack a key and are accepted less often.
 
     Args:
         runner: has `draws`, `draft` and the `forward_meta` of a step.
     """
 
-    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
-        """Queue the layer and the drafts, from what was drawn or the host has sampled."""
-        requests, runner, draws = step.sampling, self._runner, self._runner.draws
-        if step.draw is None:
-            next_ids, last = self._next_tokens(step)
+    def propose(
+        self, batch: ScheduledBatch, counts: Mapping[Request, int]
+    ) -> dict[Request, Drafts]:
+        """Enqueue the layer and the drafts, after samples of the device or of the host."""
+        requests, runner, draws = batch.sampling, self._runner, self._runner.draws
+        if batch.future is None:
+            next_ids, last = self._next_tokens(batch)
             requests = list(last)
             places = [
                 (place, request.slot, request.num_output_tokens, len(request.token_ids) - 1)

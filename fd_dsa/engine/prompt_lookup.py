@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.draft_state import Drafts
-from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.speculation import Drafter
 
@@ -60,7 +60,9 @@ class PromptLookup(Drafter):
     def __init__(self, longest: int, shortest: int) -> None:
         self._longest, self._shortest = longest, shortest
 
-    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
+    def propose(
+        self, batch: ScheduledBatch, counts: Mapping[Request, int]
+    ) -> dict[Request, Drafts]:
         """Drafts of requests that have got a token, at most so many each."""
         proposals = {}
         for request, count in counts.items():

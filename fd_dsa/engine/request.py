@@ -1,4 +1,4 @@
-"""One output that is to be generated, inside the engine."""
+"""State of one output of a caller's request inside the engine."""
 
 from __future__ import annotations
 
@@ -9,49 +9,56 @@ from functools import partial
 from fd_dsa.engine.block_manager import BlockKeys
 from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
 from fd_dsa.engine.draft_state import DraftState
-from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.grammar import GrammarCompiler, form_of
 from fd_dsa.engine.grammar_matcher import GrammarMatcher
 from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenScore
-from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput, TopkPositions
+from fd_dsa.engine.output import (
+    ConstraintError,
+    FinishReason,
+    OutputState,
+    RequestOutput,
+    TopkPositions,
+)
 from fd_dsa.engine.reasoning import AnswerStart, is_too_short
+from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request from its arrival to its end; one with n > 1 is a group of n such objects.
+    """One output from its arrival to its end. A request with n > 1 is a group of n such objects.
 
     Attributes:
-        state: what callers see of the output.
-        group: all of the group in order, this one included.
-        arrival: number of the object, counted from 0: the order of service, and its name in the
-            block manager.
-        max_tokens: output tokens allowed, already resolved against the context.
+        state: the part of the output that callers see.
+        group: all objects of the group in order, this one included.
+        arrival: number of the object, counted from 0. It is the order of service, and the owner's
+            name in the block manager.
+        max_tokens: maximum number of output tokens, already resolved against the context.
         end_token_ids: tokens that end the output.
-        block_size, tokenizer, grammars, bad_words: of the cache, for the texts, for the form, and
-            what `params.bad_words` forbids; arguments alone.
-        output_token_ids: the list of the state.
-        token_ids: prompt and output so far; what must be in the cache before the next token.
-        num_computed_tokens: leading tokens of `token_ids` whose keys are in the cache.
-        num_scheduled_tokens: tokens of the step being prepared.
-        pending_row: place of its pending token among the samples of the step in flight; -1 = it has
+        block_size, tokenizer, grammars, bad_words: block size of the cache, tokenizer of the texts,
+            compiler of the grammar, and tokens of `params.bad_words`; only arguments.
+        output_token_ids: the list in `state`.
+        token_ids: known tokens of prompt and output.
+        num_computed_tokens: number of leading tokens whose keys are in the cache.
+        num_scheduled_tokens: number of tokens in the step that is being scheduled.
+        pending_row: index of its pending token among the samples of the step in flight; -1 = it has
             no pending token.
-        num_unverified: drafts in flight, which may be rejected. All counts of tokens include them,
-            so the counts are upper bounds then.
+        num_pending_drafts: number of drafts in flight, which may be rejected. All counts of tokens
+            include them, so they are upper bounds then.
         block_keys: names of the full blocks of `token_ids` in the prefix cache.
-        slot: row of the input batch; -1 while waiting.
+        slot: batch row; -1 while waiting.
         scheduled_time, preempted_time: when it first got a row, and last lost one; seconds of
             time.monotonic(), None before.
-        logprobs: scores of the output; None = not asked for.
-        prompt_logprobs: scores of the prompt; None = not asked for.
-        topk_positions: what the indexer chose in the latest step that sampled; likewise.
-        grammar: how far the output is in its form; None = it may have any.
-        answer: beginning of the answer after the reasoning; None = no rule of the request depends
-            on it.
-        rules: what happens to the logits before a token is drawn; None = nothing.
-        drafts: how many pay; None = it has no drafts.
+        logprobs: scores of the output; None if not asked for.
+        prompt_logprobs: scores of the prompt; None if not asked for.
+        topk_positions: selected keys of the newest step that sampled; None if not asked for.
+        grammar: position of the output in its grammar; None without one.
+        answer: beginning of the answer after the reasoning; None if no rule depends on it.
+        rules: changes to the logits before sampling, or None.
+        drafts: acceptance statistics, or None if drafting is disabled.
     """
 
     state: OutputState
@@ -72,7 +79,7 @@ class Request:
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     pending_row: int = -1
-    num_unverified: int = 0
+    num_pending_drafts: int = 0
     block_keys: BlockKeys = field(init=False)
     logprobs: OutputLogprobs | None = None
     prompt_logprobs: PromptLogprobs | None = None
@@ -86,7 +93,7 @@ class Request:
     preempted_time: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    # tokens, pieces of text and scores that its outputs have had
+    # numbers of tokens, pieces of text and scores in the outputs so far
     _shown: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(
@@ -119,25 +126,25 @@ class Request:
         if params.logprobs is not None:
             self.logprobs = OutputLogprobs()
             state.logprobs = self.logprobs.shown
-        # the first of a group reads the prompt's scores for all
+        # the first of a group scores the prompt for all
         if params.prompt_logprobs is not None and state.index == 0:
             reader = detokenizer(kept_token_ids=kept)
             self.prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs, reader)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and output, those that are on their way included."""
-        return len(self.token_ids) + (self.pending_row >= 0) + self.num_unverified
+        """Number of tokens of prompt and output, with pending ones."""
+        return len(self.token_ids) + (self.pending_row >= 0) + self.num_pending_drafts
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens of the output, those that are on their way included."""
-        return len(self.output_token_ids) + (self.pending_row >= 0) + self.num_unverified
+        """Number of tokens of the output, with pending ones."""
+        return len(self.output_token_ids) + (self.pending_row >= 0) + self.num_pending_drafts
 
     @property
     def is_decode(self) -> bool:
-        """True when only the token sampled last is missing in the cache."""
-        # an output comes after the prompt: with one token missing there is one or the prompt is
+        """True if only the token sampled last is missing in the cache."""
+        # without an output, the one missing token belongs to the prompt
         return self.num_computed_tokens == self.num_tokens - 1 and self.num_output_tokens > 0
 
     @property
@@ -147,13 +154,16 @@ class Request:
 
     @property
     def wants_prompt_logits(self) -> bool:
-        """True while prompt tokens are to be scored, so that none may come from the cache."""
+        """True while prompt tokens need scores, so that they may not come from the cache."""
         return self.prompt_logprobs is not None and not self.prompt_logprobs.is_complete
 
     def append_token(self, token_id: int, now: float, score: TokenScore | None = None) -> None:
-        """Take a sampled token and decide whether it ends the request.
+        """Append a sampled token, and end the request if the token does.
 
-        `score` is of the token, where scores are asked for.
+        Args:
+            token_id: sampled token.
+            now: seconds of time.monotonic().
+            score: score of the token, if scores are asked for.
         """
         if self.state.first_token_time is None:
             self.state.first_token_time = now
@@ -174,9 +184,9 @@ class Request:
             self.logprobs.append(token_id, score, len(text))
         self.take_text(text, now)
 
-    def forget_draw(self) -> None:
-        """The token on its way will not come; it is to be computed again."""
-        self.pending_row, self.num_unverified = -1, 0
+    def forget_pending(self) -> None:
+        """Drop the pending token, so that a later step computes it again."""
+        self.pending_row, self.num_pending_drafts = -1, 0
         self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property
@@ -200,9 +210,10 @@ class Request:
         self.take_text("", now)
 
     def take_text(self, text: str, now: float) -> None:
-        """Show what of the decoded text may be now; all that is held back once it has ended.
+        """Add decoded text to the output, except for text that may belong to a stop string.
 
-        A stop string that is completed by the text turns any end into "stop".
+        An ended request shows all of its text. A stop string that the text completes turns any end
+        into "stop".
         """
         if self.finish_reason is not None:
             text += self.detokenizer.flush()
@@ -225,8 +236,25 @@ class Request:
             is_finished = self.finish_reason is not None
             self.logprobs.show(len(text), is_finished, is_cut)
 
+    def failure(self, code: int) -> RuntimeError:
+        """Return the error of a request that cannot have a next token.
+
+        Args:
+            code: NOT_FINITE, or NO_TOKEN if the constraints of the request exclude every token.
+        """
+        what = f"output token {len(self.output_token_ids)}"
+        if code == NOT_FINITE:
+            return RuntimeError(
+                f"{what}: the logits are not finite; the model or its weights are at fault"
+            )
+        reason = "bad_words, min_tokens and the like leave no token that may come; ask for less"
+        if self.grammar is not None:
+            field = form_of(self.params).source
+            reason = f"{self.grammar.error or reason}; so {field} cannot be followed"
+        return ConstraintError(f"{what}: {reason}")
+
     def output(self, error: RuntimeError | None = None) -> RequestOutput:
-        """What the caller sees after a step; new in it is what the one before did not have."""
+        """Return the output after a step; its new parts are those since the call before."""
         state, scores = self.state, self.state.logprobs or ()
         num_tokens, num_pieces, num_scores = self._shown
         self._shown = len(state.token_ids), len(state.pieces), len(scores)
@@ -243,3 +271,52 @@ class Request:
             error,
             self.topk_positions if self.finish_reason is not None else None,
         )
+
+
+def new_group(
+    request_id: str,
+    prompt: list[int],
+    params: SamplingParams,
+    *,
+    max_tokens: int,
+    eos_token_ids: frozenset[int],
+    arrival: int,
+    seed: int,
+    block_size: int,
+    tokenizer: Tokenizer,
+    grammars: GrammarCompiler,
+) -> list[Request]:
+    """Return the `params.n` requests of a caller's request.
+
+    Args:
+        request_id: name of the caller's request.
+        prompt: token ids.
+        params: parameters of all of them.
+        max_tokens: number of output tokens allowed, see Request.
+        eos_token_ids: tokens that end an output, unless `params` ignores them.
+        arrival: arrival number of the first request; the others follow it.
+        seed: seed of the engine, used if `params` has none.
+        block_size, tokenizer, grammars: see Request.
+    """
+    end_token_ids, now = frozenset(params.stop_token_ids or ()), time.monotonic()
+    if not params.ignore_eos:
+        end_token_ids |= eos_token_ids
+    seed = derive_seed(seed, arrival) if params.seed is None else params.seed
+    bad_words = BadWords.of(params.bad_words, tokenizer)
+    group: list[Request] = []
+    for index in range(params.n):
+        request = Request(
+            state=OutputState(request_id, index, prompt, arrival_time=now),
+            params=params,
+            max_tokens=max_tokens,
+            end_token_ids=end_token_ids,
+            arrival=arrival + index,
+            seed=derive_seed(seed, index) if index else seed,
+            group=group,
+            block_size=block_size,
+            tokenizer=tokenizer,
+            grammars=grammars,
+            bad_words=bad_words,
+        )
+        group.append(request)
+    return group

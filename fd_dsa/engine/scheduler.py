@@ -1,4 +1,4 @@
-"""Which request takes part in the next step, and with how many tokens."""
+"""Choice of the requests of the next step, and of the number of their tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Sequence
 from operator import attrgetter
 
+from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts
-from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import FinishReason
 from fd_dsa.engine.request import Request
@@ -28,49 +28,44 @@ class Scheduler:
     """Continuous batching with chunked prefill, in order of arrival.
 
     Rules:
-        - Requests that decode come first, one token each; prefill fills what is left of the
-          token budget. There are never more decoding requests than tokens: each of them took
-          part in the step before.
-        - With a target for the time between tokens, a step with decoding requests takes only so
-          many prompt tokens as the measured step times allow, but never fewer than the smallest
-          chunk: prompts go on too. A step without them takes all that fit.
-        - A request is admitted when a row is free and the blocks of all its known tokens are
-          free or cached, with one block to spare for each running request; strictly in order of
-          arrival. So every running request has arrived before every waiting one.
-        - A request whose grammar is being compiled, in another thread, is not admitted, nor are
-          those after it, and running ones go on.
-        - A request whose mask did not come in time is not scheduled until it has come.
-        - The outputs of one request arrive one at a time. While one of them computes the
-          prompt the next ones, and all after them, are not admitted; then they take its blocks.
-        - A request whose last allowed token is on its way is not scheduled any more; one that was
-          preempted with a token on its way is admitted again when that has come.
-        - Drafts on their way count as tokens until it is known which of them stand. If with all of
-          them a request ends, or needs a block that is not free, it waits for that.
-        - Tokens whose blocks are cached count as computed when a request is admitted, for the
-          first time or after it was preempted.
-        - A step gives at most `max_num_seqs` rows of logits beside those of drafts: one for each
-          row of the batch, and what is left to prompts that are scored, which are read in chunks of
-          so many.
-        - Drafts of decoding requests take what prompts leave of the tokens, and blocks that are
-          free beside one for each running request; where they do not fit, they are left out. They
-          are no tokens of the request before they are accepted.
-        - Only decoding needs further blocks. When none is free, the latest running request is
-          preempted: it gives its blocks and row back and is computed again later. The earliest
-          one can thus always go on, and since no request needs more blocks than there are (the
-          engine refuses such), every request ends.
+        - Decoding requests come first, with one token each. Prefill fills the rest of the token
+          budget. Decoding requests always fit, because each took part in the step before.
+        - With a target for the inter-token latency, a step with decoding requests takes only as
+          many prefill tokens as the measured step times allow, but at least the smallest chunk.
+          A step without decoding requests takes all that fit.
+        - A request is admitted when a row is free and the blocks of all its known tokens are free
+          or cached, with one spare block for each running request. Admission is strictly in order
+          of arrival, so every running request has arrived before every waiting one.
+        - A request whose grammar is being compiled in another thread is not admitted, and requests
+          after it are not admitted either. Running requests go on.
+        - A request whose mask is late is not scheduled until it has the mask.
+        - The outputs of one request are admitted one at a time. While one of them computes the
+          prompt, the next ones and all later requests wait. Then they share its blocks.
+        - A request is not scheduled again once its last allowed token is in flight. A request that
+          was preempted with a token in flight is admitted again when the token has come.
+        - Pending drafts count as tokens until they are verified. If a request with all of them ends
+          or needs a block that is not free, it waits for their verification.
+        - Tokens whose blocks are cached count as computed at each admission of a request.
+        - A step has at most `max_num_seqs` rows of logits in addition to those of drafts: one for
+          each batch row. Prompts that are scored use the rows that are left, and limit their chunks
+          to them.
+        - Drafts of decoding requests use tokens that prefill leaves, and blocks that are free in
+          addition to one for each running request. Drafts that do not fit are left out. A draft is
+          a token of the request only after it is accepted.
+        - Only decoding needs further blocks. If no block is free, the latest running request is
+          preempted: it loses its blocks and its row, and is computed again later. So the earliest
+          request can always go on. The engine refuses requests that need more blocks than there
+          are, so every request ends.
 
     Args:
         blocks: owner of the cache blocks.
-        batch: gives the numbers of rows and tokens of a step; its block tables are kept in step
-            with the owners.
-        stats: counts preemptions, and what is found in the prefix cache.
-        target_gap_s: seconds between two tokens of a request that decodes; 0 = no target.
-        lookahead: tokens that must be known after a block's own before others may share it.
+        batch: has the numbers of rows and tokens of a step. The scheduler writes its block tables.
+        stats: counts preemptions, and tokens from the prefix cache.
+        target_gap_s: target inter-token latency, seconds; 0 = no target.
+        lookahead: number of tokens after a block that must be known before the block is shared.
 
     Attributes:
-        proposals: drafts after the step launched last, of requests that took part in it.
-        drafts: those of the step scheduled last.
-        prefill_context: tokens before each prompt token of that step, on average.
+        proposals: drafts that follow the tokens of the newest step, by request.
         running: requests with a row by arrival number, in order of arrival.
         waiting: requests without a row, in order of arrival.
         free_slots: heap of the batch rows without a request.
@@ -85,22 +80,20 @@ class Scheduler:
         lookahead: int = 0,
     ) -> None:
         self.proposals: dict[Request, Drafts] = {}
-        self.drafts: dict[Request, Drafts] = {}
         self._may_draft, self._lookahead = True, lookahead
         self._blocks = blocks
         self._batch = batch
         self._stats = stats
         self._target_gap_s = target_gap_s
         self._step_times = StepTimes(batch.max_num_tokens) if target_gap_s else None
-        self.prefill_context = 0
         self.free_slots = list(range(batch.max_num_seqs))
         self.running: dict[int, Request] = {}
         self.waiting: deque[Request] = deque()
-        # requests with their last allowed token by arrival number, see `settled`
+        # requests that have their last allowed token, by arrival number; see `settled`
         self._unsettled: dict[int, Request] = {}
         self._scheduled: list[Request] = []
         self._held: list[Request] = []
-        # fewer after a step that found no memory
+        # lower limits after an out-of-memory error
         self._most_prompt_tokens, self._most_rows = batch.max_num_tokens, batch.max_num_seqs
         self._spare_logits = 0
         self._num_decoding = 0
@@ -120,7 +113,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
-        """Drop an ended or aborted request and free what it holds."""
+        """Drop an ended or aborted request, and free its row and blocks."""
         if request.grammar is not None:
             request.grammar.release()
             self._unsettled.pop(request.arrival, None)
@@ -133,11 +126,12 @@ class Scheduler:
             self._most_rows = self._batch.max_num_seqs
             self._may_draft = True
 
-    def schedule(self) -> list[Request]:
-        """Requests of the next step in ascending slot order, `num_scheduled_tokens` set.
+    def schedule(self) -> ScheduledBatch | None:
+        """Choose the requests of the next step, and set their `num_scheduled_tokens`.
 
-        Empty only when there is no request, or the first one's grammar is being compiled and
-        nothing runs but requests whose masks are late.
+        Returns:
+            The step; None without requests, or while the grammar of the first waiting request is
+            being compiled and all running requests wait for late masks.
         """
         self._scheduled, self._held = [], []
         decoding: list[Request] = []
@@ -146,28 +140,29 @@ class Scheduler:
             if request.is_unsettled:
                 continue
             if request.grammar is not None and request.grammar.is_late:
-                # the token of a prompt's end is one of the prompts' tokens
+                # the last token of a prompt counts in the budget of prefill
                 if request.is_decode:
                     self._held.append(request)
             elif request.pending_row < 0 or request.num_output_tokens < request.max_tokens:
                 (decoding if request.is_decode else prefilling).append(request)
-            elif request.num_unverified:
+            elif request.num_pending_drafts:
                 self._held.append(request)
         budget = self._schedule_decode(decoding)
         self._num_decoding = len(self._scheduled)
         self._spare_logits = len(self.free_slots)
         for request in prefilling:
-            # a decoding request may have preempted it just now
+            # a decoding request may have preempted this one just now
             if budget and request.slot >= 0:
-                budget = self._take(request, budget)
+                budget = self._schedule_chunk(request, budget)
         if self.waiting:
             budget = self._admit(budget)
-        if self._may_draft:
-            self._add_drafts(budget)
-        if self._step_times is not None and (prompts := self._scheduled[self._num_decoding :]):
-            self.prefill_context = _mean_context(prompts)
+        if not self._scheduled:
+            return None
+        drafts = self._choose_drafts(budget) if self._may_draft else {}
+        prompts = self._scheduled[self._num_decoding :]
+        context = 0 if self._step_times is None else _mean_context(prompts)
         self._scheduled.sort(key=_slot)
-        return self._scheduled
+        return ScheduledBatch(self._scheduled, drafts, context)
 
     def settled(self) -> list[tuple[Request, FinishReason]]:
         """Return requests that ended with their last allowed token, and how.
@@ -180,32 +175,33 @@ class Scheduler:
             if request.grammar is not None and not request.grammar.is_late
         ]
 
-    def complete_step(self) -> None:
-        """The step that `schedule` made is launched: its tokens are computed, full blocks cached.
+    def complete_step(self, batch: ScheduledBatch) -> None:
+        """Count the tokens of an enqueued step as computed, and cache its full blocks.
 
-        What reads them runs after it. A block is cached when all of its tokens are known.
+        Later steps read the blocks, and run after this one. A block is cached when all of its
+        tokens are known.
         """
         block_size = self._blocks.block_size
-        for request in self._scheduled:
+        for request in batch.requests:
             num_new, before = request.num_scheduled_tokens, request.num_computed_tokens
             request.num_computed_tokens = before + num_new
             if before % block_size + num_new >= block_size:
                 self._cache_blocks(request)
 
-    def relieve(self, error: Exception) -> Request | None:
-        """Have steps need less memory than the one scheduled, until no request is left.
+    def shrink_after_oom(self, batch: ScheduledBatch, error: Exception) -> Request | None:
+        """Make steps need less memory than one that has failed, until no request is left.
 
-        Drafts are left out; without any, prompts are read in chunks of half as many tokens; if
-        they are of one, or none is read, fewer requests run at a time.
+        The first cure is to leave drafts out. The next one halves prefill chunks. If those have
+        one token, or the step has no prefill, fewer requests run at a time.
 
         Returns:
-            The request that must end, since it needs too much alone; None: the next step needs
-            less.
+            The request to end, because it does not fit even alone; None if the next step needs
+            less memory.
         """
-        num_prompt_tokens = sum(r.num_scheduled_tokens for r in self._scheduled if not r.is_decode)
+        num_prompt_tokens = sum(r.num_scheduled_tokens for r in batch.requests if not r.is_decode)
         latest = next(reversed(self.running.values()))
-        if self.drafts:
-            self.drafts, self._may_draft = {}, False
+        if batch.drafts:
+            self._may_draft = False
             cure = "no drafts are verified now"
         elif num_prompt_tokens > 1:
             self._most_prompt_tokens = num_prompt_tokens // 2
@@ -220,7 +216,7 @@ class Scheduler:
         return None
 
     def take_token(self, request: Request) -> None:
-        """A token of a request has come; it may be the last of a block that is computed."""
+        """Cache the newest block of a request, if its new token has completed the block."""
         if request.is_unsettled:
             self._unsettled[request.arrival] = request
         known = len(request.token_ids) - self._lookahead
@@ -228,34 +224,34 @@ class Scheduler:
             self._cache_blocks(request)
 
     def _cache_blocks(self, request: Request) -> None:
-        """Let others find what is computed of known tokens."""
+        """Make full blocks of computed and known tokens available to other requests."""
         known = min(request.num_computed_tokens, len(request.token_ids) - self._lookahead)
         self._blocks.cache_full_blocks(request.arrival, request.block_keys, known)
 
-    def observe(self, step: LaunchedStep, seconds: float) -> None:
-        """Learn from the time of a step that has run how long later ones take."""
+    def record_step_time(self, batch: ScheduledBatch, seconds: float) -> None:
+        """Record the time of a step, from which chunks of later steps are sized."""
         if self._step_times is not None:
             self._step_times.observe(
-                seconds, step.num_decode_tokens, step.num_prefill_tokens, step.prefill_context
+                seconds, batch.num_decode_tokens, batch.num_prefill_tokens, batch.prefill_context
             )
 
     def _schedule_decode(self, decoding: list[Request]) -> int:
-        """Give one token to each decoding request; returns the tokens left for prompts."""
+        """Schedule one token of each decoding request, and return the budget for prefill."""
         block_size, taken = self._blocks.block_size, self._scheduled
         for request in decoding:
-            # an earlier request may have preempted it just now; most last blocks have room
+            # an earlier request may have preempted this one just now; most last blocks have room
             if request.slot >= 0 and (
                 request.num_computed_tokens % block_size or self._grow(request)
             ):
                 request.num_scheduled_tokens = 1
                 taken.append(request)
-        # those held back have theirs in the step after
+        # requests that are held back need a token in the step after this one
         budget = self._batch.max_num_tokens - len(taken) - len(self._held)
         return min(budget, self._most_prompt_tokens)
 
-    def _add_drafts(self, budget: int) -> None:
-        """Add to decoding requests the drafts that there is room for."""
-        self.drafts = {}
+    def _choose_drafts(self, budget: int) -> dict[Request, Drafts]:
+        """Return the drafts of decoding requests that there is room for."""
+        chosen = dict[Request, Drafts]()
         for request in self._scheduled[: self._num_decoding] if self.proposals else ():
             # the last token of an output is never computed
             most = min(budget, request.max_tokens - request.num_output_tokens - 1)
@@ -265,13 +261,18 @@ class Scheduler:
                 room = len(self._blocks.blocks_of(request.arrival)) * self._blocks.block_size
                 drafts = drafts.first(room - request.num_tokens)
             if drafts:
-                self.drafts[request] = drafts
+                chosen[request] = drafts
                 budget -= len(drafts)
+        return chosen
 
     def _grow(self, request: Request) -> bool:
-        """Get the block for the next token, if need be from later requests; False: not now."""
+        """Reserve the block for the next token, and preempt later requests for it if needed.
+
+        Returns:
+            False if the request is not scheduled now.
+        """
         while not self._allocate(request, request.num_tokens):
-            if request.num_unverified:
+            if request.num_pending_drafts:
                 self._held.append(request)
                 return False
             victim = next(reversed(self.running.values()))
@@ -281,7 +282,11 @@ class Scheduler:
         return True
 
     def _allocate(self, request: Request, num_tokens: int, spare: int = 0) -> bool:
-        """Have the blocks of a running request hold so many tokens; False: too few are free."""
+        """Grow the block table of a running request to `num_tokens`.
+
+        Returns:
+            False if there are not enough free blocks beyond `spare`.
+        """
         added = self._blocks.allocate(request.arrival, num_tokens, spare=spare)
         if added:
             start = self._blocks.num_needed(num_tokens) - len(added)
@@ -289,21 +294,21 @@ class Scheduler:
         return added is not None
 
     def _admit(self, budget: int) -> int:
-        """Start waiting requests in order of arrival while rows, blocks and tokens last.
+        """Admit waiting requests in order of arrival while rows, blocks and tokens last.
 
         Returns:
-            The tokens left.
+            The rest of the token budget.
         """
         while self.waiting:
             request = self.waiting[0]
-            # asked first: it is compiled while the request waits for a row
+            # ask first, because the grammar is compiled while the request waits for a row
             if request.grammar is not None and not request.grammar.is_ready:
                 break
             if request.pending_row >= 0 or request.is_unsettled:
                 break
             if budget <= 0 or self._spare_logits <= 0 or len(self.running) >= self._most_rows:
                 break
-            # the blocks of running requests; what is cached never covers all tokens
+            # one block for each running request; a new request always needs a block
             spare = len(self.running)
             if spare >= self._blocks.num_free:
                 break
@@ -319,11 +324,11 @@ class Scheduler:
             self._batch.set_blocks(request.slot, added)
             self.running[request.arrival] = request
             self._count_hits(request, len(cached) * self._blocks.block_size)
-            budget = self._take(request, budget)
+            budget = self._schedule_chunk(request, budget)
         return budget
 
     def _find_computed_blocks(self, request: Request) -> list[int] | None:
-        """Blocks that a waiting request may take over; None while its group computes them."""
+        """Return blocks that a waiting request may share; None while its group computes them."""
         # cached tokens have no logits
         cached: list[int] = []
         if self._reads_prefix_cache(request):
@@ -338,24 +343,24 @@ class Scheduler:
         return None if running else cached
 
     def _reads_prefix_cache(self, request: Request) -> bool:
-        """Whether a request may take over blocks of others."""
+        """Return True if a request may share blocks of other requests."""
         return not (request.params.skip_reading_prefix_cache or request.wants_prompt_logits)
 
     def _count_hits(self, request: Request, num_cached_tokens: int) -> None:
-        """Start a request after its cached tokens, which are counted at its first start only."""
+        """Set the computed tokens of a request that starts, and count them at its first start."""
         request.num_computed_tokens = num_cached_tokens
         if request.scheduled_time is not None:
             return
         request.state.num_cached_tokens = num_cached_tokens
         request.scheduled_time = time.monotonic()
-        # the prompt of a group is looked for once
+        # the prompt of a group is looked up once
         is_counted = request.state.index == 0 and self._reads_prefix_cache(request)
         if self._blocks.enable_prefix_caching and is_counted:
             self._stats.prefix_cache_queries += len(request.state.prompt_token_ids)
             self._stats.prefix_cache_hits += num_cached_tokens
 
-    def _take(self, request: Request, budget: int) -> int:
-        """Put a request into the step with at most `budget` tokens; returns how many are left."""
+    def _schedule_chunk(self, request: Request, budget: int) -> int:
+        """Schedule a prefill chunk of at most `budget` tokens, and return the remaining budget."""
         if self._step_times is not None and self._num_decoding:
             longest = self._step_times.longest_chunk(
                 self._num_decoding, request.num_computed_tokens, self._target_gap_s
@@ -370,11 +375,11 @@ class Scheduler:
         return budget - num_tokens
 
     def _preempt(self, request: Request) -> None:
-        """Put a running request back to the head of the queue, with nothing computed."""
+        """Move a running request to the head of the queue, without computed tokens."""
         self._stats.num_preemptions += 1
         request.preempted_time = time.monotonic()
         self._release(request)
-        request.num_computed_tokens = request.num_unverified = 0
+        request.num_computed_tokens = request.num_pending_drafts = 0
         self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
@@ -387,7 +392,7 @@ class Scheduler:
 
 
 def _mean_context(prefilling: Sequence[Request]) -> int:
-    """Tokens before each scheduled token in its request, on average; 0 without requests."""
+    """Return the mean number of tokens before each scheduled token; 0 without requests."""
     num_tokens = sum(request.num_scheduled_tokens for request in prefilling)
     if num_tokens == 0:
         return 0

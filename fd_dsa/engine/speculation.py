@@ -1,63 +1,61 @@
-"""Speculative decoding: which drafts a step verifies, and which of them stand.
+"""Speculative decoding: the drafts that a step verifies, and their acceptance.
 
-A draw is a function of a request's seed and the position in its output. So a draft stands where it
-is the token that is drawn there without drafts, and no token of an output depends on drafts.
+A token is a function of its logits, the seed of its request and its position in the output. A draft
+is accepted if it equals the token that is sampled at its position without drafts. So the tokens of
+an output do not depend on drafts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
-
-from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts, DraftState
-from fd_dsa.engine.launched_step import LaunchedStep
+from fd_dsa.engine.batch import ScheduledBatch
+from fd_dsa.engine.draft_state import Drafts, DraftState
 from fd_dsa.engine.metrics import EngineStats
-from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.step_costs import StepCosts
-from fd_dsa.ops.sampling.token_buffer import REJECTED
 
 logger = logging.getLogger(__name__)
 
 
 class Drafter:
-    """Proposes tokens; this one any, which take no time, for steps that are measured.
+    """Base of drafters. It proposes arbitrary tokens at no cost, to time decode steps.
 
     Attributes:
-        is_layer: whether it is a layer of the model, with caches that lack what it has not run for,
-            and whose entries depend on the token after their own. It needs no tokens on the host.
-        usual_rate: at which its drafts stand mostly.
+        is_layer: True for a layer of the model. Its KV cache has entries only for tokens that it
+            has processed, and an entry depends on the token after its own. The layer needs no
+            tokens on the host.
+        usual_rate: acceptance rate that is assumed before any draft was verified.
     """
 
     is_layer, usual_rate = False, 0.6
 
-    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
-        """Tokens that may follow those of some requests.
+    def propose(
+        self, batch: ScheduledBatch, counts: Mapping[Request, int]
+    ) -> dict[Request, Drafts]:
+        """Return tokens that may follow those of some requests.
 
         Args:
-            step: the one that has just given its requests their tokens, or will give them.
-            counts: most drafts of each request that wants some.
+            batch: step that has just given its requests their tokens, or is in flight.
+            counts: maximum number of drafts of each request that wants some.
         """
         return {request: Drafts([0] * count) for request, count in counts.items()}
 
 
 class Speculator:
-    """Has drafts made after each step, and verifies them in the next one.
+    """Decides on drafts after each step, which the next step verifies.
 
     Args:
-        drafter: makes them.
-        most: drafts of a request in a step.
-        costs: of steps; None: drafts cost nothing.
+        drafter: proposes the drafts.
+        most: maximum number of drafts of a request in a step.
+        costs: times of decode steps; None if drafts cost no time.
 
     Attributes:
         drafter, most, costs: as given.
-        arrived: requests that have computed nothing, before `begin`.
-        waits: whether drafts come of the tokens of the next step, so that none is queued before.
+        arrived: requests that have computed no token, until `begin`.
+        waits: True if drafts come from the tokens of the next step, so that no later step is
+            enqueued before the host has them.
     """
 
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
@@ -67,12 +65,12 @@ class Speculator:
         self._is_off = self.waits = False
 
     def begin(self, num_rows: int) -> None:
-        """Let those that have arrived have drafts, unless they must not or none would pay.
+        """Enable drafting for new requests, unless it is disallowed or not worth its cost.
 
-        All that have come since the step before count the same rows.
+        Requests that arrive together are costed with the same batch size.
 
         Args:
-            num_rows: of the steps that they will be in.
+            num_rows: number of rows of the steps that the requests will be in.
         """
         times = self.costs.of(num_rows, num_rows) if self.arrived else []
         for request in self.arrived:
@@ -84,109 +82,71 @@ class Speculator:
         self.arrived.clear()
 
     def _leave(self, request: Request) -> None:
-        """Give a request no drafts from now on.
+        """Disable drafting for a request until its end.
 
-        The layer is left out of steps without drafts, so its blocks from now on have other keys.
+        Steps without drafts skip the layer, so later blocks of the request get other keys.
         """
         request.drafts = None
         if self.drafter.is_layer:
             request.block_keys.leave_drafts()
 
-    def verify(
-        self,
-        step: LaunchedStep,
-        append: Callable[[LaunchedStep, list[Request], Any, Any], list[RequestOutput]],
-        scheduler: Scheduler,
-        stats: EngineStats,
-        tokens: npt.NDArray[np.int64] | None,
-    ) -> list[RequestOutput]:
-        """Give the requests of a step their tokens: one, and one for each draft that stands.
-
-        Those that ended while it was in flight get none.
+    def record_acceptance(self, batch: ScheduledBatch, stats: EngineStats) -> None:
+        """Record the number of accepted drafts of each request.
 
         Args:
-            step: with drafts.
-            append: gives each of some requests a token: the one drawn, or sampled from logits.
-            scheduler: learns of tokens that are computed.
-            stats: counts them.
-            tokens: of all rows, REJECTED after a wrong draft, where a device has drawn them.
-
-        Returns:
-            Outputs of requests for which there is no token.
+            batch: step with drafts, whose tokens have been processed.
+            stats: counts the drafts.
         """
-        first, outputs = dict(zip(step.sampling, step.first_rows, strict=False)), []
-        for request in step.sampling:
-            request.num_computed_tokens -= request.num_unverified
-            request.num_unverified = 0
-        rows = [request for request in step.sampling if request.finish_reason is None]
-        accepted, depth = dict.fromkeys(rows, 0), 0
-        while rows:
-            places = [first[request] + depth for request in rows]
-            given = (step.logits[places], None) if tokens is None else (None, tokens[places])
-            outputs += append(step, rows, *given)
-            stands = []
-            for request in rows:
-                drafts = step.drafts.get(request, NO_DRAFTS)
-                is_left_out = request.finish_reason == "error" or request in step.late
-                if is_left_out or len(drafts) <= depth:
-                    continue
-                if tokens is None:
-                    is_right = drafts.tokens[depth] == request.token_ids[-1]
-                else:
-                    is_right = bool(tokens[first[request] + depth + 1] != REJECTED)
-                accepted[request] += is_right
-                if is_right and request.finish_reason is None:
-                    # it is computed, unless the request was preempted since
-                    request.num_computed_tokens += request.slot >= 0
-                    scheduler.take_token(request)
-                    stands.append(request)
-            rows, depth = stands, depth + 1
-        for request, drafts in step.drafts.items():
-            if (count := accepted.get(request)) is None:
+        for request, drafts in batch.drafts.items():
+            if (num_accepted := batch.num_accepted.get(request)) is None:
                 continue
-            step.num_rejected[request] = len(drafts) - count
-            # one that has left since had them for the last time
+            # drafting may have been disabled while these drafts were in flight
             if request.drafts is not None:
-                request.drafts.observe(len(drafts), count)
-            stats.count_drafts(len(drafts), count)
+                request.drafts.observe(len(drafts), num_accepted)
+            stats.count_drafts(len(drafts), num_accepted)
             request.state.num_draft_tokens += len(drafts)
-            request.state.num_accepted_tokens += count
-        return outputs
+            request.state.num_accepted_tokens += num_accepted
 
-    def propose(self, step: LaunchedStep) -> dict[Request, Drafts]:
-        """Drafts of the next step, as many as pay by what the steps taken so far have shown."""
-        num_rows, counts = len(step.sampling), dict[Request, int]()
-        # for requests that leave now too: others may share the blocks that the step filled
-        runs = not self._is_off and any(request.drafts is not None for request in step.scheduled)
-        states = {
-            request: request.drafts
-            for request in step.sampling
-            if request.finish_reason is None
-            and request.drafts is not None
-            and request not in step.late
-        }
-        for request in step.late:
-            # the masks after its drafts would be late, too
-            if request.drafts is not None:
-                self._leave(request)
-        if states:
-            times, share = self.costs.of(num_rows, len(states)), num_rows / len(states)
-            for request, state in states.items():
-                if count := state.length(times, share):
-                    counts[request] = count
-                elif self.drafter.is_layer:
-                    self._leave(request)
+    def propose(self, batch: ScheduledBatch) -> dict[Request, Drafts]:
+        """Return drafts for the next step, in the numbers that pay by the rates seen so far."""
+        # also run for requests that leave now: others may share the blocks that the step filled
+        runs = not self._is_off and any(request.drafts is not None for request in batch.requests)
+        counts = self._counts(batch)
         try:
-            proposals = self.drafter.propose(step, counts) if runs else {}
+            proposals = self.drafter.propose(batch, counts) if runs else {}
         except Exception:
-            # the step has given its tokens, which a draft is not worth losing
+            # the step's tokens are valid, so a failed drafter must not fail it
             logger.exception("speculative decoding is off from now on: the drafter failed")
             self._is_off, proposals = True, {}
         if not self.drafter.is_layer:
             self.waits = any(proposals.values())
-            # those here would come before the tokens on their way
-            proposals = {} if step.is_in_flight else proposals
+            # these drafts would be placed ahead of tokens that are in flight
+            proposals = {} if batch.is_in_flight else proposals
         for request, drafts in proposals.items():
             if drafts and not drafts.is_pending and request.grammar is not None:
                 proposals[request] = drafts.first(request.grammar.count_allowed(drafts.tokens))
         return proposals
+
+    def _counts(self, batch: ScheduledBatch) -> dict[Request, int]:
+        """Return the number of drafts of each request for which drafts pay."""
+        states = {
+            request: request.drafts
+            for request in batch.sampling
+            if request.finish_reason is None
+            and request.drafts is not None
+            and request not in batch.late
+        }
+        for request in batch.late:
+            # masks after its drafts would be late too
+            if request.drafts is not None:
+                self._leave(request)
+        if not states:
+            return {}
+        num_rows, counts = len(batch.sampling), dict[Request, int]()
+        times, share = self.costs.of(num_rows, len(states)), num_rows / len(states)
+        for request, state in states.items():
+            if count := state.length(times, share):
+                counts[request] = count
+            elif self.drafter.is_layer:
+                self._leave(request)
+        return counts

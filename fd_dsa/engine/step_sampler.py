@@ -1,4 +1,4 @@
-"""From a step's logits to a token for each of its requests, on the host or where the logits are."""
+"""Tokens of a step, sampled from its logits on the host or on the device."""
 
 from __future__ import annotations
 
@@ -9,118 +9,159 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts
-from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
+from fd_dsa.engine.output import TopkPositions
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
 from fd_dsa.environment import batch_invariant
 from fd_dsa.ops.sampling.parameters import MAX_ENTRIES, SlotParameters
 from fd_dsa.ops.sampling.token_buffer import NO_TOKEN
-from fd_dsa.runner.input_batch import Draw
-from fd_dsa.runner.protocol import Runner
+from fd_dsa.runner.input_batch import SamplingInputs
+from fd_dsa.runner.protocol import Logits, Runner
 
 
 class StepSampler:
-    """Samples the rows of a step; parameters are given to a sampler when a request takes its slot.
+    """Samples the rows of a step on the device if it can, else on the host.
 
-    A runner whose logits are on a device may have `draws` (`DeviceDraws`); it serves the steps none
-    of whose requests asks for log-probabilities, or changes the logits of too many tokens. Its
-    draws at a temperature may differ from the host's within rounding, so with
-    FD_DSA_BATCH_INVARIANT=1, where company must not decide who samples, it serves greedy requests
-    alone.
+    A sampler gets the parameters of a request when the request takes a batch row. The device
+    samples steps in which no request asks for log-probabilities, or changes the logits of too many
+    tokens. At a temperature its tokens may differ from the host's within rounding. With
+    FD_DSA_BATCH_INVARIANT=1 the batch must not decide who samples, so the device then samples only
+    greedy requests.
 
     Args:
         runner: see LLMEngine.
-        num_slots: rows of a step.
+        num_slots: number of batch rows.
     """
 
     def __init__(self, runner: Runner, num_slots: int) -> None:
         self._vocab_size, self._sampler = runner.vocab_size, Sampler(num_slots)
         self._device = runner.info.sampling
-        self._draws_greedy_alone = batch_invariant()
-        # arrival number of the request whose parameters the samplers have in a slot
-        self._taken_by = [-1] * num_slots
+        self._is_device_greedy_only = batch_invariant()
+        # arrival number of the request whose parameters the samplers have for a batch row
+        self._owners = [-1] * num_slots
 
-    def queue(self, step: LaunchedStep, logits_indices: npt.NDArray[np.int64]) -> bool:
-        """Queue the step, and the draw of its tokens unless that needs a mask.
+    def execute(self, runner: Runner, batch: ScheduledBatch, may_be_watched: bool = False) -> None:
+        """Enqueue a step if the device samples, else run it and wait for its logits.
 
         Args:
-            step: whose requests and drafts are those of the rows of `logits_indices`, in order.
-            logits_indices: see Runner.
+            runner: runs the step.
+            batch: step in the runner's input batch.
+            may_be_watched: True if a request may ask for its selected keys.
+        """
+        if may_be_watched:
+            batch.logits = _execute_watched(runner, batch)
+        elif not self.enqueue(batch):
+            batch.logits = runner.execute_model(batch.logits_indices)
+            self.read_drafts(batch)
+
+    def enqueue(self, batch: ScheduledBatch) -> bool:
+        """Enqueue a step on the device, with its sampling unless that waits for masks.
 
         Returns:
-            False, and nothing is done, where the host must sample.
+            False if the host must sample; the step is not enqueued then.
         """
-        sampling, device = step.sampling, self._device
-        if device is None or step.reading or not sampling:
+        sampling, device = batch.sampling, self._device
+        if device is None or not self._may_sample_on_device(batch):
+            return False
+        slots, positions = self._slots_and_positions(sampling)
+        mask_rows: list[int] = []
+        if batch.drafts:
+            ranges = [range(end - first) for first, end in pairwise(batch.logits_indptr)]
+            positions = [p + i for p, own in zip(positions, ranges, strict=True) for i in own]
+            slots = [slot for slot, own in zip(slots, ranges, strict=True) for _ in own]
+        if masked := [r for r in sampling if r.rules is not None and r.rules.needs_mask]:
+            mask_rows = _mask_rows(batch, masked)
+            own = [batch.drafts.get(request, NO_DRAFTS) for request in masked]
+            if any(drafts.is_pending for drafts in own):
+                batch.pending_drafts = device.draws.read_drafts()
+        batch.sampling_inputs = SamplingInputs(slots, positions, batch.logits_indptr, mask_rows)
+        device.enqueue_model(batch.logits_indices, batch.sampling_inputs)
+        if not masked:
+            batch.future = device.sample()
+        return True
+
+    def _may_sample_on_device(self, batch: ScheduledBatch) -> bool:
+        """Return True if the device can sample for all requests of a step."""
+        sampling = batch.sampling
+        if batch.scoring or not sampling:
             return False
         if any(request.logprobs is not None for request in sampling):
             return False
-        if self._draws_greedy_alone and any(request.params.temperature for request in sampling):
+        if self._is_device_greedy_only and any(r.params.temperature for r in sampling):
             return False
         rules = [request.rules for request in sampling if request.rules is not None]
-        if any(rule.num_entries > MAX_ENTRIES for rule in rules):
-            return False
-        slots, positions = self._places(sampling)
-        firsts: Sequence[int] = range(len(sampling) + 1)
-        if step.drafts:
-            firsts = step.first_rows
-            ranges = [range(end - first) for first, end in pairwise(firsts)]
-            positions = [p + i for p, own in zip(positions, ranges, strict=True) for i in own]
-            slots = [slot for slot, own in zip(slots, ranges, strict=True) for _ in own]
-        masked: list[int] = []
-        for (first, end), request in zip(pairwise(firsts), sampling, strict=True):
-            if request.rules and request.rules.needs_mask:
-                masked += range(first, end)
-                if step.drafts.get(request, NO_DRAFTS).is_pending and step.known_drafts is None:
-                    step.known_drafts = device.draws.read_drafts()
-        step.places = Draw(slots, positions, firsts, masked)
-        device.queue_model(logits_indices, step.places)
-        if not masked:
-            self.draw(step)
-        return True
+        return all(rule.num_entries <= MAX_ENTRIES for rule in rules)
 
-    def draw(self, step: LaunchedStep) -> None:
-        """Queue the draw of a step that is queued; masks are those after the tokens known now."""
-        assert step.places is not None
+    def enqueue_late_samples(self, batch: ScheduledBatch) -> None:
+        """Enqueue the sampling of an enqueued step, with masks after the tokens known now."""
+        assert self._device is not None, "a step is enqueued on a device only"
         masks: list[npt.NDArray[np.int32]] = []
-        if step.known_drafts is not None:
-            self.read_drafts(step)
-        for request in step.sampling if step.places.masked else ():
+        if batch.pending_drafts is not None:
+            self.read_drafts(batch)
+        for request in batch.sampling:
             if request.rules is not None and request.rules.needs_mask:
-                drafts = step.drafts.get(request, NO_DRAFTS).tokens
+                drafts = batch.drafts.get(request, NO_DRAFTS).tokens
                 has_ended = request.finish_reason is not None
                 size = self._vocab_size
                 made = request.rules.masks(size, drafts, has_ended)
                 if made is None:
-                    # the device samples and counts a token that nobody gets
-                    self._taken_by[request.slot] = -1
-                    step.leave_out(request)
+                    # the device samples and counts a token that the request does not get
+                    self._owners[request.slot] = -1
+                    batch.postpone(request)
                     made = request.rules.masks(size, drafts, has_ended=True) or []
                 masks += made
-        assert self._device is not None, "a step is enqueued on a device only"
-        step.draw = self._device.draw(masks)
+        batch.future = self._device.sample(masks)
 
-    def read_drafts(self, step: LaunchedStep) -> None:
-        """Fill in drafts that a device has, of a step that needs masks or that the host samples."""
-        if any(drafts.is_pending for drafts in step.drafts.values()):
-            assert self._device is not None, "only a device has drafts that the host has not"
-            ids = (step.known_drafts or self._device.draws.read_drafts())()
-            step.drafts = {
+    def read_drafts(self, batch: ScheduledBatch) -> None:
+        """Replace pending drafts of a step by their ids, for masks or sampling on the host."""
+        if any(drafts.is_pending for drafts in batch.drafts.values()):
+            assert self._device is not None, "only a device has pending drafts"
+            ids = (batch.pending_drafts or self._device.draws.read_drafts()).result()
+            batch.drafts = {
                 request: Drafts(ids[drafts.tokens].tolist())
-                for request, drafts in step.drafts.items()
+                for request, drafts in batch.drafts.items()
             }
 
-    def forget(self) -> None:
-        """What was drawn last is not the requests': parameters are to be given again."""
-        self._taken_by = [-1] * len(self._taken_by)
+    def invalidate(self) -> None:
+        """Set the parameters of all requests again, because the newest samples were dropped."""
+        self._owners = [-1] * len(self._owners)
+
+    def tokens(
+        self, batch: ScheduledBatch, requests: Sequence[Request], rows: Sequence[int]
+    ) -> tuple[list[int], list[TokenScore | None]]:
+        """Return the token of each request, and scores of requests that ask for them.
+
+        Args:
+            batch: step whose samples or logits the host has.
+            requests: some requests of the step.
+            rows: ascending row of logits of each request.
+        """
+        if (ids := batch.token_ids) is not None:
+            ids = ids if len(rows) == len(ids) else ids[rows]
+            return ids.tolist(), [None] * len(requests)
+        logits = batch.logits
+        assert logits is not None, "the step has neither samples nor logits"
+        # no copy of the logits if all rows are wanted
+        logits = logits if len(rows) == len(logits) else logits[rows]
+        tokens, scores = self.sample(requests, logits)
+        return tokens.tolist(), scores
 
     def sample(
         self, sampling: Sequence[Request], logits: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.int64], list[TokenScore | None]]:
-        """Tokens of the requests, see `Sampler.sample`, and scores of those that ask for them."""
-        tokens = self._sampler.sample(logits, *map(np.array, self._places(sampling)))
+        """Sample the next token of each request on the host.
+
+        Args:
+            sampling: requests.
+            logits: float32 [num_requests, vocab_size].
+
+        Returns:
+            Tokens, see `Sampler.sample`, and scores of requests that ask for them.
+        """
+        tokens = self._sampler.sample(logits, *map(np.array, self._slots_and_positions(sampling)))
         scores: list[TokenScore | None] = [None] * len(sampling)
         scored = [
             row
@@ -134,19 +175,27 @@ class StepSampler:
                 scores[row] = score
         for request in sampling if self._device is not None else ():
             if request.rules is not None and request.rules.counts is not None:
-                # a device has not counted this token
-                self._taken_by[request.slot] = -1
+                # the device has not counted this token
+                self._owners[request.slot] = -1
         return tokens, scores
 
     def draft(
         self, requests: Sequence[Request], logits: npt.NDArray[np.float32], depth: int
     ) -> npt.NDArray[np.int64]:
-        """Tokens drawn as those `depth` tokens later will be; the rules are those of now.
+        """Sample drafts on the host, with the random numbers of the token at their position.
+
+        The rules are those of the output without drafts.
+
+        Args:
+            requests: requests that want a draft.
+            logits: float32 [num_requests, vocab_size].
+            depth: number of tokens from the next token of the output to the draft.
 
         Returns:
-            int64 [n]; negative where the logits or the rules leave none, or a mask is late.
+            int64 [num_requests]; a negative result code if no token is allowed, the logits are
+            unusable or a mask is late.
         """
-        slots, positions = map(np.array, self._places(requests))
+        slots, positions = map(np.array, self._slots_and_positions(requests))
         positions += depth
         grammars = (request.grammar for request in requests)
         has_mask = np.array([g is None or g.await_mask() for g in grammars], bool)
@@ -159,22 +208,26 @@ class StepSampler:
         )
         return tokens
 
-    def _places(self, sampling: Sequence[Request]) -> tuple[list[int], list[int]]:
-        """Slot of each request and position of its next token; new ones give their parameters."""
+    def _slots_and_positions(self, sampling: Sequence[Request]) -> tuple[list[int], list[int]]:
+        """Return the batch row of each request, and the position of its next token.
+
+        The samplers get the parameters of requests that are new in their row.
+        """
         slots, positions = [], []
         for request in sampling:
             slots.append(request.slot)
             positions.append(request.num_output_tokens)
-            if self._taken_by[request.slot] != request.arrival:
-                self._take(request)
+            if self._owners[request.slot] != request.arrival:
+                self._set_slot(request)
         return slots, positions
 
-    def _take(self, request: Request) -> None:
+    def _set_slot(self, request: Request) -> None:
+        """Give the parameters of a request to the samplers."""
         slot, params, rules = request.slot, request.params, request.rules
-        if request.arrival in self._taken_by:
-            # it had another slot before it was preempted, whose counts end there
-            self._taken_by[self._taken_by.index(request.arrival)] = -1
-        self._taken_by[slot] = request.arrival
+        if request.arrival in self._owners:
+            # the request had another row before it was preempted, whose counts end there
+            self._owners[self._owners.index(request.arrival)] = -1
+        self._owners[slot] = request.arrival
         self._sampler.set_slot(slot, params, request.seed, rules)
         if self._device is None or (rules is not None and rules.num_entries > MAX_ENTRIES):
             return
@@ -182,10 +235,40 @@ class StepSampler:
         given = SlotParameters(*plain)
         if rules is not None:
             banned: tuple[Any, ...] = (rules.banned.tolist(), rules.end_ids.tolist())
-            # a mask has them
+            # the mask has the bans
             banned = ((), (), 0) if rules.needs_mask else (*banned, rules.min_tokens)
             given = SlotParameters(*plain, *rules.penalties, params.logit_bias or {}, *banned)
         counted: tuple[list[int], ...] = ()
         if given.is_penalized:
             counted = request.state.prompt_token_ids, request.output_token_ids
         self._device.draws.set_slot(slot, given, *counted)
+
+
+def _execute_watched(runner: Runner, batch: ScheduledBatch) -> Logits:
+    """Run a step, and keep the selected keys of requests that ask for them.
+
+    Such requests have no drafts.
+    """
+    rows = zip(batch.sampling, batch.logits_indptr, strict=False)
+    watched = {row: request for request, row in rows if request.params.return_topk_positions}
+    if not watched:
+        return runner.execute_model(batch.logits_indices)
+    shows, indices = runner.info.selections, batch.logits_indices
+    assert shows is not None, "`limits` refuses such requests without it"
+    logits, selections = shows.execute_watched(indices, indices[list(watched)])
+    for request, layers in zip(watched.values(), selections, strict=True):
+        request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
+    return logits
+
+
+def _mask_rows(batch: ScheduledBatch, masked: Sequence[Request]) -> list[int]:
+    """Return the index of the mask of each row of logits, -1 = no mask."""
+    rows, num_masks, has_mask = list[int](), 0, set(masked)
+    for (first, end), request in zip(pairwise(batch.logits_indptr), batch.sampling, strict=True):
+        count = end - first
+        if request in has_mask:
+            rows += range(num_masks, num_masks + count)
+            num_masks += count
+        else:
+            rows += [-1] * count
+    return rows

@@ -1,13 +1,12 @@
-"""Tokens of a step drawn where its logits are: ids come back to the host, logits do not.
+"""Sampling on the device: token ids come back to the host, logits do not.
 
-The next step may be queued before they have come: it reads them where they were drawn, and how many
-drafts stood. So it does drafts, which are drawn from the logits of a layer for multi-token
-prediction: nothing waits for them, nothing is read back.
+The next step may be enqueued before the host has the tokens. On the device it reads them, and how
+many drafts were accepted. MTP drafts stay on the device too, without synchronization.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,16 +26,37 @@ from fd_dsa.ops.sampling.verify_kernel import (
 from fd_dsa.step import StepHints
 
 
-class DeviceDraws:
-    """Draws of a runner: parameters by slot, and one copy from the device a step.
+class HostTokens:
+    """Tokens whose copy to the host is enqueued; a `StepFuture`.
 
-    What a draw is made by is staged with its step. Then come `follow`, `queue`, which may be
-    captured both, and `results`; with a layer for multi-token prediction `queue_drafts` after that.
+    Args:
+        ids: int64 [n] in page-locked memory, the target of the copy.
+        copied: event after the copy.
+        may_be_waited_for: True if an earlier wait may have covered the copy.
+    """
+
+    def __init__(self, ids: np.ndarray, copied: Any, may_be_waited_for: bool = False) -> None:
+        self._ids, self._copied, self._may_be_done = ids, copied, may_be_waited_for
+
+    def result(self) -> np.ndarray:
+        """Wait for the tokens; see StepFuture."""
+        if not (self._may_be_done and self._copied.done()):
+            self._copied.wait()
+        return self._ids
+
+
+class DeviceDraws:
+    """Samples the steps of a runner, with one copy to the host a step.
+
+    Parameters of requests are kept by batch row, and the sampling inputs of a step are staged with
+    it. A step calls `follow` and `queue`, which both may be captured, and then `results`. With a
+    layer for multi-token prediction `queue_drafts` comes after that.
 
     Args:
         allocate: makes a contiguous tensor of a shape and dtype on the device.
-        most_drafts: of a request in a step; a row of logits is one of a request or of a draft.
-        model: whose layer drafts, if it has one.
+        most_drafts: maximum number of drafts of a request in a step. A row of logits belongs to a
+            request or to a draft.
+        model: has the layer for multi-token prediction, if there is one.
 
     Attributes:
         buffer: layout of the token buffer.
@@ -55,25 +75,25 @@ class DeviceDraws:
         self._sampler = DeviceSampler(max_num_seqs, vocab_size, allocate, rows)
         self._tokens = allocate((buffer.size,), "int64")
         self._sampler.tokens = self._tokens[buffer.sample : buffer.draft(0, 0)]
-        # where requests go on: the flat tokens that their next drafts come after; their slots, -1
-        # without a request; positions of the drafts in their outputs; tokens in the cache
+        # for each request: flat token before its next draft, batch row (-1 = no request), position
+        # of the draft in the output, number of tokens in the cache
         self._next = allocate((4 * buffer.stride,), "int32")
         self._known = self._next[3 * buffer.stride :]
         self._no_masks = uploaded(allocate, np.full(rows, -1, np.int32))
         self._transfers = transfers = transfers_for(self._tokens)
-        # of the draw that is taken, and of the next one
+        # of the samples that the host reads, and of the next ones
         self._results = [
             (*self._host_copy(self._sampler.tokens), transfers.event()) for _ in range(2)
         ]
         self._known_tokens = self._host_copy(self._tokens)
-        # how the rows of a slot are sampled from then on, and what may come; see DeviceSampler
+        # see DeviceSampler
         self.set_slot, self.set_masks = self._sampler.set_slot, self._sampler.set_masks
         self._mtp = getattr(model, "mtp", None)
         if self._mtp is not None:
-            # of steps of further drafts, as of a Step
+            # lengths of the steps of further drafts; see Step
             no_tokens = np.zeros(max_num_seqs, np.int32)
             self._lengths = [uploaded(allocate, no_tokens) for _ in range(3)]
-            # hidden states of the tokens that the first drafts come after; padding reads them too
+            # hidden states of the tokens before the first drafts; padding reads them too
             self._kept = rows_at(model.embed_tokens, self._no_masks[:max_num_seqs])
 
     def _host_copy(self, tokens: Any) -> tuple[np.ndarray, Any]:
@@ -81,55 +101,52 @@ class DeviceDraws:
         ids = self._transfers.host_buffer(8 * len(tokens)).view(np.int64)
         return ids, self._transfers.copy("d2h", ids.ctypes.data, tokens.data_ptr())
 
-    def queue(self, logits: Any, step: Any) -> None:
-        """Queue the draw of a step.
+    def queue(self, step: Any) -> None:
+        """Enqueue the sampling of a step.
 
-        REJECTED follows a draft that is not the token drawn in its place; without drafts no row
-        has that.
+        The result of a row after a rejected draft is REJECTED.
 
         Args:
-            logits: float32 [num_padded_rows, vocab_size] on the device, contiguous.
-            step: the runner's record of it.
+            step: Step with logits, float32 [num_padded_rows, vocab_size], contiguous.
         """
-        sampler, most, draw = self._sampler, self.buffer.max_drafts, step.draw
-        slots, positions = draw.slots, draw.positions
+        sampler, most, inputs = self._sampler, self.buffer.max_drafts, step.sampling
+        logits, slots, positions = step.logits, inputs.slots, inputs.positions
         verified = (step.ids_remove_padding, step.sampled, most) if most else None
-        sampler.sample(logits, slots, positions, draw.mask_rows, verified=verified)
+        sampler.sample(logits, slots, positions, inputs.mask_rows, verified=verified)
         if most:
-            # of requests that it has not, too: a step of further drafts may have more rows
+            # the launch covers all requests, because a step of further drafts may have more rows
             verify_kernel[(self.buffer.max_num_seqs,)](
                 sampler.tokens, step.ids_remove_padding, step.sampled, slots, positions,
-                draw.firsts, step.seq_lens_decoder, step.seq_lens_this_time, self._next,
+                inputs.logits_indptr, step.seq_lens_decoder, step.seq_lens_this_time, self._next,
                 self._tokens, sampler.records, sampler.counts, STRIDE=self._stride, MOST=most,
                 VOCAB=logits.shape[1], num_warps=1,
             )  # fmt: skip
 
-    def queue_drafts(self, hidden: Any, step: Any, num_requests: int) -> None:
-        """Queue the layer over all tokens of a step, then a draft of each request; see `queue`.
+    def queue_drafts(self, step: Any, num_requests: int) -> None:
+        """Enqueue the layer over all tokens of a step, then one draft of each request.
 
         Args:
-            hidden: normed hidden states of the model, [num_tokens, hidden_size].
-            step: the runner's record of it.
-            num_requests: that may go on, at most.
+            step: Step with hidden states.
+            num_requests: maximum number of requests that go on.
         """
-        next_ids = step.draw.next_ids
+        next_ids = step.sampling.next_ids
         self._follow(next_ids, *[self._next] * 4, 0, 0)
-        states = self._mtp(next_ids, hidden, step)
+        states = self._mtp(next_ids, step.hidden_states, step)
         if num_requests:
             last, kept = self._next[:num_requests], self._kept[:num_requests]
             self._draw_drafts(rows_at(states, last, kept), 0)
 
     def queue_more_drafts(self, step: Any, num_requests: int, longest: int, count: int) -> None:
-        """Queue further drafts, each on the layer's own hidden states; may be captured.
+        """Enqueue further drafts, each on the layer's own hidden states; may be captured.
 
-        The layer runs for one token a request, on what the step and the draft before left.
+        The layer runs for one token a request, on the hidden states of the draft before.
 
         Args:
-            step: the runner's record of the step.
-            num_requests: of `queue_drafts`, or more.
-            longest: row with all drafts, at most, tokens. No key is kept of a token for which its
-                row has no block.
-            count: drafts of each request in all.
+            step: Step of the first drafts.
+            num_requests: at least that of `queue_drafts`.
+            longest: bound of the length of a row with all drafts, tokens. A token has no key if its
+                row has no block for it.
+            count: number of drafts of each request, with the first one.
         """
         states = self._kept[:num_requests]
         new, cached, tokens = (x[: step.block_tables.shape[0]] for x in self._lengths)
@@ -153,65 +170,55 @@ class DeviceDraws:
             self._draw_drafts(states, depth)
 
     def _draw_drafts(self, states: Any, depth: int) -> None:
-        """Queue the draw of a draft of each request, as of any token, with `depth` before it."""
+        """Enqueue the sampling of one draft of each request, after `depth` other drafts."""
         rows, stride, begin = states.shape[0], self._stride, self.buffer.draft(depth, 0)
         slots, positions = (self._next[i * stride : i * stride + rows] for i in (1, 2))
         logits, drafts = self._mtp.head.times(states), self._tokens[begin : begin + rows]
         self._sampler.sample(logits, slots, positions, self._no_masks[:rows], drafts)
 
-    def read_drafts(self) -> Callable[[], np.ndarray]:
-        """Queue the copy of all drafts; a wait for the draw before them then waits for it too.
+    def read_drafts(self) -> HostTokens:
+        """Enqueue the copy of the token buffer, which a wait for the newest samples covers too.
 
         Returns:
-            A function that waits for them and returns the token buffer, int64 [buffer.size], valid
-            until the next call.
+            Handle of the buffer, int64 [buffer.size], valid until the next call.
         """
         (ids, copy), (*_, copied) = self._known_tokens, self._results[-1]
         copy.queue(ids.nbytes)
         copied.record()
-
-        def taken() -> np.ndarray:
-            if not copied.done():
-                copied.wait()
-            return ids
-
-        return taken
+        return HostTokens(ids, copied, may_be_waited_for=True)
 
     def go_on(self, step: Any, next_ids: np.ndarray, places: Sequence[Sequence[int]]) -> None:
-        """Set what `queue_drafts` goes on from, where no draw has; waits for what was queued.
+        """Set the inputs of `queue_drafts` after a step that the host has sampled.
+
+        The call waits for all work that is enqueued.
 
         Args:
-            step: the runner's record of it.
-            next_ids: int64 [num_tokens]; the token after each one of the step.
-            places: of each request the flat token that its draft comes after, the slot, the
-                position of the draft, and tokens in the cache.
+            step: Step that was sampled.
+            next_ids: int64 [num_tokens]; the token after each token of the step.
+            places: for each request the flat token before its draft, its batch row, the position of
+                the draft, and the number of tokens in the cache.
         """
         going_on = np.full((4, self._stride), -1, np.int32)
         going_on[:, : len(places)] = np.array(places, np.int32).reshape(-1, 4).T
         self._transfers.to_device(self._next, going_on)
         following = next_ids.astype(np.int32)
-        self._transfers.to_device(step.draw.next_ids, following)
-        # before these arrays go
+        self._transfers.to_device(step.sampling.next_ids, following)
+        # keep the arrays alive until the copies have finished
         self._transfers.finish()
 
-    def results(self, count: int) -> Callable[[], np.ndarray]:
-        """Queue the copy of the first tokens of the draw.
+    def results(self, count: int) -> HostTokens:
+        """Enqueue the copy of the samples of a step.
 
         Returns:
-            What waits for them: int64 [count], as of `Sampler.sample` or REJECTED, valid until two
-            draws later.
+            Handle of int64 [count]; values of `Sampler.sample` or REJECTED. They are valid until
+            the second step after this one is sampled.
         """
         ids, copy, copied = self._results[0]
         self._results.reverse()
         copy.queue(8 * count)
         copied.record()
-
-        def taken() -> np.ndarray:
-            # the step's one wait
-            copied.wait()
-            return ids[:count]
-
-        return taken
+        # its wait is the only one of a step
+        return HostTokens(ids[:count], copied)
 
     def follow(self, step: Any) -> None:
         """Resolve the pending tokens of a step and correct the lengths of its rows.
@@ -219,15 +226,18 @@ class DeviceDraws:
         The work may be captured. A step without pending tokens stays as it is.
 
         Args:
-            step: the runner's record of the step, before its metadata is made.
+            step: Step whose metadata is not made yet.
         """
-        cached, draw = step.seq_lens_decoder, step.draw
-        sizes = (cached.shape[0], draw.slots.shape[0]) if self.buffer.max_drafts else (0, 0)
-        rows = cached, step.follows, draw.slots, draw.positions
+        cached, inputs = step.seq_lens_decoder, step.sampling
+        sizes = (cached.shape[0], inputs.slots.shape[0]) if self.buffer.max_drafts else (0, 0)
+        rows = cached, step.follows, inputs.slots, inputs.positions
         self._follow(step.ids_remove_padding, *rows, *sizes)
 
     def warm_up(self) -> None:
-        """Queue a draw of as many rows as there may be, all padding: no later one compiles."""
+        """Enqueue the sampling of the maximum number of rows, all padding.
+
+        Later steps compile no kernel.
+        """
         self._sampler.warm_up(self._no_masks)
 
     def _follow(self, ids: Any, *others: Any) -> None:
@@ -238,6 +248,6 @@ class DeviceDraws:
 
 
 def draw_bytes(max_num_seqs: int, vocab_size: int, most_drafts: int = 0) -> int:
-    """Bytes that DeviceDraws takes on the device at most."""
+    """Return the maximum number of bytes of DeviceDraws on the device."""
     rows = (1 + most_drafts) * max_num_seqs
     return max_num_seqs * 5 * vocab_size + rows * (9 * vocab_size + (80 << 10))

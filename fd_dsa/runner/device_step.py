@@ -1,6 +1,6 @@
-"""Transfer of a step's values to a device, and of its logits back.
+"""Transfer of the inputs of a step to a device, and of its logits back.
 
-The module needs Triton's launcher, so it is loaded only when a device is asked for.
+The module needs Triton's launcher, so it is imported only for a device.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import numpy as np
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import StagedInputs
 from fd_dsa.device.transfers import Transfers
-from fd_dsa.runner.input_batch import Draw, InputBatch
-from fd_dsa.runner.step import DrawInputs
+from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 
 
 class DeviceInputs(StagedInputs):
-    """Fields of a Step on a device: sections of one tensor, which never move, filled by one copy.
+    """Fields of a Step on a device: sections of one tensor, which one copy fills.
 
     Args:
-        batch: rows that the engine fills.
+        batch: input batch of the runner.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
-        most_drafts: of a row; a token is sampled for each, and for the row.
-        reads_next: whether a layer for multi-token prediction reads the tokens after those.
+        most_drafts: maximum number of drafts of a row. A token is sampled for each draft, and one
+            for the row.
+        reads_next: True if a layer for multi-token prediction reads the next tokens.
     """
 
     def __init__(
@@ -36,48 +36,53 @@ class DeviceInputs(StagedInputs):
         reads_next: bool = False,
     ) -> None:
         rows, columns = batch.block_tables.shape
-        self._most_rows, self._most_draws = rows, (1 + most_drafts) * rows
+        self._most_rows, self._most_samples = rows, (1 + most_drafts) * rows
         self._has_drafts, self._reads_next = most_drafts > 0, reads_next
-        draws, most_next = self._most_draws, reads_next * batch.max_num_tokens
-        sizes = (batch.max_num_tokens, rows, rows, rows, draws, rows)
-        super().__init__(allocate, (*sizes, *[draws] * 3, rows + 1, most_next), rows, columns)
+        samples, most_next = self._most_samples, reads_next * batch.max_num_tokens
+        sizes = (batch.max_num_tokens, rows, rows, rows, samples, rows)
+        sampling = samples, samples, rows + 1, samples, most_next
+        super().__init__(allocate, (*sizes, *sampling), rows, columns)
 
-    def stage(
-        self, inputs: Sequence[Any], draw: Draw, next_ids: Sequence[int] | np.ndarray = ()
-    ) -> None:
-        """Queue the copy of `host_inputs`, a draw and `next_tokens`; all may then change."""
-        (*values, tables), masks = inputs, _padded((), self._most_draws)
-        if draw.masked:
-            masks[draw.masked] = range(len(draw.masked))
-        firsts = _padded(draw.firsts, self._most_rows + 1) if self._has_drafts else ()
-        rows = _padded(draw.slots, self._most_draws), draw.positions, masks
-        self.queue((*values, *rows, firsts, next_ids), tables)
+    def stage(self, inputs: Sequence[Any], sampling: SamplingInputs) -> None:
+        """Enqueue the copy of `InputBatch.arrays` and of sampling inputs.
+
+        The arrays may change afterwards.
+        """
+        (*values, tables), samples = inputs, self._most_samples
+        padded = SamplingInputs(
+            _padded(sampling.slots, samples),
+            sampling.positions,
+            _padded(sampling.logits_indptr, self._most_rows + 1) if self._has_drafts else (),
+            _padded(sampling.mask_rows, samples),
+            sampling.next_ids,
+        )
+        self.queue((*values, *padded), tables)
 
     def views(
         self, num_tokens: int, num_rows: int, num_sampled: int
-    ) -> tuple[list[Any], DrawInputs]:
-        """The tensors of the fields of a Step, which never move, and those of its draw."""
+    ) -> tuple[list[Any], SamplingInputs]:
+        """Return the tensors of the fields of a Step, which never move, and its `sampling`."""
         # kernels take no empty tensor
-        draws, following = max(num_sampled, 1), self._reads_next * num_tokens
+        samples, following = max(num_sampled, 1), self._reads_next * num_tokens
         sizes = (num_tokens, *[num_rows] * 3, num_sampled, num_rows)
-        requests = self._most_rows + 1
-        *values, tables = self.views_of((*sizes, *[draws] * 3, requests, following, num_rows))
-        return [*values[:6], tables], DrawInputs(*values[6:])
+        sampling = samples, samples, self._most_rows + 1, samples, following
+        *values, tables = self.views_of((*sizes, *sampling, num_rows))
+        return [*values[:6], tables], SamplingInputs(*values[6:])
 
 
 def _padded(values: Sequence[int], size: int) -> np.ndarray:
-    """int32 [size]; the values, then -1."""
+    """Return int32 [size]; the values, then -1."""
     padded = np.full(size, -1, np.int32)
     padded[: len(values)] = values
     return padded
 
 
 class HostLogits:
-    """Page-locked memory for the logits of a step: one copy, one wait.
+    """Copy of the logits of a step to page-locked memory, with one wait.
 
     Args:
-        transfers: of the device.
-        num_values: float32 values at first; a larger step makes it grow.
+        transfers: copies of the device.
+        num_values: initial number of float32 values; a larger step grows the memory.
     """
 
     def __init__(self, transfers: Transfers, num_values: int) -> None:
@@ -85,7 +90,7 @@ class HostLogits:
         self._buffer = transfers.host_buffer(4 * num_values).view(np.float32)
 
     def __call__(self, logits: Any) -> np.ndarray:
-        """The values of a float32 tensor, which the calling thread waits for.
+        """Copy a float32 tensor, and wait for the copy.
 
         Returns:
             float32 of the tensor's shape, valid until the next call.

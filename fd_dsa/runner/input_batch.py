@@ -1,7 +1,7 @@
 """Persistent host state of the rows of a step: lengths, block tables and token ids.
 
-The buffers are allocated once. The engine fills them with `begin_step` and `add_rows`; the runner
-hands them to the attention backend, which makes the step's metadata of them. Row states follow
+The buffers are allocated once. The engine fills them with `begin_step` and `add_rows`. The runner
+gives them to the attention backend, which makes the metadata of the step. Row states follow
 FastDeploy's `share_inputs` (worker/input_batch.py): a prefill row has
 `seq_lens_encoder == seq_lens_this_time > 0`, a decode row has `seq_lens_encoder == 0`.
 """
@@ -18,21 +18,26 @@ from fd_dsa.errors import CapacityError
 from fd_dsa.ops.sampling.token_buffer import staged_ids
 
 
-class Draw(NamedTuple):
-    """What the tokens of a step are drawn by, where its logits are.
+class SamplingInputs(NamedTuple):
+    """How a device samples the rows of logits of a step.
+
+    An engine gives sequences. In a `Step` on a device the fields are int32 tensors.
 
     Attributes:
-        slots, positions: slot of each row of logits, and position of the token in its output,
-            planned as the lengths of the step.
-        firsts: first row of each request, whose drafts have the rows after it; then how many
-            rows there are.
-        masked: rows that have a mask.
+        slots: batch row of each row of logits; -1 = padding, which gets no token.
+        positions: position of each token in its output. Like the lengths of the step it is an upper
+            bound while drafts are pending.
+        logits_indptr: first row of logits of each request, then the number of rows. The rows of
+            drafts follow the row of their request. On a device padded by -1.
+        mask_rows: row of each mask in the masks of the step, -1 = no mask; empty without masks.
+        next_ids: values of `InputBatch.next_tokens`; empty without a layer that reads them.
     """
 
-    slots: Sequence[int] = ()
-    positions: Sequence[int] = ()
-    firsts: Sequence[int] = ()
-    masked: Sequence[int] = ()
+    slots: Any = ()
+    positions: Any = ()
+    logits_indptr: Any = ()
+    mask_rows: Any = ()
+    next_ids: Any = ()
 
 
 class InputBatch:
@@ -50,10 +55,10 @@ class InputBatch:
         num_tokens, num_prefill_tokens: tokens of this step so far.
         max_seqlen_k: longest row after this step, tokens; 0 without rows.
         num_rows: 1 + the highest row that has tokens in this step.
-        follows: int32 [max_num_seqs]; request of the step before that a row continues, by its place
-            among the requests that were sampled, -1 = none. Its `seq_lens_decoder` is then an
-            upper bound.
-        following: the token after a chunk that ends inside of a prompt, by the flat last token.
+        follows: int32 [max_num_seqs]; index into the requests that the step before sampled, if a
+            row depends on its sample, else -1. `seq_lens_decoder` of such a row is an upper bound.
+        following: token after a chunk that ends inside of a prompt, by the last flat token of the
+            chunk.
     """
 
     def __init__(
@@ -87,7 +92,10 @@ class InputBatch:
     def add_row(
         self, row: int, token_ids: Sequence[int], num_computed_tokens: int, is_prefill: bool
     ) -> int:
-        """Flat index of the last token of `row`, whose tokens join this step; see `add_rows`.
+        """Add one row to this step; see `add_rows`.
+
+        Returns:
+            Flat index of its last token.
 
         Raises:
             ValueError: a negative token id.
@@ -106,15 +114,15 @@ class InputBatch:
         are_prefills: Sequence[bool],
         pending: Mapping[int, int] | None = None,
     ) -> None:
-        """Have the tokens of some rows join this step, after those that it has.
+        """Add the tokens of some rows to this step.
 
         Args:
-            rows: rows of the batch; they must come in ascending order, each once a step.
-            num_new: tokens of each row to run, at least one.
+            rows: batch rows in ascending order, after the rows that the step has.
+            num_new: number of tokens of each row in this step, at least 1.
             token_ids: token ids of all rows, one after another; 0 for a pending token.
-            num_computed_tokens: tokens of each row whose keys are in the cache already.
-            are_prefills: whether the tokens belong to the prompt (any chunk of it).
-            pending: place of each pending token in `token_ids` -> its index in the `TokenBuffer`.
+            num_computed_tokens: number of tokens of each row whose keys are in the cache.
+            are_prefills: True for each row whose tokens are a prefill chunk.
+            pending: index of each pending token in `token_ids` -> its index in the `TokenBuffer`.
 
         Raises:
             ValueError: rows out of order, or one without a token.
@@ -148,6 +156,25 @@ class InputBatch:
         self.num_prefill_tokens += sum(prompts)
         self.max_seqlen_k = max(self.max_seqlen_k, *map(add, num_computed_tokens, num_new))
 
+    def arrays(self, sampled: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return the fields of a `Step` from `ids_remove_padding` to `block_tables`.
+
+        They are arrays of the batch without padding, valid until the next `begin_step`.
+
+        Args:
+            sampled: int64 [n]; flat tokens whose logits are wanted.
+        """
+        rows = self.num_rows
+        return (
+            self.staged_ids(),
+            self.seq_lens_encoder[:rows],
+            self.seq_lens_decoder[:rows],
+            self.seq_lens_this_time[:rows],
+            sampled,
+            self.follows[:rows],
+            self.block_tables[:rows],
+        )
+
     def staged_ids(self) -> np.ndarray:
         """Return the token ids of the step as a device takes them, int64 [num_tokens]."""
         ids = self.ids_remove_padding[: self.num_tokens]
@@ -175,7 +202,7 @@ class InputBatch:
         return staged_ids(next_ids, pending)
 
     def state(self) -> tuple[Any, ...]:
-        """The step as `restore` takes it, for another process."""
+        """Return the step for `restore` in another process."""
         rows, columns = self.num_rows, -(-self.max_seqlen_k // self.block_size)
         return (
             (self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows),
@@ -188,7 +215,7 @@ class InputBatch:
         )
 
     def restore(self, state: tuple[Any, ...]) -> None:
-        """Have the step of a batch of the same sizes, by its `state`."""
+        """Set the step of a batch of the same sizes from its `state`."""
         counts, ids, pending, *lengths, tables = state
         self.begin_step()
         self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows = counts
@@ -201,7 +228,7 @@ class InputBatch:
         self.block_tables[:rows, : tables.shape[1]] = tables
 
     def num_tokens_past(self, num_keys: int) -> int:
-        """Tokens of this step that attend to more keys than `num_keys`."""
+        """Return the number of tokens of this step that attend to more than `num_keys` keys."""
         if self.max_seqlen_k <= num_keys:
             return 0
         new = self.seq_lens_this_time[: self.num_rows]
@@ -224,5 +251,5 @@ class InputBatch:
         self.block_tables[row, start:end] = block_ids
 
     def clear_row(self, row: int) -> None:
-        """Forget the blocks of `row`."""
+        """Clear the block table of `row`."""
         self.block_tables[row] = -1

@@ -16,19 +16,19 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.linear import rows_at
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.input_batch import Draw, InputBatch
+from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 from fd_dsa.runner.preparation import Preparation
-from fd_dsa.runner.protocol import RunnerInfo
+from fd_dsa.runner.protocol import RunnerInfo, StepFuture
 from fd_dsa.runner.selections import Selections
-from fd_dsa.runner.step import Step, host_inputs
-from fd_dsa.runner.step_graphs import PaddedStep, QueuedStep, StepGraphs
+from fd_dsa.runner.step import Step
+from fd_dsa.runner.step_graphs import GraphEntry, GraphKey, StepGraphs
 from fd_dsa.step import StepHints
 
 if TYPE_CHECKING:
     from fd_dsa.runner.device_draws import DeviceDraws
     from fd_dsa.runner.device_step import DeviceInputs
 
-_NOTHING, _NO_DRAW = np.empty(0, np.int64), Draw()
+_NO_INDICES, _NO_SAMPLING = np.empty(0, np.int64), SamplingInputs()
 
 
 def cache_layout(config: ModelConfig, kv_cache_dtype: str, block_size: int) -> CacheLayout:
@@ -83,13 +83,11 @@ class ModelRunner(Preparation):
 
     Attributes:
         attn_backends: the one that serves.
-        forward_meta: the newest step, None before the first.
+        forward_meta: the newest step, with its logits and hidden states; None before the first.
         counters: of the steps that were run.
         graphs: those of decode steps; None where all steps are eager.
         draws: draws tokens from logits on a device; None on a CPU.
-        padded_step: sizes of the graph that the newest step replayed; None after an eager step.
-        hidden_states: [num_tokens, hidden_size] of the newest eager step, normed, which the MTP
-            layer reads; None without such a layer.
+        graph_key: sizes of the graph that the newest step replayed; None after an eager step.
     """
 
     def __init__(
@@ -115,14 +113,14 @@ class ModelRunner(Preparation):
         self.forward_meta: Any = None
         self.counters = StepCounters()
         self.graphs: StepGraphs | None = None
-        self.padded_step: PaddedStep | None = None
+        self.graph_key: GraphKey | None = None
         self.most_drafts = most_drafts
-        # the step whose tokens are yet to be drawn or sampled, and how they will be drawn
-        self._queued: QueuedStep | None = None
-        self._draw = _NO_DRAW
+        # graphs of the newest step, None after an eager step, and its number of samples
+        self._graph: GraphEntry | None = None
+        self._num_samples = 0
         self._selections: Selections | None = None
         # layer for multi-token prediction
-        self._mtp, self.hidden_states = getattr(model, "mtp", None), None
+        self._mtp = getattr(model, "mtp", None)
         self._to_device: DeviceInputs | None = None
         self._to_host: Callable[[Any], np.ndarray] = as_numpy
         self.draws: DeviceDraws | None = None
@@ -140,13 +138,13 @@ class ModelRunner(Preparation):
             self.draws = DeviceDraws(*sizes, allocate, most_drafts, model)
 
     def initialize_forward_meta(
-        self, sampled: np.ndarray = _NOTHING, draw: Draw = _NO_DRAW
+        self, sampled: np.ndarray = _NO_INDICES, sampling: SamplingInputs = _NO_SAMPLING
     ) -> Step:
-        """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.
+        """Make the step of the rows in the batch with its metadata; also in `forward_meta`.
 
         Args:
             sampled: int64 [n]; flat tokens whose logits are asked for.
-            draw: of a token from each of them.
+            sampling: how a device samples a token from each of them.
 
         Raises:
             ValueError: inconsistent lengths or block tables, with row and value.
@@ -157,10 +155,10 @@ class ModelRunner(Preparation):
         inputs: Any
         placed = None
         if self._to_device is not None:
-            lengths = self._stage(sampled, draw)[1:4]
+            lengths = self._stage(sampled, sampling)[1:4]
             inputs, placed = self._to_device.views(tokens, batch.num_rows, len(sampled))
         else:
-            inputs = host_inputs(batch, sampled)
+            inputs = batch.arrays(sampled)
             lengths = inputs[1:4]
             if self._mtp is not None:
                 # the layer runs when rows that have ended have lost their blocks
@@ -169,14 +167,15 @@ class ModelRunner(Preparation):
         self._begin(step, has_pending=batch.has_pending)
         return step
 
-    def _stage(self, sampled: np.ndarray, draw: Draw) -> tuple[np.ndarray, ...]:
-        """Queue the copy of the step in the batch and of its draw; the step as of `host_inputs`."""
+    def _stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> tuple[np.ndarray, ...]:
+        """Enqueue the copy of the step in the batch, and return `InputBatch.arrays`."""
         assert self._to_device is not None and self.draws is not None
-        batch, next_ids = self.input_batch, ()
-        if draw.slots and self._mtp is not None:
+        batch = self.input_batch
+        if sampling.slots and self._mtp is not None:
             next_ids = batch.next_tokens(sampled, self.draws.buffer.sample)
-        inputs = host_inputs(batch, sampled)
-        self._to_device.stage(inputs, draw, next_ids)
+            sampling = sampling._replace(next_ids=next_ids)
+        inputs = batch.arrays(sampled)
+        self._to_device.stage(inputs, sampling)
         return inputs
 
     def _begin(self, step: Step, has_pending: bool) -> None:
@@ -221,115 +220,115 @@ class ModelRunner(Preparation):
             # on a device this is the step's one wait
             return self._to_host(logits[: len(logits_indices)])
 
-    def queue_model(self, logits_indices: np.ndarray, draw: Draw) -> None:
-        """Queue the step in the batch, where there are `draws`; `draw` comes before the next one.
-
-        Args:
-            logits_indices: as of `execute_model`; at least one.
-            draw: of a token from each of them.
-        """
+    def enqueue_model(self, logits_indices: np.ndarray, sampling: SamplingInputs) -> None:
+        """Enqueue the step in the batch on a device; see SamplingRunner."""
         with paddle.no_grad():
-            self.compute_logits(logits_indices, draw)
-            self._draw = draw
+            self.compute_logits(logits_indices, sampling)
+            self._num_samples = len(sampling.slots)
 
-    def draw(self, masks: Sequence[np.ndarray] = ()) -> Callable[[], np.ndarray]:
-        """Queue the draw of the step that was queued.
-
-        Args:
-            masks: of its masked rows, see `DeviceSampler.set_masks`.
-
-        Returns:
-            See `DeviceDraws.results`.
-        """
-        draws, queued = self.draws, self._queued
-        assert draws is not None and queued is not None
+    def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
+        """Enqueue the sampling of the enqueued step; see SamplingRunner."""
+        draws = self.draws
+        assert draws is not None
         if masks:
             draws.set_masks(np.stack(masks))
         with paddle.no_grad():
-            queued.draw()
-            return draws.results(len(self._draw.slots))
+            if self._graph is not None:
+                self._graph.sample()
+            else:
+                draws.queue(self.forward_meta)
+            return draws.results(self._num_samples)
 
     def draft(self, num_requests: int, count: int) -> None:
-        """Queue the layer that drafts, over the step that was queued, and its drafts.
+        """Enqueue the layer that drafts over the enqueued step, and its drafts.
 
         Args:
-            num_requests: that go on, at most.
-            count: drafts of each; the first one comes with the layer in any case.
+            num_requests: maximum number of requests that go on.
+            count: number of drafts of each; the layer makes the first one in any case.
         """
-        draws, queued, graphs = self.draws, self._queued, self.graphs
-        assert draws is not None and queued is not None
+        draws, step, graphs = self.draws, self.forward_meta, self.graphs
+        assert draws is not None
         longest = min(self.input_batch.max_seqlen_k + count - 1, self._longest_row())
         size = num_requests, longest, count
         with paddle.no_grad():
-            queued.draft(num_requests)
+            if self._graph is not None:
+                self._graph.draft()
+            else:
+                draws.queue_drafts(step, num_requests)
             if count > 1:
                 replay = graphs.more_drafts(*size) if graphs else None
-                (replay or partial(draws.queue_more_drafts, queued.step, *size))()
+                (replay or partial(draws.queue_more_drafts, step, *size))()
 
-    def compute_logits(self, logits_indices: np.ndarray, draw: Draw = _NO_DRAW) -> Any:
-        """The step's logits where the model is, float32 [n, vocab_size]; None of no token.
+    def compute_logits(
+        self, logits_indices: np.ndarray, sampling: SamplingInputs = _NO_SAMPLING
+    ) -> Any:
+        """Enqueue the step in the batch, and return its logits where the model runs.
 
-        Those of graphs are followed by those of padding.
+        Returns:
+            float32 [n, vocab_size], from a graph followed by rows of padding; None if no logits are
+            wanted.
         """
         batch = self.input_batch
         if batch.num_tokens == 0:
             raise ValueError("execute_model: the step has no token; call add_row first")
         graphs, begin = self.graphs, time.perf_counter()
-        self.padded_step = padded = graphs and graphs.fitting(batch, logits_indices)
-        self._queued = queued = graphs[padded] if graphs and padded else None
-        if queued is None:
-            step = self.initialize_forward_meta(logits_indices, draw)
+        self.graph_key = key = graphs.fitting(batch, logits_indices) if graphs else None
+        self._graph = graph = graphs[key] if graphs and key else None
+        if graph is None:
+            step = self.initialize_forward_meta(logits_indices, sampling)
         else:
-            self._stage(logits_indices, draw)
+            step = graph.step
+            self._stage(logits_indices, sampling)
         self.counters.count_step(
             time.perf_counter() - begin,
             batch.num_tokens,
             batch.num_prefill_tokens,
             batch.num_tokens_past(self._most_dense_keys),
         )
-        if queued is not None:
-            self.forward_meta = queued.step
-            queued.replay()
-            return queued.logits
-        step.selections = self._selections
-        logits, self.hidden_states = self._forward(step)
-        if (draws := self.draws) is not None:
-            draw_it = partial(draws.queue, logits, step)
-            draft = partial(draws.queue_drafts, self.hidden_states, step)
-            self._queued = QueuedStep(step, logits, self.hidden_states, draw_it, draft)
-        return logits
+        if graph is not None:
+            self.forward_meta = step
+            graph.replay()
+        else:
+            step.selections = self._selections
+            self._forward(step)
+        return step.logits
 
-    def _forward(self, step: Step, *, reads_all: bool = False) -> tuple[Any, Any]:
-        """Logits of the tokens that a step asks for, or of all; None of no token.
+    def _forward(self, step: Step, *, reads_all: bool = False) -> None:
+        """Run the model, and set `logits` and `hidden_states` of a step.
 
-        And what a layer more reads, hidden states of all tokens; None without such a layer.
+        Args:
+            step: its metadata is made.
+            reads_all: True if the logits of all tokens are wanted, in their order.
         """
         hidden = self.model(step.ids_remove_padding, step)
         read = hidden if reads_all else rows_at(hidden, step.sampled)
-        logits = self.model.compute_logits(read) if step.sampled.shape[0] else None
-        return logits, None if self._mtp is None else hidden
+        if step.sampled.shape[0]:
+            step.logits = self.model.compute_logits(read)
+        if self._mtp is not None:
+            step.hidden_states = hidden
 
     def predict_more(
         self, next_ids: np.ndarray, tokens: Sequence[int], follows: Sequence[int] = ()
     ) -> np.ndarray:
-        """Run the layer for multi-token prediction over the step that ran last, on a CPU.
+        """Run the layer for multi-token prediction on a CPU, after the newest step.
 
         Args:
-            next_ids: int64 [num_tokens]; the token after each one of the step.
+            next_ids: int64 [num_tokens]; the token after each token of the step.
             tokens: flat tokens to go on from, n may be 0.
-            follows: run it over a new step instead, that in the batch, on the layer's own hidden
-                states: for each token the place among `tokens` of the call before.
+            follows: for each token of the new step in the batch its index among `tokens` of the
+                call before. The layer then runs over that step, on its own hidden states.
 
         Returns:
             float32 [n, vocab_size]; logits of the token after the next one.
         """
-        mtp = self._mtp
+        mtp, hidden = self._mtp, self.forward_meta.hidden_states
         with paddle.no_grad(), np.errstate(invalid="ignore"):
             if len(follows):
-                self.hidden_states = self.hidden_states[follows]
+                hidden = hidden[follows]
                 self.initialize_forward_meta()
-            self.hidden_states = mtp(next_ids, self.hidden_states, self.forward_meta)[tokens]
-            return mtp.head.times(self.hidden_states)  # type: ignore[no-any-return]
+            step = self.forward_meta
+            step.hidden_states = mtp(next_ids, hidden, step)[tokens]
+            return mtp.head.times(step.hidden_states)  # type: ignore[no-any-return]
 
     @property
     def shows_selections(self) -> bool:

@@ -15,15 +15,15 @@ import paddle
 from fd_dsa.errors import FdDsaError
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.input_batch import Draw
+from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.step import Step
 from fd_dsa.runner.step_graphs import (
     MAX_PROMPTS,
     PROMPT_SIZES,
     Capture,
     CaptureRefused,
-    PaddedStep,
-    QueuedStep,
+    GraphEntry,
+    GraphKey,
     StepGraphs,
     capture_failed,
 )
@@ -82,9 +82,9 @@ class Preparation:
                 continue
             if follows:
                 self.input_batch.follows[0] = 0
-            # all kernels of a draw run for any parameters
-            self.queue_model(last, Draw([0], [0], [0, 1]))
-            self.draw()()
+            # all kernels of the sampler run for any parameters
+            self.enqueue_model(last, SamplingInputs([0], [0], [0, 1]))
+            self.sample().result()
             if self._mtp is not None:
                 self.draft(1, self.most_drafts)
 
@@ -128,7 +128,6 @@ class Preparation:
         except Exception as error:
             raise capture_failed(error) from error
         finally:
-            self.padded_step = None
             self._forget_rows()
         self.graphs = graphs
 
@@ -137,46 +136,47 @@ class Preparation:
         steps = graphs.steps()
         # a capture must not make a stream
         self.attn_backends[0].warm_up(steps[-1].num_tokens, self.caches)
-        for padded in steps:
-            tokens = padded.num_tokens if padded.num_prompts else 1
-            done = 0 if padded.num_prompts else padded.max_seqlen_k - 1
-            last = self._only_rows([(tokens, done, padded.num_prompts > 0)])
-            self.padded_step = padded
-            self._stage(np.array([last]), Draw())
-            graphs[padded] = self._captured_step(capture, padded)
+        for key in steps:
+            tokens = key.num_tokens if key.num_prompts else 1
+            done = 0 if key.num_prompts else key.max_seqlen_k - 1
+            last = self._only_rows([(tokens, done, key.num_prompts > 0)])
+            self._stage(np.array([last]), SamplingInputs())
+            graphs[key] = self._capture_step(capture, key)
         if self._mtp is None:
             return
         most = min(graphs.sizes[-1], self.input_batch.max_num_seqs)
         # powers of two, so that there are few
         rows = {most, *(1 << power for power in range((most - 1).bit_length()))}
-        lengths = {padded.max_seqlen_k for padded in steps if not padded.num_prompts}
+        lengths = {key.max_seqlen_k for key in steps if not key.num_prompts}
         counts = range(2, 1 + self.most_drafts)
-        for key in sorted(product(rows, lengths, counts), reverse=True):
-            work = partial(self.draws.queue_more_drafts, self.forward_meta, *key)
-            _, graphs.drafts[key] = capture(work)
+        for size in sorted(product(rows, lengths, counts), reverse=True):
+            work = partial(self.draws.queue_more_drafts, self.forward_meta, *size)
+            _, graphs.drafts[size] = capture(work)
 
-    def _captured_step(self, capture: Capture, padded: PaddedStep) -> QueuedStep:
-        """The graphs of a step; here they draw for padding alone."""
-        draws, rows = self.draws, min(padded.num_sampled, self.input_batch.max_num_seqs)
-        (logits, hidden), replay = capture(lambda: self._padded_step(padded))
-        _, draw = capture(lambda: draws.queue(logits, self.forward_meta))
-        # without such a layer nobody asks for drafts
+    def _capture_step(self, capture: Capture, key: GraphKey) -> GraphEntry:
+        """Capture the graphs of a step, which sample only padding during the capture."""
+        draws, rows = self.draws, min(key.num_sampled, self.input_batch.max_num_seqs)
+        (_, hidden), replay = capture(lambda: self._run_padded(key))
+        step = self.forward_meta
+        _, sample = capture(lambda: draws.queue(self.forward_meta))
+        # without such a layer requests have no drafts from it
         draft = replay
         if hidden is not None:
-            _, draft = capture(lambda: draws.queue_drafts(hidden, self.forward_meta, rows))
-        return QueuedStep(self.forward_meta, logits, hidden, draw, lambda _: draft(), replay)
+            _, draft = capture(lambda: draws.queue_drafts(self.forward_meta, rows))
+        return GraphEntry(step, replay, sample, draft)
 
-    def _padded_step(self, padded: PaddedStep) -> tuple[Any, Any]:
-        """Run the step that is staged; see `_forward`."""
-        tokens, rows = padded.num_tokens, self.input_batch.max_num_seqs
-        inputs, draw = self._to_device.views(tokens, rows, padded.num_sampled)
-        is_prompt = padded.num_prompts > 0
-        lengths = padded.prompt_lengths(rows) if is_prompt else None
-        hints = StepHints(tokens, is_prompt * tokens, padded.max_seqlen_k, tokens)
+    def _run_padded(self, key: GraphKey) -> tuple[Any, Any]:
+        """Run the staged step with the sizes of a graph, and return logits and hidden states."""
+        tokens, rows = key.num_tokens, self.input_batch.max_num_seqs
+        inputs, sampling = self._to_device.views(tokens, rows, key.num_sampled)
+        is_prompt = key.num_prompts > 0
+        lengths = key.prompt_lengths(rows) if is_prompt else None
+        hints = StepHints(tokens, is_prompt * tokens, key.max_seqlen_k, tokens)
         backend = self.attn_backends[0]
-        step = Step(hints, *inputs, self.caches, backend, draw, host_lengths=lengths)
+        step = Step(hints, *inputs, self.caches, backend, sampling, host_lengths=lengths)
         self._begin(step, has_pending=True)
-        return self._forward(step, reads_all=not is_prompt)
+        self._forward(step, reads_all=not is_prompt)
+        return step.logits, step.hidden_states
 
     def _longest_row(self) -> int:
         """Tokens that the table of a row reaches to."""

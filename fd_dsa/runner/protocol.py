@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.input_batch import Draw, InputBatch
+from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 
 Logits = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -43,6 +43,18 @@ class Runner(Protocol):
         """
 
 
+class StepFuture(Protocol):
+    """Handle of tokens that the device has not sampled yet."""
+
+    def result(self) -> Indices:
+        """Wait for the tokens.
+
+        Returns:
+            int64 [n]; token ids, or result codes of `fd_dsa.ops.sampling.token_buffer`. Valid until
+            the second step after this one is sampled.
+        """
+
+
 class SlotSampling(Protocol):
     """Sampler on a device, which keeps the parameters of each batch row."""
 
@@ -61,8 +73,8 @@ class SlotSampling(Protocol):
             prompt_token_ids, output_token_ids: known tokens, if the parameters penalize them.
         """
 
-    def read_drafts(self) -> Callable[[], Indices]:
-        """Enqueue a copy of the draft tokens, for which the result waits."""
+    def read_drafts(self) -> StepFuture:
+        """Enqueue a copy of the token buffer, which holds the drafts."""
 
 
 class SamplingRunner(Protocol):
@@ -72,22 +84,22 @@ class SamplingRunner(Protocol):
     def draws(self) -> SlotSampling:
         """Sampler of the device."""
 
-    def queue_model(self, logits_indices: Indices, draw: Draw) -> None:
-        """Enqueue the step without its sampling, which `draw` adds before the next step.
+    def enqueue_model(self, logits_indices: Indices, sampling: SamplingInputs) -> None:
+        """Enqueue the step without its sampling, which `sample` adds before the next step.
 
         Args:
             logits_indices: as for `execute_model`, at least one.
-            draw: how a token is sampled from each row of logits.
+            sampling: how a token is sampled from each row of logits.
         """
 
-    def draw(self, masks: Sequence[npt.NDArray[np.int32]] = ()) -> Callable[[], Indices]:
-        """Enqueue the sampling of the step that `queue_model` enqueued.
+    def sample(self, masks: Sequence[npt.NDArray[np.int32]] = ()) -> StepFuture:
+        """Enqueue the sampling of the step that `enqueue_model` enqueued.
 
         Args:
             masks: allowed tokens of the masked rows, int32 [ceil(vocab_size / 32)] each.
 
         Returns:
-            Function that waits for the sampled tokens, int64.
+            Handle of a token for each row of logits.
         """
 
 

@@ -1,7 +1,7 @@
-"""A model that several ranks run: rank 0 sends each step to the others, which run it too.
+"""Runners of a model that is split over several ranks.
 
-All of a step is decided before it is sent, so every rank makes the same calls in the same order,
-and each meets the others in its model's collectives.
+Rank 0 decides on a step and sends it to the other ranks. Every rank makes the same calls in the
+same order, so the ranks meet in the collectives of the model.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fd_dsa.runner.input_batch import Draw
+from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.model_runner import ModelRunner
-from fd_dsa.runner.protocol import RunnerInfo
+from fd_dsa.runner.protocol import RunnerInfo, StepFuture
 
 
 class LeadingRunner(ModelRunner):
-    """The runner of rank 0. Until `lead`, every rank makes the same calls by itself.
+    """Runner of rank 0. Until `lead`, every rank makes the same calls by itself.
 
     Attributes:
-        ranks: the others; None until `lead`.
+        ranks: the other ranks; None until `lead`.
     """
 
     ranks: Any = None
@@ -35,11 +35,11 @@ class LeadingRunner(ModelRunner):
         return replace(super().info, ranks=self.ranks)
 
     def lead(self, ranks: Any) -> None:
-        """From now on send every step to the other ranks.
+        """Send every later step to the other ranks.
 
         Args:
-            ranks: has `step`, which sends a message, unless it is None, and which is entered while
-                this rank does what it says; it raises RankError where a rank has ended.
+            ranks: has a context manager `step(message)`, which sends a message unless it is None,
+                and is entered while this rank runs it. It raises RankError if a rank has ended.
         """
         self.ranks = ranks
         if self.draws is not None:
@@ -56,27 +56,20 @@ class LeadingRunner(ModelRunner):
         with self._sent("run", logits_indices):
             return super().execute_model(logits_indices)
 
-    def queue_model(self, logits_indices: np.ndarray, draw: Draw) -> None:
+    def enqueue_model(self, logits_indices: np.ndarray, sampling: SamplingInputs) -> None:
         """See ModelRunner."""
-        with self._sent("queue_model", logits_indices, draw):
-            super().queue_model(logits_indices, draw)
+        with self._sent("enqueue_model", logits_indices, sampling):
+            super().enqueue_model(logits_indices, sampling)
 
-    def draw(self, masks: Sequence[np.ndarray] = ()) -> Callable[[], np.ndarray]:
+    def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
         """See ModelRunner."""
-        with self._sent("draw", masks, has_step=False):
-            draw = super().draw(masks)
-        if self.ranks is None:
-            return draw
-
-        def taken() -> np.ndarray:
-            with self.ranks.step(None):
-                return draw()
-
-        return taken
+        with self._sent("sample", masks, has_step=False):
+            future = super().sample(masks)
+        return future if self.ranks is None else RankedFuture(future, self.ranks)
 
     @contextmanager
     def _sent(self, name: str, *arguments: Any, has_step: bool = True) -> Iterator[None]:
-        """Have the others call a method of theirs, with the step that the batch holds."""
+        """Make the other ranks call their method `name`, with the step in the batch."""
         if self.ranks is None:
             yield
             return
@@ -85,11 +78,32 @@ class LeadingRunner(ModelRunner):
             yield
 
 
+class RankedFuture:
+    """Handle of the samples of a step that all ranks run; a `StepFuture`.
+
+    Args:
+        future: handle of this rank.
+        ranks: see `LeadingRunner.lead`.
+    """
+
+    def __init__(self, future: StepFuture, ranks: Any) -> None:
+        self._future, self._ranks = future, ranks
+
+    def result(self) -> np.ndarray:
+        """Wait for the tokens; see StepFuture.
+
+        Raises:
+            RankError: another rank has ended.
+        """
+        with self._ranks.step(None):
+            return self._future.result()
+
+
 class FollowingRunner(ModelRunner):
-    """The runner of any other rank."""
+    """Runner of any rank but 0."""
 
     def follow(self, receive: Callable[[], bytes]) -> None:
-        """Run what rank 0 runs, until an error ends it.
+        """Make the calls of rank 0, until an error ends the loop.
 
         Args:
             receive: waits for the next message of a LeadingRunner.
@@ -101,7 +115,7 @@ class FollowingRunner(ModelRunner):
             getattr(self, name)(*arguments)
 
     def run(self, logits_indices: np.ndarray) -> None:
-        """Queue the step in the batch; nobody here needs its logits."""
+        """Enqueue the step in the batch. This rank does not read its logits."""
         with paddle.no_grad():
             self.compute_logits(logits_indices)
 

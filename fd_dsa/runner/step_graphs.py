@@ -1,12 +1,15 @@
-"""Short steps as graphs: which there are, which one serves a step, and how they are captured.
+"""CUDA graphs of short steps: their sizes, the choice of a graph for a step, and the capture.
 
-Of decode steps two of each padded number of tokens: one for steps none of whose rows is longer than
-`index_topk`, in which nothing is scored or chosen, and one for rows of any length. Of steps that
-hold prompts alone, one of each of a few numbers of keys, for rows within `index_topk`. Grids and
-buffers are those of the longest rows that they may be replayed with, and lengths are read on the
-device. The graph of a step holds all but the copy of its inputs, to addresses that never change.
-The draw of the tokens is a graph of its own: it is queued with that of the step, or later where a
-row needs a mask that the host is yet to make. So are the drafts after the first of each request.
+Decode steps have two graphs per padded number of tokens. One is for steps in which all rows have at
+most `index_topk` keys, so that it scores and selects no keys. The other one is for rows of any
+length. Prefill steps of rows within `index_topk` have one graph for each of a few numbers of keys.
+Grids and buffers fit the longest rows that a graph may be replayed with, and lengths are read on
+the device.
+
+The graph of a step contains everything but the copy of its inputs, to addresses that never change.
+Sampling is a graph of its own. It is enqueued with the graph of the step, or later if a row needs a
+mask that the host makes from the tokens of the step before. Drafts after the first one of each
+request are graphs of their own too.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy as np
 
 from fd_dsa.errors import DeviceError, describe_error
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,20 +33,19 @@ PROMPT_SIZES = (32, 64, 128, 256)
 MAX_PROMPTS = 8
 """Rows of a captured step of prompts."""
 _FALLBACK = "FLAGS_enable_api_kernel_fallback"
-# place -> memory pool of all graphs of this process, and one graph, which stays: on an H200
-# Paddle 3.3.1 jumped to freed memory when it took some after the last graph of a pool had gone, as
-# if it still asked the pool's allocators, and does not since
+# place -> memory pool of all graphs of this process, and one graph that stays alive: on an H200
+# Paddle 3.3.1 jumped to freed memory when it allocated after the last graph of a pool was gone
 MEMORY_POOLS: dict[str, int] = {}
 LASTING_GRAPHS: dict[str, Any] = {}
 
 
-class PaddedStep(NamedTuple):
-    """What a graph is captured for.
+class GraphKey(NamedTuple):
+    """Sizes that a graph is captured for.
 
     Attributes:
-        num_tokens: of its grids; a step may have fewer.
+        num_tokens: number of tokens of its grids; a step may have fewer.
         max_seqlen_k: longest row that its grids reach to, tokens.
-        num_prompts: rows of a step of prompts, at most; 0: it is for decode steps.
+        num_prompts: maximum number of rows of a prefill step; 0 = the graph is for decode steps.
     """
 
     num_tokens: int
@@ -51,58 +54,56 @@ class PaddedStep(NamedTuple):
 
     @property
     def num_sampled(self) -> int:
-        """Tokens whose logits it makes."""
+        """Number of tokens whose logits the graph computes."""
         return self.num_prompts or self.num_tokens
 
     def prompt_lengths(self, num_rows: int) -> tuple[np.ndarray, ...]:
-        """Lengths of rows that need the largest grids, as `host_lengths` of a Step."""
+        """Return lengths of rows that need the largest grids; see `Step.host_lengths`."""
         new = np.zeros(num_rows, np.int32)
         new[: self.num_prompts - 1] = 1
         new[-1] = self.num_tokens - new[:-1].sum()
         return new, np.zeros_like(new), new
 
 
-class QueuedStep(NamedTuple):
-    """A step whose logits are queued, and what queues its draw and drafts; or graphs of all that.
+class GraphEntry(NamedTuple):
+    """Graphs of one key.
 
     Attributes:
-        step: the runner's record; of a graph that of the padded step.
-        logits: float32 [n, vocab_size], None of no token.
-        hidden: normed hidden states, where a layer for multi-token prediction reads them.
-        draw: queues the draw from its logits.
-        draft: queues that layer and the first drafts of so many requests.
-        replay: queues the graph, which fills logits and hidden states.
+        step: Step of the padded size; a replay fills its logits and hidden states.
+        replay: enqueues the graph of the model.
+        sample: enqueues the graph of the sampling.
+        draft: enqueues the graph of the layer for multi-token prediction and the first draft of
+            each request.
     """
 
-    step: Any
-    logits: Any
-    hidden: Any
-    draw: Callable[[], None]
-    draft: Callable[[int], None]
-    replay: Callable[[], None] = lambda: None
+    step: Step
+    replay: Callable[[], None]
+    sample: Callable[[], None]
+    draft: Callable[[], None]
 
 
 Captured = tuple[Any, Callable[[], None]]
-"""What captured work returned, which every replay fills, and the replay."""
+"""Tensors that captured work returned, which every replay fills, and the replay."""
 Capture = Callable[[Callable[[], Any]], Captured]
 
 
 class CaptureRefused(RuntimeError):
-    """No graph can be made of a step, and nothing is spoiled by the try."""
+    """Error of a step that cannot be captured; the process is still usable."""
 
 
-class StepGraphs(dict[PaddedStep, QueuedStep]):
-    """The graphs of a runner.
+class StepGraphs(dict[GraphKey, GraphEntry]):
+    """Graphs of a runner.
 
     Args:
         sizes: numbers of tokens that decode steps are padded to.
-        longest: longest row that there can be, tokens.
-        prompt_sizes: numbers of keys that steps of prompts are padded to; those that rows within
-            `index_topk` can have are captured.
-        most_prompts: rows of such a step.
+        longest: maximum length of a row, tokens.
+        prompt_sizes: numbers of keys that prefill steps are padded to. Sizes above `index_topk` are
+            not captured.
+        most_prompts: maximum number of rows of a prefill step.
 
     Attributes:
-        drafts: queue further drafts, by their rows, the longest one, and drafts of each in all.
+        drafts: graphs of further drafts, by number of rows, length of the longest row, and number
+            of drafts of each request.
     """
 
     def __init__(
@@ -118,27 +119,28 @@ class StepGraphs(dict[PaddedStep, QueuedStep]):
         self.sizes = tuple(sorted(sizes))
         self._short, self._longest = min(index_topk, longest), longest
         self._prompts = [
-            PaddedStep(size, self._short, most_prompts)
+            GraphKey(size, self._short, most_prompts)
             for size in sorted(prompt_sizes)
             if size <= self._short
         ]
 
-    def steps(self) -> list[PaddedStep]:
-        """What is to be captured, the largest first: smaller ones then do with its memory."""
+    def steps(self) -> list[GraphKey]:
+        """Return the keys to capture, the largest first, so that smaller ones reuse its memory."""
         lengths = {self._longest, self._short}
-        decode = [PaddedStep(size, length) for size in self.sizes for length in lengths]
+        decode = [GraphKey(size, length) for size in self.sizes for length in lengths]
         return sorted(decode + self._prompts, reverse=True)
 
     def more_drafts(self, rows: int, longest: int, count: int) -> Callable[[], None] | None:
-        """What queues the further drafts of so many requests; None where no graph does."""
+        """Return the replay of further drafts, or None if no captured graph is large enough."""
         fits = (k for k in self.drafts if k[0] >= rows and k[1] >= longest and k[2] == count)
         return self.drafts[key] if (key := min(fits, default=None)) else None
 
-    def fitting(self, batch: InputBatch, sampled: np.ndarray) -> PaddedStep | None:
-        """What the step in a batch is padded to; None where no graph serves it.
+    def fitting(self, batch: InputBatch, sampled: np.ndarray) -> GraphKey | None:
+        """Return the key of the graph for the step in a batch, or None if no graph fits.
 
         Args:
-            sampled: int64 [n]; flat tokens whose logits are wanted: of a decode step all.
+            batch: step to run.
+            sampled: int64 [n]; flat tokens whose logits are wanted. A decode step needs all.
         """
         tokens, length = batch.num_tokens, batch.max_seqlen_k
         if batch.num_prefill_tokens:
@@ -151,14 +153,14 @@ class StepGraphs(dict[PaddedStep, QueuedStep]):
         if sampled.tolist() != list(range(tokens)):
             return None
         longest = self._short if length <= self._short else self._longest
-        return next((PaddedStep(s, longest) for s in self.sizes if s >= tokens), None)
+        return next((GraphKey(s, longest) for s in self.sizes if s >= tokens), None)
 
 
 class PaddleCapture:
-    """Captures by Paddle's CUDAGraph; all graphs of a process share one pool of memory.
+    """Captures with Paddle's CUDAGraph. All graphs of a process share one memory pool.
 
-    A refused operation during a capture by Paddle is fatal to the process. So the work runs before,
-    and whatever Paddle would do on the host instead of a device is refused there.
+    An operation that Paddle refuses during a capture is fatal to the process. So the work runs once
+    before it, and raises there if Paddle would compute on the host instead of the device.
 
     Raises:
         CaptureRefused: this Paddle has no graphs.
@@ -183,8 +185,7 @@ class PaddleCapture:
 
         Raises:
             CaptureRefused: `work` waits for the host, or the capture cannot begin.
-            DeviceError: work was refused inside of the capture, or no graph came of it; Paddle
-                cannot go on.
+            DeviceError: the capture failed half-way, and Paddle cannot go on.
         """
         import paddle
 
@@ -216,13 +217,13 @@ class PaddleCapture:
 
 
 def capture_failed(error: Exception) -> DeviceError:
-    """What ends a start whose captures fail, with the cure."""
+    """Return the error of a failed capture, with the cure."""
     return DeviceError(f"capture of a step: {describe_error(error)}; start with --enforce-eager")
 
 
 @contextmanager
 def _without_fallback() -> Iterator[None]:
-    """Inside, Paddle raises where it would compute on the host for a device."""
+    """Make Paddle raise if it would compute on the host for a device."""
     import paddle
 
     before = paddle.get_flags([_FALLBACK])

@@ -51,13 +51,11 @@ class StepLimits:
         return self.max_blocks_per_seq * self.block_size
 
 
-class StepInputs(NamedTuple):
-    """Inputs of one step as NumPy arrays: int32 [B] three times and [B, max_blocks]."""
-
-    seq_lens_encoder: Int32Array
-    seq_lens_decoder: Int32Array
-    seq_lens_this_time: Int32Array
-    block_tables: Int32Array
+INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
+"""Names of the four arrays of a step: int32 [B] three times and [B, max_blocks_per_seq]."""
+HostInputs = tuple[Int32Array, Int32Array, Int32Array, Int32Array]
+Counts = tuple[int, int, int, int]
+"""Counts of a step that has passed all checks, in the order of `StepHints`."""
 
 
 class StepHints(NamedTuple):
@@ -85,40 +83,23 @@ class StepHints(NamedTuple):
                 raise ValueError(f"{name}: got {count!r}, allowed are integers and None")
 
 
-class StepCounts(NamedTuple):
-    """Counts of a step that has passed all checks, with the fields of StepHints."""
-
-    num_tokens: int
-    num_prefill_tokens: int
-    max_seqlen_k: int
-    num_padded_tokens: int
-
-
-class HostStep(NamedTuple):
-    """A step of host arrays that has passed all checks.
-
-    Attributes:
-        inputs, counts: of the step.
-        gathered_keys: int64 [B]; gathered (or reserved) keys of each row, None in a decode-only
-            step.
-    """
-
-    inputs: StepInputs
-    counts: StepCounts
-    gathered_keys: Int64Array | None
-
-
-def check_host_step(arrays: Sequence[Any], limits: StepLimits, hints: StepHints) -> HostStep:
+def check_host_step(
+    arrays: Sequence[Any], limits: StepLimits, hints: StepHints
+) -> tuple[HostInputs, Counts]:
     """Check a step of four NumPy arrays or CPU tensors in full.
+
+    Returns:
+        The inputs as NumPy arrays, and the counts of the step.
 
     Raises:
         BackendUnavailable: a tensor on a device.
         DtypeError: neither arrays nor tensors, or not of int32.
         ShapeError, CapacityError, ValueError: names the field, the found and the allowed.
     """
-    inputs = StepInputs(*map(host_array, StepInputs._fields, arrays))
+    encoder, decoder, this_time, tables = map(host_array, INPUTS, arrays)
+    inputs = encoder, decoder, this_time, tables
     check_arrays(inputs, np.int32, limits)
-    return check_values(inputs, limits, hints)
+    return inputs, check_values(inputs, limits, hints)
 
 
 def check_arrays(arrays: Sequence[Any], int32: Any, limits: StepLimits) -> None:
@@ -134,7 +115,7 @@ def check_arrays(arrays: Sequence[Any], int32: Any, limits: StepLimits) -> None:
     if len(rows) != 1:
         raise ShapeError(f"seq_lens_this_time: got shape {rows}, allowed is [rows]; flatten it")
     shapes = rows, rows, rows, (rows[0], limits.max_blocks_per_seq)
-    for name, array, expected in zip(StepInputs._fields, arrays, shapes, strict=True):
+    for name, array, expected in zip(INPUTS, arrays, shapes, strict=True):
         if array.dtype is not int32 and array.dtype != int32:
             raise DtypeError(f"{name}: got dtype {array.dtype}, allowed is int32; convert it")
         shape = tuple(array.shape)
@@ -151,7 +132,7 @@ def check_arrays(arrays: Sequence[Any], int32: Any, limits: StepLimits) -> None:
         )
 
 
-def check_values(inputs: StepInputs, limits: StepLimits, hints: StepHints) -> HostStep:
+def check_values(inputs: HostInputs, limits: StepLimits, hints: StepHints) -> Counts:
     """Refuse inconsistent lengths and block ids, and count the tokens and keys of the step.
 
     Sums are int64, so that no int32 input can wrap into a plausible number.
@@ -181,8 +162,7 @@ def check_values(inputs: StepInputs, limits: StepLimits, hints: StepHints) -> Ho
     seq_lens_k *= this_time > 0
     max_seqlen_k = int(seq_lens_k.max(initial=0))
     _check_blocks(inputs, limits, seq_lens_k, max_seqlen_k)
-    gathered = np.where(encoder > 0, seq_lens_k, this_time) if num_prefill_tokens else None
-    if gathered is not None and gathered.sum() > INT32_MAX:
+    if num_prefill_tokens and (gathered := gathered_keys(inputs)).sum() > INT32_MAX:
         raise CapacityError(
             f"seq_lens_decoder: the prefill rows gather {int(gathered.sum())} keys "
             f"(most in row {int(gathered.argmax())}: {int(gathered.max())}), allowed are at most "
@@ -205,11 +185,20 @@ def check_values(inputs: StepInputs, limits: StepLimits, hints: StepHints) -> Ho
             )
         max_seqlen_k = index(hints.max_seqlen_k)
     padded = _padded_tokens(num_tokens, limits, hints)
-    counts = StepCounts(num_tokens, num_prefill_tokens, max_seqlen_k, padded)
-    return HostStep(inputs, counts, gathered)
+    return num_tokens, num_prefill_tokens, max_seqlen_k, padded
 
 
-def check_device_counts(limits: StepLimits, hints: StepHints) -> StepCounts:
+def gathered_keys(inputs: HostInputs) -> Int64Array:
+    """Return the number of gathered keys of each row of a step with prefill rows, int64 [B].
+
+    A prefill row gathers all of its keys. Decode rows reserve one key for each token.
+    """
+    encoder, decoder, this_time, _ = inputs
+    seq_lens_k = np.add(decoder, this_time, dtype=np.int64)
+    return np.where(encoder > 0, seq_lens_k, this_time)
+
+
+def check_device_counts(limits: StepLimits, hints: StepHints) -> Counts:
     """Check and return the counts of a step whose arrays are on a device and are not read.
 
     Raises:
@@ -236,7 +225,7 @@ def check_device_counts(limits: StepLimits, hints: StepHints) -> StepCounts:
             f"{limits.max_num_tokens}; schedule fewer tokens or raise it"
         )
     padded = _padded_tokens(num_tokens, limits, hints)
-    return StepCounts(index(num_tokens), index(num_prefill_tokens), index(max_seqlen_k), padded)
+    return index(num_tokens), index(num_prefill_tokens), index(max_seqlen_k), padded
 
 
 def _padded_tokens(num_tokens: int, limits: StepLimits, hints: StepHints) -> int:
@@ -263,7 +252,7 @@ def _check_size(name: str, value: Any) -> None:
 
 
 def _check_blocks(
-    inputs: StepInputs, limits: StepLimits, seq_lens_k: Int64Array, max_seqlen_k: int
+    inputs: HostInputs, limits: StepLimits, seq_lens_k: Int64Array, max_seqlen_k: int
 ) -> None:
     """Refuse a row that is longer than its table or needs an entry that is no block."""
     block_size = limits.block_size
@@ -277,11 +266,12 @@ def _check_blocks(
     num_columns = -(-max_seqlen_k // block_size)
     num_blocks = INT32_MAX + 1 if limits.num_blocks is None else limits.num_blocks
     # read as unsigned, a negative id lies past every bound
-    bad = inputs.block_tables[:, :num_columns].view(np.uint32) >= num_blocks
+    *_, tables = inputs
+    bad = tables[:, :num_columns].view(np.uint32) >= num_blocks
     bad &= np.arange(0, num_columns * block_size, block_size) < seq_lens_k[:, None]
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
-        block = int(inputs.block_tables[row, column])
+        block = int(tables[row, column])
         allowed = "0 or more" if limits.num_blocks is None else f"0..{num_blocks - 1}"
         raise ValueError(
             f"block_tables: row {row}, column {column} is {block}, but "
@@ -290,23 +280,24 @@ def _check_blocks(
         )
 
 
-def _length_of(inputs: StepInputs, row: int) -> str:
-    cached, new = int(inputs.seq_lens_decoder[row]), int(inputs.seq_lens_this_time[row])
-    return f"the {cached} cached + {new} new tokens of row {row}"
+def _length_of(inputs: HostInputs, row: int) -> str:
+    _, decoder, this_time, _ = inputs
+    return f"the {int(decoder[row])} cached + {int(this_time[row])} new tokens of row {row}"
 
 
-def _raise_negative(inputs: StepInputs) -> NoReturn:
+def _raise_negative(inputs: HostInputs) -> NoReturn:
     lengths = np.stack(inputs[:3], axis=1)
     row, field = (int(i) for i in np.argwhere(lengths < 0)[0])
     raise ValueError(
-        f"{StepInputs._fields[field]}: row {row} is {int(lengths[row, field])}, "
+        f"{INPUTS[field]}: row {row} is {int(lengths[row, field])}, "
         "allowed is 0 or more; check the scheduler"
     )
 
 
-def _raise_inconsistent(inputs: StepInputs, row: int) -> NoReturn:
+def _raise_inconsistent(inputs: HostInputs, row: int) -> NoReturn:
+    encoder, _, this_time, _ = inputs
     raise ValueError(
-        f"seq_lens_encoder: row {row} is {int(inputs.seq_lens_encoder[row])} with "
-        f"seq_lens_this_time {int(inputs.seq_lens_this_time[row])}, allowed is 0 (decode or idle "
+        f"seq_lens_encoder: row {row} is {int(encoder[row])} with "
+        f"seq_lens_this_time {int(this_time[row])}, allowed is 0 (decode or idle "
         "row) or all of the row's tokens (prefill row); check the scheduler"
     )

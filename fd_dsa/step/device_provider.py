@@ -12,7 +12,7 @@ from fd_dsa.device.transfers import on_host, transfers_for
 from fd_dsa.environment import switch
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.step import checks
-from fd_dsa.step.checks import INT32_MAX, StepCounts, StepHints, StepInputs, StepLimits
+from fd_dsa.step.checks import INPUTS, INT32_MAX, Counts, StepHints, StepLimits
 from fd_dsa.step.forward_meta import ForwardMeta
 from fd_dsa.step.metadata_kernels import decode_step_metadata_kernel, mixed_step_metadata_kernel
 from fd_dsa.step.views import FIELDS, StepViews, new_buffers
@@ -50,7 +50,7 @@ class DeviceProvider:
             BoundStepKernel(limits, buffers, has_prefill) for has_prefill in (False, True)
         )
         self._tokens, self._windows = _Extent(), _Extent()
-        empty = (buffers["cu_seqlens_q"],) * len(StepInputs._fields)
+        empty = (buffers["cu_seqlens_q"],) * len(INPUTS)
         for form in self._forms:
             form.launch(empty, 0, limits.max_num_tokens, 0)
         a_buffer: Any = buffers["cu_seqlens_q"]
@@ -66,7 +66,7 @@ class DeviceProvider:
         if len(is_host) != 1 or not all(hasattr(array, "shape") for array in kinds_of):
             kinds = ", ".join(type(array).__name__ for array in arrays)
             raise DtypeError(
-                f"{', '.join(StepInputs._fields)}: got {kinds}, allowed are four NumPy arrays or "
+                f"{', '.join(INPUTS)}: got {kinds}, allowed are four NumPy arrays or "
                 "four tensors on the builder's device; do not mix them"
             )
         is_captured = False
@@ -78,21 +78,20 @@ class DeviceProvider:
         self._launch(inputs, counts, is_captured)
         return self._views.forward_meta(inputs, counts)
 
-    def _stage(self, arrays: tuple[Array, ...], hints: StepHints) -> tuple[Any, StepCounts]:
+    def _stage(self, arrays: tuple[Array, ...], hints: StepHints) -> tuple[Any, Counts]:
         """Check host arrays in full, and enqueue their copy to the device."""
-        step = checks.check_host_step(arrays, self._limits, hints)
+        (*lengths, tables), counts = checks.check_host_step(arrays, self._limits, hints)
         if self._staging is None:
             rows, columns = self._limits.max_num_seqs, self._limits.max_blocks_per_seq
             self._staging = StagedInputs(self._allocate, (rows,) * 3, rows, columns)
-        *lengths, tables = step.inputs
-        return self._staging.upload(lengths, tables), step.counts
+        return self._staging.upload(lengths, tables), counts
 
     def _check_tensors(
         self, tensors: tuple[Array, ...], hints: StepHints, is_captured: bool
-    ) -> StepCounts:
+    ) -> Counts:
         """Check shapes, dtypes and counts of device tensors, their values with FD_DSA_CHECK=1."""
         checks.check_arrays(tensors, self._int32, self._limits)
-        for name, tensor in zip(StepInputs._fields, tensors, strict=True):
+        for name, tensor in zip(INPUTS, tensors, strict=True):
             # rows of a table may lie apart, the values of one must not
             if tensor.stride()[-1] != 1 and tensor.shape[0] and tensor.shape[-1] > 1:
                 raise ShapeError(
@@ -102,14 +101,17 @@ class DeviceProvider:
         counts = checks.check_device_counts(self._limits, hints)
         if self._reads_back and not is_captured:
             like = [np.empty(tuple(tensor.shape), np.int32) for tensor in tensors]
-            values = (on_host(t.contiguous(), x) for t, x in zip(tensors, like, strict=True))
-            checks.check_values(StepInputs(*values), self._limits, hints)
+            encoder, decoder, this_time, tables = (
+                on_host(t.contiguous(), x) for t, x in zip(tensors, like, strict=True)
+            )
+            values = encoder, decoder, this_time, tables
+            checks.check_values(values, self._limits, hints)
         return counts
 
-    def _launch(self, inputs: tuple[Array, ...], counts: StepCounts, is_captured: bool) -> None:
+    def _launch(self, inputs: tuple[Array, ...], counts: Counts, is_captured: bool) -> None:
         """Enqueue the step of four checked tensors of the same rows, or capture it."""
-        padded, tables = counts.num_padded_tokens, inputs[3]
-        has_prefill = counts.num_prefill_tokens > 0
+        _, num_prefill_tokens, _, padded = counts
+        tables, has_prefill = inputs[3], num_prefill_tokens > 0
         extents = (self._tokens, self._windows) if has_prefill else (self._tokens,)
         written = padded
         if not is_captured:
@@ -151,7 +153,7 @@ class BoundStepKernel:
             self._tile, warps = MIXED_TILE, MIXED_WARPS
         # a decode-only step reads no encoder lengths: they are 0
         self._first = 0 if has_prefill else 1
-        self._names = [f"{name}_ptr" for name in StepInputs._fields[self._first :]]
+        self._names = [f"{name}_ptr" for name in INPUTS[self._first :]]
         self._addresses: list[int] = []
         outputs = [name for name, field in FIELDS.items() if has_prefill or not field.is_window]
         row_tile = row_tile_for(rows)

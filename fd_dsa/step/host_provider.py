@@ -9,11 +9,17 @@ import numpy as np
 
 from fd_dsa.device.allocation import CACHED_VIEWS, Array
 from fd_dsa.device.host_tensor import Int32Array, Int64Array
-from fd_dsa.step.checks import HostStep, StepHints, StepInputs, StepLimits, check_host_step
+from fd_dsa.step.checks import (
+    HostInputs,
+    StepHints,
+    StepLimits,
+    check_host_step,
+    gathered_keys,
+)
 from fd_dsa.step.forward_meta import ForwardMeta
 from fd_dsa.step.views import StepViews, View, new_buffers
 
-# padding of the four inputs, in the order of StepInputs
+# padding of the four inputs, in their order
 _PADDING = (0, 0, 0, -1)
 
 
@@ -33,9 +39,10 @@ class HostProvider:
     def __init__(self, limits: StepLimits, view: View, int32_position_ids: bool = False) -> None:
         rows, tokens = limits.max_num_seqs, limits.max_num_tokens
         shapes = ((rows,),) * 3 + ((rows, limits.max_blocks_per_seq),)
-        self._inputs = StepInputs(
-            *(np.full(shape, fill, np.int32) for shape, fill in zip(shapes, _PADDING, strict=True))
+        encoder, decoder, this_time, tables = (
+            np.full(shape, fill, np.int32) for shape, fill in zip(shapes, _PADDING, strict=True)
         )
+        self._inputs: HostInputs = encoder, decoder, this_time, tables
         buffers = new_buffers(limits, np.zeros, int32_position_ids)
         self._buffers = SimpleNamespace(**buffers)
         self._buffers.batch_id_per_token.fill(-1)
@@ -53,36 +60,39 @@ class HostProvider:
         Cost: a fixed number of NumPy calls, none of them per row or per token; the two prefill
         arrays are written only if the step has a prefill token.
         """
-        step = check_host_step(arrays, self._limits, hints)
-        self._write_rows(step)
-        self._write_tokens(step.counts.num_tokens)
-        if step.gathered_keys is not None:
-            self._write_windows(step.gathered_keys, step.counts.num_tokens)
-        return self._views.forward_meta(self._input_views(self._used_rows), step.counts)
+        inputs, counts = check_host_step(arrays, self._limits, hints)
+        num_tokens, num_prefill_tokens, _, _ = counts
+        self._write_rows(inputs)
+        self._write_tokens(num_tokens)
+        if num_prefill_tokens:
+            self._write_windows(gathered_keys(inputs), num_tokens)
+        return self._views.forward_meta(self._input_views(self._used_rows), counts)
 
-    def _write_rows(self, step: HostStep) -> None:
+    def _write_rows(self, inputs: HostInputs) -> None:
         """Copy the inputs, and sum the tokens of the rows before each."""
-        num_rows = len(step.inputs.seq_lens_this_time)
+        *_, this_time, _ = inputs
+        num_rows = len(this_time)
         unused = slice(num_rows, self._used_rows)
-        for buffer, array, padding in zip(self._inputs, step.inputs, _PADDING, strict=True):
+        for buffer, array, padding in zip(self._inputs, inputs, _PADDING, strict=True):
             buffer[:num_rows] = array
             buffer[unused] = padding
-        _prefix_sum(self._inputs.seq_lens_this_time[:num_rows], self._buffers.cu_seqlens_q)
+        _prefix_sum(this_time, self._buffers.cu_seqlens_q)
         self._used_rows = num_rows
 
     def _write_tokens(self, num_tokens: int) -> None:
         """Write row, position and slot of each token."""
-        inputs, out, num_rows = self._inputs, self._buffers, self._used_rows
-        new = inputs.seq_lens_this_time[:num_rows]
+        out, num_rows = self._buffers, self._used_rows
+        _, decoder, this_time, tables = self._inputs
+        new = this_time[:num_rows]
         rows: Int32Array = self._row_ids[:num_rows].repeat(new)
         positions: Int64Array = out.position_ids[:num_tokens]
         out.batch_id_per_token[:num_tokens] = rows
         # position d_b + j of token t = cu_seqlens_q[b] + j
-        first = inputs.seq_lens_decoder[:num_rows] - out.cu_seqlens_q[:num_rows]
+        first = decoder[:num_rows] - out.cu_seqlens_q[:num_rows]
         np.add(first[rows], self._token_ids[:num_tokens], out=positions)
         columns = positions // self._block_size
         # block * bs + p % bs = (block - p // bs) * bs + p
-        slots = inputs.block_tables[rows, columns] - columns
+        slots = tables[rows, columns] - columns
         slots *= self._block_size
         np.add(slots, positions, out=out.slot_mapping[:num_tokens])
         unused = slice(num_tokens, self._used_tokens)
@@ -94,12 +104,12 @@ class HostProvider:
             out.position_ids_int32[:cleared] = out.position_ids[:cleared]
         self._used_tokens = num_tokens
 
-    def _write_windows(self, gathered_keys: Int64Array, num_tokens: int) -> None:
+    def _write_windows(self, num_keys: Int64Array, num_tokens: int) -> None:
         """Write the start of each row's gathered keys, and `[ks, ke)` of each token."""
-        out, num_rows = self._buffers, len(gathered_keys)
-        _prefix_sum(gathered_keys, out.cu_seqlens_kg)
+        out, num_rows = self._buffers, len(num_keys)
+        _prefix_sum(num_keys, out.cu_seqlens_kg)
         rows = out.batch_id_per_token[:num_tokens]
-        is_prefill = self._inputs.seq_lens_encoder[:num_rows] > 0
+        is_prefill = self._inputs[0][:num_rows] > 0
         windows = out.indexer_attn_mask_offsets.reshape(-1, 2)
         starts = (out.cu_seqlens_kg[:num_rows] * is_prefill)[rows]
         windows[:num_tokens, 0] = starts
@@ -108,7 +118,7 @@ class HostProvider:
         self._used_windows = num_tokens
 
 
-def _rows(inputs: StepInputs, view: View, num_rows: int) -> list[Array]:
+def _rows(inputs: HostInputs, view: View, num_rows: int) -> list[Array]:
     """Cut the buffers of the inputs to the rows of a step."""
     return [view(buffer[:num_rows]) for buffer in inputs]
 

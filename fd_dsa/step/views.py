@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from fd_dsa.device.allocation import CACHED_VIEWS, Allocate, Array
-from fd_dsa.step.checks import StepCounts, StepLimits
+from fd_dsa.step.checks import Counts, StepLimits
 from fd_dsa.step.forward_meta import ForwardMeta
 
 View = Callable[[Any], Array]
@@ -71,7 +71,7 @@ class StepViews:
         # a partial of a function, not of a method: the cache then keeps no builder alive
         self._cut = lru_cache(maxsize=CACHED_VIEWS)(partial(_cut, buffers, view))
 
-    def forward_meta(self, inputs: Sequence[Array], counts: StepCounts) -> ForwardMeta:
+    def forward_meta(self, inputs: Sequence[Array], counts: Counts) -> ForwardMeta:
         """Return the metadata of a step, from four inputs of exactly its rows."""
         num_tokens, num_prefill_tokens, max_seqlen_k, padded = counts
         encoder, decoder, this_time, tables = inputs

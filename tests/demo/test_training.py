@@ -249,7 +249,7 @@ def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_pat
     runner.input_batch.begin_step()
     runner.input_batch.add_row(0, ids[:-1].tolist(), 0, True)
     runner.execute_model(np.array([0]))
-    hidden = torch.tensor(runner.hidden_states)
+    hidden = torch.tensor(runner.forward_meta.hidden_states)
     found = runner.predict_more(ids[1:], np.arange(40))
     with torch.no_grad():
         normed = predictor(model, hidden, torch.tensor(ids[1:])[None])

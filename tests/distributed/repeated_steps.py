@@ -78,7 +78,7 @@ def repeat(
     for row, length in enumerate(LENGTHS):
         batch.add_row(row, ids[row][length : length + 1], length, False)
     every = np.arange(rows)
-    logits = runner.graphs[runner.graphs.fitting(batch, every)].logits
+    logits = runner.graphs[runner.graphs.fitting(batch, every)].step.logits
     first = np.array(runner.execute_model(every))
     assert np.isfinite(first).all() and first.std() > 0
     shots = [memory.poisoned(first.shape, "float32") for _ in range(min(kept, times))]

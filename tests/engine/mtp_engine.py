@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.mtp_drafter import MtpDrafter
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
@@ -50,10 +50,12 @@ class WatchedDrafter(MtpDrafter):
         self.proposed: dict[Request, dict[int, list[int]]] = {}
         self.num_runs = 0
 
-    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
+    def propose(
+        self, batch: ScheduledBatch, counts: Mapping[Request, int]
+    ) -> dict[Request, Drafts]:
         # as many as there may be, whatever the rate at which they stand
         self.num_runs += 1
-        proposals = super().propose(step, dict.fromkeys(counts, self._most))
+        proposals = super().propose(batch, dict.fromkeys(counts, self._most))
         for request, drafts in proposals.items():
             if drafts:
                 self.proposed.setdefault(request, {})[len(request.token_ids)] = drafts.tokens

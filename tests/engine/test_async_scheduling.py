@@ -4,7 +4,7 @@ shown by `tests.soak.histories`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,8 @@ import pytest
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
-from fd_dsa.runner.input_batch import Draw, InputBatch
-from fd_dsa.runner.protocol import RunnerInfo
+from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
+from fd_dsa.runner.protocol import RunnerInfo, StepFuture
 from tests.engine.fakes import (
     EOS,
     VOCAB_SIZE,
@@ -31,7 +31,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 class GreedyRunner(FakeRunner):
-    """Takes the largest logit itself; `log` has "run" for a step, "draw", and "take" for a wait."""
+    """Takes the largest logit itself; `log` has "run", "sample" and "wait" for a step."""
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
@@ -49,22 +49,29 @@ class GreedyRunner(FakeRunner):
         self.log.append("run")
         return super().execute_model(logits_indices)
 
-    def queue_model(self, logits_indices: np.ndarray, draw: Draw) -> None:
-        self._undrawn = self.execute_model(logits_indices), draw
+    def enqueue_model(self, logits_indices: np.ndarray, sampling: SamplingInputs) -> None:
+        self._unsampled = self.execute_model(logits_indices), sampling
 
-    def draw(self, masks: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
-        self.log.append("draw")
-        logits, draw = self._undrawn
-        for row, mask in zip(draw.masked, masks, strict=True):
+    def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
+        self.log.append("sample")
+        logits, sampling = self._unsampled
+        masked = [row for row, index in enumerate(sampling.mask_rows) if index >= 0]
+        for row, mask in zip(masked, masks, strict=True):
             allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
             logits[row, allowed[: self.vocab_size] == 0] = -np.inf
-        drawn = self._drawn = logits.argmax(axis=1)
+        self._drawn = logits.argmax(axis=1)
+        return LoggedTokens(self._drawn, self.log)
 
-        def taken() -> np.ndarray:
-            self.log.append("take")
-            return drawn
 
-        return taken
+class LoggedTokens:
+    """Tokens of a step, whose wait is logged."""
+
+    def __init__(self, tokens: np.ndarray, log: list[str]) -> None:
+        self._tokens, self._log = tokens, log
+
+    def result(self) -> np.ndarray:
+        self._log.append("wait")
+        return self._tokens
 
 
 def new_engine(async_scheduling: bool = True, rows: int = 4) -> tuple[LLMEngine, GreedyRunner]:
@@ -93,7 +100,7 @@ def test_the_next_step_runs_before_tokens_are_taken(rows: int) -> None:
         engine.add_request(name, prompt, GREEDY)
     found = tokens_of(engine)
     assert found == {name: expected_greedy(prompt, 12, None) for name, prompt in prompts.items()}
-    assert runner.log == ["run", "draw", *["run", "draw", "take"] * 11, "take"]
+    assert runner.log == ["run", "sample", *["run", "sample", "wait"] * 11, "wait"]
     assert engine.stats().num_mask_waits == 0
 
 
@@ -118,8 +125,8 @@ def test_masks_are_made_while_the_queued_step_runs(
         found.append(tokens_of(engine))
         num_steps = len(found[0]["r"])
         if is_async:
-            # the forward of a step, then the tokens of the one before, then the draw
-            log = ["run", "draw", *["run", "take", "draw"] * (num_steps - 1)]
+            # the forward of a step, then the tokens of the one before, then the sampling
+            log = ["run", "sample", *["run", "wait", "sample"] * (num_steps - 1)]
             assert runner.log[: len(log)] == log
             assert engine.stats().num_mask_waits == num_steps - 1
     cpu = make_engine(num_blocks=256, block_size=4)
@@ -133,7 +140,7 @@ def test_without_it_each_step_is_taken_first() -> None:
     engine, runner = new_engine(async_scheduling=False)
     engine.add_request("r", [2, 3], GREEDY)
     assert tokens_of(engine)["r"] == expected_greedy([2, 3], 12, None)
-    assert runner.log == ["run", "draw", "take"] * 12
+    assert runner.log == ["run", "sample", "wait"] * 12
 
 
 def test_the_token_after_an_end_is_dropped() -> None:
@@ -161,7 +168,7 @@ def test_steps_of_which_the_host_needs_logits() -> None:
     assert outputs["plain"][-1].token_ids == expected_greedy([5, 6], 12, None)
     assert outputs["scored"][-1].token_ids == expected_greedy([7, 8], 4, None)
     assert len(outputs["scored"][-1].logprobs) == 4
-    assert runner.log.count("take") == 12 - 4
+    assert runner.log.count("wait") == 12 - 4
 
 
 def test_an_aborted_request_leaves_nothing() -> None:

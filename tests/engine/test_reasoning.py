@@ -17,7 +17,7 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.ops.sampling.parameters import SlotParameters
-from fd_dsa.runner.input_batch import Draw, InputBatch
+from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 from tests.engine import tokenizer_kinds
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import EOS, VOCAB_SIZE, FakeRunner, byte_tokenizer, make_engine, run_all
@@ -117,9 +117,10 @@ class RuledRunner(GreedyRunner):
     def set_slot(self, slot: int, given: SlotParameters, *_: Any) -> None:
         self._given[slot] = given
 
-    def queue_model(self, logits_indices: np.ndarray, draw: Draw) -> None:
-        super().queue_model(logits_indices, draw)
-        for row, slot, position in zip(self._undrawn[0], draw.slots, draw.positions, strict=True):
+    def enqueue_model(self, logits_indices: np.ndarray, sampling: SamplingInputs) -> None:
+        super().enqueue_model(logits_indices, sampling)
+        places = sampling.slots, sampling.positions
+        for row, slot, position in zip(self._unsampled[0], *places, strict=True):
             given = self._given[slot]
             for token, bias in given.bias.items():
                 row[token] += bias

@@ -16,8 +16,7 @@ from fd_dsa.device.allocation import paddle_allocator
 from fd_dsa.device.staging import InputStaging
 from fd_dsa.runner import InputBatch
 from fd_dsa.runner.device_step import DeviceInputs
-from fd_dsa.runner.input_batch import Draw
-from fd_dsa.runner.step import host_inputs
+from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.v4_prepare import V4Prepare
 from fd_dsa.v4_prepare.prepare import NUM_SLABS
@@ -108,7 +107,7 @@ class RunnerSteps(StagedSteps):
         self._inputs = DeviceInputs(self._batch, paddle_allocator(rig.device))
         self._wanted = np.zeros(1, np.int64)
         self._put(0)
-        self._inputs.stage(host_inputs(self._batch, self._wanted), Draw())
+        self._inputs.stage(self._batch.arrays(self._wanted), SamplingInputs())
         (ids, *_, tables), _ = self._inputs.views(1, rows, 1)
         self._last = (tables.data_ptr() - ids.data_ptr()) // 4 + rows * columns - 1
         super().__init__(rig, ids, max_steps)
@@ -124,7 +123,7 @@ class RunnerSteps(StagedSteps):
     def stage(self, step: int) -> None:
         """Fill the batch and queue its copies."""
         self._put(step)
-        self._inputs.stage(host_inputs(self._batch, self._wanted), Draw())
+        self._inputs.stage(self._batch.arrays(self._wanted), SamplingInputs())
 
     def expand(self, step: int) -> None:
         """Read the stamps; the copies are queued before."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.attention import step_plan
-from fd_dsa.engine.launched_step import LaunchedStep
+from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.errors import BackendUnavailable, ConfigError
@@ -142,8 +142,8 @@ def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: 
     runner = SimpleNamespace(
         draws=SimpleNamespace(set_slot=lambda *given: None),
         vocab_size=32,
-        queue_model=lambda rows, draw: None,
-        draw=queued.append,
+        enqueue_model=lambda rows, sampling: queued.append(sampling),
+        sample=lambda: None,
     )
     runner.info = RunnerInfo(sampling=runner)
     sampler = StepSampler(runner, 2)
@@ -159,5 +159,5 @@ def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: 
         )
         for slot, each in enumerate((0.0, temperature))
     ]
-    step = LaunchedStep(0.0, requests, [], [], 2, 0, 0)
-    assert sampler.queue(step, np.arange(2)) == is_drawn == bool(queued)
+    batch = ScheduledBatch(requests, {}, sampling=requests, logits_indptr=range(3))
+    assert sampler.enqueue(batch) == is_drawn == bool(queued)

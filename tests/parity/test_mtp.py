@@ -92,7 +92,7 @@ def test_logits_equal_those_of_transformers_decoder_layer(tmp_path: Path, name: 
         runner.input_batch.begin_step()
         runner.input_batch.add_row(0, chunk, begin, is_prefill=True)
         runner.execute_model(np.array([0]))
-        hidden.append(runner.hidden_states.copy())
+        hidden.append(runner.forward_meta.hidden_states.copy())
         next_ids = np.array(ids[begin + 1 : begin + 1 + len(chunk)])
         found.append(runner.predict_more(next_ids, np.arange(len(chunk))))
     model, own = torch_side(fields, tensors, tmp_path / "layer")

@@ -10,6 +10,6 @@ def test_the_warm_up_draws_nothing(paddle_memory: KernelMemory) -> None:
     from fd_dsa.runner.device_draws import DeviceDraws
 
     draws = DeviceDraws(40, 300, paddle_memory.poisoned, most_drafts=3)
-    before = draws.read_drafts()().copy()
+    before = draws.read_drafts().result().copy()
     draws.warm_up()
-    assert (draws.read_drafts()() == before).all()
+    assert (draws.read_drafts().result() == before).all()

@@ -8,8 +8,7 @@ import numpy as np
 
 from fd_dsa.runner import InputBatch
 from fd_dsa.runner.device_step import DeviceInputs
-from fd_dsa.runner.input_batch import Draw
-from fd_dsa.runner.step import host_inputs
+from fd_dsa.runner.input_batch import SamplingInputs
 from tests.kernel_memory import KernelMemory
 
 MAX_ROWS, MAX_TOKENS, COLUMNS = 5, 40, 3
@@ -19,7 +18,7 @@ def staged(
     inputs: DeviceInputs, batch: InputBatch, sampled: np.ndarray, num_tokens: int = 0
 ) -> list[Any]:
     """The tensors of a step, padded to some tokens."""
-    inputs.stage(host_inputs(batch, sampled), Draw())
+    inputs.stage(batch.arrays(sampled), SamplingInputs())
     tokens = max(batch.num_tokens, num_tokens)
     return inputs.views(tokens, batch.num_rows, len(sampled))[0]
 
@@ -105,9 +104,9 @@ def test_padding_of_a_captured_step_is_token_0(kernel_memory: KernelMemory) -> N
         assert m.get(staged(inputs, batch, np.array([0]), 4)[0]).tolist() == [5, 0, 0, 0]
 
 
-def test_host_inputs_are_the_batch() -> None:
+def test_arrays_are_those_of_the_batch() -> None:
     batch, rng = InputBatch(MAX_ROWS, MAX_TOKENS, COLUMNS, 16), np.random.default_rng(1)
     wanted = filled(batch, rng)
-    fields = host_inputs(batch, wanted)
+    fields = batch.arrays(wanted)
     check(list(fields), batch, wanted)
     assert np.shares_memory(fields[-1], batch.block_tables)

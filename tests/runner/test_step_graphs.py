@@ -14,14 +14,14 @@ from paddle.device.cuda import graphs as paddle_graphs
 
 from fd_dsa.errors import DeviceError
 from fd_dsa.runner import InputBatch, step_graphs
-from fd_dsa.runner.step_graphs import CaptureRefused, PaddedStep, PaddleCapture, StepGraphs
+from fd_dsa.runner.step_graphs import CaptureRefused, GraphKey, PaddleCapture, StepGraphs
 
 PLACE = paddle.CPUPlace()
 
 
 def fitting(
     graphs: StepGraphs, rows: list[tuple[int, int, bool]], sampled: list[int] | None = None
-) -> PaddedStep | None:
+) -> GraphKey | None:
     """What serves a step of rows of some tokens, after cached ones, of a prompt or not."""
     batch = InputBatch(8, 64, 40, 16)
     for row, (tokens, done, is_prefill) in enumerate(rows):
@@ -44,7 +44,7 @@ def test_a_step_is_padded_to_the_next_size() -> None:
 def test_rows_past_the_selection_have_a_graph_of_their_own(max_seqlen_k: int, reaches: int) -> None:
     graphs = StepGraphs((2,), index_topk=100, longest=640)
     step = fitting(graphs, [(1, 0, False), (1, max_seqlen_k - 1, False)])
-    assert step == PaddedStep(2, reaches)
+    assert step == GraphKey(2, reaches)
 
 
 # rows as tokens, tokens before them, whether they are a prompt's; tokens that are sampled
@@ -68,7 +68,7 @@ def test_prompts_are_padded_by_their_keys(
     rows: list[tuple[int, int, bool]], sampled: list[int], size: int | None
 ) -> None:
     graphs = StepGraphs((8,), 12, 640, prompt_sizes=(12, 8), most_prompts=2)
-    assert fitting(graphs, rows, sampled) == (size and PaddedStep(size, 12, 2))
+    assert fitting(graphs, rows, sampled) == (size and GraphKey(size, 12, 2))
 
 
 def test_the_largest_are_captured_first() -> None:

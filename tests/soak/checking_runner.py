@@ -17,8 +17,8 @@ from fd_dsa.engine.sampler import Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.ops.sampling.token_buffer import REJECTED
-from fd_dsa.runner.input_batch import Draw, InputBatch
-from fd_dsa.runner.protocol import RunnerInfo
+from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
+from fd_dsa.runner.protocol import RunnerInfo, StepFuture
 from tests.engine.drafters import KnowingDrafter
 
 VOCAB_SIZE = 12
@@ -157,7 +157,7 @@ class DrawingRunner(CheckingRunner):
         self._newest, self._known = np.zeros((2, 0), np.int64)
         # by how much less than planned that is, by row
         self._shifts = np.zeros(self.input_batch.max_num_seqs, np.int64)
-        self._undrawn: Any = None
+        self._unsampled: Any = None
         # of each slot its output as the device knows it, and what gives the sampler its rules where
         # that changes logits
         self._counted: dict[int, tuple[list[int], Callable[[], None] | None]] = {}
@@ -209,17 +209,18 @@ class DrawingRunner(CheckingRunner):
         assert (self._shifts >= 0).all(), "a plan has fewer tokens than there are"
         return super().execute_model(logits_indices)
 
-    def queue_model(self, logits_indices: np.ndarray, draw: Draw) -> None:
+    def enqueue_model(self, logits_indices: np.ndarray, sampling: SamplingInputs) -> None:
         """Run the step."""
         self._sampled = logits_indices
-        self._undrawn = self.execute_model(logits_indices), draw
+        self._unsampled = self.execute_model(logits_indices), sampling
 
-    def draw(self, masks: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
-        """Draw from the step's logits; the tokens are there when they are asked for."""
-        (logits, draw), self._undrawn = self._undrawn, None
-        slots, firsts = np.array(draw.slots), draw.firsts
-        positions = np.array(draw.positions) - self._shifts[slots]
-        for row, mask in zip(draw.masked, masks, strict=True):
+    def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
+        """Sample from the step's logits; the host gets the tokens when it asks for them."""
+        (logits, sampling), self._unsampled = self._unsampled, None
+        slots, firsts = np.array(sampling.slots), sampling.logits_indptr
+        positions = np.array(sampling.positions) - self._shifts[slots]
+        masked = [row for row, index in enumerate(sampling.mask_rows) if index >= 0]
+        for row, mask in zip(masked, masks, strict=True):
             allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
             # a mask leaves rows with unusable logits as they are
             if np.isfinite(logits[row]).all():
@@ -253,19 +254,34 @@ class DrawingRunner(CheckingRunner):
             )
             if slot in running:
                 self.on_the_way[running[slot]] = taken.tolist()
+        return Tokens(drawn, lambda: self.fails_late)
 
-        def taken() -> np.ndarray:
-            if self.fails_late:
-                raise DeviceGone("the device is gone")
-            return drawn
-
-        return taken
-
-    def read_drafts(self) -> Callable[[], np.ndarray]:
-        """Gives the drafts, by where they are."""
+    def read_drafts(self) -> StepFuture:
+        """Return the token buffer with the drafts."""
         before_them = np.zeros(self.input_batch.max_num_seqs, np.int64)
-        ids = np.concatenate([before_them, np.array(self.drafts, np.int64)])
-        return lambda: ids
+        return Tokens(np.concatenate([before_them, np.array(self.drafts, np.int64)]))
+
+
+class Tokens:
+    """Tokens that the host has not read.
+
+    Args:
+        ids: tokens.
+        fails: True if the device is gone when they are read.
+    """
+
+    def __init__(self, ids: np.ndarray, fails: Callable[[], bool] = lambda: False) -> None:
+        self._ids, self._fails = ids, fails
+
+    def result(self) -> np.ndarray:
+        """Return the tokens.
+
+        Raises:
+            DeviceGone: the step has failed.
+        """
+        if self._fails():
+            raise DeviceGone("the device is gone")
+        return self._ids
 
 
 class AheadDrafter(KnowingDrafter):

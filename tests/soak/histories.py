@@ -247,7 +247,7 @@ def _step(run: Run, history: History, fails: bool) -> None:
     everyone = [*running_requests(engine).values(), *waiting_requests(engine)]
     earliest = min(everyone, key=lambda request: request.arrival)
     before = (
-        earliest.num_computed_tokens - earliest.num_unverified,
+        earliest.num_computed_tokens - earliest.num_pending_drafts,
         len(earliest.token_ids),
     )
     engine.runner.fails = fails
@@ -260,7 +260,7 @@ def _step(run: Run, history: History, fails: bool) -> None:
         return
     assert 0 < engine.runner.num_tokens <= history.max_num_batched_tokens
     after = (
-        earliest.num_computed_tokens - earliest.num_unverified,
+        earliest.num_computed_tokens - earliest.num_pending_drafts,
         len(earliest.token_ids),
     )
     # so nobody waits for more steps than those in front of it have tokens

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.block_manager import BlockKeys, BlockManager
-from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
@@ -128,9 +128,9 @@ def _latest_first(original: Callable[..., Any]) -> Callable[..., Any]:
 def _counts_drafts_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
     """Drafts are computed tokens before they are verified."""
 
-    def complete(self: Scheduler) -> None:
-        original(self)
-        for request, drafts in self.drafts.items():
+    def complete(self: Scheduler, batch: ScheduledBatch) -> None:
+        original(self, batch)
+        for request, drafts in batch.drafts.items():
             request.num_computed_tokens += len(drafts)
 
     return complete
@@ -139,13 +139,13 @@ def _counts_drafts_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
 def _plans_as_if_no_draft_stood(original: Callable[..., Any]) -> Callable[..., Any]:
     """The next step's rows may be longer than planned."""
 
-    def count_ahead(self: LaunchedStep) -> None:
+    def advance(self: ScheduledBatch) -> None:
         original(self)
         for request in self.sampling:
-            request.num_computed_tokens -= request.num_unverified
-            request.num_unverified = 0
+            request.num_computed_tokens -= request.num_pending_drafts
+            request.num_pending_drafts = 0
 
-    return count_ahead
+    return advance
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def _plans_as_if_no_draft_stood(original: Callable[..., Any]) -> Callable[..., A
     [
         (BlockManager, "_take_free", _hands_out_twice),
         (BlockKeys, "__init__", _forgets_the_salt),
-        (Scheduler, "_take", _shares_before_the_step),
+        (Scheduler, "_schedule_chunk", _shares_before_the_step),
         (Scheduler, "_preempt", _latest_first),
         (Scheduler, "complete_step", _counts_drafts_at_once),
-        (LaunchedStep, "count_ahead", _plans_as_if_no_draft_stood),
+        (ScheduledBatch, "advance_optimistically", _plans_as_if_no_draft_stood),
     ],
 )
 def test_a_planted_defect_is_found(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
-from fd_dsa.step.checks import StepInputs
+from fd_dsa.step.checks import INPUTS
 from tests.kernel_memory import KernelMemory
 from tests.step.helpers import (
     ARRAY_FIELDS,
@@ -129,7 +129,7 @@ def test_device_tensors_are_used_where_they_are(kernel_memory: KernelMemory) -> 
     place = Place("", kernel_memory)
     tensors = place.put(LARGE)
     meta = _builder(place).build(*tensors, **counts_of(LARGE))
-    for name, tensor in zip(StepInputs._fields, tensors, strict=True):
+    for name, tensor in zip(INPUTS, tensors, strict=True):
         assert getattr(meta, name) is tensor
 
 

@@ -10,14 +10,14 @@ import pytest
 
 from fd_dsa.errors import BackendUnavailable, CapacityError, DtypeError, ShapeError
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
-from fd_dsa.step.checks import StepInputs
+from fd_dsa.step.checks import INPUTS
 from tests.kernel_memory import KernelMemory
 from tests.step.helpers import arrays_of, counts_of, device_builder
 from tests.strategies import make_batch
 
 INT32_MAX = 2**31 - 1
 ROWS, TOKENS, COLUMNS, BLOCK_SIZE, NUM_BLOCKS = 5, 32, 3, 16, 40
-FIELDS = StepInputs._fields
+FIELDS = INPUTS
 LENGTHS = FIELDS[:3]
 
 # prefill chunk, decode, idle, draft tokens, decode: 10 + 1 + 0 + 2 + 1 tokens

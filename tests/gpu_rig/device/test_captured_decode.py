@@ -22,7 +22,7 @@ from fd_dsa.errors import DeviceError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.input_batch import Draw
+from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.runner.step_graphs import Captured, CaptureRefused, PaddleCapture
 from fd_dsa.startup.memory import graph_bytes
@@ -100,7 +100,7 @@ def test_logits_are_those_of_eager_steps(
         for step in steps_of(rig):
             wanted = np.array(run_rows(eager, rows_of(step)))
             found = run_rows(graphs, rows_of(step))
-            assert graphs.padded_step is not None and graphs.padded_step.num_tokens >= len(step)
+            assert graphs.graph_key is not None and graphs.graph_key.num_tokens >= len(step)
             # GEMMs of the padded size may round otherwise
             bound = (1e-5 if kv_cache_dtype == "float32" else 2e-3) * np.abs(wanted).max()
             np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
@@ -187,11 +187,13 @@ def test_draws_of_graphs_are_those_of_eager_steps(rig: Rig) -> None:
                     batch.add_row(*row)
                 slots = [row for row, _ in step]
                 masked = [1] if index else []
-                draw = Draw(slots, [3 + place for place in range(len(step))], masked=masked)
+                positions = [3 + place for place in range(len(step))]
+                mask_rows = [0 if row in masked else -1 for row in range(len(step))]
+                sampling = SamplingInputs(slots, positions, mask_rows=mask_rows)
                 with rig.strict(), rig.counting() as counted:
-                    runner.queue_model(np.arange(len(step)), draw)
-                    take = runner.draw([mask] * len(masked))
-                tokens.append(take().tolist())
+                    runner.enqueue_model(np.arange(len(step)), sampling)
+                    future = runner.sample([mask] * len(masked))
+                tokens.append(future.result().tolist())
                 logits = runner.execute_model(np.arange(len(step)))
                 assert tokens[-1][0] == logits[0].argmax()
                 assert "event_syncs" not in counted.delta
@@ -233,14 +235,14 @@ def test_prompts_and_steps_that_are_too_large_stay_eager(rig: Rig) -> None:
         filled(runner)
         for rows in (rows_of(STEPS[1]), [(0, IDS[0][:1], 0, True)], [(1, IDS[1][:3], 0, True)]):
             run_rows(runner, rows)
-            assert runner.padded_step is None
+            assert runner.graph_key is None
         # of two rows that decode, one is not sampled from
         batch = runner.input_batch
         batch.begin_step()
         for row in rows_of(STEPS[1]):
             batch.add_row(*row)
         assert runner.execute_model(np.array([1])).shape == (1, runner.vocab_size)
-        assert runner.padded_step is None
+        assert runner.graph_key is None
 
 
 def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -336,7 +338,7 @@ def test_the_engine_captures_by_itself(real_rig: Rig) -> None:
         assert runner.captured_sizes == (1, 4)
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         llm.generate(["Once upon a time"], params)
-        assert runner.padded_step is not None and runner.padded_step.num_tokens == 1
+        assert runner.graph_key is not None and runner.graph_key.num_tokens == 1
         runner.graphs = None
     gc.collect()
 

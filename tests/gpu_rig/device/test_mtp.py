@@ -13,9 +13,9 @@ import paddle
 import pytest
 
 from fd_dsa.device.transfers import on_host
+from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.launched_step import LaunchedStep
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
@@ -74,28 +74,30 @@ class Watching:
     num_ahead = num_after = 0
     was_ahead = False
 
-    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
+    def propose(
+        self, batch: ScheduledBatch, counts: Mapping[Request, int]
+    ) -> dict[Request, Drafts]:
         runner, begin = self._runner, 0
         if not hasattr(self, "drafts"):
             self.drafts: dict[tuple[str, int], list[int]] = {}
-        num_drafts = sum(map(len, step.drafts.values()))
-        if step.is_in_flight:
+        num_drafts = sum(map(len, batch.drafts.values()))
+        if batch.is_in_flight:
             self.num_ahead += num_drafts
-        elif self.was_ahead and step.draw is None:
+        elif self.was_ahead and batch.future is None:
             self.num_after += num_drafts
-        self.was_ahead = step.is_in_flight
+        self.was_ahead = batch.is_in_flight
         meta, lengths = runner.forward_meta, runner.input_batch.seq_lens_this_time
         ids, cached = meta.ids_remove_padding, meta.seq_lens_decoder
         if runner.draws is not None:
             # where the tokens on their way are, and how many stood
             ids, cached = (on_host(x, np.empty(x.shape, np.int32)) for x in (ids, cached))
-        for request, row in zip(step.scheduled, lengths.nonzero()[0].tolist(), strict=True):
-            if request in step.drafts:
+        for request, row in zip(batch.requests, lengths.nonzero()[0].tolist(), strict=True):
+            if request in batch.drafts:
                 name = request.state.request_id, int(cached[row]) + 1
                 self.drafts[name] = ids[begin + 1 : begin + lengths[row]].tolist()
             begin += int(lengths[row])
         proposals: dict[Request, Drafts] = super().propose(  # type: ignore[misc]
-            step, dict.fromkeys(counts, MOST)
+            batch, dict.fromkeys(counts, MOST)
         )
         return proposals
 
@@ -176,10 +178,10 @@ def test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu(
 ) -> None:
     plain, _, _ = answers("cpu", is_drafted=False, **more)
     if not captured:
-        queue, count = StepSampler.queue, itertools.count()
+        enqueue, count = StepSampler.enqueue, itertools.count()
         # the host samples some steps, though the one before is in flight
-        often: Any = lambda *given: next(count) % 4 != 0 and queue(*given)  # noqa: E731
-        monkeypatch.setattr(StepSampler, "queue", often)
+        often: Any = lambda *given: next(count) % 4 != 0 and enqueue(*given)  # noqa: E731
+        monkeypatch.setattr(StepSampler, "enqueue", often)
     _, _, on_host = answers("cpu", **more)
     found, engine, drafter = answers(rig.device, rig if captured else None, **more)
     assert engine.stats().num_accepted_tokens and engine.stats().num_preemptions
@@ -217,8 +219,10 @@ class FixedDrafts(DeviceMtpDrafter):
 
     count = 1
 
-    def propose(self, step: LaunchedStep, counts: Mapping[Request, int]) -> dict[Request, Drafts]:
-        return super().propose(step, dict.fromkeys(counts, self.count))
+    def propose(
+        self, batch: ScheduledBatch, counts: Mapping[Request, int]
+    ) -> dict[Request, Drafts]:
+        return super().propose(batch, dict.fromkeys(counts, self.count))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +250,9 @@ def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
 
     assert runner.graphs is not None
     for padded, step in runner.graphs.items():
-        graphs = {name: counted(name, getattr(step, name)) for name in ("replay", "draw", "draft")}
+        graphs = {
+            name: counted(name, getattr(step, name)) for name in ("replay", "sample", "draft")
+        }
         runner.graphs[padded] = step._replace(**graphs)
     for padded_drafts, replay in runner.graphs.drafts.items():
         runner.graphs.drafts[padded_drafts] = counted("more", replay)
@@ -274,7 +280,7 @@ def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
             num_steps += 1
             has_more = any(len(drafts) > 1 for drafts in engine.scheduler.proposals.values())
             num_more += has_more
-            kinds = ["replay", "draw", "draft", *["more"] * has_more]
+            kinds = ["replay", "sample", "draft", *["more"] * has_more]
             assert +replays == Counter(kinds)
             transfers = Counter({k: n for k, n in transfers.items() if not k.endswith("bytes")})
             copied = "h2d_async", "d2d_async", "d2h_async"
@@ -320,7 +326,9 @@ def test_a_start_runs_the_layer_before_any_request(
     tokens, queue = set(), DeviceDraws.queue_drafts
     with monkeypatch.context() as patch:
         patch.setattr(
-            DeviceDraws, "queue_drafts", lambda *one: tokens.add(one[1].shape[0]) or queue(*one)
+            DeviceDraws,
+            "queue_drafts",
+            lambda *one: tokens.add(one[1].hidden_states.shape[0]) or queue(*one),
         )
         runner.warm_up()
     # its kernels have other forms for other numbers of tokens, as those of any layer
