@@ -73,7 +73,8 @@ def _caches(config: EngineConfig, model: Any, weight_bytes: int) -> dict[str, An
     """What is beside the weights, with caches of one type, and what fits on each GPU."""
     from fd_dsa.engine.caches import family_of
     from fd_dsa.runner.input_batch import InputBatch
-    from fd_dsa.startup.memory import graph_bytes, plan_memory
+    from fd_dsa.startup.graph_sizes import graph_bytes
+    from fd_dsa.startup.memory import plan_memory
     from fd_dsa.startup.plan import workspace_bytes
     from fd_dsa.triton_runtime.driver import GpuTraits
 

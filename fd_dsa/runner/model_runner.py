@@ -17,7 +17,6 @@ from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.linear import rows_at
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
-from fd_dsa.runner.preparation import Preparation
 from fd_dsa.runner.protocol import RunnerInfo, StepFuture
 from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import Step
@@ -65,7 +64,7 @@ def backend_config(
     )
 
 
-class ModelRunner(Preparation):
+class ModelRunner:
     """Runs one model over one batch: a Step, the backend's metadata, one forward, logits.
 
     Caches, metadata and slots are the attention backend's: a model with other caches brings its
@@ -82,6 +81,7 @@ class ModelRunner(Preparation):
         most_drafts: of a row in a step, drawn on a device.
 
     Attributes:
+        device: as given.
         attn_backends: the one that serves.
         forward_meta: the newest step, with its logits and hidden states; None before the first.
         counters: of the steps that were run.
@@ -101,7 +101,7 @@ class ModelRunner(Preparation):
         dtype: str = "float32",
         most_drafts: int = 0,
     ) -> None:
-        self.model, self.input_batch, self._device = model, input_batch, device
+        self.model, self.input_batch, self.device = model, input_batch, device
         config = model.config
         self.vocab_size, self._most_dense_keys = config.vocab_size, config.most_dense_keys
         if backend is None:
@@ -155,7 +155,7 @@ class ModelRunner(Preparation):
         inputs: Any
         placed = None
         if self._to_device is not None:
-            lengths = self._stage(sampled, sampling)[1:4]
+            lengths = self.stage(sampled, sampling)[1:4]
             inputs, placed = self._to_device.views(tokens, batch.num_rows, len(sampled))
         else:
             inputs = batch.arrays(sampled)
@@ -167,8 +167,16 @@ class ModelRunner(Preparation):
         self._begin(step, has_pending=batch.has_pending)
         return step
 
-    def _stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> tuple[np.ndarray, ...]:
-        """Enqueue the copy of the step in the batch, and return `InputBatch.arrays`."""
+    def stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> tuple[np.ndarray, ...]:
+        """Enqueue the copy of the step in the batch to the device.
+
+        Args:
+            sampled: int64 [n]; flat tokens whose logits are wanted.
+            sampling: how a device samples a token from each of them.
+
+        Returns:
+            `InputBatch.arrays` of the step.
+        """
         assert self._to_device is not None and self.draws is not None
         batch = self.input_batch
         if sampling.slots and self._mtp is not None:
@@ -184,6 +192,29 @@ class ModelRunner(Preparation):
         if self.draws is not None and has_pending:
             self.draws.follow(step)
         step.attn_backend.init_attention_metadata(step)
+
+    def run_padded(self, key: GraphKey) -> Step:
+        """Run the step that `stage` has copied, with the sizes of a graph; may be captured.
+
+        Returns:
+            The step with its logits and hidden states.
+        """
+        assert self._to_device is not None
+        tokens, rows = key.num_tokens, self.input_batch.max_num_seqs
+        inputs, sampling = self._to_device.views(tokens, rows, key.num_sampled)
+        is_prompt = key.num_prompts > 0
+        lengths = key.prompt_lengths(rows) if is_prompt else None
+        hints = StepHints(tokens, is_prompt * tokens, key.max_seqlen_k, tokens)
+        backend = self.attn_backends[0]
+        step = Step(hints, *inputs, self.caches, backend, sampling, host_lengths=lengths)
+        self._begin(step, has_pending=True)
+        self._forward(step, reads_all=not is_prompt)
+        return step
+
+    @property
+    def has_mtp(self) -> bool:
+        """True if the model has a layer for multi-token prediction."""
+        return self._mtp is not None
 
     @property
     def info(self) -> RunnerInfo:
@@ -248,7 +279,7 @@ class ModelRunner(Preparation):
         """
         draws, step, graphs = self.draws, self.forward_meta, self.graphs
         assert draws is not None
-        longest = min(self.input_batch.max_seqlen_k + count - 1, self._longest_row())
+        longest = min(self.input_batch.max_seqlen_k + count - 1, self.input_batch.max_row_len)
         size = num_requests, longest, count
         with paddle.no_grad():
             if self._graph is not None:
@@ -278,7 +309,7 @@ class ModelRunner(Preparation):
             step = self.initialize_forward_meta(logits_indices, sampling)
         else:
             step = graph.step
-            self._stage(logits_indices, sampling)
+            self.stage(logits_indices, sampling)
         self.counters.count_step(
             time.perf_counter() - begin,
             batch.num_tokens,
@@ -334,7 +365,7 @@ class ModelRunner(Preparation):
     def shows_selections(self) -> bool:
         """Whether `execute_watched` can be called: what a device chose stays in its memory."""
         backend = self.attn_backends[0]
-        return self._device == "cpu" and getattr(backend, "shows_selections", True)
+        return self.device == "cpu" and getattr(backend, "shows_selections", True)
 
     def execute_watched(
         self, logits_indices: np.ndarray, tokens: Sequence[int]
