@@ -76,8 +76,9 @@ test-numpy1: ## the plug-in beside NumPy 1.26 and the oldest Paddle
 test-oracle: $(VENV)/.oracle ## live comparison with Hugging Face; installs torch
 	$(BIN)/python -m pytest -m oracle $(ARGS)
 
-lint: $(VENV)/.dev ## style, types and spelling of all files
+lint: $(VENV)/.dev ## style, types, spelling and prose of all files, subjects of new commits
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+	$(BIN)/python tools/commit_subject.py --new
 
 bench: $(VENV)/.oracle ## benchmarks on this CPU
 	$(BIN)/python -m benchmarks.engine_cpu $(ARGS)

@@ -256,23 +256,12 @@ def _experts_missed(result: Result) -> str:
     return " and ".join([", ".join(missed[:-1]), missed[-1]])
 
 
-def _experts_rest(result: Result) -> str:
-    case = result["cases"][-1]
-    return f"{case['ours_us'] - case['gate_up_us'] - case['down_us']:,.0f}"
-
-
-def _experts_triton_ms(result: Result) -> str:
-    case = result["cases"][-1]
-    return f"{(case['gate_up_triton_us'] + case['down_triton_us']) / 1000:.1f} ms"
-
-
 FUNCTIONS: Mapping[str, Callable[[Any], str]] = {
     "headline": headline,
     "joins_1": _gpu_joins("1"),
     "joins_32": _gpu_joins("32"),
     "launches_1": lambda result: str(_launches(result, "1")),
     "launches_32": lambda result: str(_launches(result, "32")),
-    "joined_1": lambda result: str(_launches(result, "1") - len(_PAIRS)),
     "between_launches": _between_launches,
     "waits": lambda r: f"{1 - r['profiles']['1']['busy_us'] / _step_us(1):.1%}",
     "attention_of_8k": _share("attention", rows="us_8192"),
@@ -293,11 +282,7 @@ FUNCTIONS: Mapping[str, Callable[[Any], str]] = {
     "kernels_4": _kernels_and_step("gpu_profile_4", "gpu_engine_4"),
     "kernels_2": _kernels_and_step("gpu_profile_2", "gpu_engine_2"),
     "dense_at_128": _dense_at_128,
-    "experts_1": _experts(1),
-    "experts_32": _experts(32),
     "experts_8192": _experts(8192),
     "experts_missed": _experts_missed,
-    "experts_rest": _experts_rest,
-    "experts_triton": _experts_triton_ms,
 }
 """Name -> figure of a result."""

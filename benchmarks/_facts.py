@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from benchmarks._harness import ROOT
+from benchmarks._notes import siege_table
 from benchmarks._published import GLM, V32, plan_lines, plan_table
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
@@ -315,9 +316,10 @@ FACTS: Mapping[str, Any] = _Code(
 
 REGIONS: dict[str, Callable[[], str]] = {
     "other_flags": other_flags,
+    "siege_table": siege_table,
     "start_log": start_log,
     "plan_lines": plan_lines,
     "plan_table": plan_table,
     "plan_table_zh": partial(plan_table, ("模型", "GPU 数", "每张 GPU 的权重"), "否"),
 }
-"""Regions of the pages that show no result: name -> its text."""
+"""Regions of the pages that show no result, or several: name -> its text."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from benchmarks._harness import three_digits
+from benchmarks._harness import RESULTS, three_digits
 from benchmarks._render import Case, Column, Result, Table, labels_of
 
 
@@ -62,23 +65,64 @@ compared = Table(
         *((f"cases {verdict}", f"{{{verdict}}}") for verdict in _VERDICTS),
     ],
 )
-changed = Table(
-    lambda result: [
-        entry | {"of": name}
-        for name, entries in result["modules"].items()
-        for entry in entries
-        if entry["verdict"] != "same"
-    ],
-    [
-        *(("benchmark", "{of}"), ("changed case", "{case}"), ("before, us", "{before_us:~}")),
-        *(("after, us", "{after_us:~}"), ("verdict", "{verdict}")),
-    ],
-)
 
 
 def stalls(kernel: Any) -> str:
     """The two reasons that a kernel's warps wait most for."""
     return ", ".join(list(kernel["stalls"])[:2]).replace("_", " ")
+
+
+def longest_launches(result: Result) -> Iterator[str]:
+    """The longest profiled launch of each kernel."""
+
+    def duration(kernel: Case) -> float:
+        return float(kernel["metrics"]["duration"].split()[0].replace(",", ""))
+
+    longest: dict[str, Case] = {}
+    for kernel in result["kernels"]:
+        before = longest.get(kernel["kernel"])
+        if before is None or duration(kernel) > duration(before):
+            longest[kernel["kernel"]] = kernel
+    columns: list[Column] = [("kernel", "`{kernel}`")]
+    for head in ("duration", "registers a thread", "occupancy reached", "L2 hits"):
+        columns.append((head, f"{{metrics[{head}]}}"))
+    table = Table(lambda _: longest.values(), [*columns, ("waits most for", stalls)])
+    yield "\n".join(table.lines(result))
+
+
+def siege_table() -> str:
+    """Return the table of docs/results/reliability.md: each kind of request on three servers."""
+    names = ("siege_demo", "siege_large", "siege_busy", "siege_before")
+    demo, large, busy, before = (
+        json.loads((RESULTS / "soak" / f"{name}.json").read_text()) for name in names
+    )
+    form = "{env[cpu]}, {env[cpus]} processors; Python {env[python]}, paddlepaddle "
+    form += "{env[paddlepaddle]}; commits "
+    commits = ", ".join(f"{r['env']['commit']:.12}" for r in (demo, large, busy))
+    repeats = ", ".join(str(r["repeats"]) for r in (demo, large, busy))
+    found = [{row["requests"]: row for row in r["rows"]} for r in (demo, large, busy, before)]
+    figures = [key for key in demo["rows"][0] if key not in ("requests", "answers")]
+
+    def cell(row: Case, key: str) -> str:
+        values = [rows[row["requests"]][key].partition(" ")[0] for rows in found[:3]]
+        return " / ".join(values)
+
+    def earlier(row: Case) -> str:
+        old = found[3].get(row["requests"], {})
+        return " / ".join(old[key].partition(" ")[0] for key in figures[:3]) if old else ""
+
+    def answers(row: Case) -> str:
+        # the others are named if their kinds of answers differ
+        each = [rows[row["requests"]]["answers"] for rows in found[:3]]
+        kinds = [re.sub(r": \d+", "", text) for text in each]
+        others = zip(("large", "busy"), kinds[1:], each[1:], strict=True)
+        return "; ".join([each[0], *(f"{k}: {text}" for k, x, text in others if x != kinds[0])])
+
+    columns: list[Column] = [("requests", "{requests}"), ("answers", answers)]
+    columns += [(key.replace(" (alone)", ""), partial(cell, key=key)) for key in figures]
+    columns.append(("before: /health / gap / memory", earlier))
+    table = "\n".join(Table(lambda _: demo["rows"], columns).lines({}))
+    return f"{form.format_map(demo)}{commits}; the worst of {repeats}.\n\n{table}\n"
 
 
 def missed(result: Result) -> Iterator[str]:

@@ -11,6 +11,13 @@ A PATH is "a.b.*": "*" takes every item, with its name as "key" and the fields o
 CELL is a template of the row, or "@NAME"; it is empty where the row has no such figure, and a
 column without any figure is left out. {"each": PATH, "columns": [...]} makes columns for every name
 at PATH, which replaces "$"; "@NAME" makes columns of the whole result.
+
+    {"grid": PATH, "by": [HEAD, LABEL], "cells": [[HEAD, CELL], ...]}    a table of two directions
+
+Rows at PATH with the same LABEL share a line, and HEAD may be a template, so that each has a column
+of its own. "match" is a pattern of the row's "case" (or of the template "of"); its groups are
+fields, and other rows are left out. With "peers", some labels of "times", a row also has ours_us,
+and the fastest of them as peer, with its ratio as peer_ratio.
 """
 
 from __future__ import annotations
@@ -28,7 +35,8 @@ Result: TypeAlias = Mapping[str, Any]
 Case: TypeAlias = Mapping[str, Any]
 # head and cell of a column; a cell is a template of the row, or a function of it
 Column: TypeAlias = tuple[str, "str | Callable[[Any], str]"]
-Part: TypeAlias = "str | list[Any] | Mapping[str, Any] | Table | Callable[[Result], Iterable[str]]"
+Drawn: TypeAlias = "Table | Grid"
+Part: TypeAlias = "str | list[Any] | Mapping[str, Any] | Drawn | Callable[[Result], Iterable[str]]"
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """What "@NAME" of shown.json may name; the modules of the parts add theirs."""
 
@@ -135,6 +143,55 @@ class Table:
                 yield tuple(column)
 
 
+@dataclass(frozen=True)
+class Grid:
+    """A table with lines and columns by two properties of the rows.
+
+    Attributes:
+        grid: path of the rows in the result.
+        by: head of the first column, and template of a line's label.
+        cells: head and cell of each column, both templates of the row.
+        match: pattern of `of` with groups as fields; "" takes all rows.
+        of: template of the text that `match` reads.
+        peers: labels of "times" of which the fastest counts.
+    """
+
+    grid: str
+    by: tuple[str, str]
+    cells: Sequence[tuple[str, str]]
+    match: str = ""
+    of: str = "{case}"
+    peers: Sequence[str] = ()
+
+    def lines(self, result: Result) -> list[str]:
+        """The lines of the table."""
+        table: dict[str, dict[str, str]] = {}
+        heads: dict[str, None] = {}
+        for row in self._rows(result):
+            line = table.setdefault(fill(self.by[1], row), {})
+            for head, cell in self.cells:
+                if text := _text(cell, row):
+                    line[name := fill(head, row)] = text
+                    heads[name] = None
+        shown = [[label, *(line.get(head, "") for head in heads)] for label, line in table.items()]
+        head, *lines = (table_row(line) for line in [[self.by[0], *heads], *shown])
+        return [head, "|---" * (1 + len(heads)) + "|", *lines]
+
+    def _rows(self, result: Result) -> Iterator[Mapping[str, Any]]:
+        """The rows that match, with the fields of the match and of the fastest peer."""
+        for row in rows_at(result, self.grid):
+            found = re.fullmatch(self.match, fill(self.of, row)) if self.match else None
+            if self.match and found is None:
+                continue
+            fields = {**row, **(found.groupdict() if found else {})}
+            us = {label: time["p50"] for label, time in row.get("times", {}).items()}
+            if own := [label for label in self.peers if label in us]:
+                fields["ours_us"] = us[row["ours"]]
+                fields["peer"] = min(own, key=us.__getitem__)
+                fields["peer_ratio"] = us[fields["peer"]] / fields["ours_us"]
+            yield fields
+
+
 def _text(cell: str | Callable[[Any], str], row: Any) -> str:
     """A cell; empty where the row has no such figure."""
     if isinstance(cell, str) and cell.startswith("@"):
@@ -151,8 +208,8 @@ def paragraphs(result: Result, parts: Iterable[Part]) -> Iterator[str]:
         if isinstance(part, str) and part.startswith("@"):
             part = FUNCTIONS[part[1:]]
         if isinstance(part, Mapping):
-            part = Table(part["rows"], part["columns"])
-        if isinstance(part, Table):
+            part = Grid(**part) if "grid" in part else Table(part["rows"], part["columns"])
+        if isinstance(part, Table | Grid):
             yield "\n".join(part.lines(result))
         elif isinstance(part, list):
             yield "".join(paragraphs(result, part))
@@ -242,9 +299,15 @@ def _times_columns(result: Result) -> list[Column]:
 
 def times(result: Result) -> Iterator[str]:
     """All cases and sides of a GPU result, the errors, and what was not measured."""
+    if result["cases"]:
+        yield from paragraphs(result, [gpu_machine, Table("cases", _times_columns)])
+    yield from run_notes(result)
+
+
+def run_notes(result: Result) -> Iterator[str]:
+    """Ceilings, spread and errors of a GPU result, and what was not measured."""
     cases = result["cases"]
     if cases:
-        yield from paragraphs(result, [gpu_machine, Table("cases", _times_columns)])
         every = [t for case in cases for t in case["times"].values()]
         spread = max((t["p80"] - t["p20"]) / t["p50"] for t in every)
         yield f"{next(ceilings_line(result))} Largest spread, p20 to p80: {spread:.1%}."

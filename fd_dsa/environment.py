@@ -19,7 +19,7 @@ from typing import Any
 from fd_dsa.errors import ConfigError
 
 OVERLAP_VARIABLE = "FD_DSA_OVERLAP_MAX_TOKENS"
-DEFAULT_OVERLAP_MAX_TOKENS = 256
+DEFAULT_OVERLAP_MAX_TOKENS = 16
 """Most tokens of a captured step whose indexer projections run on a second stream.
 
 No more than the `limit_tokens` of benchmarks/results/engine_overlap*.json, past which the fork was

@@ -17,6 +17,7 @@ import pytest
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.serve.flags import DEFAULTS, build_parser
+from tests._layout import ROOMS
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS_PAGE = (ROOT / "docs/flags.md").read_text("utf-8")
@@ -151,20 +152,30 @@ def test_client_examples_run(source: str, server_url: str) -> None:
     assert _run([sys.executable, "-c", source.replace(DOCUMENTED, server_url)]).strip()
 
 
-def test_the_tests_that_ux_names_exist() -> None:
-    page = (ROOT / "docs/ux.md").read_text("utf-8")
-    named = 0
-    for line in page.splitlines():
-        file = ""
-        for name in re.findall(r"`([\w/]*(?:test_\w+\.py)?(?:::\w+)?)`", line):
-            path, _, test = name.partition("::")
-            if not path.endswith(".py") and not name.startswith("::"):
-                continue
-            file = path or file
-            text = (ROOT / "tests" / file).read_text("utf-8")
-            assert not test or f"def {test}(" in text, name
-            named += 1
-    assert named > 50
+def test_the_architecture_page_lists_the_packages_in_their_order() -> None:
+    page = (ROOT / "docs/architecture.md").read_text("utf-8")
+    request, _, packages = page.partition("## Packages")
+    rows = re.findall(r"^\| `(\w+)` \|", packages, flags=re.MULTILINE)
+    assert rows == list(ROOMS), "one row for each of ROOMS in tests/_layout.py, in its order"
+    steps = re.findall(r"^\| \d+ \| `(\w+)` \|", request, flags=re.MULTILINE)
+    assert len(steps) > 8 and set(steps) <= set(ROOMS)
+    assert len(page.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("name", ["architecture", "design"])
+def test_files_and_classes_that_a_page_names_exist(name: str) -> None:
+    page = (ROOT / f"docs/{name}.md").read_text("utf-8")
+    words = set(re.findall(r"`(\w[\w/.]+)`", page))
+    files = sorted(word for word in words if "/" in word)
+    folders = ROOT, ROOT / "fd_dsa"
+    assert [f for f in files if not any((folder / f).exists() for folder in folders)] == []
+    code = "\n".join(path.read_text("utf-8") for path in (ROOT / "fd_dsa").rglob("*.py"))
+    defined = set(re.findall(r"^ *(?:class|(?:async )?def) (\w+)", code, flags=re.MULTILINE))
+    classes = {word for word in words if re.match(r"[A-Z]+[a-z]\w+(\.\w+)?$", word)}
+    named = {part for word in classes for part in word.split(".")}
+    # Paddle's own class
+    assert sorted(named - defined - {"CUDAGraph"}) == []
+    assert len(files) + len(classes) > 8
 
 
 def test_the_files_and_tests_that_the_seeds_name_exist() -> None:

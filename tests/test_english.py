@@ -1,92 +1,113 @@
-"""The prose of the tree is checked for phrases that read as translated.
+"""The prose of the tree keeps its form: no listed phrase, and counts that only fall.
 
-The list of phrases is tests/data/phrases.txt; lines that may keep one are in phrases_allowed.txt.
+The rules are those of tools/prose.py, which `make lint` runs as well.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import subprocess
-import tokenize
-from collections.abc import Iterator
+import json
 from pathlib import Path
 
+import pytest
+
+from tools import prose
+from tools.prose import Finding, counts, risen
+
 TREE = Path(__file__).parents[1]
-DATA = TREE / "tests" / "data"
-# generated, or written by others
-SKIPPED = ("benchmarks/results/", "docs/results/", "fd_dsa/demo_model/", "tests/data/")
-SUFFIXES = (".py", ".md", ".cc", ".cu", ".cuh", ".h")
-
-
-def phrases() -> list[tuple[re.Pattern[str], str]]:
-    """What is looked for, and what to say instead."""
-    lines = (DATA / "phrases.txt").read_text().splitlines()
-    pairs = [re.split(r" {2,}", line, maxsplit=1) for line in lines if line[:1] not in ("", "#")]
-    # complaints() also searches for the lower case of a pattern
-    assert not any(re.search(r"\\[A-Z]", pattern) for pattern, _ in pairs)
-    return [(re.compile(pattern, re.IGNORECASE), instead) for pattern, instead in pairs]
-
-
-def allowed() -> set[str]:
-    """`path: line` of every exception."""
-    lines = (DATA / "phrases_allowed.txt").read_text().splitlines()
-    return {line for line in lines if line[:1] not in ("", "#")}
-
-
-def prose(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbers and texts of the lines of a file that hold prose: of Python comments and strings."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if path.suffix != ".py":
-        yield from enumerate(lines, start=1)
-        return
-    numbers = set()
-    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
-        if token.type == tokenize.COMMENT or "STRING" in tokenize.tok_name[token.type]:
-            numbers.update(range(token.start[0], token.end[0] + 1))
-    yield from ((number, lines[number - 1]) for number in sorted(numbers))
-
-
-def complaints(path: str, listed: list[tuple[re.Pattern[str], str]]) -> Iterator[tuple[str, str]]:
-    """`path: line` and the complaint of each line with a listed phrase."""
-    # one search leaves out nearly every file, and is fast because it need not ignore case
-    any_listed = re.compile("|".join(f"(?:{pattern.pattern.lower()})" for pattern, _ in listed))
-    if not any_listed.search((TREE / path).read_text(encoding="utf-8").lower()):
-        return
-    for number, line in prose(TREE / path):
-        for pattern, instead in listed:
-            match = pattern.search(line)
-            if match:
-                where = f"{path}: {line.strip()}"
-                yield where, f"{path}:{number}: {match[0]!r}: say {instead}: {line.strip()}"
-
-
-def tracked() -> list[str]:
-    """Paths of the files with prose of ours."""
-    names = subprocess.run(
-        ["git", "ls-files"], cwd=TREE, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    return [
-        n
-        for n in names
-        if n.endswith(SUFFIXES) and not n.startswith(SKIPPED) and n != "CHANGELOG.md"
-    ]
 
 
 def test_no_line_has_a_listed_phrase() -> None:
-    listed, exceptions = phrases(), allowed()
-    hits = [hit for path in tracked() if (TREE / path).exists() for hit in complaints(path, listed)]
-    bad = [complaint for where, complaint in hits if where not in exceptions]
+    bad = prose.phrase_errors(prose.tracked())
     assert not bad, "\n".join([f"{len(bad)} lines:", *bad])
-    unused = exceptions - {where for where, _ in hits}
-    assert not unused, f"exceptions that no line needs: {sorted(unused)}"
+
+
+def test_the_form_of_the_prose_gets_no_worse() -> None:
+    bad = prose.form_errors(list(prose.findings(prose.tracked())))
+    assert not bad, "\n".join(["python tools/prose.py prints these lines:", *bad])
 
 
 def test_phrases_are_found_in_prose_alone(tmp_path: Path) -> None:
     file = tmp_path / "some.py"
     file.write_text('"""Weights lie\non the device."""\nbehind = 1  # the row behind it\n')
-    assert [number for number, _ in prose(file)] == [1, 2, 3]
-    assert [number for number, _ in prose(TREE / "Makefile")][:2] == [1, 2]
-    patterns = [pattern for pattern, _ in phrases()]
+    assert [number for number, _ in prose.prose(file)] == [1, 2, 3]
+    assert [number for number, _ in prose.prose(TREE / "Makefile")][:2] == [1, 2]
+    patterns = [pattern for pattern, _ in prose.phrases()]
     assert any(p.search("the caches lie on the device") for p in patterns)
     assert not any(p.search("behind a reverse proxy") for p in patterns)
+
+
+LONG = "The " + "very " * prose.MAX_WORDS + "long sentence ends."
+
+
+@pytest.mark.parametrize(
+    ("text", "rules"),
+    [
+        ("Return the rows.", []),
+        ("Which rows there are.", ["first words"]),
+        ("Those of a step.", ["first words"]),
+        ("Whichever comes first.", []),
+        ("Queue a step; None if idle.", ["semicolons"]),
+        ("Return the rows.\n\nNobody waits, and nothing is copied.", ["negatives"]),
+        ("Return the rows.\n\nNobody waits. `None` and `nothing` are names.", []),
+        (f"Return the rows.\n\n{LONG}", ["long sentences"]),
+        (f"Return the rows.\n\nArgs:\n    a: {LONG[:70]}\n    b: {LONG[:70]}", []),
+    ],
+)
+def test_docstrings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, rules: list[str]
+) -> None:
+    monkeypatch.setattr(prose, "TREE", tmp_path)
+    (tmp_path / "fd_dsa/engine").mkdir(parents=True)
+    indented = text.replace("\n", "\n    ")
+    code = f'def run():\n    """{indented}"""\n'
+    (tmp_path / "fd_dsa/engine/a.py").write_text(code)
+    found = list(prose.findings(["fd_dsa/engine/a.py"]))
+    assert [finding.rule for finding in found] == rules
+    assert {finding.group for finding in found} <= {"fd_dsa/engine"}
+
+
+@pytest.mark.parametrize(
+    ("text", "rules"),
+    [
+        ("# What it is\n\nA server.\n\n```\nWhat is this\n```\n", []),
+        ("A server. What it serves is a model.", ["first words"]),
+        ("- **Sizes.** One of them fits.", ["first words"]),
+        ("| flag | Which model |\n", ["first words"]),
+        ("The step copies nothing.", ["negatives"]),
+        ("`none` and [None](nothing.md) are names.", []),
+        (LONG, ["long sentences"]),
+        ("<!-- result: a -->\nWhat is nothing.\n<!-- end -->\n", []),
+    ],
+)
+def test_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, rules: list[str]
+) -> None:
+    monkeypatch.setattr(prose, "TREE", tmp_path)
+    (tmp_path / "page.md").write_text(text)
+    assert [finding.rule for finding in prose.findings(["page.md"])] == rules
+    assert not list(prose.findings(["page.zh.md"]))
+
+
+def _finding(group: str) -> Finding:
+    return Finding(group, "semicolons", f"{group}/a.py:1", "Do; that.")
+
+
+def test_a_count_may_only_fall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prose, "LIMITS", tmp_path / "limits.json")
+    engine, page = _finding("fd_dsa/engine"), _finding("docs/a.md")
+    prose.lower([engine, engine, page])
+    assert prose.form_errors([engine, engine, page]) == []
+    assert len(prose.form_errors([engine, engine, page, page])) == 3
+    # a new page begins without any; a new package is bounded by the whole
+    assert prose.form_errors([_finding("docs/new.md")])
+    assert prose.form_errors([engine, _finding("fd_dsa/device")]) == []
+    assert prose.form_errors([engine, engine, _finding("fd_dsa/device")])
+    prose.lower([engine])
+    assert json.loads(prose.LIMITS.read_text()) == counts([engine])
+    # files may move from one package to another
+    prose.lower([_finding("fd_dsa/serve")])
+    assert prose.form_errors([_finding("fd_dsa/serve")]) == []
+    prose.lower([engine])
+    # a count that has risen is not written
+    prose.lower([engine, engine])
+    assert risen(counts([engine, engine]), json.loads(prose.LIMITS.read_text()))

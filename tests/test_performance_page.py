@@ -81,8 +81,8 @@ def test_results_name_machine_and_commit(path: Path) -> None:
         alone += ("once_per_step", "real_widths", "speculative_gpu", "speculative_demo")
         alone += ("gpu_profile", "joined_projection", "early_launches", "gpu_engine_2")
         alone += ("gpu_profile_2", "gpu_engine_4", "gpu_profile_4")
-        alone += ("gpu_start_4", "once_per_step_4", "once_per_step_61_layers")
-        alone += ("once_per_step_61_layers_2",)
+        alone += ("gpu_start_4", "once_per_step_61_layers", "once_per_step_61_layers_4")
+        alone += ("engine_overlap", "engine_overlap_2", "engine_overlap_4")
         assert found.get("gate") == "passed" or path.stem in alone
 
 

@@ -28,9 +28,8 @@ from fd_dsa.serve.flag_sources import parse_args
 from tests.serve.processes import FAKE, console, environment, finish, serving
 
 ROOT = Path(__file__).resolve().parent.parent
-# the changelog says what was done, and its old commands stay
 PAGES = [
-    *(path for path in sorted(ROOT.glob("*.md")) if path.name != "CHANGELOG.md"),
+    *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / "fd_dsa/demo_model/README.md", ROOT / "tools/demo_training/README.md"),
 ]

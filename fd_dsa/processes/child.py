@@ -28,7 +28,7 @@ def connect_to_parent() -> Connection:
 
 
 def _end_with_parent(descriptor: int) -> None:
-    """Let the kernel kill this process, and those that it forks, when its parent has ended.
+    """Make the kernel kill this process, and those that it forks, when its parent has ended.
 
     A thread would wait for Python's lock, which a library may hold while it reads a dead disk.
 

@@ -28,7 +28,7 @@ _END_TIMEOUT_S = 5.0
 class Ranks:
     """All ranks of an engine but rank 0, which is this process.
 
-    If a rank ends or stays stopped, the others are killed, and every wait of this process for them
+    If a rank ends or stays stopped, the others are killed. Every wait of this process for them then
     raises an error that names the rank. If this process waits for a device instead, it ends.
 
     Attributes:

@@ -104,6 +104,12 @@ def _trial_steps(runner: ModelRunner) -> list[list[TrialRow]]:
         for size in chunks
         if size <= longest - before
     ]
+    # several prompts together may have more tokens than a row
+    max_tokens = min(batch.max_num_tokens, longest * batch.max_num_seqs)
+    beyond = [1 << i for i in range(chunk.bit_length(), (max_tokens - 1).bit_length())]
+    for size in sorted({*beyond, *(power - 1 for power in beyond), max_tokens} - {*chunks}):
+        begins = range(0, size, longest)
+        prompts.append([TrialRow(min(longest, size - begin), 0, True) for begin in begins])
     # decode rows alongside a prompt, all of them within the selection
     max_rows = min(batch.max_num_seqs, batch.max_num_tokens)
     mixed = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,19 +61,37 @@ def test_pairs_and_their_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], pairs: int
 ) -> None:
     sides: list[str] = []
+    scored: list[object] = []
 
-    def compare(*arguments: object) -> None:
-        out = Path(str(arguments[-1]))
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "compare.json").write_text(json.dumps(_compared(0)))
+    @contextmanager
+    def serve(side: str, *_: object) -> Iterator[str]:
+        sides.append(side)
+        yield "http://localhost"
 
+    def run(command: str, *arguments: object) -> None:
+        if command == "score":
+            scored.append(arguments[0])
+        if command == "compare":
+            out = Path(str(arguments[-1]))
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "compare.json").write_text(json.dumps(_compared(0)))
+
+    gpu_env = ENV | {"paddlepaddle": "3.3.1"}
     monkeypatch.setattr(ifeval_pairs, "ROOT", tmp_path)
-    monkeypatch.setattr(ifeval_pairs, "answer", lambda side, *_: sides.append(side))
-    monkeypatch.setattr(ifeval_pairs, "_accuracy", compare)
-    assert ifeval_pairs.main(["--out", str(tmp_path), *flags]) == 0
+    monkeypatch.setattr(ifeval_pairs, "_server", serve)
+    monkeypatch.setattr(ifeval_pairs, "_accuracy", run)
+    monkeypatch.setattr(ifeval_pairs, "environment", lambda: gpu_env)
+    # the two halves run on two machines
+    out = ["--out", str(tmp_path), *flags]
+    assert ifeval_pairs.main([*out, "--answers-only"]) == 0
     assert sides == [side for pair in ifeval_pairs.PAIRS[:pairs] for side in pair]
+    assert not scored and not list(tmp_path.glob("*.json"))
+    monkeypatch.setattr(ifeval_pairs, "environment", lambda: {"cpu": "of the other machine"})
+    assert ifeval_pairs.main([*out, "--score-only"]) == 0
+    assert len(sides) == len(scored) == 2 * pairs
     (path,) = tmp_path.glob("*.json")
-    result = json.loads(path.read_text()) | {"env": ENV | {"paddlepaddle": "3.3.1"}}
+    result = json.loads(path.read_text())
+    assert result["env"] == gpu_env
     text = shown(tmp_path, result)
     row = "| every layer → once per step | Prompt-level-strict-accuracy | 300/541 = 55.45 "
     assert row in text and "every layer → once per step: No change" in text

@@ -29,12 +29,12 @@ def stack(monkeypatch: pytest.MonkeyPatch, fresh_choices: None) -> Any:
     """Inputs, weights and the backend of two layers."""
     torch = pytest.importorskip("torch")
     from fd_dsa.ops import providers
-    from fd_dsa.triton_runtime import INTERPRETING, device
+    from fd_dsa.triton_runtime import INTERPRETING, device_api
 
     if not INTERPRETING:
         pytest.skip("kernels are compiled here, and torch's tensors are not on the GPU")
     # nothing that is registered or decided here is left to other tests
-    monkeypatch.setattr(device, "DEVICE_APIS", {torch.Tensor: HostMemory()})
+    monkeypatch.setattr(device_api, "DEVICE_APIS", {torch.Tensor: HostMemory()})
     monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
     from benchmarks import _gpu, _layer, _logits_sides, _sparse_mla_sides, _stack
     from benchmarks._layer import Sizes

@@ -184,7 +184,12 @@ class Rig:
             return work
         with self.capture() as capture:
             work()
-        return capture.replay
+
+        def replay() -> Any:
+            # a replay uses the memory that the work holds, so the work lives as long
+            return work and capture.replay()
+
+        return replay
 
 
 def _find_cublas() -> Path | None:

@@ -206,12 +206,17 @@ def test_a_warm_up_scores_keys(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
     sizes = sorted({*powers, *(size - 1 for size in powers[1:]), longest})
     topk, others = runner.model.config.index_topk, runner.input_batch.max_num_seqs - 1
     later = [size for size in sizes if size <= longest - topk]
+    # of several prompts, which together have more tokens than a row
+    most = min(runner.input_batch.max_num_tokens, longest * (others + 1))
+    assert most > longest
+    above = [size for size in (64, 128, 256) if longest < size < most]
+    beyond = sorted({*above, *(size - 1 for size in above), most} - {*sizes})
     # rows that decode beside a prompt
     mixed = [1 + min(1 << power, others) for power in range(topk.bit_length())]
-    assert [plan.num_tokens for plan in plans] == [*sizes, *later, *mixed, 1, 1]
+    assert [plan.num_tokens for plan in plans] == [*sizes, *later, *beyond, *mixed, 1, 1]
     # the decode step before the last has as many keys as are chosen
     assert [plan.needs_scores for plan in plans[len(sizes) :]] == [
-        *[True] * len(later),
+        *[True] * (len(later) + len(beyond)),
         *[False] * (1 + len(mixed)),
         True,
     ]

@@ -47,7 +47,7 @@ def _best_columns(scores: np.ndarray, lengths: np.ndarray, take: int) -> np.ndar
 
     By keys that are larger for a higher score, then for a lower column: the upper half is the image
     of the score, NaN lowest, the lower half the complement of the column. Tie rule:
-    docs/concepts/dsa.md, "The choice is exact".
+    docs/concepts/dsa.md, "The selection is exact".
     """
     width = scores.shape[1]
     image = ordered_bits(scores)
