@@ -12,8 +12,8 @@ from fd_dsa import LLM, SamplingParams
 
 PACKAGE = Path(__file__).parents[1] / "fd_dsa"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-MAX_FILES_OF_A_STEP = 43
-MAX_FILES_OF_A_CHAT = 61
+MAX_FILES_OF_A_STEP = 42
+MAX_FILES_OF_A_CHAT = 60
 
 
 def files_entered(work: Callable[[], object]) -> set[str]:

@@ -1,4 +1,4 @@
-"""One step of the engine on the host: the tokens that it computes, and its results."""
+"""Record of a step in the engine: the tokens that it computes, and its results."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class ScheduledBatch:
         return num_drafts - self.num_accepted.get(request, num_drafts)
 
     def postpone(self, request: Request) -> None:
-        """Give a request no token; a later step computes its last token again."""
+        """Give a request no token, so that a later step computes its last token again."""
         self.late.add(request)
         request.forget_pending()
 

@@ -29,7 +29,7 @@ Before = ScheduledBatch | None
 
 
 class LLMEngine:
-    """Continuous batching over one runner; not thread-safe.
+    """Continuous batching over one runner, for one thread.
 
     Each `step` schedules a batch of tokens, executes it, and processes the results of the batch
     before it or of its own; see `_finish_step`.
@@ -106,9 +106,9 @@ class LLMEngine:
         self._has_watched = False
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
-        """Output tokens that a request may have; safe to call from any thread.
+        """Return the maximum number of output tokens of a request. Thread-safe.
 
-        A grammar is compiled here, which may take half a second: not for the engine's thread.
+        The call compiles the grammar, which may take half a second, so other threads make it.
 
         Raises:
             ValueError: the request can never run; see `RequestLimits.validate` and
@@ -122,12 +122,12 @@ class LLMEngine:
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> None:
-        """Queue a request; `RequestOutput.index` distinguishes its n outputs.
+        """Queue a request with `params.n` outputs, which `RequestOutput.index` numbers.
 
-        A grammar that `validate` would refuse ends the request with an error instead.
+        A grammar that `validate` refuses ends the request with an error.
 
         Raises:
-            ValueError: see `validate`; or an unfinished request has the same id.
+            ValueError: see `validate`, or an unfinished request has the same id.
         """
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use; choose another one")
@@ -154,15 +154,15 @@ class LLMEngine:
             self.speculator.arrived += group
 
     def abort_request(self, request_id: str) -> list[RequestOutput]:
-        """End a request now; the last state of every output of it that was unfinished."""
+        """End a request now, and return the last state of its unfinished outputs."""
         return [self._end(r, "abort") for r in list(self._requests.get(request_id, ()))]
 
     def abort_all(self) -> list[RequestOutput]:
-        """End all requests now; the last state of every output that was unfinished."""
+        """End all requests now, and return the last state of their unfinished outputs."""
         return [output for name in list(self._requests) for output in self.abort_request(name)]
 
     def finish_output(self, request_id: str, index: int) -> list[RequestOutput]:
-        """End one of a request's n outputs now, as if the model had; its last state, if it ran."""
+        """End one output of a request as if the model had, and return its last state if it ran."""
         unfinished = self._requests.get(request_id, ())
         return [self._end(r, "stop") for r in list(unfinished) if r.state.index == index]
 
@@ -283,7 +283,7 @@ class LLMEngine:
             self.scheduler.proposals = self.speculator.propose(batch)
 
     def _forget(self, *batches: ScheduledBatch | None) -> None:
-        """Drop steps whose tokens will not come; their requests compute them again."""
+        """Drop steps whose tokens will not come, so that requests compute them again."""
         self._sampler.invalidate()
         self.scheduler.proposals = {}
         for batch in batches:
@@ -321,7 +321,7 @@ class LLMEngine:
         return outputs
 
     def _append_all(self, batch: ScheduledBatch) -> list[RequestOutput]:
-        """Give each request of a step its token and its accepted drafts; see `_append`."""
+        """Give each request of a step its token and its accepted drafts, as `_append` does."""
         if self.speculator is None or not batch.drafts:
             return self._append(batch, batch.sampling, range(len(batch.sampling)))
         outputs, (requests, rows) = list[RequestOutput](), batch.begin_verification()
@@ -336,7 +336,7 @@ class LLMEngine:
         return outputs
 
     def stats(self) -> EngineStats:
-        """Counters and load now."""
+        """Return the counters, and the present load."""
         num_used = self.block_manager.num_used
         return replace(
             self._stats,
@@ -391,7 +391,7 @@ class LLMEngine:
         return self._end(request, "error", request.failure(code))
 
     def _drop(self, request: Request) -> None:
-        """Count an ended request and free what it holds."""
+        """Count an ended request, and free its row and blocks."""
         self.metrics.count_end(request)
         self.scheduler.finish(request)
         request_id = request.state.request_id

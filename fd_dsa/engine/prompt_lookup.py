@@ -1,4 +1,4 @@
-"""Drafts without weights: what followed the last tokens where they came before."""
+"""Drafts without weights: tokens that followed the newest ones earlier in the text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.speculation import Drafter
 
-# tokens that are listed in a step, so that a long prompt holds up nobody: some 10 ms
-_MOST_LISTED = 8192
+# maximum number of tokens listed in a step, about 10 ms, so that a long prompt delays no request
+_MAX_LISTED = 8192
 
 
 class LookupIndex:
-    """Where each run of a few tokens of a growing list came last.
+    """Index of the last position of each short run of tokens in a growing list.
 
     Args:
         token_ids: the list.
-        longest, shortest: tokens of a run.
+        longest, shortest: maximum and minimum number of tokens of a run.
 
-    Cost: for each token one entry of some 100 bytes for each length of a run.
+    Cost: about 100 bytes for each token and length of a run.
     """
 
     def __init__(self, token_ids: list[int], longest: int, shortest: int) -> None:
@@ -31,10 +31,10 @@ class LookupIndex:
         self._num_listed = 0
 
     def following(self, count: int) -> list[int]:
-        """At most `count` tokens that followed the last ones, the longest run that came before."""
+        """Return up to `count` tokens after the longest earlier run of the newest tokens."""
         tokens = self._token_ids
-        # the run that ends the list is looked for, so it is not listed yet
-        end = min(len(tokens) - 1, self._num_listed + _MOST_LISTED)
+        # the run at the end of the list is the one to look up, so it is not listed yet
+        end = min(len(tokens) - 1, self._num_listed + _MAX_LISTED)
         for length, ends in self._ends.items():
             for stop in range(max(self._num_listed + 1, length), end + 1):
                 ends[tuple(tokens[stop - length : stop])] = stop
@@ -42,7 +42,7 @@ class LookupIndex:
         if end < len(tokens) - 1:
             return []
         for length, ends in self._ends.items():
-            # none where there are fewer tokens
+            # a list with fewer tokens has no such run
             if (found := ends.get(tuple(tokens[-length:]))) is not None:
                 return tokens[found : found + count]
         return []
@@ -52,7 +52,7 @@ class PromptLookup(Drafter):
     """Drafter of the method "ngram".
 
     Args:
-        longest, shortest: tokens that have to come before.
+        longest, shortest: see LookupIndex.
 
     Source: prompt lookup decoding (Saxena 2023), as vLLM's "ngram".
     """
@@ -63,10 +63,10 @@ class PromptLookup(Drafter):
     def propose(
         self, batch: ScheduledBatch, counts: Mapping[Request, int]
     ) -> dict[Request, Drafts]:
-        """Drafts of requests that have got a token, at most so many each."""
+        """Return drafts of requests that have got a token; see `Drafter.propose`."""
         proposals = {}
         for request, count in counts.items():
-            # where none pays, what has come since is listed later
+            # requests whose drafts do not pay list their new tokens later
             if (state := request.drafts) is not None:
                 own = state.memory or LookupIndex(request.token_ids, self._longest, self._shortest)
                 state.memory, proposals[request] = own, Drafts(own.following(count))

@@ -29,7 +29,9 @@ from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One output from its arrival to its end. A request with n > 1 is a group of n such objects.
+    """State of an output from its arrival to its end.
+
+    A caller's request with n > 1 is a group of n such objects.
 
     Attributes:
         state: the part of the output that callers see.
@@ -254,7 +256,7 @@ class Request:
         return ConstraintError(f"{what}: {reason}")
 
     def output(self, error: RuntimeError | None = None) -> RequestOutput:
-        """Return the output after a step; its new parts are those since the call before."""
+        """Return the output after a step, with the new parts since the call before."""
         state, scores = self.state, self.state.logprobs or ()
         num_tokens, num_pieces, num_scores = self._shown
         self._shown = len(state.token_ids), len(state.pieces), len(scores)

@@ -109,7 +109,7 @@ class Scheduler:
         return len(self.waiting)
 
     def add(self, request: Request) -> None:
-        """Queue a request; arrival numbers must grow."""
+        """Queue a request, whose arrival number must be the largest so far."""
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -328,7 +328,7 @@ class Scheduler:
         return budget
 
     def _find_computed_blocks(self, request: Request) -> list[int] | None:
-        """Return blocks that a waiting request may share; None while its group computes them."""
+        """Return blocks that a waiting request may share, None while its group computes them."""
         # cached tokens have no logits
         cached: list[int] = []
         if self._reads_prefix_cache(request):
@@ -392,7 +392,7 @@ class Scheduler:
 
 
 def _mean_context(prefilling: Sequence[Request]) -> int:
-    """Return the mean number of tokens before each scheduled token; 0 without requests."""
+    """Return the mean number of tokens before each scheduled token, 0 without requests."""
     num_tokens = sum(request.num_scheduled_tokens for request in prefilling)
     if num_tokens == 0:
         return 0

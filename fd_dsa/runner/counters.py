@@ -16,7 +16,7 @@ _STEP_SECONDS = (
 
 
 class Histogram:
-    """How many values were at most each bound, and their sum.
+    """Histogram of values by upper bounds, and their sum.
 
     Attributes:
         bounds: upper bounds of the buckets, ascending; a last bucket takes what is above.
@@ -38,7 +38,7 @@ class Histogram:
 
 
 class StepCounters:
-    """What a runner did for the metadata of its steps.
+    """Counts of the steps of a runner.
 
     Attributes:
         prepare_s: host seconds of the metadata of a step, by its kind.

@@ -27,7 +27,7 @@ from fd_dsa.step import StepHints
 
 
 class HostTokens:
-    """Tokens whose copy to the host is enqueued; a `StepFuture`.
+    """StepFuture of tokens whose copy to the host is enqueued.
 
     Args:
         ids: int64 [n] in page-locked memory, the target of the copy.
@@ -39,7 +39,7 @@ class HostTokens:
         self._ids, self._copied, self._may_be_done = ids, copied, may_be_waited_for
 
     def result(self) -> np.ndarray:
-        """Wait for the tokens; see StepFuture."""
+        """Wait for the tokens, as `StepFuture.result` does."""
         if not (self._may_be_done and self._copied.done()):
             self._copied.wait()
         return self._ids
@@ -137,9 +137,10 @@ class DeviceDraws:
             self._draw_drafts(rows_at(states, last, kept), 0)
 
     def queue_more_drafts(self, step: Any, num_requests: int, longest: int, count: int) -> None:
-        """Enqueue further drafts, each on the layer's own hidden states; may be captured.
+        """Enqueue further drafts, each on the layer's own hidden states.
 
-        The layer runs for one token a request, on the hidden states of the draft before.
+        The work may be captured. The layer runs for one token a request, on the hidden states of
+        the draft before.
 
         Args:
             step: Step of the first drafts.

@@ -71,7 +71,7 @@ class DeviceInputs(StagedInputs):
 
 
 def _padded(values: Sequence[int], size: int) -> np.ndarray:
-    """Return int32 [size]; the values, then -1."""
+    """Return int32 [size] with the values, padded by -1."""
     padded = np.full(size, -1, np.int32)
     padded[: len(values)] = values
     return padded

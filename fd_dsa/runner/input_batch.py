@@ -19,7 +19,7 @@ from fd_dsa.ops.sampling.token_buffer import staged_ids
 
 
 class SamplingInputs(NamedTuple):
-    """How a device samples the rows of logits of a step.
+    """Inputs of the sampling of a step on a device, by row of logits.
 
     An engine gives sequences. In a `Step` on a device the fields are int32 tensors.
 
@@ -82,7 +82,7 @@ class InputBatch:
         return self.block_tables.shape[1] * self.block_size
 
     def begin_step(self) -> None:
-        """Make every row idle; block tables stay."""
+        """Make every row idle, and keep the block tables."""
         self.seq_lens_encoder[:] = 0
         self.seq_lens_decoder[:] = 0
         self.seq_lens_this_time[:] = 0
@@ -97,7 +97,7 @@ class InputBatch:
     def add_row(
         self, row: int, token_ids: Sequence[int], num_computed_tokens: int, is_prefill: bool
     ) -> int:
-        """Add one row to this step; see `add_rows`.
+        """Add one row to this step, as `add_rows` does.
 
         Returns:
             Flat index of its last token.

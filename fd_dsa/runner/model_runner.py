@@ -140,7 +140,7 @@ class ModelRunner:
     def initialize_forward_meta(
         self, sampled: np.ndarray = _NO_INDICES, sampling: SamplingInputs = _NO_SAMPLING
     ) -> Step:
-        """Make the step of the rows in the batch with its metadata; also in `forward_meta`.
+        """Make the step of the rows in the batch with its metadata, and keep it in `forward_meta`.
 
         Args:
             sampled: int64 [n]; flat tokens whose logits are asked for.
@@ -252,13 +252,13 @@ class ModelRunner:
             return self._to_host(logits[: len(logits_indices)])
 
     def enqueue_model(self, logits_indices: np.ndarray, sampling: SamplingInputs) -> None:
-        """Enqueue the step in the batch on a device; see SamplingRunner."""
+        """Enqueue the step in the batch on a device, as SamplingRunner says."""
         with paddle.no_grad():
             self.compute_logits(logits_indices, sampling)
             self._num_samples = len(sampling.slots)
 
     def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
-        """Enqueue the sampling of the enqueued step; see SamplingRunner."""
+        """Enqueue the sampling of the enqueued step, as SamplingRunner says."""
         draws = self.draws
         assert draws is not None
         if masks:

@@ -79,7 +79,7 @@ class LeadingRunner(ModelRunner):
 
 
 class RankedFuture:
-    """Handle of the samples of a step that all ranks run; a `StepFuture`.
+    """StepFuture of a step that all ranks run.
 
     Args:
         future: handle of this rank.
@@ -90,7 +90,7 @@ class RankedFuture:
         self._future, self._ranks = future, ranks
 
     def result(self) -> np.ndarray:
-        """Wait for the tokens; see StepFuture.
+        """Wait for the tokens, as `StepFuture.result` does.
 
         Raises:
             RankError: another rank has ended.

@@ -1,4 +1,4 @@
-"""What the layers of one step chose for some of its tokens, as positions in their sequences."""
+"""Selected keys of some tokens of a step, by layer, as positions in their sequences."""
 
 from __future__ import annotations
 

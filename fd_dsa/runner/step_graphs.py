@@ -54,7 +54,7 @@ class GraphKey(NamedTuple):
         return self.num_prompts or self.num_tokens
 
     def prompt_lengths(self, num_rows: int) -> tuple[np.ndarray, ...]:
-        """Return lengths of rows that need the largest grids; see `Step.host_lengths`."""
+        """Return lengths of rows that need the largest grids, as in `Step.host_lengths`."""
         new = np.zeros(num_rows, np.int32)
         new[: self.num_prompts - 1] = 1
         new[-1] = self.num_tokens - new[:-1].sum()
@@ -84,7 +84,7 @@ Capture = Callable[[Callable[[], Any]], Captured]
 
 
 class CaptureRefused(RuntimeError):
-    """Error of a step that cannot be captured; the process is still usable."""
+    """Error of a step that cannot be captured, after which the process is still usable."""
 
 
 class StepGraphs(dict[GraphKey, GraphEntry]):
