@@ -19,6 +19,7 @@ from benchmarks._notes import siege_table
 from benchmarks._published import GLM, V32, plan_lines, plan_table
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
+from fd_dsa.models.registry import config_from_dict
 
 _KIB, _MIB = 1 << 10, 1 << 20
 # free memory of the machine that the start log of docs/operations.md is of
@@ -36,9 +37,9 @@ def flags() -> dict[str, Any]:
 @cache
 def start() -> dict[str, Any]:
     """The start of a server on the demo model: memory plan, and MiB of the weights as stored."""
-    from fd_dsa.engine.caches import family_of
-    from fd_dsa.models.configs import open_checkpoint, read_config
+    from fd_dsa.engine.caches import caches_class
     from fd_dsa.models.loader import add_mtp_layer
+    from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.runner.input_batch import InputBatch
     from fd_dsa.startup.memory import plan_memory, weight_bytes
 
@@ -53,7 +54,7 @@ def start() -> dict[str, Any]:
     plan = plan_memory(
         config,
         weight_bytes=weight_bytes(model),
-        bytes_per_block=family_of(model)(config, model, batch).bytes_per_block,
+        bytes_per_block=caches_class(model)(config, model, batch).bytes_per_block,
         max_model_len=longest,
         free_bytes=_FREE_BYTES,
     )
@@ -77,7 +78,7 @@ def other_flags() -> str:
 
 def start_log() -> str:
     """Log of a start on the demo model, as a code block; times are those of one machine."""
-    from fd_dsa.models.configs import read_config
+    from fd_dsa.models.registry import read_config
     from fd_dsa.ops.providers import OPERATORS, choose
 
     config = EngineConfig()
@@ -142,12 +143,11 @@ def _model(name: str) -> dict[str, Any]:
 
 def _cut(config: dict[str, Any], layers: int) -> dict[str, float]:
     """Sizes of a model cut to its first layers."""
-    from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.expected_tensors import expected_tensors
     from fd_dsa.models.loader import quantisable_tensors
     from fd_dsa.startup.memory import weight_parts
 
-    model = ModelConfig.from_dict(config | {"num_hidden_layers": layers}, "config.json")
+    model = config_from_dict(config | {"num_hidden_layers": layers}, "config.json")
     parts = weight_parts(model, "bfloat16", quantisable_tensors(model))
     counts = {n: tensor.num_elements for n, tensor in expected_tensors(model).items()}
     return {
@@ -160,19 +160,18 @@ def _cut(config: dict[str, Any], layers: int) -> dict[str, float]:
 
 def softmax_scale() -> dict[str, float]:
     """Factor of the attention scores of each family."""
-    from fd_dsa.models.config import ModelConfig
 
     models = {"v32": V32, "glm": GLM}
-    return {name: ModelConfig.from_dict(one, name).softmax_scale for name, one in models.items()}
+    return {name: config_from_dict(one, name).softmax_scale for name, one in models.items()}
 
 
 @cache
 def caches() -> dict[str, Any]:
     """Bytes of a token and layer of DeepSeek-V3.2's caches, by type; and of one with FP8 caches."""
-    from fd_dsa.attention.cache_layout import CacheLayout
+    from fd_dsa.cache_formats import CACHE_FORMATS, CacheLayout
 
     found: dict[str, Any] = {}
-    for kind in ("float32", "bfloat16", "fp8_ds_mla"):
+    for kind in CACHE_FORMATS:
         layout = CacheLayout(kind, 64, 512, 64, 128)
         latent, both = (layout.bytes_per_block(1, n) // 64 for n in (0, 1))
         found[kind] = {"latent": latent, "index": both - latent, "both": both}
@@ -189,16 +188,22 @@ def caches() -> dict[str, Any]:
 @cache
 def v4() -> dict[str, float]:
     """Bytes of DeepSeek-V4-Flash's pools in float32, and bytes that a decoding token reads."""
+    from fd_dsa.cache_formats import V4CacheLayout
+    from fd_dsa.models.config_reader import FieldReader
     from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
-    from fd_dsa.v4_attention.pools import V4CacheLayout
+    from fd_dsa.models.registry import FAMILIES
 
-    def layout(*ratios: int) -> V4CacheLayout:
+    def config_of(*ratios: int) -> DeepseekV4Config:
         # the last ratio belongs to the layer that drafts
         fields = {"compress_ratios": [*ratios, 0], "num_hidden_layers": len(ratios)}
-        return V4CacheLayout(DeepseekV4Config.from_dict(fields), 128)
+        reader = FieldReader(fields, "config.json")
+        return DeepseekV4Config.read(reader, FAMILIES["deepseek_v4"].defaults)
+
+    def layout(*ratios: int) -> V4CacheLayout:
+        return config_of(*ratios).cache_layout("float32", 128)
 
     flash = [0, 0, *([4, 128] * 20), 4]
-    config = layout(*flash).config
+    config = config_of(*flash)
     window = layout(0).bytes_per_block() // 128
     csa, hca = layout(4), layout(128)
     record = 4 * 2 * (config.head_dim + config.index_head_dim) * 4
@@ -210,9 +215,9 @@ def v4() -> dict[str, float]:
         "entries": (layout(*flash).bytes_per_block() - records) / 128 - windows,
         "record": record,
         "records": records,
-        "csa_state": csa.bytes_per_slot(),
-        "hca_state": hca.bytes_per_slot(),
-        "states": layout(*flash).bytes_per_slot(),
+        "csa_state": csa.bytes_per_row(),
+        "hca_state": hca.bytes_per_row(),
+        "states": layout(*flash).bytes_per_row(),
         # in bfloat16, after 32,768 tokens
         "read_window": 2 * config.sliding_window * config.head_dim,
         "read_index": 2 * 32768 // 4 * config.index_head_dim,

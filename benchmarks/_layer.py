@@ -22,8 +22,8 @@ from benchmarks._logits_sides import Shape, random_cache
 from benchmarks._sparse_mla_sides import record_cache
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
 from fd_dsa.attention.overlap import IndexerOverlap
+from fd_dsa.cache_formats import INDEX_RECORD_BYTES, LATENT_RECORD_BYTES
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.fp8 import INDEX_RECORD_BYTES, LATENT_RECORD_BYTES
 from fd_dsa.ops.mla_query import prepare_mla_query
 from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks._gpu import Call
 from benchmarks._peers import DeepGemm
-from fd_dsa.ops.fp8 import INDEX_RECORD_BYTES
+from fd_dsa.cache_formats import INDEX_RECORD_BYTES
 from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
 from fd_dsa.ops.logits.tile_kernel import score_tiles
 from fd_dsa.ops.logits.tile_schedule import TileSchedule

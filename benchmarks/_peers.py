@@ -38,7 +38,7 @@ from typing import Any
 import torch
 
 from benchmarks._harness import ROOT
-from fd_dsa.ops.fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH, LATENT_RECORD_BYTES
+from fd_dsa.cache_formats import INDEX_RECORD_BYTES, INDEX_WIDTH, LATENT_RECORD_BYTES
 
 _VLLM = "_C_stable_libtorch.abi3.so"
 

@@ -21,13 +21,13 @@ import torch
 from benchmarks import _gpu
 from benchmarks._peers import vllm_cache_ops, vllm_writes
 from benchmarks._prepared import MAX_POSITION, ROPE, Launch, angles, as_numpy
+from fd_dsa.cache_formats import INDEX_RECORD_BYTES, LATENT_RECORD_BYTES
 from fd_dsa.ops.cache_write import CacheWriteParams, paddle_impl
 from fd_dsa.ops.cache_write.triton_kernel import (
     configuration,
     kernel_arguments,
     write_caches_kernel,
 )
-from fd_dsa.ops.fp8 import INDEX_RECORD_BYTES, LATENT_RECORD_BYTES
 
 RANK, DIM, BLOCK = 512, 128, 64
 FUSED_WIDTH = 1536 + RANK + ROPE

@@ -40,6 +40,7 @@ from benchmarks._harness import (
 )
 from benchmarks.once_per_step import SMALL
 from benchmarks.workers.vllm_logprobs import NEW_TOKENS, TOP
+from fd_dsa.models.registry import config_from_dict
 
 PROMPTS = (100, 3000, 9000)
 # transformers' scores of longer ones do not fit
@@ -57,11 +58,10 @@ def weights(config: dict[str, Any], device: str) -> Iterator[tuple[str, Any]]:
     """Names and random tensors of the checkpoint."""
     import torch
 
-    from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.expected_tensors import expected_tensors
 
     torch.manual_seed(0)
-    shapes = expected_tensors(ModelConfig.from_dict(config))
+    shapes = expected_tensors(config_from_dict(config))
     for name, one in shapes.items():
         noise = torch.randn(one.shape, device=device, dtype=torch.bfloat16)
         if one.quantisable:

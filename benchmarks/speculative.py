@@ -34,7 +34,7 @@ from fd_dsa import LLM, SamplingParams
 from fd_dsa.accuracy.prompts import read_prompts
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.step_costs import StepCosts
-from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.registry import read_config
 
 EVALUATION = ROOT / "tools/demo_training/demo_eval.jsonl"
 ANIMALS = ("fox", "bear", "cat", "dog", "mouse", "bird", "frog")
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     methods: dict[str, Any] = {"none": "none"}
     methods["ngram 3"] = {"method": "ngram", "num_speculative_tokens": 3, **LOOKUP}
     folder = EngineConfig(model=args.model).model_path
-    if ModelConfig.from_folder(folder).num_nextn_predict_layers:
+    if read_config(folder).num_nextn_predict_layers:
         for most in (1, 2, 3):
             methods[f"mtp {most}"] = {"method": "mtp", "num_speculative_tokens": most}
     common = {"device": device, "max_model_len": 1024, "max_num_seqs": TOGETHER}

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.errors import ConfigError, flag_error
 from fd_dsa.speculative_config import SpeculativeConfig
 
 DEFAULT_PROMPT_TOKENS = 512
-"""Prompt tokens of a step: enough for full-speed GEMMs on a CPU, few enough for smooth streams."""
+"""Prompt tokens of a step: enough for fast GEMMs on a CPU, few enough for smooth streams."""
 
 DEFAULT_TARGET_MS = 200.0
-"""Milliseconds between two tokens that a server keeps to: about as fast as people read."""
+"""Target milliseconds between two tokens of a server, about the speed of reading."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """Form of a model's name on a hub."""
@@ -29,25 +30,23 @@ GENERATION_CONFIGS = ("auto", "vllm")
 # or a custom device of Paddle
 _DEVICE_PATTERN = re.compile(rf"{'|'.join(DEVICES)}|[A-Za-z_]\w*:\d+")
 _DTYPES = ("auto", "float32", "bfloat16")
-_CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
-# what users of other servers write
-_CACHE_DTYPE_ALIASES = dict.fromkeys(("fp8", "fp8_e4m3"), "fp8_ds_mla")
+_CACHE_DTYPES = ("auto", *CACHE_FORMATS)
+# the names of other servers
+_CACHE_DTYPE_ALIASES = {alias: one.name for one in CACHE_FORMATS.values() for alias in one.aliases}
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _MOST_CAPTURED = 512
 _MOST_RANKS = 8
 _LARGEST_TARGET_MS = 60_000
 NO_DRAFTS = "none"
-FP8_BLOCK_SIZE = 64
-"""Tokens of a block of fp8_ds_mla caches; the kernels that read them take no other."""
 
 
 def demo_model_path() -> Path:
-    """Folder of the demo checkpoint that comes with the package."""
+    """Return the folder of the demo checkpoint in the package."""
     return Path(__file__).resolve().parent / "demo_model"
 
 
 def parse_bytes(text: str) -> int:
-    """Number of bytes in a text such as `8G`, `512MiB`, `1.5GB` or `4096`.
+    """Return the number of bytes in a text such as `8G`, `512MiB`, `1.5GB` or `4096`.
 
     K, M, G and T are powers of 1024, with or without `B` or `iB`, in either case.
 
@@ -102,53 +101,52 @@ _RULES: dict[str, _Rule] = {
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the engine is started with; each field is the command-line flag of the same name.
+    """Settings of the engine, each under the name of its command-line flag.
 
     Attributes:
-        model: folder of a checkpoint in Hugging Face format; None is the demo model.
-        served_model_name: names that requests may use; empty is the folder's name.
-        tokenizer: folder of the tokenizer and its chat template; None is the model's.
-        load_format: where weights come from: `safetensors` files, which `auto` means too, or
-            `dummy`, random numbers, for measurements without a checkpoint.
-        index_topk: keys that the indexer chooses for a token; None is the model's number.
-        allow_unknown_config_fields: load a model whose config.json has fields that fd_dsa does not
-            know, with one warning; otherwise they are refused.
-        device: where the model runs: "cpu", "gpu" (the first that CUDA_VISIBLE_DEVICES shows), or
-            "auto", a GPU where Paddle has one and the CPU otherwise: the values of the flag. In
-            Python also the place of a custom device of Paddle, such as "name:0".
-        tensor_parallel_size: processes that share the model, each with a GPU of its own, or with
-            some of the CPU's cores.
-        dtype: type of activations and of weights that are not FP8; `auto` is bfloat16 on a GPU and
-            float32 on a CPU, which has no other.
-        kv_cache_dtype: type of the caches; `auto` is the type of the activations, `fp8_ds_mla`
-            is e4m3 with scales, 788 bytes a token and layer; `fp8` is another name for it.
-        max_model_len: longest prompt plus output, tokens; None is the model's own limit.
-        max_num_seqs: most sequences in one step.
-        max_num_batched_tokens: most tokens in one step; None is 512 of prompts beside one of each
+        model: folder of a checkpoint in Hugging Face format, None = the demo model.
+        served_model_name: names that requests may use, empty = the folder's name.
+        tokenizer: folder of the tokenizer and its chat template, None = the model's folder.
+        load_format: source of weights: "safetensors" files, "auto" (the same), or "dummy" (random
+            numbers, for measurements without a checkpoint).
+        index_topk: keys that the indexer selects for a token, None = the model's number.
+        allow_unknown_config_fields: load a model whose config.json has unknown fields, with one
+            warning. Otherwise they are refused.
+        device: device of the model: "cpu", "gpu" (the first that CUDA_VISIBLE_DEVICES shows), or
+            "auto" (a GPU if Paddle has one, else the CPU). In Python also the place of a custom
+            device of Paddle, such as "name:0".
+        tensor_parallel_size: processes that share the model, each with a GPU or with some of the
+            CPU's cores.
+        dtype: dtype of activations and of weights that are not FP8. "auto" is bfloat16 on a GPU
+            and float32 on a CPU, which has no other.
+        kv_cache_dtype: format of the caches, see `fd_dsa.cache_formats`. "auto" is the dtype of
+            the activations.
+        max_model_len: longest prompt plus output in tokens, None = the model's own limit.
+        max_num_seqs: max sequences in one step.
+        max_num_batched_tokens: max tokens in one step, None = 512 of prompts plus one of each
             sequence.
-        target_inter_token_latency_ms: most milliseconds between two tokens of an answer while
-            prompts are computed beside it; 0 = no target. A server's own default is
-            `DEFAULT_TARGET_MS`: nobody reads along with a program that waits for whole answers.
+        target_inter_token_latency_ms: max milliseconds between two tokens of an answer while
+            prompts are computed, 0 = no target. The default of a server is `DEFAULT_TARGET_MS`. A
+            program that waits for whole answers needs no target.
         block_size: tokens per cache block.
-        kv_cache_memory_bytes: size of the caches, a number or a text such as `8G`.
-        gpu_memory_utilization: share of a GPU's memory that weights and caches may take, 0 to 1.
+        kv_cache_memory_bytes: size of the caches, a number or a text such as "8G".
+        gpu_memory_utilization: fraction of a GPU's memory for weights and caches, 0 to 1.
         num_gpu_blocks_override: number of cache blocks, instead of `kv_cache_memory_bytes`.
-        enable_prefix_caching: whether requests share the cache blocks of prompts that begin alike.
-        enable_chunked_prefill: True alone: prompts are split at `max_num_batched_tokens`.
-        async_scheduling: whether a step on a GPU is prepared and queued while the one before runs.
-        enforce_eager: whether decode steps on a GPU are launched kernel by kernel, and not replayed
-            from CUDA graphs.
-        cudagraph_capture_sizes: numbers of rows for which decode steps are captured, a step of
-            fewer is padded; None is 1, 2, 4, 8, then every eighth number up to `max_num_seqs`.
-        speculative_config: how drafts are made, see SpeculativeConfig; "none" makes none. None is
-            three drafts of the demo model's own layer on a CPU, and otherwise none.
-        generation_config: defaults of requests: "auto", what generation_config.json of the model's
-            folder proposes, or "vllm", the defaults of the API.
-        seed: seed of requests which bring none.
-        chat_template: Jinja file that renders conversations; None is what the folder has.
+        enable_prefix_caching: share the cache blocks of prompts that begin alike.
+        enable_chunked_prefill: only True: prompts are split at `max_num_batched_tokens`.
+        async_scheduling: prepare and enqueue a step on a GPU while the one before runs.
+        enforce_eager: launch decode steps on a GPU kernel by kernel, without CUDA graphs.
+        cudagraph_capture_sizes: numbers of rows for which decode steps are captured. A step of
+            fewer rows is padded. None = 1, 2, 4, 8, then every eighth number up to `max_num_seqs`.
+        speculative_config: source of drafts, see SpeculativeConfig, or "none". None = three drafts
+            of the demo model's own MTP layer on a CPU, and otherwise no drafts.
+        generation_config: defaults of requests: "auto" (generation_config.json of the model's
+            folder) or "vllm" (the defaults of the API).
+        seed: seed of requests without one.
+        chat_template: Jinja file that renders conversations, None = the folder's template.
 
     Raises:
-        ConfigError: a value is not allowed; the message names the flag.
+        ConfigError: a value is not allowed. The message names the flag.
     """
 
     model: str | os.PathLike[str] | None = None
@@ -229,7 +227,7 @@ class EngineConfig:
         return self.model_path if self.tokenizer is None else Path(self.tokenizer)
 
     def on_device(self, device: str) -> EngineConfig:
-        """The same with `device`, both types and drafts as they are there, none left open.
+        """Return the settings with `device`, and with dtypes and drafts resolved for it.
 
         Raises:
             ConfigError: the device does not compute in `dtype`.
@@ -246,7 +244,7 @@ class EngineConfig:
             )
         cache_dtype = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
         drafts = self.speculative_config
-        # where nobody says how, the demo model drafts, on one rank
+        # without the flag the demo model drafts, on one rank
         is_whole = self.tensor_parallel_size == 1 and self.load_format != "dummy"
         if drafts is None and device == "cpu" and is_whole and self.model_path == demo_model_path():
             drafts = SpeculativeConfig("mtp", 3)
@@ -255,23 +253,23 @@ class EngineConfig:
 
     @property
     def num_batched_tokens(self) -> int:
-        """`max_num_batched_tokens`, resolved, as the plain int that it is after construction."""
+        """`max_num_batched_tokens`, which is an int after construction."""
         return int(self.max_num_batched_tokens)  # type: ignore[arg-type]
 
     @property
     def speculation(self) -> SpeculativeConfig | None:
-        """`speculative_config` as what it is after construction."""
+        """`speculative_config`, which is resolved after construction."""
         given = self.speculative_config
         return given if isinstance(given, SpeculativeConfig) else None
 
     @property
     def most_drafts(self) -> int:
-        """Most drafts of a request in a step."""
+        """Max drafts of a request in a step."""
         return self.speculation.num_speculative_tokens if self.speculation else 0
 
     @property
     def most_decode_tokens(self) -> int:
-        """Most tokens of a step that only decodes, drafts included."""
+        """Max tokens of a decode step, drafts included."""
         return min((1 + self.most_drafts) * self.max_num_seqs, self.num_batched_tokens)
 
     @property
@@ -287,7 +285,7 @@ class EngineConfig:
         return (*(size for size in sizes if size < most), most)
 
     def resolve_max_model_len(self, max_position_embeddings: int) -> int:
-        """Longest sequence that will be served, tokens.
+        """Return the tokens of the longest sequence.
 
         Raises:
             ConfigError: `max_model_len` is beyond what the model was made for.
@@ -326,13 +324,15 @@ class EngineConfig:
         return folder
 
     def _check_together(self) -> None:
-        """Refuse values beyond this release, alone or beside another flag."""
+        """Refuse values that this release does not support, also in combination."""
         if self.tensor_parallel_size > _MOST_RANKS:
             allowed = f"at most {_MOST_RANKS}, the GPUs of one machine"
             hint = "--engine fastdeploy serves on several machines"
             raise flag_error("tensor_parallel_size", self.tensor_parallel_size, allowed, hint)
-        if self.kv_cache_dtype == "fp8_ds_mla" and self.block_size != FP8_BLOCK_SIZE:
-            allowed = f"{FP8_BLOCK_SIZE} with --kv-cache-dtype fp8_ds_mla"
+        stored = CACHE_FORMATS.get(self.kv_cache_dtype)
+        block_size = stored and stored.required.get("block_size")
+        if block_size and self.block_size != block_size:
+            allowed = f"{block_size} with --kv-cache-dtype {self.kv_cache_dtype}"
             raise flag_error("block_size", self.block_size, allowed, "leave it out")
         if not self.enable_chunked_prefill:
             raise ConfigError(

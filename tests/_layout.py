@@ -21,6 +21,7 @@ ROOMS = (
     "processes",
     "cancellation",
     "speculative_config",
+    "cache_formats",
     "config",
     "command_line",
     "custom_ops",

@@ -184,9 +184,9 @@ def test_a_home_that_paddle_cannot_use(
 def test_configuration_and_checkpoint_reading_do_not_import_paddle() -> None:
     code = (
         "import sys, fd_dsa.models.loader\n"
-        "from fd_dsa.models.config import ModelConfig\n"
+        "from fd_dsa.models.registry import config_from_dict\n"
         "from fd_dsa.startup.memory import weight_bytes\n"
-        "weight_bytes(ModelConfig.from_dict({'model_type': 'deepseek_v32'}))\n"
+        "weight_bytes(config_from_dict({'model_type': 'deepseek_v32'}))\n"
         "sys.exit('paddle' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

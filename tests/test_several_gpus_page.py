@@ -12,7 +12,7 @@ from benchmarks._harness import ROOT
 from benchmarks._published import MODELS, V32, plan_lines
 from benchmarks.report import regions
 from fd_dsa import doctor
-from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.registry import read_config
 from fd_dsa.startup.memory import weight_bytes, weight_parts
 from tests.models.folders import TINY, TINY_FP8
 from tests.v4_model.cases import CASES
@@ -39,7 +39,7 @@ def test_the_page_shows_the_command(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_parts_are_the_whole_and_are_split(tmp_path: Path) -> None:
-    whole = ModelConfig.from_folder(folder_of(tmp_path / "v32", V32))
+    whole = read_config(folder_of(tmp_path / "v32", V32))
     parts, split = (weight_parts(one, "bfloat16") for one in (whole, whole.split(8)))
     assert sum(split.values()) == weight_bytes(whole.split(8), "bfloat16")
     same = ("embedding", "indexers, routers, others")

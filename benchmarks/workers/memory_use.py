@@ -90,7 +90,6 @@ def prefill_peak(context: int, tokens: int) -> dict[str, Any]:
     from paddle.base import core
 
     from fd_dsa.runner import InputBatch, ModelRunner
-    from fd_dsa.runner.model_runner import cache_layout
     from tests.runner.tiny import V32, tiny_model
 
     fields = {"num_hidden_layers": 1, "index_n_heads": 64, "index_topk": 2048} | _WIDTHS
@@ -98,7 +97,7 @@ def prefill_peak(context: int, tokens: int) -> dict[str, Any]:
     model = tiny_model(V32 | fields)
     columns = -(-context // _BLOCK_SIZE)
     batch = InputBatch(1, tokens, columns, _BLOCK_SIZE)
-    layout = cache_layout(model.config, "fp8_ds_mla", _BLOCK_SIZE)
+    layout = model.config.cache_layout("fp8_ds_mla", _BLOCK_SIZE)
     runner = ModelRunner(model, batch, layout, columns)
     batch.set_blocks(0, range(columns))
     batch.begin_step()

@@ -1,4 +1,4 @@
-// The records of fp8_ds_mla caches. The definition for C++; fd_dsa/ops/fp8.py is that for Python,
+// The records of fp8_ds_mla caches. The definition for C++; fd_dsa/cache_formats.py is that for Python,
 // and a test compares them.
 #pragma once
 

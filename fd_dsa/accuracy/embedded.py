@@ -16,6 +16,7 @@ import numpy as np
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import prepare_cpu_runtime
+from fd_dsa.errors import ConfigError
 
 if TYPE_CHECKING:
     from fd_dsa.engine.tokenizer import Tokenizer
@@ -98,9 +99,15 @@ def read_config(model: str | os.PathLike[str] | None, index_topk: int | None = N
     """What config.json says of a model, before anything of it is loaded."""
     asked = EngineConfig(model=model, index_topk=index_topk)
     prepare_cpu_runtime()
+    from fd_dsa.models import registry
     from fd_dsa.models.config import ModelConfig
 
-    config = ModelConfig.from_folder(asked.model_path)
+    config = registry.read_config(asked.model_path)
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(
+            f"{asked.model_path / 'config.json'}: model_type: got {config.model_type!r}; must be a "
+            "family with the layers of DeepSeek-V3.2, whose attention these commands measure"
+        )
     return config if index_topk is None else replace(config, index_topk=index_topk)
 
 

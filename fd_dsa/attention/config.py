@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fd_dsa.attention.cache_layout import CacheLayout
+from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16")

@@ -187,7 +187,7 @@ class DeviceAttention:
     def allocate_cache(self, shape: list[int]) -> Any:
         """A cache with anything in it: nothing reads what was not written."""
         layout = self.config.cache_layout
-        return self._allocate(tuple(shape), "uint8" if layout.is_fp8 else layout.kv_cache_dtype)
+        return self._allocate(tuple(shape), layout.format.device_dtype)
 
     def write(self, step: ForwardMeta, kv_a: Any, index_k: Any, cos_sin: Any, *caches: Any) -> None:
         """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""

@@ -49,7 +49,7 @@ class DeepseekV32Encoding(ChatTemplate):
             _own_source("deepseek_v32.jinja"),
             {"instructions": instructions},
             "DeepSeek-V3.2's own encoding",
-            "deepseek_v32",
+            ("deepseek_v32",),
         )
 
     def render(
@@ -104,7 +104,7 @@ class DeepseekV4Encoding(ChatTemplate):
             _own_source("deepseek_v4.jinja"),
             {"offer": words.tools, "form": words.response_format},
             "DeepSeek-V4's own encoding",
-            "deepseek_v4",
+            ("deepseek_v4",),
         )
         self._efforts = words.efforts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,12 +41,6 @@ _SIGNS = {
     "deepseek_v4": DSML,
     "deepseek_v31": V31_CALLS,
     "glm47": GLM_KEY,
-}
-# model_type -> formats of this generation, which go before the others
-_GENERATIONS = {
-    "deepseek_v4": ("deepseek_v4",),
-    "deepseek_v32": ("deepseek_v32", "deepseek_v31"),
-    "glm_moe_dsa": ("glm47",),
 }
 
 
@@ -232,36 +226,38 @@ class OutputParser:
             self._sink.commit()
 
 
-def tool_format_name(name: str, source: str, model_type: str | None = None) -> str:
+def tool_format_name(name: str, source: str, family_formats: Sequence[str] = ()) -> str:
     """Name of the format of tool calls; "none" if calls are not looked for.
 
     Args:
         name: one of `TOOL_FORMATS`, "none", or "auto", which goes by the other arguments.
         source: text of the template, which contains the signs of its formats.
-        model_type: of the model's config.json. It decides between formats that share a sign.
+        family_formats: formats of the model's family, newest first. They go before the others and
+            decide between formats that share a sign.
     """
     if name != AUTO:
         return name
-    generation = _GENERATIONS.get(model_type or "", ())
-    order = (*generation, *_SIGNS)
+    order = (*family_formats, *_SIGNS)
     found = next((tool_format for tool_format in order if _SIGNS[tool_format] in source), NONE)
     # the sign of two generations; only V3.2 has a section of this name
-    is_unsure = found == "deepseek_v32" and found not in generation
+    is_unsure = found == "deepseek_v32" and found not in family_formats
     return "deepseek_v4" if is_unsure and "function_calls" not in source else found
 
 
-def find_tool_format(name: str, source: str, model_type: str | None = None) -> ToolFormat | None:
+def find_tool_format(
+    name: str, source: str, family_formats: Sequence[str] = ()
+) -> ToolFormat | None:
     """The format that `tool_format_name` names; None if calls are not looked for."""
-    return TOOL_FORMATS.get(tool_format_name(name, source, model_type))
+    return TOOL_FORMATS.get(tool_format_name(name, source, family_formats))
 
 
-def reasoning_format_name(name: str, source: str, model_type: str | None = None) -> str:
+def reasoning_format_name(name: str, source: str, family_formats: Sequence[str] = ()) -> str:
     """Name of the form that reasoning has; "none" if reasoning is not looked for."""
     if name != AUTO:
         return name
     if THINK_END not in source:
         return NONE
-    calls = tool_format_name(AUTO, source, model_type)
+    calls = tool_format_name(AUTO, source, family_formats)
     return {"glm47": "glm45", "deepseek_v4": "deepseek_v4"}.get(calls, "deepseek_v3")
 
 

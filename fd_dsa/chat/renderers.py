@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,18 @@ _SPECIAL_TOKEN_FIELDS = (
     "mask_token",
 )
 _DEEPSEEK_TURNS = ("<｜User｜>", "<｜Assistant｜>")
+# newest tool-call format of a family -> the encoding of its folders, which have no template
+_ENCODINGS: dict[str, Callable[[Path], ChatTemplate]] = {
+    "deepseek_v32": lambda folder: DeepseekV32Encoding(read_instructions(folder)),
+    "deepseek_v4": lambda folder: DeepseekV4Encoding(read_v4_words(folder)),
+}
 
 
 def read_renderer(
     folder: Path,
     tokenizer_config: Mapping[str, Any],
     special_tokens: Mapping[str, str],
-    model_type: str | None,
+    family_formats: Sequence[str],
     has_token: Callable[[str], bool],
     template_file: Path | None = None,
 ) -> ChatTemplate | None:
@@ -55,7 +60,7 @@ def read_renderer(
     if template_file is not None or file.is_file():
         try:
             text = file.read_text(encoding="utf-8")
-            return ChatTemplate(text, special_tokens, origin, model_type)
+            return ChatTemplate(text, special_tokens, origin, family_formats)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"chat template of {origin}: cannot be read: {error}") from error
     source = tokenizer_config.get("chat_template")
@@ -68,13 +73,9 @@ def read_renderer(
             f"{type(source).__name__}; it must be a string or a list of named templates"
         )
     if source is not None:
-        return ChatTemplate(source, special_tokens, "tokenizer_config.json", model_type)
-    if all(map(has_token, _DEEPSEEK_TURNS)):
-        if model_type == "deepseek_v32":
-            return DeepseekV32Encoding(read_instructions(folder))
-        if model_type == "deepseek_v4":
-            return DeepseekV4Encoding(read_v4_words(folder))
-    return None
+        return ChatTemplate(source, special_tokens, "tokenizer_config.json", family_formats)
+    encoding = _ENCODINGS.get(next(iter(family_formats), ""))
+    return encoding(folder) if encoding and all(map(has_token, _DEEPSEEK_TURNS)) else None
 
 
 def read_special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:

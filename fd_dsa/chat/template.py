@@ -48,7 +48,8 @@ class ChatTemplate:
 
     Args:
         special_tokens: variables such as bos_token which the template may use.
-        model_type: of the model's config.json; with the source it decides how answers are read.
+        family_formats: tool-call formats of the model's family, newest first. With the source they
+            decide how answers are read.
 
     Raises:
         ConfigError: the template does not compile; names the origin.
@@ -62,7 +63,7 @@ class ChatTemplate:
         source: str,
         special_tokens: Mapping[str, str],
         origin: str = "the request",
-        model_type: str | None = None,
+        family_formats: Sequence[str] = (),
     ) -> None:
         if len(source) > _MAX_SOURCE_CHARS:
             raise ConfigError(
@@ -82,7 +83,7 @@ class ChatTemplate:
             raise ConfigError(f"chat template of {origin}: {why}") from error
         self.source = source
         self.origin = origin
-        self.model_type = model_type
+        self.family_formats = tuple(family_formats)
         self._special_tokens = dict(special_tokens)
         # by role; filled when the first message of a role is rendered
         self._shown: dict[str, tuple[bool, bool]] = {}

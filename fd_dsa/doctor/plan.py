@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
 
 GPU_GIB = (80, 96, 141, 180, 288)
 """Of H100; H20, GH200; H200; B200; B300. A GPU sold with so many GB has about as many GiB."""
-_CACHES = ("bfloat16", "fp8_ds_mla")
+_CACHES = tuple(name for name in CACHE_FORMATS if name != "float32")
 # Hopper's capability, multiprocessors, bytes of shared memory
 _TRAITS = 90, 132, 227 << 10
 
@@ -38,9 +39,9 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
     Raises:
         ConfigError: a flag, config.json, the checkpoint, or a model that cannot be split so.
     """
-    from fd_dsa.engine.caches import family_of
-    from fd_dsa.models.configs import open_checkpoint, read_config
+    from fd_dsa.engine.caches import caches_class
     from fd_dsa.models.loader import check_blocks, fp8_tensors, quantisable_tensors
+    from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.startup.memory import weight_parts
 
     options = {"model": folder, "tensor_parallel_size": ranks}
@@ -48,7 +49,7 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
         EngineConfig(**options, kv_cache_dtype=kind).on_device("gpu:0") for kind in _CACHES
     ]
     whole = read_config(folder, allow_unknown=allow_unknown)
-    family_of(whole).check_flags(first, whole)
+    caches_class(whole).check_flags(first, whole)
     fp8, has_weights = quantisable_tensors(whole), any(folder.glob("*.safetensors"))
     if has_weights:
         with open_checkpoint(whole, folder) as checkpoint:
@@ -71,18 +72,18 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
 
 def _caches(config: EngineConfig, model: Any, weight_bytes: int) -> dict[str, Any]:
     """What is beside the weights, with caches of one type, and what fits on each GPU."""
-    from fd_dsa.engine.caches import family_of
+    from fd_dsa.engine.caches import caches_class
     from fd_dsa.runner.input_batch import InputBatch
     from fd_dsa.startup.graph_sizes import graph_bytes
     from fd_dsa.startup.memory import plan_memory
     from fd_dsa.startup.plan import workspace_bytes
     from fd_dsa.triton_runtime.driver import GpuTraits
 
-    family, longest = family_of(model), model.max_position_embeddings
-    family.check_flags(config, model)
+    longest = model.max_position_embeddings
+    caches_class(model).check_flags(config, model)
     blocks = -(-longest // config.block_size)
     batch = InputBatch(config.max_num_seqs, config.num_batched_tokens, blocks, config.block_size)
-    caches = family(config, model, batch)
+    caches = caches_class(model)(config, model, batch)
     workspace = workspace_bytes(config, model, caches, GpuTraits(*_TRAITS))
     sizes = {
         "weight_bytes": weight_bytes,

@@ -1,7 +1,7 @@
-"""What each family of models keeps in its caches, and the attention backend that reads them.
+"""Caches of each class of model configurations, and their attention backend.
 
-The engine knows a model's caches by their sizes alone; a family with other caches adds a class here
-and its name to `_FAMILIES`.
+The engine knows only the sizes of a model's caches. The configuration describes their layout
+(`cache_layout`); a class of configurations with other caches has a class here.
 """
 
 from __future__ import annotations
@@ -11,88 +11,95 @@ from typing import Any
 from fd_dsa.attention import DSAAttentionBackend
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import flag_error
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
+from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.runner.input_batch import InputBatch
-from fd_dsa.runner.model_runner import backend_config, cache_layout
-from fd_dsa.v4_attention import V4AttentionBackend, V4CacheLayout
+from fd_dsa.runner.model_runner import backend_config
+from fd_dsa.v4_attention import V4AttentionBackend
 
 
 class DSACaches:
-    """Latents and indexer keys in pages: DeepSeek-V3.2 and GLM-5.
+    """Paged latents and indexer keys of DeepSeek-V3.2 and GLM-5.
 
     Attributes:
-        bytes_per_block: one block over all layers.
-        state_bytes: what is kept beside the blocks.
+        bytes_per_block: bytes of one block over all layers.
+        state_bytes: bytes in addition to the blocks.
     """
 
     state_bytes = 0
 
-    def __init__(self, config: EngineConfig, model_config: Any, batch: InputBatch) -> None:
-        layout = cache_layout(model_config, config.kv_cache_dtype, config.block_size)
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, batch: InputBatch) -> None:
+        layout = model_config.cache_layout(config.kv_cache_dtype, config.block_size)
         self._parts, self._dtype = (model_config, layout, batch), config.dtype
         self.bytes_per_block = layout.bytes_per_block(
             len(model_config.has_indexer), model_config.num_indexer_layers
         )
 
     @staticmethod
-    def check_flags(config: EngineConfig, model_config: Any) -> None:
+    def check_flags(config: EngineConfig, model_config: ModelConfig) -> None:
         """Refuse caches that the model's widths do not fit.
 
         Raises:
             ConfigError: names the flag.
         """
-        cache_layout(model_config, config.kv_cache_dtype, config.block_size)
+        model_config.cache_layout(config.kv_cache_dtype, config.block_size)
 
     def workspace_bytes(self, traits: Any) -> int:
-        """Memory of a device that the attention takes beside its caches."""
+        """Return the device memory of the attention without its caches, bytes."""
         from fd_dsa.attention.device import workspace_bytes
 
         return workspace_bytes(backend_config(*self._parts, dtype=self._dtype), traits)
 
     def backend(self, num_blocks: int, device: str) -> DSAAttentionBackend:
-        """The attention backend over caches of so many blocks."""
+        """Return the attention backend over caches of `num_blocks` blocks."""
         sizes = backend_config(*self._parts, num_blocks, self._dtype)
         return DSAAttentionBackend(sizes, device)
 
 
 class V4Caches:
-    """Windows and entries in pages, states in rows of the batch: DeepSeek-V4, on a CPU."""
+    """Pools of DeepSeek-V4 on a CPU."""
 
-    def __init__(self, config: EngineConfig, model_config: Any, batch: InputBatch) -> None:
-        self._layout, self._batch = V4CacheLayout(model_config, config.block_size), batch
-        self.bytes_per_block = self._layout.bytes_per_block()
-        self.state_bytes = batch.max_num_seqs * self._layout.bytes_per_slot()
+    def __init__(
+        self, config: EngineConfig, model_config: DeepseekV4Config, batch: InputBatch
+    ) -> None:
+        layout = model_config.cache_layout(config.kv_cache_dtype, config.block_size)
+        self._config, self._batch = model_config, batch
+        self.bytes_per_block = layout.bytes_per_block()
+        self.state_bytes = batch.max_num_seqs * layout.bytes_per_row()
 
     @staticmethod
-    def check_flags(config: EngineConfig, model_config: Any) -> None:
-        """Refuse devices, caches of other types, drafts, and blocks of another size."""
-        served = "with deepseek_v4"
+    def check_flags(config: EngineConfig, model_config: DeepseekV4Config) -> None:
+        """Refuse devices, ranks, drafts, other cache formats, and other block sizes.
+
+        Raises:
+            ConfigError: names the flag.
+        """
+        with_v4 = f"with {model_config.model_type}"
         if config.device != "cpu":
-            raise flag_error("device", config.device, f"cpu {served}", "give --device cpu")
+            raise flag_error("device", config.device, f"cpu {with_v4}", "give --device cpu")
         if config.tensor_parallel_size > 1:
             size = config.tensor_parallel_size
-            raise flag_error("tensor_parallel_size", size, f"1 {served}", "leave it out")
-        if config.kv_cache_dtype != "float32":
-            allowed = f"auto or float32 {served}"
-            raise flag_error("kv_cache_dtype", config.kv_cache_dtype, allowed, "leave it out")
+            raise flag_error("tensor_parallel_size", size, f"1 {with_v4}", "leave it out")
         if config.speculation is not None:
             given = config.speculation.method
-            raise flag_error("speculative_config", given, f"none {served}", "leave it out")
-        V4CacheLayout(model_config, config.block_size)
+            raise flag_error("speculative_config", given, f"none {with_v4}", "leave it out")
+        model_config.cache_layout(config.kv_cache_dtype, config.block_size)
 
     def workspace_bytes(self, traits: Any) -> int:
-        """None: no device is served."""
+        """Return 0, because no device is supported."""
         return 0
 
     def backend(self, num_blocks: int, device: str) -> V4AttentionBackend:
-        """The attention backend over caches of so many blocks."""
-        return V4AttentionBackend(self._layout, self._batch, num_blocks)
+        """Return the attention backend over caches of `num_blocks` blocks."""
+        return V4AttentionBackend(self._config, self._batch, num_blocks)
 
 
 Caches = DSACaches | V4Caches
-"""Sizes of a model's caches, and what makes them; each family has all of the same names."""
-_FAMILIES: dict[str, type[Caches]] = {"deepseek_v4": V4Caches}
+"""Sizes of a model's caches, and the constructor of their backend."""
+_CLASSES: dict[type[FamilyConfig], type[Any]] = {ModelConfig: DSACaches, DeepseekV4Config: V4Caches}
 
 
-def family_of(model_config: Any) -> type[Caches]:
-    """The caches of a model's family."""
-    return _FAMILIES.get(model_config.model_type, DSACaches)
+def caches_class(model_config: FamilyConfig) -> type[Any]:
+    """Return the class of a model's caches, one of `Caches`."""
+    return _CLASSES[type(model_config)]

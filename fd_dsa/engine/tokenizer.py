@@ -78,19 +78,20 @@ class Tokenizer:
     def from_folder(
         cls, path: str | Path, chat_template: str | os.PathLike[str] | None = None
     ) -> Tokenizer:
-        """Tokenizer of a folder with tokenizer.json.
+        """Read the tokenizer of a folder with tokenizer.json.
 
-        tokenizer_config.json (special tokens, add_bos_token, chat template) and
-        chat_template.jinja, which takes precedence over the template of the former, are
-        optional. Without a template: see `fd_dsa.chat.renderers.read_renderer`. A broken template
-        of the folder disables chat.
+        tokenizer_config.json (special tokens, add_bos_token, chat template) is optional. See
+        `fd_dsa.chat.renderers.read_renderer` for chat templates. A broken one disables chat.
 
         Args:
-            chat_template: a Jinja file instead of the folder's template.
+            chat_template: Jinja file instead of the folder's template.
 
         Raises:
-            ConfigError: a file is missing or cannot be parsed; names the file.
+            ConfigError: a file is missing or cannot be parsed. The message names the file.
         """
+        # a server imports it while its engine starts
+        from fd_dsa.models.registry import FAMILIES
+
         folder = Path(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
@@ -104,14 +105,14 @@ class Tokenizer:
         backend.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
         special_tokens = read_special_tokens(config)
-        model_type = _read_json(folder / "config.json").get("model_type")
+        family = FAMILIES.get(str(_read_json(folder / "config.json").get("model_type")))
         renderer, why_no_chat = None, NO_TEMPLATE
         try:
             renderer = read_renderer(
                 folder,
                 config,
                 special_tokens,
-                model_type,
+                family.chat_formats if family else (),
                 lambda token: backend.token_to_id(token) is not None,
                 None if chat_template is None else Path(chat_template),
             )

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-from fd_dsa.attention import CacheLayout
+from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.ops.arrays import dtype_name, on_device, readable
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.providers import TRITON, device_kind, is_refused, serving

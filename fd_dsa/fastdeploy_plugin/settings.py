@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fd_dsa.attention import CacheLayout, DSABackendConfig
-from fd_dsa.config import FP8_BLOCK_SIZE
+from fd_dsa.attention import DSABackendConfig
+from fd_dsa.cache_formats import FP8_BLOCK_SIZE, CacheLayout
 from fd_dsa.environment import switch
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config import read_indexer_types
 from fd_dsa.models.config_reader import FieldReader
-from fd_dsa.models.families import FAMILIES
+from fd_dsa.models.registry import FAMILIES
 
 _SCHEDULE = ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
 
@@ -104,7 +104,7 @@ def interleaves_indexer_rope(model_config: Any) -> bool:
         return asked
     by_model = getattr(model_config, "indexer_rope_interleave", None)
     if by_model is None:
-        by_model = FAMILIES[model_config.model_type].indexer_rope_interleave
+        by_model = FAMILIES[model_config.model_type].defaults.indexer_rope_interleave
     return bool(by_model)
 
 
@@ -120,5 +120,6 @@ def shares_selection(fd_config: Any, layer_id: int) -> bool:
     if not known or fd_config.speculative_config.model_type == "mtp":
         return False
     reader = FieldReader(known, "config.json")
-    types = read_indexer_types(reader, int(model.num_hidden_layers), FAMILIES[model.model_type])
+    defaults = FAMILIES[model.model_type].defaults
+    types = read_indexer_types(reader, int(model.num_hidden_layers), defaults)
     return types[layer_id] == "shared"

@@ -25,7 +25,8 @@ from importlib.metadata import entry_points
 from types import CodeType, ModuleType
 from typing import Any
 
-from fd_dsa.attention import CacheLayout
+from fd_dsa.cache_formats import CacheLayout
+from fd_dsa.models.registry import FAMILIES
 
 ATTENTION = "fastdeploy.model_executor.layers.attention"
 MODELS = "fastdeploy.model_executor.models.deepseek_v3"
@@ -36,7 +37,7 @@ V1_CACHES = "ENABLE_V1_KVCACHE_MANAGER"
 """FastDeploy's variable for its V1 cache manager (#7787)."""
 MARK = "__fd_dsa__"
 """Attribute of every class of ours that FastDeploy uses."""
-ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
+ARCHITECTURES = tuple(one.fastdeploy_class for one in FAMILIES.values() if one.fastdeploy_class)
 """Models whose layers are replaced; a tree must have the first."""
 
 _LAYOUT = CacheLayout("fp8_ds_mla", 64, 512, 64, 128)

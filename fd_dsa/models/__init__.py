@@ -1,1 +1,1 @@
-"""Models of the DSA family: configuration, checkpoints and Paddle layers."""
+"""Model families: registry, configurations, checkpoints, weights and layers."""

@@ -1,4 +1,4 @@
-"""A checkpoint in Hugging Face format: one safetensors file, or shards with an index."""
+"""Checkpoint in Hugging Face format: a safetensors file, or shards with an index."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ INDEX_FILE = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 # the largest releases have 300,000 in more than 100 files
 _MAX_TENSORS = 1 << 19
-# after its name, and in each of its three fields
+# colons of a header entry: after its name, and in each of its three fields
 _ENTRY_COLONS = 4
-# that the library reads
+# max size of a header that the library reads
 _MAX_HEADER_BYTES = 100_000_000
 
 
 class Checkpoint:
-    """The tensors of a model folder, mapped but not read; use `Checkpoint.open`.
+    """Tensors of a model folder, mapped but not read. Made by `Checkpoint.open`.
 
-    The safetensors library checks each file's header. The bytes are mapped here, since the library
-    hands out neither bfloat16 nor FP8 as NumPy arrays, and gives no pages back.
+    The safetensors library checks each file's header. The bytes are mapped here, because the
+    library returns neither bfloat16 nor FP8 as NumPy arrays, and does not release pages.
 
     Source: format description of huggingface/safetensors (README, "Format").
     """
@@ -56,10 +56,10 @@ class Checkpoint:
     ) -> Checkpoint:
         """Map the weights of a model folder and check their headers.
 
-        Beside a single file the layer for multi-token prediction may have one of its own.
+        A folder with a single file may have another one with the MTP layer.
 
         Args:
-            name_of: the name that each tensor goes by; None: the one in its file.
+            name_of: name here of a tensor as stored; None = the same.
 
         Raises:
             CheckpointError: no weights, a missing, truncated or damaged file, a tensor that is
@@ -100,18 +100,18 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Give up the mapped files; views that still live keep them alive themselves."""
+        """Drop the mapped files. A view that still lives keeps its file mapped."""
         self._maps.clear()
 
     def names(self) -> list[str]:
-        """Names of all tensors in file order: shard by shard, each from its first byte on."""
+        """Return the names of all tensors, shard by shard, in the order of their bytes."""
         return list(self._infos)
 
     def __contains__(self, name: str) -> bool:
         return name in self._infos
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor in its file.
+        """Return dtype, shape and place of a tensor.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -121,17 +121,19 @@ class Checkpoint:
         return self._infos[name]
 
     def raw(self, name: str) -> np.ndarray:
-        """Read-only view of a tensor's bytes, uint8 [nbytes]; no copy is made."""
+        """Return a read-only view of a tensor's bytes, uint8 [nbytes]."""
         info = self.info(name)
         if not self._maps:
             raise RuntimeError(f"{info.file}: the file is closed")
         return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.offset)
 
     def tensor(self, name: str, weight_block_size: tuple[int, int] | None = None) -> StoredTensor:
-        """A tensor of a checkpoint that `validate` has passed, which is read when it is used.
+        """Return a tensor, whose bytes are read when they are used.
+
+        The checkpoint must have passed `validate`.
 
         Args:
-            weight_block_size: rows and columns of a block, of an FP8 weight.
+            weight_block_size: rows and columns of a block of an FP8 weight.
 
         Raises:
             CheckpointError: unknown name.
@@ -144,7 +146,7 @@ class Checkpoint:
         return StoredTensor(info, self.raw(name), scale, weight_block_size)
 
     def release(self, name: str) -> None:
-        """Let the system take back the mapped pages of a tensor; a later read maps them again."""
+        """Return the mapped pages of a tensor to the system until the next read."""
         info = self.info(name)
         if info.nbytes and hasattr(mmap, "MADV_DONTNEED"):
             start = info.offset - info.offset % mmap.PAGESIZE
@@ -152,7 +154,7 @@ class Checkpoint:
             self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, length)
 
     def _renamed(self, name_of: Callable[[str], str] | None) -> Checkpoint:
-        """This one, its tensors under other names."""
+        """Give the tensors the names of `name_of`, and return the checkpoint."""
         if name_of is not None:
             infos = {name_of(name): info for name, info in self._infos.items()}
             if len(infos) < len(self._infos):
@@ -162,7 +164,7 @@ class Checkpoint:
         return self
 
     def _check_index(self, index: Path, weight_map: dict[str, str]) -> None:
-        """The index names each tensor of the shards, where it is."""
+        """Refuse an index that does not name the shard of each tensor."""
         for name, shard in weight_map.items():
             info = self._infos.get(name)
             if info is None or info.file.name != shard:
@@ -180,7 +182,7 @@ class Checkpoint:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    """File name of each tensor."""
+    """Read the file name of each tensor from an index."""
     weight_map: Any = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map: got {shorten(weight_map)}, allowed: an object")
@@ -194,12 +196,12 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _map_file(path: Path) -> mmap.mmap:
-    """A file mapped for reading, its header checked."""
+    """Check the header of a file and map it for reading."""
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path}: is no regular file; fetch the model's own")
     _check_size(path)
     try:
-        # numpy is the library's name for no tensor library
+        # "numpy" makes the library import no tensor library
         with safe_open(path, framework="numpy"), path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
@@ -214,13 +216,13 @@ def _map_file(path: Path) -> mmap.mmap:
 
 
 def _check_size(path: Path) -> None:
-    """Refuse a header of very many tensors before it is parsed, which takes 10 us for each."""
+    """Refuse a header of too many tensors, because parsing takes 10 us for each."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             num_tensors = file.read(min(length, _MAX_HEADER_BYTES)).count(b":") // _ENTRY_COLONS
     except OSError:
-        # reported by the library's call
+        # the library reports it
         return
     if num_tensors > _MAX_TENSORS:
         raise CheckpointError(
@@ -229,7 +231,7 @@ def _check_size(path: Path) -> None:
 
 
 def _infos_of(path: Path, mapped: mmap.mmap) -> list[TensorInfo]:
-    """What a checked header says, in the order of the tensors' bytes."""
+    """Return the entries of a checked header, in the order of the tensors' bytes."""
     start = _LENGTH_BYTES + int.from_bytes(mapped[:_LENGTH_BYTES], "little")
     try:
         header = parse_json(mapped[_LENGTH_BYTES:start])

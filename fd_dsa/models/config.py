@@ -1,21 +1,20 @@
-"""Configuration of a model, read from a folder in Hugging Face format."""
+"""Configuration of models with the layers of DeepSeek-V3.2."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
+from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.errors import flag_error
-from fd_dsa.models.config_reader import FieldReader, as_integer, read_json_object
-from fd_dsa.models.families import FAMILIES, Family, check_family
+from fd_dsa.models.config_reader import FieldReader, as_integer
+from fd_dsa.models.defaults import ModelDefaults
 from fd_dsa.models.rope_config import RopeConfig, read_rope, yarn_mscale
 
 __all__ = ["ModelConfig", "RopeConfig"]
 
-# fields of a family that are no field of config.json, or are read by functions of their own
+# defaults that are no field of config.json, or have a reading function of their own
 _READ_APART = (
     "n_routed_experts",
     "n_group",
@@ -24,16 +23,16 @@ _READ_APART = (
     "rope_theta",
     "shares_selections",
 )
-# many times the sizes of any model: lists of layers and experts, tables of positions and buffers of
-# selections are made from these numbers before a weight is read
-MOST = {
+# many times the sizes of any model, because lists of layers and experts, tables of positions and
+# buffers of selections are allocated before a weight is read
+MAX_SIZES = {
     "num_hidden_layers": 1024,
     "max_position_embeddings": 1 << 24,
     "vocab_size": 1 << 24,
     "index_topk": 1 << 16,
 }
-_MOST_WIDTH = 1 << 20
-MOST_EXPERTS = 1 << 18
+_MAX_WIDTH = 1 << 20
+MAX_EXPERTS = 1 << 18
 
 # fields with one supported value: any other would change the result
 _FIXED: dict[str, Any] = {
@@ -49,29 +48,28 @@ _LAYER_TYPES = ("indexed_attention", "deepseek_sparse_attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig(Family):
+class ModelConfig(ModelDefaults):
     """Everything about a model that its layers, caches and weights depend on.
 
-    What its family says, where config.json says nothing else, and what only the file says. The
-    names are those of Hugging Face's config.json (transformers 5.23); widths are numbers of
-    elements, `max_position_embeddings` and `index_topk` tokens.
+    A field of config.json goes before the family's default. The names are those of Hugging
+    Face's config.json (transformers 5.23). Widths are numbers of elements,
+    `max_position_embeddings` and `index_topk` are numbers of tokens.
 
     Attributes:
         attention_bias: q_a_proj, kv_a_proj_with_mqa and o_proj have a bias.
-        mlp_layer_types: "dense" or "sparse" (experts), one a layer.
-        indexer_types: "full" (own indexer) or "shared" (uses the choice of the nearest "full"
-            layer before it), one a layer.
-        eos_token_ids: of config.json, then those that generation_config.json adds.
-        weight_block_size: rows and columns of a block with one float32 multiplier, of FP8 weights
-            (e4m3) stored [out, in]; None where the weights are plain.
+        mlp_layer_types: "dense" or "sparse" (experts), one per layer.
+        indexer_types: "full" (own indexer) or "shared" (uses the selection of the nearest "full"
+            layer before it), one per layer.
+        eos_token_ids: end-of-text tokens of config.json, then those of generation_config.json.
+        weight_block_size: rows and columns of a block with one float32 scale in FP8 weights (e4m3,
+            stored [out, in]); None = no FP8 weights.
         round_scales: scales of FP8 activations are powers of two (`scale_fmt` ue8m0).
         num_nextn_predict_layers: layers for multi-token prediction after the last one.
-        mtp: tables that the first of them has of its own, if it is loaded; None = it is not. Lists
-            of layers have an entry more for it.
-        ranks: processes that share the model; heads and widths of MLPs are those of one of them.
-        generation: parameters that generation_config.json proposes for requests that do not say;
-            a temperature of 0 if the file turns sampling off (`do_sample` false), `max_tokens` of
-            its `max_new_tokens`.
+        mtp: tables that the loaded MTP layer has in addition to the model's; None = no MTP layer
+            is loaded. A loaded layer has an entry in the lists of layers.
+        ranks: processes that share the model. Heads and widths of MLPs are those of one rank.
+        generation: defaults of requests in generation_config.json. `do_sample` false is a
+            temperature of 0, `max_new_tokens` is `max_tokens`.
         unknown_fields: fields of config.json that are ignored although they may change results.
     """
 
@@ -92,46 +90,17 @@ class ModelConfig(Family):
     unknown_fields: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
-    def from_folder(
-        cls, folder: str | os.PathLike[str], *, allow_unknown: bool = False
-    ) -> ModelConfig:
-        """Configuration of the model in a folder.
-
-        Reads config.json and, where it exists, generation_config.json.
+    def read(cls, reader: FieldReader, defaults: ModelDefaults) -> ModelConfig:
+        """Return the configuration in a config.json.
 
         Args:
-            allow_unknown: as of `from_dict`.
+            reader: top level of the file.
+            defaults: values of the fields that the file leaves out.
 
         Raises:
-            ConfigError: a file is missing or damaged, or a value cannot be served; the message
-                names the file and the field.
+            ConfigError: a value is not supported. The message names the file and the field.
         """
-        return cls.from_dict(*read_folder(folder), allow_unknown=allow_unknown)
-
-    @classmethod
-    def from_dict(
-        cls,
-        data: dict[str, Any],
-        source: str = "config.json",
-        generation: dict[str, Any] | None = None,
-        generation_source: str = "generation_config.json",
-        *,
-        allow_unknown: bool = False,
-    ) -> ModelConfig:
-        """Configuration in parsed JSON; see `from_folder`.
-
-        Args:
-            allow_unknown: name unknown fields in `unknown_fields`. Otherwise they are refused,
-                except for those that are known to be harmless.
-
-        Raises:
-            ConfigError: a value cannot be served, or a field is unknown.
-        """
-        reader = FieldReader(data, source)
-        values = _read_fields(reader, FAMILIES[check_family(reader, FAMILIES)])
-        values["unknown_fields"] = reader.unknown_fields(allowed=allow_unknown)
-        add_generation(values, FieldReader(generation or {}, generation_source))
-        return cls(**values)
+        return cls(**_read_fields(reader, defaults))
 
     @property
     def qk_head_dim(self) -> int:
@@ -150,10 +119,10 @@ class ModelConfig(Family):
         return float(self.qk_head_dim**-0.5 * mscale * mscale)
 
     def split(self, size: int) -> ModelConfig:
-        """What each of `size` ranks has: some of the heads, and of the columns of each MLP.
+        """Return the part of one of `size` ranks: its heads, and its columns of each MLP.
 
         Raises:
-            ConfigError: the model cannot be split so.
+            ConfigError: heads or columns are no multiple of `size`.
         """
         if size == 1:
             return self
@@ -168,13 +137,16 @@ class ModelConfig(Family):
 
     @property
     def head_rows(self) -> int:
-        """Tokens whose logits a rank computes: all where the head is the embedding, or uneven."""
+        """Rows of the head that a rank computes.
+
+        The whole vocabulary if the head is the embedding, or if ranks do not divide it.
+        """
         if self.tie_word_embeddings or self.vocab_size % self.ranks:
             return self.vocab_size
         return self.vocab_size // self.ranks
 
     def with_mtp_layer(self, *tables: str) -> ModelConfig:
-        """The same with the layer for multi-token prediction, which has these tables of its own."""
+        """Return the configuration with the MTP layer, which has `tables` of its own."""
         return replace(
             self,
             mtp=tables,
@@ -184,48 +156,54 @@ class ModelConfig(Family):
 
     @property
     def has_indexer(self) -> list[bool]:
-        """Of each layer with caches: whether it has an indexer, that is an indexer cache too."""
+        """True for each layer with an indexer, which has an indexer cache, too."""
         return [kind == "full" for kind in self.indexer_types]
 
     @property
     def num_indexer_layers(self) -> int:
+        """Number of layers with an indexer."""
         return sum(self.has_indexer)
 
     @property
     def most_dense_keys(self) -> int:
-        """Tokens of a row up to which its last one attends to all of them."""
+        """Max tokens of a row of which the last one attends to all."""
         return self.index_topk
 
+    def cache_layout(self, kv_cache_dtype: str, block_size: int) -> CacheLayout:
+        """Return the layout of the caches.
 
-def read_folder(
-    folder: str | os.PathLike[str],
-) -> tuple[dict[str, Any], str, dict[str, Any] | None, str]:
-    """Arguments of `from_dict`: config.json and, where it exists, generation_config.json.
+        Args:
+            kv_cache_dtype: name of a `CacheFormat`.
+            block_size: tokens of a block.
 
-    Raises:
-        ConfigError: a file is missing or damaged.
-    """
-    path, generation_path = (
-        Path(folder) / f"{name}.json" for name in ("config", "generation_config")
-    )
-    generation = read_json_object(generation_path) if generation_path.exists() else None
-    return read_json_object(path), str(path), generation, str(generation_path)
+        Raises:
+            ConfigError: the format does not allow the model's widths or the block size.
+        """
+        return CacheLayout(
+            kv_cache_dtype,
+            block_size,
+            self.kv_lora_rank,
+            self.qk_rope_head_dim,
+            self.index_head_dim,
+        )
 
 
-def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
-    """All fields of config.json, its family's where it has none."""
-    values: dict[str, Any] = {one.name: getattr(family, one.name) for one in fields(Family)}
-    plain = (one for one in fields(Family) if one.name not in _READ_APART)
+def _read_fields(reader: FieldReader, defaults: ModelDefaults) -> dict[str, Any]:
+    """Read all fields of config.json, with defaults of those that it leaves out."""
+    values: dict[str, Any] = {
+        one.name: getattr(defaults, one.name) for one in fields(ModelDefaults)
+    }
+    plain = (one for one in fields(ModelDefaults) if one.name not in _READ_APART)
     values |= read_plain(reader, ((one, values[one.name]) for one in plain))
-    values["n_routed_experts"] = _read_num_experts(reader, family)
-    values |= _read_groups(reader, family)
+    values["n_routed_experts"] = _read_num_experts(reader, defaults)
+    values |= _read_groups(reader, defaults)
     for name, value in _FIXED.items():
         reader.choice(name, value, (value,))
-    rope = read_rope(reader, family.rope_theta, values["max_position_embeddings"])
+    rope = read_rope(reader, defaults.rope_theta, values["max_position_embeddings"])
     num_layers, vocab_size = values["num_hidden_layers"], values["vocab_size"]
-    num_dense = reader.integer("first_k_dense_replace", family.first_k_dense_replace, minimum=0)
+    num_dense = reader.integer("first_k_dense_replace", defaults.first_k_dense_replace, minimum=0)
     num_dense = min(num_dense, num_layers)
-    # the list counts before `first_k_dense_replace`
+    # the list goes before `first_k_dense_replace`
     spare = spare_layers(reader)
     listed = reader.strings("mlp_layer_types", ("dense", "sparse"), num_layers, spare)
     values |= {
@@ -237,7 +215,7 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
         "mlp_layer_types": listed
         or ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense),
-        "indexer_types": read_indexer_types(reader, num_layers, family),
+        "indexer_types": read_indexer_types(reader, num_layers, defaults),
         "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
         "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
         "pad_token_id": reader.token_id("pad_token_id", vocab_size),
@@ -248,12 +226,16 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
 
 
 def read_plain(reader: FieldReader, of: Iterable[tuple[Field[Any], Any]]) -> dict[str, Any]:
-    """What config.json says of fields that are numbers or true or false, else their defaults."""
+    """Read fields that are numbers or booleans.
+
+    Args:
+        of: fields of a dataclass, each with the default of a file that leaves it out.
+    """
     values: dict[str, Any] = {}
     for one, default in of:
         name = one.name
         if one.type == "int":
-            values[name] = reader.integer(name, default, maximum=MOST.get(name, _MOST_WIDTH))
+            values[name] = reader.integer(name, default, maximum=MAX_SIZES.get(name, _MAX_WIDTH))
         elif one.type == "float":
             values[name] = reader.positive(name, default)
         elif one.type == "bool":
@@ -261,34 +243,39 @@ def read_plain(reader: FieldReader, of: Iterable[tuple[Field[Any], Any]]) -> dic
     return values
 
 
-def _read_num_experts(reader: FieldReader, family: Family) -> int:
-    """Number of routed experts, under any of its names."""
+def _read_num_experts(reader: FieldReader, defaults: ModelDefaults) -> int:
+    """Read the number of routed experts, under any of its names."""
     names = ("n_routed_experts", "num_local_experts", "num_experts")
     counts = {name: reader.integer(name, None) for name in names if reader.raw(name) is not None}
     if len(set(counts.values())) > 1:
         raise reader.error(names[0], counts, "one number under all names")
-    return next(iter(counts.values()), family.n_routed_experts)
+    return next(iter(counts.values()), defaults.n_routed_experts)
 
 
-def _read_groups(reader: FieldReader, family: Family) -> dict[str, int]:
-    """Groups of experts and those that a token uses; null in both is one group."""
-    if reader.raw("n_group", family.n_group) is None:
+def _read_groups(reader: FieldReader, defaults: ModelDefaults) -> dict[str, int]:
+    """Read the numbers of expert groups and of groups per token. Null is one group."""
+    if reader.raw("n_group", defaults.n_group) is None:
         reader.choice("topk_group", None, (None, 1), "n_group null means one group")
         return {"n_group": 1, "topk_group": 1}
-    return {name: reader.integer(name, getattr(family, name)) for name in ("n_group", "topk_group")}
+    return {
+        name: reader.integer(name, getattr(defaults, name)) for name in ("n_group", "topk_group")
+    }
 
 
 def _num_mtp_layers(reader: FieldReader) -> int:
+    """Read the number of MTP layers."""
     return reader.integer("num_nextn_predict_layers", 0, minimum=0)
 
 
 def spare_layers(reader: FieldReader) -> int:
-    """Entries that a list of layers may have after the last one, for multi-token prediction."""
+    """Return the number of entries that lists of layers may have for MTP layers."""
     return max(_num_mtp_layers(reader), 1)
 
 
-def read_indexer_types(reader: FieldReader, num_layers: int, family: Family) -> tuple[str, ...]:
-    """Kind of indexer of each layer: the list, else the pattern, else the schedule.
+def read_indexer_types(
+    reader: FieldReader, num_layers: int, defaults: ModelDefaults
+) -> tuple[str, ...]:
+    """Read the kind of indexer of each layer: a list, a pattern or a schedule.
 
     Source: Hugging Face transformers 5.23, models/glm_moe_dsa/configuration_glm_moe_dsa.py.
     """
@@ -315,14 +302,14 @@ def read_indexer_types(reader: FieldReader, num_layers: int, family: Family) -> 
         )
     if types[0] != "full":
         raise reader.error(name, reader.raw(name), "a schedule whose layer 0 is full")
-    if not family.shares_selections and "shared" in types:
-        raise reader.error(name, reader.raw(name), f"full layers only in {family.model_type}")
+    if not defaults.shares_selections and "shared" in types:
+        raise reader.error(name, reader.raw(name), f"full layers only in {defaults.model_type}")
     return types
 
 
 def _read_quantization(reader: FieldReader) -> dict[str, Any]:
-    """Block size and kind of scales of quantised weights, if they are."""
-    # the second is our own key, of a layer for multi-token prediction that alone is FP8
+    """Read block size and kind of scales of FP8 weights. Empty without FP8 weights."""
+    # the second key is our own, for a model of which only the MTP layer is FP8
     names = "quantization_config", "mtp_quantization_config"
     found = [_read_fp8(one) for name in names if (one := reader.section(name)) is not None]
     if len(found) == 2 and found[0]["weight_block_size"] != found[1]["weight_block_size"]:
@@ -332,7 +319,7 @@ def _read_quantization(reader: FieldReader) -> dict[str, Any]:
 
 
 def _read_fp8(section: FieldReader) -> dict[str, Any]:
-    """Return block size and kind of scales that one object names."""
+    """Read block size and kind of scales from one object."""
     section.choice("quant_method", None, ("fp8",))
     section.choice("fmt", "e4m3", ("e4m3",))
     section.choice("activation_scheme", "dynamic", ("dynamic",))
@@ -345,10 +332,23 @@ def _read_fp8(section: FieldReader) -> dict[str, Any]:
     return {"weight_block_size": (blocks[0], blocks[1]), "round_scales": scale_fmt == "ue8m0"}
 
 
-def add_generation(values: dict[str, Any], reader: FieldReader) -> None:
-    """Add proposals for requests, and more end-of-text tokens, of generation_config.json."""
-    more_eos = reader.token_ids("eos_token_id", values["vocab_size"])
-    values["eos_token_ids"] = tuple(dict.fromkeys(values["eos_token_ids"] + more_eos))
+def read_generation(
+    reader: FieldReader, vocab_size: int, end_tokens: tuple[int, ...]
+) -> tuple[dict[str, float], tuple[int, ...]]:
+    """Read generation_config.json.
+
+    Args:
+        reader: top level of the file.
+        vocab_size: number of tokens.
+        end_tokens: end-of-text tokens of config.json.
+
+    Returns:
+        Proposed parameters of requests, and all end-of-text tokens.
+
+    Raises:
+        ConfigError: a value is not allowed. The message names the file and the field.
+    """
+    more = reader.token_ids("eos_token_id", vocab_size)
     names = ("temperature", "top_p", "min_p", "repetition_penalty")
     proposed = {name: reader.number(name, None) for name in names if reader.raw(name) is not None}
     if reader.raw("top_k") is not None:
@@ -357,10 +357,11 @@ def add_generation(values: dict[str, Any], reader: FieldReader) -> None:
         proposed["max_tokens"] = reader.integer("max_new_tokens", None, minimum=1)
     if not (reader.raw("do_sample") is None or reader.boolean("do_sample", True)):
         proposed["temperature"] = 0.0
-    values["generation"] = proposed
+    return proposed, tuple(dict.fromkeys(end_tokens + more))
 
 
 def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
+    """Refuse values that contradict each other."""
     heads, experts = values["num_attention_heads"], values["n_routed_experts"]
     layers = values["num_hidden_layers"]
     groups, rope_dim = values["n_group"], values["qk_rope_head_dim"]
@@ -373,8 +374,8 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
         raise reader.error(
             "index_head_dim", values["index_head_dim"], f"at least qk_rope_head_dim, {rope_dim}"
         )
-    if experts * layers > MOST_EXPERTS:
-        most = MOST_EXPERTS // layers
+    if experts * layers > MAX_EXPERTS:
+        most = MAX_EXPERTS // layers
         raise reader.error("n_routed_experts", experts, f"at most {most} in {layers} layers")
     if experts % groups or (groups > 1 and experts // groups < 2):
         raise reader.error(

@@ -1,10 +1,11 @@
-"""Typed reads of the JSON objects of a model folder, with errors that name file and field."""
+"""Typed reads of JSON files in a model folder, with errors that name the field."""
 
 from __future__ import annotations
 
 import json
 import math
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from fd_dsa.models.known_fields import NULL_IS_ABSENT, is_harmless, same_value
 # sizes and positions are int32 in kernels
 INT32_MAX = (1 << 31) - 1
 MAX_FILE_BYTES = 256 << 20
-"""Size of a file of a model folder that is no weights; the largest tokenizers have 40 MB."""
+"""Max size of a file without weights. The largest tokenizers have 40 MB."""
 _MAX_NAMES, _MAX_NAME = 12, 80
 
 
 def check_file(path: Path) -> None:
-    """Check that a file of a model folder can be read in a bounded time and memory.
+    """Refuse a file that cannot be read in bounded time and memory.
 
     Raises:
         ConfigError: the path is missing, is no regular file, such as a device or a pipe, or has
@@ -44,10 +45,10 @@ def check_file(path: Path) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises:
-        ConfigError: see `check_file`; or the file holds no JSON object, or one with a name twice.
+        ConfigError: see `check_file`. Or the file holds no JSON object, or one with a name twice.
     """
     check_file(path)
     try:
@@ -60,11 +61,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes) -> Any:
-    """The value of a JSON text in UTF-8.
+    """Return the value of a JSON text in UTF-8.
 
     Raises:
-        ValueError, RecursionError: the text is no JSON, or an object has a name twice, of which
-            readers keep one value or the other.
+        ValueError, RecursionError: the text is no JSON, or an object has a name twice. Readers
+            disagree which of the two values counts.
     """
     return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
 
@@ -72,14 +73,13 @@ def parse_json(text: bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = set[str]()
-        twice = next(name for name, _ in pairs if name in names or names.add(name))
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the name {shorten(twice)} is there twice in one object")
     return made
 
 
 def as_integer(value: object) -> int | None:
-    """Convert a JSON integer, also one that is written as 64.0.
+    """Convert a JSON integer, also one written as 64.0.
 
     Returns:
         The integer; None for any other value, true and false included.
@@ -90,7 +90,7 @@ def as_integer(value: object) -> int | None:
 
 
 class FieldReader:
-    """Reads fields of one JSON object and remembers which, so that the rest can be reported.
+    """Reader of one JSON object that notes which fields it has read.
 
     Args:
         source: name of the file, the start of each message.
@@ -105,7 +105,7 @@ class FieldReader:
         self._sections: list[FieldReader] = []
 
     def error(self, name: str, got: object, allowed: str, hint: str = "") -> ConfigError:
-        """The error of one field: file, field, got, allowed, what to do."""
+        """Return the error of one field: file, field, got, allowed, what to do."""
         text = f"{self.source}: {self._prefix}{name}: got {shorten(got)}, allowed: {allowed}"
         return ConfigError(f"{text}; {hint}" if hint else text)
 
@@ -123,7 +123,7 @@ class FieldReader:
     def integer(
         self, name: str, default: int | None, minimum: int = 1, maximum: int = INT32_MAX
     ) -> int:
-        """An integer from `minimum` to `maximum`."""
+        """Read an integer from `minimum` to `maximum`."""
         given = self.raw(name, default)
         value = as_integer(given)
         if value is None or value < minimum:
@@ -133,14 +133,14 @@ class FieldReader:
         return value
 
     def positive(self, name: str, default: float | None) -> float:
-        """A finite number above 0."""
+        """Read a finite number above 0."""
         value = self.number(name, default)
         if value <= 0:
             raise self.error(name, value, "a number above 0")
         return value
 
     def number(self, name: str, default: float | None) -> float:
-        """A finite number."""
+        """Read a finite number."""
         value = self.raw(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(name, value, "a number")
@@ -153,14 +153,14 @@ class FieldReader:
         return number
 
     def boolean(self, name: str, default: bool) -> bool:
-        """true or false."""
+        """Read true or false."""
         value = self.raw(name, default)
         if not isinstance(value, bool):
             raise self.error(name, value, "true or false")
         return value
 
     def choice(self, name: str, default: Any, allowed: Sequence[Any], hint: str = "") -> Any:
-        """Return the value if it is supported; true is not 1, but 1.0 is."""
+        """Read one of the `allowed` values. The value true is not 1, but 1.0 is."""
         value = self.raw(name, default)
         if not any(same_value(value, one) for one in allowed):
             raise self.error(name, value, ", ".join(repr(one) for one in allowed), hint)
@@ -169,12 +169,12 @@ class FieldReader:
     def strings(
         self, name: str, allowed: Sequence[str], length: int, spare: int = 0
     ) -> tuple[str, ...] | None:
-        """Return the word of each layer.
+        """Read one word per layer.
 
         Args:
             length: number of layers.
-            spare: further entries that the list may have, those of layers for multi-token
-                prediction; they are checked and left out.
+            spare: further entries that the list may have for MTP layers. They are checked and
+                left out.
 
         Returns:
             `length` words; None if the field is absent.
@@ -190,7 +190,7 @@ class FieldReader:
         return tuple(value[:length])
 
     def token_ids(self, name: str, vocab_size: int, default: int | None = None) -> tuple[int, ...]:
-        """Token ids of a field that holds null, one id or a list of them."""
+        """Read a field that holds null, one token id or a list of them."""
         value = self.raw(name, default)
         given = value if isinstance(value, list) else [] if value is None else [value]
         ids = [as_integer(one) for one in given]
@@ -200,14 +200,14 @@ class FieldReader:
         return tuple(one for one in ids if one is not None)
 
     def token_id(self, name: str, vocab_size: int, default: int | None = None) -> int | None:
-        """The token id of a field that holds null or one id."""
+        """Read a field that holds null or one token id."""
         ids = self.token_ids(name, vocab_size, default)
         if len(ids) > 1:
             raise self.error(name, list(ids), "null or one id")
         return ids[0] if ids else None
 
     def section(self, name: str) -> FieldReader | None:
-        """Reader of an object inside this one; None where it is absent or null."""
+        """Return the reader of an object inside this one, None if absent or null."""
         value = self.raw(name)
         if value is None:
             return None
@@ -218,7 +218,7 @@ class FieldReader:
         return reader
 
     def unknown_fields(self, *, allowed: bool) -> tuple[str, ...]:
-        """Return fields that may change results and that no method has read, also of sections.
+        """Return unread fields that may change results, also those of sections.
 
         Args:
             allowed: False refuses them.

@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2: the decoder that reads one step's metadata in all its layers."""
+"""Model of DeepSeek-V3.2 and GLM-5."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader
+from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.linear import rows_at, values_of
 
 
 class DeepseekV32DecoderLayer:
-    """Norm, attention, norm, MLP, with residuals.
+    """Decoder layer: norm, attention, norm, MLP, with residuals.
 
-    A rank's attention and MLP give its part of a sum over all ranks, which the norm after them
-    takes.
+    Attention and MLP of a rank return its part of a sum over all ranks. The next norm sums them.
     """
 
-    def __init__(self, config: ModelConfig, layer_id: int, weights: Any) -> None:
+    def __init__(self, config: ModelConfig, layer_id: int, weights: Weights) -> None:
         self._group = weights.group
         prefix, hidden, eps = f"model.layers.{layer_id}.", config.hidden_size, config.rms_norm_eps
         self.input_layernorm = weights.norm(f"{prefix}input_layernorm.weight", hidden, eps)
@@ -38,12 +38,15 @@ class DeepseekV32DecoderLayer:
     def forward(
         self, hidden_states: Any, change: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
     ) -> tuple[Any, Any, Any]:
-        """Hidden states, this rank's part of the MLP's change to them, and the layer's selection.
+        """Run the layer.
 
         Args:
             hidden_states: [num_tokens, hidden_size].
-            change: this rank's part of that of the layer before; None before the first one.
-            cos_sin, forward_meta, shared_indices: as of the attention.
+            change: this rank's part of the MLP output of the layer before, None in the first one.
+            cos_sin, forward_meta, shared_indices: see `DeepseekV32DSAAttention.forward`.
+
+        Returns:
+            Hidden states, this rank's part of the MLP output, and the layer's selection.
         """
         if change is None:
             normed = self.input_layernorm.of(hidden_states)
@@ -56,21 +59,21 @@ class DeepseekV32DecoderLayer:
 
 
 class MultiTokenPredictor:
-    """The layer that predicts one token more: a decoder layer over hidden states and next tokens.
+    """MTP layer: predicts one more token from hidden states and next tokens.
 
         x_i = eh_proj(concat(enorm(embed(t_{i+1})), hnorm(h_i)))
         logits of t_{i+2} = head(norm(layer(x_i)))
 
-    with position, slot and keys of token i, and no embedding at position 0, as in vLLM. The
-    model's embedding and head serve where the layer has none.
+    with position, slot and keys of token i, and a zero embedding at position 0, as in vLLM. A layer
+    without embedding or head uses the model's.
 
     Attributes:
-        head: from hidden states that a call gave to logits.
+        head: weight from hidden states of a call to logits.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2; names of Hugging Face checkpoints.
     """
 
-    def __init__(self, model: DeepseekV32ForCausalLM, weights: Any) -> None:
+    def __init__(self, model: DeepseekV32ForCausalLM, weights: Weights) -> None:
         config, own = model.config, model.config.mtp or ()
         hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
         prefix, self._group = f"model.layers.{number}.", weights.group
@@ -87,13 +90,13 @@ class MultiTokenPredictor:
         self._norm = weights.norm(f"{prefix}shared_head.norm.weight", hidden, eps)
 
     def __call__(self, next_ids: Any, hidden: Any, step: Any) -> Any:
-        """Hidden states after the layer's norm, [num_tokens, hidden_size].
+        """Return hidden states after the layer's norm, [num_tokens, hidden_size].
 
         Args:
-            next_ids: int64, on a device int32, [num_tokens]; the token after each one of the step.
-            hidden: [num_tokens, hidden_size]; normed hidden states of the step's tokens: of the
-                model, or for a further draft of this layer itself.
-            step: the runner's object; `init_attention_metadata` has been called for it.
+            next_ids: int64, on a device int32, [num_tokens], the token after each one of the step.
+            hidden: [num_tokens, hidden_size], normed hidden states of the step's tokens. They are
+                the model's, or for a further draft those of this layer.
+            step: step of the runner, after `init_attention_metadata`.
         """
         positions, norms = step.position_ids, (self._token_norm, self._hidden_norm)
         if isinstance(hidden, np.ndarray):
@@ -110,16 +113,16 @@ class MultiTokenPredictor:
 
 
 class DeepseekV32ForCausalLM:
-    """The whole model: packed token ids of a step in, logits of chosen tokens out.
+    """Model from packed token ids of a step to logits of sampled tokens.
 
     Attributes:
         embed_tokens: [vocab_size, hidden_size].
-        cos_sin: float32 [max_position_embeddings, qk_rope_head_dim]; of all positions.
-        head: from normed hidden states to logits.
-        mtp: predicts one token more; None = it is not loaded.
+        cos_sin: float32 [max_position_embeddings, qk_rope_head_dim], all positions.
+        head: weight from normed hidden states to logits.
+        mtp: MTP layer, None = not loaded.
     """
 
-    def __init__(self, config: ModelConfig, weights: Any) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config, self._weights = config, weights
         vocab_size, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens, self.head = weights.table(
@@ -138,16 +141,16 @@ class DeepseekV32ForCausalLM:
 
     @property
     def loaders(self) -> dict[str, WeightLoader]:
-        """How each tensor of a Hugging Face checkpoint fills its place."""
-        return self._weights.loaders  # type: ignore[no-any-return]
+        """Function that fills the place of each tensor of a checkpoint, by name."""
+        return self._weights.loaders
 
     def __call__(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
-        """Hidden states after the last norm, [num_tokens, hidden_size].
+        """Return hidden states after the last norm, [num_tokens, hidden_size].
 
         Args:
-            ids_remove_padding: int64, on a device also int32, [num_tokens]; rows back to back.
-            forward_meta: the runner's object; `init_attention_metadata` has been called for it.
-                Its `selections`, where there are any, are given every layer's choice.
+            ids_remove_padding: int64, on a device also int32, [num_tokens], rows back to back.
+            forward_meta: step of the runner, after `init_attention_metadata`. Its `selections`
+                record the selection of every layer, None = no recording.
         """
         hidden_states = rows_at(self.embed_tokens, ids_remove_padding)
         cos_sin = rows_at(self.cos_sin, forward_meta.position_ids)
@@ -161,7 +164,7 @@ class DeepseekV32ForCausalLM:
         return self.norm.after(hidden_states, change, self._weights.group)[1]
 
     def compute_logits(self, hidden_states: Any) -> Any:
-        """float32 [n, vocab_size] of [n, hidden_size], which a call gave."""
+        """Return logits float32 [n, vocab_size] of hidden states [n, hidden_size]."""
         logits = self.head.times(hidden_states)
         if self.config.head_rows == self.config.vocab_size:
             return logits

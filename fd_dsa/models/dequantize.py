@@ -1,4 +1,4 @@
-"""Stored tensors to float32: bfloat16, float16 and block-quantised FP8.
+"""Conversion of stored tensors (bfloat16, float16, block FP8) to float32.
 
 Source: README_WEIGHTS.md of deepseek-ai/DeepSeek-V3 ("FP8 Weight Documentation").
 """
@@ -18,15 +18,18 @@ from fd_dsa.ops.fp8 import decode_e4m3
 SCALE_SUFFIX = "_scale_inv"
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 BLOCK = 128
-"""Rows and columns of a block of FP8 weights with one scale, the only size that GPUs compute in."""
+"""Rows and columns of a block of FP8 weights with one scale, the only size for GPU kernels."""
 _OWN_PAGES_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor of a checkpoint, by its Hugging Face name, and its `nbytes` at `offset` of a file.
+    """Name, type and place of a tensor in a checkpoint.
 
-    `dtype` is the name in the safetensors format, such as "BF16".
+    Attributes:
+        name: Hugging Face name.
+        dtype: name in the safetensors format, such as "BF16".
+        file, offset, nbytes: place of the bytes.
     """
 
     name: str
@@ -38,9 +41,13 @@ class TensorInfo:
 
 
 def to_float32(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
-    """float32 of `info.shape` of the bytes of F32, BF16 or F16, uint8 [nbytes].
+    """Convert the bytes of an F32, BF16 or F16 tensor, uint8 [nbytes].
 
-    A view of `raw` for aligned F32, else a new array. Raises CheckpointError for other dtypes.
+    Returns:
+        float32 of `info.shape`: a view of `raw` for aligned F32, else a new array.
+
+    Raises:
+        CheckpointError: another dtype.
     """
     if info.dtype == "F32":
         return np.require(raw.view("<f4"), np.float32, "A").reshape(info.shape)
@@ -53,7 +60,7 @@ def to_float32(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
             f"{info.file}: tensor {info.name!r}: got dtype {info.dtype}, allowed: "
             f"{', '.join(FLOAT_DTYPES)}, and F8_E4M3 for quantised weights"
         )
-    # bfloat16 is the upper half of a float32; shifting in place needs no second buffer
+    # bfloat16 is the upper half of a float32, and a shift in place needs no second buffer
     values = _empty(info.shape)
     bits = values.reshape(-1).view(np.uint32)
     bits[...] = raw.view("<u2")
@@ -62,7 +69,7 @@ def to_float32(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
 
 
 def num_blocks(shape: tuple[int, ...], weight_block_size: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of a weight: its extents in blocks, the last ones counted in full."""
+    """Return the shape of a weight's scales: its extents in blocks, rounded up."""
     return tuple(
         -(-extent // block) for extent, block in zip(shape, weight_block_size, strict=True)
     )
@@ -71,7 +78,7 @@ def num_blocks(shape: tuple[int, ...], weight_block_size: tuple[int, int]) -> tu
 def dequantize_blocks(
     codes: np.ndarray, scales: np.ndarray, weight_block_size: tuple[int, int]
 ) -> np.ndarray:
-    """W[n, k] = e4m3(codes[n, k]) * scales[n // rows, k // columns].
+    """Return W[n, k] = e4m3(codes[n, k]) * scales[n // rows, k // columns], float32.
 
     Args:
         codes: uint8 [out, in], e4m3 bytes.
@@ -88,9 +95,9 @@ def dequantize_blocks(
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:
-    """A new float32 array; a large one has pages of its own, which end with it.
+    """Return a new float32 array. A large one has pages of its own.
 
-    Freed heap memory between parameters would stay with the process as long as they do.
+    Otherwise freed heap memory between parameters would stay with the process.
     """
     count = math.prod(shape)
     if 4 * count < _OWN_PAGES_BYTES:

@@ -1,4 +1,4 @@
-"""Weights of a model in the memory of a device, held in the types of the checkpoint."""
+"""Weights of a model in the memory of a device, in the dtypes of the checkpoint."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from fd_dsa.ops.device_matrix import DeviceMatrix, DeviceNorm
 from fd_dsa.ops.fill_kernels import fill_constant, fill_random
 
 logger = logging.getLogger(__name__)
-# a type that weights are held in, as the safetensors format has it
+# dtype of held weights -> its name in the safetensors format
 _STORED = {"float32": "F32", "bfloat16": "BF16"}
 
 
 class DeviceWeights:
-    """Weights on a device: made empty, and filled from the file through page-locked memory.
+    """Weights on a device, filled from the file through page-locked memory.
 
-    GEMM weights are [out, in], as stored: a tensor of the type that is held is copied byte by
-    byte, others are converted on the host, one at a time.
+    Weights of GEMMs are [out, in], as stored. A tensor of the held dtype is copied byte by byte.
+    Others are converted on the host, one at a time. The methods are those of HostWeights.
 
     Args:
-        dtype: of activations and plain weights, "bfloat16" or "float32".
+        dtype: dtype of activations and of weights that are not FP8, "bfloat16" or "float32".
         allocate: makes a tensor of a shape and dtype on the device.
-        fp8: names of the tensors that the checkpoint stores as e4m3 with scales for 128 x 128.
-        round_scales: whether the model wants scales of activations that are powers of two.
+        fp8: names of the tensors that the checkpoint stores as e4m3 with a scale per 128 x 128.
+        round_scales: True if scales of the model's activations are powers of two.
     """
 
     def __init__(
@@ -54,10 +54,11 @@ class DeviceWeights:
         self._upload: Upload | None = None
 
     def bias(self, parts: Mapping[str, int]) -> Any:
+        """Return a `vector` in the dtype of activations."""
         return self.vector(parts, self._dtype)
 
     def vector(self, parts: Mapping[str, int], dtype: str = "float32") -> Any:
-        """As of HostWeights, in any type."""
+        """Return vectors end to end, in any dtype."""
         vector, start = self._allocate((sum(parts.values()),), dtype), 0
         for name, length in parts.items():
             self._fills(name, vector, start, length)
@@ -65,11 +66,13 @@ class DeviceWeights:
         return vector
 
     def norm(self, name: str, width: int, epsilon: float) -> DeviceNorm:
-        # a layer for multi-token prediction may be the only one in FP8
+        """Return an RMSNorm with a weight, which rounds its scales if its layer is FP8."""
+        # the MTP layer may be the only one in FP8
         rounds = self._round_scales if _layer_of(name) in self._fp8_layers else None
         return DeviceNorm(self.vector({name: width}), epsilon, rounds)
 
     def table(self, name: str, rows: int, width: int) -> tuple[Any, DeviceMatrix]:
+        """Return the embedding [rows, width], and its memory as the weight of a head."""
         values = self._allocate((rows, width), self._dtype)
         self._fills(name, values, 0, rows * width)
         return values, DeviceMatrix(values, sums_in_float32=True)
@@ -81,7 +84,7 @@ class DeviceWeights:
         *,
         sums_in_float32: bool = False,
     ) -> DeviceMatrix:
-        """As of HostWeights; FP8 where all parts are and start at a block."""
+        """Return the weight of a GEMM, in FP8 if all parts are FP8 and begin at a block."""
         shape, row = (sum(parts.values()), in_width), 0
         weight = self._weight(shape, self._are_blocks(parts), sums_in_float32=sums_in_float32)
         for name, width in parts.items():
@@ -92,7 +95,7 @@ class DeviceWeights:
     def columns(
         self, in_width: int, parts: Mapping[str, int], factors: Mapping[str, float]
     ) -> tuple[Any, ...]:
-        """The parts of a weight as [in, out] each, multiplied by their factors."""
+        """Return the parts of a weight as [in, out] each, times their factors."""
         made = []
         for name, width in parts.items():
             target = self._allocate((in_width, width), self._dtype)
@@ -103,7 +106,7 @@ class DeviceWeights:
     def by_head(
         self, name: str, heads: int, key_width: int, value_width: int, rank: int
     ) -> tuple[DeviceMatrix, DeviceMatrix]:
-        """As of HostWeights: halves of heads cross the blocks, so they are never FP8."""
+        """Return both halves of each head of kv_b_proj, which cross FP8 blocks."""
         keys = self._allocate((heads, key_width, rank), self._dtype)
         values = self._allocate((heads, rank, value_width), self._dtype)
 
@@ -122,7 +125,7 @@ class DeviceWeights:
     def experts(
         self, prefix: str, count: int, hidden_size: int, width: int
     ) -> tuple[DeviceMatrix, DeviceMatrix]:
-        """gate_up [count, 2 * width, hidden_size] and down [count, hidden_size, width] of all."""
+        """Return gate_up [count, 2 * width, hidden] and down [count, hidden, width]."""
         names = {
             (i, part): f"{prefix}{i}.{part}_proj.weight"
             for i in range(count)
@@ -138,20 +141,20 @@ class DeviceWeights:
         return gate_up, down
 
     def constant(self, make: Callable[[], np.ndarray]) -> Any:
-        """A table of float32 that is computed and not loaded."""
+        """Return a table of float32 that is computed and not loaded."""
         array = make()
         target = self._allocate(array.shape, "float32")
         self._put(target, 0, array)
         return target
 
     def finish(self) -> None:
-        """Wait until everything is there, and give the page-locked memory back."""
+        """Wait until all copies are complete, and free the page-locked memory."""
         if self._upload is not None:
             self._upload.finish()
             self._upload = None
 
     def _are_blocks(self, parts: Mapping[str, int]) -> bool:
-        """Whether these parts can be held as FP8 together."""
+        """Return True if one weight can hold the parts as FP8."""
         if not all(name in self.fp8 for name in parts):
             return False
         starts = np.cumsum(list(parts.values()))[:-1]
@@ -166,7 +169,7 @@ class DeviceWeights:
     def _weight(
         self, shape: tuple[int, ...], is_fp8: bool, *, sums_in_float32: bool = False
     ) -> DeviceMatrix:
-        """Memory of a weight, or of a stack of them; of FP8 also for the scales."""
+        """Allocate a weight or a stack of weights, in FP8 also their scales."""
         if not is_fp8:
             return DeviceMatrix(self._allocate(shape, self._dtype), sums_in_float32=sums_in_float32)
         blocks = (*shape[:-2], *num_blocks(shape[-2:], (BLOCK, BLOCK)))
@@ -176,7 +179,7 @@ class DeviceWeights:
     def _fills_rows(
         self, name: str, weight: DeviceMatrix, row: int, rows: int, matrix: int = 0
     ) -> None:
-        """Have the tensor of a name fill rows of a weight, or of one matrix of a stack of them."""
+        """Register a loader that fills rows of a weight, or of one matrix of a stack."""
         values, scales = weight.values, weight.scales
         out_width, width = values.shape[-2:]
         start, count = (matrix * out_width + row) * width, rows * width
@@ -206,7 +209,7 @@ class DeviceWeights:
         *,
         transpose: bool = False,
     ) -> None:
-        """Have the tensor of a name fill `count` values of a plain weight from `start` on."""
+        """Register a loader that fills `count` values of a weight from `start` on."""
         is_plain = factor == 1.0 and not transpose
         dtype = str(target.dtype).rpartition(".")[2]
 
@@ -224,24 +227,24 @@ class DeviceWeights:
     def _draw(
         self, source: RandomTensor, target: Any, start: int, count: int, factor: float = 1.0
     ) -> None:
-        """Fill values with what the source would have."""
+        """Fill values with random numbers of a source."""
         if source.constant is not None:
             fill_constant(target, start, count, source.constant)
         else:
             fill_random(target, start, count, source.seed, source.deviation * factor)
 
     def _put(self, target: Any, start: int, array: np.ndarray) -> None:
-        """Copy float32 values, converted to the type of the target."""
+        """Convert float32 values to the dtype of the target and copy them."""
         is_narrow = str(target.dtype).endswith("bfloat16")
         self._copy(target, start, bfloat16_bits(array) if is_narrow else array)
 
     def _copy(self, target: Any, start: int, array: np.ndarray) -> None:
-        """Queue a copy of values in the target's own type."""
+        """Enqueue a copy of values in the dtype of the target."""
         if self._upload is None:
             self._upload = Upload(target)
         self._upload.copy(target, start, np.ascontiguousarray(array))
 
 
 def _layer_of(name: str) -> str:
-    """What names of tensors of one layer begin with."""
+    """Return the prefix that tensors of one layer share."""
     return ".".join(name.split(".")[:3])

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
+
+import numpy as np
 
 from fd_dsa.distributed import SingleGroup
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.moe import gated
-from fd_dsa.models.registry import MODELS
-from fd_dsa.models.sources import MTP_JOIN
+from fd_dsa.models.registry import FAMILIES, FamilyConfig
+from fd_dsa.models.sources import MTP_JOIN, WeightLoader
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedTensor:
-    """One tensor of a checkpoint.
+    """A tensor that a checkpoint must hold.
 
     Attributes:
-        shape: as stored; weights of GEMMs are [out, in].
-        quantisable: may be stored as FP8 with a `_scale_inv` companion.
-        ids_below: int64 numbers from 0 to below this one; 0: floating-point values.
+        shape: stored shape. Weights of GEMMs are [out, in].
+        quantisable: True if it may be stored as FP8 with a `_scale_inv` companion.
+        ids_below: one more than the largest of its int64 ids, 0 = floating-point values.
     """
 
     shape: tuple[int, ...]
@@ -30,28 +32,30 @@ class ExpectedTensor:
 
     @property
     def num_elements(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
-def expected_tensors(config: Any) -> dict[str, ExpectedTensor]:
-    """All tensors of a model, by their Hugging Face names, as its layers ask for them.
+def expected_tensors(config: FamilyConfig) -> dict[str, ExpectedTensor]:
+    """Return all tensors that the layers of a model ask for, by Hugging Face name.
 
-    The layer for multi-token prediction has some where `config` says that it is loaded. Experts
-    are listed one by one, as checkpoints store them. A layer whose indexer is shared has no
-    indexer tensors; a model whose head is tied to the embedding has no `lm_head.weight`.
+    A loaded MTP layer has some. Experts are listed one by one, as checkpoints store them. A layer
+    whose indexer is shared has no indexer tensors. A model whose head is tied to the embedding has
+    no `lm_head.weight`.
 
-    Cost: the model is built without weights; Paddle is not imported.
+    Cost: the model is built without weights, and Paddle is not imported.
     """
     weights = _Expected(may_be_fp8=isinstance(config, ModelConfig))
-    MODELS[config.model_type](config, weights)
+    FAMILIES[config.model_type].model(config, weights)
     return weights.tensors
 
 
 class _Expected:
-    """Has the methods of HostWeights, makes nothing, and notes what is asked for."""
+    """Notes of the tensors that layers ask for, with the methods of HostWeights."""
 
     group = SingleGroup()
     fp8: frozenset[str] = frozenset()
+    loaders: ClassVar[dict[str, WeightLoader]] = {}
 
     def __init__(self, may_be_fp8: bool) -> None:
         self.tensors: dict[str, ExpectedTensor] = {}
@@ -103,8 +107,8 @@ class _Expected:
         for i in range(count):
             gated(self, f"{prefix}{i}.", hidden_size, width)
 
-    def constant(self, make: Any) -> None:
-        """Computed, not loaded."""
+    def constant(self, make: Callable[[], np.ndarray]) -> None:
+        """Ignore a table that is computed and not loaded."""
 
-    def fills(self, name: str, target: Any) -> None:
+    def fills(self, name: str, target: np.ndarray) -> None:
         self.tensors[name] = ExpectedTensor((len(target), math.prod(target.shape[1:])))

@@ -152,7 +152,10 @@ def is_harmless(path: str, value: object) -> bool:
 
 
 def same_value(value: object, other: object) -> bool:
-    """Return True if two JSON values are equal; 1 equals 1.0, true equals neither."""
+    """Return True if two JSON values are equal.
+
+    1 equals 1.0, and true equals neither.
+    """
     numbers = int, float
     comparable = type(value) is type(other) or (type(value) in numbers and type(other) in numbers)
     return comparable and value == other

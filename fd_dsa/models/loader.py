@@ -1,14 +1,10 @@
-"""Checks a checkpoint against its configuration and hands its tensors to a model.
-
-Or hands out random ones in their place, for measurements and dry runs of large models.
-"""
+"""Loading of weights: checks of a checkpoint, and its tensors or random ones."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from fd_dsa.distributed import Group
 from fd_dsa.errors import CheckpointError, flag_error, shorten
@@ -17,6 +13,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK, FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
 from fd_dsa.models.expected_tensors import ExpectedTensor, expected_tensors
 from fd_dsa.models.mla import down_projections
+from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.models.sources import (
     EMBEDDING,
     LM_HEAD,
@@ -32,25 +29,24 @@ logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _INV_FREQ = ".rotary_emb.inv_freq"
-# where DeepSeek's own names put layers for multi-token prediction
+# prefix of the MTP layer's tensors in DeepSeek's own names
 _MTP = "mtp."
 _INDEXER, _WK = ".self_attn.indexer.", "indexer.wk.weight"
 _MAX_PROBLEMS = 3
 
 
 def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Check that a checkpoint holds the tensors of the model and nothing else.
+    """Check that a checkpoint holds exactly the tensors of the model.
 
-    Tensors of layers past the last that are not asked for (multi-token prediction) and
-    `rotary_emb.inv_freq` are skipped, which one log line says. Another line counts the indexer
-    tensors of layers that use the selection of an earlier layer. Some checkpoints hold them, and no
-    engine reads them.
+    Skipped with a log line are MTP layers that are not loaded, and `rotary_emb.inv_freq`. Another
+    line counts the indexer tensors of layers that use the selection of an earlier layer: some
+    checkpoints hold them, and no engine reads them.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or of an unsupported
-            dtype, or FP8 scales do not fit; the message names file, tensor, expected and found.
+            dtype, or FP8 scales do not fit. The message names file, tensor, expected and found.
 
-    Cost: headers only; a tied head that is stored all the same is compared with the embedding.
+    Cost: headers only. A tied head that is stored nevertheless is compared with the embedding.
     """
     expected = expected_tensors(config)
     present = set(checkpoint.names())
@@ -95,8 +91,8 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
         )
 
 
-def _unused_indexers(config: Any, layers: Mapping[str, re.Match[str]]) -> set[str]:
-    """Names of indexer tensors of layers that use the selection of an earlier layer.
+def _unused_indexers(config: FamilyConfig, layers: Mapping[str, re.Match[str]]) -> set[str]:
+    """Return the indexer tensors of layers that use an earlier layer's selection.
 
     Args:
         layers: match of `_LAYER` for each name.
@@ -112,12 +108,15 @@ def _unused_indexers(config: Any, layers: Mapping[str, re.Match[str]]) -> set[st
 
 
 def add_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> ModelConfig:
-    """The same with the layer for multi-token prediction of a checkpoint, None for random weights.
+    """Return the configuration with the MTP layer of a checkpoint.
 
-    Its embedding and head are often copies of the model's, which then serve.
+    Embedding and head of the layer are often copies of the model's, which are then used instead.
+
+    Args:
+        checkpoint: None = random weights.
 
     Raises:
-        ConfigError: it has no such layer.
+        ConfigError: the model has no MTP layer.
     """
     names, lack = checkpoint.names() if checkpoint else (), ""
     prefix = f"model.layers.{config.num_hidden_layers}."
@@ -132,8 +131,10 @@ def add_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> ModelCo
     head, own = EMBEDDING if config.tie_word_embeddings else LM_HEAD, []
     for table, shared in ((MTP_EMBEDDING, EMBEDDING), (MTP_HEAD, head)):
         name = prefix + table
-        # comparing the buffers needs no array of booleans
-        if name in names and checkpoint.raw(name).data != checkpoint.raw(shared).data:
+        if checkpoint is None or name not in names:
+            continue
+        # buffers are compared without an array of booleans
+        if checkpoint.raw(name).data != checkpoint.raw(shared).data:
             own.append(table)
     return config.with_mtp_layer(*own)
 
@@ -150,11 +151,14 @@ def load_weights(
     Args:
         checkpoint: a checkpoint that `validate` has passed.
         loaders: for each name of `expected_tensors(config)`, a function that takes its
-            StoredTensor, whose file may go after the call; ValueError for other names.
-        progress: called with the bytes done and the bytes in all, before the first and after each.
-        group: ranks that share the model; each reads its own part.
+            StoredTensor. The file may be closed after the call.
+        progress: called with the bytes done and all bytes, at the start and after each tensor.
+        group: ranks that share the model. Each reads its own part.
 
-    Cost: one pass over the files; beside what the loaders keep, memory for one tensor.
+    Raises:
+        ValueError: `loaders` has other names.
+
+    Cost: one pass over the files, and memory for one tensor in addition to the weights.
     """
     expected = expected_tensors(config)
     if loaders.keys() != expected.keys():
@@ -182,7 +186,7 @@ def load_weights(
 def _problems(
     checkpoint: Checkpoint, config: ModelConfig, expected: Mapping[str, ExpectedTensor]
 ) -> Iterator[str]:
-    """What is wrong with the tensors that should be there."""
+    """Yield a message for each expected tensor that is missing or does not fit."""
     for name, tensor in expected.items():
         if name not in checkpoint:
             yield (
@@ -206,6 +210,7 @@ def _problems(
 def _scale_problems(
     checkpoint: Checkpoint, config: ModelConfig, name: str, where: str
 ) -> Iterator[str]:
+    """Yield a message if the scales of an FP8 tensor are missing or do not fit."""
     if config.weight_block_size is None:
         yield f"{where}: found dtype F8_E4M3, but config.json has no quantization_config"
         return
@@ -223,10 +228,10 @@ def _scale_problems(
 
 
 def _tied_head_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
-    """A stored head which is not the embedding that it should be tied to."""
+    """Yield a message if a stored head differs from the embedding it is tied to."""
     if not config.tie_word_embeddings or not {LM_HEAD, EMBEDDING} <= set(checkpoint.names()):
         return
-    # comparing the buffers needs no array of booleans
+    # buffers are compared without an array of booleans
     if checkpoint.raw(LM_HEAD).data != checkpoint.raw(EMBEDDING).data:
         yield (
             f"{checkpoint.info(LM_HEAD).file}: tensor {LM_HEAD!r}: expected the values of "
@@ -246,7 +251,7 @@ def load_dummy_weights(
     """Hand each loader a RandomTensor.
 
     Args:
-        progress: called with the values done and the values in all.
+        progress: called with the values done and all values.
     """
     expected = expected_tensors(config)
     part_of, _ = rank_parts(config, group)
@@ -258,12 +263,18 @@ def load_dummy_weights(
 
 
 def rank_parts(
-    config: Any, group: Group | None
+    config: FamilyConfig, group: Group | None
 ) -> tuple[Callable[[str, SourceTensor], SourceTensor], dict[str, float]]:
-    """What gives the part of a tensor that a rank holds, and the share that it is, where not 1."""
+    """Return the parts of tensors that a rank holds.
+
+    Returns:
+        A function from name and tensor to the rank's part, and the fraction of each tensor that
+        is split, by name.
+    """
     cuts: dict[str, tuple[int, int, int]] = {}
     shares: dict[str, float] = {}
     if group is not None and group.size > 1:
+        assert isinstance(config, ModelConfig), "ranks share only models with its layers"
         parts = expected_tensors(config.split(group.size))
         for name, tensor in expected_tensors(config).items():
             for axis, (whole, own) in enumerate(zip(tensor.shape, parts[name].shape, strict=True)):
@@ -278,7 +289,7 @@ def rank_parts(
 
 
 def check_blocks(config: ModelConfig, size: int, fp8: frozenset[str]) -> None:
-    """Refuse ranks whose parts of FP8 tensors, named in `fp8`, are not whole blocks.
+    """Refuse ranks whose parts of the tensors in `fp8` are not whole blocks.
 
     Raises:
         ConfigError: names the tensor.
@@ -298,22 +309,22 @@ def check_blocks(config: ModelConfig, size: int, fp8: frozenset[str]) -> None:
 
 
 def quantisable_tensors(config: ModelConfig) -> frozenset[str]:
-    """Names of the tensors that a device holds as e4m3 of random weights where the model's are."""
+    """Return the tensors that a device holds as FP8 if weights are random."""
     return _held(config, (n for n, one in expected_tensors(config).items() if one.quantisable))
 
 
 def fp8_tensors(checkpoint: Checkpoint, config: ModelConfig) -> frozenset[str]:
-    """Names of the tensors that a device holds as the checkpoint: e4m3, a scale each 128 x 128."""
+    """Return the names of the checkpoint's tensors that a device holds as FP8."""
     # a checkpoint may hold tensors that the model does not have
     names = (name for name in expected_tensors(config) if name in checkpoint)
     return _held(config, (n for n in names if checkpoint.info(n).dtype == "F8_E4M3"))
 
 
 def _held(config: ModelConfig, names: Iterable[str]) -> frozenset[str]:
-    """Those of FP8 tensors that stay so on a device.
+    """Return the FP8 tensors in `names` that stay FP8 on a device.
 
-    Halves of the heads of kv_b_proj cross its blocks; a wk that is not among the first projections
-    shares a launch with weights_proj, which no checkpoint quantises.
+    kv_b_proj does not, because halves of its heads cross the blocks. A wk that is not among the
+    first projections does not, because it shares a launch with weights_proj, which is never FP8.
     """
     if config.weight_block_size != (BLOCK, BLOCK):
         return frozenset()

@@ -1,4 +1,4 @@
-"""Multi-head latent attention in absorbed form, over the DSA backend."""
+"""Multi-head latent attention (MLA) in absorbed form, over the DSA backend."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
-from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.indexer import Indexer
+from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK
+from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.linear import linear, values_of
 
 
 def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> dict[str, int]:
-    """Names and rows of the weights of the first GEMM of an attention, in their order.
+    """Return names and rows of the weights of an attention's first GEMM, in order.
 
-    The indexer's wk is one of them where all are FP8 and end at blocks: between q_a_proj and
-    kv_a_proj_with_mqa, which may end within one. Biases are those of the two alone.
+    The indexer's wk is one of them if all are FP8 and the first two end at blocks of scales. It is
+    between q_a_proj and kv_a_proj_with_mqa, which may end within a block. A model with biases has
+    wk apart, because it has none.
 
     Args:
-        prefix: of the names.
-        fp8: names of the tensors that are held as FP8 where their places allow it.
+        prefix: start of the names.
+        fp8: names of the tensors that are held as FP8 if their places allow it.
     """
     rows = {
         "q_a_proj": config.q_lora_rank,
@@ -38,23 +40,23 @@ def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> 
 
 
 class DeepseekV32DSAAttention:
-    """MLA whose queries see the keys that an indexer chose.
+    """MLA whose queries attend to the keys that an indexer selects.
 
-    The up-projection of the keys is absorbed into the query and that of the values into the
-    output, so the cache holds one latent of `kv_lora_rank` + `qk_rope_head_dim` values a token,
-    shared by all heads.
+    The query absorbs the up-projection of the keys, the output that of the values. So the cache
+    holds one latent of `kv_lora_rank` + `qk_rope_head_dim` values per token for all heads.
     A layer of indexer type "shared" has no indexer of its own.
 
     Attributes:
         qkv_a_proj: weight of the joined down-projections, see `down_projections`.
-        q_b_proj, k_b_proj, v_b_proj, o_proj: weights of the checkpoint's names; `kv_b_proj` in two.
+        q_b_proj, k_b_proj, v_b_proj, o_proj: weights under the checkpoint's names, `kv_b_proj` in
+            two parts.
         q_a_layernorm, kv_a_layernorm: norms of the latents.
-        indexer: None in a layer of type "shared".
+        indexer: indexer of the layer, None in a layer of type "shared".
 
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1.
     """
 
-    def __init__(self, config: ModelConfig, layer_id: int, weights: Any, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, layer_id: int, weights: Weights, prefix: str) -> None:
         self.layer_id = layer_id
         self.q_lora_rank, self.num_heads = config.q_lora_rank, config.num_attention_heads
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
@@ -79,7 +81,7 @@ class DeepseekV32DSAAttention:
             biases = {f"{name.removesuffix('weight')}bias": n for name, n in down.items()}
             self.qkv_a_bias = weights.bias(biases)
             out_bias = weights.bias({f"{prefix}o_proj.bias": hidden})
-            # one rank brings it into the sum over all
+            # one rank adds it to the sum over all
             self.o_bias = out_bias if weights.group.rank == 0 else None
         self.indexer = None
         if config.indexer_types[layer_id] == "full":
@@ -89,7 +91,7 @@ class DeepseekV32DSAAttention:
     def forward(
         self, hidden_states: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
     ) -> tuple[Any, Any]:
-        """Attention output and the selection that a following "shared" layer uses.
+        """Return the attention output, and the selection for following "shared" layers.
 
         Args:
             hidden_states: [num_tokens, hidden_size], normed.
@@ -104,7 +106,7 @@ class DeepseekV32DSAAttention:
             indices = shared_indices
         else:
             work = partial(self.project_qkv_a, hidden_states)
-            # what it multiplies by is never FP8
+            # the weights of the indexer are not FP8
             values = values_of(hidden_states)
             forked = num_tokens if indexer.may_fork(values) else 0
             (qr, kv_a, joined), (index_k, weights) = backend.overlap.run(
@@ -126,7 +128,7 @@ class DeepseekV32DSAAttention:
         return linear(merged, self.o_proj, self.o_bias), indices
 
     def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
-        """How the keys of this layer are normed and stored in caches of `layout`."""
+        """Return the norms and the format with which the layer writes its keys."""
         norms: dict[str, Any] = {}
         if self.indexer is not None:
             norms = self.indexer.key_norm()
@@ -140,9 +142,11 @@ class DeepseekV32DSAAttention:
         )
 
     def project_qkv_a(self, hidden_states: Any) -> tuple[Any, Any, Any]:
-        """Latent of the queries, normed, and keys of `write_caches`, neither normed nor rotated.
+        """Project to the latent of the queries, the key latent and the index key.
 
-        Those of the indexer are None where it projects them itself.
+        Returns:
+            The latent of the queries, normed, then the keys for `write_caches`, neither normed nor
+            rotated. The index key is None if the indexer projects it itself.
         """
         qkv = linear(hidden_states, self.qkv_a_proj, self.qkv_a_bias)
         rank, begin = self.q_lora_rank, self._kv_begin
@@ -150,7 +154,7 @@ class DeepseekV32DSAAttention:
         return self.q_a_layernorm.of(qkv[:, :rank]), qkv[:, begin:], index_k
 
     def _attended(self, qr: Any, cos_sin: Any, indices: Any, forward_meta: Any) -> Any:
-        """Values of the heads side by side [num_tokens, num_heads * v_head_dim]."""
+        """Return the values of all heads, [num_tokens, num_heads * v_head_dim]."""
         backend, nope = forward_meta.attn_backend, self.nope_dim
         q = self.q_b_proj.times(qr).reshape([-1, self.num_heads, nope + self.rope_dim])
         prompts, tokens = backend.attention.dense_prompts, None

@@ -1,4 +1,4 @@
-"""The MLPs: dense, shared expert and routed experts with the noaux_tc gate."""
+"""MLPs: dense, shared expert and routed experts with the noaux_tc gate."""
 
 from __future__ import annotations
 
@@ -8,43 +8,44 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.host_gemm import HostMatrix, times_of_spans
 
 EXPERT_BYTES = 1 << 30
-"""Most memory for an activation of the chosen experts; a longer step is cut."""
-# values of gate and up of experts that run together: they stay in a core's cache
+"""Max bytes of one activation of the selected experts. A longer step is split."""
+# max values of gate and up of experts that run together, so that they stay in a core's cache
 _GROUP_VALUES = 1 << 17
 
 
-def gated(weights: Any, prefix: str, hidden_size: int, width: int) -> tuple[Any, Any]:
-    """Weights of a gated MLP: gate and up, which are one GEMM side by side, and down."""
+def gated(weights: Weights, prefix: str, hidden_size: int, width: int) -> tuple[Any, Any]:
+    """Return the weights of a gated MLP: gate and up in one GEMM, then down."""
     gate_up = {f"{prefix}gate_proj.weight": width, f"{prefix}up_proj.weight": width}
     down = {f"{prefix}down_proj.weight": hidden_size}
     return weights.matrix(hidden_size, gate_up), weights.matrix(width, down)
 
 
 class DeepseekMLP:
-    """down(silu(gate(x)) * up(x))."""
+    """Gated MLP, down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, weights: Any, prefix: str, hidden_size: int, width: int) -> None:
+    def __init__(self, weights: Weights, prefix: str, hidden_size: int, width: int) -> None:
         self.gate_up_proj, self.down_proj = gated(weights, prefix, hidden_size, width)
 
     def forward(self, x: Any, forward_meta: Any = None) -> Any:
-        """[num_tokens, hidden_size] of the same."""
+        """Return the output [num_tokens, hidden_size] of an input of the same shape."""
         return self.down_proj.times(self.down_proj.activated(self.gate_up_proj.times(x)))
 
 
 class NoAuxTopkGate:
-    """Chooses experts by sigmoid score plus a correction bias, weighs them by the score alone.
+    """Router: selects experts by sigmoid score plus bias, weighs them by score.
 
-    With expert groups, a group counts by its two best experts and only the best `topk_group`
-    groups take part. Equal scores: the lower expert id.
+    With expert groups, the score of a group is the sum of its two best experts, and only the best
+    `topk_group` groups take part. Of equal scores the lower expert id is selected.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2; Hugging Face transformers 5.23
     (DeepseekV32TopkRouter).
     """
 
-    def __init__(self, config: ModelConfig, weights: Any, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         self.top_k, self.num_experts = config.num_experts_per_tok, config.n_routed_experts
         self.n_group, self.topk_group = config.n_group, config.topk_group
         self.norm_topk_prob = config.norm_topk_prob
@@ -55,7 +56,11 @@ class NoAuxTopkGate:
         self.bias = weights.vector({f"{prefix}e_score_correction_bias": self.num_experts})
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape."""
+        """Select the experts of each token.
+
+        Returns:
+            Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape.
+        """
         logits = self.weight.times(x)
         with np.errstate(over="ignore"):
             scores = np.float32(1.0) / (np.float32(1.0) + np.exp(-logits))
@@ -69,7 +74,7 @@ class NoAuxTopkGate:
         return experts, weights * self.scaling
 
     def _keep_best_groups(self, choice: np.ndarray) -> np.ndarray:
-        """`choice` with the experts of all but the best `topk_group` groups at -inf."""
+        """Return `choice` with -inf for experts outside the best `topk_group` groups."""
         grouped = choice.reshape(len(choice), self.n_group, -1)
         pair = np.partition(grouped, grouped.shape[2] - 2, axis=2)[:, :, -2:]
         kept = np.zeros((len(choice), self.n_group), bool)
@@ -79,7 +84,10 @@ class NoAuxTopkGate:
 
     @staticmethod
     def best(scores: np.ndarray, k: int) -> np.ndarray:
-        """int32 columns of the k largest scores of each row, ascending; ties to the lower one."""
+        """Return the columns of the k largest scores of each row, int32, ascending.
+
+        Of equal scores the lower column is selected.
+        """
         best = np.negative(scores).argsort(axis=1, kind="stable")[:, :k].astype(np.int32)
         best.sort(axis=1)
         return best
@@ -88,7 +96,7 @@ class NoAuxTopkGate:
 class DeepseekMoE:
     """Routed experts plus the shared expert, accumulated in float32."""
 
-    def __init__(self, config: ModelConfig, weights: Any, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         width, hidden, count = (
             config.moe_intermediate_size,
             config.hidden_size,
@@ -98,11 +106,14 @@ class DeepseekMoE:
         self.gate = NoAuxTopkGate(config, weights, f"{prefix}gate.")
         shared_width = width * config.n_shared_experts
         self.shared_experts = DeepseekMLP(weights, f"{prefix}shared_experts.", hidden, shared_width)
-        # on a device a stack of all
+        # on a device one stack of all experts
         self.experts = weights.experts(f"{prefix}experts.", count, hidden, width)
 
     def forward(self, x: Any, forward_meta: Any = None) -> Any:
-        """[num_tokens, hidden_size] of the same; on a device a padded token takes no expert."""
+        """Return the output [num_tokens, hidden_size] of an input of the same shape.
+
+        On a device padded tokens have no routed experts.
+        """
         out = self.shared_experts.forward(x)
         if isinstance(self.experts, list):
             out += routed(x, *self.gate.forward(x), self.experts, HostMatrix.activated)
@@ -110,11 +121,10 @@ class DeepseekMoE:
         return self._routed_on_device(x, out, forward_meta.slot_mapping)
 
     def _routed_on_device(self, x: Any, shared: Any, slot_mapping: Any) -> Any:
-        """`shared` plus the weighted sum of the chosen experts; nothing is read back.
+        """Return `shared` plus the weighted sum of the selected experts.
 
-        Which experts have tokens is known on the device alone, and reading it back would cost a
-        wait in every layer: the launches list each expert's tokens there, and grids hold for any
-        choice.
+        The host does not know which experts have tokens, because reading it back would cost a wait
+        in every layer. So kernels list the tokens of each expert, and grids fit any selection.
         """
         gate, num_tokens = self.gate, x.shape[0]
         widest = max(self.intermediate_size, x.shape[1])
@@ -127,7 +137,7 @@ class DeepseekMoE:
             return paddle.concat(
                 [self._routed_on_device(*(part[chunk] for part in parts)) for chunk in chunks]
             )
-        # kernels are loaded only where there is a device
+        # kernels are loaded only if there is a device
         from fd_dsa.ops import expert_kernels as kernels
 
         ids, weights = kernels.choose_experts(
@@ -154,15 +164,16 @@ def routed(
     experts: Sequence[tuple[Any, Any]],
     activated: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """The weighted sum of each token's experts, float32 [num_tokens, hidden_size].
+    """Return the weighted sum of each token's experts, [num_tokens, hidden_size].
 
-    Only the GEMMs run expert by expert; those without a token are not visited.
+    Only the GEMMs run expert by expert. Experts without a token are skipped.
 
     Args:
         x: float32 [num_tokens, hidden_size].
-        chosen, weights: of each token; float32 weights. An expert that it names twice counts twice.
-        experts: gate_up and down, HostMatrix.
-        activated: of the results of gate_up, which it may change.
+        chosen: int32 [num_tokens, top_k], experts of each token. An expert may be named twice.
+        weights: float32 [num_tokens, top_k], weights of the experts.
+        experts: gate_up and down of each expert, HostMatrix.
+        activated: activation of the results of gate_up, which it may change in place.
     """
     num_tokens, top_k = chosen.shape
     widest = max(x.shape[1], experts[0][0].out_width)
@@ -193,10 +204,10 @@ def routed(
 
 
 def _groups(spans: list[Any], most: int) -> Iterator[list[Any]]:
-    """Neighbouring experts that have `most` rows together, or one that has more.
+    """Yield groups of neighbouring experts with at most `most` rows, or one expert.
 
     Args:
-        spans: of each expert, the expert, its first row and the end of its rows.
+        spans: each expert with its first row and the end of its rows.
     """
     group: list[Any] = []
     for span in spans:

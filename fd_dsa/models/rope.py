@@ -10,7 +10,7 @@ from fd_dsa.models.rope_config import RopeConfig, yarn_mscale
 
 
 def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
-    """float32 [dim // 2]: angle per position of each pair, radians.
+    """Return the angle per position of each pair, float32 [dim // 2], radians.
 
     YaRN keeps frequencies that turn more than `beta_fast` times within the pre-training context,
     divides by `factor` those that turn less than `beta_slow` times, and blends between.
@@ -23,7 +23,7 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
         return plain
 
     def pair_with(rotations: float) -> float:
-        """Pair index (a real number) that turns `rotations` times in the trained context."""
+        """Return the (real) pair index with `rotations` turns in the trained context."""
         turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(rope.theta))
 
@@ -35,7 +35,7 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
 
 
 def cos_sin_table(rope: RopeConfig, dim: int, max_position: int) -> np.ndarray:
-    """float32 [max_position, dim]: cos of each pair, then sin; a step gathers those of its tokens.
+    """Return cos, then sin of the pairs, float32 [max_position, dim].
 
     Args:
         dim: width of the rope slice, `qk_rope_head_dim`.

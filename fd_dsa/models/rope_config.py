@@ -1,4 +1,4 @@
-"""RoPE settings of a config.json, in both forms that Hugging Face has written."""
+"""RoPE settings of a config.json, in both forms that Hugging Face writes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ ROPE_FIELDS = (
     "truncate",
     "type",
 )
-"""Fields of an object that describes RoPE, other than `rope_theta`."""
+"""Fields of an object that describes RoPE, except for `rope_theta`."""
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """How positions turn into angles; everything but `theta` counts for YaRN only.
+    """Settings of rotary positions. All but `theta` apply to YaRN only.
 
     Attributes:
         theta: base of the frequencies.
         type: "default" or "yarn".
-        factor: how many times longer the context is than in pre-training.
+        factor: length of the context, as a multiple of that in pre-training.
         original_max_position_embeddings: context of the pre-training, tokens.
         beta_fast, beta_slow: rotations at which interpolation begins and is complete.
-        mscale, mscale_all_dim: weights of log(factor); 0.0 where the file has none. As in
+        mscale, mscale_all_dim: weights of log(factor); 0.0 = not in the file. As in
             Hugging Face, cos and sin are multiplied by mscale(mscale) / mscale(mscale_all_dim) if
             both are given, else by mscale(1); see `yarn_mscale`.
     """
@@ -49,17 +49,17 @@ class RopeConfig:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention multiplier, 0.1 * mscale * ln(factor) + 1; 1 without an extension."""
+    """Return YaRN's attention multiplier, 0.1 * mscale * ln(factor) + 1, at least 1."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def read_rope(reader: FieldReader, rope_theta: float, max_position_embeddings: int) -> RopeConfig:
-    """RoPE of `rope_parameters`, or of `rope_theta` and `rope_scaling`.
+    """Read RoPE from `rope_parameters`, or from `rope_theta` and `rope_scaling`.
 
     Args:
         reader: the top level of config.json.
-        rope_theta: base of the frequencies where the file has none.
-        max_position_embeddings: YaRN's pre-training length where the file has none.
+        rope_theta: base of the frequencies if the file has none.
+        max_position_embeddings: YaRN's pre-training length if the file has none, tokens.
 
     Raises:
         ConfigError: an unsupported type or value, or two places that disagree.
@@ -82,7 +82,7 @@ def read_rope(reader: FieldReader, rope_theta: float, max_position_embeddings: i
 
 
 def _agreed(readers: list[FieldReader], name: str, default: float) -> float:
-    """The one positive value of a field that may be in several places."""
+    """Read a positive field that may be in several places, which must agree."""
     agreed: float | None = None
     for reader in readers:
         value = _optional(reader, name)
@@ -96,24 +96,25 @@ def _agreed(readers: list[FieldReader], name: str, default: float) -> float:
 
 
 def _optional(reader: FieldReader, name: str) -> float | None:
-    """A number; None where the field is absent or null."""
+    """Read a number. Returns None if the field is absent or null."""
     return None if reader.raw(name) is None else reader.number(name, None)
 
 
 def read_section(
     reader: FieldReader, theta: float, original: int, *, has_factor: bool = False
 ) -> RopeConfig:
-    """One of the two objects which describe RoPE.
+    """Read one of the two objects that describe RoPE.
 
     Args:
-        theta, original: as of `RopeConfig`.
-        has_factor: whether the caller reads `attention_factor`, which otherwise must be absent.
+        theta: base of the frequencies.
+        original: context of the pre-training, tokens.
+        has_factor: True if the caller reads `attention_factor`, which otherwise must be absent.
     """
     kind = reader.choice("rope_type", reader.raw("type", "default"), _TYPES)
     reader.choice("type", kind, (kind,), "rope_type and type must agree")
     if kind == "default":
         for name in ROPE_FIELDS:
-            # without effect, but files keep them
+            # mark as read: files keep them without effect
             reader.raw(name)
         return RopeConfig(theta=theta)
     reader.choice("truncate", True, (True,))

@@ -1,4 +1,4 @@
-"""What weights are filled from: tensors of a checkpoint, or random numbers in their place."""
+"""Sources of weights: tensors of a checkpoint, or random numbers in their place."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from fd_dsa.models.dequantize import TensorInfo, dequantize_blocks, to_float32
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
-# of the layer for multi-token prediction, after what names of its tensors begin with
+# tensors of the MTP layer, after the prefix of the layer
 MTP_EMBEDDING = "embed_tokens.weight"
 MTP_HEAD = "shared_head.head.weight"
-# joins hidden states and embeddings; no release has it as FP8
+# joins hidden states and embeddings, and is FP8 in no release
 MTP_JOIN = "eh_proj.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a checkpoint, not yet converted.
+    """A tensor of a checkpoint before conversion.
 
     Attributes:
-        info: its dtype, shape and place.
-        raw: uint8 [nbytes], its bytes; a read-only view of the file.
-        scale: of FP8, its multipliers, float32 [blocks of rows, blocks of columns].
-        block_size: of FP8, rows and columns of a block.
+        info: dtype, shape and place.
+        raw: uint8 [nbytes], the bytes, a read-only view of the file.
+        scale: scales of an FP8 tensor, float32 [blocks of rows, blocks of columns].
+        block_size: rows and columns of a block of an FP8 tensor.
     """
 
     info: TensorInfo
@@ -38,7 +38,10 @@ class StoredTensor:
     block_size: tuple[int, int] = (1, 1)
 
     def float32(self) -> np.ndarray:
-        """float32 in the stored shape; a read-only view of the file for F32, else a new array.
+        """Return float32 in the stored shape.
+
+        Returns:
+            A read-only view of the file for F32, else a new array.
 
         Raises:
             CheckpointError: a dtype that is not supported.
@@ -49,13 +52,13 @@ class StoredTensor:
         return dequantize_blocks(codes, self.scale.float32(), self.block_size)
 
     def ids(self) -> np.ndarray:
-        """int64 in the stored shape."""
+        """Return int64 in the stored shape."""
         return self.raw.view("<i8").reshape(self.info.shape)
 
     def narrowed(self, axis: int, start: int, stop: int) -> StoredTensor:
-        """Rows (axis 0) or columns (axis 1) of a matrix; no others are read.
+        """Return rows (axis 0) or columns (axis 1) of a matrix.
 
-        FP8 whose blocks the borders cut becomes float32.
+        The others are not read. An FP8 matrix whose blocks the borders cut becomes float32.
         """
         source, scale, block = self, None, self.block_size[axis]
         if self.scale is not None:
@@ -73,14 +76,14 @@ class StoredTensor:
 
 
 class RandomTensor:
-    """Random numbers instead of a tensor of a checkpoint, by its name and a seed alone.
+    """Random numbers by name and seed, instead of a tensor of a checkpoint.
 
-    Normal with variance 1 / (length of a row), so activations keep their size; norms are ones and
-    biases zeros, so experts are chosen evenly.
+    Normal with variance 1 / (length of a row), so that activations keep their size. Norms are ones
+    and biases zeros, so that experts are selected evenly.
 
     Args:
-        shape: as a checkpoint would store it.
-        ids_below: of a table of numbers, more than the highest.
+        shape: shape in a checkpoint.
+        ids_below: one more than the largest number of a table of ids.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], seed: int, ids_below: int = 0) -> None:
@@ -91,6 +94,7 @@ class RandomTensor:
         self.deviation = shape[-1] ** -0.5
 
     def float32(self) -> np.ndarray:
+        """Return float32 in the stored shape."""
         if self.constant is not None:
             return np.full(self.shape, self.constant, np.float32)
         shape, seed = self._whole
@@ -98,11 +102,14 @@ class RandomTensor:
         return values * np.float32(self.deviation)
 
     def ids(self) -> np.ndarray:
-        """int64, evenly drawn."""
+        """Return int64 of a uniform distribution."""
         return np.random.default_rng(self.seed).integers(0, self.ids_below, self.shape)
 
     def narrowed(self, axis: int, start: int, stop: int) -> RandomTensor:
-        """See StoredTensor; a device, which draws by `shape` and `seed`, makes up other values."""
+        """Return rows (axis 0) or columns (axis 1) of a matrix.
+
+        On a device the part has other values, because they depend on its `shape` and `seed`.
+        """
         part = copy(self)
         rows, columns = self.shape
         part.shape = (stop - start, columns) if axis == 0 else (rows, stop - start)
@@ -112,6 +119,6 @@ class RandomTensor:
 
 
 SourceTensor = StoredTensor | RandomTensor
-"""One tensor of a checkpoint: weights of GEMMs are [out, in]."""
+"""One tensor of a checkpoint. Weights of GEMMs are [out, in]."""
 WeightLoader = Callable[[Any], None]
-"""Takes the SourceTensor of one name, and fills what is held of it."""
+"""Function that fills a weight from the SourceTensor of one name."""

@@ -1,7 +1,7 @@
 """Weights of a model in host memory.
 
-A layer asks for its weights by their Hugging Face names; what they are held as is decided here, and
-for a device in `device_weights.py`, whose class has the same methods.
+A layer asks for its weights by their Hugging Face names. This module decides how they are held;
+`device_weights.py` has a class with the same methods for a device.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fd_dsa.ops.norm import HostNorm
 
 
 class HostWeights:
-    """Weights in float32, those of GEMMs as [in, out].
+    """Weights in float32. Weights of GEMMs are [in, out].
 
     Attributes:
         group: ranks that share the model.
-        loaders: how each tensor of a checkpoint fills its place; all of them together fill every
-            weight that was asked for.
+        loaders: function that fills the place of each tensor of a checkpoint. Together they fill
+            every weight.
         fp8: names of the tensors that are held as FP8.
     """
 
@@ -40,7 +40,14 @@ class HostWeights:
         self._matrices: list[HostMatrix] = []
 
     def vector(self, parts: Mapping[str, int], factor: float = 1.0) -> np.ndarray:
-        """float32 [sum of the lengths]: vectors end to end, such as norms' weights, by a factor."""
+        """Return vectors end to end, such as norms' weights, times a factor.
+
+        Args:
+            parts: name and length of each.
+
+        Returns:
+            float32 [sum of the lengths].
+        """
         values, start = np.empty(sum(parts.values()), np.float32), 0
         for name, length in parts.items():
             self.fills(name, values[start : start + length], factor)
@@ -48,14 +55,15 @@ class HostWeights:
         return values
 
     def bias(self, parts: Mapping[str, int]) -> np.ndarray:
-        """A `vector` that is added to the results of a GEMM; on a device of their type."""
+        """Return a `vector` for the results of a GEMM, on a device in their dtype."""
         return self.vector(parts)
 
     def norm(self, name: str, width: int, epsilon: float) -> HostNorm:
+        """Return an RMSNorm with a weight."""
         return HostNorm(self.vector({name: width}), epsilon)
 
     def table(self, name: str, rows: int, width: int) -> tuple[np.ndarray, HostMatrix]:
-        """The embedding [rows, width], and the same memory as the weight of a head."""
+        """Return the embedding [rows, width], and its memory as the weight of a head."""
         head = HostMatrix(_empty(rows, width), transposed=True)
         self.fills(name, head.array)
         return head.array, head
@@ -67,20 +75,23 @@ class HostWeights:
         *,
         sums_in_float32: bool = False,
     ) -> HostMatrix:
-        """The weight of a GEMM whose outputs are those of the parts side by side.
+        """Return the weight of a GEMM whose outputs are those of the parts side by side.
 
         Args:
             parts: name and output width of each.
-            sums_in_float32: whether results are rounded to nothing less than float32.
+            sums_in_float32: True if results must be float32.
         """
         return self.columns(in_width, parts, {})
 
     def columns(
         self, in_width: int, parts: Mapping[str, int], factors: Mapping[str, float]
     ) -> HostMatrix:
-        """A `matrix` some of whose parts are multiplied when they are loaded.
+        """Return a `matrix` some of whose parts are multiplied when they are loaded.
 
-        On a device it is a tensor [in, out] for each part.
+        On a device it is a tensor [in, out] per part.
+
+        Args:
+            factors: factor by name of a part, 1 for the others.
         """
         weight, start = HostMatrix(_empty(in_width, sum(parts.values()))), 0
         for name, width in parts.items():
@@ -91,10 +102,11 @@ class HostWeights:
         return weight
 
     def placed(self, in_width: int, places: Mapping[str, Sequence[tuple[int, int]]]) -> HostMatrix:
-        """A `matrix` whose parts need not be side by side.
+        """Return a `matrix` whose parts need not be side by side.
 
         Args:
-            places: of each name, first column and width of the pieces that its rows fill in turn.
+            places: first column and width of the pieces that the rows of a part fill in turn, by
+                name.
         """
         spans = [span for pieces in places.values() for span in pieces]
         weight = HostMatrix(_empty(in_width, sum(width for _, width in spans)))
@@ -104,7 +116,7 @@ class HostWeights:
         return weight
 
     def grouped(self, name: str, groups: int, in_width: int, out_width: int) -> HostMatrix:
-        """The weight [groups, in_width, out_width] of a GEMM for each group, stored as rows."""
+        """Return the weight [groups, in_width, out_width] of a GEMM per group."""
         weight = HostMatrix(_empty(groups, in_width, out_width))
 
         def load(source: SourceTensor) -> None:
@@ -115,9 +127,9 @@ class HostWeights:
         return weight
 
     def ids(self, name: str, rows: int, width: int, below: int) -> np.ndarray:
-        """int32 [rows, width]: numbers from 0 to below `below`.
+        """Return a table of ids from 0 to below `below`, int32 [rows, width].
 
-        Loading raises CheckpointError where one is not.
+        Its loader raises CheckpointError for another id.
         """
         table = np.zeros((rows, width), np.int32)
 
@@ -136,7 +148,7 @@ class HostWeights:
     def by_head(
         self, name: str, heads: int, key_width: int, value_width: int, rank: int
     ) -> tuple[HostMatrix, HostMatrix]:
-        """Both halves of each head of kv_b_proj [heads * (key_width + value_width), rank].
+        """Return both halves of each head of kv_b_proj.
 
         Returns:
             Weights [heads, key_width, rank] and [heads, rank, value_width].
@@ -156,20 +168,20 @@ class HostWeights:
     def experts(
         self, prefix: str, count: int, hidden_size: int, width: int
     ) -> list[tuple[HostMatrix, HostMatrix]]:
-        """gate_up and down of each expert."""
+        """Return gate_up and down of each expert."""
         return [gated(self, f"{prefix}{i}.", hidden_size, width) for i in range(count)]
 
     def constant(self, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """A table of float32 that is computed and not loaded."""
+        """Return a table of float32 that is computed and not loaded."""
         return make()
 
     def finish(self) -> None:
-        """Loading is over: large weights take the order in which GEMMs read them, for good."""
+        """Finish loading: pack large weights into the GEMM layout, in place."""
         while self._matrices:
             self._matrices.pop().pack()
 
     def fills(self, name: str, target: np.ndarray, factor: float = 1.0) -> None:
-        """Have the values of a name's tensor copied to `target`, of as many values."""
+        """Register a loader that copies the tensor `name` to `target`, times a factor."""
 
         def load(source: SourceTensor) -> None:
             np.copyto(target, source.float32().reshape(target.shape))
@@ -182,7 +194,7 @@ class HostWeights:
 def halves_of_heads(
     source: SourceTensor, heads: int, key_width: int, rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float32 views [heads, key_width, rank] and [heads, rank, value_width] of kv_b_proj."""
+    """Return the halves of kv_b_proj: [heads, keys, rank], [heads, rank, values]."""
     per_head = source.float32().reshape(heads, -1, rank)
     return per_head[:, :key_width], per_head[:, key_width:].transpose(0, 2, 1)
 
@@ -190,7 +202,7 @@ def halves_of_heads(
 def _fill_pieces(
     target: np.ndarray, pieces: Sequence[tuple[int, int]], source: SourceTensor
 ) -> None:
-    """Fill columns of `target` [in, out] with the rows of a tensor [out, in], piece after piece."""
+    """Fill columns of `target` [in, out] with the rows of a tensor [out, in]."""
     values, start = source.float32(), 0
     for column, width in pieces:
         target[:, column : column + width] = values[start : start + width].T
@@ -198,5 +210,5 @@ def _fill_pieces(
 
 
 def _empty(*shape: int) -> Any:
-    """A float32 tensor of Paddle's in host memory; no page is touched before it is filled."""
+    """Return an unfilled float32 Paddle tensor in host memory."""
     return paddle.empty(list(shape), "float32")

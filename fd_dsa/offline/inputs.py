@@ -194,8 +194,8 @@ def for_chat(
     renderer = tokenizer.chat_renderer
     if renderer is None:
         return params
-    source, model_type = renderer.source, renderer.model_type
-    tool_format = find_tool_format(AUTO, source, model_type) if has_tools else None
+    source, formats = renderer.source, renderer.family_formats
+    tool_format = find_tool_format(AUTO, source, formats) if has_tools else None
     answer = AnswerFormat(has_reasoning(AUTO, source), tool_format=tool_format)
     reasoning = params.reasoning
     if answer.has_reasoning and reasoning is None:

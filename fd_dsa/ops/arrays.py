@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.cache_formats import FORMAT_OF_DTYPE, CacheFormat
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import DtypeError, ShapeError
 
@@ -76,13 +77,12 @@ def _kind_of(value: Any) -> str:
 
 
 CACHE_DTYPES = ("float32", "bfloat16", "int16", "uint8")
-"""Of caches: int16 holds bfloat16 bits, uint8 fp8_ds_mla."""
+"""Names of the dtypes of caches."""
 
 
-def cache_format(cache: Any) -> str:
-    """Name of a cache's format, "float32", "bfloat16" or "fp8_ds_mla"."""
-    name = dtype_name(cache.dtype)
-    return {"int16": "bfloat16", "uint8": "fp8_ds_mla"}.get(name, name)
+def cache_format(cache: Any) -> CacheFormat:
+    """Return the format of a cache whose dtype is one of `CACHE_DTYPES`."""
+    return FORMAT_OF_DTYPE[dtype_name(cache.dtype)]
 
 
 @cache

@@ -11,9 +11,8 @@ from functools import partial
 
 import numpy as np
 
-from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.fp8 import (
-    E4M3_VALUES,
+from fd_dsa.cache_formats import (
+    CACHE_FORMATS,
     INDEX_RECORD_BYTES,
     INDEX_WIDTH,
     LATENT_RECORD_BYTES,
@@ -23,9 +22,11 @@ from fd_dsa.ops.fp8 import (
     ROPE_WIDTH,
     TILE_WIDTH,
 )
+from fd_dsa.ops.cache_write import CacheWriteParams
+from fd_dsa.ops.fp8 import E4M3_VALUES
 from fd_dsa.ops.probes import STEP_CASES, UNTOUCHED, Call, Case, Memory, Outputs, require
 
-FORMATS = ("float32", "bfloat16", "fp8_ds_mla")
+FORMATS = tuple(CACHE_FORMATS)
 _BLOCK, _BLOCKS, _HEADS = 64, 6, 4
 _WIDTH, _RANK, _ROPE, _TILE = INDEX_WIDTH, LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
 _SLOTS = np.array([70, 0, -1, 127, 5], np.int64)

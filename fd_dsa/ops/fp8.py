@@ -10,22 +10,7 @@ inference/kernel.py and FlashMLA's 656-byte records.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-
-from fd_dsa.errors import ConfigError
-
-# fp8_ds_mla: a latent record is 512 codes, a float32 scale for each 128 of them, 64 bfloat16 of
-# k_pe; an index key is 128 codes and a float32 scale, which are apart in the block. The definition
-# for Python; custom_ops/csrc/cache_record.h is that for C++, and a test compares them
-LATENT_WIDTH, ROPE_WIDTH, INDEX_WIDTH, TILE_WIDTH = 512, 64, 128, 128
-LATENT_TILES = LATENT_WIDTH // TILE_WIDTH
-# offsets in a record, in bytes
-LATENT_SCALES_AT = LATENT_WIDTH
-LATENT_ROPE_AT = LATENT_SCALES_AT + 4 * LATENT_TILES
-LATENT_RECORD_BYTES = LATENT_ROPE_AT + 2 * ROPE_WIDTH
-INDEX_RECORD_BYTES = INDEX_WIDTH + 4
 
 E4M3_MAX = np.float32(448.0)
 E4M3_NAN = np.uint8(0x7F)
@@ -50,12 +35,6 @@ def _value_table() -> np.ndarray:
 
 
 E4M3_VALUES = _value_table()
-
-
-def check_scale_fmt(name: str, value: Any) -> None:
-    """Raise ConfigError unless `value` names a form of the scales of index keys and queries."""
-    if value not in (None, "ue8m0"):
-        raise ConfigError(f"{name}: got {value!r}, allowed are 'ue8m0' and None")
 
 
 def encode_e4m3(x: np.ndarray) -> np.ndarray:

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from fd_dsa.ops.arrays import Scratch
-from fd_dsa.ops.fp8 import (
+from fd_dsa.cache_formats import (
     INDEX_WIDTH,
     LATENT_ROPE_AT,
     LATENT_SCALES_AT,
     LATENT_TILES,
     LATENT_WIDTH,
     TILE_WIDTH,
-    decode_e4m3,
 )
+from fd_dsa.ops.arrays import Scratch
+from fd_dsa.ops.fp8 import decode_e4m3
 
 
 def gather_rows(cache: np.ndarray, index: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:

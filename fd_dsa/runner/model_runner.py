@@ -30,17 +30,6 @@ if TYPE_CHECKING:
 _NO_INDICES, _NO_SAMPLING = np.empty(0, np.int64), SamplingInputs()
 
 
-def cache_layout(config: ModelConfig, kv_cache_dtype: str, block_size: int) -> CacheLayout:
-    """Cache layout of a model."""
-    return CacheLayout(
-        kv_cache_dtype,
-        block_size,
-        config.kv_lora_rank,
-        config.qk_rope_head_dim,
-        config.index_head_dim,
-    )
-
-
 def backend_config(
     config: ModelConfig,
     layout: CacheLayout,

@@ -37,7 +37,7 @@ from fd_dsa.serve.state import ServerState
 
 # clients send the same template again and again
 _compiled = functools.lru_cache(16)(
-    lambda source, tokens, model_type: ChatTemplate(source, dict(tokens), model_type=model_type)
+    lambda source, tokens, formats: ChatTemplate(source, dict(tokens), family_formats=formats)
 )
 
 
@@ -126,7 +126,7 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
             return _compiled(
                 body.chat_template,
                 tuple(tokenizer.special_tokens.items()),
-                None if tokenizer.chat_renderer is None else tokenizer.chat_renderer.model_type,
+                () if tokenizer.chat_renderer is None else tokenizer.chat_renderer.family_formats,
             )
         except ConfigError as error:
             raise FieldError(f"chat_template: {error}") from error
@@ -145,7 +145,7 @@ def _tool_format(
     if not body.tools or body.choice.mode == "none":
         return None
     name = state.options.tool_call_parser
-    tool_format = find_tool_format(name, renderer.source, renderer.model_type)
+    tool_format = find_tool_format(name, renderer.source, renderer.family_formats)
     if tool_format is None:
         why = "the model's chat template has no tool-call format this server knows"
         if name != AUTO:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.errors import ConfigError, describe_error
-from fd_dsa.models.configs import read_config
+from fd_dsa.models.registry import read_config
 from fd_dsa.startup.memory import format_bytes
 
 logger = logging.getLogger("fd_dsa.serve")

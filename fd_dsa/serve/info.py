@@ -134,7 +134,7 @@ def chat_formats(tokenizer: Tokenizer, options: ServerOptions) -> ChatFormats:
     renderer = tokenizer.chat_renderer
     if renderer is None:
         return {"chat_template": None, "tool_call_parser": None, "reasoning_parser": None}
-    template = (renderer.source, renderer.model_type)
+    template = (renderer.source, renderer.family_formats)
     return {
         "chat_template": renderer.origin,
         "tool_call_parser": tool_format_name(options.tool_call_parser, *template),

@@ -24,9 +24,8 @@ def load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProgr
         group: ranks that share the model; None = one rank.
         progress: gets the bytes loaded so far.
     """
-    from fd_dsa.models.configs import open_checkpoint
     from fd_dsa.models.loader import load_dummy_weights, load_weights
-    from fd_dsa.models.registry import create_model
+    from fd_dsa.models.registry import create_model, open_checkpoint
     from fd_dsa.models.weights import HostWeights
 
     begin = time.perf_counter()

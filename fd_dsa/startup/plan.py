@@ -134,7 +134,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     """
     prepare_paddle()
     # this imports Paddle
-    from fd_dsa.engine.caches import family_of
+    from fd_dsa.engine.caches import caches_class
 
     config, num_threads = choose_device(config, 0 if group is None else group.rank)
     model_config = _read_model(config, warns=group is None or group.rank == 0)
@@ -149,7 +149,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     whole_config, fp8 = _check_weights(config, model_config)
     size = config.tensor_parallel_size
     model_config = whole_config if size == 1 else whole_config.split(size)
-    caches = family_of(model_config)(config, model_config, input_batch)
+    caches = caches_class(model_config)(config, model_config, input_batch)
     memory = _plan_memory(config, model_config, caches, max_model_len, fp8, group)
     return EnginePlan(
         config=config,
@@ -171,14 +171,14 @@ def _read_model(config: EngineConfig, warns: bool) -> Any:
     Args:
         warns: True = log the unknown fields that are ignored.
     """
-    from fd_dsa.engine.caches import family_of
-    from fd_dsa.models.configs import read_config
+    from fd_dsa.engine.caches import caches_class
+    from fd_dsa.models.registry import read_config
 
     model_config = read_config(config.model_path, allow_unknown=config.allow_unknown_config_fields)
     if model_config.unknown_fields and warns:
         names = ", ".join(model_config.unknown_fields)
         logger.warning("%s: unknown fields of config.json, ignored: %s", config.model, names)
-    family_of(model_config).check_flags(config, model_config)
+    caches_class(model_config).check_flags(config, model_config)
     return _with_index_topk(model_config, config.index_topk)
 
 
@@ -191,7 +191,6 @@ def _check_weights(config: EngineConfig, model_config: Any) -> tuple[Any, frozen
         The configuration, with its MTP layer if drafts need it; and the names of the tensors that
         the device holds as FP8.
     """
-    from fd_dsa.models.configs import open_checkpoint
     from fd_dsa.models.loader import (
         add_mtp_layer,
         check_blocks,
@@ -199,6 +198,7 @@ def _check_weights(config: EngineConfig, model_config: Any) -> tuple[Any, frozen
         quantisable_tensors,
         validate,
     )
+    from fd_dsa.models.registry import open_checkpoint
 
     wants_mtp = config.speculation is not None and config.speculation.method == "mtp"
     if config.load_format != "dummy":

@@ -1,8 +1,7 @@
-"""DeepSeek-V4's caches and attention in host memory: pools, the work of a step, the backend."""
+"""Attention and caches of DeepSeek-V4 in host memory."""
 
 from __future__ import annotations
 
 from fd_dsa.v4_attention.backend import V4AttentionBackend
-from fd_dsa.v4_attention.pools import V4CacheLayout
 
-__all__ = ["V4AttentionBackend", "V4CacheLayout"]
+__all__ = ["V4AttentionBackend"]

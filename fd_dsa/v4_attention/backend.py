@@ -9,38 +9,40 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.models.deepseek_v4.config import CSA
+from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
 from fd_dsa.ops.arrays import Scratch, as_numpy
 from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
 from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.runner.input_batch import InputBatch
-from fd_dsa.v4_attention.pools import LayerPools, V4CacheLayout
+from fd_dsa.v4_attention.pools import LayerPools, allocate_pools
 from fd_dsa.v4_attention.step import V4Step
 from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
 
 
 class V4AttentionBackend:
-    """Windows in pages, compressed entries beside them, states in the rows of the batch.
+    """Attention over windows and compressed entries in pages, with states in rows of the batch.
 
     Args:
-        batch: the rows that it serves; a row is a slot.
+        config: configuration of the model.
+        batch: rows of a step. Each row is a slot of the states.
+        num_blocks: blocks of the pools, of `batch.block_size` tokens.
     """
 
     shows_selections = False
     """Whether layers give what they chose to `Step.selections`."""
 
-    def __init__(self, layout: V4CacheLayout, batch: InputBatch, num_blocks: int) -> None:
-        config = layout.config
+    def __init__(self, config: DeepseekV4Config, batch: InputBatch, num_blocks: int) -> None:
         self._kinds = config.layer_types
-        self._layout, self._num_heads = layout, config.num_attention_heads
+        self._layout = config.cache_layout("float32", batch.block_size)
+        self._num_heads = config.num_attention_heads
         self._topk, self._width = config.index_topk, config.head_dim
         max_blocks = batch.block_tables.shape[1]
         self._num_slots = batch.max_num_seqs
         sizes = V4PrepareConfig(
             window_size=config.sliding_window,
             spec_tokens=0,
-            block_size=layout.block_size,
+            block_size=batch.block_size,
             csa_ratio=config.compress_rates[CSA],
             hca_ratio=max(config.compress_rates.values()),
             index_topk=config.index_topk,
@@ -50,7 +52,7 @@ class V4AttentionBackend:
             max_num_seqs=batch.max_num_seqs,
             max_num_tokens=batch.max_num_tokens,
             max_tokens_per_seq=batch.max_num_tokens,
-            max_model_len=max_blocks * layout.block_size,
+            max_model_len=max_blocks * batch.block_size,
             swa="paged",
             # the entries' rows come from the block table, for the indexer's scan too
             hca_mode="table",
@@ -61,7 +63,7 @@ class V4AttentionBackend:
         self._scratch, self._step = Scratch(), None
 
     def allocate_caches(self, has_indexer: Any = None) -> list[LayerPools]:
-        return self._layout.allocate(self._prepare.cfg.num_blocks, self._num_slots)
+        return allocate_pools(self._layout, self._prepare.cfg.num_blocks, self._num_slots)
 
     def warm_up(self, num_tokens: int, caches: Any) -> None:
         """Nothing is captured."""

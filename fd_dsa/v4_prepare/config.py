@@ -12,6 +12,7 @@ from typing import Any, Literal, SupportsIndex
 from fd_dsa.errors import V4PrepareError
 from fd_dsa.models.config_reader import FieldReader, read_json_object
 from fd_dsa.models.deepseek_v4.config import CSA, HCA, DeepseekV4Config
+from fd_dsa.models.registry import FAMILIES
 
 INT32_MAX = 2**31 - 1
 # above this many bytes `hca_idx` is not written: its reader takes rows from the block table
@@ -299,7 +300,7 @@ def _model_fields(source: ModelSource, max_model_len: int) -> dict[str, int]:
     if found.get("num_hidden_layers") is None and isinstance(layers, list):
         found["num_hidden_layers"] = len(layers)
     # the engine that calls has read the other fields
-    model = DeepseekV4Config.from_dict(found, name, allow_unknown=True)
+    model = DeepseekV4Config.read(FieldReader(found, name), FAMILIES["deepseek_v4"].defaults)
     if max_model_len > model.max_position_embeddings:
         allowed = f"at least max_model_len = {max_model_len}"
         field = "max_position_embeddings", model.max_position_embeddings

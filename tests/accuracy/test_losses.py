@@ -24,7 +24,6 @@ from fd_dsa.accuracy.perplexity import (
 from fd_dsa.accuracy.selection.tap import recording
 from fd_dsa.errors import ConfigError, FdDsaError
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from tests.accuracy.broken_selectors import FewLastKeysOnly
 from tests.demo.samples import PROSE
 from tests.runner.tiny import V32, run_rows, tiny_model, tiny_runner
@@ -117,7 +116,7 @@ def test_chunks_do_not_matter(chunk: int) -> None:
     tokens = np.random.default_rng(1).integers(2, 50, 50).tolist()
     model = tiny_model(V32)
     wanted = token_losses(OneSequence(tiny_runner(model)), tokens)
-    layout = cache_layout(model.config, "float32", 16)
+    layout = model.config.cache_layout("float32", 16)
     runner = ModelRunner(model, InputBatch(1, chunk, 4, 16), layout, 4)
     found = token_losses(OneSequence(runner), tokens)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)

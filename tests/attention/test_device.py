@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("paddle", reason="the CPU's products are Paddle's")
 
-from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.ops.arrays import as_numpy
 from tests.attention.harness import FP8, NO_CHANGE, Sizes, Step, Windows, World, world_of
 from tests.kernel_memory import KernelMemory

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.cache_formats import CacheLayout
 from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, SCALE, make
 

@@ -29,6 +29,7 @@ from fd_dsa.chat.parser import (
 from fd_dsa.chat.renderers import read_renderer
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.errors import ConfigError
+from fd_dsa.models.registry import FAMILIES
 from tests.chat import templates
 from tests.chat.recorded import RECORDED, SCHEMAS, TOOLS
 from tests.chat.test_deepseek_v32 import HI
@@ -40,12 +41,15 @@ V32 = DeepseekV32Encoding(read_instructions(Path()))
 V4 = DeepseekV4Encoding(read_v4_words(Path()))
 
 
+V32_FORMATS = ("deepseek_v32", "deepseek_v31")
+
+
 def renderer_of(folder: Path, **kwargs: Any) -> ChatTemplate | None:
     """What renders the conversations of a folder of DeepSeek-V3.2's tokenizer."""
     given: dict[str, Any] = {
         "tokenizer_config": {},
         "special_tokens": {},
-        "model_type": "deepseek_v32",
+        "family_formats": V32_FORMATS,
         "has_token": {"<｜User｜>", "<｜Assistant｜>"}.__contains__,
         **kwargs,
     }
@@ -54,7 +58,7 @@ def renderer_of(folder: Path, **kwargs: Any) -> ChatTemplate | None:
 
 def test_a_template_goes_before_the_models_own_encoding(tmp_path: Path) -> None:
     assert isinstance(renderer_of(tmp_path), DeepseekV32Encoding)
-    assert isinstance(renderer_of(tmp_path, model_type="deepseek_v4"), DeepseekV4Encoding)
+    assert isinstance(renderer_of(tmp_path, family_formats=("deepseek_v4",)), DeepseekV4Encoding)
     config = {"chat_template": "of the config"}
     named = renderer_of(tmp_path, tokenizer_config=config)
     assert named is not None
@@ -100,9 +104,10 @@ def test_a_template_that_is_none_names_its_file(
 
 
 def test_other_models_and_vocabularies_have_no_encoding(tmp_path: Path) -> None:
-    assert renderer_of(tmp_path, model_type="glm_moe_dsa") is None
-    for model_type in ("deepseek_v32", "deepseek_v4"):
-        assert renderer_of(tmp_path, model_type=model_type, has_token=lambda _: False) is None
+    assert renderer_of(tmp_path, family_formats=()) is None
+    assert renderer_of(tmp_path, family_formats=("glm47",)) is None
+    for formats in (V32_FORMATS, ("deepseek_v4",)):
+        assert renderer_of(tmp_path, family_formats=formats, has_token=lambda _: False) is None
 
 
 @pytest.mark.parametrize(
@@ -158,10 +163,11 @@ def test_formats_that_share_a_sign_are_chosen_by_the_generation(
     source: str, model_type: str | None, tools: str, reasoning: str, tmp_path: Path
 ) -> None:
     config = {"chat_template": source}
-    renderer = renderer_of(tmp_path, tokenizer_config=config, model_type=model_type)
+    formats = FAMILIES[model_type].chat_formats if model_type else ()
+    renderer = renderer_of(tmp_path, tokenizer_config=config, family_formats=formats)
     assert renderer is not None
-    assert tool_format_name("auto", renderer.source, renderer.model_type) == tools
-    assert reasoning_format_name("auto", renderer.source, renderer.model_type) == reasoning
+    assert tool_format_name("auto", renderer.source, renderer.family_formats) == tools
+    assert reasoning_format_name("auto", renderer.source, renderer.family_formats) == reasoning
 
 
 def test_where_an_answer_begins() -> None:

@@ -6,20 +6,20 @@ import re
 import subprocess
 from pathlib import Path
 
-from fd_dsa.ops import fp8
+from fd_dsa import cache_formats
 from tests.custom_ops.building import SOURCES, compiler
 
 HEADER = SOURCES / "csrc" / "cache_record.h"
 IN_PYTHON = {
-    "kRank": fp8.LATENT_WIDTH,
-    "kRope": fp8.ROPE_WIDTH,
-    "kScaled": fp8.TILE_WIDTH,
-    "kWidth": fp8.LATENT_WIDTH + fp8.ROPE_WIDTH,
-    "kScalesAt": fp8.LATENT_SCALES_AT,
-    "kRopeAt": fp8.LATENT_ROPE_AT,
-    "kRecord": fp8.LATENT_RECORD_BYTES,
-    "kIndexWidth": fp8.INDEX_WIDTH,
-    "kIndexRecord": fp8.INDEX_RECORD_BYTES,
+    "kRank": cache_formats.LATENT_WIDTH,
+    "kRope": cache_formats.ROPE_WIDTH,
+    "kScaled": cache_formats.TILE_WIDTH,
+    "kWidth": cache_formats.LATENT_WIDTH + cache_formats.ROPE_WIDTH,
+    "kScalesAt": cache_formats.LATENT_SCALES_AT,
+    "kRopeAt": cache_formats.LATENT_ROPE_AT,
+    "kRecord": cache_formats.LATENT_RECORD_BYTES,
+    "kIndexWidth": cache_formats.INDEX_WIDTH,
+    "kIndexRecord": cache_formats.INDEX_RECORD_BYTES,
 }
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fd_dsa import custom_ops
-from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.ops.mla.custom_op import NarrowAttention, WideAttention
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
 from tests.custom_ops.mla import InTwo, assert_same_bits, run

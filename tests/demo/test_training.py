@@ -211,9 +211,8 @@ def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_pat
     from demo_training.model import DemoModel
 
     from fd_dsa.models.checkpoint import Checkpoint
-    from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.loader import add_mtp_layer, load_weights, validate
-    from fd_dsa.models.registry import create_model
+    from fd_dsa.models.registry import create_model, read_config
     from tests.runner.tiny import tiny_runner
 
     torch.manual_seed(0)
@@ -239,7 +238,7 @@ def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_pat
     mtp.save(predictor, model, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 1
-    config = ModelConfig.from_folder(tmp_path)
+    config = read_config(tmp_path)
     with Checkpoint.open(tmp_path) as stored:
         config = add_mtp_layer(stored, config)
         validate(stored, config)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.models.registry import read_config
 from tests.distributed.rank_checks import digest
 
 # past the demo model's selection of 256 keys, and short ones
@@ -19,16 +20,14 @@ def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> 
     """This rank's runner of a folder, in bfloat16 or FP8 as stored."""
     from fd_dsa.device.allocation import paddle_allocator
     from fd_dsa.models.checkpoint import Checkpoint
-    from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.device_weights import DeviceWeights
     from fd_dsa.models.loader import fp8_tensors, load_weights
     from fd_dsa.models.registry import create_model
     from fd_dsa.runner import InputBatch
-    from fd_dsa.runner.model_runner import cache_layout
     from fd_dsa.runner.ranks import FollowingRunner
     from fd_dsa.startup.warm_up import warm_up_kernels
 
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     with Checkpoint.open(folder) as checkpoint:
         fp8, allocate = fp8_tensors(checkpoint, config), paddle_allocator(device)
         scales = config.round_scales
@@ -38,7 +37,7 @@ def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> 
     weights.finish()
     rows, blocks = len(LENGTHS), _MAX_LEN // _BLOCK_SIZE
     batch = InputBatch(rows, _MAX_LEN, blocks, _BLOCK_SIZE)
-    layout = cache_layout(model.config, kv_cache_dtype, _BLOCK_SIZE)
+    layout = model.config.cache_layout(kv_cache_dtype, _BLOCK_SIZE)
     runner = FollowingRunner(model, batch, layout, rows * blocks, device, dtype="bfloat16")
     shuffled = np.random.default_rng(0).permutation(rows * blocks).tolist()
     warm_up_kernels(runner)

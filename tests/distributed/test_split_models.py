@@ -27,7 +27,7 @@ from fd_dsa.models.loader import (
     load_weights,
     validate,
 )
-from fd_dsa.models.registry import create_model
+from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.startup import memory, plan
 from fd_dsa.startup.memory import weight_bytes
@@ -92,13 +92,13 @@ def check(config: ModelConfig, size: int, folder: Path | None = None) -> None:
 def test_ranks_give_the_logits_of_the_whole_and_choose_alike(
     name: str, size: int, tmp_path: Path
 ) -> None:
-    config = ModelConfig.from_dict(MODELS[name])
+    config = config_from_dict(MODELS[name])
     tensors = {name: f32(array) for name, array in random_tensors(config).items()}
     check(config, size, write_folder(tmp_path / "model", MODELS[name], tensors))
 
 
 def test_random_weights_are_those_of_the_whole() -> None:
-    check(ModelConfig.from_dict(MODELS["deepseek_v32"]), 2)
+    check(config_from_dict(MODELS["deepseek_v32"]), 2)
 
 
 def with_fp8(config: ModelConfig, names: Collection[str]) -> dict[str, Stored]:
@@ -118,7 +118,7 @@ def with_fp8(config: ModelConfig, names: Collection[str]) -> dict[str, Stored]:
 def test_ranks_read_their_parts_of_fp8_files(tmp_path: Path) -> None:
     """Of the dense MLP whole blocks; the borders of heads cut blocks."""
     fields = TINY_FP8 | WIDE | {"index_n_heads": 16, "index_topk": 12, "intermediate_size": 768}
-    config = ModelConfig.from_dict(fields)
+    config = config_from_dict(fields)
     ends = ".o_proj.weight", ".q_b_proj.weight", "0.mlp.up_proj.weight", "0.mlp.down_proj.weight"
     names = [name for name in expected_tensors(config) if name.endswith(ends)]
     tensors = with_fp8(config, names)
@@ -133,7 +133,7 @@ DEVICE_FP8 |= {"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "index_head_dim":
 
 def parts_of_layers(m: KernelMemory, folder: Path, rank: int, size: int) -> dict[str, Any]:
     """What a rank computes of the same inputs: of its heads [tokens, heads, width], of sums."""
-    config = ModelConfig.from_dict(DEVICE_FP8)
+    config = config_from_dict(DEVICE_FP8)
     group = cast(Group, SimpleNamespace(rank=rank, size=size))
     with Checkpoint.open(folder) as checkpoint:
         names = fp8_tensors(checkpoint, config)
@@ -172,7 +172,7 @@ def split_matrices(mlp: Any) -> tuple[Any, ...]:
 @pytest.mark.triton
 def test_parts_in_fp8_on_a_device_add_up(paddle_memory: KernelMemory, tmp_path: Path) -> None:
     """Activations are quantised in the same groups, so only a rounding to bfloat16 differs."""
-    config = ModelConfig.from_dict(DEVICE_FP8)
+    config = config_from_dict(DEVICE_FP8)
     names = [name for name, tensor in expected_tensors(config).items() if tensor.quantisable]
     folder = write_folder(tmp_path / "model", DEVICE_FP8, with_fp8(config, names))
     whole = parts_of_layers(paddle_memory, folder, 0, 1)
@@ -185,11 +185,11 @@ def test_parts_in_fp8_on_a_device_add_up(paddle_memory: KernelMemory, tmp_path: 
 
 
 def test_what_cannot_be_split_is_refused_by_name() -> None:
-    config = ModelConfig.from_dict(V32 | WIDE)
+    config = config_from_dict(V32 | WIDE)
     for size, name, width in ((5, "num_attention_heads", 12), (16, "num_attention_heads", 12)):
         with pytest.raises(ConfigError, match=f"-size: got {size}.*model's {name}, {width}; "):
             config.split(size)
-    released = ModelConfig.from_dict({"model_type": "deepseek_v32", "num_hidden_layers": 4})
+    released = config_from_dict({"model_type": "deepseek_v32", "num_hidden_layers": 4})
     names = frozenset({"model.layers.3.mlp.experts.0.down_proj.weight"})
     check_blocks(released, 8, names)
     with pytest.raises(ConfigError, match=r"32.*whole blocks of 128.*'model.*down_proj.weight'"):
@@ -197,7 +197,7 @@ def test_what_cannot_be_split_is_refused_by_name() -> None:
 
 
 def test_a_rank_is_planned_with_its_part_of_the_weights() -> None:
-    config = ModelConfig.from_dict({"model_type": "deepseek_v32"})
+    config = config_from_dict({"model_type": "deepseek_v32"})
     whole, part = (weight_bytes(config.split(size), "bfloat16") for size in (1, 4))
     # what every rank has: embedding, q_a, kv_a, indexers, routers, norms
     assert 0.25 * whole < part < 0.27 * whole

@@ -98,7 +98,7 @@ def expected_greedy(prompt: list[int], num_tokens: int, eos: int | None = EOS) -
 class Conversation:
     """A chat template that joins the texts of all messages."""
 
-    source, model_type = "plain", None
+    source, family_formats = "plain", ()
 
     def render(self, messages: list[dict], add_generation_prompt: bool, **_: object) -> str:
         """The prompt."""

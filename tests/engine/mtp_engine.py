@@ -18,7 +18,6 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.runner.tiny import tiny_model
 
@@ -65,7 +64,7 @@ class WatchedDrafter(MtpDrafter):
 def make_runner(model: Any, num_blocks: int) -> ModelRunner:
     """A runner with poisoned caches."""
     batch = InputBatch(4, 24, MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
-    layout = cache_layout(model.config, "float32", BLOCK_SIZE)
+    layout = model.config.cache_layout("float32", BLOCK_SIZE)
     runner = ModelRunner(model, batch, layout, num_blocks)
     for cache in runner.caches:
         if cache is not None:

@@ -13,7 +13,6 @@ from fd_dsa.accuracy.selection.tap import RecordingBackend, read_index_keys
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from tests.engine.fakes import byte_tokenizer, make_engine, run_all
 from tests.reference.indexer import ref_score
 from tests.reference.topk import ref_topk
@@ -28,7 +27,7 @@ def tiny_engine(fields: dict[str, Any]) -> LLMEngine:
     """An engine over a random model; prompts are read in chunks of 24, a block holds 4 tokens."""
     model = tiny_model(fields)
     batch = InputBatch(4, 24, 24, BLOCK_SIZE)
-    layout = cache_layout(model.config, "float32", BLOCK_SIZE)
+    layout = model.config.cache_layout("float32", BLOCK_SIZE)
     return LLMEngine(
         ModelRunner(model, batch, layout, 60),
         byte_tokenizer(model.config.vocab_size),
@@ -64,7 +63,7 @@ def oracle(fields: dict[str, Any], tokens: list[int]) -> list[list[int]]:
     """
     model = tiny_model(fields)
     batch = InputBatch(1, 96, 24, BLOCK_SIZE)
-    layout = cache_layout(model.config, "float32", BLOCK_SIZE)
+    layout = model.config.cache_layout("float32", BLOCK_SIZE)
     runner = ModelRunner(model, batch, layout, 24)
     recording = RecordingBackend(runner.attn_backends[0].config)
     runner.attn_backends[0] = recording

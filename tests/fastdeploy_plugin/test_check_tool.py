@@ -20,8 +20,8 @@ from fd_dsa.config import demo_model_path
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.fastdeploy_plugin.tree_checks import CHECKS
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.loader import validate
+from fd_dsa.models.registry import read_config
 from fd_dsa.offline.llm import LLM
 from tests.fakes import trees
 from tests.fastdeploy_plugin.launcher import ROOT, environment, plugin_folder
@@ -97,7 +97,7 @@ def test_without_a_model_it_makes_a_tiny_one(tmp_path: Path) -> None:
 def test_the_tiny_model_is_one(tmp_path: Path) -> None:
     """DSA's widths, all expected weights, and a best token that leads by more than rounding."""
     folder = write_tiny_model(tmp_path / "tiny")
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     assert (config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim) == (512, 64, 128)
     assert config.num_attention_heads % 64 == 0 and config.index_topk == 2048
     with Checkpoint.open(folder) as checkpoint:
@@ -258,7 +258,7 @@ def test_gaps_count_while_all_streams_run_and_all_rounds_make_one_ratio() -> Non
 def test_a_cut_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "cut"
     assert cut([str(demo_model_path()), str(out), "--layers", "2"]) == 0
-    assert ModelConfig.from_folder(out).num_hidden_layers == 2
+    assert read_config(out).num_hidden_layers == 2
     with Checkpoint.open(out) as part, Checkpoint.open(demo_model_path()) as whole:
         assert set(part.names()) < set(whole.names())
         assert not any(name.startswith("model.layers.2.") for name in part.names())

@@ -10,7 +10,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from tests.fakes.driver import Engine, Job
 from tests.fakes.trees import TREES
 from tests.fastdeploy_plugin.engines import ours
@@ -53,7 +52,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     _round_norms(folder / "model.safetensors")
     batch = InputBatch(1, 256, 4, 64)
     loaded = load_model(folder)
-    layout = cache_layout(loaded.config, "fp8_ds_mla", 64)
+    layout = loaded.config.cache_layout("fp8_ds_mla", 64)
     runner = ModelRunner(loaded, batch, layout, num_blocks=4)
     batch.set_blocks(0, [2, 0, 3, 1])
     return case, folder, [greedy(runner, case.prompt(n)) for n in LENGTHS]

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.registry import config_from_dict
 from tests.models.drawn import in_drawn_order
 
 SCALE_SUFFIX = "_scale_inv"
@@ -142,7 +142,7 @@ def write_shards(folder: Path, tensors: dict[str, Stored], num_shards: int) -> N
 def random_tensors(fields: dict[str, Any], seed: int = 0) -> dict[str, Stored]:
     """Every expected tensor of a configuration, with small random float32 values."""
     rng = np.random.default_rng(seed)
-    expected = in_drawn_order(expected_tensors(ModelConfig.from_dict(fields)))
+    expected = in_drawn_order(expected_tensors(config_from_dict(fields)))
     return {
         name: f32(rng.standard_normal(tensor.shape, dtype=np.float32))
         for name, tensor in expected.items()

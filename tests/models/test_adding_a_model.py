@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fd_dsa.models.families import Family
+from fd_dsa.models.defaults import ModelDefaults
 from tests.parity.cases import CASES, GREEDY_PROMPT
 from tests.parity.test_parity import GOLDENS
 
@@ -37,20 +37,19 @@ def insert_before_end_of(text: str, table: str, end: str, entry: str) -> str:
 
 
 def copied_tree(tmp_path: Path) -> Path:
-    """The package, and the tests that run a model, with the page's entries in their tables."""
+    """The package, and the tests that run a model, with the page's entry in the registry."""
     ignored = shutil.ignore_patterns("__pycache__", "demo_model")
     shutil.copytree(TREE / "fd_dsa", tmp_path / "fd_dsa", ignore=ignored)
     (tmp_path / "tests").symlink_to(TREE / "tests")
-    family, line = re.findall(r"```python\n(.*?) *```", PAGE.read_text(), re.DOTALL)
-    families = tmp_path / "fd_dsa" / "models" / "families.py"
-    families.write_text(insert_before_end_of(families.read_text(), "FAMILIES", "    )", family))
+    (entry,) = re.findall(r"```py\n(.*?) *```", PAGE.read_text(), re.DOTALL)
     registry = tmp_path / "fd_dsa" / "models" / "registry.py"
-    registry.write_text(insert_before_end_of(registry.read_text(), "MODELS", "}", line))
+    registry.write_text(insert_before_end_of(registry.read_text(), "FAMILIES", "    )", entry))
     return tmp_path
 
 
 def test_the_page_leads_to_hugging_faces_tokens(tmp_path: Path) -> None:
-    assert all(field.default is MISSING for field in fields(Family)), "the page says otherwise"
+    defaults = [field.default for field in fields(ModelDefaults)]
+    assert all(one is MISSING for one in defaults), "the page says otherwise"
     case = CASES["glm"]
     folder = case.write(tmp_path / "model")
     # what config.json does not say has to come from the new family

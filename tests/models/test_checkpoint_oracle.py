@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import load_weights, validate
+from fd_dsa.models.registry import read_config
 from fd_dsa.models.sources import WeightLoader
 from tests.models.folders import TINY, TINY_GLM
 
@@ -56,7 +56,7 @@ def test_folder_written_by_transformers(tmp_path: Path, case: str) -> None:
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
     expected = _state(model)
 
-    config = ModelConfig.from_folder(tmp_path)
+    config = read_config(tmp_path)
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
     loaded: dict[str, np.ndarray] = {}

@@ -13,13 +13,14 @@ import pytest
 from fd_dsa.config import demo_model_path
 from fd_dsa.models.config import ModelConfig, RopeConfig
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.registry import config_from_dict, read_config
 from tests.models.folders import TINY, TINY_GLM, YARN
 
 DATA = Path(__file__).parents[1] / "data" / "model_configs"
 
 
 def read(fields: dict[str, Any]) -> ModelConfig:
-    return ModelConfig.from_dict(fields)
+    return config_from_dict(fields)
 
 
 def test_defaults_of_deepseek_v32_are_the_release() -> None:
@@ -47,7 +48,7 @@ def test_defaults_of_glm_moe_dsa_are_the_release() -> None:
 
 
 def test_demo_folder() -> None:
-    config = ModelConfig.from_folder(demo_model_path())
+    config = read_config(demo_model_path())
     assert config.model_type == "deepseek_v32"
     assert (config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim) == (512, 64, 128)
 
@@ -149,7 +150,7 @@ def test_generation_config_adds_to_config(tmp_path: Path) -> None:
     generation = {"eos_token_id": [1, 7], "top_p": 0.9, "top_k": 20, "temperature": 0.6}
     generation |= {"min_p": 0.05, "repetition_penalty": 1.1, "max_new_tokens": 256}
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    config = ModelConfig.from_folder(tmp_path)
+    config = read_config(tmp_path)
     assert config.eos_token_ids == (3, 1, 7)
     assert (config.bos_token_id, config.pad_token_id) == (None, 2)
     del generation["eos_token_id"]
@@ -159,7 +160,7 @@ def test_generation_config_adds_to_config(tmp_path: Path) -> None:
 
 
 def test_generation_config_without_sampling_is_greedy() -> None:
-    config = ModelConfig.from_dict(TINY, generation={"do_sample": False, "temperature": 0.6})
+    config = config_from_dict(TINY, generation={"do_sample": False, "temperature": 0.6})
     assert config.generation == {"temperature": 0.0}
     assert read(TINY).generation == {}
 
@@ -174,7 +175,7 @@ def test_unknown_fields_that_are_accepted_are_named() -> None:
         "torch_dtype": "bfloat16",
         "num_nextn_predict_layers": 1,
     }
-    assert ModelConfig.from_dict(fields, allow_unknown=True).unknown_fields == (
+    assert config_from_dict(fields, allow_unknown=True).unknown_fields == (
         "another_one",
         "quantization_config.strange_quant",
         "rope_scaling.strange_rope",

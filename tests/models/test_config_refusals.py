@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.config_reader import MAX_FILE_BYTES
+from fd_dsa.models.registry import config_from_dict, read_config
 from tests.models.folders import TINY, TINY_GLM
 
 YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32}
@@ -97,7 +97,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("fields", "name", "text"), REFUSED, ids=lambda value: str(value)[:40])
 def test_refused_values(fields: dict[str, Any], name: str, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_dict(TINY | fields, "folder/config.json")
+        config_from_dict(TINY | fields, "folder/config.json")
     message = str(caught.value)
     assert message.startswith("folder/config.json: "), message
     assert f"{name}: got" in message, message
@@ -120,12 +120,12 @@ def test_refused_values(fields: dict[str, Any], name: str, text: str) -> None:
 )
 def test_schedules_that_have_no_first_choice(fields: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=f"config.json: {name}: got"):
-        ModelConfig.from_dict(TINY_GLM | fields)
+        config_from_dict(TINY_GLM | fields)
 
 
 def test_missing_model_type() -> None:
     with pytest.raises(ConfigError, match=r"model_type: got None, .*deepseek_v32 or glm_moe_dsa"):
-        ModelConfig.from_dict({"hidden_size": 32})
+        config_from_dict({"hidden_size": 32})
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, text: str) -> 
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=text) as caught:
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     assert str(tmp_path / name) in str(caught.value)
 
 
@@ -153,12 +153,12 @@ def test_files_that_have_no_end(tmp_path: Path, name: str) -> None:
     path.unlink(missing_ok=True)
     path.symlink_to("/dev/zero")
     with pytest.raises(ConfigError, match="is no regular file"):
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     path.unlink()
     with path.open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(ConfigError, match=f"allowed: at most {MAX_FILE_BYTES}"):
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -173,15 +173,15 @@ def test_files_that_have_no_end(tmp_path: Path, name: str) -> None:
 )
 def test_sizes_and_texts_of_a_file_are_bounded(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_dict(TINY | fields)
+        config_from_dict(TINY | fields)
     assert text in str(caught.value) and len(str(caught.value)) < 2000
 
 
 def test_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: file not found"):
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 def test_generation_config_is_checked_too() -> None:
     with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id: got 50"):
-        ModelConfig.from_dict(TINY, generation={"eos_token_id": 50})
+        config_from_dict(TINY, generation={"eos_token_id": 50})

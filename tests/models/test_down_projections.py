@@ -12,12 +12,11 @@ import pytest
 pytest.importorskip("paddle", reason="the weights are Paddle's tensors")
 
 from fd_dsa.distributed import Group
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import quantisable_tensors
 from fd_dsa.models.mla import DeepseekV32DSAAttention, down_projections
-from fd_dsa.models.registry import create_model
+from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.ops.dense_kernels import quantize_rows
 from fd_dsa.ops.device_matrix import Normed
@@ -40,7 +39,7 @@ ROWS = 9
 def attention_in(m: KernelMemory, fields: dict[str, Any], *fp8: str) -> tuple[Any, DeviceWeights]:
     """The attention of a layer in bfloat16, the tensors of these names in FP8."""
     weights = DeviceWeights("bfloat16", m.poisoned, fp8, round_scales=True)
-    return DeepseekV32DSAAttention(ModelConfig.from_dict(fields), 0, weights, PREFIX), weights
+    return DeepseekV32DSAAttention(config_from_dict(fields), 0, weights, PREFIX), weights
 
 
 def test_one_weight_has_the_parts_and_their_scales(paddle_memory: KernelMemory) -> None:
@@ -95,7 +94,7 @@ def test_one_weight_has_the_parts_and_their_scales(paddle_memory: KernelMemory) 
 def test_what_decides(
     paddle_memory: KernelMemory, fields: dict[str, Any], fp8: tuple[str, ...], is_joined: bool
 ) -> None:
-    config = ModelConfig.from_dict(SIZES | fields)
+    config = config_from_dict(SIZES | fields)
     assert config.attention_bias == ("attention_bias" in fields)
     rows = down_projections(config, PREFIX, fp8)
     assert (NAMES[1] in rows) == is_joined
@@ -108,7 +107,7 @@ def test_what_decides(
 
 
 def test_a_cpu_has_wk_beside_weights_proj() -> None:
-    config = ModelConfig.from_dict(SIZES)
+    config = config_from_dict(SIZES)
     attention = DeepseekV32DSAAttention(config, 0, HostWeights(), "")
     assert attention.qkv_a_proj.out_width == Q_A + KV_A
     assert attention.indexer is not None
@@ -121,7 +120,7 @@ def test_every_layer_of_every_rank_has_them_and_the_plan_counts_them(
 ) -> None:
     """The layer for multi-token prediction, too."""
     sizes = SIZES | {"moe_intermediate_size": 256, "intermediate_size": 256}
-    config = ModelConfig.from_dict(sizes).with_mtp_layer()
+    config = config_from_dict(sizes).with_mtp_layer()
     fp8, num_bytes = quantisable_tensors(config), 0
 
     def counted(shape: tuple[int, ...], dtype: str) -> Any:

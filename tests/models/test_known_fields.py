@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.configs import read_config
+from fd_dsa.models.registry import config_from_dict, read_config
 from tests.models.folders import TINY, TINY_GLM
 from tests.models.published import GLM_52, GLM_53_FP8, PUBLISHED, V4_FLASH, V32
 
@@ -186,15 +185,15 @@ def test_harmless_forms_change_nothing(
 def test_block_sizes_in_every_form() -> None:
     for size in ([128, 128], (128, 128), [128.0, 128.0]):
         section = {"quant_method": "fp8", "weight_block_size": size}
-        found = ModelConfig.from_dict(TINY | {"quantization_config": section})
+        found = config_from_dict(TINY | {"quantization_config": section})
         assert found.weight_block_size == (128, 128)
 
 
 def test_entries_past_the_layers_of_multi_token_prediction_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"indexer_types: got .* a list of 61 entries"):
-        ModelConfig.from_dict(V32 | {"indexer_types": ["full"] * 63})
+        config_from_dict(V32 | {"indexer_types": ["full"] * 63})
     with pytest.raises(ConfigError, match="topk_group: got 2"):
-        ModelConfig.from_dict(TINY | {"n_group": None, "topk_group": 2})
+        config_from_dict(TINY | {"n_group": None, "topk_group": 2})
 
 
 DIFFERENT = {

@@ -11,11 +11,11 @@ import pytest
 
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import fp8_tensors as fp8_names
 from fd_dsa.models.loader import load_weights, validate
 from fd_dsa.models.mla import down_projections
+from fd_dsa.models.registry import config_from_dict, read_config
 from fd_dsa.models.sources import SourceTensor, WeightLoader
 from tests.models.folders import (
     SCALE_SUFFIX,
@@ -40,7 +40,7 @@ WEIGHTS_PROJ = "model.layers.0.self_attn.indexer.weights_proj.weight"
 
 
 def check(folder: Path) -> None:
-    validate(Checkpoint.open(folder), ModelConfig.from_folder(folder))
+    validate(Checkpoint.open(folder), read_config(folder))
 
 
 def refusal(folder: Path, fields: dict[str, Any], tensors: dict[str, Stored]) -> str:
@@ -63,7 +63,7 @@ def load(folder: Path) -> dict[str, np.ndarray]:
 
         return take
 
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     names = expected_tensors(config)
     with Checkpoint.open(folder) as checkpoint:
         validate(checkpoint, config)
@@ -77,7 +77,7 @@ def fp8_tensors(seed: int = 0) -> tuple[dict[str, Stored], dict[str, np.ndarray]
     rng = np.random.default_rng(seed)
     stored: dict[str, Stored] = {}
     values: dict[str, np.ndarray] = {}
-    for name, tensor in expected_tensors(ModelConfig.from_dict(TINY_FP8)).items():
+    for name, tensor in expected_tensors(config_from_dict(TINY_FP8)).items():
         if not tensor.quantisable:
             stored[name] = f32(rng.standard_normal(tensor.shape))
             values[name] = np.frombuffer(stored[name].data, "<f4").reshape(tensor.shape)
@@ -94,7 +94,7 @@ def fp8_tensors(seed: int = 0) -> tuple[dict[str, Stored], dict[str, np.ndarray]
 
 
 def test_names_and_shapes_of_the_releases() -> None:
-    v32 = expected_tensors(ModelConfig.from_dict({"model_type": "deepseek_v32"}))
+    v32 = expected_tensors(config_from_dict({"model_type": "deepseek_v32"}))
     layer = "model.layers.60."
     shapes = {
         "self_attn.q_b_proj.weight": (24576, 1536),
@@ -116,15 +116,15 @@ def test_names_and_shapes_of_the_releases() -> None:
     assert not v32[layer + "self_attn.indexer.weights_proj.weight"].quantisable
     assert v32[layer + "self_attn.indexer.wk.weight"].quantisable
     # two shared experts are one wide MLP
-    tiny = expected_tensors(ModelConfig.from_dict(TINY))
+    tiny = expected_tensors(config_from_dict(TINY))
     assert tiny["model.layers.1.mlp.shared_experts.gate_proj.weight"].shape == (16, 32)
-    glm = expected_tensors(ModelConfig.from_dict({"model_type": "glm_moe_dsa"}))
+    glm = expected_tensors(config_from_dict({"model_type": "glm_moe_dsa"}))
     assert glm["model.layers.9.self_attn.kv_b_proj.weight"].shape == (28672, 512)
     assert glm["model.layers.9.self_attn.indexer.wq_b.weight"].shape == (4096, 2048)
 
 
 def test_shared_layers_have_no_indexer_and_biases_follow_the_flag() -> None:
-    names = expected_tensors(ModelConfig.from_dict(TINY_GLM)).keys()
+    names = expected_tensors(config_from_dict(TINY_GLM)).keys()
     with_indexer = {name.split(".")[2] for name in names if ".indexer." in name}
     assert with_indexer == {"0", "2"}
     biases = {name.split(".")[-2] for name in names if name.startswith("model.layers.1.self_attn")}
@@ -206,7 +206,7 @@ def test_fp8_keys_of_a_shared_indexer_join_no_projection(tmp_path: Path) -> None
     for name, count in rows.items():
         stored[f"{prefix}{name}.weight"] = f8(np.zeros((count, 32)))
         stored[f"{prefix}{name}.weight{SCALE_SUFFIX}"] = f32(np.ones((1, 1)))
-    config = ModelConfig.from_folder(write_folder(tmp_path, fields, stored))
+    config = read_config(write_folder(tmp_path, fields, stored))
     with Checkpoint.open(tmp_path) as checkpoint:
         validate(checkpoint, config)
         parts = down_projections(config, prefix, fp8_names(checkpoint, config))
@@ -300,7 +300,7 @@ def test_many_problems_make_one_readable_line(tmp_path: Path) -> None:
     write_folder(tmp_path, TINY, {"x": f32(np.ones(1))})
     with pytest.raises(CheckpointError) as caught:
         check(tmp_path)
-    count = len(expected_tensors(ModelConfig.from_dict(TINY)))
+    count = len(expected_tensors(config_from_dict(TINY)))
     assert str(caught.value).endswith(f"; and {count + 1 - 3} more")
     assert str(caught.value).count("missing") == 3
 
@@ -316,7 +316,7 @@ def test_tied_head(tmp_path: Path, stores_head: bool) -> None:
 
 def test_progress_reaches_the_total_and_loaders_are_those_of_the_model(tmp_path: Path) -> None:
     stored, _ = fp8_tensors()
-    config = ModelConfig.from_folder(write_folder(tmp_path, TINY_FP8, stored))
+    config = read_config(write_folder(tmp_path, TINY_FP8, stored))
     calls: list[tuple[int, int]] = []
     loaders: dict[str, WeightLoader] = {
         name: lambda source: None for name in expected_tensors(config)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.registry import config_from_dict
 from fd_dsa.startup.memory import weight_bytes
 from tests.models.folders import TINY, bf16, f8, write_folder
 
@@ -30,9 +30,8 @@ PROBE = """
 import json, sys
 import paddle
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.loader import load_weights, validate
-from fd_dsa.models.registry import create_model
+from fd_dsa.models.registry import create_model, read_config
 
 def resident_bytes(kind):
     with open("/proc/self/status") as file:
@@ -41,7 +40,7 @@ def resident_bytes(kind):
 def anonymous_bytes():
     return resident_bytes("RssAnon")
 
-config = ModelConfig.from_folder(sys.argv[1])
+config = read_config(sys.argv[1])
 before = anonymous_bytes()
 model = create_model(config)
 file_before = resident_bytes("RssFile")
@@ -66,7 +65,7 @@ print(json.dumps({"after": anonymous_bytes() - before, "peak": peak, "file": fil
 def _random_folder(folder: Path, kind: str) -> tuple[Path, int]:
     """A folder of random weights, and the bytes that they take as float32."""
     rng = np.random.default_rng(0)
-    config = ModelConfig.from_dict(FIELDS)
+    config = config_from_dict(FIELDS)
     stored = {}
     for name, tensor in expected_tensors(config).items():
         if kind == "fp8" and tensor.quantisable:

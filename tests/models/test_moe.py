@@ -15,6 +15,7 @@ pytest.importorskip("paddle", reason="the layers are on Paddle's tensors")
 from fd_dsa.models import moe
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE, NoAuxTopkGate
+from fd_dsa.models.registry import config_from_dict
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.ops.expert_kernels import choose_experts
 from tests.conftest import PADDLE_MEMORIES
@@ -25,7 +26,7 @@ from tests.runner.tiny import stored
 
 
 def config_of(rule: GateRule, num_experts: int, **more: Any) -> ModelConfig:
-    return ModelConfig.from_dict(
+    return config_from_dict(
         TINY
         | {
             "n_routed_experts": num_experts,

@@ -18,7 +18,7 @@ from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import add_mtp_layer, load_weights, validate
-from fd_dsa.models.registry import create_model
+from fd_dsa.models.registry import config_from_dict, create_model, read_config
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.startup import build
@@ -202,19 +202,19 @@ OF_A_RELEASE = {
 
 
 def test_names_of_the_releases() -> None:
-    config = ModelConfig.from_dict({"model_type": "deepseek_v32", "num_nextn_predict_layers": 1})
+    config = config_from_dict({"model_type": "deepseek_v32", "num_nextn_predict_layers": 1})
     names = expected_tensors(config.with_mtp_layer(*LAYERS["own"]))
     assert {name: names[name].shape for name in OF_A_RELEASE} == OF_A_RELEASE
     assert [name for name in OF_A_RELEASE if names[name].quantisable] == list(OF_A_RELEASE)[6:]
     assert not expected_tensors(config).keys() & OF_A_RELEASE.keys()
     # GLM-5's list of kinds of indexers ends before the layer, which has a full one
-    glm = ModelConfig.from_dict({"model_type": "glm_moe_dsa", "num_nextn_predict_layers": 1})
+    glm = config_from_dict({"model_type": "glm_moe_dsa", "num_nextn_predict_layers": 1})
     assert "model.layers.78.self_attn.indexer.wk.weight" in expected_tensors(glm.with_mtp_layer())
 
 
 def stored_checkpoint(fields: dict[str, Any], layer: tuple[str, ...]) -> dict[str, Stored]:
     """Tensors of a checkpoint with its layer: bfloat16, and FP8 where the model has it."""
-    config = ModelConfig.from_dict(fields).with_mtp_layer(*layer)
+    config = config_from_dict(fields).with_mtp_layer(*layer)
     draw, tensors = np.random.default_rng(0), {}
     for name, expected in expected_tensors(config).items():
         shape = expected.shape
@@ -248,7 +248,7 @@ def test_a_layer_is_loaded_and_copies_of_the_models_tables_are_shared(
         own = {}
     folder = write_folder(tmp_path, fields, tensors | own)
     with Checkpoint.open(folder) as checkpoint:
-        config = ModelConfig.from_folder(folder)
+        config = read_config(folder)
         config = add_mtp_layer(checkpoint, config)
         assert config.mtp == (MTP_HEAD,)
         validate(checkpoint, config)
@@ -263,7 +263,7 @@ def test_a_layer_is_loaded_and_copies_of_the_models_tables_are_shared(
 def test_a_checkpoint_without_the_layer_is_refused_with_what_it_has(tmp_path: Path) -> None:
     write_folder(tmp_path, TINY | MTP)
     with Checkpoint.open(tmp_path) as checkpoint:
-        config = ModelConfig.from_folder(tmp_path)
+        config = read_config(tmp_path)
         with pytest.raises(ConfigError, match=r"got 'mtp', .* has layers 0 to 2, and no tensor"):
             add_mtp_layer(checkpoint, config)
         config = replace(config, num_nextn_predict_layers=0)
@@ -294,7 +294,7 @@ def test_drafts_of_the_demo_models_layer_stand(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_memory_of_the_layer_is_planned() -> None:
-    config = ModelConfig.from_dict(TINY | MTP)
+    config = config_from_dict(TINY | MTP)
     more = config.with_mtp_layer()
     layer = 2 * 32 * 32 + 3 * 32
     layer += weight_bytes(replace(config, num_hidden_layers=1, mlp_layer_types=("sparse",))) // 4

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.models.config import ModelConfig, RopeConfig
+from fd_dsa.models.config import RopeConfig
+from fd_dsa.models.registry import config_from_dict
 from fd_dsa.models.rope import cos_sin_table, inverse_frequencies
 from tests.models.folders import TINY, YARN
 from tests.reference.rope import ref_frequencies, ref_yarn_frequencies
@@ -17,7 +18,7 @@ V32 = TINY | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "index_head_dim":
 
 
 def rope_of(fields: dict[str, Any]) -> RopeConfig:
-    return ModelConfig.from_dict(fields).rope
+    return config_from_dict(fields).rope
 
 
 @pytest.mark.parametrize(("dim", "theta"), [(64, 10000.0), (64, 1000000.0), (4, 10000.0)])

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
-from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.step import ForwardMeta
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.prompt_case import SCALE, PromptCase

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.registry import read_config
 from tests.models.drawn import in_drawn_order
 
 BLOCK_SIZE = 16
@@ -113,9 +113,7 @@ class Case:
         rng = np.random.default_rng(self.seed)
         tensors = {
             name: random_weight(rng, name, expected.shape)
-            for name, expected in in_drawn_order(
-                expected_tensors(ModelConfig.from_folder(folder))
-            ).items()
+            for name, expected in in_drawn_order(expected_tensors(read_config(folder))).items()
         }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder

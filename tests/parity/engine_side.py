@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.loader import load_weights
-from fd_dsa.models.registry import create_model
+from fd_dsa.models.registry import create_model, read_config
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from tests.parity.cases import BLOCK_SIZE
 
 MAX_ROWS = 12
@@ -34,7 +32,7 @@ class Sequence:
 
 def load_model(folder: Path):
     """The model of a folder, its weights loaded."""
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     model = create_model(config)
     load_weights(Checkpoint.open(folder), config, model.loaders)
     return model
@@ -47,7 +45,7 @@ def make_runner(model, kv_cache_dtype: str = "float32") -> ModelRunner:
     blocks = np.random.default_rng(0).permutation(num_blocks)[: MAX_ROWS * BLOCKS_PER_ROW]
     for row in range(MAX_ROWS):
         batch.set_blocks(row, blocks[row::MAX_ROWS])
-    layout = cache_layout(model.config, kv_cache_dtype, BLOCK_SIZE)
+    layout = model.config.cache_layout(kv_cache_dtype, BLOCK_SIZE)
     return ModelRunner(model, batch, layout, num_blocks)
 
 

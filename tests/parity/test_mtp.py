@@ -17,9 +17,8 @@ from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import load_weights, validate
-from fd_dsa.models.registry import create_model
+from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from tests.models.drawn import in_drawn_order
 from tests.parity.cases import CASES, random_weight
 
@@ -35,7 +34,7 @@ def our_runner(folder: Path, config: ModelConfig) -> ModelRunner:
     with Checkpoint.open(folder) as checkpoint:
         validate(checkpoint, config)
         load_weights(checkpoint, config, model.loaders)
-    runner = ModelRunner(model, InputBatch(1, 64, 16, 16), cache_layout(config, "float32", 16), 16)
+    runner = ModelRunner(model, InputBatch(1, 64, 16, 16), config.cache_layout("float32", 16), 16)
     runner.input_batch.set_blocks(0, range(16))
     return runner
 
@@ -78,7 +77,7 @@ def test_logits_equal_those_of_transformers_decoder_layer(tmp_path: Path, name: 
 
     case = CASES[name]
     fields = case.config | {"num_nextn_predict_layers": 1}
-    config = ModelConfig.from_dict(fields).with_mtp_layer()
+    config = config_from_dict(fields).with_mtp_layer()
     draw = np.random.default_rng(5)
     tensors = {
         key: random_weight(draw, key, one.shape)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.runner.tiny import GLM, V32, run_rows, tiny_model
 
@@ -31,7 +30,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 def runner_of(model: Any, **changes: Any) -> ModelRunner:
     """A runner on float32 caches, or on those of a changed layout; each row has two blocks."""
-    layout = replace(cache_layout(model.config, "float32", 64), **changes)
+    layout = replace(model.config.cache_layout("float32", 64), **changes)
     batch = InputBatch(2, 160, 2, 64)
     runner = ModelRunner(model, batch, layout, 5)
     batch.set_blocks(0, [3, 1])

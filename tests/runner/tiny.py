@@ -11,11 +11,10 @@ import numpy as np
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import TensorInfo
 from fd_dsa.models.expected_tensors import expected_tensors
-from fd_dsa.models.registry import create_model
+from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.sources import StoredTensor
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from tests.models.drawn import in_drawn_order
 from tests.models.folders import TINY, TINY_GLM, Stored, f32
 
@@ -61,7 +60,7 @@ def tiny_model(
     mtp: tuple[str, ...] | None = None,
 ) -> Any:
     """A model of these config.json fields with random weights."""
-    config = ModelConfig.from_dict(fields)
+    config = config_from_dict(fields)
     if mtp is not None:
         config = config.with_mtp_layer(*mtp)
     weights: Any = HostWeights()
@@ -85,7 +84,7 @@ def tiny_runner(model: Any, kv_cache_dtype: str = "float32", poison: bool = Fals
     """
     batch = InputBatch(MAX_ROWS, MAX_TOKENS, BLOCKS_PER_ROW, BLOCK_SIZE)
     num_blocks = MAX_ROWS * BLOCKS_PER_ROW + 1
-    layout = cache_layout(model.config, kv_cache_dtype, BLOCK_SIZE)
+    layout = model.config.cache_layout(kv_cache_dtype, BLOCK_SIZE)
     runner = ModelRunner(model, batch, layout, num_blocks)
     blocks = [0, *(np.random.default_rng(0).permutation(num_blocks - 1) + 1)]
     for row in range(MAX_ROWS):

@@ -9,7 +9,7 @@ import pytest
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.registry import config_from_dict
 from fd_dsa.startup.graph_sizes import graph_bytes
 from fd_dsa.startup.host_memory import available_memory_bytes
 from fd_dsa.startup.memory import (
@@ -112,7 +112,7 @@ def test_summary_is_one_line_with_the_capacity() -> None:
 @pytest.mark.parametrize("fields", [TINY, TINY_FP8, TINY | {"tie_word_embeddings": True}])
 def test_weight_bytes_are_those_held_in_float32(fields: dict[str, Any]) -> None:
     held = sum(len(tensor.data) for tensor in random_tensors(fields).values())
-    assert weight_bytes(ModelConfig.from_dict(fields)) == held
+    assert weight_bytes(config_from_dict(fields)) == held
 
 
 def test_sizes_for_people() -> None:
@@ -217,7 +217,7 @@ def test_graphs_take_their_share_and_are_told() -> None:
 
 
 def test_graphs_are_counted_by_their_sizes() -> None:
-    config = ModelConfig.from_dict(TINY)
+    config = config_from_dict(TINY)
     topk, vocab = config.index_topk, config.vocab_size
     assert graph_bytes(config, (), 10 * topk) == 0
     # where every row is short there is one graph a size

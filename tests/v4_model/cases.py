@@ -17,8 +17,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fd_dsa.models.configs import read_config
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.registry import read_config
 from tests.models.drawn import in_drawn_order
 
 WINDOW, CSA, HCA = (

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.models.configs import open_checkpoint, read_config
 from fd_dsa.models.loader import load_weights, validate
-from fd_dsa.models.registry import create_model
+from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.model_runner import ModelRunner
-from fd_dsa.v4_attention import V4AttentionBackend, V4CacheLayout
+from fd_dsa.v4_attention import V4AttentionBackend
 
 ROWS = 6
 
@@ -36,7 +35,7 @@ def make_runner(model: Any, block_size: int, most_tokens: int = 320) -> ModelRun
     blocks = np.random.default_rng(0).permutation(num_blocks)
     for row in range(ROWS):
         batch.set_blocks(row, blocks[row:-1:ROWS])
-    backend = V4AttentionBackend(V4CacheLayout(model.config, block_size), batch, num_blocks)
+    backend = V4AttentionBackend(model.config, batch, num_blocks)
     runner = ModelRunner(model, batch, None, num_blocks, "cpu", backend)
     poison(runner)
     return runner

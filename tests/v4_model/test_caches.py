@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.configs import read_config
-from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
-from fd_dsa.v4_attention import V4CacheLayout
+from fd_dsa.models.registry import config_from_dict, read_config
+from fd_dsa.v4_attention.pools import allocate_pools
 from tests.v4_model.cases import CASES
 from tests.v4_model.ours import ROWS, load_model, make_runner, prompt_logits, run_step
 
@@ -141,30 +140,30 @@ def test_bits_with_one_order_of_sums(tmp_path: Path) -> None:
 
 def test_sizes_in_bytes(tmp_path: Path) -> None:
     """The plan's bytes are those of the arrays."""
-    layout = V4CacheLayout(read_config(CASE.write(tmp_path)), BLOCK)
+    layout = read_config(CASE.write(tmp_path)).cache_layout("float32", BLOCK)
     for blocks, slots in ((1, 1), (7, 3)):
         pools = [
             pool
-            for layer in layout.allocate(blocks, slots)
+            for layer in allocate_pools(layout, blocks, slots)
             for pool in (layer.keys, layer.index_entries, layer.states, layer.records)
             if pool is not None
         ]
         held = sum(pool.nbytes for pool in pools)
-        assert held == blocks * layout.bytes_per_block() + slots * layout.bytes_per_slot()
+        assert held == blocks * layout.bytes_per_block() + slots * layout.bytes_per_row()
 
 
 def test_released_sizes() -> None:
     """Flash's entries, windows and states, float32: docs/models.md has the figures."""
     ratios = [0, 0, *([4, 128] * 20), 4]
-    config = DeepseekV4Config.from_dict({"compress_ratios": [*ratios, 0]})
-    layout = V4CacheLayout(config, 128)
+    config = config_from_dict({"model_type": "deepseek_v4", "compress_ratios": [*ratios, 0]})
+    layout = config.cache_layout("float32", 128)
     entries, windows, records = 2 * 6880 * 128, 43 * 128 * 2048, 21 * 20480
     assert layout.bytes_per_block() == entries + windows + records
-    assert layout.bytes_per_slot() == 21 * 80 * 1024 + 20 * 512 * 1024
+    assert layout.bytes_per_row() == 21 * 80 * 1024 + 20 * 512 * 1024
 
 
 @pytest.mark.parametrize("block_size", [8, 24, 100])
 def test_blocks_that_do_not_fit(block_size: int, tmp_path: Path) -> None:
     config = read_config(CASE.write(tmp_path))
     with pytest.raises(ConfigError, match=f"--block-size: got {block_size}, .* multiples of 16"):
-        V4CacheLayout(config, block_size)
+        config.cache_layout("float32", block_size)

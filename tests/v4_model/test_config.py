@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.deepseek_v4.config import CSA, HCA, WINDOW, DeepseekV4Config
+from fd_dsa.models.deepseek_v4.config import CSA, HCA, WINDOW
+from fd_dsa.models.registry import config_from_dict
 
 YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536}
 # as released checkpoints have it: 46 ratios of 43 layers, the last ones of draft layers
 RATIOS = [0, 0, *([4, 128] * 20), 4, 0, 0, 0]
 RELEASED: dict[str, Any] = {
+    "model_type": "deepseek_v4",
     "compress_ratios": RATIOS,
     "num_hash_layers": 3,
     "qk_rope_head_dim": 64,
@@ -22,6 +24,7 @@ RELEASED: dict[str, Any] = {
 }
 # as transformers writes it
 SAVED: dict[str, Any] = {
+    "model_type": "deepseek_v4",
     "layer_types": [WINDOW, WINDOW, *([CSA, HCA] * 20), CSA],
     "compress_rates": {CSA: 4, HCA: 128},
     "mlp_layer_types": ["hash_moe"] * 3 + ["moe"] * 40,
@@ -48,8 +51,8 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_one_model(form: str, caplog: pytest.LogCaptureFixture) -> None:
-    config = DeepseekV4Config.from_dict(FORMS[form])
-    assert config == DeepseekV4Config.from_dict(RELEASED)
+    config = config_from_dict(FORMS[form])
+    assert config == config_from_dict(RELEASED)
     assert config.layer_types == tuple(SAVED["layer_types"])
     assert config.mlp_layer_types == tuple(SAVED["mlp_layer_types"])
     assert (config.qk_rope_head_dim, config.most_dense_keys) == (64, 2051)
@@ -65,7 +68,7 @@ def test_what_transformers_writes() -> None:
 
     theirs = {k: v for k, v in RELEASED.items() if k != "topk_method"}
     saved = Theirs(**theirs, rms_norm_eps=1e-6).to_dict()
-    assert DeepseekV4Config.from_dict(saved) == DeepseekV4Config.from_dict(RELEASED)
+    assert config_from_dict(saved) == config_from_dict(RELEASED)
 
 
 REFUSED: dict[str, Any] = {
@@ -93,7 +96,7 @@ REFUSED: dict[str, Any] = {
 @pytest.mark.parametrize("field", REFUSED)
 def test_refused_by_name(field: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        DeepseekV4Config.from_dict(RELEASED | {field: REFUSED[field]})
+        config_from_dict(RELEASED | {field: REFUSED[field]})
     named = {"expert_dtype": "quantization_config", "partial_rotary_factor": "qk_rope_head_dim"}
     text = str(caught.value)
     assert text.startswith("config.json: ") and named.get(field, field) in text
@@ -102,4 +105,4 @@ def test_refused_by_name(field: str) -> None:
 
 def test_no_layers() -> None:
     with pytest.raises(ConfigError, match="layer_types or compress_ratios"):
-        DeepseekV4Config.from_dict({})
+        config_from_dict({"model_type": "deepseek_v4"})

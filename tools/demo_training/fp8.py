@@ -15,8 +15,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.registry import read_config
 from tools.demo_training.mtp import BLOCK, quantised
 
 WEIGHTS = "model.safetensors"
@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
         "weight_block_size": [BLOCK, BLOCK],
     }
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    expected = expected_tensors(ModelConfig.from_folder(folder))
+    expected = expected_tensors(read_config(folder))
     tensors = load_file(source / WEIGHTS)
     for name in [name for name in tensors if expected[name].quantisable]:
         tensors[name], tensors[f"{name}_scale_inv"] = quantised(tensors[name])

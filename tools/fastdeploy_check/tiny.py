@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.registry import config_from_dict
 from fd_dsa.models.sources import LM_HEAD, RandomTensor
 from tests.models.folders import YARN, bf16, write_folder
 
@@ -47,7 +47,7 @@ def write_tiny_model(folder: Path) -> Path:
     """Write the model to a new folder, about 120 MB in bfloat16; the same bytes every time."""
     demo = demo_model_path()
     fields = json.loads((demo / "config.json").read_text("utf-8")) | _FIELDS
-    expected = expected_tensors(ModelConfig.from_dict(fields))
+    expected = expected_tensors(config_from_dict(fields))
     tensors = {name: RandomTensor(name, one.shape, 0).float32() for name, one in expected.items()}
     tensors[LM_HEAD] *= _SHARPNESS
     write_folder(folder, fields, {name: bf16(values) for name, values in tensors.items()})

@@ -20,6 +20,7 @@ from fd_dsa.accuracy.selection.measure import (
     measure,
     needle_texts,
 )
+from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.command_line.report import Table, check_folder, publish
 from fd_dsa.command_line.values import add_numbers
@@ -28,7 +29,7 @@ from fd_dsa.environment import quiet
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.ops.providers import asking_for, parse
 
-CACHE_DTYPES = ("float32", "bfloat16", "fp8_ds_mla")
+CACHE_DTYPES = tuple(CACHE_FORMATS)
 # the answer, and the end of the template after it
 _ANSWER_ROOM = 64
 _LENGTHS_OF_TOPK = 8

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention import DSAAttentionBackend, DSABackendConfig
-from fd_dsa.attention.cache_layout import CacheLayout
+from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.ops.arrays import Scratch, on_device
 from fd_dsa.ops.fp8 import decode_e4m3
 from fd_dsa.ops.gather import gather_index_keys, gather_latents

@@ -1,4 +1,4 @@
-"""DeepSeek-V4's attention: one key head over a window and compressed entries, with sinks."""
+"""Attention of DeepSeek-V4: one key head over a window and entries, with sinks."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from fd_dsa.models.deepseek_v4.compressor import Compressor
 from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.norm import RowNorm, length
 from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation, rotate
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 
 class V4Attention:
-    """Attention of one layer; caches and indices are the backend's.
+    """Attention of one layer, with caches and indices of the backend.
 
     All projections of the layer's input are one GEMM: the query's latent, the key, head weights of
     the indexer, sources of the compressors.
 
     Attributes:
-        sinks: float32 [num_heads]; logit of a key without a value.
-        compressor: makes the layer's entries; None in a window-only layer.
+        sinks: float32 [num_heads], logit of a key without a value.
+        compressor: maker of the layer's entries, None in a window-only layer.
     """
 
     def __init__(
         self,
         config: DeepseekV4Config,
         layer_id: int,
-        weights: Any,
+        weights: HostOnlyWeights,
         prefix: str,
         rotation: Rotation,
     ) -> None:
@@ -66,7 +67,12 @@ class V4Attention:
     def forward(
         self, x: np.ndarray, angles: Angles, forward_meta: Any, kept: np.ndarray | slice
     ) -> np.ndarray:
-        """float32 [num_tokens, hidden_size] of the normed input, same shape; of `kept` alone."""
+        """Return the attention output, float32 [num_kept, hidden_size].
+
+        Args:
+            x: float32 [num_tokens, hidden_size], normed.
+            kept: index of the tokens whose output is needed.
+        """
         backend, rank = forward_meta.attn_backend, self._rank
         projected: np.ndarray = self._in.times(x)
         kv = self._kv_norm.of(projected[:, rank : rank + self._width])
@@ -85,16 +91,22 @@ class V4Attention:
         return out
 
     def _sources(self, projected: np.ndarray) -> np.ndarray | None:
-        """The tokens' sources [num_tokens, halves, 2, width], a view; None without a compressor."""
+        """Return a view of the sources, [num_tokens, halves, 2, width].
+
+        None without a compressor.
+        """
         if self.compressor is None:
             return None
         shape = len(projected), self.compressor.halves, 2, self.compressor.width
         return projected[:, self._sources_at :].reshape(shape)
 
     def _query(self, latent: np.ndarray, angles: Angles) -> np.ndarray:
-        """float32 [num_tokens, num_heads, head_dim]; heads of length 1, last channels rotated.
+        """Return queries of length 1 with rotated last channels.
 
-        That is RMSNorm times the factor of the scores, width ** -0.5.
+        Length 1 is RMSNorm times the factor of the scores, width ** -0.5.
+
+        Returns:
+            float32 [num_tokens, num_heads, head_dim].
         """
         query: np.ndarray = self._q_b.times(latent)
         rows = query.reshape(-1, self._width)
@@ -106,7 +118,7 @@ class V4Attention:
     def _select(
         self, latent: np.ndarray, projected: np.ndarray, angles: Angles, forward_meta: Any
     ) -> Any:
-        """The entries that the indexer chooses for each token, as the backend gives them."""
+        """Select the entries of each token, see `V4AttentionBackend.select`."""
         assert self._index_b is not None
         query = self._index_b.times(latent).reshape(len(latent), self._index_heads, -1)
         rotate(query[:, :, -self._rope_dim :], angles.forward)

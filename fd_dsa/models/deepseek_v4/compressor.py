@@ -1,33 +1,37 @@
-"""From sources to entries: the learned pooling of a CSA or an HCA layer.
+"""Learned pooling of sources into entries in a CSA or an HCA layer.
 
 Each token gives a layer a *source*: values and gates of every channel. An entry is the gated mean
-of a few neighbouring sources, normed and rotated. Sources of CSA have two halves: the first one
-counts for the entry after their own, the second one for their own. The sources of a CSA layer's
+of a few neighbouring sources, normed and rotated. Sources of CSA have two halves: the first half
+counts for the entry after its own, the second for its own. The sources of a CSA layer's
 main compressor and of its indexer's are side by side, so both are pooled at once.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.norm import RowNorm
 from fd_dsa.models.deepseek_v4.rotation import Rotation, rotate
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 
 class Compressor:
-    """The parameters with which a layer makes entries.
+    """Compressor of a layer, which makes its entries.
 
     Attributes:
-        halves: of a source.
+        halves: number of halves of a source.
         width: channels of a half: `head_dim`, in CSA followed by `index_head_dim`.
-        names: for each compressor its names' prefix, first channel in a half and number of them.
+        names: prefix, first channel in a half and number of channels of each compressor.
     """
 
     def __init__(
-        self, config: DeepseekV4Config, kind: str, weights: Any, prefix: str, rotation: Rotation
+        self,
+        config: DeepseekV4Config,
+        kind: str,
+        weights: HostOnlyWeights,
+        prefix: str,
+        rotation: Rotation,
     ) -> None:
         self.halves = 2 if kind == CSA else 1
         self._ratio, self._rotation = config.compress_rates[kind], rotation
@@ -44,7 +48,7 @@ class Compressor:
             self._norms.append(RowNorm(weights, f"{name}norm.weight", width, config.rms_norm_eps))
 
     def places(self, first_column: int) -> dict[str, list[tuple[int, int]]]:
-        """Where the outputs of the projections go, so that sources are views of them.
+        """Return columns of the projections' outputs such that sources are views.
 
         A token's columns from `first_column` on are then [halves, 2, width]: values, then gates.
         """
@@ -58,7 +62,7 @@ class Compressor:
         return found
 
     def add_gates(self, sources: np.ndarray, positions: np.ndarray) -> None:
-        """Add to the gates what depends on a token's place among the sources of its entry.
+        """Add the bias of a token's place among the sources of its entry to the gates.
 
         Args:
             sources: float32 [num_tokens, halves, 2, width], changed in place.
@@ -68,11 +72,11 @@ class Compressor:
         gates += self._gates.take(positions % self._ratio, axis=0)
 
     def entries(self, pooled: np.ndarray, positions: np.ndarray) -> list[np.ndarray]:
-        """Entries of the layer and, in CSA, of its indexer: float32 [n, width of each].
+        """Return entries of the layer and, in CSA, of its indexer: float32 [n, width].
 
         Args:
-            pooled: float32 [n, width]; means of the sources.
-            positions: int [n]; first position of each entry's own group.
+            pooled: float32 [n, width], means of the sources.
+            positions: int [n], first position of each entry's own group.
         """
         turns, found = self._rotation.at(positions), []
         for norm, (_, first, width) in zip(self._norms, self.names, strict=True):

@@ -1,12 +1,14 @@
-"""Configuration of a DeepSeek-V4 model, in every form that its config.json is found in."""
+"""Configuration of DeepSeek-V4 models, read from every form of config.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fd_dsa.models.config import MOST_EXPERTS, add_generation, read_plain, spare_layers
+from fd_dsa.cache_formats import PooledLayer, V4CacheLayout
+from fd_dsa.errors import flag_error
+from fd_dsa.models.config import MAX_EXPERTS, read_plain, spare_layers
 from fd_dsa.models.config_reader import FieldReader, as_integer
 from fd_dsa.models.rope_config import ROPE_FIELDS, RopeConfig, read_section
 
@@ -40,46 +42,54 @@ _FIXED: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeepseekV4Config:
-    """Everything about a DeepSeek-V4 model that its layers, caches and weights depend on.
+class DeepseekV4Defaults:
+    """Numbers that a config.json of DeepSeek-V4 may leave out, under its names.
 
-    The names are those of Hugging Face's config.json (transformers 5.23); widths are numbers of
-    elements, `sliding_window` and `max_position_embeddings` tokens, `index_topk` CSA entries. A
-    number's default is what a config.json that leaves it out stands for.
-
-    Attributes:
-        qk_rope_head_dim: channels that are rotated, the last ones of a head.
-        layer_types: `sliding_attention`, `compressed_sparse_attention` (CSA) or
-            `heavily_compressed_attention` (HCA), one a layer.
-        compress_rates: tokens per entry of a CSA and of an HCA layer.
-        mlp_layer_types: `hash_moe` (experts by token id) or `moe`, one a layer.
-        main_rope, compress_rope: angles of window-only layers, and of the others.
-        eos_token_ids, generation, unknown_fields: as of `ModelConfig`.
+    Widths are numbers of elements, `sliding_window` and `max_position_embeddings` tokens,
+    `index_topk` CSA entries. No field has a default here.
     """
 
-    model_type: str = "deepseek_v4"
-    vocab_size: int = 129280
-    hidden_size: int = 4096
-    moe_intermediate_size: int = 2048
-    num_hidden_layers: int = 43
-    num_attention_heads: int = 64
-    head_dim: int = 512
-    q_lora_rank: int = 1024
-    o_groups: int = 8
-    o_lora_rank: int = 1024
-    sliding_window: int = 128
-    index_n_heads: int = 64
-    index_head_dim: int = 128
-    index_topk: int = 512
-    num_experts_per_tok: int = 6
-    n_routed_experts: int = 256
-    max_position_embeddings: int = 1048576
-    hc_mult: int = 4
-    hc_sinkhorn_iters: int = 20
-    routed_scaling_factor: float = 1.5
-    swiglu_limit: float = 10.0
-    rms_norm_eps: float = 1e-6
-    hc_eps: float = 1e-6
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    sliding_window: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    num_experts_per_tok: int
+    n_routed_experts: int
+    max_position_embeddings: int
+    hc_mult: int
+    hc_sinkhorn_iters: int
+    routed_scaling_factor: float
+    swiglu_limit: float
+    rms_norm_eps: float
+    hc_eps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeepseekV4Config(DeepseekV4Defaults):
+    """Everything that layers, caches and weights of a DeepSeek-V4 model depend on.
+
+    The names are those of Hugging Face's config.json (transformers 5.23).
+
+    Attributes:
+        qk_rope_head_dim: rotated channels, the last ones of a head.
+        layer_types: `sliding_attention`, `compressed_sparse_attention` (CSA) or
+            `heavily_compressed_attention` (HCA), one per layer.
+        compress_rates: tokens per entry of a CSA and of an HCA layer.
+        mlp_layer_types: `hash_moe` (experts by token id) or `moe`, one per layer.
+        main_rope, compress_rope: angles of window-only layers, and of the others.
+        eos_token_ids, generation, unknown_fields: same as of `ModelConfig`.
+    """
+
     qk_rope_head_dim: int
     scoring_func: str
     layer_types: tuple[str, ...]
@@ -98,40 +108,56 @@ class DeepseekV4Config:
     round_scales: bool = False
 
     @classmethod
-    def from_dict(
-        cls,
-        data: dict[str, Any],
-        source: str = "config.json",
-        generation: dict[str, Any] | None = None,
-        generation_source: str = "generation_config.json",
-        *,
-        allow_unknown: bool = False,
-    ) -> DeepseekV4Config:
-        """Configuration in parsed JSON, as `ModelConfig.from_dict`.
+    def read(cls, reader: FieldReader, defaults: DeepseekV4Defaults) -> DeepseekV4Config:
+        """Return the configuration in a config.json.
+
+        Args:
+            reader: top level of the file.
+            defaults: values of the numbers that the file leaves out.
 
         Raises:
-            ConfigError: a value cannot be served, or a field is unknown; names file, field, value
-                and what is allowed.
+            ConfigError: a value is not supported. The message names the file and the field.
         """
-        reader = FieldReader(data, source)
-        values = _read_fields(reader)
-        values["unknown_fields"] = reader.unknown_fields(allowed=allow_unknown)
-        add_generation(values, FieldReader(generation or {}, generation_source))
-        return cls(**values)
+        return cls(**_read_fields(reader, defaults))
 
     @property
     def has_indexer(self) -> list[bool]:
-        """Whether each layer chooses what it attends to."""
+        """True for each layer that selects the entries it attends to."""
         return [kind == CSA for kind in self.layer_types]
 
     @property
     def most_dense_keys(self) -> int:
-        """Tokens of a row up to which its last one attends to every CSA entry."""
+        """Max tokens of a row of which the last one attends to every CSA entry."""
         return (self.index_topk + 1) * self.compress_rates[CSA] - 1
 
+    def cache_layout(self, kv_cache_dtype: str, block_size: int) -> V4CacheLayout:
+        """Return the layout of the caches.
 
-def _read_fields(reader: FieldReader) -> dict[str, Any]:
-    """All fields of config.json, checked against each other."""
+        Args:
+            kv_cache_dtype: "float32", the only format of the pools.
+            block_size: tokens of a block.
+
+        Raises:
+            ConfigError: another format, or a block that does not hold whole entries.
+        """
+        if kv_cache_dtype != "float32":
+            raise flag_error(
+                "kv_cache_dtype",
+                kv_cache_dtype,
+                f"auto or float32 with {self.model_type}",
+                "leave it out",
+            )
+        pools = {
+            WINDOW: PooledLayer(self.head_dim),
+            CSA: PooledLayer(self.head_dim, self.compress_rates[CSA], self.index_head_dim),
+            HCA: PooledLayer(self.head_dim, self.compress_rates[HCA]),
+        }
+        layers = tuple(pools[kind] for kind in self.layer_types)
+        return V4CacheLayout(layers, tuple(self.compress_rates.values()), block_size)
+
+
+def _read_fields(reader: FieldReader, defaults: DeepseekV4Defaults) -> dict[str, Any]:
+    """Read all fields of config.json and check them against each other."""
     if reader.raw("quantization_config") is not None or reader.raw("expert_dtype") is not None:
         raise reader.error(
             "quantization_config",
@@ -139,10 +165,8 @@ def _read_fields(reader: FieldReader) -> dict[str, Any]:
             "none",
             "deepseek_v4 is served from float32 or bfloat16 weights; dequantise the checkpoint",
         )
-    numbers = (one for one in fields(DeepseekV4Config) if one.type in ("int", "float"))
-    values = read_plain(
-        reader, ((one, one.default) for one in numbers if one.default is not MISSING)
-    )
+    numbers = ((one, getattr(defaults, one.name)) for one in fields(DeepseekV4Defaults))
+    values = {"model_type": defaults.model_type, **read_plain(reader, numbers)}
     for name, same in _SAME.items():
         reader.choice(name, values[same], (values[same],), f"as {same}")
     for name, value in _FIXED.items():
@@ -168,7 +192,7 @@ def _read_fields(reader: FieldReader) -> dict[str, Any]:
 
 
 def _read_rope_dim(reader: FieldReader, head_dim: int) -> int:
-    """Rotated channels, given as their number or as a share of the head."""
+    """Read the rotated channels, given as a number or as a fraction of the head."""
     factor = None
     if reader.raw("partial_rotary_factor") is not None:
         factor = reader.positive("partial_rotary_factor", None)
@@ -187,7 +211,7 @@ def _read_rope_dim(reader: FieldReader, head_dim: int) -> int:
 
 
 def _read_layer_types(reader: FieldReader, num_layers: int) -> tuple[str, ...]:
-    """Kinds of the model's own layers; what a list has past them belongs to draft layers."""
+    """Read the kinds of layers, without further entries of MTP layers."""
     name, allowed = "layer_types", _TYPE_OF_RATIO.values()
     listed, ratios = reader.raw(name), reader.raw("compress_ratios")
     if listed is None and ratios is not None:
@@ -213,7 +237,7 @@ def _read_layer_types(reader: FieldReader, num_layers: int) -> tuple[str, ...]:
 
 
 def _read_rates(reader: FieldReader) -> dict[str, int]:
-    """Tokens per entry, by kind of layer."""
+    """Read the tokens per entry, by kind of layer."""
     section = reader.section("compress_rates")
     rates = {}
     for kind, default in _RATES.items():
@@ -225,19 +249,23 @@ def _read_rates(reader: FieldReader) -> dict[str, int]:
 
 
 def _read_mlp_types(reader: FieldReader, num_layers: int) -> tuple[str, ...]:
-    """Whether token ids or scores choose the experts of each layer."""
+    """Read the kind of experts of each layer: selected by token id or by score."""
     num_hash = min(reader.integer("num_hash_layers", 3, minimum=0), num_layers)
-    # draft layers are not loaded
+    # MTP layers are not loaded
     spare = spare_layers(reader)
     listed = reader.strings("mlp_layer_types", ("hash_moe", "moe"), num_layers, spare)
     return listed or ("hash_moe",) * num_hash + ("moe",) * (num_layers - num_hash)
 
 
 def _read_ropes(reader: FieldReader, longest: int, share: float) -> tuple[RopeConfig, RopeConfig]:
-    """Angles of window-only layers and of the others; `share` of a head is rotated.
+    """Read the angles of window-only layers and of the others.
 
-    Transformers writes one section for each; released checkpoints have one `rope_scaling`, which
-    counts for the layers with entries alone.
+    Transformers writes one section for each. Released checkpoints have one `rope_scaling`, which
+    applies only to layers with entries.
+
+    Args:
+        longest: max_position_embeddings, tokens.
+        share: rotated fraction of a head.
     """
     thetas = reader.positive("rope_theta", 1e4), reader.positive("compress_rope_theta", 1.6e5)
     names = "rope_parameters", "rope_scaling"
@@ -253,30 +281,31 @@ def _read_ropes(reader: FieldReader, longest: int, share: float) -> tuple[RopeCo
 def _read_form(
     section: FieldReader, thetas: tuple[float, float], longest: int, share: float
 ) -> tuple[RopeConfig, RopeConfig]:
-    """Both angles of one object, whose fields may be in a `main` and a `compress`."""
-    nested = section.section("main"), section.section("compress")
-    if nested[0] is None or nested[1] is None:
+    """Read both angles from one object, with or without `main` and `compress`."""
+    main, compress = section.section("main"), section.section("compress")
+    if main is None or compress is None:
         section.raw("rope_theta")
         return RopeConfig(theta=thetas[0]), _read_rope(section, thetas[1], longest)
     for name in (*ROPE_FIELDS, "rope_theta", "partial_rotary_factor"):
         # transformers drops them
         section.raw(name)
-    nested[0].choice("rope_type", "default", ("default",))
-    for one in nested:
+    main.choice("rope_type", "default", ("default",))
+    for one in (main, compress):
         one.choice("partial_rotary_factor", share, (share,), "as at the top of the file")
     # with neither, transformers scales cos and sin, which no V4 model is trained for
-    if nested[1].raw("rope_type") == "yarn" and nested[1].raw("attention_factor") is None:
-        raise nested[1].error("attention_factor", None, "1.0")
-    main, compress = (
-        one.positive("rope_theta", theta) for one, theta in zip(nested, thetas, strict=True)
-    )
-    return _read_rope(nested[0], main, longest), _read_rope(nested[1], compress, longest)
+    if compress.raw("rope_type") == "yarn" and compress.raw("attention_factor") is None:
+        raise compress.error("attention_factor", None, "1.0")
+    ropes = [
+        _read_rope(one, one.positive("rope_theta", theta), longest)
+        for one, theta in zip((main, compress), thetas, strict=True)
+    ]
+    return ropes[0], ropes[1]
 
 
 def _read_rope(section: FieldReader, theta: float, longest: int) -> RopeConfig:
-    """Plain angles or YaRN's; cos and sin are never scaled."""
+    """Read plain or YaRN angles, without a scale of cos and sin."""
     for name in ("mscale", "mscale_all_dim", "partial_rotary_factor"):
-        # without effect where the factor of cos and sin is 1
+        # without effect, because cos and sin are not scaled
         section.raw(name)
     section.choice("attention_factor", 1.0, (1.0, 1, None), "V4 scales neither cos nor sin")
     original = section.raw("original_max_position_embeddings")
@@ -286,6 +315,7 @@ def _read_rope(section: FieldReader, theta: float, longest: int) -> RopeConfig:
 
 
 def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
+    """Refuse values that contradict each other."""
     heads, groups = values["num_attention_heads"], values["o_groups"]
     experts, layers = values["n_routed_experts"], values["num_hidden_layers"]
     if heads % groups:
@@ -293,8 +323,8 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
     if values["index_head_dim"] < values["qk_rope_head_dim"]:
         allowed = f"at least the rotated channels, {values['qk_rope_head_dim']}"
         raise reader.error("index_head_dim", values["index_head_dim"], allowed)
-    if experts * layers > MOST_EXPERTS:
-        most = MOST_EXPERTS // layers
+    if experts * layers > MAX_EXPERTS:
+        most = MAX_EXPERTS // layers
         raise reader.error("n_routed_experts", experts, f"at most {most} in {layers} layers")
     if values["num_experts_per_tok"] > experts:
         allowed = f"at most n_routed_experts, {experts}"

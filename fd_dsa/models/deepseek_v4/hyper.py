@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections: residual streams, mixed before and after each block.
+"""Manifold-constrained hyper-connections: residual streams and their mixing.
 
 A token has `hc_mult` residual streams [num_streams, hidden_size] instead of one. A block reads a
 weighted sum of them, and its output is added to a mixture of them, by weights that each token
@@ -15,17 +15,18 @@ import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.norm import length
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.fixed_order import fixed_order
 
-# tokens up to which sums are repeated
+# max tokens for which sums are repeated
 _MANY = 128
 _ONE, _TWO = np.float32(1.0), np.float32(2.0)
 
 
 class HyperConnection:
-    """What a block reads from the streams, and how its output goes back."""
+    """Connection of a block: reads its input from streams and adds its output."""
 
-    def __init__(self, config: DeepseekV4Config, weights: Any, prefix: str) -> None:
+    def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights, prefix: str) -> None:
         streams, width = config.hc_mult, config.hc_mult * config.hidden_size
         mixes = (2 + streams) * streams
         self._streams, self._norm_eps = streams, config.rms_norm_eps
@@ -37,7 +38,7 @@ class HyperConnection:
         self._adders = None if fixed_order() else _adders(streams, self._eps)
 
     def read(self, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Input of the block, and the mixture with which `expand` adds its output.
+        """Return the input of the block, and the mixture for `expand`.
 
         Args:
             streams: float32 [num_tokens, num_streams, hidden_size].
@@ -59,15 +60,15 @@ class HyperConnection:
 
     @staticmethod
     def expand(output: np.ndarray, residual: np.ndarray, mixture: np.ndarray) -> np.ndarray:
-        """The residual after a block.
+        """Return the residual after a block.
 
         Args:
-            output: float32 [num_tokens, hidden_size], of the block.
-            residual: float32 [num_tokens, num_streams + 1, hidden_size]; the last row is free.
-            mixture: of `read`.
+            output: float32 [num_tokens, hidden_size], output of the block.
+            residual: float32 [num_tokens, num_streams + 1, hidden_size]. The last row is free.
+            mixture: mixture of `read`.
 
         Returns:
-            As `residual`.
+            The shape of `residual`.
         """
         residual[:, -1] = output
         mixed = np.empty_like(residual)
@@ -75,7 +76,7 @@ class HyperConnection:
         return mixed
 
     def _doubly_stochastic(self, logits: np.ndarray) -> np.ndarray:
-        """Softmax of the rows, then Sinkhorn: columns first, then rows and columns alternately.
+        """Normalise matrices by a softmax of the rows, then Sinkhorn from the columns on.
 
         Args:
             logits: float32 [num_tokens, num_streams ** 2].
@@ -84,7 +85,7 @@ class HyperConnection:
             float32 [num_tokens, num_streams, num_streams], transposed.
         """
         n, eps = self._streams, self._eps
-        # tokens along the last axis: every operation runs over all of them
+        # tokens are along the last axis, so that every operation runs over all of them
         padded = np.ones((n * n + 1, len(logits)), np.float32)
         flat = padded[:-1]
         flat[...] = logits.T
@@ -96,10 +97,10 @@ class HyperConnection:
         axes = (0, *(1, 0) * (self._iterations - 1))
         if self._adders is None:
             for axis in axes:
-                # one order of sums; eps not as `initial`, which is added in another place
+                # one order of sums. eps is not `initial`, which is added in another place
                 a /= np.add.reduce(a, axis=axis, keepdims=True) + eps
             return a.transpose(2, 1, 0)
-        # of many tokens a sum is made once, of few it is repeated at each place that it divides
+        # few tokens repeat a sum at each place that it divides
         repeats = 1 if len(logits) > _MANY else n
         sums = np.empty((n * repeats, len(logits)), np.float32)
         divided, divisors = flat, (sums, sums)
@@ -113,10 +114,10 @@ class HyperConnection:
 
 
 def _adders(n: int, eps: np.float32) -> dict[int, list[np.ndarray]]:
-    """For 1 and n repeats, of each axis a matrix that sums an [n, n] matrix over it.
+    """Return matrices that sum an [n, n] matrix per axis, for 1 and n repeats.
 
     Each is float32 [n * repeats, n * n + 1]. Times the [n, n] matrix end to end and a last 1, it
-    is the sums plus eps, so often: on matrices this small, one GEMM is faster than a reduction.
+    gives the sums plus eps, repeated. One GEMM is faster than a reduction of small matrices.
     """
     eye, made = np.eye(n), {}
     for repeats in (1, n):
@@ -128,9 +129,9 @@ def _adders(n: int, eps: np.float32) -> dict[int, list[np.ndarray]]:
 
 
 class HeadCollapse:
-    """The weighted sum of all streams that the head reads."""
+    """Weighted sum of all streams, the input of the head."""
 
-    def __init__(self, config: DeepseekV4Config, weights: Any, prefix: str) -> None:
+    def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights, prefix: str) -> None:
         streams, width = config.hc_mult, config.hc_mult * config.hidden_size
         self._norm_eps, self._eps = config.rms_norm_eps, np.float32(config.hc_eps)
         self._fn = weights.matrix(width, {f"{prefix}fn": streams}, sums_in_float32=True)
@@ -138,14 +139,14 @@ class HeadCollapse:
         self._scale = weights.vector({f"{prefix}scale": 1}, factor=width**0.5)
 
     def of(self, streams: np.ndarray) -> np.ndarray:
-        """float32 [num_tokens, hidden_size] of [num_tokens, num_streams, hidden_size]."""
+        """Sum [num_tokens, num_streams, hidden_size] to [num_tokens, hidden_size]."""
         mixed = _mixes(streams, self._fn, self._scale, self._norm_eps)
         mixed += self._base
         return _weighted(sigmoid(mixed) + self._eps, streams)
 
 
 def _mixes(streams: np.ndarray, fn: Any, scale: np.ndarray, epsilon: float) -> np.ndarray:
-    """float32 [num_tokens, mixes]: `fn` of each token's streams z / length(z), times `scale`."""
+    """Return `fn` of streams z / length(z), times `scale`: [num_tokens, mixes]."""
     flat = streams.reshape(len(streams), -1)
     mixed: np.ndarray = fn.times(flat)
     mixed *= scale / length(flat, epsilon)
@@ -153,7 +154,7 @@ def _mixes(streams: np.ndarray, fn: Any, scale: np.ndarray, epsilon: float) -> n
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)), a new array."""
+    """Return 1 / (1 + exp(-x)) in a new array."""
     out = np.negative(x)
     np.exp(out, out=out)
     out += _ONE
@@ -161,5 +162,5 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _weighted(weights: np.ndarray, streams: np.ndarray) -> np.ndarray:
-    """Each token's sum of its streams, by weights [num_tokens, num_streams]."""
+    """Return each token's sum of its streams, by weights [num_tokens, num_streams]."""
     return np.matmul(weights[:, None, :], streams)[:, 0]

@@ -1,4 +1,4 @@
-"""DeepSeek-V4: the decoder over several residual streams."""
+"""Model of DeepSeek-V4, a decoder over several residual streams."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from fd_dsa.models.deepseek_v4.norm import RowNorm
 from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation
 from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.arrays import as_numpy
 
 
 class DeepseekV4DecoderLayer:
-    """Attention, then experts, each between the reading and the expansion of the streams."""
+    """Decoder layer: attention, then experts, each inside a hyper-connection."""
 
     def __init__(
-        self, config: DeepseekV4Config, layer_id: int, weights: Any, rotation: Rotation
+        self, config: DeepseekV4Config, layer_id: int, weights: HostOnlyWeights, rotation: Rotation
     ) -> None:
         prefix, hidden, eps = f"model.layers.{layer_id}.", config.hidden_size, config.rms_norm_eps
         self._attn_hc = HyperConnection(config, weights, f"{prefix}hc_attn_")
@@ -39,10 +40,12 @@ class DeepseekV4DecoderLayer:
         forward_meta: Any,
         kept: np.ndarray | slice,
     ) -> np.ndarray:
-        """[num_tokens, num_streams + 1, hidden_size] after the layer; the last row is free.
+        """Return the residual [num_kept, num_streams + 1, hidden_size] after the layer.
+
+        The last row is free.
 
         Args:
-            kept: index of the tokens whose streams are asked for.
+            kept: index of the tokens whose streams are needed.
         """
         x, mixture = self._attn_hc.read(residual[:, :-1])
         attended = self.attn.forward(self._attn_norm.of(x), angles, forward_meta, kept)
@@ -53,14 +56,14 @@ class DeepseekV4DecoderLayer:
 
 
 class DeepseekV4ForCausalLM:
-    """The whole model: packed token ids of a step in, logits of chosen tokens out."""
+    """Model from packed token ids of a step to logits of sampled tokens."""
 
-    def __init__(self, config: DeepseekV4Config, weights: Any) -> None:
+    def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights) -> None:
         self.config, self._weights = config, weights
         vocab_size, hidden = config.vocab_size, config.hidden_size
         self._embedding, self._head = weights.table(EMBEDDING, vocab_size, hidden)
         width = config.qk_rope_head_dim
-        # of layers with entries, and of window-only ones
+        # rotations of layers with entries, then of window-only layers
         self._rotations = [
             Rotation(rope, width) for rope in (config.compress_rope, config.main_rope)
         ]
@@ -76,24 +79,24 @@ class DeepseekV4ForCausalLM:
 
     @property
     def loaders(self) -> dict[str, WeightLoader]:
-        """How each tensor of a checkpoint fills its place."""
-        return self._weights.loaders  # type: ignore[no-any-return]
+        """Function that fills the place of each tensor of a checkpoint, by name."""
+        return self._weights.loaders
 
     def __call__(self, ids_remove_padding: Any, forward_meta: Any) -> np.ndarray:
-        """Streams after the last layer, float32 [num_tokens, num_streams * hidden_size].
+        """Return streams after the last layer, [num_tokens, num_streams * hidden_size].
 
-        Only those of `forward_meta.sampled` have values: the last layer computes no others.
+        Only those of `forward_meta.sampled` have values, because the last layer skips the others.
 
         Args:
-            ids_remove_padding: int64 [num_tokens]; token ids of the step, rows back to back.
-            forward_meta: the runner's step; `init_attention_metadata` has been called for it.
+            ids_remove_padding: int64 [num_tokens], token ids of the step, rows back to back.
+            forward_meta: step of the runner, after `init_attention_metadata`.
         """
         token_ids, positions = as_numpy(ids_remove_padding), forward_meta.position_ids
         rows = self._embedding[token_ids]
-        # a token's streams, and room for the output of a block
+        # a token's streams, and a row for the output of a block
         residual = np.repeat(rows[:, None], self.config.hc_mult + 1, axis=1)
         angles = [rotation.of_step(positions) for rotation in self._rotations]
-        # the last layer goes on with the tokens whose logits are asked for, or with any one
+        # the last layer continues with the sampled tokens, or with one if there are none
         sampled, everything = as_numpy(forward_meta.sampled), slice(None)
         asked: Any = sampled if len(sampled) else slice(1)
         if len(sampled) == len(rows):
@@ -109,7 +112,7 @@ class DeepseekV4ForCausalLM:
         return streams.reshape(len(rows), -1)
 
     def compute_logits(self, hidden_states: np.ndarray) -> np.ndarray:
-        """float32 [n, vocab_size] of [n, num_streams * hidden_size]."""
+        """Return logits [n, vocab_size] of streams [n, num_streams * hidden_size]."""
         streams = hidden_states.reshape(len(hidden_states), self.config.hc_mult, -1)
         with np.errstate(over="ignore"):
             collapsed = self._collapse.of(streams)

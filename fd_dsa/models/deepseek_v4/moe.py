@@ -1,25 +1,27 @@
-"""DeepSeek-V4's experts: chosen by token id or by score, with clamped activations."""
+"""Experts of DeepSeek-V4, selected by token id or by score."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.hyper import sigmoid
 from fd_dsa.models.moe import NoAuxTopkGate, routed
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 _ONE = np.float32(1.0)
 
 
 class V4Gate:
-    """Experts of each token and their weights: by a table of token ids, or by the best scores.
+    """Router: selects experts by a table of token ids, or by the best scores.
 
-    The bias counts for the choice alone. The chosen scores are normalised whatever the function.
+    The bias counts only for the selection. The selected scores are normalised for every scoring
+    function.
     """
 
-    def __init__(self, config: DeepseekV4Config, layer_id: int, weights: Any, prefix: str) -> None:
+    def __init__(
+        self, config: DeepseekV4Config, layer_id: int, weights: HostOnlyWeights, prefix: str
+    ) -> None:
         self._top_k, count = config.num_experts_per_tok, config.n_routed_experts
         self._scaling = np.float32(config.routed_scaling_factor)
         self._scores = _SCORES[config.scoring_func]
@@ -34,10 +36,14 @@ class V4Gate:
             self._bias = weights.vector({f"{prefix}bias": count})
 
     def forward(self, x: np.ndarray, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape."""
+        """Select the experts of each token.
+
+        Returns:
+            Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape.
+        """
         scores = self._scores(self._weight.times(x))
         if self._by_id is not None:
-            # ascending, as those of scores: the order of sums does not depend on the company
+            # ascending, so that the order of sums does not depend on the batch composition
             experts = np.sort(self._by_id.take(token_ids, axis=0), axis=1)
         else:
             experts = NoAuxTopkGate.best(scores + self._bias, self._top_k)
@@ -49,7 +55,9 @@ class V4Gate:
 class V4MoE:
     """Routed experts plus the shared expert."""
 
-    def __init__(self, config: DeepseekV4Config, layer_id: int, weights: Any, prefix: str) -> None:
+    def __init__(
+        self, config: DeepseekV4Config, layer_id: int, weights: HostOnlyWeights, prefix: str
+    ) -> None:
         self._gate = V4Gate(config, layer_id, weights, f"{prefix}gate.")
         hidden, self._width = config.hidden_size, config.moe_intermediate_size
         self._limit = np.float32(config.swiglu_limit)
@@ -63,17 +71,17 @@ class V4MoE:
             self._experts.append((gate_up, down))
 
     def forward(self, x: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-        """[num_tokens, hidden_size] of the same, for tokens of these ids."""
+        """Return the output [num_tokens, hidden_size] of an input of the same shape."""
         experts, weights = self._gate.forward(x, token_ids)
         shape = len(x), experts.shape[1] + 1
-        # the shared expert is one that every token chooses
+        # every token selects the shared expert
         chosen, factors = np.full(shape, self._shared, np.int32), np.ones(shape, np.float32)
         chosen[:, :-1], factors[:, :-1] = experts, weights
         return routed(x, chosen, factors, self._experts, self._activated)
 
     def _activated(self, gate_up: np.ndarray) -> np.ndarray:
-        """silu(min(gate, limit)) * clip(up, -limit, limit); the gate has no lower bound."""
-        # of a maximum with a number, NumPy's clip takes a third of the time
+        """Return silu(min(gate, limit)) * clip(up, -limit, limit)."""
+        # clip takes a third of the time of a minimum
         gate = gate_up[:, : self._width].clip(-np.inf, self._limit)
         up = gate_up[:, self._width :].clip(-self._limit, self._limit)
         divisor = np.negative(gate)
@@ -85,7 +93,7 @@ class V4MoE:
 
 
 def _softplus(x: np.ndarray) -> np.ndarray:
-    """log(1 + exp(x)); of many values NumPy's logaddexp takes eight times as long."""
+    """Return log(1 + exp(x)), in an eighth of the time of logaddexp."""
     return np.log1p(np.exp(-np.abs(x))) + np.clip(x, 0.0, np.inf)
 
 

@@ -1,32 +1,32 @@
-"""RMSNorm in float32: V4 has no kernel elsewhere whose bits a CPU would have to give."""
+"""RMSNorm of DeepSeek-V4 in float32. No other kernel has to give the same bits."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+
+from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 
 class RowNorm:
     """RMSNorm of rows with a weight.
 
     Args:
-        name: of the weight, float32 [width].
+        name: name of the weight, float32 [width].
         epsilon: added to the mean square.
     """
 
-    def __init__(self, weights: Any, name: str, width: int, epsilon: float) -> None:
+    def __init__(self, weights: HostOnlyWeights, name: str, width: int, epsilon: float) -> None:
         self._weight, self._epsilon = weights.vector({name: width}, factor=width**0.5), epsilon
 
     def of(self, x: np.ndarray) -> np.ndarray:
-        """x [n, width], normed; may be columns of wider rows."""
+        """Return x [n, width] normed. It may be columns of wider rows."""
         out = x / length(x, self._epsilon)
         out *= self._weight
         return out
 
 
 def length(rows: np.ndarray, epsilon: float) -> np.ndarray:
-    """float32 [n, 1]: sqrt(sum of squares + width * epsilon), the RMS times sqrt(width)."""
+    """Return sqrt(sum of squares + width * epsilon) per row: float32 [n, 1]."""
     squares = np.vecdot(rows, rows)
     squares += np.float32(rows.shape[1] * epsilon)
     return np.sqrt(squares, out=squares)[:, None]

@@ -11,25 +11,32 @@ from fd_dsa.models.rope_config import RopeConfig
 
 
 class Angles(NamedTuple):
-    """What `rotate` takes for each token's position, and for minus it."""
+    """Turns of each token's position, and of minus the position, for `rotate`."""
 
     forward: np.ndarray
     backward: np.ndarray
 
 
 class Rotation:
-    """One of the two sets of frequencies of a model; cos and sin are not scaled.
+    """Set of frequencies of a model, with unscaled cos and sin.
 
     Args:
-        rope: its settings.
-        width: rotated channels.
+        rope: settings.
+        width: number of rotated channels.
     """
 
     def __init__(self, rope: RopeConfig, width: int) -> None:
         self._frequencies = inverse_frequencies(rope, width)
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """complex64 [n, 1, rope_dim / 2] of int [n] positions: cos and sin of each pair."""
+        """Return cos and sin of each pair as a complex number.
+
+        Args:
+            positions: int [n].
+
+        Returns:
+            complex64 [n, 1, rope_dim / 2].
+        """
         angles = positions.astype(np.float32)[:, None, None] * self._frequencies
         turns = np.empty(angles.shape, np.complex64)
         np.cos(angles, out=turns.real)
@@ -37,6 +44,7 @@ class Rotation:
         return turns
 
     def of_step(self, positions: np.ndarray) -> Angles:
+        """Return the angles of the tokens of a step."""
         forward = self.at(positions)
         return Angles(forward, forward.conj())
 
@@ -45,8 +53,8 @@ def rotate(x: np.ndarray, turns: np.ndarray) -> None:
     """Rotate the pairs (x[2j], x[2j+1]) of `x` in place, each a complex number.
 
     Args:
-        x: float32 [n, num_heads, rope_dim]; a view whose last axis is contiguous.
-        turns: of `Rotation.at`.
+        x: float32 [n, num_heads, rope_dim], a view whose last axis is contiguous.
+        turns: turns of `Rotation.at`.
     """
     pairs = x.view(np.complex64)
     np.multiply(pairs, turns, out=pairs)

@@ -12,7 +12,7 @@ from fd_dsa.models.sources import EMBEDDING, LM_HEAD
 
 FINAL_NORM = "model.norm.weight"
 HEAD_HC = "model.hc_head.hc_"
-# of DeepSeek's checkpoints, or of those that `save_pretrained` writes
+# names in DeepSeek's checkpoints, or in those that `save_pretrained` writes
 _OTHER_NAMES = {
     "embed.weight": EMBEDDING,
     "head.weight": LM_HEAD,
@@ -23,7 +23,7 @@ _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.*)")
 
 
 def tensor_name(stored: str) -> str:
-    """The one name that a tensor goes by here, of either of the two that checkpoints use."""
+    """Return the name here of a tensor under either of its two names in checkpoints."""
     if match := _LAYER.fullmatch(stored):
         leaf = match[2]
         if leaf == "attn.norm.weight":

@@ -5,27 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fd_dsa.config import FP8_BLOCK_SIZE
-from fd_dsa.errors import ConfigError, ShapeError
-from fd_dsa.ops.arrays import check_array, check_dtype, check_rope, check_shape
-from fd_dsa.ops.fp8 import (
-    INDEX_RECORD_BYTES,
+from fd_dsa.cache_formats import (
+    CACHE_FORMATS,
     INDEX_WIDTH,
-    LATENT_RECORD_BYTES,
     LATENT_WIDTH,
     ROPE_WIDTH,
     check_scale_fmt,
 )
+from fd_dsa.errors import ConfigError, ShapeError
+from fd_dsa.ops.arrays import check_array, check_dtype, check_rope, check_shape
 from fd_dsa.ops.providers import activation_dtypes, serving
 
 __all__ = ["CacheWriteParams", "write_caches"]
 
-_CACHE_DTYPES = {
-    "float32": ("float32",),
-    # on a CPU bfloat16 is held as its bits
-    "bfloat16": ("int16", "bfloat16"),
-    "fp8_ds_mla": ("uint8",),
-}
 _NAME = "write_caches"
 
 
@@ -62,10 +54,10 @@ class CacheWriteParams:
     index_scale_fmt: str | None = "ue8m0"
 
     def __post_init__(self) -> None:
-        if self.kv_cache_dtype not in _CACHE_DTYPES:
+        if self.kv_cache_dtype not in CACHE_FORMATS:
             raise ConfigError(
                 f"kv_cache_dtype: got {self.kv_cache_dtype!r}, allowed are "
-                f"{', '.join(_CACHE_DTYPES)}"
+                f"{', '.join(CACHE_FORMATS)}"
             )
         check_scale_fmt("index_scale_fmt", self.index_scale_fmt)
         if (self.k_norm_weight is None) != (self.k_norm_bias is None):
@@ -78,7 +70,7 @@ class CacheWriteParams:
         """Values of a row of `kv_a` after the latent; 0 where the width of neither is known."""
         if cos_sin is not None:
             return cos_sin.shape[1]  # type: ignore[no-any-return]
-        if self.kv_cache_dtype == "fp8_ds_mla":
+        if CACHE_FORMATS[self.kv_cache_dtype].is_fp8:
             return ROPE_WIDTH
         weight = self.kv_norm_weight
         return 0 if weight is None else max(kv_a.shape[1] - weight.shape[0], 0)
@@ -141,8 +133,9 @@ def write_caches(
         check_shape(_NAME, argument, value, (num_tokens, None))
     for argument, value in rows.items():
         check_dtype(_NAME, argument, value, activation_dtypes(value))
-    fp8, allowed = params.kv_cache_dtype == "fp8_ds_mla", _CACHE_DTYPES[params.kv_cache_dtype]
-    num_blocks, block_size = None, FP8_BLOCK_SIZE if fp8 else None
+    stored = CACHE_FORMATS[params.kv_cache_dtype]
+    fp8, allowed = stored.is_fp8, stored.dtypes
+    num_blocks, block_size = None, stored.required.get("block_size")
     if cos_sin_cache is not None:
         width = min(x.shape[1] for x in rows.values())
         check_rope(_NAME, position_ids, cos_sin_cache, num_tokens, width)
@@ -151,7 +144,7 @@ def write_caches(
             check_shape(_NAME, "kv_a", kv_a, (None, LATENT_WIDTH + ROPE_WIDTH))
             if cos_sin_cache is not None:
                 check_shape(_NAME, "cos_sin_cache", cos_sin_cache, (None, ROPE_WIDTH))
-        row = LATENT_RECORD_BYTES if fp8 else kv_a.shape[1]
+        row = stored.latent_row(kv_a.shape[1])
         check_array(_NAME, "latent_cache", latent_cache, (None, 1, block_size, row), allowed)
         num_blocks, block_size = latent_cache.shape[0], latent_cache.shape[2]
         if params.kv_norm_weight is not None:
@@ -160,7 +153,7 @@ def write_caches(
     if index_k is not None:
         if fp8 or params.index_hadamard:
             check_shape(_NAME, "index_k", index_k, (None, INDEX_WIDTH))
-        row = INDEX_RECORD_BYTES if fp8 else index_k.shape[1]
+        row = stored.indexer_row(index_k.shape[1])
         check_array(_NAME, "index_cache", index_cache, (num_blocks, block_size, row), allowed)
         for argument in ("k_norm_weight", "k_norm_bias"):
             norm = getattr(params, argument)

@@ -6,19 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fd_dsa.errors import ShapeError
-from fd_dsa.ops.arrays import as_numpy, check_writable
-from fd_dsa.ops.fp8 import (
+from fd_dsa.cache_formats import (
     LATENT_ROPE_AT,
     LATENT_SCALES_AT,
     LATENT_TILES,
     LATENT_WIDTH,
     TILE_WIDTH,
-    absolute_maximum,
-    index_scale,
-    quantise,
-    raw_scale,
 )
+from fd_dsa.errors import ShapeError
+from fd_dsa.ops.arrays import as_numpy, check_writable
+from fd_dsa.ops.fp8 import absolute_maximum, index_scale, quantise, raw_scale
 from fd_dsa.ops.gather import index_planes
 from fd_dsa.ops.norm import layer_norm, rms_norm
 from fd_dsa.ops.rotations import cos_sin_of, hadamard, rotate_

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fd_dsa.cache_formats import CACHE_FORMATS, TILE_WIDTH
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import check_shape, outer_strides
 from fd_dsa.ops.fixed_order import rows_of_tiles
@@ -38,8 +39,6 @@ import triton.language as tl  # isort: skip
 if TYPE_CHECKING:
     from fd_dsa.ops.cache_write import CacheWriteParams
 
-# values of a latent that share a scale
-_TILE = 128
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
@@ -281,8 +280,8 @@ def kernel_arguments(
             different sizes.
     """
     half = _rope_half(kv_a, index_k, cos_sin_cache, params)
-    rank = kv_a.shape[1] - 2 * half if kv_a is not None else _TILE
-    tile = min(_TILE, 1 << (rank - 1).bit_length())
+    rank = kv_a.shape[1] - 2 * half if kv_a is not None else TILE_WIDTH
+    tile = min(TILE_WIDTH, 1 << (rank - 1).bit_length())
     if kv_a is not None and params.kv_norm_weight is not None:
         check_shape("write_caches", "kv_norm_weight", params.kv_norm_weight, (rank,))
     has_positions = cos_sin_cache is not None and position_ids is not None
@@ -313,7 +312,7 @@ def kernel_arguments(
         "BLOCK_SIZE": caches[0].shape[-2],
         "TILE": tile,
         "TILES": 1 << (-(-rank // tile) - 1).bit_length(),
-        "FP8": params.kv_cache_dtype == "fp8_ds_mla",
+        "FP8": CACHE_FORMATS[params.kv_cache_dtype].is_fp8,
         "INTERLEAVED": params.index_rope_interleave,
         "HADAMARD": params.index_hadamard,
         "UE8M0": params.index_scale_fmt == "ue8m0",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa.cache_formats import INDEX_WIDTH
 from fd_dsa.ops.arrays import CACHE_DTYPES, cache_format, check_array, check_shape, result
-from fd_dsa.ops.fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH
 from fd_dsa.ops.logits.tile_forms import why_not
 from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, call, choose, device_kind
 from fd_dsa.step import ForwardMeta
@@ -46,15 +46,15 @@ def indexer_logits(q: Any, weights: Any, cache: Any, step: ForwardMeta, out: Any
     fp8_mqa_logits.
     """
     check_array(_NAME, "cache", cache, (None, None, None), CACHE_DTYPES)
-    form, num_tokens = cache_format(cache), step.position_ids.shape[0]
-    is_fp8 = form == "fp8_ds_mla"
+    num_tokens, is_fp8 = step.position_ids.shape[0], cache_format(cache).is_fp8
     dtypes = ("uint8",) if is_fp8 else activation_dtypes(q)
     check_array(_NAME, "q", q, (num_tokens, None, INDEX_WIDTH if is_fp8 else None), dtypes)
-    check_shape(_NAME, "cache", cache, (None, None, INDEX_RECORD_BYTES if is_fp8 else q.shape[2]))
+    row = cache_format(cache).indexer_row(q.shape[2])
+    check_shape(_NAME, "cache", cache, (None, None, row))
     check_array(_NAME, "weights", weights, tuple(q.shape[:2]), ("float32",))
     shape = num_tokens, max(step.max_seqlen_k, 1)
     out = result(_NAME, out, q, shape, "float32", fill=float("-inf"))
-    reason = why_not(form, cache.shape[1], q.shape[1])
+    reason = why_not(cache_format(cache).name, cache.shape[1], q.shape[1])
     kind = device_kind(q)
 
     def provider() -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa.cache_formats import INDEX_WIDTH
 from fd_dsa.ops.arrays import allocator_beside
-from fd_dsa.ops.fp8 import INDEX_WIDTH
 from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, decode_form, padded_heads, prompt_form
 from fd_dsa.ops.logits.tile_schedule import TileSchedule

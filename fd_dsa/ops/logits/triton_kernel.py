@@ -124,7 +124,7 @@ def score_pages(
 
     Cost: one launch; no allocation, no wait.
     """
-    fp8 = cache_format(cache) == "fp8_ds_mla"
+    fp8 = cache_format(cache).is_fp8
     num_rows, width = logits.shape
     num_keys = min(width, step.max_seqlen_k)
     if num_rows == 0 or num_keys == 0:

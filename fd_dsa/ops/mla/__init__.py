@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from fd_dsa.cache_formats import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import (
     CACHE_DTYPES,
@@ -18,7 +19,6 @@ from fd_dsa.ops.arrays import (
     dtype_name,
     result,
 )
-from fd_dsa.ops.fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops.providers import activation_dtypes, call, choose, device_kind, function
 
 __all__ = ["dequantize", "sparse_mla"]
@@ -62,7 +62,7 @@ def sparse_mla(
     check_array(name, "q", q, (None, None, None), dtypes)
     num_tokens, num_heads, width = q.shape
     _check_cache(name, cache, width)
-    is_fp8 = cache_format(cache) == "fp8_ds_mla"
+    is_fp8 = cache_format(cache).is_fp8
     allowed = [LATENT_WIDTH] if is_fp8 else range(1, width + 1)
     if kv_lora_rank not in allowed:
         rule = "an fp8_ds_mla cache has 512" if is_fp8 else f"allowed is 1 to {width}"
@@ -73,7 +73,8 @@ def sparse_mla(
     dtype = dtype_name((q if out is None else out).dtype)
     out = result(name, out, q, (num_tokens, num_heads, kv_lora_rank), dtype)
     kind = device_kind(q)
-    sizes = num_heads, dtype_name(q.dtype), cache_format(cache), kv_lora_rank, width - kv_lora_rank
+    stored = cache_format(cache).name
+    sizes = num_heads, dtype_name(q.dtype), stored, kv_lora_rank, width - kv_lora_rank
     if kind == "cpu":
         check_values(name, "slots", as_numpy(slots), -1, as_numpy(cache)[..., 0].size)
         choice = partial(choose, name, kind)
@@ -116,7 +117,7 @@ def dequantize(cache: Any, slots: Any, out: Any = None) -> Any:
     """
     name = "dequantize"
     check_array(name, "cache", cache, (None, None), CACHE_DTYPES)
-    is_fp8 = cache_format(cache) == "fp8_ds_mla"
+    is_fp8 = cache_format(cache).is_fp8
     width = LATENT_WIDTH + ROPE_WIDTH if is_fp8 else cache.shape[1]
     _check_cache(name, cache, width)
     check_array(name, "slots", slots, (None,), ("int64",))
@@ -131,7 +132,7 @@ def dequantize(cache: Any, slots: Any, out: Any = None) -> Any:
 def _check_cache(operator: str, cache: Any, width: int) -> None:
     """Refuse a cache whose rows are not keys of so many values."""
     check_dtype(operator, "cache", cache, CACHE_DTYPES)
-    if cache_format(cache) == "fp8_ds_mla":
+    if cache_format(cache).is_fp8:
         if width != LATENT_WIDTH + ROPE_WIDTH:
             raise ShapeError(
                 f"{operator}: an fp8_ds_mla cache has keys of {LATENT_WIDTH + ROPE_WIDTH} values, "

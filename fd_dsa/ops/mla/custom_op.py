@@ -13,11 +13,11 @@ from math import prod
 from typing import Any, ClassVar
 
 from fd_dsa import custom_ops
+from fd_dsa.cache_formats import LATENT_WIDTH
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.arrays import cache_format
 from fd_dsa.ops.cache_probes import TENSOR_CORE_TOLERANCE, mla_case
 from fd_dsa.ops.fixed_order import why_not_by_rows
-from fd_dsa.ops.fp8 import LATENT_WIDTH
 from fd_dsa.ops.library_kernel import LibraryKernel, difference, shared_kernel, why_not_compiled
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.records import Dequantized
@@ -100,7 +100,7 @@ class CustomAttention(LibraryKernel):
         job.slots = self._address("slots", slots)
         job.lse = None if lse is None else self._address("lse", lse)
         job.softmax_scale, job.splits = softmax_scale, splits
-        job.is_fp8 = cache_format(cache) == "fp8_ds_mla"
+        job.is_fp8 = cache_format(cache).is_fp8
         job.num_tokens, job.num_heads, job.topk = num_tokens, num_heads, slots.shape[1]
         job.num_slots = min(prod(cache.shape[:-1]), 2**31 - 1)
         job.out_is_bfloat16 = str(out.dtype).endswith("bfloat16")
@@ -181,6 +181,6 @@ def choose_attention(
 
 def attend_slots(q: Any, cache: Any, *others: Any, **options: Any) -> None:
     """See `CustomAttention.__call__`; one thread at a time."""
-    kind = kind_for(q.shape[1], cache_format(cache) == "fp8_ds_mla")
+    kind = kind_for(q.shape[1], cache_format(cache).is_fp8)
     assert kind is not None, f"no kernel takes {q.shape[1]} heads"
     shared_kernel(kind, custom_ops.build().kernels)(q, cache, *others, **options)

@@ -90,7 +90,7 @@ def gather_keys(
         RANK=latents.shape[1],
         ROPE=rope.shape[1],
         RANK_PADDED=triton.next_power_of_2(latents.shape[1]),
-        FP8=cache_format(cache) == "fp8_ds_mla",
+        FP8=cache_format(cache).is_fp8,
         ROWS=rows,
         KEYS=_GATHERED,
         num_warps=4,

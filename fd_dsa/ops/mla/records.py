@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
-from fd_dsa.ops.fp8 import (
+from fd_dsa.cache_formats import (
     LATENT_RECORD_BYTES,
     LATENT_ROPE_AT,
     LATENT_SCALES_AT,

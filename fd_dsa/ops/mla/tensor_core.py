@@ -137,7 +137,7 @@ def attend_on_tensor_cores(
 
     Cost: one launch, with splits two; no allocation, no wait.
     """
-    fp8 = cache_format(cache) == "fp8_ds_mla"
+    fp8 = cache_format(cache).is_fp8
     num_tokens, num_heads, _ = q.shape
     topk = slots.shape[1]
     if num_tokens == 0 or num_heads == 0:

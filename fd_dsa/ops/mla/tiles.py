@@ -7,7 +7,7 @@ padding.
 
 from __future__ import annotations
 
-from fd_dsa.ops.fp8 import (
+from fd_dsa.cache_formats import (
     LATENT_RECORD_BYTES,
     LATENT_ROPE_AT,
     LATENT_SCALES_AT,

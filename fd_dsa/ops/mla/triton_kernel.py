@@ -10,8 +10,8 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from fd_dsa.cache_formats import LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
 from fd_dsa.ops.arrays import cache_format
-from fd_dsa.ops.fp8 import LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
 from fd_dsa.ops.step_kernel import e4m3_values, step_kernel, stored_values
 from fd_dsa.triton_runtime import wait_for_inputs
 
@@ -142,7 +142,7 @@ def attend_slots(
     num_tokens, num_heads, width = q.shape
     if num_tokens == 0:
         return
-    fp8 = cache_format(cache) == "fp8_ds_mla"
+    fp8 = cache_format(cache).is_fp8
     both_bfloat16 = "bfloat16" in str(q.dtype) and "float32" not in str(cache.dtype)
     rope_dim = width - kv_lora_rank
     sparse_mla_kernel[(num_tokens, -(-num_heads // BLOCK_H))](
@@ -189,7 +189,7 @@ def dequantize(cache: Any, slots: Any, out: Any) -> None:
     num_keys, width = out.shape
     if num_keys == 0:
         return
-    fp8 = cache_format(cache) == "fp8_ds_mla"
+    fp8 = cache_format(cache).is_fp8
     dequantize_kernel[(-(-num_keys // BLOCK_N),)](
         *(cache, slots, out, num_keys, cache.shape[0]),
         # the parts of other caches are alike

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.cache_formats import INDEX_WIDTH, check_scale_fmt
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import (
     as_numpy,
@@ -18,14 +19,7 @@ from fd_dsa.ops.arrays import (
     dtype_name,
     result,
 )
-from fd_dsa.ops.fp8 import (
-    INDEX_WIDTH,
-    absolute_maximum,
-    check_scale_fmt,
-    decode_e4m3,
-    index_scale,
-    quantise,
-)
+from fd_dsa.ops.fp8 import absolute_maximum, decode_e4m3, index_scale, quantise
 from fd_dsa.ops.providers import activation_dtypes, device_kind, serving
 from fd_dsa.ops.rotations import cos_sin_of, rotate_
 from fd_dsa.ops.rotations import hadamard as hadamard_rotated

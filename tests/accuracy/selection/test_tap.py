@@ -17,7 +17,6 @@ from fd_dsa.accuracy.selection.tap import (
     recording,
 )
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from tests.models.folders import TINY
 from tests.reference.indexer import ref_score
 from tests.reference.sparse_mla import ref_attend
@@ -80,7 +79,7 @@ def recorded(
 def runner_for(model: Any, kv_cache_dtype: str, device: str) -> ModelRunner:
     """A runner for one row."""
     size = 64 if kv_cache_dtype == "fp8_ds_mla" else 16
-    batch, layout = InputBatch(1, 64, 4, size), cache_layout(model.config, kv_cache_dtype, size)
+    batch, layout = InputBatch(1, 64, 4, size), model.config.cache_layout(kv_cache_dtype, size)
     return ModelRunner(model, batch, layout, 4, device)
 
 

@@ -19,11 +19,10 @@ import pytest
 import fd_dsa.attention.device_scores as device_scores
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.errors import DeviceError
-from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.registry import read_config
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.input_batch import SamplingInputs
-from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.runner.step_graphs import Captured, CaptureRefused, PaddleCapture
 from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.graph_sizes import graph_bytes
@@ -352,10 +351,10 @@ def test_memory_of_graphs_is_within_the_plan(real_rig: Rig) -> None:
     from fd_dsa.models.device_weights import DeviceWeights
     from fd_dsa.models.registry import create_model
 
-    config = ModelConfig.from_folder(demo_model_path())
+    config = read_config(demo_model_path())
     model = create_model(config, DeviceWeights("float32", paddle_allocator(real_rig.device)))
     batch = InputBatch(64, 64, 32, 64)
-    runner = ModelRunner(model, batch, cache_layout(config, "float32", 64), 40, real_rig.device)
+    runner = ModelRunner(model, batch, config.cache_layout("float32", 64), 40, real_rig.device)
     warm_up_kernels(runner)
     sizes = (1, 2, 4, 8, 16, 32, 64)
     before = free_device_bytes(real_rig.device) or 0

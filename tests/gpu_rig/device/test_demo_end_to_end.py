@@ -16,7 +16,6 @@ from fd_dsa.attention import device
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.ops.cache_write import write_caches
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from tests.demo.samples import LEADING_PROMPTS, SHORT_PROMPTS
 from tests.engine.drafters import KnowingDrafter
 from tests.gpu_rig import Rig
@@ -164,7 +163,7 @@ def tiny_runner(fields: dict[str, Any], kv_cache_dtype: str, device: str) -> Mod
     """A tiny random model with a selection of 12, four rows of shuffled blocks."""
     model = tiny_model(fields, device=device)
     batch = InputBatch(4, 48, 3, 16)
-    runner = ModelRunner(model, batch, cache_layout(model.config, kv_cache_dtype, 16), 13, device)
+    runner = ModelRunner(model, batch, model.config.cache_layout(kv_cache_dtype, 16), 13, device)
     blocks = np.random.default_rng(0).permutation(13)
     for row in range(4):
         batch.set_blocks(row, blocks[3 * row : 3 * row + 3])

@@ -12,17 +12,15 @@ import pytest
 
 from fd_dsa.device.allocation import paddle_allocator
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import fp8_tensors, load_dummy_weights, load_weights, quantisable_tensors
-from fd_dsa.models.registry import create_model
+from fd_dsa.models.registry import config_from_dict, create_model, read_config
 from fd_dsa.models.sources import EMBEDDING
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.ops.device_matrix import Normed
 from fd_dsa.ops.fp8 import encode_e4m3
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from tests.gpu_rig import Rig
 from tests.models.folders import Stored, bf16, f8, f32, write_folder
 from tests.ops.e4m3 import E4M3_VALUES
@@ -78,7 +76,7 @@ def folder_of(
 ) -> Path:
     """A folder of random weights in a form, scales in an order."""
     rng = np.random.default_rng(3)
-    config = ModelConfig.from_dict(fields)
+    config = config_from_dict(fields)
     expected, tensors = expected_tensors(config), {}
     for name, values in random_tensors(config).items():
         # as trained models have it: what a layer adds is less than what it is added to
@@ -129,7 +127,7 @@ class RoundingWeights(HostWeights):
 
 def runner_on(folder: Path, device: str) -> ModelRunner:
     """A runner of the folder's model: float32 on the CPU, as stored on a device."""
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     with Checkpoint.open(folder) as checkpoint:
         weights: Any = RoundingWeights(fp8_tensors(checkpoint, config))
         if device != "cpu":
@@ -149,7 +147,7 @@ def runner_of(model: Any, device: str) -> ModelRunner:
     """Four rows of shuffled blocks."""
     batch = InputBatch(4, 48, 3, 16)
     dtype = "float32" if device == "cpu" else "bfloat16"
-    layout = cache_layout(model.config, dtype, 16)
+    layout = model.config.cache_layout(dtype, 16)
     runner = ModelRunner(model, batch, layout, 13, device, dtype=dtype)
     blocks = np.random.default_rng(0).permutation(13)
     for row in range(4):
@@ -213,7 +211,7 @@ def test_norms_are_quantised_in_layers_that_have_fp8_weights(rig: Rig) -> None:
 
 
 def test_random_weights_are_finite_and_use_all_experts(rig: Rig) -> None:
-    config = ModelConfig.from_dict(V32 | SIZES | FP8)
+    config = config_from_dict(V32 | SIZES | FP8)
     weights = DeviceWeights(
         "bfloat16", paddle_allocator(rig.device), quantisable_tensors(config), round_scales=True
     )

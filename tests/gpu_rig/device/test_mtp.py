@@ -28,7 +28,6 @@ from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.device_draws import DeviceDraws
-from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.startup import measure
 from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.warm_up import warm_up_kernels
@@ -115,7 +114,7 @@ class DeviceDrafter(Watching, DeviceMtpDrafter):
 def make_runner(device: str, has_layer: bool = True) -> ModelRunner:
     """Three rows of at most six blocks of eight tokens, chunks of twelve."""
     model = tiny_model(FIELDS, seed=2, device=device, mtp=() if has_layer else None)
-    layout = cache_layout(model.config, "float32", 8)
+    layout = model.config.cache_layout("float32", 8)
     batch = InputBatch(3, 12, 6, 8)
     runner = ModelRunner(model, batch, layout, NUM_BLOCKS, device, most_drafts=MOST)
     for cache in runner.caches:

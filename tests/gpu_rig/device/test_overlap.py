@@ -14,7 +14,6 @@ from fd_dsa.device import side_stream
 from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer
 from fd_dsa.ops.split_sums import new_scratch
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.startup.warm_up import warm_up_kernels
 from fd_dsa.triton_runtime.device_api import PaddleApi
 from tests.gpu_rig import Rig, RigError
@@ -262,7 +261,7 @@ def test_the_warm_up_forks_where_the_capture_forks(
     monkeypatch.delenv("FD_DSA_OVERLAP_MAX_TOKENS", raising=False)
     monkeypatch.setattr("fd_dsa.attention.overlap.DEFAULT_OVERLAP_MAX_TOKENS", 2)
     model = tiny_model(V32, device=rig.device)
-    batch, layout = InputBatch(2, 4, 1, 16), cache_layout(model.config, "float32", 16)
+    batch, layout = InputBatch(2, 4, 1, 16), model.config.cache_layout("float32", 16)
     runner = ModelRunner(model, batch, layout, 2, rig.device)
     overlap, forked = runner.attn_backends[0].overlap, []
     overlap.side_stream = SecondStream()

@@ -22,13 +22,11 @@ from fd_dsa.distributed.host import HostGroup, Shared
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.loader import rank_parts
-from fd_dsa.models.registry import create_model
+from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
 from fd_dsa.runner.ranks import FollowingRunner, LeadingRunner
 from fd_dsa.startup.capture import capture_graphs
 from tests.engine.drafters import KnowingDrafter
@@ -40,7 +38,7 @@ from tests.runner.tiny import V32, random_tensors, stored
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.slow]
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_LEN, ROWS = 24, 16, 48, 4
-CONFIG = ModelConfig.from_dict(V32 | {"num_hidden_layers": 2, "vocab_size": 300})
+CONFIG = config_from_dict(V32 | {"num_hidden_layers": 2, "vocab_size": 300})
 
 
 class Turns(HostGroup):
@@ -99,7 +97,7 @@ def make_runner(kind: type[Any], weights: Any, device: str, group: Group | None 
         model.loaders[name](part_of(name, stored(name, array)))
     weights.finish()
     batch = InputBatch(ROWS, 32, MAX_LEN // BLOCK_SIZE, BLOCK_SIZE)
-    layout = cache_layout(model.config, "float32", BLOCK_SIZE)
+    layout = model.config.cache_layout("float32", BLOCK_SIZE)
     return kind(model, batch, layout, NUM_BLOCKS, device, most_drafts=2)
 
 
